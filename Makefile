@@ -1,0 +1,41 @@
+# The commands: make demo, make test, make lint, make clean. PYTHON names an interpreter of 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIN := -c constraints.txt
+# 0: tests in one process, which is what two cores are best at; a number or "auto" for pytest-xdist.
+JOBS ?= 0
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint clean
+
+# Full precision and NVFP4 one after the other on a generated set of shapes: pictures, curves and a table in runs/demo.
+demo: $(VENV)/.train
+	$(BIN)/python examples/unet_coco/train.py --precisions bf16 nvfp4 --out runs/demo
+
+test: $(VENV)/.dev
+	NVTE_PROJECT_BUILDING=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	find te_nvfp4_cv tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); needed: Python 3.11 or newer; say make $(or $(MAKECMDGOALS),test) PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet $(PIN) -e ".[train]"
+	touch $@
+
+# TransformerEngine without its dependencies: the pure-Python wheel has the recipes, which the tests compare with ours.
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet $(PIN) -e ".[train,dev]"
+	$(PIP) install --quiet $(PIN) --no-deps transformer-engine==2.20.2
+	touch $@

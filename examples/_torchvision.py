@@ -1,0 +1,60 @@
+"""Make `import torchvision` work beside a CPU-only torch.
+
+The torchvision wheels of PyPI are CUDA builds. Beside a CPU-only torch their operator library cannot be loaded, and the
+import then stops at "operator torchvision::nms does not exist", because torchvision registers shape functions for two operators
+without asking whether they exist. Declaring these two is enough for everything the examples use (datasets, transforms.v2,
+models); nms gets a plain torch kernel. Where the library loads, nothing is changed. torchvision.io stays unusable: images are read with Pillow.
+Call it before anything imports torchvision or torchmetrics.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_declared: torch.library.Library | None = None
+
+
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Greedy non-maximum suppression: keep the best box, drop what overlaps it, repeat."""
+    left = scores.argsort(descending=True, stable=True)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    kept = []
+    while left.numel():
+        best, left = left[0], left[1:]
+        kept.append(best)
+        top_left = torch.maximum(boxes[best, :2], boxes[left, :2])
+        bottom_right = torch.minimum(boxes[best, 2:], boxes[left, 2:])
+        overlap = (bottom_right - top_left).clamp(min=0).prod(dim=1)
+        left = left[overlap / (area[best] + area[left] - overlap) <= iou_threshold]
+    return torch.stack(kept) if kept else left
+
+
+def ensure_torchvision() -> str:
+    """Returns "native" where torchvision's own operators load, "declared" where this file stood in for them."""
+    global _declared
+    if _declared is not None:
+        return "declared"
+    if "torchvision" in sys.modules:
+        return "native"
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        raise ImportError("torchvision is not installed: pip install -c constraints.txt '.[train]'")
+    for library in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(library))
+            return "native"
+        except OSError:
+            pass
+    _declared = torch.library.Library("torchvision", "DEF")
+    _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.impl("nms", _nms, "CPU")
+    from torchvision.ops import boxes
+
+    boxes._assert_has_ops = lambda: None
+    return "declared"

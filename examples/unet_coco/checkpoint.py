@@ -1,0 +1,133 @@
+"""Checkpoints: everything a bit-exact resume needs, written so that a full disk costs nothing but the new file.
+
+    write:  serialise in memory -> temporary file in the same folder -> fsync -> os.replace -> fsync of the folder
+    read:   torch.load(weights_only=True): tensors, numbers, text, lists and tables only
+
+Refuses to resume from a checkpoint of another precision, recipe, architecture or data order, and names what differs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from te_nvfp4_cv.checks import runtime_error, value_error
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path` atomically; the file that was there survives any failure."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Replace `path` by `content`, or leave it as it was.
+
+    Raises:
+        RuntimeError: the disk is full or the folder cannot be written; nothing has changed on disk.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "wb") as file:
+            _write_all(file, content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        kept = f"; the file from before is untouched: {path}" if path.exists() else ""
+        raise runtime_error(
+            f"{path.name} could not be written.",
+            got=f"{error}{kept}",
+            needs=f"{len(content)} bytes free in {path.parent}, and the right to write there",
+            fix="free some space, then go on with --resume",
+        ) from error
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _write_all(file: Any, content: bytes | memoryview, chunk: int = 1 << 24) -> None:
+    for start in range(0, len(content), chunk):
+        file.write(content[start : start + chunk])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        ValueError: a damaged file, or one that is no checkpoint of this example.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise value_error(
+            f"checkpoint: {path} cannot be read.",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'an empty message'}",
+            needs="a complete checkpoint of this example",
+            fix="remove the file to start anew, or restore it",
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise value_error(
+            f"checkpoint: {path} is none of this example's.",
+            got=f"format {state.get('format') if isinstance(state, dict) else type(state).__name__}",
+            needs=f"format {FORMAT}",
+            fix="remove the file to start anew",
+        )
+    return state
+
+
+def check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on where a checkpoint's identity (precision, recipe, architecture, data order) is not this run's."""
+    differing = [key for key in now if saved.get(key) != now[key]]
+    if not differing:
+        return
+    raise value_error(
+        f"checkpoint: {path} belongs to another run: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}.",
+        got="; ".join(f"{key} = {_short(saved.get(key))}" for key in differing),
+        needs="; ".join(f"{key} = {_short(now[key])}" for key in differing),
+        fix="give the options the checkpoint was trained with, or another --out, or leave --resume out to start anew",
+    )
+
+
+def _short(value: Any) -> str:
+    text = " | ".join(line for line in str(value).splitlines() if line.strip())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Torch's (CPU and, where used, CUDA), Python's and numpy's generators, in types that weights_only loads."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put the generators back to where `rng_state` saw them."""
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,270 @@
+"""Train one precision, from a seed or from a checkpoint.
+
+    step t:  torch.manual_seed(mix_seed(seed, t));  lr(t) = lr / 2 * (1 + cos(pi t / T));  AdamW on Dice + cross-entropy
+
+The state after step t depends on (settings, seed, t) alone, not on how often the run was stopped before: data order, augmentation
+and dropout are functions of the seed and the position, and the rest lies in the checkpoint. Checkpoints are written at the end of
+each epoch and at the last step. Refuses to go on from a loss that is not finite, and from a checkpoint of another run.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.checks import runtime_error
+
+from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from .data import SegmentationData, SegmentationDataset
+from .losses import dice_ce
+from .metrics import Scores, evaluate, saved_bytes, to_device
+from .options import Settings
+from .order import TrainOrder, eval_loader, mix_seed, train_loader
+from .precision import Precision
+from .tracking import Progress, WandbLog
+from .unet import UNet
+
+WARM_UP_STEPS = 3
+TIMES_KEPT = 1000
+
+
+@dataclass
+class Position:
+    """Where a run stands, and what it has seen: saved with every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    losses: list[float] = field(default_factory=list)  # of the epoch under way
+    last_epoch_loss: float = math.nan
+    curve: list[dict[str, float]] = field(default_factory=list)  # one row every log_every steps
+    epochs: list[dict[str, float]] = field(default_factory=list)  # one row per validated epoch
+    step_ms: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """One precision's model, optimizer and data.
+
+    Args:
+        folder: receives last.pt.
+    """
+
+    def __init__(self, precision: Precision, settings: Settings, data: SegmentationData, device: torch.device, folder: Path) -> None:
+        self.precision, self.settings, self.device, self.folder = precision, settings, device, folder
+        self.class_names = data.class_names
+        random.seed(settings.seed)
+        np.random.seed(settings.seed % 2**32)
+        torch.manual_seed(settings.seed)
+        model = UNet(len(data.class_names), settings.scale, settings.activation, settings.dropout)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        precision.prepare(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
+        pin, size = device.type == "cuda", settings.image_size
+        train_set = SegmentationDataset(data.train, size, train=True, seed=settings.seed)
+        self.order = TrainOrder(len(train_set), settings.batch_size, settings.seed)
+        self.loader = train_loader(train_set, self.order, settings.workers, pin)
+        self.eval_loaders = {
+            raw.name: eval_loader(SegmentationDataset(raw, size, train=False), settings.batch_size, settings.workers, pin)
+            for raw in (data.val, data.test)
+            if raw is not None
+        }
+        self.total_steps = settings.epochs * len(self.order)
+        if settings.steps is not None:
+            self.total_steps = min(self.total_steps, settings.steps)
+        self.schedule_steps = settings.schedule_steps or settings.epochs * len(self.order)
+        self.position = Position()
+        self.first_ms: list[float] = []  # the first steps of a process: they compile and allocate, and count only if there are no others
+
+    # ---- training ----------------------------------------------------------------------------------------------------------------
+
+    def train(self, log: WandbLog) -> None:
+        """Train from `position` to the last step, with a checkpoint at each epoch's end and at the last step."""
+        at = self.position
+        progress = Progress(self.precision.name, self.total_steps, at.step)
+        self.model.train()
+        try:
+            while at.step < self.total_steps:
+                self._train_epoch(progress, log)
+        finally:
+            progress.close()
+
+    def _train_epoch(self, progress: Progress, log: WandbLog) -> None:
+        at, every = self.position, self.settings.log_every
+        self.order.epoch, self.order.start = at.epoch, at.batch
+        pending: list[Tensor] = []
+        for batch in self.loader:
+            begun = self._clock()
+            pending.append(self._step(*to_device(*batch, self.device)))
+            taken_ms = (self._clock() - begun) * 1e3
+            if len(self.first_ms) < WARM_UP_STEPS:
+                self.first_ms.append(taken_ms)
+            else:
+                at.step_ms = [*at.step_ms[-TIMES_KEPT:], taken_ms]
+            at.step, at.batch = at.step + 1, at.batch + 1
+            ends = at.batch == len(self.order) or at.step == self.total_steps
+            if at.step % every == 0 or ends:
+                self._drain(pending)
+            if at.step % every == 0:
+                recent = sum(at.losses[-every:]) / len(at.losses[-every:])
+                at.curve.append({"step": at.step, "loss": recent, "lr": self._lr(at.step - 1)})
+                log.log({"train/loss": recent, "train/lr": self._lr(at.step - 1)}, at.step)
+                progress.step(loss=f"{recent:.4f}")
+                progress.line(f"{self.precision.name:>8}  step {at.step:>6}/{self.total_steps}  loss {recent:.4f}")
+            else:
+                progress.step()
+            if ends:
+                break
+        if at.batch == len(self.order):
+            self._end_epoch(progress, log)
+        self._save()
+
+    def _step(self, images: Tensor, masks: Tensor) -> Tensor:
+        """One optimizer step; returns the loss, on the device."""
+        at = self.position
+        torch.manual_seed(mix_seed(self.settings.seed, at.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(at.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.precision.context(self.device):
+            loss = dice_ce(self.model(images), masks)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _lr(self, step: int) -> float:
+        return self.settings.lr / 2 * (1 + math.cos(math.pi * min(step / self.schedule_steps, 1.0)))
+
+    def _drain(self, pending: list[Tensor]) -> None:
+        """Fetch the losses of the last steps, and stop where one is not finite."""
+        at = self.position
+        values = torch.stack(pending).tolist() if pending else []
+        pending.clear()
+        for back, value in zip(range(len(values), 0, -1), values, strict=True):
+            if not math.isfinite(value):
+                raise runtime_error(
+                    f"{self.precision.name}: the training has diverged.",
+                    got=f"loss {value} at step {at.step - back + 1}",
+                    needs="a finite loss",
+                    fix="lower --lr, or choose a safer recipe; the last checkpoint is from before this step",
+                )
+        at.losses += values
+
+    def _end_epoch(self, progress: Progress, log: WandbLog) -> None:
+        at = self.position
+        at.last_epoch_loss = sum(at.losses) / len(at.losses)
+        at.epoch, at.batch, at.losses = at.epoch + 1, 0, []
+        if at.epoch % self.settings.eval_every and at.epoch < self.settings.epochs:
+            return
+        scores = self.evaluate("val")
+        row = {"epoch": at.epoch, "step": at.step, "train_loss": at.last_epoch_loss}
+        at.epochs.append({**row, "val_loss": scores.loss, "dice": scores.dice, "miou": scores.miou})
+        log.log({"val/loss": scores.loss, "val/dice": scores.dice, "val/miou": scores.miou}, at.step)
+        progress.line(
+            f"{self.precision.name:>8}  epoch {at.epoch:>3}/{self.settings.epochs}  train loss {at.last_epoch_loss:.4f}"
+            f"  val loss {scores.loss:.4f}  Dice {scores.dice:.3f}  mIoU {scores.miou:.3f}"
+        )
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, split: str, high_precision: bool = False) -> Scores:
+        """Scores of a split, in the precision trained or, with the same weights, in fp32."""
+        loader, classes = self.eval_loaders[split], len(self.class_names)
+        if high_precision:
+            return evaluate(self.model, loader, classes, self.device)
+        return evaluate(self.model, loader, classes, self.device, lambda: self.precision.context(self.device))
+
+    def summary(self) -> dict[str, float | int]:
+        """The row of summary.json for this precision."""
+        at = self.position
+        val = self.evaluate("val")
+        train_loss = sum(at.losses) / len(at.losses) if at.losses else at.last_epoch_loss
+        images = next(iter(self.loader_for_measuring()))[0].to(self.device, memory_format=torch.channels_last)
+        row: dict[str, float | int] = {
+            "train_loss": train_loss,
+            "val_loss": val.loss,
+            "dice": val.dice,
+            "miou": val.miou,
+            "miou_hp": self.evaluate("val", high_precision=True).miou,
+            "step_ms": statistics.median(at.step_ms or self.first_ms or [0.0]),
+            "saved_bytes": saved_bytes(self.model, images, lambda: self.precision.context(self.device)),
+            "nvfp4_flops_share": self.precision.flops_share(self.model, images),
+        }
+        if "test" in self.eval_loaders:
+            test = self.evaluate("test")
+            row |= {"test_dice": test.dice, "test_miou": test.miou}
+        return row
+
+    def loader_for_measuring(self) -> Any:
+        """The first training batch of epoch 0: every precision's bytes are counted on the same images."""
+        self.order.epoch, self.order.start = 0, 0
+        return self.loader
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "last.pt"
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a resume to mean the same run."""
+        s = self.settings
+        architecture = {"scale": s.scale, "activation": s.activation, "dropout": s.dropout, "classes": list(self.class_names)}
+        return {
+            "precision": self.precision.name,
+            "recipe": self.precision.recipe_text,
+            "architecture": architecture,
+            "data order": {"images": self.order.count, "batch_size": self.order.batch_size, "seed": s.seed, "size": list(s.image_size)},
+            "optimizer": {"lr": s.lr, "weight_decay": s.weight_decay},
+        }
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.checkpoint_path,
+            {
+                "identity": self._identity(),
+                "args": {key: str(value) for key, value in vars(self.settings).items()},
+                "position": vars(self.position),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": {"schedule_steps": self.schedule_steps},
+                "scaler": self.scaler.state_dict(),
+                "nvfp4": self.precision.extra_state(self.model),
+                "rng": rng_state(self.device),
+            },
+        )
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint; False where there is none."""
+        if not self.checkpoint_path.is_file():
+            return False
+        state = load_checkpoint(self.checkpoint_path)
+        check_identity(self.checkpoint_path, state["identity"], self._identity())
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.precision.load_extra_state(self.model, state["nvfp4"])
+        self.position = Position(**state["position"])
+        set_rng_state(state["rng"], self.device)
+        laid_out = state["scheduler"]["schedule_steps"]
+        if laid_out != self.schedule_steps:
+            print(
+                f"note: the checkpoint's cosine schedule spans {laid_out} steps, this run's {self.schedule_steps}. The learning rate follows "
+                f"the new one from step {self.position.step} on; --schedule-steps {laid_out} keeps the old one."
+            )
+        return True

@@ -1,0 +1,88 @@
+"""Figures of a model: loss, Dice and mIoU over a split, and the bytes that autograd keeps for backward.
+
+    mIoU = mean over classes of TP / (TP + FP + FN);   Dice = mean over classes of 2 TP / (2 TP + FP + FN)
+
+Both over the whole split's pixels, ignored pixels left out, and over the classes that occur in labels or predictions
+(torchmetrics: MulticlassJaccardIndex and MulticlassF1Score; a class's F1 is its Dice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
+
+from .losses import IGNORE, dice_ce
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean loss, Dice and mIoU of one split."""
+
+    loss: float
+    dice: float
+    miou: float
+
+
+def to_device(images: Tensor, masks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images in channels_last and masks, on the device."""
+    images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    return images, masks.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Scores:
+    """Score `model` over `loader`, each forward inside `context()`; nullcontext is plain high precision."""
+    metrics = MetricCollection(
+        {
+            "miou": MulticlassJaccardIndex(num_classes, ignore_index=IGNORE, validate_args=False),
+            "dice": MulticlassF1Score(num_classes, average="macro", ignore_index=IGNORE, validate_args=False),
+        }
+    ).to(device)
+    was_training = model.training
+    model.eval()
+    total, count = torch.zeros((), device=device), 0
+    for batch in loader:
+        images, masks = to_device(*batch, device)
+        with context():
+            logits = model(images)
+        total += dice_ce(logits, masks) * len(images)
+        count += len(images)
+        metrics.update(logits.argmax(dim=1), masks)
+    model.train(was_training)
+    values = metrics.compute()
+    return Scores(float(total) / count, float(values["dice"]), float(values["miou"]))
+
+
+def saved_bytes(model: nn.Module, images: Tensor, context: Callable[[], AbstractContextManager[None]]) -> int:
+    """Bytes that autograd keeps for backward in one training forward: unique storages, without parameters and the input batch."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+        for part in [tensor] if names is None else [getattr(tensor, name) for name in names]:
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the storage stays alive, so no address counts twice; the graph does not hold itself
+
+    was_training = model.training
+    model.train()
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context():
+        logits = model(images)
+    model.train(was_training)
+    del logits
+    return sum(kept.values())

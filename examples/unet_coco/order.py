@@ -1,0 +1,65 @@
+"""The order of the data, and every seed, as functions of (seed, epoch, position) alone.
+
+    order(epoch)      = randperm(n) under mix_seed(seed, epoch);   batch k = order[k * batch : (k + 1) * batch]
+    dropout of step t = torch's generator under mix_seed(seed, t), set before the step
+
+So two precisions see the same batches and masks even where one of them draws more random numbers, and a run resumed in the
+middle of an epoch goes on with the very batch it stopped at.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def mix_seed(*parts: int) -> int:
+    """A 63-bit seed from a few integers (splitmix64 steps), the same on every machine."""
+    mixed = 0
+    for part in parts:
+        mixed = (mixed + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed >> 1
+
+
+class TrainOrder(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys of one epoch, from batch `start` on; the last, smaller batch is left out unless it is the only one."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, min(batch_size, count), seed
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self.count // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator).tolist()
+        for batch in range(self.start, len(self)):
+            yield [(self.epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+
+def train_loader(dataset: Dataset[Any], order: TrainOrder, workers: int, pin: bool) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Loader over `order`; set order.epoch and order.start before each pass."""
+    return DataLoader(dataset, batch_sampler=order, pin_memory=pin, **_workers(workers))
+
+
+def eval_loader(dataset: Dataset[Any], batch_size: int, workers: int, pin: bool) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Loader in the order of the files, every item once."""
+    return DataLoader(dataset, batch_size=batch_size, pin_memory=pin, **_workers(workers))
+
+
+def _workers(workers: int) -> dict[str, Any]:
+    """Worker processes by fork: the splits hold open annotation indices, which need not be pickled then."""
+    generator = torch.Generator()  # a loader otherwise draws its base seed from torch's generator
+    if workers == 0:
+        return {"generator": generator}
+    return {"generator": generator, "num_workers": workers, "multiprocessing_context": multiprocessing.get_context("fork")}

@@ -1,0 +1,127 @@
+"""What `--precisions` names: fp32, fp16, bf16, nvfp4 (the recipe of --recipe), or any recipe by name or path.
+
+    fp32            no autocast
+    fp16, bf16      torch.autocast of that dtype; fp16 with a GradScaler
+    nvfp4, recipes  torch.autocast(bfloat16) + te_nvfp4_cv.nvfp4_autocast(recipe), after set_precision(model, recipe)
+
+The library's recipes are touched only where a precision asks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.checks import value_error
+
+PLAIN = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way to train: a name for tables and folders, autocast's dtype, and the recipe where there is one."""
+
+    name: str
+    dtype: torch.dtype | None
+    recipe: Any = None
+
+    @property
+    def recipe_text(self) -> str:
+        """The recipe as TOML, "" for a plain precision: part of a checkpoint's identity."""
+        return "" if self.recipe is None else self.recipe.to_toml()
+
+    def prepare(self, model: nn.Module) -> None:
+        """Apply the recipe's table of high-precision modules."""
+        if self.recipe is not None:
+            import te_nvfp4_cv as nv
+
+            nv.set_precision(model, self.recipe)
+
+    @contextlib.contextmanager
+    def context(self, device: torch.device) -> Iterator[None]:
+        """The contexts that a forward pass runs in."""
+        with contextlib.ExitStack() as stack:
+            if self.dtype is not None:
+                stack.enter_context(torch.autocast(device.type, self.dtype))
+            if self.recipe is not None:
+                import te_nvfp4_cv as nv
+
+                stack.enter_context(nv.nvfp4_autocast(self.recipe))
+            yield
+
+    def extra_state(self, model: nn.Module) -> dict[str, Any] | None:
+        """What NVFP4 keeps beside the state_dict: the stream of stochastic rounding."""
+        if self.recipe is None:
+            return None
+        import te_nvfp4_cv as nv
+
+        return nv.extra_state(model)
+
+    def load_extra_state(self, model: nn.Module, state: dict[str, Any] | None) -> None:
+        """Put back what `extra_state` gave."""
+        if self.recipe is not None and state is not None:
+            import te_nvfp4_cv as nv
+
+            nv.extra_state(model, load=state)
+
+    def flops_share(self, model: nn.Module, images: Tensor) -> float:
+        """Share of the model's FLOPs that run in NVFP4, by the library's coverage report."""
+        if self.recipe is None:
+            return 0.0
+        import te_nvfp4_cv as nv
+
+        was_training = model.training
+        generators = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
+        with generators, torch.autocast(images.device.type, torch.bfloat16):
+            report = nv.coverage(model, images, recipe=self.recipe).to_dict()
+        model.train(was_training)
+        return float(report["nvfp4_flops_share"])
+
+
+def parse_precisions(names: list[str], recipe: str) -> list[Precision]:
+    """Resolve `--precisions`.
+
+    Args:
+        names: as given; a recipe's path is shown by its stem.
+        recipe: what "nvfp4" stands for.
+    Raises:
+        ValueError: the same name twice; a name that is neither a precision nor a recipe.
+    """
+    found = []
+    for name in names:
+        if name in PLAIN:
+            found.append(Precision(name, PLAIN[name]))
+        else:
+            source = recipe if name == "nvfp4" else name
+            found.append(Precision(Path(name).stem, torch.bfloat16, _load_recipe(source, name)))
+    shown = [precision.name for precision in found]
+    if len(set(shown)) != len(shown):
+        raise value_error(
+            "--precisions names a precision twice.",
+            got=" ".join(shown),
+            needs="each name once (a recipe's path counts by its file name)",
+            fix="leave one out, or rename the recipe file",
+        )
+    return found
+
+
+def _load_recipe(source: str, name: str) -> Any:
+    import te_nvfp4_cv as nv
+
+    try:
+        return nv.load_recipe(source)
+    except (ValueError, OSError) as error:
+        if name == "nvfp4" or Path(source).exists():
+            raise
+        raise value_error(
+            "--precisions: unknown precision.",
+            got=repr(name),
+            needs=f"{', '.join(PLAIN)}, nvfp4, or a recipe: {str(error).strip()}",
+            fix="--precisions bf16 nvfp4",
+        ) from error

@@ -1,0 +1,206 @@
+"""A COCO-format data set of drawn shapes, for a run without any download.
+
+    ROOT/annotations/instances_{train,val}2017.json, ROOT/{train,val}2017/*.jpg, and ROOT/shapes.json with the settings it was drawn from
+
+Every case that a COCO reader must handle occurs: a polygon per free-standing shape, two polygons for a shape cut in two, RLE for a shape
+partly hidden behind another, uncompressed RLE with iscrowd=1 for a swarm of small circles, and images without any annotation.
+The annotations cover what can be seen. Equal settings give equal files; a folder with the same settings is used again.
+Refuses a folder that holds something else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from te_nvfp4_cv.checks import runtime_error, value_error
+
+CATEGORIES = {1: "circle", 3: "rectangle", 4: "triangle", 9: "cross"}
+COLOURS = {1: (215, 70, 60), 3: (70, 150, 90), 4: (70, 100, 205), 9: (225, 180, 60)}
+MARKER = "shapes.json"
+EMPTY_EVERY = 12
+CROWD_EVERY = 6
+
+
+@dataclass(frozen=True)
+class ShapesSettings:
+    """What the set is drawn from; written to shapes.json and compared before a folder is used again."""
+
+    train: int = 48
+    val: int = 16
+    height: int = 96
+    width: int = 96
+    seed: int = 0
+    version: int = 1
+
+
+def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
+    """Draw the set into `root` unless it is there already; returns `root`. Interrupted drawings leave no half-written set."""
+    settings = settings or ShapesSettings()
+    marker = root / MARKER
+    if marker.is_file() and json.loads(marker.read_text()) == asdict(settings):
+        return root
+    if root.exists() and any(root.iterdir()) and not marker.is_file():
+        raise value_error(
+            f"shapes: {root} is in use.",
+            got="a folder that this generator did not write",
+            needs="an empty or new folder",
+            fix="choose another --out, or name the data with --data",
+        )
+    draft = root.with_name(f"{root.name}.draft{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        for offset, split in enumerate(("train", "val")):
+            _draw_split(draft, split, getattr(settings, split), settings, np.random.default_rng([settings.seed, offset]))
+        (draft / MARKER).write_text(json.dumps(asdict(settings)))
+        if root.exists():
+            shutil.rmtree(root)
+        draft.rename(root)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise runtime_error(
+            f"shapes: the set could not be written to {root}.",
+            got=str(error),
+            needs="a writable folder with a few megabytes free",
+            fix="choose another --out, or name the data with --data",
+        ) from error
+    return root
+
+
+def _draw_split(root: Path, split: str, count: int, settings: ShapesSettings, rng: np.random.Generator) -> None:
+    """Write one split: its images and its instances file."""
+    folder = root / f"{split}2017"
+    folder.mkdir()
+    (root / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for image_id in range(1, count + 1):
+        name = f"{image_id:012d}.jpg"
+        pixels, found = _draw_image(image_id, settings, rng)
+        Image.fromarray(pixels).save(folder / name, quality=92)
+        images.append({"id": image_id, "file_name": name, "height": settings.height, "width": settings.width})
+        for annotation in found:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
+    instances = {
+        "info": {"description": "drawn shapes", "version": str(settings.version)},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": key, "name": name, "supercategory": "shape"} for key, name in CATEGORIES.items()],
+    }
+    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(instances))
+
+
+def _draw_image(image_id: int, settings: ShapesSettings, rng: np.random.Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """One image [H, W, 3] uint8 and its annotations, without ids."""
+    h, w = settings.height, settings.width
+    pixels = _background(h, w, rng)
+    drawn: list[dict[str, Any]] = []
+    if image_id % EMPTY_EVERY != 0:
+        for _ in range(int(rng.integers(2, 5))):
+            category = int(rng.choice(list(CATEGORIES)))
+            polygons = _polygons(category, h, w, rng)
+            drawn.append({"category": category, "crowd": False, "polygons": polygons, "mask": _rasterize(polygons, h, w)})
+        if image_id % CROWD_EVERY == 1:
+            polygons = _swarm(h, w, rng)
+            drawn.append({"category": 1, "crowd": True, "polygons": polygons, "mask": _rasterize(polygons, h, w)})
+    annotations = []
+    hidden = np.zeros((h, w), bool)
+    for shape in reversed(drawn):  # the last drawn lies on top
+        shape["visible"] = shape["mask"] & ~hidden
+        hidden |= shape["mask"]
+    for shape in drawn:
+        colour = np.array(COLOURS[shape["category"]]) + rng.normal(0, 22, 3)
+        grain = rng.normal(0, 9, (h, w, 1))
+        pixels = np.where(shape["mask"][..., None], colour + grain, pixels)
+        if shape["visible"].sum() >= 12:
+            annotations.append(_annotation(shape))
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))
+    return np.asarray(image), annotations
+
+
+def _background(h: int, w: int, rng: np.random.Generator) -> np.ndarray:
+    """A coarse cloud of greys and colours, with grain."""
+    coarse = rng.integers(60, 190, (5, 5, 3)).astype(np.uint8)
+    cloud = Image.fromarray(coarse).resize((w, h), Image.Resampling.BICUBIC)
+    return np.asarray(cloud).astype(np.float64) + rng.normal(0, 10, (h, w, 3))
+
+
+def _polygons(category: int, h: int, w: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Outline(s) of one shape, [points, 2] as x, y: turned and placed at random, inside the image by its centre."""
+    radius = rng.uniform(0.12, 0.3) * min(h, w)
+    centre = np.array([rng.uniform(0.1, 0.9) * w, rng.uniform(0.1, 0.9) * h])
+    turn = rng.uniform(0, 2 * np.pi)
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    if category == 1:
+        outlines = [_circle(1.0)]
+    elif category == 3:
+        a, b = 1.0, rng.uniform(0.45, 0.9)
+        outlines = [np.array([[-a, -b], [a, -b], [a, b], [-a, b]])]
+        if rng.random() < 0.25:  # cut in two, with a gap between the halves
+            outlines = [np.array([[s * 0.12, -b], [s * a, -b], [s * a, b], [s * 0.12, b]]) for s in (-1, 1)]
+    elif category == 4:
+        angles = np.pi / 2 + np.arange(3) * 2 * np.pi / 3
+        outlines = [1.15 * np.stack([np.cos(angles), np.sin(angles)], 1)]
+    else:
+        t = 0.34
+        outlines = [
+            np.array([[-t, -1], [t, -1], [t, -t], [1, -t], [1, t], [t, t], [t, 1], [-t, 1], [-t, t], [-1, t], [-1, -t], [-t, -t]])
+        ]
+    limit = np.array([w - 1, h - 1])
+    return [np.clip(outline @ rotation * radius + centre, 0, limit).round(2) for outline in outlines]
+
+
+def _swarm(h: int, w: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """A crowd: eight small circles side by side."""
+    start = np.array([rng.uniform(0.1, 0.4) * w, rng.uniform(0.1, 0.9) * h])
+    step = np.array([0.065 * w, 0.0])
+    limit = np.array([w - 1, h - 1])
+    return [np.clip(_circle(0.035 * min(h, w)) + start + i * step + rng.normal(0, 1, 2), 0, limit).round(2) for i in range(8)]
+
+
+def _circle(radius: float) -> np.ndarray:
+    angles = np.arange(24) * 2 * np.pi / 24
+    return radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+def _rasterize(polygons: list[np.ndarray], h: int, w: int) -> np.ndarray:
+    """The pixels that pycocotools gives these polygons, so that image and annotation agree to the pixel."""
+    from pycocotools import mask as coco_mask
+
+    encoded = coco_mask.frPyObjects([polygon.flatten().tolist() for polygon in polygons], h, w)
+    return coco_mask.decode(coco_mask.merge(encoded)).astype(bool)
+
+
+def _annotation(shape: dict[str, Any]) -> dict[str, Any]:
+    """Polygons where the whole shape is seen, RLE of the visible part where not, uncompressed RLE for a crowd."""
+    from pycocotools import mask as coco_mask
+
+    visible = shape["visible"]
+    encoded = coco_mask.encode(np.asfortranarray(visible.astype(np.uint8)))
+    if shape["crowd"]:
+        segmentation: Any = {"size": list(visible.shape), "counts": _run_lengths(visible)}
+    elif (visible == shape["mask"]).all():
+        segmentation = [polygon.flatten().tolist() for polygon in shape["polygons"]]
+    else:
+        segmentation = {"size": list(visible.shape), "counts": encoded["counts"].decode("ascii")}
+    return {
+        "category_id": shape["category"],
+        "iscrowd": int(shape["crowd"]),
+        "area": float(visible.sum()),
+        "bbox": [float(v) for v in coco_mask.toBbox(encoded)],
+        "segmentation": segmentation,
+    }
+
+
+def _run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed run lengths: down the columns, zeros first."""
+    flat = np.concatenate([[False], mask.flatten(order="F")])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()

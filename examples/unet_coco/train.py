@@ -1,0 +1,133 @@
+"""Train a UNet on COCO-format data in several precisions, one after the other, and compare them.
+
+    python examples/unet_coco/train.py                                                       drawn shapes, bf16 and NVFP4
+    python examples/unet_coco/train.py --data ROOT --classes person,car --epochs 20          COCO
+    python examples/unet_coco/train.py --data ROOT --layout masks --image-size 96 128        folders of images and label masks
+
+Every precision starts from the same seed and sees the same batches, flips and dropout. The table compares loss, Dice, mIoU (in the
+precision trained, and the same weights in fp32), the median step time, the bytes kept for backward and the share of FLOPs in NVFP4.
+Refuses, before training, data with missing parts, unknown names and settings that cannot train.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_HERE = Path(__file__).resolve()
+if str(_HERE.parents[1]) not in sys.path:
+    sys.path.insert(0, str(_HERE.parents[1]))  # the package unet_coco and its neighbour _torchvision
+sys.path.append(str(_HERE.parents[2]))  # te_nvfp4_cv of this checkout, where it is not installed
+
+import torch  # noqa: E402
+from unet_coco.data import SegmentationData, load_data  # noqa: E402
+from unet_coco.engine import Trainer  # noqa: E402
+from unet_coco.metrics import to_device  # noqa: E402
+from unet_coco.options import Settings, choose_device, parse_options  # noqa: E402
+from unet_coco.precision import Precision, parse_precisions  # noqa: E402
+from unet_coco.report import markdown_table, predict, write_history, write_pictures, write_summary  # noqa: E402
+from unet_coco.shapes import ShapesSettings, ensure_shapes  # noqa: E402
+from unet_coco.tracking import WandbLog  # noqa: E402
+
+from te_nvfp4_cv.checks import value_error  # noqa: E402
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | int]]:
+    """Run the comparison.
+
+    Args:
+        arguments: the command line; None reads sys.argv.
+    Returns:
+        What summary.json holds.
+    Raises:
+        ValueError, RuntimeError: see the files of this folder; each message says what came, what is needed and what to do.
+    """
+    settings = parse_options(arguments)
+    device = choose_device(settings.device)
+    if settings.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    precisions = parse_precisions(list(settings.precisions), settings.recipe)
+    data = open_data(settings)
+    make_folder(settings.out)
+    print(
+        f"{len(data.train)} training and {len(data.val)} validation images, {len(data.class_names)} classes, "
+        f"{settings.image_size[0]}x{settings.image_size[1]}, on {device}: {', '.join(p.name for p in precisions)}"
+    )
+    return compare(settings, precisions, data, device)
+
+
+def open_data(settings: Settings) -> SegmentationData:
+    """The data of --data, or the drawn shapes, which are written beside --out the first time."""
+    if settings.data is not None:
+        return load_data(settings.data, settings.layout, settings.classes)
+    if settings.layout != "coco":
+        raise value_error(
+            "--layout masks needs data.", got="no --data", needs="a folder with train/ and val/", fix="--data ROOT --layout masks"
+        )
+    root = ensure_shapes(settings.out.resolve().parent / "shapes_coco", ShapesSettings())
+    print(f"no --data: using the drawn shapes in {root}")
+    return load_data(root, "coco", settings.classes)
+
+
+def make_folder(folder: Path) -> None:
+    """Create --out."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise value_error(
+            "--out cannot be made.", got=f"{folder}: {error}", needs="a folder that can be written", fix="choose another --out"
+        ) from error
+
+
+def compare(
+    settings: Settings, precisions: Sequence[Precision], data: SegmentationData, device: torch.device
+) -> dict[str, dict[str, float | int]]:
+    """Train every precision, and write the report after each, so that an interruption loses nothing that is finished."""
+    rows: dict[str, dict[str, float | int]] = {}
+    history: dict[str, dict[str, list[dict[str, float]]]] = {}
+    predictions: dict[str, torch.Tensor] = {}
+    out = settings.out
+    for precision in precisions:
+        folder = out / precision.name
+        folder.mkdir(exist_ok=True)
+        trainer = Trainer(precision, settings, data, device, folder)
+        if settings.resume:
+            found = trainer.resume()
+            print(f"{precision.name}: " + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting anew"))
+        config = {key: str(value) for key, value in vars(settings).items()}
+        log = WandbLog(settings.wandb, out, out.name, precision.name, {**config, "precision": precision.name})
+        try:
+            trainer.train(log)
+            rows[precision.name] = trainer.summary()
+            history[precision.name] = {"curve": trainer.position.curve, "epochs": trainer.position.epochs}
+            write_summary(out, rows)
+            write_history(out, history)
+            if settings.pictures:
+                sheet = out / "predictions.png"
+                _write_sheet(sheet, trainer, settings.pictures, predictions)
+                log.picture(sheet, trainer.position.step)
+        finally:
+            log.close(rows.get(precision.name, {}))
+    print(f"\n{markdown_table(rows)}\n")
+    print(f"table: {out / 'table.md'}, {out / 'table.csv'}, {out / 'summary.json'}")
+    pictures = [out / name for name in ("predictions.png", "curves.png") if (out / name).is_file()]
+    print(f"pictures: {', '.join(map(str, pictures))}   checkpoints: {out}/<precision>/last.pt")
+    return rows
+
+
+def _write_sheet(path: Path, trainer: Trainer, count: int, predictions: dict[str, torch.Tensor]) -> None:
+    """Add this precision's predictions of the first validation images to the sheet."""
+    images, masks = next(iter(trainer.eval_loaders["val"]))
+    images, masks = to_device(images, masks, trainer.device)
+    precision = trainer.precision
+    predictions[precision.name] = predict(trainer.model, images, lambda: precision.context(trainer.device))[:count]
+    write_pictures(path, images[:count], masks[:count], predictions, len(trainer.class_names))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RuntimeError) as refusal:
+        sys.exit(f"error: {refusal}")

@@ -1,0 +1,49 @@
+"""User errors and one-time warnings, in one shape everywhere.
+
+A message says what came (`got`), what is needed (`needs`) and what to do (`fix`). Nothing here looks at tensors' values.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+_warned: set[str] = set()
+_warned_lock = threading.Lock()
+
+
+def message(title: str, *, got: str, needs: str, fix: str) -> str:
+    """The text of a user error: a title line, then got / needs / fix, one line each."""
+    return f"{title}\n  got:   {got}\n  needs: {needs}\n  fix:   {fix}"
+
+
+def value_error(title: str, *, got: str, needs: str, fix: str) -> ValueError:
+    """A ValueError to raise: an argument's value, shape or dtype is not usable."""
+    return ValueError(message(title, got=got, needs=needs, fix=fix))
+
+
+def type_error(title: str, *, got: str, needs: str, fix: str) -> TypeError:
+    """A TypeError to raise: an argument is of the wrong class."""
+    return TypeError(message(title, got=got, needs=needs, fix=fix))
+
+
+def runtime_error(title: str, *, got: str, needs: str, fix: str) -> RuntimeError:
+    """A RuntimeError to raise: the call is right, but this machine or this state cannot serve it."""
+    return RuntimeError(message(title, got=got, needs=needs, fix=fix))
+
+
+def warn_once(key: str, text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn with `text` the first time that `key` is seen in this process."""
+    with _warned_lock:
+        if key in _warned:
+            return
+        _warned.add(key)
+    warnings.warn(text, category, stacklevel=3)
+
+
+def describe(tensor: object) -> str:
+    """Shape and dtype of a tensor, or the class of anything else, for the `got` line."""
+    shape = getattr(tensor, "shape", None)
+    if shape is None:
+        return type(tensor).__name__
+    return f"{tuple(shape)} {str(getattr(tensor, 'dtype', '')).removeprefix('torch.')}"

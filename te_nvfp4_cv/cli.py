@@ -1,0 +1,124 @@
+"""The command line: te-nvfp4-cv doctor, te-nvfp4-cv recipes. Both print text, or JSON with --json.
+
+doctor says what this machine would do: devices, the backend chosen on each and why, compiler, triton, the dtype for
+autocast and the memory format to use. It changes nothing and needs no GPU.
+Exit status: 0; 2 for a wrong command line or an installation that cannot run (torch outside the supported versions).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from te_nvfp4_cv.ops import dispatch, native
+from te_nvfp4_cv.recipe_files import list_recipes, recipe_folder
+
+TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="te-nvfp4-cv", description="NVFP4 training for convolutional networks")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("doctor", "what this machine would do, and why"), ("recipes", "the recipes that come with it")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    report: dict[str, Any] = {"doctor": doctor, "recipes": recipes}[options.command]()
+    print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
+    return 2 if report.get("problems") else 0
+
+
+def recipes() -> dict[str, Any]:
+    """The names of the shipped recipes and what each is for."""
+    return dict(list_recipes())
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine would do: versions, devices with their backend, compiler, dtype and memory format, problems."""
+    devices = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    found = recipe_folder()
+    report: dict[str, Any] = {
+        "python": platform.python_version(),
+        "te_nvfp4_cv": _version("te_nvfp4_cv"),
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "triton": _version("triton"),
+        "compiler": native.compiler() or "none: quantization on the CPU runs in plain torch, slower",
+        "devices": {str(device): _device(device) for device in devices},
+        "memory format": "torch.channels_last for model and images (channels_last_3d for 3-D): channels are the GEMMs' "
+        "contracted index",
+        "recipes": ", ".join(list_recipes()) or "none",
+    }
+    report["problems"] = _problems(report, found.is_dir())
+    return report
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    choice = dispatch.explain(device)
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+    return {
+        "name": name,
+        "backend": choice["backend"],
+        "why": choice["why"],
+        "requirements": choice.get("requirements", ""),
+        "autocast dtype": _autocast_dtype(device),
+    }
+
+
+def _autocast_dtype(device: torch.device) -> str:
+    """The dtype to give torch.autocast on this device, and what speaks for it."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16 with GradScaler: no bfloat16 here"
+    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return (
+        "bfloat16: in hardware"
+        if any(getattr(torch.cpu, unit, bool)() for unit in units)
+        else "none: this CPU has no bfloat16 units, float32 is faster"
+    )
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "absent"
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed, found on the path"
+
+
+def _problems(report: dict[str, Any], has_recipes: bool) -> list[str]:
+    problems = []
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if not TORCH_FROM <= version < TORCH_BELOW:
+        problems.append(f"torch {report['torch']} is outside >=2.11,<2.16: install a version in that range")
+    if not has_recipes:
+        problems.append("no recipes folder: install the package again with pip install .")
+    return problems
+
+
+def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
+    width = max((len(key) for key in report), default=0)
+    lines = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
+        else:
+            shown = "; ".join(str(item) for item in value) or "none" if isinstance(value, (list, tuple)) else value
+            lines.append(f"{indent}{key.ljust(width)}  {shown}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

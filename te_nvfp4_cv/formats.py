@@ -1,0 +1,329 @@
+"""The numbers of NVFP4: E2M1 codes, E4M3 block scales, the two-level scale chain, RHT, Philox, nibbles, scale layout.
+
+    S_enc = min(6 E / amax, FLT_MAX)                    one fp32 factor per tensor (or per row), E = 448 or 256
+    s_b   = e4m3(amax_b * (S_enc * f32(1/6)))           one E4M3 decode scale per block of 16
+    enc_b = min(1 / (s_b * (1 / S_enc)), FLT_MAX)       from the rounded s_b
+    code  = e2m1(x * enc_b)                             0 .5 1 1.5 2 3 4 6, and 8 + the same with minus
+    x'    = e2m1 * ((s_b * amax) * f32(1 / (6 E)))      every operation is one fp32 rounding, in this order
+
+Functions are elementwise, on any device, usable under torch.compile and fake tensors: no tensor lives at module level.
+Signs are taken from the bits, never by comparison, since compilers may drop the sign of zero.
+Python floats that multiply fp32 tensors are rounded to fp32 first, by torch. `1 / tensor` and `tensor / number` are
+written as torch.div of two tensors: torch may turn them into a multiplication by a reciprocal.
+This file holds no policy: it checks nothing, and does not know what a tensor face, a recipe or a backend is.
+Source: arXiv 2509.25149; TransformerEngine's reference_nvfp4.py and dequantize_nvfp4.cuh; Salmon et al. 2011 (Philox).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 16
+E2M1_MAX = 6.0
+E4M3_MAX = 448
+FLT_MAX = 3.4028234663852886e38
+ONE_SIXTH = 0.1666666716337204  # f32(1/6)
+SIGN_VECTOR = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+_SIGN_BIT = -(2**31)
+_MASK32 = 0xFFFFFFFF
+
+
+# ---- E2M1 -----------------------------------------------------------------------------------------------------------
+
+
+def encode_e2m1(v: Tensor) -> Tensor:
+    """E2M1 codes (uint8, 0..15) of fp32 values: nearest, ties to the even code, saturating.
+
+    Numerics: the sign survives a magnitude that rounds to 0 (-0.0 and -0.1 give 8); inf gives 7 / 15; NaN of any sign
+    gives 7, as the hardware instruction does.
+    """
+    bits = v.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    # Positive floats order as their bits do: 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0. A NaN exceeds all of them.
+    code = (magnitude > 0x3E800000).to(torch.uint8)
+    code = code + (magnitude >= 0x3F400000).to(torch.uint8)
+    code = code + (magnitude > 0x3FA00000).to(torch.uint8)
+    code = code + (magnitude >= 0x3FE00000).to(torch.uint8)
+    code = code + (magnitude > 0x40200000).to(torch.uint8)
+    code = code + (magnitude >= 0x40600000).to(torch.uint8)
+    code = code + (magnitude > 0x40A00000).to(torch.uint8)
+    return code | _sign_code(bits, magnitude)
+
+
+def encode_e2m1_stochastic(v: Tensor, random: Tensor) -> Tensor:
+    """E2M1 codes of fp32 values, rounded up with a probability equal to the fraction, by 8 random bits per element.
+
+        t = |v| + (r/256) step(|v|);   q = min(floor(t / step(t)) step(t), 6);   step = .5 below 2, 1 below 4, else 2
+
+    Args:
+        v: fp32.
+        random: uint8, of v's shape.
+    Numerics: grid points never move; |v| >= 6 gives 6; the sign is kept as in encode_e2m1; NaN gives 7.
+    """
+    bits = v.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    a = magnitude.view(torch.float32)
+    t = a + random.to(torch.float32) * (1.0 / 256.0) * _e2m1_step(a)  # the product is exact: this is an fma
+    step = _e2m1_step(t)
+    q = torch.clamp(torch.floor(t / step) * step, max=E2M1_MAX)
+    return encode_e2m1(q) | _sign_code(bits, magnitude)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """fp32 values of E2M1 codes (any integer dtype, 0..15); code 8 gives -0.0."""
+    code = codes.to(torch.int32)
+    m = code & 7
+    magnitude = torch.where(m < 2, m * 2, (2 + (m & 1)) << (m >> 1)).to(torch.float32) * 0.25
+    sign = torch.where(code > 7, _SIGN_BIT, 0).to(torch.int32)
+    return (magnitude.view(torch.int32) | sign).view(torch.float32)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [..., K/2] from codes [..., K] (K even): element 2j in bits 0-3, element 2j+1 in bits 4-7."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(data: Tensor) -> Tensor:
+    """Codes [..., K] from packed uint8 [..., K/2]."""
+    return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
+
+
+def blocks(v: Tensor) -> Tensor:
+    """[..., L] as [..., L/16, 16]; L may be 0."""
+    return v.unflatten(-1, (v.shape[-1] // BLOCK, BLOCK))
+
+
+def _sign_code(bits: Tensor, magnitude: Tensor) -> Tensor:
+    """8 where the sign bit is set and the value is no NaN, else 0 (uint8)."""
+    return ((bits < 0) & (magnitude <= 0x7F800000)).to(torch.uint8) << 3
+
+
+def _e2m1_step(a: Tensor) -> Tensor:
+    """Distance from |v| = a to the next larger E2M1 value: 0.5 below 2, 1 below 4, else 2."""
+    return torch.where(a < 2.0, 0.5, torch.where(a < 4.0, 1.0, 2.0)).to(torch.float32)
+
+
+# ---- scales ---------------------------------------------------------------------------------------------------------
+
+
+def to_e4m3(v: Tensor) -> Tensor:
+    """float8_e4m3fn of fp32 values >= 0: nearest even, subnormals kept, saturating; NaN gives 448, byte 0x7E."""
+    return torch.where(v < E4M3_MAX, v, float(E4M3_MAX)).to(torch.float8_e4m3fn)
+
+
+def encode_scale(amax: Tensor, e4m3_max: int = E4M3_MAX) -> Tensor:
+    """S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
+    s_enc = torch.div(torch.full_like(amax, E2M1_MAX * e4m3_max), amax).clamp(max=FLT_MAX)
+    usable = (amax > 0) & (amax <= FLT_MAX)
+    return torch.where(usable, s_enc, torch.ones_like(s_enc))
+
+
+def decode_factor(s_enc: Tensor) -> Tensor:
+    """S_dec = f32(1 / S_enc); may be subnormal."""
+    return torch.div(torch.ones_like(s_enc), s_enc)
+
+
+def block_scale(amax_b: Tensor, s_enc: Tensor) -> Tensor:
+    """Decode scale s_b = e4m3(amax_b * f32(S_enc * f32(1/6))) of each block; s_enc broadcasts against amax_b."""
+    return to_e4m3((amax_b * (s_enc * ONE_SIXTH)).clamp(max=FLT_MAX))
+
+
+def four_over_six_scales(amax_b: Tensor, s_enc: Tensor) -> tuple[Tensor, Tensor]:
+    """The two candidate decode scales of 4over6: the block's amax mapped to 6, and mapped to 4.
+
+    base = f32(f32(amax_b / 6) * S_enc);   s6 = e4m3(base);   s4 = e4m3(f32(base * 1.5))
+    """
+    base = torch.div(amax_b, torch.full_like(amax_b, E2M1_MAX)) * s_enc
+    return to_e4m3(base), to_e4m3(base * 1.5)
+
+
+def encode_multiplier(s_b: Tensor, s_enc: Tensor) -> Tensor:
+    """enc_b = min(f32(1 / f32(f32(s_b) * S_dec)), FLT_MAX), which multiplies the elements before the cast to E2M1."""
+    scale = s_b.to(torch.float32) * decode_factor(s_enc)
+    return torch.div(torch.ones_like(scale), scale).clamp(max=FLT_MAX)
+
+
+def alpha(amax_a: Tensor, amax_b: Tensor, e4m3_max_a: int = E4M3_MAX, e4m3_max_b: int = E4M3_MAX) -> Tensor:
+    """f32(f32(amax_a * amax_b) * f32(1 / (36 E_a E_b))): what turns a GEMM of code * scale into real units.
+
+    Not finite where either amax is not finite (inf * 0 is NaN).
+    """
+    return (amax_a * amax_b) * (1.0 / (36.0 * e4m3_max_a * e4m3_max_b))
+
+
+def decode_blocks(data: Tensor, scale: Tensor) -> Tensor:
+    """code * s_b, fp32 [..., K], exact in bf16 too: the operand without its tensor scale.
+
+    Args:
+        data: packed uint8 [..., K/2].
+        scale: float8_e4m3fn [..., K/16].
+    """
+    v = blocks(decode_e2m1(unpack_nibbles(data)))
+    return (v * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
+
+
+def dequantize(data: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int = E4M3_MAX) -> Tensor:
+    """fp32 [..., K] in TransformerEngine's order: e2m1 * f32(f32(s_b * amax) * f32(1 / (6 E))).
+
+    Args:
+        data: packed uint8 [..., K/2].
+        scale: float8_e4m3fn [..., K/16].
+        amax: [1], or one per row (of data flattened to 2-D) for a row-scaled tensor.
+    Numerics: overflows to inf above amax 7.6e35, as TransformerEngine does; a non-finite amax makes every element
+        non-finite.
+    """
+    if amax.numel() != 1:
+        amax = amax.reshape(*scale.shape[:-1], 1)
+    final = (scale.to(torch.float32) * amax) * (1.0 / (E2M1_MAX * e4m3_max))
+    v = blocks(decode_e2m1(unpack_nibbles(data)))
+    return (v * final.unsqueeze(-1)).flatten(-2)
+
+
+# ---- random Hadamard transform --------------------------------------------------------------------------------------
+
+
+def rht16(x: Tensor, with_sign: bool = True) -> Tensor:
+    """H16 diag(sign) x / 4 along the last axis of [..., 16]: signs, then butterflies of stride 1, 2, 4, 8 in fp32.
+
+    Args:
+        x: [..., 16] bf16, fp16 or fp32.
+        with_sign: False leaves the fixed sign vector out.
+    Returns:
+        bf16 for a bf16 input (one rounding, at the end), fp32 otherwise.
+    """
+    v = x.to(torch.float32)
+    if with_sign:
+        v = v * torch.tensor(SIGN_VECTOR, dtype=torch.float32, device=x.device)
+    for stride in (1, 2, 4, 8):
+        pairs = v.unflatten(-1, (BLOCK // (2 * stride), 2, stride))
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        v = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+    v = v * 0.25
+    return v.to(torch.bfloat16) if x.dtype == torch.bfloat16 else v
+
+
+def inverse_rht16(y: Tensor, with_sign: bool = True) -> Tensor:
+    """diag(sign) H16 y / 4, fp32: undoes rht16 up to rounding (the Hadamard matrix is its own inverse, times 16)."""
+    v = rht16(y.to(torch.float32), with_sign=False)
+    return v * torch.tensor(SIGN_VECTOR, dtype=torch.float32, device=y.device) if with_sign else v
+
+
+# ---- random bits ----------------------------------------------------------------------------------------------------
+
+
+def philox4x32(seed: Tensor | int, block_index: Tensor, face: int) -> Tensor:
+    """16 random bytes for each block: Philox4x32-10, uint8 [..., 16].
+
+    Args:
+        seed: key = (low, high) 32 bits; an int or an int64 tensor of one element.
+        block_index: int64 [...]; counter = (low, high, face, 0).
+        face: 0 rowwise, 1 columnwise.
+    Returns:
+        Byte i of a block is (word[i // 4] >> 8 (i % 4)) & 255.
+    """
+    low, high = block_index & _MASK32, (block_index >> 32) & _MASK32
+    words = philox_words(
+        (low, high, torch.full_like(low, face), torch.zeros_like(low)), (seed & _MASK32, (seed >> 32) & _MASK32)
+    )
+    by_word = torch.stack(words, dim=-1)
+    by_byte = torch.stack([(by_word >> shift) & 255 for shift in (0, 8, 16, 24)], dim=-1)
+    return by_byte.flatten(-2).to(torch.uint8)
+
+
+def philox_words(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four 32-bit words (in int64 tensors) from a 128-bit counter and a 64-bit key, also in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply32(c0, 0xD2511F53)
+        high1, low1 = _multiply32(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _multiply32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b for 32-bit values in int64, by 16-bit halves of a: nothing overflows."""
+    low48 = (a & 0xFFFF) * b
+    middle = (a >> 16) * b + (low48 >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low48 & 0xFFFF)
+
+
+# ---- the scale layout of the FP4 tensor cores -----------------------------------------------------------------------
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def pad_scales(scale: Tensor) -> Tensor:
+    """[R, C] block scales padded with zeros to multiples of 128 rows and 4 columns; uint8 or float8_e4m3fn."""
+    rows, cols = scale.shape
+    padded = torch.zeros(round_up(rows, 128), round_up(cols, 4), dtype=torch.uint8, device=scale.device)
+    padded[:rows, :cols] = scale.view(torch.uint8)
+    return padded.view(scale.dtype)
+
+
+def swizzle_scales(padded: Tensor) -> Tensor:
+    """Padded scales [R, C] in the order of the FP4 tensor cores, same shape: 128x4 tiles, each as 32 x 4 x 4 bytes."""
+    rows, cols = padded.shape
+    tiles = padded.view(torch.uint8).reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(rows, cols).view(padded.dtype)
+
+
+def unswizzle_scales(swizzled: Tensor) -> Tensor:
+    """The inverse of swizzle_scales."""
+    rows, cols = swizzled.shape
+    tiles = swizzled.view(torch.uint8).reshape(rows // 128, cols // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(rows, cols).view(swizzled.dtype)
+
+
+# ---- the columnwise face of a convolution operand -------------------------------------------------------------------
+
+
+def te_to_ntile(data: Tensor, scale: Tensor, spatial: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
+    """Columnwise data [C, (h, w, n)/2] and scales [C, (h, w, n)/16] as tiles of 16 images at one pixel.
+
+    Args:
+        spatial: (H, W), of any rank.
+        batch: images, a multiple of 16.
+    Returns:
+        data [N/16, H, W, C, 8] and scales [N/16, H, W, C].
+    """
+    rank, channels = len(spatial), data.shape[0]
+    order = (rank + 1, *range(1, rank + 1), 0)
+    tiles = data.reshape(channels, *spatial, batch // BLOCK, BLOCK // 2).permute(*order, rank + 2)
+    scales = scale.view(torch.uint8).reshape(channels, *spatial, batch // BLOCK).permute(*order)
+    return tiles.contiguous(), scales.contiguous().view(scale.dtype)
+
+
+def ntile_to_te(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of te_to_ntile; the shapes of the tiles say all it needs."""
+    rank = data.dim() - 3
+    order = (rank + 1, *range(1, rank + 1), 0)
+    channels = data.shape[-2]
+    rows = scale.numel() // max(channels, 1)
+    te_data = data.permute(*order, rank + 2).reshape(channels, rows * (BLOCK // 2))
+    te_scale = scale.view(torch.uint8).permute(*order).reshape(channels, rows)
+    return te_data, te_scale.view(scale.dtype)
+
+
+def transpose_tiles(data: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The columnwise face of a 16x16-scaled matrix, from its rowwise face: nibbles and tile scales transposed.
+
+    Args:
+        data: rowwise, packed uint8 [M, Kp/2].
+        scale: rowwise [M, Kp/16].
+        columns: K.
+    Returns:
+        data [K, Mp/2] and scales [K, Mp/16].
+    """
+    codes = unpack_nibbles(data)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % BLOCK))[:, :columns]
+    tiles = scale.view(torch.uint8)[::BLOCK].t().repeat_interleave(BLOCK, dim=0)[:columns]
+    return pack_nibbles(codes.t()).contiguous(), tiles.contiguous().view(scale.dtype)

@@ -1,0 +1,557 @@
+// CPU kernels of te_nvfp4_cv: NVFP4 quantization of convolution and linear operands, in one pass over memory each.
+//
+// Built at first use by native.py with the user's C++ compiler (no torch headers, no Python.h) and called through ctypes.
+// Numerics: those of formats.py, bit for bit. Every float operation below is one IEEE fp32 rounding; the file is compiled
+// with -ffp-contract=off and without -ffast-math. amax is taken on the integer image of |x|, so NaN > inf > finite.
+//
+// An operand is a row-major array of B images; an image is L rows of `run` = Wp * C contiguous values (Wp pixels, C channels).
+// Rowwise blocks: 16 channels of one pixel and one group (the last block of a group may be shorter).
+// Columnwise blocks: 16 images at one (row, pixel, channel); "images" may be folded strips, given by a table of row pointers.
+#include <cstdint>
+#include <cstring>
+#include <cmath>
+#include <algorithm>
+
+namespace {
+
+constexpr int CHUNK = 64;                 // columns worked on at once: 16 x 64 floats stay in the L1 cache
+constexpr float FLT_MAXIMUM = 3.402823466e+38f;
+constexpr uint32_t INF_BITS = 0x7f800000u;
+constexpr int SIGN[16] = {1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1};
+
+inline float as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+inline uint32_t as_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+
+struct bf16 { uint16_t u; };
+inline float load(const float* p) { return *p; }
+inline float load(const bf16* p) { return as_float(uint32_t(p->u) << 16); }
+inline void store(float* p, float v) { *p = v; }
+inline uint32_t round_bf16_bits(uint32_t u) { return (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u; }  // NaN stays NaN: payloads come from bf16
+inline void store(bf16* p, float v) { p->u = uint16_t(as_bits(v) >> 16); }                                // exact values only
+
+// E4M3 decode value of v >= 0: RTNE, saturating at 448, subnormals kept; NaN gives 448. Returns the value, as fp32.
+inline float round_e4m3(float v) {
+    float c = v < 448.0f ? v : 448.0f;
+    uint32_t u = as_bits(c);
+    float normal = as_float((u + 0x7ffffu + ((u >> 20) & 1u)) & 0xfff00000u);
+    float small = (c + 24576.0f) - 24576.0f;                       // 1.5 * 2^23 * 2^-9: the subnormal step
+    float r = c < 0.015625f ? small : normal;
+    return r < 448.0f ? r : 448.0f;
+}
+inline uint8_t e4m3_byte(float s) {                                // of a value on the E4M3 grid
+    uint32_t u = as_bits(s);
+    uint32_t normal = (u >> 20) - (120u << 3);
+    uint32_t small = uint32_t(int32_t(s * 512.0f));
+    return uint8_t(s < 0.015625f ? small : normal);
+}
+inline float e4m3_value(uint8_t b) {
+    uint32_t normal = (uint32_t(b) << 20) + (120u << 23);
+    return b < 8 ? float(b) * 0.001953125f : as_float(normal);
+}
+
+// |y| -> value on the E2M1 grid. RTNE, ties to the even code; NaN gives 6.
+inline float e2m1_nearest(float a) {
+    a = a < 6.0f ? a : 6.0f;
+    float magic = a < 2.0f ? 6291456.0f : (a < 4.0f ? 12582912.0f : 25165824.0f);      // 1.5 * 2^23 * step
+    return (a + magic) - magic;
+}
+// Stochastic: t = |y| + r/256 * step(|y|), rounded down to the grid.
+inline float e2m1_stochastic(float a, uint32_t random) {
+    a = a < 6.0f ? a : 6.0f;
+    float unit = a < 2.0f ? 0.001953125f : (a < 4.0f ? 0.00390625f : 0.0078125f);       // step / 256
+    float t = a + float(int32_t(random)) * unit;
+    float big = as_float(as_bits(t) & 0xffc00000u);
+    float small = t < 0.5f ? 0.0f : 0.5f;
+    float r = t < 1.0f ? small : big;
+    return r < 6.0f ? r : 6.0f;
+}
+inline uint32_t e2m1_code(float r) {                               // of a value on the grid, without the sign
+    uint32_t big = (as_bits(r) >> 22) - 252u;
+    uint32_t small = r < 0.5f ? 0u : 1u;
+    return r < 1.0f ? small : big;
+}
+inline float e2m1_value(uint32_t code) {                           // with the sign, by bits: -0.0 is code 8
+    uint32_t m = code & 7u;
+    uint32_t big = (m + 252u) << 22;
+    uint32_t small = m == 1u ? 0x3f000000u : 0u;
+    return as_float((m < 2u ? small : big) | ((code & 8u) << 28));
+}
+inline uint32_t sign_of(uint32_t bits) { return (bits & 0x7fffffffu) > INF_BITS ? 0u : bits & 0x80000000u; }   // NaN: none
+
+struct Scale { float S_enc, S_dec, mult; };
+Scale make_scale(float amax, float e4m3_max) {
+    float S = (e4m3_max * 6.0f) / amax;
+    S = S < FLT_MAXIMUM ? S : FLT_MAXIMUM;                         // amax 0 or NaN: FLT_MAX, replaced below
+    if (!(amax > 0.0f) || S == 0.0f) S = 1.0f;
+    return {S, 1.0f / S, S * (1.0f / 6.0f)};
+}
+inline float encode_of(float s, float S_dec) {
+    float e = 1.0f / (s * S_dec);
+    return e < FLT_MAXIMUM ? e : FLT_MAXIMUM;
+}
+
+// Philox4x32-10 of CHUNK counters at once: 16 random bytes a counter.
+inline void philox(const uint64_t* index, int n, uint32_t face, uint64_t seed, uint32_t (*out)[CHUNK]) {
+    uint32_t* a = out[0]; uint32_t* b = out[1]; uint32_t* c = out[2]; uint32_t* d = out[3];
+    for (int j = 0; j < n; ++j) { a[j] = uint32_t(index[j]); b[j] = uint32_t(index[j] >> 32); c[j] = face; d[j] = 0; }
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        for (int j = 0; j < n; ++j) {
+            uint64_t p0 = uint64_t(0xD2511F53u) * a[j], p1 = uint64_t(0xCD9E8D57u) * c[j];
+            uint32_t na = uint32_t(p1 >> 32) ^ b[j] ^ k0, nc = uint32_t(p0 >> 32) ^ d[j] ^ k1;
+            a[j] = na; b[j] = uint32_t(p1); c[j] = nc; d[j] = uint32_t(p0);
+        }
+        k0 += 0x9E3779B9u; k1 += 0xBB67AE85u;
+    }
+}
+
+// 16 rows x n columns into t, signs applied, rotated, times 1/4; bf16 input: rounded to bf16.
+template <class T, bool RHT>
+inline void load_tile(const T* const* rows, int64_t at, int n, float (*t)[CHUNK]) {
+    for (int i = 0; i < 16; ++i) {
+        const uint32_t flip = RHT && SIGN[i] < 0 ? 0x80000000u : 0u;
+        if (rows[i] == nullptr) { for (int j = 0; j < CHUNK; ++j) t[i][j] = as_float(flip); continue; }      // -0.0 counts: signs first
+        const T* p = rows[i] + at;
+        if (n == CHUNK) { for (int j = 0; j < CHUNK; ++j) t[i][j] = as_float(as_bits(load(p + j)) ^ flip); }
+        else { for (int j = 0; j < n; ++j) t[i][j] = as_float(as_bits(load(p + j)) ^ flip); for (int j = n; j < CHUNK; ++j) t[i][j] = 0.0f; }
+    }
+    if (!RHT) return;
+    for (int stride = 1; stride < 16; stride *= 2)
+        for (int i = 0; i < 16; ++i) {
+            if (i & stride) continue;
+            float* lo = t[i]; float* hi = t[i + stride];
+            for (int j = 0; j < CHUNK; ++j) { float a = lo[j], b = hi[j]; lo[j] = a + b; hi[j] = a - b; }
+        }
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < CHUNK; ++j) {
+            float v = t[i][j] * 0.25f;
+            t[i][j] = sizeof(T) == 2 ? as_float(round_bf16_bits(as_bits(v))) : v;
+        }
+}
+
+inline void tile_amax(float (*t)[CHUNK], uint32_t* m) {
+    for (int j = 0; j < CHUNK; ++j) m[j] = 0;
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < CHUNK; ++j) { uint32_t a = as_bits(t[i][j]) & 0x7fffffffu; m[j] = m[j] > a ? m[j] : a; }
+}
+
+template <class T>
+uint32_t amax_flat(const T* p, int64_t n) {
+    uint32_t acc[CHUNK] = {0};
+    int64_t k = 0;
+    for (; k + CHUNK <= n; k += CHUNK)
+        for (int j = 0; j < CHUNK; ++j) { uint32_t a = as_bits(load(p + k + j)) & 0x7fffffffu; acc[j] = acc[j] > a ? acc[j] : a; }
+    uint32_t m = 0;
+    for (; k < n; ++k) m = std::max(m, as_bits(load(p + k)) & 0x7fffffffu);
+    for (int j = 0; j < CHUNK; ++j) m = std::max(m, acc[j]);
+    return m;
+}
+
+struct Operand {            // see native.py: the same fields in the same order
+    const void* x; const int64_t* row_start;      // [G16 * 16 * L] offsets into x in elements, -1 = a row of zeros; nullptr: plain images
+    int64_t images, L, Wp, C, groups;             // images of x itself, rows of an image, pixels of a row
+    int64_t fold_images, fold_L;                  // images and rows of the columnwise operand (multiple of 16 images)
+    void* row_dq; uint8_t* row_codes; uint8_t* row_scale;      // any may be nullptr
+    void* col_dq; uint8_t* col_codes; uint8_t* col_scale;
+    float* amax;                                  // [2]: rowwise, columnwise: written by amax, read by quantize
+    int64_t seed; int32_t rht, stochastic, in_bf16, out_bf16, threads, want_row, want_col; float e4m3_max;
+};
+
+// ------------------------------------------------------------------------------------------------ rowwise
+template <class T, class D, bool SR>
+void row_run(const Operand& q, const T* x, int64_t image, int64_t row, const Scale& S) {
+    const int64_t Cg = q.C / q.groups, Kb = (Cg + 15) / 16, segments = q.Wp * q.groups;
+    const int64_t base = (image * q.L + row) * q.Wp * q.C, sbase = (image * q.L + row) * segments * Kb;
+    D* dq = q.row_dq ? static_cast<D*>(q.row_dq) + base : nullptr;
+    const int64_t total = segments * Kb;
+    constexpr int NB = 16;                                         // blocks at once
+    float v[NB][16], r[NB][16]; uint32_t m[NB]; float s[NB], e[NB];
+    uint64_t index[CHUNK]; uint32_t random[4][CHUNK];
+    const bool even = Cg % 16 == 0;
+    for (int64_t b0 = 0; b0 < total; b0 += NB) {
+        const int nb = int(std::min<int64_t>(NB, total - b0));
+        for (int b = 0; b < nb; ++b) {
+            const int64_t seg = even ? 0 : (b0 + b) / Kb, kb = even ? 0 : (b0 + b) % Kb;
+            const T* p = even ? x + (b0 + b) * 16 : x + seg * Cg + kb * 16;
+            const int n = even ? 16 : int(std::min<int64_t>(16, Cg - kb * 16));
+            if (n == 16) { for (int k = 0; k < 16; ++k) v[b][k] = load(p + k); }
+            else { for (int k = 0; k < 16; ++k) v[b][k] = k < n ? load(p + k) : 0.0f; }
+            uint32_t a = 0;
+            for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(v[b][k]) & 0x7fffffffu; a = a > u ? a : u; }
+            m[b] = a;
+        }
+        for (int b = nb; b < NB; ++b) m[b] = 0;
+        for (int b = 0; b < NB; ++b) { s[b] = round_e4m3(as_float(m[b]) * S.mult); e[b] = encode_of(s[b], S.S_dec); }
+        if (SR) {
+            for (int b = 0; b < nb; ++b) {
+                const int64_t seg = (b0 + b) / Kb, kb = (b0 + b) % Kb, w = seg / q.groups, g = seg % q.groups;
+                index[b] = uint64_t((((row * q.Wp + w) * q.images + image) * q.groups + g) * Kb + kb);
+            }
+            philox(index, nb, 0, uint64_t(q.seed), random);
+        }
+        for (int b = 0; b < nb; ++b) {
+            const float eb = e[b];
+            uint32_t bytes[16];
+            if (SR) for (int k = 0; k < 16; ++k) bytes[k] = (random[k / 4][b] >> (8 * (k % 4))) & 255u;
+            for (int k = 0; k < 16; ++k) {
+                float y = v[b][k] * eb; uint32_t u = as_bits(y);
+                float a = as_float(u & 0x7fffffffu);
+                float g = SR ? e2m1_stochastic(a, bytes[k]) : e2m1_nearest(a);
+                r[b][k] = as_float(as_bits(g) | sign_of(u));
+            }
+        }
+        if (dq) for (int b = 0; b < nb; ++b) {
+            const int64_t seg = even ? 0 : (b0 + b) / Kb, kb = even ? 0 : (b0 + b) % Kb;
+            D* p = even ? dq + (b0 + b) * 16 : dq + seg * Cg + kb * 16;
+            const int n = even ? 16 : int(std::min<int64_t>(16, Cg - kb * 16));
+            const float sb = s[b];
+            if (n == 16) { for (int k = 0; k < 16; ++k) store(p + k, r[b][k] * sb); }
+            else { for (int k = 0; k < n; ++k) store(p + k, r[b][k] * sb); }
+        }
+        if (q.row_codes) for (int b = 0; b < nb; ++b) {
+            uint32_t c[16];
+            for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(r[b][k]); c[k] = e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u); }
+            uint8_t* p = q.row_codes + (sbase + b0 + b) * 8;
+            for (int k = 0; k < 8; ++k) p[k] = uint8_t(c[2 * k] | c[2 * k + 1] << 4);
+        }
+        if (q.row_scale) for (int b = 0; b < nb; ++b) q.row_scale[sbase + b0 + b] = e4m3_byte(s[b]);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ columnwise
+template <class T, class D, bool RHT, bool SR>
+void col_run(const Operand& q, const T* const* rows, int64_t g16, int64_t row, const Scale& S) {
+    const int64_t run = q.Wp * q.C, N16 = q.fold_images / 16, M16 = q.fold_L * q.Wp * N16;
+    const int64_t out = (g16 * q.fold_L + row) * run;
+    float t[16][CHUNK], s[CHUNK], e[CHUNK]; uint32_t m[CHUNK], lo[CHUNK], hi[CHUNK]; uint64_t index[CHUNK]; uint32_t random[4][CHUNK];
+    for (int64_t at = 0; at < run; at += CHUNK) {
+        const int n = int(std::min<int64_t>(CHUNK, run - at));
+        load_tile<T, RHT>(rows, at, n, t);
+        tile_amax(t, m);
+        for (int j = 0; j < CHUNK; ++j) { s[j] = round_e4m3(as_float(m[j]) * S.mult); e[j] = encode_of(s[j], S.S_dec); }
+        if (SR) {
+            int64_t w = at / q.C, c = at % q.C;
+            for (int j = 0; j < n; ++j) {
+                index[j] = uint64_t(c * M16 + (row * q.Wp + w) * N16 + g16);
+                if (++c == q.C) { c = 0; ++w; }
+            }
+            for (int j = n; j < CHUNK; ++j) index[j] = 0;
+            philox(index, CHUNK, 1, uint64_t(q.seed), random);
+        }
+        for (int i = 0; i < 16; ++i) {
+            const uint32_t* word = random[i / 4]; const int shift = 8 * (i % 4);
+            for (int j = 0; j < CHUNK; ++j) {
+                float y = t[i][j] * e[j]; uint32_t u = as_bits(y);
+                float a = as_float(u & 0x7fffffffu);
+                float g = SR ? e2m1_stochastic(a, (word[j] >> shift) & 255u) : e2m1_nearest(a);
+                t[i][j] = as_float(as_bits(g) | sign_of(u));
+            }
+        }
+        if (q.col_dq) for (int i = 0; i < 16; ++i) {
+            D* p = static_cast<D*>(q.col_dq) + ((g16 * 16 + i) * q.fold_L + row) * run + at;
+            if (n == CHUNK) { for (int j = 0; j < CHUNK; ++j) store(p + j, t[i][j] * s[j]); }
+            else { for (int j = 0; j < n; ++j) store(p + j, t[i][j] * s[j]); }
+        }
+        if (q.col_codes) {
+            for (int j = 0; j < CHUNK; ++j) { lo[j] = 0; hi[j] = 0; }
+            for (int i = 0; i < 16; ++i) {
+                uint32_t* word = i < 8 ? lo : hi; const int shift = 4 * (i % 8);
+                for (int j = 0; j < CHUNK; ++j) {
+                    uint32_t u = as_bits(t[i][j]);
+                    word[j] |= (e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u)) << shift;
+                }
+            }
+            uint32_t* p = reinterpret_cast<uint32_t*>(q.col_codes) + (out + at) * 2;
+            for (int j = 0; j < n; ++j) { p[2 * j] = lo[j]; p[2 * j + 1] = hi[j]; }
+        }
+        if (q.col_scale) for (int j = 0; j < n; ++j) q.col_scale[out + at + j] = e4m3_byte(s[j]);
+    }
+}
+
+template <class T>
+bool row_pointers(const Operand& q, int64_t g16, int64_t row, const T** rows) {
+    const T* x = static_cast<const T*>(q.x);
+    bool any = false;
+    for (int i = 0; i < 16; ++i) {
+        const int64_t image = g16 * 16 + i;
+        int64_t offset;
+        if (q.row_start) offset = q.row_start[image * q.fold_L + row];
+        else offset = image < q.images ? (image * q.L + row) * q.Wp * q.C : -1;
+        rows[i] = offset < 0 ? nullptr : x + offset;
+        any |= offset >= 0;
+    }
+    return any;
+}
+
+template <class T, bool RHT>
+void amax_operand(const Operand& q) {
+    const int64_t run = q.Wp * q.C, N16 = q.fold_images / 16, items = N16 * q.fold_L, elements = q.images * q.L * run;
+    uint32_t row_max = 0, col_max = 0;
+    if (q.want_row) {
+        const int64_t piece = 1 << 14, pieces = (elements + piece - 1) / piece;
+        #pragma omp parallel for num_threads(q.threads) schedule(static) reduction(max : row_max)
+        for (int64_t k = 0; k < pieces; ++k)
+            row_max = std::max(row_max, amax_flat(static_cast<const T*>(q.x) + k * piece, std::min(piece, elements - k * piece)));
+    }
+    if (q.want_col) {
+        #pragma omp parallel for num_threads(q.threads) schedule(static) reduction(max : col_max)
+        for (int64_t item = 0; item < items; ++item) {
+            const T* rows[16];
+            if (!row_pointers<T>(q, item / q.fold_L, item % q.fold_L, rows)) continue;
+            float t[16][CHUNK]; uint32_t m[CHUNK];
+            for (int64_t at = 0; at < run; at += CHUNK) {
+                load_tile<T, RHT>(rows, at, int(std::min<int64_t>(CHUNK, run - at)), t);
+                tile_amax(t, m);
+                uint32_t top = 0;
+                for (int j = 0; j < CHUNK; ++j) top = top > m[j] ? top : m[j];
+                col_max = col_max > top ? col_max : top;
+            }
+        }
+    }
+    q.amax[0] = as_float(row_max);
+    q.amax[1] = as_float(col_max);
+}
+
+template <class T, class D, bool RHT, bool SR>
+void quantize_operand(const Operand& q) {
+    const int64_t N16 = q.fold_images / 16;
+    const Scale row_scale = make_scale(q.amax[0], q.e4m3_max), col_scale = make_scale(q.amax[1], q.e4m3_max);
+    const T* x = static_cast<const T*>(q.x);
+    const bool together = q.want_row && q.want_col && q.row_start == nullptr;     // the 16 rows are still in the cache
+    if (q.want_col) {
+        const int64_t items = N16 * q.fold_L;
+        #pragma omp parallel for num_threads(q.threads) schedule(static)
+        for (int64_t item = 0; item < items; ++item) {
+            const int64_t g16 = item / q.fold_L, row = item % q.fold_L;
+            const T* rows[16];
+            row_pointers<T>(q, g16, row, rows);
+            col_run<T, D, RHT, SR>(q, rows, g16, row, col_scale);
+            if (together) for (int i = 0; i < 16; ++i) if (rows[i]) row_run<T, D, SR>(q, rows[i], g16 * 16 + i, row, row_scale);
+        }
+    }
+    if (q.want_row && !together) {
+        const int64_t items = q.images * q.L;
+        #pragma omp parallel for num_threads(q.threads) schedule(static)
+        for (int64_t item = 0; item < items; ++item)
+            row_run<T, D, SR>(q, x + item * q.Wp * q.C, item / q.L, item % q.L, row_scale);
+    }
+}
+
+template <class T, class D>
+void quantize_typed(const Operand& q) {
+    if (q.rht) { if (q.stochastic) quantize_operand<T, D, true, true>(q); else quantize_operand<T, D, true, false>(q); }
+    else { if (q.stochastic) quantize_operand<T, D, false, true>(q); else quantize_operand<T, D, false, false>(q); }
+}
+
+template <class D>
+void unpack_columns(const uint8_t* codes, const uint8_t* scale, D* out, int64_t groups16, int64_t run, int threads) {
+    const int64_t pieces = (run + CHUNK - 1) / CHUNK;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t item = 0; item < groups16 * pieces; ++item) {
+        const int64_t g = item / pieces, at = item % pieces * CHUNK;
+        const int n = int(std::min<int64_t>(CHUNK, run - at));
+        uint32_t lo[CHUNK] = {0}, hi[CHUNK] = {0}; float s[CHUNK] = {0};
+        const uint32_t* p = reinterpret_cast<const uint32_t*>(codes) + (g * run + at) * 2;
+        for (int j = 0; j < n; ++j) { lo[j] = p[2 * j]; hi[j] = p[2 * j + 1]; }
+        for (int j = 0; j < n; ++j) s[j] = e4m3_value(scale[g * run + at + j]);
+        for (int i = 0; i < 16; ++i) {
+            const uint32_t* word = i < 8 ? lo : hi; const int shift = 4 * (i % 8);
+            D* o = out + (g * 16 + i) * run + at;
+            if (n == CHUNK) { for (int j = 0; j < CHUNK; ++j) store(o + j, e2m1_value(word[j] >> shift & 15u) * s[j]); }
+            else { for (int j = 0; j < n; ++j) store(o + j, e2m1_value(word[j] >> shift & 15u) * s[j]); }
+        }
+    }
+}
+
+template <class D>
+void unpack_rows(const uint8_t* codes, const uint8_t* scale, D* out, int64_t segments, int64_t Cg, int threads) {
+    const int64_t Kb = (Cg + 15) / 16;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t seg = 0; seg < segments; ++seg)
+        for (int64_t kb = 0; kb < Kb; ++kb) {
+            const uint8_t* p = codes + (seg * Kb + kb) * 8;
+            const float s = e4m3_value(scale[seg * Kb + kb]);
+            const int n = int(std::min<int64_t>(16, Cg - kb * 16));
+            float v[16];
+            for (int k = 0; k < 16; ++k) v[k] = e2m1_value(p[k / 2] >> (k % 2 * 4) & 15u) * s;
+            for (int k = 0; k < n; ++k) store(out + seg * Cg + kb * 16 + k, v[k]);
+        }
+}
+
+struct Weight {
+    const void* w; int64_t groups, Og, Cg, T, stride_o, stride_c, stride_t;
+    void* dq; uint8_t* codes; uint8_t* scale; const float* amax;   // dq [groups*Og, T, Cg]; codes [groups*Og, T, Kb*8]; scale [groups, Ob, T, Kb]
+    int32_t in_bf16, out_bf16, threads; float e4m3_max;
+};
+
+template <class W, class D>
+void quantize_weight(const Weight& q) {
+    const int64_t Ob = (q.Og + 15) / 16, Kb = (q.Cg + 15) / 16, items = q.groups * Ob * Kb;
+    const Scale S = make_scale(q.amax[0], q.e4m3_max);
+    #pragma omp parallel for num_threads(q.threads) schedule(static)
+    for (int64_t item = 0; item < items; ++item) {
+        const int64_t kb = item % Kb, ob = item / Kb % Ob, g = item / Kb / Ob;
+        const int no = int(std::min<int64_t>(16, q.Og - ob * 16)), nc = int(std::min<int64_t>(16, q.Cg - kb * 16));
+        const W* w = static_cast<const W*>(q.w) + (g * q.Og + ob * 16) * q.stride_o + kb * 16 * q.stride_c;
+        constexpr int TAPS = 32;
+        float tile[TAPS][16][16];
+        for (int64_t t0 = 0; t0 < q.T; t0 += TAPS) {
+            const int nt = int(std::min<int64_t>(TAPS, q.T - t0));
+            if (no < 16 || nc < 16) std::memset(tile, 0, sizeof(tile));
+            for (int o = 0; o < no; ++o) {
+                const W* p = w + o * q.stride_o + t0 * q.stride_t;
+                if (q.stride_c == 1) { for (int t = 0; t < nt; ++t) for (int c = 0; c < nc; ++c) tile[t][o][c] = load(p + t * q.stride_t + c); }
+                else { for (int c = 0; c < nc; ++c) for (int t = 0; t < nt; ++t) tile[t][o][c] = load(p + c * q.stride_c + t * q.stride_t); }
+            }
+            for (int t = 0; t < nt; ++t) {
+                uint32_t top[16] = {0}, m = 0;
+                for (int o = 0; o < 16; ++o)
+                    for (int c = 0; c < 16; ++c) { uint32_t a = as_bits(tile[t][o][c]) & 0x7fffffffu; top[c] = top[c] > a ? top[c] : a; }
+                for (int c = 0; c < 16; ++c) m = m > top[c] ? m : top[c];
+                const float s = round_e4m3(as_float(m) * S.mult), e = encode_of(s, S.S_dec);
+                for (int o = 0; o < no; ++o) {
+                    float r[16];
+                    for (int c = 0; c < 16; ++c) {
+                        uint32_t u = as_bits(tile[t][o][c] * e);
+                        r[c] = as_float(as_bits(e2m1_nearest(as_float(u & 0x7fffffffu))) | sign_of(u));
+                    }
+                    const int64_t at = (g * q.Og + ob * 16 + o) * q.T + t0 + t;
+                    if (q.dq) {
+                        D* d = static_cast<D*>(q.dq) + at * q.Cg + kb * 16;
+                        if (nc == 16) { for (int c = 0; c < 16; ++c) store(d + c, r[c] * s); }
+                        else { for (int c = 0; c < nc; ++c) store(d + c, r[c] * s); }
+                    }
+                    if (q.codes) {
+                        uint8_t* d = q.codes + (at * Kb + kb) * 8; uint32_t code[16];
+                        for (int c = 0; c < 16; ++c) { uint32_t u = as_bits(r[c]); code[c] = e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u); }
+                        for (int k = 0; k < 8; ++k) d[k] = uint8_t(code[2 * k] | code[2 * k + 1] << 4);
+                    }
+                }
+                if (q.scale) q.scale[((g * Ob + ob) * q.T + t0 + t) * Kb + kb] = e4m3_byte(s);
+            }
+        }
+    }
+}
+
+template <class D>
+void unpack_weight(const Weight& q) {
+    const int64_t Ob = (q.Og + 15) / 16, Kb = (q.Cg + 15) / 16, rows = q.groups * q.Og;
+    #pragma omp parallel for num_threads(q.threads) schedule(static)
+    for (int64_t o = 0; o < rows; ++o)
+        for (int64_t t = 0; t < q.T; ++t)
+            for (int64_t kb = 0; kb < Kb; ++kb) {
+                const int64_t at = o * q.T + t, g = o / q.Og, ob = o % q.Og / 16;
+                const uint8_t* p = q.codes + (at * Kb + kb) * 8;
+                const float s = e4m3_value(q.scale[((g * Ob + ob) * q.T + t) * Kb + kb]);
+                const int n = int(std::min<int64_t>(16, q.Cg - kb * 16));
+                float v[16];
+                for (int k = 0; k < 16; ++k) v[k] = e2m1_value(p[k / 2] >> (k % 2 * 4) & 15u) * s;
+                D* d = static_cast<D*>(q.dq) + at * q.Cg + kb * 16;
+                for (int k = 0; k < n; ++k) store(d + k, v[k]);
+            }
+}
+
+inline void store_round(float* p, float v) { *p = v; }
+inline void store_round(bf16* p, float v) {
+    uint32_t u = as_bits(v);
+    p->u = uint16_t((u & 0x7fffffffu) > INF_BITS ? 0x7fc0u : round_bf16_bits(u) >> 16);
+}
+
+// y[i, c] = round(y[i, c] * alpha + bias[c]), in place.
+template <class T>
+void scale_bias(T* y, int64_t rows, int64_t C, float alpha, const float* bias, int threads) {
+    const int64_t piece = std::max<int64_t>(1, 16384 / C), pieces = (rows + piece - 1) / piece;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t k = 0; k < pieces; ++k) {
+        const int64_t first = k * piece, last = std::min(rows, first + piece);
+        if (!bias) { T* p = y + first * C; const int64_t n = (last - first) * C; for (int64_t j = 0; j < n; ++j) store_round(p + j, load(p + j) * alpha); }
+        else for (int64_t i = first; i < last; ++i) { T* p = y + i * C; for (int64_t c = 0; c < C; ++c) store_round(p + c, load(p + c) * alpha + bias[c]); }
+    }
+}
+
+// bit k of mask byte j: !(y[8j + k] <= 0), what ReLU's backward lets through.
+template <class T>
+void positive_mask(const T* y, uint8_t* mask, int64_t n, int threads) {
+    const int64_t bytes = (n + 7) / 8, piece = 2048, pieces = (bytes + piece - 1) / piece;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t k = 0; k < pieces; ++k) {
+        const int64_t last = std::min(bytes, (k + 1) * piece);
+        int64_t b = k * piece;
+        for (; b + 2 <= last && b * 8 + 16 <= n; b += 2) {
+            const T* p = y + b * 8; uint32_t word = 0;
+            for (int j = 0; j < 16; ++j) word |= load(p + j) <= 0.0f ? 0u : 1u << j;
+            mask[b] = uint8_t(word); mask[b + 1] = uint8_t(word >> 8);
+        }
+        for (; b < last; ++b) {
+            uint32_t word = 0;
+            for (int j = 0; j < 8 && b * 8 + j < n; ++j) word |= load(y + b * 8 + j) <= 0.0f ? 0u : 1u << j;
+            mask[b] = uint8_t(word);
+        }
+    }
+}
+
+template <class U>
+void apply_mask(const U* dy, const uint8_t* mask, U* dx, int64_t n, int threads) {
+    const int64_t bytes = (n + 7) / 8, piece = 2048, pieces = (bytes + piece - 1) / piece;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t k = 0; k < pieces; ++k) {
+        const int64_t last = std::min(bytes, (k + 1) * piece);
+        int64_t b = k * piece;
+        for (; b + 2 <= last && b * 8 + 16 <= n; b += 2) {
+            const uint32_t word = mask[b] | uint32_t(mask[b + 1]) << 8;
+            for (int j = 0; j < 16; ++j) dx[b * 8 + j] = U(dy[b * 8 + j] & U(-int64_t(word >> j & 1u)));
+        }
+        for (; b < last; ++b)
+            for (int j = 0; j < 8 && b * 8 + j < n; ++j) dx[b * 8 + j] = U(dy[b * 8 + j] & U(-int64_t(mask[b] >> j & 1u)));
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int nvfp4_abi() { return 1; }
+
+void nvfp4_amax(const Operand* q) {
+    if (q->in_bf16) { if (q->rht) amax_operand<bf16, true>(*q); else amax_operand<bf16, false>(*q); }
+    else { if (q->rht) amax_operand<float, true>(*q); else amax_operand<float, false>(*q); }
+}
+
+void nvfp4_quantize(const Operand* q) {
+    if (q->in_bf16) { if (q->out_bf16) quantize_typed<bf16, bf16>(*q); else quantize_typed<bf16, float>(*q); }
+    else { if (q->out_bf16) quantize_typed<float, bf16>(*q); else quantize_typed<float, float>(*q); }
+}
+
+void nvfp4_unpack_columns(const uint8_t* codes, const uint8_t* scale, void* out, int64_t groups16, int64_t run, int32_t out_bf16, int32_t threads) {
+    if (out_bf16) unpack_columns(codes, scale, static_cast<bf16*>(out), groups16, run, threads);
+    else unpack_columns(codes, scale, static_cast<float*>(out), groups16, run, threads);
+}
+
+void nvfp4_unpack_rows(const uint8_t* codes, const uint8_t* scale, void* out, int64_t segments, int64_t Cg, int32_t out_bf16, int32_t threads) {
+    if (out_bf16) unpack_rows(codes, scale, static_cast<bf16*>(out), segments, Cg, threads);
+    else unpack_rows(codes, scale, static_cast<float*>(out), segments, Cg, threads);
+}
+
+void nvfp4_quantize_weight(const Weight* q) {
+    if (q->in_bf16) { if (q->out_bf16) quantize_weight<bf16, bf16>(*q); else quantize_weight<bf16, float>(*q); }
+    else { if (q->out_bf16) quantize_weight<float, bf16>(*q); else quantize_weight<float, float>(*q); }
+}
+
+void nvfp4_unpack_weight(const Weight* q) { if (q->out_bf16) unpack_weight<bf16>(*q); else unpack_weight<float>(*q); }
+
+void nvfp4_scale_bias(void* y, int64_t rows, int64_t C, float alpha, const float* bias, int32_t is_bf16, int32_t threads) {
+    if (is_bf16) scale_bias(static_cast<bf16*>(y), rows, C, alpha, bias, threads);
+    else scale_bias(static_cast<float*>(y), rows, C, alpha, bias, threads);
+}
+
+void nvfp4_positive_mask(const void* y, uint8_t* mask, int64_t n, int32_t is_bf16, int32_t threads) {
+    if (is_bf16) positive_mask(static_cast<const bf16*>(y), mask, n, threads);
+    else positive_mask(static_cast<const float*>(y), mask, n, threads);
+}
+
+void nvfp4_apply_mask(const void* dy, const uint8_t* mask, void* dx, int64_t n, int32_t is_16bit, int32_t threads) {
+    if (is_16bit) apply_mask(static_cast<const uint16_t*>(dy), mask, static_cast<uint16_t*>(dx), n, threads);
+    else apply_mask(static_cast<const uint32_t*>(dy), mask, static_cast<uint32_t*>(dx), n, threads);
+}
+
+}  // extern "C"

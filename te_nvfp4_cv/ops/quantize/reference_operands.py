@@ -1,0 +1,126 @@
+"""The specification of convolution operands: permute to TransformerEngine's matrix, quantize it by reference.py, permute back.
+
+    x [B, *image, C]  ->  x_MC, rows M in the order (image axes, batch), channels padded with zeros group by group
+    w [axis 0, axis 1, *kernel]  ->  w_OK, K in the order (tap, channel)
+
+Forms and shapes are those of operands.py. Plain torch, any device; nothing here is fast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.ops.quantize import reference
+
+NONE, PACKED, DEQUANTIZED = 0, 1, 2
+BLOCK = 16
+
+
+def fold_images(x: Tensor, fold: Fold) -> Tensor:
+    """[images, rows, *image[1:], C] from [B, *image, C]: strips with their halo, zero images at the end. Without image axes: zero rows at the end."""
+    if fold.strips == 1:
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, fold.images - x.shape[0]))
+    index = fold.source_rows(x.shape[0], x.shape[1]).to(x.device)
+    flat = F.pad(x.flatten(0, 1), (0, 0) * (x.dim() - 2) + (0, 1))  # one row of zeros at the end, read by index -1
+    return flat[index]
+
+
+def pad_groups(x: Tensor, groups: int) -> Tensor:
+    """[..., C] -> [..., G * Cp]: the channels of each group padded with zeros to a multiple of 16."""
+    grouped = x.unflatten(-1, (groups, x.shape[-1] // groups))
+    return F.pad(grouped, (0, -grouped.shape[-1] % BLOCK)).flatten(-2)
+
+
+def batch_last(x: Tensor) -> Tensor:
+    """[B, *image, C] -> [*image, B, C]."""
+    return x.movedim(0, -2)
+
+
+def quantize_operand(
+    x: Tensor, groups: int, fold: Fold, row: int, col: int, rht: bool, stochastic: bool, four_over_six: str | None, e4m3_max: int, row_scaled: bool,
+    dtype: torch.dtype, seed: int | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """See operands.quantize_operand."""
+    x_rows = batch_last(x)
+    row_data, row_scale, col_data, col_scale = (x.new_empty(0, dtype=torch.uint8) for _ in range(4))
+    common = dict(stochastic_rounding=stochastic, four_over_six=four_over_six, e4m3_max=e4m3_max, row_scaled=row_scaled, seed=seed)
+    amax = x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
+    row_amax = col_amax = amax
+    if row != NONE:
+        faces = reference.quantize_2d(pad_groups(x_rows, groups).flatten(0, -2), rowwise=True, amax_rowwise=None if row_scaled else amax, **common)  # type: ignore[arg-type]
+        shape = x_rows.shape[:-1]
+        row_data = faces.row_data.reshape(*shape, -1).movedim(-2, 0).contiguous()
+        row_scale = faces.row_scale.view(torch.uint8).reshape(*shape, -1).movedim(-2, 0).contiguous()
+        row_amax = faces.row_amax.reshape(shape).movedim(-1, 0).contiguous() if row_scaled else faces.row_amax
+    if col != NONE:
+        folded = batch_last(fold_images(x, fold))  # [*image, N, C]
+        faces = reference.quantize_2d(
+            folded.flatten(0, -2), rowwise=False, columnwise=True, rht=rht, amax_rowwise=None if rht or row_scaled else amax, **common  # type: ignore[arg-type]
+        )  # fmt: skip
+        shape = (x.shape[-1], *folded.shape[:-2], fold.images // BLOCK)  # [C, *image, N16]
+        col_data = faces.col_data.reshape(*shape, 8).movedim(0, -2).movedim(-3, 0).contiguous()
+        col_scale = faces.col_scale.view(torch.uint8).reshape(shape).movedim(0, -1).movedim(-2, 0).contiguous()
+        col_amax = faces.col_amax
+    if row == DEQUANTIZED:
+        row_data, row_scale = unpack_rows(row_data, row_scale, x.shape[-1], groups, dtype), row_scale.new_empty(0)
+    if col == DEQUANTIZED:
+        col_data, col_scale = unpack_columns(col_data, col_scale, dtype), col_scale.new_empty(0)
+    return row_data, row_scale, row_amax.clone(), col_data, col_scale, col_amax.clone()
+
+
+def quantize_kernel(
+    w: Tensor, groups: int, row: int, col: int, two_d: bool, four_over_six: str | None, e4m3_max: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """See operands.quantize_kernel."""
+    n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
+    kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
+    w_GOTC = w.reshape(groups, n // groups, c, taps).transpose(2, 3)
+    w_GOTC = F.pad(w_GOTC, (0, kb * BLOCK - c, 0, 0, 0, ob * BLOCK - n // groups))
+    amax = w.abs().amax().float().reshape(1) if w.numel() else w.new_zeros(1, dtype=torch.float32)
+    faces = reference.quantize_2d(
+        w_GOTC.reshape(groups * ob * BLOCK, taps * kb * BLOCK), rowwise=row != NONE, columnwise=col != NONE, two_d=two_d, four_over_six=four_over_six,
+        e4m3_max=e4m3_max, amax_rowwise=amax,
+    )  # fmt: skip
+    row_data, row_scale, col_data, col_scale = (w.new_empty(0, dtype=torch.uint8) for _ in range(4))
+    if row != NONE:
+        data = faces.row_data.reshape(groups, ob * BLOCK, taps, kb * 8)[:, : n // groups]
+        row_data = data.reshape(n, taps, kb * 8).contiguous()
+        scale = faces.row_scale.view(torch.uint8).reshape(groups, ob * BLOCK, taps, kb)
+        row_scale = (scale[:, ::BLOCK] if two_d else scale[:, : n // groups].reshape(n, taps, kb)).contiguous()
+    if col != NONE:  # [T, Cp, G, Ob, 8] -> [G, Ob, T, C, 8]
+        col_data = faces.col_data.reshape(taps, kb * BLOCK, groups, ob, 8)[:, :c].permute(2, 3, 0, 1, 4).contiguous()
+        col_scale = faces.col_scale.view(torch.uint8).reshape(taps, kb * BLOCK, groups, ob)[:, :c].permute(2, 3, 0, 1).contiguous()
+    if row == DEQUANTIZED:
+        row_data, row_scale = unpack_kernel(row_data, row_scale, n, c, groups, False, dtype), row_scale.new_empty(0)
+    if col == DEQUANTIZED:
+        col_data, col_scale = unpack_kernel(col_data, col_scale, n, c, groups, True, dtype), col_scale.new_empty(0)
+    return row_data, row_scale, col_data, col_scale, amax
+
+
+def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See operands.unpack_columns."""
+    values = formats.decode_blocks(data, scale.unsqueeze(-1).view(torch.float8_e4m3fn))  # [N16, *rest, 16]
+    return values.to(dtype).movedim(-1, 1).flatten(0, 1).contiguous()
+
+
+def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """See operands.unpack_rows."""
+    values = formats.decode_blocks(data, scale.view(torch.float8_e4m3fn)).to(dtype)
+    return values.unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2).contiguous()
+
+
+def unpack_kernel(data: Tensor, scale: Tensor, n: int, channels: int, groups: int, columnwise: bool, dtype: torch.dtype) -> Tensor:
+    """See operands.unpack_kernel."""
+    if columnwise:
+        values = formats.decode_blocks(data, scale.unsqueeze(-1).view(torch.float8_e4m3fn)).to(dtype)  # [G, Ob, T, C, 16]
+        values = values.movedim(-1, 2).flatten(1, 2)[:, : n // groups]
+        return values.reshape(n, *values.shape[2:]).contiguous()
+    if scale.dim() == 4:  # one scale a tile: repeat it on the tile's rows
+        scale = scale.repeat_interleave(BLOCK, dim=1)[:, : n // groups].reshape(n, *scale.shape[2:])
+    return formats.decode_blocks(data, scale.contiguous().view(torch.float8_e4m3fn)).to(dtype)[..., :channels].contiguous()

@@ -1,0 +1,151 @@
+"""What torch operators do to an NVFP4Tensor: the table behind its __torch_dispatch__.
+
+    on the codes      detach, alias, clone, _to_copy, view, as_strided and slice of the whole, copy_, zero_
+    on values         everything else: NVFP4Tensors are dequantized; those that the operator writes to, quantized again
+
+A view that changes the last dimension would cut blocks: it is a copy of the values, with a warning. A tensor without a
+quantizer refuses to be written to (NVFP4Tensor.quantize_). Values of a rotated columnwise-only tensor are rotated back.
+Handlers get the class from their caller, so that this file stays below tensor.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+BUFFERS = (
+    "_rowwise_data",
+    "_rowwise_scale_inv",
+    "_columnwise_data",
+    "_columnwise_scale_inv",
+    "_amax_rowwise",
+    "_amax_columnwise",
+)
+
+
+def dispatch(cls: Any, func: Any, args: tuple, kwargs: dict) -> Any:
+    """Run an operator that was called with an NVFP4Tensor (`cls`) among its arguments."""
+    handler = _HANDLERS.get(func)
+    if handler is not None:
+        result = handler(cls, func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    return _on_values(cls, func, args, kwargs)
+
+
+def _on_values(cls: Any, func: Any, args: tuple, kwargs: dict) -> Any:
+    """Run an operator on dequantized values; NVFP4Tensors that it writes to are quantized again and returned."""
+    values: dict[int, Tensor] = {}
+
+    def value_of(x: Any) -> Any:
+        if not isinstance(x, cls):
+            return x
+        return values.setdefault(id(x), x._dequantize())
+
+    plain_args, plain_kwargs = pytree.tree_map(value_of, (args, kwargs))
+    result = func(*plain_args, **plain_kwargs)
+    written: dict[int, Any] = {}
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[position] if position < len(args) else kwargs.get(argument.name)
+        for x in pytree.tree_leaves(given):
+            if isinstance(x, cls):
+                x.quantize_(values[id(x)])
+                written[id(values[id(x)])] = x
+    return pytree.tree_map(lambda out: written.get(id(out), out), result) if written else result
+
+
+def _detach(cls: Any, func: Any, t: Any) -> Any:
+    return t.make_like()
+
+
+def _clone(cls: Any, func: Any, t: Any, memory_format: Any = None) -> Any:
+    return t.map_buffers(torch.clone)
+
+
+def _to_copy(cls: Any, func: Any, t: Any, **kwargs: Any) -> Any:
+    """Another device keeps the codes; another dtype is only the nominal one (float(), half() give values)."""
+    if kwargs.get("layout") not in (None, torch.strided):
+        return NotImplemented
+    dtype = kwargs.get("dtype") or t.dtype
+    moves = {key: kwargs[key] for key in ("device", "non_blocking") if kwargs.get(key) is not None}
+    return t.map_buffers(lambda b: aten._to_copy.default(b, **moves), dtype=dtype)
+
+
+def _view(cls: Any, func: Any, t: Any, size: Any) -> Any:
+    """Views that keep the last dimension share the codes; others are of dequantized values, with a warning."""
+    size = list(size)
+    if -1 in size:
+        known = 1
+        for length in size:
+            known *= length if length != -1 else 1
+        size[size.index(-1)] = t.numel() // max(known, 1)
+    if not size or size[-1] != t.shape[-1]:
+        warnings.warn(
+            f"NVFP4Tensor {tuple(t.shape)} viewed as {tuple(size)}: blocks lie along the last dimension, so this "
+            "view is a dequantized copy",
+            stacklevel=2,
+        )
+        return t._dequantize().reshape(size)
+    data = t._rowwise_data
+    return t.make_like(
+        shape=tuple(size), rowwise_data=None if data is None else data.reshape(*size[:-1], data.shape[-1])
+    )
+
+
+def _as_strided(cls: Any, func: Any, t: Any, size: Any, stride: Any, storage_offset: Any = None) -> Any:
+    same = tuple(size) == tuple(t.shape) and tuple(stride) == t.stride() and not storage_offset
+    return t.make_like() if same else NotImplemented
+
+
+def _slice(cls: Any, func: Any, t: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    whole = not start and (end is None or end >= t.shape[dim]) and step == 1
+    return t.make_like() if whole else NotImplemented
+
+
+def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
+    """Codes are copied where both sides hold the same faces in the same form; else the values are quantized again."""
+    if not isinstance(dst, cls):
+        dst.copy_(src._dequantize(), non_blocking)
+        return dst
+    if not isinstance(src, cls):
+        return dst.quantize_(src.expand(dst.shape))
+    form = ("_row_scaled_nvfp4", "_nvfp4_e4m3_max", "_columnwise_rht", "_with_random_sign_mask")
+    usable = src.shape == dst.shape and all(getattr(src, name) == getattr(dst, name) for name in form)
+    if not usable or any(kept and not src.get_usages()[face] for face, kept in dst.get_usages().items()):
+        return dst.quantize_(src._dequantize().to(dst.device).expand(dst.shape))
+    if dst._columnwise_data is not None:
+        src = src.to_columnwise_layout(dst._columnwise_layout)
+    for name in BUFFERS:
+        if (buffer := getattr(dst, name)) is not None:
+            buffer.copy_(getattr(src, name).view(buffer.shape), non_blocking)
+    return dst
+
+
+def _zero_(cls: Any, func: Any, t: Any) -> Any:
+    for name in BUFFERS:
+        if (buffer := getattr(t, name)) is not None:
+            buffer.view(torch.uint8).zero_()
+    return t
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _detach,
+    aten.alias.default: _detach,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.as_strided.default: _as_strided,
+    aten.slice.Tensor: _slice,
+    aten.copy_.default: _copy_,
+    aten.zero_.default: _zero_,
+}

@@ -1,0 +1,83 @@
+"""What every test gets: a fixed seed, the --backend option, poisoned buffers on request, a torchvision that imports.
+
+poison fills what torch.empty and its relatives return with bytes 0xFF: NaN in every floating dtype, 255 in uint8, -1 in
+the other integers. A kernel that leaves a place unwritten then fails its comparison instead of passing by luck.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("NVTE_PROJECT_BUILDING", "1")  # lets TransformerEngine's recipes import without its GPU library
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _ensure_torchvision() -> None:
+    path = ROOT / "examples" / "_torchvision.py"
+    if importlib.util.find_spec("torchvision") is None or not path.is_file():
+        return
+    spec = importlib.util.spec_from_file_location("_torchvision", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.ensure_torchvision()
+
+
+_ensure_torchvision()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    choices = ("auto", "reference", "vendor", "triton")
+    parser.addoption("--backend", default="auto", choices=choices, help="backend of the tests that take `backend`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backend that --backend names."""
+    return request.config.getoption("--backend")
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            tensor.untyped_storage().fill_(0xFF)
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New uninitialised tensors hold NaN, 255 or -1."""
+    for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
