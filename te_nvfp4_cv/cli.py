@@ -45,7 +45,6 @@ def recipes() -> dict[str, Any]:
 def doctor() -> dict[str, Any]:
     """What this machine would do: versions, devices with their backend, compiler, dtype and memory format, problems."""
     devices = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    found = recipe_folder()
     report: dict[str, Any] = {
         "python": platform.python_version(),
         "te_nvfp4_cv": _version("te_nvfp4_cv"),
@@ -58,21 +57,19 @@ def doctor() -> dict[str, Any]:
         "contracted index",
         "recipes": ", ".join(list_recipes()) or "none",
     }
-    report["problems"] = _problems(report, found.is_dir())
+    report["problems"] = _problems(recipe_folder().is_dir())
     return report
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    choice = dispatch.explain(device)
+    choice = dispatch.explain(device)  # backend, why, and what the others need
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
     return {
         "name": name,
-        "backend": choice["backend"],
-        "why": choice["why"],
-        "requirements": choice.get("requirements", ""),
+        **choice,
         "autocast dtype": _autocast_dtype(device),
     }
 
@@ -98,11 +95,11 @@ def _version(package: str) -> str:
         return "not installed, found on the path"
 
 
-def _problems(report: dict[str, Any], has_recipes: bool) -> list[str]:
+def _problems(has_recipes: bool) -> list[str]:
     problems = []
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if not TORCH_FROM <= version < TORCH_BELOW:
-        problems.append(f"torch {report['torch']} is outside >=2.11,<2.16: install a version in that range")
+        problems.append(f"torch {torch.__version__} is outside >=2.11,<2.16: install a version in that range")
     if not has_recipes:
         problems.append("no recipes folder: install the package again with pip install .")
     return problems

@@ -77,8 +77,9 @@ def check_choice(field: str, value: object) -> None:
         fix = f"did you mean {choices[close[0]]!r}?" if close else ""
     if field == "tensor_scale" and value == "delayed":
         fix = "leave it at 'current': the delayed scale is not in this version"
-    if field in ENVIRONMENT and os.getenv(ENVIRONMENT[field]) not in (None, "0", "1") and not fix:
-        fix = f"pass {field}=..., or correct the environment variable {ENVIRONMENT[field]}"
+    variable = ENVIRONMENT.get(field, "")
+    if value is not None and str(value).lower() == os.getenv(variable, "\0").lower():
+        fix = f"correct the environment variable {variable}, where this value comes from"
     raise bad_value("recipe", field, value, one_of(allowed), fix)
 
 

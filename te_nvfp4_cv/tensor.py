@@ -107,7 +107,7 @@ class NVFP4Tensor(torch.Tensor):
                 needs="a rowwise or a columnwise face, layout 'te' or 'ntile'",
                 fix="make the tensor with an NVFP4Quantizer with rowwise=True or columnwise=True",
             )
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=data.device, requires_grad=requires_grad
         )
         self._rowwise_data, self._rowwise_scale_inv, self._amax_rowwise = row
@@ -215,7 +215,7 @@ class NVFP4Tensor(torch.Tensor):
 
     # ---- values -----------------------------------------------------------------------------------------------------
 
-    def dequantize(  # type: ignore[override]
+    def dequantize(
         self, dtype: torch.dtype | None = None, face: str | None = None, undo_rht: bool | None = None
     ) -> Tensor:
         """Values of the logical shape, in `dtype` (default: the nominal dtype); differentiable as the identity.
@@ -330,21 +330,21 @@ class _Dequantize(torch.autograd.Function):
     """dequantize with the identity as its gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, t: NVFP4Tensor, dtype: torch.dtype | None, face: str | None, undo_rht: bool | None
     ) -> Tensor:
         ctx.dtype = t.dtype
         return t._dequantize(dtype, face, undo_rht)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad.to(ctx.dtype), None, None, None
 
 
 def _copy_python_state(src: NVFP4Tensor, dst: NVFP4Tensor) -> None:
     """The mark that makes nn.Module see a tensor subclass as a Parameter."""
     if getattr(src, "_is_param", False):
-        dst._is_param = True  # type: ignore[attr-defined]
+        dst._is_param = True
 
 
 def _rebuild_nvfp4_tensor(state: dict[str, Any], is_param: bool) -> NVFP4Tensor:
@@ -353,7 +353,7 @@ def _rebuild_nvfp4_tensor(state: dict[str, Any], is_param: bool) -> NVFP4Tensor:
         state[name] = None if state[name] is None else state[name].view(torch.float8_e4m3fn)
     t = NVFP4Tensor(**state)
     if is_param:
-        t._is_param = True  # type: ignore[attr-defined]
+        t._is_param = True
     return t
 
 

@@ -1,8 +1,10 @@
-"""The library as the conformance vectors call it: `check_vectors.py tests.conformance:run_case`, from the repository root.
+"""The library as the conformance vectors call it, from the repository root on the path:
+
+    check_vectors.py tests.conformance:run_case
 
 A case gives an input and a mode ("direction" row, col or row+col; "tile"; "rht"; "four_over_six"; "e4m3_max";
-"row_scaled"; "gemm"); the answer holds codes, scale_inv, amax and dequant, with the suffix _t for the columnwise operand.
-The vectors keep scales at the padded tile size, the library keeps the rows given: run_case pads them for the comparison.
+"row_scaled"; "gemm"); the answer holds codes, scale_inv, amax and dequant, with the suffix _t for the columnwise face.
+The vectors keep scales at the padded tile size, the library keeps the rows given: run_case pads them to compare.
 """
 
 from __future__ import annotations

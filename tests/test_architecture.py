@@ -23,11 +23,13 @@ FLOORS: dict[str, int] = {
     "recipe_fields": 1,
     "recipe_files": 1,
     "tensor": 1,
+    "tensor_operators": 1,
     "ops": 2,  # dispatch, geometry, native
     "ops.quantize": 3,
     "ops.conv": 4,
     "ops.gemm": 4,
     "ops.norm": 4,
+    "autograd": 5,
     "functional": 5,
     "distributed": 5,
     "autocast": 6,
@@ -114,7 +116,8 @@ def violations(package: Path) -> list[str]:
 
 def test_the_house_stands():
     assert modules_in(ROOT / PACKAGE), "the package was not found"
-    assert violations(ROOT / PACKAGE) == []
+    found = violations(ROOT / PACKAGE)
+    assert not found, "\n".join(found)
 
 
 def _plant(folder: Path, name: str, text: str) -> Path:

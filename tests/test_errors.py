@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from te_nvfp4_cv import checks
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams, as_recipe, from_te
 from te_nvfp4_cv.recipe_files import load_recipe
 
+ROOT = Path(__file__).resolve().parent.parent
 SCOPES = "'none', 'weights', 'activations', 'all'"
 
 
@@ -191,6 +195,23 @@ def test_missing_recipe_files(tmp_path, monkeypatch, name, told):
 def test_load_recipe_wants_a_name(name):
     with pytest.raises(ValueError, match="not a name"):
         load_recipe(name)
+
+
+def test_a_bad_environment_variable_is_named():
+    code = (
+        "from te_nvfp4_cv.recipe import NVFP4BlockScaling as R\n"
+        "print(R(nvfp4_4over6='none', backward_override=None).disable_rht)\n"
+        "for fields in ({'backward_override': None}, {'nvfp4_4over6': 'none'}):\n"
+        "    try: R(**fields)\n"
+        "    except ValueError as error: print(str(error).splitlines()[-1])\n"
+    )
+    variables = {"NVTE_NVFP4_4OVER6": "some", "NVTE_BACKWARD_OVERRIDE": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
+    first, second, third = result.stdout.splitlines()
+    assert first == "False"
+    assert "NVTE_NVFP4_4OVER6" in second and "NVTE_BACKWARD_OVERRIDE" in third
 
 
 def test_describe():

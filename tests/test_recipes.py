@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -273,19 +274,25 @@ def test_other_te_recipes_are_refused_by_name(te, name):
         as_recipe(getattr(te, name)())
 
 
-def _their_quantizers(monkeypatch: pytest.MonkeyPatch, recipe: object, mode: str, types_: list[str]) -> list[dict]:
-    """TransformerEngine's make_quantizers, its source compiled alone, with a recorder as NVFP4Quantizer."""
+@functools.cache
+def _make_quantizers() -> types.CodeType:
+    """TransformerEngine's make_quantizers, its source compiled alone: its module needs the GPU library."""
     spec = importlib.util.find_spec("transformer_engine")
     source = (Path(spec.origin).parent / "pytorch" / "quantization.py").read_text()
     owner = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "NVFP4BlockScalingRecipeState")
     method = next(n for n in owner.body if getattr(n, "name", "") == "make_quantizers")
+    return compile(ast.Module([method], []), "make_quantizers", "exec")
+
+
+def _their_quantizers(monkeypatch: pytest.MonkeyPatch, recipe: object, mode: str, types_: list[str]) -> list[dict]:
+    """The arguments that TransformerEngine gives to its quantizers, taken by a recorder in their place."""
     recorder = types.ModuleType("recorded.tensor.nvfp4_tensor")
     recorder.NVFP4Quantizer = lambda **settings: settings
     for name in ("recorded", "recorded.tensor"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "recorded.tensor.nvfp4_tensor", recorder)
     namespace = {"__package__": "recorded", "__name__": "recorded.quantization", "NVFP4Quantizer": dict}
-    exec(compile(ast.Module([method], []), "make_quantizers", "exec"), namespace)
+    exec(_make_quantizers(), namespace)
     state = types.SimpleNamespace(
         recipe=recipe, mode=mode, dtype=None, num_quantizers=len(types_), _slot_tensor_type=lambda index: types_[index]
     )

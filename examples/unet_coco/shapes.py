@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 from te_nvfp4_cv.checks import runtime_error, value_error
 
 CATEGORIES = {1: "circle", 3: "rectangle", 4: "triangle", 9: "cross"}
-COLOURS = {1: (215, 70, 60), 3: (70, 150, 90), 4: (70, 100, 205), 9: (225, 180, 60)}
+COLOURS = {1: (215, 70, 60), 3: (70, 150, 90), 4: (70, 100, 205), 9: (70, 190, 200)}
 MARKER = "shapes.json"
 EMPTY_EVERY = 12
 CROWD_EVERY = 6
@@ -33,8 +33,8 @@ CROWD_EVERY = 6
 class ShapesSettings:
     """What the set is drawn from; written to shapes.json and compared before a folder is used again."""
 
-    train: int = 48
-    val: int = 16
+    train: int = 96
+    val: int = 32
     height: int = 96
     width: int = 96
     seed: int = 0
@@ -116,7 +116,7 @@ def _draw_image(image_id: int, settings: ShapesSettings, rng: np.random.Generato
         shape["visible"] = shape["mask"] & ~hidden
         hidden |= shape["mask"]
     for shape in drawn:
-        colour = np.array(COLOURS[shape["category"]]) + rng.normal(0, 22, 3)
+        colour = np.array(COLOURS[shape["category"]]) + rng.normal(0, 16, 3)
         grain = rng.normal(0, 9, (h, w, 1))
         pixels = np.where(shape["mask"][..., None], colour + grain, pixels)
         if shape["visible"].sum() >= 12:
@@ -126,8 +126,8 @@ def _draw_image(image_id: int, settings: ShapesSettings, rng: np.random.Generato
 
 
 def _background(h: int, w: int, rng: np.random.Generator) -> np.ndarray:
-    """A coarse cloud of greys and colours, with grain."""
-    coarse = rng.integers(60, 190, (5, 5, 3)).astype(np.uint8)
+    """A coarse cloud of greys, with grain."""
+    coarse = np.repeat(rng.integers(50, 190, (5, 5, 1)), 3, axis=2).astype(np.uint8)
     cloud = Image.fromarray(coarse).resize((w, h), Image.Resampling.BICUBIC)
     return np.asarray(cloud).astype(np.float64) + rng.normal(0, 10, (h, w, 3))
 

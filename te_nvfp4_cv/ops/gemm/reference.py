@@ -4,6 +4,7 @@
 
 Every block's product is exact in fp32; only the accumulation over blocks rounds, in the order of the blocks.
 Both operands come with their blocks along the contracted dimension: A [I, L], B [J, L] gives [I, J].
+It checks nothing and applies no tensor scale: __init__.py does both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The quantized GEMM by the platform's matrix library, on exact dequantized operands.
 
-code * scale has at most 6 significant bits: exact in bf16, tf32 and fp32, so only the order of accumulation differs from
-reference.py. Accumulation is in fp32 everywhere: a CPU multiplies in fp32 (oneDNN would round a bf16 result), CUDA
-multiplies bf16 operands into an fp32 result.
+code * scale has at most 6 significant bits: exact in bf16, tf32 and fp32, so only the order of accumulation differs
+from reference.py. Accumulation is in fp32 everywhere: a CPU multiplies in fp32 (oneDNN would round a bf16 result),
+CUDA multiplies bf16 operands into an fp32 result. It checks nothing and applies no tensor scale.
 """
 
 from __future__ import annotations

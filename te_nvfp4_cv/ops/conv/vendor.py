@@ -1,0 +1,103 @@
+"""Convolutions of dequantized operands by the vendor's library: oneDNN on a CPU, cuDNN on CUDA, through aten.
+
+code * scale has at most 6 significant bits, so it is exact in bf16 and the result is the quantized GEMM's, up to the order of accumulation
+and one rounding. alpha (both tensor scales) and the bias are applied to the result in fp32.
+1-D convolutions run as 2-D ones of height 1; linear layers as a matrix product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+
+aten = torch.ops.aten
+
+
+def fprop(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
+) -> Tensor:
+    """See conv_fprop."""
+    if geometry.rank == 0:
+        y = F.linear(x, w[:, 0])
+    else:
+        g = _two_d(geometry)
+        y = aten.convolution(
+            _channels_first(x, g.x_shape), _kernel(w, g), None, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
+        )
+        y = _channels_last(y, geometry.y_shape)
+    return _finish(y, alpha, bias, dtype)
+
+
+def dgrad(dy: Tensor, dy_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+    """See conv_dgrad."""
+    if geometry.rank == 0:
+        return _finish(dy @ w[:, 0], alpha, None, dtype)
+    g = _two_d(geometry)
+    dx, _, _ = _backward(_channels_first(dy, g.y_shape), _empty_image(dy, g.x_shape), _kernel(w, g), g, [True, False, False])
+    return _finish(_channels_last(dx, geometry.x_shape), alpha, None, dtype)
+
+
+def wgrad(dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+    """See conv_wgrad."""
+    if geometry.rank == 0:
+        dw = (dy.t() @ x).unsqueeze(1)
+    else:
+        g = _two_d(geometry.folded())
+        w_like = _empty_image(dy, (g.channels_b, *g.kernel, g.channels_a // g.groups))
+        _, dw, _ = _backward(_channels_first(dy, g.y_shape), _channels_first(x, g.x_shape), w_like, g, [False, True, False])
+        dw = _channels_last(dw, geometry.weight_shape)
+    if alpha.numel() != 1:  # one factor per channel of x: axis 1 of the kernel, axis 0 of a transposed one
+        alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
+    return _finish(dw, alpha, None, dtype)
+
+
+def _backward(dy: Tensor, x: Tensor, w: Tensor, g: ConvGeometry, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return aten.convolution_backward(dy, x, w, None, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups, mask)
+
+
+def _two_d(g: ConvGeometry) -> ConvGeometry:
+    """A 1-D geometry as a 2-D one of height 1."""
+    if g.rank != 1:
+        return g
+    return ConvGeometry(
+        g.batch, g.channels_a, g.channels_b, (1, *g.a_size), (1, *g.b_size), (1, *g.kernel), (1, *g.stride), (0, *g.padding), (1, *g.dilation),
+        (0, *g.output_padding), g.groups, g.transposed,
+    )  # fmt: skip
+
+
+def _channels_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[B, *image, C] memory as the [B, C, *image] view that aten wants."""
+    return x.view(shape).movedim(-1, 1)
+
+
+def _kernel(w: Tensor, g: ConvGeometry) -> Tensor:
+    return w.view(w.shape[0], *g.kernel, w.shape[2]).movedim(-1, 1)
+
+
+def _channels_last(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return y.movedim(1, -1).contiguous().view(shape)
+
+
+def _empty_image(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An argument whose shape and layout are read but not its values."""
+    return like.new_empty(shape).movedim(-1, 1)
+
+
+def _finish(y: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """round(y * alpha + bias) in `dtype`; y is contiguous and may be overwritten."""
+    library = native.load() if y.device.type == "cpu" else None
+    if library is None or alpha.numel() != 1 or y.dtype not in (torch.bfloat16, torch.float32):
+        out = y.float() * alpha
+        return (out if bias is None else out + bias.float()).to(dtype)
+    if bias is not None:
+        bias = bias.detach().float().contiguous()
+    channels = y.shape[-1] if bias is not None else 1
+    library.nvfp4_scale_bias(
+        y.data_ptr(), y.numel() // max(channels, 1), channels, float(alpha), None if bias is None else bias.data_ptr(),
+        y.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return y.to(dtype)

@@ -1,0 +1,86 @@
+"""Where stochastic rounding takes its seeds from: one int64 Philox key per quantized gradient.
+
+On a GPU the seed comes from torch's generator. On a CPU it comes from a private stream, a function of torch's seed and of how many seeds
+were drawn since: data order and dropout are the same with and without stochastic rounding, and torch.manual_seed restarts both.
+torch.manual_seed is wrapped (once, at import) for that restart: its generator does not tell that it was seeded again with the same number.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_lock = threading.Lock()
+_stream = {"seed": -1, "drawn": 0}
+_MASK = (1 << 64) - 1
+
+
+def _mix(value: int) -> int:
+    """splitmix64's finalizer: neighbouring counters give unrelated keys."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _next() -> int:
+    with _lock:
+        seed = torch.initial_seed() & _MASK
+        if seed != _stream["seed"]:
+            _stream.update(seed=seed, drawn=0)
+        _stream["drawn"] += 1
+        return _mix(_mix(seed) + _stream["drawn"]) >> 1
+
+
+def state() -> dict[str, int]:
+    """What a bit-exact resume needs: torch's seed and the number of seeds drawn since."""
+    with _lock:
+        return dict(_stream)
+
+
+def set_state(saved: dict[str, int]) -> None:
+    """Continue a stream at the place that `state` described.
+
+    Raises:
+        RuntimeError: torch is seeded otherwise than it was then.
+    """
+    with _lock:
+        if saved["drawn"] and saved["seed"] != torch.initial_seed() & _MASK:
+            raise RuntimeError(
+                f"nvfp4: the saved stochastic-rounding stream belongs to torch.manual_seed({saved['seed']}), this process has {torch.initial_seed()}.\n"
+                "  fix:   call torch.manual_seed with that seed (or torch.set_rng_state with the saved state) before loading"
+            )
+        _stream.update(seed=saved["seed"], drawn=saved["drawn"])
+
+
+def _restart(function: Any) -> Any:
+    @functools.wraps(function)
+    def manual_seed(seed: int) -> Any:
+        with _lock:
+            _stream.update(seed=-1, drawn=0)
+        return function(seed)
+
+    manual_seed._te_nvfp4_cv = True  # type: ignore[attr-defined]
+    return manual_seed
+
+
+if not hasattr(torch.random.manual_seed, "_te_nvfp4_cv"):
+    torch.random.manual_seed = _restart(torch.random.manual_seed)
+    torch.manual_seed = torch.random.manual_seed
+
+
+@torch.library.custom_op("te_nvfp4_cv::draw_seed", mutates_args=())
+def draw_seed(like: Tensor) -> Tensor:
+    """A fresh seed, int64 [1], on the device of `like`."""
+    if like.device.type == "cpu":
+        return torch.tensor([_next()], dtype=torch.int64)
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device)
+
+
+@draw_seed.register_fake
+def _(like):  # type: ignore[no-untyped-def]
+    return like.new_empty(1, dtype=torch.int64)
