@@ -1,10 +1,10 @@
 """Make `import torchvision` work beside a CPU-only torch.
 
 The torchvision wheels of PyPI are CUDA builds. Beside a CPU-only torch their operator library cannot be loaded, and the
-import then stops at "operator torchvision::nms does not exist", because torchvision registers shape functions for two operators
-without asking whether they exist. Declaring these two is enough for everything the examples use (datasets, transforms.v2,
-models); nms gets a plain torch kernel. Where the library loads, nothing is changed. torchvision.io stays unusable: images are read with Pillow.
-Call it before anything imports torchvision or torchmetrics.
+import then stops at "operator torchvision::nms does not exist", because torchvision registers shape functions for two
+operators without asking whether they exist. Declaring these two is enough for everything the examples use (datasets,
+transforms.v2, models); nms gets a plain torch kernel. Where the library loads, nothing is changed. torchvision.io stays
+unusable: images are read with Pillow. Call it before anything imports torchvision or torchmetrics.
 """
 
 from __future__ import annotations

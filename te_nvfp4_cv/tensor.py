@@ -330,9 +330,7 @@ class _Dequantize(torch.autograd.Function):
     """dequantize with the identity as its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, t: NVFP4Tensor, dtype: torch.dtype | None, face: str | None, undo_rht: bool | None
-    ) -> Tensor:
+    def forward(ctx: Any, t: NVFP4Tensor, dtype: torch.dtype | None, face: str | None, undo_rht: bool | None) -> Tensor:
         ctx.dtype = t.dtype
         return t._dequantize(dtype, face, undo_rht)
 

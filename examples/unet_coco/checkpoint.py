@@ -97,7 +97,7 @@ def check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
     if not differing:
         return
     raise value_error(
-        f"checkpoint: {path} belongs to another run: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}.",
+        f"checkpoint: {path} belongs to another run (differing: {', '.join(differing)}).",
         got="; ".join(f"{key} = {_short(saved.get(key))}" for key in differing),
         needs="; ".join(f"{key} = {_short(now[key])}" for key in differing),
         fix="give the options the checkpoint was trained with, or another --out, or leave --resume out to start anew",
@@ -115,7 +115,13 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "numpy": (
+            str(kind),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

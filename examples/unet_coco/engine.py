@@ -2,9 +2,10 @@
 
     step t:  torch.manual_seed(mix_seed(seed, t));  lr(t) = lr / 2 * (1 + cos(pi t / T));  AdamW on Dice + cross-entropy
 
-The state after step t depends on (settings, seed, t) alone, not on how often the run was stopped before: data order, augmentation
-and dropout are functions of the seed and the position, and the rest lies in the checkpoint. Checkpoints are written at the end of
-each epoch and at the last step. Refuses to go on from a loss that is not finite, and from a checkpoint of another run.
+The state after step t depends on (settings, seed, t) alone, not on how often the run was stopped before: data order,
+augmentation and dropout are functions of the seed and the position, and the rest lies in the checkpoint. Checkpoints
+are written at the end of each epoch and at the last step. Refuses to go on from a loss that is not finite, and from a
+checkpoint of another run.
 """
 
 from __future__ import annotations
@@ -58,23 +59,29 @@ class Trainer:
         folder: receives last.pt.
     """
 
-    def __init__(self, precision: Precision, settings: Settings, data: SegmentationData, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self, precision: Precision, settings: Settings, data: SegmentationData, device: torch.device, folder: Path
+    ) -> None:
         self.precision, self.settings, self.device, self.folder = precision, settings, device, folder
         self.class_names = data.class_names
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
         torch.manual_seed(settings.seed)
-        model = UNet(len(data.class_names), settings.scale, settings.activation, settings.dropout)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        model = UNet(len(data.class_names), settings.scale, settings.activation, settings.dropout).to(device)
+        self.model: UNet = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         precision.prepare(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
         pin, size = device.type == "cuda", settings.image_size
         train_set = SegmentationDataset(data.train, size, train=True, seed=settings.seed)
         self.order = TrainOrder(len(train_set), settings.batch_size, settings.seed)
         self.loader = train_loader(train_set, self.order, settings.workers, pin)
         self.eval_loaders = {
-            raw.name: eval_loader(SegmentationDataset(raw, size, train=False), settings.batch_size, settings.workers, pin)
+            raw.name: eval_loader(
+                SegmentationDataset(raw, size, train=False), settings.batch_size, settings.workers, pin
+            )
             for raw in (data.val, data.test)
             if raw is not None
         }
@@ -83,9 +90,11 @@ class Trainer:
             self.total_steps = min(self.total_steps, settings.steps)
         self.schedule_steps = settings.schedule_steps or settings.epochs * len(self.order)
         self.position = Position()
-        self.first_ms: list[float] = []  # the first steps of a process: they compile and allocate, and count only if there are no others
+        self.first_ms: list[
+            float
+        ] = []  # a process's first steps compile and allocate: used only if there are no others
 
-    # ---- training ----------------------------------------------------------------------------------------------------------------
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def train(self, log: WandbLog) -> None:
         """Train from `position` to the last step, with a checkpoint at each epoch's end and at the last step."""
@@ -180,7 +189,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    # ---- evaluation --------------------------------------------------------------------------------------------------------------
+    # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, split: str, high_precision: bool = False) -> Scores:
         """Scores of a split, in the precision trained or, with the same weights, in fp32."""
@@ -194,7 +203,7 @@ class Trainer:
         at = self.position
         val = self.evaluate("val")
         train_loss = sum(at.losses) / len(at.losses) if at.losses else at.last_epoch_loss
-        images = next(iter(self.loader_for_measuring()))[0].to(self.device, memory_format=torch.channels_last)
+        images, _ = to_device(*next(iter(self._measured_batches())), self.device)
         row: dict[str, float | int] = {
             "train_loss": train_loss,
             "val_loss": val.loss,
@@ -210,12 +219,12 @@ class Trainer:
             row |= {"test_dice": test.dice, "test_miou": test.miou}
         return row
 
-    def loader_for_measuring(self) -> Any:
+    def _measured_batches(self) -> Any:
         """The first training batch of epoch 0: every precision's bytes are counted on the same images."""
         self.order.epoch, self.order.start = 0, 0
         return self.loader
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     @property
     def checkpoint_path(self) -> Path:
@@ -224,12 +233,22 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resume to mean the same run."""
         s = self.settings
-        architecture = {"scale": s.scale, "activation": s.activation, "dropout": s.dropout, "classes": list(self.class_names)}
+        architecture = {
+            "scale": s.scale,
+            "activation": s.activation,
+            "dropout": s.dropout,
+            "classes": list(self.class_names),
+        }
         return {
             "precision": self.precision.name,
             "recipe": self.precision.recipe_text,
             "architecture": architecture,
-            "data order": {"images": self.order.count, "batch_size": self.order.batch_size, "seed": s.seed, "size": list(s.image_size)},
+            "data order": {
+                "images": self.order.count,
+                "batch_size": self.order.batch_size,
+                "seed": s.seed,
+                "size": list(s.image_size),
+            },
             "optimizer": {"lr": s.lr, "weight_decay": s.weight_decay},
         }
 
@@ -264,7 +283,8 @@ class Trainer:
         laid_out = state["scheduler"]["schedule_steps"]
         if laid_out != self.schedule_steps:
             print(
-                f"note: the checkpoint's cosine schedule spans {laid_out} steps, this run's {self.schedule_steps}. The learning rate follows "
-                f"the new one from step {self.position.step} on; --schedule-steps {laid_out} keeps the old one."
+                f"note: the checkpoint's cosine schedule spans {laid_out} steps, this run's {self.schedule_steps}.\n"
+                f"  The learning rate follows the new one from step {self.position.step} on; "
+                f"--schedule-steps {laid_out} keeps the old one."
             )
         return True

@@ -66,7 +66,7 @@ def evaluate(
 
 
 def saved_bytes(model: nn.Module, images: Tensor, context: Callable[[], AbstractContextManager[None]]) -> int:
-    """Bytes that autograd keeps for backward in one training forward: unique storages, without parameters and the input batch."""
+    """Bytes that autograd keeps in one training forward: unique storages, without parameters and the input batch."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
     kept: dict[int, int] = {}
 
@@ -81,7 +81,11 @@ def saved_bytes(model: nn.Module, images: Tensor, context: Callable[[], Abstract
     was_training = model.training
     model.train()
     devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context():
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        context(),
+    ):
         logits = model(images)
     model.train(was_training)
     del logits

@@ -1,8 +1,8 @@
 """The options of train.py, as one frozen object.
 
-`--epochs` lays out the cosine schedule, lr(t) = lr / 2 * (1 + cos(pi t / T)) with T = epochs * steps per epoch (or --schedule-steps);
-`--steps` only says where to stop. So a run stopped by --steps and continued by --resume takes the very steps of an uninterrupted one.
-Refuses values that cannot train, before anything is read.
+`--epochs` lays out the cosine schedule, lr(t) = lr / 2 * (1 + cos(pi t / T)) with T = epochs * steps per epoch (or
+--schedule-steps); `--steps` only says where to stop. So a run stopped by --steps and continued by --resume takes the
+very steps of an uninterrupted one. Refuses values that cannot train, before anything is read.
 """
 
 from __future__ import annotations
@@ -59,22 +59,41 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         SystemExit: argparse's own refusals and --help.
     """
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Train a UNet in each precision from the same seed, data order and dropout, and compare."
+        prog="train.py",
+        description="Train a UNet in each precision from the same seed, data order and dropout, and compare.",
     )
     add = parser.add_argument
-    add("--data", metavar="ROOT", help="root of the data; without it a set of drawn shapes is written beside --out and used")
+    add(
+        "--data",
+        metavar="ROOT",
+        help="root of the data; without it a set of drawn shapes is written beside --out and used",
+    )
     add("--layout", choices=LAYOUTS, default="coco", help="how ROOT is laid out (default: coco)")
     add("--classes", metavar="NAME,...", help="classes to tell from the rest (default: all)")
-    add("--precisions", nargs="+", default=["bf16", "nvfp4"], metavar="P", help="fp32, fp16, bf16, nvfp4 or recipes (default: bf16 nvfp4)")
+    add(
+        "--precisions",
+        nargs="+",
+        default=["bf16", "nvfp4"],
+        metavar="P",
+        help="fp32, fp16, bf16, nvfp4 or recipes (default: bf16 nvfp4)",
+    )
     add("--recipe", default="unet", metavar="NAME_OR_PATH", help="the recipe that nvfp4 stands for (default: unet)")
-    add("--epochs", type=int, default=20, metavar="N", help="passes over the training images; lays out the cosine schedule (default: 20)")
+    add(
+        "--epochs",
+        type=int,
+        default=20,
+        metavar="N",
+        help="passes over the training images; lays out the cosine schedule (default: 20)",
+    )
     add("--steps", type=int, metavar="N", help="stop after N steps in all, if --epochs has not ended before")
     add("--schedule-steps", type=int, metavar="N", help="length of the cosine in steps (default: that of --epochs)")
     add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="size that images are resized to (default: 96 96)")
     add("--scale", type=float, default=0.25, metavar="F", help="factor on the widths 64 .. 1024 (default: 0.25)")
     add("--activation", choices=ACTIVATIONS, default="relu", help="default: relu")
     add("--dropout", type=float, default=0.1, metavar="F", help="share of bottleneck channels dropped (default: 0.1)")
-    add("--batch-size", type=int, default=16, metavar="N", help="a multiple of 16 wastes nothing in NVFP4 (default: 16)")
+    add(
+        "--batch-size", type=int, default=16, metavar="N", help="a multiple of 16 wastes nothing in NVFP4 (default: 16)"
+    )
     add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate of AdamW (default: 0.001)")
     add("--weight-decay", type=float, default=1e-2, metavar="F", help="default: 0.01")
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
@@ -83,10 +102,25 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add("--eval-every", type=int, default=1, metavar="N", help="validate every N epochs (default: 1)")
     add("--out", type=Path, default=Path("runs/unet_coco"), metavar="DIR", help="results (default: runs/unet_coco)")
     add("--resume", action="store_true", help="go on from DIR's checkpoints; a precision without one starts anew")
-    add("--workers", type=int, default=0, metavar="N", help="processes that load data (default: 0, load in the main process)")
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that load data (default: 0, load in the main process)",
+    )
     add("--pictures", type=int, default=4, metavar="N", help="validation images to show predictions of (default: 4)")
-    add("--deterministic", action="store_true", help="on a GPU: choose deterministic kernels, so that a resume is bit-exact there too")
-    add("--no-wandb", dest="wandb", action="store_false", help="do not write a W&B log (offline unless WANDB_MODE says otherwise)")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU: choose deterministic kernels, so that a resume is bit-exact there too",
+    )
+    add(
+        "--no-wandb",
+        dest="wandb",
+        action="store_false",
+        help="do not write a W&B log (offline unless WANDB_MODE says otherwise)",
+    )
     raw = parser.parse_args(arguments)
     values = vars(raw)
     values["classes"] = tuple(name.strip() for name in raw.classes.split(",") if name.strip()) if raw.classes else None
@@ -98,16 +132,33 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    least = {"epochs": 1, "steps": 1, "schedule_steps": 1, "batch_size": 1, "log_every": 1, "eval_every": 1, "workers": 0, "pictures": 0}
+    least = {
+        "epochs": 1,
+        "steps": 1,
+        "schedule_steps": 1,
+        "batch_size": 1,
+        "log_every": 1,
+        "eval_every": 1,
+        "workers": 0,
+        "pictures": 0,
+    }
     for name, low in {**least, "seed": 0}.items():
         value = getattr(settings, name)
         if value is not None and value < low:
             raise value_error(
-                f"--{name.replace('_', '-')} is out of range.", got=str(value), needs=f"an integer >= {low}", fix="correct it"
+                f"--{name.replace('_', '-')} is out of range.",
+                got=str(value),
+                needs=f"an integer >= {low}",
+                fix="correct it",
             )
     for name, low_f, high in (("scale", 0.0, 64.0), ("lr", 0.0, 1e3)):
         if not low_f < getattr(settings, name) <= high:
-            raise value_error(f"--{name} is out of range.", got=str(getattr(settings, name)), needs=f"> 0 and <= {high:g}", fix="correct it")
+            raise value_error(
+                f"--{name} is out of range.",
+                got=str(getattr(settings, name)),
+                needs=f"> 0 and <= {high:g}",
+                fix="correct it",
+            )
     if not 0 <= settings.dropout < 1 or not settings.weight_decay >= 0:
         raise value_error(
             "--dropout or --weight-decay is out of range.",
@@ -135,7 +186,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise value_error("--device: unknown device.", got=repr(name), needs="auto, cpu, cuda or cuda:N", fix="--device auto")
+        raise value_error(
+            "--device: unknown device.", got=repr(name), needs="auto, cpu, cuda or cuda:N", fix="--device auto"
+        )
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise runtime_error(
             f"--device {name} is not there.",

@@ -3,8 +3,8 @@
     order(epoch)      = randperm(n) under mix_seed(seed, epoch);   batch k = order[k * batch : (k + 1) * batch]
     dropout of step t = torch's generator under mix_seed(seed, t), set before the step
 
-So two precisions see the same batches and masks even where one of them draws more random numbers, and a run resumed in the
-middle of an epoch goes on with the very batch it stopped at.
+So two precisions see the same batches and masks even where one of them draws more random numbers, and a run resumed in
+the middle of an epoch goes on with the very batch it stopped at.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def mix_seed(*parts: int) -> int:
 
 
 class TrainOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) keys of one epoch, from batch `start` on; the last, smaller batch is left out unless it is the only one."""
+    """Batches of (epoch, index) keys of one epoch, from batch `start` on.
+
+    The last, smaller batch is left out unless it is the only one.
+    """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         self.count, self.batch_size, self.seed = count, min(batch_size, count), seed
@@ -47,7 +50,9 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
 
 
-def train_loader(dataset: Dataset[Any], order: TrainOrder, workers: int, pin: bool) -> DataLoader[tuple[Tensor, Tensor]]:
+def train_loader(
+    dataset: Dataset[Any], order: TrainOrder, workers: int, pin: bool
+) -> DataLoader[tuple[Tensor, Tensor]]:
     """Loader over `order`; set order.epoch and order.start before each pass."""
     return DataLoader(dataset, batch_sampler=order, pin_memory=pin, **_workers(workers))
 
@@ -62,4 +67,8 @@ def _workers(workers: int) -> dict[str, Any]:
     generator = torch.Generator()  # a loader otherwise draws its base seed from torch's generator
     if workers == 0:
         return {"generator": generator}
-    return {"generator": generator, "num_workers": workers, "multiprocessing_context": multiprocessing.get_context("fork")}
+    return {
+        "generator": generator,
+        "num_workers": workers,
+        "multiprocessing_context": multiprocessing.get_context("fork"),
+    }

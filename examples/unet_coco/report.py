@@ -1,7 +1,9 @@
 """What a comparison leaves in DIR: summary.json, table.md, table.csv, curves.png, predictions.png and history.json.
 
-    summary.json   {precision: {train_loss, val_loss, dice, miou, miou_hp, step_ms, saved_bytes, nvfp4_flops_share[, test_dice, test_miou]}}
-    history.json   {precision: {"curve": [{step, loss, lr}], "epochs": [{epoch, step, train_loss, val_loss, dice, miou}]}}
+    summary.json   {precision: {train_loss, val_loss, dice, miou, miou_hp, step_ms, saved_bytes, nvfp4_flops_share
+                    [, test_dice, test_miou]}}
+    history.json   {precision: {"curve": [{step, loss, lr}],
+                    "epochs": [{epoch, step, train_loss, val_loss, dice, miou}]}}
 
 Every file is replaced whole or not at all. Without matplotlib there are no curves, and a line says so.
 """
@@ -57,8 +59,14 @@ def markdown_table(rows: Rows) -> str:
     for name, row in rows.items():
         cells.append([name, *(form.format(row[key] * factor) if key in row else "" for key, _, form, factor in shown)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) + " |"
-             for line in cells]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in cells
+    ]
     rule = "|" + "|".join(("-" * (w + 1) + ":") if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
@@ -69,17 +77,28 @@ def write_history(folder: Path, history: Mapping[str, Mapping[str, Sequence[Mapp
     try:
         import matplotlib
     except ImportError:
-        tell_once("matplotlib is not installed: no curves.png (pip install matplotlib); the figures are in history.json")
+        tell_once(
+            "matplotlib is not installed: no curves.png (pip install matplotlib); the figures are in history.json"
+        )
         return
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = (("training loss", "curve", "loss"), ("validation loss", "epochs", "val_loss"), ("validation mIoU", "epochs", "miou"))
+    panels = (
+        ("training loss", "curve", "loss"),
+        ("validation loss", "epochs", "val_loss"),
+        ("validation mIoU", "epochs", "miou"),
+    )
     for axes, (title, kind, key) in zip(figure.subplots(1, 3), panels, strict=True):
         for name, tracks in history.items():
             track = tracks[kind]
-            axes.plot([row["step"] for row in track], [row[key] for row in track], label=name, marker="." if len(track) < 40 else None)
+            axes.plot(
+                [row["step"] for row in track],
+                [row[key] for row in track],
+                label=name,
+                marker="." if len(track) < 40 else None,
+            )
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
@@ -100,8 +119,10 @@ def palette(count: int) -> np.ndarray:
     return colours
 
 
-def write_pictures(path: Path, images: Tensor, masks: Tensor, predictions: Mapping[str, Tensor], num_classes: int) -> None:
-    """A sheet: one row per image; the columns are image, truth and each precision's prediction. Ignored pixels are white.
+def write_pictures(
+    path: Path, images: Tensor, masks: Tensor, predictions: Mapping[str, Tensor], num_classes: int
+) -> None:
+    """A sheet: one row per image; the columns are image, truth and each precision's prediction; ignored pixels white.
 
     Args:
         images: [B, 3, H, W], normalised.

@@ -1,11 +1,12 @@
 """A COCO-format data set of drawn shapes, for a run without any download.
 
-    ROOT/annotations/instances_{train,val}2017.json, ROOT/{train,val}2017/*.jpg, and ROOT/shapes.json with the settings it was drawn from
+    ROOT/annotations/instances_{train,val}2017.json, ROOT/{train,val}2017/*.jpg, and ROOT/shapes.json with the settings
+    it was drawn from
 
-Every case that a COCO reader must handle occurs: a polygon per free-standing shape, two polygons for a shape cut in two, RLE for a shape
-partly hidden behind another, uncompressed RLE with iscrowd=1 for a swarm of small circles, and images without any annotation.
-The annotations cover what can be seen. Equal settings give equal files; a folder with the same settings is used again.
-Refuses a folder that holds something else.
+Every case that a COCO reader must handle occurs: a polygon per free-standing shape, two polygons for a shape cut in
+two, RLE for a shape partly hidden behind another, uncompressed RLE with iscrowd=1 for a swarm of small circles, and
+images without any annotation. The annotations cover what can be seen. Equal settings give equal files; a folder with
+the same settings is used again. Refuses a folder that holds something else.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class ShapesSettings:
 
 
 def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
-    """Draw the set into `root` unless it is there already; returns `root`. Interrupted drawings leave no half-written set."""
+    """Draw the set into `root` unless it is there already; returns `root`. An interruption leaves no half-written set."""
     settings = settings or ShapesSettings()
     marker = root / MARKER
     if marker.is_file() and json.loads(marker.read_text()) == asdict(settings):
@@ -59,7 +60,9 @@ def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
     draft.mkdir(parents=True)
     try:
         for offset, split in enumerate(("train", "val")):
-            _draw_split(draft, split, getattr(settings, split), settings, np.random.default_rng([settings.seed, offset]))
+            _draw_split(
+                draft, split, getattr(settings, split), settings, np.random.default_rng([settings.seed, offset])
+            )
         (draft / MARKER).write_text(json.dumps(asdict(settings)))
         if root.exists():
             shutil.rmtree(root)
@@ -80,7 +83,8 @@ def _draw_split(root: Path, split: str, count: int, settings: ShapesSettings, rn
     folder = root / f"{split}2017"
     folder.mkdir()
     (root / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id in range(1, count + 1):
         name = f"{image_id:012d}.jpg"
         pixels, found = _draw_image(image_id, settings, rng)
@@ -97,7 +101,9 @@ def _draw_split(root: Path, split: str, count: int, settings: ShapesSettings, rn
     (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(instances))
 
 
-def _draw_image(image_id: int, settings: ShapesSettings, rng: np.random.Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def _draw_image(
+    image_id: int, settings: ShapesSettings, rng: np.random.Generator
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """One image [H, W, 3] uint8 and its annotations, without ids."""
     h, w = settings.height, settings.width
     pixels = _background(h, w, rng)
@@ -106,7 +112,9 @@ def _draw_image(image_id: int, settings: ShapesSettings, rng: np.random.Generato
         for _ in range(int(rng.integers(2, 5))):
             category = int(rng.choice(list(CATEGORIES)))
             polygons = _polygons(category, h, w, rng)
-            drawn.append({"category": category, "crowd": False, "polygons": polygons, "mask": _rasterize(polygons, h, w)})
+            drawn.append(
+                {"category": category, "crowd": False, "polygons": polygons, "mask": _rasterize(polygons, h, w)}
+            )
         if image_id % CROWD_EVERY == 1:
             polygons = _swarm(h, w, rng)
             drawn.append({"category": 1, "crowd": True, "polygons": polygons, "mask": _rasterize(polygons, h, w)})
@@ -151,7 +159,22 @@ def _polygons(category: int, h: int, w: int, rng: np.random.Generator) -> list[n
     else:
         t = 0.34
         outlines = [
-            np.array([[-t, -1], [t, -1], [t, -t], [1, -t], [1, t], [t, t], [t, 1], [-t, 1], [-t, t], [-1, t], [-1, -t], [-t, -t]])
+            np.array(
+                [
+                    [-t, -1],
+                    [t, -1],
+                    [t, -t],
+                    [1, -t],
+                    [1, t],
+                    [t, t],
+                    [t, 1],
+                    [-t, 1],
+                    [-t, t],
+                    [-1, t],
+                    [-1, -t],
+                    [-t, -t],
+                ]
+            )
         ]
     limit = np.array([w - 1, h - 1])
     return [np.clip(outline @ rotation * radius + centre, 0, limit).round(2) for outline in outlines]
@@ -162,7 +185,10 @@ def _swarm(h: int, w: int, rng: np.random.Generator) -> list[np.ndarray]:
     start = np.array([rng.uniform(0.1, 0.4) * w, rng.uniform(0.1, 0.9) * h])
     step = np.array([0.065 * w, 0.0])
     limit = np.array([w - 1, h - 1])
-    return [np.clip(_circle(0.035 * min(h, w)) + start + i * step + rng.normal(0, 1, 2), 0, limit).round(2) for i in range(8)]
+    return [
+        np.clip(_circle(0.035 * min(h, w)) + start + i * step + rng.normal(0, 1, 2), 0, limit).round(2)
+        for i in range(8)
+    ]
 
 
 def _circle(radius: float) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a run tells while it trains: a progress bar, lines, and a W&B log.
 
-W&B is offline unless WANDB_MODE says otherwise, so that no key and no network are needed. Without wandb or tqdm installed the run
-goes on without them, and says so once.
+W&B is offline unless WANDB_MODE says otherwise, so that no key and no network are needed. Without wandb or tqdm
+installed the run goes on without them, and says so once.
 """
 
 from __future__ import annotations

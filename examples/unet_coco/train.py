@@ -1,12 +1,13 @@
 """Train a UNet on COCO-format data in several precisions, one after the other, and compare them.
 
-    python examples/unet_coco/train.py                                                       drawn shapes, bf16 and NVFP4
-    python examples/unet_coco/train.py --data ROOT --classes person,car --epochs 20          COCO
-    python examples/unet_coco/train.py --data ROOT --layout masks --image-size 96 128        folders of images and label masks
+    python examples/unet_coco/train.py                                                   drawn shapes, bf16 and NVFP4
+    python examples/unet_coco/train.py --data ROOT --classes person,car --epochs 20      COCO
+    python examples/unet_coco/train.py --data ROOT --layout masks --image-size 96 128    images and label masks
 
-Every precision starts from the same seed and sees the same batches, flips and dropout. The table compares loss, Dice, mIoU (in the
-precision trained, and the same weights in fp32), the median step time, the bytes kept for backward and the share of FLOPs in NVFP4.
-Refuses, before training, data with missing parts, unknown names and settings that cannot train.
+Every precision starts from the same seed and sees the same batches, flips and dropout. The table compares loss, Dice,
+mIoU (in the precision trained, and the same weights in fp32), the median step time, the bytes kept for backward and the
+share of FLOPs in NVFP4. Refuses, before training, data with missing parts, unknown names and settings that cannot
+train.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if str(_HERE.parents[1]) not in sys.path:
 sys.path.append(str(_HERE.parents[2]))  # te_nvfp4_cv of this checkout, where it is not installed
 
 import torch  # noqa: E402
+
+from te_nvfp4_cv.checks import value_error  # noqa: E402
 from unet_coco.data import SegmentationData, load_data  # noqa: E402
 from unet_coco.engine import Trainer  # noqa: E402
 from unet_coco.metrics import to_device  # noqa: E402
@@ -29,8 +32,6 @@ from unet_coco.precision import Precision, parse_precisions  # noqa: E402
 from unet_coco.report import markdown_table, predict, write_history, write_pictures, write_summary  # noqa: E402
 from unet_coco.shapes import ShapesSettings, ensure_shapes  # noqa: E402
 from unet_coco.tracking import WandbLog  # noqa: E402
-
-from te_nvfp4_cv.checks import value_error  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | int]]:
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
     Returns:
         What summary.json holds.
     Raises:
-        ValueError, RuntimeError: see the files of this folder; each message says what came, what is needed and what to do.
+        ValueError, RuntimeError: see the files of this folder; each message says what came, what is needed and what to
+        do.
     """
     settings = parse_options(arguments)
     device = choose_device(settings.device)
@@ -64,7 +66,10 @@ def open_data(settings: Settings) -> SegmentationData:
         return load_data(settings.data, settings.layout, settings.classes)
     if settings.layout != "coco":
         raise value_error(
-            "--layout masks needs data.", got="no --data", needs="a folder with train/ and val/", fix="--data ROOT --layout masks"
+            "--layout masks needs data.",
+            got="no --data",
+            needs="a folder with train/ and val/",
+            fix="--data ROOT --layout masks",
         )
     root = ensure_shapes(settings.out.resolve().parent / "shapes_coco", ShapesSettings())
     print(f"no --data: using the drawn shapes in {root}")
@@ -77,14 +82,17 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise value_error(
-            "--out cannot be made.", got=f"{folder}: {error}", needs="a folder that can be written", fix="choose another --out"
+            "--out cannot be made.",
+            got=f"{folder}: {error}",
+            needs="a folder that can be written",
+            fix="choose another --out",
         ) from error
 
 
 def compare(
     settings: Settings, precisions: Sequence[Precision], data: SegmentationData, device: torch.device
 ) -> dict[str, dict[str, float | int]]:
-    """Train every precision, and write the report after each, so that an interruption loses nothing that is finished."""
+    """Train every precision, and write the report after each: an interruption loses nothing that is finished."""
     rows: dict[str, dict[str, float | int]] = {}
     history: dict[str, dict[str, list[dict[str, float]]]] = {}
     predictions: dict[str, torch.Tensor] = {}
@@ -95,7 +103,10 @@ def compare(
         trainer = Trainer(precision, settings, data, device, folder)
         if settings.resume:
             found = trainer.resume()
-            print(f"{precision.name}: " + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting anew"))
+            print(
+                f"{precision.name}: "
+                + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting anew")
+            )
         config = {key: str(value) for key, value in vars(settings).items()}
         log = WandbLog(settings.wandb, out, out.name, precision.name, {**config, "precision": precision.name})
         try:

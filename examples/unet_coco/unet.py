@@ -1,11 +1,13 @@
 """UNet for semantic segmentation: a plain torch module that knows nothing of NVFP4.
 
-    level l in 0..4: width_l = round(scale * (64, 128, 256, 512, 1024)[l]);   down: max-pool 2, two (conv 3x3, GroupNorm, act)
-    up:              ConvTranspose2d k2 s2, concat with the skip of that level, two (conv 3x3, GroupNorm, act);   head: conv 1x1
+    width of level l in 0..4 = round(scale * (64, 128, 256, 512, 1024)[l])
+    down: max-pool 2, two (conv 3x3, GroupNorm, activation)
+    up:   ConvTranspose2d k2 s2, concat with the skip of that level, two (conv 3x3, GroupNorm, activation)
+    head: conv 1x1
 
-Names that recipes may use in their [precision] table: `stem` (level 0; its first convolution reads the image), `down.0` .. `down.3`,
-`up.0` .. `up.3`, `head` (the classifier). Image sides need not be multiples of 16: an odd level is padded on the way up.
-Refuses a scale so small that a level would have no channel, and an unknown activation.
+Names that recipes may use in their [precision] table: `stem` (level 0; its first convolution reads the image), `down.0`
+.. `down.3`, `up.0` .. `up.3`, `head` (the classifier). Image sides need not be multiples of 16: an odd level is padded
+on the way up. Refuses a scale so small that a level would have no channel, and an unknown activation.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ import math
 
 import torch
 import torch.nn.functional as F
-from te_nvfp4_cv.checks import value_error
 from torch import Tensor, nn
+
+from te_nvfp4_cv.checks import value_error
 
 WIDTHS = (64, 128, 256, 512, 1024)
 ACTIVATIONS = ("relu", "silu")
 
 
 def group_count(channels: int) -> int:
-    """GroupNorm groups, a divisor of the channels: four channels each, at most 32 groups. (16 per group trained far worse.)"""
+    """GroupNorm groups, a divisor of the channels: four channels each, at most 32 groups (16 each trained far worse)."""
     return math.gcd(channels, min(32, max(1, channels // 4)))
 
 
@@ -82,7 +85,10 @@ class UNet(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise value_error(
-                "UNet: unknown activation.", got=repr(activation), needs=" or ".join(ACTIVATIONS), fix="--activation relu"
+                "UNet: unknown activation.",
+                got=repr(activation),
+                needs=" or ".join(ACTIVATIONS),
+                fix="--activation relu",
             )
         widths = [round(width * scale) for width in WIDTHS]
         if widths[0] < 1 or num_classes < 2:

@@ -1,9 +1,9 @@
 """Which backend runs a call, and why. One function decides; an explicit choice that cannot run raises; nothing falls back silently.
 
-    reference   anywhere: plain torch, the specification
-    vendor      CPU: compiled kernels + oneDNN. CUDA from sm_80: plain torch quantization + cuDNN / cuBLAS (not executed yet)
-    triton      CUDA only; its kernels are not part of this version, so choosing it raises
-    auto        vendor
+reference   anywhere: plain torch, the specification
+vendor      CPU: compiled kernels + oneDNN. CUDA from sm_80: plain torch quantization + cuDNN / cuBLAS (not executed yet)
+triton      CUDA only; its kernels are not part of this version, so choosing it raises
+auto        vendor
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ def check_backend(backend: str) -> str:
         ValueError: an unknown name.
     """
     if backend not in BACKENDS:
-        raise value_error("nvfp4: unknown backend.", got=repr(backend), needs=f"one of {', '.join(BACKENDS)}", fix='leave it out: "auto" chooses')
+        raise value_error(
+            "nvfp4: unknown backend.",
+            got=repr(backend),
+            needs=f"one of {', '.join(BACKENDS)}",
+            fix='leave it out: "auto" chooses',
+        )
     return backend
 
 
@@ -39,18 +44,26 @@ def resolve(backend: str, device: torch.device) -> str:
         return backend
     if backend == "triton":
         raise runtime_error(
-            "nvfp4: backend 'triton' cannot run here.", got=f"tensors on {device}",
+            "nvfp4: backend 'triton' cannot run here.",
+            got=f"tensors on {device}",
             needs="a CUDA GPU from compute capability 8.0, and the Triton kernels, which this version does not hold yet",
             fix="backend='vendor' (or 'auto')",
-        )  # fmt: skip
+        )
     if device.type not in ("cpu", "cuda"):
-        raise runtime_error("nvfp4: no fast backend for this device.", got=f"tensors on {device}", needs="cpu or cuda", fix="backend='reference'")
+        raise runtime_error(
+            "nvfp4: no fast backend for this device.",
+            got=f"tensors on {device}",
+            needs="cpu or cuda",
+            fix="backend='reference'",
+        )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         raise runtime_error(
-            "nvfp4: backend 'vendor' cannot run on this GPU.", got=f"compute capability {major}.{minor}",
-            needs="8.0 or newer (bf16 tensor cores)", fix="backend='reference'",
-        )  # fmt: skip
+            "nvfp4: backend 'vendor' cannot run on this GPU.",
+            got=f"compute capability {major}.{minor}",
+            needs="8.0 or newer (bf16 tensor cores)",
+            fix="backend='reference'",
+        )
     return "vendor"
 
 
@@ -77,11 +90,23 @@ def explain(device: torch.device) -> dict[str, str]:
     try:
         chosen = resolve("auto", device)
     except RuntimeError as error:
-        return {"backend": "none", "why": str(error), "triton": "needs a CUDA GPU from compute capability 8.0; not part of this version"}
+        return {
+            "backend": "none",
+            "why": str(error),
+            "triton": "needs a CUDA GPU from compute capability 8.0; not part of this version",
+        }
     if device.type == "cpu":
         quantizer = "compiled kernels" if native.load() is not None else "plain torch (no C++ compiler)"
-        dtype = "bf16 where autocast is on" if bf16_is_native(device) else "fp32, no AVX-512 bf16 or AMX here (bf16 where autocast is on)"
+        dtype = (
+            "bf16 where autocast is on"
+            if bf16_is_native(device)
+            else "fp32, no AVX-512 bf16 or AMX here (bf16 where autocast is on)"
+        )
         why = f"CPU: quantization by {quantizer}, convolutions by oneDNN in {dtype}"
     else:
         why = "CUDA: plain torch quantization, convolutions by cuDNN on exact dequantized operands (not executed on a GPU yet)"
-    return {"backend": chosen, "why": why, "triton": "needs a CUDA GPU from compute capability 8.0; not part of this version"}
+    return {
+        "backend": chosen,
+        "why": why,
+        "triton": "needs a CUDA GPU from compute capability 8.0; not part of this version",
+    }

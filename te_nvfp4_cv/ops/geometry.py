@@ -71,12 +71,20 @@ class ConvGeometry:
     @property
     def x_shape(self) -> tuple[int, ...]:
         """[B, *image, channels] of x."""
-        return (self.batch, *self.b_size, self.channels_b) if self.transposed else (self.batch, *self.a_size, self.channels_a)
+        return (
+            (self.batch, *self.b_size, self.channels_b)
+            if self.transposed
+            else (self.batch, *self.a_size, self.channels_a)
+        )
 
     @property
     def y_shape(self) -> tuple[int, ...]:
         """[B, *image, channels] of y."""
-        return (self.batch, *self.a_size, self.channels_a) if self.transposed else (self.batch, *self.b_size, self.channels_b)
+        return (
+            (self.batch, *self.a_size, self.channels_a)
+            if self.transposed
+            else (self.batch, *self.b_size, self.channels_b)
+        )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -98,7 +106,9 @@ class ConvGeometry:
             return Fold(1, 0, a_rows, 0, images), Fold(1, 0, b_rows, 0, images)
         strip = -(-b_rows // strips)
         halo = halo_rows(strip, self.stride[0], self.kernel[0], self.dilation[0])
-        return Fold(strips, strip * self.stride[0], halo, self.padding[0], images), Fold(strips, strip, strip, 0, images)
+        return Fold(strips, strip * self.stride[0], halo, self.padding[0], images), Fold(
+            strips, strip, strip, 0, images
+        )
 
     def folded(self) -> ConvGeometry:
         """The geometry of wgrad on the folded operands; self where nothing is folded but zero images are added."""
@@ -109,7 +119,11 @@ class ConvGeometry:
             return self._replace(batch=a.images)
         zero = (0, *self.padding[1:]), (0, *self.output_padding[1:])
         return self._replace(
-            batch=a.images, a_size=(a.rows, *self.a_size[1:]), b_size=(b.rows, *self.b_size[1:]), padding=zero[0], output_padding=zero[1]
+            batch=a.images,
+            a_size=(a.rows, *self.a_size[1:]),
+            b_size=(b.rows, *self.b_size[1:]),
+            padding=zero[0],
+            output_padding=zero[1],
         )
 
     def _replace(self, **changes: object) -> ConvGeometry:
@@ -144,6 +158,7 @@ def fold_factor(batch: int, rows: int, stride: int, kernel: int, dilation: int) 
     """Strips per image, g in 1..min(16, rows): minimises 16 ceil(B g / 16) L(g), ties to the smaller; 1 for a batch of 16 n."""
     if batch % BLOCK == 0:
         return 1
+
     def cost(g: int) -> int:
         return BLOCK * -(-batch * g // BLOCK) * halo_rows(-(-rows // g), stride, kernel, dilation)
 
@@ -155,7 +170,9 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def transposed_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, output_padding: int) -> int:
+def transposed_output_size(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, output_padding: int
+) -> int:
     """Output length of a transposed convolution along one axis."""
     return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
 
@@ -180,7 +197,12 @@ def pixel_map(geometry: ConvGeometry, to_b: bool) -> Tensor:
     pixels = torch.zeros(1, 1, dtype=torch.int64)
     for axis in range(geometry.rank):
         index = function(
-            geometry.a_size[axis], geometry.b_size[axis], geometry.kernel[axis], geometry.stride[axis], geometry.padding[axis], geometry.dilation[axis]
+            geometry.a_size[axis],
+            geometry.b_size[axis],
+            geometry.kernel[axis],
+            geometry.stride[axis],
+            geometry.padding[axis],
+            geometry.dilation[axis],
         )
         out, taps = pixels.shape
         left, right = pixels.view(out, 1, taps, 1), index.view(1, index.shape[0], 1, index.shape[1])

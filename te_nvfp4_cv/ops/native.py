@@ -34,26 +34,55 @@ class Operand(ctypes.Structure):
     """One activation or gradient and what to make of it; field by field the struct of native.cpp."""
 
     _fields_ = [
-        ("x", _P), ("row_start", _P),
-        ("images", _I64), ("L", _I64), ("Wp", _I64), ("C", _I64), ("groups", _I64),
-        ("fold_images", _I64), ("fold_L", _I64),
-        ("row_dq", _P), ("row_codes", _P), ("row_scale", _P),
-        ("col_dq", _P), ("col_codes", _P), ("col_scale", _P),
+        ("x", _P),
+        ("row_start", _P),
+        ("images", _I64),
+        ("L", _I64),
+        ("Wp", _I64),
+        ("C", _I64),
+        ("groups", _I64),
+        ("fold_images", _I64),
+        ("fold_L", _I64),
+        ("row_dq", _P),
+        ("row_codes", _P),
+        ("row_scale", _P),
+        ("col_dq", _P),
+        ("col_codes", _P),
+        ("col_scale", _P),
         ("amax", _P),
-        ("seed", _I64), ("rht", _I32), ("stochastic", _I32), ("in_bf16", _I32), ("out_bf16", _I32),
-        ("threads", _I32), ("want_row", _I32), ("want_col", _I32), ("e4m3_max", _F32),
-    ]  # fmt: skip
+        ("seed", _I64),
+        ("rht", _I32),
+        ("stochastic", _I32),
+        ("in_bf16", _I32),
+        ("out_bf16", _I32),
+        ("threads", _I32),
+        ("want_row", _I32),
+        ("want_col", _I32),
+        ("e4m3_max", _F32),
+    ]
 
 
 class Weight(ctypes.Structure):
     """One 16x16-scaled kernel tensor; field by field the struct of native.cpp."""
 
     _fields_ = [
-        ("w", _P), ("groups", _I64), ("Og", _I64), ("Cg", _I64), ("T", _I64),
-        ("stride_o", _I64), ("stride_c", _I64), ("stride_t", _I64),
-        ("dq", _P), ("codes", _P), ("scale", _P), ("amax", _P),
-        ("in_bf16", _I32), ("out_bf16", _I32), ("threads", _I32), ("e4m3_max", _F32),
-    ]  # fmt: skip
+        ("w", _P),
+        ("groups", _I64),
+        ("Og", _I64),
+        ("Cg", _I64),
+        ("T", _I64),
+        ("stride_o", _I64),
+        ("stride_c", _I64),
+        ("stride_t", _I64),
+        ("dq", _P),
+        ("codes", _P),
+        ("scale", _P),
+        ("amax", _P),
+        ("in_bf16", _I32),
+        ("out_bf16", _I32),
+        ("threads", _I32),
+        ("e4m3_max", _F32),
+    ]
 
 
 def compiler() -> str | None:
@@ -67,7 +96,9 @@ def compiler() -> str | None:
 def cache_folder() -> Path:
     """Where built kernels are kept; a private temporary folder when the usual one cannot be written."""
     override = os.environ.get("TE_NVFP4_CV_CACHE")
-    base = Path(override) if override else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "te_nvfp4_cv"
+    base = (
+        Path(override) if override else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "te_nvfp4_cv"
+    )
     try:
         base.mkdir(parents=True, exist_ok=True)
         if os.access(base, os.W_OK):
@@ -126,13 +157,19 @@ def load() -> ctypes.CDLL | None:
         return None
     cxx = compiler()
     if cxx is None:
-        warn_once("native", "te_nvfp4_cv found no C++ compiler (g++, clang++ or CXX): NVFP4 quantization on the CPU runs in plain torch, with the same "
-                  "bits but about 50 times slower. Install g++ to change that.")  # fmt: skip
+        warn_once(
+            "native",
+            "te_nvfp4_cv found no C++ compiler (g++, clang++ or CXX): NVFP4 quantization on the CPU runs in plain torch, with the same "
+            "bits but about 50 times slower. Install g++ to change that.",
+        )
         return None
     try:
         library = ctypes.CDLL(str(_build(cxx)))
     except (OSError, subprocess.SubprocessError) as error:
-        warn_once("native", f"te_nvfp4_cv could not build its CPU kernels, plain torch quantizes instead (same bits, slower): {error}")
+        warn_once(
+            "native",
+            f"te_nvfp4_cv could not build its CPU kernels, plain torch quantizes instead (same bits, slower): {error}",
+        )
         return None
     for name in ("nvfp4_amax", "nvfp4_quantize", "nvfp4_quantize_weight", "nvfp4_unpack_weight"):
         getattr(library, name).argtypes, getattr(library, name).restype = [_P], None

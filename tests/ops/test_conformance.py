@@ -1,4 +1,4 @@
-"""The conformance vectors, which TransformerEngine's own reference wrote, on every backend; skipped where they are absent.
+"""The conformance vectors, written by TransformerEngine's own reference, on every backend; skipped where absent.
 
 The folder is that of the environment variable TE_NVFP4_CV_VECTORS, else ../shared/vectors beside the repository.
 Golden values of our own (test_quantize_reference.py) guard the bits on other machines.

@@ -1,13 +1,11 @@
-"""The reference quantizer: against brute force, by its properties, at its edges, and against golden hashes of its bits."""
+"""The reference quantizer: against brute force, by its properties, at its edges, and its stochastic rounding."""
 
 from __future__ import annotations
-
-import hashlib
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from te_nvfp4_cv import formats
@@ -150,8 +148,7 @@ def test_a_perturbation_stays_inside_its_block(m, k, options):
     x = sample(32, 48, seed=3)
     x = x / x.abs().max()
     x[0, 0], x[16, 40] = 40.0, 40.0  # the tensor amax before and after RHT comes from elsewhere
-    if (m < 16 and k < 16) or (m >= 16 and k >= 32):
-        return  # the amax blocks themselves
+    assume(not (m < 16 and k < 16) and not (m >= 16 and k >= 32))  # the amax blocks themselves
     y = x.clone()
     y[m, k] += 0.37
     a, b = quantize(x, **options), quantize(y, **options)
@@ -238,13 +235,14 @@ def test_a_block_whose_scale_underflows_saturates():
 
 @pytest.mark.parametrize("value", [1e-45, 1e-40, 1.2e-38, 1e30, 3e38])
 def test_subnormal_and_huge_tensors_keep_their_codes(value):
-    x = torch.tensor([[1.0, -0.5, 0.25, 0.0] * 4]) * value
+    x = torch.tensor([[1.0, -0.5, 0.25, 0.0] * 4, [0.01, -0.02, 0.03, -0.0] * 4]) * value
+    codes, scales, amax = oracle.quantize_rows(x.numpy())
     faces = quantize(x, columnwise=False)
-    assert faces.row_amax.item() == float(x.abs().max())
-    codes = formats.unpack_nibbles(faces.row_data)[0]
-    assert codes[0] == 7 and codes[3] == 0
-    if value > 1e-44:
-        assert codes[1] == 13 and codes[2] in (3, 4)  # -3 and 1.5
+    assert faces.row_amax.tolist() == [amax] and amax > 0
+    assert np.array_equal(faces.row_scale.view(torch.uint8).numpy(), scales)
+    assert np.array_equal(formats.unpack_nibbles(faces.row_data).numpy(), codes)
+    if value > 2e-38:  # below, FLT_MAX bounds what multiplies the elements
+        assert codes[0, :4].tolist() == [7, 13, 3, 0]
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (16, 0), (0, 0), (0, 5)])
@@ -306,98 +304,9 @@ def test_sr_is_unbiased_within_4_sigma():
     draws_SMK = torch.stack(draws)
     # a block's own maximum can exceed 6 by the rounding of its scale: that clips, by design
     enc = formats.encode_multiplier(faces.row_scale, formats.encode_scale(faces.row_amax)).unsqueeze(-1)
-    inside = (formats.blocks(x) * enc).abs().flatten(-2) <= 6
+    scaled = (formats.blocks(x) * enc).abs()
+    inside = (scaled <= 6).flatten(-2)
     bias = (draws_SMK.mean(0) - x.double()).abs()
-    step = (draws_SMK.amax(0) - draws_SMK.amin(0)).clamp_min(1e-12)
+    step = (torch.where(scaled < 2, 0.5, torch.where(scaled < 4, 1.0, 2.0)) / enc).flatten(-2).double()
     limit = 4.5 * step / 2 / 400**0.5 + step * 2**-8 + x.abs() * 2**-20  # 128 elements: 4.5 sigma of the widest law
     assert bool((bias <= limit)[inside].all()) and int(inside.sum()) > 100
-
-
-# ---- the operator ---------------------------------------------------------------------------------------------------
-
-
-def test_operator_passes_opcheck_and_equals_the_reference():
-    x = sample(20, 40, torch.bfloat16)
-    args = (x, True, True, True, True, False, None, 448, False, None, None, torch.tensor(3), True, "reference")
-    torch.library.opcheck(torch.ops.te_nvfp4_cv.quantize.default, args)
-    faces = ops.quantize(x, columnwise=True, rht=True, stochastic_rounding=True, seed=3)
-    assert_same_bits(faces, quantize(x, rht=True, stochastic_rounding=True, seed=3))
-    torch.library.opcheck(
-        torch.ops.te_nvfp4_cv.dequantize.default,
-        (faces.row_data, faces.row_scale, faces.row_amax, 448, torch.bfloat16),
-    )
-
-
-@pytest.mark.parametrize(
-    ("x", "options", "words"),
-    [
-        (torch.ones(4, 4, dtype=torch.int32), {}, "bfloat16, float16 or float32"),
-        (torch.ones(4, 4, dtype=torch.float64), {}, "float64"),
-        (torch.ones(4, 4, dtype=torch.complex64), {}, "complex64"),
-        (torch.ones(4), {}, "2-D"),
-        (torch.ones(4, 4), {"stochastic_rounding": True}, "seed"),
-        (torch.ones(4, 4), {"two_d": True, "rht": True}, "two_d and rht"),
-        (torch.ones(4, 4), {"row_scaled": True, "two_d": True}, "row_scaled"),
-        (torch.ones(4, 4), {"four_over_six": "MAE", "rht": True}, "four_over_six and rht"),
-        (torch.ones(4, 4), {"four_over_six": "mae"}, "'MAE' or 'MSE'"),
-        (torch.ones(4, 4), {"e4m3_max": 256}, "448, or 256"),
-        (torch.ones(4, 4), {"backend": "fast"}, "backend"),
-    ],
-)
-def test_bad_input_is_a_clear_error(x, options, words):
-    with pytest.raises(ValueError) as error:
-        ops.quantize(x, **options)
-    assert all(part in str(error.value) for part in (words, "got:", "needs:", "fix:"))
-
-
-# ---- golden values --------------------------------------------------------------------------------------------------
-
-GOLDEN = {
-    "plain_fp32": "b08672eff36c0fbc",
-    "plain_bf16": "88c1880507a24e5c",
-    "plain_fp16": "a937fd046211796f",
-    "rht_bf16": "6b73ecf2a4be64c2",
-    "rht_fp32": "de8110ec8bb52376",
-    "rht_unsigned": "0df6a20427032762",
-    "2d": "ca4d6dfdba0d5faf",
-    "sr_rht": "31f75da3effa972c",
-    "row_scaled": "121dc8267bfa0d58",
-    "4over6_mae_256": "0beee2d662712db1",
-    "4over6_mse_2d": "33a9c38503a9a8cf",
-}
-
-
-def golden_input(dtype: torch.dtype) -> torch.Tensor:
-    """37 x 51 values from integer arithmetic alone: the same on every machine and version."""
-    i = torch.arange(37 * 51, dtype=torch.int64)
-    mantissa = ((i * 2654435761) % 2**32).double() / 2**31 - 1
-    exponent = ((i * 40503) % 23 - 11).double()
-    return (mantissa * 2.0**exponent).float().to(dtype).reshape(37, 51)
-
-
-def golden_hash(faces: reference.Faces) -> str:
-    digest = hashlib.sha256()
-    for t in faces:
-        digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-GOLDEN_CASES = {
-    "plain_fp32": (torch.float32, {}),
-    "plain_bf16": (torch.bfloat16, {}),
-    "plain_fp16": (torch.float16, {}),
-    "rht_bf16": (torch.bfloat16, {"rht": True}),
-    "rht_fp32": (torch.float32, {"rht": True}),
-    "rht_unsigned": (torch.bfloat16, {"rht": True, "with_sign": False}),
-    "2d": (torch.bfloat16, {"two_d": True}),
-    "sr_rht": (torch.bfloat16, {"rht": True, "stochastic_rounding": True, "seed": 12345678901234}),
-    "row_scaled": (torch.float32, {"row_scaled": True}),
-    "4over6_mae_256": (torch.bfloat16, {"four_over_six": "MAE", "e4m3_max": 256}),
-    "4over6_mse_2d": (torch.float32, {"four_over_six": "MSE", "two_d": True}),
-}
-
-
-@pytest.mark.parametrize("name", GOLDEN_CASES)
-def test_golden(name):
-    dtype, options = GOLDEN_CASES[name]
-    assert golden_hash(quantize(golden_input(dtype), **options)) == GOLDEN[name]

@@ -23,7 +23,15 @@ def _run(backend: str):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("te_nvfp4_cv::conv_fprop", mutates_args=())
 def conv_fprop(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, bias: Tensor | None, shape: list[int], dtype: torch.dtype, backend: str
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    shape: list[int],
+    dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     """y [B, *image, O] in `dtype`.
 
@@ -42,7 +50,16 @@ def _(x, x_scale, w, w_scale, alpha, bias, shape, dtype, backend):  # type: igno
 
 
 @torch.library.custom_op("te_nvfp4_cv::conv_dgrad", mutates_args=())
-def conv_dgrad(dy: Tensor, dy_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, shape: list[int], dtype: torch.dtype, backend: str) -> Tensor:
+def conv_dgrad(
+    dy: Tensor,
+    dy_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
     """dx [B, *image, C] in `dtype`; arguments as for conv_fprop, the kernel's other face."""
     return _run(backend).dgrad(dy, dy_scale, w, w_scale, alpha, ConvGeometry.from_ints(shape), dtype)
 
@@ -53,7 +70,16 @@ def _(dy, dy_scale, w, w_scale, alpha, shape, dtype, backend):  # type: ignore[n
 
 
 @torch.library.custom_op("te_nvfp4_cv::conv_wgrad", mutates_args=())
-def conv_wgrad(dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tensor, shape: list[int], dtype: torch.dtype, backend: str) -> Tensor:
+def conv_wgrad(
+    dy: Tensor,
+    dy_scale: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    alpha: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
     """dw [axis 0, taps, axis 1] in `dtype`, from the columnwise faces of dy and x on the folded geometry.
 
     Args:

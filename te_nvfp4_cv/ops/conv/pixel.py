@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.ops.conv.reference import gather
 from te_nvfp4_cv.ops.gemm import reference as gemm
 from te_nvfp4_cv.ops.geometry import ConvGeometry, pixel_map
-from te_nvfp4_cv.ops.conv.reference import gather
 
 
 def matrix(side: Tensor, geometry: ConvGeometry, is_a: bool) -> Tensor:
@@ -26,13 +26,31 @@ def matrix(side: Tensor, geometry: ConvGeometry, is_a: bool) -> Tensor:
     return columns.permute(2, 0, 1, 3).reshape(-1, geometry.taps * side.shape[-1])
 
 
-def wgrad(b_data: Tensor, b_scale: Tensor, a_data: Tensor, a_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+def wgrad(
+    b_data: Tensor,
+    b_scale: Tensor,
+    a_data: Tensor,
+    a_scale: Tensor,
+    alpha: Tensor,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> Tensor:
     """dw [axis 0, taps, axis 1] from columnwise faces: b [O, Mp/2], a [T * C, Mp/2], scales float8_e4m3fn."""
-    groups, each_a, each_b = geometry.groups, geometry.channels_a // geometry.groups, geometry.channels_b // geometry.groups
-    a_data, a_scale = (part.unflatten(0, (geometry.taps, groups, each_a)) for part in (a_data, a_scale.view(torch.uint8)))
+    groups, each_a, each_b = (
+        geometry.groups,
+        geometry.channels_a // geometry.groups,
+        geometry.channels_b // geometry.groups,
+    )
+    a_data, a_scale = (
+        part.unflatten(0, (geometry.taps, groups, each_a)) for part in (a_data, a_scale.view(torch.uint8))
+    )
     out = []
     for group in range(groups):
         rows = slice(group * each_b, (group + 1) * each_b)
         scale = a_scale[:, group].flatten(0, 1).contiguous().view(torch.float8_e4m3fn)
-        out.append(gemm.multiply(b_data[rows], b_scale[rows], a_data[:, group].flatten(0, 1), scale).reshape(each_b, geometry.taps, each_a))
+        out.append(
+            gemm.multiply(b_data[rows], b_scale[rows], a_data[:, group].flatten(0, 1), scale).reshape(
+                each_b, geometry.taps, each_a
+            )
+        )
     return (torch.cat(out) * alpha).to(dtype)

@@ -36,7 +36,9 @@ def _by_group(data: Tensor, scale: Tensor, groups: int) -> tuple[Tensor, Tensor]
     """Packed rowwise operand [B, *image, G * Kb * 8] and its scales as [pixels, B, G, Kb * 8] and [pixels, B, G, Kb]."""
     batch = data.shape[0]
     shape = (-1, batch, groups)
-    return data.movedim(0, -2).reshape(*shape, data.shape[-1] // groups), scale.movedim(0, -2).reshape(*shape, scale.shape[-1] // groups)
+    return data.movedim(0, -2).reshape(*shape, data.shape[-1] // groups), scale.movedim(0, -2).reshape(
+        *shape, scale.shape[-1] // groups
+    )
 
 
 def _rows(data: Tensor, scale: Tensor, geometry: ConvGeometry, to_b: bool, group: int) -> tuple[Tensor, Tensor]:
@@ -87,22 +89,35 @@ def _data_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, geometry:
 
 
 def fprop(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See conv_fprop."""
     y = _data_gemm(x, x_scale, w, w_scale, geometry, not geometry.transposed) * alpha
     return (y if bias is None else y + bias.float()).to(dtype).contiguous()
 
 
-def dgrad(dy: Tensor, dy_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+def dgrad(
+    dy: Tensor, dy_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
+) -> Tensor:
     """See conv_dgrad."""
     return (_data_gemm(dy, dy_scale, w, w_scale, geometry, geometry.transposed) * alpha).to(dtype).contiguous()
 
 
-def wgrad(dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+def wgrad(
+    dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
+) -> Tensor:
     """See conv_wgrad."""
     folded = geometry.folded()
-    (a, a_scale), (b, b_scale) = ((dy, dy_scale), (x, x_scale)) if geometry.transposed else ((x, x_scale), (dy, dy_scale))
+    (a, a_scale), (b, b_scale) = (
+        ((dy, dy_scale), (x, x_scale)) if geometry.transposed else ((x, x_scale), (dy, dy_scale))
+    )
     pixels = pixel_map(folded, True)
     groups, out = geometry.groups, []
     a_flat, b_flat = _pixels_first(a, True), _pixels_first(b, True)  # [pixels, channels, N16 * 8]
@@ -110,7 +125,9 @@ def wgrad(dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tenso
     each_a, each_b = geometry.channels_a // groups, geometry.channels_b // groups
     for group in range(groups):
         of_a, of_b = slice(group * each_a, (group + 1) * each_a), slice(group * each_b, (group + 1) * each_b)
-        columns = [gather(part[:, of_a], pixels).permute(1, 2, 0, 3).flatten(0, 1).flatten(1) for part in (a_flat, a_flat_s)]  # [T * C, pixels * N]
+        columns = [
+            gather(part[:, of_a], pixels).permute(1, 2, 0, 3).flatten(0, 1).flatten(1) for part in (a_flat, a_flat_s)
+        ]  # [T * C, pixels * N]
         rows = [part[:, of_b].transpose(0, 1).flatten(1) for part in (b_flat, b_flat_s)]  # [O, pixels * N]
         out.append(_multiply(rows[0], rows[1], columns[0], columns[1]).reshape(each_b, geometry.taps, each_a))
     dw = torch.cat(out)

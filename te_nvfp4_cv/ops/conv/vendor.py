@@ -18,7 +18,14 @@ aten = torch.ops.aten
 
 
 def fprop(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See conv_fprop."""
     if geometry.rank == 0:
@@ -26,29 +33,45 @@ def fprop(
     else:
         g = _two_d(geometry)
         y = aten.convolution(
-            _channels_first(x, g.x_shape), _kernel(w, g), None, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
+            _channels_first(x, g.x_shape),
+            _kernel(w, g),
+            None,
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.transposed,
+            g.output_padding,
+            g.groups,
         )
         y = _channels_last(y, geometry.y_shape)
     return _finish(y, alpha, bias, dtype)
 
 
-def dgrad(dy: Tensor, dy_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+def dgrad(
+    dy: Tensor, dy_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
+) -> Tensor:
     """See conv_dgrad."""
     if geometry.rank == 0:
         return _finish(dy @ w[:, 0], alpha, None, dtype)
     g = _two_d(geometry)
-    dx, _, _ = _backward(_channels_first(dy, g.y_shape), _empty_image(dy, g.x_shape), _kernel(w, g), g, [True, False, False])
+    dx, _, _ = _backward(
+        _channels_first(dy, g.y_shape), _empty_image(dy, g.x_shape), _kernel(w, g), g, [True, False, False]
+    )
     return _finish(_channels_last(dx, geometry.x_shape), alpha, None, dtype)
 
 
-def wgrad(dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+def wgrad(
+    dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
+) -> Tensor:
     """See conv_wgrad."""
     if geometry.rank == 0:
         dw = (dy.t() @ x).unsqueeze(1)
     else:
         g = _two_d(geometry.folded())
         w_like = _empty_image(dy, (g.channels_b, *g.kernel, g.channels_a // g.groups))
-        _, dw, _ = _backward(_channels_first(dy, g.y_shape), _channels_first(x, g.x_shape), w_like, g, [False, True, False])
+        _, dw, _ = _backward(
+            _channels_first(dy, g.y_shape), _channels_first(x, g.x_shape), w_like, g, [False, True, False]
+        )
         dw = _channels_last(dw, geometry.weight_shape)
     if alpha.numel() != 1:  # one factor per channel of x: axis 1 of the kernel, axis 0 of a transposed one
         alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
@@ -56,7 +79,9 @@ def wgrad(dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tenso
 
 
 def _backward(dy: Tensor, x: Tensor, w: Tensor, g: ConvGeometry, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return aten.convolution_backward(dy, x, w, None, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups, mask)
+    return aten.convolution_backward(
+        dy, x, w, None, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups, mask
+    )
 
 
 def _two_d(g: ConvGeometry) -> ConvGeometry:
@@ -64,9 +89,19 @@ def _two_d(g: ConvGeometry) -> ConvGeometry:
     if g.rank != 1:
         return g
     return ConvGeometry(
-        g.batch, g.channels_a, g.channels_b, (1, *g.a_size), (1, *g.b_size), (1, *g.kernel), (1, *g.stride), (0, *g.padding), (1, *g.dilation),
-        (0, *g.output_padding), g.groups, g.transposed,
-    )  # fmt: skip
+        g.batch,
+        g.channels_a,
+        g.channels_b,
+        (1, *g.a_size),
+        (1, *g.b_size),
+        (1, *g.kernel),
+        (1, *g.stride),
+        (0, *g.padding),
+        (1, *g.dilation),
+        (0, *g.output_padding),
+        g.groups,
+        g.transposed,
+    )
 
 
 def _channels_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -90,6 +125,8 @@ def _empty_image(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _finish(y: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """round(y * alpha + bias) in `dtype`; y is contiguous and may be overwritten."""
     library = native.load() if y.device.type == "cpu" else None
+    if dtype == torch.float32:  # dw of a bf16 call: one rounding less
+        y = y.float()
     if library is None or alpha.numel() != 1 or y.dtype not in (torch.bfloat16, torch.float32):
         out = y.float() * alpha
         return (out if bias is None else out + bias.float()).to(dtype)
@@ -97,7 +134,12 @@ def _finish(y: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype) -
         bias = bias.detach().float().contiguous()
     channels = y.shape[-1] if bias is not None else 1
     library.nvfp4_scale_bias(
-        y.data_ptr(), y.numel() // max(channels, 1), channels, float(alpha), None if bias is None else bias.data_ptr(),
-        y.dtype == torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+        y.data_ptr(),
+        y.numel() // max(channels, 1),
+        channels,
+        float(alpha),
+        None if bias is None else bias.data_ptr(),
+        y.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return y.to(dtype)

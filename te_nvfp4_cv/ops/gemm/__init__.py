@@ -55,14 +55,17 @@ def gemm(
         TypeError: an operand that is no NVFP4Tensor.
     """
     _check(a, b, layout, out_dtype, bias, accumulate, out)
-    operands = []
+    operands = []  # by attributes, not methods: torch.compile takes methods of a tensor subclass for operators
     for t, face in zip((a, b), LAYOUTS[layout], strict=True):
         if face == "rowwise":
-            assert t._rowwise_data is not None
+            assert t._rowwise_data is not None and t._rowwise_scale_inv is not None
             data, scale, amax = t._rowwise_data.flatten(0, -2), t._rowwise_scale_inv, t._amax_rowwise
         else:
-            (data, scale), amax = t.columnwise_te(), t._amax_columnwise
-        operands.append((data, scale, amax, t.e4m3_max, t.row_scaled))
+            assert t._columnwise_data is not None and t._columnwise_scale_inv is not None
+            data, scale, amax = t._columnwise_data, t._columnwise_scale_inv, t._amax_columnwise
+            if t._columnwise_layout == "ntile":
+                data, scale = formats.ntile_to_te(data, scale)
+        operands.append((data, scale, amax, t._nvfp4_e4m3_max, t._row_scaled_nvfp4))
     I, J = operands[0][0].shape[0], operands[1][0].shape[0]  # noqa: E741
     result = _gemm_op(
         *operands[0],
@@ -103,7 +106,7 @@ def _check(
             fix="see the table of nv.gemm",
         )
     for name, t, face in zip(("a", "b"), (a, b), LAYOUTS[layout], strict=True):
-        if not t.get_usages()[face]:
+        if getattr(t, f"_{face}_data") is None:
             raise checks.value_error(
                 f"nvfp4 gemm {layout}: operand {name} lacks its {face} face.",
                 got=repr(t),
@@ -119,7 +122,7 @@ def _check(
             needs="equal lengths: K of x and w (TN), N of dy and w (NN), the rows of dy and x (NT)",
             fix="check the operands' order and the layout",
         )
-    rotated = [t.columnwise_rht and face == "columnwise" for t, face in zip((a, b), LAYOUTS[layout], strict=True)]
+    rotated = [t._columnwise_rht and face == "columnwise" for t, face in zip((a, b), LAYOUTS[layout], strict=True)]
     signs = {t._with_random_sign_mask for t, r in zip((a, b), rotated, strict=True) if r}
     if rotated[0] != rotated[1] or len(signs) > 1:
         raise checks.value_error(

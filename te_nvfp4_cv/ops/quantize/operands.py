@@ -65,7 +65,18 @@ def quantize_operand(
     """
     run = reference_operands if backend == "reference" else vendor
     fields = run.quantize_operand(
-        x, groups, Fold(*fold), row, col, rht, stochastic, four_over_six or None, e4m3_max, row_scaled, dtype, None if seed is None else int(seed.item())
+        x,
+        groups,
+        Fold(*fold),
+        row,
+        col,
+        rht,
+        stochastic,
+        four_over_six or None,
+        e4m3_max,
+        row_scaled,
+        dtype,
+        None if seed is None else int(seed.item()),
     )
     return tuple(fields)  # type: ignore[return-value]
 
@@ -94,7 +105,15 @@ def _(x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_s
 
 @torch.library.custom_op("te_nvfp4_cv::quantize_kernel", mutates_args=())
 def quantize_kernel(
-    w: Tensor, groups: int, row: int, col: int, two_d: bool, four_over_six: str, e4m3_max: int, dtype: torch.dtype, backend: str
+    w: Tensor,
+    groups: int,
+    row: int,
+    col: int,
+    two_d: bool,
+    four_over_six: str,
+    e4m3_max: int,
+    dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantize a weight.
 
@@ -112,7 +131,12 @@ def quantize_kernel(
 def _(w, groups, row, col, two_d, four_over_six, e4m3_max, dtype, backend):  # type: ignore[no-untyped-def]
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
-    row_data, row_scale, col_data, col_scale = w.new_empty(0), w.new_empty(0, dtype=torch.uint8), w.new_empty(0), w.new_empty(0, dtype=torch.uint8)
+    row_data, row_scale, col_data, col_scale = (
+        w.new_empty(0),
+        w.new_empty(0, dtype=torch.uint8),
+        w.new_empty(0),
+        w.new_empty(0, dtype=torch.uint8),
+    )
     if row == PACKED:
         row_data = w.new_empty((n, taps, kb * 8), dtype=torch.uint8)
         row_scale = w.new_empty((groups, ob, taps, kb) if two_d else (n, taps, kb), dtype=torch.uint8)
@@ -149,9 +173,13 @@ def _(data, scale, channels, groups, dtype, backend):  # type: ignore[no-untyped
 
 
 @torch.library.custom_op("te_nvfp4_cv::unpack_kernel", mutates_args=())
-def unpack_kernel(data: Tensor, scale: Tensor, n: int, channels: int, groups: int, columnwise: bool, dtype: torch.dtype, backend: str) -> Tensor:
+def unpack_kernel(
+    data: Tensor, scale: Tensor, n: int, channels: int, groups: int, columnwise: bool, dtype: torch.dtype, backend: str
+) -> Tensor:
     """Dequantized [axis 0, T, axis 1] from either packed face of a kernel; n, channels: sizes of the axes 0 and 1."""
-    return (reference_operands if backend == "reference" else vendor).unpack_kernel(data, scale, n, channels, groups, columnwise, dtype)
+    return (reference_operands if backend == "reference" else vendor).unpack_kernel(
+        data, scale, n, channels, groups, columnwise, dtype
+    )
 
 
 @unpack_kernel.register_fake

@@ -252,9 +252,9 @@ class NVFP4Quantizer:
 
     def settings(self) -> dict[str, Any]:
         """The keyword arguments of the constructor, without the process group; they decide equality."""
-        names = dict(vars(self))
-        del names["amax_reduction_group"]
-        return {"rowwise": names.pop("rowwise_usage"), "columnwise": names.pop("columnwise_usage"), **names}
+        names = {name: value for name, value in vars(self).items() if name != "amax_reduction_group"}
+        usages = names.pop("rowwise_usage", None), names.pop("columnwise_usage", None)
+        return {"rowwise": usages[0], "columnwise": usages[1], **names}
 
     def calibrate(self, tensor: Tensor) -> None:
         """Nothing to learn from data: amax is taken at each call."""

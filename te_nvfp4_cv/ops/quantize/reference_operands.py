@@ -43,17 +43,31 @@ def batch_last(x: Tensor) -> Tensor:
 
 
 def quantize_operand(
-    x: Tensor, groups: int, fold: Fold, row: int, col: int, rht: bool, stochastic: bool, four_over_six: str | None, e4m3_max: int, row_scaled: bool,
-    dtype: torch.dtype, seed: int | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    groups: int,
+    fold: Fold,
+    row: int,
+    col: int,
+    rht: bool,
+    stochastic: bool,
+    four_over_six: str | None,
+    e4m3_max: int,
+    row_scaled: bool,
+    dtype: torch.dtype,
+    seed: int | None,
+) -> tuple[Tensor, ...]:
     """See operands.quantize_operand."""
     x_rows = batch_last(x)
     row_data, row_scale, col_data, col_scale = (x.new_empty(0, dtype=torch.uint8) for _ in range(4))
-    common = dict(stochastic_rounding=stochastic, four_over_six=four_over_six, e4m3_max=e4m3_max, row_scaled=row_scaled, seed=seed)
+    common = dict(
+        stochastic_rounding=stochastic, four_over_six=four_over_six, e4m3_max=e4m3_max, row_scaled=row_scaled, seed=seed
+    )
     amax = x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
     row_amax = col_amax = amax
     if row != NONE:
-        faces = reference.quantize_2d(pad_groups(x_rows, groups).flatten(0, -2), rowwise=True, amax_rowwise=None if row_scaled else amax, **common)  # type: ignore[arg-type]
+        faces = reference.quantize_2d(
+            pad_groups(x_rows, groups).flatten(0, -2), rowwise=True, amax_rowwise=None if row_scaled else amax, **common
+        )  # type: ignore[arg-type]
         shape = x_rows.shape[:-1]
         row_data = faces.row_data.reshape(*shape, -1).movedim(-2, 0).contiguous()
         row_scale = faces.row_scale.view(torch.uint8).reshape(*shape, -1).movedim(-2, 0).contiguous()
@@ -61,8 +75,13 @@ def quantize_operand(
     if col != NONE:
         folded = batch_last(fold_images(x, fold))  # [*image, N, C]
         faces = reference.quantize_2d(
-            folded.flatten(0, -2), rowwise=False, columnwise=True, rht=rht, amax_rowwise=None if rht or row_scaled else amax, **common  # type: ignore[arg-type]
-        )  # fmt: skip
+            folded.flatten(0, -2),
+            rowwise=False,
+            columnwise=True,
+            rht=rht,
+            amax_rowwise=None if rht or row_scaled else amax,
+            **common,  # type: ignore[arg-type]
+        )
         shape = (x.shape[-1], *folded.shape[:-2], fold.images // BLOCK)  # [C, *image, N16]
         col_data = faces.col_data.reshape(*shape, 8).movedim(0, -2).movedim(-3, 0).contiguous()
         col_scale = faces.col_scale.view(torch.uint8).reshape(shape).movedim(0, -1).movedim(-2, 0).contiguous()
@@ -75,7 +94,14 @@ def quantize_operand(
 
 
 def quantize_kernel(
-    w: Tensor, groups: int, row: int, col: int, two_d: bool, four_over_six: str | None, e4m3_max: int, dtype: torch.dtype
+    w: Tensor,
+    groups: int,
+    row: int,
+    col: int,
+    two_d: bool,
+    four_over_six: str | None,
+    e4m3_max: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_kernel."""
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
@@ -84,9 +110,14 @@ def quantize_kernel(
     w_GOTC = F.pad(w_GOTC, (0, kb * BLOCK - c, 0, 0, 0, ob * BLOCK - n // groups))
     amax = w.abs().amax().float().reshape(1) if w.numel() else w.new_zeros(1, dtype=torch.float32)
     faces = reference.quantize_2d(
-        w_GOTC.reshape(groups * ob * BLOCK, taps * kb * BLOCK), rowwise=row != NONE, columnwise=col != NONE, two_d=two_d, four_over_six=four_over_six,
-        e4m3_max=e4m3_max, amax_rowwise=amax,
-    )  # fmt: skip
+        w_GOTC.reshape(groups * ob * BLOCK, taps * kb * BLOCK),
+        rowwise=row != NONE,
+        columnwise=col != NONE,
+        two_d=two_d,
+        four_over_six=four_over_six,
+        e4m3_max=e4m3_max,
+        amax_rowwise=amax,
+    )
     row_data, row_scale, col_data, col_scale = (w.new_empty(0, dtype=torch.uint8) for _ in range(4))
     if row != NONE:
         data = faces.row_data.reshape(groups, ob * BLOCK, taps, kb * 8)[:, : n // groups]
@@ -95,7 +126,12 @@ def quantize_kernel(
         row_scale = (scale[:, ::BLOCK] if two_d else scale[:, : n // groups].reshape(n, taps, kb)).contiguous()
     if col != NONE:  # [T, Cp, G, Ob, 8] -> [G, Ob, T, C, 8]
         col_data = faces.col_data.reshape(taps, kb * BLOCK, groups, ob, 8)[:, :c].permute(2, 3, 0, 1, 4).contiguous()
-        col_scale = faces.col_scale.view(torch.uint8).reshape(taps, kb * BLOCK, groups, ob)[:, :c].permute(2, 3, 0, 1).contiguous()
+        col_scale = (
+            faces.col_scale.view(torch.uint8)
+            .reshape(taps, kb * BLOCK, groups, ob)[:, :c]
+            .permute(2, 3, 0, 1)
+            .contiguous()
+        )
     if row == DEQUANTIZED:
         row_data, row_scale = unpack_kernel(row_data, row_scale, n, c, groups, False, dtype), row_scale.new_empty(0)
     if col == DEQUANTIZED:
@@ -115,12 +151,18 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
     return values.unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2).contiguous()
 
 
-def unpack_kernel(data: Tensor, scale: Tensor, n: int, channels: int, groups: int, columnwise: bool, dtype: torch.dtype) -> Tensor:
+def unpack_kernel(
+    data: Tensor, scale: Tensor, n: int, channels: int, groups: int, columnwise: bool, dtype: torch.dtype
+) -> Tensor:
     """See operands.unpack_kernel."""
     if columnwise:
-        values = formats.decode_blocks(data, scale.unsqueeze(-1).view(torch.float8_e4m3fn)).to(dtype)  # [G, Ob, T, C, 16]
+        values = formats.decode_blocks(data, scale.unsqueeze(-1).view(torch.float8_e4m3fn)).to(
+            dtype
+        )  # [G, Ob, T, C, 16]
         values = values.movedim(-1, 2).flatten(1, 2)[:, : n // groups]
         return values.reshape(n, *values.shape[2:]).contiguous()
     if scale.dim() == 4:  # one scale a tile: repeat it on the tile's rows
         scale = scale.repeat_interleave(BLOCK, dim=1)[:, : n // groups].reshape(n, *scale.shape[2:])
-    return formats.decode_blocks(data, scale.contiguous().view(torch.float8_e4m3fn)).to(dtype)[..., :channels].contiguous()
+    return (
+        formats.decode_blocks(data, scale.contiguous().view(torch.float8_e4m3fn)).to(dtype)[..., :channels].contiguous()
+    )

@@ -22,7 +22,12 @@ BLOCK = 16
 
 def quantize_2d(x_MK: Tensor, **settings: Any) -> reference.Faces:
     """reference.quantize_2d with the same arguments, by the compiled kernels where they cover the case."""
-    plain = not settings.get("two_d") and settings.get("four_over_six") is None and not settings.get("row_scaled") and settings.get("with_sign", True)
+    plain = (
+        not settings.get("two_d")
+        and settings.get("four_over_six") is None
+        and not settings.get("row_scaled")
+        and settings.get("with_sign", True)
+    )
     given = [settings.get(name) for name in ("amax_rowwise", "amax_columnwise", "random_rowwise", "random_columnwise")]
     if not (plain and native.available(x_MK.device) and x_MK.numel() and all(g is None for g in given)):
         return reference.quantize_2d(x_MK, **settings)
@@ -31,23 +36,48 @@ def quantize_2d(x_MK: Tensor, **settings: Any) -> reference.Faces:
     rowwise, columnwise = settings.get("rowwise", True), settings.get("columnwise", False)
     seed = settings.get("seed")
     fields = quantize_operand(
-        x_MK.contiguous(), 1, Fold(1, 0, 1, 0, images), PACKED if rowwise else NONE, PACKED if columnwise else NONE, settings.get("rht", False),
-        settings.get("stochastic_rounding", False), None, settings.get("e4m3_max", 448), False, torch.float32, None if seed is None else int(seed),
-    )  # fmt: skip
+        x_MK.contiguous(),
+        1,
+        Fold(1, 0, 1, 0, images),
+        PACKED if rowwise else NONE,
+        PACKED if columnwise else NONE,
+        settings.get("rht", False),
+        settings.get("stochastic_rounding", False),
+        None,
+        settings.get("e4m3_max", 448),
+        False,
+        torch.float32,
+        None if seed is None else int(seed),
+    )
     row_data, row_scale, row_amax, col_data, col_scale, col_amax = fields
     fp8, empty = torch.float8_e4m3fn, row_amax.new_empty(0)
     if columnwise:  # [M16, K, 8] -> [K, Mp / 2]
         col_data = col_data.transpose(0, 1).reshape(K, images // 2).contiguous()
         col_scale = col_scale.t().contiguous()
     return reference.Faces(
-        row_data, row_scale.view(fp8), row_amax if rowwise else empty, col_data, col_scale.view(fp8), col_amax if columnwise else empty
+        row_data,
+        row_scale.view(fp8),
+        row_amax if rowwise else empty,
+        col_data,
+        col_scale.view(fp8),
+        col_amax if columnwise else empty,
     )
 
 
 def quantize_operand(
-    x: Tensor, groups: int, fold: Fold, row: int, col: int, rht: bool, stochastic: bool, four_over_six: str | None, e4m3_max: int, row_scaled: bool,
-    dtype: torch.dtype, seed: int | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    groups: int,
+    fold: Fold,
+    row: int,
+    col: int,
+    rht: bool,
+    stochastic: bool,
+    four_over_six: str | None,
+    e4m3_max: int,
+    row_scaled: bool,
+    dtype: torch.dtype,
+    seed: int | None,
+) -> tuple[Tensor, ...]:
     """See operands.quantize_operand."""
     library = native.load() if x.device.type == "cpu" else None
     if library is None or four_over_six is not None or row_scaled or not x.numel():
@@ -65,10 +95,25 @@ def quantize_operand(
     row_data, row_scale, col_data, col_scale = (torch.empty_like(empty) for _ in range(4))
     amax = torch.empty(2, dtype=torch.float32)
     q = native.Operand(
-        x=x.data_ptr(), images=x.shape[0], L=rows, Wp=pixels, C=channels, groups=groups, fold_images=fold.images, fold_L=fold.rows, amax=amax.data_ptr(),
-        seed=seed or 0, rht=rht, stochastic=stochastic, in_bf16=x.dtype == torch.bfloat16, out_bf16=dtype == torch.bfloat16,
-        threads=torch.get_num_threads(), want_row=row != NONE or not rht, want_col=col != NONE and rht, e4m3_max=float(e4m3_max),
-    )  # fmt: skip
+        x=x.data_ptr(),
+        images=x.shape[0],
+        L=rows,
+        Wp=pixels,
+        C=channels,
+        groups=groups,
+        fold_images=fold.images,
+        fold_L=fold.rows,
+        amax=amax.data_ptr(),
+        seed=seed or 0,
+        rht=rht,
+        stochastic=stochastic,
+        in_bf16=x.dtype == torch.bfloat16,
+        out_bf16=dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        want_row=row != NONE or not rht,
+        want_col=col != NONE and rht,
+        e4m3_max=float(e4m3_max),
+    )
     if fold.strips > 1:
         source = fold.source_rows(x.shape[0], rows)
         starts = torch.where(source >= 0, source * (pixels * channels), -1).contiguous()
@@ -84,7 +129,10 @@ def quantize_operand(
         row_data = torch.empty_like(x, dtype=dtype)
         q.row_dq = row_data.data_ptr()
     if col == PACKED:
-        col_data, col_scale = empty.new_empty(fold.images // BLOCK, *folded, 8), empty.new_empty(fold.images // BLOCK, *folded)
+        col_data, col_scale = (
+            empty.new_empty(fold.images // BLOCK, *folded, 8),
+            empty.new_empty(fold.images // BLOCK, *folded),
+        )
         q.col_codes, q.col_scale = col_data.data_ptr(), col_scale.data_ptr()
     elif col == DEQUANTIZED:
         col_data = x.new_empty((fold.images, *folded), dtype=dtype)
@@ -94,7 +142,14 @@ def quantize_operand(
 
 
 def quantize_kernel(
-    w: Tensor, groups: int, row: int, col: int, two_d: bool, four_over_six: str | None, e4m3_max: int, dtype: torch.dtype
+    w: Tensor,
+    groups: int,
+    row: int,
+    col: int,
+    two_d: bool,
+    four_over_six: str | None,
+    e4m3_max: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_kernel."""
     library = native.load() if w.device.type == "cpu" else None
@@ -106,7 +161,9 @@ def quantize_kernel(
     if not two_d:  # axis 0 takes the place of the batch: the operand kernels do the rest
         w_OTC = w.reshape(n, c, taps).transpose(1, 2).contiguous()
         fold = Fold(1, 0, taps, 0, -(-n // BLOCK) * BLOCK)
-        row_data, row_scale, amax, col_data, col_scale, _ = quantize_operand(w_OTC, 1, fold, row, col, False, False, None, e4m3_max, False, dtype, None)
+        row_data, row_scale, amax, col_data, col_scale, _ = quantize_operand(
+            w_OTC, 1, fold, row, col, False, False, None, e4m3_max, False, dtype, None
+        )
         if col == PACKED:
             col_data, col_scale = col_data.unsqueeze(0), col_scale.unsqueeze(0)
         return row_data, row_scale, col_data[:n] if col == DEQUANTIZED else col_data, col_scale, amax
@@ -115,9 +172,19 @@ def quantize_kernel(
     amax = torch.empty(2, dtype=torch.float32)
     dense = w if w.is_contiguous() or w.numel() == w.untyped_storage().nbytes() // w.element_size() else w.contiguous()
     measure = native.Operand(
-        x=dense.data_ptr(), images=1, L=1, Wp=1, C=w.numel(), groups=1, fold_images=16, fold_L=1, amax=amax.data_ptr(), in_bf16=w.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(), want_row=1,
-    )  # fmt: skip
+        x=dense.data_ptr(),
+        images=1,
+        L=1,
+        Wp=1,
+        C=w.numel(),
+        groups=1,
+        fold_images=16,
+        fold_L=1,
+        amax=amax.data_ptr(),
+        in_bf16=w.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        want_row=1,
+    )
     library.nvfp4_amax(ctypes.byref(measure))
     empty = w.new_empty(0, dtype=torch.uint8)
     row_data, row_scale = torch.empty_like(empty), torch.empty_like(empty)
@@ -141,7 +208,13 @@ def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = scale.new_empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype=dtype)
     run = math.prod(scale.shape[1:])
     library.nvfp4_unpack_columns(
-        data.data_ptr(), scale.data_ptr(), out.data_ptr(), scale.shape[0], run, dtype == torch.bfloat16, torch.get_num_threads()
+        data.data_ptr(),
+        scale.data_ptr(),
+        out.data_ptr(),
+        scale.shape[0],
+        run,
+        dtype == torch.bfloat16,
+        torch.get_num_threads(),
     )
     return out
 
@@ -154,12 +227,20 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
     out = data.new_empty((*data.shape[:-1], channels), dtype=dtype)
     segments = math.prod(data.shape[:-1]) * groups
     library.nvfp4_unpack_rows(
-        data.data_ptr(), scale.data_ptr(), out.data_ptr(), segments, channels // groups, dtype == torch.bfloat16, torch.get_num_threads()
+        data.data_ptr(),
+        scale.data_ptr(),
+        out.data_ptr(),
+        segments,
+        channels // groups,
+        dtype == torch.bfloat16,
+        torch.get_num_threads(),
     )
     return out
 
 
-def unpack_kernel(data: Tensor, scale: Tensor, n: int, channels: int, groups: int, columnwise: bool, dtype: torch.dtype) -> Tensor:
+def unpack_kernel(
+    data: Tensor, scale: Tensor, n: int, channels: int, groups: int, columnwise: bool, dtype: torch.dtype
+) -> Tensor:
     """See operands.unpack_kernel."""
     library = native.load() if data.device.type == "cpu" else None
     if library is None or not data.numel() or columnwise or scale.dim() != 4:
@@ -173,10 +254,19 @@ def unpack_kernel(data: Tensor, scale: Tensor, n: int, channels: int, groups: in
 
 def _weight(w_OCT: Tensor, groups: int, in_bf16: bool, dtype: torch.dtype, e4m3_max: int) -> native.Weight:
     return native.Weight(
-        w=w_OCT.data_ptr(), groups=groups, Og=w_OCT.shape[0] // groups, Cg=w_OCT.shape[1], T=w_OCT.shape[2], stride_o=w_OCT.stride(0),
-        stride_c=w_OCT.stride(1), stride_t=w_OCT.stride(2), in_bf16=in_bf16, out_bf16=dtype == torch.bfloat16, threads=torch.get_num_threads(),
+        w=w_OCT.data_ptr(),
+        groups=groups,
+        Og=w_OCT.shape[0] // groups,
+        Cg=w_OCT.shape[1],
+        T=w_OCT.shape[2],
+        stride_o=w_OCT.stride(0),
+        stride_c=w_OCT.stride(1),
+        stride_t=w_OCT.stride(2),
+        in_bf16=in_bf16,
+        out_bf16=dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
         e4m3_max=float(e4m3_max),
-    )  # fmt: skip
+    )
 
 
 def _tap_view(w: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""COCO instances as class masks.
+
+    ROOT/annotations/instances_{train,val[,test]}2017.json + ROOT/{train,val[,test]}2017/*.jpg
+    mask = 0 (background); the chosen categories 1, 2, ... in the order asked for; crowd pixels 255 (ignore)
+
+Where instances overlap, the smaller lies on top. An image without annotations is all background; crowds of categories
+that were not chosen are background too. Refuses a root that lacks files, annotations for images that are not listed or
+not on disk, and unknown class names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from te_nvfp4_cv.checks import value_error
+
+from .losses import IGNORE
+from .split import RawSplit, SegmentationData, broken, check_classes, missing, open_image, some
+
+
+def load_coco(root: Path, classes: Sequence[str] | None) -> SegmentationData:
+    files = {split: root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val", "test")}
+    opened = {
+        split: _open_coco(file, root / f"{split}2017")
+        for split, file in files.items()
+        if split != "test" or file.is_file()
+    }
+    names = {split: {c["name"]: c["id"] for c in coco.coco.dataset["categories"]} for split, coco in opened.items()}
+    wanted = (
+        list(classes)
+        if classes
+        else [c["name"] for c in sorted(opened["train"].coco.dataset["categories"], key=lambda c: c["id"])]
+    )
+    for split, ids in names.items():
+        check_classes(wanted, list(ids), f"{files[split].name} has the categories")
+    splits = {
+        split: _coco_split(split, coco, {names[split][name]: number for number, name in enumerate(wanted, start=1)})
+        for split, coco in opened.items()
+    }
+    return SegmentationData(splits["train"], splits["val"], splits.get("test"), ["background", *wanted])
+
+
+def _open_coco(file: Path, folder: Path) -> Any:
+    """torchvision's CocoDetection over one instances file, checked against the folder of its images."""
+    from torchvision.datasets import CocoDetection
+
+    if not file.is_file():
+        raise missing(file, "the annotations of a COCO root")
+    if not folder.is_dir():
+        raise missing(folder, f"the folder of the images that {file.name} speaks of")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            opened = CocoDetection(str(folder), str(file))
+        dataset = opened.coco.dataset
+        absent = {"images", "annotations", "categories"} - set(dataset)
+    except ModuleNotFoundError as error:
+        raise value_error(
+            "data: pycocotools is not installed.",
+            got=str(error),
+            needs="pycocotools, for --layout coco",
+            fix="pip install pycocotools",
+        ) from error
+    except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
+        raise broken(file, f"{type(error).__name__}: {error}") from error
+    if absent:
+        raise broken(file, f"no {', '.join(sorted(absent))}")
+    known = {image["id"] for image in dataset["images"]}
+    orphans = sorted({a["image_id"] for a in dataset["annotations"]} - known)
+    if orphans:
+        raise value_error(
+            f"data: {file} has annotations for images that it does not list.",
+            got=f"{len(orphans)} unknown image_id: {some(orphans)}",
+            needs="an entry in `images` for every image_id",
+            fix="add the images, or remove their annotations",
+        )
+    on_disk = {path.name for path in folder.iterdir()}
+    gone = [
+        i["file_name"]
+        for i in dataset["images"]
+        if i["file_name"] not in on_disk and not (folder / i["file_name"]).is_file()
+    ]
+    if gone:
+        raise value_error(
+            f"data: {folder} lacks images that {file.name} lists.",
+            got=f"{len(gone)} of {len(known)} missing: {some(gone)}",
+            needs="every image of the annotations on disk",
+            fix="download the missing files, or remove their entries from the annotations",
+        )
+    if not known:
+        raise broken(file, "an empty list of images")
+    return opened
+
+
+def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
+    """Paint the masks of a COCO split; `number_of` maps category ids to class numbers."""
+    coco = opened.coco
+    entries = [coco.imgs[key] for key in opened.ids]
+    paths = [Path(opened.root) / entry["file_name"] for entry in entries]
+
+    def read(index: int) -> tuple[Image.Image, np.ndarray]:
+        entry = entries[index]
+        mask = np.zeros((entry["height"], entry["width"]), np.uint8)
+        found = [a for a in coco.loadAnns(coco.getAnnIds(imgIds=entry["id"])) if a["category_id"] in number_of]
+        found.sort(key=lambda a: (a.get("iscrowd", 0), -a["area"]))
+        for annotation in found:
+            number = IGNORE if annotation.get("iscrowd", 0) else number_of[annotation["category_id"]]
+            if annotation.get("segmentation"):
+                mask[coco.annToMask(annotation).astype(bool)] = number
+        return open_image(paths[index]), mask
+
+    return RawSplit(split, [str(path) for path in paths], read)

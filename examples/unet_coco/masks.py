@@ -1,0 +1,123 @@
+"""Folders of images and label masks.
+
+    ROOT/{train,val[,test]}/{images/*.jpg, labels/*.png}: the same stem, pixel value = class id, 255 = ignore
+    ROOT/meta.json: {"classes": [names] or {id: name}}; without it the labels are scanned for ids
+
+With --classes those become 1, 2, ... and every other class 0. Refuses images without labels and labels without images,
+labels that hold colours, and ids that name no class.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from te_nvfp4_cv.checks import value_error
+
+from .losses import IGNORE
+from .split import RawSplit, SegmentationData, broken, check_classes, missing, open_image, some
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+def load_masks(root: Path, classes: Sequence[str] | None) -> SegmentationData:
+    found = {
+        split: _mask_files(root / split)
+        for split in ("train", "val", "test")
+        if split != "test" or (root / split).is_dir()
+    }
+    names = _mask_names(root, [label for pairs in found.values() for _, label in pairs])
+    table = np.arange(256, dtype=np.uint8)
+    if classes:
+        check_classes(list(classes), names, f"{root} has the classes")
+        table[: len(names)] = 0
+        for number, name in enumerate(classes, start=1):
+            table[names.index(name)] = number
+    table[len(names) : IGNORE] = 254  # marks an id that names no class
+    splits = {split: _mask_split(split, pairs, table, len(names)) for split, pairs in found.items()}
+    return SegmentationData(
+        splits["train"], splits["val"], splits.get("test"), ["background", *classes] if classes else names
+    )
+
+
+def _mask_files(folder: Path) -> list[tuple[Path, Path]]:
+    """Pairs of image and label; every image needs a label and the other way round."""
+    files = {}
+    for kind, suffixes in (("images", IMAGE_SUFFIXES), ("labels", {".png"})):
+        if not (folder / kind).is_dir():
+            raise missing(folder / kind, f"a folder of {kind} (--layout masks)")
+        files[kind] = {path.stem: path for path in sorted((folder / kind).iterdir()) if path.suffix.lower() in suffixes}
+    for kind, other in (("images", "labels"), ("labels", "images")):
+        alone = sorted(set(files[kind]) - set(files[other]))
+        if alone:
+            raise value_error(
+                f"data: {folder} has {kind} without {other}.",
+                got=f"{len(alone)}: {some(files[kind][stem].name for stem in alone)}",
+                needs="a label for every image and an image for every label, with the same stem",
+                fix="add the missing files, or remove these",
+            )
+    if not files["images"]:
+        raise missing(folder / "images" / "*.jpg", "at least one image")
+    return [(files["images"][stem], files["labels"][stem]) for stem in files["images"]]
+
+
+def _mask_names(root: Path, labels: list[Path]) -> list[str]:
+    """Class names: `classes` of meta.json, else class_0 .. class_n for the ids that the labels hold."""
+    meta = root / "meta.json"
+    if meta.is_file():
+        try:
+            named = json.loads(meta.read_text())["classes"]
+            pairs = named.items() if isinstance(named, dict) else enumerate(named)
+            by_id = {int(key): str(name) for key, name in pairs}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise broken(
+                meta, f"{type(error).__name__}: {error}; `classes` must be a list of names, or a table id -> name"
+            ) from error
+    else:
+        seen: set[int] = set()
+        for label in labels:
+            seen.update(np.unique(_read_ids(label)).tolist())
+        by_id = {key: f"class_{key}" for key in seen - {IGNORE}}
+    names = [by_id.get(key, f"class_{key}") for key in range(max(by_id, default=-1) + 1)]
+    if not 2 <= len(names) <= 254:
+        raise value_error(
+            f"data: {root} has no classes to tell apart.",
+            got=f"{len(names)} class(es)",
+            needs="2 to 254 class ids",
+            fix="check labels/*.png",
+        )
+    return names
+
+
+def _mask_split(split: str, pairs: list[tuple[Path, Path]], table: np.ndarray, known: int) -> RawSplit:
+    def read(index: int) -> tuple[Image.Image, np.ndarray]:
+        image, label = pairs[index]
+        ids = _read_ids(label)
+        mask = table[ids]
+        if (mask == 254).any():
+            raise value_error(
+                f"data: {label} holds an id that names no class.",
+                got=f"id {int(ids[mask == 254][0])}",
+                needs=f"0 to {known - 1}, or {IGNORE} for ignore",
+                fix="correct the label, or add the class to meta.json",
+            )
+        return open_image(image), mask
+
+    return RawSplit(split, [str(image) for image, _ in pairs], read)
+
+
+def _read_ids(label: Path) -> np.ndarray:
+    """Pixel values of a label file, unconverted: palette and grey images hold ids as they are."""
+    ids = np.asarray(open_image(label, convert=False))
+    if ids.ndim != 2 or ids.min() < 0 or ids.max() > 255:
+        raise value_error(
+            f"data: {label} is no image of class ids.",
+            got=f"array {ids.shape} {ids.dtype}",
+            needs="one channel (palette or grey) with ids 0 to 255",
+            fix="save ids, not colours",
+        )
+    return ids.astype(np.uint8)

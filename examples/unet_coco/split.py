@@ -1,0 +1,81 @@
+"""The parts of a data set as they lie on disk, and the refusals that both layouts share.
+
+Every refusal names the file or folder it is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from te_nvfp4_cv.checks import value_error
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """The splits of one data set, undecoded, with the names of the classes that the masks hold."""
+
+    train: RawSplit
+    val: RawSplit
+    test: RawSplit | None
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """One split as it lies on disk: `read(i)` gives an RGB PIL image and a [H, W] uint8 array of class ids."""
+
+    name: str
+    names: list[str] = field(repr=False)
+    read: Callable[[int], tuple[Image.Image, np.ndarray]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def open_image(path: Path, convert: bool = True) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.convert("RGB") if convert else image.copy()
+    except (UnidentifiedImageError, OSError) as error:
+        raise broken(path, str(error)) from error
+
+
+def check_classes(wanted: list[str], known: list[str], where: str) -> None:
+    unknown = [name for name in wanted if name not in known]
+    if unknown or len(set(wanted)) != len(wanted):
+        raise value_error(
+            "data: --classes names what is not there." if unknown else "data: --classes names a class twice.",
+            got=", ".join(unknown or wanted),
+            needs=f"names from this list ({where}): {', '.join(known)}",
+            fix="--classes " + ",".join(known[:2]),
+        )
+    if len(wanted) > 253:
+        raise value_error(
+            "data: too many classes.",
+            got=str(len(wanted)),
+            needs="at most 253, so that ids fit a byte",
+            fix="choose some with --classes",
+        )
+
+
+def some(names: Iterable[object]) -> str:
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+
+
+def missing(path: Path, what: str) -> ValueError:
+    return value_error(
+        f"data: {path} is missing.", got="no such file or folder", needs=what, fix="check --data and --layout"
+    )
+
+
+def broken(path: Path, what: str) -> ValueError:
+    return value_error(
+        f"data: {path} cannot be read.", got=what, needs="a complete file in its format", fix="fetch or write it again"
+    )

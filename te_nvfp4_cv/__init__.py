@@ -1,0 +1,52 @@
+"""te_nvfp4_cv: NVFP4 training for convolutional networks.
+
+import te_nvfp4_cv as nv;   with nv.nvfp4_autocast(nv.NVFP4BlockScaling()): loss = criterion(model(x), y)
+"""
+
+from te_nvfp4_cv import functional
+from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
+from te_nvfp4_cv.coverage import coverage
+from te_nvfp4_cv.modules import (
+    NVFP4Conv1d,
+    NVFP4Conv2d,
+    NVFP4Conv3d,
+    NVFP4ConvTranspose1d,
+    NVFP4ConvTranspose2d,
+    NVFP4ConvTranspose3d,
+    NVFP4Linear,
+    convert_model,
+)
+from te_nvfp4_cv.ops.gemm import gemm
+from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
+from te_nvfp4_cv.policy import extra_state, frozen_weights, set_precision
+from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams
+from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, save_recipe
+from te_nvfp4_cv.tensor import NVFP4Tensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NVFP4BlockScaling",
+    "NVFP4Conv1d",
+    "NVFP4Conv2d",
+    "NVFP4Conv3d",
+    "NVFP4ConvTranspose1d",
+    "NVFP4ConvTranspose2d",
+    "NVFP4ConvTranspose3d",
+    "NVFP4Linear",
+    "NVFP4Quantizer",
+    "NVFP4Tensor",
+    "QParams",
+    "active_recipe",
+    "convert_model",
+    "coverage",
+    "extra_state",
+    "frozen_weights",
+    "functional",
+    "gemm",
+    "list_recipes",
+    "load_recipe",
+    "nvfp4_autocast",
+    "save_recipe",
+    "set_precision",
+]

@@ -1,0 +1,265 @@
+"""One call of a convolution or linear layer: may it run in NVFP4, are its shapes right, what is its geometry; then it is executed.
+
+nvfp4_autocast asks `ineligible` and leaves what it names in high precision; nv.functional and the NVFP4 modules raise instead. `execute` casts as
+torch.autocast would, checks, resolves geometry and backend, and hands over to autograd.QuantizedConv.
+Observers (coverage, telemetry) are told of every call here; frozen weights are looked up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_nvfp4_cv.autograd import QuantizedConv
+from te_nvfp4_cv.checks import describe, value_error
+from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, transposed_output_size
+from te_nvfp4_cv.plan import Plan, is_channels_last
+from te_nvfp4_cv.recipe import NVFP4BlockScaling
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MINIMUM = 16  # channels on either side of a group
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an observer is told about one layer's call: its shapes, its recipe, or why it runs in high precision."""
+
+    op: str
+    weight: Tensor
+    x: Tensor
+    geometry: ConvGeometry | None
+    recipe: NVFP4BlockScaling | None
+    reason: str
+
+
+_observers: list[Callable[[Call], None]] = []
+
+
+@contextmanager
+def observe(observer: Callable[[Call], None]) -> Iterator[None]:
+    """Tell `observer` about every convolution and linear call under the context; one slot, for coverage and telemetry."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def report(call: Call) -> None:
+    """Tell the innermost observer, if there is one."""
+    if _observers:
+        _observers[-1](call)
+
+
+# ---- one call --------------------------------------------------
+
+
+def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockScaling) -> str | None:
+    """Why a valid torch call does not run in NVFP4, or None. Says nothing about shapes that torch would refuse too."""
+    if not isinstance(x, Tensor) or not isinstance(w, Tensor):
+        return "an operand is not a tensor"
+    for name, tensor in (("input", x), ("weight", w)):
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+    if x.device != w.device:
+        return f"input on {x.device}, weight on {w.device}"
+    if x.is_sparse or w.is_sparse or x.layout != torch.strided or w.layout != torch.strided:
+        return "an operand is not a dense tensor"
+    if w.dim() < 2 or groups < 1 or w.shape[0] % groups:
+        return None
+    transposed = "transpose" in op
+    sides = (w.shape[0] // groups, w.shape[1])
+    thin = min(sides)
+    if thin < MINIMUM:
+        names = ("in", "out") if transposed else ("out", "in")
+        which = names[0] if sides[0] < MINIMUM else names[1]
+        if groups > 1:
+            kind = "depthwise" if w.shape[1] == 1 else "thin groups"
+            return f"{kind}: {thin} {which}-channel{'s' if thin > 1 else ''} per group, fewer than {MINIMUM}"
+        if recipe.thin_layers != "pad":
+            return f"thin layer: {thin} {which}-channel{'s' if thin > 1 else ''}, fewer than {MINIMUM} (recipe.thin_layers='high_precision')"
+    if not recipe.nvfp4_gemms:
+        return "recipe.high_precision_gemms names all three GEMMs"
+    return None
+
+
+def execute(
+    op: str,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any,
+    recipe: NVFP4BlockScaling,
+    backend: str,
+) -> Tensor:
+    """An eligible call: cast as torch.autocast would, check, resolve, run."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(device))
+    elif x.dtype != w.dtype:
+        raise value_error(
+            f"nvfp4 {op}: input and weight differ in dtype.",
+            got=f"x {describe(x)}, weight {describe(w)}",
+            needs="one dtype outside of torch.autocast",
+            fix="model.to(x.dtype), x.to(w.dtype), or run under torch.autocast",
+        )
+    rank = w.dim() - 2
+    _check_shapes(op, x, w, bias, rank, groups)
+    unbatched = rank > 0 and x.dim() == rank + 1
+    if unbatched:
+        x = x.unsqueeze(0)
+    if isinstance(padding, str):
+        x, padding = _named_padding(op, x, w, stride, padding, dilation)
+    geometry = _geometry(op, x, w, stride, padding, dilation, groups, output_padding)
+    if 0 in x.shape or 0 in geometry.y_shape:  # nothing to quantize: torch's own result, and its gradients
+        y = _plain(op, x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
+        return y.squeeze(0) if unbatched else y
+    chosen = dispatch.resolve(backend, x.device)
+    channels_last = is_channels_last(x) or is_channels_last(w)
+    plan = Plan(geometry, recipe, chosen, dispatch.compute_dtype(x.dtype, x.device, autocast), channels_last)
+    report(Call(op, w, x, geometry, recipe, ""))
+    y = QuantizedConv.apply(x, w, bias, plan, frozen_weight(w, plan))
+    return y.squeeze(0) if unbatched else y
+
+
+def _check_shapes(op: str, x: Tensor, w: Tensor, bias: Tensor | None, rank: int, groups: int) -> None:
+    expected = 0 if op == "linear" else int(op[-2])
+    if rank != expected or (rank and x.dim() not in (rank + 1, rank + 2)) or x.dim() < 1:
+        needs = (
+            "x [..., C] and weight [O, C]"
+            if op == "linear"
+            else f"x [B, C, {expected} image axes] and weight [., ., {expected} kernel axes]"
+        )
+        raise value_error(
+            f"nvfp4 {op}: wrong rank.",
+            got=f"x {describe(x)}, weight {describe(w)}",
+            needs=needs,
+            fix="reshape the input",
+        )
+    transposed = "transpose" in op
+    channels = x.shape[-1] if rank == 0 else x.shape[x.dim() - rank - 1]
+    wanted = w.shape[0] if transposed else w.shape[1] * groups
+    if channels != wanted or groups < 1 or w.shape[0] % groups:
+        raise value_error(
+            f"nvfp4 {op}: channels do not match.",
+            got=f"x {describe(x)}, weight {describe(w)}, groups={groups}: input has {channels} channels",
+            needs=f"{wanted} input channels, and groups that divide the weight's first axis",
+            fix="check the layer before this one",
+        )
+    out = w.shape[1] * groups if transposed else w.shape[0]
+    if bias is not None and tuple(bias.shape) != (out,):
+        raise value_error(
+            f"nvfp4 {op}: bias does not match.",
+            got=f"bias {describe(bias)}",
+            needs=f"({out},)",
+            fix="one bias per output channel",
+        )
+
+
+def int_tuple(value: Any, rank: int, op: str, name: str, least: int) -> tuple[int, ...]:
+    """An int or a sequence as one int per axis; ValueError for anything else."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    values = values * rank if len(values) == 1 else values
+    if len(values) != rank or any(
+        isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) or v < least for v in values
+    ):
+        raise value_error(
+            f"nvfp4 {op}: bad {name}.",
+            got=repr(value),
+            needs=f"an int >= {least}, or {rank} of them",
+            fix=f"check {name}",
+        )
+    return values
+
+
+def _geometry(
+    op: str, x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, output_padding: Any
+) -> ConvGeometry:
+    rank, transposed = w.dim() - 2, "transpose" in op
+    stride, dilation = int_tuple(stride, rank, op, "stride", 1), int_tuple(dilation, rank, op, "dilation", 1)
+    padding, extra = (
+        int_tuple(padding, rank, op, "padding", 0),
+        int_tuple(output_padding, rank, op, "output_padding", 0),
+    )
+    kernel = tuple(w.shape[2:])
+    if rank == 0:
+        batch, size, out = x.numel() // max(x.shape[-1], 1), (), ()
+    else:
+        batch, size = x.shape[0], tuple(x.shape[2:])
+        rows = zip(size, kernel, stride, padding, dilation, strict=True)
+        if transposed:
+            out = tuple(transposed_output_size(*row, more) for row, more in zip(rows, extra, strict=True))
+        else:
+            out = tuple(output_size(*row) for row in rows)
+        if min(out) < 0 or (min(out) == 0 and min(size) > 0):
+            raise value_error(
+                f"nvfp4 {op}: the output would be empty.",
+                got=f"x {describe(x)}, kernel {kernel}, padding {padding}, dilation {dilation}",
+                needs="an image at least as large as the dilated kernel, padding included",
+                fix="pad the input or use a smaller kernel",
+            )
+        if any(more >= max(s, d) for more, s, d in zip(extra, stride, dilation, strict=True) if more):
+            raise value_error(
+                f"nvfp4 {op}: bad output_padding.",
+                got=str(extra),
+                needs="less than stride or dilation",
+                fix="check output_padding",
+            )
+    if transposed:
+        return ConvGeometry(
+            batch, w.shape[1] * groups, w.shape[0], out, size, kernel, stride, padding, dilation, extra, groups, True
+        )
+    return ConvGeometry(
+        batch, w.shape[1] * groups, w.shape[0], size, out, kernel, stride, padding, dilation, extra, groups, False
+    )
+
+
+def _named_padding(
+    op: str, x: Tensor, w: Tensor, stride: Any, padding: str, dilation: Any
+) -> tuple[Tensor, tuple[int, ...]]:
+    """padding="same" / "valid" as numbers; a side that needs one more than the other is padded here."""
+    rank = w.dim() - 2
+    if padding == "valid":
+        return x, (0,) * rank
+    if padding != "same" or any(s != 1 for s in int_tuple(stride, rank, op, "stride", 1)):
+        raise value_error(
+            f"nvfp4 {op}: bad padding.",
+            got=f"padding={padding!r}, stride={stride}",
+            needs='"valid", or "same" with stride 1',
+            fix="give numbers",
+        )
+    totals = [d * (k - 1) for d, k in zip(int_tuple(dilation, rank, op, "dilation", 1), w.shape[2:], strict=True)]
+    if any(total % 2 for total in totals):
+        x = F.pad(x, [n for total in reversed(totals) for n in (0, total % 2)])
+    return x, tuple(total // 2 for total in totals)
+
+
+def _plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+    if g.rank == 0:
+        return F.linear(x, w, bias)
+    if g.transposed:
+        return getattr(F, op)(x, w, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
+    return getattr(F, op)(x, w, bias, g.stride, g.padding, g.dilation, g.groups)
+
+
+# ---- weights quantized once, for gradient accumulation --------------------------------------------------------------
+
+_frozen: dict[int, Any] = {}
+
+
+def frozen_weight(w: Tensor, plan: Plan) -> tuple[Tensor, ...] | None:
+    """The codes that an enclosing nv.frozen_weights holds for `w`, or None."""
+    entry = _frozen.get(id(w)) if _frozen else None
+    return None if entry is None else entry.codes(w, plan)

@@ -1,0 +1,60 @@
+"""ReLU's 1-bit mask, as two custom operators: what backward needs of a ReLU is one bit per element.
+
+    positive_mask   y  -> bits, in memory order: set where torch's threshold_backward lets the gradient through, not (y <= 0), so also for NaN
+    apply_mask      dy -> dy where the bit is set, else +0
+
+Compiled kernels on a CPU, plain torch elsewhere. Both want dense tensors; the caller (autograd.MaskedReLU) sees to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.ops import native
+
+
+@torch.library.custom_op("te_nvfp4_cv::positive_mask", mutates_args=())
+def positive_mask(y: Tensor) -> Tensor:
+    """uint8 [ceil(n / 8)]: one bit for every element of y in memory order, set where ReLU's backward passes (not y <= 0)."""
+    library = native.load() if y.device.type == "cpu" else None
+    n = y.numel()
+    if library is not None and y.dtype in (torch.bfloat16, torch.float32):
+        mask = torch.empty(-(-n // 8), dtype=torch.uint8)
+        library.nvfp4_positive_mask(
+            y.data_ptr(), mask.data_ptr(), n, y.dtype == torch.bfloat16, torch.get_num_threads()
+        )
+        return mask
+    bits = torch.nn.functional.pad(~(_memory(y) <= 0), (0, -n % 8)).view(-1, 8).to(torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=y.device)).sum(1, dtype=torch.uint8)
+
+
+@positive_mask.register_fake
+def _(y):  # type: ignore[no-untyped-def]
+    return y.new_empty((y.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@torch.library.custom_op("te_nvfp4_cv::apply_mask", mutates_args=())
+def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
+    """dy where the mask's bit is set, else 0; dy dense, in the memory order of the tensor that the mask was made of."""
+    library = native.load() if dy.device.type == "cpu" else None
+    n = dy.numel()
+    dx = torch.empty_like(dy)
+    if library is not None and dy.element_size() in (2, 4):
+        library.nvfp4_apply_mask(
+            dy.data_ptr(), mask.data_ptr(), dx.data_ptr(), n, dy.element_size() == 2, torch.get_num_threads()
+        )
+        return dx
+    bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=dy.device)) & 1
+    _memory(dx).copy_(torch.where(bits.view(-1)[:n].bool(), _memory(dy), 0.0))
+    return dx
+
+
+@apply_mask.register_fake
+def _(dy, mask):  # type: ignore[no-untyped-def]
+    return torch.empty_like(dy)
+
+
+def _memory(y: Tensor) -> Tensor:
+    """A dense tensor's elements in memory order, as a 1-D view."""
+    return y.as_strided((y.numel(),), (1,))
