@@ -14,6 +14,7 @@ What cannot run in NVFP4 runs as torch would; the reason goes to whoever observe
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -43,12 +44,16 @@ class State:
     relu_mask: bool
 
 
+Override = tuple[object, NVFP4BlockScaling | None]  # a module with a set_precision entry; None for high precision
+
+
 class _Local(threading.local):
-    """Per thread: entered contexts, recipes pushed by set_precision's hooks (None = high precision), and the torch function mode."""
+    """Per thread: entered contexts, and how many overrides each found; the overrides of running modules; the mode."""
 
     def __init__(self) -> None:
         self.states: list[State] = []
-        self.overrides: list[NVFP4BlockScaling | None] = []
+        self.marks: list[int] = []
+        self.overrides: list[Override] = []
         self.mode: _Mode | None = None
 
 
@@ -66,7 +71,7 @@ def active_recipe() -> NVFP4BlockScaling | None:
     current = state()
     if current is None or not current.enabled:
         return None
-    return _local.overrides[-1] if _local.overrides else current.recipe
+    return _local.overrides[-1][1] if _local.overrides else current.recipe
 
 
 def has_override() -> bool:
@@ -74,15 +79,18 @@ def has_override() -> bool:
     return bool(_local.overrides)
 
 
-def push_override(recipe: NVFP4BlockScaling | None) -> None:
-    """A module with a set_precision entry starts its forward."""
-    _local.overrides.append(recipe)
+def push_override(recipe: NVFP4BlockScaling | None, owner: object = None) -> None:
+    """`owner`, a module with a set_precision entry, starts its forward."""
+    _local.overrides.append((owner, recipe))
 
 
-def pop_override() -> None:
-    """That module's forward ended."""
-    if _local.overrides:
-        _local.overrides.pop()
+def pop_override(owner: object = None) -> None:
+    """The forward of `owner` ended: drop its override, and those of modules below that an exception left behind."""
+    overrides = _local.overrides
+    for index in range(len(overrides) - 1, -1, -1):
+        if overrides[index][0] is owner:
+            del overrides[index:]
+            return
 
 
 def mark_applied(recipe: NVFP4BlockScaling) -> None:
@@ -144,7 +152,10 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
 
 
 def _push(new: State) -> None:
+    if not _local.states and _local.overrides and not torch.compiler.is_compiling():
+        _drop_stale()
     _local.states.append(new)
+    _local.marks.append(len(_local.overrides))
     if _local.mode is None:
         _local.mode = _Mode()
         _local.mode.__enter__()
@@ -152,9 +163,20 @@ def _push(new: State) -> None:
 
 def _pop() -> None:
     _local.states.pop()
+    del _local.overrides[_local.marks.pop() :]  # what a KeyboardInterrupt left: torch runs no hooks then
     if not _local.states and _local.mode is not None:
         mode, _local.mode = _local.mode, None
         mode.__exit__(None, None, None)
+
+
+def _drop_stale() -> None:
+    """Keep the overrides of modules that are running; a KeyboardInterrupt outside of all contexts leaves others."""
+    running, frame = set(), sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl":
+            running.add(id(frame.f_locals.get("self")))
+        frame = frame.f_back  # type: ignore[assignment]
+    _local.overrides = [entry for entry in _local.overrides if id(entry[0]) in running]
 
 
 def _warn_unapplied(new: State) -> None:
@@ -171,6 +193,7 @@ def _warn_unapplied(new: State) -> None:
 # ---- the calls that are handed over ---------------------------------------------------------------------------------
 
 _CONVOLUTIONS = {getattr(F, f"conv{t}{n}d"): f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
+_ATEN = {F.linear: torch.ops.aten.linear, **{f: getattr(torch.ops.aten, op) for f, op in _CONVOLUTIONS.items()}}
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
@@ -217,8 +240,8 @@ def _convolution(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str
     call = {**_CONV_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
     recipe, reason = _decide(op, call, call["groups"])
     if reason or recipe is None:
-        calls.report(calls.Call(op, call.get("weight"), call.get("input"), None, None, reason))  # type: ignore[arg-type]
-        return function(*args, **kwargs)
+        told = calls.Call(op, call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
+        return calls.reported(told, _plain(function), *args, **kwargs)
     current = _local.states[-1]
     return calls.execute(
         op,
@@ -239,11 +262,16 @@ def _linear(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     call = {"bias": None, **dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
     recipe, reason = _decide("linear", call, 1)
     if reason or recipe is None:
-        calls.report(calls.Call("linear", call.get("weight"), call.get("input"), None, None, reason))  # type: ignore[arg-type]
-        return function(*args, **kwargs)
+        told = calls.Call("linear", call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
+        return calls.reported(told, _plain(function), *args, **kwargs)
     return calls.execute(
         "linear", call["input"], call["weight"], call["bias"], 1, 0, 1, 1, 0, recipe, _local.states[-1].backend
     )
+
+
+def _plain(function: Any) -> Any:
+    """`function`, in a form that a graph traced by torch.compile does not hand over a second time when it runs."""
+    return _ATEN[function] if torch.compiler.is_compiling() else function
 
 
 def _decide(op: str, call: dict[str, Any], groups: Any) -> tuple[NVFP4BlockScaling | None, str]:
@@ -306,6 +334,7 @@ def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         or not x.is_floating_point()
         or not x.numel()
         or not _dense(x)
+        or (inplace and x.is_leaf)  # torch refuses, before it writes
     ):
         return function(*args, **kwargs)
     return MaskedReLU.apply(x, inplace)
@@ -321,11 +350,11 @@ def _dense(x: Tensor) -> bool:
 
 
 @contextmanager
-def _restored(states: list[State], overrides: list[NVFP4BlockScaling | None]) -> Iterator[None]:
+def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
     """Run with the contexts and overrides of another place (checkpoint's forward), whatever is active here."""
-    before = _local.states, _local.overrides
+    before = _local.states, _local.marks, _local.overrides
     own_mode = _local.mode is None
-    _local.states, _local.overrides = list(states), list(overrides)
+    _local.states, _local.marks, _local.overrides = list(states), [0] * len(states), list(overrides)
     if own_mode:
         _local.mode = _Mode()
         _local.mode.__enter__()
@@ -335,13 +364,11 @@ def _restored(states: list[State], overrides: list[NVFP4BlockScaling | None]) ->
         if own_mode and _local.mode is not None:
             mode, _local.mode = _local.mode, None
             mode.__exit__(None, None, None)
-        _local.states, _local.overrides = before
+        _local.states, _local.marks, _local.overrides = before
 
 
 def _captured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which runs under the contexts that are active now, whenever it is called."""
-    if not _local.states:
-        return function
+    """`function`, which runs under the contexts that are active now (none, too), whenever it is called."""
     states, overrides = list(_local.states), list(_local.overrides)
 
     @functools.wraps(function, updated=())

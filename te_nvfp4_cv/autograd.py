@@ -53,8 +53,9 @@ class QuantizedConv(torch.autograd.Function):
         kept = dict(zip(ctx.kept_names, ctx.saved_tensors, strict=True))
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             grads = _backward(ctx, dy, kept)
-        if torch.is_grad_enabled():  # create_graph=True: the results must not look like constants
-            grads = tuple(None if g is None else _NoSecondOrder.apply(g, dy) for g in grads)
+        if torch.is_grad_enabled():  # create_graph=True: dx depends on w, dw on x, all on dy, and must not look like constants
+            anchor = torch.zeros((), requires_grad=dy.requires_grad or any(ctx.needs_input_grad[:2]))
+            grads = tuple(None if g is None else _NoSecondOrder.apply(g, anchor) for g in grads)
         return (*grads, None, None)
 
 
@@ -79,7 +80,7 @@ class _NoSecondOrder(torch.autograd.Function):
     """Identity whose backward explains that NVFP4 layers are differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -100,9 +101,10 @@ class MaskedReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        y = torch.relu_(x) if inplace else torch.relu(x)
         if inplace:
+            torch.relu_(x)
             ctx.mark_dirty(x)
+        y = x if inplace else torch.relu(x)
         ctx.save_for_backward(positive_mask(y))
         ctx.strides = y.stride()
         return y

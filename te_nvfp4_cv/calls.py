@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +39,16 @@ class Call:
     reason: str
 
 
-_observers: list[Callable[[Call], None]] = []
+Observer = Callable[[Call], Callable[[Tensor], None] | None]
+_observers: list[Observer] = []
 
 
 @contextmanager
-def observe(observer: Callable[[Call], None]) -> Iterator[None]:
-    """Tell `observer` about every convolution and linear call under the context; one slot, for coverage and telemetry."""
+def observe(observer: Observer) -> Iterator[None]:
+    """Tell `observer` about every convolution and linear call under the context, before it runs.
+
+    What it returns, if anything, is called with the result. One slot, for coverage and telemetry: the innermost is told.
+    """
     _observers.append(observer)
     try:
         yield
@@ -52,10 +56,13 @@ def observe(observer: Callable[[Call], None]) -> Iterator[None]:
         _observers.remove(observer)
 
 
-def report(call: Call) -> None:
-    """Tell the innermost observer, if there is one."""
-    if _observers:
-        _observers[-1](call)
+def reported(call: Call, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """function(*args, **kwargs), with the innermost observer told before and after."""
+    finished = _observers[-1](call) if _observers else None
+    y = function(*args, **kwargs)
+    if finished is not None:
+        finished(y)
+    return y
 
 
 # ---- one call --------------------------------------------------
@@ -129,8 +136,11 @@ def execute(
     chosen = dispatch.resolve(backend, x.device)
     channels_last = is_channels_last(x) or is_channels_last(w)
     plan = Plan(geometry, recipe, chosen, dispatch.compute_dtype(x.dtype, x.device, autocast), channels_last)
-    report(Call(op, w, x, geometry, recipe, ""))
-    y = QuantizedConv.apply(x, w, bias, plan, frozen_weight(w, plan))
+    call = Call(op, w, x, geometry, recipe, "")
+    codes = frozen_weight(w, plan)
+    if not torch.is_grad_enabled():  # a Function's needs_input_grad does not know: no face is made that nobody keeps
+        x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
+    y = reported(call, QuantizedConv.apply, x, w, bias, plan, codes)
     return y.squeeze(0) if unbatched else y
 
 
@@ -256,10 +266,19 @@ def _plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) 
 
 # ---- weights quantized once, for gradient accumulation --------------------------------------------------------------
 
-_frozen: dict[int, Any] = {}
+
+class Frozen(Protocol):
+    """What nv.frozen_weights registers here for each Parameter."""
+
+    def codes(self, w: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+        """The tuple of plan.quantize_weight with every face that the plan's GEMMs need."""
+        ...
+
+
+frozen: dict[int, Frozen] = {}  # id(Parameter) -> its entry, which holds the Parameter: ids stay unique
 
 
 def frozen_weight(w: Tensor, plan: Plan) -> tuple[Tensor, ...] | None:
     """The codes that an enclosing nv.frozen_weights holds for `w`, or None."""
-    entry = _frozen.get(id(w)) if _frozen else None
+    entry = frozen.get(id(w)) if frozen else None
     return None if entry is None else entry.codes(w, plan)

@@ -214,7 +214,8 @@ def run(
             needs=f"bf16, fp16 or fp32 on one device; at least {MINIMUM} channels per group on both sides (or thin_layers='pad' with groups=1)",
             fix=f"leave this call in high precision: torch.nn.functional.{op}",
         )
-    return execute(op, x, w, bias, stride, padding, dilation, groups, output_padding, recipe, backend)
+    with torch._C.DisableTorchFunction():  # inside a context: what this call is made of is not handed over again
+        return execute(op, x, w, bias, stride, padding, dilation, groups, output_padding, recipe, backend)
 
 
 # ---- im2col on codes ------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ autograd.py strings these steps together; nothing here knows of autograd.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +34,11 @@ class Plan:
     compute_dtype: torch.dtype
     channels_last: bool
 
-    @functools.cached_property
+    @property
     def shape(self) -> list[int]:
         return self.geometry.to_ints()
 
-    @functools.cached_property
+    @property
     def folds(self) -> tuple[Fold, Fold]:
         """(x side, dy side)."""
         a, b = self.geometry.folds()
@@ -50,7 +49,7 @@ class Plan:
         """Form in which this backend multiplies."""
         return PACKED if self.backend == "reference" else DEQUANTIZED
 
-    @functools.cached_property
+    @property
     def gemms(self) -> tuple[str, ...]:
         return self.recipe.nvfp4_gemms
 
@@ -83,9 +82,16 @@ def image_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def image_first(y: Tensor, shape: tuple[int, ...], x_shape: torch.Size, channels_last: bool) -> Tensor:
     """The inverse of image_last for a result, with the strides torch would give it."""
     if len(shape) == 2:
-        return y.reshape(*x_shape[:-1], shape[-1])
+        return not_a_view(y.reshape(*x_shape[:-1], shape[-1]))
     y = y.view(shape).movedim(-1, 1)
-    return y if channels_last else y.contiguous()
+    return not_a_view(y) if channels_last else y.contiguous()
+
+
+def not_a_view(y: Tensor) -> Tensor:
+    """y's memory as a tensor of its own: autograd refuses in-place operations on a view that a Function returns."""
+    if torch.compiler.is_compiling():  # a traced set_ is not possible; clone keeps the strides
+        return y.clone()
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -213,7 +219,7 @@ def fprop(
         row = operands.unpack_rows(row, row_scale, x.shape[-1], g.groups, plan.compute_dtype, plan.backend)
     if plan.row_scaled:
         steps = tuple(slice(None, None, stride) for stride in g.stride)
-        amax = amax[(slice(None), *steps)].unsqueeze(-1)
+        amax = amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(amax)
     alpha = formats.alpha(amax, w_q[4], plan.recipe.settings("input").e4m3_max, plan.recipe.settings("weight").e4m3_max)
     return conv.conv_fprop(row, row_scale, weight, weight_scale, alpha, bias, plan.shape, x.dtype, plan.backend)
 
@@ -241,13 +247,19 @@ def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: P
     x, x_scale = kept["x_col"], kept["x_col_scale"]
     if plan.operand_form == DEQUANTIZED:
         x, x_scale = operands.unpack_columns(x, x_scale, plan.compute_dtype, plan.backend), x_scale.new_empty(0)
+    amax = kept["x_col_amax"]
     alpha = formats.alpha(
         dy_q[5],
-        kept["x_col_amax"],
+        amax + _non_finite(amax) if plan.row_scaled else amax,
         plan.recipe.settings("grad_output").e4m3_max,
         plan.recipe.settings("input").e4m3_max,
     )
     return conv.conv_wgrad(dy_q[3], dy_q[4], x, x_scale, alpha, plan.shape, dtype, plan.backend)
+
+
+def _non_finite(amax: Tensor) -> Tensor:
+    """0, or NaN where the amax of one row is not finite: it must reach every output of the GEMM."""
+    return (amax * 0).sum()
 
 
 def _pixel_face(side: Tensor, plan: Plan, is_a: bool, role: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,7 +354,7 @@ def _dequantized_weight(kept: dict[str, Tensor], plan: Plan) -> Tensor:
 def _plain_forward(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
     w, bias = w.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if g.rank == 0:
-        return torch.nn.functional.linear(x, w, bias)
+        return aten.linear(x, w, bias)
     y = aten.convolution(
         x.movedim(-1, 1), w, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
     )

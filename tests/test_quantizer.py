@@ -98,7 +98,9 @@ def test_quantizing_an_nvfp4_tensor_and_given_amax():
     [
         ({"with_rht": True, "with_2d_quantization": True}, "two_d"),
         ({"row_scaled_nvfp4": True, "stochastic_rounding": True}, "row_scaled"),
+        ({"row_scaled_nvfp4": True, "with_amax_reduction": True}, "no amax to reduce"),
         ({"nvfp4_use_4over6": True, "nvfp4_4over6_err_mode": "mse"}, "MSE"),
+        ({"backend": "fast"}, "unknown backend"),
     ],
 )
 def test_quantizer_refuses_conflicts_when_built(options, words):

@@ -50,6 +50,7 @@ class Position:
     curve: list[dict[str, float]] = field(default_factory=list)  # one row every log_every steps
     epochs: list[dict[str, float]] = field(default_factory=list)  # one row per validated epoch
     step_ms: list[float] = field(default_factory=list)
+    first_ms: list[float] = field(default_factory=list)  # steps that compile and allocate: used if there are no others
 
 
 class Trainer:
@@ -90,9 +91,7 @@ class Trainer:
             self.total_steps = min(self.total_steps, settings.steps)
         self.schedule_steps = settings.schedule_steps or settings.epochs * len(self.order)
         self.position = Position()
-        self.first_ms: list[
-            float
-        ] = []  # a process's first steps compile and allocate: used only if there are no others
+        self.steps_here = 0  # by this process
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -111,14 +110,14 @@ class Trainer:
         at, every = self.position, self.settings.log_every
         self.order.epoch, self.order.start = at.epoch, at.batch
         pending: list[Tensor] = []
-        for batch in self.loader:
+        for images, masks in self.loader:
             begun = self._clock()
-            pending.append(self._step(*to_device(*batch, self.device)))
+            pending.append(self._step(*to_device(images, masks, self.device)))
             taken_ms = (self._clock() - begun) * 1e3
-            if len(self.first_ms) < WARM_UP_STEPS:
-                self.first_ms.append(taken_ms)
-            else:
-                at.step_ms = [*at.step_ms[-TIMES_KEPT:], taken_ms]
+            times = at.first_ms if self.steps_here < WARM_UP_STEPS else at.step_ms
+            times.append(taken_ms)
+            del times[:-TIMES_KEPT]
+            self.steps_here += 1
             at.step, at.batch = at.step + 1, at.batch + 1
             ends = at.batch == len(self.order) or at.step == self.total_steps
             if at.step % every == 0 or ends:
@@ -203,14 +202,15 @@ class Trainer:
         at = self.position
         val = self.evaluate("val")
         train_loss = sum(at.losses) / len(at.losses) if at.losses else at.last_epoch_loss
-        images, _ = to_device(*next(iter(self._measured_batches())), self.device)
+        images, masks = next(iter(self._measured_batches()))
+        images, masks = to_device(images, masks, self.device)
         row: dict[str, float | int] = {
             "train_loss": train_loss,
             "val_loss": val.loss,
             "dice": val.dice,
             "miou": val.miou,
             "miou_hp": self.evaluate("val", high_precision=True).miou,
-            "step_ms": statistics.median(at.step_ms or self.first_ms or [0.0]),
+            "step_ms": statistics.median(at.step_ms or at.first_ms),
             "saved_bytes": saved_bytes(self.model, images, lambda: self.precision.context(self.device)),
             "nvfp4_flops_share": self.precision.flops_share(self.model, images),
         }
@@ -277,9 +277,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.precision.load_extra_state(self.model, state["nvfp4"])
         self.position = Position(**state["position"])
         set_rng_state(state["rng"], self.device)
+        self.precision.load_extra_state(self.model, state["nvfp4"])  # after torch's seed, which it hangs on
         laid_out = state["scheduler"]["schedule_steps"]
         if laid_out != self.schedule_steps:
             print(

@@ -3,8 +3,8 @@
     CE   = sum_valid -log p[y] / max(1, valid pixels)
     Dice = 1 - mean over the classes c present in y of (2 sum p_c [y = c] + 1) / (sum p_c + sum [y = c] + 1)
 
-Sums run over valid pixels. Both in fp32, whatever autocast's dtype is. A batch without one valid pixel gives 0, not NaN. Labels outside the classes
-are refused by the dataset, which can name the file.
+Sums run over valid pixels, in fp32 whatever autocast's dtype is. A batch without one valid pixel gives 0, not NaN.
+Labels outside the classes are refused by the data set, which can name the file.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _load_recipe(source: str, name: str) -> Any:
         return nv.load_recipe(source)
     except (ValueError, OSError) as error:
         if name == "nvfp4" or Path(source).exists():
-            raise
+            raise ValueError(f"--recipe {source}: {error}") from error
         raise value_error(
             "--precisions: unknown precision.",
             got=repr(name),

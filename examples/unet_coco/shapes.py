@@ -28,6 +28,8 @@ COLOURS = {1: (215, 70, 60), 3: (70, 150, 90), 4: (70, 100, 205), 9: (70, 190, 2
 MARKER = "shapes.json"
 EMPTY_EVERY = 12
 CROWD_EVERY = 6
+CUT_EVERY = 6
+CUT = -3  # a rectangle in two parts
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ShapesSettings:
 
 
 def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
-    """Draw the set into `root` unless it is there already; returns `root`. An interruption leaves no half-written set."""
+    """Draw the set into `root` unless it is there already; returns `root`. An interruption leaves no half set."""
     settings = settings or ShapesSettings()
     marker = root / MARKER
     if marker.is_file() and json.loads(marker.read_text()) == asdict(settings):
@@ -109,15 +111,15 @@ def _draw_image(
     pixels = _background(h, w, rng)
     drawn: list[dict[str, Any]] = []
     if image_id % EMPTY_EVERY != 0:
-        for _ in range(int(rng.integers(2, 5))):
-            category = int(rng.choice(list(CATEGORIES)))
+        categories = rng.choice(list(CATEGORIES), int(rng.integers(2, 5))).tolist()
+        if image_id % CUT_EVERY == 2:
+            categories.append(CUT)  # last, so that nothing hides a part of it
+        for category in categories:
             polygons = _polygons(category, h, w, rng)
-            drawn.append(
-                {"category": category, "crowd": False, "polygons": polygons, "mask": _rasterize(polygons, h, w)}
-            )
+            drawn.append(_shape(3 if category == CUT else category, False, polygons, h, w))
         if image_id % CROWD_EVERY == 1:
             polygons = _swarm(h, w, rng)
-            drawn.append({"category": 1, "crowd": True, "polygons": polygons, "mask": _rasterize(polygons, h, w)})
+            drawn.append(_shape(1, True, polygons, h, w))
     annotations = []
     hidden = np.zeros((h, w), bool)
     for shape in reversed(drawn):  # the last drawn lies on top
@@ -131,6 +133,10 @@ def _draw_image(
             annotations.append(_annotation(shape))
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))
     return np.asarray(image), annotations
+
+
+def _shape(category: int, crowd: bool, polygons: list[np.ndarray], h: int, w: int) -> dict[str, Any]:
+    return {"category": category, "crowd": crowd, "polygons": polygons, "mask": _rasterize(polygons, h, w)}
 
 
 def _background(h: int, w: int, rng: np.random.Generator) -> np.ndarray:
@@ -148,10 +154,10 @@ def _polygons(category: int, h: int, w: int, rng: np.random.Generator) -> list[n
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     if category == 1:
         outlines = [_circle(1.0)]
-    elif category == 3:
+    elif abs(category) == 3:
         a, b = 1.0, rng.uniform(0.45, 0.9)
         outlines = [np.array([[-a, -b], [a, -b], [a, b], [-a, b]])]
-        if rng.random() < 0.25:  # cut in two, with a gap between the halves
+        if category == CUT:
             outlines = [np.array([[s * 0.12, -b], [s * a, -b], [s * a, b], [s * 0.12, b]]) for s in (-1, 1)]
     elif category == 4:
         angles = np.pi / 2 + np.arange(3) * 2 * np.pi / 3

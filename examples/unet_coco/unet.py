@@ -25,7 +25,7 @@ ACTIVATIONS = ("relu", "silu")
 
 
 def group_count(channels: int) -> int:
-    """GroupNorm groups, a divisor of the channels: four channels each, at most 32 groups (16 each trained far worse)."""
+    """GroupNorm groups, a divisor of the channels: four channels each, at most 32 groups (16 each: far worse)."""
     return math.gcd(channels, min(32, max(1, channels // 4)))
 
 

@@ -11,6 +11,9 @@
 #include <cstring>
 #include <cmath>
 #include <algorithm>
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -158,63 +161,67 @@ struct Operand {            // see native.py: the same fields in the same order
 };
 
 // ------------------------------------------------------------------------------------------------ rowwise
+constexpr int NB = 16;                    // rowwise blocks worked on at once
+
+// NB blocks of 16 values, in v: scales, rounding, stores. n[b] values of block b are real, p[b] is where they go in the dequantized face.
+template <class D, bool SR>
+inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed, const Scale& S, D* const* p, const int* n, int nb,
+                            uint8_t* codes, uint8_t* scale) {
+    float s[NB], e[NB], amax[NB]; uint32_t random[4][CHUNK];
+    for (int b = 0; b < NB; ++b) {
+        uint32_t a = 0;
+        for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(v[b][k]) & 0x7fffffffu; a = a > u ? a : u; }
+        amax[b] = as_float(a);
+    }
+    for (int b = 0; b < NB; ++b) { s[b] = round_e4m3(amax[b] * S.mult); e[b] = encode_of(s[b], S.S_dec); }
+    if (SR) philox(index, NB, 0, seed, random);
+    for (int b = 0; b < NB; ++b) {
+        const float eb = e[b];
+        uint32_t bytes[16];
+        if (SR) for (int k = 0; k < 16; ++k) bytes[k] = (random[k / 4][b] >> (8 * (k % 4))) & 255u;
+        for (int k = 0; k < 16; ++k) {
+            float y = v[b][k] * eb; uint32_t u = as_bits(y);
+            float a = as_float(u & 0x7fffffffu);
+            float g = SR ? e2m1_stochastic(a, bytes[k]) : e2m1_nearest(a);
+            v[b][k] = as_float(as_bits(g) | sign_of(u));
+        }
+    }
+    if (p) for (int b = 0; b < nb; ++b) {
+        const float sb = s[b];
+        if (n[b] == 16) { D* o = p[b]; for (int k = 0; k < 16; ++k) store(o + k, v[b][k] * sb); }
+        else { for (int k = 0; k < n[b]; ++k) store(p[b] + k, v[b][k] * sb); }
+    }
+    if (codes) for (int b = 0; b < nb; ++b) {
+        uint32_t c[16];
+        for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(v[b][k]); c[k] = e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u); }
+        for (int k = 0; k < 8; ++k) codes[b * 8 + k] = uint8_t(c[2 * k] | c[2 * k + 1] << 4);
+    }
+    if (scale) for (int b = 0; b < nb; ++b) scale[b] = e4m3_byte(s[b]);
+}
+
 template <class T, class D, bool SR>
 void row_run(const Operand& q, const T* x, int64_t image, int64_t row, const Scale& S) {
-    const int64_t Cg = q.C / q.groups, Kb = (Cg + 15) / 16, segments = q.Wp * q.groups;
-    const int64_t base = (image * q.L + row) * q.Wp * q.C, sbase = (image * q.L + row) * segments * Kb;
+    const int64_t Cg = q.C / q.groups, Kb = (Cg + 15) / 16, segments = q.Wp * q.groups, total = segments * Kb;
+    const int64_t base = (image * q.L + row) * q.Wp * q.C, sbase = (image * q.L + row) * total;
     D* dq = q.row_dq ? static_cast<D*>(q.row_dq) + base : nullptr;
-    const int64_t total = segments * Kb;
-    constexpr int NB = 16;                                         // blocks at once
-    float v[NB][16], r[NB][16]; uint32_t m[NB]; float s[NB], e[NB];
-    uint64_t index[CHUNK]; uint32_t random[4][CHUNK];
     const bool even = Cg % 16 == 0;
+    float v[NB][16]; uint64_t index[CHUNK]; D* p[NB]; int n[NB];
+    int64_t seg = 0, kb = 0;
     for (int64_t b0 = 0; b0 < total; b0 += NB) {
         const int nb = int(std::min<int64_t>(NB, total - b0));
         for (int b = 0; b < nb; ++b) {
-            const int64_t seg = even ? 0 : (b0 + b) / Kb, kb = even ? 0 : (b0 + b) % Kb;
-            const T* p = even ? x + (b0 + b) * 16 : x + seg * Cg + kb * 16;
-            const int n = even ? 16 : int(std::min<int64_t>(16, Cg - kb * 16));
-            if (n == 16) { for (int k = 0; k < 16; ++k) v[b][k] = load(p + k); }
-            else { for (int k = 0; k < 16; ++k) v[b][k] = k < n ? load(p + k) : 0.0f; }
-            uint32_t a = 0;
-            for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(v[b][k]) & 0x7fffffffu; a = a > u ? a : u; }
-            m[b] = a;
+            const int64_t at = seg * Cg + kb * 16;
+            n[b] = int(std::min<int64_t>(16, Cg - kb * 16));
+            p[b] = dq + at;
+            if (SR) index[b] = uint64_t((((row * q.Wp + seg / q.groups) * q.images + image) * q.groups + seg % q.groups) * Kb + kb);
+            if (!even) for (int k = 0; k < 16; ++k) v[b][k] = k < n[b] ? load(x + at + k) : 0.0f;
+            if (++kb == Kb) { kb = 0; ++seg; }
         }
-        for (int b = nb; b < NB; ++b) m[b] = 0;
-        for (int b = 0; b < NB; ++b) { s[b] = round_e4m3(as_float(m[b]) * S.mult); e[b] = encode_of(s[b], S.S_dec); }
-        if (SR) {
-            for (int b = 0; b < nb; ++b) {
-                const int64_t seg = (b0 + b) / Kb, kb = (b0 + b) % Kb, w = seg / q.groups, g = seg % q.groups;
-                index[b] = uint64_t((((row * q.Wp + w) * q.images + image) * q.groups + g) * Kb + kb);
-            }
-            philox(index, nb, 0, uint64_t(q.seed), random);
-        }
-        for (int b = 0; b < nb; ++b) {
-            const float eb = e[b];
-            uint32_t bytes[16];
-            if (SR) for (int k = 0; k < 16; ++k) bytes[k] = (random[k / 4][b] >> (8 * (k % 4))) & 255u;
-            for (int k = 0; k < 16; ++k) {
-                float y = v[b][k] * eb; uint32_t u = as_bits(y);
-                float a = as_float(u & 0x7fffffffu);
-                float g = SR ? e2m1_stochastic(a, bytes[k]) : e2m1_nearest(a);
-                r[b][k] = as_float(as_bits(g) | sign_of(u));
-            }
-        }
-        if (dq) for (int b = 0; b < nb; ++b) {
-            const int64_t seg = even ? 0 : (b0 + b) / Kb, kb = even ? 0 : (b0 + b) % Kb;
-            D* p = even ? dq + (b0 + b) * 16 : dq + seg * Cg + kb * 16;
-            const int n = even ? 16 : int(std::min<int64_t>(16, Cg - kb * 16));
-            const float sb = s[b];
-            if (n == 16) { for (int k = 0; k < 16; ++k) store(p + k, r[b][k] * sb); }
-            else { for (int k = 0; k < n; ++k) store(p + k, r[b][k] * sb); }
-        }
-        if (q.row_codes) for (int b = 0; b < nb; ++b) {
-            uint32_t c[16];
-            for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(r[b][k]); c[k] = e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u); }
-            uint8_t* p = q.row_codes + (sbase + b0 + b) * 8;
-            for (int k = 0; k < 8; ++k) p[k] = uint8_t(c[2 * k] | c[2 * k + 1] << 4);
-        }
-        if (q.row_scale) for (int b = 0; b < nb; ++b) q.row_scale[sbase + b0 + b] = e4m3_byte(s[b]);
+        if (even && nb == NB) { for (int k = 0; k < NB * 16; ++k) (&v[0][0])[k] = load(x + b0 * 16 + k); }
+        else if (even) { for (int k = 0; k < nb * 16; ++k) (&v[0][0])[k] = load(x + b0 * 16 + k); }
+        for (int b = nb; b < NB; ++b) { index[b] = 0; n[b] = 0; for (int k = 0; k < 16; ++k) v[b][k] = 0.0f; }
+        quantize_blocks<D, SR>(v, index, uint64_t(q.seed), S, dq ? p : nullptr, n, nb,
+                               q.row_codes ? q.row_codes + (sbase + b0) * 8 : nullptr, q.row_scale ? q.row_scale + sbase + b0 : nullptr);
     }
 }
 
@@ -469,41 +476,56 @@ void scale_bias(T* y, int64_t rows, int64_t C, float alpha, const float* bias, i
     }
 }
 
-// bit k of mask byte j: !(y[8j + k] <= 0), what ReLU's backward lets through.
+// bit k of mask byte j: !(y[8j + k] <= 0), what ReLU's backward lets through. On the bits: y > 0, or NaN.
+inline bool passes(const float* p) { uint32_t u = as_bits(*p); return (int32_t(u) > 0) | (u > 0xff800000u); }
+inline bool passes(const bf16* p) { return (int16_t(p->u) > 0) | (p->u > 0xff80u); }
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline uint32_t passes32(const bf16* p) {
+    const __m512i v = _mm512_loadu_si512(p);
+    return _mm512_cmpgt_epi16_mask(v, _mm512_setzero_si512()) | _mm512_cmpgt_epu16_mask(v, _mm512_set1_epi16(int16_t(0xff80)));
+}
+inline uint32_t passes16(const float* p) {
+    const __m512i v = _mm512_loadu_si512(p);
+    return _mm512_cmpgt_epi32_mask(v, _mm512_setzero_si512()) | _mm512_cmpgt_epu32_mask(v, _mm512_set1_epi32(int32_t(0xff800000u)));
+}
+inline uint32_t passes32(const float* p) { return passes16(p) | passes16(p + 16) << 16; }
+inline void masked32(const uint16_t* dy, uint32_t word, uint16_t* dx) { _mm512_storeu_si512(dx, _mm512_maskz_loadu_epi16(word, dy)); }
+inline void masked32(const uint32_t* dy, uint32_t word, uint32_t* dx) {
+    _mm512_storeu_si512(dx, _mm512_maskz_loadu_epi32(__mmask16(word), dy));
+    _mm512_storeu_si512(dx + 16, _mm512_maskz_loadu_epi32(__mmask16(word >> 16), dy + 16));
+}
+#else
+template <class T> inline uint32_t passes32(const T* p) {
+    uint32_t word = 0;
+    for (int j = 0; j < 32; ++j) word |= uint32_t(passes(p + j)) << j;
+    return word;
+}
+template <class U> inline void masked32(const U* dy, uint32_t word, U* dx) {
+    for (int j = 0; j < 32; ++j) dx[j] = U(dy[j] & U(0u - (word >> j & 1u)));
+}
+#endif
+
 template <class T>
 void positive_mask(const T* y, uint8_t* mask, int64_t n, int threads) {
-    const int64_t bytes = (n + 7) / 8, piece = 2048, pieces = (bytes + piece - 1) / piece;
+    const int64_t words = n / 32, piece = 1024, pieces = (words + piece - 1) / piece;
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t k = 0; k < pieces; ++k) {
-        const int64_t last = std::min(bytes, (k + 1) * piece);
-        int64_t b = k * piece;
-        for (; b + 2 <= last && b * 8 + 16 <= n; b += 2) {
-            const T* p = y + b * 8; uint32_t word = 0;
-            for (int j = 0; j < 16; ++j) word |= load(p + j) <= 0.0f ? 0u : 1u << j;
-            mask[b] = uint8_t(word); mask[b + 1] = uint8_t(word >> 8);
-        }
-        for (; b < last; ++b) {
-            uint32_t word = 0;
-            for (int j = 0; j < 8 && b * 8 + j < n; ++j) word |= load(y + b * 8 + j) <= 0.0f ? 0u : 1u << j;
-            mask[b] = uint8_t(word);
-        }
+    for (int64_t k = 0; k < pieces; ++k)
+        for (int64_t w = k * piece; w < std::min(words, (k + 1) * piece); ++w) { const uint32_t word = passes32(y + w * 32); std::memcpy(mask + w * 4, &word, 4); }
+    for (int64_t b = words * 4; b < (n + 7) / 8; ++b) {
+        uint32_t byte = 0;
+        for (int j = 0; j < 8 && b * 8 + j < n; ++j) byte |= uint32_t(passes(y + b * 8 + j)) << j;
+        mask[b] = uint8_t(byte);
     }
 }
 
 template <class U>
 void apply_mask(const U* dy, const uint8_t* mask, U* dx, int64_t n, int threads) {
-    const int64_t bytes = (n + 7) / 8, piece = 2048, pieces = (bytes + piece - 1) / piece;
+    const int64_t words = n / 32, piece = 1024, pieces = (words + piece - 1) / piece;
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t k = 0; k < pieces; ++k) {
-        const int64_t last = std::min(bytes, (k + 1) * piece);
-        int64_t b = k * piece;
-        for (; b + 2 <= last && b * 8 + 16 <= n; b += 2) {
-            const uint32_t word = mask[b] | uint32_t(mask[b + 1]) << 8;
-            for (int j = 0; j < 16; ++j) dx[b * 8 + j] = U(dy[b * 8 + j] & U(-int64_t(word >> j & 1u)));
-        }
-        for (; b < last; ++b)
-            for (int j = 0; j < 8 && b * 8 + j < n; ++j) dx[b * 8 + j] = U(dy[b * 8 + j] & U(-int64_t(mask[b] >> j & 1u)));
-    }
+    for (int64_t k = 0; k < pieces; ++k)
+        for (int64_t w = k * piece; w < std::min(words, (k + 1) * piece); ++w) { uint32_t word; std::memcpy(&word, mask + w * 4, 4); masked32(dy + w * 32, word, dx + w * 32); }
+    for (int64_t i = words * 32; i < n; ++i) dx[i] = U(dy[i] & U(0u - (mask[i / 8] >> (i % 8) & 1u)));
 }
 
 }  // namespace

@@ -23,7 +23,10 @@ CASES = json.loads(MANIFEST.read_text())["cases"] if MANIFEST.is_file() else []
 FIELDS = ("codes", "scale_inv", "amax", "dequant")
 GEMM_INPUTS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 
-pytestmark = pytest.mark.skipif(not CASES, reason=f"no conformance vectors at {VECTORS}")
+pytestmark = [
+    pytest.mark.skipif(not CASES, reason=f"no conformance vectors at {VECTORS}"),
+    pytest.mark.usefixtures("poison"),
+]
 
 
 def load(case):

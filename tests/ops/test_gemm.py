@@ -10,6 +10,7 @@ from te_nvfp4_cv.ops.gemm import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 
 BACKENDS = ["reference", "vendor"]
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def quantized(rows: int, cols: int, seed: int, dtype=torch.bfloat16, **options):

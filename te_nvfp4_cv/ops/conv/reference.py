@@ -5,6 +5,8 @@
     wgrad  dw[o, (tap, c)]          = sum over (pixel, 16 images)   dy columnwise . x_col columnwise
 
 Quantization commutes with im2col because blocks lie on an index that im2col only gathers (DESIGN.md section 1): no value is rounded here.
+So an operand is a tuple of parts that are gathered alike, (codes, scale bytes); with quantization off it is (values,), and the same
+gathering gives the convolution itself, in any dtype. The last axis of a part, k, is what it holds of the contraction.
 A transposed convolution exchanges fprop and dgrad. Groups are multiplied one after the other. Refuses nothing: its caller has checked.
 """
 
@@ -18,6 +20,7 @@ from te_nvfp4_cv.ops.gemm import reference as gemm
 from te_nvfp4_cv.ops.geometry import ConvGeometry, pixel_map
 
 BLOCK = 16
+Parts = tuple[Tensor, ...]  # (codes, scale bytes), or (values,) with quantization off
 
 
 def gather(flat: Tensor, pixels: Tensor) -> Tensor:
@@ -26,66 +29,107 @@ def gather(flat: Tensor, pixels: Tensor) -> Tensor:
     return padded[pixels.to(flat.device)]
 
 
-def _multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """The quantized GEMM of two matrices whose scales are bytes."""
+def multiply(a: Parts, b: Parts) -> Tensor:
+    """a [I, L] times b [J, L] transposed, without tensor scales: the quantized GEMM, or the plain one of plain values."""
+    if len(a) == 1:
+        return a[0] @ b[0].t()
     fp8 = torch.float8_e4m3fn
-    return gemm.multiply(a, a_scale.contiguous().view(fp8), b, b_scale.contiguous().view(fp8))
+    return gemm.multiply(a[0], a[1].contiguous().view(fp8), b[0], b[1].contiguous().view(fp8))
 
 
-def _by_group(data: Tensor, scale: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Packed rowwise operand [B, *image, G * Kb * 8] and its scales as [pixels, B, G, Kb * 8] and [pixels, B, G, Kb]."""
-    batch = data.shape[0]
-    shape = (-1, batch, groups)
-    return data.movedim(0, -2).reshape(*shape, data.shape[-1] // groups), scale.movedim(0, -2).reshape(
-        *shape, scale.shape[-1] // groups
-    )
+def data_product(operand: Parts, kernel: Parts, geometry: ConvGeometry, to_b: bool) -> Tensor:
+    """fprop or dgrad before alpha: [B, *image, channels]; rows gather from a to b (`to_b`), or back.
 
-
-def _rows(data: Tensor, scale: Tensor, geometry: ConvGeometry, to_b: bool, group: int) -> tuple[Tensor, Tensor]:
-    """The im2col matrix of one group: data [M, T * Kb * 8], scale [M, T * Kb], rows M = (pixel, image)."""
-    pixels = pixel_map(geometry, to_b)
-    out = []
-    for part in _by_group(data, scale, geometry.groups):
-        columns = gather(part[:, :, group], pixels)  # [pixels out, taps, B, k]
-        out.append(columns.transpose(1, 2).flatten(0, 1).flatten(1))
-    return out[0], out[1]
-
-
-def _kernel_rows(w: Tensor, scale: Tensor, geometry: ConvGeometry, group: int) -> tuple[Tensor, Tensor]:
-    """Rowwise kernel of one group as the second operand of fprop: [axis 0, T * Kb * 8] and scales."""
-    each = w.shape[0] // geometry.groups
-    data = w[group * each : (group + 1) * each]
-    if scale.dim() == 4:
-        rows = scale[group].repeat_interleave(BLOCK, dim=0)[:each]
-    else:
-        rows = scale[group * each : (group + 1) * each]
-    return data.flatten(1), rows.flatten(1)
-
-
-def _kernel_columns(w: Tensor, scale: Tensor, geometry: ConvGeometry, group: int) -> tuple[Tensor, Tensor]:
-    """Columnwise kernel of one group as the second operand of dgrad: [axis 1, T * Ob * 8], blocks along axis 0.
-
-    With 16x16 scales it is the rowwise one transposed: nibbles and tile scales.
+    Args:
+        operand: rowwise, parts [B, *image, G * k].
+        kernel: blocks along the operand's channels; parts [axis 0, T, k] for `to_b`, else [G, Ob, T, axis 1, k].
     """
-    if w.dim() == 5:  # [G, Ob, T, axis 1, 8]
-        return w[group].permute(2, 1, 0, 3).flatten(1), scale[group].permute(2, 1, 0).flatten(1)
-    each, channels = w.shape[0] // geometry.groups, geometry.channels_a // geometry.groups
-    part = w[group * each : (group + 1) * each]
-    codes = torch.stack((part & 15, part >> 4), dim=-1).flatten(-2)  # [axis 0, T, Kp]
-    codes = F.pad(codes, (0, 0, 0, 0, 0, -each % BLOCK))[..., :channels].permute(2, 1, 0)  # [axis 1, T, Op]
-    data = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    tiles = scale[group].permute(2, 1, 0).repeat_interleave(BLOCK, dim=0)[:channels]  # [axis 1, T, Ob]
-    return data.flatten(1), tiles.flatten(1)
-
-
-def _data_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, geometry: ConvGeometry, to_b: bool) -> Tensor:
-    """fp32 [B, *image, channels] before alpha: rows gather from a to b, or back."""
-    kernel = _kernel_rows if to_b else _kernel_columns
+    matrix = _kernel_rows if to_b else _kernel_columns
     image = geometry.b_size if to_b else geometry.a_size
-    parts = []
-    for group in range(geometry.groups):
-        parts.append(_multiply(*_rows(a, a_scale, geometry, to_b, group), *kernel(w, w_scale, geometry, group)))
-    return torch.cat(parts, dim=1).reshape(*image, geometry.batch, -1).movedim(-2, 0)
+    pixels = pixel_map(geometry, to_b)
+    products = [
+        multiply(
+            tuple(_rows(part, pixels, geometry.groups, group) for part in operand),
+            tuple(matrix(part, geometry.groups, group) for part in kernel),
+        )
+        for group in range(geometry.groups)
+    ]
+    return torch.cat(products, dim=1).reshape(*image, geometry.batch, -1).movedim(-2, 0)
+
+
+def weight_product(b: Parts, a: Parts, geometry: ConvGeometry) -> Tensor:
+    """wgrad before alpha: [axis 0, taps, axis 1].
+
+    Args:
+        b: columnwise operand of the b side; a: of the a side; parts [N, *folded image, channels, k]: N times k folded images.
+        geometry: of the call itself, not of the folded one.
+    """
+    pixels, groups = pixel_map(geometry.folded(), True), geometry.groups
+    each_a, each_b = geometry.channels_a // groups, geometry.channels_b // groups
+    a_flat, b_flat = (tuple(_pixels_first(part) for part in side) for side in (a, b))  # [pixels, channels, N * k]
+    products = []
+    for group in range(groups):
+        of_a, of_b = slice(group * each_a, (group + 1) * each_a), slice(group * each_b, (group + 1) * each_b)
+        rows = tuple(part[:, of_b].transpose(0, 1).flatten(1) for part in b_flat)  # [O, pixels * N * k]
+        columns = tuple(
+            gather(part[:, of_a], pixels).permute(1, 2, 0, 3).flatten(0, 1).flatten(1) for part in a_flat
+        )  # [T * C, pixels * N * k]
+        products.append(multiply(rows, columns).reshape(each_b, geometry.taps, each_a))
+    return torch.cat(products)
+
+
+def _rows(part: Tensor, pixels: Tensor, groups: int, group: int) -> Tensor:
+    """The im2col matrix of one group: [M, T * k], rows M = (pixel, image), of a rowwise part [B, *image, G * k]."""
+    flat = part.movedim(0, -2).reshape(-1, part.shape[0], groups, part.shape[-1] // groups)
+    columns = gather(flat[:, :, group], pixels)  # [pixels out, taps, B, k]
+    return columns.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _kernel_rows(part: Tensor, groups: int, group: int) -> Tensor:
+    """[each, T * k] of one group of a part [axis 0, T, k]: the second operand where rows gather from a to b."""
+    each = part.shape[0] // groups
+    return part[group * each : (group + 1) * each].flatten(1)
+
+
+def _kernel_columns(part: Tensor, groups: int, group: int) -> Tensor:
+    """[axis 1, T * Ob * k] of one group of a part [G, Ob, T, axis 1, k]: the second operand where rows gather from b to a."""
+    return part[group].permute(2, 1, 0, 3).flatten(1)
+
+
+def _pixels_first(part: Tensor) -> Tensor:
+    """A columnwise part [N, *image, C, k] as [pixels, C, N * k]."""
+    image = part.movedim(0, -2)  # [*image, C, N, k]
+    return image.reshape(-1, image.shape[-3], image.shape[-2] * image.shape[-1])
+
+
+# ---- packed operands as parts ---------------------------------------------------------------------------------------
+
+
+def _packed_kernel(w: Tensor, scale: Tensor, geometry: ConvGeometry, to_b: bool) -> Parts:
+    """The packed face of a kernel that data_product multiplies, scales repeated over their 16x16 tiles.
+
+    With 16x16 scales both faces are the rowwise one: nibbles and tile scales are transposed here.
+    """
+    groups, each = geometry.groups, w.shape[0] // geometry.groups
+    if to_b:
+        if scale.dim() == 4:
+            scale = scale.repeat_interleave(BLOCK, dim=1)[:, :each].flatten(0, 1)
+        return w, scale
+    if w.dim() == 5:
+        return w, scale.unsqueeze(-1)
+    channels = geometry.channels_a // groups
+    codes = torch.stack((w & 15, w >> 4), dim=-1).flatten(-2)[..., :channels]  # [axis 0, T, axis 1]
+    codes = F.pad(codes.unflatten(0, (groups, each)), (0, 0, 0, 0, 0, -each % BLOCK))
+    codes = codes.unflatten(1, (-1, BLOCK)).movedim(2, -1)  # [G, Ob, T, axis 1, 16]
+    tiles = scale.repeat_interleave(BLOCK, dim=3)[..., :channels]  # [G, Ob, T, axis 1]
+    return codes[..., 0::2] | (codes[..., 1::2] << 4), tiles.unsqueeze(-1)
+
+
+def _packed_columns(data: Tensor, scale: Tensor) -> Parts:
+    return data, scale.unsqueeze(-1)
+
+
+# ---- the three GEMMs ------------------------------------------------------------------------------------------------
 
 
 def fprop(
@@ -99,7 +143,8 @@ def fprop(
     dtype: torch.dtype,
 ) -> Tensor:
     """See conv_fprop."""
-    y = _data_gemm(x, x_scale, w, w_scale, geometry, not geometry.transposed) * alpha
+    to_b = not geometry.transposed
+    y = data_product((x, x_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b) * alpha
     return (y if bias is None else y + bias.float()).to(dtype).contiguous()
 
 
@@ -107,39 +152,18 @@ def dgrad(
     dy: Tensor, dy_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
 ) -> Tensor:
     """See conv_dgrad."""
-    return (_data_gemm(dy, dy_scale, w, w_scale, geometry, geometry.transposed) * alpha).to(dtype).contiguous()
+    to_b = geometry.transposed
+    dx = data_product((dy, dy_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b) * alpha
+    return dx.to(dtype).contiguous()
 
 
 def wgrad(
     dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
 ) -> Tensor:
     """See conv_wgrad."""
-    folded = geometry.folded()
-    (a, a_scale), (b, b_scale) = (
-        ((dy, dy_scale), (x, x_scale)) if geometry.transposed else ((x, x_scale), (dy, dy_scale))
-    )
-    pixels = pixel_map(folded, True)
-    groups, out = geometry.groups, []
-    a_flat, b_flat = _pixels_first(a, True), _pixels_first(b, True)  # [pixels, channels, N16 * 8]
-    a_flat_s, b_flat_s = _pixels_first(a_scale, False), _pixels_first(b_scale, False)  # [pixels, channels, N16]
-    each_a, each_b = geometry.channels_a // groups, geometry.channels_b // groups
-    for group in range(groups):
-        of_a, of_b = slice(group * each_a, (group + 1) * each_a), slice(group * each_b, (group + 1) * each_b)
-        columns = [
-            gather(part[:, of_a], pixels).permute(1, 2, 0, 3).flatten(0, 1).flatten(1) for part in (a_flat, a_flat_s)
-        ]  # [T * C, pixels * N]
-        rows = [part[:, of_b].transpose(0, 1).flatten(1) for part in (b_flat, b_flat_s)]  # [O, pixels * N]
-        out.append(_multiply(rows[0], rows[1], columns[0], columns[1]).reshape(each_b, geometry.taps, each_a))
-    dw = torch.cat(out)
+    of_dy, of_x = _packed_columns(dy, dy_scale), _packed_columns(x, x_scale)
+    b, a = (of_x, of_dy) if geometry.transposed else (of_dy, of_x)
+    dw = weight_product(b, a, geometry)
     if alpha.numel() != 1:
         alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
     return (dw * alpha).to(dtype)
-
-
-def _pixels_first(part: Tensor, packed: bool) -> Tensor:
-    """Columnwise operand [N16, *image, C, 8] (or its scales [N16, *image, C]) as [pixels, C, N16 * 8] (or [pixels, C, N16])."""
-    if packed:
-        image = part.movedim(0, -2)  # [*image, C, N16, 8]
-        return image.reshape(-1, image.shape[-3], image.shape[-2] * image.shape[-1])
-    image = part.movedim(0, -1)
-    return image.reshape(-1, image.shape[-2], image.shape[-1])

@@ -84,10 +84,9 @@ def quantize_operand(
 @quantize_operand.register_fake
 def _(x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_scaled, dtype, seed, backend):  # type: ignore[no-untyped-def]
     f = Fold(*fold)
-    blocks = groups * (-(-x.shape[-1] // groups) // BLOCK + (1 if (x.shape[-1] // groups) % BLOCK else 0))
+    blocks = groups * -(-(x.shape[-1] // groups) // BLOCK)
     folded = (f.rows, *x.shape[2:-1], x.shape[-1]) if x.dim() > 2 else (x.shape[-1],)
-    row_data, row_scale = x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
-    col_data, col_scale = x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
+    row_data, row_scale, col_data, col_scale = (x.new_empty(0, dtype=torch.uint8) for _ in range(4))
     if row == PACKED:
         row_data = x.new_empty((*x.shape[:-1], blocks * 8), dtype=torch.uint8)
         row_scale = x.new_empty((*x.shape[:-1], blocks), dtype=torch.uint8)
@@ -98,8 +97,8 @@ def _(x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_s
         col_scale = x.new_empty((f.images // BLOCK, *folded), dtype=torch.uint8)
     elif col == DEQUANTIZED:
         col_data = x.new_empty((f.images, *folded), dtype=dtype)
-    row_amax = x.new_empty(x.shape[:-1] if row_scaled else (1,), dtype=torch.float32)
-    col_amax = x.new_empty((x.shape[-1],) if row_scaled else (1,), dtype=torch.float32)
+    row_amax = x.new_empty(x.shape[:-1] if row_scaled and row else (1,), dtype=torch.float32)
+    col_amax = x.new_empty((x.shape[-1],) if row_scaled and col else (1,), dtype=torch.float32)
     return row_data, row_scale, row_amax, col_data, col_scale, col_amax
 
 
@@ -131,12 +130,7 @@ def quantize_kernel(
 def _(w, groups, row, col, two_d, four_over_six, e4m3_max, dtype, backend):  # type: ignore[no-untyped-def]
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
-    row_data, row_scale, col_data, col_scale = (
-        w.new_empty(0),
-        w.new_empty(0, dtype=torch.uint8),
-        w.new_empty(0),
-        w.new_empty(0, dtype=torch.uint8),
-    )
+    row_data, row_scale, col_data, col_scale = (w.new_empty(0, dtype=torch.uint8) for _ in range(4))
     if row == PACKED:
         row_data = w.new_empty((n, taps, kb * 8), dtype=torch.uint8)
         row_scale = w.new_empty((groups, ob, taps, kb) if two_d else (n, taps, kb), dtype=torch.uint8)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import checks
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, round_up
+from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops import quantize as ops
 from te_nvfp4_cv.ops.quantize import reference
 from te_nvfp4_cv.tensor import BUFFERS, NVFP4Tensor
@@ -82,6 +83,14 @@ class NVFP4Quantizer:
             e4m3_max=self.nvfp4_e4m3_max,
             row_scaled=row_scaled_nvfp4,
         )
+        dispatch.check_backend(backend)
+        if row_scaled_nvfp4 and with_amax_reduction:
+            raise checks.value_error(
+                "NVFP4Quantizer: a row-scaled tensor has no amax to reduce.",
+                got="row_scaled_nvfp4=True, with_amax_reduction=True",
+                needs="one of the two",
+                fix="leave with_amax_reduction out: rows are never split over ranks",
+            )
 
     @property
     def four_over_six(self) -> str | None:
@@ -203,7 +212,7 @@ class NVFP4Quantizer:
             amax_columnwise=None if amax is None or not columnwise else amax[1],
             seed=seed,
             with_sign=self.with_random_sign_mask,
-            backend=_resolve(self.backend, x_MK.device),
+            backend=dispatch.resolve(self.backend, x_MK.device),
         )
 
     def _reduced_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
@@ -294,13 +303,6 @@ class NVFP4Quantizer:
 def _rebuild_quantizer(settings: dict[str, Any]) -> NVFP4Quantizer:
     """A quantizer from a pickle."""
     return NVFP4Quantizer(**settings)
-
-
-def _resolve(backend: str, device: torch.device) -> str:
-    """The backend that runs here."""
-    from te_nvfp4_cv.ops import dispatch
-
-    return dispatch.resolve(backend, device)
 
 
 torch.serialization.add_safe_globals([NVFP4Quantizer, _rebuild_quantizer])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.ops import native, scratch
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import reference, reference_operands
 
@@ -126,7 +126,7 @@ def quantize_operand(
         row_data, row_scale = empty.new_empty(*x.shape[:-1], blocks * 8), empty.new_empty(*x.shape[:-1], blocks)
         q.row_codes, q.row_scale = row_data.data_ptr(), row_scale.data_ptr()
     elif row == DEQUANTIZED:
-        row_data = torch.empty_like(x, dtype=dtype)
+        row_data = scratch.empty(tuple(x.shape), dtype, x.device)
         q.row_dq = row_data.data_ptr()
     if col == PACKED:
         col_data, col_scale = (
@@ -135,7 +135,7 @@ def quantize_operand(
         )
         q.col_codes, q.col_scale = col_data.data_ptr(), col_scale.data_ptr()
     elif col == DEQUANTIZED:
-        col_data = x.new_empty((fold.images, *folded), dtype=dtype)
+        col_data = scratch.empty((fold.images, *folded), dtype, x.device)
         q.col_dq = col_data.data_ptr()
     library.nvfp4_quantize(ctypes.byref(q))
     return row_data, row_scale, amax[:1].clone(), col_data, col_scale, amax[1:].clone()
@@ -205,7 +205,7 @@ def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     library = native.load() if data.device.type == "cpu" else None
     if library is None or not data.numel():
         return reference_operands.unpack_columns(data, scale, dtype)
-    out = scale.new_empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype=dtype)
+    out = scratch.empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype, scale.device)
     run = math.prod(scale.shape[1:])
     library.nvfp4_unpack_columns(
         data.data_ptr(),

@@ -1,0 +1,250 @@
+"""NVFP4 modules: torch's convolutions and nn.Linear with a recipe of their own; convert_model makes them, in place.
+
+    which recipe:   set_precision's entry (in an enabled context)  >  the module's  >  the context's  >  the default
+    which backend:  the context's inside of one, else the module's
+
+They quantize without a context; nvfp4_autocast(enabled=False) turns them off. Parameters, their names and the
+state_dict are the plain module's. Refused, at the call: what NVFP4 cannot do (thin layers, depthwise convolutions,
+fp64), which a plain module under nvfp4_autocast does in high precision.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from te_nvfp4_cv import autocast, calls, functional
+from te_nvfp4_cv.checks import describe, type_error
+from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.policy import matches, plain_name, set_precision
+from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+
+
+class NVFP4Module(nn.Module):
+    """What the NVFP4 layers share: `recipe` (None: the context's, or the default) and `backend`."""
+
+    op: ClassVar[str]
+    recipe: NVFP4BlockScaling | None
+    backend: str
+
+    def __init__(self, *args: Any, recipe: Any = None, backend: str = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        dispatch.check_backend(backend)
+        self.recipe, self.backend = _checked(recipe), backend
+
+    def chosen(self) -> tuple[NVFP4BlockScaling | None, str]:
+        """(recipe or None for high precision, backend) for a call now."""
+        context = autocast.state()
+        if context is None:
+            return self.recipe or NVFP4BlockScaling(), self.backend
+        if not context.enabled:
+            return None, context.backend
+        if autocast.has_override() or self.recipe is None:
+            recipe = autocast.active_recipe()
+            return (recipe if recipe is not None and recipe.nvfp4_gemms else None), context.backend
+        return self.recipe, context.backend
+
+    def extra_repr(self) -> str:
+        """The plain module's, then the recipe."""
+        backend = "" if self.backend == "auto" else f", backend={self.backend!r}"
+        return f"{super().extra_repr()}, recipe={self.recipe!r}{backend}"
+
+
+class _Conv(NVFP4Module):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        recipe, backend = self.chosen()
+        if recipe is None:
+            return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)  # type: ignore
+            padding = 0
+        return functional.run(
+            self.op,
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,  # type: ignore[arg-type]
+            0,
+            recipe=recipe,
+            backend=backend,
+        )
+
+
+class _ConvTranspose(NVFP4Module):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As the plain module's."""
+        recipe, backend = self.chosen()
+        if recipe is None:
+            return super().forward(input, output_size)  # type: ignore[misc]
+        rank = len(self.kernel_size)  # type: ignore[arg-type]
+        more = self._output_padding(  # type: ignore[operator]
+            input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
+        )
+        return functional.run(
+            self.op,
+            input,
+            self.weight,  # type: ignore[arg-type]
+            self.bias,  # type: ignore[arg-type]
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,  # type: ignore[arg-type]
+            more,
+            recipe=recipe,
+            backend=backend,
+        )
+
+
+class NVFP4Conv1d(_Conv, nn.Conv1d):
+    """nn.Conv1d in NVFP4; keywords recipe=None, backend="auto"."""
+
+    op = "conv1d"
+
+
+class NVFP4Conv2d(_Conv, nn.Conv2d):
+    """nn.Conv2d in NVFP4; keywords recipe=None, backend="auto"."""
+
+    op = "conv2d"
+
+
+class NVFP4Conv3d(_Conv, nn.Conv3d):
+    """nn.Conv3d in NVFP4; keywords recipe=None, backend="auto"."""
+
+    op = "conv3d"
+
+
+class NVFP4ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d in NVFP4; keywords recipe=None, backend="auto"."""
+
+    op = "conv_transpose1d"
+
+
+class NVFP4ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d in NVFP4; keywords recipe=None, backend="auto"."""
+
+    op = "conv_transpose2d"
+
+
+class NVFP4ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """nn.ConvTranspose3d in NVFP4; keywords recipe=None, backend="auto"."""
+
+    op = "conv_transpose3d"
+
+
+class NVFP4Linear(NVFP4Module, nn.Linear):
+    """nn.Linear in NVFP4; keywords recipe=None, backend="auto"."""
+
+    op = "linear"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the plain module's."""
+        recipe, backend = self.chosen()
+        if recipe is None:
+            return super().forward(input)
+        return functional.linear(input, self.weight, self.bias, recipe=recipe, backend=backend)
+
+
+NVFP4_CLASSES: dict[type[nn.Module], type[NVFP4Module]] = {
+    nn.Conv1d: NVFP4Conv1d,
+    nn.Conv2d: NVFP4Conv2d,
+    nn.Conv3d: NVFP4Conv3d,
+    nn.ConvTranspose1d: NVFP4ConvTranspose1d,
+    nn.ConvTranspose2d: NVFP4ConvTranspose2d,
+    nn.ConvTranspose3d: NVFP4ConvTranspose3d,
+    nn.Linear: NVFP4Linear,
+}
+
+
+def _checked(recipe: Any) -> NVFP4BlockScaling | None:
+    if recipe is None:
+        return None
+    recipe = as_recipe(recipe)
+    recipe.validate_for_use()
+    return recipe
+
+
+def convert_model(
+    model: nn.Module, recipe: Any = None, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> nn.Module:
+    """Turn the eligible convolutions and linear layers of a model into NVFP4 modules, in place.
+
+    The module objects stay: only their class changes. So Parameters, optimizers that hold them, hooks, names and shared
+    modules stay as they are. Left plain: thin layers, depthwise convolutions and dtypes that NVFP4 does not take; and,
+    with a warning, subclasses of torch's layers, layers whose weight is computed (parametrizations, weight_norm), and
+    lazy layers.
+
+    Args:
+        recipe: the layers' recipe; None: that of the context in which they run, or the default. Its [precision] table,
+            where it has one, is applied: what it names "high" stays plain.
+        filter_fn: filter_fn(module, name) -> False leaves a layer plain.
+    Returns:
+        The model.
+    Raises:
+        TypeError: no module, no recipe; ValueError: a pattern of the recipe's table that matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise type_error(
+            "convert_model: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass the model first"
+        )
+    resolved = _checked(recipe)
+    table = matches(model, list(resolved.precision) if resolved else [])
+    planned: dict[nn.Module, NVFP4BlockScaling | None] = {}
+    left: list[str] = []
+    inherit = object()
+    for name, module, entry in _layers(model, "", inherit, table, set()):
+        if entry is None or (filter_fn is not None and not filter_fn(module, name)):
+            continue
+        own = resolved if entry is inherit else entry
+        reason = _why_left(module, own)
+        if reason is None:
+            planned[module] = own
+        elif reason:
+            left.append(f"{name or 'the model itself'} ({reason})")
+    for module, own in planned.items():
+        module.__class__ = NVFP4_CLASSES[type(module)]
+        module.recipe, module.backend = own, "auto"  # type: ignore[assignment]
+    if resolved is not None:
+        set_precision(model, resolved)
+    if left:
+        warnings.warn("convert_model left these layers as they are: " + "; ".join(left), UserWarning, stacklevel=2)
+    return model
+
+
+def _layers(
+    module: nn.Module, name: str, entry: Any, table: dict[nn.Module, NVFP4BlockScaling | None], seen: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(name, layer, what the table says of it: None for high precision, a recipe, or `entry` where it says nothing)."""
+    if module in seen or isinstance(module, torch.jit.ScriptModule):
+        return
+    seen.add(module)
+    entry = table.get(module, entry)
+    if isinstance(module, tuple(NVFP4_CLASSES)) and not isinstance(module, NVFP4Module):
+        yield name, module, entry
+    for child_name, child in module.named_children():
+        yield from _layers(child, plain_name(f"{name}.{child_name}".strip(".")), entry, table, seen)
+
+
+def _why_left(module: nn.Module, recipe: NVFP4BlockScaling | None) -> str | None:
+    """Why a layer stays plain: a surprise as text, what the library always leaves as ""; None: it can be converted."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return ""  # nn.MultiheadAttention reads its weight and never calls it
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "lazy: run one forward pass first"
+    if type(module) not in NVFP4_CLASSES:
+        kind = "parametrized" if nn.utils.parametrize.is_parametrized(module) else "a subclass of torch's layer"
+        return f"{type(module).__name__}: {kind}"
+    if "weight" not in module._parameters:
+        return "its weight is computed (weight_norm, spectral_norm or pruning)"
+    w = module.weight
+    groups = getattr(module, "groups", 1)
+    op = NVFP4_CLASSES[type(module)].op
+    return None if calls.ineligible(op, w, w, groups, recipe or NVFP4BlockScaling()) is None else ""  # type: ignore

@@ -1,0 +1,75 @@
+"""What several test files share: values of every kind, bit equality, relative errors, geometries and layers to call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold, output_size, transposed_output_size
+
+KINDS = ("normal", "wide", "subnormal", "huge", "zeros", "negative zeros", "nan", "inf")
+
+
+def values(shape: tuple[int, ...], kind: str = "normal", dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Random values with what the name says: a NaN or an inf is one element among normal ones."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if kind == "wide":
+        x = x * torch.exp2(torch.randint(-30, 30, shape, generator=generator).float())
+    elif kind == "subnormal":
+        x = x * (1e-6 if dtype == torch.float16 else 1e-39)
+    elif kind == "huge":
+        x = x * (1e4 if dtype == torch.float16 else 1e37)
+    elif kind == "zeros":
+        x = torch.zeros(shape)
+    elif kind == "negative zeros":
+        x = torch.where(x > 0, -0.0, x * 1e-3)
+    elif kind in ("nan", "inf") and x.numel():
+        x.view(-1)[int(torch.randint(x.numel(), (), generator=generator))] = float(kind)
+    return x.to(dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and bits; any NaN equals any other NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.dtype.is_floating_point and a.element_size() > 1:
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+        bits = a.contiguous().view(integer) == b.contiguous().view(integer)
+        return bool((bits | (a.isnan() & b.isnan())).all())
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def relative_error(a: Tensor, truth: Tensor) -> float:
+    """Relative Frobenius norm of the difference, in float64."""
+    a, truth = a.detach().double(), truth.detach().double()
+    return float((a - truth).norm() / truth.norm())
+
+
+def make_geometry(
+    batch: int,
+    channels: tuple[int, int],
+    image: tuple[int, ...],
+    kernel: int | tuple[int, ...] = 3,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    transposed: bool = False,
+) -> ConvGeometry:
+    """The geometry of F.convNd or F.conv_transposeNd on x [batch, channels[0], *image] with channels[1] output channels."""
+    per_axis = [
+        v if isinstance(v, tuple) else (v,) * len(image) for v in (kernel, stride, padding, dilation, output_padding)
+    ]
+    k, s, p, d, extra = per_axis
+    if transposed:
+        out = tuple(transposed_output_size(*row) for row in zip(image, k, s, p, d, extra, strict=True))
+        return ConvGeometry(batch, channels[1], channels[0], out, image, k, s, p, d, extra, groups, True)
+    out = tuple(output_size(*row) for row in zip(image, k, s, p, d, strict=True))
+    return ConvGeometry(batch, *channels, image, out, k, s, p, d, extra, groups, False)
+
+
+def fold_list(fold: Fold) -> list[int]:
+    """A Fold as the operators take it."""
+    return [fold.strips, fold.step, fold.rows, fold.offset, fold.images]

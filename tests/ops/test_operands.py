@@ -1,0 +1,267 @@
+"""Convolution operands: the vendor's bits are the reference's, whatever the shape, the strides, the values, the options.
+
+Every output starts as poisoned memory. A face in dequantized form equals its packed form unpacked; packed scales are never NaN bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.ops.quantize import operands
+from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+from tests.helpers import KINDS, fold_list, make_geometry, same_bits, values
+
+pytestmark = pytest.mark.usefixtures("poison", "one_thread")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ROW_FIELDS, COL_FIELDS = (0, 1, 2), (3, 4, 5)
+
+
+def random_case(seed: int) -> tuple[torch.Tensor, int, list[int]]:
+    """x [B, *image, C], groups, fold: folded with halos, or linear rows."""
+    rng = random.Random(seed)
+    rank, batch = rng.choice([0, 1, 2, 2, 3]), rng.choice([1, 2, 3, 5, 8, 13, 16, 20, 32])
+    channels = rng.choice([3, 16, 24, 40])
+    groups = rng.choice([1, 1, 2]) if channels % 2 == 0 else 1
+    image = tuple(rng.randint(1, 7 - rank) for _ in range(rank))
+    kind, dtype = KINDS[seed % len(KINDS)], DTYPES[seed // len(KINDS) % 3]
+    x = values((batch, *image, channels), kind, dtype, seed)
+    if rank == 0:
+        return x, groups, fold_list(Fold(1, 0, 1, 0, -(-batch // 16) * 16))
+    k, stride = rng.choice([1, 3]), rng.choice([1, 2])
+    geometry = make_geometry(batch, (channels, 16), image, k, stride, k // 2)
+    return x, groups, fold_list(geometry.folds()[rng.choice([0, 0, 0, 1])] if stride == 1 else geometry.folds()[0])
+
+
+def quantize(x, groups, fold, row, col, rht, seed, dtype, backend, four_over_six="", row_scaled=False):
+    key = None if seed is None else torch.tensor([seed])
+    args = (x, groups, fold, row, col, rht, seed is not None, four_over_six, 448, row_scaled, dtype, key, backend)
+    return operands.quantize_operand(*args)
+
+
+def assert_no_nan_scale(scale: torch.Tensor) -> None:
+    assert not bool(((scale & 0x7F) == 0x7F).any()) and not bool((scale & 0x80).any())
+
+
+@pytest.mark.parametrize("seed", range(36))
+def test_vendor_operands_equal_the_reference(seed):
+    x, groups, fold = random_case(seed)
+    for (row, col), rht, key in itertools.product(
+        [(PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED), (PACKED, NONE)],
+        [True, False],
+        [None, 12345678901234 + seed],
+    ):
+        dtype = (torch.bfloat16, torch.float32)[seed % 2]
+        expected, got = (
+            quantize(x, groups, fold, row, col, rht, key, dtype, backend) for backend in ("reference", "vendor")
+        )
+        asked = (ROW_FIELDS if row else ()) + (COL_FIELDS if col else ())
+        for field in range(6):
+            if field in asked:
+                assert same_bits(expected[field], got[field]), (field, row, col, rht, key)
+            elif field not in (2, 5):
+                assert got[field].numel() == expected[field].numel() == 0, field
+        if PACKED in (row, col):
+            assert_no_nan_scale(got[1])
+            assert_no_nan_scale(got[4])
+
+
+@pytest.mark.parametrize("seed", range(0, 48, 3))
+def test_dequantized_faces_are_the_packed_ones_unpacked(seed):
+    x, groups, fold = random_case(seed)
+    for dtype, backend in itertools.product((torch.bfloat16, torch.float32), ("reference", "vendor")):
+        packed = quantize(x, groups, fold, PACKED, PACKED, True, 99, dtype, "vendor")
+        values_ = quantize(x, groups, fold, DEQUANTIZED, DEQUANTIZED, True, 99, dtype, "vendor")
+        rows = operands.unpack_rows(packed[0], packed[1], x.shape[-1], groups, dtype, backend)
+        columns = operands.unpack_columns(packed[3], packed[4], dtype, backend)
+        assert same_bits(rows, values_[0]) and same_bits(columns, values_[3])
+
+
+@pytest.mark.parametrize("options", [{"four_over_six": "MAE"}, {"four_over_six": "MSE"}, {"row_scaled": True}], ids=str)
+def test_vendor_covers_what_its_kernels_do_not(options):
+    x = values((5, 3, 4, 40), "wide", torch.bfloat16)
+    fold = fold_list(make_geometry(5, (40, 16), (3, 4), 1).folds()[0])
+    expected, got = (
+        quantize(x, 1, fold, PACKED, PACKED, False, None, torch.float32, backend, **options)
+        for backend in ("reference", "vendor")
+    )
+    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+    assert got[2].shape == ((5, 3, 4) if "row_scaled" in options else (1,))
+    assert got[5].shape == ((40,) if "row_scaled" in options else (1,))
+
+
+def test_random_bits_do_not_depend_on_the_other_face_and_follow_the_seed():
+    x, fold = values((16, 4, 5, 32)), fold_list(Fold(1, 0, 4, 0, 16))
+    both = quantize(x, 1, fold, PACKED, PACKED, True, 7, torch.float32, "vendor")
+    row = quantize(x, 1, fold, PACKED, NONE, True, 7, torch.float32, "vendor")
+    other = quantize(x, 1, fold, PACKED, PACKED, True, 8, torch.float32, "vendor")
+    assert same_bits(both[0], row[0])
+    assert not torch.equal(both[0], other[0]) and not torch.equal(both[3], other[3])
+    assert torch.equal(both[1], other[1]) and torch.equal(both[4], other[4])  # scales are not random
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bits_do_not_depend_on_the_number_of_threads(threads):
+    x, fold = values((5, 7, 5, 24), "wide"), fold_list(make_geometry(5, (24, 16), (7, 5), 3, 1, 1).folds()[0])
+    before = torch.get_num_threads()
+    expected = quantize(x, 1, fold, PACKED, PACKED, True, 7, torch.float32, "reference")
+    try:
+        torch.set_num_threads(threads)
+        got = quantize(x, 1, fold, PACKED, PACKED, True, 7, torch.float32, "vendor")
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def strided(w: torch.Tensor, how: str) -> torch.Tensor:
+    """The same kernel in other strides."""
+    if how == "channels_last" and w.dim() in (4, 5):
+        return w.to(memory_format=torch.channels_last if w.dim() == 4 else torch.channels_last_3d)
+    if how == "transposed":
+        return w.transpose(0, 1).contiguous().transpose(0, 1)
+    if how == "sliced":
+        wide = torch.full((w.shape[0] * 2, *w.shape[1:]), 3e4, dtype=w.dtype)
+        wide[::2] = w
+        return wide[::2]
+    return w
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("seed", range(12))
+def test_vendor_kernels_equal_the_reference(seed, how):
+    rng = random.Random(seed)
+    groups, rank = rng.choice([1, 1, 2]), rng.choice([0, 1, 2, 2, 3 if how == "channels_last" else 2])
+    taps = tuple(rng.choice([1, 3, 7] if rank == 1 else [1, 2, 3]) for _ in range(rank))
+    n, c = rng.choice([16, 24, 33]) * groups, rng.choice([3, 16, 24])
+    w = strided(values((n, c, *taps), KINDS[seed % 8], DTYPES[seed % 3], seed), how)
+    faces = [(True, PACKED, NONE), (True, DEQUANTIZED, NONE)]
+    faces += [(False, row, col) for row, col in ((PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED))]
+    for two_d, row, col in faces:
+        expected, got = (
+            operands.quantize_kernel(w, groups, row, col, two_d, "", 448, torch.bfloat16, backend)
+            for backend in ("reference", "vendor")
+        )
+        assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (two_d, row, col)
+        assert_no_nan_scale(got[1])
+        assert_no_nan_scale(got[3])
+        if row == DEQUANTIZED:
+            packed = operands.quantize_kernel(
+                w, groups, PACKED, NONE if two_d else PACKED, two_d, "", 448, torch.bfloat16, "vendor"
+            )
+            for backend in ("reference", "vendor"):
+                args = (n, c, groups)
+                rows = operands.unpack_kernel(packed[0], packed[1], *args, False, torch.bfloat16, backend)
+                assert same_bits(rows, got[0])
+                if not two_d:
+                    columns = operands.unpack_kernel(packed[2], packed[3], *args, True, torch.bfloat16, backend)
+                    assert same_bits(columns, got[2])
+
+
+@pytest.mark.parametrize("two_d", [True, False])
+def test_kernels_with_four_over_six(two_d):
+    w = values((32, 24, 3, 3), "wide")
+    expected, got = (
+        operands.quantize_kernel(w, 1, PACKED, NONE if two_d else PACKED, two_d, "MSE", 256, torch.float32, backend)
+        for backend in ("reference", "vendor")
+    )
+    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+
+
+# ---- the operators --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "vendor"])
+def test_operators_pass_opcheck(backend):
+    x, w = values((3, 5, 4, 24)), values((32, 24, 3, 3))
+    fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds()[0])
+    ops = torch.ops.te_nvfp4_cv
+    plain_fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds()[1])
+    for row, col, row_scaled in ((PACKED, PACKED, False), (DEQUANTIZED, NONE, False), (NONE, DEQUANTIZED, False)):
+        key = torch.tensor([5])
+        args = (x, 1, fold, row, col, True, True, "", 448, row_scaled, torch.bfloat16, key, backend)
+        torch.library.opcheck(ops.quantize_operand.default, args)
+    for row, col in ((PACKED, PACKED), (PACKED, NONE), (NONE, PACKED)):
+        args = (x, 1, plain_fold, row, col, False, False, "", 448, True, torch.bfloat16, None, backend)
+        torch.library.opcheck(ops.quantize_operand.default, args)
+    for two_d, row, col in ((True, PACKED, NONE), (False, PACKED, PACKED), (False, NONE, DEQUANTIZED)):
+        torch.library.opcheck(ops.quantize_kernel.default, (w, 2, row, col, two_d, "", 448, torch.float32, backend))
+    packed = quantize(x, 1, fold, PACKED, PACKED, True, 5, torch.float32, "vendor")
+    kernel = operands.quantize_kernel(w, 2, PACKED, NONE, True, "", 448, torch.float32, "vendor")
+    torch.library.opcheck(ops.unpack_rows.default, (packed[0], packed[1], 24, 1, torch.bfloat16, backend))
+    torch.library.opcheck(ops.unpack_columns.default, (packed[3], packed[4], torch.bfloat16, backend))
+    unpack = (kernel[0], kernel[1], 32, 24, 2, False, torch.bfloat16, backend)
+    torch.library.opcheck(ops.unpack_kernel.default, unpack)
+
+
+def test_draw_seed_passes_opcheck_but_for_its_randomness():
+    torch.library.opcheck(
+        torch.ops.te_nvfp4_cv.draw_seed.default, (torch.ones(2),), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+# ---- without a compiler ---------------------------------------------------------------------------------------------
+
+DIGEST = """
+import hashlib, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    from te_nvfp4_cv.ops import native, relu
+    from te_nvfp4_cv.ops.quantize import operands
+    digest = hashlib.sha256()
+    x = torch.randn(5, 6, 4, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for form in (1, 2):
+        for part in operands.quantize_operand(x, 1, [3, 2, 4, 1, 16], form, form, True, True, "", 448, False, torch.float32,
+                                              torch.tensor([3]), "vendor"):
+            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    w = x.flatten(0, 1).movedim(-1, 1)[:32]
+    for part in operands.quantize_kernel(w, 1, 1, 0, True, "", 448, torch.float32, "vendor"):
+        digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    mask = relu.positive_mask(x)
+    digest.update(mask.numpy().tobytes())
+    digest.update(relu.apply_mask(x, mask).view(torch.uint8).numpy().tobytes())
+said = [str(w.message) for w in caught if "te_nvfp4_cv" in str(w.message)]
+print(native.load() is not None, digest.hexdigest(), len(said), sep="\\n")
+print(*said)
+"""
+
+
+def run_digest(**environment: str) -> list[str]:
+    root = Path(__file__).resolve().parent.parent.parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]), **environment}
+    result = subprocess.run([sys.executable, "-c", DIGEST], env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_same_bits_without_a_compiler_and_said_once(tmp_path):
+    switched_off = run_digest(TE_NVFP4_CV_NATIVE="0")
+    no_compiler = run_digest(PATH=str(tmp_path), CXX="no-such-compiler", TE_NVFP4_CV_CACHE=str(tmp_path / "cache"))
+    assert switched_off[0] == no_compiler[0] == "False"
+    assert switched_off[1] == no_compiler[1]
+    assert switched_off[2] == "0" and no_compiler[2] == "1"
+    assert "no C++ compiler" in no_compiler[3] and "g++" in no_compiler[3]
+    if native.load() is not None:
+        compiled = run_digest()
+        assert compiled[0] == "True" and compiled[1] == switched_off[1]
+
+
+def test_a_compiler_that_fails_is_said_once(tmp_path):
+    broken = tmp_path / "broken-compiler"
+    broken.write_text('#!/bin/sh\ncase "$1" in --version) echo broken 1.0;; *) echo "no such flag" >&2; exit 1;; esac\n')
+    broken.chmod(0o755)
+    result = run_digest(CXX=str(broken), TE_NVFP4_CV_CACHE=str(tmp_path / "cache"))
+    assert result[0] == "False" and result[2] == "1" and "no such flag" in " ".join(result[3:])
+    assert not list((tmp_path / "cache").glob("*.so"))
