@@ -4,9 +4,12 @@
         loss = criterion(model(x), y)       relu, relu_                                   -> the ReLU that keeps one bit
     loss.backward()                         captured in forward: inside or outside of the context
 
-One TorchFunctionMode per thread sees the calls of unmodified modules; a stack of states beside it says what they do. Innermost context wins.
-A layer's recipe is decided in this order: a set_precision override (while its module runs), an explicit module's own recipe, the context's.
-Activation checkpointing recomputes outside the context: torch.utils.checkpoint is wrapped once, at the first entry, so that the recomputed
+One TorchFunctionMode per thread sees the calls of unmodified modules; a stack of states beside it says what they do.
+Innermost context wins.
+A layer's recipe is decided in this order: a set_precision override (while its module runs), an explicit module's own
+recipe, the context's.
+Activation checkpointing recomputes outside the context: torch.utils.checkpoint is wrapped once, at the first entry,
+so that the recomputed
 forward re-enters what was active. nn.DataParallel runs its replicas in threads that no context reaches: it raises.
 What cannot run in NVFP4 runs as torch would; the reason goes to whoever observes (coverage).
 """
@@ -67,7 +70,9 @@ def state() -> State | None:
 
 
 def active_recipe() -> NVFP4BlockScaling | None:
-    """The recipe that a layer called now would get (set_precision's override of the running module included); None: high precision."""
+    """The recipe that a layer called now would get (set_precision's override of the running module included); None:
+    high precision.
+    """
     current = state()
     if current is None or not current.enabled:
         return None
@@ -101,7 +106,8 @@ def mark_applied(recipe: NVFP4BlockScaling) -> None:
 class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
     """Run eligible layers of unmodified models in NVFP4.
 
-    A context manager, reusable and re-entrant, and a decorator. It may enclose a whole training loop or only the forward pass, and stand inside or
+    A context manager, reusable and re-entrant, and a decorator. It may enclose a whole training loop or only the
+    forward pass, and stand inside or
     outside of torch.autocast, whose dtype activations then have.
 
     Args:
@@ -185,8 +191,8 @@ def _warn_unapplied(new: State) -> None:
         name = new.recipe.name or "this recipe"
         warn_once(
             f"precision {table}",
-            f"nvfp4: {name} has a [precision] table ({', '.join(pattern for pattern, _ in table)}) that was not applied to a model, so its layers run "
-            "in NVFP4 as well. Add before training:  nv.set_precision(model, recipe)",
+            f"nvfp4: {name} has a [precision] table ({', '.join(pattern for pattern, _ in table)}) that was not "
+            "applied to a model: its layers run in NVFP4 too. Add before training:  nv.set_precision(model, recipe)",
         )
 
 
@@ -381,7 +387,9 @@ def _captured(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=1)
 def _patch_torch() -> None:
-    """Once, at the first entry: checkpoint's two variants recompute under what was active; DataParallel says what to use instead."""
+    """Once, at the first entry: checkpoint's two variants recompute under what was active; DataParallel says what to
+    use instead.
+    """
     import torch.utils.checkpoint as checkpoint
 
     generator = checkpoint._checkpoint_without_reentrant_generator

@@ -36,7 +36,7 @@ class QuantizedConv(torch.autograd.Function):
             ):
                 w_q = frozen if frozen is not None else steps.quantize_weight(w, plan, keep=need_dx)
             y = steps.fprop(x_last, x_q, w, w_q, bias, plan)
-            kept = {**steps.kept_of_x(x_last, x_q, plan, need_dw), **steps.kept_of_w(w, w_q, plan, need_dx)}
+            kept = {**steps.kept_of_x(x, x_last, x_q, plan, need_dw), **steps.kept_of_w(w, w_q, plan, need_dx)}
             ctx.kept_names = tuple(kept)
             ctx.save_for_backward(*kept.values())
             ctx.plan, ctx.x_dtype, ctx.x_dim = plan, x.dtype, x.dim()
@@ -52,10 +52,12 @@ class QuantizedConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept = dict(zip(ctx.kept_names, ctx.saved_tensors, strict=True))
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            grads = _backward(ctx, dy, kept)
-        if torch.is_grad_enabled():  # create_graph=True: dx depends on w, dw on x, all on dy, and must not look like constants
-            anchor = torch.zeros((), requires_grad=dy.requires_grad or any(ctx.needs_input_grad[:2]))
-            grads = tuple(None if g is None else _NoSecondOrder.apply(g, anchor) for g in grads)
+            grads: tuple[Tensor | None, ...] = _backward(ctx, dy, kept)
+        # create_graph=True: dx depends on w, dw on x, all on dy, and must not look like constants
+        if torch.is_grad_enabled():
+            leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
+            anchor = torch.zeros((), requires_grad=any(ctx.needs_input_grad[:2]))  # where x is no leaf
+            grads = tuple(None if g is None else _NoSecondOrder.apply(g, dy, anchor, *leaves) for g in grads)
         return (*grads, None, None)
 
 
@@ -80,7 +82,7 @@ class _NoSecondOrder(torch.autograd.Function):
     """Identity whose backward explains that NVFP4 layers are differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -97,7 +99,9 @@ class _NoSecondOrder(torch.autograd.Function):
 
 
 class MaskedReLU(torch.autograd.Function):
-    """ReLU that keeps 1 bit per element for backward; forward and backward equal torch's, bit for bit. x must be dense."""
+    """ReLU that keeps 1 bit per element for backward; forward and backward equal torch's, bit for bit. x must be
+    dense.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:

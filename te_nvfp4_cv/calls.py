@@ -1,6 +1,8 @@
-"""One call of a convolution or linear layer: may it run in NVFP4, are its shapes right, what is its geometry; then it is executed.
+"""One call of a convolution or linear layer: may it run in NVFP4, are its shapes right, what is its geometry; then it
+is executed.
 
-nvfp4_autocast asks `ineligible` and leaves what it names in high precision; nv.functional and the NVFP4 modules raise instead. `execute` casts as
+nvfp4_autocast asks `ineligible` and leaves what it names in high precision; nv.functional and the NVFP4 modules raise
+instead. `execute` casts as
 torch.autocast would, checks, resolves geometry and backend, and hands over to autograd.QuantizedConv.
 Observers (coverage, telemetry) are told of every call here; frozen weights are looked up here.
 """
@@ -47,7 +49,8 @@ _observers: list[Observer] = []
 def observe(observer: Observer) -> Iterator[None]:
     """Tell `observer` about every convolution and linear call under the context, before it runs.
 
-    What it returns, if anything, is called with the result. One slot, for coverage and telemetry: the innermost is told.
+    What it returns, if anything, is called with the result. One slot, for coverage and telemetry: the innermost is
+    told.
     """
     _observers.append(observer)
     try:
@@ -91,7 +94,9 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
             kind = "depthwise" if w.shape[1] == 1 else "thin groups"
             return f"{kind}: {thin} {which}-channel{'s' if thin > 1 else ''} per group, fewer than {MINIMUM}"
         if recipe.thin_layers != "pad":
-            return f"thin layer: {thin} {which}-channel{'s' if thin > 1 else ''}, fewer than {MINIMUM} (recipe.thin_layers='high_precision')"
+            plural = "s" if thin > 1 else ""
+            fewer = f"thin layer: {thin} {which}-channel{plural}, fewer than {MINIMUM}"
+            return f"{fewer} (recipe.thin_layers='high_precision')"
     if not recipe.nvfp4_gemms:
         return "recipe.high_precision_gemms names all three GEMMs"
     return None
@@ -205,10 +210,12 @@ def _geometry(
     )
     kernel = tuple(w.shape[2:])
     if rank == 0:
-        batch, size, out = x.numel() // max(x.shape[-1], 1), (), ()
+        batch = x.numel() // max(x.shape[-1], 1)
+        size: tuple[int, ...] = ()
+        out: tuple[int, ...] = ()
     else:
         batch, size = x.shape[0], tuple(x.shape[2:])
-        rows = zip(size, kernel, stride, padding, dilation, strict=True)
+        rows = list(zip(size, kernel, stride, padding, dilation, strict=True))
         if transposed:
             out = tuple(transposed_output_size(*row, more) for row, more in zip(rows, extra, strict=True))
         else:

@@ -1,6 +1,7 @@
 """User errors and one-time warnings, in one shape everywhere.
 
-A message says what came (`got`), what is needed (`needs`) and what to do (`fix`). Nothing here looks at tensors' values.
+A message says what came (`got`), what is needed (`needs`) and what to do (`fix`). Nothing here looks at tensors'
+values.
 """
 
 from __future__ import annotations

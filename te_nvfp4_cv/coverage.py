@@ -154,7 +154,7 @@ class _Watch:
 
     def pack(self, tensor: Tensor) -> _Saved:
         """Autograd saves a tensor."""
-        saved = _Saved(tensor)
+        saved = _Saved(tensor.detach())  # with its history a result would hold the node that holds it
         self.saved.append((weakref.ref(saved), self.current))
         return saved
 

@@ -211,7 +211,8 @@ def run(
         raise value_error(
             f"nvfp4 {op}: this call cannot run in NVFP4: {reason}.",
             got=f"x {describe(x)}, weight {describe(w)}, groups={groups}",
-            needs=f"bf16, fp16 or fp32 on one device; at least {MINIMUM} channels per group on both sides (or thin_layers='pad' with groups=1)",
+            needs=f"bf16, fp16 or fp32 on one device; at least {MINIMUM} channels per group on both sides "
+            "(or thin_layers='pad' with groups=1)",
             fix=f"leave this call in high precision: torch.nn.functional.{op}",
         )
     with torch._C.DisableTorchFunction():  # inside a context: what this call is made of is not handed over again
@@ -225,9 +226,11 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
     """The NVFP4Tensor of the im2col matrix of an image, from its packed codes: nothing is dequantized.
 
     Args:
-        t: logical shape [*image, B, C] with one to three image axes, C a multiple of 16; B too where it has a columnwise face.
+        t: logical shape [*image, B, C] with one to three image axes, C a multiple of 16; B too where it has a
+            columnwise face.
     Returns:
-        NVFP4Tensor of shape [*output image, B, taps * C], K in the order (tap, channel): bit for bit what quantizing the im2col matrix gives
+        NVFP4Tensor of shape [*output image, B, taps * C], K in the order (tap, channel): bit for bit what quantizing
+        the im2col matrix gives
         with the same amax.
     Raises:
         TypeError: not an NVFP4Tensor; ValueError: a shape or layout that cannot be lowered.
@@ -250,11 +253,9 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
         )
     image, batch, channels = tuple(t.shape[:-2]), t.shape[-2], t.shape[-1]
     kernel = int_tuple(kernel_size, rank, "im2col", "kernel_size", 1)
-    numbers = [
-        int_tuple(v, rank, "im2col", n, least)
-        for v, n, least in ((stride, "stride", 1), (padding, "padding", 0), (dilation, "dilation", 1))
-    ]
-    out = tuple(output_size(*row) for row in zip(image, kernel, *numbers, strict=True))
+    steps = int_tuple(stride, rank, "im2col", "stride", 1)
+    pads, gaps = int_tuple(padding, rank, "im2col", "padding", 0), int_tuple(dilation, rank, "im2col", "dilation", 1)
+    out = tuple(output_size(*row) for row in zip(image, kernel, steps, pads, gaps, strict=True))
     if min(out) < 1:
         raise value_error(
             "nvfp4 im2col: the kernel is larger than the image.",
@@ -262,9 +263,9 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
             needs="at least one window",
             fix="pad",
         )
-    geometry = ConvGeometry(batch, channels, channels, image, out, kernel, *numbers, (0,) * rank, 1, False)
+    geometry = ConvGeometry(batch, channels, channels, image, out, kernel, steps, pads, gaps, (0,) * rank, 1, False)
     pixels = pixel_map(geometry, True)
-    faces: dict[str, Tensor | None] = {}
+    faces: dict[str, Any] = {}
     if t.rowwise_data is not None:
         for name, part in (
             ("rowwise_data", t.rowwise_data),
@@ -285,7 +286,7 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
             faces[name] = gather(flat, pixels).permute(1, 2, 0, 3).reshape(geometry.taps * channels, -1)
     for name in ("rowwise_scale_inv", "columnwise_scale_inv"):
         if name in faces:
-            faces[name] = faces[name].contiguous().view(torch.float8_e4m3fn)  # type: ignore[union-attr]
+            faces[name] = faces[name].contiguous().view(torch.float8_e4m3fn)
     return NVFP4Tensor(
         shape=(*out, batch, geometry.taps * channels),
         dtype=t.dtype,
@@ -297,4 +298,4 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
         columnwise_rht=t.columnwise_rht,
         with_random_sign_mask=t._with_random_sign_mask,
         **faces,
-    )  # type: ignore[arg-type]
+    )

@@ -144,7 +144,9 @@ def quantize_input(x: Tensor, plan: Plan, need_dw: bool) -> tuple[Tensor, ...]:
 
 
 def quantize_gradient(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
-    """dy's faces: rowwise for dgrad, columnwise for wgrad; both are used at once, in the form that the backend multiplies."""
+    """dy's faces: rowwise for dgrad, columnwise for wgrad; both are used at once, in the form that the backend
+    multiplies.
+    """
     s = plan.recipe.settings("grad_output")
     row = plan.operand_form if "dgrad" in plan.gemms and need_dx else NONE
     col = plan.operand_form if "wgrad" in plan.gemms and need_dw and plan.recipe.wgrad_block == "batch" else NONE
@@ -240,7 +242,9 @@ def dgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: P
 def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
     """dw [axis 0, taps, axis 1]."""
     if "wgrad" not in plan.gemms:
-        x = kept["x"] if "x" in kept else _dequantized_input(kept, plan, dy.dtype)
+        x = (
+            image_last(kept["x"], plan.geometry.x_shape) if "x" in kept else _dequantized_input(kept, plan, dy.dtype)
+        )
         return _plain_backward(dy, x, None, plan.geometry)[1].to(dtype)
     if plan.recipe.wgrad_block == "pixel":
         return _pixel_wgrad(dy, kept, plan, dtype)
@@ -296,8 +300,12 @@ def _pixel_wgrad(dy: Tensor, kept: dict[str, Tensor], plan: Plan, dtype: torch.d
 # ---- what backward keeps --------------------------------------------------------------------------------------------
 
 
-def kept_of_x(x: Tensor, x_q: tuple[Tensor, ...], plan: Plan, need_dw: bool) -> dict[str, Tensor]:
-    """Tensors by name: the packed columnwise face; or x itself, or its packed rowwise face, where the recipe wants wgrad otherwise."""
+def kept_of_x(
+    x: Tensor, x_last: Tensor, x_q: tuple[Tensor, ...], plan: Plan, need_dw: bool
+) -> dict[str, Tensor]:
+    """Tensors by name: the packed columnwise face; or x itself, or its packed rowwise face, where the recipe wants
+    wgrad otherwise.
+    """
     if not need_dw:
         return {}
     if "wgrad" not in plan.gemms:
@@ -305,7 +313,7 @@ def kept_of_x(x: Tensor, x_q: tuple[Tensor, ...], plan: Plan, need_dw: bool) -> 
             return {"x_row": x_q[0], "x_row_scale": x_q[1], "x_row_amax": x_q[2]}
         return {"x": x}
     if plan.recipe.wgrad_block == "pixel":
-        data, scale, amax = _pixel_face(x, plan, not plan.geometry.transposed, "input")
+        data, scale, amax = _pixel_face(x_last, plan, not plan.geometry.transposed, "input")
         return {"x_pixel": data, "x_pixel_scale": scale, "x_col_amax": amax}
     return {"x_col": x_q[3], "x_col_scale": x_q[4], "x_col_amax": x_q[5]}
 

@@ -129,7 +129,7 @@ def test_output_size_of_transposed_convolutions(x, size):
     assert y.shape[2:] == size
     expected = F.conv_transpose2d(x, module.weight, module.bias, 2, 0, tuple(n - 13 for n in size))
     assert (y - expected).norm() < 0.2 * expected.norm()
-    with pytest.raises(ValueError, match="output_size"):
+    with pytest.raises(ValueError, match="output size"):
         module(x, output_size=[40, 40])
 
 

@@ -1,7 +1,10 @@
-"""UNet training step on a CPU: NVFP4 under bf16 autocast beside plain fp32 and bf16 autocast, interleaved, medians and ratios.
+"""UNet training step on a CPU: NVFP4 under bf16 autocast beside plain fp32 and bf16 autocast, interleaved, medians
+and ratios.
 
-A step is forward, loss and backward (no optimizer); model and images are channels_last. Two cases: "big" is scale 1.0, 64x64, batch 16,
-"small" is scale 0.25, 128x128, batch 16. Before any time is printed, each variant's loss and gradients are compared with fp32's.
+A step is forward, loss and backward (no optimizer); model and images are channels_last. Two cases: "big" is scale
+1.0, 64x64, batch 16,
+"small" is scale 0.25, 128x128, batch 16. Before any time is printed, each variant's loss and gradients are compared
+with fp32's.
 
     python examples/benchmarks/cpu_step.py [--case big small] [--rounds 9] [--threads 2]
 
@@ -63,7 +66,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, {options.rounds} interleaved rounds, tensor scale: current")
+    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, tensor scale: current")
+    print(f"medians of {options.rounds} interleaved rounds")
     for case in options.case:
         scale, size, batch = CASES[case]
         torch.manual_seed(0)

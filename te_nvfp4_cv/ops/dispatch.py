@@ -1,9 +1,12 @@
-"""Which backend runs a call, and why. One function decides; an explicit choice that cannot run raises; nothing falls back silently.
+"""Which backend runs a call, and why. One function decides; an explicit choice that cannot run raises; nothing falls
+back silently.
 
-reference   anywhere: plain torch, the specification
-vendor      CPU: compiled kernels + oneDNN. CUDA from sm_80: plain torch quantization + cuDNN / cuBLAS (not executed yet)
-triton      CUDA only; its kernels are not part of this version, so choosing it raises
-auto        vendor
+    reference   anywhere: plain torch, the specification
+    vendor      CPU: compiled kernels + oneDNN. CUDA from sm_80: plain torch + cuDNN / cuBLAS (not executed yet)
+    triton      CUDA only; its kernels are not part of this version, so choosing it raises
+    auto        vendor
+
+Refuses unknown names and backends that cannot run on the device.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def resolve(backend: str, device: torch.device) -> str:
         raise runtime_error(
             "nvfp4: backend 'triton' cannot run here.",
             got=f"tensors on {device}",
-            needs="a CUDA GPU from compute capability 8.0, and the Triton kernels, which this version does not hold yet",
+            needs="a CUDA GPU from compute capability 8.0, and Triton kernels, which this version does not hold yet",
             fix="backend='vendor' (or 'auto')",
         )
     if device.type not in ("cpu", "cuda"):
@@ -77,7 +80,8 @@ def bf16_is_native(device: torch.device) -> bool:
 def compute_dtype(dtype: torch.dtype, device: torch.device, autocast: bool) -> torch.dtype:
     """dtype of the dequantized operands of a vendor convolution; always exact, so only speed depends on it.
 
-    fp16 goes through fp32 (products of codes and scales overflow fp16, and oneDNN is slow there); so does bf16 on a CPU without
+    fp16 goes through fp32 (products of codes and scales overflow fp16, and oneDNN is slow there); so does bf16 on a
+    CPU without
     bf16 arithmetic, unless the user asked for bf16 by torch.autocast.
     """
     if dtype == torch.bfloat16 and (autocast or bf16_is_native(device)):
@@ -104,7 +108,7 @@ def explain(device: torch.device) -> dict[str, str]:
         )
         why = f"CPU: quantization by {quantizer}, convolutions by oneDNN in {dtype}"
     else:
-        why = "CUDA: plain torch quantization, convolutions by cuDNN on exact dequantized operands (not executed on a GPU yet)"
+        why = "CUDA: plain torch quantization, cuDNN on exact dequantized operands (not executed on a GPU yet)"
     return {
         "backend": chosen,
         "why": why,

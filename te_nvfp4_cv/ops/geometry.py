@@ -1,7 +1,10 @@
-"""Shapes of a convolution: sizes, padding, space-to-batch folding, and which pixel each row of an im2col matrix comes from.
+"""Shapes of a convolution: sizes, padding, space-to-batch folding, and which pixel each row of an im2col matrix comes
+from.
 
-Letters: B batch, C in-channels, O out-channels, T taps. Both convolution and transposed convolution are described by the plain convolution
-underneath, with an `a` side (its input, image `a_size`, channels of weight axis 1) and a `b` side (its output, image `b_size`, weight axis 0):
+Letters: B batch, C in-channels, O out-channels, T taps. Both convolution and transposed convolution are described by
+the plain convolution
+underneath, with an `a` side (its input, image `a_size`, channels of weight axis 1) and a `b` side (its output, image
+`b_size`, weight axis 0):
 
     convolution             x = a, y = b     fprop a -> b, dgrad b -> a
     transposed convolution  x = b, y = a     fprop b -> a, dgrad a -> b
@@ -14,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +29,8 @@ BLOCK = 16
 class Fold:
     """Space-to-batch of one operand: image b becomes `strips` images (index b * strips + strip) of `rows` rows each.
 
-    Row l of strip s is row `s * step + l - offset` of the source, or zeros outside of it. `images` is a multiple of 16: images beyond B * strips are zeros.
+    Row l of strip s is row `s * step + l - offset` of the source, or zeros outside of it. `images` is a multiple of
+    16: images beyond B * strips are zeros.
     """
 
     strips: int
@@ -44,7 +49,9 @@ class Fold:
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """One call's shapes, all checked. `kernel`, `stride`, ... have one entry per image axis; `channels_a`, `channels_b` are totals over groups."""
+    """One call's shapes, all checked. `kernel`, `stride`, ... have one entry per image axis; `channels_a`,
+    `channels_b` are totals over groups.
+    """
 
     batch: int
     channels_a: int
@@ -139,8 +146,8 @@ class ConvGeometry:
     @functools.lru_cache(maxsize=4096)
     def _from_tuple(ints: tuple[int, ...]) -> ConvGeometry:
         batch, channels_a, channels_b, groups, transposed, rank = ints[:6]
-        lists = [tuple(ints[6 + rank * k : 6 + rank * (k + 1)]) for k in range(7)]
-        return ConvGeometry(batch, channels_a, channels_b, *lists, groups, bool(transposed))
+        lists: Any = [tuple(ints[6 + rank * k : 6 + rank * (k + 1)]) for k in range(7)]
+        return ConvGeometry(batch, channels_a, channels_b, *lists, groups, bool(transposed))  # type: ignore[call-arg]
 
     @staticmethod
     def from_ints(ints: list[int]) -> ConvGeometry:
@@ -155,7 +162,9 @@ def halo_rows(strip: int, stride: int, kernel: int, dilation: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def fold_factor(batch: int, rows: int, stride: int, kernel: int, dilation: int) -> int:
-    """Strips per image, g in 1..min(16, rows): minimises 16 ceil(B g / 16) L(g), ties to the smaller; 1 for a batch of 16 n."""
+    """Strips per image, g in 1..min(16, rows): minimises 16 ceil(B g / 16) L(g), ties to the smaller; 1 for a batch
+    of 16 n.
+    """
     if batch % BLOCK == 0:
         return 1
 
@@ -191,7 +200,9 @@ def transposed_taps(a: int, b: int, kernel: int, stride: int, padding: int, dila
 
 
 def pixel_map(geometry: ConvGeometry, to_b: bool) -> Tensor:
-    """int64 [pixels out, taps]: the flat source pixel of every im2col entry, -1 for zeros. `to_b`: rows are b pixels that gather from a."""
+    """int64 [pixels out, taps]: the flat source pixel of every im2col entry, -1 for zeros. `to_b`: rows are b pixels
+    that gather from a.
+    """
     function = conv_taps if to_b else transposed_taps
     sizes = geometry.a_size if to_b else geometry.b_size
     pixels = torch.zeros(1, 1, dtype=torch.int64)

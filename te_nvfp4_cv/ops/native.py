@@ -1,9 +1,12 @@
 """The compiled CPU kernels: built once per machine from native.cpp with the user's C++ compiler, called through ctypes.
 
-No torch headers and no Python.h are needed: a C++17 compiler is enough (g++ or clang++, `CXX` overrides). The shared object
-goes to a cache folder (`TE_NVFP4_CV_CACHE`, else XDG_CACHE_HOME/te_nvfp4_cv or ~/.cache/te_nvfp4_cv), named after source, flags, compiler and CPU,
+No torch headers and no Python.h are needed: a C++17 compiler is enough (g++ or clang++, `CXX` overrides). The shared
+object
+goes to a cache folder (`TE_NVFP4_CV_CACHE`, else XDG_CACHE_HOME/te_nvfp4_cv or ~/.cache/te_nvfp4_cv), named after
+source, flags, compiler and CPU,
 and written atomically, so that parallel processes and mixed machines share the folder safely.
-Without a compiler `load()` returns None, says so once, and the `vendor` backend quantizes with plain torch: same bits, slower.
+Without a compiler `load()` returns None, says so once, and the `vendor` backend quantizes with plain torch: same
+bits, slower.
 `TE_NVFP4_CV_NATIVE=0` switches the kernels off.
 """
 
@@ -152,15 +155,15 @@ def _build(cxx: str) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
-    """The compiled kernels, built on the first call; None (said once) where they cannot be built or are switched off."""
+    """The compiled kernels, built on the first call; None (said once) where that fails or is switched off."""
     if os.environ.get("TE_NVFP4_CV_NATIVE", "1") == "0":
         return None
     cxx = compiler()
     if cxx is None:
         warn_once(
             "native",
-            "te_nvfp4_cv found no C++ compiler (g++, clang++ or CXX): NVFP4 quantization on the CPU runs in plain torch, with the same "
-            "bits but about 50 times slower. Install g++ to change that.",
+            "te_nvfp4_cv found no C++ compiler (g++, clang++ or CXX): NVFP4 quantization on the CPU runs in "
+            "plain torch, with the same bits but about 50 times slower. Install g++ to change that.",
         )
         return None
     try:

@@ -1,6 +1,7 @@
 """ReLU's 1-bit mask, as two custom operators: what backward needs of a ReLU is one bit per element.
 
-    positive_mask   y  -> bits, in memory order: set where torch's threshold_backward lets the gradient through, not (y <= 0), so also for NaN
+    positive_mask   y  -> bits, in memory order: set where torch's threshold_backward lets the gradient through,
+                          not (y <= 0), so also for NaN
     apply_mask      dy -> dy where the bit is set, else +0
 
 Compiled kernels on a CPU, plain torch elsewhere. Both want dense tensors; the caller (autograd.MaskedReLU) sees to it.
@@ -16,7 +17,9 @@ from te_nvfp4_cv.ops import native
 
 @torch.library.custom_op("te_nvfp4_cv::positive_mask", mutates_args=())
 def positive_mask(y: Tensor) -> Tensor:
-    """uint8 [ceil(n / 8)]: one bit for every element of y in memory order, set where ReLU's backward passes (not y <= 0)."""
+    """uint8 [ceil(n / 8)]: one bit for every element of y in memory order, set where ReLU's backward passes (not y <=
+    0).
+    """
     library = native.load() if y.device.type == "cpu" else None
     n = y.numel()
     if library is not None and y.dtype in (torch.bfloat16, torch.float32):

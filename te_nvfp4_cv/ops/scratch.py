@@ -1,7 +1,9 @@
 """Buffers for operands that live only until the next convolution: large ones are kept and used again on a CPU.
 
-The C library maps fresh pages for every large tensor and unmaps them when it is freed; touching them costs more than quantizing into them.
-A buffer is free when no tensor refers to it any more; at most KEEP are kept, the largest ones. Never use it for tensors that autograd keeps.
+The C library maps fresh pages for every large tensor and unmaps them when it is freed; touching them costs more than
+quantizing into them.
+A buffer is free when no tensor refers to it any more; at most KEEP are kept, the largest ones. Never use it for
+tensors that autograd keeps.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def _take(size: int) -> np.ndarray:
 
 
 def _count_of_a_free_buffer() -> int:
-    """What sys.getrefcount says in _take's comprehension of a buffer that only the list holds; it differs between Python versions."""
+    """What sys.getrefcount says in _take's comprehension of a buffer that only the list holds; it differs between
+    Python versions.
+    """
     held = [np.empty(1, dtype=np.uint8)]
     return [sys.getrefcount(buffer) for buffer in held][0]
 

@@ -1,11 +1,14 @@
-"""The three GEMMs of a convolution on quantized operands, as custom operators on plain tensors. Linear layers have no image axes.
+"""The three GEMMs of a convolution on quantized operands, as custom operators on plain tensors. Linear layers have no
+image axes.
 
     fprop  y  = alpha * sum over (tap, channel) of x w  + bias        contraction over the channels of x
     dgrad  dx = alpha * sum over (tap, channel) of dy w               contraction over the channels of dy
-    wgrad  dw = alpha * sum over (pixel, image) of dy x               contraction over images at one pixel (folded, rotated)
+    wgrad  dw = alpha * sum over (pixel, image) of dy x               over images at one pixel (folded, rotated)
 
-Operands come in the form their backend wants: `vendor` multiplies code * scale (empty scale tensors), `reference` packed codes and E4M3 bytes.
-Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1]. alpha holds both tensor scales and is applied in fp32; where it is not finite, so is the result.
+Operands come in the form their backend wants: `vendor` multiplies code * scale (empty scale tensors), `reference`
+packed codes and E4M3 bytes.
+Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1]. alpha holds both tensor scales and is applied in
+fp32; where it is not finite, so is the result.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def conv_fprop(
     """y [B, *image, O] in `dtype`.
 
     Args:
-        x: rowwise face of x; w: the kernel's face whose blocks run along x's channels (rowwise; columnwise when transposed).
+        x: rowwise face of x; w: the kernel's face whose blocks run along x's channels (rowwise; columnwise when
+            transposed).
         alpha: fp32 [1], or [B, *output image, 1] for row-scaled activations.
         bias: [O] or None, added in fp32.
         shape: ConvGeometry.to_ints().

@@ -1,9 +1,11 @@
-"""wgrad with blocks of 16 consecutive rows of the im2col matrix, `wgrad_block="pixel"`: the explicit lowering, for ablation.
+"""wgrad with blocks of 16 consecutive rows of the im2col matrix, `wgrad_block="pixel"`: the explicit lowering, for
+ablation.
 
-    rows M in the order (image, pixel);   x_col [M, T * C] and dy [M, O] are quantized columnwise, with RHT, as TransformerEngine would
+    rows M in the order (image, pixel);   x_col [M, T * C] and dy [M, O] are quantized columnwise, with RHT
     dw[o, (tap, c)] = alpha * sum over M of dy x_col
 
-Here quantization does not commute with im2col: the matrix itself is quantized and kept, T times the size of the image's codes.
+Here quantization does not commute with im2col: the matrix itself is quantized and kept, T times the size of the
+image's codes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from te_nvfp4_cv.ops.geometry import ConvGeometry, pixel_map
 
 
 def matrix(side: Tensor, geometry: ConvGeometry, is_a: bool) -> Tensor:
-    """[M, columns] in high precision: the im2col matrix [M, T * C] of the a side, or the b side [M, O], M = (image, b pixel)."""
+    """[M, columns] in high precision: the im2col matrix [M, T * C] of the a side, or the b side [M, O], M = (image, b
+    pixel).
+    """
     batch = side.shape[0]
     if not is_a:
         return side.reshape(-1, side.shape[-1])

@@ -1,13 +1,17 @@
-"""The specification of a quantized convolution: packed codes are gathered into im2col matrices, and the TE-style quantized GEMM multiplies them.
+"""The specification of a quantized convolution: packed codes are gathered into im2col matrices, and the TE-style
+quantized GEMM multiplies them.
 
     fprop  y[(pixel, image), o]     = sum over (tap, block of c)    x_col rowwise . w rowwise
     dgrad  dx[(pixel, image), c]    = sum over (tap, block of o)    dy_col rowwise . w columnwise, transposed tap by tap
     wgrad  dw[o, (tap, c)]          = sum over (pixel, 16 images)   dy columnwise . x_col columnwise
 
-Quantization commutes with im2col because blocks lie on an index that im2col only gathers (DESIGN.md section 1): no value is rounded here.
-So an operand is a tuple of parts that are gathered alike, (codes, scale bytes); with quantization off it is (values,), and the same
+Quantization commutes with im2col because blocks lie on an index that im2col only gathers (DESIGN.md section 1): no
+value is rounded here.
+So an operand is a tuple of parts that are gathered alike, (codes, scale bytes); with quantization off it is
+(values,), and the same
 gathering gives the convolution itself, in any dtype. The last axis of a part, k, is what it holds of the contraction.
-A transposed convolution exchanges fprop and dgrad. Groups are multiplied one after the other. Refuses nothing: its caller has checked.
+A transposed convolution exchanges fprop and dgrad. Groups are multiplied one after the other. Refuses nothing: its
+caller has checked.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ def gather(flat: Tensor, pixels: Tensor) -> Tensor:
 
 
 def multiply(a: Parts, b: Parts) -> Tensor:
-    """a [I, L] times b [J, L] transposed, without tensor scales: the quantized GEMM, or the plain one of plain values."""
+    """a [I, L] times b [J, L] transposed, without tensor scales: the quantized GEMM, or the plain one of plain
+    values.
+    """
     if len(a) == 1:
         return a[0] @ b[0].t()
     fp8 = torch.float8_e4m3fn
@@ -61,7 +67,8 @@ def weight_product(b: Parts, a: Parts, geometry: ConvGeometry) -> Tensor:
     """wgrad before alpha: [axis 0, taps, axis 1].
 
     Args:
-        b: columnwise operand of the b side; a: of the a side; parts [N, *folded image, channels, k]: N times k folded images.
+        b: columnwise operand of the b side; a: of the a side; parts [N, *folded image, channels, k]: N times k folded
+            images.
         geometry: of the call itself, not of the folded one.
     """
     pixels, groups = pixel_map(geometry.folded(), True), geometry.groups
@@ -92,7 +99,9 @@ def _kernel_rows(part: Tensor, groups: int, group: int) -> Tensor:
 
 
 def _kernel_columns(part: Tensor, groups: int, group: int) -> Tensor:
-    """[axis 1, T * Ob * k] of one group of a part [G, Ob, T, axis 1, k]: the second operand where rows gather from b to a."""
+    """[axis 1, T * Ob * k] of one group of a part [G, Ob, T, axis 1, k]: the second operand where rows gather from b
+    to a.
+    """
     return part[group].permute(2, 1, 0, 3).flatten(1)
 
 

@@ -1,6 +1,7 @@
 """Convolutions of dequantized operands by the vendor's library: oneDNN on a CPU, cuDNN on CUDA, through aten.
 
-code * scale has at most 6 significant bits, so it is exact in bf16 and the result is the quantized GEMM's, up to the order of accumulation
+code * scale has at most 6 significant bits, so it is exact in bf16 and the result is the quantized GEMM's, up to the
+order of accumulation
 and one rounding. alpha (both tensor scales) and the bias are applied to the result in fp32.
 1-D convolutions run as 2-D ones of height 1; linear layers as a matrix product.
 """

@@ -1,21 +1,27 @@
-"""Quantized operands of a convolution, as custom operators on plain tensors. Linear layers are the case without image axes.
+"""Quantized operands of a convolution, as custom operators on plain tensors. Linear layers are the case without image
+axes.
 
-    quantize_operand   an activation or gradient [B, *image, C]: rowwise face (16 channels of a pixel), columnwise face (16 images at a pixel)
-    quantize_kernel    a weight [axis 0, axis 1, *kernel]: faces over axis 1 (rowwise) and axis 0 (columnwise), one tap at a time
+    quantize_operand   an activation or gradient [B, *image, C]: rowwise face (16 channels of a pixel),
+                       columnwise face (16 images at a pixel)
+    quantize_kernel    a weight [axis 0, axis 1, *kernel]: faces over axis 1 (rowwise) and axis 0 (columnwise),
+                       one tap at a time
     unpack_*           packed codes back to code * scale
 
-Forms of a face. PACKED is what backward keeps; DEQUANTIZED is what a vendor convolution multiplies: code * scale, without the tensor scale, exact in bf16.
+Forms of a face. PACKED is what backward keeps; DEQUANTIZED is what a vendor convolution multiplies: code * scale,
+without the tensor scale, exact in bf16.
 
     face                     packed data (uint8)             scale (E4M3 bytes)            dequantized
     operand, rowwise         [B, *image, G * Kb * 8]         [B, *image, G * Kb]           [B, *image, C]
-    operand, columnwise      [N16, *folded image, C, 8]      [N16, *folded image, C]       [N16 * 16, *folded image, C], image axis rotated by RHT
+    operand, columnwise      [N16, *folded image, C, 8]      [N16, *folded image, C]       [N16 * 16, *folded image, C]
     kernel, rowwise, 16x16   [axis 0, T, Kb * 8]             [G, Ob, T, Kb]: a tile each   [axis 0, T, axis 1]
     kernel, rowwise, 1x16    [axis 0, T, Kb * 8]             [axis 0, T, Kb]
     kernel, columnwise       [G, Ob, T, axis 1, 8]           [G, Ob, T, axis 1]            [axis 0, T, axis 1]
 
-Kb, Ob: blocks of 16 of one group's channels; a shorter last block is padded with zeros, which no array stores but its packed codes.
+Kb, Ob: blocks of 16 of one group's channels; a shorter last block is padded with zeros, which no array stores but its
+packed codes.
 With 16x16 scaling both faces of a kernel are the same numbers: only the rowwise one is written.
-Stochastic rounding: the block with row-major index i in the TE-ordered scale matrix (rows of M in the order image axes, then batch) uses Philox counter i.
+Stochastic rounding: the block with row-major index i in the TE-ordered scale matrix (rows of M in the order image
+axes, then batch) uses Philox counter i.
 """
 
 from __future__ import annotations
@@ -82,7 +88,9 @@ def quantize_operand(
 
 
 @quantize_operand.register_fake
-def _(x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_scaled, dtype, seed, backend):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_scaled, dtype, seed, backend
+):
     f = Fold(*fold)
     blocks = groups * -(-(x.shape[-1] // groups) // BLOCK)
     folded = (f.rows, *x.shape[2:-1], x.shape[-1]) if x.dim() > 2 else (x.shape[-1],)
@@ -118,12 +126,14 @@ def quantize_kernel(
 
     Args:
         w: [axis 0, axis 1, *kernel], any strides; groups divide axis 0.
-        row: form of the rowwise face (blocks over axis 1); col: of the columnwise face (blocks over axis 0); NONE for col with two_d.
+        row: form of the rowwise face (blocks over axis 1); col: of the columnwise face (blocks over axis 0); NONE for
+            col with two_d.
     Returns:
         (row data, row scale, col data, col scale, amax [1]).
     """
     run = reference_operands if backend == "reference" else vendor
-    return tuple(run.quantize_kernel(w, groups, row, col, two_d, four_over_six or None, e4m3_max, dtype))  # type: ignore[return-value]
+    fields = run.quantize_kernel(w, groups, row, col, two_d, four_over_six or None, e4m3_max, dtype)
+    return tuple(fields)  # type: ignore[return-value]
 
 
 @quantize_kernel.register_fake

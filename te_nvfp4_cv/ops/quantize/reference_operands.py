@@ -1,4 +1,5 @@
-"""The specification of convolution operands: permute to TransformerEngine's matrix, quantize it by reference.py, permute back.
+"""The specification of convolution operands: permute to TransformerEngine's matrix, quantize it by reference.py,
+permute back.
 
     x [B, *image, C]  ->  x_MC, rows M in the order (image axes, batch), channels padded with zeros group by group
     w [axis 0, axis 1, *kernel]  ->  w_OK, K in the order (tap, channel)
@@ -9,6 +10,7 @@ Forms and shapes are those of operands.py. Plain torch, any device; nothing here
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,9 @@ BLOCK = 16
 
 
 def fold_images(x: Tensor, fold: Fold) -> Tensor:
-    """[images, rows, *image[1:], C] from [B, *image, C]: strips with their halo, zero images at the end. Without image axes: zero rows at the end."""
+    """[images, rows, *image[1:], C] from [B, *image, C]: strips with their halo, zero images at the end. Without
+    image axes: zero rows at the end.
+    """
     if fold.strips == 1:
         return F.pad(x, (0, 0) * (x.dim() - 1) + (0, fold.images - x.shape[0]))
     index = fold.source_rows(x.shape[0], x.shape[1]).to(x.device)
@@ -59,7 +63,7 @@ def quantize_operand(
     """See operands.quantize_operand."""
     x_rows = batch_last(x)
     row_data, row_scale, col_data, col_scale = (x.new_empty(0, dtype=torch.uint8) for _ in range(4))
-    common = dict(
+    common: dict[str, Any] = dict(
         stochastic_rounding=stochastic, four_over_six=four_over_six, e4m3_max=e4m3_max, row_scaled=row_scaled, seed=seed
     )
     amax = x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
@@ -67,8 +71,8 @@ def quantize_operand(
     if row != NONE:
         faces = reference.quantize_2d(
             pad_groups(x_rows, groups).flatten(0, -2), rowwise=True, amax_rowwise=None if row_scaled else amax, **common
-        )  # type: ignore[arg-type]
-        shape = x_rows.shape[:-1]
+        )
+        shape = tuple(x_rows.shape[:-1])
         row_data = faces.row_data.reshape(*shape, -1).movedim(-2, 0).contiguous()
         row_scale = faces.row_scale.view(torch.uint8).reshape(*shape, -1).movedim(-2, 0).contiguous()
         row_amax = faces.row_amax.reshape(shape).movedim(-1, 0).contiguous() if row_scaled else faces.row_amax
@@ -80,7 +84,7 @@ def quantize_operand(
             columnwise=True,
             rht=rht,
             amax_rowwise=None if rht or row_scaled else amax,
-            **common,  # type: ignore[arg-type]
+            **common,
         )
         shape = (x.shape[-1], *folded.shape[:-2], fold.images // BLOCK)  # [C, *image, N16]
         col_data = faces.col_data.reshape(*shape, 8).movedim(0, -2).movedim(-3, 0).contiguous()

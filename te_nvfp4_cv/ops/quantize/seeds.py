@@ -1,8 +1,11 @@
 """Where stochastic rounding takes its seeds from: one int64 Philox key per quantized gradient.
 
-On a GPU the seed comes from torch's generator. On a CPU it comes from a private stream, a function of torch's seed and of how many seeds
-were drawn since: data order and dropout are the same with and without stochastic rounding, and torch.manual_seed restarts both.
-torch.manual_seed is wrapped (once, at import) for that restart: its generator does not tell that it was seeded again with the same number.
+On a GPU the seed comes from torch's generator. On a CPU it comes from a private stream, a function of torch's seed
+and of how many seeds
+were drawn since: data order and dropout are the same with and without stochastic rounding, and torch.manual_seed
+restarts both.
+torch.manual_seed is wrapped (once, at import) for that restart: its generator does not tell that it was seeded again
+with the same number.
 """
 
 from __future__ import annotations
@@ -51,8 +54,10 @@ def set_state(saved: dict[str, int]) -> None:
     with _lock:
         if saved["drawn"] and saved["seed"] != torch.initial_seed() & _MASK:
             raise RuntimeError(
-                f"nvfp4: the saved stochastic-rounding stream belongs to torch.manual_seed({saved['seed']}), this process has {torch.initial_seed()}.\n"
-                "  fix:   call torch.manual_seed with that seed (or torch.set_rng_state with the saved state) before loading"
+                "nvfp4: the saved stochastic-rounding stream is of another seed.\n"
+                f"  got:   torch.initial_seed() == {torch.initial_seed()}\n"
+                f"  needs: torch.manual_seed({saved['seed']})\n"
+                "  fix:   seed torch (or restore its state by torch.set_rng_state) before loading"
             )
         _stream.update(seed=saved["seed"], drawn=saved["drawn"])
 

@@ -1,6 +1,8 @@
-"""Quantization for the vendor backend: the compiled kernels of ops/native on a CPU, the reference's plain torch elsewhere. Same bits.
+"""Quantization for the vendor backend: the compiled kernels of ops/native on a CPU, the reference's plain torch
+elsewhere. Same bits.
 
-What the kernels do not cover (4over6, row-scaled activations, 1x16 kernels of more than one group) goes through reference_operands as well.
+What the kernels do not cover (4over6, row-scaled activations, 1x16 kernels of more than one group) goes through
+reference_operands as well.
 """
 
 from __future__ import annotations
@@ -270,5 +272,7 @@ def _weight(w_OCT: Tensor, groups: int, in_bf16: bool, dtype: torch.dtype, e4m3_
 
 
 def _tap_view(w: Tensor) -> Tensor:
-    """[axis 0, axis 1, taps]; a view wherever the kernel axes can be merged without a copy (contiguous and channels_last)."""
+    """[axis 0, axis 1, taps]; a view wherever the kernel axes can be merged without a copy (contiguous and
+    channels_last).
+    """
     return w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)

@@ -1,0 +1,116 @@
+"""Bytes that autograd keeps for backward, NVFP4 against bf16, on unmodified models.
+
+    python examples/benchmarks/memory.py [--models resnet50 densenet121] [--batch 16] [--size 64]
+
+Both run under torch.autocast(bfloat16) in training mode. Counted are the storages that autograd keeps after the forward
+pass, each once, except parameters, buffers and the input: by a count of its own, not by nv.coverage. The first row is one
+convolution whose input nothing else keeps: what a layer itself needs. Ratios do not depend on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import te_nvfp4_cv as nv
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from _torchvision import ensure_torchvision
+
+BOUNDS = {"conv input": 0.30, "resnet50": 0.80, "deeplabv3_resnet50": 0.80, "densenet121": 0.80}
+MODELS = ("resnet50", "deeplabv3_resnet50", "densenet121")
+
+
+class _Kept:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+def saved_bytes(model: nn.Module, x: Tensor, recipe: nv.NVFP4BlockScaling | None) -> int:
+    """What autograd keeps after model(x) under bf16 autocast; in NVFP4 where a recipe is given."""
+    kept: list[weakref.ref[_Kept]] = []
+
+    def pack(tensor: Tensor) -> _Kept:
+        held = _Kept(tensor)
+        kept.append(weakref.ref(held))
+        return held
+
+    context: Any = contextlib.nullcontext() if recipe is None else nv.nvfp4_autocast(recipe)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor)
+    with hooks, torch.autocast(x.device.type, torch.bfloat16), context:
+        output = model(x)
+    tensors = [held.tensor for held in (reference() for reference in kept) if held is not None]
+    excluded = {t.untyped_storage()._cdata for t in (x, *model.parameters(), *model.buffers())}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    del output
+    return sum(size for key, size in storages.items() if key not in excluded)
+
+
+def build(name: str) -> nn.Module:
+    """A torchvision model with random weights, in training mode; or a convolution that follows something that keeps nothing."""
+    if name == "conv input":
+        return nn.Sequential(Scale(), nn.Conv2d(64, 64, 3, padding=1))
+    ensure_torchvision()
+    import torchvision
+
+    if name.startswith("deeplab"):
+        make: Callable[..., nn.Module] = getattr(torchvision.models.segmentation, name)
+        return make(weights=None, weights_backbone=None)
+    return getattr(torchvision.models, name)()
+
+
+class Scale(nn.Module):
+    """x times a Parameter's constant: its result is a fresh activation that only the next layer keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one  # an addition keeps nothing
+
+
+def measure(name: str, batch: int = 16, size: int = 64, recipe: nv.NVFP4BlockScaling | None = None) -> tuple[int, int]:
+    """(bf16 bytes, NVFP4 bytes) kept for backward."""
+    torch.manual_seed(0)
+    model = build(name)
+    channels = 64 if name == "conv input" else 3
+    x = torch.randn(batch, channels, size, size)
+    if name == "conv input":
+        x = x.bfloat16()
+    plain = saved_bytes(model, x, None)
+    gc.collect()
+    return plain, saved_bytes(model, x, recipe or nv.NVFP4BlockScaling())
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Prints the table; returns the ratios by model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="torchvision names")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=64, help="image height and width")
+    parser.add_argument("--recipe", default="default", help="recipe name or path")
+    options = parser.parse_args(arguments)
+    recipe = nv.load_recipe(options.recipe)
+    ratios = {}
+    print(f"batch {options.batch}, {options.size}x{options.size}, bf16 autocast, recipe {options.recipe}")
+    print(f"{'model':<24}{'bf16 MiB':>12}{'nvfp4 MiB':>12}{'ratio':>8}{'bound':>8}")
+    for name in ("conv input", *options.models):
+        plain, ours = measure(name, options.batch, options.size, recipe)
+        ratios[name] = ours / plain
+        bound = f"{BOUNDS[name]:.2f}" if name in BOUNDS else ""
+        print(f"{name:<24}{plain / 2**20:>12.2f}{ours / 2**20:>12.2f}{ratios[name]:>8.3f}{bound:>8}")
+    return ratios
+
+
+if __name__ == "__main__":
+    main()
