@@ -21,7 +21,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +51,13 @@ Override = tuple[object, NVFP4BlockScaling | None]  # a module with a set_precis
 
 
 class _Local(threading.local):
-    """Per thread: entered contexts, and how many overrides each found; the overrides of running modules; the mode."""
+    """Per thread: contexts entered, how many overrides each found, the mode it entered; overrides of modules."""
 
     def __init__(self) -> None:
         self.states: list[State] = []
         self.marks: list[int] = []
         self.overrides: list[Override] = []
-        self.mode: _Mode | None = None
+        self.modes: list[_Mode | None] = []
 
 
 _local: _Local
@@ -162,17 +162,23 @@ def _push(new: State) -> None:
         _drop_stale()
     _local.states.append(new)
     _local.marks.append(len(_local.overrides))
-    if _local.mode is None:
-        _local.mode = _Mode()
-        _local.mode.__enter__()
+    mode = None if _mode_is_on() else _Mode()
+    _local.modes.append(mode)
+    if mode is not None:
+        mode.__enter__()
 
 
 def _pop() -> None:
     _local.states.pop()
     del _local.overrides[_local.marks.pop() :]  # what a KeyboardInterrupt left: torch runs no hooks then
-    if not _local.states and _local.mode is not None:
-        mode, _local.mode = _local.mode, None
+    mode = _local.modes.pop()
+    if mode is not None:
         mode.__exit__(None, None, None)
+
+
+def _mode_is_on() -> bool:
+    """Whether torch calls reach a _Mode: it is off in its own handler, so in all that Tensor.backward runs, too."""
+    return any(isinstance(mode, _Mode) for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def _drop_stale() -> None:
@@ -359,17 +365,12 @@ def _dense(x: Tensor) -> bool:
 def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
     """Run with the contexts and overrides of another place (checkpoint's forward), whatever is active here."""
     before = _local.states, _local.marks, _local.overrides
-    own_mode = _local.mode is None
+    mode = _Mode() if states and not _mode_is_on() else nullcontext()
     _local.states, _local.marks, _local.overrides = list(states), [0] * len(states), list(overrides)
-    if own_mode:
-        _local.mode = _Mode()
-        _local.mode.__enter__()
     try:
-        yield
+        with mode:
+            yield
     finally:
-        if own_mode and _local.mode is not None:
-            mode, _local.mode = _local.mode, None
-            mode.__exit__(None, None, None)
         _local.states, _local.marks, _local.overrides = before
 
 

@@ -58,7 +58,7 @@ def make_geometry(
     groups: int = 1,
     transposed: bool = False,
 ) -> ConvGeometry:
-    """The geometry of F.convNd or F.conv_transposeNd on x [batch, channels[0], *image] with channels[1] output channels."""
+    """The geometry of F.convNd or F.conv_transposeNd on x [batch, channels[0], *image]; channels[1] come out."""
     per_axis = [
         v if isinstance(v, tuple) else (v,) * len(image) for v in (kernel, stride, padding, dilation, output_padding)
     ]

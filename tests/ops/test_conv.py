@@ -1,9 +1,10 @@
 """The three GEMMs of a convolution.
 
     quantization off       the lowering is torch's convolution, forward and backward, in float64
-    reference              equals the loop nest of tests/oracle.py on dequantized operands, and im2col(NVFP4Tensor) x nv.gemm bit for bit
+    reference              equals the loop nest of tests/oracle.py on dequantized operands, in float64;
+                           equals im2col(NVFP4Tensor) x nv.gemm, bit for bit
     vendor                 equals the reference on the same codes within 2x of bf16's own error; fp32 within 1e-5
-bf16's own error: torch's bf16 convolution against the float64 one, on the same (exactly representable) dequantized operands.
+bf16's own error: torch's bf16 convolution against the float64 one, on the same dequantized operands, exact in both.
 """
 
 from __future__ import annotations
@@ -61,11 +62,12 @@ class Lowered(torch.autograd.Function):
         (x, w), g = ctx.saved_tensors, ctx.g
         dx = reference.data_product((dy,), Lowered.kernel(w, g, g.transposed), g, g.transposed)
         a, b = (dy, x) if g.transposed else (x, dy)
-        return dx, reference.weight_product(*(Lowered.columns(s, f) for s, f in zip((b, a), g.folds()[::-1])), g), None
+        a_fold, b_fold = g.folds()
+        return dx, reference.weight_product(Lowered.columns(b, b_fold), Lowered.columns(a, a_fold), g), None
 
     @staticmethod
     def kernel(w: Tensor, g: ConvGeometry, to_b: bool) -> tuple[Tensor]:
-        """w [axis 0, taps, axis 1] as the part that the direction multiplies; columnwise: one block as long as the axis."""
+        """w [axis 0, taps, axis 1] as the part that the direction multiplies; columnwise: one block, the whole axis."""
         return (w,) if to_b else (w.unflatten(0, (g.groups, -1)).movedim(1, -1).unsqueeze(1),)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Pixel maps against the definition of convolution, folds against brute force, and DESIGN.md's rule for the number of strips."""
+"""Pixel maps against the definition of convolution, folds against brute force, the rule for the number of strips."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def test_sizes_equal_torch_and_ints_round_trip(case, transposed):
 
 
 @pytest.mark.parametrize("batch", [*range(1, 21), 32])
-@pytest.mark.parametrize(("rows", "stride", "kernel", "dilation"), [(7, 1, 3, 1), (56, 2, 3, 1), (3, 1, 7, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("rows", "stride", "kernel", "dilation"), [(7, 1, 3, 1), (56, 2, 3, 1), (3, 1, 7, 2), (1, 1, 1, 1)]
+)
 def test_number_of_strips_is_the_rule(batch, rows, stride, kernel, dilation):
     def cost(g: int) -> int:
         halo = (math.ceil(rows / g) - 1) * stride + (kernel - 1) * dilation + 1

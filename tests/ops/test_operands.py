@@ -1,6 +1,6 @@
-"""Convolution operands: the vendor's bits are the reference's, whatever the shape, the strides, the values, the options.
+"""Convolution operands: the vendor's bits are the reference's, whatever the shape, strides, values and options.
 
-Every output starts as poisoned memory. A face in dequantized form equals its packed form unpacked; packed scales are never NaN bytes.
+Every output starts as poisoned memory. A dequantized face equals the packed one unpacked; no scale is a NaN byte.
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ with warnings.catch_warnings(record=True) as caught:
     digest = hashlib.sha256()
     x = torch.randn(5, 6, 4, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
     for form in (1, 2):
-        for part in operands.quantize_operand(x, 1, [3, 2, 4, 1, 16], form, form, True, True, "", 448, False, torch.float32,
-                                              torch.tensor([3]), "vendor"):
+        args = (form, form, True, True, "", 448, False, torch.float32, torch.tensor([3]), "vendor")
+        for part in operands.quantize_operand(x, 1, [3, 2, 4, 1, 16], *args):
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     w = x.flatten(0, 1).movedim(-1, 1)[:32]
     for part in operands.quantize_kernel(w, 1, 1, 0, True, "", 448, torch.float32, "vendor"):
@@ -260,7 +260,9 @@ def test_same_bits_without_a_compiler_and_said_once(tmp_path):
 
 def test_a_compiler_that_fails_is_said_once(tmp_path):
     broken = tmp_path / "broken-compiler"
-    broken.write_text('#!/bin/sh\ncase "$1" in --version) echo broken 1.0;; *) echo "no such flag" >&2; exit 1;; esac\n')
+    broken.write_text(
+        '#!/bin/sh\ncase "$1" in --version) echo broken 1.0;; *) echo "no such flag" >&2; exit 1;; esac\n'
+    )
     broken.chmod(0o755)
     result = run_digest(CXX=str(broken), TE_NVFP4_CV_CACHE=str(tmp_path / "cache"))
     assert result[0] == "False" and result[2] == "1" and "no such flag" in " ".join(result[3:])

@@ -1,9 +1,9 @@
 """Where stochastic rounding takes its seeds from: one int64 Philox key per quantized gradient.
 
-On a GPU the seed comes from torch's generator. On a CPU it comes from a private stream, a function of torch's seed
-and of how many seeds
-were drawn since: data order and dropout are the same with and without stochastic rounding, and torch.manual_seed
-restarts both.
+On a GPU the seed comes from torch's generator. On a CPU it comes from a private stream, a function of torch's seed and
+of how many seeds were drawn since: data order and dropout are the same with and without stochastic rounding, and
+torch.manual_seed restarts both. Who seeds torch for a while and puts its state back (torch.random.fork_rng) finds the
+stream where it was.
 torch.manual_seed is wrapped (once, at import) for that restart: its generator does not tell that it was seeded again
 with the same number.
 """
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 _lock = threading.Lock()
-_stream = {"seed": -1, "drawn": 0}
+_drawn: dict[
+    int, int
+] = {}  # torch's seed -> seeds drawn from its stream; the seeds used last, the current one at the end
+_KEEP = 64
 _MASK = (1 << 64) - 1
 
 
@@ -30,19 +33,25 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def _torch_seed() -> int:
+    return torch.initial_seed() & _MASK
+
+
 def _next() -> int:
     with _lock:
-        seed = torch.initial_seed() & _MASK
-        if seed != _stream["seed"]:
-            _stream.update(seed=seed, drawn=0)
-        _stream["drawn"] += 1
-        return _mix(_mix(seed) + _stream["drawn"]) >> 1
+        seed = _torch_seed()
+        drawn = _drawn.pop(seed, 0) + 1
+        _drawn[seed] = drawn
+        if len(_drawn) > _KEEP:
+            del _drawn[next(iter(_drawn))]
+        return _mix(_mix(seed) + drawn) >> 1
 
 
 def state() -> dict[str, int]:
     """What a bit-exact resume needs: torch's seed and the number of seeds drawn since."""
     with _lock:
-        return dict(_stream)
+        seed = _torch_seed()
+        return {"seed": seed, "drawn": _drawn.get(seed, 0)}
 
 
 def set_state(saved: dict[str, int]) -> None:
@@ -52,22 +61,23 @@ def set_state(saved: dict[str, int]) -> None:
         RuntimeError: torch is seeded otherwise than it was then.
     """
     with _lock:
-        if saved["drawn"] and saved["seed"] != torch.initial_seed() & _MASK:
+        if saved["drawn"] and saved["seed"] != _torch_seed():
             raise RuntimeError(
                 "nvfp4: the saved stochastic-rounding stream is of another seed.\n"
                 f"  got:   torch.initial_seed() == {torch.initial_seed()}\n"
                 f"  needs: torch.manual_seed({saved['seed']})\n"
                 "  fix:   seed torch (or restore its state by torch.set_rng_state) before loading"
             )
-        _stream.update(seed=saved["seed"], drawn=saved["drawn"])
+        _drawn[saved["seed"]] = saved["drawn"]
 
 
 def _restart(function: Any) -> Any:
     @functools.wraps(function)
     def manual_seed(seed: int) -> Any:
+        generator = function(seed)
         with _lock:
-            _stream.update(seed=-1, drawn=0)
-        return function(seed)
+            _drawn.pop(_torch_seed(), None)
+        return generator
 
     manual_seed._te_nvfp4_cv = True  # type: ignore[attr-defined]
     return manual_seed

@@ -1,0 +1,84 @@
+"""Quantization of one activation on a CPU: the compiled kernels against the plain torch reference, and torch.compile
+of that reference.
+
+A channels_last bf16 activation, rowwise (decoded to bf16, for the convolution) and columnwise with RHT (packed, kept
+for backward), in one
+call; the same for a gradient with stochastic rounding. Times are printed only after every output has been compared
+bit for bit.
+
+    python examples/benchmarks/cpu_quantize.py [--shape 64 64 64 64] [--rounds 7] [--threads 2] [--inductor]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from te_nvfp4_cv.ops.quantize import operands, reference  # noqa: E402
+from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, PACKED  # noqa: E402
+
+
+def quantize(x: Tensor, stochastic: bool, backend: str) -> tuple[Tensor, ...]:
+    """Both faces of x [B, H, W, C] as a training step makes them."""
+    batch, rows = x.shape[:2]
+    seed = torch.tensor([7]) if stochastic else None
+    col = DEQUANTIZED if stochastic else PACKED  # a gradient's columnwise face is multiplied at once
+    return operands.quantize_operand(
+        x, 1, [1, 0, rows, 0, batch], DEQUANTIZED, col, True, stochastic, "", 448, False, torch.bfloat16, seed, backend
+    )
+
+
+def median_ms(function: Callable[[], object], rounds: int) -> float:
+    """Median time of a call after one that is not counted."""
+    function()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def main() -> int:
+    """Print a row per operand; exit status 1 when the kernels' bits differ from the reference's."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", nargs=4, type=int, default=[64, 64, 64, 64], metavar=("B", "C", "H", "W"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--inductor", action="store_true", help="time torch.compile of the reference too, face by face")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    batch, channels, height, width = options.shape
+    x = torch.randn(batch, height, width, channels).bfloat16()
+    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, shape {options.shape} bf16")
+    for name, stochastic in (("activation, nearest", False), ("gradient, stochastic", True)):
+        pairs = zip(quantize(x, stochastic, "reference"), quantize(x, stochastic, "vendor"), strict=True)
+        if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs):
+            print(f"{name}: bits differ from the reference, no times printed")
+            return 1
+        eager = median_ms(lambda s=stochastic: quantize(x, s, "reference"), 2)  # type: ignore[misc]
+        fused = median_ms(lambda s=stochastic: quantize(x, s, "vendor"), options.rounds)  # type: ignore[misc]
+        row = f"reference {eager:8.1f} ms   compiled {fused:6.1f} ms   {eager / fused:6.1f}x"
+        print(f"{name:22} {row}   {x.numel() / fused / 1e6:.2f} G elements/s")
+    if options.inductor:
+        x_MC = x.movedim(0, -2).reshape(-1, channels).contiguous()
+        total = 0.0
+        for face in ({"rowwise": True}, {"rowwise": False, "columnwise": True, "rht": True}):
+            compiled = torch.compile(lambda v, f=face: reference.quantize_2d(v, **f), fullgraph=True)  # type: ignore[misc]
+            total += median_ms(lambda c=compiled: c(x_MC), options.rounds)  # type: ignore[misc]
+        print(f"{'activation, nearest':22} torch.compile of the reference, face by face: {total:.1f} ms")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

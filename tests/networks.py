@@ -1,0 +1,94 @@
+"""A small network with every kind of layer, one training step of it, and what observers of a run are told."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_nvfp4_cv import autocast, calls
+from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from tests.helpers import same_bits, values
+
+NO_SR = NVFP4BlockScaling(disable_stochastic_rounding=True)
+NO_RHT = NVFP4BlockScaling(disable_rht=True)
+NO_2D = NVFP4BlockScaling(disable_2d_quantization=True)
+
+
+class Net(nn.Module):
+    """Convolutions of every kind, ReLU in place and not, two norms, dropout, a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1, groups=2),
+            nn.GroupNorm(4, 32),
+            nn.ReLU(),
+        )
+        self.up = nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.head = nn.Linear(16, 16)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.body(self.stem(x)))
+        return self.head(self.dropout(F.relu(x)).mean((2, 3)))
+
+
+def net_and_input() -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    return Net(), values((4, 3, 8, 8), seed=1)
+
+
+def gradients(net: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+
+
+def all_same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
+def step(
+    net: nn.Module, x: Tensor, context: Any = None, run: Callable[[Tensor], Tensor] | None = None, inside: bool = False
+) -> list[Tensor]:
+    """[loss, gradients...] of one step from a fresh seed; `inside`: backward within the context too."""
+    net = copy.deepcopy(net)
+    torch.manual_seed(5)
+    context = contextlib.nullcontext() if context is None else context
+    with context:
+        y = (run or (lambda module, x: module(x)))(net, x)  # type: ignore[call-arg]
+        loss = y.float().square().mean()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    return [loss.detach(), *gradients(net)]
+
+
+def seen(run: Callable[[], Any]) -> list[calls.Call]:
+    """The calls that an observer is told of while `run` runs."""
+    told: list[calls.Call] = []
+    with calls.observe(told.append):
+        run()
+    return told
+
+
+class Override:
+    """Forward hooks that push a recipe while a module runs, as set_precision's do."""
+
+    def __init__(self, recipe: NVFP4BlockScaling | None) -> None:
+        self.recipe = recipe
+
+    def attach(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda module, *_: autocast.push_override(self.recipe, module))
+        module.register_forward_hook(lambda module, *_: autocast.pop_override(module), always_call=True)

@@ -1,0 +1,133 @@
+"""The public names, their signatures, and that nothing else is public."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import te_nvfp4_cv as nv
+
+NAMES = {
+    "NVFP4BlockScaling",
+    "NVFP4Conv1d",
+    "NVFP4Conv2d",
+    "NVFP4Conv3d",
+    "NVFP4ConvTranspose1d",
+    "NVFP4ConvTranspose2d",
+    "NVFP4ConvTranspose3d",
+    "NVFP4Linear",
+    "NVFP4Quantizer",
+    "NVFP4Tensor",
+    "QParams",
+    "active_recipe",
+    "convert_model",
+    "coverage",
+    "extra_state",
+    "frozen_weights",
+    "functional",
+    "gemm",
+    "load_recipe",
+    "nvfp4_autocast",
+    "set_precision",
+}
+CONV = ["x", "w", "bias", "stride", "padding", "dilation", "groups", "recipe", "backend"]
+TRANSPOSED = ["x", "w", "bias", "stride", "padding", "output_padding", "groups", "dilation", "recipe", "backend"]
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_names():
+    assert NAMES <= set(nv.__all__) and sorted(nv.__all__) == list(nv.__all__)
+    assert all(hasattr(nv, name) for name in nv.__all__)
+    public = {
+        name
+        for name, value in vars(nv).items()
+        if not name.startswith("_") and not (isinstance(value, types.ModuleType) and name != "functional")
+    }
+    assert public == set(nv.__all__)
+
+
+def test_coverage_is_the_function_not_its_module():
+    assert inspect.isfunction(nv.coverage) and inspect.isfunction(nv.gemm)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"functional"}))
+def test_every_name_has_a_docstring(name):
+    assert inspect.getdoc(getattr(nv, name))
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (nv.nvfp4_autocast, ["recipe", "enabled", "backend", "relu_mask"]),
+        (nv.set_precision, ["model", "table"]),
+        (nv.convert_model, ["model", "recipe", "filter_fn"]),
+        (nv.coverage, ["model", "inputs", "recipe", "backend", "kwargs"]),
+        (nv.active_recipe, []),
+        (nv.extra_state, ["model", "load"]),
+        (nv.frozen_weights, ["model"]),
+        (nv.functional.im2col, ["t", "kernel_size", "stride", "padding", "dilation"]),
+        (nv.functional.linear, ["x", "w", "bias", "recipe", "backend"]),
+        *((getattr(nv.functional, f"conv{n}d"), CONV) for n in (1, 2, 3)),
+        *((getattr(nv.functional, f"conv_transpose{n}d"), TRANSPOSED) for n in (1, 2, 3)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_signatures(function, expected):
+    assert parameters(function) == expected
+
+
+def test_functionals_take_torchs_positional_order():
+    for n in (1, 2, 3):
+        for t in ("", "_transpose"):
+            ours = parameters(getattr(nv.functional, f"conv{t}{n}d"))[3:-2]
+            text = getattr(nn.functional, f"conv{t}{n}d").__doc__.split("->")[0]
+            theirs = [part.split("=")[0].strip() for part in text[text.index("(") + 1 : text.rindex(")")].split(",")]
+            assert ours == theirs[3:]
+
+
+def test_quantizer_and_gemm_keywords():
+    flags = ("rowwise", "columnwise", "with_rht", "stochastic_rounding", "with_2d_quantization")
+    assert set(flags) <= set(parameters(nv.NVFP4Quantizer))
+    assert {"layout", "out_dtype"} <= set(parameters(nv.gemm))
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(NAMES) if "Conv" in n or n == "NVFP4Linear"])
+def test_module_keywords(name):
+    cls, plain = getattr(nv, name), getattr(nn, name.removeprefix("NVFP4"))
+    arguments = (16, 16) if name == "NVFP4Linear" else (16, 16, 3)
+    module = cls(*arguments, recipe=nv.NVFP4BlockScaling(), backend="vendor")
+    assert isinstance(module, plain) and module.recipe == nv.NVFP4BlockScaling() and module.backend == "vendor"
+
+
+def test_the_ten_lines_of_the_design():
+    recipe = nv.load_recipe("unet")
+    model = nn.ModuleDict({"body": nn.Conv2d(16, 32, 3), "head": nn.Conv2d(32, 16, 1)})
+    model.forward = lambda x: model["head"](model["body"](x))  # type: ignore[method-assign]
+    images = torch.randn(16, 16, 6, 6)
+    nv.set_precision(model, recipe)
+    with nv.nvfp4_autocast(recipe):
+        assert nv.active_recipe() == recipe
+        loss = model(images).square().mean()
+    loss.backward()
+    report = nv.coverage(model, images, recipe=recipe)
+    assert {row.name: row.nvfp4 for row in report.rows} == {"body": True, "head": False}
+    assert nv.active_recipe() is None and loss.isfinite()
+
+
+def test_decorator_and_disabled():
+    fc, x = nn.Linear(16, 16), torch.randn(16, 16)
+
+    @nv.nvfp4_autocast(enabled=False)
+    def plain():
+        return fc(x)
+
+    assert torch.equal(plain(), fc(x)) and plain.__name__ == "plain"
+    with pytest.raises(TypeError, match="first argument is the recipe"):
+        nv.nvfp4_autocast(True)
