@@ -242,9 +242,7 @@ def dgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: P
 def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
     """dw [axis 0, taps, axis 1]."""
     if "wgrad" not in plan.gemms:
-        x = (
-            image_last(kept["x"], plan.geometry.x_shape) if "x" in kept else _dequantized_input(kept, plan, dy.dtype)
-        )
+        x = image_last(kept["x"], plan.geometry.x_shape) if "x" in kept else _dequantized_input(kept, plan, dy.dtype)
         return _plain_backward(dy, x, None, plan.geometry)[1].to(dtype)
     if plan.recipe.wgrad_block == "pixel":
         return _pixel_wgrad(dy, kept, plan, dtype)
@@ -300,9 +298,7 @@ def _pixel_wgrad(dy: Tensor, kept: dict[str, Tensor], plan: Plan, dtype: torch.d
 # ---- what backward keeps --------------------------------------------------------------------------------------------
 
 
-def kept_of_x(
-    x: Tensor, x_last: Tensor, x_q: tuple[Tensor, ...], plan: Plan, need_dw: bool
-) -> dict[str, Tensor]:
+def kept_of_x(x: Tensor, x_last: Tensor, x_q: tuple[Tensor, ...], plan: Plan, need_dw: bool) -> dict[str, Tensor]:
     """Tensors by name: the packed columnwise face; or x itself, or its packed rowwise face, where the recipe wants
     wgrad otherwise.
     """

@@ -130,7 +130,7 @@ def test_nothing_is_changed(image, training):
     with nv.nvfp4_autocast(nv.NVFP4BlockScaling(disable_rht=True)):
         nv.coverage(model, image)
         assert nv.active_recipe().disable_rht
-    assert autocast.state() is None and autocast._local.mode is None
+    assert autocast.state() is None and not autocast._mode_is_on()
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert (numpy.random.get_state()[1] == before[2]).all() and nv.extra_state(model) == before[3]
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -3,7 +3,6 @@
 Refusals are tested too. Small images, a few steps, no download.
 """
 
-# ruff: noqa: I001  (tests.unet_coco_data puts examples/ on sys.path, so it is imported first)
 from __future__ import annotations
 
 import errno
@@ -18,15 +17,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-
-from tests.unet_coco_data import EXAMPLES, KEYS, SMALL, draw_shapes, write_masks
-
 from unet_coco import checkpoint, tracking
 from unet_coco.data import load_data
 from unet_coco.engine import Trainer
 from unet_coco.options import parse_options
 from unet_coco.precision import parse_precisions
 from unet_coco.train import main
+
+from tests.unet_coco_data import EXAMPLES, KEYS, SMALL, draw_shapes, write_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 

@@ -1,6 +1,5 @@
 """The data of examples/unet_coco: drawn shapes, COCO and folders of masks, against masks made by hand; and refusals."""
 
-# ruff: noqa: I001  (tests.unet_coco_data puts examples/ on sys.path, so it is imported first)
 from __future__ import annotations
 
 import json
@@ -11,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from tests.unet_coco_data import draw_shapes, edit, write_coco, write_masks
-
 from unet_coco.data import SegmentationDataset, load_data
 from unet_coco.order import TrainOrder
 from unet_coco.shapes import ShapesSettings, ensure_shapes
+
+from tests.unet_coco_data import draw_shapes, edit, write_coco, write_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 

@@ -1,6 +1,5 @@
 """The UNet, loss, figures and options of examples/unet_coco, against loops and counting."""
 
-# ruff: noqa: I001  (tests.unet_coco_data puts examples/ on sys.path, so it is imported first)
 from __future__ import annotations
 
 import math
@@ -9,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.unet_coco_data import KEYS
-
 from unet_coco.losses import dice_ce
 from unet_coco.metrics import evaluate, saved_bytes
 from unet_coco.options import choose_device
@@ -19,6 +15,8 @@ from unet_coco.precision import parse_precisions
 from unet_coco.report import markdown_table
 from unet_coco.train import main
 from unet_coco.unet import UNet, group_count
+
+from tests.unet_coco_data import KEYS
 
 
 def test_loss_against_loops() -> None:

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 _lock = threading.Lock()
-_drawn: dict[
-    int, int
-] = {}  # torch's seed -> seeds drawn from its stream; the seeds used last, the current one at the end
+_drawn: dict[int, int] = {}  # torch's seed -> seeds drawn from its stream; the _KEEP seeds used last
 _KEEP = 64
 _MASK = (1 << 64) - 1
 
