@@ -195,10 +195,22 @@ def test_copies(x):
         assert other.recipe == NO_2D and torch.equal(other(x), module(x))
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
 def test_compiles(x):
     torch._dynamo.reset()
     module = nv.NVFP4Conv2d(16, 16, 3)
     assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
+def test_compiles_for_changing_batches():
+    torch._dynamo.reset()
+    module = nv.NVFP4Conv2d(16, 16, 3)
+    compiled = torch.compile(module, backend="eager")
+    for batch in (16, 32, 5):  # the second makes the batch a symbol
+        x = torch.randn(batch, 16, 6, 6)
+        assert torch.equal(compiled(x), module(x))
     torch._dynamo.reset()
 
 

@@ -329,6 +329,7 @@ def test_checkpoint_of_a_plain_forward_stays_plain_when_backward_runs_inside_a_c
     assert all(map(torch.equal, plain, [p.grad for p in model.parameters()]))
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
 def test_compiled_models_keep_to_the_entries(x):
     model = Net()
     nv.set_precision(model, {"body.0": None, "head": NO_RHT})
@@ -447,6 +448,20 @@ def test_a_change_raises_at_the_end(x, how):
             model(x).sum().backward()
         change()
     assert calls.frozen == {}
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
+def test_frozen_weights_of_a_compiled_model(monkeypatch, x):
+    torch._dynamo.reset()
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    with nv.nvfp4_autocast():
+        expected = model(x)
+        count = counted(monkeypatch)
+        with nv.frozen_weights(compiled):
+            assert torch.equal(compiled(x), expected) and torch.equal(compiled(x), expected)
+        assert len(count) == 4 and torch.equal(compiled(x), expected) and len(count) == 8
+    torch._dynamo.reset()
 
 
 def test_an_error_inside_is_the_error_that_comes_out(x):

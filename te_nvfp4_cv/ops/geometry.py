@@ -143,7 +143,6 @@ class ConvGeometry:
         return head + [n for values in lists for n in values]
 
     @staticmethod
-    @functools.lru_cache(maxsize=4096)
     def _from_tuple(ints: tuple[int, ...]) -> ConvGeometry:
         batch, channels_a, channels_b, groups, transposed, rank = ints[:6]
         lists: Any = [tuple(ints[6 + rank * k : 6 + rank * (k + 1)]) for k in range(7)]
@@ -152,7 +151,13 @@ class ConvGeometry:
     @staticmethod
     def from_ints(ints: list[int]) -> ConvGeometry:
         """The inverse of to_ints."""
-        return ConvGeometry._from_tuple(tuple(ints))
+        key = tuple(ints)
+        return _geometry(key) if all(type(n) is int for n in key) else ConvGeometry._from_tuple(key)  # SymInt: no hash
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(ints: tuple[int, ...]) -> ConvGeometry:
+    return ConvGeometry._from_tuple(ints)
 
 
 def halo_rows(strip: int, stride: int, kernel: int, dilation: int) -> int:
