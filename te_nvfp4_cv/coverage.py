@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from te_nvfp4_cv import autocast, calls
+from te_nvfp4_cv import autocast, calls, context
 from te_nvfp4_cv.checks import describe, type_error, value_error
 from te_nvfp4_cv.coverage_report import Coverage, Layer
 from te_nvfp4_cv.modules import NVFP4_CLASSES
@@ -63,9 +63,9 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
             needs="parameters that exist",
             fix="run one forward pass first",
         )
-    context = autocast.state()
-    if recipe is None and context is not None and context.enabled:
-        resolved = context.recipe
+    current = context.state()
+    if recipe is None and current is not None and current.enabled:
+        resolved = current.recipe
     else:
         resolved = as_recipe(recipe)
     if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv import autocast, calls, functional
+from te_nvfp4_cv import calls, context, functional
 from te_nvfp4_cv.checks import describe, type_error
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.policy import matches, plain_name, set_precision
@@ -39,15 +39,15 @@ class NVFP4Module(nn.Module):
 
     def chosen(self) -> tuple[NVFP4BlockScaling | None, str]:
         """(recipe or None for high precision, backend) for a call now."""
-        context = autocast.state()
-        if context is None:
+        current = context.state()
+        if current is None:
             return self.recipe or NVFP4BlockScaling(), self.backend
-        if not context.enabled:
-            return None, context.backend
-        if autocast.has_override() or self.recipe is None:
-            recipe = autocast.active_recipe()
-            return (recipe if recipe is not None and recipe.nvfp4_gemms else None), context.backend
-        return self.recipe, context.backend
+        if not current.enabled:
+            return None, current.backend
+        if context.has_override() or self.recipe is None:
+            recipe = context.active_recipe()
+            return (recipe if recipe is not None and recipe.nvfp4_gemms else None), current.backend
+        return self.recipe, current.backend
 
     def extra_repr(self) -> str:
         """The plain module's, then the recipe."""

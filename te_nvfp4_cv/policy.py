@@ -26,8 +26,8 @@ from torch.utils.hooks import RemovableHandle
 
 from te_nvfp4_cv import calls
 from te_nvfp4_cv import plan as steps
-from te_nvfp4_cv.autocast import mark_applied, pop_override, push_override
 from te_nvfp4_cv.checks import describe, runtime_error, type_error, value_error
+from te_nvfp4_cv.context import mark_applied, pop_override, push_override
 from te_nvfp4_cv.ops.quantize import seeds
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe

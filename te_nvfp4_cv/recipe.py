@@ -165,11 +165,12 @@ class NVFP4BlockScaling:
         if role not in ROLES:
             raise bad_value("recipe.settings", "role", role, one_of(ROLES))
         scope = {"input": "activations", "weight": "weights", "grad_output": ""}[role]
-        qparams = {
-            "input": self.fp4_quant_fwd_inp,
-            "weight": self.fp4_quant_fwd_weight,
-            "grad_output": self.fp4_quant_bwd_grad,
-        }[role]
+        attribute = {
+            "input": "fp4_quant_fwd_inp",
+            "weight": "fp4_quant_fwd_weight",
+            "grad_output": "fp4_quant_bwd_grad",
+        }
+        qparams: QParams = getattr(self, attribute[role])
         selected = bool(scope) and self.nvfp4_4over6 in (scope, "all")
         return RoleSettings(
             rht=qparams.random_hadamard_transform,

@@ -12,7 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import autocast, calls
+from te_nvfp4_cv import calls
+from te_nvfp4_cv import context as nv_context
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 
@@ -90,5 +91,5 @@ class Override:
         self.recipe = recipe
 
     def attach(self, module: nn.Module) -> None:
-        module.register_forward_pre_hook(lambda module, *_: autocast.push_override(self.recipe, module))
-        module.register_forward_hook(lambda module, *_: autocast.pop_override(module), always_call=True)
+        module.register_forward_pre_hook(lambda module, *_: nv_context.push_override(self.recipe, module))
+        module.register_forward_hook(lambda module, *_: nv_context.pop_override(module), always_call=True)

@@ -34,6 +34,8 @@ FLOORS: dict[str, int] = {
     "calls": 5,
     "functional": 5,
     "distributed": 5,
+    "context": 6,
+    "handover": 6,
     "autocast": 6,
     "modules": 7,
     "policy": 7,

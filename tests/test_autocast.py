@@ -12,7 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import autocast, checks
+from te_nvfp4_cv import checks, handover
+from te_nvfp4_cv import context as nv_context
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
@@ -151,7 +152,7 @@ def test_innermost_context_wins_and_leaving_restores():
                     assert active_recipe() is NO_2D
             assert active_recipe() is NO_RHT
         assert active_recipe() is NO_SR
-    assert active_recipe() is None and autocast.state() is None
+    assert active_recipe() is None and nv_context.state() is None
 
 
 def test_disabled_inside_enabled_is_plain_torch():
@@ -175,7 +176,7 @@ def test_one_context_object_is_reusable_reentrant_and_survives_exceptions():
     with pytest.raises(KeyError), context:
         with context:
             raise KeyError
-    assert autocast.state() is None and not autocast._mode_is_on()
+    assert nv_context.state() is None and not handover.mode_is_on()
     with context:
         fourth = module(x)
     assert all(same_bits(first.detach(), y.detach()) for y in (second, third, fourth))
@@ -194,7 +195,7 @@ def test_decorator():
     with nvfp4_autocast(NO_SR):
         expected = module(x)
     assert same_bits(forward(x).detach(), expected.detach()) and same_bits(forward(x, 3).detach(), expected.detach())
-    assert forward.__name__ == "forward" and forward.__doc__ == "Its docstring." and autocast.state() is None
+    assert forward.__name__ == "forward" and forward.__doc__ == "Its docstring." and nv_context.state() is None
 
 
 def test_threads_have_contexts_of_their_own():
@@ -239,7 +240,7 @@ def test_a_context_entered_in_a_backward_hook_acts():
 
         y.register_hook(hook)
         y.sum().backward()
-        assert active_recipe() is NO_SR and autocast._mode_is_on()
+        assert active_recipe() is NO_SR and handover.mode_is_on()
     assert [call.recipe for call in told] == [NO_RHT]
 
 
@@ -284,7 +285,7 @@ def test_te_recipe_objects_are_accepted():
 
 def test_a_precision_table_that_was_not_applied_warns_once(monkeypatch):
     monkeypatch.setattr(checks, "_warned", set())
-    monkeypatch.setattr(autocast, "_applied_tables", set())
+    monkeypatch.setattr(nv_context, "_applied_tables", set())
     recipe = load_recipe("unet")
     assert recipe.precision
     with warnings.catch_warnings(record=True) as caught:
@@ -296,7 +297,7 @@ def test_a_precision_table_that_was_not_applied_warns_once(monkeypatch):
             pass
     assert len(caught) == 1 and "nv.set_precision(model, recipe)" in str(caught[0].message)
     monkeypatch.setattr(checks, "_warned", set())
-    autocast.mark_applied(recipe)
+    nv_context.mark_applied(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with nvfp4_autocast(recipe):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import autocast
+from te_nvfp4_cv import context as nv_context
+from te_nvfp4_cv import handover
 
 F = nn.functional
 
@@ -130,7 +131,7 @@ def test_nothing_is_changed(image, training):
     with nv.nvfp4_autocast(nv.NVFP4BlockScaling(disable_rht=True)):
         nv.coverage(model, image)
         assert nv.active_recipe().disable_rht
-    assert autocast.state() is None and not autocast._mode_is_on()
+    assert nv_context.state() is None and not handover.mode_is_on()
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert (numpy.random.get_state()[1] == before[2]).all() and nv.extra_state(model) == before[3]
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -151,7 +152,7 @@ def test_an_error_in_forward_leaves_no_trace(image):
         model.head.register_forward_pre_hook(lambda *_: 1 // 0)
         nv.coverage(model, image)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert autocast.state() is None and not model.stem._forward_hooks
+    assert nv_context.state() is None and not model.stem._forward_hooks
 
 
 def test_runs_under_no_grad_and_in_inference_mode(image):

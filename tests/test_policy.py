@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import autocast, calls
+from te_nvfp4_cv import calls
+from te_nvfp4_cv import context as nv_context
 from te_nvfp4_cv import plan as steps
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
@@ -90,7 +91,7 @@ def test_patterns(x, table, expected):
     model = Net()
     nv.set_precision(model, {key: named(value) if value else None for key, value in table.items()})
     assert ran(model, x) == expected
-    assert autocast._local.overrides == []
+    assert nv_context.local.overrides == []
 
 
 def test_an_override_is_the_recipe_that_runs(x):
@@ -232,12 +233,12 @@ def test_exceptions_leave_no_override_behind(x, error):
     nv.set_precision(model, {"": NO_RHT, "1": None})
     with pytest.raises(type(error)), nv.nvfp4_autocast():
         model(x)
-    assert autocast._local.overrides == []
+    assert nv_context.local.overrides == []
     with pytest.raises(type(error)):  # outside of all contexts
         model(x)
     with nv.nvfp4_autocast():
         assert nv.active_recipe() == nv.NVFP4BlockScaling()
-    assert autocast._local.overrides == []
+    assert nv_context.local.overrides == []
 
 
 def test_another_pre_hook_that_raises_does_not_end_the_outer_override(x):
@@ -312,7 +313,7 @@ def test_checkpoint_recomputes_with_the_entries(reentrant):
 
     plain = grads(model.body)
     again = grads(lambda h: checkpoint(model.body, h, use_reentrant=reentrant))
-    assert all(map(torch.equal, plain, again)) and autocast._local.overrides == []
+    assert all(map(torch.equal, plain, again)) and nv_context.local.overrides == []
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -173,10 +173,12 @@ def fold_factor(batch: int, rows: int, stride: int, kernel: int, dilation: int) 
     if batch % BLOCK == 0:
         return 1
 
-    def cost(g: int) -> int:
-        return BLOCK * -(-batch * g // BLOCK) * halo_rows(-(-rows // g), stride, kernel, dilation)
-
-    return min(range(1, min(BLOCK, rows) + 1), key=cost)
+    best, least = 1, 0
+    for g in range(1, min(BLOCK, rows) + 1):
+        cost = BLOCK * -(-batch * g // BLOCK) * halo_rows(-(-rows // g), stride, kernel, dilation)
+        if g == 1 or cost < least:
+            best, least = g, cost
+    return best
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -81,16 +81,26 @@ inline float e2m1_value(uint32_t code) {                           // with the s
 }
 inline uint32_t sign_of(uint32_t bits) { return (bits & 0x7fffffffu) > INF_BITS ? 0u : bits & 0x80000000u; }   // NaN: none
 
-struct Scale { float S_enc, S_dec, mult; };
-Scale make_scale(float amax, float e4m3_max) {
+struct Scale { float S_enc, S_dec, mult, amax, range; int error; };    // range: 6 E; error: 0 none, 1 MAE, 2 MSE
+Scale make_scale(float amax, float e4m3_max, int error = 0) {
     float S = (e4m3_max * 6.0f) / amax;
     S = S < FLT_MAXIMUM ? S : FLT_MAXIMUM;                         // amax 0 or NaN: FLT_MAX, replaced below
     if (!(amax > 0.0f) || S == 0.0f) S = 1.0f;
-    return {S, 1.0f / S, S * (1.0f / 6.0f)};
+    return {S, 1.0f / S, S * (1.0f / 6.0f), amax, e4m3_max * 6.0f, error};
 }
 inline float encode_of(float s, float S_dec) {
     float e = 1.0f / (s * S_dec);
     return e < FLT_MAXIMUM ? e : FLT_MAXIMUM;
+}
+
+// 4over6: the two candidates for a block's scale, and the error of one element under a candidate.
+inline float scale_to_6(float amax_b, const Scale& S) { return round_e4m3((amax_b / 6.0f) * S.S_enc); }
+inline float scale_to_4(float amax_b, const Scale& S) { return round_e4m3(((amax_b / 6.0f) * S.S_enc) * 1.5f); }
+inline float error_of(float v, float s, float e, const Scale& S) {
+    const uint32_t u = as_bits(v * e);
+    const float r = as_float(as_bits(e2m1_nearest(as_float(u & 0x7fffffffu))) | sign_of(u));
+    const float d = ((r * s) * S.amax) / S.range - v;
+    return S.error == 1 ? as_float(as_bits(d) & 0x7fffffffu) : d * d;
 }
 
 // Philox4x32-10 of CHUNK counters at once: 16 random bytes a counter.
@@ -157,7 +167,7 @@ struct Operand {            // see native.py: the same fields in the same order
     void* row_dq; uint8_t* row_codes; uint8_t* row_scale;      // any may be nullptr
     void* col_dq; uint8_t* col_codes; uint8_t* col_scale;
     float* amax;                                  // [2]: rowwise, columnwise: written by amax, read by quantize
-    int64_t seed; int32_t rht, stochastic, in_bf16, out_bf16, threads, want_row, want_col; float e4m3_max;
+    int64_t seed; int32_t rht, stochastic, in_bf16, out_bf16, threads, want_row, want_col, error; float e4m3_max;   // error: 0 none, 1 MAE, 2 MSE: 4over6
 };
 
 // ------------------------------------------------------------------------------------------------ rowwise
@@ -173,7 +183,15 @@ inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed
         for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(v[b][k]) & 0x7fffffffu; a = a > u ? a : u; }
         amax[b] = as_float(a);
     }
-    for (int b = 0; b < NB; ++b) { s[b] = round_e4m3(amax[b] * S.mult); e[b] = encode_of(s[b], S.S_dec); }
+    if (S.error == 0) { for (int b = 0; b < NB; ++b) { s[b] = round_e4m3(amax[b] * S.mult); e[b] = encode_of(s[b], S.S_dec); } }
+    else for (int b = 0; b < NB; ++b) {
+        const float s6 = scale_to_6(amax[b], S), s4 = scale_to_4(amax[b], S), e6 = encode_of(s6, S.S_dec), e4 = encode_of(s4, S.S_dec);
+        float d6[16], d4[16];
+        for (int k = 0; k < 16; ++k) { d6[k] = error_of(v[b][k], s6, e6, S); d4[k] = error_of(v[b][k], s4, e4, S); }
+        float sum6 = d6[0], sum4 = d4[0];
+        for (int k = 1; k < 16; ++k) { sum6 += d6[k]; sum4 += d4[k]; }
+        s[b] = sum4 < sum6 ? s4 : s6; e[b] = sum4 < sum6 ? e4 : e6;
+    }
     if (SR) philox(index, NB, 0, seed, random);
     for (int b = 0; b < NB; ++b) {
         const float eb = e[b];
@@ -235,7 +253,20 @@ void col_run(const Operand& q, const T* const* rows, int64_t g16, int64_t row, c
         const int n = int(std::min<int64_t>(CHUNK, run - at));
         load_tile<T, RHT>(rows, at, n, t);
         tile_amax(t, m);
-        for (int j = 0; j < CHUNK; ++j) { s[j] = round_e4m3(as_float(m[j]) * S.mult); e[j] = encode_of(s[j], S.S_dec); }
+        if (S.error == 0) { for (int j = 0; j < CHUNK; ++j) { s[j] = round_e4m3(as_float(m[j]) * S.mult); e[j] = encode_of(s[j], S.S_dec); } }
+        else {
+            float s4[CHUNK], e4[CHUNK], sum6[CHUNK], sum4[CHUNK];
+            for (int j = 0; j < CHUNK; ++j) {
+                s[j] = scale_to_6(as_float(m[j]), S); e[j] = encode_of(s[j], S.S_dec);
+                s4[j] = scale_to_4(as_float(m[j]), S); e4[j] = encode_of(s4[j], S.S_dec);
+            }
+            for (int i = 0; i < 16; ++i)
+                for (int j = 0; j < CHUNK; ++j) {
+                    const float d6 = error_of(t[i][j], s[j], e[j], S), d4 = error_of(t[i][j], s4[j], e4[j], S);
+                    sum6[j] = i ? sum6[j] + d6 : d6; sum4[j] = i ? sum4[j] + d4 : d4;
+                }
+            for (int j = 0; j < CHUNK; ++j) { const bool four = sum4[j] < sum6[j]; s[j] = four ? s4[j] : s[j]; e[j] = four ? e4[j] : e[j]; }
+        }
         if (SR) {
             int64_t w = at / q.C, c = at % q.C;
             for (int j = 0; j < n; ++j) {
@@ -322,7 +353,7 @@ void amax_operand(const Operand& q) {
 template <class T, class D, bool RHT, bool SR>
 void quantize_operand(const Operand& q) {
     const int64_t N16 = q.fold_images / 16;
-    const Scale row_scale = make_scale(q.amax[0], q.e4m3_max), col_scale = make_scale(q.amax[1], q.e4m3_max);
+    const Scale row_scale = make_scale(q.amax[0], q.e4m3_max, q.error), col_scale = make_scale(q.amax[1], q.e4m3_max, q.error);
     const T* x = static_cast<const T*>(q.x);
     const bool together = q.want_row && q.want_col && q.row_start == nullptr;     // the 16 rows are still in the cache
     if (q.want_col) {
@@ -388,13 +419,27 @@ void unpack_rows(const uint8_t* codes, const uint8_t* scale, D* out, int64_t seg
 struct Weight {
     const void* w; int64_t groups, Og, Cg, T, stride_o, stride_c, stride_t;
     void* dq; uint8_t* codes; uint8_t* scale; const float* amax;   // dq [groups*Og, T, Cg]; codes [groups*Og, T, Kb*8]; scale [groups, Ob, T, Kb]
-    int32_t in_bf16, out_bf16, threads; float e4m3_max;
+    int32_t in_bf16, out_bf16, threads, error; float e4m3_max;
 };
+
+// One choice for a 16x16 tile: sums of each row in order, then a binary tree over the rows.
+inline float four_over_six_tile(const float (*tile)[16], float amax_b, const Scale& S) {
+    const float s6 = scale_to_6(amax_b, S), s4 = scale_to_4(amax_b, S), e6 = encode_of(s6, S.S_dec), e4 = encode_of(s4, S.S_dec);
+    float sum6[16], sum4[16];
+    for (int o = 0; o < 16; ++o)
+        for (int c = 0; c < 16; ++c) {
+            const float d6 = error_of(tile[o][c], s6, e6, S), d4 = error_of(tile[o][c], s4, e4, S);
+            sum6[o] = c ? sum6[o] + d6 : d6; sum4[o] = c ? sum4[o] + d4 : d4;
+        }
+    for (int half = 8; half >= 1; half /= 2)
+        for (int o = 0; o < half; ++o) { sum6[o] += sum6[o + half]; sum4[o] += sum4[o + half]; }
+    return sum4[0] < sum6[0] ? s4 : s6;
+}
 
 template <class W, class D>
 void quantize_weight(const Weight& q) {
     const int64_t Ob = (q.Og + 15) / 16, Kb = (q.Cg + 15) / 16, items = q.groups * Ob * Kb;
-    const Scale S = make_scale(q.amax[0], q.e4m3_max);
+    const Scale S = make_scale(q.amax[0], q.e4m3_max, q.error);
     #pragma omp parallel for num_threads(q.threads) schedule(static)
     for (int64_t item = 0; item < items; ++item) {
         const int64_t kb = item % Kb, ob = item / Kb % Ob, g = item / Kb / Ob;
@@ -415,7 +460,7 @@ void quantize_weight(const Weight& q) {
                 for (int o = 0; o < 16; ++o)
                     for (int c = 0; c < 16; ++c) { uint32_t a = as_bits(tile[t][o][c]) & 0x7fffffffu; top[c] = top[c] > a ? top[c] : a; }
                 for (int c = 0; c < 16; ++c) m = m > top[c] ? m : top[c];
-                const float s = round_e4m3(as_float(m) * S.mult), e = encode_of(s, S.S_dec);
+                const float s = S.error ? four_over_six_tile(tile[t], as_float(m), S) : round_e4m3(as_float(m) * S.mult), e = encode_of(s, S.S_dec);
                 for (int o = 0; o < no; ++o) {
                     float r[16];
                     for (int c = 0; c < 16; ++c) {

@@ -61,6 +61,7 @@ class Operand(ctypes.Structure):
         ("threads", _I32),
         ("want_row", _I32),
         ("want_col", _I32),
+        ("error", _I32),
         ("e4m3_max", _F32),
     ]
 
@@ -84,6 +85,7 @@ class Weight(ctypes.Structure):
         ("in_bf16", _I32),
         ("out_bf16", _I32),
         ("threads", _I32),
+        ("error", _I32),
         ("e4m3_max", _F32),
     ]
 

@@ -1,7 +1,7 @@
 """Quantization for the vendor backend: the compiled kernels of ops/native on a CPU, the reference's plain torch
 elsewhere. Same bits.
 
-What the kernels do not cover (4over6, row-scaled activations, 1x16 kernels of more than one group) goes through
+What the kernels do not cover (row-scaled activations, 1x16 kernels of more than one group) goes through
 reference_operands as well.
 """
 
@@ -20,16 +20,12 @@ from te_nvfp4_cv.ops.quantize import reference, reference_operands
 
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 BLOCK = 16
+ERRORS = {None: 0, "MAE": 1, "MSE": 2}  # of 4over6, as native.cpp numbers them
 
 
 def quantize_2d(x_MK: Tensor, **settings: Any) -> reference.Faces:
     """reference.quantize_2d with the same arguments, by the compiled kernels where they cover the case."""
-    plain = (
-        not settings.get("two_d")
-        and settings.get("four_over_six") is None
-        and not settings.get("row_scaled")
-        and settings.get("with_sign", True)
-    )
+    plain = not settings.get("two_d") and not settings.get("row_scaled") and settings.get("with_sign", True)
     given = [settings.get(name) for name in ("amax_rowwise", "amax_columnwise", "random_rowwise", "random_columnwise")]
     if not (plain and native.available(x_MK.device) and x_MK.numel() and all(g is None for g in given)):
         return reference.quantize_2d(x_MK, **settings)
@@ -45,7 +41,7 @@ def quantize_2d(x_MK: Tensor, **settings: Any) -> reference.Faces:
         PACKED if columnwise else NONE,
         settings.get("rht", False),
         settings.get("stochastic_rounding", False),
-        None,
+        settings.get("four_over_six"),
         settings.get("e4m3_max", 448),
         False,
         torch.float32,
@@ -82,7 +78,7 @@ def quantize_operand(
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_operand."""
     library = native.load() if x.device.type == "cpu" else None
-    if library is None or four_over_six is not None or row_scaled or not x.numel():
+    if library is None or row_scaled or not x.numel():
         return reference_operands.quantize_operand(
             x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_scaled, dtype, seed
         )
@@ -114,6 +110,7 @@ def quantize_operand(
         threads=torch.get_num_threads(),
         want_row=row != NONE or not rht,
         want_col=col != NONE and rht,
+        error=ERRORS[four_over_six],
         e4m3_max=float(e4m3_max),
     )
     if fold.strips > 1:
@@ -156,7 +153,7 @@ def quantize_kernel(
     """See operands.quantize_kernel."""
     library = native.load() if w.device.type == "cpu" else None
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
-    if library is None or four_over_six is not None or not w.numel() or (not two_d and groups > 1):
+    if library is None or not w.numel() or (not two_d and groups > 1):
         return reference_operands.quantize_kernel(w, groups, row, col, two_d, four_over_six, e4m3_max, dtype)
     w = w.detach()
     w = w.float() if w.dtype == torch.float16 else w
@@ -164,7 +161,7 @@ def quantize_kernel(
         w_OTC = w.reshape(n, c, taps).transpose(1, 2).contiguous()
         fold = Fold(1, 0, taps, 0, -(-n // BLOCK) * BLOCK)
         row_data, row_scale, amax, col_data, col_scale, _ = quantize_operand(
-            w_OTC, 1, fold, row, col, False, False, None, e4m3_max, False, dtype, None
+            w_OTC, 1, fold, row, col, False, False, four_over_six, e4m3_max, False, dtype, None
         )
         if col == PACKED:
             col_data, col_scale = col_data.unsqueeze(0), col_scale.unsqueeze(0)
@@ -191,7 +188,7 @@ def quantize_kernel(
     empty = w.new_empty(0, dtype=torch.uint8)
     row_data, row_scale = torch.empty_like(empty), torch.empty_like(empty)
     q = _weight(w_OCT, groups, w.dtype == torch.bfloat16, dtype, e4m3_max)
-    q.amax = amax.data_ptr()
+    q.amax, q.error = amax.data_ptr(), ERRORS[four_over_six]
     if row == PACKED:
         row_data, row_scale = empty.new_empty(n, taps, kb * 8), empty.new_empty(groups, ob, taps, kb)
         q.codes, q.scale = row_data.data_ptr(), row_scale.data_ptr()
