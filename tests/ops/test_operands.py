@@ -42,9 +42,9 @@ def random_case(seed: int) -> tuple[torch.Tensor, int, list[int]]:
     return x, groups, fold_list(geometry.folds()[rng.choice([0, 0, 0, 1])] if stride == 1 else geometry.folds()[0])
 
 
-def quantize(x, groups, fold, row, col, rht, seed, dtype, backend, four_over_six="", row_scaled=False):
+def quantize(x, groups, fold, row, col, rht, seed, dtype, backend, row_scaled=False):
     key = None if seed is None else torch.tensor([seed])
-    args = (x, groups, fold, row, col, rht, seed is not None, four_over_six, 448, row_scaled, dtype, key, backend)
+    args = (x, groups, fold, row, col, rht, seed is not None, "", 448, row_scaled, dtype, key, backend)
     return operands.quantize_operand(*args)
 
 
@@ -86,17 +86,25 @@ def test_dequantized_faces_are_the_packed_ones_unpacked(seed):
         assert same_bits(rows, values_[0]) and same_bits(columns, values_[3])
 
 
-@pytest.mark.parametrize("options", [{"four_over_six": "MAE"}, {"four_over_six": "MSE"}, {"row_scaled": True}], ids=str)
-def test_vendor_covers_what_its_kernels_do_not(options):
+@pytest.mark.parametrize("mode", ["MAE", "MSE"])
+@pytest.mark.parametrize("seed", range(1, 36, 3))
+def test_vendor_operands_with_four_over_six(seed, mode):
+    x, groups, fold = random_case(seed)
+    for form, e4m3_max in itertools.product((PACKED, DEQUANTIZED), (448, 256)):
+        args = (x, groups, fold, form, form, False, False, mode, e4m3_max, False, torch.float32, None)
+        expected, got = (operands.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
+        assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (form, e4m3_max)
+
+
+def test_vendor_covers_what_its_kernels_do_not():
     x = values((5, 3, 4, 40), "wide", torch.bfloat16)
     fold = fold_list(make_geometry(5, (40, 16), (3, 4), 1).folds()[0])
     expected, got = (
-        quantize(x, 1, fold, PACKED, PACKED, False, None, torch.float32, backend, **options)
+        quantize(x, 1, fold, PACKED, PACKED, False, None, torch.float32, backend, row_scaled=True)
         for backend in ("reference", "vendor")
     )
     assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
-    assert got[2].shape == ((5, 3, 4) if "row_scaled" in options else (1,))
-    assert got[5].shape == ((40,) if "row_scaled" in options else (1,))
+    assert got[2].shape == (5, 3, 4) and got[5].shape == (40,)
 
 
 def test_random_bits_do_not_depend_on_the_other_face_and_follow_the_seed():
@@ -170,13 +178,18 @@ def test_vendor_kernels_equal_the_reference(seed, how):
 
 
 @pytest.mark.parametrize("two_d", [True, False])
-def test_kernels_with_four_over_six(two_d):
-    w = values((32, 24, 3, 3), "wide")
-    expected, got = (
-        operands.quantize_kernel(w, 1, PACKED, NONE if two_d else PACKED, two_d, "MSE", 256, torch.float32, backend)
-        for backend in ("reference", "vendor")
-    )
-    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+@pytest.mark.parametrize("kind", ["normal", "wide"])
+@pytest.mark.parametrize(("mode", "e4m3_max"), [("MSE", 256), ("MAE", 448)])
+def test_kernels_with_four_over_six(two_d, kind, mode, e4m3_max):
+    for groups, shape in ((1, (32, 24, 3, 3)), (2, (40, 16, 1, 2)), (1, (16, 64))):
+        w = values(shape, kind)
+        expected, got = (
+            operands.quantize_kernel(
+                w, groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max, torch.float32, backend
+            )
+            for backend in ("reference", "vendor")
+        )
+        assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (groups, shape)
 
 
 # ---- the operators --------------------------------------------------------------------------------------------------
