@@ -79,6 +79,33 @@ inline float e2m1_value(uint32_t code) {                           // with the s
     uint32_t small = m == 1u ? 0x3f000000u : 0u;
     return as_float((m < 2u ? small : big) | ((code & 8u) << 28));
 }
+// 16 values on the E2M1 grid, with their signs, to 8 bytes of codes; and 8 bytes to 16 values times a scale.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline void pack_block(const float* r, uint8_t* out) {
+    const __m512i bits = _mm512_loadu_si512(r), magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+    const __mmask16 small = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x3f800000));
+    __m512i code = _mm512_sub_epi32(_mm512_srli_epi32(magnitude, 22), _mm512_set1_epi32(252));
+    code = _mm512_mask_blend_epi32(small, code, _mm512_maskz_set1_epi32(_mm512_cmpneq_epi32_mask(magnitude, _mm512_setzero_si512()), 1));
+    code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi32(bits, 28), _mm512_set1_epi32(8)));
+    const __m128i bytes = _mm512_cvtepi32_epi8(code), pairs = _mm_or_si128(bytes, _mm_srli_epi16(bytes, 4));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_cvtepi16_epi8(pairs));
+}
+inline void unpack_block(const uint8_t* data, float s, float* v) {
+    const __m512 grid = _mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f);
+    const __m128i pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(data)));
+    const __m128i codes = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi16(0x0f0f));
+    _mm512_storeu_ps(v, _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), grid), _mm512_set1_ps(s)));
+}
+#else
+inline void pack_block(const float* r, uint8_t* out) {
+    uint32_t c[16];
+    for (int k = 0; k < 16; ++k) { const uint32_t u = as_bits(r[k]); c[k] = e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u); }
+    for (int k = 0; k < 8; ++k) out[k] = uint8_t(c[2 * k] | c[2 * k + 1] << 4);
+}
+inline void unpack_block(const uint8_t* data, float s, float* v) {
+    for (int k = 0; k < 16; ++k) v[k] = e2m1_value(data[k / 2] >> (k % 2 * 4) & 15u) * s;
+}
+#endif
 inline uint32_t sign_of(uint32_t bits) { return (bits & 0x7fffffffu) > INF_BITS ? 0u : bits & 0x80000000u; }   // NaN: none
 
 struct Scale { float S_enc, S_dec, mult, amax, range; int error; };    // range: 6 E; error: 0 none, 1 MAE, 2 MSE
@@ -209,11 +236,7 @@ inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed
         if (n[b] == 16) { D* o = p[b]; for (int k = 0; k < 16; ++k) store(o + k, v[b][k] * sb); }
         else { for (int k = 0; k < n[b]; ++k) store(p[b] + k, v[b][k] * sb); }
     }
-    if (codes) for (int b = 0; b < nb; ++b) {
-        uint32_t c[16];
-        for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(v[b][k]); c[k] = e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u); }
-        for (int k = 0; k < 8; ++k) codes[b * 8 + k] = uint8_t(c[2 * k] | c[2 * k + 1] << 4);
-    }
+    if (codes) for (int b = 0; b < nb; ++b) pack_block(v[b], codes + b * 8);
     if (scale) for (int b = 0; b < nb; ++b) scale[b] = e4m3_byte(s[b]);
 }
 
@@ -411,8 +434,9 @@ void unpack_rows(const uint8_t* codes, const uint8_t* scale, D* out, int64_t seg
             const float s = e4m3_value(scale[seg * Kb + kb]);
             const int n = int(std::min<int64_t>(16, Cg - kb * 16));
             float v[16];
-            for (int k = 0; k < 16; ++k) v[k] = e2m1_value(p[k / 2] >> (k % 2 * 4) & 15u) * s;
-            for (int k = 0; k < n; ++k) store(out + seg * Cg + kb * 16 + k, v[k]);
+            unpack_block(p, s, v);
+            if (n == 16) { for (int k = 0; k < 16; ++k) store(out + seg * Cg + kb * 16 + k, v[k]); }
+            else { for (int k = 0; k < n; ++k) store(out + seg * Cg + kb * 16 + k, v[k]); }
         }
 }
 
@@ -473,11 +497,7 @@ void quantize_weight(const Weight& q) {
                         if (nc == 16) { for (int c = 0; c < 16; ++c) store(d + c, r[c] * s); }
                         else { for (int c = 0; c < nc; ++c) store(d + c, r[c] * s); }
                     }
-                    if (q.codes) {
-                        uint8_t* d = q.codes + (at * Kb + kb) * 8; uint32_t code[16];
-                        for (int c = 0; c < 16; ++c) { uint32_t u = as_bits(r[c]); code[c] = e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u); }
-                        for (int k = 0; k < 8; ++k) d[k] = uint8_t(code[2 * k] | code[2 * k + 1] << 4);
-                    }
+                    if (q.codes) pack_block(r, q.codes + (at * Kb + kb) * 8);
                 }
                 if (q.scale) q.scale[((g * Ob + ob) * q.T + t0 + t) * Kb + kb] = e4m3_byte(s);
             }
@@ -497,9 +517,10 @@ void unpack_weight(const Weight& q) {
                 const float s = e4m3_value(q.scale[((g * Ob + ob) * q.T + t) * Kb + kb]);
                 const int n = int(std::min<int64_t>(16, q.Cg - kb * 16));
                 float v[16];
-                for (int k = 0; k < 16; ++k) v[k] = e2m1_value(p[k / 2] >> (k % 2 * 4) & 15u) * s;
+                unpack_block(p, s, v);
                 D* d = static_cast<D*>(q.dq) + at * q.Cg + kb * 16;
-                for (int k = 0; k < n; ++k) store(d + k, v[k]);
+                if (n == 16) { for (int k = 0; k < 16; ++k) store(d + k, v[k]); }
+                else { for (int k = 0; k < n; ++k) store(d + k, v[k]); }
             }
 }
 
@@ -509,15 +530,16 @@ inline void store_round(bf16* p, float v) {
     p->u = uint16_t((u & 0x7fffffffu) > INF_BITS ? 0x7fc0u : round_bf16_bits(u) >> 16);
 }
 
-// y[i, c] = round(y[i, c] * alpha + bias[c]), in place.
-template <class T>
-void scale_bias(T* y, int64_t rows, int64_t C, float alpha, const float* bias, int threads) {
+// out[i, c] = round(y[i, c] * alpha + bias[c]); out may be y.
+template <class T, class U>
+void scale_bias(const T* y, U* out, int64_t rows, int64_t C, float alpha, const float* bias, int threads) {
     const int64_t piece = std::max<int64_t>(1, 16384 / C), pieces = (rows + piece - 1) / piece;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t k = 0; k < pieces; ++k) {
         const int64_t first = k * piece, last = std::min(rows, first + piece);
-        if (!bias) { T* p = y + first * C; const int64_t n = (last - first) * C; for (int64_t j = 0; j < n; ++j) store_round(p + j, load(p + j) * alpha); }
-        else for (int64_t i = first; i < last; ++i) { T* p = y + i * C; for (int64_t c = 0; c < C; ++c) store_round(p + c, load(p + c) * alpha + bias[c]); }
+        if (!bias) { const int64_t at = first * C, n = (last - first) * C; for (int64_t j = 0; j < n; ++j) store_round(out + at + j, load(y + at + j) * alpha); }
+        else for (int64_t i = first; i < last; ++i)
+            for (int64_t c = 0; c < C; ++c) store_round(out + i * C + c, load(y + i * C + c) * alpha + bias[c]);
     }
 }
 
@@ -606,9 +628,11 @@ void nvfp4_quantize_weight(const Weight* q) {
 
 void nvfp4_unpack_weight(const Weight* q) { if (q->out_bf16) unpack_weight<bf16>(*q); else unpack_weight<float>(*q); }
 
-void nvfp4_scale_bias(void* y, int64_t rows, int64_t C, float alpha, const float* bias, int32_t is_bf16, int32_t threads) {
-    if (is_bf16) scale_bias(static_cast<bf16*>(y), rows, C, alpha, bias, threads);
-    else scale_bias(static_cast<float*>(y), rows, C, alpha, bias, threads);
+void nvfp4_scale_bias(const void* y, void* out, int64_t rows, int64_t C, float alpha, const float* bias, int32_t in_bf16, int32_t out_bf16, int32_t threads) {
+    if (in_bf16 && out_bf16) scale_bias(static_cast<const bf16*>(y), static_cast<bf16*>(out), rows, C, alpha, bias, threads);
+    else if (in_bf16) scale_bias(static_cast<const bf16*>(y), static_cast<float*>(out), rows, C, alpha, bias, threads);
+    else if (out_bf16) scale_bias(static_cast<const float*>(y), static_cast<bf16*>(out), rows, C, alpha, bias, threads);
+    else scale_bias(static_cast<const float*>(y), static_cast<float*>(out), rows, C, alpha, bias, threads);
 }
 
 void nvfp4_positive_mask(const void* y, uint8_t* mask, int64_t n, int32_t is_bf16, int32_t threads) {

@@ -180,7 +180,7 @@ def load() -> ctypes.CDLL | None:
         getattr(library, name).argtypes, getattr(library, name).restype = [_P], None
     library.nvfp4_unpack_columns.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
     library.nvfp4_unpack_rows.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
-    library.nvfp4_scale_bias.argtypes = [_P, _I64, _I64, _F32, _P, _I32, _I32]
+    library.nvfp4_scale_bias.argtypes = [_P, _P, _I64, _I64, _F32, _P, _I32, _I32, _I32]
     library.nvfp4_positive_mask.argtypes = [_P, _P, _I64, _I32, _I32]
     library.nvfp4_apply_mask.argtypes = [_P, _P, _P, _I64, _I32, _I32]
     return library

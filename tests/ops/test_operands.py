@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -240,7 +241,9 @@ with warnings.catch_warnings(record=True) as caught:
         for part in operands.quantize_operand(x, 1, [3, 2, 4, 1, 16], *args):
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     w = x.flatten(0, 1).movedim(-1, 1)[:32]
-    for part in operands.quantize_kernel(w, 1, 1, 0, True, "", 448, torch.float32, "vendor"):
+    packed = operands.quantize_kernel(w, 1, 1, 0, True, "", 448, torch.float32, "vendor")
+    unpacked = operands.unpack_kernel(*packed[:2], w.shape[0], w.shape[1], 1, False, torch.bfloat16, "vendor")
+    for part in (*packed, unpacked):
         digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     mask = relu.positive_mask(x)
     digest.update(mask.numpy().tobytes())
@@ -280,3 +283,14 @@ def test_a_compiler_that_fails_is_said_once(tmp_path):
     result = run_digest(CXX=str(broken), TE_NVFP4_CV_CACHE=str(tmp_path / "cache"))
     assert result[0] == "False" and result[2] == "1" and "no such flag" in " ".join(result[3:])
     assert not list((tmp_path / "cache").glob("*.so"))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flag is x86's")
+@pytest.mark.skipif(native.load() is None, reason="no compiler here")
+def test_kernels_without_avx512_give_the_same_bits(tmp_path):
+    plain = tmp_path / "plain-compiler"
+    plain.write_text(f'#!/bin/sh\nexec {native.compiler()} "$@" -mno-avx512f\n')
+    plain.chmod(0o755)
+    built = run_digest(CXX=str(plain), TE_NVFP4_CV_CACHE=str(tmp_path / "cache"))
+    assert built[0] == "True" and list((tmp_path / "cache").glob("*.so"))
+    assert built[1] == run_digest(TE_NVFP4_CV_NATIVE="0")[1]

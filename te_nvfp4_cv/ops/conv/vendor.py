@@ -124,23 +124,25 @@ def _empty_image(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _finish(y: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """round(y * alpha + bias) in `dtype`; y is contiguous and may be overwritten."""
+    """round(y * alpha + bias) in `dtype`, in one rounding; y is contiguous and may be overwritten."""
     library = native.load() if y.device.type == "cpu" else None
-    if dtype == torch.float32:  # dw of a bf16 call: one rounding less
-        y = y.float()
-    if library is None or alpha.numel() != 1 or y.dtype not in (torch.bfloat16, torch.float32):
+    kinds = (torch.bfloat16, torch.float32)
+    if library is None or alpha.numel() != 1 or y.dtype not in kinds:
         out = y.float() * alpha
         return (out if bias is None else out + bias.float()).to(dtype)
+    out = y if dtype not in kinds or dtype == y.dtype else torch.empty_like(y, dtype=dtype)
     if bias is not None:
         bias = bias.detach().float().contiguous()
     channels = y.shape[-1] if bias is not None else 1
     library.nvfp4_scale_bias(
         y.data_ptr(),
+        out.data_ptr(),
         y.numel() // max(channels, 1),
         channels,
         float(alpha),
         None if bias is None else bias.data_ptr(),
         y.dtype == torch.bfloat16,
+        out.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
-    return y.to(dtype)
+    return out.to(dtype)

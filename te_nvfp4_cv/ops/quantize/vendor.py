@@ -244,7 +244,7 @@ def unpack_kernel(
     library = native.load() if data.device.type == "cpu" else None
     if library is None or not data.numel() or columnwise or scale.dim() != 4:
         return reference_operands.unpack_kernel(data, scale, n, channels, groups, columnwise, dtype)
-    out = data.new_empty((n, data.shape[1], channels), dtype=dtype)
+    out = scratch.empty((n, data.shape[1], channels), dtype, data.device)
     q = _weight(out.transpose(1, 2), groups, False, dtype, 448)
     q.dq, q.codes, q.scale = out.data_ptr(), data.data_ptr(), scale.data_ptr()
     library.nvfp4_unpack_weight(ctypes.byref(q))
