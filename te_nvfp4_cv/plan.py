@@ -129,7 +129,7 @@ def quantize_input(x: Tensor, plan: Plan, need_dw: bool) -> tuple[Tensor, ...]:
     return operands.quantize_operand(
         x,
         plan.geometry.groups,
-        list(vars(plan.folds[0]).values()),
+        plan.folds[0].to_ints(),
         row,
         col,
         s.rht,
@@ -156,7 +156,7 @@ def quantize_gradient(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> t
     return operands.quantize_operand(
         dy,
         plan.geometry.groups,
-        list(vars(plan.folds[1]).values()),
+        plan.folds[1].to_ints(),
         row,
         col,
         s.rht,

@@ -39,6 +39,10 @@ class Fold:
     offset: int
     images: int
 
+    def to_ints(self) -> list[int]:
+        """The fields in their order, for the operator boundary."""
+        return [self.strips, self.step, self.rows, self.offset, self.images]
+
     def source_rows(self, batch: int, source: int) -> Tensor:
         """int64 [images, rows]: b * source + row for every folded row, -1 for zeros."""
         image = torch.arange(self.images)
