@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import te_nvfp4_cv as nv
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from _torchvision import ensure_torchvision
+from _torchvision import ensure_torchvision  # noqa: E402
+
+import te_nvfp4_cv as nv  # noqa: E402
 
 BOUNDS = {"conv input": 0.30, "resnet50": 0.80, "deeplabv3_resnet50": 0.80, "densenet121": 0.80}
 MODELS = ("resnet50", "deeplabv3_resnet50", "densenet121")
