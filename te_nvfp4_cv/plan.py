@@ -17,7 +17,7 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.ops import conv
 from te_nvfp4_cv.ops.conv import pixel
-from te_nvfp4_cv.ops.conv.vendor import aten
+from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold
 from te_nvfp4_cv.ops.quantize import operands, quantize, seeds
 from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
@@ -359,9 +359,7 @@ def _plain_forward(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -
     w, bias = w.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if g.rank == 0:
         return aten.linear(x, w, bias)
-    y = aten.convolution(
-        x.movedim(-1, 1), w, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
-    )
+    y = convolution(x.movedim(-1, 1), w, bias, g)
     return y.movedim(1, -1).contiguous()
 
 
@@ -374,19 +372,7 @@ def _plain_backward(dy: Tensor, x: Tensor | None, w: Tensor | None, g: ConvGeome
     x_first = dy.new_empty(g.x_shape).movedim(-1, 1) if x is None else x.movedim(-1, 1)
     w_first = dy.new_empty((g.channels_b, *g.kernel, g.channels_a // g.groups)).movedim(-1, 1) if w is None else w
     mask = [w is not None, x is not None, False]
-    dx, dw, _ = aten.convolution_backward(
-        dy.movedim(-1, 1),
-        x_first,
-        w_first,
-        None,
-        g.stride,
-        g.padding,
-        g.dilation,
-        g.transposed,
-        g.output_padding,
-        g.groups,
-        mask,
-    )
+    dx, dw, _ = convolution_backward(dy.movedim(-1, 1), x_first, w_first, g, mask)
     return (
         empty if w is None else dx.movedim(1, -1).contiguous(),
         empty if x is None else dw.movedim(1, -1).contiguous().view(g.weight_shape),

@@ -33,17 +33,7 @@ def fprop(
         y = F.linear(x, w[:, 0])
     else:
         g = _two_d(geometry)
-        y = aten.convolution(
-            _channels_first(x, g.x_shape),
-            _kernel(w, g),
-            None,
-            g.stride,
-            g.padding,
-            g.dilation,
-            g.transposed,
-            g.output_padding,
-            g.groups,
-        )
+        y = convolution(_channels_first(x, g.x_shape), _kernel(w, g), None, g)
         y = _channels_last(y, geometry.y_shape)
     return _finish(y, alpha, bias, dtype)
 
@@ -55,7 +45,7 @@ def dgrad(
     if geometry.rank == 0:
         return _finish(dy @ w[:, 0], alpha, None, dtype)
     g = _two_d(geometry)
-    dx, _, _ = _backward(
+    dx, _, _ = convolution_backward(
         _channels_first(dy, g.y_shape), _empty_image(dy, g.x_shape), _kernel(w, g), g, [True, False, False]
     )
     return _finish(_channels_last(dx, geometry.x_shape), alpha, None, dtype)
@@ -70,7 +60,7 @@ def wgrad(
     else:
         g = _two_d(geometry.folded())
         w_like = _empty_image(dy, (g.channels_b, *g.kernel, g.channels_a // g.groups))
-        _, dw, _ = _backward(
+        _, dw, _ = convolution_backward(
             _channels_first(dy, g.y_shape), _channels_first(x, g.x_shape), w_like, g, [False, True, False]
         )
         dw = _channels_last(dw, geometry.weight_shape)
@@ -79,7 +69,15 @@ def wgrad(
     return _finish(dw, alpha, None, dtype)
 
 
-def _backward(dy: Tensor, x: Tensor, w: Tensor, g: ConvGeometry, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def convolution(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+    """The vendor's convolution of channels-first views."""
+    return aten.convolution(x, w, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
+
+
+def convolution_backward(
+    dy: Tensor, x: Tensor, w: Tensor, g: ConvGeometry, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The vendor's (dx, dw, db); what the mask leaves out is not computed, and its operand's values are not read."""
     return aten.convolution_backward(
         dy, x, w, None, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups, mask
     )
