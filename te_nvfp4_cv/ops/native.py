@@ -91,24 +91,23 @@ class Weight(ctypes.Structure):
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler that would be used, or None."""
+    """The C++ compiler command that would be used (`CXX`, else g++, clang++ or c++), or None."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and (found := shutil.which(shlex.split(name)[0])):
-            return found
+        words = shlex.split(name) if name else []
+        if words and (found := shutil.which(words[0])):
+            return shlex.join([found, *words[1:]])
     return None
 
 
 def cache_folder() -> Path:
     """Where built kernels are kept; a private temporary folder when the usual one cannot be written."""
-    override = os.environ.get("TE_NVFP4_CV_CACHE")
-    base = (
-        Path(override) if override else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "te_nvfp4_cv"
-    )
+    override, shared = os.environ.get("TE_NVFP4_CV_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
+        base = Path(override) if override else (Path(shared) if shared else Path.home() / ".cache") / "te_nvfp4_cv"
         base.mkdir(parents=True, exist_ok=True)
         if os.access(base, os.W_OK):
             return base
-    except OSError:
+    except (OSError, RuntimeError):  # no rights, or no home
         pass
     return Path(tempfile.mkdtemp(prefix="te_nvfp4_cv_"))
 
@@ -133,7 +132,8 @@ def _attempts() -> list[list[str]]:
 
 
 def _build(cxx: str) -> Path:
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    command = shlex.split(cxx)
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     source = _SOURCE.read_text()
     key = hashlib.sha256("\0".join([source, cxx, version, _cpu_features(), str(_attempts())]).encode()).hexdigest()[:20]
     target = cache_folder() / f"native_{key}.so"
@@ -145,7 +145,7 @@ def _build(cxx: str) -> Path:
     error = ""
     try:
         for flags in _attempts():
-            run = subprocess.run([cxx, *flags, str(_SOURCE), "-o", temporary], capture_output=True, text=True)
+            run = subprocess.run([*command, *flags, str(_SOURCE), "-o", temporary], capture_output=True, text=True)
             if run.returncode == 0:
                 os.replace(temporary, target)
                 return target
