@@ -5,7 +5,7 @@ quantized GEMM multiplies them.
     dgrad  dx[(pixel, image), c]    = sum over (tap, block of o)    dy_col rowwise . w columnwise, transposed tap by tap
     wgrad  dw[o, (tap, c)]          = sum over (pixel, 16 images)   dy columnwise . x_col columnwise
 
-Quantization commutes with im2col because blocks lie on an index that im2col only gathers (DESIGN.md section 1): no
+Quantization commutes with im2col because blocks lie on an index that im2col only gathers (docs/NUMERICS.md): no
 value is rounded here.
 So an operand is a tuple of parts that are gathered alike, (codes, scale bytes); with quantization off it is
 (values,), and the same
