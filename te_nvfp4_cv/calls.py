@@ -9,6 +9,7 @@ Observers (coverage, telemetry) are told of every call here; frozen weights are 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
     for name, tensor in (("input", x), ("weight", w)):
         if tensor.dtype not in DTYPES:
             return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+    if x.device.type == "meta":
+        return "meta tensors hold no values"
     if x.device != w.device:
         return f"input on {x.device}, weight on {w.device}"
     if x.is_sparse or w.is_sparse or x.layout != torch.strided or w.layout != torch.strided:
@@ -183,13 +186,21 @@ def _check_shapes(op: str, x: Tensor, w: Tensor, bias: Tensor | None, rank: int,
         )
 
 
+def _as_int(value: Any) -> Any:
+    """numpy's and torch's integers as int; other things, bool among them, as something that is no int."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def int_tuple(value: Any, rank: int, op: str, name: str, least: int) -> tuple[int, ...]:
     """An int or a sequence as one int per axis; ValueError for anything else."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    values = tuple(map(_as_int, value)) if isinstance(value, Sequence) else (_as_int(value),)
     values = values * rank if len(values) == 1 else values
-    if len(values) != rank or any(
-        isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) or v < least for v in values
-    ):
+    if len(values) != rank or any(not isinstance(v, (int, torch.SymInt)) or v < least for v in values):
         raise value_error(
             f"nvfp4 {op}: bad {name}.",
             got=repr(value),
@@ -220,7 +231,7 @@ def _geometry(
             out = tuple(transposed_output_size(*row, more) for row, more in zip(rows, extra, strict=True))
         else:
             out = tuple(output_size(*row) for row in rows)
-        if min(out) < 0 or (min(out) == 0 and min(size) > 0):
+        if min(out) < 0 or (min(out) == 0 and min(size) > 0 and not transposed):
             raise value_error(
                 f"nvfp4 {op}: the output would be empty.",
                 got=f"x {describe(x)}, kernel {kernel}, padding {padding}, dilation {dilation}",

@@ -122,6 +122,10 @@ def _decide(op: str, call: dict[str, Any], groups: Any) -> tuple[NVFP4BlockScali
         return None, "not a call on tensors"
     if not (isinstance(w, torch.nn.Parameter) or isinstance(w._base, torch.nn.Parameter)):
         return None, "the kernel is not a Parameter (computed, or a buffer)"
+    if _transformed():
+        return None, "inside a torch.func transform or forward-mode differentiation"
+    if x.device.type not in ("cpu", "cuda") and current.backend != "reference":
+        return None, f"no fast backend for {x.device.type}"
     reason = calls.ineligible(op, x, w, groups, recipe)
     if reason is None and not torch.is_autocast_enabled(x.device.type) and x.dtype != w.dtype:
         reason = "input and weight differ in dtype"  # torch's own error follows
@@ -169,10 +173,18 @@ def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         or not x.is_floating_point()
         or not x.numel()
         or not _dense(x)
-        or (inplace and x.is_leaf)  # torch refuses, before it writes
+        or (inplace and (x.is_leaf or x._is_view()))  # torch refuses some of these, before it writes
+        or _transformed()
     ):
         return function(*args, **kwargs)
     return MaskedReLU.apply(x, inplace)
+
+
+def _transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp) or a forward-mode level is at work: our Functions do not know these."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _dense(x: Tensor) -> bool:

@@ -84,7 +84,7 @@ def image_first(y: Tensor, shape: tuple[int, ...], x_shape: torch.Size, channels
     if len(shape) == 2:
         return not_a_view(y.reshape(*x_shape[:-1], shape[-1]))
     y = y.view(shape).movedim(-1, 1)
-    return not_a_view(y) if channels_last else y.contiguous()
+    return not_a_view(y if channels_last else y.contiguous())  # of one pixel, contiguous() is the view itself
 
 
 def not_a_view(y: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ def _plain_forward(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -
     if g.rank == 0:
         return aten.linear(x, w, bias)
     y = convolution(x.movedim(-1, 1), w, bias, g)
-    return y.movedim(1, -1).contiguous()
+    return y.movedim(1, -1).contiguous().to(x.dtype)
 
 
 def _plain_backward(dy: Tensor, x: Tensor | None, w: Tensor | None, g: ConvGeometry) -> tuple[Tensor, Tensor]:
@@ -374,6 +374,6 @@ def _plain_backward(dy: Tensor, x: Tensor | None, w: Tensor | None, g: ConvGeome
     mask = [w is not None, x is not None, False]
     dx, dw, _ = convolution_backward(dy.movedim(-1, 1), x_first, w_first, g, mask)
     return (
-        empty if w is None else dx.movedim(1, -1).contiguous(),
+        empty if w is None else dx.movedim(1, -1).contiguous().to(dy.dtype),
         empty if x is None else dw.movedim(1, -1).contiguous().view(g.weight_shape),
     )

@@ -103,6 +103,12 @@ class ConvGeometry:
         return (self.channels_b, self.taps, self.channels_a // self.groups)
 
     @property
+    def touches_only_padding(self) -> bool:
+        """Whether some tap, or some output row of an axis, reads nothing but padding."""
+        rows = zip(self.a_size, self.b_size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return any(padding_only(*row) for row in rows)
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of one GEMM."""
         return self.batch * math.prod(self.b_size) * self.channels_b * (self.channels_a // self.groups) * self.taps
@@ -183,6 +189,17 @@ def fold_factor(batch: int, rows: int, stride: int, kernel: int, dilation: int) 
         if g == 1 or cost < least:
             best, least = g, cost
     return best
+
+
+@functools.lru_cache(maxsize=4096)
+def padding_only(a: int, b: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether, along one axis, a tap reads no element of `a` for any output, or an output reads none by any tap."""
+
+    def inside(out: int, tap: int) -> bool:
+        return 0 <= out * stride - padding + tap * dilation < a
+
+    taps = all(any(inside(out, tap) for out in range(b)) for tap in range(kernel))
+    return not taps or not all(any(inside(out, tap) for tap in range(kernel)) for out in range(b))
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -70,7 +70,9 @@ def wgrad(
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
-    """The vendor's convolution of channels-first views."""
+    """The vendor's convolution of channels-first views; fp32 where `_safe` says so."""
+    x, w = _safe(g, x, w)
+    bias = None if bias is None else bias.to(x.dtype)
     return aten.convolution(x, w, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
 
 
@@ -78,9 +80,21 @@ def convolution_backward(
     dy: Tensor, x: Tensor, w: Tensor, g: ConvGeometry, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The vendor's (dx, dw, db); what the mask leaves out is not computed, and its operand's values are not read."""
+    dy, x, w = _safe(g, dy, x, w)
     return aten.convolution_backward(
         dy, x, w, None, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups, mask
     )
+
+
+def _safe(g: ConvGeometry, *operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands; contiguous and in fp32 on a CPU where some tap or output row reads nothing but padding.
+
+    oneDNN's bf16 channels_last kernels (torch 2.13) leave such taps of dw unwritten, and can crash in transposed 3-D
+    convolutions; images that small cost nothing in fp32.
+    """
+    if operands[0].device.type != "cpu" or not g.touches_only_padding:
+        return operands
+    return tuple(t.float().contiguous() for t in operands)
 
 
 def _two_d(g: ConvGeometry) -> ConvGeometry:

@@ -169,7 +169,9 @@ def quantize_kernel(
     w_OCT = _tap_view(w)
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
     amax = torch.empty(2, dtype=torch.float32)
-    dense = w if w.is_contiguous() or w.numel() == w.untyped_storage().nbytes() // w.element_size() else w.contiguous()
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    in_order = w.is_contiguous() or (w.dim() in formats and w.is_contiguous(memory_format=formats[w.dim()]))
+    dense = w if in_order else w.contiguous()
     measure = native.Operand(
         x=dense.data_ptr(),
         images=1,
