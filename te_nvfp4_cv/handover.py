@@ -173,11 +173,16 @@ def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         or not x.is_floating_point()
         or not x.numel()
         or not _dense(x)
-        or (inplace and (x.is_leaf or x._is_view()))  # torch refuses some of these, before it writes
+        or (inplace and _torch_may_refuse(x))
         or _transformed()
     ):
         return function(*args, **kwargs)
     return MaskedReLU.apply(x, inplace)
+
+
+def _torch_may_refuse(x: Tensor) -> bool:
+    """Whether writing to x in place may be refused: torch's own relu_ asks before it writes, a Function after."""
+    return x.is_leaf or (not torch.compiler.is_compiling() and x._is_view())
 
 
 def _transformed() -> bool:
