@@ -75,6 +75,23 @@ def test_transposed_3d_with_padding_only_rows_trains():
         assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize(("depth", "kernel", "transposed"), [(2, 3, False), (2, 2, True), (3, 3, False)])
+def test_padded_3d_weight_gradients_on_small_volumes(depth, kernel, transposed):
+    op = nv.functional.conv_transpose3d if transposed else nv.functional.conv3d
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(16, 32, depth, 5, 3, generator=generator).bfloat16()
+        kernels = [
+            torch.randn(32, 32, *[kernel] * 3, generator=generator.manual_seed(seed)).bfloat16() for _ in range(2)
+        ]
+        for w, backend in zip(kernels, ("vendor", "reference"), strict=True):
+            torch.manual_seed(seed)
+            dirty_heap()
+            op(x, w.requires_grad_(), None, 1, 1, backend=backend).square().sum().backward()
+        got, want = kernels[0].grad.double(), kernels[1].grad.double()
+        assert (got - want).norm() <= 0.02 * want.norm()
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
 def test_in_place_operations_after_one_pixel(activation):
     squeeze = nn.Sequential(

@@ -87,12 +87,13 @@ def convolution_backward(
 
 
 def _safe(g: ConvGeometry, *operands: Tensor) -> tuple[Tensor, ...]:
-    """The operands; contiguous and in fp32 on a CPU where some tap or output row reads nothing but padding.
+    """The operands; contiguous and in fp32 on a CPU where oneDNN's bf16 kernels cannot be trusted (torch 2.13).
 
-    oneDNN's bf16 channels_last kernels (torch 2.13) leave such taps of dw unwritten, and can crash in transposed 3-D
-    convolutions; images that small cost nothing in fp32.
+    Where some tap or output row reads nothing but padding, the channels_last ones leave such taps of dw unwritten and
+    can crash; padded 3-D ones leave parts of dw unwritten in either layout (seen on small volumes).
     """
-    if operands[0].device.type != "cpu" or not g.touches_only_padding:
+    unsafe = g.touches_only_padding or (g.rank == 3 and any(g.padding))
+    if operands[0].device.type != "cpu" or not unsafe:
         return operands
     return tuple(t.float().contiguous() for t in operands)
 
