@@ -6,6 +6,7 @@ import te_nvfp4_cv as nv;   with nv.nvfp4_autocast(nv.NVFP4BlockScaling()): loss
 from te_nvfp4_cv import functional
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.coverage import coverage
+from te_nvfp4_cv.fuse import fuse
 from te_nvfp4_cv.modules import (
     NVFP4Conv1d,
     NVFP4Conv2d,
@@ -16,9 +17,10 @@ from te_nvfp4_cv.modules import (
     NVFP4Linear,
     convert_model,
 )
+from te_nvfp4_cv.norm_modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
 from te_nvfp4_cv.ops.gemm import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.policy import extra_state, frozen_weights, set_precision
+from te_nvfp4_cv.policy import extra_state, frozen_weights, saturated_blocks, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams
 from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, save_recipe
 from te_nvfp4_cv.tensor import NVFP4Tensor
@@ -26,6 +28,10 @@ from te_nvfp4_cv.tensor import NVFP4Tensor
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "GroupNormAct",
     "NVFP4BlockScaling",
     "NVFP4Conv1d",
     "NVFP4Conv2d",
@@ -43,10 +49,12 @@ __all__ = [
     "extra_state",
     "frozen_weights",
     "functional",
+    "fuse",
     "gemm",
     "list_recipes",
     "load_recipe",
     "nvfp4_autocast",
+    "saturated_blocks",
     "save_recipe",
     "set_precision",
 ]

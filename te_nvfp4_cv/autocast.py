@@ -24,6 +24,7 @@ from te_nvfp4_cv.context import Override, State, active_recipe, drop_stale, loca
 from te_nvfp4_cv.handover import Mode, mode_is_on
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.recipe import as_recipe
+from te_nvfp4_cv.scaling import first_pass
 
 __all__ = ["active_recipe", "nvfp4_autocast"]
 
@@ -38,14 +39,22 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
         recipe: NVFP4BlockScaling, TransformerEngine's object of that name, or None for the default recipe.
         enabled: False runs everything inside in high precision, explicit NVFP4 modules too.
         backend: "auto", "reference", "vendor" or "triton"; an explicit choice that cannot run raises.
+        amax_reduction_group: torch.distributed process group whose ranks quantize training operands with one tensor
+            scale: the largest amax of all (evaluation asks nobody). They must run the same layers in the same order.
         relu_mask: ReLU keeps a 1-bit mask for backward instead of its output; the same bits forward and backward.
     Raises:
-        TypeError: a first argument that is no recipe; ValueError: a recipe that contradicts itself, an unknown backend;
-        RuntimeError: a backend that cannot run here.
+        TypeError: a first argument that is no recipe, a group that is no process group; ValueError: a recipe that
+        contradicts itself, an unknown backend; RuntimeError: a backend that cannot run here.
     """
 
     def __init__(
-        self, recipe: Any = None, *, enabled: bool = True, backend: str = "auto", relu_mask: bool = True
+        self,
+        recipe: Any = None,
+        *,
+        enabled: bool = True,
+        backend: str = "auto",
+        amax_reduction_group: Any = None,
+        relu_mask: bool = True,
     ) -> None:
         for name, value in (("enabled", enabled), ("relu_mask", relu_mask)):
             if not isinstance(value, bool):
@@ -57,7 +66,9 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
         dispatch.check_backend(backend)
         if backend == "triton":
             dispatch.resolve(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        self._state = State(enabled, resolved, backend, relu_mask)
+        if amax_reduction_group is not None:
+            _check_group(amax_reduction_group)
+        self._state = State(enabled, resolved, backend, relu_mask, amax_reduction_group)
 
     def __enter__(self) -> nvfp4_autocast:
         _patch_torch()
@@ -79,6 +90,16 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
     def __repr__(self) -> str:
         s = self._state
         return f"nvfp4_autocast({s.recipe!r}, enabled={s.enabled}, backend={s.backend!r}, relu_mask={s.relu_mask})"
+
+
+def _check_group(group: Any) -> None:
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise type_error(
+            "nvfp4_autocast: amax_reduction_group is no process group.",
+            got=f"{group!r:.80}",
+            needs="a torch.distributed process group of which this process is a member, or None",
+            fix="torch.distributed.group.WORLD after init_process_group, or leave it out",
+        )
 
 
 def _push(new: State) -> None:
@@ -143,7 +164,8 @@ def _patch_torch() -> None:
         return generator(_captured(fn), *args, **kwargs)
 
     def reentrant(ctx: Any, run_function: Any, *args: Any) -> Any:
-        return forward(ctx, _captured(run_function), *args)
+        with first_pass(bool(ctx.next_functions)):  # its grad mode is off; a graph is being recorded all the same
+            return forward(ctx, _captured(run_function), *args)
 
     checkpoint._checkpoint_without_reentrant_generator = without_reentrant  # type: ignore[assignment]
     checkpoint.CheckpointFunction.forward = staticmethod(reentrant)  # type: ignore[assignment]

@@ -13,21 +13,38 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import plan as steps
-from te_nvfp4_cv.ops.relu import apply_mask, positive_mask
+from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, positive_mask
 from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.producer import Producer
+from te_nvfp4_cv.scaling import CallScales
 
 
 class QuantizedConv(torch.autograd.Function):
-    """x, w, bias -> y for one Plan. `frozen` is a weight quantized before (quantize_weight), or None."""
+    """x, w, bias -> y for one Plan.
+
+    `frozen` is a weight quantized before (quantize_weight), or None; `scales` says which amaxes x and dy are quantized
+    with, None: their own. `producer` makes the operand of an x that was not written; None: x is there.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, frozen: tuple[Tensor, ...] | None
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        plan: Plan,
+        frozen: tuple[Tensor, ...] | None,
+        scales: CallScales | None,
+        producer: Producer | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-            x_last = steps.image_last(x, plan.geometry.x_shape)
-            x_q = steps.quantize_input(x_last, plan, need_dw)
+            if producer is not None:
+                x_last, x_q = x, producer.quantize(plan, need_dw, scales)  # the steps below read x's shape alone
+            else:
+                x_last = layouts.image_last(x, plan.geometry.x_shape)
+                x_q = steps.quantize_input(x_last, plan, need_dw, scales)
             w_q = None
             if (
                 "fprop" in plan.gemms
@@ -39,14 +56,14 @@ class QuantizedConv(torch.autograd.Function):
             kept = {**steps.kept_of_x(x, x_last, x_q, plan, need_dw), **steps.kept_of_w(w, w_q, plan, need_dx)}
             ctx.kept_names = tuple(kept)
             ctx.save_for_backward(*kept.values())
-            ctx.plan, ctx.x_dtype, ctx.x_dim = plan, x.dtype, x.dim()
-            ctx.w_like = (w.dtype, w.shape, steps.weight_is_channels_last(w))
+            ctx.plan, ctx.scales, ctx.x_dtype, ctx.x_dim = plan, scales, x.dtype, x.dim()
+            ctx.w_like = (w.dtype, w.shape, layouts.weight_is_channels_last(w))
             ctx.x_channels_last, ctx.bias_dtype, ctx.x_shape = (
-                steps.is_channels_last(x),
+                layouts.is_channels_last(x),
                 None if bias is None else bias.dtype,
                 x.shape,
             )
-            return steps.image_first(y, plan.geometry.y_shape, x.shape, plan.channels_last)
+            return layouts.image_first(y, plan.geometry.y_shape, x.shape, plan.channels_last)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -58,21 +75,24 @@ class QuantizedConv(torch.autograd.Function):
             leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
             anchor = torch.zeros((), requires_grad=any(ctx.needs_input_grad[:2]))  # where x is no leaf
             grads = tuple(None if g is None else _NoSecondOrder.apply(g, dy, anchor, *leaves) for g in grads)
-        return (*grads, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _backward(ctx: Any, dy: Tensor, kept: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     plan: Plan = ctx.plan
     need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
-    dy_last = steps.image_last(dy, plan.geometry.y_shape)
-    dy_q = steps.quantize_gradient(dy_last, plan, need_dx, need_dw)
+    dy_last = layouts.image_last(dy, plan.geometry.y_shape)
+    scales: CallScales | None = ctx.scales
+    dy_q = steps.quantize_gradient(dy_last, plan, need_dx, need_dw, scales)
+    if scales is not None:
+        scales.backward_ran()
     dx = dw = db = None
     if need_dx:
-        dx = steps.image_first(
+        dx = layouts.image_first(
             steps.dgrad(dy_last, dy_q, kept, plan, ctx.x_dtype), plan.geometry.x_shape, ctx.x_shape, ctx.x_channels_last
         )
     if need_dw:
-        dw = steps.kernel_as(steps.wgrad(dy_last, dy_q, kept, plan, ctx.w_like[0]), plan.geometry, *ctx.w_like[1:])
+        dw = layouts.kernel_as(steps.wgrad(dy_last, dy_q, kept, plan, ctx.w_like[0]), plan.geometry, *ctx.w_like[1:])
     if need_db:
         db = dy_last.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return dx, dw, db
@@ -108,8 +128,10 @@ class MaskedReLU(torch.autograd.Function):
         if inplace:
             torch.relu_(x)
             ctx.mark_dirty(x)
-        y = x if inplace else torch.relu(x)
-        ctx.save_for_backward(positive_mask(y))
+            y, mask = x, positive_mask(x)
+        else:
+            y, mask = masked_relu(x)
+        ctx.save_for_backward(mask)
         ctx.strides = y.stride()
         return y
 

@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from te_nvfp4_cv import producer as producers
+from te_nvfp4_cv import scaling
 from te_nvfp4_cv.autograd import QuantizedConv
 from te_nvfp4_cv.checks import describe, value_error
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, transposed_output_size
-from te_nvfp4_cv.plan import Plan, is_channels_last
+from te_nvfp4_cv.ops.layouts import is_channels_last
+from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,6 +61,11 @@ def observe(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+def observed() -> bool:
+    """Whether anything is told of calls."""
+    return bool(_observers)
 
 
 def reported(call: Call, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -117,10 +125,12 @@ def execute(
     output_padding: Any,
     recipe: NVFP4BlockScaling,
     backend: str,
+    group: Any = None,
 ) -> Tensor:
-    """An eligible call: cast as torch.autocast would, check, resolve, run."""
+    """An eligible call: cast as torch.autocast would, check, resolve, run. `group`: the ranks whose amaxes are one."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
+    producer = producers.claim(x, w.dim() - 2, padding, torch.get_autocast_dtype(device) if autocast else x.dtype)
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != w.dtype:
@@ -145,10 +155,13 @@ def execute(
     channels_last = is_channels_last(x) or is_channels_last(w)
     plan = Plan(geometry, recipe, chosen, dispatch.compute_dtype(x.dtype, x.device, autocast), channels_last)
     call = Call(op, w, x, geometry, recipe, "")
-    codes = frozen_weight(w, plan)
+    codes, scales = frozen_weight(w, plan), scaling.of_call(x, w, bias, plan, group)
+    if producer is not None and not producer.serves(plan, torch.is_grad_enabled() and w.requires_grad, scales):
+        producers.settle(x)
+        producer = None
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not know: no face is made that nobody keeps
         x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
-    y = reported(call, QuantizedConv.apply, x, w, bias, plan, codes)
+    y = reported(call, QuantizedConv.apply, x, w, bias, plan, codes, scales, producer)
     return y.squeeze(0) if unbatched else y
 
 
@@ -183,6 +196,13 @@ def _check_shapes(op: str, x: Tensor, w: Tensor, bias: Tensor | None, rank: int,
             got=f"bias {describe(bias)}",
             needs=f"({out},)",
             fix="one bias per output channel",
+        )
+    if bias is not None and bias.device != x.device:
+        raise value_error(
+            f"nvfp4 {op}: bias is on another device.",
+            got=f"x on {x.device}, bias on {bias.device}",
+            needs="one device",
+            fix="bias.to(x.device), or model.to(device)",
         )
 
 

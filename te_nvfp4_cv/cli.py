@@ -1,8 +1,12 @@
-"""The command line: te-nvfp4-cv doctor, te-nvfp4-cv recipes. Both print text, or JSON with --json.
+"""The command line: te-nvfp4-cv doctor, recipes, selftest.
 
 doctor says what this machine would do: devices, the backend chosen on each and why, compiler, triton, the dtype for
-autocast and the memory format to use. It changes nothing and needs no GPU.
-Exit status: 0; 2 for a wrong command line or an installation that cannot run (torch outside the supported versions).
+autocast and the memory format to use. It changes nothing and needs no GPU. recipes lists the recipes that come with
+the package. Both print text, or JSON with --json.
+selftest computes what the reference computes and compares, on the GPU if there is one (selftest/), and writes a report
+to share to the file of --json.
+Exit status: 0; 1 for a self-test that failed; 2 for a wrong command line or an installation that cannot run (torch
+outside the supported versions, a device or backend that is not there).
 """
 
 from __future__ import annotations
@@ -31,10 +35,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in (("doctor", "what this machine would do, and why"), ("recipes", "the recipes that come with it")):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="print JSON")
+    _selftest_options(commands)
     options = parser.parse_args(arguments)
+    if options.command == "selftest":
+        return _selftest(options)
     report: dict[str, Any] = {"doctor": doctor, "recipes": recipes}[options.command]()
     print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
     return 2 if report.get("problems") else 0
+
+
+def _selftest_options(commands: Any) -> None:
+    text = "compare what this machine computes with the reference; a GPU takes up to two minutes"
+    command = commands.add_parser("selftest", help=text, description=text)
+    command.add_argument("--json", metavar="PATH", help="write a report to share: GPU and versions, no names or paths")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    command.add_argument("--backend", default="auto", choices=dispatch.BACKENDS, help="default: all that can run there")
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv import selftest
+
+    try:
+        return selftest.main(options.device, options.backend, options.json)
+    except (ValueError, RuntimeError, OSError) as refusal:  # checks never raise: this is the device, backend or file
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
 
 
 def recipes() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +25,7 @@ class State:
     recipe: NVFP4BlockScaling
     backend: str
     relu_mask: bool
+    group: Any = None  # the ranks whose amaxes are one: a torch.distributed.ProcessGroup, or None
 
 
 Override = tuple[object, NVFP4BlockScaling | None]  # a module with a set_precision entry; None for high precision
@@ -56,6 +58,12 @@ def active_recipe() -> NVFP4BlockScaling | None:
     if current is None or not current.enabled:
         return None
     return local.overrides[-1][1] if local.overrides else current.recipe
+
+
+def reduction_group() -> Any:
+    """The process group whose ranks share their amaxes in a layer called now, or None."""
+    current = state()
+    return None if current is None else current.group
 
 
 def has_override() -> bool:

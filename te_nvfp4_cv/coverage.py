@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from te_nvfp4_cv import autocast, calls, context
+from te_nvfp4_cv import autocast, calls, context, scaling
 from te_nvfp4_cv.checks import describe, type_error, value_error
 from te_nvfp4_cv.coverage_report import Coverage, Layer
 from te_nvfp4_cv.modules import NVFP4_CLASSES
@@ -78,6 +78,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
         stack.enter_context(torch.enable_grad())
         stack.enter_context(watch.module_names())
         stack.enter_context(calls.observe(watch.called))
+        stack.enter_context(scaling.reading_only())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor))
         stack.enter_context(autocast.nvfp4_autocast(resolved, backend=backend))
         stack.enter_context(_Unseen(watch))

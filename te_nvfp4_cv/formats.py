@@ -23,9 +23,11 @@ BLOCK = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448
 FLT_MAX = 3.4028234663852886e38
+MIN_EXPONENT, MAX_EXPONENT = -100, 116  # of a tensor scale that is a power of two
 ONE_SIXTH = 0.1666666716337204  # f32(1/6)
 SIGN_VECTOR = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
+_NEGATIVE_SIGNS = sum(1 << i for i, sign in enumerate(SIGN_VECTOR) if sign < 0)
 _SIGN_BIT = -(2**31)
 _MASK32 = 0xFFFFFFFF
 
@@ -113,6 +115,26 @@ def to_e4m3(v: Tensor) -> Tensor:
     return torch.where(v < E4M3_MAX, v, float(E4M3_MAX)).to(torch.float8_e4m3fn)
 
 
+def power_of_two_amax(amax: Tensor, e4m3_max: int = E4M3_MAX, margin: int = 1) -> Tensor:
+    """6 E 2^k, the smallest one not below margin * amax: as a tensor's amax it gives the decode scale 2^k, exactly.
+
+    Args:
+        amax: fp32, >= 0.
+        margin: a power of two, at least 1.
+    Returns:
+        fp32 of amax's shape; 0, inf and NaN stay as they are.
+    Numerics: integer arithmetic on the bits. k is kept in -100..116, where no scale of the chain is subnormal or
+        infinite and a product of two such scales with a weight's stays in range.
+    """
+    mantissa = 0x280000 if e4m3_max == E4M3_MAX else 0x400000  # 6 E is 1.3125 * 2^11 or 1.5 * 2^10
+    exponent = 11 if e4m3_max == E4M3_MAX else 10
+    bits = amax.view(torch.int32)
+    field = ((bits + (0x7FFFFF - mantissa)) >> 23) + (margin.bit_length() - 1)  # a larger mantissa carries
+    field = field.clamp(min=127 + exponent + MIN_EXPONENT, max=127 + exponent + MAX_EXPONENT)
+    rounded = ((field << 23) | mantissa).view(torch.float32)
+    return torch.where((bits > 0) & (bits < 0x7F800000), rounded, amax)
+
+
 def encode_scale(amax: Tensor, e4m3_max: int = E4M3_MAX) -> Tensor:
     """S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
     s_enc = torch.div(torch.full_like(amax, E2M1_MAX * e4m3_max), amax).clamp(max=FLT_MAX)
@@ -148,7 +170,7 @@ def encode_multiplier(s_b: Tensor, s_enc: Tensor) -> Tensor:
 def alpha(amax_a: Tensor, amax_b: Tensor, e4m3_max_a: int = E4M3_MAX, e4m3_max_b: int = E4M3_MAX) -> Tensor:
     """f32(f32(amax_a * amax_b) * f32(1 / (36 E_a E_b))): what turns a GEMM of code * scale into real units.
 
-    Not finite where either amax is not finite (inf * 0 is NaN).
+    Not finite where either amax is not finite (inf * 0 is NaN). Exact where both are 6 E 2^k: a power of two.
     """
     return (amax_a * amax_b) * (1.0 / (36.0 * e4m3_max_a * e4m3_max_b))
 
@@ -195,7 +217,7 @@ def rht16(x: Tensor, with_sign: bool = True) -> Tensor:
     """
     v = x.to(torch.float32)
     if with_sign:
-        v = v * torch.tensor(SIGN_VECTOR, dtype=torch.float32, device=x.device)
+        v = v * _signs(x.device)
     for stride in (1, 2, 4, 8):
         pairs = v.unflatten(-1, (BLOCK // (2 * stride), 2, stride))
         a, b = pairs[..., 0, :], pairs[..., 1, :]
@@ -207,7 +229,13 @@ def rht16(x: Tensor, with_sign: bool = True) -> Tensor:
 def inverse_rht16(y: Tensor, with_sign: bool = True) -> Tensor:
     """diag(sign) H16 y / 4, fp32: undoes rht16 up to rounding (the Hadamard matrix is its own inverse, times 16)."""
     v = rht16(y.to(torch.float32), with_sign=False)
-    return v * torch.tensor(SIGN_VECTOR, dtype=torch.float32, device=y.device) if with_sign else v
+    return v * _signs(y.device) if with_sign else v
+
+
+def _signs(device: torch.device) -> Tensor:
+    """SIGN_VECTOR, fp32 [16], made on the device: a copy from the host would wait for it."""
+    negative = (_NEGATIVE_SIGNS >> torch.arange(BLOCK, device=device)) & 1
+    return (1 - 2 * negative).to(torch.float32)
 
 
 # ---- random bits ----------------------------------------------------------------------------------------------------
@@ -233,12 +261,15 @@ def philox4x32(seed: Tensor | int, block_index: Tensor, face: int) -> Tensor:
 
 
 def philox_words(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int]
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int], rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit words (in int64 tensors) from a 128-bit counter and a 64-bit key, also in int64."""
+    """Philox4x32-10: four 32-bit words (in int64 tensors) from a 128-bit counter and a 64-bit key, also in int64.
+
+    The Triton kernels do 7 rounds, the fewest that pass BigCrush (Salmon et al. 2011).
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(rounds):
         high0, low0 = _multiply32(c0, 0xD2511F53)
         high1, low1 = _multiply32(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0

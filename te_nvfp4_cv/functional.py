@@ -202,6 +202,7 @@ def run(
     *,
     recipe: Any,
     backend: str,
+    group: Any = None,
 ) -> Tensor:
     """One explicit call; raises where nvfp4_autocast would fall back to high precision."""
     recipe = as_recipe(recipe)
@@ -216,7 +217,7 @@ def run(
             fix=f"leave this call in high precision: torch.nn.functional.{op}",
         )
     with torch._C.DisableTorchFunction():  # inside a context: what this call is made of is not handed over again
-        return execute(op, x, w, bias, stride, padding, dilation, groups, output_padding, recipe, backend)
+        return execute(op, x, w, bias, stride, padding, dilation, groups, output_padding, recipe, backend, group)
 
 
 # ---- im2col on codes ------------------------------------------------------------------------------------------------

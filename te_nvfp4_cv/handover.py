@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from te_nvfp4_cv import calls
+from te_nvfp4_cv import calls, producer
 from te_nvfp4_cv.autograd import MaskedReLU
 from te_nvfp4_cv.checks import warn_once
 from te_nvfp4_cv.context import active_recipe, local, state
@@ -75,6 +75,7 @@ def _convolution(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str
     call = {**_CONV_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
     recipe, reason = _decide(op, call, call["groups"])
     if reason or recipe is None:
+        producer.settle(call.get("input"))
         told = calls.Call(op, call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
         return calls.reported(told, _plain(function), *args, **kwargs)
     current = local.states[-1]
@@ -90,6 +91,7 @@ def _convolution(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str
         call["output_padding"],
         recipe,
         current.backend,
+        current.group,
     )
 
 
@@ -97,10 +99,12 @@ def _linear(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     call = {"bias": None, **dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
     recipe, reason = _decide("linear", call, 1)
     if reason or recipe is None:
+        producer.settle(call.get("input"))
         told = calls.Call("linear", call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
         return calls.reported(told, _plain(function), *args, **kwargs)
+    current = local.states[-1]
     return calls.execute(
-        "linear", call["input"], call["weight"], call["bias"], 1, 0, 1, 1, 0, recipe, local.states[-1].backend
+        "linear", call["input"], call["weight"], call["bias"], 1, 0, 1, 1, 0, recipe, current.backend, current.group
     )
 
 
@@ -122,7 +126,7 @@ def _decide(op: str, call: dict[str, Any], groups: Any) -> tuple[NVFP4BlockScali
         return None, "not a call on tensors"
     if not (isinstance(w, torch.nn.Parameter) or isinstance(w._base, torch.nn.Parameter)):
         return None, "the kernel is not a Parameter (computed, or a buffer)"
-    if _transformed():
+    if transformed():
         return None, "inside a torch.func transform or forward-mode differentiation"
     if x.device.type not in ("cpu", "cuda") and current.backend != "reference":
         return None, f"no fast backend for {x.device.type}"
@@ -174,7 +178,7 @@ def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         or not x.numel()
         or not _dense(x)
         or (inplace and _torch_may_refuse(x))
-        or _transformed()
+        or transformed()
     ):
         return function(*args, **kwargs)
     return MaskedReLU.apply(x, inplace)
@@ -185,7 +189,7 @@ def _torch_may_refuse(x: Tensor) -> bool:
     return x.is_leaf or (not torch.compiler.is_compiling() and x._is_view())
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func (grad, vmap, jvp) or a forward-mode level is at work: our Functions do not know these."""
     if torch.compiler.is_compiling():
         return False

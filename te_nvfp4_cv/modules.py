@@ -76,6 +76,7 @@ class _Conv(NVFP4Module):
             0,
             recipe=recipe,
             backend=backend,
+            group=context.reduction_group(),
         )
 
 
@@ -101,6 +102,7 @@ class _ConvTranspose(NVFP4Module):
             more,
             recipe=recipe,
             backend=backend,
+            group=context.reduction_group(),
         )
 
 
@@ -150,7 +152,20 @@ class NVFP4Linear(NVFP4Module, nn.Linear):
         recipe, backend = self.chosen()
         if recipe is None:
             return super().forward(input)
-        return functional.linear(input, self.weight, self.bias, recipe=recipe, backend=backend)
+        return functional.run(
+            "linear",
+            input,
+            self.weight,
+            self.bias,
+            1,
+            0,
+            1,
+            1,
+            0,
+            recipe=recipe,
+            backend=backend,
+            group=context.reduction_group(),
+        )
 
 
 NVFP4_CLASSES: dict[type[nn.Module], type[NVFP4Module]] = {

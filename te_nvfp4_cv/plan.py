@@ -10,6 +10,7 @@ autograd.py strings these steps together; nothing here knows of autograd.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.ops import conv
 from te_nvfp4_cv.ops.conv import pixel
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
-from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold
+from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold, reads_everywhere
+from te_nvfp4_cv.ops.layouts import image_last
 from te_nvfp4_cv.ops.quantize import operands, quantize, seeds
 from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
@@ -47,11 +49,16 @@ class Plan:
     @property
     def operand_form(self) -> int:
         """Form in which this backend multiplies."""
-        return PACKED if self.backend == "reference" else DEQUANTIZED
+        return DEQUANTIZED if self.backend == "vendor" else PACKED
 
     @property
     def gemms(self) -> tuple[str, ...]:
         return self.recipe.nvfp4_gemms
+
+    @property
+    def delayed(self) -> bool:
+        """Whether tensor scales are powers of two, those of activations and gradients from an earlier step."""
+        return self.recipe.tensor_scale == "delayed"
 
     @property
     def row_scaled(self) -> bool:
@@ -65,60 +72,37 @@ class Plan:
             return "row", "row"
         return ("col", "row") if self.geometry.transposed else ("row", "col")
 
+    def weight_carries_scales(self, gemm: str) -> bool:
+        """Whether fprop's or dgrad's alpha, a power of two, goes into the dequantized weight: no pass over the result.
+
+        Not where some output reads no operand at all: a NaN in the weight could not reach it.
+        """
+        to_b = (gemm == "fprop") != self.geometry.transposed
+        return self.delayed and self.operand_form == DEQUANTIZED and reads_everywhere(self.geometry, to_b)
+
 
 def row_scaling_applies(g: ConvGeometry) -> bool:
     """Whether every output row reads one input row."""
     return not g.transposed and g.taps == 1 and g.groups == 1 and not any(g.padding)
 
 
-# ---- memory layouts -------------------------------------------------------------------------------------------------
+class Scales(Protocol):
+    """What gives amaxes that are not the operand's own (scaling.py). role 0 is x, 1 is dy."""
 
+    def amax(self, role: int, operand: Tensor) -> Tensor:
+        """fp32 [2], as operands.quantize_operand takes it."""
+        ...
 
-def image_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[B, C, *image] (or [..., C] of a linear layer) as contiguous [B, *image, C]; free for channels_last tensors."""
-    return (x if len(shape) == 2 else x.movedim(1, -1)).reshape(shape).contiguous()
-
-
-def image_first(y: Tensor, shape: tuple[int, ...], x_shape: torch.Size, channels_last: bool) -> Tensor:
-    """The inverse of image_last for a result, with the strides torch would give it."""
-    if len(shape) == 2:
-        return not_a_view(y.reshape(*x_shape[:-1], shape[-1]))
-    y = y.view(shape).movedim(-1, 1)
-    return not_a_view(y if channels_last else y.contiguous())  # of one pixel, contiguous() is the view itself
-
-
-def not_a_view(y: Tensor) -> Tensor:
-    """y's memory as a tensor of its own: autograd refuses in-place operations on a view that a Function returns."""
-    if torch.compiler.is_compiling():  # a traced set_ is not possible; clone keeps the strides
-        return y.clone()
-    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether torch would treat x as channels_last (2-D and 3-D images only)."""
-    if x.dim() not in (4, 5):
-        return False
-    return torch._prims_common.suggest_memory_format(x) != torch.contiguous_format
-
-
-def weight_is_channels_last(w: Tensor) -> bool:
-    """Whether a parameter is stored channels_last, so that its gradient should be."""
-    return is_channels_last(w) and not w.is_contiguous()
-
-
-def kernel_as(dw: Tensor, g: ConvGeometry, shape: torch.Size, channels_last: bool) -> Tensor:
-    """[axis 0, taps, axis 1] as the parameter's [axis 0, axis 1, *kernel], in its memory format."""
-    if g.rank == 0:
-        return dw.reshape(shape)
-    dw = dw.view(dw.shape[0], *g.kernel, dw.shape[2]).movedim(-1, 1)
-    return dw if channels_last else dw.contiguous()
+    def collect(self, role: int, observed: Tensor) -> None:
+        """What that call observed."""
+        ...
 
 
 # ---- quantize -------------------------------------------------------------------------------------------------------
 
 
-def quantize_input(x: Tensor, plan: Plan, need_dw: bool) -> tuple[Tensor, ...]:
-    """x's faces: rowwise for fprop, columnwise packed for wgrad."""
+def quantize_input(x: Tensor, plan: Plan, need_dw: bool, scales: Scales | None = None) -> tuple[Tensor, ...]:
+    """x's faces: rowwise for fprop, columnwise packed for wgrad, with its own amaxes or those of `scales`."""
     s = plan.recipe.settings("input")
     dequantize_later = plan.recipe.backward_override == "dequantized" and need_dw
     row = NONE if "fprop" not in plan.gemms else PACKED if dequantize_later else plan.operand_form
@@ -126,7 +110,7 @@ def quantize_input(x: Tensor, plan: Plan, need_dw: bool) -> tuple[Tensor, ...]:
     col = PACKED if "wgrad" in plan.gemms and need_dw and batch_blocks else NONE
     if row == NONE and col == NONE:
         return ()
-    return operands.quantize_operand(
+    faces = operands.quantize_operand(
         x,
         plan.geometry.groups,
         plan.folds[0].to_ints(),
@@ -139,13 +123,19 @@ def quantize_input(x: Tensor, plan: Plan, need_dw: bool) -> tuple[Tensor, ...]:
         plan.row_scaled,
         plan.compute_dtype,
         None,
+        None if scales is None else scales.amax(0, x),
         plan.backend,
     )
+    if scales is not None:
+        scales.collect(0, faces[6])
+    return faces
 
 
-def quantize_gradient(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
+def quantize_gradient(
+    dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool, scales: Scales | None = None
+) -> tuple[Tensor, ...]:
     """dy's faces: rowwise for dgrad, columnwise for wgrad; both are used at once, in the form that the backend
-    multiplies.
+    multiplies. With its own amaxes or those of `scales`.
     """
     s = plan.recipe.settings("grad_output")
     row = plan.operand_form if "dgrad" in plan.gemms and need_dx else NONE
@@ -153,7 +143,7 @@ def quantize_gradient(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> t
     if row == NONE and col == NONE:
         return ()
     seed = seeds.draw_seed(dy) if s.stochastic_rounding else None
-    return operands.quantize_operand(
+    faces = operands.quantize_operand(
         dy,
         plan.geometry.groups,
         plan.folds[1].to_ints(),
@@ -166,8 +156,12 @@ def quantize_gradient(dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool) -> t
         False,
         plan.compute_dtype,
         seed,
+        None if scales is None else scales.amax(1, dy),
         plan.backend,
     )
+    if scales is not None:
+        scales.collect(1, faces[6])
+    return faces
 
 
 def quantize_weight(w: Tensor, plan: Plan, keep: bool) -> tuple[Tensor, ...]:
@@ -187,19 +181,22 @@ def quantize_weight(w: Tensor, plan: Plan, keep: bool) -> tuple[Tensor, ...]:
         s.two_d,
         s.four_over_six or "",
         s.e4m3_max,
+        plan.delayed,
         plan.compute_dtype,
         plan.backend,
     )
 
 
-def _weight_operand(w_q: tuple[Tensor, ...], face: str, plan: Plan) -> tuple[Tensor, Tensor]:
-    """One packed face in the form that the backend multiplies: (data, scale)."""
+def _weight_operand(
+    w_q: tuple[Tensor, ...], face: str, plan: Plan, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One packed face in the form that the backend multiplies: (data, scale); a dequantized one times `factor`."""
     data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
     if plan.operand_form == PACKED:
         return data, scale
     n, _, channels = plan.geometry.weight_shape
     out = operands.unpack_kernel(
-        data, scale, n, channels, plan.geometry.groups, face == "col", plan.compute_dtype, plan.backend
+        data, scale, n, channels, plan.geometry.groups, face == "col", factor, plan.compute_dtype, plan.backend
     )
     return out, scale.new_empty(0)
 
@@ -215,7 +212,6 @@ def fprop(
     if "fprop" not in plan.gemms:
         return _plain_forward(x, w, bias, g)
     assert w_q is not None
-    weight, weight_scale = _weight_operand(w_q, plan.weight_faces[0], plan)
     row, row_scale, amax = x_q[:3]
     if plan.operand_form == DEQUANTIZED and row_scale.numel():  # kept packed for backward_override="dequantized"
         row = operands.unpack_rows(row, row_scale, x.shape[-1], g.groups, plan.compute_dtype, plan.backend)
@@ -223,7 +219,9 @@ def fprop(
         steps = tuple(slice(None, None, stride) for stride in g.stride)
         amax = amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(amax)
     alpha = formats.alpha(amax, w_q[4], plan.recipe.settings("input").e4m3_max, plan.recipe.settings("weight").e4m3_max)
-    return conv.conv_fprop(row, row_scale, weight, weight_scale, alpha, bias, plan.shape, x.dtype, plan.backend)
+    factor, epilogue = (alpha, None) if plan.weight_carries_scales("fprop") else (None, alpha)
+    weight, weight_scale = _weight_operand(w_q, plan.weight_faces[0], plan, factor)
+    return conv.conv_fprop(row, row_scale, weight, weight_scale, epilogue, bias, plan.shape, x.dtype, plan.backend)
 
 
 def dgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -232,11 +230,12 @@ def dgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: P
         w = kept["w"] if "w" in kept else _dequantized_weight(kept, plan)
         return _plain_backward(dy, None, w.to(dtype), plan.geometry)[0]
     w_q = (kept.get("w_row"), kept.get("w_row_scale"), kept.get("w_col"), kept.get("w_col_scale"))
-    weight, weight_scale = _weight_operand(w_q, plan.weight_faces[1], plan)  # type: ignore[arg-type]
     alpha = formats.alpha(
         dy_q[2], kept["w_amax"], plan.recipe.settings("grad_output").e4m3_max, plan.recipe.settings("weight").e4m3_max
     )
-    return conv.conv_dgrad(dy_q[0], dy_q[1], weight, weight_scale, alpha, plan.shape, dtype, plan.backend)
+    factor, epilogue = (alpha, None) if plan.weight_carries_scales("dgrad") else (None, alpha)
+    weight, weight_scale = _weight_operand(w_q, plan.weight_faces[1], plan, factor)  # type: ignore[arg-type]
+    return conv.conv_dgrad(dy_q[0], dy_q[1], weight, weight_scale, epilogue, plan.shape, dtype, plan.backend)
 
 
 def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -346,7 +345,7 @@ def _dequantized_weight(kept: dict[str, Tensor], plan: Plan) -> Tensor:
     data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
     n, _, channels = plan.geometry.weight_shape
     w = operands.unpack_kernel(
-        data, scale, n, channels, plan.geometry.groups, face == "col", torch.float32, plan.backend
+        data, scale, n, channels, plan.geometry.groups, face == "col", None, torch.float32, plan.backend
     )
     w = w * (kept["w_amax"] * (1.0 / (6.0 * plan.recipe.settings("weight").e4m3_max)))
     return w.view(n, *plan.geometry.kernel, channels).movedim(-1, 1)

@@ -2,7 +2,7 @@
 
     set_precision(model, {"stem": None, "head.*": None, "layer4.*": recipe})    None: high precision
     with frozen_weights(model): several forward and backward passes, one optimizer step after
-    state = extra_state(model);   extra_state(model, load=state)
+    state = extra_state(model);   extra_state(model, load=state);   saturated_blocks(model)
 
 set_precision's entries are pairs of module forward hooks: they survive deepcopy and pickling, put nothing into
 state_dict, and act only inside an enabled nvfp4_autocast. While a module with an entry runs, its entry rules everything
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from te_nvfp4_cv import calls
+from te_nvfp4_cv import calls, scaling
 from te_nvfp4_cv import plan as steps
 from te_nvfp4_cv.checks import describe, runtime_error, type_error, value_error
 from te_nvfp4_cv.context import mark_applied, pop_override, push_override
@@ -266,45 +266,89 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
 
-_STATE_VERSION = 1
+_STATE_VERSIONS = (1, 2)  # 1 had no scales
 
 
 def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a bit-exact resume needs beyond the model's state_dict and torch's random state.
 
-    That is the place in the stream of stochastic rounding on a CPU; on a GPU, torch's random state holds it.
+    That is the place in the stream of stochastic rounding on a CPU (on a GPU, torch's random state holds it), and the
+    delayed tensor scales of each parameter, under its name without the parts that wrappers add.
 
     Args:
-        load: a dict that this function gave before; that place is continued. Restore torch's random state first
-            (torch.manual_seed or torch.set_rng_state).
+        load: a dict that this function gave before; that place is continued, and the scales are those. Restore torch's
+            random state first (torch.manual_seed or torch.set_rng_state).
     Returns:
-        A dict of ints and strings that torch.load(weights_only=True) reads; with `load`, the state as it is then.
+        A dict that torch.load(weights_only=True) reads; with `load`, the state as it is then.
     Raises:
-        ValueError: a dict of another kind or version; RuntimeError: torch is seeded otherwise than it was then.
+        ValueError: a dict of another kind or version, scales that do not fit the model; RuntimeError: torch is seeded
+            otherwise than it was then. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise type_error(
             "extra_state: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass the model first"
         )
     if load is not None:
-        if (
-            not isinstance(load, Mapping)
-            or load.get("format") != "te_nvfp4_cv"
-            or any(type(load.get(key)) is not int for key in ("version", "sr_seed", "sr_drawn"))
-        ):
-            raise value_error(
-                "extra_state: this is not what extra_state saved.",
-                got=f"{load!r:.120}",
-                needs='{"format": "te_nvfp4_cv", "version": int, "sr_seed": int, "sr_drawn": int}',
-                fix="save nv.extra_state(model) in the checkpoint beside model.state_dict()",
-            )
-        if load["version"] != _STATE_VERSION:
-            raise value_error(
-                "extra_state: another version of the library wrote this.",
-                got=f"version {load['version']}",
-                needs=f"version {_STATE_VERSION}",
-                fix="resume with the version of te_nvfp4_cv that wrote the checkpoint",
-            )
-        seeds.set_state({"seed": load["sr_seed"], "drawn": load["sr_drawn"]})
+        saved = _checked_state(load)
+        before = seeds.state()
+        seeds.set_state({"seed": saved["sr_seed"], "drawn": saved["sr_drawn"]})
+        try:
+            scaling.load(_named_weights(model), saved.get("scales", {}))
+        except ValueError:
+            seeds.set_state(before)
+            raise
     now = seeds.state()
-    return {"format": "te_nvfp4_cv", "version": _STATE_VERSION, "sr_seed": now["seed"], "sr_drawn": now["drawn"]}
+    return {
+        "format": "te_nvfp4_cv",
+        "version": _STATE_VERSIONS[-1],
+        "sr_seed": now["seed"],
+        "sr_drawn": now["drawn"],
+        "scales": scaling.save(_named_weights(model)),
+    }
+
+
+def _checked_state(load: object) -> Mapping[str, Any]:
+    if (
+        not isinstance(load, Mapping)
+        or load.get("format") != "te_nvfp4_cv"
+        or any(type(load.get(key)) is not int for key in ("version", "sr_seed", "sr_drawn"))
+        or not isinstance(load.get("scales", {}), Mapping)
+    ):
+        raise value_error(
+            "extra_state: this is not what extra_state saved.",
+            got=f"{load!r:.120}",
+            needs='{"format": "te_nvfp4_cv", "version": int, "sr_seed": int, "sr_drawn": int, "scales": dict}',
+            fix="save nv.extra_state(model) in the checkpoint beside model.state_dict()",
+        )
+    if load["version"] not in _STATE_VERSIONS:
+        raise value_error(
+            "extra_state: another version of the library wrote this.",
+            got=f"version {load['version']}",
+            needs=f"one of the versions {_STATE_VERSIONS}",
+            fix="resume with the version of te_nvfp4_cv that wrote the checkpoint",
+        )
+    return load
+
+
+def _named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by plain name; a shared one once, under its first name."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Blocks that delayed tensor scales have clipped so far, by layer: {"conv1": {"input": 0, "grad_output": 0}}.
+
+    A few at the start, or after a jump of the loss, are harmless; numbers that grow say that the amax of one step does
+    not foretell the next one's: use tensor_scale="current" for that layer. Layers without delayed scales are left out.
+    Reading waits for the GPU.
+    """
+    if not isinstance(model, nn.Module):
+        raise type_error(
+            "saturated_blocks: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass the model"
+        )
+    out: dict[str, dict[str, int]] = {}
+    for name, parameter in _named_weights(model).items():
+        if scaling.has_state(parameter):
+            counts = dict(zip(scaling.ROLES, scaling.saturated(parameter), strict=True))
+            out["" if name == "weight" else name.removesuffix(".weight")] = counts
+    return out

@@ -67,6 +67,13 @@ class RoleSettings(NamedTuple):
     four_over_six: str | None
     e4m3_max: int
     row_scaled: bool
+    delayed: bool = False
+    margin: int = 1
+
+
+MARGINS = {"input": 8, "grad_output": 4, "weight": 1}
+"""What tensor_scale="delayed" multiplies an earlier step's amax by; a weight's is its own. An estimate that is too
+large costs little, one that is too small clips; but gradients have small blocks that a large estimate loses."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,7 +96,9 @@ class NVFP4BlockScaling:
         fp8_mha: as fp8_dpa.
         backward_override: None; "high_precision": dgrad and wgrad on the original operands; "dequantized": dgrad and
             wgrad in high precision on the dequantized fprop operands, which are kept packed.
-        tensor_scale: "current": the tensor's own amax, TransformerEngine's rule.
+        tensor_scale: "current": the tensor's own amax, TransformerEngine's rule. "delayed": a power of two from the
+            amax of the training step before, with a margin (input 8, grad_output 4); a weight's from its own amax:
+            no pass over a tensor before it is quantized. Not with row_scaled_activation or wgrad_block="pixel".
         wgrad_block: along what the 16 elements of a wgrad block lie: "batch", 16 images at one pixel, or "pixel", 16
             consecutive rows of the im2col matrix (for ablation, slow).
         thin_layers: a layer with fewer than 16 channels on one side runs in "high_precision", or is zero-padded: "pad".
@@ -128,6 +137,8 @@ class NVFP4BlockScaling:
             raise bad_value("recipe", "name", self.name, "a string")
         object.__setattr__(self, "high_precision_gemms", check_gemms(self.high_precision_gemms))
         object.__setattr__(self, "precision", _check_precision(self.precision))
+        # resolved once: a layer asks about ten times a step
+        object.__setattr__(self, "_roles", {role: self._resolve(role) for role in ROLES})
         if self.backward_override == "dequantized" and self.high_precision_gemms:
             raise value_error(
                 "recipe fields 'backward_override' and 'high_precision_gemms' contradict each other.",
@@ -164,6 +175,10 @@ class NVFP4BlockScaling:
         """The quantizer settings of one role: "input", "weight" or "grad_output"."""
         if role not in ROLES:
             raise bad_value("recipe.settings", "role", role, one_of(ROLES))
+        found: RoleSettings = self._roles[role]  # type: ignore[attr-defined]
+        return found
+
+    def _resolve(self, role: str) -> RoleSettings:
         scope = {"input": "activations", "weight": "weights", "grad_output": ""}[role]
         attribute = {
             "input": "fp4_quant_fwd_inp",
@@ -179,13 +194,16 @@ class NVFP4BlockScaling:
             four_over_six=self.nvfp4_4over6_err_mode if selected else None,
             e4m3_max=256 if selected and self.nvfp4_4over6_e4m3_use_256 in (scope, "all") else 448,
             row_scaled=role == "input" and self.row_scaled_activation,
+            delayed=self.tensor_scale == "delayed",
+            margin=MARGINS[role] if self.tensor_scale == "delayed" else 1,
         )
 
     def validate_for_use(self) -> None:
         """Refuse what no quantizer can carry out; TransformerEngine raises the same when it builds its quantizers.
 
         Raises:
-            ValueError: 4over6 or row scaling of activations together with RHT; both at once where wgrad runs in NVFP4.
+            ValueError: 4over6 or row scaling of activations together with RHT; both at once where wgrad runs in NVFP4;
+                delayed scales with row scaling or with wgrad_block="pixel".
         """
         activations = self.nvfp4_4over6 in ("activations", "all")
         if activations and not self.disable_rht:
@@ -208,6 +226,20 @@ class NVFP4BlockScaling:
                 got=f"row_scaled_activation=True, nvfp4_4over6={self.nvfp4_4over6!r}, wgrad in NVFP4",
                 needs="one of: row_scaled_activation=False, nvfp4_4over6 'none' or 'weights', wgrad in high precision",
                 fix="set backward_override='high_precision', or drop one of the two",
+            )
+        if self.tensor_scale == "delayed" and self.row_scaled_activation:
+            raise value_error(
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: delayed scales do not go with row-scaled activations.",
+                got="tensor_scale='delayed', row_scaled_activation=True",
+                needs="one scale per tensor: the rows of one step are not those of the next",
+                fix="set tensor_scale='current', or row_scaled_activation=False",
+            )
+        if self.tensor_scale == "delayed" and self.wgrad_block == "pixel":
+            raise value_error(
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: delayed scales do not go with wgrad_block='pixel'.",
+                got="tensor_scale='delayed', wgrad_block='pixel'",
+                needs="wgrad_block='batch': blocks along the im2col matrix are for ablation",
+                fix="set wgrad_block='batch', or tensor_scale='current'",
             )
         if self.fp8_dpa or self.fp8_mha:
             warn_once("recipe fp8 attention", "recipe: fp8_dpa and fp8_mha do nothing here, attention stays as it is")

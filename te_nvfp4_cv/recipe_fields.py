@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "fp8_dpa": (False, True),
     "fp8_mha": (False, True),
     "backward_override": (None, "high_precision", "dequantized"),
-    "tensor_scale": ("current",),
+    "tensor_scale": ("current", "delayed"),
     "wgrad_block": ("batch", "pixel"),
     "thin_layers": ("high_precision", "pad"),
 }
@@ -75,8 +75,6 @@ def check_choice(field: str, value: object) -> None:
         choices = {choice.lower(): choice for choice in allowed if isinstance(choice, str)}
         close = difflib.get_close_matches(value.lower(), choices, 1)
         fix = f"did you mean {choices[close[0]]!r}?" if close else ""
-    if field == "tensor_scale" and value == "delayed":
-        fix = "leave it at 'current': the delayed scale is not in this version"
     variable = ENVIRONMENT.get(field, "")
     if value is not None and str(value).lower() == os.getenv(variable, "\0").lower():
         fix = f"correct the environment variable {variable}, where this value comes from"

@@ -1,4 +1,5 @@
-"""What every test gets: a fixed seed, the --backend option, poisoned buffers on request, a torchvision that imports.
+"""What every test gets: a fixed seed, the --backend option, poisoned buffers on request, a torchvision that imports,
+Triton kernels on the GPU or, without one, in the repaired interpreter.
 
 poison fills what torch.empty and its relatives return with bytes 0xFF: NaN in every floating dtype, 255 in uint8, -1 in
 the other integers. A kernel that leaves a place unwritten then fails its comparison instead of passing by luck.
@@ -17,9 +18,13 @@ import numpy
 import pytest
 import torch
 
+from tests import interpreter
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("NVTE_PROJECT_BUILDING", "1")  # lets TransformerEngine's recipes import without its GPU library
 os.environ.setdefault("WANDB_MODE", "offline")
+if not torch.cuda.is_available():  # before triton is imported: kernels then run on the CPU, as NumPy code
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _ensure_torchvision() -> None:
@@ -42,7 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # what the interpreter runs elsewhere runs on the GPU here
+        for item in items:
+            if "kernel_device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
         return
     for item in items:
         if item.get_closest_marker("gpu"):
@@ -56,6 +64,18 @@ def seed() -> int:
     numpy.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def kernel_device() -> Iterator[torch.device]:
+    """Where Triton kernels run: the GPU, or the CPU under the repaired interpreter (without NumPy's warnings)."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    interpreter.install()
+    with numpy.errstate(all="ignore"):
+        yield torch.device("cpu")
 
 
 @pytest.fixture

@@ -93,3 +93,34 @@ class Override:
     def attach(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(lambda module, *_: nv_context.push_override(self.recipe, module))
         module.register_forward_hook(lambda module, *_: nv_context.pop_override(module), always_call=True)
+
+
+class Everything(nn.Module):
+    """One layer of each kind that has kernels: a thin stem, BatchNorm, ReLU, a residual, GroupNorm, SiLU, a group, a
+    transposed convolution, a linear layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.conv = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.relu = nn.ReLU(inplace=True)
+        self.down = nn.Conv2d(32, 64, 3, stride=2, padding=1, groups=2)
+        self.group_norm = nn.GroupNorm(8, 64)
+        self.silu = nn.SiLU()
+        self.odd = nn.Conv2d(64, 40, 1)
+        self.up = nn.ConvTranspose2d(40, 48, 2, stride=2)
+        self.head = nn.Linear(48, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.relu(self.norm(self.conv(x)) + x)
+        x = self.odd(self.silu(self.group_norm(self.down(x))))
+        return self.head(self.up(x).mean((2, 3)))
+
+
+def everything(batch: int = 16, size: int = 8) -> tuple[nn.Module, Tensor]:
+    """(network, images), channels_last."""
+    images = torch.randn(batch, 3, size, size)
+    return Everything().to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)

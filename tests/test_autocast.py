@@ -266,7 +266,8 @@ def test_a_first_argument_that_is_no_recipe_is_explained():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
-def test_an_unavailable_backend_raises_at_once():
+def test_an_unavailable_backend_raises_at_once(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="CUDA GPU"):
         nvfp4_autocast(backend="triton")
 

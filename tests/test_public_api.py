@@ -32,6 +32,7 @@ NAMES = {
     "gemm",
     "load_recipe",
     "nvfp4_autocast",
+    "saturated_blocks",
     "set_precision",
 }
 CONV = ["x", "w", "bias", "stride", "padding", "dilation", "groups", "recipe", "backend"]
@@ -65,13 +66,14 @@ def test_every_name_has_a_docstring(name):
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (nv.nvfp4_autocast, ["recipe", "enabled", "backend", "relu_mask"]),
+        (nv.nvfp4_autocast, ["recipe", "enabled", "backend", "amax_reduction_group", "relu_mask"]),
         (nv.set_precision, ["model", "table"]),
         (nv.convert_model, ["model", "recipe", "filter_fn"]),
         (nv.coverage, ["model", "inputs", "recipe", "backend", "kwargs"]),
         (nv.active_recipe, []),
         (nv.extra_state, ["model", "load"]),
         (nv.frozen_weights, ["model"]),
+        (nv.saturated_blocks, ["model"]),
         (nv.functional.im2col, ["t", "kernel_size", "stride", "padding", "dilation"]),
         (nv.functional.linear, ["x", "w", "bias", "recipe", "backend"]),
         *((getattr(nv.functional, f"conv{n}d"), CONV) for n in (1, 2, 3)),

@@ -1,5 +1,5 @@
-"""UNet training step on a CPU: NVFP4 under bf16 autocast beside plain fp32 and bf16 autocast, interleaved, medians
-and ratios.
+"""UNet training step on a CPU: NVFP4 under bf16 autocast, current and delayed tensor scales, beside plain fp32 and bf16
+autocast, interleaved, medians and ratios.
 
 A step is forward, loss and backward (no optimizer); model and images are channels_last. Two cases: "big" is scale
 1.0, 64x64, batch 16,
@@ -37,19 +37,21 @@ CASES = {"big": (1.0, 64, 16), "small": (0.25, 128, 16)}
 
 def variants(net: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[], float]]:
     """Name -> one training step that leaves gradients in `net` and returns the loss."""
-    recipe = nv.NVFP4BlockScaling()
+    current, delayed = nv.NVFP4BlockScaling(), nv.NVFP4BlockScaling(tensor_scale="delayed")
 
-    def step(autocast: bool, nvfp4: bool) -> float:
+    def step(autocast: bool, recipe: nv.NVFP4BlockScaling | None) -> float:
         net.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), nv.nvfp4_autocast(recipe, enabled=nvfp4):
+        enabled = recipe is not None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), nv.nvfp4_autocast(recipe, enabled=enabled):
             loss = F.cross_entropy(net(x).float(), target)
         loss.backward()
         return loss.item()
 
     return {
-        "fp32": lambda: step(False, False),
-        "bf16": lambda: step(True, False),
-        "nvfp4": lambda: step(True, True),
+        "fp32": lambda: step(False, None),
+        "bf16": lambda: step(True, None),
+        "nvfp4": lambda: step(True, current),
+        "delayed": lambda: step(True, delayed),
     }
 
 
@@ -66,7 +68,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, tensor scale: current")
+    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads; tensor scale of nvfp4: current")
     print(f"medians of {options.rounds} interleaved rounds")
     for case in options.case:
         scale, size, batch = CASES[case]
@@ -93,7 +95,7 @@ def main() -> int:
         median = {name: statistics.median(values) for name, values in times.items()}
         for name, value in median.items():
             row = f"/ fp32 {value / median['fp32']:.2f}   / bf16 {value / median['bf16']:.2f}"
-            print(f"{case:6} {name:6} {value * 1e3:8.1f} ms   {row}")
+            print(f"{case:6} {name:7} {value * 1e3:8.1f} ms   {row}")
     return 0
 
 

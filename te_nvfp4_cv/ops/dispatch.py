@@ -2,21 +2,29 @@
 back silently.
 
     reference   anywhere: plain torch, the specification
-    vendor      CPU: compiled kernels + oneDNN. CUDA from sm_80: plain torch + cuDNN / cuBLAS (not executed yet)
-    triton      CUDA only; its kernels are not part of this version, so choosing it raises
-    auto        vendor
+    vendor      CPU: compiled kernels + oneDNN. CUDA from sm_80: Triton quantization kernels + cuDNN / cuBLAS
+    triton      CUDA from sm_80: Triton quantization kernels + implicit GEMM over packed operands; on Blackwell
+                (sm_100, sm_103, sm_120) by its FP4 tensor cores. On a CPU only under Triton's interpreter, for tests
+    auto        vendor; triton on a Blackwell GPU where `te-nvfp4-cv selftest` has passed
 
-Refuses unknown names and backends that cannot run on the device.
+Refuses unknown names and backends that cannot run on the device. Whether a kernel may use FP4 instructions is decided
+here too, by compute capability, never by trying.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 
 from te_nvfp4_cv.checks import runtime_error, value_error
-from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.ops import native, selftest_cache
 
 BACKENDS = ("auto", "reference", "vendor", "triton")
+MINIMUM_CAPABILITY = (8, 0)
+FP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0))  # what triton 3.6 to 3.9 compile block-scaled FP4 products for
+KERNELS_ON_CPU = False  # tests set it, under the interpreter: vendor on a CPU then takes its path on CUDA
 
 
 def check_backend(backend: str) -> str:
@@ -36,7 +44,7 @@ def check_backend(backend: str) -> str:
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """The backend that serves tensors of `device`: "reference" or "vendor".
+    """The backend that serves tensors of `device`: "reference", "vendor" or "triton".
 
     Raises:
         ValueError: an unknown name.
@@ -45,29 +53,66 @@ def resolve(backend: str, device: torch.device) -> str:
     check_backend(backend)
     if backend == "reference":
         return backend
-    if backend == "triton":
-        raise runtime_error(
-            "nvfp4: backend 'triton' cannot run here.",
-            got=f"tensors on {device}",
-            needs="a CUDA GPU from compute capability 8.0, and Triton kernels, which this version does not hold yet",
-            fix="backend='vendor' (or 'auto')",
-        )
-    if device.type not in ("cpu", "cuda"):
+    if device.type == "cpu":
+        if backend == "triton":
+            _check_interpreter(device)
+        return "triton" if backend == "triton" else "vendor"
+    if device.type != "cuda":
         raise runtime_error(
             "nvfp4: no fast backend for this device.",
-            got=f"tensors on {device}",
+            got=f"backend={backend!r}, tensors on {device}",
             needs="cpu or cuda",
             fix="backend='reference'",
         )
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    if backend == "auto":
+        backend = "triton" if native_fp4(device) and selftest_cache.passed(device) else "vendor"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
         raise runtime_error(
-            "nvfp4: backend 'vendor' cannot run on this GPU.",
-            got=f"compute capability {major}.{minor}",
+            f"nvfp4: backend {backend!r} cannot run on this GPU.",
+            got="compute capability {}.{}".format(*capability),
             needs="8.0 or newer (bf16 tensor cores)",
             fix="backend='reference'",
         )
-    return "vendor"
+    if not has_triton():
+        raise runtime_error(
+            f"nvfp4: backend {backend!r} needs Triton for its kernels.",
+            got="tensors on a GPU, and no package named triton",
+            needs="triton 3.6 to 3.9",
+            fix="pip install 'te_nvfp4_cv[triton]', or backend='reference'",
+        )
+    return backend
+
+
+def _check_interpreter(device: torch.device) -> None:
+    if not has_triton() or not interpreted():
+        raise runtime_error(
+            "nvfp4: backend 'triton' cannot run here.",
+            got=f"tensors on {device}",
+            needs="a CUDA GPU of compute capability 8.0 or newer, and Triton "
+            "(on a CPU: TRITON_INTERPRET=1 before triton is imported, for tests)",
+            fix="backend='vendor' (or 'auto')",
+        )
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, as NumPy code on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def kernels_serve(device: torch.device) -> bool:
+    """Whether the vendor backend quantizes tensors of `device` with the Triton kernels."""
+    return device.type == "cuda" or (KERNELS_ON_CPU and device.type == "cpu")
+
+
+def native_fp4(device: torch.device) -> bool:
+    """Whether kernels on `device` multiply NVFP4 operands as they are, by FP4 tensor cores."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in FP4_CAPABILITIES
 
 
 def bf16_is_native(device: torch.device) -> bool:
@@ -94,11 +139,7 @@ def explain(device: torch.device) -> dict[str, str]:
     try:
         chosen = resolve("auto", device)
     except RuntimeError as error:
-        return {
-            "backend": "none",
-            "why": str(error),
-            "triton": "needs a CUDA GPU from compute capability 8.0; not part of this version",
-        }
+        return {"backend": "none", "why": str(error), "triton": _about_triton(device)}
     if device.type == "cpu":
         quantizer = "compiled kernels" if native.load() is not None else "plain torch (no C++ compiler)"
         dtype = (
@@ -107,10 +148,22 @@ def explain(device: torch.device) -> dict[str, str]:
             else "fp32, no AVX-512 bf16 or AMX here (bf16 where autocast is on)"
         )
         why = f"CPU: quantization by {quantizer}, convolutions by oneDNN in {dtype}"
+    elif chosen == "vendor":
+        why = "CUDA: quantization by Triton kernels, convolutions by cuDNN on exact dequantized operands"
     else:
-        why = "CUDA: plain torch quantization, cuDNN on exact dequantized operands (not executed on a GPU yet)"
-    return {
-        "backend": chosen,
-        "why": why,
-        "triton": "needs a CUDA GPU from compute capability 8.0; not part of this version",
-    }
+        why = "CUDA: FP4 tensor cores by Triton kernels; the self-test has passed on this GPU"
+    return {"backend": chosen, "why": why, "triton": _about_triton(device)}
+
+
+def _about_triton(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "needs a CUDA GPU of compute capability 8.0 or newer"
+    if not has_triton():
+        return "needs the package triton, which is not installed"
+    if torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
+        return "needs compute capability 8.0 or newer"
+    if not native_fp4(device):
+        return "can run: operands are unpacked in registers; vendor is faster except for memory-bound 1x1 convolutions"
+    if selftest_cache.passed(device):
+        return "the default here"
+    return "can run on the FP4 tensor cores; becomes the default when `te-nvfp4-cv selftest` has passed"

@@ -248,3 +248,14 @@ def pixel_map(geometry: ConvGeometry, to_b: bool) -> Tensor:
         joined = torch.where((left >= 0) & (right >= 0), left * sizes[axis] + right, -1)
         pixels = joined.reshape(out * index.shape[0], taps * index.shape[1])
     return pixels
+
+
+@functools.lru_cache(maxsize=1024)
+def reads_everywhere(g: ConvGeometry, to_b: bool) -> bool:
+    """Whether every pixel of the b side reads some pixel of the a side (`to_b`), or the other way round."""
+    for a, b, k, s, p, d in zip(g.a_size, g.b_size, g.kernel, g.stride, g.padding, g.dilation, strict=True):
+        pairs = ((o, o * s - p + t * d) for o in range(b) for t in range(k))
+        touched = {(o if to_b else i) for o, i in pairs if 0 <= i < a}
+        if len(touched) != (b if to_b else a):
+            return False
+    return True

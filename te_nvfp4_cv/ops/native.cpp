@@ -194,8 +194,13 @@ struct Operand {            // see native.py: the same fields in the same order
     void* row_dq; uint8_t* row_codes; uint8_t* row_scale;      // any may be nullptr
     void* col_dq; uint8_t* col_codes; uint8_t* col_scale;
     float* amax;                                  // [2]: rowwise, columnwise: written by amax, read by quantize
+    float* observed;                              // [3], or nullptr: amaxes that quantize met in each face, saturated blocks
     int64_t seed; int32_t rht, stochastic, in_bf16, out_bf16, threads, want_row, want_col, error; float e4m3_max;   // error: 0 none, 1 MAE, 2 MSE: 4over6
 };
+
+// What one thread met while it quantized: amaxes as bits, and blocks whose scale exceeded 448 before rounding.
+struct Seen { uint32_t row = 0, col = 0; int64_t saturated = 0; };
+void merge(Seen& into, const Seen& from) { into.row = std::max(into.row, from.row); into.col = std::max(into.col, from.col); into.saturated += from.saturated; }
 
 // ------------------------------------------------------------------------------------------------ rowwise
 constexpr int NB = 16;                    // rowwise blocks worked on at once
@@ -203,13 +208,14 @@ constexpr int NB = 16;                    // rowwise blocks worked on at once
 // NB blocks of 16 values, in v: scales, rounding, stores. n[b] values of block b are real, p[b] is where they go in the dequantized face.
 template <class D, bool SR>
 inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed, const Scale& S, D* const* p, const int* n, int nb,
-                            uint8_t* codes, uint8_t* scale) {
+                            uint8_t* codes, uint8_t* scale, Seen* seen) {
     float s[NB], e[NB], amax[NB]; uint32_t random[4][CHUNK];
     for (int b = 0; b < NB; ++b) {
         uint32_t a = 0;
         for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(v[b][k]) & 0x7fffffffu; a = a > u ? a : u; }
         amax[b] = as_float(a);
     }
+    if (seen) for (int b = 0; b < NB; ++b) { seen->row = std::max(seen->row, as_bits(amax[b])); seen->saturated += amax[b] * S.mult > 448.0f; }
     if (S.error == 0) { for (int b = 0; b < NB; ++b) { s[b] = round_e4m3(amax[b] * S.mult); e[b] = encode_of(s[b], S.S_dec); } }
     else for (int b = 0; b < NB; ++b) {
         const float s6 = scale_to_6(amax[b], S), s4 = scale_to_4(amax[b], S), e6 = encode_of(s6, S.S_dec), e4 = encode_of(s4, S.S_dec);
@@ -241,7 +247,7 @@ inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed
 }
 
 template <class T, class D, bool SR>
-void row_run(const Operand& q, const T* x, int64_t image, int64_t row, const Scale& S) {
+void row_run(const Operand& q, const T* x, int64_t image, int64_t row, const Scale& S, Seen* seen) {
     const int64_t Cg = q.C / q.groups, Kb = (Cg + 15) / 16, segments = q.Wp * q.groups, total = segments * Kb;
     const int64_t base = (image * q.L + row) * q.Wp * q.C, sbase = (image * q.L + row) * total;
     D* dq = q.row_dq ? static_cast<D*>(q.row_dq) + base : nullptr;
@@ -262,13 +268,13 @@ void row_run(const Operand& q, const T* x, int64_t image, int64_t row, const Sca
         else if (even) { for (int k = 0; k < nb * 16; ++k) (&v[0][0])[k] = load(x + b0 * 16 + k); }
         for (int b = nb; b < NB; ++b) { index[b] = 0; n[b] = 0; for (int k = 0; k < 16; ++k) v[b][k] = 0.0f; }
         quantize_blocks<D, SR>(v, index, uint64_t(q.seed), S, dq ? p : nullptr, n, nb,
-                               q.row_codes ? q.row_codes + (sbase + b0) * 8 : nullptr, q.row_scale ? q.row_scale + sbase + b0 : nullptr);
+                               q.row_codes ? q.row_codes + (sbase + b0) * 8 : nullptr, q.row_scale ? q.row_scale + sbase + b0 : nullptr, seen);
     }
 }
 
 // ------------------------------------------------------------------------------------------------ columnwise
 template <class T, class D, bool RHT, bool SR>
-void col_run(const Operand& q, const T* const* rows, int64_t g16, int64_t row, const Scale& S) {
+void col_run(const Operand& q, const T* const* rows, int64_t g16, int64_t row, const Scale& S, Seen* seen) {
     const int64_t run = q.Wp * q.C, N16 = q.fold_images / 16, M16 = q.fold_L * q.Wp * N16;
     const int64_t out = (g16 * q.fold_L + row) * run;
     float t[16][CHUNK], s[CHUNK], e[CHUNK]; uint32_t m[CHUNK], lo[CHUNK], hi[CHUNK]; uint64_t index[CHUNK]; uint32_t random[4][CHUNK];
@@ -276,6 +282,7 @@ void col_run(const Operand& q, const T* const* rows, int64_t g16, int64_t row, c
         const int n = int(std::min<int64_t>(CHUNK, run - at));
         load_tile<T, RHT>(rows, at, n, t);
         tile_amax(t, m);
+        if (seen) for (int j = 0; j < CHUNK; ++j) { seen->col = std::max(seen->col, m[j]); seen->saturated += as_float(m[j]) * S.mult > 448.0f; }
         if (S.error == 0) { for (int j = 0; j < CHUNK; ++j) { s[j] = round_e4m3(as_float(m[j]) * S.mult); e[j] = encode_of(s[j], S.S_dec); } }
         else {
             float s4[CHUNK], e4[CHUNK], sum6[CHUNK], sum4[CHUNK];
@@ -379,23 +386,31 @@ void quantize_operand(const Operand& q) {
     const Scale row_scale = make_scale(q.amax[0], q.e4m3_max, q.error), col_scale = make_scale(q.amax[1], q.e4m3_max, q.error);
     const T* x = static_cast<const T*>(q.x);
     const bool together = q.want_row && q.want_col && q.row_start == nullptr;     // the 16 rows are still in the cache
-    if (q.want_col) {
-        const int64_t items = N16 * q.fold_L;
-        #pragma omp parallel for num_threads(q.threads) schedule(static)
-        for (int64_t item = 0; item < items; ++item) {
-            const int64_t g16 = item / q.fold_L, row = item % q.fold_L;
-            const T* rows[16];
-            row_pointers<T>(q, g16, row, rows);
-            col_run<T, D, RHT, SR>(q, rows, g16, row, col_scale);
-            if (together) for (int i = 0; i < 16; ++i) if (rows[i]) row_run<T, D, SR>(q, rows[i], g16 * 16 + i, row, row_scale);
+    Seen total;
+    #pragma omp parallel num_threads(q.threads)
+    {
+        Seen own, *seen = q.observed ? &own : nullptr;
+        if (q.want_col) {
+            const int64_t items = N16 * q.fold_L;
+            #pragma omp for schedule(static)
+            for (int64_t item = 0; item < items; ++item) {
+                const int64_t g16 = item / q.fold_L, row = item % q.fold_L;
+                const T* rows[16];
+                row_pointers<T>(q, g16, row, rows);
+                col_run<T, D, RHT, SR>(q, rows, g16, row, col_scale, seen);
+                if (together) for (int i = 0; i < 16; ++i) if (rows[i]) row_run<T, D, SR>(q, rows[i], g16 * 16 + i, row, row_scale, seen);
+            }
         }
+        if (q.want_row && !together) {
+            const int64_t items = q.images * q.L;
+            #pragma omp for schedule(static)
+            for (int64_t item = 0; item < items; ++item)
+                row_run<T, D, SR>(q, x + item * q.Wp * q.C, item / q.L, item % q.L, row_scale, seen);
+        }
+        #pragma omp critical
+        merge(total, own);
     }
-    if (q.want_row && !together) {
-        const int64_t items = q.images * q.L;
-        #pragma omp parallel for num_threads(q.threads) schedule(static)
-        for (int64_t item = 0; item < items; ++item)
-            row_run<T, D, SR>(q, x + item * q.Wp * q.C, item / q.L, item % q.L, row_scale);
-    }
+    if (q.observed) { q.observed[0] = as_float(total.row); q.observed[1] = as_float(total.col); q.observed[2] = float(total.saturated); }
 }
 
 template <class T, class D>
@@ -442,7 +457,7 @@ void unpack_rows(const uint8_t* codes, const uint8_t* scale, D* out, int64_t seg
 
 struct Weight {
     const void* w; int64_t groups, Og, Cg, T, stride_o, stride_c, stride_t;
-    void* dq; uint8_t* codes; uint8_t* scale; const float* amax;   // dq [groups*Og, T, Cg]; codes [groups*Og, T, Kb*8]; scale [groups, Ob, T, Kb]
+    void* dq; uint8_t* codes; uint8_t* scale; const float* amax;   // unpack: a factor for every value, or nullptr. dq [groups*Og, T, Cg]; codes [groups*Og, T, Kb*8]; scale [groups, Ob, T, Kb]
     int32_t in_bf16, out_bf16, threads, error; float e4m3_max;
 };
 
@@ -505,8 +520,15 @@ void quantize_weight(const Weight& q) {
     }
 }
 
+inline void store_round(float* p, float v) { *p = v; }
+inline void store_round(bf16* p, float v) {
+    uint32_t u = as_bits(v);
+    p->u = uint16_t((u & 0x7fffffffu) > INF_BITS ? 0x7fc0u : round_bf16_bits(u) >> 16);
+}
+
 template <class D>
 void unpack_weight(const Weight& q) {
+    const float factor = q.amax ? *q.amax : 1.0f;
     const int64_t Ob = (q.Og + 15) / 16, Kb = (q.Cg + 15) / 16, rows = q.groups * q.Og;
     #pragma omp parallel for num_threads(q.threads) schedule(static)
     for (int64_t o = 0; o < rows; ++o)
@@ -519,15 +541,9 @@ void unpack_weight(const Weight& q) {
                 float v[16];
                 unpack_block(p, s, v);
                 D* d = static_cast<D*>(q.dq) + at * q.Cg + kb * 16;
-                if (n == 16) { for (int k = 0; k < 16; ++k) store(d + k, v[k]); }
-                else { for (int k = 0; k < n; ++k) store(d + k, v[k]); }
+                if (n == 16) { for (int k = 0; k < 16; ++k) store_round(d + k, v[k] * factor); }
+                else { for (int k = 0; k < n; ++k) store_round(d + k, v[k] * factor); }
             }
-}
-
-inline void store_round(float* p, float v) { *p = v; }
-inline void store_round(bf16* p, float v) {
-    uint32_t u = as_bits(v);
-    p->u = uint16_t((u & 0x7fffffffu) > INF_BITS ? 0x7fc0u : round_bf16_bits(u) >> 16);
 }
 
 // out[i, c] = round(y[i, c] * alpha + bias[c]); out may be y.

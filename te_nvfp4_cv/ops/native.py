@@ -53,6 +53,7 @@ class Operand(ctypes.Structure):
         ("col_codes", _P),
         ("col_scale", _P),
         ("amax", _P),
+        ("observed", _P),
         ("seed", _I64),
         ("rht", _I32),
         ("stochastic", _I32),

@@ -1,10 +1,12 @@
-"""ReLU's 1-bit mask, as two custom operators: what backward needs of a ReLU is one bit per element.
+"""ReLU's 1-bit mask, as custom operators: what backward needs of a ReLU is one bit per element.
 
+    masked_relu     x  -> relu(x), bits
     positive_mask   y  -> bits, in memory order: set where torch's threshold_backward lets the gradient through,
                           not (y <= 0), so also for NaN
     apply_mask      dy -> dy where the bit is set, else +0
 
-Compiled kernels on a CPU, plain torch elsewhere. Both want dense tensors; the caller (autograd.MaskedReLU) sees to it.
+Compiled kernels on a CPU, Triton's on CUDA, plain torch elsewhere. All want dense tensors; the caller
+(autograd.MaskedReLU) sees to it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.ops import dispatch, native
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
+
+
+@torch.library.custom_op("te_nvfp4_cv::masked_relu", mutates_args=())
+def masked_relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(relu(x), its mask as of positive_mask), in one pass on CUDA."""
+    if _by_kernels(x):
+        from te_nvfp4_cv.ops import kernels
+
+        return kernels.relu_mask(x, write=True)
+    y = torch.relu(x)
+    return y, positive_mask(y)
+
+
+@masked_relu.register_fake
+def _(x):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
 @torch.library.custom_op("te_nvfp4_cv::positive_mask", mutates_args=())
@@ -20,6 +40,10 @@ def positive_mask(y: Tensor) -> Tensor:
     """uint8 [ceil(n / 8)]: one bit for every element of y in memory order, set where ReLU's backward passes (not y <=
     0).
     """
+    if _by_kernels(y):
+        from te_nvfp4_cv.ops import kernels
+
+        return kernels.relu_mask(y, write=False)[1]
     library = native.load() if y.device.type == "cpu" else None
     n = y.numel()
     if library is not None and y.dtype in (torch.bfloat16, torch.float32):
@@ -40,6 +64,10 @@ def _(y):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("te_nvfp4_cv::apply_mask", mutates_args=())
 def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
     """dy where the mask's bit is set, else 0; dy dense, in the memory order of the tensor that the mask was made of."""
+    if _by_kernels(dy):
+        from te_nvfp4_cv.ops import kernels
+
+        return kernels.apply_mask(dy, mask)
     library = native.load() if dy.device.type == "cpu" else None
     n = dy.numel()
     dx = torch.empty_like(dy)
@@ -56,6 +84,10 @@ def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
 @apply_mask.register_fake
 def _(dy, mask):  # type: ignore[no-untyped-def]
     return torch.empty_like(dy)
+
+
+def _by_kernels(y: Tensor) -> bool:
+    return y.dtype in DTYPES and dispatch.kernels_serve(y.device) and dispatch.has_triton()
 
 
 def _memory(y: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Every output starts as poisoned memory. A dequantized face equals the packed one
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import platform
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from te_nvfp4_cv import formats
 from te_nvfp4_cv.ops import native
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operands
@@ -45,7 +47,7 @@ def random_case(seed: int) -> tuple[torch.Tensor, int, list[int]]:
 
 def quantize(x, groups, fold, row, col, rht, seed, dtype, backend, row_scaled=False):
     key = None if seed is None else torch.tensor([seed])
-    args = (x, groups, fold, row, col, rht, seed is not None, "", 448, row_scaled, dtype, key, backend)
+    args = (x, groups, fold, row, col, rht, seed is not None, "", 448, row_scaled, dtype, key, None, backend)
     return operands.quantize_operand(*args)
 
 
@@ -92,7 +94,7 @@ def test_dequantized_faces_are_the_packed_ones_unpacked(seed):
 def test_vendor_operands_with_four_over_six(seed, mode):
     x, groups, fold = random_case(seed)
     for form, e4m3_max in itertools.product((PACKED, DEQUANTIZED), (448, 256)):
-        args = (x, groups, fold, form, form, False, False, mode, e4m3_max, False, torch.float32, None)
+        args = (x, groups, fold, form, form, False, False, mode, e4m3_max, False, torch.float32, None, None)
         expected, got = (operands.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
         assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (form, e4m3_max)
 
@@ -159,7 +161,7 @@ def test_vendor_kernels_equal_the_reference(seed, how):
     faces += [(False, row, col) for row, col in ((PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED))]
     for two_d, row, col in faces:
         expected, got = (
-            operands.quantize_kernel(w, groups, row, col, two_d, "", 448, torch.bfloat16, backend)
+            operands.quantize_kernel(w, groups, row, col, two_d, "", 448, False, torch.bfloat16, backend)
             for backend in ("reference", "vendor")
         )
         assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (two_d, row, col)
@@ -167,14 +169,14 @@ def test_vendor_kernels_equal_the_reference(seed, how):
         assert_no_nan_scale(got[3])
         if row == DEQUANTIZED:
             packed = operands.quantize_kernel(
-                w, groups, PACKED, NONE if two_d else PACKED, two_d, "", 448, torch.bfloat16, "vendor"
+                w, groups, PACKED, NONE if two_d else PACKED, two_d, "", 448, False, torch.bfloat16, "vendor"
             )
             for backend in ("reference", "vendor"):
                 args = (n, c, groups)
-                rows = operands.unpack_kernel(packed[0], packed[1], *args, False, torch.bfloat16, backend)
+                rows = operands.unpack_kernel(packed[0], packed[1], *args, False, None, torch.bfloat16, backend)
                 assert same_bits(rows, got[0])
                 if not two_d:
-                    columns = operands.unpack_kernel(packed[2], packed[3], *args, True, torch.bfloat16, backend)
+                    columns = operands.unpack_kernel(packed[2], packed[3], *args, True, None, torch.bfloat16, backend)
                     assert same_bits(columns, got[2])
 
 
@@ -186,7 +188,7 @@ def test_kernels_with_four_over_six(two_d, kind, mode, e4m3_max):
         w = values(shape, kind)
         expected, got = (
             operands.quantize_kernel(
-                w, groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max, torch.float32, backend
+                w, groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max, False, torch.float32, backend
             )
             for backend in ("reference", "vendor")
         )
@@ -204,19 +206,41 @@ def test_operators_pass_opcheck(backend):
     plain_fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds()[1])
     for row, col, row_scaled in ((PACKED, PACKED, False), (DEQUANTIZED, NONE, False), (NONE, DEQUANTIZED, False)):
         key = torch.tensor([5])
-        args = (x, 1, fold, row, col, True, True, "", 448, row_scaled, torch.bfloat16, key, backend)
+        args = (x, 1, fold, row, col, True, True, "", 448, row_scaled, torch.bfloat16, key, None, backend)
         torch.library.opcheck(ops.quantize_operand.default, args)
+    for row, col in ((PACKED, PACKED), (NONE, PACKED)):
+        args = (
+            x,
+            1,
+            fold,
+            row,
+            col,
+            True,
+            False,
+            "",
+            448,
+            False,
+            torch.bfloat16,
+            None,
+            torch.tensor([2.0, 3]),
+            backend,
+        )
+        torch.library.opcheck(ops.quantize_operand.default, args)
+    torch.library.opcheck(ops.measure_operand.default, (x, fold, True, backend))
     for row, col in ((PACKED, PACKED), (PACKED, NONE), (NONE, PACKED)):
-        args = (x, 1, plain_fold, row, col, False, False, "", 448, True, torch.bfloat16, None, backend)
+        args = (x, 1, plain_fold, row, col, False, False, "", 448, True, torch.bfloat16, None, None, backend)
         torch.library.opcheck(ops.quantize_operand.default, args)
     for two_d, row, col in ((True, PACKED, NONE), (False, PACKED, PACKED), (False, NONE, DEQUANTIZED)):
-        torch.library.opcheck(ops.quantize_kernel.default, (w, 2, row, col, two_d, "", 448, torch.float32, backend))
+        torch.library.opcheck(
+            ops.quantize_kernel.default, (w, 2, row, col, two_d, "", 448, False, torch.float32, backend)
+        )
     packed = quantize(x, 1, fold, PACKED, PACKED, True, 5, torch.float32, "vendor")
-    kernel = operands.quantize_kernel(w, 2, PACKED, NONE, True, "", 448, torch.float32, "vendor")
+    kernel = operands.quantize_kernel(w, 2, PACKED, NONE, True, "", 448, False, torch.float32, "vendor")
     torch.library.opcheck(ops.unpack_rows.default, (packed[0], packed[1], 24, 1, torch.bfloat16, backend))
     torch.library.opcheck(ops.unpack_columns.default, (packed[3], packed[4], torch.bfloat16, backend))
-    unpack = (kernel[0], kernel[1], 32, 24, 2, False, torch.bfloat16, backend)
-    torch.library.opcheck(ops.unpack_kernel.default, unpack)
+    for factor in (None, torch.tensor([0.5])):
+        unpack = (kernel[0], kernel[1], 32, 24, 2, False, factor, torch.bfloat16, backend)
+        torch.library.opcheck(ops.unpack_kernel.default, unpack)
 
 
 def test_draw_seed_passes_opcheck_but_for_its_randomness():
@@ -237,12 +261,12 @@ with warnings.catch_warnings(record=True) as caught:
     digest = hashlib.sha256()
     x = torch.randn(5, 6, 4, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
     for form in (1, 2):
-        args = (form, form, True, True, "", 448, False, torch.float32, torch.tensor([3]), "vendor")
+        args = (form, form, True, True, "", 448, False, torch.float32, torch.tensor([3]), None, "vendor")
         for part in operands.quantize_operand(x, 1, [3, 2, 4, 1, 16], *args):
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     w = x.flatten(0, 1).movedim(-1, 1)[:32]
-    packed = operands.quantize_kernel(w, 1, 1, 0, True, "", 448, torch.float32, "vendor")
-    unpacked = operands.unpack_kernel(*packed[:2], w.shape[0], w.shape[1], 1, False, torch.bfloat16, "vendor")
+    packed = operands.quantize_kernel(w, 1, 1, 0, True, "", 448, False, torch.float32, "vendor")
+    unpacked = operands.unpack_kernel(*packed[:2], w.shape[0], w.shape[1], 1, False, None, torch.bfloat16, "vendor")
     for part in (*packed, unpacked):
         digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     mask = relu.positive_mask(x)
@@ -294,3 +318,136 @@ def test_kernels_without_avx512_give_the_same_bits(tmp_path):
     built = run_digest(CXX=str(plain), TE_NVFP4_CV_CACHE=str(tmp_path / "cache"))
     assert built[0] == "True" and list((tmp_path / "cache").glob("*.so"))
     assert built[1] == run_digest(TE_NVFP4_CV_NATIVE="0")[1]
+
+
+# ---- amaxes that are given ------------------------------------------------------------------------------------------
+
+
+def given_amax(x: torch.Tensor, fold: list[int], rht: bool, factor: float) -> torch.Tensor:
+    """Powers of two from the measured amaxes, times `factor`; 1 where there is none to take."""
+    measured = operands.measure_operand(x, fold, rht, "reference")
+    usable = measured.isfinite() & (measured > 0)
+    return formats.power_of_two_amax(torch.where(usable, measured, 1.0).clamp(max=1e30)) * factor
+
+
+@pytest.mark.parametrize("seed", range(0, 36, 2))
+def test_measured_amaxes_are_those_that_quantization_uses(seed):
+    x, groups, fold = random_case(seed)
+    for rht in (True, False):
+        parts = quantize(x, groups, fold, PACKED, PACKED, rht, None, torch.float32, "reference")
+        for backend in ("reference", "vendor"):
+            measured = operands.measure_operand(x, fold, rht, backend)
+            assert same_bits(measured, torch.cat((parts[2], parts[5]))), (rht, backend)
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0, 1 / 64, 0.77])
+@pytest.mark.parametrize("seed", range(0, 36, 4))
+def test_vendor_operands_with_given_amaxes_equal_the_reference(seed, factor):
+    x, groups, fold = random_case(seed)
+    for (row, col), rht, key in itertools.product(
+        [(PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED), (PACKED, NONE)], [True, False], [None, 77]
+    ):
+        amax = given_amax(x, fold, rht, factor)
+        seed_ = None if key is None else torch.tensor([key])
+        args = (x, groups, fold, row, col, rht, key is not None, "", 448, False, torch.float32, seed_, amax)
+        expected, got = (operands.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
+        assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (row, col, rht, key)
+        measured = operands.measure_operand(x, fold, rht, "vendor")
+        if row and col:
+            assert same_bits(got[6][:2], measured)
+        for given, used, seen in zip(amax, (got[2], got[5]), got[6][:2], strict=True):
+            assert same_bits(used, given.reshape(1)) if seen.isfinite() else used.isnan()
+
+
+@pytest.mark.parametrize("mode", ["MAE", "MSE"])
+def test_given_amaxes_with_four_over_six(mode):
+    for seed in (1, 9, 13):
+        x, groups, fold = random_case(seed)
+        for e4m3_max, factor in itertools.product((448, 256), (1.0, 0.25)):
+            amax = given_amax(x, fold, False, factor)
+            args = (
+                x,
+                groups,
+                fold,
+                PACKED,
+                DEQUANTIZED,
+                False,
+                False,
+                mode,
+                e4m3_max,
+                False,
+                torch.float32,
+                None,
+                amax,
+            )
+            expected, got = (operands.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
+            assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (e4m3_max, factor)
+
+
+def test_the_own_amax_given_is_the_current_scale_and_saturates_nothing():
+    x, fold = values((5, 6, 4, 24)), fold_list(make_geometry(5, (24, 32), (6, 4), 3, 1, 1).folds()[0])
+    for backend in ("reference", "vendor"):
+        amax = operands.measure_operand(x, fold, True, backend)
+        args = (x, 1, fold, PACKED, PACKED, True, False, "", 448, False, torch.float32, None)
+        current = operands.quantize_operand(*args, None, backend)
+        given = operands.quantize_operand(*args, amax, backend)
+        assert all(same_bits(a, b) for a, b in zip(current[:6], given[:6], strict=True))
+        assert current[6].numel() == 0 and float(given[6][2]) == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "vendor"])
+def test_saturated_blocks_are_counted(backend):
+    x, fold = torch.full((16, 2, 3, 32), 0.01), fold_list(Fold(1, 0, 2, 0, 16))
+    x[3, 1, 2, 5], x[7, 0, 0, 20] = 7.0, -9.0
+    amax = torch.tensor([2688.0 * 2**-10, 2688.0 * 2**-10])  # 2.625: both values saturate a block of each face
+    args = (x, 1, fold, PACKED, PACKED, False, False, "", 448, False, torch.float32, None)
+    assert operands.quantize_operand(*args, amax, backend)[6].tolist() == [9.0, 9.0, 4.0]
+    assert operands.quantize_operand(*args, amax * 4, backend)[6].tolist() == [9.0, 9.0, 0.0]
+    row_only = (x, 1, fold, PACKED, NONE, True, False, "", 448, False, torch.float32, None)
+    assert operands.quantize_operand(*row_only, amax, backend)[6].tolist() == [9.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("e4m3_max", [448, 256])
+def test_power_of_two_amaxes(e4m3_max):
+    full = 6.0 * e4m3_max
+    for exponent, factor in itertools.product(
+        (-120, -90, -11, -3, 0, 5, 40, 110), (1.0, 1.25, 1.3125, 1.32, 1.5, 1.51)
+    ):
+        for margin in (1, 4, 8):
+            amax = torch.tensor([factor * 2.0**exponent])
+            k = math.ceil(math.log2(margin * float(amax.double()) / full))
+            expected = full * 2.0 ** min(max(k, formats.MIN_EXPONENT), formats.MAX_EXPONENT)
+            assert float(formats.power_of_two_amax(amax, e4m3_max, margin)) == expected
+    special = torch.tensor([0.0, float("inf"), float("nan"), 1e-45, 3.4e38])
+    out = formats.power_of_two_amax(special, e4m3_max)
+    assert same_bits(out[:3], special[:3])
+    assert out[3] == full * 2.0**-100 and out[4] == full * 2.0**116
+    powers = full * torch.exp2(torch.arange(-100.0, 100.0))
+    assert same_bits(formats.power_of_two_amax(powers, e4m3_max), powers)
+    alpha = formats.alpha(powers, powers.flip(0), e4m3_max, e4m3_max)
+    assert same_bits(alpha, torch.exp2(torch.arange(-100.0, 100.0) + torch.arange(99.0, -101.0, -1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("two_d", [True, False])
+def test_kernels_with_a_power_of_two_amax(two_d, kind):
+    w = values((40, 24, 3, 3), kind)
+    args = (w, 1, PACKED, NONE if two_d else PACKED, two_d, "", 448, True, torch.float32)
+    expected, got = (operands.quantize_kernel(*args, backend) for backend in ("reference", "vendor"))
+    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+    assert same_bits(got[4], formats.power_of_two_amax(w.abs().amax().reshape(1)))
+
+
+@pytest.mark.parametrize("two_d", [True, False])
+def test_unpacked_kernels_times_a_factor(two_d):
+    w = values((40, 24, 3, 3), "wide")
+    for dtype, factor in itertools.product((torch.bfloat16, torch.float32), (2.0**-17, 2.0**90, 0.3, float("nan"))):
+        packed = operands.quantize_kernel(
+            w, 1, PACKED, PACKED if not two_d else NONE, two_d, "", 448, True, dtype, "vendor"
+        )
+        faces = [(packed[0], packed[1], False)] + ([] if two_d else [(packed[2], packed[3], True)])
+        for data, scale, columnwise in faces:
+            plain = operands.unpack_kernel(data, scale, 40, 24, 1, columnwise, None, torch.float32, "reference")
+            for backend in ("reference", "vendor"):
+                args = (data, scale, 40, 24, 1, columnwise, torch.tensor([factor]), dtype, backend)
+                assert same_bits(operands.unpack_kernel(*args), (plain * factor).to(dtype)), (dtype, factor, backend)

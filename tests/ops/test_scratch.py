@@ -44,7 +44,7 @@ def test_small_tensors_have_memory_of_their_own_and_few_buffers_are_kept():
 def test_large_operands_equal_the_reference_in_used_buffers_and_from_threads():
     x = values((32, 12, 12, 64), "wide", torch.bfloat16)
     fold = fold_list(Fold(1, 0, 12, 0, 32))
-    args = (1, fold, DEQUANTIZED, DEQUANTIZED, True, True, "", 448, False, torch.float32, torch.tensor([3]))
+    args = (1, fold, DEQUANTIZED, DEQUANTIZED, True, True, "", 448, False, torch.float32, torch.tensor([3]), None)
     expected = operands.quantize_operand(x, *args, "reference")
     assert expected[0].numel() * 4 >= scratch.SMALL
     wrong: list[int] = []

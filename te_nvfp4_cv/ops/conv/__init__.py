@@ -5,13 +5,16 @@ image axes.
     dgrad  dx = alpha * sum over (tap, channel) of dy w               contraction over the channels of dy
     wgrad  dw = alpha * sum over (pixel, image) of dy x               over images at one pixel (folded, rotated)
 
-Operands come in the form their backend wants: `vendor` multiplies code * scale (empty scale tensors), `reference`
-packed codes and E4M3 bytes.
+Operands come in the form their backend wants: `vendor` multiplies code * scale (empty scale tensors), `reference` and
+`triton` packed codes and E4M3 bytes.
 Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1]. alpha holds both tensor scales and is applied in
-fp32; where it is not finite, so is the result.
+fp32; where it is not finite, so is the result. None says that the operands carry the scales (vendor, powers of two in
+w): there is no pass over the result, and the library adds the bias in its own dtype.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +23,12 @@ from te_nvfp4_cv.ops.conv import reference, vendor
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 
 
-def _run(backend: str):  # type: ignore[no-untyped-def]
+def _run(backend: str) -> Any:
+    """The module that serves a backend; the Triton one is imported when it is first used."""
+    if backend == "triton":
+        from te_nvfp4_cv.ops.conv import launch
+
+        return launch
     return reference if backend == "reference" else vendor
 
 
@@ -30,7 +38,7 @@ def conv_fprop(
     x_scale: Tensor,
     w: Tensor,
     w_scale: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     bias: Tensor | None,
     shape: list[int],
     dtype: torch.dtype,
@@ -41,8 +49,8 @@ def conv_fprop(
     Args:
         x: rowwise face of x; w: the kernel's face whose blocks run along x's channels (rowwise; columnwise when
             transposed).
-        alpha: fp32 [1], or [B, *output image, 1] for row-scaled activations.
-        bias: [O] or None, added in fp32.
+        alpha: fp32 [1], or [B, *output image, 1] for row-scaled activations, or None.
+        bias: [O] or None, added in fp32 (alpha None: by the library).
         shape: ConvGeometry.to_ints().
     """
     return _run(backend).fprop(x, x_scale, w, w_scale, alpha, bias, ConvGeometry.from_ints(shape), dtype)
@@ -59,7 +67,7 @@ def conv_dgrad(
     dy_scale: Tensor,
     w: Tensor,
     w_scale: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     shape: list[int],
     dtype: torch.dtype,
     backend: str,
@@ -79,7 +87,7 @@ def conv_wgrad(
     dy_scale: Tensor,
     x: Tensor,
     x_scale: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     shape: list[int],
     dtype: torch.dtype,
     backend: str,
@@ -87,7 +95,7 @@ def conv_wgrad(
     """dw [axis 0, taps, axis 1] in `dtype`, from the columnwise faces of dy and x on the folded geometry.
 
     Args:
-        alpha: fp32 [1], or [C] for row-scaled activations.
+        alpha: fp32 [1], or [C] for row-scaled activations, or None.
         shape: ConvGeometry.to_ints() of the call itself, not of the folded one.
     """
     return _run(backend).wgrad(dy, dy_scale, x, x_scale, alpha, ConvGeometry.from_ints(shape), dtype)

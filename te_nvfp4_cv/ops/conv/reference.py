@@ -146,33 +146,49 @@ def fprop(
     x_scale: Tensor,
     w: Tensor,
     w_scale: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     bias: Tensor | None,
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
     """See conv_fprop."""
     to_b = not geometry.transposed
-    y = data_product((x, x_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b) * alpha
+    y = _scaled(data_product((x, x_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b), alpha)
     return (y if bias is None else y + bias.float()).to(dtype).contiguous()
 
 
 def dgrad(
-    dy: Tensor, dy_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
+    dy: Tensor,
+    dy_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See conv_dgrad."""
     to_b = geometry.transposed
-    dx = data_product((dy, dy_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b) * alpha
+    dx = _scaled(data_product((dy, dy_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b), alpha)
     return dx.to(dtype).contiguous()
 
 
 def wgrad(
-    dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
+    dy: Tensor,
+    dy_scale: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    alpha: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See conv_wgrad."""
     of_dy, of_x = _packed_columns(dy, dy_scale), _packed_columns(x, x_scale)
     b, a = (of_x, of_dy) if geometry.transposed else (of_dy, of_x)
     dw = weight_product(b, a, geometry)
-    if alpha.numel() != 1:
+    if alpha is not None and alpha.numel() != 1:
         alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
-    return (dw * alpha).to(dtype)
+    return _scaled(dw, alpha).to(dtype)
+
+
+def _scaled(product: Tensor, alpha: Tensor | None) -> Tensor:
+    return product if alpha is None else product * alpha

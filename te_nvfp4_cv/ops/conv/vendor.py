@@ -2,7 +2,8 @@
 
 code * scale has at most 6 significant bits, so it is exact in bf16 and the result is the quantized GEMM's, up to the
 order of accumulation
-and one rounding. alpha (both tensor scales) and the bias are applied to the result in fp32.
+and one rounding. alpha (both tensor scales) and the bias are applied to the result in fp32; without alpha w carries
+them and the library adds the bias, rounded to the operands' dtype as under torch.autocast.
 1-D convolutions run as 2-D ones of height 1; linear layers as a matrix product.
 """
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.ops import dispatch, native
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 
 aten = torch.ops.aten
@@ -23,23 +24,30 @@ def fprop(
     x_scale: Tensor,
     w: Tensor,
     w_scale: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     bias: Tensor | None,
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
     """See conv_fprop."""
+    inner, outer = (bias, None) if alpha is None else (None, bias)
     if geometry.rank == 0:
-        y = F.linear(x, w[:, 0])
+        y = F.linear(x, w[:, 0], None if inner is None else inner.to(x.dtype))
     else:
         g = _two_d(geometry)
-        y = convolution(_channels_first(x, g.x_shape), _kernel(w, g), None, g)
+        y = convolution(_channels_first(x, g.x_shape), _kernel(w, g), inner, g)
         y = _channels_last(y, geometry.y_shape)
-    return _finish(y, alpha, bias, dtype)
+    return _finish(y, alpha, outer, dtype)
 
 
 def dgrad(
-    dy: Tensor, dy_scale: Tensor, w: Tensor, w_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
+    dy: Tensor,
+    dy_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See conv_dgrad."""
     if geometry.rank == 0:
@@ -52,7 +60,13 @@ def dgrad(
 
 
 def wgrad(
-    dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, alpha: Tensor, geometry: ConvGeometry, dtype: torch.dtype
+    dy: Tensor,
+    dy_scale: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    alpha: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See conv_wgrad."""
     if geometry.rank == 0:
@@ -64,7 +78,7 @@ def wgrad(
             _channels_first(dy, g.y_shape), _channels_first(x, g.x_shape), w_like, g, [False, True, False]
         )
         dw = _channels_last(dw, geometry.weight_shape)
-    if alpha.numel() != 1:  # one factor per channel of x: axis 1 of the kernel, axis 0 of a transposed one
+    if alpha is not None and alpha.numel() != 1:  # one factor per channel of x
         alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
     return _finish(dw, alpha, None, dtype)
 
@@ -136,8 +150,14 @@ def _empty_image(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape).movedim(-1, 1)
 
 
-def _finish(y: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _finish(y: Tensor, alpha: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """round(y * alpha + bias) in `dtype`, in one rounding; y is contiguous and may be overwritten."""
+    if alpha is None:
+        return y.to(dtype)
+    if alpha.numel() == 1 and dispatch.kernels_serve(y.device):
+        from te_nvfp4_cv.ops import kernels
+
+        return kernels.scale_bias(y, alpha, bias, dtype)
     library = native.load() if y.device.type == "cpu" else None
     kinds = (torch.bfloat16, torch.float32)
     if library is None or alpha.numel() != 1 or y.dtype not in kinds:

@@ -10,12 +10,13 @@
 A row-scaled operand is multiplied with amax 1, and its rows' amax after: f32(row * column) where the other side has one
 amax, else rows, then columns. A non-finite amax of either operand makes the whole result non-finite.
 Refused: a missing face, lengths that differ, operands of which only one is rotated.
-The registered operator is te_nvfp4_cv::gemm, on plain tensors; reference.py and vendor.py hold its inner product.
+The registered operator is te_nvfp4_cv::gemm, on plain tensors; reference.py, vendor.py and launch.py hold
+its inner product.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -150,6 +151,15 @@ def _check(
         )
 
 
+def _implementation(backend: str) -> Any:
+    """The module whose `multiply` serves a backend; the Triton one is imported when it is first used."""
+    if backend == "triton":
+        from te_nvfp4_cv.ops.gemm import launch
+
+        return launch
+    return reference if backend == "reference" else vendor
+
+
 @torch.library.custom_op("te_nvfp4_cv::gemm", mutates_args=())
 def _gemm_op(
     a_data: Tensor,
@@ -168,9 +178,8 @@ def _gemm_op(
     backend: str,
 ) -> Tensor:
     """The registered operator: inner products by the backend, then scales, bias and sum in fp32."""
-    multiply = vendor.multiply if backend == "vendor" else reference.multiply
     with torch.autocast(a_data.device.type, enabled=False):
-        total = multiply(a_data, a_scale, b_data, b_scale)
+        total = _implementation(backend).multiply(a_data, a_scale, b_data, b_scale)
     if a_row_scaled or b_row_scaled:
         one = torch.ones_like(a_amax[:1])
         total = total * formats.alpha(one, one, a_e4m3_max, b_e4m3_max)

@@ -15,7 +15,13 @@ from te_nvfp4_cv import formats
 
 def multiply(a_data: Tensor, a_scale: Tensor, b_data: Tensor, b_scale: Tensor) -> Tensor:
     """Sum of products of code * scale, fp32 [I, J]; arguments as in reference.multiply."""
-    a, b = formats.decode_blocks(a_data, a_scale), formats.decode_blocks(b_data, b_scale)
-    if a.device.type == "cuda" and a.numel() and b.numel():
-        return torch.mm(a.to(torch.bfloat16), b.to(torch.bfloat16).t(), out_dtype=torch.float32)
-    return torch.mm(a, b.t())
+    if a_data.device.type == "cuda" and a_data.numel() and b_data.numel():
+        return torch.mm(_decoded(a_data, a_scale), _decoded(b_data, b_scale).t(), out_dtype=torch.float32)
+    return torch.mm(formats.decode_blocks(a_data, a_scale), formats.decode_blocks(b_data, b_scale).t())
+
+
+def _decoded(data: Tensor, scale: Tensor) -> Tensor:
+    """code * scale in bf16, by the Triton kernel."""
+    from te_nvfp4_cv.ops.quantize import launch
+
+    return launch.unpack_rows(data, scale.view(torch.uint8), data.shape[-1] * 2, 1, torch.bfloat16)

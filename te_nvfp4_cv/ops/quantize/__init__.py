@@ -11,6 +11,7 @@ that TransformerEngine does not define.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Optional
 
@@ -47,7 +48,7 @@ def quantize(
     """Quantize a matrix to NVFP4 with `backend`; the arguments are those of reference.quantize_2d.
 
     Args:
-        backend: "reference" or "vendor", already resolved ("auto" is not a backend).
+        backend: "reference", "vendor" or "triton", already resolved ("auto" is not a backend).
     Returns:
         Faces(row_data, row_scale, row_amax, col_data, col_scale, col_amax).
     Raises:
@@ -233,13 +234,13 @@ def _implementation(backend: str) -> Callable[..., Faces]:
     """The quantize_2d of a backend; vendor.py is imported when it is first used, since it starts a compiler."""
     if backend == "reference":
         return reference.quantize_2d
-    if backend == "vendor":
+    if backend in ("vendor", "triton"):
         from te_nvfp4_cv.ops.quantize import vendor
 
-        return vendor.quantize_2d
+        return vendor.quantize_2d if backend == "vendor" else functools.partial(vendor.quantize_2d, kernels=True)
     raise checks.value_error(
         "nvfp4 quantize: unknown backend.",
         got=f"backend={backend!r}",
-        needs="'reference' or 'vendor'",
+        needs="'reference', 'vendor' or 'triton'",
         fix="let nvfp4_autocast or NVFP4Quantizer choose with backend='auto'",
     )

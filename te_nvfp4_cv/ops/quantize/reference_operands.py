@@ -58,7 +58,8 @@ def quantize_operand(
     e4m3_max: int,
     row_scaled: bool,
     dtype: torch.dtype,
-    seed: int | None,
+    seed: Tensor | None,
+    amax: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_operand."""
     x_rows = batch_last(x)
@@ -66,35 +67,80 @@ def quantize_operand(
     common: dict[str, Any] = dict(
         stochastic_rounding=stochastic, four_over_six=four_over_six, e4m3_max=e4m3_max, row_scaled=row_scaled, seed=seed
     )
-    amax = x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
-    row_amax = col_amax = amax
+    own = _amax(x)
+    seen_row = own if row != NONE or not rht else torch.zeros_like(own)
+    seen_col, saturated = torch.zeros_like(own) if rht else own, torch.zeros_like(own)
+    row_amax, col_amax = (own, own) if amax is None else (amax[:1], amax[1:])
     if row != NONE:
         faces = reference.quantize_2d(
-            pad_groups(x_rows, groups).flatten(0, -2), rowwise=True, amax_rowwise=None if row_scaled else amax, **common
+            pad_groups(x_rows, groups).flatten(0, -2),
+            rowwise=True,
+            amax_rowwise=None if row_scaled else row_amax,
+            **common,
         )
         shape = tuple(x_rows.shape[:-1])
         row_data = faces.row_data.reshape(*shape, -1).movedim(-2, 0).contiguous()
         row_scale = faces.row_scale.view(torch.uint8).reshape(*shape, -1).movedim(-2, 0).contiguous()
         row_amax = faces.row_amax.reshape(shape).movedim(-1, 0).contiguous() if row_scaled else faces.row_amax
+        if amax is not None:
+            saturated = saturated + saturated_blocks(pad_groups(x, groups), row_amax, e4m3_max)
     if col != NONE:
         folded = batch_last(fold_images(x, fold))  # [*image, N, C]
+        given = None if amax is None and (rht or row_scaled) else col_amax
         faces = reference.quantize_2d(
             folded.flatten(0, -2),
             rowwise=False,
             columnwise=True,
             rht=rht,
-            amax_rowwise=None if rht or row_scaled else amax,
+            amax_rowwise=None if rht else given,
+            amax_columnwise=given if rht else None,
             **common,
         )
         shape = (x.shape[-1], *folded.shape[:-2], fold.images // BLOCK)  # [C, *image, N16]
         col_data = faces.col_data.reshape(*shape, 8).movedim(0, -2).movedim(-3, 0).contiguous()
         col_scale = faces.col_scale.view(torch.uint8).reshape(shape).movedim(0, -1).movedim(-2, 0).contiguous()
         col_amax = faces.col_amax
+        if amax is not None:
+            rotated = columnwise_values(x, fold, rht)
+            seen_col = _amax(rotated) if rht else seen_col
+            saturated = saturated + saturated_blocks(rotated, col_amax, e4m3_max)
     if row == DEQUANTIZED:
         row_data, row_scale = unpack_rows(row_data, row_scale, x.shape[-1], groups, dtype), row_scale.new_empty(0)
     if col == DEQUANTIZED:
         col_data, col_scale = unpack_columns(col_data, col_scale, dtype), col_scale.new_empty(0)
-    return row_data, row_scale, row_amax.clone(), col_data, col_scale, col_amax.clone()
+    observed = x.new_empty(0, dtype=torch.float32)
+    if amax is not None:
+        observed = torch.cat((seen_row, seen_col, saturated))
+        row_amax, col_amax = (unless_non_finite(*pair) for pair in ((row_amax, seen_row), (col_amax, seen_col)))
+    return row_data, row_scale, row_amax.clone(), col_data, col_scale, col_amax.clone(), observed
+
+
+def measure_operand(x: Tensor, fold: Fold, rht: bool) -> Tensor:
+    """See operands.measure_operand."""
+    own = _amax(x)
+    return torch.cat((own, _amax(columnwise_values(x, fold, rht)) if rht else own))
+
+
+def columnwise_values(x: Tensor, fold: Fold, rht: bool) -> Tensor:
+    """[N16, *folded image, C, 16]: what the columnwise face quantizes, a block of 16 images last."""
+    values = fold_images(x, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)
+    return formats.rht16(values) if rht else values
+
+
+def saturated_blocks(values: Tensor, amax: Tensor, e4m3_max: int) -> Tensor:
+    """fp32 [1]: how many blocks of 16 along the last axis have a decode scale above 448 before rounding."""
+    amax_b = formats.blocks(values.float()).abs().amax(-1)
+    return (amax_b * (formats.encode_scale(amax, e4m3_max) * formats.ONE_SIXTH) > 448).sum().float().reshape(1)
+
+
+def unless_non_finite(amax: Tensor, seen: Tensor) -> Tensor:
+    """`amax`, NaN where `seen` is not finite."""
+    return torch.where(seen.isfinite(), amax, torch.nan)
+
+
+def _amax(x: Tensor) -> Tensor:
+    """fp32 [1]; 0 of nothing."""
+    return x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
 
 
 def quantize_kernel(
@@ -105,6 +151,7 @@ def quantize_kernel(
     two_d: bool,
     four_over_six: str | None,
     e4m3_max: int,
+    pow2: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_kernel."""
@@ -112,7 +159,7 @@ def quantize_kernel(
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
     w_GOTC = w.reshape(groups, n // groups, c, taps).transpose(2, 3)
     w_GOTC = F.pad(w_GOTC, (0, kb * BLOCK - c, 0, 0, 0, ob * BLOCK - n // groups))
-    amax = w.abs().amax().float().reshape(1) if w.numel() else w.new_zeros(1, dtype=torch.float32)
+    amax = formats.power_of_two_amax(_amax(w), e4m3_max) if pow2 else _amax(w)
     faces = reference.quantize_2d(
         w_GOTC.reshape(groups * ob * BLOCK, taps * kb * BLOCK),
         rowwise=row != NONE,
@@ -137,9 +184,15 @@ def quantize_kernel(
             .contiguous()
         )
     if row == DEQUANTIZED:
-        row_data, row_scale = unpack_kernel(row_data, row_scale, n, c, groups, False, dtype), row_scale.new_empty(0)
+        row_data, row_scale = (
+            unpack_kernel(row_data, row_scale, n, c, groups, False, None, dtype),
+            row_scale.new_empty(0),
+        )
     if col == DEQUANTIZED:
-        col_data, col_scale = unpack_kernel(col_data, col_scale, n, c, groups, True, dtype), col_scale.new_empty(0)
+        col_data, col_scale = (
+            unpack_kernel(col_data, col_scale, n, c, groups, True, None, dtype),
+            col_scale.new_empty(0),
+        )
     return row_data, row_scale, col_data, col_scale, amax
 
 
@@ -156,17 +209,22 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
 
 
 def unpack_kernel(
-    data: Tensor, scale: Tensor, n: int, channels: int, groups: int, columnwise: bool, dtype: torch.dtype
+    data: Tensor,
+    scale: Tensor,
+    n: int,
+    channels: int,
+    groups: int,
+    columnwise: bool,
+    factor: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See operands.unpack_kernel."""
+    one_or_factor = 1.0 if factor is None else factor
     if columnwise:
-        values = formats.decode_blocks(data, scale.unsqueeze(-1).view(torch.float8_e4m3fn)).to(
-            dtype
-        )  # [G, Ob, T, C, 16]
-        values = values.movedim(-1, 2).flatten(1, 2)[:, : n // groups]
+        values = formats.decode_blocks(data, scale.unsqueeze(-1).view(torch.float8_e4m3fn))  # [G, Ob, T, C, 16]
+        values = (values * one_or_factor).to(dtype).movedim(-1, 2).flatten(1, 2)[:, : n // groups]
         return values.reshape(n, *values.shape[2:]).contiguous()
     if scale.dim() == 4:  # one scale a tile: repeat it on the tile's rows
         scale = scale.repeat_interleave(BLOCK, dim=1)[:, : n // groups].reshape(n, *scale.shape[2:])
-    return (
-        formats.decode_blocks(data, scale.contiguous().view(torch.float8_e4m3fn)).to(dtype)[..., :channels].contiguous()
-    )
+    values = formats.decode_blocks(data, scale.contiguous().view(torch.float8_e4m3fn)) * one_or_factor
+    return values.to(dtype)[..., :channels].contiguous()

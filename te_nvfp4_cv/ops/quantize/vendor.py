@@ -1,5 +1,5 @@
-"""Quantization for the vendor backend: the compiled kernels of ops/native on a CPU, the reference's plain torch
-elsewhere. Same bits.
+"""Quantization for the vendor backend on a CPU: the compiled kernels of ops/native, the reference's plain torch where
+there are none. Same bits.
 
 What the kernels do not cover (row-scaled activations, 1x16 kernels of more than one group) goes through
 reference_operands as well.
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import native, scratch
+from te_nvfp4_cv.formats import power_of_two_amax
+from te_nvfp4_cv.ops import dispatch, native, scratch
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import reference, reference_operands
 
@@ -23,17 +24,40 @@ BLOCK = 16
 ERRORS = {None: 0, "MAE": 1, "MSE": 2}  # of 4over6, as native.cpp numbers them
 
 
-def quantize_2d(x_MK: Tensor, **settings: Any) -> reference.Faces:
-    """reference.quantize_2d with the same arguments, by the compiled kernels where they cover the case."""
+def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> reference.Faces:
+    """reference.quantize_2d with the same arguments, by compiled kernels where they cover the case.
+
+    Args:
+        kernels: by the Triton kernels, on any device; on CUDA they are taken anyway.
+    """
     plain = not settings.get("two_d") and not settings.get("row_scaled") and settings.get("with_sign", True)
-    given = [settings.get(name) for name in ("amax_rowwise", "amax_columnwise", "random_rowwise", "random_columnwise")]
-    if not (plain and native.available(x_MK.device) and x_MK.numel() and all(g is None for g in given)):
+    rowwise, columnwise = settings.get("rowwise", True), settings.get("columnwise", False)
+    kernels = kernels or dispatch.kernels_serve(x_MK.device)
+    covered = kernels or native.available(x_MK.device)
+    random = settings.get("random_rowwise") is not None or settings.get("random_columnwise") is not None
+    given = settings.get("amax_rowwise"), settings.get("amax_columnwise")
+    if given[1] is None and not settings.get("rht"):
+        given = given[0], given[0]
+    some = any(amax is not None for amax, wanted in zip(given, (rowwise, columnwise), strict=True) if wanted)
+    every = all(amax is not None for amax, wanted in zip(given, (rowwise, columnwise), strict=True) if wanted)
+    if not plain or not covered or random or some != every or (some and not kernels) or not x_MK.numel():
         return reference.quantize_2d(x_MK, **settings)
     M, K = x_MK.shape
     images = -(-M // BLOCK) * BLOCK
-    rowwise, columnwise = settings.get("rowwise", True), settings.get("columnwise", False)
     seed = settings.get("seed")
-    fields = quantize_operand(
+    if seed is not None and not isinstance(seed, Tensor):
+        seed = torch.tensor([seed], dtype=torch.int64, device=x_MK.device)
+    amax = None
+    if some:
+        either = given[0] if given[0] is not None else given[1]
+        amax = torch.cat([(either if one is None else one).reshape(1).float() for one in given])  # type: ignore[union-attr]
+    if kernels:
+        from te_nvfp4_cv.ops.quantize import launch
+
+        run: Any = launch.quantize_operand
+    else:
+        run = quantize_operand
+    fields = run(
         x_MK.contiguous(),
         1,
         Fold(1, 0, 1, 0, images),
@@ -45,9 +69,12 @@ def quantize_2d(x_MK: Tensor, **settings: Any) -> reference.Faces:
         settings.get("e4m3_max", 448),
         False,
         torch.float32,
-        None if seed is None else int(seed),
+        seed,
+        amax,
     )
-    row_data, row_scale, row_amax, col_data, col_scale, col_amax = fields
+    row_data, row_scale, row_amax, col_data, col_scale, col_amax, _ = fields
+    if amax is not None:
+        row_amax, col_amax = amax[:1].clone(), amax[1:].clone()
     fp8, empty = torch.float8_e4m3fn, row_amax.new_empty(0)
     if columnwise:  # [M16, K, 8] -> [K, Mp / 2]
         col_data = col_data.transpose(0, 1).reshape(K, images // 2).contiguous()
@@ -74,52 +101,34 @@ def quantize_operand(
     e4m3_max: int,
     row_scaled: bool,
     dtype: torch.dtype,
-    seed: int | None,
+    seed: Tensor | None,
+    amax: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_operand."""
     library = native.load() if x.device.type == "cpu" else None
     if library is None or row_scaled or not x.numel():
         return reference_operands.quantize_operand(
-            x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_scaled, dtype, seed
+            x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_scaled, dtype, seed, amax
         )
-    x = x.float() if x.dtype == torch.float16 else x
-    rank, channels = x.dim() - 2, x.shape[-1]
-    rows = x.shape[1] if rank else 1
-    pixels = math.prod(x.shape[2:-1]) if rank else 1
-    folded = (fold.rows, *x.shape[2:]) if rank else (channels,)
+    q, x, starts = _operand(x, groups, fold, rht)
+    channels = x.shape[-1]
+    folded = (fold.rows, *x.shape[2:]) if x.dim() > 2 else (channels,)
     blocks = groups * -(-(channels // groups) // BLOCK)
-
     empty = x.new_empty(0, dtype=torch.uint8)
     row_data, row_scale, col_data, col_scale = (torch.empty_like(empty) for _ in range(4))
-    amax = torch.empty(2, dtype=torch.float32)
-    q = native.Operand(
-        x=x.data_ptr(),
-        images=x.shape[0],
-        L=rows,
-        Wp=pixels,
-        C=channels,
-        groups=groups,
-        fold_images=fold.images,
-        fold_L=fold.rows,
-        amax=amax.data_ptr(),
-        seed=seed or 0,
-        rht=rht,
-        stochastic=stochastic,
-        in_bf16=x.dtype == torch.bfloat16,
-        out_bf16=dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        want_row=row != NONE or not rht,
-        want_col=col != NONE and rht,
-        error=ERRORS[four_over_six],
-        e4m3_max=float(e4m3_max),
-    )
-    if fold.strips > 1:
-        source = fold.source_rows(x.shape[0], rows)
-        starts = torch.where(source >= 0, source * (pixels * channels), -1).contiguous()
-        q.row_start = starts.data_ptr()
-    library.nvfp4_amax(ctypes.byref(q))
-    if not rht:
-        amax[1] = amax[0]
+    q.seed, q.stochastic, q.out_bf16 = 0 if seed is None else int(seed), stochastic, dtype == torch.bfloat16
+    q.error, q.e4m3_max = ERRORS[four_over_six], float(e4m3_max)
+    used = torch.empty(2, dtype=torch.float32)
+    q.amax = used.data_ptr()
+    observed = x.new_empty(0 if amax is None else 3, dtype=torch.float32)
+    if amax is None:
+        q.want_row, q.want_col = row != NONE or not rht, col != NONE and rht
+        library.nvfp4_amax(ctypes.byref(q))
+        if not rht:
+            used[1] = used[0]
+    else:
+        used.copy_(amax)
+        q.observed = observed.data_ptr()
     q.want_row, q.want_col = row != NONE, col != NONE
     if row == PACKED:
         row_data, row_scale = empty.new_empty(*x.shape[:-1], blocks * 8), empty.new_empty(*x.shape[:-1], blocks)
@@ -137,7 +146,54 @@ def quantize_operand(
         col_data = scratch.empty((fold.images, *folded), dtype, x.device)
         q.col_dq = col_data.data_ptr()
     library.nvfp4_quantize(ctypes.byref(q))
-    return row_data, row_scale, amax[:1].clone(), col_data, col_scale, amax[1:].clone()
+    del starts
+    if amax is not None:
+        if not rht:  # folded columns may leave rows of x out
+            observed[:2] = observed[0] if row != NONE else measure_operand(x, fold, False)
+        used = reference_operands.unless_non_finite(used, observed[:2])
+    return row_data, row_scale, used[:1].clone(), col_data, col_scale, used[1:].clone(), observed
+
+
+def measure_operand(x: Tensor, fold: Fold, rht: bool) -> Tensor:
+    """See operands.measure_operand."""
+    library = native.load() if x.device.type == "cpu" else None
+    if library is None or not x.numel():
+        return reference_operands.measure_operand(x, fold, rht)
+    q, x, starts = _operand(x, 1, fold, rht)
+    amax = torch.empty(2, dtype=torch.float32)
+    q.amax, q.want_row, q.want_col = amax.data_ptr(), True, rht
+    library.nvfp4_amax(ctypes.byref(q))
+    del starts
+    if not rht:
+        amax[1] = amax[0]
+    return amax
+
+
+def _operand(x: Tensor, groups: int, fold: Fold, rht: bool) -> tuple[native.Operand, Tensor, Tensor | None]:
+    """The kernels' view of x; x in a dtype that they take, and the table of folded rows: keep both while it is used."""
+    x = x.float() if x.dtype == torch.float16 else x
+    rank, channels = x.dim() - 2, x.shape[-1]
+    rows, pixels = (x.shape[1], math.prod(x.shape[2:-1])) if rank else (1, 1)
+    q = native.Operand(
+        x=x.data_ptr(),
+        images=x.shape[0],
+        L=rows,
+        Wp=pixels,
+        C=channels,
+        groups=groups,
+        fold_images=fold.images,
+        fold_L=fold.rows,
+        rht=rht,
+        in_bf16=x.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        e4m3_max=448.0,
+    )
+    starts = None
+    if fold.strips > 1:
+        source = fold.source_rows(x.shape[0], rows)
+        starts = torch.where(source >= 0, source * (pixels * channels), -1).contiguous()
+        q.row_start = starts.data_ptr()
+    return q, x, starts
 
 
 def quantize_kernel(
@@ -148,21 +204,24 @@ def quantize_kernel(
     two_d: bool,
     four_over_six: str | None,
     e4m3_max: int,
+    pow2: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_kernel."""
     library = native.load() if w.device.type == "cpu" else None
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     if library is None or not w.numel() or (not two_d and groups > 1):
-        return reference_operands.quantize_kernel(w, groups, row, col, two_d, four_over_six, e4m3_max, dtype)
+        return reference_operands.quantize_kernel(w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype)
     w = w.detach()
     w = w.float() if w.dtype == torch.float16 else w
     if not two_d:  # axis 0 takes the place of the batch: the operand kernels do the rest
         w_OTC = w.reshape(n, c, taps).transpose(1, 2).contiguous()
         fold = Fold(1, 0, taps, 0, -(-n // BLOCK) * BLOCK)
-        row_data, row_scale, amax, col_data, col_scale, _ = quantize_operand(
-            w_OTC, 1, fold, row, col, False, False, four_over_six, e4m3_max, False, dtype, None
+        given = power_of_two_amax(measure_operand(w_OTC, fold, False), e4m3_max) if pow2 else None
+        row_data, row_scale, amax, col_data, col_scale, *_ = quantize_operand(
+            w_OTC, 1, fold, row, col, False, False, four_over_six, e4m3_max, False, dtype, None, given
         )
+        amax = amax if given is None else given[:1].clone()
         if col == PACKED:
             col_data, col_scale = col_data.unsqueeze(0), col_scale.unsqueeze(0)
         return row_data, row_scale, col_data[:n] if col == DEQUANTIZED else col_data, col_scale, amax
@@ -187,6 +246,7 @@ def quantize_kernel(
         want_row=1,
     )
     library.nvfp4_amax(ctypes.byref(measure))
+    amax = power_of_two_amax(amax[:1], e4m3_max) if pow2 else amax
     empty = w.new_empty(0, dtype=torch.uint8)
     row_data, row_scale = torch.empty_like(empty), torch.empty_like(empty)
     q = _weight(w_OCT, groups, w.dtype == torch.bfloat16, dtype, e4m3_max)
@@ -240,15 +300,24 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
 
 
 def unpack_kernel(
-    data: Tensor, scale: Tensor, n: int, channels: int, groups: int, columnwise: bool, dtype: torch.dtype
+    data: Tensor,
+    scale: Tensor,
+    n: int,
+    channels: int,
+    groups: int,
+    columnwise: bool,
+    factor: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See operands.unpack_kernel."""
     library = native.load() if data.device.type == "cpu" else None
     if library is None or not data.numel() or columnwise or scale.dim() != 4:
-        return reference_operands.unpack_kernel(data, scale, n, channels, groups, columnwise, dtype)
+        return reference_operands.unpack_kernel(data, scale, n, channels, groups, columnwise, factor, dtype)
     out = scratch.empty((n, data.shape[1], channels), dtype, data.device)
     q = _weight(out.transpose(1, 2), groups, False, dtype, 448)
     q.dq, q.codes, q.scale = out.data_ptr(), data.data_ptr(), scale.data_ptr()
+    if factor is not None:
+        q.amax = factor.data_ptr()
     library.nvfp4_unpack_weight(ctypes.byref(q))
     return out
 

@@ -1,0 +1,212 @@
+"""The three GEMMs of a convolution on a GPU: cuDNN in bf16, the vendor path part by part, Triton on packed operands.
+
+    python examples/benchmarks/gpu_conv.py [--layers "r50 256->256 k3 @14"] [--out results.jsonl]
+
+x and w are channels_last, cuDNN picks its algorithm by measuring (cudnn.benchmark). The vendor path is what a training
+step does beside the norm and the activation: quantize x and w, unpack w, fprop, quantize dy, unpack w and x, dgrad,
+wgrad, with the tensor scale "delayed" (no amax pass; the scales of fprop and dgrad go into w). Each layer's y, dx and
+dw of both backends are compared with float64 convolutions of the dequantized operands on a sample of channels, before
+any time is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from gpu import LAYERS, Layer, Results, Timer, copy_bandwidth, gemm_rate, need_cuda, parser, relative_error
+from torch import Tensor
+
+from te_nvfp4_cv.ops import conv
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.quantize import operands
+from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+
+aten = torch.ops.aten
+SCALE = 6.0 * 448 * 2.0**-8  # an amax whose decode scale is a power of two
+
+
+def geometry(layer: Layer) -> ConvGeometry:
+    """The layer as the operators want it."""
+    size, kernel, one = (layer.size,) * 2, (layer.kernel,) * 2, (1, 1)
+    pad = (layer.kernel // 2,) * 2
+    return ConvGeometry(layer.batch, layer.c_in, layer.c_out, size, size, kernel, one, pad, one, (0, 0), 1, False)
+
+
+def plain(layer: Layer, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """cuDNN's three GEMMs on tensors [B, C, H, W] in channels_last memory."""
+    pad, one = [layer.kernel // 2] * 2, [1, 1]
+
+    def backward(mask: list[bool]) -> Callable[[], Tensor]:
+        index = mask.index(True)
+        return lambda: aten.convolution_backward(dy, x, w, None, one, pad, one, False, [0, 0], 1, mask)[index]
+
+    return {
+        "fprop": lambda: aten.convolution(x, w, None, one, pad, one, False, [0, 0], 1),
+        "dgrad": backward([True, False, False]),
+        "wgrad": backward([False, True, False]),
+    }
+
+
+class Path:
+    """The parts of one backend's step on x [B, H, W, C], w [O, C, k, k], dy [B, P, Q, O]."""
+
+    def __init__(self, layer: Layer, backend: str, x: Tensor, w: Tensor, dy: Tensor) -> None:
+        self.backend, self.x, self.w, self.dy, self.layer = backend, x, w, dy, layer
+        self.shape = geometry(layer).to_ints()
+        self.form = PACKED if backend == "triton" else DEQUANTIZED
+        self.amax = torch.full((2,), SCALE, device=x.device)
+        self.seed = torch.full((1,), 3, dtype=torch.int64, device=x.device)
+        self.alpha = torch.ones(1, device=x.device)
+        self.epilogue = self.alpha if backend == "triton" else None  # vendor: the weight carries the scales
+        self.x_q, self.dy_q, self.w_q = self.quantize_x(), self.quantize_dy(), self.quantize_w()
+        self.w_data, self.w_scale = self.unpack_w()
+        self.col, self.col_scale = self.unpack_x()
+
+    def _operand(self, t: Tensor, row: int, col: int, stochastic: bool) -> tuple[Tensor, ...]:
+        fold, seed = [1, 0, t.shape[1], 0, t.shape[0]], self.seed if stochastic else None
+        bf16 = torch.bfloat16
+        args = (1, fold, row, col, True, stochastic, "", 448, False, bf16, seed, self.amax, self.backend)
+        return tuple(operands.quantize_operand(t, *args))
+
+    def quantize_x(self) -> tuple[Tensor, ...]:
+        return self._operand(self.x, self.form, PACKED, False)
+
+    def quantize_dy(self) -> tuple[Tensor, ...]:
+        return self._operand(self.dy, self.form, self.form, True)
+
+    def quantize_w(self) -> tuple[Tensor, ...]:
+        args = (1, PACKED, NONE, True, "", 448, True, torch.bfloat16, self.backend)
+        return tuple(operands.quantize_kernel(self.w, *args))
+
+    def unpack_w(self) -> tuple[Tensor, Tensor]:
+        data, scale = self.w_q[:2]
+        if self.form == PACKED:
+            return data, scale
+        args = (self.layer.c_out, self.layer.c_in, 1, False, self.alpha, torch.bfloat16, self.backend)
+        return operands.unpack_kernel(data, scale, *args), scale.new_empty(0)
+
+    def unpack_x(self) -> tuple[Tensor, Tensor]:
+        data, scale = self.x_q[3:5]
+        if self.form == PACKED:
+            return data, scale
+        return operands.unpack_columns(data, scale, torch.bfloat16, self.backend), scale.new_empty(0)
+
+    def fprop(self) -> Tensor:
+        x, scale = self.x_q[:2]
+        args = (self.w_data, self.w_scale, self.epilogue, None, self.shape, torch.bfloat16, self.backend)
+        return conv.conv_fprop(x, scale, *args)
+
+    def dgrad(self) -> Tensor:
+        dy, scale = self.dy_q[:2]
+        args = (self.w_data, self.w_scale, self.epilogue, self.shape, torch.bfloat16, self.backend)
+        return conv.conv_dgrad(dy, scale, *args)
+
+    def wgrad(self) -> Tensor:
+        dy, scale = self.dy_q[3:5]
+        args = (self.col, self.col_scale, self.alpha, self.shape, torch.float32, self.backend)
+        return conv.conv_wgrad(dy, scale, *args)
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """Name -> call; what this backend does not do is left out."""
+        found: dict[str, Callable[[], object]] = {
+            "quantize x": self.quantize_x,
+            "quantize w": self.quantize_w,
+            "quantize dy": self.quantize_dy,
+        }
+        if self.form == DEQUANTIZED:
+            found |= {"unpack w": self.unpack_w, "unpack w for dgrad": self.unpack_w, "unpack x": self.unpack_x}
+        return found | {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad}
+
+
+def wrong(layer: Layer, path: Path, vendor: Path) -> str:
+    """What is wrong with a backend's results, "" if nothing.
+
+    The truth is float64 on the vendor path's dequantized operands (quantization has the self-test), for 8 output
+    channels of y and dw and 8 input channels of dx.
+    """
+    pad, few = layer.kernel // 2, 8
+    x, dy = (t.movedim(-1, 1) for t in (vendor.x_q[0], vendor.dy_q[0]))
+    w = vendor.w_data.view(layer.c_out, layer.kernel, layer.kernel, layer.c_in).movedim(-1, 1)
+    images = slice(-1, None)  # float64 convolutions are slow: the last image of y and dx
+    y = torch.nn.functional.conv2d(x[images].double(), w[:few].double(), padding=pad)
+    error = relative_error(path.fprop()[images, ..., :few].movedim(-1, 1), y)
+    if not error < 6e-3:
+        return f"fprop: relative error {error:.1e}"
+    dx = torch.nn.functional.conv_transpose2d(dy[images].double(), w[:, :few].double(), padding=pad)
+    # path draws the same random numbers as the vendor path: one seed, the same kernels
+    error = relative_error(path.dgrad()[images, ..., :few].movedim(-1, 1), dx)
+    if not error < 6e-3:
+        return f"dgrad: relative error {error:.1e}"
+    x_col, dy_col = vendor.col, vendor.dy_q[3]
+    padded = torch.nn.functional.pad(x_col, (0, 0, pad, pad, pad, pad))
+    size, dw = layer.size, path.wgrad()
+    for tap in range(layer.kernel**2):  # tap by tap: a matrix product in fp32 of exact bf16 numbers
+        r, s = divmod(tap, layer.kernel)
+        rows = padded[:, r : r + size, s : s + size].reshape(-1, layer.c_in).double()
+        truth = dy_col[..., :few].reshape(-1, few).double().t() @ rows
+        error = relative_error(dw[:few, tap], truth)
+        del rows
+        if not error < 6e-3:
+            return f"wgrad: relative error {error:.1e} (tap {tap})"
+        if tap >= 1:  # a corner and an edge
+            break
+    return ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a table per layer; 1 when a result is wrong."""
+    options_of = parser((__doc__ or "").splitlines()[0])
+    names = [layer.name for layer in LAYERS]
+    options_of.add_argument("--layers", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
+    options_of.add_argument("--backends", nargs="+", default=["vendor", "triton"], choices=["vendor", "triton"])
+    options = options_of.parse_args(arguments)
+    device, results = need_cuda(), Results(options.out, "conv")
+    results.machine(device)
+    torch.backends.cudnn.benchmark = True
+    timer, status = Timer(device, options.rounds), 0
+    copy, gemm = copy_bandwidth(timer, device), gemm_rate(timer, device)
+    print(f"copy of 2 GiB: {copy:.0f} GB/s; bf16 matrix product 8192^3: {gemm:.0f} TFLOP/s; tensor scale: delayed")
+    results.add(copy_gb_s=copy, gemm_tflop_s=gemm)
+    for layer in (layer for layer in LAYERS if layer.name in options.layers):
+        torch.manual_seed(0)
+        x = torch.randn(layer.batch, layer.size, layer.size, layer.c_in, device=device, dtype=torch.bfloat16)
+        dy = torch.randn(layer.batch, layer.size, layer.size, layer.c_out, device=device, dtype=torch.bfloat16)
+        w = torch.randn(layer.c_out, layer.c_in, layer.kernel, layer.kernel, device=device)
+        w = w.to(memory_format=torch.channels_last)
+        base: dict[str, float] = {}
+        for name, run in plain(layer, x.movedim(-1, 1), w.bfloat16(), dy.movedim(-1, 1)).items():
+            base[name] = timer.ms(run)
+            _print(results, layer, "cudnn bf16", name, base[name], gemm)
+        vendor = Path(layer, "vendor", x, w, dy)
+        for backend in options.backends:
+            path = vendor if backend == "vendor" else Path(layer, backend, x, w, dy)
+            problem = wrong(layer, path, vendor)
+            if problem:
+                print(f"{layer.name}: {backend} is WRONG, no times printed: {problem}")
+                results.add(layer=layer.name, path=backend, error=problem)
+                status = 1
+                continue
+            times = {name: timer.ms(run) for name, run in path.parts().items()}
+            for name, ms in times.items():
+                _print(results, layer, backend, name, ms, gemm, base.get(name))
+            ratio = sum(times.values()) / sum(base.values())
+            print(f"{layer.name:<24}{backend:<12}whole step / cuDNN bf16: {ratio:.2f}")
+            results.add(layer=layer.name, path=backend, step_ratio=ratio)
+            del path
+        del vendor, x, dy, w
+    return status
+
+
+def _print(
+    results: Results, layer: Layer, path: str, part: str, ms: float, gemm: float, base: float | None = None
+) -> None:
+    rate = layer.flops / ms / 1e9 if part in ("fprop", "dgrad", "wgrad") else None
+    shown = "" if rate is None else f"{rate:7.0f} TFLOP/s{rate / gemm:6.2f} of GEMM"
+    shown += "" if base is None else f"{ms / base:6.2f} x cuDNN"
+    print(f"{layer.name:<24}{path:<12}{part:<20}{1e3 * ms:9.1f} us{shown}")
+    results.add(layer=layer.name, path=path, part=part, us=1e3 * ms, tflop_s=rate, of_cudnn=base and ms / base)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

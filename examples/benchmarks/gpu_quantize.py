@@ -1,0 +1,153 @@
+"""Every quantization kernel on a GPU: time, GB/s and share of the copy bandwidth measured in the same run.
+
+    python examples/benchmarks/gpu_quantize.py [--layers "unet 64->64 k3 @256"] [--out results.jsonl]
+
+x is bf16 channels-last, as training hands it over. "current": the tensor scale is x's own amax, which takes a pass of
+its own; "delayed": it is given, and one pass does all. GB/s count the bytes that the operation must move: an input that
+is read twice counts twice. Before any time is printed the self-test of the kernels runs, and for each shape a region of
+the full-size result is compared with the reference in bits (stochastic rounding: with its neighbours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from gpu import LAYERS, Layer, Results, Timer, copy_bandwidth, need_cuda, parser
+from torch import Tensor
+
+from te_nvfp4_cv import selftest
+from te_nvfp4_cv.ops.quantize import operands
+from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.selftest.setting import Setting
+
+ROWS, PIXELS = 2, 5  # the region that is compared: the last images, rows and pixels
+TARGETS = {"x: row dq + column packed, RHT, delayed": 0.65, "dy: row dq + column dq, RHT, SR, delayed": 0.65}
+
+
+def quantize(x: Tensor, row: int, col: int, stochastic: bool, amax: Tensor | None, backend: str) -> tuple[Tensor, ...]:
+    """Both faces of x [B, H, W, C]."""
+    seed = torch.full((1,), 11, dtype=torch.int64, device=x.device) if stochastic else None
+    fold = [1, 0, x.shape[1], 0, x.shape[0]]
+    return tuple(
+        operands.quantize_operand(
+            x, 1, fold, row, col, True, stochastic, "", 448, False, torch.bfloat16, seed, amax, backend
+        )
+    )
+
+
+def region(x: Tensor) -> Tensor:
+    """The last 16 images, two rows and five pixels: the far end of the tensor."""
+    return x[-16:, -ROWS:, -PIXELS:].contiguous()
+
+
+def wrong(x: Tensor, amax: Tensor) -> str:
+    """What is wrong with the kernels' results for x, "" if nothing."""
+    small, cpu = region(x).cpu(), amax.cpu()
+    for row, col in ((DEQUANTIZED, PACKED), (PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED)):
+        ours = quantize(x, row, col, False, amax, "vendor")
+        truth = quantize(small, row, col, False, cpu, "reference")
+        for index, name in ((0, "row data"), (1, "row scale"), (3, "column data"), (4, "column scale")):
+            if not truth[index].numel():
+                continue
+            packed_column = index > 2 and col == PACKED
+            part = ours[index][-1:] if packed_column else ours[index][-16:]
+            part = part[:, -ROWS:, -PIXELS:].cpu()
+            if not torch.equal(part.contiguous().view(torch.uint8), truth[index].contiguous().view(torch.uint8)):
+                return f"{name} differs from the reference (forms {row}, {col})"
+    nearest = quantize(x, DEQUANTIZED, DEQUANTIZED, False, amax, "vendor")
+    stochastic = quantize(x, DEQUANTIZED, DEQUANTIZED, True, amax, "vendor")
+    scale = quantize(x, PACKED, NONE, False, amax, "vendor")[1]
+    step = 2 * scale.view(torch.float8_e4m3fn).float().repeat_interleave(16, -1)
+    if not bool(((stochastic[0].float() - nearest[0].float()).abs() <= step).all()):
+        return "stochastic rounding moved a value by more than a step"
+    if not bool(stochastic[3].isfinite().all()):
+        return "stochastic rounding left a value of the columnwise face unwritten"
+    measured = operands.measure_operand(x, [1, 0, x.shape[1], 0, x.shape[0]], True, "vendor")
+    if float(measured[0]) != float(x.abs().amax()):
+        return "the measured amax is not x's"
+    return ""
+
+
+def jobs(x: Tensor, amax: Tensor) -> dict[str, tuple[float, Callable[[], object]]]:
+    """Name -> (bytes per element, call)."""
+
+    def q(row: int, col: int, stochastic: bool, delayed: bool) -> Callable[[], object]:
+        return lambda: quantize(x, row, col, stochastic, amax if delayed else None, "vendor")
+
+    packed, wide = 0.5625, 2.0
+    col, col_scale = quantize(x, NONE, PACKED, False, amax, "vendor")[3:5]
+    fold = [1, 0, x.shape[1], 0, x.shape[0]]
+    return {
+        "amax of x and of its rotation": (2.0, lambda: operands.measure_operand(x, fold, True, "vendor")),
+        "x: row dq + column packed, RHT, delayed": (2 + wide + packed, q(DEQUANTIZED, PACKED, False, True)),
+        "x: row dq + column packed, RHT, current": (4 + wide + packed, q(DEQUANTIZED, PACKED, False, False)),
+        "x: row packed + column packed, RHT, delayed": (2 + 2 * packed, q(PACKED, PACKED, False, True)),
+        "dy: row dq + column dq, RHT, SR, delayed": (2 + 2 * wide, q(DEQUANTIZED, DEQUANTIZED, True, True)),
+        "dy: row dq + column dq, RHT, SR, current": (4 + 2 * wide, q(DEQUANTIZED, DEQUANTIZED, True, False)),
+        "dy: row packed + column packed, RHT, SR, delayed": (2 + 2 * packed, q(PACKED, PACKED, True, True)),
+        "columns back to bf16": (
+            packed + wide,
+            lambda: operands.unpack_columns(col, col_scale, torch.bfloat16, "vendor"),
+        ),
+    }
+
+
+def weight_jobs(layer: Layer, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Name -> call, for the layer's fp32 kernel; bound by latency, so times only."""
+    w = torch.randn(layer.c_out, layer.c_in, layer.kernel, layer.kernel, device=device)
+    w = w.to(memory_format=torch.channels_last)
+    args = (1, PACKED, NONE, True, "", 448, False, torch.bfloat16, "vendor")
+    data, scale = operands.quantize_kernel(w, *args)[:2]
+    channels = (layer.c_out, layer.c_in, 1, False, None, torch.bfloat16, "vendor")
+    return {
+        "w: 16x16, packed": lambda: operands.quantize_kernel(w, *args),
+        "w: packed to bf16": lambda: operands.unpack_kernel(data, scale, *channels),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a row per kernel and shape; 1 when a result is wrong."""
+    options_of = parser((__doc__ or "").splitlines()[0])
+    names = [layer.name for layer in LAYERS]
+    options_of.add_argument("--layers", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
+    options = options_of.parse_args(arguments)
+    device, results = need_cuda(), Results(options.out, "quantize")
+    results.machine(device)
+    for check in selftest.QUANTIZATION:
+        try:
+            print(f"{check.__name__}: {check(Setting(device, 'vendor'))}")
+        except Exception as failure:
+            print(f"{check.__name__}: WRONG, no times printed: {failure}")
+            results.add(check=check.__name__, error=str(failure))
+            return 1
+    timer, status = Timer(device, options.rounds), 0
+    copy = copy_bandwidth(timer, device)
+    print(f"copy of 2 GiB: {copy:.0f} GB/s")
+    results.add(copy_gb_s=copy)
+    for layer in (layer for layer in LAYERS if layer.name in options.layers):
+        x = torch.randn(layer.batch, layer.size, layer.size, layer.c_in, device=device, dtype=torch.bfloat16)
+        amax = torch.tensor([6.0 * 448 * 2.0**-8] * 2, device=device)
+        problem = wrong(x, amax)
+        if problem:
+            print(f"{layer.name}: WRONG, no times printed: {problem}")
+            results.add(layer=layer.name, error=problem)
+            status = 1
+            continue
+        for name, (size, run) in jobs(x, amax).items():
+            ms = timer.ms(run)
+            rate = size * x.numel() / ms / 1e6
+            target = f"  target {TARGETS[name]:.2f}" if name in TARGETS else ""
+            print(f"{layer.name:<24}{name:<50}{1e3 * ms:8.1f} us{rate:7.0f} GB/s{rate / copy:6.2f} of copy{target}")
+            fields = {"us": 1e3 * ms, "gb_s": rate, "of_copy": rate / copy, "elements": x.numel()}
+            results.add(layer=layer.name, kernel=name, **fields)
+        for name, run in weight_jobs(layer, device).items():
+            ms = timer.ms(run)
+            print(f"{layer.name:<24}{name:<50}{1e3 * ms:8.1f} us")
+            results.add(layer=layer.name, kernel=name, us=1e3 * ms)
+        del x
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

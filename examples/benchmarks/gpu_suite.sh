@@ -1,0 +1,114 @@
+#!/bin/bash
+# What is worth knowing about this package on a GPU, in four stages, each under nine minutes.
+#
+#   bash examples/benchmarks/gpu_suite.sh STAGE [DATA]
+#
+#   1     pytest -m gpu, the self-test, compute-sanitizer over a few kernel tests where it is installed
+#   2     cuDNN's rates and every kernel's time against the ceilings of the machine
+#   3     step time and peak memory against bf16; the kernels of a step
+#   4     accuracy, five seeds: DATA holds train/ and val/ with images/ and masks/; without it drawn shapes (pycocotools)
+#   all   1 to 4, within about 25 minutes
+#
+# Results go to $OUT (default runs/gpu) as they come: gpu_1.log .. gpu_4.log, selftest.json, results.jsonl, profile.txt,
+# accuracy.json: eight files at most. PYTHON names an interpreter with torch and triton (default python3); nothing is
+# installed, the package is used from this checkout. Exit status: 0; 1 when something failed; 2 for a wrong command line
+# or a machine without a GPU.
+set -uo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-runs/gpu}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 WANDB_MODE=offline
+
+usage() {
+    sed -n 's/^#   //p' "${BASH_SOURCE[0]}" | head -8 >&2
+    exit 2
+}
+
+[[ $# -ge 1 && $# -le 2 ]] || usage
+STAGE=$1
+DATA=${2:-}
+[[ $STAGE =~ ^([1-4]|all)$ ]] || usage
+if [[ -n $DATA && ! -d $DATA/train ]]; then
+    echo "gpu_suite: no folder $DATA/train: DATA holds train/ and val/, each with images/ and masks/" >&2
+    exit 2
+fi
+command -v "$PYTHON" > /dev/null || { echo "gpu_suite: no interpreter $PYTHON; set PYTHON" >&2; exit 2; }
+"$PYTHON" - << 'CHECK' || exit 2
+import sys
+try:
+    import torch
+except ImportError:
+    sys.exit("gpu_suite: this Python has no torch; set PYTHON to one that has")
+if not torch.cuda.is_available():
+    sys.exit("gpu_suite: needs a CUDA device, and torch sees none here")
+CHECK
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+FAILED=0
+
+# step SECONDS NAME COMMAND...: with a time limit, its output in the stage's log too; a failure is counted, not fatal
+step() {
+    local limit=$1 name=$2 begin=$SECONDS code
+    shift 2
+    echo "=== $name"
+    timeout --kill-after=15 "$limit" "$@"
+    code=$?
+    [[ $code -eq 124 || $code -eq 137 ]] && echo "gpu_suite: $name ran past its $limit s"
+    [[ $code -eq 0 ]] || { FAILED=1; echo "gpu_suite: $name FAILED (exit status $code)"; }
+    echo "--- $name: $((SECONDS - begin)) s"
+}
+
+stage_1() {
+    local processes=()  # kernels compile side by side; the self-test then finds them compiled
+    "$PYTHON" -c 'import xdist' 2> /dev/null && processes=(-n 8)
+    step 290 "pytest -m gpu" "$PYTHON" -m pytest -q -m gpu "${processes[@]}" --maxfail=20 -p no:cacheprovider tests
+    step 150 "self-test" "$PYTHON" -m te_nvfp4_cv.cli selftest --json "$OUT/selftest.json"
+    if command -v compute-sanitizer > /dev/null; then
+        step 85 "compute-sanitizer" compute-sanitizer --error-exitcode 9 --launch-timeout 60 \
+            "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_sanitizer.py
+    else
+        echo "no compute-sanitizer here: memory accesses were not checked"
+    fi
+}
+
+stage_2() {
+    step 230 "quantization kernels" "$PYTHON" examples/benchmarks/gpu_quantize.py --out "$OUT/results.jsonl"
+    step 290 "convolutions" "$PYTHON" examples/benchmarks/gpu_conv.py --out "$OUT/results.jsonl"
+}
+
+stage_3() {
+    local common=(--out "$OUT/results.jsonl" --profile "$OUT/profile.txt")
+    step 200 "UNet step" "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${common[@]}"
+    step 180 "ResNet-50 step" "$PYTHON" examples/benchmarks/gpu_step.py --models resnet50 "${common[@]}"
+    step 140 "UNet with SiLU" "$PYTHON" examples/benchmarks/gpu_step.py --models unet-silu --no-graphs "${common[@]}"
+}
+
+stage_4() {
+    local data=() runs
+    [[ -n $DATA ]] && data=(--data "$DATA" --layout masks --image-size 96 128)
+    runs=$(mktemp -d)
+    for seed in 0 1 2 3 4; do
+        step 105 "accuracy, seed $seed" "$PYTHON" examples/unet_coco/train.py "${data[@]}" --workers 4 \
+            --precisions bf16 nvfp4 delayed --recipe unet --epochs 20 --scale 0.25 --batch-size 16 --lr 3e-3 \
+            --eval-every 10 --pictures 0 --no-wandb --seed "$seed" --out "$runs/seed$seed"
+    done
+    "$PYTHON" - "$runs" "$OUT/accuracy.json" << 'COLLECT' || FAILED=1
+import json, pathlib, sys
+runs = sorted(pathlib.Path(sys.argv[1]).glob("*/summary.json"))
+found = {path.parent.name: json.loads(path.read_text()) for path in runs}
+pathlib.Path(sys.argv[2]).write_text(json.dumps(found, indent=2) + "\n")
+COLLECT
+    rm -rf "$runs"
+}
+
+stages=("$STAGE")
+[[ $STAGE == all ]] && stages=(1 2 3 4)
+for stage in "${stages[@]}"; do
+    begin=$SECONDS
+    "stage_$stage" > >(tee "$OUT/gpu_$stage.log") 2>&1
+    wait $!
+    echo "stage $stage: $((SECONDS - begin)) s"
+done
+if [[ $FAILED -eq 0 ]]; then echo "gpu_suite: all passed; results in $OUT"; else echo "gpu_suite: something FAILED"; fi
+exit "$FAILED"

@@ -1,0 +1,244 @@
+"""What nv.fuse looks for in the graph of a forward, and what it puts there: norm_act, which rewritten forwards call.
+
+    norm -> activation              norm_act(norm, activation, z)
+    norm -> add -> relu             norm_act(norm, activation, z, residual)
+    ... -> convolutions alone       norm_act_into(norm, activation, layers, z, ...): see producer.py
+
+Modules are arguments of the call: what is put in their place later runs too, unfused where it is not known. An
+intermediate result with another reader, an addition in place into another tensor, and a write in between are left.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from te_nvfp4_cv import calls
+from te_nvfp4_cv.context import state
+from te_nvfp4_cv.handover import mode_is_on
+from te_nvfp4_cv.modules import NVFP4_CLASSES
+from te_nvfp4_cv.norm_modules import NORM_CLASSES, NormActModule, activate
+from te_nvfp4_cv.policy import set_precision
+from te_nvfp4_cv.producer import deferring
+
+NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())
+LAYERS = tuple(NVFP4_CLASSES)
+FAMILY = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # what a report lists, fused or not
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.silu: "silu"}
+METHODS = {"relu": "relu", "relu_": "relu"}
+ADDITIONS = {operator.add, operator.iadd, torch.add}
+ADD_METHODS = {"add", "add_"}
+
+
+@dataclass
+class Row:
+    """One norm: what it was fused with, or why it was not."""
+
+    name: str
+    kind: str
+    fused: str  # "relu", "add + relu", ...; "" where it stays
+    reason: str
+
+
+def child_of(module: nn.Module, target: str) -> nn.Module | None:
+    for part in target.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
+def norm_act(norm: nn.Module, activation: nn.Module | str, z: Tensor, residual: Tensor | None = None) -> Tensor:
+    """activation(norm(z) + residual): what a rewritten forward calls. Modules put in the place of the two run too."""
+    known = activation if isinstance(activation, str) else ACTIVATION_MODULES.get(type(activation))
+    if isinstance(norm, NormActModule) and known is not None:
+        return norm(z, residual, known)
+    u = norm(z)
+    u = u if residual is None else u + residual
+    return activate(u, activation) if isinstance(activation, str) else activation(u)
+
+
+def norm_act_into(
+    norm: nn.Module,
+    activation: nn.Module | str,
+    layers: tuple[nn.Module, ...],
+    z: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """norm_act whose result goes to `layers` and nowhere else: it need not be written where they quantize it."""
+    if isinstance(norm, NormActModule) and not _hooks(norm) and all(_hands_over(layer) for layer in layers):
+        with deferring():
+            return norm_act(norm, activation, z, residual)
+    return norm_act(norm, activation, z, residual)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What is called around the module's forward and backward, its own and everybody's."""
+    everybody = vars(nn.modules.module)
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    tables = [getattr(module, f"_{name}") for name in names] + [everybody[f"_global_{name}"] for name in names]
+    return [hook for table in tables for hook in table.values()]
+
+
+def _hands_over(layer: nn.Module) -> bool:
+    """Whether a call of this layer goes to calls.execute, or to what settles its input, before anything reads it."""
+    current = state()
+    return (
+        current is not None
+        and current.enabled
+        and mode_is_on()
+        and not calls.observed()
+        and (type(layer) in NVFP4_CLASSES or type(layer) in NVFP4_CLASSES.values())
+        and getattr(layer, "padding_mode", "zeros") == "zeros"
+        and all(type(hook).__module__ == set_precision.__module__ for hook in _hooks(layer))
+        and "forward" not in layer.__dict__
+    )
+
+
+def rewrite(module: nn.Module, graph: fx.Graph) -> dict[str, Row]:
+    """Fuse every pattern of the graph; the norms that it calls, by target."""
+    rows: dict[str, Row] = {}
+    calls = [
+        (node, norm)
+        for node in graph.nodes
+        if node.op == "call_module" and isinstance(norm := child_of(module, node.target), FAMILY)
+    ]
+    for node, norm in calls:
+        kind = kind_of(norm)
+        match = _match(module, graph, node, norm)
+        if isinstance(match, str):
+            rows.setdefault(node.target, Row("", kind, "", match))
+            continue
+        act, add, residual = match
+        with graph.inserting_before(act):
+            handle = graph.create_node("get_attr", node.target)
+            chosen: Any = _activation(module, act)
+            if act.op == "call_module":
+                chosen = graph.create_node("get_attr", act.target)
+            fused = graph.call_function(norm_act, (handle, chosen, node.args[0], residual))
+        act.replace_all_uses_with(fused)
+        name = _activation(module, act) or ""
+        for old in (act, add, node):
+            if old is not None:
+                graph.erase_node(old)
+        rows[node.target] = Row("", kind, f"add + {name}" if add is not None else name, "")
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is norm_act:
+            _name_layers(module, graph, node)
+    return rows
+
+
+def _name_layers(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
+    """norm_act_into in the place of norm_act where only layers that may be quantized read the result."""
+    users = list(node.users)
+    for user in users:
+        layer = child_of(module, str(user.target)) if user.op == "call_module" else None
+        if not isinstance(layer, LAYERS) or user.args != (node,) or user.kwargs:
+            return
+    with graph.inserting_before(node):
+        layers = tuple(graph.create_node("get_attr", user.target) for user in users)
+        into = graph.call_function(norm_act_into, (*node.args[:2], layers, *node.args[2:]))
+    node.replace_all_uses_with(into)
+    graph.erase_node(node)
+
+
+_Match = tuple[fx.Node, fx.Node | None, fx.Node | None]
+
+
+def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -> _Match | str:
+    """(activation, addition or None, residual or None) that follow a call of a norm; or why it stays."""
+    if type(norm) not in NORMS:
+        return f"{type(norm).__name__} is not torch's own norm"
+    if _hooks(norm):
+        return "it has hooks"
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return "it is called with other arguments than one tensor"
+    user = _only_user(node)
+    if user is None:
+        return "its result is used more than once, or returned" if node.users else "its result is not used"
+    add = residual = None
+    if _is_addition(user):
+        a, b = user.args
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
+            return "a number is added to its result"
+        if user.target in (operator.iadd, "add_") and b is node:
+            return "its result is added to another tensor in place"
+        add, residual = user, b if a is node else a
+        user = _only_user(add)
+        if user is None:
+            return "the sum with the residual is used more than once, or returned"
+    name = _activation(module, user)
+    if name is None:
+        return f"{_shown(module, user)} follows it"
+    if add is not None and name != "relu":
+        return "an addition before SiLU: its derivative needs the sum"
+    if user.op == "call_module":
+        hooked = child_of(module, str(user.target))
+        assert hooked is not None
+        if _hooks(hooked):
+            return "the activation that follows it has hooks"
+    if add is not None and _written_between(graph, node, user):
+        return "something is written in place between it and its activation"
+    return user, add, residual
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    """The single user, which takes the node once and is no output."""
+    if len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    return None if user.op == "output" else user
+
+
+def _is_addition(node: fx.Node) -> bool:
+    plain = len(node.args) == 2 and not node.kwargs
+    function = node.op == "call_function" and node.target in ADDITIONS
+    return plain and (function or (node.op == "call_method" and node.target in ADD_METHODS))
+
+
+def _activation(module: nn.Module, node: fx.Node) -> str | None:
+    """The name of an activation's call on one tensor; inplace may be said."""
+    if set(node.kwargs) - {"inplace"} or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if any(isinstance(value, fx.Node) for value in (*node.args[1:], *node.kwargs.values())):
+        return None
+    if node.op == "call_module":
+        child = child_of(module, str(node.target))
+        return None if child is None else ACTIVATION_MODULES.get(type(child))
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+    return METHODS.get(str(node.target)) if node.op == "call_method" else None
+
+
+def _written_between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> bool:
+    """Whether a call between the two may write to a tensor that is there already: the norm will run after it."""
+    inside = False
+    for node in graph.nodes:
+        if node is last:
+            return False
+        if inside and node.op in ("call_function", "call_method") and not _is_addition(node):
+            name = str(getattr(node.target, "__name__", node.target))
+            in_place = name.endswith("_") or (
+                node.op == "call_function" and name in ("iadd", "isub", "imul", "setitem")
+            )
+            if in_place or node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+                return True
+        inside = inside or node is first
+    return False
+
+
+def kind_of(norm: nn.Module) -> str:
+    return type(norm).__name__.replace("Act", "") if isinstance(norm, NormActModule) else type(norm).__name__
+
+
+def _shown(module: nn.Module, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(child_of(module, str(node.target))).__name__
+    return str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,95 @@
+"""Inside kernels: packed E2M1 codes and E4M3 scale bytes to fp16, exactly, by integer operations.
+
+    code     s e e m         -> fp16 bits s 000ee m0...     = value * 2^-14, the subnormal code 0.5 too
+    scale    0 e e e e m m m -> fp16 bits 0 0eeee mmm 0...  = value * 2^-8;   times 2^15: value * 2^7
+    product  code * scale * 2^-7                            at most 6 significant bits, from 2^-17 on: exact in fp16
+
+The 2^-7 keeps the scale (at most 448 * 2^7) and the product in fp16's range; whoever multiplies takes it out again,
+once per output. No fp8 type is used: the same code compiles from sm_80 on. Low and high nibbles stay apart, as operands
+of two products: a contraction may visit its elements in any order, and interleaving them would cost a shuffle each.
+Scale bytes are those of quantized blocks, 0x00..0x7E: a sign or a NaN is not decoded.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Four bytes of codes and four fp16 scales to four low and four high products: fp16 pairs share a register.
+# The plain path below says the same for one element; the compiler does not find the pairs by itself.
+UNPACK = tl.constexpr(
+    """{
+    .reg .b32 h, t;
+    prmt.b32 h, $4, 0, 0x1404;
+    shr.b32 t, h, 3;
+    and.b32 t, t, 0x0E000E00;
+    lop3.b32 t, h, 0x80008000, t, 0xEA;
+    mul.rn.f16x2 $2, t, $5;
+    shl.b32 t, h, 1;
+    and.b32 t, t, 0x0E000E00;
+    shl.b32 h, h, 4;
+    lop3.b32 t, h, 0x80008000, t, 0xEA;
+    mul.rn.f16x2 $0, t, $5;
+    prmt.b32 h, $4, 0, 0x3424;
+    shr.b32 t, h, 3;
+    and.b32 t, t, 0x0E000E00;
+    lop3.b32 t, h, 0x80008000, t, 0xEA;
+    mul.rn.f16x2 $3, t, $6;
+    shl.b32 t, h, 1;
+    and.b32 t, t, 0x0E000E00;
+    shl.b32 h, h, 4;
+    lop3.b32 t, h, 0x80008000, t, 0xEA;
+    mul.rn.f16x2 $1, t, $6;
+    }"""
+)
+
+
+@triton.jit
+def scale_to_half(scale):
+    """fp16 value * 2^7 of E4M3 bytes (uint8, any shape)."""
+    return (scale.to(tl.uint16) << 7).to(tl.float16, bitcast=True) * 32768.0
+
+
+@triton.jit
+def codes_to_half(data):
+    """(low, high) fp16 values * 2^-14 of the two E2M1 codes in each byte (uint8, any shape)."""
+    bits = data.to(tl.uint16)
+    low = ((bits & 0x08) << 12) | ((bits & 0x07) << 9)
+    high = ((bits & 0x80) << 8) | ((bits & 0x70) << 5)
+    return low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def blocks_to_half(data, scale, ROWS: tl.constexpr, BLOCKS: tl.constexpr, QUADS: tl.constexpr, PTX: tl.constexpr):
+    """(low, high) fp16 [ROWS, BLOCKS * 8] of code * scale * 2^-7.
+
+    data: uint8 [ROWS, BLOCKS * 8]; scale: E4M3 bytes [ROWS, BLOCKS]. QUADS: columns in the order of quad_place, an even
+    number of blocks. PTX: by inline assembly, which the interpreter lacks.
+    """
+    s = scale_to_half(scale)
+    if QUADS:
+        # Of the 16 bytes of two blocks, 4 t + 2 h + j goes to 8 h + 2 t + j; t // 2 is the block.
+        s = tl.broadcast_to(s.reshape(ROWS, BLOCKS // 2, 1, 2, 1), (ROWS, BLOCKS // 2, 2, 2, 4))
+        data = data.reshape(ROWS, BLOCKS // 2, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, BLOCKS * 8)
+    else:
+        s = tl.broadcast_to(s[:, :, None], (ROWS, BLOCKS, 8))
+    s = s.reshape(ROWS, BLOCKS * 8)
+    if PTX:
+        low, high = tl.inline_asm_elementwise(
+            UNPACK, "=&r,=&r,=&r,=&r,r,r,r", [data, s], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        low, high = codes_to_half(data)
+        low = low * s
+        high = high * s
+    return low, high
+
+
+@triton.jit
+def quad_place(byte):
+    """Where QUADS puts byte number `byte` of a row: of 16 bytes, number 4 t + 2 h + j goes to 8 h + 2 t + j.
+
+    Thread t of four holds elements 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a 16-element step of wgmma's operand in registers:
+    in this order they are four adjacent bytes, one load from shared memory instead of two.
+    """
+    return byte // 16 * 16 + byte // 2 % 2 * 8 + byte // 4 % 4 * 2 + byte % 2

@@ -1,0 +1,30 @@
+"""The current GPU.
+
+Triton launches on torch's current device and its stream, whatever device the tensors are on: a launch function makes
+its tensors' device current first. Operators of torch do that by themselves, custom ones do not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """`launch` with the device of its first tensor as the current one."""
+
+    @functools.wraps(launch)
+    def launched(first: Tensor, *rest: P.args, **named: P.kwargs) -> R:
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return launch(first, *rest, **named)
+        with torch.cuda.device(first.device):
+            return launch(first, *rest, **named)
+
+    return launched

@@ -1,0 +1,52 @@
+"""Memory layouts: what torch hands in and wants back, as the contiguous channels-last arrays that operators take.
+
+x [B, C, *image], or [..., C] of a linear layer    <->  [B, *image, C]
+w [axis 0, axis 1, *kernel]                        <-   [axis 0, taps, axis 1]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+
+
+def image_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[B, C, *image] (or [..., C] of a linear layer) as contiguous [B, *image, C]; free for channels_last tensors."""
+    return (x if len(shape) == 2 else x.movedim(1, -1)).reshape(shape).contiguous()
+
+
+def image_first(y: Tensor, shape: tuple[int, ...], x_shape: torch.Size, channels_last: bool) -> Tensor:
+    """The inverse of image_last for a result, with the strides torch would give it."""
+    if len(shape) == 2:
+        return not_a_view(y.reshape(*x_shape[:-1], shape[-1]))
+    y = y.view(shape).movedim(-1, 1)
+    return not_a_view(y if channels_last else y.contiguous())  # of one pixel, contiguous() is the view itself
+
+
+def not_a_view(y: Tensor) -> Tensor:
+    """y's memory as a tensor of its own: autograd refuses in-place operations on a view that a Function returns."""
+    if torch.compiler.is_compiling():  # a traced set_ is not possible; clone keeps the strides
+        return y.clone()
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether torch would treat x as channels_last (2-D and 3-D images only)."""
+    if x.dim() not in (4, 5):
+        return False
+    return torch._prims_common.suggest_memory_format(x) != torch.contiguous_format
+
+
+def weight_is_channels_last(w: Tensor) -> bool:
+    """Whether a parameter is stored channels_last, so that its gradient should be."""
+    return is_channels_last(w) and not w.is_contiguous()
+
+
+def kernel_as(dw: Tensor, g: ConvGeometry, shape: torch.Size, channels_last: bool) -> Tensor:
+    """[axis 0, taps, axis 1] as the parameter's [axis 0, axis 1, *kernel], in its memory format."""
+    if g.rank == 0:
+        return dw.reshape(shape)
+    dw = dw.view(dw.shape[0], *g.kernel, dw.shape[2]).movedim(-1, 1)
+    return dw if channels_last else dw.contiguous()

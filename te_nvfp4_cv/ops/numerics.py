@@ -1,0 +1,405 @@
+"""Inside kernels: the numbers of formats.py, bit for bit, by fp32 and integer operations that sm_80 has already.
+
+    round_e4m3, e4m3_byte, decode_e4m3    block scales: rounding, the byte, and back
+    tensor_factors, block_scale           the scale chain of a tensor and of its blocks
+    e2m1_nearest, e2m1_stochastic         rounding: the value and a word that holds the code (code_of)
+    pack16                                sixteen codes to two words
+    hadamard16                            signs, butterflies, times 1/4
+    philox7, random_byte                  Philox4x32-7 and its bytes
+
+A tile is a tuple of 16 vectors: element i of all its blocks in vector i. Whatever runs along a block is then
+elementwise: no shuffles, no shared memory. amax travels as the bits of |x|: they order as the values do, and NaN wins.
+Compile and launch with enable_fp_fusion=False (OPTIONS): a multiplication fused into the addition after it would skip a
+rounding that the contract has. Where a product is exact, tl.fma says so itself.
+NVIDIA GPUs return one NaN, without a sign, from every operation, and their minimum of NaN and 6 is 6. In NumPy both
+survive: under the interpreter scaled() puts 8 in a NaN's place.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+OPTIONS = {"enable_fp_fusion": False}
+INTERPRETED: tl.constexpr = tl.constexpr(
+    os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+)
+FLT_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+ONE_SIXTH: tl.constexpr = tl.constexpr(0.1666666716337204)
+SIGNS: tl.constexpr = tl.constexpr((1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1))
+INF_BITS: tl.constexpr = tl.constexpr(0x7F800000)
+MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+CODE_BIAS: tl.constexpr = tl.constexpr(298)  # of e2m1 words: twice the exponent field of 2^22
+
+
+# ---- bits -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def bits_of(v):
+    """int32 bits of fp32 values."""
+    return v.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    """fp32 values of int32 bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitude_bits(v):
+    """int32 bits of |v|: ordered as |v| is, NaN above inf."""
+    return bits_of(v) & MAGNITUDE
+
+
+@triton.jit
+def max_nan(a, b):
+    """The larger of two fp32 values; NaN wins. Also a combine function for tl.reduce."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max16(tile):
+    """max |v| over the 16 vectors of a tile, fp32; NaN wins."""
+    top = max_nan(tl.abs(tile[0]), tl.abs(tile[1]))
+    for i in tl.static_range(2, 16):
+        top = max_nan(top, tl.abs(tile[i]))
+    return top
+
+
+@triton.jit
+def max_of_rows(v):
+    """max |v| along axis 1, fp32; NaN wins."""
+    if INTERPRETED:  # where a combine function costs a Python call for every element
+        return float_of(tl.max(magnitude_bits(v), 1))
+    else:
+        return tl.reduce(tl.abs(v), 1, max_nan)
+
+
+@triton.jit
+def larger_pair(a0, a1, b0, b1):
+    """Combine function: the maxima of two series at once."""
+    return tl.maximum(a0, b0), tl.maximum(a1, b1)
+
+
+@triton.jit
+def max_of_both(a, b):
+    """(max of a, max of b) of int32 vectors of one length: one reduction, one exchange between warps."""
+    if INTERPRETED:
+        return tl.max(a, 0), tl.max(b, 0)
+    else:
+        return tl.reduce((a, b), 0, larger_pair)
+
+
+# ---- E4M3 -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def round_e4m3(v):
+    """(value, word) of fp32 values >= 0 rounded to E4M3: nearest even, subnormals kept, saturating; NaN gives 448.
+
+    As e2m1_nearest: v + 2^20 times v's binade, at least 2^-6, rounds once, at the unit in the last place of E4M3.
+    """
+    v = tl.where(v < 448.0, v, 448.0)
+    magic = float_of(tl.maximum((bits_of(v) & INF_BITS) + 0x0A000000, 0x46800000))
+    total = v + magic
+    word = bits_of(total)
+    return total - magic, word + (word >> 20)
+
+
+@triton.jit
+def e4m3_byte(word):
+    """The byte, 0..0x7E (int32), of a word of round_e4m3."""
+    return (word & 0x7FFFFF) - 1128
+
+
+@triton.jit
+def encode_e4m3(v):
+    """E4M3 bytes (int32, 0..0x7E) of fp32 values >= 0: nearest even, subnormals kept, saturating; NaN gives 0x7E."""
+    _, word = round_e4m3(v)
+    return e4m3_byte(word)
+
+
+@triton.jit
+def decode_e4m3(byte):
+    """fp32 values of E4M3 bytes 0..0x7E (int32); subnormals included."""
+    return float_of(byte << 20) * 1.329227995784916e36  # 2^120
+
+
+# ---- scales ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def encode_scale(amax, E4M3_MAX: tl.constexpr):
+    """S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
+    s_enc = tl.minimum(tl.div_rn(6.0 * E4M3_MAX, amax), FLT_MAX)
+    return tl.where((amax > 0.0) & (amax <= FLT_MAX), s_enc, 1.0)
+
+
+@triton.jit
+def tensor_factors(amax, E4M3_MAX: tl.constexpr):
+    """(S_enc / 6, 1 / S_enc) of a tensor: what block_scale and encode_multiplier take."""
+    s_enc = encode_scale(amax, E4M3_MAX)
+    return s_enc * ONE_SIXTH, tl.div_rn(1.0, s_enc)
+
+
+@triton.jit
+def encode_multiplier(s_b, s_dec):
+    """enc_b = min(1 / (s_b * s_dec), FLT_MAX), fp32: the factor of a block's elements before rounding.
+
+    A division's instructions mostly serve operands that are subnormal or huge: here 2^24 keeps them away where s_dec is
+    small, and one Newton step on the approximate reciprocal is what the compiler does for all others. 0 gives FLT_MAX.
+    """
+    product = s_b * s_dec
+    if INTERPRETED:
+        enc = tl.div_rn(1.0, product)
+    else:
+        up = tl.where(s_dec < 7.888609052210118e-31, 16777216.0, 1.0)  # below 2^-100: by 2^24
+        raised = product * up
+        near = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [raised], dtype=tl.float32, is_pure=True, pack=1
+        )
+        enc = tl.fma(near, tl.fma(raised * -1.0, near, 1.0), near) * up  # of 0: NaN, which loses against FLT_MAX
+    return tl.minimum(enc, FLT_MAX)
+
+
+@triton.jit
+def block_scale(amax_b, mult, s_dec):
+    """(byte, s_b, enc_b) of blocks with amax_b; mult and s_dec as tensor_factors gives them."""
+    s_b, word = round_e4m3(amax_b * mult)
+    return e4m3_byte(word), s_b, encode_multiplier(s_b, s_dec)
+
+
+@triton.jit
+def four_over_six_scales(amax_b, s_enc):
+    """The two candidates of 4over6, value and word: the block's amax mapped to 6, and mapped to 4."""
+    base = tl.div_rn(amax_b, 6.0) * s_enc
+    s6, word6 = round_e4m3(base)
+    s4, word4 = round_e4m3(base * 1.5)
+    return s6, word6, s4, word4
+
+
+@triton.jit
+def four_over_six_error(v, s_b, enc, amax, MODE: tl.constexpr, E4M3_MAX: tl.constexpr):
+    """Error of one element under a candidate scale: |d| (MODE 1) or d^2 (MODE 2), d = value as decoded - v."""
+    y = scaled(v, enc)
+    q, _ = e2m1_nearest(y)
+    d = tl.div_rn((signed(q, y) * s_b) * amax, 6.0 * E4M3_MAX) - v
+    return tl.abs(d) if MODE == 1 else d * d
+
+
+@triton.jit
+def power_of_two_amax(amax, E4M3_MAX: tl.constexpr):
+    """formats.power_of_two_amax, margin 1: the smallest 6 E 2^k not below amax, k in -100..116; 0, inf, NaN stay."""
+    mantissa: tl.constexpr = 0x280000 if E4M3_MAX == 448 else 0x400000  # 6 E is 1.3125 * 2^11 or 1.5 * 2^10
+    exponent: tl.constexpr = 138 if E4M3_MAX == 448 else 137
+    bits = bits_of(amax)
+    field = (bits + (0x7FFFFF - mantissa)) >> 23
+    field = tl.minimum(tl.maximum(field, exponent - 100), exponent + 116)
+    return tl.where((bits > 0) & (bits < INF_BITS), float_of((field << 23) | mantissa), amax)
+
+
+# ---- E2M1 -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scaled(v, enc):
+    """v * enc, the value to round."""
+    y = v * enc
+    if INTERPRETED:
+        y = tl.where(y == y, y, 8.0)
+    return y
+
+
+@triton.jit
+def signed(q, y):
+    """q >= 0 with the sign bit of y."""
+    return float_of(bits_of(q) | (bits_of(y) & -0x80000000))
+
+
+@triton.jit
+def e2m1_nearest(y):
+    """(value, word) of |y| rounded to E2M1: nearest, ties to the even code, saturating; NaN gives 6.
+
+    |y| + 2^22 step rounds once, at the step of |y|'s binade; the sum's last bits then count the steps. word's low bits:
+    the code + CODE_BIAS.
+    """
+    a = tl.minimum(tl.abs(y), 6.0)
+    magic_bits = tl.maximum((bits_of(a) & INF_BITS) + 0x0B000000, 0x4A800000)  # 22 << 23; not below 2^22
+    magic = float_of(magic_bits)
+    total = a + magic
+    word = bits_of(total)
+    return total - magic, word + (word >> 22)
+
+
+@triton.jit
+def e2m1_stochastic(y, random):
+    """(value, word) of |y| rounded down to E2M1 after adding a part of a step; random as random_byte gives it.
+
+    As e2m1_nearest, but the sum is rounded towards zero. The step is |y|'s also where the addition crosses a binade:
+    it crosses by less than that step, so that both grids give the power of two there. NaN gives 6.
+    """
+    a = tl.minimum(tl.abs(y), 6.0)
+    magic_bits = tl.maximum((bits_of(a) & INF_BITS) + 0x0B000000, 0x4A800000)
+    magic = float_of(magic_bits)
+    t = tl.fma(random, magic, a)  # the product is exact
+    if INTERPRETED:
+        total = t + magic
+        total = tl.where(total - magic > t, float_of(bits_of(total) - 1), total)
+    else:
+        total = tl.inline_asm_elementwise(
+            "add.rz.f32 $0, $1, $2;", "=f,f,f", [t, magic], dtype=tl.float32, is_pure=True, pack=1
+        )
+    word = bits_of(total)
+    return total - magic, word + (word >> 22)
+
+
+@triton.jit
+def decode_e2m1(word, K: tl.constexpr):
+    """fp32 value of the code in bits 4 K .. 4 K + 3 of int32 words."""
+    return (
+        float_of(((word << (28 - 4 * K)) >> 6) & -0x7E400000) * 8.507059173023462e37
+    )  # 2^126: E2M1 as fp32's smallest
+
+
+@triton.jit
+def words16(words, ys):
+    """(low, high) int32 of the sixteen codes of each block, element 0 lowest, from e2m1 words and rounded values."""
+    low = word8(words, ys, 0)
+    high = word8(words, ys, 8)
+    return low, high
+
+
+@triton.jit
+def join_words(words, ys):
+    """int64 of the sixteen codes of each block, from e2m1 words and the values that were rounded."""
+    low, high = words16(words, ys)
+    return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
+
+
+@triton.jit
+def stack16(tile):
+    """[..., 16] from a tuple of 16 tensors [...]."""
+    v = tile
+    half = ()
+    for i in tl.static_range(8):
+        half = half + (tl.join(v[i], v[i + 8]),)
+    quarter = ()
+    for i in tl.static_range(4):
+        quarter = quarter + (tl.join(half[i], half[i + 4]),)
+    low = tl.join(quarter[0], quarter[2])
+    high = tl.join(quarter[1], quarter[3])
+    return tl.reshape(tl.join(low, high), tile[0].shape + (16,))
+
+
+@triton.jit
+def word8(words, ys, FIRST: tl.constexpr):
+    """int32 of the eight codes from FIRST on: magnitudes by Horner's rule, signs from the top nibbles of ys."""
+    codes = words[FIRST + 7]
+    signs = bits_of(ys[FIRST + 7]).to(tl.uint32, bitcast=True) >> 28
+    for k in tl.static_range(6, -1, -1):
+        word = words[FIRST + k]
+        if k < 3:
+            word = word & 0x7FFFFF  # what lies above would not be shifted out
+        codes = (codes << 4) + word
+        signs = (signs << 4) | (bits_of(ys[FIRST + k]).to(tl.uint32, bitcast=True) >> 28)
+    bias: tl.constexpr = ((CODE_BIAS * 0x11111111) & 0xFFFFFFFF) - (1 << 32)
+    return (codes - bias) | (signs & 0x88888888).to(tl.int32, bitcast=True)
+
+
+# ---- random Hadamard transform --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def hadamard16(tile):
+    """H16 diag(sign) x over the 16 vectors of a tile, without the factor 1/4: signs, then butterflies 1, 2, 4, 8."""
+    out = ()
+    for i in tl.static_range(16):
+        if SIGNS[i] < 0:
+            out = out + (tile[i] * -1.0,)
+        else:
+            out = out + (tile[i],)
+    out = butterfly(out, 1)
+    out = butterfly(out, 2)
+    out = butterfly(out, 4)
+    return butterfly(out, 8)
+
+
+@triton.jit
+def butterfly(tile, STRIDE: tl.constexpr):
+    """(a + b, a - b) of the pairs STRIDE apart."""
+    out = ()
+    for i in tl.static_range(16):
+        if i & STRIDE == 0:
+            out = out + (tile[i] + tile[i + STRIDE],)
+        else:
+            out = out + (tile[i - STRIDE] - tile[i],)
+    return out
+
+
+@triton.jit
+def rotate16(tile, ROUND: tl.constexpr):
+    """formats.rht16 over the 16 vectors of a tile; ROUND: to bf16, as for bf16 inputs."""
+    total = hadamard16(tile)
+    out = ()
+    for i in tl.static_range(16):
+        v = total[i] * 0.25
+        if ROUND:
+            v = round_bf16(v)
+        out = out + (v,)
+    return out
+
+
+@triton.jit
+def round_bf16(v):
+    """fp32 values rounded to bf16's grid, to nearest even."""
+    if INTERPRETED:
+        return v.to(tl.bfloat16).to(tl.float32)
+    else:  # two at a time: the compiler converts one by one, on a slow unit, where the result is not stored
+        pair = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [v], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+        return pair.to(tl.float32)
+
+
+# ---- random bits ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def philox7(index, seed, word2):
+    """Four uint32 words of Philox4x32-7: counter (index low, index high, word2, 0), key (seed low, high).
+
+    index: int64; seed: int64 scalar; word2: int32 scalar.
+    """
+    c0 = index.to(tl.uint32)
+    c1 = (index >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + word2.to(tl.uint32)
+    c3 = tl.zeros_like(c0)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(7):
+        before0 = c0
+        before2 = c2
+        c0 = tl.umulhi(tl.full((), 0xCD9E8D57, tl.uint32), before2) ^ c1 ^ k0
+        c2 = tl.umulhi(tl.full((), 0xD2511F53, tl.uint32), before0) ^ c3 ^ k1
+        c1 = tl.mul(before2, 0xCD9E8D57, sanitize_overflow=False)
+        c3 = tl.mul(before0, 0xD2511F53, sanitize_overflow=False)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def random_byte(words, BYTE: tl.constexpr):
+    """Byte BYTE, 0..15, of four words, times 2^-31, fp32: 1/256 of a step of 2^-23 of the magic number."""
+    return part_of_a_step((words[BYTE // 4] >> (8 * (BYTE % 4))) & 0xFF)
+
+
+@triton.jit
+def part_of_a_step(byte):
+    """Bytes in uint32 to what e2m1_stochastic takes."""
+    return byte.to(tl.float32) * 4.656612873077393e-10

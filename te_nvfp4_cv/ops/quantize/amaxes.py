@@ -1,0 +1,53 @@
+"""The amaxes of delayed tensor scales, [roles, 2 faces] fp32, updated in place: one small kernel each on CUDA.
+
+    move      used = 6 E 2^k >= margin * seen, where seen is positive and finite; elsewhere used stays
+    collect   collected = max(collected, observed), where observed is finite; saturated += the third observed number
+
+Nothing is read on the host. Called outside of graphs that torch.compile traces, so these are no custom operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.ops import dispatch
+
+
+def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[int, ...], clear: bool) -> None:
+    """Take new amaxes from those seen.
+
+    Args:
+        used: fp32 [R, 2], R of 1 or 2 rows in memory order, overwritten; seen: the same, set to 0 where `clear`.
+        e4m3_max: of each row, 448 or 256; margin: of each row, a power of two.
+    """
+    if _by_kernels(used):
+        from te_nvfp4_cv.ops.quantize import kernels_amaxes
+
+        return kernels_amaxes.move(used, seen, e4m3_max, margin, clear)
+    for row, (e, m) in enumerate(zip(e4m3_max, margin, strict=True)):
+        usable = (seen[row] > 0) & seen[row].isfinite()
+        used[row].copy_(torch.where(usable, formats.power_of_two_amax(seen[row], e, m), used[row]))
+    if clear:
+        seen.zero_()
+
+
+def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool) -> None:
+    """Remember what one call of quantize_operand observed.
+
+    Args:
+        collected: fp32 [2]; saturated: float64 [1], added to where `count`; observed: fp32 [3].
+    """
+    if _by_kernels(collected):
+        from te_nvfp4_cv.ops.quantize import kernels_amaxes
+
+        return kernels_amaxes.collect(collected, saturated, observed, count)
+    finite = torch.where(observed[:2].isfinite(), observed[:2], 0.0)
+    torch.maximum(collected, finite, out=collected)
+    if count:
+        saturated.add_(observed[2])
+
+
+def _by_kernels(amax: Tensor) -> bool:
+    return dispatch.kernels_serve(amax.device) and dispatch.has_triton()

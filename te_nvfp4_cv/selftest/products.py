@@ -1,0 +1,148 @@
+"""Self-test of the three GEMMs: whole convolutions and linear layers, forward and backward, against the reference.
+
+Rounding is to nearest here, so both sides multiply the same codes: they may differ by the order of accumulation and by
+roundings of the output's dtype, nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import functional
+from te_nvfp4_cv.ops.gemm import gemm
+from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
+from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.selftest.setting import CheckFailed, Options, Setting, bound_for, close, normal
+
+NEAREST: Options = {"disable_stochastic_rounding": True}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def convolutions(setting: Setting) -> str:
+    """y, dx, dw and db of 2-D convolutions: kernel sizes, strides, batches, dtypes."""
+    calls: list[Any] = [
+        ("conv2d", (4, 32, 6, 5), (16, 32, 3, 3), {"padding": 1}, FP32, {}),
+        ("conv2d", (3, 24, 7, 6), (40, 24, 3, 3), {"padding": 1, "stride": 2}, BF16, {}),
+    ]
+    if not setting.small:
+        calls += [
+            ("conv2d", (32, 64, 14, 14), (128, 64, 3, 3), {"padding": 1}, BF16, {}),
+            ("conv2d", (16, 64, 15, 13), (64, 64, 1, 1), {}, BF16, {}),
+            ("conv2d", (16, 64, 9, 9), (48, 64, 1, 1), {"stride": 2}, BF16, {}),
+        ]
+    return _compare(setting, calls)
+
+
+def convolution_variants(setting: Setting) -> str:
+    """Dilation, groups, large kernels, fp16, 1x16 weights."""
+    calls: list[Any] = [("conv2d", (4, 64, 5, 5), (64, 32, 3, 3), {"padding": 1, "groups": 2}, BF16, {})]
+    if not setting.small:
+        calls += [
+            ("conv2d", (1, 32, 33, 20), (32, 32, 3, 3), {"padding": 2, "dilation": 2}, BF16, {}),
+            ("conv2d", (2, 16, 24, 24), (32, 16, 7, 7), {"padding": 3, "stride": 2}, FP32, {}),
+            ("conv2d", (16, 32, 8, 8), (32, 32, 3, 3), {"padding": 1}, FP16, {}),
+            ("conv2d", (16, 32, 8, 8), (32, 32, 3, 3), {"padding": 1}, BF16, {"disable_2d_quantization": True}),
+        ]
+    return _compare(setting, calls)
+
+
+def transposed_and_other_ranks(setting: Setting) -> str:
+    """Transposed, 1-D and 3-D convolutions."""
+    up = {"stride": 2, "padding": 1, "output_padding": 1}
+    calls: list[Any] = [("conv_transpose2d", (4, 48, 3, 3), (48, 32, 2, 2), {"stride": 2}, BF16, {})]
+    if not setting.small:
+        calls += [
+            ("conv_transpose2d", (3, 32, 5, 7), (32, 16, 3, 3), up, FP32, {}),
+            ("conv1d", (8, 32, 50), (48, 32, 5), {"padding": 2}, BF16, {}),
+            ("conv3d", (2, 32, 4, 6, 6), (32, 32, 3, 3, 3), {"padding": 1}, BF16, {}),
+        ]
+    return _compare(setting, calls)
+
+
+def linear_layers(setting: Setting) -> str:
+    """y, dx, dw and db of linear layers."""
+    calls: list[Any] = [("linear", (40, 48), (32, 48), {}, FP32, {})]
+    if not setting.small:
+        calls += [
+            ("linear", (4, 50, 128), (256, 128), {}, BF16, {}),
+            ("linear", (1, 64), (48, 64), {}, BF16, {}),
+            ("linear", (64, 96), (64, 96), {}, BF16, {"disable_rht": True, "row_scaled_activation": True}),
+            ("linear", (64, 96), (64, 96), {}, FP16, {}),
+        ]
+    return _compare(setting, calls)
+
+
+def matrix_products(setting: Setting) -> str:
+    """te_nvfp4_cv.gemm in its three layouts."""
+    m, k, n = (32, 48, 16) if setting.small else (200, 144, 72)
+    worst = 0.0
+    plain, rotated = NVFP4Quantizer(backend="reference"), NVFP4Quantizer(backend="reference", with_rht=True)
+    square = NVFP4Quantizer(backend="reference", with_2d_quantization=True)
+    x, w, dy = normal((m, k), seed=1), normal((n, k), seed=2), normal((m, n), seed=3)
+    for layout, a, b in (
+        ("TN", plain(x), square(w)),
+        ("NN", plain(dy), square(w)),
+        ("NT", rotated(dy), rotated(x)),
+    ):
+        truth = gemm(a, b, layout, torch.float32, backend="reference")
+        setting.dirty()
+        here: list[Any] = [t.to(setting.device) for t in (a, b)]
+        ours = gemm(here[0], here[1], layout, torch.float32, backend=setting.backend)
+        worst = max(worst, close(f"gemm {layout}", ours, truth, bound_for(FP32)))
+    return f"3 layouts, relative error at most {worst:.1e}"
+
+
+def non_finite_values(setting: Setting) -> str:
+    """A NaN or inf in x or dy reaches every output of the GEMMs that use it: GradScaler must see it."""
+    recipe = NVFP4BlockScaling(**NEAREST)
+    for bad in (float("nan"), float("inf")):
+        x, w, dy = normal((16, 32, 4, 4), seed=1), normal((32, 32, 3, 3), seed=2), normal((16, 32, 4, 4), seed=3)
+        x[3, 5, 1, 1] = bad
+        y, dx, dw = _run("conv2d", x, w, None, {"padding": 1}, recipe, setting.backend, setting, dy)[:3]
+        if bool(y.isfinite().any()) or bool(dw.isfinite().any()) or not bool(dx.isfinite().all()):
+            raise CheckFailed(f"{bad} in x: y and dw must be non-finite everywhere, dx finite")
+    return "y and dw non-finite, dx finite"
+
+
+def _compare(setting: Setting, calls: list[Any]) -> str:
+    worst = {BF16: 0.0, FP16: 0.0, FP32: 0.0}
+    reference = Setting(torch.device("cpu"), "reference")
+    for index, (op, x_shape, w_shape, arguments, dtype, fields) in enumerate(calls):
+        recipe = NVFP4BlockScaling(**{**NEAREST, **fields})
+        channels = w_shape[1] * arguments.get("groups", 1) if "transpose" in op else w_shape[0]
+        x, w = normal(x_shape, dtype, 3 * index), normal(w_shape, dtype, 3 * index + 1, 0.2)
+        bias = normal((channels,), dtype, 3 * index + 2)
+        truth = _run(op, x, w, bias, arguments, recipe, "reference", reference, None)
+        setting.dirty()
+        dy = truth[-1]
+        ours = _run(op, x, w, bias, arguments, recipe, setting.backend, setting, dy)
+        for name, a, b in zip(("y", "dx", "dw", "db"), ours, truth, strict=False):
+            what = f"{op} {x_shape} x {w_shape} {arguments or ''} {fields or ''}: {name}"
+            worst[dtype] = max(worst[dtype], close(what, a, b, bound_for(dtype)))
+    shown = (f"{str(dtype).removeprefix('torch.')} {error:.1e}" for dtype, error in worst.items() if error)
+    return f"{len(calls)} calls, relative error at most: {', '.join(shown)}"
+
+
+def _run(
+    op: str,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    arguments: dict[str, Any],
+    recipe: NVFP4BlockScaling,
+    backend: str,
+    setting: Setting,
+    dy: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """(y, dx, dw[, db], dy) on the setting's device; a `dy` of None is drawn."""
+    leaves = [setting.put(t).requires_grad_() for t in (x, w, bias) if t is not None]
+    if x.dim() == 4:
+        leaves[0] = leaves[0].detach().to(memory_format=torch.channels_last).requires_grad_()
+    y = getattr(functional, op)(*leaves, **arguments, recipe=recipe, backend=backend)
+    dy = normal(y.shape, y.dtype, 99) if dy is None else dy
+    y.backward(setting.put(dy))
+    grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return (y.detach(), *grads, dy)

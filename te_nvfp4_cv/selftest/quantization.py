@@ -1,0 +1,294 @@
+"""Self-test of quantization: codes, scales and amax against the reference in bits; stochastic rounding by its law.
+
+Stochastic rounding has no reference bits. What is tested: scales equal the reference's; every value is one of the two
+neighbours; the mean is right over all elements and over each of the 16 places that share one draw of random bits;
+neighbours and images are not correlated; one seed gives one result, another seed another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.ops.quantize import operands, reference
+from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.selftest.setting import CheckFailed, Options, Setting, normal, same_fields
+
+OPERAND = ("row data", "row scale", "row amax", "column data", "column scale", "column amax", "observed")
+KERNEL = ("row data", "row scale", "column data", "column scale", "amax")
+FORMS = ((PACKED, PACKED), (DEQUANTIZED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED), (PACKED, NONE))
+
+
+OperandCase = tuple[str, Tensor, Fold, Options, tuple[tuple[int, int], ...]]
+
+
+def plain_fold(x: Tensor) -> Fold:
+    """No strips: zero images up to a multiple of 16."""
+    return Fold(1, 0, x.shape[1] if x.dim() > 2 else 1, 0, -(-x.shape[0] // 16) * 16)
+
+
+def quantize(x: Tensor, backend: str, row: int, col: int, fold: Fold, **options: object) -> tuple[Tensor, ...]:
+    """operands.quantize_operand with TransformerEngine's settings of x where nothing else is said."""
+    settings: Options = dict(
+        groups=1,
+        rht=True,
+        stochastic=False,
+        four_over_six="",
+        e4m3_max=448,
+        row_scaled=False,
+        dtype=torch.bfloat16,
+        seed=None,
+        amax=None,
+    )
+    settings |= options
+    return tuple(operands.quantize_operand(x=x, row=row, col=col, fold=fold.to_ints(), backend=backend, **settings))
+
+
+def activations(setting: Setting) -> str:
+    """Activations, rounded to nearest: every form of both faces, with the current tensor scale."""
+    return _compare(setting, _operands(setting.small)[:3])
+
+
+def unusual_activations(setting: Setting) -> str:
+    """Activations with groups, NaN, other ranks and dtypes, 4over6, one scale a row."""
+    return _compare(setting, _operands(setting.small)[3:])
+
+
+def _compare(setting: Setting, cases: list[OperandCase]) -> str:
+    checked = 0
+    for name, x, fold, options, forms in cases:
+        for row, col in forms:
+            setting.dirty()
+            truth = quantize(x, "reference", row, col, fold, **options)
+            ours = quantize(setting.put(x), setting.backend, row, col, fold, **options)
+            checked += _same_faces(f"{name}, forms {row} and {col}", row, col, ours, truth)
+    return f"{checked} elements equal in bits"
+
+
+def _same_faces(what: str, row: int, col: int, ours: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> int:
+    """same_fields over what was asked for: the amax of a face that is not written is nobody's."""
+    wanted = [0, 1, 2] * (row != NONE) + [3, 4, 5] * (col != NONE) + [6]
+    return same_fields(what, *([fields[i] for i in wanted] for fields in (OPERAND, ours, truth)))  # type: ignore[arg-type]
+
+
+def delayed(setting: Setting) -> str:
+    """Given power-of-two tensor scales: codes, and what is measured for the next step."""
+    checked = 0
+    for name, x, fold, options, _ in _operands(setting.small)[:2]:
+        measured = operands.measure_operand(x, fold.to_ints(), True, "reference")
+        ours = operands.measure_operand(setting.put(x), fold.to_ints(), True, setting.backend)
+        checked += same_fields(f"{name}, measured", ("amax",), (ours,), (measured,))
+        for factor in (2.0, 0.25):  # a scale with room above, and one that saturates
+            exponent = torch.ceil(torch.log2(measured.nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-30) / 2688.0))
+            amax = 2688.0 * torch.exp2(exponent) * factor
+            truth = quantize(x, "reference", DEQUANTIZED, PACKED, fold, amax=amax, **options)
+            setting.dirty()
+            given = setting.put(amax)
+            ours_q = quantize(setting.put(x), setting.backend, DEQUANTIZED, PACKED, fold, amax=given, **options)
+            checked += _same_faces(f"{name}, scale x {factor}", DEQUANTIZED, PACKED, ours_q, truth)
+    return f"{checked} elements equal in bits"
+
+
+def weights(setting: Setting) -> str:
+    """Weights: 16x16 and 1x16 scales, groups, power-of-two tensor scales."""
+    checked = 0
+    for name, w, options in _weights(setting.small):
+        settings: Options = dict(groups=1, two_d=True, four_over_six="", e4m3_max=448, pow2=False, dtype=torch.bfloat16)
+        settings |= options
+        for row, col in ((PACKED, NONE), (DEQUANTIZED, NONE)) if settings["two_d"] else ((PACKED, PACKED),):
+            setting.dirty()
+            truth = operands.quantize_kernel(w=w, row=row, col=col, backend="reference", **settings)
+            ours = operands.quantize_kernel(w=setting.put(w), row=row, col=col, backend=setting.backend, **settings)
+            checked += same_fields(f"{name}, forms {row} and {col}", KERNEL, ours, truth)
+    return f"{checked} elements equal in bits"
+
+
+def unpacking(setting: Setting) -> str:
+    """Packed faces back to code * scale."""
+    checked, b = 0, setting.backend
+    x = normal((5, 3, 4, 40), seed=5)
+    row, row_scale, _, col, col_scale, *_ = quantize(x, "reference", PACKED, PACKED, Fold(2, 2, 4, 1, 16))
+    w = normal((40, 24, 3, 3), seed=6)
+    kernel = {
+        two_d: operands.quantize_kernel(
+            w, 1, PACKED, NONE if two_d else PACKED, two_d, "", 448, False, torch.bfloat16, "reference"
+        )
+        for two_d in (True, False)
+    }
+    for dtype in (torch.bfloat16, torch.float32):
+        setting.dirty()
+        put = setting.put
+        for name, ours, truth in (
+            (
+                "columns",
+                operands.unpack_columns(put(col), put(col_scale), dtype, b),
+                operands.unpack_columns(col, col_scale, dtype, "reference"),
+            ),
+            (
+                "rows",
+                operands.unpack_rows(put(row), put(row_scale), 40, 1, dtype, b),
+                operands.unpack_rows(row, row_scale, 40, 1, dtype, "reference"),
+            ),
+        ):
+            checked += same_fields(f"{name} to {dtype}", ("values",), (ours,), (truth,))
+        factor = torch.tensor([0.125])
+        for two_d, face in ((True, False), (False, False), (False, True)):
+            data, scale = kernel[two_d][2:4] if face else kernel[two_d][:2]
+            for by in (None, factor):
+                truth = operands.unpack_kernel(data, scale, 40, 24, 1, face, by, dtype, "reference")
+                given = None if by is None else put(by)
+                ours = operands.unpack_kernel(put(data), put(scale), 40, 24, 1, face, given, dtype, b)
+                checked += same_fields(f"kernel to {dtype}", ("values",), (ours,), (truth,))
+    return f"{checked} elements equal in bits"
+
+
+def stochastic_rounding(setting: Setting) -> str:
+    """Gradients: the law of stochastic rounding, on both faces."""
+    shape = (32, 2, 2, 16) if setting.small else (64, 4, 4, 64)
+    x, draws = normal(shape, seed=9), 8
+    x_MC = x.movedim(0, -2).reshape(-1, shape[-1])
+    rotated = formats.rht16(formats.blocks(x_MC.t())).flatten(-2)
+    truth = reference.quantize_2d(x_MC, columnwise=True, rht=True)
+    results = [_faces(x, seed, setting) for seed in (0, 0, *range(1, draws))]
+    for name, a, b in zip(OPERAND, results[0], results[1], strict=False):
+        if not torch.equal(a, b):
+            raise CheckFailed(f"one seed gave two results: {name}")
+    worst = 0.0
+    for face, v, scale, amax, picks in (
+        ("rowwise", x_MC.float(), truth.row_scale, truth.row_amax, (0, 1)),
+        ("columnwise", rotated.float(), truth.col_scale, truth.col_amax, (2, 3)),
+    ):
+        enc = formats.encode_multiplier(scale, formats.encode_scale(amax).unsqueeze(-1))
+        y = (formats.blocks(v) * enc.unsqueeze(-1)).flatten(-2)
+        low = formats.encode_e2m1_stochastic(y, torch.zeros_like(y, dtype=torch.uint8))
+        high = formats.encode_e2m1_stochastic(y, torch.full_like(y, 255, dtype=torch.uint8))
+        errors = []
+        for result in results[1:]:
+            data, block_scale = result[picks[0]], result[picks[1]]
+            same_fields(f"stochastic {face}", ("scale",), (block_scale,), (scale.view(torch.uint8),))
+            codes = formats.unpack_nibbles(data)
+            if not bool(((codes == low) | (codes == high)).all()):
+                raise CheckFailed(f"stochastic {face}: a value is none of its two neighbours")
+            errors.append(_error(codes, y, low, high))
+        worst = max(worst, _law(face, torch.stack(errors), low != high))
+    return f"{draws} seeds, bias at most {worst:.1e} of a step"
+
+
+def _faces(x: Tensor, seed: int, setting: Setting) -> tuple[Tensor, ...]:
+    """(row data, row scale, column data, column scale) as matrices [M, C / 2], [M, C / 16], [C, M / 2], [C, M / 16]."""
+    setting.dirty()
+    key = setting.put(torch.tensor([seed], dtype=torch.int64))
+    fields = quantize(
+        setting.put(x), setting.backend, PACKED, PACKED, plain_fold(x), stochastic=True, seed=key, rht=True
+    )
+    row, row_scale, _, col, col_scale = (field.cpu() for field in fields[:5])
+    col, col_scale = formats.ntile_to_te(col, col_scale)
+    return (
+        row.movedim(0, -2).reshape(-1, row.shape[-1]),
+        row_scale.movedim(0, -2).reshape(-1, row_scale.shape[-1]),
+        col,
+        col_scale,
+    )
+
+
+def _error(codes: Tensor, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Rounding error in steps, without the 1/512 of a step that 8 random bits leave: its mean is 0."""
+    below, above = formats.decode_e2m1(low).abs(), formats.decode_e2m1(high).abs()
+    step = torch.where(above > below, above - below, torch.ones_like(above))
+    moved = (formats.decode_e2m1(codes).abs() - y.abs().clamp(max=6.0)) / step
+    return torch.where(low != high, moved + 1.0 / 512, torch.zeros_like(moved))
+
+
+def _law(face: str, errors: Tensor, between: Tensor) -> float:
+    """Mean and correlations of rounding errors [draws, R, L]; `between` marks the elements that can move.
+
+    Returns:
+        |mean| in steps.
+    Raises:
+        CheckFailed: outside of what chance explains (6 standard errors).
+    """
+    spread = float(errors.square().sum().sqrt() / max(int(between.sum()) * len(errors), 1) ** 0.5)
+    if spread < 0.2:
+        raise CheckFailed(f"stochastic {face}: errors of {spread:.3f} of a step, as of rounding down or to nearest")
+    count = max(int(between.sum()) * len(errors), 1)
+    mean = float(errors.sum()) / count
+    if abs(mean) > 6 * 0.5 / count**0.5 + 2.0**-9:
+        raise CheckFailed(f"stochastic {face}: rounding is biased by {mean:.4f} of a step")
+    for name, axis, others in (("place in a block", 2, (0, 1, 2)), ("row of 16", 1, (0, 1, 3))):
+        lane = float(errors.unflatten(axis, (errors.shape[axis] // 16, 16)).sum(others).abs().max()) * 16 / count
+        if lane > 6 * 0.5 * (16 / count) ** 0.5 + 2.0**-8:
+            raise CheckFailed(f"stochastic {face}: one {name} is biased by {lane:.4f} of a step")
+    for axis in (0, 1, 2):
+        a, b = errors.narrow(axis, 0, errors.shape[axis] - 1), errors.narrow(axis, 1, errors.shape[axis] - 1)
+        pairs = max(int(((a != 0) & (b != 0)).sum()), 1)
+        correlation = float((a * b).sum()) / pairs / spread**2
+        if abs(correlation) > 6 / pairs**0.5 + 0.02:
+            where = ("draws", "rows", "columns")[axis]
+            raise CheckFailed(f"stochastic {face}: neighbouring {where} are correlated ({correlation:.3f})")
+    return abs(mean)
+
+
+def _operands(small: bool) -> list[OperandCase]:
+    """(name, x, fold, options, forms): channel tails, groups, strips with a halo, special values, other recipes.
+
+    Every form and dtype is a compilation of seconds: the first case has them all, the others those that they add.
+    """
+    size = 1 if small else 2
+    shape = (16, 2 * size, 2 * size, 32 * size)
+    wide = normal(shape, seed=1) * torch.exp2(normal(shape, torch.float32, 2) * 8).bfloat16()
+    tails = normal((5, 6, 3 if small else 26, 40), torch.float32, 4)
+    zeros = normal(shape, torch.float32, 3)
+    zeros[:, 0] = 0
+    zeros[:, :, 0] *= 1e-39
+    both, kept = FORMS[:1], FORMS[:2]
+    cases: list[tuple[str, Tensor, Fold | None, Options, tuple[tuple[int, int], ...]]] = [
+        ("bf16, values of many sizes", wide, None, {}, kept if small else FORMS),
+        ("fp32, 40 channels, 5 images in strips", tails, Fold(3, 2, 4, 1, 16), {}, kept),
+        ("bf16, zeros and tiny numbers", zeros.bfloat16(), None, {}, both),
+    ]
+    if small:
+        cases += [
+            ("bf16, two groups of 24 channels", normal((16, 2, 3, 48), seed=5), None, {"groups": 2}, both),
+            ("fp16, no rotation", normal((20, 2, 3, 16), torch.float16, 6), None, {"rht": False}, both),
+        ]
+    else:
+        plain: Options = {"rht": False}
+        for bad in (float("nan"), float("inf")):
+            x = wide.clone()
+            x[3, 2, 1, 5] = bad
+            cases.append((f"bf16 with {bad}", x, None, {}, both))
+        mae, mse = ({**plain, "four_over_six": error, "e4m3_max": 256} for error in ("MAE", "MSE"))
+        cases += [
+            ("bf16, large", normal((48, 17, 19, 96), seed=8), None, {}, kept),
+            ("bf16, two groups of 24 channels", normal((16, 5, 5, 48), seed=5), None, {"groups": 2}, both),
+            ("fp16, no rotation", normal((20, 8, 8, 16), torch.float16, 6), None, plain, both),
+            ("bf16, linear layer", normal((300, 1040), seed=9), None, {}, both),
+            ("bf16, volume", normal((16, 4, 4, 4, 64), seed=10), None, {}, both),
+            ("fp32, huge", normal(shape, torch.float32, 11, 1e37), None, {}, both),
+            ("4over6, MAE", normal((16, 3, 3, 48), seed=12), None, mae, both),
+            ("4over6, MSE", normal((16, 3, 3, 48), seed=13), None, mse, both),
+            ("row-scaled", normal((16, 3, 3, 48), seed=14), None, {**plain, "row_scaled": True}, both),
+        ]
+    return [(name, x, plain_fold(x) if fold is None else fold, *more) for name, x, fold, *more in cases]  # type: ignore[misc]
+
+
+def _weights(small: bool) -> list[tuple[str, Tensor, Options]]:
+    """(name, w, options)."""
+    last = normal((32, 48, 3, 3), torch.float32, 23).to(memory_format=torch.channels_last)
+    cases: list[tuple[str, Tensor, Options]] = [
+        ("fp32, 40 to 24 channels, 2x2", normal((24, 40, 2, 2), torch.float32, 20), {}),
+        ("bf16, power-of-two scale", normal((32, 16, 1, 1), seed=21), {"pow2": True}),
+        ("fp32, 1x16 blocks", normal((24, 40, 2, 1), torch.float32, 22), {"two_d": False}),
+    ]
+    if not small:
+        cases += [
+            ("channels_last", last, {"dtype": torch.float32}),
+            ("two groups", normal((40, 24, 3, 3), seed=24), {"groups": 2}),
+            ("linear", normal((100, 70), seed=25), {}),
+            ("volume", normal((32, 16, 2, 2, 2), seed=26), {}),
+            ("4over6", normal((64, 64, 3, 3), seed=27), {"four_over_six": "MAE", "e4m3_max": 256}),
+            ("zeros", torch.zeros(32, 32, 1, 1), {}),
+        ]
+    return cases

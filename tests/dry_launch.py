@@ -1,0 +1,121 @@
+"""Launches of the GEMM kernels as on a GPU, up to the launch itself: argument types, constants, compilation.
+
+    python -m tests.dry_launch 90              every launch of a few layers compiled for sm_90, one line a kernel
+    python -m tests.dry_launch 90 all          of every layer of tests/kernels/gemm_helpers.py
+    python -m tests.dry_launch 90 steps        of training steps: backends, tensor scales, fused norms, dtypes
+
+A driver that only names the architecture stands in for CUDA's; tensors are on the CPU, and no kernel runs. It finds
+what ahead-of-time signatures written by hand cannot: an argument that is 1 and becomes a constexpr, one that is no
+multiple of 16, a tile that a real layer gets. Run it in a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+
+def compile_only(arch: int) -> list[tuple[str, Any]]:
+    """From now on launches compile for sm_`arch` and stop. Returns the list that collects (name, compiled kernel)."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver, jit
+
+    class Driver:
+        """What a launch asks of a driver before it launches."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: Any = None) -> int:
+            return 0
+
+    driver.set_active(Driver())
+    compiled: list[tuple[str, Any]] = []
+    before = jit.JITFunction.run
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = before(self, *arguments, grid=(1,), warmup=True, **options)
+        if all(kernel is not other for _, other in compiled):
+            compiled.append((self.__name__, kernel))
+        return kernel
+
+    jit.JITFunction.run = run
+    return compiled
+
+
+def launch_gemms(arch: int, names: list[str]) -> None:
+    """The three GEMMs of some layers, with a bias, with and without alpha; and products of small matrices."""
+    from te_nvfp4_cv.ops.conv import launch as conv
+    from te_nvfp4_cv.ops.gemm import launch as gemm
+    from tests.kernels.gemm_helpers import GEOMETRIES, faces_of, packed
+
+    gpu = gemm.Gpu(arch if arch >= 90 else 80, arch in (100, 103, 120), 132)
+    conv.gpu_of = gemm.gpu_of = lambda device: gpu
+    alpha = torch.ones(1)
+    for name in GEOMETRIES if names == ["all"] else names:
+        g = GEOMETRIES[name]
+        q = packed(g, torch.device("cpu"), two_d=g.groups == 1)
+        operands = {gemm: [t for face in faces for t in q[face]] for gemm, faces in faces_of(g).items()}
+        conv.fprop(*operands["fprop"], alpha, torch.ones(g.y_shape[-1]), g, torch.bfloat16)
+        conv.dgrad(*operands["dgrad"], None, g, torch.float32)
+        conv.wgrad(*operands["wgrad"], torch.ones(g.x_shape[-1]), g, torch.bfloat16)
+    for rows, columns, blocks in ((64, 64, 8), (1, 1, 1), (33, 17, 3)):
+        data, scale = torch.zeros(64, blocks * 8, dtype=torch.uint8), torch.zeros(64, blocks, dtype=torch.uint8)
+        gemm.multiply(data[:rows], scale[:rows], data[:columns], scale[:columns])
+
+
+def launch_steps(arch: int) -> None:
+    """Forward and backward of a small network on backends vendor (as on CUDA) and triton. What is computed is noise:
+    no kernel runs.
+    """
+    import te_nvfp4_cv as nv
+    from te_nvfp4_cv.ops import dispatch, tuning
+    from te_nvfp4_cv.ops.conv import launch as conv
+    from te_nvfp4_cv.ops.gemm import launch as gemm
+    from tests.networks import everything
+
+    gpu = gemm.Gpu(arch if arch >= 90 else 80, arch in (100, 103, 120), 132)
+    conv.gpu_of = gemm.gpu_of = lambda device: gpu
+    tuning.arch_of = lambda device: arch
+    dispatch.KERNELS_ON_CPU = True
+    dispatch.interpreted = lambda: True  # lets backend "triton" serve CPU tensors
+    for backend in ("vendor", "triton"):
+        for tensor_scale in ("current", "delayed"):
+            for fused in (False, True):
+                for dtype in (torch.bfloat16, torch.float32):
+                    net, x = everything()
+                    net = nv.fuse(net) if fused else net
+                    recipe = nv.NVFP4BlockScaling(tensor_scale=tensor_scale)
+                    for _ in range(2):
+                        with torch.autocast("cpu", dtype, dtype != torch.float32):
+                            with nv.nvfp4_autocast(recipe, backend=backend):
+                                y = net(x)
+                        y.backward(torch.ones_like(y))
+
+
+def main(arch: int, names: list[str]) -> int:
+    """Compile and list; exit status 1 where a kernel uses FP4 products and may not, or the reverse."""
+    compiled = compile_only(arch)
+    if names == ["steps"]:
+        launch_steps(arch)
+    else:
+        launch_gemms(arch, names)
+    wrong = 0
+    for name, kernel in compiled:
+        native = "mxf4nvf4" in kernel.asm["ptx"]
+        wrong += native != (arch in (100, 103, 120)) and "product" in name
+        print(f"{name:20s} sm_{arch} shared {kernel.metadata.shared:7d} {'FP4' if native else ''}")
+    return int(wrong > 0)
+
+
+FEW = ["1x1 stride 2", "3x3 stride 2 groups", "transposed 3-d", "linear"]
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:] or FEW))
