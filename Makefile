@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN := -c constraints.txt
-# 0: tests in one process, which is what two cores are best at; a number or "auto" for pytest-xdist.
-JOBS ?= 0
+# Processes of pytest-xdist, each with one thread of its own; 0: one process with all threads.
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 .PHONY: demo test lint clean
@@ -15,7 +15,7 @@ demo: $(VENV)/.train
 	$(BIN)/python examples/unet_coco/train.py --precisions bf16 nvfp4 --out runs/demo
 
 test: $(VENV)/.dev
-	NVTE_PROJECT_BUILDING=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .

@@ -128,6 +128,27 @@ def execute(
     group: Any = None,
 ) -> Tensor:
     """An eligible call: cast as torch.autocast would, check, resolve, run. `group`: the ranks whose amaxes are one."""
+    try:
+        return _execute(op, x, w, bias, stride, padding, dilation, groups, output_padding, recipe, backend, group)
+    except BaseException:
+        producers.settle(x)  # who catches this may read x
+        raise
+
+
+def _execute(
+    op: str,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any,
+    recipe: NVFP4BlockScaling,
+    backend: str,
+    group: Any,
+) -> Tensor:
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     producer = producers.claim(x, w.dim() - 2, padding, torch.get_autocast_dtype(device) if autocast else x.dtype)
@@ -149,6 +170,7 @@ def execute(
         x, padding = _named_padding(op, x, w, stride, padding, dilation)
     geometry = _geometry(op, x, w, stride, padding, dilation, groups, output_padding)
     if 0 in x.shape or 0 in geometry.y_shape:  # nothing to quantize: torch's own result, and its gradients
+        producers.settle(x)
         y = _plain(op, x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
         return y.squeeze(0) if unbatched else y
     chosen = dispatch.resolve(backend, x.device)

@@ -9,9 +9,11 @@ objects stay: only classes change, those of the norms (to norm_modules') and of 
 which under nvfp4_autocast writes their quantized operand instead of the activation (producer.py; kernels only).
 
 What cannot be fused stays as it is, with the reason in the report. Pickling and deepcopy keep the fusion;
-torch.save(model) needs this package to load. Call it before torch.compile, DDP and FSDP. Forward hooks put on a fused
-norm afterwards see the activation; those on the fused activation module are not called. Plain Python values that a
-rewritten forward reads (self.drop_rate, say) are those of the time of the call.
+torch.save(model) needs this package to load. Call it before torch.compile, DDP and FSDP, and after tools that trace by
+torch.fx or torch.jit (feature extraction, FX quantization): they stop at a fused norm. Hooks put on a fused norm or its
+activation afterwards work: the two then run unfused. So does the original forward where plain attributes that it reads
+(self.drop_rate) or the module's children have changed since. Plain values inside of other objects that it reads
+(self.config.drop_rate, an attribute of a child) are those of the time of the call.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from te_nvfp4_cv.fuse_trace import Traced, Untraceable, trace
 from te_nvfp4_cv.norm_modules import NORM_CLASSES
 from te_nvfp4_cv.policy import plain_name
 
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _serial = count()
 
 
@@ -65,7 +68,8 @@ def fuse(model: nn.Module, report: bool = False) -> nn.Module | Fusion:
     """Fuse every norm of the model with the residual and the activation that follow it, in place.
 
     A second call finds what is left. Training and evaluation, set_precision, convert_model, checkpoints and optimizers
-    work as before; values differ from the unfused model by roundings (on a CPU: not at all in training).
+    work as before; values differ from the unfused model by roundings (on a CPU in training: none for dense
+    tensors in plain fp32).
 
     Args:
         report: return what was fused and what was not, and why, instead of the model.
@@ -171,7 +175,7 @@ def _fused_class(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row],
     base = type(module)
     training = _compiled(traced.training, base)
     evaluation = training if traced.evaluation is traced.training else _compiled(traced.evaluation, base)
-    children = tuple(module._modules)
+    children = _children(module)
     names, guards = traced.arguments, traced.guards
     original = base.forward
 
@@ -184,7 +188,8 @@ def _fused_class(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row],
             return original(self, *args, **kwargs)
         if (
             len(given) != len(names)
-            or tuple(self._modules) != children
+            or _children(self) != children
+            or not traced.holds(self)
             or any(value is None for value in given)
             or any(isinstance(given[index], kind) for index, kind in guards)
         ):
@@ -200,6 +205,14 @@ def _fused_class(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row],
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (FusedForward, base), space)
+
+
+def _children(module: nn.Module) -> tuple[Any, ...]:
+    """Names of the module's children, those in lists and dicts of modules too; None for one that is not there."""
+    return tuple(
+        (name, child if child is None else _children(child) if isinstance(child, CONTAINERS) else ())
+        for name, child in module._modules.items()
+    )
 
 
 def _compiled(graph: fx.Graph, base: type) -> Any:

@@ -1,11 +1,12 @@
 """What nv.fuse looks for in the graph of a forward, and what it puts there: norm_act, which rewritten forwards call.
 
     norm -> activation              norm_act(norm, activation, z)
-    norm -> add -> relu             norm_act(norm, activation, z, residual)
+    norm -> add -> relu             norm_act(norm, activation, z, residual, in_place)
     ... -> convolutions alone       norm_act_into(norm, activation, layers, z, ...): see producer.py
 
-Modules are arguments of the call: what is put in their place later runs too, unfused where it is not known. An
-intermediate result with another reader, an addition in place into another tensor, and a write in between are left.
+Modules are arguments of the call: what is put in their place later runs too, unfused where it is not known, and so do
+norms and activations that were given hooks. An intermediate result with another reader, an addition in place into
+another tensor, and a write in between are left.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import Tensor, fx, nn
 
 from te_nvfp4_cv import calls
 from te_nvfp4_cv.context import state
+from te_nvfp4_cv.fuse_trace import IN_PLACE_OPERATORS
 from te_nvfp4_cv.handover import mode_is_on
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.norm_modules import NORM_CLASSES, NormActModule, activate
-from te_nvfp4_cv.policy import set_precision
 from te_nvfp4_cv.producer import deferring
 
 NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())
@@ -34,6 +35,9 @@ FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "
 METHODS = {"relu": "relu", "relu_": "relu"}
 ADDITIONS = {operator.add, operator.iadd, torch.add}
 ADD_METHODS = {"add", "add_"}
+IN_PLACE_ADDITIONS = (operator.iadd, "add_")
+WRITING = {"setitem", *(f"i{name}" for name in IN_PLACE_OPERATORS)}
+OURS = __name__.split(".")[0]
 
 
 @dataclass
@@ -55,13 +59,25 @@ def child_of(module: nn.Module, target: str) -> nn.Module | None:
     return module
 
 
-def norm_act(norm: nn.Module, activation: nn.Module | str, z: Tensor, residual: Tensor | None = None) -> Tensor:
-    """activation(norm(z) + residual): what a rewritten forward calls. Modules put in the place of the two run too."""
+def norm_act(
+    norm: nn.Module,
+    activation: nn.Module | str,
+    z: Tensor,
+    residual: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """activation(norm(z) + residual): what a rewritten forward calls. Modules put in the place of the two run too.
+
+    in_place: the sum has the dtype and shape of norm(z), as the model's `out += residual` had.
+    """
     known = activation if isinstance(activation, str) else ACTIVATION_MODULES.get(type(activation))
-    if isinstance(norm, NormActModule) and known is not None:
+    watched = _hooks(norm) or (isinstance(activation, nn.Module) and _hooks(activation))
+    fits = not in_place or (isinstance(residual, Tensor) and (residual.dtype, residual.shape) == (z.dtype, z.shape))
+    if isinstance(norm, NormActModule) and known is not None and not watched and fits:
         return norm(z, residual, known)
     u = norm(z)
-    u = u if residual is None else u + residual
+    if residual is not None:
+        u = operator.iadd(u, residual) if in_place else u + residual
     return activate(u, activation) if isinstance(activation, str) else activation(u)
 
 
@@ -71,20 +87,26 @@ def norm_act_into(
     layers: tuple[nn.Module, ...],
     z: Tensor,
     residual: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """norm_act whose result goes to `layers` and nowhere else: it need not be written where they quantize it."""
     if isinstance(norm, NormActModule) and not _hooks(norm) and all(_hands_over(layer) for layer in layers):
         with deferring():
-            return norm_act(norm, activation, z, residual)
-    return norm_act(norm, activation, z, residual)
+            return norm_act(norm, activation, z, residual, in_place)
+    return norm_act(norm, activation, z, residual, in_place)
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """What is called around the module's forward and backward, its own and everybody's."""
+    """What is called around the module's forward and backward, its own and everybody's; this package's apart."""
     everybody = vars(nn.modules.module)
     names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     tables = [getattr(module, f"_{name}") for name in names] + [everybody[f"_global_{name}"] for name in names]
-    return [hook for table in tables for hook in table.values()]
+    hooks = [hook for table in tables for hook in table.values()]
+    return [hook for hook in hooks if (getattr(hook, "__module__", "") or "").split(".")[0] != OURS]
+
+
+_FORWARDS = {kind: kind.forward for kind in (*NVFP4_CLASSES, *NVFP4_CLASSES.values())}  # others may be put there later
+_FUNCTIONS = {name: getattr(F, name) for name in vars(F) if name == "linear" or name.startswith("conv")}
 
 
 def _hands_over(layer: nn.Module) -> bool:
@@ -97,8 +119,10 @@ def _hands_over(layer: nn.Module) -> bool:
         and not calls.observed()
         and (type(layer) in NVFP4_CLASSES or type(layer) in NVFP4_CLASSES.values())
         and getattr(layer, "padding_mode", "zeros") == "zeros"
-        and all(type(hook).__module__ == set_precision.__module__ for hook in _hooks(layer))
-        and "forward" not in layer.__dict__
+        and not _hooks(layer)
+        and not {"forward", "_conv_forward"} & layer.__dict__.keys()
+        and type(layer).forward is _FORWARDS[type(layer)]
+        and all(getattr(F, name) is function for name, function in _FUNCTIONS.items())
     )
 
 
@@ -117,12 +141,14 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> dict[str, Row]:
             rows.setdefault(node.target, Row("", kind, "", match))
             continue
         act, add, residual = match
-        with graph.inserting_before(act):
+        # with an addition after the residual is there; else in the norm's place, where a shared norm counts its calls
+        with graph.inserting_before(node if add is None else act):
             handle = graph.create_node("get_attr", node.target)
             chosen: Any = _activation(module, act)
             if act.op == "call_module":
                 chosen = graph.create_node("get_attr", act.target)
-            fused = graph.call_function(norm_act, (handle, chosen, node.args[0], residual))
+            in_place = add is not None and add.target in IN_PLACE_ADDITIONS
+            fused = graph.call_function(norm_act, (handle, chosen, node.args[0], residual, in_place))
         act.replace_all_uses_with(fused)
         name = _activation(module, act) or ""
         for old in (act, add, node):
@@ -142,6 +168,9 @@ def _name_layers(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
         layer = child_of(module, str(user.target)) if user.op == "call_module" else None
         if not isinstance(layer, LAYERS) or user.args != (node,) or user.kwargs:
             return
+    last = next((other for other in reversed(graph.nodes) if other in node.users), node)
+    if _written_between(module, graph, node, last):  # z and the residual are read when the layers run
+        return
     with graph.inserting_before(node):
         layers = tuple(graph.create_node("get_attr", user.target) for user in users)
         into = graph.call_function(norm_act_into, (*node.args[:2], layers, *node.args[2:]))
@@ -168,7 +197,7 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
         a, b = user.args
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
             return "a number is added to its result"
-        if user.target in (operator.iadd, "add_") and b is node:
+        if user.target in IN_PLACE_ADDITIONS and b is node:
             return "its result is added to another tensor in place"
         add, residual = user, b if a is node else a
         user = _only_user(add)
@@ -184,7 +213,9 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
         assert hooked is not None
         if _hooks(hooked):
             return "the activation that follows it has hooks"
-    if add is not None and _written_between(graph, node, user):
+    if add is not None and _called_between(module, graph, node, user, norm):
+        return "it is called again before its activation"
+    if add is not None and _written_between(module, graph, node, user, add):
         return "something is written in place between it and its activation"
     return user, add, residual
 
@@ -217,21 +248,48 @@ def _activation(module: nn.Module, node: fx.Node) -> str | None:
     return METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
-def _written_between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> bool:
-    """Whether a call between the two may write to a tensor that is there already: the norm will run after it."""
-    inside = False
-    for node in graph.nodes:
-        if node is last:
-            return False
-        if inside and node.op in ("call_function", "call_method") and not _is_addition(node):
+def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    nodes = list(graph.nodes)
+    return nodes[nodes.index(first) + 1 : nodes.index(last)]
+
+
+def _called_between(module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, norm: nn.Module) -> bool:
+    """Whether the norm runs between the two, in a child too: its running statistics would be updated out of order."""
+    children = [child_of(module, str(n.target)) for n in _between(graph, first, last) if n.op == "call_module"]
+    return any(m is norm for child in children if child is not None for m in child.modules())
+
+
+def _written_between(
+    module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, add: fx.Node | None = None
+) -> bool:
+    """Whether a call between the two may write to a tensor that is there already: its readers will run after it.
+
+    add: the addition of the pattern itself, which writes to the norm's result at most.
+    """
+    tensors = [value for value in first.args if isinstance(value, fx.Node) and value.op != "get_attr"]
+    private = all(_only_reader(module, value, first) for value in tensors)
+    for node in _between(graph, first, last):
+        if node.op in ("call_function", "call_method") and node is not add:
             name = str(getattr(node.target, "__name__", node.target))
-            in_place = name.endswith("_") or (
-                node.op == "call_function" and name in ("iadd", "isub", "imul", "setitem")
-            )
+            in_place = name.endswith("_") or (node.op == "call_function" and name in WRITING)
             if in_place or node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
                 return True
-        inside = inside or node is first
+        if node.op == "call_module" and not private and not _writes_nothing(child_of(module, str(node.target))):
+            return True
     return False
+
+
+def _only_reader(module: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
+    """Whether `value` is a layer's own result, which nothing but `reader` sees."""
+    layer = child_of(module, str(value.target)) if value.op == "call_module" else None
+    return isinstance(layer, LAYERS) and list(value.users) == [reader]
+
+
+def _writes_nothing(child: nn.Module | None) -> bool:
+    """Whether the module is made of torch's own ones, none of which works in place."""
+    modules = [] if child is None else list(child.modules())
+    torchs = ("torch", OURS)
+    return all(type(m).__module__.split(".")[0] in torchs and not getattr(m, "inplace", False) for m in modules)
 
 
 def kind_of(norm: nn.Module) -> str:

@@ -171,8 +171,10 @@ class NormAct(torch.autograd.Function):
         s: Settings,
         producer: producers.Producer | None,
     ) -> Tensor:
-        if not s.batch_stats and running_mean is not None and running_var is not None:
-            # only read here: .data keeps the operator, which may write them, from counting a change
+        written = s.batch_stats and torch.compiler.is_compiling()
+        if running_mean is not None and running_var is not None and not written:
+            # .data keeps the operator, which may write them, from counting a change: torch's own norm counts none, and
+            # saves them for its backward, where the same norm may be called unfused in the same step
             running_mean, running_var = running_mean.data, running_var.data
         if producer is not None:
             mean, rstd = ops.norm_statistics(z, running_mean, running_var, s.groups, s.batch_stats, s.momentum, s.eps)

@@ -70,6 +70,7 @@ class DelayedScales:
         self.saturated = torch.zeros(2, dtype=torch.float64, device=device)
         self.measured = [False, False]
         self.stale = False  # a backward pass has run since `used` moved
+        self.captured = False  # the last training forward was captured in a CUDA graph
 
     def to(self, device: torch.device) -> None:
         """Follow a weight that was moved."""
@@ -170,7 +171,18 @@ class DelayedCallScales(CallScales):
     def start(self) -> None:
         """A training forward: move the scales if a backward pass has run since."""
         scales = self.scales
-        if scales is None or not scales.stale:
+        if scales is None:
+            return
+        capturing = scales.used.is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing and not scales.stale and not scales.captured:
+            raise runtime_error(
+                "nvfp4: a CUDA graph captured now would never move the delayed tensor scales.",
+                got="a training forward under capture, and no backward pass of this layer since its scales moved",
+                needs="warm-up steps, forward and backward, before the capture",
+                fix="run a few steps on a side stream first, as torch.cuda.graph's documentation shows",
+            )
+        scales.captured = capturing
+        if not scales.stale:
             return
         scales.stale = False
         self._reduced(scales.collected)

@@ -2,7 +2,8 @@
 
     python -m tests.dry_launch 90              every launch of a few layers compiled for sm_90, one line a kernel
     python -m tests.dry_launch 90 all          of every layer of tests/kernels/gemm_helpers.py
-    python -m tests.dry_launch 90 steps        of training steps: backends, tensor scales, fused norms, dtypes
+    python -m tests.dry_launch 90 quantize     of quantization, of operands and weights with axes of one element
+    python -m tests.dry_launch 90 steps        of training steps: backends, tensor scales, fused norms
 
 A driver that only names the architecture stands in for CUDA's; tensors are on the CPU, and no kernel runs. It finds
 what ahead-of-time signatures written by hand cannot: an argument that is 1 and becomes a constexpr, one that is no
@@ -11,6 +12,7 @@ multiple of 16, a tile that a real layer gets. Run it in a process of its own, w
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from typing import Any
@@ -71,6 +73,43 @@ def launch_gemms(arch: int, names: list[str]) -> None:
         gemm.multiply(data[:rows], scale[:rows], data[:columns], scale[:columns])
 
 
+def launch_quantization(arch: int) -> None:
+    """Operands and weights whose axes have one element, each form: arguments that are 1 become constexprs."""
+    from te_nvfp4_cv.ops import tuning
+    from te_nvfp4_cv.ops.geometry import Fold
+    from te_nvfp4_cv.ops.quantize import launch
+
+    tuning.arch_of = lambda device: arch
+    bf16, seed, amax = torch.bfloat16, torch.zeros(1, dtype=torch.int64), torch.ones(2)
+    shapes = [
+        (torch.zeros(32, 1), Fold(1, 0, 1, 0, 32)),  # a linear layer of one feature
+        (torch.zeros(1, 64), Fold(1, 0, 1, 0, 16)),
+        (torch.zeros(1, 1, 1, 1), Fold(16, 1, 1, 0, 16)),  # folded
+        (torch.zeros(3, 5, 2, 17), Fold(5, 1, 2, 0, 16)),
+    ]
+    ways = ((1, 1, True, None, None), (2, 2, False, seed, amax), (0, 1, True, None, amax))
+    for x, fold in shapes:
+        for row, col, rht, rounding, given in ways:
+            for mode in (None, "MAE") if rounding is None and given is None else (None,):
+                stochastic = rounding is not None
+                launch.quantize_operand(
+                    x.to(bf16), 1, fold, row, col, rht, stochastic, mode, 448, False, bf16, rounding, given
+                )
+        packed = launch.quantize_operand(x.to(bf16), 1, fold, 1, 1, True, False, None, 448, False, bf16, None, amax)
+        launch.unpack_rows(packed[0], packed[1], x.shape[-1], 1, bf16)
+        launch.unpack_columns(packed[3], packed[4], bf16)
+    for shape in ((1, 1), (17, 1, 1, 1), (1, 16, 3, 3), (32, 17)):
+        for two_d in (True, False):
+            for form in (1, 2):
+                w = launch.quantize_kernel(
+                    torch.zeros(shape), 1, form, 0 if two_d else form, two_d, None, 448, True, bf16
+                )
+                for columnwise in (False,) if two_d else (False, True):
+                    if form == 1:
+                        face = w[2:4] if columnwise else w[:2]
+                        launch.unpack_kernel(*face, shape[0], shape[1], 1, columnwise, amax[:1], bf16)
+
+
 def launch_steps(arch: int) -> None:
     """Forward and backward of a small network on backends vendor (as on CUDA) and triton. What is computed is noise:
     no kernel runs.
@@ -86,18 +125,14 @@ def launch_steps(arch: int) -> None:
     tuning.arch_of = lambda device: arch
     dispatch.KERNELS_ON_CPU = True
     dispatch.interpreted = lambda: True  # lets backend "triton" serve CPU tensors
-    for backend in ("vendor", "triton"):
-        for tensor_scale in ("current", "delayed"):
-            for fused in (False, True):
-                for dtype in (torch.bfloat16, torch.float32):
-                    net, x = everything()
-                    net = nv.fuse(net) if fused else net
-                    recipe = nv.NVFP4BlockScaling(tensor_scale=tensor_scale)
-                    for _ in range(2):
-                        with torch.autocast("cpu", dtype, dtype != torch.float32):
-                            with nv.nvfp4_autocast(recipe, backend=backend):
-                                y = net(x)
-                        y.backward(torch.ones_like(y))
+    for backend, tensor_scale, fused in itertools.product(("vendor", "triton"), ("current", "delayed"), (False, True)):
+        net, x = everything(batch=5 if fused else 16)  # 5: folded columns
+        net = nv.fuse(net) if fused else net
+        recipe = nv.NVFP4BlockScaling(tensor_scale=tensor_scale)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16), nv.nvfp4_autocast(recipe, backend=backend):
+                y = net(x)
+            y.backward(torch.ones_like(y))
 
 
 def main(arch: int, names: list[str]) -> int:
@@ -105,6 +140,8 @@ def main(arch: int, names: list[str]) -> int:
     compiled = compile_only(arch)
     if names == ["steps"]:
         launch_steps(arch)
+    elif names == ["quantize"]:
+        launch_quantization(arch)
     else:
         launch_gemms(arch, names)
     wrong = 0

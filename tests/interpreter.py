@@ -2,7 +2,8 @@
 
 Found wrong in triton 3.6 to 3.9: fp32 to bf16 truncates; fp32 to E4M3 loses the carry of rounding and does not
 saturate; an E4M3 NaN reads as 480; tl.dot multiplies the bit patterns of bf16; tl.dot_scaled fails (3.6) or reads E4M3
-scales as E8M0 (3.8, 3.9); ~ on unsigned integers overflows; range() over a runtime size fails with NumPy 2.4.
+scales as E8M0 (3.8, 3.9); ~ on unsigned integers overflows; range() over a runtime size fails with NumPy 2.4; the & of
+a block's mask and a scalar's is no mask (3.9).
 install() patches private names of the interpreter, once, after triton is imported and before the first launch.
 tests/kernels/test_interpreter.py checks each repair.
 """
@@ -104,6 +105,17 @@ def install() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    def with_bool_mask(access: Any, place: int) -> Any:
+        def masked(self: Any, *arguments: Any) -> Any:
+            mask = arguments[place]
+            if mask.data.dtype != bool:
+                arguments = (*arguments[:place], handle(mask.data != 0, tl.int1), *arguments[place + 1 :])
+            return access(self, *arguments)
+
+        return masked
+
+    builder.create_masked_load = with_bool_mask(builder.create_masked_load, 1)
+    builder.create_masked_store = with_bool_mask(builder.create_masked_store, 2)
     interpreter._convert_float = convert
     interpreter.InterpretedFunction.__call__ = call_nested
     builder.create_dot, builder.create_dot_scaled = dot, dot_scaled

@@ -47,7 +47,6 @@ FLOORS: dict[str, int] = {
     "norm_modules": 7,
     "fuse": 7,
     "fuse_patterns": 7,
-    "fuse_patterns": 7,
     "fuse_trace": 7,
     "export": 8,
     "telemetry": 8,

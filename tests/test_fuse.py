@@ -429,12 +429,158 @@ def test_norms_of_other_classes_and_with_hooks_are_left():
     assert "activation that follows it has hooks" in str(fuse(hooked, report=True))
 
 
-def test_hooks_on_a_fused_norm_see_the_activation():
-    model, seen = fuse(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())), []
-    model[0].register_forward_hook(lambda module, args, y: seen.append(y))
-    model.register_forward_hook(lambda module, args, y: seen.append(y))
-    y = model(values((2, 8, 3, 3)))
-    assert len(seen) == 2 and all(t is y for t in seen)
+@pytest.mark.parametrize("child", [0, 1], ids=["norm", "activation"])
+def test_hooks_put_on_after_fusing_see_and_change_what_they_would_unfused(child):
+    x = values((2, 8, 3, 3))
+    results = []
+    for prepare in (lambda model: model, fuse):
+        model, seen = prepare(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())), []
+        model[child].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args))
+        model[child].register_forward_hook(lambda module, args, y: y * 2 - 1)
+        results.append([model(x), *(t for args in seen for t in args)])
+    assert len(results[0]) == 2 and same(*results)
+
+
+def in_place_on_the_norms_input(self, x):
+    u, z = self.norm(x), x.add_(1)
+    return F.relu(u) + z
+
+
+def in_place_module_on_the_norms_input(self, x):
+    u = self.norm(x)
+    return F.relu(u + self.inplace(x))
+
+
+def one_norm_twice_in_another_order(self, x):
+    u, v = self.norm(x), self.norm(x * 2)
+    w = F.relu(v)
+    return F.relu(u) - w
+
+
+def one_norm_on_both_sides(self, x):
+    return F.relu(self.norm(x) + self.norm(x * 2))
+
+
+def an_alias_written_in_place(self, x):
+    x = x * 2
+    kept = x
+    x += 1
+    return F.relu(self.norm(x)) + kept
+
+
+def a_sum_in_place_in_the_norms_dtype(self, x):
+    u = self.norm(x.bfloat16())
+    u += x
+    return F.relu(u)
+
+
+def gradients_are_off(self, x):
+    return F.relu(self.norm(x)) * (1 if torch.is_grad_enabled() else 2)
+
+
+def asked_in_a_helper(self, x):
+    return F.relu(self.norm(twice_without_autocast(x)))
+
+
+def twice_without_autocast(x):
+    return x if torch.is_autocast_enabled("cpu") else x * 2
+
+
+def type_of_a_tensor(self, x):
+    return F.relu(self.norm(x * 2 if type(x) is Tensor else x))
+
+
+def attribute_of_a_tensor(self, x):
+    return F.relu(self.norm(x.tensors if hasattr(x, "tensors") else x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        in_place_on_the_norms_input,
+        in_place_module_on_the_norms_input,
+        one_norm_twice_in_another_order,
+        one_norm_on_both_sides,
+        an_alias_written_in_place,
+        a_sum_in_place_in_the_norms_dtype,
+        gradients_are_off,
+        asked_in_a_helper,
+        type_of_a_tensor,
+        attribute_of_a_tensor,
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_order_aliases_and_questions_of_a_forward(function, training):
+    results = []
+    for prepare in (lambda model: model, fuse):
+        torch.manual_seed(0)
+        model = prepare(Odd(function)).train(training)
+        with torch.no_grad():
+            y = model(values((2, 8, 4, 4)))
+        results.append([y, *(b.clone() for b in model.buffers())])
+    assert results[0][0].dtype == results[1][0].dtype and same(*results)
+
+
+class Odd(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.norm, self.inplace, self.function = nn.BatchNorm2d(8), nn.ReLU(inplace=True), function
+        self.scale, self.activation, self.more = 1.0, F.relu, nn.ModuleList([nn.Identity()])
+        self.register_module("late", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class Configured(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm(x)) * self.scale
+        for module in self.more:
+            x = module(x)
+        return x if self.late is None else self.late(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "scale", 2.0),
+        lambda model: setattr(model, "activation", F.gelu),
+        lambda model: model.more.append(nn.Tanh()),
+        lambda model: setattr(model, "late", nn.Tanh()),
+    ],
+    ids=["number", "function", "module list", "late child"],
+)
+def test_what_a_forward_reads_may_change_after_fusing(change):
+    x, results = values((2, 8, 4, 4)), []
+    for prepare in (lambda model: model, fuse):
+        model = prepare(Configured(None))
+        before = model(x).detach()
+        change(model)
+        results.append([before, model(x)])
+    assert same(*results) and not torch.equal(*results[0])
+
+
+def test_one_norm_called_plainly_and_fused_in_one_step():
+    shared = nn.BatchNorm2d(8)
+    a, b = nn.Sequential(nn.Identity(), shared), nn.Sequential(shared, nn.ReLU())
+    fuse(b)
+    x = values((2, 8, 4, 4))
+    (a(x).square() + b(x)).sum().backward()  # the fused call must not outdate what the plain one keeps for backward
+    assert shared.weight.grad is not None and shared.num_batches_tracked == 2
+
+
+def test_forwards_that_put_tensors_elsewhere_are_left():
+    kept: list[Tensor] = []
+
+    def keeping(self, x):
+        kept.append(F.relu(self.norm(x)))
+        return kept[-1]
+
+    model = Odd(keeping)
+    assert "puts tensors into a list" in str(fuse(model, report=True))
+    kept.clear()
+    y = model(values((2, 8, 4, 4)))
+    assert kept[0] is y
 
 
 def test_replaced_forwards_and_odd_modules_are_left():

@@ -25,7 +25,7 @@ def relu_mask_kernel(x, y, mask, n, WRITE: tl.constexpr, BLOCK: tl.constexpr):
     byte = tl.arange(0, BLOCK // 8)
     at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     value = tl.load(x + start + at, mask=at < left, other=0.0)  # zeros beyond the end set no bit
-    passes = ~(value <= 0)
+    passes = ~(value.to(tl.float32) <= 0.0)
     bits = tl.where(passes, 1, 0) << tl.arange(0, 8)[None, :]
     tl.store(mask + start // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < left)
     if WRITE:

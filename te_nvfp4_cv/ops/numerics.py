@@ -377,7 +377,7 @@ def philox7(index, seed, word2):
     """
     c0 = index.to(tl.uint32)
     c1 = (index >> 32).to(tl.uint32)
-    c2 = tl.zeros_like(c0) + word2.to(tl.uint32)
+    c2 = (tl.zeros_like(c0) + word2).to(tl.uint32)  # not word2.to(): Triton passes an argument of 1 as a constexpr
     c3 = tl.zeros_like(c0)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)

@@ -87,7 +87,9 @@ def _(dy, mask):  # type: ignore[no-untyped-def]
 
 
 def _by_kernels(y: Tensor) -> bool:
-    return y.dtype in DTYPES and dispatch.kernels_serve(y.device) and dispatch.has_triton()
+    if y.dtype not in DTYPES or not dispatch.kernels_serve(y.device) or not dispatch.has_triton():
+        return False
+    return y.device.type == "cpu" or torch.cuda.get_device_capability(y.device) >= dispatch.MINIMUM_CAPABILITY
 
 
 def _memory(y: Tensor) -> Tensor:

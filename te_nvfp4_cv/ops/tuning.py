@@ -7,7 +7,8 @@ A table names, per kernel, the entry of each architecture class: sm_80, sm_89, s
 interpreter, which wants few programs with large tiles. The entry of the highest class not above `arch` serves.
 The search runs each candidate a few times between CUDA events and keeps the best in a JSON file (ops/cache.py), read
 by every later process and rank. It never runs while a CUDA graph is captured: the table, or an earlier result, serves
-there. Results of kernels may not depend on the choice, so ranks may choose differently.
+there. Codes and scales do not depend on the choice. Sums of the implicit GEMMs do, in their last bits (order of
+accumulation): between runs with and without a search, and between ranks that chose differently.
 Nothing here imports triton.
 """
 

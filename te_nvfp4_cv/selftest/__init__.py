@@ -215,6 +215,8 @@ def _only_products(failed: Sequence[dict[str, Any]]) -> bool:
 def main(device: str, backend: str, json_path: str | None) -> int:
     """The command: prints a table, writes the report; 0 passed, 1 failed."""
     chosen = choose_device(device)
+    if json_path is not None:
+        open(json_path, "a", encoding="utf-8").close()  # a path that cannot be written costs no run
     print(f"te_nvfp4_cv self-test on {chosen}", flush=True)
     workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if chosen.type == "cuda" else 1
     report = run(chosen, backend, say=lambda text: print(text, flush=True), workers=workers)

@@ -43,8 +43,17 @@ def quantize(name: str, **changes: Any) -> dict[str, Any]:
     """A case of quantize_kernel: both faces of whole tiles unless changed."""
     budget, x = changes.pop("budget", None), changes.pop("x", "bf16")
     values: dict[str, Any] = dict(
-        ROW=2, COL=1, RHT=True, STOCHASTIC=False, OBSERVE=True, FOLDED=False, MASKED=False, CHANNELS=0, BLOCKS=1,
-        E4M3_MAX=448, rows=1,
+        ROW=2,
+        COL=1,
+        RHT=True,
+        STOCHASTIC=False,
+        OBSERVE=True,
+        FOLDED=False,
+        MASKED=False,
+        CHANNELS=0,
+        BLOCKS=1,
+        E4M3_MAX=448,
+        rows=1,
     )
     values |= changes
     signature = dict(x=f"*{x}", source_rows="*i64", amax="*fp32", seed="*i64", row_scale="*u8", col_scale="*u8")
@@ -68,8 +77,16 @@ def blocks(name: str, **changes: Any) -> dict[str, Any]:
     """A case of quantize_blocks_kernel."""
     x = changes.pop("x", "fp32")
     values: dict[str, Any] = dict(
-        COLUMNS=False, GROUP_BLOCKS=1, ROW_BLOCKS=4, FORM=1, RHT=False, STOCHASTIC=False, ERROR=0, OBSERVE=False,
-        FOLDED=False, E4M3_MAX=448,
+        COLUMNS=False,
+        GROUP_BLOCKS=1,
+        ROW_BLOCKS=4,
+        FORM=1,
+        RHT=False,
+        STOCHASTIC=False,
+        ERROR=0,
+        OBSERVE=False,
+        FOLDED=False,
+        E4M3_MAX=448,
     )
     values |= changes
     signature = dict(x=f"*{x}", source_rows="*i64", amax="*fp32", seed="*i64", scale="*u8", slots="*i32")
@@ -94,7 +111,7 @@ def tiles(name: str, **changes: Any) -> dict[str, Any]:
 
 
 AMAX = dict(x="*bf16", source_rows="*i64", amax="*i32", images="i32", rows="i32", run="i32", tiles="i32")
-UNPACK_COLUMNS = dict(data="*i64", scale="*u8", out="*bf16", factor="*fp32", run="i32", rows="i32")
+UNPACK_COLUMNS = dict(data="*i64", scale="*u8", out="*bf16", factor="*fp32", run="i32", rows="i32", per_band="i32")
 UNPACK_ROWS = dict(data="*i32", scale="*u8", out="*bf16", factor="*fp32", words="i32", width="i32", taps="i32")
 
 CASES = [
@@ -116,33 +133,70 @@ CASES = [
     quantize("fp32", x="fp32"),
     quantize("fp16", x="fp16", RHT=False),
     case(
-        "amax", "kernels", "amax_kernel", "quantize_amax", AMAX, dict(ROW=True, FOLDED=False, MASKED=False),
-        expect=EXACT + WIDE_LOADS, instructions_per_element=(lambda constants: 16 * constants["BLOCK"], 13),
+        "amax",
+        "kernels",
+        "amax_kernel",
+        "quantize_amax",
+        AMAX,
+        dict(ROW=True, FOLDED=False, MASKED=False),
+        expect=EXACT + WIDE_LOADS,
+        instructions_per_element=(lambda constants: 16 * constants["BLOCK"], 13),
     ),
     case(
-        "amax_folded", "kernels", "amax_kernel", "quantize_amax", AMAX, dict(ROW=False, FOLDED=True, MASKED=True),
+        "amax_folded",
+        "kernels",
+        "amax_kernel",
+        "quantize_amax",
+        AMAX,
+        dict(ROW=False, FOLDED=True, MASKED=True),
         expect=EXACT + WIDE_LOADS,
     ),
     case(
-        "amax_flat", "kernels", "amax_flat_kernel", "amax_flat", dict(x="*bf16", amax="*i32", n="i64"), {},
-        expect=EXACT + WIDE_LOADS, instructions_per_element=(lambda constants: constants["BLOCK"], 8),
+        "amax_flat",
+        "kernels",
+        "amax_flat_kernel",
+        "amax_flat",
+        dict(x="*bf16", amax="*i32", n="i64"),
+        {},
+        expect=EXACT + WIDE_LOADS,
+        instructions_per_element=(lambda constants: constants["BLOCK"], 8),
     ),
     case(
-        "unpack_columns", "kernels_unpack", "unpack_columns_kernel", "unpack_columns", UNPACK_COLUMNS,
-        dict(FACTOR=False, GROUP_BLOCKS=1, MASKED=False), expect=EXACT + WIDE_LOADS + WIDE_STORES,
+        "unpack_columns",
+        "kernels_unpack",
+        "unpack_columns_kernel",
+        "unpack_columns",
+        UNPACK_COLUMNS,
+        dict(FACTOR=False, GROUP_BLOCKS=1, MASKED=False),
+        expect=EXACT + WIDE_LOADS + WIDE_STORES,
         instructions_per_element=(lambda constants: 16 * constants["BLOCK"], 9),
     ),
     case(
-        "unpack_columns_of_a_weight", "kernels_unpack", "unpack_columns_kernel", "unpack_columns", UNPACK_COLUMNS,
-        dict(FACTOR=True, GROUP_BLOCKS=4, MASKED=True), expect=EXACT,
+        "unpack_columns_of_a_weight",
+        "kernels_unpack",
+        "unpack_columns_kernel",
+        "unpack_columns",
+        UNPACK_COLUMNS,
+        dict(FACTOR=True, GROUP_BLOCKS=4, MASKED=True),
+        expect=EXACT,
     ),
     case(
-        "unpack_rows", "kernels_unpack", "unpack_rows_kernel", "unpack_rows", UNPACK_ROWS,
-        dict(FACTOR=False, GROUP_ROWS=1, ROW_BLOCKS=4, TILED=False), expect=EXACT,
+        "unpack_rows",
+        "kernels_unpack",
+        "unpack_rows_kernel",
+        "unpack_rows",
+        UNPACK_ROWS,
+        dict(FACTOR=False, GROUP_ROWS=1, ROW_BLOCKS=4, TILED=False),
+        expect=EXACT,
     ),
     case(
-        "unpack_tiles", "kernels_unpack", "unpack_rows_kernel", "unpack_rows", UNPACK_ROWS,
-        dict(FACTOR=True, GROUP_ROWS=64, ROW_BLOCKS=4, TILED=True), expect=EXACT,
+        "unpack_tiles",
+        "kernels_unpack",
+        "unpack_rows_kernel",
+        "unpack_rows",
+        UNPACK_ROWS,
+        dict(FACTOR=True, GROUP_ROWS=64, ROW_BLOCKS=4, TILED=True),
+        expect=EXACT,
     ),
     tiles("weight"),
     tiles("weight_packed", FORM=1, TAPS_FIRST=False),

@@ -6,6 +6,7 @@ is tested on planted failures.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,26 @@ def test_every_case_compiles_to_what_it_expects(group):
     assert len(rows) >= 6
     failed = [aot._line(row) for row in rows if row["problems"]]
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_launch_of_training_steps_compiles():
+    """Argument types, alignment and constants as real layers give them; on sm_90, both backends, fused and not."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.dry_launch", "90", "steps"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=aot.ROOT, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    launched = {line.split()[0] for line in result.stdout.splitlines()}
+    wanted = {
+        "quantize_kernel",
+        "data_product",
+        "weight_product",
+        "produce_kernel",
+        "apply_kernel",
+        "scale_bias_kernel",
+    }
+    assert wanted <= launched
 
 
 @pytest.mark.parametrize(

@@ -167,3 +167,13 @@ def test_what_the_kernels_do_not_take_goes_to_aten(kernel_device):
     z = values((2, 4, 3, 3)).to(kernel_device)  # images of 36 elements: no whole bytes
     y = group_norm_act(z, 2, activation="relu", backend="triton")
     assert same_bits(y, group_norm_act(z, 2, activation="relu", backend="reference"))
+
+
+def test_more_images_than_a_grid_holds_go_to_aten(kernel_device, monkeypatch):
+    from te_nvfp4_cv.ops.norm import launch
+
+    z = values((3, 8, 4, 4)).to(kernel_device)
+    assert launch.MOST_SLICES == 65535 and not launch.by_reference(launch.shape_of(z, 2))
+    monkeypatch.setattr(launch, "MOST_SLICES", 2)
+    y = group_norm_act(z, 2, activation="relu", backend="triton")
+    assert same_bits(y, group_norm_act(z, 2, activation="relu", backend="reference"))

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv import calls, nvfp4_autocast, producer, set_precision
 from te_nvfp4_cv.fuse import fuse
@@ -209,6 +210,7 @@ def test_equal_faces_are_made_once(kernel_device, monkeypatch):
         "saved tensors hook",
         "four over six",
         "observer",
+        "function mode",
         "fp32 norm",
         "no context",
         "replaced norm",
@@ -245,6 +247,9 @@ def test_what_is_written_after_all(kernel_device, monkeypatch, case):
             if case == "observer":
                 with calls.observe(lambda call: seen.append(call.x.clone())):
                     return model(x)
+            if case == "function mode":
+                with Reading(seen):
+                    return model(x)
             if case == "saved tensors hook":
                 with torch.autograd.graph.save_on_cpu():
                     return model(x)
@@ -252,9 +257,22 @@ def test_what_is_written_after_all(kernel_device, monkeypatch, case):
 
     found = run()
     assert "quantize" not in done
-    assert bool(seen) == (case in ("hook", "observer")) and found.isfinite().all()
+    assert bool(seen) == (case in ("hook", "observer", "function mode")) and found.isfinite().all()
     monkeypatch.setattr(producer, "wanted", lambda *_: False)
     assert same_bits(found.detach(), run().detach())
+
+
+class Reading(TorchFunctionMode):
+    """Reads the input of each convolution."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # noqa: A002
+        if function is torch.nn.functional.conv2d:
+            self.seen.append(args[0].clone())
+        return function(*args, **(kwargs or {}))
 
 
 def test_an_unwritten_activation_cannot_be_read_by_accident(kernel_device):

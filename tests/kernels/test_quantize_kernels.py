@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import random
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ pytestmark = [
     pytest.mark.usefixtures("poison", "one_thread"),
     pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value|underflow) encountered:RuntimeWarning"),
 ]
+ROOT = Path(__file__).resolve().parents[2]
 FORMS = ((PACKED, PACKED), (DEQUANTIZED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED), (PACKED, NONE))
 ROW, COL = (0, 1, 2), (3, 4, 5)
 
@@ -204,9 +208,8 @@ def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
     assert same_bits(got, expected[0])
     assert same_bits(all_col[(groups - 1) * run + at].view(torch.uint8).view(1, 48, 8), expected[3])
     assert same_bits(all_scale[(groups - 1) * run + at].view(1, 48), expected[4])
-    program[:2] = [per_row - 1, groups - 1]
     kernels_unpack.unpack_columns_kernel[(1,)](
-        col, scale, back, amax, run, images, FACTOR=False, GROUP_BLOCKS=groups, MASKED=True, BLOCK=block
+        col, scale, back, amax, run, images, per_row, FACTOR=False, GROUP_BLOCKS=groups, MASKED=True, BLOCK=block
     )
     got = torch.stack([all_back[(first + i) * run + at] for i in range(16)])
     assert same_bits(got, reference_operands.unpack_columns(expected[3], expected[4], bf16))
@@ -356,7 +359,7 @@ def random_weight(seed: int, how: str) -> tuple[torch.Tensor, int]:
     return strided(values((n, c, *taps), KINDS[seed % 8], DTYPES[seed % 3], seed), how), groups
 
 
-@pytest.mark.parametrize("how", ["contiguous", "channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "transposed", "sliced", "turned"])
 @pytest.mark.parametrize("seed", range(8))
 def test_weights_equal_the_reference(launch, kernel_device, seed, how):
     w, groups = random_weight(seed, how)
@@ -447,3 +450,31 @@ def test_formats_philox_takes_rounds():
     ten, seven = formats.philox_words(counter, (5, 6)), formats.philox_words(counter, (5, 6), rounds=7)
     assert [int(w) for w in ten] == [int(w) for w in formats.philox_words(counter, (5, 6), rounds=10)]
     assert [int(w) for w in ten] != [int(w) for w in seven]
+
+
+def test_unpacking_takes_one_axis_of_the_grid(launch, kernel_device, monkeypatch):
+    """The second one ends at 65535: a linear layer of 2^20 rows has more groups of sixteen."""
+    from te_nvfp4_cv.ops.quantize import kernels_unpack
+
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(kernels_unpack, "unpack_columns_kernel", Kernel())
+    data, scale = (torch.zeros(65536, 16, *last, dtype=torch.uint8, device=kernel_device) for last in ((8,), ()))
+    assert launch.unpack_columns(data, scale, torch.bfloat16).shape == (2**20, 16)
+    assert grids == [(65536,)]
+
+
+@pytest.mark.slow
+def test_launches_compile():
+    """With arguments that are 1, which Triton passes as constexprs; an interpreting process cannot compile."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.dry_launch", "90", "quantize"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    kernels = {line.split()[0] for line in result.stdout.splitlines()}
+    assert {"quantize_kernel", "quantize_blocks_kernel", "quantize_tiles_kernel", "finish_kernel"} <= kernels

@@ -146,10 +146,12 @@ def strided(w: torch.Tensor, how: str) -> torch.Tensor:
         wide = torch.full((w.shape[0] * 2, *w.shape[1:]), 3e4, dtype=w.dtype)
         wide[::2] = w
         return wide[::2]
+    if how == "turned" and w.dim() > 3:  # no stride reaches all taps
+        return w.transpose(-1, -2).contiguous().transpose(-1, -2)
     return w
 
 
-@pytest.mark.parametrize("how", ["contiguous", "channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "transposed", "sliced", "turned"])
 @pytest.mark.parametrize("seed", range(12))
 def test_vendor_kernels_equal_the_reference(seed, how):
     rng = random.Random(seed)

@@ -32,7 +32,7 @@ def fprop(
     """See conv_fprop."""
     inner, outer = (bias, None) if alpha is None else (None, bias)
     if geometry.rank == 0:
-        y = F.linear(x, w[:, 0], None if inner is None else inner.to(x.dtype))
+        y = F.linear(x, w[:, 0], inner.to(x.dtype)) if inner is not None else _product(x, w[:, 0].t(), alpha)
     else:
         g = _two_d(geometry)
         y = convolution(_channels_first(x, g.x_shape), _kernel(w, g), inner, g)
@@ -51,7 +51,7 @@ def dgrad(
 ) -> Tensor:
     """See conv_dgrad."""
     if geometry.rank == 0:
-        return _finish(dy @ w[:, 0], alpha, None, dtype)
+        return _finish(_product(dy, w[:, 0], alpha), alpha, None, dtype)
     g = _two_d(geometry)
     dx, _, _ = convolution_backward(
         _channels_first(dy, g.y_shape), _empty_image(dy, g.x_shape), _kernel(w, g), g, [True, False, False]
@@ -70,7 +70,7 @@ def wgrad(
 ) -> Tensor:
     """See conv_wgrad."""
     if geometry.rank == 0:
-        dw = (dy.t() @ x).unsqueeze(1)
+        dw = _product(dy.t(), x, alpha).unsqueeze(1)
     else:
         g = _two_d(geometry.folded())
         w_like = _empty_image(dy, (g.channels_b, *g.kernel, g.channels_a // g.groups))
@@ -81,6 +81,13 @@ def wgrad(
     if alpha is not None and alpha.numel() != 1:  # one factor per channel of x
         alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
     return _finish(dw, alpha, None, dtype)
+
+
+def _product(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
+    """a @ b; in fp32 where alpha follows on CUDA: cuBLAS may add parts of a bf16 result in bf16."""
+    if a.device.type == "cuda" and a.dtype == torch.bfloat16 and alpha is not None and a.numel() and b.numel():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:

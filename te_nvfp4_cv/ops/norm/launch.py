@@ -1,7 +1,8 @@
 """Launches the kernels of normalization + activation: shapes, tiles, grids and the memory they need.
 
 Same signatures as reference.py. Takes bf16, fp16 and fp32, contiguous or channels_last. Group normalization of images
-whose size is no multiple of 8 goes through reference.py: a mask's byte would lie in two images.
+whose size is no multiple of 8 goes through reference.py: a mask's byte would lie in two images. So does that of more
+images than a grid holds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.ops.devices import on_its_device
 from te_nvfp4_cv.ops.norm import kernels, reference
+from te_nvfp4_cv.ops.numerics import OPTIONS
 
 ACTIVATIONS = {"relu": 1, "silu": 2}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -23,6 +25,7 @@ BLOCK = 2048  # elements of a program that goes through memory once
 TILE = 4096  # elements of a reduction's tile
 PROGRAMS = 1024  # that a reduction aims at
 SPLITS = 128  # at most, of one slice
+MOST_SLICES = 65535  # where the second and third axis of a grid end
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def shape_of(z: Tensor, groups: int) -> Shape:
 
 
 def by_reference(shape: Shape) -> bool:
-    return shape.slices > 1 and shape.slice_size % 8 != 0
+    return shape.slices > MOST_SLICES or (shape.slices > 1 and shape.slice_size % 8 != 0)
 
 
 @on_its_device
@@ -156,6 +159,7 @@ def apply(
         ACTIVATION=ACTIVATIONS[activation],
         KEEP=mask.numel() > 0,
         BLOCK=BLOCK,
+        **OPTIONS,  # as produce.py: the same bits
     )
 
 

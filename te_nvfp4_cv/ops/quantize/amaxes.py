@@ -50,4 +50,6 @@ def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool)
 
 
 def _by_kernels(amax: Tensor) -> bool:
-    return dispatch.kernels_serve(amax.device) and dispatch.has_triton()
+    if not dispatch.kernels_serve(amax.device) or not dispatch.has_triton():
+        return False
+    return amax.device.type == "cpu" or torch.cuda.get_device_capability(amax.device) >= dispatch.MINIMUM_CAPABILITY

@@ -166,7 +166,8 @@ def quantize_kernel(
         at = (first % padded).to(tl.int32) + lane
         inside = at % padded < CHANNELS
         offset = at // padded * CHANNELS + at % padded
-        padded_run = (run // CHANNELS).to(tl.int64) * padded
+        # not run.to(): Triton passes an argument of 1 as a constexpr
+        padded_run = (tl.zeros((), tl.int64) + run // CHANNELS) * padded
         left = padded_run - first
         first_value = segment * CHANNELS
         inside = inside & (lane < left)

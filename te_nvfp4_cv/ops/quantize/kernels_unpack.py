@@ -21,14 +21,18 @@ def unpack_columns_kernel(
     factor,
     run,
     rows,
+    per_band,
     FACTOR: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [groups * rows, run] from data int64 and scale uint8 [groups, GROUP_BLOCKS, run]: sixteen rows a block."""
-    band = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    """out [groups * rows, run] from data int64 and scale uint8 [groups, GROUP_BLOCKS, run]: sixteen rows a block.
+
+    per_band: programs of a band of sixteen rows. One axis of the grid: the others end at 65535.
+    """
+    band = (tl.program_id(0) // per_band).to(tl.int64)
+    first = (tl.program_id(0) % per_band).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     source = band * run + first
     ob = (band % GROUP_BLOCKS) * 16

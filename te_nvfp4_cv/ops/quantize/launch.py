@@ -143,8 +143,8 @@ def quantize_kernel(
     parts.amax_flat(parts.in_memory_order(w), bits)
     amax = w.new_empty(1, dtype=torch.float32)
     kernels_blocks.weight_amax_kernel[(1,)](bits, amax, POW2=pow2, E4M3_MAX=e4m3_max, num_warps=1)
-    w_OCT = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)
-    stride_o, stride_c, stride_t = w_OCT.stride()
+    w = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a copy where one stride does not reach all taps
+    stride_o, stride_c, stride_t = w.stride()
     error = ERRORS[four_over_six]
     empty = w.new_empty(0, dtype=torch.uint8)
     row_data, row_scale, col_data, col_scale = (torch.empty_like(empty) for _ in range(4))

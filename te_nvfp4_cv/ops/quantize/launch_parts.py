@@ -123,7 +123,7 @@ def lines(x: Tensor, fold: Fold) -> tuple[int, int, int, Tensor | None]:
     return x.shape[0], fold.rows, run, _source_rows(fold, x.shape[0], x.shape[1], x.device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # never dropped: a captured CUDA graph keeps the address
 def _source_rows(fold: Fold, batch: int, rows: int, device: torch.device) -> Tensor:
     """int64 [images * rows]: which row of x each folded row is, -1 for zeros."""
     return fold.source_rows(batch, rows).flatten().to(device)
@@ -155,13 +155,15 @@ def unpack_columns(
     def launch(config: tuning.Config) -> None:
         block = block_width(run, config["BLOCK"])
         bands = scale.numel() // run
-        kernels_unpack.unpack_columns_kernel[(ceil_div(run, block), bands)](
+        per_band = ceil_div(run, block)
+        kernels_unpack.unpack_columns_kernel[(per_band * bands,)](
             words_of(data),
             scale.view(torch.uint8),
             out,
             scale if factor is None else factor,
             run,
             rows,
+            per_band,
             FACTOR=factor is not None,
             GROUP_BLOCKS=ob,
             MASKED=bool(run % block or rows % BLOCK),
