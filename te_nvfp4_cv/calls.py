@@ -113,23 +113,10 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
     return None
 
 
-def execute(
-    op: str,
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    output_padding: Any,
-    recipe: NVFP4BlockScaling,
-    backend: str,
-    group: Any = None,
-) -> Tensor:
-    """An eligible call: cast as torch.autocast would, check, resolve, run. `group`: the ranks whose amaxes are one."""
+def execute(op: str, x: Tensor, *call: Any, **named: Any) -> Tensor:
+    """An eligible call: cast as torch.autocast would, check, resolve, run. Arguments: those of _execute."""
     try:
-        return _execute(op, x, w, bias, stride, padding, dilation, groups, output_padding, recipe, backend, group)
+        return _execute(op, x, *call, **named)
     except BaseException:
         producers.settle(x)  # who catches this may read x
         raise
@@ -147,8 +134,9 @@ def _execute(
     output_padding: Any,
     recipe: NVFP4BlockScaling,
     backend: str,
-    group: Any,
+    group: Any = None,
 ) -> Tensor:
+    """`group`: the ranks whose amaxes are one."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     producer = producers.claim(x, w.dim() - 2, padding, torch.get_autocast_dtype(device) if autocast else x.dtype)

@@ -13,8 +13,10 @@ that pads its end, divided by the elements that one thread handles; a loop body 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -188,6 +190,11 @@ def run_case(case: dict[str, Any], arch: int, keep: Path | None = None) -> dict[
     return {**row, "problems": problems, "seconds": round(time.perf_counter() - start, 1)}
 
 
+def _run(index: int, arch: int, only: str, keep: Path | None) -> dict[str, Any]:
+    """run_case in a process of the pool: cases hold functions, which do not travel."""
+    return run_case(cases(only)[index], arch, keep)
+
+
 def report(only: str = "", archs: tuple[int, ...] = (), python: str = sys.executable) -> list[dict[str, Any]]:
     """The rows of `python -m tests.aot --json` in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -209,12 +216,18 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     rows = []
-    for case in cases(options.only):
-        for arch in case.get("archs", (80, 86, 89, 90, 100, 120)):
-            if not options.arch or arch in options.arch:
-                rows.append(run_case(case, arch, options.keep))
-                if not options.json:
-                    print(_line(rows[-1]), flush=True)
+    wanted = [
+        (index, arch)
+        for index, case in enumerate(cases(options.only))
+        for arch in case.get("archs", (80, 86, 89, 90, 100, 120))
+        if not options.arch or arch in options.arch
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+        for future in [pool.submit(_run, *which, options.only, options.keep) for which in wanted]:
+            rows.append(future.result())
+            if not options.json:
+                print(_line(rows[-1]), flush=True)
     if options.json:
         print(json.dumps(rows))
     elif not rows:
