@@ -15,7 +15,7 @@ demo: $(VENV)/.train
 	$(BIN)/python examples/unet_coco/train.py --precisions bf16 nvfp4 --out runs/demo
 
 test: $(VENV)/.dev
-	NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS) $(if $(filter-out 0,$(JOBS)),--dist worksteal) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .

@@ -1,4 +1,4 @@
-"""Launches of the GEMM kernels as on a GPU, up to the launch itself: argument types, constants, compilation.
+"""Launches of the kernels as on a GPU, up to the launch itself: argument types, constants, compilation.
 
     python -m tests.dry_launch 90              every launch of a few layers compiled for sm_90, one line a kernel
     python -m tests.dry_launch 90 all          of every layer of tests/kernels/gemm_helpers.py
@@ -12,7 +12,6 @@ multiple of 16, a tile that a real layer gets. Run it in a process of its own, w
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 from typing import Any
@@ -110,6 +109,14 @@ def launch_quantization(arch: int) -> None:
                         launch.unpack_kernel(*face, shape[0], shape[1], 1, columnwise, amax[:1], bf16)
 
 
+STEPS = [  # backend, tensor scale, fused, batch (5: folded columns): every kernel occurs
+    ("vendor", "current", False, 5),
+    ("vendor", "delayed", True, 16),
+    ("triton", "current", True, 16),
+    ("triton", "delayed", False, 5),
+]
+
+
 def launch_steps(arch: int) -> None:
     """Forward and backward of a small network on backends vendor (as on CUDA) and triton. What is computed is noise:
     no kernel runs.
@@ -125,8 +132,8 @@ def launch_steps(arch: int) -> None:
     tuning.arch_of = lambda device: arch
     dispatch.KERNELS_ON_CPU = True
     dispatch.interpreted = lambda: True  # lets backend "triton" serve CPU tensors
-    for backend, tensor_scale, fused in itertools.product(("vendor", "triton"), ("current", "delayed"), (False, True)):
-        net, x = everything(batch=5 if fused else 16)  # 5: folded columns
+    for backend, tensor_scale, fused, batch in STEPS:
+        net, x = everything(batch)
         net = nv.fuse(net) if fused else net
         recipe = nv.NVFP4BlockScaling(tensor_scale=tensor_scale)
         for _ in range(2):
