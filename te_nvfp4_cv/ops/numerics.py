@@ -2,8 +2,8 @@
 
     round_e4m3, e4m3_byte, decode_e4m3    block scales: rounding, the byte, and back
     tensor_factors, block_scale           the scale chain of a tensor and of its blocks
-    e2m1_nearest, e2m1_stochastic         rounding: the value and a word that holds the code (code_of)
-    pack16                                sixteen codes to two words
+    e2m1_nearest, e2m1_stochastic         rounding: the value and a word that holds the code
+    join_words, stack16                   sixteen codes to one int64; a tile as one tensor
     hadamard16                            signs, butterflies, times 1/4
     philox7, random_byte                  Philox4x32-7 and its bytes
 
@@ -115,13 +115,6 @@ def round_e4m3(v):
 def e4m3_byte(word):
     """The byte, 0..0x7E (int32), of a word of round_e4m3."""
     return (word & 0x7FFFFF) - 1128
-
-
-@triton.jit
-def encode_e4m3(v):
-    """E4M3 bytes (int32, 0..0x7E) of fp32 values >= 0: nearest even, subnormals kept, saturating; NaN gives 0x7E."""
-    _, word = round_e4m3(v)
-    return e4m3_byte(word)
 
 
 @triton.jit
