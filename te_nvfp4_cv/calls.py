@@ -4,7 +4,7 @@ is executed.
 nvfp4_autocast asks `ineligible` and leaves what it names in high precision; nv.functional and the NVFP4 modules raise
 instead. `execute` casts as
 torch.autocast would, checks, resolves geometry and backend, and hands over to autograd.QuantizedConv.
-Observers (coverage, telemetry) are told of every call here; frozen weights are looked up here.
+Observers (coverage, telemetry) are told of every call here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from te_nvfp4_cv import layer, layer_operator, scaling
 from te_nvfp4_cv import producer as producers
-from te_nvfp4_cv import scaling
 from te_nvfp4_cv.autograd import QuantizedConv
 from te_nvfp4_cv.checks import describe, value_error
 from te_nvfp4_cv.ops import dispatch
@@ -164,8 +164,12 @@ def _execute(
     chosen = dispatch.resolve(backend, x.device)
     channels_last = is_channels_last(x) or is_channels_last(w)
     plan = Plan(geometry, recipe, chosen, dispatch.compute_dtype(x.dtype, x.device, autocast), channels_last)
+    if torch.compiler.is_compiling():  # no producers and no observers inside of a graph
+        scaling.refuse(plan, group)
+        y = layer_operator.apply(x, w, bias, plan, group)
+        return y.squeeze(0) if unbatched else y
     call = Call(op, w, x, geometry, recipe, "")
-    codes, scales = frozen_weight(w, plan), scaling.of_call(x, w, bias, plan, group)
+    codes, scales = layer.codes_of(w, plan), scaling.of_call(x, w, bias, plan, group)
     if producer is not None and not producer.serves(plan, torch.is_grad_enabled() and w.requires_grad, scales):
         producers.settle(x)
         producer = None
@@ -310,23 +314,3 @@ def _plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) 
     if g.transposed:
         return getattr(F, op)(x, w, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
     return getattr(F, op)(x, w, bias, g.stride, g.padding, g.dilation, g.groups)
-
-
-# ---- weights quantized once, for gradient accumulation --------------------------------------------------------------
-
-
-class Frozen(Protocol):
-    """What nv.frozen_weights registers here for each Parameter."""
-
-    def codes(self, w: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        """The tuple of plan.quantize_weight with every face that the plan's GEMMs need."""
-        ...
-
-
-frozen: dict[int, Frozen] = {}  # id(Parameter) -> its entry, which holds the Parameter: ids stay unique
-
-
-def frozen_weight(w: Tensor, plan: Plan) -> tuple[Tensor, ...] | None:
-    """The codes that an enclosing nv.frozen_weights holds for `w`, or None."""
-    entry = frozen.get(id(w)) if frozen else None
-    return None if entry is None else entry.codes(w, plan)

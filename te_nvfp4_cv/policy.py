@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from te_nvfp4_cv import calls, scaling
+from te_nvfp4_cv import layer, scaling
 from te_nvfp4_cv import plan as steps
 from te_nvfp4_cv.checks import describe, runtime_error, type_error, value_error
 from te_nvfp4_cv.context import mark_applied, pop_override, push_override
@@ -246,7 +246,7 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     weights = {id(w): (name, w) for name, w in model.named_parameters() if w.dim() >= 2}
     with _frozen_lock:
         for key, (name, w) in weights.items():
-            entry = calls.frozen.setdefault(key, _FrozenWeight(name, w))
+            entry = layer.frozen.setdefault(key, _FrozenWeight(name, w))
             entry.users += 1  # type: ignore[attr-defined]
     try:
         yield
@@ -254,14 +254,14 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
         for key, (name, _) in weights.items():
             if key not in present:
                 raise _changed(name, "the module has another Parameter now")
-            calls.frozen[key].check_contents()  # type: ignore[attr-defined]
+            layer.frozen[key].check_contents()  # type: ignore[attr-defined]
     finally:
         with _frozen_lock:
             for key in weights:
-                entry = calls.frozen[key]
+                entry = layer.frozen[key]
                 entry.users -= 1  # type: ignore[attr-defined]
                 if not entry.users:  # type: ignore[attr-defined]
-                    del calls.frozen[key]
+                    del layer.frozen[key]
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------

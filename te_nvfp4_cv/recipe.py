@@ -13,7 +13,9 @@ TransformerEngine's own recipe objects are recognised by class name: nothing is 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,6 +141,9 @@ class NVFP4BlockScaling:
         object.__setattr__(self, "precision", _check_precision(self.precision))
         # resolved once: a layer asks about ten times a step
         object.__setattr__(self, "_roles", {role: self._resolve(role) for role in ROLES})
+        numbers = {field: getattr(self, field) for field in PLAIN if field != "precision"}
+        changed = {field: value for field, value in numbers.items() if value != PLAIN[field]}
+        object.__setattr__(self, "_key", ";".join(f"{field}={value!r}" for field, value in changed.items()))
         if self.backward_override == "dequantized" and self.high_precision_gemms:
             raise value_error(
                 "recipe fields 'backward_override' and 'high_precision_gemms' contradict each other.",
@@ -170,6 +175,12 @@ class NVFP4BlockScaling:
         """The GEMMs that run in NVFP4: those that neither high_precision_gemms nor backward_override takes out."""
         out = set(self.high_precision_gemms) | ({"dgrad", "wgrad"} if self.backward_override is not None else set())
         return tuple(gemm for gemm in GEMMS if gemm not in out)
+
+    @property
+    def key(self) -> str:
+        """The fields that decide numbers, as a text that crosses an operator's boundary; recipe_of_key reads it."""
+        found: str = self._key  # type: ignore[attr-defined]
+        return found
 
     def settings(self, role: str) -> RoleSettings:
         """The quantizer settings of one role: "input", "weight" or "grad_output"."""
@@ -267,6 +278,13 @@ class NVFP4BlockScaling:
             table = ", ".join(f"{field} = {toml_text(value)}" for field, value in inner.items())
             lines.append(f"{toml_text(pattern)} = " + ('"high"' if recipe is None else f"{{{table}}}"))
         return "\n".join(lines).strip() + "\n"
+
+
+@functools.lru_cache(maxsize=256)
+def recipe_of_key(key: str) -> NVFP4BlockScaling:
+    """The recipe, without name and [precision] table, whose `key` this is."""
+    changed = dict(pair.split("=", 1) for pair in key.split(";")) if key else {}
+    return NVFP4BlockScaling(**PLAIN | {field: ast.literal_eval(value) for field, value in changed.items()})
 
 
 def from_te(recipe: object) -> NVFP4BlockScaling:

@@ -36,6 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.checks import runtime_error, value_error
+from te_nvfp4_cv.collectives import reduce_amax
 from te_nvfp4_cv.ops.quantize import amaxes, operands
 from te_nvfp4_cv.plan import Plan
 
@@ -128,7 +129,7 @@ class CallScales:
     def _reduced(self, amax: Tensor) -> Tensor:
         """The maximum over the ranks, by the bits: NaN wins. Evaluation asks nobody: one rank may run it alone."""
         if self.group is not None and self.training:
-            torch.distributed.all_reduce(amax.view(torch.int32), torch.distributed.ReduceOp.MAX, group=self.group)
+            reduce_amax(amax, self.group)
         return amax
 
 
@@ -190,15 +191,13 @@ class DelayedCallScales(CallScales):
         amaxes.move(scales.used, scales.collected, scales.e4m3_max, margins, clear=True)
 
 
-def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -> CallScales | None:
-    """The scales of one call, moved on if it starts a training step; None where each tensor's own amax rules.
+def refuse(plan: Plan, group: Any) -> None:
+    """Raise for scales that a call cannot have.
 
     Raises:
         ValueError: scales of rows, or of an im2col matrix, that ranks should share.
         RuntimeError: delayed scales while torch.compile traces the call.
     """
-    if not plan.delayed and group is None:
-        return None
     if group is not None and (plan.recipe.row_scaled_activation or plan.recipe.wgrad_block == "pixel"):
         raise value_error(
             "nvfp4: these scales cannot be shared between ranks.",
@@ -213,6 +212,15 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
             needs="tensor_scale='current' there: the state of delayed scales is kept outside of the graph",
             fix="dataclasses.replace(recipe, tensor_scale='current'), or leave torch.compile out",
         )
+
+
+def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -> CallScales | None:
+    """The scales of one call, moved on if it starts a training step; None where each tensor's own amax rules. Raises
+    what `refuse` raises.
+    """
+    if not plan.delayed and group is None:
+        return None
+    refuse(plan, group)
     again = torch._C._current_graph_task_id() != -1  # inside of a backward pass: a checkpoint recomputes
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     training = (training or (_local.first_pass and not again)) and not _local.reading

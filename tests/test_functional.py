@@ -9,6 +9,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.autocast import nvfp4_autocast
+from te_nvfp4_cv.ops.dispatch import bf16_is_native
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from tests.helpers import relative_error, same_bits, values
 from tests.layers import BACKENDS, LAYERS, NO_SR, step, tensors
@@ -39,9 +40,9 @@ def test_results_look_like_torchs_and_are_near(layer, dtype, channels_last):
     for name, e, v, r in zip(("y", "dx", "dw", "db"), expected, vendor, reference, strict=True):
         assert v.dtype == r.dtype == e.dtype and v.shape == r.shape == e.shape, name
         assert strides(v) == strides(r), name
-        if name == "y" and not (
-            dtype == torch.float16 and x.dim() == 5
-        ):  # torch's fp16 3-D path on a CPU drops channels_last
+        # torch's 3-D path on a CPU drops channels_last in dtypes that the CPU has no arithmetic for
+        slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not bf16_is_native(x.device))
+        if name == "y" and not (slow and x.dim() == 5):
             assert strides(v) == strides(e)
         assert relative_error(v, r) <= tolerance, name
         assert relative_error(v, e) <= (0.3 if name != "db" else 5e-3), name

@@ -17,12 +17,20 @@ def image_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return (x if len(shape) == 2 else x.movedim(1, -1)).reshape(shape).contiguous()
 
 
-def image_first(y: Tensor, shape: tuple[int, ...], x_shape: torch.Size, channels_last: bool) -> Tensor:
+def image_first(y: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
     """The inverse of image_last for a result, with the strides torch would give it."""
     if len(shape) == 2:
         return not_a_view(y.reshape(*x_shape[:-1], shape[-1]))
     y = y.view(shape).movedim(-1, 1)
     return not_a_view(y if channels_last else y.contiguous())  # of one pixel, contiguous() is the view itself
+
+
+def like_image_first(like: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
+    """An empty tensor of `like`'s dtype and device with the shape and strides of image_first's result."""
+    if len(shape) == 2:
+        return like.new_empty((*x_shape[:-1], shape[-1]))
+    y = like.new_empty(shape).movedim(-1, 1)
+    return y if channels_last else torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 def not_a_view(y: Tensor) -> Tensor:
@@ -44,7 +52,7 @@ def weight_is_channels_last(w: Tensor) -> bool:
     return is_channels_last(w) and not w.is_contiguous()
 
 
-def kernel_as(dw: Tensor, g: ConvGeometry, shape: torch.Size, channels_last: bool) -> Tensor:
+def kernel_as(dw: Tensor, g: ConvGeometry, shape: tuple[int, ...], channels_last: bool) -> Tensor:
     """[axis 0, taps, axis 1] as the parameter's [axis 0, axis 1, *kernel], in its memory format."""
     if g.rank == 0:
         return dw.reshape(shape)

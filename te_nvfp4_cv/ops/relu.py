@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.ops import dispatch, native
+from te_nvfp4_cv.ops.registration import without_autocast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::masked_relu", mutates_args=())
 def masked_relu(x: Tensor) -> tuple[Tensor, Tensor]:
     """(relu(x), its mask as of positive_mask), in one pass on CUDA."""
@@ -35,6 +37,7 @@ def _(x):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::positive_mask", mutates_args=())
 def positive_mask(y: Tensor) -> Tensor:
     """uint8 [ceil(n / 8)]: one bit for every element of y in memory order, set where ReLU's backward passes (not y <=
@@ -61,6 +64,7 @@ def _(y):  # type: ignore[no-untyped-def]
     return y.new_empty((y.numel() + 7) // 8, dtype=torch.uint8)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::apply_mask", mutates_args=())
 def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
     """dy where the mask's bit is set, else 0; dy dense, in the memory order of the tensor that the mask was made of."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.ops.conv import reference, vendor
 from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.registration import without_autocast
 
 
 def _run(backend: str) -> Any:
@@ -32,6 +33,7 @@ def _run(backend: str) -> Any:
     return reference if backend == "reference" else vendor
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::conv_fprop", mutates_args=())
 def conv_fprop(
     x: Tensor,
@@ -61,6 +63,7 @@ def _(x, x_scale, w, w_scale, alpha, bias, shape, dtype, backend):  # type: igno
     return x.new_empty(ConvGeometry.from_ints(shape).y_shape, dtype=dtype)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::conv_dgrad", mutates_args=())
 def conv_dgrad(
     dy: Tensor,
@@ -81,6 +84,7 @@ def _(dy, dy_scale, w, w_scale, alpha, shape, dtype, backend):  # type: ignore[n
     return dy.new_empty(ConvGeometry.from_ints(shape).x_shape, dtype=dtype)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::conv_wgrad", mutates_args=())
 def conv_wgrad(
     dy: Tensor,

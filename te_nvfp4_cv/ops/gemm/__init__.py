@@ -24,6 +24,7 @@ from torch import Tensor
 from te_nvfp4_cv import checks, formats
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.gemm import reference, vendor
+from te_nvfp4_cv.ops.registration import without_autocast
 from te_nvfp4_cv.tensor import NVFP4Tensor
 
 LAYOUTS = {"TN": ("rowwise", "rowwise"), "NN": ("rowwise", "columnwise"), "NT": ("columnwise", "columnwise")}
@@ -160,6 +161,7 @@ def _implementation(backend: str) -> Any:
     return reference if backend == "reference" else vendor
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::gemm", mutates_args=())
 def _gemm_op(
     a_data: Tensor,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.norm import reference
+from te_nvfp4_cv.ops.registration import without_autocast
 
 ACTIVATIONS = ("relu", "silu")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,6 +36,7 @@ def backend_for(z: Tensor, wanted: str = "auto") -> str:
     return "triton" if wanted == "triton" or dispatch.kernels_serve(z.device) else "reference"
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_forward", mutates_args=("running_mean", "running_var"))
 def norm_forward(
     z: Tensor,
@@ -83,6 +85,7 @@ def _(  # type: ignore[no-untyped-def]
     return y, z.new_empty(shape, dtype=stat), z.new_empty(shape, dtype=stat), mask
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_backward", mutates_args=())
 def norm_backward(
     dy: Tensor,
@@ -123,6 +126,7 @@ def _(  # type: ignore[no-untyped-def]
 # ---- in two steps, for an activation that is quantized where it is made (kernels only) ------------------------------
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_statistics", mutates_args=("running_mean", "running_var"))
 def norm_statistics(
     z: Tensor,
@@ -137,6 +141,7 @@ def norm_statistics(
     return _room("triton").statistics(z, running_mean, running_var, groups, batch_stats, momentum, eps)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_apply", mutates_args=("y", "mask"))
 def norm_apply(
     z: Tensor,
@@ -154,6 +159,7 @@ def norm_apply(
     _room("triton").apply(z, residual, weight, bias, mean, rstd, y, mask, groups, activation)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_quantize", mutates_args=("mask",))
 def norm_quantize(
     z: Tensor,

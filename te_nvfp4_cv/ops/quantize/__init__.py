@@ -22,6 +22,7 @@ from te_nvfp4_cv import checks, formats
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
 from te_nvfp4_cv.ops.quantize import reference
 from te_nvfp4_cv.ops.quantize.reference import Faces
+from te_nvfp4_cv.ops.registration import without_autocast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -152,6 +153,7 @@ def check_options(
         )
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::quantize", mutates_args=())
 def _quantize_op(
     x_MK: Tensor,
@@ -219,6 +221,7 @@ def _quantize_fake(
     return face(rowwise, M, K) + face(columnwise, K, M)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::dequantize", mutates_args=())
 def _dequantize_op(data: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int, dtype: torch.dtype) -> Tensor:
     """The registered operator; every backend stores the same bits, so there is one implementation."""

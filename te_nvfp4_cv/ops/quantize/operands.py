@@ -45,6 +45,7 @@ from torch import Tensor
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import reference_operands, vendor
+from te_nvfp4_cv.ops.registration import without_autocast
 
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 BLOCK = 16
@@ -59,6 +60,7 @@ def _run(backend: str, device: torch.device) -> Any:
     return reference_operands if backend == "reference" else vendor
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::quantize_operand", mutates_args=())
 def quantize_operand(
     x: Tensor,
@@ -137,6 +139,7 @@ def _(  # type: ignore[no-untyped-def]
     return row_data, row_scale, row_amax, col_data, col_scale, col_amax, observed
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::measure_operand", mutates_args=())
 def measure_operand(x: Tensor, fold: list[int], rht: bool, backend: str) -> Tensor:
     """fp32 [2]: the amax of x [B, *image, C], and that of the columnwise operand, folded and rotated; without RHT both
@@ -150,6 +153,7 @@ def _(x, fold, rht, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(2, dtype=torch.float32)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::quantize_kernel", mutates_args=())
 def quantize_kernel(
     w: Tensor,
@@ -197,6 +201,7 @@ def _(w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, backend)
     return row_data, row_scale, col_data, col_scale, w.new_empty(1, dtype=torch.float32)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::unpack_columns", mutates_args=())
 def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """Dequantized [N16 * 16, *rest] from a packed columnwise operand: data [N16, *rest, 8], scale [N16, *rest]."""
@@ -208,6 +213,7 @@ def _(data, scale, dtype, backend):  # type: ignore[no-untyped-def]
     return scale.new_empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype=dtype)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::unpack_rows", mutates_args=())
 def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: torch.dtype, backend: str) -> Tensor:
     """Dequantized [..., channels] from a packed rowwise operand: data [..., G * Kb * 8], scale [..., G * Kb]."""
@@ -219,6 +225,7 @@ def _(data, scale, channels, groups, dtype, backend):  # type: ignore[no-untyped
     return data.new_empty((*data.shape[:-1], channels), dtype=dtype)
 
 
+@without_autocast
 @torch.library.custom_op("te_nvfp4_cv::unpack_kernel", mutates_args=())
 def unpack_kernel(
     data: Tensor,

@@ -19,7 +19,7 @@ from te_nvfp4_cv import checks
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, round_up
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops import quantize as ops
-from te_nvfp4_cv.ops.quantize import reference
+from te_nvfp4_cv.ops.quantize import reference, seeds
 from te_nvfp4_cv.tensor import BUFFERS, NVFP4Tensor
 
 
@@ -33,7 +33,7 @@ class NVFP4Quantizer:
         with_rht: rotate the columnwise face.
         with_post_rht_amax: accepted for TransformerEngine's sake; amax_columnwise is always that of the rotated values.
         with_2d_quantization: one scale per 16x16 tile (weights).
-        stochastic_rounding: needs a seed per call; drawn from torch's default generator when none is given.
+        stochastic_rounding: needs a seed per call; drawn as a layer's is (seeds.py) when none is given.
         row_scaled_nvfp4: one amax per row.
         nvfp4_use_4over6: choose block scales by error, nvfp4_4over6_err_mode "MAE" or "MSE".
         nvfp4_e4m3_max: 448, or 256 with 4over6 (448 without it, whatever is given).
@@ -190,12 +190,9 @@ class NVFP4Quantizer:
     def _faces(
         self, tensor: Tensor, rowwise: bool, columnwise: bool, seed: Tensor | int | None, amax: Any
     ) -> reference.Faces:
-        x_MK = tensor.detach()
-        if isinstance(x_MK, NVFP4Tensor):
-            x_MK = x_MK.dequantize()
-        x_MK = x_MK.reshape(x_MK.shape[:-1].numel(), x_MK.shape[-1])
+        x_MK = self._matrix(tensor)
         if self.stochastic_rounding and seed is None:
-            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x_MK.device)
+            seed = seeds.draw_seed(x_MK)
         if amax is None and self.with_amax_reduction:
             amax = self._reduced_amax(x_MK, columnwise)
         return ops.quantize(
@@ -215,14 +212,32 @@ class NVFP4Quantizer:
             backend=dispatch.resolve(self.backend, x_MK.device),
         )
 
-    def _reduced_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
-        """(rowwise, columnwise) amax, the maximum over the ranks; NaN travels as inf, which every backend reduces."""
-        row, col = reference.amax_2d(
-            x_MK, columnwise=columnwise, rht=self.with_rht, with_sign=self.with_random_sign_mask
+    def measure(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """(rowwise, columnwise) amax of this tensor on this rank alone, as quantize takes it in `amax`."""
+        return self._own_amax(self._matrix(tensor), self.columnwise_usage)
+
+    def _own_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
+        return reference.amax_2d(
+            x_MK,
+            columnwise=columnwise,
+            rht=self.with_rht,
+            row_scaled=self.row_scaled_nvfp4,
+            with_sign=self.with_random_sign_mask,
         )
-        both = torch.nan_to_num(torch.cat((row, col)), nan=float("inf"), posinf=float("inf"))
-        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=self.amax_reduction_group)
+
+    def _reduced_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
+        """(rowwise, columnwise) amax, the maximum over the ranks, by the bits: NaN wins, then inf."""
+        both = torch.cat(self._own_amax(x_MK, columnwise))
+        group = self.amax_reduction_group
+        torch.distributed.all_reduce(both.view(torch.int32), torch.distributed.ReduceOp.MAX, group=group)
         return both[:1], both[1:]
+
+    @staticmethod
+    def _matrix(tensor: Tensor) -> Tensor:
+        """Values [M, K] of a tensor [..., K], without its gradient."""
+        x = tensor.detach()
+        x = x.dequantize() if isinstance(x, NVFP4Tensor) else x
+        return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
     def _wrap(self, faces: reference.Faces, shape: tuple[int, ...], dtype: torch.dtype) -> NVFP4Tensor:
         row, col = faces.row_scale.dim() == 2, faces.col_scale.dim() == 2

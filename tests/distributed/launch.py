@@ -1,0 +1,163 @@
+"""Functions of a test module, run on several ranks by torchrun: NCCL where there is a GPU for each, else gloo on a CPU.
+
+    def on_ranks_sum(ranks: Ranks) -> Any: ...            in tests/distributed/test_x.py, asserts included
+    test_on_ranks = ranks_test(globals(), worlds=(2, 4))  one pytest test for each function and number of ranks
+
+One torchrun serves all functions of a module for one number of ranks: starting processes costs more than the tests.
+Every function starts from torch.manual_seed(0) and ends with a barrier. What it returns is kept, by rank, for tests in
+the parent (`results`); what it raises fails its test with the traceback of each rank, and the functions after it on
+those ranks are reported as not run, since ranks that stopped at different places cannot meet again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import os
+import random
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+PREFIX = "on_ranks_"
+SECONDS = 240  # of one torchrun
+COLLECTIVE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a function on ranks is given."""
+
+    rank: int
+    world: int
+    device: torch.device
+    folder: Path  # empty, shared by the ranks, one for each function
+
+    @property
+    def group(self) -> Any:
+        return dist.group.WORLD
+
+
+# ---- in pytest ------------------------------------------------------------------------------------------------------
+
+
+def names_of(module: Mapping[str, Any]) -> list[str]:
+    """The functions of a module (its globals) that run on ranks, in the order of the file."""
+    return [name.removeprefix(PREFIX) for name in module if name.startswith(PREFIX)]
+
+
+def ranks_test(module: Mapping[str, Any], worlds: Sequence[int] = (2, 4)) -> Callable[..., None]:
+    """The test that reports every function on ranks of a module (its globals()); call it below them."""
+    names, file = names_of(module), module["__file__"]
+
+    @pytest.mark.parametrize("name", names)
+    @pytest.mark.parametrize("world", worlds)
+    def test_on_ranks(world: int, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+        results(file, world, name, tmp_path_factory)
+
+    return test_on_ranks
+
+
+def results(file: str, world: int, name: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What a function of a test file (its __file__) returned on each rank; fails where one raised."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch is built without gloo")
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # one run for all workers of pytest-xdist
+    module_name = ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
+    folder = base / f"{module_name}.{world}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "output.txt").is_file():
+            (folder / "output.txt").write_text(_run(module_name, world, folder), encoding="utf-8")
+    output = (folder / "output.txt").read_text(encoding="utf-8")
+    files = [folder / f"{name}.{rank}.pt" for rank in range(world)]
+    told = [torch.load(file, weights_only=True) if file.is_file() else None for file in files]
+    errors = [f"rank {rank}: {t['error']}" for rank, t in enumerate(told) if t is not None and t["error"]]
+    if errors or any(t is None for t in told):
+        missing = [str(rank) for rank, t in enumerate(told) if t is None]
+        note = f"not run, or not ended, on ranks {', '.join(missing)}:\n{output[-6000:]}" if missing else ""
+        pytest.fail("\n".join(errors + [note]), pytrace=False)
+    return [t["value"] for t in told if t is not None]
+
+
+def torchrun(arguments: Sequence[str], world: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """torchrun of this interpreter on one machine, one thread per rank, from the repository's root."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
+    command += ["--nproc-per-node", str(world), *arguments]
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "examples"))),
+    }
+    variables.pop("PYTEST_CURRENT_TEST", None)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=variables | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def _run(module_name: str, world: int, folder: Path) -> str:
+    try:
+        done = torchrun(["-m", "tests.distributed.launch", module_name, str(folder)], world)
+    except subprocess.TimeoutExpired as error:
+        return f"torchrun was stopped after {SECONDS} s\n{error.stdout or ''}"
+    return f"exit status {done.returncode}\n{done.stdout}"
+
+
+# ---- on a rank ------------------------------------------------------------------------------------------------------
+
+
+def _on_rank(module_name: str, folder: Path) -> int:
+    from tests import conftest  # noqa: F401  (a torchvision that imports)
+
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda = torch.cuda.device_count() >= world
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    module = importlib.import_module(module_name)
+    failed = False
+    for name in names_of(vars(module)):
+        shared = folder / name
+        shared.mkdir(exist_ok=True)
+        told: dict[str, Any] = {"value": None, "error": ""}
+        try:
+            random.seed(0)
+            numpy.random.seed(0)
+            torch.manual_seed(0)
+            told["value"] = getattr(module, PREFIX + name)(Ranks(rank, world, device, shared))
+            dist.barrier()
+        except BaseException:
+            failed, told["error"] = True, traceback.format_exc()
+        torch.save(told, folder / f"{name}.{rank}.pt")
+        if failed:  # the others may wait in a collective for this rank
+            os._exit(1)
+    dist.barrier()  # without it some exits of gloo abort
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_on_rank(sys.argv[1], Path(sys.argv[2])))
