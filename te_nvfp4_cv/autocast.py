@@ -71,8 +71,9 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
         self._state = State(enabled, resolved, backend, relu_mask, amax_reduction_group)
 
     def __enter__(self) -> nvfp4_autocast:
-        _patch_torch()
-        warn_unapplied(self._state)
+        if not torch.compiler.is_compiling():
+            _patch_torch()
+            warn_unapplied(self._state)
         _push(self._state)
         return self
 

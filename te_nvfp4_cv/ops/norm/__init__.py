@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.norm import reference
+from te_nvfp4_cv.ops.quantize import operands
 from te_nvfp4_cv.ops.registration import without_autocast
 
 ACTIVATIONS = ("relu", "silu")
@@ -141,6 +143,12 @@ def norm_statistics(
     return _room("triton").statistics(z, running_mean, running_var, groups, batch_stats, momentum, eps)
 
 
+@norm_statistics.register_fake
+def _(z, running_mean, running_var, groups, batch_stats, momentum, eps):  # type: ignore[no-untyped-def]
+    shape = (z.shape[0], groups) if groups else (z.shape[1],)
+    return z.new_empty(shape, dtype=torch.float32), z.new_empty(shape, dtype=torch.float32)
+
+
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_apply", mutates_args=("y", "mask"))
 def norm_apply(
@@ -157,6 +165,11 @@ def norm_apply(
 ) -> None:
     """Write norm_forward's y, in z's memory order, and its mask unless that is empty."""
     _room("triton").apply(z, residual, weight, bias, mean, rstd, y, mask, groups, activation)
+
+
+@norm_apply.register_fake
+def _(z, residual, weight, bias, mean, rstd, y, mask, groups, activation):  # type: ignore[no-untyped-def]
+    return None
 
 
 @without_autocast
@@ -191,6 +204,16 @@ def norm_quantize(
     return produce.norm_quantize(
         z, residual, weight, bias, mean, rstd, mask, groups, activation, images, row, col, rht, e4m3_max, dtype, amax
     )
+
+
+@norm_quantize.register_fake
+def _(  # type: ignore[no-untyped-def]
+    z, residual, weight, bias, mean, rstd, mask, groups, activation, images, row, col, rht, e4m3_max, dtype, amax
+):
+    fold = Fold(1, 0, z.shape[2] if z.dim() > 2 else 1, 0, images)
+    y = z.new_empty(z.movedim(1, -1).shape)
+    how = (False, "", e4m3_max, False, dtype, None, amax, "triton")
+    return operands.quantize_operand(y, 1, fold.to_ints(), row, col, rht, *how)
 
 
 def _room(backend: str):  # type: ignore[no-untyped-def]
