@@ -3,7 +3,7 @@
 import te_nvfp4_cv as nv;   with nv.nvfp4_autocast(nv.NVFP4BlockScaling()): loss = criterion(model(x), y)
 """
 
-from te_nvfp4_cv import functional
+from te_nvfp4_cv import distributed, functional
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.coverage import coverage
 from te_nvfp4_cv.fuse import fuse
@@ -46,6 +46,7 @@ __all__ = [
     "active_recipe",
     "convert_model",
     "coverage",
+    "distributed",
     "extra_state",
     "frozen_weights",
     "functional",

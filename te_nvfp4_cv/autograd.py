@@ -46,8 +46,9 @@ class QuantizedConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept = dict(zip(ctx.kept_names, ctx.saved_tensors, strict=True))
+        need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
         grads: tuple[Tensor | None, ...]
-        grads = layer.backward(dy, kept, ctx.plan, ctx.like, *ctx.needs_input_grad[:3], ctx.scales)
+        grads = layer.backward(dy, kept, ctx.plan, ctx.like, need_dx, need_dw, need_db, ctx.scales)
         # create_graph=True: dx depends on w, dw on x, all on dy, and must not look like constants
         if torch.is_grad_enabled():
             leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]

@@ -35,7 +35,7 @@ class WireBytes:
 
 @contextmanager
 def wire_bytes() -> Iterator[WireBytes]:
-    """Count what the collectives of this file receive inside, by their own sizes: (ranks - 1) messages of each gather."""
+    """Count what the collectives of this file receive inside, by their sizes: (ranks - 1) messages of each gather."""
     counter = WireBytes()
     _counters.append(counter)
     try:
@@ -64,7 +64,9 @@ def check_group(group: Any, caller: str) -> tuple[Any, int]:
             fix="torch.distributed.init_process_group(...) first, and start the script by torchrun",
         )
     group = dist.group.WORLD if group is None else group
-    if group is dist.GroupMember.NON_GROUP_MEMBER or (isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0):
+    if group is dist.GroupMember.NON_GROUP_MEMBER or (
+        isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0
+    ):
         raise checks.value_error(
             f"{caller}: this process is not in the group.",
             got=f"a group without rank {dist.get_rank()}",
@@ -85,6 +87,8 @@ def all_gather_flat(message: Tensor, group: Any, async_op: bool = False) -> tupl
     """(uint8 [ranks, bytes], work or None) of a flat uint8 message, of the same length on every rank."""
     ranks = dist.get_world_size(group)
     out = message.new_empty(ranks * message.numel())
+    if not message.numel():  # nothing to say, on every rank
+        return out.view(ranks, 0), None
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
     work = gather(out, message, group=group, async_op=async_op)
     _count((ranks - 1) * message.numel())
@@ -156,7 +160,9 @@ def gather_parts(
         by_rank = [part.shape[axis]] * ranks if sizes is None else sizes[i]
         axis = axis % part.dim()
         shapes.append([(*part.shape[:axis], size, *part.shape[axis + 1 :]) for size in by_rank])
-    lengths = [sum(prod(s[rank]) * p.element_size() for s, (p, _) in zip(shapes, parts, strict=True)) for rank in range(ranks)]
+    lengths = [
+        sum(prod(s[rank]) * p.element_size() for s, (p, _) in zip(shapes, parts, strict=True)) for rank in range(ranks)
+    ]
     message = torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part, _ in parts])
     message = torch.nn.functional.pad(message, (0, max(lengths) - message.numel()))
     pending = PendingParts(shapes, parts, message)
@@ -164,9 +170,7 @@ def gather_parts(
     return pending
 
 
-def gather_ints(
-    values: Sequence[int], group: Any, device: torch.device, more: Tensor | None = None
-) -> list[list[int]]:
+def gather_ints(values: Sequence[int], group: Any, device: torch.device, more: Tensor | None = None) -> list[list[int]]:
     """The numbers of every rank, by rank, on the host; as many on each rank.
 
     Args:
@@ -181,7 +185,8 @@ def gather_ints(
 
 def reduce_amax(amax: Tensor, group: Any) -> Tensor:
     """amax (fp32, not negative), in place the largest of the ranks, by its bits: NaN wins, then inf."""
-    dist.all_reduce(amax.view(torch.int32), dist.ReduceOp.MAX, group=group)
+    bits = amax.view(torch.int32).bitwise_and_(0x7FFFFFFF)  # a NaN may have a sign
+    dist.all_reduce(bits, dist.ReduceOp.MAX, group=group)
     ranks = dist.get_world_size(group)
     _count(2 * (ranks - 1) * amax.numel() * amax.element_size() // ranks)
     return amax

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import plan as steps
+from te_nvfp4_cv.gathered import GatheredWeight
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.producer import Producer
@@ -64,7 +65,9 @@ frozen: dict[int, Frozen] = {}  # id(Parameter) -> its entry, which holds the Pa
 
 
 def codes_of(w: Tensor, plan: Plan) -> tuple[Tensor, ...] | None:
-    """The codes that an enclosing nv.frozen_weights holds for `w`, or None."""
+    """The codes with which `w` was gathered (FSDP2), or that an enclosing nv.frozen_weights holds for it, or None."""
+    if isinstance(w, GatheredWeight):
+        return w.codes_for(plan)
     entry = frozen.get(id(w)) if frozen else None
     return None if entry is None else entry.codes(w, plan)
 

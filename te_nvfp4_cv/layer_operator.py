@@ -82,7 +82,7 @@ def _outputs(kept: dict[str, Tensor], plan: Plan, need_dx: bool, need_dw: bool, 
 def _scales(plan: Plan, group: str, training: bool) -> scaling.CallScales | None:
     if not group:
         return None
-    found = torch.distributed.distributed_c10d._resolve_process_group(group)
+    found = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     return scaling.CallScales(plan, found, training)
 
 

@@ -115,6 +115,11 @@ def _remove(module: nn.Module) -> None:
             module._forward_hooks_always_called.pop(hook_id, None)
 
 
+def entries_of(module: nn.Module) -> list[NVFP4BlockScaling | None]:
+    """The module's own set_precision entry, in a list; an empty one where it has none."""
+    return [hook.recipe for hook in module._forward_pre_hooks.values() if isinstance(hook, _Enter)]
+
+
 def _pairs(table: Any) -> list[tuple[str, NVFP4BlockScaling | None]]:
     if not isinstance(table, Mapping):
         recipe = as_recipe(table)
@@ -331,8 +336,8 @@ def _checked_state(load: object) -> Mapping[str, Any]:
 
 
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by plain name; a shared one once, under its first name."""
-    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    """By plain name, what the state of each parameter is kept for; a shared one once, under its first name."""
+    return {plain_name(name): scaling.owner(parameter) for name, parameter in model.named_parameters()}
 
 
 def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:

@@ -37,6 +37,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.checks import runtime_error, value_error
 from te_nvfp4_cv.collectives import reduce_amax
+from te_nvfp4_cv.gathered import Form
 from te_nvfp4_cv.ops.quantize import amaxes, operands
 from te_nvfp4_cv.plan import Plan
 
@@ -93,11 +94,17 @@ class DelayedScales:
         return new
 
 
+def owner(w: Tensor) -> Tensor:
+    """The tensor that a parameter's state is kept for: itself, but for FSDP2's shards and what is gathered of them."""
+    form = getattr(getattr(w, "_local_tensor", w), "form", None)
+    return form.owner if isinstance(form, Form) else w
+
+
 def _place(w: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
     """The tensor whose state it is, and where in it `w` lies if it is a view."""
     base = w._base
     if base is None or isinstance(w, torch.nn.Parameter):
-        return w, None
+        return owner(w), None
     return base, (w.storage_offset(), tuple(w.shape), tuple(w.stride()))
 
 
@@ -227,14 +234,14 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
     if not plan.delayed:
         return CallScales(plan, group, training)
     settings = plan.recipe.settings("input")
-    owner, view = _place(w)
+    place, view = _place(w)
     key: Key = (view, settings.e4m3_max, settings.rht)
     with _lock, torch.no_grad():
-        known: dict[Key, DelayedScales] = _states.get(owner, {})
+        known: dict[Key, DelayedScales] = _states.get(place, {})
         scales = known.get(key)
         if scales is None and training and not again:
             scales = DelayedScales(settings.e4m3_max, x.device)
-            _states.setdefault(owner, known)[key] = scales
+            _states.setdefault(place, known)[key] = scales
         elif scales is not None and scales.used.device != x.device:
             scales.to(x.device)
     call = DelayedCallScales(plan, group, training, again, scales)

@@ -4,9 +4,9 @@
     test_on_ranks = ranks_test(globals(), worlds=(2, 4))  one pytest test for each function and number of ranks
 
 One torchrun serves all functions of a module for one number of ranks: starting processes costs more than the tests.
-Every function starts from torch.manual_seed(0) and ends with a barrier. What it returns is kept, by rank, for tests in
-the parent (`results`); what it raises fails its test with the traceback of each rank, and the functions after it on
-those ranks are reported as not run, since ranks that stopped at different places cannot meet again.
+Every function starts from torch.manual_seed(0), when all ranks have ended the one before. What it returns is kept, by
+rank, for tests in the parent (`results`); what it raises fails its test with the traceback of each rank. Where one rank
+raises and another waits for it in a collective, they cannot meet again: the functions after it are reported as not run.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def results(file: str, world: int, name: str, tmp_path_factory: pytest.TempPathF
     errors = [f"rank {rank}: {t['error']}" for rank, t in enumerate(told) if t is not None and t["error"]]
     if errors or any(t is None for t in told):
         missing = [str(rank) for rank, t in enumerate(told) if t is None]
-        note = f"not run, or not ended, on ranks {', '.join(missing)}:\n{output[-6000:]}" if missing else ""
+        note = f"not run, or not ended, on ranks {', '.join(missing)}:\n{output[-3000:]}" if missing else ""
         pytest.fail("\n".join(errors + [note]), pytrace=False)
     return [t["value"] for t in told if t is not None]
 
@@ -148,15 +148,25 @@ def _on_rank(module_name: str, folder: Path) -> int:
             numpy.random.seed(0)
             torch.manual_seed(0)
             told["value"] = getattr(module, PREFIX + name)(Ranks(rank, world, device, shared))
-            dist.barrier()
         except BaseException:
             failed, told["error"] = True, traceback.format_exc()
         torch.save(told, folder / f"{name}.{rank}.pt")
-        if failed:  # the others may wait in a collective for this rank
+        if not _all_ended(name, rank, world):  # a rank waits in a collective for one that raised
             os._exit(1)
     dist.barrier()  # without it some exits of gloo abort
     dist.destroy_process_group()
-    return 0
+    return int(failed)
+
+
+def _all_ended(name: str, rank: int, world: int) -> bool:
+    """Whether every rank has ended this function, by return or exception: the next one can start."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{name}/{rank}", "ended")
+    try:
+        store.wait([f"{name}/{other}" for other in range(world)], timedelta(seconds=COLLECTIVE_SECONDS))
+    except dist.DistStoreError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -413,6 +413,19 @@ def test_weights_with_a_power_of_two(launch, kernel_device, amax, e4m3_max):
     assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True))
 
 
+@pytest.mark.parametrize("two_d", [True, False])
+@pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "nan"])
+def test_shards_with_the_amax_of_the_whole(launch, kernel_device, kind, two_d):
+    w = values((48, 32, 3), kind)
+    amax = w.abs().amax().reshape(1)
+    for axis, pow2 in ((0, False), (1, True), (1, False)):
+        common = (1, PACKED, NONE if two_d else PACKED, two_d, None, 448, pow2, torch.float32)
+        shard = w.narrow(axis, 16, 16)
+        expected = reference_operands.quantize_kernel(shard, *common, amax)
+        got = launch.quantize_kernel(on(kernel_device, shard), *common, amax.to(kernel_device))
+        assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True)), (axis, pow2)
+
+
 # ---- the operators --------------------------------------------------------------------------------------------------
 
 

@@ -453,3 +453,43 @@ def test_unpacked_kernels_times_a_factor(two_d):
             for backend in ("reference", "vendor"):
                 args = (data, scale, 40, 24, 1, columnwise, torch.tensor([factor]), dtype, backend)
                 assert same_bits(operands.unpack_kernel(*args), (plain * factor).to(dtype)), (dtype, factor, backend)
+
+
+# ---- shards of a kernel ---------------------------------------------------------------------------------------------
+
+
+def part_of(whole: tuple[torch.Tensor, ...], axis: int, two_d: bool) -> tuple[torch.Tensor, ...]:
+    """What the second block of 16 rows (axis 0) or columns (axis 1) has of a quantized kernel's packed faces."""
+    row, row_scale, col, col_scale, amax = whole
+    if axis == 1:
+        columns = (col[..., 16:32, :], col_scale[..., 16:32]) if col.numel() else (col, col_scale)
+        return row[..., 8:16], row_scale[..., 1:2], *columns, amax
+    columns = (col[:, 1:2], col_scale[:, 1:2]) if col.numel() else (col, col_scale)
+    return row[16:32], row_scale[:, 1:2] if two_d else row_scale[16:32], *columns, amax
+
+
+@pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "nan", "inf"])
+@pytest.mark.parametrize("two_d", [True, False])
+def test_shards_with_the_amax_of_the_whole_have_its_codes(two_d, kind):
+    for shape, pow2, mode in itertools.product(((48, 32, 3, 3), (32, 48)), (True, False), ("", "MSE")):
+        w = values(shape, kind)
+        amax = w.abs().amax().reshape(1)
+        args = (1, PACKED, NONE if two_d else PACKED, two_d, mode, 448, pow2, torch.float32)
+        for axis, backend in itertools.product((0, 1), ("reference", "vendor")):
+            whole = operands.quantize_kernel(w, *args, backend)
+            shard = w.narrow(axis, 16, 16)
+            given = amax.clone()
+            got = operands.quantize_kernel(shard, *args, backend, given)
+            expected = part_of(whole, axis, two_d)
+            assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), (shape, pow2, axis, backend)
+            assert same_bits(given, amax) and got[4].data_ptr() != given.data_ptr()
+            again = operands.quantize_kernel(w, *args, backend, amax)
+            assert all(same_bits(a, b) for a, b in zip(again, whole, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "vendor"])
+def test_quantize_kernel_with_a_given_amax_passes_opcheck(backend):
+    w = values((32, 24, 3, 3))
+    for two_d, row, col in ((True, PACKED, NONE), (False, PACKED, PACKED), (False, NONE, DEQUANTIZED)):
+        args = (w, 2, row, col, two_d, "", 448, False, torch.float32, backend, torch.tensor([9.0]))
+        torch.library.opcheck(torch.ops.te_nvfp4_cv.quantize_kernel.default, args)

@@ -132,15 +132,21 @@ def quantize_kernel(
     e4m3_max: int,
     pow2: bool,
     dtype: torch.dtype,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_kernel."""
     if not w.numel():
-        return reference_operands.quantize_kernel(w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype)
+        return reference_operands.quantize_kernel(
+            w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, amax
+        )
     w = w.detach()
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = parts.ceil_div(c, BLOCK), parts.ceil_div(n // groups, BLOCK)
-    bits = w.new_zeros(1, dtype=torch.int32)
-    parts.amax_flat(parts.in_memory_order(w), bits)
+    if amax is None:
+        bits = w.new_zeros(1, dtype=torch.int32)
+        parts.amax_flat(parts.in_memory_order(w), bits)
+    else:
+        bits = amax.view(torch.int32)
     amax = w.new_empty(1, dtype=torch.float32)
     kernels_blocks.weight_amax_kernel[(1,)](bits, amax, POW2=pow2, E4M3_MAX=e4m3_max, num_warps=1)
     w = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a copy where one stride does not reach all taps

@@ -166,25 +166,28 @@ def quantize_kernel(
     pow2: bool,
     dtype: torch.dtype,
     backend: str,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Quantize a weight.
+    """Quantize a weight, or a rank's rows or columns of one.
 
     Args:
         w: [axis 0, axis 1, *kernel], any strides; groups divide axis 0.
         row: form of the rowwise face (blocks over axis 1); col: of the columnwise face (blocks over axis 0); NONE for
             col with two_d.
         pow2: the amax used and returned is formats.power_of_two_amax of the weight's: a decode scale 2^k.
+        amax: fp32 [1], of the whole weight where w is a shard; None: w's own. Shards of 16 n rows and columns then have
+            the codes and scales of the whole.
     Returns:
         (row data, row scale, col data, col scale, amax [1]).
     """
     fields = _run(backend, w.device).quantize_kernel(
-        w, groups, row, col, two_d, four_over_six or None, e4m3_max, pow2, dtype
+        w, groups, row, col, two_d, four_over_six or None, e4m3_max, pow2, dtype, amax
     )
     return tuple(fields)  # type: ignore[return-value]
 
 
 @quantize_kernel.register_fake
-def _(w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, backend):  # type: ignore[no-untyped-def]
+def _(w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, backend, amax=None):  # type: ignore[no-untyped-def]
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
     row_data, row_scale, col_data, col_scale = (w.new_empty(0, dtype=torch.uint8) for _ in range(4))

@@ -153,13 +153,15 @@ def quantize_kernel(
     e4m3_max: int,
     pow2: bool,
     dtype: torch.dtype,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_kernel."""
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
     w_GOTC = w.reshape(groups, n // groups, c, taps).transpose(2, 3)
     w_GOTC = F.pad(w_GOTC, (0, kb * BLOCK - c, 0, 0, 0, ob * BLOCK - n // groups))
-    amax = formats.power_of_two_amax(_amax(w), e4m3_max) if pow2 else _amax(w)
+    amax = _amax(w) if amax is None else amax.clone()
+    amax = formats.power_of_two_amax(amax, e4m3_max) if pow2 else amax
     faces = reference.quantize_2d(
         w_GOTC.reshape(groups * ob * BLOCK, taps * kb * BLOCK),
         rowwise=row != NONE,

@@ -206,27 +206,50 @@ def quantize_kernel(
     e4m3_max: int,
     pow2: bool,
     dtype: torch.dtype,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_kernel."""
     library = native.load() if w.device.type == "cpu" else None
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     if library is None or not w.numel() or (not two_d and groups > 1):
-        return reference_operands.quantize_kernel(w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype)
+        return reference_operands.quantize_kernel(
+            w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, amax
+        )
     w = w.detach()
     w = w.float() if w.dtype == torch.float16 else w
     if not two_d:  # axis 0 takes the place of the batch: the operand kernels do the rest
         w_OTC = w.reshape(n, c, taps).transpose(1, 2).contiguous()
         fold = Fold(1, 0, taps, 0, -(-n // BLOCK) * BLOCK)
-        given = power_of_two_amax(measure_operand(w_OTC, fold, False), e4m3_max) if pow2 else None
-        row_data, row_scale, amax, col_data, col_scale, *_ = quantize_operand(
+        given = None if amax is None else amax.expand(2)
+        if pow2:
+            given = power_of_two_amax(measure_operand(w_OTC, fold, False) if given is None else given, e4m3_max)
+        row_data, row_scale, own, col_data, col_scale, *_ = quantize_operand(
             w_OTC, 1, fold, row, col, False, False, four_over_six, e4m3_max, False, dtype, None, given
         )
-        amax = amax if given is None else given[:1].clone()
+        amax = own if given is None else given[:1].clone()
         if col == PACKED:
             col_data, col_scale = col_data.unsqueeze(0), col_scale.unsqueeze(0)
         return row_data, row_scale, col_data[:n] if col == DEQUANTIZED else col_data, col_scale, amax
     w_OCT = _tap_view(w)
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
+    amax = _amax_of(w, library) if amax is None else amax.contiguous()
+    amax = power_of_two_amax(amax, e4m3_max) if pow2 else amax
+    empty = w.new_empty(0, dtype=torch.uint8)
+    row_data, row_scale = torch.empty_like(empty), torch.empty_like(empty)
+    q = _weight(w_OCT, groups, w.dtype == torch.bfloat16, dtype, e4m3_max)
+    q.amax, q.error = amax.data_ptr(), ERRORS[four_over_six]
+    if row == PACKED:
+        row_data, row_scale = empty.new_empty(n, taps, kb * 8), empty.new_empty(groups, ob, taps, kb)
+        q.codes, q.scale = row_data.data_ptr(), row_scale.data_ptr()
+    else:
+        row_data = w.new_empty((n, taps, c), dtype=dtype)
+        q.dq = row_data.data_ptr()
+    library.nvfp4_quantize_weight(ctypes.byref(q))
+    return row_data, row_scale, empty, torch.empty_like(empty), amax.clone()
+
+
+def _amax_of(w: Tensor, library: ctypes.CDLL) -> Tensor:
+    """fp32 [1] of a kernel, bf16 or fp32, any strides."""
     amax = torch.empty(2, dtype=torch.float32)
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     in_order = w.is_contiguous() or (w.dim() in formats and w.is_contiguous(memory_format=formats[w.dim()]))
@@ -246,19 +269,7 @@ def quantize_kernel(
         want_row=1,
     )
     library.nvfp4_amax(ctypes.byref(measure))
-    amax = power_of_two_amax(amax[:1], e4m3_max) if pow2 else amax
-    empty = w.new_empty(0, dtype=torch.uint8)
-    row_data, row_scale = torch.empty_like(empty), torch.empty_like(empty)
-    q = _weight(w_OCT, groups, w.dtype == torch.bfloat16, dtype, e4m3_max)
-    q.amax, q.error = amax.data_ptr(), ERRORS[four_over_six]
-    if row == PACKED:
-        row_data, row_scale = empty.new_empty(n, taps, kb * 8), empty.new_empty(groups, ob, taps, kb)
-        q.codes, q.scale = row_data.data_ptr(), row_scale.data_ptr()
-    else:
-        row_data = w.new_empty((n, taps, c), dtype=dtype)
-        q.dq = row_data.data_ptr()
-    library.nvfp4_quantize_weight(ctypes.byref(q))
-    return row_data, row_scale, empty, torch.empty_like(empty), amax[:1].clone()
+    return amax[:1]
 
 
 def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
