@@ -3,7 +3,9 @@
 import te_nvfp4_cv as nv;   with nv.nvfp4_autocast(nv.NVFP4BlockScaling()): loss = criterion(model(x), y)
 """
 
-from te_nvfp4_cv import distributed, functional
+import importlib
+
+from te_nvfp4_cv import distributed, fsdp, functional
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.coverage import coverage
 from te_nvfp4_cv.fuse import fuse
@@ -27,6 +29,15 @@ from te_nvfp4_cv.tensor import NVFP4Tensor
 
 __version__ = "0.1.0"
 
+_LAZY = ("tensor_parallel", "te_plugin")  # torch's DTensor, TransformerEngine: imported when they are asked for
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
@@ -49,6 +60,7 @@ __all__ = [
     "distributed",
     "extra_state",
     "frozen_weights",
+    "fsdp",
     "functional",
     "fuse",
     "gemm",

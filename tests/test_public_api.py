@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 import types
 
 import pytest
@@ -29,6 +31,7 @@ NAMES = {
     "distributed",
     "extra_state",
     "frozen_weights",
+    "fsdp",
     "functional",
     "gemm",
     "load_recipe",
@@ -36,6 +39,7 @@ NAMES = {
     "saturated_blocks",
     "set_precision",
 }
+MODULES = {"distributed", "fsdp", "functional"}
 CONV = ["x", "w", "bias", "stride", "padding", "dilation", "groups", "recipe", "backend"]
 TRANSPOSED = ["x", "w", "bias", "stride", "padding", "output_padding", "groups", "dilation", "recipe", "backend"]
 
@@ -51,16 +55,28 @@ def test_names():
         name
         for name, value in vars(nv).items()
         if not name.startswith("_")
-        and not (isinstance(value, types.ModuleType) and name not in ("distributed", "functional"))
+        and not (isinstance(value, types.ModuleType) and name not in MODULES)
     }
     assert public == set(nv.__all__)
+
+
+def test_what_needs_more_than_torchs_core_is_imported_when_asked_for():
+    code = """
+import sys, te_nvfp4_cv as nv
+assert "te_nvfp4_cv.tensor_parallel" not in sys.modules and "te_nvfp4_cv.te_plugin" not in sys.modules
+print(nv.tensor_parallel.ColwiseParallel.__name__, nv.te_plugin.recipe.__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["ColwiseParallel", "recipe"], result.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = nv.nothing
 
 
 def test_coverage_is_the_function_not_its_module():
     assert inspect.isfunction(nv.coverage) and inspect.isfunction(nv.gemm)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - {"distributed", "functional"}))
+@pytest.mark.parametrize("name", sorted(NAMES - MODULES))
 def test_every_name_has_a_docstring(name):
     assert inspect.getdoc(getattr(nv, name))
 
@@ -75,6 +91,7 @@ def test_every_name_has_a_docstring(name):
         (nv.active_recipe, []),
         (nv.distributed.all_gather, ["t", "group", "dim", "async_op", "quantizer"]),
         (nv.extra_state, ["model", "load"]),
+        (nv.fsdp.quantize_gathers, ["model", "recipe", "filter_fn"]),
         (nv.frozen_weights, ["model"]),
         (nv.saturated_blocks, ["model"]),
         (nv.functional.im2col, ["t", "kernel_size", "stride", "padding", "dilation"]),

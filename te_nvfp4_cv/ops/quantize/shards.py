@@ -34,7 +34,7 @@ def _places(first: int, rows: int, n: int, groups: int, device: torch.device) ->
 
 
 def tile_amaxes(w: Tensor, first: int, n: int, groups: int) -> Tensor:
-    """fp32 [G, Ob, T, Kb] of the rows w [rows, axis 1, *kernel], which start at `first` of the weight's n; NaN stays."""
+    """fp32 [G, Ob, T, Kb] of rows w [rows, axis 1, *kernel], which start at `first` of the weight's n; NaN stays."""
     of_rows = _blocks(w).abs().amax(-1)  # [rows, T, Kb]
     padded = of_rows.new_zeros(groups * formats.round_up(n // groups, BLOCK), *of_rows.shape[1:])
     padded[_places(first, w.shape[0], n, groups, w.device)] = of_rows
