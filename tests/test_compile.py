@@ -193,9 +193,8 @@ def test_inductor_stays_near_eager():
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(16, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten()
-        )
+        layers = (nn.Conv2d(16, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, 32, 3), nn.ReLU())
+        net = nn.Sequential(*layers, nn.Flatten())
         run = torch.compile(net, fullgraph=True) if compiled else net
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
         losses.append([])

@@ -1,0 +1,131 @@
+"""A precision plugin for PyTorch Lightning: NVFP4 for an unmodified LightningModule.
+
+    from te_nvfp4_cv.lightning import NVFP4Precision
+    trainer = Trainer(plugins=[NVFP4Precision("unet", root="net")])
+
+Training, validation, test and predict steps run under torch.autocast and nvfp4_autocast; the recipe's [precision] table
+is applied to the module; the checkpoint holds nv.extra_state and torch's random state of rank 0, so that a run resumed
+at an epoch's end, on as many ranks, goes on bit for bit. Importing this file needs lightning or pytorch_lightning;
+importing te_nvfp4_cv does not.
+Refused: unknown dtypes, something that is no recipe, a `root` that is no submodule.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from te_nvfp4_cv.autocast import nvfp4_autocast
+from te_nvfp4_cv.checks import runtime_error, value_error
+from te_nvfp4_cv.policy import extra_state, set_precision
+from te_nvfp4_cv.recipe import as_recipe
+from te_nvfp4_cv.recipe_files import load_recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _plugins() -> Any:
+    """The module of Lightning's precision plugins, of whichever package is installed."""
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        if importlib.util.find_spec(package.split(".")[0]) is not None:
+            return importlib.import_module(f"{package}.plugins.precision")
+    raise runtime_error(
+        "te_nvfp4_cv.lightning: PyTorch Lightning is not installed.",
+        got="neither a package lightning nor pytorch_lightning",
+        needs="one of them",
+        fix="pip install 'te_nvfp4_cv[adapters]', or pip install lightning",
+    )
+
+
+_Base: Any = _plugins().MixedPrecision
+
+
+class NVFP4Precision(_Base):
+    """Lightning's mixed precision, with convolutions and linear layers in NVFP4.
+
+    Args:
+        recipe: NVFP4BlockScaling, TransformerEngine's, the name or path of a recipe file, or None for the default.
+        dtype: of torch.autocast: "bf16", "fp16" (with a GradScaler), or "fp32" (no autocast).
+        device: for torch.autocast; None: "cuda" where there is one, else "cpu".
+        backend: as for nvfp4_autocast.
+        share_amax: all ranks quantize with one tensor scale, the largest amax of all.
+        root: the attribute of the LightningModule that the recipe's [precision] table names the modules of; "" is the
+            LightningModule itself.
+        scaler: for fp16; None: torch.amp.GradScaler.
+    Raises:
+        TypeError, ValueError: a recipe, dtype or backend that there is not.
+    """
+
+    def __init__(
+        self,
+        recipe: Any = None,
+        *,
+        dtype: str = "bf16",
+        device: str | None = None,
+        backend: str = "auto",
+        share_amax: bool = False,
+        root: str = "",
+        scaler: Any = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise value_error(
+                "NVFP4Precision: unknown dtype.",
+                got=repr(dtype),
+                needs=f"one of {', '.join(DTYPES)}",
+                fix='dtype="bf16"',
+            )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__("16-mixed" if dtype == "fp16" else "bf16-mixed", device, scaler)
+        by_name = isinstance(recipe, (str, os.PathLike))
+        self.recipe = load_recipe(recipe) if by_name else as_recipe(recipe)
+        nvfp4_autocast(self.recipe, backend=backend)  # refuses what cannot run, now
+        self.dtype, self.backend, self.share_amax, self.root = dtype, backend, share_amax, root
+        self._module: nn.Module | None = None
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """The module itself, with the recipe's [precision] table applied."""
+        try:
+            root = module.get_submodule(self.root)
+        except AttributeError as error:
+            raise value_error(
+                f"NVFP4Precision: the module has no submodule {self.root!r}.",
+                got=f"{type(module).__name__} with {', '.join(name for name, _ in module.named_children())}",
+                needs="the attribute whose modules the recipe's [precision] table names",
+                fix="root='' for the names of the LightningModule itself",
+            ) from error
+        set_precision(root, self.recipe)
+        self._module = module
+        return module
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """What every step runs in."""
+        group = torch.distributed.group.WORLD if self.share_amax and torch.distributed.is_initialized() else None
+        context = nvfp4_autocast(self.recipe, backend=self.backend, amax_reduction_group=group)
+        with (
+            torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "fp32", cache_enabled=False),
+            context,
+        ):
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-exact resume needs beyond the module's and the optimizers'."""
+        state: dict[str, Any] = {"scaler": super().state_dict(), "rng": torch.get_rng_state()}
+        if self._module is not None:
+            state["nvfp4"] = extra_state(self._module)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where state_dict() was taken; torch's random state first, which NVFP4's hangs on."""
+        if state_dict.get("scaler"):
+            super().load_state_dict(state_dict["scaler"])
+        torch.set_rng_state(state_dict["rng"])
+        if self._module is not None and "nvfp4" in state_dict:
+            extra_state(self._module, load=state_dict["nvfp4"])
