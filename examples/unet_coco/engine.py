@@ -4,8 +4,9 @@
 
 The state after step t depends on (settings, seed, t) alone, not on how often the run was stopped before: data order,
 augmentation and dropout are functions of the seed and the position, and the rest lies in the checkpoint. Checkpoints
-are written at the end of each epoch and at the last step. Refuses to go on from a loss that is not finite, and from a
-checkpoint of another run.
+are written at the end of each epoch and at the last step. On several ranks each trains with its part of the batch and
+dropout of its own, mix_seed(seed, t, rank); all evaluate the whole split, and rank 0 writes. Refuses to go on from a
+loss that is not finite, and from a checkpoint of another run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from .losses import dice_ce
 from .metrics import Scores, evaluate, saved_bytes, to_device
 from .options import Settings
 from .order import TrainOrder, eval_loader, mix_seed, train_loader
+from .parallel import load_whole_state, whole_model, whole_state, wrap
 from .precision import Precision
+from .ranks import Ranks
 from .tracking import Progress, WandbLog
 from .unet import UNet
 
@@ -58,26 +61,34 @@ class Trainer:
 
     Args:
         folder: receives last.pt.
+        ranks: those that train together; every method is called on all of them.
     """
 
     def __init__(
-        self, precision: Precision, settings: Settings, data: SegmentationData, device: torch.device, folder: Path
+        self,
+        precision: Precision,
+        settings: Settings,
+        data: SegmentationData,
+        device: torch.device,
+        folder: Path,
+        ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
     ) -> None:
         self.precision, self.settings, self.device, self.folder = precision, settings, device, folder
+        self.ranks = ranks
         self.class_names = data.class_names
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
         torch.manual_seed(settings.seed)
-        model = UNet(len(data.class_names), settings.scale, settings.activation, settings.dropout).to(device)
-        self.model: UNet = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        precision.prepare(self.model)
+        self.model = self._new_model()
+        self.wrapped = wrap(self.model, precision, ranks, device, settings.deterministic)
+        self._whole: tuple[int, UNet] | None = None
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
         pin, size = device.type == "cuda", settings.image_size
         train_set = SegmentationDataset(data.train, size, train=True, seed=settings.seed)
-        self.order = TrainOrder(len(train_set), settings.batch_size, settings.seed)
+        self.order = TrainOrder(len(train_set), settings.batch_size, settings.seed, ranks.rank, ranks.world)
         self.loader = train_loader(train_set, self.order, settings.workers, pin)
         self.eval_loaders = {
             raw.name: eval_loader(
@@ -93,12 +104,19 @@ class Trainer:
         self.position = Position()
         self.steps_here = 0  # by this process
 
+    def _new_model(self) -> UNet:
+        s = self.settings
+        model = UNet(len(self.class_names), s.scale, s.activation, s.dropout).to(self.device)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.precision.prepare(model)
+        return model
+
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def train(self, log: WandbLog) -> None:
         """Train from `position` to the last step, with a checkpoint at each epoch's end and at the last step."""
         at = self.position
-        progress = Progress(self.precision.name, self.total_steps, at.step)
+        progress = Progress(self.precision.name, self.total_steps, at.step, self.ranks.rank)
         self.model.train()
         try:
             while at.step < self.total_steps:
@@ -137,14 +155,14 @@ class Trainer:
         self._save()
 
     def _step(self, images: Tensor, masks: Tensor) -> Tensor:
-        """One optimizer step; returns the loss, on the device."""
-        at = self.position
-        torch.manual_seed(mix_seed(self.settings.seed, at.step))
+        """One optimizer step; returns the loss of the whole batch, on the device."""
+        at, rank = self.position, self.ranks.rank
+        torch.manual_seed(mix_seed(self.settings.seed, at.step, *([rank] if rank else [])))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(at.step)
         self.optimizer.zero_grad(set_to_none=True)
         with self.precision.context(self.device):
-            loss = dice_ce(self.model(images), masks)
+            loss = dice_ce(self.wrapped(images), masks, group=self.ranks.group)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -190,12 +208,21 @@ class Trainer:
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
+    @property
+    def whole(self) -> UNet:
+        """The model to evaluate, in which no rank waits for another; getting it may, so that all ranks do."""
+        if self._whole is None or self._whole[0] != self.position.step:
+            self._whole = None
+            with torch.random.fork_rng(devices=[]):
+                self._whole = self.position.step, whole_model(self.model, self._new_model, self.ranks)
+        return self._whole[1]
+
     def evaluate(self, split: str, high_precision: bool = False) -> Scores:
         """Scores of a split, in the precision trained or, with the same weights, in fp32."""
         loader, classes = self.eval_loaders[split], len(self.class_names)
         if high_precision:
-            return evaluate(self.model, loader, classes, self.device)
-        return evaluate(self.model, loader, classes, self.device, lambda: self.precision.context(self.device))
+            return evaluate(self.whole, loader, classes, self.device)
+        return evaluate(self.whole, loader, classes, self.device, lambda: self.precision.context(self.device))
 
     def summary(self) -> dict[str, float | int]:
         """The row of summary.json for this precision."""
@@ -211,8 +238,8 @@ class Trainer:
             "miou": val.miou,
             "miou_hp": self.evaluate("val", high_precision=True).miou,
             "step_ms": statistics.median(at.step_ms or at.first_ms),
-            "saved_bytes": saved_bytes(self.model, images, lambda: self.precision.context(self.device)),
-            "nvfp4_flops_share": self.precision.flops_share(self.model, images),
+            "saved_bytes": saved_bytes(self.whole, images, lambda: self.precision.context(self.device)),
+            "nvfp4_flops_share": self.precision.flops_share(self.whole, images),
         }
         if "test" in self.eval_loaders:
             test = self.evaluate("test")
@@ -253,33 +280,36 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        save_checkpoint(
-            self.checkpoint_path,
-            {
-                "identity": self._identity(),
-                "args": {key: str(value) for key, value in vars(self.settings).items()},
-                "position": vars(self.position),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": {"schedule_steps": self.schedule_steps},
-                "scaler": self.scaler.state_dict(),
-                "nvfp4": self.precision.extra_state(self.model),
-                "rng": rng_state(self.device),
-            },
-        )
+        model, optimizer = whole_state(self.model, self.optimizer, self.ranks)
+        own = {"nvfp4": self.precision.extra_state(self.model), "rng": rng_state(self.device)}
+        of_ranks = self.ranks.gather(own)
+        state: dict[str, Any] = {
+            "identity": self._identity(),
+            "args": {key: str(value) for key, value in vars(self.settings).items()},
+            "position": vars(self.position),
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": {"schedule_steps": self.schedule_steps},
+            "scaler": self.scaler.state_dict(),
+            **own,
+        }
+        if self.ranks.parallel:
+            state["ranks"] = of_ranks
+        self.ranks.first(lambda: save_checkpoint(self.checkpoint_path, state))
 
     def resume(self) -> bool:
         """Go on from the folder's checkpoint; False where there is none."""
-        if not self.checkpoint_path.is_file():
+        if not self.ranks.first(self.checkpoint_path.is_file):
             return False
         state = load_checkpoint(self.checkpoint_path)
         check_identity(self.checkpoint_path, state["identity"], self._identity())
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"], self.ranks)
         self.scaler.load_state_dict(state["scaler"])
         self.position = Position(**state["position"])
-        set_rng_state(state["rng"], self.device)
-        self.precision.load_extra_state(self.model, state["nvfp4"])  # after torch's seed, which it hangs on
+        of_ranks = state.get("ranks", [])
+        own = of_ranks[self.ranks.rank] if len(of_ranks) == self.ranks.world else state  # else all like rank 0
+        set_rng_state(own["rng"], self.device)
+        self.precision.load_extra_state(self.model, own["nvfp4"])  # after torch's seed, which it hangs on
         laid_out = state["scheduler"]["schedule_steps"]
         if laid_out != self.schedule_steps:
             print(

@@ -48,6 +48,9 @@ class Settings:
     workers: int
     pictures: int
     deterministic: bool
+    parallel: str
+    share_amax: bool
+    timeout: int
     wandb: bool
 
 
@@ -92,7 +95,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add("--activation", choices=ACTIVATIONS, default="relu", help="default: relu")
     add("--dropout", type=float, default=0.1, metavar="F", help="share of bottleneck channels dropped (default: 0.1)")
     add(
-        "--batch-size", type=int, default=16, metavar="N", help="a multiple of 16 wastes nothing in NVFP4 (default: 16)"
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="images of a step, on all ranks together; a multiple of 16 on each wastes nothing in NVFP4 (default: 16)",
     )
     add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate of AdamW (default: 0.001)")
     add("--weight-decay", type=float, default=1e-2, metavar="F", help="default: 0.01")
@@ -113,7 +120,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add(
         "--deterministic",
         action="store_true",
-        help="on a GPU: choose deterministic kernels, so that a resume is bit-exact there too",
+        help="on a GPU, and on more than two ranks: choose deterministic kernels and an order of summation, so that "
+        "a resume is bit-exact there too",
+    )
+    add(
+        "--parallel", choices=("ddp", "fsdp"), default="ddp", help="how torchrun's ranks share the model (default: ddp)"
+    )
+    add("--share-amax", action="store_true", help="NVFP4 under torchrun: one tensor scale for all ranks")
+    add(
+        "--timeout",
+        type=int,
+        default=600,
+        metavar="SECONDS",
+        help="how long a rank waits for another before the job ends (default: 600)",
     )
     add(
         "--no-wandb",
@@ -139,6 +158,7 @@ def _check(settings: Settings) -> None:
         "batch_size": 1,
         "log_every": 1,
         "eval_every": 1,
+        "timeout": 1,
         "workers": 0,
         "pictures": 0,
     }

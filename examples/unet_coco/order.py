@@ -3,6 +3,8 @@
     order(epoch)      = randperm(n) under mix_seed(seed, epoch);   batch k = order[k * batch : (k + 1) * batch]
     dropout of step t = torch's generator under mix_seed(seed, t), set before the step
 
+    rank r of W       = the r-th of W equal parts of batch k, in order
+
 So two precisions see the same batches and masks even where one of them draws more random numbers, and a run resumed in
 the middle of an epoch goes on with the very batch it stopped at.
 """
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from te_nvfp4_cv.checks import value_error
 
 
 def mix_seed(*parts: int) -> int:
@@ -33,11 +37,27 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) keys of one epoch, from batch `start` on.
 
     The last, smaller batch is left out unless it is the only one.
+
+    Args:
+        batch_size: of the whole batch, over all ranks.
+        rank: of the `world` ranks the one whose part to give.
+    Raises:
+        ValueError: a batch that cannot be cut into equal parts.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.count, self.batch_size, self.seed = count, min(batch_size, count), seed
         self.epoch, self.start = 0, 0
+        if self.batch_size % world:
+            few = "" if batch_size <= count else f", of which there are only {count} images"
+            raise value_error(
+                "--batch-size cannot be cut into equal parts.",
+                got=f"batches of {self.batch_size} images{few}, on {world} ranks",
+                needs=f"a multiple of {world}: --batch-size counts the images of all ranks together",
+                fix=f"--batch-size {self.batch_size // world * world or world}",
+            )
+        size = self.batch_size // world
+        self.part = slice(rank * size, (rank + 1) * size)
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -47,7 +67,8 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator).tolist()
         for batch in range(self.start, len(self)):
-            yield [(self.epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+            whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in whole[self.part]]
 
 
 def train_loader(

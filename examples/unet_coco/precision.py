@@ -30,6 +30,7 @@ class Precision:
     name: str
     dtype: torch.dtype | None
     recipe: Any = None
+    amax_group: Any = None  # torch.distributed group whose ranks share tensor scales
 
     @property
     def recipe_text(self) -> str:
@@ -52,7 +53,7 @@ class Precision:
             if self.recipe is not None:
                 import te_nvfp4_cv as nv
 
-                stack.enter_context(nv.nvfp4_autocast(self.recipe))
+                stack.enter_context(nv.nvfp4_autocast(self.recipe, amax_reduction_group=self.amax_group))
             yield
 
     def extra_state(self, model: nn.Module) -> dict[str, Any] | None:
@@ -84,12 +85,13 @@ class Precision:
         return float(report["nvfp4_flops_share"])
 
 
-def parse_precisions(names: list[str], recipe: str) -> list[Precision]:
+def parse_precisions(names: list[str], recipe: str, amax_group: Any = None) -> list[Precision]:
     """Resolve `--precisions`.
 
     Args:
         names: as given; a recipe's path is shown by its stem.
         recipe: what "nvfp4" stands for.
+        amax_group: for those with a recipe.
     Raises:
         ValueError: the same name twice; a name that is neither a precision nor a recipe.
     """
@@ -99,7 +101,7 @@ def parse_precisions(names: list[str], recipe: str) -> list[Precision]:
             found.append(Precision(name, PLAIN[name]))
         else:
             source = recipe if name == "nvfp4" else name
-            found.append(Precision(Path(name).stem, torch.bfloat16, _load_recipe(source, name)))
+            found.append(Precision(Path(name).stem, torch.bfloat16, _load_recipe(source, name), amax_group))
     shown = [precision.name for precision in found]
     if len(set(shown)) != len(shown):
         raise value_error(

@@ -22,11 +22,13 @@ def tell_once(text: str) -> None:
 
 
 class Progress:
-    """A tqdm bar on a terminal; only lines elsewhere."""
+    """A tqdm bar on a terminal; only lines elsewhere, and on ranks but the first."""
 
-    def __init__(self, name: str, total: int, done: int) -> None:
+    def __init__(self, name: str, total: int, done: int, rank: int = 0) -> None:
         self.name = name
         self._bar: Any = None
+        if rank:
+            return
         try:
             from tqdm import tqdm
         except ImportError:

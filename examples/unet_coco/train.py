@@ -3,6 +3,7 @@
     python examples/unet_coco/train.py                                                   drawn shapes, bf16 and NVFP4
     python examples/unet_coco/train.py --data ROOT --classes person,car --epochs 20      COCO
     python examples/unet_coco/train.py --data ROOT --layout masks --image-size 96 128    images and label masks
+    torchrun --standalone --nproc-per-node 2 examples/unet_coco/train.py                 several GPUs or processes
 
 Every precision starts from the same seed and sees the same batches, flips and dropout. The table compares loss, Dice,
 mIoU (in the precision trained, and the same weights in fp32), the median step time, the bytes kept for backward and the
@@ -27,8 +28,9 @@ from te_nvfp4_cv.checks import value_error  # noqa: E402
 from unet_coco.data import SegmentationData, load_data  # noqa: E402
 from unet_coco.engine import Trainer  # noqa: E402
 from unet_coco.metrics import to_device  # noqa: E402
-from unet_coco.options import Settings, choose_device, parse_options  # noqa: E402
+from unet_coco.options import Settings, parse_options  # noqa: E402
 from unet_coco.precision import Precision, parse_precisions  # noqa: E402
+from unet_coco.ranks import Ranks, joined, run  # noqa: E402
 from unet_coco.report import markdown_table, predict, write_history, write_pictures, write_summary  # noqa: E402
 from unet_coco.shapes import ShapesSettings, ensure_shapes  # noqa: E402
 from unet_coco.tracking import WandbLog  # noqa: E402
@@ -46,21 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
         do.
     """
     settings = parse_options(arguments)
-    device = choose_device(settings.device)
     if settings.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    precisions = parse_precisions(list(settings.precisions), settings.recipe)
-    data = open_data(settings)
-    make_folder(settings.out)
-    print(
-        f"{len(data.train)} training and {len(data.val)} validation images, {len(data.class_names)} classes, "
-        f"{settings.image_size[0]}x{settings.image_size[1]}, on {device}: {', '.join(p.name for p in precisions)}"
-    )
-    return compare(settings, precisions, data, device)
+    with joined(settings) as (ranks, device):
+        group = ranks.group if settings.share_amax else None
+        precisions = parse_precisions(list(settings.precisions), settings.recipe, group)
+        data = open_data(settings, ranks)
+        ranks.first(lambda: make_folder(settings.out))
+        many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""
+        print(
+            f"{len(data.train)} training and {len(data.val)} validation images, {len(data.class_names)} classes, "
+            f"{settings.image_size[0]}x{settings.image_size[1]}, on {device}{many}: "
+            f"{', '.join(p.name for p in precisions)}"
+        )
+        return compare(settings, precisions, data, device, ranks)
 
 
-def open_data(settings: Settings) -> SegmentationData:
+def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
     """The data of --data, or the drawn shapes, which are written beside --out the first time."""
     if settings.data is not None:
         return load_data(settings.data, settings.layout, settings.classes)
@@ -71,7 +76,8 @@ def open_data(settings: Settings) -> SegmentationData:
             needs="a folder with train/ and val/",
             fix="--data ROOT --layout masks",
         )
-    root = ensure_shapes(settings.out.resolve().parent / "shapes_coco", ShapesSettings())
+    root = settings.out.resolve().parent / "shapes_coco"
+    ranks.first(lambda: ensure_shapes(root, ShapesSettings()))
     print(f"no --data: using the drawn shapes in {root}")
     return load_data(root, "coco", settings.classes)
 
@@ -90,7 +96,7 @@ def make_folder(folder: Path) -> None:
 
 
 def compare(
-    settings: Settings, precisions: Sequence[Precision], data: SegmentationData, device: torch.device
+    settings: Settings, precisions: Sequence[Precision], data: SegmentationData, device: torch.device, ranks: Ranks
 ) -> dict[str, dict[str, float | int]]:
     """Train every precision, and write the report after each: an interruption loses nothing that is finished."""
     rows: dict[str, dict[str, float | int]] = {}
@@ -100,7 +106,7 @@ def compare(
     for precision in precisions:
         folder = out / precision.name
         folder.mkdir(exist_ok=True)
-        trainer = Trainer(precision, settings, data, device, folder)
+        trainer = Trainer(precision, settings, data, device, folder, ranks)
         if settings.resume:
             found = trainer.resume()
             print(
@@ -108,13 +114,16 @@ def compare(
                 + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting anew")
             )
         config = {key: str(value) for key, value in vars(settings).items()}
-        log = WandbLog(settings.wandb, out, out.name, precision.name, {**config, "precision": precision.name})
+        log = WandbLog(
+            settings.wandb and ranks.rank == 0, out, out.name, precision.name, {**config, "precision": precision.name}
+        )
         try:
             trainer.train(log)
             rows[precision.name] = trainer.summary()
             history[precision.name] = {"curve": trainer.position.curve, "epochs": trainer.position.epochs}
-            write_summary(out, rows)
-            write_history(out, history)
+            if ranks.rank == 0:
+                write_summary(out, rows)
+                write_history(out, history)
             if settings.pictures:
                 sheet = out / "predictions.png"
                 _write_sheet(sheet, trainer, settings.pictures, predictions)
@@ -133,12 +142,10 @@ def _write_sheet(path: Path, trainer: Trainer, count: int, predictions: dict[str
     images, masks = next(iter(trainer.eval_loaders["val"]))
     images, masks = to_device(images, masks, trainer.device)
     precision = trainer.precision
-    predictions[precision.name] = predict(trainer.model, images, lambda: precision.context(trainer.device))[:count]
-    write_pictures(path, images[:count], masks[:count], predictions, len(trainer.class_names))
+    predictions[precision.name] = predict(trainer.whole, images, lambda: precision.context(trainer.device))[:count]
+    if trainer.ranks.rank == 0:
+        write_pictures(path, images[:count], masks[:count], predictions, len(trainer.class_names))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, RuntimeError) as refusal:
-        sys.exit(f"error: {refusal}")
+    run(main)

@@ -1,0 +1,127 @@
+"""One model on several ranks, and its state as that of one process: DDP or FSDP2.
+
+    ddp    DistributedDataParallel: every rank holds the model, gradients are averaged
+    fsdp   fully_shard on stem, down.i, up.i and the root; weights of NVFP4 layers are gathered in 4 bits
+
+State goes in and out in one form whatever the model is wrapped in: full plain tensors, plain names, the optimizer's
+entries numbered as model.parameters() is. So a checkpoint moves between one process, DDP, FSDP2 and any number of
+ranks. Refuses fp16 with FSDP2: a GradScaler sees the overflows of its own shard only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from te_nvfp4_cv.checks import value_error
+
+from .precision import Precision
+from .ranks import Ranks
+from .unet import UNet
+
+
+def wrap(
+    model: UNet, precision: Precision, ranks: Ranks, device: torch.device, deterministic: bool = False
+) -> nn.Module:
+    """What to call in training: the model itself, a DDP of it, or the model sharded in place.
+
+    Args:
+        deterministic: more than two ranks add in an order that does not depend on when training was resumed.
+    """
+    if ranks.parallel == "ddp":
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            find_unused_parameters=deterministic and ranks.world > 2,  # keeps DDP from regrouping after the first step
+        )
+    if ranks.parallel == "fsdp":
+        if precision.dtype == torch.float16:
+            raise value_error(
+                "fp16 cannot train with --parallel fsdp.",
+                got=f"precision {precision.name!r}",
+                needs="a precision without a GradScaler, which sees the overflows of its own shard only",
+                fix="--parallel ddp, or --precisions bf16",
+            )
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 cuts rows
+        if precision.recipe is not None:
+            from te_nvfp4_cv import fsdp
+
+            fsdp.quantize_gathers(model, precision.recipe)
+        mesh = init_device_mesh(device.type, (ranks.world,))
+        for block in (model.stem, *model.down, *model.up):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def whole_model(model: UNet, make: Callable[[], UNet], ranks: Ranks) -> UNet:
+    """The model to evaluate: `model`, or of one in shards a plain copy (made by `make`) with the full weights."""
+    if ranks.parallel != "fsdp":
+        return model
+    whole = make()
+    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    return whole
+
+
+def whole_state(model: UNet, optimizer: torch.optim.Optimizer, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state of the model, state of the optimizer); of a model in shards on rank 0 only. Called on all ranks."""
+    if ranks.parallel != "fsdp":
+        return model.state_dict(), optimizer.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    named: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    if ranks.rank:
+        return {}, {}
+    numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
+    state = {numbers[name]: entry for name, entry in named["state"].items()}
+    return weights, {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def load_whole_state(
+    model: UNet, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any], ranks: Ranks
+) -> None:
+    """Take over what `whole_state` gave, on every rank."""
+    parameters = dict(model.named_parameters())
+    names = list(parameters)
+    if ranks.parallel != "fsdp":
+        model.load_state_dict(weights)
+        state = {number: _laid_out(entry, parameters[names[number]]) for number, entry in moments["state"].items()}
+        optimizer.load_state_dict({**moments, "state": state})
+        return
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, {name: w.contiguous() for name, w in weights.items()}, options=options)
+    named: dict[str, Any] = {
+        "state": {
+            names[number]: {key: v.contiguous() if isinstance(v, Tensor) else v for key, v in entry.items()}
+            for number, entry in moments["state"].items()
+        },
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in moments["param_groups"]
+        ],
+    }
+    set_optimizer_state_dict(model, optimizer, named, options=options)
+    for group, saved in zip(optimizer.param_groups, moments["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})  # tuples come back as lists
+
+
+def _laid_out(entry: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """An optimizer's tensors with the strides of their parameter: the fused step walks through memory."""
+    return {
+        key: torch.empty_like(parameter, dtype=v.dtype, device=v.device, requires_grad=False).copy_(v)
+        if isinstance(v, Tensor) and v.shape == parameter.shape and v.stride() != parameter.stride()
+        else v
+        for key, v in entry.items()
+    }

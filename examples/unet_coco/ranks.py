@@ -1,0 +1,135 @@
+"""The processes that train together: torchrun starts them, this file makes them one job.
+
+    torchrun --standalone --nproc-per-node 2 examples/unet_coco/train.py ...
+    rank r of W: NCCL on the GPU of its LOCAL_RANK, gloo on a CPU;   rank 0 prepares, prints and writes
+
+Only rank 0 speaks on stdout. A refusal ends every rank: the one that raises prints "error: ...", torchrun stops the
+others, and what waits in a collective waits no longer than --timeout. Refuses settings that need ranks where there are
+none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils import _pytree as pytree
+
+from te_nvfp4_cv.checks import value_error
+
+from .options import Settings, choose_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together; Ranks() is a process alone.
+
+    Args:
+        parallel: "" alone, "ddp" or "fsdp".
+    """
+
+    rank: int = 0
+    world: int = 1
+    parallel: str = ""
+
+    @property
+    def group(self) -> Any:
+        """The process group of all ranks; None alone."""
+        return dist.group.WORLD if self.parallel else None
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What `function` returns or raises on rank 0, the only one to call it; the others wait."""
+        if not self.parallel:
+            return function()
+        told: list[Any] = [None, "", ""]
+        if self.rank == 0:
+            try:
+                told[0] = function()
+            except (ValueError, RuntimeError) as error:
+                told[1], told[2] = type(error).__name__, str(error)
+                dist.broadcast_object_list(told)
+                raise
+        dist.broadcast_object_list(told)
+        if told[1]:
+            raise ValueError(told[2]) if told[1] == "ValueError" else RuntimeError(told[2])
+        return told[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks on rank 0, tensors on the CPU; an empty list elsewhere."""
+        if not self.parallel:
+            return [value]
+        gathered: list[Any] = [None] * self.world if self.rank == 0 else []
+        dist.gather_object(pytree.tree_map_only(Tensor, Tensor.cpu, value), gathered or None)
+        return gathered
+
+
+@contextlib.contextmanager
+def joined(settings: Settings) -> Iterator[tuple[Ranks, torch.device]]:
+    """This process's place and device, from torchrun's environment; alone without it.
+
+    Raises:
+        ValueError: --parallel fsdp or --share-amax without torchrun; --device cuda:N with it.
+        RuntimeError: a rank without a GPU of its own.
+    """
+    if "RANK" not in os.environ:
+        for asked, option in ((settings.parallel == "fsdp", "--parallel fsdp"), (settings.share_amax, "--share-amax")):
+            if asked:
+                raise value_error(
+                    f"{option} needs ranks.",
+                    got="one process, not started by torchrun",
+                    needs="RANK, WORLD_SIZE and LOCAL_RANK in the environment",
+                    fix="torchrun --standalone --nproc-per-node 2 examples/unet_coco/train.py ...",
+                )
+        yield Ranks(), choose_device(settings.device)
+        return
+    if ":" in settings.device:
+        raise value_error(
+            "--device names one GPU for all ranks.",
+            got=settings.device,
+            needs="auto, cpu or cuda: each rank takes the GPU of its LOCAL_RANK",
+            fix="--device cuda, and CUDA_VISIBLE_DEVICES to choose among the GPUs",
+        )
+    device = choose_device(settings.device)
+    if device.type == "cuda":
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=settings.timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), settings.parallel)
+    with contextlib.ExitStack() as stack:
+        if ranks.rank:
+            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        yield ranks, device
+    dist.barrier()  # a gloo rank that leaves early can abort those still in the last collective
+    dist.destroy_process_group()
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call `main` as a script: refusals as "error: ..." and exit status 1; under torchrun its report names them."""
+    if "RANK" not in os.environ:
+        try:
+            main()
+        except (ValueError, RuntimeError) as refusal:
+            sys.exit(f"error: {refusal}")
+        return
+    try:
+        record(main)()
+    except (ValueError, RuntimeError) as refusal:
+        rank = os.environ["RANK"]
+        print(f"error: {refusal}" if rank == "0" else f"error on rank {rank}: {refusal}", file=sys.stderr, flush=True)
+        os._exit(1)  # the other ranks may wait for this one: nothing may wait for them at exit
