@@ -54,8 +54,7 @@ def test_names():
     public = {
         name
         for name, value in vars(nv).items()
-        if not name.startswith("_")
-        and not (isinstance(value, types.ModuleType) and name not in MODULES)
+        if not name.startswith("_") and not (isinstance(value, types.ModuleType) and name not in MODULES)
     }
     assert public == set(nv.__all__)
 

@@ -88,6 +88,22 @@ def test_non_finite_activations(kernel_device):
             assert not bool(found[2].isfinite()) and not bool(found[5].isfinite())
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("amax", [None, (2688.0, 2688.0)])
+def test_operators_pass_opcheck(kernel_device, amax):
+    given = None if amax is None else torch.tensor(amax, device=kernel_device)
+    found = torch.ops.te_nvfp4_cv
+    z = last(values((16, 16, 2, 2))).to(kernel_device)
+    running = torch.zeros(16, device=kernel_device), torch.ones(16, device=kernel_device)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(found.norm_statistics.default, (z, *running, 0, True, 0.1, 1e-5), test_utils=tests)
+    mask = torch.zeros(z.numel() // 8, dtype=torch.uint8, device=kernel_device)
+    parts = (z, None, None, None, *running)
+    torch.library.opcheck(found.norm_apply.default, (*parts, torch.empty_like(z), mask, 0, "relu"), test_utils=tests)
+    how = (0, "relu", 16, operands.PACKED, operands.PACKED, True, 448, torch.float32, given)
+    torch.library.opcheck(found.norm_quantize.default, (*parts, mask, *how), test_utils=tests)
+
+
 # ---- in a model -----------------------------------------------------------------------------------------------------
 
 
