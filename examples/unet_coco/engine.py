@@ -127,6 +127,7 @@ class Trainer:
     def _train_epoch(self, progress: Progress, log: WandbLog) -> None:
         at, every = self.position, self.settings.log_every
         self.order.epoch, self.order.start = at.epoch, at.batch
+        self._whole = None  # with FSDP2 a full copy: not beside the shards while they train
         pending: list[Tensor] = []
         for images, masks in self.loader:
             begun = self._clock()

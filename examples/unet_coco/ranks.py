@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -129,7 +130,11 @@ def run(main: Callable[[], Any]) -> None:
         return
     try:
         record(main)()
-    except (ValueError, RuntimeError) as refusal:
+    except Exception as error:
         rank = os.environ["RANK"]
-        print(f"error: {refusal}" if rank == "0" else f"error on rank {rank}: {refusal}", file=sys.stderr, flush=True)
+        if isinstance(error, (ValueError, RuntimeError)):
+            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
         os._exit(1)  # the other ranks may wait for this one: nothing may wait for them at exit

@@ -9,11 +9,15 @@ FAULTY stands for a rank that fails: train.py, in which rank 1 stops in the seco
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +25,7 @@ import torch
 from unet_coco import ranks as unet_ranks
 from unet_coco.checkpoint import load_checkpoint
 from unet_coco.data import load_data
+from unet_coco.engine import Trainer
 from unet_coco.losses import IGNORE, dice_ce
 from unet_coco.options import parse_options
 from unet_coco.order import TrainOrder
@@ -63,6 +68,8 @@ def faulty(self, images, masks):
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "raises":
             raise ValueError("rank 1 has had enough")
+        if fault == "breaks":
+            raise KeyError("rank 1 has lost a key")
         time.sleep(600)
     return step(self, images, masks)
 
@@ -102,10 +109,12 @@ def data_of(ranks: Ranks) -> Path:
     return place.first(lambda: draw_shapes(ranks.folder.parent))
 
 
-def train(ranks: Ranks, out: Path, *options: str, share_amax: bool = False) -> dict[str, Any]:
+def train(
+    ranks: Ranks, out: Path, *options: str, share_amax: bool = False, base: Sequence[str] = TINY
+) -> dict[str, Any]:
     """train.py's main within the process group that is there already."""
     data = data_of(ranks)
-    settings = parse_options(["--data", str(data), "--out", str(out), "--precisions", "nvfp4", *TINY, *options])
+    settings = parse_options(["--data", str(data), "--out", str(out), "--precisions", "nvfp4", *base, *options])
     precisions = parse_precisions(list(settings.precisions), settings.recipe, ranks.group if share_amax else None)
     out.mkdir(parents=True, exist_ok=True)
     place = unet_ranks.Ranks(ranks.rank, ranks.world, settings.parallel)
@@ -156,6 +165,27 @@ def on_ranks_ddp_goes_on_as_fsdp_and_back(ranks: Ranks) -> None:
 def on_ranks_shared_amax(ranks: Ranks) -> None:
     train(ranks, ranks.folder / "out", "--steps", "2", share_amax=True)
     in_band(curve(ranks.folder / "out"), curve(ranks.folder.parent / "ddp" / "straight")[:2])
+
+
+def on_ranks_equal_weights_and_one_log(ranks: Ranks) -> None:
+    logs: list[str] = []
+    digests: list[str] = []
+    summary = Trainer.summary
+
+    def noted(trainer: Trainer) -> dict[str, float | int]:
+        weights = [w.detach().cpu().contiguous().numpy().tobytes() for w in trainer.model.parameters()]
+        digests.append(hashlib.sha256(b"".join(weights)).hexdigest())
+        return summary(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **o: logs.append(o["name"]), Settings=dict))
+        patch.setattr(Trainer, "summary", noted)
+        logged = [option for option in TINY if option != "--no-wandb"]
+        train(ranks, ranks.folder / "out", "--steps", "3", base=logged)
+    told: list[Any] = [None] * ranks.world
+    torch.distributed.all_gather_object(told, (logs, digests))
+    assert [names for names, _ in told] == [["nvfp4"], *[[]] * (ranks.world - 1)]
+    assert len(digests) == 1 and all(theirs == digests for _, theirs in told)
 
 
 def on_ranks_refusals(ranks: Ranks) -> None:
@@ -247,6 +277,7 @@ def test_one_process_goes_on_from_two_ranks(
     [
         ("killed", 100, ["SIGKILL", "rank      : 1"]),
         ("raises", 100, ["error on rank 1: rank 1 has had enough", "ValueError: rank 1 has had enough"]),
+        ("breaks", 100, ["KeyError: 'rank 1 has lost a key'"]),
         ("hangs", 6, ["error: ", "imed out"]),
     ],
 )
