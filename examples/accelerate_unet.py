@@ -1,11 +1,12 @@
 """NVFP4 in a Hugging Face accelerate script: the UNet on random images, with gradient accumulation and exact resume.
 
     python examples/accelerate_unet.py --steps 8
-    accelerate launch --num_processes 2 examples/accelerate_unet.py --cpu          (or torchrun --nproc-per-node 2)
+    accelerate launch --cpu --num_processes 2 examples/accelerate_unet.py --cpu    (or torchrun --nproc-per-node 2)
     python examples/accelerate_unet.py --steps 16 --folder runs/accelerate --resume
 
 Two lines differ from a plain accelerate script: nvfp4_autocast around the forward pass, and nv.extra_state among what
-is checkpointed (save_state keeps weights, optimizer and random states by itself).
+is checkpointed (save_state keeps weights, optimizer and random states by itself). Resume with as many processes, after
+an optimizer step: gradients that are still accumulating are not saved.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # te_nvfp4_cv of this
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import gather_object  # noqa: E402
 from unet_coco.unet import UNet  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
@@ -30,19 +32,20 @@ CLASSES = 4
 
 
 class NVFP4State:
-    """nv.extra_state in the form that Accelerator.register_for_checkpointing wants."""
+    """nv.extra_state of every process, in the form that Accelerator.register_for_checkpointing wants."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: torch.nn.Module, accelerator: Accelerator) -> None:
+        self.model, self.accelerator = model, accelerator
 
     def state_dict(self) -> dict[str, Any]:
-        """What a bit-exact resume needs beyond weights, optimizer and random states."""
-        return {"seed": torch.initial_seed(), **nv.extra_state(self.model)}
+        """What a bit-exact resume needs beyond weights, optimizer and random states; the main process writes it."""
+        return {"processes": gather_object([nv.extra_state(self.model)])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Seed as then (accelerate restores the rest of torch's random state after this), and continue."""
-        torch.manual_seed(state["seed"])
-        nv.extra_state(self.model, load=state)
+        """Continue; load_state has restored torch's random state before this, so nothing is seeded here."""
+        if len(state["processes"]) != self.accelerator.num_processes:
+            raise RuntimeError(f"saved by {len(state['processes'])} processes: resume with as many")
+        nv.extra_state(self.model, load=state["processes"][self.accelerator.process_index])
 
 
 def batch(step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=8, help="micro-steps in all, resumed ones included")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-steps per optimizer step")
     parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--recipe", default="unet", help="a recipe's name or file")
     parser.add_argument("--folder", type=Path, default=None, help="where the state is saved at the end")
     parser.add_argument("--resume", action="store_true", help="go on from --folder")
@@ -66,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     accelerator = Accelerator(mixed_precision="bf16", cpu=options.cpu, gradient_accumulation_steps=options.accumulate)
     torch.manual_seed(0)
     recipe = nv.load_recipe(options.recipe)
-    model = UNet(CLASSES, 0.25, "silu", 0.0)
+    model = UNet(CLASSES, 0.25, "silu", options.dropout)
     nv.set_precision(model, recipe)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(NVFP4State(model))
+    accelerator.register_for_checkpointing(NVFP4State(model, accelerator))
     start = 0
     if options.resume:
         accelerator.load_state(str(options.folder))

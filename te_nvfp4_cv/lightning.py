@@ -4,10 +4,12 @@
     trainer = Trainer(plugins=[NVFP4Precision("unet", root="net")])
 
 Training, validation, test and predict steps run under torch.autocast and nvfp4_autocast; the recipe's [precision] table
-is applied to the module; the checkpoint holds nv.extra_state and torch's random state of rank 0, so that a run resumed
-at an epoch's end, on as many ranks, goes on bit for bit. Importing this file needs lightning or pytorch_lightning;
-importing te_nvfp4_cv does not.
-Refused: unknown dtypes, something that is no recipe, a `root` that is no submodule.
+is applied to the module; the checkpoint holds nv.extra_state and torch's random state of every rank, so that a run
+resumed at an epoch's end, on as many ranks, goes on bit for bit (on another number each rank takes those of rank 0).
+Two limits are Lightning's: resumed within an epoch it starts the loader anew, and with max_steps instead of max_epochs
+it shuffles anew. Importing this file needs lightning or pytorch_lightning; importing te_nvfp4_cv does not.
+Refused: unknown dtypes, a scaler without fp16, something that is no recipe, a `root` that is no submodule, a table that
+names no module.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import nn
 
 from te_nvfp4_cv.autocast import nvfp4_autocast
 from te_nvfp4_cv.checks import runtime_error, value_error
-from te_nvfp4_cv.policy import extra_state, set_precision
+from te_nvfp4_cv.policy import extra_state, matches, set_precision
 from te_nvfp4_cv.recipe import as_recipe
 from te_nvfp4_cv.recipe_files import load_recipe
 
@@ -53,15 +55,18 @@ class NVFP4Precision(_Base):
     Args:
         recipe: NVFP4BlockScaling, TransformerEngine's, the name or path of a recipe file, or None for the default.
         dtype: of torch.autocast: "bf16", "fp16" (with a GradScaler), or "fp32" (no autocast).
-        device: for torch.autocast; None: "cuda" where there is one, else "cpu".
+        device: for torch.autocast; None: that of the Trainer.
         backend: as for nvfp4_autocast.
         share_amax: all ranks quantize with one tensor scale, the largest amax of all.
         root: the attribute of the LightningModule that the recipe's [precision] table names the modules of; "" is the
             LightningModule itself.
         scaler: for fp16; None: torch.amp.GradScaler.
     Raises:
-        TypeError, ValueError: a recipe, dtype or backend that there is not.
+        TypeError, ValueError: a recipe, dtype or backend that there is not; a scaler without fp16.
     """
+
+    device: str
+    scaler: Any
 
     def __init__(
         self,
@@ -81,8 +86,18 @@ class NVFP4Precision(_Base):
                 needs=f"one of {', '.join(DTYPES)}",
                 fix='dtype="bf16"',
             )
+        if scaler is not None and dtype != "fp16":
+            raise value_error(
+                "NVFP4Precision: a scaler without fp16.",
+                got=f"dtype={dtype!r}, scaler={type(scaler).__name__}",
+                needs="no scaler: gradients of bf16 and fp32 do not underflow",
+                fix='leave scaler out, or dtype="fp16"',
+            )
+        self._own_device, self._own_scaler = device is not None, scaler is not None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__("16-mixed" if dtype == "fp16" else "bf16-mixed", device, scaler)
+        if dtype == "fp32":
+            self.precision = "32-true"  # what Trainer.precision says
         by_name = isinstance(recipe, (str, os.PathLike))
         self.recipe = load_recipe(recipe) if by_name else as_recipe(recipe)
         nvfp4_autocast(self.recipe, backend=backend)  # refuses what cannot run, now
@@ -100,32 +115,78 @@ class NVFP4Precision(_Base):
                 needs="the attribute whose modules the recipe's [precision] table names",
                 fix="root='' for the names of the LightningModule itself",
             ) from error
-        set_precision(root, self.recipe)
+        try:
+            set_precision(root, self.recipe)
+        except ValueError as error:
+            fitting = [name for name, child in root.named_children() if self._fits(child)]
+            if not fitting:
+                raise
+            raise value_error(
+                f"NVFP4Precision: the recipe's [precision] table names no modules of {type(root).__name__}.",
+                got=str(error).splitlines()[0],
+                needs="the attribute whose modules the table names",
+                fix=" or ".join(f"root={'.'.join(filter(None, (self.root, name)))!r}" for name in fitting),
+            ) from error
+        self._follow(module)
         self._module = module
         return module
+
+    def _fits(self, module: nn.Module) -> bool:
+        """Whether every pattern of the recipe's table names a module in here."""
+        try:
+            return bool(matches(module, list(self.recipe.precision)))
+        except ValueError:
+            return False
+
+    def _follow(self, module: nn.Module) -> None:
+        """Take the Trainer's device, known only now, unless one was asked for."""
+        trainer = getattr(module, "_trainer", None)
+        device = self.device if self._own_device or trainer is None else trainer.strategy.root_device.type
+        if device != self.device and self.scaler is not None and not self._own_scaler:
+            self.scaler = torch.amp.GradScaler(device)
+        self.device = device
+
+    def autocast_context_manager(self) -> torch.autocast:
+        """torch.autocast of the dtype asked for; for fp32 one that is off."""
+        return torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "fp32", cache_enabled=False)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """What every step runs in."""
-        group = torch.distributed.group.WORLD if self.share_amax and torch.distributed.is_initialized() else None
+        group = torch.distributed.group.WORLD if self.share_amax and _world() > 1 else None
         context = nvfp4_autocast(self.recipe, backend=self.backend, amax_reduction_group=group)
-        with (
-            torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "fp32", cache_enabled=False),
-            context,
-        ):
+        with self.autocast_context_manager(), context:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """What a bit-exact resume needs beyond the module's and the optimizers'."""
-        state: dict[str, Any] = {"scaler": super().state_dict(), "rng": torch.get_rng_state()}
+        """What a bit-exact resume needs beyond the module's and the optimizers'. All ranks call it together."""
+        own: dict[str, Any] = {"rng": torch.get_rng_state()}
+        if self.device == "cuda":  # where stochastic rounding on a GPU draws from
+            own["cuda"] = torch.cuda.get_rng_state()
         if self._module is not None:
-            state["nvfp4"] = extra_state(self._module)
-        return state
+            own["nvfp4"] = extra_state(self._module)
+        scaler = {"scaler": super().state_dict()}
+        world = _world()
+        if world == 1:
+            return scaler | own
+        ranks: list[Any] = [None] * world
+        torch.distributed.all_gather_object(ranks, own)
+        return scaler | {"ranks": ranks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where state_dict() was taken; torch's random state first, which NVFP4's hangs on."""
         if state_dict.get("scaler"):
             super().load_state_dict(state_dict["scaler"])
-        torch.set_rng_state(state_dict["rng"])
-        if self._module is not None and "nvfp4" in state_dict:
-            extra_state(self._module, load=state_dict["nvfp4"])
+        ranks = state_dict.get("ranks", [state_dict])
+        own = ranks[torch.distributed.get_rank()] if len(ranks) == _world() > 1 else ranks[0]
+        torch.set_rng_state(own["rng"])
+        if self.device == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"])
+        if self._module is not None and "nvfp4" in own:
+            extra_state(self._module, load=own["nvfp4"])
+
+
+def _world() -> int:
+    """How many ranks there are; 1 without torch.distributed."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
