@@ -7,7 +7,8 @@ Training, validation, test and predict steps run under torch.autocast and nvfp4_
 is applied to the module; the checkpoint holds nv.extra_state and torch's random state of every rank, so that a run
 resumed at an epoch's end, on as many ranks, goes on bit for bit (on another number each rank takes those of rank 0).
 Two limits are Lightning's: resumed within an epoch it starts the loader anew, and with max_steps instead of max_epochs
-it shuffles anew. Importing this file needs lightning or pytorch_lightning; importing te_nvfp4_cv does not.
+it shuffles anew. Importing this file needs lightning or pytorch_lightning (where both are installed, import the one in
+use before this file); importing te_nvfp4_cv does not.
 Refused: unknown dtypes, a scaler without fp16, something that is no recipe, a `root` that is no submodule, a table that
 names no module.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +36,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _plugins() -> Any:
-    """The module of Lightning's precision plugins, of whichever package is installed."""
-    for package in ("lightning.pytorch", "pytorch_lightning"):
+    """Lightning's precision plugins: of the package imported already (its Trainer takes no other's), else installed."""
+    for package in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
         if importlib.util.find_spec(package.split(".")[0]) is not None:
             return importlib.import_module(f"{package}.plugins.precision")
     raise runtime_error(

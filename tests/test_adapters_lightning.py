@@ -229,6 +229,17 @@ def test_without_lightning_it_says_what_is_missing():
     assert done.returncode == 1 and "PyTorch Lightning is not installed" in done.stderr and "fix:" in done.stderr
 
 
+def test_it_serves_the_lightning_that_is_imported():
+    pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
+    code = (
+        "from tests import conftest; import pytorch_lightning; from te_nvfp4_cv.lightning import NVFP4Precision; "
+        "trainer = pytorch_lightning.Trainer(plugins=[NVFP4Precision()], accelerator='cpu', logger=False); "
+        "assert isinstance(trainer.precision_plugin, NVFP4Precision)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("root", "words"),
     [
