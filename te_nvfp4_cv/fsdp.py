@@ -129,12 +129,12 @@ def _plain_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, l
     elif isinstance(getattr(entry, "_local_tensor", None), ShardedWeight):
         from torch.distributed.tensor import DTensor
 
-        local = entry._local_tensor.plain.detach()  # type: ignore[union-attr]
+        local = entry._local_tensor.plain.detach()
         state_dict[key] = DTensor.from_local(
             local,
             entry.device_mesh,
             entry.placements,
             run_check=False,
             shape=entry.shape,
-            stride=entry.stride(),  # type: ignore
+            stride=entry.stride(),
         )

@@ -158,14 +158,8 @@ class SharedScales:
 
 def quantize_weight(w: Tensor, plan: Plan, keep: bool, group: Any) -> tuple[Tensor, ...]:
     """plan.quantize_weight of this rank's part, with the amax of all parts."""
-    s = plan.recipe.settings("weight")
-    faces = {plan.weight_faces[0]} | ({plan.weight_faces[1]} if keep else set())
-    row, col = (PACKED if face in faces else NONE for face in ("row", "col"))
     amax = reduce_amax(w.detach().abs().amax().float().reshape(1), group)
-    error, dtype = s.four_over_six or "", plan.compute_dtype
-    return operands.quantize_kernel(
-        w.detach(), 1, row, col, s.two_d, error, s.e4m3_max, plan.delayed, dtype, plan.backend, amax
-    )
+    return steps.quantize_weight(w, plan, keep, amax)
 
 
 def _quantize_gradient(

@@ -164,11 +164,12 @@ def quantize_gradient(
     return faces
 
 
-def quantize_weight(w: Tensor, plan: Plan, keep: bool) -> tuple[Tensor, ...]:
+def quantize_weight(w: Tensor, plan: Plan, keep: bool, amax: Tensor | None = None) -> tuple[Tensor, ...]:
     """w packed: (row data, row scale, col data, col scale, amax), the faces that the recipe's GEMMs need.
 
     Args:
         keep: dgrad will need its face.
+        amax: fp32 [1], of a weight that w is a part of; None: w's own.
     """
     s = plan.recipe.settings("weight")
     faces = {plan.weight_faces[0]} | ({plan.weight_faces[1]} if keep else set())
@@ -184,6 +185,7 @@ def quantize_weight(w: Tensor, plan: Plan, keep: bool) -> tuple[Tensor, ...]:
         plan.delayed,
         plan.compute_dtype,
         plan.backend,
+        amax,
     )
 
 
