@@ -13,7 +13,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import layer
 from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, positive_mask
-from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.plan import Plan, Watch
 from te_nvfp4_cv.producer import Producer
 from te_nvfp4_cv.scaling import CallScales
 
@@ -22,7 +22,8 @@ class QuantizedConv(torch.autograd.Function):
     """x, w, bias -> y for one Plan.
 
     `frozen` is a weight quantized before (quantize_weight), or None; `scales` says which amaxes x and dy are quantized
-    with, None: their own. `producer` makes the operand of an x that was not written; None: x is there.
+    with, None: their own. `producer` makes the operand of an x that was not written; None: x is there. `watch` is shown
+    every operand, forward and backward.
     """
 
     @staticmethod
@@ -35,11 +36,13 @@ class QuantizedConv(torch.autograd.Function):
         frozen: tuple[Tensor, ...] | None,
         scales: CallScales | None,
         producer: Producer | None,
+        watch: Watch | None,
     ) -> Tensor:
         need_dx, need_dw = ctx.needs_input_grad[:2]
-        y, kept = layer.forward(x, w, bias, plan, need_dx, need_dw, frozen, scales, producer)
+        y, kept = layer.forward(x, w, bias, plan, need_dx, need_dw, frozen, scales, producer, watch)
         ctx.kept_names = tuple(kept)
         ctx.save_for_backward(*kept.values())
+        ctx.watch = watch
         ctx.plan, ctx.scales, ctx.like = plan, scales, layer.Like.of(x, w, bias)
         return y
 
@@ -48,13 +51,13 @@ class QuantizedConv(torch.autograd.Function):
         kept = dict(zip(ctx.kept_names, ctx.saved_tensors, strict=True))
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
         grads: tuple[Tensor | None, ...]
-        grads = layer.backward(dy, kept, ctx.plan, ctx.like, need_dx, need_dw, need_db, ctx.scales)
+        grads = layer.backward(dy, kept, ctx.plan, ctx.like, need_dx, need_dw, need_db, ctx.scales, ctx.watch)
         # create_graph=True: dx depends on w, dw on x, all on dy, and must not look like constants
         if torch.is_grad_enabled():
             leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
             anchor = torch.zeros((), requires_grad=any(ctx.needs_input_grad[:2]))  # where x is no leaf
             grads = tuple(None if g is None else _NoSecondOrder.apply(g, dy, anchor, *leaves) for g in grads)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class _NoSecondOrder(torch.autograd.Function):

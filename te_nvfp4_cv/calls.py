@@ -26,7 +26,7 @@ from te_nvfp4_cv.checks import describe, value_error
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, transposed_output_size
 from te_nvfp4_cv.ops.layouts import is_channels_last
-from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.plan import Plan, Watch
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,7 +45,15 @@ class Call:
     reason: str
 
 
-Observer = Callable[[Call], Callable[[Tensor], None] | None]
+@dataclass(frozen=True)
+class Seen:
+    """What an observer wants of a call: `finished` gets its result, `watch` is shown the operands of an NVFP4 call."""
+
+    finished: Callable[[Tensor], None] | None = None
+    watch: Watch | None = None
+
+
+Observer = Callable[[Call], Seen | None]
 _observers: list[Observer] = []
 
 
@@ -53,8 +61,7 @@ _observers: list[Observer] = []
 def observe(observer: Observer) -> Iterator[None]:
     """Tell `observer` about every convolution and linear call under the context, before it runs.
 
-    What it returns, if anything, is called with the result. One slot, for coverage and telemetry: the innermost is
-    told.
+    It may return a Seen. One slot, for coverage and telemetry: the innermost is told.
     """
     _observers.append(observer)
     try:
@@ -70,10 +77,14 @@ def observed() -> bool:
 
 def reported(call: Call, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """function(*args, **kwargs), with the innermost observer told before and after."""
-    finished = _observers[-1](call) if _observers else None
-    y = function(*args, **kwargs)
-    if finished is not None:
-        finished(y)
+    return _reported(call, lambda _: function(*args, **kwargs))
+
+
+def _reported(call: Call, run: Callable[[Watch | None], Tensor]) -> Tensor:
+    seen = _observers[-1](call) if _observers else None
+    y = run(None if seen is None else seen.watch)
+    if seen is not None and seen.finished is not None:
+        seen.finished(y)
     return y
 
 
@@ -175,7 +186,7 @@ def _execute(
         producer = None
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not know: no face is made that nobody keeps
         x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
-    y = reported(call, QuantizedConv.apply, x, w, bias, plan, codes, scales, producer)
+    y = _reported(call, lambda watch: QuantizedConv.apply(x, w, bias, plan, codes, scales, producer, watch))
     return y.squeeze(0) if unbatched else y
 
 

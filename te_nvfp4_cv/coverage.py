@@ -159,8 +159,11 @@ class _Watch:
         self.saved.append((weakref.ref(saved), self.current))
         return saved
 
-    def called(self, call: calls.Call) -> Callable[[Tensor], None] | None:
+    def called(self, call: calls.Call) -> calls.Seen:
         """A convolution or linear call starts; returns what to do with its result."""
+        return calls.Seen(self._counted(call))
+
+    def _counted(self, call: calls.Call) -> Callable[[Tensor], None]:
         recipe, geometry = call.recipe, call.geometry
         name = self._name(call.weight)
         note = ""
@@ -184,9 +187,7 @@ class _Watch:
     def unseen(self, op: str, weight: Any, reason: str) -> Callable[[Tensor], None]:
         """A convolution that nvfp4_autocast does not hand over."""
         call = calls.Call(op, weight, weight, None, None, reason)
-        finished = self.called(call)
-        assert finished is not None
-        return finished
+        return self._counted(call)
 
     def _recurrent(self, module: nn.Module, args: Any) -> _Row:
         weights = [w for w in module.parameters(recurse=False) if w.dim() == 2]

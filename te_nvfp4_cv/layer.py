@@ -19,7 +19,7 @@ from torch import Tensor
 from te_nvfp4_cv import plan as steps
 from te_nvfp4_cv.gathered import GatheredWeight
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.plan import Plan, Watch
 from te_nvfp4_cv.producer import Producer
 from te_nvfp4_cv.scaling import CallScales
 
@@ -85,6 +85,7 @@ def forward(
     codes: tuple[Tensor, ...] | None = None,
     scales: CallScales | None = None,
     producer: Producer | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(y with the strides that torch would give it, kept tensors by name).
 
@@ -92,9 +93,10 @@ def forward(
         codes: of w, made before (quantize_weight), or None.
         scales: which amaxes x is quantized with; None: its own.
         producer: makes the operand of an x that was not written; None: x is there.
+        watch: is shown every operand.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x_last, x_q, w_q = quantize(x, w, plan, need_dx, need_dw, codes, scales, producer)
+        x_last, x_q, w_q = quantize(x, w, plan, need_dx, need_dw, codes, scales, producer, watch)
         y = steps.fprop(x_last, x_q, w, w_q, bias, plan)
         kept = keep(x, x_last, x_q, w, w_q, plan, need_dx, need_dw)
         return layouts.image_first(y, plan.geometry.y_shape, x.shape, plan.channels_last), kept
@@ -109,17 +111,21 @@ def quantize(
     codes: tuple[Tensor, ...] | None = None,
     scales: CallScales | None = None,
     producer: Producer | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """(x with channels innermost, its faces, w's codes or None where no GEMM needs them)."""
     if producer is not None:
         x_last, x_q = x, producer.quantize(plan, need_dw, scales)  # later steps read x's shape alone
     else:
         x_last = layouts.image_last(x, plan.geometry.x_shape)
-        x_q = steps.quantize_input(x_last, plan, need_dw, scales)
+        x_q = steps.quantize_input(x_last, plan, need_dw, scales, watch)
     for_dgrad = need_dx and ("dgrad" in plan.gemms or plan.recipe.backward_override == "dequantized")
     if "fprop" not in plan.gemms and not for_dgrad:
         return x_last, x_q, None
-    return x_last, x_q, codes if codes is not None else steps.quantize_weight(w, plan, keep=need_dx)
+    w_q = codes if codes is not None else steps.quantize_weight(w, plan, keep=need_dx)
+    if watch is not None:
+        watch.quantized("weight", w, w_q, None, plan)
+    return x_last, x_q, w_q
 
 
 def keep(
@@ -166,12 +172,13 @@ def backward(
     need_dw: bool,
     need_db: bool,
     scales: Any = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db), None where not needed."""
     with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
         g = plan.geometry
         dy_last = layouts.image_last(dy, g.y_shape)
-        dy_q = steps.quantize_gradient(dy_last, plan, need_dx, need_dw, scales)
+        dy_q = steps.quantize_gradient(dy_last, plan, need_dx, need_dw, scales, watch)
         if scales is not None:
             scales.backward_ran()
         dx = dw = db = None
@@ -180,6 +187,8 @@ def backward(
             dx = layouts.image_first(dx, g.x_shape, like.x_shape, like.x_channels_last)
         if need_dw:
             dw = steps.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
+            if watch is not None:
+                watch.weight_gradient(dy_last, dw, plan)
             dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)
         if need_db:
             db = dy_last.flatten(0, -2).sum(0, dtype=torch.float32).to(like.bias_dtype)

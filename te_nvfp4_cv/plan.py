@@ -101,7 +101,21 @@ class Scales(Protocol):
 # ---- quantize -------------------------------------------------------------------------------------------------------
 
 
-def quantize_input(x: Tensor, plan: Plan, need_dw: bool, scales: Scales | None = None) -> tuple[Tensor, ...]:
+class Watch(Protocol):
+    """Who looks on while one call is quantized (telemetry). It must not change what it sees."""
+
+    def quantized(self, role: str, operand: Tensor, faces: tuple[Tensor, ...], seed: Tensor | None, plan: Plan) -> None:
+        """`operand`, in the layout of operands.py, has become `faces`; `seed` rounded it, if it was rounded so."""
+        ...
+
+    def weight_gradient(self, dy: Tensor, dw: Tensor, plan: Plan) -> None:
+        """dy [B, *image, O] has led to dw [axis 0, taps, axis 1]."""
+        ...
+
+
+def quantize_input(
+    x: Tensor, plan: Plan, need_dw: bool, scales: Scales | None = None, watch: Watch | None = None
+) -> tuple[Tensor, ...]:
     """x's faces: rowwise for fprop, columnwise packed for wgrad, with its own amaxes or those of `scales`."""
     s = plan.recipe.settings("input")
     dequantize_later = plan.recipe.backward_override == "dequantized" and need_dw
@@ -110,6 +124,7 @@ def quantize_input(x: Tensor, plan: Plan, need_dw: bool, scales: Scales | None =
     col = PACKED if "wgrad" in plan.gemms and need_dw and batch_blocks else NONE
     if row == NONE and col == NONE:
         return ()
+    seed = seeds.draw_seed(x) if s.stochastic_rounding else None
     faces = operands.quantize_operand(
         x,
         plan.geometry.groups,
@@ -117,22 +132,29 @@ def quantize_input(x: Tensor, plan: Plan, need_dw: bool, scales: Scales | None =
         row,
         col,
         s.rht,
-        False,
+        s.stochastic_rounding,
         s.four_over_six or "",
         s.e4m3_max,
         plan.row_scaled,
         plan.compute_dtype,
-        None,
+        seed,
         None if scales is None else scales.amax(0, x),
         plan.backend,
     )
     if scales is not None:
         scales.collect(0, faces[6])
+    if watch is not None:
+        watch.quantized("input", x, faces, seed, plan)
     return faces
 
 
 def quantize_gradient(
-    dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool, scales: Scales | None = None
+    dy: Tensor,
+    plan: Plan,
+    need_dx: bool,
+    need_dw: bool,
+    scales: Scales | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, ...]:
     """dy's faces: rowwise for dgrad, columnwise for wgrad; both are used at once, in the form that the backend
     multiplies. With its own amaxes or those of `scales`.
@@ -161,6 +183,8 @@ def quantize_gradient(
     )
     if scales is not None:
         scales.collect(1, faces[6])
+    if watch is not None:
+        watch.quantized("grad_output", dy, faces, seed, plan)
     return faces
 
 

@@ -104,6 +104,8 @@ class NVFP4BlockScaling:
         wgrad_block: along what the 16 elements of a wgrad block lie: "batch", 16 images at one pixel, or "pixel", 16
             consecutive rows of the im2col matrix (for ablation, slow).
         thin_layers: a layer with fewer than 16 channels on one side runs in "high_precision", or is zero-padded: "pad".
+        activation_rounding: how x rounds: "nearest", TransformerEngine's rule, or "stochastic", for ablation (it makes
+            forward noisy). Not with 4over6 of activations.
         high_precision_gemms: any of fprop, dgrad, wgrad, which then do not run in NVFP4.
         precision: (pattern of module names, None for high precision or another recipe) pairs; the last match wins.
         name: what reports call it; takes no part in comparisons.
@@ -126,6 +128,7 @@ class NVFP4BlockScaling:
     tensor_scale: str = "current"
     wgrad_block: str = "batch"
     thin_layers: str = "high_precision"
+    activation_rounding: str = "nearest"
     high_precision_gemms: tuple[str, ...] = ()
     precision: tuple[tuple[str, NVFP4BlockScaling | None], ...] = ()
     name: str = dataclasses.field(default="", compare=False)
@@ -155,7 +158,10 @@ class NVFP4BlockScaling:
     @property
     def fp4_quant_fwd_inp(self) -> QParams:
         """QParams of the role input: x in fprop and wgrad."""
-        return QParams(random_hadamard_transform=not self.disable_rht)
+        return QParams(
+            random_hadamard_transform=not self.disable_rht,
+            stochastic_rounding=self.activation_rounding == "stochastic",
+        )
 
     @property
     def fp4_quant_fwd_weight(self) -> QParams:
@@ -214,6 +220,7 @@ class NVFP4BlockScaling:
 
         Raises:
             ValueError: 4over6 or row scaling of activations together with RHT; both at once where wgrad runs in NVFP4;
+                4over6 of activations with stochastic rounding of them;
                 delayed scales with row scaling or with wgrad_block="pixel".
         """
         activations = self.nvfp4_4over6 in ("activations", "all")
@@ -223,6 +230,13 @@ class NVFP4BlockScaling:
                 got=f"nvfp4_4over6={self.nvfp4_4over6!r}, disable_rht=False",
                 needs="nvfp4_4over6 'none' or 'weights', or disable_rht=True",
                 fix="add disable_rht=True to the recipe, or use nvfp4_4over6='weights'",
+            )
+        if activations and self.activation_rounding == "stochastic":
+            raise value_error(
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: 4over6 of activations rounds to nearest.",
+                got=f"nvfp4_4over6={self.nvfp4_4over6!r}, activation_rounding='stochastic'",
+                needs="nvfp4_4over6 'none' or 'weights', or activation_rounding='nearest'",
+                fix="drop one of the two",
             )
         if self.row_scaled_activation and not self.disable_rht:
             raise value_error(

@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "tensor_scale": ("current", "delayed"),
     "wgrad_block": ("batch", "pixel"),
     "thin_layers": ("high_precision", "pad"),
+    "activation_rounding": ("nearest", "stochastic"),
 }
 """Fields with a closed list of values. The first is the default without environment variables, but see PLAIN."""
 
