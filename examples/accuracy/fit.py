@@ -1,0 +1,104 @@
+"""One run: a variant of a task from one seed.
+
+    lr(t) = lr / 2 * (1 + cos(pi t / T));  the model's seed, the batches, crops and flips depend on the seed alone
+
+So the runs of one seed are pairs: they differ in the precision only. A loss that is not finite, or ten times that of
+the start, ends the run as diverged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from unet_coco.order import mix_seed
+
+import te_nvfp4_cv as nv
+
+from .tasks import Task, order_of
+from .variants import Variant
+
+COMPUTE = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def precision(recipe: Any, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """torch.autocast of `dtype` (None: none) and, with a recipe, NVFP4 inside of it."""
+    with contextlib.ExitStack() as stack:
+        if dtype is not None:
+            stack.enter_context(torch.autocast(device.type, dtype))
+        if recipe is not None:
+            stack.enter_context(nv.nvfp4_autocast(recipe))
+        yield
+
+
+def fit(
+    task: Task, variant: Variant, seed: int, device: torch.device, compute: str, epochs: int | None = None
+) -> dict[str, Any]:
+    """Train and evaluate; what a line of the results file holds of it."""
+    dtype = COMPUTE[compute]
+    torch.manual_seed(seed)
+    model = task.model().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recipe = variant.recipe
+    _set_table(model, recipe)
+    base = task.size.lr * variant.lr
+    optimizer = task.optimizer(model, base)
+    order = order_of(task, seed)
+    total_epochs = epochs or task.size.epochs
+    steps = total_epochs * len(order)
+    last = round(total_epochs * variant.last)
+    losses: list[float] = []
+    begun, step = time.perf_counter(), 0
+    for epoch in range(total_epochs):
+        if last and epoch == total_epochs - last:
+            recipe = variant.last_recipe
+            _set_table(model, recipe)
+        model.train()
+        order.epoch = epoch
+        pending = []
+        for keys in order:
+            for group in optimizer.param_groups:
+                group["lr"] = base / 2 * (1 + math.cos(math.pi * step / steps))
+            x, y = task.batch(keys, seed, device)
+            torch.manual_seed(mix_seed(seed, step))
+            with precision(recipe, device, dtype):
+                loss = task.loss(model(x), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            pending.append(loss.detach())
+            step += 1
+        losses += torch.stack(pending).tolist()
+        if not all(map(math.isfinite, losses)) or losses[-1] > 10 * losses[0]:
+            break
+    diverged = len(losses) < steps or not all(map(math.isfinite, losses))
+    row: dict[str, Any] = {"steps": len(losses), "diverged": diverged, "seconds": time.perf_counter() - begun}
+    if not diverged:
+        row |= _scores(task, model, recipe, device, dtype)
+        tail = losses[-max(1, steps // 5) :]
+        row["tail_loss"] = sum(tail) / len(tail)  # of the last 20 % of the steps
+    stride = max(1, len(losses) // 100)
+    row["curve"] = [round(sum(part) / len(part), 5) for part in _parts(losses, stride)]
+    return row
+
+
+def _set_table(model: nn.Module, recipe: Any) -> None:
+    if recipe is not None and recipe.precision:
+        nv.set_precision(model, recipe)
+
+
+def _scores(task: Task, model: nn.Module, recipe: Any, device: torch.device, dtype: Any) -> dict[str, float]:
+    model.eval()
+    score, loss = task.score(model, device, lambda: precision(recipe, device, dtype))
+    high = score if recipe is None else task.score(model, device, lambda: precision(None, device, dtype))[0]
+    return {"score": score, "score_hp": high, "eval_loss": loss}
+
+
+def _parts(values: list[float], size: int) -> Iterator[list[float]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -1,0 +1,70 @@
+"""What a study compares: each variant is a recipe and how training uses it.
+
+    baseline        high precision
+    preset          the preset of the network's family (recipes/): the default recipe, the classifier in high precision
+    the others      the preset with one thing changed
+
+"Weights in one precision, gradients in another" and the last epochs' schedules are the levers of LUQ (ICLR 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import te_nvfp4_cv as nv
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    `recipe` None: high precision. `last`: share of the epochs, at the end, that run in `last_recipe` (None: high
+    precision). `lr`: factor on the learning rate.
+    """
+
+    name: str
+    recipe: Any
+    last: float = 0.0
+    last_recipe: Any = None
+    lr: float = 1.0
+
+
+def variants(preset: Any) -> dict[str, Variant]:
+    """All variants by name."""
+    changes: dict[str, dict[str, Any]] = {
+        "minus RHT": {"disable_rht": True},
+        "minus SR": {"disable_stochastic_rounding": True},
+        "minus 2D": {"disable_2d_quantization": True},
+        "SR in forward": {"activation_rounding": "stochastic"},
+        "4over6 weights": {"nvfp4_4over6": "weights"},
+        "4over6 all, minus RHT": {"nvfp4_4over6": "all", "disable_rht": True},
+        "high-precision wgrad": {"high_precision_gemms": ("wgrad",)},
+        "high-precision dgrad": {"high_precision_gemms": ("dgrad",)},
+        "high-precision fprop": {"high_precision_gemms": ("fprop",)},
+        "forward only": {"backward_override": "high_precision"},
+        "delayed scales": {"tensor_scale": "delayed"},
+        "wgrad blocks by pixel": {"wgrad_block": "pixel"},
+        "first and last layer in NVFP4": {"thin_layers": "pad", "precision": ()},
+        "last layer in NVFP4": {"precision": ()},
+    }
+    found = {"baseline": Variant("baseline", None), "preset": Variant("preset", preset)}
+    for name, change in changes.items():
+        found[name] = Variant(name, replace(preset, name="", **change))
+    backward = replace(preset, name="", backward_override="high_precision")
+    found["last 15 % of epochs in high precision"] = Variant("last 15 % of epochs in high precision", preset, 0.15)
+    found["last 15 % with high-precision gradients"] = Variant(
+        "last 15 % with high-precision gradients", preset, 0.15, backward
+    )
+    for factor in (0.5, 2.0, 4.0, 8.0):
+        for base in ("baseline", "preset"):
+            name = f"{base}, learning rate x{factor:g}"
+            found[name] = Variant(name, found[base].recipe, lr=factor)
+    return found
+
+
+SUITES = {
+    "seeds": ("baseline", "preset"),
+    "rates": tuple(name for name in variants(nv.NVFP4BlockScaling()) if "learning rate" in name),
+    "ablations": tuple(name for name in variants(nv.NVFP4BlockScaling()) if "learning rate" not in name),
+}
