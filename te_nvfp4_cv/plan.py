@@ -320,6 +320,11 @@ def _pixel_wgrad(dy: Tensor, kept: dict[str, Tensor], plan: Plan, dtype: torch.d
     return pixel.wgrad(*b, *a, alpha, plan.geometry, dtype)
 
 
+def high_precision_wgrad(dy: Tensor, x: Tensor, plan: Plan) -> Tensor:
+    """dw [axis 0, taps, axis 1] of dy and x [B, *image, channels] as they are: what wgrad is compared with."""
+    return _plain_backward(dy, x, None, plan.geometry)[1]
+
+
 # ---- what backward keeps --------------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,7 @@ class Size:
 
 TASKS: dict[str, dict[str, Size]] = {
     "camvid-unet": {
-        "small": Size({"scale": 0.125}, 16, 20, 3e-3, (48, 64)),
+        "small": Size({"scale": 0.125}, 8, 20, 3e-3, (48, 64)),
         "full": Size({"scale": 0.5}, 16, 150, 1e-3, (176, 240)),
     },
     "cifar-resnet18": {

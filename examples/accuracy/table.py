@@ -1,0 +1,115 @@
+"""Tables from a results file of study.py: each variant against the baseline of the same seed.
+
+    python examples/accuracy/table.py runs/accuracy.jsonl
+
+    d_s = score of the variant - score of the baseline, for each seed s
+    gap = mean of d_s, with the 95 % interval mean +- t(n - 1) * std / sqrt(n);  significant: 0 lies outside of it
+
+Runs of a learning rate's factor are compared with the baseline of the same factor. A variant whose runs diverged says
+so. With one seed there is no interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve()
+if str(_HERE.parents[1]) not in sys.path:
+    sys.path.insert(0, str(_HERE.parents[1]))
+sys.path.append(str(_HERE.parents[2]))
+
+from accuracy.study import read_results  # noqa: E402
+
+# two-sided 95 % quantiles of Student's t, by degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float | None]:
+    """(mean, half width of its 95 % interval or None for a single value)."""
+    mean = statistics.fmean(differences)
+    count = len(differences)
+    if count < 2:
+        return mean, None
+    quantile = T95[count - 2] if count - 2 < len(T95) else T95[-1]  # a little too wide beyond 16 seeds
+    return mean, quantile * statistics.stdev(differences) / math.sqrt(count)
+
+
+def baseline_of(variant: str) -> str:
+    """The variant that this one is compared with."""
+    return variant.replace("preset", "baseline") if "learning rate" in variant else "baseline"
+
+
+def rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per variant of one task, size, compute dtype and number of epochs."""
+    runs = {(r["task"], r["size"], r["compute"], r["epochs"], r["variant"], r["seed"]): r for r in results}
+    kinds = list(dict.fromkeys(key[:4] for key in runs))
+    found = []
+    for kind in kinds:
+        for variant in dict.fromkeys(key[4] for key in runs if key[:4] == kind):
+            mine = {key[5]: r for key, r in runs.items() if key[:4] == kind and key[4] == variant}
+            good = {seed: r for seed, r in mine.items() if not r["diverged"]}
+            base = {s: runs.get((*kind, baseline_of(variant), s)) for s in good}
+            pairs = [(good[s], b) for s, b in base.items() if b is not None and not b["diverged"]]
+            row: dict[str, Any] = dict(zip(("task", "size", "compute", "epochs"), kind, strict=True))
+            row |= {"variant": variant, "seeds": len(mine), "diverged": len(mine) - len(good)}
+            if good:
+                row["score"] = statistics.fmean(r["score"] for r in good.values())
+                row["score_hp"] = statistics.fmean(r["score_hp"] for r in good.values())
+            if pairs and variant != baseline_of(variant):
+                row["gap"], row["half_width"] = interval([a["score"] - b["score"] for a, b in pairs])
+                row["loss_ratio"] = statistics.fmean(a["tail_loss"] / b["tail_loss"] for a, b in pairs)
+            found.append(row)
+    return found
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown, one table per task, size, compute dtype and number of epochs."""
+    lines: list[str] = []
+    kinds = list(dict.fromkeys((r["task"], r["size"], r["compute"], r["epochs"]) for r in table))
+    for kind in kinds:
+        lines += [
+            f"**{kind[0]}, {kind[1]}, {kind[3]} epochs, activations in {kind[2]}**",
+            "",
+            "| variant | seeds | score | weights in high precision | gap (95 %) | significant | tail loss, ratio |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for r in table:
+            if (r["task"], r["size"], r["compute"], r["epochs"]) == kind:
+                lines.append(_line(r))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(r: Mapping[str, Any]) -> str:
+    name = r["variant"] + (f" ({r['diverged']} diverged)" if r["diverged"] else "")
+    score, high = (f"{r[key]:.2f}" if key in r else "" for key in ("score", "score_hp"))
+    gap = significant = loss = ""
+    if "gap" in r:
+        half = r["half_width"]
+        gap = f"{r['gap']:+.2f}" + (f" ± {half:.2f}" if half is not None else "")
+        significant = "one seed" if half is None else "yes" if abs(r["gap"]) > half else "no"
+        loss = f"{r['loss_ratio']:.3f}"
+    return f"| {name} | {r['seeds']} | {score} | {high} | {gap} | {significant} | {loss} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """Print the tables of the results files; returns them."""
+    parser = argparse.ArgumentParser(prog="table.py", description="Tables of the accuracy study.")
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE")
+    options = parser.parse_args(arguments)
+    missing = [str(path) for path in options.results if not path.is_file()]
+    if missing:
+        parser.error(f"no such file: {', '.join(missing)}")
+    text = markdown(rows(row for path in options.results for row in read_results(path)))
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Blocks of 16 of one operand as it was quantized: raw values, codes, scales and dequantized values side by side.
+
+The layer has quantized the operand already; backends that multiply dequantized operands hold no codes, so the operand
+is packed once more with the same amax and, where it was rounded stochastically, the same seed: the same codes. Columns
+are compared after the Hadamard transform, which is what was quantized.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.ops.quantize import operands
+from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
+from te_nvfp4_cv.ops.quantize.reference_operands import fold_images, pad_groups
+from te_nvfp4_cv.plan import Plan
+
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """N blocks: raw [N, 16] as given to the rounding, codes [N, 16] uint8, scale [N] E4M3 bytes, values [N, 16] fp32
+    dequantized, limit [N]: 6 scales in real units; valid [N, 16]: False where channels were padded, None: all real.
+    """
+
+    raw: Tensor
+    codes: Tensor
+    scale: Tensor
+    values: Tensor
+    limit: Tensor
+    valid: Tensor | None = None
+
+
+def of_operand(
+    role: str, operand: Tensor, faces: tuple[Tensor, ...], seed: Tensor | None, plan: Plan, most: int
+) -> dict[str, Blocks]:
+    """{"row": ..., "col": ...} of x or dy, the faces that were made.
+
+    Args:
+        operand: [B, *image, C].
+        faces: what operands.quantize_operand returned for it.
+        most: elements per face that are looked at.
+    """
+    s = plan.recipe.settings(role)
+    row_data, row_scale, row_amax, col_data, col_scale, col_amax, observed = faces
+    wants = [face.numel() > 0 for face in (row_data, col_data)]
+    packed = [scale.numel() > 0 for scale in (row_scale, col_scale)]
+    forms = [PACKED if want and not there else NONE for want, there in zip(wants, packed, strict=True)]
+    four_over_six = (s.four_over_six or "") if role == "input" else ""
+    row_scaled = role == "input" and plan.row_scaled
+    if any(forms):
+        amax = torch.cat((row_amax.flatten()[:1], col_amax.flatten()[:1])) if observed.numel() else None
+        again = operands.quantize_operand(
+            operand,
+            plan.geometry.groups,
+            plan.folds[0 if role == "input" else 1].to_ints(),
+            *forms,
+            s.rht,
+            s.stochastic_rounding,
+            four_over_six,
+            s.e4m3_max,
+            row_scaled,
+            plan.compute_dtype,
+            seed,
+            amax,
+            plan.backend,
+        )
+        if forms[0]:
+            row_data, row_scale = again[:2]
+        if forms[1]:
+            col_data, col_scale = again[3:5]
+    found = {}
+    fold = plan.folds[0 if role == "input" else 1]
+    if wants[0]:
+        raw = _padded(operand, plan.geometry.groups)
+        per_pixel = raw.shape[-1] // BLOCK
+        valid = None
+        if raw.shape[-1] != operand.shape[-1]:
+            ones = torch.ones(1, operand.shape[-1], dtype=torch.bool, device=raw.device)
+            valid = _padded(ones, plan.geometry.groups).view(per_pixel, BLOCK)
+        amax = row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_scaled else row_amax
+        found["row"] = _sampled(raw, row_data, row_scale, amax, s.e4m3_max, most, valid, False)
+    if wants[1]:
+        raw = fold_images(operand, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)  # [N16, *folded, C, 16]
+        amax = col_amax.repeat(col_scale.numel() // col_amax.numel()) if row_scaled else col_amax
+        found["col"] = _sampled(raw, col_data, col_scale, amax, s.e4m3_max, most, None, s.rht)
+    return found
+
+
+def of_weight(w: Tensor, w_q: tuple[Tensor, ...], plan: Plan, most: int) -> dict[str, Blocks]:
+    """{"fprop": ..., "dgrad": ...} of a weight; one entry where both multiply the same face.
+
+    Args:
+        w: [axis 0, axis 1, *kernel]; w_q: what plan.quantize_weight returned for it.
+    """
+    s = plan.recipe.settings("weight")
+    taken = dict(zip(("fprop", "dgrad"), plan.weight_faces, strict=True))
+    if taken["fprop"] == taken["dgrad"]:
+        del taken["dgrad"]
+    kernel = w.detach().flatten(2) if w.dim() > 2 else w.detach().unsqueeze(-1)  # [axis 0, axis 1, taps]
+    found = {}
+    for gemm, face in taken.items():
+        data, scale = w_q[0 if face == "row" else 2], w_q[1 if face == "row" else 3]
+        if not data.numel():
+            continue
+        raw = _row_kernel(kernel) if face == "row" else _col_kernel(kernel, plan.geometry.groups)
+        valid = None
+        if raw.numel() != kernel.numel():
+            ones = torch.ones_like(kernel, dtype=torch.bool)
+            valid = _row_kernel(ones) if face == "row" else _col_kernel(ones, plan.geometry.groups)
+            valid = valid.reshape(-1, BLOCK)
+        if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
+            rows = kernel.shape[0] // plan.geometry.groups
+            scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
+        found[gemm] = _sampled(raw, data, scale, w_q[4], s.e4m3_max, most, valid, False)
+    return found
+
+
+def step_of(blocks: int, most: int) -> int:
+    """Every how many blocks one is looked at: coprime to their number, so that all channels and taps have a turn."""
+    step = max(1, -(-blocks * BLOCK // most))
+    while math.gcd(step, blocks) != 1:
+        step += 1
+    return step
+
+
+def _sampled(
+    raw: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    amax: Tensor,
+    e4m3_max: int,
+    most: int,
+    valid: Tensor | None,
+    rht: bool,
+) -> Blocks:
+    """`amax`: [1] or one per block; `valid`: for every block, or for the blocks of one pixel."""
+    raw, data, scale = raw.reshape(-1, BLOCK), data.reshape(-1, BLOCK // 2), scale.reshape(-1)
+    step = step_of(len(raw), most)
+    raw, data, scale = raw[::step], data[::step], scale[::step]
+    if rht:
+        raw = formats.rht16(raw)
+    if valid is not None:
+        index = torch.arange(len(raw), device=raw.device) * step
+        valid = valid[index % len(valid)]
+    amax = amax.flatten()
+    amax = amax if amax.numel() == 1 else amax[::step]
+    factor = scale.contiguous().view(torch.float8_e4m3fn).float() * amax * (1.0 / (6 * e4m3_max))
+    codes = formats.unpack_nibbles(data)
+    values = formats.decode_e2m1(codes) * factor.unsqueeze(-1)
+    return Blocks(raw.float(), codes, scale, values, 6 * factor, valid)
+
+
+def _padded(x: Tensor, groups: int) -> Tensor:
+    return x if x.shape[-1] // groups % BLOCK == 0 else pad_groups(x, groups)
+
+
+def _row_kernel(kernel: Tensor) -> Tensor:
+    """[axis 0, taps, axis 1 padded]."""
+    return F.pad(kernel.movedim(1, -1), (0, -kernel.shape[1] % BLOCK))
+
+
+def _col_kernel(kernel: Tensor, groups: int) -> Tensor:
+    """[groups, tiles of axis 0, taps, axis 1, 16]."""
+    grouped = kernel.unflatten(0, (groups, -1))
+    padded = F.pad(grouped, (0, 0, 0, 0, 0, -grouped.shape[1] % BLOCK))
+    return padded.unflatten(1, (-1, BLOCK)).movedim(2, -1).transpose(2, 3)
