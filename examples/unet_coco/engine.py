@@ -1,6 +1,6 @@
-"""Train one precision, from a seed or from a checkpoint.
+"""Train one precision, from a seed or from a checkpoint, on whatever task (task.py).
 
-    step t:  torch.manual_seed(mix_seed(seed, t));  lr(t) = lr / 2 * (1 + cos(pi t / T));  AdamW on Dice + cross-entropy
+    step t:  torch.manual_seed(mix_seed(seed, t));  lr(t) = lr / 2 * (1 + cos(pi t / T));  AdamW on the task's loss
 
 The state after step t depends on (settings, seed, t) alone, not on how often the run was stopped before: data order,
 augmentation and dropout are functions of the seed and the position, and the rest lies in the checkpoint. Checkpoints
@@ -15,27 +15,27 @@ import math
 import random
 import statistics
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from te_nvfp4_cv.checks import runtime_error
 
 from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from .data import SegmentationData, SegmentationDataset
-from .losses import dice_ce
-from .metrics import Scores, evaluate, saved_bytes, to_device
+from .metrics import saved_bytes, to_device
 from .options import Settings
 from .order import TrainOrder, eval_loader, mix_seed, train_loader
 from .parallel import load_whole_state, whole_model, whole_state, wrap
 from .precision import Precision
 from .ranks import Ranks
+from .split import SegmentationData
+from .tasks import make_task
 from .tracking import Progress, WandbLog
-from .unet import UNet
 
 WARM_UP_STEPS = 3
 TIMES_KEPT = 1000
@@ -75,25 +75,23 @@ class Trainer:
     ) -> None:
         self.precision, self.settings, self.device, self.folder = precision, settings, device, folder
         self.ranks = ranks
-        self.class_names = data.class_names
+        self.task = make_task(settings, data)
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
         torch.manual_seed(settings.seed)
         self.model = self._new_model()
         self.wrapped = wrap(self.model, precision, ranks, device, settings.deterministic)
-        self._whole: tuple[int, UNet] | None = None
+        self._whole: tuple[int, nn.Module] | None = None
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
-        pin, size = device.type == "cuda", settings.image_size
-        train_set = SegmentationDataset(data.train, size, train=True, seed=settings.seed)
-        self.order = TrainOrder(len(train_set), settings.batch_size, settings.seed, ranks.rank, ranks.world)
-        self.loader = train_loader(train_set, self.order, settings.workers, pin)
+        loading = settings.workers, device.type == "cuda", self.task.collate
+        train_set = self.task.dataset(data.train, train=True)
+        self.order = TrainOrder(len(data.train), settings.batch_size, settings.seed, ranks.rank, ranks.world)
+        self.loader = train_loader(train_set, self.order, *loading)
         self.eval_loaders = {
-            raw.name: eval_loader(
-                SegmentationDataset(raw, size, train=False), settings.batch_size, settings.workers, pin
-            )
+            raw.name: eval_loader(self.task.dataset(raw, train=False), settings.batch_size, *loading)
             for raw in (data.val, data.test)
             if raw is not None
         }
@@ -104,9 +102,8 @@ class Trainer:
         self.position = Position()
         self.steps_here = 0  # by this process
 
-    def _new_model(self) -> UNet:
-        s = self.settings
-        model = UNet(len(self.class_names), s.scale, s.activation, s.dropout).to(self.device)
+    def _new_model(self) -> nn.Module:
+        model = self.task.model().to(self.device)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision.prepare(model)
         return model
@@ -129,9 +126,9 @@ class Trainer:
         self.order.epoch, self.order.start = at.epoch, at.batch
         self._whole = None  # with FSDP2 a full copy: not beside the shards while they train
         pending: list[Tensor] = []
-        for images, masks in self.loader:
+        for images, targets in self.loader:
             begun = self._clock()
-            pending.append(self._step(*to_device(images, masks, self.device)))
+            pending.append(self._step(*to_device(images, targets, self.device)))
             taken_ms = (self._clock() - begun) * 1e3
             times = at.first_ms if self.steps_here < WARM_UP_STEPS else at.step_ms
             times.append(taken_ms)
@@ -155,15 +152,16 @@ class Trainer:
             self._end_epoch(progress, log)
         self._save()
 
-    def _step(self, images: Tensor, masks: Tensor) -> Tensor:
+    def _step(self, images: Tensor, targets: Any) -> Tensor:
         """One optimizer step; returns the loss of the whole batch, on the device."""
         at, rank = self.position, self.ranks.rank
         torch.manual_seed(mix_seed(self.settings.seed, at.step, *([rank] if rank else [])))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(at.step)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.precision.context(self.device):
-            loss = dice_ce(self.wrapped(images), masks, group=self.ranks.group)
+        with self.context():
+            output = self.wrapped(images, *self.task.inputs(targets))
+            loss = self.task.loss(output, targets, self.ranks.group)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -194,12 +192,14 @@ class Trainer:
         if at.epoch % self.settings.eval_every and at.epoch < self.settings.epochs:
             return
         scores = self.evaluate("val")
+        log.log({f"val/{key}": value for key, value in scores.items()}, at.step)
+        val_loss = scores.pop("loss")
         row = {"epoch": at.epoch, "step": at.step, "train_loss": at.last_epoch_loss}
-        at.epochs.append({**row, "val_loss": scores.loss, "dice": scores.dice, "miou": scores.miou})
-        log.log({"val/loss": scores.loss, "val/dice": scores.dice, "val/miou": scores.miou}, at.step)
+        at.epochs.append({**row, "val_loss": val_loss, **scores})
+        shown = "  ".join(f"{self.task.titles[key]} {value:.3f}" for key, value in scores.items())
         progress.line(
             f"{self.precision.name:>8}  epoch {at.epoch:>3}/{self.settings.epochs}  train loss {at.last_epoch_loss:.4f}"
-            f"  val loss {scores.loss:.4f}  Dice {scores.dice:.3f}  mIoU {scores.miou:.3f}"
+            f"  val loss {val_loss:.4f}  {shown}"
         )
 
     def _clock(self) -> float:
@@ -210,7 +210,7 @@ class Trainer:
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     @property
-    def whole(self) -> UNet:
+    def whole(self) -> nn.Module:
         """The model to evaluate, in which no rank waits for another; getting it may, so that all ranks do."""
         if self._whole is None or self._whole[0] != self.position.step:
             self._whole = None
@@ -218,33 +218,34 @@ class Trainer:
                 self._whole = self.position.step, whole_model(self.model, self._new_model, self.ranks)
         return self._whole[1]
 
-    def evaluate(self, split: str, high_precision: bool = False) -> Scores:
-        """Scores of a split, in the precision trained or, with the same weights, in fp32."""
-        loader, classes = self.eval_loaders[split], len(self.class_names)
-        if high_precision:
-            return evaluate(self.whole, loader, classes, self.device)
-        return evaluate(self.whole, loader, classes, self.device, lambda: self.precision.context(self.device))
+    def evaluate(self, split: str, high_precision: bool = False) -> dict[str, float]:
+        """Loss and scores of a split, in the precision trained or, with the same weights, in fp32."""
+        context = nullcontext if high_precision else self.context
+        return self.task.evaluate(self.whole, self.eval_loaders[split], self.device, context)
+
+    def context(self) -> AbstractContextManager[None]:
+        """What a forward pass in the precision trained runs in."""
+        return self.precision.context(self.device)
 
     def summary(self) -> dict[str, float | int]:
         """The row of summary.json for this precision."""
         at = self.position
-        val = self.evaluate("val")
+        val, main = self.evaluate("val"), self.task.main
         train_loss = sum(at.losses) / len(at.losses) if at.losses else at.last_epoch_loss
-        images, masks = next(iter(self._measured_batches()))
-        images, masks = to_device(images, masks, self.device)
+        images, targets = next(iter(self._measured_batches()))
+        images, targets = to_device(images, targets, self.device)
+        inputs = self.task.inputs(targets)
         row: dict[str, float | int] = {
             "train_loss": train_loss,
-            "val_loss": val.loss,
-            "dice": val.dice,
-            "miou": val.miou,
-            "miou_hp": self.evaluate("val", high_precision=True).miou,
+            "val_loss": val.pop("loss"),
+            **val,
+            f"{main}_hp": self.evaluate("val", high_precision=True)[main],
             "step_ms": statistics.median(at.step_ms or at.first_ms),
-            "saved_bytes": saved_bytes(self.whole, images, lambda: self.precision.context(self.device)),
-            "nvfp4_flops_share": self.precision.flops_share(self.whole, images),
+            "saved_bytes": saved_bytes(self.whole, images, self.context, *inputs),
+            "nvfp4_flops_share": self.precision.flops_share(self.whole, images, *inputs),
         }
         if "test" in self.eval_loaders:
-            test = self.evaluate("test")
-            row |= {"test_dice": test.dice, "test_miou": test.miou}
+            row |= {f"test_{key}": value for key, value in self.evaluate("test").items() if key != "loss"}
         return row
 
     def _measured_batches(self) -> Any:
@@ -261,16 +262,10 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resume to mean the same run."""
         s = self.settings
-        architecture = {
-            "scale": s.scale,
-            "activation": s.activation,
-            "dropout": s.dropout,
-            "classes": list(self.class_names),
-        }
         return {
             "precision": self.precision.name,
             "recipe": self.precision.recipe_text,
-            "architecture": architecture,
+            "architecture": self.task.architecture(),
             "data order": {
                 "images": self.order.count,
                 "batch_size": self.order.batch_size,

@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
 
 from .losses import IGNORE, dice_ce
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,10 @@ class Scores:
     miou: float
 
 
-def to_device(images: Tensor, masks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images in channels_last and masks, on the device."""
+def to_device(images: Tensor, targets: T, device: torch.device) -> tuple[Tensor, T]:
+    """Images in channels_last, and the tensors of their targets, on the device."""
     images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-    return images, masks.to(device, non_blocking=True)
+    return images, pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), targets)
 
 
 @torch.no_grad()
@@ -65,7 +69,9 @@ def evaluate(
     return Scores(float(total) / count, float(values["dice"]), float(values["miou"]))
 
 
-def saved_bytes(model: nn.Module, images: Tensor, context: Callable[[], AbstractContextManager[None]]) -> int:
+def saved_bytes(
+    model: nn.Module, images: Tensor, context: Callable[[], AbstractContextManager[None]], *inputs: Any
+) -> int:
     """Bytes that autograd keeps in one training forward: unique storages, without parameters and the input batch."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
     kept: dict[int, int] = {}
@@ -86,7 +92,7 @@ def saved_bytes(model: nn.Module, images: Tensor, context: Callable[[], Abstract
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         context(),
     ):
-        logits = model(images)
+        output = model(images, *inputs)
     model.train(was_training)
-    del logits
+    del output
     return sum(kept.values())

@@ -19,11 +19,14 @@ from te_nvfp4_cv.checks import runtime_error, value_error
 from .data import LAYOUTS
 from .unet import ACTIVATIONS
 
+TASKS = ("semantic",)
+
 
 @dataclass(frozen=True)
 class Settings:
     """What was asked for; one attribute per option."""
 
+    task: str
     data: str | None
     layout: str
     classes: tuple[str, ...] | None
@@ -66,6 +69,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         description="Train a UNet in each precision from the same seed, data order and dropout, and compare.",
     )
     add = parser.add_argument
+    add("--task", choices=TASKS, default="semantic", help="what to learn (default: semantic)")
     add(
         "--data",
         metavar="ROOT",

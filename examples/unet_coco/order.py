@@ -12,7 +12,7 @@ the middle of an epoch goes on with the very batch it stopped at.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from te_nvfp4_cv.checks import value_error
+
+Collate = Callable[[list[Any]], Any] | None
 
 
 def mix_seed(*parts: int) -> int:
@@ -72,15 +74,17 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
 
 
 def train_loader(
-    dataset: Dataset[Any], order: TrainOrder, workers: int, pin: bool
-) -> DataLoader[tuple[Tensor, Tensor]]:
+    dataset: Dataset[Any], order: TrainOrder, workers: int, pin: bool, collate: Collate = None
+) -> DataLoader[tuple[Tensor, Any]]:
     """Loader over `order`; set order.epoch and order.start before each pass."""
-    return DataLoader(dataset, batch_sampler=order, pin_memory=pin, **_workers(workers))
+    return DataLoader(dataset, batch_sampler=order, pin_memory=pin, collate_fn=collate, **_workers(workers))
 
 
-def eval_loader(dataset: Dataset[Any], batch_size: int, workers: int, pin: bool) -> DataLoader[tuple[Tensor, Tensor]]:
+def eval_loader(
+    dataset: Dataset[Any], batch_size: int, workers: int, pin: bool, collate: Collate = None
+) -> DataLoader[tuple[Tensor, Any]]:
     """Loader in the order of the files, every item once."""
-    return DataLoader(dataset, batch_size=batch_size, pin_memory=pin, **_workers(workers))
+    return DataLoader(dataset, batch_size=batch_size, pin_memory=pin, collate_fn=collate, **_workers(workers))
 
 
 def _workers(workers: int) -> dict[str, Any]:

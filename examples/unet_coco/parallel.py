@@ -5,7 +5,7 @@
 
 State goes in and out in one form whatever the model is wrapped in: full plain tensors, plain names, the optimizer's
 entries numbered as model.parameters() is. So a checkpoint moves between one process, DDP, FSDP2 and any number of
-ranks. Refuses fp16 with FSDP2: a GradScaler sees the overflows of its own shard only.
+ranks. Refuses with FSDP2: fp16, whose GradScaler sees the overflows of its own shard only, and models but the UNet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .unet import UNet
 
 
 def wrap(
-    model: UNet, precision: Precision, ranks: Ranks, device: torch.device, deterministic: bool = False
+    model: nn.Module, precision: Precision, ranks: Ranks, device: torch.device, deterministic: bool = False
 ) -> nn.Module:
     """What to call in training: the model itself, a DDP of it, or the model sharded in place.
 
@@ -48,6 +48,13 @@ def wrap(
             find_unused_parameters=deterministic and ranks.world > 2,  # keeps DDP from regrouping after the first step
         )
     if ranks.parallel == "fsdp":
+        if not isinstance(model, UNet):
+            raise value_error(
+                f"a {type(model).__name__} cannot train with --parallel fsdp.",
+                got="a model without the blocks that are sharded one by one: stem, down.i, up.i",
+                needs="a UNet (--task semantic or instance)",
+                fix="--parallel ddp",
+            )
         if precision.dtype == torch.float16:
             raise value_error(
                 "fp16 cannot train with --parallel fsdp.",
@@ -67,7 +74,7 @@ def wrap(
     return model
 
 
-def whole_model(model: UNet, make: Callable[[], UNet], ranks: Ranks) -> UNet:
+def whole_model(model: nn.Module, make: Callable[[], nn.Module], ranks: Ranks) -> nn.Module:
     """The model to evaluate: `model`, or of one in shards a plain copy (made by `make`) with the full weights."""
     if ranks.parallel != "fsdp":
         return model
@@ -76,7 +83,9 @@ def whole_model(model: UNet, make: Callable[[], UNet], ranks: Ranks) -> UNet:
     return whole
 
 
-def whole_state(model: UNet, optimizer: torch.optim.Optimizer, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+def whole_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state of the model, state of the optimizer); of a model in shards on rank 0 only. Called on all ranks."""
     if ranks.parallel != "fsdp":
         return model.state_dict(), optimizer.state_dict()
@@ -91,7 +100,7 @@ def whole_state(model: UNet, optimizer: torch.optim.Optimizer, ranks: Ranks) -> 
 
 
 def load_whole_state(
-    model: UNet, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any], ranks: Ranks
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any], ranks: Ranks
 ) -> None:
     """Take over what `whole_state` gave, on every rank."""
     parameters = dict(model.named_parameters())

@@ -71,7 +71,7 @@ class Precision:
 
             nv.extra_state(model, load=state)
 
-    def flops_share(self, model: nn.Module, images: Tensor) -> float:
+    def flops_share(self, model: nn.Module, images: Tensor, *inputs: Any) -> float:
         """Share of the model's FLOPs that run in NVFP4, by the library's coverage report."""
         if self.recipe is None:
             return 0.0
@@ -80,7 +80,7 @@ class Precision:
         was_training = model.training
         generators = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
         with generators, torch.autocast(images.device.type, torch.bfloat16):
-            report = nv.coverage(model, images, recipe=self.recipe).to_dict()
+            report = nv.coverage(model, images, *inputs, recipe=self.recipe).to_dict()
         model.train(was_training)
         return float(report["nvfp4_flops_share"])
 

@@ -1,9 +1,10 @@
 """What a comparison leaves in DIR: summary.json, table.md, table.csv, curves.png, predictions.png and history.json.
 
-    summary.json   {precision: {train_loss, val_loss, dice, miou, miou_hp, step_ms, saved_bytes, nvfp4_flops_share
-                    [, test_dice, test_miou]}}
-    history.json   {precision: {"curve": [{step, loss, lr}],
-                    "epochs": [{epoch, step, train_loss, val_loss, dice, miou}]}}
+    summary.json   {precision: {train_loss, val_loss, SCORES, MAIN_hp, step_ms, saved_bytes, nvfp4_flops_share
+                    [, test_SCORES]}}
+    history.json   {precision: {"curve": [{step, loss, lr}], "epochs": [{epoch, step, train_loss, val_loss, SCORES}]}}
+
+SCORES and MAIN are the task's: dice, miou and miou where every pixel has a class.
 
 Every file is replaced whole or not at all. Without matplotlib there are no curves, and a line says so.
 """
@@ -15,46 +16,53 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from .checkpoint import write_atomically
-from .data import denormalize
-from .losses import IGNORE
 from .tracking import tell_once
 
 Rows = Mapping[str, Mapping[str, float | int]]
-COLUMNS = (
-    ("train_loss", "train loss", "{:.4f}", 1.0),
-    ("val_loss", "val loss", "{:.4f}", 1.0),
-    ("dice", "Dice", "{:.3f}", 1.0),
-    ("miou", "mIoU", "{:.3f}", 1.0),
-    ("miou_hp", "mIoU, weights in fp32", "{:.3f}", 1.0),
-    ("test_dice", "test Dice", "{:.3f}", 1.0),
-    ("test_miou", "test mIoU", "{:.3f}", 1.0),
+History = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
+BEFORE = (("train_loss", "train loss", "{:.4f}", 1.0), ("val_loss", "val loss", "{:.4f}", 1.0))
+AFTER = (
     ("step_ms", "step, ms", "{:.0f}", 1.0),
     ("saved_bytes", "kept for backward, MB", "{:.1f}", 1e-6),
     ("nvfp4_flops_share", "FLOPs in NVFP4, %", "{:.1f}", 100.0),
 )
 
 
-def write_summary(folder: Path, rows: Rows) -> None:
-    """summary.json, table.md and table.csv."""
+def _columns(rows: Rows, titles: Mapping[str, str]) -> list[tuple[str, str, str, float]]:
+    """(key, title, format, factor) of every column that a row has; the task's scores, by `titles`, in the middle."""
+    fixed = {key for key, *_ in (*BEFORE, *AFTER)}
+    scores = dict.fromkeys(key for row in rows.values() for key in row if key not in fixed)
+    between = [(key, _title(key, titles), "{:.3f}", 1.0) for key in scores]
+    return [column for column in (*BEFORE, *between, *AFTER) if any(column[0] in row for row in rows.values())]
+
+
+def _title(key: str, titles: Mapping[str, str]) -> str:
+    if key.endswith("_hp"):
+        return f"{_title(key.removesuffix('_hp'), titles)}, weights in fp32"
+    if key.startswith("test_"):
+        return f"test {_title(key.removeprefix('test_'), titles)}"
+    return titles.get(key, key)
+
+
+def write_summary(folder: Path, rows: Rows, titles: Mapping[str, str]) -> None:
+    """summary.json, table.md and table.csv; `titles` are the names of the task's scores."""
     write_atomically(folder / "summary.json", (json.dumps(rows, indent=2) + "\n").encode())
-    write_atomically(folder / "table.md", (markdown_table(rows) + "\n").encode())
-    keys = [key for key, *_ in COLUMNS if any(key in row for row in rows.values())]
+    write_atomically(folder / "table.md", (markdown_table(rows, titles) + "\n").encode())
+    keys = [key for key, *_ in _columns(rows, titles)]
     lines = [",".join(["precision", *keys])]
     lines += [",".join([name, *(str(row.get(key, "")) for key in keys)]) for name, row in rows.items()]
     write_atomically(folder / "table.csv", ("\n".join(lines) + "\n").encode())
 
 
-def markdown_table(rows: Rows) -> str:
+def markdown_table(rows: Rows, titles: Mapping[str, str] = MappingProxyType({})) -> str:
     """The final table: one line per precision."""
-    shown = [column for column in COLUMNS if any(column[0] in row for row in rows.values())]
+    shown = _columns(rows, titles)
     cells = [["precision", *(title for _, title, _, _ in shown)]]
     for name, row in rows.items():
         cells.append([name, *(form.format(row[key] * factor) if key in row else "" for key, _, form, factor in shown)])
@@ -71,8 +79,8 @@ def markdown_table(rows: Rows) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def write_history(folder: Path, history: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> None:
-    """history.json and, with matplotlib, curves.png: training loss by step, validation loss and mIoU by step."""
+def write_history(folder: Path, history: History, main: str, title: str) -> None:
+    """history.json and, with matplotlib, curves.png: training loss, validation loss and the main score by step."""
     write_atomically(folder / "history.json", (json.dumps(history, indent=1) + "\n").encode())
     try:
         import matplotlib
@@ -88,7 +96,7 @@ def write_history(folder: Path, history: Mapping[str, Mapping[str, Sequence[Mapp
     panels = (
         ("training loss", "curve", "loss"),
         ("validation loss", "epochs", "val_loss"),
-        ("validation mIoU", "epochs", "miou"),
+        (f"validation {title}", "epochs", main),
     )
     for axes, (title, kind, key) in zip(figure.subplots(1, 3), panels, strict=True):
         for name, tracks in history.items():
@@ -119,24 +127,11 @@ def palette(count: int) -> np.ndarray:
     return colours
 
 
-def write_pictures(
-    path: Path, images: Tensor, masks: Tensor, predictions: Mapping[str, Tensor], num_classes: int
-) -> None:
-    """A sheet: one row per image; the columns are image, truth and each precision's prediction; ignored pixels white.
-
-    Args:
-        images: [B, 3, H, W], normalised.
-        masks: [B, H, W] class ids and the ignore index.
-        predictions: per precision [B, H, W] class ids.
-    """
-    colours = palette(num_classes)
-    photos = denormalize(images).permute(0, 2, 3, 1).cpu().numpy()
-    columns = {"image": photos, "truth": colours[masks.cpu().numpy()]}
-    for name, predicted in predictions.items():
-        shown = torch.where(masks.cpu() == IGNORE, IGNORE, predicted.cpu())
-        columns[name] = colours[shown.numpy()]
-    factor = max(1, round(160 / photos.shape[1]))
-    count, h, w = len(photos), photos.shape[1] * factor, photos.shape[2] * factor
+def write_pictures(path: Path, columns: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """A sheet with one row per image; the columns hold pictures [H, W, 3] uint8 of one size."""
+    photos = next(iter(columns.values()))
+    factor = max(1, round(160 / photos[0].shape[0]))
+    count, h, w = len(photos), photos[0].shape[0] * factor, photos[0].shape[1] * factor
     sheet = Image.new("RGB", (len(columns) * (w + 6) + 6, 20 + count * (h + 6)), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     for i, (title, tiles) in enumerate(columns.items()):
@@ -147,13 +142,3 @@ def write_pictures(
     buffer = io.BytesIO()
     sheet.save(buffer, format="png")
     write_atomically(path, buffer.getvalue())
-
-
-def predict(model: torch.nn.Module, images: Tensor, context: Any) -> Tensor:
-    """Class ids [B, H, W] on the CPU, each forward inside `context()`."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), context():
-        predicted = model(images).argmax(dim=1).cpu()
-    model.train(was_training)
-    return predicted

@@ -14,7 +14,7 @@ train.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _HERE = Path(__file__).resolve()
@@ -22,16 +22,17 @@ if str(_HERE.parents[1]) not in sys.path:
     sys.path.insert(0, str(_HERE.parents[1]))  # the package unet_coco and its neighbour _torchvision
 sys.path.append(str(_HERE.parents[2]))  # te_nvfp4_cv of this checkout, where it is not installed
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from te_nvfp4_cv.checks import value_error  # noqa: E402
-from unet_coco.data import SegmentationData, load_data  # noqa: E402
+from unet_coco.data import SegmentationData, denormalize, load_data  # noqa: E402
 from unet_coco.engine import Trainer  # noqa: E402
 from unet_coco.metrics import to_device  # noqa: E402
 from unet_coco.options import Settings, parse_options  # noqa: E402
 from unet_coco.precision import Precision, parse_precisions  # noqa: E402
 from unet_coco.ranks import Ranks, joined, run  # noqa: E402
-from unet_coco.report import markdown_table, predict, write_history, write_pictures, write_summary  # noqa: E402
+from unet_coco.report import markdown_table, write_history, write_pictures, write_summary  # noqa: E402
 from unet_coco.shapes import ShapesSettings, ensure_shapes  # noqa: E402
 from unet_coco.tracking import WandbLog  # noqa: E402
 
@@ -101,12 +102,14 @@ def compare(
     """Train every precision, and write the report after each: an interruption loses nothing that is finished."""
     rows: dict[str, dict[str, float | int]] = {}
     history: dict[str, dict[str, list[dict[str, float]]]] = {}
-    predictions: dict[str, torch.Tensor] = {}
+    predictions: dict[str, list[np.ndarray]] = {}
+    titles: Mapping[str, str] = {}
     out = settings.out
     for precision in precisions:
         folder = out / precision.name
         folder.mkdir(exist_ok=True)
         trainer = Trainer(precision, settings, data, device, folder, ranks)
+        titles = trainer.task.titles
         if settings.resume:
             found = trainer.resume()
             print(
@@ -122,29 +125,31 @@ def compare(
             rows[precision.name] = trainer.summary()
             history[precision.name] = {"curve": trainer.position.curve, "epochs": trainer.position.epochs}
             if ranks.rank == 0:
-                write_summary(out, rows)
-                write_history(out, history)
+                write_summary(out, rows, titles)
+                write_history(out, history, trainer.task.main, titles[trainer.task.main])
             if settings.pictures:
                 sheet = out / "predictions.png"
                 _write_sheet(sheet, trainer, settings.pictures, predictions)
                 log.picture(sheet, trainer.position.step)
         finally:
             log.close(rows.get(precision.name, {}))
-    print(f"\n{markdown_table(rows)}\n")
+    print(f"\n{markdown_table(rows, titles)}\n")
     print(f"table: {out / 'table.md'}, {out / 'table.csv'}, {out / 'summary.json'}")
     pictures = [out / name for name in ("predictions.png", "curves.png") if (out / name).is_file()]
     print(f"pictures: {', '.join(map(str, pictures))}   checkpoints: {out}/<precision>/last.pt")
     return rows
 
 
-def _write_sheet(path: Path, trainer: Trainer, count: int, predictions: dict[str, torch.Tensor]) -> None:
+def _write_sheet(path: Path, trainer: Trainer, count: int, predictions: dict[str, list[np.ndarray]]) -> None:
     """Add this precision's predictions of the first validation images to the sheet."""
-    images, masks = next(iter(trainer.eval_loaders["val"]))
-    images, masks = to_device(images, masks, trainer.device)
-    precision = trainer.precision
-    predictions[precision.name] = predict(trainer.whole, images, lambda: precision.context(trainer.device))[:count]
+    task = trainer.task
+    images, targets = next(iter(trainer.eval_loaders["val"]))
+    images, targets = to_device(images, targets, trainer.device)
+    predictions[trainer.precision.name] = task.draw_predicted(trainer.whole, images, targets, trainer.context)[:count]
     if trainer.ranks.rank == 0:
-        write_pictures(path, images[:count], masks[:count], predictions, len(trainer.class_names))
+        photos = list(denormalize(images).permute(0, 2, 3, 1).cpu().numpy())[:count]
+        truth = task.draw_truth(images, targets)[:count]
+        write_pictures(path, {"image": photos, "truth": truth, **predictions})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""Semantic segmentation: a class for every pixel, by a UNet trained on Dice + cross-entropy.
+
+scores: Dice and mIoU over the split's pixels (metrics.py);   pictures: class colours, ignored pixels white
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import SegmentationDataset
+from .losses import IGNORE, dice_ce
+from .metrics import evaluate
+from .report import palette
+from .split import RawSplit
+from .task import Batches, Context, Task
+from .unet import UNet
+
+
+class Semantic(Task):
+    """--task semantic."""
+
+    titles = {"dice": "Dice", "miou": "mIoU"}
+    main = "miou"
+
+    def architecture(self) -> dict[str, Any]:
+        s = self.settings
+        return {"scale": s.scale, "activation": s.activation, "dropout": s.dropout, "classes": list(self.class_names)}
+
+    def model(self) -> UNet:
+        s = self.settings
+        return UNet(len(self.class_names), s.scale, s.activation, s.dropout)
+
+    def dataset(self, raw: RawSplit, train: bool) -> SegmentationDataset:
+        return SegmentationDataset(raw, self.settings.image_size, train, self.settings.seed)
+
+    def loss(self, output: Tensor, targets: Tensor, group: Any = None) -> Tensor:
+        return dice_ce(output, targets, group=group)
+
+    def evaluate(self, model: nn.Module, batches: Batches, device: torch.device, context: Context) -> dict[str, float]:
+        return asdict(evaluate(model, batches, len(self.class_names), device, context))
+
+    def draw_truth(self, images: Tensor, targets: Tensor) -> list[np.ndarray]:
+        return list(palette(len(self.class_names))[targets.cpu().numpy()])
+
+    def draw_predicted(self, model: nn.Module, images: Tensor, targets: Tensor, context: Context) -> list[np.ndarray]:
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), context():
+            predicted = model(images).argmax(dim=1)
+        model.train(was_training)
+        return self.draw_truth(images, torch.where(targets == IGNORE, IGNORE, predicted))

@@ -1,0 +1,19 @@
+"""The tasks by their names on the command line."""
+
+from __future__ import annotations
+
+from .options import Settings
+from .semantic import Semantic
+from .split import SegmentationData
+from .task import Task
+
+KINDS: dict[str, type[Task]] = {"semantic": Semantic}
+
+
+def make_task(settings: Settings, data: SegmentationData) -> Task:
+    """The task of --task on these data.
+
+    Raises:
+        ValueError: data that the task cannot learn from.
+    """
+    return KINDS[settings.task](settings, data)
