@@ -68,6 +68,9 @@ FLOORS: dict[str, int] = {
 ROOMS = {  # package: patterns of the files that may import it
     "triton": "ops/numerics.py ops/decode.py ops/kernels.py ops/*/kernels*.py ops/*/launch.py",
     "wandb": "telemetry/*.py",
+    "matplotlib": "telemetry/*.py",
+    "plotly": "telemetry/*.py",
+    "tensorboard": "telemetry/*.py",
     "onnx": "export/*.py",
     "onnxscript": "export/*.py",
     "onnxruntime": "export/*.py",

@@ -24,6 +24,9 @@ from unet_coco.options import parse_options
 from unet_coco.precision import parse_precisions
 from unet_coco.train import main
 
+import te_nvfp4_cv as nv
+from te_nvfp4_cv import checks, telemetry
+from te_nvfp4_cv.telemetry import Telemetry, attach
 from tests.unet_coco_data import EXAMPLES, KEYS, SMALL, draw_shapes, write_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
@@ -132,28 +135,13 @@ def test_works_without_wandb_tqdm_and_matplotlib(
     for name in ("wandb", "tqdm", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(tracking, "_told", set())
+    monkeypatch.setattr(checks, "_warned", set())
     options = [option for option in SMALL if option != "--no-wandb"]
-    main(["--data", str(shapes), "--precisions", "fp32", "bf16", "--steps", "1", "--out", str(tmp_path), *options])
+    with pytest.warns(UserWarning, match="wandb is not installed") as told:
+        main(["--data", str(shapes), "--precisions", "fp32", "bf16", "--steps", "1", "--out", str(tmp_path), *options])
     printed = capsys.readouterr().out
-    assert all(printed.count(f"{name} is not installed") == 1 for name in ("wandb", "tqdm", "matplotlib"))
-
-
-def test_wandb_is_offline_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str | None, dict[str, Any]]] = []
-
-    class FakeWandb:
-        Settings = staticmethod(lambda **options: options)
-
-        @staticmethod
-        def init(**options: Any) -> None:
-            calls.append((tracking.os.environ.get("WANDB_MODE"), options))
-
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    tracking.WandbLog(True, tmp_path, "group", "bf16", {})
-    monkeypatch.setenv("WANDB_MODE", "online")
-    tracking.WandbLog(True, tmp_path, "group", "bf16", {})
-    assert [mode for mode, _ in calls] == ["offline", "online"] and calls[0][1]["dir"] == str(tmp_path)
+    assert all(printed.count(f"{name} is not installed") == 1 for name in ("tqdm", "matplotlib"))
+    assert sum("wandb" in str(warning.message) for warning in told) == 1
 
 
 def make_trainer(shapes: Path, tmp_path: Path, precision: str = "fp32", options: tuple[str, ...] = ()) -> Trainer:
@@ -162,8 +150,8 @@ def make_trainer(shapes: Path, tmp_path: Path, precision: str = "fp32", options:
     return Trainer(parse_precisions([precision], "unet")[0], settings, data, torch.device("cpu"), tmp_path)
 
 
-def quiet() -> tracking.WandbLog:
-    return tracking.WandbLog(False, Path(), "", "", {})
+def quiet(trainer: Trainer) -> Telemetry:
+    return attach(trainer.model, every=0)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +196,7 @@ def test_damaged_checkpoint(shapes: Path, tmp_path: Path) -> None:
 
 def test_full_disk_leaves_the_old_checkpoint(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(shapes, tmp_path, options=("--steps", "2"))
-    trainer.train(quiet())
+    trainer.train(quiet(trainer))
     old = trainer.checkpoint_path.read_bytes()
 
     def half(file: Any, content: memoryview) -> None:
@@ -218,7 +206,7 @@ def test_full_disk_leaves_the_old_checkpoint(shapes: Path, tmp_path: Path, monke
     monkeypatch.setattr(checkpoint, "_write_all", half)
     trainer.total_steps = 3
     with pytest.raises(RuntimeError, match=r"last.pt could not be written[\s\S]*No space left[\s\S]*--resume"):
-        trainer.train(quiet())
+        trainer.train(quiet(trainer))
     monkeypatch.undo()
     assert trainer.checkpoint_path.read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"], "no draft is left"
@@ -246,7 +234,7 @@ def test_divergence_is_an_error(shapes: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         trainer.model.head.bias.fill_(math.nan)
     with pytest.raises(RuntimeError, match=r"diverged[\s\S]*loss nan at step 1"):
-        trainer.train(quiet())
+        trainer.train(quiet(trainer))
     assert not trainer.checkpoint_path.exists()
 
 
@@ -267,3 +255,36 @@ def test_nvfp4_beside_bf16(shapes: Path, tmp_path: Path) -> None:
     assert rows["nvfp4"]["nvfp4_flops_share"] > 0.5 and rows["bf16"]["nvfp4_flops_share"] == 0
     assert rows["nvfp4"]["saved_bytes"] < rows["bf16"]["saved_bytes"]
     assert rows["nvfp4"]["train_loss"] == pytest.approx(rows["bf16"]["train_loss"], rel=0.1)
+
+
+def test_telemetry_does_not_change_a_run_and_goes_on_with_a_resume(shapes: Path, tmp_path: Path) -> None:
+    common = ["--data", str(shapes), "--precisions", "nvfp4", "--epochs", "2", *SMALL, "--scale", "0.25"]
+    main([*common, "--telemetry-every", "0", "--out", str(tmp_path / "unseen")])
+    for stop in (["--steps", "4"], ["--resume"]):
+        main([*common, *stop, "--telemetry-every", "2", "--tensorboard", "--out", str(tmp_path / "seen")])
+    a, b = (checkpoint.load_checkpoint(tmp_path / name / "nvfp4" / "last.pt") for name in ("unseen", "seen"))
+    same(a, b)
+    assert not telemetry.read(tmp_path / "unseen" / "nvfp4" / "telemetry.jsonl").steps
+    run = telemetry.read(tmp_path / "seen" / "nvfp4" / "telemetry.jsonl")
+    assert list(run.steps) == [0, 2, 4] and (run.name, run.group, run.model) == ("nvfp4", "seen", "UNet")
+    assert run.steps[4]["down.3.conv.0"]["precision"] == "nvfp4" and run.steps[4]["head"]["precision"] == "high"
+    assert {"train/loss", "val/miou"} <= set(run.scalars[6]) | set(run.scalars[3])
+    assert list((tmp_path / "seen" / "tensorboard" / "nvfp4").glob("events.*"))
+    main([*common, "--telemetry-every", "2", "--out", str(tmp_path / "seen")])  # a new run beside the old one's records
+    again = telemetry.read(tmp_path / "seen" / "nvfp4" / "telemetry_2.jsonl")
+    assert list(again.steps) == [0, 2, 4] and telemetry.read(run.path).steps == run.steps
+
+
+def test_the_last_epochs_in_high_precision(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ["--data", str(shapes), "--precisions", "nvfp4", "--epochs", "3", *SMALL, "--scale", "0.25"]
+    main([*common, "--high-precision-last", "1", "--telemetry-every", "3", "--out", str(tmp_path)])
+    run = telemetry.read(tmp_path / "nvfp4" / "telemetry.jsonl")
+    precisions = [layers["down.3.conv.0"]["precision"] for layers in run.steps.values()]
+    assert list(run.steps) == [0, 3, 6] and precisions == ["nvfp4", "nvfp4", "high"]
+
+    trainer = make_trainer(shapes, tmp_path, "nvfp4", ("--epochs", "3", "--high-precision-last", "1"))
+    at, enabled = trainer.position, []
+    for at.step, at.epoch, at.batch in ((0, 0, 0), (3, 1, 0), (6, 2, 0), (7, 2, 1), (9, 3, 0)):
+        with trainer.context():  # to evaluate: the precision of the last step
+            enabled.append(nv.active_recipe() is not None)
+    assert enabled == [True, True, True, False, False]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.checks import runtime_error
+from te_nvfp4_cv.telemetry import Telemetry
 
 from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .metrics import saved_bytes, to_device
@@ -35,7 +36,7 @@ from .precision import Precision
 from .ranks import Ranks
 from .split import SegmentationData
 from .tasks import make_task
-from .tracking import Progress, WandbLog
+from .tracking import Progress
 
 WARM_UP_STEPS = 3
 TIMES_KEPT = 1000
@@ -110,25 +111,29 @@ class Trainer:
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, log: WandbLog) -> None:
-        """Train from `position` to the last step, with a checkpoint at each epoch's end and at the last step."""
+    def train(self, watch: Telemetry) -> None:
+        """Train from `position` to the last step, with a checkpoint at each epoch's end and at the last step.
+
+        Args:
+            watch: looks on at its own interval, and is told the run's figures.
+        """
         at = self.position
         progress = Progress(self.precision.name, self.total_steps, at.step, self.ranks.rank)
         self.model.train()
         try:
             while at.step < self.total_steps:
-                self._train_epoch(progress, log)
+                self._train_epoch(progress, watch)
         finally:
             progress.close()
 
-    def _train_epoch(self, progress: Progress, log: WandbLog) -> None:
+    def _train_epoch(self, progress: Progress, watch: Telemetry) -> None:
         at, every = self.position, self.settings.log_every
         self.order.epoch, self.order.start = at.epoch, at.batch
         self._whole = None  # with FSDP2 a full copy: not beside the shards while they train
         pending: list[Tensor] = []
         for images, targets in self.loader:
             begun = self._clock()
-            pending.append(self._step(*to_device(images, targets, self.device)))
+            pending.append(self._step(*to_device(images, targets, self.device), watch))
             taken_ms = (self._clock() - begun) * 1e3
             times = at.first_ms if self.steps_here < WARM_UP_STEPS else at.step_ms
             times.append(taken_ms)
@@ -141,7 +146,7 @@ class Trainer:
             if at.step % every == 0:
                 recent = sum(at.losses[-every:]) / len(at.losses[-every:])
                 at.curve.append({"step": at.step, "loss": recent, "lr": self._lr(at.step - 1)})
-                log.log({"train/loss": recent, "train/lr": self._lr(at.step - 1)}, at.step)
+                watch.scalars(at.step, {"train/loss": recent, "train/lr": self._lr(at.step - 1)})
                 progress.step(loss=f"{recent:.4f}")
                 progress.line(f"{self.precision.name:>8}  step {at.step:>6}/{self.total_steps}  loss {recent:.4f}")
             else:
@@ -149,20 +154,21 @@ class Trainer:
             if ends:
                 break
         if at.batch == len(self.order):
-            self._end_epoch(progress, log)
+            self._end_epoch(progress, watch)
         self._save()
 
-    def _step(self, images: Tensor, targets: Any) -> Tensor:
+    def _step(self, images: Tensor, targets: Any, watch: Telemetry) -> Tensor:
         """One optimizer step; returns the loss of the whole batch, on the device."""
         at, rank = self.position, self.ranks.rank
         torch.manual_seed(mix_seed(self.settings.seed, at.step, *([rank] if rank else [])))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(at.step)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.context():
-            output = self.wrapped(images, *self.task.inputs(targets))
-            loss = self.task.loss(output, targets, self.ranks.group)
-        self.scaler.scale(loss).backward()
+        with watch.step(at.step, self.scaler.get_scale() if watch.due(at.step) else 1.0):
+            with self.context(at.epoch):
+                output = self.wrapped(images, *self.task.inputs(targets))
+                loss = self.task.loss(output, targets, self.ranks.group)
+            self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
@@ -185,14 +191,14 @@ class Trainer:
                 )
         at.losses += values
 
-    def _end_epoch(self, progress: Progress, log: WandbLog) -> None:
+    def _end_epoch(self, progress: Progress, watch: Telemetry) -> None:
         at = self.position
         at.last_epoch_loss = sum(at.losses) / len(at.losses)
         at.epoch, at.batch, at.losses = at.epoch + 1, 0, []
         if at.epoch % self.settings.eval_every and at.epoch < self.settings.epochs:
             return
         scores = self.evaluate("val")
-        log.log({f"val/{key}": value for key, value in scores.items()}, at.step)
+        watch.scalars(at.step, {f"val/{key}": value for key, value in scores.items()})
         val_loss = scores.pop("loss")
         row = {"epoch": at.epoch, "step": at.step, "train_loss": at.last_epoch_loss}
         at.epochs.append({**row, "val_loss": val_loss, **scores})
@@ -223,9 +229,14 @@ class Trainer:
         context = nullcontext if high_precision else self.context
         return self.task.evaluate(self.whole, self.eval_loaders[split], self.device, context)
 
-    def context(self) -> AbstractContextManager[None]:
-        """What a forward pass in the precision trained runs in."""
-        return self.precision.context(self.device)
+    def context(self, epoch: int | None = None) -> AbstractContextManager[None]:
+        """What a forward pass of that epoch runs in (None: of the epoch of the last step, to evaluate it).
+        --high-precision-last turns NVFP4 off for its epochs.
+        """
+        at, s = self.position, self.settings
+        if epoch is None:
+            epoch = at.epoch if at.batch or not at.step else at.epoch - 1
+        return self.precision.context(self.device, epoch < s.epochs - s.high_precision_last)
 
     def summary(self) -> dict[str, float | int]:
         """The row of summary.json for this precision."""

@@ -53,6 +53,9 @@ class Settings:
     deterministic: bool
     parallel: str
     share_amax: bool
+    high_precision_last: int
+    telemetry_every: int
+    tensorboard: bool
     timeout: int
     wandb: bool
 
@@ -139,6 +142,21 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         help="how long a rank waits for another before the job ends (default: 600)",
     )
     add(
+        "--high-precision-last",
+        type=int,
+        default=0,
+        metavar="K",
+        help="NVFP4 is turned off for the last K epochs (default: 0)",
+    )
+    add(
+        "--telemetry-every",
+        type=int,
+        default=100,
+        metavar="N",
+        help="look at weights, activations and gradients of every Nth step (default: 100; 0: never)",
+    )
+    add("--tensorboard", action="store_true", help="write the telemetry for TensorBoard, too")
+    add(
         "--no-wandb",
         dest="wandb",
         action="store_false",
@@ -165,6 +183,8 @@ def _check(settings: Settings) -> None:
         "timeout": 1,
         "workers": 0,
         "pictures": 0,
+        "high_precision_last": 0,
+        "telemetry_every": 0,
     }
     for name, low in {**least, "seed": 0}.items():
         value = getattr(settings, name)

@@ -45,15 +45,15 @@ class Precision:
             nv.set_precision(model, self.recipe)
 
     @contextlib.contextmanager
-    def context(self, device: torch.device) -> Iterator[None]:
-        """The contexts that a forward pass runs in."""
+    def context(self, device: torch.device, nvfp4: bool = True) -> Iterator[None]:
+        """The contexts that a forward pass runs in; without `nvfp4`, what is left of them in high precision."""
         with contextlib.ExitStack() as stack:
             if self.dtype is not None:
                 stack.enter_context(torch.autocast(device.type, self.dtype))
             if self.recipe is not None:
                 import te_nvfp4_cv as nv
 
-                stack.enter_context(nv.nvfp4_autocast(self.recipe, amax_reduction_group=self.amax_group))
+                stack.enter_context(nv.nvfp4_autocast(self.recipe, enabled=nvfp4, amax_reduction_group=self.amax_group))
             yield
 
     def extra_state(self, model: nn.Module) -> dict[str, Any] | None:

@@ -1,15 +1,20 @@
-"""What a run tells while it trains: a progress bar, lines, and a W&B log.
+"""What a run tells while it trains: a progress bar, lines, and telemetry.
 
-W&B is offline unless WANDB_MODE says otherwise, so that no key and no network are needed. Without wandb or tqdm
-installed the run goes on without them, and says so once.
+Without tqdm installed the run goes on with lines, and says so once.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from torch import nn
+
+from te_nvfp4_cv import telemetry
+from te_nvfp4_cv.telemetry import Telemetry
+
+from .options import Settings
 
 _told: set[str] = set()
 
@@ -55,43 +60,28 @@ class Progress:
             self._bar.close()
 
 
-class WandbLog:
-    """One W&B run per precision, all in one group, so that the same keys lie over each other."""
+def start_telemetry(
+    model: nn.Module, settings: Settings, precision: str, recipe: Any, folder: Path, rank: int
+) -> Telemetry:
+    """Telemetry of one precision's run: JSON lines in its folder, W&B and TensorBoard where they are asked for.
 
-    def __init__(self, enabled: bool, folder: Path, group: str, name: str, config: dict[str, Any]) -> None:
-        self._run: Any = None
-        if not enabled:
-            return
-        os.environ.setdefault("WANDB_MODE", "offline")
-        try:
-            import wandb
-        except ImportError:
-            tell_once("wandb is not installed: no W&B log (pip install wandb; everything else is written all the same)")
-            return
-        try:
-            self._run = wandb.init(
-                project="te_nvfp4_cv_unet_coco",
-                group=group,
-                name=name,
-                dir=str(folder),
-                config=config,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except Exception as error:  # a log must never cost a training run
-            tell_once(f"W&B could not start, so there is no W&B log: {error}")
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        if self._run is not None:
-            self._run.log(figures, step=step)
-
-    def picture(self, path: Path, step: int) -> None:
-        """Add an image file."""
-        if self._run is not None:
-            import wandb
-
-            self._run.log({"predictions": wandb.Image(str(path))}, step=step)
-
-    def close(self, summary: dict[str, Any]) -> None:
-        if self._run is not None:
-            self._run.summary.update(summary)
-            self._run.finish()
+    Args:
+        folder: of this precision, in the run's folder, whose name is the W&B group.
+        rank: only rank 0 writes.
+    """
+    group = settings.out.name
+    sinks: list[telemetry.Sink] = []
+    if rank == 0:
+        path = folder / "telemetry.jsonl"
+        if settings.resume and path.is_file():
+            sinks.append(telemetry.JSONL(path, resume=True))
+        else:
+            sinks.append(telemetry.JSONL(telemetry.fresh_path(path)))
+        if settings.wandb:
+            config = {**{key: str(value) for key, value in vars(settings).items()}, "precision": precision}
+            sinks.append(telemetry.WandB("te_nvfp4_cv_unet_coco", group, precision, settings.out, config))
+        if settings.tensorboard:
+            sinks.append(telemetry.TensorBoard(settings.out / "tensorboard" / precision))
+    return telemetry.attach(
+        model, every=settings.telemetry_every, sinks=sinks, name=precision, group=group, recipe=recipe
+    )

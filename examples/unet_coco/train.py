@@ -34,7 +34,7 @@ from unet_coco.precision import Precision, parse_precisions  # noqa: E402
 from unet_coco.ranks import Ranks, joined, run  # noqa: E402
 from unet_coco.report import markdown_table, write_history, write_pictures, write_summary  # noqa: E402
 from unet_coco.shapes import ShapesSettings, ensure_shapes  # noqa: E402
-from unet_coco.tracking import WandbLog  # noqa: E402
+from unet_coco.tracking import start_telemetry  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | int]]:
@@ -116,12 +116,9 @@ def compare(
                 f"{precision.name}: "
                 + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting anew")
             )
-        config = {key: str(value) for key, value in vars(settings).items()}
-        log = WandbLog(
-            settings.wandb and ranks.rank == 0, out, out.name, precision.name, {**config, "precision": precision.name}
-        )
+        watch = start_telemetry(trainer.model, settings, precision.name, precision.recipe, folder, ranks.rank)
         try:
-            trainer.train(log)
+            trainer.train(watch)
             rows[precision.name] = trainer.summary()
             history[precision.name] = {"curve": trainer.position.curve, "epochs": trainer.position.epochs}
             if ranks.rank == 0:
@@ -130,9 +127,9 @@ def compare(
             if settings.pictures:
                 sheet = out / "predictions.png"
                 _write_sheet(sheet, trainer, settings.pictures, predictions)
-                log.picture(sheet, trainer.position.step)
+                watch.image("predictions", sheet, trainer.position.step)
         finally:
-            log.close(rows.get(precision.name, {}))
+            watch.close(rows.get(precision.name, {}))
     print(f"\n{markdown_table(rows, titles)}\n")
     print(f"table: {out / 'table.md'}, {out / 'table.csv'}, {out / 'summary.json'}")
     pictures = [out / name for name in ("predictions.png", "curves.png") if (out / name).is_file()]

@@ -28,6 +28,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,11 +44,11 @@ from te_nvfp4_cv.policy import plain_name
 from te_nvfp4_cv.recipe import as_recipe
 from te_nvfp4_cv.telemetry import blocks as operand_blocks
 from te_nvfp4_cv.telemetry import statistics
+from te_nvfp4_cv.telemetry.records import FORMAT, VERSION
 from te_nvfp4_cv.telemetry.sinks import Sink
 
 LAYERS = tuple(NVFP4_CLASSES)
 THRESHOLD = 3**0.5
-FORMAT, VERSION = "te_nvfp4_cv.telemetry", 1
 
 
 def attach(
@@ -65,7 +66,7 @@ def attach(
     """Start to watch a model; see the top of this file.
 
     Args:
-        every: steps between samples; step 0 is one.
+        every: steps between samples; step 0 is one. 0: no samples, only `scalars`.
         sinks: where records go (JSONL, WandB, TensorBoard, or anything with their methods).
         name: of this run, one per precision; group: of the runs that are compared.
         recipe: written into the header, for people.
@@ -81,7 +82,7 @@ def attach(
             "telemetry: not a module.", got=describe(model), needs="a torch.nn.Module", fix="attach(model, ...)"
         )
     for argument, value, least in (
-        ("every", every, 1),
+        ("every", every, 0),
         ("max_elements", max_elements, 16),
         ("noise_bytes", noise_bytes, 0),
     ):
@@ -137,7 +138,7 @@ class Telemetry:
 
     def due(self, step: int) -> bool:
         """Whether that step is a sample, on this rank."""
-        return bool(self.sinks) and step % self.every == 0
+        return bool(self.sinks) and self.every > 0 and step % self.every == 0
 
     @contextmanager
     def step(self, step: int, grad_scale: float | Tensor = 1.0) -> Iterator[None]:
@@ -190,6 +191,11 @@ class Telemetry:
         """Record a run's own figures on the same step axis."""
         for sink in self.sinks:
             sink.scalars(step, dict(values))
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Show a picture where a sink can."""
+        for sink in self.sinks:
+            sink.image(name, path, step)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
         """Finish the sinks; the last call."""

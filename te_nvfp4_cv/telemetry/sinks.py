@@ -1,19 +1,313 @@
-"""Where telemetry's records go."""
+"""Where telemetry's records go: JSON lines, Weights & Biases, TensorBoard. None is needed; each needs only its own
+package.
+
+JSONL never overwrites a file. W&B is offline unless WANDB_MODE says otherwise, and no trouble with it (no package, no
+login, no network) ends a run: it goes on, offline where that is possible, and says so once. A disk that fails turns
+its sink off, and says so once.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+
+from te_nvfp4_cv.checks import value_error, warn_once
+from te_nvfp4_cv.telemetry.records import dumps
 
 
 class Sink(Protocol):
-    """What a sink does."""
+    """What a sink does; records are those of records.py."""
 
-    def start(self, header: dict[str, Any]) -> None: ...
+    def start(self, header: dict[str, Any]) -> None:
+        """The run's header comes first."""
+        ...
 
-    def step(self, record: dict[str, Any]) -> None: ...
+    def step(self, record: dict[str, Any]) -> None:
+        """A sampled step."""
+        ...
 
-    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """The run's own figures."""
+        ...
 
-    def alarm(self, record: dict[str, Any]) -> None: ...
+    def alarm(self, record: dict[str, Any]) -> None:
+        """An alarm of the step that came last."""
+        ...
 
-    def close(self, summary: dict[str, Any] | None = None) -> None: ...
+    def image(self, name: str, path: Path, step: int) -> None:
+        """A picture."""
+        ...
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """The end."""
+        ...
+
+
+def fresh_path(path: str | os.PathLike[str]) -> Path:
+    """`path`, or the first of path_2, path_3, ... that does not exist yet."""
+    first = Path(path)
+    found, number = first, 1
+    while found.exists():
+        number += 1
+        found = first.with_name(f"{first.stem}_{number}{first.suffix}")
+    return found
+
+
+class JSONL:
+    """One line per record, written at once.
+
+    Args:
+        path: of a file that does not exist yet; its folder is made.
+        resume: go on in the file that is there; a last line that was cut off is removed.
+    Raises:
+        ValueError: the file is there and resume is False; it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
+        self.path = Path(path)
+        self._on = True
+        if self.path.exists() and not resume:
+            raise value_error(
+                f"telemetry: {self.path} is there already.",
+                got="a file of another run",
+                needs="a new file: runs never overwrite each other",
+                fix="another path, telemetry.fresh_path(path), or resume=True to go on in it",
+            )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                content = self.path.read_bytes()
+                if content and not content.endswith(b"\n"):
+                    os.truncate(self.path, content.rfind(b"\n") + 1)
+            self.path.open("a", encoding="utf-8").close()
+        except OSError as error:
+            raise value_error(
+                f"telemetry: {self.path} cannot be written.",
+                got=str(error),
+                needs="a folder that can be written",
+                fix="choose another path",
+            ) from error
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self._on:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(dumps(record) + "\n")
+        except OSError as error:
+            self._on = False
+            warn_once(f"telemetry {self.path}", f"nvfp4 telemetry: {self.path} is written no further: {error}")
+
+    def start(self, header: dict[str, Any]) -> None:
+        self._write(header)
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._write(record)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._write({"kind": "scalars", "step": step, "values": values})
+
+    def alarm(self, record: dict[str, Any]) -> None:
+        self._write(record)
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Pictures stay files of their own."""
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Nothing is held open."""
+
+
+# ---- what charts get of a record ------------------------------------------------------------------------------------
+
+
+def figures(layers: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, value) of what is worth a curve: layer/figure and layer/tensor/figure."""
+    for layer, held in layers.items():
+        for key in ("flip_rate", "oscillation"):
+            if held.get(key) is not None:
+                yield f"{layer}/{key}", held[key]
+        ratio = held.get("gradient", {}).get("ratio")
+        if ratio is not None:
+            yield f"{layer}/gradient_to_noise", ratio
+        for tensor, values in held["tensors"].items():
+            for key in ("sqnr_db", "correlation", "underflow", "saturation"):
+                if key in values:
+                    yield f"{layer}/{tensor}/{key}", values[key]
+            for key in ("mean", "std", "kurtosis", "amax"):
+                yield f"{layer}/{tensor}/{key}", values["raw"][key]
+
+
+def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, counts, edges) of each raw tensor that has values other than 0."""
+    for layer, held in layers.items():
+        for tensor, values in held["tensors"].items():
+            counts, amax = np.asarray(values["raw"]["histogram"]), values["raw"]["amax"]
+            if counts.sum() and amax:
+                yield f"{layer}/{tensor}/values", counts, np.linspace(-amax, amax, len(counts) + 1)
+
+
+# ---- Weights & Biases -----------------------------------------------------------------------------------------------
+
+
+class WandB:
+    """A W&B run: one per precision, in the group of the runs that are compared, on the records' own step axis.
+
+    Args:
+        project, group, name, config: as wandb.init takes them.
+        folder: where W&B keeps its files.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        group: str,
+        name: str,
+        folder: str | os.PathLike[str],
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self._run: Any = None
+        os.environ.setdefault("WANDB_MODE", "offline")
+        try:
+            import wandb
+        except ImportError:
+            warn_once("wandb absent", "wandb is not installed: no W&B log (pip install wandb); all else is written")
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        options: dict[str, Any] = {
+            "project": project,
+            "group": group,
+            "name": name,
+            "dir": str(folder),
+            "config": config or {},
+        }
+        modes: list[Any] = list(dict.fromkeys((os.environ["WANDB_MODE"], "offline")))
+        for mode in modes:
+            try:
+                settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+                self._run = wandb.init(mode=mode, settings=settings, **options)
+                self._run.define_metric("step")
+                self._run.define_metric("*", step_metric="step")
+                return
+            except Exception as error:  # whatever it is, a log must never cost a training run
+                self._run = None
+                then = "the run goes on without W&B" if mode == "offline" else "the run goes on offline"
+                warn_once(f"wandb {mode}", f"W&B ({mode}) could not start, {then}: {error}")
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(values)
+        except Exception as error:
+            self._run = None
+            warn_once("wandb log", f"W&B takes no more records, the run goes on without it: {error}")
+
+    def start(self, header: dict[str, Any]) -> None:
+        if self._run is not None:
+            shown = {key: header[key] for key in ("model", "recipe", "every", "started")}
+            self._run.config.update({"telemetry": shown}, allow_val_change=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        import wandb
+
+        values: dict[str, Any] = {"step": record["step"], **dict(figures(record["layers"]))}
+        for name, counts, edges in histograms(record["layers"]):
+            values[name] = wandb.Histogram(np_histogram=(counts, edges))
+        self._log(values)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._log({"step": step, **values})
+
+    def alarm(self, record: dict[str, Any]) -> None:
+        self._log({"step": record["step"], f"alarm/{record['layer']}": 1})
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        if self._run is not None:
+            import wandb
+
+            self._log({"step": step, name: wandb.Image(str(path))})
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.summary.update(summary or {})
+            self._run.finish()
+        except Exception as error:
+            warn_once("wandb close", f"W&B could not finish its run: {error}")
+        self._run = None
+
+
+# ---- TensorBoard ----------------------------------------------------------------------------------------------------
+
+
+class TensorBoard:
+    """Scalars and histograms for TensorBoard, in an event file of their own in `folder`.
+
+    Raises:
+        ValueError: tensorboard is not installed, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise value_error(
+                "telemetry: tensorboard is not installed.",
+                got=str(error),
+                needs="the package tensorboard",
+                fix="pip install tensorboard, or leave the sink out",
+            ) from error
+        try:
+            self._writer: Any = SummaryWriter(str(folder))
+        except OSError as error:
+            raise value_error(
+                f"telemetry: {folder} cannot be written.",
+                got=str(error),
+                needs="a folder that can be written",
+                fix="choose another folder",
+            ) from error
+
+    def start(self, header: dict[str, Any]) -> None:
+        self._writer.add_text(
+            "run", f"```\n{json.dumps({k: v for k, v in header.items() if k != 'layers'}, indent=1)}\n```"
+        )
+
+    def step(self, record: dict[str, Any]) -> None:
+        for name, value in figures(record["layers"]):
+            self._writer.add_scalar(name, value, record["step"])
+        for name, counts, edges in histograms(record["layers"]):
+            centres = (edges[1:] + edges[:-1]) / 2
+            self._writer.add_histogram_raw(
+                name,
+                min=float(edges[0]),
+                max=float(edges[-1]),
+                num=int(counts.sum()),
+                sum=float((counts * centres).sum()),
+                sum_squares=float((counts * centres**2).sum()),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=record["step"],
+            )
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def alarm(self, record: dict[str, Any]) -> None:
+        self._writer.add_text(f"alarm/{record['layer']}", record["text"], record["step"])
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        from PIL import Image
+
+        self._writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        self._writer.close()

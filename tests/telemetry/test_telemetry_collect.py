@@ -360,7 +360,7 @@ def test_an_exception_inside_leaves_nothing_behind():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"every": 0}, "every"),
+        ({"every": -1}, "every"),
         ({"every": 1.5}, "every"),
         ({"max_elements": 3}, "max_elements"),
         ({"noise_bytes": -1}, "n"),
