@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import layer, layer_operator, scaling
+from te_nvfp4_cv import layer, layer_operator, scaling, weight_transforms
 from te_nvfp4_cv import producer as producers
 from te_nvfp4_cv.autograd import QuantizedConv
 from te_nvfp4_cv.checks import describe, value_error
@@ -177,6 +177,7 @@ def _execute(
     plan = Plan(geometry, recipe, chosen, dispatch.compute_dtype(x.dtype, x.device, autocast), channels_last)
     if torch.compiler.is_compiling():  # no producers and no observers inside of a graph
         scaling.refuse(plan, group)
+        w = weight_transforms.apply(w, None, plan)
         y = layer_operator.apply(x, w, bias, plan, group)
         return y.squeeze(0) if unbatched else y
     call = Call(op, w, x, geometry, recipe, "")
@@ -184,6 +185,7 @@ def _execute(
     if producer is not None and not producer.serves(plan, torch.is_grad_enabled() and w.requires_grad, scales):
         producers.settle(x)
         producer = None
+    w = weight_transforms.apply(w, codes, plan)
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not know: no face is made that nobody keeps
         x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
     y = _reported(call, lambda watch: QuantizedConv.apply(x, w, bias, plan, codes, scales, producer, watch))

@@ -213,6 +213,13 @@ def quantize_weight(w: Tensor, plan: Plan, keep: bool, amax: Tensor | None = Non
     )
 
 
+def dequantized_weight(w: Tensor, plan: Plan) -> Tensor:
+    """w [axis 0, axis 1, *kernel] quantized for fprop and dequantized, fp32."""
+    row_data, row_scale, col_data, col_scale, amax = quantize_weight(w, plan, keep=False)
+    kept = {"w_row": row_data, "w_row_scale": row_scale, "w_col": col_data, "w_col_scale": col_scale, "w_amax": amax}
+    return _dequantized_weight(kept, plan)
+
+
 def _weight_operand(
     w_q: tuple[Tensor, ...], face: str, plan: Plan, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,202 @@
+"""Levers against the gap of 4-bit training that act on weights; all are off unless they are asked for.
+
+    nv.learn_scales(model, "scale")          one learnable multiplier of the block scales per layer
+    nv.learn_scales(model, "clip")           one learnable clipping threshold per layer
+    loss = loss + strength * nv.damping_loss(model, recipe)
+
+learn_scales gives each layer that can run in NVFP4 one more parameter, `weight_scale` or `weight_clip`, a fraction that
+starts at 1, where nothing changes. It is in model.parameters() and in the state_dict; the weight keeps its name and
+shape. It acts where the layer runs in NVFP4 only. Call it before the optimizer is made, before DDP, and before
+load_state_dict of a model that has it. What they compute: weight_transforms.py.
+
+damping_loss pulls weights towards the values that they are rounded to, so that they do not swing between two codes:
+
+    sum over layers of  |w - q(w)|^2 / |w|^2,    gradient 2 (w - q(w)) / |w|^2    (q(w) and |w|^2 are held constant)
+
+Source: PACT arXiv 1805.06085, LSQ arXiv 1902.08153, oscillation damping arXiv 2203.11086.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv import calls, context, weight_transforms
+from te_nvfp4_cv import plan as steps
+from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.modules import NVFP4_CLASSES
+from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.policy import entries_of, plain_name
+from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+
+NAMES = {weight_transforms.CLIP: "weight_clip", weight_transforms.SCALE: "weight_scale"}
+LAYERS = tuple(NVFP4_CLASSES)
+
+
+class _Enter:
+    """Forward pre-hook: the module's learned parameter starts to rule."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        weight_transforms.push(module, self.kind, getattr(module, NAMES[self.kind]))
+
+
+class _Leave:
+    """Forward hook, called after an exception too."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        weight_transforms.pop(module)
+
+
+def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> list[nn.Parameter]:
+    """Give layers a learnable fraction; see the top of this file.
+
+    Args:
+        kind: "scale" (LSQ) multiplies the block scales, "clip" (PACT) the largest weight.
+        layers: fnmatch pattern of module names without the parts that wrappers add.
+    Returns:
+        The new parameters, and those of an earlier call: fp32, no axes.
+    Raises:
+        TypeError: no module; ValueError: another kind, a pattern without a layer that can run in NVFP4, layers that
+            have the other kind, weights that are sharded.
+    """
+    if not isinstance(model, nn.Module):
+        raise type_error(
+            "learn_scales: not a module.",
+            got=describe(model),
+            needs="a torch.nn.Module",
+            fix="learn_scales(model, kind)",
+        )
+    if kind not in NAMES:
+        raise value_error(
+            "learn_scales: unknown kind.", got=repr(kind), needs="'scale' or 'clip'", fix="learn_scales(model, 'scale')"
+        )
+    chosen = {n: m for n, m in _layers(model) if fnmatch.fnmatchcase(n, layers) and not _thin(m)}
+    other = next(name for name in NAMES if name != kind)
+    problems = {
+        "no layer that can run in NVFP4 matches": [] if chosen else [layers],
+        "layers that learn the other kind": [n for n, m in chosen.items() if hasattr(m, NAMES[other])],
+        "sharded weights": [n for n, m in chosen.items() if hasattr(m.weight, "to_local")],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise value_error(
+                f"learn_scales: {problem}.",
+                got=", ".join(map(repr, names[:4])),
+                needs="convolutions or linear layers with 16 channels on both sides, whole, each with one kind",
+                fix="check `layers`, call it once per layer, and before the model is sharded",
+            )
+    found = []
+    for module in chosen.values():
+        if not hasattr(module, NAMES[kind]):
+            parameter = nn.Parameter(torch.ones((), dtype=torch.float32, device=module.weight.device))
+            module.register_parameter(NAMES[kind], parameter)
+            module.register_forward_pre_hook(_Enter(kind))
+            module.register_forward_hook(_Leave(), always_call=True)
+        found.append(getattr(module, NAMES[kind]))
+    return found
+
+
+def damping_loss(model: nn.Module, recipe: Any = None, backend: str = "auto") -> Tensor:
+    """fp32 scalar, to be added to the loss times a strength (1e-3 to 1e-1; raise it towards the end of training).
+
+    Counts layers that the recipe runs in NVFP4, set_precision's entries included.
+
+    Args:
+        recipe: None: that of the enclosing context, or the default recipe.
+    Raises:
+        TypeError: no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise type_error(
+            "damping_loss: not a module.", got=describe(model), needs="a torch.nn.Module", fix="damping_loss(model)"
+        )
+    current = context.state()
+    inherited = current.recipe if recipe is None and current is not None else as_recipe(recipe)
+    total: Tensor | None = None
+    for module, own in _recipes(model, inherited, set()):
+        if own is None or (_thin(module) and own.thin_layers != "pad"):
+            continue
+        w: Any = module.weight
+        if "fprop" not in own.nvfp4_gemms or w.dtype not in calls.DTYPES:
+            continue
+        term = _Damping.apply(w, _plan(module, own, backend))
+        total = term if total is None else total + term
+    return torch.zeros(()) if total is None else total
+
+
+class _Damping(torch.autograd.Function):
+    """|w - q|^2 / |w|^2 of one weight, differentiated with q and |w|^2 held constant."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, plan: Plan) -> Tensor:
+        residual = w.float() - steps.dequantized_weight(w, plan)
+        norm = w.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        ctx.save_for_backward(residual, norm)
+        ctx.dtype = w.dtype
+        return residual.square().sum() / norm
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        residual, norm = ctx.saved_tensors
+        return (residual * (2 * g / norm)).to(ctx.dtype), None
+
+
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS) and isinstance(module.weight, Tensor):
+            yield plain_name(name), module
+
+
+def _thin(module: Any) -> bool:
+    groups = getattr(module, "groups", 1)
+    return min(module.weight.shape[0] // groups, module.weight.shape[1]) < calls.MINIMUM
+
+
+def _recipes(
+    module: nn.Module, recipe: NVFP4BlockScaling | None, seen: set[nn.Module]
+) -> Iterator[tuple[Any, NVFP4BlockScaling | None]]:
+    """Layers with the recipe that rules them: their own entry of set_precision, or the nearest one above."""
+    if module in seen:
+        return
+    seen.add(module)
+    entries = entries_of(module)
+    recipe = entries[-1] if entries else recipe
+    if isinstance(module, LAYERS) and isinstance(module.weight, Tensor):
+        yield module, recipe
+    for child in module.children():
+        yield from _recipes(child, recipe, seen)
+
+
+def _plan(module: Any, recipe: NVFP4BlockScaling, backend: str) -> Plan:
+    """A plan of which only the weight's part is used: images of one pixel."""
+    w, groups = module.weight, getattr(module, "groups", 1)
+    rank = w.dim() - 2
+    ones, zeros = (1,) * rank, (0,) * rank
+    geometry = ConvGeometry(
+        batch=1,
+        channels_a=w.shape[1] * groups,
+        channels_b=w.shape[0],
+        a_size=ones,
+        b_size=ones,
+        kernel=tuple(w.shape[2:]),
+        stride=ones,
+        padding=zeros,
+        dilation=ones,
+        output_padding=zeros,
+        groups=groups,
+        transposed=bool(getattr(module, "transposed", False)),
+    )
+    chosen = dispatch.resolve(backend, w.device)
+    return Plan(geometry, recipe, chosen, torch.float32, False)
