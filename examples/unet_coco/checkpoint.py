@@ -92,13 +92,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on where a checkpoint's identity (precision, recipe, architecture, data order) is not this run's."""
-    differing = [key for key in now if saved.get(key) != now[key]]
+    differing = [key for key in {**now, **saved} if saved.get(key) != now.get(key)]
     if not differing:
         return
     raise value_error(
         f"checkpoint: {path} belongs to another run (differing: {', '.join(differing)}).",
         got="; ".join(f"{key} = {_short(saved.get(key))}" for key in differing),
-        needs="; ".join(f"{key} = {_short(now[key])}" for key in differing),
+        needs="; ".join(f"{key} = {_short(now.get(key))}" for key in differing),
         fix="give the options the checkpoint was trained with, or another --out, or leave --resume out to start anew",
     )
 

@@ -28,6 +28,7 @@ from te_nvfp4_cv.checks import runtime_error
 from te_nvfp4_cv.telemetry import Telemetry
 
 from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from .initial import load_initial
 from .metrics import saved_bytes, to_device
 from .options import Settings
 from .order import TrainOrder, eval_loader, mix_seed, train_loader
@@ -81,6 +82,8 @@ class Trainer:
         np.random.seed(settings.seed % 2**32)
         torch.manual_seed(settings.seed)
         self.model = self._new_model()
+        if settings.init_from is not None and not (settings.resume and self._has_checkpoint()):
+            load_initial(self.model, settings.init_from, settings.init_skip)
         self.wrapped = wrap(self.model, precision, ranks, device, settings.deterministic)
         self._whole: tuple[int, nn.Module] | None = None
         self.optimizer = torch.optim.AdamW(
@@ -270,10 +273,13 @@ class Trainer:
     def checkpoint_path(self) -> Path:
         return self.folder / "last.pt"
 
+    def _has_checkpoint(self) -> bool:
+        return self.ranks.first(self.checkpoint_path.is_file)
+
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resume to mean the same run."""
         s = self.settings
-        return {
+        identity = {
             "precision": self.precision.name,
             "recipe": self.precision.recipe_text,
             "architecture": self.task.architecture(),
@@ -285,6 +291,11 @@ class Trainer:
             },
             "optimizer": {"lr": s.lr, "weight_decay": s.weight_decay},
         }
+        if s.changed_loss():
+            identity["loss"] = s.changed_loss()
+        if self.precision.recipe is not None and self.precision.compute != "bf16":
+            identity["compute"] = self.precision.compute
+        return identity
 
     def _save(self) -> None:
         model, optimizer = whole_state(self.model, self.optimizer, self.ranks)
@@ -306,7 +317,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Go on from the folder's checkpoint; False where there is none."""
-        if not self.ranks.first(self.checkpoint_path.is_file):
+        if not self._has_checkpoint():
             return False
         state = load_checkpoint(self.checkpoint_path)
         check_identity(self.checkpoint_path, state["identity"], self._identity())

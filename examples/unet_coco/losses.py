@@ -1,12 +1,14 @@
-"""Dice + cross-entropy with an ignore index.
+"""Dice + cross-entropy with an ignore index, and a weight for each class where asked for.
 
-    CE   = sum_valid -log p[y] / max(1, valid pixels)
-    Dice = 1 - mean over the classes c present in y of (2 sum p_c [y = c] + 1) / (sum p_c + sum [y = c] + 1)
+    loss = ce_weight * CE + dice_weight * Dice
+    CE   = sum_valid -w[y] log p[y] / sum_valid w[y]
+    Dice = sum over the classes c present in y of w[c] (1 - D_c) / sum of w[c] over the same
+    D_c  = (2 sum p_c [y = c] + 1) / (sum p_c + sum [y = c] + 1);   w = 1 without class_weights
 
 On several ranks the sums are those of all parts of the batch, so that the loss and, with averaged gradients, the step
 are those of one process with the whole batch. Sums run over valid pixels, in fp32 whatever autocast's dtype is. A batch
-without one valid pixel gives 0, not NaN. Labels outside the classes are refused by the data set, which can name the
-file.
+without one valid pixel, or with pixels of weight 0 alone, gives 0, not NaN. Labels outside the classes are refused by
+the data set, which can name the file.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from te_nvfp4_cv.checks import describe, value_error
 
 IGNORE = 255
 
@@ -38,21 +42,41 @@ class _SumOverRanks(torch.autograd.Function):
         return grad * ctx.world, None
 
 
-def dice_ce(logits: Tensor, target: Tensor, ignore_index: int = IGNORE, group: Any = None) -> Tensor:
+def dice_ce(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int = IGNORE,
+    group: Any = None,
+    class_weights: Tensor | None = None,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+) -> Tensor:
     """Mean cross-entropy plus soft Dice loss.
 
     Args:
         logits: [B, classes, H, W], any float dtype.
         target: [B, H, W] int64, class ids and `ignore_index`.
         group: torch.distributed group whose ranks each hold a part of the batch; None: this is the whole batch.
+        class_weights: [classes] float >= 0, on the logits' device: of each pixel's cross-entropy, by its label, and of
+            each class's Dice; both are weighted means, as in F.cross_entropy(weight=).
+    Raises:
+        ValueError: class_weights of another shape.
     """
     logits = logits.float()
     num_classes = logits.shape[1]
+    if class_weights is not None and class_weights.shape != (num_classes,):
+        raise value_error(
+            "dice_ce: class_weights do not fit the logits.",
+            got=describe(class_weights),
+            needs=f"one weight for each of the {num_classes} classes: ({num_classes},)",
+            fix="class_weights=None weighs all alike",
+        )
     valid = target != ignore_index
     index = torch.where(valid, target, 0)
     log_p = F.log_softmax(logits, dim=1)
     log_p_y = log_p.gather(1, index[:, None])[:, 0]
-    log_likelihood, count = (log_p_y * valid).sum(), valid.sum()
+    weight_y = valid if class_weights is None else class_weights[index] * valid
+    log_likelihood, weighed = (log_p_y * weight_y).sum(), weight_y.sum()
 
     p_y = log_p_y.exp() * valid
     flat = index.flatten()
@@ -60,11 +84,18 @@ def dice_ce(logits: Tensor, target: Tensor, ignore_index: int = IGNORE, group: A
     labelled = torch.zeros(num_classes, device=logits.device).index_add(0, flat, valid.flatten().float())
     predicted = (log_p.exp() * valid[:, None]).sum(dim=(0, 2, 3))
     if group is not None:
-        sums = torch.cat([overlap, labelled, predicted, torch.stack([log_likelihood, count.float()])])
+        sums = torch.cat([overlap, labelled, predicted, torch.stack([log_likelihood, weighed.float()])])
         sums = _SumOverRanks.apply(sums, group)
         overlap, labelled, predicted = sums[:-2].view(3, num_classes)
-        log_likelihood, count = sums[-2:]
-    ce = -log_likelihood / count.clamp(min=1)
+        log_likelihood, weighed = sums[-2:]
+    ce = -log_likelihood / _or_one(weighed)
     dice = (2 * overlap + 1) / (predicted + labelled + 1)
     present = (labelled > 0).float()
-    return ce + ((1 - dice) * present).sum() / present.sum().clamp(min=1)
+    if class_weights is not None:
+        present = present * class_weights
+    return ce_weight * ce + dice_weight * (((1 - dice) * present).sum() / _or_one(present.sum()))
+
+
+def _or_one(total: Tensor) -> Tensor:
+    """A sum of weights to divide by; 1 where there was nothing to sum."""
+    return torch.where(total > 0, total, 1)

@@ -46,8 +46,13 @@ def evaluate(
     num_classes: int,
     device: torch.device,
     context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    loss: Callable[[Tensor, Tensor], Tensor] = dice_ce,
 ) -> Scores:
-    """Score `model` over `loader`, each forward inside `context()`; nullcontext is plain high precision."""
+    """Score `model` over `loader`, each forward inside `context()`; nullcontext is plain high precision.
+
+    Args:
+        loss: of (logits, masks), the mean of a batch.
+    """
     metrics = MetricCollection(
         {
             "miou": MulticlassJaccardIndex(num_classes, ignore_index=IGNORE, validate_args=False),
@@ -61,7 +66,7 @@ def evaluate(
         images, masks = to_device(*batch, device)
         with context():
             logits = model(images)
-        total += dice_ce(logits, masks) * len(images)
+        total += loss(logits, masks) * len(images)
         count += len(images)
         metrics.update(logits.argmax(dim=1), masks)
     model.train(was_training)

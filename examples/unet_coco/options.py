@@ -8,6 +8,7 @@ very steps of an uninterrupted one. Refuses values that cannot train, before any
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from .data import LAYOUTS
 from .unet import ACTIVATIONS
 
 TASKS = ("semantic",)
+LOSS_DEFAULTS = {"class_weights": "none", "dice_weight": 1.0, "ce_weight": 1.0}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ class Settings:
     tensorboard: bool
     timeout: int
     wandb: bool
+    class_weights: str
+    dice_weight: float
+    ce_weight: float
+    init_from: Path | None
+    init_skip: tuple[str, ...]
+    compute: str
+
+    def changed_loss(self) -> dict[str, str | float]:
+        """The options of the loss that are not at their defaults."""
+        return {name: getattr(self, name) for name, usual in LOSS_DEFAULTS.items() if getattr(self, name) != usual}
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Settings:
@@ -89,6 +101,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     )
     add("--recipe", default="unet", metavar="NAME_OR_PATH", help="the recipe that nvfp4 stands for (default: unet)")
     add(
+        "--compute",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
+        help="dtype of the activations under nvfp4 and recipes; fp32: no torch.autocast (default: bf16)",
+    )
+    add(
         "--epochs",
         type=int,
         default=20,
@@ -110,12 +128,27 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     )
     add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate of AdamW (default: 0.001)")
     add("--weight-decay", type=float, default=1e-2, metavar="F", help="default: 0.01")
+    add(
+        "--class-weights",
+        choices=("none", "median"),
+        default="none",
+        help="weight of each class in the loss; median: the rarer in the training labels, the more (default: none)",
+    )
+    add("--dice-weight", type=float, default=1.0, metavar="F", help="factor on the Dice loss (default: 1)")
+    add("--ce-weight", type=float, default=1.0, metavar="F", help="factor on the cross-entropy (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--log-every", type=int, default=10, metavar="N", help="a line every N steps (default: 10)")
     add("--eval-every", type=int, default=1, metavar="N", help="validate every N epochs (default: 1)")
     add("--out", type=Path, default=Path("runs/unet_coco"), metavar="DIR", help="results (default: runs/unet_coco)")
     add("--resume", action="store_true", help="go on from DIR's checkpoints; a precision without one starts anew")
+    add(
+        "--init-from",
+        type=Path,
+        metavar="FILE",
+        help="start from the weights of a checkpoint of this trainer, a state_dict (.pt) or .safetensors",
+    )
+    add("--init-skip", metavar="PATTERN,...", help="tensors that --init-from leaves as they are, such as head.*")
     add(
         "--workers",
         type=int,
@@ -165,6 +198,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     raw = parser.parse_args(arguments)
     values = vars(raw)
     values["classes"] = tuple(name.strip() for name in raw.classes.split(",") if name.strip()) if raw.classes else None
+    values["init_skip"] = tuple(name.strip() for name in (raw.init_skip or "").split(",") if name.strip())
     values["precisions"] = tuple(raw.precisions)
     values["image_size"] = tuple(raw.image_size or (96, 96))
     settings = Settings(**values)
@@ -209,6 +243,29 @@ def _check(settings: Settings) -> None:
             got=f"{settings.dropout}, {settings.weight_decay}",
             needs="0 <= dropout < 1 and weight decay >= 0",
             fix="correct it",
+        )
+    weights = settings.dice_weight, settings.ce_weight
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise value_error(
+            "--dice-weight or --ce-weight is out of range.",
+            got=f"{weights[0]}, {weights[1]}",
+            needs="finite numbers >= 0, not both 0",
+            fix="leave them out: both are 1",
+        )
+    if settings.task != "semantic" and settings.changed_loss():
+        named = [f"--{name.replace('_', '-')}" for name in settings.changed_loss()]
+        raise value_error(
+            f"{' and '.join(named)} cannot be used with --task {settings.task}.",
+            got=f"--task {settings.task}, whose loss is not Dice + cross-entropy over pixels",
+            needs="--task semantic",
+            fix=f"leave out {' and '.join(named)}",
+        )
+    if settings.init_skip and settings.init_from is None:
+        raise value_error(
+            "--init-skip has nothing to skip.",
+            got=f"--init-skip {','.join(settings.init_skip)} without --init-from",
+            needs="--init-from FILE",
+            fix="name the file to start from, or leave --init-skip out",
         )
     if min(settings.image_size) < 16:
         raise value_error(

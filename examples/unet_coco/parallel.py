@@ -58,9 +58,9 @@ def wrap(
         if precision.dtype == torch.float16:
             raise value_error(
                 "fp16 cannot train with --parallel fsdp.",
-                got=f"precision {precision.name!r}",
+                got=f"precision {precision.name!r}, activations in fp16",
                 needs="a precision without a GradScaler, which sees the overflows of its own shard only",
-                fix="--parallel ddp, or --precisions bf16",
+                fix="--parallel ddp, or bf16: --precisions bf16, or --compute bf16 for a recipe",
             )
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 cuts rows
         if precision.recipe is not None:

@@ -2,7 +2,8 @@
 
     fp32            no autocast
     fp16, bf16      torch.autocast of that dtype; fp16 with a GradScaler
-    nvfp4, recipes  torch.autocast(bfloat16) + te_nvfp4_cv.nvfp4_autocast(recipe), after set_precision(model, recipe)
+    nvfp4, recipes  te_nvfp4_cv.nvfp4_autocast(recipe), after set_precision(model, recipe), inside torch.autocast of
+                    --compute: bf16, fp16 with a GradScaler, or none for fp32
 
 The library's recipes are touched only where a precision asks for them.
 """
@@ -33,6 +34,11 @@ class Precision:
     amax_group: Any = None  # torch.distributed group whose ranks share tensor scales
 
     @property
+    def compute(self) -> str:
+        """The dtype of activations by its name: fp32, fp16 or bf16."""
+        return next(name for name, dtype in PLAIN.items() if dtype == self.dtype)
+
+    @property
     def recipe_text(self) -> str:
         """The recipe as TOML, "" for a plain precision: part of a checkpoint's identity."""
         return "" if self.recipe is None else self.recipe.to_toml()
@@ -48,13 +54,15 @@ class Precision:
     def context(self, device: torch.device, nvfp4: bool = True) -> Iterator[None]:
         """The contexts that a forward pass runs in; without `nvfp4`, what is left of them in high precision."""
         with contextlib.ExitStack() as stack:
-            if self.dtype is not None:
-                stack.enter_context(torch.autocast(device.type, self.dtype))
+            stack.enter_context(self._autocast(device))
             if self.recipe is not None:
                 import te_nvfp4_cv as nv
 
                 stack.enter_context(nv.nvfp4_autocast(self.recipe, enabled=nvfp4, amax_reduction_group=self.amax_group))
             yield
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
 
     def extra_state(self, model: nn.Module) -> dict[str, Any] | None:
         """What NVFP4 keeps beside the state_dict: the stream of stochastic rounding."""
@@ -79,19 +87,20 @@ class Precision:
 
         was_training = model.training
         generators = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
-        with generators, torch.autocast(images.device.type, torch.bfloat16):
+        with generators, self._autocast(images.device):
             report = nv.coverage(model, images, *inputs, recipe=self.recipe).to_dict()
         model.train(was_training)
         return float(report["nvfp4_flops_share"])
 
 
-def parse_precisions(names: list[str], recipe: str, amax_group: Any = None) -> list[Precision]:
+def parse_precisions(names: list[str], recipe: str, amax_group: Any = None, compute: str = "bf16") -> list[Precision]:
     """Resolve `--precisions`.
 
     Args:
         names: as given; a recipe's path is shown by its stem.
         recipe: what "nvfp4" stands for.
         amax_group: for those with a recipe.
+        compute: the dtype of activations of those with a recipe: bf16, fp16 or fp32.
     Raises:
         ValueError: the same name twice; a name that is neither a precision nor a recipe.
     """
@@ -101,7 +110,7 @@ def parse_precisions(names: list[str], recipe: str, amax_group: Any = None) -> l
             found.append(Precision(name, PLAIN[name]))
         else:
             source = recipe if name == "nvfp4" else name
-            found.append(Precision(Path(name).stem, torch.bfloat16, _load_recipe(source, name), amax_group))
+            found.append(Precision(Path(name).stem, PLAIN[compute], _load_recipe(source, name), amax_group))
     shown = [precision.name for precision in found]
     if len(set(shown)) != len(shown):
         raise value_error(

@@ -1,5 +1,7 @@
 """Semantic segmentation: a class for every pixel, by a UNet trained on Dice + cross-entropy.
 
+The loss is weighted by --class-weights, --dice-weight and --ce-weight, in training and in evaluation.
+
 scores: Dice and mIoU over the split's pixels (metrics.py);   pictures: class colours, ignored pixels white
 """
 
@@ -12,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .class_weights import median_frequency
 from .data import SegmentationDataset
 from .losses import IGNORE, dice_ce
 from .metrics import evaluate
+from .options import Settings
 from .report import palette
-from .split import RawSplit
+from .split import RawSplit, SegmentationData
 from .task import Batches, Context, Task
 from .unet import UNet
 
@@ -26,6 +30,11 @@ class Semantic(Task):
 
     titles = {"dice": "Dice", "miou": "mIoU"}
     main = "miou"
+
+    def __init__(self, settings: Settings, data: SegmentationData) -> None:
+        super().__init__(settings, data)
+        median = settings.class_weights == "median"
+        self.class_weights = median_frequency(data.train, len(data.class_names)) if median else None
 
     def architecture(self) -> dict[str, Any]:
         s = self.settings
@@ -39,10 +48,20 @@ class Semantic(Task):
         return SegmentationDataset(raw, self.settings.image_size, train, self.settings.seed)
 
     def loss(self, output: Tensor, targets: Tensor, group: Any = None) -> Tensor:
-        return dice_ce(output, targets, group=group)
+        s = self.settings
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(output.device)
+        return dice_ce(
+            output,
+            targets,
+            group=group,
+            class_weights=self.class_weights,
+            dice_weight=s.dice_weight,
+            ce_weight=s.ce_weight,
+        )
 
     def evaluate(self, model: nn.Module, batches: Batches, device: torch.device, context: Context) -> dict[str, float]:
-        return asdict(evaluate(model, batches, len(self.class_names), device, context))
+        return asdict(evaluate(model, batches, len(self.class_names), device, context, self.loss))
 
     def draw_truth(self, images: Tensor, targets: Tensor) -> list[np.ndarray]:
         return list(palette(len(self.class_names))[targets.cpu().numpy()])

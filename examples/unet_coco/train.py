@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
         torch.backends.cudnn.benchmark = False
     with joined(settings) as (ranks, device):
         group = ranks.group if settings.share_amax else None
-        precisions = parse_precisions(list(settings.precisions), settings.recipe, group)
+        precisions = parse_precisions(list(settings.precisions), settings.recipe, group, settings.compute)
         data = open_data(settings, ranks)
         ranks.first(lambda: make_folder(settings.out))
         many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""

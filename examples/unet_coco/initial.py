@@ -1,0 +1,169 @@
+"""Start from trained weights: fine-tuning, in NVFP4 or any precision (--init-from, --init-skip).
+
+    last.pt         a checkpoint of this trainer, of any precision: its model alone
+    *.pt, *.pth     a state_dict, read by torch.load(weights_only=True)
+    *.safetensors   the same by safetensors
+
+Names are compared without what DDP ("module.") and torch.compile ("_orig_mod.") put before them. Every tensor of the
+model must be in the file, with its shape, and the other way round, but for those that `skip` names, which stay as they
+are. Refuses a file that is missing, damaged or none of these, and lists all tensors that do not fit; then nothing has
+been loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.checks import describe, runtime_error, value_error
+
+from .checkpoint import FORMAT
+
+FORMS = "last.pt of this trainer, a state_dict (.pt) or a .safetensors file"
+SHOWN = 20
+
+
+def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> None:
+    """Copy the weights of a file into `model`, in the model's dtypes and memory layout.
+
+    Args:
+        skip: patterns of plain names ("head.*"): tensors of the model or the file to leave alone.
+    Raises:
+        ValueError: a file that cannot be read or is of another kind; tensors that are missing, unexpected, of another
+            shape or not finite; a pattern that names no tensor.
+        RuntimeError: a .safetensors file without the package safetensors.
+    """
+    found = _plain_names(read_weights(path).items(), path)
+    wanted = _plain_names(model.state_dict(keep_vars=True).items(), path)
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in (*wanted, *found)):
+            raise value_error(
+                f"--init-skip {pattern} names no tensor.",
+                got=pattern,
+                needs=f"a pattern of names of the model or the file: {_listed(wanted)}",
+                fix="--init-skip 'head.*'",
+            )
+    found, wanted = (
+        {name: t for name, t in tensors.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+        for tensors in (found, wanted)
+    )
+    _check(path, found, wanted)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(found[name])
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by their names, on the CPU."""
+    if not path.is_file():
+        raise value_error(
+            f"--init-from: {path} is missing.",
+            got="a folder" if path.is_dir() else "no such file",
+            needs=FORMS,
+            fix="check the path",
+        )
+    try:
+        state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    except ModuleNotFoundError as error:
+        raise runtime_error(
+            f"--init-from: {path} needs the package safetensors.",
+            got="it is not installed",
+            needs="pip install safetensors",
+            fix="install it, or save the weights by torch.save(model.state_dict(), ...)",
+        ) from error
+    except Exception as error:  # a damaged file fails anywhere in the reader, with any class of error
+        raise value_error(
+            f"--init-from: {path} cannot be read.",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'an empty message'}",
+            needs=f"a complete file: {FORMS}; code is not loaded from it",
+            fix="fetch or write it again: torch.save(model.state_dict(), ...)",
+        ) from error
+    if isinstance(state, dict) and "format" in state and "model" in state:
+        if state["format"] != FORMAT:
+            raise value_error(
+                f"--init-from: {path} is no checkpoint of this version.",
+                got=f"format {state['format']}",
+                needs=f"format {FORMAT}",
+                fix="save its model alone: torch.save(torch.load(FILE)['model'], ...)",
+            )
+        state = state["model"]
+    foreign = _foreign(state)
+    if foreign:
+        raise value_error(
+            f"--init-from: {path} holds no weights.",
+            got=foreign,
+            needs=f"{FORMS}: names and tensors alone",
+            fix="save the weights alone: torch.save(model.state_dict(), ...)",
+        )
+    return state
+
+
+def _safetensors(path: Path) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _pickled(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _foreign(state: Any) -> str:
+    """What is not as in a state_dict; "" where all is."""
+    if not isinstance(state, dict):
+        return describe(state)
+    others = [f"{name}: {type(value).__name__}" for name, value in state.items() if not isinstance(value, Tensor)]
+    return _listed(others) if others else "" if state else "an empty table"
+
+
+def _plain_names(tensors: Iterable[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
+    """By the names without the prefixes of DDP and torch.compile."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        short = str(name).replace("_orig_mod.", "")
+        while short.startswith("module."):
+            short = short.removeprefix("module.")
+        if short in plain:
+            raise value_error(
+                f"--init-from: {path} holds a tensor twice.",
+                got=f"{name} and another {short}",
+                needs="each name once, not counting module. and _orig_mod.",
+                fix="save the weights of one model",
+            )
+        plain[short] = tensor
+    return plain
+
+
+def _check(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    both = [name for name in wanted if name in found]
+    fitting = [name for name in both if found[name].is_floating_point() == wanted[name].is_floating_point()]
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)} for {tuple(wanted[name].shape)}"
+            for name in both
+            if found[name].shape != wanted[name].shape
+        ],
+        "of another kind": [
+            f"{name} {found[name].dtype} for {wanted[name].dtype}" for name in both if name not in fitting
+        ],
+        "not finite": [name for name in fitting if not bool(found[name].to(wanted[name].dtype).isfinite().all())],
+    }
+    if any(problems.values()):
+        raise value_error(
+            f"--init-from: {path} does not fit the model; nothing was loaded.",
+            got="; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names),
+            needs="each tensor of the model once, with its shape and finite values, and no other",
+            fix="give the options the weights were trained with (--scale, --classes, ...), or --init-skip 'head.*'",
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    every = list(names)
+    return ", ".join(every[:SHOWN]) + (f", and {len(every) - SHOWN} more" if len(every) > SHOWN else "")
