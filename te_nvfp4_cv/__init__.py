@@ -29,7 +29,7 @@ from te_nvfp4_cv.tensor import NVFP4Tensor
 
 __version__ = "0.1.0"
 
-_LAZY = ("tensor_parallel", "te_plugin")  # torch's DTensor, TransformerEngine: imported when they are asked for
+_LAZY = ("sensitivity", "tensor_parallel", "te_plugin")  # imported when asked for: tools, DTensor, TransformerEngine
 
 
 def __getattr__(name: str) -> object:
