@@ -6,8 +6,9 @@ the package. Both print text, or JSON with --json.
 selftest computes what the reference computes and compares, on the GPU if there is one (selftest/), and writes a report
 to share to the file of --json.
 diagnose replays the training step of a bundle in high precision and in NVFP4 (sensitivity/diagnose.py).
-Exit status: 0; 1 for a self-test that failed or a step that is not finite; 2 for a wrong command line or an installation
-that cannot run (torch outside the supported versions, a device or backend that is not there, a file that is no bundle).
+Exit status: 0; 1 for a self-test that failed or a step that is not finite; 2 for a wrong command line or an
+installation that cannot run (torch outside the supported versions, a device or backend that is not there, a file that
+is no bundle).
 """
 
 from __future__ import annotations

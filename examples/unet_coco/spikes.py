@@ -15,9 +15,9 @@ this class, by what they cost:
                                     the weights, the batch and the seed of the step are all still there
 
 The second is for runs that ask for bundles. It also sees gradients that are not finite a step before the loss does. On
-a CPU it costs nothing; on a GPU the host no longer runs ahead, which costs the more the smaller the step. The other way,
-to keep copies of the last few weights, costs a pass over the model every step and memory for each copy. What a forward
-pass itself changes, delayed tensor scales above all, has to be taken before it: nvfp4_state = nv.extra_state(model).
+a CPU it costs nothing; on a GPU the host no longer runs ahead, which costs the more the smaller the step. The other
+way, to keep copies of the last few weights, costs a pass over the model every step and memory for each copy. What a
+forward pass itself changes, delayed tensor scales above all, has to be taken before it: nv.extra_state(model).
 """
 
 from __future__ import annotations
@@ -88,17 +88,19 @@ class SpikeWatch:
         return [spike for spike in found if spike is not None]
 
     def check(self, step: int, loss: Tensor, gradients: Iterable[Tensor | None] = ()) -> Spike | None:
-        """Judge this step now: after backward(), before optimizer.step(). What was told before is judged first.
+        """Judge this step now: after backward(), before optimizer.step().
+
+        What was told before enters the window, unreported.
 
         Args:
             gradients: [p.grad for p in model.parameters()], to hear of values that are not finite; None are skipped.
         """
-        self.tell(step, loss)
-        sums = [gradient.detach().float().sum() for gradient in gradients if gradient is not None]
-        finite = torch.stack(sums).isfinite().all() if sums else None
-        spike = next((spike for spike in self.drain() if spike.step == step), None)
-        if spike is None and finite is not None and not bool(finite):
-            value = float(loss.detach())
+        self.drain()
+        found = [gradient.detach().isfinite().all() for gradient in gradients if gradient is not None]
+        finite = torch.stack(found).all() if found else torch.tensor(True, device=loss.device)
+        value, sound = torch.stack([loss.detach().float().reshape(()), finite.float()]).tolist()
+        spike = self._judge(step, value)
+        if spike is None and not sound:
             return Spike(step, value, f"a gradient is not finite (loss {value:.6g})")
         return spike
 

@@ -85,7 +85,7 @@ class _Step:
     def diagnosis(self) -> Diagnosis:
         """All replays."""
         trace = Trace()
-        high = self._run(dict.fromkeys((module for _, module in named(self.model)), None), trace)
+        high = self._run(dict.fromkeys((module for _, module in named(self.model)), None), trace, True)
         head = (self.bundle.step, self.bundle.reason, self.bundle.loss, _replay(high, None, trace))
         if self.recipe is None:
             return Diagnosis(*head)
@@ -117,10 +117,10 @@ class _Step:
         layers = {unit.name: _replay(self._run({**own, unit.module: None}), high) for unit in units}
         return gemms, layers
 
-    def _run(self, entries: Entries, trace: Trace | None = None) -> Measured:
+    def _run(self, entries: Entries, trace: Trace | None = None, high: bool = False) -> Measured:
         dtype = None if self.bundle.autocast is None else getattr(torch, self.bundle.autocast)
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-            return self.measure(self.batch, entries, self.bundle.seeds["torch"], trace)
+            return self.measure(self.batch, entries, self.bundle.seeds["torch"], high, trace)
 
 
 def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) -> Replay:

@@ -43,9 +43,19 @@ def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def ruled(entries: Entries) -> Iterator[None]:
-    """While a module of `entries` runs, its entry rules (None: high precision), whatever set_precision says."""
+def ruled(entries: Entries, high_outside: bool) -> Iterator[None]:
+    """While a module of `entries` runs, its entry rules (None: high precision), whatever set_precision says.
+
+    To be entered inside of nvfp4_autocast.
+
+    Args:
+        high_outside: what runs in no such module, such as layers called by the loss function, runs in high precision.
+    """
     with ExitStack() as stack:
+        if high_outside:
+            owner = object()
+            context.push_override(None, owner)
+            stack.callback(context.pop_override, owner)
         for module, recipe in entries.items():
             pre, post = _hooks(object(), recipe)
             stack.callback(module.register_forward_pre_hook(pre).remove)
@@ -76,14 +86,14 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
             del running[len(running) - 1 - running[::-1].index(module) :]
 
     def called(call: calls.Call) -> Callable[[Tensor], None] | None:
-        module = running[-1] if running else model
+        module = running[-1] if running else None
 
         def finished(y: Tensor) -> None:
             nonlocal total
             source = call.x if "transpose" in call.op else y
             flops = 3 * 2 * source.numel() * math.prod(call.weight.shape[1:])
             total += flops
-            if call.recipe is None:
+            if module is None or call.recipe is None:
                 return
             kernel = tuple(call.weight.shape)
             unit = units.setdefault(module, Unit(names.get(module, ""), module, call.op, kernel, call.recipe))

@@ -67,7 +67,10 @@ class Measure:
     gradients: bool = False
     prepare: Callable[[], Any] | None = None
 
-    def __call__(self, batch: Any, entries: Entries, seed: int, trace: Trace | None = None) -> Measured:
+    def __call__(
+        self, batch: Any, entries: Entries, seed: int, high_outside: bool = True, trace: Trace | None = None
+    ) -> Measured:
+        """Arguments: those of layers.ruled, the seed, what watches the modules."""
         with ExitStack() as stack:
             cuda = torch.cuda.is_initialized()
             stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count())) if cuda else []))
@@ -84,7 +87,7 @@ class Measure:
                 self.prepare()
             if trace is not None:
                 stack.enter_context(trace.watch(self.model))
-            with nvfp4_autocast(self.recipe, backend=self.backend), ruled(entries):
+            with nvfp4_autocast(self.recipe, backend=self.backend), ruled(entries, high_outside):
                 value = _scalar(self.loss(self.model, batch))
             return Measured(float(value.detach()), self._gradients(value) if self.gradients else None)
 

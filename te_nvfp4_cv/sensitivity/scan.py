@@ -53,7 +53,8 @@ def scan(
         recipe: None: that of the enclosing context, or the default recipe. Its [precision] table is left out of the
             measurement.
         mode: "one": each layer alone; "all_but_one"; "both".
-        gradients: compare the whole gradient as well: error and cosine, at twice the cost and more.
+        gradients: compare the whole gradient as well, and rank by its error: a surer sign than the loss, at two to
+            three times the cost.
         backend: as for nvfp4_autocast.
         progress: called as progress(evaluations done for this batch, of how many), for each batch anew.
     Returns:
@@ -128,8 +129,8 @@ class _Run:
                 self.progress(done, steps)
             return found
 
-        recipe, model = self.measure.recipe, self.measure.model
-        none: Entries = dict.fromkeys((model, *(unit.module for unit in self.units)), None)
+        recipe = self.measure.recipe
+        none: Entries = dict.fromkeys((unit.module for unit in self.units), None)
         everything = dict.fromkeys(none, recipe)
         high = measured(none)
         if not high.finite:
@@ -195,6 +196,7 @@ class _Column:
         many = len(self.losses) > 1 and all(map(math.isfinite, self.losses))
         return Change(
             loss=statistics.fmean(self.losses),
+            loss_rms=math.sqrt(statistics.fmean(change * change for change in self.losses)),
             standard_error=statistics.stdev(self.losses) / math.sqrt(len(self.losses)) if many else None,
             gradient_error=statistics.fmean(self.errors) if self.errors else None,
             gradient_cosine=statistics.fmean(self.cosines) if self.cosines else None,

@@ -1,7 +1,9 @@
 """The result of a scan: a ranked table, a [precision] table that a budget pays for, a recipe file.
 
-    score = |alone|                                  how far this layer by itself moves the loss
-    score = |all| - |without|                        how much nearer the loss comes without it
+    size  of a change: the gradient's relative error, where gradients were compared; else the root mean square of the
+          loss changes of the batches (their mean is small where they go up and down)
+    score = size(alone)                              how much this layer does by itself
+    score = size(all) - size(without)                how much less all layers do without it
     score = the mean of the two, in mode "both";     infinite where one of them is not a number
 
 A table holds the layers to leave in high precision: the worst first, as long as they fit into the budget, a share of
@@ -28,14 +30,20 @@ Table = dict[str, NVFP4BlockScaling | None]
 
 @dataclass(frozen=True)
 class Change:
-    """Against high precision, mean over the batches: the loss with its standard error (None: one batch), the gradient's
-    relative error and cosine (None: not asked for).
+    """Against high precision: the loss, mean over the batches with its standard error (None: one batch) and root mean
+    square; the gradient's relative error and cosine, means over the batches (None: not asked for).
     """
 
     loss: float
+    loss_rms: float
     standard_error: float | None = None
     gradient_error: float | None = None
     gradient_cosine: float | None = None
+
+    @property
+    def size(self) -> float:
+        """What layers are ranked by."""
+        return self.loss_rms if self.gradient_error is None else self.gradient_error
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,9 @@ class Scan:
         """How much a layer suffers, as the file's docstring says."""
         parts = []
         if row.alone is not None:
-            parts.append(abs(row.alone.loss))
+            parts.append(row.alone.size)
         if row.without is not None:
-            parts.append(abs(self.everything.loss) - abs(row.without.loss))
+            parts.append(self.everything.size - row.without.size)
         value = sum(parts) / len(parts)
         return math.inf if math.isnan(value) else value
 
