@@ -3,7 +3,8 @@
     1 + 1 + (GEMMs in NVFP4, at most 3) + (layers in NVFP4)     replays, forward and backward, no optimizer step
 
 Every replay starts from the bundle's weights, buffers, seed and delayed scales, in training mode. High precision is the
-bundle's autocast dtype without NVFP4. Stochastic rounding starts anew at the seed, as it does where a step is seeded.
+bundle's autocast dtype without NVFP4; losses are not scaled, as a GradScaler would. Stochastic rounding starts anew at
+the seed, as it does where a step is seeded.
 Refused: a builder that nobody asked to run, a model that the bundle's weights do not fit.
 """
 
@@ -140,7 +141,8 @@ def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) 
 
 def _built(build: builders.Build, bundle: Bundle, device: torch.device) -> tuple[nn.Module, Loss]:
     try:
-        built: Any = build(dict(bundle.builder["arguments"]))
+        with torch.random.fork_rng([]):  # its weights are drawn for nothing
+            built: Any = build(dict(bundle.builder["arguments"]))
     except Exception as error:  # somebody else's code
         raise value_error(
             "diagnose: the builder failed.",
