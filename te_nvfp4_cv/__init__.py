@@ -30,7 +30,8 @@ from te_nvfp4_cv.tensor import NVFP4Tensor
 
 __version__ = "0.1.0"
 
-_LAZY = ("tensor_parallel", "te_plugin", "telemetry")  # torch's DTensor, TransformerEngine: when they are asked for
+# imported when they are asked for: what needs more than the core
+_LAZY = ("sensitivity", "telemetry", "tensor_parallel", "te_plugin")
 
 
 def __getattr__(name: str) -> object:

@@ -1,12 +1,14 @@
-"""The command line: te-nvfp4-cv doctor, recipes, selftest.
+"""The command line: te-nvfp4-cv doctor, recipes, selftest, diagnose.
 
 doctor says what this machine would do: devices, the backend chosen on each and why, compiler, triton, the dtype for
 autocast and the memory format to use. It changes nothing and needs no GPU. recipes lists the recipes that come with
 the package. Both print text, or JSON with --json.
 selftest computes what the reference computes and compares, on the GPU if there is one (selftest/), and writes a report
 to share to the file of --json.
-Exit status: 0; 1 for a self-test that failed; 2 for a wrong command line or an installation that cannot run (torch
-outside the supported versions, a device or backend that is not there).
+diagnose replays the training step of a bundle in high precision and in NVFP4 (sensitivity/diagnose.py).
+Exit status: 0; 1 for a self-test that failed or a step that is not finite; 2 for a wrong command line or an
+installation that cannot run (torch outside the supported versions, a device or backend that is not there, a file that
+is no bundle).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -36,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="print JSON")
     _selftest_options(commands)
+    _diagnose_options(commands)
     options = parser.parse_args(arguments)
+    if options.command == "diagnose":
+        return _diagnose(options)
     if options.command == "selftest":
         return _selftest(options)
     report: dict[str, Any] = {"doctor": doctor, "recipes": recipes}[options.command]()
@@ -60,6 +66,39 @@ def _selftest(options: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, OSError) as refusal:  # checks never raise: this is the device, backend or file
         print(f"error: {refusal}", file=sys.stderr)
         return 2
+
+
+def _diagnose_options(commands: Any) -> None:
+    text = "replay the training step of a bundle: what made it go wrong, layer by layer and GEMM by GEMM"
+    command = commands.add_parser("diagnose", help=text, description=text)
+    command.add_argument("bundle", metavar="CHECKPOINT", help="a file of nv.sensitivity.save_bundle")
+    command.add_argument(
+        "--builder",
+        metavar="MODULE_OR_FILE.py:FUNCTION",
+        help="build(arguments) -> (model, loss); its code runs (default: the bundle's, if it is an example's)",
+    )
+    command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    command.add_argument("--out", metavar="RECIPE.toml", help="write a recipe that avoids it to this new file")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.sensitivity import builder, diagnose
+
+    try:
+        if options.out is not None and os.path.exists(options.out):
+            raise FileExistsError(f"--out {options.out}: the file exists; name a new one")
+        build = None if options.builder is None else builder.given(options.builder)
+        found = diagnose(options.bundle, build, options.device)
+        written = None if options.out is None else found.save(options.out)
+    except (ValueError, TypeError, RuntimeError, OSError) as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    if options.out is not None:
+        text = f"recipe: {options.out}" if written is not None else "recipe: none written, there is nothing to suggest"
+        print(text, file=sys.stderr)
+    return 0 if found.finite else 1
 
 
 def recipes() -> dict[str, Any]:

@@ -72,7 +72,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
         model = model.module  # DDP's own forward waits for a backward pass
     watch = _Watch(model)
     with ExitStack() as stack:
-        stack.enter_context(_untouched(model))
+        stack.enter_context(untouched(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -328,7 +328,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Random states, buffers and training flags are put back."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, numpy_state, stream = random.getstate(), numpy.random.get_state(), seeds.state()

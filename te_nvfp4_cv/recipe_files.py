@@ -59,9 +59,23 @@ def save_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str]) -> None
     Path(path).write_text(recipe.to_toml(), encoding="utf-8")
 
 
+def parse_recipe(text: str, source: str = "recipe text") -> NVFP4BlockScaling:
+    """The recipe of a text: what `to_toml` gives, kept elsewhere than in a file.
+
+    Args:
+        source: what error messages call it.
+    Raises:
+        ValueError: as load_recipe.
+    """
+    return _from_table(Path(source), _parse_text(Path(source), text), inner=False)
+
+
 def _load(name_or_path: str | os.PathLike[str], folder: Path, *, inner: bool) -> NVFP4BlockScaling:
     path = _find(name_or_path, folder)
-    table = _parse(path)
+    return _from_table(path, _parse(path), inner=inner)
+
+
+def _from_table(path: Path, table: dict[str, Any], *, inner: bool) -> NVFP4BlockScaling:
     _check_keys(path, "top level", table, TOP_LEVEL)
     for section in ("recipe", "precision"):
         if not isinstance(table.get(section, {}), dict):
@@ -107,8 +121,12 @@ def _names() -> list[str]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
+    return _parse_text(path, path.read_bytes())
+
+
+def _parse_text(path: Path, text: str | bytes) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise value_error(
             f"recipe file '{path}': not TOML.",

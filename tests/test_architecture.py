@@ -64,6 +64,7 @@ FLOORS: dict[str, int] = {
     "telemetry": 8,
     "te_plugin": 8,
     "selftest": 8,
+    "sensitivity": 8,
     "cli": 9,
     "": 9,
 }

@@ -1,0 +1,102 @@
+"""The function that makes (model, loss) of a bundle: named on the command line, or one that ships with this project.
+
+    unet_coco.rebuild:build               the examples/ folder beside the package: taken as a bundle names it
+    my_package.rebuild:build              named by the user: imported as Python would, the current folder included
+    path/to/rebuild.py:build              the same, as a file; a package's file as a module of that package
+
+Code that a file names is not imported: a bundle's own builder counts only where it is one of the examples.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from te_nvfp4_cv.checks import value_error
+
+Build = Callable[[dict[str, Any]], Any]
+SHIPPED = "unet_coco"
+
+
+def examples() -> Path:
+    """The examples of a checkout, beside the package."""
+    return Path(__file__).resolve().parents[2] / "examples"
+
+
+def recorded(name: str, path: str) -> Build:
+    """The builder that a bundle names, if it is one of this project's examples.
+
+    Args:
+        path: the bundle's, for the message.
+    Raises:
+        ValueError: any other; the message gives the command that names it.
+    """
+    module, _, function = name.partition(":")
+    folder = examples()
+    parts = module.split(".")
+    file = folder.joinpath(*parts).with_suffix(".py")
+    shipped = parts[0] == SHIPPED and all(part.isidentifier() for part in (*parts, function)) and file.is_file()
+    if not shipped:
+        known = parts[0] == SHIPPED and not (folder / SHIPPED).is_dir()
+        raise value_error(
+            f"diagnose: the bundle's builder {name!r} is not imported unasked.",
+            got="no examples/ folder beside the package" if known else "code that does not ship with this project",
+            needs="--builder, which says that you trust this code; diagnose(bundle, build=...) in Python",
+            fix=f"te-nvfp4-cv diagnose {path} --builder {name}",
+        )
+    return _function(_import(module, folder), function, name)
+
+
+def given(name: str) -> Build:
+    """The builder that the user names: MODULE:FUNCTION or FILE.py:FUNCTION.
+
+    Raises:
+        ValueError: no such module, file or function.
+    """
+    source, colon, function = name.rpartition(":")
+    if not colon or not source or not function:
+        raise value_error(
+            "diagnose: bad --builder.", got=repr(name), needs="MODULE:FUNCTION or FILE.py:FUNCTION", fix="x.py:build"
+        )
+    if not source.endswith(".py"):
+        return _function(_import(source, Path.cwd()), function, name)
+    file = Path(source).expanduser().resolve()
+    if not file.is_file():
+        raise value_error("diagnose: no such builder.", got=source, needs="a Python file", fix="correct the path")
+    parts, folder = [file.stem], file.parent
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return _function(_import(".".join(parts), folder), function, name)
+
+
+def _import(module: str, folder: Path) -> Any:
+    """Import with `folder` first on the path."""
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # its own code runs: anything may come
+        raise value_error(
+            f"diagnose: the builder's module {module!r} cannot be imported.",
+            got=f"{type(error).__name__}: {error}",
+            needs=f"a module that imports with {folder} on the path",
+            fix="correct it, or name another with --builder",
+        ) from error
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _function(module: Any, function: str, name: str) -> Build:
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise value_error(
+            f"diagnose: no builder {name!r}.",
+            got=f"{module.__name__} without a function {function!r}",
+            needs="a function of the bundle's arguments that returns (model, loss)",
+            fix="correct the name after the colon",
+        )
+    return found  # type: ignore[no-any-return]

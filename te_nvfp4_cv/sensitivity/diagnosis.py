@@ -1,0 +1,220 @@
+"""The result of diagnose: what each replay of the step gave, what that says, and a recipe that avoids it.
+
+high precision not finite    the data, the weights or the optimizer; not NVFP4
+NVFP4 not finite             to blame: the GEMM and the layer that make it finite when they run in high precision
+both finite                  to blame: the GEMM and the layer without which the gradient comes nearest to high
+                             precision's
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.sensitivity.scan_report import Table, write_recipe
+from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
+from te_nvfp4_cv.sensitivity.trace import Finding
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One replay of the step.
+
+    Attributes:
+        finite: whether the loss and all gradients are.
+        gradient_error, gradient_cosine: against high precision, None where that is not finite, or the replay itself.
+        forward, backward: where the first value that is not finite appeared; only the two main replays are watched.
+    """
+
+    loss: float
+    gradient_norm: float
+    finite: bool
+    gradient_error: float | None = None
+    gradient_cosine: float | None = None
+    forward: Finding | None = None
+    backward: Finding | None = None
+
+    @property
+    def first(self) -> Finding | None:
+        """The first finding of the whole pass."""
+        return self.forward or self.backward
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What diagnose found. `str()` gives the report.
+
+    Attributes:
+        step, reason, recorded_loss: the bundle's.
+        high: the step in high precision; nvfp4: with its recipe, None where the bundle has none.
+        gemms: with one GEMM of all layers in high precision: {"fprop": Replay, ...}.
+        layers: with one layer in high precision.
+        recipe_used: the bundle's recipe.
+    """
+
+    step: int
+    reason: str
+    recorded_loss: float | None
+    high: Replay
+    nvfp4: Replay | None = None
+    gemms: dict[str, Replay] = field(default_factory=dict)
+    layers: dict[str, Replay] = field(default_factory=dict)
+    recipe_used: NVFP4BlockScaling | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether nothing that is not finite was found, in either replay."""
+        both = [replay for replay in (self.high, self.nvfp4) if replay is not None]
+        return all(replay.finite and replay.first is None for replay in both)
+
+    @property
+    def worst_gemm(self) -> str | None:
+        """The GEMM to blame; None where no single one is, or high precision is at fault."""
+        return self._worst(self.gemms)
+
+    @property
+    def worst_layer(self) -> str | None:
+        """The layer to blame, likewise."""
+        return self._worst(self.layers)
+
+    def _worst(self, changed: dict[str, Replay]) -> str | None:
+        if self.nvfp4 is None or not self.high.finite:
+            return None
+        errors = {name: replay.gradient_error for name, replay in changed.items() if replay.finite}
+        known = {name: error for name, error in errors.items() if error is not None and not math.isnan(error)}
+        best = min(known, key=lambda name: known[name]) if known else None
+        now = self.nvfp4.gradient_error if self.nvfp4.finite else math.inf
+        return best if best is not None and now is not None and known[best] < now else None
+
+    def suggest(self) -> Table:
+        """A table for set_precision: the worst layer in high precision; where no layer helps, the worst GEMM of all.
+
+        It stands after the recipe's own [precision] table, whose entries it leaves as they are. Empty where high
+        precision is at fault, or nothing helps.
+        """
+        own = {} if self.recipe_used is None else dict(self.recipe_used.precision)
+        if self.worst_layer is not None:
+            pattern = glob.escape(self.worst_layer) or "*"
+            own.pop(pattern, None)  # the last match wins
+            return {**own, pattern: None}
+        if self.worst_gemm is not None and self.recipe_used is not None:
+            rest = dataclasses.replace(self.recipe_used, precision=())
+            everywhere = without_gemm(rest, self.worst_gemm)
+            changed = {pattern: None if r is None else without_gemm(r, self.worst_gemm) for pattern, r in own.items()}
+            return {"*": everywhere, **changed}
+        return {}
+
+    def recipe(self) -> NVFP4BlockScaling | None:
+        """The bundle's recipe with the table of `suggest`; None where there is none."""
+        table = self.suggest()
+        if not table or self.recipe_used is None:
+            return None
+        return dataclasses.replace(self.recipe_used, precision=tuple(table.items()))
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> NVFP4BlockScaling | None:
+        """Write `recipe()` as a file that nv.load_recipe reads; None, and no file, where there is none.
+
+        Raises:
+            FileExistsError: the file is there, and overwrite is False.
+        """
+        recipe = self.recipe()
+        return None if recipe is None else write_recipe(recipe, path, overwrite)
+
+    def verdict(self) -> str:
+        """What it comes to, in a few sentences."""
+        if not self.high.finite:
+            where = self.high.first
+            return (
+                "High precision is itself not finite: the data, the weights or the optimizer are at fault, not NVFP4."
+                + (f"\nFirst: {where}." if where is not None else "\nFirst: the loss function, after the model.")
+                + " Look at the batch, the learning rate and the steps before."
+            )
+        if self.nvfp4 is None:
+            return "High precision is finite; the bundle has no NVFP4 recipe to compare with."
+        gemm, layer = self.worst_gemm, self.worst_layer
+        if not self.nvfp4.finite:
+            where = self.nvfp4.first
+            text = f"NVFP4 is not finite, high precision is. First: {where or 'the loss function, after the model'}."
+            helps = [f"the GEMM {gemm} of all layers"] if gemm else []
+            helps += [f"the layer {layer or '(the model)'!r}"] if layer is not None else []
+            return text + (
+                f"\nFinite again with {' or with '.join(helps)} in high precision."
+                if helps
+                else "\nNo single layer or GEMM in high precision makes it finite: take several out, or the whole step."
+            )
+        if gemm is None and layer is None:
+            return "Both are finite, and no single layer or GEMM in high precision brings the gradient nearer."
+        names = [f"GEMM {gemm}"] if gemm else []
+        names += [f"layer {layer or '(the model)'!r}"] if layer is not None else []
+        return f"Both are finite. Most of NVFP4's gradient error comes from: {', '.join(names)}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as dicts, lists, strings and numbers; null for what is not finite or not there."""
+        table = {pattern: "high" if r is None else r.deviations() for pattern, r in self.suggest().items()}
+        return {
+            "step": self.step,
+            "reason": self.reason,
+            "recorded_loss": plain(self.recorded_loss),
+            "finite": self.finite,
+            "verdict": self.verdict(),
+            "high_precision": _dict(self.high),
+            "nvfp4": None if self.nvfp4 is None else _dict(self.nvfp4),
+            "gemms_in_high_precision": {name: _dict(replay) for name, replay in self.gemms.items()},
+            "layers_in_high_precision": {name: _dict(replay) for name, replay in self.layers.items()},
+            "worst_gemm": self.worst_gemm,
+            "worst_layer": self.worst_layer,
+            "precision": plain(table),
+        }
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [
+            ("in high precision", "loss", "gradient norm", "gradient error", "cosine", "first not finite")
+        ]
+        rows.append(_cells("everything", self.high))
+        if self.nvfp4 is not None:
+            rows.append(_cells("nothing (the recipe)", self.nvfp4))
+        rows += [_cells(f"GEMM {name}", replay) for name, replay in self.gemms.items()]
+        ordered = sorted(self.layers.items(), key=lambda item: _rank(item[1]))
+        rows += [_cells(name or "(the model)", replay) for name, replay in ordered]
+        lines = [f"step {self.step}: {self.reason}", "", self.verdict(), "", *aligned(rows)]
+        if self.recorded_loss is not None:
+            lines.append(f"recorded loss: {self.recorded_loss!r}")
+        for pattern, recipe in self.suggest().items():
+            lines.append(f"[precision] {pattern!r} = {'high' if recipe is None else recipe!r}")
+        return "\n".join(lines)
+
+
+def without_gemm(recipe: NVFP4BlockScaling, gemm: str) -> NVFP4BlockScaling:
+    """The recipe with one more GEMM in high precision."""
+    out = tuple(dict.fromkeys((*recipe.high_precision_gemms, gemm)))
+    return dataclasses.replace(recipe, high_precision_gemms=out)
+
+
+def _rank(replay: Replay) -> float:
+    error = replay.gradient_error
+    return math.inf if error is None or math.isnan(error) or not replay.finite else error
+
+
+def _dict(replay: Replay) -> dict[str, Any]:
+    fields = plain(dataclasses.asdict(replay))
+    return fields | {
+        name: None if finding is None else str(finding)
+        for name, finding in (("forward", replay.forward), ("backward", replay.backward))
+    }
+
+
+def _cells(name: str, replay: Replay) -> tuple[str, ...]:
+    where = str(replay.first) if replay.first is not None else "" if replay.finite else "not finite"
+    return (
+        name,
+        number(replay.loss, ".9g"),
+        number(replay.gradient_norm),
+        number(replay.gradient_error, ".3g"),
+        number(replay.gradient_cosine, ".4f"),
+        where,
+    )

@@ -1,0 +1,139 @@
+"""One evaluation of a loss, and its gradient, that leaves nothing behind.
+
+    error = |g - g_hp| / |g_hp|;   cosine = <g, g_hp> / (|g| |g_hp|)      over all parameters, in fp64
+
+Every evaluation starts from the same seed, buffers and flags and puts them back; gradients are computed beside `.grad`.
+Python's and numpy's generators are seeded too. Refused: a loss that is no scalar tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv import scaling
+from te_nvfp4_cv.autocast import nvfp4_autocast
+from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.coverage import untouched
+from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.sensitivity.layers import Entries, ruled
+from te_nvfp4_cv.sensitivity.trace import Trace
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loss, and the gradients of the parameters that have one (None where they were not asked for)."""
+
+    loss: float
+    gradients: list[Tensor | None] | None
+
+    @property
+    def gradient_norm(self) -> float:
+        """Over all parameters; NaN or inf where one is."""
+        return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients or () if g is not None))
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss and all gradients are."""
+        return math.isfinite(self.loss) and all(bool(g.isfinite().all()) for g in self.gradients or () if g is not None)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that have a gradient."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a loss is evaluated: under nvfp4_autocast(recipe, backend=backend), each module by its entry.
+
+    `prepare` is called after seeding; None: delayed tensor scales are only read.
+    """
+
+    model: nn.Module
+    loss: Loss
+    recipe: NVFP4BlockScaling
+    backend: str = "auto"
+    gradients: bool = False
+    prepare: Callable[[], Any] | None = None
+
+    def __call__(
+        self, batch: Any, entries: Entries, seed: int, high_outside: bool = True, trace: Trace | None = None
+    ) -> Measured:
+        """Arguments: those of layers.ruled, the seed, what watches the modules."""
+        with ExitStack() as stack:
+            cuda = torch.cuda.is_initialized()
+            stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count())) if cuda else []))
+            stack.enter_context(untouched(self.model))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(self.gradients))
+            if self.prepare is None:
+                stack.enter_context(scaling.reading_only())
+            torch.manual_seed(seed)
+            random.seed(seed)
+            numpy.random.seed(seed % 2**32)
+            if self.prepare is not None:
+                self.prepare()
+            if trace is not None:
+                stack.enter_context(trace.watch(self.model))
+            with nvfp4_autocast(self.recipe, backend=self.backend), ruled(entries, high_outside):
+                value = _scalar(self.loss(self.model, batch))
+            return Measured(float(value.detach()), self._gradients(value) if self.gradients else None)
+
+    def _gradients(self, value: Tensor) -> list[Tensor | None]:
+        parameters = trained(self.model)
+        if not parameters or not value.requires_grad:
+            raise value_error(
+                "sensitivity: the loss has no gradient.",
+                got="a loss that no parameter with requires_grad=True takes part in",
+                needs="loss(model, batch) computed by the model, outside of torch.no_grad",
+                fix="return the loss itself, not loss.detach() or loss.item(); or gradients=False",
+            )
+        return list(torch.autograd.grad(value, parameters, allow_unused=True))
+
+
+def _scalar(value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise type_error(
+            "sensitivity: the loss is no tensor.",
+            got=f"{type(value).__name__}: {value!r:.80}",
+            needs="loss(model, batch) -> a tensor of one element",
+            fix="lambda model, batch: criterion(model(batch[0]), batch[1])",
+        )
+    if value.numel() != 1 or not value.is_floating_point():
+        raise value_error(
+            "sensitivity: the loss is no scalar.",
+            got=describe(value),
+            needs="a floating-point tensor of one element",
+            fix="return loss.mean()",
+        )
+    return value.reshape(())
+
+
+def compare(found: Measured, high: Measured) -> tuple[float, float]:
+    """(relative error, cosine) of the whole gradient; NaN where high precision has none but zeros."""
+    assert found.gradients is not None and high.gradients is not None
+    error = square = own = dot = 0.0
+    for g, truth in zip(found.gradients, high.gradients, strict=True):
+        if truth is None and g is None:
+            continue
+        g = torch.zeros_like(truth) if g is None else g.double()  # type: ignore[arg-type]
+        truth = torch.zeros_like(g) if truth is None else truth.double()
+        error += float((g - truth).square().sum())
+        square += float(truth.square().sum())
+        own += float(g.square().sum())
+        dot += float((g * truth).sum())
+    if not square:
+        return math.nan, math.nan
+    return math.sqrt(error / square), dot / math.sqrt(own * square) if own else math.nan

@@ -1,0 +1,224 @@
+"""The result of a scan: a ranked table, a [precision] table that a budget pays for, a recipe file.
+
+    size  of a change: the gradient's relative error, where gradients were compared; else the root mean square of the
+          loss changes of the batches (their mean is small where they go up and down)
+    score = size(alone)                              how much this layer does by itself
+    score = size(all) - size(without)                how much less all layers do without it
+    score = the mean of the two, in mode "both";     infinite where one of them is not a number
+
+A table holds the layers to leave in high precision: the worst first, as long as they fit into the budget, a share of
+the FLOPs of the layers that could run in NVFP4. Layers with a score of 0 or less are never in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from te_nvfp4_cv.checks import message, value_error
+from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe_files import save_recipe
+from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
+
+Table = dict[str, NVFP4BlockScaling | None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Against high precision: the loss, mean over the batches with its standard error (None: one batch) and root mean
+    square; the gradient's relative error and cosine, means over the batches (None: not asked for).
+    """
+
+    loss: float
+    loss_rms: float
+    standard_error: float | None = None
+    gradient_error: float | None = None
+    gradient_cosine: float | None = None
+
+    @property
+    def size(self) -> float:
+        """What layers are ranked by."""
+        return self.loss_rms if self.gradient_error is None else self.gradient_error
+
+
+@dataclass(frozen=True)
+class LayerScan:
+    """One layer; `name` as set_precision takes it, "" for a model that is itself the layer."""
+
+    name: str
+    op: str
+    kernel: tuple[int, ...]
+    flops: int
+    alone: Change | None
+    without: Change | None
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What nv.sensitivity.scan found. `str()` gives the ranked table.
+
+    Attributes:
+        rows: the layers in the order in which they ran.
+        loss: in high precision, mean over the batches.
+        everything: the change with all layers in NVFP4.
+        batches: how many.
+        flops: of all convolutions and linear layers, those that cannot run in NVFP4 too.
+        recipe_used: what was measured, without a [precision] table.
+    """
+
+    rows: list[LayerScan]
+    loss: float
+    everything: Change
+    batches: int
+    flops: int
+    recipe_used: NVFP4BlockScaling
+
+    def score(self, row: LayerScan) -> float:
+        """How much a layer suffers, as the file's docstring says."""
+        parts = []
+        if row.alone is not None:
+            parts.append(row.alone.size)
+        if row.without is not None:
+            parts.append(self.everything.size - row.without.size)
+        value = sum(parts) / len(parts)
+        return math.inf if math.isnan(value) else value
+
+    def ranked(self) -> list[LayerScan]:
+        """The layers, worst first."""
+        return sorted(self.rows, key=self.score, reverse=True)
+
+    def suggest(self, budget: float | None = None, count: int | None = None) -> Table:
+        """A table for set_precision: None, high precision, for the worst layers.
+
+        Args:
+            budget: share of the FLOPs of the scanned layers to leave in high precision (default 0.1); a layer that does
+                not fit any more is passed over.
+            count: instead, how many layers.
+        Raises:
+            ValueError: both, or a value out of range.
+        """
+        chosen: list[LayerScan] = []
+        left = self._budget(budget, count)
+        for row in self.ranked():
+            cost = 1 if count is not None else row.flops
+            if self.score(row) > 0 and cost <= left:
+                chosen.append(row)
+                left -= cost
+        return self._table(chosen)
+
+    def _budget(self, budget: float | None, count: int | None) -> float:
+        if budget is not None and count is not None:
+            raise value_error(
+                "scan: budget and count contradict each other.",
+                got=f"budget={budget!r}, count={count!r}",
+                needs="one of the two",
+                fix="leave one out",
+            )
+        if count is not None:
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise value_error("scan: bad count.", got=repr(count), needs="an integer >= 0", fix="count=3")
+            return count
+        share = 0.1 if budget is None else budget
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise value_error("scan: bad budget.", got=repr(budget), needs="a share, 0 to 1", fix="budget=0.1")
+        return share * sum(row.flops for row in self.rows)
+
+    def _table(self, chosen: list[LayerScan]) -> Table:
+        """An entry covers a module's children: those that stay in NVFP4 get an entry of their own."""
+        names = {row.name for row in chosen}
+        table: dict[str, NVFP4BlockScaling | None] = dict.fromkeys(names, None)
+        for row in self.rows:
+            if row.name not in names and any(not name or row.name.startswith(f"{name}.") for name in names):
+                table[row.name] = self.recipe_used
+        order = sorted(table, key=lambda name: (name.count(".") + bool(name), self._place(name)))
+        return {glob.escape(name) or "*": table[name] for name in order}  # "*": the model itself
+
+    def _place(self, name: str) -> int:
+        return next(index for index, row in enumerate(self.rows) if row.name == name)
+
+    def recipe(self, base: Any = None, budget: float | None = None, count: int | None = None) -> NVFP4BlockScaling:
+        """`base` (None: the recipe scanned) with the table of `suggest` in the place of its own."""
+        chosen = self.recipe_used if base is None else as_recipe(base)
+        return dataclasses.replace(chosen, precision=tuple(self.suggest(budget, count).items()))
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        base: Any = None,
+        budget: float | None = None,
+        count: int | None = None,
+        overwrite: bool = False,
+    ) -> NVFP4BlockScaling:
+        """Write `recipe(base, budget, count)` as a file that nv.load_recipe reads, and return it.
+
+        Raises:
+            FileExistsError: the file is there, and overwrite is False.
+        """
+        return write_recipe(self.recipe(base, budget, count), path, overwrite)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scan as dicts, lists, strings and numbers, layers ranked; null for what is not finite."""
+        return {
+            "layers": [plain(dataclasses.asdict(row)) | {"score": plain(self.score(row))} for row in self.ranked()],
+            "loss": plain(self.loss),
+            "all layers": plain(dataclasses.asdict(self.everything)),
+            "batches": self.batches,
+            "flops": self.flops,
+            "recipe": repr(self.recipe_used),
+        }
+
+    def __str__(self) -> str:
+        own = sum(row.flops for row in self.rows)
+        rows = [("layer", "op", "kernel", "FLOPs", *_titles("alone"), *_titles("without"), "score", "")]
+        for row in self.ranked():
+            share = f"{row.flops / own:.1%}" if own else ""
+            kernel = "x".join(map(str, row.kernel))
+            cells = (*_cells(row.alone), *_cells(row.without), number(self.score(row), ".3g"), "")
+            rows.append((row.name or "(the model)", row.op, kernel, share, *cells))
+        keep = [
+            column for column in range(len(rows[0])) if column == len(rows[0]) - 1 or any(r[column] for r in rows[1:])
+        ]
+        lines = aligned([[row[column] for column in keep] for row in rows], left=3)
+        loss, error = number(self.everything.loss, "+.3g"), self.everything.gradient_error
+        gradient = "" if error is None else f", gradient error {error:.3g}"
+        lines.append(f"all layers in NVFP4: loss {loss}{gradient}; high precision: loss {self.loss:.6g}")
+        lines.append(f"{self.batches} batches, recipe {self.recipe_used!r}")
+        return "\n".join(lines)
+
+
+def _titles(name: str) -> tuple[str, ...]:
+    return name, "+-", "gradient error", "cosine"
+
+
+def _cells(change: Change | None) -> tuple[str, ...]:
+    if change is None:
+        return ("",) * 4
+    return (
+        number(change.loss, "+.3g"),
+        number(change.standard_error, ".1g"),
+        number(change.gradient_error, ".3g"),
+        number(change.gradient_cosine, ".4f"),
+    )
+
+
+def write_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str], overwrite: bool) -> NVFP4BlockScaling:
+    """Write a recipe file, by default only where there is none.
+
+    Raises:
+        FileExistsError: the file is there, and overwrite is False; OSError: it cannot be written.
+    """
+    if Path(path).exists() and not overwrite:
+        text = message(
+            "recipe file: not written, the file exists.",
+            got=str(path),
+            needs="a path where nothing is",
+            fix="overwrite=True, or another path",
+        )
+        raise FileExistsError(text)
+    save_recipe(recipe, path)
+    return recipe

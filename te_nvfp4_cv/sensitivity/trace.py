@@ -1,0 +1,94 @@
+"""Where the first value that is not finite appears: hooks on all modules, for one forward and backward pass.
+
+    forward    a module's input, parameters and buffers when it starts, its output when it ends, in the order of time
+    backward   gradients of outputs and of parameters, in the order of time: from the loss to the input
+
+A container starts before its children and ends after them, so the first finding is the innermost module to blame; an
+input that is not finite without an output before it came from outside: the batch, or code between the modules.
+Reads every value, so it waits for a GPU at every module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from te_nvfp4_cv import producer
+from te_nvfp4_cv.sensitivity.layers import named
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A value that is not finite. `what`: input, parameter weight, buffer running_var, output, gradient of ..."""
+
+    module: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what} of {self.module or 'the model'}"
+
+
+class Trace:
+    """The first finding of the forward and of the backward pass."""
+
+    def __init__(self) -> None:
+        self.forward: Finding | None = None
+        self.backward: Finding | None = None
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Hooks while the body runs."""
+        with ExitStack() as stack:
+            for name, module in named(model):
+                stack.callback(module.register_forward_pre_hook(self._starts(name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(self._ends(name)).remove)
+                for key, parameter in module.named_parameters(recurse=False):
+                    if parameter.requires_grad:
+                        hook = self._gradient(name, f"gradient of the parameter {key}")
+                        stack.callback(parameter.register_hook(hook).remove)
+            yield
+
+    def _starts(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._look(name, "input", (args, kwargs))
+            self._look_own(name, module)
+
+        return hook
+
+    def _look_own(self, name: str, module: nn.Module) -> None:
+        for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for key, tensor in tensors.items():
+                self._look(name, f"{kind} {key}", tensor)
+
+    def _look(self, name: str, what: str, value: Any) -> None:
+        if self.forward is None and not all(map(_finite, tree_leaves(value))):
+            self.forward = Finding(name, what)
+
+    def _ends(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._look(name, "output", output)
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(self._gradient(name, "gradient of the output"))
+
+        return hook
+
+    def _gradient(self, name: str, what: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            if self.backward is None and not _finite(gradient):
+                self.backward = Finding(name, what)
+
+        return hook
+
+
+def _finite(value: Any) -> bool:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return True
+    producer.settle(value)  # an activation that only quantized layers read is not written yet
+    return bool(torch.isfinite(value.detach()).all())

@@ -1,0 +1,190 @@
+"""kurtosis(model): the weights of convolutions and linear layers, one after the other, without data or gradients.
+
+    kurtosis   m4 / m2^2 - 3 (Fisher): 0 for a normal distribution, large where a few weights stand far out
+    amax/std   how far the largest stands out
+    SQNR       10 log10(sum w^2 / sum (w - w')^2), w' = w in NVFP4, blocks 16x16 or 1x16 along what fprop contracts
+    underflow  share of the weights other than 0 that become 0
+    saturated  share of the weights that are clipped: code 6, and |w| > |w'|; by a few percent of |w| where the block's
+               scale was rounded down, by more where a block is too large for its scale
+
+Blocks never cross a group; channels are padded to 16 as a thin layer's are. Weights with NaN or infinity are named and
+have no figures. Recurrent layers, which never run in NVFP4, are left out. Refused: a model without such a layer, and
+weights without values (lazy, on the meta device).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.coverage import LAYERS
+from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
+from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.ops.quantize import operands
+from te_nvfp4_cv.policy import plain_name
+from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
+
+TITLES = (
+    *("weight", "shape", "mean", "std", "kurtosis", "amax/std"),
+    *("SQNR 16x16", "1x16", "underflow 16x16", "1x16", "saturated 16x16", "1x16", ""),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What NVFP4 does to one weight: SQNR in dB (inf where nothing is lost), shares lost to 0 and clipped."""
+
+    sqnr_db: float
+    underflow: float
+    saturated: float
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight. `trouble` says what is not finite; there are no figures then. blocks_2d: 16x16, blocks_1d: 1x16."""
+
+    name: str
+    shape: tuple[int, ...]
+    trouble: str = ""
+    mean: float = math.nan
+    std: float = math.nan
+    kurtosis: float = math.nan
+    amax_over_std: float = math.nan
+    blocks_2d: Cost | None = None
+    blocks_1d: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What kurtosis found, worst first: weights that are not finite, then by kurtosis. `str()` gives a table."""
+
+    rows: list[Weight]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The study as dicts, lists, strings and numbers; null where there is no number."""
+        return {"weights": [plain(asdict(row)) for row in self.rows]}
+
+    def __str__(self) -> str:
+        lines = aligned([TITLES, *(_cells(row) for row in self.rows)], left=2)
+        bad = [row.name for row in self.rows if row.trouble]
+        if bad:
+            lines.append(f"not finite: {', '.join(bad)}")
+        return "\n".join(lines)
+
+
+def _cells(row: Weight) -> tuple[str, ...]:
+    shape = "x".join(map(str, row.shape))
+    if row.blocks_2d is None or row.blocks_1d is None:
+        return (row.name, shape, *[""] * 10, row.trouble)
+    both = (row.blocks_2d, row.blocks_1d)
+    return (
+        row.name,
+        shape,
+        *(number(value, ".3g") for value in (row.mean, row.std, row.kurtosis, row.amax_over_std)),
+        *(f"{cost.sqnr_db:.1f} dB" for cost in both),
+        *(f"{cost.underflow:.2%}" for cost in both),
+        *(f"{cost.saturated:.2%}" for cost in both),
+        "",
+    )
+
+
+@torch.no_grad()
+def kurtosis(model: nn.Module) -> Study:
+    """Rank the weights of all convolutions and linear layers by how badly their values suit 4 bits.
+
+    Raises:
+        TypeError: no module; ValueError: no such layer, or weights without values.
+    """
+    if not isinstance(model, nn.Module):
+        raise type_error("kurtosis: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass a model")
+    rows = [_weight(name, w, module) for name, w, module in _weights(model)]
+    if not rows:
+        raise value_error(
+            "kurtosis: the model has no convolution and no linear layer.",
+            got=f"{type(model).__name__} with {sum(1 for _ in model.modules())} modules",
+            needs="torch.nn.Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear or MultiheadAttention",
+            fix="pass the model whose layers train",
+        )
+    return Study(sorted(rows, key=_badness, reverse=True))
+
+
+def _badness(row: Weight) -> float:
+    return math.inf if row.trouble else row.kurtosis
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            keys = ["weight"]
+        elif isinstance(module, nn.MultiheadAttention):
+            keys = [key for key in module._parameters if "weight" in key]
+        else:
+            continue
+        for key in keys:
+            w = getattr(module, key)  # computed anew where it is parametrized
+            if w is None or id(w) in seen:
+                continue
+            seen.add(id(w))
+            name = plain_name(path) or type(module).__name__
+            name += "" if key == "weight" else f".{key}"
+            if nn.parameter.is_lazy(w) or w.device.type == "meta":
+                raise value_error(
+                    f"kurtosis: the weight of {name!r} has no values.",
+                    got="a lazy parameter" if nn.parameter.is_lazy(w) else "a weight on the meta device",
+                    needs="weights with values",
+                    fix="run one forward pass, or load the weights, first",
+                )
+            yield name, w, module
+
+
+def _weight(name: str, w: Tensor, module: nn.Module) -> Weight:
+    w, groups = w.detach(), int(getattr(module, "groups", 1))
+    shape = tuple(w.shape)
+    bad = [f"{int(count)} {word}" for count, word in ((w.isnan().sum(), "NaN"), (w.isinf().sum(), "inf")) if count]
+    if bad:
+        return Weight(name, shape, f"{' and '.join(bad)} of {w.numel()} weights")
+    values = w.double()
+    mean = float(values.mean())
+    deviations = values - mean
+    variance, fourth = float(deviations.square().mean()), float(deviations.pow(4).mean())
+    std, amax = math.sqrt(variance), float(values.abs().max())
+    if getattr(module, "transposed", False):  # [C, O / groups, ...]: fprop contracts axis 0
+        w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return Weight(
+        name,
+        shape,
+        mean=mean,
+        std=std,
+        kurtosis=fourth / variance**2 - 3 if variance**2 > 0 else 0.0,  # all equal: no outliers
+        amax_over_std=amax / std if std else 0.0,
+        blocks_2d=_cost(w, groups, two_d=True),
+        blocks_1d=_cost(w, groups, two_d=False),
+    )
+
+
+def _cost(w: Tensor, groups: int, two_d: bool) -> Cost:
+    """Of a weight [O, C / groups, *kernel]."""
+    backend, (n, channels) = dispatch.resolve("auto", w.device), w.shape[:2]
+    w = w.float()
+    faces = operands.quantize_kernel(
+        w, groups, operands.PACKED, operands.NONE, two_d, "", E4M3_MAX, False, torch.float32, backend
+    )
+    data, scale, _, _, amax = faces
+    blocks = operands.unpack_kernel(data, scale, n, channels, groups, False, None, torch.float32, backend)
+    quantized = blocks.double() * (amax.double() / (E2M1_MAX * E4M3_MAX))
+    values = w.flatten(2).movedim(2, 1).double() if w.dim() > 2 else w[:, None].double()  # [O, taps, C / groups]
+    largest = unpack_nibbles(data)[..., :channels].bitwise_and(7) == 7
+    power, noise = float(values.square().sum()), float((values - quantized).square().sum())
+    nonzero = int((values != 0).sum())
+    return Cost(
+        sqnr_db=10 * math.log10(power / noise) if noise and power else math.inf,
+        underflow=int(((values != 0) & (quantized == 0)).sum()) / nonzero if nonzero else 0.0,
+        saturated=int((largest & (values.abs() > quantized.abs() * (1 + 1e-6))).sum()) / values.numel(),
+    )
