@@ -1,18 +1,20 @@
-"""COCO instances as class masks.
+"""COCO instances as class masks, and one by one.
 
     ROOT/annotations/instances_{train,val[,test]}2017.json + ROOT/{train,val[,test]}2017/*.jpg
     mask = 0 (background); the chosen categories 1, 2, ... in the order asked for; crowd pixels 255 (ignore)
 
 Where instances overlap, the smaller lies on top. An image without annotations is all background; crowds of categories
 that were not chosen are background too. Refuses a root that lacks files, annotations for images that are not listed or
-not on disk, and unknown class names.
+not on disk, unknown class names and, where objects are asked for, annotations with neither box nor mask.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from PIL import Image
 from te_nvfp4_cv.checks import value_error
 
 from .losses import IGNORE
-from .split import RawSplit, SegmentationData, broken, check_classes, missing, open_image, some
+from .split import Objects, RawSplit, SegmentationData, Thing, broken, check_classes, missing, open_image, some
 
 
 def load_coco(root: Path, classes: Sequence[str] | None) -> SegmentationData:
@@ -115,4 +117,39 @@ def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
                 mask[coco.annToMask(annotation).astype(bool)] = number
         return open_image(paths[index]), mask
 
-    return RawSplit(split, [str(path) for path in paths], read)
+    def objects(index: int) -> Objects:
+        entry = entries[index]
+        found = [a for a in coco.loadAnns(coco.getAnnIds(imgIds=entry["id"])) if a["category_id"] in number_of]
+        things = [
+            Thing(
+                number_of[a["category_id"]],
+                _box(coco, a),
+                bool(a.get("iscrowd", 0)),
+                partial(coco.annToMask, a) if a.get("segmentation") else None,
+            )
+            for a in found
+        ]
+        return Objects(entry["height"], entry["width"], things)
+
+    return RawSplit(split, [str(path) for path in paths], read, objects)
+
+
+def _box(coco: Any, annotation: dict[str, Any]) -> tuple[float, float, float, float]:
+    """x0, y0, x1, y1 of an annotation: its bbox or, without one, that of its mask."""
+    box = annotation.get("bbox")
+    if box is None and annotation.get("segmentation"):
+        from pycocotools import mask as coco_mask
+
+        box = coco_mask.toBbox(coco.annToRLE(annotation)).tolist()
+    try:
+        x, y, w, h = (float(value) for value in box)  # type: ignore[union-attr]
+        if not all(map(math.isfinite, (x, y, w, h))):
+            raise ValueError("a number that is not finite")
+    except (TypeError, ValueError) as error:
+        raise value_error(
+            f"data: annotation {annotation['id']} has no box.",
+            got=f"bbox {box!r}: {error}",
+            needs="x, y, width and height in pixels, or a segmentation",
+            fix="correct the annotation, or remove it",
+        ) from error
+    return x, y, x + w, y + h

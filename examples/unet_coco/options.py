@@ -20,7 +20,8 @@ from te_nvfp4_cv.checks import runtime_error, value_error
 from .data import LAYOUTS
 from .unet import ACTIVATIONS
 
-TASKS = ("semantic",)
+TASKS = ("semantic", "instance", "detection")
+BACKBONES = ("resnet18", "resnet34", "resnet50")
 LOSS_DEFAULTS = {"class_weights": "none", "dice_weight": 1.0, "ce_weight": 1.0}
 
 
@@ -41,6 +42,8 @@ class Settings:
     scale: float
     activation: str
     dropout: float
+    instances: int
+    backbone: str
     batch_size: int
     lr: float
     weight_decay: float
@@ -99,7 +102,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         metavar="P",
         help="fp32, fp16, bf16, nvfp4 or recipes (default: bf16 nvfp4)",
     )
-    add("--recipe", default="unet", metavar="NAME_OR_PATH", help="the recipe that nvfp4 stands for (default: unet)")
+    add(
+        "--recipe",
+        metavar="NAME_OR_PATH",
+        help="the recipe that nvfp4 stands for (default: detection for --task detection, else unet)",
+    )
     add(
         "--compute",
         choices=("bf16", "fp16", "fp32"),
@@ -116,9 +123,17 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add("--steps", type=int, metavar="N", help="stop after N steps in all, if --epochs has not ended before")
     add("--schedule-steps", type=int, metavar="N", help="length of the cosine in steps (default: that of --epochs)")
     add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="size that images are resized to (default: 96 96)")
-    add("--scale", type=float, default=0.25, metavar="F", help="factor on the widths 64 .. 1024 (default: 0.25)")
+    add(
+        "--scale",
+        type=float,
+        default=0.25,
+        metavar="F",
+        help="factor on the UNet's widths 64 .. 1024, or the 256 of the detector's pyramid and heads (default: 0.25)",
+    )
     add("--activation", choices=ACTIVATIONS, default="relu", help="default: relu")
     add("--dropout", type=float, default=0.1, metavar="F", help="share of bottleneck channels dropped (default: 0.1)")
+    add("--instances", type=int, default=16, metavar="N", help="--task instance: the most objects found (default: 16)")
+    add("--backbone", choices=BACKBONES, default="resnet18", help="--task detection: its body (default: resnet18)")
     add(
         "--batch-size",
         type=int,
@@ -201,6 +216,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     values["init_skip"] = tuple(name.strip() for name in (raw.init_skip or "").split(",") if name.strip())
     values["precisions"] = tuple(raw.precisions)
     values["image_size"] = tuple(raw.image_size or (96, 96))
+    values["recipe"] = raw.recipe or ("detection" if raw.task == "detection" else "unet")
     settings = Settings(**values)
     _check(settings)
     return settings
@@ -212,6 +228,7 @@ def _check(settings: Settings) -> None:
         "steps": 1,
         "schedule_steps": 1,
         "batch_size": 1,
+        "instances": 1,
         "log_every": 1,
         "eval_every": 1,
         "timeout": 1,

@@ -75,6 +75,15 @@ class Ranks:
         return gathered
 
 
+def whole_batch(loss: Tensor, group: Any) -> Tensor:
+    """The mean of the ranks' losses, with the gradient of this rank's own: gradients are averaged later."""
+    if group is None:
+        return loss
+    mean = loss.detach().clone()
+    dist.all_reduce(mean, group=group)
+    return loss - loss.detach() + mean / dist.get_world_size(group)
+
+
 @contextlib.contextmanager
 def joined(settings: Settings) -> Iterator[tuple[Ranks, torch.device]]:
     """This process's place and device, from torchrun's environment; alone without it.

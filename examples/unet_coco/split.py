@@ -1,4 +1,4 @@
-"""The parts of a data set as they lie on disk, and the refusals that both layouts share.
+"""The parts of a data set as they lie on disk, and the refusals that all layouts share.
 
 Every refusal names the file or folder it is about.
 """
@@ -28,11 +28,18 @@ class SegmentationData:
 
 @dataclass(frozen=True)
 class RawSplit:
-    """One split as it lies on disk: `read(i)` gives an RGB PIL image and a [H, W] uint8 array of class ids."""
+    """One split as it lies on disk.
+
+    Args:
+        names: the files of the images.
+        read: `read(i)` gives an RGB PIL image and a [H, W] uint8 array of class ids.
+        objects: `objects(i)` gives what is annotated one by one; None: the layout has no objects.
+    """
 
     name: str
     names: list[str] = field(repr=False)
     read: Callable[[int], tuple[Image.Image, np.ndarray]] = field(repr=False)
+    objects: Callable[[int], Objects] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -42,6 +49,32 @@ class RawSplit:
         """[images, 256] int64: how many pixels of each image have each id. Reads the whole split, once."""
         counts = [np.bincount(self.read(index)[1].ravel(), minlength=256) for index in range(len(self))]
         return np.stack(counts).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One annotated object.
+
+    Args:
+        label: class number, from 1.
+        box: x0, y0, x1, y1 in pixels, as annotated: it may be empty, or reach beyond the image.
+        crowd: a region of many objects.
+        mask: gives a [H, W] uint8 array of 0 and 1; None: the annotation has no mask.
+    """
+
+    label: int
+    box: tuple[float, float, float, float]
+    crowd: bool
+    mask: Callable[[], np.ndarray] | None
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of an image and the size that the annotations give it."""
+
+    height: int
+    width: int
+    things: list[Thing]
 
 
 def open_image(path: Path, convert: bool = True) -> Image.Image:

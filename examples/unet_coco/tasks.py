@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from .detection import Detection
+from .instance import Instance
 from .options import Settings
 from .semantic import Semantic
 from .split import SegmentationData
 from .task import Task
 
-KINDS: dict[str, type[Task]] = {"semantic": Semantic}
+KINDS: dict[str, type[Task]] = {"semantic": Semantic, "instance": Instance, "detection": Detection}
 
 
 def make_task(settings: Settings, data: SegmentationData) -> Task:

@@ -85,7 +85,7 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
         if module in running:
             del running[len(running) - 1 - running[::-1].index(module) :]
 
-    def called(call: calls.Call) -> Callable[[Tensor], None] | None:
+    def called(call: calls.Call) -> calls.Seen:
         module = running[-1] if running else None
 
         def finished(y: Tensor) -> None:
@@ -99,7 +99,7 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
             unit = units.setdefault(module, Unit(names.get(module, ""), module, call.op, kernel, call.recipe))
             unit.flops += flops
 
-        return finished
+        return calls.Seen(finished)
 
     with ExitStack() as stack:
         for module in names:

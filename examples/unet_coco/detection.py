@@ -1,0 +1,49 @@
+"""Object detection: a box and a class for every object, by a RetinaNet (detector.py).
+
+    loss = focal loss of the classes + L1 of the boxes, as torchvision's, the mean over images;   score: COCO's box AP
+
+Images without objects train with no box at all. The recipe that nvfp4 stands for is `detection`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .detector import Detector
+from .object_task import ObjectTask
+from .objects import Target, to_learn
+from .ranks import whole_batch
+from .task import Context
+
+
+class Detection(ObjectTask):
+    """--task detection."""
+
+    titles = {"ap": "box AP", "ap50": "box AP50"}
+    kind = "bbox"
+
+    def architecture(self) -> dict[str, Any]:
+        s = self.settings
+        return {"task": "detection", "backbone": s.backbone, "scale": s.scale, "classes": list(self.class_names)}
+
+    def model(self) -> Detector:
+        s = self.settings
+        return Detector(len(self.class_names), s.image_size, s.backbone, s.scale)
+
+    def inputs(self, targets: list[Target]) -> tuple[list[Target]]:
+        return (to_learn(targets),)
+
+    def loss(self, output: dict[str, Tensor], targets: Any, group: Any = None) -> Tensor:
+        return whole_batch(output["classification"] + output["bbox_regression"], group)
+
+    def score(
+        self, model: nn.Module, images: Tensor, targets: list[Target], context: Context
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        model.train()  # a RetinaNet gives either losses or boxes; it has neither dropout nor statistics
+        with context():
+            loss = self.loss(model(images, *self.inputs(targets)), targets)
+        model.eval()
+        with context():
+            return loss, model(images)
