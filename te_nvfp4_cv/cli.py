@@ -90,11 +90,11 @@ def _diagnose(options: argparse.Namespace) -> int:
             raise FileExistsError(f"--out {options.out}: the file exists; name a new one")
         build = None if options.builder is None else builder.given(options.builder)
         found = diagnose(options.bundle, build, options.device)
+        print(json.dumps(found.to_dict(), indent=2) if options.json else found)
         written = None if options.out is None else found.save(options.out)
     except (ValueError, TypeError, RuntimeError, OSError) as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
     if options.out is not None:
         text = f"recipe: {options.out}" if written is not None else "recipe: none written, there is nothing to suggest"
         print(text, file=sys.stderr)

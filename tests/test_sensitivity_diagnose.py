@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -41,7 +42,7 @@ def a_step(recipe: nv.NVFP4BlockScaling = RECIPE, seed: int = 7, steps: int = 0)
         with nv.nvfp4_autocast(recipe):
             loss(model, batch).backward()
     fields = dict(
-        model_state={name: value.clone() for name, value in model.state_dict().items()},
+        model_state=copy.deepcopy(model.state_dict()),
         batch=batch,
         seeds={"torch": seed},
         recipe_text=recipe.to_toml(),
@@ -87,6 +88,7 @@ def test_a_bundle_holds_what_it_was_given(tmp_path):
         "optimizer_state",
     ):
         assert getattr(found, name) == fields[name], name
+    assert found.model_state._metadata == Net().state_dict()._metadata
     assert found.autocast is None and os.listdir(tmp_path) == ["b.pt"]
 
 
@@ -370,6 +372,9 @@ def test_bad_builders_and_models():
         diagnose(loaded, lambda arguments: Net())
     with pytest.raises(ValueError, match="do not fit the model"):
         diagnose(loaded, lambda arguments: (Steep(), loss))
+    with pytest.raises(ValueError, match="cannot be replayed") as caught:
+        diagnose(loaded, lambda arguments: (Net(), lambda model, batch: model(batch["images"])))
+    assert "TypeError: tuple indices" in str(caught.value)
     with pytest.raises(ValueError, match="device not usable"):
         diagnose(loaded, build, device="cuda:63")
     with pytest.raises(ValueError, match="device not usable"):

@@ -129,6 +129,14 @@ def test_attention_and_shared_weights():
     assert [row.name for row in kurtosis(twice).rows] == ["0"]
 
 
+def test_parametrized_weights_are_read_as_they_are_used():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32)) for _ in range(4)))
+    before = [buffer.clone() for buffer in net.buffers()]
+    assert {row.name for row in kurtosis(net).rows} == {"0", "1", "2", "3"}
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before, strict=True))
+
+
 def test_all_zero_weights():
     layer = nn.Linear(16, 16)
     nn.init.zeros_(layer.weight)

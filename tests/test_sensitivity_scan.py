@@ -11,6 +11,7 @@ import random
 import numpy
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
@@ -281,6 +282,35 @@ def test_explicit_modules_thin_layers_and_wrappers():
     assert [row.name for row in scan(wrapped, square, [x], NO_SR).rows] == ["body.1", "body.4", "up", "head"]
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "compile"])
+def test_checkpointed_and_compiled_models_are_measured_alike(kind):
+    """Checkpointing runs the modules again in the backward pass: under the same entries."""
+    model, batches = chain()
+    plain = scan(model, regression, batches[:1], NO_SR, mode="both", gradients=True).to_dict()
+    if kind == "compile":
+        other = torch.compile(model, backend="eager")
+    else:
+        other = copy.deepcopy(model)
+        for index, layer in enumerate(list(other.layers)):
+            other.layers[index] = Checkpointed(layer)
+    found = scan(other, regression, batches[:1], NO_SR, mode="both", gradients=True).to_dict()
+    if kind == "checkpoint":
+        for row in found["layers"]:
+            row["name"] = row["name"].removesuffix(".inner")
+    assert found == plain
+
+
+class Checkpointed(nn.Module):
+    """Runs a module again in the backward pass, by its call, hooks included."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
 def test_progress():
     model, batches = chain()
     told = []
@@ -302,6 +332,8 @@ def test_refused():
         scan(net, lambda model, batch: model(batch).mean().detach(), [x], gradients=True)
     with pytest.raises(ValueError, match="high precision is not finite on batch 1"):
         scan(net, square, [x, x * math.nan])
+    with pytest.raises(ValueError, match="lazy parameters"):
+        scan(nn.LazyLinear(16), square, [x])
     with pytest.raises(ValueError, match="unknown mode"):
         scan(net, square, [x], mode="each")
     with pytest.raises(ValueError, match="unknown backend"):

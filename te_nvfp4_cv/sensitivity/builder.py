@@ -48,7 +48,15 @@ def recorded(name: str, path: str) -> Build:
             needs="--builder, which says that you trust this code; diagnose(bundle, build=...) in Python",
             fix=f"te-nvfp4-cv diagnose {path} --builder {name}",
         )
-    return _function(_import(module, folder), function, name)
+    found = _import(module, folder)
+    if Path(found.__file__).resolve() != file:
+        raise value_error(
+            f"diagnose: {name!r} is another module here.",
+            got=found.__file__,
+            needs=str(file),
+            fix=f"start anew without the other {SHIPPED}, or name it with --builder",
+        )
+    return _function(found, function, name)
 
 
 def given(name: str) -> Build:

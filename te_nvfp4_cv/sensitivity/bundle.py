@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,10 @@ def _copied(value: Any, where: str) -> Any:
                 fix="a DTensor's full_tensor(); dequantize() of a quantized one",
             )
         return value.detach().to("cpu", copy=True)
+    if isinstance(value, OrderedDict):  # a state_dict: its _metadata holds the versions of the modules
+        copied = OrderedDict((key, _copied(item, f"{where}[{key!r}]")) for key, item in value.items())
+        vars(copied).update(vars(value))
+        return copied
     if isinstance(value, Mapping):
         return {key: _copied(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):

@@ -86,7 +86,7 @@ class _Step:
     def diagnosis(self) -> Diagnosis:
         """All replays."""
         trace = Trace()
-        high = self._run(dict.fromkeys((module for _, module in named(self.model)), None), trace, True)
+        high = self._in_high_precision(trace)
         head = (self.bundle.step, self.bundle.reason, self.bundle.loss, _replay(high, None, trace))
         if self.recipe is None:
             return Diagnosis(*head)
@@ -103,6 +103,18 @@ class _Step:
         gemms, layers = self._toggled(units, high)
         return Diagnosis(*head, nvfp4, gemms, layers, self.recipe)
 
+    def _in_high_precision(self, trace: Trace) -> Measured:
+        """The first replay: what somebody else's code refuses comes to light here."""
+        try:
+            return self._run(dict.fromkeys((module for _, module in named(self.model)), None), trace, outside=False)
+        except Exception as error:
+            raise value_error(
+                "diagnose: the step cannot be replayed.",
+                got=f"{type(error).__name__}: {error}",
+                needs="a builder whose loss(model, batch) takes the bundle's batch and returns a scalar",
+                fix="name the builder that wrote the bundle, or correct it",
+            ) from error
+
     def _toggled(self, units: list[Unit], high: Measured) -> tuple[dict[str, Replay], dict[str, Replay]]:
         """With each GEMM, and with each layer, in high precision."""
         own: dict[nn.Module, NVFP4BlockScaling | None] = {unit.module: unit.recipe for unit in units}
@@ -118,10 +130,10 @@ class _Step:
         layers = {unit.name: _replay(self._run({**own, unit.module: None}), high) for unit in units}
         return gemms, layers
 
-    def _run(self, entries: Entries, trace: Trace | None = None, high: bool = False) -> Measured:
+    def _run(self, entries: Entries, trace: Trace | None = None, outside: bool = True) -> Measured:
         dtype = None if self.bundle.autocast is None else getattr(torch, self.bundle.autocast)
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-            return self.measure(self.batch, entries, self.bundle.seeds["torch"], high, trace)
+            return self.measure(self.batch, entries, self.bundle.seeds["torch"], outside, trace)
 
 
 def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) -> Replay:

@@ -43,19 +43,12 @@ def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def ruled(entries: Entries, high_outside: bool) -> Iterator[None]:
+def ruled(entries: Entries) -> Iterator[None]:
     """While a module of `entries` runs, its entry rules (None: high precision), whatever set_precision says.
 
-    To be entered inside of nvfp4_autocast.
-
-    Args:
-        high_outside: what runs in no such module, such as layers called by the loss function, runs in high precision.
+    The backward pass belongs inside: activation checkpointing runs the modules again then.
     """
     with ExitStack() as stack:
-        if high_outside:
-            owner = object()
-            context.push_override(None, owner)
-            stack.callback(context.pop_override, owner)
         for module, recipe in entries.items():
             pre, post = _hooks(object(), recipe)
             stack.callback(module.register_forward_pre_hook(pre).remove)
@@ -69,6 +62,19 @@ def _hooks(owner: object, recipe: NVFP4BlockScaling | None) -> tuple[Callable[..
         lambda module, args: context.push_override(recipe, owner),
         lambda module, args, output: context.pop_override(owner),
     )
+
+
+@contextmanager
+def high_outside() -> Iterator[None]:
+    """To be entered inside of nvfp4_autocast: what runs in no module with an entry, such as layers called by the loss
+    function, runs in high precision.
+    """
+    owner = object()
+    context.push_override(None, owner)
+    try:
+        yield
+    finally:
+        context.pop_override(owner)
 
 
 def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from te_nvfp4_cv.autocast import nvfp4_autocast
 from te_nvfp4_cv.checks import describe, type_error, value_error
 from te_nvfp4_cv.coverage import untouched
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
-from te_nvfp4_cv.sensitivity.layers import Entries, ruled
+from te_nvfp4_cv.sensitivity.layers import Entries, high_outside, ruled
 from te_nvfp4_cv.sensitivity.trace import Trace
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -68,9 +68,15 @@ class Measure:
     prepare: Callable[[], Any] | None = None
 
     def __call__(
-        self, batch: Any, entries: Entries, seed: int, high_outside: bool = True, trace: Trace | None = None
+        self, batch: Any, entries: Entries, seed: int, outside: bool = False, trace: Trace | None = None
     ) -> Measured:
-        """Arguments: those of layers.ruled, the seed, what watches the modules."""
+        """Evaluate once.
+
+        Args:
+            entries: as layers.ruled takes them.
+            outside: whether NVFP4 is for layers in no module of `entries` too.
+            trace: watches the modules.
+        """
         with ExitStack() as stack:
             cuda = torch.cuda.is_initialized()
             stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count())) if cuda else []))
@@ -87,7 +93,8 @@ class Measure:
                 self.prepare()
             if trace is not None:
                 stack.enter_context(trace.watch(self.model))
-            with nvfp4_autocast(self.recipe, backend=self.backend), ruled(entries, high_outside):
+            stack.enter_context(ruled(entries))
+            with nvfp4_autocast(self.recipe, backend=self.backend), nullcontext() if outside else high_outside():
                 value = _scalar(self.loss(self.model, batch))
             return Measured(float(value.detach()), self._gradients(value) if self.gradients else None)
 

@@ -69,6 +69,14 @@ def scan(
             needs="a torch.nn.Module",
             fix="scan(model, loss, batches) with loss(model, batch)",
         )
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise value_error(
+            "scan: the model has lazy parameters.",
+            got=", ".join(lazy[:3]),
+            needs="parameters that exist",
+            fix="run one forward pass first",
+        )
     if mode not in MODES:
         raise value_error("scan: unknown mode.", got=repr(mode), needs=f"one of {', '.join(MODES)}", fix="mode='both'")
     dispatch.check_backend(backend)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.checks import describe, type_error, value_error
-from te_nvfp4_cv.coverage import LAYERS
+from te_nvfp4_cv.coverage import LAYERS, untouched
 from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.quantize import operands
@@ -103,7 +103,8 @@ def kurtosis(model: nn.Module) -> Study:
     """
     if not isinstance(model, nn.Module):
         raise type_error("kurtosis: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass a model")
-    rows = [_weight(name, w, module) for name, w, module in _weights(model)]
+    with untouched(model):  # reading a parametrized weight may change buffers
+        rows = [_weight(name, w, module) for name, w, module in _weights(model)]
     if not rows:
         raise value_error(
             "kurtosis: the model has no convolution and no linear layer.",
@@ -131,7 +132,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
             w = getattr(module, key)  # computed anew where it is parametrized
             if w is None or id(w) in seen:
                 continue
-            seen.add(id(w))
+            if isinstance(w, nn.Parameter):
+                seen.add(id(w))
             name = plain_name(path) or type(module).__name__
             name += "" if key == "weight" else f".{key}"
             if nn.parameter.is_lazy(w) or w.device.type == "meta":
