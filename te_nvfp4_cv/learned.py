@@ -6,8 +6,9 @@
 
 learn_scales gives each layer that can run in NVFP4 one more parameter, `weight_scale` or `weight_clip`, a fraction that
 starts at 1, where nothing changes. It is in model.parameters() and in the state_dict; the weight keeps its name and
-shape. It acts where the layer runs in NVFP4 only. Call it before the optimizer is made, before DDP, and before
-load_state_dict of a model that has it. What they compute: weight_transforms.py.
+shape. It acts where the layer runs in NVFP4 only. Call it after set_precision, whose high-precision layers get none,
+before the optimizer is made, before DDP, and before load_state_dict of a model that has it. What the fractions do:
+weight_transforms.py.
 
 damping_loss pulls weights towards the values that they are rounded to, so that they do not swing between two codes:
 
@@ -79,7 +80,12 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
         raise value_error(
             "learn_scales: unknown kind.", got=repr(kind), needs="'scale' or 'clip'", fix="learn_scales(model, 'scale')"
         )
-    chosen = {n: m for n, m in _layers(model) if fnmatch.fnmatchcase(n, layers) and not _thin(m)}
+    high = {module for module, recipe in _recipes(model, as_recipe(None), set()) if recipe is None}
+    chosen = {
+        name: module
+        for name, module in _layers(model)
+        if fnmatch.fnmatchcase(name, layers) and module not in high and not _thin(module)
+    }
     other = next(name for name in NAMES if name != kind)
     problems = {
         "no layer that can run in NVFP4 matches": [] if chosen else [layers],

@@ -16,7 +16,12 @@ from te_nvfp4_cv import cli
 from te_nvfp4_cv.sensitivity import diagnose
 from tests.helpers import same_bits
 
-ARGUMENTS = {"num_classes": 2, "scale": 0.25, "activation": "silu", "dropout": 0.2}
+ARGUMENTS = {
+    "options": {"task": "semantic", "scale": 0.25, "activation": "silu", "dropout": 0.2},
+    "image_size": [16, 16],
+    "classes": ["background", "thing"],
+    "class_weights": None,
+}
 
 
 def noisy(count: int, level: float = 1.0, seed: int = 0) -> list[float]:
@@ -100,8 +105,19 @@ def test_rebuild():
     assert isinstance(model, UNet) and model.head.out_channels == 2 and model.dropout.p == 0.2
     assert model.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert loss(model, (torch.randn(1, 3, 16, 16), torch.ones(1, 16, 16, dtype=torch.int64))).shape == ()
+    for task in ("instance", "detection"):
+        options = {"task": task, "scale": 0.0625, "instances": 3, "learn_scales": "none"}
+        model, loss = build(ARGUMENTS | {"options": options, "image_size": [32, 32]})
+        box = torch.tensor([[4.0, 4.0, 20.0, 20.0]])
+        masks = torch.zeros(1, 32, 32, dtype=torch.bool)
+        masks[:, 4:20, 4:20] = True
+        target = {"boxes": box, "labels": torch.ones(1, dtype=torch.int64), "masks": masks}
+        target["crowd"] = torch.zeros(1, dtype=torch.bool)
+        assert loss(model, (torch.randn(1, 3, 32, 32), [target])).shape == ()
+    with pytest.raises(ValueError, match="unknown here"):
+        build(ARGUMENTS | {"options": {"no such": 1}})
     for arguments in ({}, ARGUMENTS | {"more": 1}):
-        with pytest.raises(ValueError, match="not the arguments of the UNet"):
+        with pytest.raises(ValueError, match="not the arguments of a bundle"):
             build(arguments)
 
 
@@ -130,7 +146,7 @@ def test_the_step_of_a_spike_in_a_training_loop_is_replayed(tmp_path: Path, caps
             gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm()
             write_bundle(
                 path,
-                model=model,
+                state=model.state_dict(),
                 batch=(images, masks),
                 seed=100 + step,
                 recipe_text=recipe.to_toml(),

@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv import sensitivity
 from te_nvfp4_cv.checks import runtime_error
 from te_nvfp4_cv.telemetry import Telemetry
 
 from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .initial import load_initial
+from .levers import Bundles, changed, damping, learn, parameter_groups
 from .metrics import saved_bytes, to_device
 from .options import Settings
 from .order import TrainOrder, eval_loader, mix_seed, train_loader
@@ -87,7 +89,7 @@ class Trainer:
         self.wrapped = wrap(self.model, precision, ranks, device, settings.deterministic)
         self._whole: tuple[int, nn.Module] | None = None
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+            parameter_groups(self.model, settings.weight_decay), lr=settings.lr, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
         loading = settings.workers, device.type == "cuda", self.task.collate
@@ -105,11 +107,14 @@ class Trainer:
         self.schedule_steps = settings.schedule_steps or settings.epochs * len(self.order)
         self.position = Position()
         self.steps_here = 0  # by this process
+        weights = getattr(self.task, "class_weights", None)
+        self.bundles = Bundles(folder, settings, precision, self.task.class_names, weights)
 
     def _new_model(self) -> nn.Module:
         model = self.task.model().to(self.device)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision.prepare(model)
+        learn(model, self.settings, self.precision.recipe, bool(self.ranks.parallel))
         return model
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -133,6 +138,9 @@ class Trainer:
         at, every = self.position, self.settings.log_every
         self.order.epoch, self.order.start = at.epoch, at.batch
         self._whole = None  # with FSDP2 a full copy: not beside the shards while they train
+        if not at.batch and at.epoch and self._nvfp4_of(at.epoch) is not self._nvfp4_of(at.epoch - 1):
+            # statistics of batch norms (a body may have them) are those of NVFP4 until now
+            sensitivity.update_bn(self.model, self.loader, self.context(at.epoch), device=self.device)
         pending: list[Tensor] = []
         for images, targets in self.loader:
             begun = self._clock()
@@ -163,7 +171,9 @@ class Trainer:
     def _step(self, images: Tensor, targets: Any, watch: Telemetry) -> Tensor:
         """One optimizer step; returns the loss of the whole batch, on the device."""
         at, rank = self.position, self.ranks.rank
-        torch.manual_seed(mix_seed(self.settings.seed, at.step, *([rank] if rank else [])))
+        seed = mix_seed(self.settings.seed, at.step, *([rank] if rank else []))
+        self.bundles.before(self.model)
+        torch.manual_seed(seed)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(at.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -171,7 +181,18 @@ class Trainer:
             with self.context(at.epoch):
                 output = self.wrapped(images, *self.task.inputs(targets))
                 loss = self.task.loss(output, targets, self.ranks.group)
-            self.scaler.scale(loss).backward()
+            total = loss + damping(self.model, self.settings, self._nvfp4_of(at.epoch), at.step / self.schedule_steps)
+            self.scaler.scale(total).backward()
+        self.bundles.check(
+            at.step + 1,
+            loss,
+            self.model,
+            lambda: whole_state(self.model, self.optimizer, self.ranks)[0],
+            (images, targets),
+            seed,
+            rank == 0,
+            self.scaler.is_enabled(),
+        )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
@@ -236,10 +257,14 @@ class Trainer:
         """What a forward pass of that epoch runs in (None: of the epoch of the last step, to evaluate it).
         --high-precision-last turns NVFP4 off for its epochs.
         """
-        at, s = self.position, self.settings
+        at = self.position
         if epoch is None:
             epoch = at.epoch if at.batch or not at.step else at.epoch - 1
-        return self.precision.context(self.device, epoch < s.epochs - s.high_precision_last)
+        return self.precision.context(self.device, self._nvfp4_of(epoch) is not None)
+
+    def _nvfp4_of(self, epoch: int) -> Any:
+        """The recipe in that epoch, None in high precision."""
+        return self.precision.recipe if epoch < self.settings.epochs - self.settings.high_precision_last else None
 
     def summary(self) -> dict[str, float | int]:
         """The row of summary.json for this precision."""
@@ -293,6 +318,8 @@ class Trainer:
         }
         if s.changed_loss():
             identity["loss"] = s.changed_loss()
+        if self.precision.recipe is not None and changed(s):
+            identity["levers"] = changed(s)
         if self.precision.recipe is not None and self.precision.compute != "bf16":
             identity["compute"] = self.precision.compute
         return identity

@@ -69,6 +69,10 @@ class Settings:
     init_from: Path | None
     init_skip: tuple[str, ...]
     compute: str
+    learn_scales: str
+    damping: float
+    bundles: bool
+    spike_factor: float
 
     def changed_loss(self) -> dict[str, str | float]:
         """The options of the loss that are not at their defaults."""
@@ -205,6 +209,32 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     )
     add("--tensorboard", action="store_true", help="write the telemetry for TensorBoard, too")
     add(
+        "--learn-scales",
+        choices=("none", "scale", "clip"),
+        default="none",
+        help="learn a multiplier of the block scales, or a clipping threshold, for each NVFP4 layer (default: none)",
+    )
+    add(
+        "--damping",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="pull weights to the values they are rounded to, with F at the end of training (default: 0)",
+    )
+    add(
+        "--no-bundles",
+        dest="bundles",
+        action="store_false",
+        help="do not keep steps whose loss jumps or is not finite for te-nvfp4-cv diagnose",
+    )
+    add(
+        "--spike-factor",
+        type=float,
+        default=3.0,
+        metavar="F",
+        help="a loss jumps where it exceeds F times the median of the last 100 (default: 3)",
+    )
+    add(
         "--no-wandb",
         dest="wandb",
         action="store_false",
@@ -283,6 +313,20 @@ def _check(settings: Settings) -> None:
             got=f"--init-skip {','.join(settings.init_skip)} without --init-from",
             needs="--init-from FILE",
             fix="name the file to start from, or leave --init-skip out",
+        )
+    if not 0 <= settings.damping < math.inf or not 1 < settings.spike_factor < math.inf:
+        raise value_error(
+            "--damping or --spike-factor is out of range.",
+            got=f"{settings.damping}, {settings.spike_factor}",
+            needs="damping >= 0 and a factor > 1, both finite",
+            fix="correct it",
+        )
+    if settings.parallel == "fsdp" and (settings.damping or settings.learn_scales != "none"):
+        raise value_error(
+            "--parallel fsdp does not go with --damping and --learn-scales.",
+            got=f"--damping {settings.damping} --learn-scales {settings.learn_scales}",
+            needs="whole weights on each rank",
+            fix="--parallel ddp",
         )
     if min(settings.image_size) < 16:
         raise value_error(

@@ -1,7 +1,8 @@
 """The model and loss of a step, from the arguments that a bundle keeps: for `te-nvfp4-cv diagnose`.
 
-    build({"num_classes": 2, "scale": 0.25, "activation": "relu", "dropout": 0.1}) -> (UNet, loss)
-    loss(model, (images, masks)) = dice_ce(model(images), masks)
+    build({"options": {"task": "semantic", "scale": 0.25, ...}, "image_size": [96, 96], "classes": ["background", ...],
+           "class_weights": None}) -> (model, loss)
+    loss(model, (images, targets)): the task's
 
 The model is in channels_last, as the trainer's. Refuses arguments that are missing or that it does not know.
 """
@@ -14,32 +15,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import te_nvfp4_cv as nv
 from te_nvfp4_cv.checks import value_error
 
-from .losses import dice_ce
-from .unet import UNet
+from .metrics import to_device
+from .options import parse_options
+from .semantic import Semantic
+from .split import RawSplit, SegmentationData
+from .tasks import make_task
 
-ARGUMENTS = ("num_classes", "scale", "activation", "dropout")
-Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
+ARGUMENTS = {"options", "image_size", "classes", "class_weights"}
+Loss = Callable[[nn.Module, tuple[Tensor, Any]], Tensor]
 
 
-def build(arguments: dict[str, Any]) -> tuple[UNet, Loss]:
-    """The UNet with fresh weights, and its loss.
+def build(arguments: dict[str, Any]) -> tuple[nn.Module, Loss]:
+    """The task's model with fresh weights, and its loss.
 
     Raises:
-        ValueError: arguments other than ARGUMENTS.
+        ValueError: arguments other than ARGUMENTS, or that no model can be made of.
     """
-    if set(arguments) != set(ARGUMENTS):
+    if set(arguments) != ARGUMENTS or not isinstance(arguments["options"], dict):
         raise value_error(
-            "unet_coco.rebuild: these are not the arguments of the UNet.",
+            "unet_coco.rebuild: these are not the arguments of a bundle.",
             got=", ".join(sorted(arguments)) or "none",
-            needs=", ".join(ARGUMENTS),
+            needs=", ".join(sorted(ARGUMENTS)),
             fix="write the bundle with spikes.write_bundle",
         )
-    model = UNet(**arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, _loss
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in arguments["options"].items()]
+    flags += ["--image-size", *map(str, arguments["image_size"])]
+    try:
+        settings = parse_options(flags)
+    except SystemExit as error:
+        raise value_error(
+            "unet_coco.rebuild: an option of the bundle is unknown here.",
+            got=" ".join(flags),
+            needs="options of this version of the trainer",
+            fix="diagnose with the version that wrote the bundle",
+        ) from error
+    nothing = RawSplit("none", [], _no_data, _no_data)
+    task = make_task(settings, SegmentationData(nothing, nothing, None, list(arguments["classes"])))
+    if isinstance(task, Semantic) and arguments["class_weights"] is not None:
+        task.class_weights = torch.tensor(arguments["class_weights"])
+    model = task.model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if settings.learn_scales != "none":
+        nv.learn_scales(model, settings.learn_scales)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Any]) -> Tensor:
+        device = next(model.parameters()).device
+        images, targets = to_device(*batch, device)
+        return task.loss(model(images, *task.inputs(targets)), targets)
+
+    return model, loss
 
 
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    images, masks = batch
-    return dice_ce(model(images), masks)
+def _no_data(index: int) -> Any:
+    raise IndexError(index)

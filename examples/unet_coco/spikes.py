@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from te_nvfp4_cv.checks import value_error
 
@@ -122,8 +122,8 @@ class SpikeWatch:
 def write_bundle(
     path: Path,
     *,
-    model: nn.Module,
-    batch: tuple[Tensor, Tensor],
+    state: Mapping[str, Any],
+    batch: tuple[Tensor, Any],
     seed: int,
     recipe_text: str,
     autocast: torch.dtype | None,
@@ -131,11 +131,11 @@ def write_bundle(
     spike: Spike,
     nvfp4_state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Keep the step of a UNet for `te-nvfp4-cv diagnose PATH`; call it before optimizer.step().
+    """Keep a step for `te-nvfp4-cv diagnose PATH`; call it before optimizer.step().
 
     Args:
-        model: the whole model, as it was before the step.
-        batch: (images, masks) as the model got them.
+        state: the whole model's state_dict, as it was before the step.
+        batch: (images, targets) as the model got them.
         seed: what torch.manual_seed was given before the forward pass.
         recipe_text: Precision.recipe_text; autocast: Precision.dtype.
         arguments: those of rebuild.build.
@@ -147,7 +147,7 @@ def write_bundle(
 
     sensitivity.save_bundle(
         path,
-        model_state=model.state_dict(),
+        model_state=state,
         batch=batch,
         seeds={"torch": seed},
         recipe_text=recipe_text,

@@ -1,0 +1,153 @@
+"""Options that change how NVFP4 is trained: learned weight scales, damping of oscillations; and bundles of bad steps.
+
+    --learn-scales scale|clip    one learnable fraction per NVFP4 layer (nv.learn_scales)
+    --damping F                  loss + F / 2 * (1 - cos(pi t / T)) * nv.damping_loss: little at the start, F at the end
+    bundles                      a step whose loss jumps, or with a value that is not finite, is kept for
+                                 `te-nvfp4-cv diagnose` before the optimizer takes it; --no-bundles turns that off
+
+Precisions without a recipe ignore the first two. They are refused together with --parallel fsdp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.checks import value_error
+
+from .options import Settings
+from .precision import Precision
+from .spikes import SpikeWatch, write_bundle
+
+MOST_BUNDLES = 3  # of one run
+
+
+def learn(model: nn.Module, settings: Settings, recipe: Any, parallel: bool) -> None:
+    """Add the learnable fractions, where they are asked for.
+
+    Raises:
+        ValueError: several ranks, for which parameters that some epochs do not use are none.
+    """
+    if recipe is None or settings.learn_scales == "none":
+        return
+    if parallel and settings.high_precision_last:
+        raise value_error(
+            "--learn-scales does not go with --high-precision-last on several ranks.",
+            got=f"--learn-scales {settings.learn_scales} --high-precision-last {settings.high_precision_last}",
+            needs="parameters that every step uses, for DDP",
+            fix="leave one of the two out, or train in one process",
+        )
+    nv.learn_scales(model, settings.learn_scales)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The model's parameters; multipliers of block scales get no weight decay, which would pull them to zero."""
+    free = [p for name, p in model.named_parameters() if name.endswith("weight_scale")]
+    decayed = [p for name, p in model.named_parameters() if not name.endswith("weight_scale")]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}]
+    return groups + ([{"params": free, "weight_decay": 0.0}] if free else [])
+
+
+def damping(model: nn.Module, settings: Settings, recipe: Any, progress: float) -> Tensor | float:
+    """What to add to the loss.
+
+    Args:
+        progress: share of the training that is done.
+    """
+    if recipe is None or not settings.damping:
+        return 0.0
+    return settings.damping / 2 * (1 - math.cos(math.pi * min(progress, 1.0))) * nv.damping_loss(model, recipe)
+
+
+def changed(settings: Settings) -> dict[str, Any]:
+    """Of these options those that a checkpoint must agree with, where they are not at their defaults."""
+    found = {"learn_scales": settings.learn_scales, "damping": settings.damping}
+    usual = {"learn_scales": "none", "damping": 0.0}
+    return {name: value for name, value in found.items() if value != usual[name]}
+
+
+class Bundles:
+    """Keeps the bad steps of one run.
+
+    Args:
+        folder: gets bundle_STEP.pt.
+        architecture: of the task, and `class_weights`: what rebuild.build needs beside the settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        precision: Precision,
+        classes: list[str],
+        class_weights: Tensor | None,
+    ) -> None:
+        self.folder, self.settings, self.precision = folder, settings, precision
+        self.watch = SpikeWatch(factor=settings.spike_factor) if settings.bundles else None
+        self.written = 0
+        kept = ("task", "scale", "activation", "dropout", "instances", "backbone", "dice_weight", "ce_weight")
+        learns = settings.learn_scales if precision.recipe is not None else "none"
+        self.arguments = {
+            "options": {key: getattr(settings, key) for key in kept} | {"learn_scales": learns},
+            "image_size": list(settings.image_size),
+            "classes": list(classes),
+            "class_weights": None if class_weights is None else class_weights.tolist(),
+        }
+        self._before: dict[str, Any] | None = None
+
+    def before(self, model: nn.Module) -> None:
+        """A step starts: keep what its forward pass changes."""
+        if self.watch is not None:
+            self._before = self.precision.extra_state(model)
+
+    def check(
+        self,
+        step: int,
+        loss: Tensor,
+        model: nn.Module,
+        whole: Callable[[], dict[str, Any]],
+        batch: tuple[Tensor, Any],
+        seed: int,
+        writes: bool,
+        scaled: bool,
+    ) -> None:
+        """After backward, before the optimizer: write a bundle if the step is bad. All ranks call it with one loss.
+
+        Args:
+            whole: gives the whole model's state_dict; all ranks are asked for it together.
+            writes: this rank writes.
+            scaled: gradients are scaled for fp16, where some that are not finite are part of the method.
+        """
+        if self.watch is None or self.written >= MOST_BUNDLES:
+            return
+        local = [p.grad for p in model.parameters() if not hasattr(p.grad, "to_local")]
+        spike = self.watch.check(step, loss, () if scaled else local)
+        if spike is None:
+            return
+        state = whole()
+        self.written += 1
+        if not writes:
+            return
+        path = self.folder / f"bundle_{step:06d}.pt"
+        text = self.precision.recipe_text
+        try:
+            write_bundle(
+                path,
+                state=state,
+                batch=batch,
+                seed=seed,
+                recipe_text=text,
+                autocast=self.precision.dtype,
+                arguments=self.arguments,
+                spike=spike,
+                nvfp4_state=self._before,
+            )
+        except RuntimeError as error:  # a full disk must not end the training
+            print(f"note: {spike.reason} at step {step}, but the bundle could not be written: {error}")
+            return
+        print(f"note: {spike.reason} at step {step}; the step is kept: te-nvfp4-cv diagnose {path}", flush=True)
