@@ -81,20 +81,21 @@ def test_a_step_that_is_not_finite_is_kept_and_diagnosed(shapes: Path, tmp_path:
 def test_a_jump_of_the_loss_is_kept_and_training_goes_on(shapes: Path, tmp_path: Path) -> None:
     settings = parse_options(["--data", str(shapes), "--out", str(tmp_path), *NVFP4, "--epochs", "5"])
     data = load_data(shapes, "coco", settings.classes)
-    trainer = Trainer(parse_precisions(["nvfp4"], "unet", compute="fp32")[0], settings, data, torch.device("cpu"), tmp_path)
+    precision = parse_precisions(["nvfp4"], "unet", compute="fp32")[0]
+    trainer = Trainer(precision, settings, data, torch.device("cpu"), tmp_path)
     original, jumped = trainer.task.loss, []
 
     def loss(output, targets, group=None):
         value = original(output, targets, group)
-        if trainer.position.step == 12 and not jumped:
+        if trainer.position.step == 13 and not jumped:
             value = value * 50
             jumped.append(value.item())
         return value
 
     trainer.task.loss = loss  # type: ignore[method-assign]
     trainer.train(attach(trainer.model, every=0))
-    assert [path.name for path in tmp_path.glob("bundle_*")] == ["bundle_000013.pt"]
-    bundle = load_bundle(tmp_path / "bundle_000013.pt")
+    assert [path.name for path in tmp_path.glob("bundle_*")] == ["bundle_000014.pt"]
+    bundle = load_bundle(tmp_path / "bundle_000014.pt")
     assert bundle.loss == jumped[0] and "median" in bundle.reason
     assert diagnose(bundle).nvfp4.loss == pytest.approx(jumped[0] / 50, rel=1e-6)  # what the task's own loss says
 
