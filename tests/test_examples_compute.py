@@ -41,18 +41,19 @@ def make_trainer(shapes: Path, out: Path, precision: str, *options: str) -> Trai
 
 
 class Probe(nn.Module):
-    """A convolution, and what it saw."""
+    """A convolution in NVFP4, a head in high precision, and what the first saw."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Conv2d(16, 16, 1)
         self.seen: dict[str, Any] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         self.seen = {"dtype": y.dtype, "autocast": autocast, "nvfp4": nv.active_recipe() is not None}
-        return y
+        return self.head(y)
 
 
 @pytest.mark.parametrize("compute", PLAIN)
@@ -67,7 +68,7 @@ def test_recipes_follow_compute_and_plain_precisions_do_not(compute: str) -> Non
         assert model.seen == {"dtype": expected or torch.float32, "autocast": expected, "nvfp4": True}
         share = precision.flops_share(model, x)
         assert model.seen == {"dtype": expected or torch.float32, "autocast": expected, "nvfp4": True}, "flops_share"
-        assert 0 <= share <= 1
+        assert share == pytest.approx(9 / 10), "3x3 of 3x3 and 1x1"
         with precision.context(CPU, nvfp4=False):
             model(x)
         assert model.seen == {"dtype": expected or torch.float32, "autocast": expected, "nvfp4": False}
