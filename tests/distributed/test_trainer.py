@@ -200,15 +200,18 @@ def on_ranks_loss_is_that_of_the_whole_batch(ranks: Ranks) -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(2 * ranks.world, 5, 8, 8), torch.randint(0, 4, (2 * ranks.world, 8, 8))
     target[0], target[1, :4] = IGNORE, 4  # the parts have different classes and numbers of valid pixels
-    whole = logits.clone().requires_grad_()
-    expected = dice_ce(whole, target)
-    expected.backward()
-    mine = slice(2 * ranks.rank, 2 * ranks.rank + 2)
-    part = logits[mine].to(ranks.device).requires_grad_()
-    found = dice_ce(part, target[mine].to(ranks.device), group=ranks.group)
-    found.backward()
-    torch.testing.assert_close(found.cpu(), expected)
-    torch.testing.assert_close(part.grad.cpu() / ranks.world, whole.grad[mine])  # DDP divides by the number of ranks
+    for weights in (None, torch.tensor([0.5, 2.0, 0.0, 1.0, 7.0])):
+        whole = logits.clone().requires_grad_()
+        expected = dice_ce(whole, target, class_weights=weights, ce_weight=0.5)
+        expected.backward()
+        mine = slice(2 * ranks.rank, 2 * ranks.rank + 2)
+        part = logits[mine].to(ranks.device).requires_grad_()
+        weights = None if weights is None else weights.to(ranks.device)
+        of_part = target[mine].to(ranks.device)
+        found = dice_ce(part, of_part, group=ranks.group, class_weights=weights, ce_weight=0.5)
+        found.backward()
+        torch.testing.assert_close(found.cpu(), expected)
+        torch.testing.assert_close(part.grad.cpu() / ranks.world, whole.grad[mine])  # DDP divides by the ranks' number
 
 
 def on_ranks_errors_of_the_first_reach_all(ranks: Ranks) -> None:
