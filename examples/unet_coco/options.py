@@ -70,7 +70,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     """
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a UNet or a detector in each precision from the same seed, data order and dropout, and compare.",
+        description="Train a UNet or a detector in each precision from the same seed and data order, and compare.",
     )
     add = parser.add_argument
     add("--task", choices=TASKS, default="semantic", help="what to learn (default: semantic)")
