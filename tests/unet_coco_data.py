@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 if str(EXAMPLES) not in sys.path:
     sys.path.insert(0, str(EXAMPLES))
 
-for package in ("torchvision", "torchmetrics", "pycocotools"):
+for package in ("torchvision", "torchmetrics", "pycocotools", "scipy"):
     pytest.importorskip(package, reason="the example needs the extra [train]")
 
 SMALL = ["--image-size", "32", "32", "--scale", "0.0625", "--batch-size", "4", "--log-every", "2", "--no-wandb"]

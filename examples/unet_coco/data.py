@@ -1,4 +1,4 @@
-"""Segmentation data made ready for the model, from either layout (coco.py, masks.py).
+"""Segmentation data made ready for the model, from any layout (coco.py, masks.py, mvtec.py).
 
     image: RGB -> resize -> flip (training) -> [0, 1] -> minus mean, over std;   mask: the same geometry, nearest
 
@@ -23,15 +23,19 @@ from te_nvfp4_cv.checks import value_error
 
 from .coco import load_coco
 from .masks import load_masks
+from .mvtec import load_mvtec
 from .order import mix_seed
 from .split import RawSplit, SegmentationData, missing
 
-LAYOUTS = ("coco", "masks")
+LAYOUTS = ("coco", "masks", "mvtec")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def load_data(root: str | Path, layout: str, classes: Sequence[str] | None) -> SegmentationData:
+def load_data(root: str | Path, layout: str, classes: Sequence[str] | None, val_share: float = 0.5) -> SegmentationData:
     """Open a data set and check that it is complete.
+
+    Args:
+        val_share: of the images to cut up, where the layout has no validation split (mvtec).
 
     Raises:
         ValueError: unknown layout or class; a folder, file or image that is missing, by name.
@@ -41,6 +45,8 @@ def load_data(root: str | Path, layout: str, classes: Sequence[str] | None) -> S
         raise value_error("data: unknown layout.", got=repr(layout), needs=" or ".join(LAYOUTS), fix="--layout coco")
     if not root.is_dir():
         raise missing(root, "the folder of --data")
+    if layout == "mvtec":
+        return load_mvtec(root, classes, val_share)
     return load_coco(root, classes) if layout == "coco" else load_masks(root, classes)
 
 

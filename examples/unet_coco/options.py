@@ -33,6 +33,7 @@ class Settings:
     data: str | None
     layout: str
     classes: tuple[str, ...] | None
+    val_share: float
     precisions: tuple[str, ...]
     recipe: str
     epochs: int
@@ -88,7 +89,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     """
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a UNet in each precision from the same seed, data order and dropout, and compare.",
+        description="Train a UNet or a detector in each precision from the same seed and data order, and compare.",
     )
     add = parser.add_argument
     add("--task", choices=TASKS, default="semantic", help="what to learn (default: semantic)")
@@ -99,6 +100,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     )
     add("--layout", choices=LAYOUTS, default="coco", help="how ROOT is laid out (default: coco)")
     add("--classes", metavar="NAME,...", help="classes to tell from the rest (default: all)")
+    add(
+        "--val-share",
+        type=float,
+        default=0.5,
+        metavar="F",
+        help="--layout mvtec: share of the test images to validate on; the others are trained on (default: 0.5)",
+    )
     add(
         "--precisions",
         nargs="+",
@@ -327,6 +335,10 @@ def _check(settings: Settings) -> None:
             got=f"--damping {settings.damping} --learn-scales {settings.learn_scales}",
             needs="whole weights on each rank",
             fix="--parallel ddp",
+        )
+    if not 0 < settings.val_share < 1:
+        raise value_error(
+            "--val-share is out of range.", got=str(settings.val_share), needs="> 0 and < 1", fix="--val-share 0.5"
         )
     if min(settings.image_size) < 16:
         raise value_error(

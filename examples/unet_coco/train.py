@@ -1,14 +1,16 @@
-"""Train a UNet on COCO-format data in several precisions, one after the other, and compare them.
+"""Train a UNet or a detector in several precisions, one after the other, and compare them.
 
     python examples/unet_coco/train.py                                                   drawn shapes, bf16 and NVFP4
+    python examples/unet_coco/train.py --task detection                                  boxes instead of classes
     python examples/unet_coco/train.py --data ROOT --classes person,car --epochs 20      COCO
     python examples/unet_coco/train.py --data ROOT --layout masks --image-size 96 128    images and label masks
+    python examples/unet_coco/train.py --data ROOT --layout mvtec                        parts with defects
     torchrun --standalone --nproc-per-node 2 examples/unet_coco/train.py                 several GPUs or processes
 
-Every precision starts from the same seed and sees the same batches, flips and dropout. The table compares loss, Dice,
-mIoU (in the precision trained, and the same weights in fp32), the median step time, the bytes kept for backward and the
-share of FLOPs in NVFP4. Refuses, before training, data with missing parts, unknown names and settings that cannot
-train.
+Every precision starts from the same seed and sees the same batches, flips and dropout. The table compares the loss, the
+task's scores (in the precision trained, the main one with the same weights in fp32 too), the median step time, the
+bytes kept for backward and the share of FLOPs in NVFP4. Refuses, before training, data with missing parts, unknown
+names and settings that cannot train.
 """
 
 from __future__ import annotations
@@ -69,13 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
 def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
     """The data of --data, or the drawn shapes, which are written beside --out the first time."""
     if settings.data is not None:
-        return load_data(settings.data, settings.layout, settings.classes)
+        return load_data(settings.data, settings.layout, settings.classes, settings.val_share)
     if settings.layout != "coco":
         raise value_error(
-            "--layout masks needs data.",
+            f"--layout {settings.layout} needs data.",
             got="no --data",
-            needs="a folder with train/ and val/",
-            fix="--data ROOT --layout masks",
+            needs="a folder laid out so",
+            fix=f"--data ROOT --layout {settings.layout}",
         )
     root = settings.out.resolve().parent / "shapes_coco"
     ranks.first(lambda: ensure_shapes(root, ShapesSettings()))
