@@ -74,7 +74,8 @@ def test_learning_rates_are_compared_with_their_own_baseline():
 
 def test_every_ablation_that_is_asked_for_is_there():
     known = variants(nv.load_recipe("unet"))
-    assert set(SUITES["ablations"]) | set(SUITES["rates"]) == set(known)
+    assert set().union(*SUITES.values()) == set(known)
+    assert len(SUITES["ablations"]) == 18 and len(SUITES["rates"]) == 8
     assert known["SR in forward"].recipe.settings("input").stochastic_rounding
     assert known["high-precision wgrad"].recipe.nvfp4_gemms == ("fprop", "dgrad")
     assert known["first and last layer in NVFP4"].recipe.precision == () and known["preset"].recipe.precision
@@ -172,6 +173,20 @@ def test_a_run_that_diverges_says_so(tmp_path):
     out.write_text(json.dumps({**run_row("baseline", 0, 1.0), **row}) + "\nno json\n" + "x\n")
     with pytest.raises(ValueError, match="line 2"):
         study.read_results(out)
+
+
+def test_levers_are_pulled(tmp_path):
+    root = write_masks(tmp_path)
+    out = tmp_path / "results.jsonl"
+    call = ["camvid-unet", str(root), "--epochs", "3", "--compute", "fp32", "--device", "cpu", "--out", str(out)]
+    names = [*SUITES["levers"], "preset, class weights", "baseline, cross-entropy alone"]
+    study.main([*call, "--variants", *names])
+    curves = {row["variant"]: row["curve"] for row in study.read_results(out)}
+    assert set(curves) == set(names) and not any(row["diverged"] for row in study.read_results(out))
+    different = {tuple(curve) for curve in curves.values()}
+    assert len(different) == len(names)
+    tuned, high = curves["fine-tuned: first 70 % of epochs in high precision"], curves["baseline"]
+    assert tuned[:2] == high[:2] and tuned != high  # the first two of three epochs are the baseline's
 
 
 def test_the_last_epochs_run_in_the_last_recipe(tmp_path, monkeypatch):

@@ -44,20 +44,24 @@ def fit(
     dtype = COMPUTE[compute]
     torch.manual_seed(seed)
     model = task.model().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    recipe = variant.recipe
-    _set_table(model, recipe)
+    recipe = None if variant.first else variant.recipe
+    _set_table(model, variant.recipe)
+    if variant.learn:
+        nv.learn_scales(model, variant.learn)
     base = task.size.lr * variant.lr
     optimizer = task.optimizer(model, base)
     order = order_of(task, seed)
     total_epochs = epochs or task.size.epochs
     steps = total_epochs * len(order)
-    last = round(total_epochs * variant.last)
+    last, first = round(total_epochs * variant.last), round(total_epochs * variant.first)
     losses: list[float] = []
     begun, step = time.perf_counter(), 0
     for epoch in range(total_epochs):
         if last and epoch == total_epochs - last:
             recipe = variant.last_recipe
             _set_table(model, recipe)
+        if first and epoch == first:
+            recipe = variant.recipe
         model.train()
         order.epoch = epoch
         pending = []
@@ -67,9 +71,13 @@ def fit(
             x, y = task.batch(keys, seed, device)
             torch.manual_seed(mix_seed(seed, step))
             with precision(recipe, device, dtype):
-                loss = task.loss(model(x), y)
+                loss = task.loss(model(x), y, **dict(variant.loss))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            total = loss
+            if variant.damping and recipe is not None:
+                strength = variant.damping / 2 * (1 - math.cos(math.pi * step / steps))
+                total = loss + strength * nv.damping_loss(model, recipe)
+            total.backward()
             optimizer.step()
             pending.append(loss.detach())
             step += 1

@@ -41,8 +41,9 @@ def interval(differences: Sequence[float]) -> tuple[float, float | None]:
 
 
 def baseline_of(variant: str) -> str:
-    """The variant that this one is compared with."""
-    return variant.replace("preset", "baseline") if "learning rate" in variant else "baseline"
+    """The variant that this one is compared with: the baseline of the same learning rate and loss."""
+    base, comma, rest = variant.partition(", ")
+    return f"baseline, {rest}" if comma and base in ("baseline", "preset") else "baseline"
 
 
 def rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

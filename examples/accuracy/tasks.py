@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from unet_coco.class_weights import median_frequency
 from unet_coco.data import SegmentationDataset, load_data
 from unet_coco.losses import IGNORE, dice_ce
 from unet_coco.order import TrainOrder, mix_seed
@@ -71,6 +72,7 @@ class Segmentation:
         self.train = _decoded(SegmentationDataset(data.train, size.images, train=False))
         self.test = _decoded(SegmentationDataset(data.val, size.images, train=False))
         self.count = len(self.train[0])
+        self.weights = median_frequency(data.train, self.classes)
 
     def model(self) -> nn.Module:
         return UNet(self.classes, **self.size.model)
@@ -87,8 +89,9 @@ class Segmentation:
         x, y = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x), torch.where(flip.view(-1, 1, 1), y.flip(-1), y)
         return x.to(device, memory_format=torch.channels_last), y.to(device)
 
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        return dice_ce(logits, y)
+    def loss(self, logits: Tensor, y: Tensor, class_weights: str = "", dice_weight: float = 1.0) -> Tensor:
+        weights = None if not class_weights else self.weights.to(logits.device)
+        return dice_ce(logits, y, class_weights=weights, dice_weight=dice_weight)
 
     def score(self, model: nn.Module, device: torch.device, context: Context) -> tuple[float, float]:
         """(mIoU in percent over the classes that occur in labels or predictions, mean cross-entropy)."""

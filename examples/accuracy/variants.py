@@ -14,13 +14,21 @@ from typing import Any
 
 import te_nvfp4_cv as nv
 
+LOSSES: dict[str, tuple[tuple[str, Any], ...]] = {
+    "class weights": (("class_weights", "median"),),
+    "cross-entropy alone": (("dice_weight", 0.0),),
+    "Dice x2": (("dice_weight", 2.0),),
+}
+"""For segmentation."""
+
 
 @dataclass(frozen=True)
 class Variant:
     """One way to train.
 
     `recipe` None: high precision. `last`: share of the epochs, at the end, that run in `last_recipe` (None: high
-    precision). `lr`: factor on the learning rate.
+    precision); `first`: share at the start in high precision. `lr`: factor on the learning rate. `learn`: what
+    nv.learn_scales gets; `damping`: strength of nv.damping_loss at the end. `loss`: arguments of the task's loss.
     """
 
     name: str
@@ -28,6 +36,10 @@ class Variant:
     last: float = 0.0
     last_recipe: Any = None
     lr: float = 1.0
+    first: float = 0.0
+    learn: str = ""
+    damping: float = 0.0
+    loss: tuple[tuple[str, Any], ...] = ()
 
 
 def variants(preset: Any) -> dict[str, Variant]:
@@ -56,6 +68,17 @@ def variants(preset: Any) -> dict[str, Variant]:
     found["last 15 % with high-precision gradients"] = Variant(
         "last 15 % with high-precision gradients", preset, 0.15, backward
     )
+    levers: dict[str, dict[str, Any]] = {
+        "fine-tuned: first 70 % of epochs in high precision": {"first": 0.7},
+        "learned block-scale multiplier": {"learn": "scale"},
+        "learned clipping": {"learn": "clip"},
+        "oscillation damping 0.1": {"damping": 0.1},
+    }
+    for name, options in levers.items():
+        found[name] = Variant(name, preset, **options)
+    for name, loss in LOSSES.items():
+        for base in ("baseline", "preset"):
+            found[f"{base}, {name}"] = Variant(f"{base}, {name}", found[base].recipe, loss=loss)
     for factor in (0.5, 2.0, 4.0, 8.0):
         for base in ("baseline", "preset"):
             name = f"{base}, learning rate x{factor:g}"
@@ -63,8 +86,19 @@ def variants(preset: Any) -> dict[str, Variant]:
     return found
 
 
-SUITES = {
-    "seeds": ("baseline", "preset"),
-    "rates": tuple(name for name in variants(nv.NVFP4BlockScaling()) if "learning rate" in name),
-    "ablations": tuple(name for name in variants(nv.NVFP4BlockScaling()) if "learning rate" not in name),
-}
+def _suites() -> dict[str, tuple[str, ...]]:
+    found = variants(nv.NVFP4BlockScaling())
+    rates = tuple(name for name in found if "learning rate" in name)
+    losses = tuple(name for name, variant in found.items() if variant.loss)
+    levers = tuple(name for name, v in found.items() if v.first or v.learn or v.damping)
+    ablations = tuple(name for name in found if name not in (*rates, *losses, *levers))
+    return {
+        "seeds": ("baseline", "preset"),
+        "ablations": ablations,
+        "rates": rates,
+        "levers": ("baseline", "preset", *levers),
+        "losses": ("baseline", "preset", *losses),
+    }
+
+
+SUITES = _suites()
