@@ -266,7 +266,7 @@ def test_the_suite_is_valid_bash():
     assert subprocess.run(["bash", "-n", str(SUITE)], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["0"], ["5"], ["1", "x", "y"], ["al"], ["-h"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["0"], ["6"], ["1", "x", "y"], ["al"], ["-h"]], ids=str)
 def test_the_suite_refuses_other_arguments(arguments):
     result = suite(*arguments)
     assert result.returncode == 2 and "STAGE" in result.stderr and "pytest -m gpu" in result.stderr
@@ -319,6 +319,21 @@ def test_the_whole_suite(fake, tmp_path):
     assert "ran" in (tmp_path / "out" / "gpu_2.log").read_text()
     for script in re.findall(r"examples/\S+\.py", notes):
         assert (ROOT / script).is_file()
+
+
+def test_the_study_goes_on_where_it_was(fake, tmp_path):
+    data = tmp_path / "data"
+    for folder in ("camvid/train", "cifar10"):
+        (data / folder).mkdir(parents=True)
+    before = tmp_path / "before.jsonl"
+    before.write_text('{"first": 1}\n')
+    result = suite("5", str(data), RESULTS=str(before), **fake)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "out" / "study.jsonl").read_text() == '{"first": 1}\n{}\n{}\n'
+    notes = (tmp_path / "notes").read_text()
+    assert f"study.py camvid-unet {data}/camvid --suite seeds" in notes and "study.py cifar-resnet18" in notes
+    refused = suite("5", str(tmp_path), **fake)
+    assert refused.returncode == 2 and "stage 5 needs DATA" in refused.stderr
 
 
 def test_a_failure_is_counted_and_the_rest_still_runs(fake, tmp_path):

@@ -1,16 +1,18 @@
 #!/bin/bash
-# What is worth knowing about this package on a GPU, in four stages, each under nine minutes.
+# What is worth knowing about this package on a GPU, in five stages, each under nine minutes.
 #
-#   bash examples/benchmarks/gpu_suite.sh STAGE [DATA]
+#   bash examples/benchmarks/gpu_suite.sh STAGE [DATA]        RESULTS=FILE: a study.jsonl that stage 5 goes on with
 #
 #   1     pytest -m gpu, the self-test, compute-sanitizer over a few kernel tests where it is installed
 #   2     cuDNN's rates and every kernel's time against the ceilings of the machine
-#   3     step time and peak memory against bf16; the kernels of a step
+#   3     step time and peak memory against bf16; the kernels of a step; the cost of telemetry
 #   4     accuracy, five seeds: DATA holds train/ and val/ with images/ and masks/; without it drawn shapes (pycocotools)
+#   5     the accuracy study (examples/accuracy), full size: DATA holds camvid/ and cifar10/; as far as nine minutes go,
+#         the next call goes on
 #   all   1 to 4, within about 25 minutes
 #
 # Results go to $OUT (default runs/gpu) as they come: gpu_1.log .. gpu_4.log, selftest.json, results.jsonl, profile.txt,
-# accuracy.json: eight files at most. PYTHON names an interpreter with torch and triton (default python3); nothing is
+# accuracy.json: eight files at most; gpu_5.log, study.jsonl. PYTHON names an interpreter with torch and triton (default python3); nothing is
 # installed, the package is used from this checkout. Exit status: 0; 1 when something failed; 2 for a wrong command line
 # or a machine without a GPU.
 set -uo pipefail
@@ -21,15 +23,20 @@ OUT=${OUT:-runs/gpu}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 WANDB_MODE=offline
 
 usage() {
-    sed -n 's/^#   //p' "${BASH_SOURCE[0]}" | head -8 >&2
+    sed -n 's/^#   //p' "${BASH_SOURCE[0]}" | head -10 >&2
     exit 2
 }
 
 [[ $# -ge 1 && $# -le 2 ]] || usage
 STAGE=$1
 DATA=${2:-}
-[[ $STAGE =~ ^([1-4]|all)$ ]] || usage
-if [[ -n $DATA && ! -d $DATA/train ]]; then
+[[ $STAGE =~ ^([1-5]|all)$ ]] || usage
+if [[ $STAGE == 5 ]]; then
+    if [[ ! -d $DATA/camvid/train || ! -d $DATA/cifar10 ]]; then
+        echo "gpu_suite: no folders camvid/train and cifar10 in '$DATA': stage 5 needs DATA with both" >&2
+        exit 2
+    fi
+elif [[ -n $DATA && ! -d $DATA/train ]]; then
     echo "gpu_suite: no folder $DATA/train: DATA holds train/ and val/, each with images/ and masks/" >&2
     exit 2
 fi
@@ -79,9 +86,10 @@ stage_2() {
 
 stage_3() {
     local common=(--out "$OUT/results.jsonl" --profile "$OUT/profile.txt")
-    step 200 "UNet step" "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${common[@]}"
+    step 180 "UNet step" "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${common[@]}"
     step 180 "ResNet-50 step" "$PYTHON" examples/benchmarks/gpu_step.py --models resnet50 "${common[@]}"
-    step 140 "UNet with SiLU" "$PYTHON" examples/benchmarks/gpu_step.py --models unet-silu --no-graphs "${common[@]}"
+    step 130 "UNet with SiLU" "$PYTHON" examples/benchmarks/gpu_step.py --models unet-silu --no-graphs "${common[@]}"
+    step 45 "telemetry" "$PYTHON" examples/benchmarks/telemetry.py --device cuda --case small
 }
 
 stage_4() {
@@ -100,6 +108,13 @@ found = {path.parent.name: json.loads(path.read_text()) for path in runs}
 pathlib.Path(sys.argv[2]).write_text(json.dumps(found, indent=2) + "\n")
 COLLECT
     rm -rf "$runs"
+}
+
+stage_5() {
+    [[ -n ${RESULTS:-} ]] && cp "$RESULTS" "$OUT/study.jsonl"
+    local study=("$PYTHON" examples/accuracy/study.py) common=(--size full --out "$OUT/study.jsonl")
+    step 290 "CamVid" "${study[@]}" camvid-unet "$DATA/camvid" --suite seeds --seeds 0 1 2 3 4 "${common[@]}"
+    step 240 "CIFAR-10" "${study[@]}" cifar-resnet18 "$DATA/cifar10" --suite seeds --seeds 0 1 2 3 4 --epochs 15 "${common[@]}"
 }
 
 stages=("$STAGE")
