@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ from te_nvfp4_cv.checks import runtime_error
 
 DIVERGING, SEQUENTIAL, ABSENT = "RdBu_r", "viridis", "#b5b5b5"
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+RUN_COLOURS = (COLOURS[1], COLOURS[0], *COLOURS[2:])
 NAMED = 6  # layers with names among the curves
 ROW, MIN_ROW, MAX_HEIGHT = 0.30, 0.13, 40.0  # inches
 MAX_FONT, MIN_FONT = 9.0, 7.5
@@ -141,7 +142,7 @@ def heatmaps(
     height, font, every = row_size(len(rows))
     high = max(height * len(rows), 1.4)
     cap = 10.0 if len(panels) == 1 else 5.0
-    wide = [float(np.clip(0.32 * len(panel.columns), 2.2, cap)) for panel in panels]
+    wide = [_width(panel.columns, cap) for panel in panels]
     left = 0.3 + max(len(short(row)) for row in rows) * font * 0.62 / 72
     gap = 0.3
     size = (left + sum(wide) + gap * len(panels) + 1.3, high + 1.6)
@@ -185,12 +186,22 @@ def _bar(figure: Any, drawn: Any, axes: Any, bounds: Limits, label: str) -> None
         bar.ax.yaxis.get_offset_text().set(fontsize=8, ha="left")
 
 
-def _column_ticks(axes: Any, names: list[str], width: float, font: float = 8.0) -> None:
+def _name_width(columns: Sequence[Any]) -> float:
+    """Inches that the longest column name takes, with a gap."""
+    return max(len(str(column)) for column in columns) * 0.072 + 0.12
+
+
+def _width(columns: Sequence[Any], most: float) -> float:
+    """Inches of a panel: where columns are few, each has room for its name."""
+    each = max(0.32, _name_width(columns)) if len(columns) <= 16 else 0.32
+    return float(np.clip(each * len(columns), 2.2, most))
+
+
+def _column_ticks(axes: Any, names: list[str], width: float) -> None:
     """As many column names as fit beside each other."""
-    each = max(len(name) for name in names) * font * 0.65 / 72 + 0.12
-    every = int(np.ceil(len(names) * each / width))
+    every = int(np.ceil(len(names) * _name_width(names) / width - 1e-9))
     ticks = range(0, len(names), max(1, every))
-    axes.set_xticks(ticks, [names[index] for index in ticks], fontsize=font)
+    axes.set_xticks(ticks, [names[index] for index in ticks], fontsize=8)
 
 
 def _title(figure: Any, title: str, size: tuple[float, float], bottom: float) -> None:
@@ -218,15 +229,15 @@ def curves(
     rows: Sequence[str],
     panels: Sequence[Panel],
     label: str,
-    worst: Callable[[np.ndarray], float] = np.mean,
     log: bool = False,
     line: tuple[float, str] | None = None,
+    highest: bool = False,
 ) -> Any:
     """One curve per row and panel, panels side by side on one axis of values.
 
     Args:
-        worst: of a curve's values; the layers for which it is lowest get colour and name.
         line: (value, name) of a horizontal line.
+        highest: name the layers with the highest mean, not those with the lowest.
     Returns:
         a matplotlib Figure.
     """
@@ -235,6 +246,7 @@ def curves(
     panels = [panel for panel in panels if np.isfinite(panel.values).any()]
     if not panels:
         return _empty(title)
+    order = "highest" if highest else "lowest"
     width, high, left = (8.0 if len(panels) == 1 else 5.2), 3.4, 0.8
     size = (left + (width + 0.5) * len(panels), high + 3.0)
     figure = Figure(figsize=size)
@@ -243,7 +255,7 @@ def curves(
         place = ((left + number * (width + 0.5)) / size[0], 2.2 / size[1], width / size[0], high / size[1])
         axes = figure.add_axes(place, sharey=first)
         first = first or axes
-        named = dict(zip(pick(panel.values, worst), COLOURS, strict=False))
+        named = dict(zip(pick(panel.values, highest), COLOURS, strict=False))
         handles = {}
         for index in sorted(range(len(rows)), key=lambda row: row in named):  # names on top
             kept = np.isfinite(panel.values[index])
@@ -261,10 +273,13 @@ def curves(
         if log:
             axes.set_yscale("log", nonpositive="clip")
         _style(axes, "" if number else label)
-        texts = [line[1] if row == -1 and line else short(rows[row]) for row in (*named, -1) if row in handles]
-        if np.isfinite(panel.values).any(axis=1).sum() > len(named):
-            texts[len(named) - 1 if named else 0] += "   (grey: the other layers)"
-        legend(axes, [handles[row] for row in (*named, -1) if row in handles], texts)
+        if len(panel.columns) == 1:
+            axes.set_xticks(panel.columns)
+        shown = [row for row in (*named, -1) if row in handles]
+        others = int(np.isfinite(panel.values).any(axis=1).sum()) - len(named)
+        heading = f"the {len(named)} {order} on average, {order} first; grey: {others} others" if others else ""
+        texts = [line[1] if row == -1 and line else short(rows[row]) for row in shown]
+        _legend(axes, [handles[row] for row in shown], texts, heading)
         if panel.heading:
             axes.set_title(panel.heading, fontsize=9, loc="left", parse_math=False)
     _title(figure, title, size, 2.2 + high + (0.35 if any(panel.heading for panel in panels) else 0.12))
@@ -279,11 +294,11 @@ def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[flo
     axes = figure.add_axes((0.14, 0.3, 0.84, 0.6))
     handles = []
     for number, (steps, values) in enumerate(series.values()):
-        colour = COLOURS[::-1][(number + 1) % len(COLOURS)] if number >= len(COLOURS) else COLOURS[(number + 1) % 8]
-        handles += axes.plot(steps, values, color=colour, lw=1.2, marker="o", ms=_marker(len(steps), 3))
+        colour, dashes = RUN_COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
+        handles += axes.plot(steps, values, color=colour, ls=dashes, lw=1.2, marker="o", ms=_marker(len(steps), 3))
     _style(axes, "")
     axes.set_title(title, fontsize=10, loc="left", weight="bold", parse_math=False)
-    legend(axes, handles, [short(run) for run in series])
+    _legend(axes, handles, [short(run) for run in series])
     return figure
 
 
@@ -302,23 +317,23 @@ def _marker(points: int, size: float) -> float:
     return size if points <= 40 else 0.0
 
 
-def legend(axes: Any, handles: list[Any], texts: list[str]) -> None:
+def _legend(axes: Any, handles: list[Any], texts: list[str], heading: str = "") -> None:
     """Names below the axes, one a line; none is read as mathematics or left out for its first letter."""
     if not handles:
         return
-    box = axes.legend(handles, [f" {text}" for text in texts], fontsize=8, frameon=False, loc="upper left",
-                      bbox_to_anchor=(-0.02, -0.13), borderaxespad=0.0)  # fmt: skip
+    box = axes.legend(
+        handles, [f" {text}" for text in texts], title=heading or None, fontsize=8, title_fontsize=8, frameon=False,
+        loc="upper left", bbox_to_anchor=(-0.02, -0.13), borderaxespad=0.0, alignment="left",
+    )  # fmt: skip
     for text in box.get_texts():
         text.set_parse_math(False)
 
 
-def pick(values: np.ndarray, worst: Callable[[np.ndarray], float] = np.mean) -> list[int]:
-    """The rows to name: those with the lowest `worst`, lowest first; all where they are few."""
-    scored = [
-        (float(worst(row[np.isfinite(row)])), index) for index, row in enumerate(values) if np.isfinite(row).any()
-    ]
-    most = len(COLOURS) if len(scored) <= len(COLOURS) else NAMED
-    return [index for _, index in sorted(scored)[:most]]
+def pick(values: np.ndarray, highest: bool = False) -> list[int]:
+    """The rows to name: those with the lowest (highest) mean, in this order; all where they are few."""
+    found = [(float(np.nanmean(row)), index) for index, row in enumerate(values) if np.isfinite(row).any()]
+    most = len(COLOURS) if len(found) <= len(COLOURS) else NAMED
+    return [index for _, index in sorted(found, reverse=highest)[:most]]
 
 
 def save(figure: Any, target: Path | BinaryIO, dpi: int = 110) -> None:

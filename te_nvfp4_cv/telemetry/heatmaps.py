@@ -6,7 +6,7 @@
     OUT/heatmaps/MODEL-RUN/weights/{correlation,sqnr}.*          curves: raw against dequantized
     OUT/heatmaps/plotly-VERSION.min.js                           what the HTML files load; no network is needed
 
-    prequantize = tensors.weight.raw, quantized = tensors.weight.codes (-6 .. 6), dequantized = tensors.weight.dequantized
+    prequantize, quantized (-6 .. 6), dequantized = tensors.weight raw, codes, dequantized of records.py
 
 The JSON holds {"title", "model", "run", "unit", "layers", "steps", "values": one list per layer, null where absent};
 of usage "codes" and their values' shares. Layers without any value are left out of a picture, not of its JSON.
