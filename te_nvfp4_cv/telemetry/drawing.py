@@ -1,0 +1,345 @@
+"""Heatmaps of layers over columns and curves of many layers, drawn with matplotlib; no pyplot, no display.
+
+    limits      2nd to 98th percentile of the values, or their whole range where that is scarcely wider
+    diverging   symmetric about 0; sequential: logarithmic where the limits are more than 2 decades apart
+    absent      NaN: grey, which no colour scale contains
+    sizes       figures grow with their rows; labels shrink to MIN_FONT, beyond which only every k-th row is named
+    curves      a few layers are drawn in colour, with their names: the worst ones; the others are thin and grey
+
+matplotlib is imported when something is drawn; without it a RuntimeError says how to get it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from te_nvfp4_cv.checks import runtime_error
+
+DIVERGING, SEQUENTIAL, ABSENT = "RdBu_r", "viridis", "#b5b5b5"
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+RUN_COLOURS = (COLOURS[1], COLOURS[0], *COLOURS[2:])
+NAMED = 6  # layers with names among the curves
+ROW, MIN_ROW, MAX_HEIGHT = 0.30, 0.13, 40.0  # inches
+MAX_FONT, MIN_FONT = 9.0, 7.5
+MAX_NAME = 56  # characters of a layer's name in a picture
+
+
+def need(*packages: str) -> None:
+    """Refuse where a package that draws is absent.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise runtime_error(
+                f"telemetry: {package} is not installed.",
+                got=str(error),
+                needs=" and ".join(packages),
+                fix=f"pip install {' '.join(packages)}, or pip install te_nvfp4_cv[telemetry]",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where colours begin and end; extend: the side on which values lie beyond, as matplotlib names it."""
+
+    low: float
+    high: float
+    diverging: bool
+    log: bool = False
+    extend: str = "neither"
+
+    @property
+    def note(self) -> str:
+        """What the colour bar's label adds."""
+        return "" if self.extend == "neither" else "\ncolours end at the 2nd / 98th percentile"
+
+
+def limits(values: Sequence[np.ndarray], diverging: bool) -> Limits:
+    """Common limits of several arrays, NaN left out."""
+    found = np.concatenate([np.asarray(v, float).ravel() for v in values]) if len(values) else np.zeros(0)
+    found = found[np.isfinite(found)]
+    if diverging:
+        most = np.abs(found).max(initial=0.0)
+        ends = np.abs(np.percentile(found, (2, 98))) if len(found) else np.zeros(2)
+        high = float(most if most <= 1.25 * ends.max() or not ends.max() else ends.max())
+        return Limits(-high or -1.0, high or 1.0, True, extend=_extend(found, -high or -1.0, high or 1.0))
+    positive = found[found > 0]
+    log = len(positive) > 0 and np.divide(*np.percentile(positive, (98, 2))) > 100
+    low, high = _ends(np.log10(positive) if log else found)
+    if log:
+        low, high = 10.0**low, 10.0**high
+    return Limits(low, high, False, bool(log), _extend(found, low, high))
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    if not len(values):
+        return 0.0, 1.0
+    low, high = (float(end) for end in np.percentile(values, (2, 98)))
+    least, most = float(values.min()), float(values.max())
+    if most - least <= 1.25 * (high - low) or high == low:
+        low, high = least, most
+    if low == high:
+        low, high = low - (0.5 * abs(low) or 0.5), high + (0.5 * abs(high) or 0.5)
+    return low, high
+
+
+def _extend(values: np.ndarray, low: float, high: float) -> str:
+    slack = 1e-9 * (high - low)
+    below, above = bool((values < low - slack).any()), bool((values > high + slack).any())
+    return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One run's part of a picture: rows x columns, or one curve per row over numeric columns. NaN is absent."""
+
+    heading: str
+    columns: Sequence[Any]
+    values: np.ndarray
+
+
+def short(name: str, most: int = MAX_NAME) -> str:
+    """A name of at most `most` characters; the end, which tells layers apart, is kept longest."""
+    keep = most // 3
+    return name if len(name) <= most else f"{name[:keep]}…{name[len(name) - (most - keep - 1) :]}"
+
+
+def row_size(rows: int) -> tuple[float, float, int]:
+    """(height of a row in inches, font size, every how many rows one is named)."""
+    height = min(max(MIN_ROW, min(ROW, 9.0 / max(1, rows))), MAX_HEIGHT / max(1, rows))
+    every = int(np.ceil(MIN_ROW / height - 1e-9))
+    return height, float(np.clip(every * height * 72 * 0.8, MIN_FONT, MAX_FONT)), every
+
+
+def heatmaps(
+    title: str, rows: Sequence[str], panels: Sequence[Panel], bounds: Limits, label: str, xlabel: str = "step"
+) -> Any:
+    """Panels of the same rows side by side, with one colour bar.
+
+    Args:
+        title: its first line is set in bold.
+        label: of the colour bar.
+    Returns:
+        a matplotlib Figure.
+    """
+    import matplotlib
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+
+    if not rows or not panels:
+        return _empty(title)
+    height, font, every = row_size(len(rows))
+    high = max(height * len(rows), 1.4)
+    cap = 10.0 if len(panels) == 1 else 5.0
+    wide = [_width(panel.columns, cap) for panel in panels]
+    left = 0.3 + max(len(short(row)) for row in rows) * font * 0.62 / 72
+    gap = 0.3
+    size = (left + sum(wide) + gap * len(panels) + 1.3, high + 1.6)
+    figure = Figure(figsize=size)
+    colours = matplotlib.colormaps[DIVERGING if bounds.diverging else SEQUENTIAL].copy()
+    colours.set_bad(ABSENT)
+    norm = (LogNorm if bounds.log else Normalize)(bounds.low, bounds.high)
+    at, drawn = left, None
+    for number, (panel, width) in enumerate(zip(panels, wide, strict=True)):
+        axes = figure.add_axes((at / size[0], 0.6 / size[1], width / size[0], high / size[1]))
+        at += width + gap
+        values = np.where(panel.values <= 0, bounds.low / 10, panel.values) if bounds.log else panel.values
+        image = np.ma.masked_invalid(values)
+        drawn = axes.imshow(image, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        ticks = range(0, len(rows), every)
+        names = [short(rows[index]) for index in ticks] if number == 0 else [""] * len(ticks)
+        axes.set_yticks(ticks, names, fontsize=font, parse_math=False)
+        axes.tick_params(axis="y", length=2, pad=2)
+        _column_ticks(axes, [str(column) for column in panel.columns], width)
+        axes.set_xlabel(xlabel, fontsize=9)
+        if panel.heading:
+            axes.set_title(panel.heading, fontsize=9, loc="left", parse_math=False)
+    bar_height = min(high, 4.0)
+    bar = figure.add_axes(
+        ((at - 0.05) / size[0], (0.6 + high - bar_height) / size[1], 0.16 / size[0], bar_height / size[1])
+    )
+    _bar(figure, drawn, bar, bounds, label)
+    _title(figure, title, size, 0.6 + high + (0.35 if any(panel.heading for panel in panels) else 0.12))
+    if any(np.isnan(panel.values).any() for panel in panels):
+        bottom = 0.08 / size[1]
+        figure.text(at / size[0], bottom, "grey: no value", fontsize=8, color="#555555", ha="right")
+    return figure
+
+
+def _bar(figure: Any, drawn: Any, axes: Any, bounds: Limits, label: str) -> None:
+    bar = figure.colorbar(drawn, cax=axes, extend=bounds.extend, extendfrac=0.04)
+    bar.set_label(label + bounds.note, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    if not bounds.log:
+        bar.formatter.set_powerlimits((-3, 4))
+        bar.ax.yaxis.get_offset_text().set(fontsize=8, ha="left")
+
+
+def _name_width(columns: Sequence[Any]) -> float:
+    """Inches that the longest column name takes, with a gap."""
+    return max(len(str(column)) for column in columns) * 0.072 + 0.12
+
+
+def _width(columns: Sequence[Any], most: float) -> float:
+    """Inches of a panel: where columns are few, each has room for its name."""
+    each = max(0.32, _name_width(columns)) if len(columns) <= 16 else 0.32
+    return float(np.clip(each * len(columns), 2.2, most))
+
+
+def _column_ticks(axes: Any, names: list[str], width: float) -> None:
+    """As many column names as fit beside each other."""
+    every = int(np.ceil(len(names) * _name_width(names) / width - 1e-9))
+    ticks = range(0, len(names), max(1, every))
+    axes.set_xticks(ticks, [names[index] for index in ticks], fontsize=8)
+
+
+def _title(figure: Any, title: str, size: tuple[float, float], bottom: float) -> None:
+    """The title's lines above `bottom` inches, left-aligned, wrapped to the figure's width."""
+    lines: list[tuple[str, bool]] = []
+    for index, text in enumerate(title.split("\n")):
+        lines += [(line, index == 0) for line in textwrap.wrap(text, max(30, int(size[0] / 0.085)))]
+    for line, bold in reversed(lines):
+        weight, height = ("bold", 11) if bold else ("normal", 9)
+        figure.text(0.01, bottom / size[1], line, fontsize=height, weight=weight, va="bottom", parse_math=False)
+        bottom += 0.22 if bold else 0.18
+
+
+def _empty(title: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, 1.4))
+    figure.text(0.02, 0.2, "no values", fontsize=10, color="#555555")
+    _title(figure, title, (5.0, 1.4), 0.7)
+    return figure
+
+
+def curves(
+    title: str,
+    rows: Sequence[str],
+    panels: Sequence[Panel],
+    label: str,
+    log: bool = False,
+    line: tuple[float, str] | None = None,
+    highest: bool = False,
+) -> Any:
+    """One curve per row and panel, panels side by side on one axis of values.
+
+    Args:
+        line: (value, name) of a horizontal line.
+        highest: name the layers with the highest mean, not those with the lowest.
+    Returns:
+        a matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [panel for panel in panels if np.isfinite(panel.values).any()]
+    if not panels:
+        return _empty(title)
+    order = "highest" if highest else "lowest"
+    width, high, left = (8.0 if len(panels) == 1 else 5.2), 3.4, 0.8
+    size = (left + (width + 0.5) * len(panels), high + 3.0)
+    figure = Figure(figsize=size)
+    first: Any = None
+    for number, panel in enumerate(panels):
+        place = ((left + number * (width + 0.5)) / size[0], 2.2 / size[1], width / size[0], high / size[1])
+        axes = figure.add_axes(place, sharey=first)
+        first = first or axes
+        named = dict(zip(pick(panel.values, highest), COLOURS, strict=False))
+        handles = {}
+        for index in sorted(range(len(rows)), key=lambda row: row in named):  # names on top
+            kept = np.isfinite(panel.values[index])
+            if not kept.any():
+                continue
+            x, y = np.asarray(panel.columns)[kept], panel.values[index][kept]
+            if index in named:
+                (handles[index],) = axes.plot(
+                    x, y, color=named[index], lw=1.3, marker="o", ms=_marker(len(x), 3.5), zorder=3
+                )
+            else:
+                axes.plot(x, y, color="#9a9a9a", lw=0.6, alpha=0.7, marker="o", ms=_marker(len(x), 1.5))
+        if line is not None:
+            handles[-1] = axes.axhline(line[0], color="black", lw=1, ls="--")
+        if log:
+            axes.set_yscale("log", nonpositive="clip")
+        _style(axes, "" if number else label)
+        if len(panel.columns) == 1:
+            axes.set_xticks(panel.columns)
+        shown = [row for row in (*named, -1) if row in handles]
+        others = int(np.isfinite(panel.values).any(axis=1).sum()) - len(named)
+        heading = f"the {len(named)} {order} on average, {order} first; grey: {others} others" if others else ""
+        texts = [line[1] if row == -1 and line else short(rows[row]) for row in shown]
+        _legend(axes, [handles[row] for row in shown], texts, heading)
+        if panel.heading:
+            axes.set_title(panel.heading, fontsize=9, loc="left", parse_math=False)
+    _title(figure, title, size, 2.2 + high + (0.35 if any(panel.heading for panel in panels) else 0.12))
+    return figure
+
+
+def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
+    """One figure of several runs on one axis of steps: {run: (steps, values)}; runs keep their colours by order."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.6))
+    axes = figure.add_axes((0.14, 0.3, 0.84, 0.6))
+    handles = []
+    for number, (steps, values) in enumerate(series.values()):
+        colour, dashes = RUN_COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
+        handles += axes.plot(steps, values, color=colour, ls=dashes, lw=1.2, marker="o", ms=_marker(len(steps), 3))
+    _style(axes, "")
+    axes.set_title(title, fontsize=10, loc="left", weight="bold", parse_math=False)
+    _legend(axes, handles, [short(run) for run in series])
+    return figure
+
+
+def _style(axes: Any, label: str) -> None:
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_ylabel(label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#e5e5e5", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _marker(points: int, size: float) -> float:
+    return size if points <= 40 else 0.0
+
+
+def _legend(axes: Any, handles: list[Any], texts: list[str], heading: str = "") -> None:
+    """Names below the axes, one a line; none is read as mathematics or left out for its first letter."""
+    if not handles:
+        return
+    box = axes.legend(
+        handles, [f" {text}" for text in texts], title=heading or None, fontsize=8, title_fontsize=8, frameon=False,
+        loc="upper left", bbox_to_anchor=(-0.02, -0.13), borderaxespad=0.0, alignment="left",
+    )  # fmt: skip
+    for text in box.get_texts():
+        text.set_parse_math(False)
+
+
+def pick(values: np.ndarray, highest: bool = False) -> list[int]:
+    """The rows to name: those with the lowest (highest) mean, in this order; all where they are few."""
+    found = [(float(np.nanmean(row)), index) for index, row in enumerate(values) if np.isfinite(row).any()]
+    most = len(COLOURS) if len(found) <= len(COLOURS) else NAMED
+    return [index for _, index in sorted(found, reverse=highest)[:most]]
+
+
+def save(figure: Any, target: Path | BinaryIO, dpi: int = 110) -> None:
+    """Write as PNG, cut to what is drawn."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).print_figure(
+        target, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.12, facecolor="white"
+    )

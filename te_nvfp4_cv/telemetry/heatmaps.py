@@ -1,0 +1,330 @@
+"""Pictures of one run's telemetry: layers over sampled steps, each as PNG, as interactive HTML and as JSON.
+
+    OUT/heatmaps/MODEL-RUN/weights/{prequantize,quantized,dequantized}/{mean,std,kurtosis}.{png,html,json}
+    OUT/heatmaps/MODEL-RUN/gradients/{mean,std,kurtosis}.*       the weight gradient
+    OUT/heatmaps/MODEL-RUN/weights/quantized/usage.*             share of each code, at the last sampled step in NVFP4
+    OUT/heatmaps/MODEL-RUN/weights/{correlation,sqnr}.*          curves: raw against dequantized
+    OUT/heatmaps/plotly-VERSION.min.js                           what the HTML files load; no network is needed
+
+    prequantize, quantized (-6 .. 6), dequantized = tensors.weight raw, codes, dequantized of records.py
+
+The JSON holds {"title", "model", "run", "unit", "layers", "steps", "values": one list per layer, null where absent};
+of usage "codes" and their values' shares. Layers without any value are left out of a picture, not of its JSON.
+A run never overwrites another: the second one of a name is drawn into MODEL-RUN_2.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.telemetry import drawing
+from te_nvfp4_cv.telemetry.drawing import Panel
+from te_nvfp4_cv.telemetry.records import Run, dumps, read
+
+STATISTICS = {"mean": "mean", "std": "standard deviation", "kurtosis": "excess kurtosis"}
+CODE_VALUES = formats.decode_e2m1(torch.arange(16, dtype=torch.uint8)).tolist()
+CODES = [*range(15, 7, -1), *range(8)]  # ordered by value: -6 to -0, 0 to 6
+CODE_NAMES = [f"{CODE_VALUES[code]:g}" for code in CODES]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One family of heatmaps: where its numbers are and what they are called."""
+
+    folder: str
+    tensor: str
+    stage: str
+    title: str
+    unit: str
+
+    def label(self, statistic: str) -> str:
+        """Of the colour bar."""
+        unit = "0: Gaussian" if statistic == "kurtosis" else self.unit
+        return f"{STATISTICS[statistic]} ({unit})"
+
+
+KINDS = (
+    Kind("weights/prequantize", "weight", "raw", "Weights before quantization", "units of the weight"),
+    Kind("weights/quantized", "weight", "codes", "Quantized weights (codes)", "code values, -6 to 6"),
+    Kind("weights/dequantized", "weight", "dequantized", "Dequantized weights", "units of the weight"),
+    Kind("gradients", "weight_gradient", "raw", "Weight gradients", "units of the gradient"),
+)
+CURVES = {  # name: (title, label, keys)
+    "correlation": ("Weights: correlation of raw and dequantized", "correlation (1: equal)", ("weight", "correlation")),
+    "sqnr": ("Weights: signal to quantization noise", "SQNR (dB)", ("weight", "sqnr_db")),
+}
+
+
+def as_run(run_or_path: Run | str | os.PathLike[str]) -> Run:
+    """A run as it is, or the file that holds it, read."""
+    return run_or_path if isinstance(run_or_path, Run) else read(run_or_path)
+
+
+def table(run: Run, layers: Sequence[str], *keys: str) -> np.ndarray:
+    """One number of every layer (rows) at every sampled step (columns), NaN where it is absent."""
+    values = [[np.nan if value is None else value for value in run.series(layer, *keys)] for layer in layers]
+    return np.array(values, float).reshape(len(layers), len(run.steps))
+
+
+def usage(run: Run, layers: Sequence[str], tensor: str = "weight") -> tuple[int | None, np.ndarray]:
+    """(last sampled step with codes, share of the 16 codes per layer, ordered by value, NaN where there are none)."""
+    shares = np.full((len(layers), 16), np.nan)
+    for step, held in reversed(run.steps.items()):
+        for row, layer in enumerate(layers):
+            codes = held.get(layer, {}).get("tensors", {}).get(tensor, {}).get("codes", {})
+            counts = np.array([np.nan if count is None else count for count in codes.get("usage", [])], float)
+            if len(counts) == 16 and counts.sum() > 0:
+                shares[row] = counts[CODES] / counts.sum()
+        if np.isfinite(shares).any():
+            return step, shares
+    return None, shares
+
+
+def render(run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str] = "plots") -> list[Path]:
+    """Draw one run; see the top of this file.
+
+    Args:
+        run_or_path: a telemetry file, or what telemetry.read gave of one.
+        out: folder for pictures; made where it is absent.
+    Returns:
+        the files that were written, without plotly's script.
+    Raises:
+        ValueError: a file that is no telemetry, a run without sampled steps, a folder that cannot be written;
+        RuntimeError: matplotlib or plotly is not installed.
+    """
+    drawing.need("matplotlib", "plotly")
+    run = as_run(run_or_path)
+    if not run.steps:
+        raise value_error(
+            f"telemetry: {run.path} has no sampled step.",
+            got=f"{len(run.scalars)} steps with scalars only",
+            needs="at least one sampled step",
+            fix="train with every > 0 (--telemetry-every)",
+        )
+    try:
+        folder = _folder(Path(out) / "heatmaps", f"{run.model}-{run.name}")
+        pictures = _Pictures(run, folder, _plotly(folder.parent))
+        for kind in KINDS:
+            for statistic in STATISTICS:
+                pictures.heatmap(kind, statistic)
+        pictures.usage()
+        for name in CURVES:
+            pictures.curve(name)
+    except OSError as error:
+        raise value_error(
+            f"telemetry: pictures cannot be written into {out}.",
+            got=str(error),
+            needs="a folder that can be written",
+            fix="choose another folder",
+        ) from error
+    return pictures.written
+
+
+def _folder(parent: Path, name: str) -> Path:
+    """A new folder of that name, _2, _3, ... where it is there already; made at once, so that runs never share one."""
+    clean = re.sub(r"[^\w.+=-]+", "_", name, flags=re.ASCII).strip("._ ")[:100] or "run"
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        found = parent / (clean if number == 1 else f"{clean}_{number}")
+        try:
+            found.mkdir()
+            return found
+        except FileExistsError:
+            number += 1
+
+
+def _plotly(folder: Path) -> Path:
+    """plotly's script in that folder, written unless it is there."""
+    from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
+    script = folder / f"plotly-{get_plotlyjs_version()}.min.js"
+    if not script.is_file():
+        script.write_text(get_plotlyjs(), encoding="utf-8")
+    return script
+
+
+class _Pictures:
+    """The files of one run."""
+
+    def __init__(self, run: Run, folder: Path, script: Path) -> None:
+        self.run, self.folder, self.script = run, folder, script
+        self.steps = list(run.steps)
+        self.written: list[Path] = []
+
+    def heatmap(self, kind: Kind, statistic: str) -> None:
+        values = table(self.run, self.run.layers, "tensors", kind.tensor, kind.stage, statistic)
+        title = f"{kind.title}: {STATISTICS[statistic]}"
+        bounds = drawing.limits([values], diverging=statistic != "std")
+        self._map(f"{kind.folder}/{statistic}", title, values, self.steps, bounds, kind.label(statistic), "step")
+
+    def usage(self) -> None:
+        step, shares = usage(self.run, self.run.layers)
+        title = "Quantized weights: use of the 16 codes" + ("" if step is None else f" at step {step}")
+        values, bounds = 100 * shares, drawing.limits([100 * shares], diverging=False)
+        self._map("weights/quantized/usage", title, values, CODE_NAMES, bounds, "share (%)", "code, by its value")
+
+    def _map(
+        self,
+        name: str,
+        title: str,
+        values: np.ndarray,
+        columns: Sequence[Any],
+        bounds: drawing.Limits,
+        label: str,
+        xlabel: str,
+    ) -> None:
+        keep = np.isfinite(values).any(axis=1)
+        rows, shown = [row for row, kept in zip(self.run.layers, keep, strict=True) if kept], values[keep]
+        text = f"{title}\n{self._subtitle(len(rows))}"
+        self._png(name, drawing.heatmaps(text, rows, [Panel("", columns, shown)], bounds, label, xlabel))
+        self._html(name, plotly_heatmap(text, rows, columns, shown, bounds, label, xlabel))
+        more = {"codes": list(columns)} if columns is CODE_NAMES else {}
+        self._json(name, title, label, values, more)
+
+    def curve(self, name: str) -> None:
+        title, label, keys = CURVES[name]
+        layers = self.run.layers
+        values = table(self.run, layers, "tensors", *keys)
+        text = f"{title}\n{self._subtitle(int(np.isfinite(values).any(axis=1).sum()))}"
+        path = f"weights/{name}"
+        self._png(path, drawing.curves(text, layers, [Panel("", self.steps, values)], label))
+        self._html(path, plotly_curves(text, layers, self.steps, values, label))
+        self._json(path, title, label, values, {})
+
+    def _subtitle(self, shown: int) -> str:
+        run = self.run
+        group = f" ({run.group})" if run.group else ""
+        absent = len(run.layers) - shown
+        less = f", {absent} without values left out" if absent and shown else ""
+        return f"{run.model}, run {run.name}{group}, {shown} layers{less}"
+
+    def _path(self, name: str, suffix: str) -> Path:
+        path = self.folder / f"{name}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.written.append(path)
+        return path
+
+    def _png(self, name: str, figure: Any) -> None:
+        drawing.save(figure, self._path(name, "png"))
+
+    def _html(self, name: str, figure: Any) -> None:
+        path = self._path(name, "html")
+        script = Path(os.path.relpath(self.script, path.parent)).as_posix()
+        config = {"responsive": True, "displaylogo": False}
+        figure.write_html(path, include_plotlyjs=script, config=config, full_html=True)
+
+    def _json(self, name: str, title: str, unit: str, values: np.ndarray, more: dict[str, Any]) -> None:
+        run = self.run
+        steps = self.steps if not more else [step for step in [usage(run, run.layers)[0]] if step is not None]
+        content = {"title": title, "model": run.model, "run": run.name, "unit": unit, "layers": run.layers}
+        content |= {"steps": steps, **more, "values": values.tolist()}
+        text = json.dumps(json.loads(dumps(content)), indent=1)
+        # one line per layer
+        text = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+        self._path(name, "json").write_text(text + "\n", encoding="utf-8")
+
+
+# ---- plotly ---------------------------------------------------------------------------------------------------------
+
+
+def plotly_heatmap(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[Any],
+    values: np.ndarray,
+    bounds: drawing.Limits,
+    label: str,
+    xlabel: str,
+) -> Any:
+    """An interactive heatmap; pointing at a cell shows layer, column and value."""
+    import matplotlib
+    import plotly.graph_objects as go
+    from matplotlib.colors import to_hex
+
+    low, high = bounds.low, bounds.high
+    bar: dict[str, Any] = {"title": {"text": (label + bounds.note).replace("\n", "<br>"), "side": "right"}}
+    drawn = values
+    if bounds.log:
+        low, high = float(np.log10(low)), float(np.log10(high))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = np.where(values > 0, np.log10(values), np.where(np.isnan(values), np.nan, low - 1))
+        exponents = range(int(np.ceil(low)), int(np.floor(high)) + 1)
+        bar |= {"tickvals": list(exponents), "ticktext": [f"1e{exponent}" for exponent in exponents]}
+    colours = matplotlib.colormaps[drawing.DIVERGING if bounds.diverging else drawing.SEQUENTIAL]
+    names = [html.escape(row) for row in rows]
+    figure = go.Figure(
+        go.Heatmap(
+            z=[[None if np.isnan(value) else float(f"{value:.5g}") for value in row] for row in drawn],
+            text=[["absent" if np.isnan(value) else f"{value:.5g}" for value in row] for row in values],
+            x=[str(column) for column in columns],
+            y=names,
+            zmin=low,
+            zmax=high,
+            colorscale=[[at, to_hex(colours(at))] for at in np.linspace(0, 1, 17).tolist()],
+            colorbar=bar,
+            hoverongaps=True,
+            hovertemplate=f"layer %{{y}}<br>{xlabel.split(',')[0]} %{{x}}<br>%{{text}}<extra></extra>",
+        )
+    )
+    _layout(figure, title, xlabel, max(320, 15 * len(rows) + 190))
+    figure.update_yaxes(type="category", autorange="reversed", tickmode="linear", dtick=1, automargin=True)
+    figure.update_yaxes(tickfont={"size": 10 if len(rows) > 30 else 12}, showgrid=False)
+    figure.update_xaxes(type="category", nticks=24, showgrid=False)
+    figure.update_layout(plot_bgcolor=drawing.ABSENT)
+    if not rows:
+        figure.add_annotation(text="no values", showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5)
+    return figure
+
+
+def plotly_curves(title: str, rows: Sequence[str], steps: Sequence[int], values: np.ndarray, label: str) -> Any:
+    """Interactive curves; the worst layers are in the legend, the others are grey and named when pointed at."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    named = dict(zip(drawing.pick(values), drawing.COLOURS, strict=False))
+    present = [index for index in range(len(rows)) if np.isfinite(values[index]).any()]
+    for index in [*(index for index in present if index not in named), *named]:
+        name = html.escape(rows[index])
+        line = {"color": named.get(index, "#c2c2c2"), "width": 2 if index in named else 1}
+        figure.add_scatter(
+            x=list(steps),
+            y=[None if np.isnan(value) else float(f"{value:.5g}") for value in values[index]],
+            name=name,
+            mode="lines+markers" if len(steps) <= 40 else "lines",
+            marker={"size": 5 if index in named else 3},
+            line=line,
+            connectgaps=True,
+            showlegend=index in named,
+            hovertemplate=f"layer {name}<br>step %{{x}}<br>%{{y:.5g}}<extra></extra>",
+        )
+    _layout(figure, title, "step", 520)
+    figure.update_yaxes(title={"text": label})
+    figure.update_layout(plot_bgcolor="white", legend={"orientation": "h", "y": -0.18})
+    figure.update_xaxes(gridcolor="#e5e5e5").update_yaxes(gridcolor="#e5e5e5")
+    return figure
+
+
+def _layout(figure: Any, title: str, xlabel: str, height: int) -> None:
+    first, _, rest = html.escape(title).partition("\n")
+    text = f"<b>{first}</b><br><span style='font-size:12px'>{rest}</span>"
+    figure.update_layout(
+        title={"text": text, "x": 0.01, "xanchor": "left", "yref": "container", "y": 1, "yanchor": "top",
+               "pad": {"t": 18}},
+        height=height,
+        margin={"t": 90, "b": 60, "r": 40},
+        template="none",
+    )  # fmt: skip
+    figure.update_xaxes(title={"text": xlabel})
