@@ -1,4 +1,4 @@
-"""The command line: te-nvfp4-cv doctor, recipes, selftest, diagnose.
+"""The command line: te-nvfp4-cv doctor, recipes, selftest, diagnose, heatmaps, report.
 
 doctor says what this machine would do: devices, the backend chosen on each and why, compiler, triton, the dtype for
 autocast and the memory format to use. It changes nothing and needs no GPU. recipes lists the recipes that come with
@@ -6,6 +6,8 @@ the package. Both print text, or JSON with --json.
 selftest computes what the reference computes and compares, on the GPU if there is one (selftest/), and writes a report
 to share to the file of --json.
 diagnose replays the training step of a bundle in high precision and in NVFP4 (sensitivity/diagnose.py).
+heatmaps draws each telemetry file's layers over steps into a folder; report puts several such runs side by side into
+one HTML file (telemetry/heatmaps.py, telemetry/report.py).
 Exit status: 0; 1 for a self-test that failed or a step that is not finite; 2 for a wrong command line or an
 installation that cannot run (torch outside the supported versions, a device or backend that is not there, a file that
 is no bundle).
@@ -40,11 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--json", action="store_true", help="print JSON")
     _selftest_options(commands)
     _diagnose_options(commands)
+    _telemetry_options(commands)
     options = parser.parse_args(arguments)
     if options.command == "diagnose":
         return _diagnose(options)
     if options.command == "selftest":
         return _selftest(options)
+    if options.command in ("heatmaps", "report"):
+        return _telemetry(options)
     report: dict[str, Any] = {"doctor": doctor, "recipes": recipes}[options.command]()
     print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
     return 2 if report.get("problems") else 0
@@ -99,6 +104,33 @@ def _diagnose(options: argparse.Namespace) -> int:
         text = f"recipe: {options.out}" if written is not None else "recipe: none written, there is nothing to suggest"
         print(text, file=sys.stderr)
     return 0 if found.finite else 1
+
+
+def _telemetry_options(commands: Any) -> None:
+    for name, text, out in (
+        ("heatmaps", "draw telemetry: layers over steps, as PNG, HTML and JSON", "plots"),
+        ("report", "put telemetry of several runs side by side in one HTML file", "report.html"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("runs", nargs="+", metavar="RUN.jsonl", help="the telemetry.jsonl of a run")
+        command.add_argument("--out", default=out, help=f"default: {out}")
+    command.add_argument("--force", action="store_true", help="replace a report that is there")
+
+
+def _telemetry(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv import telemetry
+
+    try:
+        if options.command == "report":
+            print(telemetry.write_report(options.runs, options.out, options.force))
+        else:
+            for run in [telemetry.read(path) for path in options.runs]:  # all are read before anything is written
+                written = telemetry.render_heatmaps(run, options.out)
+                print(f"{len(written)} files in {written[0].parents[2]}")
+        return 0
+    except (ValueError, RuntimeError, OSError) as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
 
 
 def recipes() -> dict[str, Any]:

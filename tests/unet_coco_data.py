@@ -23,6 +23,7 @@ for package in ("torchvision", "torchmetrics", "pycocotools", "scipy"):
     pytest.importorskip(package, reason="the example needs the extra [train]")
 
 SMALL = ["--image-size", "32", "32", "--scale", "0.0625", "--batch-size", "4", "--log-every", "2", "--no-wandb"]
+SMALL += ["--telemetry-every", "0"]
 KEYS = {"train_loss", "val_loss", "dice", "miou", "miou_hp", "step_ms", "saved_bytes", "nvfp4_flops_share"}
 
 

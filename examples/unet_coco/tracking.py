@@ -6,6 +6,7 @@ Without tqdm installed the run goes on with lines, and says so once.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ class Progress:
 
 def start_telemetry(
     model: nn.Module, settings: Settings, precision: str, recipe: Any, folder: Path, rank: int
-) -> Telemetry:
-    """Telemetry of one precision's run: JSON lines in its folder, W&B and TensorBoard where they are asked for.
+) -> tuple[Telemetry, Path]:
+    """Telemetry of one precision's run and its file: JSON lines in its folder; W&B and TensorBoard where asked for.
 
     Args:
         folder: of this precision, in the run's folder, whose name is the W&B group.
@@ -71,17 +72,38 @@ def start_telemetry(
     """
     group = settings.out.name
     sinks: list[telemetry.Sink] = []
+    path = folder / "telemetry.jsonl"
+    resume = settings.resume and path.is_file()
+    if not resume:
+        path = telemetry.fresh_path(path)
     if rank == 0:
-        path = folder / "telemetry.jsonl"
-        if settings.resume and path.is_file():
-            sinks.append(telemetry.JSONL(path, resume=True))
-        else:
-            sinks.append(telemetry.JSONL(telemetry.fresh_path(path)))
+        sinks.append(telemetry.JSONL(path, resume))
         if settings.wandb:
             config = {**{key: str(value) for key, value in vars(settings).items()}, "precision": precision}
             sinks.append(telemetry.WandB("te_nvfp4_cv_unet_coco", group, precision, settings.out, config))
         if settings.tensorboard:
             sinks.append(telemetry.TensorBoard(settings.out / "tensorboard" / precision))
-    return telemetry.attach(
+    watch = telemetry.attach(
         model, every=settings.telemetry_every, sinks=sinks, name=precision, group=group, recipe=recipe
     )
+    return watch, path
+
+
+def show_telemetry(out: Path, files: Sequence[Path]) -> list[Path]:
+    """Draw what telemetry sampled: OUT/plots, one folder per precision, and OUT/report.html with all beside each other.
+
+    Returns:
+        The report and the folder of the plots; nothing where no step was sampled or a package is missing.
+    """
+    try:
+        runs = [telemetry.read(path) for path in files]
+        if not any(run.steps for run in runs):
+            return []
+        report = telemetry.write_report(runs, telemetry.fresh_path(out / "report.html"))
+        for run in runs:
+            if run.steps:
+                telemetry.render_heatmaps(run, out / "plots")
+    except (ValueError, RuntimeError, OSError) as error:  # pictures must not cost a finished run
+        tell_once(f"telemetry was not drawn: {error}")
+        return []
+    return [report, out / "plots"]

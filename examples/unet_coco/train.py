@@ -36,7 +36,7 @@ from unet_coco.precision import Precision, parse_precisions  # noqa: E402
 from unet_coco.ranks import Ranks, joined, run  # noqa: E402
 from unet_coco.report import markdown_table, write_history, write_pictures, write_summary  # noqa: E402
 from unet_coco.shapes import ShapesSettings, ensure_shapes  # noqa: E402
-from unet_coco.tracking import start_telemetry  # noqa: E402
+from unet_coco.tracking import show_telemetry, start_telemetry  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | int]]:
@@ -106,6 +106,7 @@ def compare(
     history: dict[str, dict[str, list[dict[str, float]]]] = {}
     predictions: dict[str, list[np.ndarray]] = {}
     titles: Mapping[str, str] = {}
+    files: list[Path] = []
     out = settings.out
     for precision in precisions:
         folder = out / precision.name
@@ -118,7 +119,8 @@ def compare(
                 f"{precision.name}: "
                 + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting anew")
             )
-        watch = start_telemetry(trainer.model, settings, precision.name, precision.recipe, folder, ranks.rank)
+        watch, file = start_telemetry(trainer.model, settings, precision.name, precision.recipe, folder, ranks.rank)
+        files.append(file)
         try:
             trainer.train(watch)
             rows[precision.name] = trainer.summary()
@@ -135,6 +137,8 @@ def compare(
     print(f"\n{markdown_table(rows, titles)}\n")
     print(f"table: {out / 'table.md'}, {out / 'table.csv'}, {out / 'summary.json'}")
     pictures = [out / name for name in ("predictions.png", "curves.png") if (out / name).is_file()]
+    if ranks.rank == 0:
+        pictures += show_telemetry(out, files)
     print(f"pictures: {', '.join(map(str, pictures))}   checkpoints: {out}/<precision>/last.pt")
     return rows
 

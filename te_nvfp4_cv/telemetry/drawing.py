@@ -321,9 +321,10 @@ def _legend(axes: Any, handles: list[Any], texts: list[str], heading: str = "") 
     """Names below the axes, one a line; none is read as mathematics or left out for its first letter."""
     if not handles:
         return
+    below = 0.46 / (axes.get_position().height * axes.figure.get_figheight())  # under the name of the axis
     box = axes.legend(
         handles, [f" {text}" for text in texts], title=heading or None, fontsize=8, title_fontsize=8, frameon=False,
-        loc="upper left", bbox_to_anchor=(-0.02, -0.13), borderaxespad=0.0, alignment="left",
+        loc="upper left", bbox_to_anchor=(-0.02, -below), borderaxespad=0.0, alignment="left",
     )  # fmt: skip
     for text in box.get_texts():
         text.set_parse_math(False)

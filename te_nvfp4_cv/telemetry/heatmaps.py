@@ -229,7 +229,13 @@ class _Pictures:
     def _json(self, name: str, title: str, unit: str, values: np.ndarray, more: dict[str, Any]) -> None:
         run = self.run
         steps = self.steps if not more else [step for step in [usage(run, run.layers)[0]] if step is not None]
-        content = {"title": title, "model": run.model, "run": run.name, "unit": unit, "layers": run.layers}
+        content: dict[str, Any] = {
+            "title": title,
+            "model": run.model,
+            "run": run.name,
+            "unit": unit,
+            "layers": run.layers,
+        }
         content |= {"steps": steps, **more, "values": values.tolist()}
         text = json.dumps(json.loads(dumps(content)), indent=1)
         # one line per layer

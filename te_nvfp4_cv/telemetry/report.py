@@ -368,7 +368,7 @@ def _cells(values: dict[str, Any], layer: dict[str, Any] | None, low: bool) -> s
         return f'<td class="none" colspan="{len(FIGURES)}">{text}</td>'
     cells = []
     for key, (_, factor, digits) in FIGURES.items():
-        value = values.get(key)
+        value: Any = values.get(key)
         shown = f"{value * factor:.{digits}f}" if _is_number(value) else "–"
         cells.append(f'<td class="n{" low" if low and key == "sqnr_db" else ""}">{shown}</td>')
     return "".join(cells)
