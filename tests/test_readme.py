@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import te_nvfp4_cv as nv
 from te_nvfp4_cv.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,14 +19,18 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=range(len(blocks("python"))))
-def test_python_blocks_run(code, capsys):
+def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    first, watched = blocks("python")
+    exec(compile(first, "README.md", "exec"), names)
     loss = names["loss"]
     assert loss.isfinite() and "fc" in capsys.readouterr().out  # the printed coverage lists the classifier
     assert all(p.grad is not None and p.grad.isfinite().all() for p in names["model"].parameters())
+    exec(compile(watched, "README.md", "exec"), names)
+    run = nv.telemetry.read("runs/mine.jsonl")
+    assert list(run.steps) == [0] and run.steps[0]["fc"]["precision"] == "high" and names["loss"] < loss
 
 
 def test_the_recipe_of_the_readme_loads(tmp_path):
