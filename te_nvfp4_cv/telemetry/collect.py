@@ -379,12 +379,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _op(module: nn.Module) -> str:
-    names = {"Linear": "linear", "ConvTranspose": "conv_transpose", "Conv": "conv"}
-    kind = next(base.__name__ for base in type(module).__mro__ if base in LAYERS)
-    for name, op in names.items():
-        if kind.startswith(name):
-            return op + kind[len(name) :]
-    raise AssertionError(kind)
+    return next(ours.op for plain, ours in NVFP4_CLASSES.items() if isinstance(module, plain))
 
 
 def _unseen(op: str, compiled: bool) -> dict[str, Any]:

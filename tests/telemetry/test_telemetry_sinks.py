@@ -1,0 +1,220 @@
+"""Telemetry's sinks: nothing is overwritten, and nothing that goes wrong with them ends a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from te_nvfp4_cv import checks
+from te_nvfp4_cv.telemetry import JSONL, TensorBoard, WandB, fresh_path, read
+from tests.telemetry.synthetic_runs import header, layer, write_run
+
+
+@pytest.fixture(autouse=True)
+def told_anew(monkeypatch):
+    monkeypatch.setattr(checks, "_warned", set())
+
+
+def records(count: int = 2) -> list[dict[str, Any]]:
+    import random
+
+    rng = random.Random(0)
+    return [
+        {"kind": "step", "step": 10 * i, "layers": {"conv": layer(rng, 10 * i, not i, 0.5, False, False)}}
+        for i in range(count)
+    ]
+
+
+def feed(sink: Any) -> None:
+    sink.start(header("nvfp4", ["conv"]))
+    for record in records():
+        sink.step(record)
+        sink.scalars(record["step"], {"train/loss": 1.0 / (1 + record["step"])})
+    sink.alarm({"kind": "alarm", "step": 10, "layer": "conv", "text": "noise"})
+    sink.close({"miou": 0.5})
+
+
+# ---- JSON lines -----------------------------------------------------------------------------------------------------
+
+
+def test_json_lines_are_written_at_once_and_read_back(tmp_path):
+    path = tmp_path / "new" / "run.jsonl"
+    sink = JSONL(path)
+    sink.start(header("nvfp4", ["conv"]))
+    assert read(path).name == "nvfp4"
+    sink.step(records()[0])
+    assert list(read(path).steps) == [0]
+
+
+def test_a_file_that_is_there_is_never_overwritten(tmp_path):
+    path = write_run(tmp_path / "run.jsonl", steps=2)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is there already"):
+        JSONL(path)
+    assert path.read_bytes() == before
+    assert fresh_path(path) == tmp_path / "run_2.jsonl" and fresh_path(tmp_path / "b.jsonl").name == "b.jsonl"
+    (tmp_path / "run_2.jsonl").touch()
+    assert fresh_path(path).name == "run_3.jsonl"
+
+
+def test_a_resume_goes_on_behind_the_last_whole_line(tmp_path):
+    path = write_run(tmp_path / "run.jsonl", steps=2)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "st')
+    sink = JSONL(path, resume=True)
+    assert path.read_bytes() == whole
+    sink.scalars(300, {"train/loss": 0.5})
+    assert read(path).scalars[300] == {"train/loss": 0.5} and not read(path).notes
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written"):
+        JSONL(tmp_path / "file" / "run.jsonl")
+
+
+def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
+    sink = JSONL(tmp_path / "run.jsonl")
+    feed(sink)
+    size = (tmp_path / "run.jsonl").stat().st_size
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.warns(UserWarning, match="written no further.*No space left") as seen:
+        feed(sink)
+    assert len(seen) == 1 and (tmp_path / "run.jsonl").stat().st_size == size
+
+
+# ---- Weights & Biases -----------------------------------------------------------------------------------------------
+
+
+def test_wandb_writes_a_run_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the extra [telemetry]")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        feed(WandB("project", "group", "nvfp4", tmp_path, {"lr": 0.1}))
+    assert not [w for w in seen if "W&B" in str(w.message)]
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1 and files[0].stat().st_size > 1000
+
+
+class FakeRun:
+    def __init__(self, breaks: str = "") -> None:
+        self.logged: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.config = SimpleNamespace(update=lambda *_, **__: None)
+        self.metrics: list[Any] = []
+        self.finished, self.breaks = False, breaks
+
+    def define_metric(self, *names: Any, **options: Any) -> None:
+        self.metrics.append((names, options))
+
+    def log(self, values: dict[str, Any]) -> None:
+        if self.breaks == "log":
+            raise ConnectionError("the network is gone")
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        if self.breaks == "finish":
+            raise ConnectionError("the network is gone")
+        self.finished = True
+
+
+def fake_wandb(monkeypatch, runs: dict[str, Any]) -> list[str]:
+    """wandb whose init gives runs[mode], or raises it; returns the modes asked for."""
+    modes: list[str] = []
+
+    def init(mode: str, **options: Any) -> Any:
+        modes.append(mode)
+        if isinstance(runs[mode], Exception):
+            raise runs[mode]
+        return runs[mode]
+
+    module = SimpleNamespace(
+        init=init, Settings=lambda **o: o, Histogram=lambda np_histogram: np_histogram, Image=lambda path: path
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return modes
+
+
+def test_one_run_on_one_step_axis(tmp_path, monkeypatch):
+    run = FakeRun()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert fake_wandb(monkeypatch, {"offline": run}) == []
+    feed(WandB("p", "g", "nvfp4", tmp_path))
+    assert (("*",), {"step_metric": "step"}) in run.metrics and run.finished and run.summary == {"miou": 0.5}
+    assert all("step" in values for values in run.logged)
+    first = run.logged[0]
+    assert {"conv/weight/sqnr_db", "conv/input/underflow", "conv/gradient_to_noise"} <= set(first)
+    assert "conv/flip_rate" not in first and "conv/flip_rate" in run.logged[2]
+    counts, edges = first["conv/weight/values"]
+    assert len(edges) == len(counts) + 1 and edges[0] == -edges[-1]
+
+
+def test_a_login_that_fails_goes_on_offline(tmp_path, monkeypatch):
+    run = FakeRun()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    modes = fake_wandb(monkeypatch, {"online": RuntimeError("api_key not configured"), "offline": run})
+    with pytest.warns(UserWarning, match=r"goes on offline: api_key") as seen:
+        feed(WandB("p", "g", "nvfp4", tmp_path))
+        feed(WandB("p", "g", "bf16", tmp_path))
+    assert len(seen) == 1 and modes == ["online", "offline"] * 2 and run.finished
+
+
+@pytest.mark.parametrize("breaks", ["init", "log", "finish"])
+def test_whatever_breaks_is_told_once_and_the_run_goes_on(breaks, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    fake_wandb(monkeypatch, {"offline": OSError("no disk") if breaks == "init" else FakeRun(breaks)})
+    with pytest.warns(UserWarning) as seen:
+        feed(WandB("p", "g", "nvfp4", tmp_path))
+    assert len(seen) == 1 and "W&B" in str(seen[0].message)
+
+
+def test_without_wandb_it_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.warns(UserWarning, match="wandb is not installed"):
+        feed(WandB("p", "g", "nvfp4", tmp_path))
+
+
+# ---- TensorBoard ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_values_are_read_back(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra [telemetry]")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    feed(TensorBoard(tmp_path))
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
+    events.Reload()
+    second = records()[1]["layers"]["conv"]
+    found = {event.step: event.value for event in events.Scalars("conv/flip_rate")}
+    assert found == {10: pytest.approx(second["flip_rate"])}
+    assert [e.value for e in events.Scalars("train/loss")] == [pytest.approx(1.0), pytest.approx(1 / 11)]
+    histogram = events.Histograms("conv/weight/values")[0].histogram_value
+    assert histogram.num == sum(records()[0]["layers"]["conv"]["tensors"]["weight"]["raw"]["histogram"])
+
+
+def test_without_tensorboard_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        TensorBoard(tmp_path)
+
+
+def test_every_line_is_strict_json(tmp_path):
+    feed(JSONL(tmp_path / "run.jsonl"))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    for line in (tmp_path / "run.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
