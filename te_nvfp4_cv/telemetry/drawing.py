@@ -1,7 +1,8 @@
 """Heatmaps of layers over columns and curves of many layers, drawn with matplotlib; no pyplot, no display.
 
     limits      2nd to 98th percentile of the values, or their whole range where that is scarcely wider
-    diverging   symmetric about 0; sequential: logarithmic where the limits are more than 2 decades apart
+    diverging   symmetric about 0; asinh(v / linear) where the limits are beyond SPREAD times the median of |v|
+    sequential  logarithmic where the limits are more than 2 decades apart
     absent      NaN: grey, which no colour scale contains
     sizes       figures grow with their rows; labels shrink to MIN_FONT, beyond which only every k-th row is named
     curves      a few layers are drawn in colour, with their names: the worst ones; the others are thin and grey
@@ -26,6 +27,7 @@ DIVERGING, SEQUENTIAL, ABSENT = "RdBu_r", "viridis", "#b5b5b5"
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 RUN_COLOURS = (COLOURS[1], COLOURS[0], *COLOURS[2:])
 NAMED = 6  # layers with names among the curves
+SPREAD = 20
 ROW, MIN_ROW, MAX_HEIGHT = 0.30, 0.13, 40.0  # inches
 MAX_FONT, MIN_FONT = 9.0, 7.5
 MAX_NAME = 56  # characters of a layer's name in a picture
@@ -51,13 +53,26 @@ def need(*packages: str) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where colours begin and end; extend: the side on which values lie beyond, as matplotlib names it."""
+    """Where colours begin and end.
+
+    linear: up to where an asinh scale is about linear, 0 on a linear scale; extend: the side on which values lie
+    beyond, as matplotlib names it.
+    """
 
     low: float
     high: float
     diverging: bool
     log: bool = False
+    linear: float = 0.0
     extend: str = "neither"
+
+    @property
+    def ticks(self) -> list[float]:
+        """Of an asinh scale: 0 and powers of 10 on both sides."""
+        last = int(np.floor(np.log10(self.high)))
+        first = max(int(np.ceil(np.log10(self.linear))), last - 3)
+        powers = [10.0**power for power in range(min(first, last), last + 1)]
+        return [*(-power for power in reversed(powers)), 0.0, *powers]
 
     @property
     def note(self) -> str:
@@ -72,14 +87,15 @@ def limits(values: Sequence[np.ndarray], diverging: bool) -> Limits:
     if diverging:
         most = np.abs(found).max(initial=0.0)
         ends = np.abs(np.percentile(found, (2, 98))) if len(found) else np.zeros(2)
-        high = float(most if most <= 1.25 * ends.max() or not ends.max() else ends.max())
-        return Limits(-high or -1.0, high or 1.0, True, extend=_extend(found, -high or -1.0, high or 1.0))
+        high = float(most if most <= 1.25 * ends.max() or not ends.max() else ends.max()) or 1.0
+        median = float(np.median(np.abs(found[found != 0]))) if most else high
+        return Limits(-high, high, True, False, median if high > SPREAD * median else 0.0, _extend(found, -high, high))
     positive = found[found > 0]
     log = len(positive) > 0 and np.divide(*np.percentile(positive, (98, 2))) > 100
     low, high = _ends(np.log10(positive) if log else found)
     if log:
         low, high = 10.0**low, 10.0**high
-    return Limits(low, high, False, bool(log), _extend(found, low, high))
+    return Limits(low, high, False, bool(log), extend=_extend(found, low, high))
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:
@@ -134,7 +150,7 @@ def heatmaps(
         a matplotlib Figure.
     """
     import matplotlib
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.colors import AsinhNorm, LogNorm, Normalize
     from matplotlib.figure import Figure
 
     if not rows or not panels:
@@ -150,6 +166,8 @@ def heatmaps(
     colours = matplotlib.colormaps[DIVERGING if bounds.diverging else SEQUENTIAL].copy()
     colours.set_bad(ABSENT)
     norm = (LogNorm if bounds.log else Normalize)(bounds.low, bounds.high)
+    if bounds.linear:
+        norm = AsinhNorm(bounds.linear, bounds.low, bounds.high)
     at, drawn = left, None
     for number, (panel, width) in enumerate(zip(panels, wide, strict=True)):
         axes = figure.add_axes((at / size[0], 0.6 / size[1], width / size[0], high / size[1]))
@@ -181,7 +199,10 @@ def _bar(figure: Any, drawn: Any, axes: Any, bounds: Limits, label: str) -> None
     bar = figure.colorbar(drawn, cax=axes, extend=bounds.extend, extendfrac=0.04)
     bar.set_label(label + bounds.note, fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    if not bounds.log:
+    if bounds.linear:
+        bar.set_ticks(bounds.ticks, labels=[f"{tick:g}" for tick in bounds.ticks])
+        bar.minorticks_off()
+    elif not bounds.log:
         bar.formatter.set_powerlimits((-3, 4))
         bar.ax.yaxis.get_offset_text().set(fontsize=8, ha="left")
 
@@ -271,7 +292,7 @@ def curves(
         if line is not None:
             handles[-1] = axes.axhline(line[0], color="black", lw=1, ls="--")
         if log:
-            axes.set_yscale("log", nonpositive="clip")
+            _log_axis(axes)
         _style(axes, "" if number else label)
         if len(panel.columns) == 1:
             axes.set_xticks(panel.columns)
@@ -286,6 +307,17 @@ def curves(
     return figure
 
 
+def _log_axis(axes: Any) -> None:
+    """Logarithmic, with plain numbers; 1, 2 and 5 of each decade where they are few."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log", nonpositive="clip")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 3000 else (1.0,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
     """One figure of several runs on one axis of steps: {run: (steps, values)}; runs keep their colours by order."""
     from matplotlib.figure import Figure
@@ -295,7 +327,9 @@ def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[flo
     handles = []
     for number, (steps, values) in enumerate(series.values()):
         colour, dashes = RUN_COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
-        handles += axes.plot(steps, values, color=colour, ls=dashes, lw=1.2, marker="o", ms=_marker(len(steps), 3))
+        width = 1.2 + 1.4 * (len(series) - 1 - number) / max(1, len(series) - 1)  # equal curves: none hides another
+        style: dict[str, Any] = {"color": colour, "ls": dashes, "lw": width, "marker": "o"}
+        handles += axes.plot(steps, values, ms=_marker(len(steps), 1.8 + width), **style)
     _style(axes, "")
     axes.set_title(title, fontsize=10, loc="left", weight="bold", parse_math=False)
     _legend(axes, handles, [short(run) for run in series])

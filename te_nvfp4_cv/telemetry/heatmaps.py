@@ -191,7 +191,7 @@ class _Pictures:
         text = f"{title}\n{self._subtitle(len(rows))}"
         self._png(name, drawing.heatmaps(text, rows, [Panel("", columns, shown)], bounds, label, xlabel))
         self._html(name, plotly_heatmap(text, rows, columns, shown, bounds, label, xlabel))
-        more = {"codes": list(columns)} if columns is CODE_NAMES else {}
+        more: dict[str, Any] = {"codes": CODE_NAMES} if columns is CODE_NAMES else {}
         self._json(name, title, label, values, more)
 
     def curve(self, name: str) -> None:
@@ -208,8 +208,9 @@ class _Pictures:
         run = self.run
         group = f" ({run.group})" if run.group else ""
         absent = len(run.layers) - shown
+        layers = f"{shown} layers" if shown else f"{absent} layers, all without values"
         less = f", {absent} without values left out" if absent and shown else ""
-        return f"{run.model}, run {run.name}{group}, {shown} layers{less}"
+        return f"{run.model}, run {run.name}{group}, {layers}{less}"
 
     def _path(self, name: str, suffix: str) -> Path:
         path = self.folder / f"{name}.{suffix}"
@@ -229,14 +230,8 @@ class _Pictures:
     def _json(self, name: str, title: str, unit: str, values: np.ndarray, more: dict[str, Any]) -> None:
         run = self.run
         steps = self.steps if not more else [step for step in [usage(run, run.layers)[0]] if step is not None]
-        content: dict[str, Any] = {
-            "title": title,
-            "model": run.model,
-            "run": run.name,
-            "unit": unit,
-            "layers": run.layers,
-        }
-        content |= {"steps": steps, **more, "values": values.tolist()}
+        content: dict[str, Any] = {"title": title, "model": run.model, "run": run.name, "unit": unit}
+        content |= {"layers": run.layers, "steps": steps, **more, "values": values.tolist()}
         text = json.dumps(json.loads(dumps(content)), indent=1)
         # one line per layer
         text = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
@@ -269,6 +264,11 @@ def plotly_heatmap(
             drawn = np.where(values > 0, np.log10(values), np.where(np.isnan(values), np.nan, low - 1))
         exponents = range(int(np.ceil(low)), int(np.floor(high)) + 1)
         bar |= {"tickvals": list(exponents), "ticktext": [f"1e{exponent}" for exponent in exponents]}
+    if bounds.linear:
+        low, high = float(np.arcsinh(low / bounds.linear)), float(np.arcsinh(high / bounds.linear))
+        drawn = np.arcsinh(values / bounds.linear)
+        bar |= {"tickvals": [float(np.arcsinh(tick / bounds.linear)) for tick in bounds.ticks]}
+        bar |= {"ticktext": [f"{tick:g}" for tick in bounds.ticks]}
     colours = matplotlib.colormaps[drawing.DIVERGING if bounds.diverging else drawing.SEQUENTIAL]
     names = [html.escape(row) for row in rows]
     figure = go.Figure(

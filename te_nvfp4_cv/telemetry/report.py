@@ -16,7 +16,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -315,7 +315,7 @@ def _note(text: str) -> str:
     return f'<p class="note">{_escape(text)}</p>\n'
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and bool(np.isfinite(value))
 
 
