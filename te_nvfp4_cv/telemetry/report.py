@@ -4,7 +4,7 @@
 
 Runs may have other layers and other steps, and none need have sampled any. Heatmaps of one figure have the same rows,
 those of every run, and common colour limits; what a run lacks is grey. Whatever comes out of the files is escaped.
-Pictures get coarser, and then coarser again, where the file would grow beyond MOST_BYTES. A file that is there already
+Pictures get fewer colours, and then coarser, where the file would grow beyond MOST_BYTES. A file that is there already
 is refused, unless `force` is given.
 """
 
@@ -26,7 +26,8 @@ from te_nvfp4_cv.telemetry.drawing import Panel
 from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, KINDS, STATISTICS, as_run, table, usage
 from te_nvfp4_cv.telemetry.records import Run
 
-MOST_BYTES, RESOLUTIONS = 10_000_000, (100, 75, 50)
+MOST_BYTES = 10_000_000
+QUALITIES = ((100, False), (100, True), (75, True), (50, True))  # dots per inch, whether to keep 256 colours only
 BESIDE = 3  # runs beside each other in one picture
 OPERANDS = ("weight", "weight_column", "input", "input_column", "grad_output", "grad_output_column")
 FIGURES = {
@@ -77,8 +78,8 @@ def write_report(
         )
     drawing.need("matplotlib")
     runs = [as_run(path) for path in paths]
-    for resolution in RESOLUTIONS:
-        text = _Report(runs, resolution).text()
+    for resolution, palette in QUALITIES:
+        text = _Report(runs, resolution, palette).text()
         if len(text) < MOST_BYTES:
             break
     try:
@@ -129,8 +130,8 @@ def last_step(run: Run) -> int | None:
 class _Report:
     """The page."""
 
-    def __init__(self, runs: Sequence[Run], resolution: int) -> None:
-        self.runs, self.resolution = runs, resolution
+    def __init__(self, runs: Sequence[Run], resolution: int, palette: bool) -> None:
+        self.runs, self.resolution, self.palette = runs, resolution, palette
         self.labels = _labels(runs)
         self.layers = _union(run.layers for run in runs)
 
@@ -303,7 +304,10 @@ class _Report:
 
         drawn, packed = io.BytesIO(), io.BytesIO()
         drawing.save(figure, drawn, self.resolution)
-        Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
+        picture = Image.open(drawn).convert("RGB")
+        if self.palette:  # maximum coverage: rare colours, such as a colour bar's, stay
+            picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        picture.save(packed, "png", optimize=True)
         data = base64.b64encode(packed.getvalue()).decode("ascii")
         return f'<figure><img alt="{_escape(title)}" src="data:image/png;base64,{data}"></figure>\n'
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,7 +105,12 @@ def test_wandb_writes_a_run_offline(tmp_path, monkeypatch):
         warnings.simplefilter("always")
         feed(WandB("project", "group", "nvfp4", tmp_path, {"lr": 0.1}))
     assert not [w for w in seen if "W&B" in str(w.message)]
-    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    deadline = time.monotonic() + 60  # a process of W&B's writes the file, also after finish() has returned
+    while time.monotonic() < deadline:
+        files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+        if files and files[0].stat().st_size > 1000:
+            break
+        time.sleep(0.2)
     assert len(files) == 1 and files[0].stat().st_size > 1000
 
 
