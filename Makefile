@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 
 # Full precision and NVFP4 one after the other on a generated set of shapes: pictures, curves and a table in runs/demo.
 demo: $(VENV)/.train
-	$(BIN)/python examples/unet_coco/train.py --precisions bf16 nvfp4 --out runs/demo
+	$(BIN)/python examples/unet_coco/train.py --compute auto --out runs/demo
 
 test: $(VENV)/.dev
 	NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS) $(if $(filter-out 0,$(JOBS)),--dist worksteal) $(PYTEST_ARGS)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from unet_coco import options
 from unet_coco.checkpoint import load_checkpoint
 from unet_coco.data import load_data
 from unet_coco.engine import Trainer
@@ -150,3 +151,13 @@ def test_unknown_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_options(["--compute", "fp8"])
     assert "invalid choice: 'fp8'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_takes_bf16_where_the_device_has_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "bf16_is_native", lambda device: native)
+    expected = "bf16" if native else "fp32"
+    found = parse_options(["--compute", "auto", "--device", "cpu"])
+    assert (found.compute, found.precisions) == (expected, (expected, "nvfp4"))
+    assert parse_options([]).precisions == ("bf16", "nvfp4")
+    assert parse_options(["--compute", "auto", "--precisions", "nvfp4"]).precisions == ("nvfp4",)

@@ -23,7 +23,7 @@ if str(_HERE.parents[1]) not in sys.path:
 sys.path.append(str(_HERE.parents[2]))
 
 import torch  # noqa: E402
-from unet_coco.options import choose_device  # noqa: E402
+from unet_coco.options import choose_device, fast_dtype  # noqa: E402
 
 from accuracy.fit import COMPUTE, fit  # noqa: E402
 from accuracy.tasks import TASKS, open_task, preset_of  # noqa: E402
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
     parser.add_argument("--size", choices=("small", "full"), default="small", help="small: for a CPU (default)")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: that of the size")
-    parser.add_argument("--compute", choices=COMPUTE, default="bf16", help="dtype of activations (default: bf16)")
+    parser.add_argument("--compute", choices=(*COMPUTE, "auto"), default="auto", help="dtype of activations")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy.jsonl"), metavar="FILE")
     options = parser.parse_args(arguments)
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             "--variants: unknown.", got=", ".join(unknown), needs="; ".join(known), fix="quote names with spaces"
         )
     device = choose_device(options.device)
+    options.compute = fast_dtype(options.device) if options.compute == "auto" else options.compute
     done = {tuple(row[key] for key in KEYS) for row in read_results(options.out)}
     epochs = options.epochs or TASKS[options.task][options.size].epochs
     todo = []

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from te_nvfp4_cv.checks import runtime_error, value_error
+from te_nvfp4_cv.ops.dispatch import bf16_is_native
 
 from .data import LAYOUTS
 from .unet import ACTIVATIONS
@@ -110,9 +111,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add(
         "--precisions",
         nargs="+",
-        default=["bf16", "nvfp4"],
         metavar="P",
-        help="fp32, fp16, bf16, nvfp4 or recipes (default: bf16 nvfp4)",
+        help="fp32, fp16, bf16, nvfp4 or recipes (default: that of --compute, and nvfp4)",
     )
     add(
         "--recipe",
@@ -121,9 +121,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     )
     add(
         "--compute",
-        choices=("bf16", "fp16", "fp32"),
+        choices=("bf16", "fp16", "fp32", "auto"),
         default="bf16",
-        help="dtype of the activations under nvfp4 and recipes; fp32: no torch.autocast (default: bf16)",
+        help="dtype of the activations under nvfp4 and recipes; fp32: no torch.autocast; auto: bf16 where the device "
+        "has units for it, else fp32 (default: bf16)",
     )
     add(
         "--epochs",
@@ -252,7 +253,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     values = vars(raw)
     values["classes"] = tuple(name.strip() for name in raw.classes.split(",") if name.strip()) if raw.classes else None
     values["init_skip"] = tuple(name.strip() for name in (raw.init_skip or "").split(",") if name.strip())
-    values["precisions"] = tuple(raw.precisions)
+    if raw.compute == "auto":
+        values["compute"] = fast_dtype(raw.device)
+    values["precisions"] = tuple(raw.precisions or (values["compute"], "nvfp4"))
     values["image_size"] = tuple(raw.image_size or (96, 96))
     values["recipe"] = raw.recipe or ("detection" if raw.task == "detection" else "unet")
     settings = Settings(**values)
@@ -347,6 +350,12 @@ def _check(settings: Settings) -> None:
             needs="at least 16 16, because the UNet halves the image four times",
             fix="--image-size 96 96",
         )
+
+
+def fast_dtype(device: str) -> str:
+    """bf16 where that device (as --device names it) has arithmetic for it, else fp32."""
+    cpu = device.startswith("cpu") or not torch.cuda.is_available()
+    return "bf16" if bf16_is_native(torch.device("cpu" if cpu else "cuda")) else "fp32"
 
 
 def choose_device(name: str) -> torch.device:
