@@ -270,9 +270,11 @@ def test_telemetry_does_not_change_a_run_and_goes_on_with_a_resume(shapes: Path,
     assert run.steps[4]["down.3.conv.0"]["precision"] == "nvfp4" and run.steps[4]["head"]["precision"] == "high"
     assert {"train/loss", "val/miou"} <= set(run.scalars[6]) | set(run.scalars[3])
     assert list((tmp_path / "seen" / "tensorboard" / "nvfp4").glob("events.*"))
-    main([*common, "--telemetry-every", "2", "--out", str(tmp_path / "seen")])  # a new run beside the old one's records
-    again = telemetry.read(tmp_path / "seen" / "nvfp4" / "telemetry_2.jsonl")
-    assert list(again.steps) == [0, 2, 4] and telemetry.read(run.path).steps == run.steps
+    before = {path: path.read_bytes() for path in (tmp_path / "seen").rglob("*") if path.is_file()}
+    main([*common, "--telemetry-every", "2", "--out", str(tmp_path / "seen")])  # a new run leaves the old one alone
+    assert all(path.read_bytes() == content for path, content in before.items())
+    again = telemetry.read(tmp_path / "seen_2" / "nvfp4" / "telemetry.jsonl")
+    assert list(again.steps) == [0, 2, 4] and again.group == "seen_2"
 
 
 def test_the_last_epochs_in_high_precision(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

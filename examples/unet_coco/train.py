@@ -15,6 +15,7 @@ names and settings that cannot train.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
         group = ranks.group if settings.share_amax else None
         precisions = parse_precisions(list(settings.precisions), settings.recipe, group, settings.compute)
         data = open_data(settings, ranks)
+        out = ranks.first(lambda: run_folder(settings.out, settings.resume))
+        if out != settings.out:
+            print(f"note: {settings.out} holds another run, which stays as it is (--resume goes on with it)")
+            settings = dataclasses.replace(settings, out=out)
         ranks.first(lambda: make_folder(settings.out))
         many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""
         print(
@@ -83,6 +88,15 @@ def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
     ranks.first(lambda: ensure_shapes(root, ShapesSettings()))
     print(f"no --data: using the drawn shapes in {root}")
     return load_data(root, "coco", settings.classes)
+
+
+def run_folder(out: Path, resume: bool) -> Path:
+    """--out, or OUT_2, OUT_3, ... where a run that is not resumed would write over another one's results."""
+    found, number = out, 1
+    while not resume and (any(found.glob("*/last.pt")) or (found / "summary.json").exists()):
+        number += 1
+        found = out.with_name(f"{out.name}_{number}")
+    return found
 
 
 def make_folder(folder: Path) -> None:
