@@ -127,7 +127,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         ("batch", nv.NVFP4Quantizer()(torch.ones(16, 16)), "tensor subclass"),
         ("step", "3", "bad step"),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_what_a_bundle_refuses(field, value, told, tmp_path):
     fields = a_step() | {field: value}
