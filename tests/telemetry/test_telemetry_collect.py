@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.telemetry.collect import THRESHOLD, attach
+from te_nvfp4_cv.telemetry.collect import attach
+from te_nvfp4_cv.telemetry.sample import THRESHOLD
 from tests.helpers import same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
