@@ -19,6 +19,7 @@ from unet_coco.precision import parse_precisions
 from unet_coco.train import main
 from unet_coco.unet import UNet
 
+import te_nvfp4_cv as nv
 from tests.unet_coco_data import SMALL, draw_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
@@ -247,3 +248,19 @@ def test_refusals_come_before_training(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent.pt is missing"):
         main(["--data", str(shapes), "--out", str(tmp_path), *SMALL, "--init-from", str(tmp_path / "absent.pt")])
     assert not list(tmp_path.rglob("last.pt"))
+
+
+def test_learned_fractions_start_at_one_or_at_what_the_file_has(tmp_path: Path) -> None:
+    plain = UNet(3, scale=0.25)
+    model = UNet(3, scale=0.25)
+    fractions = nv.learn_scales(model)
+    load_initial(model, write(tmp_path / "plain.pt", state_of(plain)))
+    assert torch.equal(model.stem[0].weight, plain.stem[0].weight) and all(float(f) == 1 for f in fractions)
+    with torch.no_grad():
+        fractions[0].fill_(0.5)
+    again = UNet(3, scale=0.25)
+    copies = nv.learn_scales(again)
+    load_initial(again, write(tmp_path / "learned.pt", state_of(model)))
+    assert [float(f) for f in copies] == [float(f) for f in fractions]
+    with pytest.raises(ValueError, match=r"unexpected: .*weight_scale"):
+        load_initial(plain, tmp_path / "learned.pt")

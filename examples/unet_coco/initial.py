@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.checks import describe, runtime_error, value_error
+from te_nvfp4_cv.learned import NAMES
 
 from .checkpoint import FORMAT
 
@@ -52,6 +53,8 @@ def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> None
         {name: t for name, t in tensors.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
         for tensors in (found, wanted)
     )
+    # fractions that --learn-scales added start at 1 where the file has none
+    wanted = {name: t for name, t in wanted.items() if name in found or name.rpartition(".")[2] not in NAMES.values()}
     _check(path, found, wanted)
     with torch.no_grad():
         for name, tensor in wanted.items():
