@@ -238,8 +238,9 @@ def test_a_checkpoint_found_by_resume_wins(shapes: Path, trained: Path, tmp_path
     first = load_checkpoint(own)["model"]
     main([*common, "--init-from", str(tmp_path / "absent.pt"), "--resume", "--steps", "1"])  # not even read
     assert equal(load_checkpoint(own)["model"], first)
-    main([*common, "--steps", "1"])
-    assert not equal(load_checkpoint(own)["model"], first), "the file's weights mattered"
+    main([*common, "--steps", "1"])  # into another folder: the first run stays
+    anew = tmp_path.with_name(f"{tmp_path.name}_2") / "fp32" / "last.pt"
+    assert not equal(load_checkpoint(anew)["model"], first), "the file's weights mattered"
 
 
 def test_refusals_come_before_training(shapes: Path, tmp_path: Path) -> None:

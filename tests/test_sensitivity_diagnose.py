@@ -21,7 +21,12 @@ from tests.helpers import same_bits
 from tests.networks import NO_SR, Net
 
 RECIPE = nv.NVFP4BlockScaling()
-ARGUMENTS = {"num_classes": 3, "scale": 0.25, "activation": "relu", "dropout": 0.1}
+ARGUMENTS = {
+    "options": {"task": "semantic", "scale": 0.25, "activation": "relu", "dropout": 0.1},
+    "image_size": [16, 16],
+    "classes": ["background", "box", "dot"],
+    "class_weights": None,
+}
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

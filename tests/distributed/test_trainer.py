@@ -62,7 +62,7 @@ from unet_coco.train import main
 
 step, fault = Trainer._step, sys.argv.pop(1)
 
-def faulty(self, images, masks):
+def faulty(self, images, masks, watch):
     if self.ranks.rank == 1 and self.position.step == 4:
         if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -71,7 +71,7 @@ def faulty(self, images, masks):
         if fault == "breaks":
             raise KeyError("rank 1 has lost a key")
         time.sleep(600)
-    return step(self, images, masks)
+    return step(self, images, masks, watch)
 
 Trainer._step = faulty
 run(main)
