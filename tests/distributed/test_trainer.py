@@ -296,7 +296,7 @@ def test_a_rank_that_fails_ends_the_job(
     assert done.returncode not in (0, None) and time.monotonic() - begun < 90, done.stdout
     assert all(text in done.stdout for text in said), done.stdout
     assert load_checkpoint(out / "bf16" / "last.pt")["position"]["step"] == 3
-    assert [path.name for path in (out / "bf16").iterdir()] == ["last.pt"], "no draft is left"
+    assert [path.name for path in (out / "bf16").iterdir()] == ["last.pt", "telemetry.jsonl"], "no draft is left"
 
 
 def test_the_parts_of_ranks_are_the_batches_of_one_process() -> None:
