@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from te_nvfp4_cv import calls
 from te_nvfp4_cv.checks import describe, runtime_error, type_error
 from te_nvfp4_cv.gathered import Form, ShardedWeight
-from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module
-from te_nvfp4_cv.policy import entries_of, matches, plain_name
+from te_nvfp4_cv.modules import NVFP4_CLASSES, with_recipes
+from te_nvfp4_cv.policy import matches
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 
 __all__ = ["quantize_gathers"]
@@ -68,7 +68,7 @@ def quantize_gathers(
     layers = tuple(NVFP4_CLASSES)
     marked: list[str] = []
     replaced: dict[int, nn.Parameter] = {}
-    for name, module, entry in _with_entries(model, "", resolved, table, set()):
+    for name, module, entry in with_recipes(model, "", resolved, table, set()):
         weight = module._parameters.get("weight") if isinstance(module, layers) else None
         if weight is None or (filter_fn is not None and not filter_fn(module, name)):
             continue
@@ -88,19 +88,6 @@ def _marked(weight: nn.Parameter, name: str, module: nn.Module, recipe: NVFP4Blo
     owner = torch.empty((), dtype=weight.dtype).expand(weight.shape)
     form = Form(name, getattr(module, "groups", 1), recipe.settings("weight").delayed, owner)  # type: ignore[arg-type]
     return nn.Parameter(ShardedWeight(weight.data.contiguous(), form), weight.requires_grad)
-
-
-def _with_entries(module: nn.Module, name: str, entry: Any, table: dict[nn.Module, Any], seen: set[nn.Module]) -> Any:
-    """(name, module, recipe or None) of every module, as the context would decide."""
-    if module in seen:
-        return
-    seen.add(module)
-    entry = table.get(module, entry)
-    entry = next(iter(entries_of(module)), entry)
-    own = getattr(module, "recipe", None) if isinstance(module, NVFP4Module) else None
-    yield name, module, entry if own is None or entry is None else own
-    for child_name, child in module.named_children():
-        yield from _with_entries(child, plain_name(f"{name}.{child_name}".strip(".")), entry, table, seen)
 
 
 def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None) -> str | None:

@@ -29,11 +29,10 @@ from torch import Tensor, nn
 from te_nvfp4_cv import calls, context, weight_transforms
 from te_nvfp4_cv import plan as steps
 from te_nvfp4_cv.checks import describe, type_error, value_error
-from te_nvfp4_cv.modules import NVFP4_CLASSES
+from te_nvfp4_cv.modules import NVFP4_CLASSES, with_recipes
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.plan import Plan
-from te_nvfp4_cv.policy import entries_of, plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 
 NAMES = {weight_transforms.CLIP: "weight_clip", weight_transforms.SCALE: "weight_scale"}
@@ -80,11 +79,10 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
         raise value_error(
             "learn_scales: unknown kind.", got=repr(kind), needs="'scale' or 'clip'", fix="learn_scales(model, 'scale')"
         )
-    high = {module for module, recipe in _recipes(model, as_recipe(None), set()) if recipe is None}
     chosen = {
         name: module
-        for name, module in _layers(model)
-        if fnmatch.fnmatchcase(name, layers) and module not in high and not _thin(module)
+        for name, module, own in _layers(model, as_recipe(None))
+        if own is not None and fnmatch.fnmatchcase(name, layers) and not _thin(module)
     }
     other = next(name for name in NAMES if name != kind)
     problems = {
@@ -128,7 +126,7 @@ def damping_loss(model: nn.Module, recipe: Any = None, backend: str = "auto") ->
     current = context.state()
     inherited = current.recipe if recipe is None and current is not None else as_recipe(recipe)
     total: Tensor | None = None
-    for module, own in _recipes(model, inherited, set()):
+    for _, module, own in _layers(model, inherited):
         if own is None or (_thin(module) and own.thin_layers != "pad"):
             continue
         w: Any = module.weight
@@ -159,30 +157,16 @@ class _Damping(torch.autograd.Function):
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
+def _layers(model: nn.Module, recipe: Any) -> Iterator[tuple[str, Any, NVFP4BlockScaling | None]]:
+    """(name, layer, the recipe that rules it) of convolutions and linear layers."""
+    for name, module, own in with_recipes(model, "", recipe, {}, set()):
         if isinstance(module, LAYERS) and isinstance(module.weight, Tensor):
-            yield plain_name(name), module
+            yield name, module, own
 
 
 def _thin(module: Any) -> bool:
     groups = getattr(module, "groups", 1)
     return min(module.weight.shape[0] // groups, module.weight.shape[1]) < calls.MINIMUM
-
-
-def _recipes(
-    module: nn.Module, recipe: NVFP4BlockScaling | None, seen: set[nn.Module]
-) -> Iterator[tuple[Any, NVFP4BlockScaling | None]]:
-    """Layers with the recipe that rules them: their own entry of set_precision, or the nearest one above."""
-    if module in seen:
-        return
-    seen.add(module)
-    entries = entries_of(module)
-    recipe = entries[-1] if entries else recipe
-    if isinstance(module, LAYERS) and isinstance(module.weight, Tensor):
-        yield module, recipe
-    for child in module.children():
-        yield from _recipes(child, recipe, seen)
 
 
 def _plan(module: Any, recipe: NVFP4BlockScaling, backend: str) -> Plan:

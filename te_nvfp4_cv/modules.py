@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv import calls, context, functional
 from te_nvfp4_cv.checks import describe, type_error
 from te_nvfp4_cv.ops import dispatch
-from te_nvfp4_cv.policy import matches, plain_name, set_precision
+from te_nvfp4_cv.policy import entries_of, matches, plain_name, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 
 
@@ -246,6 +246,25 @@ def _layers(
         yield name, module, entry
     for child_name, child in module.named_children():
         yield from _layers(child, plain_name(f"{name}.{child_name}".strip(".")), entry, table, seen)
+
+
+def with_recipes(
+    module: nn.Module, name: str, entry: Any, table: dict[nn.Module, Any], seen: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module, NVFP4BlockScaling | None]]:
+    """(name, module, recipe or None) of every module, as the context would decide.
+
+    Args:
+        entry: what rules above `module`; table: entries that set_precision would make, beside those it has made.
+    """
+    if module in seen:
+        return
+    seen.add(module)
+    entry = table.get(module, entry)
+    entry = next(iter(entries_of(module)), entry)
+    own = module.recipe if isinstance(module, NVFP4Module) else None
+    yield name, module, entry if own is None or entry is None else own
+    for child_name, child in module.named_children():
+        yield from with_recipes(child, plain_name(f"{name}.{child_name}".strip(".")), entry, table, seen)
 
 
 def _why_left(module: nn.Module, recipe: NVFP4BlockScaling | None) -> str | None:

@@ -261,6 +261,11 @@ def test_damping_counts_the_layers_that_run_in_nvfp4():
     with nv.nvfp4_autocast(nv.NVFP4BlockScaling(thin_layers="pad")):
         assert float(nv.damping_loss(net)) > float(parts[0])
     assert float(nv.damping_loss(nn.ReLU())) == 0
+    own = nv.convert_model(nn.Sequential(nn.Linear(32, 32)), ONE_D)  # a module's own recipe rules over the context's
+    assert float(nv.damping_loss(own, NO_SR)) == float(nv.damping_loss(nn.Sequential(own[0]), ONE_D))
+    plain = nn.Sequential(nn.Linear(32, 32))
+    plain.load_state_dict(own.state_dict())
+    assert float(nv.damping_loss(own, NO_SR)) != float(nv.damping_loss(plain, NO_SR))
 
 
 def test_damping_makes_codes_change_less_often():
