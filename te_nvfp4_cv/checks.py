@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 import warnings
 
+from torch import nn
+
 _warned: set[str] = set()
 _warned_lock = threading.Lock()
 
@@ -48,3 +50,13 @@ def describe(tensor: object) -> str:
     if shape is None:
         return type(tensor).__name__
     return f"{tuple(shape)} {str(getattr(tensor, 'dtype', '')).removeprefix('torch.')}"
+
+
+def check_module(caller: str, model: object, call: str) -> None:
+    """Refuse what is no torch.nn.Module; `call` shows how `caller` is used.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise type_error(f"{caller}: not a module.", got=describe(model), needs="a torch.nn.Module", fix=call)

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from te_nvfp4_cv import autocast, calls, context, scaling
-from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.checks import check_module, value_error
 from te_nvfp4_cv.coverage_report import Coverage, Layer
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
@@ -51,10 +51,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
     Raises:
         TypeError: no module; ValueError: lazy parameters; whatever the forward pass raises.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "coverage: not a module.", got=describe(model), needs="a torch.nn.Module", fix="coverage(model, *inputs)"
-        )
+    check_module("coverage", model, "coverage(model, *inputs)")
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise value_error(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls
-from te_nvfp4_cv.checks import describe, runtime_error, type_error
+from te_nvfp4_cv.checks import check_module, runtime_error
 from te_nvfp4_cv.gathered import Form, ShardedWeight
 from te_nvfp4_cv.modules import NVFP4_CLASSES, with_recipes
 from te_nvfp4_cv.policy import matches
@@ -48,13 +48,7 @@ def quantize_gathers(
         TypeError: no module, no recipe; ValueError: a pattern of the recipe's table that matches nothing;
         RuntimeError: a model that is sharded already.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "quantize_gathers: not a module.",
-            got=describe(model),
-            needs="a torch.nn.Module",
-            fix="pass the model first",
-        )
+    check_module("quantize_gathers", model, "quantize_gathers(model, ...)")
     resolved = as_recipe(recipe)
     resolved.validate_for_use()
     if any(hasattr(p, "_local_tensor") for p in model.parameters()):

@@ -26,7 +26,7 @@ from typing import Any, Literal, overload
 
 from torch import fx, nn
 
-from te_nvfp4_cv.checks import describe, type_error
+from te_nvfp4_cv.checks import check_module
 from te_nvfp4_cv.fuse_patterns import FAMILY, Row, child_of, kind_of, rewrite
 from te_nvfp4_cv.fuse_trace import Traced, Untraceable, trace
 from te_nvfp4_cv.norm_modules import NORM_CLASSES
@@ -78,8 +78,7 @@ def fuse(model: nn.Module, report: bool = False) -> nn.Module | Fusion:
     Raises:
         TypeError: no module.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error("fuse: not a module.", got=describe(model), needs="a torch.nn.Module", fix="nv.fuse(model)")
+    check_module("fuse", model, "nv.fuse(model)")
     rows: dict[nn.Module, Row] = {}
     reasons: dict[nn.Module, str] = {}  # of norms that no traced forward calls
     named = {module: plain_name(name) for name, module in model.named_modules()}

@@ -164,7 +164,7 @@ class GatheredWeight(torch.Tensor):
         self._scales, self._amax = scales, amax
 
     def codes_for(self, plan: Plan) -> tuple[Tensor, ...]:
-        """The tuple of plan.quantize_weight.
+        """The tuple of faces.quantize_weight.
 
         Raises:
             RuntimeError: the layer runs with another recipe than the weight was gathered for.

@@ -4,8 +4,8 @@ operator share.
     forward    x, w, bias -> y, and by name what backward needs
     backward   dy and those -> dx, dw, db
 
-The steps are plan.py's; autocast is off while they run. x itself is kept only where the recipe wants a GEMM in high
-precision.
+The steps are those of faces.py and multiply.py; autocast is off while they run. x itself is kept only where the recipe
+wants a GEMM in high precision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import plan as steps
+from te_nvfp4_cv import faces, multiply
 from te_nvfp4_cv.gathered import GatheredWeight
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.plan import Plan, Watch
@@ -57,7 +57,7 @@ class Frozen(Protocol):
     """What nv.frozen_weights registers here for each Parameter."""
 
     def codes(self, w: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        """The tuple of plan.quantize_weight with every face that the plan's GEMMs need."""
+        """The tuple of faces.quantize_weight with every face that the plan's GEMMs need."""
         ...
 
 
@@ -97,7 +97,7 @@ def forward(
     """
     with torch.autocast(x.device.type, enabled=False):
         x_last, x_q, w_q = quantize(x, w, plan, need_dx, need_dw, codes, scales, producer, watch)
-        y = steps.fprop(x_last, x_q, w, w_q, bias, plan)
+        y = multiply.fprop(x_last, x_q, w, w_q, bias, plan)
         kept = keep(x, x_last, x_q, w, w_q, plan, need_dx, need_dw)
         return layouts.image_first(y, plan.geometry.y_shape, x.shape, plan.channels_last), kept
 
@@ -118,11 +118,11 @@ def quantize(
         x_last, x_q = x, producer.quantize(plan, need_dw, scales)  # later steps read x's shape alone
     else:
         x_last = layouts.image_last(x, plan.geometry.x_shape)
-        x_q = steps.quantize_input(x_last, plan, need_dw, scales, watch)
+        x_q = faces.quantize_input(x_last, plan, need_dw, scales, watch)
     for_dgrad = need_dx and ("dgrad" in plan.gemms or plan.recipe.backward_override == "dequantized")
     if "fprop" not in plan.gemms and not for_dgrad:
         return x_last, x_q, None
-    w_q = codes if codes is not None else steps.quantize_weight(w, plan, keep=need_dx)
+    w_q = codes if codes is not None else faces.quantize_weight(w, plan, keep=need_dx)
     if watch is not None:
         watch.quantized("weight", w, w_q, None, plan)
     return x_last, x_q, w_q
@@ -139,7 +139,7 @@ def keep(
     need_dw: bool,
 ) -> dict[str, Tensor]:
     """What backward needs, by the names of names_of_x and names_of_w."""
-    return {**steps.kept_of_x(x, x_last, x_q, plan, need_dw), **steps.kept_of_w(w, w_q, plan, need_dx)}
+    return {**faces.kept_of_x(x, x_last, x_q, plan, need_dw), **faces.kept_of_w(w, w_q, plan, need_dx)}
 
 
 def names_of_x(plan: Plan, need_dw: bool) -> list[str]:
@@ -178,15 +178,15 @@ def backward(
     with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
         g = plan.geometry
         dy_last = layouts.image_last(dy, g.y_shape)
-        dy_q = steps.quantize_gradient(dy_last, plan, need_dx, need_dw, scales, watch)
+        dy_q = faces.quantize_gradient(dy_last, plan, need_dx, need_dw, scales, watch)
         if scales is not None:
             scales.backward_ran()
         dx = dw = db = None
         if need_dx:
-            dx = steps.dgrad(dy_last, dy_q, kept, plan, like.x_dtype)
+            dx = multiply.dgrad(dy_last, dy_q, kept, plan, like.x_dtype)
             dx = layouts.image_first(dx, g.x_shape, like.x_shape, like.x_channels_last)
         if need_dw:
-            dw = steps.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
+            dw = multiply.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
             if watch is not None:
                 watch.weight_gradient(dy_last, dw, plan)
             dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)

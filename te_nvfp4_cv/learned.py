@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls, context, weight_transforms
-from te_nvfp4_cv import plan as steps
-from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv import calls, context, faces, weight_transforms
+from te_nvfp4_cv.checks import check_module, value_error
 from te_nvfp4_cv.modules import NVFP4_CLASSES, with_recipes
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.geometry import ConvGeometry
@@ -68,13 +67,7 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
         TypeError: no module; ValueError: another kind, a pattern without a layer that can run in NVFP4, layers that
             have the other kind, weights that are sharded.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "learn_scales: not a module.",
-            got=describe(model),
-            needs="a torch.nn.Module",
-            fix="learn_scales(model, kind)",
-        )
+    check_module("learn_scales", model, "learn_scales(model, kind)")
     if kind not in NAMES:
         raise value_error(
             "learn_scales: unknown kind.", got=repr(kind), needs="'scale' or 'clip'", fix="learn_scales(model, 'scale')"
@@ -119,10 +112,7 @@ def damping_loss(model: nn.Module, recipe: Any = None, backend: str = "auto") ->
     Raises:
         TypeError: no module.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "damping_loss: not a module.", got=describe(model), needs="a torch.nn.Module", fix="damping_loss(model)"
-        )
+    check_module("damping_loss", model, "damping_loss(model)")
     current = context.state()
     inherited = current.recipe if recipe is None and current is not None else as_recipe(recipe)
     total: Tensor | None = None
@@ -142,7 +132,7 @@ class _Damping(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, plan: Plan) -> Tensor:
-        residual = w.float() - steps.dequantized_weight(w, plan)
+        residual = w.float() - faces.dequantized_weight(w, plan)
         norm = w.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
         ctx.save_for_backward(residual, norm)
         ctx.dtype = w.dtype

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, context, functional
-from te_nvfp4_cv.checks import describe, type_error
+from te_nvfp4_cv.checks import check_module
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.policy import entries_of, matches, plain_name, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
@@ -206,10 +206,7 @@ def convert_model(
     Raises:
         TypeError: no module, no recipe; ValueError: a pattern of the recipe's table that matches nothing.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "convert_model: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass the model first"
-        )
+    check_module("convert_model", model, "convert_model(model, ...)")
     resolved = _checked(recipe)
     table = matches(model, list(resolved.precision) if resolved else [])
     planned: dict[nn.Module, NVFP4BlockScaling | None] = {}

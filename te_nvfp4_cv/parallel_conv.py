@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from te_nvfp4_cv import plan as steps
+from te_nvfp4_cv import faces, multiply
 from te_nvfp4_cv.autograd import _NoSecondOrder
 from te_nvfp4_cv.collectives import PendingParts, gather_parts, reduce_amax
 from te_nvfp4_cv.formats import round_up
@@ -157,15 +157,15 @@ class SharedScales:
 
 
 def quantize_weight(w: Tensor, plan: Plan, keep: bool, group: Any) -> tuple[Tensor, ...]:
-    """plan.quantize_weight of this rank's part, with the amax of all parts."""
+    """faces.quantize_weight of this rank's part, with the amax of all parts."""
     amax = reduce_amax(w.detach().abs().amax().float().reshape(1), group)
-    return steps.quantize_weight(w, plan, keep, amax)
+    return faces.quantize_weight(w, plan, keep, amax)
 
 
 def _quantize_gradient(
     dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool, scales: SharedScales | None, link: Link
 ) -> tuple[Tensor, ...]:
-    """plan.quantize_gradient; parts of one dy are rounded by different random numbers, equal ones by the same."""
+    """faces.quantize_gradient; parts of one dy are rounded by different random numbers, equal ones by the same."""
     s = plan.recipe.settings("grad_output")
     row = plan.operand_form if "dgrad" in plan.gemms and need_dx else NONE
     col = plan.operand_form if "wgrad" in plan.gemms and need_dw else NONE
@@ -176,12 +176,12 @@ def _quantize_gradient(
         seed = seed.bitwise_xor(link.rank * 0x2545F4914F6CDD1D & (1 << 62) - 1)
     amax = None if scales is None else scales.amax(1, dy)
     fold, dtype, sr = plan.folds[1].to_ints(), plan.compute_dtype, s.stochastic_rounding
-    faces = operands.quantize_operand(
+    quantized = operands.quantize_operand(
         dy, 1, fold, row, col, s.rht, sr, "", s.e4m3_max, False, dtype, seed, amax, plan.backend
     )
     if scales is not None:
-        scales.collect(1, faces[6])
-    return faces
+        scales.collect(1, quantized[6])
+    return quantized
 
 
 # ---- what travels ---------------------------------------------------------------------------------------------------
@@ -248,15 +248,15 @@ class TensorParallelConv(torch.autograd.Function):
         g, part = plan.geometry, part_plan(plan, link)
         with torch.autocast(x.device.type, enabled=False):
             x_last = layouts.image_last(x, _flat(link.x, g.rank))
-            x_q = steps.quantize_input(x_last, part if link.gathers_x else plan, need_dw, scales.of(0))
+            x_q = faces.quantize_input(x_last, part if link.gathers_x else plan, need_dw, scales.of(0))
             rows = gather_rows(x_q[0], x_q[1], link) if link.gathers_x else None
             for_dgrad = need_dx and ("dgrad" in plan.gemms or plan.recipe.backward_override == "dequantized")
             w_q = quantize_weight(w, plan, need_dx, link.group) if "fprop" in plan.gemms or for_dgrad else None
             x_face = x_q if rows is None else (*_arrived(rows, g), x_q[2])
             x_like = x_last if rows is None else x_last.new_empty(()).expand(g.x_shape)  # fprop reads its shape
-            y = steps.fprop(x_like, x_face, w, w_q, bias if link.column or link.rank == 0 else None, plan)
+            y = multiply.fprop(x_like, x_face, w, w_q, bias if link.column or link.rank == 0 else None, plan)
             y = y if link.column else sum_parts(y, link)
-            kept = {**steps.kept_of_x(x, x_last, x_q, plan, need_dw), **steps.kept_of_w(w, w_q, plan, need_dx)}
+            kept = {**faces.kept_of_x(x, x_last, x_q, plan, need_dw), **faces.kept_of_w(w, w_q, plan, need_dx)}
             ctx.kept_names = tuple(kept)
             ctx.save_for_backward(*kept.values())
             ctx.plan, ctx.link, ctx.scales, ctx.like = plan, link, scales, Like.of(x, w, bias)
@@ -279,7 +279,7 @@ class TensorParallelConv(torch.autograd.Function):
             if need_dx:
                 if dy_rows is not None:
                     dy_q = (*_rows_operand(dy_rows, plan), *dy_q[2:])
-                dx = steps.dgrad(dy_last, dy_q, kept, plan, like.x_dtype)
+                dx = multiply.dgrad(dy_last, dy_q, kept, plan, like.x_dtype)
                 dx = sum_parts(dx, link) if link.column else dx
                 dx = layouts.image_first(dx, _flat(link.x, g.rank), like.x_shape, like.x_channels_last)
             if need_dw:
@@ -287,7 +287,7 @@ class TensorParallelConv(torch.autograd.Function):
                     kept["x_col"], kept["x_col_scale"] = _arrived(x_columns, g)
                 if dy_columns is not None:
                     dy_q = (*dy_q[:3], *_columns_operand(dy_columns, plan), *dy_q[5:])
-                dw = steps.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
+                dw = multiply.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
                 dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)
             if need_db:
                 total = dy_last.flatten(0, -2).sum(0, dtype=torch.float32)

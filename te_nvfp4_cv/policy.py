@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from te_nvfp4_cv import layer, scaling
-from te_nvfp4_cv import plan as steps
-from te_nvfp4_cv.checks import describe, runtime_error, type_error, value_error
+from te_nvfp4_cv import faces, layer, scaling
+from te_nvfp4_cv.checks import check_module, runtime_error, type_error, value_error
 from te_nvfp4_cv.context import mark_applied, pop_override, push_override
 from te_nvfp4_cv.ops.quantize import seeds
 from te_nvfp4_cv.plan import Plan
@@ -94,10 +93,7 @@ def set_precision(model: nn.Module, table: Any) -> None:
             changed then.
         TypeError: no module, neither a table nor a recipe.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "set_precision: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass the model first"
-        )
+    check_module("set_precision", model, "set_precision(model, ...)")
     entries = matches(model, _pairs(table))
     for module, recipe in entries.items():
         _remove(module)
@@ -203,7 +199,7 @@ class _FrozenWeight:
         if key not in self.sets:
             if self.digest is None:
                 self.digest = _digest(w)
-            self.sets[key] = steps.quantize_weight(w, plan, keep=True)
+            self.sets[key] = faces.quantize_weight(w, plan, keep=True)
         return self.sets[key]
 
     def check_version(self) -> None:
@@ -244,10 +240,7 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: a weight changed inside: at its next use where torch counts the change, otherwise at the end.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "frozen_weights: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass the model"
-        )
+    check_module("frozen_weights", model, "frozen_weights(model)")
     weights = {id(w): (name, w) for name, w in model.named_parameters() if w.dim() >= 2}
     with _frozen_lock:
         for key, (name, w) in weights.items():
@@ -289,10 +282,7 @@ def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict
         ValueError: a dict of another kind or version, scales that do not fit the model; RuntimeError: torch is seeded
             otherwise than it was then. Nothing is changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "extra_state: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass the model first"
-        )
+    check_module("extra_state", model, "extra_state(model, ...)")
     if load is not None:
         saved = _checked_state(load)
         before = seeds.state()
@@ -347,10 +337,7 @@ def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
     not foretell the next one's: use tensor_scale="current" for that layer. Layers without delayed scales are left out.
     Reading waits for the GPU.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "saturated_blocks: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass the model"
-        )
+    check_module("saturated_blocks", model, "saturated_blocks(model)")
     out: dict[str, dict[str, int]] = {}
     for name, parameter in _named_weights(model).items():
         if scaling.has_state(parameter):

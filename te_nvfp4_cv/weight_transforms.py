@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import plan as steps
+from te_nvfp4_cv import faces
 from te_nvfp4_cv.checks import runtime_error
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.plan import Plan
@@ -104,7 +104,7 @@ class _Learned(torch.autograd.Function):
         slope = torch.where(beyond, w.sign() * limit, torch.zeros_like(w)).float()
         if ctx.kind == SCALE:
             clipped = torch.minimum(torch.maximum(w, -bound), bound)
-            q = steps.dequantized_weight(clipped, ctx.plan)
+            q = faces.dequantized_weight(clipped, ctx.plan)
             slope = torch.where(beyond, slope, (q - clipped.float()) / factor.float()) / (6 * w.numel()) ** 0.5
         return g, (g.float() * slope).sum().to(parameter.dtype).reshape(parameter.shape), None, None
 

@@ -19,6 +19,7 @@ PACKAGE = "te_nvfp4_cv"
 FLOORS: dict[str, int] = {
     "formats": 0,
     "checks": 0,
+    "files": 0,
     "recipe": 1,
     "recipe_fields": 1,
     "recipe_files": 1,
@@ -30,6 +31,8 @@ FLOORS: dict[str, int] = {
     "ops.gemm": 4,
     "ops.norm": 4,
     "plan": 5,
+    "faces": 5,
+    "multiply": 5,
     "autograd": 5,
     "calls": 5,
     "collectives": 5,

@@ -61,6 +61,10 @@ def test_bad_fields(fields, told):
     [
         ({"nvfp4_4over6": "all"}, ("4over6", "disable_rht=True", "'weights'")),
         ({"nvfp4_4over6": "activations"}, ("4over6", "disable_rht=True")),
+        (
+            {"nvfp4_4over6": "all", "disable_rht": True, "activation_rounding": "stochastic"},
+            ("rounds to nearest", "activation_rounding"),
+        ),
         ({"nvfp4_4over6": "all", "backward_override": "high_precision"}, ("4over6", "disable_rht=True")),
         ({"row_scaled_activation": True}, ("row-scaled", "disable_rht=True")),
         ({"row_scaled_activation": True, "disable_rht": True, "nvfp4_4over6": "all"}, ("wgrad", "backward_override")),

@@ -25,7 +25,7 @@ from unet_coco.precision import parse_precisions
 from unet_coco.train import main
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import checks, telemetry
+from te_nvfp4_cv import checks, files, telemetry
 from te_nvfp4_cv.telemetry import Telemetry, attach
 from tests.unet_coco_data import EXAMPLES, KEYS, SMALL, draw_shapes, write_masks
 
@@ -203,7 +203,7 @@ def test_full_disk_leaves_the_old_checkpoint(shapes: Path, tmp_path: Path, monke
         file.write(content[: len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_all", half)
+    monkeypatch.setattr(files, "_write_all", half)
     trainer.total_steps = 3
     with pytest.raises(RuntimeError, match=r"last.pt could not be written[\s\S]*No space left[\s\S]*--resume"):
         trainer.train(quiet(trainer))

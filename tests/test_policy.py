@@ -22,9 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import calls, layer
+from te_nvfp4_cv import calls, faces, layer
 from te_nvfp4_cv import context as nv_context
-from te_nvfp4_cv import plan as steps
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
 NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)
@@ -355,14 +354,14 @@ def test_shared_modules_match_by_either_name(x):
 def counted(monkeypatch) -> list[int]:
     """Grows by one whenever a weight is quantized; tracing a graph quantizes none."""
     count: list[int] = []
-    real = steps.operands.quantize_kernel
+    real = faces.operands.quantize_kernel
 
     def quantize_kernel(*args, **kwargs):
         if not isinstance(args[0], FakeTensor):
             count.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(steps.operands, "quantize_kernel", quantize_kernel)
+    monkeypatch.setattr(faces.operands, "quantize_kernel", quantize_kernel)
     return count
 
 

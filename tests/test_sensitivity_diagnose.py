@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import cli, plan
+from te_nvfp4_cv import cli, multiply
+from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.sensitivity import Bundle, builder, bundle, diagnose, load_bundle, save_bundle
 from tests.helpers import same_bits
 from tests.networks import NO_SR, Net
@@ -114,8 +115,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="No space left"):
         save_bundle(path, **fields | {"step": 13})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["b.pt"]
+    monkeypatch.undo()
     with pytest.raises(RuntimeError, match="could not be written"):
-        save_bundle(tmp_path / "no" / "b.pt", **fields)
+        save_bundle(path / "below a file" / "b.pt", **fields)
 
 
 @pytest.mark.parametrize(
@@ -283,15 +285,15 @@ def fault(monkeypatch):
     """Make one GEMM of the layers with this many output channels give inf, in NVFP4 only."""
 
     def plant(gemm: str, channels: int) -> None:
-        original = getattr(plan, gemm)
+        original = getattr(multiply, gemm)
 
         def faulty(first: Tensor, *args: object) -> Tensor:
-            made = next(a for a in args if isinstance(a, plan.Plan))
+            made = next(a for a in args if isinstance(a, Plan))
             y = original(first, *args)
             hit = gemm in made.gemms and made.geometry.y_shape[-1] == channels and made.geometry.rank
             return y * math.inf if hit else y
 
-        monkeypatch.setattr(plan, gemm, faulty)
+        monkeypatch.setattr(multiply, gemm, faulty)
 
     return plant
 

@@ -9,7 +9,6 @@ Refuses to resume from a checkpoint of another precision, recipe, architecture o
 from __future__ import annotations
 
 import io
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from te_nvfp4_cv.checks import runtime_error, value_error
+from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.files import write_atomically
 
 FORMAT = 1
 
@@ -26,43 +26,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` atomically; the file that was there survives any failure."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replace `path` by `content`, or leave it as it was.
-
-    Raises:
-        RuntimeError: the disk is full or the folder cannot be written; nothing has changed on disk.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as file:
-            _write_all(file, content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        kept = f"; the file from before is untouched: {path}" if path.exists() else ""
-        raise runtime_error(
-            f"{path.name} could not be written.",
-            got=f"{error}{kept}",
-            needs=f"{len(content)} bytes free in {path.parent}, and the right to write there",
-            fix="free some space, then go on with --resume",
-        ) from error
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _write_all(file: Any, content: bytes | memoryview, chunk: int = 1 << 24) -> None:
-    for start in range(0, len(content), chunk):
-        file.write(content[start : start + chunk])
+    write_atomically(path, buffer.getbuffer(), fix="free some space, then go on with --resume")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

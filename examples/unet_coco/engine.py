@@ -107,8 +107,7 @@ class Trainer:
         self.schedule_steps = settings.schedule_steps or settings.epochs * len(self.order)
         self.position = Position()
         self.steps_here = 0  # by this process
-        weights = getattr(self.task, "class_weights", None)
-        self.bundles = Bundles(folder, settings, precision, self.task.class_names, weights)
+        self.bundles = Bundles(folder, settings, precision, self.task.class_names, self.task.class_weights)
 
     def _new_model(self) -> nn.Module:
         model = self.task.model().to(self.device)

@@ -76,7 +76,7 @@ class Bundles:
 
     Args:
         folder: gets bundle_STEP.pt.
-        architecture: of the task, and `class_weights`: what rebuild.build needs beside the settings.
+        classes, class_weights: of the task: what rebuild.build needs beside the settings.
     """
 
     def __init__(

@@ -20,7 +20,6 @@ from te_nvfp4_cv.checks import value_error
 
 from .metrics import to_device
 from .options import parse_options
-from .semantic import Semantic
 from .split import RawSplit, SegmentationData
 from .tasks import make_task
 
@@ -54,7 +53,7 @@ def build(arguments: dict[str, Any]) -> tuple[nn.Module, Loss]:
         ) from error
     nothing = RawSplit("none", [], _no_data, _no_data)
     task = make_task(settings, SegmentationData(nothing, nothing, None, list(arguments["classes"])))
-    if isinstance(task, Semantic) and arguments["class_weights"] is not None:
+    if arguments["class_weights"] is not None:
         task.class_weights = torch.tensor(arguments["class_weights"])
     model = task.model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.learn_scales != "none":

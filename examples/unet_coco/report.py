@@ -21,7 +21,8 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .checkpoint import write_atomically
+from te_nvfp4_cv.files import write_atomically
+
 from .tracking import tell_once
 
 Rows = Mapping[str, Mapping[str, float | int]]

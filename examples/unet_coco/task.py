@@ -34,11 +34,13 @@ class Task(ABC):
     Attributes:
         titles: the scores' names in tables, by their keys in summary.json.
         main: the key of the score that the curves show and that is measured with the weights in fp32 too.
+        class_weights: fp32 [classes] that the loss weighs classes with, or None.
         collate: what a loader makes of a list of items; None stacks them.
     """
 
     titles: Mapping[str, str]
     main: str
+    class_weights: Tensor | None = None
     collate: Callable[[list[Any]], Any] | None = None
 
     def __init__(self, settings: Settings, data: SegmentationData) -> None:

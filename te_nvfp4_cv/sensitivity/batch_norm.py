@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
 
-from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.checks import check_module, value_error
 
 
 def update_bn(
@@ -38,13 +38,7 @@ def update_bn(
     Raises:
         TypeError: no module; ValueError: a loader without batches. The model is as it was then.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "update_bn: not a module.",
-            got=describe(model),
-            needs="a torch.nn.Module, then the loader (torch's own takes the loader first)",
-            fix="update_bn(model, loader)",
-        )
+    check_module("update_bn", model, "update_bn(model, loader): torch's own takes the loader first")
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return 0

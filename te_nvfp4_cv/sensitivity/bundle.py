@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.checks import describe, message, runtime_error, type_error, value_error
+from te_nvfp4_cv.checks import describe, message, type_error, value_error
+from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.recipe_files import parse_recipe
 
 FORMAT, VERSION = "te_nvfp4_cv bundle", 1
@@ -123,7 +124,7 @@ def save_bundle(
     copied = {name: _copied(value, name) for name, value in fields.items()}
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **copied}, buffer)
-    _write(Path(path), buffer.getbuffer())
+    write_atomically(Path(path), buffer.getbuffer())
 
 
 def _copied(value: Any, where: str) -> Any:
@@ -152,24 +153,6 @@ def _copied(value: Any, where: str) -> Any:
         needs="tensors, numbers, text and None, in dicts, lists and tuples",
         fix="torch.from_numpy(array), dict(...) or tuple(...)",
     )
-
-
-def _write(path: Path, content: memoryview) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise runtime_error(
-            f"bundle: {path} could not be written.",
-            got=str(error),
-            needs=f"an existing folder with {len(content)} bytes free, and the right to write there",
-            fix="make the folder, free some space, or choose another path",
-        ) from error
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:

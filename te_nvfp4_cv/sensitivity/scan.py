@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from te_nvfp4_cv import context
-from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.checks import check_module, value_error
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
@@ -62,13 +62,7 @@ def scan(
     Raises:
         TypeError, ValueError: what the file's docstring refuses.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "scan: not a module.",
-            got=describe(model),
-            needs="a torch.nn.Module",
-            fix="scan(model, loss, batches) with loss(model, batch)",
-        )
+    check_module("scan", model, "scan(model, loss, batches) with loss(model, batch)")
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise value_error(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.checks import check_module, value_error
 from te_nvfp4_cv.coverage import LAYERS, untouched
 from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
 from te_nvfp4_cv.ops import dispatch
@@ -101,8 +101,7 @@ def kurtosis(model: nn.Module) -> Study:
     Raises:
         TypeError: no module; ValueError: no such layer, or weights without values.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error("kurtosis: not a module.", got=describe(model), needs="a torch.nn.Module", fix="pass a model")
+    check_module("kurtosis", model, "kurtosis(model)")
     with untouched(model):  # reading a parametrized weight may change buffers
         rows = [_weight(name, w, module) for name, w, module in _weights(model)]
     if not rows:

@@ -97,7 +97,7 @@ def of_weight(w: Tensor, w_q: tuple[Tensor, ...], plan: Plan, most: int) -> dict
     """{"fprop": ..., "dgrad": ...} of a weight; one entry where both multiply the same face.
 
     Args:
-        w: [axis 0, axis 1, *kernel]; w_q: what plan.quantize_weight returned for it.
+        w: [axis 0, axis 1, *kernel]; w_q: what faces.quantize_weight returned for it.
     """
     s = plan.recipe.settings("weight")
     taken = dict(zip(("fprop", "dgrad"), plan.weight_faces, strict=True))

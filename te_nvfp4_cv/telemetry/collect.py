@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, context
 from te_nvfp4_cv.autocast import nvfp4_autocast
-from te_nvfp4_cv.checks import describe, type_error, value_error, warn_once
+from te_nvfp4_cv.checks import check_module, value_error, warn_once
 from te_nvfp4_cv.recipe import as_recipe
 from te_nvfp4_cv.telemetry.records import FORMAT, VERSION
 from te_nvfp4_cv.telemetry.sample import Sample, layers_of, op_of
@@ -69,10 +69,7 @@ def attach(
     Raises:
         TypeError: no module; ValueError: a number out of range.
     """
-    if not isinstance(model, nn.Module):
-        raise type_error(
-            "telemetry: not a module.", got=describe(model), needs="a torch.nn.Module", fix="attach(model, ...)"
-        )
+    check_module("telemetry", model, "attach(model, ...)")
     for argument, value, least in (
         ("every", every, 0),
         ("max_elements", max_elements, 16),

@@ -163,8 +163,7 @@ def heatmaps(
     gap = 0.3
     size = (left + sum(wide) + gap * len(panels) + 1.3, high + 1.6)
     figure = Figure(figsize=size)
-    colours = matplotlib.colormaps[DIVERGING if bounds.diverging else SEQUENTIAL].copy()
-    colours.set_bad(ABSENT)
+    colours = matplotlib.colormaps[DIVERGING if bounds.diverging else SEQUENTIAL].with_extremes(bad=ABSENT)
     norm = (LogNorm if bounds.log else Normalize)(bounds.low, bounds.high)
     if bounds.linear:
         norm = AsinhNorm(bounds.linear, bounds.low, bounds.high)

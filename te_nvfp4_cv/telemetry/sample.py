@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls
-from te_nvfp4_cv import plan as steps
+from te_nvfp4_cv import calls, multiply
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.policy import plain_name
@@ -187,7 +186,7 @@ class _Watch:
         kept, self.layer.x = self.layer.x, None
         if kept is None or kept[0]._version != kept[1]:
             return
-        exact = steps.high_precision_wgrad(dy, kept[0], plan).double()
+        exact = multiply.high_precision_wgrad(dy, kept[0], plan).double()
         noise = (dw.double() - exact).norm()
         self.layer.more["gradient"] = {"norm": exact.norm(), "noise": noise}
 

@@ -1,0 +1,214 @@
+"""The operands of one call: each quantized once into the faces that its GEMMs need, and what of them backward keeps.
+
+A face is a quantized operand laid out for one GEMM: the blocks of a rowwise one run along its rows, those of a
+columnwise one along its columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.ops.conv import pixel
+from te_nvfp4_cv.ops.quantize import operands, quantize, seeds
+from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
+from te_nvfp4_cv.plan import Plan, Scales, Watch
+
+# ---- quantize -------------------------------------------------------------------------------------------------------
+
+
+def quantize_input(
+    x: Tensor, plan: Plan, need_dw: bool, scales: Scales | None = None, watch: Watch | None = None
+) -> tuple[Tensor, ...]:
+    """x's faces: rowwise for fprop, columnwise packed for wgrad, with its own amaxes or those of `scales`."""
+    s = plan.recipe.settings("input")
+    dequantize_later = plan.recipe.backward_override == "dequantized" and need_dw
+    row = NONE if "fprop" not in plan.gemms else PACKED if dequantize_later else plan.operand_form
+    batch_blocks = plan.recipe.wgrad_block == "batch"
+    col = PACKED if "wgrad" in plan.gemms and need_dw and batch_blocks else NONE
+    if row == NONE and col == NONE:
+        return ()
+    seed = seeds.draw_seed(x) if s.stochastic_rounding else None
+    faces = operands.quantize_operand(
+        x,
+        plan.geometry.groups,
+        plan.folds[0].to_ints(),
+        row,
+        col,
+        s.rht,
+        s.stochastic_rounding,
+        s.four_over_six or "",
+        s.e4m3_max,
+        plan.row_scaled,
+        plan.compute_dtype,
+        seed,
+        None if scales is None else scales.amax(0, x),
+        plan.backend,
+    )
+    if scales is not None:
+        scales.collect(0, faces[6])
+    if watch is not None:
+        watch.quantized("input", x, faces, seed, plan)
+    return faces
+
+
+def quantize_gradient(
+    dy: Tensor,
+    plan: Plan,
+    need_dx: bool,
+    need_dw: bool,
+    scales: Scales | None = None,
+    watch: Watch | None = None,
+) -> tuple[Tensor, ...]:
+    """dy's faces: rowwise for dgrad, columnwise for wgrad; both are used at once, in the form that the backend
+    multiplies. With its own amaxes or those of `scales`.
+    """
+    s = plan.recipe.settings("grad_output")
+    row = plan.operand_form if "dgrad" in plan.gemms and need_dx else NONE
+    col = plan.operand_form if "wgrad" in plan.gemms and need_dw and plan.recipe.wgrad_block == "batch" else NONE
+    if row == NONE and col == NONE:
+        return ()
+    seed = seeds.draw_seed(dy) if s.stochastic_rounding else None
+    faces = operands.quantize_operand(
+        dy,
+        plan.geometry.groups,
+        plan.folds[1].to_ints(),
+        row,
+        col,
+        s.rht,
+        s.stochastic_rounding,
+        "",
+        s.e4m3_max,
+        False,
+        plan.compute_dtype,
+        seed,
+        None if scales is None else scales.amax(1, dy),
+        plan.backend,
+    )
+    if scales is not None:
+        scales.collect(1, faces[6])
+    if watch is not None:
+        watch.quantized("grad_output", dy, faces, seed, plan)
+    return faces
+
+
+def quantize_weight(w: Tensor, plan: Plan, keep: bool, amax: Tensor | None = None) -> tuple[Tensor, ...]:
+    """w packed: (row data, row scale, col data, col scale, amax), the faces that the recipe's GEMMs need.
+
+    Args:
+        keep: dgrad will need its face.
+        amax: fp32 [1], of a weight that w is a part of; None: w's own.
+    """
+    s = plan.recipe.settings("weight")
+    faces = {plan.weight_faces[0]} | ({plan.weight_faces[1]} if keep else set())
+    row, col = (PACKED if face in faces else NONE for face in ("row", "col"))
+    return operands.quantize_kernel(
+        w.detach(),
+        plan.geometry.groups,
+        row,
+        col,
+        s.two_d,
+        s.four_over_six or "",
+        s.e4m3_max,
+        plan.delayed,
+        plan.compute_dtype,
+        plan.backend,
+        amax,
+    )
+
+
+def dequantized_weight(w: Tensor, plan: Plan) -> Tensor:
+    """w [axis 0, axis 1, *kernel] quantized for fprop and dequantized, fp32."""
+    row_data, row_scale, col_data, col_scale, amax = quantize_weight(w, plan, keep=False)
+    kept = {"w_row": row_data, "w_row_scale": row_scale, "w_col": col_data, "w_col_scale": col_scale, "w_amax": amax}
+    return weight_from_kept(kept, plan)
+
+
+def weight_operand(
+    w_q: tuple[Tensor, ...], face: str, plan: Plan, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One packed face in the form that the backend multiplies: (data, scale); a dequantized one times `factor`."""
+    data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
+    if plan.operand_form == PACKED:
+        return data, scale
+    n, _, channels = plan.geometry.weight_shape
+    out = operands.unpack_kernel(
+        data, scale, n, channels, plan.geometry.groups, face == "col", factor, plan.compute_dtype, plan.backend
+    )
+    return out, scale.new_empty(0)
+
+
+def pixel_face(side: Tensor, plan: Plan, is_a: bool, role: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(data, scale, amax) of one side of wgrad with blocks along the pixels of one image."""
+    s = plan.recipe.settings(role)
+    seed = seeds.draw_seed(side) if s.stochastic_rounding else None
+    faces = quantize(
+        pixel.matrix(side, plan.geometry, is_a),
+        rowwise=False,
+        columnwise=True,
+        rht=s.rht,
+        stochastic_rounding=s.stochastic_rounding,
+        four_over_six=s.four_over_six,
+        e4m3_max=s.e4m3_max,
+        seed=seed,
+        backend=plan.backend,
+    )
+    return faces.col_data, faces.col_scale, faces.col_amax
+
+
+# ---- what backward keeps --------------------------------------------------------------------------------------------
+
+
+def kept_of_x(x: Tensor, x_last: Tensor, x_q: tuple[Tensor, ...], plan: Plan, need_dw: bool) -> dict[str, Tensor]:
+    """Tensors by name: the packed columnwise face; or x itself, or its packed rowwise face, where the recipe wants
+    wgrad otherwise.
+    """
+    if not need_dw:
+        return {}
+    if "wgrad" not in plan.gemms:
+        if plan.recipe.backward_override == "dequantized":
+            return {"x_row": x_q[0], "x_row_scale": x_q[1], "x_row_amax": x_q[2]}
+        return {"x": x}
+    if plan.recipe.wgrad_block == "pixel":
+        data, scale, amax = pixel_face(x_last, plan, not plan.geometry.transposed, "input")
+        return {"x_pixel": data, "x_pixel_scale": scale, "x_col_amax": amax}
+    return {"x_col": x_q[3], "x_col_scale": x_q[4], "x_col_amax": x_q[5]}
+
+
+def kept_of_w(w: Tensor, w_q: tuple[Tensor, ...] | None, plan: Plan, need_dx: bool) -> dict[str, Tensor]:
+    """Tensors by name: the packed face that dgrad multiplies, or w itself."""
+    if not need_dx:
+        return {}
+    if "dgrad" not in plan.gemms and plan.recipe.backward_override != "dequantized":
+        return {"w": w}
+    assert w_q is not None
+    face = plan.weight_faces[1 if "dgrad" in plan.gemms else 0]
+    data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
+    return {f"w_{face}": data, f"w_{face}_scale": scale, "w_amax": w_q[4]}
+
+
+def input_from_kept(kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
+    """x in real units from its packed rowwise face, in TransformerEngine's order of operations."""
+    amax = kept["x_row_amax"]
+    values = formats.dequantize(
+        kept["x_row"],
+        kept["x_row_scale"].view(torch.float8_e4m3fn),
+        amax.flatten(),
+        plan.recipe.settings("input").e4m3_max,
+    )
+    channels = plan.geometry.x_shape[-1] // plan.geometry.groups
+    return values.to(dtype).unflatten(-1, (plan.geometry.groups, -1))[..., :channels].flatten(-2)
+
+
+def weight_from_kept(kept: dict[str, Tensor], plan: Plan) -> Tensor:
+    """w [axis 0, axis 1, *kernel] in real units, fp32: code * scale is exact, times the tensor scale."""
+    w_q = (kept.get("w_row"), kept.get("w_row_scale"), kept.get("w_col"), kept.get("w_col_scale"))
+    face = plan.weight_faces[0]
+    data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
+    n, _, channels = plan.geometry.weight_shape
+    w = operands.unpack_kernel(
+        data, scale, n, channels, plan.geometry.groups, face == "col", None, torch.float32, plan.backend
+    )
+    w = w * (kept["w_amax"] * (1.0 / (6.0 * plan.recipe.settings("weight").e4m3_max)))
+    return w.view(n, *plan.geometry.kernel, channels).movedim(-1, 1)
