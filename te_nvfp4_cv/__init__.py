@@ -27,11 +27,10 @@ from te_nvfp4_cv.policy import extra_state, frozen_weights, saturated_blocks, se
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams
 from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, save_recipe
 from te_nvfp4_cv.tensor import NVFP4Tensor
-
-__version__ = "0.1.0"
+from te_nvfp4_cv.version import __version__ as __version__
 
 # imported when they are asked for: what needs more than the core
-_LAZY = ("sensitivity", "telemetry", "tensor_parallel", "te_plugin")
+_LAZY = ("export", "sensitivity", "telemetry", "tensor_parallel", "te_plugin")
 
 
 def __getattr__(name: str) -> object:

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,15 @@ class Seen:
 
     finished: Callable[[Tensor], None] | None = None
     watch: Watch | None = None
+
+
+class Shaped(Protocol):
+    """A weight, or what stands for one that is kept otherwise: only its shape is read."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def dim(self) -> int: ...
 
 
 Observer = Callable[[Call], Seen | None]
@@ -160,14 +169,7 @@ def _execute(
             needs="one dtype outside of torch.autocast",
             fix="model.to(x.dtype), x.to(w.dtype), or run under torch.autocast",
         )
-    rank = w.dim() - 2
-    _check_shapes(op, x, w, bias, rank, groups)
-    unbatched = rank > 0 and x.dim() == rank + 1
-    if unbatched:
-        x = x.unsqueeze(0)
-    if isinstance(padding, str):
-        x, padding = _named_padding(op, x, w, stride, padding, dilation)
-    geometry = _geometry(op, x, w, stride, padding, dilation, groups, output_padding)
+    x, geometry, unbatched = geometry_of(op, x, w, bias, stride, padding, dilation, groups, output_padding)
     if 0 in x.shape or 0 in geometry.y_shape:  # nothing to quantize: torch's own result, and its gradients
         producers.settle(x)
         y = _plain(op, x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
@@ -192,7 +194,33 @@ def _execute(
     return y.squeeze(0) if unbatched else y
 
 
-def _check_shapes(op: str, x: Tensor, w: Tensor, bias: Tensor | None, rank: int, groups: int) -> None:
+def geometry_of(
+    op: str,
+    x: Tensor,
+    w: Shaped,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any,
+) -> tuple[Tensor, ConvGeometry, bool]:
+    """(x with a batch axis and what padding="same" adds on one side, the call's geometry, whether x had no batch axis).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    rank = w.dim() - 2
+    _check_shapes(op, x, w, bias, rank, groups)
+    unbatched = rank > 0 and x.dim() == rank + 1
+    if unbatched:
+        x = x.unsqueeze(0)
+    if isinstance(padding, str):
+        x, padding = _named_padding(op, x, w, stride, padding, dilation)
+    return x, _geometry(op, x, w, stride, padding, dilation, groups, output_padding), unbatched
+
+
+def _check_shapes(op: str, x: Tensor, w: Shaped, bias: Tensor | None, rank: int, groups: int) -> None:
     expected = 0 if op == "linear" else int(op[-2])
     if rank != expected or (rank and x.dim() not in (rank + 1, rank + 2)) or x.dim() < 1:
         needs = (
@@ -258,7 +286,7 @@ def int_tuple(value: Any, rank: int, op: str, name: str, least: int) -> tuple[in
 
 
 def _geometry(
-    op: str, x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, output_padding: Any
+    op: str, x: Tensor, w: Shaped, stride: Any, padding: Any, dilation: Any, groups: int, output_padding: Any
 ) -> ConvGeometry:
     rank, transposed = w.dim() - 2, "transpose" in op
     stride, dilation = int_tuple(stride, rank, op, "stride", 1), int_tuple(dilation, rank, op, "dilation", 1)
@@ -302,7 +330,7 @@ def _geometry(
 
 
 def _named_padding(
-    op: str, x: Tensor, w: Tensor, stride: Any, padding: str, dilation: Any
+    op: str, x: Tensor, w: Shaped, stride: Any, padding: str, dilation: Any
 ) -> tuple[Tensor, tuple[int, ...]]:
     """padding="same" / "valid" as numbers; a side that needs one more than the other is padded here."""
     rank = w.dim() - 2

@@ -120,9 +120,24 @@ def quantize_weight(w: Tensor, plan: Plan, keep: bool, amax: Tensor | None = Non
 
 def dequantized_weight(w: Tensor, plan: Plan) -> Tensor:
     """w [axis 0, axis 1, *kernel] quantized for fprop and dequantized, fp32."""
-    row_data, row_scale, col_data, col_scale, amax = quantize_weight(w, plan, keep=False)
-    kept = {"w_row": row_data, "w_row_scale": row_scale, "w_col": col_data, "w_col_scale": col_scale, "w_amax": amax}
-    return weight_from_kept(kept, plan)
+    return real_weight(quantize_weight(w, plan, keep=False), plan)
+
+
+def weight_values(w_q: tuple[Tensor, ...], plan: Plan) -> Tensor:
+    """code * scale of fprop's face, [axis 0, taps, axis 1] fp32: exact, in bf16 too."""
+    face = plan.weight_faces[0]
+    data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
+    n, _, channels = plan.geometry.weight_shape
+    return operands.unpack_kernel(
+        data, scale, n, channels, plan.geometry.groups, face == "col", None, torch.float32, plan.backend
+    )
+
+
+def real_weight(w_q: tuple[Tensor, ...], plan: Plan) -> Tensor:
+    """w [axis 0, axis 1, *kernel] in real units, fp32: code * scale is exact, times the tensor scale."""
+    w = weight_values(w_q, plan) * (w_q[4] * (1.0 / (6.0 * plan.recipe.settings("weight").e4m3_max)))
+    n, _, channels = plan.geometry.weight_shape
+    return w.view(n, *plan.geometry.kernel, channels).movedim(-1, 1)
 
 
 def weight_operand(
@@ -202,13 +217,6 @@ def input_from_kept(kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> 
 
 
 def weight_from_kept(kept: dict[str, Tensor], plan: Plan) -> Tensor:
-    """w [axis 0, axis 1, *kernel] in real units, fp32: code * scale is exact, times the tensor scale."""
-    w_q = (kept.get("w_row"), kept.get("w_row_scale"), kept.get("w_col"), kept.get("w_col_scale"))
-    face = plan.weight_faces[0]
-    data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
-    n, _, channels = plan.geometry.weight_shape
-    w = operands.unpack_kernel(
-        data, scale, n, channels, plan.geometry.groups, face == "col", None, torch.float32, plan.backend
-    )
-    w = w * (kept["w_amax"] * (1.0 / (6.0 * plan.recipe.settings("weight").e4m3_max)))
-    return w.view(n, *plan.geometry.kernel, channels).movedim(-1, 1)
+    """real_weight of what kept_of_w keeps."""
+    names = ("w_row", "w_row_scale", "w_col", "w_col_scale", "w_amax")
+    return real_weight(tuple(kept.get(name) for name in names), plan)  # type: ignore[misc]

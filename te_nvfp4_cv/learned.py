@@ -30,8 +30,7 @@ from te_nvfp4_cv import calls, context, faces, weight_transforms
 from te_nvfp4_cv.checks import check_module, value_error
 from te_nvfp4_cv.modules import NVFP4_CLASSES, with_recipes
 from te_nvfp4_cv.ops import dispatch
-from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.plan import Plan, weight_plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 
 NAMES = {weight_transforms.CLIP: "weight_clip", weight_transforms.SCALE: "weight_scale"}
@@ -102,6 +101,25 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
     return found
 
 
+def as_quantized(module: Any, plan: Plan) -> Tensor:
+    """A layer's weight as it is quantized: clipped by the learned fraction, where the layer has one. No gradients."""
+    w: Tensor = module.weight.detach()
+    for kind, name in NAMES.items():
+        if name in module._parameters:
+            w = weight_transforms.clipped(w, getattr(module, name).detach(), kind, plan)
+    return w
+
+
+def forget(module: Any) -> None:
+    """Take the learned fraction away from a layer, with its hooks."""
+    for hooks, kind in ((module._forward_pre_hooks, _Enter), (module._forward_hooks, _Leave)):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+    for name in NAMES.values():
+        module._parameters.pop(name, None)
+
+
 def damping_loss(model: nn.Module, recipe: Any = None, backend: str = "auto") -> Tensor:
     """fp32 scalar, to be added to the loss times a strength (1e-3 to 1e-1; raise it towards the end of training).
 
@@ -160,23 +178,5 @@ def _thin(module: Any) -> bool:
 
 
 def _plan(module: Any, recipe: NVFP4BlockScaling, backend: str) -> Plan:
-    """A plan of which only the weight's part is used: images of one pixel."""
-    w, groups = module.weight, getattr(module, "groups", 1)
-    rank = w.dim() - 2
-    ones, zeros = (1,) * rank, (0,) * rank
-    geometry = ConvGeometry(
-        batch=1,
-        channels_a=w.shape[1] * groups,
-        channels_b=w.shape[0],
-        a_size=ones,
-        b_size=ones,
-        kernel=tuple(w.shape[2:]),
-        stride=ones,
-        padding=zeros,
-        dilation=ones,
-        output_padding=zeros,
-        groups=groups,
-        transposed=bool(getattr(module, "transposed", False)),
-    )
-    chosen = dispatch.resolve(backend, w.device)
-    return Plan(geometry, recipe, chosen, torch.float32, False)
+    w, groups, transposed = module.weight, getattr(module, "groups", 1), bool(getattr(module, "transposed", False))
+    return weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve(backend, w.device))

@@ -18,12 +18,23 @@ from te_nvfp4_cv.plan import Plan
 
 
 def fprop(
-    x: Tensor, x_q: tuple[Tensor, ...], w: Tensor, w_q: tuple[Tensor, ...] | None, bias: Tensor | None, plan: Plan
+    x: Tensor,
+    x_q: tuple[Tensor, ...],
+    w: Tensor | None,
+    w_q: tuple[Tensor, ...] | None,
+    bias: Tensor | None,
+    plan: Plan,
+    unpacked: Tensor | None = None,
 ) -> Tensor:
-    """y [B, *image, O] in x's dtype."""
+    """y [B, *image, O] in x's dtype.
+
+    Args:
+        unpacked: code * scale of the weight, [axis 0, taps, axis 1], where it is kept so between calls; else None.
+    """
     g = plan.geometry
     if "fprop" not in plan.gemms:
-        return _plain_forward(x, w, bias, g)
+        assert w is not None
+        return plain_forward(x, w, bias, g)
     assert w_q is not None
     row, row_scale, amax = x_q[:3]
     if plan.operand_form == DEQUANTIZED and row_scale.numel():  # kept packed for backward_override="dequantized"
@@ -33,7 +44,11 @@ def fprop(
         amax = amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(amax)
     alpha = formats.alpha(amax, w_q[4], plan.recipe.settings("input").e4m3_max, plan.recipe.settings("weight").e4m3_max)
     factor, epilogue = (alpha, None) if plan.weight_carries_scales("fprop") else (None, alpha)
-    weight, weight_scale = weight_operand(w_q, plan.weight_faces[0], plan, factor)
+    if unpacked is not None and plan.operand_form == DEQUANTIZED:
+        weight = unpacked if factor is None else unpacked * factor  # a power of two: exact
+        weight, weight_scale = weight.to(plan.compute_dtype), row_scale.new_empty(0)
+    else:
+        weight, weight_scale = weight_operand(w_q, plan.weight_faces[0], plan, factor)
     return conv.conv_fprop(row, row_scale, weight, weight_scale, epilogue, bias, plan.shape, x.dtype, plan.backend)
 
 
@@ -98,7 +113,8 @@ def high_precision_wgrad(dy: Tensor, x: Tensor, plan: Plan) -> Tensor:
 # ---- in high precision ----------------------------------------------------------------------------------------------
 
 
-def _plain_forward(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+def plain_forward(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+    """y [B, *image, O] of x [B, *image, C] and w in torch's layout, in x's dtype."""
     w, bias = w.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if g.rank == 0:
         return aten.linear(x, w, bias)

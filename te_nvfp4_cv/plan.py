@@ -75,6 +75,27 @@ class Plan:
         return self.delayed and self.operand_form == DEQUANTIZED and reads_everywhere(self.geometry, to_b)
 
 
+def weight_plan(shape: torch.Size, groups: int, transposed: bool, recipe: NVFP4BlockScaling, backend: str) -> Plan:
+    """A plan of which only the weight's part is used: images of one pixel. shape: [axis 0, axis 1, *kernel]."""
+    rank = len(shape) - 2
+    ones, zeros = (1,) * rank, (0,) * rank
+    geometry = ConvGeometry(
+        batch=1,
+        channels_a=shape[1] * groups,
+        channels_b=shape[0],
+        a_size=ones,
+        b_size=ones,
+        kernel=tuple(shape[2:]),
+        stride=ones,
+        padding=zeros,
+        dilation=ones,
+        output_padding=zeros,
+        groups=groups,
+        transposed=transposed,
+    )
+    return Plan(geometry, recipe, backend, torch.float32, False)
+
+
 def row_scaling_applies(g: ConvGeometry) -> bool:
     """Whether every output row reads one input row."""
     return not g.transposed and g.taps == 1 and g.groups == 1 and not any(g.padding)

@@ -40,6 +40,7 @@ from te_nvfp4_cv.collectives import reduce_amax
 from te_nvfp4_cv.gathered import Form
 from te_nvfp4_cv.ops.quantize import amaxes, operands
 from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 ROLES = ("input", "grad_output")
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> {Key: DelayedScales}
@@ -271,12 +272,20 @@ def first_pass(training: bool) -> Iterator[None]:
         _local.first_pass = before
 
 
-# ---- for nv.extra_state and nv.saturated_blocks ---------------------------------------------------------------------
+# ---- for nv.extra_state, nv.saturated_blocks and nv.export ----------------------------------------------------------
 
 
 def has_state(w: Tensor) -> bool:
     """Whether calls with this weight have delayed scales."""
     return w in _states
+
+
+def trained_amax(w: Tensor, recipe: NVFP4BlockScaling) -> Tensor | None:
+    """fp32 [1]: the amax that a call with this weight would quantize x rowwise with now; None before it has trained."""
+    settings = recipe.settings("input")
+    place, view = _place(w)
+    scales = _states.get(place, {}).get((view, settings.e4m3_max, settings.rht))
+    return scales.used[0, :1].clone() if scales is not None and scales.measured[0] else None
 
 
 def saturated(w: Tensor) -> tuple[int, int]:

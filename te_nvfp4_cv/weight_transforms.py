@@ -76,8 +76,14 @@ def apply(w: Tensor, codes: object, plan: Plan) -> Tensor:
             needs="a weight that is quantized where the layer is called",
             fix="leave torch.compile, frozen_weights or fsdp.quantize_gathers out, or learn_scales",
         )
-    clipped: Tensor = _Learned.apply(w, parameter, kind, plan)
-    return clipped
+    result: Tensor = _Learned.apply(w, parameter, kind, plan)
+    return result
+
+
+def clipped(w: Tensor, parameter: Tensor, kind: str, plan: Plan) -> Tensor:
+    """w'."""
+    bound = _limit(w, kind, plan) * parameter.clamp(LEAST, 1.0).to(w.dtype)
+    return torch.minimum(torch.maximum(w, -bound), bound)
 
 
 class _Learned(torch.autograd.Function):
@@ -85,12 +91,9 @@ class _Learned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, parameter: Tensor, kind: str, plan: Plan) -> Tensor:
-        limit = _limit(w, kind, plan)
-        factor = parameter.clamp(LEAST, 1.0).to(w.dtype)
         ctx.save_for_backward(w, parameter)
         ctx.kind, ctx.plan = kind, plan
-        bound = limit * factor
-        return torch.minimum(torch.maximum(w, -bound), bound)
+        return clipped(w, parameter, kind, plan)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -103,9 +106,9 @@ class _Learned(torch.autograd.Function):
         beyond = w.abs() >= bound
         slope = torch.where(beyond, w.sign() * limit, torch.zeros_like(w)).float()
         if ctx.kind == SCALE:
-            clipped = torch.minimum(torch.maximum(w, -bound), bound)
-            q = faces.dequantized_weight(clipped, ctx.plan)
-            slope = torch.where(beyond, slope, (q - clipped.float()) / factor.float()) / (6 * w.numel()) ** 0.5
+            kept = torch.minimum(torch.maximum(w, -bound), bound)
+            q = faces.dequantized_weight(kept, ctx.plan)
+            slope = torch.where(beyond, slope, (q - kept.float()) / factor.float()) / (6 * w.numel()) ** 0.5
         return g, (g.float() * slope).sum().to(parameter.dtype).reshape(parameter.shape), None, None
 
 

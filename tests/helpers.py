@@ -37,7 +37,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
         bits = a.contiguous().view(integer) == b.contiguous().view(integer)
         return bool((bits | (a.isnan() & b.isnan())).all())
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def relative_error(a: Tensor, truth: Tensor) -> float:

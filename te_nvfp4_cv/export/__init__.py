@@ -1,0 +1,12 @@
+"""From a trained model to what is deployed.
+
+    nv.export.save(model, path, recipe)      packed safetensors: 4-bit codes and scales, checksums, the recipe
+    nv.export.load(path, model)              an NVFP4 inference model, bit-equal to the one that was saved
+
+Needs the extra [export]: pip install 'te_nvfp4_cv[export]'.
+"""
+
+from te_nvfp4_cv.export.checkpoints import Saved, load, save
+from te_nvfp4_cv.export.modules import InferenceLayer
+
+__all__ = ["InferenceLayer", "Saved", "load", "save"]

@@ -1,0 +1,335 @@
+"""The file of a packed model: safetensors, with what our reader needs in its metadata. Writing and reading, no models.
+
+    per quantized layer   NAME.weight          uint8 [N, K / 2]   E2M1 codes, the even column in the low nibble
+                          NAME.weight_scale    e4m3  [N, K / 16]
+                          NAME.weight_scale_2  fp32  []           amax / (6 E); value = code * both scales
+                          NAME.input_scale     fp32  []           of a static activation scale, where there is one
+    everything else       as in the state_dict, in its own dtype
+    metadata              "te_nvfp4_cv": JSON, see Manifest;  "quantization_config": JSON as ModelOpt writes it
+
+These are ModelOpt's names, and for linear layers its layout. The rows of a convolution's matrix are output channels, K
+runs over the kernel's taps, then over the channels of a group, padded to 16 (matrix.py); the manifest says so as
+k_order, with the layer's shape and its amax, of which weight_scale_2 is a rounded quotient.
+
+Large models: shards BASE-00001-of-00002-DIGEST.safetensors and BASE.safetensors.index.json, written last. A file is
+whole or absent; what was there before is replaced by the last rename, and its shards are removed after that.
+Every tensor has its SHA-256 in the manifest, and the manifest its own. Reading maps the files into memory and runs no
+code of theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.checks import message, runtime_error, value_error
+from te_nvfp4_cv.files import write_atomically
+
+VERSION = 1
+KEY = "te_nvfp4_cv"
+SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
+OPS = re.compile(r"linear|conv(_transpose)?[123]d")
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """What the manifest says of one quantized layer.
+
+    Attributes:
+        shape: torch's shape of the weight; amax: of the weight, exact.
+        recipe: index into Manifest.recipes; tiles: a scale holds for 16 rows; input_amax: exact, or None.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    groups: int
+    amax: float
+    e4m3_max: int
+    recipe: int
+    tiles: bool
+    channels_last: bool
+    k_order: str
+    input_amax: float | None = None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return "transpose" in self.op
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artefact says of itself.
+
+    Attributes:
+        recipe: of the whole model, as TOML with its [precision] table; recipes: of single layers.
+        layers: quantized ones by name; high: convolutions and linear layers left in high precision, with the reason.
+        sha256: of each tensor's bytes.
+    """
+
+    library: str
+    recipe: str
+    recipes: tuple[str, ...]
+    layers: dict[str, LayerEntry]
+    high: dict[str, str]
+    sha256: dict[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """JSON with a digest of itself."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Manifest:
+        """The inverse.
+
+        Raises:
+            ValueError: damaged, or of another version.
+        """
+        try:
+            outer = json.loads(text)
+            inner = outer["manifest"]
+            if hashlib.sha256(inner.encode()).hexdigest() != outer["digest"]:
+                raise ValueError("its digest does not fit")
+            fields = json.loads(inner)
+            version = fields["version"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise damaged(source, f"its manifest: {error}") from error
+        if version != VERSION:
+            raise value_error(
+                f"{source}: another version of the library wrote this.",
+                got=f"version {version!r} of the format, te_nvfp4_cv {fields.get('library')!r}",
+                needs=f"version {VERSION}",
+                fix="load it with the version that wrote it, and save it again from the trained model",
+            )
+        try:
+            layers = {name: LayerEntry(**{**e, "shape": tuple(e["shape"])}) for name, e in fields["layers"].items()}
+            manifest = cls(**{**fields, "layers": layers, "recipes": tuple(fields["recipes"])})
+            for name, entry in layers.items():
+                _check_entry(name, entry, len(manifest.recipes))
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise damaged(source, f"its manifest: {error}") from error
+        return manifest
+
+
+def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
+    sizes = [entry.groups, *entry.shape]
+    good = (
+        OPS.fullmatch(entry.op)
+        and all(type(n) is int and 0 < n < 2**31 for n in sizes)
+        and len(entry.shape) == (2 if entry.op == "linear" else 2 + int(entry.op[-2]))
+        and math.prod(sizes) < 2**48
+        and entry.shape[0] % entry.groups == 0
+        and entry.e4m3_max in (256, 448)
+        and type(entry.recipe) is int
+        and 0 <= entry.recipe < recipes
+        and all(type(a) is float and math.isfinite(a) and a >= 0 for a in (entry.amax, entry.input_amax or 0.0))
+    )
+    if not good:
+        raise ValueError(f"the layer {name!r} is described as {entry}")
+
+
+def damaged(source: str, why: str) -> ValueError:
+    """The error for a file that is not what it should be."""
+    return value_error(
+        f"{source} is damaged.",
+        got=why,
+        needs="a whole file, as nv.export.save wrote it",
+        fix="copy it again",
+    )
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in its logical order."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+# ---- write ----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path, tensors: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, Any], shard_bytes: int
+) -> list[Path]:
+    """Write an artefact; returns its files, the one to load first.
+
+    Raises:
+        RuntimeError: a file cannot be written; what was at `path` before is untouched.
+    """
+    from safetensors.torch import save
+
+    base = base_of(path)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    sums = {name: digest(t) for name, t in tensors.items()}
+    manifest = Manifest(**{**vars(manifest), "sha256": sums})
+    metadata = {"format": "pt", KEY: manifest.to_json(), "quantization_config": json.dumps(config)}
+    parts = _parts(tensors, shard_bytes)
+    before = set(_shards(base))
+    if len(parts) == 1:
+        target = base.with_name(base.name + SUFFIX)
+        write_atomically(target, save(dict(tensors), metadata))
+        index = base.with_name(base.name + INDEX)
+        index.unlink(missing_ok=True)
+        written = [target]
+    else:
+        tag = hashlib.sha256("".join(sorted(sums.values())).encode()).hexdigest()[:8]
+        weight_map: dict[str, str] = {}
+        shards = []
+        for number, names in enumerate(parts, start=1):
+            shard = base.with_name(f"{base.name}-{number:05d}-of-{len(parts):05d}-{tag}{SUFFIX}")
+            write_atomically(shard, save({name: tensors[name] for name in names}, {"format": "pt"}))
+            weight_map |= dict.fromkeys(names, shard.name)
+            shards.append(shard)
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        content = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
+        target = base.with_name(base.name + INDEX)
+        write_atomically(target, json.dumps(content, indent=1).encode())
+        base.with_name(base.name + SUFFIX).unlink(missing_ok=True)
+        written = [target, *shards]
+    for old in before - set(written):
+        old.unlink(missing_ok=True)
+    return written
+
+
+def base_of(path: Path) -> Path:
+    """The path without the endings that this format has."""
+    for ending in (INDEX, SUFFIX):
+        if path.name.endswith(ending):
+            return path.with_name(path.name.removesuffix(ending))
+    return path
+
+
+def _shards(base: Path) -> Iterator[Path]:
+    pattern = re.compile(re.escape(base.name) + r"-\d{5}-of-\d{5}-[0-9a-f]{8}\.safetensors")
+    if base.parent.is_dir():
+        yield from (found for found in base.parent.iterdir() if pattern.fullmatch(found.name))
+
+
+def _parts(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
+    """Names by file, in their order; a tensor larger than a file gets one of its own."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, t in tensors.items():
+        own = t.numel() * t.element_size()
+        if parts[-1] and size + own > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += own
+    return parts
+
+
+# ---- read -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An open artefact: its tensors, mapped from the files, and its manifest (None: another tool wrote it)."""
+
+    source: str
+    tensors: dict[str, Tensor]
+    manifest: Manifest | None
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+
+    def check(self) -> None:
+        """Compare every tensor with its SHA-256; reads all bytes.
+
+        Raises:
+            ValueError: one that differs, is missing or was added.
+        """
+        if self.manifest is None:
+            return
+        sums = self.manifest.sha256
+        differing = [name for name in self.tensors.keys() | sums.keys() if not self._sound(name, sums)]
+        if differing:
+            raise damaged(self.source, "wrong checksum of " + ", ".join(sorted(differing)[:4]))
+
+    def _sound(self, name: str, sums: Mapping[str, str]) -> bool:
+        return name in sums and name in self.tensors and digest(self.tensors[name]) == sums[name]
+
+
+def read(path: str | os.PathLike[str]) -> Artifact:
+    """Open an artefact, of one file or of several (the index, or the path without an ending).
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: a damaged one, a shard that is missing.
+    """
+    found = _find(Path(path))
+    if not found.name.endswith(INDEX):
+        tensors, metadata = _read_file(found)
+        return _artifact(found, tensors, metadata, (found,))
+    try:
+        content = json.loads(found.read_text(encoding="utf-8"))
+        weight_map = {str(name): str(file) for name, file in content["weight_map"].items()}
+        metadata = {key: value for key, value in content.get("metadata", {}).items() if isinstance(value, str)}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise damaged(str(found), f"{type(error).__name__}: {error}") from error
+    tensors, files = {}, [found]
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise damaged(str(found), f"a shard outside of the folder: {name!r}")
+        shard = found.with_name(name)
+        if not shard.is_file():
+            raise value_error(
+                f"{found}: a shard is missing.",
+                got=f"no file {name}",
+                needs=f"{len(set(weight_map.values()))} shards beside the index",
+                fix="copy all of them",
+            )
+        tensors |= _read_file(shard)[0]
+        files.append(shard)
+    if tensors.keys() != weight_map.keys():
+        differing = sorted(tensors.keys() ^ weight_map.keys())
+        raise damaged(str(found), f"index and shards differ in {', '.join(differing[:4])}")
+    return _artifact(found, tensors, metadata, tuple(files))
+
+
+def _find(path: Path) -> Path:
+    candidates = (path, base_of(path).with_name(base_of(path).name + SUFFIX), path.with_name(path.name + INDEX))
+    found = next((p for p in candidates if p.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            message(
+                "nv.export: no such artefact.",
+                got=f"{path}{': a folder' if path.is_dir() else ''}",
+                needs=f"a file {SUFFIX}, or the {INDEX} of several",
+                fix="correct the path",
+            )
+        )
+    return found
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise damaged(str(path), str(error)) from error
+    except OSError as error:
+        raise runtime_error(
+            f"{path} cannot be read.", got=str(error), needs="a readable file", fix="check its rights"
+        ) from error
+    except Exception as error:  # a malicious header fails in torch, with any class of error
+        raise damaged(str(path), f"{type(error).__name__}: {error}") from error
+
+
+def _artifact(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], files: tuple[Path, ...]) -> Artifact:
+    manifest = Manifest.from_json(metadata[KEY], str(path)) if KEY in metadata else None
+    try:
+        config = json.loads(metadata.get("quantization_config", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(str(path), f"its quantization_config: {error}") from error
+    return Artifact(str(path), tensors, manifest, config if isinstance(config, dict) else {}, files)

@@ -1,0 +1,77 @@
+"""A quantized weight as the matrix that its GEMM contracts, and back.
+
+    matrix     data [N, T * Kb * 8], scale [N, T * Kb]: a row per output channel, groups one after the other;
+               taps outermost, the channels of one group innermost, padded with zeros to Kb blocks of 16
+    codes      as fprop takes them (ops/quantize/operands.py):
+               convolution, linear      data [N, T, Kb * 8]        scale [N, T, Kb], or [G, Ob, T, Kb]: one a tile
+               transposed convolution   data [G, Ob, T, C, 8]      scale [G, Ob, T, C];   N = G * C, Kb = Ob
+
+uint8 throughout. The matrix is what artefacts store: other readers of NVFP4 linear layers find theirs in it.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.plan import Plan
+
+K_ORDER = "taps, channels padded to 16"
+
+
+def sizes(plan: Plan) -> tuple[int, int, int]:
+    """(rows N, taps T, blocks Kb of one tap) of a weight's matrix."""
+    g = plan.geometry
+    if g.transposed:
+        return g.channels_a, g.taps, -(-(g.channels_b // g.groups) // BLOCK)
+    return g.channels_b, g.taps, -(-(g.channels_a // g.groups) // BLOCK)
+
+
+def to_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Codes as a matrix."""
+    rows, taps, blocks = sizes(plan)
+    if plan.geometry.transposed:
+        data, scale = data.permute(0, 3, 2, 1, 4), scale.permute(0, 3, 2, 1)
+    elif scale.dim() == 4:
+        groups = plan.geometry.groups
+        scale = scale.repeat_interleave(BLOCK, dim=1)[:, : rows // groups]
+    return data.reshape(rows, taps * blocks * 8).contiguous(), scale.reshape(rows, taps * blocks).contiguous()
+
+
+def from_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The inverse; of a plan with 16x16 scales, whose tiles must have one scale each."""
+    rows, taps, blocks = sizes(plan)
+    groups = plan.geometry.groups
+    if plan.geometry.transposed:
+        data = data.reshape(groups, rows // groups, taps, blocks, 8).permute(0, 3, 2, 1, 4)
+        scale = scale.reshape(groups, rows // groups, taps, blocks).permute(0, 3, 2, 1)
+    else:
+        data, scale = data.reshape(rows, taps, blocks * 8), scale.reshape(rows, taps, blocks)
+        if plan.recipe.settings("weight").two_d:
+            scale = scale.reshape(groups, rows // groups, taps, blocks)[:, ::BLOCK]
+    return data.contiguous(), scale.contiguous()
+
+
+def has_tiles(scale: Tensor, plan: Plan) -> bool:
+    """Whether a matrix's scales are one for each tile of 16 rows of a group."""
+    rows, taps, blocks = sizes(plan)
+    of_rows = scale.reshape(plan.geometry.groups, -1, taps, blocks)
+    tiles = of_rows[:, ::BLOCK].repeat_interleave(BLOCK, dim=1)[:, : of_rows.shape[1]]
+    return bool((of_rows == tiles).all())
+
+
+def transposed_tiles(data: Tensor, scale: Tensor, channels: int, groups: int) -> tuple[Tensor, Tensor]:
+    """The codes of a transposed convolution, from the face with 16x16 scales that quantize_weight gives.
+
+    Args:
+        data: [A0, T, Cb * 8], blocks along axis 1; scale: [G, Ob, T, Cb].
+        channels: of axis 1.
+    Returns:
+        data [G, Ob, T, C, 8], scale [G, Ob, T, C].
+    """
+    codes = formats.unpack_nibbles(data).unflatten(0, (groups, -1))[..., :channels]  # [G, A, T, C]
+    codes = F.pad(codes, (0, 0, 0, 0, 0, -codes.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # [G, Ob, 16, T, C]
+    packed = formats.pack_nibbles(codes.permute(0, 1, 3, 4, 2))
+    return packed.contiguous(), scale.repeat_interleave(BLOCK, dim=3)[..., :channels].contiguous()

@@ -1,0 +1,164 @@
+"""The forward pass of a layer whose weight is kept in NVFP4, as one operator: eager, under torch.compile and
+torch.export.
+
+    activations quantized       y = the layer's fprop, bit for bit: x quantized with its own amax, or a calibrated one
+    activations as they are     y = x w + bias in x's dtype; w dequantized
+
+The weight is kept packed and dequantized at each call, or dequantized once: `unpacked`, code * scale where activations
+are quantized, real units where they are not. A gradient that reaches it raises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import calls, faces, multiply
+from te_nvfp4_cv.checks import runtime_error
+from te_nvfp4_cv.ops import dispatch, layouts
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.registration import without_autocast
+from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.recipe import NVFP4BlockScaling, recipe_of_key
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a weight that is not there as torch's tensor."""
+
+    shape: torch.Size
+
+    def dim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+
+class _Fixed:
+    """Tensor scales that calibration has found: plan.Scales of x."""
+
+    def __init__(self, amax: Tensor) -> None:
+        self._amax = amax.expand(2).contiguous()
+
+    def amax(self, role: int, operand: Tensor) -> Tensor:
+        return self._amax
+
+    def collect(self, role: int, observed: Tensor) -> None:
+        """Nothing is learned in inference."""
+
+
+def run(
+    op: str,
+    x: Tensor,
+    codes: tuple[Tensor, ...],
+    unpacked: Tensor | None,
+    bias: Tensor | None,
+    shape: torch.Size,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any,
+    *,
+    recipe: NVFP4BlockScaling,
+    backend: str,
+    input_amax: Tensor | None,
+    quantize_x: bool,
+    channels_last: bool,
+) -> Tensor:
+    """One layer.
+
+    Args:
+        op: as nv.functional names it.
+        codes: (data, scale, amax) of the weight's face for fprop, as faces.quantize_weight packs it.
+        unpacked: [axis 0, taps, axis 1] code * scale; without quantize_x [axis 0, axis 1, *kernel] in real units.
+        shape: of the weight, as torch's layer has it.
+        input_amax: fp32 [1] that x is quantized with; values beyond it saturate. None: x's own.
+        channels_last: the weight's memory format, which y takes over as torch's would.
+    Returns:
+        y in x's dtype (torch.autocast's where it is on).
+    Raises:
+        ValueError: x does not fit.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(device))
+    weight = Shape(shape)
+    x, geometry, unbatched = calls.geometry_of(op, x, weight, bias, stride, padding, dilation, groups, output_padding)
+    data, scale, amax = codes
+    y = layer(
+        x,
+        data,
+        scale,
+        amax,
+        unpacked,
+        bias,
+        input_amax,
+        geometry.to_ints(),
+        recipe.key,
+        dispatch.resolve(backend, x.device),
+        dispatch.compute_dtype(x.dtype, x.device, autocast),
+        layouts.is_channels_last(x) or channels_last,
+        quantize_x,
+    )
+    return y.squeeze(0) if unbatched else y
+
+
+def as_faces(data: Tensor, scale: Tensor, amax: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """The tuple of faces.quantize_weight with the face for fprop alone."""
+    empty = data.new_empty(0)
+    pairs = (data, scale, empty, empty) if plan.weight_faces[0] == "row" else (empty, empty, data, scale)
+    return (*pairs, amax)
+
+
+@without_autocast
+@torch.library.custom_op("te_nvfp4_cv::inference_layer", mutates_args=())
+def layer(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    amax: Tensor,
+    unpacked: Tensor | None,
+    bias: Tensor | None,
+    input_amax: Tensor | None,
+    shape: list[int],
+    recipe: str,
+    backend: str,
+    dtype: torch.dtype,
+    channels_last: bool,
+    quantize_x: bool,
+) -> Tensor:
+    """y of one layer; arguments as `run`, the geometry as ConvGeometry.to_ints(), the recipe as its key."""
+    plan = Plan(ConvGeometry.from_ints(shape), recipe_of_key(recipe), backend, dtype, channels_last)
+    g = plan.geometry
+    x_last = layouts.image_last(x, g.x_shape)
+    w_q = as_faces(data, scale, amax, plan)
+    if not quantize_x:
+        w = faces.real_weight(w_q, plan) if unpacked is None else unpacked
+        y = multiply.plain_forward(x_last, w, bias, g)
+    else:
+        x_q = faces.quantize_input(x_last, plan, False, None if input_amax is None else _Fixed(input_amax))
+        y = multiply.fprop(x_last, x_q, None, w_q, bias, plan, unpacked)
+    return layouts.image_first(y, g.y_shape, x.shape, channels_last)
+
+
+def _no_gradient(ctx: Any, *_: Any) -> Any:
+    raise runtime_error(
+        "nvfp4: a gradient reached a layer whose weight is kept in NVFP4.",
+        got="backward() through an inference layer",
+        needs="torch.no_grad() around the model, or what it gives detached",
+        fix="train the original model under nvfp4_autocast, and save it again",
+    )
+
+
+layer.register_autograd(_no_gradient)
+
+
+@layer.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, data, scale, amax, unpacked, bias, input_amax, shape, recipe, backend, dtype, channels_last, quantize_x
+):
+    return layouts.like_image_first(x, ConvGeometry.from_ints(shape).y_shape, x.shape, channels_last)

@@ -1,0 +1,179 @@
+"""Files that were cut, changed or made up: a clear error and an untouched model, never a crash or another answer."""
+
+import copy
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.export import artifact
+from tests.helpers import same_bits, values
+
+safetensors = pytest.importorskip("safetensors.torch", reason="the extra [export]")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("whole") / "net"
+    return (
+        nv.export.save(nn.Sequential(nn.Conv2d(16, 32, 3), nn.ConvTranspose2d(32, 16, 2)), path).files[0].read_bytes()
+    )
+
+
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(16, 32, 3), nn.ConvTranspose2d(32, 16, 2))
+
+
+def outcome(path: Path) -> Any:
+    """The outputs of the loaded model, or the error; an error leaves the model as it was."""
+    net = model()
+    before = copy.deepcopy(net.state_dict())
+    try:
+        return nv.export.load(path, net)(values((1, 16, 5, 5)))
+    except ValueError as error:
+        assert "\n  got:" in str(error) and "\n  fix:" in str(error)
+        assert [type(layer) for layer in net] == [nn.Conv2d, nn.ConvTranspose2d]
+        assert all(same_bits(before[name], value) for name, value in net.state_dict().items())
+        return error
+
+
+def test_truncated_anywhere(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    for length in (*range(0, 64, 7), *range(64, len(whole), 997), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert isinstance(outcome(path), ValueError), length
+    path.write_bytes(whole + b"\0")
+    assert isinstance(outcome(path), ValueError)
+
+
+def test_flipped_bits(whole: bytes, tmp_path: Path) -> None:
+    """One bit anywhere: an error, or, in a part that says nothing of the model, the same outputs."""
+    path, draw = tmp_path / "net.safetensors", random.Random(0)
+    path.write_bytes(whole)
+    expected = outcome(path)
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    refused = 0
+    for number in range(400):
+        position = draw.randrange(header) if number % 2 else draw.randrange(header, len(whole))
+        changed = bytearray(whole)
+        changed[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(changed))
+        found = outcome(path)
+        refused += isinstance(found, ValueError)
+        assert isinstance(found, ValueError) or (position < header and same_bits(found, expected)), position
+    assert refused > 350
+
+
+def test_made_up_headers(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    size = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + size])
+    rest = whole[8 + size :]
+
+    def refused(change: Any) -> None:
+        made = copy.deepcopy(header)
+        made = change(made) or made
+        text = made if isinstance(made, bytes) else json.dumps(made).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + rest)
+        assert isinstance(outcome(path), ValueError)
+
+    refused(lambda h: h["0.weight"].update(shape=[1 << 40, 1 << 40]))
+    refused(lambda h: h["0.weight"].update(shape=[-1, 72]))
+    refused(lambda h: h["0.weight"].update(data_offsets=[0, 1 << 62]))
+    refused(lambda h: h["0.weight"].update(data_offsets=h["1.weight"]["data_offsets"]))
+    refused(lambda h: h["0.weight"].update(dtype="F4096"))
+    refused(lambda h: h["0.weight"].update(dtype="I8"))
+    refused(lambda h: h.pop("0.weight_scale") and None)
+    refused(lambda h: h["__metadata__"].pop(artifact.KEY) and None)
+    refused(lambda h: h["__metadata__"].update({artifact.KEY: "["}))
+    refused(lambda h: h["__metadata__"].update({artifact.KEY: "[" * 100_000}))
+    refused(lambda h: h.update({"../../etc/passwd": h.pop("0.bias")}))
+    refused(lambda h: b"{" * 10_000)
+    refused(lambda h: b" ")
+    path.write_bytes(struct.pack("<Q", (1 << 63) - 1) + whole[8:])
+    assert isinstance(outcome(path), ValueError)
+
+
+def forged(whole: bytes, path: Path, change: Any, sums: bool = True) -> None:
+    """An artefact with another manifest, or other tensors, whose digests all fit."""
+    tensors = safetensors.load(whole)
+    size = struct.unpack("<Q", whole[:8])[0]
+    metadata = json.loads(whole[8 : 8 + size])["__metadata__"]
+    fields = json.loads(json.loads(metadata[artifact.KEY])["manifest"])
+    change(fields, tensors)
+    fields["sha256"] = {name: artifact.digest(t) for name, t in tensors.items()}
+    text = json.dumps(fields)
+    digest = artifact.hashlib.sha256(text.encode()).hexdigest()
+    metadata[artifact.KEY] = json.dumps({"digest": digest, "manifest": text})
+    safetensors.save_file(tensors, path, metadata)
+
+
+def test_forged_manifests(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+
+    def refused(change: Any, told: str) -> None:
+        forged(whole, path, change)
+        found = outcome(path)
+        assert isinstance(found, ValueError) and told in str(found), found
+
+    forged(whole, path, lambda fields, tensors: None)
+    assert not isinstance(outcome(path), ValueError)
+    first = "0"
+    refused(lambda f, t: f["layers"][first].update(shape=[1 << 40, 1 << 40, 3, 3]), "described as")
+    refused(lambda f, t: f["layers"][first].update(shape=[32, 16]), "described as")
+    refused(lambda f, t: f["layers"][first].update(shape="32"), "damaged")
+    refused(lambda f, t: f["layers"][first].update(amax=float("nan")), "described as")
+    refused(lambda f, t: f["layers"][first].update(op="__import__"), "described as")
+    refused(lambda f, t: f["layers"][first].update(recipe=7), "described as")
+    refused(lambda f, t: f["layers"][first].update(surprise=1), "damaged")
+    refused(lambda f, t: f["layers"].update(none=f["layers"].pop(first)), "none.weight is missing")
+    refused(lambda f, t: f.update(recipes=["[recipe]\nrht = 1"]), "unknown key 'rht'")
+    refused(lambda f, t: f.update(layers=[]), "damaged")
+    refused(lambda f, t: f.update(version=2), "version 2")
+    refused(lambda f, t: f["layers"][first].update(groups=2, shape=[32, 8, 3, 3]), "of another shape or kind")
+    nan = torch.full((32, 9), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    refused(lambda f, t: t.update({"0.weight_scale": nan}), "holds NaN")
+    mixed = torch.arange(1, 289).reshape(32, 9).remainder(100).to(torch.uint8).view(torch.float8_e4m3fn)
+    refused(lambda f, t: t.update({"0.weight_scale": mixed}), "differs within a 16x16 tile")
+    refused(lambda f, t: t.update({"0.weight": t["0.weight"][:, :8].contiguous()}), "layer '0': weight is")
+    refused(lambda f, t: t.update({"0.weight_scale": t["0.weight_scale"].float()}), "layer '0': weight_scale is")
+
+
+def test_an_index_that_is_damaged(tmp_path: Path) -> None:
+    saved = nv.export.save(model(), tmp_path / "net", shard_bytes=2000)
+    index = saved.files[0]
+    whole = index.read_text()
+    for change in ("", "{", whole[: len(whole) // 2], "[]", "{}", '{"weight_map": 3}'):
+        index.write_text(change)
+        assert isinstance(outcome(index), ValueError)
+    content = json.loads(whole)
+    name, file = next(iter(content["weight_map"].items()))
+    for weight_map in (
+        {**content["weight_map"], name: "../" + file},
+        {**content["weight_map"], "extra": file},
+        {key: value for key, value in content["weight_map"].items() if key != name},
+    ):
+        index.write_text(json.dumps({**content, "weight_map": weight_map}))
+        assert isinstance(outcome(index), ValueError)
+    index.write_bytes(b"\xff\xfe" + whole.encode())
+    assert isinstance(outcome(index), ValueError)
+    index.write_text(whole)
+    assert not isinstance(outcome(index), ValueError)
+
+
+def test_changed_tensors_are_noticed_unless_verification_is_off(whole: bytes, tmp_path: Path) -> None:
+    changed = bytearray(whole)
+    changed[-1] ^= 1
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(bytes(changed))
+    with pytest.raises(ValueError, match="wrong checksum of"):
+        nv.export.load(path, model())
+    nv.export.load(path, model(), verify=False)

@@ -1,0 +1,190 @@
+"""Layers whose weight stays in NVFP4 give the outputs of the layers that they were made of, bit for bit."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv import export
+from te_nvfp4_cv.export import matrix
+from te_nvfp4_cv.export.modules import become, quantize_layer
+from tests.helpers import same_bits, values
+
+RECIPE = nv.NVFP4BlockScaling()
+RECIPES = {
+    "default": RECIPE,
+    "1x16": replace(RECIPE, disable_2d_quantization=True),
+    "4over6 weights": replace(RECIPE, nvfp4_4over6="weights", nvfp4_4over6_e4m3_use_256="weights"),
+    "4over6 all": replace(RECIPE, nvfp4_4over6="all", disable_rht=True),
+    "row scaled": replace(RECIPE, row_scaled_activation=True, disable_rht=True),
+    "delayed": replace(RECIPE, tensor_scale="delayed"),
+    "thin": replace(RECIPE, thin_layers="pad"),
+    "rotated, stochastic backward": replace(RECIPE, wgrad_block="pixel"),
+}
+LAYERS = {
+    "conv2d, odd channels": (lambda: nn.Conv2d(20, 36, 3, padding=1), (2, 20, 7, 6)),
+    "conv2d, groups, stride": (lambda: nn.Conv2d(32, 64, 3, stride=2, groups=2, bias=False), (2, 32, 7, 7)),
+    "conv2d, same, dilated": (lambda: nn.Conv2d(16, 16, 2, padding="same", dilation=2), (1, 16, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(40, 20, 2, stride=2), (2, 40, 4, 3)),
+    "transposed, groups": (lambda: nn.ConvTranspose2d(32, 48, 3, stride=2, groups=2), (2, 32, 4, 4)),
+    "conv1d, circular": (lambda: nn.Conv1d(16, 24, 3, padding=1, padding_mode="circular"), (3, 16, 8)),
+    "conv3d": (lambda: nn.Conv3d(16, 32, 2), (1, 16, 4, 3, 3)),
+    "linear": (lambda: nn.Linear(50, 30), (3, 2, 50)),
+}
+
+
+def made(layer: nn.Module, recipe: nv.NVFP4BlockScaling, backend: str = "auto") -> export.InferenceLayer:
+    copied = copy.deepcopy(layer)
+    return become(copied, quantize_layer(copied, recipe), recipe, backend)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_bit_equal_to_the_layer(case: str, recipe: str, backend: str) -> None:
+    torch.manual_seed(0)
+    build, shape = LAYERS[case]
+    layer, own = build(), RECIPES[recipe]
+    if recipe == "delayed":  # two steps: the amax of an earlier one rules
+        for step in (1, 2):
+            with nv.nvfp4_autocast(own, backend=backend):
+                layer(values(shape, seed=step) * step).square().mean().backward()
+    kept = quantize_layer(layer, own)
+    inference = become(copy.deepcopy(layer), kept, own, backend)
+    for dtype in (None, torch.bfloat16):
+        x = values(shape, seed=3)
+        with torch.no_grad(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            with nv.nvfp4_autocast(own, backend=backend):
+                expected = layer(x)
+            packed = inference(x)
+            inference.set_mode(weights="cached")
+            cached = inference(x)
+            inference.set_mode(weights="packed")
+        assert same_bits(packed, expected) and packed.stride() == expected.stride()
+        assert same_bits(cached, expected)
+
+
+@pytest.mark.parametrize("kind", ["wide", "subnormal", "huge", "zeros", "nan", "inf"])
+def test_odd_inputs_give_what_training_gives(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(16, 16, 3), values((2, 16, 6, 6), kind)
+    with torch.no_grad(), nv.nvfp4_autocast(RECIPE):
+        expected = layer(x)
+    assert same_bits(made(layer, RECIPE)(x), expected)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_activations_in_high_precision(case: str) -> None:
+    torch.manual_seed(0)
+    build, shape = LAYERS[case]
+    layer, x = build(), values(shape, seed=3)
+    inference = made(layer, RECIPE)
+    inference.set_mode(activations="high")
+    plain = copy.deepcopy(layer)
+    plain.weight.data = inference.weight.clone()
+    with torch.no_grad():
+        expected = plain(x)
+    torch.testing.assert_close(inference(x), expected, rtol=1e-5, atol=1e-5)
+    packed = inference(x)
+    inference.set_mode(weights="cached")
+    assert same_bits(inference(x), packed)
+
+
+def test_a_cast_of_the_model_leaves_codes_and_scales() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 32, 3)
+    inference = made(layer, RECIPE)
+    before = inference.weight
+    for cast in (nn.Module.half, nn.Module.double, nn.Module.bfloat16):
+        assert same_bits(cast(copy.deepcopy(inference)).weight, before)
+    low = inference.bfloat16()
+    x = values((1, 16, 5, 5), dtype=torch.bfloat16)
+    assert low(x).dtype == torch.bfloat16 and low.bias.dtype == torch.bfloat16
+
+
+def test_a_cached_weight_follows_a_cast() -> None:
+    inference = made(nn.Linear(32, 32), RECIPE)
+    inference.set_mode(weights="cached", activations="high")
+    inference.bfloat16()
+    assert inference.unpacked is not None and inference.unpacked.dtype == torch.bfloat16
+    assert inference(torch.ones(2, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_memory_of_a_packed_layer() -> None:
+    inference = made(nn.Conv2d(64, 64, 3, bias=False), RECIPE)
+    held = sum(t.numel() * t.element_size() for t in inference.state_dict().values())
+    assert not list(inference.parameters()) and held <= 0.145 * 4 * 64 * 64 * 9
+    assert inference.nvfp4_weight.shape == (64, 9 * 64)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("recipe", ["default", "1x16"])
+def test_the_matrix_and_back(case: str, recipe: str) -> None:
+    torch.manual_seed(0)
+    inference = made(LAYERS[case][0](), RECIPES[recipe])
+    data, scale = matrix.to_matrix(inference.weight_data, inference.weight_scale, inference.plan)
+    rows, taps, blocks = matrix.sizes(inference.plan)
+    assert data.shape == (rows, taps * blocks * 8) and scale.shape == (rows, taps * blocks)
+    again = matrix.from_matrix(data, scale, inference.plan)
+    assert torch.equal(again[0], inference.weight_data) and torch.equal(again[1], inference.weight_scale)
+    groups = getattr(inference, "groups", 1)
+    w = inference.weight.unflatten(0, (groups, -1))  # [G, axis 0, axis 1, *kernel]
+    w = w.transpose(1, 2) if inference.plan.geometry.transposed else w
+    w = w.flatten(0, 1).unsqueeze(-1).flatten(2).transpose(1, 2)  # [N, T, K]
+    values_of_matrix = inference.nvfp4_weight.dequantize().unflatten(1, (taps, blocks * 16))[..., : w.shape[2]]
+    torch.testing.assert_close(values_of_matrix, w, rtol=1e-6, atol=0)
+
+
+def test_static_scales_make_codes_independent_of_the_batch() -> None:
+    """An image that comes with a louder one: its own amax no longer rules, a static one still does."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 16, 3)
+    quiet, loud = values((1, 16, 6, 6), seed=1), 40 * values((1, 16, 6, 6), seed=2)
+    dynamic = made(layer, RECIPE)
+    assert not same_bits(dynamic(torch.cat([quiet, loud]))[:1], dynamic(quiet))
+    codes = quantize_layer(layer, RECIPE)
+    static = become(copy.deepcopy(layer), replace(codes, input_amax=quiet.abs().amax().reshape(1)), RECIPE)
+    assert same_bits(static(torch.cat([quiet, loud]))[:1], static(quiet))
+    assert same_bits(static(quiet), dynamic(quiet))
+
+
+def test_unknown_modes_are_refused() -> None:
+    inference = made(nn.Linear(16, 16), RECIPE)
+    with pytest.raises(ValueError, match="unknown weights"):
+        inference.set_mode(weights="unpacked")
+    with pytest.raises(ValueError, match="unknown activations"):
+        inference.set_mode(activations="bf16")
+
+
+def test_learned_scales_are_in_the_codes() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Conv2d(16, 16, 3)), values((1, 16, 6, 6))
+    (fraction,) = nv.learn_scales(layer, "clip")
+    fraction.data.fill_(0.5)
+    with torch.no_grad(), nv.nvfp4_autocast(RECIPE):
+        expected = layer(x)
+    inference = made(layer[0], RECIPE)
+    assert same_bits(inference(x), expected)
+    assert not list(inference._forward_hooks) and "weight_clip" not in inference.state_dict()
+
+
+def test_a_gradient_is_refused() -> None:
+    x = values((2, 16)).requires_grad_()
+    with pytest.raises(RuntimeError, match="a gradient reached a layer"):
+        made(nn.Linear(16, 16), RECIPE)(x).sum().backward()
+
+
+def test_compiled_and_exported_with_any_batch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(made(nn.Conv2d(16, 32, 3), RECIPE), nn.ReLU(), made(nn.ConvTranspose2d(32, 16, 2), RECIPE))
+    model.requires_grad_(False)
+    x = values((2, 16, 6, 6))
+    expected = model(x)
+    assert same_bits(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+    assert same_bits(exported(x), expected)
+    assert same_bits(exported(x[:1]), model(x[:1]))

@@ -1,0 +1,252 @@
+"""nv.export.save and load: the same outputs, small files, errors that change nothing."""
+
+import copy
+import errno
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv import files
+from te_nvfp4_cv.export import artifact
+from tests.helpers import same_bits, values
+from tests.networks import NO_2D, Net
+
+safetensors = pytest.importorskip("safetensors.torch", reason="the extra [export]")
+RECIPE = nv.NVFP4BlockScaling(name="mine", precision={"body.4": None})
+
+
+def outputs(net: nn.Module, recipe: Any = RECIPE) -> Tensor:
+    with torch.no_grad(), nv.nvfp4_autocast(recipe):
+        return net(values((2, 3, 8, 8), seed=5))
+
+
+def trained(recipe: Any = RECIPE) -> Net:
+    """A net whose batch norm has seen something."""
+    torch.manual_seed(0)
+    net = Net()
+    nv.set_precision(net, recipe)
+    with nv.nvfp4_autocast(recipe):
+        net(values((4, 3, 8, 8), seed=1)).square().mean().backward()
+    net.get_parameter("head.weight").data += 0.01
+    return net.eval()
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 4000])
+@pytest.mark.parametrize("recipe", [RECIPE, NO_2D], ids=["default", "1x16"])
+def test_round_trip(tmp_path: Path, recipe: nv.NVFP4BlockScaling, shard_bytes: int) -> None:
+    net = trained(recipe)
+    saved = nv.export.save(net, tmp_path / "net", recipe, shard_bytes)
+    assert (len(saved.files) == 1) == (shard_bytes == 10**9)
+    assert saved.high == {"stem": "thin layer: 3 in-channels, fewer than 16 (recipe.thin_layers='high_precision')"} | (
+        {"body.4": "the precision table says so"} if recipe is RECIPE else {}
+    )
+    for path in (tmp_path / "net", saved.files[0]):
+        for weights in ("packed", "cached"):
+            loaded = nv.export.load(path, Net(), weights=weights)
+            assert same_bits(loaded(values((2, 3, 8, 8), seed=5)), outputs(net, recipe))
+    with torch.device("meta"):
+        empty = Net()
+    assert same_bits(nv.export.load(tmp_path / "net", empty)(values((2, 3, 8, 8), seed=5)), outputs(net, recipe))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_what_is_in_the_file(tmp_path: Path) -> None:
+    net = trained()
+    saved = nv.export.save(net, tmp_path / "net.safetensors", RECIPE)
+    tensors = safetensors.load_file(saved.files[0])
+    codes = nv.export.load(saved.files[0], Net()).head
+    assert tensors["head.weight"].dtype == torch.uint8 and tensors["head.weight"].shape == (16, 8)
+    assert tensors["head.weight_scale"].dtype == torch.float8_e4m3fn and tensors["head.weight_scale"].shape == (16, 1)
+    low, high = tensors["head.weight"] & 15, tensors["head.weight"] >> 4
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    magnitudes = torch.stack([low, high], dim=-1).flatten(1)
+    real = grid[(magnitudes & 7).long()] * torch.where(magnitudes >= 8, -1.0, 1.0)
+    real = real * tensors["head.weight_scale"].float().repeat_interleave(16, 1) * tensors["head.weight_scale_2"]
+    torch.testing.assert_close(real, codes.weight, rtol=1e-6, atol=0)
+    plain = net.state_dict()
+    assert all(same_bits(tensors[name], plain[name]) for name in ("stem.weight", "body.2.running_var", "head.bias"))
+    with safetensors.safe_open(saved.files[0], "pt") as file:
+        config = json.loads(file.metadata()["quantization_config"])
+    assert config["quant_algo"] == "NVFP4" and config["ignore"] == ["body.4", "stem"]
+    manifest = artifact.read(saved.files[0]).manifest
+    assert manifest is not None and manifest.layers["up"].k_order == "taps, channels padded to 16"
+    assert nv.recipe_files.parse_recipe(manifest.recipe) == RECIPE
+
+
+def test_an_inference_model_is_saved_again(tmp_path: Path) -> None:
+    net = trained()
+    nv.export.save(net, tmp_path / "a", RECIPE)
+    loaded = nv.export.load(tmp_path / "a", Net())
+    nv.export.save(loaded, tmp_path / "b", RECIPE)
+    assert same_bits(nv.export.load(tmp_path / "b", Net())(values((2, 3, 8, 8), seed=5)), outputs(net))
+    a, b = (safetensors.load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+
+
+def test_the_state_dict_of_an_inference_model_is_weights_only(tmp_path: Path) -> None:
+    nv.export.save(trained(), tmp_path / "a", RECIPE)
+    loaded, other = (nv.export.load(tmp_path / "a", Net()) for _ in range(2))
+    torch.save(loaded.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_delayed_scales_become_static(tmp_path: Path) -> None:
+    recipe = nv.NVFP4BlockScaling(tensor_scale="delayed")
+    net = trained(recipe)
+    nv.export.save(net, tmp_path / "a", recipe)
+    loaded = nv.export.load(tmp_path / "a", Net())
+    assert loaded.body[1].input_amax is not None
+    assert "body.1.input_scale" in artifact.read(tmp_path / "a").tensors
+    assert same_bits(loaded(values((2, 3, 8, 8), seed=5)), outputs(net, recipe))
+
+
+def test_explicit_modules_shared_modules_and_a_root_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nv.NVFP4Linear(32, 32, recipe=NO_2D)
+            self.b = self.a
+            self.c = nn.Linear(32, 32)
+            self.c.weight = nn.Parameter(self.a.weight.detach().clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x)))
+
+    x, net = values((3, 32)), Twice()
+    with torch.no_grad(), nv.nvfp4_autocast():
+        expected = net(x)
+    nv.export.save(net, tmp_path / "twice")
+    assert same_bits(nv.export.load(tmp_path / "twice", Twice())(x), expected)
+    root = nn.Linear(32, 48)
+    with torch.no_grad(), nv.nvfp4_autocast():
+        expected = root(x)
+    nv.export.save(root, tmp_path / "root")
+    assert same_bits(nv.export.load(tmp_path / "root", nn.Linear(32, 48))(x), expected)
+
+
+def test_sizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Conv2d(128, 128, 3, bias=False) for _ in range(4)))
+    saved = nv.export.save(net, tmp_path / "net")
+    assert saved.weight_bytes <= 0.145 * saved.plain_bytes
+    assert saved.total_bytes <= 0.15 * saved.plain_bytes
+    assert saved.total_bytes == saved.files[0].stat().st_size
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+class Wider(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(32, 32, 2, stride=2)
+        self.extra = nn.Linear(4, 4)
+        del self.dropout, self.head
+        self.body[4] = nn.Conv2d(32, 32, 3, stride=2, padding=1)
+
+
+def test_a_model_that_does_not_fit_is_left_as_it_is(tmp_path: Path) -> None:
+    nv.export.save(trained(), tmp_path / "net", RECIPE)
+    other = Wider()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="not the one") as error:
+        nv.export.load(tmp_path / "net", other)
+    told = str(error.value)
+    assert "not in the file: extra.weight, extra.bias" in told
+    assert "not in the model: " in told and "head.weight" in told
+    assert "up.weight: (32, 32, 2, 2), in the file (32, 16, 2, 2)" in told and "body.4.weight" in told
+    assert type(other.up) is nn.ConvTranspose2d
+    assert all(same_bits(before[name], value) for name, value in other.state_dict().items())
+    loaded = nv.export.load(tmp_path / "net", Net())
+    with pytest.raises(ValueError, match="before it was converted"):
+        nv.export.load(tmp_path / "net", loaded)
+
+
+def test_groups_that_differ_are_told(tmp_path: Path) -> None:
+    nv.export.save(nn.Conv2d(32, 32, 1, groups=2), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"groups=1\), in the file conv2d \(groups=2\)"):
+        nv.export.load(tmp_path / "a", nn.Conv2d(16, 32, 1))
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    net = trained()
+    net.head.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="'head' is not finite"):
+        nv.export.save(net, tmp_path / "net", RECIPE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_keeps_the_old_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard_bytes in (10**9, 4000):
+        nv.export.save(trained(), tmp_path / "net", RECIPE, shard_bytes)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        other = trained()
+        other.head.weight.data.mul_(2)
+        written = files._write_all
+        count = iter(range(100))
+
+        def full(file: Any, content: bytes, written: Any = written, count: Any = count) -> None:
+            if next(count) >= (0 if shard_bytes == 10**9 else 2):  # noqa: B023
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written(file, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_write_all", full)
+            with pytest.raises(RuntimeError, match="could not be written"):
+                nv.export.save(other, tmp_path / "net", RECIPE, shard_bytes)
+        left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert left.items() >= before.items(), "the old artefact survives"
+        assert same_bits(nv.export.load(tmp_path / "net", Net())(values((2, 3, 8, 8), seed=5)), outputs(trained()))
+        nv.export.save(other, tmp_path / "net", RECIPE, shard_bytes)
+        assert same_bits(nv.export.load(tmp_path / "net", Net())(values((2, 3, 8, 8), seed=5)), outputs(other))
+        names = {path.name for path in tmp_path.iterdir()}
+        assert len(names) == (1 if shard_bytes == 10**9 else len(before)), "no draft and no old shard is left"
+
+
+def test_an_unwritable_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match="could not be written"):
+        nv.export.save(nn.Linear(16, 16), tmp_path / "file" / "net")
+
+
+def test_no_model_and_no_file(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="nv.export.save: not a module"):
+        nv.export.save("net", tmp_path / "net")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="nv.export.load: not a module"):
+        nv.export.load(tmp_path / "net", tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="no such artefact"):
+        nv.export.load(tmp_path / "net", Net())
+    with pytest.raises(FileNotFoundError, match="a folder"):
+        nv.export.load(tmp_path, Net())
+
+
+def test_an_older_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact.Manifest, "version", 0)
+        manifest = artifact.Manifest("0.0.1", "", (), {}, {}, version=0)
+    metadata = {artifact.KEY: manifest.to_json()}
+    safetensors.save_file({"x": torch.ones(1)}, tmp_path / "old.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"version 0 of the format, te_nvfp4_cv '0.0.1'"):
+        nv.export.load(tmp_path / "old", Net())
+
+
+def test_a_plain_checkpoint_is_refused(tmp_path: Path) -> None:
+    safetensors.save_file(Net().state_dict(), tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="was not written by nv.export.save"):
+        nv.export.load(tmp_path / "plain", Net())
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    saved = nv.export.save(trained(), tmp_path / "net", RECIPE, 4000)
+    os.unlink(saved.files[2])
+    with pytest.raises(ValueError, match=f"a shard is missing[\\s\\S]*{saved.files[2].name}"):
+        nv.export.load(tmp_path / "net", Net())
