@@ -74,6 +74,7 @@ class Manifest:
     Attributes:
         recipe: of the whole model, as TOML with its [precision] table; recipes: of single layers.
         layers: quantized ones by name; high: convolutions and linear layers left in high precision, with the reason.
+        folded: batch norms that are part of the layer before them, with its name.
         sha256: of each tensor's bytes.
     """
 
@@ -82,6 +83,7 @@ class Manifest:
     recipes: tuple[str, ...]
     layers: dict[str, LayerEntry]
     high: dict[str, str]
+    folded: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
@@ -118,6 +120,8 @@ class Manifest:
             manifest = cls(**{**fields, "layers": layers, "recipes": tuple(fields["recipes"])})
             for name, entry in layers.items():
                 _check_entry(name, entry, len(manifest.recipes))
+            if not all(type(text) is str for pair in manifest.folded.items() for text in pair):
+                raise ValueError(f"folded norms are given as {manifest.folded}")
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise damaged(source, f"its manifest: {error}") from error
         return manifest

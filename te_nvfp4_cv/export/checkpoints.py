@@ -22,6 +22,7 @@ from te_nvfp4_cv import calls, learned
 from te_nvfp4_cv.checks import check_module, runtime_error, value_error
 from te_nvfp4_cv.export import artifact, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
+from te_nvfp4_cv.export.folding import FoldedNorm, put
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
 from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module, with_recipes
 from te_nvfp4_cv.plan import Plan, weight_plan
@@ -88,7 +89,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
         plain += 4 * torch.Size(entry.shape).numel()
         tensors |= made
         entries[name] = entry
-    manifest = Manifest(__version__, resolved.to_toml(), tuple(recipes), entries, high)
+    folded = {plain_name(name): m.layer for name, m in model.named_modules() if isinstance(m, FoldedNorm)}
+    manifest = Manifest(__version__, resolved.to_toml(), tuple(recipes), entries, high, folded)
     config = {
         "quant_method": "modelopt",
         "quant_algo": "NVFP4",
@@ -274,6 +276,12 @@ def load(
         layer.channels_last = entry.channels_last
         for key, buffer in layer._buffers.items():
             layer._buffers[key] = None if buffer is None else buffer.to(device)
+    for norm, name in manifest.folded.items():
+        layer_module: Any = model.get_submodule(name)
+        if layer_module.bias is None:
+            values = opened.tensors[f"{name}.bias"]
+            layer_module.bias = nn.Parameter(torch.empty_like(values, device=device))
+        put(model, norm, FoldedNorm(name))
     own = {"weight", "weight_scale", "weight_scale_2", "input_scale"}
     packed = {f"{name}.{key}".lstrip(".") for name in layers for key in own}
     rest = {name: t for name, t in opened.tensors.items() if name not in packed}
@@ -308,8 +316,11 @@ def _check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[s
             )
     quantized = {id(modules[name]) for name in manifest.layers if name in modules}
     aliases = {f"{name}.weight" for name, module in modules.items() if id(module) in quantized}  # of shared modules
-    missing = [name for name in state if name not in expected and name not in aliases]
-    unexpected = [name for name in expected if name not in state]
+    norms = tuple(f"{name}." for name in manifest.folded)
+    biases = {f"{name}.bias" for name in manifest.folded.values()}
+    missing = [name for name in state if name not in expected and name not in aliases and not name.startswith(norms)]
+    unexpected = [name for name in expected if name not in state and name not in biases]
+    unexpected += [name for name in manifest.folded if name not in modules]
     shapes += [
         f"{name}: {tuple(state[name].shape)}, in the file {shape}"
         for name, shape in expected.items()
@@ -323,6 +334,9 @@ def _check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[s
             needs="the same architecture, before it was converted",
             fix="build the model as it was built for training (classes, width, inputs)",
         )
+    lost = [name for name in biases if name not in opened.tensors]
+    if lost or not set(manifest.folded.values()) <= modules.keys():
+        raise artifact.damaged(opened.source, f"norms are folded into layers without a bias: {_listed(lost)}")
     return {name: modules[name] for name in manifest.layers}
 
 

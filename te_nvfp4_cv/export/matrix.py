@@ -29,6 +29,15 @@ def sizes(plan: Plan) -> tuple[int, int, int]:
     return g.channels_b, g.taps, -(-(g.channels_a // g.groups) // BLOCK)
 
 
+def of_weight(w: Tensor, plan: Plan) -> Tensor:
+    """A weight [axis 0, axis 1, *kernel] as the matrix [N, T * Kb * 16] of its values."""
+    groups = plan.geometry.groups
+    w = w.reshape(groups, w.shape[0] // groups, w.shape[1], -1)  # [G, axis 0, axis 1, T]
+    w = w.transpose(1, 2) if plan.geometry.transposed else w
+    w = w.flatten(0, 1).transpose(1, 2)  # [N, T, K]
+    return F.pad(w, (0, -w.shape[2] % BLOCK)).flatten(1)
+
+
 def to_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Codes as a matrix."""
     rows, taps, blocks = sizes(plan)

@@ -1,0 +1,110 @@
+"""Batch norms that follow a convolution or linear layer, multiplied into it before it is quantized.
+
+    y = gamma (W x + b - mean) / sqrt(var + eps) + beta    =    W' x + b'
+
+Pairs are found in the graphs that torch.fx traces of each module's own forward, so a pair is folded where nothing else
+reads the layer's result, and each of the two is called once. What cannot be traced, norms of other classes, norms
+without running statistics, modules with hooks and shared modules stay as they are: unfolded is right too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import fusion
+
+from te_nvfp4_cv.export.modules import CLASSES
+from te_nvfp4_cv.fuse_patterns import child_of
+from te_nvfp4_cv.fuse_trace import Untraceable, trace
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class FoldedNorm(nn.Identity):
+    """Stands where a batch norm was that is now part of the layer named `layer`."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def extra_repr(self) -> str:
+        """The layer's name."""
+        return f"in {self.layer!r}"
+
+
+def fold(model: nn.Module) -> dict[str, str]:
+    """Fold every pair of a model in eval mode, in place; {name of the norm: name of its layer}."""
+    pairs = find(model)
+    for norm_name, layer_name in pairs.items():
+        layer: Any = model.get_submodule(layer_name)
+        norm: Any = model.get_submodule(norm_name)
+        layer.weight, layer.bias = _fused(layer, norm)
+        put(model, norm_name, FoldedNorm(layer_name))
+    return pairs
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def find(model: nn.Module) -> dict[str, str]:
+    """The pairs that can be folded."""
+    known = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    pairs: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not any(isinstance(child, NORMS) for child in module.children()):
+            continue
+        try:
+            graph = trace(module).evaluation
+        except Untraceable:
+            continue
+        calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+        for node in graph.nodes:
+            layer_node = _layer_before(module, node)
+            if layer_node is None:
+                continue
+            targets = (str(node.target), str(layer_node.target))
+            if all(calls[t] == 1 and known[id(child_of(module, t))] == 1 for t in targets):
+                prefix = f"{name}." if name else ""
+                pairs[prefix + targets[0]] = prefix + targets[1]
+    return pairs
+
+
+def _layer_before(module: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The call of the layer whose result a call of a batch norm alone reads."""
+    norm: Any = child_of(module, str(node.target)) if node.op == "call_module" else None
+    if type(norm) not in NORMS or norm.running_mean is None or norm.running_var is None or _hooked(norm):
+        return None
+    before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+    if not isinstance(before, fx.Node) or before.op != "call_module" or list(before.users) != [node]:
+        return None
+    layer: Any = child_of(module, str(before.target))
+    if type(layer) not in CLASSES or _hooked(layer) or "weight" not in layer._parameters:
+        return None
+    width = norm.num_features
+    out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    unclear = getattr(layer, "transposed", False) and layer.groups > 1  # its weight's axis 1 holds one group's outputs
+    return before if out == width and not unclear else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or nn.utils.parametrize.is_parametrized(module)
+
+
+def _fused(layer: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    weight: Tensor
+    bias: Tensor
+    with torch.no_grad():
+        if isinstance(layer, nn.Linear):
+            weight, bias = fusion.fuse_linear_bn_weights(layer.weight, layer.bias, *statistics)
+        else:
+            transposed = bool(getattr(layer, "transposed", False))
+            weight, bias = fusion.fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transpose=transposed)
+    return nn.Parameter(weight.detach()), nn.Parameter(bias.detach())

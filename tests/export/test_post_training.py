@@ -1,0 +1,286 @@
+"""nv.export.quantize: folding is exact, calibration sees what the layer multiplies, better rounding has less error."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.export import matrix, rounding
+from te_nvfp4_cv.export.calibration import collect, im2col_rows
+from te_nvfp4_cv.export.folding import FoldedNorm, fold
+from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.plan import weight_plan
+from tests.helpers import same_bits, values
+
+RECIPE = nv.NVFP4BlockScaling(precision={"stem": None, "head": None})
+
+
+class Small(nn.Module):
+    """A stem, a residual block with batch norms, a transposed convolution with one, a group norm, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.conv2, self.bn2 = nn.Conv2d(32, 16, 3, padding=1, groups=1), nn.BatchNorm2d(16)
+        self.up = nn.Sequential(nn.ConvTranspose2d(16, 16, 2, stride=2), nn.BatchNorm2d(16), nn.ReLU())
+        self.late = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        x = self.up(x + y)
+        return self.head(self.late(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def net() -> Small:
+    torch.manual_seed(0)
+    small = Small()
+    with torch.no_grad():
+        for parameter in small.parameters():
+            if parameter.dim() > 1:
+                parameter *= 2.0
+        for norm in (m for m in small.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.uniform_(-0.2, 0.2)
+        nv.sensitivity.update_bn(small, [images(seed) for seed in range(4)])
+    return small.eval()
+
+
+def images(seed: int, count: int = 8) -> Tensor:
+    return values((count, 3, 12, 12), seed=seed) + 0.5
+
+
+BATCHES = [images(seed) for seed in range(10, 14)]
+
+
+def error(model: nn.Module, original: nn.Module) -> float:
+    x = images(99, 32)
+    with torch.no_grad():
+        expected = original(x)
+        return float((model(x) - expected).norm() / expected.norm())
+
+
+# ---- folding --------------------------------------------------------------------------------------------------------
+
+
+def test_folding_keeps_the_function(net: Small) -> None:
+    folded = copy.deepcopy(net)
+    assert fold(folded) == {"bn1": "conv1", "bn2": "conv2", "up.1": "up.0"}
+    assert isinstance(folded.bn1, FoldedNorm) and type(folded.late) is nn.BatchNorm2d and folded.conv1.bias is not None
+    assert error(folded, net) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["linear", "1d", "3d"])
+def test_every_kind_of_layer_folds(kind: str) -> None:
+    torch.manual_seed(0)
+    model, shape = {
+        "linear": (nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)), (8, 16)),
+        "1d": (nn.Sequential(nn.ConvTranspose1d(16, 32, 3), nn.BatchNorm1d(32)), (2, 16, 8)),
+        "3d": (nn.Sequential(nn.Conv3d(16, 16, 2, groups=4), nn.BatchNorm3d(16)), (2, 16, 4, 4, 4)),
+    }[kind]
+    model(values(shape))
+    model.eval()
+    expected = model(values(shape, seed=1))
+    assert fold(model) == {"1": "0"}
+    torch.testing.assert_close(model(values(shape, seed=1)), expected, rtol=1e-4, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """Norms that must stay: of a shared layer, of a result that is read twice, with a hook, without statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(16, 16, 1)
+        self.a, self.b = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.twice, self.c = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.hooked, self.d = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.plain, self.e = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16, track_running_stats=False)
+        self.groups, self.f = nn.ConvTranspose2d(16, 16, 1, groups=2), nn.BatchNorm2d(16)
+        self.hooked.register_forward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.shared(x)) + self.b(self.shared(x))
+        y = self.twice(x)
+        x = y + self.c(y)
+        return self.f(self.groups(self.e(self.plain(self.d(self.hooked(x))))))
+
+
+def test_what_cannot_be_folded_stays() -> None:
+    assert fold(Odd().eval()) == {}
+
+
+# ---- calibration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(20, 32, 3, stride=2, padding=1, dilation=2), (3, 20, 9, 8)),
+        (nn.Conv2d(32, 32, 2, groups=2), (2, 32, 5, 5)),
+        (nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"), (2, 16, 5, 5)),
+        (nn.ConvTranspose2d(24, 16, 3, stride=2, padding=1, output_padding=1), (2, 24, 4, 4)),
+        (nn.ConvTranspose1d(32, 48, 2, groups=2), (2, 32, 5)),
+        (nn.Linear(20, 16), (4, 3, 20)),
+        (nn.Conv3d(16, 16, 2, padding="same"), (1, 16, 3, 4, 4)),
+    ],
+    ids=str,
+)
+def test_rows_times_matrix_is_the_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """All im2col rows, multiplied with the weight's matrix: the outputs, in another order."""
+    x, groups = values(shape), getattr(layer, "groups", 1)
+    rows = im2col_rows(layer, x, torch.Generator().manual_seed(0), most=10**9)
+    plan = weight_plan(layer.weight.shape, groups, bool(getattr(layer, "transposed", False)), RECIPE, "reference")
+    w = matrix.of_weight(layer.weight.detach(), plan).unflatten(0, (groups, -1))
+    y = torch.einsum("rgk,gnk->rgn", rows, w).flatten(1) + layer.bias.detach()
+    expected = layer(x).detach()
+    expected = (
+        expected.flatten(0, -2) if isinstance(layer, nn.Linear) else expected.flatten(2).transpose(1, 2).flatten(0, 1)
+    )
+    assert y.shape == expected.shape
+    order, by = y[:, 0].argsort(), expected[:, 0].argsort()
+    torch.testing.assert_close(y[order], expected[by], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_all_batches(net: Small) -> None:
+    found = collect(net, {"conv1": net.conv1}, BATCHES, gram=True)["conv1"]
+    seen: list[Tensor] = []
+    hook = net.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in BATCHES:
+            net(batch)
+    hook.remove()
+    assert same_bits(found.amax, torch.cat(seen).abs().amax().reshape(1))
+    columns = F.unfold(torch.cat(seen), 3, padding=1).unflatten(1, (16, 9)).permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+    assert found.rows == columns.shape[0] == 4 * 8 * 144
+    torch.testing.assert_close(found.mean[0], columns.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.square[0], columns.square().mean(0), rtol=1e-4, atol=1e-5)
+    assert found.gram is not None
+    torch.testing.assert_close(found.gram[0], columns.t() @ columns / found.rows, rtol=1e-4, atol=1e-5)
+    assert not net.conv1._forward_pre_hooks and not net.training
+
+
+# ---- rounding -------------------------------------------------------------------------------------------------------
+
+
+def test_less_error_by_search_and_gptq() -> None:
+    torch.manual_seed(0)
+    w, x = torch.randn(32, 256), torch.randn(2000, 256) @ torch.randn(256, 256) / 16 * torch.rand(256)
+    gram, amax = x.t() @ x / 2000, w.abs().amax().reshape(1)
+    importance = gram.diagonal()
+    nearest = rounding.nearest_scales(w, amax, 448)
+    unit = rounding.value_of(nearest, amax, 448).repeat_interleave(16, 1)
+    plain = formats_dequantized(rounding.round_codes(w, unit), nearest, amax)
+
+    def of(data: Tensor, scale: Tensor) -> Tensor:
+        return formats_dequantized(nv.formats.unpack_nibbles(data), scale, amax)
+
+    searched = of(*rounding.quantize_matrix(w, amax, None, importance))
+    gptq = of(*rounding.quantize_matrix(w, amax, gram, importance))
+
+    def weighted(q: Tensor) -> float:
+        return float(((w - q).square() * importance).sum())
+
+    def output(q: Tensor) -> float:
+        return float(((w - q) @ gram * (w - q)).sum())
+
+    assert weighted(searched) < 0.95 * weighted(plain)
+    assert output(gptq) < 0.8 * output(searched) < output(plain)
+
+
+def formats_dequantized(codes: Tensor, scale: Tensor, amax: Tensor) -> Tensor:
+    return rounding.dequantize(codes, scale, amax, 448)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "subnormal", "huge", "wide"])
+def test_odd_weights_round_to_finite_values(kind: str) -> None:
+    w = values((16, 64), kind)
+    amax = w.abs().amax().reshape(1)
+    gram = torch.eye(64)
+    gram[3] = 0
+    for use_gram in (None, gram):
+        data, scale = rounding.quantize_matrix(w, amax, use_gram, None)
+        q = formats_dequantized(nv.formats.unpack_nibbles(data), scale, amax)
+        assert bool(torch.isfinite(q).all()) and bool(((scale & 0x7F) != 0x7F).all())
+        assert float((w - q).norm()) <= 0.2 * float(w.norm()) or kind == "subnormal"
+
+
+# ---- the whole ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", rounding.METHODS)
+@pytest.mark.parametrize("activations", ["nvfp4", "high"])
+def test_every_method(net: Small, tmp_path: Path, method: str, activations: str) -> None:
+    before = copy.deepcopy(net.state_dict())
+    quantized = nv.export.quantize(net, BATCHES, RECIPE, method=method, activations=activations)
+    assert all(same_bits(before[name], value) for name, value in net.state_dict().items()), "the model is left alone"
+    inside = [name for name, m in quantized.named_modules() if isinstance(m, InferenceLayer)]
+    assert inside == ["conv1", "conv2", "up.0"] and type(quantized.stem) is nn.Conv2d
+    assert error(quantized, net) < (0.2 if activations == "nvfp4" else 0.12)
+    nv.export.save(quantized, tmp_path / "q", RECIPE)
+    loaded = nv.export.load(tmp_path / "q", Small(), activations=activations)
+    assert isinstance(loaded.bn1, FoldedNorm)
+    assert same_bits(loaded(BATCHES[0]), quantized(BATCHES[0]))
+
+
+def test_search_and_gptq_are_better_than_nearest(net: Small) -> None:
+    errors = {
+        method: error(nv.export.quantize(net, BATCHES, RECIPE, method=method, activations="high"), net)
+        for method in ("nearest", "search", "gptq")
+    }
+    assert errors["search"] < errors["nearest"] and errors["gptq"] < errors["nearest"]
+
+
+def test_without_folding_the_norms_are_estimated_again(net: Small) -> None:
+    kept = nv.export.quantize(net, BATCHES, RECIPE, fold_bn=False, reestimate_bn=False)
+    anew = nv.export.quantize(net, BATCHES, RECIPE, fold_bn=False)
+    assert same_bits(kept.bn1.running_mean, net.bn1.running_mean)
+    assert not same_bits(anew.bn1.running_mean, net.bn1.running_mean)
+    assert error(anew, net) < 0.2
+
+
+def test_bias_correction_removes_the_mean_error(net: Small) -> None:
+    x = torch.cat(BATCHES)
+    with torch.no_grad():
+        expected = net.stem(x).relu()
+        wanted = net.bn1(net.conv1(expected)).mean((0, 2, 3))
+        means = [
+            nv.export.quantize(net, BATCHES, RECIPE, activations="high", bias_correction=flag)
+            .conv1(expected)
+            .mean((0, 2, 3))
+            for flag in (True, False)
+        ]
+    corrected, left = ((mean - wanted).norm() for mean in means)
+    assert corrected < 1e-3 * wanted.norm() and corrected < 0.1 * left
+
+
+def test_scales_static_and_dynamic(net: Small) -> None:
+    static = nv.export.quantize(net, BATCHES, RECIPE)
+    dynamic = nv.export.quantize(net, BATCHES, RECIPE, scales="dynamic")
+    assert static.conv1.input_amax is not None and dynamic.conv1.input_amax is None
+    pair = torch.cat([images(5, 1), 3 * images(6, 1)])
+    torch.testing.assert_close(static(pair)[:1], static(pair[:1]), rtol=1e-4, atol=1e-5)
+    assert float((dynamic(pair)[:1] - dynamic(pair[:1])).abs().max()) > 1e-3
+
+
+def test_bad_input_is_refused(net: Small) -> None:
+    with pytest.raises(ValueError, match="unknown method"):
+        nv.export.quantize(net, BATCHES, method="best")
+    with pytest.raises(ValueError, match="unknown scales"):
+        nv.export.quantize(net, BATCHES, scales="row")
+    with pytest.raises(TypeError, match="not a module"):
+        nv.export.quantize(BATCHES, net)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no batches"):
+        nv.export.quantize(net, [])
+    with pytest.raises(ValueError, match="read once only"):
+        nv.export.quantize(net, iter(BATCHES))
+    with pytest.raises(ValueError, match="'conv1' is not finite"):
+        nv.export.quantize(net, [BATCHES[0] * float("nan")], RECIPE)
+    with pytest.raises(ValueError, match="'stern'"):
+        nv.export.quantize(net, BATCHES, nv.NVFP4BlockScaling(precision={"stern": None}))
