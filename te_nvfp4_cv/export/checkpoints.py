@@ -355,6 +355,8 @@ def _codes(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4Bl
     data, scale = opened.tensors[f"{prefix}weight"], opened.tensors[f"{prefix}weight_scale"]
     plan = entry_plan(entry, NVFP4BlockScaling(disable_2d_quantization=not entry.tiles))
     rows, taps, blocks = matrix.sizes(plan)
+    if entry.k_order != matrix.K_ORDER:
+        raise damaged_layer(opened, name, f"its matrix is in the order {entry.k_order!r}, not {matrix.K_ORDER!r}")
     if data.dtype != torch.uint8 or tuple(data.shape) != (rows, taps * blocks * 8):
         raise damaged_layer(opened, name, f"weight is {data.dtype} {tuple(data.shape)}")
     if scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (rows, taps * blocks):
