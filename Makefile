@@ -36,6 +36,6 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # TransformerEngine without its dependencies: the pure-Python wheel has the recipes, which the tests compare with ours.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet $(PIN) -e ".[train,dev,adapters,telemetry]"
+	$(PIP) install --quiet $(PIN) -e ".[train,dev,adapters,telemetry,export]"
 	$(PIP) install --quiet $(PIN) --no-deps transformer-engine==2.20.2
 	touch $@

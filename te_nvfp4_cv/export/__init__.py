@@ -3,6 +3,8 @@
     nv.export.save(model, path, recipe)      packed safetensors: 4-bit codes and scales, checksums, the recipe
     nv.export.load(path, model)              an NVFP4 inference model, bit-equal to the one that was saved
     nv.export.quantize(model, loader)        one from a network that was trained in high precision
+    nv.export.to_onnx(model, example, path)  such a model as an ONNX file
+    python -m te_nvfp4_cv.export.verify FILE what each layer of an artefact really is
 
 Needs the extra [export]: pip install 'te_nvfp4_cv[export]'.
 """
@@ -10,5 +12,6 @@ Needs the extra [export]: pip install 'te_nvfp4_cv[export]'.
 from te_nvfp4_cv.export.checkpoints import Saved, load, save
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.post_training import quantize
+from te_nvfp4_cv.export.to_onnx import to_onnx
 
-__all__ = ["InferenceLayer", "Saved", "load", "quantize", "save"]
+__all__ = ["InferenceLayer", "Saved", "load", "quantize", "save", "to_onnx"]

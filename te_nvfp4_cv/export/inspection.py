@@ -49,6 +49,7 @@ class Row:
         shape: of the weight as stored; of NVFP4, the matrix [N, K] of its values.
         count: values; bytes: of codes and scales, or of the plain weight.
         axis: what the blocks of 16 run along, in words; scales: smallest and largest block scale, as stored.
+        activations: of an ONNX graph, how the layer's input is quantized.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Row:
     bytes: int
     axis: str = ""
     scales: tuple[float, float] | None = None
+    activations: str = ""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -96,7 +98,18 @@ class Report:
         }
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "claimed", "precision", "shape", "bytes", "bits", "blocks along", "scales")
+        head = (
+            "layer",
+            "kind",
+            "claimed",
+            "precision",
+            "shape",
+            "bytes",
+            "bits",
+            "blocks along",
+            "scales",
+            "activations",
+        )
         cells = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
         lines = [f"{self.source} ({self.origin})"]
@@ -116,7 +129,18 @@ class Report:
 def _cells(row: Row) -> tuple[str, ...]:
     scales = "" if row.scales is None else f"{row.scales[0]:.3g} .. {row.scales[1]:.3g}"
     shape = "x".join(map(str, row.shape))
-    return row.name, row.kind, row.claimed, row.precision, shape, str(row.bytes), f"{row.bits:.2f}", row.axis, scales
+    return (
+        row.name,
+        row.kind,
+        row.claimed,
+        row.precision,
+        shape,
+        str(row.bytes),
+        f"{row.bits:.2f}",
+        row.axis,
+        scales,
+        row.activations,
+    )
 
 
 # ---- safetensors ----------------------------------------------------------------------------------------------------

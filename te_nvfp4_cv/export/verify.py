@@ -12,14 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from te_nvfp4_cv.export.inspection import Report, inspect_safetensors
+from te_nvfp4_cv.export.inspection_onnx import inspect_onnx
 
 
 def verify(path: str | Path) -> Report:
-    """Inspect an artefact: safetensors (its index, too).
+    """Inspect an artefact: safetensors (its index, too) or ONNX.
 
     Raises:
-        FileNotFoundError: no such file; ValueError: one that cannot be read.
+        FileNotFoundError: no such file; ValueError: one that cannot be read; RuntimeError: onnx is not installed.
     """
+    if Path(path).suffix == ".onnx":
+        return inspect_onnx(Path(path))
     return inspect_safetensors(Path(path))
 
 
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m te_nvfp4_cv.export.verify",
         description="list the precision that each layer of a file really has",
     )
-    parser.add_argument("file", help="a .safetensors file or the index of several")
+    parser.add_argument("file", help="a .safetensors file, the index of several, or an .onnx file")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     return run(options.file, options.json)

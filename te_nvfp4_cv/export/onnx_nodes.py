@@ -1,0 +1,263 @@
+"""One inference layer as ONNX nodes. Everything is standard ONNX of opset 23 or later, computed in fp32.
+
+    weight, "qdq"        FLOAT4E2M1 [N, K], E4M3 [N, K / 16], fp32 []:  DequantizeLinear(codes, DequantizeLinear(scales,
+                         tensor scale), axis=1, block_size=16), since a scale must have the type of the result
+    weight, "portable"   uint8 [N, K / 2]: BitwiseAnd, BitShift, Gather from the 16 values, times both scales
+    x                    channels last, padded to blocks of 16, amax, s_b = e4m3(amax_b S_enc / 6), then
+                         QuantizeLinear to FLOAT4E2M1 and DequantizeLinear ("qdq"), or comparisons ("portable")
+    layer                Conv, ConvTranspose, or MatMul ("matmul", and linear layers) of the two, plus bias
+
+What has no such form (4over6 of activations) is refused by to_onnx.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.export import matrix
+from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.formats import BLOCK
+
+VALUES = formats.decode_e2m1(torch.arange(16)).numpy()
+
+
+class Nodes:
+    """Nodes and initializers under construction; their names start with the layer's."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._known: set[str] = set()
+
+    def op(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Add a node; returns its output."""
+        output = f"{self.prefix}/{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, values: Any, dtype: Any = np.float32) -> str:
+        """Add an initializer of numbers."""
+        full = f"{self.prefix}.{name}" if self.prefix else name
+        if full not in self._known:
+            self.initializers.append(numpy_helper.from_array(np.asarray(values, dtype=dtype), full))
+            self._known.add(full)
+        return full
+
+    def packed(self, name: str, data: Tensor, kind: int, dims: Sequence[int]) -> str:
+        """Add an initializer of a type that numpy lacks, from its bytes."""
+        full = f"{self.prefix}.{name}" if self.prefix else name
+        raw = data.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        self.initializers.append(helper.make_tensor(full, kind, dims, raw, raw=True))
+        return full
+
+    def ints(self, name: str, values: Sequence[int]) -> str:
+        """Add an initializer of int64."""
+        return self.constant(name, list(values), np.int64)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def weight_matrix(g: Nodes, layer: InferenceLayer, portable: bool) -> str:
+    """fp32 [N, K], K padded to blocks of 16."""
+    data, scale = matrix.to_matrix(layer.weight_data, layer.weight_scale, layer.plan)
+    rows, half = data.shape
+    factor = 1.0 / (6.0 * layer.recipe.settings("weight").e4m3_max)
+    tensor_scale = g.constant("weight_scale_2", np.float32(float(layer.weight_amax.float() * factor)))
+    scales = g.packed("weight_scale", scale, TensorProto.FLOAT8E4M3FN, scale.shape)
+    if not portable:
+        codes = g.packed("weight", data, TensorProto.FLOAT4E2M1, (rows, 2 * half))
+        real_scales = g.op("DequantizeLinear", [scales, tensor_scale])
+        return g.op("DequantizeLinear", [codes, real_scales], axis=1, block_size=BLOCK)
+    codes = g.packed("weight", data, TensorProto.UINT8, (rows, half))
+    low = g.op("BitwiseAnd", [codes, g.constant("nibble", 15, np.uint8)])
+    high = g.op("BitShift", [codes, g.constant("shift", 4, np.uint8)], direction="RIGHT")
+    one = g.ints("last_axis", [2])
+    pairs = g.op("Concat", [g.op("Unsqueeze", [low, one]), g.op("Unsqueeze", [high, one])], axis=2)
+    index = g.op("Cast", [pairs], to=TensorProto.INT64)
+    values = g.op("Gather", [g.constant("e2m1", VALUES), index])  # [N, K / 2, 2]
+    blocks = g.op("Reshape", [values, g.ints("blocks", [rows, scale.shape[1], BLOCK])])
+    real_scales = g.op("Mul", [g.op("Cast", [scales], to=TensorProto.FLOAT), tensor_scale])
+    product = g.op("Mul", [blocks, g.op("Unsqueeze", [real_scales, one])])
+    return g.op("Reshape", [product, g.ints("matrix", [rows, 2 * half])])
+
+
+def kernel_of(g: Nodes, layer: InferenceLayer, rows: str) -> str:
+    """A matrix [N, K] as torch's weight [axis 0, axis 1, *kernel], which is ONNX's too."""
+    geometry = layer.plan.geometry
+    n, taps, blocks = matrix.sizes(layer.plan)
+    groups, kernel = geometry.groups, list(geometry.kernel)
+    channels = _channels(layer)
+    w = g.op("Reshape", [rows, g.ints("taps", [n, taps, blocks * BLOCK])])
+    if channels % BLOCK:
+        w = g.op("Slice", [w, g.ints("from", [0]), g.ints("to", [channels]), g.ints("axis", [2])])
+    if not geometry.transposed:
+        w = g.op("Transpose", [w], perm=[0, 2, 1])  # [O, C, T]
+        return g.op("Reshape", [w, g.ints("shape", [n, channels, *kernel])])
+    w = g.op("Reshape", [w, g.ints("by_group", [groups, n // groups, taps, channels])])
+    w = g.op("Transpose", [w], perm=[0, 3, 1, 2])  # [G, A, C1, T]
+    return g.op("Reshape", [w, g.ints("shape", [groups * channels, n // groups, *kernel])])
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------
+
+
+def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable: bool) -> str:
+    """x [..., C], quantized and dequantized: [..., G * Kb * 16], padding included.
+
+    Args:
+        rank: number of axes of x.
+    """
+    geometry, settings = layer.plan.geometry, layer.recipe.settings("input")
+    groups = geometry.groups
+    channels = _channels(layer)
+    blocks = -(-channels // BLOCK)
+    keep = [0] * (rank - 1)  # of Reshape: as it is
+    if channels % BLOCK:
+        x = g.op("Reshape", [x, g.ints("x_groups", [*keep, groups, channels])])
+        pads = [0] * (rank + 1) + [0] * rank + [blocks * BLOCK - channels]
+        x = g.op("Pad", [x, g.ints("x_pads", pads)])
+        x = g.op("Reshape", [x, g.ints("x_padded", [*keep, groups * blocks * BLOCK])])
+    size = g.op("Abs", [x])
+    if settings.row_scaled and as_matmul(layer) and layer.input_amax is None:
+        amax = g.op("ReduceMax", [size, g.ints("channel_axis", [-1])], keepdims=1)
+    elif layer.input_amax is None:
+        amax = g.op("ReduceMax", [size], keepdims=0)
+    else:
+        amax = g.constant("input_amax", np.float32(float(layer.input_amax)))
+    zero, one = g.constant("zero", 0.0), g.constant("one", 1.0)
+    largest = g.constant("largest", np.float32(6.0 * settings.e4m3_max))
+    positive = g.op("Greater", [amax, zero])
+    s_enc = g.op("Where", [positive, g.op("Div", [largest, g.op("Where", [positive, amax, one])]), one])
+    s_enc = g.op("Min", [s_enc, g.constant("float_max", np.finfo(np.float32).max)])
+    by_block = [*keep, groups * blocks, BLOCK]
+    blocks_of_size = g.op("Reshape", [size, g.ints("x_blocks", by_block)])
+    amax_b = g.op("ReduceMax", [blocks_of_size, g.ints("block_axis", [-1])], keepdims=0)
+    wanted = g.op("Mul", [amax_b, g.op("Mul", [s_enc, g.constant("sixth", np.float32(1) / np.float32(6))])])
+    wanted = g.op("Min", [wanted, g.constant("e4m3_max", 448.0)])
+    s_b = g.op("Cast", [g.op("Cast", [wanted], to=TensorProto.FLOAT8E4M3FN)], to=TensorProto.FLOAT)
+    scale = g.op("Mul", [s_b, g.op("Div", [one, s_enc])])
+    safe = g.op("Where", [g.op("Greater", [scale, zero]), scale, one])
+    if portable:
+        unit, divisor = (g.op("Unsqueeze", [s, g.ints("block_axis", [-1])]) for s in (scale, safe))
+        v = g.op("Div", [g.op("Reshape", [x, g.ints("x_blocks", by_block)]), divisor])
+        q = g.op("Mul", [_to_e2m1(g, v), unit])
+        return g.op("Reshape", [q, g.ints("x_padded", [*keep, groups * blocks * BLOCK])])
+    codes = g.op("QuantizeLinear", [x, safe], axis=rank - 1, block_size=BLOCK, output_dtype=TensorProto.FLOAT4E2M1)
+    return g.op("DequantizeLinear", [codes, scale], axis=rank - 1, block_size=BLOCK)
+
+
+def _to_e2m1(g: Nodes, v: str) -> str:
+    """The nearest E2M1 value of each number, ties to the even code: round(v / step) step, step by the binade."""
+    a = g.op("Abs", [v])
+    half, one, two = (g.constant(name, value) for name, value in (("half", 0.5), ("one", 1.0), ("two", 2.0)))
+    above_2, above_4 = (g.op("GreaterOrEqual", [a, g.constant(name, x)]) for name, x in (("two", 2.0), ("four", 4.0)))
+    step = g.op("Where", [above_4, two, g.op("Where", [above_2, one, half])])
+    rounded = g.op("Mul", [g.op("Round", [g.op("Div", [a, step])]), step])
+    return g.op("Mul", [g.op("Min", [rounded, g.constant("six", 6.0)]), g.op("Sign", [v])])
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def as_matmul(layer: InferenceLayer) -> bool:
+    """Whether a layer is a matrix product of pixels: linear, or 1x1 without groups and padding."""
+    g = layer.plan.geometry
+    padding: Any = getattr(layer, "padding", 0)
+    padded = any(padding) if isinstance(padding, tuple) else padding not in (0, "valid", "same")
+    return isinstance(layer, nn.Linear) or (not g.transposed and g.taps == 1 and g.groups == 1 and not padded)
+
+
+def build(g: Nodes, layer: Any, x: str, rank: int, form: str) -> str:
+    """The layer's output, of x as torch's layer takes it, with `rank` axes. form: "qdq", "matmul" or "portable"."""
+    portable = form == "portable"
+    linear = isinstance(layer, nn.Linear)
+    if linear or (form == "matmul" and as_matmul(layer)):
+        return _matmul(g, layer, x, rank, portable)
+    if form == "matmul":  # in high precision
+        w = g.constant("weight", layer.weight.detach().cpu().numpy())
+    else:
+        if layer.quantize_x:
+            x = _image_last(g, x, rank)
+            x = _without_padding(g, layer, quantized_input(g, layer, x, rank, portable), rank)
+            x = _image_first(g, x, rank)
+        w = kernel_of(g, layer, weight_matrix(g, layer, portable))
+    bias = [] if layer.bias is None else [g.constant("bias", layer.bias.detach().float().cpu().numpy())]
+    attributes = dict(
+        kernel_shape=list(layer.kernel_size),
+        strides=list(layer.stride),
+        dilations=list(layer.dilation),
+        group=layer.groups,
+        pads=_pads(layer),
+    )
+    if layer.plan.geometry.transposed:
+        return g.op("ConvTranspose", [x, w, *bias], output_padding=list(layer.output_padding), **attributes)
+    return g.op("Conv", [x, w, *bias], **attributes)
+
+
+def _pads(layer: Any) -> list[int]:
+    if layer.padding_mode != "zeros" or layer.padding == "valid":
+        return [0] * 2 * len(layer.kernel_size)
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [total // 2 for total in totals] + [total - total // 2 for total in totals]
+    return [*layer.padding, *layer.padding]
+
+
+def _image_last(g: Nodes, x: str, rank: int) -> str:
+    return g.op("Transpose", [x], perm=[0, *range(2, rank), 1])
+
+
+def _image_first(g: Nodes, x: str, rank: int) -> str:
+    return g.op("Transpose", [x], perm=[0, rank - 1, *range(1, rank - 1)])
+
+
+def _without_padding(g: Nodes, layer: InferenceLayer, x: str, rank: int) -> str:
+    """[..., G * Kb * 16] -> [..., C]."""
+    geometry = layer.plan.geometry
+    groups = geometry.groups
+    channels = _channels(layer)
+    if not channels % BLOCK:
+        return x
+    keep = [0] * (rank - 1)
+    wide = math.ceil(channels / BLOCK) * BLOCK
+    x = g.op("Reshape", [x, g.ints("x_wide", [*keep, groups, wide])])
+    x = g.op("Slice", [x, g.ints("from", [0]), g.ints("to", [channels]), g.ints("axis_of_x", [rank])])
+    return g.op("Reshape", [x, g.ints("x_narrow", [*keep, groups * channels])])
+
+
+def _matmul(g: Nodes, layer: Any, x: str, rank: int, portable: bool) -> str:
+    conv = not isinstance(layer, nn.Linear)
+    channels = _channels(layer)
+    x = _image_last(g, x, rank) if conv else x
+    w = weight_matrix(g, layer, portable)
+    if layer.quantize_x:  # before pixels are left out: the tensor scale is that of all of them
+        x = quantized_input(g, layer, x, rank, portable)
+    elif channels % BLOCK:
+        w = g.op("Slice", [w, g.ints("from", [0]), g.ints("to", [channels]), g.ints("axis", [1])])
+    strided = [(axis + 1, step) for axis, step in enumerate(layer.stride) if step > 1] if conv else []
+    if strided:
+        axes, steps = zip(*strided, strict=True)
+        ends = [np.iinfo(np.int64).max] * len(axes)
+        parts = {"begin": [0] * len(axes), "end": ends, "axes": axes, "steps": steps}
+        x = g.op("Slice", [x, *(g.ints(name, part) for name, part in parts.items())])
+    y = g.op("MatMul", [x, g.op("Transpose", [w], perm=[1, 0])])
+    if layer.bias is not None:
+        y = g.op("Add", [y, g.constant("bias", layer.bias.detach().float().cpu().numpy())])
+    return _image_first(g, y, rank) if conv else y
+
+
+def _channels(layer: InferenceLayer) -> int:
+    """In-channels of a group."""
+    geometry = layer.plan.geometry
+    return (geometry.channels_b if geometry.transposed else geometry.channels_a) // geometry.groups

@@ -1,0 +1,306 @@
+"""nv.export.to_onnx: an inference model as an ONNX file.
+
+    form="qdq"        FLOAT4E2M1 weights and activations by QuantizeLinear / DequantizeLinear around each layer:
+                      standard ONNX, which onnx.reference runs. No runtime is known to run its convolutions in FP4
+    form="matmul"     linear layers and 1x1 convolutions in that form, as MatMul, which is what TensorRT can run in FP4;
+                      other convolutions in high precision, and listed. TensorRT itself: not executed
+    form="portable"   the same numbers from packed uint8 weights and elementary operators: onnxruntime runs it
+
+torch.onnx exports the model with a node in the place of each InferenceLayer; then that becomes nodes and initializers
+(onnx_nodes.py). Everything else is exported as it is, in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from te_nvfp4_cv.checks import check_module, runtime_error, value_error
+from te_nvfp4_cv.export.folding import put
+from te_nvfp4_cv.export.inspection_onnx import CLAIMS
+from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.files import write_atomically
+
+FORMS = ("qdq", "matmul", "portable")
+OPSET = 23
+DOMAIN = "te_nvfp4_cv"
+EXTERNAL_BYTES = 1_500_000_000  # a protobuf file holds less than 2 GB
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What `to_onnx` wrote: its files, the layers in NVFP4, and those of the model that are not, with the reason."""
+
+    files: tuple[Path, ...]
+    quantized: tuple[str, ...]
+    high: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.files[0]}: {len(self.quantized)} layers in NVFP4"]
+        return "\n".join(lines + [f"  {name}: high precision: {reason}" for name, reason in self.high.items()])
+
+
+def _shape(layer: Any, x: Tensor) -> Any:
+    """The output's shape, as torch's own layer gives it; what computes it is dropped from the graph."""
+    w = x.new_empty(layer.weight_shape)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, w).shape
+    sizes = (layer.stride, 0 if layer.padding_mode != "zeros" else layer.padding)
+    if layer.plan.geometry.transposed:
+        return getattr(F, layer.op)(x, w, None, *sizes, layer.output_padding, layer.groups, layer.dilation).shape
+    return getattr(F, layer.op)(x, w, None, *sizes, layer.dilation, layer.groups).shape
+
+
+class _Stub(nn.Module):
+    """In the place of the layer with that index: a node of the domain DOMAIN."""
+
+    def __init__(self, index: int, name: str, layer: Any) -> None:
+        super().__init__()
+        self.index, self.name, self.layer = index, name, [layer]  # a list hides the layer from the module tree
+        self.mode = getattr(layer, "padding_mode", "zeros")
+        self.pads = layer._reversed_padding_repeated_twice if self.mode != "zeros" else None
+        self.rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        """x's place in the graph."""
+        if output_size is not None or (self.rank and x.dim() != self.rank + 2):
+            raise value_error(
+                f"nv.export.to_onnx: the call of {self.name!r} cannot be exported.",
+                got=f"x with {x.dim()} axes, output_size={output_size}",
+                needs=f"a batch axis ({self.rank + 2} axes) and no output_size",
+                fix="give the example a batch axis; set output_padding in the layer",
+            )
+        x = x if self.pads is None else F.pad(x, self.pads, mode=self.mode)
+        shape = _shape(self.layer[0], x)
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Layer", [x], {"index": self.index}, dtype=x.dtype, shape=shape, version=1
+        )
+
+
+def to_onnx(
+    model: nn.Module,
+    example_input: Any,
+    path: str | os.PathLike[str],
+    form: str = "qdq",
+    *,
+    dynamic_batch: bool = True,
+    external_data: bool | None = None,
+    input_names: tuple[str, ...] = ("input",),
+    output_names: tuple[str, ...] = ("output",),
+) -> OnnxFile:
+    """Write an ONNX file.
+
+    Args:
+        model: of nv.export.load or nv.export.quantize; its layers' `activations` say whether x is quantized.
+        example_input: a tensor, or a tuple of them, as the model takes them; every first axis is the batch.
+        form: "qdq", "matmul" or "portable", see the top of this file.
+        dynamic_batch: the batch axis is free.
+        external_data: weights in PATH.DIGEST.data; None: where they do not fit into one file.
+    Raises:
+        TypeError, ValueError: no inference layer in the model, another form, an operator that ONNX has no form for,
+            with its module; RuntimeError: the file cannot be written, packages are missing.
+    """
+    check_module("nv.export.to_onnx", model, "nv.export.to_onnx(model, example_input, path)")
+    if form not in FORMS:
+        raise value_error(
+            "nv.export.to_onnx: unknown form.", got=repr(form), needs=", ".join(map(repr, FORMS)), fix="form='qdq'"
+        )
+    _need_packages()
+    from te_nvfp4_cv.export.onnx_nodes import as_matmul
+
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, InferenceLayer)}
+    _check_layers(found)
+    high = {}
+    if form == "matmul":
+        high = {name: "no matrix product of pixels" for name, layer in found.items() if not as_matmul(layer)}
+    proto = _export(model, found, args, form, dynamic_batch, input_names, output_names)
+    quantized = tuple(name for name in found if name not in high)
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = CLAIMS, json.dumps(quantized)
+    target = Path(path)
+    target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
+    files = _write(proto, target, external_data)
+    return OnnxFile(files, quantized, high)
+
+
+def _need_packages() -> None:
+    try:
+        import ml_dtypes  # noqa: F401
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise runtime_error(
+            "nv.export.to_onnx: a package is missing.",
+            got=str(error),
+            needs="onnx, onnxscript and ml_dtypes",
+            fix="pip install 'te_nvfp4_cv[export]'",
+        ) from error
+
+
+def _check_layers(found: dict[str, InferenceLayer]) -> None:
+    if not found:
+        raise value_error(
+            "nv.export.to_onnx: the model has no layer in NVFP4.",
+            got="a model without InferenceLayers",
+            needs="a model of nv.export.load or nv.export.quantize",
+            fix="nv.export.save(model, path); nv.export.load(path, fresh_model)",
+        )
+    for name, layer in found.items():
+        if layer.quantize_x and layer.recipe.settings("input").four_over_six is not None:
+            raise value_error(
+                f"nv.export.to_onnx: the activations of {name!r} have no form in ONNX.",
+                got=f"4over6 of activations in the recipe {layer.recipe!r}",
+                needs="nvfp4_4over6 'none' or 'weights', or activations in high precision",
+                fix="load the model with activations='high'",
+            )
+
+
+def _export(
+    model: nn.Module,
+    found: dict[str, InferenceLayer],
+    args: tuple[Any, ...],
+    form: str,
+    dynamic_batch: bool,
+    input_names: tuple[str, ...],
+    output_names: tuple[str, ...],
+) -> Any:
+    traced = copy.deepcopy(model).eval().float().requires_grad_(False)
+    layers = [traced.get_submodule(name) for name in found]
+    for index, (name, layer) in enumerate(zip(found, layers, strict=True)):
+        if name:
+            for shared in [n for n, m in traced.named_modules(remove_duplicate=False) if m is layer]:
+                put(traced, shared, _Stub(index, name, layer))
+        else:
+            traced = _Stub(index, name, layer)
+    if dynamic_batch:  # torch.export takes an axis of size 1 for a constant
+        args = tuple(x.repeat_interleave(2, 0) if isinstance(x, Tensor) and x.shape[0] == 1 else x for x in args)
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if isinstance(x, Tensor) else None for x in args) if dynamic_batch else None
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        program = torch.export.export(traced, args, dynamic_shapes=shapes)
+        _check_operators(program)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            verbose=False,
+        )
+    assert exported is not None
+    return _expand(exported.model_proto, list(found), layers, form)
+
+
+def _check_operators(program: Any) -> None:
+    """Name the first operator that ONNX has no form for, and its module."""
+    from torch.onnx._internal.exporter import _registration
+
+    registry = _registration.ONNXRegistry.from_torchlib()
+    decomposed = program.run_decompositions()
+    for node in decomposed.graph.nodes:
+        target = node.target
+        if (
+            node.op != "call_function"
+            or not isinstance(target, torch._ops.OpOverload)
+            or target.namespace == "onnx_symbolic"
+        ):
+            continue
+        if not registry.is_registered(target):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            place = stack[-1][0] if stack else ""
+            raise value_error(
+                f"nv.export.to_onnx: {target} cannot be exported.",
+                got=f"{target} in the module {place.removeprefix('L__self__').lstrip('.') or 'the model itself'!r}",
+                needs="operators that torch.onnx knows",
+                fix="leave that module out of the exported model, or write it with other operators",
+            )
+
+
+def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> Any:
+    """Put each layer's nodes in the place of its stand-in."""
+    from te_nvfp4_cv.export.onnx_nodes import Nodes, build
+
+    graph = proto.graph
+    nodes: list[Any] = []
+    calls: dict[int, int] = {}
+    initializers: dict[str, Any] = {}
+    for node in graph.node:
+        if node.domain != DOMAIN:
+            nodes.append(node)
+            continue
+        index = next(a.i for a in node.attribute if a.name == "index")
+        layer = layers[index]
+        calls[index] = calls.get(index, 0) + 1
+        made = Nodes(names[index])
+        rank = _rank(graph, node.input[0], layer)
+        output = build(made, layer, node.input[0], rank, form)
+        suffix = "" if calls[index] == 1 else f"#{calls[index]}"  # a shared layer: other nodes, the same weights
+        for own in made.nodes:
+            known = {tensor.name for tensor in made.initializers} | {node.input[0]}
+            own.input[:] = [name if name in known else name + suffix for name in own.input]
+            own.output[:] = [node.output[0] if name == output else name + suffix for name in own.output]
+            own.name += suffix
+        nodes += made.nodes
+        initializers |= {tensor.name: tensor for tensor in made.initializers}
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(initializers.values())
+    for function in [f for f in proto.functions if f.domain == DOMAIN]:
+        proto.functions.remove(function)
+    for opset in [o for o in proto.opset_import if o.domain == DOMAIN]:
+        proto.opset_import.remove(opset)
+    return proto
+
+
+def _rank(graph: Any, name: str, layer: Any) -> int:
+    if not isinstance(layer, nn.Linear):
+        return len(layer.kernel_size) + 2
+    for value in (*graph.value_info, *graph.input):
+        if value.name == name:
+            return len(value.type.tensor_type.shape.dim)
+    raise RuntimeError(f"nv.export.to_onnx: the exporter gave no shape for {name}")
+
+
+def _write(proto: Any, path: Path, external: bool | None) -> tuple[Path, ...]:
+    import onnx
+
+    if external is None:
+        external = sum(len(t.raw_data) for t in proto.graph.initializer) > EXTERNAL_BYTES
+    if not external:
+        onnx.checker.check_model(proto, full_check=True)
+        write_atomically(path, proto.SerializeToString())
+        return (path,)
+    content = bytearray()
+    for tensor in proto.graph.initializer:
+        if len(tensor.raw_data) < 1024:
+            continue
+        content += b"\0" * (-len(content) % 4096)
+        offset, raw = len(content), tensor.raw_data
+        content += raw
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.extend(
+            onnx.StringStringEntryProto(key=key, value=str(value))
+            for key, value in (("offset", offset), ("length", len(raw)))
+        )
+    tag = hashlib.sha256(content).hexdigest()[:8]
+    beside = path.with_name(f"{path.name}.{tag}.data")
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.external_data.append(onnx.StringStringEntryProto(key="location", value=beside.name))
+    write_atomically(beside, bytes(content))
+    write_atomically(path, proto.SerializeToString())
+    onnx.checker.check_model(str(path))
+    return (path, beside)

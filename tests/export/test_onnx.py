@@ -1,0 +1,269 @@
+"""nv.export.to_onnx: the model's outputs again, by onnx.reference and onnxruntime; and what the verifier sees in it."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.export import verify
+from te_nvfp4_cv.export.modules import become, quantize_layer
+from te_nvfp4_cv.export.to_onnx import to_onnx
+from tests.helpers import values
+from tests.networks import Net
+
+onnx = pytest.importorskip("onnx", reason="the extra [export]")
+ort = pytest.importorskip("onnxruntime", reason="the extra [export]")
+reference = pytest.importorskip("onnx.reference", reason="the extra [export]")
+
+RECIPE = nv.NVFP4BlockScaling()
+ROW = replace(RECIPE, row_scaled_activation=True, disable_rht=True)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "odd channels": (lambda: nn.Conv2d(20, 36, 3, padding=1), (2, 20, 7, 6)),
+    "groups, stride, no bias": (lambda: nn.Conv2d(32, 64, 3, stride=2, groups=2, bias=False), (2, 32, 7, 7)),
+    "same, dilated": (lambda: nn.Conv2d(16, 16, 2, padding="same", dilation=3), (1, 16, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(40, 20, 2, stride=2), (2, 40, 4, 3)),
+    "transposed, groups": (
+        lambda: nn.ConvTranspose2d(32, 48, 3, stride=2, groups=2, output_padding=1),
+        (2, 32, 4, 4),
+    ),
+    "1-D, circular": (lambda: nn.Conv1d(16, 24, 3, padding=1, padding_mode="circular"), (3, 16, 8)),
+    "3-D": (lambda: nn.Conv3d(16, 32, 2), (1, 16, 4, 3, 3)),
+    "linear": (lambda: nn.Linear(50, 30), (3, 2, 50)),
+    "1x1, stride": (lambda: nn.Conv2d(20, 32, 1, stride=2), (2, 20, 7, 7)),
+    "1x1": (lambda: nn.Conv2d(16, 16, 1), (2, 16, 3, 3)),
+}
+
+
+def run(path: Path, x: Tensor, form: str) -> np.ndarray:
+    """By onnxruntime for "portable", else by onnx.reference."""
+    if form == "portable":
+        return ort.InferenceSession(str(path)).run(None, {"input": x.numpy()})[0]
+    return reference.ReferenceEvaluator(str(path)).run(None, {"input": x.numpy()})[0]
+
+
+def difference(a: np.ndarray, b: Tensor) -> float:
+    expected = b.detach().numpy()
+    assert a.shape == expected.shape and a.dtype == np.float32
+    return float(np.linalg.norm(a - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_each_layer(case: str, form: str, tmp_path: Path) -> None:
+    if form != "portable" and case == "transposed, groups":
+        pytest.skip("onnx.reference has no right ConvTranspose with groups; onnxruntime runs the portable form of it")
+    torch.manual_seed(0)
+    build, shape = LAYERS[case]
+    layer, x = build(), values(shape, seed=3)
+    others = (
+        ("nvfp4", replace(RECIPE, disable_2d_quantization=True), True),
+        ("nvfp4", ROW, False),
+        ("high", replace(RECIPE, nvfp4_4over6="weights", nvfp4_4over6_e4m3_use_256="weights"), False),
+    )
+    for activations, recipe, static in (("nvfp4", RECIPE, False), others[list(LAYERS).index(case) % 3]):
+        model = nn.Sequential(copy.deepcopy(layer), nn.ReLU())
+        codes = quantize_layer(model[0], recipe)
+        codes = replace(codes, input_amax=0.7 * x.abs().amax().reshape(1)) if static else codes
+        become(model[0], codes, recipe).set_mode(activations=activations)
+        made = to_onnx(model, x, tmp_path / "model", form)
+        unquantized = form == "matmul" and bool(made.high)
+        model[0].set_mode(activations="high" if unquantized else activations)
+        assert difference(run(made.files[0], x, form), model(x)) < 1e-3
+        report = verify.verify(made.files[0])
+        assert report.sound, report
+        (row,) = report.rows
+        assert row.name == "0" and row.precision == ("fp32" if unquantized else "nvfp4")
+        wanted = {"portable": "computed"}.get(form, "nvfp4") if activations == "nvfp4" and not unquantized else "high"
+        assert row.activations == wanted or case == "1-D, circular"
+
+
+@pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
+def test_a_network_with_any_batch(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Net().eval()
+    nv.export.save(net, tmp_path / "net")
+    loaded = nv.export.load(tmp_path / "net", Net(), activations="high")
+    x = values((1, 3, 8, 8), seed=5)  # one image, and still any batch
+    made = nv.export.to_onnx(loaded, x, tmp_path / "net.onnx", form=form)
+    assert made.quantized == (("head",) if form == "matmul" else ("body.1", "body.4", "up", "head"))
+    assert set(made.high) == ({"body.1", "body.4", "up"} if form == "matmul" else set())
+    for batch in (1, 3):
+        x = values((batch, 3, 8, 8), seed=batch)
+        assert difference(run(made.files[0], x, form), loaded(x)) < 1e-5
+    report = verify.verify(made.files[0])
+    assert report.sound and [row.name for row in report.rows if row.precision == "nvfp4"] == list(made.quantized)
+    assert {row.name: row.precision for row in report.rows}["stem"] == "fp32"
+
+
+def test_a_fixed_batch_and_external_data(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 3))
+    become(model[0], quantize_layer(model[0], RECIPE), RECIPE)
+    x = values((2, 64, 5, 5))
+    inside = to_onnx(model, x, tmp_path / "a.onnx", dynamic_batch=False)
+    made = to_onnx(model, x, tmp_path / "b.onnx", external_data=True)
+    assert len(inside.files) == 1 and len(made.files) == 2
+    assert made.files[0].stat().st_size < 12_000 and made.files[1].stat().st_size > 64 * 64 * 9 / 2
+    assert difference(run(made.files[0], x, "qdq"), model(x)) < 1e-3
+    assert verify.verify(made.files[0]).sound
+    made.files[1].write_bytes(made.files[1].read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        verify.verify(made.files[0])
+    made.files[1].unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        verify.verify(made.files[0])
+
+
+def test_a_shared_layer_is_written_once(tmp_path: Path) -> None:
+    layer = nn.Linear(32, 32)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    become(layer, quantize_layer(layer, RECIPE), RECIPE)
+    x = values((4, 32))
+    made = to_onnx(model, x, tmp_path / "m.onnx")
+    assert difference(run(made.files[0], x, "qdq"), model(x)) < 1e-3
+    proto = onnx.load(str(made.files[0]))
+    names = [t.name for t in proto.graph.initializer]
+    assert len(names) == len(set(names)) and names.count("0.weight") == 1
+
+
+def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
+    layer = nn.Conv2d(16, 16, 1)
+    become(layer, quantize_layer(layer, RECIPE), RECIPE)
+    x = values((2, 16, 3, 3))
+    assert difference(run(to_onnx(layer, x, tmp_path / "m.onnx").files[0], x, "qdq"), layer(x)) < 1e-3
+
+
+def test_a_half_precision_model_is_exported_in_fp32(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).bfloat16()
+    become(model[1], quantize_layer(model[1], RECIPE), RECIPE).set_mode(activations="high")
+    x = values((2, 3, 8, 8))
+    made = to_onnx(model, x, tmp_path / "m.onnx")
+    assert difference(run(made.files[0], x, "qdq"), model.float()(x)) < 1e-5
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+class Exotic(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.svd(x)[0]
+
+
+def inference_linear(*after: nn.Module) -> nn.Module:
+    model = nn.Sequential(nn.Linear(16, 16), *after)
+    become(model[0], quantize_layer(model[0], RECIPE), RECIPE)
+    return model
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path: Path) -> None:
+    model = inference_linear(nn.ReLU(), nn.Sequential(Exotic()))
+    with pytest.raises(ValueError, match=r"_linalg_svd[\s\S]*in the module '2.0'"):
+        to_onnx(model, values((4, 16)), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    x = values((4, 16))
+    with pytest.raises(ValueError, match="no layer in NVFP4"):
+        to_onnx(nn.Linear(16, 16), x, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="unknown form"):
+        to_onnx(inference_linear(), x, tmp_path / "m.onnx", form="tensorrt")
+    with pytest.raises(TypeError, match="not a module"):
+        to_onnx("m", x, tmp_path / "m.onnx")  # type: ignore[arg-type]
+    recipe = replace(RECIPE, nvfp4_4over6="all", disable_rht=True)
+    model = nn.Sequential(nn.Linear(16, 16))
+    become(model[0], quantize_layer(model[0], recipe), recipe)
+    with pytest.raises(ValueError, match="activations of '0' have no form in ONNX"):
+        to_onnx(model, x, tmp_path / "m.onnx")
+    conv = nn.Sequential(nn.Conv2d(16, 16, 1))
+    become(conv[0], quantize_layer(conv[0], RECIPE), RECIPE)
+    with pytest.raises(ValueError, match="the call of '0' cannot be exported"):
+        to_onnx(conv, values((16, 3, 3)), tmp_path / "m.onnx", dynamic_batch=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match="could not be written"):
+        to_onnx(inference_linear(), x, tmp_path / "file" / "m.onnx")
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = to_onnx(inference_linear(), values((4, 16)), tmp_path / "m.onnx").files[0]
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("te_nvfp4_cv.files._write_all", full)
+    with pytest.raises(RuntimeError, match="could not be written"):
+        to_onnx(inference_linear(), values((4, 16)), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+# ---- the verifier ---------------------------------------------------------------------------------------------------
+
+
+def changed(path: Path, change: Callable[[Any], object]) -> Path:
+    proto = onnx.load(str(path))
+    change({tensor.name: tensor for tensor in proto.graph.initializer} | {"": proto})
+    onnx.save(proto, str(path))
+    return path
+
+
+def blocks_along_rows(parts: dict[str, Any]) -> None:
+    """The matrix product takes the transpose of the dequantized weight: blocks now run along output channels."""
+    nodes = parts[""].graph.node
+    transpose = next(n for n in nodes if n.op_type == "Transpose")
+    transpose.attribute[0].ints[:] = [0, 1]
+
+
+def nan_scale(parts: dict[str, Any]) -> None:
+    raw = bytearray(parts["0.weight_scale"].raw_data)
+    raw[0] = 0x7F
+    parts["0.weight_scale"].raw_data = bytes(raw)
+
+
+def constant_folded(parts: dict[str, Any]) -> None:
+    """An optimizer has computed the weight: fp32 under the name of an NVFP4 layer."""
+    proto = parts[""]
+    product = next(n for n in proto.graph.node if n.op_type == "MatMul")
+    weight = onnx.numpy_helper.from_array(np.zeros((16, 16), np.float32), "0.weight_folded")
+    proto.graph.initializer.append(weight)
+    product.input[1] = weight.name
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (blocks_along_rows, "do not run along the contracted index"),
+        (nan_scale, "1 of its block scales are NaN"),
+        (constant_folded, "named as NVFP4, its weight is fp32"),
+    ],
+)
+def test_a_graph_that_pretends(change: Callable[[Any], object], told: str, tmp_path: Path) -> None:
+    path = to_onnx(inference_linear(), values((4, 16)), tmp_path / "m.onnx").files[0]
+    assert verify.main([str(path)]) == 0
+    report = verify.verify(changed(path, change))
+    assert not report.sound and told in str(report) and report.rows[0].precision != "nvfp4"
+    assert verify.main([str(path)]) == 1
+
+
+def test_a_layer_that_is_gone_is_a_problem(tmp_path: Path) -> None:
+    path = to_onnx(inference_linear(nn.Linear(16, 16)), values((4, 16)), tmp_path / "m.onnx").files[0]
+
+    def rename(parts: dict[str, Any]) -> None:
+        parts[""].metadata_props[-1].value = '["0", "7"]'
+
+    assert "'7' is named as NVFP4 and is not in the graph" in verify.verify(changed(path, rename)).problems[0]
+
+
+def test_damaged_onnx_files(tmp_path: Path) -> None:
+    path = to_onnx(inference_linear(), values((4, 16)), tmp_path / "m.onnx").files[0]
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        assert verify.main([str(path)]) == 1
+    assert verify.main([str(tmp_path / "none.onnx")]) == 2
