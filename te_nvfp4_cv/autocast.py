@@ -93,6 +93,17 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
         return f"nvfp4_autocast({s.recipe!r}, enabled={s.enabled}, backend={s.backend!r}, relu_mask={s.relu_mask})"
 
 
+@contextmanager
+def heard() -> Iterator[None]:
+    """Calls inside are handed over, so that observers are told of them, and run as they would outside."""
+    _patch_torch()
+    _push(State(enabled=False, recipe=as_recipe(None), backend="auto", relu_mask=False, passive=True))
+    try:
+        yield
+    finally:
+        _pop()
+
+
 def _check_group(group: Any) -> None:
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
         raise type_error(

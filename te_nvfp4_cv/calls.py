@@ -70,7 +70,8 @@ _observers: list[Observer] = []
 def observe(observer: Observer) -> Iterator[None]:
     """Tell `observer` about every convolution and linear call under the context, before it runs.
 
-    It may return a Seen. One slot, for coverage and telemetry: the innermost is told.
+    It may return a Seen. Of several observers the innermost is told first, the next one only of what that lets pass
+    (None): two models that are watched side by side.
     """
     _observers.append(observer)
     try:
@@ -90,7 +91,7 @@ def reported(call: Call, function: Callable[..., Tensor], *args: Any, **kwargs: 
 
 
 def _reported(call: Call, run: Callable[[Watch | None], Tensor]) -> Tensor:
-    seen = _observers[-1](call) if _observers else None
+    seen = next((seen for told in reversed(_observers) if (seen := told(call)) is not None), None)
     y = run(None if seen is None else seen.watch)
     if seen is not None and seen.finished is not None:
         seen.finished(y)

@@ -60,3 +60,19 @@ def check_module(caller: str, model: object, call: str) -> None:
     """
     if not isinstance(model, nn.Module):
         raise type_error(f"{caller}: not a module.", got=describe(model), needs="a torch.nn.Module", fix=call)
+
+
+def check_materialized(caller: str, model: nn.Module) -> None:
+    """Refuse a model with lazy parameters.
+
+    Raises:
+        ValueError: with the first of their names.
+    """
+    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise value_error(
+            f"{caller}: the model has lazy parameters.",
+            got=", ".join(lazy[:4]),
+            needs="parameters with values",
+            fix="run one forward pass first",
+        )

@@ -26,6 +26,7 @@ class State:
     backend: str
     relu_mask: bool
     group: Any = None  # the ranks whose amaxes are one: a torch.distributed.ProcessGroup, or None
+    passive: bool = False  # entered so that calls are heard; explicit modules run as outside of all contexts
 
 
 Override = tuple[object, NVFP4BlockScaling | None]  # a module with a set_precision entry; None for high precision

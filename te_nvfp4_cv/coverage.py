@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from te_nvfp4_cv import autocast, calls, context, scaling
-from te_nvfp4_cv.checks import check_module, value_error
+from te_nvfp4_cv.checks import check_materialized, check_module
 from te_nvfp4_cv.coverage_report import Coverage, Layer
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
@@ -52,14 +52,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
         TypeError: no module; ValueError: lazy parameters; whatever the forward pass raises.
     """
     check_module("coverage", model, "coverage(model, *inputs)")
-    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
-    if lazy:
-        raise value_error(
-            "coverage: the model has lazy parameters.",
-            got=", ".join(lazy[:3]),
-            needs="parameters that exist",
-            fix="run one forward pass first",
-        )
+    check_materialized("coverage", model)
     current = context.state()
     if recipe is None and current is not None and current.enabled:
         resolved = current.recipe

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, context, faces, weight_transforms
-from te_nvfp4_cv.checks import check_module, value_error
-from te_nvfp4_cv.modules import NVFP4_CLASSES, with_recipes
+from te_nvfp4_cv.checks import check_materialized, check_module, value_error
+from te_nvfp4_cv.modules import NVFP4_CLASSES, own_weight, with_recipes
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.plan import Plan, weight_plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
@@ -67,6 +67,7 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
             have the other kind, weights that are sharded.
     """
     check_module("learn_scales", model, "learn_scales(model, kind)")
+    check_materialized("learn_scales", model)
     if kind not in NAMES:
         raise value_error(
             "learn_scales: unknown kind.", got=repr(kind), needs="'scale' or 'clip'", fix="learn_scales(model, 'scale')"
@@ -74,7 +75,7 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
     chosen = {
         name: module
         for name, module, own in _layers(model, as_recipe(None))
-        if own is not None and fnmatch.fnmatchcase(name, layers) and not _thin(module)
+        if own is not None and fnmatch.fnmatchcase(name, layers) and _learns(module)
     }
     other = next(name for name in NAMES if name != kind)
     problems = {
@@ -131,35 +132,41 @@ def damping_loss(model: nn.Module, recipe: Any = None, backend: str = "auto") ->
         TypeError: no module.
     """
     check_module("damping_loss", model, "damping_loss(model)")
+    check_materialized("damping_loss", model)
     current = context.state()
+    if recipe is None and current is not None and not current.enabled and not current.passive:
+        return torch.zeros(())
     inherited = current.recipe if recipe is None and current is not None else as_recipe(recipe)
     total: Tensor | None = None
     for _, module, own in _layers(model, inherited):
         if own is None or (_thin(module) and own.thin_layers != "pad"):
             continue
-        w: Any = module.weight
-        if "fprop" not in own.nvfp4_gemms or w.dtype not in calls.DTYPES:
+        w: Any = module._parameters.get("weight")
+        if w is None or "fprop" not in own.nvfp4_gemms or w.dtype not in calls.DTYPES:
             continue
-        term = _Damping.apply(w, _plan(module, own, backend))
+        plan = _plan(module, own, backend)
+        term = _Damping.apply(w, as_quantized(module, plan), plan)
         total = term if total is None else total + term
     return torch.zeros(()) if total is None else total
 
 
 class _Damping(torch.autograd.Function):
-    """|w - q|^2 / |w|^2 of one weight, differentiated with q and |w|^2 held constant."""
+    """|w - q|^2 / |w|^2 of one weight, differentiated with q and |w|^2 held constant. What a learned fraction clips
+    counts nothing: `quantized` is w as it is quantized.
+    """
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, plan: Plan) -> Tensor:
-        residual = w.float() - faces.dequantized_weight(w, plan)
+    def forward(ctx: Any, w: Tensor, quantized: Tensor, plan: Plan) -> Tensor:
+        residual = torch.where(quantized == w, w.float() - faces.dequantized_weight(quantized, plan), 0.0)
         norm = w.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
         ctx.save_for_backward(residual, norm)
         ctx.dtype = w.dtype
         return residual.square().sum() / norm
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         residual, norm = ctx.saved_tensors
-        return (residual * (2 * g / norm)).to(ctx.dtype), None
+        return (residual * (2 * g / norm)).to(ctx.dtype), None, None
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
@@ -168,8 +175,15 @@ class _Damping(torch.autograd.Function):
 def _layers(model: nn.Module, recipe: Any) -> Iterator[tuple[str, Any, NVFP4BlockScaling | None]]:
     """(name, layer, the recipe that rules it) of convolutions and linear layers."""
     for name, module, own in with_recipes(model, "", recipe, {}, set()):
-        if isinstance(module, LAYERS) and isinstance(module.weight, Tensor):
+        if isinstance(module, LAYERS) and own_weight(module) is not None:
             yield name, module, own
+
+
+def _learns(module: Any) -> bool:
+    """Whether a layer's weight can have a fraction: a Parameter that the layer itself multiplies, in NVFP4."""
+    w = module._parameters.get("weight")
+    attention = type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear  # it reads it and runs no hooks
+    return w is not None and not attention and w.dtype in calls.DTYPES and not _thin(module)
 
 
 def _thin(module: Any) -> bool:

@@ -40,7 +40,7 @@ class NVFP4Module(nn.Module):
     def chosen(self) -> tuple[NVFP4BlockScaling | None, str]:
         """(recipe or None for high precision, backend) for a call now."""
         current = context.state()
-        if current is None:
+        if current is None or current.passive:
             return self.recipe or NVFP4BlockScaling(), self.backend
         if not current.enabled:
             return None, current.backend
@@ -262,6 +262,14 @@ def with_recipes(
     yield name, module, entry if own is None or entry is None else own
     for child_name, child in module.named_children():
         yield from with_recipes(child, plain_name(f"{name}.{child_name}".strip(".")), entry, table, seen)
+
+
+def own_weight(module: nn.Module) -> Tensor | None:
+    """A layer's weight where it is kept as such; None where it is computed (parametrizations): reading it would run
+    that.
+    """
+    found: Tensor | None = module._parameters.get("weight", vars(module).get("weight"))
+    return found
 
 
 def _why_left(module: nn.Module, recipe: NVFP4BlockScaling | None) -> str | None:

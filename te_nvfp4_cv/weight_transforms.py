@@ -63,7 +63,7 @@ def apply(w: Tensor, codes: object, plan: Plan) -> Tensor:
         RuntimeError: codes that were made before, or a graph of torch.compile.
     """
     running = _local.running
-    if not running or running[-1][0].weight is not w:
+    if not running or running[-1][0]._parameters.get("weight") is not w:
         return w
     _, kind, parameter = running[-1]
     compiling = torch.compiler.is_compiling()

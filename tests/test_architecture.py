@@ -65,6 +65,7 @@ FLOORS: dict[str, int] = {
     "tensor_parallel": 7,
     "fsdp": 7,
     "export": 8,
+    "projection": 8,
     "lightning": 8,
     "telemetry": 8,
     "te_plugin": 8,

@@ -153,7 +153,11 @@ def orphan(root: Path) -> None:
 
 
 def other_category(root: Path) -> None:
-    edit(root, "val", lambda i: i["categories"].pop(0))
+    edit(root, "val", lambda i: i["categories"][0].update(name="other"))
+
+
+def first(**fields: Any) -> Any:
+    return lambda root: edit(root, "train", lambda i: i["annotations"][0].update(**fields))
 
 
 BAD_COCO = {
@@ -169,7 +173,16 @@ BAD_COCO = {
         lambda root: edit(root, "val", lambda i: i.update(images=[], annotations=[])),
         "empty list of images",
     ),
-    "class missing in val": (other_category, r"dot[\s\S]*instances_val2017.json has the categories"),
+    "class missing in val": (
+        other_category,
+        r"the training split has a class that is not there[\s\S]*instances_val2017.json has the categories",
+    ),
+    "unlisted category": (first(category_id=77), r"categories that it does not list[\s\S]*77"),
+    "one name twice": (
+        lambda root: edit(root, "train", lambda i: i["categories"][1].update(name=i["categories"][0]["name"])),
+        "two categories of one name",
+    ),
+    "no size": (lambda root: edit(root, "train", lambda i: i["images"][0].pop("height")), "without height and width"),
 }
 
 

@@ -30,9 +30,8 @@ def noisy(count: int, level: float = 1.0, seed: int = 0) -> list[float]:
 
 
 def told(watch: SpikeWatch, losses: list[float], start: int = 0) -> list[int]:
-    for step, loss in enumerate(losses, start):
-        watch.tell(step, torch.tensor(loss))
-    return [spike.step for spike in watch.drain()]
+    found = [watch.check(step, torch.tensor(loss)) for step, loss in enumerate(losses, start)]
+    return [spike.step for spike in found if spike is not None]
 
 
 def test_spikes_in_noise_are_found_and_noise_is_not():
@@ -67,21 +66,12 @@ def test_a_new_level_becomes_normal():
     assert found[0] == 30 and len(found) <= 11 and told(watch, noisy(20, level=5.0)) == []
 
 
-def test_drained_in_groups_and_one_by_one_are_the_same():
+def test_what_a_spike_says():
+    watch = SpikeWatch()
     losses = [*noisy(40), 9.0, *noisy(10), math.nan]
-    one, many = SpikeWatch(), SpikeWatch()
-    checked = [one.check(step, torch.tensor(loss)) for step, loss in enumerate(losses)]
-    assert [spike.step for spike in checked if spike] == told(many, losses) == [40, 51]
-    assert many.drain() == [] and "median of the last 40 losses 0.99" in checked[40].reason
-    assert checked[51].reason == "loss nan"
-
-
-def test_told_losses_are_copies_without_a_graph():
-    watch, loss = SpikeWatch(), torch.ones(1, requires_grad=True) * 1.0
-    watch.tell(0, loss)
-    with torch.no_grad():
-        loss.fill_(math.nan)
-    assert watch.pending[0][1].grad_fn is None and watch.drain() == []
+    found = [watch.check(step, torch.tensor(loss)) for step, loss in enumerate(losses)]
+    assert [spike.step for spike in found if spike] == [40, 51]
+    assert "median of the last 40 losses 0.99" in found[40].reason and found[51].reason == "loss nan"
 
 
 def test_gradients_are_checked():

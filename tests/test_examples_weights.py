@@ -54,7 +54,9 @@ def unweighted(logits: Tensor, target: Tensor) -> Tensor:
     log_p_y = log_p.gather(1, index[:, None])[:, 0]
     ce = -(log_p_y * valid).sum() / valid.sum().clamp(min=1)
     zeros = torch.zeros(logits.shape[1])
-    overlap = zeros.index_add(0, index.flatten(), (log_p_y.exp() * valid).flatten())
+    p_y = log_p_y.exp() * valid
+    by_image = [zeros.index_add(0, i.flatten(), p.flatten()) for i, p in zip(index, p_y, strict=True)]
+    overlap = torch.stack(by_image).sum(0)
     labelled = zeros.index_add(0, index.flatten(), valid.flatten().float())
     dice = (2 * overlap + 1) / ((log_p.exp() * valid[:, None]).sum(dim=(0, 2, 3)) + labelled + 1)
     present = (labelled > 0).float()

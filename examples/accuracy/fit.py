@@ -53,7 +53,8 @@ def fit(
     order = order_of(task, seed)
     total_epochs = epochs or task.size.epochs
     steps = total_epochs * len(order)
-    last, first = round(total_epochs * variant.last), round(total_epochs * variant.first)
+    last, first = variant.epochs_of(total_epochs)
+    diverged = False
     losses: list[float] = []
     begun, step = time.perf_counter(), 0
     for epoch in range(total_epochs):
@@ -82,9 +83,9 @@ def fit(
             pending.append(loss.detach())
             step += 1
         losses += torch.stack(pending).tolist()
-        if not all(map(math.isfinite, losses)) or losses[-1] > 10 * losses[0]:
+        diverged = not all(map(math.isfinite, losses)) or losses[-1] > 10 * losses[0]
+        if diverged:
             break
-    diverged = len(losses) < steps or not all(map(math.isfinite, losses))
     row: dict[str, Any] = {"steps": len(losses), "diverged": diverged, "seconds": time.perf_counter() - begun}
     if not diverged:
         row |= _scores(task, model, recipe, device, dtype)

@@ -58,12 +58,20 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         raise value_error(
             "--variants: unknown.", got=", ".join(unknown), needs="; ".join(known), fix="quote names with spaces"
         )
+    if options.task != "camvid-unet" and any(known[name].loss for name in names):
+        raise value_error(
+            "the losses are those of segmentation.", got=options.task, needs="camvid-unet", fix="another suite"
+        )
+    if options.epochs is not None and options.epochs < 1:
+        raise value_error("--epochs is out of range.", got=str(options.epochs), needs="at least 1", fix="--epochs 20")
     device = choose_device(options.device)
     options.compute = fast_dtype(options.device) if options.compute == "auto" else options.compute
-    done = {tuple(row[key] for key in KEYS) for row in read_results(options.out)}
+    done = {tuple(row[key] for key in KEYS) for row in read_results(options.out, repair=True)}
     epochs = options.epochs or TASKS[options.task][options.size].epochs
     todo = []
-    for seed in options.seeds:
+    for name in names:
+        known[name].epochs_of(epochs)
+    for seed in dict.fromkeys(options.seeds):
         for name in names:
             key = (options.task, options.size, name, seed, options.compute, epochs)
             if key not in done:
@@ -86,8 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     return Path(options.out)
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
+def read_results(path: Path, repair: bool = False) -> list[dict[str, Any]]:
     """The runs of a results file; a last line that was cut off counts as not run.
+
+    Args:
+        repair: make the file end where another line can follow.
 
     Raises:
         ValueError: another line that is no run.
@@ -103,14 +114,17 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             rows.append({key: row[key] for key in KEYS} | row)
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines) and not text.endswith("\n"):
-                path.write_text("".join(kept + "\n" for kept in lines[:-1]), encoding="utf-8")
-                break
+                if repair:
+                    path.write_text("".join(kept + "\n" for kept in lines[:-1]), encoding="utf-8")
+                return rows
             raise value_error(
                 f"{path}, line {number}: no run of this study.",
                 got=f"{line[:80]!r}: {error}",
                 needs="a line that study.py wrote",
                 fix="remove the line, or choose another --out",
             ) from error
+    if repair and text and not text.endswith("\n"):
+        path.write_text(text + "\n", encoding="utf-8")
     return rows
 
 
@@ -121,5 +135,5 @@ def _device_name(device: torch.device) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as refusal:
+    except (ValueError, RuntimeError) as refusal:
         sys.exit(f"error: {refusal}")

@@ -113,4 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as refusal:
+        sys.exit(f"error: {refusal}")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from unet_coco.class_weights import median_frequency
 from unet_coco.data import SegmentationDataset, load_data
+from unet_coco.levers import parameter_groups
 from unet_coco.losses import IGNORE, dice_ce
 from unet_coco.order import TrainOrder, mix_seed
 from unet_coco.unet import UNet
@@ -78,7 +79,7 @@ class Segmentation:
         return UNet(self.classes, **self.size.model)
 
     def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-2)
+        return torch.optim.AdamW(parameter_groups(model, 1e-2), lr)
 
     def batch(self, keys: list[tuple[int, int]], seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images and masks, half of them flipped."""
@@ -121,7 +122,7 @@ class Classification:
         return self.build(**self.size.model)
 
     def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        return torch.optim.SGD(parameter_groups(model, 5e-4), lr, momentum=0.9, nesterov=True)
 
     def batch(self, keys: list[tuple[int, int]], seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images, cropped and flipped, and labels."""

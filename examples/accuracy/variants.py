@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv.checks import value_error
 
 LOSSES: dict[str, tuple[tuple[str, Any], ...]] = {
     "class weights": (("class_weights", "median"),),
@@ -40,6 +41,25 @@ class Variant:
     learn: str = ""
     damping: float = 0.0
     loss: tuple[tuple[str, Any], ...] = ()
+
+    def epochs_of(self, total: int) -> tuple[int, int]:
+        """(epochs at the end in `last_recipe`, epochs at the start in high precision) of a run.
+
+        Raises:
+            ValueError: a share that is no epoch, or all of them.
+        """
+        found = []
+        for share in (self.last, self.first):
+            count = round(total * share)
+            if share and not 0 < count < total:
+                raise value_error(
+                    f"{self.name}: {total} epochs are too few.",
+                    got=f"{share:.0%} of {total} epochs: {count}",
+                    needs="at least one epoch in each precision",
+                    fix="raise --epochs, or leave the variant out",
+                )
+            found.append(count)
+        return found[0], found[1]
 
 
 def variants(preset: Any) -> dict[str, Variant]:

@@ -41,7 +41,7 @@ def load_coco(root: Path, classes: Sequence[str] | None) -> SegmentationData:
         else [c["name"] for c in sorted(opened["train"].coco.dataset["categories"], key=lambda c: c["id"])]
     )
     for split, ids in names.items():
-        check_classes(wanted, list(ids), f"{files[split].name} has the categories")
+        check_classes(wanted, list(ids), f"{files[split].name} has the categories", bool(classes))
     splits = {
         split: _coco_split(split, coco, {names[split][name]: number for number, name in enumerate(wanted, start=1)})
         for split, coco in opened.items()
@@ -74,6 +74,20 @@ def _open_coco(file: Path, folder: Path) -> Any:
     if absent:
         raise broken(file, f"no {', '.join(sorted(absent))}")
     known = {image["id"] for image in dataset["images"]}
+    unsized = [image.get("file_name", image["id"]) for image in dataset["images"] if not _has_size(image)]
+    if unsized:
+        raise broken(file, f"images without height and width: {some(unsized)}")
+    names = [category["name"] for category in dataset["categories"]]
+    if len(set(names)) < len(names):
+        raise broken(file, f"two categories of one name: {some(n for n in set(names) if names.count(n) > 1)}")
+    strange = {a["category_id"] for a in dataset["annotations"]} - {c["id"] for c in dataset["categories"]}
+    if strange:
+        raise value_error(
+            f"data: {file} has annotations of categories that it does not list.",
+            got=f"{len(strange)} unknown category_id: {some(sorted(strange, key=str))}",
+            needs="an entry in `categories` for every category_id",
+            fix="add the categories (ids may be counted from 0 in one and from 1 in the other)",
+        )
     orphans = sorted({a["image_id"] for a in dataset["annotations"]} - known)
     if orphans:
         raise value_error(
@@ -100,6 +114,24 @@ def _open_coco(file: Path, folder: Path) -> Any:
     return opened
 
 
+def _mask(coco: Any, annotation: Any, size: tuple[int, ...]) -> np.ndarray:
+    """[H, W] uint8 of an annotation."""
+    try:
+        mask: np.ndarray = coco.annToMask(annotation)
+    except Exception as error:  # pycocotools raises any class, and names nothing
+        why = f"{type(error).__name__}: {error}"
+    else:
+        if mask.shape == size:
+            return mask
+        why = f"a mask of {mask.shape[0]} x {mask.shape[1]} for an image of {size[0]} x {size[1]}"
+    raise value_error(
+        f"data: the segmentation of annotation {annotation.get('id')!r} cannot be read.",
+        got=why,
+        needs="polygons of six or more numbers, or an RLE of the image's size",
+        fix="correct or remove the annotation",
+    )
+
+
 def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
     """Paint the masks of a COCO split; `number_of` maps category ids to class numbers."""
     coco = opened.coco
@@ -109,23 +141,23 @@ def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
     def read(index: int) -> tuple[Image.Image, np.ndarray]:
         entry = entries[index]
         mask = np.zeros((entry["height"], entry["width"]), np.uint8)
-        found = [a for a in coco.loadAnns(coco.getAnnIds(imgIds=entry["id"])) if a["category_id"] in number_of]
-        found.sort(key=lambda a: (a.get("iscrowd", 0), -a["area"]))
+        found = [a for a in coco.imgToAnns.get(entry["id"], []) if a["category_id"] in number_of]
+        found.sort(key=lambda a: (a.get("iscrowd", 0), -(a.get("area") or 0)))  # the small ones are drawn last
         for annotation in found:
             number = IGNORE if annotation.get("iscrowd", 0) else number_of[annotation["category_id"]]
             if annotation.get("segmentation"):
-                mask[coco.annToMask(annotation).astype(bool)] = number
+                mask[_mask(coco, annotation, mask.shape).astype(bool)] = number
         return open_image(paths[index]), mask
 
     def objects(index: int) -> Objects:
         entry = entries[index]
-        found = [a for a in coco.loadAnns(coco.getAnnIds(imgIds=entry["id"])) if a["category_id"] in number_of]
+        found = [a for a in coco.imgToAnns.get(entry["id"], []) if a["category_id"] in number_of]
         things = [
             Thing(
                 number_of[a["category_id"]],
                 _box(coco, a),
                 bool(a.get("iscrowd", 0)),
-                partial(coco.annToMask, a) if a.get("segmentation") else None,
+                partial(_mask, coco, a, (entry["height"], entry["width"])) if a.get("segmentation") else None,
             )
             for a in found
         ]
@@ -153,3 +185,7 @@ def _box(coco: Any, annotation: dict[str, Any]) -> tuple[float, float, float, fl
             fix="correct the annotation, or remove it",
         ) from error
     return x, y, x + w, y + h
+
+
+def _has_size(image: Any) -> bool:
+    return all(isinstance(image.get(key), int) and image[key] > 0 for key in ("height", "width"))

@@ -85,7 +85,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = self._new_model()
         if settings.init_from is not None and not (settings.resume and self._has_checkpoint()):
-            load_initial(self.model, settings.init_from, settings.init_skip)
+            load_initial(self.model, settings.init_from, settings.init_skip, precision.recipe is None)
         self.wrapped = wrap(self.model, precision, ranks, device, settings.deterministic)
         self._whole: tuple[int, nn.Module] | None = None
         self.optimizer = torch.optim.AdamW(
@@ -191,6 +191,7 @@ class Trainer:
             seed,
             rank == 0,
             self.scaler.is_enabled(),
+            self._nvfp4_of(at.epoch) is not None,
         )
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -279,7 +280,7 @@ class Trainer:
             **val,
             f"{main}_hp": self.evaluate("val", high_precision=True)[main],
             "step_ms": statistics.median(at.step_ms or at.first_ms),
-            "saved_bytes": saved_bytes(self.whole, images, self.context, *inputs),
+            "saved_bytes": saved_bytes(self.whole, images, lambda: self.context(0), *inputs),
             "nvfp4_flops_share": self.precision.flops_share(self.whole, images, *inputs),
         }
         if "test" in self.eval_loaders:

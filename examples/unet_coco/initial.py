@@ -29,11 +29,12 @@ FORMS = "last.pt of this trainer, a state_dict (.pt) or a .safetensors file"
 SHOWN = 20
 
 
-def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> None:
+def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = (), high_precision: bool = False) -> None:
     """Copy the weights of a file into `model`, in the model's dtypes and memory layout.
 
     Args:
         skip: patterns of plain names ("head.*"): tensors of the model or the file to leave alone.
+        high_precision: the model has no fractions of --learn-scales: those of the file are left out.
     Raises:
         ValueError: a file that cannot be read or is of another kind; tensors that are missing, unexpected, of another
             shape or not finite; a pattern that names no tensor.
@@ -53,12 +54,18 @@ def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> None
         {name: t for name, t in tensors.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
         for tensors in (found, wanted)
     )
+    if high_precision:  # fractions of --learn-scales act in NVFP4 only
+        found = {name: t for name, t in found.items() if name in wanted or not _is_fraction(name)}
     # fractions that --learn-scales added start at 1 where the file has none
-    wanted = {name: t for name, t in wanted.items() if name in found or name.rpartition(".")[2] not in NAMES.values()}
+    wanted = {name: t for name, t in wanted.items() if name in found or not _is_fraction(name)}
     _check(path, found, wanted)
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
+
+
+def _is_fraction(name: str) -> bool:
+    return name.rpartition(".")[2] in NAMES.values()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -98,11 +98,13 @@ class Bundles:
             "classes": list(classes),
             "class_weights": None if class_weights is None else class_weights.tolist(),
         }
+        own = () if precision.recipe is None else (precision.recipe, *(r for _, r in precision.recipe.precision if r))
+        self._delayed = any(recipe.tensor_scale == "delayed" for recipe in own)
         self._before: dict[str, Any] | None = None
 
     def before(self, model: nn.Module) -> None:
-        """A step starts: keep what its forward pass changes."""
-        if self.watch is not None:
+        """A step starts: keep what its forward pass changes, delayed tensor scales."""
+        if self.watch is not None and self.written < MOST_BUNDLES and self._delayed:
             self._before = self.precision.extra_state(model)
 
     def check(
@@ -115,6 +117,7 @@ class Bundles:
         seed: int,
         writes: bool,
         scaled: bool,
+        nvfp4: bool,
     ) -> None:
         """After backward, before the optimizer: write a bundle if the step is bad. All ranks call it with one loss.
 
@@ -122,6 +125,7 @@ class Bundles:
             whole: gives the whole model's state_dict; all ranks are asked for it together.
             writes: this rank writes.
             scaled: gradients are scaled for fp16, where some that are not finite are part of the method.
+            nvfp4: the step ran in NVFP4: not in the last epochs of --high-precision-last.
         """
         if self.watch is None or self.written >= MOST_BUNDLES:
             return
@@ -134,7 +138,7 @@ class Bundles:
         if not writes:
             return
         path = self.folder / f"bundle_{step:06d}.pt"
-        text = self.precision.recipe_text
+        text = self.precision.recipe_text if nvfp4 else ""
         try:
             write_bundle(
                 path,

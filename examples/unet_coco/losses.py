@@ -79,9 +79,11 @@ def dice_ce(
     log_likelihood, weighed = (log_p_y * weight_y).sum(), weight_y.sum()
 
     p_y = log_p_y.exp() * valid
-    flat = index.flatten()
-    overlap = torch.zeros(num_classes, device=logits.device).index_add(0, flat, p_y.flatten())
-    labelled = torch.zeros(num_classes, device=logits.device).index_add(0, flat, valid.flatten().float())
+    images = len(target)  # image by image: a longer fp32 sum of small terms loses them
+    flat = (index + num_classes * torch.arange(images, device=index.device).view(-1, 1, 1)).flatten()
+    none = torch.zeros(images * num_classes, device=logits.device)
+    overlap = none.index_add(0, flat, p_y.flatten()).view(images, num_classes).sum(0)
+    labelled = none.index_add(0, flat, valid.flatten().float()).view(images, num_classes).sum(0)
     predicted = (log_p.exp() * valid[:, None]).sum(dim=(0, 2, 3))
     if group is not None:
         sums = torch.cat([overlap, labelled, predicted, torch.stack([log_likelihood, weighed.float()])])

@@ -50,7 +50,16 @@ def _mask_files(folder: Path) -> list[tuple[Path, Path]]:
     for kind, suffixes in (("images", IMAGE_SUFFIXES), ("labels", {".png"})):
         if not (folder / kind).is_dir():
             raise missing(folder / kind, f"a folder of {kind} (--layout masks)")
-        files[kind] = {path.stem: path for path in sorted((folder / kind).iterdir()) if path.suffix.lower() in suffixes}
+        paths = [path for path in sorted((folder / kind).iterdir()) if path.suffix.lower() in suffixes]
+        files[kind] = {path.stem: path for path in paths}
+        if len(files[kind]) < len(paths):
+            twice = sorted({path.stem for path in paths if path != files[kind][path.stem]})
+            raise value_error(
+                f"data: {folder / kind} has several files of one stem.",
+                got=some(twice),
+                needs="one image and one label per stem",
+                fix="remove or rename the others",
+            )
     for kind, other in (("images", "labels"), ("labels", "images")):
         alone = sorted(set(files[kind]) - set(files[other]))
         if alone:
@@ -82,13 +91,14 @@ def _mask_names(root: Path, labels: list[Path]) -> list[str]:
         for label in labels:
             seen.update(np.unique(_read_ids(label)).tolist())
         by_id = {key: f"class_{key}" for key in seen - {IGNORE}}
+    by_id.pop(IGNORE, None)
     names = [by_id.get(key, f"class_{key}") for key in range(max(by_id, default=-1) + 1)]
     if not 2 <= len(names) <= 254:
         raise value_error(
             f"data: {root} has no classes to tell apart.",
             got=f"{len(names)} class(es)",
-            needs="2 to 254 class ids",
-            fix="check labels/*.png",
+            needs=f"2 to 254 class ids from 0 on; {IGNORE} is no class, its pixels are ignored",
+            fix="check labels/*.png: masks of 0 and 255 must become 0 and 1",
         )
     return names
 

@@ -65,7 +65,7 @@ def _categories(root: Path) -> list[Path]:
 def _folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         raise missing(parent, "a folder of the layout mvtec")
-    return sorted(folder for folder in parent.iterdir() if folder.is_dir())
+    return sorted(folder for folder in parent.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
 
 def _images(folder: Path) -> list[Path]:

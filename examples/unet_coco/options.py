@@ -339,6 +339,13 @@ def _check(settings: Settings) -> None:
             needs="whole weights on each rank",
             fix="--parallel ddp",
         )
+    if settings.high_precision_last >= settings.epochs:
+        raise value_error(
+            "--high-precision-last leaves no epoch in NVFP4.",
+            got=f"--high-precision-last {settings.high_precision_last} --epochs {settings.epochs}",
+            needs="fewer than --epochs",
+            fix="lower it, or --precisions bf16",
+        )
     if not 0 < settings.val_share < 1:
         raise value_error(
             "--val-share is out of range.", got=str(settings.val_share), needs="> 0 and < 1", fix="--val-share 0.5"

@@ -128,8 +128,9 @@ def _load_recipe(source: str, name: str) -> Any:
     try:
         return nv.load_recipe(source)
     except (ValueError, OSError) as error:
-        if name == "nvfp4" or Path(source).exists():
-            raise ValueError(f"--recipe {source}: {error}") from error
+        if name == "nvfp4" or Path(source).is_file():
+            option = "--recipe" if name == "nvfp4" else "--precisions"
+            raise ValueError(f"{option} {source}: {error}") from error
         raise value_error(
             "--precisions: unknown precision.",
             got=repr(name),

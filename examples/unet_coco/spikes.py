@@ -7,17 +7,11 @@ Both, because a smooth curve has a tiny MAD and a noisy one a small median. Unti
 that are not finite count. Finite spikes enter the window: a few do not move its median, and a loss that stays high
 becomes the new normal.
 
-A replay needs the weights before the optimizer step, while a loss is usually fetched many steps later. Two ways to use
-this class, by what they cost:
-
-    tell(step, loss) ... drain()    losses stay on the device and are fetched in groups: free, and too late for a bundle
-    check(step, loss, gradients)    before optimizer.step(): one synchronization a step, but nothing needs to be copied:
-                                    the weights, the batch and the seed of the step are all still there
-
-The second is for runs that ask for bundles. It also sees gradients that are not finite a step before the loss does. On
-a CPU it costs nothing; on a GPU the host no longer runs ahead, which costs the more the smaller the step. The other
-way, to keep copies of the last few weights, costs a pass over the model every step and memory for each copy. What a
-forward pass itself changes, delayed tensor scales above all, has to be taken before it: nv.extra_state(model).
+A replay needs the weights before the optimizer step, so that a step is judged between backward() and
+optimizer.step(): one synchronization a step, but nothing needs to be copied: the weights, the batch and the seed of the
+step are all still there. It also sees gradients that are not finite a step before the loss does. On a CPU it costs
+nothing; on a GPU the host no longer runs ahead, which costs the more the smaller the step. What a forward pass itself
+changes, delayed tensor scales, has to be taken before it: nv.extra_state(model).
 """
 
 from __future__ import annotations
@@ -48,7 +42,7 @@ class Spike:
 
 
 class SpikeWatch:
-    """Is told each loss, and says which were spikes or not finite.
+    """Judges each loss: a spike, not finite, or neither.
 
     Args:
         factor: a spike exceeds this multiple of the median; > 1.
@@ -69,33 +63,13 @@ class SpikeWatch:
             )
         self.factor, self.deviations, self.least = factor, deviations, least
         self.known: deque[float] = deque(maxlen=window)
-        self.pending: list[tuple[int, Tensor]] = []
-
-    def tell(self, step: int, loss: Tensor | float) -> None:
-        """Remember a loss; a tensor stays on its device until `drain`."""
-        value = loss.detach().float().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss))
-        self.pending.append((step, value.clone()))
-
-    def drain(self) -> list[Spike]:
-        """Fetch what was told since the last time, in one synchronization, and judge it in order."""
-        if not self.pending:
-            return []
-        steps, losses = zip(*self.pending, strict=True)
-        self.pending.clear()
-        device = next((loss.device for loss in losses if loss.device.type != "cpu"), losses[0].device)
-        values = torch.stack([loss.to(device) for loss in losses]).tolist()
-        found = [self._judge(step, value) for step, value in zip(steps, values, strict=True)]
-        return [spike for spike in found if spike is not None]
 
     def check(self, step: int, loss: Tensor, gradients: Iterable[Tensor | None] = ()) -> Spike | None:
         """Judge this step now: after backward(), before optimizer.step().
 
-        What was told before enters the window, unreported.
-
         Args:
             gradients: [p.grad for p in model.parameters()], to hear of values that are not finite; None are skipped.
         """
-        self.drain()
         found = [gradient.detach().isfinite().all() for gradient in gradients if gradient is not None]
         finite = torch.stack(found).all() if found else torch.tensor(True, device=loss.device)
         value, sound = torch.stack([loss.detach().float().reshape(()), finite.float()]).tolist()

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from te_nvfp4_cv.checks import value_error
 
@@ -78,19 +78,38 @@ class Objects:
 
 
 def open_image(path: Path, convert: bool = True) -> Image.Image:
+    """The picture of a file, as RGB unless `convert` is False. 16-bit grey keeps its upper byte.
+
+    Raises:
+        ValueError: no picture, a damaged one, or one of floating-point pixels.
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            return image.convert("RGB") if convert else image.copy()
-    except (UnidentifiedImageError, OSError) as error:
-        raise broken(path, str(error)) from error
+            found = image.copy()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for damaged files
+        raise broken(path, f"{type(error).__name__}: {error}") from error
+    if not convert:
+        return found
+    if found.mode.startswith("I"):
+        grey = np.asarray(found)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise broken(path, f"mode {found.mode} with values beyond 16 bits")
+        found = Image.fromarray((grey.astype(np.uint16) >> 8).astype(np.uint8))
+    elif found.mode == "F":
+        raise broken(path, "floating-point pixels, whose range is unknown")
+    return found.convert("RGB")
 
 
-def check_classes(wanted: list[str], known: list[str], where: str) -> None:
+def check_classes(wanted: list[str], known: list[str], where: str, given: bool = True) -> None:
+    """Refuse classes that are not there; `given`: by --classes, else those of the training split."""
+    source = "--classes names" if given else "the training split has a class"
     unknown = [name for name in wanted if name not in known]
     if unknown or len(set(wanted)) != len(wanted):
         raise value_error(
-            "data: --classes names what is not there." if unknown else "data: --classes names a class twice.",
+            f"data: {source} {'what is not there' if given else 'that is not there'}."
+            if unknown
+            else "data: --classes names a class twice.",
             got=", ".join(unknown or wanted),
             needs=f"names from this list ({where}): {', '.join(known)}",
             fix="--classes " + ",".join(known[:2]),

@@ -16,9 +16,11 @@ names and settings that cannot train.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _HERE = Path(__file__).resolve()
 if str(_HERE.parents[1]) not in sys.path:
@@ -95,7 +97,7 @@ def run_folder(out: Path, resume: bool) -> Path:
     found, number = out, 1
     while not resume and (any(found.glob("*/last.pt")) or (found / "summary.json").exists()):
         number += 1
-        found = out.with_name(f"{out.name}_{number}")
+        found = out.resolve().with_name(f"{out.resolve().name}_{number}")
     return found
 
 
@@ -122,6 +124,14 @@ def compare(
     titles: Mapping[str, str] = {}
     files: list[Path] = []
     out = settings.out
+    if settings.resume:  # rows of precisions that this call does not reach
+        for name, held in (("summary.json", rows), ("history.json", history)):
+            held.update(_earlier(out / name))
+    for precision in precisions[1:]:  # what it refuses comes now, not after the ones before have trained
+        trainer = Trainer(precision, settings, data, device, out / precision.name, ranks)
+        if settings.resume:
+            trainer.resume()
+        del trainer
     for precision in precisions:
         folder = out / precision.name
         folder.mkdir(exist_ok=True)
@@ -157,16 +167,42 @@ def compare(
     return rows
 
 
+def _earlier(path: Path) -> Any:
+    """What a report's file held before.
+
+    Raises:
+        ValueError: a damaged one.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        why = f"a {type(found).__name__}"
+    except (ValueError, OSError) as error:
+        why = str(error)
+    raise value_error(
+        f"{path} is damaged.", got=why, needs="the file that a run wrote", fix="remove it: the other rows are lost then"
+    )
+
+
 def _write_sheet(path: Path, trainer: Trainer, count: int, predictions: dict[str, list[np.ndarray]]) -> None:
     """Add this precision's predictions of the first validation images to the sheet."""
     task = trainer.task
-    images, targets = next(iter(trainer.eval_loaders["val"]))
-    images, targets = to_device(images, targets, trainer.device)
-    predictions[trainer.precision.name] = task.draw_predicted(trainer.whole, images, targets, trainer.context)[:count]
+    photos: list[np.ndarray] = []
+    truth: list[np.ndarray] = []
+    predicted: list[np.ndarray] = []
+    for images, targets in trainer.eval_loaders["val"]:
+        images, targets = to_device(images, targets, trainer.device)
+        predicted += task.draw_predicted(trainer.whole, images, targets, trainer.context)
+        photos += list(denormalize(images).permute(0, 2, 3, 1).cpu().numpy())
+        truth += task.draw_truth(images, targets)
+        if len(photos) >= count:
+            break
+    predictions[trainer.precision.name] = predicted[:count]
     if trainer.ranks.rank == 0:
-        photos = list(denormalize(images).permute(0, 2, 3, 1).cpu().numpy())[:count]
-        truth = task.draw_truth(images, targets)[:count]
-        write_pictures(path, {"image": photos, "truth": truth, **predictions})
+        write_pictures(path, {"image": photos[:count], "truth": truth[:count], **predictions})
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def update_bn(
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return 0
-    before = [(norm, norm.momentum, [(b, b.clone()) for b in norm.buffers(recurse=False)]) for norm in norms]
+    momenta = [(norm, norm.momentum) for norm in norms]
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     flags = [(module, module.training) for module in model.modules()]
     counter = _Counted(loader)
     try:
@@ -59,12 +60,11 @@ def update_bn(
             )
     except BaseException:
         with torch.no_grad():
-            for _, _, buffers in before:
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+            for buffer, value in before:
+                buffer.copy_(value)
         raise
     finally:
-        for norm, momentum, _ in before:
+        for norm, momentum in momenta:
             norm.momentum = momentum
         for module, training in flags:
             module.training = training

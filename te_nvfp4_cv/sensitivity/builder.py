@@ -79,7 +79,15 @@ def given(name: str) -> Build:
     while (folder / "__init__.py").is_file():
         parts.insert(0, folder.name)
         folder = folder.parent
-    return _function(_import(".".join(parts), folder), function, name)
+    found = _import(".".join(parts), folder)
+    if Path(found.__file__).resolve() != file:
+        raise value_error(
+            f"diagnose: another module is called {'.'.join(parts)!r} here.",
+            got=str(found.__file__),
+            needs=str(file),
+            fix="rename the file",
+        )
+    return _function(found, function, name)
 
 
 def _import(module: str, folder: Path) -> Any:

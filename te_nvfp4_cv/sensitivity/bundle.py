@@ -138,15 +138,18 @@ def _copied(value: Any, where: str) -> Any:
             )
         return value.detach().to("cpu", copy=True)
     if isinstance(value, OrderedDict):  # a state_dict: its _metadata holds the versions of the modules
-        copied = OrderedDict((key, _copied(item, f"{where}[{key!r}]")) for key, item in value.items())
+        copied = OrderedDict((_copied(key, where), _copied(item, f"{where}[{key!r}]")) for key, item in value.items())
         vars(copied).update(vars(value))
         return copied
     if isinstance(value, Mapping):
-        return {key: _copied(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {_copied(key, where): _copied(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(_copied(item, f"{where}[{index}]") for index, item in enumerate(value))
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None:
         return value
+    for kind in (bool, int, float, str):  # numpy's numbers are subclasses, which weights_only refuses
+        if isinstance(value, kind):
+            return str.__str__(value) if kind is str else kind(value)
     raise type_error(
         f"bundle: {where} cannot be kept.",
         got=describe(value),

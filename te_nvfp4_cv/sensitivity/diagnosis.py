@@ -68,9 +68,9 @@ class Diagnosis:
 
     @property
     def finite(self) -> bool:
-        """Whether nothing that is not finite was found, in either replay."""
+        """Whether loss and gradients are finite, in both replays. Values inside may be -inf and harmless: masks."""
         both = [replay for replay in (self.high, self.nvfp4) if replay is not None]
-        return all(replay.finite and replay.first is None for replay in both)
+        return all(replay.finite for replay in both)
 
     @property
     def worst_gemm(self) -> str | None:
@@ -100,8 +100,12 @@ class Diagnosis:
         own = {} if self.recipe_used is None else dict(self.recipe_used.precision)
         if self.worst_layer is not None:
             pattern = glob.escape(self.worst_layer) or "*"
-            own.pop(pattern, None)  # the last match wins
-            return {**own, pattern: None}
+            own.pop(pattern, None)  # the last match wins: layers below stay as they were when it was measured
+            prefix = f"{self.worst_layer}." if self.worst_layer else ""
+            below = [name for name in self.layers if name != self.worst_layer and name.startswith(prefix)]
+            rest = None if self.recipe_used is None else dataclasses.replace(self.recipe_used, precision=())
+            stays = {glob.escape(name): own.get(glob.escape(name), rest) for name in below}
+            return {**own, pattern: None, **stays}
         if self.worst_gemm is not None and self.recipe_used is not None:
             rest = dataclasses.replace(self.recipe_used, precision=())
             everywhere = without_gemm(rest, self.worst_gemm)

@@ -58,6 +58,13 @@ class LayerScan:
     without: Change | None
 
 
+def _gain(everything: float, without: float) -> float:
+    """What taking one layer out of NVFP4 improves; nothing where the loss is no number without it too."""
+    if not math.isfinite(without):
+        return 0.0
+    return everything - without if math.isfinite(everything) else math.inf
+
+
 @dataclass(frozen=True)
 class Scan:
     """What nv.sensitivity.scan found. `str()` gives the ranked table.
@@ -84,7 +91,7 @@ class Scan:
         if row.alone is not None:
             parts.append(row.alone.size)
         if row.without is not None:
-            parts.append(self.everything.size - row.without.size)
+            parts.append(_gain(self.everything.size, row.without.size))
         value = sum(parts) / len(parts)
         return math.inf if math.isnan(value) else value
 

@@ -67,7 +67,8 @@ class Trace:
                 self._look(name, f"{kind} {key}", tensor)
 
     def _look(self, name: str, what: str, value: Any) -> None:
-        if self.forward is None and not all(map(_finite, tree_leaves(value))):
+        sound = _no_fault if what == "input" or what.startswith("buffer") else _finite  # masks hold -inf
+        if self.forward is None and not all(map(sound, tree_leaves(value))):
             self.forward = Finding(name, what)
 
     def _ends(self, name: str) -> Callable[..., None]:
@@ -85,6 +86,15 @@ class Trace:
                 self.backward = Finding(name, what)
 
         return hook
+
+
+def _no_fault(value: Any) -> bool:
+    """Whether a tensor holds neither NaN nor +inf."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return True
+    producer.settle(value)
+    v = value.detach()
+    return not bool((v.isnan() | v.isposinf()).any())
 
 
 def _finite(value: Any) -> bool:

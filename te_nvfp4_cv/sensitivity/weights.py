@@ -142,7 +142,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
                     needs="weights with values",
                     fix="run one forward pass, or load the weights, first",
                 )
-            yield name, w, module
+            if w.numel():
+                yield name, w, module
 
 
 def _weight(name: str, w: Tensor, module: nn.Module) -> Weight:

@@ -89,7 +89,11 @@ def of_operand(
     if wants[1]:
         raw = fold_images(operand, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)  # [N16, *folded, C, 16]
         amax = col_amax.repeat(col_scale.numel() // col_amax.numel()) if row_scaled else col_amax
-        found["col"] = _sampled(raw, col_data, col_scale, amax, s.e4m3_max, most, None, s.rht)
+        real = None  # rotated, images that only fill a block cannot be told from the others
+        if not s.rht:
+            real = fold_images(torch.ones_like(operand[..., :1]), fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)
+            real = real.expand(raw.shape).reshape(-1, BLOCK) != 0
+        found["col"] = _sampled(raw, col_data, col_scale, amax, s.e4m3_max, most, real, s.rht)
     return found
 
 

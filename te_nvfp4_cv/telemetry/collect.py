@@ -20,7 +20,9 @@ dy; an alarm is raised where |dw_hp| < sqrt(3) |dw - dw_hp|, the threshold below
 `noise_bytes` suffice.
 
 Of a layer that runs several times in a step the first call counts. Layers inside of a graph of torch.compile are not
-heard: their weights and weight gradients are. With several ranks the first one watches its part of the batch.
+heard: their weights and weight gradients are. Nor are layers whose weight is computed (parametrizations), nor, where a
+part of a model is compiled, other layers in high precision outside of nvfp4_autocast. With several ranks the first one
+watches its part of the batch.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, context
-from te_nvfp4_cv.autocast import nvfp4_autocast
-from te_nvfp4_cv.checks import check_module, value_error, warn_once
+from te_nvfp4_cv.autocast import heard
+from te_nvfp4_cv.checks import check_materialized, check_module, value_error, warn_once
 from te_nvfp4_cv.recipe import as_recipe
 from te_nvfp4_cv.telemetry.records import FORMAT, VERSION
-from te_nvfp4_cv.telemetry.sample import Sample, layers_of, op_of
+from te_nvfp4_cv.telemetry.sample import THRESHOLD, Sample, layers_of, op_of, shape_of
 from te_nvfp4_cv.telemetry.sinks import Sink
 
 
@@ -70,6 +72,7 @@ def attach(
         TypeError: no module; ValueError: a number out of range.
     """
     check_module("telemetry", model, "attach(model, ...)")
+    check_materialized("telemetry", model)
     for argument, value, least in (
         ("every", every, 0),
         ("max_elements", max_elements, 16),
@@ -106,7 +109,6 @@ class Telemetry:
         self.codes: dict[str, list[Tensor]] = {}  # by layer: packed weights of the last two samples, the newest first
         self.noise_from = 0  # number of the layer whose turn for gradient noise comes next
         self.alarmed: set[str] = set()
-        self.compiled = any(_is_compiled(module) for module in model.modules())
         header = {
             "kind": "run",
             "format": FORMAT,
@@ -118,8 +120,7 @@ class Telemetry:
             "every": every,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "layers": [
-                {"name": layer, "op": op_of(module), "shape": list(module.weight.shape)}  # type: ignore[union-attr,arg-type]
-                for layer, module in layers_of(model)
+                {"name": layer, "op": op_of(module), "shape": shape_of(module)} for layer, module in layers_of(model)
             ],
         }
         for sink in self.sinks:
@@ -134,23 +135,23 @@ class Telemetry:
         """Watch the forward and backward passes inside, where the step is a sample.
 
         Args:
-            grad_scale: what the loss was multiplied by (scaler.get_scale()); weight gradients are divided by it.
+            grad_scale: what the loss was multiplied by (scaler.get_scale()); figures of weight gradients are divided by
+                it. Those of grad_output are as it arrives, scaled.
         """
         if not self.due(step):
             yield
             return
         sample = Sample(self)
         with ExitStack() as stack:
-            if self.compiled:
+            if sample.compiled:
                 warn_once(
                     "telemetry compiled",
                     "nvfp4 telemetry: the model is compiled; operands inside of its graphs are not heard, weights and "
                     "weight gradients are",
                 )
-            else:
-                stack.enter_context(calls.observe(sample.called))
-                if context.state() is None:  # so that calls in high precision are heard, too
-                    stack.enter_context(nvfp4_autocast(enabled=False))
+            stack.enter_context(calls.observe(sample.called))
+            if context.state() is None and not sample.compiled:  # a graph would be compiled again for it
+                stack.enter_context(heard())  # so that calls in high precision are heard, too
             yield
         self._write(step, sample.record(grad_scale))
 
@@ -168,7 +169,7 @@ class Telemetry:
         broken = [tensor for tensor, held in layer["tensors"].items() if held.get("raw", {}).get("nonfinite", 0)]
         told = {
             f"{name} noise": noisy
-            and f"gradient norm is {gradient['ratio']:.2f} of the quantization noise, below 1.73",
+            and f"gradient norm is {gradient['ratio']:.2f} of the quantization noise, below {THRESHOLD:.2f}",
             f"{name} non-finite": broken and f"values that are not finite: {', '.join(broken)}",
         }
         for key, text in told.items():
@@ -177,9 +178,9 @@ class Telemetry:
             (self.alarmed.add if text else self.alarmed.discard)(key)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record a run's own figures on the same step axis."""
+        """Record a run's own figures on the same step axis: anything that float() takes."""
         for sink in self.sinks:
-            sink.scalars(step, dict(values))
+            sink.scalars(step, {name: float(value) for name, value in values.items()})
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Show a picture where a sink can."""
@@ -193,10 +194,6 @@ class Telemetry:
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _rank() -> int:

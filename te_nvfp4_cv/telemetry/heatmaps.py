@@ -29,6 +29,7 @@ import torch
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
 from te_nvfp4_cv.telemetry.records import Run, dumps, read
@@ -152,7 +153,7 @@ def _plotly(folder: Path) -> Path:
 
     script = folder / f"plotly-{get_plotlyjs_version()}.min.js"
     if not script.is_file():
-        script.write_text(get_plotlyjs(), encoding="utf-8")
+        write_atomically(script, get_plotlyjs().encode())
     return script
 
 

@@ -92,7 +92,7 @@ def read(path: str | os.PathLike[str]) -> Run:
             fix="give the telemetry.jsonl of a run",
         ) from error
     records, notes = _parse(path, text)
-    if not records or records[0].get("format") != FORMAT:
+    if not records or records[0].get("format") != FORMAT or records[0].get("kind") != "run":
         raise value_error(
             f"telemetry: {path} is no telemetry file.",
             got="no records" if not records else f"a first line with format {records[0].get('format')!r}",
@@ -107,24 +107,33 @@ def read(path: str | os.PathLike[str]) -> Run:
             needs=f"at most {VERSION}",
             fix="install the version of te_nvfp4_cv that wrote it",
         )
+    layers, every = head.get("layers", []), head.get("every", 0)
+    named = isinstance(layers, list) and all(isinstance(layer, dict) and "name" in layer for layer in layers)
+    if not named or not isinstance(every, int):
+        raise value_error(
+            f"telemetry: {path}: its header is damaged.",
+            got=f"layers {str(layers)[:60]}, every {every!r}",
+            needs="a list of tables with names, and a number",
+            fix="give the telemetry.jsonl of a run",
+        )
     run = Run(
         path,
         name=str(head.get("name", "")),
         group=str(head.get("group", "")),
         model=str(head.get("model", "")),
         recipe=str(head.get("recipe", "")),
-        every=int(head.get("every", 0)),
+        every=every,
         started=str(head.get("started", "")),
-        layers=[str(layer["name"]) for layer in head.get("layers", [])],
+        layers=[str(layer["name"]) for layer in layers],
         notes=notes,
     )
     for record in records:
         _take(run, record)
     run.steps, run.scalars = dict(sorted(run.steps.items())), dict(sorted(run.scalars.items()))
     known = set(run.layers)
-    for layers in run.steps.values():
-        run.layers += [name for name in layers if name not in known]
-        known.update(layers)
+    for held in run.steps.values():
+        run.layers += [name for name in held if name not in known]
+        known.update(held)
     return run
 
 
@@ -138,7 +147,11 @@ def _take(run: Run, record: dict[str, Any]) -> None:
         run.alarms.append(record)
 
 
-REQUIRED = {"run": (), "step": ("step", "layers"), "scalars": ("step", "values"), "alarm": ("step", "layer", "text")}
+REQUIRED: dict[str, dict[str, type]] = {
+    "step": {"step": int, "layers": dict},
+    "scalars": {"step": int, "values": dict},
+    "alarm": {"step": int, "layer": str, "text": str},
+}
 
 
 def _parse(path: Path, text: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -151,9 +164,12 @@ def _parse(path: Path, text: str) -> tuple[list[dict[str, Any]], list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            absent = [key for key in REQUIRED.get(record.get("kind"), ()) if key not in record]
-            if absent:
-                raise ValueError(f"no {', '.join(absent)}")
+            needed = REQUIRED.get(record.get("kind"), {})
+            wrong = [
+                f"{key} ({kind.__name__})" for key, kind in needed.items() if not isinstance(record.get(key), kind)
+            ]
+            if wrong:
+                raise ValueError(f"no {', '.join(wrong)}")
         except (ValueError, AttributeError, TypeError) as error:
             if number == len(lines) and not ended:
                 return records, [f"line {number} was cut off and is left out"]

@@ -21,6 +21,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
 from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, KINDS, STATISTICS, as_run, table, usage
@@ -82,16 +83,7 @@ def write_report(
         text = _Report(runs, resolution, palette).text()
         if len(text) < MOST_BYTES:
             break
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise value_error(
-            f"telemetry: {out} cannot be written.",
-            got=str(error),
-            needs="a folder that can be written",
-            fix="choose another path",
-        ) from error
+    write_atomically(out, text.encode(), fix="free some space, or choose another path")
     return out
 
 
@@ -223,7 +215,7 @@ class _Report:
         return _note(
             "SQNR: signal to quantization noise. Underflow: share of the values other than 0 whose code is 0. "
             "Saturation: share of the values beyond 6 scales. …_column: the operand along the other axis. "
-            f"Marked: the {LOWEST} lowest SQNRs of each operand."
+            f"Marked: the {LOWEST} lowest SQNRs of each operand, where it has more than {2 * LOWEST}."
         ) + (
             f'<div class="scroll"><table><thead><tr><th rowspan="2">layer</th><th rowspan="2">operand</th>{first}</tr>'
             f"<tr>{second}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, multiply
-from te_nvfp4_cv.modules import NVFP4_CLASSES
+from te_nvfp4_cv.gathered import GatheredWeight
+from te_nvfp4_cv.modules import NVFP4_CLASSES, own_weight
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.policy import plain_name
 from te_nvfp4_cv.telemetry import blocks as operand_blocks
@@ -32,8 +33,10 @@ class Sample:
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
         self.layers = list(layers_of(telemetry.model))
-        self.names = {id(module.weight): name for name, module in self.layers}
+        owned = ((name, own_weight(module)) for name, module in self.layers)
+        self.names = {id(w): name for name, w in owned if w is not None}
         self.found: dict[str, _Layer] = {}
+        self.compiled = [plain_name(name) for name, module in telemetry.model.named_modules() if is_compiled(module)]
         self.bytes_left = telemetry.noise_bytes
         self.turn = 0  # how many layers have asked to keep x
         self.refused: list[int] = []  # the numbers of those for which no memory was left
@@ -45,12 +48,13 @@ class Sample:
             return None
         recomputed = torch._C._current_graph_task_id() != -1  # activation checkpointing, inside of backward
         layer = self.found.get(name)
+        first = layer is None
         if layer is None:
             layer = self.found[name] = _Layer(self, name, call)
         elif not recomputed:
             return None  # a layer that is called again
         if call.recipe is not None:
-            return calls.Seen(watch=_Watch(layer))
+            return calls.Seen(watch=_Watch(layer, first))
         if "input" not in layer.tensors and isinstance(call.x, Tensor):
             layer.tensors["input"] = {"raw": self.plain(call.x)}
         return calls.Seen(finished=layer.finished)
@@ -95,16 +99,26 @@ class Sample:
         out: dict[str, Any] = {}
         for name, module in self.layers:
             seen = self.found.pop(name, None)
-            out[name] = seen.entry() if seen is not None else _unseen(op_of(module), telemetry.compiled)
-            self._weight(out[name], module.weight, grad_scale)
+            out[name] = seen.entry() if seen is not None else self._unseen(name, module)
+            self._weight(out[name], own_weight(module), grad_scale)
         for name, seen in self.found.items():  # weights that are no `weight` of a layer: attention's, functional ones
             out[name] = seen.entry()
             self._weight(out[name], seen.weight, grad_scale)
+        for entry in out.values():
+            if "gradient" in entry:
+                entry["gradient"] = {key: value / grad_scale for key, value in entry["gradient"].items()}
         telemetry.noise_from = self.refused[0] if self.refused and self.refused[0] > telemetry.noise_from else 0
         layers: dict[str, Any] = statistics.fetch(out)
         for layer in layers.values():
             _judge(layer)
         return layers
+
+    def _unseen(self, name: str, module: nn.Module) -> dict[str, Any]:
+        compiled = any(not prefix or name == prefix or name.startswith(f"{prefix}.") for prefix in self.compiled)
+        reason = "its weight is computed: not heard" if own_weight(module) is None else "not called in this step"
+        if compiled:
+            reason = "inside of a compiled graph"
+        return {"op": op_of(module), "precision": "high", "reason": reason, "tensors": {}}
 
     def _weight(self, entry: dict[str, Any], weight: Any, grad_scale: float | Tensor) -> None:
         weight, grad = _local(weight), _local(getattr(weight, "grad", None))
@@ -140,9 +154,9 @@ class _Layer:
 class _Watch:
     """Looks on while the layer is quantized (plan.Watch)."""
 
-    def __init__(self, layer: _Layer) -> None:
+    def __init__(self, layer: _Layer, first: bool) -> None:
         self.layer = layer
-        self.first = "input" not in layer.tensors  # else a recomputed forward, whose backward is the layer's
+        self.first = first  # else a recomputed forward, whose backward is the layer's
 
     @torch.no_grad()
     def quantized(self, role: str, operand: Tensor, faces: tuple[Tensor, ...], seed: Tensor | None, plan: Plan) -> None:
@@ -152,7 +166,8 @@ class _Watch:
                 self._weight(operand, faces, plan)
             return
         if role == "input":
-            if "wgrad" in plan.gemms and layer.sample.may_keep(operand):
+            trains = layer.weight.requires_grad and "wgrad" in plan.gemms
+            if trains and layer.sample.may_keep(operand):
                 layer.x = operand, operand._version
             if not self.first and "input_column" in layer.tensors:
                 return
@@ -163,7 +178,8 @@ class _Watch:
 
     def _weight(self, w: Tensor, w_q: tuple[Tensor, ...], plan: Plan) -> None:
         layer, telemetry = self.layer, self.layer.sample.telemetry
-        found = operand_blocks.of_weight(w, w_q, plan, telemetry.max_elements)
+        gathered = isinstance(w, GatheredWeight)  # it has no values but the codes': record() adds the shard's
+        found = {} if gathered else operand_blocks.of_weight(w, w_q, plan, telemetry.max_elements)
         for gemm, name in (("fprop", "weight"), ("dgrad", "weight_column")):
             if gemm in found:
                 layer.tensors[name] = statistics.operand(found[gemm])
@@ -197,7 +213,7 @@ class _Watch:
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Convolutions and linear layers by plain name, in the model's order; a shared one once."""
     for name, module in model.named_modules():
-        if isinstance(module, LAYERS) and isinstance(module.weight, Tensor):
+        if isinstance(module, LAYERS):
             yield plain_name(name) or type(module).__name__, module
 
 
@@ -205,9 +221,15 @@ def op_of(module: nn.Module) -> str:
     return next(ours.op for plain, ours in NVFP4_CLASSES.items() if isinstance(module, plain))
 
 
-def _unseen(op: str, compiled: bool) -> dict[str, Any]:
-    reason = "inside of a compiled graph" if compiled else "not called in this step"
-    return {"op": op, "precision": "high", "reason": reason, "tensors": {}}
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was called on the module."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def shape_of(module: nn.Module) -> list[int]:
+    """Of its weight; [] where that is computed."""
+    w = own_weight(module)
+    return [] if w is None else list(w.shape)
 
 
 def _judge(layer: dict[str, Any]) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from te_nvfp4_cv.checks import value_error, warn_once
-from te_nvfp4_cv.telemetry.records import dumps
+from te_nvfp4_cv.telemetry.records import FORMAT, dumps
 
 
 class Sink(Protocol):
@@ -59,19 +59,21 @@ def fresh_path(path: str | os.PathLike[str]) -> Path:
 
 
 class JSONL:
-    """One line per record, written at once.
+    """One line per record, written at once. The file is opened by the first rank alone, when telemetry is attached.
 
     Args:
         path: of a file that does not exist yet; its folder is made.
         resume: go on in the file that is there; a last line that was cut off is removed.
     Raises:
-        ValueError: the file is there and resume is False; it cannot be written.
+        ValueError: when attached: the file is there and resume is False; it is no telemetry file, or cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
-        self.path = Path(path)
+        self.path, self.resume = Path(path), resume
         self._on = True
-        if self.path.exists() and not resume:
+
+    def _open(self) -> None:
+        if self.path.exists() and not self.resume:
             raise value_error(
                 f"telemetry: {self.path} is there already.",
                 got="a file of another run",
@@ -81,9 +83,7 @@ class JSONL:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
-                content = self.path.read_bytes()
-                if content and not content.endswith(b"\n"):
-                    os.truncate(self.path, content.rfind(b"\n") + 1)
+                self._repair(self.path.read_bytes())
             self.path.open("a", encoding="utf-8").close()
         except OSError as error:
             raise value_error(
@@ -92,6 +92,20 @@ class JSONL:
                 needs="a folder that can be written",
                 fix="choose another path",
             ) from error
+
+    def _repair(self, content: bytes) -> None:
+        """Cut off a last line that is not whole, of a file of ours."""
+        first, newline, _ = content.partition(b"\n")
+        ours = FORMAT.encode() in first if newline else b'{"kind":"run"'.startswith(first[:13])
+        if content and not ours:
+            raise value_error(
+                f"telemetry: {self.path} is no telemetry file.",
+                got=repr(first[:60]),
+                needs="a file that telemetry wrote, to go on in it",
+                fix="another path",
+            )
+        if content and not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
 
     def _write(self, record: dict[str, Any]) -> None:
         if not self._on:
@@ -104,6 +118,7 @@ class JSONL:
             warn_once(f"telemetry {self.path}", f"nvfp4 telemetry: {self.path} is written no further: {error}")
 
     def start(self, header: dict[str, Any]) -> None:
+        self._open()
         self._write(header)
 
     def step(self, record: dict[str, Any]) -> None:
@@ -155,7 +170,8 @@ def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.nda
 
 
 class WandB:
-    """A W&B run: one per precision, in the group of the runs that are compared, on the records' own step axis.
+    """A W&B run: one per precision, in the group of the runs that are compared, on the records' own step axis. It is
+    begun by the first rank alone, when telemetry is attached, beside a run that the user may have open.
 
     Args:
         project, group, name, config: as wandb.init takes them.
@@ -170,26 +186,33 @@ class WandB:
         folder: str | os.PathLike[str],
         config: dict[str, Any] | None = None,
     ) -> None:
-        self._run: Any = None
-        os.environ.setdefault("WANDB_MODE", "offline")
-        try:
-            import wandb
-        except ImportError:
-            warn_once("wandb absent", "wandb is not installed: no W&B log (pip install wandb); all else is written")
-            return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {
+        self._folder = Path(folder)
+        self._options: dict[str, Any] = {
             "project": project,
             "group": group,
             "name": name,
             "dir": str(folder),
             "config": config or {},
         }
-        modes: list[Any] = list(dict.fromkeys((os.environ["WANDB_MODE"], "offline")))
-        for mode in modes:
+        self._wandb: Any = None
+        self._run: Any = None
+
+    def _begin(self) -> None:
+        try:
+            import wandb
+        except Exception as error:  # a broken installation, too
+            absent = (
+                "wandb is not installed" if isinstance(error, ImportError) else f"wandb cannot be imported ({error})"
+            )
+            warn_once("wandb absent", f"{absent}: no W&B log (pip install wandb); all else is written")
+            return
+        self._wandb = wandb
+        modes: list[Any] = [os.environ.get("WANDB_MODE") or "offline", "offline"]
+        for mode in dict.fromkeys(modes):
             try:
-                settings = wandb.Settings(silent=True, console="off", init_timeout=30)
-                self._run = wandb.init(mode=mode, settings=settings, **options)
+                self._folder.mkdir(parents=True, exist_ok=True)
+                settings = wandb.Settings(silent=True, console="off", init_timeout=30, reinit="create_new")
+                self._run = wandb.init(mode=mode, settings=settings, **self._options)
                 self._run.define_metric("step")
                 self._run.define_metric("*", step_metric="step")
                 return
@@ -198,50 +221,42 @@ class WandB:
                 then = "the run goes on without W&B" if mode == "offline" else "the run goes on offline"
                 warn_once(f"wandb {mode}", f"W&B ({mode}) could not start, {then}: {error}")
 
-    def _log(self, values: dict[str, Any]) -> None:
+    def _try(self, act: Callable[[Any, Any], Any]) -> None:
+        """act(run, wandb), if there is a run; whatever it raises ends the log and nothing else."""
         if self._run is None:
             return
         try:
-            self._run.log(values)
+            act(self._run, self._wandb)
         except Exception as error:
             self._run = None
             warn_once("wandb log", f"W&B takes no more records, the run goes on without it: {error}")
 
     def start(self, header: dict[str, Any]) -> None:
-        if self._run is not None:
-            shown = {key: header[key] for key in ("model", "recipe", "every", "started")}
-            self._run.config.update({"telemetry": shown}, allow_val_change=True)
+        self._begin()
+        shown = {key: header[key] for key in ("model", "recipe", "every", "started")}
+        self._try(lambda run, _: run.config.update({"telemetry": shown}, allow_val_change=True))
 
     def step(self, record: dict[str, Any]) -> None:
-        if self._run is None:
-            return
-        import wandb
+        def log(run: Any, wandb: Any) -> None:
+            values: dict[str, Any] = {"step": record["step"], **dict(figures(record["layers"]))}
+            for name, counts, edges in histograms(record["layers"]):
+                values[name] = wandb.Histogram(np_histogram=(counts, edges))
+            run.log(values)
 
-        values: dict[str, Any] = {"step": record["step"], **dict(figures(record["layers"]))}
-        for name, counts, edges in histograms(record["layers"]):
-            values[name] = wandb.Histogram(np_histogram=(counts, edges))
-        self._log(values)
+        self._try(log)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._log({"step": step, **values})
+        self._try(lambda run, _: run.log({"step": step, **values}))
 
     def alarm(self, record: dict[str, Any]) -> None:
-        self._log({"step": record["step"], f"alarm/{record['layer']}": 1})
+        self._try(lambda run, _: run.log({"step": record["step"], f"alarm/{record['layer']}": 1}))
 
     def image(self, name: str, path: Path, step: int) -> None:
-        if self._run is not None:
-            import wandb
-
-            self._log({"step": step, name: wandb.Image(str(path))})
+        self._try(lambda run, wandb: run.log({"step": step, name: wandb.Image(str(path))}))
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.summary.update(summary or {})
-            self._run.finish()
-        except Exception as error:
-            warn_once("wandb close", f"W&B could not finish its run: {error}")
+        self._try(lambda run, _: run.summary.update(summary or {}))
+        self._try(lambda run, _: run.finish())
         self._run = None
 
 
@@ -249,13 +264,18 @@ class WandB:
 
 
 class TensorBoard:
-    """Scalars and histograms for TensorBoard, in an event file of their own in `folder`.
+    """Scalars and histograms for TensorBoard, in an event file of their own in `folder`, begun by the first rank alone,
+    when telemetry is attached. A disk that fails later turns it off.
 
     Raises:
-        ValueError: tensorboard is not installed, or the folder cannot be written.
+        ValueError: (when attached) tensorboard is not installed, or the folder cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = folder
+        self._writer: Any = None
+
+    def _begin(self) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -266,48 +286,67 @@ class TensorBoard:
                 fix="pip install tensorboard, or leave the sink out",
             ) from error
         try:
-            self._writer: Any = SummaryWriter(str(folder))
+            self._writer = SummaryWriter(str(self.folder))
         except OSError as error:
             raise value_error(
-                f"telemetry: {folder} cannot be written.",
+                f"telemetry: {self.folder} cannot be written.",
                 got=str(error),
                 needs="a folder that can be written",
                 fix="choose another folder",
             ) from error
 
+    def _try(self, act: Callable[[Any], Any]) -> None:
+        """act(writer), if there is one; a file that cannot be written or read ends the log and nothing else."""
+        if self._writer is None:
+            return
+        try:
+            act(self._writer)
+        except OSError as error:
+            self._writer = None
+            warn_once(f"telemetry {self.folder}", f"nvfp4 telemetry: {self.folder} is written no further: {error}")
+
     def start(self, header: dict[str, Any]) -> None:
-        self._writer.add_text(
-            "run", f"```\n{json.dumps({k: v for k, v in header.items() if k != 'layers'}, indent=1)}\n```"
-        )
+        self._begin()
+        text = json.dumps({key: value for key, value in header.items() if key != "layers"}, indent=1)
+        self._try(lambda writer: writer.add_text("run", f"```\n{text}\n```"))
 
     def step(self, record: dict[str, Any]) -> None:
-        for name, value in figures(record["layers"]):
-            self._writer.add_scalar(name, value, record["step"])
-        for name, counts, edges in histograms(record["layers"]):
-            centres = (edges[1:] + edges[:-1]) / 2
-            self._writer.add_histogram_raw(
-                name,
-                min=float(edges[0]),
-                max=float(edges[-1]),
-                num=int(counts.sum()),
-                sum=float((counts * centres).sum()),
-                sum_squares=float((counts * centres**2).sum()),
-                bucket_limits=edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
-                global_step=record["step"],
-            )
+        def write(writer: Any) -> None:
+            for name, value in figures(record["layers"]):
+                writer.add_scalar(name, value, record["step"])
+            for name, counts, edges in histograms(record["layers"]):
+                centres = (edges[1:] + edges[:-1]) / 2
+                writer.add_histogram_raw(
+                    name,
+                    min=float(edges[0]),
+                    max=float(edges[-1]),
+                    num=int(counts.sum()),
+                    sum=float((counts * centres).sum()),
+                    sum_squares=float((counts * centres**2).sum()),
+                    bucket_limits=edges[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                    global_step=record["step"],
+                )
+
+        self._try(write)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        def write(writer: Any) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self._try(write)
 
     def alarm(self, record: dict[str, Any]) -> None:
-        self._writer.add_text(f"alarm/{record['layer']}", record["text"], record["step"])
+        self._try(lambda writer: writer.add_text(f"alarm/{record['layer']}", record["text"], record["step"]))
 
     def image(self, name: str, path: Path, step: int) -> None:
-        from PIL import Image
+        def write(writer: Any) -> None:
+            from PIL import Image
 
-        self._writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+            writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+        self._try(write)
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        self._writer.close()
+        self._try(lambda writer: writer.close())

@@ -44,10 +44,10 @@ def stats(v: Tensor, valid: Tensor | None = None, histograms: bool = True) -> di
     }
     if histograms:
         share = torch.where(finite, held / unit, 2.0)  # beyond the range: not counted
-        out["histogram"] = torch.histc(share.float(), BINS, -1.0, 1.0)
+        out["histogram"] = _histogram(share.float(), BINS, -1.0, 1.0)
         exponent = held.abs().log2().floor().clamp(LOG2_FIRST, LOG2_FIRST + BINS - 1) + 0.5
         exponent = torch.where(finite & (held != 0), exponent, 2.0 * BINS)
-        out["log2_histogram"] = torch.histc(exponent.float(), BINS, LOG2_FIRST, LOG2_FIRST + BINS)
+        out["log2_histogram"] = _histogram(exponent.float(), BINS, LOG2_FIRST, LOG2_FIRST + BINS)
     return out
 
 
@@ -108,7 +108,21 @@ def _scales(scale: Tensor) -> dict[str, Tensor]:
 
 def _count(small: Tensor, bins: int) -> Tensor:
     """How often each of 0 .. bins - 1 occurs; without asking the device for sizes, as bincount does."""
-    return torch.histc(small.float(), bins, -0.5, bins - 0.5)
+    return _histogram(small.float(), bins, -0.5, bins - 0.5)
+
+
+def _histogram(v: Tensor, bins: int, low: float, high: float) -> Tensor:
+    """torch.histc, which CUDA refuses under torch.use_deterministic_algorithms."""
+    if v.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return histogram_by_comparison(v, bins, low, high)
+    return torch.histc(v, bins, low, high)
+
+
+def histogram_by_comparison(v: Tensor, bins: int, low: float, high: float) -> Tensor:
+    """The same counts without atomic additions; the last bin holds its upper end."""
+    index = ((v - low) * (bins / (high - low))).floor().clamp(max=bins - 1)
+    index = torch.where((v >= low) & (v <= high), index, -1.0)
+    return (index.flatten().unsqueeze(-1) == torch.arange(bins, device=v.device)).sum(0).float()
 
 
 def flips(now: Tensor, before: Tensor, earlier: Tensor | None) -> tuple[Tensor, Tensor | None]:

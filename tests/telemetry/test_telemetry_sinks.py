@@ -57,7 +57,7 @@ def test_a_file_that_is_there_is_never_overwritten(tmp_path):
     path = write_run(tmp_path / "run.jsonl", steps=2)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="is there already"):
-        JSONL(path)
+        JSONL(path).start(header("nvfp4", ["conv"]))
     assert path.read_bytes() == before
     assert fresh_path(path) == tmp_path / "run_2.jsonl" and fresh_path(tmp_path / "b.jsonl").name == "b.jsonl"
     (tmp_path / "run_2.jsonl").touch()
@@ -69,15 +69,30 @@ def test_a_resume_goes_on_behind_the_last_whole_line(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"kind": "st')
     sink = JSONL(path, resume=True)
-    assert path.read_bytes() == whole
+    sink.start(header("nvfp4", ["conv"]))
+    assert path.read_bytes().startswith(whole + b'{"kind":"run"')
     sink.scalars(300, {"train/loss": 0.5})
     assert read(path).scalars[300] == {"train/loss": 0.5} and not read(path).notes
+
+
+def test_a_foreign_file_is_not_cut(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for content in (b"PK\x03\x04 something\nelse", b"one line", b'{"kind":"other"}\n{"a'):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="no telemetry file"):
+            JSONL(path, resume=True).start(header("nvfp4", ["conv"]))
+        assert path.read_bytes() == content
+
+
+def test_a_sink_of_another_rank_touches_nothing(tmp_path):
+    JSONL(tmp_path / "a.jsonl"), TensorBoard(tmp_path / "events"), WandB("p", "g", "n", tmp_path / "wandb")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written"):
-        JSONL(tmp_path / "file" / "run.jsonl")
+        JSONL(tmp_path / "file" / "run.jsonl").start(header("nvfp4", ["conv"]))
 
 
 def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
@@ -90,7 +105,8 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.warns(UserWarning, match="written no further.*No space left") as seen:
-        feed(sink)
+        for _ in range(2):
+            sink.step(records()[0])
     assert len(seen) == 1 and (tmp_path / "run.jsonl").stat().st_size == size
 
 
@@ -213,7 +229,7 @@ def test_tensorboard_values_are_read_back(tmp_path):
 def test_without_tensorboard_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
-        TensorBoard(tmp_path)
+        TensorBoard(tmp_path).start(header("nvfp4", ["conv"]))
 
 
 def test_every_line_is_strict_json(tmp_path):

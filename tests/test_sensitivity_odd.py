@@ -1,0 +1,152 @@
+"""Sensitivity tools where the obvious answer is wrong: what is suggested helps, and what is kept can be read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv import sensitivity
+from te_nvfp4_cv.sensitivity import builder
+from te_nvfp4_cv.sensitivity.scan_report import _gain
+from tests.helpers import same_bits, values
+
+NO_SR = nv.NVFP4BlockScaling(disable_stochastic_rounding=True)
+
+
+class BreaksInNVFP4(nn.Module):
+    """Three layers; a rounded output of one of them makes the loss NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
+        self.exact: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[1](self.layers[0](x))
+        y = self.layers[2](x)
+        exact = nn.functional.linear(x.double(), self.layers[2].weight.double(), self.layers[2].bias.double())
+        return y * (math.nan if float((y - exact).detach().abs().max()) > 1e-3 else 1.0)
+
+
+@pytest.mark.parametrize("mode", ["both", "all_but_one"])
+def test_the_layer_that_breaks_is_suggested(mode: str) -> None:
+    model = BreaksInNVFP4()
+    found = sensitivity.scan(model, lambda m, x: m(x).square().mean(), [values((8, 32))], NO_SR, mode=mode)
+    assert found.suggest(count=1) == {"layers.2": None}
+
+
+def test_gains_where_numbers_are_missing() -> None:
+    assert _gain(3.0, 1.0) == 2.0 and _gain(math.inf, 1.0) == math.inf
+    assert _gain(math.inf, math.inf) == 0.0 == _gain(math.nan, math.nan) and _gain(math.nan, 1.0) == math.inf
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones(tmp_path: Path) -> None:
+    sensitivity.save_bundle(
+        tmp_path / "b.pt",
+        model_state={},
+        batch=(torch.ones(1), {3: np.float64(0.5), np.str_("name"): np.str_("text")}),
+        seeds={"torch": 1},
+        recipe_text="",
+        builder={"name": "a:b", "arguments": {}},
+        step=1,
+        reason="test",
+        loss=np.float64(0.25),
+    )
+    found = sensitivity.load_bundle(tmp_path / "b.pt")
+    assert found.loss == 0.25 and found.batch[1] == {3: 0.5, "name": "text"}
+
+
+def test_weights_without_values_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(16, 0), nn.Linear(16, 16))
+    assert "1" in str(sensitivity.kurtosis(model))
+
+
+def test_every_buffer_is_put_back_after_an_error() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True))
+    before = [b.clone() for b in model.buffers()]
+
+    def loader():
+        yield values((2, 4, 6)) + 5.0
+        raise RuntimeError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        sensitivity.update_bn(model, loader())
+    assert all(same_bits(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_a_builder_of_the_same_name_elsewhere_is_not_taken(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rebuild_twice.py").write_text(f"def build(arguments):\n    return {folder!r}\n")
+    assert builder.given(f"{tmp_path}/a/rebuild_twice.py:build")({}) == "a"
+    with pytest.raises(ValueError, match="another module is called"):
+        builder.given(f"{tmp_path}/b/rebuild_twice.py:build")
+
+
+def test_damping_counts_the_weight_that_is_used() -> None:
+    """Weights that a learned fraction clips to values on the grid are not pulled anywhere."""
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32)
+    (fraction,) = nv.learn_scales(layer, "clip")
+    fraction.data.fill_(0.5)
+    free = nn.Linear(32, 32)
+    free.weight.data.copy_(layer.weight.data)
+    damped, plain = nv.damping_loss(layer, NO_SR), nv.damping_loss(free, NO_SR)
+    assert 0 < float(damped) < float(plain)
+    damped.backward()
+    limit = 0.5 * layer.weight.detach().abs().max()
+    beyond = layer.weight.detach().abs() > limit
+    assert beyond.any() and not layer.weight.grad[beyond].any() and layer.weight.grad[~beyond].any()
+
+
+def test_damping_of_what_never_runs_in_nvfp4_is_nothing() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)))
+    assert float(nv.damping_loss(model, NO_SR)) == 0
+    with nv.nvfp4_autocast(enabled=False):
+        assert float(nv.damping_loss(nn.Linear(32, 32))) == 0
+
+
+def test_layers_that_cannot_learn_get_no_fraction() -> None:
+    attention = nn.MultiheadAttention(32, 2)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+    model = nn.ModuleList([attention, normed, nn.Linear(32, 32).double(), nn.Linear(32, 32)])
+    assert len(nv.learn_scales(model)) == 1 and hasattr(model[3], "weight_scale")
+
+
+class Masked(nn.Module):
+    """A causal mask of -inf, as attention has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("mask", torch.full((16, 16), -math.inf).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) + self.mask).softmax(-1)
+
+
+def masked_step(arguments: object) -> tuple[nn.Module, object]:
+    return Masked(), lambda model, x: model(x).square().sum()
+
+
+def test_a_mask_of_minus_infinity_is_no_fault(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sensitivity.save_bundle(
+        tmp_path / "b.pt",
+        model_state=Masked().state_dict(),
+        batch=values((16, 16)),
+        seeds={"torch": 1},
+        recipe_text=NO_SR.to_toml(),
+        builder={"name": "a:b", "arguments": {}},
+        step=1,
+        reason="test",
+    )
+    found = sensitivity.diagnose(tmp_path / "b.pt", masked_step)
+    assert found.finite and found.high.first is None and "mask" not in str(found)
