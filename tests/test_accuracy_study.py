@@ -61,7 +61,8 @@ def test_runs_are_paired_by_seed():
     assert found["preset"]["loss_ratio"] == pytest.approx(1.02) and "gap" not in found["baseline"]
     assert found["minus SR"]["diverged"] == 1 and found["minus SR"]["half_width"] is None
     text = table.markdown(table.rows(rows))
-    assert "| preset | 3 | 59.10 | 59.10 | -0.90 ± 0.25 | yes | 1.020 |" in text
+    assert "| preset | 3 | 59.10 | 59.10 | -0.90 ± 0.25 | yes |  | 1.020 |" in text
+    assert found["minus SR"]["against_preset"] == pytest.approx(40.0 - 49.0) and "against_preset" not in found["preset"]
     assert "minus SR (1 diverged)" in text and "one seed" in text
 
 

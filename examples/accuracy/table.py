@@ -65,6 +65,10 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if pairs and variant != baseline_of(variant):
                 row["gap"], row["half_width"] = interval([a["score"] - b["score"] for a, b in pairs])
                 row["loss_ratio"] = statistics.fmean(a["tail_loss"] / b["tail_loss"] for a, b in pairs)
+                preset = {s: runs.get((*kind, "preset", s)) for s in good}
+                same = [r["score"] - p["score"] for s, r in good.items() if (p := preset[s]) and not p["diverged"]]
+                if same and baseline_of(variant) == "baseline" and variant != "preset":
+                    row["against_preset"], row["against_preset_half_width"] = interval(same)
             found.append(row)
     return found
 
@@ -77,8 +81,9 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
         lines += [
             f"**{kind[0]}, {kind[1]}, {kind[3]} epochs, activations in {kind[2]}**",
             "",
-            "| variant | seeds | score | weights in high precision | gap (95 %) | significant | tail loss, ratio |",
-            "|---|---|---|---|---|---|---|",
+            "| variant | seeds | score | weights in high precision | gap (95 %) | significant | against the preset (95 %) "
+            "| tail loss, ratio |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for r in table:
             if (r["task"], r["size"], r["compute"], r["epochs"]) == kind:
@@ -90,13 +95,19 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 def _line(r: Mapping[str, Any]) -> str:
     name = r["variant"] + (f" ({r['diverged']} diverged)" if r["diverged"] else "")
     score, high = (f"{r[key]:.2f}" if key in r else "" for key in ("score", "score_hp"))
-    gap = significant = loss = ""
+    gap = significant = loss = against = ""
     if "gap" in r:
         half = r["half_width"]
-        gap = f"{r['gap']:+.2f}" + (f" ± {half:.2f}" if half is not None else "")
+        gap = _shown(r["gap"], half)
         significant = "one seed" if half is None else "yes" if abs(r["gap"]) > half else "no"
         loss = f"{r['loss_ratio']:.3f}"
-    return f"| {name} | {r['seeds']} | {score} | {high} | {gap} | {significant} | {loss} |"
+    if "against_preset" in r:
+        against = _shown(r["against_preset"], r["against_preset_half_width"])
+    return f"| {name} | {r['seeds']} | {score} | {high} | {gap} | {significant} | {against} | {loss} |"
+
+
+def _shown(mean: float, half: float | None) -> str:
+    return f"{mean:+.2f}" + (f" ± {half:.2f}" if half is not None else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
