@@ -21,7 +21,7 @@ from torch import nn
 
 from te_nvfp4_cv import autocast, calls, scaling
 from te_nvfp4_cv.checks import check_module, value_error
-from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
+from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.recipe import as_recipe
 
 PACKED = 0.5 + 1 / BLOCK  # bytes of an NVFP4 value
@@ -144,15 +144,16 @@ def project(
             fix="project(model, image, gpu='b200', batch=32)",
         )
     resolved = as_recipe(recipe)
-    names = {id(parameter): name.removesuffix(".weight") for name, parameter in model.named_parameters()}
+    names = {id(p): "" if name == "weight" else name.removesuffix(".weight") for name, p in model.named_parameters()}
     found: dict[str, list[Estimate]] = {}
 
-    def observer(call: calls.Call) -> None:
-        name = names.get(id(call.weight), "(no parameter)")
-        geometry = call.geometry or _geometry_of(call)
-        if geometry is not None:
-            scaled = replace(geometry, batch=max(1, geometry.batch * batch // _batch(inputs)))
-            found.setdefault(name, []).append(_estimate(name, call, scaled, GPUS[gpu], efficiency))
+    def observer(call: calls.Call) -> calls.Seen:
+        def finished(y: torch.Tensor) -> None:
+            name = names.get(id(call.weight), "(no parameter)")
+            sizes = _sizes(call, y, batch / _batch(inputs))
+            found.setdefault(name, []).append(_estimate(name, call, sizes, GPUS[gpu], efficiency))
+
+        return calls.Seen(finished=finished)
 
     training = [(module, module.training) for module in model.modules()]
     try:
@@ -169,27 +170,32 @@ def _batch(inputs: tuple[Any, ...]) -> int:
     return next((int(x.shape[0]) for x in inputs if isinstance(x, torch.Tensor) and x.dim()), 1)
 
 
-def _geometry_of(call: calls.Call) -> ConvGeometry | None:
-    """The geometry of a linear layer that runs in high precision; of other such calls the observer is told none."""
-    if call.op != "linear" or call.x.dim() < 1 or call.weight.dim() != 2:
-        return None
-    return calls.geometry_of("linear", call.x, call.weight, None, 1, 0, 1, 1, 0)[1]
-
-
 def _sum(rows: list[Estimate]) -> Estimate:
     times = ("flops", "train_bf16", "train_nvfp4", "infer_bf16", "infer_nvfp4")
     return replace(rows[0], **{name: sum(getattr(row, name) for row in rows) for name in times})
 
 
-def _elements(g: ConvGeometry) -> tuple[float, float, float]:
-    """(x, w, y)."""
-    x, y = (float(torch.Size(shape).numel()) for shape in (g.x_shape, g.y_shape))
-    return x, float(torch.Size(g.weight_shape).numel()), y
+@dataclass(frozen=True)
+class _Sizes:
+    """Elements of x, w and y, and multiply-adds of one GEMM."""
+
+    x: float
+    w: float
+    y: float
+    macs: float
 
 
-def _estimate(name: str, call: calls.Call, g: ConvGeometry, gpu: GPU, efficiency: float) -> Estimate:
-    x, w, y = _elements(g)
-    flops, bandwidth, bf16 = 2.0 * g.macs, gpu.bandwidth * efficiency, gpu.bf16 * efficiency
+def _sizes(call: calls.Call, y: torch.Tensor, images: float) -> _Sizes:
+    """Of one call; `images`: how many times as many images the step has."""
+    x, w = call.x.numel() * images, float(call.weight.numel())
+    per_pixel = w / call.weight.shape[0]  # weights that an output pixel, transposed an input one, meets per channel
+    pixels = x if "transpose" in call.op else y.numel() * images
+    return _Sizes(x, w, y.numel() * images, pixels * per_pixel)
+
+
+def _estimate(name: str, call: calls.Call, sizes: _Sizes, gpu: GPU, efficiency: float) -> Estimate:
+    x, w, y = sizes.x, sizes.w, sizes.y
+    flops, bandwidth, bf16 = 2 * sizes.macs, gpu.bandwidth * efficiency, gpu.bf16 * efficiency
 
     def gemm(peak: float, read: float, written: float) -> float:
         return max(flops / peak, (read + 2 * written) / bandwidth)

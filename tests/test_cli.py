@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import cli
+from te_nvfp4_cv.cli import machine
 from te_nvfp4_cv.ops import dispatch, native
 from te_nvfp4_cv.recipe_files import list_recipes
 
@@ -49,7 +50,7 @@ def test_doctor_text(capsys):
 
 def test_doctor_without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, "compiler", lambda: None)
-    assert cli.doctor()["compiler"].startswith("none: ")
+    assert machine.doctor()["compiler"].startswith("none: ")
 
 
 def test_doctor_on_a_torch_that_is_too_old(monkeypatch, capsys):
@@ -62,7 +63,7 @@ def test_autocast_dtype_follows_the_hardware(monkeypatch):
     for bf16, word in ((True, "bfloat16"), (False, "none")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert cli._autocast_dtype(torch.device("cpu")).startswith(word)
+        assert machine._autocast_dtype(torch.device("cpu")).startswith(word)
 
 
 @pytest.mark.parametrize("arguments", [[], ["docter"], ["doctor", "--yaml"]], ids=str)

@@ -411,7 +411,7 @@ def test_given_builders(tmp_path, monkeypatch):
     (tmp_path / "broken_builder.py").write_text("1 / 0\n")
     for name, told in (
         ("rebuild", "MODULE:FUNCTION"),
-        ("nowhere.py:build", "no such builder"),
+        ("nowhere.py:build", "no such file"),
         ("no_such_module_here:build", "cannot be imported"),
         ("broken_builder.py:build", "ZeroDivisionError"),
         ("some_package_of_mine.rebuild:other", "without a function 'other'"),

@@ -81,8 +81,8 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
         lines += [
             f"**{kind[0]}, {kind[1]}, {kind[3]} epochs, activations in {kind[2]}**",
             "",
-            "| variant | seeds | score | weights in high precision | gap (95 %) | significant | against the preset (95 %) "
-            "| tail loss, ratio |",
+            "| variant | seeds | score | weights in high precision | gap (95 %) | significant "
+            "| against the preset (95 %) | tail loss, ratio |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for r in table:

@@ -48,7 +48,7 @@ def recorded(name: str, path: str) -> Build:
             needs="--builder, which says that you trust this code; diagnose(bundle, build=...) in Python",
             fix=f"te-nvfp4-cv diagnose {path} --builder {name}",
         )
-    found = _import(module, folder)
+    found = _import(module, folder, "--builder")
     if Path(found.__file__).resolve() != file:
         raise value_error(
             f"diagnose: {name!r} is another module here.",
@@ -56,11 +56,11 @@ def recorded(name: str, path: str) -> Build:
             needs=str(file),
             fix=f"start anew without the other {SHIPPED}, or name it with --builder",
         )
-    return _function(found, function, name)
+    return _function(found, function, name, "--builder")
 
 
-def given(name: str) -> Build:
-    """The builder that the user names: MODULE:FUNCTION or FILE.py:FUNCTION.
+def given(name: str, option: str = "--builder") -> Build:
+    """The function that the user names: MODULE:FUNCTION or FILE.py:FUNCTION. `option`: where, for messages.
 
     Raises:
         ValueError: no such module, file or function.
@@ -68,51 +68,53 @@ def given(name: str) -> Build:
     source, colon, function = name.rpartition(":")
     if not colon or not source or not function:
         raise value_error(
-            "diagnose: bad --builder.", got=repr(name), needs="MODULE:FUNCTION or FILE.py:FUNCTION", fix="x.py:build"
+            f"bad {option}.", got=repr(name), needs="MODULE:FUNCTION or FILE.py:FUNCTION", fix="x.py:build"
         )
     if not source.endswith(".py"):
-        return _function(_import(source, Path.cwd()), function, name)
+        return _function(_import(source, Path.cwd(), option), function, name, option)
     file = Path(source).expanduser().resolve()
     if not file.is_file():
-        raise value_error("diagnose: no such builder.", got=source, needs="a Python file", fix="correct the path")
+        raise value_error(f"{option}: no such file.", got=source, needs="a Python file", fix="correct the path")
     parts, folder = [file.stem], file.parent
     while (folder / "__init__.py").is_file():
         parts.insert(0, folder.name)
         folder = folder.parent
-    found = _import(".".join(parts), folder)
+    found = _import(".".join(parts), folder, option)
     if Path(found.__file__).resolve() != file:
         raise value_error(
-            f"diagnose: another module is called {'.'.join(parts)!r} here.",
+            f"{option}: another module is called {'.'.join(parts)!r} here.",
             got=str(found.__file__),
             needs=str(file),
             fix="rename the file",
         )
-    return _function(found, function, name)
+    return _function(found, function, name, option)
 
 
-def _import(module: str, folder: Path) -> Any:
+def _import(module: str, folder: Path, option: str) -> Any:
     """Import with `folder` first on the path."""
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(module)
     except Exception as error:  # its own code runs: anything may come
         raise value_error(
-            f"diagnose: the builder's module {module!r} cannot be imported.",
+            f"{option}: the module {module!r} cannot be imported.",
             got=f"{type(error).__name__}: {error}",
             needs=f"a module that imports with {folder} on the path",
-            fix="correct it, or name another with --builder",
+            fix="correct it, or name another one",
         ) from error
     finally:
         sys.path.remove(str(folder))
 
 
-def _function(module: Any, function: str, name: str) -> Build:
+def _function(module: Any, function: str, name: str, option: str) -> Build:
     found = getattr(module, function, None)
     if not callable(found):
         raise value_error(
-            f"diagnose: no builder {name!r}.",
+            f"{option}: no function {name!r}.",
             got=f"{module.__name__} without a function {function!r}",
-            needs="a function of the bundle's arguments that returns (model, loss)",
+            needs="a function of the bundle's arguments that returns (model, loss)"
+            if option == "--builder"
+            else "a function that returns the model",
             fix="correct the name after the colon",
         )
     return found  # type: ignore[no-any-return]

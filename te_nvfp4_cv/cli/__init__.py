@@ -1,0 +1,36 @@
+"""The command line, te-nvfp4-cv: one shape for all commands (shape.py), `te-nvfp4-cv COMMAND --help` for each.
+
+    doctor, recipes, selftest            this machine and this installation        machine.py
+    coverage, project, bench             a model: what runs in NVFP4, how fast     models.py
+    quantize, export, verify             a trained model to an artefact            deploy.py
+    diagnose, heatmaps, report           a training run                            runs.py
+
+Exit status: 0; 1 for a finding (a self-test that failed, a step that is not finite, a file that is not what it claims);
+2 for a wrong command line or something that cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from te_nvfp4_cv.cli import deploy, machine, models, runs
+from te_nvfp4_cv.cli.shape import Command
+
+COMMANDS: tuple[Command, ...] = (*machine.COMMANDS, *models.COMMANDS, *deploy.COMMANDS, *runs.COMMANDS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="te-nvfp4-cv", description="NVFP4 training for convolutional networks")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command.add(commands)
+    options = parser.parse_args(arguments)
+    chosen: Command = options.command
+    return chosen(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

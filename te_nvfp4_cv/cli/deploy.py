@@ -1,0 +1,99 @@
+"""te-nvfp4-cv quantize, export, verify: from a trained model to an artefact, and proof of what it is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.cli.loading import Images, example, model_of, model_options, recipe_of
+from te_nvfp4_cv.cli.shape import Command, progress, show
+
+
+def _saved(saved: Any) -> dict[str, Any]:
+    """An nv.export.Saved as plain data."""
+    return {**vars(saved), "files": [str(file) for file in saved.files]}
+
+
+def _quantize_options(parser: argparse.ArgumentParser) -> None:
+    from te_nvfp4_cv.export.rounding import METHODS
+
+    model_options(parser)
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="calibration images")
+    parser.add_argument("--count", type=int, default=64, metavar="N", help="how many of them (default: 64)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    parser.add_argument("--method", choices=METHODS, default="search", help="of rounding weights (default: search)")
+    parser.add_argument("--dynamic", action="store_true", help="activations keep their own scales, none is calibrated")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.export import quantize, save
+
+    if len(options.input) != 3 or options.input[0] != 3 or options.count < 1 or options.batch < 1:
+        raise value_error(
+            "quantize: --input, --count or --batch is out of range.",
+            got=f"{options.input}, {options.count}, {options.batch}",
+            needs="3 HEIGHT WIDTH for pictures; numbers of at least 1",
+            fix="in Python: nv.export.quantize(model, loader, recipe) takes any input",
+        )
+    height, width = options.input[1:]
+    images = Images(options.images, (height, width), options.batch, options.count)
+    batches = list(progress(images, "images", len(images)))
+    scales = "dynamic" if options.dynamic else "static"
+    model = quantize(model_of(options, False), batches, recipe_of(options), method=options.method, scales=scales)
+    saved = save(model, options.out, recipe_of(options))
+    show(_saved(saved), str(saved), options.json)
+    return 0
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    from te_nvfp4_cv.export.to_onnx import FORMS
+
+    model_options(parser)
+    parser.add_argument("--packed", type=Path, metavar="FILE", help="an artefact of export or quantize, for ONNX")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.safetensors or FILE.onnx")
+    parser.add_argument("--form", choices=FORMS, default="qdq", help="of an ONNX file (default: qdq)")
+    text = "of an ONNX file: nvfp4, or high for weights alone in NVFP4 (default: nvfp4)"
+    parser.add_argument("--activations", choices=("nvfp4", "high"), default="nvfp4", help=text)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.export import load, save, to_onnx
+
+    onnx = options.out.suffix == ".onnx"
+    if onnx != (options.packed is not None) or (onnx and options.checkpoint is not None):
+        raise value_error(
+            "export: the options do not go together.",
+            got=f"--out {options.out}, --packed {options.packed}, --checkpoint {options.checkpoint}",
+            needs="--checkpoint for a .safetensors file; --packed for an .onnx file",
+            fix="first --checkpoint W.pt --out A.safetensors, then --packed A.safetensors --out A.onnx",
+        )
+    if onnx:
+        model = load(options.packed, model_of(options, False), activations=options.activations)
+        made = to_onnx(model, example(options, 2), options.out, form=options.form)
+        show({**vars(made), "files": [str(file) for file in made.files]}, str(made), options.json)
+        return 0
+    saved = save(model_of(options), options.out, recipe_of(options))
+    show(_saved(saved), str(saved), options.json)
+    return 0
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a .safetensors file, the index of several, or an .onnx file")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.export.verify import run
+
+    return run(options.file, options.json)
+
+
+COMMANDS = (
+    Command(
+        "quantize", "quantize a trained network to NVFP4 without training it, by images", _quantize_options, _quantize
+    ),
+    Command("export", "write a network trained in NVFP4 as a packed file, or as ONNX", _export_options, _export),
+    Command("verify", "list the precision that each layer of a file really has", _verify_options, _verify),
+)

@@ -1,0 +1,162 @@
+"""What commands take: a model that the user's code builds, its weights, an input, calibration images, a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.checks import describe, runtime_error, type_error, value_error
+from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe_files import load_recipe
+
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
+
+
+def model_options(parser: argparse.ArgumentParser, recipe: bool = True) -> None:
+    """MODEL, --checkpoint, --input, --recipe."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="MODULE:FUNCTION or FILE.py:FUNCTION that returns the model (torchvision.models:resnet50); its code runs",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="its weights: a state_dict, .pt or .safetensors"
+    )
+    parser.add_argument(
+        "--input",
+        type=int,
+        nargs="+",
+        default=[3, 224, 224],
+        metavar="N",
+        help="shape of an input without its batch axis",
+    )
+    if recipe:
+        parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
+
+
+def recipe_of(options: argparse.Namespace) -> NVFP4BlockScaling:
+    """--recipe."""
+    return NVFP4BlockScaling() if options.recipe is None else load_recipe(options.recipe)
+
+
+def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
+    """The model, with its weights, and with its recipe's [precision] table applied.
+
+    Raises:
+        TypeError: the function returns something else; ValueError: weights that do not fit.
+    """
+    from te_nvfp4_cv.policy import set_precision
+    from te_nvfp4_cv.sensitivity import builder
+
+    build: Any = builder.given(options.model, "MODEL")
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise type_error("MODEL: no model.", got=describe(model), needs="a function that returns one", fix="return it")
+    if options.checkpoint is not None:
+        state = read_state(options.checkpoint)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise value_error(
+                f"--checkpoint {options.checkpoint}: the weights do not fit the model.",
+                got=" ".join(str(error).split())[:600],
+                needs=f"a state_dict of {options.model}",
+                fix="name the function that builds the model as it was trained",
+            ) from error
+    if table and getattr(options, "recipe", None) is not None and recipe_of(options).precision:
+        set_precision(model, recipe_of(options))
+    return model.eval()
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; of a dict that holds a state_dict under "model" or "state_dict", those.
+
+    Raises:
+        ValueError: a missing or damaged file, or one of another kind.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError as error:
+        raise runtime_error(
+            "--checkpoint: safetensors is not installed.", got=str(error), needs="it", fix="pip install safetensors"
+        ) from error
+    except Exception as error:  # a damaged file fails anywhere, with any class of error
+        raise value_error(
+            f"--checkpoint {path} cannot be read.",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            needs="a state_dict of tensors alone (weights_only), .pt or .safetensors",
+            fix="torch.save(model.state_dict(), path)",
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise value_error(
+            f"--checkpoint {path} is no state_dict.",
+            got=type(state).__name__,
+            needs="names and tensors",
+            fix="torch.save(model.state_dict(), path)",
+        )
+    return state
+
+
+def example(options: argparse.Namespace, batch: int) -> Tensor:
+    """[batch, *--input] of normal numbers."""
+    if batch < 1 or min(options.input) < 1:
+        raise value_error(
+            "--input or --batch is out of range.",
+            got=f"{options.input}, {batch}",
+            needs="sizes of at least 1",
+            fix="--input 3 224 224",
+        )
+    return torch.randn((batch, *options.input), generator=torch.Generator().manual_seed(0))
+
+
+class Images:
+    """Batches [B, 3, H, W] of the pictures of a folder, resized, scaled to 0 .. 1 and normalized."""
+
+    def __init__(self, folder: Path, size: tuple[int, int], batch: int, count: int) -> None:
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+        if not found:
+            raise value_error(
+                f"--images {folder}: no pictures.",
+                got="an empty folder" if folder.is_dir() else "no such folder",
+                needs=f"files {', '.join(sorted(PICTURES))}",
+                fix="a folder of images like those that the model was trained on",
+            )
+        step = max(1, len(found) // count)
+        self.paths, self.size, self.batch = found[::step][:count], size, batch
+
+    def __len__(self) -> int:
+        return -(-len(self.paths) // self.batch)
+
+    def __iter__(self) -> Any:
+        for start in range(0, len(self.paths), self.batch):
+            yield torch.stack([self._read(path) for path in self.paths[start : start + self.batch]])
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            from PIL import Image
+
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB").resize(self.size[::-1]), dtype=np.float32) / 255
+        except ModuleNotFoundError as error:
+            raise runtime_error(
+                "--images: pillow is not installed.", got=str(error), needs="it", fix="pip install pillow"
+            ) from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise value_error(
+                f"--images: {path} cannot be read.", got=str(error), needs="a picture", fix="remove or repair it"
+            ) from error
+        scaled = (pixels - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
+        return torch.from_numpy(scaled).permute(2, 0, 1).contiguous()

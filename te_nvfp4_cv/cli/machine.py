@@ -1,0 +1,141 @@
+"""te-nvfp4-cv doctor, recipes, selftest: what this machine would do, and whether it computes what it should."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+import torch
+
+from te_nvfp4_cv.cli.shape import Command, show
+from te_nvfp4_cv.ops import dispatch, native
+from te_nvfp4_cv.recipe_files import list_recipes, recipe_folder
+
+TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    """Nothing beside --json."""
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    report = doctor()
+    show(report, "\n".join(_lines(report)), options.json)
+    return 2 if report["problems"] else 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    report = recipes()
+    show(report, "\n".join(_lines(report)), options.json)
+    return 0
+
+
+def _selftest_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="PATH", help="write a report to share: GPU and versions, no names or paths")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--backend", default="auto", choices=dispatch.BACKENDS, help="default: all that can run there")
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv import selftest
+
+    return selftest.main(options.device, options.backend, options.json)
+
+
+COMMANDS = (
+    Command("doctor", "what this machine would do, and why", _no_options, _doctor),
+    Command("recipes", "the recipes that come with it", _no_options, _recipes),
+    Command(
+        "selftest",
+        "compare what this machine computes with the reference; a GPU takes up to two minutes",
+        _selftest_options,
+        _selftest,
+        own_json=True,
+    ),
+)
+
+
+# ---- reports --------------------------------------------------------------------------------------------------------
+
+
+def recipes() -> dict[str, Any]:
+    """The names of the shipped recipes and what each is for."""
+    return dict(list_recipes())
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine would do: versions, devices with their backend, compiler, dtype and memory format, problems."""
+    devices = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    report: dict[str, Any] = {
+        "python": platform.python_version(),
+        "te_nvfp4_cv": _version("te_nvfp4_cv"),
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "triton": _version("triton"),
+        "compiler": native.compiler() or "none: quantization on the CPU runs in plain torch, slower",
+        "devices": {str(device): _device(device) for device in devices},
+        "memory format": "torch.channels_last for model and images (channels_last_3d for 3-D): channels are the GEMMs' "
+        "contracted index",
+        "recipes": ", ".join(list_recipes()) or "none",
+    }
+    report["problems"] = _problems(recipe_folder().is_dir())
+    return report
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    choice = dispatch.explain(device)  # backend, why, and what the others need
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+    return {
+        "name": name,
+        **choice,
+        "autocast dtype": _autocast_dtype(device),
+    }
+
+
+def _autocast_dtype(device: torch.device) -> str:
+    """The dtype to give torch.autocast on this device, and what speaks for it."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16 with GradScaler: no bfloat16 here"
+    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return (
+        "bfloat16: in hardware"
+        if any(getattr(torch.cpu, unit, bool)() for unit in units)
+        else "none: this CPU has no bfloat16 units, float32 is faster"
+    )
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "absent"
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed, found on the path"
+
+
+def _problems(has_recipes: bool) -> list[str]:
+    problems = []
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if not TORCH_FROM <= version < TORCH_BELOW:
+        problems.append(f"torch {torch.__version__} is outside >=2.11,<2.16: install a version in that range")
+    if not has_recipes:
+        problems.append("no recipes folder: install the package again with pip install .")
+    return problems
+
+
+def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
+    width = max((len(key) for key in report), default=0)
+    lines = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
+        else:
+            shown = "; ".join(str(item) for item in value) or "none" if isinstance(value, (list, tuple)) else value
+            lines.append(f"{indent}{key.ljust(width)}  {shown}")
+    return lines

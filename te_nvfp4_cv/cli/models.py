@@ -1,0 +1,68 @@
+"""te-nvfp4-cv coverage, project, bench: what of a model runs in NVFP4, and its time, estimated and measured."""
+
+from __future__ import annotations
+
+import argparse
+
+from te_nvfp4_cv.cli.loading import example, model_of, model_options, recipe_of
+from te_nvfp4_cv.cli.shape import Command, show
+
+
+def _coverage_options(parser: argparse.ArgumentParser) -> None:
+    model_options(parser)
+
+
+def _coverage(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.coverage import coverage
+
+    report = coverage(model_of(options), example(options, 1), recipe=recipe_of(options))
+    show(report.to_dict(), str(report), options.json)
+    return 0
+
+
+def _project_options(parser: argparse.ArgumentParser) -> None:
+    from te_nvfp4_cv.projection import EFFICIENCY, GPUS
+
+    model_options(parser)
+    parser.add_argument("--gpu", default="b200", choices=GPUS, help="default: b200")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images a step (default: 32)")
+    text = f"share of peak and bandwidth that kernels reach (default: {EFFICIENCY})"
+    parser.add_argument("--efficiency", type=float, default=EFFICIENCY, metavar="F", help=text)
+
+
+def _project(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.projection import project
+
+    report = project(
+        model_of(options),
+        example(options, 1),
+        gpu=options.gpu,
+        batch=options.batch,
+        recipe=recipe_of(options),
+        efficiency=options.efficiency,
+    )
+    show(report.to_dict(), str(report), options.json)
+    return 0
+
+
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    model_options(parser)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="batch sizes (default: 1 8)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed passes of each form (default: 10)")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.export.bench import measure
+
+    inputs = [example(options, batch) for batch in options.batch]
+    report = measure(model_of(options), inputs, recipe_of(options), options.device, options.rounds)
+    show(report.to_dict(), str(report), options.json)
+    return 0
+
+
+COMMANDS = (
+    Command("coverage", "list a model's layers: NVFP4 or not, why, FLOPs, memory", _coverage_options, _coverage),
+    Command("project", "estimate a model's time on a GPU that is not here (a roofline)", _project_options, _project),
+    Command("bench", "measure size, load time and latency: fp32, bf16, packed, cached", _bench_options, _bench),
+)
