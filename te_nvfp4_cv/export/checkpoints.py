@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, learned
 from te_nvfp4_cv.checks import check_module, runtime_error, value_error
-from te_nvfp4_cv.export import artifact, matrix
+from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
 from te_nvfp4_cv.export.folding import FoldedNorm, put
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
@@ -243,6 +243,8 @@ def load(
 ) -> nn.Module:
     """Make a model of the saved architecture an NVFP4 inference model, in place: eval mode, no gradients.
 
+    Files of ModelOpt and compressed-tensors are read, too: their NVFP4 linear layers (foreign.py).
+
     Args:
         model: as its constructor gives it, on any device ("meta" too: then its other tensors are the file's).
         weights, activations: how its layers run, as InferenceLayer.set_mode takes them; dtype: of cached weights.
@@ -257,14 +259,10 @@ def load(
     opened = artifact.read(path)
     if verify:
         opened.check()
+    if opened.manifest is None:
+        opened = foreign.adopt(opened, model)
     manifest = opened.manifest
-    if manifest is None:
-        raise value_error(
-            f"{opened.source} was not written by nv.export.save.",
-            got=f"{len(opened.tensors)} tensors, no manifest",
-            needs="the manifest of te_nvfp4_cv in the metadata",
-            fix="nv.export.save(model, path)",
-        )
+    assert manifest is not None
     layers = _check_fit(opened, manifest, model)
     recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
     codes = {name: _codes(opened, name, manifest.layers[name], recipes) for name in layers}

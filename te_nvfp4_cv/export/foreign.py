@@ -1,0 +1,115 @@
+"""Packed checkpoints of other tools, as far as their NVFP4 linear layers go: read as if this library had written them.
+
+    ModelOpt             weight, weight_scale, weight_scale_2            value = code * weight_scale * weight_scale_2
+                         input_scale                                     amax / (6 E) of the activations
+    compressed-tensors   weight_packed, weight_scale, weight_global_scale    value = code * weight_scale / global_scale
+                         input_global_scale                                  6 E / amax of the activations
+
+E = 448. The amax that our kernels want is weight_scale_2 * 2688, or 2688 / global_scale, in fp32. Everything else in
+the file is taken as it is; a file's activation scales are static ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.export import matrix
+from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
+from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
+from te_nvfp4_cv.policy import plain_name
+from te_nvfp4_cv.recipe import NVFP4BlockScaling
+
+LARGEST = E2M1_MAX * E4M3_MAX
+NAMES = {  # tool: (weight, tensor scale, activation scale, whether scales are reciprocals)
+    "ModelOpt": ("weight", "weight_scale_2", "input_scale", False),
+    "compressed-tensors": ("weight_packed", "weight_global_scale", "input_global_scale", True),
+}
+SCALES = ("k_scale", "v_scale")  # of caches of keys and values, which have no place here
+
+
+def adopt(opened: Artifact, model: nn.Module) -> Artifact:
+    """The artefact with a manifest and with our names.
+
+    Raises:
+        ValueError: no NVFP4 layer in it, one whose tensors do not belong together, or one that is no linear layer.
+    """
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    tensors = {name: t for name, t in opened.tensors.items() if name.rpartition(".")[2] not in SCALES}
+    recipe = NVFP4BlockScaling(disable_2d_quantization=True)
+    layers: dict[str, LayerEntry] = {}
+    for tool, (weight, tensor_scale, input_scale, _) in NAMES.items():
+        for key in [key for key in opened.tensors if key.rpartition(".")[2] == tensor_scale]:
+            name = key.rpartition(".")[0]
+            module: Any = modules.get(name)
+            if not isinstance(module, nn.Linear):
+                raise _unfit(opened, name, f"it is {type(module).__name__} in the model", "a linear layer of that name")
+            prefix = f"{name}." if name else ""
+            parts = {
+                part: tensors.pop(prefix + part, None) for part in (weight, tensor_scale, input_scale, "weight_scale")
+            }
+            layers[name] = _entry(opened, name, parts, module, tool)
+            codes, scale = parts[weight], parts["weight_scale"]
+            assert codes is not None and scale is not None
+            tensors |= {f"{prefix}weight": codes, f"{prefix}weight_scale": scale}
+            tensors[f"{prefix}weight_scale_2"] = torch.tensor(layers[name].amax / LARGEST)
+    if not layers:
+        raise value_error(
+            f"{opened.source} holds no NVFP4 layer that is known here.",
+            got=f"{len(opened.tensors)} tensors, no manifest, no {', '.join(n[1] for n in NAMES.values())}",
+            needs="a file of nv.export.save, ModelOpt or compressed-tensors",
+            fix="nv.export.save(model, path)",
+        )
+    manifest = Manifest("another tool", "", (recipe.to_toml(),), layers, {})
+    return replace(opened, tensors=tensors, manifest=manifest)
+
+
+def _entry(opened: Artifact, name: str, parts: Mapping[str, Tensor | None], module: nn.Linear, tool: str) -> LayerEntry:
+    weight, tensor_scale, input_scale, reciprocal = NAMES[tool]
+    codes, scale = parts[weight], parts["weight_scale"]
+    columns = -(-module.in_features // BLOCK) * BLOCK
+    needed = (module.out_features, columns // 2), (module.out_features, columns // BLOCK)
+    if codes is None or scale is None:
+        raise _unfit(opened, name, f"{weight} or weight_scale is missing", "both")
+    if codes.dtype != torch.uint8 or scale.dtype != torch.float8_e4m3fn:
+        raise _unfit(opened, name, f"codes {codes.dtype}, scales {scale.dtype}", "uint8 and float8_e4m3fn")
+    if (tuple(codes.shape), tuple(scale.shape)) != needed:
+        raise _unfit(
+            opened, name, f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}", f"{needed[0]}, {needed[1]}"
+        )
+    return LayerEntry(
+        op="linear",
+        shape=(module.out_features, module.in_features),
+        groups=1,
+        amax=_amax(opened, name, parts[tensor_scale], reciprocal),
+        e4m3_max=E4M3_MAX,
+        recipe=0,
+        tiles=False,
+        channels_last=False,
+        k_order=matrix.K_ORDER,
+        input_amax=None if parts[input_scale] is None else _amax(opened, name, parts[input_scale], reciprocal),
+    )
+
+
+def _amax(opened: Artifact, name: str, scale: Tensor | None, reciprocal: bool) -> float:
+    if scale is None or scale.numel() != 1 or scale.dtype != torch.float32 or not bool(torch.isfinite(scale).all()):
+        shown = "nothing" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
+        raise _unfit(opened, name, f"a tensor scale of {shown}", "one finite fp32 number")
+    if float(scale) <= 0:
+        raise _unfit(opened, name, f"a tensor scale of {float(scale)}", "a positive one")
+    largest = torch.tensor(LARGEST)
+    return float(largest / scale.reshape(()) if reciprocal else scale.reshape(()) * largest)
+
+
+def _unfit(opened: Artifact, name: str, got: str, needs: str) -> ValueError:
+    return value_error(
+        f"{opened.source}: the layer {name!r} cannot be taken over.",
+        got=got,
+        needs=needs,
+        fix="export it again; layers other than linear ones: nv.export.quantize(model, images)",
+    )
