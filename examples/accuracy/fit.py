@@ -12,6 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,10 +38,38 @@ def precision(recipe: Any, device: torch.device, dtype: torch.dtype | None) -> I
         yield
 
 
+@dataclass
+class Trained:
+    """A run: the model, what it was evaluated with at the end, its losses, and whether it diverged."""
+
+    model: nn.Module
+    recipe: Any
+    losses: list[float]
+    steps: int
+    diverged: bool
+    seconds: float
+
+
 def fit(
     task: Task, variant: Variant, seed: int, device: torch.device, compute: str, epochs: int | None = None
 ) -> dict[str, Any]:
     """Train and evaluate; what a line of the results file holds of it."""
+    run = train(task, variant, seed, device, compute, epochs)
+    losses = run.losses
+    row: dict[str, Any] = {"steps": len(losses), "diverged": run.diverged, "seconds": run.seconds}
+    if not run.diverged:
+        row |= _scores(task, run.model, run.recipe, device, COMPUTE[compute])
+        tail = losses[-max(1, run.steps // 5) :]
+        row["tail_loss"] = sum(tail) / len(tail)  # of the last 20 % of the steps
+    stride = max(1, len(losses) // 100)
+    row["curve"] = [round(sum(part) / len(part), 5) for part in _parts(losses, stride)]
+    return row
+
+
+def train(
+    task: Task, variant: Variant, seed: int, device: torch.device, compute: str, epochs: int | None = None
+) -> Trained:
+    """Train one variant from one seed."""
     dtype = COMPUTE[compute]
     torch.manual_seed(seed)
     model = task.model().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -86,14 +115,7 @@ def fit(
         diverged = not all(map(math.isfinite, losses)) or losses[-1] > 10 * losses[0]
         if diverged:
             break
-    row: dict[str, Any] = {"steps": len(losses), "diverged": diverged, "seconds": time.perf_counter() - begun}
-    if not diverged:
-        row |= _scores(task, model, recipe, device, dtype)
-        tail = losses[-max(1, steps // 5) :]
-        row["tail_loss"] = sum(tail) / len(tail)  # of the last 20 % of the steps
-    stride = max(1, len(losses) // 100)
-    row["curve"] = [round(sum(part) / len(part), 5) for part in _parts(losses, stride)]
-    return row
+    return Trained(model, recipe, losses, steps, diverged, time.perf_counter() - begun)
 
 
 def _set_table(model: nn.Module, recipe: Any) -> None:

@@ -190,21 +190,23 @@ def _export(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
         program = torch.export.export(traced, args, dynamic_shapes=shapes)
-        _check_operators(program)
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(input_names),
-            output_names=list(output_names),
-            verbose=False,
-        )
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise _unknown_operator(program, error) from error
     assert exported is not None
     return _expand(exported.model_proto, list(found), layers, form)
 
 
-def _check_operators(program: Any) -> None:
-    """Name the first operator that ONNX has no form for, and its module."""
+def _unknown_operator(program: Any, error: Exception) -> ValueError:
+    """What stopped torch.onnx: the first operator that it has no form for, and its module, or its own words."""
     from torch.onnx._internal.exporter import _registration
 
     registry = _registration.ONNXRegistry.from_torchlib()
@@ -220,12 +222,18 @@ def _check_operators(program: Any) -> None:
         if not registry.is_registered(target):
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             place = stack[-1][0] if stack else ""
-            raise value_error(
+            return value_error(
                 f"nv.export.to_onnx: {target} cannot be exported.",
                 got=f"{target} in the module {place.removeprefix('L__self__').lstrip('.') or 'the model itself'!r}",
                 needs="operators that torch.onnx knows",
                 fix="leave that module out of the exported model, or write it with other operators",
             )
+    return value_error(
+        "nv.export.to_onnx: torch.onnx cannot export the model.",
+        got=str(error)[:400],
+        needs="a model that torch.onnx.export takes",
+        fix="try torch.onnx.export on the plain model",
+    )
 
 
 def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> Any:

@@ -1,0 +1,125 @@
+"""What deployment costs in accuracy, on real images: a network trained in high precision and quantized afterwards, and
+one trained in NVFP4, each as an NVFP4 inference model and as ONNX.
+
+    python examples/accuracy/deploy.py camvid-unet CAMVID --seeds 0 1 2 --compute fp32
+
+Per seed: the baseline's score; that of every rounding method, with activations in NVFP4 and in high precision; the
+NVFP4-trained network, saved, loaded and scored again (the same score); the ONNX files of the last seed against PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve()
+if str(_HERE.parents[1]) not in sys.path:
+    sys.path.insert(0, str(_HERE.parents[1]))
+sys.path.append(str(_HERE.parents[2]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from unet_coco.options import choose_device, fast_dtype  # noqa: E402
+
+import te_nvfp4_cv as nv  # noqa: E402
+from accuracy.fit import COMPUTE, precision, train  # noqa: E402
+from accuracy.tasks import TASKS, open_task, preset_of  # noqa: E402
+from accuracy.variants import variants  # noqa: E402
+from te_nvfp4_cv.export.rounding import METHODS  # noqa: E402
+
+CALIBRATION = 64  # training images
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Train, quantize, score; prints and returns one row per seed."""
+    parser = argparse.ArgumentParser(prog="deploy.py", description="Accuracy of deployed networks on real images.")
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("data", type=Path, help="folder of the images")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: that of the size")
+    parser.add_argument("--compute", choices=(*COMPUTE, "auto"), default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="append one JSON line per seed to this file")
+    options = parser.parse_args(arguments)
+    device = choose_device(options.device)
+    compute = fast_dtype(options.device) if options.compute == "auto" else options.compute
+    task = open_task(options.task, options.size, options.data)
+    rows = []
+    for seed in options.seeds:
+        row = {"task": options.task, "size": options.size, "seed": seed, "compute": compute}
+        row |= one(task, preset_of(options.task), seed, device, compute, options.epochs)
+        rows.append(row)
+        print(json.dumps(row, indent=1), flush=True)
+        if options.out is not None:
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    return rows
+
+
+def one(task: Any, preset: Any, seed: int, device: torch.device, compute: str, epochs: int | None) -> dict[str, Any]:
+    """All of one seed."""
+    known, dtype = variants(preset), COMPUTE[compute]
+
+    def score(model: nn.Module, recipe: Any = None) -> float:
+        model.eval()
+        return float(task.score(model, device, lambda: precision(recipe, device, dtype))[0])
+
+    high = train(task, known["baseline"], seed, device, compute, epochs)
+    row: dict[str, Any] = {"high precision": score(high.model)}
+    batches = list(_calibration(task, seed, device))
+    for method in METHODS:
+        for activations in ("nvfp4", "high"):
+            made = nv.export.quantize(high.model, batches, preset, method=method, activations=activations, batches=None)
+            row[f"{method}, activations {activations}"] = score(made)
+    trained = train(task, known["preset"], seed, device, compute, epochs)
+    row["trained in NVFP4"] = score(trained.model, preset)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = nv.export.save(trained.model, Path(folder) / "net", preset)
+        loaded = nv.export.load(saved.files[0], task.model().to(device, memory_format=torch.channels_last))
+        row["trained in NVFP4, saved and loaded"] = score(loaded)
+        row["bytes of quantized weights, of fp32"] = saved.weight_bytes / saved.plain_bytes
+        row["ONNX"] = _onnx(loaded, batches[0][:4].cpu(), Path(folder))
+    return row
+
+
+def _calibration(task: Any, seed: int, device: torch.device) -> Any:
+    size = task.size.batch
+    for start in range(0, min(CALIBRATION, task.count), size):
+        keys = [(0, index) for index in range(start, min(start + size, task.count))]
+        yield task.batch(keys, seed, device)[0]
+
+
+def _onnx(model: nn.Module, x: Tensor, folder: Path) -> dict[str, dict[str, float]]:
+    """By form, with activations in high precision: relative difference from PyTorch, and share of equal arg-maxes."""
+    import onnxruntime
+    from onnx.reference import ReferenceEvaluator
+
+    model = model.cpu()
+    for module in model.modules():
+        if isinstance(module, nv.export.InferenceLayer):
+            module.set_mode(activations="high")
+    with torch.no_grad():
+        expected = model(x).float().numpy()
+    found = {}
+    for form in ("qdq", "matmul", "portable"):
+        path = str(nv.export.to_onnx(model, x, folder / f"{form}.onnx", form=form).files[0])
+        session: Any = onnxruntime.InferenceSession(path) if form == "portable" else ReferenceEvaluator(path)
+        y = session.run(None, {"input": x.contiguous().numpy()})[0]
+        same = float((y.argmax(1) == expected.argmax(1)).mean())
+        relative = float(np.abs(y - expected).max() / np.abs(expected).max())
+        found[form] = {"largest difference, of the largest output": relative, "same arg-max": same}
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RuntimeError) as refusal:
+        sys.exit(f"error: {refusal}")
