@@ -122,8 +122,8 @@ class Sample:
 
     def _weight(self, entry: dict[str, Any], weight: Any, grad_scale: float | Tensor) -> None:
         weight, grad = _local(weight), _local(getattr(weight, "grad", None))
-        if "weight" not in entry["tensors"] and isinstance(weight, Tensor):
-            entry["tensors"]["weight"] = {"raw": self.plain(weight)}
+        if isinstance(weight, Tensor) and "raw" not in entry["tensors"].get("weight", {}):
+            entry["tensors"].setdefault("weight", {})["raw"] = self.plain(weight)
         if grad is not None and not grad.is_sparse:
             entry["tensors"]["weight_gradient"] = {"raw": self.plain(grad / grad_scale)}
 
@@ -178,11 +178,14 @@ class _Watch:
 
     def _weight(self, w: Tensor, w_q: tuple[Tensor, ...], plan: Plan) -> None:
         layer, telemetry = self.layer, self.layer.sample.telemetry
-        gathered = isinstance(w, GatheredWeight)  # it has no values but the codes': record() adds the shard's
-        found = {} if gathered else operand_blocks.of_weight(w, w_q, plan, telemetry.max_elements)
+        found = operand_blocks.of_weight(w, w_q, plan, telemetry.max_elements)
         for gemm, name in (("fprop", "weight"), ("dgrad", "weight_column")):
-            if gemm in found:
-                layer.tensors[name] = statistics.operand(found[gemm])
+            if gemm not in found:
+                continue
+            told = statistics.operand(found[gemm])
+            if isinstance(w, GatheredWeight):  # its values are the codes'; record() adds the raw ones of the shard
+                told = {key: told[key] for key in ("codes", "dequantized", "scales")}
+            layer.tensors[name] = told
         face = plan.weight_faces[0]
         packed = w_q[0 if face == "row" else 2]
         if not packed.numel():

@@ -62,7 +62,8 @@ def on_ranks_sharded_weights_are_found(ranks: Ranks) -> None:
         for layer in layers.values():
             assert layer["precision"] == "nvfp4" and layer["tensors"]["weight"]["codes"]["usage"]
             shard = layer["tensors"]["weight_gradient"]["raw"]
-            assert 0 < shard["count"] < layer["tensors"]["weight"]["raw"]["count"]  # this rank's rows
+            assert 0 < shard["count"] == layer["tensors"]["weight"]["raw"]["count"]  # this rank's rows
+            assert "sqnr_db" not in layer["tensors"]["weight"]  # the codes are of the whole, gathered weight
 
 
 test_on_two_ranks = ranks_test(globals(), worlds=(2,))
