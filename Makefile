@@ -1,4 +1,4 @@
-# The commands: make demo, make test, make lint, make clean. PYTHON names an interpreter of 3.11 or newer.
+# The commands: make demo, make test, make lint, make docs, make clean. PYTHON names an interpreter of 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ PIN := -c constraints.txt
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 # Full precision and NVFP4 one after the other on a generated set of shapes: pictures, curves and a table in runs/demo.
 demo: $(VENV)/.train
@@ -16,6 +16,10 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.dev
 	NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS) $(if $(filter-out 0,$(JOBS)),--dist worksteal) $(PYTEST_ARGS)
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "docs: build/docs/index.html"
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
@@ -36,6 +40,6 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # TransformerEngine without its dependencies: the pure-Python wheel has the recipes, which the tests compare with ours.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet $(PIN) -e ".[train,dev,adapters,telemetry,export]"
+	$(PIP) install --quiet $(PIN) -e ".[train,dev,adapters,telemetry,export,docs]"
 	$(PIP) install --quiet $(PIN) --no-deps transformer-engine==2.20.2
 	touch $@
