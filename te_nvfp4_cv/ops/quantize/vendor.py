@@ -322,10 +322,11 @@ def unpack_kernel(
 ) -> Tensor:
     """See operands.unpack_kernel."""
     library = native.load() if data.device.type == "cpu" else None
-    if library is None or not data.numel() or columnwise or scale.dim() != 4:
+    if library is None or not data.numel() or columnwise:
         return reference_operands.unpack_kernel(data, scale, n, channels, groups, columnwise, factor, dtype)
     out = scratch.empty((n, data.shape[1], channels), dtype, data.device)
-    q = _weight(out.transpose(1, 2), groups, False, dtype, 448)
+    by_row = scale.dim() == 3  # scales of 1x16 lie as those of the tiles of groups of one row each
+    q = _weight(out.transpose(1, 2), n if by_row else groups, False, dtype, 448)
     q.dq, q.codes, q.scale = out.data_ptr(), data.data_ptr(), scale.data_ptr()
     if factor is not None:
         q.amax = factor.data_ptr()
