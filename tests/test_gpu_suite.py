@@ -313,6 +313,7 @@ def test_the_whole_suite(fake, tmp_path):
         "gpu_quantize.py",
         "gpu_conv.py",
         "--models resnet50",
+        "inference.py --device cuda",
     ):
         assert command in notes
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text()) == {f"seed{n}": {"a": 1} for n in range(5)}

@@ -90,6 +90,7 @@ stage_3() {
     step 180 "ResNet-50 step" "$PYTHON" examples/benchmarks/gpu_step.py --models resnet50 "${common[@]}"
     step 130 "UNet with SiLU" "$PYTHON" examples/benchmarks/gpu_step.py --models unet-silu --no-graphs "${common[@]}"
     step 45 "telemetry" "$PYTHON" examples/benchmarks/telemetry.py --device cuda --case small
+    step 60 "inference" "$PYTHON" examples/benchmarks/inference.py --device cuda --batch 1 32 --json "$OUT/results.jsonl"
 }
 
 stage_4() {

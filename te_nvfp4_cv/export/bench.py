@@ -97,7 +97,7 @@ def measure(
     forms: list[Form] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in FORMS:
-            built, form = _built(name, model, recipe, Path(folder))
+            built, form = build_form(name, model, recipe, Path(folder))
             models[name] = built.to(where)
             form.held_bytes = _held(built)
             forms.append(form)
@@ -107,8 +107,8 @@ def measure(
     return Bench(name, torch.__version__, rounds, forms)
 
 
-def _built(name: str, model: nn.Module, recipe: NVFP4BlockScaling, folder: Path) -> tuple[nn.Module, Form]:
-    """One form of the model, from its file."""
+def build_form(name: str, model: nn.Module, recipe: NVFP4BlockScaling, folder: Path) -> tuple[nn.Module, Form]:
+    """One form of the model, loaded from its file in `folder`, which is written where it is missing."""
     fresh = copy.deepcopy(model).eval()
     if name in ("fp32", "bf16"):
         fresh = fresh.bfloat16() if name == "bf16" else fresh
