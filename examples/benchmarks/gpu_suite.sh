@@ -86,11 +86,11 @@ stage_2() {
 
 stage_3() {
     local common=(--out "$OUT/results.jsonl" --profile "$OUT/profile.txt")
-    step 180 "UNet step" "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${common[@]}"
-    step 180 "ResNet-50 step" "$PYTHON" examples/benchmarks/gpu_step.py --models resnet50 "${common[@]}"
-    step 130 "UNet with SiLU" "$PYTHON" examples/benchmarks/gpu_step.py --models unet-silu --no-graphs "${common[@]}"
-    step 45 "telemetry" "$PYTHON" examples/benchmarks/telemetry.py --device cuda --case small
-    step 60 "inference" "$PYTHON" examples/benchmarks/inference.py --device cuda --batch 1 32 --json "$OUT/results.jsonl"
+    step 165 "UNet step" "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${common[@]}"
+    step 165 "ResNet-50 step" "$PYTHON" examples/benchmarks/gpu_step.py --models resnet50 "${common[@]}"
+    step 110 "UNet with SiLU" "$PYTHON" examples/benchmarks/gpu_step.py --models unet-silu --no-graphs "${common[@]}"
+    step 40 "telemetry" "$PYTHON" examples/benchmarks/telemetry.py --device cuda --case small
+    step 55 "inference" "$PYTHON" examples/benchmarks/inference.py --device cuda --batch 1 32 --json "$OUT/results.jsonl"
 }
 
 stage_4() {
