@@ -22,35 +22,11 @@ def quantize_input(
     x: Tensor, plan: Plan, need_dw: bool, scales: Scales | None = None, watch: Watch | None = None
 ) -> tuple[Tensor, ...]:
     """x's faces: rowwise for fprop, columnwise packed for wgrad, with its own amaxes or those of `scales`."""
-    s = plan.recipe.settings("input")
     dequantize_later = plan.recipe.backward_override == "dequantized" and need_dw
     row = NONE if "fprop" not in plan.gemms else PACKED if dequantize_later else plan.operand_form
     batch_blocks = plan.recipe.wgrad_block == "batch"
     col = PACKED if "wgrad" in plan.gemms and need_dw and batch_blocks else NONE
-    if row == NONE and col == NONE:
-        return ()
-    seed = seeds.draw_seed(x) if s.stochastic_rounding else None
-    faces = operands.quantize_operand(
-        x,
-        plan.geometry.groups,
-        plan.folds[0].to_ints(),
-        row,
-        col,
-        s.rht,
-        s.stochastic_rounding,
-        s.four_over_six or "",
-        s.e4m3_max,
-        plan.row_scaled,
-        plan.compute_dtype,
-        seed,
-        None if scales is None else scales.amax(0, x),
-        plan.backend,
-    )
-    if scales is not None:
-        scales.collect(0, faces[6])
-    if watch is not None:
-        watch.quantized("input", x, faces, seed, plan)
-    return faces
+    return _quantize(x, 0, plan, row, col, scales, watch)
 
 
 def quantize_gradient(
@@ -64,32 +40,40 @@ def quantize_gradient(
     """dy's faces: rowwise for dgrad, columnwise for wgrad; both are used at once, in the form that the backend
     multiplies. With its own amaxes or those of `scales`.
     """
-    s = plan.recipe.settings("grad_output")
     row = plan.operand_form if "dgrad" in plan.gemms and need_dx else NONE
     col = plan.operand_form if "wgrad" in plan.gemms and need_dw and plan.recipe.wgrad_block == "batch" else NONE
+    return _quantize(dy, 1, plan, row, col, scales, watch)
+
+
+def _quantize(
+    operand: Tensor, role: int, plan: Plan, row: int, col: int, scales: Scales | None, watch: Watch | None
+) -> tuple[Tensor, ...]:
+    """The faces of x (role 0) or dy (role 1) in the forms `row` and `col`; none where neither is wanted."""
     if row == NONE and col == NONE:
         return ()
-    seed = seeds.draw_seed(dy) if s.stochastic_rounding else None
+    name = ("input", "grad_output")[role]
+    s = plan.recipe.settings(name)
+    seed = seeds.draw_seed(operand) if s.stochastic_rounding else None
     faces = operands.quantize_operand(
-        dy,
+        operand,
         plan.geometry.groups,
-        plan.folds[1].to_ints(),
+        plan.folds[role].to_ints(),
         row,
         col,
         s.rht,
         s.stochastic_rounding,
-        "",
+        s.four_over_six or "",
         s.e4m3_max,
-        False,
+        role == 0 and plan.row_scaled,
         plan.compute_dtype,
         seed,
-        None if scales is None else scales.amax(1, dy),
+        None if scales is None else scales.amax(role, operand),
         plan.backend,
     )
     if scales is not None:
-        scales.collect(1, faces[6])
+        scales.collect(role, faces[6])
     if watch is not None:
-        watch.quantized("grad_output", dy, faces, seed, plan)
+        watch.quantized(name, operand, faces, seed, plan)
     return faces
 
 

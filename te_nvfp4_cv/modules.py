@@ -264,6 +264,11 @@ def with_recipes(
         yield from with_recipes(child, plain_name(f"{name}.{child_name}".strip(".")), entry, table, seen)
 
 
+def op_of(module: nn.Module) -> str:
+    """A layer's operator, as nv.functional names it: "conv2d", ..."""
+    return next(ours.op for plain, ours in NVFP4_CLASSES.items() if isinstance(module, plain))
+
+
 def own_weight(module: nn.Module) -> Tensor | None:
     """A layer's weight where it is kept as such; None where it is computed (parametrizations): reading it would run
     that.

@@ -129,7 +129,7 @@ def project(
     """Estimate training and inference time of a network.
 
     Args:
-        inputs: of one forward pass, which runs here, in high precision; one image is enough.
+        inputs: of one forward pass, which runs here once; one image is enough.
         gpu: "b200", "rtx5090" or "h200"; batch: images a step.
         efficiency: share of peak and bandwidth that kernels reach, in (0, 1].
     Raises:
@@ -207,9 +207,7 @@ def _estimate(name: str, call: calls.Call, sizes: _Sizes, gpu: GPU, efficiency: 
         return Estimate(name, call.op, False, flops, sum(plain), sum(plain), plain[0], plain[0], "")
     peak, size = (gpu.fp4 * efficiency, PACKED) if gpu.fp4 else (bf16, 2.0)
     times, compute = [], 0
-    for kind, usual, (a, b, c) in zip(
-        ("fprop", "dgrad", "wgrad"), plain, ((x, w, y), (y, w, x), (y, x, w)), strict=True
-    ):
+    for kind, usual, (a, b, c) in zip(("fprop", "dgrad", "wgrad"), plain, operands, strict=True):
         in_nvfp4 = kind in recipe.nvfp4_gemms
         times.append(gemm(peak, size * (a + b), c) if in_nvfp4 else usual)
         compute += in_nvfp4 and flops / peak >= (size * (a + b) + 2 * c) / bandwidth

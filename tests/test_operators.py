@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import layer, layer_operator
+from te_nvfp4_cv import inference, layer, layer_operator
 from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
 from te_nvfp4_cv.plan import Plan
 from tests.helpers import fold_list, make_geometry, same_bits, values
 
 ops = torch.ops.te_nvfp4_cv
+assert inference.layer  # its import registers the operator, in whatever order tests run
 NO_SR = nv.NVFP4BlockScaling(disable_stochastic_rounding=True)
 CONV = make_geometry(2, (16, 32), (5, 4), 3, 1, 1)
 FOLDS = [fold_list(fold) for fold in CONV.folds()]
@@ -52,6 +53,12 @@ def layer_arguments(recipe: nv.NVFP4BlockScaling = NO_SR, need: bool = True) -> 
     return x, W.clone().requires_grad_(need), values((32,), seed=3).requires_grad_(need), *call
 
 
+def inference_arguments() -> tuple[Any, ...]:
+    x, _, bias, shape, key, backend, dtype, last, *_ = layer_arguments(need=False)
+    data, scale, _, _, amax = packed()["w"]
+    return x, data, scale, amax, None, bias, None, shape, key, backend, dtype, last, True
+
+
 def backward_arguments(recipe: nv.NVFP4BlockScaling = NO_SR) -> tuple[Any, ...]:
     x, w, bias, shape, key, backend, dtype, last, *_ = layer_arguments(recipe, False)
     plan = Plan(CONV, recipe, backend, dtype, last)
@@ -82,6 +89,7 @@ def conv_operands(*faces: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
 EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "layer": layer_arguments,
     "layer_backward": backward_arguments,
+    "inference_layer": inference_arguments,
     "quantize_operand": lambda: (
         *(X, 1, FOLDS[0], PACKED, PACKED, True, False, "", 448, False, torch.float32, None, None, "vendor"),
     ),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv import calls
 from te_nvfp4_cv.checks import value_error
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.modules import NVFP4_CLASSES
+from te_nvfp4_cv.modules import op_of
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import pixel_map
 
@@ -69,7 +69,7 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
     Args:
         layer: a convolution or linear layer; x: its input.
     """
-    op = next(ours.op for kind, ours in NVFP4_CLASSES.items() if isinstance(layer, kind))
+    op = op_of(layer)
     groups = getattr(layer, "groups", 1)
     padding: Any = getattr(layer, "padding", 0)
     if getattr(layer, "padding_mode", "zeros") != "zeros":

@@ -24,7 +24,8 @@ from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
 from te_nvfp4_cv.export.folding import FoldedNorm, put
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
-from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module, with_recipes
+from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module, op_of, with_recipes
+from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.plan import Plan, weight_plan
 from te_nvfp4_cv.policy import matches, plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
@@ -143,8 +144,7 @@ def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
             needs="plain tensors",
             fix="gather the state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model",
         )
-    op = next(ours.op for kind, ours in NVFP4_CLASSES.items() if isinstance(module, kind))
-    return calls.ineligible(op, w, w, getattr(module, "groups", 1), recipe)
+    return calls.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
 
 
 def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
@@ -175,8 +175,7 @@ def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]
         shape, op, channels_last = tuple(module.weight_shape), module.op, module.channels_last
     else:
         codes, shape = quantize_layer(module, recipe), tuple(module.weight.shape)
-        op = next(ours.op for kind, ours in NVFP4_CLASSES.items() if isinstance(module, kind))
-        channels_last = is_channels_last(module.weight)
+        op, channels_last = op_of(module), layouts.is_channels_last(module.weight)
     amax = float(codes.amax)
     if not torch.isfinite(codes.amax).all():
         raise value_error(
@@ -200,13 +199,6 @@ def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]
         k_order=matrix.K_ORDER,
         input_amax=None if codes.input_amax is None else float(codes.input_amax),
     )
-
-
-def is_channels_last(w: Tensor) -> bool:
-    """Whether a weight makes its layer's output channels_last."""
-    from te_nvfp4_cv.ops import layouts
-
-    return layouts.is_channels_last(w)
 
 
 def entry_plan(entry: LayerEntry, recipe: NVFP4BlockScaling) -> Plan:

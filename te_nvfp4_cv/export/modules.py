@@ -270,7 +270,7 @@ def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: 
     """
     plain = next(kind for kind in CLASSES if isinstance(module, kind))
     w: Any = module.weight
-    weight_shape, channels_last = w.shape, layouts.weight_is_channels_last(w)
+    weight_shape, channels_last = w.shape, layouts.is_channels_last(w)
     learned.forget(module)
     del module._parameters["weight"]
     module.__class__ = CLASSES[plain]

@@ -108,7 +108,8 @@ def quantize(
         statistics = found.get(name)
         before = module.weight.detach().float()  # type: ignore[operator]
         codes = _codes(module, own, method, statistics)
-        if statistics is not None and scales == "static" and not own.row_scaled_activation:
+        calibrated = statistics is not None and bool(statistics.amax > 0)  # of zeros alone nothing can be learned
+        if statistics is not None and calibrated and scales == "static" and not own.row_scaled_activation:
             codes = replace(codes, input_amax=statistics.amax)
         layer = become(module, codes, own)
         bias: Any = layer.bias

@@ -39,9 +39,10 @@ from torch import Tensor, nn
 from te_nvfp4_cv import calls, context
 from te_nvfp4_cv.autocast import heard
 from te_nvfp4_cv.checks import check_materialized, check_module, value_error, warn_once
+from te_nvfp4_cv.modules import op_of
 from te_nvfp4_cv.recipe import as_recipe
 from te_nvfp4_cv.telemetry.records import FORMAT, VERSION
-from te_nvfp4_cv.telemetry.sample import THRESHOLD, Sample, layers_of, op_of, shape_of
+from te_nvfp4_cv.telemetry.sample import THRESHOLD, Sample, layers_of, shape_of
 from te_nvfp4_cv.telemetry.sinks import Sink
 
 

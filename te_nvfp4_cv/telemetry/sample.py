@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, multiply
 from te_nvfp4_cv.gathered import GatheredWeight
-from te_nvfp4_cv.modules import NVFP4_CLASSES, own_weight
+from te_nvfp4_cv.modules import NVFP4_CLASSES, op_of, own_weight
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.policy import plain_name
 from te_nvfp4_cv.telemetry import blocks as operand_blocks
@@ -218,10 +218,6 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
             yield plain_name(name) or type(module).__name__, module
-
-
-def op_of(module: nn.Module) -> str:
-    return next(ours.op for plain, ours in NVFP4_CLASSES.items() if isinstance(module, plain))
 
 
 def is_compiled(module: nn.Module) -> bool:
