@@ -107,19 +107,19 @@ def dequantized_weight(w: Tensor, plan: Plan) -> Tensor:
     return real_weight(quantize_weight(w, plan, keep=False), plan)
 
 
-def weight_values(w_q: tuple[Tensor, ...], plan: Plan) -> Tensor:
-    """code * scale of fprop's face, [axis 0, taps, axis 1] fp32: exact, in bf16 too."""
+def weight_values(w_q: tuple[Tensor, ...], plan: Plan, factor: Tensor | None = None) -> Tensor:
+    """code * scale of fprop's face, [axis 0, taps, axis 1] fp32: exact, in bf16 too; then times `factor`, fp32 [1]."""
     face = plan.weight_faces[0]
     data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
     n, _, channels = plan.geometry.weight_shape
     return operands.unpack_kernel(
-        data, scale, n, channels, plan.geometry.groups, face == "col", None, torch.float32, plan.backend
+        data, scale, n, channels, plan.geometry.groups, face == "col", factor, torch.float32, plan.backend
     )
 
 
 def real_weight(w_q: tuple[Tensor, ...], plan: Plan) -> Tensor:
     """w [axis 0, axis 1, *kernel] in real units, fp32: code * scale is exact, times the tensor scale."""
-    w = weight_values(w_q, plan) * (w_q[4] * (1.0 / (6.0 * plan.recipe.settings("weight").e4m3_max)))
+    w = weight_values(w_q, plan, w_q[4] * (1.0 / (6.0 * plan.recipe.settings("weight").e4m3_max)))
     n, _, channels = plan.geometry.weight_shape
     return w.view(n, *plan.geometry.kernel, channels).movedim(-1, 1)
 

@@ -1,11 +1,11 @@
-"""The forward pass of a layer whose weight is kept in NVFP4, as one operator: eager, under torch.compile and
-torch.export.
+"""The forward pass of a layer whose weight is kept in NVFP4: eager, under torch.compile and torch.export.
 
-    activations quantized       y = the layer's fprop, bit for bit: x quantized with its own amax, or a calibrated one
-    activations as they are     y = x w + bias in x's dtype; w dequantized
+    run     x is quantized, with its own amax or a calibrated one; y = the layer's fprop, bit for bit, as one operator;
+            a gradient that reaches it raises
+    plain   x stays as it is; y = x w + bias in x's dtype, w dequantized: torch's own operators
 
-The weight is kept packed and dequantized at each call, or dequantized once: `unpacked`, code * scale where activations
-are quantized, real units where they are not. A gradient that reaches it raises.
+The weight is kept packed and dequantized at each call, or dequantized once: code * scale for `run`, real units for
+`plain`.
 """
 
 from __future__ import annotations
@@ -65,15 +65,14 @@ def run(
     recipe: NVFP4BlockScaling,
     backend: str,
     input_amax: Tensor | None,
-    quantize_x: bool,
     channels_last: bool,
 ) -> Tensor:
-    """One layer.
+    """One layer with x quantized.
 
     Args:
         op: as nv.functional names it.
         codes: (data, scale, amax) of the weight's face for fprop, as faces.quantize_weight packs it.
-        unpacked: [axis 0, taps, axis 1] code * scale; without quantize_x [axis 0, axis 1, *kernel] in real units.
+        unpacked: [axis 0, taps, axis 1] code * scale, or None.
         shape: of the weight, as torch's layer has it.
         input_amax: fp32 [1] that x is quantized with; values beyond it saturate. None: x's own.
         channels_last: the weight's memory format, which y takes over as torch's would.
@@ -82,10 +81,7 @@ def run(
     Raises:
         ValueError: x does not fit.
     """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        x = x.to(torch.get_autocast_dtype(device))
+    x, autocast = _autocast(x)
     weight = Shape(shape)
     x, geometry, unbatched = calls.geometry_of(op, x, weight, bias, stride, padding, dilation, groups, output_padding)
     data, scale, amax = codes
@@ -102,9 +98,41 @@ def run(
         dispatch.resolve(backend, x.device),
         dispatch.compute_dtype(x.dtype, x.device, autocast),
         layouts.is_channels_last(x) or channels_last,
-        quantize_x,
     )
     return y.squeeze(0) if unbatched else y
+
+
+def plain(
+    op: str,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any,
+    *,
+    channels_last: bool,
+) -> Tensor:
+    """One layer with x as it is, in x's dtype; in fp32 on a CPU without arithmetic of that dtype.
+
+    Args:
+        w: [axis 0, axis 1, *kernel] in real units; others as `run`.
+    """
+    x, autocast = _autocast(x)
+    x, geometry, unbatched = calls.geometry_of(op, x, w, bias, stride, padding, dilation, groups, output_padding)
+    dtype = dispatch.compute_dtype(x.dtype, x.device, autocast) if x.device.type == "cpu" else x.dtype
+    y = multiply.plain_layer(x, w, bias, geometry, dtype, layouts.is_channels_last(x) or channels_last)
+    return y.squeeze(0) if unbatched else y
+
+
+def _autocast(x: Tensor) -> tuple[Tensor, bool]:
+    """(x in torch.autocast's dtype where that is on, whether it is)."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, False
+    return x.to(torch.get_autocast_dtype(device)), True
 
 
 def as_faces(data: Tensor, scale: Tensor, amax: Tensor, plan: Plan) -> tuple[Tensor, ...]:
@@ -129,19 +157,14 @@ def layer(
     backend: str,
     dtype: torch.dtype,
     channels_last: bool,
-    quantize_x: bool,
 ) -> Tensor:
     """y of one layer; arguments as `run`, the geometry as ConvGeometry.to_ints(), the recipe as its key."""
     plan = Plan(ConvGeometry.from_ints(shape), recipe_of_key(recipe), backend, dtype, channels_last)
     g = plan.geometry
-    x_last = layouts.image_last(x, g.x_shape)
     w_q = as_faces(data, scale, amax, plan)
-    if not quantize_x:
-        w = faces.real_weight(w_q, plan) if unpacked is None else unpacked
-        y = multiply.plain_forward(x_last, w, bias, g)
-    else:
-        x_q = faces.quantize_input(x_last, plan, False, None if input_amax is None else _Fixed(input_amax))
-        y = multiply.fprop(x_last, x_q, None, w_q, bias, plan, unpacked)
+    x_last = layouts.image_last(x, g.x_shape)
+    x_q = faces.quantize_input(x_last, plan, False, None if input_amax is None else _Fixed(input_amax))
+    y = multiply.fprop(x_last, x_q, None, w_q, bias, plan, unpacked)
     return layouts.image_first(y, g.y_shape, x.shape, channels_last)
 
 
@@ -159,6 +182,6 @@ layer.register_autograd(_no_gradient)
 
 @layer.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, data, scale, amax, unpacked, bias, input_amax, shape, recipe, backend, dtype, channels_last, quantize_x
+    x, data, scale, amax, unpacked, bias, input_amax, shape, recipe, backend, dtype, channels_last
 ):
     return layouts.like_image_first(x, ConvGeometry.from_ints(shape).y_shape, x.shape, channels_last)

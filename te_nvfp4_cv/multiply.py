@@ -11,7 +11,7 @@ from te_nvfp4_cv.ops import conv
 from te_nvfp4_cv.ops.conv import pixel
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.layouts import image_last
+from te_nvfp4_cv.ops.layouts import CHANNELS_LAST, image_last
 from te_nvfp4_cv.ops.quantize import operands
 from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED
 from te_nvfp4_cv.plan import Plan
@@ -120,6 +120,20 @@ def plain_forward(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) ->
         return aten.linear(x, w, bias)
     y = convolution(x.movedim(-1, 1), w, bias, g)
     return y.movedim(1, -1).contiguous().to(x.dtype)
+
+
+def plain_layer(
+    x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    """y of x as torch's layer takes it (batched), computed in `dtype`, given back in x's: torch's own call."""
+    if g.rank == 0:
+        return aten.linear(x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+    if not channels_last:
+        w = w.reshape(-1).view(w.shape)  # one operand with strides of channels_last would make torch convert the other
+    bias = None if bias is None else bias.to(dtype)
+    sizes = (g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
+    y = aten.convolution(x.to(dtype), w.to(dtype), bias, *sizes).to(x.dtype)
+    return y.contiguous(memory_format=CHANNELS_LAST[g.rank]) if channels_last else y.contiguous()
 
 
 def _plain_backward(dy: Tensor, x: Tensor | None, w: Tensor | None, g: ConvGeometry) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,8 @@ def test_bench(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert all(form["ms_per_image"].keys() == {"1", "2"} for form in forms.values())
     assert cli.main(["bench", *model, "--batch", "1", "--rounds", "1"]) == 0
     assert "medians of 1 passes" in capsys.readouterr().out
+    assert cli.main(["bench", *model, "--batch", "1", "--rounds", "1", "--dtype", "fp32", "--channels-last"]) == 0
+    assert "/ fp32" in (text := capsys.readouterr().out) and "channels_last" in text and "bf16" not in text
     assert cli.main(["bench", *model, "--rounds", "0"]) == 2
 
 

@@ -56,7 +56,7 @@ def layer_arguments(recipe: nv.NVFP4BlockScaling = NO_SR, need: bool = True) -> 
 def inference_arguments() -> tuple[Any, ...]:
     x, _, bias, shape, key, backend, dtype, last, *_ = layer_arguments(need=False)
     data, scale, _, _, amax = packed()["w"]
-    return x, data, scale, amax, None, bias, None, shape, key, backend, dtype, last, True
+    return x, data, scale, amax, None, bias, None, shape, key, backend, dtype, last
 
 
 def backward_arguments(recipe: nv.NVFP4BlockScaling = NO_SR) -> tuple[Any, ...]:

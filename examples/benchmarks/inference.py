@@ -1,9 +1,9 @@
 """Artefact bytes, load time, peak memory and latency of torchvision's ResNet-50: fp32, bf16, packed and cached weights.
 
-    python examples/benchmarks/inference.py --batch 1 8 [--device cuda] [--image 224] [--rounds 10] [--json FILE]
+    python examples/benchmarks/inference.py --batch 1 8 [--device cuda] [--dtype fp32] [--channels-last] [--json FILE]
 
-The peer is the same network in bf16, in the same run. On a CPU each form's peak memory is that of a process of its own
-that loads it and runs one batch; on CUDA, the allocator's.
+The peer is the same network in bf16 (or in --dtype fp32, on a CPU without bf16 units), in the same run. On a CPU each
+form's peak memory is that of a process of its own that loads it and runs one batch; on CUDA, the allocator's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from _torchvision import ensure_torchvision  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
-from te_nvfp4_cv.export.bench import FORMS, Bench, build_form, measure  # noqa: E402
+from te_nvfp4_cv.export.bench import DTYPES, Bench, build_form, forms_of, measure  # noqa: E402
 
 
 def network() -> torch.nn.Module:
@@ -36,12 +36,12 @@ def network() -> torch.nn.Module:
     return resnet50().eval()  # type: ignore[no-any-return]
 
 
-def peak_of(form: str, folder: str, batch: int, image: int) -> int:
+def peak_of(form: str, folder: str, batch: int, image: int, dtype: str) -> int:
     """Peak resident bytes of this process after one pass of that form."""
-    model, _ = build_form(form, network(), nv.load_recipe("resnet"), Path(folder))
+    model, _ = build_form(form, network(), nv.load_recipe("resnet"), Path(folder), dtype)
     x = torch.randn(batch, 3, image, image)
     with torch.inference_mode():
-        model(x if form == "fp32" else x.bfloat16())
+        model(x if form == "fp32" else x.to(DTYPES[dtype]))
     status = Path("/proc/self/status").read_text()  # getrusage's maximum is the parent's, across fork and exec
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
@@ -53,21 +53,25 @@ def main(arguments: Sequence[str] | None = None) -> Bench | None:
     parser.add_argument("--image", type=int, default=224, metavar="N")
     parser.add_argument("--rounds", type=int, default=10, metavar="N")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
     parser.add_argument("--peak-of", nargs=2, metavar=("FORM", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak_of:
-        print(peak_of(*options.peak_of, options.batch[0], options.image))
+        print(peak_of(*options.peak_of, options.batch[0], options.image, options.dtype))
         return None
     inputs = [torch.randn(batch, 3, options.image, options.image) for batch in options.batch]
-    found = measure(network(), inputs, nv.load_recipe("resnet"), options.device, options.rounds)
+    recipe = nv.load_recipe("resnet")
+    found = measure(network(), inputs, recipe, options.device, options.rounds, options.dtype, options.channels_last)
     print(found)
     peaks: dict[str, dict[int, int]] = {form.name: dict(form.peak_bytes) for form in found.forms}
     if not options.device.startswith("cuda"):
-        peaks = {form: {} for form in FORMS}
+        peaks = {form: {} for form in forms_of(options.dtype)}
         with tempfile.TemporaryDirectory() as folder:
-            for form in FORMS:
+            for form in peaks:
                 command = [sys.executable, str(_HERE), "--peak-of", form, folder, "--image", str(options.image)]
+                command += ["--dtype", options.dtype]
                 for batch in options.batch:
                     run = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=True)
                     peaks[form][batch] = int(run.stdout)

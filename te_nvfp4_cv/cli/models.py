@@ -46,9 +46,15 @@ def _project(options: argparse.Namespace) -> int:
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
+    from te_nvfp4_cv.export.bench import DTYPES
+
     model_options(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="batch sizes (default: 1 8)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument(
+        "--dtype", default="bf16", choices=DTYPES, help="of activations and of the peer (default: bf16)"
+    )
+    parser.add_argument("--channels-last", action="store_true", help="images and plain weights in torch.channels_last")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed passes of each form (default: 10)")
 
 
@@ -56,7 +62,15 @@ def _bench(options: argparse.Namespace) -> int:
     from te_nvfp4_cv.export.bench import measure
 
     inputs = [example(options, batch) for batch in options.batch]
-    report = measure(model_of(options), inputs, recipe_of(options), options.device, options.rounds)
+    report = measure(
+        model_of(options),
+        inputs,
+        recipe_of(options),
+        options.device,
+        options.rounds,
+        options.dtype,
+        options.channels_last,
+    )
     show(report.to_dict(), str(report), options.json)
     return 0
 

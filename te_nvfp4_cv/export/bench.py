@@ -1,11 +1,12 @@
 """What deployment costs: artefact bytes, load time, memory held, latency; in fp32, bf16, packed and cached.
 
     fp32, bf16            the plain model
-    packed, cached        weights in NVFP4, activations in bf16
+    packed, cached        weights in NVFP4, activations in `dtype`
     nvfp4 packed, cached  and activations quantized
 
-All forms are timed in turn, `rounds` times, after one pass that is not counted; times are medians. Memory held is that
-of parameters and buffers; on CUDA the peak of a pass is measured, too.
+Each is compared with the plain model in `dtype`: bf16, or fp32 where a CPU has no bf16 units. All forms are timed in
+turn, `rounds` times, after one pass that is not counted; times are medians. Memory held is that of parameters and
+buffers; on CUDA the peak of a pass is measured, too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from te_nvfp4_cv.export.checkpoints import load, save
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
-FORMS = ("fp32", "bf16", "packed", "cached", "nvfp4 packed", "nvfp4 cached")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+QUANTIZED = ("packed", "cached", "nvfp4 packed", "nvfp4 cached")
+
+
+def forms_of(dtype: str) -> tuple[str, ...]:
+    """The names of what is compared: the plain model in fp32 and in `dtype`, then the quantized forms."""
+    return (*dict.fromkeys(("fp32", dtype)), *QUANTIZED)
 
 
 @dataclass
@@ -49,6 +56,8 @@ class Bench:
     device: str
     torch_version: str
     rounds: int
+    dtype: str
+    channels_last: bool
     forms: list[Form]
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,32 +68,43 @@ class Bench:
         batches = list(self.forms[0].ms_per_image)
         head = ["form", "file, MB", "load, s", "held, MB"]
         for batch in batches:
-            head += [f"ms an image, batch {batch}", "/ bf16"]
-        bf16 = next(form for form in self.forms if form.name == "bf16")
+            head += [f"ms an image, batch {batch}", f"/ {self.dtype}"]
+        peer = next(form for form in self.forms if form.name == self.dtype)
         cells = [head]
         for form in self.forms:
             line = [form.name, f"{form.file_bytes / 1e6:.2f}", f"{form.load_s:.2f}", f"{form.held_bytes / 1e6:.2f}"]
             for batch in batches:
-                ratio = form.ms_per_image[batch] / bf16.ms_per_image[batch]
+                ratio = form.ms_per_image[batch] / peer.ms_per_image[batch]
                 line += [f"{form.ms_per_image[batch]:.2f}", f"{ratio:.2f}"]
             cells.append(line)
         widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-        lines = [f"{self.device}, torch {self.torch_version}, medians of {self.rounds} passes in turn"]
+        layout = ", channels_last" if self.channels_last else ""
+        lines = [f"{self.device}, torch {self.torch_version}{layout}, medians of {self.rounds} passes in turn"]
         return "\n".join(
             lines + ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in cells]
         )
 
 
 def measure(
-    model: nn.Module, inputs: Sequence[Tensor], recipe: NVFP4BlockScaling, device: str = "cpu", rounds: int = 10
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    recipe: NVFP4BlockScaling,
+    device: str = "cpu",
+    rounds: int = 10,
+    dtype: str = "bf16",
+    channels_last: bool = False,
 ) -> Bench:
     """Time every form of a model.
 
     Args:
         inputs: one per batch size, on the CPU, fp32.
+        dtype: of activations, and of the plain model that the forms are compared with: "bf16" or "fp32".
+        channels_last: give 4-D inputs to every form in torch.channels_last, and keep the plain weights so.
     Raises:
-        ValueError: no inputs, or no rounds.
+        ValueError: no inputs, no rounds, or another dtype.
     """
+    if dtype not in DTYPES:
+        raise value_error("bench: unknown dtype.", got=repr(dtype), needs=" or ".join(DTYPES), fix="dtype='bf16'")
     if not inputs or rounds < 1:
         raise value_error(
             "bench: nothing to measure.",
@@ -92,22 +112,25 @@ def measure(
             needs="one or more",
             fix="--batch 1",
         )
-    where = torch.device(device)
+    where, layout = torch.device(device), torch.channels_last if channels_last else torch.preserve_format
     models: dict[str, nn.Module] = {}
     forms: list[Form] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in FORMS:
-            built, form = build_form(name, model, recipe, Path(folder))
-            models[name] = built.to(where)
+        for name in forms_of(dtype):
+            built, form = build_form(name, model, recipe, Path(folder), dtype)
+            models[name] = built.to(where, memory_format=layout)  # type: ignore[call-overload]
             form.held_bytes = _held(built)
             forms.append(form)
     for x in inputs:
-        _time(models, forms, x.to(where), rounds)
+        x = x.to(where, memory_format=layout if x.dim() == 4 else torch.preserve_format)
+        _time(models, forms, x, DTYPES[dtype], rounds)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    return Bench(name, torch.__version__, rounds, forms)
+    return Bench(name, torch.__version__, rounds, dtype, channels_last, forms)
 
 
-def build_form(name: str, model: nn.Module, recipe: NVFP4BlockScaling, folder: Path) -> tuple[nn.Module, Form]:
+def build_form(
+    name: str, model: nn.Module, recipe: NVFP4BlockScaling, folder: Path, dtype: str = "bf16"
+) -> tuple[nn.Module, Form]:
     """One form of the model, loaded from its file in `folder`, which is written where it is missing."""
     fresh = copy.deepcopy(model).eval()
     if name in ("fp32", "bf16"):
@@ -123,8 +146,7 @@ def build_form(name: str, model: nn.Module, recipe: NVFP4BlockScaling, folder: P
     begun = time.perf_counter()
     activations = "nvfp4" if name.startswith("nvfp4") else "high"
     weights = name.rpartition(" ")[2]
-    built = load(path, fresh, weights=weights, activations=activations, dtype=torch.bfloat16)
-    built = built.bfloat16()
+    built = load(path, fresh, weights=weights, activations=activations, dtype=DTYPES[dtype]).to(DTYPES[dtype])
     return built, Form(name, path.stat().st_size, time.perf_counter() - begun, 0)
 
 
@@ -135,12 +157,12 @@ def _held(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
-def _time(models: dict[str, nn.Module], forms: list[Form], x: Tensor, rounds: int) -> None:
+def _time(models: dict[str, nn.Module], forms: list[Form], x: Tensor, dtype: torch.dtype, rounds: int) -> None:
     batch = x.shape[0]
     times: dict[str, list[float]] = {form.name: [] for form in forms}
     for number in range(rounds + 1):
         for form in forms:
-            own = x if form.name == "fp32" else x.bfloat16()
+            own = x if form.name == "fp32" else x.to(dtype)
             if x.is_cuda:
                 torch.cuda.reset_peak_memory_stats(x.device)
                 torch.cuda.synchronize(x.device)

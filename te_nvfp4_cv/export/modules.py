@@ -10,7 +10,8 @@ time (`set_mode`):
     activations   "nvfp4": x is quantized, as in training; "high": it is not
 
 A static scale (`input_amax`, found by calibration) makes the codes of an image independent of the batch it comes in;
-without one x is quantized with its own amax. A gradient that reaches such a layer raises.
+without one x is quantized with its own amax. A gradient that reaches a layer with quantized activations raises; with
+"high" it passes on to x.
 """
 
 from __future__ import annotations
@@ -187,33 +188,40 @@ class InferenceLayer(nn.Module):
     def _unpack(self) -> Tensor:
         if not self.quantize_x:
             w = self.weight
-            return w.contiguous(memory_format=torch.channels_last) if self.channels_last and w.dim() == 4 else w
+            rank = w.dim() - 2
+            return w.contiguous(memory_format=layouts.CHANNELS_LAST[rank]) if self.channels_last else w.contiguous()
         return faces.weight_values(self._faces(), self.plan)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        shapes, device = (self.weight_data.shape, self.weight_scale.shape), self.weight_data.device
+        self.weight_data, self.weight_scale = self.weight_data.flatten(), self.weight_scale.flatten()  # of no format
         super()._apply(fn, recurse)
+        self.weight_data, self.weight_scale = self.weight_data.view(shapes[0]), self.weight_scale.view(shapes[1])
+        if (rank := len(self.weight_shape) - 2) in layouts.CHANNELS_LAST:  # model.to(memory_format=...)
+            like = torch.empty((2,) * (rank + 2), dtype=torch.uint8, device=device)
+            layout = layouts.CHANNELS_LAST[rank] if self.channels_last else torch.contiguous_format
+            self.channels_last = layouts.is_channels_last(fn(like.contiguous(memory_format=layout)))
         if self.unpacked is not None:
             self.unpacked = fn(self.unpacked)
         return self
 
     def _run(self, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, output_padding: Any) -> Tensor:
-        codes = self.codes
+        bias: Any = self.bias
+        sizes = (stride, padding, dilation, groups, output_padding)
+        if not self.quantize_x:
+            w = self.weight if self.unpacked is None else self.unpacked
+            return inference.plain(self.op, x, w, bias, *sizes, channels_last=self.channels_last)
         return inference.run(
             self.op,
             x,
-            (codes.data, codes.scale, codes.amax),
+            (self.weight_data, self.weight_scale, self.weight_amax),
             self.unpacked,
-            self.bias,  # type: ignore[arg-type]
+            bias,
             self.weight_shape,
-            stride,
-            padding,
-            dilation,
-            groups,
-            output_padding,
+            *sizes,
             recipe=self.recipe,
             backend=self.backend,
             input_amax=self.input_amax,
-            quantize_x=self.quantize_x,
             channels_last=self.channels_last,
         )
 

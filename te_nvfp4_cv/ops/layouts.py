@@ -11,6 +11,8 @@ from torch import Tensor
 
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}  # by the image's rank
+
 
 def image_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """[B, C, *image] (or [..., C] of a linear layer) as contiguous [B, *image, C]; free for channels_last tensors."""

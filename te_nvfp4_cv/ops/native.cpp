@@ -11,7 +11,7 @@
 #include <cstring>
 #include <cmath>
 #include <algorithm>
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -102,9 +102,23 @@ inline void pack_block(const float* r, uint8_t* out) {
     for (int k = 0; k < 16; ++k) { const uint32_t u = as_bits(r[k]); c[k] = e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u); }
     for (int k = 0; k < 8; ++k) out[k] = uint8_t(c[2 * k] | c[2 * k + 1] << 4);
 }
+#if defined(__AVX2__)
+inline void unpack_block(const uint8_t* data, float s, float* v) {
+    const __m256 grid = _mm256_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f);       // permutevar8x32 reads 3 bits of a code
+    const __m128i pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(data)));
+    const __m128i codes = _mm_or_si128(pairs, _mm_slli_epi16(pairs, 4));               // each byte's low 4 bits are a code
+    for (int half = 0; half < 2; ++half) {
+        const __m256i c = _mm256_cvtepu8_epi32(half ? _mm_srli_si128(codes, 8) : codes);
+        const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(c, _mm256_set1_epi32(8)), 28);
+        const __m256 value = _mm256_or_ps(_mm256_permutevar8x32_ps(grid, c), _mm256_castsi256_ps(sign));
+        _mm256_storeu_ps(v + 8 * half, _mm256_mul_ps(value, _mm256_set1_ps(s)));
+    }
+}
+#else
 inline void unpack_block(const uint8_t* data, float s, float* v) {
     for (int k = 0; k < 16; ++k) v[k] = e2m1_value(data[k / 2] >> (k % 2 * 4) & 15u) * s;
 }
+#endif
 #endif
 inline uint32_t sign_of(uint32_t bits) { return (bits & 0x7fffffffu) > INF_BITS ? 0u : bits & 0x80000000u; }   // NaN: none
 

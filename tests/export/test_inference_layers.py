@@ -171,16 +171,45 @@ def test_learned_scales_are_in_the_codes() -> None:
     assert not list(inference._forward_hooks) and "weight_clip" not in inference.state_dict()
 
 
-def test_a_gradient_is_refused() -> None:
+def test_a_gradient_is_refused_where_x_is_quantized() -> None:
     x = values((2, 16)).requires_grad_()
+    inference = made(nn.Linear(16, 16), RECIPE)
     with pytest.raises(RuntimeError, match="a gradient reached a layer"):
-        made(nn.Linear(16, 16), RECIPE)(x).sum().backward()
+        inference(x).sum().backward()
+    inference.set_mode(activations="high")
+    inference(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, inference.weight.sum(0).expand(2, 16))
 
 
-def test_compiled_and_exported_with_any_batch() -> None:
+@pytest.mark.parametrize("weights", ["packed", "cached"])
+@pytest.mark.parametrize("activations", ["high", "nvfp4"])
+def test_the_memory_format_is_the_models_and_the_inputs(weights: str, activations: str) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(32, 32, 3, groups=2), nn.Conv2d(32, 48, 1), nn.ConvTranspose2d(48, 32, 2), nn.Conv2d(32, 16, 3)
+    model = nn.Sequential(*(made(layer, RECIPE) for layer in layers))
+    for layer in model:
+        layer.set_mode(weights, activations)
+    x = values((2, 32, 9, 9))
+    expected, tolerance = model(x), {"rtol": 0, "atol": 2e-2 if activations == "nvfp4" else 1e-5}
+    assert expected.is_contiguous()
+    last = model(x.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    converted = model(x)
+    assert converted.is_contiguous(memory_format=torch.channels_last)
+    for y in (last, converted, model.to(torch.float32)(x)):
+        torch.testing.assert_close(y / expected.abs().max(), expected / expected.abs().max(), **tolerance)
+    assert model.to(memory_format=torch.contiguous_format)(x).is_contiguous()
+
+
+@pytest.mark.parametrize("activations", ["high", "nvfp4"])
+def test_compiled_and_exported_with_any_batch(activations: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(made(nn.Conv2d(16, 32, 3), RECIPE), nn.ReLU(), made(nn.ConvTranspose2d(32, 16, 2), RECIPE))
     model.requires_grad_(False)
+    for layer in (model[0], model[2]):
+        layer.set_mode(activations=activations)
     x = values((2, 16, 6, 6))
     expected = model(x)
     assert same_bits(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
