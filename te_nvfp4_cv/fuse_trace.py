@@ -110,6 +110,8 @@ for _name in IN_PLACE_OPERATORS:
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # else a forward that counts its calls would do so here
+
     def __init__(self) -> None:
         super().__init__(autowrap_functions=())
         self.begun = _modes()

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from te_nvfp4_cv import calls
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.checks import describe, type_error, value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.modules import op_of
 from te_nvfp4_cv.ops import layouts
@@ -48,8 +49,10 @@ class _Watch:
         self.layer, self.gram, self.generator = layer, gram, generator
         self.found: Statistics | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else kwargs["input"]).detach()
+        if not x.numel():  # regions of an image without objects, for one
+            return
         rows = im2col_rows(module, x, self.generator).float()
         count = rows.shape[0]
         mean, square = rows.sum(0), rows.square().sum(0)
@@ -89,6 +92,23 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
     return F.pad(rows, (0, -rows.shape[-1] % BLOCK)).transpose(1, 2).flatten(2)
 
 
+def input_of(batch: Any, device: str | torch.device | None) -> Any:
+    """The model's input in one batch of a loader.
+
+    Raises:
+        TypeError: a batch of another kind.
+    """
+    x = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if not isinstance(x, (Tensor, list, tuple)):
+        raise type_error(
+            "nv.export.quantize: a calibration batch is not understood.",
+            got=describe(batch),
+            needs="tensors, or tuples and lists whose first element is the model's input",
+            fix="(batch['image'] for ...) collected in a list",
+        )
+    return x if device is None else tree_map_only(Tensor, lambda t: t.to(device), x)
+
+
 def collect(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -110,14 +130,13 @@ def collect(
     seen = 0
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(watches[name]).remove)
+            stack.callback(layer.register_forward_pre_hook(watches[name], with_kwargs=True).remove)
         try:
             model.eval()
             for batch in batches:
                 if limit is not None and seen >= limit:
                     break
-                x = batch[0] if isinstance(batch, (list, tuple)) else batch
-                model(x.to(device) if device is not None else x)
+                model(input_of(batch, device))
                 seen += 1
         finally:
             for module, flag in training:

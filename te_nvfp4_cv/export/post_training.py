@@ -8,16 +8,17 @@ Weights get a scale for 16 values (1x16): 16x16 tiles serve training, where the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import check_module, value_error
+from te_nvfp4_cv.checks import check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix, rounding
-from te_nvfp4_cv.export.calibration import Statistics, collect
+from te_nvfp4_cv.export.calibration import Statistics, collect, input_of
 from te_nvfp4_cv.export.checkpoints import sort_layers
 from te_nvfp4_cv.export.folding import fold
 from te_nvfp4_cv.export.modules import (
@@ -31,7 +32,6 @@ from te_nvfp4_cv.export.modules import (
 )
 from te_nvfp4_cv.plan import weight_plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
-from te_nvfp4_cv.sensitivity.batch_norm import update_bn
 
 SCALES = ("static", "dynamic")
 
@@ -88,16 +88,20 @@ def quantize(
             )
     resolved = as_recipe(recipe)
     resolved.validate_for_use()
-    if iter(loader) is loader:
+    if not isinstance(loader, Iterable):
+        raise type_error(
+            "nv.export.quantize: no loader.", got=describe(loader), needs="an iterable of batches", fix="[images]"
+        )
+    if isinstance(loader, Iterator):
         raise value_error(
             "nv.export.quantize: the loader can be read once only.",
             got=type(loader).__name__,
             needs="a list or a DataLoader: calibration reads it several times",
             fix="list(loader)",
         )
-    net = copy.deepcopy(model).eval()
+    net = _copy(model)
     if fold_bn:
-        fold(net)
+        _fold(net, _First(loader, 1), device)
     layers, _ = sort_layers(net, resolved)
     layers = {name: pair for name, pair in layers.items() if not isinstance(pair[0], InferenceLayer)}
     found = collect(
@@ -116,11 +120,64 @@ def quantize(
         if bias_correction and bias is not None and statistics is not None:
             bias.data -= mean_error(layer, before, statistics).to(bias.dtype)
         layer.set_mode(weights, activations)
-    left = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if reestimate_bn and left:
-        with torch.no_grad():
-            update_bn(net, _First(loader, batches), device=device)
+    if reestimate_bn:
+        _reestimate(net, _First(loader, batches), device)
     return net.requires_grad_(False)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval()
+    except RuntimeError as error:  # torch.nn.utils.weight_norm, the old one
+        raise value_error(
+            "nv.export.quantize: the model cannot be copied.",
+            got=str(error),
+            needs="a model that copy.deepcopy takes",
+            fix="torch.nn.utils.remove_weight_norm, or torch.nn.utils.parametrizations.weight_norm in its place",
+        ) from error
+
+
+def _fold(net: nn.Module, loader: Iterable[Any], device: str | torch.device | None) -> None:
+    for batch in loader:
+        with torch.no_grad():
+            fold(net, functools.partial(net, input_of(batch, device)))
+
+
+def _reestimate(net: nn.Module, loader: Iterable[Any], device: str | torch.device | None) -> None:
+    """Statistics of the batch norms that run, anew: plain means over the batches. All else stays in eval mode: dropout
+    and stochastic depth would change them.
+    """
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return
+    seen: set[nn.Module] = set()
+
+    def before(norm: Any, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        if x.numel() <= x.shape[1]:  # one value per channel has no variance
+            return
+        if norm not in seen:
+            seen.add(norm)
+            norm.reset_running_stats()
+        norm.training = True
+
+    def after(norm: Any, args: tuple[Any, ...], y: Any) -> None:
+        norm.training = False
+
+    momenta = [(norm, norm.momentum) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(before) for norm in norms]
+    hooks += [norm.register_forward_hook(after) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = None
+        with torch.no_grad():
+            for batch in loader:
+                net(input_of(batch, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, momentum in momenta:
+            norm.momentum = momentum
 
 
 class _First:

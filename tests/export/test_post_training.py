@@ -1,6 +1,7 @@
 """nv.export.quantize: folding is exact, calibration sees what the layer multiplies, better rounding has less error."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,17 @@ def error(model: nn.Module, original: nn.Module) -> float:
         return float((model(x) - expected).norm() / expected.norm())
 
 
+def run_fold(model: nn.Module, x: Tensor) -> dict[str, str]:
+    with torch.no_grad():
+        return fold(model, functools.partial(model, x))
+
+
 # ---- folding --------------------------------------------------------------------------------------------------------
 
 
 def test_folding_keeps_the_function(net: Small) -> None:
     folded = copy.deepcopy(net)
-    assert fold(folded) == {"bn1": "conv1", "bn2": "conv2", "up.1": "up.0"}
+    assert run_fold(folded, images(1)) == {"bn1": "conv1", "bn2": "conv2", "up.1": "up.0"}
     assert isinstance(folded.bn1, FoldedNorm) and type(folded.late) is nn.BatchNorm2d and folded.conv1.bias is not None
     assert error(folded, net) < 1e-6
 
@@ -88,7 +94,7 @@ def test_every_kind_of_layer_folds(kind: str) -> None:
     model(values(shape))
     model.eval()
     expected = model(values(shape, seed=1))
-    assert fold(model) == {"1": "0"}
+    assert run_fold(model, values(shape)) == {"1": "0"}
     torch.testing.assert_close(model(values(shape, seed=1)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -113,7 +119,97 @@ class Odd(nn.Module):
 
 
 def test_what_cannot_be_folded_stays() -> None:
-    assert fold(Odd().eval()) == {}
+    assert run_fold(Odd().eval(), values((2, 16, 4, 4))) == {}
+
+
+class Called(nn.Module):
+    """A pair in a Sequential, used in ways that the Sequential's own graph does not show; another pair that is not."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use = use
+        self.block = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.other = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        taps = []
+        if self.use == "taps":
+            for layer in self.block:
+                x = layer(x)
+                taps.append(x)
+        elif self.use == "first":
+            x = self.block(x) + self.block[0](x)
+        elif self.use == "weight":
+            x = F.conv_transpose2d(self.block(x), self.block[0].weight, padding=1)
+        elif self.use == "statistics":
+            x = self.block(x) + self.block[1].running_mean.view(-1, 1, 1)
+        else:
+            x = self.block[0](x)
+        return self.other(x), taps
+
+
+@pytest.mark.parametrize("use", ["taps", "first", "weight", "statistics", "without the norm"])
+def test_a_pair_that_is_used_otherwise_is_not_folded(use: str) -> None:
+    torch.manual_seed(0)
+    model = Called(use)
+    for module in (model.block, model.other):
+        for seed in range(4):
+            module(2 * values((4, 16, 6, 6), seed=seed) + 1)
+    model.eval()
+    x = values((4, 16, 6, 6), seed=7)
+    expected = model(x)[0].detach()
+    assert run_fold(model, values((4, 16, 6, 6))) == {"other.1": "other.0"}
+    assert float((model(x)[0].detach() - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_a_model_that_is_random_in_eval_mode_is_not_folded() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x + torch.randn_like(x)))
+
+    assert run_fold(Noisy().eval(), values((2, 16, 4, 4))) == {}
+
+
+# ---- batch norms that are left ----
+
+
+class Left(nn.Module):
+    """A norm that nothing can be folded into, behind dropout, another one that no image reaches, one of one pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.norm, self.conv = nn.Dropout(0.5), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1)
+        self.pooled, self.unused = nn.BatchNorm1d(16), nn.BatchNorm2d(16)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+            raise RuntimeError("targets should not be none when in training mode")
+        x = F.relu(self.conv(self.norm(self.drop(x))))
+        return self.pooled(x.mean((2, 3)))
+
+
+def test_statistics_are_estimated_anew_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    model = Left().eval()
+    model.unused.running_mean.fill_(3.0)
+    model.pooled.running_mean.fill_(2.0)
+    batches = [2 * values((1, 16, 8, 8), seed=seed) + 1 for seed in range(6)]
+    quantized = nv.export.quantize(model, batches)
+    seen = torch.cat(batches)
+    torch.testing.assert_close(quantized.norm.running_mean, seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(quantized.norm.running_var, seen.var((0, 2, 3)), rtol=2e-2, atol=0.0)
+    assert bool((quantized.unused.running_mean == 3.0).all())  # no image reached it
+    assert bool((quantized.pooled.running_mean == 2.0).all())  # one value per channel
+    assert not any(module.training for module in quantized.modules()) and quantized.norm.momentum == 0.1
+    assert float(quantized.passes) == 0
+    kept = nv.export.quantize(model, batches, reestimate_bn=False)
+    assert same_bits(kept.norm.running_mean, model.norm.running_mean)
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
