@@ -20,6 +20,7 @@ def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free s
     Raises:
         RuntimeError: the disk is full or the folder cannot be written; what was there before is untouched.
     """
+    path = path.resolve() if path.is_symlink() else path  # the link stays
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,9 +29,11 @@ def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free s
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too
         with contextlib.suppress(OSError):  # a parent that is no folder
             draft.unlink()
+        if not isinstance(error, OSError):
+            raise
         kept = f"; the file from before is untouched: {path}" if path.exists() else ""
         raise runtime_error(
             f"{path} could not be written.",
@@ -39,11 +42,16 @@ def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free s
             fix=fix,
         ) from error
     if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with contextlib.suppress(OSError):  # written it is; some network folders cannot be told to sync
+            _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _write_all(file: BinaryIO, content: bytes | memoryview, chunk: int = 1 << 24) -> None:

@@ -211,9 +211,20 @@ def _estimate(name: str, call: calls.Call, sizes: _Sizes, gpu: GPU, efficiency: 
         in_nvfp4 = kind in recipe.nvfp4_gemms
         times.append(gemm(peak, size * (a + b), c) if in_nvfp4 else usual)
         compute += in_nvfp4 and flops / peak >= (size * (a + b) + 2 * c) / bandwidth
-    written = size + PACKED  # the face that is used now, and the packed one that is kept
-    passes = ((2 + written) * x + (4 + PACKED) * w + (2 + 2 * size) * y) / bandwidth
-    at_inference = (2 + size) * x / bandwidth  # weights are quantized already
+
+    def of(kind: str, face: float) -> float:
+        return face if kind in recipe.nvfp4_gemms else 0.0
+
+    def one_pass(read: float, faces: float) -> float:
+        return read + faces if faces else 0.0  # bytes a value; an operand that no GEMM takes in NVFP4 is left alone
+
+    of_x = one_pass(
+        2, of("fprop", size) + of("wgrad", PACKED)
+    )  # the face that is used now, the packed one that is kept
+    of_w = one_pass(4, max(of("fprop", PACKED), of("dgrad", PACKED)))
+    of_dy = one_pass(2, of("dgrad", size) + of("wgrad", size))
+    passes = (of_x * x + of_w * w + of_dy * y) / bandwidth
+    at_inference = one_pass(2, of("fprop", size)) * x / bandwidth  # weights are quantized already
     bound = "compute" if compute == len(recipe.nvfp4_gemms) else "memory" if not compute else "both"
     return Estimate(
         name, call.op, True, flops, sum(plain), sum(times) + passes, plain[0], times[0] + at_inference, bound

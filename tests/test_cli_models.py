@@ -85,6 +85,13 @@ def test_the_estimate_by_hand() -> None:
     assert high.batch == 8 and "no FP4 tensor cores" in str(high)
     with nv.nvfp4_autocast(enabled=False):
         assert project(layer, torch.randn(1, 1024, 2, 2)).layers[0].nvfp4
+    forward = nv.NVFP4BlockScaling(high_precision_gemms=("fprop",))
+    (row,) = project(layer, torch.randn(1, 1024, 2, 2), gpu="b200", batch=4096, efficiency=1.0, recipe=forward).layers
+    assert row.infer_nvfp4 == row.infer_bf16  # nothing is quantized
+    backward = nv.NVFP4BlockScaling(high_precision_gemms=("dgrad", "wgrad"))
+    (row,) = project(layer, torch.randn(1, 1024, 2, 2), gpu="b200", batch=4096, efficiency=1.0, recipe=backward).layers
+    of_x, of_w = (2 + 0.5625) * elements, (4 + 0.5625) * weights  # no pass over dy, no second face of x
+    assert row.train_nvfp4 == pytest.approx(2 * bf16 + product + (of_x + of_w) / gpu.bandwidth)
 
 
 def test_bench(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,7 @@ class LayerEntry:
     Attributes:
         shape: torch's shape of the weight; amax: of the weight, exact.
         recipe: index into Manifest.recipes; tiles: a scale holds for 16 rows; input_amax: exact, or None.
+        call: stride, padding and the like, by the module's own names.
     """
 
     op: str
@@ -60,6 +61,7 @@ class LayerEntry:
     channels_last: bool
     k_order: str
     input_amax: float | None = None
+    call: dict[str, Any] = field(default_factory=dict)
 
     @property
     def transposed(self) -> bool:
@@ -120,8 +122,11 @@ class Manifest:
             manifest = cls(**{**fields, "layers": layers, "recipes": tuple(fields["recipes"])})
             for name, entry in layers.items():
                 _check_entry(name, entry, len(manifest.recipes))
-            if not all(type(text) is str for pair in manifest.folded.items() for text in pair):
-                raise ValueError(f"folded norms are given as {manifest.folded}")
+            for texts in (manifest.folded, manifest.high, manifest.sha256):
+                if type(texts) is not dict or not all(type(t) is str for pair in texts.items() for t in pair):
+                    raise ValueError(f"not names and texts: {texts}")
+            if not all(type(t) is str for t in (manifest.library, manifest.recipe, *manifest.recipes)):
+                raise ValueError("a recipe is not a text")
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise damaged(source, f"its manifest: {error}") from error
         return manifest
@@ -138,10 +143,16 @@ def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
         and entry.e4m3_max in (256, 448)
         and type(entry.recipe) is int
         and 0 <= entry.recipe < recipes
-        and all(type(a) is float and math.isfinite(a) and a >= 0 for a in (entry.amax, entry.input_amax or 0.0))
+        and type(entry.tiles) is type(entry.channels_last) is bool
+        and type(entry.call) is dict
+        and all(type(a) is float and math.isfinite(a) and a >= 0 for a in (entry.amax, *_given(entry.input_amax)))
     )
     if not good:
         raise ValueError(f"the layer {name!r} is described as {entry}")
+
+
+def _given(value: float | None) -> tuple[float, ...]:
+    return () if value is None else (value,)
 
 
 def damaged(source: str, why: str) -> ValueError:
@@ -183,7 +194,8 @@ def write(
         target = base.with_name(base.name + SUFFIX)
         write_atomically(target, save(dict(tensors), metadata))
         index = base.with_name(base.name + INDEX)
-        index.unlink(missing_ok=True)
+        if index.is_file():
+            index.unlink()
         written = [target]
     else:
         tag = hashlib.sha256("".join(sorted(sums.values())).encode()).hexdigest()[:8]
@@ -198,7 +210,9 @@ def write(
         content = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
         target = base.with_name(base.name + INDEX)
         write_atomically(target, json.dumps(content, indent=1).encode())
-        base.with_name(base.name + SUFFIX).unlink(missing_ok=True)
+        whole = base.with_name(base.name + SUFFIX)
+        if whole.is_file():
+            whole.unlink()
         written = [target, *shards]
     for old in before - set(written):
         old.unlink(missing_ok=True)
@@ -281,8 +295,8 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         raise damaged(str(found), f"{type(error).__name__}: {error}") from error
     tensors, files = {}, [found]
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise damaged(str(found), f"a shard outside of the folder: {name!r}")
+        if Path(name).name != name or not name or len(name) > 255 or "\0" in name:
+            raise damaged(str(found), f"a shard outside of the folder: {name[:300]!r}")
         shard = found.with_name(name)
         if not shard.is_file():
             raise value_error(
@@ -300,13 +314,14 @@ def read(path: str | os.PathLike[str]) -> Artifact:
 
 
 def _find(path: Path) -> Path:
-    candidates = (path, base_of(path).with_name(base_of(path).name + SUFFIX), path.with_name(path.name + INDEX))
+    endings = (SUFFIX, INDEX) if path.name else ()
+    candidates = (path, *(base_of(path).with_name(base_of(path).name + ending) for ending in endings))
     found = next((p for p in candidates if p.is_file()), None)
     if found is None:
         raise FileNotFoundError(
             message(
                 "nv.export: no such artefact.",
-                got=f"{path}{': a folder' if path.is_dir() else ''}",
+                got=f"{str(path)!r}{': a folder' if path.is_dir() else ''}",
                 needs=f"a file {SUFFIX}, or the {INDEX} of several",
                 fix="correct the path",
             )

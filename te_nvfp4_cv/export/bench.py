@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.checks import value_error
 from te_nvfp4_cv.export.checkpoints import load, save
 from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -99,7 +100,7 @@ def measure(
     Args:
         inputs: one per batch size, on the CPU, fp32.
         dtype: of activations, and of the plain model that the forms are compared with: "bf16" or "fp32".
-        channels_last: give 4-D inputs to every form in torch.channels_last, and keep the plain weights so.
+        channels_last: give images to every form in torch.channels_last (_3d), and keep the plain weights so.
     Raises:
         ValueError: no inputs, no rounds, or another dtype.
     """
@@ -112,7 +113,8 @@ def measure(
             needs="one or more",
             fix="--batch 1",
         )
-    where, layout = torch.device(device), torch.channels_last if channels_last else torch.preserve_format
+    where = torch.device(device)
+    layout = CHANNELS_LAST.get(inputs[0].dim() - 2, torch.preserve_format) if channels_last else torch.preserve_format
     models: dict[str, nn.Module] = {}
     forms: list[Form] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -122,8 +124,7 @@ def measure(
             form.held_bytes = _held(built)
             forms.append(form)
     for x in inputs:
-        x = x.to(where, memory_format=layout if x.dim() == 4 else torch.preserve_format)
-        _time(models, forms, x, DTYPES[dtype], rounds)
+        _time(models, forms, x.to(where, memory_format=layout), DTYPES[dtype], rounds)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     return Bench(name, torch.__version__, rounds, dtype, channels_last, forms)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from te_nvfp4_cv import calls, learned
 from te_nvfp4_cv.checks import check_module, runtime_error, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
-from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
+from te_nvfp4_cv.export.artifact import LayerEntry, Manifest
+from te_nvfp4_cv.export.fit import call_of, check_fit, codes_of, entry_plan, is_plain_layer, plain_names
 from te_nvfp4_cv.export.folding import FoldedNorm, put
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
-from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module, op_of, with_recipes
+from te_nvfp4_cv.modules import op_of, with_recipes
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.plan import Plan, weight_plan
 from te_nvfp4_cv.policy import matches, plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe_files import parse_recipe
@@ -76,6 +76,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
             cannot be written.
     """
     check_module("nv.export.save", model, "nv.export.save(model, path)")
+    target = Path(path)
+    if not target.name:
+        raise value_error(
+            "nv.export.save: the path names no file.", got=repr(str(path)), needs="a file", fix="model.safetensors"
+        )
+    plain_names("nv.export.save", model)
     resolved = as_recipe(recipe)
     resolved.validate_for_use()
     quantized, high = sort_layers(model, resolved)
@@ -99,7 +105,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
         "ignore": sorted(high),
         "producer": {"name": "te_nvfp4_cv", "version": __version__},
     }
-    target = Path(path)
     if not target.name.endswith((artifact.SUFFIX, artifact.INDEX)):
         target = target.with_name(target.name + artifact.SUFFIX)
     files = artifact.write(target, tensors, manifest, config, shard_bytes)
@@ -130,7 +135,7 @@ def sort_layers(
 def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
     if recipe is None:
         return "the precision table says so"
-    if type(module) not in NVFP4_CLASSES and not isinstance(module, NVFP4Module):
+    if not is_plain_layer(module):
         return f"{type(module).__name__}: a subclass of torch's layer"
     if "weight" not in module._parameters:
         return "its weight is computed"
@@ -198,12 +203,8 @@ def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]
         channels_last=channels_last,
         k_order=matrix.K_ORDER,
         input_amax=None if codes.input_amax is None else float(codes.input_amax),
+        call=call_of(module),
     )
-
-
-def entry_plan(entry: LayerEntry, recipe: NVFP4BlockScaling) -> Plan:
-    """The weight's part of a plan, of a layer as the manifest describes it."""
-    return weight_plan(torch.Size(entry.shape), entry.groups, entry.transposed, recipe, "reference")
 
 
 def _layer_tensors(name: str, codes: Codes, entry: LayerEntry, recipe: NVFP4BlockScaling) -> dict[str, Tensor]:
@@ -255,108 +256,31 @@ def load(
         opened = foreign.adopt(opened, model)
     manifest = opened.manifest
     assert manifest is not None
-    layers = _check_fit(opened, manifest, model)
+    layers = check_fit(opened, manifest, model)
     recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
-    codes = {name: _codes(opened, name, manifest.layers[name], recipes) for name in layers}
+    codes = {name: codes_of(opened, name, manifest.layers[name], recipes) for name in layers}
     meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     device = next((t.device for t in model.parameters() if not t.is_meta), torch.device("cpu"))
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    full = {plain_name(name): name for name, _ in model.named_modules(remove_duplicate=False)}
+    for norm, name in manifest.folded.items():
+        layer_module: Any = modules[name]
+        own = device if layer_module.weight.is_meta else layer_module.weight.device
+        if layer_module.bias is None:
+            layer_module.bias = nn.Parameter(torch.empty_like(opened.tensors[f"{name}.bias"], device=own))
+        put(model, full[norm], FoldedNorm(name))
     for name, module in layers.items():
-        entry = manifest.layers[name]
+        entry, w = manifest.layers[name], cast(Tensor, module.weight)
         layer = become(module, codes[name], recipes[entry.recipe], backend)
         layer.channels_last = entry.channels_last
         for key, buffer in layer._buffers.items():
-            layer._buffers[key] = None if buffer is None else buffer.to(device)
-    for norm, name in manifest.folded.items():
-        layer_module: Any = model.get_submodule(name)
-        if layer_module.bias is None:
-            values = opened.tensors[f"{name}.bias"]
-            layer_module.bias = nn.Parameter(torch.empty_like(values, device=device))
-        put(model, norm, FoldedNorm(name))
-    own = {"weight", "weight_scale", "weight_scale_2", "input_scale"}
-    packed = {f"{name}.{key}".lstrip(".") for name in layers for key in own}
+            layer._buffers[key] = None if buffer is None else buffer.to(device if w.is_meta else w.device)
+    parts = {"weight", "weight_scale", "weight_scale_2", "input_scale"}
+    packed = {f"{name}.{key}".lstrip(".") for name in layers for key in parts}
     rest = {name: t for name, t in opened.tensors.items() if name not in packed}
-    names = {plain_name(name): name for name in model.state_dict()}
+    names = plain_names("nv.export.load", model)
     state = {names[name]: t.clone() if meta else t for name, t in rest.items()}
     model.load_state_dict(state, strict=False, assign=meta)
     for module in layers.values():
         module.set_mode(weights, activations, dtype)  # type: ignore[operator]
     return model.eval().requires_grad_(False)
-
-
-def _check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[str, nn.Module]:
-    """The model's layers that the artefact holds in NVFP4, by name."""
-    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    state = {plain_name(name): value for name, value in model.state_dict().items()}
-    expected: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in opened.tensors.items()}
-    missing, shapes = [], []
-    for name, entry in manifest.layers.items():
-        prefix = f"{name}." if name else ""
-        for key in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
-            if expected.pop(prefix + key, None) is None and key != "input_scale":
-                raise damaged_layer(opened, name, f"{prefix + key} is missing")
-        expected[f"{prefix}weight"] = entry.shape
-        module: Any = modules.get(name)
-        if module is None:
-            continue
-        kind = next((ours.op for plain, ours in NVFP4_CLASSES.items() if isinstance(module, plain)), None)
-        groups = getattr(module, "groups", 1)
-        if kind != entry.op or groups != entry.groups or isinstance(module, InferenceLayer):
-            shapes.append(
-                f"{name}: {type(module).__name__} (groups={groups}), in the file {entry.op} (groups={entry.groups})"
-            )
-    quantized = {id(modules[name]) for name in manifest.layers if name in modules}
-    aliases = {f"{name}.weight" for name, module in modules.items() if id(module) in quantized}  # of shared modules
-    norms = tuple(f"{name}." for name in manifest.folded)
-    biases = {f"{name}.bias" for name in manifest.folded.values()}
-    missing = [name for name in state if name not in expected and name not in aliases and not name.startswith(norms)]
-    unexpected = [name for name in expected if name not in state and name not in biases]
-    unexpected += [name for name in manifest.folded if name not in modules]
-    shapes += [
-        f"{name}: {tuple(state[name].shape)}, in the file {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    if missing or unexpected or shapes:
-        parts = (("not in the file", missing), ("not in the model", unexpected), ("of another shape or kind", shapes))
-        raise value_error(
-            f"nv.export.load: the model is not the one that {opened.source} was saved from.",
-            got="; ".join(f"{what}: {_listed(names)}" for what, names in parts if names),
-            needs="the same architecture, before it was converted",
-            fix="build the model as it was built for training (classes, width, inputs)",
-        )
-    lost = [name for name in biases if name not in opened.tensors]
-    if lost or not set(manifest.folded.values()) <= modules.keys():
-        raise artifact.damaged(opened.source, f"norms are folded into layers without a bias: {_listed(lost)}")
-    return {name: modules[name] for name in manifest.layers}
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def damaged_layer(opened: Artifact, name: str, why: str) -> ValueError:
-    """The error for a layer whose tensors are not what the manifest says."""
-    return artifact.damaged(opened.source, f"layer {name!r}: {why}")
-
-
-def _codes(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4BlockScaling]) -> Codes:
-    prefix = f"{name}." if name else ""
-    data, scale = opened.tensors[f"{prefix}weight"], opened.tensors[f"{prefix}weight_scale"]
-    plan = entry_plan(entry, NVFP4BlockScaling(disable_2d_quantization=not entry.tiles))
-    rows, taps, blocks = matrix.sizes(plan)
-    if entry.k_order != matrix.K_ORDER:
-        raise damaged_layer(opened, name, f"its matrix is in the order {entry.k_order!r}, not {matrix.K_ORDER!r}")
-    if data.dtype != torch.uint8 or tuple(data.shape) != (rows, taps * blocks * 8):
-        raise damaged_layer(opened, name, f"weight is {data.dtype} {tuple(data.shape)}")
-    if scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (rows, taps * blocks):
-        raise damaged_layer(opened, name, f"weight_scale is {scale.dtype} {tuple(scale.shape)}")
-    bits = scale.view(torch.uint8)
-    if bool(((bits & 0x7F) == 0x7F).any()):
-        raise damaged_layer(opened, name, "weight_scale holds NaN")
-    if entry.tiles and (entry.transposed or not matrix.has_tiles(bits, plan)):
-        raise damaged_layer(opened, name, "weight_scale differs within a 16x16 tile")
-    packed, scales = matrix.from_matrix(data, bits, plan)
-    amax = torch.tensor([entry.amax], dtype=torch.float32)
-    static = None if entry.input_amax is None else torch.tensor([entry.input_amax], dtype=torch.float32)
-    return Codes(packed.clone(), scales.clone(), amax, static)

@@ -11,6 +11,7 @@ the file is taken as it is; a file's activation scales are static ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from te_nvfp4_cv.checks import value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
 from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
+from te_nvfp4_cv.modules import NVFP4Linear
 from te_nvfp4_cv.policy import plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
@@ -47,8 +49,8 @@ def adopt(opened: Artifact, model: nn.Module) -> Artifact:
         for key in [key for key in opened.tensors if key.rpartition(".")[2] == tensor_scale]:
             name = key.rpartition(".")[0]
             module: Any = modules.get(name)
-            if not isinstance(module, nn.Linear):
-                raise _unfit(opened, name, f"it is {type(module).__name__} in the model", "a linear layer of that name")
+            if type(module) not in (nn.Linear, NVFP4Linear):
+                raise _unfit(opened, name, f"it is {type(module).__name__} in the model", "an nn.Linear of that name")
             prefix = f"{name}." if name else ""
             parts = {
                 part: tensors.pop(prefix + part, None) for part in (weight, tensor_scale, input_scale, "weight_scale")
@@ -103,7 +105,10 @@ def _amax(opened: Artifact, name: str, scale: Tensor | None, reciprocal: bool) -
     if float(scale) <= 0:
         raise _unfit(opened, name, f"a tensor scale of {float(scale)}", "a positive one")
     largest = torch.tensor(LARGEST)
-    return float(largest / scale.reshape(()) if reciprocal else scale.reshape(()) * largest)
+    amax = float(largest / scale.reshape(()) if reciprocal else scale.reshape(()) * largest)
+    if not 0.0 < amax < math.inf:
+        raise _unfit(opened, name, f"a tensor scale of {float(scale)}", "one whose amax is an fp32 number")
+    return amax
 
 
 def _unfit(opened: Artifact, name: str, got: str, needs: str) -> ValueError:

@@ -195,8 +195,10 @@ class InferenceLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         shapes, device = (self.weight_data.shape, self.weight_scale.shape), self.weight_data.device
         self.weight_data, self.weight_scale = self.weight_data.flatten(), self.weight_scale.flatten()  # of no format
-        super()._apply(fn, recurse)
-        self.weight_data, self.weight_scale = self.weight_data.view(shapes[0]), self.weight_scale.view(shapes[1])
+        try:
+            super()._apply(fn, recurse)
+        finally:  # fn may fail: no memory, no such device
+            self.weight_data, self.weight_scale = self.weight_data.view(shapes[0]), self.weight_scale.view(shapes[1])
         if (rank := len(self.weight_shape) - 2) in layouts.CHANNELS_LAST:  # model.to(memory_format=...)
             like = torch.empty((2,) * (rank + 2), dtype=torch.uint8, device=device)
             layout = layouts.CHANNELS_LAST[rank] if self.channels_last else torch.contiguous_format
@@ -204,6 +206,10 @@ class InferenceLayer(nn.Module):
         if self.unpacked is not None:
             self.unpacked = fn(self.unpacked)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.set_mode()  # what is cached is made anew
 
     def _run(self, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, output_padding: Any) -> Tensor:
         bias: Any = self.bias

@@ -95,6 +95,7 @@ def spoiled(change: Callable[[dict[str, Tensor]], object], path: Path) -> Path:
         (lambda t: t.update({"a.weight_scale_2": torch.ones(2)}), "one finite fp32 number"),
         (lambda t: t.update({"norm.weight_scale_2": torch.tensor(1.0)}), "it is LayerNorm"),
         (lambda t: t.update({"c.weight_scale_2": torch.tensor(1.0)}), "it is NoneType"),
+        (lambda t: t.update({"a.weight_scale_2": torch.tensor(1e38)}), "whose amax is an fp32 number"),
         (lambda t: t.pop("norm.bias"), "not in the file: norm.bias"),
     ],
 )
@@ -106,3 +107,14 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(ValueError) as error:
         nv.export.load(path, model)
     assert told in str(error.value) and type(model.a) is nn.Linear
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path) -> None:
+    class Tenfold(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 10 * super().forward(input)
+
+    model = Model()
+    model.a = Tenfold(model.a.in_features, model.a.out_features)
+    with pytest.raises(ValueError, match="it is Tenfold"):
+        nv.export.load(spoiled(lambda t: None, tmp_path / "m.safetensors"), model)

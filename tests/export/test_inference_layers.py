@@ -151,6 +151,29 @@ def test_static_scales_make_codes_independent_of_the_batch() -> None:
     assert same_bits(static(quiet), dynamic(quiet))
 
 
+@pytest.mark.parametrize("activations", ["high", "nvfp4"])
+def test_no_images(activations: str) -> None:
+    for plain, shape, expected in (
+        (nn.Conv2d(16, 32, 3), (0, 16, 8, 8), (0, 32, 6, 6)),
+        (nn.Linear(16, 32), (3, 0, 16), (3, 0, 32)),
+    ):
+        layer = made(plain, RECIPE)
+        layer.set_mode(activations=activations)
+        assert layer(torch.empty(shape)).shape == expected
+
+
+def test_a_failed_move_leaves_the_model_usable() -> None:
+    layer, x = made(nn.Conv2d(16, 16, 3), RECIPE), values((1, 16, 6, 6))
+    expected = layer(x)
+
+    def fail(t: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer._apply(fail)
+    assert same_bits(layer(x), expected)
+
+
 def test_unknown_modes_are_refused() -> None:
     inference = made(nn.Linear(16, 16), RECIPE)
     with pytest.raises(ValueError, match="unknown weights"):

@@ -47,7 +47,7 @@ def test_round_trip(tmp_path: Path, recipe: nv.NVFP4BlockScaling, shard_bytes: i
     assert saved.high == {"stem": "thin layer: 3 in-channels, fewer than 16 (recipe.thin_layers='high_precision')"} | (
         {"body.4": "the precision table says so"} if recipe is RECIPE else {}
     )
-    for path in (tmp_path / "net", saved.files[0]):
+    for path in (tmp_path / "net", tmp_path / "net.safetensors", saved.files[0]):
         for weights in ("packed", "cached"):
             loaded = nv.export.load(path, Net(), weights=weights)
             assert same_bits(loaded(values((2, 3, 8, 8), seed=5)), outputs(net, recipe))
@@ -92,9 +92,15 @@ def test_an_inference_model_is_saved_again(tmp_path: Path) -> None:
 
 def test_the_state_dict_of_an_inference_model_is_weights_only(tmp_path: Path) -> None:
     nv.export.save(trained(), tmp_path / "a", RECIPE)
-    loaded, other = (nv.export.load(tmp_path / "a", Net()) for _ in range(2))
+    nv.export.save(Net(), tmp_path / "b", RECIPE)
+    loaded = nv.export.load(tmp_path / "a", Net())
     torch.save(loaded.state_dict(), tmp_path / "state.pt")
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    x = values((2, 3, 8, 8), seed=5)
+    for weights in ("packed", "cached"):
+        other = nv.export.load(tmp_path / "b", Net(), weights=weights)
+        assert not torch.equal(other(x), loaded(x))
+        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert same_bits(other(x), loaded(x))
 
 
 def test_delayed_scales_become_static(tmp_path: Path) -> None:
@@ -169,6 +175,90 @@ def test_a_model_that_does_not_fit_is_left_as_it_is(tmp_path: Path) -> None:
     loaded = nv.export.load(tmp_path / "net", Net())
     with pytest.raises(ValueError, match="before it was converted"):
         nv.export.load(tmp_path / "net", loaded)
+
+
+def test_layers_of_another_kind_are_told(tmp_path: Path) -> None:
+    class Standardized(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+    nv.export.save(nn.Sequential(nn.Conv2d(16, 32, 3, padding="same")), tmp_path / "a")
+    for model, told in (
+        (Standardized(16, 32, 3, padding="same"), "Standardized, a subclass of torch's layer"),
+        (nn.Conv2d(16, 32, 3), r"padding \[0, 0\], in the file same"),
+        (nn.Conv2d(16, 32, 3, padding="same", dilation=2, padding_mode="reflect"), r"dilation \[2, 2\], .*reflect"),
+    ):
+        net = nn.Sequential(model)
+        with pytest.raises(ValueError, match=told):
+            nv.export.load(tmp_path / "a", net)
+        assert net[0] is model and type(model.weight) is nn.Parameter
+
+
+def test_norms_that_are_folded_load_into_a_wrapped_model(tmp_path: Path) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 16, 1))
+
+    x = values((2, 16, 6, 6))
+    quantized = nv.export.quantize(build(), [x])
+    nv.export.save(quantized, tmp_path / "a")
+    for model in (build(), nn.DataParallel(build())):
+        loaded = nv.export.load(tmp_path / "a", model)
+        assert same_bits(loaded(x), quantized(x))
+
+
+def test_names_that_only_a_wrappers_part_tells_apart_are_refused(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+            self.weight = nn.Parameter(torch.ones(16))
+
+    with pytest.raises(ValueError, match="'weight' and 'module.weight'"):
+        nv.export.save(Scaled(), tmp_path / "a")
+
+
+def test_buffers_that_no_file_holds_are_named(tmp_path: Path) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+            self.register_buffer("position", torch.arange(16.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x + self.position)
+
+    nv.export.save(Positions(), tmp_path / "a")
+    with torch.device("meta"):
+        model = Positions()
+    with pytest.raises(ValueError, match="got:   position"):
+        nv.export.load(tmp_path / "a", model)
+    assert type(model.linear) is nn.Linear
+    x = values((2, 16))
+    assert same_bits(nv.export.load(tmp_path / "a", Positions())(x), nv.export.load(tmp_path / "a", Positions())(x))
+
+
+def test_the_folder_cannot_be_synced_and_a_link_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EINVAL, "no fsync of folders here")
+
+    monkeypatch.setattr(files, "_sync_folder", refuse)
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "net.safetensors"
+    link.symlink_to(tmp_path / "real" / "net.safetensors")
+    nv.export.save(trained(), link, RECIPE)
+    assert link.is_symlink() and (tmp_path / "real" / "net.safetensors").is_file()
+    nv.export.load(link, Net())
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_write_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nv.export.save(trained(), tmp_path / "a", RECIPE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_groups_that_differ_are_told(tmp_path: Path) -> None:

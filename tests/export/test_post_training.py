@@ -365,7 +365,29 @@ def test_scales_static_and_dynamic(net: Small) -> None:
     assert float((dynamic(pair)[:1] - dynamic(pair[:1])).abs().max()) > 1e-3
 
 
+def test_inputs_by_name_and_without_images(net: Small) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.regions = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(input=x)
+            return x.mean() + self.regions(x[:0]).sum()
+
+    quantized = nv.export.quantize(Named(), [values((2, 16, 4, 4))])
+    assert quantized.first.input_amax is not None and quantized.regions.input_amax is None
+
+
 def test_bad_input_is_refused(net: Small) -> None:
+    with pytest.raises(TypeError, match="no loader"):
+        nv.export.quantize(net, 5)
+    with pytest.raises(TypeError, match="a calibration batch is not understood"):
+        nv.export.quantize(net, [{"image": images(0)}])
+    with pytest.raises(ValueError, match="cannot be copied"):
+        old = nn.utils.weight_norm(nn.Conv2d(16, 16, 1))
+        old(values((1, 16, 2, 2)))
+        nv.export.quantize(old, BATCHES)
     with pytest.raises(ValueError, match="unknown method"):
         nv.export.quantize(net, BATCHES, method="best")
     with pytest.raises(ValueError, match="unknown scales"):
