@@ -62,12 +62,20 @@ def check_module(caller: str, model: object, call: str) -> None:
         raise type_error(f"{caller}: not a module.", got=describe(model), needs="a torch.nn.Module", fix=call)
 
 
-def check_materialized(caller: str, model: nn.Module) -> None:
-    """Refuse a model with lazy parameters.
+def check_trainable(caller: str, model: nn.Module) -> None:
+    """Refuse a model with lazy parameters, or with layers whose weights are kept in NVFP4 (nv.export).
 
     Raises:
         ValueError: with the first of their names.
     """
+    packed = [name for name, module in model.named_modules() if hasattr(type(module), "nvfp4_weight")]
+    if packed:
+        raise value_error(
+            f"{caller}: an inference model.",
+            got=", ".join(packed[:4]),
+            needs="the model that is trained, with weights of its own",
+            fix="give the original; te-nvfp4-cv verify FILE tells what an artefact holds",
+        )
     lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
     if lazy:
         raise value_error(

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from te_nvfp4_cv import autocast, calls, context, scaling
-from te_nvfp4_cv.checks import check_materialized, check_module
+from te_nvfp4_cv.checks import check_module, check_trainable
 from te_nvfp4_cv.coverage_report import Coverage, Layer
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
@@ -52,7 +52,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
         TypeError: no module; ValueError: lazy parameters; whatever the forward pass raises.
     """
     check_module("coverage", model, "coverage(model, *inputs)")
-    check_materialized("coverage", model)
+    check_trainable("coverage", model)
     current = context.state()
     if recipe is None and current is not None and current.enabled:
         resolved = current.recipe

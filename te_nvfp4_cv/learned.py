@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, context, faces, weight_transforms
-from te_nvfp4_cv.checks import check_materialized, check_module, value_error
+from te_nvfp4_cv.checks import check_module, check_trainable, value_error
 from te_nvfp4_cv.modules import NVFP4_CLASSES, own_weight, with_recipes
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.plan import Plan, weight_plan
@@ -67,7 +67,7 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
             have the other kind, weights that are sharded.
     """
     check_module("learn_scales", model, "learn_scales(model, kind)")
-    check_materialized("learn_scales", model)
+    check_trainable("learn_scales", model)
     if kind not in NAMES:
         raise value_error(
             "learn_scales: unknown kind.", got=repr(kind), needs="'scale' or 'clip'", fix="learn_scales(model, 'scale')"
@@ -132,7 +132,7 @@ def damping_loss(model: nn.Module, recipe: Any = None, backend: str = "auto") ->
         TypeError: no module.
     """
     check_module("damping_loss", model, "damping_loss(model)")
-    check_materialized("damping_loss", model)
+    check_trainable("damping_loss", model)
     current = context.state()
     if recipe is None and current is not None and not current.enabled and not current.passive:
         return torch.zeros(())

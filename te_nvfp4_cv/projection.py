@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from te_nvfp4_cv import autocast, calls, scaling
-from te_nvfp4_cv.checks import check_module, value_error
+from te_nvfp4_cv.checks import check_module, check_trainable, value_error
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.recipe import as_recipe
 
@@ -136,6 +136,7 @@ def project(
         TypeError: no module; ValueError: another GPU, a number out of range.
     """
     check_module("project", model, "project(model, *inputs)")
+    check_trainable("project", model)
     if gpu not in GPUS or batch < 1 or not 0 < efficiency <= 1:
         raise value_error(
             "project: an argument is out of range.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from PIL import Image
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
+from te_nvfp4_cv.cli.loading import Images
+from te_nvfp4_cv.export import calibration, post_training
 from te_nvfp4_cv.projection import GPUS, project
 from tests.networks import Net
 
-pytest.importorskip("safetensors", reason="the extra [export]")
+safetensors = pytest.importorskip("safetensors.torch", reason="the extra [export]")
 SIZE = ["--input", "3", "8", "8"]
 
 
@@ -118,7 +121,7 @@ def test_quantize_verify_export(
     assert "Every claim holds" in capsys.readouterr().out
     loaded = nv.export.load(out, Net())
     assert loaded.head.input_amax is not None
-    assert cli.main([*command, "--dynamic", "--method", "nearest"]) == 0
+    assert cli.main([*command, "--dynamic", "--method", "nearest", "--force"]) == 0
     assert nv.export.load(out, Net()).head.input_amax is None
     pytest.importorskip("onnxscript", reason="the extra [export]")
     made = tmp_path / "q.onnx"
@@ -160,3 +163,67 @@ def test_bad_input(model: list[str], images: Path, tmp_path: Path, capsys: pytes
     refused(["quantize", *model[:3], "--input", "7", "--images", str(images), *out], "3 HEIGHT WIDTH")
     refused(["export", *model, "--out", str(tmp_path / "x.onnx")], "do not go together")
     refused(["verify", str(tmp_path / "none.safetensors")], "no such artefact")
+    refused(["bench", *model, "--device", "cuda:99"], "bench: device not usable")
+
+
+def test_a_model_that_fails_is_no_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "failing_model.py"
+    file.write_text(
+        "import torch\n\n\ndef build():\n    return {}['width']\n\n\ndef other():\n    assert False, 'no'\n"
+    )
+    for function, told_ in (("build", "error: KeyError: 'width'"), ("other", "error: AssertionError: no")):
+        assert cli.main(["coverage", f"{file}:{function}"]) == 2
+        assert told_ in (text := capsys.readouterr().err) and "failing_model.py" in text
+    other = tmp_path / "other_build.py"
+    other.write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    assert cli.main(["coverage", f"{other}:build"]) == 2
+    assert "torch and torchvision of one build" in capsys.readouterr().err
+
+
+def test_no_file_is_replaced_unasked(
+    model: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "net.safetensors"
+    safetensors.save_file(Net().state_dict(), out)
+    before = out.read_bytes()
+    own = [model[0], "--checkpoint", str(out), *SIZE]
+    commands = {
+        "export": [*own, "--out", str(tmp_path / "net")],
+        "quantize": [*own, "--images", str(images), "--out", str(out)],
+    }
+    for command, arguments in commands.items():
+        assert cli.main([command, *arguments, "--force"]) == 2
+        assert "is what is read" in capsys.readouterr().err
+        arguments[2] = model[2]  # the same weights in another file
+        assert cli.main([command, *arguments]) == 2
+        assert "the file exists" in capsys.readouterr().err
+        assert out.read_bytes() == before
+        assert cli.main([command, *arguments, "--force"]) == 0
+        out.write_bytes(before)
+    packed = [model[0], *SIZE, "--packed", str(out), "--out", str(tmp_path / "x.onnx")]
+    assert cli.main(["export", *packed, "--recipe", "unet"]) == 2
+    assert "do not go together" in capsys.readouterr().err
+
+
+def test_all_images_of_the_count_are_used_from_the_whole_folder(
+    model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        (tmp_path / "photos" / f"class{number // 3}").mkdir(parents=True, exist_ok=True)
+        pixels = np.full((4, 4, 3), number, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"class{number // 3}" / f"{number:02}.png")
+    chosen = Images(tmp_path / "photos", (4, 4), 1, 20).paths
+    assert len(chosen) == 20 and len({path.parent for path in chosen}) == 10
+    assert len(Images(tmp_path / "photos", (4, 4), 1, 99).paths) == 30
+    rows: list[int] = []
+    collect = calibration.collect
+
+    def counted(*arguments: Any) -> Any:
+        found = collect(*arguments)
+        rows.append(max(statistics.rows for statistics in found.values()))
+        return found
+
+    monkeypatch.setattr(post_training, "collect", counted)
+    command = ["quantize", *model, "--images", str(tmp_path / "photos"), "--count", "20", "--batch", "1"]
+    assert cli.main([*command, "--out", str(tmp_path / "q.safetensors")]) == 0
+    assert rows == [20 * 8 * 8]  # pixels of 20 images of 8 x 8

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import context as nv_context
 from te_nvfp4_cv import handover
+from te_nvfp4_cv.export.modules import become, quantize_layer
 
 F = nn.functional
 
@@ -353,6 +354,10 @@ def test_table_and_dict(image):
 def test_bad_arguments(image):
     with pytest.raises(TypeError, match="coverage: not a module"):
         nv.coverage(image)
+    layer = nn.Linear(16, 16)
+    packed = nn.Sequential(become(layer, quantize_layer(layer, nv.NVFP4BlockScaling()), nv.NVFP4BlockScaling()))
+    with pytest.raises(ValueError, match="an inference model"):
+        nv.coverage(packed, torch.randn(2, 16))
     with pytest.raises(ValueError, match="lazy parameters"):
         nv.coverage(nn.LazyLinear(16), torch.randn(2, 16))
     with pytest.raises(TypeError, match="recipe"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from te_nvfp4_cv.checks import value_error
-from te_nvfp4_cv.cli.loading import Images, example, model_of, model_options, recipe_of
+from te_nvfp4_cv.cli.loading import Images, example, model_of, model_options, new_file, recipe_of
 from te_nvfp4_cv.cli.shape import Command, progress, show
 
 
@@ -26,6 +26,7 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="search", help="of rounding weights (default: search)")
     parser.add_argument("--dynamic", action="store_true", help="activations keep their own scales, none is calibrated")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
 
 
 def _quantize(options: argparse.Namespace) -> int:
@@ -38,12 +39,14 @@ def _quantize(options: argparse.Namespace) -> int:
             needs="3 HEIGHT WIDTH for pictures; numbers of at least 1",
             fix="in Python: nv.export.quantize(model, loader, recipe) takes any input",
         )
+    out = new_file(options.out, ".safetensors", options.force, options.checkpoint)
     height, width = options.input[1:]
     images = Images(options.images, (height, width), options.batch, options.count)
     batches = list(progress(images, "images", len(images)))
     scales = "dynamic" if options.dynamic else "static"
-    model = quantize(model_of(options, False), batches, recipe_of(options), method=options.method, scales=scales)
-    saved = save(model, options.out, recipe_of(options))
+    recipe = recipe_of(options)
+    model = quantize(model_of(options, False), batches, recipe, method=options.method, scales=scales, batches=None)
+    saved = save(model, out, recipe)
     show(_saved(saved), str(saved), options.json)
     return 0
 
@@ -54,6 +57,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     parser.add_argument("--packed", type=Path, metavar="FILE", help="an artefact of export or quantize, for ONNX")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.safetensors or FILE.onnx")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
     parser.add_argument("--form", choices=FORMS, default="qdq", help="of an ONNX file (default: qdq)")
     text = "of an ONNX file: nvfp4, or high for weights alone in NVFP4 (default: nvfp4)"
     parser.add_argument("--activations", choices=("nvfp4", "high"), default="nvfp4", help=text)
@@ -63,19 +67,23 @@ def _export(options: argparse.Namespace) -> int:
     from te_nvfp4_cv.export import load, save, to_onnx
 
     onnx = options.out.suffix == ".onnx"
-    if onnx != (options.packed is not None) or (onnx and options.checkpoint is not None):
+    given = options.checkpoint if options.checkpoint is not None else options.recipe
+    if onnx != (options.packed is not None) or (onnx and given is not None):
         raise value_error(
             "export: the options do not go together.",
-            got=f"--out {options.out}, --packed {options.packed}, --checkpoint {options.checkpoint}",
-            needs="--checkpoint for a .safetensors file; --packed for an .onnx file",
+            got=f"--out {options.out}, --packed {options.packed}, --checkpoint {options.checkpoint}, "
+            f"--recipe {options.recipe}",
+            needs="--checkpoint and --recipe for a .safetensors file; --packed, which holds them, for an .onnx file",
             fix="first --checkpoint W.pt --out A.safetensors, then --packed A.safetensors --out A.onnx",
         )
+    suffix = ".onnx" if onnx else ".safetensors"
+    out = new_file(options.out, suffix, options.force, options.checkpoint, options.packed)
     if onnx:
         model = load(options.packed, model_of(options, False), activations=options.activations)
-        made = to_onnx(model, example(options, 2), options.out, form=options.form)
+        made = to_onnx(model, example(options, 2), out, form=options.form)
         show({**vars(made), "files": [str(file) for file in made.files]}, str(made), options.json)
         return 0
-    saved = save(model_of(options), options.out, recipe_of(options))
+    saved = save(model_of(options), out, recipe_of(options))
     show(_saved(saved), str(saved), options.json)
     return 0
 

@@ -34,7 +34,7 @@ def model_options(parser: argparse.ArgumentParser, recipe: bool = True) -> None:
         nargs="+",
         default=[3, 224, 224],
         metavar="N",
-        help="shape of an input without its batch axis",
+        help="shape of an input without its batch axis (default: 3 224 224)",
     )
     if recipe:
         parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
@@ -110,6 +110,25 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def new_file(path: Path, suffix: str, force: bool, *others: Path | None) -> Path:
+    """--out, with its ending.
+
+    Args:
+        others: files that are read, which it must not be.
+    Raises:
+        FileExistsError: it is there, and not to be replaced; ValueError: it is one of the others.
+    """
+    target = path if path.name.endswith((suffix, ".safetensors.index.json")) else path.with_name(path.name + suffix)
+    for other in others:
+        if other is not None and other.exists() and target.exists() and other.samefile(target):
+            raise value_error(
+                f"--out {target} is what is read.", got=str(other), needs="another file", fix="give --out another name"
+            )
+    if target.exists() and not force:
+        raise FileExistsError(f"--out {target}: the file exists; name a new one, or give --force")
+    return target
+
+
 def example(options: argparse.Namespace, batch: int) -> Tensor:
     """[batch, *--input] of normal numbers."""
     if batch < 1 or min(options.input) < 1:
@@ -134,8 +153,9 @@ class Images:
                 needs=f"files {', '.join(sorted(PICTURES))}",
                 fix="a folder of images like those that the model was trained on",
             )
-        step = max(1, len(found) // count)
-        self.paths, self.size, self.batch = found[::step][:count], size, batch
+        count = min(count, len(found))
+        self.paths = [found[i * len(found) // count] for i in range(count)]  # from the whole folder: classes are sorted
+        self.size, self.batch = size, batch
 
     def __len__(self) -> int:
         return -(-len(self.paths) // self.batch)
@@ -147,14 +167,14 @@ class Images:
     def _read(self, path: Path) -> Tensor:
         try:
             from PIL import Image
-
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB").resize(self.size[::-1]), dtype=np.float32) / 255
         except ModuleNotFoundError as error:
             raise runtime_error(
                 "--images: pillow is not installed.", got=str(error), needs="it", fix="pip install pillow"
             ) from error
-        except (OSError, SyntaxError, ValueError) as error:
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB").resize(self.size[::-1]), dtype=np.float32) / 255
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise value_error(
                 f"--images: {path} cannot be read.", got=str(error), needs="a picture", fix="remove or repair it"
             ) from error

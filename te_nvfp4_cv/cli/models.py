@@ -10,12 +10,14 @@ from te_nvfp4_cv.cli.shape import Command, show
 
 def _coverage_options(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
+    text = "images in the step: padding and memory depend on it (default: 16)"
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help=text)
 
 
 def _coverage(options: argparse.Namespace) -> int:
     from te_nvfp4_cv.coverage import coverage
 
-    report = coverage(model_of(options), example(options, 1), recipe=recipe_of(options))
+    report = coverage(model_of(options), example(options, options.batch), recipe=recipe_of(options))
     show(report.to_dict(), str(report), options.json)
     return 0
 

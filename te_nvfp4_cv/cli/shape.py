@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,10 @@ class Command:
             return self.run(options)
         except ERRORS as refusal:
             print(f"error: {refusal}", file=sys.stderr)
-            return 2
+        except Exception as error:  # the user's model, mostly: its code runs
+            traceback.print_exc()
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
 
 
 def show(report: Any, text: str, as_json: bool) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.checks import value_error
 from te_nvfp4_cv.export.checkpoints import load, save
 from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.ops import devices
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
@@ -113,7 +114,7 @@ def measure(
             needs="one or more",
             fix="--batch 1",
         )
-    where = torch.device(device)
+    where = devices.usable(device, "bench")
     layout = CHANNELS_LAST.get(inputs[0].dim() - 2, torch.preserve_format) if channels_last else torch.preserve_format
     models: dict[str, nn.Module] = {}
     forms: list[Form] = []

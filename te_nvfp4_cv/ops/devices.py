@@ -13,8 +13,29 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.checks import value_error
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def usable(device: str | torch.device, caller: str) -> torch.device:
+    """The device, if a tensor can be made there.
+
+    Raises:
+        ValueError: an unknown name, a build without CUDA, a GPU that is not there.
+    """
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise value_error(
+            f"{caller}: device not usable.",
+            got=f"{device!r}: {str(error).splitlines()[0]}",
+            needs="cpu, or a device that torch finds here",
+            fix="device='cpu'",
+        ) from None
+    return chosen
 
 
 def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:

@@ -96,6 +96,13 @@ def _import(module: str, folder: Path, option: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # its own code runs: anything may come
+        if "operator torchvision::" in str(error):
+            raise value_error(
+                f"{option}: torchvision does not load beside this torch.",
+                got=f"{type(error).__name__}: {error}",
+                needs="torch and torchvision of one build: both for a CPU, or both for the same CUDA",
+                fix="install both from the same index",
+            ) from error
         raise value_error(
             f"{option}: the module {module!r} cannot be imported.",
             got=f"{type(error).__name__}: {error}",

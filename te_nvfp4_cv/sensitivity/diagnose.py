@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from te_nvfp4_cv.checks import describe, type_error, value_error
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.ops import devices, dispatch
 from te_nvfp4_cv.policy import extra_state, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from te_nvfp4_cv.recipe_fields import GEMMS
@@ -52,7 +52,7 @@ def diagnose(
     path = "BUNDLE" if isinstance(bundle, Bundle) else os.fspath(bundle)
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     dispatch.check_backend(backend)
-    where = _device(device)
+    where = devices.usable(device, "diagnose")
     build = builders.recorded(loaded.builder["name"], path) if build is None else build
     model, loss = _built(build, loaded, where)
     recipe = parse_recipe(loaded.recipe_text, "the bundle's recipe") if loaded.recipe_text else None
@@ -181,17 +181,3 @@ def _built(build: builders.Build, bundle: Bundle, device: torch.device) -> tuple
             fix="name the builder that wrote the bundle, or correct its arguments",
         ) from None
     return model.train(), loss
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # an unknown name, a build without CUDA, a GPU that is not there
-        raise value_error(
-            "diagnose: device not usable.",
-            got=f"{device!r}: {str(error).splitlines()[0]}",
-            needs="cpu, or a device that torch finds here",
-            fix="device='cpu'",
-        ) from None
-    return chosen

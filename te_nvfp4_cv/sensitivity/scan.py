@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from te_nvfp4_cv import context
-from te_nvfp4_cv.checks import check_materialized, check_module, value_error
+from te_nvfp4_cv.checks import check_module, check_trainable, value_error
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
@@ -63,7 +63,7 @@ def scan(
         TypeError, ValueError: what the file's docstring refuses.
     """
     check_module("scan", model, "scan(model, loss, batches) with loss(model, batch)")
-    check_materialized("scan", model)
+    check_trainable("scan", model)
     if mode not in MODES:
         raise value_error("scan: unknown mode.", got=repr(mode), needs=f"one of {', '.join(MODES)}", fix="mode='both'")
     dispatch.check_backend(backend)
