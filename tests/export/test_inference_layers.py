@@ -11,7 +11,8 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv import export
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.modules import become, quantize_layer
-from tests.helpers import same_bits, values
+from te_nvfp4_cv.ops import dispatch
+from tests.helpers import relative_error, same_bits, values
 
 RECIPE = nv.NVFP4BlockScaling()
 RECIPES = {
@@ -172,6 +173,31 @@ def test_a_failed_move_leaves_the_model_usable() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         layer._apply(fail)
     assert same_bits(layer(x), expected)
+
+
+@pytest.mark.parametrize("case", ["conv2d, groups, stride", "transposed", "linear"])
+@pytest.mark.parametrize("backend", ["triton", "vendor"])
+def test_on_the_kernels(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, one_thread: None, backend: str, case: str
+) -> None:
+    monkeypatch.setattr(dispatch, "KERNELS_ON_CPU", True)
+    build, shape = LAYERS[case]
+    layer = build().to(kernel_device)
+    x = values(shape, seed=3).to(kernel_device)
+    with torch.no_grad(), nv.nvfp4_autocast(RECIPE, backend=backend):
+        trained = layer(x)
+    reference = made(layer, RECIPE, "reference")
+    inference = made(layer, RECIPE, backend)
+    for weights in ("packed", "cached"):
+        inference.set_mode(weights, "nvfp4")
+        assert same_bits(inference(x), trained)
+        inference.set_mode(weights, "high")
+        assert same_bits(inference.weight, reference.weight)
+        reference.set_mode(activations="high")
+        assert relative_error(inference(x), reference(x)) < 1e-5
+        reference.set_mode(activations="nvfp4")
+        inference.set_mode(weights, "nvfp4")
+        assert relative_error(inference(x), reference(x)) < 1e-4
 
 
 def test_unknown_modes_are_refused() -> None:

@@ -365,6 +365,20 @@ def test_scales_static_and_dynamic(net: Small) -> None:
     assert float((dynamic(pair)[:1] - dynamic(pair[:1])).abs().max()) > 1e-3
 
 
+def test_a_sensitivity_scan_says_what_stays(net: Small, tmp_path: Path) -> None:
+    model = copy.deepcopy(net)
+    with torch.no_grad():
+        model.conv2.weight[3] *= 60.0  # one filter far larger than the others: the tensor's scale is its
+    scan = nv.sensitivity.scan(model, lambda m, x: m(x).square().mean(), BATCHES[:2], RECIPE)
+    scan.save(tmp_path / "mine.toml", budget=0.5)
+    recipe = nv.load_recipe(tmp_path / "mine.toml")
+    assert recipe.precision == (("conv2", None),)
+    quantized = nv.export.quantize(model, BATCHES, recipe)
+    packed = {name for name, module in quantized.named_modules() if isinstance(module, InferenceLayer)}
+    assert packed == {"conv1", "up.0"}  # stem and head are too thin
+    assert error(quantized, model) < error(nv.export.quantize(model, BATCHES, RECIPE), model)
+
+
 def test_inputs_by_name_and_without_images(net: Small) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
