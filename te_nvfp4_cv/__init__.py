@@ -30,7 +30,7 @@ from te_nvfp4_cv.tensor import NVFP4Tensor
 from te_nvfp4_cv.version import __version__ as __version__
 
 # imported when they are asked for: what needs more than the core
-_LAZY = ("export", "sensitivity", "telemetry", "tensor_parallel", "te_plugin")
+_LAZY = ("export", "lightning", "sensitivity", "telemetry", "tensor_parallel", "te_plugin")
 
 
 def __getattr__(name: str) -> object:

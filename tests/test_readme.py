@@ -23,11 +23,14 @@ def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    first, watched = blocks("python")
+    first, resume, watched = blocks("python")
     exec(compile(first, "README.md", "exec"), names)
     loss = names["loss"]
     assert loss.isfinite() and "fc" in capsys.readouterr().out  # the printed coverage lists the classifier
     assert all(p.grad is not None and p.grad.isfinite().all() for p in names["model"].parameters())
+    before = nv.extra_state(names["model"])
+    exec(compile(resume, "README.md", "exec"), names)
+    assert nv.extra_state(names["model"]) == before == names["last"]["nvfp4"]
     exec(compile(watched, "README.md", "exec"), names)
     run = nv.telemetry.read("runs/mine.jsonl")
     assert list(run.steps) == [0] and run.steps[0]["fc"]["precision"] == "high" and names["loss"] < loss
