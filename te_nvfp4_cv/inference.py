@@ -122,7 +122,8 @@ def plain(
     """
     x, autocast = _autocast(x)
     x, geometry, unbatched = calls.geometry_of(op, x, w, bias, stride, padding, dilation, groups, output_padding)
-    dtype = dispatch.compute_dtype(x.dtype, x.device, autocast) if x.device.type == "cpu" else x.dtype
+    emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    dtype = dispatch.compute_dtype(x.dtype, x.device, autocast) if emulated else x.dtype
     y = multiply.plain_layer(x, w, bias, geometry, dtype, layouts.is_channels_last(x) or channels_last)
     return y.squeeze(0) if unbatched else y
 

@@ -166,14 +166,15 @@ class Images:
 
     def _read(self, path: Path) -> Tensor:
         try:
-            from PIL import Image
+            from PIL import Image, ImageOps
         except ModuleNotFoundError as error:
             raise runtime_error(
                 "--images: pillow is not installed.", got=str(error), needs="it", fix="pip install pillow"
             ) from error
         try:
             with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB").resize(self.size[::-1]), dtype=np.float32) / 255
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+                pixels = np.asarray(upright.resize(self.size[::-1]), dtype=np.float32) / 255
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise value_error(
                 f"--images: {path} cannot be read.", got=str(error), needs="a picture", fix="remove or repair it"

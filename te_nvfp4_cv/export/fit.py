@@ -135,6 +135,7 @@ def damaged_layer(opened: Artifact, name: str, why: str) -> ValueError:
 
 
 def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4BlockScaling]) -> Codes:
+    """The codes of one layer, as its kernels take them; ValueError where its tensors do not fit the manifest."""
     prefix = f"{name}." if name else ""
     data, scale = opened.tensors[f"{prefix}weight"], opened.tensors[f"{prefix}weight_scale"]
     plan = entry_plan(entry, NVFP4BlockScaling(disable_2d_quantization=not entry.tiles))

@@ -163,6 +163,15 @@ def test_no_images(activations: str) -> None:
         assert layer(torch.empty(shape)).shape == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_high_precision_is_that_of_the_input(dtype: torch.dtype) -> None:
+    layer, x = made(nn.Conv2d(16, 16, 3), RECIPE), values((2, 16, 6, 6)).to(dtype)
+    layer.set_mode(activations="high")
+    exact = nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double())
+    assert layer(x).dtype == dtype
+    assert relative_error(layer(x).double(), exact) < {torch.float64: 1e-12}.get(dtype, 3e-3)
+
+
 def test_a_failed_move_leaves_the_model_usable() -> None:
     layer, x = made(nn.Conv2d(16, 16, 3), RECIPE), values((1, 16, 6, 6))
     expected = layer(x)
