@@ -122,6 +122,42 @@ inline void unpack_block(const uint8_t* data, float s, float* v) {
 #endif
 inline uint32_t sign_of(uint32_t bits) { return (bits & 0x7fffffffu) > INF_BITS ? 0u : bits & 0x80000000u; }   // NaN: none
 
+// max of |v| over 16 values, on their bits; and 16 values times e, rounded to the E2M1 grid with their signs.
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+inline uint32_t block_amax(const float* v) {
+    const __m256i keep = _mm256_set1_epi32(0x7fffffff);
+    const __m256i a = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)), keep);
+    const __m256i b = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + 8)), keep);
+    const __m256i m8 = _mm256_max_epu32(a, b);
+    const __m128i m4 = _mm_max_epu32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
+    const __m128i m2 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, 0x4e)), m1 = _mm_max_epu32(m2, _mm_shuffle_epi32(m2, 0xb1));
+    return uint32_t(_mm_cvtsi128_si32(m1));
+}
+inline void round_nearest(float* v, float e) {
+    const __m256 sign_bit = _mm256_set1_ps(-0.0f), six = _mm256_set1_ps(6.0f);
+    for (int half = 0; half < 16; half += 8) {
+        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + half), _mm256_set1_ps(e));
+        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(sign_bit, y), six);            // NaN gives 6
+        const __m256 below4 = _mm256_blendv_ps(_mm256_set1_ps(25165824.0f), _mm256_set1_ps(12582912.0f), _mm256_cmp_ps(a, _mm256_set1_ps(4.0f), _CMP_LT_OQ));
+        const __m256 magic = _mm256_blendv_ps(below4, _mm256_set1_ps(6291456.0f), _mm256_cmp_ps(a, _mm256_set1_ps(2.0f), _CMP_LT_OQ));
+        const __m256 sign = _mm256_and_ps(_mm256_and_ps(y, sign_bit), _mm256_cmp_ps(y, y, _CMP_ORD_Q));
+        _mm256_storeu_ps(v + half, _mm256_or_ps(_mm256_sub_ps(_mm256_add_ps(a, magic), magic), sign));
+    }
+}
+#else
+inline uint32_t block_amax(const float* v) {
+    uint32_t a = 0;
+    for (int k = 0; k < 16; ++k) { const uint32_t u = as_bits(v[k]) & 0x7fffffffu; a = a > u ? a : u; }
+    return a;
+}
+inline void round_nearest(float* v, float e) {
+    for (int k = 0; k < 16; ++k) {
+        const uint32_t u = as_bits(v[k] * e);
+        v[k] = as_float(as_bits(e2m1_nearest(as_float(u & 0x7fffffffu))) | sign_of(u));
+    }
+}
+#endif
+
 struct Scale { float S_enc, S_dec, mult, amax, range; int error; };    // range: 6 E; error: 0 none, 1 MAE, 2 MSE
 Scale make_scale(float amax, float e4m3_max, int error = 0) {
     float S = (e4m3_max * 6.0f) / amax;
@@ -224,11 +260,7 @@ template <class D, bool SR>
 inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed, const Scale& S, D* const* p, const int* n, int nb,
                             uint8_t* codes, uint8_t* scale, Seen* seen) {
     float s[NB], e[NB], amax[NB]; uint32_t random[4][CHUNK];
-    for (int b = 0; b < NB; ++b) {
-        uint32_t a = 0;
-        for (int k = 0; k < 16; ++k) { uint32_t u = as_bits(v[b][k]) & 0x7fffffffu; a = a > u ? a : u; }
-        amax[b] = as_float(a);
-    }
+    for (int b = 0; b < NB; ++b) amax[b] = as_float(block_amax(v[b]));
     if (seen) for (int b = 0; b < NB; ++b) { seen->row = std::max(seen->row, as_bits(amax[b])); seen->saturated += amax[b] * S.mult > 448.0f; }
     if (S.error == 0) { for (int b = 0; b < NB; ++b) { s[b] = round_e4m3(amax[b] * S.mult); e[b] = encode_of(s[b], S.S_dec); } }
     else for (int b = 0; b < NB; ++b) {
@@ -241,14 +273,13 @@ inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed
     }
     if (SR) philox(index, NB, 0, seed, random);
     for (int b = 0; b < NB; ++b) {
+        if (!SR) { round_nearest(v[b], e[b]); continue; }
         const float eb = e[b];
         uint32_t bytes[16];
-        if (SR) for (int k = 0; k < 16; ++k) bytes[k] = (random[k / 4][b] >> (8 * (k % 4))) & 255u;
+        for (int k = 0; k < 16; ++k) bytes[k] = (random[k / 4][b] >> (8 * (k % 4))) & 255u;
         for (int k = 0; k < 16; ++k) {
-            float y = v[b][k] * eb; uint32_t u = as_bits(y);
-            float a = as_float(u & 0x7fffffffu);
-            float g = SR ? e2m1_stochastic(a, bytes[k]) : e2m1_nearest(a);
-            v[b][k] = as_float(as_bits(g) | sign_of(u));
+            const uint32_t u = as_bits(v[b][k] * eb);
+            v[b][k] = as_float(as_bits(e2m1_stochastic(as_float(u & 0x7fffffffu), bytes[k])) | sign_of(u));
         }
     }
     if (p) for (int b = 0; b < nb; ++b) {
