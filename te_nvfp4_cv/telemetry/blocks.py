@@ -41,7 +41,7 @@ class Blocks:
 
 
 def whole(v: Tensor) -> tuple[Tensor, Tensor]:
-    """(amax of the finite values, number of the others) of all of v, however it lies: an outlier hides from a sample."""
+    """(amax of the finite values, number of the others) of all of v: an outlier hides from a sample."""
     if not v.numel():
         return v.new_zeros(()), v.new_zeros((), dtype=torch.long)
     v = v if v.dtype in (torch.bfloat16, torch.float16, torch.float32) else v.double()

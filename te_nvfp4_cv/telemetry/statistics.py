@@ -7,9 +7,9 @@
                  the values other than 0 whose code is 0; saturation: share of values beyond 6 scales
 
 Sums are fp64. All is of a sample: every k-th block of 16, k coprime to their number, so that no channel is left out;
-but of raw tensors amax and the values that are not finite are those of the whole tensor. (Columns that were transformed:
-amax after it, values that are not finite before it.) So `kurtosis` may miss an outlier that amax shows. Numbers stay
-tensors until `fetch`, which moves all of them to the CPU in one copy.
+but of raw tensors amax and the values that are not finite are those of the whole tensor (columns that are transformed:
+amax after, values that are not finite before). So kurtosis may miss an outlier that amax shows. Numbers stay tensors
+until `fetch`, which moves all of them to the CPU in one copy.
 """
 
 from __future__ import annotations
