@@ -4,8 +4,8 @@
     rank r of W: NCCL on the GPU of its LOCAL_RANK, gloo on a CPU;   rank 0 prepares, prints and writes
 
 Only rank 0 speaks on stdout. A refusal ends every rank: the one that raises prints "error: ...", torchrun stops the
-others, and what waits in a collective waits no longer than --timeout. Ctrl-C is one line and exit status 130. Refuses
-settings that need ranks where there are none.
+others, and what waits in a collective waits no longer than --timeout. Ctrl-C is one line and exit status 130 (to which
+torchrun adds a report of its own). Refuses settings that need ranks where there are none.
 """
 
 from __future__ import annotations
