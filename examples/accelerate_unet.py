@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--resume", action="store_true", help="go on from --folder")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args(arguments)
+    if options.resume and options.folder is None:
+        parser.error("--resume needs --folder, where the state to go on from lies")
     accelerator = Accelerator(mixed_precision="bf16", cpu=options.cpu, gradient_accumulation_steps=options.accumulate)
     torch.manual_seed(0)
     recipe = nv.load_recipe(options.recipe)

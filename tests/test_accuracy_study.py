@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 import te_nvfp4_cv as nv
 from tests.unet_coco_data import EXAMPLES, write_masks  # noqa: F401  (puts examples/ on the path)
 
-from accuracy import cifar, study, table  # noqa: E402  isort: skip
+from accuracy import cifar, deploy, study, table  # noqa: E402  isort: skip
 from accuracy.nets import mobilenet, resnet  # noqa: E402  isort: skip
 from accuracy.variants import SUITES, variants  # noqa: E402  isort: skip
 
@@ -215,3 +216,23 @@ def test_the_last_epochs_run_in_the_last_recipe(tmp_path, monkeypatch):
 def test_bad_arguments_are_refused(arguments, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         study.main([*arguments, "--out", str(tmp_path / "out.jsonl")])
+
+
+def test_deployment_asks_for_its_packages_before_it_trains(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match=r"a package is not installed[\s\S]*onnxruntime"):
+        deploy.main(["camvid-unet", "nowhere"])
+
+
+def test_an_onnx_file_that_fails_costs_no_row(tmp_path, monkeypatch):
+    def fails(*_):
+        raise KeyError("an operator")
+
+    monkeypatch.setattr(deploy, "_need_onnx", lambda: None)
+    monkeypatch.setattr(deploy._Onnx, "by_value", fails)
+    monkeypatch.setattr(deploy, "METHODS", ("nearest",))
+    out = tmp_path / "rows.jsonl"
+    call = ["camvid-unet", str(write_masks(tmp_path)), "--epochs", "1", "--compute", "fp32", "--device", "cpu"]
+    deploy.main([*call, "--out", str(out)])
+    row = json.loads(out.read_text())
+    assert row["ONNX"] == "KeyError: 'an operator'" and 0 < row["trained in NVFP4"] <= 100

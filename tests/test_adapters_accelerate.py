@@ -134,3 +134,9 @@ def test_another_number_of_processes_is_refused(example, tmp_path):
     torch.save({"processes": 2 * torch.load(path, weights_only=True)["processes"]}, path)
     with pytest.raises(RuntimeError, match="saved by 2 processes"):
         run(example, "--steps", "4", "--folder", str(tmp_path), "--resume")
+
+
+def test_a_resume_without_a_folder_is_refused(example, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(example, "--resume")
+    assert left.value.code == 2 and "--resume needs --folder" in capsys.readouterr().err

@@ -326,3 +326,9 @@ def test_the_example(tmp_path, monkeypatch, capsys):
     assert printed.count("step ") == 4 and "validation loss" in printed
     assert run(2, "parts") + run(4, "parts", "--resume") == whole
     assert "step    3  loss" in capsys.readouterr().out
+
+
+def test_the_example_refuses_a_resume_without_a_folder():
+    command = [sys.executable, str(ROOT / "examples" / "lightning_resnet.py"), "--cpu", "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "--resume needs --folder" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import torch
 from unet_coco import checkpoint
 from unet_coco.data import load_data
 from unet_coco.engine import Trainer
+from unet_coco.levers import parameter_groups
 from unet_coco.options import parse_options
+from unet_coco.parallel import load_whole_state, whole_state
 from unet_coco.precision import parse_precisions
+from unet_coco.ranks import Ranks
 from unet_coco.train import main
 
+import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.sensitivity import diagnose, load_bundle
 from te_nvfp4_cv.telemetry import attach
@@ -123,3 +128,21 @@ def test_bundles_can_be_turned_off(shapes: Path, tmp_path: Path) -> None:
 def test_bad_options(options: list[str], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         parse_options(options)
+
+
+def test_moments_are_laid_out_like_the_parameters_that_they_are_of() -> None:
+    """Learned scales are in a group of their own, so that the optimizer's order is not the model's."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3), torch.nn.Conv2d(16, 32, 3))
+    model = model.to(memory_format=torch.channels_last)
+    nv.learn_scales(model, "scale")
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01))
+    with nv.nvfp4_autocast():
+        model(torch.randn(2, 16, 8, 8)).square().mean().backward()
+    optimizer.step()
+    weights, moments = copy.deepcopy(whole_state(model, optimizer, Ranks()))
+    for entry in moments["state"].values():
+        entry.update({key: v.contiguous() for key, v in entry.items()})
+    load_whole_state(model, optimizer, weights, moments, Ranks())
+    for parameter in model.parameters():
+        held = optimizer.state[parameter]["exp_avg"]
+        assert held.shape == parameter.shape and held.stride() == parameter.stride()

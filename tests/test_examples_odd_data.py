@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from PIL import Image
 from tests.unet_coco_data import write_coco, write_masks  # (puts examples/ on the path)
 
 from unet_coco.data import load_data  # noqa: E402  isort: skip
+from unet_coco.folder import run_folder  # noqa: E402  isort: skip
 from unet_coco.options import parse_options  # noqa: E402  isort: skip
+from unet_coco.shapes import ensure_shapes  # noqa: E402  isort: skip
 from unet_coco.split import open_image  # noqa: E402  isort: skip
-from unet_coco.train import run_folder  # noqa: E402  isort: skip
 
 
 def changed(root: Path, change: Any) -> Path:
@@ -122,3 +124,77 @@ def test_the_current_folder_as_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "run" / "summary.json").write_text("{}")
     monkeypatch.chdir(tmp_path / "run")
     assert run_folder(Path("."), resume=False) == tmp_path / "run_2"
+
+
+def turn(file: Path, orientation: int) -> None:
+    image = Image.open(file)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(file, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_files_that_exif_turns_are_refused_beside_label_masks(tmp_path: Path, kind: str) -> None:
+    root = write_masks(tmp_path)
+    file = root / "train" / kind / ("0.jpg" if kind == "images" else "0.png")
+    (root / "meta.json").write_text(json.dumps({"classes": ["a", "b", "c"]}))
+    turn(file, 1)
+    load_data(root, "masks", None).train.read(0)
+    turn(file, 3)
+    with pytest.raises(ValueError, match=r"0\.(jpg|png) is to be turned[\s\S]*orientation 3[\s\S]*exif_transpose"):
+        load_data(root, "masks", None).train.read(0)
+
+
+def test_files_that_exif_turns_are_refused_beside_defects(tmp_path: Path) -> None:
+    for folder, name in (("train/good", "0"), ("test/cut", "0"), ("test/cut", "1"), ("ground_truth/cut", "0_mask")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / folder / f"{name}.png")
+    Image.new("L", (8, 8), 255).save(tmp_path / "ground_truth" / "cut" / "1_mask.png")
+    turn(tmp_path / "test" / "cut" / "1.png", 6)
+    with pytest.raises(ValueError, match=r"1\.png is to be turned"):
+        load_data(tmp_path, "mvtec", None).val.read(0)
+
+
+def test_coco_annotations_refer_to_the_pixels_that_are_stored(tmp_path: Path) -> None:
+    root = write_coco(tmp_path)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 200
+    file = root / "train2017" / "1.jpg"
+    Image.fromarray(pixels).save(file)
+    turn(file, 3)
+    image, mask = load_data(root, "coco", None).train.read(0)
+    assert np.asarray(image)[0].min() > 150 and mask[3, 3]
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    root = write_masks(tmp_path)
+    (root / "meta.json").write_text(json.dumps({"classes": ["sky", "car", "tree", "car"]}))
+    for classes in (None, ["car"], ["tree"]):
+        with pytest.raises(ValueError, match=r"meta.json cannot be read[\s\S]*two classes of one name: car"):
+            load_data(root, "masks", classes)
+
+
+def test_without_pycocotools_no_shapes_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pycocotools", "pycocotools.mask"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=r"pycocotools is not installed[\s\S]*pip install pycocotools"):
+        ensure_shapes(tmp_path / "shapes")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_may_draw_the_shapes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one takes what is there, and leaves the folder that the other may be reading."""
+    from unet_coco import shapes
+
+    settings, draw = shapes.ShapesSettings(train=2, val=1, height=32, width=32), shapes._draw_split
+
+    def slow(draft: Path, *arguments: Any) -> None:
+        monkeypatch.setattr(shapes, "_draw_split", draw)
+        monkeypatch.setattr(shapes.os, "getpid", lambda: 1)
+        ensure_shapes(tmp_path / "shapes", settings)  # the other run
+        (tmp_path / "shapes" / "read").touch()
+        draw(draft, *arguments)
+
+    monkeypatch.setattr(shapes, "_draw_split", slow)
+    ensure_shapes(tmp_path / "shapes", settings)
+    assert (tmp_path / "shapes" / "read").exists() and [path.name for path in tmp_path.iterdir()] == ["shapes"]

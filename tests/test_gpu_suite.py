@@ -275,6 +275,9 @@ def test_the_suite_refuses_other_arguments(arguments):
 def test_the_suite_refuses_a_folder_without_data(tmp_path):
     result = suite("4", str(tmp_path))
     assert result.returncode == 2 and "no folder" in result.stderr
+    for folder in ("train/images", "train/labels", "val/images"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert f"no folder {tmp_path}/val/labels" in suite("4", str(tmp_path)).stderr
 
 
 @no_gpu

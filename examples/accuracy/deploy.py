@@ -4,8 +4,9 @@ one trained in NVFP4, each as an NVFP4 inference model and as ONNX.
     python examples/accuracy/deploy.py camvid-unet CAMVID --seeds 0 1 2 --compute fp32
 
 Per seed: the baseline's score; that of every rounding method, with activations in NVFP4 and in high precision; the
-NVFP4-trained network, saved, loaded and scored again (the same score); its ONNX files against PyTorch: with activations
-in high precision by value, with activations in NVFP4 by their score on all validation images.
+NVFP4-trained network, saved, loaded and scored again (the same score); its ONNX files against PyTorch, with activations
+in high precision by value, with activations in NVFP4 by their score on all validation images, or why there are none.
+Refuses to start without the packages of the extra export.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import te_nvfp4_cv as nv  # noqa: E402
 from accuracy.fit import COMPUTE, precision, train  # noqa: E402
 from accuracy.tasks import TASKS, open_task, preset_of  # noqa: E402
 from accuracy.variants import variants  # noqa: E402
+from te_nvfp4_cv.checks import value_error  # noqa: E402
 from te_nvfp4_cv.export.rounding import METHODS  # noqa: E402
 
 CALIBRATION = 64  # training images
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="append one JSON line per seed to this file")
     options = parser.parse_args(arguments)
+    _need_onnx()
     device = choose_device(options.device)
     compute = fast_dtype(options.device) if options.compute == "auto" else options.compute
     task = open_task(options.task, options.size, options.data)
@@ -86,10 +89,29 @@ def one(task: Any, preset: Any, seed: int, device: torch.device, compute: str, e
         loaded = nv.export.load(saved.files[0], task.model().to(device, memory_format=torch.channels_last))
         row["trained in NVFP4, saved and loaded"] = score(loaded)
         row["bytes of quantized weights, of fp32"] = saved.weight_bytes / saved.plain_bytes
-        onnx = _Onnx(loaded.cpu(), [x.cpu() for x in batches], Path(folder))
-        row["ONNX"] = onnx.by_value()
-        row["ONNX, activations nvfp4"] = {form: score(onnx.session(form, "nvfp4")) for form in SCORED}
+        try:
+            onnx = _Onnx(loaded.cpu(), [x.cpu() for x in batches], Path(folder))
+            row["ONNX"] = onnx.by_value()
+            row["ONNX, activations nvfp4"] = {form: score(onnx.session(form, "nvfp4")) for form in SCORED}
+        except Exception as error:  # whatever it is, the scores above took hours
+            row["ONNX"] = f"{type(error).__name__}: {error}"
     return row
+
+
+def _need_onnx() -> None:
+    """Now, not after all training."""
+    try:
+        import ml_dtypes  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        from onnx.reference import ReferenceEvaluator  # noqa: F401
+    except ImportError as error:
+        raise value_error(
+            "deploy.py: a package is not installed.",
+            got=str(error),
+            needs="onnx, onnxscript, onnxruntime and ml_dtypes",
+            fix='pip install "te_nvfp4_cv[export]"',
+        ) from error
 
 
 def _calibration(task: Any, seed: int, device: torch.device) -> Any:

@@ -6,7 +6,7 @@
 #   1     pytest -m gpu, the self-test, compute-sanitizer over a few kernel tests where it is installed
 #   2     cuDNN's rates and every kernel's time against the ceilings of the machine
 #   3     step time and peak memory against bf16; the kernels of a step; the cost of telemetry
-#   4     accuracy, five seeds: DATA holds train/ and val/ with images/ and masks/; without it drawn shapes (pycocotools)
+#   4     accuracy, five seeds: DATA holds train/ and val/ with images/ and labels/; without it drawn shapes (pycocotools)
 #   5     the accuracy study (examples/accuracy), full size: DATA holds camvid/ and cifar10/; as far as nine minutes go,
 #         the next call goes on
 #   all   1 to 4, within about 25 minutes
@@ -36,9 +36,12 @@ if [[ $STAGE == 5 ]]; then
         echo "gpu_suite: no folders camvid/train and cifar10 in '$DATA': stage 5 needs DATA with both" >&2
         exit 2
     fi
-elif [[ -n $DATA && ! -d $DATA/train ]]; then
-    echo "gpu_suite: no folder $DATA/train: DATA holds train/ and val/, each with images/ and masks/" >&2
-    exit 2
+elif [[ -n $DATA ]]; then
+    for folder in {train,val}/{images,labels}; do
+        [[ -d $DATA/$folder ]] && continue
+        echo "gpu_suite: no folder $DATA/$folder: DATA holds train/ and val/, each with images/ and labels/" >&2
+        exit 2
+    done
 fi
 command -v "$PYTHON" > /dev/null || { echo "gpu_suite: no interpreter $PYTHON; set PYTHON" >&2; exit 2; }
 "$PYTHON" - << 'CHECK' || exit 2

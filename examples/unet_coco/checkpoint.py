@@ -3,7 +3,7 @@
     write:  serialise in memory -> temporary file in the same folder -> fsync -> os.replace -> fsync of the folder
     read:   torch.load(weights_only=True): tensors, numbers, text, lists and tables only
 
-Refuses to resume from a checkpoint of another precision, recipe, architecture or data order, and names what differs.
+Refuses to resume from a checkpoint of another run (identity.py says what makes it one), and names what differs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on where a checkpoint's identity (precision, recipe, architecture, data order) is not this run's."""
+    """Refuse to go on where a checkpoint's identity (identity.py) is not this run's."""
     differing = [key for key in {**now, **saved} if saved.get(key) != now.get(key)]
     if not differing:
         return

@@ -3,6 +3,7 @@
     ROOT/annotations/instances_{train,val[,test]}2017.json + ROOT/{train,val[,test]}2017/*.jpg
     mask = 0 (background); the chosen categories 1, 2, ... in the order asked for; crowd pixels 255 (ignore)
 
+Pixels are those stored in the file, which is what COCO's annotations count: an EXIF orientation is not applied.
 Where instances overlap, the smaller lies on top. An image without annotations is all background; crowds of categories
 that were not chosen are background too. Refuses a root that lacks files, annotations for images that are not listed or
 not on disk, unknown class names and, where objects are asked for, annotations with neither box nor mask.
@@ -24,7 +25,18 @@ from PIL import Image
 from te_nvfp4_cv.checks import value_error
 
 from .losses import IGNORE
-from .split import Objects, RawSplit, SegmentationData, Thing, broken, check_classes, missing, open_image, some
+from .split import (
+    Objects,
+    RawSplit,
+    SegmentationData,
+    Thing,
+    broken,
+    check_classes,
+    missing,
+    no_pycocotools,
+    open_image,
+    some,
+)
 
 
 def load_coco(root: Path, classes: Sequence[str] | None) -> SegmentationData:
@@ -63,12 +75,7 @@ def _open_coco(file: Path, folder: Path) -> Any:
         dataset = opened.coco.dataset
         absent = {"images", "annotations", "categories"} - set(dataset)
     except ModuleNotFoundError as error:
-        raise value_error(
-            "data: pycocotools is not installed.",
-            got=str(error),
-            needs="pycocotools, for --layout coco",
-            fix="pip install pycocotools",
-        ) from error
+        raise no_pycocotools(error) from error
     except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
         raise broken(file, f"{type(error).__name__}: {error}") from error
     if absent:

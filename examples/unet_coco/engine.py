@@ -6,7 +6,7 @@ The state after step t depends on (settings, seed, t) alone, not on how often th
 augmentation and dropout are functions of the seed and the position, and the rest lies in the checkpoint. Checkpoints
 are written at the end of each epoch and at the last step. On several ranks each trains with its part of the batch and
 dropout of its own, mix_seed(seed, t, rank); all evaluate the whole split, and rank 0 writes. Refuses to go on from a
-loss that is not finite, and from a checkpoint of another run.
+loss that is not finite, from a checkpoint of another run, and from one beyond --epochs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import sensitivity
-from te_nvfp4_cv.checks import runtime_error
+from te_nvfp4_cv.checks import runtime_error, value_error
 from te_nvfp4_cv.telemetry import Telemetry
 
 from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from .identity import data_identity, identity_of, saved_identity
 from .initial import load_initial
-from .levers import Bundles, changed, damping, learn, parameter_groups
+from .levers import Bundles, damping, learn, parameter_groups
 from .metrics import saved_bytes, to_device
 from .options import Settings
 from .order import TrainOrder, eval_loader, mix_seed, train_loader
@@ -58,6 +59,7 @@ class Position:
     epochs: list[dict[str, float]] = field(default_factory=list)  # one row per validated epoch
     step_ms: list[float] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)  # steps that compile and allocate: used if there are no others
+    telemetry: str = "telemetry.jsonl"  # the file that this run writes
 
 
 class Trainer:
@@ -80,6 +82,7 @@ class Trainer:
         self.precision, self.settings, self.device, self.folder = precision, settings, device, folder
         self.ranks = ranks
         self.task = make_task(settings, data)
+        self.data = data_identity(data, settings)
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
         torch.manual_seed(settings.seed)
@@ -232,6 +235,19 @@ class Trainer:
             f"  val loss {val_loss:.4f}  {shown}"
         )
 
+    def tell_again(self, watch: Telemetry) -> None:
+        """After a resume the figures of the checkpoint's step: TensorBoard hides what it has from there on."""
+        at = self.position
+        for row in at.curve[-1:]:
+            if row["step"] == at.step:
+                watch.scalars(at.step, {"train/loss": row["loss"], "train/lr": row["lr"]})
+        for row in at.epochs[-1:]:
+            if row["step"] == at.step:
+                scores = {key: row[key] for key in row if key in self.task.titles}
+                watch.scalars(
+                    at.step, {f"val/{key}": value for key, value in scores.items()} | {"val/loss": row["val_loss"]}
+                )
+
     def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -303,26 +319,7 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resume to mean the same run."""
-        s = self.settings
-        identity = {
-            "precision": self.precision.name,
-            "recipe": self.precision.recipe_text,
-            "architecture": self.task.architecture(),
-            "data order": {
-                "images": self.order.count,
-                "batch_size": self.order.batch_size,
-                "seed": s.seed,
-                "size": list(s.image_size),
-            },
-            "optimizer": {"lr": s.lr, "weight_decay": s.weight_decay},
-        }
-        if s.changed_loss():
-            identity["loss"] = s.changed_loss()
-        if self.precision.recipe is not None and changed(s):
-            identity["levers"] = changed(s)
-        if self.precision.recipe is not None and self.precision.compute != "bf16":
-            identity["compute"] = self.precision.compute
-        return identity
+        return identity_of(self.settings, self.precision, self.task, self.order, self.data)
 
     def _save(self) -> None:
         model, optimizer = whole_state(self.model, self.optimizer, self.ranks)
@@ -347,10 +344,20 @@ class Trainer:
         if not self._has_checkpoint():
             return False
         state = load_checkpoint(self.checkpoint_path)
-        check_identity(self.checkpoint_path, state["identity"], self._identity())
+        now = self._identity()
+        check_identity(self.checkpoint_path, saved_identity(state, now, bool(self.ranks.parallel)), now)
+        at = Position(**state["position"])
+        if at.step > self.settings.epochs * len(self.order):
+            begun = at.epoch + bool(at.batch)
+            raise value_error(
+                f"checkpoint: {self.checkpoint_path} is beyond --epochs.",
+                got=f"--epochs {self.settings.epochs}, a checkpoint of epoch {begun}, step {at.step}",
+                needs=f"--epochs {begun} or more",
+                fix=f"--epochs {begun} to evaluate what is there, or another --out to train anew",
+            )
         load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"], self.ranks)
         self.scaler.load_state_dict(state["scaler"])
-        self.position = Position(**state["position"])
+        self.position = at
         of_ranks = state.get("ranks", [])
         own = of_ranks[self.ranks.rank] if len(of_ranks) == self.ranks.world else state  # else all like rank 0
         set_rng_state(own["rng"], self.device)

@@ -65,9 +65,9 @@ def damping(model: nn.Module, settings: Settings, recipe: Any, progress: float) 
 
 
 def changed(settings: Settings) -> dict[str, Any]:
-    """Of these options those that a checkpoint must agree with, where they are not at their defaults."""
-    found = {"learn_scales": settings.learn_scales, "damping": settings.damping}
-    usual = {"learn_scales": "none", "damping": 0.0}
+    """Of these options, and --high-precision-last, what a checkpoint must agree with and is not at its default."""
+    usual = {"learn_scales": "none", "damping": 0.0, "high_precision_last": 0}
+    found = {name: getattr(settings, name) for name in usual}
     return {name: value for name, value in found.items() if value != usual[name]}
 
 

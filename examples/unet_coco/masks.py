@@ -4,7 +4,7 @@
     ROOT/meta.json: {"classes": [names] or {id: name}}; without it the labels are scanned for ids
 
 With --classes those become 1, 2, ... and every other class 0. Refuses images without labels and labels without images,
-labels that hold colours, and ids that name no class.
+labels that hold colours, ids that name no class, two classes of one name, and files that EXIF says to turn.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ def _mask_names(root: Path, labels: list[Path]) -> list[str]:
         by_id = {key: f"class_{key}" for key in seen - {IGNORE}}
     by_id.pop(IGNORE, None)
     names = [by_id.get(key, f"class_{key}") for key in range(max(by_id, default=-1) + 1)]
+    if len(set(names)) < len(names):
+        raise broken(meta, f"two classes of one name: {some(sorted({n for n in names if names.count(n) > 1}))}")
     if not 2 <= len(names) <= 254:
         raise value_error(
             f"data: {root} has no classes to tell apart.",
@@ -115,14 +117,14 @@ def _mask_split(split: str, pairs: list[tuple[Path, Path]], table: np.ndarray, k
                 needs=f"0 to {known - 1}, or {IGNORE} for ignore",
                 fix="correct the label, or add the class to meta.json",
             )
-        return open_image(image), mask
+        return open_image(image, upright=True), mask
 
     return RawSplit(split, [str(image) for image, _ in pairs], read)
 
 
 def _read_ids(label: Path) -> np.ndarray:
     """Pixel values of a label file, unconverted: palette and grey images hold ids as they are."""
-    ids = np.asarray(open_image(label, convert=False))
+    ids = np.asarray(open_image(label, convert=False, upright=True))
     if ids.ndim != 2 or ids.min() < 0 or ids.max() > 255:
         raise value_error(
             f"data: {label} is no image of class ids.",

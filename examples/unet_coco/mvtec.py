@@ -10,8 +10,8 @@ by name, image i is one of the validation where floor((i + 1) * share) > floor(i
 The share 0.5 takes every second one. The training has train/good too; there is no test split.
 
 Classes: background, defect; --classes names types of defects instead (the folders' names, of all categories together):
-the types not named are background, or, where "defect" is among the names, defect. Refuses a defect without its mask
-and splits without a defect.
+the types not named are background, or, where "defect" is among the names, defect. Refuses a defect without its mask,
+splits without a defect, and files that EXIF says to turn.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def _mask_of(category: Path, image: Path) -> Path | None:
 def _split(name: str, entries: list[Entry], number_of: dict[str, int]) -> RawSplit:
     def read(index: int) -> tuple[Image.Image, np.ndarray]:
         file, mask, kind = entries[index]
-        image = open_image(file)
+        image = open_image(file, upright=True)
         if mask is None:
             return image, np.zeros((image.height, image.width), np.uint8)
-        defect = np.asarray(open_image(mask, convert=False).convert("L")) > 0
+        defect = np.asarray(open_image(mask, convert=False, upright=True).convert("L")) > 0
         return image, defect.astype(np.uint8) * np.uint8(number_of[kind])
 
     return RawSplit(name, [str(file) for file, _, _ in entries], read)

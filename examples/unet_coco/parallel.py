@@ -4,7 +4,7 @@
     fsdp   fully_shard on stem, down.i, up.i and the root; weights of NVFP4 layers are gathered in 4 bits
 
 State goes in and out in one form whatever the model is wrapped in: full plain tensors, plain names, the optimizer's
-entries numbered as model.parameters() is. So a checkpoint moves between one process, DDP, FSDP2 and any number of
+entries numbered as its groups list them. So a checkpoint moves between one process, DDP, FSDP2 and any number of
 ranks. Refuses with FSDP2: fp16, whose GradScaler sees the overflows of its own shard only, and models but the UNet.
 """
 
@@ -94,7 +94,7 @@ def whole_state(
     named: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     if ranks.rank:
         return {}, {}
-    numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
+    numbers = {name: number for number, name in enumerate(_names(model, optimizer))}
     state = {numbers[name]: entry for name, entry in named["state"].items()}
     return weights, {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
@@ -103,8 +103,7 @@ def load_whole_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any], ranks: Ranks
 ) -> None:
     """Take over what `whole_state` gave, on every rank."""
-    parameters = dict(model.named_parameters())
-    names = list(parameters)
+    parameters, names = dict(model.named_parameters()), _names(model, optimizer)
     if ranks.parallel != "fsdp":
         model.load_state_dict(weights)
         state = {number: _laid_out(entry, parameters[names[number]]) for number, entry in moments["state"].items()}
@@ -124,6 +123,12 @@ def load_whole_state(
     set_optimizer_state_dict(model, optimizer, named, options=options)
     for group, saved in zip(optimizer.param_groups, moments["param_groups"], strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})  # tuples come back as lists
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The optimizer's parameters by name, in its own order: that of its groups, not of the model."""
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [named[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _laid_out(entry: dict[str, Any], parameter: Tensor) -> dict[str, Any]:

@@ -4,14 +4,15 @@
     rank r of W: NCCL on the GPU of its LOCAL_RANK, gloo on a CPU;   rank 0 prepares, prints and writes
 
 Only rank 0 speaks on stdout. A refusal ends every rank: the one that raises prints "error: ...", torchrun stops the
-others, and what waits in a collective waits no longer than --timeout. Refuses settings that need ranks where there are
-none.
+others, and what waits in a collective waits no longer than --timeout. Ctrl-C is one line and exit status 130 (to which
+torchrun adds a report of its own). Refuses settings that need ranks where there are none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from te_nvfp4_cv.checks import value_error
 from .options import Settings, choose_device
 
 T = TypeVar("T")
+STOPPED = "stopped: --resume goes on from the last checkpoint"
+IN_A_WORKER = re.compile(r"Caught (\w+) in .*?\.\nOriginal Traceback .*\n\1: (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -129,20 +132,34 @@ def joined(settings: Settings) -> Iterator[tuple[Ranks, torch.device]]:
     dist.destroy_process_group()
 
 
+def message(error: Exception) -> str:
+    """What an error says; of one from a DataLoader's worker what it said there, without the worker's traceback."""
+    raised = IN_A_WORKER.fullmatch(str(error))
+    return raised[2].rstrip() if raised else str(error)
+
+
 def run(main: Callable[[], Any]) -> None:
     """Call `main` as a script: refusals as "error: ..." and exit status 1; under torchrun its report names them."""
     if "RANK" not in os.environ:
         try:
             main()
         except (ValueError, RuntimeError) as refusal:
-            sys.exit(f"error: {refusal}")
+            sys.exit(f"error: {message(refusal)}")
+        except KeyboardInterrupt:
+            print(STOPPED, file=sys.stderr)
+            sys.exit(130)
         return
+    rank = os.environ["RANK"]
     try:
         record(main)()
+    except KeyboardInterrupt:
+        if rank == "0":
+            print(STOPPED, file=sys.stderr, flush=True)
+        os._exit(130)
     except Exception as error:
-        rank = os.environ["RANK"]
         if isinstance(error, (ValueError, RuntimeError)):
-            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+            text = message(error)
+            print(f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stderr.flush()

@@ -6,7 +6,7 @@
 Every case that a COCO reader must handle occurs: a polygon per free-standing shape, two polygons for a shape cut in
 two, RLE for a shape partly hidden behind another, uncompressed RLE with iscrowd=1 for a swarm of small circles, and
 images without any annotation. The annotations cover what can be seen. Equal settings give equal files; a folder with
-the same settings is used again. Refuses a folder that holds something else.
+the same settings is used again. Refuses a folder that holds something else, and to draw without pycocotools.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from te_nvfp4_cv.checks import runtime_error, value_error
+
+from .split import no_pycocotools
 
 CATEGORIES = {1: "circle", 3: "rectangle", 4: "triangle", 9: "cross"}
 COLOURS = {1: (215, 70, 60), 3: (70, 150, 90), 4: (70, 100, 205), 9: (70, 190, 200)}
@@ -48,8 +50,12 @@ def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
     """Draw the set into `root` unless it is there already; returns `root`. An interruption leaves no half set."""
     settings = settings or ShapesSettings()
     marker = root / MARKER
-    if marker.is_file() and json.loads(marker.read_text()) == asdict(settings):
+    if _drawn(marker, settings):
         return root
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise no_pycocotools(error) from error
     if root.exists() and any(root.iterdir()) and not marker.is_file():
         raise value_error(
             f"shapes: {root} is in use.",
@@ -66,6 +72,9 @@ def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
                 draft, split, getattr(settings, split), settings, np.random.default_rng([settings.seed, offset])
             )
         (draft / MARKER).write_text(json.dumps(asdict(settings)))
+        if _drawn(marker, settings):  # by another run, meanwhile
+            shutil.rmtree(draft)
+            return root
         if root.exists():
             shutil.rmtree(root)
         draft.rename(root)
@@ -78,6 +87,10 @@ def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
             fix="choose another --out, or name the data with --data",
         ) from error
     return root
+
+
+def _drawn(marker: Path, settings: ShapesSettings) -> bool:
+    return marker.is_file() and json.loads(marker.read_text()) == asdict(settings)
 
 
 def _draw_split(root: Path, split: str, count: int, settings: ShapesSettings, rng: np.random.Generator) -> None:

@@ -6,7 +6,7 @@ Without tqdm installed the run goes on with lines, and says so once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from te_nvfp4_cv import telemetry
 from te_nvfp4_cv.telemetry import Telemetry
 
 from .options import Settings
+from .precision import Precision
 
 _told: set[str] = set()
 
@@ -62,29 +63,33 @@ class Progress:
 
 
 def start_telemetry(
-    model: nn.Module, settings: Settings, precision: str, recipe: Any, folder: Path, rank: int
+    model: nn.Module,
+    settings: Settings,
+    precision: Precision,
+    folder: Path,
+    rank: int,
+    goes_on: tuple[str, int] | None = None,
 ) -> tuple[Telemetry, Path]:
     """Telemetry of one precision's run and its file: JSON lines in its folder; W&B and TensorBoard where asked for.
 
     Args:
         folder: of this precision, in the run's folder, whose name is the W&B group.
         rank: only rank 0 writes.
+        goes_on: the checkpoint's (file, step), to go on from there; None: a new file.
     """
-    group = settings.out.name
+    group, name = settings.out.name, precision.name
     sinks: list[telemetry.Sink] = []
-    path = folder / "telemetry.jsonl"
-    resume = settings.resume and path.is_file()
-    if not resume:
-        path = telemetry.fresh_path(path)
+    path = folder / goes_on[0] if goes_on else telemetry.fresh_path(folder / "telemetry.jsonl")
     if rank == 0:
-        sinks.append(telemetry.JSONL(path, resume))
+        sinks.append(telemetry.JSONL(path, resume=goes_on is not None))
         if settings.wandb:
-            config = {**{key: str(value) for key, value in vars(settings).items()}, "precision": precision}
-            sinks.append(telemetry.WandB("te_nvfp4_cv_unet_coco", group, precision, settings.out, config))
+            config = {**{key: str(value) for key, value in vars(settings).items()}, "precision": name}
+            sinks.append(telemetry.WandB("te_nvfp4_cv_unet_coco", group, name, settings.out, config))
         if settings.tensorboard:
-            sinks.append(telemetry.TensorBoard(settings.out / "tensorboard" / precision))
+            again = (goes_on[1] if goes_on else 0) if settings.resume else None
+            sinks.append(telemetry.TensorBoard(settings.out / "tensorboard" / name, purge_step=again))
     watch = telemetry.attach(
-        model, every=settings.telemetry_every, sinks=sinks, name=precision, group=group, recipe=recipe
+        model, every=settings.telemetry_every, sinks=sinks, name=name, group=group, recipe=precision.recipe
     )
     return watch, path
 
@@ -93,17 +98,28 @@ def show_telemetry(out: Path, files: Sequence[Path]) -> list[Path]:
     """Draw what telemetry sampled: OUT/plots, one folder per precision, and OUT/report.html with all beside each other.
 
     Returns:
-        The report and the folder of the plots; nothing where no step was sampled or a package is missing.
+        Of the report and the folder of the plots what was written; nothing where no step was sampled.
     """
+    drawn: list[Path] = []
+
+    def draw(what: str, act: Callable[[], Path]) -> None:
+        try:
+            drawn.append(act())
+        except (ValueError, RuntimeError, OSError) as error:  # pictures must not cost a finished run
+            tell_once(f"telemetry: no {what}: {error}")
+
+    def heatmaps() -> Path:
+        for run in sampled:
+            telemetry.render_heatmaps(run, out / "plots")
+        return out / "plots"
+
     try:
         runs = [telemetry.read(path) for path in files]
-        if not any(run.steps for run in runs):
-            return []
-        report = telemetry.write_report(runs, telemetry.fresh_path(out / "report.html"))
-        for run in runs:
-            if run.steps:
-                telemetry.render_heatmaps(run, out / "plots")
-    except (ValueError, RuntimeError, OSError) as error:  # pictures must not cost a finished run
+    except ValueError as error:
         tell_once(f"telemetry was not drawn: {error}")
         return []
-    return [report, out / "plots"]
+    sampled = [run for run in runs if run.steps]
+    if sampled:
+        draw("report", lambda: telemetry.write_report(runs, telemetry.fresh_path(out / "report.html")))
+        draw("heatmaps", heatmaps)
+    return drawn

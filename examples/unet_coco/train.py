@@ -33,6 +33,7 @@ import torch  # noqa: E402
 from te_nvfp4_cv.checks import value_error  # noqa: E402
 from unet_coco.data import SegmentationData, denormalize, load_data  # noqa: E402
 from unet_coco.engine import Trainer  # noqa: E402
+from unet_coco.folder import give_up, run_folder  # noqa: E402
 from unet_coco.metrics import to_device  # noqa: E402
 from unet_coco.options import Settings, parse_options  # noqa: E402
 from unet_coco.precision import Precision, parse_precisions  # noqa: E402
@@ -65,14 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
         if out != settings.out:
             print(f"note: {settings.out} holds another run, which stays as it is (--resume goes on with it)")
             settings = dataclasses.replace(settings, out=out)
-        ranks.first(lambda: make_folder(settings.out))
         many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""
         print(
             f"{len(data.train)} training and {len(data.val)} validation images, {len(data.class_names)} classes, "
             f"{settings.image_size[0]}x{settings.image_size[1]}, on {device}{many}: "
             f"{', '.join(p.name for p in precisions)}"
         )
-        return compare(settings, precisions, data, device, ranks)
+        try:
+            return compare(settings, precisions, data, device, ranks)
+        except BaseException:
+            if ranks.rank == 0:
+                give_up(settings.out)
+            raise
 
 
 def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
@@ -90,28 +95,6 @@ def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
     ranks.first(lambda: ensure_shapes(root, ShapesSettings()))
     print(f"no --data: using the drawn shapes in {root}")
     return load_data(root, "coco", settings.classes)
-
-
-def run_folder(out: Path, resume: bool) -> Path:
-    """--out, or OUT_2, OUT_3, ... where a run that is not resumed would write over another one's results."""
-    found, number = out, 1
-    while not resume and (any(found.glob("*/last.pt")) or (found / "summary.json").exists()):
-        number += 1
-        found = out.resolve().with_name(f"{out.resolve().name}_{number}")
-    return found
-
-
-def make_folder(folder: Path) -> None:
-    """Create --out."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise value_error(
-            "--out cannot be made.",
-            got=f"{folder}: {error}",
-            needs="a folder that can be written",
-            fix="choose another --out",
-        ) from error
 
 
 def compare(
@@ -137,14 +120,19 @@ def compare(
         folder.mkdir(exist_ok=True)
         trainer = Trainer(precision, settings, data, device, folder, ranks)
         titles = trainer.task.titles
+        found = settings.resume and trainer.resume()
         if settings.resume:
-            found = trainer.resume()
             print(
                 f"{precision.name}: "
                 + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting anew")
             )
-        watch, file = start_telemetry(trainer.model, settings, precision.name, precision.recipe, folder, ranks.rank)
+        at = trainer.position
+        goes_on = (at.telemetry, at.step) if found else None
+        watch, file = start_telemetry(trainer.model, settings, precision, folder, ranks.rank, goes_on)
         files.append(file)
+        at.telemetry = file.name
+        if found:
+            trainer.tell_again(watch)
         try:
             trainer.train(watch)
             rows[precision.name] = trainer.summary()

@@ -2,7 +2,8 @@
 
 The layer has quantized the operand already; backends that multiply dequantized operands hold no codes, so the operand
 is packed once more with the same amax and, where it was rounded stochastically, the same seed: the same codes. Columns
-are compared after the Hadamard transform, which is what was quantized.
+are compared after the Hadamard transform, which is what was quantized. The blocks are a sample; the amax and the number
+of values that are not finite are those of the whole operand.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ BLOCK = 16
 @dataclass(frozen=True)
 class Blocks:
     """N blocks: raw [N, 16] as given to the rounding, codes [N, 16] uint8, scale [N] E4M3 bytes, values [N, 16] fp32
-    dequantized, limit [N]: 6 scales in real units; valid [N, 16]: False where channels were padded, None: all real.
+    dequantized, limit [N]: 6 scales in real units; valid [N, 16]: False where channels were padded, None: all real;
+    whole: (amax, values that are not finite) of the operand that these are a sample of.
     """
 
     raw: Tensor
@@ -34,7 +36,18 @@ class Blocks:
     scale: Tensor
     values: Tensor
     limit: Tensor
-    valid: Tensor | None = None
+    valid: Tensor | None
+    whole: tuple[Tensor, Tensor]
+
+
+def whole(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(amax of the finite values, number of the others) of all of v: an outlier hides from a sample."""
+    if not v.numel():
+        return v.new_zeros(()), v.new_zeros((), dtype=torch.long)
+    v = v if v.dtype in (torch.bfloat16, torch.float16, torch.float32) else v.double()
+    held = torch.nan_to_num(v, 0.0, 0.0, 0.0)
+    low, high = held.aminmax()
+    return torch.maximum(-low, high), (held != v).sum()
 
 
 def of_operand(
@@ -77,6 +90,7 @@ def of_operand(
             col_data, col_scale = again[3:5]
     found = {}
     fold = plan.folds[0 if role == "input" else 1]
+    amax_whole, broken = whole(operand)
     if wants[0]:
         raw = _padded(operand, plan.geometry.groups)
         per_pixel = raw.shape[-1] // BLOCK
@@ -85,7 +99,7 @@ def of_operand(
             ones = torch.ones(1, operand.shape[-1], dtype=torch.bool, device=raw.device)
             valid = _padded(ones, plan.geometry.groups).view(per_pixel, BLOCK)
         amax = row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_scaled else row_amax
-        found["row"] = _sampled(raw, row_data, row_scale, amax, s.e4m3_max, most, valid, False)
+        found["row"] = _sampled(raw, row_data, row_scale, amax, s.e4m3_max, most, valid, False, (amax_whole, broken))
     if wants[1]:
         raw = fold_images(operand, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)  # [N16, *folded, C, 16]
         amax = col_amax.repeat(col_scale.numel() // col_amax.numel()) if row_scaled else col_amax
@@ -93,7 +107,9 @@ def of_operand(
         if not s.rht:
             real = fold_images(torch.ones_like(operand[..., :1]), fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)
             real = real.expand(raw.shape).reshape(-1, BLOCK) != 0
-        found["col"] = _sampled(raw, col_data, col_scale, amax, s.e4m3_max, most, real, s.rht)
+        if s.rht:
+            amax_whole = observed[1] if observed.numel() else col_amax.amax()
+        found["col"] = _sampled(raw, col_data, col_scale, amax, s.e4m3_max, most, real, s.rht, (amax_whole, broken))
     return found
 
 
@@ -109,6 +125,7 @@ def of_weight(w: Tensor, w_q: tuple[Tensor, ...], plan: Plan, most: int) -> dict
         del taken["dgrad"]
     kernel = w.detach().flatten(2) if w.dim() > 2 else w.detach().unsqueeze(-1)  # [axis 0, axis 1, taps]
     found = {}
+    extent = whole(w.detach())
     for gemm, face in taken.items():
         data, scale = w_q[0 if face == "row" else 2], w_q[1 if face == "row" else 3]
         if not data.numel():
@@ -122,7 +139,7 @@ def of_weight(w: Tensor, w_q: tuple[Tensor, ...], plan: Plan, most: int) -> dict
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             rows = kernel.shape[0] // plan.geometry.groups
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
-        found[gemm] = _sampled(raw, data, scale, w_q[4], s.e4m3_max, most, valid, False)
+        found[gemm] = _sampled(raw, data, scale, w_q[4], s.e4m3_max, most, valid, False, extent)
     return found
 
 
@@ -143,6 +160,7 @@ def _sampled(
     most: int,
     valid: Tensor | None,
     rht: bool,
+    extent: tuple[Tensor, Tensor],
 ) -> Blocks:
     """`amax`: [1] or one per block; `valid`: for every block, or for the blocks of one pixel."""
     raw, data, scale = raw.reshape(-1, BLOCK), data.reshape(-1, BLOCK // 2), scale.reshape(-1)
@@ -158,7 +176,7 @@ def _sampled(
     factor = scale.contiguous().view(torch.float8_e4m3fn).float() * amax * (1.0 / (6 * e4m3_max))
     codes = formats.unpack_nibbles(data)
     values = formats.decode_e2m1(codes) * factor.unsqueeze(-1)
-    return Blocks(raw.float(), codes, scale, values, 6 * factor, valid)
+    return Blocks(raw.float(), codes, scale, values, 6 * factor, valid, extent)
 
 
 def _padded(x: Tensor, groups: int) -> Tensor:

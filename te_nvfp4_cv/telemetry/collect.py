@@ -67,7 +67,8 @@ def attach(
         recipe: written into the header, for people.
         gradient_noise: compare weight gradients with those of high precision, one convolution more per layer in a
             sampled step.
-        max_elements: how many elements of an operand's face are looked at.
+        max_elements: moments, kurtosis, histograms and what compares codes with values are of a sample of so many
+            values of an operand's face; amax and the number of values that are not finite are of all of them.
         noise_bytes: how much of activations stays alive in one sampled step for gradient_noise.
     Raises:
         TypeError: no module; ValueError: a number out of range.

@@ -9,7 +9,8 @@
 
     tensors    weight, weight_column, input, input_column, grad_output, grad_output_column, weight_gradient; each
                {"raw": stats, and in NVFP4 "codes": stats + "usage", "dequantized": stats, "scales", "sqnr_db",
-               "correlation", "underflow", "saturation"} (statistics.py); any may be absent
+               "correlation", "underflow", "saturation"} (statistics.py); any may be absent. Of a sample of "count"
+               values, but for "amax" and "nonfinite" of raw
     flip_rate  share of weight codes that differ from the sample before; oscillation: that went back to the one before
 
 Numbers that are not finite are null. A resumed run goes on in the same file: of records of one kind and step the later

@@ -62,9 +62,10 @@ class Sample:
     def plain(self, v: Tensor) -> dict[str, Any]:
         """Statistics of a tensor in high precision."""
         v = v.detach()
+        whole = operand_blocks.whole(v)
         v = v.movedim(1, -1) if v.dim() > 2 else v  # channels innermost, as a channels_last tensor lies
         flat = v.reshape(-1)
-        return statistics.stats(flat[:: _stride(len(flat), self.telemetry.max_elements)])
+        return statistics.stats(flat[:: _stride(len(flat), self.telemetry.max_elements)], whole=whole)
 
     def may_keep(self, x: Tensor) -> bool:
         """Whether this layer's x may stay alive until its backward; layers take turns."""

@@ -267,12 +267,15 @@ class TensorBoard:
     """Scalars and histograms for TensorBoard, in an event file of their own in `folder`, begun by the first rank alone,
     when telemetry is attached. A disk that fails later turns it off.
 
+    Args:
+        purge_step: of a run that goes on: what the folder shows from this step on, and is about to come again, is
+            hidden.
     Raises:
         ValueError: (when attached) tensorboard is not installed, or the folder cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
+        self.folder, self.purge_step = folder, purge_step
         self._writer: Any = None
 
     def _begin(self) -> None:
@@ -286,7 +289,7 @@ class TensorBoard:
                 fix="pip install tensorboard, or leave the sink out",
             ) from error
         try:
-            self._writer = SummaryWriter(str(self.folder))
+            self._writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
         except OSError as error:
             raise value_error(
                 f"telemetry: {self.folder} cannot be written.",

@@ -1,12 +1,15 @@
 """What telemetry says of a tensor, and of a quantized operand: computed on its device, fetched all at once.
 
-    stats(v)     mean, std, kurtosis E[(v - mean)^4] / std^4 - 3, amax, share of zeros, of the finite values; histograms
-                 over v / amax (64 bins in -1..1) and floor(log2 |v|) (64 bins, -48..15)
+    stats(v)     mean, std, kurtosis E[(v - mean)^4] / std^4 - 3, amax, share of zeros, of the finite values; count of
+                 values, and of those that are not finite; histograms over v / amax (64 bins in -1..1) and
+                 floor(log2 |v|) (64 bins, -48..15)
     compare      SQNR = 10 log10(sum v^2 / sum (v - v')^2) dB; Pearson's correlation of v and v'; underflow: share of
                  the values other than 0 whose code is 0; saturation: share of values beyond 6 scales
 
-Sums are fp64. Everything is of a sample: every k-th block of 16, k coprime to their number, so that no channel is left
-out. Numbers stay tensors until `fetch`, which moves all of them to the CPU in one copy.
+Sums are fp64. All is of a sample: every k-th block of 16, k coprime to their number, so that no channel is left out;
+but of raw tensors amax and the values that are not finite are those of the whole tensor (columns that are transformed:
+amax after, values that are not finite before). So kurtosis may miss an outlier that amax shows. Numbers stay tensors
+until `fetch`, which moves all of them to the CPU in one copy.
 """
 
 from __future__ import annotations
@@ -24,18 +27,28 @@ BINS = 64
 LOG2_FIRST = -48  # the first bin of log2_histogram; the last one is 15
 
 
-def stats(v: Tensor, valid: Tensor | None = None, histograms: bool = True) -> dict[str, Any]:
-    """Statistics of v, any shape; with `valid` of the elements where it is True."""
+def stats(
+    v: Tensor, valid: Tensor | None = None, histograms: bool = True, whole: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Any]:
+    """Statistics of v, any shape; with `valid` of the elements where it is True.
+
+    Args:
+        whole: (amax, values that are not finite) of the tensor that v is a sample of; an amax that is not finite itself
+            gives way to v's.
+    """
     v = (v if valid is None else v[valid]).double().flatten()
     finite = v.isfinite()
     held = torch.where(finite, v, 0.0)
     count = finite.sum()
     amax = held.abs().amax() if v.numel() else held.sum()
+    nonfinite = v.numel() - count
+    if whole is not None:
+        amax, nonfinite = torch.where(whole[0].isfinite(), whole[0].double(), amax), whole[1]
     unit = torch.where(amax > 0, amax, 1.0)
     mean, central2, central4 = _central(held / unit, finite, count)
     out: dict[str, Any] = {
         "count": v.numel(),
-        "nonfinite": v.numel() - count,
+        "nonfinite": nonfinite,
         "mean": mean * unit,
         "std": central2.sqrt() * unit,
         "kurtosis": central4 / central2.square() - 3,
@@ -62,7 +75,7 @@ def operand(blocks: Blocks) -> dict[str, Any]:
     """What the record says of one quantized operand: raw, codes, dequantized, and how they compare."""
     codes = formats.decode_e2m1(blocks.codes)
     out: dict[str, Any] = {
-        "raw": stats(blocks.raw, blocks.valid),
+        "raw": stats(blocks.raw, blocks.valid, whole=blocks.whole),
         "codes": stats(codes, blocks.valid, histograms=False),
         "dequantized": stats(blocks.values, blocks.valid, histograms=False),
         "scales": _scales(blocks.scale),

@@ -153,3 +153,27 @@ def test_counts_without_atomic_additions_are_histcs(bins: int, low: float, high:
     found = histogram_by_comparison(v, bins, low, high)
     assert float(found.sum()) == len(inside)
     assert (found - torch.histc(v[~v.isnan()], bins, low, high)).abs().max() <= 1  # a value on an edge
+
+
+@pytest.mark.parametrize("recipe", [NO_SR, nv.NVFP4BlockScaling(tensor_scale="delayed"), None], ids=str)
+def test_outliers_and_broken_values_outside_of_the_sample_are_seen(recipe: Any) -> None:
+    """amax and the values that are not finite are of the whole operand; the sample here is one value in eight."""
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(32, 32, 3, padding=1), values((4, 32, 16, 16))
+    sample = nn.Sequential(model)
+    sink = Keep()
+    watch = telemetry.attach(sample, every=1, sinks=[sink], max_elements=4096)
+    for step, outlier in enumerate((1000.0, float("nan"))):
+        x[1, 5, 7, 9] = outlier
+        with watch.step(step), nv.nvfp4_autocast(recipe, enabled=recipe is not None):
+            sample(x.requires_grad_()).square().mean().backward()
+        x = x.detach()
+    spiked, broken = (record["0"]["tensors"] for record in sink.layers)
+    assert spiked["input"]["raw"]["amax"] == 1000 and spiked["input"]["raw"]["nonfinite"] == 0
+    assert spiked["input"]["raw"]["count"] < x.numel() / 4
+    assert sum(spiked["input"]["raw"]["histogram"]) == spiked["input"]["raw"]["count"]
+    assert broken["input"]["raw"]["nonfinite"] == 1 and 3 < broken["input"]["raw"]["amax"] < 6
+    assert broken["grad_output"]["raw"]["nonfinite"] >= 9 * 32, "the outputs that read it, in every channel"
+    if recipe is not None:
+        assert 240 < spiked["input_column"]["raw"]["amax"] < 270, "a sixteenth of its square, rotated"
+        assert broken["input_column"]["raw"]["nonfinite"] == 1 and broken["input_column"]["raw"]["amax"] > 0

@@ -226,6 +226,21 @@ def test_tensorboard_values_are_read_back(tmp_path):
     assert histogram.num == sum(records()[0]["layers"]["conv"]["tensors"]["weight"]["raw"]["histogram"])
 
 
+def test_a_tensorboard_run_that_goes_on_shows_each_step_once(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra [telemetry]")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, purge_step in ((0, None), (2, 2)):  # stopped after step 3; goes on from a checkpoint before step 2
+        sink = TensorBoard(tmp_path, purge_step)
+        sink.start(header("nvfp4", ["conv"]))
+        for step in range(first, 4):
+            sink.scalars(step, {"train/loss": float(step)})
+        sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
+
+
 def test_without_tensorboard_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
