@@ -39,6 +39,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1x1, stride": (lambda: nn.Conv2d(20, 32, 1, stride=2), (2, 20, 7, 7)),
     "1x1": (lambda: nn.Conv2d(16, 16, 1), (2, 16, 3, 3)),
 }
+PADDED = [{"padding_mode": mode, "padding": 1} for mode in ("reflect", "replicate", "circular")]
 
 
 def run(path: Path, x: Tensor, form: str) -> np.ndarray:
@@ -82,6 +83,19 @@ def test_each_layer(case: str, form: str, tmp_path: Path) -> None:
         assert row.name == "0" and row.precision == ("fp32" if unquantized else "nvfp4")
         wanted = {"portable": "computed"}.get(form, "nvfp4") if activations == "nvfp4" and not unquantized else "high"
         assert row.activations == wanted or case == "1-D, circular"
+
+
+@pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
+@pytest.mark.parametrize("padding", [*PADDED, {"padding": 1}, {"padding": "same"}], ids=str)
+def test_row_scales_of_a_padded_1x1_convolution(padding: dict[str, Any], form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 1, **padding))
+    become(model[0], quantize_layer(model[0], ROW), ROW)
+    x = values((3, 32, 6, 6), seed=1) * (2 * values((3, 1, 6, 6), seed=2)).exp()
+    made = to_onnx(model, x, tmp_path / "m.onnx", form)
+    model[0].set_mode(activations="high" if made.high else "nvfp4")
+    assert bool(made.high) == (form == "matmul" and padding == {"padding": 1})
+    assert difference(run(made.files[0], x, form), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
