@@ -22,6 +22,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 MOST_STEPS = 1e8
+MOST_TIMES = 1000  # that a pattern asks for; more never fit a name, and are tried all the same
 CLASSES = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5}  # axes of the weight
 FILES = (("hf_quant_config.json", "quantization"), ("config.json", "quantization_config"))
 MIXED = ("mixed_precision", "mixed-precision")
@@ -163,7 +164,7 @@ def _log_steps(tree: Any, length: int) -> float:
         if name.endswith("_REPEAT"):
             least, most, part = value
             inner, most = _log_steps(part, length), max(least, min(most, length))
-            total += math.log(1 + most) + most * inner
+            total += math.inf if least > MOST_TIMES else math.log(1 + most) + most * inner
         elif name == "BRANCH":
             total += math.log(len(value[1])) + max(_log_steps(branch, length) for branch in value[1])
         else:
