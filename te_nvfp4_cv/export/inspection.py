@@ -5,15 +5,13 @@
     Row.problems   every reason why the claim does not hold
 
 A layer is NVFP4 if its codes are two to a byte, each 16 along the contracted index share one E4M3 scale, no scale is
-NaN and the tensor scale is a finite fp32. Read by names: te_nvfp4_cv's and ModelOpt's (weight, weight_scale,
-weight_scale_2) and compressed-tensors' (weight_packed, weight_scale, weight_global_scale). Nothing is executed.
+NaN and the tensor scale is a finite fp32 above 0 (or 0, of codes that are 0). Read by names: te_nvfp4_cv's and
+ModelOpt's (weight, weight_scale, weight_scale_2) and compressed-tensors' (weight_packed, weight_scale,
+weight_global_scale). A tensor scale claims NVFP4, and so do packed codes with E4M3 scales. Nothing is executed.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, read
+from te_nvfp4_cv.export.inspection_config import Config, is_embedding, read_config
 from te_nvfp4_cv.plan import weight_plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
@@ -37,6 +36,7 @@ DTYPES = {
     torch.int8: "int8",
     torch.uint8: "uint8",
 }
+E4M3 = torch.float8_e4m3fn
 CODES = ("weight", "weight_packed")
 GLOBAL = ("weight_scale_2", "weight_global_scale")
 
@@ -50,6 +50,7 @@ class Row:
         count: values; bytes: of codes and scales, or of the plain weight.
         axis: what the blocks of 16 run along, in words; scales: smallest and largest block scale, as stored.
         activations: of an ONNX graph, how the layer's input is quantized.
+        notes: what is worth knowing and breaks no claim.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Row:
     scales: tuple[float, float] | None = None
     activations: str = ""
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def bits(self) -> float:
@@ -116,6 +118,7 @@ class Report:
         for line, row in zip(cells, [None, *self.rows], strict=True):
             lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
             lines += [f"    PROBLEM: {problem}" for problem in (row.problems if row else ())]
+            lines += [f"    note: {note}" for note in (row.notes if row else ())]
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
         nvfp4 = [row for row in self.rows if row.precision == "nvfp4"]
         size, packed = sum(row.bytes for row in self.rows), sum(row.bytes for row in nvfp4)
@@ -162,19 +165,21 @@ def inspect_safetensors(path: Path) -> Report:
             problems.append(str(error).splitlines()[1].strip().removeprefix("got:").strip())
         lost = [name for name in opened.manifest.layers if not _of_layer(opened.tensors, name)]
         problems += [f"layer {name!r} of the manifest has no tensors" for name in lost]
+        config = Config()
     else:
         origin = "another tool"
-    config = _config(opened, path)
+        config = read_config(opened.config, path.parent)
     rows = [_row(opened, name, config) for name in _layers(opened)]
-    return Report(str(path), origin, rows, problems)
+    return Report(str(path), origin, rows, problems + config.problems)
 
 
 def _layers(opened: Artifact) -> list[str]:
-    """Names of what has a weight with two axes or more, in the file's order."""
+    """Names of what has a weight with two axes or more, or anything else of an NVFP4 layer, in the file's order."""
     names: dict[str, None] = {}
     for name, tensor in opened.tensors.items():
         prefix, _, last = name.rpartition(".")
-        if last == "weight_packed" or (last == "weight" and tensor.dim() >= 2):
+        packed = last == "weight_packed" or last in GLOBAL or (last == "weight_scale" and tensor.dtype == E4M3)
+        if packed or (last == "weight" and (tensor.dim() >= 2 or tensor.dtype == torch.uint8)):
             names[prefix] = None
     return list(names)
 
@@ -185,75 +190,62 @@ def _of_layer(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key: tensors[prefix + key] for key in keys if prefix + key in tensors}
 
 
-def _config(opened: Artifact, path: Path) -> dict[str, Any]:
-    """The quantization config of the file, or of the files that other tools put beside it."""
-    if opened.config:
-        return opened.config
-    for name, key in (("hf_quant_config.json", "quantization"), ("config.json", "quantization_config")):
-        beside = path.parent / name
-        if beside.is_file():
-            try:
-                found = json.loads(beside.read_text(encoding="utf-8")).get(key)
-            except (ValueError, OSError, AttributeError, RecursionError):
-                continue
-            if isinstance(found, dict):
-                return found
-    return {}
-
-
-def _claims_nvfp4(name: str, config: Mapping[str, Any]) -> bool:
-    text = json.dumps(config).lower()
-    if "nvfp4" not in text:
-        return False
-    ignored = [str(p) for key in ("ignore", "exclude_modules") for p in config.get(key) or []]
-    return not any(_matches(name, pattern) for pattern in ignored)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a name is one that other tools' configs leave out: a module above it, a wildcard, or "re:" and a regular
-    expression.
-    """
-    if pattern.startswith("re:"):
-        try:
-            return len(pattern) < 200 and re.match(pattern[3:], name) is not None
-        except re.error:
-            return False
-    return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
-
-
-def _row(opened: Artifact, name: str, config: Mapping[str, Any]) -> Row:
+def _row(opened: Artifact, name: str, config: Config) -> Row:
     parts = _of_layer(opened.tensors, name)
     entry = opened.manifest.layers.get(name) if opened.manifest is not None else None
-    codes = next(parts[key] for key in CODES if key in parts)
-    named = any(key in parts for key in GLOBAL) or "weight_packed" in parts
-    if entry is None and not named:
-        claimed = "nvfp4" if opened.manifest is None and _claims_nvfp4(name, config) else ""
-        row = _plain_row(name, codes, parts.get("weight_scale"), claimed)
-        if claimed == "nvfp4":
-            row.problems.append(f"the config says NVFP4, the weight is {row.precision}")
-        return row
+    codes = next((parts[key] for key in CODES if key in parts), None)
+    said = config.algorithm_of(name, 2 if codes is None else codes.dim())
+    if codes is not None and entry is None and not _claims_nvfp4(parts, codes, said):
+        return _plain_row(name, codes, parts.get("weight_scale"), "nvfp4" in said)
     kind = "layer" if entry is None else entry.op
-    rows, columns = codes.shape[0], codes.shape[-1] * 2
-    count = codes.numel() * 2 if entry is None else torch.Size(entry.shape).numel()
+    shape = () if codes is None else tuple(codes.shape)
+    shape = (shape[0], 2 * shape[1]) if len(shape) == 2 else shape
+    count = torch.Size(shape if entry is None else entry.shape).numel()
     size = sum(t.numel() * t.element_size() for t in parts.values())
-    row = Row(name, kind, "nvfp4", "nvfp4", (rows, columns), count, size)
-    row.problems = _problems(parts, codes, entry)
+    row = Row(name, kind, "nvfp4", "nvfp4", shape, count, size)
+    row.problems = ["its weight is missing"] if codes is None else _problems(parts, codes, entry)
     row.axis = _axis(entry, codes)
     scale = parts.get("weight_scale")
-    if scale is not None and scale.dtype == torch.float8_e4m3fn and scale.numel():
+    if scale is not None and scale.dtype == E4M3 and scale.numel():
         values = scale.float().abs()
         row.scales = (float(values.nan_to_num(0).min()), float(values.nan_to_num(0).max()))
     if row.problems:
-        row.precision = DTYPES.get(codes.dtype, str(codes.dtype).removeprefix("torch."))
+        row.precision = "nothing" if codes is None else _dtype(codes)
     return row
 
 
-def _plain_row(name: str, weight: Tensor, scale: Tensor | None, claimed: str) -> Row:
+def _claims_nvfp4(parts: Mapping[str, Tensor], codes: Tensor, said: str) -> bool:
+    """Whether another tool's tensors are, by their names and types, those of an NVFP4 layer.
+
+    Args:
+        said: the algorithm that the file's config has for the layer, or "".
+    """
+    scale = parts.get("weight_scale")
+    packed = codes.dtype == torch.uint8
+    return (
+        "weight_global_scale" in parts
+        or ("weight_scale_2" in parts and (not said or "nvfp4" in said))  # others have one too, as W4A8_AWQ
+        or ("nvfp4" in said and (packed or "weight_packed" in parts))
+        or (packed and scale is not None and scale.dtype == E4M3)
+    )
+
+
+def _plain_row(name: str, weight: Tensor, scale: Tensor | None, said_nvfp4: bool) -> Row:
     kind = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(weight.dim(), f"{weight.dim()}-D weight")
     size = weight.numel() * weight.element_size()
     size += 0 if scale is None else scale.numel() * scale.element_size()
-    precision = DTYPES.get(weight.dtype, str(weight.dtype).removeprefix("torch."))
-    return Row(name, kind, claimed or precision, precision, tuple(weight.shape), weight.numel(), size)
+    precision = _dtype(weight)
+    row = Row(name, kind, precision, precision, tuple(weight.shape), weight.numel(), size)
+    if said_nvfp4 and weight.dim() == 2 and is_embedding(name):
+        row.notes.append("the config says NVFP4 and does not leave it out; by its name it is an embedding")
+    elif said_nvfp4:
+        row.claimed = "nvfp4"
+        row.problems.append(f"the config says NVFP4, the weight is {precision}")
+    return row
+
+
+def _dtype(tensor: Tensor) -> str:
+    return DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
 def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | None) -> list[str]:
@@ -261,18 +253,22 @@ def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | No
     found = []
     scale, tensor_scale = parts.get("weight_scale"), next((parts[key] for key in GLOBAL if key in parts), None)
     if codes.dtype != torch.uint8:
-        found.append(f"its codes are {DTYPES.get(codes.dtype, codes.dtype)}, not packed uint8")
+        found.append(f"its codes are {_dtype(codes)}, not packed uint8")
     if codes.dim() != 2:
         found.append(f"its codes have {codes.dim()} axes, not the 2 of a GEMM's matrix")
+    elif not codes.numel():
+        found.append("it has no codes")
+    elif codes.shape[1] % 8:
+        found.append(f"a row has {2 * codes.shape[1]} values, which is no whole number of blocks of 16")
     if scale is None:
         found.append("it has no block scales")
     else:
-        if scale.dtype != torch.float8_e4m3fn:
-            found.append(f"its block scales are {DTYPES.get(scale.dtype, scale.dtype)}, not E4M3")
+        if scale.dtype != E4M3:
+            found.append(f"its block scales are {_dtype(scale)}, not E4M3")
         if codes.dim() == 2 and tuple(scale.shape) != (codes.shape[0], codes.shape[1] // 8):
             per = codes.numel() * 2 / max(scale.numel(), 1)
             found.append(f"{per:g} values share a block scale along the last axis, not 16")
-        if scale.dtype == torch.float8_e4m3fn:
+        if scale.dtype == E4M3:
             nan = int(((scale.contiguous().view(torch.uint8) & 0x7F) == 0x7F).sum())
             found += [f"{nan} of its block scales are NaN"] if nan else []
             negative = int((scale.float() < 0).sum())
@@ -280,14 +276,18 @@ def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | No
     if tensor_scale is None:
         found.append("it has no tensor scale")
     elif tensor_scale.dtype != torch.float32 or tensor_scale.numel() != 1:
-        found.append(
-            f"its tensor scale is {DTYPES.get(tensor_scale.dtype, tensor_scale.dtype)} {tuple(tensor_scale.shape)}"
-        )
+        found.append(f"its tensor scale is {_dtype(tensor_scale)} {tuple(tensor_scale.shape)}")
     elif not bool(torch.isfinite(tensor_scale).all()) or bool((tensor_scale < 0).any()):
         found.append(f"its tensor scale is {float(tensor_scale)}")
+    elif not bool(tensor_scale.any()) and ("weight_global_scale" in parts or _nonzero(codes)):
+        found.append("its tensor scale is 0, its codes are not")
     if entry is not None:
         found += _against_entry(codes, entry)
     return found
+
+
+def _nonzero(codes: Tensor) -> bool:
+    return codes.dtype == torch.uint8 and bool((codes & 0x77).any())  # -0 is 0
 
 
 def _against_entry(codes: Tensor, entry: LayerEntry) -> list[str]:
@@ -302,7 +302,7 @@ def _against_entry(codes: Tensor, entry: LayerEntry) -> list[str]:
     return []
 
 
-def _axis(entry: LayerEntry | None, codes: Tensor) -> str:
+def _axis(entry: LayerEntry | None, codes: Tensor | None) -> str:
     if entry is None:
-        return "the last axis" if codes.dim() == 2 else ""
+        return "the last axis" if codes is not None and codes.dim() == 2 else ""
     return "in-features" if entry.op == "linear" else "in-channels, tap by tap"

@@ -171,10 +171,13 @@ def _to_e2m1(g: Nodes, v: str) -> str:
 
 
 def as_matmul(layer: InferenceLayer) -> bool:
-    """Whether a layer is a matrix product of pixels: linear, or 1x1 without groups and padding."""
+    """Whether a layer is a matrix product of pixels: linear, or 1x1 without groups and padding by zeros (other padding
+    is there before x is quantized).
+    """
     g = layer.plan.geometry
     padding: Any = getattr(layer, "padding", 0)
-    padded = any(padding) if isinstance(padding, tuple) else padding not in (0, "valid", "same")
+    zeros = getattr(layer, "padding_mode", "zeros") == "zeros"
+    padded = zeros and (any(padding) if isinstance(padding, tuple) else padding not in (0, "valid", "same"))
     return isinstance(layer, nn.Linear) or (not g.transposed and g.taps == 1 and g.groups == 1 and not padded)
 
 

@@ -13,9 +13,8 @@ torch.onnx exports the model with a node in the place of each InferenceLayer; th
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
+import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import check_module, runtime_error, value_error
+from te_nvfp4_cv.checks import check_module, describe, runtime_error, type_error, value_error
+from te_nvfp4_cv.export import onnx_file
 from te_nvfp4_cv.export.folding import put
-from te_nvfp4_cv.export.inspection_onnx import CLAIMS
-from te_nvfp4_cv.export.modules import InferenceLayer
-from te_nvfp4_cv.files import write_atomically
+from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer
 
 FORMS = ("qdq", "matmul", "portable")
 OPSET = 23
 DOMAIN = "te_nvfp4_cv"
-EXTERNAL_BYTES = 1_500_000_000  # a protobuf file holds less than 2 GB
+CONSTANTS = (bool, int, float, str, type(None))  # arguments that become part of the graph
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What `to_onnx` wrote: its files, the layers in NVFP4, and those of the model that are not, with the reason."""
+    """What `to_onnx` wrote: its files, the layers in NVFP4, and the model's other convolutions and linear layers, with
+    the reason.
+    """
 
     files: tuple[Path, ...]
     quantized: tuple[str, ...]
@@ -102,13 +102,15 @@ def to_onnx(
 
     Args:
         model: of nv.export.load or nv.export.quantize; its layers' `activations` say whether x is quantized.
-        example_input: a tensor, or a tuple of them, as the model takes them; every first axis is the batch.
+        example_input: a tensor, or a tuple of them, as the model takes them; every first axis is the batch. Of any
+            floating dtype: the file takes fp32.
         form: "qdq", "matmul" or "portable", see the top of this file.
         dynamic_batch: the batch axis is free.
         external_data: weights in PATH.DIGEST.data; None: where they do not fit into one file.
     Raises:
-        TypeError, ValueError: no inference layer in the model, another form, an operator that ONNX has no form for,
-            with its module; RuntimeError: the file cannot be written, packages are missing.
+        TypeError, ValueError: no inference layer in the model, another form, another example; an operator that ONNX
+            has no form for, or a branch on values of tensors, with its module; a model for one batch size alone.
+        RuntimeError: the file cannot be written, packages are missing.
     """
     check_module("nv.export.to_onnx", model, "nv.export.to_onnx(model, example_input, path)")
     if form not in FORMS:
@@ -118,20 +120,60 @@ def to_onnx(
     _need_packages()
     from te_nvfp4_cv.export.onnx_nodes import as_matmul
 
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, InferenceLayer)}
+    args = _arguments(example_input, dynamic_batch)
+    traced = _unwrapped(copy.deepcopy(model)).eval().float().requires_grad_(False)
+    found = {name: module for name, module in traced.named_modules() if isinstance(module, InferenceLayer)}
     _check_layers(found)
-    high = {}
+    high = {name: "the model holds it in high precision" for name in _names_of_layers(traced) if name not in found}
     if form == "matmul":
-        high = {name: "no matrix product of pixels" for name, layer in found.items() if not as_matmul(layer)}
-    proto = _export(model, found, args, form, dynamic_batch, input_names, output_names)
+        high |= {name: "no matrix product of pixels" for name, layer in found.items() if not as_matmul(layer)}
+    proto, called = _export(traced, found, args, form, dynamic_batch, input_names, output_names)
+    high |= {name: "not in the file: eval mode does not call it" for name in found if name not in called}
     quantized = tuple(name for name in found if name not in high)
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = CLAIMS, json.dumps(quantized)
+    onnx_file.seal(proto, quantized)
     target = Path(path)
     target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
-    files = _write(proto, target, external_data)
-    return OnnxFile(files, quantized, high)
+    return OnnxFile(onnx_file.write(proto, target, external_data), quantized, high)
+
+
+def _arguments(example: Any, dynamic_batch: bool) -> tuple[Any, ...]:
+    """The example as the arguments of a model in fp32."""
+    args = example if isinstance(example, tuple) else (example,)
+    needs = "a tensor whose first axis is the batch, or a tuple of them"
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if not tensors or not all(isinstance(x, (Tensor, *CONSTANTS)) for x in args):
+        raise type_error(
+            "nv.export.to_onnx: the example is no tensor.",
+            got=f"({', '.join(map(describe, args))})" if isinstance(example, tuple) else describe(example),
+            needs=needs,
+            fix="wrap a model that takes lists or dicts in a module that takes tensors",
+        )
+    if dynamic_batch and not all(x.dim() for x in tensors):
+        raise value_error(
+            "nv.export.to_onnx: the example has no batch axis.",
+            got=", ".join(map(describe, args)),
+            needs=needs,
+            fix="give numbers the shape [batch], or pass dynamic_batch=False",
+        )
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What is in torch.compile's wrapper; those inside of it are taken off in place."""
+    while True:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        name = next((name for name, module in modules.items() if hasattr(module, "_orig_mod")), None)
+        if name is None:
+            return model
+        inner: Any = modules[name]._orig_mod
+        if name:
+            put(model, name, inner)
+        else:
+            model = inner
+
+
+def _names_of_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, tuple(CLASSES))]
 
 
 def _need_packages() -> None:
@@ -167,16 +209,16 @@ def _check_layers(found: dict[str, InferenceLayer]) -> None:
 
 
 def _export(
-    model: nn.Module,
+    traced: nn.Module,
     found: dict[str, InferenceLayer],
     args: tuple[Any, ...],
     form: str,
     dynamic_batch: bool,
     input_names: tuple[str, ...],
     output_names: tuple[str, ...],
-) -> Any:
-    traced = copy.deepcopy(model).eval().float().requires_grad_(False)
-    layers = [traced.get_submodule(name) for name in found]
+) -> tuple[Any, set[str]]:
+    """The model as ONNX, and the names of the layers that are in it; `traced` is used up."""
+    layers = list(found.values())
     for index, (name, layer) in enumerate(zip(found, layers, strict=True)):
         if name:
             for shared in [n for n, m in traced.named_modules(remove_duplicate=False) if m is layer]:
@@ -189,7 +231,7 @@ def _export(
     shapes = tuple({0: batch} if isinstance(x, Tensor) else None for x in args) if dynamic_batch else None
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
-        program = torch.export.export(traced, args, dynamic_shapes=shapes)
+        program = _trace(traced, args, shapes)
         try:
             exported = torch.onnx.export(
                 program,
@@ -203,6 +245,24 @@ def _export(
             raise _unknown_operator(program, error) from error
     assert exported is not None
     return _expand(exported.model_proto, list(found), layers, form)
+
+
+def _trace(traced: nn.Module, args: tuple[Any, ...], shapes: Any) -> Any:
+    try:
+        return torch.export.export(traced, args, dynamic_shapes=shapes)
+    except ValueError:  # of a stand-in, or of the model about its input
+        raise
+    except Exception as error:  # whatever a model's forward raises
+        names = {id(module): name for name, module in traced.named_modules()}
+        running = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        place = next((names[module] or "the model itself" for module in reversed(running) if module in names), None)
+        raise value_error(
+            "nv.export.to_onnx: torch.export cannot trace the model.",
+            got=" ".join(f"{type(error).__name__}: {error}".split())[:300]
+            + ("" if place is None else f"; in the module {place!r}"),
+            needs="an example that fits the model, no branch on values of tensors, and sizes that follow the batch",
+            fix="torch.where for a branch; dynamic_batch=False for a model of one batch size",
+        ) from error
 
 
 def _unknown_operator(program: Any, error: Exception) -> ValueError:
@@ -236,8 +296,8 @@ def _unknown_operator(program: Any, error: Exception) -> ValueError:
     )
 
 
-def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> Any:
-    """Put each layer's nodes in the place of its stand-in."""
+def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> tuple[Any, set[str]]:
+    """Put each layer's nodes in the place of its stand-in; the names of these layers, too."""
     from te_nvfp4_cv.export.onnx_nodes import Nodes, build
 
     graph = proto.graph
@@ -269,7 +329,7 @@ def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> Any:
         proto.functions.remove(function)
     for opset in [o for o in proto.opset_import if o.domain == DOMAIN]:
         proto.opset_import.remove(opset)
-    return proto
+    return proto, {names[index] for index in calls}
 
 
 def _rank(graph: Any, name: str, layer: Any) -> int:
@@ -279,36 +339,3 @@ def _rank(graph: Any, name: str, layer: Any) -> int:
         if value.name == name:
             return len(value.type.tensor_type.shape.dim)
     raise RuntimeError(f"nv.export.to_onnx: the exporter gave no shape for {name}")
-
-
-def _write(proto: Any, path: Path, external: bool | None) -> tuple[Path, ...]:
-    import onnx
-
-    if external is None:
-        external = sum(len(t.raw_data) for t in proto.graph.initializer) > EXTERNAL_BYTES
-    if not external:
-        onnx.checker.check_model(proto, full_check=True)
-        write_atomically(path, proto.SerializeToString())
-        return (path,)
-    content = bytearray()
-    for tensor in proto.graph.initializer:
-        if len(tensor.raw_data) < 1024:
-            continue
-        content += b"\0" * (-len(content) % 4096)
-        offset, raw = len(content), tensor.raw_data
-        content += raw
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.extend(
-            onnx.StringStringEntryProto(key=key, value=str(value))
-            for key, value in (("offset", offset), ("length", len(raw)))
-        )
-    tag = hashlib.sha256(content).hexdigest()[:8]
-    beside = path.with_name(f"{path.name}.{tag}.data")
-    for tensor in proto.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            tensor.external_data.append(onnx.StringStringEntryProto(key="location", value=beside.name))
-    write_atomically(beside, bytes(content))
-    write_atomically(path, proto.SerializeToString())
-    onnx.checker.check_model(str(path))
-    return (path, beside)

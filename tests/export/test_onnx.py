@@ -1,4 +1,4 @@
-"""nv.export.to_onnx: the model's outputs again, by onnx.reference and onnxruntime; and what the verifier sees in it."""
+"""nv.export.to_onnx: the model's outputs again, by onnx.reference and onnxruntime; and what it refuses."""
 
 import copy
 from collections.abc import Callable
@@ -39,6 +39,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1x1, stride": (lambda: nn.Conv2d(20, 32, 1, stride=2), (2, 20, 7, 7)),
     "1x1": (lambda: nn.Conv2d(16, 16, 1), (2, 16, 3, 3)),
 }
+PADDED = [{"padding_mode": mode, "padding": 1} for mode in ("reflect", "replicate", "circular")]
 
 
 def run(path: Path, x: Tensor, form: str) -> np.ndarray:
@@ -85,6 +86,19 @@ def test_each_layer(case: str, form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
+@pytest.mark.parametrize("padding", [*PADDED, {"padding": 1}, {"padding": "same"}], ids=str)
+def test_row_scales_of_a_padded_1x1_convolution(padding: dict[str, Any], form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 1, **padding))
+    become(model[0], quantize_layer(model[0], ROW), ROW)
+    x = values((3, 32, 6, 6), seed=1) * (2 * values((3, 1, 6, 6), seed=2)).exp()
+    made = to_onnx(model, x, tmp_path / "m.onnx", form)
+    model[0].set_mode(activations="high" if made.high else "nvfp4")
+    assert bool(made.high) == (form == "matmul" and padding == {"padding": 1})
+    assert difference(run(made.files[0], x, form), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
 def test_a_network_with_any_batch(form: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Net().eval()
@@ -93,7 +107,8 @@ def test_a_network_with_any_batch(form: str, tmp_path: Path) -> None:
     x = values((1, 3, 8, 8), seed=5)  # one image, and still any batch
     made = nv.export.to_onnx(loaded, x, tmp_path / "net.onnx", form=form)
     assert made.quantized == (("head",) if form == "matmul" else ("body.1", "body.4", "up", "head"))
-    assert set(made.high) == ({"body.1", "body.4", "up"} if form == "matmul" else set())
+    assert set(made.high) == ({"stem", "body.1", "body.4", "up"} if form == "matmul" else {"stem"})
+    assert "  stem: high precision: the model holds it in high precision" in str(made)
     for batch in (1, 3):
         x = values((batch, 3, 8, 8), seed=batch)
         assert difference(run(made.files[0], x, form), loaded(x)) < 1e-5
@@ -132,19 +147,58 @@ def test_a_shared_layer_is_written_once(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) and names.count("0.weight") == 1
 
 
-def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
-    layer = nn.Conv2d(16, 16, 1)
-    become(layer, quantize_layer(layer, RECIPE), RECIPE)
-    x = values((2, 16, 3, 3))
-    assert difference(run(to_onnx(layer, x, tmp_path / "m.onnx").files[0], x, "qdq"), layer(x)) < 1e-3
+@pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
+def test_a_model_that_is_one_layer(form: str, tmp_path: Path) -> None:
+    for layer, shape in ((nn.Conv2d(16, 16, 1), (2, 16, 3, 3)), (nn.Linear(32, 16), (4, 32))):
+        become(layer, quantize_layer(layer, RECIPE), RECIPE)
+        x = values(shape)
+        made = to_onnx(layer, x, tmp_path / "m.onnx", form)
+        assert difference(run(made.files[0], x, form), layer(x)) < 1e-3
+        report = verify.verify(made.files[0])
+        assert made.quantized == ("",) and report.sound, report
+        assert [(row.name, row.precision) for row in report.rows] == [("", "nvfp4")]
 
 
-def test_a_half_precision_model_is_exported_in_fp32(tmp_path: Path) -> None:
+class Auxiliary(nn.Module):
+    """A head that training alone calls, as GoogLeNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aux = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.body(x), self.aux(x)) if self.training else self.body(x)
+
+
+def test_a_layer_that_is_not_called_is_not_claimed(tmp_path: Path) -> None:
+    model = Auxiliary().eval()
+    for layer in (model.body, model.aux):
+        become(layer, quantize_layer(layer, RECIPE), RECIPE)
+    made = to_onnx(model, values((2, 16, 3, 3)), tmp_path / "m.onnx")
+    assert made.quantized == ("body",) and made.high == {"aux": "not in the file: eval mode does not call it"}
+    assert verify.main([str(made.files[0])]) == 0
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_half_precision_model_is_exported_in_fp32(dtype: torch.dtype, external: bool, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).bfloat16()
     become(model[1], quantize_layer(model[1], RECIPE), RECIPE).set_mode(activations="high")
     x = values((2, 3, 8, 8))
-    made = to_onnx(model, x, tmp_path / "m.onnx")
+    made = to_onnx(model, x.to(dtype), tmp_path / "m.onnx", external_data=external)
     assert difference(run(made.files[0], x, "qdq"), model.float()(x)) < 1e-5
+    onnx.checker.check_model(str(made.files[0]), full_check=True)
+    assert verify.main([str(made.files[0])]) == 0
+
+
+def test_a_compiled_model_is_exported_as_what_it_wraps(tmp_path: Path) -> None:
+    model = inference_linear(torch.compile(inference_linear(), backend="eager"))
+    x = values((4, 16))
+    expected = model(x)
+    made = to_onnx(torch.compile(model, backend="eager"), x, tmp_path / "m.onnx")
+    assert made.quantized == ("0", "1.0") and verify.main([str(made.files[0])]) == 0
+    assert difference(run(made.files[0], x, "qdq"), expected) < 1e-3
+    assert hasattr(model[1], "_orig_mod")  # the user's own is as it was
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -165,6 +219,63 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path: Path) -> None:
     model = inference_linear(nn.ReLU(), nn.Sequential(Exotic()))
     with pytest.raises(ValueError, match=r"_linalg_svd[\s\S]*in the module '2.0'"):
         to_onnx(model, values((4, 16)), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class OneBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(4, -1)
+
+
+def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
+    x = values((4, 16))
+    with pytest.raises(
+        ValueError, match=r"cannot trace[\s\S]*data-dependent[\s\S]*in the module '1.0'[\s\S]*torch.where"
+    ):
+        to_onnx(inference_linear(nn.Sequential(Branch())), x, tmp_path / "m.onnx")
+    one_batch = inference_linear(OneBatch())
+    with pytest.raises(ValueError, match=r"Constraints violated[\s\S]*dynamic_batch=False"):
+        to_onnx(one_batch, x, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"RuntimeError[\s\S]*in the module '0'"):
+        to_onnx(inference_linear(), values((4, 8)), tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="TypeError: too many positional arguments"):
+        to_onnx(inference_linear(), (x, x), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+    made = to_onnx(one_batch, x, tmp_path / "m.onnx", dynamic_batch=False)
+    assert difference(run(made.files[0], x, "qdq"), one_batch(x)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "example",
+    [[values((4, 16))], {"x": values((4, 16))}, None, (), ([values((4, 16))],)],
+    ids=["list", "dict", "None", "empty", "list in a tuple"],
+)
+def test_an_example_that_is_no_tensor_is_refused(example: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"the example is no tensor[\s\S]*or a tuple of them"):
+        to_onnx(inference_linear(), example, tmp_path / "m.onnx")
+
+
+def test_an_example_without_a_batch_axis_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no batch axis"):
+        to_onnx(inference_linear(), torch.tensor(1.0), tmp_path / "m.onnx")
+
+
+class Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_graph_that_is_no_valid_onnx_is_not_written(external: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(Half(), nn.Linear(64, 64, bias=False))
+    become(model[1], quantize_layer(model[1], RECIPE), RECIPE)
+    with pytest.raises(ValueError, match=r"no valid ONNX[\s\S]*casts to half precision"):
+        to_onnx(model, values((4, 64)), tmp_path / "m.onnx", external_data=external)
     assert not list(tmp_path.iterdir())
 
 
@@ -203,67 +314,44 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
-# ---- the verifier ---------------------------------------------------------------------------------------------------
+def names_in(folder: Path) -> set[str]:
+    return {found.name for found in folder.iterdir()}
 
 
-def changed(path: Path, change: Callable[[Any], object]) -> Path:
-    proto = onnx.load(str(path))
-    change({tensor.name: tensor for tensor in proto.graph.initializer} | {"": proto})
-    onnx.save(proto, str(path))
-    return path
+def invalid(_: Any) -> None:
+    raise ValueError("invalid")
 
 
-def blocks_along_rows(parts: dict[str, Any]) -> None:
-    """The matrix product takes the transpose of the dequantized weight: blocks now run along output channels."""
-    nodes = parts[""].graph.node
-    transpose = next(n for n in nodes if n.op_type == "Transpose")
-    transpose.attribute[0].ints[:] = [0, 1]
+def full_for(path: Path) -> Callable[..., None]:
+    def write(target: Path, content: Any) -> None:
+        if target == path:
+            raise RuntimeError("No space left on device")
+        target.write_bytes(content)
+
+    return write
 
 
-def nan_scale(parts: dict[str, Any]) -> None:
-    raw = bytearray(parts["0.weight_scale"].raw_data)
-    raw[0] = 0x7F
-    parts["0.weight_scale"].raw_data = bytes(raw)
-
-
-def constant_folded(parts: dict[str, Any]) -> None:
-    """An optimizer has computed the weight: fp32 under the name of an NVFP4 layer."""
-    proto = parts[""]
-    product = next(n for n in proto.graph.node if n.op_type == "MatMul")
-    weight = onnx.numpy_helper.from_array(np.zeros((16, 16), np.float32), "0.weight_folded")
-    proto.graph.initializer.append(weight)
-    product.input[1] = weight.name
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (blocks_along_rows, "do not run along the contracted index"),
-        (nan_scale, "1 of its block scales are NaN"),
-        (constant_folded, "named as NVFP4, its weight is fp32"),
-    ],
-)
-def test_a_graph_that_pretends(change: Callable[[Any], object], told: str, tmp_path: Path) -> None:
-    path = to_onnx(inference_linear(), values((4, 16)), tmp_path / "m.onnx").files[0]
-    assert verify.main([str(path)]) == 0
-    report = verify.verify(changed(path, change))
-    assert not report.sound and told in str(report) and report.rows[0].precision != "nvfp4"
-    assert verify.main([str(path)]) == 1
-
-
-def test_a_layer_that_is_gone_is_a_problem(tmp_path: Path) -> None:
-    path = to_onnx(inference_linear(nn.Linear(16, 16)), values((4, 16)), tmp_path / "m.onnx").files[0]
-
-    def rename(parts: dict[str, Any]) -> None:
-        parts[""].metadata_props[-1].value = '["0", "7"]'
-
-    assert "'7' is named as NVFP4 and is not in the graph" in verify.verify(changed(path, rename)).problems[0]
-
-
-def test_damaged_onnx_files(tmp_path: Path) -> None:
-    path = to_onnx(inference_linear(), values((4, 16)), tmp_path / "m.onnx").files[0]
-    whole = path.read_bytes()
-    for content in (b"", b"text", whole[: len(whole) // 2]):
-        path.write_bytes(content)
-        assert verify.main([str(path)]) == 1
-    assert verify.main([str(tmp_path / "none.onnx")]) == 2
+def test_external_data_of_the_old_file_live_as_long_as_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, path = values((2, 64)), tmp_path / "m.onnx"
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        layer = nn.Linear(64, 64)
+        become(layer, quantize_layer(layer, RECIPE), RECIPE)
+        models.append(nn.Sequential(layer))
+    (tmp_path / "m.onnx.notes.data").write_text("another's")
+    first = to_onnx(models[0], x, path, external_data=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("te_nvfp4_cv.export.onnx_file._check", invalid)
+        with pytest.raises(ValueError, match="invalid"):
+            to_onnx(models[1], x, path, external_data=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("te_nvfp4_cv.export.onnx_file.write_atomically", full_for(path))
+        with pytest.raises(RuntimeError, match="No space"):
+            to_onnx(models[1], x, path, external_data=True)
+    assert names_in(tmp_path) == {"m.onnx", first.files[1].name, "m.onnx.notes.data"} and verify.verify(path).sound
+    second = to_onnx(models[1], x, path, external_data=True)
+    assert names_in(tmp_path) == {"m.onnx", second.files[1].name, "m.onnx.notes.data"} and verify.verify(path).sound
+    assert first.files[1] != second.files[1]
+    to_onnx(models[1], x, path)
+    assert names_in(tmp_path) == {"m.onnx", "m.onnx.notes.data"} and verify.verify(path).sound

@@ -124,6 +124,26 @@ PRETENDERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
         lambda t: t.update({"a.weight_scale": (-torch.ones(32, 4)).to(FP8)}),
         "128 of its block scales",
     ),
+    "no weight": (lambda t: t.pop("a.weight"), "its weight is missing"),
+    "codes in one row": (lambda t: t.update({"a.weight": t["a.weight"].flatten()}), "its codes have 1 axes"),
+    "codes without axes": (
+        lambda t: [t.pop("a.weight"), t.update({"a.weight_packed": torch.zeros((), dtype=torch.uint8)})],
+        "its codes have 0 axes",
+    ),
+    "half a block without a scale": (
+        lambda t: t.update({"a.weight": torch.cat([t["a.weight"], t["a.weight"][:, :4]], 1)}),
+        "a row has 72 values, which is no whole number of blocks of 16",
+    ),
+    "rows below a block": (
+        lambda t: t.update({"a.weight": t["a.weight"][:, :7], "a.weight_scale": torch.zeros(32, 0).to(FP8)}),
+        "a row has 14 values",
+    ),
+    "no codes": (
+        lambda t: t.update({"a.weight": t["a.weight"][:, :0], "a.weight_scale": torch.zeros(32, 0).to(FP8)}),
+        "it has no codes",
+    ),
+    "no tensor scale": (lambda t: t.pop("a.weight_scale_2"), "it has no tensor scale"),
+    "a tensor scale of zero": (lambda t: t.update({"a.weight_scale_2": torch.tensor(0.0)}), "scale is 0, its codes"),
     "no scales": (lambda t: t.pop("a.weight_scale"), "no block scales"),
     "an infinite tensor scale": (lambda t: t.update({"a.weight_scale_2": torch.tensor(math.inf)}), "scale is inf"),
     "a bf16 tensor scale": (lambda t: t.update({"a.weight_scale_2": t["a.weight_scale_2"].bfloat16()}), "bf16"),
@@ -144,14 +164,21 @@ PRETENDERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", PRETENDERS, ids=str)
+BY_CONFIG = ("a plain weight", "FP8 under an NVFP4 config")
+
+
+@pytest.mark.parametrize(
+    ("case", "config"), [(c, b) for c in PRETENDERS for b in (True, False) if b or c not in BY_CONFIG]
+)
 def test_pretenders(
-    case: str, foreign: Callable[[dict[str, Tensor]], Path], capsys: pytest.CaptureFixture[str]
+    case: str, config: bool, foreign: Callable[[dict[str, Tensor]], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = modelopt()
     change, told = PRETENDERS[case]
     change(tensors)
     path = foreign(tensors)
+    if not config:
+        (path.parent / "config.json").unlink()
     (row,) = [row for row in verify.verify(path).rows if row.name == "a"]
     assert row.claimed == "nvfp4" and row.precision != "nvfp4" and any(told in problem for problem in row.problems)
     assert verify.main([str(path)]) == 1

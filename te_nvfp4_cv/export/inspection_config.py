@@ -1,0 +1,179 @@
+"""What the quantization configs of other tools say of a layer. They are data from elsewhere, and nothing is trusted.
+
+    ModelOpt             quant_algo, quantized_layers {name: {quant_algo}} of mixed precision, exclude_modules
+    compressed-tensors   format, config_groups {group: {targets, format, weights}}, ignore
+
+A layer is one of NVFP4 if the algorithm or format that applies to it is called so. Targets and exclusions are names
+(or those of modules above), wildcards, classes of torch, or "re:" and a regular expression. An expression that could
+take more than MOST_STEPS for a name is not run, and is a problem of the file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from re import _parser  # type: ignore[attr-defined]
+from typing import Any
+
+MOST_STEPS = 1e8
+MOST_TIMES = 1000  # that a pattern asks for; more never fit a name, and are tried all the same
+CLASSES = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5}  # axes of the weight
+FILES = (("hf_quant_config.json", "quantization"), ("config.json", "quantization_config"))
+MIXED = ("mixed_precision", "mixed-precision")
+_parsed = functools.lru_cache(_parser.parse)
+EMBEDDING = re.compile(r"(.*\.)?(\w*embed\w*|wte|wpe)", re.IGNORECASE)
+
+
+@dataclass
+class Config:
+    """A quantization config, as far as it can be read.
+
+    Attributes:
+        algorithm: of all layers; layers: of single ones; groups: (algorithm, targets) that it holds for.
+        ignored: patterns of layers that are left out; problems: what cannot be read.
+    """
+
+    algorithm: str = ""
+    layers: dict[str, str] = field(default_factory=dict)
+    groups: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
+
+    def algorithm_of(self, name: str, axes: int) -> str:
+        """The algorithm or format that applies to a layer, in small letters; "" for none.
+
+        Args:
+            axes: of its weight.
+        """
+        if any(self._selects(pattern, name, axes) for pattern in self.ignored):
+            return ""
+        if self.layers:
+            fitting = (a for pattern, a in self.layers.items() if self._selects(pattern, name, axes))
+            return self.layers.get(name) or next(fitting, "")
+        if self.groups:
+            fitting = (a for a, targets in self.groups if any(self._selects(t, name, axes) for t in targets))
+            return next(fitting, "")
+        return self.algorithm
+
+    def _selects(self, pattern: str, name: str, axes: int) -> bool:
+        if pattern.startswith("re:"):
+            return self._matches(pattern, name)
+        if pattern in CLASSES:
+            return CLASSES[pattern] == axes
+        return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+    def _matches(self, pattern: str, name: str) -> bool:
+        """Whether a regular expression fits the start of a name; a problem where it cannot or must not be run."""
+        problem = ""
+        try:
+            if _log_steps(_parsed(pattern[3:]), len(name)) <= math.log(MOST_STEPS):
+                return re.match(pattern[3:], name) is not None
+            problem = "could take too long to match"
+        except (re.error, RecursionError, OverflowError) as error:
+            problem = f"cannot be read: {error}"
+        text = f"the pattern {pattern[:80]!r} of its config {problem}"
+        self.problems += [] if text in self.problems else [text]
+        return False
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a layer is an embedding by its name: other tools leave those as they are, and do not say so."""
+    return EMBEDDING.fullmatch(name) is not None
+
+
+def read_config(own: Mapping[str, Any], folder: Path) -> Config:
+    """The config in a file's metadata, or that of the files which other tools put beside it."""
+    if own:
+        return _parse(own)
+    for name, key in FILES:
+        if not (folder / name).is_file():
+            continue
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            return Config(problems=[f"{name} beside it cannot be read: {type(error).__name__}"])
+        found = content.get(key) if isinstance(content, dict) else None
+        if found is not None:
+            return _parse(found) if isinstance(found, dict) else Config(problems=[f"{key} of {name} is no table"])
+    return Config()
+
+
+def _parse(raw: Mapping[str, Any]) -> Config:
+    config = Config()
+    texts = [raw.get(key) for key in ("quant_algo", "format")]
+    config.problems += [f"its config: {text!r:.80} is no algorithm" for text in texts if not _is(str, text)]
+    config.algorithm = next((text.lower() for text in texts if text and isinstance(text, str)), "")
+    ignored: list[str] = []
+    for key in ("ignore", "exclude_modules"):
+        ignored += _names(config, key, raw.get(key))
+    config.ignored = tuple(ignored)
+    for key in ("quantized_layers", "config_groups"):
+        table = raw.get(key)
+        if not _is(dict, table) or not all(isinstance(part, dict) for part in (table or {}).values()):
+            config.problems.append(f"its config: {key} is {table!r:.80}, not a table of tables")
+            continue
+        for name, part in (table or {}).items():
+            if key == "quantized_layers":
+                config.layers[name] = str(part.get("quant_algo", "")).lower()
+            else:
+                targets = part.get("targets")
+                targets = ["*"] if targets is None else _names(config, f"{key}.{name}.targets", targets)
+                config.groups.append((_of_group(part, config.algorithm), tuple(targets)))
+    return config
+
+
+def _of_group(group: Mapping[str, Any], algorithm: str) -> str:
+    """The algorithm of a group: its own format, that of the whole config, or what its numbers are."""
+    own = group.get("format")
+    if isinstance(own, str):
+        return own.lower()
+    if algorithm and algorithm not in MIXED:
+        return algorithm
+    numbers = group.get("weights")
+    if not isinstance(numbers, dict):
+        return ""
+    told = [numbers.get(key) for key in ("num_bits", "type", "group_size")]
+    return "nvfp4" if told == [4, "float", 16] else "another"
+
+
+def _names(config: Config, key: str, value: Any) -> list[str]:
+    """A list of names, or a problem."""
+    if value is None:
+        return []
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return value
+    config.problems.append(f"its config: {key} is {value!r:.80}, not a list of names")
+    return []
+
+
+def _is(kind: type, value: Any) -> bool:
+    return value is None or isinstance(value, kind)
+
+
+def _log_steps(tree: Any, length: int) -> float:
+    """Logarithm of a bound of the ways in which a regular expression can fit a text of that length."""
+    total = 0.0
+    for kind, value in tree:
+        name = str(kind)
+        if name.endswith("_REPEAT"):
+            least, most, part = value
+            inner, most = _log_steps(part, length), max(least, min(most, length))
+            total += math.inf if least > MOST_TIMES else math.log(1 + most) + most * inner
+        elif name == "BRANCH":
+            total += math.log(len(value[1])) + max(_log_steps(branch, length) for branch in value[1])
+        else:
+            total += sum(_log_steps(part, length) for part in _parts(value))
+    return total
+
+
+def _parts(value: Any) -> list[Any]:
+    """The expressions inside of one part of an expression."""
+    if isinstance(value, _parser.SubPattern):
+        return [value]
+    return [inner for one in value for inner in _parts(one)] if isinstance(value, (tuple, list)) else []

@@ -1,0 +1,98 @@
+"""An ONNX graph as the verifier reads it: what a weight is computed from, without running it.
+
+Values that are known before the first input arrives are initializers and the outputs of Constant nodes, alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model's nodes by output, and its constants by name."""
+
+    onnx: Any
+    producers: Mapping[str, Any]
+    constants: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, onnx: Any, model: Any) -> Graph:
+        """That of a model whose external data are loaded."""
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        producers: dict[str, Any] = {}
+        for node in model.graph.node:
+            value = _constant(onnx, node)
+            if value is not None:
+                constants[value.name] = value
+            else:
+                producers |= dict.fromkeys(node.output, node)
+        return cls(onnx, producers, constants)
+
+    def cone(self, name: str) -> list[Any] | None:
+        """The nodes that compute a value from constants alone, inputs first; None where it depends on an input."""
+        order: list[Any] = []
+        done: set[str] = set()
+        stack = [(name, False)]
+        while stack:
+            value, expanded = stack.pop()
+            if value in self.constants or not value or (value in done and not expanded):
+                continue
+            node = self.producers.get(value)
+            if node is None:
+                return None
+            if expanded:
+                order.append(node)
+                continue
+            done.update(node.output)
+            stack.append((value, True))
+            stack += [(source, False) for source in node.input]
+        return order
+
+    def sources(self, cone: list[Any] | None, name: str) -> list[str]:
+        """The constants that a value is computed from."""
+        if cone is None:
+            return []
+        if not cone:
+            return [name] if name in self.constants else []
+        return list(dict.fromkeys(i for node in cone for i in node.input if i in self.constants))
+
+    def array(self, name: str) -> np.ndarray:
+        """The values of a constant, those below 16 bits in ml_dtypes' types."""
+        return self.onnx.numpy_helper.to_array(self.constants[name])
+
+    def type_of(self, name: str) -> str:
+        """ONNX's word for a constant's type: "FLOAT", "FLOAT8E4M3FN", ..."""
+        return str(self.onnx.TensorProto.DataType.Name(self.constants[name].data_type))
+
+    def size(self, name: str) -> int:
+        """How many values a constant has."""
+        return int(np.prod(self.constants[name].dims, dtype=np.int64))
+
+    def bytes(self, name: str) -> int:
+        """What a constant's values take."""
+        kind = self.constants[name].data_type
+        if self.type_of(name) in ("FLOAT4E2M1", "INT4", "UINT4"):
+            return -(-self.size(name) // 2)
+        return self.size(name) * int(self.onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
+
+
+def _constant(onnx: Any, node: Any) -> Any | None:
+    """The value of a Constant node under the name of its output."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or not node.output:
+        return None
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            tensor = onnx.TensorProto()
+            tensor.CopyFrom(attribute.t)
+            tensor.name = node.output[0]
+            return tensor
+        kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+        if attribute.name in kinds:
+            values = np.asarray(onnx.helper.get_attribute_value(attribute), dtype=kinds[attribute.name])
+            return onnx.numpy_helper.from_array(values, node.output[0])
+    return None
