@@ -162,7 +162,7 @@ def layer(
     """y of one layer; arguments as `run`, the geometry as ConvGeometry.to_ints(), the recipe as its key."""
     plan = Plan(ConvGeometry.from_ints(shape), recipe_of_key(recipe), backend, dtype, channels_last)
     g = plan.geometry
-    if not x.numel():
+    if not g.batch:
         return layouts.like_image_first(x, g.y_shape, x.shape, channels_last)
     w_q = as_faces(data, scale, amax, plan)
     x_last = layouts.image_last(x, g.x_shape)

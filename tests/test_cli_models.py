@@ -196,10 +196,18 @@ def test_no_file_is_replaced_unasked(
         assert "is what is read" in capsys.readouterr().err
         arguments[2] = model[2]  # the same weights in another file
         assert cli.main([command, *arguments]) == 2
-        assert "the file exists" in capsys.readouterr().err
+        assert "exists; name a new one" in capsys.readouterr().err
         assert out.read_bytes() == before
         assert cli.main([command, *arguments, "--force"]) == 0
         out.write_bytes(before)
+    index = str(tmp_path / "net.safetensors.index.json")
+    assert cli.main(["export", *own, "--out", index, "--force"]) == 2  # it would be written to net.safetensors
+    assert "is what is read" in capsys.readouterr().err and out.read_bytes() == before
+    nv.export.save(Net(), tmp_path / "big", shard_bytes=4000)
+    shards = sorted(tmp_path.glob("big*"))
+    assert len(shards) > 2
+    assert cli.main(["export", *model, "--out", str(tmp_path / "big.safetensors")]) == 2
+    assert "exists" in capsys.readouterr().err and sorted(tmp_path.glob("big*")) == shards
     packed = [model[0], *SIZE, "--packed", str(out), "--out", str(tmp_path / "x.onnx")]
     assert cli.main(["export", *packed, "--recipe", "unet"]) == 2
     assert "do not go together" in capsys.readouterr().err

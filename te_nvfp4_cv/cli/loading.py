@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,20 @@ def new_file(path: Path, suffix: str, force: bool, *others: Path | None) -> Path
         FileExistsError: it is there, and not to be replaced; ValueError: it is one of the others.
     """
     target = path if path.name.endswith((suffix, ".safetensors.index.json")) else path.with_name(path.name + suffix)
+    written = [target]  # what may be replaced or removed
+    if suffix == ".safetensors":
+        base = target.with_name(target.name.removesuffix(".index.json").removesuffix(suffix))
+        written = [base.with_name(base.name + ending) for ending in (suffix, ".safetensors.index.json")]
+        written += base.parent.glob(f"{glob.escape(base.name)}-*-of-*{suffix}") if base.parent.is_dir() else []
+    there = [file for file in written if file.exists()]
     for other in others:
-        if other is not None and other.exists() and target.exists() and other.samefile(target):
+        read = [] if other is None else [file for file in there if other.exists() and other.samefile(file)]
+        if read:
             raise value_error(
                 f"--out {target} is what is read.", got=str(other), needs="another file", fix="give --out another name"
             )
-    if target.exists() and not force:
-        raise FileExistsError(f"--out {target}: the file exists; name a new one, or give --force")
+    if there and not force:
+        raise FileExistsError(f"--out {target}: the file {there[0]} exists; name a new one, or give --force")
     return target
 
 

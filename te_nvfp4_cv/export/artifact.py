@@ -144,6 +144,7 @@ def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
         and type(entry.recipe) is int
         and 0 <= entry.recipe < recipes
         and type(entry.tiles) is type(entry.channels_last) is bool
+        and (not entry.channels_last or len(entry.shape) in (4, 5))
         and type(entry.call) is dict
         and all(type(a) is float and math.isfinite(a) and a >= 0 for a in (entry.amax, *_given(entry.input_amax)))
     )
@@ -183,7 +184,7 @@ def write(
     """
     from safetensors.torch import save
 
-    base = base_of(path)
+    base = base_of(path.resolve() if path.is_symlink() else path)  # shards lie beside the file, not the link
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     sums = {name: digest(t) for name, t in tensors.items()}
     manifest = Manifest(**{**vars(manifest), "sha256": sums})

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from te_nvfp4_cv import calls
-from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.checks import value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.modules import op_of
 from te_nvfp4_cv.ops import layouts
@@ -93,19 +93,8 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
 
 
 def input_of(batch: Any, device: str | torch.device | None) -> Any:
-    """The model's input in one batch of a loader.
-
-    Raises:
-        TypeError: a batch of another kind.
-    """
+    """The model's input in one batch of a loader: its first element, or all of it; tensors in it are moved."""
     x = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-    if not isinstance(x, (Tensor, list, tuple)):
-        raise type_error(
-            "nv.export.quantize: a calibration batch is not understood.",
-            got=describe(batch),
-            needs="tensors, or tuples and lists whose first element is the model's input",
-            fix="(batch['image'] for ...) collected in a list",
-        )
     return x if device is None else tree_map_only(Tensor, lambda t: t.to(device), x)
 
 

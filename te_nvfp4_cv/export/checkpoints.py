@@ -23,7 +23,7 @@ from te_nvfp4_cv.checks import check_module, runtime_error, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import LayerEntry, Manifest
 from te_nvfp4_cv.export.fit import call_of, check_fit, codes_of, entry_plan, is_plain_layer, plain_names
-from te_nvfp4_cv.export.folding import FoldedNorm, put
+from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms, put
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
 from te_nvfp4_cv.modules import op_of, with_recipes
 from te_nvfp4_cv.ops import layouts
@@ -96,7 +96,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
         plain += 4 * torch.Size(entry.shape).numel()
         tensors |= made
         entries[name] = entry
-    folded = {plain_name(name): m.layer for name, m in model.named_modules() if isinstance(m, FoldedNorm)}
+    folded = folded_norms(model, plain_name)
     manifest = Manifest(__version__, resolved.to_toml(), tuple(recipes), entries, high, folded)
     config = {
         "quant_method": "modelopt",
@@ -268,7 +268,7 @@ def load(
         own = device if layer_module.weight.is_meta else layer_module.weight.device
         if layer_module.bias is None:
             layer_module.bias = nn.Parameter(torch.empty_like(opened.tensors[f"{name}.bias"], device=own))
-        put(model, full[norm], FoldedNorm(name))
+        put(model, full[norm], FoldedNorm(layer_module))
     for name, module in layers.items():
         entry, w = manifest.layers[name], cast(Tensor, module.weight)
         layer = become(module, codes[name], recipes[entry.recipe], backend)

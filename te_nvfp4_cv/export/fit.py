@@ -11,8 +11,8 @@ from te_nvfp4_cv.checks import value_error
 from te_nvfp4_cv.export import artifact, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
 from te_nvfp4_cv.export.folding import NORMS
-from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer
-from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module
+from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, per_axis
+from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.plan import Plan, weight_plan
 from te_nvfp4_cv.policy import plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
@@ -21,8 +21,8 @@ CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")
 
 
 def is_plain_layer(module: nn.Module) -> bool:
-    """Whether a layer's forward is torch's own: its class is, or one of modules.py."""
-    return type(module) in NVFP4_CLASSES or isinstance(module, NVFP4Module)
+    """Whether a layer's forward is torch's own: its class is, or one of modules.py, and no subclass."""
+    return type(module) in NVFP4_CLASSES or type(module) in NVFP4_CLASSES.values()
 
 
 def plain_names(where: str, model: nn.Module) -> dict[str, str]:
@@ -41,12 +41,20 @@ def plain_names(where: str, model: nn.Module) -> dict[str, str]:
 
 
 def call_of(module: nn.Module) -> dict[str, Any]:
-    """How a layer is called, for the manifest: {} for a linear one."""
+    """How a layer is called, for the manifest; {} of a linear one. "same" and "valid" are numbers where they can be."""
     found: dict[str, Any] = {}
     for name in CALL:
         value: Any = getattr(module, name, None)
-        if value is not None:
-            found[name] = value if isinstance(value, str) else [int(n) for n in value]
+        if isinstance(value, (int, tuple, list)):
+            found[name] = list(per_axis(module, value))
+        elif value is not None:
+            found[name] = value
+    if found.get("padding") == "valid":
+        found["padding"] = [0] * len(found["dilation"])
+    elif found.get("padding") == "same":
+        kernel: Any = module.kernel_size
+        totals = [d * (k - 1) for d, k in zip(found["dilation"], kernel, strict=True)]
+        found["padding"] = "same" if any(total % 2 for total in totals) else [total // 2 for total in totals]
     return found
 
 
@@ -71,7 +79,7 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
             needs="a model whose buffers outside of the state_dict have values",
             fix="build it on the CPU",
         )
-    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    modules: dict[str, Any] = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     state = {plain_name(name): value for name, value in model.state_dict().items()}
     expected: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in opened.tensors.items()}
     missing, shapes = [], []
@@ -81,7 +89,7 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
             if expected.pop(prefix + key, None) is None and key != "input_scale":
                 raise damaged_layer(opened, name, f"{prefix + key} is missing")
         expected[f"{prefix}weight"] = entry.shape
-        module: Any = modules.get(name)
+        module = modules.get(name)
         if module is None:
             continue
         kind = next((ours.op for plain, ours in NVFP4_CLASSES.items() if isinstance(module, plain)), None)
@@ -119,7 +127,8 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
     for norm, name in manifest.folded.items():
         layer = modules.get(name)
         foldable = isinstance(modules[norm], NORMS) and isinstance(layer, tuple(CLASSES))
-        if not foldable or f"{name}.bias" not in opened.tensors:
+        bias = opened.tensors.get(f"{name}.bias")
+        if not foldable or bias is None or tuple(bias.shape) != (modules[norm].num_features,):
             raise artifact.damaged(opened.source, f"{norm!r} is said to be folded into {name!r}")
     return {name: modules[name] for name in manifest.layers}
 

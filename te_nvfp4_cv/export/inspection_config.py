@@ -45,17 +45,31 @@ class Config:
     ignored: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
 
+    @functools.cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(p for p in self.ignored if not _is_pattern(p))
+
+    @functools.cached_property
+    def _patterns(self) -> list[str]:
+        return [p for p in self.ignored if _is_pattern(p)]
+
+    @functools.cached_property
+    def _layer_patterns(self) -> list[str]:
+        return [p for p in self.layers if _is_pattern(p)]
+
     def algorithm_of(self, name: str, axes: int) -> str:
         """The algorithm or format that applies to a layer, in small letters; "" for none.
 
         Args:
             axes: of its weight.
         """
-        if any(self._selects(pattern, name, axes) for pattern in self.ignored):
+        above = _above(name)
+        if not above.isdisjoint(self._names) or any(self._selects(p, name, axes) for p in self._patterns):
             return ""
         if self.layers:
-            fitting = (a for pattern, a in self.layers.items() if self._selects(pattern, name, axes))
-            return self.layers.get(name) or next(fitting, "")
+            plain = next((self.layers[n] for n in sorted(above, key=len, reverse=True) if n in self.layers), "")
+            fitting = (self.layers[p] for p in self._layer_patterns if self._selects(p, name, axes))
+            return plain or next(fitting, "")
         if self.groups:
             fitting = (a for a, targets in self.groups if any(self._selects(t, name, axes) for t in targets))
             return next(fitting, "")
@@ -80,6 +94,16 @@ class Config:
         text = f"the pattern {pattern[:80]!r} of its config {problem}"
         self.problems += [] if text in self.problems else [text]
         return False
+
+
+def _is_pattern(text: str) -> bool:
+    return text in CLASSES or text.startswith("re:") or any(mark in text for mark in "*?[")
+
+
+def _above(name: str) -> frozenset[str]:
+    """A layer's name and those of the modules above it."""
+    parts = name.split(".")
+    return frozenset(".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
 def is_embedding(name: str) -> bool:
@@ -158,18 +182,19 @@ def _is(kind: type, value: Any) -> bool:
 
 def _log_steps(tree: Any, length: int) -> float:
     """Logarithm of a bound of the ways in which a regular expression can fit a text of that length."""
-    total = 0.0
+    total, free, repeats = 0.0, 0.0, 0
     for kind, value in tree:
         name = str(kind)
         if name.endswith("_REPEAT"):
             least, most, part = value
             inner, most = _log_steps(part, length), max(least, min(most, length))
-            total += math.inf if least > MOST_TIMES else math.log(1 + most) + most * inner
+            total += math.inf if least > MOST_TIMES else most * inner
+            free, repeats = free + math.log(1 + most), repeats + 1
         elif name == "BRANCH":
             total += math.log(len(value[1])) + max(_log_steps(branch, length) for branch in value[1])
         else:
             total += sum(_log_steps(part, length) for part in _parts(value))
-    return total
+    return total + min(free, math.log(math.comb(length + repeats, repeats)))  # repeats in a row share the text
 
 
 def _parts(value: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from te_nvfp4_cv.checks import message, runtime_error, value_error
 from te_nvfp4_cv.export import onnx_blocks, onnx_file
@@ -123,6 +124,8 @@ def _row(graph: Graph, node: Any, claims: list[str]) -> Row | None:
     size = sum(graph.bytes(s) for s in (*codes, *scales)) + 4
     row = Row(name, kind, claimed, "nvfp4", shape, count, size, "uint8, looked up" if packed else "")
     row.activations = _activations(graph, node.input[0], packed)
+    beside = [s for s in stored if graph.type_of(s) in NAMES and s not in scales and not _is_table(graph, s)]
+    row.problems += [f"its weight is made of {NAMES[graph.type_of(s)]} values, too: {s}" for s in beside]
     if len(scales) != 1:
         row.problems.append(f"it has {len(scales)} arrays of E4M3 scales, not one")
     else:
@@ -141,15 +144,14 @@ def _is_code(graph: Graph, name: str, cone: list[Any]) -> bool:
     for node in cone:
         table = node.input[0] if node.op_type == "Gather" else ""
         if table in graph.constants and graph.size(table) == 16:
-            return bool(np.array_equal(graph.array(table).ravel(), decode_e2m1_values()))
+            return _is_table(graph, table)
     return False
 
 
-def decode_e2m1_values() -> np.ndarray:
-    """The 16 values in the order of their codes."""
-    import torch
-
-    return decode_e2m1(torch.arange(16)).numpy()
+def _is_table(graph: Graph, name: str) -> bool:
+    """Whether a constant holds the 16 values of E2M1 in the order of their codes."""
+    values = decode_e2m1(torch.arange(16)).numpy()
+    return graph.size(name) == 16 and bool(np.array_equal(graph.array(name).ravel(), values))
 
 
 def _name(node: Any, stored: list[str], claims: list[str]) -> str:

@@ -276,6 +276,12 @@ CLASSES: dict[type[nn.Module], type[InferenceLayer]] = {
 globals().update({made.__name__: made for made in CLASSES.values()})
 
 
+def per_axis(module: Any, value: Any) -> tuple[int, ...]:
+    """A convolution's stride or padding as one number per axis; it may have been set to a single one."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return tuple(int(n) for n in (values * len(module.kernel_size) if len(values) == 1 else values))
+
+
 def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: str = "auto") -> InferenceLayer:
     """Turn a torch layer, or one of modules.py, into an InferenceLayer, in place: its class and its weight change.
 
@@ -290,6 +296,9 @@ def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: 
     module.__class__ = CLASSES[plain]
     layer: Any = module
     static = codes.input_amax is not None
+    for name in ("stride", "padding", "dilation", "output_padding"):
+        if isinstance(getattr(layer, name, None), int):
+            setattr(layer, name, per_axis(layer, getattr(layer, name)))
     layer.weight_shape, layer.channels_last = weight_shape, channels_last
     layer.recipe, layer.backend = forward_recipe(recipe, is_transposed(module), static), backend
     layer.quantize_x, layer.unpacked = True, None

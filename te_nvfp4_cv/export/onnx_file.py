@@ -85,6 +85,7 @@ def write(proto: Any, path: Path, external: bool | None) -> tuple[Path, ...]:
     Raises:
         ValueError: not a valid model; RuntimeError: a file cannot be written. What was there before is untouched.
     """
+    path = path.resolve() if path.is_symlink() else path  # data lie beside the file, not the link
     if external is None:
         external = sum(len(t.raw_data) for t in proto.graph.initializer) > EXTERNAL_BYTES
     content = _move_out(proto, path.name) if external else bytearray()

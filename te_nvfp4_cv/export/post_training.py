@@ -122,7 +122,7 @@ def quantize(
         layer.set_mode(weights, activations)
     if reestimate_bn:
         _reestimate(net, _First(loader, batches), device)
-    return net.requires_grad_(False)
+    return net.eval().requires_grad_(False)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -152,8 +152,8 @@ def _reestimate(net: nn.Module, loader: Iterable[Any], device: str | torch.devic
         return
     seen: set[nn.Module] = set()
 
-    def before(norm: Any, args: tuple[Any, ...]) -> None:
-        x = args[0]
+    def before(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Any = args[0] if args else kwargs.get("input", kwargs.get("z"))  # nn.BatchNorm's word, BatchNormAct's
         if x.numel() <= x.shape[1]:  # one value per channel has no variance
             return
         if norm not in seen:
@@ -165,7 +165,7 @@ def _reestimate(net: nn.Module, loader: Iterable[Any], device: str | torch.devic
         norm.training = False
 
     momenta = [(norm, norm.momentum) for norm in norms]
-    hooks = [norm.register_forward_pre_hook(before) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(before, with_kwargs=True) for norm in norms]
     hooks += [norm.register_forward_hook(after) for norm in norms]
     try:
         for norm in norms:

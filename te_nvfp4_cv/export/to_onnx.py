@@ -117,6 +117,11 @@ def to_onnx(
         raise value_error(
             "nv.export.to_onnx: unknown form.", got=repr(form), needs=", ".join(map(repr, FORMS)), fix="form='qdq'"
         )
+    target = Path(path)
+    if not target.name:
+        raise value_error(
+            "nv.export.to_onnx: the path names no file.", got=repr(str(path)), needs="a file", fix="model.onnx"
+        )
     _need_packages()
     from te_nvfp4_cv.export.onnx_nodes import as_matmul
 
@@ -131,7 +136,6 @@ def to_onnx(
     high |= {name: "not in the file: eval mode does not call it" for name in found if name not in called}
     quantized = tuple(name for name in found if name not in high)
     onnx_file.seal(proto, quantized)
-    target = Path(path)
     target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
     return OnnxFile(onnx_file.write(proto, target, external_data), quantized, high)
 

@@ -142,6 +142,7 @@ def test_forged_manifests(whole: bytes, tmp_path: Path) -> None:
     refused(lambda f, t: f.update(folded={"1": "0"}), "'1' is said to be folded into '0'")
     refused(lambda f, t: f.update(folded={"": "0"}), "'' is said to be folded into '0'")
     refused(lambda f, t: f["layers"][first].update(tiles="yes"), "described as")
+    refused(lambda f, t: f["layers"][first].update(op="linear", shape=[32, 16], channels_last=True), "described as")
     refused(lambda f, t: f["layers"][first].update(input_amax=False), "described as")
     refused(lambda f, t: f["layers"][first].update(e4m3_max=256), "its scales reach 256")
     refused(lambda f, t: f["layers"][first].update(call={"stride": [3, 3]}), "stride [1, 1], in the file [3, 3]")

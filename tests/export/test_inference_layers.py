@@ -163,6 +163,23 @@ def test_no_images(activations: str) -> None:
         assert layer(torch.empty(shape)).shape == expected
 
 
+@pytest.mark.parametrize("activations", ["high", "nvfp4"])
+def test_images_without_pixels_are_an_error_as_in_torch(activations: str) -> None:
+    layer = made(nn.Conv2d(16, 32, 3, padding=2), RECIPE)
+    layer.set_mode(activations=activations)
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(torch.zeros(1, 16, 0, 5))
+
+
+def test_a_stride_may_be_one_number() -> None:
+    plain, x = nn.Conv2d(16, 32, 3, padding=1), values((2, 16, 7, 7))
+    plain.stride, plain.padding = 2, 1
+    with torch.no_grad(), nv.nvfp4_autocast(RECIPE):
+        expected = plain(x)
+    layer = made(plain, RECIPE)
+    assert same_bits(layer(x), expected) and layer.stride == (2, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_high_precision_is_that_of_the_input(dtype: torch.dtype) -> None:
     layer, x = made(nn.Conv2d(16, 16, 3), RECIPE), values((2, 16, 6, 6)).to(dtype)

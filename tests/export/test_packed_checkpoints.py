@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import files
 from te_nvfp4_cv.export import artifact
+from te_nvfp4_cv.export.folding import FoldedNorm
 from tests.helpers import same_bits, values
 from tests.networks import NO_2D, Net
 
@@ -182,16 +183,26 @@ def test_layers_of_another_kind_are_told(tmp_path: Path) -> None:
         def forward(self, input: Tensor) -> Tensor:
             return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
 
+    class Tenfold(nv.NVFP4Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 10 * super().forward(input)
+
+    own = Tenfold(16, 32, 3, padding="same")
+    assert "subclass" in nv.export.save(nn.Sequential(own), tmp_path / "own").high["0"]
     nv.export.save(nn.Sequential(nn.Conv2d(16, 32, 3, padding="same")), tmp_path / "a")
     for model, told in (
         (Standardized(16, 32, 3, padding="same"), "Standardized, a subclass of torch's layer"),
-        (nn.Conv2d(16, 32, 3), r"padding \[0, 0\], in the file same"),
+        (own, "Tenfold, a subclass of torch's layer"),
+        (nn.Conv2d(16, 32, 3), r"padding \[0, 0\], in the file \[1, 1\]"),
         (nn.Conv2d(16, 32, 3, padding="same", dilation=2, padding_mode="reflect"), r"dilation \[2, 2\], .*reflect"),
     ):
         net = nn.Sequential(model)
         with pytest.raises(ValueError, match=told):
             nv.export.load(tmp_path / "a", net)
         assert net[0] is model and type(model.weight) is nn.Parameter
+    same = nn.Conv2d(16, 32, 3, padding=1)
+    same.stride = 1
+    nv.export.load(tmp_path / "a", nn.Sequential(same))
 
 
 def test_norms_that_are_folded_load_into_a_wrapped_model(tmp_path: Path) -> None:
@@ -205,6 +216,39 @@ def test_norms_that_are_folded_load_into_a_wrapped_model(tmp_path: Path) -> None
     for model in (build(), nn.DataParallel(build())):
         loaded = nv.export.load(tmp_path / "a", model)
         assert same_bits(loaded(x), quantized(x))
+
+
+def test_a_quantized_network_is_saved_as_part_of_another(tmp_path: Path) -> None:
+    class Detector(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone, self.head = backbone, nn.Conv2d(32, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.backbone(x))
+
+    def backbone() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+
+    x = values((2, 16, 6, 6))
+    for wrap in (lambda model: model, nn.DataParallel):
+        net = Detector(nv.export.quantize(wrap(backbone()), [x])).eval()
+        nv.export.save(net, tmp_path / "a")
+        loaded = nv.export.load(tmp_path / "a", Detector(backbone()))
+        assert isinstance(loaded.backbone[1], FoldedNorm)
+        assert same_bits(loaded.backbone(x), net.backbone(x))
+    with pytest.raises(ValueError, match="folded into a layer outside of the model"):
+        nv.export.save(nn.Sequential(loaded.backbone[1], nn.Linear(16, 16)), tmp_path / "b")
+
+
+def test_shards_and_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "net.safetensors.index.json"
+    link.symlink_to(tmp_path / "real" / "other.safetensors.index.json")
+    saved = nv.export.save(trained(), link, RECIPE, 4000)
+    assert link.is_symlink() and {file.parent for file in saved.files} == {tmp_path / "real"}
+    nv.export.load(saved.files[0], Net())
 
 
 def test_names_that_only_a_wrappers_part_tells_apart_are_refused(tmp_path: Path) -> None:

@@ -187,6 +187,30 @@ def test_a_pattern_that_would_take_forever_is_a_problem(pattern: str, write: Wri
     assert told[0].endswith("of its config could take too long to match") and len(told) == 2
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*layers\.[0-9]+\..*experts\.[0-9]+\..*",
+        r"[\w.]*layers\.\d+\.\w+\.experts\.\d+\.\w+",
+        r".*\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj.*$",
+    ],
+)
+def test_usual_patterns_are_run(pattern: str, write: Write) -> None:
+    name = "model.language_model.layers.13.mlp.experts.127.down_proj"
+    assert not problems(write(plain(name, 32, 64), {"quant_algo": "NVFP4", "ignore": [f"re:{pattern}"]}))
+
+
+def test_long_lists_of_names_are_looked_up(write: Write) -> None:
+    layers = {f"model.layers.{n}.mlp": {"quant_algo": "NVFP4"} for n in range(40_000)}
+    tensors = packed("model.layers.7.mlp") | {
+        key: t for n in range(60) for key, t in plain(f"model.other.{n}", 4, 4).items()
+    }
+    path = write(tensors, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    start = time.monotonic()
+    assert not problems(path)
+    assert time.monotonic() - start < 10  # by trying each name as a wildcard: minutes
+
+
 @pytest.mark.parametrize("pattern", ["[", "(" * 5000, "a{99999999999999999999}"], ids=len)
 def test_a_pattern_that_cannot_be_read_is_a_problem(pattern: str, write: Write) -> None:
     told = problems(write(plain("a", 4, 4), {"quant_algo": "NVFP4", "ignore": [f"re:{pattern}"]}))

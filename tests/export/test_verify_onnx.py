@@ -51,6 +51,17 @@ def blocks_along_rows(parts: dict[str, Any]) -> None:
     transpose.attribute[0].ints[:] = [0, 1]
 
 
+def residual(parts: dict[str, Any]) -> None:
+    """The weight is the dequantized one plus a whole fp32 matrix."""
+    proto = parts[""]
+    product = next(n for n in proto.graph.node if n.op_type == "MatMul")
+    rest = np.full((16, 16), 0.01, dtype=np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(rest, "0.weight_rest"))
+    added = onnx.helper.make_node("Add", [product.input[1], "0.weight_rest"], ["0.weight_sum"])
+    proto.graph.node.insert(list(proto.graph.node).index(product), added)
+    product.input[1] = "0.weight_sum"
+
+
 def nan_scale(parts: dict[str, Any]) -> None:
     raw = bytearray(parts["0.weight_scale"].raw_data)
     raw[0] = 0x7F
@@ -81,6 +92,7 @@ PRETENDERS: list[tuple[Callable[[Any], object], str]] = [
     (tensor_scale(float("inf")), "its tensor scale is inf"),
     (tensor_scale(-1.0), "its tensor scale is -1.0"),
     (tensor_scale(0.0), "its tensor scale is 0, its codes are not"),
+    (residual, "its weight is made of fp32 values, too: 0.weight_rest"),
 ]
 
 
