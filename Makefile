@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
 	find te_nvfp4_cv tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -63,19 +63,19 @@ def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: run_folder(out, resume=False), range(8)))
-    assert sorted(found) == sorted([out, *(tmp_path / f"out_{n}" for n in range(2, 9))])
-    assert run_folder(out, resume=True) == out and json.loads((out / "run.json").read_text())["started"]
+    assert sorted(found) == sorted((folder, True) for folder in [out, *(tmp_path / f"out_{n}" for n in range(2, 9))])
+    assert run_folder(out, resume=True) == (out, False) and json.loads((out / "run.json").read_text())["started"]
 
 
 def test_a_folder_is_given_up_by_a_run_that_left_nothing(tmp_path: Path) -> None:
-    out = run_folder(tmp_path / "out", resume=False)
+    out, _ = run_folder(tmp_path / "out", resume=False)
     give_up(out)
-    assert run_folder(tmp_path / "out", resume=False) == out
+    assert run_folder(tmp_path / "out", resume=False) == (out, True)
     (out / "fp32").mkdir()
     (out / "fp32" / "telemetry.jsonl").touch()
     give_up(out)
     (out / "run.json").unlink()  # as a run of an earlier version left it
-    assert run_folder(tmp_path / "out", resume=False) == tmp_path / "out_2"
+    assert run_folder(tmp_path / "out", resume=False) == (tmp_path / "out_2", True)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--out cannot be made"):
         run_folder(tmp_path / "file", resume=False)
@@ -171,17 +171,51 @@ def test_a_checkpoint_beyond_the_epochs_is_refused(shapes: Path, tmp_path: Path)
     assert rows["nvfp4"] == json.loads(before)["nvfp4"]
 
 
-def test_other_images_are_refused_and_the_same_elsewhere_are_not(tmp_path: Path) -> None:
+def test_other_images_are_refused_and_the_same_elsewhere_are_not(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tracking, "_told", set())
     root = write_masks(tmp_path)
     call = ["--layout", "masks", "--out", str(tmp_path / "out"), *FP32, "--epochs", "1"]
     main(["--data", str(root), *call, "--steps", "1"])
     moved = root.rename(tmp_path / "moved")
     main(["--data", str(moved), *call, "--resume"])
-    image = moved / "train" / "images" / "0.jpg"
     rng = np.random.default_rng(7)
-    Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(image)  # the same name, another picture
-    with pytest.raises(ValueError, match=r"belongs to another run \(differing: data\)[\s\S]*5 images"):
+
+    def replace(number: int) -> None:  # the same name, another picture
+        image = moved / "train" / "images" / f"{number}.jpg"
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(image)
+
+    replace(0)  # one that was repaired
+    main(["--data", str(moved), *call, "--resume"])
+    assert "some images have another size on disk" in capsys.readouterr().out
+    for number in (1, 2, 3):
+        replace(number)
+    with pytest.raises(ValueError, match=r"belongs to another run \(differing: file sizes\)"):
         main(["--data", str(moved), *call, "--resume"])
+    (moved / "train" / "images" / "0.jpg").rename(moved / "train" / "images" / "9.jpg")
+    (moved / "train" / "labels" / "0.png").rename(moved / "train" / "labels" / "9.png")
+    with pytest.raises(ValueError, match=r"belongs to another run \(differing: data[\s\S]*5 images"):
+        main(["--data", str(moved), *call, "--resume"])
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    root = write_masks(tmp_path)
+    odd = os.fsdecode(b"caf\xe9")
+    for kind, ending in (("images", "jpg"), ("labels", "png")):
+        (root / "train" / kind / f"0.{ending}").rename(root / "train" / kind / f"{odd}.{ending}")
+    call = ["--data", str(root), "--layout", "masks", "--out", str(tmp_path / "out"), *FP32, "--epochs", "1"]
+    main([*call, "--steps", "1"])
+    main([*call, "--resume"])
+
+
+def test_a_refused_resume_leaves_the_claim_of_a_run_that_is_starting(shapes: Path, tmp_path: Path, monkeypatch) -> None:
+    def refused(self: Trainer) -> bool:
+        raise ValueError("belongs to another run")
+
+    out, _ = run_folder(tmp_path / "out", resume=False)
+    monkeypatch.setattr(Trainer, "resume", refused)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        main(["--data", str(shapes), "--out", str(out), *FP32, "--resume"])
+    assert (out / "run.json").is_file()
 
 
 def test_another_validation_split_is_refused(tmp_path: Path) -> None:
@@ -210,7 +244,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_note(shapes: Path, tm
     main([*call, "--steps", "1"])
     path = tmp_path / "nvfp4" / "last.pt"
     state = checkpoint.load_checkpoint(path)
-    del state["identity"]["data"], state["identity"]["levers"], state["position"]["telemetry"], state["format"]
+    del state["identity"]["data"], state["identity"]["file sizes"]
+    del state["identity"]["levers"], state["position"]["telemetry"], state["format"]
     checkpoint.save_checkpoint(path, state)
     monkeypatch.setattr(tracking, "_told", set())
     with pytest.raises(ValueError, match=r"differing: levers\)[\s\S]*'high_precision_last': 1"):
@@ -265,5 +300,6 @@ def test_ctrl_c_is_one_line_and_the_checkpoint_stays(shapes: Path, tmp_path: Pat
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in told, told
-    assert told.splitlines()[-1] == "stopped: --resume goes on from the last checkpoint"
+    out = tmp_path / "out"
+    assert told.splitlines()[-1] == f"stopped: --out {out} --resume goes on from the last checkpoint"
     assert checkpoint.load_checkpoint(path)["position"]["step"] >= 3

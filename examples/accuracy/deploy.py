@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,19 @@ def one(task: Any, preset: Any, seed: int, device: torch.device, compute: str, e
         loaded = nv.export.load(saved.files[0], task.model().to(device, memory_format=torch.channels_last))
         row["trained in NVFP4, saved and loaded"] = score(loaded)
         row["bytes of quantized weights, of fp32"] = saved.weight_bytes / saved.plain_bytes
-        try:
-            onnx = _Onnx(loaded.cpu(), [x.cpu() for x in batches], Path(folder))
-            row["ONNX"] = onnx.by_value()
-            row["ONNX, activations nvfp4"] = {form: score(onnx.session(form, "nvfp4")) for form in SCORED}
-        except Exception as error:  # whatever it is, the scores above took hours
-            row["ONNX"] = f"{type(error).__name__}: {error}"
+        onnx = _Onnx(loaded.cpu(), [x.cpu() for x in batches], Path(folder))
+        row["ONNX"] = _tried(onnx.by_value)
+        for form in SCORED:
+            row[f"ONNX {form}, activations nvfp4"] = _tried(lambda form=form: score(onnx.session(form, "nvfp4")))
     return row
+
+
+def _tried(function: Callable[[], Any]) -> Any:
+    """Its result, or its error in words: whatever it is, the scores before took hours."""
+    try:
+        return function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _need_onnx() -> None:

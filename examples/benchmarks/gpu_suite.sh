@@ -115,7 +115,7 @@ COLLECT
 }
 
 stage_5() {
-    [[ -n ${RESULTS:-} ]] && cp "$RESULTS" "$OUT/study.jsonl"
+    if [[ -n ${RESULTS:-} ]]; then cp "$RESULTS" "$OUT/study.jsonl" || exit 2; fi
     local study=("$PYTHON" examples/accuracy/study.py) common=(--size full --out "$OUT/study.jsonl")
     step 290 "CamVid" "${study[@]}" camvid-unet "$DATA/camvid" --suite seeds --seeds 0 1 2 3 4 "${common[@]}"
     step 240 "CIFAR-10" "${study[@]}" cifar-resnet18 "$DATA/cifar10" --suite seeds --seeds 0 1 2 3 4 --epochs 15 "${common[@]}"

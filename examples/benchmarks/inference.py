@@ -36,10 +36,11 @@ def network() -> torch.nn.Module:
     return resnet50().eval()  # type: ignore[no-any-return]
 
 
-def peak_of(form: str, folder: str, batch: int, image: int, dtype: str) -> int:
+def peak_of(form: str, folder: str, batch: int, image: int, dtype: str, layout: torch.memory_format) -> int:
     """Peak resident bytes of this process after one pass of that form."""
     model, _ = build_form(form, network(), nv.load_recipe("resnet"), Path(folder), dtype)
-    x = torch.randn(batch, 3, image, image)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    x = torch.randn(batch, 3, image, image).contiguous(memory_format=layout)
     with torch.inference_mode():
         model(x if form == "fp32" else x.to(DTYPES[dtype]))
     status = Path("/proc/self/status").read_text()  # getrusage's maximum is the parent's, across fork and exec
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> Bench | None:
     parser.add_argument("--peak-of", nargs=2, metavar=("FORM", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak_of:
-        print(peak_of(*options.peak_of, options.batch[0], options.image, options.dtype))
+        layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        print(peak_of(*options.peak_of, options.batch[0], options.image, options.dtype, layout))
         return None
     inputs = [torch.randn(batch, 3, options.image, options.image) for batch in options.batch]
     recipe = nv.load_recipe("resnet")
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> Bench | None:
         with tempfile.TemporaryDirectory() as folder:
             for form in peaks:
                 command = [sys.executable, str(_HERE), "--peak-of", form, folder, "--image", str(options.image)]
-                command += ["--dtype", options.dtype]
+                command += ["--dtype", options.dtype, *(["--channels-last"] if options.channels_last else [])]
                 for batch in options.batch:
                     run = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=True)
                     peaks[form][batch] = int(run.stdout)

@@ -4,7 +4,8 @@
 
 Without --resume a folder that another run has claimed, or left results in, stays as it is, and OUT_2, OUT_3, ... is
 claimed. That holds for a run that was stopped before its first checkpoint, too; one that was refused before it began
-gives its claim up. --resume goes on in OUT itself. Refuses a folder that cannot be written.
+gives its claim up. --resume goes on in OUT itself: see to it that no other run is still writing there. Refuses a folder
+that cannot be written.
 """
 
 from __future__ import annotations
@@ -18,37 +19,41 @@ from te_nvfp4_cv.checks import value_error
 CLAIM = "run.json"
 
 
-def run_folder(out: Path, resume: bool) -> Path:
+def run_folder(out: Path, resume: bool) -> tuple[Path, bool]:
     """Claim `out`, or the first free one of OUT_2, OUT_3, ...; on several ranks called by the first alone.
 
+    Returns:
+        The folder, and whether the claim is new.
     Raises:
         ValueError: a folder that cannot be made or written.
     """
     found, number = out, 1
-    while not _claim(found, resume):
+    while True:
+        claimed = _claim(found)
+        if claimed or resume:
+            return found, claimed
         number += 1
         found = out.resolve().with_name(f"{out.resolve().name}_{number}")
-    return found
 
 
 def give_up(folder: Path) -> None:
-    """Free the folder again if this run has left nothing in it."""
+    """Free a folder that this run has claimed if it has left nothing in it."""
     if not _holds_a_run(folder):
         (folder / CLAIM).unlink(missing_ok=True)
 
 
-def _claim(folder: Path, resume: bool) -> bool:
-    """Whether the folder is this run's now."""
+def _claim(folder: Path) -> bool:
+    """Whether the folder was free, and is this run's now."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / CLAIM).exists() or _holds_a_run(folder):
-            return resume
+            return False
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
             with (folder / CLAIM).open("x", encoding="utf-8") as file:
                 file.write(json.dumps({"started": started}) + "\n")
         except FileExistsError:  # another run was faster
-            return resume
+            return False
     except OSError as error:
         raise value_error(
             "--out cannot be made.",

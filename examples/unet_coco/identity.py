@@ -1,7 +1,8 @@
 """What makes two calls the same run: a checkpoint is resumed only where all of this is equal (checkpoint.py).
 
-    data         of each split the number of images, and a hash of their names below the folder of the data and of the
-                 sizes of up to 256 of the files: the folder may move, other images or another split are refused
+    data         of training and validation the number of images, and a hash of their names below the data's folder,
+                 which may move: other images or another split are refused
+    file sizes   of up to 256 of those images each; a few that differ (one that was repaired) are told and allowed
     share_amax   among ranks only: one process has one tensor scale anyway
 
 Checkpoints from before the data were kept give no hash: they are resumed with a note; --high-precision-last and
@@ -33,7 +34,7 @@ def identity_of(
         "precision": precision.name,
         "recipe": precision.recipe_text,
         "architecture": task.architecture(),
-        "data": data,
+        **data,
         "data order": {
             "images": order.count,
             "batch_size": order.batch_size,
@@ -55,21 +56,30 @@ def identity_of(
 
 
 def data_identity(data: SegmentationData, settings: Settings) -> dict[str, Any]:
-    """Which images are trained on and validated with."""
+    """Which images are trained on and validated with: "data" and "file sizes"."""
     shared = os.path.commonprefix([*data.train.names, *data.val.names])
     start = shared.rfind(os.sep) + 1
-    found: dict[str, Any] = {raw.name: _images(raw, start) for raw in (data.train, data.val)}
-    return found | ({"val_share": settings.val_share} if settings.layout == "mvtec" else {})
+    names: dict[str, Any] = {raw.name: _names(raw, start) for raw in (data.train, data.val)}
+    names |= {"val_share": settings.val_share} if settings.layout == "mvtec" else {}
+    return {"data": names, "file sizes": {raw.name: _sizes(raw) for raw in (data.train, data.val)}}
 
 
-def _images(raw: RawSplit, start: int) -> str:
+def _names(raw: RawSplit, start: int) -> str:
     digest = hashlib.sha256()
-    every = -(-len(raw.names) // MOST_SIZES) or 1
-    for index, name in enumerate(raw.names):
-        digest.update(name[start:].encode() + b"\n")
-        if index % every == 0 and os.path.isfile(name):
-            digest.update(f"{os.path.getsize(name)}\n".encode())
+    for name in raw.names:
+        digest.update(os.fsencode(name[start:]) + b"\n")
     return f"{len(raw.names)} images, {digest.hexdigest()[:16]}"
+
+
+def _sizes(raw: RawSplit) -> list[int]:
+    every = -(-len(raw.names) // MOST_SIZES) or 1
+    return [os.path.getsize(name) if os.path.isfile(name) else 0 for name in raw.names[::every]]
+
+
+def _few_differ(saved: dict[str, list[int]], now: dict[str, list[int]]) -> bool:
+    """Whether files differ in size, but no more than one in twenty."""
+    pairs = [pair for split in now for pair in zip(saved.get(split, []), now[split], strict=False)]
+    return 0 < sum(a != b for a, b in pairs) <= max(1, len(pairs) // 20)
 
 
 def saved_identity(state: dict[str, Any], now: dict[str, Any], parallel: bool) -> dict[str, Any]:
@@ -85,12 +95,17 @@ def saved_identity(state: dict[str, Any], now: dict[str, Any], parallel: bool) -
             "note: the checkpoint is of an earlier version, which did not keep which images it was trained on.\n"
             "  It goes on with these data; see to it that they are the same."
         )
-        saved["data"] = now["data"]
+        saved |= {key: now[key] for key in ("data", "file sizes")}
         last, shared = (state["args"].get(key) for key in ("high_precision_last", "share_amax"))
         if saved["recipe"] and last not in (None, "0"):
             saved["levers"] = {**saved.get("levers", {}), "high_precision_last": int(last)}
         if saved["recipe"] and shared == "True":
             saved["share_amax"] = True
+    if saved["data"] == now["data"] and _few_differ(saved.get("file sizes", {}), now.get("file sizes", {})):
+        tell_once(
+            "note: some images have another size on disk than when the checkpoint was written; it goes on with them."
+        )
+        saved["file sizes"] = now["file sizes"]
     if not (parallel and "ranks" in state):
         saved.pop("share_amax", None)
         if "share_amax" in now:

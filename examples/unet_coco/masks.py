@@ -19,7 +19,7 @@ from PIL import Image
 from te_nvfp4_cv.checks import value_error
 
 from .losses import IGNORE
-from .split import RawSplit, SegmentationData, broken, check_classes, missing, open_image, some
+from .split import RawSplit, SegmentationData, broken, check_classes, check_upright, missing, open_image, some
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -30,6 +30,7 @@ def load_masks(root: Path, classes: Sequence[str] | None) -> SegmentationData:
         for split in ("train", "val", "test")
         if split != "test" or (root / split).is_dir()
     }
+    check_upright(file for pairs in found.values() for pair in pairs for file in pair)
     names = _mask_names(root, [label for pairs in found.values() for _, label in pairs])
     table = np.arange(256, dtype=np.uint8)
     if classes:
@@ -117,14 +118,14 @@ def _mask_split(split: str, pairs: list[tuple[Path, Path]], table: np.ndarray, k
                 needs=f"0 to {known - 1}, or {IGNORE} for ignore",
                 fix="correct the label, or add the class to meta.json",
             )
-        return open_image(image, upright=True), mask
+        return open_image(image), mask
 
     return RawSplit(split, [str(image) for image, _ in pairs], read)
 
 
 def _read_ids(label: Path) -> np.ndarray:
     """Pixel values of a label file, unconverted: palette and grey images hold ids as they are."""
-    ids = np.asarray(open_image(label, convert=False, upright=True))
+    ids = np.asarray(open_image(label, convert=False))
     if ids.ndim != 2 or ids.min() < 0 or ids.max() > 255:
         raise value_error(
             f"data: {label} is no image of class ids.",

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from .masks import IMAGE_SUFFIXES
-from .split import RawSplit, SegmentationData, check_classes, missing, open_image
+from .split import RawSplit, SegmentationData, check_classes, check_upright, missing, open_image
 
 GOOD, DEFECT = "good", "defect"
 Entry = tuple[Path, Path | None, str]  # image, mask, type of defect
@@ -39,6 +39,7 @@ def load_mvtec(root: Path, classes: Sequence[str] | None, val_share: float) -> S
             for i, image in enumerate(_images(folder)):
                 part = val if math.floor((i + 1) * val_share) > math.floor(i * val_share) else train
                 part.append((image, _mask_of(category, image), folder.name))
+    check_upright(file for image, mask, _ in train + val for file in (image, mask) if file is not None)
     types = sorted({kind for _, _, kind in train + val} - {GOOD})
     wanted = list(classes) if classes else [DEFECT]
     check_classes(wanted, list(dict.fromkeys([DEFECT, *types])), f"{root} has the types of defects")
@@ -89,10 +90,10 @@ def _mask_of(category: Path, image: Path) -> Path | None:
 def _split(name: str, entries: list[Entry], number_of: dict[str, int]) -> RawSplit:
     def read(index: int) -> tuple[Image.Image, np.ndarray]:
         file, mask, kind = entries[index]
-        image = open_image(file, upright=True)
+        image = open_image(file)
         if mask is None:
             return image, np.zeros((image.height, image.width), np.uint8)
-        defect = np.asarray(open_image(mask, convert=False, upright=True).convert("L")) > 0
+        defect = np.asarray(open_image(mask, convert=False).convert("L")) > 0
         return image, defect.astype(np.uint8) * np.uint8(number_of[kind])
 
     return RawSplit(name, [str(file) for file, _, _ in entries], read)

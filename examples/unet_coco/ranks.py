@@ -31,7 +31,6 @@ from te_nvfp4_cv.checks import value_error
 from .options import Settings, choose_device
 
 T = TypeVar("T")
-STOPPED = "stopped: --resume goes on from the last checkpoint"
 IN_A_WORKER = re.compile(r"Caught (\w+) in .*?\.\nOriginal Traceback .*\n\1: (.*)", re.DOTALL)
 
 
@@ -145,16 +144,16 @@ def run(main: Callable[[], Any]) -> None:
             main()
         except (ValueError, RuntimeError) as refusal:
             sys.exit(f"error: {message(refusal)}")
-        except KeyboardInterrupt:
-            print(STOPPED, file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(_stopped(stop), file=sys.stderr)
             sys.exit(130)
         return
     rank = os.environ["RANK"]
     try:
         record(main)()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if rank == "0":
-            print(STOPPED, file=sys.stderr, flush=True)
+            print(_stopped(stop), file=sys.stderr, flush=True)
         os._exit(130)
     except Exception as error:
         if isinstance(error, (ValueError, RuntimeError)):
@@ -164,3 +163,7 @@ def run(main: Callable[[], Any]) -> None:
             traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # the other ranks may wait for this one: nothing may wait for them at exit
+
+
+def _stopped(stop: KeyboardInterrupt) -> str:
+    return "stopped: " + (str(stop) or "before the first checkpoint")

@@ -77,27 +77,40 @@ class Objects:
     things: list[Thing]
 
 
-def open_image(path: Path, convert: bool = True, upright: bool = False) -> Image.Image:
+def check_upright(paths: Iterable[Path]) -> None:
+    """Refuse files that EXIF says to turn: who made the labels may have seen them so, or not. Reads headers alone.
+
+    Raises:
+        ValueError: the first one.
+    """
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                in_header = image.format != "PNG" or "exif" in image.info  # else Pillow reads all of a PNG for it
+                orientation = image.getexif().get(0x0112, 1) if in_header else 1
+        except Exception:  # Pillow's, of any class; a damaged file is refused when it is read
+            continue
+        if orientation in range(2, 9):
+            raise value_error(
+                f"data: {path} is to be turned before it is shown.",
+                got=f"EXIF orientation {orientation}",
+                needs="pixels stored upright, so that image and labels fit without a doubt",
+                fix="write it upright (PIL.ImageOps.exif_transpose), or remove the tag if the labels fit these pixels",
+            )
+
+
+def open_image(path: Path, convert: bool = True) -> Image.Image:
     """The pixels of a file as they are stored, as RGB unless `convert` is False. 16-bit grey keeps its upper byte.
 
-    Args:
-        upright: refuse a file that EXIF says to turn: who made the labels may have seen it so, or not.
     Raises:
         ValueError: no picture, a damaged one, or one of floating-point pixels.
     """
     try:
         with Image.open(path) as image:
             image.load()
-            found, orientation = image.copy(), _orientation(image)
+            found = image.copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for damaged files
         raise broken(path, f"{type(error).__name__}: {error}") from error
-    if upright and orientation != 1:
-        raise value_error(
-            f"data: {path} is to be turned before it is shown.",
-            got=f"EXIF orientation {orientation}",
-            needs="pixels stored upright, so that image and labels fit without a doubt",
-            fix="write it upright (PIL.ImageOps.exif_transpose), or remove the tag if the labels fit the stored pixels",
-        )
     if not convert:
         return found
     if found.mode.startswith("I"):
@@ -108,14 +121,6 @@ def open_image(path: Path, convert: bool = True, upright: bool = False) -> Image
     elif found.mode == "F":
         raise broken(path, "floating-point pixels, whose range is unknown")
     return found.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 where there is none that can be read."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception:  # Pillow's readers of damaged tags raise any class
-        return 1
 
 
 def check_classes(wanted: list[str], known: list[str], where: str, given: bool = True) -> None:

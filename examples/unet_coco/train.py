@@ -62,9 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
         group = ranks.group if settings.share_amax else None
         precisions = parse_precisions(list(settings.precisions), settings.recipe, group, settings.compute)
         data = open_data(settings, ranks)
-        out = ranks.first(lambda: run_folder(settings.out, settings.resume))
+        out, claimed = ranks.first(lambda: run_folder(settings.out, settings.resume))
         if out != settings.out:
-            print(f"note: {settings.out} holds another run, which stays as it is (--resume goes on with it)")
+            print(
+                f"note: {settings.out} holds another run, which stays as it is (--resume goes on with it); "
+                f"this one goes to {out}"
+            )
             settings = dataclasses.replace(settings, out=out)
         many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""
         print(
@@ -74,9 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
         )
         try:
             return compare(settings, precisions, data, device, ranks)
-        except BaseException:
-            if ranks.rank == 0:
-                give_up(settings.out)
+        except BaseException as error:
+            if claimed and ranks.rank == 0:
+                give_up(out)
+            if isinstance(error, KeyboardInterrupt) and any(out.glob("*/last.pt")):
+                raise KeyboardInterrupt(f"--out {out} --resume goes on from the last checkpoint") from error
             raise
 
 
@@ -131,8 +136,11 @@ def compare(
         watch, file = start_telemetry(trainer.model, settings, precision, folder, ranks.rank, goes_on)
         files.append(file)
         at.telemetry = file.name
+        sheet = out / "predictions.png"
         if found:
             trainer.tell_again(watch)
+            if sheet.is_file():
+                watch.image("predictions", sheet, at.step)
         try:
             trainer.train(watch)
             rows[precision.name] = trainer.summary()
@@ -141,7 +149,6 @@ def compare(
                 write_summary(out, rows, titles)
                 write_history(out, history, trainer.task.main, titles[trainer.task.main])
             if settings.pictures:
-                sheet = out / "predictions.png"
                 _write_sheet(sheet, trainer, settings.pictures, predictions)
                 watch.image("predictions", sheet, trainer.position.step)
         finally:

@@ -47,7 +47,7 @@ def whole(v: Tensor) -> tuple[Tensor, Tensor]:
     v = v if v.dtype in (torch.bfloat16, torch.float16, torch.float32) else v.double()
     held = torch.nan_to_num(v, 0.0, 0.0, 0.0)
     low, high = held.aminmax()
-    return torch.maximum(-low, high), (held != v).sum()
+    return torch.maximum(-low, high), (held != v).count_nonzero()
 
 
 def of_operand(
