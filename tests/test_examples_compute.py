@@ -96,7 +96,7 @@ def test_nvfp4_in_fp32_trains_and_resumes_by_its_own_checkpoint_alone(shapes: Pa
 
 def test_the_identity_in_bf16_is_as_it_was(shapes: Path, tmp_path: Path) -> None:
     """Checkpoints from before --compute, whose identity has these keys alone, still resume."""
-    keys = {"precision", "recipe", "architecture", "data", "data order", "optimizer"}
+    keys = {"precision", "recipe", "architecture", "data", "file sizes", "data order", "optimizer"}
     assert set(make_trainer(shapes, tmp_path, "nvfp4")._identity()) == keys
     assert set(make_trainer(shapes, tmp_path, "nvfp4", "--compute", "fp16")._identity()) == keys | {"compute"}
     for plain in PLAIN:
