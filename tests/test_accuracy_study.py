@@ -220,7 +220,7 @@ def test_bad_arguments_are_refused(arguments, told, tmp_path):
 
 def test_deployment_asks_for_its_packages_before_it_trains(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match=r"a package is not installed[\s\S]*onnxruntime"):
+    with pytest.raises(RuntimeError, match=r"deploy.py: a package is missing[\s\S]*onnxruntime"):
         deploy.main(["camvid-unet", "nowhere"])
 
 
@@ -228,7 +228,7 @@ def test_an_onnx_file_that_fails_costs_no_row(tmp_path, monkeypatch):
     def fails(*_):
         raise KeyError("an operator")
 
-    monkeypatch.setattr(deploy, "_need_onnx", lambda: None)
+    monkeypatch.setattr(deploy, "need_packages", lambda *_: None)
     monkeypatch.setattr(deploy._Onnx, "by_value", fails)
     monkeypatch.setattr(deploy, "METHODS", ("nearest",))
     out = tmp_path / "rows.jsonl"

@@ -50,11 +50,8 @@ def images(tmp_path: Path) -> Path:
 def test_coverage(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["coverage", *model]) == 0
     assert "4 of 5 layers" in capsys.readouterr().out
-    assert cli.main(["coverage", *model, "--recipe", "unet", "--json"]) in (
-        0,
-        2,
-    )  # its table may name what is not there
-    capsys.readouterr()
+    assert cli.main(["coverage", *model, "--recipe", "resnet", "--json"]) == 2  # the network has no layer fc
+    assert "'fc'" in capsys.readouterr().err
     assert cli.main(["coverage", *model, "--json"]) == 0
     assert told(capsys)["nvfp4_layers"] == 4
 

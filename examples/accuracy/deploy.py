@@ -32,8 +32,8 @@ import te_nvfp4_cv as nv  # noqa: E402
 from accuracy.fit import COMPUTE, precision, train  # noqa: E402
 from accuracy.tasks import TASKS, open_task, preset_of  # noqa: E402
 from accuracy.variants import variants  # noqa: E402
-from te_nvfp4_cv.checks import value_error  # noqa: E402
 from te_nvfp4_cv.export.rounding import METHODS  # noqa: E402
+from te_nvfp4_cv.export.to_onnx import need_packages  # noqa: E402
 
 CALIBRATION = 64  # training images
 SCORED = ("portable", "qdq")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="append one JSON line per seed to this file")
     options = parser.parse_args(arguments)
-    _need_onnx()
+    need_packages("deploy.py", "onnxruntime")  # now, not after all training
     device = choose_device(options.device)
     compute = fast_dtype(options.device) if options.compute == "auto" else options.compute
     task = open_task(options.task, options.size, options.data)
@@ -102,22 +102,6 @@ def _tried(function: Callable[[], Any]) -> Any:
         return function()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-
-
-def _need_onnx() -> None:
-    """Now, not after all training."""
-    try:
-        import ml_dtypes  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-        from onnx.reference import ReferenceEvaluator  # noqa: F401
-    except ImportError as error:
-        raise value_error(
-            "deploy.py: a package is not installed.",
-            got=str(error),
-            needs="onnx, onnxscript, onnxruntime and ml_dtypes",
-            fix='pip install "te_nvfp4_cv[export]"',
-        ) from error
 
 
 def _calibration(task: Any, seed: int, device: torch.device) -> Any:

@@ -13,6 +13,7 @@ torch.onnx exports the model with a node in the place of each InferenceLayer; th
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import traceback
 import warnings
@@ -122,7 +123,7 @@ def to_onnx(
         raise value_error(
             "nv.export.to_onnx: the path names no file.", got=repr(str(path)), needs="a file", fix="model.onnx"
         )
-    _need_packages()
+    need_packages()
     from te_nvfp4_cv.export.onnx_nodes import as_matmul
 
     args = _arguments(example_input, dynamic_batch)
@@ -180,16 +181,21 @@ def _names_of_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, tuple(CLASSES))]
 
 
-def _need_packages() -> None:
+def need_packages(caller: str = "nv.export.to_onnx", *more: str) -> None:
+    """Refuse to go on without the packages of ONNX files, and `more` of them.
+
+    Raises:
+        RuntimeError: one that does not import.
+    """
+    names = ("onnx", "onnxscript", "ml_dtypes", *more)
     try:
-        import ml_dtypes  # noqa: F401
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
+        for name in names:
+            importlib.import_module(name)
     except ImportError as error:
         raise runtime_error(
-            "nv.export.to_onnx: a package is missing.",
+            f"{caller}: a package is missing.",
             got=str(error),
-            needs="onnx, onnxscript and ml_dtypes",
+            needs=", ".join(names),
             fix="pip install 'te_nvfp4_cv[export]'",
         ) from error
 
