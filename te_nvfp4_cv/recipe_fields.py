@@ -44,7 +44,7 @@ REMOVED: dict[str, tuple[object, str, str]] = {
     "activation_rounding": (
         "nearest",
         "0.2.0",
-        "stochastic rounding of x was an experiment that made forward noisy; x now always rounds to nearest",
+        "rounding x stochastically made forward noisy and gained nothing measurable; x now always rounds to nearest",
     ),
 }
 """Fields of earlier versions: the default that they had, the version that removed them, and why."""
@@ -107,7 +107,7 @@ def check_gemms(gemms: object) -> tuple[str, ...]:
 
 
 def without_removed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields without those that earlier versions had, so that what they saved can still be read.
+    """Return the fields without the removed ones, so that what earlier versions saved can still be read.
 
     Raises:
         ValueError: a removed field with another value than its old default, which nothing computes any more.
