@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from te_nvfp4_cv import calls
 from te_nvfp4_cv.checks import runtime_error, type_error
 from te_nvfp4_cv.context import Override, State, active_recipe, drop_stale, local, state, warn_unapplied
 from te_nvfp4_cv.handover import Mode, mode_is_on
@@ -150,12 +151,14 @@ def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
 
 
 def _captured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which runs under the contexts that are active now (none, too), whenever it is called."""
-    states, overrides = list(local.states), list(local.overrides)
+    """Return `function`, made to run under the contexts that are active now, even if there are none, whenever and in
+    whichever thread it is called. Its calls are told to those who watch this thread then.
+    """
+    states, overrides, observers = list(local.states), list(local.overrides), calls.observers()
 
     @functools.wraps(function, updated=())
     def rerun(*args: Any, **kwargs: Any) -> Any:
-        with _restored(states, overrides):
+        with _restored(states, overrides), calls.told_to(observers):
             return function(*args, **kwargs)
 
     return rerun

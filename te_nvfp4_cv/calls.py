@@ -4,12 +4,13 @@ is executed.
 nvfp4_autocast asks `ineligible` and leaves what it names in high precision; nv.functional and the NVFP4 modules raise
 instead. `execute` casts as
 torch.autocast would, checks, resolves geometry and backend, and hands over to autograd.QuantizedConv.
-Observers (coverage, telemetry) are told of every call here.
+Observers (coverage, telemetry) are told here of every call of their thread.
 """
 
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,26 +64,56 @@ class Shaped(Protocol):
 
 
 Observer = Callable[[Call], Seen | None]
-_observers: list[Observer] = []
+
+
+class _Local(threading.local):
+    """The observers that each thread has entered, the innermost last."""
+
+    def __init__(self) -> None:
+        self.observers: list[Observer] = []
+
+
+_local = _Local()
 
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Tell `observer` about every convolution and linear call under the context, before it runs.
+    """Tell `observer` about every convolution and linear call that this thread makes under the context, before it runs.
 
     It may return a Seen. Of several observers the innermost is told first, the next one only of what that lets pass
-    (None): two models that are watched side by side.
+    (None): two models that are watched side by side. Other threads' calls are not told, but for those that activation
+    checkpointing repeats for this thread (see observers).
     """
-    _observers.append(observer)
+    entered = _local.observers
+    entered.append(observer)
     try:
         yield
     finally:
-        _observers.remove(observer)
+        entered.remove(observer)
+
+
+def observers() -> list[Observer]:
+    """Return the list of this thread's observers: the list itself, which grows and shrinks as contexts are entered.
+
+    Activation checkpointing takes it along: on CUDA, autograd repeats a forward pass in a thread of its own, and those
+    calls belong to whoever watches the thread that made them first.
+    """
+    return _local.observers
+
+
+@contextmanager
+def told_to(entered: list[Observer]) -> Iterator[None]:
+    """Tell calls under the context to the observers of another thread (its `observers()`) instead of this one's."""
+    before, _local.observers = _local.observers, entered
+    try:
+        yield
+    finally:
+        _local.observers = before
 
 
 def observed() -> bool:
-    """Whether anything is told of calls."""
-    return bool(_observers)
+    """Return whether anything is told of the calls that this thread makes."""
+    return bool(_local.observers)
 
 
 def reported(call: Call, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -91,7 +122,7 @@ def reported(call: Call, function: Callable[..., Tensor], *args: Any, **kwargs: 
 
 
 def _reported(call: Call, run: Callable[[Watch | None], Tensor]) -> Tensor:
-    seen = next((seen for told in reversed(_observers) if (seen := told(call)) is not None), None)
+    seen = next((seen for told in reversed(_local.observers) if (seen := told(call)) is not None), None)
     y = run(None if seen is None else seen.watch)
     if seen is not None and seen.finished is not None:
         seen.finished(y)

@@ -1,8 +1,7 @@
-"""Collectives under everything distributed: several tensors in one message, bytes on the wire, amaxes that ranks share.
+"""Collectives under everything distributed: several tensors in one message, bytes on the wire.
 
     gather_parts   each tensor concatenated over the ranks, along an axis of its own; one uint8 message for all of them
     gather_ints    a few numbers of every rank, read on the host
-    reduce_amax    the largest amax of the ranks; NaN wins over inf, inf over numbers
 
 Tensors travel as uint8, whatever their dtype: gloo refuses float8. A message is the tensors of one rank, one after the
 other; where ranks hold different sizes, each message is as long as the longest. Eager only: sizes and errors are
@@ -21,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from te_nvfp4_cv import checks
+from te_nvfp4_cv.ops.quantize import amaxes
 
 Part = tuple[Tensor, int]  # a tensor, and the axis along which the ranks' tensors are concatenated
-_counters: list[WireBytes] = []
 
 
 class WireBytes:
@@ -32,21 +31,22 @@ class WireBytes:
     def __init__(self) -> None:
         self.received = 0
 
+    def add(self, received: int) -> None:
+        """Count that many bytes more."""
+        self.received += received
+
 
 @contextmanager
 def wire_bytes() -> Iterator[WireBytes]:
-    """Count what the collectives of this file receive inside, by their sizes: (ranks - 1) messages of each gather."""
+    """Count what the collectives of this file and amaxes.reduce_amax receive under the context, by their sizes:
+    (ranks - 1) messages of each gather.
+    """
     counter = WireBytes()
-    _counters.append(counter)
+    amaxes.on_received.append(counter.add)
     try:
         yield counter
     finally:
-        _counters.remove(counter)
-
-
-def _count(received: int) -> None:
-    for counter in _counters:
-        counter.received += received
+        amaxes.on_received.remove(counter.add)
 
 
 def check_group(group: Any, caller: str) -> tuple[Any, int]:
@@ -91,7 +91,8 @@ def all_gather_flat(message: Tensor, group: Any, async_op: bool = False) -> tupl
         return out.view(ranks, 0), None
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
     work = gather(out, message, group=group, async_op=async_op)
-    _count((ranks - 1) * message.numel())
+    for told in amaxes.on_received:
+        told((ranks - 1) * message.numel())
     return out.view(ranks, -1), work
 
 
@@ -181,12 +182,3 @@ def gather_ints(values: Sequence[int], group: Any, device: torch.device, more: T
         mine = torch.cat((mine, more.to(torch.int64)))
     received, _ = all_gather_flat(mine.view(torch.uint8), group)
     return received.reshape(-1).view(torch.int64).view(-1, mine.numel()).tolist()
-
-
-def reduce_amax(amax: Tensor, group: Any) -> Tensor:
-    """amax (fp32, not negative), in place the largest of the ranks, by its bits: NaN wins, then inf."""
-    bits = amax.view(torch.int32).bitwise_and_(0x7FFFFFFF)  # a NaN may have a sign
-    dist.all_reduce(bits, dist.ReduceOp.MAX, group=group)
-    ranks = dist.get_world_size(group)
-    _count(2 * (ranks - 1) * amax.numel() * amax.element_size() // ranks)
-    return amax

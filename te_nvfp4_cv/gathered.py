@@ -23,8 +23,7 @@ from torch.utils import _pytree as pytree
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.checks import runtime_error, warn_once
-from te_nvfp4_cv.collectives import reduce_amax
-from te_nvfp4_cv.ops.quantize import operands, shards
+from te_nvfp4_cv.ops.quantize import amaxes, operands, shards
 from te_nvfp4_cv.plan import Plan
 
 aten = torch.ops.aten
@@ -111,7 +110,7 @@ class ShardedWeight(torch.Tensor):
             if n % ranks:
                 return (self._padded(-(-n // ranks), mp_policy.param_dtype, ranks),), (None, None, tuple(outer_size))
             first = mesh.get_local_rank() * (n // ranks)
-            tiles = reduce_amax(shards.tile_amaxes(self._plain, first, n, self.form.groups), group)
+            tiles = amaxes.reduce_amax(shards.tile_amaxes(self._plain, first, n, self.form.groups), group)
             amax = tiles.amax().reshape(1)
             amax = formats.power_of_two_amax(amax) if self.form.pow2 else amax
             scales = shards.tile_scales(tiles, amax)

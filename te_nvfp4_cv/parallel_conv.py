@@ -26,12 +26,12 @@ from torch import Tensor
 
 from te_nvfp4_cv import faces, multiply
 from te_nvfp4_cv.autograd import _NoSecondOrder
-from te_nvfp4_cv.collectives import PendingParts, gather_parts, reduce_amax
+from te_nvfp4_cv.collectives import PendingParts, gather_parts
 from te_nvfp4_cv.formats import round_up
 from te_nvfp4_cv.layer import Like
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry, Fold
-from te_nvfp4_cv.ops.quantize import operands, seeds
+from te_nvfp4_cv.ops.quantize import amaxes, operands, seeds
 from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.scaling import CallScales
@@ -149,7 +149,7 @@ class SharedScales:
         """fp32 [2], the largest over the ranks; evaluation too, in which all of them take part."""
         known = self.inner.knows(role)
         amax = self.inner.amax(role, operand)
-        return amax if known or not self.link.parts[role] else reduce_amax(amax.clone(), self.link.group)
+        return amax if known or not self.link.parts[role] else amaxes.reduce_amax(amax.clone(), self.link.group)
 
     def collect(self, role: int, observed: Tensor) -> None:
         """What that call observed."""
@@ -158,7 +158,7 @@ class SharedScales:
 
 def quantize_weight(w: Tensor, plan: Plan, keep: bool, group: Any) -> tuple[Tensor, ...]:
     """faces.quantize_weight of this rank's part, with the amax of all parts."""
-    amax = reduce_amax(w.detach().abs().amax().float().reshape(1), group)
+    amax = amaxes.reduce_amax(w.detach().abs().amax().float().reshape(1), group)
     return faces.quantize_weight(w, plan, keep, amax)
 
 

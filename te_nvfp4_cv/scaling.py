@@ -36,7 +36,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.checks import runtime_error, value_error
-from te_nvfp4_cv.collectives import reduce_amax
 from te_nvfp4_cv.gathered import Form
 from te_nvfp4_cv.ops.quantize import amaxes, operands
 from te_nvfp4_cv.plan import Plan
@@ -137,7 +136,7 @@ class CallScales:
     def _reduced(self, amax: Tensor) -> Tensor:
         """The maximum over the ranks, by the bits: NaN wins. Evaluation asks nobody: one rank may run it alone."""
         if self.group is not None and self.training:
-            reduce_amax(amax, self.group)
+            amaxes.reduce_amax(amax, self.group)
         return amax
 
 

@@ -232,6 +232,7 @@ if [[ $1 == - ]]; then
 fi
 echo "ran $*"
 echo "$*" >> "$NOTES"
+line=$*
 while [[ $# -gt 0 ]]; do
     case $1 in
         --json) echo '{}' > "$2" ;;
@@ -240,10 +241,10 @@ while [[ $# -gt 0 ]]; do
             else mkdir -p "$2"; echo '{"a": 1}' > "$2/summary.json"; fi ;;
         --profile) echo table >> "$2" ;;
     esac
-    [[ -n ${FAIL:-} && $1 == *$FAIL* ]] && exit 5
     [[ -n ${HANG:-} && $1 == *$HANG* ]] && exec sleep 60
     shift
 done
+[[ -n ${FAIL:-} && $line == *"$FAIL"* ]] && exit 5
 exit 0
 """
 
@@ -325,6 +326,56 @@ def test_the_whole_suite(fake, tmp_path):
         assert (ROOT / script).is_file()
 
 
+QUICK_STEPS = {  # name of a step in its log: what its command holds, what names it for FAIL
+    "versions": ("cache.identity", "identity"),
+    "self-test": ("te_nvfp4_cv.cli selftest --json", "selftest"),
+    "CUDA graphs and devices": ("tests/gpu/test_graphs.py tests/gpu/test_gpu_devices.py", "test_graphs"),
+    "quantization kernels": ("gpu_quantize.py --layers", "gpu_quantize"),
+    "UNet step": ("gpu_step.py --models unet --no-triton", "models unet"),
+    "ResNet-50 step": ("gpu_step.py --models resnet50 --no-triton", "resnet50"),
+}
+
+
+def test_the_quick_stage(fake, tmp_path):
+    result = suite("quick", **fake)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.findall(r"^=== (.*)", result.stdout, re.MULTILINE) == list(QUICK_STEPS)
+    notes = (tmp_path / "notes").read_text()
+    assert all(command in notes for command, _ in QUICK_STEPS.values())
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["gpu_quick.log", "results.jsonl", "selftest.json"]
+    assert (tmp_path / "out" / "gpu_quick.log").read_text() in result.stdout
+    for path in re.findall(r"(?:examples|tests)/\S+\.py", notes):
+        assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("name", QUICK_STEPS)
+def test_a_failing_quick_step_does_not_stop_the_rest(fake, name):
+    result = suite("quick", FAIL=QUICK_STEPS[name][1], **fake)
+    assert result.returncode == 1
+    assert re.findall(r"gpu_suite: (.*) FAILED \(", result.stdout) == [name]
+    assert re.findall(r"^--- (.*): \d+ s", result.stdout, re.MULTILINE) == list(QUICK_STEPS)
+
+
+def test_all_limits_of_the_quick_stage_sum_to_at_most_330_seconds():
+    text = SUITE.read_text()
+    stage = re.search(r"stage_quick\(\) \{(.*?)\n\}", text, re.DOTALL)[1]
+    steps = [int(n) for n in re.findall(r"^ *step (\d+) ", stage, re.MULTILINE)]
+    assert len(steps) == len(QUICK_STEPS)
+    grace = int(re.search(r"GRACE=(\d+)", stage)[1])
+    before = text.split("stage_quick() {")[0]
+    others = re.findall(r"^ *timeout (?:--verbose )?--kill-after=(\d+) (\d+) ", before + stage, re.MULTILINE)
+    assert len(others) == 2  # is there a GPU; is there xdist
+    assert sum(steps) + grace * len(steps) + sum(int(n) for pair in others for n in pair) <= 330
+    outside = [line for line in stage.splitlines() if '"$PYTHON"' in line and not re.match(r" *(step|timeout) ", line)]
+    assert not outside
+
+
+def test_the_layers_of_the_quick_stage_are_known(bench):
+    chosen = re.search(r'layers=\("(.*)"\)', SUITE.read_text())[1].split('" "')
+    assert len(chosen) == 3 and set(chosen) <= {layer.name for layer in bench("gpu").LAYERS}
+
+
 def test_the_study_goes_on_where_it_was(fake, tmp_path):
     data = tmp_path / "data"
     for folder in ("camvid/train", "cifar10"):
@@ -346,13 +397,21 @@ def test_a_failure_is_counted_and_the_rest_still_runs(fake, tmp_path):
     assert "gpu_conv.py" in (tmp_path / "notes").read_text()
 
 
-def test_what_hangs_is_stopped(fake, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "name", "hanging", "steps"),
+    [
+        ("2", "quantization kernels", "gpu_quantize", ["quantization kernels", "convolutions"]),
+        ("quick", "self-test", "selftest", list(QUICK_STEPS)),
+    ],
+)
+def test_a_step_that_hangs_is_stopped_and_the_rest_still_runs(fake, tmp_path, stage, name, hanging, steps):
     short = tmp_path / "gpu_suite.sh"
     text = SUITE.read_text().replace('cd "$(dirname "${BASH_SOURCE[0]}")/../.."', f'cd "{ROOT}"')
-    short.write_text(re.sub(r"step 230 ", "step 1 ", text))
-    settings = {**os.environ, **fake, "HANG": "gpu_quantize"}
-    result = subprocess.run(["bash", str(short), "2"], capture_output=True, text=True, timeout=60, env=settings)
-    assert result.returncode == 1 and "ran past its 1 s" in result.stdout
+    short.write_text(re.sub(rf'step \d+ "{name}"', f'step 1 "{name}"', text))
+    settings = {**os.environ, **fake, "HANG": hanging}
+    result = subprocess.run(["bash", str(short), stage], capture_output=True, text=True, timeout=60, env=settings)
+    assert result.returncode == 1 and f"{name} ran past its 1 s" in result.stdout
+    assert re.findall(r"^--- (.*): \d+ s", result.stdout, re.MULTILINE) == steps
 
 
 def test_every_stage_ends_below_nine_minutes():

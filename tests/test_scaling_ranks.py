@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv.collectives import wire_bytes
+from te_nvfp4_cv.ops.quantize import reference
 from tests.helpers import same_bits, values
 
 CURRENT = nv.NVFP4BlockScaling()
@@ -56,6 +60,15 @@ def scenario(rank: int, group: Any) -> dict[str, Any]:
     broken[0, 0, 0, 0] = float("nan") if rank else 0.0
     with nv.nvfp4_autocast(CURRENT, amax_reduction_group=group):
         out["nan"] = bool(conv(broken.requires_grad_()).isfinite().any())
+    # the same for a quantizer, with its sign bit set as some of torch's vectorized reductions give it
+    signed = torch.full((1,), -1, dtype=torch.int32).view(torch.float32)
+    measured = (signed, signed) if rank else (torch.ones(1), torch.ones(1))
+    quantizer = nv.NVFP4Quantizer(with_amax_reduction=True, amax_reduction_group=group)
+    with patch.object(reference, "amax_2d", lambda *_, **__: measured), wire_bytes() as wire:
+        quantized = quantizer(image(0).flatten(1))
+    out["quantizer nan"] = [float(amax) for amax in (quantized.amax_rowwise, quantized.amax_columnwise)]
+    out["quantizer wire"] = wire.received
+    out["quantizer"] = [float(t) for t in quantizer(image(rank).flatten(1)).amax_rowwise]
     # delayed, under DDP: equal scales, equal weights
     model = DistributedDataParallel(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -118,6 +131,16 @@ def test_current_scales_are_those_of_the_largest_amax(results):
 
 def test_a_nan_reaches_all_ranks(results):
     assert [r["nan"] for r in results] == [False, False]
+
+
+def test_a_nan_with_a_sign_reaches_all_ranks_of_a_quantizer(results):
+    assert all(math.isnan(amax) for r in results for amax in r["quantizer nan"])
+
+
+def test_a_quantizers_amaxes_are_those_of_all_ranks_and_their_bytes_are_counted(results):
+    top = max(float(image(rank).abs().max()) for rank in (0, 1))
+    assert [r["quantizer"] for r in results] == [[top], [top]]
+    assert [r["quantizer wire"] for r in results] == [8, 8]  # two fp32 amaxes, twice around a ring of two
 
 
 def test_delayed_scales_and_weights_agree(results):

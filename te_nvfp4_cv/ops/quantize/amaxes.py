@@ -1,18 +1,26 @@
-"""The amaxes of delayed tensor scales, [roles, 2 faces] fp32, updated in place: one small kernel each on CUDA.
+"""Amaxes are updated in place: those of delayed tensor scales, [roles, 2 faces] fp32, by one small kernel each on CUDA,
+and those that ranks share.
 
     move      used = 6 E 2^k >= margin * seen, where seen is positive and finite; elsewhere used stays
     collect   collected = max(collected, observed), where observed is finite; saturated += the third observed number
+    reduce    the largest amax of the ranks; NaN wins over inf, inf over numbers
 
 Nothing is read on the host. Called outside of graphs that torch.compile traces, so these are no custom operators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.ops import dispatch
+
+on_received: list[Callable[[int], None]] = []  # told how many bytes arrive from other ranks: collectives.wire_bytes
 
 
 def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[int, ...], clear: bool) -> None:
@@ -47,6 +55,23 @@ def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool)
     torch.maximum(collected, finite, out=collected)
     if count:
         saturated.add_(observed[2])
+
+
+def reduce_amax(amax: Tensor, group: Any) -> Tensor:
+    """Replace amaxes by the largest of all ranks.
+
+    Args:
+        amax: fp32, not negative, overwritten and returned; of the same shape on all ranks.
+        group: a process group that this process is in; None is the default group.
+    """
+    # Numbers that are not negative have the order of their bits, and NaN is above inf there. But amax of a vectorized
+    # reduction gives a NaN with its sign bit set, a negative integer that every number would win over.
+    bits = amax.view(torch.int32).bitwise_and_(0x7FFFFFFF)
+    dist.all_reduce(bits, dist.ReduceOp.MAX, group=group)
+    ranks = dist.get_world_size(group)
+    for told in on_received:  # as a ring moves them: once around to find the maximum, once to spread it
+        told(2 * (ranks - 1) * amax.numel() * amax.element_size() // ranks)
+    return amax
 
 
 def _by_kernels(amax: Tensor) -> bool:

@@ -19,7 +19,7 @@ from te_nvfp4_cv import checks
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, round_up
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops import quantize as ops
-from te_nvfp4_cv.ops.quantize import reference, seeds
+from te_nvfp4_cv.ops.quantize import amaxes, reference, seeds
 from te_nvfp4_cv.tensor import BUFFERS, NVFP4Tensor
 
 
@@ -226,10 +226,8 @@ class NVFP4Quantizer:
         )
 
     def _reduced_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
-        """(rowwise, columnwise) amax, the maximum over the ranks, by the bits: NaN wins, then inf."""
-        both = torch.cat(self._own_amax(x_MK, columnwise))
-        group = self.amax_reduction_group
-        torch.distributed.all_reduce(both.view(torch.int32), torch.distributed.ReduceOp.MAX, group=group)
+        """Return the rowwise and the columnwise amax, each the largest of all ranks; NaN wins over inf."""
+        both = amaxes.reduce_amax(torch.cat(self._own_amax(x_MK, columnwise)), self.amax_reduction_group)
         return both[:1], both[1:]
 
     @staticmethod
