@@ -64,10 +64,11 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel, tree):
     sources = {
         path.relative_to(tree).as_posix()
         for path in (tree / "te_nvfp4_cv").rglob("*")
-        if path.suffix in (".py", ".cpp", ".h")
+        if path.suffix in (".py", ".cpp", ".h") or path.name == "py.typed"
     }
     recipes = {f"te_nvfp4_cv/recipes/{path.name}" for path in (tree / "recipes").glob("*.toml")}
     assert recipes, "no recipes in the checkout"
+    assert "te_nvfp4_cv/py.typed" in sources, "type checkers ignore the annotations of a package without py.typed"
     assert {name for name in names if ".dist-info/" not in name} == sources | recipes
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 

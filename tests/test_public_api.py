@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import pickle
+import pydoc
 import subprocess
 import sys
 import types
@@ -59,6 +62,15 @@ def test_names():
         if not name.startswith("_") and not (isinstance(value, types.ModuleType) and name not in MODULES)
     }
     assert public == set(nv.__all__)
+
+
+def test_dir_lists_the_public_names_and_no_internals(monkeypatch):
+    lazy = {"export", "sensitivity", "telemetry", "tensor_parallel", "te_plugin"}
+    has_lightning = any(importlib.util.find_spec(name) for name in ("lightning", "pytorch_lightning"))
+    expected = {*nv.__all__, "__version__", *lazy, *(["lightning"] if has_lightning else [])}
+    assert dir(nv) == sorted(expected)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert set(dir(nv)) == expected - {"lightning"}, "help(nv) would try to import Lightning and fail"
 
 
 def test_what_needs_more_than_torchs_core_is_imported_when_asked_for():
@@ -129,6 +141,37 @@ def test_module_keywords(name):
     arguments = (16, 16) if name == "NVFP4Linear" else (16, 16, 3)
     module = cls(*arguments, recipe=nv.NVFP4BlockScaling(), backend="vendor")
     assert isinstance(module, plain) and module.recipe == nv.NVFP4BlockScaling() and module.backend == "vendor"
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(NAMES) if "Conv" in n or n == "NVFP4Linear"])
+def test_module_signatures_are_torchs_with_recipe_and_backend(name):
+    cls, plain = getattr(nv, name), getattr(nn, name.removeprefix("NVFP4"))
+    ours, torchs = (list(inspect.signature(c).parameters.values()) for c in (cls, plain))
+    assert [(p.name, p.kind, p.default) for p in ours[:-2]] == [(p.name, p.kind, p.default) for p in torchs]
+    assert [(p.name, p.kind, p.default) for p in ours[-2:]] == [
+        ("recipe", inspect.Parameter.KEYWORD_ONLY, None),
+        ("backend", inspect.Parameter.KEYWORD_ONLY, "auto"),
+    ]
+    head = pydoc.render_doc(cls, renderer=pydoc.plaintext).split("Method resolution order")[0]
+    assert "*args" not in head and f"{name}({torchs[0].name}: " in head and "*, recipe: " in head
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_constructor_argument_reaches_its_place(rank, transposed):
+    """By position, as torch takes them, with values that tell the arguments apart."""
+    kind = f"ConvTranspose{rank}d" if transposed else f"Conv{rank}d"
+    tail = (3, 2, 1, 4, False, 2) if transposed else (3, 2, 2, 4, False)
+    arguments = (32, 64, 3, *tail, "zeros", "cpu", torch.bfloat16)
+    torch.manual_seed(1)
+    module = getattr(nv, f"NVFP4{kind}")(*arguments, backend="vendor")
+    torch.manual_seed(1)
+    plain = getattr(nn, kind)(*arguments)
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation", "groups")
+    assert all(getattr(module, name) == getattr(plain, name) for name in names)
+    assert module.bias is None and torch.equal(module.weight, plain.weight) and module.weight.dtype == torch.bfloat16
+    copy = pickle.loads(pickle.dumps(module))
+    assert type(copy) is type(module) and copy.backend == "vendor" and copy.stride == module.stride
 
 
 def test_the_ten_lines_of_the_design():
