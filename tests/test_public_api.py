@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
+import pathlib
 import pickle
 import pydoc
 import subprocess
@@ -85,6 +87,33 @@ print(nv.telemetry.attach.__name__)
     assert result.stdout.split() == ["ColwiseParallel", "recipe", "scan", "attach"], result.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = nv.nothing
+
+
+def printing_functions(source: str) -> set[str]:
+    """Return the names of the functions in a source text that call print; "" stands for the module's own level."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            found.add(function)
+        for child in ast.iter_child_nodes(node):
+            walk(child, function)
+
+    walk(ast.parse(source), "")
+    return found
+
+
+def test_only_commands_print():
+    """Warnings and notes of the library go through `warnings` and `logging`, where a user can route or silence them."""
+    assert printing_functions("print(1)\ndef f():\n    g(say=lambda: print(2))\ndef h(): log('print(3)')") == {"", "f"}
+    package = pathlib.Path(nv.__file__).parent
+    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py") if "cli" not in path.parts}
+    found = {name: printing_functions(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    printing = {(name, function) for name, functions in found.items() for function in functions}
+    # The command line calls these two; they print a command's result.
+    assert len(printing) == 2 and all(name.startswith(("export/", "selftest/")) for name, _ in printing), printing
 
 
 def test_coverage_is_the_function_not_its_module():
