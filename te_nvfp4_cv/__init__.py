@@ -4,6 +4,8 @@ import te_nvfp4_cv as nv;   with nv.nvfp4_autocast(nv.NVFP4BlockScaling()): loss
 """
 
 import importlib
+import importlib.util
+import typing
 
 from te_nvfp4_cv import distributed, fsdp, functional
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
@@ -29,14 +31,30 @@ from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, save_recipe
 from te_nvfp4_cv.tensor import NVFP4Tensor
 from te_nvfp4_cv.version import __version__ as __version__
 
-# imported when they are asked for: what needs more than the core
+# These modules need more than the core, so each is imported when it is first asked for.
 _LAZY = ("export", "lightning", "sensitivity", "telemetry", "tensor_parallel", "te_plugin")
 
+if typing.TYPE_CHECKING:  # type checkers and editors read this; the function below would tell them that any name exists
+    from te_nvfp4_cv import export as export
+    from te_nvfp4_cv import lightning as lightning
+    from te_nvfp4_cv import sensitivity as sensitivity
+    from te_nvfp4_cv import te_plugin as te_plugin
+    from te_nvfp4_cv import telemetry as telemetry
+    from te_nvfp4_cv import tensor_parallel as tensor_parallel
+else:
 
-def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _LAZY:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, for dir() and completion; `lightning` only where PyTorch Lightning is installed."""
+    # help() and inspect read every name listed here, and importing nv.lightning without Lightning raises an error.
+    have_lightning = any(importlib.util.find_spec(package) for package in ("lightning", "pytorch_lightning"))
+    lazy = [name for name in _LAZY if name != "lightning" or have_lightning]
+    return sorted([*__all__, *lazy, "__version__"])
 
 
 __all__ = [

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from te_nvfp4_cv.checks import check_module
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.policy import entries_of, matches, plain_name, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+
+Size = int | tuple[int, ...]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class NVFP4Module(nn.Module):
@@ -56,6 +59,40 @@ class NVFP4Module(nn.Module):
 
 
 class _Conv(NVFP4Module):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        # Written out, not *args: help(), completion and type checkers then know torch's parameters.
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            recipe=recipe,
+            backend=backend,
+        )
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         recipe, backend = self.chosen()
         if recipe is None:
@@ -81,6 +118,41 @@ class _Conv(NVFP4Module):
 
 
 class _ConvTranspose(NVFP4Module):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size = 1,
+        padding_mode: PaddingMode = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
+            recipe=recipe,
+            backend=backend,
+        )
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As the plain module's."""
         recipe, backend = self.chosen()
@@ -107,45 +179,58 @@ class _ConvTranspose(NVFP4Module):
 
 
 class NVFP4Conv1d(_Conv, nn.Conv1d):
-    """nn.Conv1d in NVFP4; keywords recipe=None, backend="auto"."""
+    """Compute nn.Conv1d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
 
     op = "conv1d"
 
 
 class NVFP4Conv2d(_Conv, nn.Conv2d):
-    """nn.Conv2d in NVFP4; keywords recipe=None, backend="auto"."""
+    """Compute nn.Conv2d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
 
     op = "conv2d"
 
 
 class NVFP4Conv3d(_Conv, nn.Conv3d):
-    """nn.Conv3d in NVFP4; keywords recipe=None, backend="auto"."""
+    """Compute nn.Conv3d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
 
     op = "conv3d"
 
 
 class NVFP4ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
-    """nn.ConvTranspose1d in NVFP4; keywords recipe=None, backend="auto"."""
+    """Compute nn.ConvTranspose1d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
 
     op = "conv_transpose1d"
 
 
 class NVFP4ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
-    """nn.ConvTranspose2d in NVFP4; keywords recipe=None, backend="auto"."""
+    """Compute nn.ConvTranspose2d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
 
     op = "conv_transpose2d"
 
 
 class NVFP4ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
-    """nn.ConvTranspose3d in NVFP4; keywords recipe=None, backend="auto"."""
+    """Compute nn.ConvTranspose3d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
 
     op = "conv_transpose3d"
 
 
 class NVFP4Linear(NVFP4Module, nn.Linear):
-    """nn.Linear in NVFP4; keywords recipe=None, backend="auto"."""
+    """Compute nn.Linear in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
 
     op = "linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype, recipe=recipe, backend=backend)
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain module's."""

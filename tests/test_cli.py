@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import te_nvfp4_cv
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.cli import machine
 from te_nvfp4_cv.ops import dispatch, native
@@ -64,6 +65,12 @@ def test_autocast_dtype_follows_the_hardware(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert machine._autocast_dtype(torch.device("cpu")).startswith(word)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"te-nvfp4-cv {te_nvfp4_cv.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["docter"], ["doctor", "--yaml"]], ids=str)

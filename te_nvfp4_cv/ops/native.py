@@ -15,12 +15,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import torch
 
 from te_nvfp4_cv.checks import warn_once
 
+_log = logging.getLogger("te_nvfp4_cv")
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -140,7 +141,8 @@ def _build(cxx: str) -> Path:
     target = cache_folder() / f"native_{key}.so"
     if target.exists():
         return target
-    print("te_nvfp4_cv: compiling the CPU kernels (once per machine, some seconds) ...", file=sys.stderr, flush=True)
+    # A warning, not an info: without any logging set up Python shows only these, and a pause of seconds needs a reason.
+    _log.warning("te_nvfp4_cv: compiling the CPU kernels (once per machine, some seconds) ...")
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     error = ""
