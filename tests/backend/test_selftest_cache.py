@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv.ops import cache, dispatch, selftest_cache
-from tests.ops import fake_gpu
+from tests.backend import fake_gpu
 
 GPU = fake_gpu.DEVICE
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv.ops import cache, tuning
-from tests.ops import fake_gpu
+from tests.backend import fake_gpu
 
 TABLE = {
     0: {"BLOCK": 4096, "num_warps": 1},

@@ -26,7 +26,7 @@ from tests.helpers import relative_error, same_bits, values
 from tests.networks import NO_SR, Net, all_same, net_and_input, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BAND = 0.02  # relative difference of losses over four steps: rounding of what inductor fuses, then of everything after
 
 
@@ -217,7 +217,7 @@ def test_inductor_stays_near_eager():
         cpp_builder.get_cpp_compiler()
     except InvalidCxxCompiler:
         pytest.skip("no C++ compiler for inductor")
-    code = "from tests.test_compile import losses_eager_and_compiled; print(losses_eager_and_compiled())"
+    code = "from tests.context.test_compile import losses_eager_and_compiled; print(losses_eager_and_compiled())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = ast.literal_eval(done.stdout.splitlines()[-1])

@@ -12,7 +12,7 @@ from torch import nn
 import te_nvfp4_cv as nv
 
 torchvision = pytest.importorskip("torchvision")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def groupnorm_net() -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import te_nvfp4_cv as nv
-from tests.unet_coco_data import EXAMPLES, write_masks  # noqa: F401  (puts examples/ on the path)
+from tests.examples.unet_coco_data import EXAMPLES, write_masks  # noqa: F401  (puts examples/ on the path)
 
 from accuracy import cifar, deploy, study, table  # noqa: E402  isort: skip
 from accuracy.nets import mobilenet, resnet  # noqa: E402  isort: skip

@@ -27,7 +27,7 @@ from unet_coco.train import main
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import checks, files, telemetry
 from te_nvfp4_cv.telemetry import Telemetry, attach
-from tests.unet_coco_data import EXAMPLES, KEYS, SMALL, draw_shapes, write_masks
+from tests.examples.unet_coco_data import EXAMPLES, KEYS, SMALL, draw_shapes, write_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 

@@ -22,7 +22,7 @@ from unet_coco.unet import UNet
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.telemetry import attach
-from tests.unet_coco_data import SMALL, draw_shapes
+from tests.examples.unet_coco_data import SMALL, draw_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 

@@ -14,7 +14,7 @@ from unet_coco.data import SegmentationDataset, load_data
 from unet_coco.order import TrainOrder
 from unet_coco.shapes import ShapesSettings, ensure_shapes
 
-from tests.unet_coco_data import draw_shapes, edit, write_coco, write_masks
+from tests.examples.unet_coco_data import draw_shapes, edit, write_coco, write_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 

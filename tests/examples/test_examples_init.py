@@ -20,7 +20,7 @@ from unet_coco.train import main
 from unet_coco.unet import UNet
 
 import te_nvfp4_cv as nv
-from tests.unet_coco_data import SMALL, draw_shapes
+from tests.examples.unet_coco_data import SMALL, draw_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 State = dict[str, Tensor]

@@ -22,7 +22,7 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.sensitivity import diagnose, load_bundle
 from te_nvfp4_cv.telemetry import attach
-from tests.unet_coco_data import SMALL, draw_shapes
+from tests.examples.unet_coco_data import SMALL, draw_shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NVFP4 = ["--precisions", "nvfp4", "--compute", "fp32", *SMALL, "--scale", "0.25"]

@@ -16,7 +16,7 @@ from unet_coco.report import markdown_table
 from unet_coco.train import main
 from unet_coco.unet import UNet, group_count
 
-from tests.unet_coco_data import KEYS
+from tests.examples.unet_coco_data import KEYS
 
 
 def test_loss_against_loops() -> None:

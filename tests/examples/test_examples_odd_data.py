@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.unet_coco_data import write_coco, write_masks  # (puts examples/ on the path)
+from tests.examples.unet_coco_data import write_coco, write_masks  # (puts examples/ on the path)
 
 from unet_coco.data import load_data  # noqa: E402  isort: skip
 from unet_coco.folder import run_folder  # noqa: E402  isort: skip

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from te_nvfp4_cv import telemetry
-from tests.unet_coco_data import EXAMPLES, SMALL, draw_shapes, write_masks
+from tests.examples.unet_coco_data import EXAMPLES, SMALL, draw_shapes, write_masks
 
 from unet_coco import checkpoint, identity, ranks, tracking  # noqa: E402  isort: skip
 from unet_coco.engine import Trainer  # noqa: E402  isort: skip

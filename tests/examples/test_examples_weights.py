@@ -21,7 +21,7 @@ from unet_coco.semantic import Semantic
 from unet_coco.split import RawSplit
 from unet_coco.train import main
 
-from tests.unet_coco_data import SMALL, write_masks
+from tests.examples.unet_coco_data import SMALL, write_masks
 
 WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.25])
 

@@ -21,7 +21,7 @@ import torch
 
 from te_nvfp4_cv.ops import dispatch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"
 SUITE = FOLDER / "gpu_suite.sh"
 BENCHMARKS = ("gpu_quantize", "gpu_conv", "gpu_step")

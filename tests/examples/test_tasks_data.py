@@ -17,7 +17,7 @@ from unet_coco.data import SegmentationDataset, load_data
 from unet_coco.objects import ObjectDataset, collate_objects, to_learn
 from unet_coco.train import main
 
-from tests.unet_coco_data import SMALL, edit, write_coco, write_masks
+from tests.examples.unet_coco_data import SMALL, edit, write_coco, write_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 

@@ -22,8 +22,8 @@ from unet_coco.precision import parse_precisions
 from unet_coco.ranks import Ranks
 from unet_coco.train import main
 
-from tests.test_examples import same
-from tests.unet_coco_data import SMALL, draw_shapes, edit
+from tests.examples.test_examples import same
+from tests.examples.unet_coco_data import SMALL, draw_shapes, edit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools on numpy 2

@@ -19,8 +19,8 @@ from unet_coco.drawing import draw_objects
 from unet_coco.instances import InstanceUNet, costs, found_instances, instance_loss, match
 from unet_coco.train import main
 
-from tests.test_examples import same
-from tests.unet_coco_data import SMALL, draw_shapes
+from tests.examples.test_examples import same
+from tests.examples.unet_coco_data import SMALL, draw_shapes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools on numpy 2

@@ -256,7 +256,7 @@ def test_names_that_are_not_there_are_refused(tmp_path, root, words):
 SCRIPT = """
 import sys, torch
 from tests import conftest
-from tests.test_adapters_lightning import Module, loader, trainer, module, NVFP4Precision, RECIPE
+from tests.integrations.test_adapters_lightning import Module, loader, trainer, module, NVFP4Precision, RECIPE
 model = module()
 torch.manual_seed(5)
 plugin = NVFP4Precision(RECIPE, root="net", share_amax=True)

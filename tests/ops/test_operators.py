@@ -26,7 +26,7 @@ CONV = make_geometry(2, (16, 32), (5, 4), 3, 1, 1)
 FOLDS = [fold_list(fold) for fold in CONV.folds()]
 X, DY = values((2, 5, 4, 16)), values((2, 5, 4, 32), seed=1)
 W = values((32, 16, 3, 3), seed=2)
-KERNELS_ONLY = {"norm_statistics", "norm_apply", "norm_quantize"}  # opcheck in tests/kernels/test_produce_kernels.py
+KERNELS_ONLY = {"norm_statistics", "norm_apply", "norm_quantize"}  # opcheck in ops/kernels/test_produce_kernels.py
 NO_SCHEMA_TEST = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # it multiplies float8
 RANDOM = ("test_schema", "test_faketensor")
 

@@ -26,7 +26,7 @@ from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams, as_recipe, from_te
 from te_nvfp4_cv.recipe_fields import GEMMS, PLAIN
 from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, recipe_folder, save_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("default", "no_rht", "no_sr", "no_2d", "forward_only", "four_over_six", "unet", "resnet", "detection")
 QPARAMS = ("fp4_quant_fwd_inp", "fp4_quant_fwd_weight", "fp4_quant_bwd_grad")
 needs_te = pytest.mark.skipif(

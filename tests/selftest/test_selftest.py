@@ -21,7 +21,7 @@ from te_nvfp4_cv.ops.conv import vendor as conv_vendor
 from te_nvfp4_cv.ops.quantize import vendor
 from te_nvfp4_cv.selftest import products, quantization, setting, training
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting
-from tests.ops import fake_gpu
+from tests.backend import fake_gpu
 
 CPU = torch.device("cpu")
 HERE = Setting(CPU, "vendor", small=True)

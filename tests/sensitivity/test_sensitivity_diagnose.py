@@ -474,7 +474,7 @@ def test_the_commands_exit_status(tmp_path, capsys):
     mine.write_text(
         textwrap.dedent(
             """
-            from tests.test_sensitivity_diagnose import build as make
+            from tests.sensitivity.test_sensitivity_diagnose import build as make
             def build(arguments):
                 return make(arguments)
             """

@@ -36,7 +36,7 @@ def _pool() -> ProcessPoolExecutor:
 @functools.cache
 def _start() -> None:
     torch.set_num_threads(1)
-    from tests.te import stand_in
+    from tests.integrations.te import stand_in
 
     stand_in.install()
 
@@ -58,7 +58,8 @@ def with_te(test: Callable[..., None]) -> Callable[..., None]:
     def call(**arguments: Any) -> None:
         if importlib.util.find_spec("transformer_engine") is None:
             pytest.skip("transformer_engine is not installed")
-        module = f"tests.te.{Path(inspect.getfile(test)).stem}"  # a bare name may be that of a file elsewhere
+        # The whole name: the last part alone may be that of a file elsewhere.
+        module = f"tests.integrations.te.{Path(inspect.getfile(test)).stem}"
         _pool().submit(_run, module, test.__name__, arguments).result()
 
     return call

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.te.process import with_te
-from tests.te.recipes import SR_OFF, recipe
+from tests.integrations.te.process import with_te
+from tests.integrations.te.recipes import SR_OFF, recipe
 
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [((32, 64), 96), ((4, 16, 128), 32), ((96, 160), 64)]
@@ -52,7 +52,7 @@ def test_operand(role: str, dtype: torch.dtype, fields: dict, options: dict, sha
     """Codes, block scales and amax of both faces are the reference's, byte for byte."""
     from transformer_engine.pytorch.quantization import QuantizerRole
 
-    from tests.te import reference
+    from tests.integrations.te import reference
 
     x = torch.randn(shape).to(dtype)
     x[..., :16] *= 2.0**-14  # blocks whose scales are small
@@ -88,7 +88,7 @@ def test_operand(role: str, dtype: torch.dtype, fields: dict, options: dict, sha
 @with_te
 def test_three_steps(dtype: torch.dtype, shape: tuple[int, ...], n: int, rht: bool, two_d: bool) -> None:
     """y, dx, dw of each of three optimizer steps, and the weights after them."""
-    from tests.te import composed, reference
+    from tests.integrations.te import composed, reference
 
     layers = [composed.linear(composed.operands(shape, n, dtype)[1]) for _ in range(2)]
     recipes = [ours(rht, two_d), reference.recipe(rht, two_d)]
@@ -119,7 +119,7 @@ def test_other_recipes(fields: dict, options: dict) -> None:
     """4over6 and row scaling, one step."""
     from transformer_engine.common.recipe import CustomRecipe
 
-    from tests.te import composed, reference
+    from tests.integrations.te import composed, reference
 
     def factory(role: Any) -> Any:
         tensor = getattr(role, "tensor_type", "")
@@ -143,7 +143,7 @@ def test_the_factory_as_it_is() -> None:
     from transformer_engine.common.recipe import CustomRecipe
     from transformer_engine.pytorch.custom_recipes import reference_nvfp4
 
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     equal_alphas: list[bool] = []
     qgemm = reference_nvfp4.NVFP4QuantizerRef.qgemm
@@ -179,7 +179,7 @@ def test_the_factory_as_it_is() -> None:
 @with_te
 def test_other_backends(backend: str) -> None:
     """Sums in another order: as close to the reference as fp32 rounding and one bf16 rounding allow."""
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, bias = composed.operands((64, 128), 96)
     got = composed.step(composed.linear(w, bias), x, dy, recipe(backend, **SR_OFF))
@@ -196,7 +196,7 @@ def test_backend_is_handed_on(backend: str) -> None:
 
     from te_nvfp4_cv import te_plugin
     from te_nvfp4_cv.ops import quantize
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, _ = composed.operands((32, 64), 96)
     with (

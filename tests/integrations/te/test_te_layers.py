@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.te.process import with_te
-from tests.te.recipes import SR_OFF, recipe
+from tests.integrations.te.process import with_te
+from tests.integrations.te.recipes import SR_OFF, recipe
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -20,7 +20,7 @@ from tests.te.recipes import SR_OFF, recipe
 def test_bias(shape: tuple[int, ...], dtype: torch.dtype, stochastic: bool, backend: str) -> None:
     """Bias, its gradient, four dimensions, fp16, and SR with the seeds that torch.manual_seed gives."""
     import te_nvfp4_cv as nv
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     r = nv.NVFP4BlockScaling(disable_stochastic_rounding=not stochastic)
     x, w, dy, bias = composed.operands(shape, 96, dtype)
@@ -39,7 +39,7 @@ def test_bias(shape: tuple[int, ...], dtype: torch.dtype, stochastic: bool, back
 def test_lengths_that_are_padded(rows: int, k: int, n: int) -> None:
     """Rows and outputs that are no multiple of 16, a contraction that is none of 32: TE's reference refuses these."""
     import te_nvfp4_cv as nv
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, bias = composed.operands((rows, k), n)
     got = composed.step(composed.linear(w, bias), x, dy, recipe(**SR_OFF))
@@ -53,7 +53,7 @@ def test_lengths_that_are_padded(rows: int, k: int, n: int) -> None:
 def test_stochastic_rounding() -> None:
     """Two draws differ, one seed repeats, y does not depend on it, the mean of draws approaches the exact gradient."""
     import te_nvfp4_cv as nv
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, _ = composed.operands((64, 64), 64)
     layer = composed.linear(w)
@@ -105,7 +105,7 @@ def test_codes_are_adjacent() -> None:
 def test_high_precision_gemms(gemms: tuple[str, ...]) -> None:
     """The named products are those of the operands as they are, the others stay NVFP4, bias included."""
     import te_nvfp4_cv as nv
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, bias = composed.operands((64, 64), 96)
     got = composed.step(composed.linear(w, bias), x, dy, recipe(high_precision_gemms=gemms, **SR_OFF))
@@ -124,7 +124,7 @@ def test_high_precision_gemms(gemms: tuple[str, ...]) -> None:
 def test_backward_override(mode: str) -> None:
     """dgrad and wgrad in high precision, of the original operands or of fprop's dequantized ones."""
     import te_nvfp4_cv as nv
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, bias = composed.operands((64, 64), 96)
     got = composed.step(composed.linear(w, bias), x, dy, recipe(backward_override=mode))
@@ -143,7 +143,7 @@ def test_torch_autocast() -> None:
     import transformer_engine.pytorch as te
 
     import te_nvfp4_cv as nv
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, _ = composed.operands((64, 64), 96, torch.float32)
     layer = composed.linear(w)
@@ -166,7 +166,7 @@ def test_nested_autocast() -> None:
     """The innermost te.autocast decides; without one a layer runs as it is."""
     import transformer_engine.pytorch as te
 
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, bias = composed.operands((32, 64), 96)
     layer = composed.linear(w, bias)
@@ -190,7 +190,7 @@ def test_precision_table() -> None:
     """A [precision] table goes by the modules' names: None, another recipe, children by their prefix, the last wins."""
     import te_nvfp4_cv as nv
     from te_nvfp4_cv import te_plugin
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     r = nv.NVFP4BlockScaling(
         precision={"head": None, "body*": nv.NVFP4BlockScaling(disable_2d_quantization=True, **SR_OFF), "body.z": None},

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.te.process import with_te
-from tests.te.recipes import SR_OFF, recipe
+from tests.integrations.te.process import with_te
+from tests.integrations.te.recipes import SR_OFF, recipe
 
 ROLES = ("input", "weight", "grad_output")
 
@@ -22,7 +22,7 @@ def test_fused_weight_gradient() -> None:
     import transformer_engine.pytorch as te
 
     import te_nvfp4_cv as nv
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     layer = composed.linear(composed.operands((64, 64), 96)[1], fuse_wgrad_accumulation=True)
     layer.weight.main_grad = torch.zeros(96, 64)
@@ -42,7 +42,7 @@ def test_weight_kept_over_micro_batches() -> None:
     """is_first_microbatch: False takes the codes of before, also while an earlier forward waits for its backward."""
     import transformer_engine.pytorch as te
 
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, bias = composed.operands((32, 64), 96)
     layer = composed.linear(w, bias)
@@ -94,7 +94,7 @@ def test_original_input_kept() -> None:
 
     from transformer_engine.pytorch.quantization import QuantizerRole
 
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, _ = composed.operands((64, 64), 96)
     wanted = composed.step(composed.linear(w), x, dy, recipe(**SR_OFF))
@@ -110,7 +110,7 @@ def test_what_is_kept_for_backward() -> None:
     """Packed codes: x columnwise and w, 0.5625 byte an element and one amax each; nothing of x in its own precision."""
     import transformer_engine.pytorch as te
 
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, _, _ = composed.operands((256, 128), 192)
     layer = composed.linear(w)
@@ -138,7 +138,7 @@ def test_what_is_kept_for_backward() -> None:
 @with_te
 def test_quantizers_are_made_once() -> None:
     """A recipe built anew at each step is the same object, so a module keeps its quantizers."""
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, _ = composed.operands((32, 64), 96)
     layer = composed.linear(w)
@@ -187,7 +187,7 @@ def test_layer_norm_linear(normalization: str) -> None:
     """The norm in high precision, then the linear layer."""
     import transformer_engine.pytorch as te
 
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, bias = composed.operands((2, 32, 64), 96)
     layer = te.LayerNormLinear(64, 96, normalization=normalization, params_dtype=torch.bfloat16, device="cpu")
@@ -216,7 +216,7 @@ def test_fusible_linear() -> None:
     """te.ops.Linear without a bias."""
     import transformer_engine.pytorch as te
 
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w, dy, _ = composed.operands((32, 64), 96)
     layer = te.ops.Linear(64, 96, bias=False, device="cpu", dtype=torch.bfloat16)
@@ -232,7 +232,7 @@ def test_layer_norm_mlp() -> None:
     """Both linear layers run all three GEMMs in NVFP4; TransformerEngine's own reference cannot run this module."""
     import transformer_engine.pytorch as te
 
-    from tests.te import composed
+    from tests.integrations.te import composed
 
     x, w1, _, b1 = composed.operands((32, 64), 128)
     _, w2, dy, b2 = composed.operands((32, 128), 64, seed=1)

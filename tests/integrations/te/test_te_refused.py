@@ -14,7 +14,7 @@ import torch
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import te_plugin
-from tests.te.process import with_te
+from tests.integrations.te.process import with_te
 
 
 def refused(error: type[Exception], *words: str) -> Any:
@@ -149,7 +149,7 @@ def test_operands_of_two_makers() -> None:
     from transformer_engine.pytorch.custom_recipes.gemm import custom_gemm
     from transformer_engine.pytorch.quantization import QuantizerRole
 
-    from tests.te import reference
+    from tests.integrations.te import reference
 
     factory = te_plugin.recipe().qfactory
     x = factory(QuantizerRole("linear", "input"))(torch.randn(32, 64, dtype=torch.bfloat16)).rowwise_sub_storage

@@ -19,7 +19,7 @@ from te_nvfp4_cv.ops.conv import reference, walks
 from te_nvfp4_cv.ops.geometry import ConvGeometry, pixel_map
 from te_nvfp4_cv.ops.quantize import operands
 from tests.helpers import make_geometry, relative_error, same_bits
-from tests.kernels.gemm_helpers import GEOMETRIES, WAYS, faces_of, multiply_as, packed, tolerance
+from tests.ops.kernels.gemm_helpers import GEOMETRIES, WAYS, faces_of, multiply_as, packed, tolerance
 
 pytest.importorskip("triton", reason="triton is not installed")
 from te_nvfp4_cv.ops.conv import launch  # noqa: E402

@@ -22,7 +22,7 @@ from te_nvfp4_cv.ops import dispatch, tuning
 from te_nvfp4_cv.ops.gemm import gemm, reference
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from tests.helpers import relative_error, same_bits
-from tests.kernels.gemm_helpers import WAYS, multiply_as, tolerance
+from tests.ops.kernels.gemm_helpers import WAYS, multiply_as, tolerance
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
@@ -34,7 +34,7 @@ from te_nvfp4_cv.ops.gemm import launch  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 ways = pytest.mark.parametrize("way", WAYS)
 SCALES = 127  # bytes 0x00..0x7E
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.usefixtures("poison", "one_thread"),
     pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value|underflow) encountered:RuntimeWarning"),
 ]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FORMS = ((PACKED, PACKED), (DEQUANTIZED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED), (PACKED, NONE))
 ROW, COL = (0, 1, 2), (3, 4, 5)
 
