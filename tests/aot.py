@@ -1,6 +1,6 @@
 """Triton kernels compiled for GPUs that are not here: PTX, SASS, registers, spills and shared memory of each case.
 
-    python -m tests.aot                        table of all cases in tests/ops/kernels/aot_*.py; exit status 1 on failure
+    python -m tests.aot                        table of all cases in tests/ops/kernels/aot_*.py; status 1 on failure
     python -m tests.aot --only quantize --arch 90 --json
     python -m tests.aot --keep FOLDER          leave PTX and SASS there
 
