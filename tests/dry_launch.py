@@ -1,7 +1,7 @@
 """Launches of the kernels as on a GPU, up to the launch itself: argument types, constants, compilation.
 
     python -m tests.dry_launch 90              every launch of a few layers compiled for sm_90, one line a kernel
-    python -m tests.dry_launch 90 all          of every layer of tests/kernels/gemm_helpers.py
+    python -m tests.dry_launch 90 all          of every layer of tests/ops/kernels/gemm_helpers.py
     python -m tests.dry_launch 90 quantize     of quantization, of operands and weights with axes of one element
     python -m tests.dry_launch 90 steps        of training steps: backends, tensor scales, fused norms
 
@@ -55,7 +55,7 @@ def launch_gemms(arch: int, names: list[str]) -> None:
     """The three GEMMs of some layers, with a bias, with and without alpha; and products of small matrices."""
     from te_nvfp4_cv.ops.conv import launch as conv
     from te_nvfp4_cv.ops.gemm import launch as gemm
-    from tests.kernels.gemm_helpers import GEOMETRIES, faces_of, packed
+    from tests.ops.kernels.gemm_helpers import GEOMETRIES, faces_of, packed
 
     gpu = gemm.Gpu(arch if arch >= 90 else 80, arch in (100, 103, 120), 132)
     conv.gpu_of = gemm.gpu_of = lambda device: gpu
