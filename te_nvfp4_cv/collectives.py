@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from te_nvfp4_cv import checks
+from te_nvfp4_cv import errors
 from te_nvfp4_cv.ops.quantize import amaxes
 
 Part = tuple[Tensor, int]  # a tensor, and the axis along which the ranks' tensors are concatenated
@@ -57,7 +57,7 @@ def check_group(group: Any, caller: str) -> tuple[Any, int]:
         TypeError, ValueError: not a process group; one of other ranks.
     """
     if not dist.is_available() or not dist.is_initialized():
-        raise checks.runtime_error(
+        raise errors.runtime_error(
             f"{caller}: there is no process group.",
             got="torch.distributed is not initialized",
             needs="a process group, on every rank",
@@ -67,14 +67,14 @@ def check_group(group: Any, caller: str) -> tuple[Any, int]:
     if group is dist.GroupMember.NON_GROUP_MEMBER or (
         isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0
     ):
-        raise checks.value_error(
+        raise errors.value_error(
             f"{caller}: this process is not in the group.",
             got=f"a group without rank {dist.get_rank()}",
             needs="a group of which the caller is a member",
             fix="call it on the ranks of the group only",
         )
     if not isinstance(group, dist.ProcessGroup):
-        raise checks.type_error(
+        raise errors.type_error(
             f"{caller}: group is no process group.",
             got=f"{group!r:.80}",
             needs="a torch.distributed process group, or None for the default one",

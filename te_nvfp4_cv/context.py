@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from te_nvfp4_cv.checks import warn_once
+from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 

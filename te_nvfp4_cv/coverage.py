@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from te_nvfp4_cv import autocast, calls, context, scaling
-from te_nvfp4_cv.checks import check_module, check_trainable
 from te_nvfp4_cv.coverage_report import Coverage, Layer
+from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
 from te_nvfp4_cv.ops.quantize import seeds

@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import checks, collectives
+from te_nvfp4_cv import collectives, errors
 from te_nvfp4_cv.collectives import Part, PendingParts
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.gather_shards import Shard, Told, check_alike, exchange, shard_of
@@ -201,13 +201,13 @@ def _plan(shard: Shard, by_rank: list[Told], group: Any) -> _Plan:
         amax = torch.tensor([max(told.amax[face] for told in whole) for face in (0, 1)], dtype=torch.int32)
         return _plan_codes(shard, sizes, amax.to(shard.device).view(torch.float32))
     if shard.quantizer is None:
-        raise checks.value_error(
+        raise errors.value_error(
             f"all_gather: {reason}, and nothing can quantize the whole.",
-            got=f"{checks.describe(shard.tensor)} without a quantizer, sizes {sizes} along {shard.dim!r}",
+            got=f"{errors.describe(shard.tensor)} without a quantizer, sizes {sizes} along {shard.dim!r}",
             needs=f"shards of whole blocks of {BLOCK}, or the quantizer that made them",
             fix="pass quantizer=",
         )
-    checks.warn_once(
+    errors.warn_once(
         f"all_gather: {reason}",
         f"all_gather: {reason} (here sizes {sizes} along {shard.dim!r}). Values are gathered, in "
         f"{shard.tensor.dtype}, and the whole is quantized: right, but 2 to 7 times the bytes",

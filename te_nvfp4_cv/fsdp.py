@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls
-from te_nvfp4_cv.checks import check_module, runtime_error
+from te_nvfp4_cv.errors import check_module, runtime_error
 from te_nvfp4_cv.gathered import Form, ShardedWeight
 from te_nvfp4_cv.modules import NVFP4_CLASSES, with_recipes
 from te_nvfp4_cv.policy import matches

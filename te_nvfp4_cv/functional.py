@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.calls import MINIMUM, execute, ineligible, int_tuple
-from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.ops.conv.reference import gather
 from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, pixel_map
 from te_nvfp4_cv.recipe import as_recipe

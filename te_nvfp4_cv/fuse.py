@@ -26,7 +26,7 @@ from typing import Any, Literal, overload
 
 from torch import fx, nn
 
-from te_nvfp4_cv.checks import check_module
+from te_nvfp4_cv.errors import check_module
 from te_nvfp4_cv.fuse_patterns import FAMILY, Row, child_of, kind_of, rewrite
 from te_nvfp4_cv.fuse_trace import Traced, Untraceable, trace
 from te_nvfp4_cv.norm_modules import NORM_CLASSES

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import checks, collectives
+from te_nvfp4_cv import collectives, errors
 from te_nvfp4_cv.ops.quantize import DTYPES
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.tensor import NVFP4Tensor
@@ -127,34 +127,34 @@ def _fingerprint(quantizer: NVFP4Quantizer | None) -> int:
 def shard_of(t: Any, dim: str, quantizer: Any, caller: str) -> Shard:
     """The shard of a call's arguments, or the error that they deserve."""
     if dim not in DIMS:
-        raise checks.value_error(
+        raise errors.value_error(
             f"{caller}: unknown dim.", got=f"dim={dim!r}", needs=f"one of {', '.join(DIMS)}", fix='dim="rows"'
         )
     if not isinstance(t, Tensor) or not (quantizer is None or isinstance(quantizer, NVFP4Quantizer)):
-        raise checks.type_error(
+        raise errors.type_error(
             f"{caller}: an argument is of the wrong class.",
-            got=f"{checks.describe(t)}, quantizer {type(quantizer).__name__}",
+            got=f"{errors.describe(t)}, quantizer {type(quantizer).__name__}",
             needs="an NVFP4Tensor, or a tensor and an NVFP4Quantizer",
             fix="all_gather(x, group, quantizer=nv.NVFP4Quantizer())",
         )
     packed = isinstance(t, NVFP4Tensor)
     if not packed and quantizer is None:
-        raise checks.type_error(
+        raise errors.type_error(
             f"{caller}: a plain tensor and no quantizer.",
-            got=checks.describe(t),
+            got=errors.describe(t),
             needs="an NVFP4Tensor, or a quantizer that makes one",
             fix="all_gather(x, group, quantizer=nv.NVFP4Quantizer()); in high precision use torch.distributed",
         )
     axis, least = DIMS[dim]
     if not least <= t.dim() <= _MAX_DIMS or t.dtype not in DTYPES:
-        raise checks.value_error(
+        raise errors.value_error(
             f"{caller}: dim={dim!r} of this tensor cannot be gathered.",
-            got=checks.describe(t),
+            got=errors.describe(t),
             needs=f"{least} to {_MAX_DIMS} dimensions, of bfloat16, float16 or float32",
             fix='"rows" is for [..., K], "batch" and "height" for [H, W, B, C], "channel" for any',
         )
     if not packed and quantizer is not None and not any(quantizer.get_usages().values()):
-        raise checks.value_error(
+        raise errors.value_error(
             f"{caller}: the quantizer writes no face.",
             got=repr(quantizer),
             needs="rowwise or columnwise",
@@ -214,7 +214,7 @@ def check_alike(by_rank: list[Told], caller: str) -> None:
     """Raise, on every rank the same, unless the shards are parts of one tensor."""
     refused = [str(rank) for rank, told in enumerate(by_rank) if told.fields["refused"]]
     if refused:
-        raise checks.value_error(
+        raise errors.value_error(
             f"{caller}: another rank refused its arguments.",
             got=f"an error on rank {', '.join(refused)}",
             needs="arguments that every rank accepts",
@@ -231,7 +231,7 @@ def check_alike(by_rank: list[Told], caller: str) -> None:
                 values = [f"settings {v:#x}" if v else "none" for v in values]
             elif name != "e4m3_max" and name != "dimensions":
                 values = [bool(v) for v in values]
-            raise checks.value_error(
+            raise errors.value_error(
                 f"{caller}: the ranks' shards are of different kinds.",
                 got=f"{name}: {_by_value(values)}",
                 needs="the same faces, dtype and settings on every rank",
@@ -240,7 +240,7 @@ def check_alike(by_rank: list[Told], caller: str) -> None:
     axis = DIMS[list(DIMS)[by_rank[0].fields["dim"]]][0] % len(by_rank[0].shape)
     others = [told.shape[:axis] + told.shape[axis + 1 :] for told in by_rank]
     if len(set(others)) > 1:
-        raise checks.value_error(
+        raise errors.value_error(
             f"{caller}: the ranks' shards do not fit together.",
             got=f"shape: {_by_value([told.shape for told in by_rank])}",
             needs=f"shapes that differ in axis {axis} only",
@@ -249,7 +249,7 @@ def check_alike(by_rank: list[Told], caller: str) -> None:
     for i, face in enumerate(("rowwise", "columnwise")):
         amaxes = {told.amax[i] for told in by_rank if prod(told.shape)}
         if by_rank[0].fields["packed"] and len(amaxes) > 1:
-            raise checks.value_error(
+            raise errors.value_error(
                 f"{caller}: the ranks' shards have different tensor scales.",
                 got=f"amax_{face}: {_by_value([_value_of(told.amax[i]) for told in by_rank])}",
                 needs="one amax for the whole tensor, in bits",

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.checks import runtime_error, warn_once
+from te_nvfp4_cv.errors import runtime_error, warn_once
 from te_nvfp4_cv.ops.quantize import amaxes, operands, shards
 from te_nvfp4_cv.plan import Plan
 

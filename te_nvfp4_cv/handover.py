@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv import calls, producer
 from te_nvfp4_cv.autograd import MaskedReLU
-from te_nvfp4_cv.checks import warn_once
 from te_nvfp4_cv.context import active_recipe, local, state
+from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 _CONVOLUTIONS = {getattr(F, f"conv{t}{n}d"): f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import calls, faces, multiply
-from te_nvfp4_cv.checks import runtime_error
+from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.ops import dispatch, layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.registration import without_autocast

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, weight_transforms
-from te_nvfp4_cv.checks import check_module, check_trainable, value_error
+from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.modules import NVFP4_CLASSES, own_weight, with_recipes
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe

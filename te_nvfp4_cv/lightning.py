@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from te_nvfp4_cv.autocast import nvfp4_autocast
-from te_nvfp4_cv.checks import runtime_error, value_error
+from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.policy import extra_state, matches, set_precision
 from te_nvfp4_cv.recipe import as_recipe
 from te_nvfp4_cv.recipe_files import load_recipe

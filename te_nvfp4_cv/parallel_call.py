@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from te_nvfp4_cv import calls, context, handover, scaling
-from te_nvfp4_cv.checks import describe, value_error, warn_once
+from te_nvfp4_cv.errors import describe, value_error, warn_once
 from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.layouts import is_channels_last

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from te_nvfp4_cv import faces, layer, scaling
-from te_nvfp4_cv.checks import check_module, runtime_error, type_error, value_error
 from te_nvfp4_cv.context import mark_applied, pop_override, push_override
+from te_nvfp4_cv.errors import check_module, runtime_error, type_error, value_error
 from te_nvfp4_cv.ops.quantize import seeds
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from te_nvfp4_cv import autocast, calls, scaling
-from te_nvfp4_cv.checks import check_module, check_trainable, value_error
+from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.recipe import as_recipe
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from te_nvfp4_cv.checks import type_error, value_error, warn_once
+from te_nvfp4_cv.errors import type_error, value_error, warn_once
 from te_nvfp4_cv.recipe_fields import (
     ALLOWED,
     GEMMS,

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 ROLES = ("input", "weight", "grad_output")

@@ -21,7 +21,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from te_nvfp4_cv.checks import message, value_error
+from te_nvfp4_cv.errors import message, value_error
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from te_nvfp4_cv.recipe_fields import PLAIN, without_removed
 

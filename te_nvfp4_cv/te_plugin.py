@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import checks
+from te_nvfp4_cv import errors
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.gemm import LAYOUTS as FACES_OF_LAYOUT
 from te_nvfp4_cv.ops.gemm import gemm
@@ -84,14 +84,14 @@ def _recipe(ours: NVFP4BlockScaling, backend: str) -> Any:
 def _check(part: NVFP4BlockScaling, whole: NVFP4BlockScaling) -> None:
     """Refuse what a CustomRecipe has no place for."""
     if part.tensor_scale == "delayed":
-        raise checks.value_error(
+        raise errors.value_error(
             "te_plugin.recipe: delayed scales do not go with TransformerEngine's layers.",
             got="tensor_scale='delayed'",
             needs="tensor_scale='current': a quantizer factory keeps nothing of earlier steps in a checkpoint",
             fix="dataclasses.replace(recipe, tensor_scale='current')",
         )
     if part.backward_override != whole.backward_override:
-        raise checks.value_error(
+        raise errors.value_error(
             "te_plugin.recipe: one backward_override for all layers.",
             got=f"{whole.backward_override!r}, and {part.backward_override!r} in the [precision] table",
             needs="the same value in the table: TransformerEngine's CustomRecipe has one",
@@ -117,7 +117,7 @@ class QuantizerFactory:
         if tensor not in GEMMS:
             return te.IdentityQuantizer()
         if role.module_type == "grouped_linear":
-            raise checks.value_error(
+            raise errors.value_error(
                 f"te_plugin: te.GroupedLinear {role.name!r} cannot run with custom quantizers.",
                 got=f"a role of module_type 'grouped_linear', tensor_type {tensor!r}",
                 needs="te.Linear, te.LayerNormLinear or te.LayerNormMLP: its grouped GEMMs are compiled",
@@ -126,7 +126,7 @@ class QuantizerFactory:
         if role.module_type != "linear":
             return te.IdentityQuantizer()
         if tensor == "weight" and te.FP8GlobalStateManager.with_fp8_parameters():
-            raise checks.value_error(
+            raise errors.value_error(
                 f"te_plugin: the weight of {role.name!r} cannot be kept in NVFP4 only.",
                 got="a module made inside te.quantized_model_init",
                 needs="weights in high precision: a custom quantizer's storage is no parameter",
@@ -138,7 +138,7 @@ class QuantizerFactory:
     def _recipe_of(self, name: str) -> NVFP4BlockScaling | None:
         """The recipe of a module's name: the last match of the [precision] table, else the recipe itself."""
         if self.recipe.precision and not name:
-            raise checks.value_error(
+            raise errors.value_error(
                 "te_plugin: a [precision] table and a module without a name.",
                 got=f"patterns {', '.join(repr(pattern) for pattern, _ in self.recipe.precision)}",
                 needs="a name for each module: a factory learns no other",
@@ -290,7 +290,7 @@ class _FaceQuantizer:
         a weight gradient to be accumulated would be lost. They are taken from its frame.
         """
         if not (isinstance(qresult_x, _FaceStorage) and isinstance(qresult_w, _FaceStorage)):
-            raise checks.type_error(
+            raise errors.type_error(
                 "te_plugin: both operands of a GEMM must come from its quantizers.",
                 got=f"{type(qresult_x).__name__} and {type(qresult_w).__name__}",
                 needs="two operands quantized by one te_plugin.recipe()",
@@ -300,7 +300,7 @@ class _FaceQuantizer:
         if caller.f_code.co_name == "custom_gemm":
             out, accumulate = caller.f_locals["out"], caller.f_locals["accumulate"]
             if caller.f_locals["gelu"]:
-                raise checks.value_error(
+                raise errors.value_error(
                     "te_plugin: GELU cannot be part of this GEMM.",
                     got="a GEMM fused with GELU",
                     needs="a plain GEMM",
@@ -354,7 +354,7 @@ def _te() -> SimpleNamespace:
         from transformer_engine.pytorch.tensor.identity_tensor import IdentityQuantizer
         from transformer_engine.pytorch.tensor.storage.hybrid_tensor_storage import HybridQuantizedTensorStorage
     except Exception as error:  # ImportError, or whatever its own search for compiled libraries raises
-        raise checks.runtime_error(
+        raise errors.runtime_error(
             "te_plugin: TransformerEngine cannot be imported.",
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             needs="transformer-engine 2.20 or newer with its PyTorch extension",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import checks, formats, tensor_operators
+from te_nvfp4_cv import errors, formats, tensor_operators
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
 from te_nvfp4_cv.tensor_operators import BUFFERS
 
@@ -93,15 +93,15 @@ class NVFP4Tensor(torch.Tensor):
         col = (columnwise_data, columnwise_scale_inv, amax_columnwise)
         for name, face in (("rowwise", row), ("columnwise", col)):
             if any(part is None for part in face) and not all(part is None for part in face):
-                raise checks.value_error(
+                raise errors.value_error(
                     f"NVFP4Tensor: the {name} face is not complete.",
-                    got=", ".join(f"{checks.describe(part)}" for part in face),
+                    got=", ".join(f"{errors.describe(part)}" for part in face),
                     needs=f"{name}_data, {name}_scale_inv and amax_{name} together, or none of them",
                     fix="make the tensor with an NVFP4Quantizer",
                 )
         data = rowwise_data if rowwise_data is not None else columnwise_data
         if data is None or columnwise_layout not in ("te", "ntile"):
-            raise checks.value_error(
+            raise errors.value_error(
                 "NVFP4Tensor: no data, or an unknown layout of it.",
                 got=f"no face, or columnwise_layout={columnwise_layout!r}",
                 needs="a rowwise or a columnwise face, layout 'te' or 'ntile'",
@@ -164,7 +164,7 @@ class NVFP4Tensor(torch.Tensor):
         data, scale = self.columnwise_te()
         if layout == "ntile":
             if self.dim() < 3 or self.shape[-2] % BLOCK:
-                raise checks.value_error(
+                raise errors.value_error(
                     "NVFP4Tensor: this shape has no 'ntile' layout.",
                     got=f"shape {tuple(self.shape)}",
                     needs="a convolution operand [*spatial, B, C] with B a multiple of 16",
@@ -206,7 +206,7 @@ class NVFP4Tensor(torch.Tensor):
         """Raise a ValueError unless `face` is there."""
         if not self.get_usages().get(face, False):
             there = [name for name, kept in self.get_usages().items() if kept]
-            raise checks.value_error(
+            raise errors.value_error(
                 f"NVFP4Tensor: the {face} face is needed and is not there.",
                 got=f"{tuple(self.shape)} with {' and '.join(there)} data only",
                 needs=f"the {face} face",
@@ -253,7 +253,7 @@ class NVFP4Tensor(torch.Tensor):
     def quantize_(self, src: Tensor, noop_flag: Tensor | None = None) -> NVFP4Tensor:
         """Quantize `src` into this tensor's buffers, in place; noop_flag: a tensor, 1 leaves everything as it is."""
         if self._quantizer is None:
-            raise checks.runtime_error(
+            raise errors.runtime_error(
                 "NVFP4Tensor: it cannot be written to.",
                 got="an in-place operator on a tensor without a quantizer",
                 needs="the quantizer that made it",

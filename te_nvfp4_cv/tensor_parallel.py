@@ -29,7 +29,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import parallel as torch_styles
 
 from te_nvfp4_cv import producer
-from te_nvfp4_cv.checks import type_error, value_error
+from te_nvfp4_cv.errors import type_error, value_error
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.quantize import seeds
 from te_nvfp4_cv.parallel_call import Sharing, run

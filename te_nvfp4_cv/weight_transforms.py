@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv import faces
-from te_nvfp4_cv.checks import runtime_error
+from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.plan import Plan
 

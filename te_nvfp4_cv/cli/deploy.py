@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from te_nvfp4_cv.checks import value_error
 from te_nvfp4_cv.cli.loading import Images, example, model_of, model_options, new_file, recipe_of
 from te_nvfp4_cv.cli.shape import Command, progress, show
+from te_nvfp4_cv.errors import value_error
 
 
 def _saved(saved: Any) -> dict[str, Any]:

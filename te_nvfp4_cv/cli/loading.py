@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import describe, runtime_error, type_error, value_error
+from te_nvfp4_cv.errors import describe, runtime_error, type_error, value_error
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from te_nvfp4_cv.recipe_files import load_recipe
 

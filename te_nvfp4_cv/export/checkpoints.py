@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, learned
-from te_nvfp4_cv.checks import check_module, runtime_error, value_error
+from te_nvfp4_cv.errors import check_module, runtime_error, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import LayerEntry, Manifest
 from te_nvfp4_cv.export.fit import call_of, check_fit, codes_of, entry_plan, is_plain_layer, plain_names

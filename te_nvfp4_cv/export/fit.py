@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import artifact, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
 from te_nvfp4_cv.export.folding import NORMS

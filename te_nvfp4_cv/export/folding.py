@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
 from torch.utils._pytree import tree_flatten
 
-from te_nvfp4_cv.checks import value_error, warn_once
+from te_nvfp4_cv.errors import value_error, warn_once
 from te_nvfp4_cv.export.modules import CLASSES
 from te_nvfp4_cv.fuse_patterns import child_of
 from te_nvfp4_cv.fuse_trace import Untraceable, trace

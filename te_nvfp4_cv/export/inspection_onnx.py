@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from te_nvfp4_cv.checks import message, runtime_error, value_error
+from te_nvfp4_cv.errors import message, runtime_error, value_error
 from te_nvfp4_cv.export import onnx_blocks, onnx_file
 from te_nvfp4_cv.export.inspection import Report, Row
 from te_nvfp4_cv.export.onnx_graph import Graph

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv import faces, inference, learned, scaling
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops import dispatch, layouts

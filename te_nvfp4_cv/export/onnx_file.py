@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.files import write_atomically
 
 CLAIMS, SUMS = "te_nvfp4_cv.layers", "te_nvfp4_cv.sha256"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import check_module, describe, type_error, value_error
+from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix, rounding
 from te_nvfp4_cv.export.calibration import Statistics, collect, input_of
 from te_nvfp4_cv.export.checkpoints import sort_layers

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import check_module, describe, runtime_error, type_error, value_error
+from te_nvfp4_cv.errors import check_module, describe, runtime_error, type_error, value_error
 from te_nvfp4_cv.export import onnx_file
 from te_nvfp4_cv.export.folding import put
 from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer

@@ -18,7 +18,7 @@ import os
 
 import torch
 
-from te_nvfp4_cv.checks import runtime_error, value_error
+from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.ops import native, selftest_cache
 
 BACKENDS = ("auto", "reference", "vendor", "triton")

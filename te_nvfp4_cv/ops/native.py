@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from te_nvfp4_cv.checks import warn_once
+from te_nvfp4_cv.errors import warn_once
 
 _log = logging.getLogger("te_nvfp4_cv")
 _SOURCE = Path(__file__).with_name("native.cpp")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.checks import value_error, warn_once
+from te_nvfp4_cv.errors import value_error, warn_once
 from te_nvfp4_cv.ops import cache
 
 Config = dict[str, int]

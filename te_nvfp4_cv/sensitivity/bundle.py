@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.checks import describe, message, type_error, value_error
+from te_nvfp4_cv.errors import describe, message, type_error, value_error
 from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.recipe_files import parse_recipe
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from te_nvfp4_cv.checks import describe, type_error, value_error
+from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.ops import devices, dispatch
 from te_nvfp4_cv.policy import extra_state, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling

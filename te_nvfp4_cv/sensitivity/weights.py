@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import check_module, value_error
 from te_nvfp4_cv.coverage import LAYERS, untouched
+from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.quantize import operands

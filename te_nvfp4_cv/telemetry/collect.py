@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, context
 from te_nvfp4_cv.autocast import heard
-from te_nvfp4_cv.checks import check_module, check_trainable, value_error, warn_once
+from te_nvfp4_cv.errors import check_module, check_trainable, value_error, warn_once
 from te_nvfp4_cv.modules import op_of
 from te_nvfp4_cv.recipe import as_recipe
 from te_nvfp4_cv.telemetry.records import FORMAT, VERSION

@@ -110,7 +110,7 @@ def test_another_gpu_or_version_searches_again(monkeypatch, tmp_path):
 
 
 def test_candidates_that_do_not_run_are_left_out(monkeypatch):
-    monkeypatch.setattr("te_nvfp4_cv.checks._warned", set())
+    monkeypatch.setattr("te_nvfp4_cv.errors._warned", set())
     kernel = Kernel(monkeypatch, {**FASTEST, (512, 8): -1})
     with pytest.warns(UserWarning, match="shared memory"):
         assert tuning.config("quantize", 90, (6,), kernel.launch) == {"BLOCK": 512, "num_warps": 4}
@@ -125,7 +125,7 @@ def test_a_kernel_that_never_runs_raises(monkeypatch, tmp_path):
 
 
 def test_a_launch_knows_that_it_is_one_of_a_search(monkeypatch):
-    monkeypatch.setattr("te_nvfp4_cv.checks._warned", set())
+    monkeypatch.setattr("te_nvfp4_cv.errors._warned", set())
     said: list[bool] = []
     kernel = Kernel(monkeypatch, {**FASTEST, (512, 8): -1})
 

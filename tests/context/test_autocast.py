@@ -12,8 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import checks, handover
 from te_nvfp4_cv import context as nv_context
+from te_nvfp4_cv import errors, handover
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
@@ -285,7 +285,7 @@ def test_te_recipe_objects_are_accepted():
 
 
 def test_a_precision_table_that_was_not_applied_warns_once(monkeypatch):
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
     monkeypatch.setattr(nv_context, "_applied_tables", set())
     recipe = load_recipe("unet")
     assert recipe.precision
@@ -297,7 +297,7 @@ def test_a_precision_table_that_was_not_applied_warns_once(monkeypatch):
         with nvfp4_autocast(NO_SR), nvfp4_autocast(recipe, enabled=False):
             pass
     assert len(caught) == 1 and "nv.set_precision(model, recipe)" in str(caught[0].message)
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
     nv_context.mark_applied(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import checks, tensor_parallel
+from te_nvfp4_cv import errors, tensor_parallel
 from te_nvfp4_cv.ops import conv
 from tests.distributed.launch import Ranks
 from tests.helpers import relative_error, same_bits, values
@@ -68,7 +68,7 @@ def run(model: nn.Module, x: Tensor, dy: Tensor, recipe: Any, dtype: Any = None,
 @contextmanager
 def quiet() -> Iterator[None]:
     """Crossing ranks in high precision is an error inside."""
-    checks._warned.clear()
+    errors._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="nvfp4")
         yield

@@ -25,7 +25,7 @@ from unet_coco.precision import parse_precisions
 from unet_coco.train import main
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import checks, files, telemetry
+from te_nvfp4_cv import errors, files, telemetry
 from te_nvfp4_cv.telemetry import Telemetry, attach
 from tests.examples.unet_coco_data import EXAMPLES, KEYS, SMALL, draw_shapes, write_masks
 
@@ -135,7 +135,7 @@ def test_works_without_wandb_tqdm_and_matplotlib(
     for name in ("wandb", "tqdm", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(tracking, "_told", set())
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
     options = [option for option in SMALL if option != "--no-wandb"]
     with pytest.warns(UserWarning, match="wandb is not installed") as told:
         main(["--data", str(shapes), "--precisions", "fp32", "bf16", "--steps", "1", "--out", str(tmp_path), *options])

@@ -21,7 +21,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import checks, formats
+from te_nvfp4_cv import errors, formats
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.gemm import reference, vendor
 from te_nvfp4_cv.ops.registration import without_autocast
@@ -94,14 +94,14 @@ def _check(
     """Raise for operands that do not fit together."""
     for name, t in (("a", a), ("b", b)):
         if not isinstance(t, NVFP4Tensor):
-            raise checks.type_error(
+            raise errors.type_error(
                 f"nvfp4 gemm: operand {name} is not quantized.",
-                got=checks.describe(t),
+                got=errors.describe(t),
                 needs="an NVFP4Tensor",
                 fix="quantize it with NVFP4Quantizer",
             )
     if layout not in LAYOUTS:
-        raise checks.value_error(
+        raise errors.value_error(
             "nvfp4 gemm: unknown layout.",
             got=f"layout={layout!r}",
             needs="'TN' (x, w), 'NN' (dy, w) or 'NT' (dy, x)",
@@ -109,7 +109,7 @@ def _check(
         )
     for name, t, face in zip(("a", "b"), (a, b), LAYOUTS[layout], strict=True):
         if getattr(t, f"_{face}_data") is None:
-            raise checks.value_error(
+            raise errors.value_error(
                 f"nvfp4 gemm {layout}: operand {name} lacks its {face} face.",
                 got=repr(t),
                 needs=f"{name} with {face} data: this layout multiplies a {' by b '.join(LAYOUTS[layout])}",
@@ -118,7 +118,7 @@ def _check(
     length_a = a.shape[-1] if LAYOUTS[layout][0] == "rowwise" else a.shape[:-1].numel()
     length_b = b.shape[-1] if LAYOUTS[layout][1] == "rowwise" else b.shape[:-1].numel()
     if length_a != length_b:
-        raise checks.value_error(
+        raise errors.value_error(
             f"nvfp4 gemm {layout}: the contracted lengths differ.",
             got=f"a {tuple(a.shape)} contracts {length_a}, b {tuple(b.shape)} contracts {length_b}",
             needs="equal lengths: K of x and w (TN), N of dy and w (NN), the rows of dy and x (NT)",
@@ -127,7 +127,7 @@ def _check(
     rotated = [t._columnwise_rht and face == "columnwise" for t, face in zip((a, b), LAYOUTS[layout], strict=True)]
     signs = {t._with_random_sign_mask for t, r in zip((a, b), rotated, strict=True) if r}
     if rotated[0] != rotated[1] or len(signs) > 1:
-        raise checks.value_error(
+        raise errors.value_error(
             f"nvfp4 gemm {layout}: the random Hadamard transform does not cancel.",
             got=f"a {'rotated' if rotated[0] else 'as is'}, b {'rotated' if rotated[1] else 'as is'}",
             needs="both operands rotated alike along the contraction, or none",
@@ -135,18 +135,18 @@ def _check(
         )
     dtype = out.dtype if out is not None else out_dtype
     if dtype not in OUT_DTYPES or (accumulate and out is None):
-        raise checks.value_error(
+        raise errors.value_error(
             f"nvfp4 gemm {layout}: nowhere to put the result.",
-            got=f"out_dtype {dtype}, accumulate={accumulate}, out={checks.describe(out)}",
+            got=f"out_dtype {dtype}, accumulate={accumulate}, out={errors.describe(out)}",
             needs="bfloat16, float16 or float32; `out` when accumulate=True",
             fix="pass out_dtype=torch.bfloat16, or out=",
         )
     rows = a.shape[:-1].numel() if LAYOUTS[layout][0] == "rowwise" else a.shape[-1]
     columns = b.shape[-1] if LAYOUTS[layout][1] == "columnwise" else b.shape[:-1].numel()
     if (bias is not None and tuple(bias.shape) != (columns,)) or (out is not None and out.numel() != rows * columns):
-        raise checks.value_error(
+        raise errors.value_error(
             f"nvfp4 gemm {layout}: bias or out does not fit the result.",
-            got=f"bias {checks.describe(bias)}, out {checks.describe(out)}",
+            got=f"bias {errors.describe(bias)}, out {errors.describe(out)}",
             needs=f"bias [{columns}], out of {rows} x {columns} elements",
             fix="check the operands' order and the layout",
         )

@@ -18,7 +18,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import checks, formats
+from te_nvfp4_cv import errors, formats
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
 from te_nvfp4_cv.ops.quantize import reference
 from te_nvfp4_cv.ops.quantize.reference import Faces
@@ -57,9 +57,9 @@ def quantize(
             rounding without a seed.
     """
     if x_MK.dim() != 2 or x_MK.dtype not in DTYPES:
-        raise checks.value_error(
+        raise errors.value_error(
             "nvfp4 quantize: this operand cannot be quantized.",
-            got=checks.describe(x_MK),
+            got=errors.describe(x_MK),
             needs="a 2-D tensor of bfloat16, float16 or float32",
             fix="flatten the leading dimensions, x.reshape(-1, x.shape[-1]), and cast to one of these dtypes",
         )
@@ -72,7 +72,7 @@ def quantize(
         row_scaled=row_scaled,
     )
     if stochastic_rounding and seed is None:
-        raise checks.value_error(
+        raise errors.value_error(
             "nvfp4 quantize: stochastic rounding has no random numbers.",
             got="stochastic_rounding=True, seed=None",
             needs="seed, an int or an int64 tensor of one element: the Philox key",
@@ -131,21 +131,21 @@ def check_options(
     for first, others in exclusive.items():
         clash = [other for other in others if on[first] and on[other]]
         if clash:
-            raise checks.value_error(
+            raise errors.value_error(
                 f"nvfp4 quantize: {first} and {clash[0]} exclude each other.",
                 got=", ".join(name for name, value in on.items() if value),
                 needs=f"{first} without {' and without '.join(others)}",
                 fix=f"turn off {first} or {clash[0]}",
             )
     if four_over_six not in (None, "MAE", "MSE"):
-        raise checks.value_error(
+        raise errors.value_error(
             "nvfp4 quantize: unknown error mode of 4over6.",
             got=f"four_over_six={four_over_six!r}",
             needs="None, 'MAE' or 'MSE' (case matters)",
             fix="use 'MAE', the default of the recipe",
         )
     if e4m3_max != E4M3_MAX and not (e4m3_max == 256 and four_over_six is not None):
-        raise checks.value_error(
+        raise errors.value_error(
             "nvfp4 quantize: this bound of the block scales does not exist.",
             got=f"e4m3_max={e4m3_max}, four_over_six={four_over_six!r}",
             needs="448, or 256 together with 4over6",
@@ -241,7 +241,7 @@ def _implementation(backend: str) -> Callable[..., Faces]:
         from te_nvfp4_cv.ops.quantize import vendor
 
         return vendor.quantize_2d if backend == "vendor" else functools.partial(vendor.quantize_2d, kernels=True)
-    raise checks.value_error(
+    raise errors.value_error(
         "nvfp4 quantize: unknown backend.",
         got=f"backend={backend!r}",
         needs="'reference', 'vendor' or 'triton'",

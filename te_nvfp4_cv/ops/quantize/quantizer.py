@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import checks
+from te_nvfp4_cv import errors
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, round_up
 from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops import quantize as ops
@@ -85,7 +85,7 @@ class NVFP4Quantizer:
         )
         dispatch.check_backend(backend)
         if row_scaled_nvfp4 and with_amax_reduction:
-            raise checks.value_error(
+            raise errors.value_error(
                 "NVFP4Quantizer: a row-scaled tensor has no amax to reduce.",
                 got="row_scaled_nvfp4=True, with_amax_reduction=True",
                 needs="one of the two",
@@ -125,9 +125,9 @@ class NVFP4Quantizer:
             self.update_quantized(tensor, out, seed=seed)
             return out
         if not self.is_quantizable(tensor) or not (self.rowwise_usage or self.columnwise_usage):
-            raise checks.value_error(
+            raise errors.value_error(
                 "NVFP4Quantizer: nothing to quantize.",
-                got=f"{checks.describe(tensor)}, rowwise={self.rowwise_usage}, columnwise={self.columnwise_usage}",
+                got=f"{errors.describe(tensor)}, rowwise={self.rowwise_usage}, columnwise={self.columnwise_usage}",
                 needs="a tensor [..., K] of bfloat16, float16 or float32, and at least one face",
                 fix="cast the tensor; set_usage(rowwise=True)",
             )
@@ -144,7 +144,7 @@ class NVFP4Quantizer:
     ) -> NVFP4Tensor:
         """Quantize src into dst's buffers, in the faces that dst has; where noop_flag is 1, dst stays as it is."""
         if tuple(src.shape) != tuple(dst.shape):
-            raise checks.value_error(
+            raise errors.value_error(
                 "NVFP4Quantizer: source and destination differ in shape.",
                 got=f"{tuple(src.shape)} into {tuple(dst.shape)}",
                 needs="equal shapes",
