@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv import calls
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import Override, State, active_recipe, drop_stale, local, state, warn_unapplied
 from te_nvfp4_cv.errors import runtime_error, type_error
 from te_nvfp4_cv.handover import Mode, mode_is_on
-from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.recipe import as_recipe
 from te_nvfp4_cv.scaling import first_pass
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from te_nvfp4_cv import layer, layer_operator, scaling, weight_transforms
 from te_nvfp4_cv import producer as producers
 from te_nvfp4_cv.autograd import QuantizedConv
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import describe, value_error
-from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, transposed_output_size
 from te_nvfp4_cv.ops.layouts import is_channels_last
 from te_nvfp4_cv.plan import Plan, Watch

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import calls, faces, multiply
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.errors import runtime_error
-from te_nvfp4_cv.ops import dispatch, layouts
+from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.registration import without_autocast
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, recipe_of_key
 

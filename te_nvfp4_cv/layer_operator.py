@@ -17,10 +17,10 @@ from torch import Tensor
 
 from te_nvfp4_cv import layer as layers
 from te_nvfp4_cv import scaling
+from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.layer import Like
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.registration import without_autocast
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import recipe_of_key
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, context, functional
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import check_module
-from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.policy import entries_of, matches, plain_name, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops import norm as ops
 from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
 from te_nvfp4_cv.plan import Plan

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import errors
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops.gemm import LAYOUTS as FACES_OF_LAYOUT
 from te_nvfp4_cv.ops.gemm import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer

@@ -74,7 +74,7 @@ def launch_gemms(arch: int, names: list[str]) -> None:
 
 def launch_quantization(arch: int) -> None:
     """Operands and weights whose axes have one element, each form: arguments that are 1 become constexprs."""
-    from te_nvfp4_cv.ops import tuning
+    from te_nvfp4_cv.backend import tuning
     from te_nvfp4_cv.ops.geometry import Fold
     from te_nvfp4_cv.ops.quantize import launch
 
@@ -122,7 +122,7 @@ def launch_steps(arch: int) -> None:
     no kernel runs.
     """
     import te_nvfp4_cv as nv
-    from te_nvfp4_cv.ops import dispatch, tuning
+    from te_nvfp4_cv.backend import dispatch, tuning
     from te_nvfp4_cv.ops.conv import launch as conv
     from te_nvfp4_cv.ops.gemm import launch as gemm
     from tests.networks import everything

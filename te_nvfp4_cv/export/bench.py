@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export.checkpoints import load, save
 from te_nvfp4_cv.export.modules import InferenceLayer
-from te_nvfp4_cv.ops import devices
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from te_nvfp4_cv.ops.devices import on_its_device
+from te_nvfp4_cv.backend.devices import on_its_device
 
 BLOCK = 4096
 

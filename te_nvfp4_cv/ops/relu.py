@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import dispatch, native
-from te_nvfp4_cv.ops.registration import without_autocast
+from te_nvfp4_cv.backend import dispatch, native
+from te_nvfp4_cv.backend.registration import without_autocast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from te_nvfp4_cv.ops import cache, selftest_cache, tuning
+from te_nvfp4_cv.backend import cache, selftest_cache, tuning
 
 DEVICE = torch.device("cuda", 0)
 

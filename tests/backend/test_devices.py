@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import te_nvfp4_cv
-from te_nvfp4_cv.ops.devices import on_its_device
+from te_nvfp4_cv.backend.devices import on_its_device
 
 OPS = Path(te_nvfp4_cv.__file__).parent / "ops"
 LAUNCHERS = {  # what operators call: each launches kernels, itself or through others of its file

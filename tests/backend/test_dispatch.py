@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from te_nvfp4_cv.ops import dispatch, selftest_cache
+from te_nvfp4_cv.backend import dispatch, selftest_cache
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from te_nvfp4_cv.ops import scratch
+from te_nvfp4_cv.backend import scratch
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operands
 from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED

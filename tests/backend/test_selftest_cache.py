@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from te_nvfp4_cv.ops import cache, dispatch, selftest_cache
+from te_nvfp4_cv.backend import cache, dispatch, selftest_cache
 from tests.backend import fake_gpu
 
 GPU = fake_gpu.DEVICE

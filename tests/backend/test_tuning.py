@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from te_nvfp4_cv.ops import cache, tuning
+from te_nvfp4_cv.backend import cache, tuning
 from tests.backend import fake_gpu
 
 TABLE = {

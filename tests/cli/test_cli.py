@@ -9,8 +9,8 @@ import torch
 
 import te_nvfp4_cv
 from te_nvfp4_cv import cli
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.cli import machine
-from te_nvfp4_cv.ops import dispatch, native
 from te_nvfp4_cv.recipe_files import list_recipes
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops.quantize import seeds
 from tests.helpers import relative_error, same_bits
 from tests.networks import NO_SR

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.backend import native
 
 NOTE = "compiling the CPU kernels"
 

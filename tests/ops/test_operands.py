@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operands
 from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED

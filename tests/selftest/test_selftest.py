@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import cli, selftest
-from te_nvfp4_cv.ops import selftest_cache
+from te_nvfp4_cv.backend import selftest_cache
 from te_nvfp4_cv.ops.conv import vendor as conv_vendor
 from te_nvfp4_cv.ops.quantize import vendor
 from te_nvfp4_cv.selftest import products, quantization, setting, training

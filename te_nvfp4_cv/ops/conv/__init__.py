@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.conv import reference, vendor
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.registration import without_autocast
 
 
 def _run(backend: str) -> Any:

@@ -14,10 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
-from te_nvfp4_cv.ops import tuning
+from te_nvfp4_cv.backend import tuning
+from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.conv import kernels
 from te_nvfp4_cv.ops.conv.walks import data_classes, weight_arguments
-from te_nvfp4_cv.ops.devices import on_its_device
 from te_nvfp4_cv.ops.gemm.launch import (
     BLOCK,
     NATIVE_TILES,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.ops import dispatch, native
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 
 aten = torch.ops.aten

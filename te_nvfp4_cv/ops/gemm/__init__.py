@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import errors, formats
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.gemm import reference, vendor
-from te_nvfp4_cv.ops.registration import without_autocast
 from te_nvfp4_cv.tensor import NVFP4Tensor
 
 LAYOUTS = {"TN": ("rowwise", "rowwise"), "NN": ("rowwise", "columnwise"), "NT": ("columnwise", "columnwise")}

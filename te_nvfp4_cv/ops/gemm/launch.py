@@ -17,8 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from te_nvfp4_cv.ops import dispatch, tuning
-from te_nvfp4_cv.ops.devices import on_its_device
+from te_nvfp4_cv.backend import dispatch, tuning
+from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.gemm import kernels
 
 BLOCK = 16

@@ -16,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.norm import reference
 from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.ops.registration import without_autocast
 
 ACTIVATIONS = ("relu", "silu")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from te_nvfp4_cv.ops.devices import on_its_device
+from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.norm import kernels, reference
 from te_nvfp4_cv.ops.numerics import OPTIONS
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops.devices import on_its_device
+from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.norm import kernels_produce as kernels
 from te_nvfp4_cv.ops.norm.launch import ACTIVATIONS, affine, ordered
 from te_nvfp4_cv.ops.numerics import INTERPRETED, OPTIONS

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import errors, formats
+from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
 from te_nvfp4_cv.ops.quantize import reference
 from te_nvfp4_cv.ops.quantize.reference import Faces
-from te_nvfp4_cv.ops.registration import without_autocast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
 
 on_received: list[Callable[[int], None]] = []  # told how many bytes arrive from other ranks: collectives.wire_bytes
 

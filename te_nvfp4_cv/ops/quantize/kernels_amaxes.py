@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops.devices import on_its_device
+from te_nvfp4_cv.backend.devices import on_its_device
 
 MANTISSA = {448: 0x280000, 256: 0x400000}  # of 6 E = 1.3125 * 2^11 or 1.5 * 2^10
 EXPONENT = {448: 11, 256: 10}

@@ -21,8 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import tuning
-from te_nvfp4_cv.ops.devices import on_its_device
+from te_nvfp4_cv.backend import tuning
+from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import kernels, kernels_blocks, reference_operands
 from te_nvfp4_cv.ops.quantize import launch_parts as parts

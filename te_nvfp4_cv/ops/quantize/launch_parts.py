@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import tuning
+from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.numerics import OPTIONS
 from te_nvfp4_cv.ops.quantize import kernels, kernels_blocks, kernels_unpack

@@ -42,10 +42,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import reference_operands, vendor
-from te_nvfp4_cv.ops.registration import without_autocast
 
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 BLOCK = 16

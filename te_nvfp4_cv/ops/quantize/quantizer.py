@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import errors
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, round_up
-from te_nvfp4_cv.ops import dispatch
 from te_nvfp4_cv.ops import quantize as ops
 from te_nvfp4_cv.ops.quantize import amaxes, reference, seeds
 from te_nvfp4_cv.tensor import BUFFERS, NVFP4Tensor

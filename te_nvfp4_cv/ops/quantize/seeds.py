@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops.registration import without_autocast
+from te_nvfp4_cv.backend.registration import without_autocast
 
 _lock = threading.Lock()
 _shared_stream: int | None = None

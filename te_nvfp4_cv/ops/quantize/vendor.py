@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend import dispatch, native, scratch
 from te_nvfp4_cv.formats import power_of_two_amax
-from te_nvfp4_cv.ops import dispatch, native, scratch
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import reference, reference_operands
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from te_nvfp4_cv.ops import tuning
+from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.ops.conv import kernels as conv_kernels
 from te_nvfp4_cv.ops.conv import launch  # noqa: F401  (fills the tables)
 from te_nvfp4_cv.ops.gemm import kernels as gemm_kernels

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from te_nvfp4_cv.ops import tuning
+from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.ops.quantize import launch_parts
 
 VARIANTS = (80, 90, 100, 120)  # of the cases without a budget; the others compile for all six

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize import operands
 from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED

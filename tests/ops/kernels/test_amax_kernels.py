@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops.quantize import amaxes
 from tests.helpers import relative_error, same_bits, values
 

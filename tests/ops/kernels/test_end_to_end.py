@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from te_nvfp4_cv.ops import dispatch
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from tests.helpers import relative_error
 from tests.layers import LAYERS, NO_SR, step, tensors

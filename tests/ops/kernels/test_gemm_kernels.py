@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops import dispatch, tuning
+from te_nvfp4_cv.backend import dispatch, tuning
 from te_nvfp4_cv.ops.gemm import gemm, reference
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from tests.helpers import relative_error, same_bits

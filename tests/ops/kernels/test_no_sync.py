@@ -17,8 +17,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.fuse import fuse
-from te_nvfp4_cv.ops import dispatch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

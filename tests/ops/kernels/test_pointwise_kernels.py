@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from te_nvfp4_cv.autograd import MaskedReLU
-from te_nvfp4_cv.ops import dispatch, relu
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.ops import relu
 from tests.helpers import same_bits
 
 SPECIAL = [0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 1e-45, -1e-45, 1e-40]

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops import dispatch, tuning
+from te_nvfp4_cv.backend import dispatch, tuning
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operands, reference, reference_operands
 from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED

@@ -18,8 +18,8 @@ import os
 
 import torch
 
+from te_nvfp4_cv.backend import native, selftest_cache
 from te_nvfp4_cv.errors import runtime_error, value_error
-from te_nvfp4_cv.ops import native, selftest_cache
 
 BACKENDS = ("auto", "reference", "vendor", "triton")
 MINIMUM_CAPABILITY = (8, 0)

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from te_nvfp4_cv.backend import cache
 from te_nvfp4_cv.errors import value_error, warn_once
-from te_nvfp4_cv.ops import cache
 
 Config = dict[str, int]
 Rule = Config | Callable[[tuple[int, ...]], Config]

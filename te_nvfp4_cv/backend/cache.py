@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.backend import native
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -38,9 +38,9 @@ def version(package: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def source_digest() -> str:
-    """12 hex digits of the sources in te_nvfp4_cv/ops: a changed kernel is another kernel in the same version."""
+    """12 hex digits of the sources in te_nvfp4_cv/backend and te_nvfp4_cv/ops: a changed kernel is another kernel in the same version."""
     digest = hashlib.sha256()
-    for path in sorted((_PACKAGE / "ops").rglob("*")):
+    for path in sorted(path for folder in ("backend", "ops") for path in (_PACKAGE / folder).rglob("*")):
         if path.suffix in (".py", ".cpp", ".h"):
             digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from te_nvfp4_cv.ops import cache
+from te_nvfp4_cv.backend import cache
 
 _memo: dict[torch.device, bool] = {}
 
