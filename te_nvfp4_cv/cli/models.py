@@ -48,7 +48,7 @@ def _project(options: argparse.Namespace) -> int:
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
-    from te_nvfp4_cv.export.bench import DTYPES
+    from te_nvfp4_cv.cli.bench import DTYPES
 
     model_options(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="batch sizes (default: 1 8)")
@@ -61,7 +61,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.export.bench import measure
+    from te_nvfp4_cv.cli.bench import measure
 
     inputs = [example(options, batch) for batch in options.batch]
     report = measure(
