@@ -9,7 +9,6 @@ import typing
 
 from te_nvfp4_cv import distributed, fsdp, functional
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
-from te_nvfp4_cv.coverage import coverage
 from te_nvfp4_cv.fuse import fuse
 from te_nvfp4_cv.learned import learn_scales
 from te_nvfp4_cv.modules import (
@@ -28,6 +27,7 @@ from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.policy import extra_state, frozen_weights, saturated_blocks, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams
 from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, save_recipe
+from te_nvfp4_cv.report.watch import coverage
 from te_nvfp4_cv.tensor import NVFP4Tensor
 from te_nvfp4_cv.version import __version__ as __version__
 

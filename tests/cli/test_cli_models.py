@@ -15,7 +15,7 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.cli.loading import Images
 from te_nvfp4_cv.export import calibration, post_training
-from te_nvfp4_cv.projection import GPUS, project
+from te_nvfp4_cv.report.projection import GPUS, project
 from tests.networks import Net
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra [export]")

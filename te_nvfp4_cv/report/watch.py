@@ -25,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from te_nvfp4_cv import autocast, calls, context, scaling
-from te_nvfp4_cv.coverage_report import Coverage, Layer
 from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
@@ -33,6 +32,7 @@ from te_nvfp4_cv.ops.quantize import seeds
 from te_nvfp4_cv.plan import row_scaling_applies
 from te_nvfp4_cv.policy import plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.report.table import Coverage, Layer
 
 LAYERS = tuple(NVFP4_CLASSES)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
