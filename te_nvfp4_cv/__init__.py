@@ -7,8 +7,9 @@ import importlib
 import importlib.util
 import typing
 
-from te_nvfp4_cv import distributed, fsdp, functional
+from te_nvfp4_cv import functional
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
+from te_nvfp4_cv.distributed import fsdp, gather
 from te_nvfp4_cv.fuse import fuse
 from te_nvfp4_cv.learned import learn_scales
 from te_nvfp4_cv.modules import (
@@ -40,7 +41,7 @@ if typing.TYPE_CHECKING:  # type checkers and editors read this; the function be
     from te_nvfp4_cv import sensitivity as sensitivity
     from te_nvfp4_cv import te_plugin as te_plugin
     from te_nvfp4_cv import telemetry as telemetry
-    from te_nvfp4_cv import tensor_parallel as tensor_parallel
+    from te_nvfp4_cv.distributed import tensor_parallel
 else:
 
     def __getattr__(name: str) -> object:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import faces, multiply
-from te_nvfp4_cv.gathered import GatheredWeight
+from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.plan import Plan, Watch
 from te_nvfp4_cv.producer import Producer

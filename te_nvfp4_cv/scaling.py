@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.distributed.fsdp_weight import Form
 from te_nvfp4_cv.errors import runtime_error, value_error
-from te_nvfp4_cv.gathered import Form
 from te_nvfp4_cv.ops.quantize import amaxes, operands
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import calls, multiply
-from te_nvfp4_cv.gathered import GatheredWeight
+from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.modules import NVFP4_CLASSES, op_of, own_weight
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.policy import plain_name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import errors
-from te_nvfp4_cv.collectives import wire_bytes
+from te_nvfp4_cv.distributed.collectives import wire_bytes
 from tests.distributed.gathering import (
     AXES,
     assert_equal,

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import fsdp
-from te_nvfp4_cv.gathered import GatheredWeight, ShardedWeight
+from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight, ShardedWeight
 from te_nvfp4_cv.ops.quantize import operands
 from tests.distributed.launch import Ranks, ranks_test
 from tests.helpers import relative_error, same_bits, values

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.collectives import wire_bytes
+from te_nvfp4_cv.distributed.collectives import wire_bytes
 from te_nvfp4_cv.ops.quantize import reference
 from tests.helpers import same_bits, values
 

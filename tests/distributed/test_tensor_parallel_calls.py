@@ -18,7 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import calls, collectives
+from te_nvfp4_cv import calls
+from te_nvfp4_cv.distributed import collectives
 from te_nvfp4_cv.ops.quantize import seeds
 from tests.distributed.launch import Ranks, ranks_test
 from tests.distributed.sharing import COLUMNS, PLAIN, ROWS, check, mesh, part, quiet, recorded, run

@@ -29,10 +29,11 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import collectives, errors
-from te_nvfp4_cv.collectives import Part, PendingParts
+from te_nvfp4_cv import errors
+from te_nvfp4_cv.distributed import collectives
+from te_nvfp4_cv.distributed.collectives import Part, PendingParts
+from te_nvfp4_cv.distributed.shard_metadata import Shard, Told, check_alike, exchange, shard_of
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.gather_shards import Shard, Told, check_alike, exchange, shard_of
 from te_nvfp4_cv.ops.quantize import seeds
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.tensor import NVFP4Tensor

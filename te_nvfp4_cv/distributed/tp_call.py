@@ -20,10 +20,18 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from te_nvfp4_cv import calls, context, handover, scaling
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.distributed.tp_autograd import (
+    GEMMS,
+    Array,
+    Link,
+    SharedScales,
+    TensorParallelConv,
+    broken_blocks,
+    part_plan,
+)
 from te_nvfp4_cv.errors import describe, value_error, warn_once
 from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.ops.layouts import is_channels_last
-from te_nvfp4_cv.parallel_conv import GEMMS, Array, Link, SharedScales, TensorParallelConv, broken_blocks, part_plan
 from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 

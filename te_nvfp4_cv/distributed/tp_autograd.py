@@ -26,7 +26,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import faces, multiply
 from te_nvfp4_cv.autograd import _NoSecondOrder
-from te_nvfp4_cv.collectives import PendingParts, gather_parts
+from te_nvfp4_cv.distributed.collectives import PendingParts, gather_parts
 from te_nvfp4_cv.formats import round_up
 from te_nvfp4_cv.layer import Like
 from te_nvfp4_cv.ops import layouts
