@@ -17,7 +17,7 @@ def _saved(saved: Any) -> dict[str, Any]:
 
 
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
-    from te_nvfp4_cv.export.rounding import METHODS
+    from te_nvfp4_cv.export.ptq.rounding import METHODS
 
     model_options(parser)
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="calibration images")
@@ -52,7 +52,7 @@ def _quantize(options: argparse.Namespace) -> int:
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
-    from te_nvfp4_cv.export.to_onnx import FORMS
+    from te_nvfp4_cv.export.onnx.convert import FORMS
 
     model_options(parser)
     parser.add_argument("--packed", type=Path, metavar="FILE", help="an artefact of export or quantize, for ONNX")
@@ -64,7 +64,8 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.export import load, save, to_onnx
+    from te_nvfp4_cv.export import load, save
+    from te_nvfp4_cv.export.onnx import convert
 
     onnx = options.out.suffix == ".onnx"
     given = options.checkpoint if options.checkpoint is not None else options.recipe
@@ -80,7 +81,7 @@ def _export(options: argparse.Namespace) -> int:
     out = new_file(options.out, suffix, options.force, options.checkpoint, options.packed)
     if onnx:
         model = load(options.packed, model_of(options, False), activations=options.activations)
-        made = to_onnx(model, example(options, 2), out, form=options.form)
+        made = convert(model, example(options, 2), out, form=options.form)
         show({**vars(made), "files": [str(file) for file in made.files]}, str(made), options.json)
         return 0
     saved = save(model_of(options), out, recipe_of(options))
@@ -93,7 +94,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.export.verify import run
+    from te_nvfp4_cv.export.verify.__main__ import run
 
     return run(options.file, options.json)
 

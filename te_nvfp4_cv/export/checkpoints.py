@@ -23,8 +23,8 @@ from te_nvfp4_cv.errors import check_module, runtime_error, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import LayerEntry, Manifest
 from te_nvfp4_cv.export.fit import call_of, check_fit, codes_of, entry_plan, is_plain_layer, plain_names
-from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms, put
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
+from te_nvfp4_cv.export.ptq.folding import FoldedNorm, folded_norms, put
 from te_nvfp4_cv.modules import op_of, with_recipes
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.policy import matches, plain_name

@@ -14,7 +14,7 @@ from PIL import Image
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.cli.loading import Images
-from te_nvfp4_cv.export import calibration, post_training
+from te_nvfp4_cv.export.ptq import calibration, post_training
 from te_nvfp4_cv.report.projection import GPUS, project
 from tests.networks import Net
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import files
 from te_nvfp4_cv.export import artifact, checkpoints
-from te_nvfp4_cv.export.folding import FoldedNorm
+from te_nvfp4_cv.export.ptq.folding import FoldedNorm
 from tests.helpers import same_bits, values
 from tests.networks import NO_2D, Net
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from te_nvfp4_cv.export.inspection import Row
-from te_nvfp4_cv.export.onnx_graph import Graph
+from te_nvfp4_cv.export.verify.inspection import Row
+from te_nvfp4_cv.export.verify.onnx_graph import Graph
 from te_nvfp4_cv.formats import BLOCK
 
 MOST_BLOCKS = 1 << 24  # fp32 counts to that

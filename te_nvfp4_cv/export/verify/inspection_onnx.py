@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from te_nvfp4_cv.errors import message, runtime_error, value_error
-from te_nvfp4_cv.export import onnx_blocks, onnx_file
-from te_nvfp4_cv.export.inspection import Report, Row
-from te_nvfp4_cv.export.onnx_graph import Graph
+from te_nvfp4_cv.export.onnx import file
+from te_nvfp4_cv.export.verify import onnx_blocks
+from te_nvfp4_cv.export.verify.inspection import Report, Row
+from te_nvfp4_cv.export.verify.onnx_graph import Graph
 from te_nvfp4_cv.formats import decode_e2m1
 
 LAYERS = {"Conv": "conv", "ConvTranspose": "conv_transpose", "Gemm": "linear", "MatMul": "linear"}
@@ -51,7 +52,7 @@ def inspect_onnx(path: Path) -> Report:
     rows = [row for node in model.graph.node if (row := _row(graph, node, claims)) is not None]
     found = {row.name for row in rows}
     problems += [f"layer {name!r} is named as NVFP4 and is not in the graph" for name in claims if name not in found]
-    problems += onnx_file.changes(model)
+    problems += file.changes(model)
     origin = " ".join(text for text in (model.producer_name, model.producer_version) if text) or "unknown tool"
     return Report(str(path), f"ONNX opset {_opset(model)}, {origin}", rows, problems)
 
@@ -60,7 +61,7 @@ def _read(onnx: Any, path: Path) -> Any:
     """The model with its external data; types and shapes are checked in files of this library."""
     try:
         model = onnx.load(str(path))
-        onnx.checker.check_model(str(path), full_check=onnx_file.entry(model, onnx_file.CLAIMS) is not None)
+        onnx.checker.check_model(str(path), full_check=file.entry(model, file.CLAIMS) is not None)
         if not _is_text(model):
             raise ValueError("a text in it is not UTF-8")
     except Exception as error:  # protobuf's, the checker's, the operating system's for external data
@@ -91,7 +92,7 @@ def _opset(model: Any) -> str:
 
 def _claims(model: Any) -> tuple[list[str], list[str]]:
     """Names of the layers that the file says are in NVFP4, and what is wrong with that list."""
-    text = onnx_file.entry(model, onnx_file.CLAIMS)
+    text = file.entry(model, file.CLAIMS)
     try:
         names = [] if text is None else json.loads(text)
     except (ValueError, RecursionError):

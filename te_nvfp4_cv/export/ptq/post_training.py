@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
-from te_nvfp4_cv.export import matrix, rounding
-from te_nvfp4_cv.export.calibration import Statistics, collect, input_of
+from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.checkpoints import sort_layers
-from te_nvfp4_cv.export.folding import fold
 from te_nvfp4_cv.export.modules import (
     ACTIVATIONS,
     WEIGHTS,
@@ -30,6 +28,9 @@ from te_nvfp4_cv.export.modules import (
     is_transposed,
     quantize_layer,
 )
+from te_nvfp4_cv.export.ptq import rounding
+from te_nvfp4_cv.export.ptq.calibration import Statistics, collect, input_of
+from te_nvfp4_cv.export.ptq.folding import fold
 from te_nvfp4_cv.plan import weight_plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, describe, runtime_error, type_error, value_error
-from te_nvfp4_cv.export import onnx_file
-from te_nvfp4_cv.export.folding import put
 from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer
+from te_nvfp4_cv.export.onnx import file
+from te_nvfp4_cv.export.ptq.folding import put
 
 FORMS = ("qdq", "matmul", "portable")
 OPSET = 23
@@ -124,7 +124,7 @@ def to_onnx(
             "nv.export.to_onnx: the path names no file.", got=repr(str(path)), needs="a file", fix="model.onnx"
         )
     need_packages()
-    from te_nvfp4_cv.export.onnx_nodes import as_matmul
+    from te_nvfp4_cv.export.onnx.nodes import as_matmul
 
     args = _arguments(example_input, dynamic_batch)
     traced = _unwrapped(copy.deepcopy(model)).eval().float().requires_grad_(False)
@@ -136,9 +136,9 @@ def to_onnx(
     proto, called = _export(traced, found, args, form, dynamic_batch, input_names, output_names)
     high |= {name: "not in the file: eval mode does not call it" for name in found if name not in called}
     quantized = tuple(name for name in found if name not in high)
-    onnx_file.seal(proto, quantized)
+    file.seal(proto, quantized)
     target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
-    return OnnxFile(onnx_file.write(proto, target, external_data), quantized, high)
+    return OnnxFile(file.write(proto, target, external_data), quantized, high)
 
 
 def _arguments(example: Any, dynamic_batch: bool) -> tuple[Any, ...]:
@@ -308,7 +308,7 @@ def _unknown_operator(program: Any, error: Exception) -> ValueError:
 
 def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> tuple[Any, set[str]]:
     """Put each layer's nodes in the place of its stand-in; the names of these layers, too."""
-    from te_nvfp4_cv.export.onnx_nodes import Nodes, build
+    from te_nvfp4_cv.export.onnx.nodes import Nodes, build
 
     graph = proto.graph
     nodes: list[Any] = []
