@@ -10,7 +10,8 @@ import typing
 from te_nvfp4_cv import functional
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.distributed import fsdp, gather
-from te_nvfp4_cv.fuse import fuse
+from te_nvfp4_cv.fusion.fuse import fuse
+from te_nvfp4_cv.fusion.modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
 from te_nvfp4_cv.learned import learn_scales
 from te_nvfp4_cv.modules import (
     NVFP4Conv1d,
@@ -22,7 +23,6 @@ from te_nvfp4_cv.modules import (
     NVFP4Linear,
     convert_model,
 )
-from te_nvfp4_cv.norm_modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
 from te_nvfp4_cv.ops.gemm import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.policy import extra_state, frozen_weights, saturated_blocks, set_precision

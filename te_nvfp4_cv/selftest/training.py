@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.autocast import nvfp4_autocast
-from te_nvfp4_cv.fuse import fuse
+from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.ops import norm
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting, bound_for, close, normal

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv import nvfp4_autocast
-from te_nvfp4_cv.norm import batch_norm_act, group_norm_act
-from te_nvfp4_cv.norm_modules import NORM_CLASSES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
+from te_nvfp4_cv.fusion.modules import NORM_CLASSES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
+from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
 from tests.helpers import relative_error, same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.fuse import fuse
+from te_nvfp4_cv.fusion.fuse import fuse
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

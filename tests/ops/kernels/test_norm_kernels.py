@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.norm import batch_norm_act, group_norm_act
+from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
 from te_nvfp4_cv.ops import norm as ops
 from te_nvfp4_cv.ops.relu import positive_mask
 from tests.helpers import relative_error, same_bits, values

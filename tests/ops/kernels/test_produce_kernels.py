@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv import calls, nvfp4_autocast, producer, set_precision
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.fuse import fuse
-from te_nvfp4_cv.norm_modules import BatchNormAct2d
+from te_nvfp4_cv.fusion.fuse import fuse
+from te_nvfp4_cv.fusion.modules import BatchNormAct2d
 from te_nvfp4_cv.ops import norm as ops
 from te_nvfp4_cv.ops.quantize import operands
 from te_nvfp4_cv.recipe import NVFP4BlockScaling

@@ -21,10 +21,10 @@ from torch import Tensor, fx, nn
 
 from te_nvfp4_cv import calls
 from te_nvfp4_cv.context import state
-from te_nvfp4_cv.fuse_trace import IN_PLACE_OPERATORS
+from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
+from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
 from te_nvfp4_cv.handover import mode_is_on
 from te_nvfp4_cv.modules import NVFP4_CLASSES
-from te_nvfp4_cv.norm_modules import NORM_CLASSES, NormActModule, activate
 from te_nvfp4_cv.producer import deferring
 
 NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())

@@ -27,9 +27,9 @@ from typing import Any, Literal, overload
 from torch import fx, nn
 
 from te_nvfp4_cv.errors import check_module
-from te_nvfp4_cv.fuse_patterns import FAMILY, Row, child_of, kind_of, rewrite
-from te_nvfp4_cv.fuse_trace import Traced, Untraceable, trace
-from te_nvfp4_cv.norm_modules import NORM_CLASSES
+from te_nvfp4_cv.fusion.modules import NORM_CLASSES
+from te_nvfp4_cv.fusion.patterns import FAMILY, Row, child_of, kind_of, rewrite
+from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
 from te_nvfp4_cv.policy import plain_name
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
