@@ -37,11 +37,10 @@ _LAZY = ("export", "lightning", "sensitivity", "telemetry", "tensor_parallel", "
 
 if typing.TYPE_CHECKING:  # type checkers and editors read this; the function below would tell them that any name exists
     from te_nvfp4_cv import export as export
-    from te_nvfp4_cv import lightning as lightning
     from te_nvfp4_cv import sensitivity as sensitivity
-    from te_nvfp4_cv import te_plugin as te_plugin
     from te_nvfp4_cv import telemetry as telemetry
     from te_nvfp4_cv.distributed import tensor_parallel
+    from te_nvfp4_cv.integrations import lightning, transformer_engine
 else:
 
     def __getattr__(name: str) -> object:
