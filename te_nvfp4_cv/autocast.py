@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv import calls
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import Override, State, active_recipe, drop_stale, local, state, warn_unapplied
 from te_nvfp4_cv.errors import runtime_error, type_error
 from te_nvfp4_cv.handover import Mode, mode_is_on
+from te_nvfp4_cv.layer import execute
+from te_nvfp4_cv.layer.delayed_scaling import first_pass
 from te_nvfp4_cv.recipe import as_recipe
-from te_nvfp4_cv.scaling import first_pass
 
 __all__ = ["active_recipe", "nvfp4_autocast"]
 
@@ -154,11 +154,11 @@ def _captured(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function`, made to run under the contexts that are active now, even if there are none, whenever and in
     whichever thread it is called. Its calls are told to those who watch this thread then.
     """
-    states, overrides, observers = list(local.states), list(local.overrides), calls.observers()
+    states, overrides, observers = list(local.states), list(local.overrides), execute.observers()
 
     @functools.wraps(function, updated=())
     def rerun(*args: Any, **kwargs: Any) -> Any:
-        with _restored(states, overrides), calls.told_to(observers):
+        with _restored(states, overrides), execute.told_to(observers):
             return function(*args, **kwargs)
 
     return rerun

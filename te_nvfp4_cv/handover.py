@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from te_nvfp4_cv import calls, producer
-from te_nvfp4_cv.autograd import MaskedReLU
 from te_nvfp4_cv.context import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
+from te_nvfp4_cv.layer import deferred, execute
+from te_nvfp4_cv.layer.autograd import MaskedReLU
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 _CONVOLUTIONS = {getattr(F, f"conv{t}{n}d"): f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
@@ -75,11 +75,11 @@ def _convolution(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str
     call = {**_CONV_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
     recipe, reason = _decide(op, call, call["groups"])
     if reason or recipe is None:
-        producer.settle(call.get("input"))
-        told = calls.Call(op, call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
-        return calls.reported(told, _plain(function), *args, **kwargs)
+        deferred.settle(call.get("input"))
+        told = execute.Call(op, call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
+        return execute.reported(told, _plain(function), *args, **kwargs)
     current = local.states[-1]
-    return calls.execute(
+    return execute.execute(
         op,
         call["input"],
         call["weight"],
@@ -99,11 +99,11 @@ def _linear(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     call = {"bias": None, **dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
     recipe, reason = _decide("linear", call, 1)
     if reason or recipe is None:
-        producer.settle(call.get("input"))
-        told = calls.Call("linear", call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
-        return calls.reported(told, _plain(function), *args, **kwargs)
+        deferred.settle(call.get("input"))
+        told = execute.Call("linear", call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
+        return execute.reported(told, _plain(function), *args, **kwargs)
     current = local.states[-1]
-    return calls.execute(
+    return execute.execute(
         "linear", call["input"], call["weight"], call["bias"], 1, 0, 1, 1, 0, recipe, current.backend, current.group
     )
 
@@ -130,7 +130,7 @@ def _decide(op: str, call: dict[str, Any], groups: Any) -> tuple[NVFP4BlockScali
         return None, "inside a torch.func transform or forward-mode differentiation"
     if x.device.type not in ("cpu", "cuda") and current.backend != "reference":
         return None, f"no fast backend for {x.device.type}"
-    reason = calls.ineligible(op, x, w, groups, recipe)
+    reason = execute.ineligible(op, x, w, groups, recipe)
     if reason is None and not torch.is_autocast_enabled(x.device.type) and x.dtype != w.dtype:
         reason = "input and weight differ in dtype"  # torch's own error follows
     if reason is None:

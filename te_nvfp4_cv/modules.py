@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls, context, functional
+from te_nvfp4_cv import context, functional
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import check_module
+from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.policy import entries_of, matches, plain_name, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 
@@ -376,4 +377,4 @@ def _why_left(module: nn.Module, recipe: NVFP4BlockScaling | None) -> str | None
     w = module.weight
     groups = getattr(module, "groups", 1)
     op = NVFP4_CLASSES[type(module)].op
-    return None if calls.ineligible(op, w, w, groups, recipe or NVFP4BlockScaling()) is None else ""  # type: ignore
+    return None if execute.ineligible(op, w, w, groups, recipe or NVFP4BlockScaling()) is None else ""  # type: ignore

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from te_nvfp4_cv import faces, layer, scaling
 from te_nvfp4_cv.context import mark_applied, pop_override, push_override
 from te_nvfp4_cv.errors import check_module, runtime_error, type_error, value_error
+from te_nvfp4_cv.layer import delayed_scaling, forward_backward, operands
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import seeds
-from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # DDP, compile, ...
@@ -199,7 +199,7 @@ class _FrozenWeight:
         if key not in self.sets:
             if self.digest is None:
                 self.digest = _digest(w)
-            self.sets[key] = faces.quantize_weight(w, plan, keep=True)
+            self.sets[key] = operands.quantize_weight(w, plan, keep=True)
         return self.sets[key]
 
     def check_version(self) -> None:
@@ -244,7 +244,7 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     weights = {id(w): (name, w) for name, w in model.named_parameters() if w.dim() >= 2}
     with _frozen_lock:
         for key, (name, w) in weights.items():
-            entry = layer.frozen.setdefault(key, _FrozenWeight(name, w))
+            entry = forward_backward.frozen.setdefault(key, _FrozenWeight(name, w))
             entry.users += 1  # type: ignore[attr-defined]
     try:
         yield
@@ -252,14 +252,14 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
         for key, (name, _) in weights.items():
             if key not in present:
                 raise _changed(name, "the module has another Parameter now")
-            layer.frozen[key].check_contents()  # type: ignore[attr-defined]
+            forward_backward.frozen[key].check_contents()  # type: ignore[attr-defined]
     finally:
         with _frozen_lock:
             for key in weights:
-                entry = layer.frozen[key]
+                entry = forward_backward.frozen[key]
                 entry.users -= 1  # type: ignore[attr-defined]
                 if not entry.users:  # type: ignore[attr-defined]
-                    del layer.frozen[key]
+                    del forward_backward.frozen[key]
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict
         before = seeds.state()
         seeds.set_state({"seed": saved["sr_seed"], "drawn": saved["sr_drawn"]})
         try:
-            scaling.load(_named_weights(model), saved.get("scales", {}))
+            delayed_scaling.load(_named_weights(model), saved.get("scales", {}))
         except ValueError:
             seeds.set_state(before)
             raise
@@ -298,7 +298,7 @@ def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict
         "version": _STATE_VERSIONS[-1],
         "sr_seed": now["seed"],
         "sr_drawn": now["drawn"],
-        "scales": scaling.save(_named_weights(model)),
+        "scales": delayed_scaling.save(_named_weights(model)),
     }
 
 
@@ -327,7 +327,7 @@ def _checked_state(load: object) -> Mapping[str, Any]:
 
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:
     """By plain name, what the state of each parameter is kept for; a shared one once, under its first name."""
-    return {plain_name(name): scaling.owner(parameter) for name, parameter in model.named_parameters()}
+    return {plain_name(name): delayed_scaling.owner(parameter) for name, parameter in model.named_parameters()}
 
 
 def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -340,7 +340,7 @@ def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
     check_module("saturated_blocks", model, "saturated_blocks(model)")
     out: dict[str, dict[str, int]] = {}
     for name, parameter in _named_weights(model).items():
-        if scaling.has_state(parameter):
-            counts = dict(zip(scaling.ROLES, scaling.saturated(parameter), strict=True))
+        if delayed_scaling.has_state(parameter):
+            counts = dict(zip(delayed_scaling.ROLES, delayed_scaling.saturated(parameter), strict=True))
             out["" if name == "weight" else name.removesuffix(".weight")] = counts
     return out

@@ -12,8 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import calls
 from te_nvfp4_cv import context as nv_context
+from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 
@@ -76,10 +76,10 @@ def step(
     return [loss.detach(), *gradients(net)]
 
 
-def seen(run: Callable[[], Any]) -> list[calls.Call]:
+def seen(run: Callable[[], Any]) -> list[execute.Call]:
     """The calls that an observer is told of while `run` runs."""
-    told: list[calls.Call] = []
-    with calls.observe(told.append):
+    told: list[execute.Call] = []
+    with execute.observe(told.append):
         run()
     return told
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls
 from te_nvfp4_cv.distributed.fsdp_weight import Form, ShardedWeight
 from te_nvfp4_cv.errors import check_module, runtime_error
+from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.modules import NVFP4_CLASSES, with_recipes
 from te_nvfp4_cv.policy import matches
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
@@ -90,7 +90,7 @@ def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None
         return "high precision"
     kind = next(base for base in type(module).__mro__ if base in NVFP4_CLASSES)
     groups = getattr(module, "groups", 1)
-    reason = calls.ineligible(NVFP4_CLASSES[kind].op, weight, weight, groups, recipe)
+    reason = execute.ineligible(NVFP4_CLASSES[kind].op, weight, weight, groups, recipe)
     if reason is not None:
         return reason
     s = recipe.settings("weight")

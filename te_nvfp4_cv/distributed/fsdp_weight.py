@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.errors import runtime_error, warn_once
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amaxes, operands, shards
-from te_nvfp4_cv.plan import Plan
 
 aten = torch.ops.aten
 KEEP = {  # of a shard: what FSDP2 does to make, move and pad it

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import parallel as torch_styles
 
-from te_nvfp4_cv import producer
 from te_nvfp4_cv.distributed.tp_call import Sharing, run
 from te_nvfp4_cv.errors import type_error, value_error
+from te_nvfp4_cv.layer import deferred
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.quantize import seeds
 
@@ -98,7 +98,7 @@ class TensorParallelModule(nn.Module):
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As the plain module's, for tensors that lie as the plan says."""
-        producer.settle(input)
+        deferred.settle(input)
         with torch._C.DisableTorchFunction():  # what this call is made of is not handed over again
             return run(self, input, output_size)
 

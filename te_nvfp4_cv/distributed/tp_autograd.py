@@ -24,17 +24,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from te_nvfp4_cv import faces, multiply
-from te_nvfp4_cv.autograd import _NoSecondOrder
 from te_nvfp4_cv.distributed.collectives import PendingParts, gather_parts
 from te_nvfp4_cv.formats import round_up
-from te_nvfp4_cv.layer import Like
+from te_nvfp4_cv.layer import gemms
+from te_nvfp4_cv.layer import operands as faces
+from te_nvfp4_cv.layer.autograd import _NoSecondOrder
+from te_nvfp4_cv.layer.delayed_scaling import CallScales
+from te_nvfp4_cv.layer.forward_backward import Like
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry, Fold
 from te_nvfp4_cv.ops.quantize import amaxes, operands, seeds
 from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
-from te_nvfp4_cv.plan import Plan
-from te_nvfp4_cv.scaling import CallScales
 
 GEMMS = {"fprop", "dgrad", "wgrad"}
 Array = tuple[int, ...]  # a shape: [B, *image, channels], or [*leading, channels] of a linear layer
@@ -254,7 +255,7 @@ class TensorParallelConv(torch.autograd.Function):
             w_q = quantize_weight(w, plan, need_dx, link.group) if "fprop" in plan.gemms or for_dgrad else None
             x_face = x_q if rows is None else (*_arrived(rows, g), x_q[2])
             x_like = x_last if rows is None else x_last.new_empty(()).expand(g.x_shape)  # fprop reads its shape
-            y = multiply.fprop(x_like, x_face, w, w_q, bias if link.column or link.rank == 0 else None, plan)
+            y = gemms.fprop(x_like, x_face, w, w_q, bias if link.column or link.rank == 0 else None, plan)
             y = y if link.column else sum_parts(y, link)
             kept = {**faces.kept_of_x(x, x_q, plan, need_dw), **faces.kept_of_w(w, w_q, plan, need_dx)}
             ctx.kept_names = tuple(kept)
@@ -279,7 +280,7 @@ class TensorParallelConv(torch.autograd.Function):
             if need_dx:
                 if dy_rows is not None:
                     dy_q = (*_rows_operand(dy_rows, plan), *dy_q[2:])
-                dx = multiply.dgrad(dy_last, dy_q, kept, plan, like.x_dtype)
+                dx = gemms.dgrad(dy_last, dy_q, kept, plan, like.x_dtype)
                 dx = sum_parts(dx, link) if link.column else dx
                 dx = layouts.image_first(dx, _flat(link.x, g.rank), like.x_shape, like.x_channels_last)
             if need_dw:
@@ -287,7 +288,7 @@ class TensorParallelConv(torch.autograd.Function):
                     kept["x_col"], kept["x_col_scale"] = _arrived(x_columns, g)
                 if dy_columns is not None:
                     dy_q = (*dy_q[:3], *_columns_operand(dy_columns, plan), *dy_q[5:])
-                dw = multiply.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
+                dw = gemms.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
                 dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)
             if need_db:
                 total = dy_last.flatten(0, -2).sum(0, dtype=torch.float32)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from te_nvfp4_cv import calls, context, handover, scaling
+from te_nvfp4_cv import context, handover
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.distributed.tp_autograd import (
     GEMMS,
@@ -30,9 +30,10 @@ from te_nvfp4_cv.distributed.tp_autograd import (
     part_plan,
 )
 from te_nvfp4_cv.errors import describe, value_error, warn_once
+from te_nvfp4_cv.layer import delayed_scaling, execute
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.ops.layouts import is_channels_last
-from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 
@@ -68,8 +69,8 @@ def run(module: Any, x: Tensor, output_size: Any) -> Tensor:
     call = _Call(module, sharing, layout, channels, output_size)
     if recipe is not None:
         return call.quantized(x, recipe, backend)
-    told = calls.Call(module.op, module.weight, x, None, None, reason)
-    return calls.reported(told, call.high_precision, x) if context.state() is not None else call.high_precision(x)
+    told = execute.Call(module.op, module.weight, x, None, None, reason)
+    return execute.reported(told, call.high_precision, x) if context.state() is not None else call.high_precision(x)
 
 
 def _as_it_lies(x: Tensor, sharing: Sharing, channels: int) -> tuple[Tensor, int | None]:
@@ -108,12 +109,12 @@ def _decide(module: Any, x: Tensor, layout: int | None, channels: int) -> tuple[
         recipe, backend = module.chosen()
         if recipe is None:
             return None, backend, "set_precision: high precision"
-        reason = calls.ineligible(module.op, x_like, w, 1, recipe)
+        reason = execute.ineligible(module.op, x_like, w, 1, recipe)
         if reason is not None:
             raise value_error(
                 f"nvfp4 {module.op}: x and y of a rank cannot run in NVFP4: {reason}.",
                 got=f"x {describe(x_like)}, weight {describe(w)} on each of {sharing.ranks} ranks",
-                needs=f"bf16, fp16 or fp32; at least {calls.MINIMUM} channels on both sides on every rank",
+                needs=f"bf16, fp16 or fp32; at least {execute.MINIMUM} channels on both sides on every rank",
                 fix="use fewer ranks, or a plain module: nvfp4_autocast leaves it in high precision",
             )
         return recipe, backend, ""
@@ -232,7 +233,7 @@ class _Call:
         m = self.module
         if m.padding_mode != "zeros":
             return F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
-        return calls._named_padding(self.op, x, w, m.stride, m.padding, m.dilation)
+        return execute._named_padding(self.op, x, w, m.stride, m.padding, m.dilation)
 
     def _plan(
         self,
@@ -246,10 +247,10 @@ class _Call:
         autocast: bool,
     ) -> Plan:
         m = self.module
-        calls._check_shapes(self.op, whole, w, bias, self.rank, 1)
+        execute._check_shapes(self.op, whole, w, bias, self.rank, 1)
         stride, dilation = (m.stride, m.dilation) if self.rank else (1, 1)
         extra = self._output_padding(whole)
-        geometry = calls._geometry(self.op, whole, w, stride, padding, dilation, 1, extra)
+        geometry = execute._geometry(self.op, whole, w, stride, padding, dilation, 1, extra)
         dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
         return Plan(geometry, recipe, backend, dtype, is_channels_last(x) or is_channels_last(w))
 
@@ -299,18 +300,18 @@ class _Call:
 
     def _run(self, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, link: Link) -> Tensor:
         group = context.reduction_group() if context.state() is not None else None
-        scaling.refuse(plan, link.group)
+        delayed_scaling.refuse(plan, link.group)
         scales = self._scales(x, bias, plan, link, group)
-        told = calls.Call(self.op, self.module.weight, x, plan.geometry, plan.recipe, "")
+        told = execute.Call(self.op, self.module.weight, x, plan.geometry, plan.recipe, "")
         if not torch.is_grad_enabled():
             x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
         run: Callable[..., Tensor] = TensorParallelConv.apply
-        return calls.reported(told, run, x, w, bias, plan, link, scales)
+        return execute.reported(told, run, x, w, bias, plan, link, scales)
 
     def _scales(self, x: Tensor, bias: Tensor | None, plan: Plan, link: Link, group: Any) -> SharedScales:
         part = part_plan(plan, link)
         if not plan.delayed:
-            inner = scaling.of_call(x, self.module.weight, bias, part, group) or scaling.CallScales(part, None, True)
+            inner = delayed_scaling.of_call(x, self.module.weight, bias, part, group) or delayed_scaling.CallScales(part, None, True)
             return SharedScales(inner, link, group is not None)
         if group is not None:
             raise value_error(
@@ -319,6 +320,6 @@ class _Call:
                 needs="one group",
                 fix="leave amax_reduction_group out, or use tensor_scale='current'",
             )
-        found = scaling.of_call(x, self.module.weight, bias, part, link.group)
+        found = delayed_scaling.of_call(x, self.module.weight, bias, part, link.group)
         assert found is not None
         return SharedScales(found, link, True)

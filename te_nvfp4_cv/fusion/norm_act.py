@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import producer as producers
 from te_nvfp4_cv.errors import describe, value_error
+from te_nvfp4_cv.layer import deferred as producers
 from te_nvfp4_cv.ops import norm as ops
 from te_nvfp4_cv.ops.norm import ACTIVATIONS
 

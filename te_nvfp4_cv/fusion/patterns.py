@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from te_nvfp4_cv import calls
 from te_nvfp4_cv.context import state
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
 from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
 from te_nvfp4_cv.handover import mode_is_on
+from te_nvfp4_cv.layer import execute
+from te_nvfp4_cv.layer.deferred import deferring
 from te_nvfp4_cv.modules import NVFP4_CLASSES
-from te_nvfp4_cv.producer import deferring
 
 NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())
 LAYERS = tuple(NVFP4_CLASSES)
@@ -116,7 +116,7 @@ def _hands_over(layer: nn.Module) -> bool:
         current is not None
         and current.enabled
         and mode_is_on()
-        and not calls.observed()
+        and not execute.observed()
         and (type(layer) in NVFP4_CLASSES or type(layer) in NVFP4_CLASSES.values())
         and getattr(layer, "padding_mode", "zeros") == "zeros"
         and not _hooks(layer)
@@ -129,12 +129,12 @@ def _hands_over(layer: nn.Module) -> bool:
 def rewrite(module: nn.Module, graph: fx.Graph) -> dict[str, Row]:
     """Fuse every pattern of the graph; the norms that it calls, by target."""
     rows: dict[str, Row] = {}
-    calls = [
+    execute = [
         (node, norm)
         for node in graph.nodes
         if node.op == "call_module" and isinstance(norm := child_of(module, node.target), FAMILY)
     ]
-    for node, norm in calls:
+    for node, norm in execute:
         kind = kind_of(norm)
         match = _match(module, graph, node, norm)
         if isinstance(match, str):

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from te_nvfp4_cv import autocast, calls, scaling
+from te_nvfp4_cv import autocast
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
+from te_nvfp4_cv.layer import delayed_scaling, execute
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.recipe import as_recipe
 
@@ -148,18 +149,18 @@ def project(
     names = {id(p): "" if name == "weight" else name.removesuffix(".weight") for name, p in model.named_parameters()}
     found: dict[str, list[Estimate]] = {}
 
-    def observer(call: calls.Call) -> calls.Seen:
+    def observer(call: execute.Call) -> execute.Seen:
         def finished(y: torch.Tensor) -> None:
             name = names.get(id(call.weight), "(no parameter)")
             sizes = _sizes(call, y, batch / _batch(inputs))
             found.setdefault(name, []).append(_estimate(name, call, sizes, GPUS[gpu], efficiency))
 
-        return calls.Seen(finished=finished)
+        return execute.Seen(finished=finished)
 
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), scaling.reading_only(), autocast.nvfp4_autocast(resolved), calls.observe(observer):
+        with torch.no_grad(), delayed_scaling.reading_only(), autocast.nvfp4_autocast(resolved), execute.observe(observer):
             model(*inputs)
     finally:
         for module, flag in training:
@@ -186,7 +187,7 @@ class _Sizes:
     macs: float
 
 
-def _sizes(call: calls.Call, y: torch.Tensor, images: float) -> _Sizes:
+def _sizes(call: execute.Call, y: torch.Tensor, images: float) -> _Sizes:
     """Of one call; `images`: how many times as many images the step has."""
     x, w = call.x.numel() * images, float(call.weight.numel())
     per_pixel = w / call.weight.shape[0]  # weights that an output pixel, transposed an input one, meets per channel
@@ -194,7 +195,7 @@ def _sizes(call: calls.Call, y: torch.Tensor, images: float) -> _Sizes:
     return _Sizes(x, w, y.numel() * images, pixels * per_pixel)
 
 
-def _estimate(name: str, call: calls.Call, sizes: _Sizes, gpu: GPU, efficiency: float) -> Estimate:
+def _estimate(name: str, call: execute.Call, sizes: _Sizes, gpu: GPU, efficiency: float) -> Estimate:
     x, w, y = sizes.x, sizes.w, sizes.y
     flops, bandwidth, bf16 = 2 * sizes.macs, gpu.bandwidth * efficiency, gpu.bf16 * efficiency
 

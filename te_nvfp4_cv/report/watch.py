@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from te_nvfp4_cv import autocast, calls, context, scaling
+from te_nvfp4_cv import autocast, context
 from te_nvfp4_cv.errors import check_module, check_trainable
+from te_nvfp4_cv.layer import delayed_scaling, execute
+from te_nvfp4_cv.layer.plan import row_scaling_applies
 from te_nvfp4_cv.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
 from te_nvfp4_cv.ops.quantize import seeds
-from te_nvfp4_cv.plan import row_scaling_applies
 from te_nvfp4_cv.policy import plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.report.table import Coverage, Layer
@@ -67,8 +68,8 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(watch.module_names())
-        stack.enter_context(calls.observe(watch.called))
-        stack.enter_context(scaling.reading_only())
+        stack.enter_context(execute.observe(watch.called))
+        stack.enter_context(delayed_scaling.reading_only())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor))
         stack.enter_context(autocast.nvfp4_autocast(resolved, backend=backend))
         stack.enter_context(_Unseen(watch))
@@ -149,11 +150,11 @@ class _Watch:
         self.saved.append((weakref.ref(saved), self.current))
         return saved
 
-    def called(self, call: calls.Call) -> calls.Seen:
+    def called(self, call: execute.Call) -> execute.Seen:
         """A convolution or linear call starts; returns what to do with its result."""
-        return calls.Seen(self._counted(call))
+        return execute.Seen(self._counted(call))
 
-    def _counted(self, call: calls.Call) -> Callable[[Tensor], None]:
+    def _counted(self, call: execute.Call) -> Callable[[Tensor], None]:
         recipe, geometry = call.recipe, call.geometry
         name = self._name(call.weight)
         note = ""
@@ -176,7 +177,7 @@ class _Watch:
 
     def unseen(self, op: str, weight: Any, reason: str) -> Callable[[Tensor], None]:
         """A convolution that nvfp4_autocast does not hand over."""
-        call = calls.Call(op, weight, weight, None, None, reason)
+        call = execute.Call(op, weight, weight, None, None, reason)
         return self._counted(call)
 
     def _recurrent(self, module: nn.Module, args: Any) -> _Row:

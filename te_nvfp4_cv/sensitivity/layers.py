@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls, context
+from te_nvfp4_cv import context
+from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.policy import plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
@@ -91,7 +92,7 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
         if module in running:
             del running[len(running) - 1 - running[::-1].index(module) :]
 
-    def called(call: calls.Call) -> calls.Seen:
+    def called(call: execute.Call) -> execute.Seen:
         module = running[-1] if running else None
 
         def finished(y: Tensor) -> None:
@@ -105,12 +106,12 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
             unit = units.setdefault(module, Unit(names.get(module, ""), module, call.op, kernel, call.recipe))
             unit.flops += flops
 
-        return calls.Seen(finished)
+        return execute.Seen(finished)
 
     with ExitStack() as stack:
         for module in names:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(calls.observe(called))
+        stack.enter_context(execute.observe(called))
         run()
     return list(units.values()), total

@@ -36,9 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls, context
+from te_nvfp4_cv import context
 from te_nvfp4_cv.autocast import heard
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error, warn_once
+from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.modules import op_of
 from te_nvfp4_cv.recipe import as_recipe
 from te_nvfp4_cv.telemetry.records import FORMAT, VERSION
@@ -151,7 +152,7 @@ class Telemetry:
                     "nvfp4 telemetry: the model is compiled; operands inside of its graphs are not heard, weights and "
                     "weight gradients are",
                 )
-            stack.enter_context(calls.observe(sample.called))
+            stack.enter_context(execute.observe(sample.called))
             if context.state() is None and not sample.compiled:  # a graph would be compiled again for it
                 stack.enter_context(heard())  # so that calls in high precision are heard, too
             yield

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import formats, scaling
+from te_nvfp4_cv import formats
 from te_nvfp4_cv import functional as NF
+from te_nvfp4_cv.layer import delayed_scaling
 from te_nvfp4_cv.ops.quantize import operands
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from tests.helpers import make_geometry, relative_error, same_bits, values
@@ -123,13 +124,13 @@ def test_gradients_have_one_scale_in_a_step_and_the_maximum_in_the_next():
 def test_state_stays_in_place_as_cuda_graphs_need_it():
     conv, x = layer(), values((4, 16, 4, 4))
     train(conv, x)
-    (state,) = scaling._states[conv.weight].values()
+    (state,) = delayed_scaling._states[conv.weight].values()
     tensors = (state.used, state.collected, state.saturated)
     places = [t.data_ptr() for t in tensors]
     for i in range(3):
         train(conv, x * 3**i)
     assert places == [t.data_ptr() for t in (state.used, state.collected, state.saturated)]
-    assert list(scaling._states[conv.weight].values()) == [state]
+    assert list(delayed_scaling._states[conv.weight].values()) == [state]
 
 
 def test_zero_operands_keep_the_scale_before():
@@ -246,23 +247,23 @@ def test_a_copy_starts_fresh_and_a_dead_weight_leaves_nothing():
     y = train(twin, x)
     assert same_bits(y, train(layer(), x))
     gc.collect()
-    before = len(scaling._states)
+    before = len(delayed_scaling._states)
     del conv
     gc.collect()
-    assert len(scaling._states) == before - 1
+    assert len(delayed_scaling._states) == before - 1
 
 
 def test_a_kernel_that_is_no_parameter_keeps_its_scales_while_it_lives():
     w, x = values((32, 16, 3, 3)).requires_grad_(), values((4, 16, 4, 4))
     for factor in (1.0, 50.0, 1.0):
         NF.conv2d(x * factor, w, None, 1, 1, recipe=DELAYED).sum().backward()
-    (key,) = scaling._states[w]
-    assert float(scaling._states[w][key].used[0, 0]) == of(50 * float(x.abs().max()), 8)
+    (key,) = delayed_scaling._states[w]
+    assert float(delayed_scaling._states[w][key].used[0, 0]) == of(50 * float(x.abs().max()), 8)
     gc.collect()
-    before = len(scaling._states)
+    before = len(delayed_scaling._states)
     NF.conv2d(x, w * 2, None, 1, 1, recipe=DELAYED).sum().backward()  # computed: measured, forgotten with it
     gc.collect()
-    assert len(scaling._states) == before
+    assert len(delayed_scaling._states) == before
 
 
 def test_views_of_one_parameter_have_states_of_their_own():
@@ -304,7 +305,7 @@ def test_a_weight_that_moves_takes_its_state_along():
     with torch.no_grad(), nv.nvfp4_autocast(DELAYED):
         conv(x.cuda())
     assert same_bits(used, amaxes(conv)["weight"])
-    assert next(iter(scaling._states[conv.weight].values())).used.is_cuda
+    assert next(iter(delayed_scaling._states[conv.weight].values())).used.is_cuda
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import calls
+from te_nvfp4_cv.layer import execute
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
 NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)
@@ -78,7 +78,7 @@ def test_precedence(x):
 
     def seen(layer, **context):
         found = []
-        with calls.observe(lambda call: found.append(call.recipe)), nv.nvfp4_autocast(**context):
+        with execute.observe(lambda call: found.append(call.recipe)), nv.nvfp4_autocast(**context):
             y = layer(x)
         assert len(found) == 1  # once: not handed over a second time
         return found[0], y
@@ -100,8 +100,8 @@ def test_precedence(x):
 
 def test_backend_is_the_contexts_inside_of_one(x, monkeypatch):
     asked = []
-    real = calls.dispatch.resolve
-    monkeypatch.setattr(calls.dispatch, "resolve", lambda name, device: asked.append(name) or real(name, device))
+    real = execute.dispatch.resolve
+    monkeypatch.setattr(execute.dispatch, "resolve", lambda name, device: asked.append(name) or real(name, device))
     module = nv.NVFP4Conv2d(16, 16, 1, backend="reference")
     module(x)
     with nv.nvfp4_autocast(backend="vendor"):

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import calls, faces, layer
 from te_nvfp4_cv import context as nv_context
+from te_nvfp4_cv.layer import execute, forward_backward, operands
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
 NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)
@@ -53,7 +53,7 @@ def ran(model: nn.Module, *args, **context) -> dict[str, str]:
     def observer(call):
         found[names[id(call.weight)]] = "high" if call.recipe is None else call.recipe.name or "nvfp4"
 
-    with calls.observe(observer), nv.nvfp4_autocast(**context):
+    with execute.observe(observer), nv.nvfp4_autocast(**context):
         model(*args)
     return found
 
@@ -354,14 +354,14 @@ def test_shared_modules_match_by_either_name(x):
 def counted(monkeypatch) -> list[int]:
     """Grows by one whenever a weight is quantized; tracing a graph quantizes none."""
     count: list[int] = []
-    real = faces.operands.quantize_kernel
+    real = operands.operands.quantize_kernel
 
     def quantize_kernel(*args, **kwargs):
         if not isinstance(args[0], FakeTensor):
             count.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(faces.operands, "quantize_kernel", quantize_kernel)
+    monkeypatch.setattr(operands.operands, "quantize_kernel", quantize_kernel)
     return count
 
 
@@ -382,7 +382,7 @@ def test_frozen_weights_quantize_once_with_equal_bits(monkeypatch):
     count = counted(monkeypatch)
     frozen = accumulate(model, batches, nv.frozen_weights(model))
     assert len(count) == 4 and all(map(torch.equal, plain, frozen))
-    assert layer.frozen == {}
+    assert forward_backward.frozen == {}
     accumulate(model, batches, contextlib.nullcontext())
     assert len(count) == 4 + 3 * 4
 
@@ -417,7 +417,7 @@ def test_frozen_weights_nest(monkeypatch, x):
             model(x)
         with nv.nvfp4_autocast():
             model(x)
-    assert len(count) == 4 and layer.frozen == {}
+    assert len(count) == 4 and forward_backward.frozen == {}
 
 
 def test_a_counted_change_raises_at_the_next_use(x):
@@ -428,7 +428,7 @@ def test_a_counted_change_raises_at_the_next_use(x):
             with torch.no_grad():
                 model.stem.weight.add_(1)
             model(x)
-    assert layer.frozen == {}
+    assert forward_backward.frozen == {}
 
 
 @pytest.mark.parametrize("how", ["optimizer", "fused", "data", "replace", "load"])
@@ -449,7 +449,7 @@ def test_a_change_raises_at_the_end(x, how):
         with nv.nvfp4_autocast():
             model(x).sum().backward()
         change()
-    assert layer.frozen == {}
+    assert forward_backward.frozen == {}
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected")
@@ -471,7 +471,7 @@ def test_an_error_inside_is_the_error_that_comes_out(x):
     with pytest.raises(ZeroDivisionError), nv.frozen_weights(model):
         model.head.weight.data.add_(1)
         raise ZeroDivisionError
-    assert layer.frozen == {}
+    assert forward_backward.frozen == {}
     with pytest.raises(TypeError, match="frozen_weights"), nv.frozen_weights(x):
         pass
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import inference, layer, layer_operator
+from te_nvfp4_cv.layer import custom_op, forward_backward, inference
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
-from te_nvfp4_cv.plan import Plan
 from tests.helpers import fold_list, make_geometry, same_bits, values
 
 ops = torch.ops.te_nvfp4_cv
@@ -62,10 +62,10 @@ def inference_arguments() -> tuple[Any, ...]:
 def backward_arguments(recipe: nv.NVFP4BlockScaling = NO_SR) -> tuple[Any, ...]:
     x, w, bias, shape, key, backend, dtype, last, *_ = layer_arguments(recipe, False)
     plan = Plan(CONV, recipe, backend, dtype, last)
-    kept = layer.forward(x, w, bias, plan, True, True)[1]
-    names = layer.names_of_x(plan, True), layer.names_of_w(plan, True)
+    kept = forward_backward.forward(x, w, bias, plan, True, True)[1]
+    names = forward_backward.names_of_x(plan, True), forward_backward.names_of_w(plan, True)
     of_x, of_w = ([kept[name] for name in side] for side in names)
-    like = tuple(vars(layer.Like.of(x, w, bias)).values())
+    like = tuple(vars(forward_backward.Like.of(x, w, bias)).values())
     dy = DY.movedim(-1, 1).contiguous()
     return dy, of_x, of_w, shape, key, backend, dtype, last, True, True, True, "", *like
 
@@ -201,7 +201,7 @@ def test_only_what_is_needed_is_kept_and_computed(needs):
     x, w, bias, *call = layer_arguments(need=False)
     leaves = [t.detach().requires_grad_(need) for t, need in zip((x, w, bias), needs, strict=True)]
     call[5:7] = needs[:2]
-    y, *kept = layer_operator.layer(*leaves, *call)
+    y, *kept = custom_op.layer(*leaves, *call)
     assert [bool(part.numel()) for part in kept] == [needs[1]] * 3 + [needs[0]] * 3
     y.sum().backward()
     assert [leaf.grad is not None for leaf in leaves] == list(needs)
@@ -209,7 +209,7 @@ def test_only_what_is_needed_is_kept_and_computed(needs):
 
 def test_kept_bytes_are_packed_codes():
     x, w, *_ = arguments = layer_arguments()
-    _, *kept = layer_operator.layer(*arguments)
+    _, *kept = custom_op.layer(*arguments)
     folded = math.prod((CONV.folds()[0].images, CONV.folds()[0].rows, 4, 16))
     assert sum(part.numel() * part.element_size() for part in kept[:3]) == folded * 9 // 16 + 4
     assert sum(part.numel() * part.element_size() for part in kept[3:]) == w.numel() // 2 + w.numel() // 256 + 4

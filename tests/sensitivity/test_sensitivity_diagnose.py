@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import cli, multiply
-from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv import cli
+from te_nvfp4_cv.layer import gemms
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.sensitivity import Bundle, builder, bundle, diagnose, load_bundle, save_bundle
 from tests.helpers import same_bits
 from tests.networks import NO_SR, Net
@@ -285,7 +286,7 @@ def fault(monkeypatch):
     """Make one GEMM of the layers with this many output channels give inf, in NVFP4 only."""
 
     def plant(gemm: str, channels: int) -> None:
-        original = getattr(multiply, gemm)
+        original = getattr(gemms, gemm)
 
         def faulty(first: Tensor, *args: object) -> Tensor:
             made = next(a for a in args if isinstance(a, Plan))
@@ -293,7 +294,7 @@ def fault(monkeypatch):
             hit = gemm in made.gemms and made.geometry.y_shape[-1] == channels and made.geometry.rank
             return y * math.inf if hit else y
 
-        monkeypatch.setattr(multiply, gemm, faulty)
+        monkeypatch.setattr(gemms, gemm, faulty)
 
     return plant
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from te_nvfp4_cv import calls, nvfp4_autocast, producer, set_precision
+from te_nvfp4_cv import nvfp4_autocast, set_precision
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct2d
+from te_nvfp4_cv.layer import deferred, execute
 from te_nvfp4_cv.ops import norm as ops
 from te_nvfp4_cv.ops.quantize import operands
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
@@ -143,13 +144,13 @@ def count(monkeypatch) -> list[str]:
     """Names of what producers did, as it happens."""
     done: list[str] = []
     for name in ("quantize", "write"):
-        original = getattr(producer.Producer, name)
+        original = getattr(deferred.Producer, name)
 
         def told(self, *args, name=name, original=original):
             done.append(name)
             return original(self, *args)
 
-        monkeypatch.setattr(producer.Producer, name, told)
+        monkeypatch.setattr(deferred.Producer, name, told)
     return done
 
 
@@ -162,7 +163,7 @@ def test_the_same_bits_as_with_the_activation_written(kernel_device, monkeypatch
     done = count(monkeypatch)
     found = step(model, x, EXACT, backend)
     assert done == ["quantize"] * 3 + ["write"]  # the thin convolution runs in high precision
-    monkeypatch.setattr(producer, "wanted", lambda *_: False)
+    monkeypatch.setattr(deferred, "wanted", lambda *_: False)
     expected = step(written, x, EXACT, backend)
     assert len(done) == 4
     for a, b in zip(found, expected, strict=True):
@@ -179,7 +180,7 @@ def test_delayed_scales(kernel_device, monkeypatch):
     batches = [last(values((16, 16, 2, 2), seed=i).bfloat16()).to(kernel_device) for i in range(2)]
     found = [step(model, x, recipe) for x in batches]
     assert done == ["write", "quantize"]  # the first step measures
-    monkeypatch.setattr(producer, "wanted", lambda *_: False)
+    monkeypatch.setattr(deferred, "wanted", lambda *_: False)
     expected = [step(written, x, recipe) for x in batches]
     for a, b in zip(sum(found, []), sum(expected, []), strict=True):
         assert same_bits(a, b) if a.dtype.is_floating_point else torch.equal(a, b)
@@ -192,7 +193,7 @@ def test_evaluation(kernel_device, monkeypatch):
     with torch.no_grad(), nvfp4_autocast(EXACT):
         found = model(x)
         assert "quantize" in done
-        monkeypatch.setattr(producer, "wanted", lambda *_: False)
+        monkeypatch.setattr(deferred, "wanted", lambda *_: False)
         assert same_bits(found, model(x))
 
 
@@ -261,7 +262,7 @@ def test_what_is_written_after_all(kernel_device, monkeypatch, case):
     def run() -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16), nvfp4_autocast(recipe, enabled=case != "no context"):
             if case == "observer":
-                with calls.observe(lambda call: seen.append(call.x.clone())):
+                with execute.observe(lambda call: seen.append(call.x.clone())):
                     return model(x)
             if case == "function mode":
                 with Reading(seen):
@@ -274,7 +275,7 @@ def test_what_is_written_after_all(kernel_device, monkeypatch, case):
     found = run()
     assert "quantize" not in done
     assert bool(seen) == (case in ("hook", "observer", "function mode")) and found.isfinite().all()
-    monkeypatch.setattr(producer, "wanted", lambda *_: False)
+    monkeypatch.setattr(deferred, "wanted", lambda *_: False)
     assert same_bits(found.detach(), run().detach())
 
 
@@ -294,11 +295,11 @@ class Reading(TorchFunctionMode):
 def test_an_unwritten_activation_cannot_be_read_by_accident(kernel_device):
     z = last(values((16, 16, 2, 2))).to(kernel_device)
     norm = fuse(nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))).to(kernel_device)[0]
-    with producer.deferring(), nvfp4_autocast(EXACT):
+    with deferred.deferring(), nvfp4_autocast(EXACT):
         y = norm(z, None, "relu")
     assert y.shape == z.shape and y.untyped_storage().nbytes() == 0
-    producer.settle(y)
+    deferred.settle(y)
     norm.train()
     assert same_bits(y.detach(), norm(z, None, "relu").detach())
-    producer.settle(y)  # of a tensor that is written already: nothing
-    producer.settle(None)
+    deferred.settle(y)  # of a tensor that is written already: nothing
+    deferred.settle(None)

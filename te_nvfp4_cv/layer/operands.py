@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.layer.plan import Plan, Scales, Watch
 from te_nvfp4_cv.ops.quantize import operands, seeds
 from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
-from te_nvfp4_cv.plan import Plan, Scales, Watch
 
 # ---- quantize -------------------------------------------------------------------------------------------------------
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import calls, faces, multiply
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.errors import runtime_error
+from te_nvfp4_cv.layer import execute, gemms, operands
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, recipe_of_key
 
 
@@ -84,7 +84,7 @@ def run(
     """
     x, autocast = _autocast(x)
     weight = Shape(shape)
-    x, geometry, unbatched = calls.geometry_of(op, x, weight, bias, stride, padding, dilation, groups, output_padding)
+    x, geometry, unbatched = execute.geometry_of(op, x, weight, bias, stride, padding, dilation, groups, output_padding)
     data, scale, amax = codes
     y = layer(
         x,
@@ -122,10 +122,10 @@ def plain(
         w: [axis 0, axis 1, *kernel] in real units; others as `run`.
     """
     x, autocast = _autocast(x)
-    x, geometry, unbatched = calls.geometry_of(op, x, w, bias, stride, padding, dilation, groups, output_padding)
+    x, geometry, unbatched = execute.geometry_of(op, x, w, bias, stride, padding, dilation, groups, output_padding)
     emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast) if emulated else x.dtype
-    y = multiply.plain_layer(x, w, bias, geometry, dtype, layouts.is_channels_last(x) or channels_last)
+    y = gemms.plain_layer(x, w, bias, geometry, dtype, layouts.is_channels_last(x) or channels_last)
     return y.squeeze(0) if unbatched else y
 
 
@@ -167,8 +167,8 @@ def layer(
         return layouts.like_image_first(x, g.y_shape, x.shape, channels_last)
     w_q = as_faces(data, scale, amax, plan)
     x_last = layouts.image_last(x, g.x_shape)
-    x_q = faces.quantize_input(x_last, plan, False, None if input_amax is None else _Fixed(input_amax))
-    y = multiply.fprop(x_last, x_q, None, w_q, bias, plan, unpacked)
+    x_q = operands.quantize_input(x_last, plan, False, None if input_amax is None else _Fixed(input_amax))
+    y = gemms.fprop(x_last, x_q, None, w_q, bias, plan, unpacked)
     return layouts.image_first(y, g.y_shape, x.shape, channels_last)
 
 

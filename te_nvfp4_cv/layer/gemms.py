@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.faces import input_from_kept, weight_from_kept, weight_operand
+from te_nvfp4_cv.layer.operands import input_from_kept, weight_from_kept, weight_operand
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import conv
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST, image_last
 from te_nvfp4_cv.ops.quantize import operands
 from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED
-from te_nvfp4_cv.plan import Plan
 
 
 def fprop(

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import layer
+from te_nvfp4_cv.layer import forward_backward
+from te_nvfp4_cv.layer.deferred import Producer
+from te_nvfp4_cv.layer.delayed_scaling import CallScales
+from te_nvfp4_cv.layer.plan import Plan, Watch
 from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, positive_mask
-from te_nvfp4_cv.plan import Plan, Watch
-from te_nvfp4_cv.producer import Producer
-from te_nvfp4_cv.scaling import CallScales
 
 
 class QuantizedConv(torch.autograd.Function):
@@ -39,11 +39,11 @@ class QuantizedConv(torch.autograd.Function):
         watch: Watch | None,
     ) -> Tensor:
         need_dx, need_dw = ctx.needs_input_grad[:2]
-        y, kept = layer.forward(x, w, bias, plan, need_dx, need_dw, frozen, scales, producer, watch)
+        y, kept = forward_backward.forward(x, w, bias, plan, need_dx, need_dw, frozen, scales, producer, watch)
         ctx.kept_names = tuple(kept)
         ctx.save_for_backward(*kept.values())
         ctx.watch = watch
-        ctx.plan, ctx.scales, ctx.like = plan, scales, layer.Like.of(x, w, bias)
+        ctx.plan, ctx.scales, ctx.like = plan, scales, forward_backward.Like.of(x, w, bias)
         return y
 
     @staticmethod
@@ -51,7 +51,7 @@ class QuantizedConv(torch.autograd.Function):
         kept = dict(zip(ctx.kept_names, ctx.saved_tensors, strict=True))
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
         grads: tuple[Tensor | None, ...]
-        grads = layer.backward(dy, kept, ctx.plan, ctx.like, need_dx, need_dw, need_db, ctx.scales, ctx.watch)
+        grads = forward_backward.backward(dy, kept, ctx.plan, ctx.like, need_dx, need_dw, need_db, ctx.scales, ctx.watch)
         # create_graph=True: dx depends on w, dw on x, all on dy, and must not look like constants
         if torch.is_grad_enabled():
             leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]

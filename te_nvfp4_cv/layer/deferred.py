@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.layer.delayed_scaling import CallScales
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import norm as ops
 from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
-from te_nvfp4_cv.plan import Plan
-from te_nvfp4_cv.scaling import CallScales
 
 _ATTRIBUTE = "_nvfp4_producer"
 Faces = tuple[Tensor, ...]

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import layer as layers
-from te_nvfp4_cv import scaling
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.layer import Like
+from te_nvfp4_cv.layer import delayed_scaling
+from te_nvfp4_cv.layer import forward_backward as layers
+from te_nvfp4_cv.layer.forward_backward import Like
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import recipe_of_key
 
 PARTS = 3  # of x, and of w, at most
@@ -79,11 +79,11 @@ def _outputs(kept: dict[str, Tensor], plan: Plan, need_dx: bool, need_dw: bool, 
     return _padded(sides[0], x) + _padded(sides[1], x)
 
 
-def _scales(plan: Plan, group: str, training: bool) -> scaling.CallScales | None:
+def _scales(plan: Plan, group: str, training: bool) -> delayed_scaling.CallScales | None:
     if not group:
         return None
     found = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
-    return scaling.CallScales(plan, found, training)
+    return delayed_scaling.CallScales(plan, found, training)
 
 
 @layer.register_fake

@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import layer, layer_operator, scaling, weight_transforms
-from te_nvfp4_cv import producer as producers
-from te_nvfp4_cv.autograd import QuantizedConv
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import describe, value_error
+from te_nvfp4_cv.layer import custom_op, delayed_scaling, forward_backward, weight_transforms
+from te_nvfp4_cv.layer import deferred as producers
+from te_nvfp4_cv.layer.autograd import QuantizedConv
+from te_nvfp4_cv.layer.plan import Plan, Watch
 from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, transposed_output_size
 from te_nvfp4_cv.ops.layouts import is_channels_last
-from te_nvfp4_cv.plan import Plan, Watch
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -210,12 +210,12 @@ def _execute(
     channels_last = is_channels_last(x) or is_channels_last(w)
     plan = Plan(geometry, recipe, chosen, dispatch.compute_dtype(x.dtype, x.device, autocast), channels_last)
     if torch.compiler.is_compiling():  # no producers and no observers inside of a graph
-        scaling.refuse(plan, group)
+        delayed_scaling.refuse(plan, group)
         w = weight_transforms.apply(w, None, plan)
-        y = layer_operator.apply(x, w, bias, plan, group)
+        y = custom_op.apply(x, w, bias, plan, group)
         return y.squeeze(0) if unbatched else y
     call = Call(op, w, x, geometry, recipe, "")
-    codes, scales = layer.codes_of(w, plan), scaling.of_call(x, w, bias, plan, group)
+    codes, scales = forward_backward.codes_of(w, plan), delayed_scaling.of_call(x, w, bias, plan, group)
     if producer is not None and not producer.serves(plan, torch.is_grad_enabled() and w.requires_grad, scales):
         producers.settle(x)
         producer = None

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import faces, multiply
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
+from te_nvfp4_cv.layer import gemms, operands
+from te_nvfp4_cv.layer.deferred import Producer
+from te_nvfp4_cv.layer.delayed_scaling import CallScales
+from te_nvfp4_cv.layer.plan import Plan, Watch
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.plan import Plan, Watch
-from te_nvfp4_cv.producer import Producer
-from te_nvfp4_cv.scaling import CallScales
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def forward(
     """
     with torch.autocast(x.device.type, enabled=False):
         x_last, x_q, w_q = quantize(x, w, plan, need_dx, need_dw, codes, scales, producer, watch)
-        y = multiply.fprop(x_last, x_q, w, w_q, bias, plan)
+        y = gemms.fprop(x_last, x_q, w, w_q, bias, plan)
         kept = keep(x, x_q, w, w_q, plan, need_dx, need_dw)
         return layouts.image_first(y, plan.geometry.y_shape, x.shape, plan.channels_last), kept
 
@@ -118,11 +118,11 @@ def quantize(
         x_last, x_q = x, producer.quantize(plan, need_dw, scales)  # later steps read x's shape alone
     else:
         x_last = layouts.image_last(x, plan.geometry.x_shape)
-        x_q = faces.quantize_input(x_last, plan, need_dw, scales, watch)
+        x_q = operands.quantize_input(x_last, plan, need_dw, scales, watch)
     for_dgrad = need_dx and ("dgrad" in plan.gemms or plan.recipe.backward_override == "dequantized")
     if "fprop" not in plan.gemms and not for_dgrad:
         return x_last, x_q, None
-    w_q = codes if codes is not None else faces.quantize_weight(w, plan, keep=need_dx)
+    w_q = codes if codes is not None else operands.quantize_weight(w, plan, keep=need_dx)
     if watch is not None:
         watch.quantized("weight", w, w_q, None, plan)
     return x_last, x_q, w_q
@@ -138,7 +138,7 @@ def keep(
     need_dw: bool,
 ) -> dict[str, Tensor]:
     """What backward needs, by the names of names_of_x and names_of_w."""
-    return {**faces.kept_of_x(x, x_q, plan, need_dw), **faces.kept_of_w(w, w_q, plan, need_dx)}
+    return {**operands.kept_of_x(x, x_q, plan, need_dw), **operands.kept_of_w(w, w_q, plan, need_dx)}
 
 
 def names_of_x(plan: Plan, need_dw: bool) -> list[str]:
@@ -176,15 +176,15 @@ def backward(
     with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
         g = plan.geometry
         dy_last = layouts.image_last(dy, g.y_shape)
-        dy_q = faces.quantize_gradient(dy_last, plan, need_dx, need_dw, scales, watch)
+        dy_q = operands.quantize_gradient(dy_last, plan, need_dx, need_dw, scales, watch)
         if scales is not None:
             scales.backward_ran()
         dx = dw = db = None
         if need_dx:
-            dx = multiply.dgrad(dy_last, dy_q, kept, plan, like.x_dtype)
+            dx = gemms.dgrad(dy_last, dy_q, kept, plan, like.x_dtype)
             dx = layouts.image_first(dx, g.x_shape, like.x_shape, like.x_channels_last)
         if need_dw:
-            dw = multiply.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
+            dw = gemms.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
             if watch is not None:
                 watch.weight_gradient(dy_last, dw, plan)
             dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import faces
 from te_nvfp4_cv.errors import runtime_error
+from te_nvfp4_cv.layer import operands
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.geometry import BLOCK
-from te_nvfp4_cv.plan import Plan
 
 CLIP, SCALE = "clip", "scale"
 LEAST = 2.0**-6  # what c and m are clamped to from below
@@ -107,7 +107,7 @@ class _Learned(torch.autograd.Function):
         slope = torch.where(beyond, w.sign() * limit, torch.zeros_like(w)).float()
         if ctx.kind == SCALE:
             kept = torch.minimum(torch.maximum(w, -bound), bound)
-            q = faces.dequantized_weight(kept, ctx.plan)
+            q = operands.dequantized_weight(kept, ctx.plan)
             slope = torch.where(beyond, slope, (q - kept.float()) / factor.float()) / (6 * w.numel()) ** 0.5
         return g, (g.float() * slope).sum().to(parameter.dtype).reshape(parameter.shape), None, None
 
