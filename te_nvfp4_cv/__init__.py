@@ -12,8 +12,8 @@ from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.distributed import fsdp, gather
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
-from te_nvfp4_cv.learned import learn_scales
-from te_nvfp4_cv.modules import (
+from te_nvfp4_cv.nn.learned import learn_scales
+from te_nvfp4_cv.nn.modules import (
     NVFP4Conv1d,
     NVFP4Conv2d,
     NVFP4Conv3d,
@@ -23,9 +23,9 @@ from te_nvfp4_cv.modules import (
     NVFP4Linear,
     convert_model,
 )
+from te_nvfp4_cv.nn.precision import extra_state, frozen_weights, saturated_blocks, set_precision
 from te_nvfp4_cv.ops.gemm import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.policy import extra_state, frozen_weights, saturated_blocks, set_precision
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams
 from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, save_recipe
 from te_nvfp4_cv.report.watch import coverage

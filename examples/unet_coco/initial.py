@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import describe, runtime_error, value_error
-from te_nvfp4_cv.learned import NAMES
+from te_nvfp4_cv.nn.learned import NAMES
 
 from .checkpoint import FORMAT
 

@@ -52,7 +52,7 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
     Raises:
         TypeError: the function returns something else; ValueError: weights that do not fit.
     """
-    from te_nvfp4_cv.policy import set_precision
+    from te_nvfp4_cv.nn.precision import set_precision
     from te_nvfp4_cv.sensitivity import builder
 
     build: Any = builder.given(options.model, "MODEL")

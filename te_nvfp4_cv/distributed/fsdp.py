@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from te_nvfp4_cv.distributed.fsdp_weight import Form, ShardedWeight
 from te_nvfp4_cv.errors import check_module, runtime_error
 from te_nvfp4_cv.layer import execute
-from te_nvfp4_cv.modules import NVFP4_CLASSES, with_recipes
-from te_nvfp4_cv.policy import matches
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, with_recipes
+from te_nvfp4_cv.nn.precision import matches
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 
 __all__ = ["quantize_gathers"]

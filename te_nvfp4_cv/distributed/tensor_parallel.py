@@ -31,7 +31,7 @@ from torch.distributed.tensor import parallel as torch_styles
 from te_nvfp4_cv.distributed.tp_call import Sharing, run
 from te_nvfp4_cv.errors import type_error, value_error
 from te_nvfp4_cv.layer import deferred
-from te_nvfp4_cv.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.quantize import seeds
 
 __all__ = ["ColwiseParallel", "RowwiseParallel"]

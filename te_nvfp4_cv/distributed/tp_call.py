@@ -32,7 +32,7 @@ from te_nvfp4_cv.distributed.tp_autograd import (
 from te_nvfp4_cv.errors import describe, value_error, warn_once
 from te_nvfp4_cv.layer import delayed_scaling, execute
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.modules import NVFP4_CLASSES, NVFP4Module
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.ops.layouts import is_channels_last
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 

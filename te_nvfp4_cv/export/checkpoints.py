@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import learned
 from te_nvfp4_cv.errors import check_module, runtime_error, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import LayerEntry, Manifest
@@ -26,9 +25,10 @@ from te_nvfp4_cv.export.fit import call_of, check_fit, codes_of, entry_plan, is_
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
 from te_nvfp4_cv.export.ptq.folding import FoldedNorm, folded_norms, put
 from te_nvfp4_cv.layer import execute
-from te_nvfp4_cv.modules import op_of, with_recipes
+from te_nvfp4_cv.nn import learned
+from te_nvfp4_cv.nn.modules import op_of, with_recipes
+from te_nvfp4_cv.nn.precision import matches, plain_name
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.policy import matches, plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe_files import parse_recipe
 from te_nvfp4_cv.version import __version__

@@ -13,8 +13,8 @@ from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, per_axis
 from te_nvfp4_cv.export.ptq.folding import NORMS
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
-from te_nvfp4_cv.modules import NVFP4_CLASSES
-from te_nvfp4_cv.policy import plain_name
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.precision import plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")

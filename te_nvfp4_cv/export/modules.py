@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv import learned
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.layer import delayed_scaling, inference, operands
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
-from te_nvfp4_cv.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn import learned
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from te_nvfp4_cv.tensor import NVFP4Tensor

@@ -25,7 +25,7 @@ from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
 from te_nvfp4_cv.handover import mode_is_on
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.layer.deferred import deferring
-from te_nvfp4_cv.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 
 NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())
 LAYERS = tuple(NVFP4_CLASSES)

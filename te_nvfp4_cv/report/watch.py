@@ -28,10 +28,10 @@ from te_nvfp4_cv import autocast, context
 from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.layer import delayed_scaling, execute
 from te_nvfp4_cv.layer.plan import row_scaling_applies
-from te_nvfp4_cv.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.precision import plain_name
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
 from te_nvfp4_cv.ops.quantize import seeds
-from te_nvfp4_cv.policy import plain_name
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.report.table import Coverage, Layer
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import execute, gemms
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.modules import NVFP4_CLASSES, op_of, own_weight
-from te_nvfp4_cv.policy import plain_name
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, op_of, own_weight
+from te_nvfp4_cv.nn.precision import plain_name
 from te_nvfp4_cv.telemetry import blocks as operand_blocks
 from te_nvfp4_cv.telemetry import statistics
 

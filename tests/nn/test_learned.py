@@ -12,7 +12,7 @@ from torch import nn
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.layer import weight_transforms
-from te_nvfp4_cv.learned import NAMES
+from te_nvfp4_cv.nn.learned import NAMES
 from tests.helpers import same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")

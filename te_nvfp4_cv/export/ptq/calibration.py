@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer import execute
-from te_nvfp4_cv.modules import op_of
+from te_nvfp4_cv.nn.modules import op_of
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import pixel_map
 
