@@ -24,7 +24,7 @@ from te_nvfp4_cv.nn.modules import (
     convert_model,
 )
 from te_nvfp4_cv.nn.precision import extra_state, frozen_weights, saturated_blocks, set_precision
-from te_nvfp4_cv.ops.gemm import gemm
+from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams
 from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, save_recipe

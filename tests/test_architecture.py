@@ -175,7 +175,7 @@ def _plant(folder: Path, name: str, text: str) -> Path:
         ("formats.py", '"""x."""\nimport te_nvfp4_cv.functional\n', "formats.py:2: floor 0 imports te_nvfp4_cv.f"),
         ("formats.py", '"""x."""\nfrom te_nvfp4_cv import functional\n', "te_nvfp4_cv.functional, floor 5"),
         ("formats.py", '"""x."""\nfrom te_nvfp4_cv import NVFP4Linear\n', "floor 0 imports te_nvfp4_cv, floor 9"),
-        ("tensor.py", '"""x."""\nfrom .ops.quantize import quantize\n', "floor 1 imports te_nvfp4_cv.ops.quantize"),
+        ("tensor.py", '"""x."""\nfrom .ops.quantize import quantize\n', "floor 1 imports te_nvfp4_cv.ops.quantize.matrix"),
         ("ops/quantize/reference.py", '"""x."""\nfrom ... import functional\n', "imports te_nvfp4_cv.functional"),
         ("ops/quantize/reference.py", '"""x."""\nfrom ...functional import f\n', "imports te_nvfp4_cv.functional"),
         ("ops/geometry.py", '"""x."""\ndef f():\n    from ..functional import g\n', "geometry.py:3: floor 2 imports"),

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from te_nvfp4_cv import errors
-from te_nvfp4_cv.ops.quantize import amaxes
+from te_nvfp4_cv.ops.quantize import amax
 
 Part = tuple[Tensor, int]  # a tensor, and the axis along which the ranks' tensors are concatenated
 
@@ -42,11 +42,11 @@ def wire_bytes() -> Iterator[WireBytes]:
     (ranks - 1) messages of each gather.
     """
     counter = WireBytes()
-    amaxes.on_received.append(counter.add)
+    amax.on_received.append(counter.add)
     try:
         yield counter
     finally:
-        amaxes.on_received.remove(counter.add)
+        amax.on_received.remove(counter.add)
 
 
 def check_group(group: Any, caller: str) -> tuple[Any, int]:
@@ -91,7 +91,7 @@ def all_gather_flat(message: Tensor, group: Any, async_op: bool = False) -> tupl
         return out.view(ranks, 0), None
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
     work = gather(out, message, group=group, async_op=async_op)
-    for told in amaxes.on_received:
+    for told in amax.on_received:
         told((ranks - 1) * message.numel())
     return out.view(ranks, -1), work
 

@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.errors import runtime_error, warn_once
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.quantize import amaxes, operands, shards
+from te_nvfp4_cv.ops.quantize import amax as amaxes
+from te_nvfp4_cv.ops.quantize import operand, weight_shards
 
 aten = torch.ops.aten
 KEEP = {  # of a shard: what FSDP2 does to make, move and pad it
@@ -110,11 +111,11 @@ class ShardedWeight(torch.Tensor):
             if n % ranks:
                 return (self._padded(-(-n // ranks), mp_policy.param_dtype, ranks),), (None, None, tuple(outer_size))
             first = mesh.get_local_rank() * (n // ranks)
-            tiles = amaxes.reduce_amax(shards.tile_amaxes(self._plain, first, n, self.form.groups), group)
+            tiles = amaxes.reduce_amax(weight_shards.tile_amaxes(self._plain, first, n, self.form.groups), group)
             amax = tiles.amax().reshape(1)
             amax = formats.power_of_two_amax(amax) if self.form.pow2 else amax
-            scales = shards.tile_scales(tiles, amax)
-            codes = shards.quantize_rows(self._plain, first, n, self.form.groups, scales, amax)
+            scales = weight_shards.tile_scales(tiles, amax)
+            codes = weight_shards.quantize_rows(self._plain, first, n, self.form.groups, scales, amax)
             return (codes,), (scales, amax, tuple(outer_size))
 
     def _padded(self, rows: int, dtype: torch.dtype | None, ranks: int) -> Tensor:
@@ -190,7 +191,7 @@ class GatheredWeight(torch.Tensor):
     def dequantized(self) -> Tensor:
         """Values of the logical shape in the nominal dtype."""
         n, channels, *kernel = self.shape
-        w = operands.unpack_kernel(
+        w = operand.unpack_kernel(
             *(self._codes, self._scales, n, channels, self.form.groups, False, None, torch.float32, "reference")
         )
         w = w * (self._amax * (1.0 / (formats.E2M1_MAX * formats.E4M3_MAX)))

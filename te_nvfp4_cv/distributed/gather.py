@@ -34,7 +34,7 @@ from te_nvfp4_cv.distributed import collectives
 from te_nvfp4_cv.distributed.collectives import Part, PendingParts
 from te_nvfp4_cv.distributed.shard_metadata import Shard, Told, check_alike, exchange, shard_of
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.quantize import seeds
+from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.tensor import NVFP4Tensor
 
@@ -333,6 +333,6 @@ def _plan_values(shard: Shard, sizes: list[int], group: Any) -> _Plan:
     seed: Tensor | None = None
     x = shard.tensor.dequantize() if shard.packed else shard.tensor
     if shard.quantizer is not None and shard.quantizer.stochastic_rounding:
-        drawn = seeds.draw_seed(x)
+        drawn = rounding_seeds.draw_seed(x)
         seed = torch.tensor(collectives.gather_ints([], group, x.device, drawn)[0], device=x.device)
     return _Plan([(x, shard.axis)], [sizes], lambda arrived: shard.quantize(arrived[0], seed=seed))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.distributed import collectives
-from te_nvfp4_cv.ops.quantize import DTYPES
+from te_nvfp4_cv.ops.quantize.matrix import DTYPES
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.tensor import NVFP4Tensor
 

@@ -32,7 +32,7 @@ from te_nvfp4_cv.distributed.tp_call import Sharing, run
 from te_nvfp4_cv.errors import type_error, value_error
 from te_nvfp4_cv.layer import deferred
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
-from te_nvfp4_cv.ops.quantize import seeds
+from te_nvfp4_cv.ops.quantize import rounding_seeds
 
 __all__ = ["ColwiseParallel", "RowwiseParallel"]
 
@@ -129,7 +129,7 @@ def _parallelize(module: nn.Module, sharing: Sharing, style: Any) -> nn.Module:
         module.register_parameter(name, nn.Parameter(shared, requires_grad=parameter.requires_grad))
     module.__class__ = _parallel_class(type(module))
     module.sharing = sharing  # type: ignore[assignment]
-    seeds.share_stream(dist.get_process_group_ranks(sharing.group)[0])
+    rounding_seeds.share_stream(dist.get_process_group_ranks(sharing.group)[0])
     return module
 
 

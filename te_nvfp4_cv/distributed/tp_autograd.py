@@ -34,8 +34,10 @@ from te_nvfp4_cv.layer.forward_backward import Like
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry, Fold
-from te_nvfp4_cv.ops.quantize import amaxes, operands, seeds
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.ops.quantize import amax as amaxes
+from te_nvfp4_cv.ops.quantize import operand as operands
+from te_nvfp4_cv.ops.quantize import rounding_seeds
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
 
 GEMMS = {"fprop", "dgrad", "wgrad"}
 Array = tuple[int, ...]  # a shape: [B, *image, channels], or [*leading, channels] of a linear layer
@@ -172,7 +174,7 @@ def _quantize_gradient(
     col = plan.operand_form if "wgrad" in plan.gemms and need_dw else NONE
     if row == NONE and col == NONE:
         return ()
-    seed = seeds.draw_seed(dy) if s.stochastic_rounding else None
+    seed = rounding_seeds.draw_seed(dy) if s.stochastic_rounding else None
     if seed is not None and link.parts[1]:
         seed = seed.bitwise_xor(link.rank * 0x2545F4914F6CDD1D & (1 << 62) - 1)
     amax = None if scales is None else scales.amax(1, dy)

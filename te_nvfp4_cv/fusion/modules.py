@@ -19,7 +19,7 @@ from te_nvfp4_cv import context
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
 from te_nvfp4_cv.handover import transformed
-from te_nvfp4_cv.ops.norm import ACTIVATIONS
+from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS
 
 _OWN: Any = object()
 

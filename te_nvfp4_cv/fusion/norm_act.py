@@ -22,8 +22,8 @@ from torch import Tensor
 
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import deferred as producers
-from te_nvfp4_cv.ops import norm as ops
-from te_nvfp4_cv.ops.norm import ACTIVATIONS
+from te_nvfp4_cv.ops.norm import operators as ops
+from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

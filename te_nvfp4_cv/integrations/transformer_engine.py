@@ -44,8 +44,8 @@ from torch import Tensor
 
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.ops.gemm import LAYOUTS as FACES_OF_LAYOUT
-from te_nvfp4_cv.ops.gemm import gemm
+from te_nvfp4_cv.ops.gemm.operator import LAYOUTS as FACES_OF_LAYOUT
+from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.tensor import NVFP4Tensor

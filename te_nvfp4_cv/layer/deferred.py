@@ -24,8 +24,8 @@ from torch import Tensor
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.layer.delayed_scaling import CallScales
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops import norm as ops
-from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
+from te_nvfp4_cv.ops.norm import operators as ops
+from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 
 _ATTRIBUTE = "_nvfp4_producer"
 Faces = tuple[Tensor, ...]

@@ -38,7 +38,8 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.distributed.fsdp_weight import Form
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.quantize import amaxes, operands
+from te_nvfp4_cv.ops.quantize import amax as amaxes
+from te_nvfp4_cv.ops.quantize import operand as operands
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 ROLES = ("input", "grad_output")

@@ -8,12 +8,12 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.layer.operands import input_from_kept, weight_from_kept, weight_operand
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops import conv
+from te_nvfp4_cv.ops.conv import operators
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST, image_last
-from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED
 
 
 def fprop(
@@ -37,7 +37,7 @@ def fprop(
     assert w_q is not None
     row, row_scale, amax = x_q[:3]
     if plan.operand_form == DEQUANTIZED and row_scale.numel():  # kept packed for backward_override="dequantized"
-        row = operands.unpack_rows(row, row_scale, x.shape[-1], g.groups, plan.compute_dtype, plan.backend)
+        row = operand.unpack_rows(row, row_scale, x.shape[-1], g.groups, plan.compute_dtype, plan.backend)
     if plan.row_scaled:
         steps = tuple(slice(None, None, stride) for stride in g.stride)
         amax = amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(amax)
@@ -48,7 +48,7 @@ def fprop(
         weight, weight_scale = weight.to(plan.compute_dtype), row_scale.new_empty(0)
     else:
         weight, weight_scale = weight_operand(w_q, plan.weight_faces[0], plan, factor)
-    return conv.conv_fprop(row, row_scale, weight, weight_scale, epilogue, bias, plan.shape, x.dtype, plan.backend)
+    return operators.conv_fprop(row, row_scale, weight, weight_scale, epilogue, bias, plan.shape, x.dtype, plan.backend)
 
 
 def dgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -62,7 +62,7 @@ def dgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: P
     )
     factor, epilogue = (alpha, None) if plan.weight_carries_scales("dgrad") else (None, alpha)
     weight, weight_scale = weight_operand(w_q, plan.weight_faces[1], plan, factor)  # type: ignore[arg-type]
-    return conv.conv_dgrad(dy_q[0], dy_q[1], weight, weight_scale, epilogue, plan.shape, dtype, plan.backend)
+    return operators.conv_dgrad(dy_q[0], dy_q[1], weight, weight_scale, epilogue, plan.shape, dtype, plan.backend)
 
 
 def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -72,7 +72,7 @@ def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: P
         return _plain_backward(dy, x, None, plan.geometry)[1].to(dtype)
     x, x_scale = kept["x_col"], kept["x_col_scale"]
     if plan.operand_form == DEQUANTIZED:
-        x, x_scale = operands.unpack_columns(x, x_scale, plan.compute_dtype, plan.backend), x_scale.new_empty(0)
+        x, x_scale = operand.unpack_columns(x, x_scale, plan.compute_dtype, plan.backend), x_scale.new_empty(0)
     amax = kept["x_col_amax"]
     alpha = formats.alpha(
         dy_q[5],
@@ -80,7 +80,7 @@ def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: P
         plan.recipe.settings("grad_output").e4m3_max,
         plan.recipe.settings("input").e4m3_max,
     )
-    return conv.conv_wgrad(dy_q[3], dy_q[4], x, x_scale, alpha, plan.shape, dtype, plan.backend)
+    return operators.conv_wgrad(dy_q[3], dy_q[4], x, x_scale, alpha, plan.shape, dtype, plan.backend)
 
 
 def _non_finite(amax: Tensor) -> Tensor:

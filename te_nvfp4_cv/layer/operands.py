@@ -11,8 +11,9 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.layer.plan import Plan, Scales, Watch
-from te_nvfp4_cv.ops.quantize import operands, seeds
-from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
+from te_nvfp4_cv.ops.quantize import operand as operands
+from te_nvfp4_cv.ops.quantize import rounding_seeds
+from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 
 # ---- quantize -------------------------------------------------------------------------------------------------------
 
@@ -51,7 +52,7 @@ def _quantize(
         return ()
     name = ("input", "grad_output")[role]
     s = plan.recipe.settings(name)
-    seed = seeds.draw_seed(operand) if s.stochastic_rounding else None
+    seed = rounding_seeds.draw_seed(operand) if s.stochastic_rounding else None
     faces = operands.quantize_operand(
         operand,
         plan.geometry.groups,

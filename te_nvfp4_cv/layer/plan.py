@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold, reads_everywhere
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, PACKED
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, PACKED
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 
 

@@ -28,7 +28,7 @@ from te_nvfp4_cv.context import mark_applied, pop_override, push_override
 from te_nvfp4_cv.errors import check_module, runtime_error, type_error, value_error
 from te_nvfp4_cv.layer import delayed_scaling, forward_backward, operands
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.quantize import seeds
+from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # DDP, compile, ...
@@ -285,14 +285,14 @@ def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict
     check_module("extra_state", model, "extra_state(model, ...)")
     if load is not None:
         saved = _checked_state(load)
-        before = seeds.state()
-        seeds.set_state({"seed": saved["sr_seed"], "drawn": saved["sr_drawn"]})
+        before = rounding_seeds.state()
+        rounding_seeds.set_state({"seed": saved["sr_seed"], "drawn": saved["sr_drawn"]})
         try:
             delayed_scaling.load(_named_weights(model), saved.get("scales", {}))
         except ValueError:
-            seeds.set_state(before)
+            rounding_seeds.set_state(before)
             raise
-    now = seeds.state()
+    now = rounding_seeds.state()
     return {
         "format": "te_nvfp4_cv",
         "version": _STATE_VERSIONS[-1],

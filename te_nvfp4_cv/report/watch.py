@@ -31,7 +31,7 @@ from te_nvfp4_cv.layer.plan import row_scaling_applies
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.precision import plain_name
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
-from te_nvfp4_cv.ops.quantize import seeds
+from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.report.table import Coverage, Layer
 
@@ -322,7 +322,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Random states, buffers and training flags are put back."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    python, numpy_state, stream = random.getstate(), numpy.random.get_state(), seeds.state()
+    python, numpy_state, stream = random.getstate(), numpy.random.get_state(), rounding_seeds.state()
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
     plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     before = [(m, m.training, dict(m._buffers)) for m in plain]
@@ -332,7 +332,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         numpy.random.set_state(numpy_state)
-        seeds.set_state(stream)
+        rounding_seeds.set_state(stream)
         for module, training, own in before:
             module.training = training
             module._buffers.update(own)

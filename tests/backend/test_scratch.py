@@ -9,8 +9,8 @@ import torch
 
 from te_nvfp4_cv.backend import scratch
 from te_nvfp4_cv.ops.geometry import Fold
-from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED
 from tests.helpers import fold_list, same_bits, values
 
 CPU = torch.device("cpu")
@@ -45,14 +45,14 @@ def test_large_operands_equal_the_reference_in_used_buffers_and_from_threads():
     x = values((32, 12, 12, 64), "wide", torch.bfloat16)
     fold = fold_list(Fold(1, 0, 12, 0, 32))
     args = (1, fold, DEQUANTIZED, DEQUANTIZED, True, True, "", 448, False, torch.float32, torch.tensor([3]), None)
-    expected = operands.quantize_operand(x, *args, "reference")
+    expected = operand.quantize_operand(x, *args, "reference")
     assert expected[0].numel() * 4 >= scratch.SMALL
     wrong: list[int] = []
 
     def work() -> None:
         for _ in range(5):
             scratch.empty(tuple(x.shape), torch.float32, CPU).fill_(float("nan"))
-            got = operands.quantize_operand(x, *args, "vendor")
+            got = operand.quantize_operand(x, *args, "vendor")
             wrong.extend(i for i in range(6) if not same_bits(expected[i], got[i]))
 
     threads = [threading.Thread(target=work) for _ in range(3)]

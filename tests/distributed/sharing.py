@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import errors, tensor_parallel
-from te_nvfp4_cv.ops import conv
+from te_nvfp4_cv.ops.conv import operators
 from tests.distributed.launch import Ranks
 from tests.helpers import relative_error, same_bits, values
 
@@ -38,13 +38,13 @@ def recorded() -> Iterator[dict[str, tuple[Any, ...]]]:
     seen: dict[str, tuple[Any, ...]] = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("fprop", "dgrad", "wgrad"):
-            real = getattr(conv, f"conv_{name}")
+            real = getattr(operators, f"conv_{name}")
 
             def spy(*args: Any, real: Any = real, name: str = name) -> Tensor:
                 seen[name] = tuple(a.clone() if isinstance(a, Tensor) else a for a in args[:5])
                 return real(*args)
 
-            patch.setattr(conv, f"conv_{name}", spy)
+            patch.setattr(operators, f"conv_{name}", spy)
         yield seen
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.distributed.collectives import wire_bytes
-from te_nvfp4_cv.ops.quantize import reference
+from te_nvfp4_cv.ops.quantize import reference_matrix
 from tests.helpers import same_bits, values
 
 CURRENT = nv.NVFP4BlockScaling()
@@ -64,7 +64,7 @@ def scenario(rank: int, group: Any) -> dict[str, Any]:
     signed = torch.full((1,), -1, dtype=torch.int32).view(torch.float32)
     measured = (signed, signed) if rank else (torch.ones(1), torch.ones(1))
     quantizer = nv.NVFP4Quantizer(with_amax_reduction=True, amax_reduction_group=group)
-    with patch.object(reference, "amax_2d", lambda *_, **__: measured), wire_bytes() as wire:
+    with patch.object(reference_matrix, "amax_2d", lambda *_, **__: measured), wire_bytes() as wire:
         quantized = quantizer(image(0).flatten(1))
     out["quantizer nan"] = [float(amax) for amax in (quantized.amax_rowwise, quantized.amax_columnwise)]
     out["quantizer wire"] = wire.received

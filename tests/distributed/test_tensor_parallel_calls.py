@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.distributed import collectives
 from te_nvfp4_cv.layer import execute
-from te_nvfp4_cv.ops.quantize import seeds
+from te_nvfp4_cv.ops.quantize import rounding_seeds
 from tests.distributed.launch import Ranks, ranks_test
 from tests.distributed.sharing import COLUMNS, PLAIN, ROWS, check, mesh, part, quiet, recorded, run
 from tests.helpers import relative_error, same_bits, values
@@ -91,7 +91,7 @@ def on_ranks_seeds_agree_where_ranks_hold_the_same_gradient(ranks: Ranks) -> Non
     layer = nn.Conv2d(16 * w, 16 * w, 3, padding=1).to(ranks.device)
     dy = values((16, 16 * w, 4, 4), seed=5).to(ranks.device)
     model = parallelize_module(nn.Sequential(copy.deepcopy(layer)), mesh(ranks), {"0": ROWS()})
-    assert seeds.stream() == 0
+    assert rounding_seeds.stream() == 0
     torch.manual_seed(4)
     y, dx, grads = run(layer, x, dy, recipe)
     torch.manual_seed(4)
@@ -133,12 +133,12 @@ def on_ranks_streams_follow_a_mesh_of_data_and_tensor_ranks(ranks: Ranks) -> Non
     both = init_device_mesh(ranks.device.type, (2, 2), mesh_dim_names=("dp", "tp"))
     parallelize_module(nn.Linear(32, 32), both["tp"], ROWS())
     try:
-        assert seeds.stream() == ranks.rank // 2 * 2
+        assert rounding_seeds.stream() == ranks.rank // 2 * 2
         with pytest.raises(ValueError, match="mesh"):
             COLUMNS()._apply(nn.Linear(32, 32), both)
     finally:
         parallelize_module(nn.Linear(32 * ranks.world, 32), mesh(ranks), ROWS())
-    assert seeds.stream() == 0
+    assert rounding_seeds.stream() == 0
 
 
 # ---- networks, precision, places ------------------------------------------------------------------------------------

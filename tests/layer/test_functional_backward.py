@@ -14,7 +14,8 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.autocast import nvfp4_autocast
-from te_nvfp4_cv.ops.quantize import operands, quantize
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.matrix import quantize
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from tests.helpers import relative_error, same_bits, values
 from tests.layers import BACKENDS, LAYERS, NO_SR, saved_by, step, tensors
@@ -132,8 +133,8 @@ def test_frozen_weights_and_no_grad_keep_no_face_of_x():
     kept = saved_by(lambda: NF.conv2d(x, w.detach()))
     assert sum(t.numel() * t.element_size() for t in kept) < w.numel()
     faces: list[int] = []
-    original = operands.quantize_operand
-    operands.quantize_operand = lambda *args: faces.append(args[4]) or original(*args)  # type: ignore[assignment]
+    original = operand.quantize_operand
+    operand.quantize_operand = lambda *args: faces.append(args[4]) or original(*args)  # type: ignore[assignment]
     try:
         y = NF.conv2d(x, w)
         with torch.no_grad():
@@ -141,8 +142,8 @@ def test_frozen_weights_and_no_grad_keep_no_face_of_x():
         with torch.inference_mode():
             y_inference = NF.conv2d(x, w)
     finally:
-        operands.quantize_operand = original
-    assert faces == [operands.PACKED, operands.NONE, operands.NONE]
+        operand.quantize_operand = original
+    assert faces == [operand.PACKED, operand.NONE, operand.NONE]
     assert same_bits(y.detach(), y_no_grad) and same_bits(y.detach(), y_inference.clone())
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops.quantize import quantize
+from te_nvfp4_cv.ops.quantize.matrix import quantize
 from tests.conformance import run_case
 from tests.helpers import values
 

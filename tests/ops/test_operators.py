@@ -16,7 +16,7 @@ from torch import Tensor
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.layer import custom_op, forward_backward, inference
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
+from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 from tests.helpers import fold_list, make_geometry, same_bits, values
 
 ops = torch.ops.te_nvfp4_cv

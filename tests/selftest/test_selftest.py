@@ -18,7 +18,7 @@ from torch import Tensor
 from te_nvfp4_cv import cli, selftest
 from te_nvfp4_cv.backend import selftest_cache
 from te_nvfp4_cv.ops.conv import vendor as conv_vendor
-from te_nvfp4_cv.ops.quantize import vendor
+from te_nvfp4_cv.ops.quantize import cpu
 from te_nvfp4_cv.selftest import products, quantization, setting, training
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting
 from tests.backend import fake_gpu
@@ -72,7 +72,7 @@ def test_a_backend_that_cannot_run_exits_with_2(capsys, monkeypatch):
 
 def broken(change: Callable[[tuple[Tensor, ...], dict[str, Any]], Any]) -> Callable[..., tuple[Tensor, ...]]:
     """vendor.quantize_operand with its results changed in place."""
-    original = vendor.quantize_operand
+    original = cpu.quantize_operand
 
     def quantize_operand(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         fields = original(*args, **kwargs)
@@ -100,7 +100,7 @@ def forget_saturation(fields: tuple[Tensor, ...], _: dict[str, Any]) -> None:
     ],
 )
 def test_a_wrong_quantization_kernel_is_found(monkeypatch, change, check, words):
-    monkeypatch.setattr(vendor, "quantize_operand", broken(change))
+    monkeypatch.setattr(cpu, "quantize_operand", broken(change))
     with pytest.raises(CheckFailed, match=words):
         check(HERE)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv import functional as NF
-from te_nvfp4_cv.ops.quantize import quantize
+from te_nvfp4_cv.ops.quantize.matrix import quantize
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from tests.helpers import same_bits, values
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, round_up
-from te_nvfp4_cv.ops import quantize as ops
-from te_nvfp4_cv.ops.quantize import amaxes, reference, seeds
+from te_nvfp4_cv.ops.quantize import amax as amaxes
+from te_nvfp4_cv.ops.quantize import matrix as ops
+from te_nvfp4_cv.ops.quantize import reference_matrix, rounding_seeds
 from te_nvfp4_cv.tensor import BUFFERS, NVFP4Tensor
 
 
@@ -185,14 +186,14 @@ class NVFP4Quantizer:
 
         row = face(self.rowwise_usage, tuple(shape[:-1]), M, K)
         col = face(self.columnwise_usage, (K,), K, M)
-        return self._wrap(reference.Faces(*row, *col), tuple(shape), dtype)
+        return self._wrap(reference_matrix.Faces(*row, *col), tuple(shape), dtype)
 
     def _faces(
         self, tensor: Tensor, rowwise: bool, columnwise: bool, seed: Tensor | int | None, amax: Any
-    ) -> reference.Faces:
+    ) -> reference_matrix.Faces:
         x_MK = self._matrix(tensor)
         if self.stochastic_rounding and seed is None:
-            seed = seeds.draw_seed(x_MK)
+            seed = rounding_seeds.draw_seed(x_MK)
         if amax is None and self.with_amax_reduction:
             amax = self._reduced_amax(x_MK, columnwise)
         return ops.quantize(
@@ -217,7 +218,7 @@ class NVFP4Quantizer:
         return self._own_amax(self._matrix(tensor), self.columnwise_usage)
 
     def _own_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
-        return reference.amax_2d(
+        return reference_matrix.amax_2d(
             x_MK,
             columnwise=columnwise,
             rht=self.with_rht,
@@ -237,7 +238,7 @@ class NVFP4Quantizer:
         x = x.dequantize() if isinstance(x, NVFP4Tensor) else x
         return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
-    def _wrap(self, faces: reference.Faces, shape: tuple[int, ...], dtype: torch.dtype) -> NVFP4Tensor:
+    def _wrap(self, faces: reference_matrix.Faces, shape: tuple[int, ...], dtype: torch.dtype) -> NVFP4Tensor:
         row, col = faces.row_scale.dim() == 2, faces.col_scale.dim() == 2
         row_data = faces.row_data.reshape(*shape[:-1], faces.row_data.shape[-1]) if row else None
         return NVFP4Tensor(

@@ -195,13 +195,13 @@ def test_backend_is_handed_on(backend: str) -> None:
     from unittest import mock
 
     from te_nvfp4_cv import te_plugin
-    from te_nvfp4_cv.ops import quantize
+    from te_nvfp4_cv.ops.quantize import matrix
     from tests.integrations.te import composed
 
     x, w, dy, _ = composed.operands((32, 64), 96)
     with (
         mock.patch.object(te_plugin, "gemm", wraps=te_plugin.gemm) as gemm,
-        mock.patch.object(quantize, "quantize", wraps=quantize.quantize) as quantized,
+        mock.patch.object(matrix, "quantize", wraps=matrix.quantize) as quantized,
     ):
         composed.step(composed.linear(w), x, dy, recipe(backend))
     assert [call.args[2] for call in gemm.call_args_list] == ["TN", "NN", "NT"]

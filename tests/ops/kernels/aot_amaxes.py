@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MODULE = "te_nvfp4_cv.ops.quantize.kernels_amaxes"
+MODULE = "te_nvfp4_cv.ops.quantize.triton.amax_kernels"
 NUMBERS = ("mantissa_0", "mantissa_1", "exponent_0", "exponent_1", "margin_0", "margin_1")
 
 CASES = [

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from te_nvfp4_cv.backend import tuning
-from te_nvfp4_cv.ops.conv import kernels as conv_kernels
-from te_nvfp4_cv.ops.conv import launch  # noqa: F401  (fills the tables)
-from te_nvfp4_cv.ops.gemm import kernels as gemm_kernels
+from te_nvfp4_cv.ops.conv.triton import kernels as conv_kernels
+from te_nvfp4_cv.ops.conv.triton import launch  # noqa: F401  (fills the tables)
+from te_nvfp4_cv.ops.gemm.triton import kernels as gemm_kernels
 
 NATIVE = (100, 120)
 ARCHS = (80, 86, 89, 90, 100, 120)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-MODULE = "te_nvfp4_cv.ops.norm.kernels"
+MODULE = "te_nvfp4_cv.ops.norm.triton.kernels"
 BLOCK, ROWS, COLS = 2048, 64, 64
 WIDE = [r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"]  # 128 bits a thread and access
 INTEGERS = dict(slice_size="i64", per_image="i32", items="i32", inner="i32", channels="i32")

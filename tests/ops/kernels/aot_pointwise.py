@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MODULE = "te_nvfp4_cv.ops.kernels"
+MODULE = "te_nvfp4_cv.ops.triton.elementwise"
 BLOCK = 4096
 WIDE = [r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"]  # 128 bits a thread and access
 

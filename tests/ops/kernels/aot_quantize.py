@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from te_nvfp4_cv.backend import tuning
-from te_nvfp4_cv.ops.quantize import launch_parts
+from te_nvfp4_cv.ops.quantize.triton import tiles as launch_parts
 
 VARIANTS = (80, 90, 100, 120)  # of the cases without a budget; the others compile for all six
-FOLDER = "te_nvfp4_cv.ops.quantize"
+FOLDER = "te_nvfp4_cv.ops.quantize.matrix"
 NO_FP8 = [r"!e4m3", r"!e5m2", r"!e2m1"]
 EXACT = [*NO_FP8, r"!(add|sub|mul|fma|div)[.\w]*\.ftz\.f32", r"!fma\.rn\.bf16", r"!div\.(full|approx)"]
 WIDE_LOADS = [r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global[.\w:]*\.v2\.b32"]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 from tests.helpers import fold_list, make_geometry, values
 
 Face = tuple[Tensor, Tensor]
@@ -44,12 +44,12 @@ def packed(g: ConvGeometry, device: torch.device, two_d: bool = True) -> dict[st
     out: dict[str, Face] = {}
     for seed, (name, shape) in enumerate((("x", g.x_shape), ("dy", g.y_shape))):
         arguments = (fold_list(folds[name]), PACKED, PACKED, True, False, "", 448, False, torch.float32, None, None)
-        parts = operands.quantize_operand(values(shape, seed=seed), g.groups, *arguments, "reference")
+        parts = operand.quantize_operand(values(shape, seed=seed), g.groups, *arguments, "reference")
         out[f"{name} row"], out[f"{name} col"] = (parts[0], parts[1]), (parts[3], parts[4])
     w = values(g.weight_shape, seed=5).unflatten(1, g.kernel or (1,)).movedim(-1, 1)
     w = w if g.rank else w[..., 0]
     col = NONE if two_d else PACKED
-    parts = operands.quantize_kernel(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "reference")
+    parts = operand.quantize_kernel(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "reference")
     out["w row"] = (parts[0], parts[1])
     out["w col"] = out["w row"] if two_d else (parts[2], parts[3])
     return {name: (data.to(device), scale.to(device)) for name, (data, scale) in out.items()}
@@ -69,7 +69,7 @@ def multiply_as(monkeypatch: pytest.MonkeyPatch, device: torch.device, way: str,
 
     The interpreter runs all of them; a GPU runs FP4 products where it has the tensor cores.
     """
-    from te_nvfp4_cv.ops.gemm.launch import Gpu
+    from te_nvfp4_cv.ops.gemm.triton.launch import Gpu
 
     if way == "fp4" and device.type == "cuda" and not dispatch.native_fp4(device):
         pytest.skip("no FP4 tensor cores here")

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.ops.quantize import amaxes
+from te_nvfp4_cv.ops.quantize import amax
 from tests.helpers import relative_error, same_bits, values
 
 SEEN = (0.0, -0.0, 1e-45, 1e-38, 3e-27, 1e-6, 1.0, 336.0, 336.1, 2688.0, 1536.0, 7e4, 3e38, math.inf, math.nan)
@@ -34,7 +34,7 @@ def test_moving(kernel_device, monkeypatch, e4m3_max, margin):
         def run(device, pair=pair, clear=clear):
             seen = torch.tensor([pair, pair[::-1]][:rows], device=device)
             used = torch.tensor([[3.0, 5.0], [7.0, 9.0]][:rows], device=device)
-            amaxes.move(used, seen, e4m3_max, margin, clear)
+            amax.move(used, seen, e4m3_max, margin, clear)
             assert not clear or not seen.any()
             return used, seen
 
@@ -49,7 +49,7 @@ def test_collecting(kernel_device, monkeypatch, count):
         def run(device, observed=observed):
             collected = torch.tensor([2.0, 1.5], device=device)
             saturated = torch.tensor([2.0**33 + 1], dtype=torch.float64, device=device)
-            amaxes.collect(collected, saturated, torch.tensor(observed, device=device), count)
+            amax.collect(collected, saturated, torch.tensor(observed, device=device), count)
             return collected, saturated
 
         expected, found = both(monkeypatch, kernel_device, run)

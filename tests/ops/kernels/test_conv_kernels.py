@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import conv
-from te_nvfp4_cv.ops.conv import reference, walks
+from te_nvfp4_cv.ops.conv import operators, reference
+from te_nvfp4_cv.ops.conv.triton import walks
 from te_nvfp4_cv.ops.geometry import ConvGeometry, pixel_map
-from te_nvfp4_cv.ops.quantize import operands
+from te_nvfp4_cv.ops.quantize import operand
 from tests.helpers import make_geometry, relative_error, same_bits
 from tests.ops.kernels.gemm_helpers import GEOMETRIES, WAYS, faces_of, multiply_as, packed, tolerance
 
 pytest.importorskip("triton", reason="triton is not installed")
-from te_nvfp4_cv.ops.conv import launch  # noqa: E402
+from te_nvfp4_cv.ops.conv.triton import launch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,15 +48,15 @@ def exact(name: str, q: dict[str, Any], g: ConvGeometry) -> Tensor:
     n, _, channels = g.weight_shape
     a, b = faces_of(g)[name]
     if name == "wgrad":
-        parts = {face: operands.unpack_columns(*q[face], torch.float32, "reference").double().cpu() for face in (a, b)}
+        parts = {face: operand.unpack_columns(*q[face], torch.float32, "reference").double().cpu() for face in (a, b)}
         columns = {face: (v.unflatten(0, (-1, 16)).movedim(1, -1),) for face, v in parts.items()}
         pair = (columns[b], columns[a]) if g.transposed else (columns[a], columns[b])
         return reference.weight_product(*pair, g)
     to_b = (name == "fprop") != g.transposed
     shape = g.x_shape if name == "fprop" else g.y_shape
-    rows = operands.unpack_rows(*q[a], shape[-1], g.groups, torch.float32, "reference").double().cpu()
+    rows = operand.unpack_rows(*q[a], shape[-1], g.groups, torch.float32, "reference").double().cpu()
     columnwise = q[b][0].dim() == 5
-    w = operands.unpack_kernel(*q[b], n, channels, g.groups, columnwise, None, torch.float32, "reference")
+    w = operand.unpack_kernel(*q[b], n, channels, g.groups, columnwise, None, torch.float32, "reference")
     w = w.double().cpu()
     if not to_b:
         w = w.unflatten(0, (g.groups, -1)).movedim(1, -1).unsqueeze(1)
@@ -163,7 +163,7 @@ def test_results_are_reproducible_and_rounded_once(case, as_way, kernel_device, 
 def test_operators_choose_the_kernels(kernel_device):
     g, alpha = GEOMETRIES["3x3"], torch.tensor([0.37], device=kernel_device)
     q = packed(g, kernel_device)
-    for name, operator in (("fprop", conv.conv_fprop), ("dgrad", conv.conv_dgrad), ("wgrad", conv.conv_wgrad)):
+    for name, operator in (("fprop", operators.conv_fprop), ("dgrad", operators.conv_dgrad), ("wgrad", operators.conv_wgrad)):
         parts = [t for face in faces_of(g)[name] for t in q[face]]
         bias = [None] if name == "fprop" else []
         got = operator(*parts, alpha, *bias, g.to_ints(), torch.bfloat16, "triton")
@@ -284,7 +284,7 @@ def test_prepared_rows_are_the_references(case, two_d, to_b, kernel_device, pois
     assert not got[..., blocks * 8 :].any() and not got_scale[..., blocks:].any()
     half, _ = launch.prepare(data, scale, g, to_b, step, launch.Gpu(80, False, 1))
     quads, _ = launch.prepare(data, scale, g, to_b, step, launch.Gpu(90, False, 1))
-    plain = operands.unpack_rows(got, got_scale, got_scale.shape[-1] * 16, 1, torch.float32, "reference")
+    plain = operand.unpack_rows(got, got_scale, got_scale.shape[-1] * 16, 1, torch.float32, "reference")
     plain = plain.unflatten(-1, (-1, step, 8, 2))  # chunks, blocks, bytes, nibble
     plain = plain.movedim(-1, -3).reshape(half.shape)
     assert torch.equal(half.float(), plain)

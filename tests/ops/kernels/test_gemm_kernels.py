@@ -19,7 +19,8 @@ import torch
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch, tuning
-from te_nvfp4_cv.ops.gemm import gemm, reference
+from te_nvfp4_cv.ops.gemm import reference
+from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from tests.helpers import relative_error, same_bits
 from tests.ops.kernels.gemm_helpers import WAYS, multiply_as, tolerance
@@ -27,9 +28,9 @@ from tests.ops.kernels.gemm_helpers import WAYS, multiply_as, tolerance
 triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 
-from te_nvfp4_cv.ops import decode  # noqa: E402
-from te_nvfp4_cv.ops.conv import launch as conv_launch  # noqa: E402, F401  (its tables are checked too)
-from te_nvfp4_cv.ops.gemm import launch  # noqa: E402
+from te_nvfp4_cv.ops.conv.triton import launch as conv_launch  # noqa: E402, F401  (its tables are checked too)
+from te_nvfp4_cv.ops.gemm.triton import launch  # noqa: E402
+from te_nvfp4_cv.ops.triton import decode  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ways = pytest.mark.parametrize("way", WAYS)

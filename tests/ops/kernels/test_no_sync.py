@@ -145,9 +145,9 @@ def test_the_detector_finds_what_waits(wait):
 
 
 def test_the_detector_looks_inside_custom_operators():
-    from te_nvfp4_cv.ops.quantize import operands
+    from te_nvfp4_cv.ops.quantize import operand
 
     x, seed = torch.randn(16, 2, 2, 16), torch.tensor([3])
     args = (1, [1, 0, 2, 0, 16], 1, 1, True, True, "", 448, False, torch.float32, seed, None, "vendor")
     with pytest.raises(Waits), NoWaiting():  # the CPU's compiled kernels read the seed
-        operands.quantize_operand(x, *args)
+        operand.quantize_operand(x, *args)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
-from te_nvfp4_cv.ops import norm as ops
+from te_nvfp4_cv.ops.norm import operators as ops
 from te_nvfp4_cv.ops.relu import positive_mask
 from tests.helpers import relative_error, same_bits, values
 
@@ -170,7 +170,7 @@ def test_what_the_kernels_do_not_take_goes_to_aten(kernel_device):
 
 
 def test_more_images_than_a_grid_holds_go_to_aten(kernel_device, monkeypatch):
-    from te_nvfp4_cv.ops.norm import launch
+    from te_nvfp4_cv.ops.norm.triton import launch
 
     z = values((3, 8, 4, 4)).to(kernel_device)
     assert launch.MOST_SLICES == 65535 and not launch.by_reference(launch.shape_of(z, 2))

@@ -72,17 +72,17 @@ def test_the_autograd_function_equals_torch(kernel_device, inplace):
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_scale_and_bias_round_once(kernel_device, poison, source, dtype, biased):
-    from te_nvfp4_cv.ops import kernels
+    from te_nvfp4_cv.ops.triton import elementwise
 
     y = torch.randn(5, 3, 2, 24, device=kernel_device).to(source)
     alpha = torch.tensor([0.0173], device=kernel_device)
     bias = torch.randn(24, device=kernel_device) if biased else None
     expected = y.double() * alpha.double() + (bias.double() if biased else 0)
-    out = kernels.scale_bias(y.clone(), alpha, bias, dtype)
+    out = elementwise.scale_bias(y.clone(), alpha, bias, dtype)
     assert out.dtype == dtype and out.shape == y.shape
     torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     alpha.fill_(math.nan)
-    assert torch.isnan(kernels.scale_bias(y.clone(), alpha, bias, dtype)).all()
+    assert torch.isnan(elementwise.scale_bias(y.clone(), alpha, bias, dtype)).all()
 
 
 def test_empty_tensors(kernel_device):

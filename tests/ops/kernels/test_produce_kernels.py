@@ -17,8 +17,8 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct2d
 from te_nvfp4_cv.layer import deferred, execute
-from te_nvfp4_cv.ops import norm as ops
-from te_nvfp4_cv.ops.quantize import operands
+from te_nvfp4_cv.ops.norm import operators as ops
+from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 
@@ -36,8 +36,8 @@ def last(t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["measured", "given"])
-@pytest.mark.parametrize("col", [operands.NONE, operands.PACKED], ids=["row only", "both"])
-@pytest.mark.parametrize("row", [operands.PACKED, operands.DEQUANTIZED], ids=["packed", "dequantized"])
+@pytest.mark.parametrize("col", [operand.NONE, operand.PACKED], ids=["row only", "both"])
+@pytest.mark.parametrize("row", [operand.PACKED, operand.DEQUANTIZED], ids=["packed", "dequantized"])
 @pytest.mark.parametrize(
     ("what", "dtype", "batch"),
     [
@@ -64,7 +64,7 @@ def test_operands_and_mask(kernel_device, poison, what, dtype, batch, row, col, 
     x = y.movedim(1, -1).contiguous()
     fold = [1, 0, x.shape[1], 0, images]
     settings = (1, fold, row, col, True, False, "", 448, False, target, None, amax)
-    expected = operands.quantize_operand(x, *settings, "reference")
+    expected = operand.quantize_operand(x, *settings, "reference")
     assert torch.equal(bits, mask)
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         if col or i < 5:
@@ -84,7 +84,7 @@ def test_non_finite_activations(kernel_device):
             settings = (2, 1, True, 448, torch.float32, amax)
             found = ops.norm_quantize(z, None, None, None, *stats, mask, 0, "relu", 16, *settings)
             wanted = (1, fold, 2, 1, True, False, "", 448, False, torch.float32, None, amax, "reference")
-            expected = operands.quantize_operand(x, *wanted)
+            expected = operand.quantize_operand(x, *wanted)
             assert all(same_bits(found[i], expected[i]) for i in (2, 5))
             assert not bool(found[2].isfinite()) and not bool(found[5].isfinite())
 
@@ -101,7 +101,7 @@ def test_operators_pass_opcheck(kernel_device, amax):
     mask = torch.zeros(z.numel() // 8, dtype=torch.uint8, device=kernel_device)
     parts = (z, None, None, None, *running)
     torch.library.opcheck(found.norm_apply.default, (*parts, torch.empty_like(z), mask, 0, "relu"), test_utils=tests)
-    how = (0, "relu", 16, operands.PACKED, operands.PACKED, True, 448, torch.float32, given)
+    how = (0, "relu", 16, operand.PACKED, operand.PACKED, True, 448, torch.float32, given)
     torch.library.opcheck(found.norm_quantize.default, (*parts, mask, *how), test_utils=tests)
 
 

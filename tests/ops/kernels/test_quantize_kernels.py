@@ -21,8 +21,9 @@ import torch
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch, tuning
 from te_nvfp4_cv.ops.geometry import Fold
-from te_nvfp4_cv.ops.quantize import operands, reference, reference_operands
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.ops.quantize import operand, reference_matrix
+from te_nvfp4_cv.ops.quantize import reference as reference_operands
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
 from tests.helpers import KINDS, fold_list, make_geometry, same_bits, values
 from tests.ops.test_operands import DTYPES, assert_no_nan_scale, random_case, strided
 
@@ -38,7 +39,7 @@ ROW, COL = (0, 1, 2), (3, 4, 5)
 @pytest.fixture
 def launch(kernel_device):
     """The module under test, which imports triton."""
-    from te_nvfp4_cv.ops.quantize import launch
+    from te_nvfp4_cv.ops.quantize.triton import launch
 
     return launch
 
@@ -152,9 +153,9 @@ def test_empty_tensors(launch, kernel_device, shape):
     for amax, row_scaled in ((None, False), (torch.ones(2, device=kernel_device), False), (None, True)):
         for row, col in FORMS:
             common = (x, 1, fold.to_ints(), row, col, True, False, "", 448, row_scaled, torch.bfloat16, None, amax)
-            got = operands.quantize_operand(*common, "triton")
+            got = operand.quantize_operand(*common, "triton")
             with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-                expected = operands.quantize_operand(*common, "triton")
+                expected = operand.quantize_operand(*common, "triton")
             assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in expected]
             assert not any(bool(g.any()) for g in (*got[:2], *got[3:5], got[6]))
     assert same_bits(launch.measure_operand(x, fold, True).cpu(), torch.zeros(2))
@@ -175,7 +176,7 @@ def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
         pytest.skip("a matter of addresses: the interpreter shows it without the memory")
     from triton.runtime import interpreter
 
-    from te_nvfp4_cv.ops.quantize import kernels, kernels_unpack
+    from te_nvfp4_cv.ops.quantize.triton import operand_kernels, unpack_kernels
 
     bf16, groups, block = torch.bfloat16, images // 16, 64
     x, all_x = _far(images * run, bf16)
@@ -199,7 +200,7 @@ def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
         ROW=2, COL=1, RHT=True, STOCHASTIC=False, OBSERVE=False, FOLDED=False, MASKED=True, CHANNELS=0, BLOCKS=1
     )
     arguments = (x, x, amax, amax, row, scale, col, scale, amax, images, 1, run, per_row, 0)
-    kernels.quantize_kernel[(1,)](*arguments, **flags, E4M3_MAX=448, BLOCK=block)
+    operand_kernels.quantize_kernel[(1,)](*arguments, **flags, E4M3_MAX=448, BLOCK=block)
     fold = Fold(1, 0, 1, 0, 16)
     expected = reference_operands.quantize_operand(
         tail, 1, fold, DEQUANTIZED, PACKED, True, False, None, 448, False, bf16, None, amax
@@ -208,7 +209,7 @@ def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
     assert same_bits(got, expected[0])
     assert same_bits(all_col[(groups - 1) * run + at].view(torch.uint8).view(1, 48, 8), expected[3])
     assert same_bits(all_scale[(groups - 1) * run + at].view(1, 48), expected[4])
-    kernels_unpack.unpack_columns_kernel[(1,)](
+    unpack_kernels.unpack_columns_kernel[(1,)](
         col, scale, back, amax, run, images, per_row, FACTOR=False, GROUP_BLOCKS=groups, MASKED=True, BLOCK=block
     )
     got = torch.stack([all_back[(first + i) * run + at] for i in range(16)])
@@ -239,19 +240,19 @@ def by_reference(x, groups, fold, row, col, rht, four_over_six, dtype, seed, ama
     padded = reference_operands.pad_groups(reference_operands.batch_last(bytes_row), groups)
     random_rowwise = padded.flatten(0, -2)
     random_columnwise = reference_operands.batch_last(bytes_col.view(folded.shape)).flatten(0, -2).t()
-    plain = reference.quantize_2d
+    plain = reference_matrix.quantize_2d
 
     def with_bytes(x_MK, **settings):
         settings["seed"] = None
         return plain(x_MK, **settings, random_rowwise=random_rowwise, random_columnwise=random_columnwise)
 
-    reference.quantize_2d = with_bytes
+    reference_matrix.quantize_2d = with_bytes
     try:
         return reference_operands.quantize_operand(
             x, groups, fold, row, col, rht, True, four_over_six, 448, False, dtype, None, amax
         )
     finally:
-        reference.quantize_2d = plain
+        reference_matrix.quantize_2d = plain
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -441,7 +442,7 @@ def test_operators_pass_opcheck(kernel_device, monkeypatch):
     torch.library.opcheck(ops.measure_operand.default, (x, fold, True, "triton"), test_utils=tests)
     args = (w, 2, PACKED, NONE, True, "", 448, True, torch.float32, "triton")
     torch.library.opcheck(ops.quantize_kernel.default, args, test_utils=tests)
-    packed = operands.quantize_kernel(*args)
+    packed = operand.quantize_kernel(*args)
     unpack = (packed[0], packed[1], 32, 24, 2, False, amax[:1], torch.bfloat16, "triton")
     torch.library.opcheck(ops.unpack_kernel.default, unpack, test_utils=tests)
 
@@ -453,7 +454,7 @@ def test_the_vendor_backend_quantizes_with_the_kernels_where_they_serve(launch, 
     monkeypatch.setattr(dispatch, "KERNELS_ON_CPU", True)
     x = values((2, 3, 3, 16)).to(kernel_device)
     args = (x, 1, [1, 0, 3, 0, 16], PACKED, NONE, False, False, "", 448, False, torch.float32, None, None)
-    got, expected = operands.quantize_operand(*args, "vendor"), operands.quantize_operand(*args, "reference")
+    got, expected = operand.quantize_operand(*args, "vendor"), operand.quantize_operand(*args, "reference")
     assert len(called) == 1
     assert all(same_bits(g.cpu(), e.cpu()) for g, e in zip(got[:3], expected[:3], strict=True))
 
@@ -467,7 +468,7 @@ def test_formats_philox_takes_rounds():
 
 def test_unpacking_takes_one_axis_of_the_grid(launch, kernel_device, monkeypatch):
     """The second one ends at 65535: a linear layer of 2^20 rows has more groups of sixteen."""
-    from te_nvfp4_cv.ops.quantize import kernels_unpack
+    from te_nvfp4_cv.ops.quantize.triton import unpack_kernels
 
     grids = []
 
@@ -476,7 +477,7 @@ def test_unpacking_takes_one_axis_of_the_grid(launch, kernel_device, monkeypatch
             grids.append(grid)
             return lambda *arguments, **options: None
 
-    monkeypatch.setattr(kernels_unpack, "unpack_columns_kernel", Kernel())
+    monkeypatch.setattr(unpack_kernels, "unpack_columns_kernel", Kernel())
     data, scale = (torch.zeros(65536, 16, *last, dtype=torch.uint8, device=kernel_device) for last in ((8,), ()))
     assert launch.unpack_columns(data, scale, torch.bfloat16).shape == (2**20, 16)
     assert grids == [(65536,)]
@@ -489,5 +490,5 @@ def test_launches_compile():
     command = [sys.executable, "-m", "tests.dry_launch", "90", "quantize"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    kernels = {line.split()[0] for line in result.stdout.splitlines()}
-    assert {"quantize_kernel", "quantize_blocks_kernel", "quantize_tiles_kernel", "finish_kernel"} <= kernels
+    operand_kernels = {line.split()[0] for line in result.stdout.splitlines()}
+    assert {"quantize_kernel", "quantize_blocks_kernel", "quantize_tiles_kernel", "finish_kernel"} <= operand_kernels

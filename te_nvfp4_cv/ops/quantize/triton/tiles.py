@@ -12,8 +12,8 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.ops.geometry import Fold
-from te_nvfp4_cv.ops.numerics import OPTIONS
-from te_nvfp4_cv.ops.quantize import kernels, kernels_blocks, kernels_unpack
+from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels, unpack_kernels
+from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
 BLOCK = 16
 PACKED = 1
@@ -84,7 +84,7 @@ def quantize_blocks(
 ) -> None:
     """quantize_blocks_kernel, `total` blocks; sizes: rows of a group that are there, that are written, taps, width."""
     config = config_of("quantize_blocks", x)
-    kernels_blocks.quantize_blocks_kernel[(ceil_div(total, config["BLOCK"]),)](
+    block_kernels.quantize_blocks_kernel[(ceil_div(total, config["BLOCK"]),)](
         x,
         x if source_rows is None else source_rows,
         amax,
@@ -135,7 +135,7 @@ def amax_flat(x: Tensor, amax: Tensor) -> None:
     def launch(config: tuning.Config) -> None:
         block = min(config["BLOCK"], max(power_of_two(x.numel()), 128))
         grid = (min(ceil_div(x.numel(), block), PROGRAMS),)
-        kernels.amax_flat_kernel[grid](x, amax, x.numel(), BLOCK=block, **options_of(config))
+        operand_kernels.amax_flat_kernel[grid](x, amax, x.numel(), BLOCK=block, **options_of(config))
 
     run_kernel("amax_flat", x, (tuning.bucket(x.numel()),), launch)
 
@@ -156,7 +156,7 @@ def unpack_columns(
         block = block_width(run, config["BLOCK"])
         bands = scale.numel() // run
         per_band = ceil_div(run, block)
-        kernels_unpack.unpack_columns_kernel[(per_band * bands,)](
+        unpack_kernels.unpack_columns_kernel[(per_band * bands,)](
             words_of(data),
             scale.view(torch.uint8),
             out,
@@ -179,7 +179,7 @@ def unpack_rows(
 ) -> None:
     config = config_of("unpack_rows", out)
     words = data.numel() // 4
-    kernels_unpack.unpack_rows_kernel[(ceil_div(words, config["BLOCK"]),)](
+    unpack_kernels.unpack_rows_kernel[(ceil_div(words, config["BLOCK"]),)](
         data.contiguous().view(torch.int32),
         scale.contiguous().view(torch.uint8),
         out,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops import numerics as nx
+from te_nvfp4_cv.ops.triton import numerics as nx
 
 SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their atomic maxima over
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch, tuning
 from te_nvfp4_cv.backend.devices import on_its_device
-from te_nvfp4_cv.ops.gemm import kernels
+from te_nvfp4_cv.ops.gemm.triton import kernels
 
 BLOCK = 16
 WIDE_FROM = 2**31  # elements from which 32-bit offsets do not reach

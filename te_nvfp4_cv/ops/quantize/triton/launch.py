@@ -24,8 +24,9 @@ from torch import Tensor
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.geometry import Fold
-from te_nvfp4_cv.ops.quantize import kernels, kernels_blocks, reference_operands
-from te_nvfp4_cv.ops.quantize import launch_parts as parts
+from te_nvfp4_cv.ops.quantize import reference
+from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels
+from te_nvfp4_cv.ops.quantize.triton import tiles as parts
 
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 BLOCK = 16
@@ -53,7 +54,7 @@ def quantize_operand(
     if not x.numel():
         return _nothing(x, groups, fold, row, col, row_scaled, dtype, amax)
     if row_scaled:
-        return reference_operands.quantize_operand(
+        return reference.quantize_operand(
             x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_scaled, dtype, seed, amax
         )
     x = x.contiguous()
@@ -80,7 +81,7 @@ def quantize_operand(
         parts.amax_flat(x, slots)  # folded columns need not have seen all of x
     observed = x.new_empty(3, dtype=torch.float32)
     decoded = x.new_empty(2, dtype=torch.float32)
-    kernels.finish_kernel[(1,)](slots, used, observed, decoded, SAME=not rht, num_warps=1)
+    operand_kernels.finish_kernel[(1,)](slots, used, observed, decoded, SAME=not rht, num_warps=1)
     return *outputs[:2], decoded[:1].clone(), *outputs[2:], decoded[1:].clone(), observed
 
 
@@ -102,7 +103,7 @@ def measure_operand(x: Tensor, fold: Fold, rht: bool) -> Tensor:
     def launch(config: tuning.Config) -> None:
         block = parts.block_width(run, config["BLOCK"])
         tiles = parts.ceil_div(run, block) * rows * (fold.images // BLOCK)
-        kernels.amax_kernel[(min(tiles, parts.PROGRAMS),)](
+        operand_kernels.amax_kernel[(min(tiles, parts.PROGRAMS),)](
             x,
             table,
             amax,
@@ -136,7 +137,7 @@ def quantize_kernel(
 ) -> tuple[Tensor, ...]:
     """See operands.quantize_kernel."""
     if not w.numel():
-        return reference_operands.quantize_kernel(
+        return reference.quantize_kernel(
             w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, amax
         )
     w = w.detach()
@@ -148,7 +149,7 @@ def quantize_kernel(
     else:
         bits = amax.view(torch.int32)
     amax = w.new_empty(1, dtype=torch.float32)
-    kernels_blocks.weight_amax_kernel[(1,)](bits, amax, POW2=pow2, E4M3_MAX=e4m3_max, num_warps=1)
+    block_kernels.weight_amax_kernel[(1,)](bits, amax, POW2=pow2, E4M3_MAX=e4m3_max, num_warps=1)
     w = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a copy where one stride does not reach all taps
     stride_o, stride_c, stride_t = w.stride()
     error = ERRORS[four_over_six]
@@ -166,7 +167,7 @@ def quantize_kernel(
     if two_d and row != NONE:
         config = parts.config_of("quantize_tiles", w)
         per_block = min(config["BLOCK"], parts.power_of_two(taps * kb))
-        kernels_blocks.quantize_tiles_kernel[(parts.ceil_div(taps * kb, per_block), groups * ob)](
+        block_kernels.quantize_tiles_kernel[(parts.ceil_div(taps * kb, per_block), groups * ob)](
             w,
             amax,
             parts.words_of(row_data) if row == PACKED else empty,
@@ -286,7 +287,7 @@ class _Operand:
             block = parts.block_width(padded, config["BLOCK"])
             per_row = parts.ceil_div(padded, block)
             counted = slots.clone() if tuning.searching() else slots  # saturated blocks count once
-            kernels.quantize_kernel[(per_row * rows * groups16,)](
+            operand_kernels.quantize_kernel[(per_row * rows * groups16,)](
                 x,
                 table,
                 self.amax,

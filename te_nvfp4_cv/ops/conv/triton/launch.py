@@ -16,9 +16,9 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.backend.devices import on_its_device
-from te_nvfp4_cv.ops.conv import kernels
-from te_nvfp4_cv.ops.conv.walks import data_classes, weight_arguments
-from te_nvfp4_cv.ops.gemm.launch import (
+from te_nvfp4_cv.ops.conv.triton import kernels
+from te_nvfp4_cv.ops.conv.triton.walks import data_classes, weight_arguments
+from te_nvfp4_cv.ops.gemm.triton.launch import (
     BLOCK,
     NATIVE_TILES,
     OTHER_TILES,

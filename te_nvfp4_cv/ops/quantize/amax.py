@@ -31,9 +31,9 @@ def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[in
         e4m3_max: of each row, 448 or 256; margin: of each row, a power of two.
     """
     if _by_kernels(used):
-        from te_nvfp4_cv.ops.quantize import kernels_amaxes
+        from te_nvfp4_cv.ops.quantize.triton import amax_kernels
 
-        return kernels_amaxes.move(used, seen, e4m3_max, margin, clear)
+        return amax_kernels.move(used, seen, e4m3_max, margin, clear)
     for row, (e, m) in enumerate(zip(e4m3_max, margin, strict=True)):
         usable = (seen[row] > 0) & seen[row].isfinite()
         used[row].copy_(torch.where(usable, formats.power_of_two_amax(seen[row], e, m), used[row]))
@@ -48,9 +48,9 @@ def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool)
         collected: fp32 [2]; saturated: float64 [1], added to where `count`; observed: fp32 [3].
     """
     if _by_kernels(collected):
-        from te_nvfp4_cv.ops.quantize import kernels_amaxes
+        from te_nvfp4_cv.ops.quantize.triton import amax_kernels
 
-        return kernels_amaxes.collect(collected, saturated, observed, count)
+        return amax_kernels.collect(collected, saturated, observed, count)
     finite = torch.where(observed[:2].isfinite(), observed[:2], 0.0)
     torch.maximum(collected, finite, out=collected)
     if count:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend.devices import on_its_device
-from te_nvfp4_cv.ops.norm import kernels_produce as kernels
-from te_nvfp4_cv.ops.norm.launch import ACTIVATIONS, affine, ordered
-from te_nvfp4_cv.ops.numerics import INTERPRETED, OPTIONS
-from te_nvfp4_cv.ops.quantize.kernels import finish_kernel
+from te_nvfp4_cv.ops.norm.triton import quantize_kernels as kernels
+from te_nvfp4_cv.ops.norm.triton.launch import ACTIVATIONS, affine, ordered
+from te_nvfp4_cv.ops.quantize.triton.operand_kernels import finish_kernel
+from te_nvfp4_cv.ops.triton.numerics import INTERPRETED, OPTIONS
 
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 SLOTS = 64

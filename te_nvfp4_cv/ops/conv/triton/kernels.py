@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.decode import blocks_to_half, codes_to_half, quad_place, scale_to_half
+from te_nvfp4_cv.ops.triton.decode import blocks_to_half, codes_to_half, quad_place, scale_to_half
 
 ROWS, TILES, COLUMNS, TRANSPOSE = 0, 1, 2, 3  # FACE of prepare_kernel; see there
 

@@ -45,7 +45,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.geometry import Fold
-from te_nvfp4_cv.ops.quantize import reference_operands, vendor
+from te_nvfp4_cv.ops.quantize import cpu, reference
 
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 BLOCK = 16
@@ -54,10 +54,10 @@ BLOCK = 16
 def _run(backend: str, device: torch.device) -> Any:
     """The module that quantizes tensors of `device` for a backend; the Triton one is imported when first used."""
     if backend == "triton" or (backend == "vendor" and dispatch.kernels_serve(device)):
-        from te_nvfp4_cv.ops.quantize import launch
+        from te_nvfp4_cv.ops.quantize.triton import launch
 
         return launch
-    return reference_operands if backend == "reference" else vendor
+    return reference if backend == "reference" else cpu
 
 
 @without_autocast

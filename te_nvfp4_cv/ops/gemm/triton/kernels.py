@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.decode import blocks_to_half
+from te_nvfp4_cv.ops.triton.decode import blocks_to_half
 
 
 @triton.jit

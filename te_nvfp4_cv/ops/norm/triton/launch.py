@@ -16,8 +16,9 @@ import triton
 from torch import Tensor
 
 from te_nvfp4_cv.backend.devices import on_its_device
-from te_nvfp4_cv.ops.norm import kernels, reference
-from te_nvfp4_cv.ops.numerics import OPTIONS
+from te_nvfp4_cv.ops.norm import reference
+from te_nvfp4_cv.ops.norm.triton import kernels
+from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
 ACTIVATIONS = {"relu": 1, "silu": 2}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

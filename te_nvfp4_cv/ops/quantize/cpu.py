@@ -17,14 +17,15 @@ from torch import Tensor
 from te_nvfp4_cv.backend import dispatch, native, scratch
 from te_nvfp4_cv.formats import power_of_two_amax
 from te_nvfp4_cv.ops.geometry import Fold
-from te_nvfp4_cv.ops.quantize import reference, reference_operands
+from te_nvfp4_cv.ops.quantize import reference as reference_operands
+from te_nvfp4_cv.ops.quantize import reference_matrix
 
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 BLOCK = 16
 ERRORS = {None: 0, "MAE": 1, "MSE": 2}  # of 4over6, as native.cpp numbers them
 
 
-def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> reference.Faces:
+def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> reference_matrix.Faces:
     """reference.quantize_2d with the same arguments, by compiled kernels where they cover the case.
 
     Args:
@@ -41,7 +42,7 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
     some = any(amax is not None for amax, wanted in zip(given, (rowwise, columnwise), strict=True) if wanted)
     every = all(amax is not None for amax, wanted in zip(given, (rowwise, columnwise), strict=True) if wanted)
     if not plain or not covered or random or some != every or (some and not kernels) or not x_MK.numel():
-        return reference.quantize_2d(x_MK, **settings)
+        return reference_matrix.quantize_2d(x_MK, **settings)
     M, K = x_MK.shape
     images = -(-M // BLOCK) * BLOCK
     seed = settings.get("seed")
@@ -52,7 +53,7 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
         either = given[0] if given[0] is not None else given[1]
         amax = torch.cat([(either if one is None else one).reshape(1).float() for one in given])  # type: ignore[union-attr]
     if kernels:
-        from te_nvfp4_cv.ops.quantize import launch
+        from te_nvfp4_cv.ops.quantize.triton import launch
 
         run: Any = launch.quantize_operand
     else:
@@ -79,7 +80,7 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
     if columnwise:  # [M16, K, 8] -> [K, Mp / 2]
         col_data = col_data.transpose(0, 1).reshape(K, images // 2).contiguous()
         col_scale = col_scale.t().contiguous()
-    return reference.Faces(
+    return reference_matrix.Faces(
         row_data,
         row_scale.view(fp8),
         row_amax if rowwise else empty,

@@ -1,0 +1,217 @@
+"""The TransformerEngine-style GEMM of two NVFP4Tensors, for the three products of a layer.
+
+    layout  operands  faces               result        which
+    "TN"    x, w      rowwise, rowwise     [..., N]      fprop  y  = x w^T
+    "NN"    dy, w     rowwise, columnwise  [..., K]      dgrad  dx = dy w
+    "NT"    dy, x     columnwise, columnwise  [N, K]     wgrad  dw = dy^T x
+
+    out = alpha * sum of products (+ bias) (+ out), in fp32, cast once;   alpha = (amax_a amax_b) f32(1 / (36 E_a E_b))
+
+A row-scaled operand is multiplied with amax 1, and its rows' amax after: f32(row * column) where the other side has one
+amax, else rows, then columns. A non-finite amax of either operand makes the whole result non-finite.
+Refused: a missing face, lengths that differ, operands of which only one is rotated.
+The registered operator is te_nvfp4_cv::gemm, on plain tensors; reference.py, vendor.py and launch.py hold
+its inner product.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import errors, formats
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.registration import without_autocast
+from te_nvfp4_cv.ops.gemm import reference, vendor
+from te_nvfp4_cv.tensor import NVFP4Tensor
+
+LAYOUTS = {"TN": ("rowwise", "rowwise"), "NN": ("rowwise", "columnwise"), "NT": ("columnwise", "columnwise")}
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def gemm(
+    a: NVFP4Tensor,
+    b: NVFP4Tensor,
+    layout: str = "TN",
+    out_dtype: torch.dtype = torch.bfloat16,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multiply two NVFP4Tensors.
+
+    Args:
+        a: x for "TN", dy for "NN" and "NT".
+        b: w for "TN" and "NN", x for "NT".
+        bias: added in fp32 before the cast, one value per column of the result.
+        accumulate: add the result to `out` in fp32 before the cast.
+        out: written in place and returned; its dtype is then the result's.
+        backend: "auto", "reference" or "vendor".
+    Returns:
+        Tensor of out_dtype; "TN" and "NN" keep a's leading dimensions.
+    Raises:
+        ValueError: operands that do not fit, see above.
+        TypeError: an operand that is no NVFP4Tensor.
+    """
+    _check(a, b, layout, out_dtype, bias, accumulate, out)
+    operands = []  # by attributes, not methods: torch.compile takes methods of a tensor subclass for operators
+    for t, face in zip((a, b), LAYOUTS[layout], strict=True):
+        if face == "rowwise":
+            assert t._rowwise_data is not None and t._rowwise_scale_inv is not None
+            data, scale, amax = t._rowwise_data.flatten(0, -2), t._rowwise_scale_inv, t._amax_rowwise
+        else:
+            assert t._columnwise_data is not None and t._columnwise_scale_inv is not None
+            data, scale, amax = t._columnwise_data, t._columnwise_scale_inv, t._amax_columnwise
+            if t._columnwise_layout == "ntile":
+                data, scale = formats.ntile_to_te(data, scale)
+        operands.append((data, scale, amax, t._nvfp4_e4m3_max, t._row_scaled_nvfp4))
+    I, J = operands[0][0].shape[0], operands[1][0].shape[0]  # noqa: E741
+    result = _gemm_op(
+        *operands[0],
+        *operands[1],
+        bias,
+        out.detach().reshape(I, J) if accumulate and out is not None else None,
+        out.dtype if out is not None else out_dtype,
+        dispatch.resolve(backend, a.device),
+    )
+    lead = a.shape[:-1] if LAYOUTS[layout][0] == "rowwise" else (I,)
+    result = result.reshape(*lead, J)
+    return result if out is None else out.copy_(result)
+
+
+def _check(
+    a: NVFP4Tensor,
+    b: NVFP4Tensor,
+    layout: str,
+    out_dtype: torch.dtype,
+    bias: Tensor | None,
+    accumulate: bool,
+    out: Tensor | None,
+) -> None:
+    """Raise for operands that do not fit together."""
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, NVFP4Tensor):
+            raise errors.type_error(
+                f"nvfp4 gemm: operand {name} is not quantized.",
+                got=errors.describe(t),
+                needs="an NVFP4Tensor",
+                fix="quantize it with NVFP4Quantizer",
+            )
+    if layout not in LAYOUTS:
+        raise errors.value_error(
+            "nvfp4 gemm: unknown layout.",
+            got=f"layout={layout!r}",
+            needs="'TN' (x, w), 'NN' (dy, w) or 'NT' (dy, x)",
+            fix="see the table of nv.gemm",
+        )
+    for name, t, face in zip(("a", "b"), (a, b), LAYOUTS[layout], strict=True):
+        if getattr(t, f"_{face}_data") is None:
+            raise errors.value_error(
+                f"nvfp4 gemm {layout}: operand {name} lacks its {face} face.",
+                got=repr(t),
+                needs=f"{name} with {face} data: this layout multiplies a {' by b '.join(LAYOUTS[layout])}",
+                fix=f"quantize it with NVFP4Quantizer({face}=True)",
+            )
+    length_a = a.shape[-1] if LAYOUTS[layout][0] == "rowwise" else a.shape[:-1].numel()
+    length_b = b.shape[-1] if LAYOUTS[layout][1] == "rowwise" else b.shape[:-1].numel()
+    if length_a != length_b:
+        raise errors.value_error(
+            f"nvfp4 gemm {layout}: the contracted lengths differ.",
+            got=f"a {tuple(a.shape)} contracts {length_a}, b {tuple(b.shape)} contracts {length_b}",
+            needs="equal lengths: K of x and w (TN), N of dy and w (NN), the rows of dy and x (NT)",
+            fix="check the operands' order and the layout",
+        )
+    rotated = [t._columnwise_rht and face == "columnwise" for t, face in zip((a, b), LAYOUTS[layout], strict=True)]
+    signs = {t._with_random_sign_mask for t, r in zip((a, b), rotated, strict=True) if r}
+    if rotated[0] != rotated[1] or len(signs) > 1:
+        raise errors.value_error(
+            f"nvfp4 gemm {layout}: the random Hadamard transform does not cancel.",
+            got=f"a {'rotated' if rotated[0] else 'as is'}, b {'rotated' if rotated[1] else 'as is'}",
+            needs="both operands rotated alike along the contraction, or none",
+            fix="quantize dy and x with the same with_rht and sign mask; weights without RHT",
+        )
+    dtype = out.dtype if out is not None else out_dtype
+    if dtype not in OUT_DTYPES or (accumulate and out is None):
+        raise errors.value_error(
+            f"nvfp4 gemm {layout}: nowhere to put the result.",
+            got=f"out_dtype {dtype}, accumulate={accumulate}, out={errors.describe(out)}",
+            needs="bfloat16, float16 or float32; `out` when accumulate=True",
+            fix="pass out_dtype=torch.bfloat16, or out=",
+        )
+    rows = a.shape[:-1].numel() if LAYOUTS[layout][0] == "rowwise" else a.shape[-1]
+    columns = b.shape[-1] if LAYOUTS[layout][1] == "columnwise" else b.shape[:-1].numel()
+    if (bias is not None and tuple(bias.shape) != (columns,)) or (out is not None and out.numel() != rows * columns):
+        raise errors.value_error(
+            f"nvfp4 gemm {layout}: bias or out does not fit the result.",
+            got=f"bias {errors.describe(bias)}, out {errors.describe(out)}",
+            needs=f"bias [{columns}], out of {rows} x {columns} elements",
+            fix="check the operands' order and the layout",
+        )
+
+
+def _implementation(backend: str) -> Any:
+    """The module whose `multiply` serves a backend; the Triton one is imported when it is first used."""
+    if backend == "triton":
+        from te_nvfp4_cv.ops.gemm.triton import launch
+
+        return launch
+    return reference if backend == "reference" else vendor
+
+
+@without_autocast
+@torch.library.custom_op("te_nvfp4_cv::gemm", mutates_args=())
+def _gemm_op(
+    a_data: Tensor,
+    a_scale: Tensor,
+    a_amax: Tensor,
+    a_e4m3_max: int,
+    a_row_scaled: bool,
+    b_data: Tensor,
+    b_scale: Tensor,
+    b_amax: Tensor,
+    b_e4m3_max: int,
+    b_row_scaled: bool,
+    bias: Optional[Tensor],  # noqa: UP045  (the schema is inferred from these annotations)
+    addend: Optional[Tensor],  # noqa: UP045
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The registered operator: inner products by the backend, then scales, bias and sum in fp32."""
+    with torch.autocast(a_data.device.type, enabled=False):
+        total = _implementation(backend).multiply(a_data, a_scale, b_data, b_scale)
+    if a_row_scaled or b_row_scaled:
+        one = torch.ones_like(a_amax[:1])
+        total = total * formats.alpha(one, one, a_e4m3_max, b_e4m3_max)
+        rows, columns = a_amax.unsqueeze(1), b_amax.unsqueeze(0)
+        total = total * rows * columns if a_row_scaled and b_row_scaled else total * (rows * columns)
+        total = total + ((a_amax * 0).sum() + (b_amax * 0).sum())  # NaN from one row reaches every output
+    else:
+        total = total * formats.alpha(a_amax, b_amax, a_e4m3_max, b_e4m3_max)
+    if bias is not None:
+        total = total + bias.to(torch.float32)
+    if addend is not None:
+        total = total + addend.to(torch.float32)
+    return total.to(out_dtype)
+
+
+@_gemm_op.register_fake
+def _gemm_fake(
+    a_data: Tensor,
+    a_scale: Tensor,
+    a_amax: Tensor,
+    a_e4m3_max: int,
+    a_row_scaled: bool,
+    b_data: Tensor,
+    b_scale: Tensor,
+    b_amax: Tensor,
+    b_e4m3_max: int,
+    b_row_scaled: bool,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return a_data.new_empty(a_data.shape[0], b_data.shape[0], dtype=out_dtype)
