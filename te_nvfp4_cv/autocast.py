@@ -25,7 +25,7 @@ from te_nvfp4_cv.errors import runtime_error, type_error
 from te_nvfp4_cv.handover import Mode, mode_is_on
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.layer.delayed_scaling import first_pass
-from te_nvfp4_cv.recipe import as_recipe
+from te_nvfp4_cv.recipe.block_scaling import as_recipe
 
 __all__ = ["active_recipe", "nvfp4_autocast"]
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv.errors import warn_once
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from te_nvfp4_cv.context import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import deferred, execute
 from te_nvfp4_cv.layer.autograd import MaskedReLU
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 _CONVOLUTIONS = {getattr(F, f"conv{t}{n}d"): f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
 _ATEN = {F.linear: torch.ops.aten.linear, **{f: getattr(torch.ops.aten, op) for f, op in _CONVOLUTIONS.items()}}

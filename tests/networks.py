@@ -14,7 +14,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import context as nv_context
 from te_nvfp4_cv.layer import execute
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 
 NO_SR = NVFP4BlockScaling(disable_stochastic_rounding=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from te_nvfp4_cv import errors
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams, as_recipe, from_te
-from te_nvfp4_cv.recipe_files import load_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, QParams, as_recipe, from_te
+from te_nvfp4_cv.recipe.files import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SCOPES = "'none', 'weights', 'activations', 'all'"
@@ -204,7 +204,7 @@ def test_load_recipe_wants_a_name(name):
 
 def test_a_bad_environment_variable_is_named():
     code = (
-        "from te_nvfp4_cv.recipe import NVFP4BlockScaling as R\n"
+        "from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling as R\n"
         "print(R(nvfp4_4over6='none', backward_override=None).disable_rht)\n"
         "for fields in ({'backward_override': None}, {'nvfp4_4over6': 'none'}):\n"
         "    try: R(**fields)\n"

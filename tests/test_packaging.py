@@ -170,7 +170,7 @@ def test_the_installed_wheel_finds_its_recipes(wheel, tmp_path):
     result = pip("install", "--no-index", "--no-deps", "--target", target, wheel, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     code = (
-        "from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, recipe_folder\n"
+        "from te_nvfp4_cv.recipe.files import list_recipes, load_recipe, recipe_folder\n"
         "print(recipe_folder()); print(len(list_recipes())); print(load_recipe('unet').precision)"
     )
     environment = os.environ | {"PYTHONPATH": str(target)}

@@ -28,7 +28,7 @@ from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export.checkpoints import load, save
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 QUANTIZED = ("packed", "cached", "nvfp4 packed", "nvfp4 cached")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import describe, runtime_error, type_error, value_error
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
-from te_nvfp4_cv.recipe_files import load_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.files import load_recipe
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect

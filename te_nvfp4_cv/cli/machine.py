@@ -12,7 +12,7 @@ import torch
 
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.cli.shape import Command, show
-from te_nvfp4_cv.recipe_files import list_recipes, recipe_folder
+from te_nvfp4_cv.recipe.files import list_recipes, recipe_folder
 
 TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
 

@@ -26,7 +26,7 @@ from te_nvfp4_cv.errors import check_module, runtime_error
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, with_recipes
 from te_nvfp4_cv.nn.precision import matches
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 __all__ = ["quantize_gathers"]
 

@@ -34,7 +34,7 @@ from te_nvfp4_cv.layer import delayed_scaling, execute
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.ops.layouts import is_channels_last
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,8 +29,8 @@ from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.modules import op_of, with_recipes
 from te_nvfp4_cv.nn.precision import matches, plain_name
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
-from te_nvfp4_cv.recipe_files import parse_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.files import parse_recipe
 from te_nvfp4_cv.version import __version__
 
 SHARD_BYTES = 5 * 10**9

@@ -15,7 +15,7 @@ from te_nvfp4_cv.export.ptq.folding import NORMS
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.precision import plain_name
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")
 

@@ -31,7 +31,7 @@ from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.tensor import NVFP4Tensor
 
 WEIGHTS = ("packed", "cached")

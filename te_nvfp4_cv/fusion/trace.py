@@ -33,7 +33,7 @@ import torch
 from torch import fx, nn
 
 from te_nvfp4_cv import context
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 TRACING = ("torch", "te_nvfp4_cv", "inspect", "typing", "abc")  # whose questions about a stand-in are not the model's
 

@@ -29,8 +29,8 @@ from torch import nn
 from te_nvfp4_cv.autocast import nvfp4_autocast
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.nn.precision import extra_state, matches, set_precision
-from te_nvfp4_cv.recipe import as_recipe
-from te_nvfp4_cv.recipe_files import load_recipe
+from te_nvfp4_cv.recipe.block_scaling import as_recipe
+from te_nvfp4_cv.recipe.files import load_recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -47,7 +47,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops.gemm.operator import LAYOUTS as FACES_OF_LAYOUT
 from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.tensor import NVFP4Tensor
 
 FACES = ("rowwise", "columnwise")

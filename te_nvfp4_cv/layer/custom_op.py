@@ -22,7 +22,7 @@ from te_nvfp4_cv.layer.forward_backward import Like
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.recipe import recipe_of_key
+from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
 
 PARTS = 3  # of x, and of w, at most
 

@@ -40,7 +40,7 @@ from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import operand as operands
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 ROLES = ("input", "grad_output")
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> {Key: DelayedScales}

@@ -28,7 +28,7 @@ from te_nvfp4_cv.layer.autograd import QuantizedConv
 from te_nvfp4_cv.layer.plan import Plan, Watch
 from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, transposed_output_size
 from te_nvfp4_cv.ops.layouts import is_channels_last
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MINIMUM = 16  # channels on either side of a group

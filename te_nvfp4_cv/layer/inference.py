@@ -23,7 +23,7 @@ from te_nvfp4_cv.layer import execute, gemms, operands
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, recipe_of_key
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, recipe_of_key
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold, reads_everywhere
 from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, PACKED
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
 @dataclass(frozen=True)

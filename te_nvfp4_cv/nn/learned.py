@@ -25,7 +25,7 @@ from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.layer import execute, weight_transforms
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, own_weight, with_recipes
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 NAMES = {weight_transforms.CLIP: "weight_clip", weight_transforms.SCALE: "weight_scale"}
 LAYERS = tuple(NVFP4_CLASSES)

@@ -23,7 +23,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import check_module
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.nn.precision import entries_of, matches, plain_name, set_precision
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 Size = int | tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]

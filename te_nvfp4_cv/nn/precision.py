@@ -29,7 +29,7 @@ from te_nvfp4_cv.errors import check_module, runtime_error, type_error, value_er
 from te_nvfp4_cv.layer import delayed_scaling, forward_backward, operands
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import rounding_seeds
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # DDP, compile, ...
 

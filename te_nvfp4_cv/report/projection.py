@@ -23,7 +23,7 @@ from te_nvfp4_cv import autocast
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.layer import delayed_scaling, execute
 from te_nvfp4_cv.ops.geometry import BLOCK
-from te_nvfp4_cv.recipe import as_recipe
+from te_nvfp4_cv.recipe.block_scaling import as_recipe
 
 PACKED = 0.5 + 1 / BLOCK  # bytes of an NVFP4 value
 EFFICIENCY = 0.7  # of peak and of bandwidth, that tuned kernels reach

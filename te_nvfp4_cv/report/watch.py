@@ -32,7 +32,7 @@ from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.precision import plain_name
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
 from te_nvfp4_cv.ops.quantize import rounding_seeds
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.report.table import Coverage, Layer
 
 LAYERS = tuple(NVFP4_CLASSES)

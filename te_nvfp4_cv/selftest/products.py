@@ -14,7 +14,7 @@ from torch import Tensor
 from te_nvfp4_cv import functional
 from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.selftest.setting import CheckFailed, Options, Setting, bound_for, close, normal
 
 NEAREST: Options = {"disable_stochastic_rounding": True}

@@ -14,7 +14,7 @@ from torch import Tensor
 from te_nvfp4_cv.autocast import nvfp4_autocast
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.ops.norm import operators
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting, bound_for, close, normal
 
 CLASSES, STEPS, BATCH = 16, 50, 32

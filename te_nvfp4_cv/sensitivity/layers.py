@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv import context
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.nn.precision import plain_name
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 Entries = Mapping[nn.Module, NVFP4BlockScaling | None]
 

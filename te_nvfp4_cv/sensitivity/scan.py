@@ -24,7 +24,7 @@ from torch import nn
 from te_nvfp4_cv import context
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
 from te_nvfp4_cv.sensitivity.measure import Loss, Measure, Measured, compare
 from te_nvfp4_cv.sensitivity.scan_report import Change, LayerScan, Scan

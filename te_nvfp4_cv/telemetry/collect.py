@@ -41,7 +41,7 @@ from te_nvfp4_cv.autocast import heard
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error, warn_once
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.nn.modules import op_of
-from te_nvfp4_cv.recipe import as_recipe
+from te_nvfp4_cv.recipe.block_scaling import as_recipe
 from te_nvfp4_cv.telemetry.records import FORMAT, VERSION
 from te_nvfp4_cv.telemetry.sample import THRESHOLD, Sample, layers_of, shape_of
 from te_nvfp4_cv.telemetry.sinks import Sink

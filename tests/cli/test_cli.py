@@ -11,7 +11,7 @@ import te_nvfp4_cv
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.cli import machine
-from te_nvfp4_cv.recipe_files import list_recipes
+from te_nvfp4_cv.recipe.files import list_recipes
 
 
 def test_recipes(capsys):

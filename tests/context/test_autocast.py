@@ -16,8 +16,8 @@ from te_nvfp4_cv import context as nv_context
 from te_nvfp4_cv import errors, handover
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
-from te_nvfp4_cv.recipe_files import load_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.files import load_recipe
 from tests.helpers import relative_error, same_bits, values
 from tests.networks import NO_2D, NO_RHT, NO_SR, net_and_input, seen
 

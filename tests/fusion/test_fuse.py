@@ -20,7 +20,7 @@ from te_nvfp4_cv import convert_model, nvfp4_autocast, set_precision
 from te_nvfp4_cv.fusion.fuse import Fusion, fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct2d
 from te_nvfp4_cv.fusion.norm_act import NormAct
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.report import watch
 from tests.helpers import same_bits, values
 

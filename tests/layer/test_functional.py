@@ -10,7 +10,7 @@ from torch import Tensor
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.autocast import nvfp4_autocast
 from te_nvfp4_cv.backend.dispatch import bf16_is_native
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import relative_error, same_bits, values
 from tests.layers import BACKENDS, LAYERS, NO_SR, step, tensors
 

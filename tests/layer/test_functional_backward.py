@@ -16,7 +16,7 @@ from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.autocast import nvfp4_autocast
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.quantize.matrix import quantize
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import relative_error, same_bits, values
 from tests.layers import BACKENDS, LAYERS, NO_SR, saved_by, step, tensors
 

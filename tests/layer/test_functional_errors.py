@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import functional as NF
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 from tests.layers import step, tensors
 

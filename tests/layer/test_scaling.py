@@ -19,7 +19,7 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.layer import delayed_scaling
 from te_nvfp4_cv.ops.quantize import operand as operands
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import make_geometry, relative_error, same_bits, values
 from tests.networks import Net, all_same, gradients, net_and_input, step
 

@@ -26,8 +26,8 @@ from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.ops.quantize.reference import fold_images
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
-from te_nvfp4_cv.recipe_files import list_recipes, load_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.files import list_recipes, load_recipe
 from tests import oracle
 from tests.helpers import fold_list, make_geometry, relative_error, same_bits, values
 

@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams, as_recipe, from_te, recipe_of_key
-from te_nvfp4_cv.recipe_fields import GEMMS, PLAIN, REMOVED
-from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, parse_recipe, recipe_folder, save_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, QParams, as_recipe, from_te, recipe_of_key
+from te_nvfp4_cv.recipe.fields import GEMMS, PLAIN, REMOVED
+from te_nvfp4_cv.recipe.files import list_recipes, load_recipe, parse_recipe, recipe_folder, save_recipe
 from tests.helpers import same_bits, values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +149,7 @@ def test_precision_names_recipes_by_name_and_by_relative_path(tmp_path):
 
 def test_load_recipe_without_an_install(tmp_path):
     """A checkout on sys.path is enough."""
-    code = "from te_nvfp4_cv.recipe_files import load_recipe; print(load_recipe('unet'))"
+    code = "from te_nvfp4_cv.recipe.files import load_recipe; print(load_recipe('unet'))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == repr(load_recipe("unet")), result.stderr
@@ -460,8 +460,8 @@ def test_environment_variables_as_te_reads_them(variables):
 def test_files_survive_a_change_of_environment(tmp_path):
     """What a recipe saved under environment variables says holds without them, and the other way round."""
     script = (
-        "import sys; from te_nvfp4_cv.recipe import NVFP4BlockScaling as R\n"
-        "from te_nvfp4_cv.recipe_files import load_recipe, save_recipe\n"
+        "import sys; from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling as R\n"
+        "from te_nvfp4_cv.recipe.files import load_recipe, save_recipe\n"
         "save_recipe(R(backward_override=None, disable_rht=False), sys.argv[1]); save_recipe(R(), sys.argv[2])\n"
     )
     environment = os.environ | {"NVTE_NVFP4_DISABLE_RHT": "1", "NVTE_BACKWARD_OVERRIDE": "dequantized"}

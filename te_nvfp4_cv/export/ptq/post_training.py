@@ -32,7 +32,7 @@ from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import Statistics, collect, input_of
 from te_nvfp4_cv.export.ptq.folding import fold
 from te_nvfp4_cv.layer.plan import weight_plan
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 SCALES = ("static", "dynamic")
 

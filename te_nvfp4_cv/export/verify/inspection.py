@@ -24,7 +24,7 @@ from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, read
 from te_nvfp4_cv.export.verify.inspection_config import Config, is_embedding, read_config
 from te_nvfp4_cv.layer.plan import weight_plan
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 DTYPES = {
     torch.float32: "fp32",

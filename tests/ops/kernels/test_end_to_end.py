@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import relative_error
 from tests.layers import LAYERS, NO_SR, step, tensors
 

@@ -19,7 +19,7 @@ from te_nvfp4_cv.fusion.modules import BatchNormAct2d
 from te_nvfp4_cv.layer import deferred, execute
 from te_nvfp4_cv.ops.norm import operators as ops
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 
 EXACT = NVFP4BlockScaling(disable_stochastic_rounding=True)

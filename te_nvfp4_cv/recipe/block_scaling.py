@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from te_nvfp4_cv.errors import type_error, value_error, warn_once
-from te_nvfp4_cv.recipe_fields import (
+from te_nvfp4_cv.recipe.fields import (
     ALLOWED,
     GEMMS,
     PLAIN,

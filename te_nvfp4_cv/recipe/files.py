@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from te_nvfp4_cv.errors import message, value_error
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
-from te_nvfp4_cv.recipe_fields import PLAIN, without_removed
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.fields import PLAIN, without_removed
 
 FIELDS = tuple(field for field in PLAIN if field != "precision")
 TOP_LEVEL = ("description", "name", "recipe", "precision")
@@ -31,8 +31,9 @@ TOP_LEVEL = ("description", "name", "recipe", "precision")
 
 def recipe_folder() -> Path:
     """The folder of the recipes that come with the package: inside an installed one, beside it in a checkout."""
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def list_recipes() -> dict[str, str]:
