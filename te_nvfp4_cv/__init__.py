@@ -25,11 +25,11 @@ from te_nvfp4_cv.nn.modules import (
 )
 from te_nvfp4_cv.nn.precision import extra_state, frozen_weights, saturated_blocks, set_precision
 from te_nvfp4_cv.ops.gemm.operator import gemm
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, QParams
 from te_nvfp4_cv.recipe.files import list_recipes, load_recipe, save_recipe
 from te_nvfp4_cv.report.watch import coverage
-from te_nvfp4_cv.tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.version import __version__ as __version__
 
 # These modules need more than the core, so each is imported when it is first asked for.

@@ -23,7 +23,7 @@ from te_nvfp4_cv.layer.execute import MINIMUM, execute, ineligible, int_tuple
 from te_nvfp4_cv.ops.conv.reference import gather
 from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, pixel_map
 from te_nvfp4_cv.recipe.block_scaling import as_recipe
-from te_nvfp4_cv.tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 
 __all__ = [
     "conv1d",

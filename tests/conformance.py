@@ -24,7 +24,7 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.ops.quantize.matrix import quantize
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
 NUMERIC_KEYS = {"rht", "four_over_six", "e4m3_max", "row_scaled"}
 LAYOUTS = {"fprop": "TN", "dgrad": "NN", "wgrad": "NT"}

@@ -35,8 +35,8 @@ from te_nvfp4_cv.distributed.collectives import Part, PendingParts
 from te_nvfp4_cv.distributed.shard_metadata import Shard, Told, check_alike, exchange, shard_of
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.quantize import rounding_seeds
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
 __all__ = ["AllGatherHandle", "all_gather", "all_gather_coalesced"]
 

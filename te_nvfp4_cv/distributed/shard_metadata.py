@@ -22,8 +22,8 @@ from torch import Tensor
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.distributed import collectives
 from te_nvfp4_cv.ops.quantize.matrix import DTYPES
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
 DIMS = {"rows": (0, 2), "height": (0, 3), "batch": (-2, 2), "channel": (-1, 1)}  # axis, and dimensions needed
 _FIELDS = (

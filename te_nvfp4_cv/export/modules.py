@@ -32,7 +32,7 @@ from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-from te_nvfp4_cv.tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 
 WEIGHTS = ("packed", "cached")
 ACTIVATIONS = ("nvfp4", "high")

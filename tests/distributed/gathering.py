@@ -14,7 +14,7 @@ from torch import Tensor
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import errors
-from te_nvfp4_cv.tensor import BUFFERS, SETTINGS
+from te_nvfp4_cv.tensor.nvfp4_tensor import BUFFERS, SETTINGS
 from tests.helpers import same_bits
 
 AXES = {"rows": 0, "height": 0, "batch": -2, "channel": -1}

@@ -24,10 +24,10 @@ from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.ops.quantize.reference import fold_images
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import list_recipes, load_recipe
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from tests import oracle
 from tests.helpers import fold_list, make_geometry, relative_error, same_bits, values
 

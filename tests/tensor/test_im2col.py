@@ -12,7 +12,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.ops.quantize.matrix import quantize
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from tests.helpers import same_bits, values
 
 

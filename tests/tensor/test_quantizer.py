@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.tensor import BUFFERS
+from te_nvfp4_cv.tensor.nvfp4_tensor import BUFFERS
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from tests.quantized import OPTIONS, assert_same, quantizer, sample
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.tensor import BUFFERS, NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import BUFFERS, NVFP4Tensor
 from tests.quantized import OPTIONS, assert_same, quantizer, sample
 
 

@@ -25,7 +25,7 @@ from te_nvfp4_cv import errors, formats
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.gemm import reference, vendor
-from te_nvfp4_cv.tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 
 LAYOUTS = {"TN": ("rowwise", "rowwise"), "NN": ("rowwise", "columnwise"), "NT": ("columnwise", "columnwise")}
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

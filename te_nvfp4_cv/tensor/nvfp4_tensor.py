@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import errors, formats, tensor_operators
+from te_nvfp4_cv import errors, formats
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
-from te_nvfp4_cv.tensor_operators import BUFFERS
+from te_nvfp4_cv.tensor import torch_operators
+from te_nvfp4_cv.tensor.torch_operators import BUFFERS
 
 SETTINGS = (
     "_quantizer",
@@ -323,7 +324,7 @@ class NVFP4Tensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        return tensor_operators.dispatch(cls, func, args, kwargs or {})
+        return torch_operators.dispatch(cls, func, args, kwargs or {})
 
 
 class _Dequantize(torch.autograd.Function):

@@ -21,7 +21,7 @@ from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, round_up
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import matrix as ops
 from te_nvfp4_cv.ops.quantize import reference_matrix, rounding_seeds
-from te_nvfp4_cv.tensor import BUFFERS, NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import BUFFERS, NVFP4Tensor
 
 
 class NVFP4Quantizer:
