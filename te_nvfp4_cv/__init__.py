@@ -8,7 +8,7 @@ import importlib.util
 import typing
 
 from te_nvfp4_cv import functional
-from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
+from te_nvfp4_cv.context.context_manager import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.distributed import fsdp, gather
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct

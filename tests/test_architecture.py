@@ -179,7 +179,7 @@ def _plant(folder: Path, name: str, text: str) -> Path:
         ("ops/quantize/reference.py", '"""x."""\nfrom ... import functional\n', "imports te_nvfp4_cv.functional"),
         ("ops/quantize/reference.py", '"""x."""\nfrom ...functional import f\n', "imports te_nvfp4_cv.functional"),
         ("ops/geometry.py", '"""x."""\ndef f():\n    from ..functional import g\n', "geometry.py:3: floor 2 imports"),
-        ("checks.py", '"""x."""\nif TYPE_CHECKING:\n    from te_nvfp4_cv.autocast import a\n', "floor 0 imports"),
+        ("checks.py", '"""x."""\nif TYPE_CHECKING:\n    from te_nvfp4_cv.context.context_manager import a\n', "floor 0 imports"),
         ("recipe.py", '"""x."""\nimport importlib\nimportlib.import_module("te_nvfp4_cv.nn.precision")\n', "floor 1 imports"),
         ("ops/conv/vendor.py", '"""x."""\nimport triton.language as tl\n', "imports triton outside its room"),
         ("functional.py", '"""x."""\ndef f():\n    import wandb\n', "functional.py:3: imports wandb outside its room"),

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from te_nvfp4_cv import context, handover
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.context import function_mode, state
 from te_nvfp4_cv.distributed.tp_autograd import (
     GEMMS,
     Array,
@@ -70,7 +70,7 @@ def run(module: Any, x: Tensor, output_size: Any) -> Tensor:
     if recipe is not None:
         return call.quantized(x, recipe, backend)
     told = execute.Call(module.op, module.weight, x, None, None, reason)
-    return execute.reported(told, call.high_precision, x) if context.state() is not None else call.high_precision(x)
+    return execute.reported(told, call.high_precision, x) if state.state() is not None else call.high_precision(x)
 
 
 def _as_it_lies(x: Tensor, sharing: Sharing, channels: int) -> tuple[Tensor, int | None]:
@@ -120,8 +120,8 @@ def _decide(module: Any, x: Tensor, layout: int | None, channels: int) -> tuple[
         return recipe, backend, ""
     if isinstance(module.weight, nn.Parameter):
         w = nn.Parameter(w.detach(), requires_grad=False)
-    recipe, reason = handover._decide(module.op, {"input": x_like, "weight": w}, 1)
-    current = context.state()
+    recipe, reason = function_mode._decide(module.op, {"input": x_like, "weight": w}, 1)
+    current = state.state()
     return recipe, "" if current is None else current.backend, reason
 
 
@@ -299,7 +299,7 @@ class _Call:
         return broken_blocks(plan, link, need_dw)
 
     def _run(self, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, link: Link) -> Tensor:
-        group = context.reduction_group() if context.state() is not None else None
+        group = state.reduction_group() if state.state() is not None else None
         delayed_scaling.refuse(plan, link.group)
         scales = self._scales(x, bias, plan, link, group)
         told = execute.Call(self.op, self.module.weight, x, plan.geometry, plan.recipe, "")

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv import context
+from te_nvfp4_cv.context import state
+from te_nvfp4_cv.context.function_mode import transformed
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
-from te_nvfp4_cv.handover import transformed
 from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS
 
 _OWN: Any = object()
@@ -146,5 +146,5 @@ def _fits(z: Tensor, residual: Tensor) -> bool:
 
 def _backend(z: Tensor) -> str:
     """The context's choice where it is explicit for the kernels; else what serves this device."""
-    current = context.state()
+    current = state.state()
     return "auto" if current is None or not current.enabled else current.backend

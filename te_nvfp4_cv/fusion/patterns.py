@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from te_nvfp4_cv.context import state
+from te_nvfp4_cv.context.function_mode import mode_is_on
+from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
 from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
-from te_nvfp4_cv.handover import mode_is_on
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.layer.deferred import deferring
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES

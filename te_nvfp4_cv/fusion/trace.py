@@ -32,7 +32,7 @@ import numpy
 import torch
 from torch import fx, nn
 
-from te_nvfp4_cv import context
+from te_nvfp4_cv.context import state
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 TRACING = ("torch", "te_nvfp4_cv", "inspect", "typing", "abc")  # whose questions about a stand-in are not the model's
@@ -145,7 +145,7 @@ def _modes() -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
         torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
-        id(context.state()),
+        id(state.state()),
     )
 
 
@@ -154,8 +154,8 @@ def _telling_modes() -> Iterator[None]:
     """Grad mode and autocast are on, with a dtype that no model asks for: a forward that sets them is noticed."""
     devices = ("cpu", "cuda")
     before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
-    outer = context.local.states
-    context.local.states = [context.State(False, NVFP4BlockScaling(), "auto", True)]
+    outer = state.local.states
+    state.local.states = [state.State(False, NVFP4BlockScaling(), "auto", True)]
     try:
         with torch.enable_grad(), torch.inference_mode(False):
             for d in devices:
@@ -163,7 +163,7 @@ def _telling_modes() -> Iterator[None]:
                 torch.set_autocast_enabled(d, True)
             yield
     finally:
-        context.local.states = outer
+        state.local.states = outer
         for d, enabled, dtype in before:
             torch.set_autocast_dtype(d, dtype)
             torch.set_autocast_enabled(d, enabled)

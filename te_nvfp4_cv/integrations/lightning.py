@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from te_nvfp4_cv.autocast import nvfp4_autocast
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.nn.precision import extra_state, matches, set_precision
 from te_nvfp4_cv.recipe.block_scaling import as_recipe

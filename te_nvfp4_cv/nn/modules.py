@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv import context, functional
+from te_nvfp4_cv import functional
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.context import state
 from te_nvfp4_cv.errors import check_module
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.nn.precision import entries_of, matches, plain_name, set_precision
@@ -43,13 +44,13 @@ class NVFP4Module(nn.Module):
 
     def chosen(self) -> tuple[NVFP4BlockScaling | None, str]:
         """(recipe or None for high precision, backend) for a call now."""
-        current = context.state()
+        current = state.state()
         if current is None or current.passive:
             return self.recipe or NVFP4BlockScaling(), self.backend
         if not current.enabled:
             return None, current.backend
-        if context.has_override() or self.recipe is None:
-            recipe = context.active_recipe()
+        if state.has_override() or self.recipe is None:
+            recipe = state.active_recipe()
             return (recipe if recipe is not None and recipe.nvfp4_gemms else None), current.backend
         return self.recipe, current.backend
 
@@ -114,7 +115,7 @@ class _Conv(NVFP4Module):
             0,
             recipe=recipe,
             backend=backend,
-            group=context.reduction_group(),
+            group=state.reduction_group(),
         )
 
 
@@ -175,7 +176,7 @@ class _ConvTranspose(NVFP4Module):
             more,
             recipe=recipe,
             backend=backend,
-            group=context.reduction_group(),
+            group=state.reduction_group(),
         )
 
 
@@ -250,7 +251,7 @@ class NVFP4Linear(NVFP4Module, nn.Linear):
             0,
             recipe=recipe,
             backend=backend,
-            group=context.reduction_group(),
+            group=state.reduction_group(),
         )
 
 

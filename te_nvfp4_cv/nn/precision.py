@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from te_nvfp4_cv.context import mark_applied, pop_override, push_override
+from te_nvfp4_cv.context.state import mark_applied, pop_override, push_override
 from te_nvfp4_cv.errors import check_module, runtime_error, type_error, value_error
 from te_nvfp4_cv.layer import delayed_scaling, forward_backward, operands
 from te_nvfp4_cv.layer.plan import Plan

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from te_nvfp4_cv import autocast
+from te_nvfp4_cv.context import context_manager
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.layer import delayed_scaling, execute
 from te_nvfp4_cv.ops.geometry import BLOCK
@@ -160,7 +160,7 @@ def project(
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), delayed_scaling.reading_only(), autocast.nvfp4_autocast(resolved), execute.observe(observer):
+        with torch.no_grad(), delayed_scaling.reading_only(), context_manager.nvfp4_autocast(resolved), execute.observe(observer):
             model(*inputs)
     finally:
         for module, flag in training:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from te_nvfp4_cv import autocast, context
+from te_nvfp4_cv.context import context_manager, state
 from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.layer import delayed_scaling, execute
 from te_nvfp4_cv.layer.plan import row_scaling_applies
@@ -54,7 +54,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
     """
     check_module("coverage", model, "coverage(model, *inputs)")
     check_trainable("coverage", model)
-    current = context.state()
+    current = state.state()
     if recipe is None and current is not None and current.enabled:
         resolved = current.recipe
     else:
@@ -71,7 +71,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
         stack.enter_context(execute.observe(watch.called))
         stack.enter_context(delayed_scaling.reading_only())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor))
-        stack.enter_context(autocast.nvfp4_autocast(resolved, backend=backend))
+        stack.enter_context(context_manager.nvfp4_autocast(resolved, backend=backend))
         stack.enter_context(_Unseen(watch))
         output = model(*inputs, **kwargs)
     report = watch.report(resolved, (inputs, kwargs))

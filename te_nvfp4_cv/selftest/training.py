@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.autocast import nvfp4_autocast
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.ops.norm import operators
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling

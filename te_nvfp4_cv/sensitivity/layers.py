@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import context
+from te_nvfp4_cv.context import state
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.nn.precision import plain_name
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -60,8 +60,8 @@ def ruled(entries: Entries) -> Iterator[None]:
 def _hooks(owner: object, recipe: NVFP4BlockScaling | None) -> tuple[Callable[..., None], Callable[..., None]]:
     """`owner` stands for the module: set_precision's entry of the same module is popped apart from this one."""
     return (
-        lambda module, args: context.push_override(recipe, owner),
-        lambda module, args, output: context.pop_override(owner),
+        lambda module, args: state.push_override(recipe, owner),
+        lambda module, args, output: state.pop_override(owner),
     )
 
 
@@ -71,11 +71,11 @@ def high_outside() -> Iterator[None]:
     function, runs in high precision.
     """
     owner = object()
-    context.push_override(None, owner)
+    state.push_override(None, owner)
     try:
         yield
     finally:
-        context.pop_override(owner)
+        state.pop_override(owner)
 
 
 def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]:

@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.autocast import nvfp4_autocast
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.layer import delayed_scaling
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling

@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import nn
 
-from te_nvfp4_cv import context
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.context import state
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
@@ -84,7 +84,7 @@ def scan(
 
 
 def _resolved(recipe: Any) -> NVFP4BlockScaling:
-    current = context.state()
+    current = state.state()
     if recipe is None and current is not None and current.enabled:
         recipe = current.recipe
     resolved = dataclasses.replace(as_recipe(recipe), precision=())

@@ -36,8 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import context
-from te_nvfp4_cv.autocast import heard
+from te_nvfp4_cv.context import state
+from te_nvfp4_cv.context.context_manager import heard
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error, warn_once
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.nn.modules import op_of
@@ -153,7 +153,7 @@ class Telemetry:
                     "weight gradients are",
                 )
             stack.enter_context(execute.observe(sample.called))
-            if context.state() is None and not sample.compiled:  # a graph would be compiled again for it
+            if state.state() is None and not sample.compiled:  # a graph would be compiled again for it
                 stack.enter_context(heard())  # so that calls in high precision are heard, too
             yield
         self._write(step, sample.record(grad_scale))

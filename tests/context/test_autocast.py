@@ -12,10 +12,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import context as nv_context
-from te_nvfp4_cv import errors, handover
+from te_nvfp4_cv import errors
 from te_nvfp4_cv import functional as NF
-from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
+from te_nvfp4_cv.context import function_mode
+from te_nvfp4_cv.context import state as nv_context
+from te_nvfp4_cv.context.context_manager import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import load_recipe
 from tests.helpers import relative_error, same_bits, values
@@ -176,7 +177,7 @@ def test_one_context_object_is_reusable_reentrant_and_survives_exceptions():
     with pytest.raises(KeyError), context:
         with context:
             raise KeyError
-    assert nv_context.state() is None and not handover.mode_is_on()
+    assert nv_context.state() is None and not function_mode.mode_is_on()
     with context:
         fourth = module(x)
     assert all(same_bits(first.detach(), y.detach()) for y in (second, third, fourth))
@@ -240,7 +241,7 @@ def test_a_context_entered_in_a_backward_hook_acts():
 
         y.register_hook(hook)
         y.sum().backward()
-        assert active_recipe() is NO_SR and handover.mode_is_on()
+        assert active_recipe() is NO_SR and function_mode.mode_is_on()
     assert [call.recipe for call in told] == [NO_RHT]
 
 

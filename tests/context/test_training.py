@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from te_nvfp4_cv import context as nv_context
-from te_nvfp4_cv import handover
-from te_nvfp4_cv.autocast import nvfp4_autocast
+from te_nvfp4_cv.context import function_mode
+from te_nvfp4_cv.context import state as nv_context
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from tests.helpers import relative_error, same_bits, values
 from tests.networks import NO_2D, NO_RHT, NO_SR, Net, Override, all_same, gradients, net_and_input, step
 
@@ -183,7 +183,7 @@ def test_a_plain_checkpoint_stays_plain_when_backward_runs_in_a_context(use_reen
     with nvfp4_autocast():
         loss.backward()
     assert all_same(expected[1:], gradients(net))
-    assert nv_context.state() is None and not handover.mode_is_on()
+    assert nv_context.state() is None and not function_mode.mode_is_on()
 
 
 def test_checkpoint_inside_a_disabled_context_recomputes_in_high_precision():

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv import functional as NF
-from te_nvfp4_cv.autocast import nvfp4_autocast
 from te_nvfp4_cv.backend.dispatch import bf16_is_native
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import relative_error, same_bits, values
 from tests.layers import BACKENDS, LAYERS, NO_SR, step, tensors

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv import functional as NF
-from te_nvfp4_cv.autocast import nvfp4_autocast
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.quantize.matrix import quantize
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling

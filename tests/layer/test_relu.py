@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.autocast import nvfp4_autocast
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.ops.relu import apply_mask, positive_mask
 from tests.helpers import same_bits, values
 from tests.networks import Override, all_same, net_and_input, step

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import context as nv_context
+from te_nvfp4_cv.context import state as nv_context
 from te_nvfp4_cv.layer import execute, forward_backward, operands
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import context as nv_context
-from te_nvfp4_cv import handover
+from te_nvfp4_cv.context import function_mode
+from te_nvfp4_cv.context import state as nv_context
 from te_nvfp4_cv.export.modules import become, quantize_layer
 
 F = nn.functional
@@ -132,7 +132,7 @@ def test_nothing_is_changed(image, training):
     with nv.nvfp4_autocast(nv.NVFP4BlockScaling(disable_rht=True)):
         nv.coverage(model, image)
         assert nv.active_recipe().disable_rht
-    assert nv_context.state() is None and not handover.mode_is_on()
+    assert nv_context.state() is None and not function_mode.mode_is_on()
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert (numpy.random.get_state()[1] == before[2]).all() and nv.extra_state(model) == before[3]
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

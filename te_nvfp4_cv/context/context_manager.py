@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.context import Override, State, active_recipe, drop_stale, local, state, warn_unapplied
+from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
+from te_nvfp4_cv.context.state import Override, State, active_recipe, drop_stale, local, state, warn_unapplied
 from te_nvfp4_cv.errors import runtime_error, type_error
-from te_nvfp4_cv.handover import Mode, mode_is_on
 from te_nvfp4_cv.layer import execute
 from te_nvfp4_cv.layer.delayed_scaling import first_pass
 from te_nvfp4_cv.recipe.block_scaling import as_recipe

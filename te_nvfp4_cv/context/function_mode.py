@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from te_nvfp4_cv.context import active_recipe, local, state
+from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import deferred, execute
 from te_nvfp4_cv.layer.autograd import MaskedReLU
