@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.ops.quantize.matrix import quantize
+from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
 NUMERIC_KEYS = {"rht", "four_over_six", "e4m3_max", "row_scaled"}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.context import state as nv_context
-from te_nvfp4_cv.layer import execute
+from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 
@@ -76,10 +76,10 @@ def step(
     return [loss.detach(), *gradients(net)]
 
 
-def seen(run: Callable[[], Any]) -> list[execute.Call]:
+def seen(run: Callable[[], Any]) -> list[observe.Call]:
     """The calls that an observer is told of while `run` runs."""
-    told: list[execute.Call] = []
-    with execute.observe(told.append):
+    told: list[observe.Call] = []
+    with observe.observe(told.append):
         run()
     return told
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.layer import execute
+from te_nvfp4_cv.layer import observe
 from tests.helpers import values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,16 +63,16 @@ def test_coverage_does_not_count_the_layers_of_another_threads_model():
 
 
 def test_an_observer_hears_its_own_thread_and_no_other():
-    here: list[execute.Call] = []
-    there: list[execute.Call] = []
+    here: list[observe.Call] = []
+    there: list[observe.Call] = []
     model, other = nn.Linear(16, 16), nn.Linear(32, 48)
 
     def watched() -> None:
-        assert not execute.observed()
-        with execute.observe(there.append):
+        assert not observe.observed()
+        with observe.observe(there.append):
             train_a_step(other, values((16, 32)))
 
-    with execute.observe(here.append):
+    with observe.observe(here.append):
         in_a_thread(watched)
         in_a_thread(lambda: train_a_step(other, values((16, 32))))
         train_a_step(model, values((16, 16)))
@@ -92,8 +92,8 @@ def repeated(device: str, reentrant: bool) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_repeated_forward_pass_is_told(device, reentrant):
-    told: list[execute.Call] = []
-    with execute.observe(told.append):
+    told: list[observe.Call] = []
+    with observe.observe(told.append):
         model, loss = repeated(device, reentrant)
         assert len(told) == 1
         loss.backward()
@@ -104,15 +104,15 @@ def test_a_repeated_forward_pass_is_told(device, reentrant):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_forward_pass_repeated_in_another_thread_is_told_to_those_who_watch_the_first(reentrant):
     """As on CUDA, where autograd runs the backward pass in a thread of its own."""
-    told: list[execute.Call] = []
-    elsewhere: list[execute.Call] = []
+    told: list[observe.Call] = []
+    elsewhere: list[observe.Call] = []
 
     def backward(loss: Tensor) -> None:
-        with execute.observe(elsewhere.append):
+        with observe.observe(elsewhere.append):
             loss.backward()
             train_a_step(nn.Linear(16, 16), values((16, 16)))  # afterwards this thread is told of its own calls again
 
-    with execute.observe(told.append):
+    with observe.observe(told.append):
         _, loss = repeated("cpu", reentrant)
         in_a_thread(lambda: backward(loss))
     assert (len(told), len(elsewhere)) == (2, 1)
@@ -122,11 +122,11 @@ def test_a_forward_pass_repeated_in_another_thread_is_told_to_those_who_watch_th
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_who_watches_when_the_forward_pass_is_repeated_is_told(device, reentrant):
     """An observer that has left hears nothing more; one that came for the backward pass hears that."""
-    forward: list[execute.Call] = []
-    backward: list[execute.Call] = []
-    with execute.observe(forward.append):
+    forward: list[observe.Call] = []
+    backward: list[observe.Call] = []
+    with observe.observe(forward.append):
         _, loss = repeated(device, reentrant)
-    with execute.observe(backward.append):
+    with observe.observe(backward.append):
         loss.backward()
     assert (len(forward), len(backward)) == (1, 1)
 

@@ -38,7 +38,7 @@ def version(package: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def source_digest() -> str:
-    """12 hex digits of the sources in te_nvfp4_cv/backend and te_nvfp4_cv/ops: a changed kernel is another kernel in the same version."""
+    """Return 12 hex digits of the sources in backend/ and ops/: a changed kernel is another kernel in one version."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("backend", "ops") for path in (_PACKAGE / folder).rglob("*")):
         if path.suffix in (".py", ".cpp", ".h"):

@@ -65,7 +65,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     from te_nvfp4_cv.export import load, save
-    from te_nvfp4_cv.export.onnx import convert
+    from te_nvfp4_cv.export import to_onnx
 
     onnx = options.out.suffix == ".onnx"
     given = options.checkpoint if options.checkpoint is not None else options.recipe
@@ -81,7 +81,7 @@ def _export(options: argparse.Namespace) -> int:
     out = new_file(options.out, suffix, options.force, options.checkpoint, options.packed)
     if onnx:
         model = load(options.packed, model_of(options, False), activations=options.activations)
-        made = convert(model, example(options, 2), out, form=options.form)
+        made = to_onnx(model, example(options, 2), out, form=options.form)
         show({**vars(made), "files": [str(file) for file in made.files]}, str(made), options.json)
         return 0
     saved = save(model_of(options), out, recipe_of(options))

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
-from te_nvfp4_cv.layer import deferred, execute
-from te_nvfp4_cv.layer.autograd import MaskedReLU
+from te_nvfp4_cv.layer import deferred, eligible, execute, observe
+from te_nvfp4_cv.layer.relu import MaskedReLU
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 _CONVOLUTIONS = {getattr(F, f"conv{t}{n}d"): f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
@@ -33,6 +33,8 @@ _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
 class Mode(TorchFunctionMode):
     """Sees torch calls of its thread; inside its handler it is off, so what the handler calls is plain torch."""
+
+    hands_values_on = True  # it never reads a tensor's values: see layer/deferred.py
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,8 +78,8 @@ def _convolution(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str
     recipe, reason = _decide(op, call, call["groups"])
     if reason or recipe is None:
         deferred.settle(call.get("input"))
-        told = execute.Call(op, call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
-        return execute.reported(told, _plain(function), *args, **kwargs)
+        told = observe.Call(op, call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
+        return observe.reported(told, _plain(function), *args, **kwargs)
     current = local.states[-1]
     return execute.execute(
         op,
@@ -100,8 +102,8 @@ def _linear(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     recipe, reason = _decide("linear", call, 1)
     if reason or recipe is None:
         deferred.settle(call.get("input"))
-        told = execute.Call("linear", call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
-        return execute.reported(told, _plain(function), *args, **kwargs)
+        told = observe.Call("linear", call.get("weight"), call.get("input"), None, None, reason)  # type: ignore[arg-type]
+        return observe.reported(told, _plain(function), *args, **kwargs)
     current = local.states[-1]
     return execute.execute(
         "linear", call["input"], call["weight"], call["bias"], 1, 0, 1, 1, 0, recipe, current.backend, current.group
@@ -130,7 +132,7 @@ def _decide(op: str, call: dict[str, Any], groups: Any) -> tuple[NVFP4BlockScali
         return None, "inside a torch.func transform or forward-mode differentiation"
     if x.device.type not in ("cpu", "cuda") and current.backend != "reference":
         return None, f"no fast backend for {x.device.type}"
-    reason = execute.ineligible(op, x, w, groups, recipe)
+    reason = eligible.ineligible(op, x, w, groups, recipe)
     if reason is None and not torch.is_autocast_enabled(x.device.type) and x.dtype != w.dtype:
         reason = "input and weight differ in dtype"  # torch's own error follows
     if reason is None:

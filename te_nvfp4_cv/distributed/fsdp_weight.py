@@ -79,6 +79,11 @@ class ShardedWeight(torch.Tensor):
         return ShardedWeight(inner["_plain"], form)
 
     @property
+    def state_owner(self) -> Tensor:
+        """The tensor that stands for the whole weight where state is kept by identity."""
+        return self.form.owner
+
+    @property
     def plain(self) -> Tensor:
         """The plain tensor; it shares this one's memory."""
         return self._plain
@@ -156,6 +161,11 @@ class GatheredWeight(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
         self._codes, self._scales, self._amax, self.form = codes, scales, amax, form
         return self
+
+    @property
+    def state_owner(self) -> Tensor:
+        """The tensor that stands for the whole weight where state is kept by identity."""
+        return self.form.owner
 
     def refill(self, codes: Tensor, scales: Tensor, amax: Tensor) -> None:
         """Take the codes of another gather; FSDP2 has written them where this weight's codes lie."""

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from te_nvfp4_cv.distributed.collectives import PendingParts, gather_parts
 from te_nvfp4_cv.formats import round_up
-from te_nvfp4_cv.layer import gemms
+from te_nvfp4_cv.layer import gemms, saved
 from te_nvfp4_cv.layer import operands as faces
 from te_nvfp4_cv.layer.autograd import _NoSecondOrder
 from te_nvfp4_cv.layer.delayed_scaling import CallScales
-from te_nvfp4_cv.layer.forward_backward import Like
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.saved import Like
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry, Fold
 from te_nvfp4_cv.ops.quantize import amax as amaxes
@@ -259,7 +259,7 @@ class TensorParallelConv(torch.autograd.Function):
             x_like = x_last if rows is None else x_last.new_empty(()).expand(g.x_shape)  # fprop reads its shape
             y = gemms.fprop(x_like, x_face, w, w_q, bias if link.column or link.rank == 0 else None, plan)
             y = y if link.column else sum_parts(y, link)
-            kept = {**faces.kept_of_x(x, x_q, plan, need_dw), **faces.kept_of_w(w, w_q, plan, need_dx)}
+            kept = {**saved.kept_of_x(x, x_q, plan, need_dw), **saved.kept_of_w(w, w_q, plan, need_dx)}
             ctx.kept_names = tuple(kept)
             ctx.save_for_backward(*kept.values())
             ctx.plan, ctx.link, ctx.scales, ctx.like = plan, link, scales, Like.of(x, w, bias)

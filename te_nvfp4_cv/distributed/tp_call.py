@@ -30,7 +30,8 @@ from te_nvfp4_cv.distributed.tp_autograd import (
     part_plan,
 )
 from te_nvfp4_cv.errors import describe, value_error, warn_once
-from te_nvfp4_cv.layer import delayed_scaling, execute
+from te_nvfp4_cv.layer import delayed_scaling, eligible, observe
+from te_nvfp4_cv.layer import geometry as geometry_
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.ops.layouts import is_channels_last
@@ -69,8 +70,8 @@ def run(module: Any, x: Tensor, output_size: Any) -> Tensor:
     call = _Call(module, sharing, layout, channels, output_size)
     if recipe is not None:
         return call.quantized(x, recipe, backend)
-    told = execute.Call(module.op, module.weight, x, None, None, reason)
-    return execute.reported(told, call.high_precision, x) if state.state() is not None else call.high_precision(x)
+    told = observe.Call(module.op, module.weight, x, None, None, reason)
+    return observe.reported(told, call.high_precision, x) if state.state() is not None else call.high_precision(x)
 
 
 def _as_it_lies(x: Tensor, sharing: Sharing, channels: int) -> tuple[Tensor, int | None]:
@@ -109,12 +110,12 @@ def _decide(module: Any, x: Tensor, layout: int | None, channels: int) -> tuple[
         recipe, backend = module.chosen()
         if recipe is None:
             return None, backend, "set_precision: high precision"
-        reason = execute.ineligible(module.op, x_like, w, 1, recipe)
+        reason = eligible.ineligible(module.op, x_like, w, 1, recipe)
         if reason is not None:
             raise value_error(
                 f"nvfp4 {module.op}: x and y of a rank cannot run in NVFP4: {reason}.",
                 got=f"x {describe(x_like)}, weight {describe(w)} on each of {sharing.ranks} ranks",
-                needs=f"bf16, fp16 or fp32; at least {execute.MINIMUM} channels on both sides on every rank",
+                needs=f"bf16, fp16 or fp32; at least {eligible.MINIMUM} channels on both sides on every rank",
                 fix="use fewer ranks, or a plain module: nvfp4_autocast leaves it in high precision",
             )
         return recipe, backend, ""
@@ -233,7 +234,7 @@ class _Call:
         m = self.module
         if m.padding_mode != "zeros":
             return F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
-        return execute._named_padding(self.op, x, w, m.stride, m.padding, m.dilation)
+        return geometry_._named_padding(self.op, x, w, m.stride, m.padding, m.dilation)
 
     def _plan(
         self,
@@ -247,10 +248,10 @@ class _Call:
         autocast: bool,
     ) -> Plan:
         m = self.module
-        execute._check_shapes(self.op, whole, w, bias, self.rank, 1)
+        geometry_._check_shapes(self.op, whole, w, bias, self.rank, 1)
         stride, dilation = (m.stride, m.dilation) if self.rank else (1, 1)
         extra = self._output_padding(whole)
-        geometry = execute._geometry(self.op, whole, w, stride, padding, dilation, 1, extra)
+        geometry = geometry_._geometry(self.op, whole, w, stride, padding, dilation, 1, extra)
         dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
         return Plan(geometry, recipe, backend, dtype, is_channels_last(x) or is_channels_last(w))
 
@@ -302,16 +303,17 @@ class _Call:
         group = state.reduction_group() if state.state() is not None else None
         delayed_scaling.refuse(plan, link.group)
         scales = self._scales(x, bias, plan, link, group)
-        told = execute.Call(self.op, self.module.weight, x, plan.geometry, plan.recipe, "")
+        told = observe.Call(self.op, self.module.weight, x, plan.geometry, plan.recipe, "")
         if not torch.is_grad_enabled():
             x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
         run: Callable[..., Tensor] = TensorParallelConv.apply
-        return execute.reported(told, run, x, w, bias, plan, link, scales)
+        return observe.reported(told, run, x, w, bias, plan, link, scales)
 
     def _scales(self, x: Tensor, bias: Tensor | None, plan: Plan, link: Link, group: Any) -> SharedScales:
         part = part_plan(plan, link)
         if not plan.delayed:
-            inner = delayed_scaling.of_call(x, self.module.weight, bias, part, group) or delayed_scaling.CallScales(part, None, True)
+            inner = delayed_scaling.of_call(x, self.module.weight, bias, part, group)
+            inner = inner or delayed_scaling.CallScales(part, None, True)
             return SharedScales(inner, link, group is not None)
         if group is not None:
             raise value_error(

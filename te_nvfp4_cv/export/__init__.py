@@ -4,7 +4,7 @@
     nv.export.load(path, model)              an NVFP4 inference model, bit-equal to the one that was saved
     nv.export.quantize(model, loader)        one from a network that was trained in high precision
     nv.export.to_onnx(model, example, path)  such a model as an ONNX file
-    python -m te_nvfp4_cv.export.verify.__main__ FILE what each layer of an artefact really is
+    python -m te_nvfp4_cv.export.verify FILE what each layer of an artefact really is
 
 Needs the extra [export]: pip install 'te_nvfp4_cv[export]'.
 """

@@ -14,7 +14,7 @@ from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, per_axis
 from te_nvfp4_cv.export.ptq.folding import NORMS
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
-from te_nvfp4_cv.nn.precision import plain_name
+from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")

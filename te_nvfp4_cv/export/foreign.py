@@ -24,7 +24,7 @@ from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
 from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
 from te_nvfp4_cv.nn.modules import NVFP4Linear
-from te_nvfp4_cv.nn.precision import plain_name
+from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 LARGEST = E2M1_MAX * E4M3_MAX

@@ -23,7 +23,7 @@ from te_nvfp4_cv.context.function_mode import mode_is_on
 from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
 from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
-from te_nvfp4_cv.layer import execute
+from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.deferred import deferring
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 
@@ -116,7 +116,7 @@ def _hands_over(layer: nn.Module) -> bool:
         current is not None
         and current.enabled
         and mode_is_on()
-        and not execute.observed()
+        and not observe.observed()
         and (type(layer) in NVFP4_CLASSES or type(layer) in NVFP4_CLASSES.values())
         and getattr(layer, "padding_mode", "zeros") == "zeros"
         and not _hooks(layer)

@@ -28,7 +28,8 @@ from torch import nn
 
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import runtime_error, value_error
-from te_nvfp4_cv.nn.precision import extra_state, matches, set_precision
+from te_nvfp4_cv.nn.precision import matches, set_precision
+from te_nvfp4_cv.nn.resume import extra_state
 from te_nvfp4_cv.recipe.block_scaling import as_recipe
 from te_nvfp4_cv.recipe.files import load_recipe
 

@@ -44,9 +44,9 @@ from torch import Tensor
 
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.ops.gemm.operator import LAYOUTS as FACES_OF_LAYOUT
-from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.tensor.gemm import LAYOUTS as FACES_OF_LAYOUT
+from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 

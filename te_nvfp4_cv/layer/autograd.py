@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.layer import forward_backward
+from te_nvfp4_cv.layer import forward_backward, saved
 from te_nvfp4_cv.layer.deferred import Producer
 from te_nvfp4_cv.layer.delayed_scaling import CallScales
 from te_nvfp4_cv.layer.plan import Plan, Watch
-from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, positive_mask
 
 
 class QuantizedConv(torch.autograd.Function):
@@ -43,7 +42,7 @@ class QuantizedConv(torch.autograd.Function):
         ctx.kept_names = tuple(kept)
         ctx.save_for_backward(*kept.values())
         ctx.watch = watch
-        ctx.plan, ctx.scales, ctx.like = plan, scales, forward_backward.Like.of(x, w, bias)
+        ctx.plan, ctx.scales, ctx.like = plan, scales, saved.Like.of(x, w, bias)
         return y
 
     @staticmethod
@@ -51,7 +50,9 @@ class QuantizedConv(torch.autograd.Function):
         kept = dict(zip(ctx.kept_names, ctx.saved_tensors, strict=True))
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
         grads: tuple[Tensor | None, ...]
-        grads = forward_backward.backward(dy, kept, ctx.plan, ctx.like, need_dx, need_dw, need_db, ctx.scales, ctx.watch)
+        grads = forward_backward.backward(
+            dy, kept, ctx.plan, ctx.like, need_dx, need_dw, need_db, ctx.scales, ctx.watch
+        )
         # create_graph=True: dx depends on w, dw on x, all on dy, and must not look like constants
         if torch.is_grad_enabled():
             leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
@@ -80,43 +81,5 @@ class _NoSecondOrder(torch.autograd.Function):
 # ---- ReLU -----------------------------------------------------------------------------------------------------------
 
 
-class MaskedReLU(torch.autograd.Function):
-    """ReLU that keeps 1 bit per element for backward; forward and backward equal torch's, bit for bit. x must be
-    dense.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        if inplace:
-            torch.relu_(x)
-            ctx.mark_dirty(x)
-            y, mask = x, positive_mask(x)
-        else:
-            y, mask = masked_relu(x)
-        ctx.save_for_backward(mask)
-        ctx.strides = y.stride()
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (mask,) = ctx.saved_tensors
-        if dy.stride() != ctx.strides:
-            dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
-        return _MaskedGrad.apply(dy, mask), None
 
 
-class _MaskedGrad(torch.autograd.Function):
-    """dy times the mask; linear in dy, so that ReLU keeps its second derivative (which is zero in x)."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.strides = dy.stride()
-        return apply_mask(dy, mask)
-
-    @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (mask,) = ctx.saved_tensors
-        if ddx.stride() != ctx.strides:
-            ddx = torch.empty_strided(ddx.shape, ctx.strides, dtype=ddx.dtype, device=ddx.device).copy_(ddx)
-        return _MaskedGrad.apply(ddx, mask), None

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.layer import delayed_scaling
+from te_nvfp4_cv.layer import delayed_scaling, saved, weight_codes
 from te_nvfp4_cv.layer import forward_backward as layers
-from te_nvfp4_cv.layer.forward_backward import Like
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.saved import Like
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
@@ -38,7 +38,7 @@ def _padded(parts: list[Tensor], like: Tensor) -> list[Tensor]:
 
 def _kept_names(plan: Plan, need_dx: bool, need_dw: bool) -> tuple[list[str], list[str]]:
     """Names of what backward needs of x and of w; "x" and "w" are the operands themselves."""
-    return layers.names_of_x(plan, need_dw), layers.names_of_w(plan, need_dx)
+    return saved.names_of_x(plan, need_dw), saved.names_of_w(plan, need_dx)
 
 
 @without_autocast
@@ -68,7 +68,7 @@ def layer(
         (y, three tensors of x, three of w), empty where there is nothing to keep, and for an operand kept as it is.
     """
     plan = _plan(shape, recipe, backend, dtype, channels_last)
-    codes, scales = layers.codes_of(w, plan), _scales(plan, group, need_dx or need_dw)
+    codes, scales = weight_codes.codes_of(w, plan), _scales(plan, group, need_dx or need_dw)
     y, kept = layers.forward(x, w, bias, plan, need_dx, need_dw, codes, scales)
     return y, *_outputs(kept, plan, need_dx, need_dw, x)  # type: ignore[return-value]
 
@@ -90,7 +90,7 @@ def _scales(plan: Plan, group: str, training: bool) -> delayed_scaling.CallScale
 def _(x, w, bias, shape, recipe, backend, dtype, channels_last, need_dx, need_dw, group):  # type: ignore[no-untyped-def]
     plan = _plan(shape, recipe, backend, dtype, channels_last)
     _, x_q, w_q = layers.quantize(x, w, plan, need_dx, need_dw)
-    kept = layers.keep(x, x_q, w, w_q, plan, need_dx, need_dw)
+    kept = saved.keep(x, x_q, w, w_q, plan, need_dx, need_dw)
     y = layouts.like_image_first(x, plan.geometry.y_shape, x.shape, channels_last)
     return y, *_outputs(kept, plan, need_dx, need_dw, x)
 

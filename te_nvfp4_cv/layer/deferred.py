@@ -66,8 +66,10 @@ def wanted(z: Tensor, residual: Tensor | None, backend: str) -> bool:
 def _watched() -> bool:
     """Whether a mode of somebody else sees each operation, and may read what is not written."""
     modes = torch.overrides._get_current_function_mode_stack()
-    harmless = ("te_nvfp4_cv.context.function_mode", "torch.utils._device")
-    return bool(torch._C._len_torch_dispatch_stack()) or any(type(mode).__module__ not in harmless for mode in modes)
+    # The context's own mode says so itself, by an attribute: a comparison of module names would fail without an error
+    # when a file is renamed. torch.device's mode only changes where new tensors are made.
+    harmless = (getattr(m, "hands_values_on", False) or type(m).__module__ == "torch.utils._device" for m in modes)
+    return bool(torch._C._len_torch_dispatch_stack()) or not all(harmless)
 
 
 def channels_innermost(z: Tensor) -> bool:

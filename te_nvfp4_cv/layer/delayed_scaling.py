@@ -35,7 +35,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.distributed.fsdp_weight import Form
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
@@ -97,8 +96,8 @@ class DelayedScales:
 
 def owner(w: Tensor) -> Tensor:
     """The tensor that a parameter's state is kept for: itself, but for FSDP2's shards and what is gathered of them."""
-    form = getattr(getattr(w, "_local_tensor", w), "form", None)
-    return form.owner if isinstance(form, Form) else w
+    found: Tensor | None = getattr(getattr(w, "_local_tensor", w), "state_owner", None)
+    return w if found is None else found
 
 
 def _place(w: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:

@@ -10,66 +10,25 @@ wants a GEMM in high precision.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import gemms, operands
 from te_nvfp4_cv.layer.deferred import Producer
 from te_nvfp4_cv.layer.delayed_scaling import CallScales
 from te_nvfp4_cv.layer.plan import Plan, Watch
+from te_nvfp4_cv.layer.saved import Like, keep
 from te_nvfp4_cv.ops import layouts
-
-
-@dataclass(frozen=True)
-class Like:
-    """What dx, dw and db look like: shapes, dtypes, memory formats of x, w and bias."""
-
-    x_shape: tuple[int, ...]
-    x_dtype: torch.dtype
-    x_channels_last: bool
-    w_shape: tuple[int, ...]
-    w_dtype: torch.dtype
-    w_channels_last: bool
-    bias_dtype: torch.dtype | None
-
-    @classmethod
-    def of(cls, x: Tensor, w: Tensor, bias: Tensor | None) -> Like:
-        """Of the tensors of one call."""
-        return cls(
-            tuple(x.shape),
-            x.dtype,
-            layouts.is_channels_last(x),
-            tuple(w.shape),
-            w.dtype,
-            layouts.weight_is_channels_last(w),
-            None if bias is None else bias.dtype,
-        )
-
 
 # ---- weights quantized once, for gradient accumulation --------------------------------------------------------------
 
 
-class Frozen(Protocol):
-    """What nv.frozen_weights registers here for each Parameter."""
-
-    def codes(self, w: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        """The tuple of faces.quantize_weight with every face that the plan's GEMMs need."""
-        ...
 
 
-frozen: dict[int, Frozen] = {}  # id(Parameter) -> its entry, which holds the Parameter: ids stay unique
 
 
-def codes_of(w: Tensor, plan: Plan) -> tuple[Tensor, ...] | None:
-    """The codes with which `w` was gathered (FSDP2), or that an enclosing nv.frozen_weights holds for it, or None."""
-    if isinstance(w, GatheredWeight):
-        return w.codes_for(plan)
-    entry = frozen.get(id(w)) if frozen else None
-    return None if entry is None else entry.codes(w, plan)
 
 
 # ---- forward and backward -------------------------------------------------------------------------------------------
@@ -128,37 +87,10 @@ def quantize(
     return x_last, x_q, w_q
 
 
-def keep(
-    x: Tensor,
-    x_q: tuple[Tensor, ...],
-    w: Tensor,
-    w_q: tuple[Tensor, ...] | None,
-    plan: Plan,
-    need_dx: bool,
-    need_dw: bool,
-) -> dict[str, Tensor]:
-    """What backward needs, by the names of names_of_x and names_of_w."""
-    return {**operands.kept_of_x(x, x_q, plan, need_dw), **operands.kept_of_w(w, w_q, plan, need_dx)}
 
 
-def names_of_x(plan: Plan, need_dw: bool) -> list[str]:
-    """The names of what `keep` keeps of x, in its order."""
-    if not need_dw:
-        return []
-    if "wgrad" not in plan.gemms:
-        dequantized = plan.recipe.backward_override == "dequantized"
-        return ["x_row", "x_row_scale", "x_row_amax"] if dequantized else ["x"]
-    return ["x_col", "x_col_scale", "x_col_amax"]
 
 
-def names_of_w(plan: Plan, need_dx: bool) -> list[str]:
-    """The names of what `keep` keeps of w, in its order."""
-    if not need_dx:
-        return []
-    if "dgrad" not in plan.gemms and plan.recipe.backward_override != "dequantized":
-        return ["w"]
-    face = plan.weight_faces[1 if "dgrad" in plan.gemms else 0]
-    return [f"w_{face}", f"w_{face}_scale", "w_amax"]
 
 
 def backward(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.layer.operands import input_from_kept, weight_from_kept, weight_operand
+from te_nvfp4_cv.layer.operands import weight_operand
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.saved import input_from_kept, weight_from_kept
 from te_nvfp4_cv.ops.conv import operators
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry

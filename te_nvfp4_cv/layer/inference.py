@@ -19,7 +19,8 @@ from torch import Tensor
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.errors import runtime_error
-from te_nvfp4_cv.layer import execute, gemms, operands
+from te_nvfp4_cv.layer import gemms, operands
+from te_nvfp4_cv.layer import geometry as geometries
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
@@ -84,7 +85,9 @@ def run(
     """
     x, autocast = _autocast(x)
     weight = Shape(shape)
-    x, geometry, unbatched = execute.geometry_of(op, x, weight, bias, stride, padding, dilation, groups, output_padding)
+    x, geometry, unbatched = geometries.geometry_of(
+        op, x, weight, bias, stride, padding, dilation, groups, output_padding
+    )
     data, scale, amax = codes
     y = layer(
         x,
@@ -122,7 +125,7 @@ def plain(
         w: [axis 0, axis 1, *kernel] in real units; others as `run`.
     """
     x, autocast = _autocast(x)
-    x, geometry, unbatched = execute.geometry_of(op, x, w, bias, stride, padding, dilation, groups, output_padding)
+    x, geometry, unbatched = geometries.geometry_of(op, x, w, bias, stride, padding, dilation, groups, output_padding)
     emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast) if emulated else x.dtype
     y = gemms.plain_layer(x, w, bias, geometry, dtype, layouts.is_channels_last(x) or channels_last)

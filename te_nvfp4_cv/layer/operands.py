@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import formats
 from te_nvfp4_cv.layer.plan import Plan, Scales, Watch
 from te_nvfp4_cv.ops.quantize import operand as operands
 from te_nvfp4_cv.ops.quantize import rounding_seeds
@@ -140,45 +139,9 @@ def weight_operand(
 # ---- what backward keeps --------------------------------------------------------------------------------------------
 
 
-def kept_of_x(x: Tensor, x_q: tuple[Tensor, ...], plan: Plan, need_dw: bool) -> dict[str, Tensor]:
-    """Tensors by name: the packed columnwise face; or x itself, or its packed rowwise face, where the recipe wants
-    wgrad otherwise.
-    """
-    if not need_dw:
-        return {}
-    if "wgrad" not in plan.gemms:
-        if plan.recipe.backward_override == "dequantized":
-            return {"x_row": x_q[0], "x_row_scale": x_q[1], "x_row_amax": x_q[2]}
-        return {"x": x}
-    return {"x_col": x_q[3], "x_col_scale": x_q[4], "x_col_amax": x_q[5]}
 
 
-def kept_of_w(w: Tensor, w_q: tuple[Tensor, ...] | None, plan: Plan, need_dx: bool) -> dict[str, Tensor]:
-    """Tensors by name: the packed face that dgrad multiplies, or w itself."""
-    if not need_dx:
-        return {}
-    if "dgrad" not in plan.gemms and plan.recipe.backward_override != "dequantized":
-        return {"w": w}
-    assert w_q is not None
-    face = plan.weight_faces[1 if "dgrad" in plan.gemms else 0]
-    data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
-    return {f"w_{face}": data, f"w_{face}_scale": scale, "w_amax": w_q[4]}
 
 
-def input_from_kept(kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
-    """x in real units from its packed rowwise face, in TransformerEngine's order of operations."""
-    amax = kept["x_row_amax"]
-    values = formats.dequantize(
-        kept["x_row"],
-        kept["x_row_scale"].view(torch.float8_e4m3fn),
-        amax.flatten(),
-        plan.recipe.settings("input").e4m3_max,
-    )
-    channels = plan.geometry.x_shape[-1] // plan.geometry.groups
-    return values.to(dtype).unflatten(-1, (plan.geometry.groups, -1))[..., :channels].flatten(-2)
 
 
-def weight_from_kept(kept: dict[str, Tensor], plan: Plan) -> Tensor:
-    """real_weight of what kept_of_w keeps."""
-    names = ("w_row", "w_row_scale", "w_col", "w_col_scale", "w_amax")
-    return real_weight(tuple(kept.get(name) for name in names), plan)  # type: ignore[misc]

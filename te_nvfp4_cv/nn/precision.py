@@ -14,30 +14,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import hashlib
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from te_nvfp4_cv.context.state import mark_applied, pop_override, push_override
-from te_nvfp4_cv.errors import check_module, runtime_error, type_error, value_error
-from te_nvfp4_cv.layer import delayed_scaling, forward_backward, operands
-from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.quantize import rounding_seeds
+from te_nvfp4_cv.errors import check_module, type_error, value_error
+from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
-
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # DDP, compile, ...
-
-
-def plain_name(name: str) -> str:
-    """A module's name without the parts that wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
 
 # ---- set_precision --------------------------------------------------------------------------------------------------
 
@@ -174,173 +160,23 @@ def matches(
 
 # ---- frozen weights -------------------------------------------------------------------------------------------------
 
-_frozen_lock = threading.Lock()
 
 
-class _FrozenWeight:
-    """One Parameter inside frozen_weights: its codes, one set for each way in which the calls quantize it."""
-
-    def __init__(self, name: str, weight: Tensor) -> None:
-        self.name, self.weight, self.users = name, weight, 0
-        self.version = weight._version
-        self.digest: bytes | None = None
-        self.sets: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
-
-    def codes(self, w: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        """The weight's codes, made at the first use."""
-        self.check_version()
-        key = (
-            plan.geometry.groups,
-            plan.recipe.settings("weight"),
-            plan.weight_faces,
-            plan.compute_dtype,
-            plan.backend,
-        )
-        if key not in self.sets:
-            if self.digest is None:
-                self.digest = _digest(w)
-            self.sets[key] = operands.quantize_weight(w, plan, keep=True)
-        return self.sets[key]
-
-    def check_version(self) -> None:
-        """Raise if torch has counted a change."""
-        if self.weight._version != self.version:
-            raise _changed(self.name, "it was written to (an optimizer step, an in-place operation, load_state_dict)")
-
-    def check_contents(self) -> None:
-        """Raise if anything has changed, also through .data or a fused optimizer, which torch does not count."""
-        self.check_version()
-        if self.digest is not None and _digest(self.weight) != self.digest:
-            raise _changed(self.name, "its contents differ (written through .data, or by a fused optimizer)")
 
 
-def _digest(w: Tensor) -> bytes:
-    data = w.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-    return hashlib.blake2b(data.numpy().data, digest_size=16).digest()
 
 
-def _changed(name: str, how: str) -> RuntimeError:
-    return runtime_error(
-        f"nvfp4 frozen_weights: the weight {name!r} changed inside.",
-        got=how,
-        needs="weights that stay as they are: their codes were made at their first use",
-        fix="call optimizer.step() and load weights after the with block",
-    )
 
 
-@contextmanager
-def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Quantize each weight once, at its first use inside, and reuse the codes: for gradient accumulation.
-
-    The results are the same bits as without.
-
-    Args:
-        model: its Parameters with two or more axes are meant; a weight that is computed (parametrized, a slice) is
-            quantized at every use.
-    Raises:
-        RuntimeError: a weight changed inside: at its next use where torch counts the change, otherwise at the end.
-    """
-    check_module("frozen_weights", model, "frozen_weights(model)")
-    weights = {id(w): (name, w) for name, w in model.named_parameters() if w.dim() >= 2}
-    with _frozen_lock:
-        for key, (name, w) in weights.items():
-            entry = forward_backward.frozen.setdefault(key, _FrozenWeight(name, w))
-            entry.users += 1  # type: ignore[attr-defined]
-    try:
-        yield
-        present = {id(w) for w in model.parameters()}
-        for key, (name, _) in weights.items():
-            if key not in present:
-                raise _changed(name, "the module has another Parameter now")
-            forward_backward.frozen[key].check_contents()  # type: ignore[attr-defined]
-    finally:
-        with _frozen_lock:
-            for key in weights:
-                entry = forward_backward.frozen[key]
-                entry.users -= 1  # type: ignore[attr-defined]
-                if not entry.users:  # type: ignore[attr-defined]
-                    del forward_backward.frozen[key]
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
 
-_STATE_VERSIONS = (1, 2)  # 1 had no scales
 
 
-def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a bit-exact resume needs beyond the model's state_dict and torch's random state.
-
-    That is the place in the stream of stochastic rounding on a CPU (on a GPU, torch's random state holds it), and the
-    delayed tensor scales of each parameter, under its name without the parts that wrappers add.
-
-    Args:
-        load: a dict that this function gave before; that place is continued, and the scales are those. Restore torch's
-            random state first (torch.manual_seed or torch.set_rng_state).
-    Returns:
-        A dict that torch.load(weights_only=True) reads; with `load`, the state as it is then.
-    Raises:
-        ValueError: a dict of another kind or version, scales that do not fit the model; RuntimeError: torch is seeded
-            otherwise than it was then. Nothing is changed then.
-    """
-    check_module("extra_state", model, "extra_state(model, ...)")
-    if load is not None:
-        saved = _checked_state(load)
-        before = rounding_seeds.state()
-        rounding_seeds.set_state({"seed": saved["sr_seed"], "drawn": saved["sr_drawn"]})
-        try:
-            delayed_scaling.load(_named_weights(model), saved.get("scales", {}))
-        except ValueError:
-            rounding_seeds.set_state(before)
-            raise
-    now = rounding_seeds.state()
-    return {
-        "format": "te_nvfp4_cv",
-        "version": _STATE_VERSIONS[-1],
-        "sr_seed": now["seed"],
-        "sr_drawn": now["drawn"],
-        "scales": delayed_scaling.save(_named_weights(model)),
-    }
 
 
-def _checked_state(load: object) -> Mapping[str, Any]:
-    if (
-        not isinstance(load, Mapping)
-        or load.get("format") != "te_nvfp4_cv"
-        or any(type(load.get(key)) is not int for key in ("version", "sr_seed", "sr_drawn"))
-        or not isinstance(load.get("scales", {}), Mapping)
-    ):
-        raise value_error(
-            "extra_state: this is not what extra_state saved.",
-            got=f"{load!r:.120}",
-            needs='{"format": "te_nvfp4_cv", "version": int, "sr_seed": int, "sr_drawn": int, "scales": dict}',
-            fix="save nv.extra_state(model) in the checkpoint beside model.state_dict()",
-        )
-    if load["version"] not in _STATE_VERSIONS:
-        raise value_error(
-            "extra_state: another version of the library wrote this.",
-            got=f"version {load['version']}",
-            needs=f"one of the versions {_STATE_VERSIONS}",
-            fix="resume with the version of te_nvfp4_cv that wrote the checkpoint",
-        )
-    return load
 
 
-def _named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """By plain name, what the state of each parameter is kept for; a shared one once, under its first name."""
-    return {plain_name(name): delayed_scaling.owner(parameter) for name, parameter in model.named_parameters()}
 
 
-def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Blocks that delayed tensor scales have clipped so far, by layer: {"conv1": {"input": 0, "grad_output": 0}}.
-
-    A few at the start, or after a jump of the loss, are harmless; numbers that grow say that the amax of one step does
-    not foretell the next one's: use tensor_scale="current" for that layer. Layers without delayed scales are left out.
-    Reading waits for the GPU.
-    """
-    check_module("saturated_blocks", model, "saturated_blocks(model)")
-    out: dict[str, dict[str, int]] = {}
-    for name, parameter in _named_weights(model).items():
-        if delayed_scaling.has_state(parameter):
-            counts = dict(zip(delayed_scaling.ROLES, delayed_scaling.saturated(parameter), strict=True))
-            out["" if name == "weight" else name.removesuffix(".weight")] = counts
-    return out

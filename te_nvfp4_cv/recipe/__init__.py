@@ -1,4 +1,7 @@
-"""What is computed: the recipe and its files. The three names here are where files saved by version 0.1 look for them."""
+"""What is computed: the recipe and its files.
+
+Pickles made by version 0.1 look for these three names here.
+"""
 
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, QParams, RoleSettings
 

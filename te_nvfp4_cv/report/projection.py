@@ -21,7 +21,7 @@ from torch import nn
 
 from te_nvfp4_cv.context import context_manager
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
-from te_nvfp4_cv.layer import delayed_scaling, execute
+from te_nvfp4_cv.layer import delayed_scaling, observe
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.recipe.block_scaling import as_recipe
 
@@ -149,18 +149,19 @@ def project(
     names = {id(p): "" if name == "weight" else name.removesuffix(".weight") for name, p in model.named_parameters()}
     found: dict[str, list[Estimate]] = {}
 
-    def observer(call: execute.Call) -> execute.Seen:
+    def observer(call: observe.Call) -> observe.Seen:
         def finished(y: torch.Tensor) -> None:
             name = names.get(id(call.weight), "(no parameter)")
             sizes = _sizes(call, y, batch / _batch(inputs))
             found.setdefault(name, []).append(_estimate(name, call, sizes, GPUS[gpu], efficiency))
 
-        return execute.Seen(finished=finished)
+        return observe.Seen(finished=finished)
 
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), delayed_scaling.reading_only(), context_manager.nvfp4_autocast(resolved), execute.observe(observer):
+        context = context_manager.nvfp4_autocast(resolved)
+        with torch.no_grad(), delayed_scaling.reading_only(), context, observe.observe(observer):
             model(*inputs)
     finally:
         for module, flag in training:
@@ -187,7 +188,7 @@ class _Sizes:
     macs: float
 
 
-def _sizes(call: execute.Call, y: torch.Tensor, images: float) -> _Sizes:
+def _sizes(call: observe.Call, y: torch.Tensor, images: float) -> _Sizes:
     """Of one call; `images`: how many times as many images the step has."""
     x, w = call.x.numel() * images, float(call.weight.numel())
     per_pixel = w / call.weight.shape[0]  # weights that an output pixel, transposed an input one, meets per channel
@@ -195,7 +196,7 @@ def _sizes(call: execute.Call, y: torch.Tensor, images: float) -> _Sizes:
     return _Sizes(x, w, y.numel() * images, pixels * per_pixel)
 
 
-def _estimate(name: str, call: execute.Call, sizes: _Sizes, gpu: GPU, efficiency: float) -> Estimate:
+def _estimate(name: str, call: observe.Call, sizes: _Sizes, gpu: GPU, efficiency: float) -> Estimate:
     x, w, y = sizes.x, sizes.w, sizes.y
     flops, bandwidth, bf16 = 2 * sizes.macs, gpu.bandwidth * efficiency, gpu.bf16 * efficiency
 

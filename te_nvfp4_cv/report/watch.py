@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 from te_nvfp4_cv.context import context_manager, state
 from te_nvfp4_cv.errors import check_module, check_trainable
-from te_nvfp4_cv.layer import delayed_scaling, execute
+from te_nvfp4_cv.layer import delayed_scaling, observe
 from te_nvfp4_cv.layer.plan import row_scaling_applies
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
-from te_nvfp4_cv.nn.precision import plain_name
+from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
@@ -68,7 +68,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(watch.module_names())
-        stack.enter_context(execute.observe(watch.called))
+        stack.enter_context(observe.observe(watch.called))
         stack.enter_context(delayed_scaling.reading_only())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor))
         stack.enter_context(context_manager.nvfp4_autocast(resolved, backend=backend))
@@ -150,11 +150,11 @@ class _Watch:
         self.saved.append((weakref.ref(saved), self.current))
         return saved
 
-    def called(self, call: execute.Call) -> execute.Seen:
+    def called(self, call: observe.Call) -> observe.Seen:
         """A convolution or linear call starts; returns what to do with its result."""
-        return execute.Seen(self._counted(call))
+        return observe.Seen(self._counted(call))
 
-    def _counted(self, call: execute.Call) -> Callable[[Tensor], None]:
+    def _counted(self, call: observe.Call) -> Callable[[Tensor], None]:
         recipe, geometry = call.recipe, call.geometry
         name = self._name(call.weight)
         note = ""
@@ -177,7 +177,7 @@ class _Watch:
 
     def unseen(self, op: str, weight: Any, reason: str) -> Callable[[Tensor], None]:
         """A convolution that nvfp4_autocast does not hand over."""
-        call = execute.Call(op, weight, weight, None, None, reason)
+        call = observe.Call(op, weight, weight, None, None, reason)
         return self._counted(call)
 
     def _recurrent(self, module: nn.Module, args: Any) -> _Row:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.context import state
-from te_nvfp4_cv.layer import execute
-from te_nvfp4_cv.nn.precision import plain_name
+from te_nvfp4_cv.layer import observe
+from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 Entries = Mapping[nn.Module, NVFP4BlockScaling | None]
@@ -92,7 +92,7 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
         if module in running:
             del running[len(running) - 1 - running[::-1].index(module) :]
 
-    def called(call: execute.Call) -> execute.Seen:
+    def called(call: observe.Call) -> observe.Seen:
         module = running[-1] if running else None
 
         def finished(y: Tensor) -> None:
@@ -106,12 +106,12 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
             unit = units.setdefault(module, Unit(names.get(module, ""), module, call.op, kernel, call.recipe))
             unit.flops += flops
 
-        return execute.Seen(finished)
+        return observe.Seen(finished)
 
     with ExitStack() as stack:
         for module in names:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(execute.observe(called))
+        stack.enter_context(observe.observe(called))
         run()
     return list(units.values()), total

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map
 
 from te_nvfp4_cv.backend import devices, dispatch
 from te_nvfp4_cv.errors import describe, type_error, value_error
-from te_nvfp4_cv.nn.precision import extra_state, set_precision
+from te_nvfp4_cv.nn.precision import set_precision
+from te_nvfp4_cv.nn.resume import extra_state
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import GEMMS
 from te_nvfp4_cv.recipe.files import parse_recipe

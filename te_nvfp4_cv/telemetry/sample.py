@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
-from te_nvfp4_cv.layer import execute, gemms
+from te_nvfp4_cv.layer import gemms, observe
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, op_of, own_weight
-from te_nvfp4_cv.nn.precision import plain_name
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.walk import op_of, own_weight
 from te_nvfp4_cv.telemetry import blocks as operand_blocks
 from te_nvfp4_cv.telemetry import statistics
 
@@ -41,7 +42,7 @@ class Sample:
         self.turn = 0  # how many layers have asked to keep x
         self.refused: list[int] = []  # the numbers of those for which no memory was left
 
-    def called(self, call: execute.Call) -> execute.Seen | None:
+    def called(self, call: observe.Call) -> observe.Seen | None:
         """A layer is called."""
         name = self._name(call.weight)
         if name is None:
@@ -54,10 +55,10 @@ class Sample:
         elif not recomputed:
             return None  # a layer that is called again
         if call.recipe is not None:
-            return execute.Seen(watch=_Watch(layer, first))
+            return observe.Seen(watch=_Watch(layer, first))
         if "input" not in layer.tensors and isinstance(call.x, Tensor):
             layer.tensors["input"] = {"raw": self.plain(call.x)}
-        return execute.Seen(finished=layer.finished)
+        return observe.Seen(finished=layer.finished)
 
     def plain(self, v: Tensor) -> dict[str, Any]:
         """Statistics of a tensor in high precision."""
@@ -132,7 +133,7 @@ class Sample:
 class _Layer:
     """What one layer's call shows, forward and backward."""
 
-    def __init__(self, sample: Sample, name: str, call: execute.Call) -> None:
+    def __init__(self, sample: Sample, name: str, call: observe.Call) -> None:
         self.sample, self.name, self.op, self.weight = sample, name, call.op, call.weight
         self.precision, self.reason = ("high", call.reason) if call.recipe is None else ("nvfp4", "")
         self.tensors: dict[str, dict[str, Any]] = {}

@@ -1,5 +1,8 @@
-"""TransformerEngine's face: NVFP4Tensor, NVFP4Quantizer, gemm, im2col. Files saved by version 0.1 look for NVFP4Tensor here."""
+"""TransformerEngine's face: NVFP4Tensor, NVFP4Quantizer, gemm and im2col.
 
-from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+Pickles made by version 0.1 look for these two names here.
+"""
 
-__all__ = ["NVFP4Tensor"]
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor, _rebuild_nvfp4_tensor
+
+__all__ = ["NVFP4Tensor", "_rebuild_nvfp4_tensor"]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.distributed import collectives
-from te_nvfp4_cv.layer import execute
+from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from tests.distributed.launch import Ranks, ranks_test
 from tests.distributed.sharing import COLUMNS, PLAIN, ROWS, check, mesh, part, quiet, recorded, run
@@ -255,9 +255,9 @@ def on_ranks_what_observers_are_told(ranks: Ranks) -> None:
     assert "8 out-channels" in report["1"].reason and "8 in-channels" in report["2"].reason
     nv.set_precision(model, {"0": None})
     assert "set_precision" in {r.name: r for r in nv.coverage(model, x).rows}["0"].reason
-    calls_seen: list[execute.Call] = []
+    calls_seen: list[observe.Call] = []
     nv.set_precision(model, {"0": PLAIN})
-    with nv.nvfp4_autocast(), execute.observe(lambda call: calls_seen.append(call)):
+    with nv.nvfp4_autocast(), observe.observe(lambda call: calls_seen.append(call)):
         model(x)
     assert [call.recipe is not None for call in calls_seen] == [True, False, False]
     assert calls_seen[0].weight is model[0].weight and calls_seen[0].recipe == PLAIN

@@ -48,7 +48,7 @@ def test_a_sound_file(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_as_a_program(saved: Path) -> None:
-    command = [sys.executable, "-m", "te_nvfp4_cv.export.verify.__main__"]
+    command = [sys.executable, "-m", "te_nvfp4_cv.export.verify"]
     assert subprocess.run([*command, str(saved)], capture_output=True, text=True).returncode == 0
     saved.write_bytes(saved.read_bytes()[:-5])
     run = subprocess.run([*command, str(saved)], capture_output=True, text=True)

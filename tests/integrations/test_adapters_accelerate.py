@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.layer import execute
+from te_nvfp4_cv.layer import observe
 from tests.distributed.launch import ROOT, torchrun
 from tests.helpers import same_bits
 
@@ -40,10 +40,10 @@ def run(example: Any, *arguments: str) -> list[float]:
 def test_layers_run_in_nvfp4_and_the_loss_falls(example, capsys):
     told: list[str] = []
 
-    def observer(call: execute.Call) -> None:
+    def observer(call: observe.Call) -> None:
         told.append("nvfp4" if call.recipe is not None else "high")
 
-    with execute.observe(observer):
+    with observe.observe(observer):
         losses = run(example, "--steps", "8")
     assert told.count("nvfp4") > told.count("high") > 0
     assert losses[-1] < losses[0] and len(losses) == 8

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.layer import execute
+from te_nvfp4_cv.layer import observe
 from tests.distributed.launch import ROOT, torchrun
 from tests.helpers import same_bits, values
 
@@ -85,10 +85,10 @@ def test_steps_run_in_nvfp4_and_the_table_is_applied(tmp_path):
     told: dict[bool, list[tuple[str, bool]]] = {True: [], False: []}
     model = module()
 
-    def observer(call: execute.Call) -> None:
+    def observer(call: observe.Call) -> None:
         told[model.training].append((call.op, call.recipe is not None))
 
-    with execute.observe(observer):
+    with observe.observe(observer):
         trainer(tmp_path, 4, NVFP4Precision(RECIPE, root="net")).fit(model, loader(), loader())
     expected = [("conv2d", True), ("conv2d", True), ("linear", False)]
     assert told[True] == told[False] == 4 * expected
@@ -98,10 +98,10 @@ def test_steps_run_in_nvfp4_and_the_table_is_applied(tmp_path):
 def test_other_loops_run_in_nvfp4(tmp_path, loop):
     told: list[bool] = []
 
-    def observer(call: execute.Call) -> None:
+    def observer(call: observe.Call) -> None:
         told.append(call.recipe is not None)
 
-    with execute.observe(observer):
+    with observe.observe(observer):
         getattr(trainer(tmp_path, 1, NVFP4Precision(RECIPE, root="net")), loop)(module(), loader())
     assert told == 4 * [True, True, False]
 
@@ -308,7 +308,7 @@ def test_the_example(tmp_path, monkeypatch, capsys):
 
     told: list[tuple[str, bool]] = []
 
-    def observer(call: execute.Call) -> None:
+    def observer(call: observe.Call) -> None:
         told.append((call.op, call.recipe is not None))
 
     def run(steps: int, name: str, *more: str) -> list[float]:
@@ -317,7 +317,7 @@ def test_the_example(tmp_path, monkeypatch, capsys):
             ["--cpu", "--size", "16", "--epoch-steps", "2", "--steps", str(steps), "--folder", folder, *more]
         )
 
-    with execute.observe(observer):
+    with observe.observe(observer):
         whole = run(4, "whole")
     assert told.count(("linear", True)) == 0 < told.count(("linear", False))
     assert told.count(("conv2d", True)) == 19 * told.count(("conv2d", False)) > 0  # the stem has 3 channels

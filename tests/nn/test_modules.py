@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.layer import execute
+from te_nvfp4_cv.layer import execute, observe
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
 NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)
@@ -78,7 +78,7 @@ def test_precedence(x):
 
     def seen(layer, **context):
         found = []
-        with execute.observe(lambda call: found.append(call.recipe)), nv.nvfp4_autocast(**context):
+        with observe.observe(lambda call: found.append(call.recipe)), nv.nvfp4_autocast(**context):
             y = layer(x)
         assert len(found) == 1  # once: not handed over a second time
         return found[0], y

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.context import state as nv_context
-from te_nvfp4_cv.layer import execute, forward_backward, operands
+from te_nvfp4_cv.layer import observe, operands, weight_codes
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
 NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)
@@ -53,7 +53,7 @@ def ran(model: nn.Module, *args, **context) -> dict[str, str]:
     def observer(call):
         found[names[id(call.weight)]] = "high" if call.recipe is None else call.recipe.name or "nvfp4"
 
-    with execute.observe(observer), nv.nvfp4_autocast(**context):
+    with observe.observe(observer), nv.nvfp4_autocast(**context):
         model(*args)
     return found
 
@@ -382,7 +382,7 @@ def test_frozen_weights_quantize_once_with_equal_bits(monkeypatch):
     count = counted(monkeypatch)
     frozen = accumulate(model, batches, nv.frozen_weights(model))
     assert len(count) == 4 and all(map(torch.equal, plain, frozen))
-    assert forward_backward.frozen == {}
+    assert weight_codes.frozen == {}
     accumulate(model, batches, contextlib.nullcontext())
     assert len(count) == 4 + 3 * 4
 
@@ -417,7 +417,7 @@ def test_frozen_weights_nest(monkeypatch, x):
             model(x)
         with nv.nvfp4_autocast():
             model(x)
-    assert len(count) == 4 and forward_backward.frozen == {}
+    assert len(count) == 4 and weight_codes.frozen == {}
 
 
 def test_a_counted_change_raises_at_the_next_use(x):
@@ -428,7 +428,7 @@ def test_a_counted_change_raises_at_the_next_use(x):
             with torch.no_grad():
                 model.stem.weight.add_(1)
             model(x)
-    assert forward_backward.frozen == {}
+    assert weight_codes.frozen == {}
 
 
 @pytest.mark.parametrize("how", ["optimizer", "fused", "data", "replace", "load"])
@@ -449,7 +449,7 @@ def test_a_change_raises_at_the_end(x, how):
         with nv.nvfp4_autocast():
             model(x).sum().backward()
         change()
-    assert forward_backward.frozen == {}
+    assert weight_codes.frozen == {}
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected")
@@ -471,7 +471,7 @@ def test_an_error_inside_is_the_error_that_comes_out(x):
     with pytest.raises(ZeroDivisionError), nv.frozen_weights(model):
         model.head.weight.data.add_(1)
         raise ZeroDivisionError
-    assert forward_backward.frozen == {}
+    assert weight_codes.frozen == {}
     with pytest.raises(TypeError, match="frozen_weights"), nv.frozen_weights(x):
         pass
 

@@ -20,13 +20,14 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.ops.conv import operators, reference
-from te_nvfp4_cv.ops.gemm.operator import gemm
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 from te_nvfp4_cv.ops.quantize.reference import fold_images
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import list_recipes, load_recipe
+from te_nvfp4_cv.tensor import im2col
+from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from tests import oracle
 from tests.helpers import fold_list, make_geometry, relative_error, same_bits, values
@@ -313,7 +314,7 @@ def test_reference_is_im2col_of_codes_times_gemm(dtype):
     x_q = NVFP4Quantizer(with_rht=True, backend="reference")(x.permute(2, 3, 0, 1))
     w_q = NVFP4Quantizer(with_2d_quantization=True, backend="reference")(w.permute(0, 2, 3, 1).flatten(1))
     dy_q = NVFP4Quantizer(with_rht=True, backend="reference")(dy.permute(2, 3, 0, 1))
-    columns = NF.im2col(x_q, 3, 2, 1)
+    columns = im2col.im2col(x_q, 3, 2, 1)
     composed = gemm(columns, w_q, "TN", out_dtype=dtype, backend="reference")  # [P, Q, B, O]
     assert same_bits(composed.permute(2, 3, 0, 1), y.detach())
     dw = gemm(dy_q, columns, "NT", out_dtype=dtype, backend="reference")  # [O, (tap, c)]

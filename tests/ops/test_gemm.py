@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops.gemm.operator import gemm
+from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
 BACKENDS = ["reference", "vendor"]

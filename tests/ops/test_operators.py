@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.layer import custom_op, forward_backward, inference
+from te_nvfp4_cv.layer import custom_op, forward_backward, inference, saved
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 from tests.helpers import fold_list, make_geometry, same_bits, values
@@ -63,9 +63,9 @@ def backward_arguments(recipe: nv.NVFP4BlockScaling = NO_SR) -> tuple[Any, ...]:
     x, w, bias, shape, key, backend, dtype, last, *_ = layer_arguments(recipe, False)
     plan = Plan(CONV, recipe, backend, dtype, last)
     kept = forward_backward.forward(x, w, bias, plan, True, True)[1]
-    names = forward_backward.names_of_x(plan, True), forward_backward.names_of_w(plan, True)
+    names = saved.names_of_x(plan, True), saved.names_of_w(plan, True)
     of_x, of_w = ([kept[name] for name in side] for side in names)
-    like = tuple(vars(forward_backward.Like.of(x, w, bias)).values())
+    like = tuple(vars(saved.Like.of(x, w, bias)).values())
     dy = DY.movedim(-1, 1).contiguous()
     return dy, of_x, of_w, shape, key, backend, dtype, last, True, True, True, "", *like
 

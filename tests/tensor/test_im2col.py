@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.ops.quantize.matrix import quantize
+from te_nvfp4_cv.tensor import im2col
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from tests.helpers import same_bits, values
 
@@ -44,7 +44,7 @@ def unfolded(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dila
 def test_im2col_of_codes_is_the_code_of_im2col(image, kernel, stride, padding, dilation, dtype, layout):
     x = values((*image, 32, 16), "wide", dtype)
     t = NVFP4Quantizer(with_rht=True)(x).to_columnwise_layout(layout)
-    lowered = NF.im2col(t, kernel, stride, padding, dilation)
+    lowered = im2col.im2col(t, kernel, stride, padding, dilation)
     matrix = unfolded(x, kernel, stride, padding, dilation)
     assert lowered.shape == matrix.shape and lowered.dtype == dtype and lowered.columnwise_rht
     faces = quantize(
@@ -60,9 +60,9 @@ def test_im2col_of_codes_is_the_code_of_im2col(image, kernel, stride, padding, d
 @pytest.mark.parametrize("face", ["rowwise", "columnwise"])
 def test_im2col_of_one_face(face):
     x = values((5, 4, 16, 16))
-    both = NF.im2col(NVFP4Quantizer(with_rht=True)(x), 3, 1, 1)
+    both = im2col.im2col(NVFP4Quantizer(with_rht=True)(x), 3, 1, 1)
     other = "columnwise" if face == "rowwise" else "rowwise"
-    one = NF.im2col(NVFP4Quantizer(with_rht=True, **{other: False})(x), 3, 1, 1)
+    one = im2col.im2col(NVFP4Quantizer(with_rht=True, **{other: False})(x), 3, 1, 1)
     assert getattr(one, f"{other}_data") is None
     assert same_bits(getattr(one, f"{face}_data"), getattr(both, f"{face}_data"))
 
@@ -71,12 +71,12 @@ def test_im2col_refuses_what_it_cannot_lower():
     quantizer = NVFP4Quantizer()
     x = values((5, 4, 16, 16))
     with pytest.raises(TypeError, match="an NVFP4Tensor"):
-        NF.im2col(x, 3)
+        im2col.im2col(x, 3)
     for bad in (values((16, 16)), values((5, 4, 16, 24)), values((5, 4, 3, 16))):
         with pytest.raises(ValueError, match="multiple of 16"):
-            NF.im2col(quantizer(bad), 3)
+            im2col.im2col(quantizer(bad), 3)
     with pytest.raises(ValueError, match="larger than the image"):
-        NF.im2col(quantizer(x), 6)
+        im2col.im2col(quantizer(x), 6)
     for wrong in (dict(kernel_size=0), dict(kernel_size=(3, 3, 3)), dict(kernel_size=3, stride=0)):
         with pytest.raises(ValueError, match="im2col: bad"):
-            NF.im2col(quantizer(x), **wrong)
+            im2col.im2col(quantizer(x), **wrong)

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_map_only
 
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.layer import execute
-from te_nvfp4_cv.nn.modules import op_of
+from te_nvfp4_cv.layer import geometry
+from te_nvfp4_cv.nn.walk import op_of
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import pixel_map
 
@@ -77,7 +77,7 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
     padding: Any = getattr(layer, "padding", 0)
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-    x, g, _ = execute.geometry_of(
+    x, g, _ = geometry.geometry_of(
         *(op, x, layer.weight, None, getattr(layer, "stride", 1), padding, getattr(layer, "dilation", 1), groups),
         getattr(layer, "output_padding", 0),
     )

@@ -1,4 +1,4 @@
-"""python -m te_nvfp4_cv.export.verify.__main__ FILE [--json]: is every layer what the file says it is?
+"""python -m te_nvfp4_cv.export.verify FILE [--json]: is every layer what the file says it is?
 
 Exit status: 0 every claim holds; 1 a layer that claims NVFP4 is something else, or the file is damaged; 2 no such file.
 """
@@ -43,7 +43,7 @@ def run(path: str, as_json: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m te_nvfp4_cv.export.verify.__main__",
+        prog="python -m te_nvfp4_cv.export.verify",
         description="list the precision that each layer of a file really has",
     )
     parser.add_argument("file", help="a .safetensors file, the index of several, or an .onnx file")

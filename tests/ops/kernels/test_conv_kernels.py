@@ -163,7 +163,8 @@ def test_results_are_reproducible_and_rounded_once(case, as_way, kernel_device, 
 def test_operators_choose_the_kernels(kernel_device):
     g, alpha = GEOMETRIES["3x3"], torch.tensor([0.37], device=kernel_device)
     q = packed(g, kernel_device)
-    for name, operator in (("fprop", operators.conv_fprop), ("dgrad", operators.conv_dgrad), ("wgrad", operators.conv_wgrad)):
+    products = {"fprop": operators.conv_fprop, "dgrad": operators.conv_dgrad, "wgrad": operators.conv_wgrad}
+    for name, operator in products.items():
         parts = [t for face in faces_of(g)[name] for t in q[face]]
         bias = [None] if name == "fprop" else []
         got = operator(*parts, alpha, *bias, g.to_ints(), torch.bfloat16, "triton")

@@ -20,7 +20,7 @@ import torch
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch, tuning
 from te_nvfp4_cv.ops.gemm import reference
-from te_nvfp4_cv.ops.gemm.operator import gemm
+from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from tests.helpers import relative_error, same_bits
 from tests.ops.kernels.gemm_helpers import WAYS, multiply_as, tolerance

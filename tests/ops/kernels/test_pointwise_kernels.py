@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.layer.autograd import MaskedReLU
+from te_nvfp4_cv.layer.relu import MaskedReLU
 from te_nvfp4_cv.ops import relu
 from tests.helpers import same_bits
 

@@ -16,7 +16,7 @@ from te_nvfp4_cv import nvfp4_autocast, set_precision
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct2d
-from te_nvfp4_cv.layer import deferred, execute
+from te_nvfp4_cv.layer import deferred, observe
 from te_nvfp4_cv.ops.norm import operators as ops
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -262,7 +262,7 @@ def test_what_is_written_after_all(kernel_device, monkeypatch, case):
     def run() -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16), nvfp4_autocast(recipe, enabled=case != "no context"):
             if case == "observer":
-                with execute.observe(lambda call: seen.append(call.x.clone())):
+                with observe.observe(lambda call: seen.append(call.x.clone())):
                     return model(x)
             if case == "function mode":
                 with Reading(seen):
