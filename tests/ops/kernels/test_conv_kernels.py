@@ -119,10 +119,10 @@ def test_no_product_is_spent_on_zeros_between_strides():
 
 @pytest.mark.parametrize("batch", [1, 5, 16])
 def test_a_pointwise_wgrad_is_one_line(batch):
-    g = make_geometry(batch, (16, 16), (6, 5), 1).folded()
+    g = make_geometry(batch, (16, 16), (6, 5), 1).folded
     a = walks.weight_arguments(g)
     assert a["lines"] == 1 and a["width"] == g.batch // 16 * g.b_size[0] * g.b_size[1] == a["a_w"]
-    strided = walks.weight_arguments(make_geometry(16, (16, 16), (6, 5), 1, 2).folded())
+    strided = walks.weight_arguments(make_geometry(16, (16, 16), (6, 5), 1, 2).folded)
     assert strided["lines"] == 3 and strided["width"] == 3
 
 

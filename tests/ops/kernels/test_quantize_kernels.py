@@ -124,7 +124,7 @@ def test_several_tiles_and_groups_of_images(launch, kernel_device, monkeypatch):
             )
             compare(launch, kernel_device, arguments)
     x = values((5, 4, 20, 24), "normal")  # folded, and rows longer than a tile
-    fold = make_geometry(5, (24, 16), (4, 20), 3, 1, 1).folds()[0]
+    fold = make_geometry(5, (24, 16), (4, 20), 3, 1, 1).folds[0]
     arguments = (x, 1, fold, PACKED, PACKED, True, False, None, 448, False, torch.bfloat16, None, None)
     compare(launch, kernel_device, arguments)
 
@@ -432,7 +432,7 @@ def test_shards_with_the_amax_of_the_whole(launch, kernel_device, kind, two_d):
 
 def test_operators_pass_opcheck(kernel_device, monkeypatch):
     x, w = values((3, 5, 4, 24)).to(kernel_device), values((32, 24, 3, 3)).to(kernel_device)
-    fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds()[0])
+    fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds[0])
     ops = torch.ops.te_nvfp4_cv
     key, amax = torch.tensor([5], device=kernel_device), torch.ones(2, device=kernel_device)
     tests = ("test_schema", "test_faketensor")
