@@ -9,7 +9,7 @@ from te_nvfp4_cv import distributed, fsdp, functional
 from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.coverage import coverage
 from te_nvfp4_cv.fuse import fuse
-from te_nvfp4_cv.learned import damping_loss, learn_scales
+from te_nvfp4_cv.learned import learn_scales
 from te_nvfp4_cv.modules import (
     NVFP4Conv1d,
     NVFP4Conv2d,
@@ -58,7 +58,6 @@ __all__ = [
     "active_recipe",
     "convert_model",
     "coverage",
-    "damping_loss",
     "distributed",
     "extra_state",
     "frozen_weights",

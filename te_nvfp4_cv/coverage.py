@@ -295,7 +295,7 @@ def _elements(geometry: ConvGeometry, recipe: NVFP4BlockScaling) -> tuple[int, i
     """(elements of x and dy, elements as quantized: channels padded per group, images folded where wgrad needs it)."""
     g = geometry
     real = padded = 0
-    folded = "wgrad" in recipe.nvfp4_gemms and recipe.wgrad_block == "batch"
+    folded = "wgrad" in recipe.nvfp4_gemms
     for size, channels, fold in zip((g.a_size, g.b_size), (g.channels_a, g.channels_b), g.folds(), strict=True):
         pixels = g.batch * math.prod(size)
         kept = fold.images * fold.rows * math.prod(size[1:]) if folded else pixels

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops.conv import pixel
-from te_nvfp4_cv.ops.quantize import operands, quantize, seeds
+from te_nvfp4_cv.ops.quantize import operands, seeds
 from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
 from te_nvfp4_cv.plan import Plan, Scales, Watch
 
@@ -24,8 +23,7 @@ def quantize_input(
     """x's faces: rowwise for fprop, columnwise packed for wgrad, with its own amaxes or those of `scales`."""
     dequantize_later = plan.recipe.backward_override == "dequantized" and need_dw
     row = NONE if "fprop" not in plan.gemms else PACKED if dequantize_later else plan.operand_form
-    batch_blocks = plan.recipe.wgrad_block == "batch"
-    col = PACKED if "wgrad" in plan.gemms and need_dw and batch_blocks else NONE
+    col = PACKED if "wgrad" in plan.gemms and need_dw else NONE
     return _quantize(x, 0, plan, row, col, scales, watch)
 
 
@@ -41,7 +39,7 @@ def quantize_gradient(
     multiplies. With its own amaxes or those of `scales`.
     """
     row = plan.operand_form if "dgrad" in plan.gemms and need_dx else NONE
-    col = plan.operand_form if "wgrad" in plan.gemms and need_dw and plan.recipe.wgrad_block == "batch" else NONE
+    col = plan.operand_form if "wgrad" in plan.gemms and need_dw else NONE
     return _quantize(dy, 1, plan, row, col, scales, watch)
 
 
@@ -138,28 +136,10 @@ def weight_operand(
     return out, scale.new_empty(0)
 
 
-def pixel_face(side: Tensor, plan: Plan, is_a: bool, role: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(data, scale, amax) of one side of wgrad with blocks along the pixels of one image."""
-    s = plan.recipe.settings(role)
-    seed = seeds.draw_seed(side) if s.stochastic_rounding else None
-    faces = quantize(
-        pixel.matrix(side, plan.geometry, is_a),
-        rowwise=False,
-        columnwise=True,
-        rht=s.rht,
-        stochastic_rounding=s.stochastic_rounding,
-        four_over_six=s.four_over_six,
-        e4m3_max=s.e4m3_max,
-        seed=seed,
-        backend=plan.backend,
-    )
-    return faces.col_data, faces.col_scale, faces.col_amax
-
-
 # ---- what backward keeps --------------------------------------------------------------------------------------------
 
 
-def kept_of_x(x: Tensor, x_last: Tensor, x_q: tuple[Tensor, ...], plan: Plan, need_dw: bool) -> dict[str, Tensor]:
+def kept_of_x(x: Tensor, x_q: tuple[Tensor, ...], plan: Plan, need_dw: bool) -> dict[str, Tensor]:
     """Tensors by name: the packed columnwise face; or x itself, or its packed rowwise face, where the recipe wants
     wgrad otherwise.
     """
@@ -169,9 +149,6 @@ def kept_of_x(x: Tensor, x_last: Tensor, x_q: tuple[Tensor, ...], plan: Plan, ne
         if plan.recipe.backward_override == "dequantized":
             return {"x_row": x_q[0], "x_row_scale": x_q[1], "x_row_amax": x_q[2]}
         return {"x": x}
-    if plan.recipe.wgrad_block == "pixel":
-        data, scale, amax = pixel_face(x_last, plan, not plan.geometry.transposed, "input")
-        return {"x_pixel": data, "x_pixel_scale": scale, "x_col_amax": amax}
     return {"x_col": x_q[3], "x_col_scale": x_q[4], "x_col_amax": x_q[5]}
 
 

@@ -98,7 +98,7 @@ def forward(
     with torch.autocast(x.device.type, enabled=False):
         x_last, x_q, w_q = quantize(x, w, plan, need_dx, need_dw, codes, scales, producer, watch)
         y = multiply.fprop(x_last, x_q, w, w_q, bias, plan)
-        kept = keep(x, x_last, x_q, w, w_q, plan, need_dx, need_dw)
+        kept = keep(x, x_q, w, w_q, plan, need_dx, need_dw)
         return layouts.image_first(y, plan.geometry.y_shape, x.shape, plan.channels_last), kept
 
 
@@ -130,7 +130,6 @@ def quantize(
 
 def keep(
     x: Tensor,
-    x_last: Tensor,
     x_q: tuple[Tensor, ...],
     w: Tensor,
     w_q: tuple[Tensor, ...] | None,
@@ -139,7 +138,7 @@ def keep(
     need_dw: bool,
 ) -> dict[str, Tensor]:
     """What backward needs, by the names of names_of_x and names_of_w."""
-    return {**faces.kept_of_x(x, x_last, x_q, plan, need_dw), **faces.kept_of_w(w, w_q, plan, need_dx)}
+    return {**faces.kept_of_x(x, x_q, plan, need_dw), **faces.kept_of_w(w, w_q, plan, need_dx)}
 
 
 def names_of_x(plan: Plan, need_dw: bool) -> list[str]:
@@ -149,8 +148,7 @@ def names_of_x(plan: Plan, need_dw: bool) -> list[str]:
     if "wgrad" not in plan.gemms:
         dequantized = plan.recipe.backward_override == "dequantized"
         return ["x_row", "x_row_scale", "x_row_amax"] if dequantized else ["x"]
-    side = "x_pixel" if plan.recipe.wgrad_block == "pixel" else "x_col"
-    return [side, f"{side}_scale", "x_col_amax"]
+    return ["x_col", "x_col_scale", "x_col_amax"]
 
 
 def names_of_w(plan: Plan, need_dx: bool) -> list[str]:

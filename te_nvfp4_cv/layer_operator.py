@@ -89,8 +89,8 @@ def _scales(plan: Plan, group: str, training: bool) -> scaling.CallScales | None
 @layer.register_fake
 def _(x, w, bias, shape, recipe, backend, dtype, channels_last, need_dx, need_dw, group):  # type: ignore[no-untyped-def]
     plan = _plan(shape, recipe, backend, dtype, channels_last)
-    x_last, x_q, w_q = layers.quantize(x, w, plan, need_dx, need_dw)
-    kept = layers.keep(x, x_last, x_q, w, w_q, plan, need_dx, need_dw)
+    _, x_q, w_q = layers.quantize(x, w, plan, need_dx, need_dw)
+    kept = layers.keep(x, x_q, w, w_q, plan, need_dx, need_dw)
     y = layouts.like_image_first(x, plan.geometry.y_shape, x.shape, channels_last)
     return y, *_outputs(kept, plan, need_dx, need_dw, x)
 

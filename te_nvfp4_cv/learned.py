@@ -2,7 +2,6 @@
 
     nv.learn_scales(model, "scale")          one learnable multiplier of the block scales per layer
     nv.learn_scales(model, "clip")           one learnable clipping threshold per layer
-    loss = loss + strength * nv.damping_loss(model, recipe)
 
 learn_scales gives each layer that can run in NVFP4 one more parameter, `weight_scale` or `weight_clip`, a fraction that
 starts at 1, where nothing changes. It is in model.parameters() and in the state_dict; the weight keeps its name and
@@ -10,11 +9,7 @@ shape. It acts where the layer runs in NVFP4 only. Call it after set_precision, 
 before the optimizer is made, before DDP, and before load_state_dict of a model that has it. What the fractions do:
 weight_transforms.py.
 
-damping_loss pulls weights towards the values that they are rounded to, so that they do not swing between two codes:
-
-    sum over layers of  |w - q(w)|^2 / |w|^2,    gradient 2 (w - q(w)) / |w|^2    (q(w) and |w|^2 are held constant)
-
-Source: PACT arXiv 1805.06085, LSQ arXiv 1902.08153, oscillation damping arXiv 2203.11086.
+Source: PACT arXiv 1805.06085, LSQ arXiv 1902.08153.
 """
 
 from __future__ import annotations
@@ -26,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls, context, faces, weight_transforms
+from te_nvfp4_cv import calls, weight_transforms
 from te_nvfp4_cv.checks import check_module, check_trainable, value_error
 from te_nvfp4_cv.modules import NVFP4_CLASSES, own_weight, with_recipes
-from te_nvfp4_cv.ops import dispatch
-from te_nvfp4_cv.plan import Plan, weight_plan
+from te_nvfp4_cv.plan import Plan
 from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
 
 NAMES = {weight_transforms.CLIP: "weight_clip", weight_transforms.SCALE: "weight_scale"}
@@ -74,7 +68,7 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
         )
     chosen = {
         name: module
-        for name, module, own in _layers(model, as_recipe(None))
+        for name, module, own in _layers(model)
         if own is not None and fnmatch.fnmatchcase(name, layers) and _learns(module)
     }
     other = next(name for name in NAMES if name != kind)
@@ -121,60 +115,12 @@ def forget(module: Any) -> None:
         module._parameters.pop(name, None)
 
 
-def damping_loss(model: nn.Module, recipe: Any = None, backend: str = "auto") -> Tensor:
-    """fp32 scalar, to be added to the loss times a strength (1e-3 to 1e-1; raise it towards the end of training).
-
-    Counts layers that the recipe runs in NVFP4, set_precision's entries included.
-
-    Args:
-        recipe: None: that of the enclosing context, or the default recipe.
-    Raises:
-        TypeError: no module.
-    """
-    check_module("damping_loss", model, "damping_loss(model)")
-    check_trainable("damping_loss", model)
-    current = context.state()
-    if recipe is None and current is not None and not current.enabled and not current.passive:
-        return torch.zeros(())
-    inherited = current.recipe if recipe is None and current is not None else as_recipe(recipe)
-    total: Tensor | None = None
-    for _, module, own in _layers(model, inherited):
-        if own is None or (_thin(module) and own.thin_layers != "pad"):
-            continue
-        w: Any = module._parameters.get("weight")
-        if w is None or "fprop" not in own.nvfp4_gemms or w.dtype not in calls.DTYPES:
-            continue
-        plan = _plan(module, own, backend)
-        term = _Damping.apply(w, as_quantized(module, plan), plan)
-        total = term if total is None else total + term
-    return torch.zeros(()) if total is None else total
-
-
-class _Damping(torch.autograd.Function):
-    """|w - q|^2 / |w|^2 of one weight, differentiated with q and |w|^2 held constant. What a learned fraction clips
-    counts nothing: `quantized` is w as it is quantized.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, quantized: Tensor, plan: Plan) -> Tensor:
-        residual = torch.where(quantized == w, w.float() - faces.dequantized_weight(quantized, plan), 0.0)
-        norm = w.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-        ctx.save_for_backward(residual, norm)
-        ctx.dtype = w.dtype
-        return residual.square().sum() / norm
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        residual, norm = ctx.saved_tensors
-        return (residual * (2 * g / norm)).to(ctx.dtype), None, None
-
-
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _layers(model: nn.Module, recipe: Any) -> Iterator[tuple[str, Any, NVFP4BlockScaling | None]]:
-    """(name, layer, the recipe that rules it) of convolutions and linear layers."""
-    for name, module, own in with_recipes(model, "", recipe, {}, set()):
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any, NVFP4BlockScaling | None]]:
+    """Yield each convolution and linear layer with its name and the recipe that rules it (None: high precision)."""
+    for name, module, own in with_recipes(model, "", as_recipe(None), {}, set()):
         if isinstance(module, LAYERS) and own_weight(module) is not None:
             yield name, module, own
 
@@ -189,8 +135,3 @@ def _learns(module: Any) -> bool:
 def _thin(module: Any) -> bool:
     groups = getattr(module, "groups", 1)
     return min(module.weight.shape[0] // groups, module.weight.shape[1]) < calls.MINIMUM
-
-
-def _plan(module: Any, recipe: NVFP4BlockScaling, backend: str) -> Plan:
-    w, groups, transposed = module.weight, getattr(module, "groups", 1), bool(getattr(module, "transposed", False))
-    return weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve(backend, w.device))

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.faces import input_from_kept, pixel_face, weight_from_kept, weight_operand
+from te_nvfp4_cv.faces import input_from_kept, weight_from_kept, weight_operand
 from te_nvfp4_cv.ops import conv
-from te_nvfp4_cv.ops.conv import pixel
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST, image_last
@@ -71,8 +70,6 @@ def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: P
     if "wgrad" not in plan.gemms:
         x = image_last(kept["x"], plan.geometry.x_shape) if "x" in kept else input_from_kept(kept, plan, dy.dtype)
         return _plain_backward(dy, x, None, plan.geometry)[1].to(dtype)
-    if plan.recipe.wgrad_block == "pixel":
-        return _pixel_wgrad(dy, kept, plan, dtype)
     x, x_scale = kept["x_col"], kept["x_col_scale"]
     if plan.operand_form == DEQUANTIZED:
         x, x_scale = operands.unpack_columns(x, x_scale, plan.compute_dtype, plan.backend), x_scale.new_empty(0)
@@ -89,20 +86,6 @@ def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: P
 def _non_finite(amax: Tensor) -> Tensor:
     """0, or NaN where the amax of one row is not finite: it must reach every output of the GEMM."""
     return (amax * 0).sum()
-
-
-def _pixel_wgrad(dy: Tensor, kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
-    transposed = plan.geometry.transposed
-    dy_data, dy_scale, dy_amax = pixel_face(dy, plan, transposed, "grad_output")
-    of_x, of_dy = (kept["x_pixel"], kept["x_pixel_scale"]), (dy_data, dy_scale)
-    b, a = (of_x, of_dy) if transposed else (of_dy, of_x)
-    alpha = formats.alpha(
-        dy_amax,
-        kept["x_col_amax"],
-        plan.recipe.settings("grad_output").e4m3_max,
-        plan.recipe.settings("input").e4m3_max,
-    )
-    return pixel.wgrad(*b, *a, alpha, plan.geometry, dtype)
 
 
 def high_precision_wgrad(dy: Tensor, x: Tensor, plan: Plan) -> Tensor:

@@ -256,7 +256,7 @@ class TensorParallelConv(torch.autograd.Function):
             x_like = x_last if rows is None else x_last.new_empty(()).expand(g.x_shape)  # fprop reads its shape
             y = multiply.fprop(x_like, x_face, w, w_q, bias if link.column or link.rank == 0 else None, plan)
             y = y if link.column else sum_parts(y, link)
-            kept = {**faces.kept_of_x(x, x_last, x_q, plan, need_dw), **faces.kept_of_w(w, w_q, plan, need_dx)}
+            kept = {**faces.kept_of_x(x, x_q, plan, need_dw), **faces.kept_of_w(w, w_q, plan, need_dx)}
             ctx.kept_names = tuple(kept)
             ctx.save_for_backward(*kept.values())
             ctx.plan, ctx.link, ctx.scales, ctx.like = plan, link, scales, Like.of(x, w, bias)

@@ -98,9 +98,7 @@ class Producer:
             and plan.folds[0].strips == 1
             and self.z.shape[1] // plan.geometry.groups % 16 == 0
             and s.four_over_six is None
-            and not s.stochastic_rounding
             and not plan.row_scaled
-            and recipe.wgrad_block == "batch"
             and recipe.backward_override is None
             and "fprop" in plan.gemms
             and ("wgrad" in plan.gemms or not need_dw)

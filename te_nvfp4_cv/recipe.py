@@ -19,7 +19,7 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from te_nvfp4_cv.checks import type_error, value_error, warn_once
 from te_nvfp4_cv.recipe_fields import (
@@ -33,6 +33,7 @@ from te_nvfp4_cv.recipe_fields import (
     environment_flag,
     one_of,
     toml_text,
+    without_removed,
 )
 
 
@@ -73,11 +74,30 @@ class RoleSettings(NamedTuple):
     margin: int = 1
 
 
+_Recipe = TypeVar("_Recipe")
+
 MARGINS = {"input": 8, "grad_output": 4, "weight": 1}
 """What tensor_scale="delayed" multiplies an earlier step's amax by; a weight's is its own. An estimate that is too
 large costs little, one that is too small clips; but gradients have small blocks that a large estimate loses."""
 
 
+def _knows_removed_fields(cls: type[_Recipe]) -> type[_Recipe]:
+    """Let the constructor take keywords that earlier versions had, as far as they still mean something.
+
+    dataclass writes the constructor, and a keyword that it does not know is a TypeError without a reason. This way
+    every path that builds a recipe from saved fields gives the reason, `**fields` and dataclasses.replace included.
+    """
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **fields: Any) -> None:
+        init(self, *args, **without_removed(fields))
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls
+
+
+@_knows_removed_fields
 @dataclass(frozen=True, repr=False)
 class NVFP4BlockScaling:
     """The NVFP4 training recipe.
@@ -100,17 +120,13 @@ class NVFP4BlockScaling:
             wgrad in high precision on the dequantized fprop operands, which are kept packed.
         tensor_scale: "current": the tensor's own amax, TransformerEngine's rule. "delayed": a power of two from the
             amax of the training step before, with a margin (input 8, grad_output 4); a weight's from its own amax:
-            no pass over a tensor before it is quantized. Not with row_scaled_activation or wgrad_block="pixel".
-        wgrad_block: along what the 16 elements of a wgrad block lie: "batch", 16 images at one pixel, or "pixel", 16
-            consecutive rows of the im2col matrix (for ablation, slow).
+            no pass over a tensor before it is quantized. Not with row_scaled_activation.
         thin_layers: a layer with fewer than 16 channels on one side runs in "high_precision", or is zero-padded: "pad".
-        activation_rounding: how x rounds: "nearest", TransformerEngine's rule, or "stochastic", for ablation (it makes
-            forward noisy). Not with 4over6 of activations.
         high_precision_gemms: any of fprop, dgrad, wgrad, which then do not run in NVFP4.
         precision: (pattern of module names, None for high precision or another recipe) pairs; the last match wins.
         name: what reports call it; takes no part in comparisons.
     Raises:
-        ValueError: a value outside its list, or fields that contradict each other.
+        ValueError: a value outside its list, fields that contradict each other, or a field that a version removed.
     """
 
     disable_rht: bool = environment_flag("disable_rht")
@@ -126,9 +142,7 @@ class NVFP4BlockScaling:
     fp8_mha: bool = False
     backward_override: str | None = os.getenv("NVTE_BACKWARD_OVERRIDE")
     tensor_scale: str = "current"
-    wgrad_block: str = "batch"
     thin_layers: str = "high_precision"
-    activation_rounding: str = "nearest"
     high_precision_gemms: tuple[str, ...] = ()
     precision: tuple[tuple[str, NVFP4BlockScaling | None], ...] = ()
     name: str = dataclasses.field(default="", compare=False)
@@ -155,13 +169,14 @@ class NVFP4BlockScaling:
                 fix="choose one of the two",
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles hold every field. A frozen dataclass takes no setattr, so the dictionary is filled, as pickle would.
+        self.__dict__.update(without_removed(state))
+
     @property
     def fp4_quant_fwd_inp(self) -> QParams:
         """QParams of the role input: x in fprop and wgrad."""
-        return QParams(
-            random_hadamard_transform=not self.disable_rht,
-            stochastic_rounding=self.activation_rounding == "stochastic",
-        )
+        return QParams(random_hadamard_transform=not self.disable_rht)
 
     @property
     def fp4_quant_fwd_weight(self) -> QParams:
@@ -220,8 +235,7 @@ class NVFP4BlockScaling:
 
         Raises:
             ValueError: 4over6 or row scaling of activations together with RHT; both at once where wgrad runs in NVFP4;
-                4over6 of activations with stochastic rounding of them;
-                delayed scales with row scaling or with wgrad_block="pixel".
+                delayed scales with row scaling.
         """
         activations = self.nvfp4_4over6 in ("activations", "all")
         if activations and not self.disable_rht:
@@ -230,13 +244,6 @@ class NVFP4BlockScaling:
                 got=f"nvfp4_4over6={self.nvfp4_4over6!r}, disable_rht=False",
                 needs="nvfp4_4over6 'none' or 'weights', or disable_rht=True",
                 fix="add disable_rht=True to the recipe, or use nvfp4_4over6='weights'",
-            )
-        if activations and self.activation_rounding == "stochastic":
-            raise value_error(
-                f"recipe {self.name or 'NVFP4BlockScaling'!r}: 4over6 of activations rounds to nearest.",
-                got=f"nvfp4_4over6={self.nvfp4_4over6!r}, activation_rounding='stochastic'",
-                needs="nvfp4_4over6 'none' or 'weights', or activation_rounding='nearest'",
-                fix="drop one of the two",
             )
         if self.row_scaled_activation and not self.disable_rht:
             raise value_error(
@@ -258,13 +265,6 @@ class NVFP4BlockScaling:
                 got="tensor_scale='delayed', row_scaled_activation=True",
                 needs="one scale per tensor: the rows of one step are not those of the next",
                 fix="set tensor_scale='current', or row_scaled_activation=False",
-            )
-        if self.tensor_scale == "delayed" and self.wgrad_block == "pixel":
-            raise value_error(
-                f"recipe {self.name or 'NVFP4BlockScaling'!r}: delayed scales do not go with wgrad_block='pixel'.",
-                got="tensor_scale='delayed', wgrad_block='pixel'",
-                needs="wgrad_block='batch': blocks along the im2col matrix are for ablation",
-                fix="set wgrad_block='batch', or tensor_scale='current'",
             )
         if self.fp8_dpa or self.fp8_mha:
             warn_once("recipe fp8 attention", "recipe: fp8_dpa and fp8_mha do nothing here, attention stays as it is")

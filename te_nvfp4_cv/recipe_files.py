@@ -9,7 +9,8 @@
     "layer4.*" = "no_rht"                 another recipe, by name or path, or its fields in braces: {disable_rht = true}
 
 Refused, with the file's name, the key and what is allowed: unknown keys, bad values, text that is not TOML, a missing
-file, a [precision] table inside a recipe that a [precision] table names.
+file, a [precision] table inside a recipe that a [precision] table names, fields that a version removed (with the
+version and the reason; a file that holds such a field's old default still loads).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from te_nvfp4_cv.checks import message, value_error
 from te_nvfp4_cv.recipe import NVFP4BlockScaling
-from te_nvfp4_cv.recipe_fields import PLAIN
+from te_nvfp4_cv.recipe_fields import PLAIN, without_removed
 
 FIELDS = tuple(field for field in PLAIN if field != "precision")
 TOP_LEVEL = ("description", "name", "recipe", "precision")
@@ -160,8 +161,11 @@ def _build(
     name: str,
     precision: tuple[tuple[str, NVFP4BlockScaling | None], ...] = (),
 ) -> NVFP4BlockScaling:
-    _check_keys(path, where, fields, FIELDS)
-    values = dict(fields)
+    try:
+        values = without_removed(fields)
+    except ValueError as error:
+        raise ValueError(f"recipe file '{path}', {where}: {error}") from None
+    _check_keys(path, where, values, FIELDS)
     if values.get("backward_override") == "none":  # TOML has no null
         values["backward_override"] = None
     try:

@@ -203,14 +203,14 @@ def refuse(plan: Plan, group: Any) -> None:
     """Raise for scales that a call cannot have.
 
     Raises:
-        ValueError: scales of rows, or of an im2col matrix, that ranks should share.
+        ValueError: scales of rows, which ranks cannot share.
         RuntimeError: delayed scales while torch.compile traces the call.
     """
-    if group is not None and (plan.recipe.row_scaled_activation or plan.recipe.wgrad_block == "pixel"):
+    if group is not None and plan.recipe.row_scaled_activation:
         raise value_error(
             "nvfp4: these scales cannot be shared between ranks.",
             got=f"amax_reduction_group with the recipe {plan.recipe!r}",
-            needs="one scale per tensor: row_scaled_activation=False and wgrad_block='batch'",
+            needs="one scale per tensor: row_scaled_activation=False",
             fix="leave amax_reduction_group out, or change the recipe",
         )
     if plan.delayed and torch.compiler.is_compiling():

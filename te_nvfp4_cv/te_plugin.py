@@ -20,7 +20,7 @@ bare custom quantizer fails in its compiled bgrad_quantize as soon as a layer ha
 
 What TransformerEngine decides stays its own: the product of the leading dimensions must be a multiple of 8 and the last
 dimension of 16 (what is then no multiple of 16 is padded with zeros here); with fp32 activations it rounds the bias to
-bf16. `thin_layers` and `wgrad_block` have no meaning for these layers. A [precision] table goes by the names given to
+bf16. `thin_layers` has no meaning for these layers. A [precision] table goes by the names given to
 modules, te.Linear(..., name="fc1"): a factory learns no other.
 Refused: tensor_scale="delayed" (a factory has no place in a checkpoint for the amax of earlier steps), weights kept in
 NVFP4 only (te.quantized_model_init), te.GroupedLinear (its GEMMs are compiled and take no custom operands).

@@ -35,7 +35,8 @@ def parts(error: BaseException) -> str:
         ({"backward_override": "dequantize"}, ("None, 'high_precision', 'dequantized'", "did you mean 'dequantized'")),
         ({"tensor_scale": "delay"}, ("tensor_scale='delay'", "'current', 'delayed'", "did you mean 'delayed'")),
         ({"tensor_scale": "static"}, ("tensor_scale='static'", "needs: one of: 'current', 'delayed'")),
-        ({"wgrad_block": "image"}, ("'batch', 'pixel'",)),
+        ({"wgrad_block": "pixel"}, ("removed in version 0.2.0", "3.5 times", "along the batch")),
+        ({"activation_rounding": "stochastic"}, ("removed in version 0.2.0", "rounds to nearest")),
         ({"thin_layers": "high"}, ("'high_precision', 'pad'",)),
         ({"high_precision_gemms": "wgrad"}, ("'fprop', 'dgrad', 'wgrad'", "write ('wgrad',)")),
         ({"high_precision_gemms": ("wgrad", "bprop")}, ("'fprop', 'dgrad', 'wgrad'",)),
@@ -61,10 +62,6 @@ def test_bad_fields(fields, told):
     [
         ({"nvfp4_4over6": "all"}, ("4over6", "disable_rht=True", "'weights'")),
         ({"nvfp4_4over6": "activations"}, ("4over6", "disable_rht=True")),
-        (
-            {"nvfp4_4over6": "all", "disable_rht": True, "activation_rounding": "stochastic"},
-            ("rounds to nearest", "activation_rounding"),
-        ),
         ({"nvfp4_4over6": "all", "backward_override": "high_precision"}, ("4over6", "disable_rht=True")),
         ({"row_scaled_activation": True}, ("row-scaled", "disable_rht=True")),
         ({"row_scaled_activation": True, "disable_rht": True, "nvfp4_4over6": "all"}, ("wgrad", "backward_override")),
@@ -72,7 +69,6 @@ def test_bad_fields(fields, told):
             {"tensor_scale": "delayed", "row_scaled_activation": True, "disable_rht": True},
             ("delayed", "tensor_scale='current'", "row_scaled_activation=False"),
         ),
-        ({"tensor_scale": "delayed", "wgrad_block": "pixel"}, ("delayed", "wgrad_block='batch'")),
     ],
     ids=str,
 )

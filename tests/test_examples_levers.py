@@ -1,4 +1,4 @@
-"""The trainer's levers: learned scales, damping, the last epochs in high precision, and bundles of bad steps."""
+"""The trainer's levers: learned scales, the last epochs in high precision, and bundles of bad steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def state(folder: Path) -> dict:
 
 
 def test_learned_scales_are_trained_and_a_resume_goes_on_bit_for_bit(shapes: Path, tmp_path: Path) -> None:
-    common = ["--data", str(shapes), *NVFP4, "--epochs", "2", "--learn-scales", "scale", "--damping", "0.1"]
+    common = ["--data", str(shapes), *NVFP4, "--epochs", "2", "--learn-scales", "scale"]
     main([*common, "--out", str(tmp_path / "straight")])
     for stop in (["--steps", "4"], ["--resume"]):
         main([*common, *stop, "--out", str(tmp_path / "stopped")])
@@ -49,21 +49,8 @@ def test_learned_scales_are_trained_and_a_resume_goes_on_bit_for_bit(shapes: Pat
     assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
     with pytest.raises(ValueError, match=r"another run \(differing: levers\)"):
         main([*common[:-2], "--resume", "--out", str(tmp_path / "stopped")])
-    plain = [part for part in common if part not in ("--learn-scales", "scale", "--damping", "0.1")]
-    main([*plain, "--steps", "1", "--out", str(tmp_path / "plain")])
+    main([*common[:-2], "--steps", "1", "--out", str(tmp_path / "plain")])
     assert "levers" not in state(tmp_path / "plain")["identity"]
-
-
-def test_damping_acts_late_and_on_nvfp4_only(shapes: Path, tmp_path: Path) -> None:
-    common = ["--data", str(shapes), *SMALL, "--scale", "0.25", "--compute", "fp32", "--epochs", "1"]
-    for name, more in (("with", ["--damping", "5"]), ("without", [])):
-        main([*common, "--precisions", "nvfp4", "fp32", "--out", str(tmp_path / name), *more])
-    high, low = (
-        [checkpoint.load_checkpoint(tmp_path / name / p / "last.pt")["model"] for name in ("with", "without")]
-        for p in ("fp32", "nvfp4")
-    )
-    assert all(torch.equal(high[0][name], high[1][name]) for name in high[0])
-    assert not all(torch.equal(low[0][name], low[1][name]) for name in low[0])
 
 
 def test_a_step_that_is_not_finite_is_kept_and_diagnosed(shapes: Path, tmp_path: Path, capsys) -> None:
@@ -117,9 +104,7 @@ def test_bundles_can_be_turned_off(shapes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--damping", "-1"], "--damping"),
         (["--spike-factor", "1"], "--spike-factor"),
-        (["--parallel", "fsdp", "--damping", "1"], "--parallel fsdp"),
         (["--parallel", "fsdp", "--learn-scales", "clip"], "--parallel fsdp"),
         (["--high-precision-last", "-1"], "--high-precision-last"),
         (["--telemetry-every", "-1"], "--telemetry-every"),

@@ -1,4 +1,4 @@
-"""Learnable weight scales and oscillation damping: exact definitions, the same bits where nothing is learned."""
+"""Learnable weight scales: exact definitions, the same bits where nothing is learned."""
 
 from __future__ import annotations
 
@@ -215,7 +215,6 @@ def test_where_it_does_not_work_it_says_so():
         (lambda: nv.learn_scales(nn.Linear(32, 32), "lsq"), ValueError, "'scale' or 'clip'"),
         (lambda: nv.learn_scales(nn.Linear(8, 32)), ValueError, "no layer that can run in NVFP4"),
         (lambda: nv.learn_scales(nn.Sequential(nn.Linear(32, 32)), layers="conv*"), ValueError, "no layer"),
-        (lambda: nv.damping_loss(3), TypeError, "torch.nn.Module"),
     ],
 )
 def test_refusals(call, error, told):
@@ -228,64 +227,3 @@ def test_a_layer_learns_one_kind():
     nv.learn_scales(net, "clip")
     with pytest.raises(ValueError, match="the other kind"):
         nv.learn_scales(net, "scale")
-
-
-# ---- damping --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("recipe", [NO_SR, ONE_D], ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_damping_pulls_towards_the_rounded_weight(case, recipe):
-    module, x = layer_of(case)
-    loss = nv.damping_loss(module, recipe)
-    loss.backward()
-    w, grad = module.weight.detach(), module.weight.grad
-    q = w - grad * w.square().sum() / 2  # the gradient names the rounded weight
-    twin = copy.deepcopy(module)
-    with torch.no_grad():
-        twin.weight.copy_(q)
-    with nv.nvfp4_autocast(recipe):
-        assert torch.allclose(twin(x), module(x), rtol=1e-4, atol=1e-4)  # it rounds to what w rounds to
-    assert float(loss.detach()) == pytest.approx(float((w - q).square().sum() / w.square().sum()), rel=1e-4)
-    assert 0 < float(loss.detach()) < 0.05
-
-
-def test_damping_counts_the_layers_that_run_in_nvfp4():
-    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Sequential(nn.Conv2d(16, 16, 1), nn.Flatten()))
-    whole = nv.damping_loss(net)
-    parts = [nv.damping_loss(net[1]), nv.damping_loss(net[2])]
-    assert float(whole) == pytest.approx(float(sum(parts)))
-    nv.set_precision(net, {"2": None})
-    assert float(nv.damping_loss(net)) == float(parts[0])
-    assert float(nv.damping_loss(net, nv.NVFP4BlockScaling(high_precision_gemms=("fprop",)))) == 0
-    with nv.nvfp4_autocast(nv.NVFP4BlockScaling(thin_layers="pad")):
-        assert float(nv.damping_loss(net)) > float(parts[0])
-    assert float(nv.damping_loss(nn.ReLU())) == 0
-    own = nv.convert_model(nn.Sequential(nn.Linear(32, 32)), ONE_D)  # a module's own recipe rules over the context's
-    assert float(nv.damping_loss(own, NO_SR)) == float(nv.damping_loss(nn.Sequential(own[0]), ONE_D))
-    plain = nn.Sequential(nn.Linear(32, 32))
-    plain.load_state_dict(own.state_dict())
-    assert float(nv.damping_loss(own, NO_SR)) != float(nv.damping_loss(plain, NO_SR))
-
-
-def test_damping_makes_codes_change_less_often():
-    torch.manual_seed(0)
-    flips = {}
-    for strength in (0.0, 3.0):
-        net = nn.Linear(64, 64, bias=False)
-        with torch.no_grad():
-            net.weight.copy_(values((64, 64), "normal", torch.float32, 1))
-        optimizer = torch.optim.SGD(net.parameters(), 0.02 * float(net.weight.square().sum().detach()))
-        generator, changed, before = torch.Generator().manual_seed(0), 0, None
-        quantize = nv.NVFP4Quantizer(columnwise=False, with_rht=False, with_2d_quantization=True)
-        for step in range(80):
-            noise = torch.randn(64, 64, generator=generator) * 1e-2
-            optimizer.zero_grad()
-            ((noise * net.weight).sum() / 64 + strength * nv.damping_loss(net)).backward()
-            optimizer.step()
-            codes = quantize(net.weight.detach()).rowwise_data.clone()
-            if before is not None and step > 40:
-                changed += int((codes != before).sum())
-            before = codes
-        flips[strength] = changed
-    assert flips[3.0] < 0.5 * flips[0.0]

@@ -172,7 +172,6 @@ RECIPES = [
     nv.NVFP4BlockScaling(high_precision_gemms=("fprop",), disable_2d_quantization=True),
     nv.NVFP4BlockScaling(backward_override="high_precision"),
     nv.NVFP4BlockScaling(backward_override="dequantized"),
-    nv.NVFP4BlockScaling(wgrad_block="pixel"),
     nv.NVFP4BlockScaling(nvfp4_4over6="all", disable_rht=True),
 ]
 

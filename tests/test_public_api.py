@@ -27,7 +27,6 @@ NAMES = {
     "QParams",
     "active_recipe",
     "convert_model",
-    "damping_loss",
     "coverage",
     "distributed",
     "extra_state",

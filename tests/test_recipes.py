@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -21,12 +22,17 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams, as_recipe, from_te
-from te_nvfp4_cv.recipe_fields import GEMMS, PLAIN
-from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, recipe_folder, save_recipe
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams, as_recipe, from_te, recipe_of_key
+from te_nvfp4_cv.recipe_fields import GEMMS, PLAIN, REMOVED
+from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, parse_recipe, recipe_folder, save_recipe
+from tests.helpers import same_bits, values
 
 ROOT = Path(__file__).resolve().parent.parent
+SAVED = ROOT / "tests" / "saved_by_0_1"  # pickles of the last commit before fields were removed
 PRESETS = ("default", "no_rht", "no_sr", "no_2d", "forward_only", "four_over_six", "unet", "resnet", "detection")
 QPARAMS = ("fp4_quant_fwd_inp", "fp4_quant_fwd_weight", "fp4_quant_bwd_grad")
 needs_te = pytest.mark.skipif(
@@ -119,7 +125,6 @@ def test_a_rich_recipe_round_trips(tmp_path):
         nvfp4_4over6_e4m3_use_256="none",
         nvfp4_4over6_err_mode="MSE",
         high_precision_gemms=("wgrad", "fprop"),
-        wgrad_block="pixel",
         thin_layers="pad",
         precision=(
             ("stem.*", None),
@@ -134,11 +139,11 @@ def test_a_rich_recipe_round_trips(tmp_path):
 
 
 def test_precision_names_recipes_by_name_and_by_relative_path(tmp_path):
-    (tmp_path / "mine.toml").write_text('[recipe]\nwgrad_block = "pixel"\n')
+    (tmp_path / "mine.toml").write_text('[recipe]\nthin_layers = "pad"\n')
     table = '[precision]\n"a" = "no_rht"\n"b" = "./mine.toml"\n"c" = {disable_rht = true}\n'
     (tmp_path / "outer.toml").write_text(table)
     first, second, third = (recipe for _, recipe in load_recipe(tmp_path / "outer.toml").precision)
-    assert (first, second) == (load_recipe("no_rht"), NVFP4BlockScaling(wgrad_block="pixel"))
+    assert (first, second) == (load_recipe("no_rht"), NVFP4BlockScaling(thin_layers="pad"))
     assert (first.name, second.name) == ("no_rht", "mine") and third == first
 
 
@@ -154,7 +159,7 @@ def test_load_recipe_without_an_install(tmp_path):
 
 
 def test_frozen_hashable_copies_and_pickles():
-    recipe = NVFP4BlockScaling(disable_rht=True, precision={"a": None, "b": NVFP4BlockScaling(wgrad_block="pixel")})
+    recipe = NVFP4BlockScaling(disable_rht=True, precision={"a": None, "b": NVFP4BlockScaling(thin_layers="pad")})
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.disable_rht = False
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -167,7 +172,7 @@ def test_frozen_hashable_copies_and_pickles():
 
 def test_repr_shows_deviations_only_and_evaluates_back():
     assert repr(NVFP4BlockScaling(disable_rht=True)).endswith("disable_rht=True)")
-    assert "wgrad_block" not in repr(NVFP4BlockScaling())
+    assert "thin_layers" not in repr(NVFP4BlockScaling())
     recipe = load_recipe("detection")
     assert eval(repr(recipe)) == recipe
 
@@ -194,6 +199,85 @@ def test_a_look_alike_is_recognised_by_name():
         pass
 
     assert from_te(Mine()).disable_rht and as_recipe(Mine()).nvfp4_4over6 == "none"
+
+
+# --- fields that a version removed
+
+
+GONE = [("wgrad_block", "batch", "pixel"), ("activation_rounding", "nearest", "stochastic")]
+
+
+def test_removed_fields_are_gone_and_the_others_keep_their_order():
+    names = [field.name for field in dataclasses.fields(NVFP4BlockScaling)]
+    assert names[12:] == ["tensor_scale", "thin_layers", "high_precision_gemms", "precision", "name"]
+    assert names == list(inspect.signature(NVFP4BlockScaling).parameters)
+    assert set(REMOVED) == {field for field, _, _ in GONE} and not set(REMOVED) & set(PLAIN)
+    assert not any(hasattr(NVFP4BlockScaling(), field) for field in REMOVED)
+    assert "pixel_wgrad" not in list_recipes()
+
+
+@pytest.mark.parametrize("field, default, other", GONE)
+def test_files_may_name_a_removed_field_with_its_old_default_only(field, default, other, tmp_path):
+    path = tmp_path / "old.toml"
+    path.write_text(f'[recipe]\ndisable_rht = true\n{field} = "{default}"\n')
+    assert load_recipe(path) == NVFP4BlockScaling(disable_rht=True)
+    path.write_text(f'[recipe]\n{field} = "{other}"\n')
+    (tmp_path / "braces.toml").write_text(f'[precision]\n"a" = {{{field} = "{other}"}}\n')
+    (tmp_path / "outer.toml").write_text('[precision]\n"a" = "./old.toml"\n')
+    for name, place in (("old", "[recipe]"), ("braces", "[precision] 'a'"), ("outer", "[precision] 'a'")):
+        with pytest.raises(ValueError, match=f"'{field}' was removed in version 0.2.0: ") as caught:
+            load_recipe(tmp_path / f"{name}.toml")
+        assert f"{name}.toml" in str(caught.value) and place in str(caught.value)
+        assert f"remove {field}" in str(caught.value)
+    with pytest.raises(ValueError, match=r"unknown key 'wgrad_blocks'"):  # a typing error is no removed field
+        parse_recipe('[recipe]\nwgrad_blocks = "batch"\n')
+
+
+@pytest.mark.parametrize("field, default, other", GONE)
+def test_keywords_and_keys_of_a_removed_field(field, default, other):
+    assert NVFP4BlockScaling(**{field: default, "disable_rht": True}) == NVFP4BlockScaling(disable_rht=True)
+    assert recipe_of_key(f"disable_rht=True;{field}={default!r}") == NVFP4BlockScaling(disable_rht=True)
+    for build in (
+        lambda: NVFP4BlockScaling(**{field: other}),
+        lambda: dataclasses.replace(NVFP4BlockScaling(), **{field: other}),
+        lambda: recipe_of_key(f"{field}={other!r}"),
+    ):
+        with pytest.raises(ValueError, match=f"'{field}' was removed in version 0.2.0: "):
+            build()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'wgrad'"):
+        NVFP4BlockScaling(wgrad="batch")
+
+
+def test_pickles_of_version_0_1_load():
+    recipe = pickle.loads((SAVED / "recipe.pkl").read_bytes())
+    inner = NVFP4BlockScaling(disable_rht=True, name="inner")
+    expected = NVFP4BlockScaling(nvfp4_4over6="weights", precision={"a.*": None, "b": inner}, name="mine")
+    assert recipe == expected and hash(recipe) == hash(expected) and repr(recipe) == repr(expected)
+    assert vars(recipe) == vars(expected) and vars(recipe.precision[1][1]) == vars(inner)
+    assert pickle.loads(pickle.dumps(recipe)) == copy.copy(recipe) == recipe
+
+
+@pytest.mark.parametrize("name, field", [("pixel", "wgrad_block"), ("stochastic", "activation_rounding")])
+def test_pickles_of_version_0_1_that_need_a_removed_field_are_refused(name, field):
+    with pytest.raises(ValueError, match=f"'{field}' was removed in version 0.2.0: "):
+        pickle.loads((SAVED / f"{name}.pkl").read_bytes())
+
+
+def test_a_model_pickled_by_version_0_1_keeps_its_precision():
+    """set_precision's entries are hooks that hold recipes: one without RHT for the first layer, none for the second."""
+    model = torch.load(SAVED / "model.pt", weights_only=False)
+    twin = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1))
+    twin.load_state_dict(model.state_dict())
+    nv.set_precision(twin, {"0": NVFP4BlockScaling(disable_rht=True), "1": None})
+    x, results = values((16, 16, 2, 2)), []
+    for net in (model, twin):
+        torch.manual_seed(0)
+        with nv.nvfp4_autocast():
+            y = net(x)
+        y.square().mean().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters())])
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    assert [row.nvfp4 for row in nv.coverage(model, x).rows] == [True, False]
 
 
 # --- TransformerEngine

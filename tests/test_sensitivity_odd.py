@@ -90,29 +90,6 @@ def test_a_builder_of_the_same_name_elsewhere_is_not_taken(tmp_path: Path) -> No
         builder.given(f"{tmp_path}/b/rebuild_twice.py:build")
 
 
-def test_damping_counts_the_weight_that_is_used() -> None:
-    """Weights that a learned fraction clips to values on the grid are not pulled anywhere."""
-    torch.manual_seed(0)
-    layer = nn.Linear(32, 32)
-    (fraction,) = nv.learn_scales(layer, "clip")
-    fraction.data.fill_(0.5)
-    free = nn.Linear(32, 32)
-    free.weight.data.copy_(layer.weight.data)
-    damped, plain = nv.damping_loss(layer, NO_SR), nv.damping_loss(free, NO_SR)
-    assert 0 < float(damped) < float(plain)
-    damped.backward()
-    limit = 0.5 * layer.weight.detach().abs().max()
-    beyond = layer.weight.detach().abs() > limit
-    assert beyond.any() and not layer.weight.grad[beyond].any() and layer.weight.grad[~beyond].any()
-
-
-def test_damping_of_what_never_runs_in_nvfp4_is_nothing() -> None:
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)))
-    assert float(nv.damping_loss(model, NO_SR)) == 0
-    with nv.nvfp4_autocast(enabled=False):
-        assert float(nv.damping_loss(nn.Linear(32, 32))) == 0
-
-
 def test_layers_that_cannot_learn_get_no_fraction() -> None:
     attention = nn.MultiheadAttention(32, 2)
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))

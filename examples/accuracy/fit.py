@@ -103,11 +103,7 @@ def train(
             with precision(recipe, device, dtype):
                 loss = task.loss(model(x), y, **dict(variant.loss))
             optimizer.zero_grad(set_to_none=True)
-            total = loss
-            if variant.damping and recipe is not None:
-                strength = variant.damping / 2 * (1 - math.cos(math.pi * step / steps))
-                total = loss + strength * nv.damping_loss(model, recipe)
-            total.backward()
+            loss.backward()
             optimizer.step()
             pending.append(loss.detach())
             step += 1

@@ -29,7 +29,7 @@ class Variant:
 
     `recipe` None: high precision. `last`: share of the epochs, at the end, that run in `last_recipe` (None: high
     precision); `first`: share at the start in high precision. `lr`: factor on the learning rate. `learn`: what
-    nv.learn_scales gets; `damping`: strength of nv.damping_loss at the end. `loss`: arguments of the task's loss.
+    nv.learn_scales gets. `loss`: arguments of the task's loss.
     """
 
     name: str
@@ -39,7 +39,6 @@ class Variant:
     lr: float = 1.0
     first: float = 0.0
     learn: str = ""
-    damping: float = 0.0
     loss: tuple[tuple[str, Any], ...] = ()
 
     def epochs_of(self, total: int) -> tuple[int, int]:
@@ -68,7 +67,6 @@ def variants(preset: Any) -> dict[str, Variant]:
         "minus RHT": {"disable_rht": True},
         "minus SR": {"disable_stochastic_rounding": True},
         "minus 2D": {"disable_2d_quantization": True},
-        "SR in forward": {"activation_rounding": "stochastic"},
         "4over6 weights": {"nvfp4_4over6": "weights"},
         "4over6 all, minus RHT": {"nvfp4_4over6": "all", "disable_rht": True},
         "high-precision wgrad": {"high_precision_gemms": ("wgrad",)},
@@ -76,7 +74,6 @@ def variants(preset: Any) -> dict[str, Variant]:
         "high-precision fprop": {"high_precision_gemms": ("fprop",)},
         "forward only": {"backward_override": "high_precision"},
         "delayed scales": {"tensor_scale": "delayed"},
-        "wgrad blocks by pixel": {"wgrad_block": "pixel"},
         "first and last layer in NVFP4": {"thin_layers": "pad", "precision": ()},
         "last layer in NVFP4": {"precision": ()},
     }
@@ -92,7 +89,6 @@ def variants(preset: Any) -> dict[str, Variant]:
         "fine-tuned: first 70 % of epochs in high precision": {"first": 0.7},
         "learned block-scale multiplier": {"learn": "scale"},
         "learned clipping": {"learn": "clip"},
-        "oscillation damping 0.1": {"damping": 0.1},
     }
     for name, options in levers.items():
         found[name] = Variant(name, preset, **options)
@@ -110,7 +106,7 @@ def _suites() -> dict[str, tuple[str, ...]]:
     found = variants(nv.NVFP4BlockScaling())
     rates = tuple(name for name in found if "learning rate" in name)
     losses = tuple(name for name, variant in found.items() if variant.loss)
-    levers = tuple(name for name, v in found.items() if v.first or v.learn or v.damping)
+    levers = tuple(name for name, v in found.items() if v.first or v.learn)
     ablations = tuple(name for name in found if name not in (*rates, *losses, *levers))
     return {
         "seeds": ("baseline", "preset"),

@@ -31,7 +31,7 @@ from te_nvfp4_cv.telemetry import Telemetry
 from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .identity import data_identity, identity_of, saved_identity
 from .initial import load_initial
-from .levers import Bundles, damping, learn, parameter_groups
+from .levers import Bundles, learn, parameter_groups
 from .metrics import saved_bytes, to_device
 from .options import Settings
 from .order import TrainOrder, eval_loader, mix_seed, train_loader
@@ -183,8 +183,7 @@ class Trainer:
             with self.context(at.epoch):
                 output = self.wrapped(images, *self.task.inputs(targets))
                 loss = self.task.loss(output, targets, self.ranks.group)
-            total = loss + damping(self.model, self.settings, self._nvfp4_of(at.epoch), at.step / self.schedule_steps)
-            self.scaler.scale(total).backward()
+            self.scaler.scale(loss).backward()
         self.bundles.check(
             at.step + 1,
             loss,

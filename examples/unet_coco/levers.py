@@ -1,16 +1,14 @@
-"""Options that change how NVFP4 is trained: learned weight scales, damping of oscillations; and bundles of bad steps.
+"""Options that change how NVFP4 is trained: learned weight scales; and bundles of bad steps.
 
     --learn-scales scale|clip    one learnable fraction per NVFP4 layer (nv.learn_scales)
-    --damping F                  loss + F / 2 * (1 - cos(pi t / T)) * nv.damping_loss: little at the start, F at the end
     bundles                      a step whose loss jumps, or with a value that is not finite, is kept for
                                  `te-nvfp4-cv diagnose` before the optimizer takes it; --no-bundles turns that off
 
-Precisions without a recipe ignore the first two. They are refused together with --parallel fsdp.
+Precisions without a recipe ignore --learn-scales. It is refused together with --parallel fsdp.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,20 +51,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups + ([{"params": free, "weight_decay": 0.0}] if free else [])
 
 
-def damping(model: nn.Module, settings: Settings, recipe: Any, progress: float) -> Tensor | float:
-    """What to add to the loss.
-
-    Args:
-        progress: share of the training that is done.
-    """
-    if recipe is None or not settings.damping:
-        return 0.0
-    return settings.damping / 2 * (1 - math.cos(math.pi * min(progress, 1.0))) * nv.damping_loss(model, recipe)
-
-
 def changed(settings: Settings) -> dict[str, Any]:
     """Of these options, and --high-precision-last, what a checkpoint must agree with and is not at its default."""
-    usual = {"learn_scales": "none", "damping": 0.0, "high_precision_last": 0}
+    usual = {"learn_scales": "none", "high_precision_last": 0}
     found = {name: getattr(settings, name) for name in usual}
     return {name: value for name, value in found.items() if value != usual[name]}
 

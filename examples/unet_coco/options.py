@@ -72,7 +72,6 @@ class Settings:
     init_skip: tuple[str, ...]
     compute: str
     learn_scales: str
-    damping: float
     bundles: bool
     spike_factor: float
 
@@ -224,13 +223,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         help="learn a multiplier of the block scales, or a clipping threshold, for each NVFP4 layer (default: none)",
     )
     add(
-        "--damping",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="pull weights to the values they are rounded to, with F at the end of training (default: 0)",
-    )
-    add(
         "--no-bundles",
         dest="bundles",
         action="store_false",
@@ -325,17 +317,17 @@ def _check(settings: Settings) -> None:
             needs="--init-from FILE",
             fix="name the file to start from, or leave --init-skip out",
         )
-    if not 0 <= settings.damping < math.inf or not 1 < settings.spike_factor < math.inf:
+    if not 1 < settings.spike_factor < math.inf:
         raise value_error(
-            "--damping or --spike-factor is out of range.",
-            got=f"{settings.damping}, {settings.spike_factor}",
-            needs="damping >= 0 and a factor > 1, both finite",
+            "--spike-factor is out of range.",
+            got=f"{settings.spike_factor}",
+            needs="a finite factor > 1",
             fix="correct it",
         )
-    if settings.parallel == "fsdp" and (settings.damping or settings.learn_scales != "none"):
+    if settings.parallel == "fsdp" and settings.learn_scales != "none":
         raise value_error(
-            "--parallel fsdp does not go with --damping and --learn-scales.",
-            got=f"--damping {settings.damping} --learn-scales {settings.learn_scales}",
+            "--parallel fsdp does not go with --learn-scales.",
+            got=f"--learn-scales {settings.learn_scales}",
             needs="whole weights on each rank",
             fix="--parallel ddp",
         )

@@ -23,7 +23,6 @@ RECIPES = {
     "row scaled": replace(RECIPE, row_scaled_activation=True, disable_rht=True),
     "delayed": replace(RECIPE, tensor_scale="delayed"),
     "thin": replace(RECIPE, thin_layers="pad"),
-    "rotated, stochastic backward": replace(RECIPE, wgrad_block="pixel"),
 }
 LAYERS = {
     "conv2d, odd channels": (lambda: nn.Conv2d(20, 36, 3, padding=1), (2, 20, 7, 6)),

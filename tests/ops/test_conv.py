@@ -9,7 +9,6 @@ bf16's own error: torch's bf16 convolution against the float64 one, on the same 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -322,21 +321,6 @@ def test_reference_is_im2col_of_codes_times_gemm(dtype):
     assert same_bits(dw.unflatten(1, (3, 3, 32)).permute(0, 3, 1, 2), w_.grad)
 
 
-def test_pixel_order_is_the_quantized_im2col_matrix():
-    x, w = values((3, 16, 5, 4), seed=1), values((32, 16, 3, 3), seed=2)
-    recipe = NVFP4BlockScaling(disable_stochastic_rounding=True, wgrad_block="pixel")
-    x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = NF.conv2d(x_, w_, None, 2, 1, recipe=recipe, backend="reference")
-    dy = values(y.shape, seed=3)
-    y.backward(dy)
-    windows = F.unfold(x, 3, padding=1, stride=2).unflatten(1, (16, 9))  # [B, C, taps, pixels]
-    matrix = windows.permute(0, 3, 2, 1).flatten(0, 1).flatten(1)  # rows (image, pixel)
-    quantizer = NVFP4Quantizer(rowwise=False, with_rht=True, backend="reference")
-    dy_q, x_q = quantizer(dy.permute(0, 2, 3, 1).flatten(0, 2)), quantizer(matrix)
-    dw = gemm(dy_q, x_q, "NT", out_dtype=torch.float32, backend="reference")
-    assert same_bits(dw.unflatten(1, (3, 3, 16)).permute(0, 3, 1, 2), w_.grad)
-
-
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
 LAYERS = {
@@ -346,14 +330,10 @@ LAYERS = {
 }
 
 
-RECIPES = [(name, block) for name in list_recipes() for block in ("batch", "pixel")]
-RECIPES.remove(("delayed", "pixel"))  # which validate_for_use refuses
-
-
 @pytest.mark.parametrize("op", LAYERS)
-@pytest.mark.parametrize(("name", "wgrad_block"), RECIPES)
-def test_every_recipe_runs_on_both_backends(name, op, wgrad_block):
-    recipe = dataclasses.replace(load_recipe(name), wgrad_block=wgrad_block)
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_runs_on_both_backends(name, op):
+    recipe = load_recipe(name)
     x_shape, w_shape, arguments = LAYERS[op]
     results, losses = {}, {}
     for backend in ("reference", "vendor"):

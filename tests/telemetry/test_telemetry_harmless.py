@@ -72,8 +72,6 @@ def test_a_computed_weight_is_not_read() -> None:
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32)), nn.Linear(32, 16))
     x, sink = values((4, 32)), Keep()
     expected = run(model, x)
-    with nv.nvfp4_autocast(NO_SR):
-        nv.damping_loss(model)
     found = run(model, x, telemetry.attach(model, every=1, sinks=[sink]))
     assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True))
     assert sink.layers[0]["0"]["reason"] == "its weight is computed: not heard"
@@ -140,7 +138,7 @@ def test_scalars_of_any_number_type() -> None:
 
 
 def test_lazy_parameters_are_refused() -> None:
-    for function in (telemetry.attach, nv.learn_scales, nv.damping_loss):
+    for function in (telemetry.attach, nv.learn_scales):
         with pytest.raises(ValueError, match="lazy parameters"):
             function(nn.Sequential(nn.LazyLinear(16)))
 
