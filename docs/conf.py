@@ -11,7 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-os.environ.setdefault("NVTE_PROJECT_BUILDING", "1")  # so that TransformerEngine's wheel imports without its compiled part
+os.environ.setdefault("NVTE_PROJECT_BUILDING", "1")  # TransformerEngine's wheel imports without its CUDA part
 
 from te_nvfp4_cv.version import __version__  # noqa: E402
 
