@@ -93,7 +93,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(shapes: Path, tmp_pa
     assert not (tmp_path / "out" / "fp32" / "last.pt").exists() and (tmp_path / "out_2" / "fp32" / "last.pt").is_file()
     capsys.readouterr()
     main([*call, "--resume"])
-    assert "no checkpoint, starting anew" in capsys.readouterr().out
+    assert "no checkpoint, starting fresh" in capsys.readouterr().out
     state = checkpoint.load_checkpoint(tmp_path / "out" / "fp32" / "last.pt")
     assert state["position"]["telemetry"] == "telemetry_2.jsonl"
 
@@ -301,5 +301,5 @@ def test_ctrl_c_is_one_line_and_the_checkpoint_stays(shapes: Path, tmp_path: Pat
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in told, told
     out = tmp_path / "out"
-    assert told.splitlines()[-1] == f"stopped: --out {out} --resume goes on from the last checkpoint"
+    assert told.splitlines()[-1] == f"stopped: --out {out} --resume continues from the last checkpoint"
     assert checkpoint.load_checkpoint(path)["position"]["step"] >= 3

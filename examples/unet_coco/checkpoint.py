@@ -28,7 +28,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` atomically. The previous file survives any failure."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getbuffer(), fix="free some space, then go on with --resume")
+    write_atomically(path, buffer.getbuffer(), fix="free some space, then continue with --resume")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -44,14 +44,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint: {path} cannot be read.",
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'an empty message'}",
             needs="a complete checkpoint of this example",
-            fix="remove the file to start anew, or restore it",
+            fix="remove the file to start from the beginning, or restore it",
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise value_error(
             f"checkpoint: {path} is not a checkpoint of this example.",
             got=f"format {state.get('format') if isinstance(state, dict) else type(state).__name__}",
             needs=f"format {FORMAT}",
-            fix="remove the file to start anew",
+            fix="remove the file to start from the beginning",
         )
     return state
 
@@ -65,7 +65,7 @@ def check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
         f"checkpoint: {path} belongs to another run (differing: {', '.join(differing)}).",
         got="; ".join(f"{key} = {_short(saved.get(key))}" for key in differing),
         needs="; ".join(f"{key} = {_short(now.get(key))}" for key in differing),
-        fix="give the options the checkpoint was trained with, or another --out, or leave --resume out to start anew",
+        fix="use the options of the checkpoint's run, choose another --out, or leave --resume out to start again",
     )
 
 

@@ -165,6 +165,7 @@ def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
                 number_of[a["category_id"]],
                 _box(coco, a),
                 bool(a.get("iscrowd", 0)),
+                # the mask is drawn when it is needed
                 partial(_mask, coco, a, (entry["height"], entry["width"])) if a.get("segmentation") else None,
             )
             for a in found

@@ -79,6 +79,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
                 fix="remove the image from the split, or write its labels again",
             )
         pair = tv_tensors.Image(v2.functional.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
+        # The flip depends on (seed, epoch, index) only, and torch's generator stays where it is.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             image_t, mask_t = self.transform(*pair)

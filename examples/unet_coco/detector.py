@@ -51,6 +51,7 @@ class Detector(RetinaNet):
                 fix="--scale 0.25 gives 64",
             )
         body = getattr(resnet, backbone)(weights=None, norm_layer=_norm)
+        # On a small image, the coarse levels of the usual pyramid would have only one or two pixels.
         large = min(size) >= 256
         stages = (2, 3, 4) if large else (1, 2, 3, 4)
         widths = [body.inplanes // 2 ** (4 - stage) for stage in stages]
@@ -70,6 +71,7 @@ class Detector(RetinaNet):
             num_classes,
             min_size=min(size),
             max_size=max(size),
+            # images arrive normalised
             image_mean=[0.0] * 3,
             image_std=[1.0] * 3,
             anchor_generator=anchors,

@@ -83,6 +83,7 @@ class Trainer:
         self.ranks = ranks
         self.task = make_task(settings, data)
         self.data = data_identity(data, settings)
+        # The same seed for every precision, so that all of them start from the same weights.
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
         torch.manual_seed(settings.seed)
@@ -173,17 +174,20 @@ class Trainer:
     def _step(self, images: Tensor, targets: Any, watch: Telemetry) -> Tensor:
         """Run one optimizer step and return the loss of the whole batch, on the device."""
         at, rank = self.position, self.ranks.rank
+        # Rank 0 draws what a single process would draw.
         seed = mix_seed(self.settings.seed, at.step, *([rank] if rank else []))
         self.bundles.before(self.model)
         torch.manual_seed(seed)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(at.step)
         self.optimizer.zero_grad(set_to_none=True)
+        # get_scale waits for the GPU, so it is called in sampled steps only.
         with watch.step(at.step, self.scaler.get_scale() if watch.due(at.step) else 1.0):
             with self.context(at.epoch):
                 output = self.wrapped(images, *self.task.inputs(targets))
                 loss = self.task.loss(output, targets, self.ranks.group)
             self.scaler.scale(loss).backward()
+        # Before the optimizer step: a replay needs the weights from before it.
         self.bundles.check(
             at.step + 1,
             loss,
@@ -252,6 +256,7 @@ class Trainer:
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
+            # Work on a GPU is asynchronous; without waiting, only the launches would be timed.
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
@@ -265,6 +270,7 @@ class Trainer:
         """
         if self._whole is None or self._whole[0] != self.position.step:
             self._whole = None
+            # Making a copy draws weights, which must not move the generator that training uses.
             with torch.random.fork_rng(devices=[]):
                 self._whole = self.position.step, whole_model(self.model, self._new_model, self.ranks)
         return self._whole[1]
@@ -281,6 +287,7 @@ class Trainer:
         """
         at = self.position
         if epoch is None:
+            # At the end of an epoch, at.epoch is already the number of the next one.
             epoch = at.epoch if at.batch or not at.step else at.epoch - 1
         return self.precision.context(self.device, self._nvfp4_of(epoch) is not None)
 
@@ -292,6 +299,7 @@ class Trainer:
         """Return the row of summary.json for this precision."""
         at = self.position
         val, main = self.evaluate("val"), self.task.main
+        # At the end of an epoch, at.losses has just been emptied.
         train_loss = sum(at.losses) / len(at.losses) if at.losses else at.last_epoch_loss
         images, targets = next(iter(self._measured_batches()))
         images, targets = to_device(images, targets, self.device)

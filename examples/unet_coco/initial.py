@@ -58,6 +58,7 @@ def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = (), high_pr
         found = {name: t for name, t in found.items() if name in wanted or not _is_fraction(name)}
     # fractions that --learn-scales added start at 1 if the file has none
     wanted = {name: t for name, t in wanted.items() if name in found or not _is_fraction(name)}
+    # All tensors are checked before the first is copied, so that an error leaves the model unchanged.
     _check(path, found, wanted)
     with torch.no_grad():
         for name, tensor in wanted.items():

@@ -100,6 +100,7 @@ def match(cost: Tensor) -> tuple[Tensor, Tensor]:
             needs="scipy, which matches channels with objects",
             fix="pip install scipy",
         ) from error
+    # scipy refuses NaN and infinity; the loss itself stays NaN, so training still stops with an error.
     finite = cost.detach().float().nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)
     rows, columns = linear_sum_assignment(finite.cpu().numpy())
     return torch.from_numpy(rows).to(cost.device), torch.from_numpy(columns).to(cost.device)
@@ -112,6 +113,7 @@ def instance_loss(output: tuple[Tensor, Tensor], targets: list[Target], group: A
         output: The output of InstanceUNet, in any float dtype.
         targets: Masks and labels per image, without crowds.
     """
+    # Sums over all pixels of an image need fp32.
     with torch.autocast(output[0].device.type, enabled=False):
         masks, classes = output[0].float(), output[1].float()
         wanted = torch.zeros(classes.shape[:2], dtype=torch.int64, device=classes.device)

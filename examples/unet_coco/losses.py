@@ -80,6 +80,7 @@ def dice_ce(
     weight_y = valid if class_weights is None else class_weights[index] * valid
     log_likelihood, weighed = (log_p_y * weight_y).sum(), weight_y.sum()
 
+    # The overlap needs only the probability of the right class, so no one-hot tensor is made.
     p_y = log_p_y.exp() * valid
     images = len(target)  # image by image, because a longer fp32 sum loses small terms
     flat = (index + num_classes * torch.arange(images, device=index.device).view(-1, 1, 1)).flatten()

@@ -85,6 +85,7 @@ def saved_bytes(
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        # A tensor subclass has its storage in inner tensors.
         names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
         for part in [tensor] if names is None else [getattr(tensor, name) for name in names]:
             storage = part.untyped_storage()
@@ -93,9 +94,11 @@ def saved_bytes(
         return tensor.detach()  # keeps the storage alive, so that its address is not reused, but not the graph
 
     was_training = model.training
+    # In evaluation mode, dropout and batch norms would save other tensors than in a training step.
     model.train()
     devices = [images.device] if images.is_cuda else []
     with (
+        # dropout must not move the generator that training uses
         torch.random.fork_rng(devices=devices),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         context(),

@@ -43,6 +43,7 @@ def load_mvtec(root: Path, classes: Sequence[str] | None, val_share: float) -> S
     types = sorted({kind for _, _, kind in train + val} - {GOOD})
     wanted = list(classes) if classes else [DEFECT]
     check_classes(wanted, list(dict.fromkeys([DEFECT, *types])), f"{root} has the types of defects")
+    # Types that are not named count as "defect" if that is a class, else as background.
     rest = wanted.index(DEFECT) + 1 if DEFECT in wanted else 0
     number_of = {kind: wanted.index(kind) + 1 if kind in wanted else rest for kind in types}
     for name, part in (("train", train), ("val", val)):

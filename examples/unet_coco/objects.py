@@ -45,6 +45,7 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
             usable = [place for place, thing in enumerate(objects.things) if self._usable(objects, thing)]
             counts.append(sum(not objects.things[place].crowd for place in usable))
             total += sum(not thing.crowd for thing in objects.things)
+            # Crowds stay in evaluation, where predictions inside them must not count.
             self.kept.append([place for place in usable if not (train and objects.things[place].crowd)])
         left, self.most, at = sum(counts), max(counts), f"at {size[0]}x{size[1]}"
         if left < total:
@@ -93,6 +94,7 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         things = [objects.things[place] for place in self.kept[index]]
         pixels = v2.functional.resize(v2.functional.pil_to_tensor(image), list(self.size), antialias=True)
         target = self._target(objects, things)
+        # The flip depends on (seed, epoch, index) only, and torch's generator stays where it is.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             if self.train and torch.rand(1) < 0.5:
@@ -117,6 +119,7 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         assert thing.mask is not None
         mask = torch.from_numpy(thing.mask())[None, None].float()
         small = F.interpolate(mask, self.size)
+        # A thin object can lie between the sampled pixels.
         if not small.any():
             small = F.adaptive_max_pool2d(mask, self.size)
         return small[0, 0] > 0

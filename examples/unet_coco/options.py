@@ -96,9 +96,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add(
         "--data",
         metavar="ROOT",
-        help="root of the data; without it a set of drawn shapes is written beside --out and used",
+        help="root of the data; without it a set of drawn shapes is written next to --out and used",
     )
-    add("--layout", choices=LAYOUTS, default="coco", help="how ROOT is laid out (default: coco)")
+    add("--layout", choices=LAYOUTS, default="coco", help="layout of ROOT (default: coco)")
     add("--classes", metavar="NAME,...", help="classes to learn; the rest is background (default: all)")
     add(
         "--val-share",

@@ -86,6 +86,7 @@ class Precision:
         import te_nvfp4_cv as nv
 
         was_training = model.training
+        # The forward pass of the report must not move the generator that training uses.
         generators = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
         with generators, self._autocast(images.device):
             report = nv.coverage(model, images, *inputs, recipe=self.recipe).to_dict()

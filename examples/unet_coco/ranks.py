@@ -60,6 +60,7 @@ class Ranks:
             try:
                 told[0] = function()
             except (ValueError, RuntimeError) as error:
+                # Tell the other ranks before raising, or they would wait for this one until the timeout.
                 told[1], told[2] = type(error).__name__, str(error)
                 dist.broadcast_object_list(told)
                 raise
@@ -83,6 +84,7 @@ def whole_batch(loss: Tensor, group: Any) -> Tensor:
         return loss
     mean = loss.detach().clone()
     dist.all_reduce(mean, group=group)
+    # The first two terms cancel in value and leave this rank's gradient.
     return loss - loss.detach() + mean / dist.get_world_size(group)
 
 
@@ -126,6 +128,7 @@ def joined(settings: Settings) -> Iterator[tuple[Ranks, torch.device]]:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), settings.parallel)
     with contextlib.ExitStack() as stack:
         if ranks.rank:
+            # Only rank 0 writes to stdout.
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         yield ranks, device

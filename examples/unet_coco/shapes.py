@@ -66,6 +66,7 @@ def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
             needs="an empty or new folder",
             fix="choose another --out, or name the data with --data",
         )
+    # Draw into a folder beside it and rename that at the end, so that no half-drawn set is ever used.
     draft = root.with_name(f"{root.name}.draft{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -145,6 +146,7 @@ def _draw_image(
         colour = np.array(COLOURS[shape["category"]]) + rng.normal(0, 16, 3)
         grain = rng.normal(0, 9, (h, w, 1))
         pixels = np.where(shape["mask"][..., None], colour + grain, pixels)
+        # A few visible pixels cannot be learned, so such shapes get no annotation.
         if shape["visible"].sum() >= 12:
             annotations.append(_annotation(shape))
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))

@@ -72,6 +72,7 @@ class SpikeWatch:
         """
         found = [gradient.detach().isfinite().all() for gradient in gradients if gradient is not None]
         finite = torch.stack(found).all() if found else torch.tensor(True, device=loss.device)
+        # One transfer to the host for both values: this is the one synchronization per step.
         value, sound = torch.stack([loss.detach().float().reshape(()), finite.float()]).tolist()
         spike = self._judge(step, value)
         if spike is None and not sound:

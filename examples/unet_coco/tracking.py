@@ -41,6 +41,7 @@ class Progress:
         except ImportError:
             tell_once("tqdm is not installed: lines instead of a progress bar (pip install tqdm)")
             return
+        # disable=None shows no bar if stderr is not a terminal.
         self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None, leave=False, file=sys.stderr)
 
     def step(self, **figures: str) -> None:

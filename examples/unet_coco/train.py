@@ -130,7 +130,7 @@ def compare(
         if settings.resume:
             print(
                 f"{precision.name}: "
-                + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting anew")
+                + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting fresh")
             )
         at = trainer.position
         goes_on = (at.telemetry, at.step) if found else None
