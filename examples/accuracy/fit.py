@@ -74,6 +74,7 @@ def train(
     torch.manual_seed(seed)
     model = task.model().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     recipe = None if variant.first else variant.recipe
+    # The table is set even if training starts in high precision, because learn_scales below needs it.
     _set_table(model, variant.recipe)
     if variant.learn:
         nv.learn_scales(model, variant.learn)
@@ -99,6 +100,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = base / 2 * (1 + math.cos(math.pi * step / steps))
             x, y = task.batch(keys, seed, device)
+            # Random numbers of a step, such as dropout and rounding, depend on (seed, step) only.
             torch.manual_seed(mix_seed(seed, step))
             with precision(recipe, device, dtype):
                 loss = task.loss(model(x), y, **dict(variant.loss))

@@ -115,6 +115,7 @@ class Timer:
             graph = capture(run)
             times = []
             for _ in range(self.rounds):
+                # This evicts everything else from the L2 cache.
                 self.scratch.zero_()
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
@@ -129,6 +130,7 @@ class Timer:
 def capture(run: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph:
     """Capture one call as a CUDA graph, after a warm-up on a side stream, which capture requires."""
     side = torch.cuda.Stream()
+    # The first calls compile kernels and allocate memory, which must not happen inside a capture.
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warm_up):

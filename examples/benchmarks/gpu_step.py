@@ -88,6 +88,7 @@ class Step:
 
     def __init__(self, variant: Variant, model: nn.Module, images: Tensor, target: Tensor) -> None:
         self.variant, self.images, self.target = variant, images, target
+        # A copy for each variant: nv.fuse rewrites the model, and delayed scales are kept per weight.
         self.model = copy.deepcopy(model)
         if variant.fused:
             nv.fuse(self.model)

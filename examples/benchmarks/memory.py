@@ -45,6 +45,7 @@ def saved_bytes(model: nn.Module, x: Tensor, recipe: nv.NVFP4BlockScaling | None
 
     def pack(tensor: Tensor) -> _Kept:
         held = _Kept(tensor)
+        # A weak reference, so that tensors which autograd drops again in the forward pass do not count.
         kept.append(weakref.ref(held))
         return held
 
@@ -90,6 +91,7 @@ def measure(name: str, batch: int = 16, size: int = 64, recipe: nv.NVFP4BlockSca
     channels = 64 if name == "conv input" else 3
     x = torch.randn(batch, channels, size, size)
     if name == "conv input":
+        # Already bf16, so that autocast makes no copy of it.
         x = x.bfloat16()
     plain = saved_bytes(model, x, None)
     gc.collect()
