@@ -186,7 +186,7 @@ def test_other_images_are_refused_and_the_same_elsewhere_are_not(tmp_path: Path,
 
     replace(0)  # one that was repaired
     main(["--data", str(moved), *call, "--resume"])
-    assert "some images have another size on disk" in capsys.readouterr().out
+    assert "some image files changed their size" in capsys.readouterr().out
     for number in (1, 2, 3):
         replace(number)
     with pytest.raises(ValueError, match=r"belongs to another run \(differing: file sizes\)"):
