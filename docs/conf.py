@@ -15,7 +15,7 @@ os.environ.setdefault("NVTE_PROJECT_BUILDING", "1")  # TransformerEngine's wheel
 
 from te_nvfp4_cv.version import __version__  # noqa: E402
 
-project, author, release = "te_nvfp4_cv", "the te_nvfp4_cv authors", __version__
+project, author, release = "te_nvfp4_cv", "te_nvfp4_cv contributors", __version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
 html_theme = "furo"
 html_title = f"te_nvfp4_cv {release}"

@@ -4,13 +4,18 @@ import te_nvfp4_cv as nv;   with nv.nvfp4_autocast(nv.NVFP4BlockScaling()): loss
 """
 
 import importlib
+import importlib.util
+import sys
+import typing
 
 from te_nvfp4_cv import distributed, fsdp, functional
-from te_nvfp4_cv.autocast import active_recipe, nvfp4_autocast
-from te_nvfp4_cv.coverage import coverage
-from te_nvfp4_cv.fuse import fuse
-from te_nvfp4_cv.learned import learn_scales
-from te_nvfp4_cv.modules import (
+from te_nvfp4_cv.context.context_manager import active_recipe, nvfp4_autocast
+from te_nvfp4_cv.fusion.fuse import fuse
+from te_nvfp4_cv.fusion.modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
+from te_nvfp4_cv.nn.convert import convert_model
+from te_nvfp4_cv.nn.frozen_weights import frozen_weights
+from te_nvfp4_cv.nn.learned import learn_scales
+from te_nvfp4_cv.nn.modules import (
     NVFP4Conv1d,
     NVFP4Conv2d,
     NVFP4Conv3d,
@@ -18,25 +23,54 @@ from te_nvfp4_cv.modules import (
     NVFP4ConvTranspose2d,
     NVFP4ConvTranspose3d,
     NVFP4Linear,
-    convert_model,
 )
-from te_nvfp4_cv.norm_modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
-from te_nvfp4_cv.ops.gemm import gemm
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.policy import extra_state, frozen_weights, saturated_blocks, set_precision
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams
-from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, save_recipe
-from te_nvfp4_cv.tensor import NVFP4Tensor
+from te_nvfp4_cv.nn.precision import set_precision
+from te_nvfp4_cv.nn.resume import extra_state, saturated_blocks
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, QParams
+from te_nvfp4_cv.recipe.files import list_recipes, load_recipe, save_recipe
+from te_nvfp4_cv.report.watch import coverage
+from te_nvfp4_cv.tensor.gemm import gemm
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.version import __version__ as __version__
 
-# imported when they are asked for: what needs more than the core
+# Pickles made by version 0.1 name these modules, which have moved since.
+sys.modules |= {
+    f"{__name__}.{old}": sys.modules[f"{__name__}.{new}"]
+    for old, new in {
+        "fuse": "fusion.fuse",
+        "learned": "nn.learned",
+        "modules": "nn.modules",
+        "norm_modules": "fusion.modules",
+        "ops.quantize.quantizer": "tensor.quantizer",
+        "policy": "nn.precision",
+    }.items()
+}
+
+# These modules need more than the core, so each is imported when it is first asked for.
 _LAZY = ("export", "lightning", "sensitivity", "telemetry", "tensor_parallel", "te_plugin")
 
+if typing.TYPE_CHECKING:  # type checkers and editors read this; the function below would tell them that any name exists
+    from te_nvfp4_cv import export as export
+    from te_nvfp4_cv import lightning as lightning
+    from te_nvfp4_cv import sensitivity as sensitivity
+    from te_nvfp4_cv import te_plugin as te_plugin
+    from te_nvfp4_cv import telemetry as telemetry
+    from te_nvfp4_cv import tensor_parallel as tensor_parallel
+else:
 
-def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _LAZY:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, for dir() and completion; `lightning` only where PyTorch Lightning is installed."""
+    # help() and inspect read every name listed here, and importing nv.lightning without Lightning raises an error.
+    have_lightning = any(importlib.util.find_spec(package) for package in ("lightning", "pytorch_lightning"))
+    lazy = [name for name in _LAZY if name != "lightning" or have_lightning]
+    return sorted([*__all__, *lazy, "__version__"])
 
 
 __all__ = [

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from te_nvfp4_cv.checks import runtime_error
+from te_nvfp4_cv.errors import runtime_error
 
 
 def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free some space, then try again") -> None:

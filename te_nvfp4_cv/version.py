@@ -1,3 +1,3 @@
-"""The version, where every floor can read it."""
+"""The package's version, in a file of its own so that every other file may read it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,6 +1,6 @@
 """Triton kernels compiled for GPUs that are not here: PTX, SASS, registers, spills and shared memory of each case.
 
-    python -m tests.aot                        a table of every case in tests/kernels/aot_*.py; exit status 1 on failure
+    python -m tests.aot                        table of all cases in tests/ops/kernels/aot_*.py; status 1 on failure
     python -m tests.aot --only quantize --arch 90 --json
     python -m tests.aot --keep FOLDER          leave PTX and SASS there
 
@@ -134,8 +134,8 @@ def cases(only: str = "") -> list[dict[str, Any]]:
     """Every case of the modules that exist, each with its module's name in "group"."""
     found = []
     for name in MODULES:
-        if (ROOT / "tests" / "kernels" / f"{name}.py").is_file():
-            module = importlib.import_module(f"tests.kernels.{name}")
+        if (ROOT / "tests" / "ops" / "kernels" / f"{name}.py").is_file():
+            module = importlib.import_module(f"tests.ops.kernels.{name}")
             found += [{"group": name.removeprefix("aot_"), **case} for case in module.CASES]
     return [case for case in found if only in f"{case['group']}.{case['name']}"]
 

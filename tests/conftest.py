@@ -1,5 +1,5 @@
 """What every test gets: a fixed seed, the --backend option, poisoned buffers on request, a torchvision that imports,
-Triton kernels on the GPU or, without one, in the repaired interpreter.
+no TF32 on a GPU, Triton kernels on the GPU or, without one, in the repaired interpreter.
 
 poison fills what torch.empty and its relatives return with bytes 0xFF: NaN in every floating dtype, 255 in uint8, -1 in
 the other integers. A kernel that leaves a place unwritten then fails its comparison instead of passing by luck.
@@ -21,6 +21,7 @@ import torch
 from tests import interpreter
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU_TESTS = ROOT / "tests" / "gpu"
 os.environ.setdefault("NVTE_PROJECT_BUILDING", "1")  # lets TransformerEngine's recipes import without its GPU library
 os.environ.setdefault("WANDB_MODE", "offline")
 if not torch.cuda.is_available():  # before triton is imported: kernels then run on the CPU, as NumPy code
@@ -64,6 +65,24 @@ def seed() -> int:
     numpy.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def no_tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Turn TF32 off in tests marked gpu and in tests/gpu, and restore torch's settings afterwards.
+
+    These tests compare fp32 results with a CPU's at 1e-5; cuDNN uses TF32, ten bits of mantissa, by default.
+    """
+    if request.node.get_closest_marker("gpu") is None and GPU_TESTS not in request.path.parents:
+        yield
+        return
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = False
+    yield
+    for setting, allowed in zip(settings, before, strict=True):
+        setting.allow_tf32 = allowed
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Launches of the kernels as on a GPU, up to the launch itself: argument types, constants, compilation.
 
     python -m tests.dry_launch 90              every launch of a few layers compiled for sm_90, one line a kernel
-    python -m tests.dry_launch 90 all          of every layer of tests/kernels/gemm_helpers.py
+    python -m tests.dry_launch 90 all          of every layer of tests/ops/kernels/gemm_helpers.py
     python -m tests.dry_launch 90 quantize     of quantization, of operands and weights with axes of one element
     python -m tests.dry_launch 90 steps        of training steps: backends, tensor scales, fused norms
 
@@ -53,9 +53,9 @@ def compile_only(arch: int) -> list[tuple[str, Any]]:
 
 def launch_gemms(arch: int, names: list[str]) -> None:
     """The three GEMMs of some layers, with a bias, with and without alpha; and products of small matrices."""
-    from te_nvfp4_cv.ops.conv import launch as conv
-    from te_nvfp4_cv.ops.gemm import launch as gemm
-    from tests.kernels.gemm_helpers import GEOMETRIES, faces_of, packed
+    from te_nvfp4_cv.ops.conv.triton import launch as conv
+    from te_nvfp4_cv.ops.gemm.triton import launch as gemm
+    from tests.ops.kernels.gemm_helpers import GEOMETRIES, faces_of, packed
 
     gpu = gemm.Gpu(arch if arch >= 90 else 80, arch in (100, 103, 120), 132)
     conv.gpu_of = gemm.gpu_of = lambda device: gpu
@@ -74,9 +74,9 @@ def launch_gemms(arch: int, names: list[str]) -> None:
 
 def launch_quantization(arch: int) -> None:
     """Operands and weights whose axes have one element, each form: arguments that are 1 become constexprs."""
-    from te_nvfp4_cv.ops import tuning
+    from te_nvfp4_cv.backend import tuning
     from te_nvfp4_cv.ops.geometry import Fold
-    from te_nvfp4_cv.ops.quantize import launch
+    from te_nvfp4_cv.ops.quantize.triton import launch
 
     tuning.arch_of = lambda device: arch
     bf16, seed, amax = torch.bfloat16, torch.zeros(1, dtype=torch.int64), torch.ones(2)
@@ -122,9 +122,9 @@ def launch_steps(arch: int) -> None:
     no kernel runs.
     """
     import te_nvfp4_cv as nv
-    from te_nvfp4_cv.ops import dispatch, tuning
-    from te_nvfp4_cv.ops.conv import launch as conv
-    from te_nvfp4_cv.ops.gemm import launch as gemm
+    from te_nvfp4_cv.backend import dispatch, tuning
+    from te_nvfp4_cv.ops.conv.triton import launch as conv
+    from te_nvfp4_cv.ops.gemm.triton import launch as gemm
     from tests.networks import everything
 
     gpu = gemm.Gpu(arch if arch >= 90 else 80, arch in (100, 103, 120), 132)

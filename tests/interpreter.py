@@ -5,7 +5,7 @@ saturate; an E4M3 NaN reads as 480; tl.dot multiplies the bit patterns of bf16; 
 scales as E8M0 (3.8, 3.9); ~ on unsigned integers overflows; range() over a runtime size fails with NumPy 2.4; the & of
 a block's mask and a scalar's is no mask (3.9).
 install() patches private names of the interpreter, once, after triton is imported and before the first launch.
-tests/kernels/test_interpreter.py checks each repair.
+tests/ops/kernels/test_interpreter.py checks each repair.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import functional as NF
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import values
 
 BACKENDS = ("reference", "vendor")

@@ -12,9 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import calls
-from te_nvfp4_cv import context as nv_context
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.context import state as nv_context
+from te_nvfp4_cv.layer import observe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 
 NO_SR = NVFP4BlockScaling(disable_stochastic_rounding=True)
@@ -76,10 +76,10 @@ def step(
     return [loss.detach(), *gradients(net)]
 
 
-def seen(run: Callable[[], Any]) -> list[calls.Call]:
+def seen(run: Callable[[], Any]) -> list[observe.Call]:
     """The calls that an observer is told of while `run` runs."""
-    told: list[calls.Call] = []
-    with calls.observe(told.append):
+    told: list[observe.Call] = []
+    with observe.observe(told.append):
         run()
     return told
 

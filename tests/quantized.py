@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.tensor import BUFFERS, NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import BUFFERS, NVFP4Tensor
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
 OPTIONS = [
     {},

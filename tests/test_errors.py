@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from te_nvfp4_cv import checks
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, QParams, as_recipe, from_te
-from te_nvfp4_cv.recipe_files import load_recipe
+from te_nvfp4_cv import errors
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, QParams, as_recipe, from_te
+from te_nvfp4_cv.recipe.files import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SCOPES = "'none', 'weights', 'activations', 'all'"
@@ -93,7 +93,7 @@ def test_combinations_that_work_are_not_refused():
 
 
 def test_fp8_attention_is_accepted_and_said_to_do_nothing(monkeypatch):
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
     with pytest.warns(UserWarning, match="attention"):
         NVFP4BlockScaling(fp8_dpa=True).validate_for_use()
     with warnings.catch_warnings():
@@ -204,7 +204,7 @@ def test_load_recipe_wants_a_name(name):
 
 def test_a_bad_environment_variable_is_named():
     code = (
-        "from te_nvfp4_cv.recipe import NVFP4BlockScaling as R\n"
+        "from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling as R\n"
         "print(R(nvfp4_4over6='none', backward_override=None).disable_rht)\n"
         "for fields in ({'backward_override': None}, {'nvfp4_4over6': 'none'}):\n"
         "    try: R(**fields)\n"
@@ -222,5 +222,5 @@ def test_a_bad_environment_variable_is_named():
 def test_describe():
     import torch
 
-    assert checks.describe(torch.zeros(2, 3, dtype=torch.bfloat16)) == "(2, 3) bfloat16"
-    assert checks.describe("text") == "str"
+    assert errors.describe(torch.zeros(2, 3, dtype=torch.bfloat16)) == "(2, 3) bfloat16"
+    assert errors.describe("text") == "str"

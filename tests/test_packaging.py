@@ -1,4 +1,4 @@
-"""The wheel: everything the library needs is in it, and installing it moves no torch.
+"""The wheel and the sdist: everything that is needed is in them, and installing moves no torch.
 
 Built from a copy of the tree, so that no build folder is left in the checkout. All of it works offline.
 """
@@ -12,12 +12,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+
+import te_nvfp4_cv
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -64,12 +67,80 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel, tree):
     sources = {
         path.relative_to(tree).as_posix()
         for path in (tree / "te_nvfp4_cv").rglob("*")
-        if path.suffix in (".py", ".cpp", ".h")
+        if path.suffix in (".py", ".cpp", ".h") or path.name == "py.typed"
     }
     recipes = {f"te_nvfp4_cv/recipes/{path.name}" for path in (tree / "recipes").glob("*.toml")}
     assert recipes, "no recipes in the checkout"
+    assert "te_nvfp4_cv/py.typed" in sources, "type checkers ignore the annotations of a package without py.typed"
     assert {name for name in names if ".dist-info/" not in name} == sources | recipes
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The unpacked source distribution of the files that git tracks, or of all where there is no git."""
+    tree, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("sdist")
+    for name in checkout_files():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    (tree / "tests" / "__pycache__").mkdir()
+    (tree / "tests" / "__pycache__" / "left.pyc").touch()
+    (tree / "runs").mkdir()
+    (tree / "runs" / "left.txt").touch()
+    build = f"from setuptools import build_meta; print(build_meta.build_sdist({str(out)!r}))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = out.glob("te_nvfp4_cv-*.tar.gz")
+    with tarfile.open(archive) as found:
+        found.extractall(out, filter="data")
+    return out / archive.name.removesuffix(".tar.gz")
+
+
+def checkout_files() -> list[str]:
+    """The files of this checkout that belong to the project, as paths relative to its root."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0 and "pyproject.toml" in listed.stdout.split():
+        return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    skipped = {"__pycache__", "build", "dist", "runs", "wandb"}
+    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    return [
+        path.as_posix()
+        for path in paths
+        if not skipped & set(path.parts) and not any(part.endswith(".egg-info") for part in path.parts)
+    ]
+
+
+def test_the_sdist_holds_the_project_and_nothing_left_over(sdist):
+    found = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    made = {name for name in found if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    missing = set(checkout_files()) - found - {".gitignore"}
+    assert not missing, f"add them to MANIFEST.in: {sorted(missing)}"
+    assert found - made <= set(checkout_files()), "files that are not the project's"
+
+
+def test_tests_run_from_the_unpacked_sdist(sdist):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_formats.py", "-k", "e2m1"]
+    environment = os.environ | {"PYTHONPATH": str(sdist)}
+    done = subprocess.run(command, cwd=sdist, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_one_version_everywhere(metadata):
+    citation = (ROOT / "CITATION.cff").read_text()
+    changes = re.findall(r"^## \[?([0-9.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert metadata["Version"] == te_nvfp4_cv.__version__ == changes[0]
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == te_nvfp4_cv.__version__
+
+
+def test_authors_are_named_without_an_address(metadata):
+    assert metadata["Author"] == "te_nvfp4_cv contributors" and metadata["Author-email"] is None
+
+
+def test_pre_commit_runs_the_tools_of_the_environment():
+    """Hooks that name a repository would be fetched from the network, in versions that constraints.txt does not set."""
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"- repo: (.*)", text) == ["local"]
+    assert re.findall(r"entry: (.*)", text) == ["python -m ruff check --force-exclude", "python -m mypy"]
 
 
 def test_requirements_bound_torch_and_never_pin(metadata):
@@ -99,7 +170,7 @@ def test_the_installed_wheel_finds_its_recipes(wheel, tmp_path):
     result = pip("install", "--no-index", "--no-deps", "--target", target, wheel, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     code = (
-        "from te_nvfp4_cv.recipe_files import list_recipes, load_recipe, recipe_folder\n"
+        "from te_nvfp4_cv.recipe.files import list_recipes, load_recipe, recipe_folder\n"
         "print(recipe_folder()); print(len(list_recipes())); print(load_recipe('unet').precision)"
     )
     environment = os.environ | {"PYTHONPATH": str(target)}

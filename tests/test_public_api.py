@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
+import pathlib
+import pickle
+import pydoc
 import subprocess
 import sys
 import types
@@ -60,6 +65,15 @@ def test_names():
     assert public == set(nv.__all__)
 
 
+def test_dir_lists_the_public_names_and_no_internals(monkeypatch):
+    lazy = {"export", "sensitivity", "telemetry", "tensor_parallel", "te_plugin"}
+    has_lightning = any(importlib.util.find_spec(name) for name in ("lightning", "pytorch_lightning"))
+    expected = {*nv.__all__, "__version__", *lazy, *(["lightning"] if has_lightning else [])}
+    assert dir(nv) == sorted(expected)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert set(dir(nv)) == expected - {"lightning"}, "help(nv) would try to import Lightning and fail"
+
+
 def test_what_needs_more_than_torchs_core_is_imported_when_asked_for():
     code = """
 import sys, te_nvfp4_cv as nv
@@ -72,6 +86,33 @@ print(nv.telemetry.attach.__name__)
     assert result.stdout.split() == ["ColwiseParallel", "recipe", "scan", "attach"], result.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = nv.nothing
+
+
+def printing_functions(source: str) -> set[str]:
+    """Return the names of the functions in a source text that call print; "" stands for the module's own level."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            found.add(function)
+        for child in ast.iter_child_nodes(node):
+            walk(child, function)
+
+    walk(ast.parse(source), "")
+    return found
+
+
+def test_only_commands_print():
+    """Warnings and notes of the library go through `warnings` and `logging`, where a user can route or silence them."""
+    assert printing_functions("print(1)\ndef f():\n    g(say=lambda: print(2))\ndef h(): log('print(3)')") == {"", "f"}
+    package = pathlib.Path(nv.__file__).parent
+    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py") if "cli" not in path.parts}
+    found = {name: printing_functions(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    printing = {(name, function) for name, functions in found.items() for function in functions}
+    # The command line calls these two; they print a command's result.
+    assert len(printing) == 2 and all(name.startswith(("export/", "selftest/")) for name, _ in printing), printing
 
 
 def test_coverage_is_the_function_not_its_module():
@@ -128,6 +169,37 @@ def test_module_keywords(name):
     arguments = (16, 16) if name == "NVFP4Linear" else (16, 16, 3)
     module = cls(*arguments, recipe=nv.NVFP4BlockScaling(), backend="vendor")
     assert isinstance(module, plain) and module.recipe == nv.NVFP4BlockScaling() and module.backend == "vendor"
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(NAMES) if "Conv" in n or n == "NVFP4Linear"])
+def test_module_signatures_are_torchs_with_recipe_and_backend(name):
+    cls, plain = getattr(nv, name), getattr(nn, name.removeprefix("NVFP4"))
+    ours, torchs = (list(inspect.signature(c).parameters.values()) for c in (cls, plain))
+    assert [(p.name, p.kind, p.default) for p in ours[:-2]] == [(p.name, p.kind, p.default) for p in torchs]
+    assert [(p.name, p.kind, p.default) for p in ours[-2:]] == [
+        ("recipe", inspect.Parameter.KEYWORD_ONLY, None),
+        ("backend", inspect.Parameter.KEYWORD_ONLY, "auto"),
+    ]
+    head = pydoc.render_doc(cls, renderer=pydoc.plaintext).split("Method resolution order")[0]
+    assert "*args" not in head and f"{name}({torchs[0].name}: " in head and "*, recipe: " in head
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_constructor_argument_reaches_its_place(rank, transposed):
+    """By position, as torch takes them, with values that tell the arguments apart."""
+    kind = f"ConvTranspose{rank}d" if transposed else f"Conv{rank}d"
+    tail = (3, 2, 1, 4, False, 2) if transposed else (3, 2, 2, 4, False)
+    arguments = (32, 64, 3, *tail, "zeros", "cpu", torch.bfloat16)
+    torch.manual_seed(1)
+    module = getattr(nv, f"NVFP4{kind}")(*arguments, backend="vendor")
+    torch.manual_seed(1)
+    plain = getattr(nn, kind)(*arguments)
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation", "groups")
+    assert all(getattr(module, name) == getattr(plain, name) for name in names)
+    assert module.bias is None and torch.equal(module.weight, plain.weight) and module.weight.dtype == torch.bfloat16
+    copy = pickle.loads(pickle.dumps(module))
+    assert type(copy) is type(module) and copy.backend == "vendor" and copy.stride == module.stride
 
 
 def test_the_ten_lines_of_the_design():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.recipe_files import load_recipe
+from te_nvfp4_cv.recipe.files import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

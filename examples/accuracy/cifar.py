@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 MEAN, STD = (0.4913, 0.4821, 0.4465), (0.2452, 0.2428, 0.2606)
 

@@ -35,8 +35,8 @@ import te_nvfp4_cv as nv  # noqa: E402
 from accuracy.fit import COMPUTE, precision, train  # noqa: E402
 from accuracy.tasks import TASKS, open_task, preset_of  # noqa: E402
 from accuracy.variants import variants  # noqa: E402
-from te_nvfp4_cv.export.rounding import METHODS  # noqa: E402
-from te_nvfp4_cv.export.to_onnx import need_packages  # noqa: E402
+from te_nvfp4_cv.export.onnx.convert import need_packages  # noqa: E402
+from te_nvfp4_cv.export.ptq.rounding import METHODS  # noqa: E402
 
 CALIBRATION = 64  # training images
 SCORED = ("portable", "qdq")

@@ -28,7 +28,7 @@ from unet_coco.options import choose_device, fast_dtype  # noqa: E402
 from accuracy.fit import COMPUTE, fit  # noqa: E402
 from accuracy.tasks import TASKS, open_task, preset_of  # noqa: E402
 from accuracy.variants import SUITES, variants  # noqa: E402
-from te_nvfp4_cv.checks import value_error  # noqa: E402
+from te_nvfp4_cv.errors import value_error  # noqa: E402
 
 KEYS = ("task", "size", "variant", "seed", "compute", "epochs")
 

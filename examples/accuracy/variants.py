@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 LOSSES: dict[str, tuple[tuple[str, Any], ...]] = {
     "class weights": (("class_weights", "median"),),

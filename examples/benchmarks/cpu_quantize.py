@@ -24,8 +24,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from te_nvfp4_cv import formats  # noqa: E402
-from te_nvfp4_cv.ops.quantize import operands, reference  # noqa: E402
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, PACKED  # noqa: E402
+from te_nvfp4_cv.ops.quantize import operand, reference_matrix  # noqa: E402
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, PACKED  # noqa: E402
 
 
 def quantize(x: Tensor, stochastic: bool, backend: str, amax: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -38,7 +38,7 @@ def quantize(x: Tensor, stochastic: bool, backend: str, amax: Tensor | None = No
     col = DEQUANTIZED if stochastic else PACKED  # a gradient's columnwise codes are multiplied at once, not saved
     fold = [1, 0, rows, 0, batch]
     form = (DEQUANTIZED, col, True, stochastic, "", 448, False, torch.bfloat16)
-    return operands.quantize_operand(x, 1, fold, *form, seed, amax, backend)
+    return operand.quantize_operand(x, 1, fold, *form, seed, amax, backend)
 
 
 def median_ms(function: Callable[[], object], rounds: int) -> float:
@@ -69,7 +69,7 @@ def main() -> int:
         if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs):
             print(f"{name}: bits differ from the reference, no times printed")
             return 1
-        amax = operands.measure_operand(x, [1, 0, height, 0, batch], True, "vendor")
+        amax = operand.measure_operand(x, [1, 0, height, 0, batch], True, "vendor")
         amax = formats.power_of_two_amax(amax, margin=4 if stochastic else 8)
         given = zip(quantize(x, stochastic, "reference", amax), quantize(x, stochastic, "vendor", amax), strict=True)
         if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in given):
@@ -84,7 +84,7 @@ def main() -> int:
         x_MC = x.movedim(0, -2).reshape(-1, channels).contiguous()
         total = 0.0
         for face in ({"rowwise": True}, {"rowwise": False, "columnwise": True, "rht": True}):
-            compiled = torch.compile(lambda v, f=face: reference.quantize_2d(v, **f), fullgraph=True)  # type: ignore[misc]
+            compiled = torch.compile(lambda v, f=face: reference_matrix.quantize_2d(v, **f), fullgraph=True)  # type: ignore[misc]
             total += median_ms(lambda c=compiled: c(x_MC), options.rounds)  # type: ignore[misc]
         print(f"{'activation, nearest':22} torch.compile of the reference, row- and columnwise: {total:.1f} ms")
     return 0

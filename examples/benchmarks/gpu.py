@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from te_nvfp4_cv.ops import cache  # noqa: E402
+from te_nvfp4_cv.backend import cache  # noqa: E402
 
 
 @dataclass(frozen=True)

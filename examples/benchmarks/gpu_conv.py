@@ -17,10 +17,10 @@ import torch
 from gpu import LAYERS, Layer, Results, Timer, copy_bandwidth, gemm_rate, need_cuda, parser, relative_error
 from torch import Tensor
 
-from te_nvfp4_cv.ops import conv
+from te_nvfp4_cv.ops.conv import operators
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
 
 aten = torch.ops.aten
 SCALE = 6.0 * 448 * 2.0**-8  # an amax whose decode scale is a power of two
@@ -67,7 +67,7 @@ class Path:
         fold, seed = [1, 0, t.shape[1], 0, t.shape[0]], self.seed if stochastic else None
         bf16 = torch.bfloat16
         args = (1, fold, row, col, True, stochastic, "", 448, False, bf16, seed, self.amax, self.backend)
-        return tuple(operands.quantize_operand(t, *args))
+        return tuple(operand.quantize_operand(t, *args))
 
     def quantize_x(self) -> tuple[Tensor, ...]:
         return self._operand(self.x, self.form, PACKED, False)
@@ -77,35 +77,35 @@ class Path:
 
     def quantize_w(self) -> tuple[Tensor, ...]:
         args = (1, PACKED, NONE, True, "", 448, True, torch.bfloat16, self.backend)
-        return tuple(operands.quantize_kernel(self.w, *args))
+        return tuple(operand.quantize_kernel(self.w, *args))
 
     def unpack_w(self) -> tuple[Tensor, Tensor]:
         data, scale = self.w_q[:2]
         if self.form == PACKED:
             return data, scale
         args = (self.layer.c_out, self.layer.c_in, 1, False, self.alpha, torch.bfloat16, self.backend)
-        return operands.unpack_kernel(data, scale, *args), scale.new_empty(0)
+        return operand.unpack_kernel(data, scale, *args), scale.new_empty(0)
 
     def unpack_x(self) -> tuple[Tensor, Tensor]:
         data, scale = self.x_q[3:5]
         if self.form == PACKED:
             return data, scale
-        return operands.unpack_columns(data, scale, torch.bfloat16, self.backend), scale.new_empty(0)
+        return operand.unpack_columns(data, scale, torch.bfloat16, self.backend), scale.new_empty(0)
 
     def fprop(self) -> Tensor:
         x, scale = self.x_q[:2]
         args = (self.w_data, self.w_scale, self.epilogue, None, self.shape, torch.bfloat16, self.backend)
-        return conv.conv_fprop(x, scale, *args)
+        return operators.conv_fprop(x, scale, *args)
 
     def dgrad(self) -> Tensor:
         dy, scale = self.dy_q[:2]
         args = (self.w_data, self.w_scale, self.epilogue, self.shape, torch.bfloat16, self.backend)
-        return conv.conv_dgrad(dy, scale, *args)
+        return operators.conv_dgrad(dy, scale, *args)
 
     def wgrad(self) -> Tensor:
         dy, scale = self.dy_q[3:5]
         args = (self.col, self.col_scale, self.alpha, self.shape, torch.float32, self.backend)
-        return conv.conv_wgrad(dy, scale, *args)
+        return operators.conv_wgrad(dy, scale, *args)
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """Return the parts by name, without those that this backend does not have."""

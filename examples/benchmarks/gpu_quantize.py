@@ -18,8 +18,8 @@ from gpu import LAYERS, Layer, Results, Timer, copy_bandwidth, need_cuda, parser
 from torch import Tensor
 
 from te_nvfp4_cv import selftest
-from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
 from te_nvfp4_cv.selftest.setting import Setting
 
 ROWS, PIXELS = 2, 5  # the region to compare: the last rows and pixels of the last images
@@ -31,7 +31,7 @@ def quantize(x: Tensor, row: int, col: int, stochastic: bool, amax: Tensor | Non
     seed = torch.full((1,), 11, dtype=torch.int64, device=x.device) if stochastic else None
     fold = [1, 0, x.shape[1], 0, x.shape[0]]
     return tuple(
-        operands.quantize_operand(
+        operand.quantize_operand(
             x, 1, fold, row, col, True, stochastic, "", 448, False, torch.bfloat16, seed, amax, backend
         )
     )
@@ -64,7 +64,7 @@ def wrong(x: Tensor, amax: Tensor) -> str:
         return "stochastic rounding moved a value by more than a step"
     if not bool(stochastic[3].isfinite().all()):
         return "stochastic rounding left a columnwise value unwritten"
-    measured = operands.measure_operand(x, [1, 0, x.shape[1], 0, x.shape[0]], True, "vendor")
+    measured = operand.measure_operand(x, [1, 0, x.shape[1], 0, x.shape[0]], True, "vendor")
     if float(measured[0]) != float(x.abs().amax()):
         return "the measured amax is not x's"
     return ""
@@ -80,7 +80,7 @@ def jobs(x: Tensor, amax: Tensor) -> dict[str, tuple[float, Callable[[], object]
     col, col_scale = quantize(x, NONE, PACKED, False, amax, "vendor")[3:5]
     fold = [1, 0, x.shape[1], 0, x.shape[0]]
     return {
-        "amax of x and of its rotation": (2.0, lambda: operands.measure_operand(x, fold, True, "vendor")),
+        "amax of x and of its rotation": (2.0, lambda: operand.measure_operand(x, fold, True, "vendor")),
         "x: row dq + column packed, RHT, delayed": (2 + wide + packed, q(DEQUANTIZED, PACKED, False, True)),
         "x: row dq + column packed, RHT, current": (4 + wide + packed, q(DEQUANTIZED, PACKED, False, False)),
         "x: row packed + column packed, RHT, delayed": (2 + 2 * packed, q(PACKED, PACKED, False, True)),
@@ -89,7 +89,7 @@ def jobs(x: Tensor, amax: Tensor) -> dict[str, tuple[float, Callable[[], object]
         "dy: row packed + column packed, RHT, SR, delayed": (2 + 2 * packed, q(PACKED, PACKED, True, True)),
         "columns back to bf16": (
             packed + wide,
-            lambda: operands.unpack_columns(col, col_scale, torch.bfloat16, "vendor"),
+            lambda: operand.unpack_columns(col, col_scale, torch.bfloat16, "vendor"),
         ),
     }
 
@@ -99,11 +99,11 @@ def weight_jobs(layer: Layer, device: torch.device) -> dict[str, Callable[[], ob
     w = torch.randn(layer.c_out, layer.c_in, layer.kernel, layer.kernel, device=device)
     w = w.to(memory_format=torch.channels_last)
     args = (1, PACKED, NONE, True, "", 448, False, torch.bfloat16, "vendor")
-    data, scale = operands.quantize_kernel(w, *args)[:2]
+    data, scale = operand.quantize_kernel(w, *args)[:2]
     channels = (layer.c_out, layer.c_in, 1, False, None, torch.bfloat16, "vendor")
     return {
-        "w: 16x16, packed": lambda: operands.quantize_kernel(w, *args),
-        "w: packed to bf16": lambda: operands.unpack_kernel(data, scale, *channels),
+        "w: 16x16, packed": lambda: operand.quantize_kernel(w, *args),
+        "w: packed to bf16": lambda: operand.unpack_kernel(data, scale, *channels),
     }
 
 

@@ -1,8 +1,11 @@
 #!/bin/bash
-# What is worth knowing about this package on a GPU, in five stages, each under nine minutes.
+# What is worth knowing about this package on a GPU, in five stages, each under nine minutes; quick is the best of them
+# in under six.
 #
 #   bash examples/benchmarks/gpu_suite.sh STAGE [DATA]        RESULTS=FILE: a study.jsonl that stage 5 goes on with
 #
+#   quick versions, the self-test, tests of CUDA graphs and devices, the quantization kernels for three layers, one UNet
+#         and one ResNet-50 step against bf16: for a machine that is lent for a few minutes, at most 330 s in all
 #   1     pytest -m gpu, the self-test, compute-sanitizer over a few kernel tests where it is installed
 #   2     cuDNN's rates and every kernel's time against the ceilings of the machine
 #   3     step time and peak memory against bf16; the kernels of a step; the cost of telemetry
@@ -12,9 +15,10 @@
 #   all   1 to 4, within about 25 minutes
 #
 # Results go to $OUT (default runs/gpu) as they come: gpu_1.log .. gpu_4.log, selftest.json, results.jsonl, profile.txt,
-# accuracy.json: eight files at most; gpu_5.log, study.jsonl. PYTHON names an interpreter with torch and triton (default python3); nothing is
-# installed, the package is used from this checkout. Exit status: 0; 1 when something failed; 2 for a wrong command line
-# or a machine without a GPU.
+# accuracy.json: eight files at most; gpu_5.log, study.jsonl; quick writes gpu_quick.log, selftest.json and
+# results.jsonl. PYTHON names an interpreter with torch and triton (default python3); nothing is installed, the package
+# is used from this checkout. Exit status: 0; 1 when something failed; 2 for a wrong command line or a machine without a
+# GPU.
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
@@ -23,14 +27,14 @@ OUT=${OUT:-runs/gpu}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 WANDB_MODE=offline
 
 usage() {
-    sed -n 's/^#   //p' "${BASH_SOURCE[0]}" | head -10 >&2
+    sed -n 's/^#   //p' "${BASH_SOURCE[0]}" | head -12 >&2
     exit 2
 }
 
 [[ $# -ge 1 && $# -le 2 ]] || usage
 STAGE=$1
 DATA=${2:-}
-[[ $STAGE =~ ^([1-5]|all)$ ]] || usage
+[[ $STAGE =~ ^([1-5]|all|quick)$ ]] || usage
 if [[ $STAGE == 5 ]]; then
     if [[ ! -d $DATA/camvid/train || ! -d $DATA/cifar10 ]]; then
         echo "gpu_suite: no folders camvid/train and cifar10 in '$DATA': stage 5 needs DATA with both" >&2
@@ -44,7 +48,8 @@ elif [[ -n $DATA ]]; then
     done
 fi
 command -v "$PYTHON" > /dev/null || { echo "gpu_suite: no interpreter $PYTHON; set PYTHON" >&2; exit 2; }
-"$PYTHON" - << 'CHECK' || exit 2
+# 40 s: the first import of torch reads gigabytes from a disk that may be slow
+timeout --verbose --kill-after=2 40 "$PYTHON" - << 'CHECK' || exit 2
 import sys
 try:
     import torch
@@ -56,17 +61,38 @@ CHECK
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
 FAILED=0
+GRACE=15  # seconds between a step's time limit and SIGKILL
 
 # step SECONDS NAME COMMAND...: with a time limit, its output in the stage's log too; a failure is counted, not fatal
 step() {
     local limit=$1 name=$2 begin=$SECONDS code
     shift 2
     echo "=== $name"
-    timeout --kill-after=15 "$limit" "$@"
+    timeout --kill-after="$GRACE" "$limit" "$@"
     code=$?
     [[ $code -eq 124 || $code -eq 137 ]] && echo "gpu_suite: $name ran past its $limit s"
     [[ $code -eq 0 ]] || { FAILED=1; echo "gpu_suite: $name FAILED (exit status $code)"; }
     echo "--- $name: $((SECONDS - begin)) s"
+}
+
+# The most valuable first: a machine may go away before the end. All time limits on the way, graces included, sum to less
+# than 330 s. No autotuned backend (--no-triton): its searches alone would take a step's limit.
+stage_quick() {
+    local processes=() GRACE=2 step_options=(--no-triton --rounds 5 --out "$OUT/results.jsonl")
+    local layers=("unet 64->64 k3 @256" "unet 512->512 k3 @32" "r50 256->64 k1 @56")
+    local versions="import platform, torch
+from te_nvfp4_cv.ops import cache
+from te_nvfp4_cv.version import __version__
+print('python', platform.python_version(), 'package', __version__, cache.identity(torch.device('cuda', 0)))"
+    step 15 "versions" "$PYTHON" -c "$versions"
+    step 85 "self-test" "$PYTHON" -m te_nvfp4_cv.cli selftest --json "$OUT/selftest.json"
+    timeout --kill-after=2 5 "$PYTHON" -c 'import xdist' 2> /dev/null && processes=(-n 4)
+    step 45 "CUDA graphs and devices" "$PYTHON" -m pytest -v -m gpu "${processes[@]}" -p no:cacheprovider \
+        tests/gpu/test_graphs.py tests/gpu/test_gpu_devices.py
+    step 40 "quantization kernels" "$PYTHON" examples/benchmarks/gpu_quantize.py --layers "${layers[@]}" \
+        --out "$OUT/results.jsonl"
+    step 40 "UNet step" "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${step_options[@]}"
+    step 40 "ResNet-50 step" "$PYTHON" examples/benchmarks/gpu_step.py --models resnet50 "${step_options[@]}"
 }
 
 stage_1() {

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from _torchvision import ensure_torchvision  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
-from te_nvfp4_cv.export.bench import DTYPES, Bench, build_form, forms_of, measure  # noqa: E402
+from te_nvfp4_cv.cli.bench import DTYPES, Bench, build_form, forms_of, measure  # noqa: E402
 
 
 def network() -> torch.nn.Module:

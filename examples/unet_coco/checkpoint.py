@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.files import write_atomically
 
 FORMAT = 1

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 from .split import RawSplit
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import sensitivity
-from te_nvfp4_cv.checks import runtime_error, value_error
+from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.telemetry import Telemetry
 
 from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state

@@ -14,7 +14,7 @@ import datetime
 import json
 from pathlib import Path
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 CLAIM = "run.json"
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import describe, runtime_error, value_error
-from te_nvfp4_cv.learned import NAMES
+from te_nvfp4_cv.errors import describe, runtime_error, value_error
+from te_nvfp4_cv.nn.learned import NAMES
 
 from .checkpoint import FORMAT
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.checks import describe, value_error
+from te_nvfp4_cv.errors import describe, value_error
 
 IGNORE = 255
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 from .losses import IGNORE
 from .split import RawSplit, SegmentationData, broken, check_classes, check_upright, missing, open_image, some

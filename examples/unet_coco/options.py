@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from te_nvfp4_cv.checks import runtime_error, value_error
-from te_nvfp4_cv.ops.dispatch import bf16_is_native
+from te_nvfp4_cv.backend.dispatch import bf16_is_native
+from te_nvfp4_cv.errors import runtime_error, value_error
 
 from .data import LAYOUTS
 from .unet import ACTIVATIONS

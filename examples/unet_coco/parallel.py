@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 from .precision import Precision
 from .ranks import Ranks

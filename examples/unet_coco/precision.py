@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 PLAIN = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 

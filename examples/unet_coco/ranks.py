@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils import _pytree as pytree
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 from .options import Settings, choose_device
 

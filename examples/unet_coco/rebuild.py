@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 from .metrics import to_device
 from .options import parse_options

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from te_nvfp4_cv.checks import runtime_error, value_error
+from te_nvfp4_cv.errors import runtime_error, value_error
 
 from .split import no_pycocotools
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 NORMAL = 1.4826
 

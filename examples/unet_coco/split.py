@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 
 @dataclass(frozen=True)

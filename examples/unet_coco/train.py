@@ -30,7 +30,7 @@ sys.path.append(str(_HERE.parents[2]))  # te_nvfp4_cv of this checkout, if it is
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from te_nvfp4_cv.checks import value_error  # noqa: E402
+from te_nvfp4_cv.errors import value_error  # noqa: E402
 from unet_coco.data import SegmentationData, denormalize, load_data  # noqa: E402
 from unet_coco.engine import Trainer  # noqa: E402
 from unet_coco.folder import give_up, run_folder  # noqa: E402

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 WIDTHS = (64, 128, 256, 512, 1024)
 ACTIVATIONS = ("relu", "silu")

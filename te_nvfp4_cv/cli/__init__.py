@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from te_nvfp4_cv.cli import deploy, machine, models, runs
 from te_nvfp4_cv.cli.shape import Command
+from te_nvfp4_cv.version import __version__
 
 COMMANDS: tuple[Command, ...] = (*machine.COMMANDS, *models.COMMANDS, *deploy.COMMANDS, *runs.COMMANDS)
 
@@ -24,6 +25,7 @@ COMMANDS: tuple[Command, ...] = (*machine.COMMANDS, *models.COMMANDS, *deploy.CO
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="te-nvfp4-cv", description="NVFP4 training for convolutional networks")
+    parser.add_argument("--version", action="version", version=f"te-nvfp4-cv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add(commands)

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from te_nvfp4_cv.checks import value_error
 from te_nvfp4_cv.cli.loading import Images, example, model_of, model_options, new_file, recipe_of
 from te_nvfp4_cv.cli.shape import Command, progress, show
+from te_nvfp4_cv.errors import value_error
 
 
 def _saved(saved: Any) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def _saved(saved: Any) -> dict[str, Any]:
 
 
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
-    from te_nvfp4_cv.export.rounding import METHODS
+    from te_nvfp4_cv.export.ptq.rounding import METHODS
 
     model_options(parser)
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="calibration images")
@@ -52,7 +52,7 @@ def _quantize(options: argparse.Namespace) -> int:
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
-    from te_nvfp4_cv.export.to_onnx import FORMS
+    from te_nvfp4_cv.export.onnx.convert import FORMS
 
     model_options(parser)
     parser.add_argument("--packed", type=Path, metavar="FILE", help="an artefact of export or quantize, for ONNX")
@@ -64,7 +64,8 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.export import load, save, to_onnx
+    from te_nvfp4_cv.export import load, save
+    from te_nvfp4_cv.export import to_onnx
 
     onnx = options.out.suffix == ".onnx"
     given = options.checkpoint if options.checkpoint is not None else options.recipe
@@ -93,7 +94,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.export.verify import run
+    from te_nvfp4_cv.export.verify.__main__ import run
 
     return run(options.file, options.json)
 

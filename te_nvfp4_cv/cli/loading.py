@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import describe, runtime_error, type_error, value_error
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
-from te_nvfp4_cv.recipe_files import load_recipe
+from te_nvfp4_cv.errors import describe, runtime_error, type_error, value_error
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.files import load_recipe
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
@@ -52,7 +52,7 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
     Raises:
         TypeError: the function returns something else; ValueError: weights that do not fit.
     """
-    from te_nvfp4_cv.policy import set_precision
+    from te_nvfp4_cv.nn.precision import set_precision
     from te_nvfp4_cv.sensitivity import builder
 
     build: Any = builder.given(options.model, "MODEL")

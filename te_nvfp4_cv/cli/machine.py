@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.cli.shape import Command, show
-from te_nvfp4_cv.ops import dispatch, native
-from te_nvfp4_cv.recipe_files import list_recipes, recipe_folder
+from te_nvfp4_cv.recipe.files import list_recipes, recipe_folder
 
 TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
 

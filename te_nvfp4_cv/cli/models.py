@@ -15,7 +15,7 @@ def _coverage_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _coverage(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.coverage import coverage
+    from te_nvfp4_cv.report.watch import coverage
 
     report = coverage(model_of(options), example(options, options.batch), recipe=recipe_of(options))
     show(report.to_dict(), str(report), options.json)
@@ -23,7 +23,7 @@ def _coverage(options: argparse.Namespace) -> int:
 
 
 def _project_options(parser: argparse.ArgumentParser) -> None:
-    from te_nvfp4_cv.projection import EFFICIENCY, GPUS
+    from te_nvfp4_cv.report.projection import EFFICIENCY, GPUS
 
     model_options(parser)
     parser.add_argument("--gpu", default="b200", choices=GPUS, help="default: b200")
@@ -33,7 +33,7 @@ def _project_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _project(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.projection import project
+    from te_nvfp4_cv.report.projection import project
 
     report = project(
         model_of(options),
@@ -48,7 +48,7 @@ def _project(options: argparse.Namespace) -> int:
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
-    from te_nvfp4_cv.export.bench import DTYPES
+    from te_nvfp4_cv.cli.bench import DTYPES
 
     model_options(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="batch sizes (default: 1 8)")
@@ -61,7 +61,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.export.bench import measure
+    from te_nvfp4_cv.cli.bench import measure
 
     inputs = [example(options, batch) for batch in options.batch]
     report = measure(

@@ -11,7 +11,7 @@ Needs the extra [export]: pip install 'te_nvfp4_cv[export]'.
 
 from te_nvfp4_cv.export.checkpoints import Saved, load, save
 from te_nvfp4_cv.export.modules import InferenceLayer
-from te_nvfp4_cv.export.post_training import quantize
-from te_nvfp4_cv.export.to_onnx import to_onnx
+from te_nvfp4_cv.export.onnx.convert import to_onnx
+from te_nvfp4_cv.export.ptq.post_training import quantize
 
 __all__ = ["InferenceLayer", "Saved", "load", "quantize", "save", "to_onnx"]

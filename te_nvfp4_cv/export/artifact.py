@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.checks import message, runtime_error, value_error
+from te_nvfp4_cv.errors import message, runtime_error, value_error
 from te_nvfp4_cv.files import write_atomically
 
 VERSION = 1

@@ -18,18 +18,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls, learned
-from te_nvfp4_cv.checks import check_module, runtime_error, value_error
+from te_nvfp4_cv.errors import check_module, runtime_error, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import LayerEntry, Manifest
 from te_nvfp4_cv.export.fit import call_of, check_fit, codes_of, entry_plan, is_plain_layer, plain_names
-from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms, put
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
-from te_nvfp4_cv.modules import op_of, with_recipes
+from te_nvfp4_cv.export.ptq.folding import FoldedNorm, folded_norms, put
+from te_nvfp4_cv.layer import eligible
+from te_nvfp4_cv.nn import learned
+from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.precision import matches
+from te_nvfp4_cv.nn.walk import op_of, with_recipes
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.policy import matches, plain_name
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
-from te_nvfp4_cv.recipe_files import parse_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.files import parse_recipe
 from te_nvfp4_cv.version import __version__
 
 SHARD_BYTES = 5 * 10**9
@@ -149,7 +151,7 @@ def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
             needs="plain tensors",
             fix="gather the state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model",
         )
-    return calls.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
+    return eligible.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
 
 
 def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import artifact, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
-from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, per_axis
-from te_nvfp4_cv.modules import NVFP4_CLASSES
-from te_nvfp4_cv.plan import Plan, weight_plan
-from te_nvfp4_cv.policy import plain_name
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.export.ptq.folding import NORMS
+from te_nvfp4_cv.layer.plan import Plan, weight_plan
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
 from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
-from te_nvfp4_cv.modules import NVFP4Linear
-from te_nvfp4_cv.policy import plain_name
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.nn.modules import NVFP4Linear
+from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 LARGEST = E2M1_MAX * E4M3_MAX
 NAMES = {  # tool: (weight, tensor scale, activation scale, whether scales are reciprocals)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.layer.plan import Plan
 
 K_ORDER = "taps, channels padded to 16"
 

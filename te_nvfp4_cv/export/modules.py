@@ -23,14 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv import faces, inference, learned, scaling
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.modules import NVFP4_CLASSES
-from te_nvfp4_cv.ops import dispatch, layouts
-from te_nvfp4_cv.plan import Plan, weight_plan
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
-from te_nvfp4_cv.tensor import NVFP4Tensor
+from te_nvfp4_cv.layer import delayed_scaling, inference, operands
+from te_nvfp4_cv.layer.plan import Plan, weight_plan
+from te_nvfp4_cv.nn import learned
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 
 WEIGHTS = ("packed", "cached")
 ACTIVATIONS = ("nvfp4", "high")
@@ -72,8 +74,8 @@ def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling, backend: str = 
     w: Any = module.weight
     plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve(backend, w.device))
     as_quantized = learned.as_quantized(module, plan)
-    row_data, row_scale, col_data, col_scale, amax = faces.quantize_weight(as_quantized, plan, keep=False)
-    input_amax = scaling.trained_amax(w, recipe) if plan.delayed else None
+    row_data, row_scale, col_data, col_scale, amax = operands.quantize_weight(as_quantized, plan, keep=False)
+    input_amax = delayed_scaling.trained_amax(w, recipe) if plan.delayed else None
     if plan.weight_faces[0] == "col":
         return Codes(col_data, col_scale, amax, input_amax)
     if transposed:
@@ -139,7 +141,7 @@ class InferenceLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """fp32 [axis 0, axis 1, *kernel]: the dequantized weight, computed anew each time."""
-        return faces.real_weight(self._faces(), self.plan)
+        return operands.real_weight(self._faces(), self.plan)
 
     @property
     def nvfp4_weight(self) -> NVFP4Tensor:
@@ -190,7 +192,7 @@ class InferenceLayer(nn.Module):
             w = self.weight
             rank = w.dim() - 2
             return w.contiguous(memory_format=layouts.CHANNELS_LAST[rank]) if self.channels_last else w.contiguous()
-        return faces.weight_values(self._faces(), self.plan)
+        return operands.weight_values(self._faces(), self.plan)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         shapes, device = (self.weight_data.shape, self.weight_scale.shape), self.weight_data.device

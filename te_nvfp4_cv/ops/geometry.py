@@ -16,11 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from te_nvfp4_cv.errors import value_error
 
 BLOCK = 16
 
@@ -259,3 +263,27 @@ def reads_everywhere(g: ConvGeometry, to_b: bool) -> bool:
         if len(touched) != (b if to_b else a):
             return False
     return True
+
+
+def _as_int(value: Any) -> Any:
+    """numpy's and torch's integers as int; other things, bool among them, as something that is no int."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def int_tuple(value: Any, rank: int, op: str, name: str, least: int) -> tuple[int, ...]:
+    """An int or a sequence as one int per axis; ValueError for anything else."""
+    values = tuple(map(_as_int, value)) if isinstance(value, Sequence) else (_as_int(value),)
+    values = values * rank if len(values) == 1 else values
+    if len(values) != rank or any(not isinstance(v, (int, torch.SymInt)) or v < least for v in values):
+        raise value_error(
+            f"nvfp4 {op}: bad {name}.",
+            got=repr(value),
+            needs=f"an int >= {least}, or {rank} of them",
+            fix=f"check {name}",
+        )
+    return values

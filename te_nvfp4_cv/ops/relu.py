@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops import dispatch, native
-from te_nvfp4_cv.ops.registration import without_autocast
+from te_nvfp4_cv.backend import dispatch, native
+from te_nvfp4_cv.backend.registration import without_autocast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
 
@@ -25,9 +25,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
 def masked_relu(x: Tensor) -> tuple[Tensor, Tensor]:
     """(relu(x), its mask as of positive_mask), in one pass on CUDA."""
     if _by_kernels(x):
-        from te_nvfp4_cv.ops import kernels
+        from te_nvfp4_cv.ops.triton import elementwise
 
-        return kernels.relu_mask(x, write=True)
+        return elementwise.relu_mask(x, write=True)
     y = torch.relu(x)
     return y, positive_mask(y)
 
@@ -44,9 +44,9 @@ def positive_mask(y: Tensor) -> Tensor:
     0).
     """
     if _by_kernels(y):
-        from te_nvfp4_cv.ops import kernels
+        from te_nvfp4_cv.ops.triton import elementwise
 
-        return kernels.relu_mask(y, write=False)[1]
+        return elementwise.relu_mask(y, write=False)[1]
     library = native.load() if y.device.type == "cpu" else None
     n = y.numel()
     if library is not None and y.dtype in (torch.bfloat16, torch.float32):
@@ -69,9 +69,9 @@ def _(y):  # type: ignore[no-untyped-def]
 def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
     """dy where the mask's bit is set, else 0; dy dense, in the memory order of the tensor that the mask was made of."""
     if _by_kernels(dy):
-        from te_nvfp4_cv.ops import kernels
+        from te_nvfp4_cv.ops.triton import elementwise
 
-        return kernels.apply_mask(dy, mask)
+        return elementwise.apply_mask(dy, mask)
     library = native.load() if dy.device.type == "cpu" else None
     n = dy.numel()
     dx = torch.empty_like(dy)

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.checks import runtime_error, value_error
-from te_nvfp4_cv.ops import cache, dispatch, native, selftest_cache
+from te_nvfp4_cv.backend import cache, dispatch, native, selftest_cache
+from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.selftest import products, quantization, training
 from te_nvfp4_cv.selftest.setting import Setting
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import functional
-from te_nvfp4_cv.ops.gemm import gemm
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.selftest.setting import CheckFailed, Options, Setting, bound_for, close, normal
+from te_nvfp4_cv.tensor.gemm import gemm
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
 NEAREST: Options = {"disable_stochastic_rounding": True}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

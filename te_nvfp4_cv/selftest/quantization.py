@@ -12,8 +12,8 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.ops.geometry import Fold
-from te_nvfp4_cv.ops.quantize import operands, reference
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.ops.quantize import operand, reference_matrix
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
 from te_nvfp4_cv.selftest.setting import CheckFailed, Options, Setting, normal, same_fields
 
 OPERAND = ("row data", "row scale", "row amax", "column data", "column scale", "column amax", "observed")
@@ -43,7 +43,7 @@ def quantize(x: Tensor, backend: str, row: int, col: int, fold: Fold, **options:
         amax=None,
     )
     settings |= options
-    return tuple(operands.quantize_operand(x=x, row=row, col=col, fold=fold.to_ints(), backend=backend, **settings))
+    return tuple(operand.quantize_operand(x=x, row=row, col=col, fold=fold.to_ints(), backend=backend, **settings))
 
 
 def activations(setting: Setting) -> str:
@@ -77,8 +77,8 @@ def delayed(setting: Setting) -> str:
     """Given power-of-two tensor scales: codes, and what is measured for the next step."""
     checked = 0
     for name, x, fold, options, _ in _operands(setting.small)[:2]:
-        measured = operands.measure_operand(x, fold.to_ints(), True, "reference")
-        ours = operands.measure_operand(setting.put(x), fold.to_ints(), True, setting.backend)
+        measured = operand.measure_operand(x, fold.to_ints(), True, "reference")
+        ours = operand.measure_operand(setting.put(x), fold.to_ints(), True, setting.backend)
         checked += same_fields(f"{name}, measured", ("amax",), (ours,), (measured,))
         for factor in (2.0, 0.25):  # a scale with room above, and one that saturates
             exponent = torch.ceil(torch.log2(measured.nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-30) / 2688.0))
@@ -99,8 +99,8 @@ def weights(setting: Setting) -> str:
         settings |= options
         for row, col in ((PACKED, NONE), (DEQUANTIZED, NONE)) if settings["two_d"] else ((PACKED, PACKED),):
             setting.dirty()
-            truth = operands.quantize_kernel(w=w, row=row, col=col, backend="reference", **settings)
-            ours = operands.quantize_kernel(w=setting.put(w), row=row, col=col, backend=setting.backend, **settings)
+            truth = operand.quantize_kernel(w=w, row=row, col=col, backend="reference", **settings)
+            ours = operand.quantize_kernel(w=setting.put(w), row=row, col=col, backend=setting.backend, **settings)
             checked += same_fields(f"{name}, forms {row} and {col}", KERNEL, ours, truth)
     return f"{checked} elements equal in bits"
 
@@ -112,7 +112,7 @@ def unpacking(setting: Setting) -> str:
     row, row_scale, _, col, col_scale, *_ = quantize(x, "reference", PACKED, PACKED, Fold(2, 2, 4, 1, 16))
     w = normal((40, 24, 3, 3), seed=6)
     kernel = {
-        two_d: operands.quantize_kernel(
+        two_d: operand.quantize_kernel(
             w, 1, PACKED, NONE if two_d else PACKED, two_d, "", 448, False, torch.bfloat16, "reference"
         )
         for two_d in (True, False)
@@ -123,13 +123,13 @@ def unpacking(setting: Setting) -> str:
         for name, ours, truth in (
             (
                 "columns",
-                operands.unpack_columns(put(col), put(col_scale), dtype, b),
-                operands.unpack_columns(col, col_scale, dtype, "reference"),
+                operand.unpack_columns(put(col), put(col_scale), dtype, b),
+                operand.unpack_columns(col, col_scale, dtype, "reference"),
             ),
             (
                 "rows",
-                operands.unpack_rows(put(row), put(row_scale), 40, 1, dtype, b),
-                operands.unpack_rows(row, row_scale, 40, 1, dtype, "reference"),
+                operand.unpack_rows(put(row), put(row_scale), 40, 1, dtype, b),
+                operand.unpack_rows(row, row_scale, 40, 1, dtype, "reference"),
             ),
         ):
             checked += same_fields(f"{name} to {dtype}", ("values",), (ours,), (truth,))
@@ -137,9 +137,9 @@ def unpacking(setting: Setting) -> str:
         for two_d, face in ((True, False), (False, False), (False, True)):
             data, scale = kernel[two_d][2:4] if face else kernel[two_d][:2]
             for by in (None, factor):
-                truth = operands.unpack_kernel(data, scale, 40, 24, 1, face, by, dtype, "reference")
+                truth = operand.unpack_kernel(data, scale, 40, 24, 1, face, by, dtype, "reference")
                 given = None if by is None else put(by)
-                ours = operands.unpack_kernel(put(data), put(scale), 40, 24, 1, face, given, dtype, b)
+                ours = operand.unpack_kernel(put(data), put(scale), 40, 24, 1, face, given, dtype, b)
                 checked += same_fields(f"kernel to {dtype}", ("values",), (ours,), (truth,))
     return f"{checked} elements equal in bits"
 
@@ -150,7 +150,7 @@ def stochastic_rounding(setting: Setting) -> str:
     x, draws = normal(shape, seed=9), 8
     x_MC = x.movedim(0, -2).reshape(-1, shape[-1])
     rotated = formats.rht16(formats.blocks(x_MC.t())).flatten(-2)
-    truth = reference.quantize_2d(x_MC, columnwise=True, rht=True)
+    truth = reference_matrix.quantize_2d(x_MC, columnwise=True, rht=True)
     results = [_faces(x, seed, setting) for seed in (0, 0, *range(1, draws))]
     for name, a, b in zip(OPERAND, results[0], results[1], strict=False):
         if not torch.equal(a, b):

@@ -11,10 +11,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.autocast import nvfp4_autocast
-from te_nvfp4_cv.fuse import fuse
-from te_nvfp4_cv.ops import norm
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
+from te_nvfp4_cv.fusion.fuse import fuse
+from te_nvfp4_cv.ops.norm import operators
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting, bound_for, close, normal
 
 CLASSES, STEPS, BATCH = 16, 50, 32
@@ -126,10 +126,10 @@ def _norm(
     """(y, mean, rstd, dz, dresidual, dweight, dbias) of z, dy, weight, bias and the residual, if any."""
     z, dy, weight, bias, residual = (None if t is None else t.to(device) for t in tensors)
     assert z is not None and dy is not None
-    y, mean, rstd, mask = norm.norm_forward(
+    y, mean, rstd, mask = operators.norm_forward(
         z, residual, weight, bias, None, None, groups, True, 0.1, 1e-5, activation, True, backend
     )
-    gradients = norm.norm_backward(
+    gradients = operators.norm_backward(
         dy, z, weight, bias, mean, rstd, mask, groups, True, 1e-5, activation, residual is not None, backend
     )
     return (y, mean, rstd, *gradients)

@@ -11,10 +11,10 @@ Nothing here changes a model that it is given, but update_bn its statistics.
 
 from te_nvfp4_cv.sensitivity.batch_norm import update_bn
 from te_nvfp4_cv.sensitivity.bundle import Bundle, load_bundle, save_bundle
-from te_nvfp4_cv.sensitivity.diagnose import diagnose
 from te_nvfp4_cv.sensitivity.diagnosis import Diagnosis
-from te_nvfp4_cv.sensitivity.scan import scan
+from te_nvfp4_cv.sensitivity.replay import diagnose
 from te_nvfp4_cv.sensitivity.scan_report import Scan
+from te_nvfp4_cv.sensitivity.scanning import scan
 from te_nvfp4_cv.sensitivity.weights import Study, kurtosis
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
 
-from te_nvfp4_cv.checks import check_module, value_error
+from te_nvfp4_cv.errors import check_module, value_error
 
 
 def update_bn(

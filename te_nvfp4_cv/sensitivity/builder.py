@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 
 Build = Callable[[dict[str, Any]], Any]
 SHIPPED = "unet_coco"

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.checks import describe, message, type_error, value_error
+from te_nvfp4_cv.errors import describe, message, type_error, value_error
 from te_nvfp4_cv.files import write_atomically
-from te_nvfp4_cv.recipe_files import parse_recipe
+from te_nvfp4_cv.recipe.files import parse_recipe
 
 FORMAT, VERSION = "te_nvfp4_cv bundle", 1
 AUTOCAST = (None, "bfloat16", "float16")

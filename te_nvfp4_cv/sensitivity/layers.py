@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls, context
-from te_nvfp4_cv.policy import plain_name
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.context import state
+from te_nvfp4_cv.layer import observe
+from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 Entries = Mapping[nn.Module, NVFP4BlockScaling | None]
 
@@ -59,8 +60,8 @@ def ruled(entries: Entries) -> Iterator[None]:
 def _hooks(owner: object, recipe: NVFP4BlockScaling | None) -> tuple[Callable[..., None], Callable[..., None]]:
     """`owner` stands for the module: set_precision's entry of the same module is popped apart from this one."""
     return (
-        lambda module, args: context.push_override(recipe, owner),
-        lambda module, args, output: context.pop_override(owner),
+        lambda module, args: state.push_override(recipe, owner),
+        lambda module, args, output: state.pop_override(owner),
     )
 
 
@@ -70,11 +71,11 @@ def high_outside() -> Iterator[None]:
     function, runs in high precision.
     """
     owner = object()
-    context.push_override(None, owner)
+    state.push_override(None, owner)
     try:
         yield
     finally:
-        context.pop_override(owner)
+        state.pop_override(owner)
 
 
 def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]:
@@ -91,7 +92,7 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
         if module in running:
             del running[len(running) - 1 - running[::-1].index(module) :]
 
-    def called(call: calls.Call) -> calls.Seen:
+    def called(call: observe.Call) -> observe.Seen:
         module = running[-1] if running else None
 
         def finished(y: Tensor) -> None:
@@ -105,12 +106,12 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
             unit = units.setdefault(module, Unit(names.get(module, ""), module, call.op, kernel, call.recipe))
             unit.flops += flops
 
-        return calls.Seen(finished)
+        return observe.Seen(finished)
 
     with ExitStack() as stack:
         for module in names:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(calls.observe(called))
+        stack.enter_context(observe.observe(called))
         run()
     return list(units.values()), total

@@ -19,11 +19,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import scaling
-from te_nvfp4_cv.autocast import nvfp4_autocast
-from te_nvfp4_cv.checks import describe, type_error, value_error
-from te_nvfp4_cv.coverage import untouched
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
+from te_nvfp4_cv.errors import describe, type_error, value_error
+from te_nvfp4_cv.layer import delayed_scaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.report.watch import untouched
 from te_nvfp4_cv.sensitivity.layers import Entries, high_outside, ruled
 from te_nvfp4_cv.sensitivity.trace import Trace
 
@@ -85,7 +85,7 @@ class Measure:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.gradients))
             if self.prepare is None:
-                stack.enter_context(scaling.reading_only())
+                stack.enter_context(delayed_scaling.reading_only())
             torch.manual_seed(seed)
             random.seed(seed)
             numpy.random.seed(seed % 2**32)

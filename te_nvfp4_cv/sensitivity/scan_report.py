@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from te_nvfp4_cv.checks import message, value_error
-from te_nvfp4_cv.recipe import NVFP4BlockScaling, as_recipe
-from te_nvfp4_cv.recipe_files import save_recipe
+from te_nvfp4_cv.errors import message, value_error
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.files import save_recipe
 from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
 
 Table = dict[str, NVFP4BlockScaling | None]

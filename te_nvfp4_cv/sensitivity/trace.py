@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from te_nvfp4_cv import producer
+from te_nvfp4_cv.layer import deferred
 from te_nvfp4_cv.sensitivity.layers import named
 
 
@@ -92,7 +92,7 @@ def _no_fault(value: Any) -> bool:
     """Whether a tensor holds neither NaN nor +inf."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
-    producer.settle(value)
+    deferred.settle(value)
     v = value.detach()
     return not bool((v.isnan() | v.isposinf()).any())
 
@@ -100,5 +100,5 @@ def _no_fault(value: Any) -> bool:
 def _finite(value: Any) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
-    producer.settle(value)  # an activation that only quantized layers read is not written yet
+    deferred.settle(value)  # an activation that only quantized layers read is not written yet
     return bool(torch.isfinite(value.detach()).all())

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.checks import check_module, value_error
-from te_nvfp4_cv.coverage import LAYERS, untouched
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
-from te_nvfp4_cv.ops import dispatch
-from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.policy import plain_name
+from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.report.watch import LAYERS, untouched
 from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
 
 TITLES = (
@@ -175,11 +175,11 @@ def _cost(w: Tensor, groups: int, two_d: bool) -> Cost:
     """Of a weight [O, C / groups, *kernel]."""
     backend, (n, channels) = dispatch.resolve("auto", w.device), w.shape[:2]
     w = w.float()
-    faces = operands.quantize_kernel(
-        w, groups, operands.PACKED, operands.NONE, two_d, "", E4M3_MAX, False, torch.float32, backend
+    faces = operand.quantize_kernel(
+        w, groups, operand.PACKED, operand.NONE, two_d, "", E4M3_MAX, False, torch.float32, backend
     )
     data, scale, _, _, amax = faces
-    blocks = operands.unpack_kernel(data, scale, n, channels, groups, False, None, torch.float32, backend)
+    blocks = operand.unpack_kernel(data, scale, n, channels, groups, False, None, torch.float32, backend)
     quantized = blocks.double() * (amax.double() / (E2M1_MAX * E4M3_MAX))
     values = w.flatten(2).movedim(2, 1).double() if w.dim() > 2 else w[:, None].double()  # [O, taps, C / groups]
     largest = unpack_nibbles(data)[..., :channels].bitwise_and(7) == 7

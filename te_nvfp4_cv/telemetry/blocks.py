@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
-from te_nvfp4_cv.ops.quantize.reference_operands import fold_images, pad_groups
-from te_nvfp4_cv.plan import Plan
+from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.quantize import operand as operands
+from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
+from te_nvfp4_cv.ops.quantize.reference import fold_images, pad_groups
 
 BLOCK = 16
 

@@ -36,11 +36,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls, context
-from te_nvfp4_cv.autocast import heard
-from te_nvfp4_cv.checks import check_module, check_trainable, value_error, warn_once
-from te_nvfp4_cv.modules import op_of
-from te_nvfp4_cv.recipe import as_recipe
+from te_nvfp4_cv.context import state
+from te_nvfp4_cv.context.context_manager import heard
+from te_nvfp4_cv.errors import check_module, check_trainable, value_error, warn_once
+from te_nvfp4_cv.layer import observe
+from te_nvfp4_cv.nn.walk import op_of
+from te_nvfp4_cv.recipe.block_scaling import as_recipe
 from te_nvfp4_cv.telemetry.records import FORMAT, VERSION
 from te_nvfp4_cv.telemetry.sample import THRESHOLD, Sample, layers_of, shape_of
 from te_nvfp4_cv.telemetry.sinks import Sink
@@ -151,8 +152,8 @@ class Telemetry:
                     "nvfp4 telemetry: the model is compiled; operands inside of its graphs are not heard, weights and "
                     "weight gradients are",
                 )
-            stack.enter_context(calls.observe(sample.called))
-            if context.state() is None and not sample.compiled:  # a graph would be compiled again for it
+            stack.enter_context(observe.observe(sample.called))
+            if state.state() is None and not sample.compiled:  # a graph would be compiled again for it
                 stack.enter_context(heard())  # so that calls in high precision are heard, too
             yield
         self._write(step, sample.record(grad_scale))

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from te_nvfp4_cv.checks import runtime_error
+from te_nvfp4_cv.errors import runtime_error
 
 DIVERGING, SEQUENTIAL, ABSENT = "RdBu_r", "viridis", "#b5b5b5"
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")

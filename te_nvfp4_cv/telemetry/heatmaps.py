@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from te_nvfp4_cv.checks import value_error
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import calls, multiply
-from te_nvfp4_cv.gathered import GatheredWeight
-from te_nvfp4_cv.modules import NVFP4_CLASSES, op_of, own_weight
-from te_nvfp4_cv.plan import Plan
-from te_nvfp4_cv.policy import plain_name
+from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
+from te_nvfp4_cv.layer import gemms, observe
+from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.walk import op_of, own_weight
 from te_nvfp4_cv.telemetry import blocks as operand_blocks
 from te_nvfp4_cv.telemetry import statistics
 
@@ -41,7 +42,7 @@ class Sample:
         self.turn = 0  # how many layers have asked to keep x
         self.refused: list[int] = []  # the numbers of those for which no memory was left
 
-    def called(self, call: calls.Call) -> calls.Seen | None:
+    def called(self, call: observe.Call) -> observe.Seen | None:
         """A layer is called."""
         name = self._name(call.weight)
         if name is None:
@@ -54,10 +55,10 @@ class Sample:
         elif not recomputed:
             return None  # a layer that is called again
         if call.recipe is not None:
-            return calls.Seen(watch=_Watch(layer, first))
+            return observe.Seen(watch=_Watch(layer, first))
         if "input" not in layer.tensors and isinstance(call.x, Tensor):
             layer.tensors["input"] = {"raw": self.plain(call.x)}
-        return calls.Seen(finished=layer.finished)
+        return observe.Seen(finished=layer.finished)
 
     def plain(self, v: Tensor) -> dict[str, Any]:
         """Statistics of a tensor in high precision."""
@@ -132,7 +133,7 @@ class Sample:
 class _Layer:
     """What one layer's call shows, forward and backward."""
 
-    def __init__(self, sample: Sample, name: str, call: calls.Call) -> None:
+    def __init__(self, sample: Sample, name: str, call: observe.Call) -> None:
         self.sample, self.name, self.op, self.weight = sample, name, call.op, call.weight
         self.precision, self.reason = ("high", call.reason) if call.recipe is None else ("nvfp4", "")
         self.tensors: dict[str, dict[str, Any]] = {}
@@ -206,7 +207,7 @@ class _Watch:
         kept, self.layer.x = self.layer.x, None
         if kept is None or kept[0]._version != kept[1]:
             return
-        exact = multiply.high_precision_wgrad(dy, kept[0], plan).double()
+        exact = gemms.high_precision_wgrad(dy, kept[0], plan).double()
         noise = (dw.double() - exact).norm()
         self.layer.more["gradient"] = {"norm": exact.norm(), "noise": noise}
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from te_nvfp4_cv.checks import value_error, warn_once
+from te_nvfp4_cv.errors import value_error, warn_once
 from te_nvfp4_cv.telemetry.records import FORMAT, dumps
 
 

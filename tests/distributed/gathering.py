@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import checks
-from te_nvfp4_cv.tensor import BUFFERS, SETTINGS
+from te_nvfp4_cv import errors
+from te_nvfp4_cv.tensor.nvfp4_tensor import BUFFERS, SETTINGS
 from tests.helpers import same_bits
 
 AXES = {"rows": 0, "height": 0, "batch": -2, "channel": -1}
@@ -60,7 +60,7 @@ def assert_equal(got: nv.NVFP4Tensor, expected: nv.NVFP4Tensor, case: object = "
 @contextmanager
 def quiet() -> Iterator[None]:
     """Warnings of this library are errors: codes travel, not values."""
-    checks._warned.clear()
+    errors._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="all_gather")
         yield

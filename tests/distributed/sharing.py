@@ -16,8 +16,8 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import checks, tensor_parallel
-from te_nvfp4_cv.ops import conv
+from te_nvfp4_cv import errors, tensor_parallel
+from te_nvfp4_cv.ops.conv import operators
 from tests.distributed.launch import Ranks
 from tests.helpers import relative_error, same_bits, values
 
@@ -38,13 +38,13 @@ def recorded() -> Iterator[dict[str, tuple[Any, ...]]]:
     seen: dict[str, tuple[Any, ...]] = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("fprop", "dgrad", "wgrad"):
-            real = getattr(conv, f"conv_{name}")
+            real = getattr(operators, f"conv_{name}")
 
             def spy(*args: Any, real: Any = real, name: str = name) -> Tensor:
                 seen[name] = tuple(a.clone() if isinstance(a, Tensor) else a for a in args[:5])
                 return real(*args)
 
-            patch.setattr(conv, f"conv_{name}", spy)
+            patch.setattr(operators, f"conv_{name}", spy)
         yield seen
 
 
@@ -68,7 +68,7 @@ def run(model: nn.Module, x: Tensor, dy: Tensor, recipe: Any, dtype: Any = None,
 @contextmanager
 def quiet() -> Iterator[None]:
     """Crossing ranks in high precision is an error inside."""
-    checks._warned.clear()
+    errors._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="nvfp4")
         yield

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import checks
-from te_nvfp4_cv.collectives import wire_bytes
+from te_nvfp4_cv import errors
+from te_nvfp4_cv.distributed.collectives import wire_bytes
 from tests.distributed.gathering import (
     AXES,
     assert_equal,
@@ -61,7 +61,7 @@ def on_ranks_async(ranks: Ranks) -> None:
         got = handle.wait()
         assert_equal(got, whole)
         assert handle.wait() is got
-    checks._warned.clear()
+    errors._warned.clear()
     x, shard = values((5 * ranks.world, 16)), values((5 * ranks.world, 16))[5 * ranks.rank :][:5]
     with pytest.warns(UserWarning, match="cut blocks"):
         handle = all_gather(shard, ranks.group, async_op=True, quantizer=q)
@@ -134,7 +134,7 @@ def on_ranks_values_where_blocks_would_be_cut(ranks: Ranks) -> None:
             shape[1:3] = 1, 5
         x = values(tuple(shape), dtype=torch.bfloat16, seed=i).to(ranks.device)
         shards, q = shards_of(x, dim, sizes), quantizer(kind)
-        checks._warned.clear()
+        errors._warned.clear()
         with pytest.warns(UserWarning, match="cut blocks of 16") as told:
             assert_equal(all_gather(shards[ranks.rank], ranks.group, dim, quantizer=q), q(x), (i, dim))
             t = packed(q, shards[ranks.rank], x, layout)
@@ -154,7 +154,7 @@ def on_ranks_blocks_cut_in_one_face_or_place_only(ranks: Ranks) -> None:
         size = list(shape)
         size[AXES[dim]] = sum(sizes)
         x = values(tuple(size), dtype=torch.bfloat16).to(ranks.device)
-        checks._warned.clear()
+        errors._warned.clear()
         with pytest.warns(UserWarning, match="cut blocks of 16"), calls_counted() as received:
             got = all_gather(shards_of(x, dim, sizes)[ranks.rank], ranks.group, dim, quantizer=reducing)
         assert len(received) == 2  # the whole is on every rank: nobody is asked for its amax again
@@ -164,7 +164,7 @@ def on_ranks_blocks_cut_in_one_face_or_place_only(ranks: Ranks) -> None:
 def on_ranks_row_scaled(ranks: Ranks) -> None:
     x, shard = _rows(ranks)
     q = quantizer("plain", "both", row_scaled_nvfp4=True)
-    checks._warned.clear()
+    errors._warned.clear()
     with pytest.warns(UserWarning, match="row-scaled tensor has no tensor scale"):
         assert_equal(all_gather(shard, ranks.group, quantizer=q), q(x))
     seen = torch.cat([q(part).dequantize() for part in shards_of(x, "channel", [32 // ranks.world] * ranks.world)], -1)
@@ -248,7 +248,7 @@ def on_ranks_shards_that_do_not_fit(ranks: Ranks) -> None:
     with pytest.raises(ValueError, match="dim: rows on .*; channel on"):
         all_gather(t, ranks.group, "channel" if last else "rows")
     _assert_usable(ranks)
-    checks._warned.clear()
+    errors._warned.clear()
     unmade = t.make_like(quantizer=None)
     assert_equal(all_gather(unmade, ranks.group), q(x).make_like(quantizer=None))
     with pytest.raises(ValueError, match="nothing can quantize the whole"):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.ops.quantize import seeds
+from te_nvfp4_cv.ops.quantize import rounding_seeds
 from tests.distributed.launch import Ranks, ranks_test, results
 from tests.helpers import same_bits, values
 
@@ -32,10 +32,10 @@ def on_ranks_differ_unless_they_share_a_stream(ranks: Ranks) -> None:
     own = _gathered(_gradient(ranks), ranks)
     assert all(not same_bits(own[0], other) for other in own[1:])
     try:
-        seeds.share_stream(0)
+        rounding_seeds.share_stream(0)
         shared = _gathered(_gradient(ranks), ranks)
     finally:
-        seeds.share_stream(None)
+        rounding_seeds.share_stream(None)
     assert all(same_bits(own[0], other) for other in shared)
 
 
@@ -52,19 +52,19 @@ def on_ranks_torch_draws_the_same_numbers_with_and_without_rounding(ranks: Ranks
 def on_ranks_streams_go_on_where_extra_state_left_them(ranks: Ranks) -> None:
     torch.manual_seed(7)
     like = torch.zeros(1)
-    seeds.draw_seed(like)
+    rounding_seeds.draw_seed(like)
     saved = nv.extra_state(torch.nn.Linear(16, 16))
     objects = [saved]
     dist.broadcast_object_list(objects, src=0)  # rank 0 writes the checkpoint; all ranks read it
-    expected = [int(seeds.draw_seed(like)) for _ in range(3)]
+    expected = [int(rounding_seeds.draw_seed(like)) for _ in range(3)]
     torch.manual_seed(7)
     nv.extra_state(torch.nn.Linear(16, 16), load=objects[0])
-    assert [int(seeds.draw_seed(like)) for _ in range(3)] == expected
+    assert [int(rounding_seeds.draw_seed(like)) for _ in range(3)] == expected
 
 
 def on_ranks_seeds(ranks: Ranks) -> list[int]:
     torch.manual_seed(11)
-    return [int(seeds.draw_seed(torch.zeros(1))) for _ in range(5)]
+    return [int(rounding_seeds.draw_seed(torch.zeros(1))) for _ in range(5)]
 
 
 test_on_ranks = ranks_test(globals(), worlds=(2,))
@@ -73,5 +73,5 @@ test_on_ranks = ranks_test(globals(), worlds=(2,))
 def test_rank_0_draws_what_a_single_process_draws(tmp_path_factory):
     by_rank = results(__file__, 2, "seeds", tmp_path_factory)
     torch.manual_seed(11)
-    assert by_rank[0] == [int(seeds.draw_seed(torch.zeros(1))) for _ in range(5)]
+    assert by_rank[0] == [int(rounding_seeds.draw_seed(torch.zeros(1))) for _ in range(5)]
     assert not set(by_rank[0]) & set(by_rank[1])

@@ -21,7 +21,7 @@ from unet_coco.ranks import whole_batch
 from unet_coco.train import compare
 
 from tests.distributed.launch import Ranks, ranks_test
-from tests.unet_coco_data import SMALL, draw_shapes
+from tests.examples.unet_coco_data import SMALL, draw_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import checks
+from te_nvfp4_cv import errors
 from tests.distributed.launch import Ranks, ranks_test
 from tests.distributed.sharing import COLUMNS, PLAIN, ROWS, check, mesh, part, quiet, run
 from tests.helpers import relative_error, values
@@ -99,7 +99,7 @@ def on_ranks_blocks_that_would_be_cut_cross_in_high_precision(ranks: Ranks) -> N
             (COLUMNS(input_layouts=place), (place, channels), of_columns),
             (ROWS(output_layouts=place), (channels, place), of_rows),
         ):
-            checks._warned.clear()
+            errors._warned.clear()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 check(layer, style, x, ranks, places, operands=bits, tolerance=1e-5 if bits else 0.1)

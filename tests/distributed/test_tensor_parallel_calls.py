@@ -18,8 +18,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import calls, collectives
-from te_nvfp4_cv.ops.quantize import seeds
+from te_nvfp4_cv.distributed import collectives
+from te_nvfp4_cv.layer import observe
+from te_nvfp4_cv.ops.quantize import rounding_seeds
 from tests.distributed.launch import Ranks, ranks_test
 from tests.distributed.sharing import COLUMNS, PLAIN, ROWS, check, mesh, part, quiet, recorded, run
 from tests.helpers import relative_error, same_bits, values
@@ -90,7 +91,7 @@ def on_ranks_seeds_agree_where_ranks_hold_the_same_gradient(ranks: Ranks) -> Non
     layer = nn.Conv2d(16 * w, 16 * w, 3, padding=1).to(ranks.device)
     dy = values((16, 16 * w, 4, 4), seed=5).to(ranks.device)
     model = parallelize_module(nn.Sequential(copy.deepcopy(layer)), mesh(ranks), {"0": ROWS()})
-    assert seeds.stream() == 0
+    assert rounding_seeds.stream() == 0
     torch.manual_seed(4)
     y, dx, grads = run(layer, x, dy, recipe)
     torch.manual_seed(4)
@@ -132,12 +133,12 @@ def on_ranks_streams_follow_a_mesh_of_data_and_tensor_ranks(ranks: Ranks) -> Non
     both = init_device_mesh(ranks.device.type, (2, 2), mesh_dim_names=("dp", "tp"))
     parallelize_module(nn.Linear(32, 32), both["tp"], ROWS())
     try:
-        assert seeds.stream() == ranks.rank // 2 * 2
+        assert rounding_seeds.stream() == ranks.rank // 2 * 2
         with pytest.raises(ValueError, match="mesh"):
             COLUMNS()._apply(nn.Linear(32, 32), both)
     finally:
         parallelize_module(nn.Linear(32 * ranks.world, 32), mesh(ranks), ROWS())
-    assert seeds.stream() == 0
+    assert rounding_seeds.stream() == 0
 
 
 # ---- networks, precision, places ------------------------------------------------------------------------------------
@@ -254,9 +255,9 @@ def on_ranks_what_observers_are_told(ranks: Ranks) -> None:
     assert "8 out-channels" in report["1"].reason and "8 in-channels" in report["2"].reason
     nv.set_precision(model, {"0": None})
     assert "set_precision" in {r.name: r for r in nv.coverage(model, x).rows}["0"].reason
-    calls_seen: list[calls.Call] = []
+    calls_seen: list[observe.Call] = []
     nv.set_precision(model, {"0": PLAIN})
-    with nv.nvfp4_autocast(), calls.observe(lambda call: calls_seen.append(call)):
+    with nv.nvfp4_autocast(), observe.observe(lambda call: calls_seen.append(call)):
         model(x)
     assert [call.recipe is not None for call in calls_seen] == [True, False, False]
     assert calls_seen[0].weight is model[0].weight and calls_seen[0].recipe == PLAIN

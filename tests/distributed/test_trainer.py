@@ -34,8 +34,8 @@ from unet_coco.train import compare, main
 from unet_coco.unet import UNet
 
 from tests.distributed.launch import Ranks, ranks_test, results, torchrun
-from tests.test_examples import same
-from tests.unet_coco_data import EXAMPLES, SMALL, draw_shapes
+from tests.examples.test_examples import same
+from tests.examples.unet_coco_data import EXAMPLES, SMALL, draw_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 

@@ -9,9 +9,9 @@ from torch import nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import export
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.modules import become, quantize_layer
-from te_nvfp4_cv.ops import dispatch
 from tests.helpers import relative_error, same_bits, values
 
 RECIPE = nv.NVFP4BlockScaling()

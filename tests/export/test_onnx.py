@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.export import verify
 from te_nvfp4_cv.export.modules import become, quantize_layer
-from te_nvfp4_cv.export.to_onnx import to_onnx
+from te_nvfp4_cv.export.onnx.convert import to_onnx
+from te_nvfp4_cv.export.verify import __main__ as verify
 from tests.helpers import values
 from tests.networks import Net
 
@@ -342,11 +342,11 @@ def test_external_data_of_the_old_file_live_as_long_as_it(tmp_path: Path, monkey
     (tmp_path / "m.onnx.notes.data").write_text("another's")
     first = to_onnx(models[0], x, path, external_data=True)
     with monkeypatch.context() as patch:
-        patch.setattr("te_nvfp4_cv.export.onnx_file._check", invalid)
+        patch.setattr("te_nvfp4_cv.export.onnx.file._check", invalid)
         with pytest.raises(ValueError, match="invalid"):
             to_onnx(models[1], x, path, external_data=True)
     with monkeypatch.context() as patch:
-        patch.setattr("te_nvfp4_cv.export.onnx_file.write_atomically", full_for(path))
+        patch.setattr("te_nvfp4_cv.export.onnx.file.write_atomically", full_for(path))
         with pytest.raises(RuntimeError, match="No space"):
             to_onnx(models[1], x, path, external_data=True)
     assert names_in(tmp_path) == {"m.onnx", first.files[1].name, "m.onnx.notes.data"} and verify.verify(path).sound

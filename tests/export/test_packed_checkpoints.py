@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import files
-from te_nvfp4_cv.export import artifact
-from te_nvfp4_cv.export.folding import FoldedNorm
+from te_nvfp4_cv.export import artifact, checkpoints
+from te_nvfp4_cv.export.ptq.folding import FoldedNorm
 from tests.helpers import same_bits, values
 from tests.networks import NO_2D, Net
 
@@ -37,6 +37,17 @@ def trained(recipe: Any = RECIPE) -> Net:
         net(values((4, 3, 8, 8), seed=1)).square().mean().backward()
     net.get_parameter("head.weight").data += 0.01
     return net.eval()
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "9.0"])
+def test_files_of_another_library_version_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """What decides is the version of the file format; the library's is only recorded."""
+    net = trained()
+    monkeypatch.setattr(checkpoints, "__version__", version)
+    (file,) = nv.export.save(net, tmp_path / "net", RECIPE).files
+    monkeypatch.undo()
+    assert version.encode() in Path(file).read_bytes()
+    assert same_bits(nv.export.load(file, Net())(values((2, 3, 8, 8), seed=5)), outputs(net))
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 4000])

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.export import matrix, rounding
-from te_nvfp4_cv.export.calibration import collect, im2col_rows
-from te_nvfp4_cv.export.folding import FoldedNorm, fold
+from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.modules import InferenceLayer
-from te_nvfp4_cv.plan import weight_plan
+from te_nvfp4_cv.export.ptq import rounding
+from te_nvfp4_cv.export.ptq.calibration import collect, im2col_rows
+from te_nvfp4_cv.export.ptq.folding import FoldedNorm, fold
+from te_nvfp4_cv.layer.plan import weight_plan
 from tests.helpers import same_bits, values
 
 RECIPE = nv.NVFP4BlockScaling(precision={"stem": None, "head": None})

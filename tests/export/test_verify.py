@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.export import verify
+from te_nvfp4_cv.export.verify import __main__ as verify
 from tests.helpers import values
 from tests.networks import Net
 

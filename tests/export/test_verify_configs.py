@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.export import verify
+from te_nvfp4_cv.export.verify import __main__ as verify
 from tests.helpers import values
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra [export]")

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.export import onnx_file, verify
 from te_nvfp4_cv.export.modules import become, quantize_layer
-from te_nvfp4_cv.export.to_onnx import to_onnx
+from te_nvfp4_cv.export.onnx import file
+from te_nvfp4_cv.export.onnx.convert import to_onnx
+from te_nvfp4_cv.export.verify import __main__ as verify
 from tests.helpers import values
 
 onnx = pytest.importorskip("onnx", reason="the extra [export]")
@@ -38,7 +39,7 @@ def changed(path: Path, change: Callable[[Any], object], checksums: bool = False
     proto = onnx.load(str(path))
     change({tensor.name: tensor for tensor in proto.graph.initializer} | {"": proto})
     if not checksums:
-        (sums,) = [entry for entry in proto.metadata_props if entry.key == onnx_file.SUMS]
+        (sums,) = [entry for entry in proto.metadata_props if entry.key == file.SUMS]
         proto.metadata_props.remove(sums)
     onnx.save(proto, str(path))
     return path
@@ -195,7 +196,7 @@ def test_bits_that_flip(tmp_path: Path) -> None:
     """Anywhere but in the metadata's entry of checksums itself."""
     path = exported(tmp_path)
     whole = path.read_bytes()
-    end = whole.index(onnx_file.SUMS.encode()) - 8
+    end = whole.index(file.SUMS.encode()) - 8
     chance = random.Random(0)
     for _ in range(60):
         content = bytearray(whole)

@@ -8,8 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.ops import dispatch
-from te_nvfp4_cv.ops.quantize import seeds
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.ops.quantize import rounding_seeds
 from tests.helpers import relative_error, same_bits
 from tests.networks import NO_SR
 
@@ -40,9 +40,9 @@ def test_the_backend_of_this_gpu():
 def test_seeds_are_drawn_on_the_gpu_from_torchs_generator():
     x = torch.empty(1, device=CUDA)
     torch.manual_seed(3)
-    a, b = seeds.draw_seed(x), seeds.draw_seed(x)
+    a, b = rounding_seeds.draw_seed(x), rounding_seeds.draw_seed(x)
     torch.manual_seed(3)
-    assert a.device == x.device and torch.equal(seeds.draw_seed(x), a) and not torch.equal(a, b)
+    assert a.device == x.device and torch.equal(rounding_seeds.draw_seed(x), a) and not torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", ["vendor", "triton"])

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from te_nvfp4_cv.ops import cache, tuning
-from te_nvfp4_cv.ops.quantize import operands
+from te_nvfp4_cv.backend import cache, tuning
+from te_nvfp4_cv.ops.quantize import operand
 from tests.helpers import same_bits
 
 pytestmark = pytest.mark.gpu
@@ -28,15 +28,15 @@ def searching(monkeypatch, tmp_path):
 
 def test_a_search_changes_no_bits_and_is_kept(searching, monkeypatch):
     x = torch.randn(32, 8, 8, 64, device="cuda", dtype=torch.bfloat16)
-    found = operands.quantize_operand(x, *ARGUMENTS)
+    found = operand.quantize_operand(x, *ARGUMENTS)
     (path,) = searching.glob("tuned_*.json")
     kept = json.loads(path.read_text())["content"]
     assert any(entry.startswith("quantize") for entry in kept)
     monkeypatch.setattr(tuning, "milliseconds", lambda run: pytest.fail("searched again"))
     tuning.forget()
-    again = operands.quantize_operand(x, *ARGUMENTS)
+    again = operand.quantize_operand(x, *ARGUMENTS)
     monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", "0")
-    table = operands.quantize_operand(x, *ARGUMENTS)
+    table = operand.quantize_operand(x, *ARGUMENTS)
     assert all(
         same_bits(a.cpu(), b.cpu()) and same_bits(a.cpu(), c.cpu()) for a, b, c in zip(found, again, table, strict=True)
     )
@@ -48,7 +48,7 @@ def test_a_search_counts_saturated_blocks_once(searching, monkeypatch):
     counts = []
     for search in ("1", "0"):
         monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", search)
-        counts.append(float(operands.quantize_operand(x, *ARGUMENTS[:-2], low, "vendor")[6][2]))
+        counts.append(float(operand.quantize_operand(x, *ARGUMENTS[:-2], low, "vendor")[6][2]))
     assert counts[0] == counts[1] > 0
 
 
@@ -56,12 +56,12 @@ def test_no_search_in_a_graph(searching, monkeypatch):
     x = torch.randn(32, 8, 8, 64, device="cuda", dtype=torch.bfloat16)
     monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", "0")
     for _ in range(2):
-        operands.quantize_operand(x, *ARGUMENTS)
+        operand.quantize_operand(x, *ARGUMENTS)
     torch.cuda.synchronize()
     monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", "1")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        operands.quantize_operand(x, *ARGUMENTS)
+        operand.quantize_operand(x, *ARGUMENTS)
     graph.replay()
     torch.cuda.synchronize()
     assert not list(searching.glob("tuned_*.json"))

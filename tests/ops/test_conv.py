@@ -19,16 +19,16 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv import functional as NF
-from te_nvfp4_cv.ops import conv
-from te_nvfp4_cv.ops.conv import reference
-from te_nvfp4_cv.ops.gemm import gemm
+from te_nvfp4_cv.ops.conv import operators, reference
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.ops.quantize.operands import NONE, PACKED
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
-from te_nvfp4_cv.ops.quantize.reference_operands import fold_images
-from te_nvfp4_cv.recipe import NVFP4BlockScaling
-from te_nvfp4_cv.recipe_files import list_recipes, load_recipe
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
+from te_nvfp4_cv.ops.quantize.reference import fold_images
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.files import list_recipes, load_recipe
+from te_nvfp4_cv.tensor import im2col
+from te_nvfp4_cv.tensor.gemm import gemm
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from tests import oracle
 from tests.helpers import fold_list, make_geometry, relative_error, same_bits, values
 
@@ -166,12 +166,12 @@ def quantized(g: ConvGeometry, two_d: bool = True) -> dict[str, tuple[Tensor, Te
             None,
             "vendor",
         )
-        parts = operands.quantize_operand(x, g.groups, *args)
+        parts = operand.quantize_operand(x, g.groups, *args)
         out[f"{name} row"], out[f"{name} col"] = parts[:2], parts[3:5]
     w = values(g.weight_shape, seed=5).unflatten(1, g.kernel or (1,)).movedim(-1, 1)
     w = w if g.rank else w[..., 0]
     col = NONE if two_d else PACKED
-    parts = operands.quantize_kernel(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "vendor")
+    parts = operand.quantize_kernel(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "vendor")
     out["w row"], out["w col"] = parts[:2], parts[:2] if two_d else parts[2:4]
     return out
 
@@ -181,11 +181,11 @@ def dequantized(name: str, face: tuple[Tensor, Tensor], g: ConvGeometry, dtype: 
     if name.startswith("w"):
         n, _, channels = g.weight_shape
         columnwise = face[0].dim() == 5
-        return operands.unpack_kernel(*face, n, channels, g.groups, columnwise, None, dtype, "reference")
+        return operand.unpack_kernel(*face, n, channels, g.groups, columnwise, None, dtype, "reference")
     if name.endswith("col"):
-        return operands.unpack_columns(*face, dtype, "reference")
+        return operand.unpack_columns(*face, dtype, "reference")
     shape = g.x_shape if name.startswith("x") else g.y_shape
-    return operands.unpack_rows(*face, shape[-1], g.groups, dtype, "reference")
+    return operand.unpack_rows(*face, shape[-1], g.groups, dtype, "reference")
 
 
 def faces_of(g: ConvGeometry) -> dict[str, tuple[str, str]]:
@@ -206,8 +206,8 @@ def run(
             face = (dequantized(name, face, g, compute), face[1].new_empty(0))
         parts += face
     if gemm_name == "fprop":
-        return conv.conv_fprop(*parts, alpha, None, g.to_ints(), dtype, backend)
-    function = conv.conv_dgrad if gemm_name == "dgrad" else conv.conv_wgrad
+        return operators.conv_fprop(*parts, alpha, None, g.to_ints(), dtype, backend)
+    function = operators.conv_dgrad if gemm_name == "dgrad" else operators.conv_wgrad
     return function(*parts, alpha, g.to_ints(), dtype, backend)
 
 
@@ -293,10 +293,10 @@ def test_without_alpha_the_operands_carry_the_scales(case, backend):
         x, w = (q[name] for name in faces_of(g)["fprop"])
         n, _, channels = g.weight_shape
         face = (n, channels, g.groups, w[0].dim() == 5)
-        carrying = operands.unpack_kernel(*w, *face, factor, torch.float32, backend)
+        carrying = operand.unpack_kernel(*w, *face, factor, torch.float32, backend)
         rows, none = dequantized("x row", x, g, torch.float32), x[1].new_empty(0)
         bias = values((g.y_shape[-1],), seed=6)
-        y = conv.conv_fprop(rows, none, carrying, none, None, bias, g.to_ints(), torch.float32, backend)
+        y = operators.conv_fprop(rows, none, carrying, none, None, bias, g.to_ints(), torch.float32, backend)
         assert relative_error(y, run("fprop", q, g, factor, torch.float32, backend) + bias) <= 1e-6
 
 
@@ -314,7 +314,7 @@ def test_reference_is_im2col_of_codes_times_gemm(dtype):
     x_q = NVFP4Quantizer(with_rht=True, backend="reference")(x.permute(2, 3, 0, 1))
     w_q = NVFP4Quantizer(with_2d_quantization=True, backend="reference")(w.permute(0, 2, 3, 1).flatten(1))
     dy_q = NVFP4Quantizer(with_rht=True, backend="reference")(dy.permute(2, 3, 0, 1))
-    columns = NF.im2col(x_q, 3, 2, 1)
+    columns = im2col.im2col(x_q, 3, 2, 1)
     composed = gemm(columns, w_q, "TN", out_dtype=dtype, backend="reference")  # [P, Q, B, O]
     assert same_bits(composed.permute(2, 3, 0, 1), y.detach())
     dw = gemm(dy_q, columns, "NT", out_dtype=dtype, backend="reference")  # [O, (tap, c)]

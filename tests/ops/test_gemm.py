@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops.gemm import gemm
-from te_nvfp4_cv.ops.quantize.quantizer import NVFP4Quantizer
+from te_nvfp4_cv.tensor.gemm import gemm
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
 BACKENDS = ["reference", "vendor"]
 pytestmark = pytest.mark.usefixtures("poison")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold, fold_factor, halo_rows, pixel_map
-from te_nvfp4_cv.ops.quantize.reference_operands import fold_images
+from te_nvfp4_cv.ops.quantize.reference import fold_images
 from tests.helpers import make_geometry
 
 CASES = [  # image, kernel, stride, padding, dilation

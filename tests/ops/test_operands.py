@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops import native
+from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.ops.geometry import Fold
-from te_nvfp4_cv.ops.quantize import operands
-from te_nvfp4_cv.ops.quantize.operands import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
 from tests.helpers import KINDS, fold_list, make_geometry, same_bits, values
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
@@ -48,7 +48,7 @@ def random_case(seed: int) -> tuple[torch.Tensor, int, list[int]]:
 def quantize(x, groups, fold, row, col, rht, seed, dtype, backend, row_scaled=False):
     key = None if seed is None else torch.tensor([seed])
     args = (x, groups, fold, row, col, rht, seed is not None, "", 448, row_scaled, dtype, key, None, backend)
-    return operands.quantize_operand(*args)
+    return operand.quantize_operand(*args)
 
 
 def assert_no_nan_scale(scale: torch.Tensor) -> None:
@@ -84,8 +84,8 @@ def test_dequantized_faces_are_the_packed_ones_unpacked(seed):
     for dtype, backend in itertools.product((torch.bfloat16, torch.float32), ("reference", "vendor")):
         packed = quantize(x, groups, fold, PACKED, PACKED, True, 99, dtype, "vendor")
         values_ = quantize(x, groups, fold, DEQUANTIZED, DEQUANTIZED, True, 99, dtype, "vendor")
-        rows = operands.unpack_rows(packed[0], packed[1], x.shape[-1], groups, dtype, backend)
-        columns = operands.unpack_columns(packed[3], packed[4], dtype, backend)
+        rows = operand.unpack_rows(packed[0], packed[1], x.shape[-1], groups, dtype, backend)
+        columns = operand.unpack_columns(packed[3], packed[4], dtype, backend)
         assert same_bits(rows, values_[0]) and same_bits(columns, values_[3])
 
 
@@ -95,7 +95,7 @@ def test_vendor_operands_with_four_over_six(seed, mode):
     x, groups, fold = random_case(seed)
     for form, e4m3_max in itertools.product((PACKED, DEQUANTIZED), (448, 256)):
         args = (x, groups, fold, form, form, False, False, mode, e4m3_max, False, torch.float32, None, None)
-        expected, got = (operands.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
+        expected, got = (operand.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
         assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (form, e4m3_max)
 
 
@@ -163,22 +163,22 @@ def test_vendor_kernels_equal_the_reference(seed, how):
     faces += [(False, row, col) for row, col in ((PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED))]
     for two_d, row, col in faces:
         expected, got = (
-            operands.quantize_kernel(w, groups, row, col, two_d, "", 448, False, torch.bfloat16, backend)
+            operand.quantize_kernel(w, groups, row, col, two_d, "", 448, False, torch.bfloat16, backend)
             for backend in ("reference", "vendor")
         )
         assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (two_d, row, col)
         assert_no_nan_scale(got[1])
         assert_no_nan_scale(got[3])
         if row == DEQUANTIZED:
-            packed = operands.quantize_kernel(
+            packed = operand.quantize_kernel(
                 w, groups, PACKED, NONE if two_d else PACKED, two_d, "", 448, False, torch.bfloat16, "vendor"
             )
             for backend in ("reference", "vendor"):
                 args = (n, c, groups)
-                rows = operands.unpack_kernel(packed[0], packed[1], *args, False, None, torch.bfloat16, backend)
+                rows = operand.unpack_kernel(packed[0], packed[1], *args, False, None, torch.bfloat16, backend)
                 assert same_bits(rows, got[0])
                 if not two_d:
-                    columns = operands.unpack_kernel(packed[2], packed[3], *args, True, None, torch.bfloat16, backend)
+                    columns = operand.unpack_kernel(packed[2], packed[3], *args, True, None, torch.bfloat16, backend)
                     assert same_bits(columns, got[2])
 
 
@@ -189,7 +189,7 @@ def test_kernels_with_four_over_six(two_d, kind, mode, e4m3_max):
     for groups, shape in ((1, (32, 24, 3, 3)), (2, (40, 16, 1, 2)), (1, (16, 64))):
         w = values(shape, kind)
         expected, got = (
-            operands.quantize_kernel(
+            operand.quantize_kernel(
                 w, groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max, False, torch.float32, backend
             )
             for backend in ("reference", "vendor")
@@ -237,7 +237,7 @@ def test_operators_pass_opcheck(backend):
             ops.quantize_kernel.default, (w, 2, row, col, two_d, "", 448, False, torch.float32, backend)
         )
     packed = quantize(x, 1, fold, PACKED, PACKED, True, 5, torch.float32, "vendor")
-    kernel = operands.quantize_kernel(w, 2, PACKED, NONE, True, "", 448, False, torch.float32, "vendor")
+    kernel = operand.quantize_kernel(w, 2, PACKED, NONE, True, "", 448, False, torch.float32, "vendor")
     torch.library.opcheck(ops.unpack_rows.default, (packed[0], packed[1], 24, 1, torch.bfloat16, backend))
     torch.library.opcheck(ops.unpack_columns.default, (packed[3], packed[4], torch.bfloat16, backend))
     for factor in (None, torch.tensor([0.5])):
@@ -327,7 +327,7 @@ def test_kernels_without_avx512_give_the_same_bits(tmp_path):
 
 def given_amax(x: torch.Tensor, fold: list[int], rht: bool, factor: float) -> torch.Tensor:
     """Powers of two from the measured amaxes, times `factor`; 1 where there is none to take."""
-    measured = operands.measure_operand(x, fold, rht, "reference")
+    measured = operand.measure_operand(x, fold, rht, "reference")
     usable = measured.isfinite() & (measured > 0)
     return formats.power_of_two_amax(torch.where(usable, measured, 1.0).clamp(max=1e30)) * factor
 
@@ -338,7 +338,7 @@ def test_measured_amaxes_are_those_that_quantization_uses(seed):
     for rht in (True, False):
         parts = quantize(x, groups, fold, PACKED, PACKED, rht, None, torch.float32, "reference")
         for backend in ("reference", "vendor"):
-            measured = operands.measure_operand(x, fold, rht, backend)
+            measured = operand.measure_operand(x, fold, rht, backend)
             assert same_bits(measured, torch.cat((parts[2], parts[5]))), (rht, backend)
 
 
@@ -352,9 +352,9 @@ def test_vendor_operands_with_given_amaxes_equal_the_reference(seed, factor):
         amax = given_amax(x, fold, rht, factor)
         seed_ = None if key is None else torch.tensor([key])
         args = (x, groups, fold, row, col, rht, key is not None, "", 448, False, torch.float32, seed_, amax)
-        expected, got = (operands.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
+        expected, got = (operand.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
         assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (row, col, rht, key)
-        measured = operands.measure_operand(x, fold, rht, "vendor")
+        measured = operand.measure_operand(x, fold, rht, "vendor")
         if row and col:
             assert same_bits(got[6][:2], measured)
         for given, used, seen in zip(amax, (got[2], got[5]), got[6][:2], strict=True):
@@ -382,17 +382,17 @@ def test_given_amaxes_with_four_over_six(mode):
                 None,
                 amax,
             )
-            expected, got = (operands.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
+            expected, got = (operand.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
             assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (e4m3_max, factor)
 
 
 def test_the_own_amax_given_is_the_current_scale_and_saturates_nothing():
     x, fold = values((5, 6, 4, 24)), fold_list(make_geometry(5, (24, 32), (6, 4), 3, 1, 1).folds()[0])
     for backend in ("reference", "vendor"):
-        amax = operands.measure_operand(x, fold, True, backend)
+        amax = operand.measure_operand(x, fold, True, backend)
         args = (x, 1, fold, PACKED, PACKED, True, False, "", 448, False, torch.float32, None)
-        current = operands.quantize_operand(*args, None, backend)
-        given = operands.quantize_operand(*args, amax, backend)
+        current = operand.quantize_operand(*args, None, backend)
+        given = operand.quantize_operand(*args, amax, backend)
         assert all(same_bits(a, b) for a, b in zip(current[:6], given[:6], strict=True))
         assert current[6].numel() == 0 and float(given[6][2]) == 0
 
@@ -403,10 +403,10 @@ def test_saturated_blocks_are_counted(backend):
     x[3, 1, 2, 5], x[7, 0, 0, 20] = 7.0, -9.0
     amax = torch.tensor([2688.0 * 2**-10, 2688.0 * 2**-10])  # 2.625: both values saturate a block of each face
     args = (x, 1, fold, PACKED, PACKED, False, False, "", 448, False, torch.float32, None)
-    assert operands.quantize_operand(*args, amax, backend)[6].tolist() == [9.0, 9.0, 4.0]
-    assert operands.quantize_operand(*args, amax * 4, backend)[6].tolist() == [9.0, 9.0, 0.0]
+    assert operand.quantize_operand(*args, amax, backend)[6].tolist() == [9.0, 9.0, 4.0]
+    assert operand.quantize_operand(*args, amax * 4, backend)[6].tolist() == [9.0, 9.0, 0.0]
     row_only = (x, 1, fold, PACKED, NONE, True, False, "", 448, False, torch.float32, None)
-    assert operands.quantize_operand(*row_only, amax, backend)[6].tolist() == [9.0, 0.0, 2.0]
+    assert operand.quantize_operand(*row_only, amax, backend)[6].tolist() == [9.0, 0.0, 2.0]
 
 
 @pytest.mark.parametrize("e4m3_max", [448, 256])
@@ -435,7 +435,7 @@ def test_power_of_two_amaxes(e4m3_max):
 def test_kernels_with_a_power_of_two_amax(two_d, kind):
     w = values((40, 24, 3, 3), kind)
     args = (w, 1, PACKED, NONE if two_d else PACKED, two_d, "", 448, True, torch.float32)
-    expected, got = (operands.quantize_kernel(*args, backend) for backend in ("reference", "vendor"))
+    expected, got = (operand.quantize_kernel(*args, backend) for backend in ("reference", "vendor"))
     assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
     assert same_bits(got[4], formats.power_of_two_amax(w.abs().amax().reshape(1)))
 
@@ -444,15 +444,15 @@ def test_kernels_with_a_power_of_two_amax(two_d, kind):
 def test_unpacked_kernels_times_a_factor(two_d):
     w = values((40, 24, 3, 3), "wide")
     for dtype, factor in itertools.product((torch.bfloat16, torch.float32), (2.0**-17, 2.0**90, 0.3, float("nan"))):
-        packed = operands.quantize_kernel(
+        packed = operand.quantize_kernel(
             w, 1, PACKED, PACKED if not two_d else NONE, two_d, "", 448, True, dtype, "vendor"
         )
         faces = [(packed[0], packed[1], False)] + ([] if two_d else [(packed[2], packed[3], True)])
         for data, scale, columnwise in faces:
-            plain = operands.unpack_kernel(data, scale, 40, 24, 1, columnwise, None, torch.float32, "reference")
+            plain = operand.unpack_kernel(data, scale, 40, 24, 1, columnwise, None, torch.float32, "reference")
             for backend in ("reference", "vendor"):
                 args = (data, scale, 40, 24, 1, columnwise, torch.tensor([factor]), dtype, backend)
-                assert same_bits(operands.unpack_kernel(*args), (plain * factor).to(dtype)), (dtype, factor, backend)
+                assert same_bits(operand.unpack_kernel(*args), (plain * factor).to(dtype)), (dtype, factor, backend)
 
 
 # ---- shards of a kernel ---------------------------------------------------------------------------------------------
@@ -476,14 +476,14 @@ def test_shards_with_the_amax_of_the_whole_have_its_codes(two_d, kind):
         amax = w.abs().amax().reshape(1)
         args = (1, PACKED, NONE if two_d else PACKED, two_d, mode, 448, pow2, torch.float32)
         for axis, backend in itertools.product((0, 1), ("reference", "vendor")):
-            whole = operands.quantize_kernel(w, *args, backend)
+            whole = operand.quantize_kernel(w, *args, backend)
             shard = w.narrow(axis, 16, 16)
             given = amax.clone()
-            got = operands.quantize_kernel(shard, *args, backend, given)
+            got = operand.quantize_kernel(shard, *args, backend, given)
             expected = part_of(whole, axis, two_d)
             assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), (shape, pow2, axis, backend)
             assert same_bits(given, amax) and got[4].data_ptr() != given.data_ptr()
-            again = operands.quantize_kernel(w, *args, backend, amax)
+            again = operand.quantize_kernel(w, *args, backend, amax)
             assert all(same_bits(a, b) for a, b in zip(again, whole, strict=True))
 
 

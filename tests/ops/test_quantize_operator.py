@@ -7,15 +7,15 @@ import hashlib
 import pytest
 import torch
 
-from te_nvfp4_cv.ops import quantize as ops
-from te_nvfp4_cv.ops.quantize import reference
+from te_nvfp4_cv.ops.quantize import matrix as ops
+from te_nvfp4_cv.ops.quantize import reference_matrix
 
 
 def quantize(x, **options):
-    return reference.quantize_2d(x, **{"rowwise": True, "columnwise": True, **options})
+    return reference_matrix.quantize_2d(x, **{"rowwise": True, "columnwise": True, **options})
 
 
-def assert_same_bits(a: reference.Faces, b: reference.Faces) -> None:
+def assert_same_bits(a: reference_matrix.Faces, b: reference_matrix.Faces) -> None:
     for name, first, second in zip(a._fields, a, b, strict=True):
         assert torch.equal(first.view(torch.uint8), second.view(torch.uint8)), name
 
@@ -83,7 +83,7 @@ def golden_input(dtype: torch.dtype) -> torch.Tensor:
     return (mantissa * 2.0**exponent).float().to(dtype).reshape(37, 51)
 
 
-def golden_hash(faces: reference.Faces) -> str:
+def golden_hash(faces: reference_matrix.Faces) -> str:
     digest = hashlib.sha256()
     for t in faces:
         digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops import quantize as ops
-from te_nvfp4_cv.ops.quantize import reference
+from te_nvfp4_cv.ops.quantize import matrix as ops
+from te_nvfp4_cv.ops.quantize import reference_matrix
 from tests import oracle
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -18,10 +18,10 @@ INF, NAN = float("inf"), float("nan")
 
 
 def quantize(x, **options):
-    return reference.quantize_2d(x, **{"rowwise": True, "columnwise": True, **options})
+    return reference_matrix.quantize_2d(x, **{"rowwise": True, "columnwise": True, **options})
 
 
-def assert_same_bits(a: reference.Faces, b: reference.Faces) -> None:
+def assert_same_bits(a: reference_matrix.Faces, b: reference_matrix.Faces) -> None:
     for name, first, second in zip(a._fields, a, b, strict=True):
         assert torch.equal(first.view(torch.uint8), second.view(torch.uint8)), name
 
@@ -174,7 +174,7 @@ def test_strides_do_not_matter(make, dtype):
 
 def test_quantizing_dequantized_values_changes_nothing():
     faces = quantize(sample(32, 64))
-    x = reference.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax)
+    x = reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax)
     again = quantize(x, amax_rowwise=faces.row_amax)
     assert torch.equal(again.row_data, faces.row_data)
     assert torch.equal(again.row_scale.view(torch.uint8), faces.row_scale.view(torch.uint8))
@@ -183,7 +183,7 @@ def test_quantizing_dequantized_values_changes_nothing():
 def test_error_is_below_the_step():
     x = sample(64, 64)
     faces = quantize(x)
-    error = (reference.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax) - x).abs()
+    error = (reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax) - x).abs()
     block = formats.blocks(x).abs().amax(-1, keepdim=True).expand(-1, -1, 16).flatten(-2)
     # the largest step is 2 of 6, half of it is reached; the E4M3 scale is off by at most 2^-4, or 2^-10 of the tensor's
     assert bool((error <= block * (1 / 6 + 2**-4) + x.abs().max() / 448 * 2**-9).all())
@@ -201,7 +201,7 @@ def test_non_finite_values(bad, options):
     assert not faces.row_amax.isfinite().all() and not faces.col_amax.isfinite().all()
     for scale in (faces.row_scale, faces.col_scale):
         assert int(scale.view(torch.uint8).max()) <= 0x7E
-    v = reference.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax, options.get("e4m3_max", 448))
+    v = reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax, options.get("e4m3_max", 448))
     assert not (v[5] if options.get("row_scaled") else v).isfinite().any()
 
 
@@ -230,7 +230,7 @@ def test_a_block_whose_scale_underflows_saturates():
     faces = quantize(x, columnwise=False)
     assert faces.row_scale.view(torch.uint8)[0, 1] == 0
     assert formats.unpack_nibbles(faces.row_data)[0, 16:18].tolist() == [7, 15]
-    assert not reference.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax)[0, 16:].any()
+    assert not reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax)[0, 16:].any()
 
 
 @pytest.mark.parametrize("value", [1e-45, 1e-40, 1.2e-38, 1e30, 3e38])
@@ -300,7 +300,7 @@ def test_sr_is_unbiased_within_4_sigma():
     draws = []
     for seed in range(400):
         faces = quantize(x, columnwise=False, stochastic_rounding=True, seed=seed)
-        draws.append(reference.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax).double())
+        draws.append(reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax).double())
     draws_SMK = torch.stack(draws)
     # a block's own maximum can exceed 6 by the rounding of its scale: that clips, by design
     enc = formats.encode_multiplier(faces.row_scale, formats.encode_scale(faces.row_amax)).unsqueeze(-1)

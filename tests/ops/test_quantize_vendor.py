@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from te_nvfp4_cv.ops.quantize import quantize
+from te_nvfp4_cv.ops.quantize.matrix import quantize
 
 OPTIONS = [
     {},

@@ -7,11 +7,11 @@ import threading
 import pytest
 import torch
 
-from te_nvfp4_cv.ops.quantize import seeds
+from te_nvfp4_cv.ops.quantize import rounding_seeds
 
 
 def draw(n: int = 4) -> list[int]:
-    return [int(seeds.draw_seed(torch.empty(0))) for _ in range(n)]
+    return [int(rounding_seeds.draw_seed(torch.empty(0))) for _ in range(n)]
 
 
 def test_the_stream_follows_torchs_seed_and_restarts_with_it():
@@ -50,24 +50,24 @@ def test_a_seed_set_for_a_while_does_not_rewind_the_stream():
 def test_state_continues_the_stream_and_belongs_to_one_seed():
     torch.manual_seed(3)
     draw(2)
-    saved, generator = seeds.state(), torch.get_rng_state()
+    saved, generator = rounding_seeds.state(), torch.get_rng_state()
     rest = draw()
     torch.manual_seed(9)
     draw()
     with pytest.raises(RuntimeError, match=r"manual_seed\(3\)"):
-        seeds.set_state(saved)
+        rounding_seeds.set_state(saved)
     torch.set_rng_state(generator)
-    seeds.set_state(saved)
+    rounding_seeds.set_state(saved)
     assert draw() == rest
     torch.manual_seed(9)
-    assert seeds.state() == {"seed": 9, "drawn": 0}
+    assert rounding_seeds.state() == {"seed": 9, "drawn": 0}
 
 
 def test_many_seeds_leave_a_bounded_memory():
     for seed in range(200):
         torch.manual_seed(seed)
         draw(1)
-    assert len(seeds._drawn) <= seeds._KEEP
+    assert len(rounding_seeds._drawn) <= rounding_seeds._KEEP
 
 
 def test_threads_never_draw_the_same_seed():

@@ -181,12 +181,12 @@ def test_the_gradient_that_is_recorded_is_the_parameters():
 def test_only_samples_are_recorded_and_nothing_is_registered_in_between():
     net, sink = Net(), Memory()
     watch = attach(net, sinks=[sink], every=3)
-    from te_nvfp4_cv import calls
+    from te_nvfp4_cv.layer import observe
 
     for step in range(7):
         with watch.step(step):
-            assert calls.observed() == (step % 3 == 0)
-        assert not calls.observed()
+            assert observe.observed() == (step % 3 == 0)
+        assert not observe.observed()
     assert [record["step"] for record in sink.steps] == [0, 3, 6]
     assert sink.steps[0]["layers"]["fc"]["reason"] == "not called in this step"
 
@@ -351,9 +351,9 @@ def test_an_exception_inside_leaves_nothing_behind():
     watch = attach(net, sinks=[sink], every=1)
     with pytest.raises(RuntimeError, match="mine"), watch.step(0):
         raise RuntimeError("mine")
-    from te_nvfp4_cv import calls
+    from te_nvfp4_cv.layer import observe
 
-    assert not sink.steps and not calls.observed() and nv.active_recipe() is None
+    assert not sink.steps and not observe.observed() and nv.active_recipe() is None
 
 
 @pytest.mark.parametrize(

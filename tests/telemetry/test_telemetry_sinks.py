@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from te_nvfp4_cv import checks
+from te_nvfp4_cv import errors
 from te_nvfp4_cv.telemetry import JSONL, TensorBoard, WandB, fresh_path, read
 from tests.telemetry.synthetic_runs import header, layer, write_run
 
 
 @pytest.fixture(autouse=True)
 def told_anew(monkeypatch):
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(errors, "_warned", set())
 
 
 def records(count: int = 2) -> list[dict[str, Any]]:

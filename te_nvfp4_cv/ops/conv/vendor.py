@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.ops import dispatch, native
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 
 aten = torch.ops.aten
@@ -162,9 +162,9 @@ def _finish(y: Tensor, alpha: Tensor | None, bias: Tensor | None, dtype: torch.d
     if alpha is None:
         return y.to(dtype)
     if alpha.numel() == 1 and dispatch.kernels_serve(y.device):
-        from te_nvfp4_cv.ops import kernels
+        from te_nvfp4_cv.ops.triton import elementwise
 
-        return kernels.scale_bias(y, alpha, bias, dtype)
+        return elementwise.scale_bias(y, alpha, bias, dtype)
     library = native.load() if y.device.type == "cpu" else None
     kinds = (torch.bfloat16, torch.float32)
     if library is None or alpha.numel() != 1 or y.dtype not in kinds:

@@ -22,6 +22,6 @@ def multiply(a_data: Tensor, a_scale: Tensor, b_data: Tensor, b_scale: Tensor) -
 
 def _decoded(data: Tensor, scale: Tensor) -> Tensor:
     """code * scale in bf16, by the Triton kernel."""
-    from te_nvfp4_cv.ops.quantize import launch
+    from te_nvfp4_cv.ops.quantize.triton import launch
 
     return launch.unpack_rows(data, scale.view(torch.uint8), data.shape[-1] * 2, 1, torch.bfloat16)

@@ -1,216 +1,232 @@
-"""The specification of quantization: plain torch, slow, obvious. Other backends are compared with this file, in bits.
+"""The specification of convolution operands: permute to TransformerEngine's matrix, quantize it by reference.py,
+permute back.
 
-Of a matrix x_MK two faces can be written, both from the same values:
+    x [B, *image, C]  ->  x_MC, rows M in the order (image axes, batch), channels padded with zeros group by group
+    w [axis 0, axis 1, *kernel]  ->  w_OK, K in the order (tap, channel)
 
-    rowwise     blocks of 16 along K of x:                      data [M, Kp/2], scale_inv [M, Kp/16], amax of x
-    columnwise  blocks of 16 along M of x^T, after RHT if any:  data [K, Mp/2], scale_inv [K, Mp/16], amax as quantized
-
-Mp and Kp are M and K rounded up to 16 with zeros; the numbers themselves are in formats.py.
-
-    1x16        s_b from the amax of 16 elements
-    16x16       s_b from the amax of a tile, repeated on the tile's rows
-    4over6      s_b maps the amax to 6 or to 4, whichever gives the smaller error; ties to 6
-    row-scaled  one amax per row of the face instead of one per tensor
-
-Refused by the caller (ops/quantize/__init__.py), not here: dtypes, ranks, and combinations that have no meaning.
-Source: TransformerEngine's reference_nvfp4.py; random bytes and edge rules are this library's.
+Forms and shapes are those of operands.py. Plain torch, any device; nothing here is fast.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
+from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.ops.quantize import reference_matrix
 
-ROWWISE, COLUMNWISE = 0, 1
-
-
-class Faces(NamedTuple):
-    """What quantize_2d returns; the tensors of a face that was not asked for are empty."""
-
-    row_data: Tensor
-    row_scale: Tensor
-    row_amax: Tensor
-    col_data: Tensor
-    col_scale: Tensor
-    col_amax: Tensor
+NONE, PACKED, DEQUANTIZED = 0, 1, 2
+BLOCK = 16
 
 
-def quantize_2d(
-    x_MK: Tensor,
-    *,
-    rowwise: bool = True,
-    columnwise: bool = False,
-    rht: bool = False,
-    stochastic_rounding: bool = False,
-    two_d: bool = False,
-    four_over_six: str | None = None,
-    e4m3_max: int = E4M3_MAX,
-    row_scaled: bool = False,
-    amax_rowwise: Tensor | None = None,
-    amax_columnwise: Tensor | None = None,
-    seed: Tensor | int | None = None,
-    with_sign: bool = True,
-    random_rowwise: Tensor | None = None,
-    random_columnwise: Tensor | None = None,
-) -> Faces:
-    """Quantize a matrix to NVFP4, rowwise and/or columnwise.
-
-    Args:
-        x_MK: [M, K] bf16, fp16 or fp32, any strides.
-        rht: rotate the columnwise operand, 16 rows of x at a time; the rowwise face is never rotated.
-        two_d: one scale per 16x16 tile.
-        four_over_six: None, "MAE" or "MSE".
-        e4m3_max: 448, or 256 with 4over6.
-        row_scaled: amax is a vector, [M] rowwise and [K] columnwise.
-        amax_rowwise: fp32, computed when None. Pass it when ranks must agree.
-        amax_columnwise: fp32, after RHT; when None it is computed, or copied from amax_rowwise without RHT.
-        seed: int64 Philox key; needed for stochastic rounding unless the random bytes are given.
-        random_rowwise: uint8 [M, Kp] to use instead of Philox.
-        random_columnwise: uint8 [K, Mp], the same.
-    Numerics: amax propagates NaN and inf, S_enc is then 1 and the block's scale byte at most 0x7E.
+def fold_images(x: Tensor, fold: Fold) -> Tensor:
+    """[images, rows, *image[1:], C] from [B, *image, C]: strips with their halo, zero images at the end. Without
+    image axes: zero rows at the end.
     """
-    M, K = x_MK.shape
-    x_pad = F.pad(x_MK, (0, -K % BLOCK, 0, -M % BLOCK))
-    tile_scale: Tensor | None = None
-    if amax_rowwise is None and not (rht and not rowwise):
-        amax_rowwise = _amax(x_MK.float(), row_scaled)
-    if two_d:
-        assert amax_rowwise is not None
-        tile_scale = _scales(x_pad.float(), amax_rowwise, e4m3_max, four_over_six, two_d=True)
-
-    empty = _empty_face(x_MK.device)
-    row = col = empty
-    if rowwise:
-        assert amax_rowwise is not None
-        random = _random(stochastic_rounding, random_rowwise, seed, M, x_pad.shape[1], ROWWISE, x_MK.device)
-        scale = None if tile_scale is None else tile_scale[:M]
-        row = _face(x_pad[:M].float(), amax_rowwise, e4m3_max, four_over_six, scale, random)
-    if columnwise:
-        v_KM = x_pad[:, :K].t()
-        if rht:
-            v_KM = formats.rht16(formats.blocks(v_KM), with_sign).flatten(-2)
-        v_KM = v_KM.float()
-        if amax_columnwise is None:
-            amax_columnwise = _amax(v_KM, row_scaled) if rht or row_scaled else amax_rowwise
-        assert amax_columnwise is not None
-        random = _random(stochastic_rounding, random_columnwise, seed, K, x_pad.shape[0], COLUMNWISE, x_MK.device)
-        scale = None if tile_scale is None else _transposed(tile_scale)[:K]
-        col = _face(v_KM, amax_columnwise, e4m3_max, four_over_six, scale, random)
-    return Faces(*row, *col)
+    if fold.strips == 1:
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, fold.images - x.shape[0]))
+    index = fold.source_rows(x.shape[0], x.shape[1]).to(x.device)
+    flat = F.pad(x.flatten(0, 1), (0, 0) * (x.dim() - 2) + (0, 1))  # one row of zeros at the end, read by index -1
+    return flat[index]
 
 
-def amax_2d(
-    x_MK: Tensor, *, columnwise: bool = True, rht: bool = False, row_scaled: bool = False, with_sign: bool = True
-) -> tuple[Tensor, Tensor]:
-    """amax_rowwise and amax_columnwise as quantize_2d would find them (the second empty unless columnwise)."""
-    row = _amax(x_MK.float(), row_scaled)
-    if not columnwise:
-        return row, row.new_empty(0)
-    if not rht and not row_scaled:
-        return row, row.clone()
-    v_KM = F.pad(x_MK.t(), (0, -x_MK.shape[0] % BLOCK))
-    if rht:
-        v_KM = formats.rht16(formats.blocks(v_KM), with_sign).flatten(-2)
-    return row, _amax(v_KM.float(), row_scaled)
+def pad_groups(x: Tensor, groups: int) -> Tensor:
+    """[..., C] -> [..., G * Cp]: the channels of each group padded with zeros to a multiple of 16."""
+    grouped = x.unflatten(-1, (groups, x.shape[-1] // groups))
+    return F.pad(grouped, (0, -grouped.shape[-1] % BLOCK)).flatten(-2)
 
 
-def dequantize_2d(
-    data: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int = E4M3_MAX, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Values [R, L] of one face as it is stored: a columnwise face comes back transposed, and rotated if it was."""
-    return formats.dequantize(data, scale, amax, e4m3_max).to(dtype)
+def batch_last(x: Tensor) -> Tensor:
+    """[B, *image, C] -> [*image, B, C]."""
+    return x.movedim(0, -2)
 
 
-def _face(
-    v: Tensor, amax: Tensor, e4m3_max: int, four_over_six: str | None, scale: Tensor | None, random: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """data, scale_inv and amax of values [R, L] (fp32, L a multiple of 16), blocks along L."""
-    if scale is None:
-        scale = _scales(v, amax, e4m3_max, four_over_six, two_d=False)
-    codes = _codes(v, scale, formats.encode_scale(amax, e4m3_max), random)
-    return formats.pack_nibbles(codes).contiguous(), scale.contiguous(), amax.clone()
-
-
-def _codes(v: Tensor, scale: Tensor, s_enc: Tensor, random: Tensor | None) -> Tensor:
-    """E2M1 codes [R, L] of v under block scales [R, L/16]."""
-    enc = formats.encode_multiplier(scale, s_enc.unsqueeze(-1))
-    scaled = (formats.blocks(v) * enc.unsqueeze(-1)).flatten(-2)
-    return formats.encode_e2m1(scaled) if random is None else formats.encode_e2m1_stochastic(scaled, random)
-
-
-def _scales(v: Tensor, amax: Tensor, e4m3_max: int, four_over_six: str | None, two_d: bool) -> Tensor:
-    """E4M3 decode scales [R, L/16]; of 16x16 tiles when two_d (R a multiple of 16 then)."""
-    s_enc = formats.encode_scale(amax, e4m3_max).unsqueeze(-1)
-    amax_b = _max(formats.blocks(v.abs()), -1)
-    if two_d:
-        amax_b = _over_tile_rows(_max(amax_b.unflatten(0, (amax_b.shape[0] // BLOCK, BLOCK)), 1))
-    if four_over_six is None:
-        return formats.block_scale(amax_b, s_enc)
-    s6, s4 = formats.four_over_six_scales(amax_b, s_enc)
-    e6, e4 = (_error(v, s, amax, e4m3_max, four_over_six, two_d) for s in (s6, s4))
-    return torch.where(e4 < e6, s4.view(torch.uint8), s6.view(torch.uint8)).view(torch.float8_e4m3fn)
-
-
-def _error(v: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int, mode: str, two_d: bool) -> Tensor:
-    """Error [R, L/16] of a candidate scale: fp32 sums over 16 elements in order, then a tree over the tile's rows."""
-    codes = _codes(v, scale, formats.encode_scale(amax, e4m3_max), None)
-    value = formats.blocks(formats.decode_e2m1(codes)) * scale.float().unsqueeze(-1)
-    value = value * amax.reshape(-1, 1, 1)
-    d = torch.div(value, torch.full_like(value, 6.0 * e4m3_max)) - formats.blocks(v)
-    d = d.abs() if mode == "MAE" else d * d
-    total = d[..., 0]
-    for i in range(1, BLOCK):
-        total = total + d[..., i]
-    if two_d:
-        total = total.unflatten(0, (total.shape[0] // BLOCK, BLOCK))
-        for half in (8, 4, 2, 1):
-            total = total[:, :half] + total[:, half:]
-        total = _over_tile_rows(total[:, 0])
-    return total
-
-
-def _random(
-    stochastic: bool, given: Tensor | None, seed: Tensor | int | None, R: int, L: int, face: int, device: torch.device
-) -> Tensor | None:
-    """Random bytes [R, L] of a face, or None for nearest-even: block (r, b) has the index r * L/16 + b."""
-    if not stochastic:
-        return None
-    if given is not None:
-        return given
-    assert seed is not None
-    index = torch.arange(R * (L // BLOCK), dtype=torch.int64, device=device)
-    return formats.philox4x32(seed, index, face).reshape(R, L)
-
-
-def _transposed(scale: Tensor) -> Tensor:
-    """Scales [Kp, Mp/16] of the columnwise face from the rowwise scales [Mp, Kp/16] of the same 16x16 tiles."""
-    return _over_tile_rows(scale.view(torch.uint8)[::BLOCK].t()).view(torch.float8_e4m3fn)
-
-
-def _over_tile_rows(tile: Tensor) -> Tensor:
-    """[T, C] repeated on the 16 rows of each tile: [16 T, C]."""
-    return tile.repeat_interleave(BLOCK, dim=0)
-
-
-def _amax(v: Tensor, row_scaled: bool) -> Tensor:
-    """max |v|, [1], or of every row, [R]; 0 for an empty tensor; NaN and inf stay."""
-    return _max(v.abs(), 1) if row_scaled else _max(v.abs().reshape(1, -1), 1)
-
-
-def _max(v: Tensor, dim: int) -> Tensor:
-    """v.amax(dim) that also takes an axis of length 0."""
-    return v.amax(dim) if v.shape[dim] else v.new_zeros(v.shape[:dim] + v.shape[dim + 1 :])
-
-
-def _empty_face(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(0, dtype=torch.uint8, device=device),
-        torch.empty(0, dtype=torch.float8_e4m3fn, device=device),
-        torch.empty(0, dtype=torch.float32, device=device),
+def quantize_operand(
+    x: Tensor,
+    groups: int,
+    fold: Fold,
+    row: int,
+    col: int,
+    rht: bool,
+    stochastic: bool,
+    four_over_six: str | None,
+    e4m3_max: int,
+    row_scaled: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None,
+    amax: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """See operands.quantize_operand."""
+    x_rows = batch_last(x)
+    row_data, row_scale, col_data, col_scale = (x.new_empty(0, dtype=torch.uint8) for _ in range(4))
+    common: dict[str, Any] = dict(
+        stochastic_rounding=stochastic, four_over_six=four_over_six, e4m3_max=e4m3_max, row_scaled=row_scaled, seed=seed
     )
+    own = _amax(x)
+    seen_row = own if row != NONE or not rht else torch.zeros_like(own)
+    seen_col, saturated = torch.zeros_like(own) if rht else own, torch.zeros_like(own)
+    row_amax, col_amax = (own, own) if amax is None else (amax[:1], amax[1:])
+    if row != NONE:
+        faces = reference_matrix.quantize_2d(
+            pad_groups(x_rows, groups).flatten(0, -2),
+            rowwise=True,
+            amax_rowwise=None if row_scaled else row_amax,
+            **common,
+        )
+        shape = tuple(x_rows.shape[:-1])
+        row_data = faces.row_data.reshape(*shape, -1).movedim(-2, 0).contiguous()
+        row_scale = faces.row_scale.view(torch.uint8).reshape(*shape, -1).movedim(-2, 0).contiguous()
+        row_amax = faces.row_amax.reshape(shape).movedim(-1, 0).contiguous() if row_scaled else faces.row_amax
+        if amax is not None:
+            saturated = saturated + saturated_blocks(pad_groups(x, groups), row_amax, e4m3_max)
+    if col != NONE:
+        folded = batch_last(fold_images(x, fold))  # [*image, N, C]
+        given = None if amax is None and (rht or row_scaled) else col_amax
+        faces = reference_matrix.quantize_2d(
+            folded.flatten(0, -2),
+            rowwise=False,
+            columnwise=True,
+            rht=rht,
+            amax_rowwise=None if rht else given,
+            amax_columnwise=given if rht else None,
+            **common,
+        )
+        shape = (x.shape[-1], *folded.shape[:-2], fold.images // BLOCK)  # [C, *image, N16]
+        col_data = faces.col_data.reshape(*shape, 8).movedim(0, -2).movedim(-3, 0).contiguous()
+        col_scale = faces.col_scale.view(torch.uint8).reshape(shape).movedim(0, -1).movedim(-2, 0).contiguous()
+        col_amax = faces.col_amax
+        if amax is not None:
+            rotated = columnwise_values(x, fold, rht)
+            seen_col = _amax(rotated) if rht else seen_col
+            saturated = saturated + saturated_blocks(rotated, col_amax, e4m3_max)
+    if row == DEQUANTIZED:
+        row_data, row_scale = unpack_rows(row_data, row_scale, x.shape[-1], groups, dtype), row_scale.new_empty(0)
+    if col == DEQUANTIZED:
+        col_data, col_scale = unpack_columns(col_data, col_scale, dtype), col_scale.new_empty(0)
+    observed = x.new_empty(0, dtype=torch.float32)
+    if amax is not None:
+        observed = torch.cat((seen_row, seen_col, saturated))
+        row_amax, col_amax = (unless_non_finite(*pair) for pair in ((row_amax, seen_row), (col_amax, seen_col)))
+    return row_data, row_scale, row_amax.clone(), col_data, col_scale, col_amax.clone(), observed
+
+
+def measure_operand(x: Tensor, fold: Fold, rht: bool) -> Tensor:
+    """See operands.measure_operand."""
+    own = _amax(x)
+    return torch.cat((own, _amax(columnwise_values(x, fold, rht)) if rht else own))
+
+
+def columnwise_values(x: Tensor, fold: Fold, rht: bool) -> Tensor:
+    """[N16, *folded image, C, 16]: what the columnwise face quantizes, a block of 16 images last."""
+    values = fold_images(x, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)
+    return formats.rht16(values) if rht else values
+
+
+def saturated_blocks(values: Tensor, amax: Tensor, e4m3_max: int) -> Tensor:
+    """fp32 [1]: how many blocks of 16 along the last axis have a decode scale above 448 before rounding."""
+    amax_b = formats.blocks(values.float()).abs().amax(-1)
+    return (amax_b * (formats.encode_scale(amax, e4m3_max) * formats.ONE_SIXTH) > 448).sum().float().reshape(1)
+
+
+def unless_non_finite(amax: Tensor, seen: Tensor) -> Tensor:
+    """`amax`, NaN where `seen` is not finite."""
+    return torch.where(seen.isfinite(), amax, torch.nan)
+
+
+def _amax(x: Tensor) -> Tensor:
+    """fp32 [1]; 0 of nothing."""
+    return x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
+
+
+def quantize_kernel(
+    w: Tensor,
+    groups: int,
+    row: int,
+    col: int,
+    two_d: bool,
+    four_over_six: str | None,
+    e4m3_max: int,
+    pow2: bool,
+    dtype: torch.dtype,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """See operands.quantize_kernel."""
+    n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
+    kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
+    w_GOTC = w.reshape(groups, n // groups, c, taps).transpose(2, 3)
+    w_GOTC = F.pad(w_GOTC, (0, kb * BLOCK - c, 0, 0, 0, ob * BLOCK - n // groups))
+    amax = _amax(w) if amax is None else amax.clone()
+    amax = formats.power_of_two_amax(amax, e4m3_max) if pow2 else amax
+    faces = reference_matrix.quantize_2d(
+        w_GOTC.reshape(groups * ob * BLOCK, taps * kb * BLOCK),
+        rowwise=row != NONE,
+        columnwise=col != NONE,
+        two_d=two_d,
+        four_over_six=four_over_six,
+        e4m3_max=e4m3_max,
+        amax_rowwise=amax,
+    )
+    row_data, row_scale, col_data, col_scale = (w.new_empty(0, dtype=torch.uint8) for _ in range(4))
+    if row != NONE:
+        data = faces.row_data.reshape(groups, ob * BLOCK, taps, kb * 8)[:, : n // groups]
+        row_data = data.reshape(n, taps, kb * 8).contiguous()
+        scale = faces.row_scale.view(torch.uint8).reshape(groups, ob * BLOCK, taps, kb)
+        row_scale = (scale[:, ::BLOCK] if two_d else scale[:, : n // groups].reshape(n, taps, kb)).contiguous()
+    if col != NONE:  # [T, Cp, G, Ob, 8] -> [G, Ob, T, C, 8]
+        col_data = faces.col_data.reshape(taps, kb * BLOCK, groups, ob, 8)[:, :c].permute(2, 3, 0, 1, 4).contiguous()
+        col_scale = (
+            faces.col_scale.view(torch.uint8)
+            .reshape(taps, kb * BLOCK, groups, ob)[:, :c]
+            .permute(2, 3, 0, 1)
+            .contiguous()
+        )
+    if row == DEQUANTIZED:
+        row_data, row_scale = (
+            unpack_kernel(row_data, row_scale, n, c, groups, False, None, dtype),
+            row_scale.new_empty(0),
+        )
+    if col == DEQUANTIZED:
+        col_data, col_scale = (
+            unpack_kernel(col_data, col_scale, n, c, groups, True, None, dtype),
+            col_scale.new_empty(0),
+        )
+    return row_data, row_scale, col_data, col_scale, amax
+
+
+def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See operands.unpack_columns."""
+    values = formats.decode_blocks(data, scale.unsqueeze(-1).view(torch.float8_e4m3fn))  # [N16, *rest, 16]
+    return values.to(dtype).movedim(-1, 1).flatten(0, 1).contiguous()
+
+
+def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """See operands.unpack_rows."""
+    values = formats.decode_blocks(data, scale.view(torch.float8_e4m3fn)).to(dtype)
+    return values.unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2).contiguous()
+
+
+def unpack_kernel(
+    data: Tensor,
+    scale: Tensor,
+    n: int,
+    channels: int,
+    groups: int,
+    columnwise: bool,
+    factor: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See operands.unpack_kernel."""
+    one_or_factor = 1.0 if factor is None else factor
+    if columnwise:
+        values = formats.decode_blocks(data, scale.unsqueeze(-1).view(torch.float8_e4m3fn))  # [G, Ob, T, C, 16]
+        values = (values * one_or_factor).to(dtype).movedim(-1, 2).flatten(1, 2)[:, : n // groups]
+        return values.reshape(n, *values.shape[2:]).contiguous()
+    if scale.dim() == 4:  # one scale a tile: repeat it on the tile's rows
+        scale = scale.repeat_interleave(BLOCK, dim=1)[:, : n // groups].reshape(n, *scale.shape[2:])
+    values = formats.decode_blocks(data, scale.contiguous().view(torch.float8_e4m3fn)) * one_or_factor
+    return values.to(dtype)[..., :channels].contiguous()

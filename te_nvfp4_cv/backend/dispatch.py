@@ -1,0 +1,169 @@
+"""Which backend runs a call, and why. One function decides; an explicit choice that cannot run raises; nothing falls
+back silently.
+
+    reference   anywhere: plain torch, the specification
+    vendor      CPU: compiled kernels + oneDNN. CUDA from sm_80: Triton quantization kernels + cuDNN / cuBLAS
+    triton      CUDA from sm_80: Triton quantization kernels + implicit GEMM over packed operands; on Blackwell
+                (sm_100, sm_103, sm_120) by its FP4 tensor cores. On a CPU only under Triton's interpreter, for tests
+    auto        vendor; triton on a Blackwell GPU where `te-nvfp4-cv selftest` has passed
+
+Refuses unknown names and backends that cannot run on the device. Whether a kernel may use FP4 instructions is decided
+here too, by compute capability, never by trying.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from te_nvfp4_cv.backend import native, selftest_cache
+from te_nvfp4_cv.errors import runtime_error, value_error
+
+BACKENDS = ("auto", "reference", "vendor", "triton")
+MINIMUM_CAPABILITY = (8, 0)
+FP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0))  # what triton 3.6 to 3.9 compile block-scaled FP4 products for
+KERNELS_ON_CPU = False  # tests set it, under the interpreter: vendor on a CPU then takes its path on CUDA
+
+
+def check_backend(backend: str) -> str:
+    """`backend` itself.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if backend not in BACKENDS:
+        raise value_error(
+            "nvfp4: unknown backend.",
+            got=repr(backend),
+            needs=f"one of {', '.join(BACKENDS)}",
+            fix='leave it out: "auto" chooses',
+        )
+    return backend
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The backend that serves tensors of `device`: "reference", "vendor" or "triton".
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that cannot run there.
+    """
+    check_backend(backend)
+    if backend == "reference":
+        return backend
+    if device.type == "cpu":
+        if backend == "triton":
+            _check_interpreter(device)
+        return "triton" if backend == "triton" else "vendor"
+    if device.type != "cuda":
+        raise runtime_error(
+            "nvfp4: no fast backend for this device.",
+            got=f"backend={backend!r}, tensors on {device}",
+            needs="cpu or cuda",
+            fix="backend='reference'",
+        )
+    if backend == "auto":
+        backend = "triton" if native_fp4(device) and selftest_cache.passed(device) else "vendor"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        raise runtime_error(
+            f"nvfp4: backend {backend!r} cannot run on this GPU.",
+            got="compute capability {}.{}".format(*capability),
+            needs="8.0 or newer (bf16 tensor cores)",
+            fix="backend='reference'",
+        )
+    if not has_triton():
+        raise runtime_error(
+            f"nvfp4: backend {backend!r} needs Triton for its kernels.",
+            got="tensors on a GPU, and no package named triton",
+            needs="triton 3.6 to 3.9",
+            fix="pip install 'te_nvfp4_cv[triton]', or backend='reference'",
+        )
+    return backend
+
+
+def _check_interpreter(device: torch.device) -> None:
+    if not has_triton() or not interpreted():
+        raise runtime_error(
+            "nvfp4: backend 'triton' cannot run here.",
+            got=f"tensors on {device}",
+            needs="a CUDA GPU of compute capability 8.0 or newer, and Triton "
+            "(on a CPU: TRITON_INTERPRET=1 before triton is imported, for tests)",
+            fix="backend='vendor' (or 'auto')",
+        )
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, as NumPy code on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def kernels_serve(device: torch.device) -> bool:
+    """Whether the vendor backend quantizes tensors of `device` with the Triton kernels."""
+    return device.type == "cuda" or (KERNELS_ON_CPU and device.type == "cpu")
+
+
+def native_fp4(device: torch.device) -> bool:
+    """Whether kernels on `device` multiply NVFP4 operands as they are, by FP4 tensor cores."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in FP4_CAPABILITIES
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether bf16 convolutions run on bf16 arithmetic there (on a CPU: AVX-512 bf16 or AMX)."""
+    if device.type != "cpu":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device, autocast: bool) -> torch.dtype:
+    """dtype of the dequantized operands of a vendor convolution; always exact, so only speed depends on it.
+
+    fp16 goes through fp32 (products of codes and scales overflow fp16, and oneDNN is slow there); so does bf16 on a
+    CPU without
+    bf16 arithmetic, unless the user asked for bf16 by torch.autocast.
+    """
+    if dtype == torch.bfloat16 and (autocast or bf16_is_native(device)):
+        return torch.bfloat16
+    return torch.float32
+
+
+def explain(device: torch.device) -> dict[str, str]:
+    """For `te-nvfp4-cv doctor`: backend, why, and what each other one would need."""
+    try:
+        chosen = resolve("auto", device)
+    except RuntimeError as error:
+        return {"backend": "none", "why": str(error), "triton": _about_triton(device)}
+    if device.type == "cpu":
+        quantizer = "compiled kernels" if native.load() is not None else "plain torch (no C++ compiler)"
+        dtype = (
+            "bf16 where autocast is on"
+            if bf16_is_native(device)
+            else "fp32, no AVX-512 bf16 or AMX here (bf16 where autocast is on)"
+        )
+        why = f"CPU: quantization by {quantizer}, convolutions by oneDNN in {dtype}"
+    elif chosen == "vendor":
+        why = "CUDA: quantization by Triton kernels, convolutions by cuDNN on exact dequantized operands"
+    else:
+        why = "CUDA: FP4 tensor cores by Triton kernels; the self-test has passed on this GPU"
+    return {"backend": chosen, "why": why, "triton": _about_triton(device)}
+
+
+def _about_triton(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "needs a CUDA GPU of compute capability 8.0 or newer"
+    if not has_triton():
+        return "needs the package triton, which is not installed"
+    if torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
+        return "needs compute capability 8.0 or newer"
+    if not native_fp4(device):
+        return "can run: operands are unpacked in registers; vendor is faster except for memory-bound 1x1 convolutions"
+    if selftest_cache.passed(device):
+        return "the default here"
+    return "can run on the FP4 tensor cores; becomes the default when `te-nvfp4-cv selftest` has passed"

@@ -1,0 +1,194 @@
+"""The compiled CPU kernels: built once per machine from native.cpp with the user's C++ compiler, called through ctypes.
+
+No torch headers and no Python.h are needed: a C++17 compiler is enough (g++ or clang++, `CXX` overrides). The shared
+object
+goes to a cache folder (`TE_NVFP4_CV_CACHE`, else XDG_CACHE_HOME/te_nvfp4_cv or ~/.cache/te_nvfp4_cv), named after
+source, flags, compiler and CPU,
+and written atomically, so that parallel processes and mixed machines share the folder safely.
+Without a compiler `load()` returns None, says so once, and the `vendor` backend quantizes with plain torch: same
+bits, slower.
+`TE_NVFP4_CV_NATIVE=0` switches the kernels off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from te_nvfp4_cv.errors import warn_once
+
+_log = logging.getLogger("te_nvfp4_cv")
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class Operand(ctypes.Structure):
+    """One activation or gradient and what to make of it; field by field the struct of native.cpp."""
+
+    _fields_ = [
+        ("x", _P),
+        ("row_start", _P),
+        ("images", _I64),
+        ("L", _I64),
+        ("Wp", _I64),
+        ("C", _I64),
+        ("groups", _I64),
+        ("fold_images", _I64),
+        ("fold_L", _I64),
+        ("row_dq", _P),
+        ("row_codes", _P),
+        ("row_scale", _P),
+        ("col_dq", _P),
+        ("col_codes", _P),
+        ("col_scale", _P),
+        ("amax", _P),
+        ("observed", _P),
+        ("seed", _I64),
+        ("rht", _I32),
+        ("stochastic", _I32),
+        ("in_bf16", _I32),
+        ("out_bf16", _I32),
+        ("threads", _I32),
+        ("want_row", _I32),
+        ("want_col", _I32),
+        ("error", _I32),
+        ("e4m3_max", _F32),
+    ]
+
+
+class Weight(ctypes.Structure):
+    """One 16x16-scaled kernel tensor; field by field the struct of native.cpp."""
+
+    _fields_ = [
+        ("w", _P),
+        ("groups", _I64),
+        ("Og", _I64),
+        ("Cg", _I64),
+        ("T", _I64),
+        ("stride_o", _I64),
+        ("stride_c", _I64),
+        ("stride_t", _I64),
+        ("dq", _P),
+        ("codes", _P),
+        ("scale", _P),
+        ("amax", _P),
+        ("in_bf16", _I32),
+        ("out_bf16", _I32),
+        ("threads", _I32),
+        ("error", _I32),
+        ("e4m3_max", _F32),
+    ]
+
+
+def compiler() -> str | None:
+    """The C++ compiler command that would be used (`CXX`, else g++, clang++ or c++), or None."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        words = shlex.split(name) if name else []
+        if words and (found := shutil.which(words[0])):
+            return shlex.join([found, *words[1:]])
+    return None
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept; a private temporary folder when the usual one cannot be written."""
+    override, shared = os.environ.get("TE_NVFP4_CV_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = Path(override) if override else (Path(shared) if shared else Path.home() / ".cache") / "te_nvfp4_cv"
+        base.mkdir(parents=True, exist_ok=True)
+        if os.access(base, os.W_OK):
+            return base
+    except (OSError, RuntimeError):  # no rights, or no home
+        pass
+    return Path(tempfile.mkdtemp(prefix="te_nvfp4_cv_"))
+
+
+def _cpu_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _tuning() -> list[str]:
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return ["-march=native", "-mprefer-vector-width=512"]
+    return ["-mcpu=native"]
+
+
+def _attempts() -> list[list[str]]:
+    """Flag sets from best to plainest: a compiler without OpenMP or -march=native still gives working kernels."""
+    return [_FLAGS + _tuning() + ["-fopenmp"], _FLAGS + _tuning(), _FLAGS]
+
+
+def _build(cxx: str) -> Path:
+    command = shlex.split(cxx)
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    source = _SOURCE.read_text()
+    key = hashlib.sha256("\0".join([source, cxx, version, _cpu_features(), str(_attempts())]).encode()).hexdigest()[:20]
+    target = cache_folder() / f"native_{key}.so"
+    if target.exists():
+        return target
+    # A warning, not an info: without any logging set up Python shows only these, and a pause of seconds needs a reason.
+    _log.warning("te_nvfp4_cv: compiling the CPU kernels (once per machine, some seconds) ...")
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    error = ""
+    try:
+        for flags in _attempts():
+            run = subprocess.run([*command, *flags, str(_SOURCE), "-o", temporary], capture_output=True, text=True)
+            if run.returncode == 0:
+                os.replace(temporary, target)
+                return target
+            error = run.stderr
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    raise OSError(f"{cxx} could not build {_SOURCE.name}: {error.strip()[-800:]}")
+
+
+@functools.lru_cache(maxsize=1)
+def load() -> ctypes.CDLL | None:
+    """The compiled kernels, built on the first call; None (said once) where that fails or is switched off."""
+    if os.environ.get("TE_NVFP4_CV_NATIVE", "1") == "0":
+        return None
+    cxx = compiler()
+    if cxx is None:
+        warn_once(
+            "native",
+            "te_nvfp4_cv found no C++ compiler (g++, clang++ or CXX): NVFP4 quantization on the CPU runs in "
+            "plain torch, with the same bits but about 50 times slower. Install g++ to change that.",
+        )
+        return None
+    try:
+        library = ctypes.CDLL(str(_build(cxx)))
+    except (OSError, subprocess.SubprocessError) as error:
+        warn_once(
+            "native",
+            f"te_nvfp4_cv could not build its CPU kernels, plain torch quantizes instead (same bits, slower): {error}",
+        )
+        return None
+    for name in ("nvfp4_amax", "nvfp4_quantize", "nvfp4_quantize_weight", "nvfp4_unpack_weight"):
+        getattr(library, name).argtypes, getattr(library, name).restype = [_P], None
+    library.nvfp4_unpack_columns.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
+    library.nvfp4_unpack_rows.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
+    library.nvfp4_scale_bias.argtypes = [_P, _P, _I64, _I64, _F32, _P, _I32, _I32, _I32]
+    library.nvfp4_positive_mask.argtypes = [_P, _P, _I64, _I32, _I32]
+    library.nvfp4_apply_mask.argtypes = [_P, _P, _P, _I64, _I32, _I32]
+    return library
+
+
+def available(device: torch.device) -> bool:
+    """Whether the compiled kernels serve tensors of this device."""
+    return device.type == "cpu" and load() is not None

@@ -1,0 +1,209 @@
+"""Meta-parameters of the Triton kernels (tile sizes, warps, stages): a static table, and a bounded search on request.
+
+    config(kernel, arch, key)           the table's entry
+    config(kernel, arch, key, launch)   with TE_NVFP4_CV_AUTOTUNE=1 and on a GPU: the fastest of the kernel's candidates
+
+A table names, per kernel, the entry of each architecture class: sm_80, sm_89, sm_90, sm_100, sm_120, and 0 for the
+interpreter, which wants few programs with large tiles. The entry of the highest class not above `arch` serves.
+The search runs each candidate a few times between CUDA events and keeps the best in a JSON file (ops/cache.py), read
+by every later process and rank. It never runs while a CUDA graph is captured: the table, or an earlier result, serves
+there. Codes and scales do not depend on the choice. Sums of the implicit GEMMs do, in their last bits (order of
+accumulation): between runs with and without a search, and between ranks that chose differently.
+Nothing here imports triton.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from te_nvfp4_cv.backend import cache
+from te_nvfp4_cv.errors import value_error, warn_once
+
+Config = dict[str, int]
+Rule = Config | Callable[[tuple[int, ...]], Config]
+
+_table: dict[str, dict[int, Rule]] = {}
+_candidates: dict[str, Callable[[tuple[int, ...]], Sequence[Config]]] = {}
+_looked_up: dict[tuple[str, int, tuple[int, ...]], Config] = {}  # of static(): every launch asks
+_chosen: dict[tuple[Any, ...], Config] = {}
+_lock = threading.Lock()
+_search_runs = threading.local()
+WARM_UP, ROUNDS = 2, 7
+
+
+def register(
+    kernel: str, table: dict[int, Rule], candidates: Callable[[tuple[int, ...]], Sequence[Config]] | None = None
+) -> None:
+    """Name a kernel's entries; a launch module does so when it is imported.
+
+    Args:
+        kernel: a name of one word.
+        table: lowest architecture (0, 80, 89, 90, 100, 120) -> entry, or a function of the key that gives it.
+        candidates: key -> what a search may choose from, at most 12; None leaves nothing to search.
+    Raises:
+        ValueError: a table without the architectures 0 and 80.
+    """
+    if 0 not in table or 80 not in table:
+        raise value_error(
+            f"nvfp4 tuning: the table of {kernel} is not complete.",
+            got=f"architectures {sorted(table)}",
+            needs="0 (the interpreter), 80 and those that differ from it",
+            fix="add them",
+        )
+    _table[kernel] = dict(table)
+    _looked_up.clear()
+    if candidates is not None:
+        _candidates[kernel] = candidates
+
+
+def config(
+    kernel: str, arch: int, key: tuple[int, ...] = (), launch: Callable[[Config], object] | None = None
+) -> Config:
+    """The meta-parameters to launch `kernel` with; callers do not change them.
+
+    Args:
+        arch: compute capability as in sm_90; 0 under the interpreter.
+        key: what the best choice depends on, small integers (sizes in coarse steps).
+        launch: runs the kernel once with given parameters on the current device and stream. It must be repeatable:
+            a search calls it many times, and its outputs are thrown away. What adds to something that the caller
+            keeps must not do so while `searching()`.
+    Raises:
+        ValueError: an unknown kernel.
+    """
+    if launch is None or not arch or not autotune_enabled():
+        return static(kernel, arch, key)
+    device = torch.device("cuda", torch.cuda.current_device())
+    memo = (kernel, device, key)
+    if memo in _chosen:
+        return _chosen[memo]
+    capturing = torch.cuda.is_current_stream_capturing()
+    with _lock:
+        if memo not in _chosen:
+            found = _load(kernel, arch, key, device)
+            if found is None and capturing:
+                return static(kernel, arch, key)
+            _chosen[memo] = _search(kernel, arch, key, device, launch) if found is None else found
+    return _chosen[memo]
+
+
+def static(kernel: str, arch: int, key: tuple[int, ...] = ()) -> Config:
+    """The table's entry.
+
+    Raises:
+        ValueError: an unknown kernel, or an architecture below all classes.
+    """
+    found = _looked_up.get((kernel, arch, key))
+    if found is not None:
+        return found
+    table = _table.get(kernel)
+    classes = [] if table is None else [lowest for lowest in table if lowest <= arch and (lowest > 0) == (arch > 0)]
+    if table is None or not classes:
+        raise value_error(
+            "nvfp4 tuning: no entry.",
+            got=f"kernel {kernel!r}, sm_{arch}",
+            needs=f"a kernel of {sorted(_table)} and an architecture of its table",
+            fix="register it",
+        )
+    rule = table[max(classes)]
+    _looked_up[kernel, arch, key] = config = rule(key) if callable(rule) else rule
+    return config
+
+
+def entries() -> dict[str, list[tuple[int, Rule]]]:
+    """Every kernel's (architecture class, entry), for tests that compile them all."""
+    return {kernel: sorted(table.items()) for kernel, table in _table.items()}
+
+
+def arch_of(device: torch.device) -> int:
+    """90 for sm_90; 0 for a CPU, where kernels run in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def bucket(size: int) -> int:
+    """log2, rounded up: a coarse key for sizes that vary from call to call."""
+    return max(size - 1, 0).bit_length()
+
+
+def autotune_enabled() -> bool:
+    """Whether TE_NVFP4_CV_AUTOTUNE asks for the search."""
+    return os.environ.get("TE_NVFP4_CV_AUTOTUNE", "0").lower() in ("1", "true", "on", "yes")
+
+
+def searching() -> bool:
+    """Whether this launch is one of a search's."""
+    return getattr(_search_runs, "on", False)
+
+
+def forget() -> None:
+    """Ask the file again at the next call."""
+    with _lock:
+        _chosen.clear()
+
+
+def _entry(kernel: str, key: tuple[int, ...]) -> str:
+    return f"{kernel} {' '.join(map(str, key))}".strip()
+
+
+def _options(kernel: str, arch: int, key: tuple[int, ...]) -> list[Config]:
+    """The table's entry first, then the other candidates."""
+    first = static(kernel, arch, key)
+    more = _candidates[kernel](key) if kernel in _candidates else ()
+    return [first, *(option for option in more if option != first)]
+
+
+def _load(kernel: str, arch: int, key: tuple[int, ...], device: torch.device) -> Config | None:
+    """An earlier result, if it is still one of the candidates."""
+    identity = cache.identity(device)
+    content = cache.read(cache.path_of("tuned", identity), identity) or {}
+    found = content.get(_entry(kernel, key))
+    return found if found in _options(kernel, arch, key) else None
+
+
+def _search(
+    kernel: str, arch: int, key: tuple[int, ...], device: torch.device, launch: Callable[[Config], object]
+) -> Config:
+    options = _options(kernel, arch, key)
+    best, least, failed = options[0], float("inf"), 0
+    for option in options if len(options) > 1 else ():
+        _search_runs.on = True
+        try:
+            time = milliseconds(lambda option=option: launch(option))  # type: ignore[misc]
+        except Exception as error:  # too much shared memory, or a compiler that refuses: the next one may do
+            failed += 1
+            if failed == len(options):
+                raise
+            warn_once(f"tuning {kernel} {option}", f"te_nvfp4_cv: {kernel} does not run with {option}: {error}")
+            continue
+        finally:
+            _search_runs.on = False
+        if time < least:
+            best, least = option, time
+    identity = cache.identity(device)
+    path = cache.path_of("tuned", identity)
+    # read again just before: another process may have added its own meanwhile
+    cache.write(path, identity, {**(cache.read(path, identity) or {}), _entry(kernel, key): best})
+    return best
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Median time of a call on the current CUDA stream, after warm-up."""
+    for _ in range(WARM_UP):
+        run()
+    times = []
+    for _ in range(ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)

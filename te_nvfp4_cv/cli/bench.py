@@ -1,0 +1,180 @@
+"""What deployment costs: artefact bytes, load time, memory held, latency; in fp32, bf16, packed and cached.
+
+    fp32, bf16            the plain model
+    packed, cached        weights in NVFP4, activations in `dtype`
+    nvfp4 packed, cached  and activations quantized
+
+Each is compared with the plain model in `dtype`: bf16, or fp32 where a CPU has no bf16 units. All forms are timed in
+turn, `rounds` times, after one pass that is not counted; times are medians. Memory held is that of parameters and
+buffers; on CUDA the peak of a pass is measured, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.backend import devices
+from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.export.checkpoints import load, save
+from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+QUANTIZED = ("packed", "cached", "nvfp4 packed", "nvfp4 cached")
+
+
+def forms_of(dtype: str) -> tuple[str, ...]:
+    """The names of what is compared: the plain model in fp32 and in `dtype`, then the quantized forms."""
+    return (*dict.fromkeys(("fp32", dtype)), *QUANTIZED)
+
+
+@dataclass
+class Form:
+    """One form: bytes on disk and held, seconds to load, milliseconds per image by batch size, peak bytes on CUDA."""
+
+    name: str
+    file_bytes: int
+    load_s: float
+    held_bytes: int
+    ms_per_image: dict[int, float] = field(default_factory=dict)
+    peak_bytes: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Bench:
+    """What `measure` found."""
+
+    device: str
+    torch_version: str
+    rounds: int
+    dtype: str
+    channels_last: bool
+    forms: list[Form]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        batches = list(self.forms[0].ms_per_image)
+        head = ["form", "file, MB", "load, s", "held, MB"]
+        for batch in batches:
+            head += [f"ms an image, batch {batch}", f"/ {self.dtype}"]
+        peer = next(form for form in self.forms if form.name == self.dtype)
+        cells = [head]
+        for form in self.forms:
+            line = [form.name, f"{form.file_bytes / 1e6:.2f}", f"{form.load_s:.2f}", f"{form.held_bytes / 1e6:.2f}"]
+            for batch in batches:
+                ratio = form.ms_per_image[batch] / peer.ms_per_image[batch]
+                line += [f"{form.ms_per_image[batch]:.2f}", f"{ratio:.2f}"]
+            cells.append(line)
+        widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+        layout = ", channels_last" if self.channels_last else ""
+        lines = [f"{self.device}, torch {self.torch_version}{layout}, medians of {self.rounds} passes in turn"]
+        return "\n".join(
+            lines + ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in cells]
+        )
+
+
+def measure(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    recipe: NVFP4BlockScaling,
+    device: str = "cpu",
+    rounds: int = 10,
+    dtype: str = "bf16",
+    channels_last: bool = False,
+) -> Bench:
+    """Time every form of a model.
+
+    Args:
+        inputs: one per batch size, on the CPU, fp32.
+        dtype: of activations, and of the plain model that the forms are compared with: "bf16" or "fp32".
+        channels_last: give images to every form in torch.channels_last (_3d), and keep the plain weights so.
+    Raises:
+        ValueError: no inputs, no rounds, or another dtype.
+    """
+    if dtype not in DTYPES:
+        raise value_error("bench: unknown dtype.", got=repr(dtype), needs=" or ".join(DTYPES), fix="dtype='bf16'")
+    if not inputs or rounds < 1:
+        raise value_error(
+            "bench: nothing to measure.",
+            got=f"{len(inputs)} inputs, {rounds} rounds",
+            needs="one or more",
+            fix="--batch 1",
+        )
+    where = devices.usable(device, "bench")
+    layout = CHANNELS_LAST.get(inputs[0].dim() - 2, torch.preserve_format) if channels_last else torch.preserve_format
+    models: dict[str, nn.Module] = {}
+    forms: list[Form] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in forms_of(dtype):
+            built, form = build_form(name, model, recipe, Path(folder), dtype)
+            models[name] = built.to(where, memory_format=layout)  # type: ignore[call-overload]
+            form.held_bytes = _held(built)
+            forms.append(form)
+    for x in inputs:
+        _time(models, forms, x.to(where, memory_format=layout), DTYPES[dtype], rounds)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return Bench(name, torch.__version__, rounds, dtype, channels_last, forms)
+
+
+def build_form(
+    name: str, model: nn.Module, recipe: NVFP4BlockScaling, folder: Path, dtype: str = "bf16"
+) -> tuple[nn.Module, Form]:
+    """One form of the model, loaded from its file in `folder`, which is written where it is missing."""
+    fresh = copy.deepcopy(model).eval()
+    if name in ("fp32", "bf16"):
+        fresh = fresh.bfloat16() if name == "bf16" else fresh
+        path = folder / f"{name}.pt"
+        torch.save(fresh.state_dict(), path)
+        begun = time.perf_counter()
+        fresh.load_state_dict(torch.load(path, weights_only=True, mmap=True))
+        return fresh, Form(name, path.stat().st_size, time.perf_counter() - begun, 0)
+    path = folder / "packed.safetensors"
+    if not path.exists():
+        save(model, path, recipe)
+    begun = time.perf_counter()
+    activations = "nvfp4" if name.startswith("nvfp4") else "high"
+    weights = name.rpartition(" ")[2]
+    built = load(path, fresh, weights=weights, activations=activations, dtype=DTYPES[dtype]).to(DTYPES[dtype])
+    return built, Form(name, path.stat().st_size, time.perf_counter() - begun, 0)
+
+
+def _held(model: nn.Module) -> int:
+    """Bytes of parameters, buffers and cached weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [m.unpacked for m in model.modules() if isinstance(m, InferenceLayer) and m.unpacked is not None]
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def _time(models: dict[str, nn.Module], forms: list[Form], x: Tensor, dtype: torch.dtype, rounds: int) -> None:
+    batch = x.shape[0]
+    times: dict[str, list[float]] = {form.name: [] for form in forms}
+    for number in range(rounds + 1):
+        for form in forms:
+            own = x if form.name == "fp32" else x.to(dtype)
+            if x.is_cuda:
+                torch.cuda.reset_peak_memory_stats(x.device)
+                torch.cuda.synchronize(x.device)
+            begun = time.perf_counter()
+            with torch.inference_mode():
+                models[form.name](own)
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+                form.peak_bytes[batch] = torch.cuda.max_memory_allocated(x.device)
+            if number:
+                times[form.name].append(time.perf_counter() - begun)
+    for form in forms:
+        form.ms_per_image[batch] = 1e3 * statistics.median(times[form.name]) / batch

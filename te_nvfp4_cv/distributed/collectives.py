@@ -1,0 +1,184 @@
+"""Collectives under everything distributed: several tensors in one message, bytes on the wire.
+
+    gather_parts   each tensor concatenated over the ranks, along an axis of its own; one uint8 message for all of them
+    gather_ints    a few numbers of every rank, read on the host
+
+Tensors travel as uint8, whatever their dtype: gloo refuses float8. A message is the tensors of one rank, one after the
+other; where ranks hold different sizes, each message is as long as the longest. Eager only: sizes and errors are
+decided on the host. `wire_bytes` counts what ranks receive, for tests and reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from te_nvfp4_cv import errors
+from te_nvfp4_cv.ops.quantize import amax
+
+Part = tuple[Tensor, int]  # a tensor, and the axis along which the ranks' tensors are concatenated
+
+
+class WireBytes:
+    """Bytes that this rank has received from the others."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def add(self, received: int) -> None:
+        """Count that many bytes more."""
+        self.received += received
+
+
+@contextmanager
+def wire_bytes() -> Iterator[WireBytes]:
+    """Count what the collectives of this file and amaxes.reduce_amax receive under the context, by their sizes:
+    (ranks - 1) messages of each gather.
+    """
+    counter = WireBytes()
+    amax.on_received.append(counter.add)
+    try:
+        yield counter
+    finally:
+        amax.on_received.remove(counter.add)
+
+
+def check_group(group: Any, caller: str) -> tuple[Any, int]:
+    """(group, its number of ranks) of a process group that this process is in; None is the default group.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized.
+        TypeError, ValueError: not a process group; one of other ranks.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise errors.runtime_error(
+            f"{caller}: there is no process group.",
+            got="torch.distributed is not initialized",
+            needs="a process group, on every rank",
+            fix="torch.distributed.init_process_group(...) first, and start the script by torchrun",
+        )
+    group = dist.group.WORLD if group is None else group
+    if group is dist.GroupMember.NON_GROUP_MEMBER or (
+        isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0
+    ):
+        raise errors.value_error(
+            f"{caller}: this process is not in the group.",
+            got=f"a group without rank {dist.get_rank()}",
+            needs="a group of which the caller is a member",
+            fix="call it on the ranks of the group only",
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise errors.type_error(
+            f"{caller}: group is no process group.",
+            got=f"{group!r:.80}",
+            needs="a torch.distributed process group, or None for the default one",
+            fix="torch.distributed.new_group(ranks); of a DeviceMesh: mesh.get_group()",
+        )
+    return group, dist.get_world_size(group)
+
+
+def all_gather_flat(message: Tensor, group: Any, async_op: bool = False) -> tuple[Tensor, Any]:
+    """(uint8 [ranks, bytes], work or None) of a flat uint8 message, of the same length on every rank."""
+    ranks = dist.get_world_size(group)
+    out = message.new_empty(ranks * message.numel())
+    if not message.numel():  # nothing to say, on every rank
+        return out.view(ranks, 0), None
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+    work = gather(out, message, group=group, async_op=async_op)
+    for told in amax.on_received:
+        told((ranks - 1) * message.numel())
+    return out.view(ranks, -1), work
+
+
+class PendingParts:
+    """Tensors on their way; wait() gives them, as often as it is called."""
+
+    def __init__(self, shapes: list[list[tuple[int, ...]]], parts: Sequence[Part], message: Tensor) -> None:
+        self._shapes = shapes  # of each part, by rank
+        self._axes, self._dtypes = [axis for _, axis in parts], [part.dtype for part, _ in parts]
+        self._message: Tensor | None = message  # alive as long as it is being sent
+        self._received: Tensor | None = None
+        self._work: Any = None
+        self._result: list[Tensor] | None = None
+
+    def start(self, group: Any, async_op: bool) -> None:
+        """Send the message."""
+        assert self._message is not None
+        self._received, self._work = all_gather_flat(self._message, group, async_op)
+
+    def wait(self) -> list[Tensor]:
+        """Each tensor concatenated over the ranks along its axis, in the order in which they were given."""
+        if self._result is None:
+            assert self._received is not None
+            if self._work is not None:
+                self._work.wait()
+            starts, result = [0] * self._received.shape[0], []
+            for shapes, axis, dtype in zip(self._shapes, self._axes, self._dtypes, strict=True):
+                result.append(_concatenated(self._received, starts, shapes, axis, dtype))
+                starts = [start + prod(shape) * dtype.itemsize for start, shape in zip(starts, shapes, strict=True)]
+            self._result, self._message, self._received, self._work = result, None, None, None
+        return self._result
+
+
+def _concatenated(
+    received: Tensor, starts: list[int], shapes: list[tuple[int, ...]], axis: int, dtype: torch.dtype
+) -> Tensor:
+    """One tensor of the messages uint8 [ranks, bytes]: the ranks' bytes from `starts` on, concatenated along `axis`."""
+    ends = [start + prod(shape) * dtype.itemsize for start, shape in zip(starts, shapes, strict=True)]
+    if all(shape == shapes[0] for shape in shapes) and all(start == starts[0] for start in starts):
+        flat = received[:, starts[0] : ends[0]].reshape(-1).view(dtype)
+        axis = axis % len(shapes[0])
+        return flat.view(len(shapes), *shapes[0]).movedim(0, axis).flatten(axis, axis + 1).contiguous()
+    pieces = []
+    for message, start, end, shape in zip(received, starts, ends, shapes, strict=True):
+        piece = message[start:end]
+        aligned = piece if piece.storage_offset() % dtype.itemsize == 0 else piece.clone()
+        pieces.append(aligned.view(dtype).view(shape))
+    return torch.cat(pieces, dim=axis)
+
+
+def gather_parts(
+    parts: Sequence[Part], group: Any, async_op: bool = False, sizes: Sequence[Sequence[int]] | None = None
+) -> PendingParts:
+    """Start to gather several tensors over a group, in one message.
+
+    Args:
+        parts: (tensor, axis along which the ranks' tensors are concatenated); the same dtypes on all ranks, and the
+            same shapes but for that axis.
+        sizes: of each part, its length along its axis on every rank; None: they are alike.
+    Returns:
+        PendingParts: its wait() gives the tensors. Without async_op they have arrived already.
+    """
+    ranks = dist.get_world_size(group)
+    shapes = []
+    for i, (part, axis) in enumerate(parts):
+        by_rank = [part.shape[axis]] * ranks if sizes is None else sizes[i]
+        axis = axis % part.dim()
+        shapes.append([(*part.shape[:axis], size, *part.shape[axis + 1 :]) for size in by_rank])
+    lengths = [
+        sum(prod(s[rank]) * p.element_size() for s, (p, _) in zip(shapes, parts, strict=True)) for rank in range(ranks)
+    ]
+    message = torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part, _ in parts])
+    message = torch.nn.functional.pad(message, (0, max(lengths) - message.numel()))
+    pending = PendingParts(shapes, parts, message)
+    pending.start(group, async_op)
+    return pending
+
+
+def gather_ints(values: Sequence[int], group: Any, device: torch.device, more: Tensor | None = None) -> list[list[int]]:
+    """The numbers of every rank, by rank, on the host; as many on each rank.
+
+    Args:
+        more: integers on the device, appended to `values`: they are not read before all arrived.
+    """
+    mine = torch.tensor(list(values), dtype=torch.int64, device=device)
+    if more is not None:
+        mine = torch.cat((mine, more.to(torch.int64)))
+    received, _ = all_gather_flat(mine.view(torch.uint8), group)
+    return received.reshape(-1).view(torch.int64).view(-1, mine.numel()).tolist()

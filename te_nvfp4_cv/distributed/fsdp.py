@@ -1,0 +1,122 @@
+"""FSDP2 with weights that are quantized before they are gathered: 4 bits a value on the wire instead of 16 or 32.
+
+    nv.fsdp.quantize_gathers(model, recipe)              before fully_shard
+    for block in model.blocks: fully_shard(block)
+    fully_shard(model)
+    with nv.nvfp4_autocast(recipe): loss = ...           as ever
+
+Parameters stay in high precision in the shards, the optimizer and the state_dict, whose entries are plain tensors
+(DTensors of them) under plain names: checkpoints move between FSDP2, DDP, one process, and any number of ranks. What is
+gathered in 4 bits is 4 bits for every reader: layers outside of an NVFP4 context see dequantized values, and say so
+once. To evaluate in high precision, load the full state_dict into a plain model. torch.compile leaves layers with such
+weights uncompiled; with fullgraph=True it stops. Weights that cannot be cut so stay as FSDP2 gathers them: 1x16 or
+4over6 scales, a GEMM on the weight in high precision, uneven shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.distributed.fsdp_weight import Form, ShardedWeight
+from te_nvfp4_cv.errors import check_module, runtime_error
+from te_nvfp4_cv.layer import eligible
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.precision import matches
+from te_nvfp4_cv.nn.walk import with_recipes
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+
+__all__ = ["quantize_gathers"]
+
+
+def quantize_gathers(
+    model: nn.Module, recipe: Any = None, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> list[str]:
+    """Mark the weights that FSDP2 will gather in NVFP4. Call it before torch.distributed.fsdp.fully_shard.
+
+    Args:
+        model: torch's convolution and linear layers in it, and NVFP4 modules, are marked where their weight runs in
+            NVFP4 with 16x16 scales.
+        recipe: with which the model trains; its [precision] table and set_precision's entries are followed, and an
+            NVFP4 module's own recipe.
+        filter_fn: filter_fn(module, name) -> False leaves a layer's weight as FSDP2 gathers it.
+    Returns:
+        The names of the weights that were marked.
+    Raises:
+        TypeError: no module, no recipe; ValueError: a pattern of the recipe's table that matches nothing;
+        RuntimeError: a model that is sharded already.
+    """
+    check_module("quantize_gathers", model, "quantize_gathers(model, ...)")
+    resolved = as_recipe(recipe)
+    resolved.validate_for_use()
+    if any(hasattr(p, "_local_tensor") for p in model.parameters()):
+        raise runtime_error(
+            "quantize_gathers: the model is sharded already.",
+            got="parameters that are DTensors",
+            needs="plain parameters: fully_shard asks them how they are gathered",
+            fix="call nv.fsdp.quantize_gathers(model, recipe) before fully_shard",
+        )
+    table = matches(model, list(resolved.precision))
+    layers = tuple(NVFP4_CLASSES)
+    marked: list[str] = []
+    replaced: dict[int, nn.Parameter] = {}
+    for name, module, entry in with_recipes(model, "", resolved, table, set()):
+        weight = module._parameters.get("weight") if isinstance(module, layers) else None
+        if weight is None or (filter_fn is not None and not filter_fn(module, name)):
+            continue
+        full_name = f"{name}.weight".lstrip(".")
+        if id(weight) not in replaced:
+            if _why_not(module, weight, entry) is not None:
+                continue
+            assert entry is not None
+            replaced[id(weight)] = _marked(weight, full_name, module, entry)
+            marked.append(full_name)
+        module._parameters["weight"] = replaced[id(weight)]
+        module.register_state_dict_post_hook(_plain_entries)
+    return marked
+
+
+def _marked(weight: nn.Parameter, name: str, module: nn.Module, recipe: NVFP4BlockScaling) -> nn.Parameter:
+    owner = torch.empty((), dtype=weight.dtype).expand(weight.shape)
+    form = Form(name, getattr(module, "groups", 1), recipe.settings("weight").delayed, owner)  # type: ignore[arg-type]
+    return nn.Parameter(ShardedWeight(weight.data.contiguous(), form), weight.requires_grad)
+
+
+def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None) -> str | None:
+    """Why a weight is gathered in high precision, or None."""
+    if recipe is None:
+        return "high precision"
+    kind = next(base for base in type(module).__mro__ if base in NVFP4_CLASSES)
+    groups = getattr(module, "groups", 1)
+    reason = eligible.ineligible(NVFP4_CLASSES[kind].op, weight, weight, groups, recipe)
+    if reason is not None:
+        return reason
+    s = recipe.settings("weight")
+    if not s.two_d or s.four_over_six is not None:
+        return "1x16 or 4over6 scales"
+    if not {"fprop", "dgrad"} <= set(recipe.nvfp4_gemms):
+        return "a GEMM on the weight in high precision"
+    return None
+
+
+def _plain_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """state_dict post-hook: the weight as a plain tensor, or a DTensor of one, that shares the parameter's memory."""
+    key = f"{prefix}weight"
+    entry: Any = state_dict.get(key)
+    if isinstance(entry, ShardedWeight):
+        state_dict[key] = entry.plain.detach()
+    elif isinstance(getattr(entry, "_local_tensor", None), ShardedWeight):
+        from torch.distributed.tensor import DTensor
+
+        local = entry._local_tensor.plain.detach()
+        state_dict[key] = DTensor.from_local(
+            local,
+            entry.device_mesh,
+            entry.placements,
+            run_check=False,
+            shape=entry.shape,
+            stride=entry.stride(),
+        )

@@ -1,0 +1,233 @@
+"""FSDP2 weights that travel in 4 bits: the shard that a rank keeps, and the whole weight as it arrives.
+
+    ShardedWeight    a rank's rows in high precision. FSDP2 asks it what to gather: packed 16x16-scaled codes of them;
+                     the tiles' amaxes are shared before, by one all-reduce: all shards have the scales of the whole
+    GatheredWeight   what FSDP2 then sets as the module's parameter: codes and scales, no values. Quantized layers take
+                     the codes as they are; every other operator sees dequantized values
+
+The codes are those that a single process makes of the whole weight, bit for bit. They lie in FSDP2's own buffers, which
+it frees after a layer's forward and fills again before its backward: what autograd keeps of a weight are views of them.
+A shard behaves as the plain tensor that it holds; operators that FSDP2, optimizers and checkpoints apply to it keep or
+drop the wrapper as KEEP says. Uneven shards, which FSDP2 gathers padded, travel in high precision, with a warning.
+nv.fsdp.quantize_gathers makes both; see there for what is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.errors import runtime_error, warn_once
+from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.quantize import amax as amaxes
+from te_nvfp4_cv.ops.quantize import operand, weight_shards
+
+aten = torch.ops.aten
+KEEP = {  # of a shard: what FSDP2 does to make, move and pad it
+    *(aten.alias.default, aten.as_strided.default, aten.clone.default, aten.copy_.default, aten.detach.default),
+    *(aten._to_copy.default, aten._pin_memory.default, aten.empty_like.default, aten.new_zeros.default),
+    *(aten.slice.Tensor, aten.split.Tensor, aten.view.default),
+}
+FACTORIES = {  # of a whole weight: tensors like it, without its values
+    *(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.new_empty.default),
+    *(aten.new_zeros.default, aten.new_empty_strided.default),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """How a weight is quantized for its gather, and by what name errors call it. `owner`, a tensor of the whole shape
+    without its memory, stands for the weight, as long as it lives, where state is kept by identity (delayed scales).
+    """
+
+    name: str
+    groups: int
+    pow2: bool
+    owner: Tensor
+
+
+class ShardedWeight(torch.Tensor):
+    """A weight in high precision, or a rank's rows of it, that FSDP2 gathers in NVFP4."""
+
+    _plain: Tensor
+    form: Form
+
+    @staticmethod
+    def __new__(cls, values: Tensor, form: Form) -> ShardedWeight:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            values.shape,
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=values.device,
+            requires_grad=values.requires_grad,
+        )
+        self._plain, self.form = values, form
+        return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], Form]:
+        return ["_plain"], self.form
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], form: Form, size: Any, stride: Any) -> ShardedWeight:
+        return ShardedWeight(inner["_plain"], form)
+
+    @property
+    def state_owner(self) -> Tensor:
+        """The tensor that stands for the whole weight where state is kept by identity."""
+        return self.form.owner
+
+    @property
+    def plain(self) -> Tensor:
+        """The plain tensor; it shares this one's memory."""
+        return self._plain
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ShardedWeight({self.form.name!r}, {self._plain!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # type: ignore[override]
+        forms: list[Form] = []
+
+        def plain(x: ShardedWeight) -> Tensor:
+            forms.append(x.form)
+            return x._plain
+
+        args, kwargs = pytree.tree_map_only(ShardedWeight, plain, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, lambda t: ShardedWeight(t, forms[0]), out) if func in KEEP else out
+
+    # ---- what FSDP2 calls -------------------------------------------------------------------------------------------
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """((packed codes of this rank's rows,), (scales of all tiles, amax, the whole shape)); of uneven shards ((the
+        rows, padded,), (None, None, the whole shape)).
+        """
+        with torch.no_grad():
+            group, n, ranks = mesh.get_group(), outer_size[0], mesh.size()
+            if n % ranks:
+                return (self._padded(-(-n // ranks), mp_policy.param_dtype, ranks),), (None, None, tuple(outer_size))
+            first = mesh.get_local_rank() * (n // ranks)
+            tiles = amaxes.reduce_amax(weight_shards.tile_amaxes(self._plain, first, n, self.form.groups), group)
+            amax = tiles.amax().reshape(1)
+            amax = formats.power_of_two_amax(amax) if self.form.pow2 else amax
+            scales = weight_shards.tile_scales(tiles, amax)
+            codes = weight_shards.quantize_rows(self._plain, first, n, self.form.groups, scales, amax)
+            return (codes,), (scales, amax, tuple(outer_size))
+
+    def _padded(self, rows: int, dtype: torch.dtype | None, ranks: int) -> Tensor:
+        """The rows in FSDP2's gathered dtype, zero rows at the end."""
+        warn_once(
+            f"uneven {self.form.name}",
+            f"nvfp4: {self.form.name!r} cannot be cut into {ranks} even shards: it is gathered in high precision",
+        )
+        padded = self._plain.new_zeros((rows, *self.shape[1:]), dtype=dtype or self.dtype)
+        padded[: self.shape[0]] = self._plain
+        return padded
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: tuple[Any, ...], param_dtype: torch.dtype, *, out: Any = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The whole weight, of the nominal dtype that FSDP2 wants; `out`: the same object, filled again."""
+        (codes,), (scales, amax, shape) = outputs, metadata
+        if scales is None:
+            return (codes[: shape[0]], ()) if out is None else None  # the values: FSDP2 has written them where they lie
+        if out is not None:
+            out.refill(codes, scales, amax)
+            return None
+        return GatheredWeight(codes, scales, amax, shape, param_dtype, self.form), ()
+
+
+class GatheredWeight(torch.Tensor):
+    """A whole weight [axis 0, axis 1, *kernel]: packed codes [axis 0, T, Kb * 8], scales [G, Ob, T, Kb], amax [1]."""
+
+    _codes: Tensor
+    _scales: Tensor
+    _amax: Tensor
+    form: Form
+
+    @staticmethod
+    def __new__(
+        cls, codes: Tensor, scales: Tensor, amax: Tensor, shape: tuple[int, ...], dtype: torch.dtype, form: Form
+    ) -> GatheredWeight:
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+        self._codes, self._scales, self._amax, self.form = codes, scales, amax, form
+        return self
+
+    @property
+    def state_owner(self) -> Tensor:
+        """The tensor that stands for the whole weight where state is kept by identity."""
+        return self.form.owner
+
+    def refill(self, codes: Tensor, scales: Tensor, amax: Tensor) -> None:
+        """Take the codes of another gather; FSDP2 has written them where this weight's codes lie."""
+        if codes.data_ptr() != self._codes.data_ptr():
+            self._codes = codes
+        self._scales, self._amax = scales, amax
+
+    def codes_for(self, plan: Plan) -> tuple[Tensor, ...]:
+        """The tuple of faces.quantize_weight.
+
+        Raises:
+            RuntimeError: the layer runs with another recipe than the weight was gathered for.
+        """
+        s = plan.recipe.settings("weight")
+        problem = None
+        if not s.two_d or s.four_over_six is not None or s.delayed != self.form.pow2:
+            problem = f"recipe {plan.recipe!r}"
+        elif plan.geometry.groups != self.form.groups:
+            problem = f"groups={plan.geometry.groups}"
+        elif not {"fprop", "dgrad"} <= set(plan.gemms):
+            problem = f"recipe {plan.recipe!r}: a GEMM on the weight in high precision"
+        if problem is not None:
+            raise runtime_error(
+                f"nvfp4: the weight {self.form.name!r} was gathered in 4 bits for another recipe.",
+                got=problem,
+                needs=f"16x16 scales without 4over6, tensor_scale {'delayed' if self.form.pow2 else 'current'!r}, "
+                f"fprop and dgrad in NVFP4, groups={self.form.groups}",
+                fix="give nv.fsdp.quantize_gathers the recipe with which the model trains",
+            )
+        empty = self._codes.new_empty(0)
+        return self._codes, self._scales, empty, empty, self._amax
+
+    def dequantized(self) -> Tensor:
+        """Values of the logical shape in the nominal dtype."""
+        n, channels, *kernel = self.shape
+        w = operand.unpack_kernel(
+            *(self._codes, self._scales, n, channels, self.form.groups, False, None, torch.float32, "reference")
+        )
+        w = w * (self._amax * (1.0 / (formats.E2M1_MAX * formats.E4M3_MAX)))
+        return w.view(n, *kernel, channels).movedim(-1, 1).to(self.dtype).contiguous()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"GatheredWeight({self.form.name!r}, {tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        first: Any = args[0] if args else None
+        copies = func in (aten.detach.default, aten.alias.default)
+        if copies or (func in (aten.as_strided.default, aten.view.default) and tuple(args[1]) == tuple(first.shape)):
+            return cls(first._codes, first._scales, first._amax, tuple(first.shape), first.dtype, first.form)
+        if func in FACTORIES and isinstance(first, cls):
+            like = torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape)
+            if func in (aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default):
+                kwargs = {"memory_format": torch.contiguous_format} | kwargs
+            return func(like, *args[1:], **kwargs)
+        names = ", ".join(sorted({x.form.name for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)}))
+        warn_once(
+            f"gathered {names}",
+            f"nvfp4: {names} was gathered in 4 bits and is read by {func}, outside of an NVFP4 layer: that sees its "
+            "dequantized values. Leave it out of nv.fsdp.quantize_gathers (its recipe's [precision] table, or "
+            "filter_fn) if it must stay in high precision",
+        )
+        args, kwargs = pytree.tree_map_only(GatheredWeight, lambda x: x.dequantized(), (args, kwargs))
+        return func(*args, **kwargs)

@@ -1,0 +1,338 @@
+"""All-gather of NVFP4Tensors: the ranks' shards become one tensor, packed codes and scales travel, not values.
+
+    quantize(cat(x_0, ..., x_{n-1})) == all_gather(quantize(x_r)),  bit for bit,  where all used  amax = max_r amax(x_r)
+    bytes on the wire of one face: 1/2 + 1/16 per element, 0.28 of bf16; a few hundred bytes of metadata per tensor
+
+    dim        axis of x [..., K]          rowwise face    columnwise face "te" [K, M/2]   columnwise face "ntile"
+    "rows"     0, of a matrix              the same axis   behind each other in each row   axis 1
+    "height"   0, of [H, W, B, C]          the same axis   behind each other in each row   axis 1
+    "batch"    -2                          the same axis   next to b, at each pixel        axis 0
+    "channel"  -1                          interleaved     the first axis                  the channels' axis
+
+A shard can be gathered so if no block of 16 crosses its border; the last one may end inside a block. Where blocks would
+be cut, and for row-scaled tensors, the values are gathered in the nominal dtype and the whole is quantized, with a
+warning, once. Messages of uneven shards are as long as the longest. All ranks decide alike, from metadata that they
+exchange first: a shard that does not fit the others, or whose tensor scale is another, raises on every rank.
+
+Eager only: sizes and scales are compared on the host, torch.compile breaks its graph here. Not differentiable.
+Stochastic rounding is drawn for each shard apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import errors
+from te_nvfp4_cv.distributed import collectives
+from te_nvfp4_cv.distributed.collectives import Part, PendingParts
+from te_nvfp4_cv.distributed.shard_metadata import Shard, Told, check_alike, exchange, shard_of
+from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.ops.quantize import rounding_seeds
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
+
+__all__ = ["AllGatherHandle", "all_gather", "all_gather_coalesced"]
+
+
+class AllGatherHandle:
+    """A gathered tensor on its way."""
+
+    def __init__(self, finish: Callable[[], NVFP4Tensor]) -> None:
+        self._finish: Callable[[], NVFP4Tensor] | None = finish
+        self._result: NVFP4Tensor | None = None
+
+    def wait(self) -> NVFP4Tensor:
+        """The whole tensor; the same object each time. On a GPU only the current stream waits."""
+        return _eager(self._wait)()
+
+    def _wait(self) -> NVFP4Tensor:
+        if self._finish is not None:
+            with torch.no_grad():
+                self._result = self._finish()
+            self._finish = None
+        assert self._result is not None
+        return self._result
+
+
+@overload
+def all_gather(
+    t: Tensor,
+    group: Any = ...,
+    dim: str = ...,
+    async_op: Literal[False] = ...,
+    *,
+    quantizer: NVFP4Quantizer | None = ...,
+) -> NVFP4Tensor: ...
+@overload
+def all_gather(
+    t: Tensor,
+    group: Any = ...,
+    dim: str = ...,
+    *,
+    async_op: Literal[True],
+    quantizer: NVFP4Quantizer | None = ...,
+) -> AllGatherHandle: ...
+@overload
+def all_gather(
+    t: Tensor, group: Any, dim: str, async_op: Literal[True], *, quantizer: NVFP4Quantizer | None = ...
+) -> AllGatherHandle: ...
+def all_gather(
+    t: Tensor,
+    group: Any = None,
+    dim: str = "rows",
+    async_op: bool = False,
+    *,
+    quantizer: NVFP4Quantizer | None = None,
+) -> NVFP4Tensor | AllGatherHandle:
+    """Gather the shards of a tensor over a group, in NVFP4.
+
+    Args:
+        t: this rank's shard [..., K]: an NVFP4Tensor whose tensor scale all ranks share (its quantizer had
+            with_amax_reduction=True), or a plain tensor, which `quantizer` quantizes with the group's largest amax.
+        group: a process group of which this process is a member; None: the default group.
+        dim: the axis that was split: "rows" and "height" the first, "batch" the last but one, "channel" the last.
+        async_op: return a handle; the metadata has been exchanged then, and errors are raised by this call.
+        quantizer: for a plain tensor. Its own amax_reduction_group is not used. For an NVFP4Tensor that holds none:
+            what quantizes again where values are gathered.
+    Returns:
+        NVFP4Tensor with the faces and settings of the shards, or AllGatherHandle, whose wait() gives it. Buffers are
+        new ones, with one rank too. requires_grad is False.
+    Raises:
+        TypeError, ValueError: an argument, on the rank that gave it (the others raise a ValueError); shards that differ
+            in more than their size along `dim`, or in their tensor scale, on every rank. A shard without elements has
+            no scale to differ.
+        RuntimeError: torch.distributed is not initialized.
+    Numerics: bitwise what the quantizer makes of the whole with the shared amax (any NaN is one NaN). Where values are
+        gathered those of NVFP4Tensors are dequantized first, rowwise where that face is there: two roundings then.
+    """
+    (handle,) = _eager(_start)([t], group, dim, async_op, quantizer, "all_gather")
+    return handle if async_op else handle.wait()
+
+
+def all_gather_coalesced(
+    tensors: Sequence[Tensor],
+    group: Any = None,
+    dim: str = "rows",
+    async_op: bool = False,
+    *,
+    quantizer: NVFP4Quantizer | None = None,
+) -> list[NVFP4Tensor] | list[AllGatherHandle]:
+    """all_gather of several tensors in two messages, metadata and data; as many on every rank, in the same order."""
+    handles = _eager(_start)(list(tensors), group, dim, async_op, quantizer, "all_gather_coalesced")
+    return handles if async_op else [handle.wait() for handle in handles]
+
+
+def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which torch.compile does not trace into. (As a decorator this would import half of torch.)"""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
+def _start(
+    tensors: list[Any], group: Any, dim: str, async_op: bool, quantizer: NVFP4Quantizer | None, caller: str
+) -> list[AllGatherHandle]:
+    group, ranks = collectives.check_group(group, caller)
+    if not tensors:
+        return []
+    shards: list[Shard] = []
+    error: Exception | None = None
+    try:
+        shards = [shard_of(t, dim, quantizer, caller) for t in tensors]
+    except (TypeError, ValueError) as refused:
+        error = refused
+        if ranks == 1:
+            raise
+    with torch.no_grad():
+        if ranks == 1:
+            return [AllGatherHandle(partial(_same, shard.alone())) for shard in shards]
+        told = exchange(shards, len(tensors), group, _device_of(tensors, group))
+        if error is not None:
+            raise error
+        for i, by_rank in enumerate(told):
+            check_alike(by_rank, caller + (f", tensor {i}" if len(tensors) > 1 else ""))
+        plans = [_plan(shard, by_rank, group) for shard, by_rank in zip(shards, told, strict=True)]
+        parts = [part for plan in plans for part in plan.parts]
+        pending = collectives.gather_parts(parts, group, async_op, [s for plan in plans for s in plan.sizes])
+    handles, first = [], 0
+    for plan in plans:
+        handles.append(AllGatherHandle(partial(_arrived, plan, pending, slice(first, first + len(plan.parts)))))
+        first += len(plan.parts)
+    return handles
+
+
+def _device_of(tensors: list[Any], group: Any) -> torch.device:
+    """Where the metadata travels: with the tensors; where there is none (an error), where the group can send."""
+    found = [t.device for t in tensors if isinstance(t, Tensor)]
+    nccl = torch.distributed.get_backend(group) == "nccl"
+    return found[0] if found else torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def _same(whole: NVFP4Tensor) -> NVFP4Tensor:
+    return whole
+
+
+def _arrived(plan: _Plan, pending: PendingParts, own: slice) -> NVFP4Tensor:
+    return plan.finish(pending.wait()[own])
+
+
+# ---- how a tensor travels -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Plan:
+    """The parts of one tensor's message, their sizes along their axes by rank, and what makes the whole of them."""
+
+    parts: list[Part]
+    sizes: list[list[int]]
+    finish: Callable[[list[Tensor]], NVFP4Tensor]
+
+
+def _plan(shard: Shard, by_rank: list[Told], group: Any) -> _Plan:
+    """Codes where no block is cut, else values; the same on every rank, since all read the same `by_rank`."""
+    sizes = [told.shape[shard.axis] for told in by_rank]
+    reason = _reason_for_values(shard, sizes)
+    if reason is None:
+        whole = [told for told in by_rank if prod(told.shape)] or by_rank
+        amax = torch.tensor([max(told.amax[face] for told in whole) for face in (0, 1)], dtype=torch.int32)
+        return _plan_codes(shard, sizes, amax.to(shard.device).view(torch.float32))
+    if shard.quantizer is None:
+        raise errors.value_error(
+            f"all_gather: {reason}, and nothing can quantize the whole.",
+            got=f"{errors.describe(shard.tensor)} without a quantizer, sizes {sizes} along {shard.dim!r}",
+            needs=f"shards of whole blocks of {BLOCK}, or the quantizer that made them",
+            fix="pass quantizer=",
+        )
+    errors.warn_once(
+        f"all_gather: {reason}",
+        f"all_gather: {reason} (here sizes {sizes} along {shard.dim!r}). Values are gathered, in "
+        f"{shard.tensor.dtype}, and the whole is quantized: right, but 2 to 7 times the bytes",
+    )
+    return _plan_values(shard, sizes, group)
+
+
+def _reason_for_values(shard: Shard, sizes: list[int]) -> str | None:
+    """Why codes cannot be put behind each other; None: they can."""
+    shape, faces = shard.tensor.shape, shard.faces()
+    tiles = getattr(shard.quantizer, "with_2d_quantization", False)
+    if shard.row_scaled:
+        return "a row-scaled tensor has no tensor scale to share"
+    if shard.axis == len(shape) - 1:
+        needed, outer, lengths = faces["rowwise"] or tiles, 1, sizes
+    else:
+        outer, inner = prod(shape[: shard.axis]), prod(shape[shard.axis + 1 : -1])
+        needed, lengths = faces["columnwise"] or tiles, [size * inner for size in sizes]
+    lengths = [length for length in lengths if length]
+    may_end_inside = outer == 1  # nothing follows the last shard, so its block is padded as that of the whole
+    inside = lengths[:-1] if may_end_inside else lengths
+    if needed and outer and any(length % BLOCK for length in inside):
+        return f"shards along {shard.dim!r} cut blocks of {BLOCK}"
+    return None
+
+
+class _Buffer(NamedTuple):
+    """A buffer of a shard as it travels: along which axis the ranks' come together, and the shape of the whole."""
+
+    name: str  # keyword of NVFP4Tensor
+    tensor: Tensor
+    axis: int
+    sizes: list[int]  # along that axis, by rank
+    whole: tuple[int, ...]
+
+
+def _plan_codes(shard: Shard, sizes: list[int], amax: Tensor) -> _Plan:
+    """The packed codes and scales of each face; amax: fp32 [2], rowwise and columnwise, of all shards."""
+    t = shard.tensor if shard.packed else shard.quantize(shard.tensor, (amax[:1], amax[1:]))
+    shape = (*t.shape[: shard.axis], sum(sizes), *t.shape[shard.axis + 1 :])
+    buffers: list[_Buffer] = []
+    amaxes = {}
+    if t.rowwise_data is not None:
+        buffers += _rowwise(t, shard.axis, sizes, shape)
+        amaxes["amax_rowwise"] = amax[:1].clone()
+    if t.columnwise_data is not None:
+        buffers += (_columnwise_tiles if t.columnwise_layout == "ntile" else _columnwise)(t, shard.axis, sizes)
+        amaxes["amax_columnwise"] = amax[1:].clone()
+
+    def finish(arrived: list[Tensor]) -> NVFP4Tensor:
+        named = {b.name: whole.reshape(b.whole).view(b.tensor.dtype) for b, whole in zip(buffers, arrived, strict=True)}
+        return t.make_like(shape=shape, **named, **amaxes)
+
+    parts = [(b.tensor.view(torch.uint8), b.axis) for b in buffers]
+    return _Plan(parts, [b.sizes for b in buffers], finish)
+
+
+def _blocks_in(lengths: Sequence[int]) -> list[int]:
+    return [-(-length // BLOCK) for length in lengths]
+
+
+def _rowwise(t: NVFP4Tensor, axis: int, sizes: list[int], shape: tuple[int, ...]) -> list[_Buffer]:
+    """data [*lead, Kp/2] and scale_inv [*lead, Kp/16] keep the tensor's axes: along K they interleave by rows."""
+    data, scale = t.rowwise_data, t.rowwise_scale_inv
+    bytes_by_rank = blocks_by_rank = sizes
+    if axis == len(shape) - 1:
+        blocks_by_rank = _blocks_in(sizes)
+        bytes_by_rank = [n * BLOCK // 2 for n in blocks_by_rank]
+    columns = sum(blocks_by_rank) if axis == len(shape) - 1 else scale.shape[-1]
+    return [
+        _Buffer("rowwise_data", data, axis, bytes_by_rank, (*shape[:-1], columns * BLOCK // 2)),
+        _Buffer(
+            "rowwise_scale_inv",
+            scale.reshape(*t.shape[:-1], scale.shape[-1]),
+            axis,
+            blocks_by_rank,
+            (prod(shape[:-1]), columns),
+        ),
+    ]
+
+
+def _columnwise(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buffer]:
+    """data [K, M/2], M = (outer, axis, inner): [K, outer, bytes] come together along the last axis."""
+    data, scale, K = t.columnwise_data, t.columnwise_scale_inv, t.shape[-1]
+    if axis == t.dim() - 1:
+        K = sum(sizes)
+        return [
+            _Buffer("columnwise_data", data, 0, sizes, (K, data.shape[1])),
+            _Buffer("columnwise_scale_inv", scale, 0, sizes, (K, scale.shape[1])),
+        ]
+    outer, inner = prod(t.shape[:axis]), prod(t.shape[axis + 1 : -1])
+    blocks_by_rank = _blocks_in([size * inner for size in sizes])
+    own, total = _blocks_in([t.shape[axis] * inner])[0], sum(blocks_by_rank)
+    half = BLOCK // 2
+    return [
+        _Buffer(
+            "columnwise_data",
+            data.reshape(K, outer, own * half),
+            2,
+            [n * half for n in blocks_by_rank],
+            (K, outer * total * half),
+        ),
+        _Buffer("columnwise_scale_inv", scale.reshape(K, outer, own), 2, blocks_by_rank, (K, outer * total)),
+    ]
+
+
+def _columnwise_tiles(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buffer]:
+    """data [B/16, *image, C, 8] and scale_inv [B/16, *image, C]: the axes of the tensor, the batch's first."""
+    data, scale = t.columnwise_data, t.columnwise_scale_inv
+    batch, channel = t.dim() - 2, t.dim() - 1
+    by_rank = _blocks_in(sizes) if axis == batch else sizes
+    place = 0 if axis == batch else channel if axis == channel else axis + 1
+    whole = (*scale.shape[:place], sum(by_rank), *scale.shape[place + 1 :])
+    return [
+        _Buffer("columnwise_data", data, place, by_rank, (*whole, BLOCK // 2)),
+        _Buffer("columnwise_scale_inv", scale, place, by_rank, whole),
+    ]
+
+
+def _plan_values(shard: Shard, sizes: list[int], group: Any) -> _Plan:
+    """Values, quantized as a whole: by every rank alike, with the seed of the first rank for stochastic rounding."""
+    seed: Tensor | None = None
+    x = shard.tensor.dequantize() if shard.packed else shard.tensor
+    if shard.quantizer is not None and shard.quantizer.stochastic_rounding:
+        drawn = rounding_seeds.draw_seed(x)
+        seed = torch.tensor(collectives.gather_ints([], group, x.device, drawn)[0], device=x.device)
+    return _Plan([(x, shard.axis)], [sizes], lambda arrived: shard.quantize(arrived[0], seed=seed))

@@ -1,0 +1,327 @@
+"""One call of a tensor-parallel layer: where its tensors lie, whether it runs in NVFP4, what crosses ranks and how.
+
+    column   x whole, or gathered -> multiply -> y by channels      row   x by channels -> multiply -> y summed
+    then     from there to the layout of the plan
+
+Exchanges that parallel_conv.py does not do on codes are torch's DTensor.redistribute, forward and backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.context import function_mode, state
+from te_nvfp4_cv.distributed.tp_autograd import (
+    GEMMS,
+    Array,
+    Link,
+    SharedScales,
+    TensorParallelConv,
+    broken_blocks,
+    part_plan,
+)
+from te_nvfp4_cv.errors import describe, value_error, warn_once
+from te_nvfp4_cv.layer import delayed_scaling, eligible, observe
+from te_nvfp4_cv.layer import geometry as geometry_
+from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
+from te_nvfp4_cv.ops.layouts import is_channels_last
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """How one module's tensors lie on a mesh. A layout None: by channels."""
+
+    column: bool
+    mesh: Any
+    input: Shard | Replicate | None
+    output: Shard | Replicate | None
+    use_local_output: bool
+
+    def __deepcopy__(self, memo: Any) -> Sharing:  # of process groups there are no copies
+        return self
+
+    @property
+    def group(self) -> Any:
+        return self.mesh.get_group()
+
+    @property
+    def ranks(self) -> int:
+        return self.mesh.size()
+
+
+def run(module: Any, x: Tensor, output_size: Any) -> Tensor:
+    """The layer's result for this rank's part of x, in the layout of its plan."""
+    sharing: Sharing = module.sharing
+    rank = module.weight.dim() - 2
+    channels = x.dim() - rank - 1 if rank else x.dim() - 1
+    x, layout = _as_it_lies(x, sharing, channels)
+    recipe, backend, reason = _decide(module, x, layout, channels)
+    call = _Call(module, sharing, layout, channels, output_size)
+    if recipe is not None:
+        return call.quantized(x, recipe, backend)
+    told = observe.Call(module.op, module.weight, x, None, None, reason)
+    return observe.reported(told, call.high_precision, x) if state.state() is not None else call.high_precision(x)
+
+
+def _as_it_lies(x: Tensor, sharing: Sharing, channels: int) -> tuple[Tensor, int | None]:
+    """(this rank's part of x, the dimension along which x is cut or None for a whole one)."""
+    if isinstance(x, DTensor):
+        (place,) = x.placements
+        even = type(place) is Shard and x.shape[place.dim] % sharing.ranks == 0
+        if not even and not isinstance(place, Replicate):
+            x, place = x.redistribute(placements=[Replicate()]), Replicate()
+        return x.to_local(grad_placements=[place]), place.dim if isinstance(place, Shard) else None
+    return x, _dimension(sharing.input, x.dim(), channels)
+
+
+def _dimension(layout: Shard | Replicate | None, dims: int, channels: int) -> int | None:
+    if layout is None:
+        return channels
+    return layout.dim % dims if isinstance(layout, Shard) else None
+
+
+def _whole_shape(x: Tensor, dim: int | None, ranks: int) -> Array:
+    return tuple(size * ranks if axis == dim else size for axis, size in enumerate(x.shape))
+
+
+def _decide(module: Any, x: Tensor, layout: int | None, channels: int) -> tuple[NVFP4BlockScaling | None, str, str]:
+    """(recipe or None for high precision, backend, why high precision), for what this rank multiplies."""
+    sharing: Sharing = module.sharing
+    w = module.weight._local_tensor
+    shape = list(_whole_shape(x, layout, sharing.ranks))
+    shape[channels] //= 1 if sharing.column else sharing.ranks
+    x_like = x.detach().new_empty(()).expand(shape)  # what the layer multiplies: its shape, dtype and device
+    if x.dim() != max(module.weight.dim(), 2) and module.weight.dim() > 2:
+        return None, "", "an image without a batch axis, under tensor parallelism"
+    if 0 in shape or math.prod(w.shape) == 0:
+        return None, "", "nothing to multiply"
+    if isinstance(module, NVFP4Module):
+        recipe, backend = module.chosen()
+        if recipe is None:
+            return None, backend, "set_precision: high precision"
+        reason = eligible.ineligible(module.op, x_like, w, 1, recipe)
+        if reason is not None:
+            raise value_error(
+                f"nvfp4 {module.op}: x and y of a rank cannot run in NVFP4: {reason}.",
+                got=f"x {describe(x_like)}, weight {describe(w)} on each of {sharing.ranks} ranks",
+                needs=f"bf16, fp16 or fp32; at least {eligible.MINIMUM} channels on both sides on every rank",
+                fix="use fewer ranks, or a plain module: nvfp4_autocast leaves it in high precision",
+            )
+        return recipe, backend, ""
+    if isinstance(module.weight, nn.Parameter):
+        w = nn.Parameter(w.detach(), requires_grad=False)
+    recipe, reason = function_mode._decide(module.op, {"input": x_like, "weight": w}, 1)
+    current = state.state()
+    return recipe, "" if current is None else current.backend, reason
+
+
+class _Call:
+    """One call of a module: what lies where. `layout`: the dimension along which x is cut, None: it is whole."""
+
+    def __init__(self, module: Any, sharing: Sharing, layout: int | None, channels: int, output_size: Any) -> None:
+        self.module, self.sharing, self.layout, self.channels = module, sharing, layout, channels
+        self.output_size, self.op, self.column = output_size, module.op, sharing.column
+        self.rank = module.weight.dim() - 2
+
+    # ---- layouts
+
+    def _redistributed(self, x: Tensor, before: Any, after: Any, grad: Any = None) -> Tensor:
+        """This rank's part of x, moved in high precision."""
+        moved = DTensor.from_local(x, self.sharing.mesh, [before], run_check=False).redistribute(placements=[after])
+        return moved.to_local(grad_placements=[grad or after])
+
+    def _input(self, x: Tensor) -> Tensor:
+        """x as the layer multiplies it: whole for columns, its channels for rows."""
+        place = Replicate() if self.layout is None else Shard(self.layout)
+        if self.column:
+            return self._redistributed(x, place, Replicate(), Partial())
+        return x if self.layout == self.channels else self._redistributed(x, place, Shard(self.channels))
+
+    def _output(self, y: Tensor, place: Any) -> Tensor:
+        """y in the layout of the plan, from the one in which it was made."""
+        dim = _dimension(self.sharing.output, y.dim(), self.channels)
+        wanted = Replicate() if dim is None else Shard(dim)
+        if self.sharing.use_local_output:
+            return y if place == wanted else self._redistributed(y, place, wanted)
+        return DTensor.from_local(y, self.sharing.mesh, [place], run_check=False).redistribute(placements=[wanted])
+
+    # ---- high precision
+
+    def high_precision(self, x: Tensor) -> Tensor:
+        """As torch's styles run it."""
+        module, bias = self.module, self._bias()
+        x, w = self._input(x), module.weight.to_local()
+        if bias is not None and not self.column and self.sharing.mesh.get_local_rank():
+            bias = bias - bias.detach()  # 0, and each rank has the whole db
+        if self.rank == 0:
+            y = F.linear(x, w, bias)
+        elif "transpose" in self.op:
+            extra = self._output_padding(x)
+            y = getattr(F, self.op)(x, w, bias, module.stride, module.padding, extra, module.groups, module.dilation)
+        else:
+            kind: Any = next(base for base in type(module).__mro__ if base in NVFP4_CLASSES)
+            y = kind._conv_forward(module, x, w, bias)
+        return self._output(y, Shard(self.channels) if self.column else Partial())
+
+    def _bias(self) -> Tensor | None:
+        return None if self.module.bias is None else self.module.bias.to_local()
+
+    def _output_padding(self, x: Tensor) -> Any:
+        if "transpose" not in self.op:
+            return 0
+        m = self.module
+        return m._output_padding(x, self.output_size, m.stride, m.padding, m.kernel_size, self.rank, m.dilation)
+
+    # ---- NVFP4
+
+    def quantized(self, x: Tensor, recipe: NVFP4BlockScaling, backend: str) -> Tensor:
+        """With its three GEMMs in NVFP4."""
+        module, sharing, device = self.module, self.sharing, x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if autocast:
+            x = x.to(torch.get_autocast_dtype(device))
+        w, bias = module.weight.to_local(), self._bias()
+        pads = self.rank and (module.padding_mode != "zeros" or isinstance(module.padding, str))
+        cut = self.layout if self.column else None  # where x will be gathered
+        why = "its padding is not a number of zeros" if pads and cut is not None and cut > 1 else ""
+        if not self.column or why:
+            x, cut = self._gathered(x, why), None
+        x, padding = self._padded(x, w) if pads else (x, module.padding if self.rank else 0)
+
+        def planned(x: Tensor, cut: int | None) -> tuple[Plan, Link]:
+            whole = x.detach().new_empty(()).expand(_whole_shape(x, cut, sharing.ranks))
+            plan = self._plan(whole, x, w, bias, padding, recipe, dispatch.resolve(backend, x.device), autocast)
+            return plan, self._link(plan, whole, None if cut is None else self._axis(cut))
+
+        plan, link = planned(x, cut)
+        if self.column and cut is not None:
+            why = self._unquantized(plan, link)
+            if why:
+                x = self._gathered(x, why)
+                plan, link = planned(x, None)
+        if self.column and self.layout is not None and link.axis is None:  # gathered outside, and so is dx summed
+            link = Link(True, link.group, link.x, link.y, None, summed=False)
+        y = self._run(x, w, bias, plan, link)
+        if self.column:
+            return self._output(y, Shard(self.channels))
+        if not link.summed:
+            return self._output(y, Partial())
+        return self._output(y, Replicate() if link.axis is None else Shard(self._dim(link.axis)))
+
+    def _gathered(self, x: Tensor, why: str) -> Tensor:
+        if why:
+            self._warn("the input", why)
+        return self._input(x)
+
+    def _warn(self, what: str, why: str) -> None:
+        warn_once(
+            f"tensor_parallel {self.op} {what} {why}",
+            f"nvfp4 {self.op}: {what} of a tensor-parallel layer crosses ranks in high precision: {why}",
+        )
+
+    def _padded(self, x: Tensor, w: Tensor) -> tuple[Tensor, Any]:
+        m = self.module
+        if m.padding_mode != "zeros":
+            return F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
+        return geometry_._named_padding(self.op, x, w, m.stride, m.padding, m.dilation)
+
+    def _plan(
+        self,
+        whole: Tensor,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        padding: Any,
+        recipe: NVFP4BlockScaling,
+        backend: str,
+        autocast: bool,
+    ) -> Plan:
+        m = self.module
+        geometry_._check_shapes(self.op, whole, w, bias, self.rank, 1)
+        stride, dilation = (m.stride, m.dilation) if self.rank else (1, 1)
+        extra = self._output_padding(whole)
+        geometry = geometry_._geometry(self.op, whole, w, stride, padding, dilation, 1, extra)
+        dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
+        return Plan(geometry, recipe, backend, dtype, is_channels_last(x) or is_channels_last(w))
+
+    def _axis(self, dim: int) -> int:
+        """A dimension of a tensor, as the axis of the array with channels innermost."""
+        if self.rank == 0 or dim == 0:
+            return dim
+        return self.rank + 1 if dim == 1 else dim - 1
+
+    def _dim(self, axis: int) -> int:
+        """The inverse of _axis."""
+        if self.rank == 0 or axis == 0:
+            return axis
+        return 1 if axis == self.rank + 1 else axis + 1
+
+    def _link(self, plan: Plan, whole: Tensor, axis: int | None) -> Link:
+        """Where x and y lie; of rows, after deciding how y is shared out. `axis`: of x, for columns."""
+        g, group = plan.geometry, self.sharing.group
+        lead = tuple(whole.shape[:-1])
+        x, y = (g.x_shape, g.y_shape) if self.rank else ((*lead, whole.shape[-1]), (*lead, g.y_shape[-1]))
+        if self.column:
+            return Link(True, group, self._cut(x, axis), y, axis)
+        dim = _dimension(self.sharing.output, len(y), self.channels)
+        axis = None if dim is None else self._axis(dim)
+        if axis is None:
+            return Link(False, group, x, y, None)
+        if y[axis] % self.sharing.ranks:
+            why = f"{y[axis]} cannot be cut into {self.sharing.ranks} equal parts"
+        else:
+            link = Link(False, group, x, self._cut(y, axis), axis)
+            why = self._unquantized(plan, link) if torch.is_grad_enabled() else ""
+            if not why:
+                return link
+        if torch.is_grad_enabled():
+            self._warn("the gradient of the output", why)
+        return Link(False, group, x, y, None, summed=False)
+
+    def _cut(self, shape: Array, axis: int | None) -> Array:
+        return tuple(size // self.sharing.ranks if i == axis else size for i, size in enumerate(shape))
+
+    def _unquantized(self, plan: Plan, link: Link) -> str:
+        """Why the exchanged operand cannot be gathered as codes, or ""."""
+        if set(plan.gemms) != GEMMS or plan.recipe.backward_override is not None:
+            return "the recipe has GEMMs in high precision"
+        need_dw = torch.is_grad_enabled() and self.module.weight.requires_grad
+        return broken_blocks(plan, link, need_dw)
+
+    def _run(self, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, link: Link) -> Tensor:
+        group = state.reduction_group() if state.state() is not None else None
+        delayed_scaling.refuse(plan, link.group)
+        scales = self._scales(x, bias, plan, link, group)
+        told = observe.Call(self.op, self.module.weight, x, plan.geometry, plan.recipe, "")
+        if not torch.is_grad_enabled():
+            x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
+        run: Callable[..., Tensor] = TensorParallelConv.apply
+        return observe.reported(told, run, x, w, bias, plan, link, scales)
+
+    def _scales(self, x: Tensor, bias: Tensor | None, plan: Plan, link: Link, group: Any) -> SharedScales:
+        part = part_plan(plan, link)
+        if not plan.delayed:
+            inner = delayed_scaling.of_call(x, self.module.weight, bias, part, group)
+            inner = inner or delayed_scaling.CallScales(part, None, True)
+            return SharedScales(inner, link, group is not None)
+        if group is not None:
+            raise value_error(
+                f"nvfp4 {self.op}: delayed scales of a tensor-parallel layer are shared by its own ranks.",
+                got="amax_reduction_group and tensor_scale='delayed'",
+                needs="one group",
+                fix="leave amax_reduction_group out, or use tensor_scale='current'",
+            )
+        found = delayed_scaling.of_call(x, self.module.weight, bias, part, link.group)
+        assert found is not None
+        return SharedScales(found, link, True)

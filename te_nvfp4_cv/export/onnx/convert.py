@@ -1,0 +1,351 @@
+"""nv.export.to_onnx: an inference model as an ONNX file.
+
+    form="qdq"        FLOAT4E2M1 weights and activations by QuantizeLinear / DequantizeLinear around each layer:
+                      standard ONNX, which onnx.reference runs. No runtime is known to run its convolutions in FP4
+    form="matmul"     linear layers and 1x1 convolutions in that form, as MatMul, which is what TensorRT can run in FP4;
+                      other convolutions in high precision, and listed. TensorRT itself: not executed
+    form="portable"   the same numbers from packed uint8 weights and elementary operators: onnxruntime runs it
+
+torch.onnx exports the model with a node in the place of each InferenceLayer; then that becomes nodes and initializers
+(onnx_nodes.py). Everything else is exported as it is, in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from te_nvfp4_cv.errors import check_module, describe, runtime_error, type_error, value_error
+from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer
+from te_nvfp4_cv.export.onnx import file
+from te_nvfp4_cv.export.ptq.folding import put
+
+FORMS = ("qdq", "matmul", "portable")
+OPSET = 23
+DOMAIN = "te_nvfp4_cv"
+CONSTANTS = (bool, int, float, str, type(None))  # arguments that become part of the graph
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What `to_onnx` wrote: its files, the layers in NVFP4, and the model's other convolutions and linear layers, with
+    the reason.
+    """
+
+    files: tuple[Path, ...]
+    quantized: tuple[str, ...]
+    high: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.files[0]}: {len(self.quantized)} layers in NVFP4"]
+        return "\n".join(lines + [f"  {name}: high precision: {reason}" for name, reason in self.high.items()])
+
+
+def _shape(layer: Any, x: Tensor) -> Any:
+    """The output's shape, as torch's own layer gives it; what computes it is dropped from the graph."""
+    w = x.new_empty(layer.weight_shape)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, w).shape
+    sizes = (layer.stride, 0 if layer.padding_mode != "zeros" else layer.padding)
+    if layer.plan.geometry.transposed:
+        return getattr(F, layer.op)(x, w, None, *sizes, layer.output_padding, layer.groups, layer.dilation).shape
+    return getattr(F, layer.op)(x, w, None, *sizes, layer.dilation, layer.groups).shape
+
+
+class _Stub(nn.Module):
+    """In the place of the layer with that index: a node of the domain DOMAIN."""
+
+    def __init__(self, index: int, name: str, layer: Any) -> None:
+        super().__init__()
+        self.index, self.name, self.layer = index, name, [layer]  # a list hides the layer from the module tree
+        self.mode = getattr(layer, "padding_mode", "zeros")
+        self.pads = layer._reversed_padding_repeated_twice if self.mode != "zeros" else None
+        self.rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        """x's place in the graph."""
+        if output_size is not None or (self.rank and x.dim() != self.rank + 2):
+            raise value_error(
+                f"nv.export.to_onnx: the call of {self.name!r} cannot be exported.",
+                got=f"x with {x.dim()} axes, output_size={output_size}",
+                needs=f"a batch axis ({self.rank + 2} axes) and no output_size",
+                fix="give the example a batch axis; set output_padding in the layer",
+            )
+        x = x if self.pads is None else F.pad(x, self.pads, mode=self.mode)
+        shape = _shape(self.layer[0], x)
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Layer", [x], {"index": self.index}, dtype=x.dtype, shape=shape, version=1
+        )
+
+
+def to_onnx(
+    model: nn.Module,
+    example_input: Any,
+    path: str | os.PathLike[str],
+    form: str = "qdq",
+    *,
+    dynamic_batch: bool = True,
+    external_data: bool | None = None,
+    input_names: tuple[str, ...] = ("input",),
+    output_names: tuple[str, ...] = ("output",),
+) -> OnnxFile:
+    """Write an ONNX file.
+
+    Args:
+        model: of nv.export.load or nv.export.quantize; its layers' `activations` say whether x is quantized.
+        example_input: a tensor, or a tuple of them, as the model takes them; every first axis is the batch. Of any
+            floating dtype: the file takes fp32.
+        form: "qdq", "matmul" or "portable", see the top of this file.
+        dynamic_batch: the batch axis is free.
+        external_data: weights in PATH.DIGEST.data; None: where they do not fit into one file.
+    Raises:
+        TypeError, ValueError: no inference layer in the model, another form, another example; an operator that ONNX
+            has no form for, or a branch on values of tensors, with its module; a model for one batch size alone.
+        RuntimeError: the file cannot be written, packages are missing.
+    """
+    check_module("nv.export.to_onnx", model, "nv.export.to_onnx(model, example_input, path)")
+    if form not in FORMS:
+        raise value_error(
+            "nv.export.to_onnx: unknown form.", got=repr(form), needs=", ".join(map(repr, FORMS)), fix="form='qdq'"
+        )
+    target = Path(path)
+    if not target.name:
+        raise value_error(
+            "nv.export.to_onnx: the path names no file.", got=repr(str(path)), needs="a file", fix="model.onnx"
+        )
+    need_packages()
+    from te_nvfp4_cv.export.onnx.nodes import as_matmul
+
+    args = _arguments(example_input, dynamic_batch)
+    traced = _unwrapped(copy.deepcopy(model)).eval().float().requires_grad_(False)
+    found = {name: module for name, module in traced.named_modules() if isinstance(module, InferenceLayer)}
+    _check_layers(found)
+    high = {name: "the model holds it in high precision" for name in _names_of_layers(traced) if name not in found}
+    if form == "matmul":
+        high |= {name: "no matrix product of pixels" for name, layer in found.items() if not as_matmul(layer)}
+    proto, called = _export(traced, found, args, form, dynamic_batch, input_names, output_names)
+    high |= {name: "not in the file: eval mode does not call it" for name in found if name not in called}
+    quantized = tuple(name for name in found if name not in high)
+    file.seal(proto, quantized)
+    target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
+    return OnnxFile(file.write(proto, target, external_data), quantized, high)
+
+
+def _arguments(example: Any, dynamic_batch: bool) -> tuple[Any, ...]:
+    """The example as the arguments of a model in fp32."""
+    args = example if isinstance(example, tuple) else (example,)
+    needs = "a tensor whose first axis is the batch, or a tuple of them"
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if not tensors or not all(isinstance(x, (Tensor, *CONSTANTS)) for x in args):
+        raise type_error(
+            "nv.export.to_onnx: the example is no tensor.",
+            got=f"({', '.join(map(describe, args))})" if isinstance(example, tuple) else describe(example),
+            needs=needs,
+            fix="wrap a model that takes lists or dicts in a module that takes tensors",
+        )
+    if dynamic_batch and not all(x.dim() for x in tensors):
+        raise value_error(
+            "nv.export.to_onnx: the example has no batch axis.",
+            got=", ".join(map(describe, args)),
+            needs=needs,
+            fix="give numbers the shape [batch], or pass dynamic_batch=False",
+        )
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What is in torch.compile's wrapper; those inside of it are taken off in place."""
+    while True:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        name = next((name for name, module in modules.items() if hasattr(module, "_orig_mod")), None)
+        if name is None:
+            return model
+        inner: Any = modules[name]._orig_mod
+        if name:
+            put(model, name, inner)
+        else:
+            model = inner
+
+
+def _names_of_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, tuple(CLASSES))]
+
+
+def need_packages(caller: str = "nv.export.to_onnx", *more: str) -> None:
+    """Refuse to go on without the packages of ONNX files, and `more` of them.
+
+    Raises:
+        RuntimeError: one that does not import.
+    """
+    names = ("onnx", "onnxscript", "ml_dtypes", *more)
+    try:
+        for name in names:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise runtime_error(
+            f"{caller}: a package is missing.",
+            got=str(error),
+            needs=", ".join(names),
+            fix="pip install 'te_nvfp4_cv[export]'",
+        ) from error
+
+
+def _check_layers(found: dict[str, InferenceLayer]) -> None:
+    if not found:
+        raise value_error(
+            "nv.export.to_onnx: the model has no layer in NVFP4.",
+            got="a model without InferenceLayers",
+            needs="a model of nv.export.load or nv.export.quantize",
+            fix="nv.export.save(model, path); nv.export.load(path, fresh_model)",
+        )
+    for name, layer in found.items():
+        if layer.quantize_x and layer.recipe.settings("input").four_over_six is not None:
+            raise value_error(
+                f"nv.export.to_onnx: the activations of {name!r} have no form in ONNX.",
+                got=f"4over6 of activations in the recipe {layer.recipe!r}",
+                needs="nvfp4_4over6 'none' or 'weights', or activations in high precision",
+                fix="load the model with activations='high'",
+            )
+
+
+def _export(
+    traced: nn.Module,
+    found: dict[str, InferenceLayer],
+    args: tuple[Any, ...],
+    form: str,
+    dynamic_batch: bool,
+    input_names: tuple[str, ...],
+    output_names: tuple[str, ...],
+) -> tuple[Any, set[str]]:
+    """The model as ONNX, and the names of the layers that are in it; `traced` is used up."""
+    layers = list(found.values())
+    for index, (name, layer) in enumerate(zip(found, layers, strict=True)):
+        if name:
+            for shared in [n for n, m in traced.named_modules(remove_duplicate=False) if m is layer]:
+                put(traced, shared, _Stub(index, name, layer))
+        else:
+            traced = _Stub(index, name, layer)
+    if dynamic_batch:  # torch.export takes an axis of size 1 for a constant
+        args = tuple(x.repeat_interleave(2, 0) if isinstance(x, Tensor) and x.shape[0] == 1 else x for x in args)
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if isinstance(x, Tensor) else None for x in args) if dynamic_batch else None
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        program = _trace(traced, args, shapes)
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise _unknown_operator(program, error) from error
+    assert exported is not None
+    return _expand(exported.model_proto, list(found), layers, form)
+
+
+def _trace(traced: nn.Module, args: tuple[Any, ...], shapes: Any) -> Any:
+    try:
+        return torch.export.export(traced, args, dynamic_shapes=shapes)
+    except ValueError:  # of a stand-in, or of the model about its input
+        raise
+    except Exception as error:  # whatever a model's forward raises
+        names = {id(module): name for name, module in traced.named_modules()}
+        running = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        place = next((names[module] or "the model itself" for module in reversed(running) if module in names), None)
+        raise value_error(
+            "nv.export.to_onnx: torch.export cannot trace the model.",
+            got=" ".join(f"{type(error).__name__}: {error}".split())[:300]
+            + ("" if place is None else f"; in the module {place!r}"),
+            needs="an example that fits the model, no branch on values of tensors, and sizes that follow the batch",
+            fix="torch.where for a branch; dynamic_batch=False for a model of one batch size",
+        ) from error
+
+
+def _unknown_operator(program: Any, error: Exception) -> ValueError:
+    """What stopped torch.onnx: the first operator that it has no form for, and its module, or its own words."""
+    from torch.onnx._internal.exporter import _registration
+
+    registry = _registration.ONNXRegistry.from_torchlib()
+    decomposed = program.run_decompositions()
+    for node in decomposed.graph.nodes:
+        target = node.target
+        if (
+            node.op != "call_function"
+            or not isinstance(target, torch._ops.OpOverload)
+            or target.namespace == "onnx_symbolic"
+        ):
+            continue
+        if not registry.is_registered(target):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            place = stack[-1][0] if stack else ""
+            return value_error(
+                f"nv.export.to_onnx: {target} cannot be exported.",
+                got=f"{target} in the module {place.removeprefix('L__self__').lstrip('.') or 'the model itself'!r}",
+                needs="operators that torch.onnx knows",
+                fix="leave that module out of the exported model, or write it with other operators",
+            )
+    return value_error(
+        "nv.export.to_onnx: torch.onnx cannot export the model.",
+        got=str(error)[:400],
+        needs="a model that torch.onnx.export takes",
+        fix="try torch.onnx.export on the plain model",
+    )
+
+
+def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> tuple[Any, set[str]]:
+    """Put each layer's nodes in the place of its stand-in; the names of these layers, too."""
+    from te_nvfp4_cv.export.onnx.nodes import Nodes, build
+
+    graph = proto.graph
+    nodes: list[Any] = []
+    calls: dict[int, int] = {}
+    initializers: dict[str, Any] = {}
+    for node in graph.node:
+        if node.domain != DOMAIN:
+            nodes.append(node)
+            continue
+        index = next(a.i for a in node.attribute if a.name == "index")
+        layer = layers[index]
+        calls[index] = calls.get(index, 0) + 1
+        made = Nodes(names[index])
+        rank = _rank(graph, node.input[0], layer)
+        output = build(made, layer, node.input[0], rank, form)
+        suffix = "" if calls[index] == 1 else f"#{calls[index]}"  # a shared layer: other nodes, the same weights
+        for own in made.nodes:
+            known = {tensor.name for tensor in made.initializers} | {node.input[0]}
+            own.input[:] = [name if name in known else name + suffix for name in own.input]
+            own.output[:] = [node.output[0] if name == output else name + suffix for name in own.output]
+            own.name += suffix
+        nodes += made.nodes
+        initializers |= {tensor.name: tensor for tensor in made.initializers}
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(initializers.values())
+    for function in [f for f in proto.functions if f.domain == DOMAIN]:
+        proto.functions.remove(function)
+    for opset in [o for o in proto.opset_import if o.domain == DOMAIN]:
+        proto.opset_import.remove(opset)
+    return proto, {names[index] for index in calls}
+
+
+def _rank(graph: Any, name: str, layer: Any) -> int:
+    if not isinstance(layer, nn.Linear):
+        return len(layer.kernel_size) + 2
+    for value in (*graph.value_info, *graph.input):
+        if value.name == name:
+            return len(value.type.tensor_type.shape.dim)
+    raise RuntimeError(f"nv.export.to_onnx: the exporter gave no shape for {name}")

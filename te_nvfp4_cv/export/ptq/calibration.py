@@ -1,0 +1,151 @@
+"""What calibration images tell of each layer's input: amax, moments and, where it is asked for, the im2col Gram matrix.
+
+    one pass over the batches, in high precision, in eval mode; per layer, summed over batches in fp32
+    rows    the im2col rows of some output pixels, drawn anew for each batch: [rows, G, K] with K in matrix.py's order
+    mean    sum of rows / number of rows                 [G, K]
+    square  sum of row^2 / number of rows                [G, K]
+    gram    sum of row^T row / number of rows            [G, K, K]
+
+Padding reads zeros, as the convolution does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.layer import geometry
+from te_nvfp4_cv.nn.walk import op_of
+from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.geometry import pixel_map
+
+ROWS = 2048  # im2col rows of one layer and batch
+
+
+@dataclass
+class Statistics:
+    """Of one layer's input. amax fp32 [1]; mean and square fp32 [G, K]; gram fp32 [G, K, K] or None."""
+
+    amax: Tensor
+    mean: Tensor
+    square: Tensor
+    gram: Tensor | None
+    rows: int
+
+
+class _Watch:
+    """A forward pre-hook that adds up one layer's statistics."""
+
+    def __init__(self, layer: nn.Module, gram: bool, generator: torch.Generator) -> None:
+        self.layer, self.gram, self.generator = layer, gram, generator
+        self.found: Statistics | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else kwargs["input"]).detach()
+        if not x.numel():  # regions of an image without objects, for one
+            return
+        rows = im2col_rows(module, x, self.generator).float()
+        count = rows.shape[0]
+        mean, square = rows.sum(0), rows.square().sum(0)
+        gram = torch.einsum("rgk,rgl->gkl", rows, rows) if self.gram else None
+        amax = x.float().abs().amax().reshape(1)
+        before = self.found
+        if before is not None:
+            amax, count = torch.maximum(amax, before.amax), count + before.rows
+            mean, square = mean + before.mean, square + before.square
+            gram = None if gram is None or before.gram is None else gram + before.gram
+        self.found = Statistics(amax, mean, square, gram, count)
+
+
+def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = ROWS) -> Tensor:
+    """[rows, G, T * Kb * 16]: what output pixels read of x, at most `most` of them, drawn at random.
+
+    Args:
+        layer: a convolution or linear layer; x: its input.
+    """
+    op = op_of(layer)
+    groups = getattr(layer, "groups", 1)
+    padding: Any = getattr(layer, "padding", 0)
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    x, g, _ = geometry.geometry_of(
+        *(op, x, layer.weight, None, getattr(layer, "stride", 1), padding, getattr(layer, "dilation", 1), groups),
+        getattr(layer, "output_padding", 0),
+    )
+    x_last = layouts.image_last(x, g.x_shape)
+    pixels = pixel_map(g, not g.transposed)  # [pixels out, T]
+    channels, inside = x_last.shape[-1], x_last[0, ..., 0].numel()
+    taken = torch.randperm(pixels.shape[0] * g.batch, generator=generator)[:most]
+    pixel, image = pixels[taken // g.batch], (taken % g.batch).unsqueeze(1)
+    source = torch.where(pixel >= 0, image * inside + pixel, g.batch * inside)  # the last row: padding
+    flat = F.pad(x_last.reshape(-1, channels), (0, 0, 0, 1))
+    rows = flat[source.to(x.device)].unflatten(-1, (groups, -1))  # [rows, T, G, C]
+    return F.pad(rows, (0, -rows.shape[-1] % BLOCK)).transpose(1, 2).flatten(2)
+
+
+def input_of(batch: Any, device: str | torch.device | None) -> Any:
+    """The model's input in one batch of a loader: its first element, or all of it; tensors in it are moved."""
+    x = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    return x if device is None else tree_map_only(Tensor, lambda t: t.to(device), x)
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    limit: int | None = None,
+    gram: bool = False,
+    device: str | torch.device | None = None,
+) -> dict[str, Statistics]:
+    """The statistics of each layer that ran; one pass over at most `limit` batches.
+
+    Args:
+        batches: of tensors, or of tuples and lists whose first element is the model's input; device: where they go.
+    Raises:
+        ValueError: no batch, or an input that is not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    watches = {name: _Watch(layer, gram, generator) for name, layer in layers.items()}
+    training = [(module, module.training) for module in model.modules()]
+    seen = 0
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(watches[name], with_kwargs=True).remove)
+        try:
+            model.eval()
+            for batch in batches:
+                if limit is not None and seen >= limit:
+                    break
+                model(input_of(batch, device))
+                seen += 1
+        finally:
+            for module, flag in training:
+                module.training = flag
+    if not seen:
+        raise value_error(
+            "nv.export.quantize: the calibration loader has no batches.",
+            got="0 batches",
+            needs="at least one batch of real images",
+            fix="a list or DataLoader rather than an iterator that was read before",
+        )
+    found = {name: watch.found for name, watch in watches.items() if watch.found is not None}
+    for name, statistics in found.items():
+        if not bool(torch.isfinite(statistics.amax).all()):
+            raise value_error(
+                f"nv.export.quantize: the input of {name!r} is not finite.",
+                got=f"amax {float(statistics.amax)}",
+                needs="a model and images that give finite numbers",
+                fix="check the images' normalization, and the checkpoint",
+            )
+        statistics.mean, statistics.square = statistics.mean / statistics.rows, statistics.square / statistics.rows
+        statistics.gram = None if statistics.gram is None else statistics.gram / statistics.rows
+    return found

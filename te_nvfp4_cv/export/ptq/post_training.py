@@ -1,0 +1,229 @@
+"""nv.export.quantize: a network trained in high precision as an NVFP4 inference model, without training.
+
+    copy -> fold batch norms -> calibrate -> round weights -> correct biases -> re-estimate the other batch norms
+
+Weights get a scale for 16 values (1x16): 16x16 tiles serve training, where the same codes are read transposed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
+from te_nvfp4_cv.export import matrix
+from te_nvfp4_cv.export.checkpoints import sort_layers
+from te_nvfp4_cv.export.modules import (
+    ACTIVATIONS,
+    WEIGHTS,
+    Codes,
+    InferenceLayer,
+    become,
+    is_transposed,
+    quantize_layer,
+)
+from te_nvfp4_cv.export.ptq import rounding
+from te_nvfp4_cv.export.ptq.calibration import Statistics, collect, input_of
+from te_nvfp4_cv.export.ptq.folding import fold
+from te_nvfp4_cv.layer.plan import weight_plan
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+
+SCALES = ("static", "dynamic")
+
+
+def quantize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    recipe: Any = None,
+    *,
+    method: str = "search",
+    scales: str = "static",
+    activations: str = "nvfp4",
+    weights: str = "packed",
+    fold_bn: bool = True,
+    bias_correction: bool = True,
+    reestimate_bn: bool = True,
+    batches: int | None = 16,
+    device: str | torch.device | None = None,
+) -> nn.Module:
+    """Quantize a trained network.
+
+    Args:
+        model: left as it is; a copy is returned.
+        loader: calibration images: tensors, or tuples and lists whose first element is the model's input. Read several
+            times, `batches` of it each time (None: all).
+        recipe: which layers run in NVFP4 ([precision] table; a sensitivity scan suggests one) and how activations are
+            quantized; None: the default recipe. nv.set_precision's entries rule over it.
+        method: "nearest", "4over6", "search" or "gptq", see rounding.py.
+        scales: "static": activations get the amax of the calibration images, larger values saturate; "dynamic": each
+            tensor's own.
+        activations, weights: as InferenceLayer.set_mode takes them.
+        fold_bn: multiply batch norms into the layers before them first.
+        bias_correction: take the mean error of each output channel out of its bias, where there is one.
+        reestimate_bn: statistics of batch norms that are left anew, with the quantized layers.
+        device: where batches are moved to.
+    Returns:
+        An inference model, for nv.export.save, nv.export.to_onnx or use: eval mode, no gradients.
+    Raises:
+        TypeError, ValueError: arguments of another kind, a loader without batches, values that are not finite.
+    """
+    check_module("nv.export.quantize", model, "nv.export.quantize(model, loader, recipe)")
+    for name, value, allowed in (
+        ("method", method, rounding.METHODS),
+        ("scales", scales, SCALES),
+        ("activations", activations, ACTIVATIONS),
+        ("weights", weights, WEIGHTS),
+    ):
+        if value not in allowed:
+            raise value_error(
+                f"nv.export.quantize: unknown {name}.",
+                got=repr(value),
+                needs=", ".join(map(repr, allowed)),
+                fix=f"{name}={allowed[0]!r}",
+            )
+    resolved = as_recipe(recipe)
+    resolved.validate_for_use()
+    if not isinstance(loader, Iterable):
+        raise type_error(
+            "nv.export.quantize: no loader.", got=describe(loader), needs="an iterable of batches", fix="[images]"
+        )
+    if isinstance(loader, Iterator):
+        raise value_error(
+            "nv.export.quantize: the loader can be read once only.",
+            got=type(loader).__name__,
+            needs="a list or a DataLoader: calibration reads it several times",
+            fix="list(loader)",
+        )
+    net = _copy(model)
+    if fold_bn:
+        _fold(net, _First(loader, 1), device)
+    layers, _ = sort_layers(net, resolved)
+    layers = {name: pair for name, pair in layers.items() if not isinstance(pair[0], InferenceLayer)}
+    found = collect(
+        net, {name: module for name, (module, _) in layers.items()}, loader, batches, method == "gptq", device
+    )
+    for name, (module, own) in layers.items():
+        own = _for_weights(own, method)
+        statistics = found.get(name)
+        before = module.weight.detach().float()  # type: ignore[operator]
+        codes = _codes(module, own, method, statistics)
+        calibrated = statistics is not None and bool(statistics.amax > 0)  # of zeros alone nothing can be learned
+        if statistics is not None and calibrated and scales == "static" and not own.row_scaled_activation:
+            codes = replace(codes, input_amax=statistics.amax)
+        layer = become(module, codes, own)
+        bias: Any = layer.bias
+        if bias_correction and bias is not None and statistics is not None:
+            bias.data -= mean_error(layer, before, statistics).to(bias.dtype)
+        layer.set_mode(weights, activations)
+    if reestimate_bn:
+        _reestimate(net, _First(loader, batches), device)
+    return net.eval().requires_grad_(False)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval()
+    except RuntimeError as error:  # torch.nn.utils.weight_norm, the old one
+        raise value_error(
+            "nv.export.quantize: the model cannot be copied.",
+            got=str(error),
+            needs="a model that copy.deepcopy takes",
+            fix="torch.nn.utils.remove_weight_norm, or torch.nn.utils.parametrizations.weight_norm in its place",
+        ) from error
+
+
+def _fold(net: nn.Module, loader: Iterable[Any], device: str | torch.device | None) -> None:
+    for batch in loader:
+        with torch.no_grad():
+            fold(net, functools.partial(net, input_of(batch, device)))
+
+
+def _reestimate(net: nn.Module, loader: Iterable[Any], device: str | torch.device | None) -> None:
+    """Statistics of the batch norms that run, anew: plain means over the batches. All else stays in eval mode: dropout
+    and stochastic depth would change them.
+    """
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return
+    seen: set[nn.Module] = set()
+
+    def before(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Any = args[0] if args else kwargs.get("input", kwargs.get("z"))  # nn.BatchNorm's word, BatchNormAct's
+        if x.numel() <= x.shape[1]:  # one value per channel has no variance
+            return
+        if norm not in seen:
+            seen.add(norm)
+            norm.reset_running_stats()
+        norm.training = True
+
+    def after(norm: Any, args: tuple[Any, ...], y: Any) -> None:
+        norm.training = False
+
+    momenta = [(norm, norm.momentum) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(before, with_kwargs=True) for norm in norms]
+    hooks += [norm.register_forward_hook(after) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = None
+        with torch.no_grad():
+            for batch in loader:
+                net(input_of(batch, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+
+
+class _First:
+    """The first batches of a loader, each time it is read."""
+
+    def __init__(self, loader: Iterable[Any], count: int | None) -> None:
+        self.loader, self.count = loader, count
+
+    def __iter__(self) -> Any:
+        for number, batch in enumerate(self.loader):
+            if self.count is not None and number >= self.count:
+                return
+            yield batch
+
+
+def _for_weights(recipe: NVFP4BlockScaling, method: str) -> NVFP4BlockScaling:
+    """The recipe with 1x16 weights, and with 4over6 of them for the method of that name alone."""
+    scope = recipe.nvfp4_4over6
+    if method == "4over6":
+        scope = "all" if scope in ("activations", "all") else "weights"
+    elif scope in ("weights", "all"):
+        scope = "activations" if scope == "all" else "none"
+    return replace(recipe, disable_2d_quantization=True, nvfp4_4over6=scope, tensor_scale="current", precision=())
+
+
+def _codes(module: Any, recipe: NVFP4BlockScaling, method: str, statistics: Statistics | None) -> Codes:
+    nearest = quantize_layer(module, recipe)
+    if method in ("nearest", "4over6"):
+        return nearest
+    groups = getattr(module, "groups", 1)
+    plan = weight_plan(module.weight.shape, groups, is_transposed(module), recipe, "reference")
+    w = matrix.of_weight(module.weight.detach().float(), plan).unflatten(0, (groups, -1))  # [G, N / G, K]
+    e4m3_max = recipe.settings("weight").e4m3_max
+    parts = []
+    for group in range(groups):
+        gram = None if statistics is None or statistics.gram is None else statistics.gram[group]
+        importance = None if statistics is None else statistics.square[group].clamp(min=1e-12)
+        parts.append(rounding.quantize_matrix(w[group], nearest.amax, gram, importance, e4m3_max))
+    data, scale = (torch.cat(sides) for sides in zip(*parts, strict=True))
+    return Codes(*matrix.from_matrix(data, scale, plan), nearest.amax)
+
+
+def mean_error(layer: InferenceLayer, before: Tensor, statistics: Statistics) -> Tensor:
+    """fp32 [output channels]: mean of (W_q - W) x over the calibration rows."""
+    plan = layer.plan
+    groups = plan.geometry.groups
+    error = matrix.of_weight(layer.weight - before, plan).unflatten(0, (groups, -1))
+    return torch.einsum("gnk,gk->gn", error, statistics.mean.to(error.device)).flatten()

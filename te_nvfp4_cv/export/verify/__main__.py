@@ -1,0 +1,56 @@
+"""python -m te_nvfp4_cv.export.verify FILE [--json]: is every layer what the file says it is?
+
+Exit status: 0 every claim holds; 1 a layer that claims NVFP4 is something else, or the file is damaged; 2 no such file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from te_nvfp4_cv.export.verify.inspection import Report, inspect_safetensors
+from te_nvfp4_cv.export.verify.inspection_onnx import inspect_onnx
+
+
+def verify(path: str | Path) -> Report:
+    """Inspect an artefact: safetensors (its index, too) or ONNX.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: one that cannot be read; RuntimeError: onnx is not installed.
+    """
+    if Path(path).suffix == ".onnx":
+        return inspect_onnx(Path(path))
+    return inspect_safetensors(Path(path))
+
+
+def run(path: str, as_json: bool) -> int:
+    """Print the report of one file; returns the exit status."""
+    try:
+        report = verify(path)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError, OSError) as error:
+        print(json.dumps({"source": path, "sound": False, "problems": [str(error)]}) if as_json else f"error: {error}")
+        return 1
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    return 0 if report.sound else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m te_nvfp4_cv.export.verify",
+        description="list the precision that each layer of a file really has",
+    )
+    parser.add_argument("file", help="a .safetensors file, the index of several, or an .onnx file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    return run(options.file, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Torch's norm modules with an activation and a residual: BatchNormAct1d/2d/3d, GroupNormAct.
+
+    BatchNormAct2d(64, activation="relu")(z, residual)    ==    relu(BatchNorm2d(64)(z) + residual)
+
+Constructor arguments, Parameters, buffers, their names and the state_dict are the plain module's; without an activation
+they are the plain module. What the fused operator does not do (complex or integer inputs, tensor subclasses, torch.func
+transforms, a residual that must be broadcast) runs as the chain of torch's own calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from te_nvfp4_cv.context import state
+from te_nvfp4_cv.context.function_mode import transformed
+from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
+from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS
+
+_OWN: Any = object()
+
+
+class NormActModule(nn.Module):
+    """What the fused norms share: `activation`, "relu", "silu" or None, which a call may override."""
+
+    activation: str | None = None
+
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if activation is not None and activation not in ACTIVATIONS:
+            raise value_error(
+                f"{type(self).__name__}: unknown activation.",
+                got=repr(activation),
+                needs="'relu', 'silu' or None",
+                fix="activation='relu'",
+            )
+        self.activation = activation
+
+    def forward(self, z: Tensor, residual: Tensor | None = None, activation: str | None = _OWN) -> Tensor:
+        """activation(norm(z) + residual); the module's own activation where none is given."""
+        activation = self.activation if activation is _OWN else activation
+        if activation is None or not _fusable(z, residual, activation):
+            u = super().forward(z)  # type: ignore[misc]
+            return activate(u if residual is None else u + residual, activation)
+        return self.fused(z, residual, activation)
+
+    def fused(self, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        """By the fused operator."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The plain module's, then the activation."""
+        own = "" if self.activation is None else f", activation={self.activation!r}"
+        return super().extra_repr() + own
+
+
+class _BatchNormAct(NormActModule):
+    def fused(self, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        self._check_input_dim(z)  # type: ignore[operator]
+        momentum: Any = self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)  # type: ignore[operator]
+            if momentum is None:  # the cumulative average; torch too reads the counter on the host here
+                momentum = 1.0 / float(self.num_batches_tracked)  # type: ignore[arg-type]
+        batch_stats = self.training or (self.running_mean is None and self.running_var is None)
+        running = not self.training or self.track_running_stats
+        return batch_norm_act(
+            z,
+            self.running_mean if running else None,  # type: ignore[arg-type]
+            self.running_var if running else None,  # type: ignore[arg-type]
+            self.weight,  # type: ignore[arg-type]
+            self.bias,  # type: ignore[arg-type]
+            batch_stats,
+            0.0 if momentum is None else momentum,
+            self.eps,  # type: ignore[arg-type]
+            residual=residual,
+            activation=activation,
+            backend=_backend(z),
+        )
+
+
+class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
+    """nn.BatchNorm1d with an activation; keyword activation=None, call (z, residual=None)."""
+
+
+class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
+    """nn.BatchNorm2d with an activation; keyword activation=None, call (z, residual=None)."""
+
+
+class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
+    """nn.BatchNorm3d with an activation; keyword activation=None, call (z, residual=None)."""
+
+
+class GroupNormAct(NormActModule, nn.GroupNorm):
+    """nn.GroupNorm with an activation; keyword activation=None, call (z, residual=None)."""
+
+    def fused(self, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        """By the fused operator."""
+        return group_norm_act(
+            z,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,
+            activation=activation,
+            backend=_backend(z),
+        )
+
+
+NORM_CLASSES: dict[type[nn.Module], type[NormActModule]] = {
+    nn.BatchNorm1d: BatchNormAct1d,
+    nn.BatchNorm2d: BatchNormAct2d,
+    nn.BatchNorm3d: BatchNormAct3d,
+    nn.GroupNorm: GroupNormAct,
+}
+
+
+def activate(u: Tensor, activation: str | None) -> Tensor:
+    """relu(u), silu(u), or u."""
+    return F.relu(u) if activation == "relu" else F.silu(u) if activation == "silu" else u
+
+
+def _fusable(z: Tensor, residual: Tensor | None, activation: str) -> bool:
+    """Whether the fused operator takes this call; shapes that torch refuses are refused by torch's own chain."""
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in (z, residual) if t is not None)
+    return (
+        plain
+        and z.is_floating_point()
+        and z.dim() >= 2
+        and z.numel() > 0
+        and z.device.type in ("cpu", "cuda")
+        and z.layout == torch.strided
+        and (residual is None or (activation == "relu" and _fits(z, residual)))
+        and not transformed()
+    )
+
+
+def _fits(z: Tensor, residual: Tensor) -> bool:
+    return residual.shape == z.shape and residual.device == z.device and residual.is_floating_point()
+
+
+def _backend(z: Tensor) -> str:
+    """The context's choice where it is explicit for the kernels; else what serves this device."""
+    current = state.state()
+    return "auto" if current is None or not current.enabled else current.backend

@@ -1,0 +1,268 @@
+"""Normalization + activation as one autograd node: it keeps its input and, of ReLU, one bit per element; nothing else.
+
+    batch_norm_act(z, running_mean, running_var, weight, bias, ...)     BatchNorm [+ residual] + ReLU, BatchNorm + SiLU
+    group_norm_act(z, groups, weight, bias, ...)                        GroupNorm [+ residual] + ReLU, GroupNorm + SiLU
+
+Torch's modules keep z (for the norm), the norm's output (for SiLU) or the activation (for ReLU and for the next
+convolution). Values: on a CPU torch's bits; the kernels compute in fp32 and round once, where torch rounds the norm's
+output (and the sum with the residual) to z's dtype before it activates. The result has z's dtype, also where
+torch.autocast would run group norm in fp32. A second differentiation goes through torch's own operators.
+Refused: what F.batch_norm and F.group_norm refuse, with their errors; a residual of another shape; a residual with
+SiLU, whose derivative would need it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_nvfp4_cv.errors import describe, value_error
+from te_nvfp4_cv.layer import deferred as producers
+from te_nvfp4_cv.ops.norm import operators as ops
+from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One call, checked. groups 0: batch normalization."""
+
+    groups: int
+    batch_stats: bool
+    momentum: float
+    eps: float
+    activation: str
+    keep: bool = False  # a backward pass will come
+    backend: str = ""
+
+
+def batch_norm_act(
+    z: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    backend: str = "auto",
+) -> Tensor:
+    """act(F.batch_norm(z, ...) + residual), with F.batch_norm's arguments.
+
+    Args:
+        z: [B, C, *image] or [B, C], floating, any strides.
+        training: normalize with the batch's statistics, and update the running ones where they are given.
+        residual: z's shape; with activation "relu" only.
+        activation: "relu" or "silu".
+        backend: "auto" (kernels on a GPU, ATen on a CPU), "reference" (ATen) or "triton".
+    Returns:
+        z's shape, dtype and memory format; the dtype is promoted with the residual's.
+    Raises:
+        ValueError: an unknown activation, a residual that does not fit, a batch of one value per channel.
+    """
+    _check(z, residual, activation)
+    if training:
+        F._verify_batch_size(z.size())  # type: ignore[attr-defined]
+    settings = Settings(0, training, momentum, eps, activation)
+    return _run(z, residual, weight, bias, running_mean, running_var, settings, backend)
+
+
+def group_norm_act(
+    z: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """act(F.group_norm(z, groups, weight, bias, eps) + residual); see batch_norm_act."""
+    _check(z, residual, activation)
+    if z.dim() < 2 or z.shape[1] % groups:
+        raise value_error(
+            "group_norm_act: the groups do not divide the channels.",
+            got=f"z {describe(z)}, groups={groups}",
+            needs="z [B, C, ...] with C a multiple of groups",
+            fix="check the layer before this one",
+        )
+    F._verify_batch_size([z.shape[0] * z.shape[1] // groups, groups, *z.shape[2:]])  # type: ignore[attr-defined]
+    return _run(z, residual, weight, bias, None, None, Settings(groups, True, 0.0, eps, activation), backend)
+
+
+def _check(z: Tensor, residual: Tensor | None, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise value_error(
+            "norm_act: unknown activation.", got=repr(activation), needs="'relu' or 'silu'", fix="use torch's modules"
+        )
+    if residual is not None and (residual.shape != z.shape or activation != "relu"):
+        raise value_error(
+            "norm_act: this residual cannot be added here.",
+            got=f"z {describe(z)}, residual {describe(residual)}, activation {activation!r}",
+            needs="a residual of z's shape, with activation='relu'",
+            fix="add it outside",
+        )
+
+
+def _run(
+    z: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Settings,
+    backend: str,
+) -> Tensor:
+    if (weight is None) != (bias is None):  # torch allows one without the other
+        weight = z.new_ones(z.shape[1], dtype=_wide(z)) if weight is None else weight
+        bias = z.new_zeros(z.shape[1], dtype=_wide(z)) if bias is None else bias
+    for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running_mean)):
+        if tensor is not None and tensor.shape != (z.shape[1],):
+            raise value_error(
+                f"norm_act: {name} does not match.",
+                got=f"z {describe(z)}, {name} {describe(tensor)}",
+                needs=f"{name} of shape ({z.shape[1]},): one value per channel",
+                fix="check the layer before this one",
+            )
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, residual, weight, bias))
+    settings = replace(settings, keep=keep, backend=ops.backend_for(z, backend))
+    z = dense(z)
+    if not producers.wanted(z, residual, settings.backend):
+        return NormAct.apply(z, residual, weight, bias, running_mean, running_var, settings, None)
+    residual = residual if residual is None or residual.stride() == z.stride() else torch.empty_like(z).copy_(residual)
+    r, w, b = (None if t is None else t.detach() for t in (residual, weight, bias))
+    producer = producers.Producer(z.detach(), r, w, b, settings.groups, settings.activation)
+    y = NormAct.apply(z, residual, weight, bias, running_mean, running_var, settings, producer)
+    return producers.attach(y, producer)
+
+
+def _wide(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def dense(z: Tensor) -> Tensor:
+    """z itself where its memory is contiguous or channels_last, else a contiguous copy."""
+    channels_last = z.dim() in FORMATS and z.is_contiguous(memory_format=FORMATS[z.dim()])
+    return z if channels_last else z.contiguous()
+
+
+class NormAct(torch.autograd.Function):
+    """(z, residual, weight, bias) -> y, by the operators of ops/norm. With a producer y is left unwritten."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        s: Settings,
+        producer: producers.Producer | None,
+    ) -> Tensor:
+        written = s.batch_stats and torch.compiler.is_compiling()
+        if running_mean is not None and running_var is not None and not written:
+            # .data keeps the operator, which may write them, from counting a change: torch's own norm counts none, and
+            # saves them for its backward, where the same norm may be called unfused in the same step
+            running_mean, running_var = running_mean.data, running_var.data
+        if producer is not None:
+            mean, rstd = ops.norm_statistics(z, running_mean, running_var, s.groups, s.batch_stats, s.momentum, s.eps)
+            masked = s.keep and s.activation == "relu"
+            mask = z.new_empty((z.numel() + 7) // 8 if masked else 0, dtype=torch.uint8)
+            producer.mean, producer.rstd, producer.mask = mean, rstd, mask
+            y = producers.empty_like(z)
+        else:
+            y, mean, rstd, mask = ops.norm_forward(
+                z,
+                residual,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                s.groups,
+                s.batch_stats,
+                s.momentum,
+                s.eps,
+                s.activation,
+                s.keep,
+                s.backend,
+            )
+        ctx.save_for_backward(z, weight, bias, mean, rstd, mask)
+        ctx.settings, ctx.strides = s, y.stride()
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        z, weight, bias, mean, rstd, mask = ctx.saved_tensors
+        s: Settings = ctx.settings
+        if torch.is_grad_enabled() and (dy.requires_grad or z.requires_grad):
+            return (*_differentiable(dy, z, weight, bias, mean, rstd, mask, ctx), None, None, None, None)
+        if dy.stride() != ctx.strides:
+            dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
+        need = ctx.needs_input_grad
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            dz, dresidual, dweight, dbias = ops.norm_backward(
+                dy, z, weight, bias, mean, rstd, mask, s.groups, s.batch_stats, s.eps, s.activation, need[1], s.backend
+            )
+        return (
+            dz if need[0] else None,
+            dresidual.to(ctx.residual_dtype) if need[1] else None,
+            dweight.to(weight.dtype) if need[2] else None,
+            dbias.to(bias.dtype) if need[3] else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _differentiable(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor,
+    ctx: Any,
+) -> tuple[Tensor | None, ...]:
+    """The four gradients by torch's own norm, recomputed: they can be differentiated again."""
+    s: Settings = ctx.settings
+    dtype = dy.dtype
+    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
+        if s.groups:
+            u = F.group_norm(z, s.groups, weight, bias, s.eps)
+        elif s.batch_stats:
+            u = F.batch_norm(z, None, None, weight, bias, True, 0.0, s.eps)
+        else:
+            variance = (rstd.square().reciprocal() - s.eps).clamp(min=0.0)  # what the running variance was
+            u = F.batch_norm(z, mean, variance, weight, bias, False, 0.0, s.eps)
+        if s.activation == "silu":
+            y = F.silu(u)
+            g = dy
+        else:
+            bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+            passed = torch.empty_strided(dy.shape, ctx.strides, dtype=dtype, device=dy.device)
+            passed.as_strided((dy.numel(),), (1,)).copy_(bits.view(-1)[: dy.numel()])
+            y, g = u.to(dtype), dy * passed
+        inputs = [t for t, need in zip((z, weight, bias), _needs(ctx), strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(y, inputs, g, create_graph=True) if inputs else ())
+    dz, dweight, dbias = (next(found) if need else None for need in _needs(ctx))
+    return dz, g.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dweight, dbias
+
+
+def _needs(ctx: Any) -> tuple[bool, bool, bool]:
+    need = ctx.needs_input_grad
+    return need[0], need[2], need[3]

@@ -1,0 +1,302 @@
+"""What nv.fuse looks for in the graph of a forward, and what it puts there: norm_act, which rewritten forwards call.
+
+    norm -> activation              norm_act(norm, activation, z)
+    norm -> add -> relu             norm_act(norm, activation, z, residual, in_place)
+    ... -> convolutions alone       norm_act_into(norm, activation, layers, z, ...): see producer.py
+
+Modules are arguments of the call: what is put in their place later runs too, unfused where it is not known, and so do
+norms and activations that were given hooks. An intermediate result with another reader, an addition in place into
+another tensor, and a write in between are left.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from te_nvfp4_cv.context.function_mode import mode_is_on
+from te_nvfp4_cv.context.state import state
+from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
+from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
+from te_nvfp4_cv.layer import observe
+from te_nvfp4_cv.layer.deferred import deferring
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+
+NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())
+LAYERS = tuple(NVFP4_CLASSES)
+FAMILY = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # what a report lists, fused or not
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.silu: "silu"}
+METHODS = {"relu": "relu", "relu_": "relu"}
+ADDITIONS = {operator.add, operator.iadd, torch.add}
+ADD_METHODS = {"add", "add_"}
+IN_PLACE_ADDITIONS = (operator.iadd, "add_")
+WRITING = {"setitem", *(f"i{name}" for name in IN_PLACE_OPERATORS)}
+OURS = __name__.split(".")[0]
+
+
+@dataclass
+class Row:
+    """One norm: what it was fused with, or why it was not."""
+
+    name: str
+    kind: str
+    fused: str  # "relu", "add + relu", ...; "" where it stays
+    reason: str
+
+
+def child_of(module: nn.Module, target: str) -> nn.Module | None:
+    for part in target.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
+def norm_act(
+    norm: nn.Module,
+    activation: nn.Module | str,
+    z: Tensor,
+    residual: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """activation(norm(z) + residual): what a rewritten forward calls. Modules put in the place of the two run too.
+
+    in_place: the sum has the dtype and shape of norm(z), as the model's `out += residual` had.
+    """
+    known = activation if isinstance(activation, str) else ACTIVATION_MODULES.get(type(activation))
+    watched = _hooks(norm) or (isinstance(activation, nn.Module) and _hooks(activation))
+    fits = not in_place or (isinstance(residual, Tensor) and (residual.dtype, residual.shape) == (z.dtype, z.shape))
+    if isinstance(norm, NormActModule) and known is not None and not watched and fits:
+        return norm(z, residual, known)
+    u = norm(z)
+    if residual is not None:
+        u = operator.iadd(u, residual) if in_place else u + residual
+    return activate(u, activation) if isinstance(activation, str) else activation(u)
+
+
+def norm_act_into(
+    norm: nn.Module,
+    activation: nn.Module | str,
+    layers: tuple[nn.Module, ...],
+    z: Tensor,
+    residual: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """norm_act whose result goes to `layers` and nowhere else: it need not be written where they quantize it."""
+    if isinstance(norm, NormActModule) and not _hooks(norm) and all(_hands_over(layer) for layer in layers):
+        with deferring():
+            return norm_act(norm, activation, z, residual, in_place)
+    return norm_act(norm, activation, z, residual, in_place)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What is called around the module's forward and backward, its own and everybody's; this package's apart."""
+    everybody = vars(nn.modules.module)
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    tables = [getattr(module, f"_{name}") for name in names] + [everybody[f"_global_{name}"] for name in names]
+    hooks = [hook for table in tables for hook in table.values()]
+    return [hook for hook in hooks if (getattr(hook, "__module__", "") or "").split(".")[0] != OURS]
+
+
+_FORWARDS = {kind: kind.forward for kind in (*NVFP4_CLASSES, *NVFP4_CLASSES.values())}  # others may be put there later
+_FUNCTIONS = {name: getattr(F, name) for name in vars(F) if name == "linear" or name.startswith("conv")}
+
+
+def _hands_over(layer: nn.Module) -> bool:
+    """Whether a call of this layer goes to calls.execute, or to what settles its input, before anything reads it."""
+    current = state()
+    return (
+        current is not None
+        and current.enabled
+        and mode_is_on()
+        and not observe.observed()
+        and (type(layer) in NVFP4_CLASSES or type(layer) in NVFP4_CLASSES.values())
+        and getattr(layer, "padding_mode", "zeros") == "zeros"
+        and not _hooks(layer)
+        and not {"forward", "_conv_forward"} & layer.__dict__.keys()
+        and type(layer).forward is _FORWARDS[type(layer)]
+        and all(getattr(F, name) is function for name, function in _FUNCTIONS.items())
+    )
+
+
+def rewrite(module: nn.Module, graph: fx.Graph) -> dict[str, Row]:
+    """Fuse every pattern of the graph; the norms that it calls, by target."""
+    rows: dict[str, Row] = {}
+    execute = [
+        (node, norm)
+        for node in graph.nodes
+        if node.op == "call_module" and isinstance(norm := child_of(module, node.target), FAMILY)
+    ]
+    for node, norm in execute:
+        kind = kind_of(norm)
+        match = _match(module, graph, node, norm)
+        if isinstance(match, str):
+            rows.setdefault(node.target, Row("", kind, "", match))
+            continue
+        act, add, residual = match
+        # with an addition after the residual is there; else in the norm's place, where a shared norm counts its calls
+        with graph.inserting_before(node if add is None else act):
+            handle = graph.create_node("get_attr", node.target)
+            chosen: Any = _activation(module, act)
+            if act.op == "call_module":
+                chosen = graph.create_node("get_attr", act.target)
+            in_place = add is not None and add.target in IN_PLACE_ADDITIONS
+            fused = graph.call_function(norm_act, (handle, chosen, node.args[0], residual, in_place))
+        act.replace_all_uses_with(fused)
+        name = _activation(module, act) or ""
+        for old in (act, add, node):
+            if old is not None:
+                graph.erase_node(old)
+        rows[node.target] = Row("", kind, f"add + {name}" if add is not None else name, "")
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is norm_act:
+            _name_layers(module, graph, node)
+    return rows
+
+
+def _name_layers(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
+    """norm_act_into in the place of norm_act where only layers that may be quantized read the result."""
+    users = list(node.users)
+    for user in users:
+        layer = child_of(module, str(user.target)) if user.op == "call_module" else None
+        if not isinstance(layer, LAYERS) or user.args != (node,) or user.kwargs:
+            return
+    last = next((other for other in reversed(graph.nodes) if other in node.users), node)
+    if _written_between(module, graph, node, last):  # z and the residual are read when the layers run
+        return
+    with graph.inserting_before(node):
+        layers = tuple(graph.create_node("get_attr", user.target) for user in users)
+        into = graph.call_function(norm_act_into, (*node.args[:2], layers, *node.args[2:]))
+    node.replace_all_uses_with(into)
+    graph.erase_node(node)
+
+
+_Match = tuple[fx.Node, fx.Node | None, fx.Node | None]
+
+
+def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -> _Match | str:
+    """(activation, addition or None, residual or None) that follow a call of a norm; or why it stays."""
+    if type(norm) not in NORMS:
+        return f"{type(norm).__name__} is not torch's own norm"
+    if _hooks(norm):
+        return "it has hooks"
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return "it is called with other arguments than one tensor"
+    user = _only_user(node)
+    if user is None:
+        return "its result is used more than once, or returned" if node.users else "its result is not used"
+    add = residual = None
+    if _is_addition(user):
+        a, b = user.args
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
+            return "a number is added to its result"
+        if user.target in IN_PLACE_ADDITIONS and b is node:
+            return "its result is added to another tensor in place"
+        add, residual = user, b if a is node else a
+        user = _only_user(add)
+        if user is None:
+            return "the sum with the residual is used more than once, or returned"
+    name = _activation(module, user)
+    if name is None:
+        return f"{_shown(module, user)} follows it"
+    if add is not None and name != "relu":
+        return "an addition before SiLU: its derivative needs the sum"
+    if user.op == "call_module":
+        hooked = child_of(module, str(user.target))
+        assert hooked is not None
+        if _hooks(hooked):
+            return "the activation that follows it has hooks"
+    if add is not None and _called_between(module, graph, node, user, norm):
+        return "it is called again before its activation"
+    if add is not None and _written_between(module, graph, node, user, add):
+        return "something is written in place between it and its activation"
+    return user, add, residual
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    """The single user, which takes the node once and is no output."""
+    if len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    return None if user.op == "output" else user
+
+
+def _is_addition(node: fx.Node) -> bool:
+    plain = len(node.args) == 2 and not node.kwargs
+    function = node.op == "call_function" and node.target in ADDITIONS
+    return plain and (function or (node.op == "call_method" and node.target in ADD_METHODS))
+
+
+def _activation(module: nn.Module, node: fx.Node) -> str | None:
+    """The name of an activation's call on one tensor; inplace may be said."""
+    if set(node.kwargs) - {"inplace"} or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if any(isinstance(value, fx.Node) for value in (*node.args[1:], *node.kwargs.values())):
+        return None
+    if node.op == "call_module":
+        child = child_of(module, str(node.target))
+        return None if child is None else ACTIVATION_MODULES.get(type(child))
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+    return METHODS.get(str(node.target)) if node.op == "call_method" else None
+
+
+def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    nodes = list(graph.nodes)
+    return nodes[nodes.index(first) + 1 : nodes.index(last)]
+
+
+def _called_between(module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, norm: nn.Module) -> bool:
+    """Whether the norm runs between the two, in a child too: its running statistics would be updated out of order."""
+    children = [child_of(module, str(n.target)) for n in _between(graph, first, last) if n.op == "call_module"]
+    return any(m is norm for child in children if child is not None for m in child.modules())
+
+
+def _written_between(
+    module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, add: fx.Node | None = None
+) -> bool:
+    """Whether a call between the two may write to a tensor that is there already: its readers will run after it.
+
+    add: the addition of the pattern itself, which writes to the norm's result at most.
+    """
+    tensors = [value for value in first.args if isinstance(value, fx.Node) and value.op != "get_attr"]
+    private = all(_only_reader(module, value, first) for value in tensors)
+    for node in _between(graph, first, last):
+        if node.op in ("call_function", "call_method") and node is not add:
+            name = str(getattr(node.target, "__name__", node.target))
+            in_place = name.endswith("_") or (node.op == "call_function" and name in WRITING)
+            if in_place or node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+                return True
+        if node.op == "call_module" and not private and not _writes_nothing(child_of(module, str(node.target))):
+            return True
+    return False
+
+
+def _only_reader(module: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
+    """Whether `value` is a layer's own result, which nothing but `reader` sees."""
+    layer = child_of(module, str(value.target)) if value.op == "call_module" else None
+    return isinstance(layer, LAYERS) and list(value.users) == [reader]
+
+
+def _writes_nothing(child: nn.Module | None) -> bool:
+    """Whether the module is made of torch's own ones, none of which works in place."""
+    modules = [] if child is None else list(child.modules())
+    torchs = ("torch", OURS)
+    return all(type(m).__module__.split(".")[0] in torchs and not getattr(m, "inplace", False) for m in modules)
+
+
+def kind_of(norm: nn.Module) -> str:
+    return type(norm).__name__.replace("Act", "") if isinstance(norm, NormActModule) else type(norm).__name__
+
+
+def _shown(module: nn.Module, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(child_of(module, str(node.target))).__name__
+    return str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,341 @@
+"""The forward of one module as a torch.fx graph whose calls of children stay calls; or the reason why there is none.
+
+    trace(module)  ->  Traced(graph while training, graph in evaluation, names of arguments, guards)
+
+torch.fx runs the forward once with stand-ins for its arguments, so whatever the code decides meanwhile is fixed in the
+graph. Arguments with a default are traced at their default and must have it at run time; an `isinstance` question about
+an argument is answered "no" and must be "no" at run time; plain attributes of the module that are read must be equal
+then. Refused: a forward that the graph cannot stand for: control flow on values or shapes, attributes set, tensors put
+anywhere (a list, another object), random numbers drawn, tensors created, a context manager entered (no_grad, autocast,
+checkpoint) or asked for (torch.is_grad_enabled), type() and hasattr() of a tensor, results of other classes than
+tuples, lists and dicts.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import operator
+import random
+import sys
+import types
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import fx, nn
+
+from te_nvfp4_cv.context import state
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+TRACING = ("torch", "te_nvfp4_cv", "inspect", "typing", "abc")  # whose questions about a stand-in are not the model's
+
+
+IN_PLACE_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+ABOUT_MODES = {  # questions that torch answers to a trace, once and for all
+    "is_grad_enabled",
+    "is_inference_mode_enabled",
+    "is_autocast_enabled",
+    "is_autocast_cpu_enabled",
+    "get_autocast_dtype",
+    "get_autocast_cpu_dtype",
+    "get_autocast_gpu_dtype",
+    "is_compiling",
+    "active_recipe",
+    "type",
+}
+PLAIN = (int, float, bool, str, type(None), types.FunctionType, types.BuiltinFunctionType, type, torch.dtype)
+MISSING = object()
+
+
+class Untraceable(Exception):
+    """Why a forward cannot be traced."""
+
+
+@dataclass
+class Traced:
+    """Two graphs (one object twice where they are the same) and what must hold when they run."""
+
+    training: fx.Graph
+    evaluation: fx.Graph
+    arguments: tuple[str, ...]  # required ones, in order
+    guards: tuple[tuple[int, type], ...]  # (index of an argument, class that it must not be an instance of)
+    attributes: dict[str, Any]  # plain attributes of the module that were read, with their values
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the attributes that were read are still the same."""
+        now = module.__dict__
+        return all(_equal(now.get(name, MISSING), value) for name, value in self.attributes.items())
+
+
+class _Proxy(fx.Proxy):
+    """A stand-in that notices isinstance questions of code outside of torch."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        caller = sys._getframe(1).f_globals.get("__name__", "").split(".")[0]
+        if caller not in TRACING:
+            self.tracer.asked(self.node)  # type: ignore[attr-defined]
+        return _Proxy
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise Untraceable("its forward changes the class of a tensor")
+
+    def __getattr__(self, name: str) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "").split(".")[0]
+        if caller not in TRACING and not hasattr(torch.Tensor, name):
+            raise Untraceable(f"its forward asks a tensor for {name!r}")
+        return super().__getattr__(name)
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """torch.fx itself takes x += y for x = x + y, which leaves other names of x alone."""
+
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # else a forward that counts its calls would do so here
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=())
+        self.begun = _modes()
+        self.questioned: list[fx.Node] = []
+        self.made: list[weakref.ref[fx.Proxy]] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = _Proxy(node, self)
+        self.made.append(weakref.ref(made))
+        return made
+
+    def asked(self, node: fx.Node) -> None:
+        """Code asks for the class of `node`."""
+        if node.op != "placeholder":
+            raise Untraceable("its forward asks for the class of an intermediate result")
+        self.questioned.append(node)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.begun:
+            raise Untraceable("its forward enters a context manager (no_grad, autocast, checkpoint, nvfp4_autocast)")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    """What context managers change and a graph does not record."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        id(state.state()),
+    )
+
+
+@contextmanager
+def _telling_modes() -> Iterator[None]:
+    """Grad mode and autocast are on, with a dtype that no model asks for: a forward that sets them is noticed."""
+    devices = ("cpu", "cuda")
+    before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    outer = state.local.states
+    state.local.states = [state.State(False, NVFP4BlockScaling(), "auto", True)]
+    try:
+        with torch.enable_grad(), torch.inference_mode(False):
+            for d in devices:
+                torch.set_autocast_dtype(d, torch.float64)
+                torch.set_autocast_enabled(d, True)
+            yield
+    finally:
+        state.local.states = outer
+        for d, enabled, dtype in before:
+            torch.set_autocast_dtype(d, dtype)
+            torch.set_autocast_enabled(d, enabled)
+
+
+def trace(module: nn.Module) -> Traced:
+    """See the file's docstring.
+
+    Raises:
+        Untraceable: with the reason.
+    """
+    cls = type(module)
+    if "forward" in module.__dict__ or cls.__call__ is not nn.Module.__call__:
+        raise Untraceable("its forward or __call__ is replaced")
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
+        raise Untraceable(f"it is a {cls.__name__}")
+    if cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
+        raise Untraceable("it pickles itself in a way of its own")
+    arguments = _required(cls.forward)
+    asked = _names_used(cls.forward, module) & ABOUT_MODES
+    if asked:
+        raise Untraceable(f"its forward asks for what may differ at each call: {', '.join(sorted(asked))}")
+    read: set[str] = set()
+    flags = [(m, m.training) for m in module.modules()]
+    graphs: dict[tuple[bool, bool], tuple[fx.Graph, tuple[tuple[int, type], ...]]] = {}
+    try:
+        for own in (True, False):
+            for children in (True, False):
+                for m, _ in flags:
+                    m.training = children
+                module.training = own
+                graphs[own, children] = _trace_once(module, arguments, read)
+    finally:
+        for m, training in flags:
+            m.training = training
+    codes = {key: str(graph.python_code("self").src) for key, (graph, _) in graphs.items()}
+    if codes[True, True] != codes[True, False] or codes[False, True] != codes[False, False]:
+        raise Untraceable("its forward reads the training flag of another module")
+    same = codes[True, True] == codes[False, False]
+    evaluation = graphs[True, True] if same else graphs[False, False]
+    guards = tuple(sorted({*graphs[True, True][1], *evaluation[1]}, key=repr))
+    names = module.__dict__.keys() - nn.Module().__dict__.keys()
+    attributes = {name: copy.copy(value) for name in read & names if _is_plain(value := module.__dict__[name])}
+    return Traced(graphs[True, True][0], evaluation[0], arguments, guards, attributes)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return type(value) in PLAIN
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and _is_plain(a) and bool(a == b))
+
+
+def _names_used(function: Any, module: nn.Module) -> set[str]:
+    """Global and attribute names in the code of a forward and of the functions and methods that it calls."""
+    names: set[str] = set()
+    waiting, seen = [inspect.unwrap(function)], set()
+    while waiting:
+        code, space = getattr(waiting[-1], "__code__", None), getattr(waiting.pop(), "__globals__", {})
+        if code is None or code in seen or str(space.get("__name__", "")).split(".")[0] in ("torch", "torchvision"):
+            continue
+        seen.add(code)
+        names.update(code.co_names)
+        for name in code.co_names:
+            found = (inspect.getattr_static(module, name, None), space.get(name))
+            waiting.extend(inspect.unwrap(f) for f in found if isinstance(f, types.FunctionType))
+    return names
+
+
+def _required(forward: Callable[..., Any]) -> tuple[str, ...]:
+    names = []
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.default is not inspect.Parameter.empty:
+            continue
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            names.append(parameter.name)
+        elif parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY):
+            raise Untraceable(f"its argument {parameter.name!r} is positional-only or keyword-only")
+    return tuple(names)
+
+
+def _trace_once(
+    module: nn.Module, arguments: tuple[str, ...], read: set[str]
+) -> tuple[fx.Graph, tuple[tuple[int, type], ...]]:
+    shadow, before = _shadow(module, arguments, read)
+    numbers = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
+    with _telling_modes(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tracer = _Tracer()
+        try:
+            graph = tracer.trace(shadow)
+        except Untraceable:
+            raise
+        except Exception as error:  # whatever a model's code raises on a stand-in
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise Untraceable(f"{type(error).__name__}: {first:.160}") from error
+    after = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
+    if numbers[:2] != after[:2] or not torch.equal(numbers[2], after[2]):
+        random.setstate(numbers[0])
+        torch.set_rng_state(numbers[2])
+        raise Untraceable("its forward draws random numbers")
+    if not _same(shadow.__dict__, before):
+        raise Untraceable("its forward sets attributes or creates tensors")
+    if any(made() is not None for made in tracer.made):
+        gc.collect()
+        if any(made() is not None for made in tracer.made):
+            raise Untraceable("its forward puts tensors into a list or another object")
+    names = [node.name for node in graph.nodes if node.op == "placeholder"]
+    if tracer.questioned:
+        return graph, tuple({(names.index(node.name), torch.Tensor) for node in tracer.questioned})
+    return graph, ()
+
+
+def _shadow(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """A stand-in for the module, whose attributes may be set, and a copy of them to compare with; `read` gets the names
+    of those that are asked for.
+    """
+    original = type(module).forward
+    space: dict[str, Any] = {"original": original, "checked": _check_result}
+    names = "".join(f", {name}" for name in arguments)
+    exec(f"def forward(self{names}): return checked(original(self{names}))", space)
+
+    def noted(self: Any, name: str) -> Any:
+        read.add(name)
+        return object.__getattribute__(self, name)
+
+    cls = type(type(module).__name__, (type(module),), {"forward": space["forward"], "__getattribute__": noted})
+    shadow: nn.Module = object.__new__(cls)
+    before: dict[str, Any] = {}
+    containers = (dict, list, set)
+    for into in (shadow.__dict__, before):
+        into.update({k: copy.copy(v) if isinstance(v, containers) else v for k, v in module.__dict__.items()})
+    return shadow, before
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Equal keys, the same objects; containers: of the same objects."""
+    if a.keys() != b.keys():
+        return False
+    for key, x in a.items():
+        y = b[key]
+        if isinstance(x, (dict, list, set)) and type(x) is type(y):
+            left, right = (list(v.items()) if isinstance(v, dict) else list(v) for v in (x, y))
+            if [id(v) for v in _flat(left)] != [id(v) for v in _flat(right)]:
+                return False
+        elif x is not y:
+            return False
+    return True
+
+
+def _flat(values: list[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from value
+        else:
+            yield value
+
+
+def _check_result(result: Any) -> Any:
+    """The result, if a graph returns it as it is."""
+    if isinstance(result, (tuple, list)) and type(result) in (tuple, list):
+        for value in result:
+            _check_result(value)
+    elif type(result) is dict:
+        for value in result.values():
+            _check_result(value)
+    elif type(result) is OrderedDict and (found := [v for v in result.values() if type(v) is _Proxy]):
+        pairs = [(key, _check_result(value)) for key, value in result.items()]  # a graph would return a plain dict
+        return found[0].tracer.create_proxy("call_function", OrderedDict, (pairs,), {})
+    elif type(result) is not _Proxy and result is not None and type(result) not in (int, float, bool, str):
+        raise Untraceable(f"its forward returns a {type(result).__name__}")
+    return result

@@ -1,0 +1,195 @@
+"""A precision plugin for PyTorch Lightning: NVFP4 for an unmodified LightningModule.
+
+    from te_nvfp4_cv.lightning import NVFP4Precision
+    trainer = Trainer(plugins=[NVFP4Precision("unet", root="net")])
+
+Training, validation, test and predict steps run under torch.autocast and nvfp4_autocast; the recipe's [precision] table
+is applied to the module; the checkpoint holds nv.extra_state and torch's random state of every rank, so that a run
+resumed at an epoch's end, on as many ranks, goes on bit for bit (on another number each rank takes those of rank 0).
+Two limits are Lightning's: resumed within an epoch it starts the loader anew, and with max_steps instead of max_epochs
+it shuffles anew. Importing this file needs lightning or pytorch_lightning (where both are installed, import the one in
+use before this file); importing te_nvfp4_cv does not.
+Refused: unknown dtypes, a scaler without fp16, something that is no recipe, a `root` that is no submodule, a table that
+names no module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
+from te_nvfp4_cv.errors import runtime_error, value_error
+from te_nvfp4_cv.nn.precision import matches, set_precision
+from te_nvfp4_cv.nn.resume import extra_state
+from te_nvfp4_cv.recipe.block_scaling import as_recipe
+from te_nvfp4_cv.recipe.files import load_recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _plugins() -> Any:
+    """Lightning's precision plugins: of the package imported already (its Trainer takes no other's), else installed."""
+    for package in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
+        if importlib.util.find_spec(package.split(".")[0]) is not None:
+            return importlib.import_module(f"{package}.plugins.precision")
+    raise runtime_error(
+        "te_nvfp4_cv.integrations.lightning: PyTorch Lightning is not installed.",
+        got="neither a package lightning nor pytorch_lightning",
+        needs="one of them",
+        fix="pip install 'te_nvfp4_cv[adapters]', or pip install lightning",
+    )
+
+
+_Base: Any = _plugins().MixedPrecision
+
+
+class NVFP4Precision(_Base):
+    """Lightning's mixed precision, with convolutions and linear layers in NVFP4.
+
+    Args:
+        recipe: NVFP4BlockScaling, TransformerEngine's, the name or path of a recipe file, or None for the default.
+        dtype: of torch.autocast: "bf16", "fp16" (with a GradScaler), or "fp32" (no autocast).
+        device: for torch.autocast; None: that of the Trainer.
+        backend: as for nvfp4_autocast.
+        share_amax: all ranks quantize with one tensor scale, the largest amax of all.
+        root: the attribute of the LightningModule that the recipe's [precision] table names the modules of; "" is the
+            LightningModule itself.
+        scaler: for fp16; None: torch.amp.GradScaler.
+    Raises:
+        TypeError, ValueError: a recipe, dtype or backend that there is not; a scaler without fp16.
+    """
+
+    device: str
+    scaler: Any
+
+    def __init__(
+        self,
+        recipe: Any = None,
+        *,
+        dtype: str = "bf16",
+        device: str | None = None,
+        backend: str = "auto",
+        share_amax: bool = False,
+        root: str = "",
+        scaler: Any = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise value_error(
+                "NVFP4Precision: unknown dtype.",
+                got=repr(dtype),
+                needs=f"one of {', '.join(DTYPES)}",
+                fix='dtype="bf16"',
+            )
+        if scaler is not None and dtype != "fp16":
+            raise value_error(
+                "NVFP4Precision: a scaler without fp16.",
+                got=f"dtype={dtype!r}, scaler={type(scaler).__name__}",
+                needs="no scaler: gradients of bf16 and fp32 do not underflow",
+                fix='leave scaler out, or dtype="fp16"',
+            )
+        self._own_device, self._own_scaler = device is not None, scaler is not None
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__("16-mixed" if dtype == "fp16" else "bf16-mixed", device, scaler)
+        if dtype == "fp32":
+            self.precision = "32-true"  # what Trainer.precision says
+        by_name = isinstance(recipe, (str, os.PathLike))
+        self.recipe = load_recipe(recipe) if by_name else as_recipe(recipe)
+        nvfp4_autocast(self.recipe, backend=backend)  # refuses what cannot run, now
+        self.dtype, self.backend, self.share_amax, self.root = dtype, backend, share_amax, root
+        self._module: nn.Module | None = None
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """The module itself, with the recipe's [precision] table applied."""
+        try:
+            root = module.get_submodule(self.root)
+        except AttributeError as error:
+            raise value_error(
+                f"NVFP4Precision: the module has no submodule {self.root!r}.",
+                got=f"{type(module).__name__} with {', '.join(name for name, _ in module.named_children())}",
+                needs="the attribute whose modules the recipe's [precision] table names",
+                fix="root='' for the names of the LightningModule itself",
+            ) from error
+        try:
+            set_precision(root, self.recipe)
+        except ValueError as error:
+            fitting = [name for name, child in root.named_children() if self._fits(child)]
+            if not fitting:
+                raise
+            raise value_error(
+                f"NVFP4Precision: the recipe's [precision] table names no modules of {type(root).__name__}.",
+                got=str(error).splitlines()[0],
+                needs="the attribute whose modules the table names",
+                fix=" or ".join(f"root={'.'.join(filter(None, (self.root, name)))!r}" for name in fitting),
+            ) from error
+        self._follow(module)
+        self._module = module
+        return module
+
+    def _fits(self, module: nn.Module) -> bool:
+        """Whether every pattern of the recipe's table names a module in here."""
+        try:
+            return bool(matches(module, list(self.recipe.precision)))
+        except ValueError:
+            return False
+
+    def _follow(self, module: nn.Module) -> None:
+        """Take the Trainer's device, known only now, unless one was asked for."""
+        trainer = getattr(module, "_trainer", None)
+        device = self.device if self._own_device or trainer is None else trainer.strategy.root_device.type
+        if device != self.device and self.scaler is not None and not self._own_scaler:
+            self.scaler = torch.amp.GradScaler(device)
+        self.device = device
+
+    def autocast_context_manager(self) -> torch.autocast:
+        """torch.autocast of the dtype asked for; for fp32 one that is off."""
+        return torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "fp32", cache_enabled=False)
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """What every step runs in."""
+        group = torch.distributed.group.WORLD if self.share_amax and _world() > 1 else None
+        context = nvfp4_autocast(self.recipe, backend=self.backend, amax_reduction_group=group)
+        with self.autocast_context_manager(), context:
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-exact resume needs beyond the module's and the optimizers'. All ranks call it together."""
+        own: dict[str, Any] = {"rng": torch.get_rng_state()}
+        if self.device == "cuda":  # where stochastic rounding on a GPU draws from
+            own["cuda"] = torch.cuda.get_rng_state()
+        if self._module is not None:
+            own["nvfp4"] = extra_state(self._module)
+        scaler = {"scaler": super().state_dict()}
+        world = _world()
+        if world == 1:
+            return scaler | own
+        ranks: list[Any] = [None] * world
+        torch.distributed.all_gather_object(ranks, own)
+        return scaler | {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where state_dict() was taken; torch's random state first, which NVFP4's hangs on."""
+        if state_dict.get("scaler"):
+            super().load_state_dict(state_dict["scaler"])
+        ranks = state_dict.get("ranks", [state_dict])
+        own = ranks[torch.distributed.get_rank()] if len(ranks) == _world() > 1 else ranks[0]
+        torch.set_rng_state(own["rng"])
+        if self.device == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"])
+        if self._module is not None and "nvfp4" in own:
+            extra_state(self._module, load=own["nvfp4"])
+
+
+def _world() -> int:
+    """How many ranks there are; 1 without torch.distributed."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1

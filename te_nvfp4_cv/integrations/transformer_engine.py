@@ -1,0 +1,377 @@
+"""TransformerEngine plug-in: its own layers in NVFP4, on hardware without FP4 too.
+
+    import transformer_engine.pytorch as te
+    from te_nvfp4_cv import te_plugin
+
+    with te.autocast(recipe=te_plugin.recipe()):    # or of nv.load_recipe("unet"), or of TE's own recipe object
+        y = model(x)                                # te.Linear, te.LayerNormLinear, te.LayerNormMLP
+
+TransformerEngine's CustomRecipe asks a factory for one quantizer per role. Ours answers with this package's:
+
+    role         rowwise face                     columnwise face
+    input        fprop                            wgrad: RHT
+    weight       fprop: 16x16                     dgrad: the same codes, transposed
+    grad_output  dgrad: SR                        wgrad: RHT, SR
+    all others   high precision (TransformerEngine's IdentityQuantizer)
+
+The three GEMMs are nv.gemm's: alpha and the bias in fp32, the bias last, then the cast. An operand is a HybridQuantizer
+of two faces: in that form TransformerEngine's modules handle bias gradients, micro-batches and high-precision faces; a
+bare custom quantizer fails in its compiled bgrad_quantize as soon as a layer has a bias.
+
+What TransformerEngine decides stays its own: the product of the leading dimensions must be a multiple of 8 and the last
+dimension of 16 (what is then no multiple of 16 is padded with zeros here); with fp32 activations it rounds the bias to
+bf16. `thin_layers` has no meaning for these layers. A [precision] table goes by the names given to
+modules, te.Linear(..., name="fc1"): a factory learns no other.
+Refused: tensor_scale="delayed" (a factory has no place in a checkpoint for the amax of earlier steps), weights kept in
+NVFP4 only (te.quantized_model_init), te.GroupedLinear (its GEMMs are compiled and take no custom operands).
+Executed on a CPU with the Python package of 2.20.2: te.Linear, LayerNormLinear, LayerNormMLP, te.ops.Linear without a
+bias (with one, te.ops calls bgrad_quantize). Not executed: a GPU, tensor and sequence parallelism, FSDP, te.checkpoint,
+CUDA graphs, torch.compile. Attention stays in high precision.
+transformer_engine is imported when `recipe` is called, not before.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import errors
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.tensor.gemm import LAYOUTS as FACES_OF_LAYOUT
+from te_nvfp4_cv.tensor.gemm import gemm
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
+
+FACES = ("rowwise", "columnwise")
+GEMMS = {"input": ("fprop", "wgrad"), "weight": ("fprop", "dgrad"), "grad_output": ("dgrad", "wgrad")}  # by face
+LAYOUTS = {faces: layout for layout, faces in FACES_OF_LAYOUT.items()}
+
+
+def recipe(r: object = None, *, backend: str = "auto") -> Any:
+    """TransformerEngine's CustomRecipe that runs its layers with this package's quantizers and GEMM.
+
+    Equal arguments give the same object: TransformerEngine compares by identity and makes new quantizers for another.
+
+    Args:
+        r: an NVFP4BlockScaling, this package's or TransformerEngine's; None for the default.
+        backend: "auto", "reference", "vendor" or "triton".
+    Raises:
+        ValueError: a recipe that TransformerEngine's layers cannot follow, see the top of this file.
+        TypeError: not an NVFP4 recipe.
+        RuntimeError: transformer_engine with its PyTorch side cannot be imported.
+    """
+    ours = as_recipe(r)
+    ours.validate_for_use()
+    for part in (ours, *(inner for _, inner in ours.precision if inner is not None)):
+        _check(part, ours)
+    return _recipe(ours, dispatch.check_backend(backend))
+
+
+@functools.lru_cache(maxsize=64)
+def _recipe(ours: NVFP4BlockScaling, backend: str) -> Any:
+    factory = QuantizerFactory(ours, backend)
+    return _te().CustomRecipe(qfactory=factory, backward_override=ours.backward_override)
+
+
+def _check(part: NVFP4BlockScaling, whole: NVFP4BlockScaling) -> None:
+    """Refuse what a CustomRecipe has no place for."""
+    if part.tensor_scale == "delayed":
+        raise errors.value_error(
+            "te_plugin.recipe: delayed scales do not go with TransformerEngine's layers.",
+            got="tensor_scale='delayed'",
+            needs="tensor_scale='current': a quantizer factory keeps nothing of earlier steps in a checkpoint",
+            fix="dataclasses.replace(recipe, tensor_scale='current')",
+        )
+    if part.backward_override != whole.backward_override:
+        raise errors.value_error(
+            "te_plugin.recipe: one backward_override for all layers.",
+            got=f"{whole.backward_override!r}, and {part.backward_override!r} in the [precision] table",
+            needs="the same value in the table: TransformerEngine's CustomRecipe has one",
+            fix="use high_precision_gemms=('dgrad', 'wgrad') in the table, or te.autocast around those layers",
+        )
+
+
+@dataclass(frozen=True)
+class QuantizerFactory:
+    """What CustomRecipe calls once per slot of a module: role -> quantizer. It can be pickled."""
+
+    recipe: NVFP4BlockScaling
+    backend: str = "auto"
+
+    def __call__(self, role: Any) -> Any:
+        """The quantizer of a QuantizerRole; None and roles without an NVFP4 GEMM stay in high precision.
+
+        Raises:
+            ValueError: te.GroupedLinear, te.quantized_model_init, no name under a [precision] table.
+        """
+        te = _te()
+        tensor = getattr(role, "tensor_type", "")
+        if tensor not in GEMMS:
+            return te.IdentityQuantizer()
+        if role.module_type == "grouped_linear":
+            raise errors.value_error(
+                f"te_plugin: te.GroupedLinear {role.name!r} cannot run with custom quantizers.",
+                got=f"a role of module_type 'grouped_linear', tensor_type {tensor!r}",
+                needs="te.Linear, te.LayerNormLinear or te.LayerNormMLP: its grouped GEMMs are compiled",
+                fix="call it inside te.autocast(enabled=False), or use one te.Linear per group",
+            )
+        if role.module_type != "linear":
+            return te.IdentityQuantizer()
+        if tensor == "weight" and te.FP8GlobalStateManager.with_fp8_parameters():
+            raise errors.value_error(
+                f"te_plugin: the weight of {role.name!r} cannot be kept in NVFP4 only.",
+                got="a module made inside te.quantized_model_init",
+                needs="weights in high precision: a custom quantizer's storage is no parameter",
+                fix="make the model outside te.quantized_model_init",
+            )
+        chosen = self._recipe_of(role.name)
+        return te.IdentityQuantizer() if chosen is None else self._operand(chosen, tensor)
+
+    def _recipe_of(self, name: str) -> NVFP4BlockScaling | None:
+        """The recipe of a module's name: the last match of the [precision] table, else the recipe itself."""
+        if self.recipe.precision and not name:
+            raise errors.value_error(
+                "te_plugin: a [precision] table and a module without a name.",
+                got=f"patterns {', '.join(repr(pattern) for pattern, _ in self.recipe.precision)}",
+                needs="a name for each module: a factory learns no other",
+                fix="te.Linear(..., name='fc1'), or a recipe with precision=()",
+            )
+        found: NVFP4BlockScaling | None = self.recipe
+        for pattern, inner in self.recipe.precision:
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*"):
+                found = inner
+        return found
+
+    def _operand(self, chosen: NVFP4BlockScaling, tensor: str) -> Any:
+        te = _te()
+        settings = chosen.settings(tensor)
+        operand = NVFP4Quantizer(
+            with_rht=settings.rht,
+            with_2d_quantization=settings.two_d,
+            stochastic_rounding=settings.stochastic_rounding,
+            row_scaled_nvfp4=settings.row_scaled,
+            nvfp4_use_4over6=settings.four_over_six is not None,
+            nvfp4_e4m3_max=settings.e4m3_max,
+            nvfp4_4over6_err_mode=settings.four_over_six or "MAE",
+            backend=self.backend,
+        )
+        row, column = (
+            te.IdentityQuantizer() if product in chosen.high_precision_gemms else te.FaceQuantizer(operand, face)
+            for face, product in zip(FACES, GEMMS[tensor], strict=True)
+        )
+        return te.OperandQuantizer(rowwise_quantizer=row, columnwise_quantizer=column)
+
+
+# ---- on TransformerEngine's base classes, which are mixed in by _te -------------------------------------------------
+
+
+class _FaceStorage:
+    """One face of an NVFP4Tensor, with the attributes that TransformerEngine's custom GEMMs look for.
+
+    data and data_t are the same buffer: which face an operand has is decided when it is taken out of its pair, and
+    custom_gemm mistakes LayerNormMLP's wgrad for a fprop.
+    """
+
+    custom = True
+    kept = False
+    _quantizer: Any
+
+    def __init__(self, tensor: NVFP4Tensor, quantizer: Any) -> None:
+        self._quantizer = quantizer
+        self._tensor: NVFP4Tensor | None = tensor
+        self._dtype = tensor.dtype
+        self._buffers = tuple(part.format(quantizer.face) for part in ("{}_data", "{}_scale_inv", "amax_{}"))
+        self._metadata = tensor.get_metadata() | dict.fromkeys(self._buffers)
+
+    @property
+    def tensor(self) -> NVFP4Tensor:
+        """The NVFP4Tensor, while its buffers are here and not with autograd."""
+        assert self._tensor is not None, "the buffers were saved for backward, or cleared"
+        return self._tensor
+
+    data = data_t = property(lambda self: self.get_data_tensors()[0])
+    scale = scale_t = property(lambda self: self.get_data_tensors()[1])
+    dtype = property(lambda self: self._dtype)
+    device = property(lambda self: self.tensor.device)
+    original_shape = property(lambda self: (self.size()[:-1].numel(), self.size(-1)))  # custom_gemm knows 3 at most
+
+    def size(self, dim: int | None = None) -> Any:
+        """The logical shape, or one length of it."""
+        shape = torch.Size(self._metadata["shape"])
+        return shape if dim is None else shape[dim]
+
+    def dequantize(self, *, dtype: torch.dtype | None = None) -> Tensor:
+        """The values; a columnwise face without its RHT."""
+        return self.tensor.dequantize(dtype)
+
+    def get_data_tensors(self) -> tuple[Tensor | None, ...]:
+        """data, scale_inv, amax; None where they are not here."""
+        return tuple(getattr(self._tensor, name, None) for name in self._buffers)
+
+    def prepare_for_saving(self) -> tuple[list[Tensor | None], Any]:
+        """The buffers, for autograd to keep, and this object, without them unless they are `kept` here too."""
+        buffers = list(self.get_data_tensors())
+        if not self.kept:
+            self.clear()
+        return buffers, self
+
+    def restore_from_saved(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """Take this object's buffers from the front of the list and return the rest."""
+        self._tensor = NVFP4Tensor(**self._metadata | dict(zip(self._buffers, tensors[:3], strict=True)))
+        return tensors[3:]
+
+    def clear(self) -> None:
+        """Let go of the buffers."""
+        self._tensor = None
+
+
+class _FaceQuantizer:
+    """One face of an operand; the two of an operand share one NVFP4Quantizer."""
+
+    custom = True
+
+    def __init__(self, operand: NVFP4Quantizer, face: str) -> None:
+        super().__init__(rowwise=face == "rowwise", columnwise=face == "columnwise")  # type: ignore[call-arg]
+        self.operand, self.face = operand, face
+        self.with_amax_reduction, self.amax_reduction_group = False, None  # set from outside, for one call
+
+    def ready(self, *faces: str) -> NVFP4Quantizer:
+        """The operand's quantizer, set to write these faces and to reduce amax as this one was told."""
+        self.operand.with_amax_reduction = self.with_amax_reduction
+        self.operand.amax_reduction_group = self.amax_reduction_group
+        self.operand.set_usage(**{face: face in faces for face in FACES})
+        return self.operand
+
+    def quantize(self, tensor: Tensor, *, out: Any = None, dtype: torch.dtype | None = None) -> Any:
+        """A storage of this face, or `out` rewritten."""
+        if out is not None:
+            return self.update_quantized(tensor, out)
+        return _te().FaceStorage(self.ready(self.face).quantize(tensor, dtype=dtype), self)
+
+    def update_quantized(self, src: Tensor, dst: Any, *, noop_flag: Tensor | None = None) -> Any:
+        """Quantize into a storage's buffers; a noop_flag of 1 leaves them."""
+        self.ready(self.face).update_quantized(src, dst.tensor, noop_flag=noop_flag)
+        return dst
+
+    def copy(self) -> Any:
+        """A quantizer of the same settings, without the process group."""
+        return _te().FaceQuantizer(self.operand.copy(), self.face)
+
+    def is_requantization_safe(self) -> bool:
+        """Whether quantizing twice gives the same codes."""
+        return self.operand.is_requantization_safe()
+
+    def qgemm(
+        self,
+        qx: Tensor,
+        qw: Tensor,
+        m_params: Any,
+        out_dtype: torch.dtype,
+        sx: Tensor,
+        sw: Tensor,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+        gemm_type: Any = None,
+        qresult_x: Any = None,
+        qresult_w: Any = None,
+    ) -> Tensor:
+        """nv.gemm of two storages, in the layout that their faces say; the plain tensors in front are parts of them.
+
+        custom_gemm of TransformerEngine 2.20 is handed `out`, `accumulate` and `gelu` and passes none of them on:
+        a weight gradient to be accumulated would be lost. They are taken from its frame.
+        """
+        if not (isinstance(qresult_x, _FaceStorage) and isinstance(qresult_w, _FaceStorage)):
+            raise errors.type_error(
+                "te_plugin: both operands of a GEMM must come from its quantizers.",
+                got=f"{type(qresult_x).__name__} and {type(qresult_w).__name__}",
+                needs="two operands quantized by one te_plugin.recipe()",
+                fix="use one recipe for input, weight and grad_output of a layer",
+            )
+        caller = sys._getframe(1)
+        if caller.f_code.co_name == "custom_gemm":
+            out, accumulate = caller.f_locals["out"], caller.f_locals["accumulate"]
+            if caller.f_locals["gelu"]:
+                raise errors.value_error(
+                    "te_plugin: GELU cannot be part of this GEMM.",
+                    got="a GEMM fused with GELU",
+                    needs="a plain GEMM",
+                    fix="leave TransformerEngine's GEMM + GELU fusion off (NVTE_GEMM_GELU_FUSION=0)",
+                )
+        x, w = qresult_x.tensor, qresult_w.tensor
+        layout = LAYOUTS[qresult_x._quantizer.face, qresult_w._quantizer.face]
+        return gemm(x, w, layout, out_dtype, bias, accumulate, out, self.operand.backend)
+
+
+class _OperandQuantizer:
+    """TransformerEngine's HybridQuantizer, except that two NVFP4 faces are written in one pass.
+
+    Its result is never a subclass of torch.Tensor. Where one was asked for (`internal` off: a weight that is kept over
+    micro-batches), the faces keep their buffers when autograd saves them.
+    """
+
+    rowwise_quantizer: Any
+    columnwise_quantizer: Any
+    internal: bool
+
+    def quantize(self, tensor: Tensor, *, out: Any = None, dtype: torch.dtype | None = None) -> Any:
+        """The faces in use, or `out` rewritten."""
+        if out is not None:
+            return self.update_quantized(tensor, out)  # type: ignore[attr-defined]
+        te = _te()
+        row, column = self.rowwise_quantizer, self.columnwise_quantizer
+        used = tuple(face for face, wanted in self.get_usages().items() if wanted)  # type: ignore[attr-defined]
+        if used == FACES and isinstance(row, _FaceQuantizer) and isinstance(column, _FaceQuantizer):
+            t = row.ready(*FACES).quantize(tensor)
+            x = te.FaceStorage(t.make_like(columnwise_data=None, columnwise_scale_inv=None, amax_columnwise=None), row)
+            y = te.FaceStorage(t.make_like(rowwise_data=None, rowwise_scale_inv=None, amax_rowwise=None), column)
+        else:
+            x = row.quantize(tensor) if "rowwise" in used else None
+            y = column.quantize(tensor) if "columnwise" in used else None
+        for face in (x, y):
+            if isinstance(face, _FaceStorage):
+                face.kept = not self.internal
+        faces = {"rowwise_storage": x, "columnwise_storage": y}
+        return te.HybridQuantizedTensorStorage(**faces, quantizer=self, fake_dtype=tensor.dtype)
+
+
+@functools.cache
+def _te() -> SimpleNamespace:
+    """TransformerEngine's classes and ours on top of them; imported at the first use."""
+    try:
+        from transformer_engine.common.recipe import CustomRecipe
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+        from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage, Quantizer
+        from transformer_engine.pytorch.tensor.hybrid_tensor import HybridQuantizer
+        from transformer_engine.pytorch.tensor.identity_tensor import IdentityQuantizer
+        from transformer_engine.pytorch.tensor.storage.hybrid_tensor_storage import HybridQuantizedTensorStorage
+    except Exception as error:  # ImportError, or whatever its own search for compiled libraries raises
+        raise errors.runtime_error(
+            "te_plugin: TransformerEngine cannot be imported.",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            needs="transformer-engine 2.20 or newer with its PyTorch extension",
+            fix="pip install --no-build-isolation 'transformer-engine[pytorch]>=2.20'; "
+            "without it, nvfp4_autocast runs plain torch layers",
+        ) from error
+
+    def mixed(mixin: type, base: type) -> type:
+        name = mixin.__name__.lstrip("_")
+        return type(name, (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__})
+
+    return SimpleNamespace(
+        CustomRecipe=CustomRecipe,
+        FP8GlobalStateManager=FP8GlobalStateManager,
+        IdentityQuantizer=IdentityQuantizer,
+        HybridQuantizedTensorStorage=HybridQuantizedTensorStorage,
+        FaceStorage=mixed(_FaceStorage, QuantizedTensorStorage),
+        FaceQuantizer=mixed(_FaceQuantizer, Quantizer),
+        OperandQuantizer=mixed(_OperandQuantizer, HybridQuantizer),
+    )

@@ -1,0 +1,355 @@
+"""Tensor scales that do not come from the tensor itself: delayed ones, and amaxes that all ranks share.
+
+    delayed   x: amax = 6 E 2^k >= 8 * (amax of x in the training step before);  dy: the same with 4;  w: its own amax
+    shared    amax = the largest over the ranks of nvfp4_autocast(amax_reduction_group=...)
+
+The state of a delayed scale belongs to a weight, and holds for x and for dy, rowwise and columnwise:
+
+    used        the amaxes that its calls quantize with
+    collected   the largest ones met since; non-finite ones do not count
+    saturated   blocks clipped because an estimate was too small
+
+    first use                  measured, then the same rule; a call after it in the same step uses the same scale
+    training forward           the first one after a backward pass moves collected into used; every one collects
+    evaluation                 only reads; before the first training step it measures, and leaves no state
+    recomputed forward         (checkpointing) uses what the forward used, unless another training step of the weight
+                               came between; it adds no saturated block twice
+
+The state is kept beside the weight, by the tensor's identity, as long as that lives: not in the state_dict and not in a
+copy (deepcopy starts fresh); nv.extra_state saves it. A view of a weight has one of its own, by its place in it; a
+kernel that is computed anew at each call is measured at each call. Where nothing finite was ever met, the scale is 1.
+Everything is computed on the weight's device, without synchronization, in tensors that stay where they are, as CUDA
+graphs need it. torch.compile leaves layers with delayed scales uncompiled; with fullgraph=True it stops.
+Refused: scales of rows that ranks should share, a saved state that does not fit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.errors import runtime_error, value_error
+from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.quantize import amax as amaxes
+from te_nvfp4_cv.ops.quantize import operand as operands
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+ROLES = ("input", "grad_output")
+_states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> {Key: DelayedScales}
+_lock = threading.Lock()
+Key = tuple[Any, ...]  # (place of a view in its base or None, e4m3_max of the input, RHT)
+
+
+class _Local(threading.local):
+    """Per thread: whether states may change, and whether a checkpoint's forward without gradients is a training one."""
+
+    reading = False
+    first_pass = False
+
+
+_local = _Local()
+
+
+# ---- the state of one weight ----------------------------------------------------------------------------------------
+
+
+class DelayedScales:
+    """The scales of x and dy for one weight. Tensors [2 roles, 2 faces] on its device; flags say which ops run next."""
+
+    def __init__(self, e4m3_max: int, device: torch.device) -> None:
+        self.e4m3_max = (e4m3_max, formats.E4M3_MAX)
+        self.used = torch.empty(2, 2, dtype=torch.float32, device=device)
+        for role in (0, 1):
+            self.used[role].fill_(formats.E2M1_MAX * self.e4m3_max[role])
+        self.collected = torch.zeros(2, 2, dtype=torch.float32, device=device)
+        self.saturated = torch.zeros(2, dtype=torch.float64, device=device)
+        self.measured = [False, False]
+        self.stale = False  # a backward pass has run since `used` moved
+        self.captured = False  # the last training forward was captured in a CUDA graph
+
+    def to(self, device: torch.device) -> None:
+        """Follow a weight that was moved."""
+        for name in ("used", "collected", "saturated"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    def state(self) -> dict[str, Any]:
+        """The values, copied to the CPU."""
+        tensors = {name: getattr(self, name).detach().cpu().clone() for name in ("used", "collected", "saturated")}
+        return {**tensors, "measured": list(self.measured), "stale": self.stale}
+
+    @classmethod
+    def from_state(cls, e4m3_max: int, saved: Mapping[str, Any], device: torch.device) -> DelayedScales:
+        """The inverse of `state`."""
+        new = cls(e4m3_max, device)
+        for name in ("used", "collected", "saturated"):
+            getattr(new, name).copy_(saved[name])
+        new.measured, new.stale = list(saved["measured"]), saved["stale"]
+        return new
+
+
+def owner(w: Tensor) -> Tensor:
+    """The tensor that a parameter's state is kept for: itself, but for FSDP2's shards and what is gathered of them."""
+    found: Tensor | None = getattr(getattr(w, "_local_tensor", w), "state_owner", None)
+    return w if found is None else found
+
+
+def _place(w: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """The tensor whose state it is, and where in it `w` lies if it is a view."""
+    base = w._base
+    if base is None or isinstance(w, torch.nn.Parameter):
+        return owner(w), None
+    return base, (w.storage_offset(), tuple(w.shape), tuple(w.stride()))
+
+
+# ---- the scales of one call -----------------------------------------------------------------------------------------
+
+
+class CallScales:
+    """What one call of a layer quantizes x and dy with. `training`: its backward pass will come, or is running."""
+
+    def __init__(self, plan: Plan, group: Any, training: bool) -> None:
+        self.plan, self.group, self.training = plan, group, training
+
+    def knows(self, role: int) -> bool:
+        """Whether amax gives an answer without reading the operand."""
+        return False
+
+    def amax(self, role: int, operand: Tensor) -> Tensor:
+        """fp32 [2] for operands.quantize_operand: the largest amaxes over the ranks."""
+        fold, settings = self.plan.folds[role], self.plan.recipe.settings(ROLES[role])
+        measured = operands.measure_operand(operand, fold.to_ints(), settings.rht, self.plan.backend)
+        return self._reduced(measured)
+
+    def collect(self, role: int, observed: Tensor) -> None:
+        """What that call observed."""
+
+    def backward_ran(self) -> None:
+        """The backward pass of the call has quantized dy."""
+
+    def _reduced(self, amax: Tensor) -> Tensor:
+        """The maximum over the ranks, by the bits: NaN wins. Evaluation asks nobody: one rank may run it alone."""
+        if self.group is not None and self.training:
+            amaxes.reduce_amax(amax, self.group)
+        return amax
+
+
+class DelayedCallScales(CallScales):
+    """The same for delayed scales."""
+
+    def __init__(self, plan: Plan, group: Any, training: bool, again: bool, state: DelayedScales | None) -> None:
+        super().__init__(plan, group, training)
+        self.again, self.scales = again, state
+
+    def knows(self, role: int) -> bool:
+        """Whether the state has been measured."""
+        return self.scales is not None and self.scales.measured[role]
+
+    def amax(self, role: int, operand: Tensor) -> Tensor:
+        """fp32 [2]: the state's, measured where there is none yet."""
+        scales = self.scales
+        if scales is not None and scales.measured[role]:
+            return scales.used[role]
+        settings = self.plan.recipe.settings(ROLES[role])
+        measured = super().amax(role, operand)
+        if scales is None or not self.training:
+            scales = DelayedScales(self.plan.recipe.settings("input").e4m3_max, operand.device)
+        row = slice(role, role + 1)
+        amaxes.move(scales.used[row], measured.view(1, 2), (scales.e4m3_max[role],), (settings.margin,), clear=False)
+        scales.measured[role] = True
+        return scales.used[role]
+
+    def collect(self, role: int, observed: Tensor) -> None:
+        """Remember what that call observed, for the next step."""
+        if self.scales is not None and self.training:
+            s, count = self.scales, role == 1 or not self.again
+            amaxes.collect(s.collected[role], s.saturated[role : role + 1], observed, count)
+
+    def backward_ran(self) -> None:
+        """The next training forward may move the scales."""
+        if self.scales is not None and self.training:
+            self.scales.stale = True
+
+    def start(self) -> None:
+        """A training forward: move the scales if a backward pass has run since."""
+        scales = self.scales
+        if scales is None:
+            return
+        capturing = scales.used.is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing and not scales.stale and not scales.captured:
+            raise runtime_error(
+                "nvfp4: a CUDA graph captured now would never move the delayed tensor scales.",
+                got="a training forward under capture, and no backward pass of this layer since its scales moved",
+                needs="warm-up steps, forward and backward, before the capture",
+                fix="run a few steps on a side stream first, as torch.cuda.graph's documentation shows",
+            )
+        scales.captured = capturing
+        if not scales.stale:
+            return
+        scales.stale = False
+        self._reduced(scales.collected)
+        margins = tuple(self.plan.recipe.settings(role).margin for role in ROLES)
+        amaxes.move(scales.used, scales.collected, scales.e4m3_max, margins, clear=True)
+
+
+def refuse(plan: Plan, group: Any) -> None:
+    """Raise for scales that a call cannot have.
+
+    Raises:
+        ValueError: scales of rows, which ranks cannot share.
+        RuntimeError: delayed scales while torch.compile traces the call.
+    """
+    if group is not None and plan.recipe.row_scaled_activation:
+        raise value_error(
+            "nvfp4: these scales cannot be shared between ranks.",
+            got=f"amax_reduction_group with the recipe {plan.recipe!r}",
+            needs="one scale per tensor: row_scaled_activation=False",
+            fix="leave amax_reduction_group out, or change the recipe",
+        )
+    if plan.delayed and torch.compiler.is_compiling():
+        raise runtime_error(
+            "nvfp4: delayed tensor scales do not work under torch.compile yet.",
+            got="a recipe with tensor_scale='delayed', traced by torch.compile",
+            needs="tensor_scale='current' there: the state of delayed scales is kept outside of the graph",
+            fix="dataclasses.replace(recipe, tensor_scale='current'), or leave torch.compile out",
+        )
+
+
+def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -> CallScales | None:
+    """The scales of one call, moved on if it starts a training step; None where each tensor's own amax rules. Raises
+    what `refuse` raises.
+    """
+    if not plan.delayed and group is None:
+        return None
+    refuse(plan, group)
+    again = torch._C._current_graph_task_id() != -1  # inside of a backward pass: a checkpoint recomputes
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
+    training = (training or (_local.first_pass and not again)) and not _local.reading
+    if not plan.delayed:
+        return CallScales(plan, group, training)
+    settings = plan.recipe.settings("input")
+    place, view = _place(w)
+    key: Key = (view, settings.e4m3_max, settings.rht)
+    with _lock, torch.no_grad():
+        known: dict[Key, DelayedScales] = _states.get(place, {})
+        scales = known.get(key)
+        if scales is None and training and not again:
+            scales = DelayedScales(settings.e4m3_max, x.device)
+            _states.setdefault(place, known)[key] = scales
+        elif scales is not None and scales.used.device != x.device:
+            scales.to(x.device)
+    call = DelayedCallScales(plan, group, training, again, scales)
+    if training and not again:
+        with torch.no_grad():
+            call.start()
+    return call
+
+
+@contextmanager
+def reading_only() -> Iterator[None]:
+    """Calls inside are evaluation: no state is made or changed (coverage)."""
+    before, _local.reading = _local.reading, True
+    try:
+        yield
+    finally:
+        _local.reading = before
+
+
+@contextmanager
+def first_pass(training: bool) -> Iterator[None]:
+    """Calls inside run without gradients, but (`training`) a backward pass will recompute them with gradients."""
+    before, _local.first_pass = _local.first_pass, training
+    try:
+        yield
+    finally:
+        _local.first_pass = before
+
+
+# ---- for nv.extra_state, nv.saturated_blocks and nv.export ----------------------------------------------------------
+
+
+def has_state(w: Tensor) -> bool:
+    """Whether calls with this weight have delayed scales."""
+    return w in _states
+
+
+def trained_amax(w: Tensor, recipe: NVFP4BlockScaling) -> Tensor | None:
+    """fp32 [1]: the amax that a call with this weight would quantize x rowwise with now; None before it has trained."""
+    settings = recipe.settings("input")
+    place, view = _place(w)
+    scales = _states.get(place, {}).get((view, settings.e4m3_max, settings.rht))
+    return scales.used[0, :1].clone() if scales is not None and scales.measured[0] else None
+
+
+def saturated(w: Tensor) -> tuple[int, int]:
+    """Blocks clipped in x and in dy for this weight since its state began; (0, 0) without a state."""
+    states = _states.get(w, {})
+    total = [sum(int(s.saturated[role]) for s in states.values()) for role in (0, 1)]
+    return total[0], total[1]
+
+
+def save(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The states of named weights, of what torch.load(weights_only=True) reads."""
+    out: dict[str, Any] = {}
+    for name, w in weights.items():
+        entries = [
+            {"view": None if view is None else [*view], "e4m3_max": e4m3_max, "rht": rht, **scales.state()}
+            for (view, e4m3_max, rht), scales in _states.get(w, {}).items()
+        ]
+        if entries:
+            out[name] = {"shape": tuple(w.shape), "entries": entries}
+    return out
+
+
+def load(weights: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
+    """Replace the states of named weights by saved ones; a weight without a saved one starts fresh.
+
+    Raises:
+        ValueError: a state of a weight that is not there or has another shape, or a damaged one. Nothing is changed.
+    """
+    made: dict[str, dict[Key, DelayedScales]] = {}
+    for name, entry in saved.items():
+        if name not in weights:
+            raise value_error(
+                "extra_state: a saved scale belongs to a parameter that this model lacks.",
+                got=f"{name!r}, for a model of {len(weights)} parameters",
+                needs="the model that the state was saved from (wrappers do not matter)",
+                fix="load it into that model, or leave load= out: scales then start by measuring",
+            )
+        try:
+            shape, entries = tuple(entry["shape"]), list(entry["entries"])
+            made[name] = {_key(e): DelayedScales.from_state(e["e4m3_max"], e, weights[name].device) for e in entries}
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise value_error(
+                f"extra_state: the saved scales of {name!r} are damaged.",
+                got=f"{type(error).__name__}: {error}",
+                needs="what nv.extra_state(model) gave",
+                fix="use another checkpoint, or leave load= out: scales then start by measuring",
+            ) from None
+        if shape != tuple(weights[name].shape):
+            raise value_error(
+                f"extra_state: the parameter {name!r} has another shape than when its scales were saved.",
+                got=f"{tuple(weights[name].shape)}",
+                needs=f"{shape}",
+                fix="load it into the model that it was saved from",
+            )
+    with _lock:
+        for w in weights.values():
+            _states.pop(w, None)
+        for name, states in made.items():
+            _states[weights[name]] = states
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    view, sizes = entry["view"], ((2, 2), (2, 2), (2,))
+    for name, size in zip(("used", "collected", "saturated"), sizes, strict=True):
+        if tuple(entry[name].shape) != size:
+            raise ValueError(f"{name} has the shape {tuple(entry[name].shape)}, not {size}")
+    place = None if view is None else (int(view[0]), tuple(view[1]), tuple(view[2]))
+    return (place, int(entry["e4m3_max"]), bool(entry["rht"]))

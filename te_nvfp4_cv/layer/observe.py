@@ -1,0 +1,101 @@
+"""layer.observe."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from te_nvfp4_cv.layer.plan import Watch
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an observer is told about one layer's call: its shapes, its recipe, or why it runs in high precision."""
+
+    op: str
+    weight: Tensor
+    x: Tensor
+    geometry: ConvGeometry | None
+    recipe: NVFP4BlockScaling | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an observer wants of a call: `finished` gets its result, `watch` is shown the operands of an NVFP4 call."""
+
+    finished: Callable[[Tensor], None] | None = None
+    watch: Watch | None = None
+
+
+Observer = Callable[[Call], Seen | None]
+
+
+class _Local(threading.local):
+    """The observers that each thread has entered, the innermost last."""
+
+    def __init__(self) -> None:
+        self.observers: list[Observer] = []
+
+
+_local = _Local()
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Tell `observer` about every convolution and linear call that this thread makes under the context, before it runs.
+
+    It may return a Seen. Of several observers the innermost is told first, the next one only of what that lets pass
+    (None): two models that are watched side by side. Other threads' calls are not told, but for those that activation
+    checkpointing repeats for this thread (see observers).
+    """
+    entered = _local.observers
+    entered.append(observer)
+    try:
+        yield
+    finally:
+        entered.remove(observer)
+
+
+def observers() -> list[Observer]:
+    """Return the list of this thread's observers: the list itself, which grows and shrinks as contexts are entered.
+
+    Activation checkpointing takes it along: on CUDA, autograd repeats a forward pass in a thread of its own, and those
+    calls belong to whoever watches the thread that made them first.
+    """
+    return _local.observers
+
+
+@contextmanager
+def told_to(entered: list[Observer]) -> Iterator[None]:
+    """Tell calls under the context to the observers of another thread (its `observers()`) instead of this one's."""
+    before, _local.observers = _local.observers, entered
+    try:
+        yield
+    finally:
+        _local.observers = before
+
+
+def observed() -> bool:
+    """Return whether anything is told of the calls that this thread makes."""
+    return bool(_local.observers)
+
+
+def reported(call: Call, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """function(*args, **kwargs), with the innermost observer told before and after."""
+    return _reported(call, lambda _: function(*args, **kwargs))
+
+
+def _reported(call: Call, run: Callable[[Watch | None], Tensor]) -> Tensor:
+    seen = next((seen for told in reversed(_local.observers) if (seen := told(call)) is not None), None)
+    y = run(None if seen is None else seen.watch)
+    if seen is not None and seen.finished is not None:
+        seen.finished(y)
+    return y

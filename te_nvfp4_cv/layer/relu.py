@@ -1,0 +1,52 @@
+"""layer.relu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, positive_mask
+
+
+class MaskedReLU(torch.autograd.Function):
+    """ReLU that keeps 1 bit per element for backward; forward and backward equal torch's, bit for bit. x must be
+    dense.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            torch.relu_(x)
+            ctx.mark_dirty(x)
+            y, mask = x, positive_mask(x)
+        else:
+            y, mask = masked_relu(x)
+        ctx.save_for_backward(mask)
+        ctx.strides = y.stride()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (mask,) = ctx.saved_tensors
+        if dy.stride() != ctx.strides:
+            dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
+        return _MaskedGrad.apply(dy, mask), None
+
+
+class _MaskedGrad(torch.autograd.Function):
+    """dy times the mask; linear in dy, so that ReLU keeps its second derivative (which is zero in x)."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.strides = dy.stride()
+        return apply_mask(dy, mask)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (mask,) = ctx.saved_tensors
+        if ddx.stride() != ctx.strides:
+            ddx = torch.empty_strided(ddx.shape, ctx.strides, dtype=ddx.dtype, device=ddx.device).copy_(ddx)
+        return _MaskedGrad.apply(ddx, mask), None

@@ -1,0 +1,77 @@
+"""nn.convert."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from te_nvfp4_cv.errors import check_module
+from te_nvfp4_cv.layer import eligible
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, _checked
+from te_nvfp4_cv.nn.precision import matches, set_precision
+from te_nvfp4_cv.nn.walk import _layers
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+
+def convert_model(
+    model: nn.Module, recipe: Any = None, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> nn.Module:
+    """Turn the eligible convolutions and linear layers of a model into NVFP4 modules, in place.
+
+    The module objects stay: only their class changes. So Parameters, optimizers that hold them, hooks, names and shared
+    modules stay as they are. Left plain: thin layers, depthwise convolutions and dtypes that NVFP4 does not take; and,
+    with a warning, subclasses of torch's layers, layers whose weight is computed (parametrizations, weight_norm), and
+    lazy layers.
+
+    Args:
+        recipe: the layers' recipe; None: that of the context in which they run, or the default. Its [precision] table,
+            where it has one, is applied: what it names "high" stays plain.
+        filter_fn: filter_fn(module, name) -> False leaves a layer plain.
+    Returns:
+        The model.
+    Raises:
+        TypeError: no module, no recipe; ValueError: a pattern of the recipe's table that matches nothing.
+    """
+    check_module("convert_model", model, "convert_model(model, ...)")
+    resolved = _checked(recipe)
+    table = matches(model, list(resolved.precision) if resolved else [])
+    planned: dict[nn.Module, NVFP4BlockScaling | None] = {}
+    left: list[str] = []
+    inherit = object()
+    for name, module, entry in _layers(model, "", inherit, table, set()):
+        if entry is None or (filter_fn is not None and not filter_fn(module, name)):
+            continue
+        own = resolved if entry is inherit else entry
+        reason = _why_left(module, own)
+        if reason is None:
+            planned[module] = own
+        elif reason:
+            left.append(f"{name or 'the model itself'} ({reason})")
+    for module, own in planned.items():
+        module.__class__ = NVFP4_CLASSES[type(module)]
+        module.recipe, module.backend = own, "auto"  # type: ignore[assignment]
+    if resolved is not None:
+        set_precision(model, resolved)
+    if left:
+        warnings.warn("convert_model left these layers as they are: " + "; ".join(left), UserWarning, stacklevel=2)
+    return model
+
+
+def _why_left(module: nn.Module, recipe: NVFP4BlockScaling | None) -> str | None:
+    """Why a layer stays plain: a surprise as text, what the library always leaves as ""; None: it can be converted."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return ""  # nn.MultiheadAttention reads its weight and never calls it
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "lazy: run one forward pass first"
+    if type(module) not in NVFP4_CLASSES:
+        kind = "parametrized" if nn.utils.parametrize.is_parametrized(module) else "a subclass of torch's layer"
+        return f"{type(module).__name__}: {kind}"
+    if "weight" not in module._parameters:
+        return "its weight is computed (weight_norm, spectral_norm or pruning)"
+    w = module.weight
+    groups = getattr(module, "groups", 1)
+    op = NVFP4_CLASSES[type(module)].op
+    return None if eligible.ineligible(op, w, w, groups, recipe or NVFP4BlockScaling()) is None else ""  # type: ignore

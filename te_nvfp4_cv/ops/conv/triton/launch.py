@@ -1,0 +1,266 @@
+"""Launches of the implicit GEMM kernels: the `triton` backend's convolutions, on packed operands.
+
+fprop and dgrad are one kernel. Rows that gather from the strided side (dgrad, and fprop of a transposed convolution)
+are split by what is left of their coordinates modulo the stride: within such a class the taps that hit a pixel at all
+are fixed, so no product is spent on zeros, and the class is a correlation of stride 1. Every class is a launch.
+The kernel w is small: one launch turns its packed face into rows along the contraction, whatever face it is.
+wgrad writes parts of sums to a workspace, and a second launch adds them in order: equal inputs give equal bits.
+Nothing here reads a tensor's value; tile sizes and the number of parts depend on shapes and the GPU alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from te_nvfp4_cv.backend import tuning
+from te_nvfp4_cv.backend.devices import on_its_device
+from te_nvfp4_cv.ops.conv.triton import kernels
+from te_nvfp4_cv.ops.conv.triton.walks import data_classes, weight_arguments
+from te_nvfp4_cv.ops.gemm.triton.launch import (
+    BLOCK,
+    NATIVE_TILES,
+    OTHER_TILES,
+    TWO_PACKED,
+    WIDE_FROM,
+    Gpu,
+    candidates_of,
+    gpu_of,
+    key_of,
+    rule_of,
+    unit_of,
+)
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+
+PARTS_BYTES = 1 << 28  # largest workspace of wgrad, unless one part is larger
+
+tuning.register(
+    "conv_data",  # one packed operand: the kernel is fp16 but for FP4 tensor cores
+    {
+        0: rule_of((256, 128, 128, 4, 1)),
+        80: rule_of((128, 128, 128, 8, 3), (128, 64, 128, 8, 3), (128, 128, 64, 4, 3)),
+        90: rule_of((128, 256, 128, 8, 3), (128, 128, 128, 8, 3), (128, 64, 128, 8, 3), (128, 128, 64, 4, 3)),
+        100: TWO_PACKED[100],
+        120: TWO_PACKED[120],
+    },
+    candidates_of(NATIVE_TILES, OTHER_TILES),
+)
+tuning.register(
+    "conv_weight", {0: rule_of((64, 64, 128, 4, 1)), **TWO_PACKED}, candidates_of(NATIVE_TILES, OTHER_TILES)
+)
+
+
+# ---- fprop and dgrad ------------------------------------------------------------------------------------------------
+
+
+def prepare(w: Tensor, scale: Tensor, g: ConvGeometry, to_b: bool, step: int, gpu: Gpu) -> tuple[Tensor, Tensor]:
+    """A packed face of the kernel as rows of data_product: (data, scale); scale is empty for fp16 data.
+
+    Args:
+        to_b: rows are the channels of the b side, contracted those of the a side; else the reverse.
+        step: blocks of 16 a step of data_product; the contraction is padded to a multiple.
+    """
+    each_b, each_a = g.channels_b // g.groups, g.channels_a // g.groups
+    each, each_in = (each_b, each_a) if to_b else (each_a, each_b)
+    if to_b:
+        face = kernels.TILES if scale.dim() == 4 else kernels.ROWS
+    else:
+        face = kernels.COLUMNS if w.dim() == 5 else kernels.TRANSPOSE
+    blocks = -(-each_in // BLOCK)
+    padded = -(-blocks // step) * step
+    rows = each * g.groups
+    if gpu.native:
+        out = torch.empty(rows, g.taps, padded * 8, dtype=torch.uint8, device=w.device)
+        out_scale = torch.empty(rows, g.taps, padded, dtype=torch.uint8, device=w.device)
+    else:
+        out = torch.empty(rows, g.taps, padded * 16, dtype=torch.float16, device=w.device)
+        out_scale = scale.new_empty(0)
+    total = rows * g.taps * padded
+    block = 4096 if w.device.type == "cpu" else 128  # the interpreter wants few programs
+    kernels.prepare_kernel[(triton.cdiv(total, block),)](
+        w.contiguous(),
+        scale.contiguous(),
+        out,
+        out_scale,
+        total,
+        g.taps,
+        blocks,
+        padded,
+        each,
+        each_in,
+        FACE=face,
+        HALF=not gpu.native,
+        QUADS=gpu.quads,
+        QB=step,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out, out_scale
+
+
+def _data(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    to_b: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """fprop or dgrad: [B, *image, channels]."""
+    image = g.b_size if to_b else g.a_size
+    channels, contracted = (g.channels_b, g.channels_a) if to_b else (g.channels_a, g.channels_b)
+    y = torch.empty((g.batch, *image, channels), dtype=dtype, device=x.device)
+    if not y.numel():
+        return y
+    gpu = gpu_of(x.device)
+    each, blocks = channels // g.groups, -(-(contracted // g.groups) // BLOCK)
+    launches = data_classes(g, to_b)
+    x, x_scale = x.contiguous(), x_scale.contiguous()
+    alpha, bias = (None if t is None else t.contiguous() for t in (alpha, bias))
+    unit = unit_of(blocks)
+
+    def run(tile: tuning.Config) -> None:
+        step = tile["BK"] // BLOCK
+        chunks = -(-blocks // step)
+        kernel, kernel_scale = prepare(w, w_scale, g, to_b, step, gpu)
+        for a in launches:
+            grid = (triton.cdiv(a["rows"], tile["BM"]) * triton.cdiv(each, tile["BN"]), g.groups)
+            kernels.data_product[grid](
+                x,
+                x_scale,
+                kernel,
+                kernel_scale,
+                y if alpha is None else alpha,
+                y if bias is None else bias,
+                y,
+                **{name: value for name, value in a.items() if name != "hits"},
+                channels=each,
+                units=blocks // unit,
+                x_units=blocks // unit * g.groups,
+                chunks=chunks,
+                steps=chunks * a["hits"],
+                TAPS=max(a["hits"], 1),
+                UNIT=unit,
+                FULL=blocks % step == 0,
+                WIDE=max(x.numel(), y.numel(), kernel.numel()) >= WIDE_FROM,
+                ALPHA=0 if alpha is None else 1 if alpha.numel() == 1 else 2,
+                BIAS=bias is not None,
+                NATIVE=gpu.native,
+                QUADS=gpu.quads,
+                PTX=gpu.ptx,
+                **tile,
+            )
+
+    key = key_of(gpu, max(a["rows"] for a in launches), each, blocks * BLOCK)
+    with torch.cuda.device_of(y):  # launches go to the current device
+        run(tuning.config("conv_data", gpu.arch, (*key, min(g.taps, 32)), run))
+    return y
+
+
+@on_its_device
+def fprop(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See conv_fprop; alpha None: the operands carry the tensor scales."""
+    return _data(x, x_scale, w, w_scale, alpha, bias, geometry, not geometry.transposed, dtype)
+
+
+@on_its_device
+def dgrad(
+    dy: Tensor,
+    dy_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See conv_dgrad."""
+    return _data(dy, dy_scale, w, w_scale, alpha, None, geometry, geometry.transposed, dtype)
+
+
+# ---- wgrad ----------------------------------------------------------------------------------------------------------
+
+
+def parts_of(gpu: Gpu, tiles: int, steps: int, size: int) -> int:
+    """Into how many parts the contraction is cut: about two programs a multiprocessor, eight steps a part, a bounded
+    workspace of `size` values a part.
+    """
+    wanted = min(-(-2 * gpu.processors // max(tiles, 1)), -(-steps // 8), PARTS_BYTES // (4 * max(size, 1)))
+    return max(1, min(wanted, 65535))
+
+
+@on_its_device
+def wgrad(
+    dy: Tensor,
+    dy_scale: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    alpha: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See conv_wgrad."""
+    g = geometry
+    dw = torch.empty(g.weight_shape, dtype=dtype, device=dy.device)
+    if not dw.numel():
+        return dw
+    (b, b_scale), (a, a_scale) = ((x, x_scale), (dy, dy_scale)) if g.transposed else ((dy, dy_scale), (x, x_scale))
+    gpu = gpu_of(dy.device)
+    each_a, each_b = g.channels_a // g.groups, g.channels_b // g.groups
+    arguments = weight_arguments(g.folded())
+    alpha = None if alpha is None else alpha.contiguous()
+    b, b_scale, a, a_scale = (t.contiguous() for t in (b, b_scale, a, a_scale))
+
+    def run(tile: tuning.Config) -> None:
+        line_chunks = max(1, -(-arguments["width"] * BLOCK // tile["BK"]))
+        tiles = triton.cdiv(each_b, tile["BM"]) * triton.cdiv(each_a, tile["BN"]) * g.taps
+        parts = parts_of(gpu, tiles * g.groups, arguments["lines"] * line_chunks, dw.numel())
+        sums = torch.empty((parts, *dw.shape), dtype=torch.float32, device=dw.device)
+        kernels.weight_product[(tiles, parts, g.groups)](
+            b,
+            b_scale,
+            a,
+            a_scale,
+            sums,
+            **arguments,
+            line_chunks=line_chunks,
+            parts=parts,
+            channels_b=g.channels_b,
+            channels_a=g.channels_a,
+            each_b=each_b,
+            each_a=each_a,
+            NATIVE=gpu.native,
+            QUADS=gpu.quads,
+            PTX=gpu.ptx,
+            **tile,
+        )
+        block = 65536 if gpu.arch == 0 else 1024
+        kernels.sum_parts[(triton.cdiv(dw.numel(), block),)](
+            sums,
+            sums if alpha is None else alpha,
+            dw,
+            dw.numel(),
+            parts,
+            g.taps * each_a if g.transposed else 1,  # a factor per channel of x: axis 0 of a transposed kernel, else 1
+            g.channels_b if g.transposed else each_a,
+            ALPHA=0 if alpha is None else 1 if alpha.numel() == 1 else 2,
+            BLOCK=block,
+            num_warps=4,
+        )
+
+    key = key_of(gpu, each_b, each_a, arguments["width"] * BLOCK)
+    with torch.cuda.device_of(dw):
+        run(tuning.config("conv_weight", gpu.arch, (*key, min(g.taps, 32)), run))
+    return dw

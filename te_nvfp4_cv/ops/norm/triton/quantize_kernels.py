@@ -1,0 +1,260 @@
+"""Triton kernels that normalize, activate and quantize in one pass: the activation itself is never written.
+
+    produced_amax_kernel       one read of z: the amaxes of the activation and of its RHT columns
+    produce_kernel             one read of z: both faces of the activation as an operand, and ReLU's mask
+
+The activation is the one that kernels.apply_kernel would store, rounded to z's dtype; codes and scales are those of
+ops/quantize for it, bit for bit. One program holds 16 images times BLOCK values, as in ops/quantize/kernels.py, whose
+layouts and numbers these are. Only what is common: channels last, no folding, groups of a multiple of 16 channels,
+nearest rounding. Launched by produce.py.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from te_nvfp4_cv.ops.triton import numerics as nx
+
+RELU: tl.constexpr = tl.constexpr(1)
+SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their atomic maxima over
+
+
+@triton.jit
+def produced_tile(
+    z,
+    residual,
+    weight,
+    bias,
+    mean,
+    rstd,
+    mask,
+    line,
+    first,
+    images,
+    run,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The 16 fp32 vectors of activations, image line * 16 + i, values first + lane; 0 where there are none.
+
+    GROUPS: of group normalization (mean, rstd [images, GROUPS]); 0: batch normalization ([CHANNELS]).
+    """
+    lane = tl.arange(0, BLOCK)
+    inside = lane < run - first
+    channel = ((first % CHANNELS).to(tl.int32) + lane) % CHANNELS
+    scale = tl.full((BLOCK,), 1.0, tl.float32)
+    shift = tl.zeros((BLOCK,), tl.float32)
+    if AFFINE:
+        scale = tl.load(weight + channel).to(tl.float32)
+        shift = tl.load(bias + channel).to(tl.float32)
+    if GROUPS == 0:
+        centre = tl.load(mean + channel)
+        factor = tl.load(rstd + channel) * scale
+    tile = ()
+    for i in tl.static_range(16):
+        image = line.to(tl.int64) * 16 + i
+        there = inside & (image < images)
+        origin = image * run + first
+        value = tl.load(z + origin + lane, mask=there, other=0.0)
+        if GROUPS:
+            group = tl.minimum(image, images - 1) * GROUPS + channel // (CHANNELS // GROUPS)
+            centre = tl.load(mean + group)
+            factor = tl.load(rstd + group) * scale
+        u = tl.fma(value.to(tl.float32) - centre, factor, shift)
+        if RESIDUAL:
+            u += tl.load(residual + origin + lane, mask=there, other=0.0).to(tl.float32)
+        if ACTIVATION == RELU:
+            passes = ~(u <= 0.0)
+            y = tl.where(passes, u, 0.0)
+            if KEEP:
+                bits = tl.reshape(tl.where(passes & there, 1, 0), (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
+                byte = tl.arange(0, BLOCK // 8)
+                filled = (byte * 8 < run - first) & (image < images)
+                tl.store(mask + origin // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=filled)
+        else:
+            y = u * tl.sigmoid(u)
+        y = tl.where(there, y.to(value.dtype).to(tl.float32), 0.0)
+        tile = tile + (y,)
+    return tile
+
+
+@triton.jit
+def produced_amax_kernel(
+    z,
+    residual,
+    weight,
+    bias,
+    mean,
+    rstd,
+    amax,
+    images,
+    run,
+    per_row,
+    tiles,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """amax: int32 [2], zero at first, raised to the bits of the activation's amax and (RHT) of its rotated columns'."""
+    row_top = tl.zeros((BLOCK,), tl.float32)
+    col_top = tl.zeros((BLOCK,), tl.float32)
+    for item in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first = (item % per_row).to(tl.int64) * BLOCK
+        tile = produced_tile(
+            z,
+            residual,
+            weight,
+            bias,
+            mean,
+            rstd,
+            z,
+            item // per_row,
+            first,
+            images,
+            run,
+            CHANNELS,
+            GROUPS,
+            AFFINE,
+            RESIDUAL,
+            ACTIVATION,
+            False,
+            BLOCK,
+        )
+        row_top = nx.max_nan(row_top, nx.max16(tile))
+        if RHT:
+            col_top = nx.max_nan(col_top, nx.max16(nx.hadamard16(tile)))
+    tl.atomic_max(amax, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
+    if RHT:
+        col_top = col_top * 0.25  # rounding is monotone: once, after the maximum, is the same as before it
+        if z.dtype.element_ty == tl.bfloat16:
+            col_top = col_top.to(tl.bfloat16).to(tl.float32)
+    else:
+        col_top = row_top
+    tl.atomic_max(amax + 1, tl.max(nx.magnitude_bits(col_top), 0), sem="relaxed")
+
+
+@triton.jit
+def produce_kernel(
+    z,
+    residual,
+    weight,
+    bias,
+    mean,
+    rstd,
+    mask,
+    amax,
+    row_data,
+    row_scale,
+    col_data,
+    col_scale,
+    slots,
+    images,
+    run,
+    per_row,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROW: tl.constexpr,
+    COL: tl.constexpr,
+    RHT: tl.constexpr,
+    OBSERVE: tl.constexpr,
+    E4M3_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of the activation, quantized rowwise (ROW 1: packed, 2: code * scale) and columnwise (COL 1: packed).
+
+    amax: fp32 [2]. row_data: as z in bf16 or fp32, or int32 [images, run / 8]; row_scale: uint8 [images, run / 16].
+    col_data: int64 [groups of 16 images, run]; col_scale: uint8 likewise. slots: int32 [3, SLOTS] (OBSERVE).
+    """
+    pid = tl.program_id(0)
+    line = pid // per_row
+    first = (pid % per_row).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < run - first
+    tile = produced_tile(
+        z,
+        residual,
+        weight,
+        bias,
+        mean,
+        rstd,
+        mask,
+        line,
+        first,
+        images,
+        run,
+        CHANNELS,
+        GROUPS,
+        AFFINE,
+        RESIDUAL,
+        ACTIVATION,
+        KEEP,
+        BLOCK,
+    )
+    row_top = tl.zeros((BLOCK // 16,), tl.float32)
+    saturated = tl.zeros((BLOCK // 16,), tl.int32)
+    if ROW != 0:
+        mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
+        for i in tl.static_range(16):
+            image = line.to(tl.int64) * 16 + i
+            v = tl.reshape(tile[i], (BLOCK // 16, 16))
+            amax_b = nx.max_of_rows(v)
+            byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
+            if OBSERVE:
+                row_top = nx.max_nan(row_top, amax_b)
+                saturated += tl.where(amax_b * mult > 448.0, 1, 0)
+            y = nx.scaled(v, enc[:, None])
+            q, word = nx.e2m1_nearest(y)
+            origin = image * run + first
+            if ROW == 2:
+                value = tl.reshape(nx.signed(q, y) * s_b[:, None], (BLOCK,)).to(row_data.dtype.element_ty)
+                tl.store(row_data + origin + lane, value, mask=inside & (image < images))
+            else:
+                code = ((word - nx.CODE_BIAS) & 7) | ((nx.bits_of(y) >> 28) & 8)
+                eight = tl.sum(tl.reshape(code, (BLOCK // 8, 8)) << (tl.arange(0, 8) * 4)[None, :], 1)
+                eighth = tl.arange(0, BLOCK // 8)
+                sixteenth = tl.arange(0, BLOCK // 16)
+                tl.store(row_data + origin // 8 + eighth, eight, mask=(eighth * 8 < run - first) & (image < images))
+                there = (sixteenth * 16 < run - first) & (image < images)
+                tl.store(row_scale + origin // 16 + sixteenth, byte.to(tl.uint8), mask=there)
+    if OBSERVE:
+        total = tl.sum(saturated, 0)
+        tl.atomic_max(slots + pid % SLOTS, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
+
+    if COL != 0:
+        mult, s_dec = nx.tensor_factors(tl.load(amax + 1), E4M3_MAX)
+        if RHT:
+            tile = nx.rotate16(tile, z.dtype.element_ty == tl.bfloat16)
+        amax_b = nx.max16(tile)
+        byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
+        if OBSERVE:
+            tl.atomic_max(slots + SLOTS + pid % SLOTS, tl.max(nx.magnitude_bits(amax_b), 0), sem="relaxed")
+            total += tl.sum(tl.where(inside & (amax_b * mult > 448.0), 1, 0), 0)
+        words = ()
+        ys = ()
+        for i in tl.static_range(16):
+            y = nx.scaled(tile[i], enc)
+            q, word = nx.e2m1_nearest(y)
+            words = words + (word,)
+            ys = ys + (y,)
+        column = line.to(tl.int64) * run + first
+        tl.store(col_data + column + lane, nx.join_words(words, ys), mask=inside)
+        tl.store(col_scale + column + lane, byte.to(tl.uint8), mask=inside)
+    if OBSERVE:
+        if total > 0:
+            tl.atomic_add(slots + 2 * SLOTS + pid % SLOTS, total, sem="relaxed")

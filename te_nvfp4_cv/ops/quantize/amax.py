@@ -1,0 +1,80 @@
+"""Amaxes are updated in place: those of delayed tensor scales, [roles, 2 faces] fp32, by one small kernel each on CUDA,
+and those that ranks share.
+
+    move      used = 6 E 2^k >= margin * seen, where seen is positive and finite; elsewhere used stays
+    collect   collected = max(collected, observed), where observed is finite; saturated += the third observed number
+    reduce    the largest amax of the ranks; NaN wins over inf, inf over numbers
+
+Nothing is read on the host. Called outside of graphs that torch.compile traces, so these are no custom operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.backend import dispatch
+
+on_received: list[Callable[[int], None]] = []  # told how many bytes arrive from other ranks: collectives.wire_bytes
+
+
+def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[int, ...], clear: bool) -> None:
+    """Take new amaxes from those seen.
+
+    Args:
+        used: fp32 [R, 2], R of 1 or 2 rows in memory order, overwritten; seen: the same, set to 0 where `clear`.
+        e4m3_max: of each row, 448 or 256; margin: of each row, a power of two.
+    """
+    if _by_kernels(used):
+        from te_nvfp4_cv.ops.quantize.triton import amax_kernels
+
+        return amax_kernels.move(used, seen, e4m3_max, margin, clear)
+    for row, (e, m) in enumerate(zip(e4m3_max, margin, strict=True)):
+        usable = (seen[row] > 0) & seen[row].isfinite()
+        used[row].copy_(torch.where(usable, formats.power_of_two_amax(seen[row], e, m), used[row]))
+    if clear:
+        seen.zero_()
+
+
+def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool) -> None:
+    """Remember what one call of quantize_operand observed.
+
+    Args:
+        collected: fp32 [2]; saturated: float64 [1], added to where `count`; observed: fp32 [3].
+    """
+    if _by_kernels(collected):
+        from te_nvfp4_cv.ops.quantize.triton import amax_kernels
+
+        return amax_kernels.collect(collected, saturated, observed, count)
+    finite = torch.where(observed[:2].isfinite(), observed[:2], 0.0)
+    torch.maximum(collected, finite, out=collected)
+    if count:
+        saturated.add_(observed[2])
+
+
+def reduce_amax(amax: Tensor, group: Any) -> Tensor:
+    """Replace amaxes by the largest of all ranks.
+
+    Args:
+        amax: fp32, not negative, overwritten and returned; of the same shape on all ranks.
+        group: a process group that this process is in; None is the default group.
+    """
+    # Numbers that are not negative have the order of their bits, and NaN is above inf there. But amax of a vectorized
+    # reduction gives a NaN with its sign bit set, a negative integer that every number would win over.
+    bits = amax.view(torch.int32).bitwise_and_(0x7FFFFFFF)
+    dist.all_reduce(bits, dist.ReduceOp.MAX, group=group)
+    ranks = dist.get_world_size(group)
+    for told in on_received:  # as a ring moves them: once around to find the maximum, once to spread it
+        told(2 * (ranks - 1) * amax.numel() * amax.element_size() // ranks)
+    return amax
+
+
+def _by_kernels(amax: Tensor) -> bool:
+    if not dispatch.kernels_serve(amax.device) or not dispatch.has_triton():
+        return False
+    return amax.device.type == "cpu" or torch.cuda.get_device_capability(amax.device) >= dispatch.MINIMUM_CAPABILITY

@@ -1,0 +1,318 @@
+"""Triton kernels that quantize operands of convolutions and linear layers: amax and both faces of an operand.
+
+An operand [B, *image, C] is a matrix of B images times `run` values. One program holds 16 images times BLOCK values:
+
+    columnwise block   one value of the 16 images: element i in vector i of a tuple, nothing crosses lanes
+    rowwise block      16 consecutive values of one image: vectors as [BLOCK / 16, 16]
+
+so that x is read once for both faces. The numbers are those of ops/numerics.py.
+
+Addresses are an int64 scalar (image, first value of the tile) plus an int32 vector inside the tile.
+Channels that are no multiple of 16 in each group: lanes count through the padded channels, [pixels, groups, Kb * 16],
+and those in the padding are masked out; images and rows of a folded operand that do not exist read as zeros.
+Weights, and 4over6, whose error sums have an order, take kernels_blocks.py: one lane per block.
+Launched by launch.py, which has the shapes; nothing here checks anything.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from te_nvfp4_cv.ops.triton import numerics as nx
+
+SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their atomic maxima over
+
+
+# ---- amax -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def amax_flat_kernel(x, amax, n, BLOCK: tl.constexpr):
+    """amax[0] = max(amax[0], bits of max |x|) over n values; amax: int32, zero at first. NaN wins."""
+    lane = tl.arange(0, BLOCK)
+    top = tl.zeros((BLOCK,), tl.int32)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
+        value = tl.load(x + start + lane, mask=lane < n - start, other=0.0).to(tl.float32)
+        top = tl.maximum(top, nx.magnitude_bits(value))
+    tl.atomic_max(amax, tl.max(top, 0), sem="relaxed")
+
+
+@triton.jit
+def amax_kernel(
+    x,
+    source_rows,
+    amax,
+    images,
+    rows,
+    run,
+    tiles,
+    ROW: tl.constexpr,
+    FOLDED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """amax[1] = max(amax[1], bits of the amax after folding and RHT); amax[0] = that of x itself, if ROW.
+
+    x: [images, rows, run] or, FOLDED, row source_rows [16 groups, rows] of x, -1 for zeros; tiles: BLOCK-wide tiles of
+    all (group, row).
+    """
+    lane = tl.arange(0, BLOCK)
+    per_row = tl.cdiv(run, BLOCK)
+    row_top = tl.zeros((BLOCK,), tl.float32)
+    col_top = tl.zeros((BLOCK,), tl.float32)
+    for item in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first = (item % per_row).to(tl.int64) * BLOCK
+        line = item // per_row
+        inside = lane < run - first
+        tile = load_tile(
+            x, source_rows, line // rows, line % rows, images, rows, run, first, lane, inside, FOLDED, MASKED
+        )
+        if ROW:
+            row_top = nx.max_nan(row_top, nx.max16(tile))
+        col_top = nx.max_nan(col_top, nx.max16(nx.hadamard16(tile)))
+    row_bits, col_bits = nx.max_of_both(nx.magnitude_bits(row_top), nx.magnitude_bits(col_top))
+    if ROW:
+        tl.atomic_max(amax, row_bits, sem="relaxed")
+    rotated = nx.float_of(col_bits) * 0.25  # rounding is monotone: after the maximum it is the same as before
+    if x.dtype.element_ty == tl.bfloat16:
+        rotated = rotated.to(tl.bfloat16).to(tl.float32)
+    tl.atomic_max(amax + 1, nx.magnitude_bits(rotated), sem="relaxed")
+
+
+@triton.jit
+def load_tile(
+    x,
+    source_rows,
+    group,
+    row,
+    images,
+    rows,
+    run,
+    first,
+    offset,
+    inside,
+    FOLDED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The 16 fp32 vectors of a tile: image group * 16 + i, row `row`, values first + offset where `inside`, else 0."""
+    tile = ()
+    for i in tl.static_range(16):
+        image = group.to(tl.int64) * 16 + i
+        if FOLDED:
+            source = tl.load(source_rows + image * rows + row)
+            value = tl.load(x + (tl.maximum(source, 0) * run + first) + offset, mask=inside & (source >= 0), other=0.0)
+        elif MASKED:
+            there = inside & (image < images)
+            value = tl.load(x + ((image * rows + row) * run + first) + offset, mask=there, other=0.0)
+        else:
+            value = tl.load(x + ((image * rows + row) * run + first) + offset)
+        tile = tile + (value.to(tl.float32),)
+    return tile
+
+
+# ---- both faces of an operand ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def quantize_kernel(
+    x,
+    source_rows,
+    amax,
+    seed,
+    row_data,
+    row_scale,
+    col_data,
+    col_scale,
+    slots,
+    images,
+    rows,
+    run,
+    per_row,
+    word2,
+    ROW: tl.constexpr,
+    COL: tl.constexpr,
+    RHT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    OBSERVE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    MASKED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    E4M3_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of an operand: quantized once, rowwise and columnwise, from the same 16 x BLOCK values.
+
+    x: [images, rows, run] or, FOLDED, its rows source_rows [16 groups, rows]. amax: fp32 [2] (rowwise, columnwise).
+    row_data: bf16 or fp32 as x, or int32 [images, padded run / 8]; row_scale: uint8 [images, padded run / 16].
+    col_data: bf16 or fp32 [16 groups, rows, run], or int64 [groups, rows, run]; col_scale: uint8 [groups, rows, run].
+    slots: int32 [3, SLOTS], zero at first: bits of amax of x, of the columnwise amax, saturated blocks (OBSERVE).
+    seed: int64 [1]; word2: int32, the third word of Philox counters. per_row: tiles of a row.
+    CHANNELS: of a group where they are no multiple of 16 (BLOCKS blocks then), else 0. ROW needs rows == 1.
+    """
+    pid = tl.program_id(0)
+    tile_index = (pid % per_row).to(tl.int64)
+    line = pid // per_row
+    group = line // rows
+    row = line % rows
+    lane = tl.arange(0, BLOCK)
+    first = tile_index * BLOCK  # of the padded run, where there is padding
+    if CHANNELS:
+        padded: tl.constexpr = BLOCKS * 16
+        segment = first // padded
+        at = (first % padded).to(tl.int32) + lane
+        inside = at % padded < CHANNELS
+        offset = at // padded * CHANNELS + at % padded
+        # not run.to(): Triton passes an argument of 1 as a constexpr
+        padded_run = (tl.zeros((), tl.int64) + run // CHANNELS) * padded
+        left = padded_run - first
+        first_value = segment * CHANNELS
+        inside = inside & (lane < left)
+    else:
+        offset = lane
+        padded_run = run
+        left = run - first
+        first_value = first
+        inside = lane < left
+    tile = load_tile(x, source_rows, group, row, images, rows, run, first_value, offset, inside, FOLDED, MASKED)
+    column = (group.to(tl.int64) * rows + row) * run + first_value
+    random = tile
+    if STOCHASTIC:
+        # the last term is zero: it gives the counters the layout of x, so that no random word changes threads
+        index = column + offset + ((nx.bits_of(tile[0]) & 1) >> 1)
+        random = nx.philox7(index, tl.load(seed), word2)
+
+    row_top = tl.zeros((BLOCK // 16,), tl.float32)
+    row_mult = 0.0
+    if ROW != 0:
+        row_mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
+        limit = left.to(tl.int32) if MASKED else BLOCK
+        for i in tl.static_range(16):
+            v = tl.reshape(tile[i], (BLOCK // 16, 16))
+            amax_b = nx.max_of_rows(v)
+            byte, s_b, enc = nx.block_scale(amax_b, row_mult, s_dec)
+            if OBSERVE:
+                row_top = nx.max_nan(row_top, amax_b)
+            y = nx.scaled(v, enc[:, None])
+            if STOCHASTIC:
+                q, word = nx.e2m1_stochastic(y, tl.reshape(nx.random_byte(random, i), (BLOCK // 16, 16)))
+            else:
+                q, word = nx.e2m1_nearest(y)
+            image = group.to(tl.int64) * 16 + i
+            if ROW == 2:
+                value = tl.reshape(nx.signed(q, y) * s_b[:, None], (BLOCK,)).to(row_data.dtype.element_ty)
+                place = row_data + (image * run + first_value) + offset
+                if MASKED:
+                    tl.store(place, value, mask=inside & (image < images))
+                else:
+                    tl.store(place, value)
+            else:
+                code = ((word - nx.CODE_BIAS) & 7) | ((nx.bits_of(y) >> 28) & 8)
+                eight = tl.reshape(code, (BLOCK // 8, 8)) << (tl.arange(0, 8) * 4)[None, :]
+                eight = tl.sum(eight, 1)
+                origin = image * padded_run + first
+                words = row_data + origin // 8 + tl.arange(0, BLOCK // 8)
+                scales = row_scale + origin // 16 + tl.arange(0, BLOCK // 16)
+                if MASKED:
+                    tl.store(words, eight, mask=(tl.arange(0, BLOCK // 8) * 8 < limit) & (image < images))
+                    there = (tl.arange(0, BLOCK // 16) * 16 < limit) & (image < images)
+                    tl.store(scales, byte.to(tl.uint8), mask=there)
+                else:
+                    tl.store(words, eight)
+                    tl.store(scales, byte.to(tl.uint8))
+    col_top = tl.zeros((BLOCK,), tl.float32)
+    col_mult = 0.0
+    if COL != 0:
+        col_mult, s_dec = nx.tensor_factors(tl.load(amax + 1), E4M3_MAX)
+        if RHT:
+            tile = nx.rotate16(tile, x.dtype.element_ty == tl.bfloat16)
+        col_top = nx.max16(tile)
+    if OBSERVE:  # before the columns are rounded: what it needs is not kept any longer
+        slot = slots + pid % SLOTS
+        if ROW != 0 and COL != 0:
+            spread = tl.reshape(tl.broadcast_to(row_top[:, None], (BLOCK // 16, 16)), (BLOCK,))
+            row_bits, col_bits = nx.max_of_both(nx.magnitude_bits(spread), nx.magnitude_bits(col_top))
+        elif ROW != 0:
+            row_bits = tl.max(nx.magnitude_bits(row_top), 0)
+            col_bits = row_bits
+        else:
+            col_bits = tl.max(nx.magnitude_bits(col_top), 0)
+            row_bits = col_bits
+        clipped = False
+        if ROW != 0:
+            tl.atomic_max(slot, row_bits, sem="relaxed")
+            clipped = nx.float_of(row_bits) * row_mult > 448.0
+        if COL != 0:
+            tl.atomic_max(slot + SLOTS, col_bits, sem="relaxed")
+            clipped = clipped | (nx.float_of(col_bits) * col_mult > 448.0)
+        if clipped | (row_bits > nx.INF_BITS) | (col_bits > nx.INF_BITS):  # rare; a NaN hides the other blocks
+            total = tl.zeros((), tl.int32)
+            if ROW != 0:
+                total += saturated_rows(x, group, images, run, first_value, offset, inside, row_mult, BLOCK)
+            if COL != 0:
+                total += tl.sum(tl.where(inside & (col_top * col_mult > 448.0), 1, 0), 0)
+            tl.atomic_add(slot + 2 * SLOTS, total, sem="relaxed")
+    if COL != 0:
+        byte, s_b, enc = nx.block_scale(col_top, col_mult, s_dec)
+        words = ()
+        ys = ()
+        for i in tl.static_range(16):
+            y = nx.scaled(tile[i], enc)
+            if STOCHASTIC:
+                q, word = nx.e2m1_stochastic(y, nx.random_byte(random, i))
+            else:
+                q, word = nx.e2m1_nearest(y)
+            if COL == 2:
+                image = group.to(tl.int64) * 16 + i
+                place = col_data + ((image * rows + row) * run + first_value) + offset
+                value = (nx.signed(q, y) * s_b).to(col_data.dtype.element_ty)
+                if MASKED:
+                    tl.store(place, value, mask=inside)
+                else:
+                    tl.store(place, value)
+            else:
+                words = words + (word,)
+                ys = ys + (y,)
+        if COL == 1:
+            both = nx.join_words(words, ys)
+            if MASKED:
+                tl.store(col_data + column + offset, both, mask=inside)
+                tl.store(col_scale + column + offset, byte.to(tl.uint8), mask=inside)
+            else:
+                tl.store(col_data + column + offset, both)
+                tl.store(col_scale + column + offset, byte.to(tl.uint8))
+
+
+@triton.jit
+def saturated_rows(x, group, images, run, first_value, offset, inside, mult, BLOCK: tl.constexpr):
+    """Rowwise blocks of a tile whose scale exceeds 448: x is read again, rather than 16 counters kept by every tile."""
+    count = tl.zeros((), tl.int32)
+    first = group.to(tl.int64) * 16
+    for image in range(first, tl.minimum(first + 16, images)):
+        value = tl.load(x + (image * run + first_value) + offset, mask=inside, other=0.0)
+        amax_b = nx.max_of_rows(tl.reshape(value.to(tl.float32), (BLOCK // 16, 16)))
+        count += tl.sum(tl.where(amax_b * mult > 448.0, 1, 0), 0)
+    return count
+
+
+@triton.jit
+def finish_kernel(slots, given, observed, used, SAME: tl.constexpr):
+    """What the programs saw, and the amaxes that decode with it.
+
+    slots: int32 [3, SLOTS]. given, used: fp32 [2]: used = given, NaN where the observed amax is inf or NaN.
+    observed: fp32 [3]: amax of x, of the columnwise operand, saturated blocks. SAME: both saw x, as it is.
+    """
+    lane = tl.arange(0, SLOTS)
+    row = tl.max(tl.load(slots + lane), 0)
+    col = tl.max(tl.load(slots + SLOTS + lane), 0)
+    if SAME:
+        row = tl.maximum(row, col)
+        col = row
+    tl.store(observed, nx.float_of(row))
+    tl.store(observed + 1, nx.float_of(col))
+    tl.store(observed + 2, tl.sum(tl.load(slots + 2 * SLOTS + lane), 0).to(tl.float32))
+    tl.store(used, tl.where(row < nx.INF_BITS, tl.load(given), float("nan")))
+    tl.store(used + 1, tl.where(col < nx.INF_BITS, tl.load(given + 1), float("nan")))

@@ -1,0 +1,234 @@
+"""Pieces of quantize/launch.py: meta-parameters of the kernels, rows of folded operands, launches that some share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.backend import tuning
+from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels, unpack_kernels
+from te_nvfp4_cv.ops.triton.numerics import OPTIONS
+
+BLOCK = 16
+PACKED = 1
+PROGRAMS = 132 * 8  # of the amax kernels, which loop: enough for the largest GPU, few enough for its atomics
+
+Entry = dict[str, int]
+
+
+def _entry(block: int, warps: int) -> Entry:
+    return {"BLOCK": block, "num_warps": warps}
+
+
+def _quantize(key: tuple[int, ...]) -> Entry:
+    """key: random bytes, x not bf16, ragged channels; then what only a search looks at.
+
+    128 elements a thread, in 168 registers, leave three blocks of 128 threads on a multiprocessor. With random bytes,
+    fp16, fp32, or ragged channels so many spill. A limit on registers (maxnreg) made the compiler spill more.
+    """
+    return _entry(512 if any(key[:3]) else 1024, 4)
+
+
+tuning.register(
+    "quantize",
+    {0: _entry(4096, 4), 80: _quantize},
+    lambda key: (
+        [_entry(256, 2), _entry(512, 4), _entry(1024, 8)] + ([] if key[0] else [_entry(1024, 4), _entry(512, 2)])
+    ),
+)
+tuning.register(
+    "quantize_amax",
+    {0: _entry(4096, 4), 80: _entry(1024, 4)},
+    lambda key: [_entry(512, 4), _entry(1024, 8), _entry(2048, 8)],
+)
+tuning.register(
+    "amax_flat",
+    {0: _entry(1 << 16, 4), 80: _entry(4096, 4)},
+    lambda key: [_entry(2048, 4), _entry(8192, 4), _entry(8192, 8)],
+)
+tuning.register("quantize_blocks", {0: _entry(1024, 4), 80: _entry(128, 4)})
+tuning.register("quantize_tiles", {0: _entry(64, 4), 80: _entry(8, 4)})  # BLOCK: tiles of 16 rows
+tuning.register(
+    "unpack_columns",
+    {0: _entry(4096, 4), 80: _entry(1024, 4)},
+    lambda key: [_entry(512, 4), _entry(1024, 8), _entry(2048, 8)],
+)
+tuning.register("unpack_rows", {0: _entry(4096, 4), 80: _entry(512, 4)})
+
+
+def quantize_blocks(
+    x: Tensor,
+    amax: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    form: int,
+    total: int,
+    sizes: tuple[int, int, int, int],
+    strides: tuple[int, int, int],
+    columns: bool,
+    ob: int,
+    kb: int,
+    error: int,
+    e4m3_max: int,
+    rht: bool = False,
+    seed: Tensor | None = None,
+    slots: Tensor | None = None,
+    source_rows: Tensor | None = None,
+    image_size: int = 1,
+) -> None:
+    """quantize_blocks_kernel, `total` blocks; sizes: rows of a group that are there, that are written, taps, width."""
+    config = config_of("quantize_blocks", x)
+    block_kernels.quantize_blocks_kernel[(ceil_div(total, config["BLOCK"]),)](
+        x,
+        x if source_rows is None else source_rows,
+        amax,
+        amax if seed is None else seed,
+        words_of(data) if form == PACKED else data,
+        scale,
+        data,
+        amax if slots is None else slots,
+        total,
+        *sizes,
+        *strides,
+        image_size,
+        0 if source_rows is None else 1,
+        COLUMNS=columns,
+        GROUP_BLOCKS=ob,
+        ROW_BLOCKS=kb,
+        FORM=form,
+        RHT=rht,
+        STOCHASTIC=seed is not None,
+        ERROR=error,
+        OBSERVE=slots is not None,
+        FOLDED=source_rows is not None,
+        E4M3_MAX=e4m3_max,
+        BLOCK=config["BLOCK"],
+        **options_of(config),
+    )
+
+
+def lines(x: Tensor, fold: Fold) -> tuple[int, int, int, Tensor | None]:
+    """(images, rows, run, table): the columnwise operand as rows of `run` values; one row an image where nothing is
+    folded, and then no table.
+    """
+    if fold.strips == 1:
+        return x.shape[0], 1, x.numel() // x.shape[0], None
+    run = math.prod(x.shape[2:])
+    return x.shape[0], fold.rows, run, _source_rows(fold, x.shape[0], x.shape[1], x.device)
+
+
+@functools.cache  # never dropped: a captured CUDA graph keeps the address
+def _source_rows(fold: Fold, batch: int, rows: int, device: torch.device) -> Tensor:
+    """int64 [images * rows]: which row of x each folded row is, -1 for zeros."""
+    return fold.source_rows(batch, rows).flatten().to(device)
+
+
+def amax_flat(x: Tensor, amax: Tensor) -> None:
+    """Raise amax[0], int32, to the bits of max |x| over x's memory (contiguous)."""
+
+    def launch(config: tuning.Config) -> None:
+        block = min(config["BLOCK"], max(power_of_two(x.numel()), 128))
+        grid = (min(ceil_div(x.numel(), block), PROGRAMS),)
+        operand_kernels.amax_flat_kernel[grid](x, amax, x.numel(), BLOCK=block, **options_of(config))
+
+    run_kernel("amax_flat", x, (tuning.bucket(x.numel()),), launch)
+
+
+def in_memory_order(w: Tensor) -> Tensor:
+    """w's values as one dense piece of memory, in any order; a copy only where w has gaps or overlaps."""
+    order = sorted(range(w.dim()), key=lambda axis: -w.stride()[axis])
+    return w.permute(order).contiguous()
+
+
+# ---- unpacking ------------------------------------------------------------------------------------------------------
+
+
+def unpack_columns(
+    data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | None, ob: int, rows: int, run: int
+) -> None:
+    def launch(config: tuning.Config) -> None:
+        block = block_width(run, config["BLOCK"])
+        bands = scale.numel() // run
+        per_band = ceil_div(run, block)
+        unpack_kernels.unpack_columns_kernel[(per_band * bands,)](
+            words_of(data),
+            scale.view(torch.uint8),
+            out,
+            scale if factor is None else factor,
+            run,
+            rows,
+            per_band,
+            FACTOR=factor is not None,
+            GROUP_BLOCKS=ob,
+            MASKED=bool(run % block or rows % BLOCK),
+            BLOCK=block,
+            **options_of(config),
+        )
+
+    run_kernel("unpack_columns", out, (tuning.bucket(run),), launch)
+
+
+def unpack_rows(
+    data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | None, width: int, taps: int, group_rows: int
+) -> None:
+    config = config_of("unpack_rows", out)
+    words = data.numel() // 4
+    unpack_kernels.unpack_rows_kernel[(ceil_div(words, config["BLOCK"]),)](
+        data.contiguous().view(torch.int32),
+        scale.contiguous().view(torch.uint8),
+        out,
+        scale if factor is None else factor,
+        words,
+        width,
+        taps,
+        FACTOR=factor is not None,
+        GROUP_ROWS=max(group_rows, 1),
+        ROW_BLOCKS=ceil_div(width, BLOCK),
+        TILED=group_rows > 0,
+        BLOCK=config["BLOCK"],
+        **options_of(config),
+    )
+
+
+# ---- small things ---------------------------------------------------------------------------------------------------
+
+
+def words_of(data: Tensor) -> Tensor:
+    """Packed columns [..., 8] uint8 as int64."""
+    return data.contiguous().view(torch.int64)
+
+
+def block_width(run: int, largest: int) -> int:
+    """The tile's width: the kernel's, or less where a row is shorter."""
+    return min(largest, max(power_of_two(run), 64))
+
+
+def config_of(kernel: str, x: Tensor) -> tuning.Config:
+    """The table's parameters for x's GPU."""
+    return tuning.config(kernel, tuning.arch_of(x.device))
+
+
+def run_kernel(kernel: str, x: Tensor, key: tuple[int, ...], launch: Callable[[tuning.Config], object]) -> None:
+    """launch() with the parameters that the table, or an earlier search, has for x's GPU."""
+    launch(tuning.config(kernel, tuning.arch_of(x.device), key, launch))
+
+
+def options_of(config: tuning.Config) -> dict[str, Any]:
+    """What a launch takes besides the kernel's own arguments."""
+    return {**OPTIONS, **{name: value for name, value in config.items() if name != "BLOCK"}}
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,98 @@
+"""Triton kernels that turn packed faces back into values: code * scale, exact in bf16, optionally times a factor.
+
+unpack_columns_kernel    sixteen images (or output channels) in 64 bits: sixteen rows of the result a lane
+unpack_rows_kernel       eight channels in 32 bits: eight neighbouring values of the result a lane
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from te_nvfp4_cv.ops.triton import numerics as nx
+
+
+@triton.jit
+def unpack_columns_kernel(
+    data,
+    scale,
+    out,
+    factor,
+    run,
+    rows,
+    per_band,
+    FACTOR: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out [groups * rows, run] from data int64 and scale uint8 [groups, GROUP_BLOCKS, run]: sixteen rows a block.
+
+    per_band: programs of a band of sixteen rows. One axis of the grid: the others end at 65535.
+    """
+    band = (tl.program_id(0) // per_band).to(tl.int64)
+    first = (tl.program_id(0) % per_band).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    source = band * run + first
+    ob = (band % GROUP_BLOCKS) * 16
+    if MASKED:
+        inside = lane < run - first
+        both = tl.load(data + source + lane, mask=inside, other=0)
+        s_b = nx.decode_e4m3(tl.load(scale + source + lane, mask=inside, other=0).to(tl.int32))
+    else:
+        inside = lane < BLOCK
+        both = tl.load(data + source + lane)
+        s_b = nx.decode_e4m3(tl.load(scale + source + lane).to(tl.int32))
+    low = both.to(tl.int32)
+    high = (both >> 32).to(tl.int32)
+    for i in tl.static_range(16):
+        value = nx.decode_e2m1(low if i < 8 else high, i % 8) * s_b
+        if FACTOR:
+            value = value * tl.load(factor)
+        place = out + ((band // GROUP_BLOCKS * rows + ob + i) * run + first) + lane
+        if MASKED:
+            tl.store(place, value.to(out.dtype.element_ty), mask=inside & (ob + i < rows))
+        else:
+            tl.store(place, value.to(out.dtype.element_ty))
+
+
+@triton.jit
+def unpack_rows_kernel(
+    data,
+    scale,
+    out,
+    factor,
+    words,
+    width,
+    taps,
+    FACTOR: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    TILED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out [segments, width] from data int32 [segments, ROW_BLOCKS * 2] and scale uint8, one a block.
+
+    TILED: segments are (row, tap), and the scales [group, ob, taps, ROW_BLOCKS] serve sixteen rows each.
+    """
+    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = word < words
+    codes = tl.load(data + word, mask=there, other=0)
+    block = word // 2
+    segment = block // ROW_BLOCKS
+    kb = block % ROW_BLOCKS
+    if TILED:
+        row = segment // taps
+        group = row // GROUP_ROWS
+        per_group: tl.constexpr = (GROUP_ROWS + 15) // 16
+        band = group * per_group + row % GROUP_ROWS // 16
+        block = (band * taps + segment % taps) * ROW_BLOCKS + kb
+    s_b = nx.decode_e4m3(tl.load(scale + block, mask=there, other=0).to(tl.int32))
+    k = tl.arange(0, 8)[None, :]
+    value = nx.float_of(((codes[:, None] << (28 - 4 * k)) >> 6) & -0x7E400000) * 8.507059173023462e37 * s_b[:, None]
+    if FACTOR:
+        value = value * tl.load(factor)
+    channel = (kb * 16 + word % 2 * 8)[:, None] + k
+    place = out + (segment[:, None] * width + channel)
+    tl.store(place, value.to(out.dtype.element_ty), mask=there[:, None] & (channel < width))

@@ -1,0 +1,90 @@
+"""Triton kernels that pass once over a dense tensor in memory order: ReLU with its 1-bit mask, the mask's application,
+and a GEMM's tensor scales with bias.
+
+One program handles BLOCK elements, eight consecutive ones a thread and step, so that eight of them make one byte of a
+mask. Offsets are int64: tensors may exceed 2^31 elements. Launch functions allocate results and check nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from te_nvfp4_cv.backend.devices import on_its_device
+
+BLOCK = 4096
+
+
+@triton.jit
+def relu_mask_kernel(x, y, mask, n, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+    """mask: bit i of byte j is set where x[8 j + i] > 0 or NaN; y = x where set, else +0 (only if WRITE)."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    left = tl.minimum(n - start, BLOCK).to(tl.int32)
+    byte = tl.arange(0, BLOCK // 8)
+    at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    value = tl.load(x + start + at, mask=at < left, other=0.0)  # zeros beyond the end set no bit
+    passes = ~(value.to(tl.float32) <= 0.0)
+    bits = tl.where(passes, 1, 0) << tl.arange(0, 8)[None, :]
+    tl.store(mask + start // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < left)
+    if WRITE:
+        tl.store(y + start + at, tl.where(passes, value, 0.0).to(y.dtype.element_ty), mask=at < left)
+
+
+@triton.jit
+def apply_mask_kernel(dy, mask, dx, n, BLOCK: tl.constexpr):
+    """dx = dy where the mask's bit is set, else +0."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    left = tl.minimum(n - start, BLOCK).to(tl.int32)
+    byte = tl.arange(0, BLOCK // 8)
+    at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    bits = tl.load(mask + start // 8 + at // 8, mask=at < left, other=0).to(tl.int32)  # eight lanes, one cache line
+    passes = ((bits >> tl.arange(0, 8)[None, :]) & 1) != 0
+    value = tl.load(dy + start + at, mask=at < left, other=0.0)
+    tl.store(dx + start + at, tl.where(passes, value, 0.0).to(dx.dtype.element_ty), mask=at < left)
+
+
+@triton.jit
+def scale_bias_kernel(y, out, alpha, bias, n, channels, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = round(y * alpha[0] + bias[i % channels]), computed in fp32."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = tl.arange(0, BLOCK)
+    inside = at < n - start
+    value = tl.load(y + start + at, mask=inside, other=0.0).to(tl.float32) * tl.load(alpha)
+    if HAS_BIAS:
+        first = (start % channels).to(tl.int32)
+        value = value + tl.load(bias + (first + at) % channels, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + start + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@on_its_device
+def relu_mask(x: Tensor, write: bool) -> tuple[Tensor, Tensor]:
+    """(relu(x), mask); without `write` the first is x itself, and the mask that of x's positive elements."""
+    y = torch.empty_like(x) if write else x
+    mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
+    if x.numel():
+        relu_mask_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, mask, x.numel(), WRITE=write, BLOCK=BLOCK)
+    return y, mask
+
+
+@on_its_device
+def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
+    """dy where the mask's bit is set, else 0."""
+    dx = torch.empty_like(dy)
+    if dy.numel():
+        apply_mask_kernel[(triton.cdiv(dy.numel(), BLOCK),)](dy, mask, dx, dy.numel(), BLOCK=BLOCK)
+    return dx
+
+
+@on_its_device
+def scale_bias(y: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """round(y * alpha + bias) in `dtype` for a contiguous y [..., C], alpha fp32 [1]; over y where the dtypes agree."""
+    out = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
+    if y.numel():
+        grid = (triton.cdiv(y.numel(), BLOCK),)
+        has_bias = bias is not None
+        scale_bias_kernel[grid](
+            y, out, alpha, bias if has_bias else alpha, y.numel(), y.shape[-1], HAS_BIAS=has_bias, BLOCK=BLOCK
+        )
+    return out

@@ -1,0 +1,389 @@
+"""The recipe: which numbers the three GEMMs of a layer use. Frozen data, with TransformerEngine's fields and defaults.
+
+    fprop  y  = x w     x: 1x16 blocks, nearest rounding            w: 16x16 blocks (disable_2d_quantization: 1x16)
+    dgrad  dx = dy w    dy: 1x16, stochastic rounding               w: the same codes, transposed
+    wgrad  dw = dy x    both 1x16 along the contracted rows, after a random Hadamard transform; dy stochastic
+
+A recipe says what is computed, never where (that is the backend). It refuses values outside the lists below when it is
+built, and combinations that no quantizer can carry out when it is used (`validate_for_use`), as TransformerEngine does.
+Booleans are True or False only: TransformerEngine also reads 1 and "yes", this class does not.
+The NVTE_* environment variables give the defaults and are read once, when this file is imported.
+TransformerEngine's own recipe objects are recognised by class name: nothing is imported from there.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from te_nvfp4_cv.errors import type_error, value_error, warn_once
+from te_nvfp4_cv.recipe.fields import (
+    ALLOWED,
+    GEMMS,
+    PLAIN,
+    ROLES,
+    bad_value,
+    check_choice,
+    check_gemms,
+    environment_flag,
+    one_of,
+    toml_text,
+    without_removed,
+)
+
+
+@dataclass(frozen=True)
+class QParams:
+    """How one operand is quantized; TransformerEngine's fields.
+
+    `power_2_scale` and `amax_epsilon` exist for TransformerEngine's other recipes; NVFP4 does not use them.
+    """
+
+    power_2_scale: bool = False
+    amax_epsilon: float = 0.0
+    random_hadamard_transform: bool = False
+    stochastic_rounding: bool = False
+    fp4_2d_quantization: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "amax_epsilon":
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise bad_value("QParams", field.name, value, "a number")
+                object.__setattr__(self, field.name, float(value))
+            elif not isinstance(value, bool):
+                raise bad_value("QParams", field.name, value, "True or False")
+
+
+class RoleSettings(NamedTuple):
+    """What a quantizer for one role needs to know, resolved as TransformerEngine's make_quantizers does."""
+
+    rht: bool
+    stochastic_rounding: bool
+    two_d: bool
+    four_over_six: str | None
+    e4m3_max: int
+    row_scaled: bool
+    delayed: bool = False
+    margin: int = 1
+
+
+_Recipe = TypeVar("_Recipe")
+
+MARGINS = {"input": 8, "grad_output": 4, "weight": 1}
+"""What tensor_scale="delayed" multiplies an earlier step's amax by; a weight's is its own. An estimate that is too
+large costs little, one that is too small clips; but gradients have small blocks that a large estimate loses."""
+
+
+def _knows_removed_fields(cls: type[_Recipe]) -> type[_Recipe]:
+    """Let the constructor take keywords that earlier versions had, as far as they still mean something.
+
+    dataclass writes the constructor, and a keyword that it does not know is a TypeError without a reason. This way
+    every path that builds a recipe from saved fields gives the reason, `**fields` and dataclasses.replace included.
+    """
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **fields: Any) -> None:
+        init(self, *args, **without_removed(fields))
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls
+
+
+@_knows_removed_fields
+@dataclass(frozen=True, repr=False)
+class NVFP4BlockScaling:
+    """The NVFP4 training recipe.
+
+    Args:
+        disable_rht: no random Hadamard transform on the two wgrad operands.
+        disable_stochastic_rounding: round dy to nearest even instead of stochastically.
+        disable_2d_quantization: weights in 1x16 blocks instead of 16x16: fprop and dgrad then see different weights.
+        row_scaled_activation: one tensor scale per row of x instead of one for x; needs disable_rht. Linear layers and
+            1x1 convolutions only: elsewhere the taps of one output would have different scales.
+        nvfp4_4over6: operands whose blocks choose between a scale that maps to 6 and one that maps to 4, by the smaller
+            error: none, weights, activations, all. Activations need disable_rht. Gradients never.
+        nvfp4_4over6_e4m3_use_256: which of those use 256 instead of 448 as the largest block scale.
+        nvfp4_4over6_err_mode: the error compared, MAE or MSE.
+        fp4_format: E2M1.
+        fp8_format: E4M3, the format of the block scales.
+        fp8_dpa: kept for TransformerEngine's sake: attention is never quantized here.
+        fp8_mha: as fp8_dpa.
+        backward_override: None; "high_precision": dgrad and wgrad on the original operands; "dequantized": dgrad and
+            wgrad in high precision on the dequantized fprop operands, which are kept packed.
+        tensor_scale: "current": the tensor's own amax, TransformerEngine's rule. "delayed": a power of two from the
+            amax of the training step before, with a margin (input 8, grad_output 4); a weight's from its own amax:
+            no pass over a tensor before it is quantized. Not with row_scaled_activation.
+        thin_layers: a layer with fewer than 16 channels on one side runs in "high_precision", or is zero-padded: "pad".
+        high_precision_gemms: any of fprop, dgrad, wgrad, which then do not run in NVFP4.
+        precision: (pattern of module names, None for high precision or another recipe) pairs; the last match wins.
+        name: what reports call it; takes no part in comparisons.
+    Raises:
+        ValueError: a value outside its list, fields that contradict each other, or a field that a version removed.
+    """
+
+    disable_rht: bool = environment_flag("disable_rht")
+    disable_stochastic_rounding: bool = environment_flag("disable_stochastic_rounding")
+    disable_2d_quantization: bool = environment_flag("disable_2d_quantization")
+    row_scaled_activation: bool = environment_flag("row_scaled_activation")
+    nvfp4_4over6: str = os.getenv("NVTE_NVFP4_4OVER6", "none")
+    nvfp4_4over6_e4m3_use_256: str = os.getenv("NVTE_NVFP4_4OVER6_E4M3_USE_256", "all")
+    nvfp4_4over6_err_mode: str = os.getenv("NVTE_NVFP4_4OVER6_ERR_MODE", "MAE").upper()
+    fp4_format: str = "E2M1"
+    fp8_format: str = "E4M3"
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: str | None = os.getenv("NVTE_BACKWARD_OVERRIDE")
+    tensor_scale: str = "current"
+    thin_layers: str = "high_precision"
+    high_precision_gemms: tuple[str, ...] = ()
+    precision: tuple[tuple[str, NVFP4BlockScaling | None], ...] = ()
+    name: str = dataclasses.field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for field in ("fp4_format", "fp8_format"):  # TransformerEngine's Format enum is taken by its member's name
+            object.__setattr__(self, field, getattr(getattr(self, field), "name", getattr(self, field)))
+        for field in ALLOWED:
+            check_choice(field, getattr(self, field))
+        if not isinstance(self.name, str):
+            raise bad_value("recipe", "name", self.name, "a string")
+        object.__setattr__(self, "high_precision_gemms", check_gemms(self.high_precision_gemms))
+        object.__setattr__(self, "precision", _check_precision(self.precision))
+        # resolved once: a layer asks about ten times a step
+        object.__setattr__(self, "_roles", {role: self._resolve(role) for role in ROLES})
+        numbers = {field: getattr(self, field) for field in PLAIN if field != "precision"}
+        changed = {field: value for field, value in numbers.items() if value != PLAIN[field]}
+        object.__setattr__(self, "_key", ";".join(f"{field}={value!r}" for field, value in changed.items()))
+        if self.backward_override == "dequantized" and self.high_precision_gemms:
+            raise value_error(
+                "recipe fields 'backward_override' and 'high_precision_gemms' contradict each other.",
+                got=f"backward_override='dequantized', high_precision_gemms={self.high_precision_gemms!r}",
+                needs="high_precision_gemms=() with 'dequantized', whose backward takes fprop's NVFP4 operands",
+                fix="choose one of the two",
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles hold every field. A frozen dataclass takes no setattr, so the dictionary is filled, as pickle would.
+        self.__dict__.update(without_removed(state))
+
+    @property
+    def fp4_quant_fwd_inp(self) -> QParams:
+        """QParams of the role input: x in fprop and wgrad."""
+        return QParams(random_hadamard_transform=not self.disable_rht)
+
+    @property
+    def fp4_quant_fwd_weight(self) -> QParams:
+        """QParams of the role weight: w in fprop and dgrad."""
+        return QParams(fp4_2d_quantization=not self.disable_2d_quantization)
+
+    @property
+    def fp4_quant_bwd_grad(self) -> QParams:
+        """QParams of the role grad_output: dy in dgrad and wgrad."""
+        return QParams(
+            random_hadamard_transform=not self.disable_rht,
+            stochastic_rounding=not self.disable_stochastic_rounding,
+        )
+
+    @property
+    def nvfp4_gemms(self) -> tuple[str, ...]:
+        """The GEMMs that run in NVFP4: those that neither high_precision_gemms nor backward_override takes out."""
+        out = set(self.high_precision_gemms) | ({"dgrad", "wgrad"} if self.backward_override is not None else set())
+        return tuple(gemm for gemm in GEMMS if gemm not in out)
+
+    @property
+    def key(self) -> str:
+        """The fields that decide numbers, as a text that crosses an operator's boundary; recipe_of_key reads it."""
+        found: str = self._key  # type: ignore[attr-defined]
+        return found
+
+    def settings(self, role: str) -> RoleSettings:
+        """The quantizer settings of one role: "input", "weight" or "grad_output"."""
+        if role not in ROLES:
+            raise bad_value("recipe.settings", "role", role, one_of(ROLES))
+        found: RoleSettings = self._roles[role]  # type: ignore[attr-defined]
+        return found
+
+    def _resolve(self, role: str) -> RoleSettings:
+        scope = {"input": "activations", "weight": "weights", "grad_output": ""}[role]
+        attribute = {
+            "input": "fp4_quant_fwd_inp",
+            "weight": "fp4_quant_fwd_weight",
+            "grad_output": "fp4_quant_bwd_grad",
+        }
+        qparams: QParams = getattr(self, attribute[role])
+        selected = bool(scope) and self.nvfp4_4over6 in (scope, "all")
+        return RoleSettings(
+            rht=qparams.random_hadamard_transform,
+            stochastic_rounding=qparams.stochastic_rounding,
+            two_d=qparams.fp4_2d_quantization,
+            four_over_six=self.nvfp4_4over6_err_mode if selected else None,
+            e4m3_max=256 if selected and self.nvfp4_4over6_e4m3_use_256 in (scope, "all") else 448,
+            row_scaled=role == "input" and self.row_scaled_activation,
+            delayed=self.tensor_scale == "delayed",
+            margin=MARGINS[role] if self.tensor_scale == "delayed" else 1,
+        )
+
+    def validate_for_use(self) -> None:
+        """Refuse what no quantizer can carry out; TransformerEngine raises the same when it builds its quantizers.
+
+        Raises:
+            ValueError: 4over6 or row scaling of activations together with RHT; both at once where wgrad runs in NVFP4;
+                delayed scales with row scaling.
+        """
+        activations = self.nvfp4_4over6 in ("activations", "all")
+        if activations and not self.disable_rht:
+            raise value_error(
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: 4over6 of activations does not go with RHT.",
+                got=f"nvfp4_4over6={self.nvfp4_4over6!r}, disable_rht=False",
+                needs="nvfp4_4over6 'none' or 'weights', or disable_rht=True",
+                fix="add disable_rht=True to the recipe, or use nvfp4_4over6='weights'",
+            )
+        if self.row_scaled_activation and not self.disable_rht:
+            raise value_error(
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: row-scaled activations do not go with RHT.",
+                got="row_scaled_activation=True, disable_rht=False",
+                needs="row_scaled_activation=False, or disable_rht=True",
+                fix="add disable_rht=True to the recipe",
+            )
+        if self.row_scaled_activation and activations and "wgrad" in self.nvfp4_gemms:
+            raise value_error(
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: wgrad cannot use row-scaled 4over6 activations.",
+                got=f"row_scaled_activation=True, nvfp4_4over6={self.nvfp4_4over6!r}, wgrad in NVFP4",
+                needs="one of: row_scaled_activation=False, nvfp4_4over6 'none' or 'weights', wgrad in high precision",
+                fix="set backward_override='high_precision', or drop one of the two",
+            )
+        if self.tensor_scale == "delayed" and self.row_scaled_activation:
+            raise value_error(
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: delayed scales do not go with row-scaled activations.",
+                got="tensor_scale='delayed', row_scaled_activation=True",
+                needs="one scale per tensor: the rows of one step are not those of the next",
+                fix="set tensor_scale='current', or row_scaled_activation=False",
+            )
+        if self.fp8_dpa or self.fp8_mha:
+            warn_once("recipe fp8 attention", "recipe: fp8_dpa and fp8_mha do nothing here, attention stays as it is")
+        for _, recipe in self.precision:
+            if recipe is not None:
+                recipe.validate_for_use()
+
+    def deviations(self) -> dict[str, Any]:
+        """The fields that differ from the default, with or without environment variables; `name` is not one of them."""
+        values = {field: (getattr(self, field), getattr(type(self), field)) for field in PLAIN}
+        return {field: value for field, (value, default) in values.items() if not value == default == PLAIN[field]}
+
+    def __repr__(self) -> str:
+        shown = ({"name": self.name} if self.name else {}) | self.deviations()
+        return f"{type(self).__name__}({', '.join(f'{field}={value!r}' for field, value in shown.items())})"
+
+    def to_toml(self) -> str:
+        """The recipe as the text of a recipe file: deviations only. `load_recipe` gives an equal recipe back."""
+        lines = [f"name = {toml_text(self.name)}", ""] if self.name else []
+        fields = {field: value for field, value in self.deviations().items() if field != "precision"}
+        lines += ["[recipe]", *(f"{field} = {toml_text(value)}" for field, value in fields.items())] if fields else []
+        lines += ["", "[precision]"] if self.precision else []
+        for pattern, recipe in self.precision:
+            inner = {"name": recipe.name} | recipe.deviations() if recipe is not None else {}
+            table = ", ".join(f"{field} = {toml_text(value)}" for field, value in inner.items())
+            lines.append(f"{toml_text(pattern)} = " + ('"high"' if recipe is None else f"{{{table}}}"))
+        return "\n".join(lines).strip() + "\n"
+
+
+@functools.lru_cache(maxsize=256)
+def recipe_of_key(key: str) -> NVFP4BlockScaling:
+    """The recipe, without name and [precision] table, whose `key` this is."""
+    changed = dict(pair.split("=", 1) for pair in key.split(";")) if key else {}
+    return NVFP4BlockScaling(**PLAIN | {field: ast.literal_eval(value) for field, value in changed.items()})
+
+
+def from_te(recipe: object) -> NVFP4BlockScaling:
+    """TransformerEngine's NVFP4BlockScaling object as ours; its fp4_quant_* attributes rule, as they do there.
+
+    Raises:
+        TypeError: an object of another class.
+        ValueError: QParams that no recipe of this class describes, such as RHT on one wgrad operand only.
+    """
+    if "NVFP4BlockScaling" not in {base.__name__ for base in type(recipe).__mro__}:
+        raise _not_a_recipe(recipe)
+    fields = {field: getattr(recipe, field, default) for field, default in PLAIN.items() if field != "precision"}
+    attributes = ("fp4_quant_fwd_inp", "fp4_quant_fwd_weight", "fp4_quant_bwd_grad")
+    inp, weight, grad = (getattr(recipe, attribute, None) for attribute in attributes)
+    if inp is not None and weight is not None and grad is not None:
+        fields["disable_rht"] = not inp.random_hadamard_transform
+        fields["disable_stochastic_rounding"] = not grad.stochastic_rounding
+        fields["disable_2d_quantization"] = not weight.fp4_2d_quantization
+        rht_differs = inp.random_hadamard_transform != grad.random_hadamard_transform
+        if rht_differs and fields["backward_override"] is None:
+            raise value_error(
+                "recipe: RHT on one of wgrad's two operands does not cancel.",
+                got=f"random_hadamard_transform {inp.random_hadamard_transform} for x, "
+                f"{grad.random_hadamard_transform} for dy",
+                needs="the same value in fp4_quant_fwd_inp and fp4_quant_bwd_grad",
+                fix="set both, or NVFP4BlockScaling(disable_rht=True)",
+            )
+        for attribute, qparams, refused in (
+            ("fp4_quant_fwd_inp", inp, ("stochastic_rounding", "fp4_2d_quantization")),
+            ("fp4_quant_fwd_weight", weight, ("stochastic_rounding", "random_hadamard_transform")),
+            ("fp4_quant_bwd_grad", grad, ("fp4_2d_quantization",)),
+        ):
+            for field in refused:
+                if getattr(qparams, field):
+                    raise value_error(
+                        f"recipe attribute '{attribute}': {field} cannot be on for this operand.",
+                        got=f"{field}=True",
+                        needs=f"{field}=False",
+                        fix=f"replace {attribute} by QParams without it",
+                    )
+            if qparams.power_2_scale or qparams.amax_epsilon:
+                warn_once("qparams unused", f"recipe: NVFP4 does not use power_2_scale and amax_epsilon ({attribute})")
+    return NVFP4BlockScaling(**fields)
+
+
+def as_recipe(recipe: object) -> NVFP4BlockScaling:
+    """Ours as it is, TransformerEngine's converted, None as the default recipe.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(recipe, NVFP4BlockScaling):
+        return recipe
+    return NVFP4BlockScaling() if recipe is None else from_te(recipe)
+
+
+def _not_a_recipe(recipe: object) -> TypeError:
+    fix = "pass NVFP4BlockScaling(), load_recipe(name_or_path), or None for the default"
+    got = f"{type(recipe).__module__}.{type(recipe).__qualname__}: {recipe!r:.80}"
+    if isinstance(recipe, bool):
+        fix = f"the first argument is the recipe: write enabled={recipe}"
+    elif isinstance(recipe, (str, os.PathLike)):
+        fix = f"load_recipe({os.fspath(recipe)!r})"
+    elif isinstance(recipe, type):
+        fix = f"an object, not the class: {recipe.__name__}()"
+    elif isinstance(recipe, Mapping):
+        fix = "NVFP4BlockScaling(**fields); a table of module names goes to set_precision(model, table)"
+    elif any(base.__name__ == "Recipe" for base in type(recipe).__mro__):
+        got = f"TransformerEngine's {type(recipe).__name__}"
+        fix = "use NVFP4BlockScaling(): other formats than NVFP4 are out of scope"
+    needs = "an NVFP4BlockScaling recipe, this package's or TransformerEngine's"
+    return type_error("not an NVFP4 recipe.", got=got, needs=needs, fix=fix)
+
+
+def _check_precision(table: object) -> tuple[tuple[str, NVFP4BlockScaling | None], ...]:
+    needs = "pairs (pattern of module names, None or a recipe without a precision table)"
+    pairs = tuple(table.items()) if isinstance(table, Mapping) else table
+    if not isinstance(pairs, (tuple, list)):
+        raise bad_value("recipe", "precision", table, needs)
+    out = []
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and pair[0]):
+            raise bad_value("recipe", "precision", pair, needs)
+        recipe = None if pair[1] is None else as_recipe(pair[1])
+        if recipe is not None and recipe.precision:
+            raise bad_value("recipe", "precision", pair, needs, "take the inner table out: one table per recipe")
+        out.append((pair[0], recipe))
+    return tuple(out)

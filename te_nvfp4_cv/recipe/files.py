@@ -1,0 +1,192 @@
+"""Recipe files: recipes/*.toml, found by name or path, read and written.
+
+    description = "what it is for"        optional, for people
+    name = "mine"                         optional; the file's name without it
+    [recipe]                              fields of NVFP4BlockScaling that deviate from the default
+    disable_rht = true
+    [precision]                           patterns of module names, in order, the last match wins
+    "head" = "high"                       high precision
+    "layer4.*" = "no_rht"                 another recipe, by name or path, or its fields in braces: {disable_rht = true}
+
+Refused, with the file's name, the key and what is allowed: unknown keys, bad values, text that is not TOML, a missing
+file, a [precision] table inside a recipe that a [precision] table names, fields that a version removed (with the
+version and the reason; a file that holds such a field's old default still loads).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from te_nvfp4_cv.errors import message, value_error
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.fields import PLAIN, without_removed
+
+FIELDS = tuple(field for field in PLAIN if field != "precision")
+TOP_LEVEL = ("description", "name", "recipe", "precision")
+
+
+def recipe_folder() -> Path:
+    """The folder of the recipes that come with the package: inside an installed one, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def list_recipes() -> dict[str, str]:
+    """The names of the recipes that come with the package, each with its description."""
+    found = {}
+    for path in sorted(recipe_folder().glob("*.toml")):
+        found[path.stem] = str(_parse(path).get("description", ""))
+    return found
+
+
+def load_recipe(name_or_path: str | os.PathLike[str]) -> NVFP4BlockScaling:
+    """The recipe of a file.
+
+    Args:
+        name_or_path: a name as `list_recipes` gives it, or a path: anything with a separator or the ending .toml.
+    Raises:
+        FileNotFoundError: no such recipe; the message lists the names there are.
+        ValueError: a file that is not TOML, unknown keys, bad values.
+    """
+    return _load(name_or_path, Path.cwd(), inner=False)
+
+
+def save_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str]) -> None:
+    """Write a recipe as a file that `load_recipe` reads back as an equal recipe."""
+    Path(path).write_text(recipe.to_toml(), encoding="utf-8")
+
+
+def parse_recipe(text: str, source: str = "recipe text") -> NVFP4BlockScaling:
+    """The recipe of a text: what `to_toml` gives, kept elsewhere than in a file.
+
+    Args:
+        source: what error messages call it.
+    Raises:
+        ValueError: as load_recipe.
+    """
+    return _from_table(Path(source), _parse_text(Path(source), text), inner=False)
+
+
+def _load(name_or_path: str | os.PathLike[str], folder: Path, *, inner: bool) -> NVFP4BlockScaling:
+    path = _find(name_or_path, folder)
+    return _from_table(path, _parse(path), inner=inner)
+
+
+def _from_table(path: Path, table: dict[str, Any], *, inner: bool) -> NVFP4BlockScaling:
+    _check_keys(path, "top level", table, TOP_LEVEL)
+    for section in ("recipe", "precision"):
+        if not isinstance(table.get(section, {}), dict):
+            raise _bad(path, section, table[section], "a table: a line [" + section + "], then its keys")
+    for text in ("description", "name"):
+        if not isinstance(table.get(text, ""), str):
+            raise _bad(path, text, table[text], "a string")
+    if inner and table.get("precision"):
+        raise _bad(path, "[precision]", tuple(table["precision"]), "no such table in a recipe that another one names")
+    recipes = {pattern: _precision(path, pattern, value) for pattern, value in table.get("precision", {}).items()}
+    return _build(path, "[recipe]", table.get("recipe", {}), table.get("name", path.stem), tuple(recipes.items()))
+
+
+def _find(name_or_path: str | os.PathLike[str], folder: Path) -> Path:
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise value_error(
+            "load_recipe: not a name.",
+            got=f"{name_or_path!r:.80}",
+            needs="a recipe's name or the path of a recipe file",
+            fix="a recipe object needs no loading: pass it on as it is",
+        )
+    text = os.fspath(name_or_path)
+    if isinstance(name_or_path, os.PathLike) or "/" in text or os.sep in text or text.endswith(".toml"):
+        path = folder / Path(text).expanduser()
+        if path.is_file():
+            return path
+        got = f"{text!r}: " + ("a folder" if path.is_dir() else "no such file")
+        fix = "correct the path, or load by name: " + ", ".join(_names())
+        text = message("load_recipe: no recipe file.", got=got, needs="the path of a .toml file", fix=fix)
+        raise FileNotFoundError(text)
+    path = recipe_folder() / f"{text}.toml"
+    if text and path.is_file():
+        return path
+    close = difflib.get_close_matches(text, _names(), 1)
+    fix = f"did you mean {close[0]!r}?" if close else "use one of these names, or a path that ends in .toml"
+    raise FileNotFoundError(
+        message("load_recipe: no recipe of this name.", got=repr(text), needs="one of: " + ", ".join(_names()), fix=fix)
+    )
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    return _parse_text(path, path.read_bytes())
+
+
+def _parse_text(path: Path, text: str | bytes) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise value_error(
+            f"recipe file '{path}': not TOML.",
+            got=str(error),
+            needs="a UTF-8 TOML file with the keys " + ", ".join(TOP_LEVEL),
+            fix="correct the file at that place",
+        ) from None
+
+
+def _check_keys(path: Path, where: str, table: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    for key in table:
+        if key in allowed:
+            continue
+        close = difflib.get_close_matches(key, allowed, 1)
+        fix = f"did you mean {close[0]!r}?" if close else f"remove {key!r}"
+        if where == "top level" and key in FIELDS:
+            fix = f"put {key!r} below a line [recipe]"
+        title = f"recipe file '{path}': unknown key {key!r} ({where})."
+        raise value_error(title, got=f"{key} = {table[key]!r}", needs="one of: " + ", ".join(allowed), fix=fix)
+
+
+def _bad(path: Path, key: str, value: object, needs: str) -> ValueError:
+    title = f"recipe file '{path}': bad value of {key}."
+    return value_error(title, got=f"{value!r:.120}", needs=needs, fix=f"correct {key}")
+
+
+def _build(
+    path: Path,
+    where: str,
+    fields: dict[str, Any],
+    name: str,
+    precision: tuple[tuple[str, NVFP4BlockScaling | None], ...] = (),
+) -> NVFP4BlockScaling:
+    try:
+        values = without_removed(fields)
+    except ValueError as error:
+        raise ValueError(f"recipe file '{path}', {where}: {error}") from None
+    _check_keys(path, where, values, FIELDS)
+    if values.get("backward_override") == "none":  # TOML has no null
+        values["backward_override"] = None
+    try:
+        return NVFP4BlockScaling(**values, precision=precision, name=name)
+    except ValueError as error:
+        raise ValueError(f"recipe file '{path}', {where}: {error}") from None
+
+
+def _precision(path: Path, pattern: str, value: object) -> NVFP4BlockScaling | None:
+    where = f"[precision] {pattern!r}"
+    if value == "high":
+        return None
+    if isinstance(value, str):
+        try:
+            return _load(value, path.parent, inner=True)
+        except FileNotFoundError as error:
+            raise ValueError(f"recipe file '{path}', {where}: neither \"high\" nor a recipe: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"recipe file '{path}', {where}: {error}") from None
+    if isinstance(value, dict):
+        fields = {key: item for key, item in value.items() if key != "name"}
+        return _build(path, where, fields, str(value.get("name", "")))
+    raise _bad(path, where, value, 'the string "high", a recipe\'s name or path, or its fields in braces')

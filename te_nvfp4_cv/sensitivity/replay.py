@@ -1,0 +1,184 @@
+"""diagnose: replay the step of a bundle in high precision and in NVFP4, then with each GEMM and each layer taken out.
+
+    1 + 1 + (GEMMs in NVFP4, at most 3) + (layers in NVFP4)     replays, forward and backward, no optimizer step
+
+Every replay starts from the bundle's weights, buffers, seed and delayed scales, in training mode. High precision is the
+bundle's autocast dtype without NVFP4; losses are not scaled, as a GradScaler would. Stochastic rounding starts anew at
+the seed, as it does where a step is seeded.
+Refused: a builder that nobody asked to run, a model that the bundle's weights do not fit.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from te_nvfp4_cv.backend import devices, dispatch
+from te_nvfp4_cv.errors import describe, type_error, value_error
+from te_nvfp4_cv.nn.precision import set_precision
+from te_nvfp4_cv.nn.resume import extra_state
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.fields import GEMMS
+from te_nvfp4_cv.recipe.files import parse_recipe
+from te_nvfp4_cv.sensitivity import builder as builders
+from te_nvfp4_cv.sensitivity.bundle import Bundle, load_bundle
+from te_nvfp4_cv.sensitivity.diagnosis import Diagnosis, Replay, without_gemm
+from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
+from te_nvfp4_cv.sensitivity.measure import Loss, Measure, Measured, compare
+from te_nvfp4_cv.sensitivity.trace import Trace
+
+
+def diagnose(
+    bundle: Bundle | str | os.PathLike[str],
+    build: builders.Build | None = None,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+) -> Diagnosis:
+    """Find out what made a step go wrong.
+
+    Args:
+        bundle: of load_bundle, or its file.
+        build: build(arguments) -> (model, loss) with loss(model, batch) -> scalar; the model's weights are overwritten.
+            None: the bundle's own builder, if it is one of this project's examples.
+        device: where to replay; equal bits need the device of the step.
+        backend: as for nvfp4_autocast.
+    Raises:
+        ValueError, TypeError: a bundle, builder or model that does not serve; RuntimeError: no such device.
+    """
+    path = "BUNDLE" if isinstance(bundle, Bundle) else os.fspath(bundle)
+    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    dispatch.check_backend(backend)
+    where = devices.usable(device, "diagnose")
+    build = builders.recorded(loaded.builder["name"], path) if build is None else build
+    model, loss = _built(build, loaded, where)
+    recipe = parse_recipe(loaded.recipe_text, "the bundle's recipe") if loaded.recipe_text else None
+    if recipe is not None and recipe.precision:
+        set_precision(model, recipe)
+    return _Step(loaded, model, loss, recipe, where, backend).diagnosis()
+
+
+class _Step:
+    """The step, ready to be replayed."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        model: nn.Module,
+        loss: Loss,
+        recipe: NVFP4BlockScaling | None,
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        self.bundle, self.model, self.recipe, self.device = bundle, model, recipe, device
+        self.batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, bundle.batch)
+        scales = (bundle.nvfp4_state or {}).get("scales", {})
+
+        def prepare() -> None:
+            now = extra_state(model)
+            extra_state(model, load={**now, "scales": scales})
+
+        self.measure = Measure(model, loss, recipe or NVFP4BlockScaling(), backend, gradients=True, prepare=prepare)
+
+    def diagnosis(self) -> Diagnosis:
+        """All replays."""
+        trace = Trace()
+        high = self._in_high_precision(trace)
+        head = (self.bundle.step, self.bundle.reason, self.bundle.loss, _replay(high, None, trace))
+        if self.recipe is None:
+            return Diagnosis(*head)
+        watched: list[tuple[Measured, Trace]] = []
+
+        def run() -> None:
+            trace = Trace()
+            watched.append((self._run({}, trace), trace))
+
+        units, _ = units_of(self.model, run)
+        nvfp4 = _replay(watched[0][0], high, watched[0][1])
+        if not high.finite:  # what NVFP4 does to it says nothing
+            return Diagnosis(*head, nvfp4, recipe_used=self.recipe)
+        gemms, layers = self._toggled(units, high)
+        return Diagnosis(*head, nvfp4, gemms, layers, self.recipe)
+
+    def _in_high_precision(self, trace: Trace) -> Measured:
+        """The first replay: what somebody else's code refuses comes to light here."""
+        try:
+            return self._run(dict.fromkeys((module for _, module in named(self.model)), None), trace, outside=False)
+        except Exception as error:
+            raise value_error(
+                "diagnose: the step cannot be replayed.",
+                got=f"{type(error).__name__}: {error}",
+                needs="a builder whose loss(model, batch) takes the bundle's batch and returns a scalar",
+                fix="name the builder that wrote the bundle, or correct it",
+            ) from error
+
+    def _toggled(self, units: list[Unit], high: Measured) -> tuple[dict[str, Replay], dict[str, Replay]]:
+        """With each GEMM, and with each layer, in high precision."""
+        own: dict[nn.Module, NVFP4BlockScaling | None] = {unit.module: unit.recipe for unit in units}
+        gemms: dict[str, Replay] = {}
+        for gemm in GEMMS:
+            changed = {
+                unit.module: without_gemm(unit.recipe, gemm)
+                for unit in units
+                if gemm in unit.recipe.nvfp4_gemms and unit.recipe.backward_override != "dequantized"
+            }
+            if changed:
+                gemms[gemm] = _replay(self._run({**own, **changed}), high)
+        layers = {unit.name: _replay(self._run({**own, unit.module: None}), high) for unit in units}
+        return gemms, layers
+
+    def _run(self, entries: Entries, trace: Trace | None = None, outside: bool = True) -> Measured:
+        dtype = None if self.bundle.autocast is None else getattr(torch, self.bundle.autocast)
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+            return self.measure(self.batch, entries, self.bundle.seeds["torch"], outside, trace)
+
+
+def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) -> Replay:
+    error = cosine = None
+    if high is not None and high.finite and found.finite:
+        error, cosine = compare(found, high)
+    return Replay(
+        found.loss,
+        found.gradient_norm,
+        found.finite,
+        error,
+        cosine,
+        None if trace is None else trace.forward,
+        None if trace is None else trace.backward,
+    )
+
+
+def _built(build: builders.Build, bundle: Bundle, device: torch.device) -> tuple[nn.Module, Loss]:
+    try:
+        with torch.random.fork_rng([]):  # its weights are drawn for nothing
+            built: Any = build(dict(bundle.builder["arguments"]))
+    except Exception as error:  # somebody else's code
+        raise value_error(
+            "diagnose: the builder failed.",
+            got=f"{type(error).__name__}: {error}",
+            needs=f"build(arguments) -> (model, loss) for {bundle.builder['arguments']!r}",
+            fix="correct the builder, or name the one that wrote the bundle",
+        ) from error
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module) and callable(built[1])):
+        raise type_error(
+            "diagnose: the builder gave something else.",
+            got=", ".join(map(describe, built)) if isinstance(built, tuple) else describe(built),
+            needs="(a torch.nn.Module, a function loss(model, batch))",
+            fix="return model, loss",
+        )
+    model, loss = built
+    model.to(device)
+    try:
+        model.load_state_dict(bundle.model_state)
+    except RuntimeError as error:
+        raise value_error(
+            "diagnose: the bundle's weights do not fit the model that the builder made.",
+            got="; ".join(line.strip() for line in str(error).splitlines()[1:4]),
+            needs="the architecture of the step",
+            fix="name the builder that wrote the bundle, or correct its arguments",
+        ) from None
+    return model.train(), loss

@@ -1,0 +1,198 @@
+"""scan: each layer quantized alone, and all layers but that one; what each does to the loss.
+
+    alone     loss(this layer in NVFP4) - loss(high precision)
+    without   loss(all layers in NVFP4 but this one) - loss(high precision)
+    all       loss(all layers in NVFP4) - loss(high precision)
+
+Means over the batches, with their standard errors. Batch i runs under the seed `seed + i` in every configuration:
+dropout masks are the same. Costs 2 + L evaluations of each batch for L layers in one mode, 2 + 2 L in both.
+The model's own set_precision entries do not count while it is scanned, and are as they were afterwards, like its
+parameters, gradients, buffers, flags, hooks, delayed scales and the random state.
+Refused: no layer that runs in NVFP4, no batches, a loss that is no scalar or not finite in high precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.context import state
+from te_nvfp4_cv.errors import check_module, check_trainable, value_error
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
+from te_nvfp4_cv.sensitivity.measure import Loss, Measure, Measured, compare
+from te_nvfp4_cv.sensitivity.scan_report import Change, LayerScan, Scan
+
+MODES = {"one": (True, False), "all_but_one": (False, True), "both": (True, True)}
+
+
+def scan(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    recipe: Any = None,
+    mode: str = "one",
+    gradients: bool = False,
+    backend: str = "auto",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scan:
+    """Measure how much each layer's quantization changes the loss.
+
+    The model runs as it is: call model.train() or model.eval() before. torch.autocast counts where it is on.
+
+    Args:
+        loss: loss(model, batch) -> scalar tensor.
+        batches: what `loss` takes, read once; a few that stand for the data.
+        recipe: None: that of the enclosing context, or the default recipe. Its [precision] table is left out of the
+            measurement.
+        mode: "one": each layer alone; "all_but_one"; "both".
+        gradients: compare the whole gradient as well, and rank by its error: a surer sign than the loss, at two to
+            three times the cost.
+        backend: as for nvfp4_autocast.
+        progress: called as progress(evaluations done for this batch, of how many), for each batch anew.
+    Returns:
+        Scan: print it, or take `suggest(...)`, `recipe(...)`, `save(path, ...)`.
+    Raises:
+        TypeError, ValueError: what the file's docstring refuses.
+    """
+    check_module("scan", model, "scan(model, loss, batches) with loss(model, batch)")
+    check_trainable("scan", model)
+    if mode not in MODES:
+        raise value_error("scan: unknown mode.", got=repr(mode), needs=f"one of {', '.join(MODES)}", fix="mode='both'")
+    dispatch.check_backend(backend)
+    resolved = _resolved(recipe)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # DDP's own forward waits for a backward pass
+    run = _Run(Measure(model, loss, resolved, backend, gradients), MODES[mode], seed, progress)
+    for index, batch in enumerate(batches):
+        run.batch(batch, index)
+    if not run.high:
+        raise value_error(
+            "scan: there are no batches.",
+            got="an iterable without elements",
+            needs="at least one batch",
+            fix="a list of batches: an iterator that was read before is empty",
+        )
+    return run.report()
+
+
+def _resolved(recipe: Any) -> NVFP4BlockScaling:
+    current = state.state()
+    if recipe is None and current is not None and current.enabled:
+        recipe = current.recipe
+    resolved = dataclasses.replace(as_recipe(recipe), precision=())
+    resolved.validate_for_use()
+    return resolved
+
+
+class _Run:
+    """The measurements so far: per configuration, one for each batch."""
+
+    def __init__(
+        self,
+        measure: Measure,
+        modes: tuple[bool, bool],
+        seed: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.measure, self.modes, self.seed, self.progress = measure, modes, seed, progress
+        self.units: list[Unit] = []
+        self.total_flops = 0
+        self.high: list[float] = []
+        self.everything = _Column()
+        self.columns: list[tuple[_Column, _Column]] = []
+
+    def batch(self, batch: Any, index: int) -> None:
+        """All configurations on one batch."""
+        seed, done = self.seed + index, 0
+        if not self.units:
+            self._find(batch, seed)
+        steps = 2 + len(self.units) * sum(self.modes)
+
+        def measured(entries: Entries) -> Measured:
+            nonlocal done
+            found = self.measure(batch, entries, seed)
+            done += 1
+            if self.progress is not None:
+                self.progress(done, steps)
+            return found
+
+        recipe = self.measure.recipe
+        none: Entries = dict.fromkeys((unit.module for unit in self.units), None)
+        everything = dict.fromkeys(none, recipe)
+        high = measured(none)
+        if not high.finite:
+            what = f"a loss of {high.loss}" if not math.isfinite(high.loss) else "a gradient with NaN or inf"
+            raise value_error(
+                f"scan: high precision is not finite on batch {index}.",
+                got=what,
+                needs="a model and a batch that work in high precision",
+                fix="nv.sensitivity.kurtosis(model) names weights that are not finite; else look at the batch",
+            )
+        self.high.append(high.loss)
+        self.everything.add(measured(everything), high)
+        for unit, (alone, without) in zip(self.units, self.columns, strict=True):
+            if self.modes[0]:
+                alone.add(measured({**none, unit.module: recipe}), high)
+            if self.modes[1]:
+                without.add(measured({**everything, unit.module: None}), high)
+
+    def _find(self, batch: Any, seed: int) -> None:
+        look = dataclasses.replace(self.measure, gradients=False)
+        every = {module: self.measure.recipe for _, module in named(self.measure.model)}
+        self.units, self.total_flops = units_of(self.measure.model, lambda: look(batch, every, seed))
+        if not self.units:
+            raise value_error(
+                "scan: no layer runs in NVFP4.",
+                got=f"{type(self.measure.model).__name__} with the recipe {self.measure.recipe!r}",
+                needs="convolutions or linear layers with 16 channels on both sides of a group (or thin_layers='pad')",
+                fix="print(nv.coverage(model, images)) says why each layer is left out",
+            )
+        self.columns = [(_Column(), _Column()) for _ in self.units]
+
+    def report(self) -> Scan:
+        """Means and standard errors over the batches."""
+        rows = [
+            LayerScan(unit.name, unit.op, unit.kernel, unit.flops, alone.change(), without.change())
+            for unit, (alone, without) in zip(self.units, self.columns, strict=True)
+        ]
+        everything = self.everything.change()
+        assert everything is not None
+        return Scan(
+            rows, statistics.fmean(self.high), everything, len(self.high), self.total_flops, self.measure.recipe
+        )
+
+
+class _Column:
+    """One configuration: loss changes, gradient errors and cosines, one for each batch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.errors: list[float] = []
+        self.cosines: list[float] = []
+
+    def add(self, found: Measured, high: Measured) -> None:
+        self.losses.append(found.loss - high.loss)
+        if found.gradients is not None:
+            error, cosine = compare(found, high)
+            self.errors.append(error)
+            self.cosines.append(cosine)
+
+    def change(self) -> Change | None:
+        if not self.losses:
+            return None
+        many = len(self.losses) > 1 and all(map(math.isfinite, self.losses))
+        return Change(
+            loss=statistics.fmean(self.losses),
+            loss_rms=math.sqrt(statistics.fmean(change * change for change in self.losses)),
+            standard_error=statistics.stdev(self.losses) / math.sqrt(len(self.losses)) if many else None,
+            gradient_error=statistics.fmean(self.errors) if self.errors else None,
+            gradient_cosine=statistics.fmean(self.cosines) if self.cosines else None,
+        )

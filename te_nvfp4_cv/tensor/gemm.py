@@ -1,0 +1,135 @@
+"""tensor.gemm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import errors, formats
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.ops.gemm.operator import _gemm_op
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+
+LAYOUTS = {"TN": ("rowwise", "rowwise"), "NN": ("rowwise", "columnwise"), "NT": ("columnwise", "columnwise")}
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def gemm(
+    a: NVFP4Tensor,
+    b: NVFP4Tensor,
+    layout: str = "TN",
+    out_dtype: torch.dtype = torch.bfloat16,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multiply two NVFP4Tensors.
+
+    Args:
+        a: x for "TN", dy for "NN" and "NT".
+        b: w for "TN" and "NN", x for "NT".
+        bias: added in fp32 before the cast, one value per column of the result.
+        accumulate: add the result to `out` in fp32 before the cast.
+        out: written in place and returned; its dtype is then the result's.
+        backend: "auto", "reference" or "vendor".
+    Returns:
+        Tensor of out_dtype; "TN" and "NN" keep a's leading dimensions.
+    Raises:
+        ValueError: operands that do not fit, see above.
+        TypeError: an operand that is no NVFP4Tensor.
+    """
+    _check(a, b, layout, out_dtype, bias, accumulate, out)
+    operands = []  # by attributes, not methods: torch.compile takes methods of a tensor subclass for operators
+    for t, face in zip((a, b), LAYOUTS[layout], strict=True):
+        if face == "rowwise":
+            assert t._rowwise_data is not None and t._rowwise_scale_inv is not None
+            data, scale, amax = t._rowwise_data.flatten(0, -2), t._rowwise_scale_inv, t._amax_rowwise
+        else:
+            assert t._columnwise_data is not None and t._columnwise_scale_inv is not None
+            data, scale, amax = t._columnwise_data, t._columnwise_scale_inv, t._amax_columnwise
+            if t._columnwise_layout == "ntile":
+                data, scale = formats.ntile_to_te(data, scale)
+        operands.append((data, scale, amax, t._nvfp4_e4m3_max, t._row_scaled_nvfp4))
+    I, J = operands[0][0].shape[0], operands[1][0].shape[0]  # noqa: E741
+    result = _gemm_op(
+        *operands[0],
+        *operands[1],
+        bias,
+        out.detach().reshape(I, J) if accumulate and out is not None else None,
+        out.dtype if out is not None else out_dtype,
+        dispatch.resolve(backend, a.device),
+    )
+    lead = a.shape[:-1] if LAYOUTS[layout][0] == "rowwise" else (I,)
+    result = result.reshape(*lead, J)
+    return result if out is None else out.copy_(result)
+
+
+def _check(
+    a: NVFP4Tensor,
+    b: NVFP4Tensor,
+    layout: str,
+    out_dtype: torch.dtype,
+    bias: Tensor | None,
+    accumulate: bool,
+    out: Tensor | None,
+) -> None:
+    """Raise for operands that do not fit together."""
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, NVFP4Tensor):
+            raise errors.type_error(
+                f"nvfp4 gemm: operand {name} is not quantized.",
+                got=errors.describe(t),
+                needs="an NVFP4Tensor",
+                fix="quantize it with NVFP4Quantizer",
+            )
+    if layout not in LAYOUTS:
+        raise errors.value_error(
+            "nvfp4 gemm: unknown layout.",
+            got=f"layout={layout!r}",
+            needs="'TN' (x, w), 'NN' (dy, w) or 'NT' (dy, x)",
+            fix="see the table of nv.gemm",
+        )
+    for name, t, face in zip(("a", "b"), (a, b), LAYOUTS[layout], strict=True):
+        if getattr(t, f"_{face}_data") is None:
+            raise errors.value_error(
+                f"nvfp4 gemm {layout}: operand {name} lacks its {face} face.",
+                got=repr(t),
+                needs=f"{name} with {face} data: this layout multiplies a {' by b '.join(LAYOUTS[layout])}",
+                fix=f"quantize it with NVFP4Quantizer({face}=True)",
+            )
+    length_a = a.shape[-1] if LAYOUTS[layout][0] == "rowwise" else a.shape[:-1].numel()
+    length_b = b.shape[-1] if LAYOUTS[layout][1] == "rowwise" else b.shape[:-1].numel()
+    if length_a != length_b:
+        raise errors.value_error(
+            f"nvfp4 gemm {layout}: the contracted lengths differ.",
+            got=f"a {tuple(a.shape)} contracts {length_a}, b {tuple(b.shape)} contracts {length_b}",
+            needs="equal lengths: K of x and w (TN), N of dy and w (NN), the rows of dy and x (NT)",
+            fix="check the operands' order and the layout",
+        )
+    rotated = [t._columnwise_rht and face == "columnwise" for t, face in zip((a, b), LAYOUTS[layout], strict=True)]
+    signs = {t._with_random_sign_mask for t, r in zip((a, b), rotated, strict=True) if r}
+    if rotated[0] != rotated[1] or len(signs) > 1:
+        raise errors.value_error(
+            f"nvfp4 gemm {layout}: the random Hadamard transform does not cancel.",
+            got=f"a {'rotated' if rotated[0] else 'as is'}, b {'rotated' if rotated[1] else 'as is'}",
+            needs="both operands rotated alike along the contraction, or none",
+            fix="quantize dy and x with the same with_rht and sign mask; weights without RHT",
+        )
+    dtype = out.dtype if out is not None else out_dtype
+    if dtype not in OUT_DTYPES or (accumulate and out is None):
+        raise errors.value_error(
+            f"nvfp4 gemm {layout}: nowhere to put the result.",
+            got=f"out_dtype {dtype}, accumulate={accumulate}, out={errors.describe(out)}",
+            needs="bfloat16, float16 or float32; `out` when accumulate=True",
+            fix="pass out_dtype=torch.bfloat16, or out=",
+        )
+    rows = a.shape[:-1].numel() if LAYOUTS[layout][0] == "rowwise" else a.shape[-1]
+    columns = b.shape[-1] if LAYOUTS[layout][1] == "columnwise" else b.shape[:-1].numel()
+    if (bias is not None and tuple(bias.shape) != (columns,)) or (out is not None and out.numel() != rows * columns):
+        raise errors.value_error(
+            f"nvfp4 gemm {layout}: bias or out does not fit the result.",
+            got=f"bias {errors.describe(bias)}, out {errors.describe(out)}",
+            needs=f"bias [{columns}], out of {rows} x {columns} elements",
+            fix="check the operands' order and the layout",
+        )

@@ -1,0 +1,70 @@
+"""Launch functions make their tensors' GPU the current one; every function that launches kernels is such a one."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import te_nvfp4_cv
+from te_nvfp4_cv.backend.devices import on_its_device
+
+OPS = Path(te_nvfp4_cv.__file__).parent / "ops"
+LAUNCHERS = {  # what operators call: each launches kernels, itself or through others of its file
+    "kernels.py": ("relu_mask", "apply_mask", "scale_bias"),
+    "quantize/launch.py": (
+        *("quantize_operand", "measure_operand", "quantize_kernel"),
+        *("unpack_columns", "unpack_rows", "unpack_kernel"),
+    ),
+    "conv/launch.py": ("fprop", "dgrad", "wgrad"),
+    "gemm/launch.py": ("multiply",),
+    "norm/launch.py": ("norm_forward", "norm_backward"),
+    "norm/produce.py": ("norm_quantize",),
+    "quantize/kernels_amaxes.py": ("move", "collect"),
+}
+
+
+@pytest.mark.parametrize("file", LAUNCHERS)
+def test_every_launcher_makes_its_device_current(file):
+    functions = {
+        node.name: [ast.unparse(decorator) for decorator in node.decorator_list]
+        for node in ast.parse((OPS / file).read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    for name in LAUNCHERS[file]:
+        assert "on_its_device" in functions[name], f"{file}: {name}"
+
+
+class Fake:
+    """A tensor on the second GPU, as far as its device goes."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+
+@pytest.mark.parametrize(("device", "entered"), [("cuda:1", ["cuda:1"]), ("cuda:0", []), ("cpu", [])])
+def test_the_first_tensors_device_becomes_current(monkeypatch, device, entered):
+    seen: list[str] = []
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.name = str(device)
+
+        def __enter__(self) -> None:
+            seen.append(self.name)
+
+        def __exit__(self, *_: object) -> None:
+            seen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    @on_its_device
+    def launch(x: Fake, n: int, *, twice: bool) -> tuple[int, list[str]]:
+        """Says so."""
+        return (2 * n if twice else n), list(seen)
+
+    assert launch(Fake(device), 4, twice=True) == (8, entered)
+    assert seen == [*entered, *(["left"] if entered else [])] and launch.__doc__ == "Says so."

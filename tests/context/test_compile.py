@@ -1,0 +1,226 @@
+"""torch.compile: whole networks in one graph, no recompilation from step to step, contexts guarded, the bits of eager.
+
+aot_eager traces forward and backward as every backend does and then runs the operators one by one: bits equal eager's.
+inductor fuses what lies between the operators, so its results are near.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import te_nvfp4_cv as nv
+from tests.helpers import relative_error, same_bits, values
+from tests.networks import NO_SR, Net, all_same, net_and_input, step
+
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo")
+ROOT = Path(__file__).resolve().parents[2]
+BAND = 0.02  # relative difference of losses over four steps: rounding of what inductor fuses, then of everything after
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    return counters["stats"]["unique_graphs"]
+
+
+def resnet50() -> tuple[nn.Module, Tensor, Tensor, str]:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    model = torchvision.models.resnet50(num_classes=10)
+    return model, values((4, 3, 32, 32)), torch.randint(10, (4,)), "resnet"
+
+
+def unet() -> tuple[nn.Module, Tensor, Tensor, str]:
+    from unet_coco.unet import UNet
+
+    return UNet(4, 0.25, "relu", 0.0), values((4, 3, 32, 32)), torch.randint(4, (4, 32, 32)), "unet"
+
+
+@pytest.mark.parametrize("make", [resnet50, unet], ids=["resnet50", "unet"])
+def test_unmodified_networks_train_and_evaluate_in_one_graph(make):
+    model, images, labels, name = make()
+    model = model.to(memory_format=torch.channels_last)
+    recipe = nv.load_recipe(name)
+    nv.set_precision(model, recipe)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    kept: list[float] = []
+    for index in range(4):  # contexts are made anew at each step, as users do
+        recompiles = torch._dynamo.config.patch(error_on_recompile=index >= 2)
+        with recompiles, torch.autocast("cpu", dtype=torch.bfloat16), nv.nvfp4_autocast(recipe):
+            loss = F.cross_entropy(compiled(images).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        kept.append(loss.item())
+        assert graphs() == 1
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    model.eval()
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), nv.nvfp4_autocast(recipe):
+            found, expected = compiled(images), model(images)
+        assert same_bits(found, expected) and graphs() == 2
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("recipe", [NO_SR, nv.NVFP4BlockScaling()], ids=["nearest", "stochastic"])
+def test_a_step_has_the_bits_of_eager(channels_last, recipe):
+    net, x = net_and_input()
+    net.dropout = nn.Identity()  # a graph draws its random numbers in another order
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    compiled = torch.compile(lambda net, x: net(x), backend="aot_eager", fullgraph=True)
+    if recipe is NO_SR:
+        assert all_same(step(net, x, nv.nvfp4_autocast(recipe)), step(net, x, nv.nvfp4_autocast(recipe), compiled))
+        return
+    eager, found = (step(net, x, nv.nvfp4_autocast(recipe), run) for run in (None, compiled))
+    assert same_bits(eager[0], found[0])  # seeds follow the order of the backward graph, which is not eager's
+    assert all(relative_error(a, b) < 0.5 for a, b in zip(eager[1:], found[1:], strict=True))
+
+
+def test_layers_that_share_a_gradient_draw_their_own_seeds():
+    conv = nn.ModuleList(nn.Conv2d(16, 16, 1, bias=False) for _ in range(2))
+    conv[1].load_state_dict(conv[0].state_dict())
+    x = values((16, 16, 4, 4))
+
+    def both(x: Tensor) -> Tensor:
+        return conv[0](x) + conv[1](x)
+
+    with nv.nvfp4_autocast():
+        torch.compile(both, backend="aot_eager", fullgraph=True)(x).backward(values((16, 16, 4, 4), seed=1))
+    assert not same_bits(conv[0].weight.grad, conv[1].weight.grad)
+
+
+def contexts() -> dict[str, Any]:
+    return {
+        "outside": contextlib.nullcontext(),
+        "inside": nv.nvfp4_autocast(NO_SR),
+        "disabled": nv.nvfp4_autocast(NO_SR, enabled=False),
+        "another recipe": nv.nvfp4_autocast(nv.NVFP4BlockScaling(disable_2d_quantization=True)),
+        "reference": nv.nvfp4_autocast(NO_SR, backend="reference"),
+    }
+
+
+def test_entering_and_leaving_a_context_is_noticed():
+    net, x = net_and_input()
+    net.eval()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        results = {}
+        for name, context in contexts().items():
+            with torch.no_grad(), context:
+                results[name] = compiled(x)
+                assert same_bits(results[name], net(x)), name
+        assert same_bits(results["outside"], results["disabled"])
+        assert not same_bits(results["outside"], results["inside"])
+        assert not same_bits(results["inside"], results["another recipe"])
+    assert graphs() == len(results)  # and none in the second round
+
+
+def test_a_context_inside_of_the_compiled_function():
+    net, x = net_and_input()
+    net.eval()
+
+    def forward(x: Tensor) -> Tensor:
+        with nv.nvfp4_autocast(NO_SR):
+            y = net(x)
+        return y + net(x)  # and in high precision
+
+    with torch.no_grad():
+        expected = forward(x)
+        assert same_bits(torch.compile(forward, backend="aot_eager", fullgraph=True)(x), expected)
+        assert not same_bits(expected, 2 * net(x))
+    assert nv.active_recipe() is None
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_precisions_reach_a_compiled_model_by_plain_names(when):
+    net, x = net_and_input()
+    net.eval()
+    table = {"body.*": None, "head": nv.NVFP4BlockScaling(disable_2d_quantization=True)}
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    nv.set_precision(net if when == "before" else compiled, table)
+    with torch.no_grad(), nv.nvfp4_autocast(NO_SR):
+        assert same_bits(compiled(x), net(x))
+        plain = Net().eval()
+        plain.load_state_dict(net.state_dict())
+        assert not same_bits(compiled(x), plain(x))
+
+
+def test_explicit_modules_compile():
+    net, x = net_and_input()
+    net.eval()
+    converted = nv.convert_model(net, NO_SR)
+    compiled = torch.compile(converted, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        inside = compiled(x)
+        assert same_bits(inside, converted(x))
+        with nv.nvfp4_autocast(enabled=False):
+            assert same_bits(compiled(x), converted(x)) and not same_bits(compiled(x), inside)
+
+
+def test_gradients_only_where_they_are_wanted():
+    net, x = net_and_input()
+    net.eval()
+    net.body[1].weight.requires_grad_(False)
+    compiled = torch.compile(lambda net, x: net(x), backend="aot_eager", fullgraph=True)
+    assert all_same(step(net, x, nv.nvfp4_autocast(NO_SR)), step(net, x, nv.nvfp4_autocast(NO_SR), compiled))
+    assert net.body[1].weight.grad is None
+
+
+def losses_eager_and_compiled() -> list[list[float]]:
+    """Four steps of a small net in eager mode, and compiled by inductor into one graph."""
+    x = values((16, 16, 8, 8))
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(16, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, 32, 3), nn.ReLU())
+        net = nn.Sequential(*layers, nn.Flatten())
+        run = torch.compile(net, fullgraph=True) if compiled else net
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+        losses.append([])
+        for _ in range(4):
+            with torch.autocast("cpu", dtype=torch.bfloat16), nv.nvfp4_autocast(NO_SR):
+                loss = run(x).float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert graphs() == 1
+    return losses
+
+
+def test_inductor_stays_near_eager():
+    """In a process of its own: inductor imports setuptools, which wants to be there before any distutils."""
+    cpp_builder = pytest.importorskip("torch._inductor.cpp_builder")
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("no C++ compiler for inductor")
+    code = "from tests.context.test_compile import losses_eager_and_compiled; print(losses_eager_and_compiled())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert losses[0][-1] < losses[0][0]
+    for eager, found in zip(*losses, strict=True):
+        assert abs(eager - found) <= BAND * abs(eager)

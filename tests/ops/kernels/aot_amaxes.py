@@ -1,0 +1,25 @@
+"""Ahead-of-time cases of ops/quantize/kernels_amaxes.py: see tests/aot.py."""
+
+from __future__ import annotations
+
+MODULE = "te_nvfp4_cv.ops.quantize.triton.amax_kernels"
+NUMBERS = ("mantissa_0", "mantissa_1", "exponent_0", "exponent_1", "margin_0", "margin_1")
+
+CASES = [
+    dict(
+        name="move",
+        fn=(MODULE, "move_kernel"),
+        signature=dict(used="*fp32", seen="*fp32", **dict.fromkeys(NUMBERS, "i32"), CLEAR="constexpr"),
+        constexprs=dict(CLEAR=True),
+        options=dict(num_warps=1, divisible=()),
+        expect=[],
+    ),
+    dict(
+        name="collect",
+        fn=(MODULE, "collect_kernel"),
+        signature=dict(collected="*fp32", saturated="*fp64", observed="*fp32", COUNT="constexpr"),
+        constexprs=dict(COUNT=True),
+        options=dict(num_warps=1, divisible=()),
+        expect=[],
+    ),
+]

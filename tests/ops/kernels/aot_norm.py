@@ -1,0 +1,157 @@
+"""Ahead-of-time cases of ops/norm/kernels.py: see tests/aot.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODULE = "te_nvfp4_cv.ops.norm.triton.kernels"
+BLOCK, ROWS, COLS = 2048, 64, 64
+WIDE = [r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"]  # 128 bits a thread and access
+INTEGERS = dict(slice_size="i64", per_image="i32", items="i32", inner="i32", channels="i32")
+
+
+def _pointers(names: str, **kinds: str) -> dict[str, str]:
+    return {
+        name: kinds.get(name, "*bf16" if name in ("z", "dy", "dz", "y", "residual", "dresidual") else "*fp32")
+        for name in names.split()
+    }
+
+
+def _case(name: str, kernel: str, signature: dict[str, str], constexprs: dict[str, Any], **more: Any) -> dict[str, Any]:
+    known = {**signature, **{key: "constexpr" for key in constexprs}}
+    return dict(
+        name=name, fn=(MODULE, kernel), signature=known, constexprs=constexprs, options=dict(num_warps=4), **more
+    )
+
+
+def _reduction(last: bool, **more: Any) -> dict[str, Any]:
+    rows, cols = (ROWS, COLS) if last else (512, 4)
+    return dict(ROWS=rows, COLS=cols, LAST=last, **more)
+
+
+def _elementwise(last: bool, activation: int, group_channels: int, **more: Any) -> dict[str, Any]:
+    return dict(
+        CHANNELS=256, GROUP_CHANNELS=group_channels, LAST=last, AFFINE=True, ACTIVATION=activation, BLOCK=BLOCK, **more
+    )
+
+
+CASES: list[dict[str, Any]] = []
+for last in (True, False):
+    layout = "last" if last else "first"
+    CASES.append(
+        _case(
+            f"statistics_{layout}",
+            "statistics_kernel",
+            {**_pointers("z partial"), **INTEGERS},
+            _reduction(last),
+            expect=WIDE[:1],
+            instructions_per_element=(ROWS * COLS if last else 2048, 44),
+        )
+    )
+    for activation, name in ((1, "relu"), (2, "silu")):
+        CASES.append(
+            _case(
+                f"backward_sums_{name}_{layout}",
+                "backward_sums_kernel",
+                {
+                    **_pointers("dy z mask weight bias mean rstd partial", mask="*u8"),
+                    **INTEGERS,
+                    "group_channels": "i32",
+                },
+                _reduction(last, AFFINE=True, ACTIVATION=activation, WHOLE_BYTES=last),
+                expect=WIDE[:1],
+                instructions_per_element=(ROWS * COLS if last else 2048, 52),
+            )
+        )
+for name, last, activation, group_channels, residual in (
+    ("batch_add_relu", True, 1, 1, True),
+    ("batch_add_relu_first", False, 1, 1, True),
+    ("group_silu", True, 2, 8, False),
+    ("group_silu_first", False, 2, 8, False),
+):
+    CASES.append(
+        _case(
+            f"apply_{name}",
+            "apply_kernel",
+            {**_pointers("z residual weight bias mean rstd y mask", mask="*u8"), "slice_size": "i64", "inner": "i32"},
+            _elementwise(last, activation, group_channels, RESIDUAL=residual, KEEP=activation == 1),
+            expect=WIDE,
+            instructions_per_element=(BLOCK, 30 if last else 60),
+        )
+    )
+    CASES.append(
+        _case(
+            f"backward_apply_{name}",
+            "backward_apply_kernel",
+            {
+                **_pointers("dy z mask weight bias mean rstd slope offset dz dresidual", mask="*u8"),
+                "slice_size": "i64",
+                "inner": "i32",
+            },
+            _elementwise(last, activation, group_channels, RESIDUAL=residual),
+            expect=WIDE,
+            instructions_per_element=(BLOCK, 40 if last else 70),
+        )
+    )
+for grouped in (False, True):
+    merge = dict(GROUP=grouped, SPLITS=128, WIDTH=32 if not grouped else 8)
+    integers = dict(splits="i32", channels="i32", group_channels="i32")
+    CASES.append(
+        _case(
+            f"finish_statistics_{'group' if grouped else 'batch'}",
+            "finish_statistics",
+            {
+                **_pointers("partial mean rstd running_mean running_var"),
+                **integers,
+                "momentum": "fp32",
+                "eps": "fp32",
+            },
+            dict(UPDATE=not grouped, **merge),
+        )
+    )
+    CASES.append(
+        _case(
+            f"finish_backward_{'group' if grouped else 'batch'}",
+            "finish_backward",
+            {**_pointers("partial weight rstd sums slope offset"), **integers, "count": "fp32"},
+            dict(AFFINE=True, BATCH_STATS=True, **merge),
+        )
+    )
+MADE = _pointers("z residual weight bias mean rstd")
+PRODUCED = 512  # values of each of 16 images: 64 elements a thread, 64-bit accesses
+for name, activation, groups, residual, row in (
+    ("batch_add_relu", 1, 0, True, 2),
+    ("batch_relu_packed", 1, 0, False, 1),
+    ("group_silu", 2, 32, False, 2),
+):
+    shared = dict(CHANNELS=256, GROUPS=groups, AFFINE=True, RESIDUAL=residual, ACTIVATION=activation, BLOCK=PRODUCED)
+    more: dict[str, Any] = dict(expect=[r"ld\.global\.v2\.b32"])
+    pointers = _pointers(
+        "mask amax row_data row_scale col_data col_scale slots",
+        mask="*u8",
+        row_data="*bf16" if row == 2 else "*i32",
+        row_scale="*u8",
+        col_data="*i64",
+        col_scale="*u8",
+        slots="*i32",
+    )
+    produce = _case(
+        f"produce_{name}",
+        "produce_kernel",
+        {**MADE, **pointers, "images": "i32", "run": "i32", "per_row": "i32"},
+        dict(KEEP=activation == 1, ROW=row, COL=1, RHT=True, OBSERVE=True, E4M3_MAX=448, **shared),
+        instructions_per_element=(16 * PRODUCED, 90),
+        **more,
+    )
+    measure = _case(
+        f"produced_amax_{name}",
+        "produced_amax_kernel",
+        {**MADE, "amax": "*i32", "images": "i32", "run": "i32", "per_row": "i32", "tiles": "i32"},
+        dict(RHT=True, **shared),
+        instructions_per_element=(16 * PRODUCED, 45),
+        **more,
+    )
+    for case in (produce, measure) if row == 2 else (produce,):
+        case["fn"] = (MODULE + "_produce", case["fn"][1])
+        case["options"] = dict(num_warps=4, enable_fp_fusion=False)
+        CASES.append(case)

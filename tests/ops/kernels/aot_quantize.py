@@ -1,0 +1,223 @@
+"""Ahead-of-time cases of ops/quantize/kernels*.py: see tests/aot.py.
+
+Tile sizes and warps are those of quantize/launch_parts.py's tables, by architecture. The fast paths are compiled as
+they run on whole tiles of plain images; the masked, folded and unaligned variants must compile without spilling, and
+have no budget. Budgets are instructions per element with everything counted: prologue, reductions, and the pass over
+saturated blocks that hardly ever runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from te_nvfp4_cv.backend import tuning
+from te_nvfp4_cv.ops.quantize.triton import tiles as launch_parts
+
+VARIANTS = (80, 90, 100, 120)  # of the cases without a budget; the others compile for all six
+FOLDER = "te_nvfp4_cv.ops.quantize.matrix"
+NO_FP8 = [r"!e4m3", r"!e5m2", r"!e2m1"]
+EXACT = [*NO_FP8, r"!(add|sub|mul|fma|div)[.\w]*\.ftz\.f32", r"!fma\.rn\.bf16", r"!div\.(full|approx)"]
+WIDE_LOADS = [r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global[.\w:]*\.v2\.b32"]
+WIDE_STORES = [r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64|st\.global[.\w:]*\.v2\.b32"]
+INTEGERS = ("images", "rows", "run", "per_row", "word2")
+
+
+def case(
+    name: str, file: str, kernel: str, table: str, signature: dict[str, str], values: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    """A case whose BLOCK comes from the table; every entry of `values` is a constexpr."""
+    values = dict(values)
+    width, key = more.pop("width", "BLOCK"), more.pop("key", ())
+    return dict(
+        name=name,
+        fn=(f"{FOLDER}.{file}", kernel),
+        signature=signature | {value: "constexpr" for value in values} | {width: "constexpr"},
+        constexprs=lambda arch: {**values, width: tuning.static(table, arch, key)["BLOCK"]},
+        options=lambda arch: launch_parts.options_of(tuning.static(table, arch, key)),
+        **({} if "instructions_per_element" in more else {"archs": VARIANTS}),
+        **more,
+    )
+
+
+def quantize(name: str, **changes: Any) -> dict[str, Any]:
+    """A case of quantize_kernel: both faces of whole tiles unless changed."""
+    budget, x = changes.pop("budget", None), changes.pop("x", "bf16")
+    values: dict[str, Any] = dict(
+        ROW=2,
+        COL=1,
+        RHT=True,
+        STOCHASTIC=False,
+        OBSERVE=True,
+        FOLDED=False,
+        MASKED=False,
+        CHANNELS=0,
+        BLOCKS=1,
+        E4M3_MAX=448,
+        rows=1,
+    )
+    values |= changes
+    signature = dict(x=f"*{x}", source_rows="*i64", amax="*fp32", seed="*i64", row_scale="*u8", col_scale="*u8")
+    signature |= dict(row_data="*i32" if values["ROW"] == 1 else "*bf16", slots="*i32")
+    signature |= dict(col_data="*bf16" if values["COL"] == 2 else "*i64")
+    signature |= {integer: "i32" for integer in INTEGERS}
+    if values["rows"] != 1:
+        del values["rows"]
+    plain = not values["CHANNELS"]
+    more: dict[str, Any] = dict(expect=EXACT + (WIDE_LOADS if plain else []))
+    if plain and (values["ROW"] == 2 or values["COL"]):
+        more["expect"] += WIDE_STORES
+    if budget:
+        more["instructions_per_element"] = (lambda constants: 16 * constants["BLOCK"], budget)
+    flags = (values["STOCHASTIC"], x != "bf16", values["CHANNELS"] > 0)
+    more["key"] = tuple(map(int, flags))
+    return case(name, "kernels", "quantize_kernel", "quantize", signature, values, **more)
+
+
+def blocks(name: str, **changes: Any) -> dict[str, Any]:
+    """A case of quantize_blocks_kernel."""
+    x = changes.pop("x", "fp32")
+    values: dict[str, Any] = dict(
+        COLUMNS=False,
+        GROUP_BLOCKS=1,
+        ROW_BLOCKS=4,
+        FORM=1,
+        RHT=False,
+        STOCHASTIC=False,
+        ERROR=0,
+        OBSERVE=False,
+        FOLDED=False,
+        E4M3_MAX=448,
+    )
+    values |= changes
+    signature = dict(x=f"*{x}", source_rows="*i64", amax="*fp32", seed="*i64", scale="*u8", slots="*i32")
+    signature |= dict(data="*i64" if values["FORM"] == 1 else "*bf16", dequantized="*bf16")
+    for name_ in ("blocks", "rows_in", "rows_out", "taps", "width", "stride_o", "stride_t", "stride_c", "image_size"):
+        signature[name_] = "i32"
+    signature["word2"] = "i32"
+    return case(name, "kernels_blocks", "quantize_blocks_kernel", "quantize_blocks", signature, values, expect=EXACT)
+
+
+def tiles(name: str, **changes: Any) -> dict[str, Any]:
+    """A case of quantize_tiles_kernel: a contiguous fp32 3x3 weight unless changed."""
+    w = changes.pop("w", "fp32")
+    values: dict[str, Any] = dict(
+        GROUP_ROWS=64, GROUP_BLOCKS=4, ROW_BLOCKS=4, TAPS_FIRST=True, FORM=2, ERROR=0, E4M3_MAX=448
+    )
+    values |= changes
+    signature = dict(w=f"*{w}", amax="*fp32", data="*i64", scale="*u8", dequantized="*bf16")
+    signature |= {name_: "i32" for name_ in ("tiles", "taps", "width", "stride_o", "stride_t", "stride_c")}
+    file, table = "kernels_blocks", "quantize_tiles"
+    return case(name, file, "quantize_tiles_kernel", table, signature, values, width="TILES", expect=EXACT)
+
+
+AMAX = dict(x="*bf16", source_rows="*i64", amax="*i32", images="i32", rows="i32", run="i32", tiles="i32")
+UNPACK_COLUMNS = dict(data="*i64", scale="*u8", out="*bf16", factor="*fp32", run="i32", rows="i32", per_band="i32")
+UNPACK_ROWS = dict(data="*i32", scale="*u8", out="*bf16", factor="*fp32", words="i32", width="i32", taps="i32")
+
+CASES = [
+    quantize("activation_delayed", budget=44),
+    quantize("activation_current", OBSERVE=False, budget=42),
+    quantize("activation_packed", ROW=1, OBSERVE=False, budget=50),
+    quantize("activation_rows", COL=0, OBSERVE=False),
+    quantize("activation_rows_delayed", COL=0),
+    quantize("gradient_rows_delayed", COL=0, STOCHASTIC=True),
+    quantize("gradient_delayed", STOCHASTIC=True, COL=2, budget=58),
+    quantize("gradient_current", STOCHASTIC=True, COL=2, OBSERVE=False, budget=55),
+    quantize("gradient_packed", STOCHASTIC=True, ROW=1, COL=1, OBSERVE=False),
+    quantize("masked", MASKED=True),
+    quantize("masked_stochastic", MASKED=True, STOCHASTIC=True, COL=2),
+    quantize("folded", ROW=0, FOLDED=True, MASKED=True, rows=None),
+    quantize("folded_stochastic", ROW=0, FOLDED=True, MASKED=True, rows=None, STOCHASTIC=True, COL=2),
+    quantize("unaligned", MASKED=True, CHANNELS=24, BLOCKS=2),
+    quantize("unaligned_stochastic", MASKED=True, CHANNELS=24, BLOCKS=2, STOCHASTIC=True, COL=2),
+    quantize("fp32", x="fp32"),
+    quantize("fp16", x="fp16", RHT=False),
+    case(
+        "amax",
+        "kernels",
+        "amax_kernel",
+        "quantize_amax",
+        AMAX,
+        dict(ROW=True, FOLDED=False, MASKED=False),
+        expect=EXACT + WIDE_LOADS,
+        instructions_per_element=(lambda constants: 16 * constants["BLOCK"], 13),
+    ),
+    case(
+        "amax_folded",
+        "kernels",
+        "amax_kernel",
+        "quantize_amax",
+        AMAX,
+        dict(ROW=False, FOLDED=True, MASKED=True),
+        expect=EXACT + WIDE_LOADS,
+    ),
+    case(
+        "amax_flat",
+        "kernels",
+        "amax_flat_kernel",
+        "amax_flat",
+        dict(x="*bf16", amax="*i32", n="i64"),
+        {},
+        expect=EXACT + WIDE_LOADS,
+        instructions_per_element=(lambda constants: constants["BLOCK"], 8),
+    ),
+    case(
+        "unpack_columns",
+        "kernels_unpack",
+        "unpack_columns_kernel",
+        "unpack_columns",
+        UNPACK_COLUMNS,
+        dict(FACTOR=False, GROUP_BLOCKS=1, MASKED=False),
+        expect=EXACT + WIDE_LOADS + WIDE_STORES,
+        instructions_per_element=(lambda constants: 16 * constants["BLOCK"], 9),
+    ),
+    case(
+        "unpack_columns_of_a_weight",
+        "kernels_unpack",
+        "unpack_columns_kernel",
+        "unpack_columns",
+        UNPACK_COLUMNS,
+        dict(FACTOR=True, GROUP_BLOCKS=4, MASKED=True),
+        expect=EXACT,
+    ),
+    case(
+        "unpack_rows",
+        "kernels_unpack",
+        "unpack_rows_kernel",
+        "unpack_rows",
+        UNPACK_ROWS,
+        dict(FACTOR=False, GROUP_ROWS=1, ROW_BLOCKS=4, TILED=False),
+        expect=EXACT,
+    ),
+    case(
+        "unpack_tiles",
+        "kernels_unpack",
+        "unpack_rows_kernel",
+        "unpack_rows",
+        UNPACK_ROWS,
+        dict(FACTOR=True, GROUP_ROWS=64, ROW_BLOCKS=4, TILED=True),
+        expect=EXACT,
+    ),
+    tiles("weight"),
+    tiles("weight_packed", FORM=1, TAPS_FIRST=False),
+    tiles("weight_four_over_six", FORM=1, ERROR=1, E4M3_MAX=256),
+    blocks("weight_rows"),
+    blocks("weight_columns", COLUMNS=True, GROUP_BLOCKS=4, FORM=2),
+    blocks("four_over_six_rows", x="bf16", ERROR=1, OBSERVE=True),
+    blocks("four_over_six_columns", x="bf16", ERROR=2, COLUMNS=True, FOLDED=True, RHT=True, OBSERVE=True),
+    blocks("four_over_six_stochastic", x="bf16", ERROR=1, STOCHASTIC=True),
+    dict(
+        name="finish",
+        fn=(f"{FOLDER}.kernels", "finish_kernel"),
+        signature=dict(slots="*i32", given="*fp32", observed="*fp32", used="*fp32", SAME="constexpr"),
+        constexprs=dict(SAME=False),
+        options=dict(num_warps=1),
+    ),
+    dict(
+        name="weight_amax",
+        fn=(f"{FOLDER}.kernels_blocks", "weight_amax_kernel"),
+        signature=dict(bits="*i32", amax="*fp32", POW2="constexpr", E4M3_MAX="constexpr"),
+        constexprs=dict(POW2=True, E4M3_MAX=448),
+        options=dict(num_warps=1),
+    ),
+]

@@ -1,0 +1,83 @@
+"""The state of delayed scales on the device: the kernels' bits are those of plain torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.ops.quantize import amax
+from tests.helpers import relative_error, same_bits, values
+
+SEEN = (0.0, -0.0, 1e-45, 1e-38, 3e-27, 1e-6, 1.0, 336.0, 336.1, 2688.0, 1536.0, 7e4, 3e38, math.inf, math.nan)
+
+
+def both(monkeypatch, device, run):
+    """The result of `run(device)` in plain torch, then by the kernels."""
+    out = []
+    for kernels in (False, True):
+        monkeypatch.setattr(dispatch, "kernels_serve", lambda _, kernels=kernels: kernels)
+        out.append(run(device))
+    return out
+
+
+@pytest.mark.parametrize(("e4m3_max", "margin"), [((448, 448), (8, 4)), ((256, 448), (8, 4)), ((448,), (1,))])
+def test_moving(kernel_device, monkeypatch, e4m3_max, margin):
+    rows = len(e4m3_max)
+    for pair, clear in itertools.product(itertools.pairwise(SEEN), (False, True)):
+
+        def run(device, pair=pair, clear=clear):
+            seen = torch.tensor([pair, pair[::-1]][:rows], device=device)
+            used = torch.tensor([[3.0, 5.0], [7.0, 9.0]][:rows], device=device)
+            amax.move(used, seen, e4m3_max, margin, clear)
+            assert not clear or not seen.any()
+            return used, seen
+
+        expected, found = both(monkeypatch, kernel_device, run)
+        assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True)), (pair, clear)
+
+
+@pytest.mark.parametrize("count", [False, True])
+def test_collecting(kernel_device, monkeypatch, count):
+    for observed in ((1.0, 2.0, 3.0), (5.0, 0.0, 0.0), (math.nan, 9.0, 2.0), (7.0, math.inf, 1.0)):
+
+        def run(device, observed=observed):
+            collected = torch.tensor([2.0, 1.5], device=device)
+            saturated = torch.tensor([2.0**33 + 1], dtype=torch.float64, device=device)
+            amax.collect(collected, saturated, torch.tensor(observed, device=device), count)
+            return collected, saturated
+
+        expected, found = both(monkeypatch, kernel_device, run)
+        assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True)), observed
+        assert float(found[1]) == 2.0**33 + 1 + (observed[2] if count else 0)
+
+
+@pytest.mark.parametrize("backend", ["vendor", "triton"])
+def test_training_steps_on_the_kernels_move_the_same_scales(kernel_device, monkeypatch, one_thread, backend):
+    monkeypatch.setattr(dispatch, "KERNELS_ON_CPU", True)
+    recipe = nv.NVFP4BlockScaling(tensor_scale="delayed", disable_stochastic_rounding=True)
+    results, states = {}, {}
+    for name in ("reference", backend):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, 16, 2, 2)).to(kernel_device)
+        for step in range(3):
+            net.zero_grad()
+            x = (values((5, 16, 6, 5), seed=step) * 30.0**step).to(kernel_device).requires_grad_()
+            with nv.nvfp4_autocast(recipe, backend=name):
+                y = net(x)
+            y.backward(torch.ones_like(y) * 1e-3)
+        results[name] = [y.detach(), x.grad, *[p.grad for p in net.parameters()]]
+        states[name] = nv.extra_state(net)["scales"]
+    for expected, found in zip(results["reference"], results[backend], strict=True):
+        assert relative_error(found, expected) < 1e-4
+    for name, entry in states["reference"].items():
+        mine, theirs = states[backend][name]["entries"][0], entry["entries"][0]
+        assert same_bits(mine["used"], theirs["used"]), name
+        assert relative_error(mine["collected"], theirs["collected"]) < 1e-4
+        assert float(theirs["saturated"][0]) > 0 or name != "0.weight"
+        assert relative_error(mine["saturated"] + 1, theirs["saturated"] + 1) < 0.02

@@ -1,0 +1,494 @@
+"""The Triton kernels of ops/quantize against the reference: bits where rounding is to nearest, and bits again for
+stochastic rounding where the reference is handed the kernels' random bytes; then its distribution.
+
+Every output starts as poisoned memory. Shapes, values and folds are those of tests/ops/test_operands.py.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.backend import dispatch, tuning
+from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.ops.quantize import operand, reference_matrix
+from te_nvfp4_cv.ops.quantize import reference as reference_operands
+from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
+from tests.helpers import KINDS, fold_list, make_geometry, same_bits, values
+from tests.ops.test_operands import DTYPES, assert_no_nan_scale, random_case, strided
+
+pytestmark = [
+    pytest.mark.usefixtures("poison", "one_thread"),
+    pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value|underflow) encountered:RuntimeWarning"),
+]
+ROOT = Path(__file__).resolve().parents[3]
+FORMS = ((PACKED, PACKED), (DEQUANTIZED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED), (PACKED, NONE))
+ROW, COL = (0, 1, 2), (3, 4, 5)
+
+
+@pytest.fixture
+def launch(kernel_device):
+    """The module under test, which imports triton."""
+    from te_nvfp4_cv.ops.quantize.triton import launch
+
+    return launch
+
+
+def to(device: torch.device, *arguments):
+    """Tensors among the arguments, on the device."""
+    return [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def compare(launch, device, arguments, asked=None) -> tuple[torch.Tensor, ...]:
+    """Both backends' results are the same bits, field by field; the kernels' are returned, on the CPU."""
+    expected = reference_operands.quantize_operand(*arguments)
+    got = tuple(t.cpu() for t in launch.quantize_operand(*to(device, *arguments)))
+    row, col = arguments[3], arguments[4]
+    for field, (e, g) in enumerate(zip(expected, got, strict=True)):
+        if field in ROW and not row or field in COL and not col:
+            assert field in (2, 5) or g.numel() == e.numel() == 0, field
+            continue
+        assert same_bits(e, g), (field, row, col, tuple(e.shape), int((e != g).sum()))
+    for face, form in ((got[1], row), (got[4], col)):
+        if form == PACKED:
+            assert_no_nan_scale(face)
+    return got
+
+
+# ---- both faces of an operand, to nearest ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_operands_equal_the_reference(launch, kernel_device, seed):
+    x, groups, fold = random_case(seed)
+    dtype = (torch.bfloat16, torch.float32)[seed % 2]
+    for k, (row, col) in enumerate(FORMS):
+        rht = (seed + k) % 2 == 0
+        compare(
+            launch, kernel_device, (x, groups, Fold(*fold), row, col, rht, False, None, 448, False, dtype, None, None)
+        )
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_given_amaxes_and_what_is_observed(launch, kernel_device, seed):
+    x, groups, fold = random_case(seed)
+    own = reference_operands.measure_operand(x, Fold(*fold), True)
+    for k, (row, col) in enumerate(FORMS):
+        shrink = (4.0, 1.0, 0.01)[(seed + k) % 3]  # of an earlier step: larger, fitting, far too small
+        amax = torch.where(own.isfinite() & (own > 0), own, 1.0) * shrink
+        rht = (seed + k) % 2 == 0
+        arguments = (x, groups, Fold(*fold), row, col, rht, False, None, 448, False, torch.bfloat16, None, amax)
+        got = compare(launch, kernel_device, arguments)
+        assert not (shrink == 0.01 and KINDS[seed % 8] == "normal") or got[6][2] > 0
+
+
+@pytest.mark.parametrize("rht", [True, False])
+@pytest.mark.parametrize("seed", range(0, 24, 2))
+def test_amaxes_equal_the_reference(launch, kernel_device, seed, rht):
+    x, _, fold = random_case(seed)
+    expected = reference_operands.measure_operand(x, Fold(*fold), rht)
+    assert same_bits(launch.measure_operand(x.to(kernel_device), Fold(*fold), rht).cpu(), expected)
+
+
+def test_several_tiles_and_groups_of_images(launch, kernel_device, monkeypatch):
+    entry = {"BLOCK": 256, "num_warps": 4}
+    monkeypatch.setattr(tuning, "config", lambda *_: entry)
+    for shape, groups in (((32, 3, 7, 16), 1), ((20, 9, 40), 2), ((16, 512), 1)):
+        x = values(shape, "normal", torch.bfloat16)
+        fold = Fold(1, 0, shape[1] if len(shape) > 2 else 1, 0, -(-shape[0] // 16) * 16)
+        for amax in (None, torch.tensor([5.0, 9.0])):
+            arguments = (
+                x,
+                groups,
+                fold,
+                DEQUANTIZED,
+                PACKED,
+                True,
+                False,
+                None,
+                448,
+                False,
+                torch.bfloat16,
+                None,
+                amax,
+            )
+            compare(launch, kernel_device, arguments)
+    x = values((5, 4, 20, 24), "normal")  # folded, and rows longer than a tile
+    fold = make_geometry(5, (24, 16), (4, 20), 3, 1, 1).folds()[0]
+    arguments = (x, 1, fold, PACKED, PACKED, True, False, None, 448, False, torch.bfloat16, None, None)
+    compare(launch, kernel_device, arguments)
+
+
+@pytest.mark.parametrize("mode", ["MAE", "MSE"])
+@pytest.mark.parametrize("seed", (0, 3, 6, 9, 12, 15, 18, 21))
+def test_four_over_six(launch, kernel_device, seed, mode):
+    x, groups, fold = random_case(seed)
+    form, e4m3_max = (PACKED, DEQUANTIZED)[seed % 2], (448, 256)[seed // 3 % 2]
+    amax = torch.tensor([2.0, 3.0]) if seed % 4 == 0 else None
+    rht = seed % 6 == 0
+    arguments = (x, groups, Fold(*fold), form, form, rht, False, mode, e4m3_max, False, torch.float32, None, amax)
+    compare(launch, kernel_device, arguments)
+
+
+def test_a_scale_per_row(launch, kernel_device):
+    x, fold = values((5, 3, 4, 40), "wide", torch.bfloat16), Fold(1, 0, 3, 0, 16)
+    common = (x, 1, fold, PACKED, PACKED, False, False, None, 448, True, torch.float32, None, None)
+    compare(launch, kernel_device, common)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 16), (2, 0, 4, 16), (2, 3, 4, 0), (0, 16)])
+def test_empty_tensors(launch, kernel_device, shape):
+    x = torch.zeros(shape, device=kernel_device)
+    fold = Fold(1, 0, shape[1] if len(shape) > 2 else 1, 0, -(-shape[0] // 16) * 16)
+    for amax, row_scaled in ((None, False), (torch.ones(2, device=kernel_device), False), (None, True)):
+        for row, col in FORMS:
+            common = (x, 1, fold.to_ints(), row, col, True, False, "", 448, row_scaled, torch.bfloat16, None, amax)
+            got = operand.quantize_operand(*common, "triton")
+            with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+                expected = operand.quantize_operand(*common, "triton")
+            assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in expected]
+            assert not any(bool(g.any()) for g in (*got[:2], *got[3:5], got[6]))
+    assert same_bits(launch.measure_operand(x, fold, True).cpu(), torch.zeros(2))
+    assert launch.unpack_columns(torch.empty(0, 4, 8), torch.empty(0, 4), torch.bfloat16).shape == (0, 4)
+
+
+def _far(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first element of an array of `count`, and the array as bytes: address space only, pages come when touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype, count=1), torch.frombuffer(memory, dtype=dtype)
+
+
+@pytest.mark.parametrize(("images", "run"), [(32, 2**27 + 48), (16, 2**31 + 48)], ids=["tensor", "image"])
+def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
+    """One program of a kernel over more than 2^31 elements: the last tile of the last group of images."""
+    if kernel_device.type != "cpu" or sys.platform != "linux":
+        pytest.skip("a matter of addresses: the interpreter shows it without the memory")
+    from triton.runtime import interpreter
+
+    from te_nvfp4_cv.ops.quantize.triton import operand_kernels, unpack_kernels
+
+    bf16, groups, block = torch.bfloat16, images // 16, 64
+    x, all_x = _far(images * run, bf16)
+    row, all_row = _far(images * run, bf16)
+    col, all_col = _far(groups * run, torch.int64)
+    scale, all_scale = _far(groups * run, torch.uint8)
+    back, all_back = _far(images * run, bf16)
+    tail = values((16, 48), "normal", bf16)
+    first, per_row = (groups - 1) * 16, -(-run // block)
+    at = torch.arange(run - 48, run)
+    for i in range(16):
+        all_x[(first + i) * run + at] = tail[i]
+    amax = torch.tensor([5.0, 9.0])
+    program = [groups * per_row - 1, 0, 0]
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_get_program_id",
+        lambda self, axis: interpreter.TensorHandle(np.array([program[axis]], np.int32), interpreter.tl.int32),
+    )
+    flags = dict(
+        ROW=2, COL=1, RHT=True, STOCHASTIC=False, OBSERVE=False, FOLDED=False, MASKED=True, CHANNELS=0, BLOCKS=1
+    )
+    arguments = (x, x, amax, amax, row, scale, col, scale, amax, images, 1, run, per_row, 0)
+    operand_kernels.quantize_kernel[(1,)](*arguments, **flags, E4M3_MAX=448, BLOCK=block)
+    fold = Fold(1, 0, 1, 0, 16)
+    expected = reference_operands.quantize_operand(
+        tail, 1, fold, DEQUANTIZED, PACKED, True, False, None, 448, False, bf16, None, amax
+    )
+    got = torch.stack([all_row[(first + i) * run + at] for i in range(16)])
+    assert same_bits(got, expected[0])
+    assert same_bits(all_col[(groups - 1) * run + at].view(torch.uint8).view(1, 48, 8), expected[3])
+    assert same_bits(all_scale[(groups - 1) * run + at].view(1, 48), expected[4])
+    unpack_kernels.unpack_columns_kernel[(1,)](
+        col, scale, back, amax, run, images, per_row, FACTOR=False, GROUP_BLOCKS=groups, MASKED=True, BLOCK=block
+    )
+    got = torch.stack([all_back[(first + i) * run + at] for i in range(16)])
+    assert same_bits(got, reference_operands.unpack_columns(expected[3], expected[4], bf16))
+
+
+# ---- stochastic rounding --------------------------------------------------------------------------------------------
+
+
+def kernel_bytes(images: int, size: int, seed: int, word2: int = 0) -> torch.Tensor:
+    """uint8 [images, size], images a multiple of 16: the byte that value f of image n is rounded with."""
+    index = torch.arange(images // 16 * size, dtype=torch.int64)
+    zero = torch.zeros_like(index)
+    counter = (index & 0xFFFFFFFF, index >> 32, zero + word2, zero)
+    words = torch.stack(formats.philox_words(counter, (seed & 0xFFFFFFFF, seed >> 32), rounds=7), -1)
+    each = torch.stack([(words >> shift) & 255 for shift in (0, 8, 16, 24)], -1).flatten(-2)  # [index, 16]
+    return each.view(images // 16, size, 16).movedim(-1, 1).reshape(images, size).to(torch.uint8)
+
+
+def by_reference(x, groups, fold, row, col, rht, four_over_six, dtype, seed, amax):
+    """reference_operands.quantize_operand with the kernels' bytes in place of its own."""
+    bytes_row = kernel_bytes(-(-x.shape[0] // 16) * 16, x[0].numel(), seed)[: x.shape[0]].view(x.shape)
+    folded = reference_operands.fold_images(x, fold)
+    if fold.strips == 1:
+        bytes_col = kernel_bytes(fold.images, folded[0].numel(), seed)
+    else:
+        bytes_col = kernel_bytes(fold.images, folded[0].numel(), seed, word2=1)
+    padded = reference_operands.pad_groups(reference_operands.batch_last(bytes_row), groups)
+    random_rowwise = padded.flatten(0, -2)
+    random_columnwise = reference_operands.batch_last(bytes_col.view(folded.shape)).flatten(0, -2).t()
+    plain = reference_matrix.quantize_2d
+
+    def with_bytes(x_MK, **settings):
+        settings["seed"] = None
+        return plain(x_MK, **settings, random_rowwise=random_rowwise, random_columnwise=random_columnwise)
+
+    reference_matrix.quantize_2d = with_bytes
+    try:
+        return reference_operands.quantize_operand(
+            x, groups, fold, row, col, rht, True, four_over_six, 448, False, dtype, None, amax
+        )
+    finally:
+        reference_matrix.quantize_2d = plain
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_stochastic_rounding_equals_the_reference_with_the_same_bytes(launch, kernel_device, seed):
+    x, groups, fold = random_case(seed)
+    fold, key, dtype = Fold(*fold), 0x1234567890ABCDEF + seed, (torch.bfloat16, torch.float32)[seed % 2]
+    mode = "MSE" if seed % 4 == 3 else None
+    amax = torch.tensor([4.0, 0.5]) if seed % 3 == 0 else None
+    for row, col in ((DEQUANTIZED, DEQUANTIZED), (PACKED, PACKED), (NONE, DEQUANTIZED)):
+        expected = by_reference(x, groups, fold, row, col, True, mode, dtype, key, amax)
+        got = launch.quantize_operand(
+            *to(kernel_device, x, groups, fold, row, col, True, True, mode, 448, False, dtype),
+            *to(kernel_device, torch.tensor([key]), amax),
+        )
+        for field in (*(ROW if row else ()), *(COL if col else ()), 6):
+            assert same_bits(got[field].cpu(), expected[field]), (field, row, col)
+
+
+def test_stochastic_rounding_is_unbiased_between_neighbours_and_follows_its_seed(launch, kernel_device):
+    """Of 2^16 elements: only the two neighbours on the grid; the mean error within 4 standard errors of 0."""
+    x = values((16, 4, 4, 256), "normal", torch.bfloat16)
+    fold = Fold(1, 0, 4, 0, 16)
+
+    def run(key: int):
+        seed = torch.tensor([key])
+        common = (x, 1, fold, DEQUANTIZED, DEQUANTIZED, False, True, None, 448, False, torch.float32, seed, None)
+        return [t.cpu() for t in launch.quantize_operand(*to(kernel_device, *common))]
+
+    got, again, other = run(7), run(7), run(8)
+    packed = launch.quantize_operand(
+        *to(kernel_device, x, 1, fold, PACKED, PACKED, False, False, None, 448, False, torch.float32, None, None)
+    )
+    s_enc = formats.encode_scale(got[2])
+    for face, scale in ((0, packed[1].cpu().unsqueeze(-1)), (3, packed[4].cpu().unsqueeze(1))):
+        assert same_bits(got[face], again[face]) and not torch.equal(got[face], other[face])
+        s_b = scale.view(torch.float8_e4m3fn)
+        enc = formats.encode_multiplier(s_b, s_enc)
+        if face == 0:
+            scaled, value = x.float().unflatten(-1, (-1, 16)) * enc, got[0].unflatten(-1, (-1, 16)) / s_b.float()
+        else:
+            scaled = x.float().unflatten(0, (-1, 16)) * enc
+            value = got[3].unflatten(0, (-1, 16)) / s_b.float()
+        scaled = scaled.clamp(-6, 6)
+        step = torch.where(scaled.abs() < 2, 0.5, torch.where(scaled.abs() < 4, 1.0, 2.0))
+        error = (value - scaled) / step
+        assert bool((error.abs() < 1).all())
+        toward = torch.frac(scaled.abs() / step)
+        spread = math.sqrt(float((toward * (1 - toward)).sum())) / error.numel()
+        bias = 2**-9  # r / 256 with r = 0..255 rounds up with at most 2^-8 less than the fraction
+        assert abs(float((error * scaled.sign()).mean())) < 4 * spread + 2 * bias
+        assert abs(float(error.mean())) < 4 * spread
+        up = (value.abs() > scaled.abs()).float()
+        for low in (0.0, 0.25, 0.5, 0.75):  # the frequency of rounding up follows the fraction
+            inside = (toward > low) & (toward < low + 0.25)
+            expected, count = float(toward[inside].mean()), int(inside.sum())
+            assert abs(float(up[inside].mean()) - expected) < 4 * math.sqrt(expected * (1 - expected) / count) + 2**-8
+
+
+def test_both_faces_share_their_bytes_and_one_face_alone_is_the_same(launch, kernel_device):
+    x, seed = (
+        values((16, 2, 3, 32), "normal", torch.bfloat16).to(kernel_device),
+        torch.tensor([3], device=kernel_device),
+    )
+    fold = Fold(1, 0, 2, 0, 16)
+    both = launch.quantize_operand(x, 1, fold, PACKED, PACKED, True, True, None, 448, False, torch.float32, seed, None)
+    row = launch.quantize_operand(x, 1, fold, PACKED, NONE, True, True, None, 448, False, torch.float32, seed, None)
+    col = launch.quantize_operand(x, 1, fold, NONE, PACKED, True, True, None, 448, False, torch.float32, seed, None)
+    assert same_bits(both[0].cpu(), row[0].cpu()) and same_bits(both[3].cpu(), col[3].cpu())
+
+
+# ---- packed faces back to values ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(0, 24, 3))
+def test_unpacking_equals_the_reference(launch, kernel_device, seed):
+    x, groups, fold = random_case(seed)
+    common = (x, groups, Fold(*fold), PACKED, PACKED, True, False, None, 448, False, torch.bfloat16, None, None)
+    packed = reference_operands.quantize_operand(*common)
+    for dtype in (torch.bfloat16, torch.float32):
+        for function, fields, more in (("unpack_columns", (3, 4), ()), ("unpack_rows", (0, 1), (x.shape[-1], groups))):
+            data, scale = packed[fields[0]], packed[fields[1]]
+            expected = getattr(reference_operands, function)(data, scale, *more, dtype)
+            got = getattr(launch, function)(data.to(kernel_device), scale.to(kernel_device), *more, dtype)
+            assert same_bits(got.cpu(), expected), (function, dtype)
+
+
+def test_every_code_times_every_scale(launch, kernel_device):
+    scale = torch.arange(127, dtype=torch.uint8).repeat_interleave(2).view(1, 254)
+    data = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 254, dtype=torch.uint8).view(1, 254, 8)
+    for dtype in (torch.bfloat16, torch.float32):
+        got = launch.unpack_columns(data.to(kernel_device), scale.to(kernel_device), dtype).cpu()
+        assert same_bits(got, reference_operands.unpack_columns(data, scale, dtype))
+        got = launch.unpack_rows(data.view(1, -1).to(kernel_device), scale.to(kernel_device), 254 * 16, 1, dtype).cpu()
+        assert same_bits(got, reference_operands.unpack_rows(data.view(1, -1), scale, 254 * 16, 1, dtype))
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def random_weight(seed: int, how: str) -> tuple[torch.Tensor, int]:
+    rng = random.Random(seed)
+    groups, rank = rng.choice([1, 1, 2]), rng.choice([0, 1, 2, 2, 3 if how == "channels_last" else 2])
+    taps = tuple(rng.choice([1, 3, 7] if rank == 1 else [1, 2, 3]) for _ in range(rank))
+    n, c = rng.choice([16, 24, 33]) * groups, rng.choice([3, 16, 24])
+    return strided(values((n, c, *taps), KINDS[seed % 8], DTYPES[seed % 3], seed), how), groups
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "transposed", "sliced", "turned"])
+@pytest.mark.parametrize("seed", range(8))
+def test_weights_equal_the_reference(launch, kernel_device, seed, how):
+    w, groups = random_weight(seed, how)
+    n, c = w.shape[:2]
+    faces = [(True, PACKED, NONE), (True, DEQUANTIZED, NONE)]
+    faces += [(False, row, col) for row, col in ((PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED))]
+    for k, (two_d, row, col) in enumerate(faces):
+        common = (groups, row, col, two_d, None, 448, (seed + k) % 2 == 0, torch.bfloat16)
+        expected = reference_operands.quantize_kernel(w, *common)
+        got = [t.cpu() for t in launch.quantize_kernel(on(kernel_device, w), *common)]
+        assert all(same_bits(e, g) for e, g in zip(expected, got, strict=True)), (two_d, row, col)
+        assert_no_nan_scale(got[1])
+        assert_no_nan_scale(got[3])
+        for face, form, columnwise in ((0, row, False), (2, col, True)):
+            if form == PACKED:
+                for factor in (None, torch.tensor([0.125]), torch.tensor([math.nan])):
+                    packed = (got[face], got[face + 1], n, c, groups, columnwise, factor, torch.bfloat16)
+                    back = launch.unpack_kernel(*to(kernel_device, *packed)).cpu()
+                    assert same_bits(back, reference_operands.unpack_kernel(*packed)), (two_d, columnwise, factor)
+
+
+def on(device: torch.device, w: torch.Tensor) -> torch.Tensor:
+    """w on the device in the same strides, gaps included."""
+    if device.type == "cpu":
+        return w
+    size = 1 + sum((s - 1) * t for s, t in zip(w.shape, w.stride(), strict=True))
+    return w.as_strided((size,), (1,)).to(device).as_strided(w.shape, w.stride())
+
+
+@pytest.mark.parametrize("two_d", [True, False])
+@pytest.mark.parametrize(("mode", "e4m3_max"), [("MSE", 256), ("MAE", 448)])
+def test_weights_with_four_over_six(launch, kernel_device, two_d, mode, e4m3_max):
+    for groups, shape, kind in ((1, (32, 24, 3), "normal"), (2, (40, 16, 1, 2), "wide"), (1, (16, 64), "subnormal")):
+        w = values(shape, kind)
+        common = (groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max, False, torch.float32)
+        expected, got = (
+            reference_operands.quantize_kernel(w, *common),
+            launch.quantize_kernel(w.to(kernel_device), *common),
+        )
+        assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True)), (groups, shape)
+
+
+@pytest.mark.parametrize("e4m3_max", [448, 256])
+@pytest.mark.parametrize("amax", [0.0, 1e-45, 1e-30, 2688.0, 2689.0, 1536.0, 3.3e38, math.inf, math.nan])
+def test_weights_with_a_power_of_two(launch, kernel_device, amax, e4m3_max):
+    w = torch.linspace(-1, 1, 256).view(16, 16).clone()
+    w[0, 0] = 1.0
+    w = w * amax if math.isfinite(amax) else torch.where(w == 1.0, amax, w)
+    common = (1, PACKED, NONE, True, None, e4m3_max, True, torch.float32)
+    expected, got = reference_operands.quantize_kernel(w, *common), launch.quantize_kernel(w.to(kernel_device), *common)
+    assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("two_d", [True, False])
+@pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "nan"])
+def test_shards_with_the_amax_of_the_whole(launch, kernel_device, kind, two_d):
+    w = values((48, 32, 3), kind)
+    amax = w.abs().amax().reshape(1)
+    for axis, pow2 in ((0, False), (1, True), (1, False)):
+        common = (1, PACKED, NONE if two_d else PACKED, two_d, None, 448, pow2, torch.float32)
+        shard = w.narrow(axis, 16, 16)
+        expected = reference_operands.quantize_kernel(shard, *common, amax)
+        got = launch.quantize_kernel(on(kernel_device, shard), *common, amax.to(kernel_device))
+        assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True)), (axis, pow2)
+
+
+# ---- the operators --------------------------------------------------------------------------------------------------
+
+
+def test_operators_pass_opcheck(kernel_device, monkeypatch):
+    x, w = values((3, 5, 4, 24)).to(kernel_device), values((32, 24, 3, 3)).to(kernel_device)
+    fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds()[0])
+    ops = torch.ops.te_nvfp4_cv
+    key, amax = torch.tensor([5], device=kernel_device), torch.ones(2, device=kernel_device)
+    tests = ("test_schema", "test_faketensor")
+    for row, col, given in ((PACKED, PACKED, None), (DEQUANTIZED, NONE, amax)):
+        args = (x, 1, fold, row, col, True, True, "", 448, False, torch.bfloat16, key, given, "triton")
+        torch.library.opcheck(ops.quantize_operand.default, args, test_utils=tests)
+    torch.library.opcheck(ops.measure_operand.default, (x, fold, True, "triton"), test_utils=tests)
+    args = (w, 2, PACKED, NONE, True, "", 448, True, torch.float32, "triton")
+    torch.library.opcheck(ops.quantize_kernel.default, args, test_utils=tests)
+    packed = operand.quantize_kernel(*args)
+    unpack = (packed[0], packed[1], 32, 24, 2, False, amax[:1], torch.bfloat16, "triton")
+    torch.library.opcheck(ops.unpack_kernel.default, unpack, test_utils=tests)
+
+
+def test_the_vendor_backend_quantizes_with_the_kernels_where_they_serve(launch, kernel_device, monkeypatch):
+    called = []
+    plain = launch.quantize_operand
+    monkeypatch.setattr(launch, "quantize_operand", lambda *a: (called.append(a), plain(*a))[1])
+    monkeypatch.setattr(dispatch, "KERNELS_ON_CPU", True)
+    x = values((2, 3, 3, 16)).to(kernel_device)
+    args = (x, 1, [1, 0, 3, 0, 16], PACKED, NONE, False, False, "", 448, False, torch.float32, None, None)
+    got, expected = operand.quantize_operand(*args, "vendor"), operand.quantize_operand(*args, "reference")
+    assert len(called) == 1
+    assert all(same_bits(g.cpu(), e.cpu()) for g, e in zip(got[:3], expected[:3], strict=True))
+
+
+def test_formats_philox_takes_rounds():
+    counter = tuple(torch.tensor([n]) for n in (1, 2, 3, 4))
+    ten, seven = formats.philox_words(counter, (5, 6)), formats.philox_words(counter, (5, 6), rounds=7)
+    assert [int(w) for w in ten] == [int(w) for w in formats.philox_words(counter, (5, 6), rounds=10)]
+    assert [int(w) for w in ten] != [int(w) for w in seven]
+
+
+def test_unpacking_takes_one_axis_of_the_grid(launch, kernel_device, monkeypatch):
+    """The second one ends at 65535: a linear layer of 2^20 rows has more groups of sixteen."""
+    from te_nvfp4_cv.ops.quantize.triton import unpack_kernels
+
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(unpack_kernels, "unpack_columns_kernel", Kernel())
+    data, scale = (torch.zeros(65536, 16, *last, dtype=torch.uint8, device=kernel_device) for last in ((8,), ()))
+    assert launch.unpack_columns(data, scale, torch.bfloat16).shape == (2**20, 16)
+    assert grids == [(65536,)]
+
+
+@pytest.mark.slow
+def test_launches_compile():
+    """With arguments that are 1, which Triton passes as constexprs; an interpreting process cannot compile."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.dry_launch", "90", "quantize"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    operand_kernels = {line.split()[0] for line in result.stdout.splitlines()}
+    assert {"quantize_kernel", "quantize_blocks_kernel", "quantize_tiles_kernel", "finish_kernel"} <= operand_kernels

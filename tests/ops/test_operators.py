@@ -1,0 +1,215 @@
+"""Every custom operator of the package: a fake implementation, autocast that casts nothing, torch.library.opcheck.
+
+EXAMPLES names arguments for each; the test of the table fails when an operator is registered without an entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.layer import custom_op, forward_backward, inference, saved
+from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
+from tests.helpers import fold_list, make_geometry, same_bits, values
+
+ops = torch.ops.te_nvfp4_cv
+assert inference.layer  # its import registers the operator, in whatever order tests run
+NO_SR = nv.NVFP4BlockScaling(disable_stochastic_rounding=True)
+CONV = make_geometry(2, (16, 32), (5, 4), 3, 1, 1)
+FOLDS = [fold_list(fold) for fold in CONV.folds()]
+X, DY = values((2, 5, 4, 16)), values((2, 5, 4, 32), seed=1)
+W = values((32, 16, 3, 3), seed=2)
+KERNELS_ONLY = {"norm_statistics", "norm_apply", "norm_quantize"}  # opcheck in ops/kernels/test_produce_kernels.py
+NO_SCHEMA_TEST = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # it multiplies float8
+RANDOM = ("test_schema", "test_faketensor")
+
+
+def packed(backend: str = "vendor") -> dict[str, tuple[Tensor, ...]]:
+    faces = {}
+    for name, array, fold in (("x", X, FOLDS[0]), ("dy", DY, FOLDS[1])):
+        faces[name] = ops.quantize_operand(
+            array, 1, fold, PACKED, PACKED, True, False, "", 448, False, torch.float32, None, None, backend
+        )
+    faces["w"] = ops.quantize_kernel(W, 1, PACKED, NONE, True, "", 448, False, torch.float32, backend)
+    return faces
+
+
+def gemm_pair() -> tuple[Any, ...]:
+    q = nv.NVFP4Quantizer(backend="reference")
+    a, b = q(values((16, 32))), q(values((16, 32), seed=1))
+    return tuple(v for t in (a, b) for v in (t.rowwise_data, t.rowwise_scale_inv, t.amax_rowwise, 448, False))
+
+
+def layer_arguments(recipe: nv.NVFP4BlockScaling = NO_SR, need: bool = True) -> tuple[Any, ...]:
+    x = X.movedim(-1, 1).contiguous().requires_grad_(need)
+    call = (CONV.to_ints(), recipe.key, "vendor", torch.float32, False, need, need, "")
+    return x, W.clone().requires_grad_(need), values((32,), seed=3).requires_grad_(need), *call
+
+
+def inference_arguments() -> tuple[Any, ...]:
+    x, _, bias, shape, key, backend, dtype, last, *_ = layer_arguments(need=False)
+    data, scale, _, _, amax = packed()["w"]
+    return x, data, scale, amax, None, bias, None, shape, key, backend, dtype, last
+
+
+def backward_arguments(recipe: nv.NVFP4BlockScaling = NO_SR) -> tuple[Any, ...]:
+    x, w, bias, shape, key, backend, dtype, last, *_ = layer_arguments(recipe, False)
+    plan = Plan(CONV, recipe, backend, dtype, last)
+    kept = forward_backward.forward(x, w, bias, plan, True, True)[1]
+    names = saved.names_of_x(plan, True), saved.names_of_w(plan, True)
+    of_x, of_w = ([kept[name] for name in side] for side in names)
+    like = tuple(vars(saved.Like.of(x, w, bias)).values())
+    dy = DY.movedim(-1, 1).contiguous()
+    return dy, of_x, of_w, shape, key, backend, dtype, last, True, True, True, "", *like
+
+
+def norm_arguments() -> tuple[Any, ...]:
+    z, weight, bias = values((2, 8, 3, 3)), values((8,), seed=1), values((8,), seed=2)
+    running = torch.zeros(8), torch.ones(8)
+    return z, None, weight, bias, *running, 0, True, 0.1, 1e-5, "relu", True, "reference"
+
+
+def norm_backward_arguments() -> tuple[Any, ...]:
+    forward = norm_arguments()
+    y, mean, rstd, mask = ops.norm_forward(*forward)
+    return y, forward[0], forward[2], forward[3], mean, rstd, mask, 0, True, 1e-5, "relu", True, "reference"
+
+
+def conv_operands(*faces: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+    return *(part for face in faces for part in face), torch.ones(1)
+
+
+EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "layer": layer_arguments,
+    "layer_backward": backward_arguments,
+    "inference_layer": inference_arguments,
+    "quantize_operand": lambda: (
+        *(X, 1, FOLDS[0], PACKED, PACKED, True, False, "", 448, False, torch.float32, None, None, "vendor"),
+    ),
+    "measure_operand": lambda: (X, FOLDS[0], True, "vendor"),
+    "quantize_kernel": lambda: (W, 1, PACKED, NONE, True, "", 448, False, torch.float32, "vendor"),
+    "unpack_rows": lambda: (*packed()["x"][:2], 16, 1, torch.bfloat16, "vendor"),
+    "unpack_columns": lambda: (*packed()["x"][3:5], torch.bfloat16, "vendor"),
+    "unpack_kernel": lambda: (*packed()["w"][:2], 32, 16, 1, False, None, torch.bfloat16, "vendor"),
+    "conv_fprop": lambda: (
+        *conv_operands(packed()["x"][:2], packed()["w"][:2]),
+        *(values((32,)), CONV.to_ints(), torch.float32, "reference"),
+    ),
+    "conv_dgrad": lambda: (
+        *conv_operands(packed()["dy"][:2], packed()["w"][:2]),
+        *(CONV.to_ints(), torch.float32, "reference"),
+    ),
+    "conv_wgrad": lambda: (
+        *conv_operands(packed()["dy"][3:5], packed()["x"][3:5]),
+        *(CONV.to_ints(), torch.float32, "reference"),
+    ),
+    "gemm": lambda: (*gemm_pair(), values((16,)), None, torch.bfloat16, "reference"),
+    "quantize": lambda: (
+        *(values((20, 40)).bfloat16(), True, True, True, True, False, None, 448, False, None, None),
+        *(torch.tensor(3), True, "reference"),
+    ),
+    "dequantize": lambda: (*gemm_pair()[:4], torch.bfloat16),
+    "draw_seed": lambda: (torch.ones(2),),
+    "masked_relu": lambda: (values((3, 5)),),
+    "positive_mask": lambda: (values((3, 5)).clamp(min=0),),
+    "apply_mask": lambda: (values((3, 5)), ops.positive_mask(values((3, 5)).clamp(min=0))),
+    "norm_forward": norm_arguments,
+    "norm_backward": norm_backward_arguments,
+}
+TESTS = {"gemm": NO_SCHEMA_TEST, "dequantize": NO_SCHEMA_TEST, "draw_seed": RANDOM}
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1].split(".")[0] for name in names if name.startswith("te_nvfp4_cv::")}
+
+
+def test_every_operator_has_an_example():
+    assert registered() == set(EXAMPLES) | KERNELS_ONLY
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) | KERNELS_ONLY))
+def test_every_operator_has_its_registrations(name):
+    overload = getattr(ops, name).default
+    assert torch._library.simple_registry.singleton.find(f"te_nvfp4_cv::{name}").fake_impl.kernel is not None
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), key), key
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_opcheck(name):
+    utilities = TESTS.get(name)
+    options = {} if utilities is None else {"test_utils": utilities}
+    torch.library.opcheck(getattr(ops, name).default, EXAMPLES[name](), **options)
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"draw_seed"}))
+def test_autocast_changes_nothing(name):
+    def outputs() -> list[Tensor]:
+        torch.manual_seed(0)
+        made = getattr(ops, name)(*EXAMPLES[name]())
+        return [made] if isinstance(made, Tensor) else list(made)
+
+    plain = outputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = outputs()
+    assert plain and all(same_bits(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+RECIPES = [
+    nv.NVFP4BlockScaling(),
+    nv.NVFP4BlockScaling(disable_2d_quantization=True, disable_rht=True),
+    nv.NVFP4BlockScaling(high_precision_gemms=("wgrad",)),
+    nv.NVFP4BlockScaling(high_precision_gemms=("dgrad",)),
+    nv.NVFP4BlockScaling(high_precision_gemms=("fprop",), disable_2d_quantization=True),
+    nv.NVFP4BlockScaling(backward_override="high_precision"),
+    nv.NVFP4BlockScaling(backward_override="dequantized"),
+    nv.NVFP4BlockScaling(nvfp4_4over6="all", disable_rht=True),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.key or "default")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_layers_operator_gives_the_bits_of_the_eager_layer(recipe, transposed):
+    function = nv.functional.conv_transpose2d if transposed else nv.functional.conv2d
+    shape = (16, 32, 3, 3) if transposed else (32, 16, 3, 3)
+    x, w, bias = values((2, 16, 5, 4)), values(shape, seed=2), values((32,), seed=3)
+    results = []
+    for compiled in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, w, bias)]
+        torch.manual_seed(4)
+        run = torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function
+        y = run(*leaves, padding=1, recipe=recipe)
+        y.backward(values(tuple(y.shape), seed=5))
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+        torch._dynamo.reset()
+    for name, eager, traced in zip(("y", "dx", "dw", "db"), *results, strict=True):
+        assert same_bits(eager, traced) and eager.stride() == traced.stride(), name
+    assert recipe == nv.recipe.recipe_of_key(recipe.key)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_is_needed_is_kept_and_computed(needs):
+    x, w, bias, *call = layer_arguments(need=False)
+    leaves = [t.detach().requires_grad_(need) for t, need in zip((x, w, bias), needs, strict=True)]
+    call[5:7] = needs[:2]
+    y, *kept = custom_op.layer(*leaves, *call)
+    assert [bool(part.numel()) for part in kept] == [needs[1]] * 3 + [needs[0]] * 3
+    y.sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == list(needs)
+
+
+def test_kept_bytes_are_packed_codes():
+    x, w, *_ = arguments = layer_arguments()
+    _, *kept = custom_op.layer(*arguments)
+    folded = math.prod((CONV.folds()[0].images, CONV.folds()[0].rows, 4, 16))
+    assert sum(part.numel() * part.element_size() for part in kept[:3]) == folded * 9 // 16 + 4
+    assert sum(part.numel() * part.element_size() for part in kept[3:]) == w.numel() // 2 + w.numel() // 256 + 4
