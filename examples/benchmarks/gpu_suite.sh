@@ -9,7 +9,8 @@
 #   1     pytest -m gpu, the self-test, compute-sanitizer on a few kernel tests if it is installed
 #   2     cuDNN's rates, and the time of every kernel against the ceilings of the machine
 #   3     step time and peak memory against bf16; the kernels of a step; the cost of telemetry
-#   4     accuracy, five seeds: DATA contains train/ and val/ with images/ and labels/; without it, drawn shapes are used
+#   4     accuracy, five seeds: DATA contains train/ and val/ with images/ and labels/; without it, shapes are drawn,
+#         which needs pycocotools
 #   5     the accuracy study (examples/accuracy), full size: DATA contains camvid/ and cifar10/; it does what fits into
 #         nine minutes, and the next call continues
 #   all   1 to 4, within about 25 minutes
