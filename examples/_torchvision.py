@@ -57,5 +57,6 @@ def ensure_torchvision() -> str:
     _declared.impl("nms", _nms, "CPU")
     from torchvision.ops import boxes
 
+    # torchvision refuses to call nms without its compiled library, although nms is declared above.
     boxes._assert_has_ops = lambda: None
     return "declared"

@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         accelerator="cpu" if options.cpu else "auto",
         devices=options.devices,
         strategy="ddp" if options.devices > 1 else "auto",
+        # rounded up to whole epochs
         max_epochs=-(-options.steps // options.epoch_steps),
         default_root_dir=options.folder,
         logger=False,
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     if checkpoint is not None:
         trainer.save_checkpoint(checkpoint)
     if trainer.is_global_zero:
+        # After a resume, this process has only the losses of its own steps.
         first = trainer.global_step - len(model.losses) + 1
         for step, loss in enumerate(model.losses, first):
             print(f"step {step:4}  loss {loss:.4f}")

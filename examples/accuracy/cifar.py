@@ -81,6 +81,7 @@ def _from_jpeg(path: Path, train_count: int | None, test_count: int | None) -> t
             number = len(labels) if count is None else min(count, len(labels))
             images = np.empty((number, 32, 32, 3), np.uint8)
             for i in range(number):
+                # All images share one JPEG header, which the file stores once; the last two bytes end a JPEG.
                 content = header + data[offsets[i] : offsets[i + 1]].tobytes() + b"\xff\xd9"
                 images[i] = np.asarray(Image.open(io.BytesIO(content)))
             splits.append(Images(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels[:number]))

@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     epochs = options.epochs or TASKS[options.task][options.size].epochs
     todo = []
     for name in names:
+        # Raises now, not after hours, if a variant needs more epochs.
         known[name].epochs_of(epochs)
     for seed in dict.fromkeys(options.seeds):
         for name in names:

@@ -48,6 +48,7 @@ def baseline_of(variant: str) -> str:
 
 def rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Summarize the runs in one row per variant of a task, size, compute dtype and number of epochs."""
+    # If a run occurs twice, the last line of the file counts.
     runs = {(r["task"], r["size"], r["compute"], r["epochs"], r["variant"], r["seed"]): r for r in results}
     kinds = list(dict.fromkeys(key[:4] for key in runs))
     found = []
@@ -56,6 +57,7 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             mine = {key[5]: r for key, r in runs.items() if key[:4] == kind and key[4] == variant}
             good = {seed: r for seed, r in mine.items() if not r["diverged"]}
             base = {s: runs.get((*kind, baseline_of(variant), s)) for s in good}
+            # Only seeds that have both runs form a pair.
             pairs = [(good[s], b) for s, b in base.items() if b is not None and not b["diverged"]]
             row: dict[str, Any] = dict(zip(("task", "size", "compute", "epochs"), kind, strict=True))
             row |= {"variant": variant, "seeds": len(mine), "diverged": len(mine) - len(good)}

@@ -70,6 +70,7 @@ class Segmentation:
     def __init__(self, root: Path, size: Size) -> None:
         data = load_data(root, "masks", None)
         self.size, self.classes = size, len(data.class_names)
+        # Decoded once and flipped in batch(), because many epochs read the same few images.
         self.train = _decoded(SegmentationDataset(data.train, size.images, train=False))
         self.test = _decoded(SegmentationDataset(data.val, size.images, train=False))
         self.count = len(self.train[0])

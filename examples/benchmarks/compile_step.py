@@ -87,6 +87,7 @@ def medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
 
 def compiled_case(case: str, rounds: int) -> bool:
     """Print eager and compiled times; return False if results are wrong."""
+    # Two nets with the same weights, because each step leaves gradients in its net.
     net, twin = unet(case), unet(case)
     run = torch.compile(twin, fullgraph=True)
     steps = {"eager": step_of(net, net, case, enabled=True), "compiled": step_of(run, twin, case, enabled=True)}

@@ -67,8 +67,10 @@ class AveragePrecision:
         """Compute the scores "ap" and "ap50"."""
         from pycocotools.cocoeval import COCOeval
 
+        # pycocotools prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
             scoring = COCOeval(self._index(self.truth), self._index(self.found), self.kind)
+            # Only the scores over objects of all sizes are needed.
             scoring.params.areaRng, scoring.params.areaRngLbl = [[0, 1e10]], ["all"]
             scoring.params.maxDets = [MOST]
             scoring.evaluate()

@@ -50,6 +50,7 @@ def _claim(folder: Path) -> bool:
             return False
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
+            # Mode "x" fails if another run creates the file at the same moment.
             with (folder / CLAIM).open("x", encoding="utf-8") as file:
                 file.write(json.dumps({"started": started}) + "\n")
         except FileExistsError:  # another run was faster

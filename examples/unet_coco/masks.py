@@ -33,6 +33,7 @@ def load_masks(root: Path, classes: Sequence[str] | None) -> SegmentationData:
     }
     check_upright(file for pairs in found.values() for pair in pairs for file in pair)
     names = _mask_names(root, [label for pairs in found.values() for _, label in pairs])
+    # Maps the ids in a label file to the numbers of the classes.
     table = np.arange(256, dtype=np.uint8)
     if classes:
         check_classes(list(classes), names, f"{root} has the classes")

@@ -70,6 +70,7 @@ class Up(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.up(x)
         missing_h, missing_w = skip.shape[-2] - x.shape[-2], skip.shape[-1] - x.shape[-1]
+        # Max-pooling dropped the last row or column of an odd image, so the doubled image is one short.
         if missing_h or missing_w:
             x = F.pad(x, (0, missing_w, 0, missing_h))
         return self.conv(torch.cat([skip, x.to(skip.dtype)], dim=1))
@@ -114,6 +115,7 @@ class UNet(nn.Module):
         skips = [self.stem(x)]
         for down in self.down:
             skips.append(down(skips[-1]))
+        # The lowest level is the start of the way up, not a skip.
         x = self.dropout(skips.pop())
         for up in self.up:
             x = up(x, skips.pop())
