@@ -33,7 +33,7 @@ def as_written(app: Any, what: str, name: str, found: Any, options: Any, lines: 
     A module's docstring contains tables in plain text, so everything after its first line becomes a literal block.
     In other docstrings the star of shapes like [B, *image, C] is escaped, or reST would take it for emphasis.
     """
-    if what == "module" and lines:
+    if what == "module" and any(lines[1:]):
         lines[:] = [lines[0], "", "::", "", *(f"    {line}" for line in lines[1:]), ""]
     else:
         lines[:] = [re.sub(r"(?<=[\[ ])\*(?=\w)", r"\\*", line) for line in lines]
