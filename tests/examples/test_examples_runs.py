@@ -251,7 +251,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_note(shapes: Path, tm
     with pytest.raises(ValueError, match=r"differing: levers\)[\s\S]*'high_precision_last': 1"):
         main([*call[:-2], "--steps", "2", "--resume"])
     main([*call, "--steps", "2", "--resume"])
-    assert capsys.readouterr().out.count("did not keep which images it was trained on") == 1
+    assert capsys.readouterr().out.count("did not record the images of its training") == 1
     assert "data" in checkpoint.load_checkpoint(path)["identity"]
 
 
