@@ -100,13 +100,13 @@ def launch_quantization(arch: int) -> None:
     for shape in ((1, 1), (17, 1, 1, 1), (1, 16, 3, 3), (32, 17)):
         for two_d in (True, False):
             for form in (1, 2):
-                w = launch.quantize_kernel(
+                w = launch.quantize_weight(
                     torch.zeros(shape), 1, form, 0 if two_d else form, two_d, None, 448, True, bf16
                 )
                 for columnwise in (False,) if two_d else (False, True):
                     if form == 1:
                         face = w[2:4] if columnwise else w[:2]
-                        launch.unpack_kernel(*face, shape[0], shape[1], 1, columnwise, amax[:1], bf16)
+                        launch.unpack_weight(*face, shape[0], shape[1], 1, columnwise, amax[:1], bf16)
 
 
 STEPS = [  # backend, tensor scale, fused, batch (5: folded columns): every kernel occurs

@@ -77,14 +77,14 @@ class Path:
 
     def quantize_w(self) -> tuple[Tensor, ...]:
         args = (1, PACKED, NONE, True, "", 448, True, torch.bfloat16, self.backend)
-        return tuple(operand.quantize_kernel(self.w, *args))
+        return tuple(operand.quantize_weight(self.w, *args))
 
     def unpack_w(self) -> tuple[Tensor, Tensor]:
         data, scale = self.w_q[:2]
         if self.form == PACKED:
             return data, scale
         args = (self.layer.c_out, self.layer.c_in, 1, False, self.alpha, torch.bfloat16, self.backend)
-        return operand.unpack_kernel(data, scale, *args), scale.new_empty(0)
+        return operand.unpack_weight(data, scale, *args), scale.new_empty(0)
 
     def unpack_x(self) -> tuple[Tensor, Tensor]:
         data, scale = self.x_q[3:5]

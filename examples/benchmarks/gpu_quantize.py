@@ -99,11 +99,11 @@ def weight_jobs(layer: Layer, device: torch.device) -> dict[str, Callable[[], ob
     w = torch.randn(layer.c_out, layer.c_in, layer.kernel, layer.kernel, device=device)
     w = w.to(memory_format=torch.channels_last)
     args = (1, PACKED, NONE, True, "", 448, False, torch.bfloat16, "vendor")
-    data, scale = operand.quantize_kernel(w, *args)[:2]
+    data, scale = operand.quantize_weight(w, *args)[:2]
     channels = (layer.c_out, layer.c_in, 1, False, None, torch.bfloat16, "vendor")
     return {
-        "w: 16x16, packed": lambda: operand.quantize_kernel(w, *args),
-        "w: packed to bf16": lambda: operand.unpack_kernel(data, scale, *channels),
+        "w: 16x16, packed": lambda: operand.quantize_weight(w, *args),
+        "w: packed to bf16": lambda: operand.unpack_weight(data, scale, *channels),
     }
 
 

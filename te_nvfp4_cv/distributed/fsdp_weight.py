@@ -201,7 +201,7 @@ class GatheredWeight(torch.Tensor):
     def dequantized(self) -> Tensor:
         """Values of the logical shape in the nominal dtype."""
         n, channels, *kernel = self.shape
-        w = operand.unpack_kernel(
+        w = operand.unpack_weight(
             *(self._codes, self._scales, n, channels, self.form.groups, False, None, torch.float32, "reference")
         )
         w = w * (self._amax * (1.0 / (formats.E2M1_MAX * formats.E4M3_MAX)))

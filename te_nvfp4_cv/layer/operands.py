@@ -85,7 +85,7 @@ def quantize_weight(w: Tensor, plan: Plan, keep: bool, amax: Tensor | None = Non
     s = plan.recipe.settings("weight")
     faces = {plan.weight_faces[0]} | ({plan.weight_faces[1]} if keep else set())
     row, col = (PACKED if face in faces else NONE for face in ("row", "col"))
-    return operands.quantize_kernel(
+    return operands.quantize_weight(
         w.detach(),
         plan.geometry.groups,
         row,
@@ -110,7 +110,7 @@ def weight_values(w_q: tuple[Tensor, ...], plan: Plan, factor: Tensor | None = N
     face = plan.weight_faces[0]
     data, scale = (w_q[0], w_q[1]) if face == "row" else (w_q[2], w_q[3])
     n, _, channels = plan.geometry.weight_shape
-    return operands.unpack_kernel(
+    return operands.unpack_weight(
         data, scale, n, channels, plan.geometry.groups, face == "col", factor, torch.float32, plan.backend
     )
 
@@ -130,7 +130,7 @@ def weight_operand(
     if plan.operand_form == PACKED:
         return data, scale
     n, _, channels = plan.geometry.weight_shape
-    out = operands.unpack_kernel(
+    out = operands.unpack_weight(
         data, scale, n, channels, plan.geometry.groups, face == "col", factor, plan.compute_dtype, plan.backend
     )
     return out, scale.new_empty(0)

@@ -99,8 +99,8 @@ def weights(setting: Setting) -> str:
         settings |= options
         for row, col in ((PACKED, NONE), (DEQUANTIZED, NONE)) if settings["two_d"] else ((PACKED, PACKED),):
             setting.dirty()
-            truth = operand.quantize_kernel(w=w, row=row, col=col, backend="reference", **settings)
-            ours = operand.quantize_kernel(w=setting.put(w), row=row, col=col, backend=setting.backend, **settings)
+            truth = operand.quantize_weight(w=w, row=row, col=col, backend="reference", **settings)
+            ours = operand.quantize_weight(w=setting.put(w), row=row, col=col, backend=setting.backend, **settings)
             checked += same_fields(f"{name}, forms {row} and {col}", KERNEL, ours, truth)
     return f"{checked} elements equal in bits"
 
@@ -112,7 +112,7 @@ def unpacking(setting: Setting) -> str:
     row, row_scale, _, col, col_scale, *_ = quantize(x, "reference", PACKED, PACKED, Fold(2, 2, 4, 1, 16))
     w = normal((40, 24, 3, 3), seed=6)
     kernel = {
-        two_d: operand.quantize_kernel(
+        two_d: operand.quantize_weight(
             w, 1, PACKED, NONE if two_d else PACKED, two_d, "", 448, False, torch.bfloat16, "reference"
         )
         for two_d in (True, False)
@@ -137,9 +137,9 @@ def unpacking(setting: Setting) -> str:
         for two_d, face in ((True, False), (False, False), (False, True)):
             data, scale = kernel[two_d][2:4] if face else kernel[two_d][:2]
             for by in (None, factor):
-                truth = operand.unpack_kernel(data, scale, 40, 24, 1, face, by, dtype, "reference")
+                truth = operand.unpack_weight(data, scale, 40, 24, 1, face, by, dtype, "reference")
                 given = None if by is None else put(by)
-                ours = operand.unpack_kernel(put(data), put(scale), 40, 24, 1, face, given, dtype, b)
+                ours = operand.unpack_weight(put(data), put(scale), 40, 24, 1, face, given, dtype, b)
                 checked += same_fields(f"kernel to {dtype}", ("values",), (ours,), (truth,))
     return f"{checked} elements equal in bits"
 

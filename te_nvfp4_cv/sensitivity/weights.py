@@ -175,11 +175,11 @@ def _cost(w: Tensor, groups: int, two_d: bool) -> Cost:
     """Of a weight [O, C / groups, *kernel]."""
     backend, (n, channels) = dispatch.resolve("auto", w.device), w.shape[:2]
     w = w.float()
-    faces = operand.quantize_kernel(
+    faces = operand.quantize_weight(
         w, groups, operand.PACKED, operand.NONE, two_d, "", E4M3_MAX, False, torch.float32, backend
     )
     data, scale, _, _, amax = faces
-    blocks = operand.unpack_kernel(data, scale, n, channels, groups, False, None, torch.float32, backend)
+    blocks = operand.unpack_weight(data, scale, n, channels, groups, False, None, torch.float32, backend)
     quantized = blocks.double() * (amax.double() / (E2M1_MAX * E4M3_MAX))
     values = w.flatten(2).movedim(2, 1).double() if w.dim() > 2 else w[:, None].double()  # [O, taps, C / groups]
     largest = unpack_nibbles(data)[..., :channels].bitwise_and(7) == 7

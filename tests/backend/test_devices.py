@@ -15,8 +15,8 @@ OPS = Path(te_nvfp4_cv.__file__).parent / "ops"
 LAUNCHERS = {  # what operators call: each launches kernels, itself or through others of its file
     "kernels.py": ("relu_mask", "apply_mask", "scale_bias"),
     "quantize/launch.py": (
-        *("quantize_operand", "measure_operand", "quantize_kernel"),
-        *("unpack_columns", "unpack_rows", "unpack_kernel"),
+        *("quantize_operand", "measure_operand", "quantize_weight"),
+        *("unpack_columns", "unpack_rows", "unpack_weight"),
     ),
     "conv/launch.py": ("fprop", "dgrad", "wgrad"),
     "gemm/launch.py": ("multiply",),

@@ -146,7 +146,7 @@ def watch_codes(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
 
 
 def codes_of_whole(w: Tensor, groups: int, pow2: bool = False) -> tuple[Tensor, ...]:
-    return operand.quantize_kernel(w, groups, 1, 0, True, "", 448, pow2, torch.float32, "vendor")
+    return operand.quantize_weight(w, groups, 1, 0, True, "", 448, pow2, torch.float32, "vendor")
 
 
 # ---- equal to one process -------------------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def on_ranks_readers_in_high_precision_are_told(ranks: Ranks) -> None:
             module = reference.get_submodule(name.removesuffix(".weight"))
             groups = getattr(module, "groups", 1)
             codes, scales, *_, amax = codes_of_whole(module.weight, groups)
-            w = operand.unpack_kernel(
+            w = operand.unpack_weight(
                 codes, scales, *module.weight.shape[:2], groups, False, None, torch.float32, "reference"
             )
             module.weight.copy_((w * (amax / 2688)).view(len(w), 3, 3, -1).movedim(-1, 1))

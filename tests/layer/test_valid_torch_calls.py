@@ -108,7 +108,7 @@ def test_expanded_kernels_are_measured_by_their_own_values():
     base[:, :, 0] *= 1000
     w = base[:, :, 1:2, :].expand(-1, -1, 3, 3)
     vendor, reference = (
-        operand.quantize_kernel(w, 1, 1, 0, True, "", 448, False, torch.bfloat16, backend)
+        operand.quantize_weight(w, 1, 1, 0, True, "", 448, False, torch.bfloat16, backend)
         for backend in ("vendor", "reference")
     )
     assert all(same_bits(a, b) for a, b in zip(vendor, reference, strict=True))

@@ -354,14 +354,14 @@ def test_shared_modules_match_by_either_name(x):
 def counted(monkeypatch) -> list[int]:
     """Grows by one whenever a weight is quantized; tracing a graph quantizes none."""
     count: list[int] = []
-    real = operands.operands.quantize_kernel
+    real = operands.operands.quantize_weight
 
-    def quantize_kernel(*args, **kwargs):
+    def quantize_weight(*args, **kwargs):
         if not isinstance(args[0], FakeTensor):
             count.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(operands.operands, "quantize_kernel", quantize_kernel)
+    monkeypatch.setattr(operands.operands, "quantize_weight", quantize_weight)
     return count
 
 

@@ -171,7 +171,7 @@ def quantized(g: ConvGeometry, two_d: bool = True) -> dict[str, tuple[Tensor, Te
     w = values(g.weight_shape, seed=5).unflatten(1, g.kernel or (1,)).movedim(-1, 1)
     w = w if g.rank else w[..., 0]
     col = NONE if two_d else PACKED
-    parts = operand.quantize_kernel(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "vendor")
+    parts = operand.quantize_weight(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "vendor")
     out["w row"], out["w col"] = parts[:2], parts[:2] if two_d else parts[2:4]
     return out
 
@@ -181,7 +181,7 @@ def dequantized(name: str, face: tuple[Tensor, Tensor], g: ConvGeometry, dtype: 
     if name.startswith("w"):
         n, _, channels = g.weight_shape
         columnwise = face[0].dim() == 5
-        return operand.unpack_kernel(*face, n, channels, g.groups, columnwise, None, dtype, "reference")
+        return operand.unpack_weight(*face, n, channels, g.groups, columnwise, None, dtype, "reference")
     if name.endswith("col"):
         return operand.unpack_columns(*face, dtype, "reference")
     shape = g.x_shape if name.startswith("x") else g.y_shape
@@ -293,7 +293,7 @@ def test_without_alpha_the_operands_carry_the_scales(case, backend):
         x, w = (q[name] for name in faces_of(g)["fprop"])
         n, _, channels = g.weight_shape
         face = (n, channels, g.groups, w[0].dim() == 5)
-        carrying = operand.unpack_kernel(*w, *face, factor, torch.float32, backend)
+        carrying = operand.unpack_weight(*w, *face, factor, torch.float32, backend)
         rows, none = dequantized("x row", x, g, torch.float32), x[1].new_empty(0)
         bias = values((g.y_shape[-1],), seed=6)
         y = operators.conv_fprop(rows, none, carrying, none, None, bias, g.to_ints(), torch.float32, backend)

@@ -163,22 +163,22 @@ def test_vendor_kernels_equal_the_reference(seed, how):
     faces += [(False, row, col) for row, col in ((PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED))]
     for two_d, row, col in faces:
         expected, got = (
-            operand.quantize_kernel(w, groups, row, col, two_d, "", 448, False, torch.bfloat16, backend)
+            operand.quantize_weight(w, groups, row, col, two_d, "", 448, False, torch.bfloat16, backend)
             for backend in ("reference", "vendor")
         )
         assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (two_d, row, col)
         assert_no_nan_scale(got[1])
         assert_no_nan_scale(got[3])
         if row == DEQUANTIZED:
-            packed = operand.quantize_kernel(
+            packed = operand.quantize_weight(
                 w, groups, PACKED, NONE if two_d else PACKED, two_d, "", 448, False, torch.bfloat16, "vendor"
             )
             for backend in ("reference", "vendor"):
                 args = (n, c, groups)
-                rows = operand.unpack_kernel(packed[0], packed[1], *args, False, None, torch.bfloat16, backend)
+                rows = operand.unpack_weight(packed[0], packed[1], *args, False, None, torch.bfloat16, backend)
                 assert same_bits(rows, got[0])
                 if not two_d:
-                    columns = operand.unpack_kernel(packed[2], packed[3], *args, True, None, torch.bfloat16, backend)
+                    columns = operand.unpack_weight(packed[2], packed[3], *args, True, None, torch.bfloat16, backend)
                     assert same_bits(columns, got[2])
 
 
@@ -189,7 +189,7 @@ def test_kernels_with_four_over_six(two_d, kind, mode, e4m3_max):
     for groups, shape in ((1, (32, 24, 3, 3)), (2, (40, 16, 1, 2)), (1, (16, 64))):
         w = values(shape, kind)
         expected, got = (
-            operand.quantize_kernel(
+            operand.quantize_weight(
                 w, groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max, False, torch.float32, backend
             )
             for backend in ("reference", "vendor")
@@ -234,15 +234,15 @@ def test_operators_pass_opcheck(backend):
         torch.library.opcheck(ops.quantize_operand.default, args)
     for two_d, row, col in ((True, PACKED, NONE), (False, PACKED, PACKED), (False, NONE, DEQUANTIZED)):
         torch.library.opcheck(
-            ops.quantize_kernel.default, (w, 2, row, col, two_d, "", 448, False, torch.float32, backend)
+            ops.quantize_weight.default, (w, 2, row, col, two_d, "", 448, False, torch.float32, backend)
         )
     packed = quantize(x, 1, fold, PACKED, PACKED, True, 5, torch.float32, "vendor")
-    kernel = operand.quantize_kernel(w, 2, PACKED, NONE, True, "", 448, False, torch.float32, "vendor")
+    kernel = operand.quantize_weight(w, 2, PACKED, NONE, True, "", 448, False, torch.float32, "vendor")
     torch.library.opcheck(ops.unpack_rows.default, (packed[0], packed[1], 24, 1, torch.bfloat16, backend))
     torch.library.opcheck(ops.unpack_columns.default, (packed[3], packed[4], torch.bfloat16, backend))
     for factor in (None, torch.tensor([0.5])):
         unpack = (kernel[0], kernel[1], 32, 24, 2, False, factor, torch.bfloat16, backend)
-        torch.library.opcheck(ops.unpack_kernel.default, unpack)
+        torch.library.opcheck(ops.unpack_weight.default, unpack)
 
 
 def test_draw_seed_passes_opcheck_but_for_its_randomness():
@@ -267,8 +267,8 @@ with warnings.catch_warnings(record=True) as caught:
         for part in operands.quantize_operand(x, 1, [3, 2, 4, 1, 16], *args):
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     w = x.flatten(0, 1).movedim(-1, 1)[:32]
-    packed = operands.quantize_kernel(w, 1, 1, 0, True, "", 448, False, torch.float32, "vendor")
-    unpacked = operands.unpack_kernel(*packed[:2], w.shape[0], w.shape[1], 1, False, None, torch.bfloat16, "vendor")
+    packed = operands.quantize_weight(w, 1, 1, 0, True, "", 448, False, torch.float32, "vendor")
+    unpacked = operands.unpack_weight(*packed[:2], w.shape[0], w.shape[1], 1, False, None, torch.bfloat16, "vendor")
     for part in (*packed, unpacked):
         digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     mask = relu.positive_mask(x)
@@ -435,7 +435,7 @@ def test_power_of_two_amaxes(e4m3_max):
 def test_kernels_with_a_power_of_two_amax(two_d, kind):
     w = values((40, 24, 3, 3), kind)
     args = (w, 1, PACKED, NONE if two_d else PACKED, two_d, "", 448, True, torch.float32)
-    expected, got = (operand.quantize_kernel(*args, backend) for backend in ("reference", "vendor"))
+    expected, got = (operand.quantize_weight(*args, backend) for backend in ("reference", "vendor"))
     assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
     assert same_bits(got[4], formats.power_of_two_amax(w.abs().amax().reshape(1)))
 
@@ -444,15 +444,15 @@ def test_kernels_with_a_power_of_two_amax(two_d, kind):
 def test_unpacked_kernels_times_a_factor(two_d):
     w = values((40, 24, 3, 3), "wide")
     for dtype, factor in itertools.product((torch.bfloat16, torch.float32), (2.0**-17, 2.0**90, 0.3, float("nan"))):
-        packed = operand.quantize_kernel(
+        packed = operand.quantize_weight(
             w, 1, PACKED, PACKED if not two_d else NONE, two_d, "", 448, True, dtype, "vendor"
         )
         faces = [(packed[0], packed[1], False)] + ([] if two_d else [(packed[2], packed[3], True)])
         for data, scale, columnwise in faces:
-            plain = operand.unpack_kernel(data, scale, 40, 24, 1, columnwise, None, torch.float32, "reference")
+            plain = operand.unpack_weight(data, scale, 40, 24, 1, columnwise, None, torch.float32, "reference")
             for backend in ("reference", "vendor"):
                 args = (data, scale, 40, 24, 1, columnwise, torch.tensor([factor]), dtype, backend)
-                assert same_bits(operand.unpack_kernel(*args), (plain * factor).to(dtype)), (dtype, factor, backend)
+                assert same_bits(operand.unpack_weight(*args), (plain * factor).to(dtype)), (dtype, factor, backend)
 
 
 # ---- shards of a kernel ---------------------------------------------------------------------------------------------
@@ -476,14 +476,14 @@ def test_shards_with_the_amax_of_the_whole_have_its_codes(two_d, kind):
         amax = w.abs().amax().reshape(1)
         args = (1, PACKED, NONE if two_d else PACKED, two_d, mode, 448, pow2, torch.float32)
         for axis, backend in itertools.product((0, 1), ("reference", "vendor")):
-            whole = operand.quantize_kernel(w, *args, backend)
+            whole = operand.quantize_weight(w, *args, backend)
             shard = w.narrow(axis, 16, 16)
             given = amax.clone()
-            got = operand.quantize_kernel(shard, *args, backend, given)
+            got = operand.quantize_weight(shard, *args, backend, given)
             expected = part_of(whole, axis, two_d)
             assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), (shape, pow2, axis, backend)
             assert same_bits(given, amax) and got[4].data_ptr() != given.data_ptr()
-            again = operand.quantize_kernel(w, *args, backend, amax)
+            again = operand.quantize_weight(w, *args, backend, amax)
             assert all(same_bits(a, b) for a, b in zip(again, whole, strict=True))
 
 
@@ -492,4 +492,4 @@ def test_quantize_kernel_with_a_given_amax_passes_opcheck(backend):
     w = values((32, 24, 3, 3))
     for two_d, row, col in ((True, PACKED, NONE), (False, PACKED, PACKED), (False, NONE, DEQUANTIZED)):
         args = (w, 2, row, col, two_d, "", 448, False, torch.float32, backend, torch.tensor([9.0]))
-        torch.library.opcheck(torch.ops.te_nvfp4_cv.quantize_kernel.default, args)
+        torch.library.opcheck(torch.ops.te_nvfp4_cv.quantize_weight.default, args)

@@ -37,7 +37,7 @@ def packed(backend: str = "vendor") -> dict[str, tuple[Tensor, ...]]:
         faces[name] = ops.quantize_operand(
             array, 1, fold, PACKED, PACKED, True, False, "", 448, False, torch.float32, None, None, backend
         )
-    faces["w"] = ops.quantize_kernel(W, 1, PACKED, NONE, True, "", 448, False, torch.float32, backend)
+    faces["w"] = ops.quantize_weight(W, 1, PACKED, NONE, True, "", 448, False, torch.float32, backend)
     return faces
 
 
@@ -94,10 +94,10 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(X, 1, FOLDS[0], PACKED, PACKED, True, False, "", 448, False, torch.float32, None, None, "vendor"),
     ),
     "measure_operand": lambda: (X, FOLDS[0], True, "vendor"),
-    "quantize_kernel": lambda: (W, 1, PACKED, NONE, True, "", 448, False, torch.float32, "vendor"),
+    "quantize_weight": lambda: (W, 1, PACKED, NONE, True, "", 448, False, torch.float32, "vendor"),
     "unpack_rows": lambda: (*packed()["x"][:2], 16, 1, torch.bfloat16, "vendor"),
     "unpack_columns": lambda: (*packed()["x"][3:5], torch.bfloat16, "vendor"),
-    "unpack_kernel": lambda: (*packed()["w"][:2], 32, 16, 1, False, None, torch.bfloat16, "vendor"),
+    "unpack_weight": lambda: (*packed()["w"][:2], 32, 16, 1, False, None, torch.bfloat16, "vendor"),
     "conv_fprop": lambda: (
         *conv_operands(packed()["x"][:2], packed()["w"][:2]),
         *(values((32,)), CONV.to_ints(), torch.float32, "reference"),

@@ -28,7 +28,7 @@ def test_parts_are_the_whole(kind, pow2, shape, groups, cuts):
     dtype = torch.float32
     w = values(shape, kind, dtype)
     n = shape[0]
-    expected = operand.quantize_kernel(
+    expected = operand.quantize_weight(
         w, groups, PACKED, NONE, True, "", formats.E4M3_MAX, pow2, torch.float32, "reference"
     )
     bounds = list(zip((0, *cuts), (*cuts, n), strict=True))
@@ -43,7 +43,7 @@ def test_parts_are_the_whole(kind, pow2, shape, groups, cuts):
 
 def test_bf16_weights():
     w = values((32, 16, 3, 3), "wide", torch.bfloat16)
-    expected = operand.quantize_kernel(w, 1, PACKED, NONE, True, "", 448, False, torch.float32, "vendor")
+    expected = operand.quantize_weight(w, 1, PACKED, NONE, True, "", 448, False, torch.float32, "vendor")
     tiles = weight_shards.tile_amaxes(w, 0, 32, 1)
     amax = tiles.amax().reshape(1)
     scales = weight_shards.tile_scales(tiles, amax)

@@ -197,7 +197,7 @@ def _operand(x: Tensor, groups: int, fold: Fold, rht: bool) -> tuple[native.Oper
     return q, x, starts
 
 
-def quantize_kernel(
+def quantize_weight(
     w: Tensor,
     groups: int,
     row: int,
@@ -209,11 +209,11 @@ def quantize_kernel(
     dtype: torch.dtype,
     amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """See operands.quantize_kernel."""
+    """See operands.quantize_weight."""
     library = native.load() if w.device.type == "cpu" else None
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     if library is None or not w.numel() or (not two_d and groups > 1):
-        return reference_operands.quantize_kernel(
+        return reference_operands.quantize_weight(
             w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, amax
         )
     w = w.detach()
@@ -311,7 +311,7 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
     return out
 
 
-def unpack_kernel(
+def unpack_weight(
     data: Tensor,
     scale: Tensor,
     n: int,
@@ -321,10 +321,10 @@ def unpack_kernel(
     factor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See operands.unpack_kernel."""
+    """See operands.unpack_weight."""
     library = native.load() if data.device.type == "cpu" else None
     if library is None or not data.numel() or columnwise:
-        return reference_operands.unpack_kernel(data, scale, n, channels, groups, columnwise, factor, dtype)
+        return reference_operands.unpack_weight(data, scale, n, channels, groups, columnwise, factor, dtype)
     out = scratch.empty((n, data.shape[1], channels), dtype, data.device)
     by_row = scale.dim() == 3  # scales of 1x16 lie as those of the tiles of groups of one row each
     q = _weight(out.transpose(1, 2), n if by_row else groups, False, dtype, 448)

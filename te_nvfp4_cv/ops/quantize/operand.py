@@ -3,7 +3,7 @@ axes.
 
     quantize_operand   an activation or gradient [B, *image, C]: rowwise face (16 channels of a pixel),
                        columnwise face (16 images at a pixel)
-    quantize_kernel    a weight [axis 0, axis 1, *kernel]: faces over axis 1 (rowwise) and axis 0 (columnwise),
+    quantize_weight    a weight [axis 0, axis 1, *kernel]: faces over axis 1 (rowwise) and axis 0 (columnwise),
                        one tap at a time
     measure_operand    the two amaxes that quantize_operand would use
     unpack_*           packed codes back to code * scale
@@ -154,8 +154,8 @@ def _(x, fold, rht, backend):  # type: ignore[no-untyped-def]
 
 
 @without_autocast
-@torch.library.custom_op("te_nvfp4_cv::quantize_kernel", mutates_args=())
-def quantize_kernel(
+@torch.library.custom_op("te_nvfp4_cv::quantize_weight", mutates_args=())
+def quantize_weight(
     w: Tensor,
     groups: int,
     row: int,
@@ -180,13 +180,13 @@ def quantize_kernel(
     Returns:
         (row data, row scale, col data, col scale, amax [1]).
     """
-    fields = _run(backend, w.device).quantize_kernel(
+    fields = _run(backend, w.device).quantize_weight(
         w, groups, row, col, two_d, four_over_six or None, e4m3_max, pow2, dtype, amax
     )
     return tuple(fields)  # type: ignore[return-value]
 
 
-@quantize_kernel.register_fake
+@quantize_weight.register_fake
 def _(w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, backend, amax=None):  # type: ignore[no-untyped-def]
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
@@ -229,8 +229,8 @@ def _(data, scale, channels, groups, dtype, backend):  # type: ignore[no-untyped
 
 
 @without_autocast
-@torch.library.custom_op("te_nvfp4_cv::unpack_kernel", mutates_args=())
-def unpack_kernel(
+@torch.library.custom_op("te_nvfp4_cv::unpack_weight", mutates_args=())
+def unpack_weight(
     data: Tensor,
     scale: Tensor,
     n: int,
@@ -248,9 +248,9 @@ def unpack_kernel(
         factor: fp32 [1], or None: multiplies every value in fp32, before the one rounding to `dtype`. A power of two
             keeps the values exact, except below 2^-126; NaN makes all of them NaN.
     """
-    return _run(backend, data.device).unpack_kernel(data, scale, n, channels, groups, columnwise, factor, dtype)
+    return _run(backend, data.device).unpack_weight(data, scale, n, channels, groups, columnwise, factor, dtype)
 
 
-@unpack_kernel.register_fake
+@unpack_weight.register_fake
 def _(data, scale, n, channels, groups, columnwise, factor, dtype, backend):  # type: ignore[no-untyped-def]
     return data.new_empty((n, data.shape[2 if columnwise else 1], channels), dtype=dtype)

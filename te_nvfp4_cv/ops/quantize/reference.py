@@ -143,7 +143,7 @@ def _amax(x: Tensor) -> Tensor:
     return x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
 
 
-def quantize_kernel(
+def quantize_weight(
     w: Tensor,
     groups: int,
     row: int,
@@ -155,7 +155,7 @@ def quantize_kernel(
     dtype: torch.dtype,
     amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """See operands.quantize_kernel."""
+    """See operands.quantize_weight."""
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
     w_GOTC = w.reshape(groups, n // groups, c, taps).transpose(2, 3)
@@ -187,12 +187,12 @@ def quantize_kernel(
         )
     if row == DEQUANTIZED:
         row_data, row_scale = (
-            unpack_kernel(row_data, row_scale, n, c, groups, False, None, dtype),
+            unpack_weight(row_data, row_scale, n, c, groups, False, None, dtype),
             row_scale.new_empty(0),
         )
     if col == DEQUANTIZED:
         col_data, col_scale = (
-            unpack_kernel(col_data, col_scale, n, c, groups, True, None, dtype),
+            unpack_weight(col_data, col_scale, n, c, groups, True, None, dtype),
             col_scale.new_empty(0),
         )
     return row_data, row_scale, col_data, col_scale, amax
@@ -210,7 +210,7 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
     return values.unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2).contiguous()
 
 
-def unpack_kernel(
+def unpack_weight(
     data: Tensor,
     scale: Tensor,
     n: int,
@@ -220,7 +220,7 @@ def unpack_kernel(
     factor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See operands.unpack_kernel."""
+    """See operands.unpack_weight."""
     one_or_factor = 1.0 if factor is None else factor
     if columnwise:
         values = formats.decode_blocks(data, scale.unsqueeze(-1).view(torch.float8_e4m3fn))  # [G, Ob, T, C, 16]

@@ -2,7 +2,7 @@
 
     tile_amaxes     the largest magnitudes of a rank's rows in every tile of the whole weight; 0 in tiles it does not
                     touch (the maximum over the ranks makes them the whole weight's; their maximum is its amax)
-    tile_scales     amaxes of tiles -> E4M3 bytes [G, Ob, T, Kb], as operands.quantize_kernel gives them
+    tile_scales     amaxes of tiles -> E4M3 bytes [G, Ob, T, Kb], as operands.quantize_weight gives them
     quantize_rows   a rank's rows -> packed codes [rows, T, Kb * 8], those of the whole weight bit for bit
 
 A tile may straddle ranks. Plain torch on any device: a rank's share of a weight is small. Not 4over6, whose choice

@@ -49,7 +49,7 @@ def packed(g: ConvGeometry, device: torch.device, two_d: bool = True) -> dict[st
     w = values(g.weight_shape, seed=5).unflatten(1, g.kernel or (1,)).movedim(-1, 1)
     w = w if g.rank else w[..., 0]
     col = NONE if two_d else PACKED
-    parts = operand.quantize_kernel(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "reference")
+    parts = operand.quantize_weight(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "reference")
     out["w row"] = (parts[0], parts[1])
     out["w col"] = out["w row"] if two_d else (parts[2], parts[3])
     return {name: (data.to(device), scale.to(device)) for name, (data, scale) in out.items()}

@@ -56,7 +56,7 @@ def exact(name: str, q: dict[str, Any], g: ConvGeometry) -> Tensor:
     shape = g.x_shape if name == "fprop" else g.y_shape
     rows = operand.unpack_rows(*q[a], shape[-1], g.groups, torch.float32, "reference").double().cpu()
     columnwise = q[b][0].dim() == 5
-    w = operand.unpack_kernel(*q[b], n, channels, g.groups, columnwise, None, torch.float32, "reference")
+    w = operand.unpack_weight(*q[b], n, channels, g.groups, columnwise, None, torch.float32, "reference")
     w = w.double().cpu()
     if not to_b:
         w = w.unflatten(0, (g.groups, -1)).movedim(1, -1).unsqueeze(1)

@@ -123,7 +123,7 @@ def test_no_step_waits_for_the_gpu(unseen_interpreter, backend, name, batch, fus
     with NoWaiting() as mode:
         step(net, x, RECIPES[name], backend)
     custom = {op for op in mode.seen if op.startswith("te_nvfp4_cv::")}
-    assert {"te_nvfp4_cv::quantize_operand", "te_nvfp4_cv::conv_wgrad", "te_nvfp4_cv::quantize_kernel"} <= custom
+    assert {"te_nvfp4_cv::quantize_operand", "te_nvfp4_cv::conv_wgrad", "te_nvfp4_cv::quantize_weight"} <= custom
 
 
 @pytest.mark.parametrize(

@@ -369,8 +369,8 @@ def test_weights_equal_the_reference(launch, kernel_device, seed, how):
     faces += [(False, row, col) for row, col in ((PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED))]
     for k, (two_d, row, col) in enumerate(faces):
         common = (groups, row, col, two_d, None, 448, (seed + k) % 2 == 0, torch.bfloat16)
-        expected = reference_operands.quantize_kernel(w, *common)
-        got = [t.cpu() for t in launch.quantize_kernel(on(kernel_device, w), *common)]
+        expected = reference_operands.quantize_weight(w, *common)
+        got = [t.cpu() for t in launch.quantize_weight(on(kernel_device, w), *common)]
         assert all(same_bits(e, g) for e, g in zip(expected, got, strict=True)), (two_d, row, col)
         assert_no_nan_scale(got[1])
         assert_no_nan_scale(got[3])
@@ -378,8 +378,8 @@ def test_weights_equal_the_reference(launch, kernel_device, seed, how):
             if form == PACKED:
                 for factor in (None, torch.tensor([0.125]), torch.tensor([math.nan])):
                     packed = (got[face], got[face + 1], n, c, groups, columnwise, factor, torch.bfloat16)
-                    back = launch.unpack_kernel(*to(kernel_device, *packed)).cpu()
-                    assert same_bits(back, reference_operands.unpack_kernel(*packed)), (two_d, columnwise, factor)
+                    back = launch.unpack_weight(*to(kernel_device, *packed)).cpu()
+                    assert same_bits(back, reference_operands.unpack_weight(*packed)), (two_d, columnwise, factor)
 
 
 def on(device: torch.device, w: torch.Tensor) -> torch.Tensor:
@@ -397,8 +397,8 @@ def test_weights_with_four_over_six(launch, kernel_device, two_d, mode, e4m3_max
         w = values(shape, kind)
         common = (groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max, False, torch.float32)
         expected, got = (
-            reference_operands.quantize_kernel(w, *common),
-            launch.quantize_kernel(w.to(kernel_device), *common),
+            reference_operands.quantize_weight(w, *common),
+            launch.quantize_weight(w.to(kernel_device), *common),
         )
         assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True)), (groups, shape)
 
@@ -410,7 +410,7 @@ def test_weights_with_a_power_of_two(launch, kernel_device, amax, e4m3_max):
     w[0, 0] = 1.0
     w = w * amax if math.isfinite(amax) else torch.where(w == 1.0, amax, w)
     common = (1, PACKED, NONE, True, None, e4m3_max, True, torch.float32)
-    expected, got = reference_operands.quantize_kernel(w, *common), launch.quantize_kernel(w.to(kernel_device), *common)
+    expected, got = reference_operands.quantize_weight(w, *common), launch.quantize_weight(w.to(kernel_device), *common)
     assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True))
 
 
@@ -422,8 +422,8 @@ def test_shards_with_the_amax_of_the_whole(launch, kernel_device, kind, two_d):
     for axis, pow2 in ((0, False), (1, True), (1, False)):
         common = (1, PACKED, NONE if two_d else PACKED, two_d, None, 448, pow2, torch.float32)
         shard = w.narrow(axis, 16, 16)
-        expected = reference_operands.quantize_kernel(shard, *common, amax)
-        got = launch.quantize_kernel(on(kernel_device, shard), *common, amax.to(kernel_device))
+        expected = reference_operands.quantize_weight(shard, *common, amax)
+        got = launch.quantize_weight(on(kernel_device, shard), *common, amax.to(kernel_device))
         assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True)), (axis, pow2)
 
 
@@ -441,10 +441,10 @@ def test_operators_pass_opcheck(kernel_device, monkeypatch):
         torch.library.opcheck(ops.quantize_operand.default, args, test_utils=tests)
     torch.library.opcheck(ops.measure_operand.default, (x, fold, True, "triton"), test_utils=tests)
     args = (w, 2, PACKED, NONE, True, "", 448, True, torch.float32, "triton")
-    torch.library.opcheck(ops.quantize_kernel.default, args, test_utils=tests)
-    packed = operand.quantize_kernel(*args)
+    torch.library.opcheck(ops.quantize_weight.default, args, test_utils=tests)
+    packed = operand.quantize_weight(*args)
     unpack = (packed[0], packed[1], 32, 24, 2, False, amax[:1], torch.bfloat16, "triton")
-    torch.library.opcheck(ops.unpack_kernel.default, unpack, test_utils=tests)
+    torch.library.opcheck(ops.unpack_weight.default, unpack, test_utils=tests)
 
 
 def test_the_vendor_backend_quantizes_with_the_kernels_where_they_serve(launch, kernel_device, monkeypatch):

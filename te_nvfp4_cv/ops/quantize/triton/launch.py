@@ -123,7 +123,7 @@ def measure_operand(x: Tensor, fold: Fold, rht: bool) -> Tensor:
 
 
 @on_its_device
-def quantize_kernel(
+def quantize_weight(
     w: Tensor,
     groups: int,
     row: int,
@@ -135,9 +135,9 @@ def quantize_kernel(
     dtype: torch.dtype,
     amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """See operands.quantize_kernel."""
+    """See operands.quantize_weight."""
     if not w.numel():
-        return reference.quantize_kernel(
+        return reference.quantize_weight(
             w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, amax
         )
     w = w.detach()
@@ -220,7 +220,7 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
 
 
 @on_its_device
-def unpack_kernel(
+def unpack_weight(
     data: Tensor,
     scale: Tensor,
     n: int,
@@ -230,7 +230,7 @@ def unpack_kernel(
     factor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See operands.unpack_kernel."""
+    """See operands.unpack_weight."""
     taps = data.shape[2 if columnwise else 1]
     out = data.new_empty((n, taps, channels), dtype=dtype)
     if not out.numel():
