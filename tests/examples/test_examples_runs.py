@@ -93,7 +93,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(shapes: Path, tmp_pa
     assert not (tmp_path / "out" / "fp32" / "last.pt").exists() and (tmp_path / "out_2" / "fp32" / "last.pt").is_file()
     capsys.readouterr()
     main([*call, "--resume"])
-    assert "no checkpoint, starting anew" in capsys.readouterr().out
+    assert "no checkpoint, starting fresh" in capsys.readouterr().out
     state = checkpoint.load_checkpoint(tmp_path / "out" / "fp32" / "last.pt")
     assert state["position"]["telemetry"] == "telemetry_2.jsonl"
 
@@ -186,7 +186,7 @@ def test_other_images_are_refused_and_the_same_elsewhere_are_not(tmp_path: Path,
 
     replace(0)  # one that was repaired
     main(["--data", str(moved), *call, "--resume"])
-    assert "some images have another size on disk" in capsys.readouterr().out
+    assert "some image files changed their size" in capsys.readouterr().out
     for number in (1, 2, 3):
         replace(number)
     with pytest.raises(ValueError, match=r"belongs to another run \(differing: file sizes\)"):
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_note(shapes: Path, tm
     with pytest.raises(ValueError, match=r"differing: levers\)[\s\S]*'high_precision_last': 1"):
         main([*call[:-2], "--steps", "2", "--resume"])
     main([*call, "--steps", "2", "--resume"])
-    assert capsys.readouterr().out.count("did not keep which images it was trained on") == 1
+    assert capsys.readouterr().out.count("did not record the images of its training") == 1
     assert "data" in checkpoint.load_checkpoint(path)["identity"]
 
 
@@ -301,5 +301,5 @@ def test_ctrl_c_is_one_line_and_the_checkpoint_stays(shapes: Path, tmp_path: Pat
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in told, told
     out = tmp_path / "out"
-    assert told.splitlines()[-1] == f"stopped: --out {out} --resume goes on from the last checkpoint"
+    assert told.splitlines()[-1] == f"stopped: --out {out} --resume continues from the last checkpoint"
     assert checkpoint.load_checkpoint(path)["position"]["step"] >= 3
