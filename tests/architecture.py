@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
+from xml.etree import ElementTree
 
 PACKAGE = "te_nvfp4_cv"
-MOST_FILES, MOST_FOLDERS, FILES_WITHOUT_README = 12, 16, 5
+MOST_FILES, MOST_FOLDERS, FILES_WITHOUT_README, MOST_TO_READ = 12, 16, 5, 8
 ROOMS = {  # an optional package: patterns of the files that may import it; * also matches folders
     "triton": "ops/triton/*.py ops/*/triton/*.py",
     "wandb": "telemetry/*.py",
@@ -72,10 +73,11 @@ def privates_on(page: str) -> list[tuple[str, str, str]]:
 
 @dataclass(frozen=True)
 class House:
-    """A package's folder and the text of its page."""
+    """A package's folder, the text of its page, and the text of the page's picture, an SVG."""
 
     package: Path
     page: str
+    picture: str
 
     @cached_property
     def modules(self) -> dict[str, Path]:
@@ -162,6 +164,28 @@ def page_and_tree_agree(house: House) -> list[str]:
             if not any((folder / name).exists() for folder in (house.package, house.package.parent)):
                 found.append(f"{name}: on the page and not in the tree")
     return found
+
+
+def picture_and_table_agree(house: House) -> list[str]:
+    """List what the picture of the floors shows at another height than the table, or does not show."""
+    texts = ElementTree.fromstring(house.picture).iter("{http://www.w3.org/2000/svg}text")
+    rooms = [(float(text.get("y", 0)), text.text or "") for text in texts if text.get("class") == "room"]
+    heights = sorted({y for y, _ in rooms}, reverse=True)
+    floors = sorted({floor for floor, _ in floors_on(house.page)})
+    if len(heights) != len(floors):
+        return [f"the picture shows {len(heights)} floors, the table {len(floors)}"]
+    floor_at = dict(zip(heights, floors, strict=True))
+    shown = {(floor_at[y], name) for y, name in rooms}
+    listed = set(floors_on(house.page))
+    found = [f"{name}: on floor {floor} of the picture only" for floor, name in shown - listed]
+    return sorted(found + [f"{name}: on floor {floor} of the table only" for floor, name in listed - shown])
+
+
+def the_way_of_the_data_is_short(house: House) -> list[str]:
+    """List files of the reading order that do not exist, and its length if it is too long."""
+    files = [name for _, cell, *_ in rows_below(house.page, "The way of the data") for name in in_code(cell)]
+    found = [f"{name}: to be read and not in the tree" for name in files if not (house.package / name).is_file()]
+    return found + ([f"{len(files)} files to read, {MOST_TO_READ} allowed"] if len(files) > MOST_TO_READ else [])
 
 
 def _is_code(path: Path) -> bool:
@@ -371,6 +395,8 @@ def _up_to_private(chain: str) -> str:
 
 RULES: tuple[Callable[[House], list[str]], ...] = (
     page_and_tree_agree,
+    picture_and_table_agree,
+    the_way_of_the_data_is_short,
     imports_point_down,
     folders_have_an_order,
     the_root_is_small,
