@@ -46,7 +46,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", default="auto", choices=choices, help="backend of the tests that take `backend`")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "stress" not in config.option.markexpr:  # not in addopts: any other -m would take the place of that one
+        long = [item for item in items if item.get_closest_marker("stress")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("stress")]
     if torch.cuda.is_available():  # what the interpreter runs elsewhere runs on the GPU here
         for item in items:
             if "kernel_device" in getattr(item, "fixturenames", ()):
