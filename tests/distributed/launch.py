@@ -58,17 +58,23 @@ class Ranks:
 # ---- in pytest ------------------------------------------------------------------------------------------------------
 
 
-def names_of(module: Mapping[str, Any]) -> list[str]:
-    """The functions of a module (its globals) that run on ranks, in the order of the file."""
-    return [name.removeprefix(PREFIX) for name in module if name.startswith(PREFIX)]
+def two_ranks(function: Callable[[Ranks], Any]) -> Callable[[Ranks], Any]:
+    """Mark a function that takes long and would prove nothing more on four ranks, such as a compilation."""
+    function.worlds = (2,)  # type: ignore[attr-defined]
+    return function
+
+
+def names_of(module: Mapping[str, Any], world: int) -> list[str]:
+    """The functions of a module (its globals) that run on so many ranks, in the order of the file."""
+    names = [name for name in module if name.startswith(PREFIX)]
+    return [name.removeprefix(PREFIX) for name in names if world in getattr(module[name], "worlds", (world,))]
 
 
 def ranks_test(module: Mapping[str, Any], worlds: Sequence[int] = (2, 4)) -> Callable[..., None]:
     """The test that reports every function on ranks of a module (its globals()); call it below them."""
-    names, file = names_of(module), module["__file__"]
+    file, cases = module["__file__"], [(world, name) for world in worlds for name in names_of(module, world)]
 
-    @pytest.mark.parametrize("name", names)
-    @pytest.mark.parametrize("world", worlds)
+    @pytest.mark.parametrize(("world", "name"), cases)
     def test_on_ranks(world: int, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
         results(file, world, name, tmp_path_factory)
 
@@ -181,7 +187,7 @@ def _on_rank(module_name: str, folder: Path, rank: int, world: int, port: int) -
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, store=store, rank=rank, world_size=world)
     module = importlib.import_module(module_name)
     failed = False
-    for name in names_of(vars(module)):
+    for name in names_of(vars(module), world):
         shared = folder / name
         shared.mkdir(exist_ok=True)
         told: dict[str, Any] = {"value": None, "error": ""}

@@ -63,7 +63,7 @@ def test_a_layer_equals_the_reference(kernel_device, one_thread, backend, layer)
 # linear layer has rows in place of pixels, which matters where weights have two copies or rows have scales
 @pytest.mark.parametrize(
     ("layer", "recipe"),
-    [("conv2d", recipe) for recipe in RECIPES]
+    [("conv1d", recipe) for recipe in RECIPES]
     + [("conv_transpose2d", "1x16 weights"), ("conv_transpose2d", "4over6")]
     + [("linear matrix", "1x16 weights"), ("linear matrix", "row-scaled")],
 )
@@ -79,13 +79,13 @@ def test_sixteen_bit_inputs(kernel_device, one_thread, backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stochastic_rounding_is_reproducible_and_fresh(kernel_device, one_thread, backend):
-    given = _on(kernel_device, *tensors("conv2d"))
-    first, again = (step("conv2d", *given, backend=backend) for _ in range(2))
+    given = _on(kernel_device, *tensors("conv1d"))
+    first, again = (step("conv1d", *given, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     torch.manual_seed(12)
-    y = step("conv2d", *given, backend=backend)[0]
+    y = step("conv1d", *given, backend=backend)[0]
     assert torch.equal(y, first[0])  # forward rounds to nearest
-    nearest = step("conv2d", *given, backend=backend, recipe=NO_SR)
+    nearest = step("conv1d", *given, backend=backend, recipe=NO_SR)
     assert 0.01 < relative_error(first[1], nearest[1]) < 0.3 and 0.01 < relative_error(first[2], nearest[2]) < 0.3
 
 
