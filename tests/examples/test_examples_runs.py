@@ -109,7 +109,13 @@ def test_a_refused_run_leaves_its_folder_free(shapes: Path, tmp_path: Path) -> N
 # ---- the run's own files --------------------------------------------------------------------------------------------
 
 
-def test_a_resume_goes_on_in_the_runs_own_telemetry_file(shapes: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no telemetry, which takes longer than they do."""
+    monkeypatch.setattr("unet_coco.train.show_telemetry", lambda *_: [])
+
+
+def test_a_resume_goes_on_in_the_runs_own_telemetry_file(shapes: Path, tmp_path: Path, no_drawing: None) -> None:
     call = ["--data", str(shapes), "--out", str(tmp_path), *FP32, "--epochs", "2", "--telemetry-every", "1"]
     main([*call, "--steps", "4"])
     folder = tmp_path / "fp32"
@@ -123,7 +129,7 @@ def test_a_resume_goes_on_in_the_runs_own_telemetry_file(shapes: Path, tmp_path:
     assert list(telemetry.read(folder / "telemetry_2.jsonl").steps) == [0, 1, 2, 3, 4, 5]
 
 
-def test_tensorboard_shows_each_step_once_after_a_crash(shapes: Path, tmp_path: Path, stopping) -> None:
+def test_tensorboard_shows_each_step_once_after_a_crash(shapes: Path, tmp_path: Path, stopping, no_drawing) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra [telemetry]")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
