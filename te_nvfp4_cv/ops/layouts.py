@@ -97,7 +97,7 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (format is not None and x.is_contiguous(memory_format=format))
 
 
-# ---- faces that quantization writes into -----------------------------------------------------------------------------
+# ---- faces that quantization writes into ----------------------------------------------------------------------------
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
