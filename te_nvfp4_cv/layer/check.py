@@ -168,7 +168,9 @@ def _lower(call: CallShape) -> Lowered:
         more = [low + high for low, high in zip(pad[::2], pad[1::2], strict=True)]  # F.pad counts from the last axis
         x = (*x[:2], *(size + n for size, n in zip(x[2:], reversed(more), strict=True))) if pad else x
     geometry = _geometry(call, rank, x, padding)
-    return Lowered(geometry, unbatched, pad, 0 in x or 0 in geometry.y_shape)
+    # By the fields: this is traced, and before Python 3.12 torch.compile cannot trace a cached property's lock.
+    g = geometry
+    return Lowered(g, unbatched, pad, 0 in (*x, *g.a_size, *g.b_size, g.channels_a, g.channels_b))
 
 
 _cached_lower = functools.lru_cache(maxsize=CACHED)(_lower)
