@@ -21,6 +21,7 @@ from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.norm import reference
 from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.records import OperandSpec
 
 ACTIVATIONS = ("relu", "silu")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -212,8 +213,8 @@ def _(  # type: ignore[no-untyped-def]
 ):
     fold = Fold(1, 0, z.shape[2] if z.dim() > 2 else 1, 0, images)
     y = z.new_empty(z.movedim(1, -1).shape)
-    how = (False, "", e4m3_max, False, dtype, None, amax, "triton")
-    return operand.quantize_operand(y, 1, fold.to_ints(), row, col, rht, *how)
+    spec = OperandSpec(1, fold, row, col, rht, e4m3_max=e4m3_max)
+    return operand.quantize_operand(y, spec, dtype, None, amax, "triton").flat()
 
 
 def _room(backend: str):  # type: ignore[no-untyped-def]
