@@ -23,7 +23,7 @@ from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.layer import delayed_scaling
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-from te_nvfp4_cv.report.watch import untouched
+from te_nvfp4_cv.report.forward_pass import untouched
 from te_nvfp4_cv.sensitivity.layers import Entries, high_outside, ruled
 from te_nvfp4_cv.sensitivity.trace import Trace
 
