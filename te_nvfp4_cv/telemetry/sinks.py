@@ -1,9 +1,8 @@
-"""Where telemetry's records go: JSON lines, Weights & Biases, TensorBoard. None is needed; each needs only its own
-package.
+"""Send telemetry's records to JSON lines, Weights & Biases or TensorBoard; only a sink that is used needs its package.
 
 JSONL never overwrites a file. W&B is offline unless WANDB_MODE says otherwise, and no trouble with it (no package, no
-login, no network) ends a run: it goes on, offline where that is possible, and says so once. A disk that fails turns
-its sink off, and says so once.
+login, no network) ends a run: the run continues, offline if possible, with one warning. A disk that fails turns its
+sink off, with one warning.
 """
 
 from __future__ import annotations
@@ -17,39 +16,50 @@ from typing import Any, Protocol
 import numpy as np
 
 from te_nvfp4_cv.errors import value_error, warn_once
-from te_nvfp4_cv.telemetry.records import FORMAT, dumps
+from te_nvfp4_cv.telemetry.records import FORMAT, cannot_write, dumps
 
 
 class Sink(Protocol):
-    """What a sink does; records are those of records.py."""
+    """The methods that a sink needs; records are those of records.py. Derive from it to ignore what you do not want.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> class Losses(nv.telemetry.Sink):
+        ...     def scalars(self, step, values):
+        ...         print(step, values["train/loss"])
+        >>> nv.telemetry.attach(torch.nn.Linear(32, 16), sinks=[Losses()]).scalars(3, {"train/loss": 0.5})
+        3 0.5
+    """
 
     def start(self, header: dict[str, Any]) -> None:
-        """The run's header comes first."""
-        ...
+        """Take the run's header, which comes first."""
 
     def step(self, record: dict[str, Any]) -> None:
-        """A sampled step."""
-        ...
+        """Take the record of a sampled step."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """The run's own figures."""
-        ...
+        """Take figures of the run itself."""
 
     def alarm(self, record: dict[str, Any]) -> None:
-        """An alarm of the step that came last."""
-        ...
+        """Take an alarm of the step that came last."""
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """A picture."""
-        ...
+        """Take a picture."""
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """The end."""
-        ...
+        """Finish; nothing comes afterwards."""
 
 
 def fresh_path(path: str | os.PathLike[str]) -> Path:
-    """`path`, or the first of path_2, path_3, ... that does not exist yet."""
+    """Return `path`, or the first of path_2, path_3, ... that does not exist yet.
+
+    Example:
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> folder = tempfile.mkdtemp()
+        >>> open(f"{folder}/telemetry.jsonl", "w").close()
+        >>> nv.telemetry.fresh_path(f"{folder}/telemetry.jsonl").name
+        'telemetry_2.jsonl'
+    """
     first = Path(path)
     found, number = first, 1
     while found.exists():
@@ -59,13 +69,22 @@ def fresh_path(path: str | os.PathLike[str]) -> Path:
 
 
 class JSONL:
-    """One line per record, written at once. The file is opened by the first rank alone, when telemetry is attached.
+    """Write each record at once as a line of a file. Only the first rank opens it, when telemetry is attached.
 
     Args:
-        path: of a file that does not exist yet; its folder is made.
-        resume: go on in the file that is there; a last line that was cut off is removed.
+        path: a file that does not exist yet; its folder is made.
+        resume: continue the file that is there; a last line that was cut off is removed.
     Raises:
-        ValueError: when attached: the file is there and resume is False; it is no telemetry file, or cannot be written.
+        ValueError: (when attached) the file is there and resume is False, it is no telemetry file, or it cannot be
+            written.
+
+    Example:
+        >>> import tempfile, torch, te_nvfp4_cv as nv
+        >>> path = tempfile.mkdtemp() + "/telemetry.jsonl"
+        >>> watch = nv.telemetry.attach(torch.nn.Linear(32, 16), sinks=[nv.telemetry.JSONL(path)])
+        >>> watch.scalars(0, {"train/loss": 0.5})
+        >>> open(path).read().count("\\n")  # the header, and one record
+        2
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
@@ -77,8 +96,8 @@ class JSONL:
             raise value_error(
                 f"telemetry: {self.path} is there already.",
                 got="a file of another run",
-                needs="a new file: runs never overwrite each other",
-                fix="another path, telemetry.fresh_path(path), or resume=True to go on in it",
+                needs="a new file, because runs never overwrite each other",
+                fix="telemetry.fresh_path(path) gives another path; resume=True continues the file",
             )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,23 +105,19 @@ class JSONL:
                 self._repair(self.path.read_bytes())
             self.path.open("a", encoding="utf-8").close()
         except OSError as error:
-            raise value_error(
-                f"telemetry: {self.path} cannot be written.",
-                got=str(error),
-                needs="a folder that can be written",
-                fix="choose another path",
-            ) from error
+            raise cannot_write(self.path, error) from error
 
     def _repair(self, content: bytes) -> None:
-        """Cut off a last line that is not whole, of a file of ours."""
+        """Cut off a last line that is not whole, if the file is one of telemetry's."""
         first, newline, _ = content.partition(b"\n")
+        # Even the header may have been cut off; then only its first bytes can tell.
         ours = FORMAT.encode() in first if newline else b'{"kind":"run"'.startswith(first[:13])
         if content and not ours:
             raise value_error(
                 f"telemetry: {self.path} is no telemetry file.",
                 got=repr(first[:60]),
-                needs="a file that telemetry wrote, to go on in it",
-                fix="another path",
+                needs="a file that telemetry wrote, to continue it",
+                fix="choose another path",
             )
         if content and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
@@ -111,6 +126,7 @@ class JSONL:
         if not self._on:
             return
         try:
+            # Opened anew for each line, so that a run that is killed loses no record.
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(dumps(record) + "\n")
         except OSError as error:
@@ -131,17 +147,17 @@ class JSONL:
         self._write(record)
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Pictures stay files of their own."""
+        """Do nothing: the picture is a file already."""
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is open."""
 
 
-# ---- what charts get of a record ------------------------------------------------------------------------------------
+# ---- what charts show of a record -----------------------------------------------------------------------------------
 
 
 def figures(layers: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, value) of what is worth a curve: layer/figure and layer/tensor/figure."""
+    """List the figures that are worth a curve, by the names layer/figure and layer/tensor/figure."""
     for layer, held in layers.items():
         for key in ("flip_rate", "oscillation"):
             if held.get(key) is not None:
@@ -158,7 +174,7 @@ def figures(layers: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, counts, edges) of each raw tensor that has values other than 0."""
+    """List the name, counts and edges of the histogram of each raw tensor that has values other than 0."""
     for layer, held in layers.items():
         for tensor, values in held["tensors"].items():
             counts, amax = np.asarray(values["raw"]["histogram"]), values["raw"]["amax"]
@@ -170,12 +186,21 @@ def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.nda
 
 
 class WandB:
-    """A W&B run: one per precision, in the group of the runs that are compared, on the records' own step axis. It is
-    begun by the first rank alone, when telemetry is attached, beside a run that the user may have open.
+    """Send records to a run of Weights & Biases, with the records' steps as the axis.
+
+    Only the first rank begins the run, when telemetry is attached; a run that you have open yourself is left alone.
 
     Args:
-        project, group, name, config: as wandb.init takes them.
-        folder: where W&B keeps its files.
+        project: the project, as for wandb.init.
+        group: the group of the runs that are compared, as for wandb.init.
+        name: the name of this run, as for wandb.init.
+        folder: where W&B writes its files.
+        config: what the run's page shows, as for wandb.init.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> sink = nv.telemetry.WandB("shapes", group="unet", name="nvfp4", folder="runs")
+        >>> watch = nv.telemetry.attach(model, every=100, sinks=[sink])  # doctest: +SKIP
     """
 
     def __init__(
@@ -200,17 +225,17 @@ class WandB:
     def _begin(self) -> None:
         try:
             import wandb
-        except Exception as error:  # a broken installation, too
-            absent = (
-                "wandb is not installed" if isinstance(error, ImportError) else f"wandb cannot be imported ({error})"
-            )
-            warn_once("wandb absent", f"{absent}: no W&B log (pip install wandb); all else is written")
+        except Exception as error:  # a broken installation may raise anything
+            missing = isinstance(error, ImportError)
+            reason = "wandb is not installed" if missing else f"wandb cannot be imported ({error})"
+            warn_once("wandb absent", f"{reason}: no W&B log (pip install wandb); all else is written")
             return
         self._wandb = wandb
         modes: list[Any] = [os.environ.get("WANDB_MODE") or "offline", "offline"]
-        for mode in dict.fromkeys(modes):
+        for mode in dict.fromkeys(modes):  # without repetition: offline is tried once
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
+                # create_new leaves a run that the user may have open as it is.
                 settings = wandb.Settings(silent=True, console="off", init_timeout=30, reinit="create_new")
                 self._run = wandb.init(mode=mode, settings=settings, **self._options)
                 self._run.define_metric("step")
@@ -218,18 +243,18 @@ class WandB:
                 return
             except Exception as error:  # whatever it is, a log must never cost a training run
                 self._run = None
-                then = "the run goes on without W&B" if mode == "offline" else "the run goes on offline"
+                then = "the run continues without W&B" if mode == "offline" else "the run continues offline"
                 warn_once(f"wandb {mode}", f"W&B ({mode}) could not start, {then}: {error}")
 
     def _try(self, act: Callable[[Any, Any], Any]) -> None:
-        """act(run, wandb), if there is a run; whatever it raises ends the log and nothing else."""
+        """Call act(run, wandb) if there is a run. Whatever that raises ends the log and nothing else."""
         if self._run is None:
             return
         try:
             act(self._run, self._wandb)
         except Exception as error:
             self._run = None
-            warn_once("wandb log", f"W&B takes no more records, the run goes on without it: {error}")
+            warn_once("wandb log", f"W&B takes no more records, the run continues without it: {error}")
 
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
@@ -264,14 +289,21 @@ class WandB:
 
 
 class TensorBoard:
-    """Scalars and histograms for TensorBoard, in an event file of their own in `folder`, begun by the first rank alone,
-    when telemetry is attached. A disk that fails later turns it off.
+    """Write scalars and histograms for TensorBoard into a new event file of a folder.
+
+    Only the first rank begins the file, when telemetry is attached. A disk that fails later turns the sink off.
 
     Args:
-        purge_step: of a run that goes on: what the folder shows from this step on, and is about to come again, is
-            hidden.
+        folder: where the event file goes.
+        purge_step: the step from which a resumed run starts; what the folder shows from there on is hidden, because it
+            is about to come again.
     Raises:
         ValueError: (when attached) tensorboard is not installed, or the folder cannot be written.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> sink = nv.telemetry.TensorBoard("runs/nvfp4")
+        >>> watch = nv.telemetry.attach(model, every=100, sinks=[sink])  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
@@ -291,15 +323,10 @@ class TensorBoard:
         try:
             self._writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
         except OSError as error:
-            raise value_error(
-                f"telemetry: {self.folder} cannot be written.",
-                got=str(error),
-                needs="a folder that can be written",
-                fix="choose another folder",
-            ) from error
+            raise cannot_write(self.folder, error) from error
 
     def _try(self, act: Callable[[Any], Any]) -> None:
-        """act(writer), if there is one; a file that cannot be written or read ends the log and nothing else."""
+        """Call act(writer) if there is one. A file that cannot be written or read ends the log and nothing else."""
         if self._writer is None:
             return
         try:
@@ -319,6 +346,7 @@ class TensorBoard:
                 writer.add_scalar(name, value, record["step"])
             for name, counts, edges in histograms(record["layers"]):
                 centres = (edges[1:] + edges[:-1]) / 2
+                # Raw, because the values are gone: TensorBoard gets the counts, and sums as from the bins' centres.
                 writer.add_histogram_raw(
                     name,
                     min=float(edges[0]),
