@@ -1,11 +1,11 @@
-"""Where the first value that is not finite appears: hooks on all modules, for one forward and backward pass.
+"""Find where the first value that is not finite appears, by hooks on all modules during one forward and backward pass.
 
     forward    a module's input, parameters and buffers when it starts, its output when it ends, in the order of time
     backward   gradients of outputs and of parameters, in the order of time: from the loss to the input
 
-A container starts before its children and ends after them, so the first finding is the innermost module to blame; an
-input that is not finite without an output before it came from outside: the batch, or code between the modules.
-Reads every value, so it waits for a GPU at every module.
+A container starts before its children and ends after them, so the first finding names the innermost module to blame.
+An input that is not finite, without such an output before it, came from outside: from the batch, or from code between
+the modules. Every value is read, so this waits for a GPU at every module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from te_nvfp4_cv.sensitivity.layers import named
 
 @dataclass(frozen=True)
 class Finding:
-    """A value that is not finite. `what`: input, parameter weight, buffer running_var, output, gradient of ..."""
+    """The place of a value that is not finite.
+
+    `what` says which value it is: input, parameter weight, buffer running_var, output, gradient of ...
+    """
 
     module: str
     what: str
@@ -43,7 +46,7 @@ class Trace:
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        """Hooks while the body runs."""
+        """Watch the model while the body runs."""
         with ExitStack() as stack:
             for name, module in named(model):
                 stack.callback(module.register_forward_pre_hook(self._starts(name), with_kwargs=True).remove)
@@ -67,7 +70,8 @@ class Trace:
                 self._look(name, f"{kind} {key}", tensor)
 
     def _look(self, name: str, what: str, value: Any) -> None:
-        sound = _no_fault if what == "input" or what.startswith("buffer") else _finite  # masks hold -inf
+        # Attention masks, which are inputs or buffers, hold -inf on purpose.
+        sound = _no_fault if what == "input" or what.startswith("buffer") else _finite
         if self.forward is None and not all(map(sound, tree_leaves(value))):
             self.forward = Finding(name, what)
 
@@ -89,10 +93,10 @@ class Trace:
 
 
 def _no_fault(value: Any) -> bool:
-    """Whether a tensor holds neither NaN nor +inf."""
+    """Return whether a value is no tensor, or one with neither NaN nor +inf."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
-    deferred.settle(value)
+    deferred.settle(value)  # as in _finite
     v = value.detach()
     return not bool((v.isnan() | v.isposinf()).any())
 
@@ -100,5 +104,5 @@ def _no_fault(value: Any) -> bool:
 def _finite(value: Any) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
-    deferred.settle(value)  # an activation that only quantized layers read is not written yet
+    deferred.settle(value)  # an activation that only quantized layers read may not be written yet
     return bool(torch.isfinite(value.detach()).all())
