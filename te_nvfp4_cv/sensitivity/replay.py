@@ -141,7 +141,7 @@ class _Step:
             changed = {
                 unit.module: without_gemm(unit.recipe, gemm)
                 for unit in units
-                # With backward_override="dequantized" backward reads what fprop quantized: no GEMM can go alone.
+                # A recipe refuses high_precision_gemms beside "dequantized": backward reads what fprop quantized.
                 if gemm in unit.recipe.nvfp4_gemms and unit.recipe.backward_override != "dequantized"
             }
             if changed:
