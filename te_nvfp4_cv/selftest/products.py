@@ -82,11 +82,7 @@ def matrix_products(setting: Setting) -> str:
     plain, rotated = NVFP4Quantizer(backend="reference"), NVFP4Quantizer(backend="reference", with_rht=True)
     square = NVFP4Quantizer(backend="reference", with_2d_quantization=True)
     x, w, dy = normal((m, k), seed=1), normal((n, k), seed=2), normal((m, n), seed=3)
-    for layout, a, b in (
-        ("TN", plain(x), square(w)),
-        ("NN", plain(dy), square(w)),
-        ("NT", rotated(dy), rotated(x)),
-    ):
+    for layout, a, b in (("TN", plain(x), square(w)), ("NN", plain(dy), square(w)), ("NT", rotated(dy), rotated(x))):
         truth = gemm(a, b, layout, torch.float32, backend="reference")
         setting.dirty()
         here: list[Any] = [t.to(setting.device) for t in (a, b)]

@@ -98,11 +98,7 @@ class _Run:
     """Collect the measurements: for each configuration, one of each batch."""
 
     def __init__(
-        self,
-        measure: Measure,
-        modes: tuple[bool, bool],
-        seed: int,
-        progress: Callable[[int, int], None] | None,
+        self, measure: Measure, modes: tuple[bool, bool], seed: int, progress: Callable[[int, int], None] | None
     ) -> None:
         self.measure, self.modes, self.seed, self.progress = measure, modes, seed, progress
         self.units: list[Unit] = []

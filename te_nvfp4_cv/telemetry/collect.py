@@ -94,9 +94,7 @@ def attach(
     check_module("telemetry", model, "attach(model, ...)")
     check_trainable("telemetry", model)
     text = "" if recipe is None else as_recipe(recipe).to_toml()
-    return Telemetry(
-        model, tuple(sinks), Settings(every, name, group, text, gradient_noise, max_elements, noise_bytes)
-    )
+    return Telemetry(model, tuple(sinks), Settings(every, name, group, text, gradient_noise, max_elements, noise_bytes))
 
 
 class Telemetry:

@@ -204,12 +204,7 @@ class WandB:
     """
 
     def __init__(
-        self,
-        project: str,
-        group: str,
-        name: str,
-        folder: str | os.PathLike[str],
-        config: dict[str, Any] | None = None,
+        self, project: str, group: str, name: str, folder: str | os.PathLike[str], config: dict[str, Any] | None = None
     ) -> None:
         self._folder = Path(folder)
         self._options: dict[str, Any] = {
