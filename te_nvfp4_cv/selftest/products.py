@@ -98,6 +98,7 @@ def non_finite_values(setting: Setting) -> str:
         x, w, dy = normal((16, 32, 4, 4), seed=1), normal((32, 32, 3, 3), seed=2), normal((16, 32, 4, 4), seed=3)
         x[3, 5, 1, 1] = bad
         y, dx, dw = _run("conv2d", (x, w), {"padding": 1}, recipe, setting, dy)[:3]
+        # dx = dy * w uses no x, so a bad x must not reach it.
         if bool(y.isfinite().any()) or bool(dw.isfinite().any()) or not bool(dx.isfinite().all()):
             raise CheckFailed(f"{bad} in x: y and dw must be non-finite everywhere, dx finite")
     return "y and dw non-finite, dx finite"

@@ -20,7 +20,7 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a check runs: device and backend. `small` asks for a few tiny shapes, for Triton's interpreter."""
+    """The device and the backend of a check. `small` asks for a few tiny shapes, for Triton's interpreter."""
 
     device: torch.device
     backend: str

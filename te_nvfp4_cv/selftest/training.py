@@ -89,7 +89,7 @@ def training(setting: Setting) -> str:
 
 def _end(losses: list[float]) -> float:
     last = losses[-max(len(losses) // 5, 1) :]
-    return sum(last) / len(last)
+    return sum(last) / len(last)  # the mean of the last fifth: a single loss is noisy
 
 
 def norms(setting: Setting) -> str:
@@ -157,8 +157,10 @@ def graph(setting: Setting) -> str:
         results[name] = (seen, eager)
     (first, second), eager = results["nearest"]
     for a, b, c in zip(first, second, eager, strict=True):
+        # Not in bits: cuDNN's gradients may be added up in another order each time.
         close("graph: two replays without stochastic rounding", a, b, 1e-2)
         close("graph: a replay against an eager step", a, c, 1e-2)
+    # A seed that was frozen into the graph would round alike at every replay, and so would be biased.
     first, second = results["stochastic"][0]
     if all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         raise CheckFailed("graph: two replays drew the same random numbers")

@@ -119,13 +119,14 @@ def save_bundle(path: str | os.PathLike[str], **fields: Any) -> None:
     """
     bundle = Bundle(**fields)
     copied = {name: _copied(getattr(bundle, name), name) for name in Bundle.__dataclass_fields__}
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # in memory first, so that an error of torch.save leaves no file
     torch.save({"format": FORMAT, "version": VERSION, **copied}, buffer)
     write_atomically(Path(path), buffer.getbuffer())
 
 
 def _copied(value: Any, where: str) -> Any:
     if isinstance(value, Tensor):
+        # Such a tensor is made of others, and its class would have to be imported to read it.
         if hasattr(value, "__tensor_flatten__") or hasattr(value, "full_tensor"):
             raise type_error(
                 f"bundle: {where} is a tensor subclass.",
@@ -133,14 +134,14 @@ def _copied(value: Any, where: str) -> Any:
                 needs="plain tensors",
                 fix="a DTensor's full_tensor(); dequantize() of a quantized one",
             )
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True)  # a copy: a view would bring the memory of its base along
     if isinstance(value, OrderedDict):  # a state_dict: its _metadata holds the versions of the modules
         copied = OrderedDict((_copied(key, where), _copied(item, f"{where}[{key!r}]")) for key, item in value.items())
         vars(copied).update(vars(value))
         return copied
     if isinstance(value, Mapping):
         return {_copied(key, where): _copied(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+    if type(value) in (list, tuple):  # not a NamedTuple, whose class weights_only would refuse
         return type(value)(_copied(item, f"{where}[{index}]") for index, item in enumerate(value))
     if value is None:
         return value
@@ -196,7 +197,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
             fix="read it with the version of te_nvfp4_cv that wrote it",
         )
     names = Bundle.__dataclass_fields__
-    fields = {name: value for name, value in state.items() if name in names}
+    fields = {name: value for name, value in state.items() if name in names}  # without format and version
     try:
         return Bundle(**fields)
     except TypeError as error:  # a field is missing

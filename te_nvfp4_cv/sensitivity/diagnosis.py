@@ -100,6 +100,7 @@ class Diagnosis:
         errors = {name: replay.gradient_error for name, replay in changed.items() if replay.finite}
         known = {name: error for name, error in errors.items() if error is not None and not math.isnan(error)}
         best = min(known, key=lambda name: known[name]) if known else None
+        # If NVFP4 is not finite, whatever makes it finite is better.
         now = self.nvfp4.gradient_error if self.nvfp4.finite else math.inf
         return best if best is not None and now is not None and known[best] < now else None
 
@@ -111,7 +112,7 @@ class Diagnosis:
         """
         own = {} if self.recipe_used is None else dict(self.recipe_used.precision)
         if self.worst_layer is not None:
-            pattern = glob.escape(self.worst_layer) or "*"
+            pattern = glob.escape(self.worst_layer) or "*"  # a model that is itself the layer has the name ""
             own.pop(pattern, None)  # the last match wins, so the entry must come after the others
             # An entry covers a module's children: those that were in NVFP4 when this was measured get their own.
             prefix = f"{self.worst_layer}." if self.worst_layer else ""

@@ -51,21 +51,19 @@ def ruled(entries: Entries) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module, recipe in entries.items():
-            pre, post = _hooks(object(), recipe)
-            stack.callback(module.register_forward_pre_hook(pre).remove)
-            stack.callback(module.register_forward_hook(post, always_call=True).remove)
+            enter, leave = _override(recipe)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
 
 
-def _hooks(owner: object, recipe: NVFP4BlockScaling | None) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Make the pair of hooks for one module.
+def _override(recipe: NVFP4BlockScaling | None) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return functions that begin and end an override, and serve as hooks.
 
-    `owner` stands for the module, so that set_precision's entry for the same module is taken back apart from this one.
+    Its owner is an object, not the module, so that it is not taken back together with set_precision's entry.
     """
-    return (
-        lambda module, args: state.push_override(recipe, owner),
-        lambda module, args, output: state.pop_override(owner),
-    )
+    owner = object()
+    return lambda *_: state.push_override(recipe, owner), lambda *_: state.pop_override(owner)
 
 
 @contextmanager
@@ -74,12 +72,12 @@ def high_outside() -> Iterator[None]:
 
     Enter it inside nvfp4_autocast.
     """
-    owner = object()
-    state.push_override(None, owner)
+    enter, leave = _override(None)
+    enter()
     try:
         yield
     finally:
-        state.pop_override(owner)
+        leave()
 
 
 def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]:

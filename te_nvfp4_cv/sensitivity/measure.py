@@ -51,11 +51,6 @@ class Measured:
         return math.isfinite(self.loss) and all(bool(g.isfinite().all()) for g in self.gradients or () if g is not None)
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require a gradient."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 @dataclass(frozen=True)
 class Measure:
     """An evaluation to be called: the loss under nvfp4_autocast(recipe, backend=backend), each module by its entry.
@@ -106,7 +101,7 @@ class Measure:
             return Measured(float(value.detach()), self._gradients(value) if self.gradients else None)
 
     def _gradients(self, value: Tensor) -> list[Tensor | None]:
-        parameters = trained(self.model)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters or not value.requires_grad:
             raise value_error(
                 "sensitivity: the loss has no gradient.",

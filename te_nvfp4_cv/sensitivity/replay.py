@@ -73,6 +73,7 @@ def diagnose(
     build = builders.recorded(loaded.builder["name"], path) if build is None else build
     model, loss = _built(build, loaded, where)
     recipe = parse_recipe(loaded.recipe_text, "the bundle's recipe") if loaded.recipe_text else None
+    # The table was applied to the model of the step, so it must be applied to this one too.
     if recipe is not None and recipe.precision:
         set_precision(model, recipe)
     return _Step(loaded, model, loss, recipe, where, backend).diagnosis()

@@ -30,7 +30,7 @@ Table = dict[str, NVFP4BlockScaling | None]
 
 @dataclass(frozen=True)
 class Change:
-    """How a configuration differs from high precision.
+    """The difference that a configuration makes, against high precision.
 
     Attributes:
         loss: the change of the loss, as the mean over the batches.

@@ -80,7 +80,7 @@ def scan(
     resolved = dataclasses.replace(recipe_in_force(recipe), precision=())
     resolved.validate_for_use()
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # DDP's own forward waits for a backward pass
+        model = model.module  # DDP's forward prepares a reduction, and then waits for a backward pass
     run = _Run(Measure(model, loss, resolved, backend, gradients), MODES[mode], seed, progress)
     for index, batch in enumerate(batches):
         run.batch(batch, index)
@@ -123,6 +123,7 @@ class _Run:
             return found
 
         recipe = self.measure.recipe
+        # Every unit has an entry in every configuration, so nothing that set_precision says can interfere.
         none: Entries = dict.fromkeys((unit.module for unit in self.units), None)
         everything = dict.fromkeys(none, recipe)
         high = measured(none)

@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -59,20 +58,15 @@ class Trace:
 
     def _starts(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._look(name, "input", (args, kwargs))
-            self._look_own(name, module)
+            self._look(name, "input", (args, kwargs), masks=True)
+            for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
+                for key, tensor in tensors.items():
+                    self._look(name, f"{kind} {key}", tensor, masks=kind == "buffer")
 
         return hook
 
-    def _look_own(self, name: str, module: nn.Module) -> None:
-        for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
-            for key, tensor in tensors.items():
-                self._look(name, f"{kind} {key}", tensor)
-
-    def _look(self, name: str, what: str, value: Any) -> None:
-        # Attention masks, which are inputs or buffers, hold -inf on purpose.
-        sound = _no_fault if what == "input" or what.startswith("buffer") else _finite
-        if self.forward is None and not all(map(sound, tree_leaves(value))):
+    def _look(self, name: str, what: str, value: Any, masks: bool = False) -> None:
+        if self.forward is None and not all(_finite(leaf, masks) for leaf in tree_leaves(value)):
             self.forward = Finding(name, what)
 
     def _ends(self, name: str) -> Callable[..., None]:
@@ -92,17 +86,13 @@ class Trace:
         return hook
 
 
-def _no_fault(value: Any) -> bool:
-    """Return whether a value is no tensor, or one with neither NaN nor +inf."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return True
-    deferred.settle(value)  # as in _finite
-    v = value.detach()
-    return not bool((v.isnan() | v.isposinf()).any())
+def _finite(value: Any, masks: bool = False) -> bool:
+    """Return whether a value is finite, or nothing that could be otherwise.
 
-
-def _finite(value: Any) -> bool:
+    `masks` allows -inf, which attention masks, inputs or buffers, hold on purpose.
+    """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
     deferred.settle(value)  # an activation that only quantized layers read may not be written yet
-    return bool(torch.isfinite(value.detach()).all())
+    v = value.detach()
+    return bool((v.isfinite() | v.isneginf()).all() if masks else v.isfinite().all())

@@ -121,7 +121,7 @@ def kurtosis(model: nn.Module) -> Study:
         '1'
     """
     check_module("kurtosis", model, "kurtosis(model)")
-    with untouched(model):  # reading a parametrized weight may change buffers
+    with untouched(model):  # reading a parametrized weight may change buffers: spectral_norm iterates
         rows = [_weight(name, w, module) for name, w, module in _weights(model)]
     if not rows:
         raise value_error(

@@ -78,6 +78,8 @@ def of_operand(
     four_over_six = (s.four_over_six or "") if role == "input" else ""
     row_scaled = role == "input" and plan.row_scaled
     if any(forms):
+        # With delayed scaling the amax was given, and is not that of the operand: it is given again. A current one
+        # need not be, because it is measured again.
         amax = torch.cat((row_amax.flatten()[:1], col_amax.flatten()[:1])) if observed.numel() else None
         again = operands.quantize_operand(
             operand,
@@ -137,7 +139,7 @@ def of_weight(w: Tensor, w_q: tuple[Tensor, ...], plan: Plan, most: int) -> dict
     """
     s = plan.recipe.settings("weight")
     taken = dict(zip(("fprop", "dgrad"), plan.weight_faces, strict=True))
-    if taken["fprop"] == taken["dgrad"]:
+    if taken["fprop"] == taken["dgrad"]:  # 16x16 blocks: one face serves both
         del taken["dgrad"]
     kernel = w.detach().flatten(2) if w.dim() > 2 else w.detach().unsqueeze(-1)  # [axis 0, axis 1, taps]
     found = {}
@@ -154,6 +156,7 @@ def of_weight(w: Tensor, w_q: tuple[Tensor, ...], plan: Plan, most: int) -> dict
             valid = valid.reshape(-1, BLOCK)
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             rows = kernel.shape[0] // plan.geometry.groups
+            # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
         found[gemm] = _sampled(raw, _Packed(data, scale, w_q[4], s.e4m3_max), most, valid, False, extent)
     return found
@@ -186,7 +189,7 @@ def _sampled(
     raw, data, scale = raw.reshape(-1, BLOCK), packed.data.reshape(-1, BLOCK // 2), packed.scale.reshape(-1)
     step = step_of(len(raw), most)
     raw, data, scale = raw[::step], data[::step], scale[::step]
-    if rht:
+    if rht:  # of the sample only: the transform acts within a block
         raw = formats.rht16(raw)
     if valid is not None:
         index = torch.arange(len(raw), device=raw.device) * step

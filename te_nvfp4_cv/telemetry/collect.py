@@ -118,6 +118,7 @@ class Telemetry:
             "version": VERSION,
             "name": settings.name,
             "group": settings.group,
+            # The user's class, not that of a wrapper: runs are compared by it.
             "model": type(getattr(model, "module", getattr(model, "_orig_mod", model))).__name__,
             "recipe": settings.recipe,
             "every": settings.every,
@@ -173,6 +174,7 @@ class Telemetry:
         gradient = layer.get("gradient", {})
         noisy = gradient.get("alarm", False)
         broken = [tensor for tensor, held in layer["tensors"].items() if held.get("raw", {}).get("nonfinite", 0)]
+        # Said when a condition starts, not at every sample: a layer may stay below the threshold for a whole run.
         conditions = {
             f"{name} noise": noisy
             and f"gradient norm is {gradient['ratio']:.2f} of the quantization noise, below {THRESHOLD:.2f}",

@@ -96,7 +96,7 @@ def limits(values: Sequence[np.ndarray], diverging: bool) -> Limits:
         high = float(most if most <= 1.25 * ends.max() or not ends.max() else ends.max()) or 1.0
         median = float(np.median(np.abs(found[found != 0]))) if most else high
         return Limits(-high, high, True, False, median if high > SPREAD * median else 0.0, _extend(found, -high, high))
-    positive = found[found > 0]
+    positive = found[found > 0]  # zeros have no logarithm; they are drawn as below the scale
     log = len(positive) > 0 and np.divide(*np.percentile(positive, (98, 2))) > 100
     low, high = _ends(np.log10(positive) if log else found)
     if log:
@@ -167,7 +167,7 @@ def heatmaps(
     if not rows or not panels:
         return _empty(title)
     height, font, every = row_size(len(rows))
-    high = max(height * len(rows), 1.4)
+    high = max(height * len(rows), 1.4)  # a colour bar needs some height even beside a single row
     cap = 10.0 if len(panels) == 1 else 5.0
     wide = [_width(panel.columns, cap) for panel in panels]
     left = 0.3 + max(len(short(row)) for row in rows) * font * 0.62 / 72  # a letter is about 0.62 of the font's size
@@ -291,7 +291,7 @@ def curves(
     for number, panel in enumerate(panels):
         place = ((left + number * (width + 0.5)) / size[0], 2.2 / size[1], width / size[0], high / size[1])
         axes = figure.add_axes(place, sharey=first)
-        first = first or axes
+        first = first or axes  # the axes of all panels show the same range of values
         named = dict(zip(pick(panel.values, highest), COLOURS, strict=False))
         handles = {}
         for index in sorted(range(len(rows)), key=lambda row: row in named):  # named curves last: they lie on top
@@ -384,6 +384,7 @@ def _legend(axes: Any, handles: list[Any], texts: list[str], heading: str = "") 
 
 def pick(values: np.ndarray, highest: bool = False) -> list[int]:
     """Return the rows to name: those with the lowest (or highest) mean, in this order, or all if they are few."""
+    # If the colours suffice for all, every curve is named; if not, naming a few leaves the grey ones readable.
     found = [(float(np.nanmean(row)), index) for index, row in enumerate(values) if np.isfinite(row).any()]
     most = len(COLOURS) if len(found) <= len(COLOURS) else NAMED
     return [index for _, index in sorted(found, reverse=highest)[:most]]

@@ -137,6 +137,7 @@ def render(run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str
 
 def _folder(parent: Path, name: str) -> Path:
     """Make a new folder of that name, or of name_2, name_3, ... if it is there already."""
+    # Names come from the user and go into a path: no separators, no leading dots, no endless length.
     clean = re.sub(r"[^\w.+=-]+", "_", name, flags=re.ASCII).strip("._ ")[:100] or "run"
     parent.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -170,7 +171,7 @@ class _Pictures:
     def heatmap(self, kind: Kind, statistic: str) -> None:
         values = table(self.run, self.run.layers, "tensors", kind.tensor, kind.stage, statistic)
         title = f"{kind.title}: {STATISTICS[statistic]}"
-        bounds = drawing.limits([values], diverging=statistic != "std")
+        bounds = drawing.limits([values], diverging=statistic != "std")  # only a standard deviation has no sign
         self._map(f"{kind.folder}/{statistic}", title, values, self.steps, bounds, kind.label(statistic), "step")
 
     def usage(self) -> None:
@@ -226,6 +227,7 @@ class _Pictures:
 
     def _html(self, name: str, figure: Any) -> None:
         path = self._path(name, "html")
+        # Relative, so that the folder of pictures can be moved or copied as a whole.
         script = Path(os.path.relpath(self.script, path.parent)).as_posix()
         config = {"responsive": True, "displaylogo": False}
         figure.write_html(path, include_plotlyjs=script, config=config, full_html=True)
@@ -277,6 +279,7 @@ def plotly_heatmap(
     names = [html.escape(row) for row in rows]  # plotly reads tags in labels
     figure = go.Figure(
         go.Heatmap(
+            # Five digits are more than a colour shows, and make the file smaller.
             z=[[None if np.isnan(value) else float(f"{value:.5g}") for value in row] for row in drawn],
             text=[["absent" if np.isnan(value) else f"{value:.5g}" for value in row] for row in values],
             x=[str(column) for column in columns],

@@ -159,10 +159,10 @@ def read(path: str | os.PathLike[str]) -> Run:
 def _take(run: Run, record: dict[str, Any]) -> None:
     kind = record.get("kind")
     if kind == "step":
-        run.steps[int(record["step"])] = record["layers"]
+        run.steps[int(record["step"])] = record["layers"]  # of a step that a resumed run repeated, the later record
     elif kind == "scalars":
         run.scalars.setdefault(int(record["step"]), {}).update(record["values"])
-    elif kind == "alarm" and record not in run.alarms:
+    elif kind == "alarm" and record not in run.alarms:  # a resumed run repeats steps, and so may repeat their alarms
         run.alarms.append(record)
 
 

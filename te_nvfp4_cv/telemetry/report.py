@@ -85,6 +85,7 @@ def write_report(
         )
     drawing.need("matplotlib")
     runs = [as_run(path) for path in paths]
+    # How large a picture becomes is known only when it has been drawn, so the whole report is drawn again if needed.
     for resolution, palette in QUALITIES:
         text = _Report(runs, resolution, palette).text()
         if len(text) < MOST_BYTES:
@@ -266,6 +267,7 @@ class _Report:
 
     def _maps(self, title: str, panels: list[Panel], diverging: bool, label: str, xlabel: str) -> str:
         def draw(panels: list[Panel]) -> Iterator[Any]:
+            # All runs show the same rows, so that a layer stands at the same height in each of them.
             some = np.any([np.isfinite(panel.values).any(axis=1) for panel in panels], axis=0)
             rows = [layer for layer, shown in zip(self.layers, some, strict=True) if shown]
             panels = [Panel(panel.heading, panel.columns, panel.values[some]) for panel in panels]

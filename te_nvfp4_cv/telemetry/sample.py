@@ -27,7 +27,7 @@ from te_nvfp4_cv.telemetry.settings import THRESHOLD, Settings
 
 @dataclass
 class Memory:
-    """What one sample leaves to the next.
+    """Values that one sample leaves to the next.
 
     Attributes:
         codes: packed weights of the last two samples by layer, the newest first, to count flips.
@@ -68,6 +68,7 @@ class Sample:
             return None  # the step's first call is the one that is recorded
         if call.recipe is not None:
             return observe.Seen(watch=_Watch(layer, first))
+        # In high precision nothing is quantized that could be watched: the raw input is all that there is.
         if "input" not in layer.tensors and isinstance(call.x, Tensor):
             layer.tensors["input"] = {"raw": self.plain(call.x)}
         return observe.Seen(finished=layer.finished)
@@ -92,7 +93,7 @@ class Sample:
         if size > self.bytes_left:
             self.refused.append(number)
             return False
-        self.bytes_left -= size
+        self.bytes_left -= size  # never given back: backward frees x only after all of forward has run
         return True
 
     def _name(self, weight: Any) -> str | None:
@@ -102,6 +103,7 @@ class Sample:
                 continue
             if id(candidate) in self.names:
                 return self.names[id(candidate)]
+            # Not a `weight` of a layer: look among all parameters once, and remember what was found.
             for prefix, module in self.model.named_modules():  # FSDP2 swaps parameters while a module runs
                 for key, parameter in module._parameters.items():
                     if parameter is candidate:
@@ -212,7 +214,7 @@ class _Watch:
             layer.tensors[name] = figures
         face = plan.weight_faces[0]
         packed = w_q[0 if face == "row" else 2]
-        if not packed.numel():
+        if not packed.numel():  # no GEMM reads this face, so there are no codes
             return
         before = sample.memory.codes.setdefault(layer.name, [])
         if before and before[0].shape == packed.shape:

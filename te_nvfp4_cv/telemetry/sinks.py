@@ -68,7 +68,27 @@ def fresh_path(path: str | os.PathLike[str]) -> Path:
     return found
 
 
-class JSONL:
+class _Log(Sink):
+    """A sink that its first fault turns off, with one warning, because a log must never cost a training run."""
+
+    _faults: type[Exception] = OSError
+
+    def __init__(self, lost: str) -> None:
+        self._target: Any = None  # what records are written to: None until `start`, and after a fault
+        self._lost = lost
+
+    def _try(self, act: Callable[[Any], Any]) -> None:
+        """Call act(target) if there is a target. A fault in it ends the log and nothing else."""
+        if self._target is None:
+            return
+        try:
+            act(self._target)
+        except self._faults as error:
+            self._target = None
+            warn_once(self._lost, f"{self._lost}: {error}")
+
+
+class JSONL(_Log):
     """Write each record at once as a line of a file. Only the first rank opens it, when telemetry is attached.
 
     Args:
@@ -88,8 +108,8 @@ class JSONL:
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
+        super().__init__(f"nvfp4 telemetry: {path} is written no further")
         self.path, self.resume = Path(path), resume
-        self._on = True
 
     def _open(self) -> None:
         if self.path.exists() and not self.resume:
@@ -123,18 +143,16 @@ class JSONL:
             os.truncate(self.path, content.rfind(b"\n") + 1)
 
     def _write(self, record: dict[str, Any]) -> None:
-        if not self._on:
-            return
-        try:
+        def append(path: Path) -> None:
             # Opened anew for each line, so that a run that is killed loses no record.
-            with self.path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(dumps(record) + "\n")
-        except OSError as error:
-            self._on = False
-            warn_once(f"telemetry {self.path}", f"nvfp4 telemetry: {self.path} is written no further: {error}")
+
+        self._try(append)
 
     def start(self, header: dict[str, Any]) -> None:
         self._open()
+        self._target = self.path
         self._write(header)
 
     def step(self, record: dict[str, Any]) -> None:
@@ -145,12 +163,6 @@ class JSONL:
 
     def alarm(self, record: dict[str, Any]) -> None:
         self._write(record)
-
-    def image(self, name: str, path: Path, step: int) -> None:
-        """Do nothing: the picture is a file already."""
-
-    def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Do nothing: no file is open."""
 
 
 # ---- what charts show of a record -----------------------------------------------------------------------------------
@@ -185,7 +197,7 @@ def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.nda
 # ---- Weights & Biases -----------------------------------------------------------------------------------------------
 
 
-class WandB:
+class WandB(_Log):
     """Send records to a run of Weights & Biases, with the records' steps as the axis.
 
     Only the first rank begins the run, when telemetry is attached; a run that you have open yourself is left alone.
@@ -203,19 +215,15 @@ class WandB:
         >>> watch = nv.telemetry.attach(model, every=100, sinks=[sink])  # doctest: +SKIP
     """
 
+    _faults = Exception  # W&B's errors are of many classes
+
     def __init__(
         self, project: str, group: str, name: str, folder: str | os.PathLike[str], config: dict[str, Any] | None = None
     ) -> None:
+        super().__init__("W&B takes no more records, the run continues without it")
+        self._options: dict[str, Any] = {"project": project, "group": group, "name": name, "config": config or {}}
         self._folder = Path(folder)
-        self._options: dict[str, Any] = {
-            "project": project,
-            "group": group,
-            "name": name,
-            "dir": str(folder),
-            "config": config or {},
-        }
-        self._wandb: Any = None
-        self._run: Any = None
+        self._wandb: Any = None  # the module, imported when the run begins
 
     def _begin(self) -> None:
         try:
@@ -232,58 +240,48 @@ class WandB:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 # create_new leaves a run that the user may have open as it is.
                 settings = wandb.Settings(silent=True, console="off", init_timeout=30, reinit="create_new")
-                self._run = wandb.init(mode=mode, settings=settings, **self._options)
-                self._run.define_metric("step")
-                self._run.define_metric("*", step_metric="step")
+                run = wandb.init(mode=mode, settings=settings, dir=str(self._folder), **self._options)
+                run.define_metric("step")
+                run.define_metric("*", step_metric="step")
+                self._target = run
                 return
-            except Exception as error:  # whatever it is, a log must never cost a training run
-                self._run = None
+            except Exception as error:
                 then = "the run continues without W&B" if mode == "offline" else "the run continues offline"
                 warn_once(f"wandb {mode}", f"W&B ({mode}) could not start, {then}: {error}")
-
-    def _try(self, act: Callable[[Any, Any], Any]) -> None:
-        """Call act(run, wandb) if there is a run. Whatever that raises ends the log and nothing else."""
-        if self._run is None:
-            return
-        try:
-            act(self._run, self._wandb)
-        except Exception as error:
-            self._run = None
-            warn_once("wandb log", f"W&B takes no more records, the run continues without it: {error}")
 
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
         shown = {key: header[key] for key in ("model", "recipe", "every", "started")}
-        self._try(lambda run, _: run.config.update({"telemetry": shown}, allow_val_change=True))
+        self._try(lambda run: run.config.update({"telemetry": shown}, allow_val_change=True))
 
     def step(self, record: dict[str, Any]) -> None:
-        def log(run: Any, wandb: Any) -> None:
+        def log(run: Any) -> None:
             values: dict[str, Any] = {"step": record["step"], **dict(figures(record["layers"]))}
             for name, counts, edges in histograms(record["layers"]):
-                values[name] = wandb.Histogram(np_histogram=(counts, edges))
+                values[name] = self._wandb.Histogram(np_histogram=(counts, edges))
             run.log(values)
 
         self._try(log)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._try(lambda run, _: run.log({"step": step, **values}))
+        self._try(lambda run: run.log({"step": step, **values}))
 
     def alarm(self, record: dict[str, Any]) -> None:
-        self._try(lambda run, _: run.log({"step": record["step"], f"alarm/{record['layer']}": 1}))
+        self._try(lambda run: run.log({"step": record["step"], f"alarm/{record['layer']}": 1}))
 
     def image(self, name: str, path: Path, step: int) -> None:
-        self._try(lambda run, wandb: run.log({"step": step, name: wandb.Image(str(path))}))
+        self._try(lambda run: run.log({"step": step, name: self._wandb.Image(str(path))}))
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        self._try(lambda run, _: run.summary.update(summary or {}))
-        self._try(lambda run, _: run.finish())
-        self._run = None
+        self._try(lambda run: run.summary.update(summary or {}))
+        self._try(lambda run: run.finish())
+        self._target = None
 
 
 # ---- TensorBoard ----------------------------------------------------------------------------------------------------
 
 
-class TensorBoard:
+class TensorBoard(_Log):
     """Write scalars and histograms for TensorBoard into a new event file of a folder.
 
     Only the first rank begins the file, when telemetry is attached. A disk that fails later turns the sink off.
@@ -302,8 +300,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
+        super().__init__(f"nvfp4 telemetry: {folder} is written no further")
         self.folder, self.purge_step = folder, purge_step
-        self._writer: Any = None
 
     def _begin(self) -> None:
         try:
@@ -316,19 +314,9 @@ class TensorBoard:
                 fix="pip install tensorboard, or leave the sink out",
             ) from error
         try:
-            self._writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+            self._target = SummaryWriter(str(self.folder), purge_step=self.purge_step)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
-
-    def _try(self, act: Callable[[Any], Any]) -> None:
-        """Call act(writer) if there is one. A file that cannot be written or read ends the log and nothing else."""
-        if self._writer is None:
-            return
-        try:
-            act(self._writer)
-        except OSError as error:
-            self._writer = None
-            warn_once(f"telemetry {self.folder}", f"nvfp4 telemetry: {self.folder} is written no further: {error}")
 
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
