@@ -106,20 +106,12 @@ def read(path: str | os.PathLike[str]) -> Run:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise value_error(
-            f"telemetry: {path} cannot be read.",
-            got=str(error),
-            needs="a JSON lines file that telemetry wrote",
-            fix="give the telemetry.jsonl of a run",
-        ) from error
+        raise _refused(f"{path} cannot be read", str(error), "a JSON lines file that telemetry wrote") from error
     records, notes = _parse(path, text)
     if not records or records[0].get("format") != FORMAT or records[0].get("kind") != "run":
-        raise value_error(
-            f"telemetry: {path} is no telemetry file.",
-            got="no records" if not records else f"a first line with format {records[0].get('format')!r}",
-            needs=f'a first line {{"kind": "run", "format": "{FORMAT}", ...}}',
-            fix="give the telemetry.jsonl of a run",
-        )
+        got = "no records" if not records else f"a first line with format {records[0].get('format')!r}"
+        needs = f'a first line {{"kind": "run", "format": "{FORMAT}", ...}}'
+        raise _refused(f"{path} is no telemetry file", got, needs)
     head = [record for record in records if record.get("kind") == "run"][-1]  # a resumed run has written another
     if not isinstance(head.get("version"), int) or head["version"] > VERSION:
         raise value_error(
@@ -131,12 +123,8 @@ def read(path: str | os.PathLike[str]) -> Run:
     layers, every = head.get("layers", []), head.get("every", 0)
     named = isinstance(layers, list) and all(isinstance(layer, dict) and "name" in layer for layer in layers)
     if not named or not isinstance(every, int):
-        raise value_error(
-            f"telemetry: the header of {path} is damaged.",
-            got=f"layers {str(layers)[:60]}, every {every!r}",
-            needs="a list of tables with names, and a number",
-            fix="give the telemetry.jsonl of a run",
-        )
+        got = f"layers {str(layers)[:60]}, every {every!r}"
+        raise _refused(f"the header of {path} is damaged", got, "a list of tables with names, and a number")
     run = Run(
         path,
         name=str(head.get("name", "")),
@@ -154,6 +142,10 @@ def read(path: str | os.PathLike[str]) -> Run:
     # Layers that own no `weight` (attention's projections, functional calls) stand in steps, but not in the header.
     run.layers = list(dict.fromkeys([*run.layers, *(name for layers in run.steps.values() for name in layers)]))
     return run
+
+
+def _refused(title: str, got: str, needs: str) -> ValueError:
+    return value_error(f"telemetry: {title}.", got=got, needs=needs, fix="give the telemetry.jsonl of a run")
 
 
 def _take(run: Run, record: dict[str, Any]) -> None:

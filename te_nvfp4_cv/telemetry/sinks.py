@@ -19,6 +19,7 @@ from te_nvfp4_cv.errors import value_error, warn_once
 from te_nvfp4_cv.telemetry.records import FORMAT, cannot_write, dumps
 
 
+# Each method returns at once, and is not just empty: type checkers would take empty ones for abstract.
 class Sink(Protocol):
     """The methods that a sink needs; records are those of records.py. Derive from it to ignore what you do not want.
 
@@ -33,21 +34,27 @@ class Sink(Protocol):
 
     def start(self, header: dict[str, Any]) -> None:
         """Take the run's header, which comes first."""
+        return
 
     def step(self, record: dict[str, Any]) -> None:
         """Take the record of a sampled step."""
+        return
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Take figures of the run itself."""
+        return
 
     def alarm(self, record: dict[str, Any]) -> None:
         """Take an alarm of the step that came last."""
+        return
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Take a picture."""
+        return
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Finish; nothing comes afterwards."""
+        return
 
 
 def fresh_path(path: str | os.PathLike[str]) -> Path:
