@@ -291,10 +291,10 @@ def _elements(geometry: ConvGeometry, recipe: NVFP4BlockScaling) -> tuple[int, i
     folded = "wgrad" in recipe.nvfp4_gemms
     for size, channels, fold in zip((g.a_size, g.b_size), (g.channels_a, g.channels_b), g.folds(), strict=True):
         pixels = g.batch * math.prod(size)
-        kept = fold.images * fold.rows * math.prod(size[1:]) if folded else pixels
+        stored = fold.images * fold.rows * math.prod(size[1:]) if folded else pixels
         wide = -(-channels // g.groups // BLOCK) * BLOCK * g.groups
         real += pixels * channels
-        padded += max(pixels, kept) * wide  # a stride may skip more pixels than padding adds
+        padded += max(pixels, stored) * wide  # a stride may skip more pixels than padding adds
     return real, padded
 
 

@@ -164,7 +164,7 @@ def graph(setting: Setting) -> str:
     first, second = results["stochastic"][0]
     if all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         raise CheckFailed("graph: two replays drew the same random numbers")
-    return "replays equal eager steps; stochastic rounding draws anew"
+    return "replays equal eager steps; stochastic rounding draws new numbers"
 
 
 def captured(step: Callable[[], None], net: nn.Module) -> tuple[Callable[[], None], list[Tensor]]:

@@ -2,7 +2,7 @@
 
     kurtosis(model)                 rank weights by their outliers, and say what quantization costs each; needs no data
     scan(model, loss, batches)      quantize each layer alone, or all but that one; the loss changes suggest a recipe
-    update_bn(model, loader, ...)   estimate batch-norm statistics anew, in the precision that runs from now on
+    update_bn(model, loader, ...)   estimate batch-norm statistics again, in the precision that runs from now on
     save_bundle, load_bundle        one training step as a file: weights, batch, seed, recipe
     diagnose(bundle)                replay it in high precision and in NVFP4, with each GEMM and layer taken out
 

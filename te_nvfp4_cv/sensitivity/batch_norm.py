@@ -1,4 +1,4 @@
-"""Estimate batch-norm statistics anew, in the precision that the model runs in from now on.
+"""Estimate batch-norm statistics again, in the precision that the model runs in from now on.
 
     with nvfp4_autocast(recipe, enabled=epoch < epochs - k): ...     the last k epochs in high precision
     update_bn(model, loader)                                         statistics of that precision, before evaluation

@@ -164,8 +164,12 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
         ValueError: the file is damaged, no bundle, or one of another version.
 
     Example:
-        >>> import te_nvfp4_cv as nv
-        >>> bundle = nv.sensitivity.load_bundle("runs/spike.pt")  # doctest: +SKIP
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> path, builder = tempfile.mkdtemp() + "/spike.pt", {"name": "my_package.rebuild:build", "arguments": {}}
+        >>> step = {"model_state": {}, "batch": [], "seeds": {"torch": 0}, "step": 12, "reason": "a spike"}
+        >>> nv.sensitivity.save_bundle(path, recipe_text="", builder=builder, **step)
+        >>> nv.sensitivity.load_bundle(path).step
+        12
     """
     if not Path(path).is_file():
         got = f"{os.fspath(path)!r}: " + ("a folder" if Path(path).is_dir() else "no such file")

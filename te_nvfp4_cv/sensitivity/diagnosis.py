@@ -65,8 +65,10 @@ class Diagnosis:
 
     Example:
         >>> import te_nvfp4_cv as nv
-        >>> found = nv.sensitivity.diagnose("runs/spike.pt")  # doctest: +SKIP
-        >>> print(found.verdict(), found.worst_layer, found.suggest())  # doctest: +SKIP
+        >>> from te_nvfp4_cv.sensitivity.diagnosis import Replay
+        >>> broken = Replay(loss=float("nan"), gradient_norm=float("nan"), finite=False)
+        >>> nv.sensitivity.Diagnosis(step=12, reason="a spike", recorded_loss=None, high=broken).verdict()[:41]
+        'High precision is itself not finite: the '
     """
 
     step: int

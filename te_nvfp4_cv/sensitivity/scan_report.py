@@ -229,7 +229,7 @@ def _cells(change: Change | None) -> tuple[str, ...]:
 
 
 def write_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str], overwrite: bool) -> NVFP4BlockScaling:
-    """Write a recipe file, by default only where there is none.
+    """Write a recipe file; replace one only if `overwrite` is True.
 
     Raises:
         FileExistsError: the file is there, and overwrite is False.

@@ -48,7 +48,7 @@ class Blocks:
 
 
 def whole(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the amax of all finite values of v, and the number of the others: a sample would miss an outlier."""
+    """Return the amax of all finite values of v, and how many are not finite: a sample would miss an outlier."""
     if not v.numel():
         return v.new_zeros(()), v.new_zeros((), dtype=torch.long)
     v = v if v.dtype in (torch.bfloat16, torch.float16, torch.float32) else v.double()

@@ -190,8 +190,8 @@ class _Pictures:
         label: str,
         xlabel: str,
     ) -> None:
-        keep = np.isfinite(values).any(axis=1)
-        rows, shown = [row for row, kept in zip(self.run.layers, keep, strict=True) if kept], values[keep]
+        some = np.isfinite(values).any(axis=1)
+        rows, shown = [row for row, known in zip(self.run.layers, some, strict=True) if known], values[some]
         text = f"{title}\n{self._subtitle(len(rows))}"
         self._png(name, drawing.heatmaps(text, rows, [Panel("", columns, shown)], bounds, label, xlabel))
         self._html(name, plotly_heatmap(text, rows, columns, shown, bounds, label, xlabel))

@@ -66,9 +66,12 @@ def write_report(
         RuntimeError: matplotlib is not installed.
 
     Example:
-        >>> import te_nvfp4_cv as nv
-        >>> runs = ["bf16/telemetry.jsonl", "nvfp4/telemetry.jsonl"]
-        >>> page = nv.telemetry.write_report(runs, "report.html")  # doctest: +SKIP
+        >>> import tempfile, torch, te_nvfp4_cv as nv
+        >>> folder = tempfile.mkdtemp()
+        >>> watch = nv.telemetry.attach(torch.nn.Linear(32, 16), sinks=[nv.telemetry.JSONL(f"{folder}/bf16.jsonl")])
+        >>> watch.scalars(0, {"train/loss": 0.5})
+        >>> nv.telemetry.write_report([f"{folder}/bf16.jsonl"], f"{folder}/report.html").name
+        'report.html'
     """
     out = Path(out)
     paths = [paths] if isinstance(paths, (str, os.PathLike, Run)) else list(paths)

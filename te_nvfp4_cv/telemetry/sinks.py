@@ -151,7 +151,7 @@ class JSONL(_Log):
 
     def _write(self, record: dict[str, Any]) -> None:
         def append(path: Path) -> None:
-            # Opened anew for each line, so that a run that is killed loses no record.
+            # Opened again for each line, so that a run that is killed loses no record.
             with path.open("a", encoding="utf-8") as file:
                 file.write(dumps(record) + "\n")
 

@@ -68,7 +68,7 @@ def stats(
 
 
 def _central(v: Tensor, finite: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, second and fourth central moments of the finite values; v holds 0 in place of the others."""
+    """Return mean, second and fourth central moments of the finite values; v holds 0 in place of all others."""
     mean = v.sum() / count
     centred = torch.where(finite, v - mean, 0.0).square()
     return mean, centred.sum() / count, centred.square().sum() / count
