@@ -7,7 +7,8 @@ neighbours and images are not correlated; one seed gives one result, and another
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,40 +118,31 @@ def weights(setting: Setting) -> str:
 
 def unpacking(setting: Setting) -> str:
     """Compare packed faces that are turned back to code * scale."""
-    checked, b = 0, setting.backend
+
+    def compared(name: str, unpack: Callable[..., Tensor], *args: Any) -> int:
+        truth = unpack(*args, "reference")
+        setting.dirty()
+        ours = unpack(*(setting.put(arg) if isinstance(arg, Tensor) else arg for arg in args), setting.backend)
+        return same_fields(name, ("values",), (ours,), (truth,))
+
+    checked = 0
     x = normal((5, 3, 4, 40), seed=5)
     row, row_scale, _, col, col_scale, *_ = quantize(x, "reference", PACKED, PACKED, Fold(2, 2, 4, 1, 16))
     w = normal((40, 24, 3, 3), seed=6)
-    kernel = {
+    weight = {
         two_d: operand.quantize_weight(
             w, 1, PACKED, NONE if two_d else PACKED, two_d, "", 448, False, torch.bfloat16, "reference"
         )
         for two_d in (True, False)
     }
     for dtype in (torch.bfloat16, torch.float32):
-        setting.dirty()
-        put = setting.put
-        for name, ours, truth in (
-            (
-                "columns",
-                operand.unpack_columns(put(col), put(col_scale), dtype, b),
-                operand.unpack_columns(col, col_scale, dtype, "reference"),
-            ),
-            (
-                "rows",
-                operand.unpack_rows(put(row), put(row_scale), 40, 1, dtype, b),
-                operand.unpack_rows(row, row_scale, 40, 1, dtype, "reference"),
-            ),
-        ):
-            checked += same_fields(f"{name} to {dtype}", ("values",), (ours,), (truth,))
-        factor = torch.tensor([0.125])
+        checked += compared(f"columns to {dtype}", operand.unpack_columns, col, col_scale, dtype)
+        checked += compared(f"rows to {dtype}", operand.unpack_rows, row, row_scale, 40, 1, dtype)
         for two_d, face in ((True, False), (False, False), (False, True)):
-            data, scale = kernel[two_d][2:4] if face else kernel[two_d][:2]
-            for by in (None, factor):
-                truth = operand.unpack_weight(data, scale, 40, 24, 1, face, by, dtype, "reference")
-                given = None if by is None else put(by)
-                ours = operand.unpack_weight(put(data), put(scale), 40, 24, 1, face, given, dtype, b)
-                checked += same_fields(f"kernel to {dtype}", ("values",), (ours,), (truth,))
+            data, scale = weight[two_d][2:4] if face else weight[two_d][:2]
+            for factor in (None, torch.tensor([0.125])):
+                args = (data, scale, 40, 24, 1, face, factor, dtype)
+                checked += compared(f"weight to {dtype}", operand.unpack_weight, *args)
     return f"{checked} elements equal in bits"
 
 
