@@ -7,7 +7,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import errors, formats
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.ops.gemm.operator import _gemm_op
+from te_nvfp4_cv.ops.gemm import operator
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 
 LAYOUTS = {"TN": ("rowwise", "rowwise"), "NN": ("rowwise", "columnwise"), "NT": ("columnwise", "columnwise")}
@@ -40,8 +40,9 @@ def gemm(
         TypeError: an operand that is no NVFP4Tensor.
     """
     _check(a, b, layout, out_dtype, bias, accumulate, out)
-    operands = []  # by attributes, not methods: torch.compile takes methods of a tensor subclass for operators
+    operands, scaling = [], []
     for t, face in zip((a, b), LAYOUTS[layout], strict=True):
+        # By attributes, not methods: torch.compile takes methods of a tensor subclass for operators.
         if face == "rowwise":
             assert t._rowwise_data is not None and t._rowwise_scale_inv is not None
             data, scale, amax = t._rowwise_data.flatten(0, -2), t._rowwise_scale_inv, t._amax_rowwise
@@ -50,11 +51,13 @@ def gemm(
             data, scale, amax = t._columnwise_data, t._columnwise_scale_inv, t._amax_columnwise
             if t._columnwise_layout == "ntile":
                 data, scale = formats.ntile_to_te(data, scale)
-        operands.append((data, scale, amax, t._nvfp4_e4m3_max, t._row_scaled_nvfp4))
+        assert amax is not None
+        operands.append([data, scale, amax])
+        scaling += [t._nvfp4_e4m3_max, int(t._row_scaled_nvfp4)]
     I, J = operands[0][0].shape[0], operands[1][0].shape[0]  # noqa: E741
-    result = _gemm_op(
-        *operands[0],
-        *operands[1],
+    result = operator.gemm(
+        *operands,
+        scaling,
         bias,
         out.detach().reshape(I, J) if accumulate and out is not None else None,
         out.dtype if out is not None else out_dtype,
