@@ -272,7 +272,7 @@ def philox4x32(seed: Tensor | int, block_index: Tensor, face: int) -> Tensor:
 def philox_words(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int], rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute Philox4x32-10: four 32-bit words (in int64 tensors) from a 128-bit counter and a 64-bit key, also in int64.
+    """Compute Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key, all in int64 tensors.
 
     The Triton kernels do 7 rounds, the fewest that pass BigCrush (Salmon et al. 2011).
     """
@@ -310,7 +310,7 @@ def pad_scales(scale: Tensor) -> Tensor:
 
 
 def swizzle_scales(padded: Tensor) -> Tensor:
-    """Reorder padded scales [R, C] for the FP4 tensor cores, in the same shape: 128x4 tiles, each as 32 x 4 x 4 bytes."""
+    """Reorder padded scales [R, C] for the FP4 tensor cores; the shape stays: 128x4 tiles, each 32 x 4 x 4 bytes."""
     rows, cols = padded.shape
     tiles = padded.view(torch.uint8).reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(rows, cols).view(padded.dtype)

@@ -110,6 +110,13 @@ def kernels_serve(device: torch.device) -> bool:
     return device.type == "cuda" or (KERNELS_ON_CPU and device.type == "cpu")
 
 
+def kernels_run(device: torch.device) -> bool:
+    """Tell if Triton kernels take tensors of `device`: a new enough GPU, or a CPU where the interpreter runs them."""
+    if not kernels_serve(device) or not has_triton():
+        return False
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= MINIMUM_CAPABILITY
+
+
 def native_fp4(device: torch.device) -> bool:
     """Whether kernels on `device` multiply NVFP4 operands as they are, by FP4 tensor cores."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in FP4_CAPABILITIES

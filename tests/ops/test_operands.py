@@ -258,13 +258,14 @@ import hashlib, sys, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch
-    from te_nvfp4_cv.backend import native, relu
-    from te_nvfp4_cv.ops.quantize import operands
+    from te_nvfp4_cv.backend import native
+    from te_nvfp4_cv.ops import relu
+    from te_nvfp4_cv.ops.quantize import operand
     digest = hashlib.sha256()
     x = torch.randn(5, 6, 4, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
     for form in (1, 2):
         args = (form, form, True, True, "", 448, False, torch.float32, torch.tensor([3]), None, "vendor")
-        for part in operands.quantize_operand(x, 1, [3, 2, 4, 1, 16], *args):
+        for part in operand.quantize_operand(x, 1, [3, 2, 4, 1, 16], *args):
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     w = x.flatten(0, 1).movedim(-1, 1)[:32]
     packed = operands.quantize_weight(w, 1, 1, 0, True, "", 448, False, torch.float32, "vendor")
