@@ -146,7 +146,7 @@ def fprop(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run conv_fprop."""
+    """Run the operator conv_fprop."""
     to_b = not geometry.transposed
     y = _scaled(data_product((x, x_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b), alpha)
     return (y if bias is None else y + bias.float()).to(dtype).contiguous()
@@ -161,7 +161,7 @@ def dgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run conv_dgrad."""
+    """Run the operator conv_dgrad."""
     to_b = geometry.transposed
     dx = _scaled(data_product((dy, dy_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b), alpha)
     return dx.to(dtype).contiguous()
@@ -176,7 +176,7 @@ def wgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run conv_wgrad."""
+    """Run the operator conv_wgrad."""
     of_dy, of_x = (dy, dy_scale.unsqueeze(-1)), (x, x_scale.unsqueeze(-1))
     b, a = (of_x, of_dy) if geometry.transposed else (of_dy, of_x)
     dw = weight_product(b, a, geometry)

@@ -30,7 +30,7 @@ def norm_forward(
     running_var: Tensor | None,
     s: NormSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run operators.norm_forward by ATen."""
+    """Run the operator norm_forward by ATen."""
     if s.groups:
         y, mean, rstd = _group_norm(z, weight, bias, s.groups, s.eps)
     else:
@@ -55,7 +55,7 @@ def norm_forward(
 def norm_backward(
     dy: Tensor, z: Tensor, norm: Sequence[Tensor], mask: Tensor, s: NormSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run operators.norm_backward by ATen."""
+    """Run the operator norm_backward by ATen."""
     mean, rstd = norm[:2]
     weight, bias = affine_of(norm)
     variance = None if s.batch_stats or s.groups else rstd.square().reciprocal()

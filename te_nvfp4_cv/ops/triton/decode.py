@@ -5,8 +5,8 @@
     product  code * scale * 2^-7                            at most 6 significant bits, from 2^-17 on: exact in fp16
 
 The 2^-7 keeps the scale (at most 448 * 2^7) and the product in fp16's range; whoever multiplies takes it out again,
-once per output. No fp8 type is used, so that the same code compiles from sm_80 on. Low and high nibbles stay apart, as operands
-of two products: a contraction may visit its elements in any order, and interleaving them would cost a shuffle each.
+once per output. No fp8 type is used, so that the same code compiles from sm_80 on. Low and high nibbles stay apart, as
+operands of two products: a contraction may visit its elements in any order, and interleaving would cost a shuffle each.
 Scale bytes are those of quantized blocks, 0x00..0x7E: a sign or a NaN is not decoded.
 """
 

@@ -8,7 +8,7 @@
     philox7, random_byte                  Philox4x32-7 and its bytes
 
 A tile is a tuple of 16 vectors, with element i of all its blocks in vector i. Whatever runs along a block is then
-elementwise, without shuffles or shared memory. amax travels as the bits of |x|: they order as the values do, and NaN wins.
+elementwise, without shuffles or shared memory. amax travels as the bits of |x|, which order as the values do, NaN last.
 Compile and launch with enable_fp_fusion=False (OPTIONS): a multiplication fused into the addition after it would skip a
 rounding that the contract has. Where a product is exact, tl.fma says so itself.
 NVIDIA GPUs return one NaN, without a sign, from every operation, and their minimum of NaN and 6 is 6. In NumPy both
@@ -233,7 +233,7 @@ def e2m1_nearest(y):
 def e2m1_stochastic(y, random):
     """Round |y| down to E2M1 after adding a part of a step, `random` from random_byte. Returns value and word.
 
-    It works as e2m1_nearest, but the sum is rounded towards zero. The step is |y|'s also where the addition crosses a binade:
+    As in e2m1_nearest, but the sum is rounded towards zero. The step is |y|'s also where the addition crosses a binade:
     it crosses by less than that step, so that both grids give the power of two there. NaN gives 6.
     """
     a = tl.minimum(tl.abs(y), 6.0)

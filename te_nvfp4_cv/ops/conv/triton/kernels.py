@@ -397,7 +397,7 @@ def sum_parts(
     ALPHA: tl.constexpr,  # 0 none, 1 one, 2 per channel
     BLOCK: tl.constexpr,
 ):
-    """The parts added in their order, times alpha, rounded once."""
+    """Add the parts in their order, multiply with alpha, round once."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < total
     value = tl.zeros((BLOCK,), tl.float32)

@@ -109,7 +109,7 @@ def _data(
     to_b: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run fprop or dgrad: the result is [B, *image, channels]."""
+    """Launch fprop or dgrad; the result is [B, *image, channels]."""
     image = g.b_size if to_b else g.a_size
     channels, contracted = (g.channels_b, g.channels_a) if to_b else (g.channels_a, g.channels_b)
     y = torch.empty((g.batch, *image, channels), dtype=dtype, device=x[0].device)
@@ -171,7 +171,7 @@ def fprop(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run conv_fprop. Without alpha the operands carry the tensor scales."""
+    """Run the operator conv_fprop. Without alpha the operands carry the tensor scales."""
     return _data((x, x_scale), (w, w_scale), alpha, bias, geometry, not geometry.transposed, dtype)
 
 
@@ -185,7 +185,7 @@ def dgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run conv_dgrad."""
+    """Run the operator conv_dgrad."""
     return _data((dy, dy_scale), (w, w_scale), alpha, None, geometry, geometry.transposed, dtype)
 
 
@@ -211,7 +211,7 @@ def wgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run conv_wgrad."""
+    """Run the operator conv_wgrad."""
     g = geometry
     dw = torch.empty(g.weight_shape, dtype=dtype, device=dy.device)
     if not dw.numel():

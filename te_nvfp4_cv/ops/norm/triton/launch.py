@@ -110,7 +110,7 @@ def norm_forward(
     running_var: Tensor | None,
     s: NormSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run operators.norm_forward by the kernels."""
+    """Run the operator norm_forward by the kernels."""
     if by_reference(shape_of(z, s.groups)):
         return reference.norm_forward(z, residual, weight, bias, running_mean, running_var, s)
     mean, rstd = statistics(z, running_mean, running_var, s)
@@ -152,7 +152,7 @@ def apply(
 def norm_backward(
     dy: Tensor, z: Tensor, norm: Sequence[Tensor], mask: Tensor, s: NormSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run operators.norm_backward by the kernels."""
+    """Run the operator norm_backward by the kernels."""
     shape = shape_of(z, s.groups)
     if by_reference(shape):
         return reference.norm_backward(dy, z, norm, mask, s)

@@ -37,7 +37,7 @@ def norm_quantize(
     dtype: torch.dtype,
     amax: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run operators.norm_quantize."""
+    """Run the operator norm_quantize."""
     images, row, col, rht, e4m3_max = form
     batch, channels, *image = z.shape
     run = channels * math.prod(image)
