@@ -193,6 +193,16 @@ def decode_blocks(data: Tensor, scale: Tensor) -> Tensor:
     return (v * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
 
 
+def block_units(scale: Tensor, amax: Tensor, e4m3_max: int = E4M3_MAX) -> Tensor:
+    """Return what a code of 1.0 stands for in each block: f32(f32(s_b * amax) * f32(1 / (6 E))).
+
+    Args:
+        scale: float8_e4m3fn.
+        amax: fp32, broadcasts to scale.
+    """
+    return (scale.to(torch.float32) * amax) * (1.0 / (E2M1_MAX * e4m3_max))
+
+
 def dequantize(data: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int = E4M3_MAX) -> Tensor:
     """Return the values, fp32 [..., K], in TransformerEngine's order: e2m1 * f32(f32(s_b * amax) * f32(1 / (6 E))).
 
@@ -205,9 +215,8 @@ def dequantize(data: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int = E4M3_M
     """
     if amax.numel() != 1:
         amax = amax.reshape(*scale.shape[:-1], 1)
-    final = (scale.to(torch.float32) * amax) * (1.0 / (E2M1_MAX * e4m3_max))
     v = blocks(decode_e2m1(unpack_nibbles(data)))
-    return (v * final.unsqueeze(-1)).flatten(-2)
+    return (v * block_units(scale, amax, e4m3_max).unsqueeze(-1)).flatten(-2)
 
 
 # ---- random Hadamard transform --------------------------------------------------------------------------------------

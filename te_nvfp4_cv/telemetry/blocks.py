@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import operand as operands
 from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 from te_nvfp4_cv.ops.quantize.reference import fold_images, pad_groups
-
-BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _sampled(
         valid = valid[index % len(valid)]
     amax = amax.flatten()
     amax = amax if amax.numel() == 1 else amax[::step]
-    factor = scale.contiguous().view(torch.float8_e4m3fn).float() * amax * (1.0 / (6 * e4m3_max))
+    factor = formats.block_units(scale.contiguous().view(torch.float8_e4m3fn), amax, e4m3_max)
     codes = formats.unpack_nibbles(data)
     values = formats.decode_e2m1(codes) * factor.unsqueeze(-1)
     return Blocks(raw.float(), codes, scale, values, 6 * factor, valid, extent)

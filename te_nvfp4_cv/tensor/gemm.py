@@ -1,4 +1,12 @@
-"""tensor.gemm."""
+"""nv.gemm: multiply two NVFP4Tensors, for the three products of a layer.
+
+    layout  operands  faces                   result    which
+    "TN"    x, w      rowwise, rowwise        [..., N]  fprop  y  = x w^T
+    "NN"    dy, w     rowwise, columnwise     [..., K]  dgrad  dx = dy w
+    "NT"    dy, x     columnwise, columnwise  [N, K]    wgrad  dw = dy^T x
+
+This file checks the operands; the numerics are in ops/gemm/operator.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +32,7 @@ def gemm(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Multiply two NVFP4Tensors.
+    """Multiply two NVFP4Tensors: y = x w^T ("TN"), dx = dy w ("NN") or dw = dy^T x ("NT").
 
     Args:
         a: x for "TN", dy for "NN" and "NT".
@@ -32,12 +40,20 @@ def gemm(
         bias: added in fp32 before the cast, one value per column of the result.
         accumulate: add the result to `out` in fp32 before the cast.
         out: written in place and returned; its dtype is then the result's.
-        backend: "auto", "reference" or "vendor".
+        backend: "auto", "reference", "vendor" or "triton".
     Returns:
         Tensor of out_dtype; "TN" and "NN" keep a's leading dimensions.
     Raises:
-        ValueError: operands that do not fit, see above.
+        ValueError: an operand lacks the face that the layout multiplies; lengths differ; only one operand is rotated;
+            bias or out does not fit.
         TypeError: an operand that is no NVFP4Tensor.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> quantizer = nv.NVFP4Quantizer()
+        >>> x, w = quantizer(torch.randn(8, 32)), quantizer(torch.randn(64, 32))
+        >>> nv.gemm(x, w, "TN").shape, nv.gemm(quantizer(torch.randn(8, 64)), w, "NN").shape
+        (torch.Size([8, 64]), torch.Size([8, 32]))
     """
     _check(a, b, layout, out_dtype, bias, accumulate, out)
     operands, scaling = [], []
@@ -77,7 +93,7 @@ def _check(
     accumulate: bool,
     out: Tensor | None,
 ) -> None:
-    """Raise for operands that do not fit together."""
+    """Refuse operands that do not fit together."""
     for name, t in (("a", a), ("b", b)):
         if not isinstance(t, NVFP4Tensor):
             raise errors.type_error(

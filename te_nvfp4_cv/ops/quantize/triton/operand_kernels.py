@@ -97,7 +97,7 @@ def load_tile(
     FOLDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Load the 16 fp32 vectors of a tile: image group * 16 + i, row `row`, values first + offset if `inside`, else 0."""
+    """Load a tile's 16 fp32 vectors: image group * 16 + i, row `row`, values first + offset if `inside`, else 0."""
     tile = ()
     for i in tl.static_range(16):
         image = group.to(tl.int64) * 16 + i
@@ -288,7 +288,7 @@ def quantize_kernel(
 
 @triton.jit
 def saturated_rows(x, group, images, run, first_value, offset, inside, mult, BLOCK: tl.constexpr):
-    """Count the rowwise blocks of a tile whose scale exceeds 448. It reads x again: that saves every tile 16 counters."""
+    """Count a tile's rowwise blocks whose scale exceeds 448. It reads x again, which saves every tile 16 counters."""
     count = tl.zeros((), tl.int32)
     first = group.to(tl.int64) * 16
     for image in range(first, tl.minimum(first + 16, images)):
