@@ -319,7 +319,7 @@ def pad_scales(scale: Tensor) -> Tensor:
 
 
 def swizzle_scales(padded: Tensor) -> Tensor:
-    """Reorder padded scales [R, C] for the FP4 tensor cores; the shape stays: 128x4 tiles, each 32 x 4 x 4 bytes."""
+    """Arrange padded scales [R, C] for the FP4 tensor cores; the shape stays: 128x4 tiles, each 32 x 4 x 4 bytes."""
     rows, cols = padded.shape
     tiles = padded.view(torch.uint8).reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(rows, cols).view(padded.dtype)
@@ -336,7 +336,7 @@ def unswizzle_scales(swizzled: Tensor) -> Tensor:
 
 
 def te_to_ntile(data: Tensor, scale: Tensor, spatial: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
-    """Reorder columnwise data [C, (h, w, n)/2] and scales [C, (h, w, n)/16] to tiles of 16 images at one pixel.
+    """Arrange columnwise data [C, (h, w, n)/2] and scales [C, (h, w, n)/16] to tiles of 16 images at one pixel.
 
     Args:
         spatial: (H, W), of any rank.

@@ -32,7 +32,7 @@ class WireBytes:
         self.received = 0
 
     def add(self, received: int) -> None:
-        """Count that many bytes more."""
+        """Add that many bytes."""
         self.received += received
 
 
@@ -114,7 +114,7 @@ class PendingParts:
         self._result: list[Tensor] | None = None
 
     def start(self, group: Any, async_op: bool) -> None:
-        """Start to send the message."""
+        """Send the message; with async_op, return before it has arrived."""
         assert self._message is not None
         self._received, self._work = all_gather_flat(self._message, group, async_op)
 
@@ -153,7 +153,7 @@ def _concatenated(
 def gather_parts(
     parts: Sequence[Part], group: Any, async_op: bool = False, sizes: Sequence[Sequence[int]] | None = None
 ) -> PendingParts:
-    """Start to gather several tensors over a group, in one message.
+    """Gather several tensors over a group, in one message.
 
     Args:
         parts: (tensor, axis along which the ranks' tensors are concatenated); the same dtypes on all ranks, and the

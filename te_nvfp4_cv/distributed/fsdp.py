@@ -1,4 +1,4 @@
-"""nv.fsdp: quantize weights before FSDP2 gathers them, so that 4 bits a value travel instead of 16 or 32.
+"""Quantize weights before FSDP2 gathers them, so that 4 bits a value travel instead of 16 or 32 (nv.fsdp).
 
     nv.fsdp.quantize_gathers(model, recipe)              before fully_shard
     for block in model.blocks: fully_shard(block)

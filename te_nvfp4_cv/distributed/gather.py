@@ -1,4 +1,4 @@
-"""nv.distributed.all_gather: join the ranks' shards to one NVFP4Tensor. Packed codes and scales travel, not values.
+"""Join the ranks' shards to one NVFP4Tensor (nv.distributed). Packed codes and scales travel, not values.
 
     quantize(cat(x_0, ..., x_{n-1})) == all_gather(quantize(x_r)),  bit for bit,  where all used  amax = max_r amax(x_r)
     bytes on the wire of one face: 1/2 + 1/16 per element, 0.28 of bf16; a few hundred bytes of metadata per tensor

@@ -1,4 +1,4 @@
-"""nv.tensor_parallel: share out the channels of convolutions and linear layers to ranks, in torch's plans.
+"""Share out the channels of convolutions and linear layers to ranks, in torch's plans (nv.tensor_parallel).
 
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import parallelize_module

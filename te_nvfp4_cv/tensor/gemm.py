@@ -1,4 +1,4 @@
-"""nv.gemm: multiply two NVFP4Tensors, for the three products of a layer.
+"""Multiply two NVFP4Tensors, for the three products of a layer (nv.gemm).
 
     layout  operands  faces                   result    which
     "TN"    x, w      rowwise, rowwise        [..., N]  fprop  y  = x w^T

@@ -1,4 +1,4 @@
-"""nv.functional.im2col: the im2col matrix of a quantized image, from its packed codes."""
+"""Gather the im2col matrix of a quantized image from its packed codes (nv.functional.im2col)."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def config_of(kernel: str, x: Tensor) -> tuning.Config:
 
 
 def run_kernel(kernel: str, x: Tensor, key: tuple[int, ...], launch: Callable[[tuning.Config], object]) -> None:
-    """Call `launch` with the parameters that the table, or an earlier search, has for x's GPU."""
+    """Launch a kernel with the parameters that the table, or an earlier search, has for x's GPU."""
     launch(tuning.config(kernel, tuning.arch_of(x.device), key, launch))
 
 
