@@ -41,7 +41,7 @@ def warn_once(key: str, text: str, category: type[Warning] = UserWarning) -> Non
         if key in _warned:
             return
         _warned.add(key)
-    warnings.warn(text, category, stacklevel=3)
+    warnings.warn(text, category, stacklevel=3)  # names the line that called the function which warns
 
 
 def describe(tensor: object) -> str:
@@ -69,6 +69,7 @@ def check_trainable(caller: str, model: nn.Module) -> None:
     Raises:
         ValueError: the model has such layers; the message names the first of them.
     """
+    # Asked by an attribute of the class: an import of nv.export from here would point up.
     packed = [name for name, module in model.named_modules() if hasattr(type(module), "nvfp4_weight")]
     if packed:
         raise value_error(

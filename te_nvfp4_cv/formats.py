@@ -31,7 +31,7 @@ SIGN_VECTOR = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 _NEGATIVE_SIGNS = sum(1 << i for i, sign in enumerate(SIGN_VECTOR) if sign < 0)
 _SIGN_BIT = -(2**31)
-_MASK32 = 0xFFFFFFFF
+_MASK32 = 0xFFFFFFFF  # Philox's words live in int64 tensors, since torch has few operators for uint32
 
 
 # ---- E2M1 -----------------------------------------------------------------------------------------------------------
@@ -79,6 +79,7 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     """Return the fp32 values of E2M1 codes (any integer dtype, 0..15); code 8 gives -0.0."""
     code = codes.to(torch.int32)
     m = code & 7
+    # In quarters: 0 and 0.5 are the subnormals m * 2, all others have the form (2 + mantissa bit) << exponent.
     magnitude = torch.where(m < 2, m * 2, (2 + (m & 1)) << (m >> 1)).to(torch.float32) * 0.25
     sign = torch.where(code > 7, _SIGN_BIT, 0).to(torch.int32)
     return (magnitude.view(torch.int32) | sign).view(torch.float32)
@@ -114,7 +115,7 @@ def _e2m1_step(a: Tensor) -> Tensor:
 
 def to_e4m3(v: Tensor) -> Tensor:
     """Round fp32 values >= 0 to float8_e4m3fn: nearest even, with subnormals, saturating; NaN gives 448, byte 0x7E."""
-    # The cast alone would give NaN above 448. A NaN is not below 448 either, so it takes the same way out.
+    # The cast alone would keep NaN, which a scale byte must not be. A NaN is not below 448, so this maps it to 448.
     return torch.where(v < E4M3_MAX, v, float(E4M3_MAX)).to(torch.float8_e4m3fn)
 
 
@@ -142,6 +143,7 @@ def power_of_two_amax(amax: Tensor, e4m3_max: int = E4M3_MAX, margin: int = 1) -
 def encode_scale(amax: Tensor, e4m3_max: int = E4M3_MAX) -> Tensor:
     """Return S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
     s_enc = torch.div(torch.full_like(amax, E2M1_MAX * e4m3_max), amax).clamp(max=FLT_MAX)
+    # A non-finite amax is not hidden by the 1: it stays in the tensor's amax, and alpha carries it into every result.
     usable = (amax > 0) & (amax <= FLT_MAX)
     return torch.where(usable, s_enc, torch.ones_like(s_enc))
 
@@ -171,6 +173,7 @@ def encode_multiplier(s_b: Tensor, s_enc: Tensor) -> Tensor:
     It is computed from the rounded s_b, so that decoding multiplies with the exact inverse of what encoding used.
     """
     scale = s_b.to(torch.float32) * decode_factor(s_enc)
+    # An all-zero block has scale 0 and would get inf here; FLT_MAX times its zeros is 0, inf times 0 would be NaN.
     return torch.div(torch.ones_like(scale), scale).clamp(max=FLT_MAX)
 
 
@@ -213,7 +216,7 @@ def dequantize(data: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int = E4M3_M
     Numerics: overflows to inf above amax 7.6e35, as TransformerEngine does; a non-finite amax makes every element
         non-finite.
     """
-    if amax.numel() != 1:
+    if amax.numel() != 1:  # one per row: broadcast along the row's blocks
         amax = amax.reshape(*scale.shape[:-1], 1)
     v = blocks(decode_e2m1(unpack_nibbles(data)))
     return (v * block_units(scale, amax, e4m3_max).unsqueeze(-1)).flatten(-2)
@@ -240,7 +243,7 @@ def rht16(x: Tensor, with_sign: bool = True) -> Tensor:
         pairs = v.unflatten(-1, (BLOCK // (2 * stride), 2, stride))
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         v = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-    v = v * 0.25
+    v = v * 0.25  # exact, so it may follow the sums
     return v.to(torch.bfloat16) if x.dtype == torch.bfloat16 else v
 
 
@@ -269,6 +272,7 @@ def philox4x32(seed: Tensor | int, block_index: Tensor, face: int) -> Tensor:
     Returns:
         Byte i of a block is (word[i // 4] >> 8 (i % 4)) & 255.
     """
+    # The face is part of the counter: both faces of an operand must not see the same random bytes.
     low, high = block_index & _MASK32, (block_index >> 32) & _MASK32
     words = philox_words(
         (low, high, torch.full_like(low, face), torch.zeros_like(low)), (seed & _MASK32, (seed >> 32) & _MASK32)
@@ -345,7 +349,7 @@ def te_to_ntile(data: Tensor, scale: Tensor, spatial: tuple[int, ...], batch: in
         data [N/16, H, W, C, 8] and scales [N/16, H, W, C].
     """
     rank, channels = len(spatial), data.shape[0]
-    order = (rank + 1, *range(1, rank + 1), 0)
+    order = (rank + 1, *range(1, rank + 1), 0)  # the batch's tile first, channels last
     tiles = data.reshape(channels, *spatial, batch // BLOCK, BLOCK // 2).permute(*order, rank + 2)
     scales = scale.view(torch.uint8).reshape(channels, *spatial, batch // BLOCK).permute(*order)
     return tiles.contiguous(), scales.contiguous().view(scale.dtype)
@@ -374,5 +378,6 @@ def transpose_tiles(data: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, 
     """
     codes = unpack_nibbles(data)
     codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % BLOCK))[:, :columns]
+    # A tile's scale stands in each of its 16 rows, so every 16th row holds all of them.
     tiles = scale.view(torch.uint8)[::BLOCK].t().repeat_interleave(BLOCK, dim=0)[:columns]
     return pack_nibbles(codes.t()).contiguous(), tiles.contiguous().view(scale.dtype)

@@ -128,6 +128,7 @@ class PendingParts:
             for shapes, axis, dtype in zip(self._shapes, self._axes, self._dtypes, strict=True):
                 result.append(_concatenated(self._received, starts, shapes, axis, dtype))
                 starts = [start + prod(shape) * dtype.itemsize for start, shape in zip(starts, shapes, strict=True)]
+            # The result may be waited for again; the buffers are let go.
             self._result, self._message, self._received, self._work = result, None, None, None
         return self._result
 
@@ -137,6 +138,7 @@ def _concatenated(
 ) -> Tensor:
     """Cut one tensor out of messages uint8 [ranks, bytes]: each rank's bytes from `starts` on, joined along `axis`."""
     ends = [start + prod(shape) * dtype.itemsize for start, shape in zip(starts, shapes, strict=True)]
+    # Even shards are one view and one copy; uneven ones are cut out of each rank's message.
     if all(shape == shapes[0] for shape in shapes) and all(start == starts[0] for start in starts):
         flat = received[:, starts[0] : ends[0]].reshape(-1).view(dtype)
         axis = axis % len(shapes[0])
@@ -172,6 +174,7 @@ def gather_parts(
         sum(prod(s[rank]) * p.element_size() for s, (p, _) in zip(shapes, parts, strict=True)) for rank in range(ranks)
     ]
     message = torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part, _ in parts])
+    # Uneven shards are padded: a collective wants the same length on every rank.
     message = torch.nn.functional.pad(message, (0, max(lengths) - message.numel()))
     pending = PendingParts(shapes, parts, message)
     pending.start(group, async_op)

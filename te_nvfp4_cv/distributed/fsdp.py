@@ -75,7 +75,7 @@ def quantize_gathers(
         if weight is None or (filter_fn is not None and not filter_fn(module, name)):
             continue
         full_name = f"{name}.weight".lstrip(".")
-        if id(weight) not in replaced:
+        if id(weight) not in replaced:  # a weight that two layers share stays shared
             if _why_not(module, weight, entry) is not None:
                 continue
             assert entry is not None
@@ -88,6 +88,7 @@ def quantize_gathers(
 
 def _marked(weight: nn.Parameter, name: str, module: nn.Module, recipe: NVFP4BlockScaling) -> nn.Parameter:
     """Return the parameter whose weight FSDP2 will ask how it is gathered."""
+    # It stands for the whole weight in the layer's plan: a shape without memory.
     owner = torch.empty((), dtype=weight.dtype).expand(weight.shape)
     form = Form(name, getattr(module, "groups", 1), recipe.settings("weight").delayed, owner)  # type: ignore[arg-type]
     return nn.Parameter(ShardedWeight(weight.data.contiguous(), form), weight.requires_grad)

@@ -179,6 +179,7 @@ def _start(
     with torch.no_grad():
         if ranks == 1:
             return [AllGatherHandle(partial(_same, shard.alone())) for shard in shards]
+        # From here on every rank takes the same steps, whatever its arguments were.
         told = exchange(shards, len(tensors), group, _device_of(tensors, group))
         if error is not None:
             raise error
@@ -226,7 +227,7 @@ def _plan(shard: Shard, by_rank: list[Told], group: Any) -> _Plan:
     sizes = [told.shape[shard.axis] for told in by_rank]
     reason = _reason_for_values(shard, sizes)
     if reason is None:
-        whole = [told for told in by_rank if prod(told.shape)] or by_rank
+        whole = [told for told in by_rank if prod(told.shape)] or by_rank  # empty shards have no amax to share
         amax = torch.tensor([max(told.amax[face] for told in whole) for face in (0, 1)], dtype=torch.int32)
         return _plan_codes(shard, sizes, amax.to(shard.device).view(torch.float32))
     if shard.quantizer is None:

@@ -188,7 +188,7 @@ def exchange(shards: list[Shard], tensors: int, group: Any, device: torch.device
         values = [v for shard in shards for v in shard.fields()]
         amaxes = torch.cat([shard.amax_bits() for shard in shards])
     else:
-        values = ([1] + [0] * (_WIDTH - 1)) * tensors
+        values = ([1] + [0] * (_WIDTH - 1)) * tensors  # `refused` is set, and the rest is not looked at
         amaxes = torch.zeros(2 * tensors, dtype=torch.int32, device=device)
     rows = collectives.gather_ints(values, group, device, amaxes)
     told = []

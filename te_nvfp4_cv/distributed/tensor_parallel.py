@@ -58,7 +58,7 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
         self._layouts = _checked(input_layouts) or Replicate(), _checked(output_layouts)
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding):  # it multiplies nothing: torch's own style serves
             return super()._apply(module, device_mesh)
         return _parallelize(module, Sharing(True, device_mesh, *self._layouts, self.use_local_output), self)
 
@@ -139,6 +139,7 @@ def _parallelize(module: nn.Module, sharing: Sharing, style: Any) -> nn.Module:
             parameter, sharing.mesh, [places[name]], src_data_rank=getattr(style, "src_data_rank", 0)
         )
         module.register_parameter(name, nn.Parameter(shared, requires_grad=parameter.requires_grad))
+    # The class changes, not the module: parameters keep their names, and hooks stay.
     module.__class__ = _parallel_class(type(module))
     module.sharing = sharing  # type: ignore[assignment]
     rounding_seeds.share_stream(dist.get_process_group_ranks(sharing.group)[0])

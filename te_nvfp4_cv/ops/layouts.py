@@ -21,7 +21,7 @@ def image_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def image_first(y: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
     """Undo image_last for a result, and give it the strides that torch would give it."""
-    if len(shape) == 2:
+    if len(shape) == 2:  # a linear layer: only the leading axes were flattened
         return not_a_view(y.reshape(*x_shape[:-1], shape[-1]))
     y = y.view(shape).movedim(-1, 1)
     return not_a_view(y if channels_last else y.contiguous())  # of one pixel, contiguous() is the view itself
@@ -39,7 +39,7 @@ def not_a_view(y: Tensor) -> Tensor:
     """Return a tensor on y's memory that is not a view: autograd refuses in-place operations on a view that a Function
     returns.
     """
-    if torch.compiler.is_compiling():  # a traced set_ is not possible; clone keeps the strides
+    if torch.compiler.is_compiling():  # set_ cannot be traced; clone keeps the strides
         return y.clone()
     return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
@@ -64,7 +64,7 @@ def is_dense(x: Tensor) -> bool:
 
 def weight_is_channels_last(w: Tensor) -> bool:
     """Tell if a parameter is stored channels_last, so that its gradient should be."""
-    return is_channels_last(w) and not w.is_contiguous()
+    return is_channels_last(w) and not w.is_contiguous()  # memory that is both counts as contiguous
 
 
 def kernel_as(dw: Tensor, g: ConvGeometry, shape: tuple[int, ...], channels_last: bool) -> Tensor:

@@ -56,6 +56,7 @@ def positive_mask(y: Tensor) -> Tensor:
             y.data_ptr(), mask.data_ptr(), n, y.dtype == torch.bfloat16, torch.get_num_threads()
         )
         return mask
+    # Not y > 0: the negation lets a NaN through, as torch's backward does.
     bits = torch.nn.functional.pad(~(_memory(y) <= 0), (0, -n % 8)).view(-1, 8).to(torch.uint8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=y.device)).sum(1, dtype=torch.uint8)
 
@@ -79,7 +80,7 @@ def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
     library = native.load() if dy.device.type == "cpu" else None
     n = dy.numel()
     dx = torch.empty_like(dy)
-    if library is not None and dy.element_size() in (2, 4):
+    if library is not None and dy.element_size() in (2, 4):  # bytes are copied or zeroed, whatever the dtype
         library.nvfp4_apply_mask(
             dy.data_ptr(), mask.data_ptr(), dx.data_ptr(), n, dy.element_size() == 2, torch.get_num_threads()
         )

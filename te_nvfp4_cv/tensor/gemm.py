@@ -81,7 +81,7 @@ def gemm(
     )
     lead = a.shape[:-1] if LAYOUTS[layout][0] == "rowwise" else (I,)
     result = result.reshape(*lead, J)
-    return result if out is None else out.copy_(result)
+    return result if out is None else out.copy_(result)  # the operator never writes to its arguments
 
 
 def _check(
@@ -126,6 +126,7 @@ def _check(
             needs="equal lengths: K of x and w (TN), N of dy and w (NN), the rows of dy and x (NT)",
             fix="check the operands' order and the layout",
         )
+    # A rotation along the contraction cancels only if both operands have it, with the same signs.
     rotated = [t._columnwise_rht and face == "columnwise" for t, face in zip((a, b), LAYOUTS[layout], strict=True)]
     signs = {t._with_random_sign_mask for t, r in zip((a, b), rotated, strict=True) if r}
     if rotated[0] != rotated[1] or len(signs) > 1:

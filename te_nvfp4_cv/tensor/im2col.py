@@ -63,7 +63,7 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
             fix="pad",
         )
     geometry = ConvGeometry(batch, channels, channels, image, out, kernel, steps, pads, gaps, (0,) * rank, 1, False)
-    pixels = pixel_map(geometry, True)
+    pixels = pixel_map(geometry, True)  # -1 in the padding, which reads code 0 and scale byte 0
     faces: dict[str, Any] = {}
     if t.rowwise_data is not None:
         for name, part in (("rowwise_data", t.rowwise_data), ("rowwise_scale_inv", t.rowwise_scale_inv)):

@@ -120,6 +120,7 @@ class NVFP4Tensor(torch.Tensor):
         )
         self._rowwise_data, self._rowwise_scale_inv, self._amax_rowwise = row
         self._columnwise_data, self._columnwise_scale_inv, self._amax_columnwise = col
+        # A copy: later changes of the caller's quantizer must not change what an in-place operator does here.
         self._quantizer = quantizer.copy() if quantizer is not None else None
         self._row_scaled_nvfp4 = row_scaled_nvfp4
         self._nvfp4_use_4over6 = nvfp4_use_4over6
@@ -308,7 +309,8 @@ class NVFP4Tensor(torch.Tensor):
         if id(self) in memo:
             return memo[id(self)]
         new = self.map_buffers(torch.clone, requires_grad=self.requires_grad)
-        _copy_python_state(self, new)
+        if getattr(self, "_is_param", False):  # by this mark nn.Module sees a tensor subclass as a Parameter
+            new._is_param = True
         if self.grad is not None:
             new.grad = copy.deepcopy(self.grad, memo)
         memo[id(self)] = new
@@ -321,7 +323,7 @@ class NVFP4Tensor(torch.Tensor):
         return _rebuild_nvfp4_tensor, (state, bool(getattr(self, "_is_param", False)))
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        names = [name for name in BUFFERS if getattr(self, name) is not None]
+        names = [name for name in BUFFERS if getattr(self, name) is not None]  # torch.compile traces these as inputs
         settings = {name.lstrip("_"): getattr(self, name) for name in SETTINGS}
         return names, {"dtype": self.dtype, "requires_grad": self.requires_grad, **settings}
 
@@ -350,12 +352,6 @@ class _Dequantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad.to(ctx.dtype), None, None, None
-
-
-def _copy_python_state(src: NVFP4Tensor, dst: NVFP4Tensor) -> None:
-    """Copy the mark that makes nn.Module see a tensor subclass as a Parameter."""
-    if getattr(src, "_is_param", False):
-        dst._is_param = True
 
 
 def _rebuild_nvfp4_tensor(state: dict[str, Any], is_param: bool) -> NVFP4Tensor:

@@ -52,7 +52,7 @@ def _on_values(cls: Any, func: Any, args: tuple, kwargs: dict) -> Any:
 
     plain_args, plain_kwargs = pytree.tree_map(value_of, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
-    written: dict[int, Any] = {}
+    written: dict[int, Any] = {}  # an in-place operator returns its argument: the NVFP4Tensor, not its values
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
@@ -121,7 +121,7 @@ def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) 
     usable = src.shape == dst.shape and all(getattr(src, name) == getattr(dst, name) for name in form)
     if not usable or any(held and not src.get_usages()[face] for face, held in dst.get_usages().items()):
         return dst.quantize_(src._dequantize().to(dst.device).expand(dst.shape))
-    if dst._columnwise_data is not None:
+    if dst._columnwise_data is not None:  # the layout may differ, since it changes no code
         src = src.to_columnwise_layout(dst._columnwise_layout)
     for name in BUFFERS:
         if (buffer := getattr(dst, name)) is not None:
@@ -132,7 +132,7 @@ def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) 
 def _zero_(cls: Any, func: Any, t: Any) -> Any:
     for name in BUFFERS:
         if (buffer := getattr(t, name)) is not None:
-            buffer.view(torch.uint8).zero_()
+            buffer.view(torch.uint8).zero_()  # code 0, scale byte 0 and amax 0 all have the bits 0
     return t
 
 

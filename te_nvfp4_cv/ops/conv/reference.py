@@ -28,7 +28,7 @@ Parts = tuple[Tensor, ...]  # (codes, scale bytes), or (values,) with quantizati
 
 def gather(flat: Tensor, pixels: Tensor) -> Tensor:
     """Gather flat [pixels in, ...] to [pixels out, taps, ...]; index -1 reads zeros (code 0, scale byte 0)."""
-    padded = F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, 1))
+    padded = F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, 1))  # a last row of zeros, which index -1 picks
     return padded[pixels.to(flat.device)]
 
 
@@ -70,6 +70,7 @@ def weight_product(b: Parts, a: Parts, geometry: ConvGeometry) -> Tensor:
         a: columnwise operand of the a side, of the same form.
         geometry: of the call itself, not of the folded one.
     """
+    # Gathering walks the folded images; channels and taps are those of the call itself.
     pixels, groups = pixel_map(geometry.folded(), True), geometry.groups
     each_a, each_b = geometry.channels_a // groups, geometry.channels_b // groups
     a_flat, b_flat = (tuple(_pixels_first(part) for part in side) for side in (a, b))  # [pixels, channels, N * k]

@@ -82,7 +82,7 @@ def norm_forward(
 def _(z, residual, weight, bias, running_mean, running_var, spec):  # type: ignore[no-untyped-def]
     s = NormSpec.decode(spec)
     dtype = z.dtype if residual is None else torch.promote_types(z.dtype, residual.dtype)
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32  # statistics are never narrower than fp32
     mean, rstd = (z.new_empty(s.statistics_shape(z), dtype=wide) for _ in range(2))
     return torch.empty_like(z, dtype=dtype), mean, rstd, z.new_empty(s.mask_bytes(z), dtype=torch.uint8)
 

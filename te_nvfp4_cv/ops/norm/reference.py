@@ -48,7 +48,7 @@ def norm_forward(
         y = torch.empty_like(z, dtype=y.dtype).copy_(y)
     if s.activation == "silu":
         return torch.nn.functional.silu(y, inplace=True), mean, rstd, y.new_empty(0, dtype=torch.uint8)
-    y = torch.relu_(y)
+    y = torch.relu_(y)  # in the norm's memory: nobody else has seen it
     return y, mean, rstd, positive_mask(y) if s.need_mask else y.new_empty(0, dtype=torch.uint8)
 
 
@@ -58,6 +58,7 @@ def norm_backward(
     """Run the operator norm_backward by ATen."""
     mean, rstd = norm[:2]
     weight, bias = affine_of(norm)
+    # 1 / rstd^2 is the running variance plus eps, so that ATen is given eps 0 below.
     variance = None if s.batch_stats or s.groups else rstd.square().reciprocal()
     if s.activation == "relu":
         g = apply_mask(dy, mask)

@@ -77,7 +77,7 @@ def quantize(
             needs="seed, an int or an int64 tensor of one element: the Philox key",
             fix="pass seed=torch.randint(2**62, (), dtype=torch.int64)",
         )
-    if isinstance(seed, int):
+    if isinstance(seed, int):  # an operator's argument is either a tensor or not: ints become tensors here
         seed = torch.tensor(seed, dtype=torch.int64, device=x_MK.device)
     return Faces(*_quantize_op(x_MK, fields.to_ints(), amax_rowwise, amax_columnwise, seed, backend))
 
@@ -98,7 +98,7 @@ def check_options(
         "four_over_six": four_over_six is not None,
         "row_scaled": row_scaled,
     }
-    exclusive = {
+    exclusive = {  # what TransformerEngine defines no numbers for
         "four_over_six": ("rht", "stochastic_rounding"),
         "row_scaled": ("rht", "stochastic_rounding", "two_d"),
         "two_d": ("rht",),
@@ -143,7 +143,7 @@ def _quantize_op(
     faces = _implementation(backend)(
         x_MK, amax_rowwise=amax_rowwise, amax_columnwise=amax_columnwise, seed=seed, **fields._asdict()
     )
-    return (*faces,)
+    return (*faces,)  # a plain tuple: the schema knows no NamedTuple
 
 
 @_quantize_op.register_fake

@@ -102,11 +102,11 @@ def quantize_2d(
     """
     s = MatrixSpec(**spec)
     M, K = x_MK.shape
-    x_pad = F.pad(x_MK, (0, -K % BLOCK, 0, -M % BLOCK))
+    x_pad = F.pad(x_MK, (0, -K % BLOCK, 0, -M % BLOCK))  # zeros change neither amax nor codes of the rest of a block
     tile_scale: Tensor | None = None
     if amax_rowwise is None and not (s.rht and not s.rowwise):
         amax_rowwise = _amax(x_MK.float(), s.row_scaled)
-    if s.two_d:
+    if s.two_d:  # one choice for both faces, so that their codes are the same numbers
         assert amax_rowwise is not None
         tile_scale = _scales(x_pad.float(), amax_rowwise, s.e4m3_max, s.four_over_six, two_d=True)
 
@@ -120,7 +120,7 @@ def quantize_2d(
         v_KM = x_pad[:, :K].t()
         if s.rht:
             v_KM = formats.rht16(formats.blocks(v_KM), s.with_sign).flatten(-2)
-        v_KM = v_KM.float()
+        v_KM = v_KM.float()  # after the RHT, which rounds to bf16 for a bf16 input
         if amax_columnwise is None:
             amax_columnwise = _amax(v_KM, s.row_scaled) if s.rht or s.row_scaled else amax_rowwise
         assert amax_columnwise is not None
@@ -170,6 +170,7 @@ def _scales(v: Tensor, amax: Tensor, e4m3_max: int, four_over_six: str | None, t
         amax_b = _over_tile_rows(_max(amax_b.unflatten(0, (amax_b.shape[0] // BLOCK, BLOCK)), 1))
     if four_over_six is None:
         return formats.block_scale(amax_b, s_enc)
+    # Both candidates are tried in full; on a tie the 6 stays, since the comparison below is strict.
     s6, s4 = formats.four_over_six_scales(amax_b, s_enc)
     e6, e4 = (_error(v, s, amax, e4m3_max, four_over_six, two_d) for s in (s6, s4))
     return torch.where(e4 < e6, s4.view(torch.uint8), s6.view(torch.uint8)).view(torch.float8_e4m3fn)
@@ -186,7 +187,7 @@ def _error(v: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int, mode: str, two
     value = value * amax.reshape(-1, 1, 1)
     d = torch.div(value, torch.full_like(value, 6.0 * e4m3_max)) - formats.blocks(v)
     d = d.abs() if mode == "MAE" else d * d
-    total = d[..., 0]
+    total = d[..., 0]  # not sum(): its order of additions is torch's secret, and differs from machine to machine
     for i in range(1, BLOCK):
         total = total + d[..., i]
     if two_d:

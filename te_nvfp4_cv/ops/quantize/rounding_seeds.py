@@ -71,10 +71,10 @@ def _next() -> int:
     with _lock:
         seed = _torch_seed()
         drawn = _drawn.pop(seed, 0) + 1
-        _drawn[seed] = drawn
+        _drawn[seed] = drawn  # popped and set again: the dict's order is that of the last use
         if len(_drawn) > _KEEP:
             del _drawn[next(iter(_drawn))]
-        return _mix((_mix(seed) ^ _offset()) + drawn) >> 1
+        return _mix((_mix(seed) ^ _offset()) + drawn) >> 1  # 63 bits: an int64 tensor holds it without a sign
 
 
 def state() -> dict[str, int]:
@@ -126,6 +126,7 @@ def draw_seed(like: Tensor) -> Tensor:
     """Draw a fresh seed, int64 [1], on the device of `like`."""
     if like.device.type == "cpu":
         return torch.tensor([_next()], dtype=torch.int64)
+    # On a GPU nothing may be read back to the host, and torch's generator is right under CUDA graphs.
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device)
     offset = _offset() >> 2
     return seed.bitwise_xor_(offset) if offset else seed

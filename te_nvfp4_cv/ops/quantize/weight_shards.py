@@ -30,6 +30,7 @@ def _blocks(w: Tensor) -> Tensor:
 
 def _places(first: int, rows: int, n: int, groups: int, device: torch.device) -> Tensor:
     """Return where each row of axis 0 lies when every group is padded to whole tiles, int64 [rows]."""
+    # A group's rows are padded to whole tiles, so rows of the next group start at a tile of their own.
     row, per_group = torch.arange(first, first + rows, device=device), n // groups
     return row // per_group * formats.round_up(per_group, BLOCK) + row % per_group
 

@@ -260,17 +260,10 @@ def decode_e2m1(word, K: tl.constexpr):
 
 
 @triton.jit
-def words16(words, ys):
-    """Pack the sixteen codes of each block into a low and a high int32, element 0 lowest, from e2m1 words and ys."""
-    low = word8(words, ys, 0)
-    high = word8(words, ys, 8)
-    return low, high
-
-
-@triton.jit
 def join_words(words, ys):
     """Pack the sixteen codes of each block into an int64, from e2m1 words and the values that were rounded."""
-    low, high = words16(words, ys)
+    low = word8(words, ys, 0)  # element 0 lowest
+    high = word8(words, ys, 8)
     return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
 
 

@@ -113,9 +113,10 @@ def _data(
     image = g.b_size if to_b else g.a_size
     channels, contracted = (g.channels_b, g.channels_a) if to_b else (g.channels_a, g.channels_b)
     y = torch.empty((g.batch, *image, channels), dtype=dtype, device=x[0].device)
-    if not y.numel():
+    if not y.numel():  # CUDA refuses an empty grid
         return y
     gpu = gpu_of(y.device)
+    # Everything that does not depend on the tile is computed before `run`, which a search calls many times.
     each, blocks = channels // g.groups, -(-(contracted // g.groups) // BLOCK)
     launches = data_classes(g, to_b)
     x_data, x_scale = (part.contiguous() for part in x)
@@ -133,7 +134,7 @@ def _data(
                 x_scale,
                 kernel,
                 kernel_scale,
-                y if alpha is None else alpha,
+                y if alpha is None else alpha,  # not read then, but a pointer must be there; likewise the bias
                 y if bias is None else bias,
                 y,
                 **{name: value for name, value in a.items() if name != "hits"},
@@ -227,6 +228,7 @@ def wgrad(
         line_chunks = max(1, -(-arguments["width"] * BLOCK // tile["BK"]))
         tiles = triton.cdiv(each_b, tile["BM"]) * triton.cdiv(each_a, tile["BN"]) * g.taps
         parts = parts_of(gpu, tiles * g.groups, arguments["lines"] * line_chunks, dw.numel())
+        # fp32 parts added in order by a second kernel: atomics would give other bits from run to run.
         sums = torch.empty((parts, *dw.shape), dtype=torch.float32, device=dw.device)
         kernels.weight_product[(tiles, parts, g.groups)](
             b,

@@ -50,6 +50,7 @@ def scattering_axis(out: int, kernel: int, stride: int, padding: int, dilation: 
     """
     classes = []
     for phase in range(min(stride, out)):
+        # The taps that hit are tap_step apart, so that first_tap and tap_step describe all of them.
         taps = [t for t in range(kernel) if (phase + padding - t * dilation) % stride == 0]
         first_tap, tap_step = (taps or [0])[0], stride // math.gcd(stride, dilation)
         first = (phase + padding - first_tap * dilation) // stride
@@ -105,7 +106,7 @@ def data_classes(g: ConvGeometry, to_b: bool) -> list[dict[str, int]]:
                 f"y_{name}": axis.spread * out_pixel,
                 f"w_t{name}": axis.tap_step * tap,
             }
-        if a["rows"]:
+        if a["rows"]:  # a class without taps is launched too: its outputs are zeros (plus bias), which must be written
             launches.append(a)
     return launches
 

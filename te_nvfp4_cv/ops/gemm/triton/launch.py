@@ -156,7 +156,7 @@ def multiply(a_data: Tensor, a_scale: Tensor, b_data: Tensor, b_scale: Tensor) -
     """Return the sums of products of code * scale, fp32 [I, J]; the arguments are those of reference.multiply."""
     rows, columns, blocks = a_data.shape[0], b_data.shape[0], a_scale.shape[-1]
     out = torch.empty((rows, columns), dtype=torch.float32, device=a_data.device)
-    if not out.numel():
+    if not out.numel():  # CUDA refuses an empty grid
         return out
     gpu = gpu_of(a_data.device)
     unit = unit_of(blocks)

@@ -89,7 +89,7 @@ def shape_of(z: Tensor, groups: int) -> Shape:
     """Describe a dense z [B, C, *image] for the kernels."""
     batch, channels, pixels = z.shape[0], z.shape[1], math.prod(z.shape[2:])
     last = pixels == 1 or lies_channels_last(z)
-    if groups:
+    if groups:  # an image is a slice
         return Shape(batch, channels * pixels, channels, channels // groups, last, 1, pixels)
     outer, inner = (1, batch * pixels) if last else (batch, pixels)
     return Shape(1, z.numel(), channels, 1, last, outer, inner)
@@ -174,7 +174,7 @@ def norm_backward(
         **shared,
     )
     sums = torch.empty((2, shape.slices, shape.channels), dtype=torch.float32, device=z.device)
-    slope, offset = torch.empty_like(mean), torch.empty_like(mean)
+    slope, offset = torch.empty_like(mean), torch.empty_like(mean)  # dz is linear in z, with these per group
     finish, merge = shape.finish
     kernels.finish_backward[finish](
         partial,
@@ -215,7 +215,7 @@ def norm_backward(
     if len(norm) == 2:
         return dz, dresidual, mean.new_empty(0), mean.new_empty(0)
     dbias, dweight = sums.sum(1).unbind(0)
-    return dz, dresidual, dweight.clone(), dbias.clone()
+    return dz, dresidual, dweight.clone(), dbias.clone()  # an operator's results must not share memory
 
 
 @on_its_device

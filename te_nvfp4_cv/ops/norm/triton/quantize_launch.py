@@ -62,7 +62,7 @@ def norm_quantize(
         kernels.produced_amax_kernel[(min(tiles, PROGRAMS),)](
             *made, bits, batch, run, per_row, tiles, RHT=bool(rht) and col != NONE, **shared
         )
-        used = bits.view(torch.float32)
+        used = bits.view(torch.float32)  # bits of positive floats order as the floats do: an integer maximum found it
     else:
         used = amax.contiguous()
     row_data, row_scale, col_data, col_scale = empty_faces(z, images, row, col, dtype)
@@ -90,5 +90,5 @@ def norm_quantize(
     if observe:
         decoded = z.new_empty(2, dtype=torch.float32)
         finish_kernel[(1,)](slots, used, observed, decoded, SAME=not rht, num_warps=1)
-        used = decoded
+        used = decoded  # NaN where the observed amax is not finite
     return row_data, row_scale, used[:1].clone(), col_data, col_scale, used[1:].clone(), observed
