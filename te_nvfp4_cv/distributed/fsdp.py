@@ -88,7 +88,7 @@ def quantize_gathers(
 
 def _marked(weight: nn.Parameter, name: str, module: nn.Module, recipe: NVFP4BlockScaling) -> nn.Parameter:
     """Return the parameter whose weight FSDP2 will ask how it is gathered."""
-    # It stands for the whole weight in the layer's plan: a shape without memory.
+    # Delayed scales are found by the identity of their owner: it has the whole weight's shape, and no memory.
     owner = torch.empty((), dtype=weight.dtype).expand(weight.shape)
     form = Form(name, getattr(module, "groups", 1), recipe.settings("weight").delayed, owner)  # type: ignore[arg-type]
     return nn.Parameter(ShardedWeight(weight.data.contiguous(), form), weight.requires_grad)

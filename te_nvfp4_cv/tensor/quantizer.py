@@ -185,17 +185,9 @@ class NVFP4Quantizer:
     ) -> NVFP4Tensor:
         """Make an NVFP4Tensor of this quantizer's faces with uninitialized buffers."""
         M, K = torch.Size(shape[:-1]).numel(), shape[-1]
-
-        def face(wanted: bool, lead: tuple[int, ...], R: int, L: int) -> tuple[Tensor, Tensor, Tensor]:
-            n = round_up(L, BLOCK) // BLOCK
-            sizes = ((*lead, n * 8), (R, n), (R if self.row_scaled_nvfp4 else 1,)) if wanted else ((0,),) * 3
-            dtypes = torch.uint8, torch.float8_e4m3fn, torch.float32
-            data, scale, amax = (torch.empty(s, dtype=d, device=device) for s, d in zip(sizes, dtypes, strict=True))
-            return data, scale, amax
-
-        row = face(self.rowwise_usage, tuple(shape[:-1]), M, K)
-        col = face(self.columnwise_usage, (K,), K, M)
-        return self._wrap(reference_matrix.Faces(*row, *col), tuple(shape), dtype)
+        spec = ops.MatrixSpec(self.rowwise_usage, self.columnwise_usage, row_scaled=self.row_scaled_nvfp4)
+        faces = reference_matrix.empty_faces(torch.empty(0, device=device), M, K, spec)
+        return self._wrap(faces, tuple(shape), dtype)
 
     def _faces(
         self, tensor: Tensor, rowwise: bool, columnwise: bool, seed: Tensor | int | None, amax: Any

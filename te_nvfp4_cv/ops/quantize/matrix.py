@@ -21,7 +21,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
+from te_nvfp4_cv.formats import E4M3_MAX
 from te_nvfp4_cv.ops.quantize import reference_matrix
 from te_nvfp4_cv.ops.quantize.reference_matrix import ERROR_MODES, Faces, MatrixSpec
 
@@ -148,19 +148,7 @@ def _quantize_op(
 
 @_quantize_op.register_fake
 def _(x_MK, spec, amax_rowwise, amax_columnwise, seed, backend):  # type: ignore[no-untyped-def]
-    fields = MatrixSpec.from_ints(spec)
-    M, K = x_MK.shape
-
-    def face(wanted: bool, R: int, L: int) -> tuple[Tensor, ...]:
-        n_blocks = (L + BLOCK - 1) // BLOCK
-        data, scale, amax = (R, n_blocks * (BLOCK // 2)), (R, n_blocks), (R if fields.row_scaled else 1,)
-        return (
-            x_MK.new_empty(data if wanted else (0,), dtype=torch.uint8),
-            x_MK.new_empty(scale if wanted else (0,), dtype=torch.float8_e4m3fn),
-            x_MK.new_empty(amax if wanted else (0,), dtype=torch.float32),
-        )
-
-    return face(fields.rowwise, M, K) + face(fields.columnwise, K, M)
+    return (*reference_matrix.empty_faces(x_MK, *x_MK.shape, MatrixSpec.from_ints(spec)),)
 
 
 def _implementation(backend: str) -> Callable[..., Faces]:

@@ -78,6 +78,22 @@ class MatrixSpec(NamedTuple):
         return cls(rowwise, columnwise, rht, stochastic, two_d, mode, e4m3_max, row_scaled, with_sign)
 
 
+def empty_faces(like: Tensor, M: int, K: int, spec: MatrixSpec) -> Faces:
+    """Return uninitialized faces of a matrix [M, K] on the device of `like`."""
+
+    def face(wanted: bool, R: int, L: int) -> tuple[Tensor, Tensor, Tensor]:
+        n_blocks = -(-L // BLOCK)
+        sizes = ((R, n_blocks * (BLOCK // 2)), (R, n_blocks), (R if spec.row_scaled else 1,)) if wanted else ((0,),) * 3
+        data, scale, amax = sizes
+        return (
+            like.new_empty(data, dtype=torch.uint8),
+            like.new_empty(scale, dtype=torch.float8_e4m3fn),
+            like.new_empty(amax, dtype=torch.float32),
+        )
+
+    return Faces(*face(spec.rowwise, M, K), *face(spec.columnwise, K, M))
+
+
 def quantize_2d(
     x_MK: Tensor,
     *,
@@ -110,7 +126,8 @@ def quantize_2d(
         assert amax_rowwise is not None
         tile_scale = _scales(x_pad.float(), amax_rowwise, s.e4m3_max, s.four_over_six, two_d=True)
 
-    row = col = _empty_face(x_MK.device)
+    none = empty_faces(x_MK, M, K, s._replace(rowwise=False, columnwise=False))
+    row, col = none[:3], none[3:]
     if s.rowwise:
         assert amax_rowwise is not None
         random = _random(s.stochastic_rounding, random_rowwise, seed, (M, x_pad.shape[1]), ROWWISE, x_MK.device)
@@ -234,11 +251,3 @@ def _amax(v: Tensor, row_scaled: bool) -> Tensor:
 def _max(v: Tensor, dim: int) -> Tensor:
     """Return v.amax(dim), also for an axis of length 0, which torch refuses."""
     return v.amax(dim) if v.shape[dim] else v.new_zeros(v.shape[:dim] + v.shape[dim + 1 :])
-
-
-def _empty_face(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(0, dtype=torch.uint8, device=device),
-        torch.empty(0, dtype=torch.float8_e4m3fn, device=device),
-        torch.empty(0, dtype=torch.float32, device=device),
-    )
