@@ -14,13 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from te_nvfp4_cv.errors import describe, value_error
-from te_nvfp4_cv.layer.eligible import MINIMUM, ineligible
-from te_nvfp4_cv.layer.execute import execute
-from te_nvfp4_cv.recipe.block_scaling import as_recipe
+from te_nvfp4_cv.layer.execute import execute_explicit
+from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.tensor.im2col import im2col
 
 __all__ = [
@@ -48,7 +45,7 @@ def conv1d(
     backend: str = "auto",
 ) -> Tensor:
     """F.conv1d with its three GEMMs in NVFP4; see conv2d."""
-    return run("conv1d", x, w, bias, stride, padding, dilation, groups, 0, recipe=recipe, backend=backend)
+    return execute_explicit("conv1d", x, w, bias, ConvArgs(stride, padding, dilation, groups), recipe, backend)
 
 
 def conv2d(
@@ -76,7 +73,7 @@ def conv2d(
     Raises:
         ValueError: shapes, dtypes or groups that NVFP4 cannot take; RuntimeError: a backend that cannot run here.
     """
-    return run("conv2d", x, w, bias, stride, padding, dilation, groups, 0, recipe=recipe, backend=backend)
+    return execute_explicit("conv2d", x, w, bias, ConvArgs(stride, padding, dilation, groups), recipe, backend)
 
 
 def conv3d(
@@ -92,7 +89,7 @@ def conv3d(
     backend: str = "auto",
 ) -> Tensor:
     """F.conv3d with its three GEMMs in NVFP4; see conv2d."""
-    return run("conv3d", x, w, bias, stride, padding, dilation, groups, 0, recipe=recipe, backend=backend)
+    return execute_explicit("conv3d", x, w, bias, ConvArgs(stride, padding, dilation, groups), recipe, backend)
 
 
 def conv_transpose1d(
@@ -109,19 +106,8 @@ def conv_transpose1d(
     backend: str = "auto",
 ) -> Tensor:
     """F.conv_transpose1d in NVFP4; see conv_transpose2d."""
-    return run(
-        "conv_transpose1d",
-        x,
-        w,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        output_padding,
-        recipe=recipe,
-        backend=backend,
-    )
+    args = ConvArgs(stride, padding, dilation, groups, output_padding)
+    return execute_explicit("conv_transpose1d", x, w, bias, args, recipe, backend)
 
 
 def conv_transpose2d(
@@ -138,19 +124,8 @@ def conv_transpose2d(
     backend: str = "auto",
 ) -> Tensor:
     """F.conv_transpose2d in NVFP4: x [B, C, P, Q], w [C, O / groups, R, S]; fprop and dgrad of conv2d exchanged."""
-    return run(
-        "conv_transpose2d",
-        x,
-        w,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        output_padding,
-        recipe=recipe,
-        backend=backend,
-    )
+    args = ConvArgs(stride, padding, dilation, groups, output_padding)
+    return execute_explicit("conv_transpose2d", x, w, bias, args, recipe, backend)
 
 
 def conv_transpose3d(
@@ -167,57 +142,10 @@ def conv_transpose3d(
     backend: str = "auto",
 ) -> Tensor:
     """F.conv_transpose3d in NVFP4; see conv_transpose2d."""
-    return run(
-        "conv_transpose3d",
-        x,
-        w,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        output_padding,
-        recipe=recipe,
-        backend=backend,
-    )
+    args = ConvArgs(stride, padding, dilation, groups, output_padding)
+    return execute_explicit("conv_transpose3d", x, w, bias, args, recipe, backend)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, recipe: Any = None, backend: str = "auto") -> Tensor:
     """F.linear with its three GEMMs in NVFP4: x [..., C], w [O, C]; wgrad's blocks are 16 consecutive rows of x."""
-    return run("linear", x, w, bias, 1, 0, 1, 1, 0, recipe=recipe, backend=backend)
-
-
-def run(
-    op: str,
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    output_padding: Any,
-    *,
-    recipe: Any,
-    backend: str,
-    group: Any = None,
-) -> Tensor:
-    """One explicit call; raises where nvfp4_autocast would fall back to high precision."""
-    recipe = as_recipe(recipe)
-    recipe.validate_for_use()
-    reason = ineligible(op, x, w, groups, recipe)
-    if reason is not None:
-        raise value_error(
-            f"nvfp4 {op}: this call cannot run in NVFP4: {reason}.",
-            got=f"x {describe(x)}, weight {describe(w)}, groups={groups}",
-            needs=f"bf16, fp16 or fp32 on one device; at least {MINIMUM} channels per group on both sides "
-            "(or thin_layers='pad' with groups=1)",
-            fix=f"leave this call in high precision: torch.nn.functional.{op}",
-        )
-    with torch._C.DisableTorchFunction():  # inside a context: what this call is made of is not handed over again
-        return execute(op, x, w, bias, stride, padding, dilation, groups, output_padding, recipe, backend, group)
-
-
-# ---- im2col on codes ------------------------------------------------------------------------------------------------
-
-
+    return execute_explicit("linear", x, w, bias, ConvArgs(), recipe, backend)

@@ -64,8 +64,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.export import load, save
-    from te_nvfp4_cv.export import to_onnx
+    from te_nvfp4_cv.export import load, save, to_onnx
 
     onnx = options.out.suffix == ".onnx"
     given = options.checkpoint if options.checkpoint is not None else options.recipe

@@ -24,7 +24,7 @@ from te_nvfp4_cv.export.artifact import LayerEntry, Manifest
 from te_nvfp4_cv.export.fit import call_of, check_fit, codes_of, entry_plan, is_plain_layer, plain_names
 from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
 from te_nvfp4_cv.export.ptq.folding import FoldedNorm, folded_norms, put
-from te_nvfp4_cv.layer import eligible
+from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import matches
@@ -151,7 +151,7 @@ def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
             needs="plain tensors",
             fix="gather the state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model",
         )
-    return eligible.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
+    return check.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
 
 
 def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def test_the_columnwise_scale_and_that_of_gradients_have_their_own_amax():
         y = conv(x)
     dy = values(y.shape, seed=3) * 1e-3
     y.backward(dy)
-    fold = make_geometry(16, (16, 32), (4, 4), 3, 1, 1).folds()
+    fold = make_geometry(16, (16, 32), (4, 4), 3, 1, 1).folds
     for role, margin, operand, f in ((0, 8, x, fold[0]), (1, 4, dy, fold[1])):
         last = operand.movedim(1, -1).contiguous()
         measured = operands.measure_operand(last, f.to_ints(), True, "reference").tolist()

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
+from te_nvfp4_cv.ops.layouts import operand_faces
 from te_nvfp4_cv.ops.norm import reference
-from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec, empty_faces
+from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec
+from te_nvfp4_cv.ops.records import Operand, OperandSpec
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -154,7 +156,7 @@ def norm_quantize(
     norm: list[Tensor],
     mask: Tensor,
     spec: list[float],
-    form: list[int],
+    operand: list[int],
     dtype: torch.dtype,
     amax: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -163,25 +165,24 @@ def norm_quantize(
     Args:
         z: [B, C, *image], channels innermost in memory, C a multiple of 16.
         residual: in z's memory order.
-        form: five ints. images: B rounded up to a multiple of 16. row: NONE, PACKED or DEQUANTIZED. col: NONE or
-            PACKED. Then rht and e4m3_max, as in quantize_operand.
+        operand: OperandSpec.to_ints() with nothing folded, nearest rounding, one tensor scale, no 4over6 and no
+            DEQUANTIZED columnwise face.
         dtype: of a dequantized face.
         amax: fp32 [2], as in quantize_operand, or None.
     Returns:
-        The seven tensors of quantize_operand, bit for bit.
+        Operand.flat() as quantize_operand gives it for the activation, bit for bit.
     """
     from te_nvfp4_cv.ops.norm.triton import quantize_launch
 
-    return quantize_launch.norm_quantize(z, residual, norm, mask, NormSpec.decode(spec), form, dtype, amax)
+    s, how = NormSpec.decode(spec), OperandSpec.from_ints(operand)
+    return quantize_launch.norm_quantize(z, residual, norm, mask, s, how, dtype, amax).flat()  # type: ignore[return-value]
 
 
 @norm_quantize.register_fake
-def _(z, residual, norm, mask, spec, form, dtype, amax):  # type: ignore[no-untyped-def]
-    images, row, col, _, _ = form
-    row_data, row_scale, col_data, col_scale = empty_faces(z, images, row, col, dtype)
+def _(z, residual, norm, mask, spec, operand, dtype, amax):  # type: ignore[no-untyped-def]
+    row, col = operand_faces(z.movedim(1, -1), OperandSpec.from_ints(operand), dtype)
     row_amax, col_amax = (z.new_empty(1, dtype=torch.float32) for _ in range(2))
-    observed = z.new_empty(0 if amax is None else 3, dtype=torch.float32)
-    return row_data, row_scale, row_amax, col_data, col_scale, col_amax, observed
+    return Operand(row, row_amax, col, col_amax, z.new_empty(0 if amax is None else 3, dtype=torch.float32)).flat()
 
 
 def _module(backend: str) -> Any:

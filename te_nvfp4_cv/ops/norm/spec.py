@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, PACKED
 
 ACTIVATIONS = ("relu", "silu")
 BACKENDS = ("reference", "triton")
@@ -71,21 +67,3 @@ class NormSpec:
 def affine_of(norm: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """Return weight and bias from [mean, rstd, weight, bias], None twice from [mean, rstd]."""
     return (norm[2], norm[3]) if len(norm) == 4 else (None, None)
-
-
-def empty_faces(z: Tensor, images: int, row: int, col: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return uninitialized row data, row scale, column data and column scale for the activation of z [B, C, *image].
-
-    Their shapes are those of ops/quantize/operand.py for C a multiple of 16 and images that are not folded.
-    """
-    batch, channels, *image = z.shape
-    row_data, row_scale, col_data, col_scale = (z.new_empty(0, dtype=torch.uint8) for _ in range(4))
-    if row == PACKED:
-        row_data = z.new_empty((batch, *image, channels // 2), dtype=torch.uint8)
-        row_scale = z.new_empty((batch, *image, channels // BLOCK), dtype=torch.uint8)
-    elif row == DEQUANTIZED:
-        row_data = z.new_empty((batch, *image, channels), dtype=dtype)
-    if col == PACKED:
-        col_data = z.new_empty((images // BLOCK, *image, channels, 8), dtype=torch.uint8)
-        col_scale = z.new_empty((images // BLOCK, *image, channels), dtype=torch.uint8)
-    return row_data, row_scale, col_data, col_scale

@@ -23,7 +23,8 @@ from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.formats import E4M3_MAX
 from te_nvfp4_cv.ops.quantize import reference_matrix
-from te_nvfp4_cv.ops.quantize.reference_matrix import ERROR_MODES, Faces, MatrixSpec
+from te_nvfp4_cv.ops.quantize.reference_matrix import Faces, MatrixSpec
+from te_nvfp4_cv.ops.records import ERRORS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -112,7 +113,7 @@ def check_options(
                 needs=f"{first} without {' and without '.join(others)}",
                 fix=f"turn off {first} or {clash[0]}",
             )
-    if four_over_six not in ERROR_MODES:
+    if four_over_six not in ERRORS:
         raise errors.value_error(
             "nvfp4 quantize: unknown error mode of 4over6.",
             got=f"four_over_six={four_over_six!r}",

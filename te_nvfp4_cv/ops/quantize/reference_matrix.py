@@ -28,9 +28,9 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
+from te_nvfp4_cv.ops.records import ERRORS
 
 ROWWISE, COLUMNWISE = 0, 1
-ERROR_MODES = (None, "MAE", "MSE")  # of 4over6; a mode's place is its number at the operator boundary
 
 
 class Faces(NamedTuple):
@@ -68,13 +68,13 @@ class MatrixSpec(NamedTuple):
 
     def to_ints(self) -> list[int]:
         """Return the fields in their order as ints, for the operator boundary."""
-        return [ERROR_MODES.index(f) if f is None or isinstance(f, str) else int(f) for f in self]
+        return [ERRORS[f] if f is None or isinstance(f, str) else int(f) for f in self]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> MatrixSpec:
         """Rebuild a spec from to_ints."""
         rowwise, columnwise, rht, stochastic, two_d, row_scaled, with_sign = (bool(i) for i in (*ints[:5], *ints[7:]))
-        mode, e4m3_max = ERROR_MODES[ints[5]], ints[6]
+        mode, e4m3_max = list(ERRORS)[ints[5]], ints[6]
         return cls(rowwise, columnwise, rht, stochastic, two_d, mode, e4m3_max, row_scaled, with_sign)
 
 

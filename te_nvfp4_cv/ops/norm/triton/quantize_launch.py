@@ -15,11 +15,12 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.norm.spec import NormSpec, empty_faces
+from te_nvfp4_cv.ops.layouts import operand_faces
+from te_nvfp4_cv.ops.norm.spec import NormSpec
 from te_nvfp4_cv.ops.norm.triton import quantize_kernels as kernels
 from te_nvfp4_cv.ops.norm.triton.launch import ACTIVATIONS, ordered, pointers
-from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_kernel
+from te_nvfp4_cv.ops.records import NONE, PACKED, Operand, OperandSpec
 from te_nvfp4_cv.ops.triton.numerics import INTERPRETED, OPTIONS
 
 PROGRAMS = 132 * 8  # of the amax kernel, which loops
@@ -33,17 +34,16 @@ def norm_quantize(
     norm: Sequence[Tensor],
     mask: Tensor,
     s: NormSpec,
-    form: Sequence[int],
+    operand: OperandSpec,
     dtype: torch.dtype,
     amax: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Operand:
     """Run the operator norm_quantize."""
-    images, row, col, rht, e4m3_max = form
     batch, channels, *image = z.shape
     run = channels * math.prod(image)
     block = min(TILE, max(64, 1 << (run - 1).bit_length()))
     per_row = -(-run // block)
-    lines = images // BLOCK
+    lines = operand.fold.images // BLOCK
     made = (z, z if residual is None else ordered(residual, z), *pointers(norm))
     shared: dict[str, Any] = dict(
         CHANNELS=channels,
@@ -60,35 +60,35 @@ def norm_quantize(
         bits = z.new_zeros(2, dtype=torch.int32)
         tiles = per_row * lines
         kernels.produced_amax_kernel[(min(tiles, PROGRAMS),)](
-            *made, bits, batch, run, per_row, tiles, RHT=bool(rht) and col != NONE, **shared
+            *made, bits, batch, run, per_row, tiles, RHT=operand.rht and operand.col != NONE, **shared
         )
         used = bits.view(torch.float32)  # bits of positive floats order as the floats do: an integer maximum found it
     else:
         used = amax.contiguous()
-    row_data, row_scale, col_data, col_scale = empty_faces(z, images, row, col, dtype)
+    row, col = operand_faces(z.movedim(1, -1), operand, dtype)
     kernels.produce_kernel[(per_row * lines,)](
         *made,
         mask if mask.numel() else norm[0],
         used,
-        row_data.view(torch.int32) if row == PACKED else row_data,
-        row_scale,
-        col_data.view(torch.int64) if col == PACKED else col_data,
-        col_scale,
+        row.data.view(torch.int32) if operand.row == PACKED else row.data,
+        row.scale,
+        col.data.view(torch.int64) if operand.col == PACKED else col.data,
+        col.scale,
         slots,
         batch,
         run,
         per_row,
         KEEP=mask.numel() > 0,
-        ROW=row,
-        COL=col,
-        RHT=bool(rht),
+        ROW=operand.row,
+        COL=operand.col,
+        RHT=operand.rht,
         OBSERVE=observe,
-        E4M3_MAX=e4m3_max,
+        E4M3_MAX=operand.e4m3_max,
         **shared,
     )
     observed = z.new_empty(3 if observe else 0, dtype=torch.float32)
     if observe:
         decoded = z.new_empty(2, dtype=torch.float32)
-        finish_kernel[(1,)](slots, used, observed, decoded, SAME=not rht, num_warps=1)
+        finish_kernel[(1,)](slots, used, observed, decoded, SAME=not operand.rht, num_warps=1)
         used = decoded  # NaN where the observed amax is not finite
-    return row_data, row_scale, used[:1].clone(), col_data, col_scale, used[1:].clone(), observed
+    return Operand(row, used[:1].clone(), col, used[1:].clone(), observed)
