@@ -320,7 +320,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def pad_scales(scale: Tensor) -> Tensor:
-    """Pad block scales [R, C], uint8 or float8_e4m3fn, with zeros to multiples of 128 rows and 4 columns."""
+    """Pad the block scales [R, C], uint8 or float8_e4m3fn, with zeros to multiples of 128 rows and 4 columns."""
     rows, cols = scale.shape
     padded = torch.zeros(round_up(rows, 128), round_up(cols, 4), dtype=torch.uint8, device=scale.device)
     padded[:rows, :cols] = scale.view(torch.uint8)
@@ -328,7 +328,7 @@ def pad_scales(scale: Tensor) -> Tensor:
 
 
 def swizzle_scales(padded: Tensor) -> Tensor:
-    """Arrange padded scales [R, C] for the FP4 tensor cores; the shape stays: 128x4 tiles, each 32 x 4 x 4 bytes."""
+    """Return padded scales [R, C] in the FP4 tensor cores' order, same shape: 128x4 tiles, each 32 x 4 x 4 bytes."""
     rows, cols = padded.shape
     tiles = padded.view(torch.uint8).reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(rows, cols).view(padded.dtype)
@@ -345,7 +345,7 @@ def unswizzle_scales(swizzled: Tensor) -> Tensor:
 
 
 def te_to_ntile(data: Tensor, scale: Tensor, spatial: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
-    """Arrange columnwise data [C, (h, w, n)/2] and scales [C, (h, w, n)/16] to tiles of 16 images at one pixel.
+    """Return columnwise data [C, (h, w, n)/2] and scales [C, (h, w, n)/16] as tiles of 16 images at one pixel.
 
     Args:
         spatial: (H, W), of any rank.

@@ -223,7 +223,7 @@ class _Plan:
 
 
 def _plan(shard: Shard, by_rank: list[Told], group: Any) -> _Plan:
-    """Plan to send codes if no block is cut, else values. All ranks decide alike: they read the same `by_rank`."""
+    """Plan a message of codes if no block is cut, else of values. All ranks decide alike, by the same `by_rank`."""
     sizes = [told.shape[shard.axis] for told in by_rank]
     reason = _reason_for_values(shard, sizes)
     if reason is None:
@@ -275,7 +275,7 @@ class _Buffer(NamedTuple):
 
 
 def _plan_codes(shard: Shard, sizes: list[int], amax: Tensor) -> _Plan:
-    """Plan to send the packed codes and scales of each face; amax: fp32 [2], rowwise and columnwise, of all shards."""
+    """Plan a message of packed codes and scales; amax: fp32 [2], rowwise and columnwise, the largest of all shards."""
     t = shard.tensor if shard.packed else shard.quantize(shard.tensor, (amax[:1], amax[1:]))
     shape = (*t.shape[: shard.axis], sum(sizes), *t.shape[shard.axis + 1 :])
     buffers: list[_Buffer] = []
@@ -364,7 +364,7 @@ def _columnwise_tiles(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buff
 
 
 def _plan_values(shard: Shard, sizes: list[int], group: Any) -> _Plan:
-    """Plan to send values. Every rank quantizes the whole alike, with the first rank's seed for stochastic rounding."""
+    """Plan a message of values. Every rank quantizes the whole alike, with the first rank's seed for rounding."""
     seed: Tensor | None = None
     x = shard.tensor.dequantize() if shard.packed else shard.tensor
     if shard.quantizer is not None and shard.quantizer.stochastic_rounding:

@@ -11,7 +11,7 @@
 
 Arguments, layouts and defaults are those of torch's styles of the same names; "the last dimension" of a linear layer is
 dimension 1 of an image. Parameters become DTensors under their names. In an nvfp4 context activations cross ranks as
-NVFP4 codes (tp_autograd.py), and the results of all ranks are those of a single process. Where blocks of 16 would be
+NVFP4 codes (tp_exchange.py), and the results of all ranks are those of a single process. Where blocks of 16 would be
 cut apart, activations cross in high precision, and a warning says why. Outside of an nvfp4 context, and for layers
 whose part on a rank is too thin, all runs in high precision. The ranks of a plan share one stream of stochastic
 rounding, that of the first rank. torch.compile leaves these layers uncompiled. Refused are groups other than 1,

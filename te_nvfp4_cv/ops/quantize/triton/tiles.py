@@ -63,7 +63,7 @@ tuning.register("unpack_rows", {0: _entry(4096, 4), 80: _entry(512, 4)})
 
 
 class Blocks(NamedTuple):
-    """Which blocks one launch of quantize_blocks writes.
+    """The blocks that one launch of quantize_blocks writes.
 
     Attributes:
         total: their number.
@@ -83,7 +83,7 @@ class Blocks(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What activations and gradients add to a launch of quantize_blocks; weights use none of it."""
+    """The arguments that activations and gradients add to a launch of quantize_blocks; weights use none of them."""
 
     rht: bool = False
     seed: Tensor | None = None
