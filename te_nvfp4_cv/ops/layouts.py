@@ -104,7 +104,7 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.permute(order).contiguous()
 
 
-# ---- faces that quantization writes into -----------------------------------------------------------------------------
+# ---- faces that quantization writes into ----------------------------------------------------------------------------
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
