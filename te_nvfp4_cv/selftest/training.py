@@ -124,12 +124,10 @@ def _norm(
     """Run z, dy, weight, bias and perhaps a residual; return y, mean, rstd, dz, dresidual, dweight and dbias."""
     z, dy, weight, bias, residual = (None if t is None else t.to(device) for t in tensors)
     assert z is not None and dy is not None
-    y, mean, rstd, mask = operators.norm_forward(
-        z, residual, weight, bias, None, None, groups, True, 0.1, 1e-5, activation, True, backend
-    )
-    gradients = operators.norm_backward(
-        dy, z, weight, bias, mean, rstd, mask, groups, True, 1e-5, activation, residual is not None, backend
-    )
+    spec = operators.NormSpec(groups, activation, True, 0.1, 1e-5, True, residual is not None, backend).encode()
+    y, mean, rstd, mask = operators.norm_forward(z, residual, weight, bias, None, None, spec)
+    norm = [mean, rstd] if weight is None or bias is None else [mean, rstd, weight, bias]
+    gradients = operators.norm_backward(dy, z, norm, mask, spec)
     return (y, mean, rstd, *gradients)
 
 

@@ -184,7 +184,7 @@ def _sampled(
         valid = valid[index % len(valid)]
     amax = packed.amax.flatten()
     amax = amax if amax.numel() == 1 else amax[::step]
-    factor = scale.contiguous().view(torch.float8_e4m3fn).float() * amax * (1.0 / (6 * packed.e4m3_max))
+    factor = formats.block_units(scale.contiguous().view(torch.float8_e4m3fn), amax, packed.e4m3_max)
     codes = formats.unpack_nibbles(data)
     values = formats.decode_e2m1(codes) * factor.unsqueeze(-1)
     return Blocks(raw.float(), codes, scale, values, 6 * factor, valid, extent)
