@@ -136,6 +136,7 @@ def to_onnx(
     proto, called = _export(traced, found, args, form, dynamic_batch, input_names, output_names)
     high |= {name: "not in the file: eval mode does not call it" for name in found if name not in called}
     quantized = tuple(name for name in found if name not in high)
+    file.remove_stack_traces(proto)  # before the checksums: they cover all that is in the file
     file.seal(proto, quantized)
     target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
     return OnnxFile(file.write(proto, target, external_data), quantized, high)

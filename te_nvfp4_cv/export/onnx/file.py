@@ -36,6 +36,25 @@ def seal(proto: Any, layers: Iterable[str]) -> None:
     sums.value = json.dumps({"initializers": found, "model": _digest_of_rest(proto)})
 
 
+def remove_stack_traces(part: Any) -> None:
+    """Remove torch's stack traces from a model, in place: they hold the paths of files on the machine that exports.
+
+    Args:
+        part: the model, or any message in it; subgraphs and functions are searched, too.
+    """
+    for kind, value in part.ListFields():
+        if kind.type != kind.TYPE_MESSAGE:
+            continue
+        if kind.name == "metadata_props":
+            shown = [prop for prop in value if not prop.key.endswith("stack_trace")]
+            if len(shown) < len(value):
+                del value[:]
+                value.extend(shown)
+            continue
+        for inner in [value] if hasattr(value, "ListFields") else value:
+            remove_stack_traces(inner)
+
+
 def entry(proto: Any, key: str) -> str | None:
     """The metadata's entry of that name, or None."""
     return next((prop.value for prop in proto.metadata_props if prop.key == key), None)
