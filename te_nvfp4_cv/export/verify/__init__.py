@@ -1,1 +1,1 @@
-"""The room verify."""
+"""Check exported files: the precision that each layer really has, against what the file says."""
