@@ -17,7 +17,7 @@ from typing import Any
 
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.sensitivity.scan_report import Table, write_recipe
-from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
+from te_nvfp4_cv.report.text import aligned, number, plain
 from te_nvfp4_cv.sensitivity.trace import Finding
 
 

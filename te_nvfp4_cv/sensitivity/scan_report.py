@@ -23,7 +23,7 @@ from typing import Any
 from te_nvfp4_cv.errors import message, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe.files import save_recipe
-from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
+from te_nvfp4_cv.report.text import aligned, number, plain
 
 Table = dict[str, NVFP4BlockScaling | None]
 

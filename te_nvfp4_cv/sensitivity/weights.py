@@ -28,7 +28,7 @@ from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.report.watch import LAYERS, untouched
-from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
+from te_nvfp4_cv.report.text import aligned, number, plain
 
 TITLES = (
     *("weight", "shape", "mean", "std", "kurtosis", "amax/std"),
