@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export.checkpoints import load, save
-from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.export.modules import InferenceLayer, check_choice
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.report.text import aligned
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 QUANTIZED = ("packed", "cached", "nvfp4 packed", "nvfp4 cached")
@@ -79,12 +80,9 @@ class Bench:
                 ratio = form.ms_per_image[batch] / peer.ms_per_image[batch]
                 line += [f"{form.ms_per_image[batch]:.2f}", f"{ratio:.2f}"]
             cells.append(line)
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         layout = ", channels_last" if self.channels_last else ""
         lines = [f"{self.device}, torch {self.torch_version}{layout}, medians of {self.rounds} passes in turn"]
-        return "\n".join(
-            lines + ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in cells]
-        )
+        return "\n".join(lines + aligned([[*line, ""] for line in cells], left=0))  # "": the last column is not aligned
 
 
 def measure(
@@ -107,8 +105,7 @@ def measure(
     Raises:
         ValueError: There are no inputs or no rounds, or the dtype is another one.
     """
-    if dtype not in DTYPES:
-        raise value_error("bench: unknown dtype.", got=repr(dtype), needs=" or ".join(DTYPES), fix="dtype='bf16'")
+    check_choice("bench", "dtype", dtype, tuple(DTYPES))
     if not inputs or rounds < 1:
         raise value_error(
             "bench: nothing to measure.",
@@ -136,13 +133,13 @@ def build_form(
     name: str, model: nn.Module, recipe: NVFP4BlockScaling, folder: Path, dtype: str = "bf16"
 ) -> tuple[nn.Module, Form]:
     """Build one form of the model by loading its file in `folder`. The file is written first if it is missing."""
-    fresh = copy.deepcopy(model).eval()
+    fresh = copy.deepcopy(model).eval()  # load changes a model in place
     if name in ("fp32", "bf16"):
         fresh = fresh.bfloat16() if name == "bf16" else fresh
         path = folder / f"{name}.pt"
         torch.save(fresh.state_dict(), path)
         begun = time.perf_counter()
-        fresh.load_state_dict(torch.load(path, weights_only=True, mmap=True))
+        fresh.load_state_dict(torch.load(path, weights_only=True, mmap=True))  # mapped, as nv.export.load does it
         return fresh, Form(name, path.stat().st_size, time.perf_counter() - begun, 0)
     path = folder / "packed.safetensors"
     if not path.exists():

@@ -43,9 +43,10 @@ def _quantize(options: argparse.Namespace) -> int:
     out = new_file(options.out, ".safetensors", options.force, options.checkpoint)
     height, width = options.input[1:]
     images = Images(options.images, (height, width), options.batch, options.count)
-    batches = list(progress(images, "images", len(images)))
+    batches = list(progress(images, "images", len(images)))  # in memory: calibration reads them several times
     scales = "dynamic" if options.dynamic else "static"
     recipe = recipe_of(options)
+    # The [precision] table is not applied to the model: quantize and save take it from the recipe.
     model = quantize(model_of(options, False), batches, recipe, method=options.method, scales=scales, batches=None)
     _show(save(model, out, recipe), options.json)
     return 0
@@ -67,6 +68,7 @@ def _export(options: argparse.Namespace) -> int:
     from te_nvfp4_cv.export import load, save, to_onnx
 
     onnx = options.out.suffix == ".onnx"
+    # An ONNX file is made of a packed one, whose weights and recipe would contradict another checkpoint or recipe.
     given = options.checkpoint if options.checkpoint is not None else options.recipe
     if onnx != (options.packed is not None) or (onnx and given is not None):
         raise value_error(

@@ -22,7 +22,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: torchvision's weights expect them
 
 
-def model_options(parser: argparse.ArgumentParser, recipe: bool = True) -> None:
+def model_options(parser: argparse.ArgumentParser) -> None:
     """Add MODEL, --checkpoint, --input and --recipe to a parser."""
     parser.add_argument(
         "model",
@@ -40,8 +40,7 @@ def model_options(parser: argparse.ArgumentParser, recipe: bool = True) -> None:
         metavar="N",
         help="shape of an input without its batch axis (default: 3 224 224)",
     )
-    if recipe:
-        parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
+    parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
 
 
 def recipe_of(options: argparse.Namespace) -> NVFP4BlockScaling:
@@ -76,8 +75,8 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
                 needs=f"a state_dict of {options.model}",
                 fix="name the function that builds the model as it was trained",
             ) from error
-    if table and getattr(options, "recipe", None) is not None and recipe_of(options).precision:
-        set_precision(model, recipe_of(options))
+    if table and (recipe := recipe_of(options)).precision:
+        set_precision(model, recipe)
     return model.eval()
 
 
@@ -105,7 +104,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             needs="a state_dict of tensors alone (weights_only), .pt or .safetensors",
             fix="torch.save(model.state_dict(), path)",
         ) from error
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict"):  # as trainers store it: this library's example, Lightning
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):

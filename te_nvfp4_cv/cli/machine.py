@@ -104,7 +104,7 @@ def _autocast_dtype(device: torch.device) -> str:
 
 def _version(package: str) -> str:
     if importlib.util.find_spec(package) is None:
-        return "absent"
+        return "absent"  # asked without an import, which may be slow or fail
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -122,6 +122,7 @@ def _problems(has_recipes: bool) -> list[str]:
 
 
 def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
+    """Show a report as text, a line per entry; a table inside it is indented."""
     width = max((len(key) for key in report), default=0)
     lines = []
     for key, value in report.items():

@@ -102,7 +102,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the manifest as JSON, together with a digest of that JSON."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(asdict(self), sort_keys=True)  # stored as one string, so that the digest is that of its bytes
         return json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
 
     @classmethod

@@ -166,8 +166,8 @@ def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
 def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]) -> tuple[Codes, LayerEntry]:
     """Return a layer's codes and its entry in the manifest; its recipe is added to `recipes` if it is a new one."""
     if isinstance(module, InferenceLayer):
-        codes = Codes(module.weight_data, module.weight_scale, module.weight_amax, module.input_amax)
-        shape, op, channels_last = tuple(module.weight_shape), module.op, module.channels_last
+        codes, shape = module.codes, tuple(module.weight_shape)
+        op, channels_last = module.op, module.channels_last
     else:
         codes, shape = quantize_layer(module, recipe), tuple(module.weight.shape)
         op, channels_last = op_of(module), layouts.is_channels_last(module.weight)

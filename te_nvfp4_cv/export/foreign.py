@@ -43,7 +43,7 @@ def adopt(opened: Artifact, modules: Mapping[str, nn.Module]) -> Artifact:
         ValueError: The file holds no NVFP4 layer, a layer's tensors do not belong together, or a layer is not linear.
     """
     tensors = {name: t for name, t in opened.tensors.items() if name.rpartition(".")[2] not in SCALES}
-    recipe = NVFP4BlockScaling(disable_2d_quantization=True)
+    recipe = NVFP4BlockScaling(disable_2d_quantization=True)  # a scale for each 16 values, no 16x16 tiles
     layers: dict[str, LayerEntry] = {}
     for tool, (weight, tensor_scale, input_scale, _) in NAMES.items():
         for key in [key for key in opened.tensors if key.rpartition(".")[2] == tensor_scale]:

@@ -42,6 +42,21 @@ FORWARD = (  # the fields of a recipe that inference depends on
 )
 
 
+def check_choice(caller: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Check that an argument is one of some words.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if value not in allowed:
+        raise value_error(
+            f"{caller}: unknown {name}.",
+            got=repr(value),
+            needs=" or ".join(map(repr, allowed)),
+            fix=f"{name}={allowed[0]!r}",
+        )
+
+
 def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) -> NVFP4BlockScaling:
     """Reduce a recipe to the part that the forward pass depends on: x rounds to nearest, and nothing is rotated.
 
@@ -146,8 +161,8 @@ class InferenceLayer(nn.Module):
 
     @property
     def codes(self) -> Codes:
-        """Return the weight in the layout that fprop takes."""
-        return Codes(self.weight_data, self.weight_scale, self.weight_amax)
+        """Return the weight in the layout that fprop takes, and the static activation scale."""
+        return Codes(self.weight_data, self.weight_scale, self.weight_amax, self.input_amax)
 
     @property
     def plan(self) -> Plan:
@@ -163,7 +178,7 @@ class InferenceLayer(nn.Module):
     @property
     def nvfp4_weight(self) -> NVFP4Tensor:
         """Return the matrix [output channels, taps * channels] that the GEMM contracts over its last axis."""
-        data, scale = matrix.to_matrix(self.codes.data, self.codes.scale, self.plan)
+        data, scale = matrix.to_matrix(self.weight_data, self.weight_scale, self.plan)
         return NVFP4Tensor(
             shape=(data.shape[0], data.shape[1] * 2),
             dtype=torch.float32,
@@ -190,14 +205,10 @@ class InferenceLayer(nn.Module):
         Raises:
             ValueError: `weights` or `activations` is another word.
         """
-        for name, value, allowed in (("weights", weights, WEIGHTS), ("activations", activations, ACTIVATIONS)):
-            if value is not None and value not in allowed:
-                raise value_error(
-                    f"nv.export: unknown {name}.",
-                    got=repr(value),
-                    needs=" or ".join(map(repr, allowed)),
-                    fix=f"{name}={allowed[0]!r}",
-                )
+        if weights is not None:
+            check_choice("nv.export", "weights", weights, WEIGHTS)
+        if activations is not None:
+            check_choice("nv.export", "activations", activations, ACTIVATIONS)
         cached = self.unpacked is not None if weights is None else weights == "cached"
         before = torch.float32 if self.unpacked is None else self.unpacked.dtype
         self.quantize_x = self.quantize_x if activations is None else activations == "nvfp4"

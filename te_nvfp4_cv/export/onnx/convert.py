@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, describe, runtime_error, type_error, value_error
 from te_nvfp4_cv.export.folding import put
-from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer
+from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer, check_choice
 from te_nvfp4_cv.export.onnx import file
 
 FORMS = ("qdq", "matmul", "portable")
@@ -137,10 +137,7 @@ def to_onnx(
         ('0',)
     """
     check_module("nv.export.to_onnx", model, "nv.export.to_onnx(model, example_input, path)")
-    if form not in FORMS:
-        raise value_error(
-            "nv.export.to_onnx: unknown form.", got=repr(form), needs=", ".join(map(repr, FORMS)), fix="form='qdq'"
-        )
+    check_choice("nv.export.to_onnx", "form", form, FORMS)
     target = Path(path)
     if not target.name:
         raise value_error(
@@ -250,6 +247,7 @@ def _export(
 ) -> tuple[Any, set[str]]:
     """Export the model, which is changed on the way. Returns the ONNX model and the names of the layers in it."""
     layers = list(found.values())
+    # torch.onnx has no form for our operators. A stand-in becomes one node, which _expand replaces afterwards.
     for index, (name, layer) in enumerate(zip(found, layers, strict=True)):
         if name:
             for shared in [n for n, m in traced.named_modules(remove_duplicate=False) if m is layer]:
@@ -299,7 +297,7 @@ def _trace(traced: nn.Module, args: tuple[Any, ...], shapes: Any) -> Any:
 
 def _unknown_operator(program: Any, error: Exception) -> ValueError:
     """Return an error that names the first operator without a form in ONNX and its module, or else torch's words."""
-    from torch.onnx._internal.exporter import _registration
+    from torch.onnx._internal.exporter import _registration  # torch says this in no public place
 
     registry = _registration.ONNXRegistry.from_torchlib()
     decomposed = program.run_decompositions()

@@ -27,6 +27,7 @@ from te_nvfp4_cv.export.modules import (
     Codes,
     InferenceLayer,
     become,
+    check_choice,
     is_transposed,
     quantize_layer,
 )
@@ -94,13 +95,7 @@ def quantize(
         ("activations", activations, ACTIVATIONS),
         ("weights", weights, WEIGHTS),
     ):
-        if value not in allowed:
-            raise value_error(
-                f"nv.export.quantize: unknown {name}.",
-                got=repr(value),
-                needs=", ".join(map(repr, allowed)),
-                fix=f"{name}={allowed[0]!r}",
-            )
+        check_choice("nv.export.quantize", name, value, allowed)
     resolved = as_recipe(recipe)
     resolved.validate_for_use()
     if not isinstance(loader, Iterable):

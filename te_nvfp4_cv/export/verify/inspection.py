@@ -58,7 +58,7 @@ def inspect_safetensors(path: Path) -> Report:
             problems.append(str(error).splitlines()[1].strip().removeprefix("got:").strip())  # the line with the reason
         lost = [name for name in opened.manifest.layers if not _of_layer(opened.tensors, name)]
         problems += [f"layer {name!r} of the manifest has no tensors" for name in lost]
-        config = Config()
+        config = Config()  # our own quantization_config is for other tools: the manifest says more
     else:
         origin = "another tool"
         config = read_config(opened.config, path.parent)
@@ -91,7 +91,7 @@ def _row(opened: Artifact, name: str, config: Config) -> Row:
         return _plain_row(name, codes, parts.get("weight_scale"), "nvfp4" in said)
     kind = "layer" if entry is None else entry.op
     shape = () if codes is None else tuple(codes.shape)
-    shape = (shape[0], 2 * shape[1]) if len(shape) == 2 else shape
+    shape = (shape[0], 2 * shape[1]) if len(shape) == 2 else shape  # two codes to a byte
     count = torch.Size(shape if entry is None else entry.shape).numel()
     size = sum(t.numel() * t.element_size() for t in parts.values())
     row = Row(name, kind, "nvfp4", "nvfp4", shape, count, size)
@@ -158,7 +158,7 @@ def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | No
         if scale.dtype != E4M3:
             found.append(f"its block scales are {_dtype(scale)}, not E4M3")
         if codes.dim() == 2 and tuple(scale.shape) != (codes.shape[0], codes.shape[1] // 8):
-            per = codes.numel() * 2 / max(scale.numel(), 1)
+            per = codes.numel() * 2 / max(scale.numel(), 1)  # 32 for MXFP4, for example
             found.append(f"{per:g} values share a block scale along the last axis, not 16")
         if scale.dtype == E4M3:
             nan = int(((scale.contiguous().view(torch.uint8) & 0x7F) == 0x7F).sum())

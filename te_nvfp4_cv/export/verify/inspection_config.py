@@ -49,7 +49,7 @@ class Config:
     problems: list[str] = field(default_factory=list)
 
     @functools.cached_property
-    def _names(self) -> frozenset[str]:
+    def _names(self) -> frozenset[str]:  # looked up at once: files of large models name thousands of layers
         return frozenset(p for p in self.ignored if not _is_pattern(p))
 
     @functools.cached_property
@@ -73,7 +73,7 @@ class Config:
             plain = next((self.layers[n] for n in sorted(above, key=len, reverse=True) if n in self.layers), "")
             fitting = (self.layers[p] for p in self._layer_patterns if self._selects(p, name, axes))
             return plain or next(fitting, "")
-        if self.groups:
+        if self.groups:  # the first group that fits rules
             fitting = (a for a, targets in self.groups if any(self._selects(t, name, axes) for t in targets))
             return next(fitting, "")
         return self.algorithm

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from te_nvfp4_cv.report.text import aligned
+
 HEAD = ("layer", "kind", "claimed", "precision", "shape", "bytes", "bits", "blocks along", "scales", "activations")
 
 
@@ -67,11 +69,10 @@ class Report:
         return {**head, **totals, "rows": rows}
 
     def __str__(self) -> str:
-        cells = [HEAD, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [f"{self.source} ({self.origin})"]
-        for line, row in zip(cells, [None, *self.rows], strict=True):
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        table = aligned([HEAD, *map(_cells, self.rows)], left=len(HEAD))
+        for line, row in zip(table, [None, *self.rows], strict=True):
+            lines.append(line)
             lines += [f"    PROBLEM: {problem}" for problem in (row.problems if row else ())]
             lines += [f"    note: {note}" for note in (row.notes if row else ())]
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
