@@ -36,6 +36,8 @@ from torch import Tensor
 
 from te_nvfp4_cv.errors import message, runtime_error, value_error
 from te_nvfp4_cv.files import write_atomically
+from te_nvfp4_cv.layer.plan import Plan, weight_plan
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 VERSION = 1
 KEY = "te_nvfp4_cv"
@@ -75,6 +77,10 @@ class LayerEntry:
     def transposed(self) -> bool:
         """Tell whether the layer is a transposed convolution."""
         return "transpose" in self.op
+
+    def plan(self, recipe: NVFP4BlockScaling) -> Plan:
+        """Return the weight's part of the layer's plan under a recipe."""
+        return weight_plan(torch.Size(self.shape), self.groups, self.transposed, recipe, "reference")
 
 
 @dataclass(frozen=True)

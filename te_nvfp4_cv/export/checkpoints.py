@@ -21,15 +21,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
-from te_nvfp4_cv.export.fit import (
-    call_of,
-    check_fit,
-    damaged_layer,
-    entry_plan,
-    plain_modules,
-    plain_names,
-    sort_layers,
-)
+from te_nvfp4_cv.export.fit import call_of, check_fit, damaged_layer, plain_modules, plain_names, sort_layers
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms, put
 from te_nvfp4_cv.export.modules import Codes, InferenceLayer, become, quantize_layer
 from te_nvfp4_cv.nn import learned
@@ -201,7 +193,7 @@ def _layer_tensors(name: str, codes: Codes, entry: LayerEntry, recipe: NVFP4Bloc
     """Return the tensors that the file holds of one quantized layer, by name."""
     # A plan needs a recipe only to know the scales' form, which codes have already: the entry alone decides it.
     form = NVFP4BlockScaling(disable_2d_quantization=not entry.tiles)
-    data, scale = matrix.to_matrix(codes.data, codes.scale, entry_plan(entry, form))
+    data, scale = matrix.to_matrix(codes.data, codes.scale, entry.plan(form))
     found = {
         "weight": data,
         "weight_scale": scale.view(torch.float8_e4m3fn),
@@ -300,7 +292,7 @@ def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4
         ValueError: The layer's tensors are not what the manifest says.
     """
     data, scale = opened.tensors[join(name, "weight")], opened.tensors[join(name, "weight_scale")]
-    plan = entry_plan(entry, NVFP4BlockScaling(disable_2d_quantization=not entry.tiles))
+    plan = entry.plan(NVFP4BlockScaling(disable_2d_quantization=not entry.tiles))
     rows, taps, blocks = matrix.sizes(plan)
     if entry.k_order != matrix.K_ORDER:
         raise damaged_layer(opened, name, f"its matrix is in the order {entry.k_order!r}, not {matrix.K_ORDER!r}")

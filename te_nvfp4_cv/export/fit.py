@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.export.artifact import PARTS, Artifact, LayerEntry, Manifest, damaged, join
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.layer import eligible
-from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import matches
@@ -126,11 +124,6 @@ def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
 
 
 # ---- a file's layers ------------------------------------------------------------------------------------------------
-
-
-def entry_plan(entry: LayerEntry, recipe: NVFP4BlockScaling) -> Plan:
-    """Return the weight's part of a plan, for a layer that the manifest describes."""
-    return weight_plan(torch.Size(entry.shape), entry.groups, entry.transposed, recipe, "reference")
 
 
 def damaged_layer(opened: Artifact, name: str, why: str) -> ValueError:

@@ -12,23 +12,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from te_nvfp4_cv.export.verify.inspection import Report, inspect_safetensors
-from te_nvfp4_cv.export.verify.inspection_onnx import inspect_onnx
-
-
-def verify(path: str | Path) -> Report:
-    """Inspect an exported file: safetensors, the index of several, or ONNX.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read.
-        RuntimeError: The package onnx is missing.
-    """
-    if Path(path).suffix == ".onnx":
-        return inspect_onnx(Path(path))
-    return inspect_safetensors(Path(path))
+from te_nvfp4_cv.export.verify import verify
 
 
 def run(path: str, as_json: bool) -> int:

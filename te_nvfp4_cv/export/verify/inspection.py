@@ -21,7 +21,6 @@ from torch import Tensor
 
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, join, read
-from te_nvfp4_cv.export.fit import entry_plan
 from te_nvfp4_cv.export.verify.inspection_config import Config, is_embedding, read_config
 from te_nvfp4_cv.export.verify.report import Report, Row
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -183,7 +182,7 @@ def _nonzero(codes: Tensor) -> bool:
 
 
 def _against_entry(codes: Tensor, entry: LayerEntry) -> list[str]:
-    rows, taps, blocks = matrix.sizes(entry_plan(entry, NVFP4BlockScaling()))
+    rows, taps, blocks = matrix.sizes(entry.plan(NVFP4BlockScaling()))
     if entry.k_order != matrix.K_ORDER:
         return [f"the order of its contracted index is {entry.k_order!r}, not {matrix.K_ORDER!r}"]
     if tuple(codes.shape) != (rows, taps * blocks * 8):
