@@ -172,7 +172,12 @@ def alpha(amax_a: Tensor, amax_b: Tensor, e4m3_max_a: int = E4M3_MAX, e4m3_max_b
 
     Not finite where either amax is not finite (inf * 0 is NaN). Exact where both are 6 E 2^k: a power of two.
     """
-    return (amax_a * amax_b) * (1.0 / (36.0 * e4m3_max_a * e4m3_max_b))
+    return (amax_a * amax_b) * alpha_factor(e4m3_max_a, e4m3_max_b)
+
+
+def alpha_factor(e4m3_max_a: int, e4m3_max_b: int) -> float:
+    """Return 1 / (36 E_a E_b): what alpha multiplies the product of two amaxes by."""
+    return 1.0 / (36.0 * e4m3_max_a * e4m3_max_b)
 
 
 def decode_blocks(data: Tensor, scale: Tensor) -> Tensor:

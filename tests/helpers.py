@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold, output_size, transposed_output_size
 
 KINDS = ("normal", "wide", "subnormal", "huge", "zeros", "negative zeros", "nan", "inf")
+
+
+def seeds(few: Iterable[int], many: Iterable[int]) -> list[Any]:
+    """Return parameters of a randomized test: `few` seeds run in `make test`, the rest of `many` in `make stress`."""
+    few = list(few)
+    return [*few, *(pytest.param(seed, marks=pytest.mark.stress) for seed in many if seed not in few)]
 
 
 def values(shape: tuple[int, ...], kind: str = "normal", dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

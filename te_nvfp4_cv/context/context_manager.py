@@ -24,7 +24,7 @@ from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.state import State, active_recipe, drop_stale, local, warn_unapplied
 from te_nvfp4_cv.context.torch_patches import _patch_torch
 from te_nvfp4_cv.errors import type_error
-from te_nvfp4_cv.recipe.block_scaling import as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe, check_usable
 
 __all__ = ["active_recipe", "nvfp4_autocast"]
 
@@ -61,8 +61,8 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
                 raise type_error(
                     f"nvfp4_autocast: bad {name}.", got=repr(value), needs="True or False", fix=f"{name}=True"
                 )
-        resolved = as_recipe(recipe)
-        resolved.validate_for_use()
+        resolved = recipe if type(recipe) is NVFP4BlockScaling else as_recipe(recipe)
+        check_usable(resolved)
         dispatch.check_backend(backend)
         if backend == "triton":
             dispatch.resolve(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -73,7 +73,8 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
     def __enter__(self) -> nvfp4_autocast:
         if not torch.compiler.is_compiling():
             _patch_torch()
-            warn_unapplied(self._state)
+            if self._state.recipe.precision:
+                warn_unapplied(self._state)
         _push(self._state)
         return self
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.distributed.fsdp_weight import Form, ShardedWeight
 from te_nvfp4_cv.errors import check_module, runtime_error
-from te_nvfp4_cv.layer import eligible
+from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.precision import matches
 from te_nvfp4_cv.nn.walk import with_recipes
@@ -91,7 +91,7 @@ def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None
         return "high precision"
     kind = next(base for base in type(module).__mro__ if base in NVFP4_CLASSES)
     groups = getattr(module, "groups", 1)
-    reason = eligible.ineligible(NVFP4_CLASSES[kind].op, weight, weight, groups, recipe)
+    reason = check.ineligible(NVFP4_CLASSES[kind].op, weight, weight, groups, recipe)
     if reason is not None:
         return reason
     s = recipe.settings("weight")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.export.artifact import PARTS, Artifact, LayerEntry, Manifest, damaged, join
 from te_nvfp4_cv.export.folding import NORMS
-from te_nvfp4_cv.layer import eligible
+from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import matches
@@ -120,7 +120,7 @@ def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
             needs="plain tensors",
             fix="gather the state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model",
         )
-    return eligible.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
+    return check.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
 
 
 # ---- a file's layers ------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.geometry import ConvArgs
+from te_nvfp4_cv.ops.records import Face, WeightCodes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 
@@ -97,13 +99,12 @@ def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling, backend: str = 
     w: Any = module.weight
     plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve(backend, w.device))
     as_quantized = learned.as_quantized(module, plan)
-    row_data, row_scale, col_data, col_scale, amax = operands.quantize_weight(as_quantized, plan, keep=False)
+    codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False)
     input_amax = delayed_scaling.trained_amax(w, recipe) if plan.delayed else None
-    if plan.weight_faces[0] == "col":
-        return Codes(col_data, col_scale, amax, input_amax)
-    if transposed:
-        row_data, row_scale = matrix.transposed_tiles(row_data, row_scale, w.shape[1], groups)
-    return Codes(row_data, row_scale, amax, input_amax)
+    face = codes.face(plan.weight_faces[0])
+    if transposed and plan.weight_faces[0] == "row":
+        face = Face(*matrix.transposed_tiles(*face, w.shape[1], groups))
+    return Codes(*face, codes.amax, input_amax)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -173,7 +174,7 @@ class InferenceLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Return the dequantized weight, fp32 [axis 0, axis 1, *kernel]; each read computes it anew."""
-        return operands.real_weight(self._faces(), self.plan)
+        return operands.real_weight(self._weight_codes(), self.plan)
 
     @property
     def nvfp4_weight(self) -> NVFP4Tensor:
@@ -189,8 +190,9 @@ class InferenceLayer(nn.Module):
             nvfp4_e4m3_max=self.recipe.settings("weight").e4m3_max,
         )
 
-    def _faces(self) -> tuple[Tensor, ...]:
-        return inference.as_faces(self.weight_data, self.weight_scale, self.weight_amax, self.plan)
+    def _weight_codes(self) -> WeightCodes:
+        face = Face(self.weight_data, self.weight_scale)
+        return WeightCodes.of_face(self.plan.weight_faces[0], face, self.weight_amax)
 
     def set_mode(
         self, weights: str | None = None, activations: str | None = None, dtype: torch.dtype | None = None
@@ -222,7 +224,7 @@ class InferenceLayer(nn.Module):
             w = self.weight
             rank = w.dim() - 2
             return w.contiguous(memory_format=layouts.CHANNELS_LAST[rank]) if self.channels_last else w.contiguous()
-        return operands.weight_values(self._faces(), self.plan)
+        return operands.weight_values(self._weight_codes(), self.plan)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # model.to(memory_format=...) would change the strides of codes with 4 or 5 axes; flat ones have one layout.
@@ -245,25 +247,16 @@ class InferenceLayer(nn.Module):
         super()._load_from_state_dict(*args)
         self.set_mode()  # cached weights are those of the old codes
 
-    def _run(self, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, output_padding: Any) -> Tensor:
+    def _run(self, x: Tensor, args: ConvArgs) -> Tensor:
         bias: Any = self.bias
-        sizes = (stride, padding, dilation, groups, output_padding)
         if not self.quantize_x:
             w = self.weight if self.unpacked is None else self.unpacked
-            return inference.plain(self.op, x, w, bias, *sizes, channels_last=self.channels_last)
-        return inference.run(
-            self.op,
-            x,
-            (self.weight_data, self.weight_scale, self.weight_amax),
-            self.unpacked,
-            bias,
-            self.weight_shape,
-            *sizes,
-            recipe=self.recipe,
-            backend=self.backend,
-            input_amax=self.input_amax,
-            channels_last=self.channels_last,
+            return inference.plain(self.op, x, w, bias, args, self.channels_last)
+        face = Face(self.weight_data, self.weight_scale)
+        stored = inference.StoredWeight(
+            face, self.weight_amax, self.unpacked, self.weight_shape, self.channels_last, self.input_amax
         )
+        return inference.run(self.op, x, stored, bias, args, self.recipe, self.backend)
 
     def extra_repr(self) -> str:
         """Return the text of torch's layer, and how this one runs."""
@@ -275,12 +268,12 @@ class InferenceLayer(nn.Module):
 class _Conv(InferenceLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer, with the arguments of torch's own."""
-        padding: Any = self.padding
+        args = ConvArgs.of(self)
         if self.padding_mode != "zeros":
             # x is padded before it is quantized, as in training (nn/modules.py).
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)  # type: ignore
-            padding = 0
-        return self._run(input, self.stride, padding, self.dilation, self.groups, 0)  # type: ignore[arg-type]
+            args = args._replace(padding=0)
+        return self._run(input, args)
 
 
 class _ConvTranspose(InferenceLayer):
@@ -290,13 +283,13 @@ class _ConvTranspose(InferenceLayer):
         more = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
         )
-        return self._run(input, self.stride, self.padding, self.dilation, self.groups, more)  # type: ignore[arg-type]
+        return self._run(input, ConvArgs.of(self)._replace(output_padding=more))
 
 
 class _Linear(InferenceLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer, with the arguments of torch's own."""
-        return self._run(input, 1, 0, 1, 1, 0)
+        return self._run(input, ConvArgs())
 
 
 def _inference_class(plain: type[nn.Module], op: str) -> type[InferenceLayer]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
-from te_nvfp4_cv.layer import eligible, weight_transforms
+from te_nvfp4_cv.layer import check, weight_transforms
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.walk import own_weight, with_recipes
@@ -130,9 +130,9 @@ def _learns(module: Any) -> bool:
     """Whether a layer's weight can have a fraction: a Parameter that the layer itself multiplies, in NVFP4."""
     w = module._parameters.get("weight")
     attention = type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear  # it reads it and runs no hooks
-    return w is not None and not attention and w.dtype in eligible.DTYPES and not _thin(module)
+    return w is not None and not attention and w.dtype in check.DTYPES and not _thin(module)
 
 
 def _thin(module: Any) -> bool:
     groups = getattr(module, "groups", 1)
-    return min(module.weight.shape[0] // groups, module.weight.shape[1]) < eligible.MINIMUM
+    return min(module.weight.shape[0] // groups, module.weight.shape[1]) < check.MINIMUM

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv import functional
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import state
+from te_nvfp4_cv.layer.execute import execute_explicit
+from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 Size = int | tuple[int, ...]
@@ -94,24 +95,11 @@ class _Conv(NVFP4Module):
         recipe, backend = self.chosen()
         if recipe is None:
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
-        padding: Any = self.padding
+        args = ConvArgs.of(self)
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)  # type: ignore
-            padding = 0
-        return functional.run(
-            self.op,
-            input,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,  # type: ignore[arg-type]
-            0,
-            recipe=recipe,
-            backend=backend,
-            group=state.reduction_group(),
-        )
+            args = args._replace(padding=0)
+        return execute_explicit(self.op, input, weight, bias, args, recipe, backend, state.reduction_group())
 
 
 class _ConvTranspose(NVFP4Module):
@@ -159,20 +147,10 @@ class _ConvTranspose(NVFP4Module):
         more = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
         )
-        return functional.run(
-            self.op,
-            input,
-            self.weight,  # type: ignore[arg-type]
-            self.bias,  # type: ignore[arg-type]
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,  # type: ignore[arg-type]
-            more,
-            recipe=recipe,
-            backend=backend,
-            group=state.reduction_group(),
-        )
+        w: Any = self.weight
+        bias: Any = self.bias
+        args = ConvArgs.of(self)._replace(output_padding=more)
+        return execute_explicit(self.op, input, w, bias, args, recipe, backend, state.reduction_group())
 
 
 class NVFP4Conv1d(_Conv, nn.Conv1d):
@@ -234,20 +212,8 @@ class NVFP4Linear(NVFP4Module, nn.Linear):
         recipe, backend = self.chosen()
         if recipe is None:
             return super().forward(input)
-        return functional.run(
-            "linear",
-            input,
-            self.weight,
-            self.bias,
-            1,
-            0,
-            1,
-            1,
-            0,
-            recipe=recipe,
-            backend=backend,
-            group=state.reduction_group(),
-        )
+        group = state.reduction_group()
+        return execute_explicit("linear", input, self.weight, self.bias, ConvArgs(), recipe, backend, group)
 
 
 NVFP4_CLASSES: dict[type[nn.Module], type[NVFP4Module]] = {

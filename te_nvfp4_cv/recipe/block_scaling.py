@@ -344,6 +344,16 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
     return NVFP4BlockScaling(**fields)
 
 
+@functools.lru_cache(maxsize=256)
+def check_usable(recipe: NVFP4BlockScaling) -> None:
+    """Call validate_for_use, once for recipes that are equal.
+
+    Raises:
+        ValueError: as validate_for_use.
+    """
+    recipe.validate_for_use()
+
+
 def as_recipe(recipe: object) -> NVFP4BlockScaling:
     """Ours as it is, TransformerEngine's converted, None as the default recipe.
 

@@ -297,7 +297,7 @@ def _elements(geometry: ConvGeometry, recipe: NVFP4BlockScaling) -> tuple[int, i
     g = geometry
     real = padded = 0
     folded = "wgrad" in recipe.nvfp4_gemms
-    for size, channels, fold in zip((g.a_size, g.b_size), (g.channels_a, g.channels_b), g.folds(), strict=True):
+    for size, channels, fold in zip((g.a_size, g.b_size), (g.channels_a, g.channels_b), g.folds, strict=True):
         pixels = g.batch * math.prod(size)
         kept = fold.images * fold.rows * math.prod(size[1:]) if folded else pixels
         wide = -(-channels // g.groups // BLOCK) * BLOCK * g.groups

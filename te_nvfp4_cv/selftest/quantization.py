@@ -7,13 +7,15 @@ neighbours and images are not correlated; one seed gives one result, another see
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operand, reference_matrix
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, Face, Operand, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.selftest.setting import CheckFailed, Options, Setting, normal, same_fields
 
 OPERAND = ("row data", "row scale", "row amax", "column data", "column scale", "column amax", "observed")
@@ -29,21 +31,11 @@ def plain_fold(x: Tensor) -> Fold:
     return Fold(1, 0, x.shape[1] if x.dim() > 2 else 1, 0, -(-x.shape[0] // 16) * 16)
 
 
-def quantize(x: Tensor, backend: str, row: int, col: int, fold: Fold, **options: object) -> tuple[Tensor, ...]:
+def quantize(x: Tensor, backend: str, row: int, col: int, fold: Fold, **options: Any) -> Operand:
     """operands.quantize_operand with TransformerEngine's settings of x where nothing else is said."""
-    settings: Options = dict(
-        groups=1,
-        rht=True,
-        stochastic=False,
-        four_over_six="",
-        e4m3_max=448,
-        row_scaled=False,
-        dtype=torch.bfloat16,
-        seed=None,
-        amax=None,
-    )
-    settings |= options
-    return tuple(operand.quantize_operand(x=x, row=row, col=col, fold=fold.to_ints(), backend=backend, **settings))
+    seed, amax = options.pop("seed", None), options.pop("amax", None)
+    spec = OperandSpec(**{"groups": 1, "fold": fold, "row": row, "col": col, "rht": True, **options})
+    return operand.quantize_operand(x, spec, torch.bfloat16, seed, amax, backend)
 
 
 def activations(setting: Setting) -> str:
@@ -67,18 +59,20 @@ def _compare(setting: Setting, cases: list[OperandCase]) -> str:
     return f"{checked} elements equal in bits"
 
 
-def _same_faces(what: str, row: int, col: int, ours: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> int:
+def _same_faces(what: str, row: int, col: int, ours: Operand, truth: Operand) -> int:
     """same_fields over what was asked for: the amax of a face that is not written is nobody's."""
     wanted = [0, 1, 2] * (row != NONE) + [3, 4, 5] * (col != NONE) + [6]
-    return same_fields(what, *([fields[i] for i in wanted] for fields in (OPERAND, ours, truth)))  # type: ignore[arg-type]
+    names, a, b = [OPERAND[i] for i in wanted], ours.flat(), truth.flat()
+    return same_fields(what, names, [a[i] for i in wanted], [b[i] for i in wanted])
 
 
 def delayed(setting: Setting) -> str:
     """Given power-of-two tensor scales: codes, and what is measured for the next step."""
     checked = 0
     for name, x, fold, options, _ in _operands(setting.small)[:2]:
-        measured = operand.measure_operand(x, fold.to_ints(), True, "reference")
-        ours = operand.measure_operand(setting.put(x), fold.to_ints(), True, setting.backend)
+        spec = OperandSpec(1, fold, rht=True)
+        measured = operand.measure_operand(x, spec, "reference")
+        ours = operand.measure_operand(setting.put(x), spec, setting.backend)
         checked += same_fields(f"{name}, measured", ("amax",), (ours,), (measured,))
         for factor in (2.0, 0.25):  # a scale with room above, and one that saturates
             exponent = torch.ceil(torch.log2(measured.nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-30) / 2688.0))
@@ -95,13 +89,14 @@ def weights(setting: Setting) -> str:
     """Weights: 16x16 and 1x16 scales, groups, power-of-two tensor scales."""
     checked = 0
     for name, w, options in _weights(setting.small):
-        settings: Options = dict(groups=1, two_d=True, four_over_six="", e4m3_max=448, pow2=False, dtype=torch.bfloat16)
-        settings |= options
-        for row, col in ((PACKED, NONE), (DEQUANTIZED, NONE)) if settings["two_d"] else ((PACKED, PACKED),):
+        dtype = options.pop("dtype", torch.bfloat16)
+        spec = WeightSpec(**{"groups": 1, **options})
+        for row, col in ((PACKED, NONE), (DEQUANTIZED, NONE)) if spec.two_d else ((PACKED, PACKED),):
             setting.dirty()
-            truth = operand.quantize_weight(w=w, row=row, col=col, backend="reference", **settings)
-            ours = operand.quantize_weight(w=setting.put(w), row=row, col=col, backend=setting.backend, **settings)
-            checked += same_fields(f"{name}, forms {row} and {col}", KERNEL, ours, truth)
+            spec = spec._replace(row=row, col=col)
+            truth = operand.quantize_weight(w, spec, dtype, "reference")
+            ours = operand.quantize_weight(setting.put(w), spec, dtype, setting.backend)
+            checked += same_fields(f"{name}, forms {row} and {col}", KERNEL, ours.flat(), truth.flat())
     return f"{checked} elements equal in bits"
 
 
@@ -109,38 +104,28 @@ def unpacking(setting: Setting) -> str:
     """Packed faces back to code * scale."""
     checked, b = 0, setting.backend
     x = normal((5, 3, 4, 40), seed=5)
-    row, row_scale, _, col, col_scale, *_ = quantize(x, "reference", PACKED, PACKED, Fold(2, 2, 4, 1, 16))
+    packed = quantize(x, "reference", PACKED, PACKED, Fold(2, 2, 4, 1, 16))
     w = normal((40, 24, 3, 3), seed=6)
-    kernel = {
-        two_d: operand.quantize_weight(
-            w, 1, PACKED, NONE if two_d else PACKED, two_d, "", 448, False, torch.bfloat16, "reference"
-        )
-        for two_d in (True, False)
-    }
+    specs = {two_d: WeightSpec(1, PACKED, NONE if two_d else PACKED, two_d) for two_d in (True, False)}
+    weight = {two_d: operand.quantize_weight(w, spec, torch.bfloat16, "reference") for two_d, spec in specs.items()}
     for dtype in (torch.bfloat16, torch.float32):
         setting.dirty()
         put = setting.put
-        for name, ours, truth in (
-            (
-                "columns",
-                operand.unpack_columns(put(col), put(col_scale), dtype, b),
-                operand.unpack_columns(col, col_scale, dtype, "reference"),
-            ),
-            (
-                "rows",
-                operand.unpack_rows(put(row), put(row_scale), 40, 1, dtype, b),
-                operand.unpack_rows(row, row_scale, 40, 1, dtype, "reference"),
-            ),
-        ):
-            checked += same_fields(f"{name} to {dtype}", ("values",), (ours,), (truth,))
+        row, col = (Face(put(data), put(scale)) for data, scale in (packed.row, packed.col))
+        ours = operand.unpack_columns(col, dtype, b)
+        truth = operand.unpack_columns(packed.col, dtype, "reference")
+        checked += same_fields(f"columns to {dtype}", ("values",), (ours,), (truth,))
+        ours = operand.unpack_rows(row, 40, 1, dtype, b)
+        truth = operand.unpack_rows(packed.row, 40, 1, dtype, "reference")
+        checked += same_fields(f"rows to {dtype}", ("values",), (ours,), (truth,))
         factor = torch.tensor([0.125])
-        for two_d, face in ((True, False), (False, False), (False, True)):
-            data, scale = kernel[two_d][2:4] if face else kernel[two_d][:2]
+        for two_d, name in ((True, "row"), (False, "row"), (False, "col")):
+            face, layout = weight[two_d].face(name), WeightLayout(40, 24, 1, name == "col")
             for by in (None, factor):
-                truth = operand.unpack_weight(data, scale, 40, 24, 1, face, by, dtype, "reference")
+                truth = operand.unpack_weight(face, layout, by, dtype, "reference")
                 given = None if by is None else put(by)
-                ours = operand.unpack_weight(put(data), put(scale), 40, 24, 1, face, given, dtype, b)
-                checked += same_fields(f"kernel to {dtype}", ("values",), (ours,), (truth,))
+                ours = operand.unpack_weight(Face(put(face.data), put(face.scale)), layout, given, dtype, b)
+                checked += same_fields(f"weight to {dtype}", ("values",), (ours,), (truth,))
     return f"{checked} elements equal in bits"
 
 
@@ -180,10 +165,8 @@ def _faces(x: Tensor, seed: int, setting: Setting) -> tuple[Tensor, ...]:
     """(row data, row scale, column data, column scale) as matrices [M, C / 2], [M, C / 16], [C, M / 2], [C, M / 16]."""
     setting.dirty()
     key = setting.put(torch.tensor([seed], dtype=torch.int64))
-    fields = quantize(
-        setting.put(x), setting.backend, PACKED, PACKED, plain_fold(x), stochastic=True, seed=key, rht=True
-    )
-    row, row_scale, _, col, col_scale = (field.cpu() for field in fields[:5])
+    made = quantize(setting.put(x), setting.backend, PACKED, PACKED, plain_fold(x), stochastic=True, seed=key)
+    row, row_scale, col, col_scale = (tensor.cpu() for tensor in (*made.row, *made.col))
     col, col_scale = formats.ntile_to_te(col, col_scale)
     return (
         row.movedim(0, -2).reshape(-1, row.shape[-1]),

@@ -27,6 +27,7 @@ from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.records import PACKED, WeightLayout, WeightSpec
 from te_nvfp4_cv.report.watch import LAYERS, untouched
 from te_nvfp4_cv.report.text import aligned, number, plain
 
@@ -175,14 +176,12 @@ def _cost(w: Tensor, groups: int, two_d: bool) -> Cost:
     """Of a weight [O, C / groups, *kernel]."""
     backend, (n, channels) = dispatch.resolve("auto", w.device), w.shape[:2]
     w = w.float()
-    faces = operand.quantize_weight(
-        w, groups, operand.PACKED, operand.NONE, two_d, "", E4M3_MAX, False, torch.float32, backend
-    )
-    data, scale, _, _, amax = faces
-    blocks = operand.unpack_weight(data, scale, n, channels, groups, False, None, torch.float32, backend)
-    quantized = blocks.double() * (amax.double() / (E2M1_MAX * E4M3_MAX))
+    codes = operand.quantize_weight(w, WeightSpec(groups, PACKED, two_d=two_d), torch.float32, backend)
+    layout = WeightLayout(n, channels, groups, columnwise=False)
+    blocks = operand.unpack_weight(codes.row, layout, None, torch.float32, backend)
+    quantized = blocks.double() * (codes.amax.double() / (E2M1_MAX * E4M3_MAX))
     values = w.flatten(2).movedim(2, 1).double() if w.dim() > 2 else w[:, None].double()  # [O, taps, C / groups]
-    largest = unpack_nibbles(data)[..., :channels].bitwise_and(7) == 7
+    largest = unpack_nibbles(codes.row.data)[..., :channels].bitwise_and(7) == 7
     power, noise = float(values.square().sum()), float((values - quantized).square().sum())
     nonzero = int((values != 0).sum())
     return Cost(

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.quantize import operand as operands
-from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
+from te_nvfp4_cv.ops.quantize.operand import quantize_operand
 from te_nvfp4_cv.ops.quantize.reference import fold_images, pad_groups
-
-BLOCK = 16
+from te_nvfp4_cv.ops.records import NONE, PACKED, Face, Operand, WeightCodes
+from te_nvfp4_cv.recipe.fields import Role
 
 
 @dataclass(frozen=True)
@@ -51,45 +51,32 @@ def whole(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def of_operand(
-    role: str, operand: Tensor, faces: tuple[Tensor, ...], seed: Tensor | None, plan: Plan, most: int
+    role: Role, operand: Tensor, made: Operand, seed: Tensor | None, plan: Plan, most: int
 ) -> dict[str, Blocks]:
-    """{"row": ..., "col": ...} of x or dy, the faces that were made.
+    """Return {"row": ..., "col": ...} of x or dy, for the faces that were made.
 
     Args:
         operand: [B, *image, C].
-        faces: what operands.quantize_operand returned for it.
+        made: what quantize_operand returned for it.
         most: elements per face that are looked at.
     """
     s = plan.recipe.settings(role)
-    row_data, row_scale, row_amax, col_data, col_scale, col_amax, observed = faces
-    wants = [face.numel() > 0 for face in (row_data, col_data)]
-    packed = [scale.numel() > 0 for scale in (row_scale, col_scale)]
+    is_x = role == Role.INPUT
+    fold, row_scaled = plan.folds[0 if is_x else 1], is_x and plan.row_scaled
+    faces = (made.row, made.col)
+    wants = [face.data.numel() > 0 for face in faces]
+    packed = [face.scale.numel() > 0 for face in faces]
     forms = [PACKED if want and not there else NONE for want, there in zip(wants, packed, strict=True)]
-    four_over_six = (s.four_over_six or "") if role == "input" else ""
-    row_scaled = role == "input" and plan.row_scaled
-    if any(forms):
-        amax = torch.cat((row_amax.flatten()[:1], col_amax.flatten()[:1])) if observed.numel() else None
-        again = operands.quantize_operand(
-            operand,
-            plan.geometry.groups,
-            plan.folds[0 if role == "input" else 1].to_ints(),
-            *forms,
-            s.rht,
-            s.stochastic_rounding,
-            four_over_six,
-            s.e4m3_max,
-            row_scaled,
-            plan.compute_dtype,
-            seed,
-            amax,
-            plan.backend,
-        )
-        if forms[0]:
-            row_data, row_scale = again[:2]
-        if forms[1]:
-            col_data, col_scale = again[3:5]
+    row, col = faces
+    if any(forms):  # the layer made values only: quantize once more, to the same codes
+        amax = None
+        if made.observed.numel():
+            amax = torch.cat((made.row_amax.flatten()[:1], made.col_amax.flatten()[:1]))
+        spec = plan.input_specs[True] if is_x else plan.gradient_specs[True, True]
+        spec = spec._replace(row=forms[0], col=forms[1])
+        again = quantize_operand(operand, spec, plan.compute_dtype, seed, amax, plan.backend)
+        row, col = (new if form else old for new, old, form in zip((again.row, again.col), faces, forms, strict=True))
     found = {}
-    fold = plan.folds[0 if role == "input" else 1]
     amax_whole, broken = whole(operand)
     if wants[0]:
         raw = _padded(operand, plan.geometry.groups)
@@ -98,28 +85,30 @@ def of_operand(
         if raw.shape[-1] != operand.shape[-1]:
             ones = torch.ones(1, operand.shape[-1], dtype=torch.bool, device=raw.device)
             valid = _padded(ones, plan.geometry.groups).view(per_pixel, BLOCK)
-        amax = row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_scaled else row_amax
-        found["row"] = _sampled(raw, row_data, row_scale, amax, s.e4m3_max, most, valid, False, (amax_whole, broken))
+        amax = made.row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_scaled else made.row_amax
+        found["row"] = _sampled(raw, row, amax, s.e4m3_max, most, valid, False, (amax_whole, broken))
     if wants[1]:
         raw = fold_images(operand, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)  # [N16, *folded, C, 16]
-        amax = col_amax.repeat(col_scale.numel() // col_amax.numel()) if row_scaled else col_amax
+        amax = made.col_amax
+        amax = amax.repeat(col.scale.numel() // amax.numel()) if row_scaled else amax
         real = None  # rotated, images that only fill a block cannot be told from the others
         if not s.rht:
             real = fold_images(torch.ones_like(operand[..., :1]), fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)
             real = real.expand(raw.shape).reshape(-1, BLOCK) != 0
         if s.rht:
-            amax_whole = observed[1] if observed.numel() else col_amax.amax()
-        found["col"] = _sampled(raw, col_data, col_scale, amax, s.e4m3_max, most, real, s.rht, (amax_whole, broken))
+            amax_whole = made.observed[1] if made.observed.numel() else made.col_amax.amax()
+        found["col"] = _sampled(raw, col, amax, s.e4m3_max, most, real, s.rht, (amax_whole, broken))
     return found
 
 
-def of_weight(w: Tensor, w_q: tuple[Tensor, ...], plan: Plan, most: int) -> dict[str, Blocks]:
+def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str, Blocks]:
     """{"fprop": ..., "dgrad": ...} of a weight; one entry where both multiply the same face.
 
     Args:
-        w: [axis 0, axis 1, *kernel]; w_q: what faces.quantize_weight returned for it.
+        w: [axis 0, axis 1, *kernel].
+        codes: what quantize_weight returned for it.
     """
-    s = plan.recipe.settings("weight")
+    s = plan.weight
     taken = dict(zip(("fprop", "dgrad"), plan.weight_faces, strict=True))
     if taken["fprop"] == taken["dgrad"]:
         del taken["dgrad"]
@@ -127,7 +116,7 @@ def of_weight(w: Tensor, w_q: tuple[Tensor, ...], plan: Plan, most: int) -> dict
     found = {}
     extent = whole(w.detach())
     for gemm, face in taken.items():
-        data, scale = w_q[0 if face == "row" else 2], w_q[1 if face == "row" else 3]
+        data, scale = codes.face(face)
         if not data.numel():
             continue
         raw = _row_kernel(kernel) if face == "row" else _col_kernel(kernel, plan.geometry.groups)
@@ -139,7 +128,7 @@ def of_weight(w: Tensor, w_q: tuple[Tensor, ...], plan: Plan, most: int) -> dict
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             rows = kernel.shape[0] // plan.geometry.groups
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
-        found[gemm] = _sampled(raw, data, scale, w_q[4], s.e4m3_max, most, valid, False, extent)
+        found[gemm] = _sampled(raw, Face(data, scale), codes.amax, s.e4m3_max, most, valid, False, extent)
     return found
 
 
@@ -153,8 +142,7 @@ def step_of(blocks: int, most: int) -> int:
 
 def _sampled(
     raw: Tensor,
-    data: Tensor,
-    scale: Tensor,
+    face: Face,
     amax: Tensor,
     e4m3_max: int,
     most: int,
@@ -163,7 +151,7 @@ def _sampled(
     extent: tuple[Tensor, Tensor],
 ) -> Blocks:
     """`amax`: [1] or one per block; `valid`: for every block, or for the blocks of one pixel."""
-    raw, data, scale = raw.reshape(-1, BLOCK), data.reshape(-1, BLOCK // 2), scale.reshape(-1)
+    raw, data, scale = raw.reshape(-1, BLOCK), face.data.reshape(-1, BLOCK // 2), face.scale.reshape(-1)
     step = step_of(len(raw), most)
     raw, data, scale = raw[::step], data[::step], scale[::step]
     if rht:

@@ -18,6 +18,8 @@ from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.walk import op_of, own_weight
+from te_nvfp4_cv.ops.records import Operand, WeightCodes
+from te_nvfp4_cv.recipe.fields import Role
 from te_nvfp4_cv.telemetry import blocks as operand_blocks
 from te_nvfp4_cv.telemetry import statistics
 
@@ -161,26 +163,28 @@ class _Watch:
         self.first = first  # else a recomputed forward, whose backward is the layer's
 
     @torch.no_grad()
-    def quantized(self, role: str, operand: Tensor, faces: tuple[Tensor, ...], seed: Tensor | None, plan: Plan) -> None:
+    def quantized(
+        self, role: Role, operand: Tensor, made: Operand | WeightCodes, seed: Tensor | None, plan: Plan
+    ) -> None:
         layer, most = self.layer, self.layer.sample.telemetry.max_elements
-        if role == "weight":
+        if isinstance(made, WeightCodes):
             if self.first:
-                self._weight(operand, faces, plan)
+                self._weight(operand, made, plan)
             return
-        if role == "input":
+        if role == Role.INPUT:
             trains = layer.weight.requires_grad and "wgrad" in plan.gemms
             if trains and layer.sample.may_keep(operand):
                 layer.x = operand, operand._version
             if not self.first and "input_column" in layer.tensors:
                 return
-        found = operand_blocks.of_operand(role, operand, faces, seed, plan, most)
-        for face, name in (("row", role), ("col", f"{role}_column")):
+        found = operand_blocks.of_operand(role, operand, made, seed, plan, most)
+        for face, name in (("row", role.value), ("col", f"{role.value}_column")):
             if face in found and name not in layer.tensors:
                 layer.tensors[name] = statistics.operand(found[face])
 
-    def _weight(self, w: Tensor, w_q: tuple[Tensor, ...], plan: Plan) -> None:
+    def _weight(self, w: Tensor, codes: WeightCodes, plan: Plan) -> None:
         layer, telemetry = self.layer, self.layer.sample.telemetry
-        found = operand_blocks.of_weight(w, w_q, plan, telemetry.max_elements)
+        found = operand_blocks.of_weight(w, codes, plan, telemetry.max_elements)
         for gemm, name in (("fprop", "weight"), ("dgrad", "weight_column")):
             if gemm not in found:
                 continue
@@ -188,8 +192,7 @@ class _Watch:
             if isinstance(w, GatheredWeight):  # its values are the codes'; record() adds the raw ones of the shard
                 told = {key: told[key] for key in ("codes", "dequantized", "scales")}
             layer.tensors[name] = told
-        face = plan.weight_faces[0]
-        packed = w_q[0 if face == "row" else 2]
+        packed = codes.face(plan.weight_faces[0]).data
         if not packed.numel():
             return
         before = telemetry.codes.setdefault(layer.name, [])
@@ -207,7 +210,7 @@ class _Watch:
         kept, self.layer.x = self.layer.x, None
         if kept is None or kept[0]._version != kept[1]:
             return
-        exact = gemms.high_precision_wgrad(dy, kept[0], plan).double()
+        exact = gemms.plain_wgrad(dy, kept[0], plan).double()
         noise = (dw.double() - exact).norm()
         self.layer.more["gradient"] = {"norm": exact.norm(), "noise": noise}
 

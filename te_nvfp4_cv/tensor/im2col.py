@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.errors import describe, type_error, value_error
-from te_nvfp4_cv.layer.eligible import MINIMUM
+from te_nvfp4_cv.layer.check import MINIMUM
 from te_nvfp4_cv.ops.conv.reference import gather
 from te_nvfp4_cv.ops.geometry import ConvGeometry, int_tuple, output_size, pixel_map
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor

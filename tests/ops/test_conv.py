@@ -61,7 +61,7 @@ class Lowered(torch.autograd.Function):
         (x, w), g = ctx.saved_tensors, ctx.g
         dx = reference.data_product((dy,), Lowered.kernel(w, g, g.transposed), g, g.transposed)
         a, b = (dy, x) if g.transposed else (x, dy)
-        a_fold, b_fold = g.folds()
+        a_fold, b_fold = g.folds
         return dx, reference.weight_product(Lowered.columns(b, b_fold), Lowered.columns(a, a_fold), g), None
 
     @staticmethod
@@ -120,7 +120,7 @@ def test_rht_cancels_in_wgrad():
     for batch, transposed in itertools.product((3, 16), (False, True)):
         g = make_geometry(batch, (6, 4), (7, 5), 3, 2, 1, groups=2, transposed=transposed)
         sides = [values((batch, *size), seed=3) for size in ((*g.b_size, g.channels_b), (*g.a_size, g.channels_a))]
-        plain = [Lowered.columns(side, fold) for side, fold in zip(sides, g.folds()[::-1], strict=True)]
+        plain = [Lowered.columns(side, fold) for side, fold in zip(sides, g.folds[::-1], strict=True)]
         rotated = [(formats.rht16(part[0]),) for part in plain]
         truth = reference.weight_product(*[(part[0].double(),) for part in plain], g)
         assert relative_error(reference.weight_product(*rotated, g), truth) < 1e-6
@@ -147,7 +147,7 @@ cases = pytest.mark.parametrize("case", QUANTIZED)
 
 def quantized(g: ConvGeometry, two_d: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
     """Packed (data, scale) of every face of random x, w, dy."""
-    a, b = g.folds()
+    a, b = g.folds
     x_fold, dy_fold = (b, a) if g.transposed else (a, b)
     out = {}
     for name, shape, fold, seed in (("x", g.x_shape, x_fold, None), ("dy", g.y_shape, dy_fold, torch.tensor([9]))):
@@ -221,7 +221,7 @@ def plain(gemm_name: str, q: dict[str, Any], g: ConvGeometry, dtype: torch.dtype
     if gemm_name == "fprop":
         return torch_conv(first, second, g)
     if gemm_name == "wgrad":
-        g = g.folded()
+        g = g.folded
     x = torch.zeros(g.x_shape, dtype=dtype) if gemm_name == "dgrad" else second
     w = second if gemm_name == "dgrad" else torch.zeros(g.weight_shape, dtype=dtype)
     x, w = x.requires_grad_(), w.requires_grad_()
@@ -262,7 +262,7 @@ def test_reference_equals_the_loop_nest(case):
             out.append(v.movedim(-1, 1).numpy())
         return out[0], out[1]
 
-    f = g.folded()
+    f = g.folded
     numbers, folded = ((s.stride, s.padding, s.dilation, g.groups) for s in (g, f))
     numbers, folded = (n if g.rank else ((1,), (0,), (1,), 1) for n in (numbers, folded))
     (x, w), (dy, w_back), (dy_col, x_col) = (arrays(name) for name in ("fprop", "dgrad", "wgrad"))

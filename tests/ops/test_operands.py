@@ -42,7 +42,7 @@ def random_case(seed: int) -> tuple[torch.Tensor, int, list[int]]:
         return x, groups, fold_list(Fold(1, 0, 1, 0, -(-batch // 16) * 16))
     k, stride = rng.choice([1, 3]), rng.choice([1, 2])
     geometry = make_geometry(batch, (channels, 16), image, k, stride, k // 2)
-    return x, groups, fold_list(geometry.folds()[rng.choice([0, 0, 0, 1])] if stride == 1 else geometry.folds()[0])
+    return x, groups, fold_list(geometry.folds[rng.choice([0, 0, 0, 1])] if stride == 1 else geometry.folds[0])
 
 
 def quantize(x, groups, fold, row, col, rht, seed, dtype, backend, row_scaled=False):
@@ -101,7 +101,7 @@ def test_vendor_operands_with_four_over_six(seed, mode):
 
 def test_vendor_covers_what_its_kernels_do_not():
     x = values((5, 3, 4, 40), "wide", torch.bfloat16)
-    fold = fold_list(make_geometry(5, (40, 16), (3, 4), 1).folds()[0])
+    fold = fold_list(make_geometry(5, (40, 16), (3, 4), 1).folds[0])
     expected, got = (
         quantize(x, 1, fold, PACKED, PACKED, False, None, torch.float32, backend, row_scaled=True)
         for backend in ("reference", "vendor")
@@ -122,7 +122,7 @@ def test_random_bits_do_not_depend_on_the_other_face_and_follow_the_seed():
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_do_not_depend_on_the_number_of_threads(threads):
-    x, fold = values((5, 7, 5, 24), "wide"), fold_list(make_geometry(5, (24, 16), (7, 5), 3, 1, 1).folds()[0])
+    x, fold = values((5, 7, 5, 24), "wide"), fold_list(make_geometry(5, (24, 16), (7, 5), 3, 1, 1).folds[0])
     before = torch.get_num_threads()
     expected = quantize(x, 1, fold, PACKED, PACKED, True, 7, torch.float32, "reference")
     try:
@@ -203,9 +203,9 @@ def test_kernels_with_four_over_six(two_d, kind, mode, e4m3_max):
 @pytest.mark.parametrize("backend", ["reference", "vendor"])
 def test_operators_pass_opcheck(backend):
     x, w = values((3, 5, 4, 24)), values((32, 24, 3, 3))
-    fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds()[0])
+    fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds[0])
     ops = torch.ops.te_nvfp4_cv
-    plain_fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds()[1])
+    plain_fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds[1])
     for row, col, row_scaled in ((PACKED, PACKED, False), (DEQUANTIZED, NONE, False), (NONE, DEQUANTIZED, False)):
         key = torch.tensor([5])
         args = (x, 1, fold, row, col, True, True, "", 448, row_scaled, torch.bfloat16, key, None, backend)
@@ -387,7 +387,7 @@ def test_given_amaxes_with_four_over_six(mode):
 
 
 def test_the_own_amax_given_is_the_current_scale_and_saturates_nothing():
-    x, fold = values((5, 6, 4, 24)), fold_list(make_geometry(5, (24, 32), (6, 4), 3, 1, 1).folds()[0])
+    x, fold = values((5, 6, 4, 24)), fold_list(make_geometry(5, (24, 32), (6, 4), 3, 1, 1).folds[0])
     for backend in ("reference", "vendor"):
         amax = operand.measure_operand(x, fold, True, backend)
         args = (x, 1, fold, PACKED, PACKED, True, False, "", 448, False, torch.float32, None)

@@ -23,7 +23,7 @@ ops = torch.ops.te_nvfp4_cv
 assert inference.layer  # its import registers the operator, in whatever order tests run
 NO_SR = nv.NVFP4BlockScaling(disable_stochastic_rounding=True)
 CONV = make_geometry(2, (16, 32), (5, 4), 3, 1, 1)
-FOLDS = [fold_list(fold) for fold in CONV.folds()]
+FOLDS = [fold_list(fold) for fold in CONV.folds]
 X, DY = values((2, 5, 4, 16)), values((2, 5, 4, 32), seed=1)
 W = values((32, 16, 3, 3), seed=2)
 KERNELS_ONLY = {"norm_statistics", "norm_apply", "norm_quantize"}  # opcheck in ops/kernels/test_produce_kernels.py
@@ -210,6 +210,6 @@ def test_only_what_is_needed_is_kept_and_computed(needs):
 def test_kept_bytes_are_packed_codes():
     x, w, *_ = arguments = layer_arguments()
     _, *kept = custom_op.layer(*arguments)
-    folded = math.prod((CONV.folds()[0].images, CONV.folds()[0].rows, 4, 16))
+    folded = math.prod((CONV.folds[0].images, CONV.folds[0].rows, 4, 16))
     assert sum(part.numel() * part.element_size() for part in kept[:3]) == folded * 9 // 16 + 4
     assert sum(part.numel() * part.element_size() for part in kept[3:]) == w.numel() // 2 + w.numel() // 256 + 4

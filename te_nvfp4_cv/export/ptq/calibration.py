@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_map_only
 
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.layer import geometry
+from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
 from te_nvfp4_cv.nn.walk import op_of
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.ops.geometry import pixel_map
+from te_nvfp4_cv.ops.geometry import ConvArgs, pixel_map
 
 ROWS = 2048  # im2col rows per layer and batch: a Gram matrix of all pixels would take longer than the forward pass
 
@@ -81,14 +81,13 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
     """
     op = op_of(layer)
     groups = getattr(layer, "groups", 1)
-    padding: Any = getattr(layer, "padding", 0)
+    args = ConvArgs.of(layer)
     if getattr(layer, "padding_mode", "zeros") != "zeros":
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-    x, g, _ = geometry.geometry_of(
-        *(op, x, layer.weight, None, getattr(layer, "stride", 1), padding, getattr(layer, "dilation", 1), groups),
-        getattr(layer, "output_padding", 0),
-    )
-    x_last = layouts.image_last(x, g.x_shape)
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        args = args._replace(padding=0)
+    low = lowered(CallShape.of(op, x, Sizes.of(layer.weight), None, args))
+    g = low.geometry
+    x_last = layouts.image_last(low.input(x), g.x_shape)
     pixels = pixel_map(g, not g.transposed)  # [pixels out, T]
     channels, inside = x_last.shape[-1], x_last[0, ..., 0].numel()
     taken = torch.randperm(pixels.shape[0] * g.batch, generator=generator)[:most]

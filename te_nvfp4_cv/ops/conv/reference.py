@@ -71,7 +71,7 @@ def weight_product(b: Parts, a: Parts, geometry: ConvGeometry) -> Tensor:
             images.
         geometry: of the call itself, not of the folded one.
     """
-    pixels, groups = pixel_map(geometry.folded(), True), geometry.groups
+    pixels, groups = pixel_map(geometry.folded, True), geometry.groups
     each_a, each_b = geometry.channels_a // groups, geometry.channels_b // groups
     a_flat, b_flat = (tuple(_pixels_first(part) for part in side) for side in (a, b))  # [pixels, channels, N * k]
     products = []

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
 
 _lock = threading.Lock()
@@ -116,17 +117,26 @@ if not hasattr(torch.random.manual_seed, "_te_nvfp4_cv"):
     torch.manual_seed = torch.random.manual_seed
 
 
+def draw_seed(like: Tensor) -> Tensor:
+    """Return a fresh seed, int64 [1], on the device of `like`."""
+    return _draw(like) if runs_directly(like) else draw_seed_op(like)
+
+
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::draw_seed", mutates_args=())
-def draw_seed(like: Tensor) -> Tensor:
-    """A fresh seed, int64 [1], on the device of `like`."""
+def draw_seed_op(like: Tensor) -> Tensor:
+    """Run draw_seed as an operator."""
+    return _draw(like)
+
+
+@draw_seed_op.register_fake
+def _(like):  # type: ignore[no-untyped-def]
+    return like.new_empty(1, dtype=torch.int64)
+
+
+def _draw(like: Tensor) -> Tensor:
     if like.device.type == "cpu":
         return torch.tensor([_next()], dtype=torch.int64)
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device)
     offset = _offset() >> 2
     return seed.bitwise_xor_(offset) if offset else seed
-
-
-@draw_seed.register_fake
-def _(like):  # type: ignore[no-untyped-def]
-    return like.new_empty(1, dtype=torch.int64)

@@ -39,7 +39,7 @@ GEOMETRIES = {
 
 def packed(g: ConvGeometry, device: torch.device, two_d: bool = True) -> dict[str, Face]:
     """(data, scale) of every packed face of random x, w and dy, quantized by the reference."""
-    a, b = g.folds()
+    a, b = g.folds
     folds = {"x": b if g.transposed else a, "dy": a if g.transposed else b}
     out: dict[str, Face] = {}
     for seed, (name, shape) in enumerate((("x", g.x_shape), ("dy", g.y_shape))):

@@ -219,7 +219,7 @@ def wgrad(
     (b, b_scale), (a, a_scale) = ((x, x_scale), (dy, dy_scale)) if g.transposed else ((dy, dy_scale), (x, x_scale))
     gpu = gpu_of(dy.device)
     each_a, each_b = g.channels_a // g.groups, g.channels_b // g.groups
-    arguments = weight_arguments(g.folded())
+    arguments = weight_arguments(g.folded)
     alpha = None if alpha is None else alpha.contiguous()
     b, b_scale, a, a_scale = (t.contiguous() for t in (b, b_scale, a, a_scale))
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend import tuning
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels, unpack_kernels
+from te_nvfp4_cv.ops.records import PACKED, Face
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
-BLOCK = 16
-PACKED = 1
 PROGRAMS = 132 * 8  # of the amax kernels, which loop: enough for the largest GPU, few enough for its atomics
 
 Entry = dict[str, int]
@@ -62,51 +62,67 @@ tuning.register(
 tuning.register("unpack_rows", {0: _entry(4096, 4), 80: _entry(512, 4)})
 
 
+class Blocks(NamedTuple):
+    """Which blocks one launch of quantize_blocks writes.
+
+    Attributes:
+        total: their number.
+        sizes: rows of a group that are there, rows that are written, taps, width.
+        strides: of a row, of a tap, of a value, in elements.
+        columns: the blocks run along the rows' axis instead of the width.
+        ob: blocks along the rows of a group.
+        kb: blocks along the width.
+    """
+
+    total: int
+    sizes: tuple[int, int, int, int]
+    strides: tuple[int, int, int]
+    columns: bool
+    ob: int
+    kb: int
+
+
+class Extras(NamedTuple):
+    """What activations and gradients add to a launch of quantize_blocks; weights use none of it."""
+
+    rht: bool = False
+    seed: Tensor | None = None
+    slots: Tensor | None = None
+    source_rows: Tensor | None = None
+    image_size: int = 1
+
+
+_NOTHING = Extras()
+
+
 def quantize_blocks(
-    x: Tensor,
-    amax: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    form: int,
-    total: int,
-    sizes: tuple[int, int, int, int],
-    strides: tuple[int, int, int],
-    columns: bool,
-    ob: int,
-    kb: int,
-    error: int,
-    e4m3_max: int,
-    rht: bool = False,
-    seed: Tensor | None = None,
-    slots: Tensor | None = None,
-    source_rows: Tensor | None = None,
-    image_size: int = 1,
+    x: Tensor, amax: Tensor, face: Face, form: int, blocks: Blocks, error: int, e4m3_max: int, more: Extras = _NOTHING
 ) -> None:
-    """quantize_blocks_kernel, `total` blocks; sizes: rows of a group that are there, that are written, taps, width."""
+    """Write one face by quantize_blocks_kernel, one lane per block."""
     config = config_of("quantize_blocks", x)
-    block_kernels.quantize_blocks_kernel[(ceil_div(total, config["BLOCK"]),)](
+    block_kernels.quantize_blocks_kernel[(ceil_div(blocks.total, config["BLOCK"]),)](
         x,
-        x if source_rows is None else source_rows,
+        x if more.source_rows is None else more.source_rows,
         amax,
-        amax if seed is None else seed,
-        words_of(data) if form == PACKED else data,
-        scale,
-        data,
-        amax if slots is None else slots,
-        total,
-        *sizes,
-        *strides,
-        image_size,
-        0 if source_rows is None else 1,
-        COLUMNS=columns,
-        GROUP_BLOCKS=ob,
-        ROW_BLOCKS=kb,
+        amax if more.seed is None else more.seed,
+        words_of(face.data) if form == PACKED else face.data,
+        face.scale,
+        face.data,
+        amax if more.slots is None else more.slots,
+        blocks.total,
+        *blocks.sizes,
+        *blocks.strides,
+        more.image_size,
+        0 if more.source_rows is None else 1,
+        COLUMNS=blocks.columns,
+        GROUP_BLOCKS=blocks.ob,
+        ROW_BLOCKS=blocks.kb,
         FORM=form,
-        RHT=rht,
-        STOCHASTIC=seed is not None,
+        RHT=more.rht,
+        STOCHASTIC=more.seed is not None,
         ERROR=error,
-        OBSERVE=slots is not None,
-        FOLDED=source_rows is not None,
+        OBSERVE=more.slots is not None,
+        FOLDED=more.source_rows is not None,
         E4M3_MAX=e4m3_max,
         BLOCK=config["BLOCK"],
         **options_of(config),
@@ -138,12 +154,6 @@ def amax_flat(x: Tensor, amax: Tensor) -> None:
         operand_kernels.amax_flat_kernel[grid](x, amax, x.numel(), BLOCK=block, **options_of(config))
 
     run_kernel("amax_flat", x, (tuning.bucket(x.numel()),), launch)
-
-
-def in_memory_order(w: Tensor) -> Tensor:
-    """w's values as one dense piece of memory, in any order; a copy only where w has gaps or overlaps."""
-    order = sorted(range(w.dim()), key=lambda axis: -w.stride()[axis])
-    return w.permute(order).contiguous()
 
 
 # ---- unpacking ------------------------------------------------------------------------------------------------------
