@@ -256,7 +256,7 @@ class _Call:
         return 1 if axis == self.rank + 1 else axis + 1
 
     def _link(self, plan: Plan, whole: Tensor, axis: int | None) -> Link:
-        """Return where x and y lie; for rows, decide how y is shared out. `axis`: the one along which a column's x is cut."""
+        """Return where x and y lie; for rows, decide how y is shared out. `axis`: along which a column's x is cut."""
         g, group = plan.geometry, self.sharing.group
         lead = tuple(whole.shape[:-1])
         x, y = (g.x_shape, g.y_shape) if self.rank else ((*lead, whole.shape[-1]), (*lead, g.y_shape[-1]))
