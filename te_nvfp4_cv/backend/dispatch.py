@@ -113,6 +113,13 @@ def kernels_serve(device: torch.device) -> bool:
     return device.type == "cuda" or (KERNELS_ON_CPU and device.type == "cpu")
 
 
+def kernels_run(device: torch.device) -> bool:
+    """Return True if Triton kernels take tensors of `device`: a new enough GPU, or a CPU with the interpreter."""
+    if not kernels_serve(device) or not has_triton():
+        return False
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= MINIMUM_CAPABILITY
+
+
 def runs_directly(x: Tensor) -> bool:
     """Return True if an operator's implementation may be called on x directly, past torch's dispatcher.
 

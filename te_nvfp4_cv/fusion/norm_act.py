@@ -13,7 +13,7 @@ SiLU, whose derivative would need it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,23 +22,9 @@ from torch import Tensor
 
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import deferred as producers
+from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.ops.norm import operators as ops
-from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS
-
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One call, checked. groups 0: batch normalization."""
-
-    groups: int
-    batch_stats: bool
-    momentum: float
-    eps: float
-    activation: str
-    keep: bool = False  # a backward pass will come
-    backend: str = ""
+from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS, NormSpec
 
 
 def batch_norm_act(
@@ -71,7 +57,7 @@ def batch_norm_act(
     _check(z, residual, activation)
     if training:
         F._verify_batch_size(z.size())  # type: ignore[attr-defined]
-    settings = Settings(0, training, momentum, eps, activation)
+    settings = NormSpec(0, activation, training, momentum, eps)
     return _run(z, residual, weight, bias, running_mean, running_var, settings, backend)
 
 
@@ -96,7 +82,7 @@ def group_norm_act(
             fix="check the layer before this one",
         )
     F._verify_batch_size([z.shape[0] * z.shape[1] // groups, groups, *z.shape[2:]])  # type: ignore[attr-defined]
-    return _run(z, residual, weight, bias, None, None, Settings(groups, True, 0.0, eps, activation), backend)
+    return _run(z, residual, weight, bias, None, None, NormSpec(groups, activation, eps=eps), backend)
 
 
 def _check(z: Tensor, residual: Tensor | None, activation: str) -> None:
@@ -120,7 +106,7 @@ def _run(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    settings: Settings,
+    settings: NormSpec,
     backend: str,
 ) -> Tensor:
     if (weight is None) != (bias is None):  # torch allows one without the other
@@ -135,7 +121,7 @@ def _run(
                 fix="check the layer before this one",
             )
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, residual, weight, bias))
-    settings = replace(settings, keep=keep, backend=ops.backend_for(z, backend))
+    settings = replace(settings, need_mask=keep, backend=ops.backend_for(z, backend))
     z = dense(z)
     if not producers.wanted(z, residual, settings.backend):
         return NormAct.apply(z, residual, weight, bias, running_mean, running_var, settings, None)
@@ -152,8 +138,7 @@ def _wide(z: Tensor) -> torch.dtype:
 
 def dense(z: Tensor) -> Tensor:
     """z itself where its memory is contiguous or channels_last, else a contiguous copy."""
-    channels_last = z.dim() in FORMATS and z.is_contiguous(memory_format=FORMATS[z.dim()])
-    return z if channels_last else z.contiguous()
+    return z if is_dense(z) else z.contiguous()
 
 
 class NormAct(torch.autograd.Function):
@@ -168,7 +153,7 @@ class NormAct(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        s: Settings,
+        s: NormSpec,
         producer: producers.Producer | None,
     ) -> Tensor:
         written = s.batch_stats and torch.compiler.is_compiling()
@@ -177,26 +162,13 @@ class NormAct(torch.autograd.Function):
             # saves them for its backward, where the same norm may be called unfused in the same step
             running_mean, running_var = running_mean.data, running_var.data
         if producer is not None:
-            mean, rstd = ops.norm_statistics(z, running_mean, running_var, s.groups, s.batch_stats, s.momentum, s.eps)
-            masked = s.keep and s.activation == "relu"
-            mask = z.new_empty((z.numel() + 7) // 8 if masked else 0, dtype=torch.uint8)
+            mean, rstd = ops.norm_statistics(z, running_mean, running_var, s.encode())
+            mask = z.new_empty(s.mask_bytes(z), dtype=torch.uint8)
             producer.mean, producer.rstd, producer.mask = mean, rstd, mask
             y = producers.empty_like(z)
         else:
             y, mean, rstd, mask = ops.norm_forward(
-                z,
-                residual,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                s.groups,
-                s.batch_stats,
-                s.momentum,
-                s.eps,
-                s.activation,
-                s.keep,
-                s.backend,
+                z, residual, weight, bias, running_mean, running_var, s.encode()
             )
         ctx.save_for_backward(z, weight, bias, mean, rstd, mask)
         ctx.settings, ctx.strides = s, y.stride()
@@ -206,16 +178,16 @@ class NormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z, weight, bias, mean, rstd, mask = ctx.saved_tensors
-        s: Settings = ctx.settings
+        s: NormSpec = ctx.settings
         if torch.is_grad_enabled() and (dy.requires_grad or z.requires_grad):
             return (*_differentiable(dy, z, weight, bias, mean, rstd, mask, ctx), None, None, None, None)
         if dy.stride() != ctx.strides:
             dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
         need = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            dz, dresidual, dweight, dbias = ops.norm_backward(
-                dy, z, weight, bias, mean, rstd, mask, s.groups, s.batch_stats, s.eps, s.activation, need[1], s.backend
-            )
+            norm = [mean, rstd] if weight is None else [mean, rstd, weight, bias]
+            s = replace(s, need_dresidual=need[1])
+            dz, dresidual, dweight, dbias = ops.norm_backward(dy, z, norm, mask, s.encode())
         return (
             dz if need[0] else None,
             dresidual.to(ctx.residual_dtype) if need[1] else None,
@@ -239,7 +211,7 @@ def _differentiable(
     ctx: Any,
 ) -> tuple[Tensor | None, ...]:
     """The four gradients by torch's own norm, recomputed: they can be differentiated again."""
-    s: Settings = ctx.settings
+    s: NormSpec = ctx.settings
     dtype = dy.dtype
     with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
         if s.groups:

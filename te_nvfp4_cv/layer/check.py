@@ -99,7 +99,7 @@ class CallShape(NamedTuple):
         """Describe a call."""
         types = None
         if not torch.compiler.is_compiling():
-            types = [tuple(map(type, a)) if type(a) is tuple else type(a) for a in args]
+            types = [tuple(map(type, a)) if isinstance(a, tuple) else type(a) for a in args]
         bias_sizes = None if bias is None else Sizes.of(bias)
         return cls(op, Sizes.of(x), w, bias_sizes, args, None if types is None else tuple(types))
 

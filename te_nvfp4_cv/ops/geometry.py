@@ -91,7 +91,7 @@ class ConvGeometry:
     groups: int
     transposed: bool
 
-    @cached_property
+    @property  # not cached: torch.compile traces it, and not a cached property's lock (before Python 3.12)
     def rank(self) -> int:
         """The number of image axes: 0 for a linear layer, else 1 to 3."""
         return len(self.kernel)

@@ -20,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.fusion.fuse import fuse
+from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.records import PACKED, OperandSpec
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -144,9 +147,7 @@ def test_the_detector_finds_what_waits(wait):
 
 
 def test_the_detector_looks_inside_custom_operators():
-    from te_nvfp4_cv.ops.quantize import operand
-
     x, seed = torch.randn(16, 2, 2, 16), torch.tensor([3])
-    args = (1, [1, 0, 2, 0, 16], 1, 1, True, True, "", 448, False, torch.float32, seed, None, "vendor")
+    spec = OperandSpec(1, Fold(1, 0, 2, 0, 16), PACKED, PACKED, True, True)
     with pytest.raises(Waits), NoWaiting():  # the CPU's compiled kernels read the seed
-        operand.quantize_operand(x, *args)
+        operand.quantize_operand(x, spec, torch.float32, seed, None, "vendor")

@@ -6,6 +6,7 @@ at most, 1.7e-3 in the mean) and fp16.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,10 +131,11 @@ def test_large_means_do_not_cancel(kernel_device):
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
 def test_the_mask_is_relus(kernel_device, last):
     a = arguments((3, 20, 5, 7), torch.bfloat16, last, kernel_device)
-    given = (a["z"], a["residual"], a["weight"], a["bias"], None, None, 0, True, 0.1, 1e-5, "relu", True)
-    y, _, _, mask = ops.norm_forward(*given, "triton")
+    given = (a["z"], a["residual"], a["weight"], a["bias"], None, None)
+    spec = ops.NormSpec(momentum=0.1, eps=1e-5, need_mask=True, backend="triton")
+    y, _, _, mask = ops.norm_forward(*given, spec.encode())
     assert torch.equal(mask, positive_mask(y))
-    assert ops.norm_forward(*given[:-1], False, "triton")[3].numel() == 0
+    assert ops.norm_forward(*given, replace(spec, need_mask=False).encode())[3].numel() == 0
 
 
 @pytest.mark.parametrize("what", ["batch relu", "group relu"])

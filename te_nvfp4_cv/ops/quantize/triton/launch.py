@@ -192,6 +192,7 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
     return out
 
 
+@on_its_device
 def unpack_weight(
     data: Tensor, scale: Tensor, layout: WeightLayout, factor: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
