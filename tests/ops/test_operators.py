@@ -20,6 +20,7 @@ from te_nvfp4_cv.layer.forward_backward import Like
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.records import PACKED, Operand, OperandSpec, WeightCodes, WeightSpec
+from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
 from tests.helpers import make_geometry, same_bits, values
 
 ops = torch.ops.te_nvfp4_cv
@@ -191,7 +192,7 @@ def test_the_layers_operator_gives_the_bits_of_the_eager_layer(recipe, transpose
         torch._dynamo.reset()
     for name, eager, traced in zip(("y", "dx", "dw", "db"), *results, strict=True):
         assert same_bits(eager, traced) and eager.stride() == traced.stride(), name
-    assert recipe == nv.recipe.recipe_of_key(recipe.key)
+    assert recipe == recipe_of_key(recipe.key)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])

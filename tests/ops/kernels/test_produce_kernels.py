@@ -17,8 +17,10 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct2d
 from te_nvfp4_cv.layer import deferred, observe
+from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.norm import operators as ops
 from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, Operand, OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 
@@ -36,8 +38,8 @@ def last(t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["measured", "given"])
-@pytest.mark.parametrize("col", [operand.NONE, operand.PACKED], ids=["row only", "both"])
-@pytest.mark.parametrize("row", [operand.PACKED, operand.DEQUANTIZED], ids=["packed", "dequantized"])
+@pytest.mark.parametrize("col", [NONE, PACKED], ids=["row only", "both"])
+@pytest.mark.parametrize("row", [PACKED, DEQUANTIZED], ids=["packed", "dequantized"])
 @pytest.mark.parametrize(
     ("what", "dtype", "batch"),
     [
@@ -62,11 +64,10 @@ def test_operands_and_mask(kernel_device, poison, what, dtype, batch, row, col, 
     parts = (z, residual, weight, bias, mean, rstd, bits, groups, activation)
     found = ops.norm_quantize(*parts, images, row, col, True, 448, target, amax)
     x = y.movedim(1, -1).contiguous()
-    fold = [1, 0, x.shape[1], 0, images]
-    settings = (1, fold, row, col, True, False, "", 448, False, target, None, amax)
-    expected = operand.quantize_operand(x, *settings, "reference")
+    spec = OperandSpec(1, Fold(1, 0, x.shape[1], 0, images), row, col, True)
+    expected = operand.quantize_operand(x, spec, target, None, amax, "reference")
     assert torch.equal(bits, mask)
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+    for i, (a, b) in enumerate(zip(found, expected.flat(), strict=True)):
         if col or i < 5:
             assert same_bits(a, b), i
     if given and what == "batch add relu":
@@ -80,13 +81,13 @@ def test_non_finite_activations(kernel_device):
         mask = torch.empty(z.numel() // 8, dtype=torch.uint8, device=kernel_device)
         x = F.relu(z).movedim(1, -1).contiguous()
         for amax in (None, torch.full((2,), 2688.0, device=kernel_device)):
-            fold = [1, 0, 2, 0, 16]
             settings = (2, 1, True, 448, torch.float32, amax)
             found = ops.norm_quantize(z, None, None, None, *stats, mask, 0, "relu", 16, *settings)
-            wanted = (1, fold, 2, 1, True, False, "", 448, False, torch.float32, None, amax, "reference")
-            expected = operand.quantize_operand(x, *wanted)
-            assert all(same_bits(found[i], expected[i]) for i in (2, 5))
-            assert not bool(found[2].isfinite()) and not bool(found[5].isfinite())
+            spec = OperandSpec(1, Fold(1, 0, 2, 0, 16), DEQUANTIZED, PACKED, True)
+            expected = operand.quantize_operand(x, spec, torch.float32, None, amax, "reference")
+            made = Operand.from_flat(found)
+            assert same_bits(made.row_amax, expected.row_amax) and same_bits(made.col_amax, expected.col_amax)
+            assert not bool(made.row_amax.isfinite()) and not bool(made.col_amax.isfinite())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -101,7 +102,7 @@ def test_operators_pass_opcheck(kernel_device, amax):
     mask = torch.zeros(z.numel() // 8, dtype=torch.uint8, device=kernel_device)
     parts = (z, None, None, None, *running)
     torch.library.opcheck(found.norm_apply.default, (*parts, torch.empty_like(z), mask, 0, "relu"), test_utils=tests)
-    how = (0, "relu", 16, operand.PACKED, operand.PACKED, True, 448, torch.float32, given)
+    how = (0, "relu", 16, PACKED, PACKED, True, 448, torch.float32, given)
     torch.library.opcheck(found.norm_quantize.default, (*parts, mask, *how), test_utils=tests)
 
 
