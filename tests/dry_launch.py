@@ -77,6 +77,7 @@ def launch_quantization(arch: int) -> None:
     from te_nvfp4_cv.backend import tuning
     from te_nvfp4_cv.ops.geometry import Fold
     from te_nvfp4_cv.ops.quantize.triton import launch
+    from te_nvfp4_cv.ops.records import OperandSpec, WeightLayout, WeightSpec
 
     tuning.arch_of = lambda device: arch
     bf16, seed, amax = torch.bfloat16, torch.zeros(1, dtype=torch.int64), torch.ones(2)
@@ -90,23 +91,20 @@ def launch_quantization(arch: int) -> None:
     for x, fold in shapes:
         for row, col, rht, rounding, given in ways:
             for mode in (None, "MAE") if rounding is None and given is None else (None,):
-                stochastic = rounding is not None
-                launch.quantize_operand(
-                    x.to(bf16), 1, fold, row, col, rht, stochastic, mode, 448, False, bf16, rounding, given
-                )
-        packed = launch.quantize_operand(x.to(bf16), 1, fold, 1, 1, True, False, None, 448, False, bf16, None, amax)
-        launch.unpack_rows(packed[0], packed[1], x.shape[-1], 1, bf16)
-        launch.unpack_columns(packed[3], packed[4], bf16)
+                spec = OperandSpec(1, fold, row, col, rht, rounding is not None, mode)
+                launch.quantize_operand(x.to(bf16), spec, bf16, rounding, given)
+        packed = launch.quantize_operand(x.to(bf16), OperandSpec(1, fold, 1, 1, True), bf16, None, amax)
+        launch.unpack_rows(*packed.row, x.shape[-1], 1, bf16)
+        launch.unpack_columns(*packed.col, bf16)
     for shape in ((1, 1), (17, 1, 1, 1), (1, 16, 3, 3), (32, 17)):
         for two_d in (True, False):
             for form in (1, 2):
-                w = launch.quantize_weight(
-                    torch.zeros(shape), 1, form, 0 if two_d else form, two_d, None, 448, True, bf16
-                )
-                for columnwise in (False,) if two_d else (False, True):
+                weight_spec = WeightSpec(1, form, 0 if two_d else form, two_d, pow2=True)
+                w = launch.quantize_weight(torch.zeros(shape), weight_spec, bf16)
+                for name in ("row",) if two_d else ("row", "col"):
                     if form == 1:
-                        face = w[2:4] if columnwise else w[:2]
-                        launch.unpack_weight(*face, shape[0], shape[1], 1, columnwise, amax[:1], bf16)
+                        layout = WeightLayout(shape[0], shape[1], 1, name == "col")
+                        launch.unpack_weight(*w.face(name), layout, amax[:1], bf16)
 
 
 STEPS = [  # backend, tensor scale, fused, batch (5: folded columns): every kernel occurs

@@ -24,21 +24,26 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from te_nvfp4_cv import formats  # noqa: E402
+from te_nvfp4_cv.ops.geometry import Fold  # noqa: E402
 from te_nvfp4_cv.ops.quantize import operand, reference_matrix  # noqa: E402
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, PACKED  # noqa: E402
+from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Operand, OperandSpec  # noqa: E402
 
 
-def quantize(x: Tensor, stochastic: bool, backend: str, amax: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Quantize x [B, H, W, C] rowwise and columnwise, as a training step does.
+def spec_of(x: Tensor, stochastic: bool) -> OperandSpec:
+    """Return how a training step quantizes x [B, H, W, C]: a gradient's columnwise face is multiplied at once."""
+    col = DEQUANTIZED if stochastic else PACKED
+    return OperandSpec(1, Fold(1, 0, x.shape[1], 0, x.shape[0]), DEQUANTIZED, col, True, stochastic)
 
-    With `amax` [2], that of the step before, the tensor scale is "delayed".
-    """
-    batch, rows = x.shape[:2]
+
+def quantize(x: Tensor, stochastic: bool, backend: str, amax: Tensor | None = None) -> Operand:
+    """Make both faces of x [B, H, W, C]; `amax` [2] is that of the step before ("delayed")."""
     seed = torch.tensor([7]) if stochastic else None
-    col = DEQUANTIZED if stochastic else PACKED  # a gradient's columnwise codes are multiplied at once, not saved
-    fold = [1, 0, rows, 0, batch]
-    form = (DEQUANTIZED, col, True, stochastic, "", 448, False, torch.bfloat16)
-    return operand.quantize_operand(x, 1, fold, *form, seed, amax, backend)
+    return operand.quantize_operand(x, spec_of(x, stochastic), torch.bfloat16, seed, amax, backend)
+
+
+def same(a: Operand, b: Operand) -> bool:
+    """Return True if two results have the same bits."""
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a.flat(), b.flat(), strict=True))
 
 
 def median_ms(function: Callable[[], object], rounds: int) -> float:
@@ -65,14 +70,12 @@ def main() -> int:
     x = torch.randn(batch, height, width, channels).bfloat16()
     print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, shape {options.shape} bf16")
     for name, stochastic in (("activation, nearest", False), ("gradient, stochastic", True)):
-        pairs = zip(quantize(x, stochastic, "reference"), quantize(x, stochastic, "vendor"), strict=True)
-        if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs):
+        if not same(quantize(x, stochastic, "reference"), quantize(x, stochastic, "vendor")):
             print(f"{name}: bits differ from the reference, no times printed")
             return 1
-        amax = operand.measure_operand(x, [1, 0, height, 0, batch], True, "vendor")
+        amax = operand.measure_operand(x, spec_of(x, stochastic), "vendor")
         amax = formats.power_of_two_amax(amax, margin=4 if stochastic else 8)
-        given = zip(quantize(x, stochastic, "reference", amax), quantize(x, stochastic, "vendor", amax), strict=True)
-        if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in given):
+        if not same(quantize(x, stochastic, "reference", amax), quantize(x, stochastic, "vendor", amax)):
             print(f"{name}: bits differ from the reference with a given amax, no times printed")
             return 1
         eager = median_ms(lambda s=stochastic: quantize(x, s, "reference"), 2)  # type: ignore[misc]

@@ -18,9 +18,18 @@ from gpu import LAYERS, Layer, Results, Timer, copy_bandwidth, gemm_rate, need_c
 from torch import Tensor
 
 from te_nvfp4_cv.ops.conv import operators
-from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.ops.records import (
+    DEQUANTIZED,
+    PACKED,
+    Face,
+    Operand,
+    OperandSpec,
+    WeightCodes,
+    WeightLayout,
+    WeightSpec,
+)
 
 aten = torch.ops.aten
 SCALE = 6.0 * 448 * 2.0**-8  # an amax whose decode scale is a power of two
@@ -53,59 +62,53 @@ class Path:
 
     def __init__(self, layer: Layer, backend: str, x: Tensor, w: Tensor, dy: Tensor) -> None:
         self.backend, self.x, self.w, self.dy, self.layer = backend, x, w, dy, layer
-        self.shape = geometry(layer).to_ints()
+        self.geometry = geometry(layer)
         self.form = PACKED if backend == "triton" else DEQUANTIZED
         self.amax = torch.full((2,), SCALE, device=x.device)
         self.seed = torch.full((1,), 3, dtype=torch.int64, device=x.device)
         self.alpha = torch.ones(1, device=x.device)
         self.epilogue = self.alpha if backend == "triton" else None  # the vendor path has the scales in the weight
         self.x_q, self.dy_q, self.w_q = self.quantize_x(), self.quantize_dy(), self.quantize_w()
-        self.w_data, self.w_scale = self.unpack_w()
-        self.col, self.col_scale = self.unpack_x()
+        self.w_face, self.col = self.unpack_w(), self.unpack_x()
 
-    def _operand(self, t: Tensor, row: int, col: int, stochastic: bool) -> tuple[Tensor, ...]:
-        fold, seed = [1, 0, t.shape[1], 0, t.shape[0]], self.seed if stochastic else None
-        bf16 = torch.bfloat16
-        args = (1, fold, row, col, True, stochastic, "", 448, False, bf16, seed, self.amax, self.backend)
-        return tuple(operand.quantize_operand(t, *args))
+    def _operand(self, t: Tensor, row: int, col: int, stochastic: bool) -> Operand:
+        spec = OperandSpec(1, Fold(1, 0, t.shape[1], 0, t.shape[0]), row, col, True, stochastic)
+        seed = self.seed if stochastic else None
+        return operand.quantize_operand(t, spec, torch.bfloat16, seed, self.amax, self.backend)
 
-    def quantize_x(self) -> tuple[Tensor, ...]:
+    def quantize_x(self) -> Operand:
         return self._operand(self.x, self.form, PACKED, False)
 
-    def quantize_dy(self) -> tuple[Tensor, ...]:
+    def quantize_dy(self) -> Operand:
         return self._operand(self.dy, self.form, self.form, True)
 
-    def quantize_w(self) -> tuple[Tensor, ...]:
-        args = (1, PACKED, NONE, True, "", 448, True, torch.bfloat16, self.backend)
-        return tuple(operand.quantize_weight(self.w, *args))
+    def quantize_w(self) -> WeightCodes:
+        return operand.quantize_weight(self.w, WeightSpec(1, PACKED, pow2=True), torch.bfloat16, self.backend)
 
-    def unpack_w(self) -> tuple[Tensor, Tensor]:
-        data, scale = self.w_q[:2]
+    def unpack_w(self) -> Face:
+        face = self.w_q.row
         if self.form == PACKED:
-            return data, scale
-        args = (self.layer.c_out, self.layer.c_in, 1, False, self.alpha, torch.bfloat16, self.backend)
-        return operand.unpack_weight(data, scale, *args), scale.new_empty(0)
+            return face
+        layout = WeightLayout(self.layer.c_out, self.layer.c_in, 1, False)
+        values = operand.unpack_weight(face, layout, self.alpha, torch.bfloat16, self.backend)
+        return Face(values, face.scale.new_empty(0))
 
-    def unpack_x(self) -> tuple[Tensor, Tensor]:
-        data, scale = self.x_q[3:5]
+    def unpack_x(self) -> Face:
+        face = self.x_q.col
         if self.form == PACKED:
-            return data, scale
-        return operand.unpack_columns(data, scale, torch.bfloat16, self.backend), scale.new_empty(0)
+            return face
+        return Face(operand.unpack_columns(face, torch.bfloat16, self.backend), face.scale.new_empty(0))
 
     def fprop(self) -> Tensor:
-        x, scale = self.x_q[:2]
-        args = (self.w_data, self.w_scale, self.epilogue, None, self.shape, torch.bfloat16, self.backend)
-        return operators.conv_fprop(x, scale, *args)
+        args = (self.epilogue, None, self.geometry, torch.bfloat16, self.backend)
+        return operators.conv_fprop(self.x_q.row, self.w_face, *args)
 
     def dgrad(self) -> Tensor:
-        dy, scale = self.dy_q[:2]
-        args = (self.w_data, self.w_scale, self.epilogue, self.shape, torch.bfloat16, self.backend)
-        return operators.conv_dgrad(dy, scale, *args)
+        args = (self.epilogue, self.geometry, torch.bfloat16, self.backend)
+        return operators.conv_dgrad(self.dy_q.row, self.w_face, *args)
 
     def wgrad(self) -> Tensor:
-        dy, scale = self.dy_q[3:5]
-        args = (self.col, self.col_scale, self.alpha, self.shape, torch.float32, self.backend)
-        return operators.conv_wgrad(dy, scale, *args)
+        return operators.conv_wgrad(self.dy_q.col, self.col, self.alpha, self.geometry, torch.float32, self.backend)
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """Return the parts by name, without those that this backend does not have."""
@@ -126,9 +129,9 @@ def wrong(layer: Layer, path: Path, vendor: Path) -> str:
     itself), for 8 output channels of y and dw and 8 input channels of dx.
     """
     pad, few = layer.kernel // 2, 8
-    x, dy = (t.movedim(-1, 1) for t in (vendor.x_q[0], vendor.dy_q[0]))
-    w = vendor.w_data.view(layer.c_out, layer.kernel, layer.kernel, layer.c_in).movedim(-1, 1)
-    images = slice(-1, None)  # float64 convolutions are slow, so only the last image of y and dx
+    x, dy = (t.movedim(-1, 1) for t in (vendor.x_q.row.data, vendor.dy_q.row.data))
+    w = vendor.w_face.data.view(layer.c_out, layer.kernel, layer.kernel, layer.c_in).movedim(-1, 1)
+    images = slice(-1, None)  # float64 convolutions are slow: the last image of y and dx
     y = torch.nn.functional.conv2d(x[images].double(), w[:few].double(), padding=pad)
     error = relative_error(path.fprop()[images, ..., :few].movedim(-1, 1), y)
     if not error < 6e-3:
@@ -138,7 +141,7 @@ def wrong(layer: Layer, path: Path, vendor: Path) -> str:
     error = relative_error(path.dgrad()[images, ..., :few].movedim(-1, 1), dx)
     if not error < 6e-3:
         return f"dgrad: relative error {error:.1e}"
-    x_col, dy_col = vendor.col, vendor.dy_q[3]
+    x_col, dy_col = vendor.col.data, vendor.dy_q.col.data
     padded = torch.nn.functional.pad(x_col, (0, 0, pad, pad, pad, pad))
     size, dw = layer.size, path.wgrad()
     for tap in range(layer.kernel**2):  # one tap is a matrix product in fp32 of exact bf16 numbers

@@ -18,23 +18,24 @@ from gpu import LAYERS, Layer, Results, Timer, copy_bandwidth, need_cuda, parser
 from torch import Tensor
 
 from te_nvfp4_cv import selftest
+from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
+from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, Operand, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.selftest.setting import Setting
 
 ROWS, PIXELS = 2, 5  # the region to compare: the last rows and pixels of the last images
 TARGETS = {"x: row dq + column packed, RHT, delayed": 0.65, "dy: row dq + column dq, RHT, SR, delayed": 0.65}
 
 
-def quantize(x: Tensor, row: int, col: int, stochastic: bool, amax: Tensor | None, backend: str) -> tuple[Tensor, ...]:
-    """Quantize x [B, H, W, C] rowwise and columnwise."""
+def spec_of(x: Tensor, row: int = NONE, col: int = NONE, stochastic: bool = False) -> OperandSpec:
+    """Return how x [B, H, W, C] is quantized, with RHT."""
+    return OperandSpec(1, Fold(1, 0, x.shape[1], 0, x.shape[0]), row, col, True, stochastic)
+
+
+def quantize(x: Tensor, row: int, col: int, stochastic: bool, amax: Tensor | None, backend: str) -> Operand:
+    """Make both faces of x [B, H, W, C]."""
     seed = torch.full((1,), 11, dtype=torch.int64, device=x.device) if stochastic else None
-    fold = [1, 0, x.shape[1], 0, x.shape[0]]
-    return tuple(
-        operand.quantize_operand(
-            x, 1, fold, row, col, True, stochastic, "", 448, False, torch.bfloat16, seed, amax, backend
-        )
-    )
+    return operand.quantize_operand(x, spec_of(x, row, col, stochastic), torch.bfloat16, seed, amax, backend)
 
 
 def region(x: Tensor) -> Tensor:
@@ -48,23 +49,25 @@ def wrong(x: Tensor, amax: Tensor) -> str:
     for row, col in ((DEQUANTIZED, PACKED), (PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED)):
         ours = quantize(x, row, col, False, amax, "vendor")
         truth = quantize(small, row, col, False, cpu, "reference")
-        for index, name in ((0, "row data"), (1, "row scale"), (3, "column data"), (4, "column scale")):
-            if not truth[index].numel():
+        names = ("row data", "row scale", "column data", "column scale")
+        pairs = zip((*ours.row, *ours.col), (*truth.row, *truth.col), strict=True)
+        for name, (mine, expected) in zip(names, pairs, strict=True):
+            if not expected.numel():
                 continue
-            packed_column = index > 2 and col == PACKED
-            part = ours[index][-1:] if packed_column else ours[index][-16:]
+            packed_column = name.startswith("column") and col == PACKED
+            part = mine[-1:] if packed_column else mine[-16:]
             part = part[:, -ROWS:, -PIXELS:].cpu()
-            if not torch.equal(part.contiguous().view(torch.uint8), truth[index].contiguous().view(torch.uint8)):
+            if not torch.equal(part.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)):
                 return f"{name} differs from the reference (forms {row}, {col})"
     nearest = quantize(x, DEQUANTIZED, DEQUANTIZED, False, amax, "vendor")
     stochastic = quantize(x, DEQUANTIZED, DEQUANTIZED, True, amax, "vendor")
-    scale = quantize(x, PACKED, NONE, False, amax, "vendor")[1]
+    scale = quantize(x, PACKED, NONE, False, amax, "vendor").row.scale
     step = 2 * scale.view(torch.float8_e4m3fn).float().repeat_interleave(16, -1)
-    if not bool(((stochastic[0].float() - nearest[0].float()).abs() <= step).all()):
+    if not bool(((stochastic.row.data.float() - nearest.row.data.float()).abs() <= step).all()):
         return "stochastic rounding moved a value by more than a step"
-    if not bool(stochastic[3].isfinite().all()):
-        return "stochastic rounding left a columnwise value unwritten"
-    measured = operand.measure_operand(x, [1, 0, x.shape[1], 0, x.shape[0]], True, "vendor")
+    if not bool(stochastic.col.data.isfinite().all()):
+        return "stochastic rounding left a value of the columnwise face unwritten"
+    measured = operand.measure_operand(x, spec_of(x), "vendor")
     if float(measured[0]) != float(x.abs().amax()):
         return "the measured amax is not x's"
     return ""
@@ -77,20 +80,16 @@ def jobs(x: Tensor, amax: Tensor) -> dict[str, tuple[float, Callable[[], object]
         return lambda: quantize(x, row, col, stochastic, amax if delayed else None, "vendor")
 
     packed, wide = 0.5625, 2.0
-    col, col_scale = quantize(x, NONE, PACKED, False, amax, "vendor")[3:5]
-    fold = [1, 0, x.shape[1], 0, x.shape[0]]
+    col = quantize(x, NONE, PACKED, False, amax, "vendor").col
     return {
-        "amax of x and of its rotation": (2.0, lambda: operand.measure_operand(x, fold, True, "vendor")),
+        "amax of x and of its rotation": (2.0, lambda: operand.measure_operand(x, spec_of(x), "vendor")),
         "x: row dq + column packed, RHT, delayed": (2 + wide + packed, q(DEQUANTIZED, PACKED, False, True)),
         "x: row dq + column packed, RHT, current": (4 + wide + packed, q(DEQUANTIZED, PACKED, False, False)),
         "x: row packed + column packed, RHT, delayed": (2 + 2 * packed, q(PACKED, PACKED, False, True)),
         "dy: row dq + column dq, RHT, SR, delayed": (2 + 2 * wide, q(DEQUANTIZED, DEQUANTIZED, True, True)),
         "dy: row dq + column dq, RHT, SR, current": (4 + 2 * wide, q(DEQUANTIZED, DEQUANTIZED, True, False)),
         "dy: row packed + column packed, RHT, SR, delayed": (2 + 2 * packed, q(PACKED, PACKED, True, True)),
-        "columns back to bf16": (
-            packed + wide,
-            lambda: operand.unpack_columns(col, col_scale, torch.bfloat16, "vendor"),
-        ),
+        "columns back to bf16": (packed + wide, lambda: operand.unpack_columns(col, torch.bfloat16, "vendor")),
     }
 
 
@@ -98,12 +97,11 @@ def weight_jobs(layer: Layer, device: torch.device) -> dict[str, Callable[[], ob
     """Return the calls for the layer's fp32 weight, by name. Latency limits them, so only times are shown."""
     w = torch.randn(layer.c_out, layer.c_in, layer.kernel, layer.kernel, device=device)
     w = w.to(memory_format=torch.channels_last)
-    args = (1, PACKED, NONE, True, "", 448, False, torch.bfloat16, "vendor")
-    data, scale = operand.quantize_weight(w, *args)[:2]
-    channels = (layer.c_out, layer.c_in, 1, False, None, torch.bfloat16, "vendor")
+    spec, layout = WeightSpec(1, PACKED), WeightLayout(layer.c_out, layer.c_in, 1, False)
+    row = operand.quantize_weight(w, spec, torch.bfloat16, "vendor").row
     return {
-        "w: 16x16, packed": lambda: operand.quantize_weight(w, *args),
-        "w: packed to bf16": lambda: operand.unpack_weight(data, scale, *channels),
+        "w: 16x16, packed": lambda: operand.quantize_weight(w, spec, torch.bfloat16, "vendor"),
+        "w: packed to bf16": lambda: operand.unpack_weight(row, layout, None, torch.bfloat16, "vendor"),
     }
 
 

@@ -128,7 +128,9 @@ def runs_directly(x: Tensor) -> bool:
     autograd, autocast): the layers above have dealt with autograd and autocast already. Calls on other tensors, those
     that a dispatch mode watches and those that torch.compile traces go through the operators.
     """
-    return type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():  # asked first: torch.compile cannot trace the question after it
+        return False
+    return type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()
 
 
 def native_fp4(device: torch.device) -> bool:

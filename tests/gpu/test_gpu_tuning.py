@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from te_nvfp4_cv.backend import cache, tuning
+from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operand
-from tests.helpers import same_bits
+from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Operand, OperandSpec
+from tests.helpers import same_codes
 
 pytestmark = pytest.mark.gpu
-ARGUMENTS = (1, [1, 0, 8, 0, 32], 2, 1, True, False, "", 448, False, torch.bfloat16, None, None, "vendor")
+
+
+def quantize(x: torch.Tensor, amax: torch.Tensor | None = None) -> Operand:
+    spec = OperandSpec(1, Fold(1, 0, 8, 0, 32), DEQUANTIZED, PACKED, True)
+    return operand.quantize_operand(x, spec, torch.bfloat16, None, amax, "vendor")
 
 
 @pytest.fixture
@@ -28,18 +34,16 @@ def searching(monkeypatch, tmp_path):
 
 def test_a_search_changes_no_bits_and_is_kept(searching, monkeypatch):
     x = torch.randn(32, 8, 8, 64, device="cuda", dtype=torch.bfloat16)
-    found = operand.quantize_operand(x, *ARGUMENTS)
+    found = quantize(x)
     (path,) = searching.glob("tuned_*.json")
     kept = json.loads(path.read_text())["content"]
     assert any(entry.startswith("quantize") for entry in kept)
     monkeypatch.setattr(tuning, "milliseconds", lambda run: pytest.fail("searched again"))
     tuning.forget()
-    again = operand.quantize_operand(x, *ARGUMENTS)
+    again = quantize(x)
     monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", "0")
-    table = operand.quantize_operand(x, *ARGUMENTS)
-    assert all(
-        same_bits(a.cpu(), b.cpu()) and same_bits(a.cpu(), c.cpu()) for a, b, c in zip(found, again, table, strict=True)
-    )
+    table = quantize(x)
+    assert same_codes(found, again) and same_codes(found, table)
 
 
 def test_a_search_counts_saturated_blocks_once(searching, monkeypatch):
@@ -48,7 +52,7 @@ def test_a_search_counts_saturated_blocks_once(searching, monkeypatch):
     counts = []
     for search in ("1", "0"):
         monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", search)
-        counts.append(float(operand.quantize_operand(x, *ARGUMENTS[:-2], low, "vendor")[6][2]))
+        counts.append(float(quantize(x, low).observed[2]))
     assert counts[0] == counts[1] > 0
 
 
@@ -56,12 +60,12 @@ def test_no_search_in_a_graph(searching, monkeypatch):
     x = torch.randn(32, 8, 8, 64, device="cuda", dtype=torch.bfloat16)
     monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", "0")
     for _ in range(2):
-        operand.quantize_operand(x, *ARGUMENTS)
+        quantize(x)
     torch.cuda.synchronize()
     monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", "1")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        operand.quantize_operand(x, *ARGUMENTS)
+        quantize(x)
     graph.replay()
     torch.cuda.synchronize()
     assert not list(searching.glob("tuned_*.json"))

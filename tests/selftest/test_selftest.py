@@ -19,6 +19,7 @@ from te_nvfp4_cv import cli, selftest
 from te_nvfp4_cv.backend import selftest_cache
 from te_nvfp4_cv.ops.conv import vendor as conv_vendor
 from te_nvfp4_cv.ops.quantize import cpu, reference_matrix
+from te_nvfp4_cv.ops.records import Operand
 from te_nvfp4_cv.selftest import products, quantization, setting, training
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting
 from tests.backend import fake_gpu
@@ -70,26 +71,26 @@ def test_a_backend_that_cannot_run_exits_with_2(capsys, monkeypatch):
 # ---- planted faults -------------------------------------------------------------------------------------------------
 
 
-def broken(change: Callable[[tuple[Tensor, ...], dict[str, Any]], Any]) -> Callable[..., tuple[Tensor, ...]]:
-    """vendor.quantize_operand with its results changed in place."""
+def broken(change: Callable[[Operand], None]) -> Callable[..., Operand]:
+    """Return cpu.quantize_operand with its results changed in place."""
     original = cpu.quantize_operand
 
-    def quantize_operand(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        fields = original(*args, **kwargs)
-        change(fields, {"stochastic": args[6]})
-        return fields
+    def quantize_operand(*args: Any, **kwargs: Any) -> Operand:
+        made: Operand = original(*args, **kwargs)
+        change(made)
+        return made
 
     return quantize_operand
 
 
-def flip_last_code(fields: tuple[Tensor, ...], _: dict[str, Any]) -> None:
-    if fields[3].dtype == torch.uint8 and fields[3].numel():
-        fields[3].view(-1)[-1] ^= 1
+def flip_last_code(made: Operand) -> None:
+    if made.col.data.dtype == torch.uint8 and made.col.data.numel():
+        made.col.data.view(-1)[-1] ^= 1
 
 
-def forget_saturation(fields: tuple[Tensor, ...], _: dict[str, Any]) -> None:
-    if fields[6].numel():
-        fields[6][2] = 0
+def forget_saturation(made: Operand) -> None:
+    if made.observed.numel():
+        made.observed[2] = 0
 
 
 @pytest.mark.parametrize(

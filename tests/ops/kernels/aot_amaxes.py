@@ -1,4 +1,4 @@
-"""Ahead-of-time cases of ops/quantize/kernels_amaxes.py: see tests/aot.py."""
+"""Ahead-of-time cases of ops/quantize/triton/amax_kernels.py: see tests/aot.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time cases of ops/norm/kernels.py: see tests/aot.py."""
+"""Ahead-of-time cases of ops/norm/triton/kernels.py and quantize_kernels.py: see tests/aot.py."""
 
 from __future__ import annotations
 
@@ -152,6 +152,6 @@ for name, activation, groups, residual, row in (
         **more,
     )
     for case in (produce, measure) if row == 2 else (produce,):
-        case["fn"] = (MODULE + "_produce", case["fn"][1])
+        case["fn"] = ("te_nvfp4_cv.ops.norm.triton.quantize_kernels", case["fn"][1])
         case["options"] = dict(num_warps=4, enable_fp_fusion=False)
         CASES.append(case)

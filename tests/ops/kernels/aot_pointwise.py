@@ -1,4 +1,4 @@
-"""Ahead-of-time cases of ops/kernels.py: see tests/aot.py."""
+"""Ahead-of-time cases of ops/triton/elementwise.py: see tests/aot.py."""
 
 from __future__ import annotations
 

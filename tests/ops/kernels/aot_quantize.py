@@ -1,6 +1,6 @@
-"""Ahead-of-time cases of ops/quantize/kernels*.py: see tests/aot.py.
+"""Ahead-of-time cases of ops/quantize/triton/*_kernels.py: see tests/aot.py.
 
-Tile sizes and warps are those of quantize/launch_parts.py's tables, by architecture. The fast paths are compiled as
+Tile sizes and warps are those of quantize/triton/tiles.py's tables, by architecture. The fast paths are compiled as
 they run on whole tiles of plain images; the masked, folded and unaligned variants must compile without spilling, and
 have no budget. Budgets are instructions per element with everything counted: prologue, reductions, and the pass over
 saturated blocks that hardly ever runs.
@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from te_nvfp4_cv.backend import tuning
-from te_nvfp4_cv.ops.quantize.triton import tiles as launch_parts
+from te_nvfp4_cv.ops.quantize.triton import tiles as launch_tiles
 
 VARIANTS = (80, 90, 100, 120)  # of the cases without a budget; the others compile for all six
-FOLDER = "te_nvfp4_cv.ops.quantize.matrix"
+FOLDER = "te_nvfp4_cv.ops.quantize.triton"
 NO_FP8 = [r"!e4m3", r"!e5m2", r"!e2m1"]
 EXACT = [*NO_FP8, r"!(add|sub|mul|fma|div)[.\w]*\.ftz\.f32", r"!fma\.rn\.bf16", r"!div\.(full|approx)"]
 WIDE_LOADS = [r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global[.\w:]*\.v2\.b32"]
@@ -33,7 +33,7 @@ def case(
         fn=(f"{FOLDER}.{file}", kernel),
         signature=signature | {value: "constexpr" for value in values} | {width: "constexpr"},
         constexprs=lambda arch: {**values, width: tuning.static(table, arch, key)["BLOCK"]},
-        options=lambda arch: launch_parts.options_of(tuning.static(table, arch, key)),
+        options=lambda arch: launch_tiles.options_of(tuning.static(table, arch, key)),
         **({} if "instructions_per_element" in more else {"archs": VARIANTS}),
         **more,
     )
@@ -70,7 +70,7 @@ def quantize(name: str, **changes: Any) -> dict[str, Any]:
         more["instructions_per_element"] = (lambda constants: 16 * constants["BLOCK"], budget)
     flags = (values["STOCHASTIC"], x != "bf16", values["CHANNELS"] > 0)
     more["key"] = tuple(map(int, flags))
-    return case(name, "kernels", "quantize_kernel", "quantize", signature, values, **more)
+    return case(name, "operand_kernels", "quantize_kernel", "quantize", signature, values, **more)
 
 
 def blocks(name: str, **changes: Any) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def blocks(name: str, **changes: Any) -> dict[str, Any]:
     for name_ in ("blocks", "rows_in", "rows_out", "taps", "width", "stride_o", "stride_t", "stride_c", "image_size"):
         signature[name_] = "i32"
     signature["word2"] = "i32"
-    return case(name, "kernels_blocks", "quantize_blocks_kernel", "quantize_blocks", signature, values, expect=EXACT)
+    return case(name, "block_kernels", "quantize_blocks_kernel", "quantize_blocks", signature, values, expect=EXACT)
 
 
 def tiles(name: str, **changes: Any) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def tiles(name: str, **changes: Any) -> dict[str, Any]:
     values |= changes
     signature = dict(w=f"*{w}", amax="*fp32", data="*i64", scale="*u8", dequantized="*bf16")
     signature |= {name_: "i32" for name_ in ("tiles", "taps", "width", "stride_o", "stride_t", "stride_c")}
-    file, table = "kernels_blocks", "quantize_tiles"
+    file, table = "block_kernels", "quantize_tiles"
     return case(name, file, "quantize_tiles_kernel", table, signature, values, width="TILES", expect=EXACT)
 
 
@@ -134,7 +134,7 @@ CASES = [
     quantize("fp16", x="fp16", RHT=False),
     case(
         "amax",
-        "kernels",
+        "operand_kernels",
         "amax_kernel",
         "quantize_amax",
         AMAX,
@@ -144,7 +144,7 @@ CASES = [
     ),
     case(
         "amax_folded",
-        "kernels",
+        "operand_kernels",
         "amax_kernel",
         "quantize_amax",
         AMAX,
@@ -153,7 +153,7 @@ CASES = [
     ),
     case(
         "amax_flat",
-        "kernels",
+        "operand_kernels",
         "amax_flat_kernel",
         "amax_flat",
         dict(x="*bf16", amax="*i32", n="i64"),
@@ -163,7 +163,7 @@ CASES = [
     ),
     case(
         "unpack_columns",
-        "kernels_unpack",
+        "unpack_kernels",
         "unpack_columns_kernel",
         "unpack_columns",
         UNPACK_COLUMNS,
@@ -173,7 +173,7 @@ CASES = [
     ),
     case(
         "unpack_columns_of_a_weight",
-        "kernels_unpack",
+        "unpack_kernels",
         "unpack_columns_kernel",
         "unpack_columns",
         UNPACK_COLUMNS,
@@ -182,7 +182,7 @@ CASES = [
     ),
     case(
         "unpack_rows",
-        "kernels_unpack",
+        "unpack_kernels",
         "unpack_rows_kernel",
         "unpack_rows",
         UNPACK_ROWS,
@@ -191,7 +191,7 @@ CASES = [
     ),
     case(
         "unpack_tiles",
-        "kernels_unpack",
+        "unpack_kernels",
         "unpack_rows_kernel",
         "unpack_rows",
         UNPACK_ROWS,
@@ -208,14 +208,14 @@ CASES = [
     blocks("four_over_six_stochastic", x="bf16", ERROR=1, STOCHASTIC=True),
     dict(
         name="finish",
-        fn=(f"{FOLDER}.kernels", "finish_kernel"),
+        fn=(f"{FOLDER}.operand_kernels", "finish_kernel"),
         signature=dict(slots="*i32", given="*fp32", observed="*fp32", used="*fp32", SAME="constexpr"),
         constexprs=dict(SAME=False),
         options=dict(num_warps=1),
     ),
     dict(
         name="weight_amax",
-        fn=(f"{FOLDER}.kernels_blocks", "weight_amax_kernel"),
+        fn=(f"{FOLDER}.block_kernels", "weight_amax_kernel"),
         signature=dict(bits="*i32", amax="*fp32", POW2="constexpr", E4M3_MAX="constexpr"),
         constexprs=dict(POW2=True, E4M3_MAX=448),
         options=dict(num_warps=1),

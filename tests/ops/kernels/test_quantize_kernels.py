@@ -23,8 +23,17 @@ from te_nvfp4_cv.backend import dispatch, tuning
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operand, reference_matrix
 from te_nvfp4_cv.ops.quantize import reference as reference_operands
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
-from tests.helpers import KINDS, fold_list, make_geometry, same_bits, seeds, values
+from te_nvfp4_cv.ops.records import (
+    DEQUANTIZED,
+    NONE,
+    PACKED,
+    Operand,
+    OperandSpec,
+    WeightCodes,
+    WeightLayout,
+    WeightSpec,
+)
+from tests.helpers import KINDS, make_geometry, same_bits, same_codes, seeds, values
 from tests.ops.test_operands import DTYPES, assert_no_nan_scale, random_case, strided
 
 pytestmark = [
@@ -52,19 +61,24 @@ def to(device: torch.device, *arguments):
     return [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
-def compare(launch, device, arguments, asked=None) -> tuple[torch.Tensor, ...]:
-    """Both backends' results are the same bits, field by field; the kernels' are returned, on the CPU."""
-    expected = reference_operands.quantize_operand(*arguments)
-    got = tuple(t.cpu() for t in launch.quantize_operand(*to(device, *arguments)))
-    row, col = arguments[3], arguments[4]
-    for field, (e, g) in enumerate(zip(expected, got, strict=True)):
+def cpu(made: Operand | WeightCodes):
+    """Return the record with its tensors on the CPU."""
+    return type(made).from_flat(tuple(t.cpu() for t in made.flat()))
+
+
+def compare(launch, device, x, spec: OperandSpec, dtype=torch.bfloat16, amax=None) -> Operand:
+    """Check that both backends give the same bits, field by field; return the kernels', on the CPU."""
+    expected = reference_operands.quantize_operand(x, spec, dtype, None, amax)
+    got = cpu(launch.quantize_operand(*to(device, x, spec, dtype, None, amax)))
+    row, col = spec.row, spec.col
+    for field, (e, g) in enumerate(zip(expected.flat(), got.flat(), strict=True)):
         if field in ROW and not row or field in COL and not col:
             assert field in (2, 5) or g.numel() == e.numel() == 0, field
             continue
         assert same_bits(e, g), (field, row, col, tuple(e.shape), int((e != g).sum()))
-    for face, form in ((got[1], row), (got[4], col)):
+    for face, form in ((got.row, row), (got.col, col)):
         if form == PACKED:
-            assert_no_nan_scale(face)
+            assert_no_nan_scale(face.scale)
     return got
 
 
@@ -77,30 +91,28 @@ def test_operands_equal_the_reference(launch, kernel_device, seed):
     dtype = (torch.bfloat16, torch.float32)[seed % 2]
     for k, (row, col) in enumerate(FORMS):
         rht = (seed + k) % 2 == 0
-        compare(
-            launch, kernel_device, (x, groups, Fold(*fold), row, col, rht, False, None, 448, False, dtype, None, None)
-        )
+        compare(launch, kernel_device, x, OperandSpec(groups, fold, row, col, rht), dtype)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_given_amaxes_and_what_is_observed(launch, kernel_device, seed):
     x, groups, fold = random_case(seed)
-    own = reference_operands.measure_operand(x, Fold(*fold), True)
+    own = reference_operands.measure_operand(x, OperandSpec(groups, fold, rht=True))
     for k, (row, col) in enumerate(FORMS):
         shrink = (4.0, 1.0, 0.01)[(seed + k) % 3]  # of an earlier step: larger, fitting, far too small
         amax = torch.where(own.isfinite() & (own > 0), own, 1.0) * shrink
         rht = (seed + k) % 2 == 0
-        arguments = (x, groups, Fold(*fold), row, col, rht, False, None, 448, False, torch.bfloat16, None, amax)
-        got = compare(launch, kernel_device, arguments)
-        assert not (shrink == 0.01 and KINDS[seed % 8] == "normal") or got[6][2] > 0
+        got = compare(launch, kernel_device, x, OperandSpec(groups, fold, row, col, rht), amax=amax)
+        assert not (shrink == 0.01 and KINDS[seed % 8] == "normal") or got.observed[2] > 0
 
 
 @pytest.mark.parametrize("rht", [True, False])
 @pytest.mark.parametrize("seed", range(0, 24, 2))
 def test_amaxes_equal_the_reference(launch, kernel_device, seed, rht):
-    x, _, fold = random_case(seed)
-    expected = reference_operands.measure_operand(x, Fold(*fold), rht)
-    assert same_bits(launch.measure_operand(x.to(kernel_device), Fold(*fold), rht).cpu(), expected)
+    x, groups, fold = random_case(seed)
+    spec = OperandSpec(groups, fold, rht=rht)
+    expected = reference_operands.measure_operand(x, spec)
+    assert same_bits(launch.measure_operand(x.to(kernel_device), spec).cpu(), expected)
 
 
 def test_several_tiles_and_groups_of_images(launch, kernel_device, monkeypatch):
@@ -110,26 +122,10 @@ def test_several_tiles_and_groups_of_images(launch, kernel_device, monkeypatch):
         x = values(shape, "normal", torch.bfloat16)
         fold = Fold(1, 0, shape[1] if len(shape) > 2 else 1, 0, -(-shape[0] // 16) * 16)
         for amax in (None, torch.tensor([5.0, 9.0])):
-            arguments = (
-                x,
-                groups,
-                fold,
-                DEQUANTIZED,
-                PACKED,
-                True,
-                False,
-                None,
-                448,
-                False,
-                torch.bfloat16,
-                None,
-                amax,
-            )
-            compare(launch, kernel_device, arguments)
+            compare(launch, kernel_device, x, OperandSpec(groups, fold, DEQUANTIZED, PACKED, True), amax=amax)
     x = values((5, 4, 20, 24), "normal")  # folded, and rows longer than a tile
     fold = make_geometry(5, (24, 16), (4, 20), 3, 1, 1).folds[0]
-    arguments = (x, 1, fold, PACKED, PACKED, True, False, None, 448, False, torch.bfloat16, None, None)
-    compare(launch, kernel_device, arguments)
+    compare(launch, kernel_device, x, OperandSpec(1, fold, PACKED, PACKED, True))
 
 
 @pytest.mark.parametrize("mode", ["MAE", "MSE"])
@@ -139,14 +135,13 @@ def test_four_over_six(launch, kernel_device, seed, mode):
     form, e4m3_max = (PACKED, DEQUANTIZED)[seed % 2], (448, 256)[seed // 3 % 2]
     amax = torch.tensor([2.0, 3.0]) if seed % 4 == 0 else None
     rht = seed % 6 == 0
-    arguments = (x, groups, Fold(*fold), form, form, rht, False, mode, e4m3_max, False, torch.float32, None, amax)
-    compare(launch, kernel_device, arguments)
+    spec = OperandSpec(groups, fold, form, form, rht, four_over_six=mode, e4m3_max=e4m3_max)
+    compare(launch, kernel_device, x, spec, torch.float32, amax)
 
 
 def test_a_scale_per_row(launch, kernel_device):
     x, fold = values((5, 3, 4, 40), "wide", torch.bfloat16), Fold(1, 0, 3, 0, 16)
-    common = (x, 1, fold, PACKED, PACKED, False, False, None, 448, True, torch.float32, None, None)
-    compare(launch, kernel_device, common)
+    compare(launch, kernel_device, x, OperandSpec(1, fold, PACKED, PACKED, row_scaled=True), torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 16), (2, 0, 4, 16), (2, 3, 4, 0), (0, 16)])
@@ -155,13 +150,13 @@ def test_empty_tensors(launch, kernel_device, shape):
     fold = Fold(1, 0, shape[1] if len(shape) > 2 else 1, 0, -(-shape[0] // 16) * 16)
     for amax, row_scaled in ((None, False), (torch.ones(2, device=kernel_device), False), (None, True)):
         for row, col in FORMS:
-            common = (x, 1, fold.to_ints(), row, col, True, False, "", 448, row_scaled, torch.bfloat16, None, amax)
-            got = operand.quantize_operand(*common, "triton")
+            spec = OperandSpec(1, fold, row, col, True, row_scaled=row_scaled)
+            got = operand.quantize_operand(x, spec, torch.bfloat16, None, amax, "triton")
             with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-                expected = operand.quantize_operand(*common, "triton")
-            assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in expected]
-            assert not any(bool(g.any()) for g in (*got[:2], *got[3:5], got[6]))
-    assert same_bits(launch.measure_operand(x, fold, True).cpu(), torch.zeros(2))
+                expected = operand.quantize_operand(x, spec, torch.bfloat16, None, amax, "triton")
+            assert [(g.shape, g.dtype) for g in got.flat()] == [(e.shape, e.dtype) for e in expected.flat()]
+            assert not any(bool(g.any()) for g in (*got.row, *got.col, got.observed))
+    assert same_bits(launch.measure_operand(x, OperandSpec(1, fold, rht=True)).cpu(), torch.zeros(2))
     assert launch.unpack_columns(torch.empty(0, 4, 8), torch.empty(0, 4), torch.bfloat16).shape == (0, 4)
 
 
@@ -205,18 +200,17 @@ def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
     arguments = (x, x, amax, amax, row, scale, col, scale, amax, images, 1, run, per_row, 0)
     operand_kernels.quantize_kernel[(1,)](*arguments, **flags, E4M3_MAX=448, BLOCK=block)
     fold = Fold(1, 0, 1, 0, 16)
-    expected = reference_operands.quantize_operand(
-        tail, 1, fold, DEQUANTIZED, PACKED, True, False, None, 448, False, bf16, None, amax
-    )
+    spec = OperandSpec(1, fold, DEQUANTIZED, PACKED, True)
+    expected = reference_operands.quantize_operand(tail, spec, bf16, None, amax)
     got = torch.stack([all_row[(first + i) * run + at] for i in range(16)])
-    assert same_bits(got, expected[0])
-    assert same_bits(all_col[(groups - 1) * run + at].view(torch.uint8).view(1, 48, 8), expected[3])
-    assert same_bits(all_scale[(groups - 1) * run + at].view(1, 48), expected[4])
+    assert same_bits(got, expected.row.data)
+    assert same_bits(all_col[(groups - 1) * run + at].view(torch.uint8).view(1, 48, 8), expected.col.data)
+    assert same_bits(all_scale[(groups - 1) * run + at].view(1, 48), expected.col.scale)
     unpack_kernels.unpack_columns_kernel[(1,)](
         col, scale, back, amax, run, images, per_row, FACTOR=False, GROUP_BLOCKS=groups, MASKED=True, BLOCK=block
     )
     got = torch.stack([all_back[(first + i) * run + at] for i in range(16)])
-    assert same_bits(got, reference_operands.unpack_columns(expected[3], expected[4], bf16))
+    assert same_bits(got, reference_operands.unpack_columns(*expected.col, bf16))
 
 
 # ---- stochastic rounding --------------------------------------------------------------------------------------------
@@ -232,8 +226,9 @@ def kernel_bytes(images: int, size: int, seed: int, word2: int = 0) -> torch.Ten
     return each.view(images // 16, size, 16).movedim(-1, 1).reshape(images, size).to(torch.uint8)
 
 
-def by_reference(x, groups, fold, row, col, rht, four_over_six, dtype, seed, amax):
-    """reference_operands.quantize_operand with the kernels' bytes in place of its own."""
+def by_reference(x, spec: OperandSpec, dtype, seed: int, amax) -> Operand:
+    """Return what reference_operands.quantize_operand makes with the kernels' bytes in place of its own."""
+    groups, fold = spec.groups, spec.fold
     bytes_row = kernel_bytes(-(-x.shape[0] // 16) * 16, x[0].numel(), seed)[: x.shape[0]].view(x.shape)
     folded = reference_operands.fold_images(x, fold)
     if fold.strips == 1:
@@ -251,9 +246,7 @@ def by_reference(x, groups, fold, row, col, rht, four_over_six, dtype, seed, ama
 
     reference_matrix.quantize_2d = with_bytes
     try:
-        return reference_operands.quantize_operand(
-            x, groups, fold, row, col, rht, True, four_over_six, 448, False, dtype, None, amax
-        )
+        return reference_operands.quantize_operand(x, spec, dtype, None, amax)
     finally:
         reference_matrix.quantize_2d = plain
 
@@ -261,17 +254,15 @@ def by_reference(x, groups, fold, row, col, rht, four_over_six, dtype, seed, ama
 @pytest.mark.parametrize("seed", SEEDS)
 def test_stochastic_rounding_equals_the_reference_with_the_same_bytes(launch, kernel_device, seed):
     x, groups, fold = random_case(seed)
-    fold, key, dtype = Fold(*fold), 0x1234567890ABCDEF + seed, (torch.bfloat16, torch.float32)[seed % 2]
+    key, dtype = 0x1234567890ABCDEF + seed, (torch.bfloat16, torch.float32)[seed % 2]
     mode = "MSE" if seed % 4 == 3 else None
     amax = torch.tensor([4.0, 0.5]) if seed % 3 == 0 else None
     for row, col in ((DEQUANTIZED, DEQUANTIZED), (PACKED, PACKED), (NONE, DEQUANTIZED)):
-        expected = by_reference(x, groups, fold, row, col, True, mode, dtype, key, amax)
-        got = launch.quantize_operand(
-            *to(kernel_device, x, groups, fold, row, col, True, True, mode, 448, False, dtype),
-            *to(kernel_device, torch.tensor([key]), amax),
-        )
+        spec = OperandSpec(groups, fold, row, col, True, True, mode)
+        expected = by_reference(x, spec, dtype, key, amax)
+        got = cpu(launch.quantize_operand(*to(kernel_device, x, spec, dtype, torch.tensor([key]), amax)))
         for field in (*(ROW if row else ()), *(COL if col else ()), 6):
-            assert same_bits(got[field].cpu(), expected[field]), (field, row, col)
+            assert same_bits(got.flat()[field], expected.flat()[field]), (field, row, col)
 
 
 def test_stochastic_rounding_is_unbiased_between_neighbours_and_follows_its_seed(launch, kernel_device):
@@ -279,25 +270,24 @@ def test_stochastic_rounding_is_unbiased_between_neighbours_and_follows_its_seed
     x = values((16, 4, 4, 256), "normal", torch.bfloat16)
     fold = Fold(1, 0, 4, 0, 16)
 
-    def run(key: int):
-        seed = torch.tensor([key])
-        common = (x, 1, fold, DEQUANTIZED, DEQUANTIZED, False, True, None, 448, False, torch.float32, seed, None)
-        return [t.cpu() for t in launch.quantize_operand(*to(kernel_device, *common))]
+    def run(key: int) -> Operand:
+        spec = OperandSpec(1, fold, DEQUANTIZED, DEQUANTIZED, stochastic=True)
+        return cpu(launch.quantize_operand(*to(kernel_device, x, spec, torch.float32, torch.tensor([key]), None)))
 
     got, again, other = run(7), run(7), run(8)
-    packed = launch.quantize_operand(
-        *to(kernel_device, x, 1, fold, PACKED, PACKED, False, False, None, 448, False, torch.float32, None, None)
-    )
-    s_enc = formats.encode_scale(got[2])
-    for face, scale in ((0, packed[1].cpu().unsqueeze(-1)), (3, packed[4].cpu().unsqueeze(1))):
-        assert same_bits(got[face], again[face]) and not torch.equal(got[face], other[face])
+    nearest = OperandSpec(1, fold, PACKED, PACKED)
+    packed = cpu(launch.quantize_operand(x.to(kernel_device), nearest, torch.float32, None, None))
+    s_enc = formats.encode_scale(got.row_amax)
+    for face, scale in (("row", packed.row.scale.unsqueeze(-1)), ("col", packed.col.scale.unsqueeze(1))):
+        values_, repeated, others = (getattr(made, face).data for made in (got, again, other))
+        assert same_bits(values_, repeated) and not torch.equal(values_, others)
         s_b = scale.view(torch.float8_e4m3fn)
         enc = formats.encode_multiplier(s_b, s_enc)
-        if face == 0:
-            scaled, value = x.float().unflatten(-1, (-1, 16)) * enc, got[0].unflatten(-1, (-1, 16)) / s_b.float()
+        if face == "row":
+            scaled, value = x.float().unflatten(-1, (-1, 16)) * enc, values_.unflatten(-1, (-1, 16)) / s_b.float()
         else:
             scaled = x.float().unflatten(0, (-1, 16)) * enc
-            value = got[3].unflatten(0, (-1, 16)) / s_b.float()
+            value = values_.unflatten(0, (-1, 16)) / s_b.float()
         scaled = scaled.clamp(-6, 6)
         step = torch.where(scaled.abs() < 2, 0.5, torch.where(scaled.abs() < 4, 1.0, 2.0))
         error = (value - scaled) / step
@@ -319,11 +309,11 @@ def test_both_faces_share_their_bytes_and_one_face_alone_is_the_same(launch, ker
         values((16, 2, 3, 32), "normal", torch.bfloat16).to(kernel_device),
         torch.tensor([3], device=kernel_device),
     )
-    fold = Fold(1, 0, 2, 0, 16)
-    both = launch.quantize_operand(x, 1, fold, PACKED, PACKED, True, True, None, 448, False, torch.float32, seed, None)
-    row = launch.quantize_operand(x, 1, fold, PACKED, NONE, True, True, None, 448, False, torch.float32, seed, None)
-    col = launch.quantize_operand(x, 1, fold, NONE, PACKED, True, True, None, 448, False, torch.float32, seed, None)
-    assert same_bits(both[0].cpu(), row[0].cpu()) and same_bits(both[3].cpu(), col[3].cpu())
+    both, row, col = (
+        cpu(launch.quantize_operand(x, OperandSpec(1, Fold(1, 0, 2, 0, 16), *forms, True, True), x.dtype, seed, None))
+        for forms in ((PACKED, PACKED), (PACKED, NONE), (NONE, PACKED))
+    )
+    assert same_bits(both.row.data, row.row.data) and same_bits(both.col.data, col.col.data)
 
 
 # ---- packed faces back to values ------------------------------------------------------------------------------------
@@ -332,11 +322,11 @@ def test_both_faces_share_their_bytes_and_one_face_alone_is_the_same(launch, ker
 @pytest.mark.parametrize("seed", range(0, 24, 3))
 def test_unpacking_equals_the_reference(launch, kernel_device, seed):
     x, groups, fold = random_case(seed)
-    common = (x, groups, Fold(*fold), PACKED, PACKED, True, False, None, 448, False, torch.bfloat16, None, None)
-    packed = reference_operands.quantize_operand(*common)
+    spec = OperandSpec(groups, fold, PACKED, PACKED, True)
+    packed = reference_operands.quantize_operand(x, spec, torch.bfloat16, None, None)
     for dtype in (torch.bfloat16, torch.float32):
-        for function, fields, more in (("unpack_columns", (3, 4), ()), ("unpack_rows", (0, 1), (x.shape[-1], groups))):
-            data, scale = packed[fields[0]], packed[fields[1]]
+        cases = (("unpack_columns", packed.col, ()), ("unpack_rows", packed.row, (x.shape[-1], groups)))
+        for function, (data, scale), more in cases:
             expected = getattr(reference_operands, function)(data, scale, *more, dtype)
             got = getattr(launch, function)(data.to(kernel_device), scale.to(kernel_device), *more, dtype)
             assert same_bits(got.cpu(), expected), (function, dtype)
@@ -378,18 +368,18 @@ def test_weights_equal_the_reference(launch, kernel_device, seed, how):
     faces = [(True, PACKED, NONE), (True, DEQUANTIZED, NONE)]
     faces += [(False, row, col) for row, col in ((PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED))]
     for k, (two_d, row, col) in enumerate(faces):
-        common = (groups, row, col, two_d, None, 448, (seed + k) % 2 == 0, torch.bfloat16)
-        expected = reference_operands.quantize_weight(w, *common)
-        got = [t.cpu() for t in launch.quantize_weight(on(kernel_device, w), *common)]
-        assert all(same_bits(e, g) for e, g in zip(expected, got, strict=True)), (two_d, row, col)
-        assert_no_nan_scale(got[1])
-        assert_no_nan_scale(got[3])
-        for face, form, columnwise in ((0, row, False), (2, col, True)):
+        spec = WeightSpec(groups, row, col, two_d, pow2=(seed + k) % 2 == 0)
+        expected = reference_operands.quantize_weight(w, spec, torch.bfloat16)
+        got = cpu(launch.quantize_weight(on(kernel_device, w), spec, torch.bfloat16))
+        assert same_codes(expected, got), (two_d, row, col)
+        assert_no_nan_scale(got.row.scale)
+        assert_no_nan_scale(got.col.scale)
+        for name, form in (("row", row), ("col", col)):
             if form == PACKED:
                 for factor in (None, torch.tensor([0.125]), torch.tensor([math.nan])):
-                    packed = (got[face], got[face + 1], n, c, groups, columnwise, factor, torch.bfloat16)
+                    packed = (*got.face(name), WeightLayout(n, c, groups, name == "col"), factor, torch.bfloat16)
                     back = launch.unpack_weight(*to(kernel_device, *packed)).cpu()
-                    assert same_bits(back, reference_operands.unpack_weight(*packed)), (two_d, columnwise, factor)
+                    assert same_bits(back, reference_operands.unpack_weight(*packed)), (two_d, name, factor)
 
 
 def on(device: torch.device, w: torch.Tensor) -> torch.Tensor:
@@ -405,12 +395,10 @@ def on(device: torch.device, w: torch.Tensor) -> torch.Tensor:
 def test_weights_with_four_over_six(launch, kernel_device, two_d, mode, e4m3_max):
     for groups, shape, kind in ((1, (32, 24, 3), "normal"), (2, (40, 16, 1, 2), "wide"), (1, (16, 64), "subnormal")):
         w = values(shape, kind)
-        common = (groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max, False, torch.float32)
-        expected, got = (
-            reference_operands.quantize_weight(w, *common),
-            launch.quantize_weight(w.to(kernel_device), *common),
-        )
-        assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True)), (groups, shape)
+        spec = WeightSpec(groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max)
+        expected = reference_operands.quantize_weight(w, spec, torch.float32)
+        got = launch.quantize_weight(w.to(kernel_device), spec, torch.float32)
+        assert same_codes(expected, cpu(got)), (groups, shape)
 
 
 @pytest.mark.parametrize("e4m3_max", [448, 256])
@@ -419,9 +407,9 @@ def test_weights_with_a_power_of_two(launch, kernel_device, amax, e4m3_max):
     w = torch.linspace(-1, 1, 256).view(16, 16).clone()
     w[0, 0] = 1.0
     w = w * amax if math.isfinite(amax) else torch.where(w == 1.0, amax, w)
-    common = (1, PACKED, NONE, True, None, e4m3_max, True, torch.float32)
-    expected, got = reference_operands.quantize_weight(w, *common), launch.quantize_weight(w.to(kernel_device), *common)
-    assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True))
+    spec = WeightSpec(1, PACKED, e4m3_max=e4m3_max, pow2=True)
+    expected = reference_operands.quantize_weight(w, spec, torch.float32)
+    assert same_codes(expected, cpu(launch.quantize_weight(w.to(kernel_device), spec, torch.float32)))
 
 
 @pytest.mark.parametrize("two_d", [True, False])
@@ -430,11 +418,11 @@ def test_shards_with_the_amax_of_the_whole(launch, kernel_device, kind, two_d):
     w = values((48, 32, 3), kind)
     amax = w.abs().amax().reshape(1)
     for axis, pow2 in ((0, False), (1, True), (1, False)):
-        common = (1, PACKED, NONE if two_d else PACKED, two_d, None, 448, pow2, torch.float32)
+        spec = WeightSpec(1, PACKED, NONE if two_d else PACKED, two_d, pow2=pow2)
         shard = w.narrow(axis, 16, 16)
-        expected = reference_operands.quantize_weight(shard, *common, amax)
-        got = launch.quantize_weight(on(kernel_device, shard), *common, amax.to(kernel_device))
-        assert all(same_bits(e, g.cpu()) for e, g in zip(expected, got, strict=True)), (axis, pow2)
+        expected = reference_operands.quantize_weight(shard, spec, torch.float32, amax)
+        got = launch.quantize_weight(on(kernel_device, shard), spec, torch.float32, amax.to(kernel_device))
+        assert same_codes(expected, cpu(got)), (axis, pow2)
 
 
 # ---- the operators --------------------------------------------------------------------------------------------------
@@ -442,18 +430,19 @@ def test_shards_with_the_amax_of_the_whole(launch, kernel_device, kind, two_d):
 
 def test_operators_pass_opcheck(kernel_device, monkeypatch):
     x, w = values((3, 5, 4, 24)).to(kernel_device), values((32, 24, 3, 3)).to(kernel_device)
-    fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds[0])
-    ops = torch.ops.te_nvfp4_cv
+    fold, ops = make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds[0], torch.ops.te_nvfp4_cv
     key, amax = torch.tensor([5], device=kernel_device), torch.ones(2, device=kernel_device)
     tests = ("test_schema", "test_faketensor")
     for row, col, given in ((PACKED, PACKED, None), (DEQUANTIZED, NONE, amax)):
-        args = (x, 1, fold, row, col, True, True, "", 448, False, torch.bfloat16, key, given, "triton")
+        spec = OperandSpec(1, fold, row, col, True, True).to_ints()
+        args = (x, spec, torch.bfloat16, key, given, "triton")
         torch.library.opcheck(ops.quantize_operand.default, args, test_utils=tests)
-    torch.library.opcheck(ops.measure_operand.default, (x, fold, True, "triton"), test_utils=tests)
-    args = (w, 2, PACKED, NONE, True, "", 448, True, torch.float32, "triton")
+    torch.library.opcheck(ops.measure_operand.default, (x, spec, "triton"), test_utils=tests)
+    weight = WeightSpec(2, PACKED, pow2=True)
+    args = (w, weight.to_ints(), torch.float32, "triton")
     torch.library.opcheck(ops.quantize_weight.default, args, test_utils=tests)
-    packed = operand.quantize_weight(*args)
-    unpack = (packed[0], packed[1], 32, 24, 2, False, amax[:1], torch.bfloat16, "triton")
+    codes = operand.quantize_weight(w, weight, torch.float32, "triton")
+    unpack = (*codes.row, [32, 24, 2, 0], amax[:1], torch.bfloat16, "triton")
     torch.library.opcheck(ops.unpack_weight.default, unpack, test_utils=tests)
 
 
@@ -463,10 +452,11 @@ def test_the_vendor_backend_quantizes_with_the_kernels_where_they_serve(launch, 
     monkeypatch.setattr(launch, "quantize_operand", lambda *a: (called.append(a), plain(*a))[1])
     monkeypatch.setattr(dispatch, "KERNELS_ON_CPU", True)
     x = values((2, 3, 3, 16)).to(kernel_device)
-    args = (x, 1, [1, 0, 3, 0, 16], PACKED, NONE, False, False, "", 448, False, torch.float32, None, None)
+    args = (x, OperandSpec(1, Fold(1, 0, 3, 0, 16), PACKED), torch.float32, None, None)
     got, expected = operand.quantize_operand(*args, "vendor"), operand.quantize_operand(*args, "reference")
     assert len(called) == 1
-    assert all(same_bits(g.cpu(), e.cpu()) for g, e in zip(got[:3], expected[:3], strict=True))
+    for g, e in zip((*got.row, got.row_amax), (*expected.row, expected.row_amax), strict=True):
+        assert same_bits(g.cpu(), e.cpu())
 
 
 def test_formats_philox_takes_rounds():
