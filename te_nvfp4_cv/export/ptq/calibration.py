@@ -1,6 +1,6 @@
 """Measure each layer's input on calibration images: amax, moments and, if it is asked for, the im2col Gram matrix.
 
-The model runs over the batches once, in high precision and in eval mode. Per layer, in fp32, over all batches:
+The model runs over the batches once, in high precision. Per layer, in fp32, over all batches:
 
     rows    the im2col rows of some output pixels, drawn anew for each batch: [rows, G, K] with K in matrix.py's order
     mean    sum of rows / number of rows                 [G, K]
@@ -116,6 +116,7 @@ def collect(
     """Run a model over calibration batches and return the statistics of each layer that ran, by name.
 
     Args:
+        model: in eval mode: dropout would change what the layers read, and batch norms would learn.
         layers: the layers to watch, by name.
         batches: tensors, or tuples and lists whose first element is the model's input.
         limit: how many batches are read; None for all.
@@ -126,19 +127,13 @@ def collect(
     """
     generator = torch.Generator().manual_seed(0)
     watches = {name: _Watch(layer, gram, generator) for name, layer in layers.items()}
-    training = [(module, module.training) for module in model.modules()]
     seen = 0
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(watches[name], with_kwargs=True).remove)
-        try:
-            model.eval()  # dropout would change what the layers read, and batch norms would learn
-            for batch in itertools.islice(batches, limit):
-                model(input_of(batch, device))
-                seen += 1
-        finally:
-            for module, flag in training:
-                module.training = flag
+        for batch in itertools.islice(batches, limit):
+            model(input_of(batch, device))
+            seen += 1
     if not seen:
         raise value_error(
             "nv.export.quantize: the calibration loader has no batches.",
