@@ -1,13 +1,10 @@
-"""The compiled CPU kernels: built once per machine from native.cpp with the user's C++ compiler, called through ctypes.
+"""Build the CPU kernels once per machine from native.cpp, with the user's C++ compiler, and load them through ctypes.
 
-No torch headers and no Python.h are needed: a C++17 compiler is enough (g++ or clang++, `CXX` overrides). The shared
-object
-goes to a cache folder (`TE_NVFP4_CV_CACHE`, else XDG_CACHE_HOME/te_nvfp4_cv or ~/.cache/te_nvfp4_cv), named after
-source, flags, compiler and CPU,
-and written atomically, so that parallel processes and mixed machines share the folder safely.
-Without a compiler `load()` returns None, says so once, and the `vendor` backend quantizes with plain torch: same
-bits, slower.
-`TE_NVFP4_CV_NATIVE=0` switches the kernels off.
+No torch headers and no Python.h are needed: a C++17 compiler is enough (g++ or clang++, or the one that `CXX` names).
+The shared object goes to the folder of cache.py. Its name is a digest of source, flags, compiler and CPU, and it is
+renamed into place, so that parallel processes and different machines can share the folder.
+Without a compiler `load()` returns None and warns once; the vendor backend then quantizes with plain torch, which gives
+the same bits and is slower. `TE_NVFP4_CV_NATIVE=0` switches the kernels off.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from te_nvfp4_cv.backend.cache import cache_folder
 from te_nvfp4_cv.errors import warn_once
 
 _log = logging.getLogger("te_nvfp4_cv")
@@ -35,8 +33,9 @@ _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c
 
 
 class Operand(ctypes.Structure):
-    """One activation or gradient and what to make of it; field by field the struct of native.cpp."""
+    """One activation or gradient and what to make of it: the C struct of the same name in native.cpp."""
 
+    # ctypes lays the fields out as C does, so their order and widths must be those of native.cpp.
     _fields_ = [
         ("x", _P),
         ("row_start", _P),
@@ -69,7 +68,7 @@ class Operand(ctypes.Structure):
 
 
 class Weight(ctypes.Structure):
-    """One 16x16-scaled kernel tensor; field by field the struct of native.cpp."""
+    """One weight with 16x16 blocks: the C struct of the same name in native.cpp, in the same order."""
 
     _fields_ = [
         ("w", _P),
@@ -93,28 +92,16 @@ class Weight(ctypes.Structure):
 
 
 def compiler() -> str | None:
-    """The C++ compiler command that would be used (`CXX`, else g++, clang++ or c++), or None."""
+    """Return the C++ compiler command to use (that of `CXX`, else g++, clang++ or c++), or None if there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         words = shlex.split(name) if name else []
-        if words and (found := shutil.which(words[0])):
+        if words and (found := shutil.which(words[0])):  # CXX may hold options, too: "ccache g++"
             return shlex.join([found, *words[1:]])
     return None
 
 
-def cache_folder() -> Path:
-    """Where built kernels are kept; a private temporary folder when the usual one cannot be written."""
-    override, shared = os.environ.get("TE_NVFP4_CV_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        base = Path(override) if override else (Path(shared) if shared else Path.home() / ".cache") / "te_nvfp4_cv"
-        base.mkdir(parents=True, exist_ok=True)
-        if os.access(base, os.W_OK):
-            return base
-    except (OSError, RuntimeError):  # no rights, or no home
-        pass
-    return Path(tempfile.mkdtemp(prefix="te_nvfp4_cv_"))
-
-
 def _cpu_features() -> str:
+    # -march=native builds for this CPU: in a home folder shared by several machines each needs its build.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -129,7 +116,7 @@ def _tuning() -> list[str]:
 
 
 def _attempts() -> list[list[str]]:
-    """Flag sets from best to plainest: a compiler without OpenMP or -march=native still gives working kernels."""
+    """Return sets of flags, the best first: a compiler without OpenMP or -march=native still builds working kernels."""
     return [_FLAGS + _tuning() + ["-fopenmp"], _FLAGS + _tuning(), _FLAGS]
 
 
@@ -160,7 +147,7 @@ def _build(cxx: str) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
-    """The compiled kernels, built on the first call; None (said once) where that fails or is switched off."""
+    """Return the compiled kernels, which the first call builds, or None if they are off or cannot be built."""
     if os.environ.get("TE_NVFP4_CV_NATIVE", "1") == "0":
         return None
     cxx = compiler()
@@ -179,6 +166,7 @@ def load() -> ctypes.CDLL | None:
             f"te_nvfp4_cv could not build its CPU kernels, plain torch quantizes instead (same bits, slower): {error}",
         )
         return None
+    # Without argtypes ctypes would pass 64-bit sizes as C ints.
     for name in ("nvfp4_amax", "nvfp4_quantize", "nvfp4_quantize_weight", "nvfp4_unpack_weight"):
         getattr(library, name).argtypes, getattr(library, name).restype = [_P], None
     library.nvfp4_unpack_columns.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
@@ -190,5 +178,5 @@ def load() -> ctypes.CDLL | None:
 
 
 def available(device: torch.device) -> bool:
-    """Whether the compiled kernels serve tensors of this device."""
+    """Return True if the compiled kernels can run on tensors of this device."""
     return device.type == "cpu" and load() is not None

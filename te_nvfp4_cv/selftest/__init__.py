@@ -4,7 +4,7 @@ Every Triton kernel against the reference on the CPU (codes and scales in bits, 
 three GEMMs of the backends vendor and triton, norms, a short training run against bf16, a CUDA graph. On a machine
 without a GPU the compiled CPU kernels are checked in the same way, and the report says that no GPU was.
 The report is a dict for JSON, made to be shared: it names the GPU and the versions, and holds no host name and no path.
-When everything has passed on a GPU, ops/selftest_cache.py remembers it. Nothing here is skipped silently: a check that
+When everything has passed on a GPU, backend/cache.py remembers it. Nothing here is skipped silently: a check that
 cannot run is listed with its reason.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.backend import cache, dispatch, native, selftest_cache
+from te_nvfp4_cv.backend import cache, dispatch, native
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.selftest import products, quantization, training
 from te_nvfp4_cv.selftest.setting import Setting
@@ -115,7 +115,7 @@ def run(
         "checks": rows,
     }
     if device.type == "cuda" and (not report["passed"] or set(backends) >= {"vendor", "triton"}):
-        selftest_cache.write(device, bool(report["passed"]))
+        cache.remember_selftest(device, bool(report["passed"]))
     return report
 
 

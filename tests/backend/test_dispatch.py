@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from te_nvfp4_cv.backend import dispatch, selftest_cache
+from te_nvfp4_cv.backend import cache, dispatch
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -18,7 +18,7 @@ def gpu(monkeypatch):
 
     def fake(capability, passed=False, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(selftest_cache, "passed", lambda device: passed)
+        monkeypatch.setattr(cache, "selftest_passed", lambda device: passed)
         monkeypatch.setattr(dispatch, "has_triton", lambda: triton)
 
     return fake

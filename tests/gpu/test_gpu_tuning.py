@@ -19,10 +19,10 @@ ARGUMENTS = (1, [1, 0, 8, 0, 32], 2, 1, True, False, "", 448, False, torch.bfloa
 def searching(monkeypatch, tmp_path):
     monkeypatch.setenv("TE_NVFP4_CV_CACHE", str(tmp_path))
     monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", "1")
-    cache._folder.cache_clear()
+    cache.forget()
     tuning.forget()
     yield tmp_path
-    cache._folder.cache_clear()
+    cache.forget()
     tuning.forget()
 
 

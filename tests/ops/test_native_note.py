@@ -29,7 +29,7 @@ def broken_compiler(tmp_path) -> str:
     ids=["no logging set up", "turned off"],
 )
 def test_the_note_is_seen_once_on_stderr_and_can_be_turned_off(broken_compiler, tmp_path, setting, count):
-    code = setting + "from te_nvfp4_cv.ops import native; native.load(); native.load(); print('end')"
+    code = setting + "from te_nvfp4_cv.backend import native; native.load(); native.load(); print('end')"
     environment = os.environ | {"CXX": broken_compiler, "TE_NVFP4_CV_CACHE": str(tmp_path / "cache")}
     environment.pop("TE_NVFP4_CV_NATIVE", None)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
