@@ -13,16 +13,16 @@ from te_nvfp4_cv.backend.devices import on_its_device
 
 OPS = Path(te_nvfp4_cv.__file__).parent / "ops"
 LAUNCHERS = {  # what operators call: each launches kernels, itself or through others of its file
-    "kernels.py": ("relu_mask", "apply_mask", "scale_bias"),
-    "quantize/launch.py": (
+    "triton/elementwise.py": ("relu_mask", "apply_mask", "scale_bias"),
+    "quantize/triton/launch.py": (
         *("quantize_operand", "measure_operand", "quantize_weight"),
         *("unpack_columns", "unpack_rows", "unpack_weight"),
     ),
-    "conv/launch.py": ("fprop", "dgrad", "wgrad"),
-    "gemm/launch.py": ("multiply",),
-    "norm/launch.py": ("norm_forward", "norm_backward"),
-    "norm/produce.py": ("norm_quantize",),
-    "quantize/kernels_amaxes.py": ("move", "collect"),
+    "conv/triton/launch.py": ("fprop", "dgrad", "wgrad"),
+    "gemm/triton/launch.py": ("multiply",),
+    "norm/triton/launch.py": ("norm_forward", "norm_backward"),
+    "norm/triton/quantize_launch.py": ("norm_quantize",),
+    "quantize/triton/amax_kernels.py": ("move", "collect"),
 }
 
 
