@@ -121,7 +121,7 @@ def sort_layers(
     table = matches(model, list(recipe.precision))
     quantized: dict[str, tuple[nn.Module, NVFP4BlockScaling]] = {}
     high: dict[str, str] = {}
-    for name, module, own in with_recipes(model, "", recipe, table, set()):
+    for name, module, own in with_recipes(model, recipe, table):
         if isinstance(module, InferenceLayer):
             quantized[name] = (module, module.recipe)
         elif isinstance(module, tuple(CLASSES)):

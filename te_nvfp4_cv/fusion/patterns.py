@@ -25,10 +25,10 @@ from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
 from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.deferred import deferring
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, is_plain_layer
+from te_nvfp4_cv.nn.walk import LAYERS
 
 NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())
-LAYERS = tuple(NVFP4_CLASSES)
 FAMILY = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # what a report lists, fused or not
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.silu: "silu"}
@@ -117,7 +117,7 @@ def _hands_over(layer: nn.Module) -> bool:
         and current.enabled
         and mode_is_on()
         and not observe.observed()
-        and (type(layer) in NVFP4_CLASSES or type(layer) in NVFP4_CLASSES.values())
+        and is_plain_layer(layer)
         and getattr(layer, "padding_mode", "zeros") == "zeros"
         and not _hooks(layer)
         and not {"forward", "_conv_forward"} & layer.__dict__.keys()

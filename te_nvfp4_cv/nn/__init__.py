@@ -1,1 +1,1 @@
-"""The room nn."""
+"""NVFP4 modules, and what can be said of the modules of a model: their precision, their weights, their state."""

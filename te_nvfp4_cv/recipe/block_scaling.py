@@ -355,6 +355,18 @@ def as_recipe(recipe: object) -> NVFP4BlockScaling:
     return NVFP4BlockScaling() if recipe is None else from_te(recipe)
 
 
+def checked_recipe(recipe: object) -> NVFP4BlockScaling:
+    """Return as_recipe(recipe), after making sure that quantizers can carry it out.
+
+    Raises:
+        TypeError: It is not a recipe.
+        ValueError: Its fields contradict each other, see validate_for_use.
+    """
+    found = as_recipe(recipe)
+    found.validate_for_use()
+    return found
+
+
 def _not_a_recipe(recipe: object) -> TypeError:
     fix = "pass NVFP4BlockScaling(), load_recipe(name_or_path), or None for the default"
     got = f"{type(recipe).__module__}.{type(recipe).__qualname__}: {recipe!r:.80}"

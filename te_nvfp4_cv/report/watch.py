@@ -28,14 +28,12 @@ from te_nvfp4_cv.context import context_manager, state
 from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.layer import delayed_scaling, observe
 from te_nvfp4_cv.layer.plan import row_scaling_applies
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
-from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.walk import LAYERS, named_modules
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.report.table import Coverage, Layer
 
-LAYERS = tuple(NVFP4_CLASSES)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -105,7 +103,7 @@ class _Watch:
         self.model = model
         self.names: dict[nn.Module, str] = {}
         self.owners: dict[int, tuple[nn.Module, str]] = {}  # id(Parameter) -> its module, its name there
-        self.modules = list(_modules(model, ""))
+        self.modules = list(named_modules(model))
         for name, module in self.modules:
             self.names.setdefault(module, name)
             if not isinstance(module, torch.jit.ScriptModule):
@@ -282,14 +280,6 @@ class _Unseen(TorchFunctionMode):
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
-
-
-def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules with plain names, not descending into ScriptModules."""
-    yield plain_name(name), module
-    if not isinstance(module, torch.jit.ScriptModule):
-        for child_name, child in module.named_children():
-            yield from _modules(child, f"{name}.{child_name}" if name else child_name)
 
 
 def _elements(geometry: ConvGeometry, recipe: NVFP4BlockScaling) -> tuple[int, int]:

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import gemms, observe
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.names import plain_name
-from te_nvfp4_cv.nn.walk import op_of, own_weight
+from te_nvfp4_cv.nn.walk import named_layers, op_of, own_weight
 from te_nvfp4_cv.telemetry import blocks as operand_blocks
 from te_nvfp4_cv.telemetry import statistics
 
 if TYPE_CHECKING:
     from te_nvfp4_cv.telemetry.collect import Telemetry
 
-LAYERS = tuple(NVFP4_CLASSES)
 THRESHOLD = 3**0.5
 
 
@@ -217,9 +215,7 @@ class _Watch:
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Convolutions and linear layers by plain name, in the model's order; a shared one once."""
-    for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
-            yield plain_name(name) or type(module).__name__, module
+    return ((name or type(module).__name__, module) for name, module in named_layers(model))
 
 
 def is_compiled(module: nn.Module) -> bool:
