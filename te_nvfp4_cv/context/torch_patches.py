@@ -1,4 +1,10 @@
-"""context.torch_patches."""
+"""Make torch's activation checkpointing and nn.DataParallel respect the context.
+
+Activation checkpointing recomputes a forward during backward, where the context may have been left, and in another
+thread. So torch.utils.checkpoint is wrapped once, at the first entry of a context: the recomputed forward then runs
+under what was active in the first one. nn.DataParallel runs its replicas in threads that no context reaches, so inside
+a context it raises an error instead of training silently in high precision.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +24,7 @@ from te_nvfp4_cv.layer.delayed_scaling import first_pass
 
 @contextmanager
 def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
-    """Run with the contexts and overrides of another place (checkpoint's forward), whatever is active here."""
+    """Run with the contexts and overrides of a checkpoint's first forward, whatever is active here."""
     before = local.states, local.marks, local.overrides
     mode = Mode() if states and not mode_is_on() else nullcontext()
     local.states, local.marks, local.overrides = list(states), [0] * len(states), list(overrides)
@@ -30,12 +36,13 @@ def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
 
 
 def _captured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, made to run under the contexts that are active now, even if there are none, whenever and in
-    whichever thread it is called. Its calls are told to those who watch this thread then.
+    """Return `function`, made to run under the contexts that are active now, whenever and in whichever thread.
+
+    "No context" is restored as well. The observers of this thread hear of its calls.
     """
     states, overrides, observers = list(local.states), list(local.overrides), observe.observers()
 
-    @functools.wraps(function, updated=())
+    @functools.wraps(function, updated=())  # `function` may be a module: its __dict__ must not be copied
     def rerun(*args: Any, **kwargs: Any) -> Any:
         with _restored(states, overrides), observe.told_to(observers):
             return function(*args, **kwargs)
@@ -44,10 +51,8 @@ def _captured(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _patch_torch() -> None:
-    """Once, at the first entry: checkpoint's two variants recompute under what was active; DataParallel says what to
-    use instead.
-    """
+def patch_torch() -> None:
+    """Wrap checkpoint's two variants and DataParallel. Only the first call does anything."""
     import torch.utils.checkpoint as checkpoint
 
     generator = checkpoint._checkpoint_without_reentrant_generator

@@ -1,1 +1,1 @@
-"""NVFP4 modules, and what can be said of the modules of a model: their precision, their weights, their state."""
+"""Compute layers in NVFP4, and set what belongs to a model's modules: their precision, frozen weights, state."""

@@ -1,4 +1,4 @@
-"""What all NVFP4 modules share: a recipe, a backend, and the rule that decides between them and the context's.
+"""Choose the recipe and the backend of a call of an NVFP4 module: its own ones, or the context's.
 
     which recipe:   set_precision's entry (in an enabled context)  >  the module's  >  the context's  >  the default
     which backend:  the context's inside of one, else the module's

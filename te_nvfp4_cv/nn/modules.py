@@ -1,4 +1,4 @@
-"""NVFP4 modules: torch's convolutions and nn.Linear with a recipe of their own. convert_model makes them in place.
+"""Define the NVFP4 modules: torch's convolutions and nn.Linear with a recipe. convert_model makes them in place.
 
 They quantize without a context, and nvfp4_autocast(enabled=False) turns them off; base.py says which recipe a call
 uses. Parameters, their names and the state_dict are the plain module's.
