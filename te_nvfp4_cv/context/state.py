@@ -58,9 +58,9 @@ def active_recipe() -> NVFP4BlockScaling | None:
 
     Example:
         >>> import te_nvfp4_cv as nv
-        >>> with nv.nvfp4_autocast(nv.load_recipe("unet")):
+        >>> with nv.nvfp4_autocast(nv.load_recipe("no_rht")):
         ...     print(nv.active_recipe().name)
-        unet
+        no_rht
         >>> print(nv.active_recipe())
         None
     """
@@ -82,7 +82,7 @@ def has_override() -> bool:
 
 
 def push_override(recipe: NVFP4BlockScaling | None, owner: object = None) -> None:
-    """Note that `owner`, a module with a set_precision entry, starts its forward."""
+    """Remember that `owner`, a module with a set_precision entry, starts its forward."""
     local.overrides.append((owner, recipe))
 
 
@@ -106,7 +106,7 @@ def drop_stale() -> None:
 
 
 def mark_applied(recipe: NVFP4BlockScaling) -> None:
-    """Note that set_precision has applied the recipe's [precision] table to some model."""
+    """Remember that set_precision has applied the recipe's [precision] table to some model."""
     _applied_tables.add(recipe.precision)
 
 
