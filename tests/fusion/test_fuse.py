@@ -21,7 +21,7 @@ from te_nvfp4_cv.fusion.fuse import Fusion, fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct2d
 from te_nvfp4_cv.fusion.norm_act import NormAct
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-from te_nvfp4_cv.report import watch
+from te_nvfp4_cv.report.watch import coverage as watch
 from tests.helpers import same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
