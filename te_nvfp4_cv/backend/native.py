@@ -32,38 +32,21 @@ _FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-tra
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
 class Operand(ctypes.Structure):
     """One activation or gradient and what to make of it: the C struct of the same name in native.cpp."""
 
     # ctypes lays the fields out as C does, so their order and widths must be those of native.cpp.
     _fields_ = [
-        ("x", _P),
-        ("row_start", _P),
-        ("images", _I64),
-        ("L", _I64),
-        ("Wp", _I64),
-        ("C", _I64),
-        ("groups", _I64),
-        ("fold_images", _I64),
-        ("fold_L", _I64),
-        ("row_dq", _P),
-        ("row_codes", _P),
-        ("row_scale", _P),
-        ("col_dq", _P),
-        ("col_codes", _P),
-        ("col_scale", _P),
-        ("amax", _P),
-        ("observed", _P),
-        ("seed", _I64),
-        ("rht", _I32),
-        ("stochastic", _I32),
-        ("in_bf16", _I32),
-        ("out_bf16", _I32),
-        ("threads", _I32),
-        ("want_row", _I32),
-        ("want_col", _I32),
-        ("error", _I32),
-        ("e4m3_max", _F32),
+        *_fields(_P, "x row_start"),
+        *_fields(_I64, "images L Wp C groups fold_images fold_L"),
+        *_fields(_P, "row_dq row_codes row_scale col_dq col_codes col_scale amax observed"),
+        *_fields(_I64, "seed"),
+        *_fields(_I32, "rht stochastic in_bf16 out_bf16 threads want_row want_col error"),
+        *_fields(_F32, "e4m3_max"),
     ]
 
 
@@ -71,23 +54,11 @@ class Weight(ctypes.Structure):
     """One weight with 16x16 blocks: the C struct of the same name in native.cpp, in the same order."""
 
     _fields_ = [
-        ("w", _P),
-        ("groups", _I64),
-        ("Og", _I64),
-        ("Cg", _I64),
-        ("T", _I64),
-        ("stride_o", _I64),
-        ("stride_c", _I64),
-        ("stride_t", _I64),
-        ("dq", _P),
-        ("codes", _P),
-        ("scale", _P),
-        ("amax", _P),
-        ("in_bf16", _I32),
-        ("out_bf16", _I32),
-        ("threads", _I32),
-        ("error", _I32),
-        ("e4m3_max", _F32),
+        *_fields(_P, "w"),
+        *_fields(_I64, "groups Og Cg T stride_o stride_c stride_t"),
+        *_fields(_P, "dq codes scale amax"),
+        *_fields(_I32, "in_bf16 out_bf16 threads error"),
+        *_fields(_F32, "e4m3_max"),
     ]
 
 

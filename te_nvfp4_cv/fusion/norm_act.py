@@ -187,21 +187,8 @@ class NormAct(torch.autograd.Function):
             producer.mean, producer.rstd, producer.mask = mean, rstd, mask
             y = deferred.empty_like(z)
         else:
-            y, mean, rstd, mask = operators.norm_forward(
-                z,
-                residual,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                s.groups,
-                s.batch_stats,
-                s.momentum,
-                s.eps,
-                s.activation,
-                s.keep,
-                s.backend,
-            )
+            how = (s.groups, s.batch_stats, s.momentum, s.eps, s.activation, s.keep, s.backend)
+            y, mean, rstd, mask = operators.norm_forward(z, residual, weight, bias, running_mean, running_var, *how)
         ctx.save_for_backward(z, weight, bias, mean, rstd, mask)
         ctx.settings, ctx.strides = s, y.stride()
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -209,10 +196,10 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        z, weight, bias, mean, rstd, mask = ctx.saved_tensors
+        saved = z, weight, bias, mean, rstd, mask = ctx.saved_tensors
         s: Settings = ctx.settings
         if torch.is_grad_enabled() and (dy.requires_grad or z.requires_grad):
-            return (*_differentiable(dy, z, weight, bias, mean, rstd, mask, ctx), None, None, None, None)
+            return (*_differentiable(ctx, dy, saved), *[None] * 4)
         if dy.stride() != ctx.strides:  # the mask's bits lie in y's memory order
             dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
         need = ctx.needs_input_grad
@@ -225,25 +212,15 @@ class NormAct(torch.autograd.Function):
             dresidual.to(ctx.residual_dtype) if need[1] else None,
             dweight.to(weight.dtype) if need[2] else None,
             dbias.to(bias.dtype) if need[3] else None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 4,  # running statistics, settings, producer
         )
 
 
-def _differentiable(
-    dy: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    mask: Tensor,
-    ctx: Any,
-) -> tuple[Tensor | None, ...]:
+def _differentiable(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """Return the four gradients by torch's own norm, recomputed, so that they can be differentiated again."""
+    z, weight, bias, mean, rstd, mask = saved  # checkpointing lets a backward read ctx.saved_tensors once only
     s: Settings = ctx.settings
+    need = [ctx.needs_input_grad[index] for index in (0, 2, 3)]  # z, weight, bias
     dtype = dy.dtype
     with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
         if s.groups:
@@ -261,12 +238,7 @@ def _differentiable(
             passed = torch.empty_strided(dy.shape, ctx.strides, dtype=dtype, device=dy.device)
             passed.as_strided((dy.numel(),), (1,)).copy_(bits.view(-1)[: dy.numel()])
             y, g = u.to(dtype), dy * passed
-        inputs = [t for t, need in zip((z, weight, bias), _needs(ctx), strict=True) if need and t is not None]
+        inputs = [t for t, needed in zip((z, weight, bias), need, strict=True) if needed]
         found = iter(torch.autograd.grad(y, inputs, g, create_graph=True) if inputs else ())
-    dz, dweight, dbias = (next(found) if need else None for need in _needs(ctx))
+    dz, dweight, dbias = (next(found) if needed else None for needed in need)
     return dz, g.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dweight, dbias
-
-
-def _needs(ctx: Any) -> tuple[bool, bool, bool]:
-    need = ctx.needs_input_grad
-    return need[0], need[2], need[3]

@@ -162,6 +162,7 @@ class QuantizerFactory:
             )
         found: NVFP4BlockScaling | None = self.recipe
         for pattern, inner in self.recipe.precision:
+            # Parts of a module (fc1 of a LayerNormMLP) follow a pattern for the module, as with set_precision.
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*"):
                 found = inner
         return found
@@ -350,6 +351,7 @@ class _OperandQuantizer:
         te = _te()
         row, column = self.rowwise_quantizer, self.columnwise_quantizer
         used = tuple(face for face, wanted in self.get_usages().items() if wanted)  # type: ignore[attr-defined]
+        # One pass over the tensor writes both faces; a face in high precision is made by itself.
         if used == FACES and isinstance(row, _FaceQuantizer) and isinstance(column, _FaceQuantizer):
             t = row.ready(*FACES).quantize(tensor)
             x = te.FaceStorage(t.make_like(columnwise_data=None, columnwise_scale_inv=None, amax_columnwise=None), row)
@@ -387,6 +389,7 @@ def _te() -> SimpleNamespace:
             "without it, nvfp4_autocast runs plain torch layers",
         ) from error
 
+    # TransformerEngine's base classes exist only after this import, so the classes are made here.
     def mixed(mixin: type, base: type) -> type:
         name = mixin.__name__.lstrip("_")
         return type(name, (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__})

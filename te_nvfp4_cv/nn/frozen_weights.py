@@ -37,13 +37,8 @@ class _FrozenWeight:
         """Return the weight's codes for a plan; the first use makes them."""
         self.check_version()
         # All that the codes depend on beside the weight. Two calls of a shared weight may differ in it.
-        key = (
-            plan.geometry.groups,
-            plan.recipe.settings("weight"),
-            plan.weight_faces,
-            plan.compute_dtype,
-            plan.backend,
-        )
+        settings = plan.recipe.settings("weight")
+        key = (plan.geometry.groups, settings, plan.weight_faces, plan.compute_dtype, plan.backend)
         if key not in self.sets:
             if self.digest is None:
                 self.digest = _digest(w)

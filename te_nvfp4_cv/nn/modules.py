@@ -42,17 +42,8 @@ class _Conv(NVFP4Module):
     ) -> None:
         # Written out, not *args: help(), completion and type checkers then know torch's parameters.
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode),
+            *(device, dtype),
             recipe=recipe,
             backend=backend,
         )
@@ -98,18 +89,8 @@ class _ConvTranspose(NVFP4Module):
         backend: str = "auto",
     ) -> None:
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            bias,
-            dilation,
-            padding_mode,
-            device,
-            dtype,
+            *(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation),
+            *(padding_mode, device, dtype),
             recipe=recipe,
             backend=backend,
         )

@@ -85,6 +85,13 @@ class RoleSettings(NamedTuple):
 
 _Recipe = TypeVar("_Recipe")
 
+# By role: TransformerEngine's name for the quantization of the operand.
+QPARAMS = {
+    "input": "fp4_quant_fwd_inp",
+    "weight": "fp4_quant_fwd_weight",
+    "grad_output": "fp4_quant_bwd_grad",
+}
+
 MARGINS = {"input": 8, "grad_output": 4, "weight": 1}
 """The factors with which tensor_scale="delayed" multiplies the amax of the step before; a weight has its own amax. A
 factor that is too large costs little, and one that is too small clips; but gradients have small blocks that a large
@@ -182,6 +189,7 @@ class NVFP4BlockScaling:
         object.__setattr__(self, "_roles", {role: self._resolve(role) for role in ROLES})
         numbers = {field: getattr(self, field) for field in PLAIN if field != "precision"}
         changed = {field: value for field, value in numbers.items() if value != PLAIN[field]}
+        # Custom operators take texts and numbers, not objects: the key carries the recipe across their boundary.
         object.__setattr__(self, "_key", ";".join(f"{field}={value!r}" for field, value in changed.items()))
         if self.backward_override == "dequantized" and self.high_precision_gemms:
             raise value_error(
@@ -237,13 +245,8 @@ class NVFP4BlockScaling:
         return found
 
     def _resolve(self, role: str) -> RoleSettings:
-        scope = {"input": "activations", "weight": "weights", "grad_output": ""}[role]
-        attribute = {
-            "input": "fp4_quant_fwd_inp",
-            "weight": "fp4_quant_fwd_weight",
-            "grad_output": "fp4_quant_bwd_grad",
-        }
-        qparams: QParams = getattr(self, attribute[role])
+        scope = {"input": "activations", "weight": "weights", "grad_output": ""}[role]  # of 4over6
+        qparams: QParams = getattr(self, QPARAMS[role])
         selected = bool(scope) and self.nvfp4_4over6 in (scope, "all")
         return RoleSettings(
             rht=qparams.random_hadamard_transform,
@@ -300,6 +303,7 @@ class NVFP4BlockScaling:
 
     def deviations(self) -> dict[str, Any]:
         """Return the fields that differ from either default, with or without environment variables; never `name`."""
+        # A file must say all that the reader's defaults could change, and environment variables change them.
         values = {field: (getattr(self, field), getattr(type(self), field)) for field in PLAIN}
         return {field: value for field, (value, default) in values.items() if not value == default == PLAIN[field]}
 
@@ -334,15 +338,16 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
         TypeError: The object is of another class.
         ValueError: Its QParams fit no recipe of this package, such as RHT on one wgrad operand only.
     """
+    # By name, because TransformerEngine need not be installed to train without it.
     if "NVFP4BlockScaling" not in {base.__name__ for base in type(recipe).__mro__}:
         raise _not_a_recipe(recipe)
     fields = {field: getattr(recipe, field, default) for field, default in PLAIN.items() if field != "precision"}
-    attributes = ("fp4_quant_fwd_inp", "fp4_quant_fwd_weight", "fp4_quant_bwd_grad")
-    inp, weight, grad = (getattr(recipe, attribute, None) for attribute in attributes)
+    inp, weight, grad = (getattr(recipe, attribute, None) for attribute in QPARAMS.values())
     if inp is not None and weight is not None and grad is not None:
         fields["disable_rht"] = not inp.random_hadamard_transform
         fields["disable_stochastic_rounding"] = not grad.stochastic_rounding
         fields["disable_2d_quantization"] = not weight.fp4_2d_quantization
+        # The transform of x cancels against that of dy in wgrad; if wgrad is in high precision, neither is used.
         rht_differs = inp.random_hadamard_transform != grad.random_hadamard_transform
         if rht_differs and fields["backward_override"] is None:
             raise value_error(
@@ -352,12 +357,13 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
                 needs="the same value in fp4_quant_fwd_inp and fp4_quant_bwd_grad",
                 fix="set both, or NVFP4BlockScaling(disable_rht=True)",
             )
-        for attribute, qparams, refused in (
-            ("fp4_quant_fwd_inp", inp, ("stochastic_rounding", "fp4_2d_quantization")),
-            ("fp4_quant_fwd_weight", weight, ("stochastic_rounding", "random_hadamard_transform")),
-            ("fp4_quant_bwd_grad", grad, ("fp4_2d_quantization",)),
-        ):
-            for field in refused:
+        refused = {
+            "input": ("stochastic_rounding", "fp4_2d_quantization"),
+            "weight": ("stochastic_rounding", "random_hadamard_transform"),
+            "grad_output": ("fp4_2d_quantization",),
+        }
+        for (role, attribute), qparams in zip(QPARAMS.items(), (inp, weight, grad), strict=True):
+            for field in refused[role]:
                 if getattr(qparams, field):
                     raise value_error(
                         f"recipe attribute '{attribute}': {field} cannot be on for this operand.",
@@ -396,6 +402,7 @@ def checked_recipe(recipe: object) -> NVFP4BlockScaling:
 def _not_a_recipe(recipe: object) -> TypeError:
     fix = "pass NVFP4BlockScaling(), load_recipe(name_or_path), or None for the default"
     got = f"{type(recipe).__module__}.{type(recipe).__qualname__}: {recipe!r:.80}"
+    # The usual mistakes get the line that was meant. A bool comes from nvfp4_autocast(True), as in torch.autocast.
     if isinstance(recipe, bool):
         fix = f"the first argument is the recipe: write enabled={recipe}"
     elif isinstance(recipe, (str, os.PathLike)):

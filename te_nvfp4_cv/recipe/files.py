@@ -105,7 +105,7 @@ def _from_table(path: Path, table: dict[str, Any], *, inner: bool) -> NVFP4Block
     for text in ("description", "name"):
         if not isinstance(table.get(text, ""), str):
             raise _bad(path, text, table[text], "a string")
-    if inner and table.get("precision"):
+    if inner and table.get("precision"):  # two tables over one model would contradict each other
         raise _bad(path, "[precision]", tuple(table["precision"]), "no such table in a recipe that another one names")
     recipes = {pattern: _precision(path, pattern, value) for pattern, value in table.get("precision", {}).items()}
     return _build(path, "[recipe]", table.get("recipe", {}), table.get("name", path.stem), tuple(recipes.items()))
@@ -121,6 +121,7 @@ def _find(name_or_path: str | os.PathLike[str], folder: Path) -> Path:
         )
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, os.PathLike) or "/" in text or os.sep in text or text.endswith(".toml"):
+        # Relative to the file that names it, so that a folder of recipes can be moved.
         path = folder / Path(text).expanduser()
         if path.is_file():
             return path
@@ -164,7 +165,7 @@ def _check_keys(path: Path, where: str, table: dict[str, Any], allowed: tuple[st
             continue
         close = difflib.get_close_matches(key, allowed, 1)
         fix = f"did you mean {close[0]!r}?" if close else f"remove {key!r}"
-        if where == "top level" and key in FIELDS:
+        if where == "top level" and key in FIELDS:  # the most common mistake: the line [recipe] is missing
             fix = f"put {key!r} below a line [recipe]"
         title = f"recipe file '{path}': unknown key {key!r} ({where})."
         raise value_error(title, got=f"{key} = {table[key]!r}", needs="one of: " + ", ".join(allowed), fix=fix)
