@@ -81,7 +81,7 @@ stage_quick() {
     local processes=() GRACE=2 step_options=(--no-triton --rounds 5 --out "$OUT/results.jsonl")
     local layers=("unet 64->64 k3 @256" "unet 512->512 k3 @32" "r50 256->64 k1 @56")
     local versions="import platform, torch
-from te_nvfp4_cv.ops import cache
+from te_nvfp4_cv.backend import cache
 from te_nvfp4_cv.version import __version__
 print('python', platform.python_version(), 'package', __version__, cache.identity(torch.device('cuda', 0)))"
     step 15 "versions" "$PYTHON" -c "$versions"

@@ -162,7 +162,7 @@ class QuantizerFactory:
             )
         found: NVFP4BlockScaling | None = self.recipe
         for pattern, inner in self.recipe.precision:
-            # Parts of a module (fc1 of a LayerNormMLP) follow a pattern for the module, as with set_precision.
+            # A match covers the modules inside, too, as with set_precision.
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*"):
                 found = inner
         return found

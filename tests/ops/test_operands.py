@@ -258,8 +258,9 @@ import hashlib, sys, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch
-    from te_nvfp4_cv.ops import native, relu
-    from te_nvfp4_cv.ops.quantize import operands
+    from te_nvfp4_cv.backend import native
+    from te_nvfp4_cv.ops import relu
+    from te_nvfp4_cv.ops.quantize import operand as operands
     digest = hashlib.sha256()
     x = torch.randn(5, 6, 4, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
     for form in (1, 2):
