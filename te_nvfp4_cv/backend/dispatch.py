@@ -1,4 +1,4 @@
-"""Choose the backend that runs a call, and explain the choice.
+"""Choose the backend that runs a call.
 
 One function decides. An explicit choice that cannot run raises an error; nothing falls back silently.
 
@@ -19,7 +19,7 @@ import os
 
 import torch
 
-from te_nvfp4_cv.backend import cache, native, torch_private
+from te_nvfp4_cv.backend import cache, torch_private
 from te_nvfp4_cv.errors import runtime_error, value_error
 
 BACKENDS = ("auto", "reference", "vendor", "triton")
@@ -130,38 +130,3 @@ def compute_dtype(dtype: torch.dtype, device: torch.device, autocast: bool) -> t
     if dtype == torch.bfloat16 and (autocast or bf16_is_native(device)):
         return torch.bfloat16
     return torch.float32
-
-
-def explain(device: torch.device) -> dict[str, str]:
-    """Return the chosen backend, the reason, and what the triton backend would need, for `te-nvfp4-cv doctor`."""
-    try:
-        chosen = resolve("auto", device)
-    except RuntimeError as error:
-        return {"backend": "none", "why": str(error), "triton": _about_triton(device)}
-    if device.type == "cpu":
-        quantizer = "compiled kernels" if native.load() is not None else "plain torch (no C++ compiler)"
-        dtype = (
-            "bf16 where autocast is on"
-            if bf16_is_native(device)
-            else "fp32, no AVX-512 bf16 or AMX here (bf16 where autocast is on)"
-        )
-        why = f"CPU: quantization by {quantizer}, convolutions by oneDNN in {dtype}"
-    elif chosen == "vendor":
-        why = "CUDA: quantization by Triton kernels, convolutions by cuDNN on exact dequantized operands"
-    else:
-        why = "CUDA: FP4 tensor cores by Triton kernels; the self-test has passed on this GPU"
-    return {"backend": chosen, "why": why, "triton": _about_triton(device)}
-
-
-def _about_triton(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "needs a CUDA GPU of compute capability 8.0 or newer"
-    if not has_triton():
-        return "needs the package triton, which is not installed"
-    if torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
-        return "needs compute capability 8.0 or newer"
-    if not native_fp4(device):
-        return "can run: operands are unpacked in registers; vendor is faster except for memory-bound 1x1 convolutions"
-    if cache.selftest_passed(device):
-        return "the default here"
-    return "can run on the FP4 tensor cores; becomes the default when `te-nvfp4-cv selftest` has passed"

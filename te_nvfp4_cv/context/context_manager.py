@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
-from te_nvfp4_cv.context.state import State, active_recipe, drop_stale, local, warn_unapplied
+from te_nvfp4_cv.context.state import Override, State, active_recipe, drop_stale, local, warn_unapplied
 from te_nvfp4_cv.context.torch_patches import patch_torch
 from te_nvfp4_cv.errors import type_error
+from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
 
 __all__ = ["active_recipe", "nvfp4_autocast"]
@@ -79,7 +80,7 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
 
     def __enter__(self) -> nvfp4_autocast:
         if not torch.compiler.is_compiling():  # a trace cannot patch torch, nor warn
-            patch_torch()
+            patch_torch(captured)
             warn_unapplied(self._state)
         _push(self._state)
         return self
@@ -103,7 +104,7 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
 @contextmanager
 def heard() -> Iterator[None]:
     """Let observers hear of the calls inside, which run as they would outside of this context."""
-    patch_torch()
+    patch_torch(captured)
     _push(State(enabled=False, recipe=NVFP4BlockScaling(), backend="auto", relu_mask=False, passive=True))
     try:
         yield
@@ -140,3 +141,30 @@ def _pop() -> None:
     if mode is not None:
         mode.__exit__(None, None, None)
 
+
+@contextmanager
+def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
+    """Run with the contexts and overrides of a checkpoint's first forward, whatever is active here."""
+    before = local.states, local.marks, local.overrides
+    mode = Mode() if states and not mode_is_on() else nullcontext()
+    local.states, local.marks, local.overrides = list(states), [0] * len(states), list(overrides)
+    try:
+        with mode:
+            yield
+    finally:
+        local.states, local.marks, local.overrides = before
+
+
+def captured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, made to run under the contexts that are active now, whenever and in whichever thread.
+
+    "No context" is restored as well. The observers of this thread hear of its calls.
+    """
+    states, overrides, observers = list(local.states), list(local.overrides), observe.observers()
+
+    @functools.wraps(function, updated=())  # `function` may be a module: its __dict__ must not be copied
+    def rerun(*args: Any, **kwargs: Any) -> Any:
+        with _restored(states, overrides), observe.told_to(observers):
+            return function(*args, **kwargs)
+
+    return rerun

@@ -28,8 +28,8 @@ from torch import fx, nn
 
 from te_nvfp4_cv.errors import check_module
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES
-from te_nvfp4_cv.fusion.patterns import FAMILY, Row, child_of, kind_of, rewrite
-from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
+from te_nvfp4_cv.fusion.patterns import FAMILY, Row, kind_of, rewrite
+from te_nvfp4_cv.fusion.trace import Traced, Untraceable, child_of, trace
 from te_nvfp4_cv.nn.names import plain_name
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)

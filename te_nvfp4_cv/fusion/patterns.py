@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from te_nvfp4_cv.context.function_mode import mode_is_on
 from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
-from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
+from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS, child_of
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.deferred import deferring
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, is_plain_layer
@@ -48,16 +48,6 @@ class Row:
     kind: str
     fused: str  # "relu", "add + relu", ...; "" where it stays
     reason: str
-
-
-def child_of(module: nn.Module, target: str) -> nn.Module | None:
-    """Return a module inside this one by its path, or None. Unlike get_submodule, plain attributes do not count."""
-    for part in target.split("."):
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        module = child
-    return module
 
 
 def norm_act(

@@ -213,6 +213,16 @@ def trace(module: nn.Module) -> Traced:
     return Traced(graphs[True, True][0], evaluation[0], arguments, guards, attributes)
 
 
+def child_of(module: nn.Module, target: str) -> nn.Module | None:
+    """Return a module inside this one by its path, or None. Unlike get_submodule, plain attributes do not count."""
+    for part in target.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))

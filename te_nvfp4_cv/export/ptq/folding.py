@@ -25,8 +25,7 @@ from torch.utils._pytree import tree_flatten
 
 from te_nvfp4_cv.errors import value_error, warn_once
 from te_nvfp4_cv.export.modules import CLASSES
-from te_nvfp4_cv.fusion.patterns import child_of
-from te_nvfp4_cv.fusion.trace import Untraceable, trace
+from te_nvfp4_cv.fusion.trace import Untraceable, child_of, trace
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
