@@ -25,7 +25,8 @@ from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
 from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS, child_of
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.deferred import deferring
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, is_plain_layer
+from te_nvfp4_cv.nn.base import is_plain_layer
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.walk import LAYERS
 
 NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())

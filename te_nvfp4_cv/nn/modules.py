@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv import functional
 from te_nvfp4_cv.context import state
+from te_nvfp4_cv.nn.base import NVFP4_CLASSES as NVFP4_CLASSES  # whole only after this file is imported
 from te_nvfp4_cv.nn.base import NVFP4Module
 from te_nvfp4_cv.nn.walk import output_padding, padded
 
@@ -116,7 +117,7 @@ class _ConvTranspose(NVFP4Module):
         )
 
 
-class NVFP4Conv1d(_Conv, nn.Conv1d):
+class NVFP4Conv1d(_Conv, nn.Conv1d, plain=nn.Conv1d):
     """Compute nn.Conv1d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
     Example:
@@ -126,10 +127,8 @@ class NVFP4Conv1d(_Conv, nn.Conv1d):
         torch.Size([16, 32, 8])
     """
 
-    op = "conv1d"
 
-
-class NVFP4Conv2d(_Conv, nn.Conv2d):
+class NVFP4Conv2d(_Conv, nn.Conv2d, plain=nn.Conv2d):
     """Compute nn.Conv2d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
     Example:
@@ -139,10 +138,8 @@ class NVFP4Conv2d(_Conv, nn.Conv2d):
         torch.Size([16, 32, 8, 8])
     """
 
-    op = "conv2d"
 
-
-class NVFP4Conv3d(_Conv, nn.Conv3d):
+class NVFP4Conv3d(_Conv, nn.Conv3d, plain=nn.Conv3d):
     """Compute nn.Conv3d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
     Example:
@@ -152,10 +149,8 @@ class NVFP4Conv3d(_Conv, nn.Conv3d):
         torch.Size([16, 32, 8, 8, 8])
     """
 
-    op = "conv3d"
 
-
-class NVFP4ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+class NVFP4ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d, plain=nn.ConvTranspose1d):
     """Compute nn.ConvTranspose1d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
     Example:
@@ -165,10 +160,8 @@ class NVFP4ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
         torch.Size([16, 32, 16])
     """
 
-    op = "conv_transpose1d"
 
-
-class NVFP4ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+class NVFP4ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d, plain=nn.ConvTranspose2d):
     """Compute nn.ConvTranspose2d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
     Example:
@@ -178,10 +171,8 @@ class NVFP4ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
         torch.Size([16, 32, 16, 16])
     """
 
-    op = "conv_transpose2d"
 
-
-class NVFP4ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+class NVFP4ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d, plain=nn.ConvTranspose3d):
     """Compute nn.ConvTranspose3d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
     Example:
@@ -191,10 +182,8 @@ class NVFP4ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
         torch.Size([16, 32, 16, 16, 16])
     """
 
-    op = "conv_transpose3d"
 
-
-class NVFP4Linear(NVFP4Module, nn.Linear):
+class NVFP4Linear(NVFP4Module, nn.Linear, plain=nn.Linear):
     """Compute nn.Linear in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
     Example:
@@ -203,8 +192,6 @@ class NVFP4Linear(NVFP4Module, nn.Linear):
         >>> layer(torch.randn(16, 64)).shape
         torch.Size([16, 32])
     """
-
-    op = "linear"
 
     def __init__(
         self,
@@ -238,19 +225,3 @@ class NVFP4Linear(NVFP4Module, nn.Linear):
             backend=backend,
             group=state.reduction_group(),
         )
-
-
-NVFP4_CLASSES: dict[type[nn.Module], type[NVFP4Module]] = {
-    nn.Conv1d: NVFP4Conv1d,
-    nn.Conv2d: NVFP4Conv2d,
-    nn.Conv3d: NVFP4Conv3d,
-    nn.ConvTranspose1d: NVFP4ConvTranspose1d,
-    nn.ConvTranspose2d: NVFP4ConvTranspose2d,
-    nn.ConvTranspose3d: NVFP4ConvTranspose3d,
-    nn.Linear: NVFP4Linear,
-}
-
-
-def is_plain_layer(module: nn.Module) -> bool:
-    """Return True if a layer's forward is torch's or this file's own, and not that of somebody's subclass."""
-    return type(module) in NVFP4_CLASSES or type(module) in NVFP4_CLASSES.values()

@@ -14,20 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv.nn.base import NVFP4Module
+from te_nvfp4_cv.nn.base import OPS, NVFP4Module
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import entries_of
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-OPS: dict[type[nn.Module], str] = {
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: "conv_transpose1d",
-    nn.ConvTranspose2d: "conv_transpose2d",
-    nn.ConvTranspose3d: "conv_transpose3d",
-    nn.Linear: "linear",
-}
 LAYERS = tuple(OPS)
 
 Entry = NVFP4BlockScaling | None  # None: high precision

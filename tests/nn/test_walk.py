@@ -12,14 +12,16 @@ from torch import nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.nn import walk
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, is_plain_layer
+from te_nvfp4_cv.nn.base import OPS, is_plain_layer
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 DEFAULT, NO_RHT = NVFP4BlockScaling(), NVFP4BlockScaling(disable_rht=True)
 
 
-def test_the_two_tables_of_layers_agree():
-    assert {plain: ours.op for plain, ours in NVFP4_CLASSES.items()} == walk.OPS
+def test_each_layer_has_a_class_of_its_own():
+    assert {plain: ours.op for plain, ours in NVFP4_CLASSES.items()} == OPS
+    assert all(issubclass(ours, plain) and getattr(nv, ours.__name__) is ours for plain, ours in NVFP4_CLASSES.items())
 
 
 def test_layers_have_plain_names_and_shared_ones_come_once():
