@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold, output_size, transposed_output_size
+from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, transposed_output_size
+from te_nvfp4_cv.ops.records import Operand, WeightCodes
 
 KINDS = ("normal", "wide", "subnormal", "huge", "zeros", "negative zeros", "nan", "inf")
+
+
+def seeds(few: Iterable[int], many: Iterable[int]) -> list[Any]:
+    """Return parameters of a randomized test: `few` seeds run in `make test`, the rest of `many` in `make stress`."""
+    few = list(few)
+    return [*few, *(pytest.param(seed, marks=pytest.mark.stress) for seed in many if seed not in few)]
 
 
 def values(shape: tuple[int, ...], kind: str = "normal", dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -40,6 +51,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
+def same_codes(a: Operand | WeightCodes, b: Operand | WeightCodes) -> bool:
+    """Return True if two records of the same kind hold the same bits in each of their tensors."""
+    return type(a) is type(b) and all(same_bits(x, y) for x, y in zip(a.flat(), b.flat(), strict=True))
+
+
 def relative_error(a: Tensor, truth: Tensor) -> float:
     """Relative Frobenius norm of the difference, in float64."""
     a, truth = a.detach().double(), truth.detach().double()
@@ -68,8 +84,3 @@ def make_geometry(
         return ConvGeometry(batch, channels[1], channels[0], out, image, k, s, p, d, extra, groups, True)
     out = tuple(output_size(*row) for row in zip(image, k, s, p, d, strict=True))
     return ConvGeometry(batch, *channels, image, out, k, s, p, d, extra, groups, False)
-
-
-def fold_list(fold: Fold) -> list[int]:
-    """A Fold as the operators take it."""
-    return [fold.strips, fold.step, fold.rows, fold.offset, fold.images]

@@ -18,6 +18,8 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from te_nvfp4_cv.backend import cache, torch_private
 from te_nvfp4_cv.errors import runtime_error, value_error
@@ -25,6 +27,7 @@ from te_nvfp4_cv.errors import runtime_error, value_error
 BACKENDS = ("auto", "reference", "vendor", "triton")
 MINIMUM_CAPABILITY = (8, 0)
 FP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0))  # what triton 3.6 to 3.9 compile block-scaled FP4 products for
+_PLAIN = (Tensor, Parameter)
 KERNELS_ON_CPU = False  # tests set it, under the interpreter: vendor on a CPU then takes its path on CUDA
 
 
@@ -109,6 +112,24 @@ def interpreted() -> bool:
 def kernels_serve(device: torch.device) -> bool:
     """Return True if the vendor backend quantizes tensors of `device` with the Triton kernels."""
     return device.type == "cuda" or (KERNELS_ON_CPU and device.type == "cpu")
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Return True if Triton kernels take tensors of `device`: a new enough GPU, or a CPU with the interpreter."""
+    if not kernels_serve(device) or not has_triton():
+        return False
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= MINIMUM_CAPABILITY
+
+
+def runs_directly(x: Tensor) -> bool:
+    """Return True if an operator's implementation may be called on x directly, past torch's dispatcher.
+
+    A custom operator of torch costs 15 to 30 microseconds a call before its code begins; a small layer makes ten such
+    calls a step. Eager calls on plain tensors need nothing of what those microseconds buy (fake tensors, tracing,
+    autograd, autocast): the layers above have dealt with autograd and autocast already. Calls on other tensors, those
+    that a dispatch mode watches and those that torch.compile traces go through the operators.
+    """
+    return type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling()
 
 
 def native_fp4(device: torch.device) -> bool:

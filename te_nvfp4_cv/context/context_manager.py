@@ -23,7 +23,7 @@ from te_nvfp4_cv.context.state import Override, State, active_recipe, drop_stale
 from te_nvfp4_cv.context.torch_patches import patch_torch
 from te_nvfp4_cv.errors import type_error
 from te_nvfp4_cv.layer import observe
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe, check_usable
 
 __all__ = ["active_recipe", "nvfp4_autocast"]
 
@@ -70,7 +70,8 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
                 raise type_error(
                     f"nvfp4_autocast: bad {name}.", got=repr(value), needs="True or False", fix=f"{name}=True"
                 )
-        resolved = checked_recipe(recipe)
+        resolved = recipe if type(recipe) is NVFP4BlockScaling else as_recipe(recipe)
+        check_usable(resolved)
         dispatch.check_backend(backend)
         if backend == "triton":  # the one choice that may be impossible: say so here, not at the first layer
             dispatch.resolve(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -81,7 +82,8 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
     def __enter__(self) -> nvfp4_autocast:
         if not torch.compiler.is_compiling():  # a trace cannot patch torch, nor warn
             patch_torch(captured)
-            warn_unapplied(self._state)
+            if self._state.recipe.precision:
+                warn_unapplied(self._state)
         _push(self._state)
         return self
 

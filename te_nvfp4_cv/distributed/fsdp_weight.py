@@ -25,7 +25,9 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.errors import runtime_error, warn_once
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
-from te_nvfp4_cv.ops.quantize import operand, weight_shards
+from te_nvfp4_cv.ops.quantize import weight_shards
+from te_nvfp4_cv.ops.quantize.operand import unpack_weight
+from te_nvfp4_cv.ops.records import Face, WeightCodes, WeightLayout
 
 aten = torch.ops.aten
 KEEP = {  # of a shard: what FSDP2 does to make, move and pad it
@@ -173,14 +175,13 @@ class GatheredWeight(torch.Tensor):
             self._codes = codes
         self._scales, self._amax = scales, amax
 
-    def codes_for(self, plan: Plan) -> tuple[Tensor, ...]:
-        """The tuple of faces.quantize_weight.
+    def codes_for(self, plan: Plan) -> WeightCodes:
+        """Return the codes of the whole weight for a layer's call.
 
         Raises:
             RuntimeError: the layer runs with another recipe than the weight was gathered for.
         """
-        s = plan.recipe.settings("weight")
-        problem = None
+        s, problem = plan.weight, None
         if not s.two_d or s.four_over_six is not None or s.delayed != self.form.pow2:
             problem = f"recipe {plan.recipe!r}"
         elif plan.geometry.groups != self.form.groups:
@@ -195,15 +196,13 @@ class GatheredWeight(torch.Tensor):
                 f"fprop and dgrad in NVFP4, groups={self.form.groups}",
                 fix="give nv.fsdp.quantize_gathers the recipe with which the model trains",
             )
-        empty = self._codes.new_empty(0)
-        return self._codes, self._scales, empty, empty, self._amax
+        return WeightCodes.of_face("row", Face(self._codes, self._scales), self._amax)
 
     def dequantized(self) -> Tensor:
-        """Values of the logical shape in the nominal dtype."""
+        """Return the values, of the logical shape, in the nominal dtype."""
         n, channels, *kernel = self.shape
-        w = operand.unpack_weight(
-            *(self._codes, self._scales, n, channels, self.form.groups, False, None, torch.float32, "reference")
-        )
+        layout = WeightLayout(n, channels, self.form.groups, columnwise=False)
+        w = unpack_weight(Face(self._codes, self._scales), layout, None, torch.float32, "reference")
         w = w * (self._amax * (1.0 / (formats.E2M1_MAX * formats.E4M3_MAX)))
         return w.view(n, *kernel, channels).movedim(-1, 1).to(self.dtype).contiguous()
 

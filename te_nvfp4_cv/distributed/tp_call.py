@@ -3,13 +3,12 @@
     column   x whole, or gathered -> multiply -> y by channels      row   x by channels -> multiply -> y summed
     then     from there to the layout of the plan
 
-Exchanges that parallel_conv.py does not do on codes are torch's DTensor.redistribute, forward and backward.
+Exchanges that tp_exchange.py does not do on codes are torch's DTensor.redistribute, forward and backward.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +19,15 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import function_mode, state
-from te_nvfp4_cv.distributed.tp_autograd import (
-    GEMMS,
-    Array,
-    Link,
-    SharedScales,
-    TensorParallelConv,
-    broken_blocks,
-    part_plan,
-)
+from te_nvfp4_cv.distributed.tp_exchange import GEMMS, Array, Exchange, Link, SharedScales, broken_blocks, part_plan
 from te_nvfp4_cv.errors import describe, value_error, warn_once
-from te_nvfp4_cv.layer import delayed_scaling, eligible, observe
-from te_nvfp4_cv.layer import geometry as geometry_
+from te_nvfp4_cv.layer import check, delayed_scaling, observe
+from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, named_padding
+from te_nvfp4_cv.layer.forward_backward import QuantizedConv
+from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
+from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_channels_last
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
@@ -110,18 +104,18 @@ def _decide(module: Any, x: Tensor, layout: int | None, channels: int) -> tuple[
         recipe, backend = module.chosen()
         if recipe is None:
             return None, backend, "set_precision: high precision"
-        reason = eligible.ineligible(module.op, x_like, w, 1, recipe)
+        reason = check.ineligible(module.op, x_like, w, 1, recipe)
         if reason is not None:
             raise value_error(
                 f"nvfp4 {module.op}: x and y of a rank cannot run in NVFP4: {reason}.",
                 got=f"x {describe(x_like)}, weight {describe(w)} on each of {sharing.ranks} ranks",
-                needs=f"bf16, fp16 or fp32; at least {eligible.MINIMUM} channels on both sides on every rank",
+                needs=f"bf16, fp16 or fp32; at least {check.MINIMUM} channels on both sides on every rank",
                 fix="use fewer ranks, or a plain module: nvfp4_autocast leaves it in high precision",
             )
         return recipe, backend, ""
     if isinstance(module.weight, nn.Parameter):
         w = nn.Parameter(w.detach(), requires_grad=False)
-    recipe, reason = function_mode._decide(module.op, {"input": x_like, "weight": w}, 1)
+    recipe, reason = function_mode.decide(module.op, x_like, w, 1)
     current = state.state()
     return recipe, "" if current is None else current.backend, reason
 
@@ -197,11 +191,16 @@ class _Call:
         why = "its padding is not a number of zeros" if pads and cut is not None and cut > 1 else ""
         if not self.column or why:
             x, cut = self._gathered(x, why), None
-        x, padding = self._padded(x, w) if pads else (x, module.padding if self.rank else 0)
+        args = ConvArgs.of(module)._replace(groups=1)
+        if pads:
+            x, padding = self._padded(x, w)
+            args = args._replace(padding=padding)
 
         def planned(x: Tensor, cut: int | None) -> tuple[Plan, Link]:
             whole = x.detach().new_empty(()).expand(_whole_shape(x, cut, sharing.ranks))
-            plan = self._plan(whole, x, w, bias, padding, recipe, dispatch.resolve(backend, x.device), autocast)
+            sizes = args._replace(output_padding=self._output_padding(whole))
+            call = CallShape.of(self.op, whole, Sizes.of(w), bias, sizes)
+            plan = self._plan(call, x, w, recipe, backend)
             return plan, self._link(plan, whole, None if cut is None else self._axis(cut))
 
         plan, link = planned(x, cut)
@@ -234,26 +233,15 @@ class _Call:
         m = self.module
         if m.padding_mode != "zeros":
             return F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
-        return geometry_._named_padding(self.op, x, w, m.stride, m.padding, m.dilation)
+        pad, padding = named_padding(CallShape.of(self.op, x, Sizes.of(w), None, ConvArgs.of(m)), self.rank)
+        return (F.pad(x, pad) if pad else x), padding
 
-    def _plan(
-        self,
-        whole: Tensor,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        padding: Any,
-        recipe: NVFP4BlockScaling,
-        backend: str,
-        autocast: bool,
-    ) -> Plan:
-        m = self.module
-        geometry_._check_shapes(self.op, whole, w, bias, self.rank, 1)
-        stride, dilation = (m.stride, m.dilation) if self.rank else (1, 1)
-        extra = self._output_padding(whole)
-        geometry = geometry_._geometry(self.op, whole, w, stride, padding, dilation, 1, extra)
+    def _plan(self, call: CallShape, x: Tensor, w: Tensor, recipe: NVFP4BlockScaling, backend: str) -> Plan:
+        """Return the plan of the whole call, of which this rank has x and w."""
+        autocast = torch.is_autocast_enabled(x.device.type)
         dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
-        return Plan(geometry, recipe, backend, dtype, is_channels_last(x) or is_channels_last(w))
+        chosen = dispatch.resolve(backend, x.device)
+        return Plan(lowered(call).geometry, recipe, chosen, dtype, is_channels_last(x) or is_channels_last(w))
 
     def _axis(self, dim: int) -> int:
         """A dimension of a tensor, as the axis of the array with channels innermost."""
@@ -301,13 +289,13 @@ class _Call:
 
     def _run(self, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, link: Link) -> Tensor:
         group = state.reduction_group() if state.state() is not None else None
-        delayed_scaling.refuse(plan, link.group)
+        delayed_scaling.refuse(plan.recipe, link.group)
         scales = self._scales(x, bias, plan, link, group)
         told = observe.Call(self.op, self.module.weight, x, plan.geometry, plan.recipe, "")
         if not torch.is_grad_enabled():
             x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
-        run: Callable[..., Tensor] = TensorParallelConv.apply
-        return observe.reported(told, run, x, w, bias, plan, link, scales)
+        options = CallOptions(scales=scales, ranks=Exchange(plan, link))
+        return observe.reported(told, QuantizedConv.apply, x, w, bias, plan, options)
 
     def _scales(self, x: Tensor, bias: Tensor | None, plan: Plan, link: Link, group: Any) -> SharedScales:
         part = part_plan(plan, link)

@@ -13,7 +13,7 @@ SiLU, whose derivative would need the sum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,21 +22,9 @@ from torch import Tensor
 
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import deferred
-from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
+from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.ops.norm import operators
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of one call that passed the checks."""
-
-    groups: int  # 0 for batch normalization
-    batch_stats: bool
-    momentum: float
-    eps: float
-    activation: str
-    keep: bool = False  # a backward pass will come
-    backend: str = ""
+from te_nvfp4_cv.ops.norm.operators import NormSpec
 
 
 def batch_norm_act(
@@ -69,7 +57,7 @@ def batch_norm_act(
     _check(z, residual, activation)
     if training:
         F._verify_batch_size(z.size())  # type: ignore[attr-defined]
-    settings = Settings(0, training, momentum, eps, activation)
+    settings = NormSpec(0, activation, training, momentum, eps)
     return _run(z, residual, weight, bias, running_mean, running_var, settings, backend)
 
 
@@ -98,7 +86,7 @@ def group_norm_act(
             fix="check the layer before this one",
         )
     F._verify_batch_size([z.shape[0] * z.shape[1] // groups, groups, *z.shape[2:]])  # type: ignore[attr-defined]
-    return _run(z, residual, weight, bias, None, None, Settings(groups, True, 0.0, eps, activation), backend)
+    return _run(z, residual, weight, bias, None, None, NormSpec(groups, activation, eps=eps), backend)
 
 
 def _check(z: Tensor, residual: Tensor | None, activation: str) -> None:
@@ -122,7 +110,7 @@ def _run(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    settings: Settings,
+    settings: NormSpec,
     backend: str,
 ) -> Tensor:
     if (weight is None) != (bias is None):  # torch allows one without the other; the operators take both or none
@@ -137,7 +125,7 @@ def _run(
                 fix="check the layer before this one",
             )
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, residual, weight, bias))
-    settings = replace(settings, keep=keep, backend=operators.backend_for(z, backend))
+    settings = replace(settings, need_mask=keep, backend=operators.backend_for(z, backend))
     z = dense(z)
     if not deferred.wanted(z, residual, settings.backend):
         return NormAct.apply(z, residual, weight, bias, running_mean, running_var, settings, None)
@@ -154,8 +142,7 @@ def _wide(z: Tensor) -> torch.dtype:
 
 def dense(z: Tensor) -> Tensor:
     """Return z itself if its memory is contiguous or channels_last, or else a contiguous copy."""
-    channels_last = CHANNELS_LAST.get(z.dim() - 2)
-    return z if channels_last is not None and z.is_contiguous(memory_format=channels_last) else z.contiguous()
+    return z if is_dense(z) else z.contiguous()
 
 
 class NormAct(torch.autograd.Function):
@@ -170,7 +157,7 @@ class NormAct(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        s: Settings,
+        s: NormSpec,
         producer: deferred.Producer | None,
     ) -> Tensor:
         written = s.batch_stats and torch.compiler.is_compiling()
@@ -179,16 +166,14 @@ class NormAct(torch.autograd.Function):
             # saves them for its backward, which may belong to an unfused call of the same norm in the same step.
             running_mean, running_var = running_mean.data, running_var.data
         if producer is not None:
-            mean, rstd = operators.norm_statistics(
-                z, running_mean, running_var, s.groups, s.batch_stats, s.momentum, s.eps
-            )
-            masked = s.keep and s.activation == "relu"
-            mask = z.new_empty((z.numel() + 7) // 8 if masked else 0, dtype=torch.uint8)
+            mean, rstd = operators.norm_statistics(z, running_mean, running_var, s.encode())
+            mask = z.new_empty(s.mask_bytes(z), dtype=torch.uint8)
             producer.mean, producer.rstd, producer.mask = mean, rstd, mask
             y = deferred.empty_like(z)
         else:
-            how = (s.groups, s.batch_stats, s.momentum, s.eps, s.activation, s.keep, s.backend)
-            y, mean, rstd, mask = operators.norm_forward(z, residual, weight, bias, running_mean, running_var, *how)
+            y, mean, rstd, mask = operators.norm_forward(
+                z, residual, weight, bias, running_mean, running_var, s.encode()
+            )
         ctx.save_for_backward(z, weight, bias, mean, rstd, mask)
         ctx.settings, ctx.strides = s, y.stride()
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -197,16 +182,16 @@ class NormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = z, weight, bias, mean, rstd, mask = ctx.saved_tensors
-        s: Settings = ctx.settings
+        s: NormSpec = ctx.settings
         if torch.is_grad_enabled() and (dy.requires_grad or z.requires_grad):
             return (*_differentiable(ctx, dy, saved), *[None] * 4)
         if dy.stride() != ctx.strides:  # the mask's bits lie in y's memory order
             dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
         need = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            dz, dresidual, dweight, dbias = operators.norm_backward(
-                dy, z, weight, bias, mean, rstd, mask, s.groups, s.batch_stats, s.eps, s.activation, need[1], s.backend
-            )
+            norm = [mean, rstd] if weight is None else [mean, rstd, weight, bias]
+            s = replace(s, need_dresidual=need[1])
+            dz, dresidual, dweight, dbias = operators.norm_backward(dy, z, norm, mask, s.encode())
         return (
             dz if need[0] else None,
             dresidual.to(ctx.residual_dtype) if need[1] else None,
@@ -219,7 +204,7 @@ class NormAct(torch.autograd.Function):
 def _differentiable(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """Return the four gradients by torch's own norm, recomputed, so that they can be differentiated again."""
     z, weight, bias, mean, rstd, mask = saved  # checkpointing lets a backward read ctx.saved_tensors once only
-    s: Settings = ctx.settings
+    s: NormSpec = ctx.settings
     need = [ctx.needs_input_grad[index] for index in (0, 2, 3)]  # z, weight, bias
     dtype = dy.dtype
     with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):

@@ -1,219 +1,218 @@
 """The quantized layer as one operator, for torch.compile: te_nvfp4_cv::layer, and ::layer_backward behind it.
 
-    layer            x, w, bias -> y and what backward needs: up to three tensors of x, three of w
+    layer            x, w, bias -> y and what backward needs: the six tensors of Saved
     layer_backward   dy and those -> dx, dw, db; draws the seed of stochastic rounding
 
-A graph holds one node for each layer and pass: nothing of geometry, recipe or random numbers is traced, so nothing of
-them can break a graph, be merged with another layer's or be compiled otherwise than it runs in eager mode. Shapes are
-those of the trace: another batch size is another graph. Refused by calls.py before: delayed tensor scales.
+A graph holds one node for each layer and pass. Nothing of geometry, recipe or random numbers is traced, so none of it
+can break a graph, be merged with another layer's, or be compiled to something else than what eager mode runs. Shapes
+are those of the trace: another batch size is another graph. execute.py refuses delayed tensor scales before.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.layer import delayed_scaling, saved, weight_codes
-from te_nvfp4_cv.layer import forward_backward as layers
+from te_nvfp4_cv.layer import delayed_scaling, forward_backward, operands, weight_codes
+from te_nvfp4_cv.layer.forward_backward import Like, Saved, saved_of
+from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.layer.saved import Like
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
 
-PARTS = 3  # of x, and of w, at most
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def _plan(shape: Any, recipe: str, backend: str, dtype: torch.dtype, channels_last: bool) -> Plan:
-    geometry = ConvGeometry.from_ints([int(n) for n in shape])
-    return Plan(geometry, recipe_of_key(recipe), backend, dtype, channels_last)
+class LayerSpec(NamedTuple):
+    """What a layer's operator is told besides tensors and sizes; it crosses the operator's boundary as one text.
+
+    Attributes:
+        recipe: NVFP4BlockScaling.key.
+        backend: resolved.
+        compute_dtype: of dequantized operands.
+        channels_last: y's memory format.
+        need_dx: backward will compute dx; need_dw, need_db: likewise.
+        group: name of the process group whose ranks share amaxes in training, or "".
+        like: dtypes and memory formats of x, w and bias, for backward.
+    """
+
+    recipe: str
+    backend: str
+    compute_dtype: torch.dtype
+    channels_last: bool
+    need_dx: bool = False
+    need_dw: bool = False
+    need_db: bool = False
+    group: str = ""
+    like: str = ""
+
+    def to_text(self) -> str:
+        """Encode the spec."""
+        needs = f"{int(self.channels_last)}{int(self.need_dx)}{int(self.need_dw)}{int(self.need_db)}"
+        return f"{self.recipe}\n{self.backend}\n{_DTYPES[self.compute_dtype]}\n{needs}\n{self.group}\n{self.like}"
+
+    @staticmethod
+    def from_text(text: str) -> LayerSpec:
+        """Decode what to_text gave."""
+        return _spec(text)
 
 
-def _padded(parts: list[Tensor], like: Tensor) -> list[Tensor]:
-    return parts + [like.new_empty(0, dtype=torch.uint8) for _ in range(PARTS - len(parts))]
+@functools.lru_cache(maxsize=1024)
+def _spec(text: str) -> LayerSpec:
+    recipe, backend, dtype, flags, group, like = text.split("\n")
+    channels_last, need_dx, need_dw, need_db = (flag == "1" for flag in flags)
+    needs = (need_dx, need_dw, need_db)
+    return LayerSpec(recipe, backend, getattr(torch, dtype), channels_last, *needs, group, like)
 
 
-def _kept_names(plan: Plan, need_dx: bool, need_dw: bool) -> tuple[list[str], list[str]]:
-    """Names of what backward needs of x and of w; "x" and "w" are the operands themselves."""
-    return saved.names_of_x(plan, need_dw), saved.names_of_w(plan, need_dx)
+@functools.lru_cache(maxsize=4096)
+def _plan(sizes: tuple[int, ...], text: str) -> Plan:
+    spec = LayerSpec.from_text(text)
+    return Plan(
+        ConvGeometry.from_ints(sizes), recipe_of_key(spec.recipe), spec.backend, spec.compute_dtype, spec.channels_last
+    )
+
+
+def plan_of(sizes: Any, text: str) -> Plan:
+    """Return the Plan of an operator's call; traced sizes become those of the trace."""
+    return _plan(tuple(int(n) for n in sizes), text)
 
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::layer", mutates_args=())
 def layer(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    shape: list[int],
-    recipe: str,
-    backend: str,
-    dtype: torch.dtype,
-    channels_last: bool,
-    need_dx: bool,
-    need_dw: bool,
-    group: str,
+    x: Tensor, w: Tensor, bias: Tensor | None, sizes: list[int], spec: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One layer's forward.
+    """Run one layer's forward.
 
     Args:
-        x, w, bias: as torch.nn.functional takes them, x in the dtype of autocast where that is on.
-        shape: ConvGeometry.to_ints(). recipe: NVFP4BlockScaling.key. dtype: of dequantized operands.
-        channels_last: y's memory format.
-        need_dx, need_dw: what backward will compute; neither: nothing is kept.
-        group: name of the process group whose ranks share amaxes in training, or "".
+        x: as torch.nn.functional takes it, in the dtype of autocast where that is on; w, bias: likewise.
+        sizes: ConvGeometry.to_ints().
+        spec: LayerSpec.to_text().
     Returns:
-        (y, three tensors of x, three of w), empty where there is nothing to keep, and for an operand kept as it is.
+        y, and the tensors of Saved, empty where there is nothing to save and where it is an operand itself.
     """
-    plan = _plan(shape, recipe, backend, dtype, channels_last)
-    codes, scales = weight_codes.codes_of(w, plan), _scales(plan, group, need_dx or need_dw)
-    y, kept = layers.forward(x, w, bias, plan, need_dx, need_dw, codes, scales)
-    return y, *_outputs(kept, plan, need_dx, need_dw, x)  # type: ignore[return-value]
+    plan, s = plan_of(sizes, spec), LayerSpec.from_text(spec)
+    options = CallOptions(codes=weight_codes.codes_of(w, plan), scales=_scales(plan, s, s.need_dx or s.need_dw))
+    y, saved = forward_backward.forward(x, w, bias, plan, s.need_dx, s.need_dw, options)
+    return y, *_outputs(saved, plan, x)  # type: ignore[return-value]
 
 
-def _outputs(kept: dict[str, Tensor], plan: Plan, need_dx: bool, need_dw: bool, x: Tensor) -> list[Tensor]:
-    of_x, of_w = _kept_names(plan, need_dx, need_dw)
-    sides = [[kept[name] for name in names if name not in ("x", "w")] for names in (of_x, of_w)]
-    return _padded(sides[0], x) + _padded(sides[1], x)
+def _outputs(saved: Saved, plan: Plan, like: Tensor) -> list[Tensor]:
+    """Return the saved tensors that are not operands themselves: an operator may not give back what it was given."""
+    x = None if plan.saves_x == "itself" else saved.x
+    w = None if plan.saves_w == "itself" else saved.w
+    parts = saved._replace(x=x, w=w)
+    return [like.new_empty(0, dtype=torch.uint8) if part is None else part for part in parts]
 
 
-def _scales(plan: Plan, group: str, training: bool) -> delayed_scaling.CallScales | None:
-    if not group:
+def _scales(plan: Plan, spec: LayerSpec, training: bool) -> delayed_scaling.CallScales | None:
+    if not spec.group:
         return None
-    found = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    found = torch.distributed.distributed_c10d._resolve_process_group(spec.group)  # type: ignore[arg-type]
     return delayed_scaling.CallScales(plan, found, training)
 
 
 @layer.register_fake
-def _(x, w, bias, shape, recipe, backend, dtype, channels_last, need_dx, need_dw, group):  # type: ignore[no-untyped-def]
-    plan = _plan(shape, recipe, backend, dtype, channels_last)
-    _, x_q, w_q = layers.quantize(x, w, plan, need_dx, need_dw)
-    kept = saved.keep(x, x_q, w, w_q, plan, need_dx, need_dw)
-    y = layouts.like_image_first(x, plan.geometry.y_shape, x.shape, channels_last)
-    return y, *_outputs(kept, plan, need_dx, need_dw, x)
+def _(x, w, bias, sizes, spec):  # type: ignore[no-untyped-def]
+    plan, s = plan_of(sizes, spec), LayerSpec.from_text(spec)
+    x_last = layouts.image_last(x, plan.geometry.x_shape)
+    x_q = operands.quantize_input(x_last, plan, s.need_dw)
+    saves_codes = s.need_dx and plan.saves_w != "itself"
+    w_q = operands.quantize_weight(w, plan, True) if saves_codes else None
+    saved = saved_of(x, x_q, w, w_q, plan, s.need_dx, s.need_dw)
+    y = layouts.like_image_first(x, plan.geometry.y_shape, x.shape, s.channels_last)
+    return y, *_outputs(saved, plan, x)
 
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::layer_backward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def layer_backward(
-    dy: Tensor,
-    of_x: list[Tensor],
-    of_w: list[Tensor],
-    shape: list[int],
-    recipe: str,
-    backend: str,
-    dtype: torch.dtype,
-    channels_last: bool,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-    group: str,
-    x_shape: list[int],
-    x_dtype: torch.dtype,
-    x_channels_last: bool,
-    w_shape: list[int],
-    w_dtype: torch.dtype,
-    w_channels_last: bool,
-    bias_dtype: torch.dtype,
+    dy: Tensor, saved: list[Tensor], sizes: list[int], like_sizes: list[int], spec: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dw, db) of one layer, empty where not needed; the arguments are those of `layer`, and the fields of Like."""
-    plan = _plan(shape, recipe, backend, dtype, channels_last)
-    names = [name for side in _kept_names(plan, need_dx, need_dw) for name in side]
-    kept = dict(zip(names, (*of_x, *of_w), strict=True))
-    like = Like(tuple(x_shape), x_dtype, x_channels_last, tuple(w_shape), w_dtype, w_channels_last, bias_dtype)
-    scales = _scales(plan, group, True)
-    grads = layers.backward(dy, kept, plan, like, need_dx, need_dw, need_db, scales)
+    """Return (dx, dw, db) of one layer, empty where not needed.
+
+    Args:
+        saved: the tensors of Saved, with the operands themselves where they are saved.
+        like_sizes: number of axes of x, then the shapes of x and w.
+        sizes: as for `layer`; spec: as for `layer`, with `like` filled in.
+    """
+    plan, s = plan_of(sizes, spec), LayerSpec.from_text(spec)
+    needs, scales = (s.need_dx, s.need_dw, s.need_db), _scales(plan, s, True)
+    options = CallOptions(scales=scales)
+    grads = forward_backward.backward(dy, Saved(*saved), plan, _like(like_sizes, s.like), needs, options)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 
 @layer_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    dy,
-    of_x,
-    of_w,
-    shape,
-    recipe,
-    backend,
-    dtype,
-    channels_last,
-    need_dx,
-    need_dw,
-    need_db,
-    group,
-    x_shape,
-    x_dtype,
-    x_channels_last,
-    w_shape,
-    w_dtype,
-    w_channels_last,
-    bias_dtype,
-):
-    plan = _plan(shape, recipe, backend, dtype, channels_last)
-    g = plan.geometry
+def _(dy, saved, sizes, like_sizes, spec):  # type: ignore[no-untyped-def]
+    s, g = LayerSpec.from_text(spec), ConvGeometry.from_ints([int(n) for n in sizes])
+    like = _like(like_sizes, s.like)
     dx, dw, db = (dy.new_empty(0) for _ in range(3))
-    if need_dx:
-        dx = layouts.like_image_first(dy, g.x_shape, x_shape, x_channels_last).to(x_dtype)
-    if need_dw:
-        dw = layouts.kernel_as(dy.new_empty(g.weight_shape, dtype=w_dtype), g, tuple(w_shape), w_channels_last)
-    if need_db:
-        db = dy.new_empty(dy.shape[-1] if g.rank == 0 else dy.shape[1], dtype=bias_dtype)
+    if s.need_dx:
+        dx = layouts.like_image_first(dy, g.x_shape, like.x_shape, like.x_channels_last).to(like.x_dtype)
+    if s.need_dw:
+        dw = layouts.kernel_as(dy.new_empty(g.weight_shape, dtype=like.w_dtype), g, like.w_shape, like.w_channels_last)
+    if s.need_db:
+        db = dy.new_empty(dy.shape[-1] if g.rank == 0 else dy.shape[1], dtype=like.bias_dtype)
     return dx, dw, db
 
 
+def _like_text(like: Like) -> str:
+    bias = "" if like.bias_dtype is None else _DTYPES[like.bias_dtype]
+    flags = f"{int(like.x_channels_last)}{int(like.w_channels_last)}"
+    return f"{_DTYPES[like.x_dtype]},{_DTYPES[like.w_dtype]},{bias},{flags}"
+
+
+def _like(sizes: Any, text: str) -> Like:
+    axes, *shapes = sizes
+    x_dtype, w_dtype, bias_dtype, flags = text.split(",")
+    return Like(
+        tuple(shapes[:axes]),
+        getattr(torch, x_dtype),
+        flags[0] == "1",
+        tuple(shapes[axes:]),
+        getattr(torch, w_dtype),
+        flags[1] == "1",
+        getattr(torch, bias_dtype) if bias_dtype else None,
+    )
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, bias, *call = inputs
-    shape, recipe, backend, dtype, channels_last, need_dx, need_dw, group = call
-    of_x, of_w = _kept_names(_plan(shape, recipe, backend, dtype, channels_last), need_dx, need_dw)
-    parts = {"x": x, "w": w}
-    made = zip((of_x, of_w), (output[1 : 1 + PARTS], output[1 + PARTS :]), strict=True)
-    kept = [parts.get(name, part) for names, side in made for name, part in zip(names, side, strict=False)]
-    ctx.save_for_backward(*kept)
-    ctx.split, ctx.call, ctx.like = len(of_x), call, tuple(vars(Like.of(x, w, bias)).values())
+    x, w, bias, sizes, text = inputs
+    spec, plan = LayerSpec.from_text(text), plan_of(sizes, text)
+    saved = Saved(*output[1:])
+    if spec.need_dw and plan.saves_x == "itself":
+        saved = saved._replace(x=x)
+    if spec.need_dx and plan.saves_w == "itself":
+        saved = saved._replace(w=w)
+    ctx.save_for_backward(*saved)
+    like = Like.of(x, w, bias)
+    ctx.sizes, ctx.spec, ctx.like_sizes = sizes, spec._replace(like=_like_text(like)), [x.dim(), *x.shape, *w.shape]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (3 + len(ctx.call))
     if dy is None:
-        return nothing
-    shape, recipe, backend, dtype, channels_last, need_dx, need_dw, group = ctx.call
-    *like, bias_dtype = ctx.like
-    kept = list(ctx.saved_tensors)
-    need_db = ctx.needs_input_grad[2]
-    grads = layer_backward(
-        dy,
-        kept[: ctx.split],
-        kept[ctx.split :],
-        *(shape, recipe, backend, dtype, channels_last, need_dx, need_dw, need_db, group),
-        *like,
-        dtype if bias_dtype is None else bias_dtype,
-    )
-    needs = (need_dx, need_dw, need_db)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *nothing[3:]
+        return (None,) * 5
+    spec = ctx.spec._replace(need_db=ctx.needs_input_grad[2])
+    grads = layer_backward(dy, list(ctx.saved_tensors), ctx.sizes, ctx.like_sizes, spec.to_text())
+    needs = (spec.need_dx, spec.need_dw, spec.need_db)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
 layer.register_autograd(_backward, setup_context=_setup_context)
 
 
-def apply(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -> Tensor:
-    """y of one call that torch.compile traces; the arguments are those of autograd.QuantizedConv."""
-    need_dx, need_dw = x.requires_grad, w.requires_grad
-    if not torch.is_grad_enabled():
-        need_dx = need_dw = False
-    outputs = layer(
-        x,
-        w,
-        bias,
-        plan.shape,
-        plan.recipe.key,
-        plan.backend,
-        plan.compute_dtype,
-        plan.channels_last,
-        need_dx,
-        need_dw,
-        "" if group is None else group.group_name,
-    )
-    return outputs[0]
+def apply(x: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry, spec: LayerSpec, group: Any) -> Tensor:
+    """Return y of one call that torch.compile traces; `spec` without needs and group, which are filled in here."""
+    grad = torch.is_grad_enabled()
+    name = "" if group is None else group.group_name
+    spec = spec._replace(need_dx=grad and x.requires_grad, need_dw=grad and w.requires_grad, group=name)
+    return layer(x, w, bias, geometry.to_ints(), spec.to_text())[0]

@@ -1,9 +1,13 @@
-"""An activation that only quantized layers read is not written: they get their operands from the norm's input.
+"""Skip writing an activation to memory when only quantized layers will read it.
 
-    norm_act under `deferring`     statistics, and a tensor with a shape but without memory; the Producer hangs on it
-    calls.execute                  asks `claim`; where the call is of the kind that the kernels produce, the layer takes
-                                   Producer.quantize's faces, the same bits as those of the activation
-    anything else                  `settle` writes the activation into that tensor, as if nothing had been deferred
+The layer asks the norm for 4-bit codes directly. If anyone else touches the tensor, `settle` writes it first, so
+results never change.
+
+    norm_act under `deferring`   makes the statistics, and a tensor with a shape but without memory, which carries a
+                                 Producer
+    execute.execute              takes Producer.quantize's operand, the same bits as the activation's, where the call is
+                                 of the kind that the kernels produce
+    anything else                `settle` writes the activation into that tensor, as if nothing had been deferred
 
 One activation may feed several layers; equal faces are made once. ReLU's mask, which backward keeps, is written by the
 same kernel. Only where kernels run (a GPU, or the interpreter in tests), channels innermost in memory, no folding of
@@ -22,13 +26,13 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.layer.delayed_scaling import CallScales
+from te_nvfp4_cv.layer.options import Scales
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.norm import operators as ops
-from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
+from te_nvfp4_cv.ops.records import Operand
+from te_nvfp4_cv.recipe.fields import Role
 
-_ATTRIBUTE = "_nvfp4_producer"
-Faces = tuple[Tensor, ...]
+ATTRIBUTE = "_nvfp4_producer"
 
 
 class _Local(threading.local):
@@ -40,7 +44,7 @@ _local = _Local()
 
 @contextmanager
 def deferring() -> Iterator[None]:
-    """Activations made inside will be read by quantized layers alone: they need not be written."""
+    """Promise that activations made inside will be read by quantized layers alone, so they need not be written."""
     before, _local.deferring = _local.deferring, True
     try:
         yield
@@ -49,7 +53,7 @@ def deferring() -> Iterator[None]:
 
 
 def wanted(z: Tensor, residual: Tensor | None, backend: str) -> bool:
-    """Whether an activation made now may stay unwritten."""
+    """Return True if an activation made now may stay unwritten."""
     return (
         _local.deferring
         and backend == "triton"
@@ -64,7 +68,7 @@ def wanted(z: Tensor, residual: Tensor | None, backend: str) -> bool:
 
 
 def _watched() -> bool:
-    """Whether a mode of somebody else sees each operation, and may read what is not written."""
+    """Return True if somebody else's mode sees each operation, and may read what is not written."""
     modes = torch.overrides._get_current_function_mode_stack()
     # The context's own mode says so itself, by an attribute: a comparison of module names would fail without an error
     # when a file is renamed. torch.device's mode only changes where new tensors are made.
@@ -73,7 +77,7 @@ def _watched() -> bool:
 
 
 def channels_innermost(z: Tensor) -> bool:
-    """Whether z [B, C, *image] lies in memory as [B, *image, C], without gaps."""
+    """Return True if z [B, C, *image] lies in memory as [B, *image, C], without gaps."""
     return z.movedim(1, -1).is_contiguous()
 
 
@@ -90,40 +94,39 @@ class Producer:
     mean: Tensor | None = None
     rstd: Tensor | None = None
     mask: Tensor | None = None
-    faces: dict[tuple[Any, ...], Faces] = field(default_factory=dict)
+    made: dict[tuple[Any, ...], Operand] = field(default_factory=dict)
 
-    def serves(self, plan: Plan, need_dw: bool, scales: CallScales | None) -> bool:
-        """Whether `quantize` gives what this call needs."""
-        s, recipe = plan.recipe.settings("input"), plan.recipe
+    def serves(self, plan: Plan, need_dw: bool, scales: Scales | None) -> bool:
+        """Return True if `quantize` gives what this call needs."""
+        s = plan.input
         return (
             (plan.backend == "triton" or (plan.backend == "vendor" and dispatch.kernels_serve(self.z.device)))
             and plan.folds[0].strips == 1
             and self.z.shape[1] // plan.geometry.groups % 16 == 0
             and s.four_over_six is None
             and not plan.row_scaled
-            and recipe.backward_override is None
+            and plan.recipe.backward_override is None
             and "fprop" in plan.gemms
             and ("wgrad" in plan.gemms or not need_dw)
-            and (scales is None or scales.knows(0))
+            and (scales is None or scales.knows(Role.INPUT))
         )
 
-    def quantize(self, plan: Plan, need_dw: bool, scales: CallScales | None) -> Faces:
-        """The seven tensors of operands.quantize_operand for the activation."""
-        s = plan.recipe.settings("input")
-        images = plan.folds[0].images
-        form = (plan.operand_form, PACKED if need_dw else NONE, s.rht, s.e4m3_max, plan.compute_dtype)
-        if scales is None and (images, *form) in self.faces:
-            return self.faces[images, *form]
-        amax = None if scales is None else scales.amax(0, self.z)
-        faces = ops.norm_quantize(*self._parts(), self.groups, self.activation, images, *form, amax)
+    def quantize(self, plan: Plan, need_dw: bool, scales: Scales | None) -> Operand:
+        """Return what operand.quantize_operand would make of the activation."""
+        spec, images = plan.input_specs[need_dw], plan.folds[0].images
+        form = (spec.row, spec.col, spec.rht, spec.e4m3_max, plan.compute_dtype)
+        if scales is None and (images, *form) in self.made:
+            return self.made[images, *form]
+        amax = None if scales is None else scales.amax(Role.INPUT, self.z)
+        made = Operand.from_flat(ops.norm_quantize(*self._parts(), self.groups, self.activation, images, *form, amax))
         if scales is not None:
-            scales.collect(0, faces[6])
+            scales.collect(Role.INPUT, made.observed)
         else:
-            self.faces[images, *form] = faces
-        return faces
+            self.made[images, *form] = made
+        return made
 
     def write(self, y: Tensor) -> None:
-        """The activation itself, into y."""
+        """Write the activation into y."""
         storage = y.untyped_storage()
         storage.resize_(y.numel() * y.element_size())
         *parts, mask = self._parts()
@@ -136,13 +139,13 @@ class Producer:
 
 
 def attach(y: Tensor, producer: Producer) -> Tensor:
-    """y, which has no memory, with its producer."""
-    setattr(y, _ATTRIBUTE, producer)
+    """Hang its producer on y, which has no memory, and return y."""
+    setattr(y, ATTRIBUTE, producer)
     return y
 
 
 def empty_like(z: Tensor) -> Tensor:
-    """A tensor of z's shape and strides without memory: reading it is an error until Producer.write."""
+    """Return a tensor of z's shape and strides without memory: reading it is an error until Producer.write."""
     y = torch.empty_like(z)
     y.untyped_storage().resize_(0)
     return y
@@ -150,20 +153,12 @@ def empty_like(z: Tensor) -> Tensor:
 
 def settle(x: Any) -> None:
     """Write an activation that was deferred; anything else stays as it is."""
-    producer = getattr(x, _ATTRIBUTE, None)
+    producer = getattr(x, ATTRIBUTE, None)
     if producer is not None:
-        delattr(x, _ATTRIBUTE)
+        delattr(x, ATTRIBUTE)
         producer.write(x)
 
 
-def claim(x: Tensor, rank: int, padding: Any, dtype: torch.dtype) -> Producer | None:
-    """The producer of x, for a layer of `rank` image axes that will run in `dtype`; None, and x written, where x will
-    be read before it is quantized.
-    """
-    producer: Producer | None = getattr(x, _ATTRIBUTE, None)
-    if producer is None:
-        return None
-    if x.dtype != dtype or isinstance(padding, str) or x.dim() != max(rank + 2, 2):
-        settle(x)
-        return None
-    return producer
+def claimable(x: Tensor, rank: int, padding: Any, dtype: torch.dtype) -> bool:
+    """Return False if a layer of `rank` image axes that runs in `dtype` would read x before it is quantized."""
+    return x.dtype == dtype and not isinstance(padding, str) and x.dim() == max(rank + 2, 2)

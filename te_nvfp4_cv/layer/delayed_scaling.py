@@ -38,17 +38,19 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
-from te_nvfp4_cv.ops.quantize import operand as operands
+from te_nvfp4_cv.ops.quantize.operand import measure_operand
+from te_nvfp4_cv.ops.records import OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.fields import Role
 
-ROLES = ("input", "grad_output")
+ROWS = {Role.INPUT: 0, Role.GRAD_OUTPUT: 1}  # of the state's tensors
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> {Key: DelayedScales}
 _lock = threading.Lock()
 Key = tuple[Any, ...]  # (place of a view in its base or None, e4m3_max of the input, RHT)
 
 
 class _Local(threading.local):
-    """Per thread: whether states may change, and whether a checkpoint's forward without gradients is a training one."""
+    """Say, per thread, if states may change, and if a checkpoint's forward without gradients is a training one."""
 
     reading = False
     first_pass = False
@@ -61,7 +63,7 @@ _local = _Local()
 
 
 class DelayedScales:
-    """The scales of x and dy for one weight. Tensors [2 roles, 2 faces] on its device; flags say which ops run next."""
+    """The scales of x and dy for one weight: tensors [2 roles, 2 faces] on its device, and flags that steer them."""
 
     def __init__(self, e4m3_max: int, device: torch.device) -> None:
         self.e4m3_max = (e4m3_max, formats.E4M3_MAX)
@@ -80,13 +82,13 @@ class DelayedScales:
             setattr(self, name, getattr(self, name).to(device))
 
     def state(self) -> dict[str, Any]:
-        """The values, copied to the CPU."""
+        """Return the values, copied to the CPU."""
         tensors = {name: getattr(self, name).detach().cpu().clone() for name in ("used", "collected", "saturated")}
         return {**tensors, "measured": list(self.measured), "stale": self.stale}
 
     @classmethod
     def from_state(cls, e4m3_max: int, saved: Mapping[str, Any], device: torch.device) -> DelayedScales:
-        """The inverse of `state`."""
+        """Build the scales from what `state` gave."""
         new = cls(e4m3_max, device)
         for name in ("used", "collected", "saturated"):
             getattr(new, name).copy_(saved[name])
@@ -95,13 +97,17 @@ class DelayedScales:
 
 
 def owner(w: Tensor) -> Tensor:
-    """The tensor that a parameter's state is kept for: itself, but for FSDP2's shards and what is gathered of them."""
+    """Return the tensor for which a parameter's state is kept: the parameter, but for what FSDP2 shards and gathers."""
     found: Tensor | None = getattr(getattr(w, "_local_tensor", w), "state_owner", None)
     return w if found is None else found
 
 
 def _place(w: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
-    """The tensor whose state it is, and where in it `w` lies if it is a view."""
+    """Find the parameter that owns the scaling state of w.
+
+    If w is a view (a third of a fused qkv weight, say), also return its position, so that each view has scales of its
+    own.
+    """
     base = w._base
     if base is None or isinstance(w, torch.nn.Parameter):
         return owner(w), None
@@ -112,72 +118,71 @@ def _place(w: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
 
 
 class CallScales:
-    """What one call of a layer quantizes x and dy with. `training`: its backward pass will come, or is running."""
+    """Gives the amaxes of one call, the largest over the ranks. `training`: a backward pass comes or is running."""
 
     def __init__(self, plan: Plan, group: Any, training: bool) -> None:
         self.plan, self.group, self.training = plan, group, training
 
-    def knows(self, role: int) -> bool:
-        """Whether amax gives an answer without reading the operand."""
+    def knows(self, role: Role) -> bool:
+        """Return True if `amax` answers without reading the operand."""
         return False
 
-    def amax(self, role: int, operand: Tensor) -> Tensor:
-        """fp32 [2] for operands.quantize_operand: the largest amaxes over the ranks."""
-        fold, settings = self.plan.folds[role], self.plan.recipe.settings(ROLES[role])
-        measured = operands.measure_operand(operand, fold.to_ints(), settings.rht, self.plan.backend)
-        return self._reduced(measured)
+    def amax(self, role: Role, operand: Tensor) -> Tensor:
+        """Return fp32 [2] for quantize_operand: the largest amaxes over the ranks."""
+        spec = OperandSpec(1, self.plan.folds[ROWS[role]], rht=self.plan.recipe.settings(role).rht)
+        return self._reduced(measure_operand(operand, spec, self.plan.backend))
 
-    def collect(self, role: int, observed: Tensor) -> None:
-        """What that call observed."""
+    def collect(self, role: Role, observed: Tensor) -> None:
+        """Take note of what a call observed; here there is nothing to remember."""
 
     def backward_ran(self) -> None:
-        """The backward pass of the call has quantized dy."""
+        """Take note that the backward pass of the call has quantized dy."""
 
     def _reduced(self, amax: Tensor) -> Tensor:
-        """The maximum over the ranks, by the bits: NaN wins. Evaluation asks nobody: one rank may run it alone."""
+        """Take the maximum over the ranks, by the bits: NaN wins. Evaluation asks nobody: a rank may run it alone."""
         if self.group is not None and self.training:
             amaxes.reduce_amax(amax, self.group)
         return amax
 
 
 class DelayedCallScales(CallScales):
-    """The same for delayed scales."""
+    """Gives the amaxes of one call with delayed scales, from the state of its weight."""
 
     def __init__(self, plan: Plan, group: Any, training: bool, again: bool, state: DelayedScales | None) -> None:
         super().__init__(plan, group, training)
         self.again, self.scales = again, state
 
-    def knows(self, role: int) -> bool:
-        """Whether the state has been measured."""
-        return self.scales is not None and self.scales.measured[role]
+    def knows(self, role: Role) -> bool:
+        """Return True if the state has been measured."""
+        return self.scales is not None and self.scales.measured[ROWS[role]]
 
-    def amax(self, role: int, operand: Tensor) -> Tensor:
-        """fp32 [2]: the state's, measured where there is none yet."""
-        scales = self.scales
-        if scales is not None and scales.measured[role]:
-            return scales.used[role]
-        settings = self.plan.recipe.settings(ROLES[role])
+    def amax(self, role: Role, operand: Tensor) -> Tensor:
+        """Return fp32 [2]: the state's amaxes, measured where there are none yet."""
+        scales, i = self.scales, ROWS[role]
+        if scales is not None and scales.measured[i]:
+            return scales.used[i]
         measured = super().amax(role, operand)
         if scales is None or not self.training:
-            scales = DelayedScales(self.plan.recipe.settings("input").e4m3_max, operand.device)
-        row = slice(role, role + 1)
-        amaxes.move(scales.used[row], measured.view(1, 2), (scales.e4m3_max[role],), (settings.margin,), clear=False)
-        scales.measured[role] = True
-        return scales.used[role]
+            scales = DelayedScales(self.plan.input.e4m3_max, operand.device)
+        row, margin = slice(i, i + 1), self.plan.recipe.settings(role).margin
+        amaxes.move(scales.used[row], measured.view(1, 2), (scales.e4m3_max[i],), (margin,), clear=False)
+        scales.measured[i] = True
+        return scales.used[i]
 
-    def collect(self, role: int, observed: Tensor) -> None:
-        """Remember what that call observed, for the next step."""
+    def collect(self, role: Role, observed: Tensor) -> None:
+        """Remember what a call observed, for the next step."""
         if self.scales is not None and self.training:
-            s, count = self.scales, role == 1 or not self.again
-            amaxes.collect(s.collected[role], s.saturated[role : role + 1], observed, count)
+            s, i = self.scales, ROWS[role]
+            count = role == Role.GRAD_OUTPUT or not self.again
+            amaxes.collect(s.collected[i], s.saturated[i : i + 1], observed, count)
 
     def backward_ran(self) -> None:
-        """The next training forward may move the scales."""
+        """Let the next training forward move the scales."""
         if self.scales is not None and self.training:
             self.scales.stale = True
 
     def start(self) -> None:
-        """A training forward: move the scales if a backward pass has run since."""
+        """Start a training forward: move the scales if a backward pass has run since they moved."""
         scales = self.scales
         if scales is None:
             return
@@ -194,25 +199,25 @@ class DelayedCallScales(CallScales):
             return
         scales.stale = False
         self._reduced(scales.collected)
-        margins = tuple(self.plan.recipe.settings(role).margin for role in ROLES)
+        margins = tuple(self.plan.recipe.settings(role).margin for role in ROWS)
         amaxes.move(scales.used, scales.collected, scales.e4m3_max, margins, clear=True)
 
 
-def refuse(plan: Plan, group: Any) -> None:
-    """Raise for scales that a call cannot have.
+def refuse(recipe: NVFP4BlockScaling, group: Any) -> None:
+    """Refuse scales that a call cannot have.
 
     Raises:
-        ValueError: scales of rows, which ranks cannot share.
+        ValueError: scales of rows that ranks should share.
         RuntimeError: delayed scales while torch.compile traces the call.
     """
-    if group is not None and plan.recipe.row_scaled_activation:
+    if group is not None and recipe.row_scaled_activation:
         raise value_error(
             "nvfp4: these scales cannot be shared between ranks.",
-            got=f"amax_reduction_group with the recipe {plan.recipe!r}",
+            got=f"amax_reduction_group with the recipe {recipe!r}",
             needs="one scale per tensor: row_scaled_activation=False",
             fix="leave amax_reduction_group out, or change the recipe",
         )
-    if plan.delayed and torch.compiler.is_compiling():
+    if recipe.tensor_scale == "delayed" and torch.compiler.is_compiling():
         raise runtime_error(
             "nvfp4: delayed tensor scales do not work under torch.compile yet.",
             got="a recipe with tensor_scale='delayed', traced by torch.compile",
@@ -222,18 +227,21 @@ def refuse(plan: Plan, group: Any) -> None:
 
 
 def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -> CallScales | None:
-    """The scales of one call, moved on if it starts a training step; None where each tensor's own amax rules. Raises
-    what `refuse` raises.
+    """Return the scales of one call, moved on if it starts a training step; None where each tensor's own amax rules.
+
+    Raises:
+        ValueError: as `refuse`.
+        RuntimeError: as `refuse`, or a CUDA graph's capture before any training step.
     """
     if not plan.delayed and group is None:
         return None
-    refuse(plan, group)
+    refuse(plan.recipe, group)
     again = torch._C._current_graph_task_id() != -1  # inside of a backward pass: a checkpoint recomputes
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     training = (training or (_local.first_pass and not again)) and not _local.reading
     if not plan.delayed:
         return CallScales(plan, group, training)
-    settings = plan.recipe.settings("input")
+    settings = plan.input
     place, view = _place(w)
     key: Key = (view, settings.e4m3_max, settings.rht)
     with _lock, torch.no_grad():
@@ -253,7 +261,7 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
 
 @contextmanager
 def reading_only() -> Iterator[None]:
-    """Calls inside are evaluation: no state is made or changed (coverage)."""
+    """Treat calls inside as evaluation: no state is made or changed (coverage)."""
     before, _local.reading = _local.reading, True
     try:
         yield
@@ -263,7 +271,7 @@ def reading_only() -> Iterator[None]:
 
 @contextmanager
 def first_pass(training: bool) -> Iterator[None]:
-    """Calls inside run without gradients, but (`training`) a backward pass will recompute them with gradients."""
+    """Say that a backward pass will recompute the calls inside with gradients (`training`), which run without now."""
     before, _local.first_pass = _local.first_pass, training
     try:
         yield
@@ -275,12 +283,12 @@ def first_pass(training: bool) -> Iterator[None]:
 
 
 def has_state(w: Tensor) -> bool:
-    """Whether calls with this weight have delayed scales."""
+    """Return True if calls with this weight have delayed scales."""
     return w in _states
 
 
 def trained_amax(w: Tensor, recipe: NVFP4BlockScaling) -> Tensor | None:
-    """fp32 [1]: the amax that a call with this weight would quantize x rowwise with now; None before it has trained."""
+    """Return fp32 [1]: the amax with which a call with this weight would quantize x now, or None before training."""
     settings = recipe.settings("input")
     place, view = _place(w)
     scales = _states.get(place, {}).get((view, settings.e4m3_max, settings.rht))
@@ -288,14 +296,14 @@ def trained_amax(w: Tensor, recipe: NVFP4BlockScaling) -> Tensor | None:
 
 
 def saturated(w: Tensor) -> tuple[int, int]:
-    """Blocks clipped in x and in dy for this weight since its state began; (0, 0) without a state."""
+    """Return how many blocks were clipped in x and in dy for this weight since its state began."""
     states = _states.get(w, {})
     total = [sum(int(s.saturated[role]) for s in states.values()) for role in (0, 1)]
     return total[0], total[1]
 
 
 def save(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The states of named weights, of what torch.load(weights_only=True) reads."""
+    """Return the states of named weights as a dict that torch.load(weights_only=True) reads."""
     out: dict[str, Any] = {}
     for name, w in weights.items():
         entries = [

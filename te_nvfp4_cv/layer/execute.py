@@ -1,10 +1,8 @@
-"""One call of a convolution or linear layer: may it run in NVFP4, are its shapes right, what is its geometry; then it
-is executed.
+"""Runs one call of a convolution or linear layer in NVFP4, however it came: a context, nv.functional, a module.
 
-nvfp4_autocast asks `ineligible` and leaves what it names in high precision; nv.functional and the NVFP4 modules raise
-instead. `execute` casts as
-torch.autocast would, checks, resolves geometry and backend, and hands over to autograd.QuantizedConv.
-Observers (coverage, telemetry) are told here of every call of their thread.
+`execute` casts as torch.autocast would, has the call checked and planned, asks who else takes part in it, and applies
+autograd.QuantizedConv (under torch.compile: custom_op.py). `execute_explicit` raises where a context would fall back
+to high precision. Observers (coverage, telemetry) are told of every call here.
 """
 
 from __future__ import annotations
@@ -17,27 +15,64 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import describe, value_error
-from te_nvfp4_cv.layer import custom_op, delayed_scaling, weight_codes, weight_transforms
-from te_nvfp4_cv.layer import deferred as producers
-from te_nvfp4_cv.layer.autograd import QuantizedConv
-from te_nvfp4_cv.layer.geometry import geometry_of
-from te_nvfp4_cv.layer.observe import Call, _reported
-from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.layer import custom_op, deferred, delayed_scaling, observe, weight_codes, weight_transforms
+from te_nvfp4_cv.layer.check import MINIMUM, CallShape, Sizes, ineligible, lowered, planned
+from te_nvfp4_cv.layer.forward_backward import QuantizedConv
+from te_nvfp4_cv.layer.options import CallOptions
+from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.layouts import is_channels_last
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-
-# ---- one call --------------------------------------------------
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe, check_usable
 
 
+def execute_explicit(
+    op: str, x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, recipe: Any, backend: str, group: Any = None
+) -> Tensor:
+    """Run a call that asks for NVFP4 by name; arguments as for execute, but any recipe that as_recipe takes.
+
+    Raises:
+        ValueError: a call that NVFP4 cannot take, where a context would leave it in high precision.
+    """
+    recipe = as_recipe(recipe)
+    check_usable(recipe)
+    reason = ineligible(op, x, w, args.groups, recipe)
+    if reason is not None:
+        raise value_error(
+            f"nvfp4 {op}: this call cannot run in NVFP4: {reason}.",
+            got=f"x {describe(x)}, weight {describe(w)}, groups={args.groups}",
+            needs=f"bf16, fp16 or fp32 on one device; at least {MINIMUM} channels per group on both sides "
+            "(or thin_layers='pad' with groups=1)",
+            fix=f"leave this call in high precision: torch.nn.functional.{op}",
+        )
+    with torch._C.DisableTorchFunction():  # inside a context, the torch calls below are not to be taken over again
+        return execute(op, x, w, bias, args, recipe, backend, group)
 
 
-def execute(op: str, x: Tensor, *call: Any, **named: Any) -> Tensor:
-    """An eligible call: cast as torch.autocast would, check, resolve, run. Arguments: those of _execute."""
+def execute(
+    op: str,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    args: ConvArgs,
+    recipe: NVFP4BlockScaling,
+    backend: str,
+    group: Any = None,
+) -> Tensor:
+    """Run an eligible call.
+
+    Args:
+        op: as nv.functional names it, "conv2d" for example.
+        group: process group of the ranks that quantize with one amax, or None.
+    Raises:
+        ValueError: shapes or arguments that do not fit.
+        RuntimeError: a backend that cannot run here.
+    """
+    producer = getattr(x, deferred.ATTRIBUTE, None)
+    if producer is None:
+        return _execute(op, x, w, bias, args, recipe, backend, group)
     try:
-        return _execute(op, x, *call, **named)
+        return _execute(op, x, w, bias, args, recipe, backend, group)
     except BaseException:
-        producers.settle(x)  # who catches this may read x
+        deferred.settle(x)  # whoever catches this may read x
         raise
 
 
@@ -46,21 +81,20 @@ def _execute(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    output_padding: Any,
+    args: ConvArgs,
     recipe: NVFP4BlockScaling,
     backend: str,
-    group: Any = None,
+    group: Any,
 ) -> Tensor:
-    """`group`: the ranks whose amaxes are one."""
-    device = x.device.type
+    device, unwritten = x.device.type, x
     autocast = torch.is_autocast_enabled(device)
-    producer = producers.claim(x, w.dim() - 2, padding, torch.get_autocast_dtype(device) if autocast else x.dtype)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    producer = getattr(x, deferred.ATTRIBUTE, None)
+    if producer is not None and not deferred.claimable(x, w.dim() - 2, args.padding, dtype):
+        deferred.settle(x)
+        producer = None
     if autocast:
-        x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(dtype)
     elif x.dtype != w.dtype:
         raise value_error(
             f"nvfp4 {op}: input and weight differ in dtype.",
@@ -68,41 +102,49 @@ def _execute(
             needs="one dtype outside of torch.autocast",
             fix="model.to(x.dtype), x.to(w.dtype), or run under torch.autocast",
         )
-    x, geometry, unbatched = geometry_of(op, x, w, bias, stride, padding, dilation, groups, output_padding)
-    if 0 in x.shape or 0 in geometry.y_shape:  # nothing to quantize: torch's own result, and its gradients
-        producers.settle(x)
-        y = _plain(op, x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
-        return y.squeeze(0) if unbatched else y
+    if bias is not None and bias.device != x.device:
+        raise value_error(
+            f"nvfp4 {op}: bias is on another device.",
+            got=f"x on {x.device}, bias on {bias.device}",
+            needs="one device",
+            fix="bias.to(x.device), or model.to(device)",
+        )
+    call = CallShape.of(op, x, Sizes.of(w), bias, args)
+    low = lowered(call)
+    x = low.input(x)
+    if low.empty:  # nothing to quantize: torch's own result, and its gradients
+        deferred.settle(unwritten)
+        y = _plain(op, x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), low.geometry)
+        return y.squeeze(0) if low.unbatched else y
     chosen = dispatch.resolve(backend, x.device)
+    compute_dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     channels_last = is_channels_last(x) or is_channels_last(w)
-    plan = Plan(geometry, recipe, chosen, dispatch.compute_dtype(x.dtype, x.device, autocast), channels_last)
     if torch.compiler.is_compiling():  # no producers and no observers inside of a graph
-        delayed_scaling.refuse(plan, group)
-        w = weight_transforms.apply(w, None, plan)
-        y = custom_op.apply(x, w, bias, plan, group)
-        return y.squeeze(0) if unbatched else y
-    call = Call(op, w, x, geometry, recipe, "")
-    codes, scales = weight_codes.codes_of(w, plan), delayed_scaling.of_call(x, w, bias, plan, group)
+        delayed_scaling.refuse(recipe, group)
+        weight_transforms.refuse(w, None)
+        spec = custom_op.LayerSpec(recipe.key, chosen, compute_dtype, channels_last)
+        y = custom_op.apply(x, w, bias, low.geometry, spec, group)
+        return y.squeeze(0) if low.unbatched else y
+    plan = planned(call, recipe, chosen, compute_dtype, channels_last)
+    codes = scales = None
+    if weight_codes.frozen or type(w) not in weight_codes.PLAIN:
+        codes = weight_codes.codes_of(w, plan)
+    if plan.delayed or group is not None:
+        scales = delayed_scaling.of_call(x, w, bias, plan, group)
     if producer is not None and not producer.serves(plan, torch.is_grad_enabled() and w.requires_grad, scales):
-        producers.settle(x)
+        deferred.settle(x)
         producer = None
-    w = weight_transforms.apply(w, codes, plan)
-    if not torch.is_grad_enabled():  # a Function's needs_input_grad does not know: no face is made that nobody keeps
+    told = observe.Call(op, w, x, low.geometry, recipe, "") if observe.local.observers else None
+    if weight_transforms.local.running:
+        w = weight_transforms.apply(w, codes, plan)
+    if not torch.is_grad_enabled():  # a Function's needs_input_grad does not know: nothing is saved for nobody
         x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
-    y = _reported(call, lambda watch: QuantizedConv.apply(x, w, bias, plan, codes, scales, producer, watch))
-    return y.squeeze(0) if unbatched else y
-
-
-
-
-
-
-
-
-
-
-
-
+    options = CallOptions(codes=codes, scales=scales, producer=producer)
+    if told is None:
+        y = QuantizedConv.apply(x, w, bias, plan, options)
+    else:
+        y = observe.watched(told, lambda watch: QuantizedConv.apply(x, w, bias, plan, options._replace(watch=watch)))
+    return y.squeeze(0) if low.unbatched else y
 
 
 def _plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:

@@ -1,125 +1,287 @@
-"""One quantized layer, forward and backward, as two functions on plain tensors: what eager autograd and the compiled
-operator share.
+"""One quantized layer, forward and backward.
 
-    forward    x, w, bias -> y, and by name what backward needs
-    backward   dy and those -> dx, dw, db
+    forward          x, w, bias -> y, and what backward needs (Saved)
+    backward         dy and that -> dx, dw, db
+    QuantizedConv    the two as an autograd Function, for eager mode
 
-The steps are those of faces.py and multiply.py; autocast is off while they run. x itself is kept only where the recipe
-wants a GEMM in high precision.
+Eager autograd, the compiled operator (custom_op.py), tensor-parallel layers and inference layers all run this one
+sequence: who else takes part in a call (ranks that exchange codes, a watcher, codes made before) comes in as
+CallOptions. The steps are operands.py's and gemms.py's. Autocast is off while they run: operands have the dtypes that
+the numerics want.
+
+Forward captures everything that backward needs, so backward runs the same inside and outside of the context. It saves
+4-bit codes: x's columnwise face, before im2col, and the weight's face for dgrad. Only where the recipe wants a GEMM in
+high precision is the operand itself saved. A second differentiation raises.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.errors import message
 from te_nvfp4_cv.layer import gemms, operands
-from te_nvfp4_cv.layer.deferred import Producer
-from te_nvfp4_cv.layer.delayed_scaling import CallScales
-from te_nvfp4_cv.layer.plan import Plan, Watch
-from te_nvfp4_cv.layer.saved import Like, keep
+from te_nvfp4_cv.layer.options import ALONE, CallOptions
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.records import Face, Operand, WeightCodes
+from te_nvfp4_cv.recipe.fields import Role
 
-# ---- weights quantized once, for gradient accumulation --------------------------------------------------------------
-
-
-
-
+# ---- what backward needs --------------------------------------------------------------------------------------------
 
 
+class Saved(NamedTuple):
+    """Saved tensors of x and of w; None where backward needs nothing, and for scale and amax of an operand itself.
+
+    The order of the fields is that of save_for_backward and of the compiled operator's results; nothing else relies on
+    an order.
+    """
+
+    x: Tensor | None
+    x_scale: Tensor | None
+    x_amax: Tensor | None
+    w: Tensor | None
+    w_scale: Tensor | None
+    w_amax: Tensor | None
+
+    def x_face(self) -> Face:
+        """Return x's packed face: which one, plan.saves_x says."""
+        assert self.x is not None and self.x_scale is not None
+        return Face(self.x, self.x_scale)
+
+    def weight_codes(self, plan: Plan) -> WeightCodes:
+        """Return the weight's packed face as a record of codes."""
+        assert self.w is not None and self.w_scale is not None and self.w_amax is not None
+        return WeightCodes.of_face(plan.saves_w, Face(self.w, self.w_scale), self.w_amax)
+
+    def real_weight(self, plan: Plan) -> Tensor:
+        """Return the weight in real units: itself, or its codes dequantized."""
+        if plan.saves_w != "itself":
+            return operands.real_weight(self.weight_codes(plan), plan)
+        assert self.w is not None
+        return self.w
+
+    def real_input(self, plan: Plan, dtype: torch.dtype) -> Tensor:
+        """Return x [B, *image, C] in real units: itself, or its rowwise codes dequantized, in `dtype`."""
+        if plan.saves_x != "itself":
+            assert self.x_amax is not None
+            return operands.real_input(self.x_face(), self.x_amax, plan, dtype)
+        assert self.x is not None
+        return layouts.image_last(self.x, plan.geometry.x_shape)
 
 
-# ---- forward and backward -------------------------------------------------------------------------------------------
+def saved_of(
+    x: Tensor, x_q: Operand | None, w: Tensor | None, w_q: WeightCodes | None, plan: Plan, need_dx: bool, need_dw: bool
+) -> Saved:
+    """Choose what backward needs of the operands: x's part for dw, w's part for dx."""
+    of_x: tuple[Tensor | None, ...] = (None, None, None)
+    of_w: tuple[Tensor | None, ...] = (None, None, None)
+    if need_dw:
+        if plan.saves_x == "itself":
+            of_x = (x, None, None)
+        else:
+            assert x_q is not None
+            of_x = (*x_q.col, x_q.col_amax) if plan.saves_x == "col" else (*x_q.row, x_q.row_amax)
+    if need_dx:
+        if plan.saves_w == "itself":
+            of_w = (w, None, None)
+        else:
+            assert w_q is not None
+            of_w = (*(w_q.row if plan.saves_w == "row" else w_q.col), w_q.amax)
+    return Saved(*of_x, *of_w)
+
+
+class Like(NamedTuple):
+    """What dx, dw and db must look like: shapes, dtypes and memory formats of x, w and bias."""
+
+    x_shape: tuple[int, ...]
+    x_dtype: torch.dtype
+    x_channels_last: bool
+    w_shape: tuple[int, ...]
+    w_dtype: torch.dtype
+    w_channels_last: bool
+    bias_dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, x: Tensor, w: Tensor, bias: Tensor | None) -> Like:
+        """Describe the tensors of one call."""
+        return cls(
+            tuple(x.shape),
+            x.dtype,
+            layouts.is_channels_last(x),
+            tuple(w.shape),
+            w.dtype,
+            layouts.weight_is_channels_last(w),
+            None if bias is None else bias.dtype,
+        )
+
+
+# ---- the two passes -------------------------------------------------------------------------------------------------
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    # Entering torch.autocast costs 10 microseconds: leave it out where there is nothing to turn off.
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def forward(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     bias: Tensor | None,
     plan: Plan,
     need_dx: bool,
     need_dw: bool,
-    codes: tuple[Tensor, ...] | None = None,
-    scales: CallScales | None = None,
-    producer: Producer | None = None,
-    watch: Watch | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(y with the strides that torch would give it, kept tensors by name).
+    options: CallOptions = ALONE,
+) -> tuple[Tensor, Saved]:
+    """Run one quantized layer forward: quantize x and w, multiply them (fprop), and choose what backward needs.
 
     Args:
-        codes: of w, made before (quantize_weight), or None.
-        scales: which amaxes x is quantized with; None: its own.
-        producer: makes the operand of an x that was not written; None: x is there.
-        watch: is shown every operand.
+        x: as torch.nn.functional takes it, batched.
+        w: as torch's layer has it; None where options.codes stand for it.
+    Returns:
+        The output, laid out as torch would lay it out, and the saved tensors.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        x_last, x_q, w_q = quantize(x, w, plan, need_dx, need_dw, codes, scales, producer, watch)
-        y = gemms.fprop(x_last, x_q, w, w_q, bias, plan)
-        kept = keep(x, x_q, w, w_q, plan, need_dx, need_dw)
-        return layouts.image_first(y, plan.geometry.y_shape, x.shape, plan.channels_last), kept
-
-
-def quantize(
-    x: Tensor,
-    w: Tensor,
-    plan: Plan,
-    need_dx: bool,
-    need_dw: bool,
-    codes: tuple[Tensor, ...] | None = None,
-    scales: CallScales | None = None,
-    producer: Producer | None = None,
-    watch: Watch | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """(x with channels innermost, its faces, w's codes or None where no GEMM needs them)."""
-    if producer is not None:
-        x_last, x_q = x, producer.quantize(plan, need_dw, scales)  # later steps read x's shape alone
-    else:
-        x_last = layouts.image_last(x, plan.geometry.x_shape)
-        x_q = operands.quantize_input(x_last, plan, need_dw, scales, watch)
-    for_dgrad = need_dx and ("dgrad" in plan.gemms or plan.recipe.backward_override == "dequantized")
-    if "fprop" not in plan.gemms and not for_dgrad:
-        return x_last, x_q, None
-    w_q = codes if codes is not None else operands.quantize_weight(w, plan, keep=need_dx)
-    if watch is not None:
-        watch.quantized("weight", w, w_q, None, plan)
-    return x_last, x_q, w_q
-
-
-
-
-
-
+    g, ranks, codes, dtype = plan.geometry, options.ranks, options.codes, x.dtype
+    in_nvfp4 = "fprop" in plan.gemms
+    x_q: Operand | None
+    with _without_autocast(x.device.type):
+        if options.producer is not None:
+            x_last = x  # later steps read no value of it
+            x_q = options.producer.quantize(plan, need_dw, options.scales)
+        else:
+            x_last = layouts.image_last(x, g.x_shape if ranks is None else ranks.x_shape)
+            how = plan if ranks is None else ranks.input_plan
+            x_q = operands.quantize_input(x_last, how, need_dw, options.scales, options.watch)
+        rows = None if ranks is None or x_q is None else ranks.gather_rows(Role.INPUT, x_q.row)
+        if not in_nvfp4 and not (need_dx and plan.saves_w != "itself"):
+            codes = None
+        elif codes is None:
+            assert w is not None
+            amax = None if ranks is None else ranks.weight_amax(w)
+            codes = operands.quantize_weight(w, plan, need_dx, amax)
+        if options.watch is not None and codes is not None and w is not None:
+            options.watch.quantized(Role.WEIGHT, w, codes, None, plan)
+        if ranks is not None and not ranks.adds_bias:
+            bias = None
+        if in_nvfp4:
+            assert x_q is not None and codes is not None
+            row = x_q.row if rows is None else rows()
+            y = gemms.fprop(row, x_q.row_amax, codes, bias, plan, dtype, options.unpacked)
+        else:
+            assert w is not None
+            y = gemms.plain_fprop(x_last, w, bias, g)
+        saved = saved_of(x, x_q, w, codes, plan, need_dx, need_dw)
+        if ranks is None:
+            return layouts.image_first(y, g.y_shape, x.shape, plan.channels_last), saved
+        y = ranks.sum_output(y)
+        return layouts.image_first(y, ranks.y_shape, ranks.y_torch_shape, plan.channels_last), saved
 
 
 def backward(
     dy: Tensor,
-    kept: dict[str, Tensor],
+    saved: Saved,
     plan: Plan,
     like: Like,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-    scales: Any = None,
-    watch: Watch | None = None,
+    needs: tuple[bool, bool, bool],
+    options: CallOptions = ALONE,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dw, db), None where not needed."""
-    with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-        g = plan.geometry
-        dy_last = layouts.image_last(dy, g.y_shape)
-        dy_q = operands.quantize_gradient(dy_last, plan, need_dx, need_dw, scales, watch)
-        if scales is not None:
-            scales.backward_ran()
-        dx = dw = db = None
+    """Run one quantized layer backward: quantize dy, multiply it with the saved operands (dgrad, wgrad).
+
+    Args:
+        needs: which of dx, dw and db are wanted.
+    Returns:
+        (dx, dw, db), None where not wanted.
+    """
+    need_dx, need_dw, need_db = needs
+    g, ranks = plan.geometry, options.ranks
+    dx = dw = db = None
+    with torch.no_grad(), _without_autocast(dy.device.type):
+        x_columns = dy_rows = dy_columns = None
+        if ranks is not None and need_dw and "wgrad" in plan.gemms:
+            x_columns = ranks.gather_columns(Role.INPUT, saved.x_face())
+        dy_last = layouts.image_last(dy, g.y_shape if ranks is None else ranks.y_shape)
+        how = plan if ranks is None else ranks.gradient_plan
+        dy_q = operands.quantize_gradient(dy_last, how, need_dx, need_dw, options)
+        if options.scales is not None:
+            options.scales.backward_ran()
+        if ranks is not None and dy_q is not None:  # both gathers start before the first product waits for one
+            dy_rows = ranks.gather_rows(Role.GRAD_OUTPUT, dy_q.row) if need_dx else None
+            dy_columns = ranks.gather_columns(Role.GRAD_OUTPUT, dy_q.col) if need_dw else None
         if need_dx:
-            dx = gemms.dgrad(dy_last, dy_q, kept, plan, like.x_dtype)
-            dx = layouts.image_first(dx, g.x_shape, like.x_shape, like.x_channels_last)
+            if "dgrad" in plan.gemms:
+                assert dy_q is not None
+                row = dy_q.row if dy_rows is None else dy_rows()
+                dx = gemms.dgrad(row, dy_q.row_amax, saved.weight_codes(plan), plan, like.x_dtype)
+            else:
+                dx = gemms.plain_dgrad(dy_last, saved.real_weight(plan), plan, like.x_dtype)
+            dx = dx if ranks is None else ranks.sum_input_gradient(dx)
+            shape = g.x_shape if ranks is None else ranks.x_shape
+            dx = layouts.image_first(dx, shape, like.x_shape, like.x_channels_last)
         if need_dw:
-            dw = gemms.wgrad(dy_last, dy_q, kept, plan, like.w_dtype)
-            if watch is not None:
-                watch.weight_gradient(dy_last, dw, plan)
+            if "wgrad" in plan.gemms:
+                assert dy_q is not None
+                col = dy_q.col if dy_columns is None else dy_columns()
+                x_face = saved.x_face() if x_columns is None else x_columns()
+                dw = gemms.wgrad(col, dy_q.col_amax, x_face, saved.x_amax, plan, like.w_dtype)
+            else:
+                dw = gemms.plain_wgrad(dy_last, saved.real_input(plan, dy.dtype), plan).to(like.w_dtype)
+            if options.watch is not None:
+                options.watch.weight_gradient(dy_last, dw, plan)
             dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)
         if need_db:
-            db = dy_last.flatten(0, -2).sum(0, dtype=torch.float32).to(like.bias_dtype)
-        return dx, dw, db
+            total = dy_last.flatten(0, -2).sum(0, dtype=torch.float32)
+            db = (total if ranks is None else ranks.whole_bias_gradient(total)).to(like.bias_dtype)
+    return dx, dw, db
+
+
+# ---- for autograd ---------------------------------------------------------------------------------------------------
+
+
+class QuantizedConv(torch.autograd.Function):
+    """Run x, w, bias -> y for one Plan, with whoever else takes part in the call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, options: CallOptions
+    ) -> Tensor:
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        y, saved = forward(x, w, bias, plan, need_dx, need_dw, options)
+        ctx.save_for_backward(*saved)
+        ctx.plan, ctx.options, ctx.like = plan, options, Like.of(x, w, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved, needs = Saved(*ctx.saved_tensors), ctx.needs_input_grad[:3]
+        grads: tuple[Tensor | None, ...]
+        grads = backward(dy, saved, ctx.plan, ctx.like, needs, ctx.options)
+        # With create_graph=True: dx depends on w, dw on x, all on dy, and they must not look like constants.
+        if torch.is_grad_enabled():
+            leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
+            anchor = torch.zeros((), requires_grad=any(needs[:2]))  # where x is no leaf
+            grads = tuple(None if g is None else _NoSecondOrder.apply(g, dy, anchor, *leaves) for g in grads)
+        return (*grads, None, None)
+
+
+class _NoSecondOrder(torch.autograd.Function):
+    """Pass a gradient on; its backward explains that NVFP4 layers are differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            message(
+                "nvfp4: a gradient of an NVFP4 layer was differentiated again.",
+                got="double backward (create_graph=True, a gradient penalty or a Hessian)",
+                needs="first derivatives only: rounding has no useful second derivative",
+                fix="run that forward pass under nvfp4_autocast(enabled=False)",
+            )
+        )

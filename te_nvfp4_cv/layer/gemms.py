@@ -5,100 +5,84 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import formats
 from te_nvfp4_cv.layer.operands import weight_operand
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.layer.saved import input_from_kept, weight_from_kept
-from te_nvfp4_cv.ops.conv import operators
+from te_nvfp4_cv.ops.conv.operators import conv_dgrad, conv_fprop, conv_wgrad
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.layouts import CHANNELS_LAST, image_last
+from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED
+from te_nvfp4_cv.ops.records import DEQUANTIZED, Face, WeightCodes
 
 
 def fprop(
-    x: Tensor,
-    x_q: tuple[Tensor, ...],
-    w: Tensor | None,
-    w_q: tuple[Tensor, ...] | None,
+    x: Face,
+    x_amax: Tensor,
+    codes: WeightCodes,
     bias: Tensor | None,
     plan: Plan,
+    dtype: torch.dtype,
     unpacked: Tensor | None = None,
 ) -> Tensor:
-    """y [B, *image, O] in x's dtype.
+    """Return y [B, *image, O] in `dtype`.
 
     Args:
-        unpacked: code * scale of the weight, [axis 0, taps, axis 1], where it is kept so between calls; else None.
+        x: the rowwise face of x.
+        x_amax: its amax [1], or one per pixel for row-scaled activations.
+        unpacked: code * scale of the weight, [axis 0, taps, axis 1], where it is stored so between calls.
     """
     g = plan.geometry
-    if "fprop" not in plan.gemms:
-        assert w is not None
-        return plain_forward(x, w, bias, g)
-    assert w_q is not None
-    row, row_scale, amax = x_q[:3]
-    if plan.operand_form == DEQUANTIZED and row_scale.numel():  # kept packed for backward_override="dequantized"
-        row = operand.unpack_rows(row, row_scale, x.shape[-1], g.groups, plan.compute_dtype, plan.backend)
+    if plan.operand_form == DEQUANTIZED and x.scale.numel():  # packed, because backward will dequantize it
+        values = operand.unpack_rows(x, g.x_shape[-1], g.groups, plan.compute_dtype, plan.backend)
+        x = Face(values, x.scale.new_empty(0))
     if plan.row_scaled:
         steps = tuple(slice(None, None, stride) for stride in g.stride)
-        amax = amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(amax)
-    alpha = formats.alpha(amax, w_q[4], plan.recipe.settings("input").e4m3_max, plan.recipe.settings("weight").e4m3_max)
-    factor, epilogue = (alpha, None) if plan.weight_carries_scales("fprop") else (None, alpha)
+        x_amax = x_amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(x_amax)
+    alpha: Tensor | None = (x_amax * codes.amax) * plan.alpha_factors["fprop"]
+    factor, alpha = (alpha, None) if plan.weight_carries_scales["fprop"] else (None, alpha)
     if unpacked is not None and plan.operand_form == DEQUANTIZED:
-        weight = unpacked if factor is None else unpacked * factor  # a power of two: exact
-        weight, weight_scale = weight.to(plan.compute_dtype), row_scale.new_empty(0)
+        values = unpacked if factor is None else unpacked * factor  # a power of two: exact
+        weight = Face(values.to(plan.compute_dtype), x.scale.new_empty(0))
     else:
-        weight, weight_scale = weight_operand(w_q, plan.weight_faces[0], plan, factor)
-    return operators.conv_fprop(row, row_scale, weight, weight_scale, epilogue, bias, plan.shape, x.dtype, plan.backend)
+        name = plan.weight_faces[0]
+        weight = weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
+    return conv_fprop(x, weight, alpha, bias, g, dtype, plan.backend)
 
 
-def dgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
-    """dx [B, *image, C]."""
-    if "dgrad" not in plan.gemms:
-        w = kept["w"] if "w" in kept else weight_from_kept(kept, plan)
-        return _plain_backward(dy, None, w.to(dtype), plan.geometry)[0]
-    w_q = (kept.get("w_row"), kept.get("w_row_scale"), kept.get("w_col"), kept.get("w_col_scale"))
-    alpha = formats.alpha(
-        dy_q[2], kept["w_amax"], plan.recipe.settings("grad_output").e4m3_max, plan.recipe.settings("weight").e4m3_max
-    )
-    factor, epilogue = (alpha, None) if plan.weight_carries_scales("dgrad") else (None, alpha)
-    weight, weight_scale = weight_operand(w_q, plan.weight_faces[1], plan, factor)  # type: ignore[arg-type]
-    return operators.conv_dgrad(dy_q[0], dy_q[1], weight, weight_scale, epilogue, plan.shape, dtype, plan.backend)
+def dgrad(dy: Face, dy_amax: Tensor, codes: WeightCodes, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """Return dx [B, *image, C] in `dtype` from dy's rowwise face, its amax [1], and the weight's codes."""
+    alpha: Tensor | None = (dy_amax * codes.amax) * plan.alpha_factors["dgrad"]
+    factor, alpha = (alpha, None) if plan.weight_carries_scales["dgrad"] else (None, alpha)
+    name = plan.saves_w
+    weight = weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
+    return conv_dgrad(dy, weight, alpha, plan.geometry, dtype, plan.backend)
 
 
-def wgrad(dy: Tensor, dy_q: tuple[Tensor, ...], kept: dict[str, Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
-    """dw [axis 0, taps, axis 1]."""
-    if "wgrad" not in plan.gemms:
-        x = image_last(kept["x"], plan.geometry.x_shape) if "x" in kept else input_from_kept(kept, plan, dy.dtype)
-        return _plain_backward(dy, x, None, plan.geometry)[1].to(dtype)
-    x, x_scale = kept["x_col"], kept["x_col_scale"]
+def wgrad(dy: Face, dy_amax: Tensor, x: Face, x_amax: Tensor | None, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """Return dw [axis 0, taps, axis 1] in `dtype` from the columnwise faces and amaxes of dy and x.
+
+    Args:
+        x: packed, as it was saved.
+        x_amax: [1], or one per channel for row-scaled activations.
+    """
+    assert x_amax is not None
     if plan.operand_form == DEQUANTIZED:
-        x, x_scale = operand.unpack_columns(x, x_scale, plan.compute_dtype, plan.backend), x_scale.new_empty(0)
-    amax = kept["x_col_amax"]
-    alpha = formats.alpha(
-        dy_q[5],
-        amax + _non_finite(amax) if plan.row_scaled else amax,
-        plan.recipe.settings("grad_output").e4m3_max,
-        plan.recipe.settings("input").e4m3_max,
-    )
-    return operators.conv_wgrad(dy_q[3], dy_q[4], x, x_scale, alpha, plan.shape, dtype, plan.backend)
+        x = Face(operand.unpack_columns(x, plan.compute_dtype, plan.backend), x.scale.new_empty(0))
+    x_amax = x_amax + _non_finite(x_amax) if plan.row_scaled else x_amax
+    alpha = (dy_amax * x_amax) * plan.alpha_factors["wgrad"]
+    return conv_wgrad(dy, x, alpha, plan.geometry, dtype, plan.backend)
 
 
 def _non_finite(amax: Tensor) -> Tensor:
-    """0, or NaN where the amax of one row is not finite: it must reach every output of the GEMM."""
+    """Return 0, or NaN where the amax of one row is not finite: it must reach every output of the GEMM."""
     return (amax * 0).sum()
-
-
-def high_precision_wgrad(dy: Tensor, x: Tensor, plan: Plan) -> Tensor:
-    """dw [axis 0, taps, axis 1] of dy and x [B, *image, channels] as they are: what wgrad is compared with."""
-    return _plain_backward(dy, x, None, plan.geometry)[1]
 
 
 # ---- in high precision ----------------------------------------------------------------------------------------------
 
 
-def plain_forward(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
-    """y [B, *image, O] of x [B, *image, C] and w in torch's layout, in x's dtype."""
+def plain_fprop(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+    """Return y [B, *image, O] of x [B, *image, C] and w in torch's layout, in x's dtype."""
     w, bias = w.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if g.rank == 0:
         return aten.linear(x, w, bias)
@@ -106,22 +90,32 @@ def plain_forward(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) ->
     return y.movedim(1, -1).contiguous().to(x.dtype)
 
 
+def plain_dgrad(dy: Tensor, w: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """Return dx [B, *image, C] of dy and a weight in torch's layout, multiplied in `dtype`."""
+    return _plain_backward(dy, None, w.to(dtype), plan.geometry)[0]
+
+
+def plain_wgrad(dy: Tensor, x: Tensor, plan: Plan) -> Tensor:
+    """Return dw [axis 0, taps, axis 1] of dy and x [B, *image, channels] as they are."""
+    return _plain_backward(dy, x, None, plan.geometry)[1]
+
+
 def plain_layer(
     x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry, dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    """y of x as torch's layer takes it (batched), computed in `dtype`, given back in x's: torch's own call."""
+    """Return y of x as torch's layer takes it (batched), computed in `dtype` by torch's operator, in x's dtype."""
+    bias = None if bias is None else bias.to(dtype)
     if g.rank == 0:
-        return aten.linear(x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+        return aten.linear(x.to(dtype), w.to(dtype), bias).to(x.dtype)
     if not channels_last:
         w = w.reshape(-1).view(w.shape)  # one operand with strides of channels_last would make torch convert the other
-    bias = None if bias is None else bias.to(dtype)
     sizes = (g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
     y = aten.convolution(x.to(dtype), w.to(dtype), bias, *sizes).to(x.dtype)
     return y.contiguous(memory_format=CHANNELS_LAST[g.rank]) if channels_last else y.contiguous()
 
 
 def _plain_backward(dy: Tensor, x: Tensor | None, w: Tensor | None, g: ConvGeometry) -> tuple[Tensor, Tensor]:
-    """(dx [B, *image, C], dw [axis 0, taps, axis 1]); only the one whose operand is given is computed."""
+    """Return (dx [B, *image, C], dw [axis 0, taps, axis 1]); only the one whose operand is given is computed."""
     empty = dy.new_empty(0)
     if g.rank == 0:
         dx = empty if w is None else dy @ w.reshape(g.channels_b, g.channels_a)

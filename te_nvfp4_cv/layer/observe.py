@@ -1,4 +1,4 @@
-"""layer.observe."""
+"""Tells observers (coverage, telemetry, projections) of the calls of convolutions and linear layers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from te_nvfp4_cv.layer.plan import Watch
+from te_nvfp4_cv.layer.options import Watch
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
 @dataclass(frozen=True)
 class Call:
-    """What an observer is told about one layer's call: its shapes, its recipe, or why it runs in high precision."""
+    """One layer's call, as observers are told of it: its shapes, its recipe, or why it runs in high precision."""
 
     op: str
     weight: Tensor
@@ -45,7 +45,7 @@ class _Local(threading.local):
         self.observers: list[Observer] = []
 
 
-_local = _Local()
+local = _Local()
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def observe(observer: Observer) -> Iterator[None]:
     (None): two models that are watched side by side. Other threads' calls are not told, but for those that activation
     checkpointing repeats for this thread (see observers).
     """
-    entered = _local.observers
+    entered = local.observers
     entered.append(observer)
     try:
         yield
@@ -70,31 +70,32 @@ def observers() -> list[Observer]:
     Activation checkpointing takes it along: on CUDA, autograd repeats a forward pass in a thread of its own, and those
     calls belong to whoever watches the thread that made them first.
     """
-    return _local.observers
+    return local.observers
 
 
 @contextmanager
 def told_to(entered: list[Observer]) -> Iterator[None]:
     """Tell calls under the context to the observers of another thread (its `observers()`) instead of this one's."""
-    before, _local.observers = _local.observers, entered
+    before, local.observers = local.observers, entered
     try:
         yield
     finally:
-        _local.observers = before
+        local.observers = before
 
 
 def observed() -> bool:
     """Return whether anything is told of the calls that this thread makes."""
-    return bool(_local.observers)
+    return bool(local.observers)
 
 
 def reported(call: Call, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """function(*args, **kwargs), with the innermost observer told before and after."""
-    return _reported(call, lambda _: function(*args, **kwargs))
+    """Return function(*args, **kwargs), with the innermost observer told before and after."""
+    return watched(call, lambda _: function(*args, **kwargs)) if local.observers else function(*args, **kwargs)
 
 
-def _reported(call: Call, run: Callable[[Watch | None], Tensor]) -> Tensor:
-    seen = next((seen for told in reversed(_local.observers) if (seen := told(call)) is not None), None)
+def watched(call: Call, run: Callable[[Watch | None], Tensor]) -> Tensor:
+    """Return run(watch), with the innermost observer told before and after; the watch is the observer's, or None."""
+    seen = next((seen for told in reversed(local.observers) if (seen := told(call)) is not None), None)
     y = run(None if seen is None else seen.watch)
     if seen is not None and seen.finished is not None:
         seen.finished(y)

@@ -1,28 +1,30 @@
-"""One call of a quantized layer, checked: its shapes, its recipe, where it runs; and who takes part in it.
+"""A Plan is one call of a quantized layer with everything decided: its shapes, its recipe, where it runs.
 
-    forward    x -> both faces in one pass; w -> codes; y = fprop; keep x's packed columnwise face and w's packed codes
+    forward    x -> both faces in one pass; w -> codes; y = fprop; save x's columnwise face and w's codes, packed
     backward   dy -> both faces in one pass (stochastic rounding); dx = dgrad; dw = wgrad
 
-Which GEMMs run in NVFP4 is the recipe's; the others run on the high-precision operands, which are then kept.
-faces.py quantizes and keeps, multiply.py multiplies, layer.py strings them together; none of them knows of autograd.
+Which GEMMs run in NVFP4 is the recipe's choice; the others run on the high-precision operands, which are then saved.
+A Plan holds its answers: each is computed when it is first asked for and kept in the object, and equal calls share one
+object (geometry.py). So a layer that runs again asks the recipe and the geometry nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold, reads_everywhere
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, PACKED
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.formats import alpha_factor
+from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold
+from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, OperandSpec, WeightLayout, WeightSpec
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, RoleSettings
+from te_nvfp4_cv.recipe.fields import Role
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One call, checked: its shapes, its recipe, where it runs, and the dtype of dequantized operands."""
+    """One call, checked. `compute_dtype` is that of dequantized operands, `channels_last` y's memory format."""
 
     geometry: ConvGeometry
     recipe: NVFP4BlockScaling
@@ -30,53 +32,152 @@ class Plan:
     compute_dtype: torch.dtype
     channels_last: bool
 
-    @property
-    def shape(self) -> list[int]:
-        return self.geometry.to_ints()
+    # ---- what the recipe says
 
-    @property
-    def folds(self) -> tuple[Fold, Fold]:
-        """(x side, dy side)."""
-        a, b = self.geometry.folds()
-        return (b, a) if self.geometry.transposed else (a, b)
+    @cached_property
+    def input(self) -> RoleSettings:
+        """The settings of x."""
+        return self.recipe.settings(Role.INPUT)
 
-    @property
-    def operand_form(self) -> int:
-        """Form in which this backend multiplies."""
-        return DEQUANTIZED if self.backend == "vendor" else PACKED
+    @cached_property
+    def weight(self) -> RoleSettings:
+        """The settings of w."""
+        return self.recipe.settings(Role.WEIGHT)
 
-    @property
+    @cached_property
+    def grad_output(self) -> RoleSettings:
+        """The settings of dy."""
+        return self.recipe.settings(Role.GRAD_OUTPUT)
+
+    @cached_property
     def gemms(self) -> tuple[str, ...]:
+        """The GEMMs that run in NVFP4: any of "fprop", "dgrad", "wgrad"."""
         return self.recipe.nvfp4_gemms
 
-    @property
+    @cached_property
+    def dequantized_backward(self) -> bool:
+        """True if backward runs in high precision on the dequantized operands of fprop."""
+        return self.recipe.backward_override == "dequantized"
+
+    @cached_property
     def delayed(self) -> bool:
-        """Whether tensor scales are powers of two, those of activations and gradients from an earlier step."""
+        """True if tensor scales are powers of two, those of activations and gradients from an earlier step."""
         return self.recipe.tensor_scale == "delayed"
 
-    @property
+    @cached_property
     def row_scaled(self) -> bool:
-        """Row-scaled activations apply to linear layers and 1x1 convolutions."""
-        return self.recipe.settings("input").row_scaled and row_scaling_applies(self.geometry)
+        """True if x has one scale per row: linear layers and 1x1 convolutions, where an output row reads one row."""
+        return self.input.row_scaled and row_scaling_applies(self.geometry)
 
-    @property
+    @cached_property
     def weight_faces(self) -> tuple[str, str]:
-        """(face for fprop, face for dgrad): 16x16 scales make both the same numbers, kept rowwise."""
-        if self.recipe.settings("weight").two_d:
+        """Which quantized copy of the weight fprop and dgrad multiply, "row" or "col" each.
+
+        With 16x16 blocks one copy serves both, because a square block has the same scale read either way.
+        """
+        if self.weight.two_d:
             return "row", "row"
         return ("col", "row") if self.geometry.transposed else ("row", "col")
 
-    def weight_carries_scales(self, gemm: str) -> bool:
-        """Whether fprop's or dgrad's alpha, a power of two, goes into the dequantized weight: no pass over the result.
+    # ---- how operands are quantized
 
-        Not where some output reads no operand at all: a NaN in the weight could not reach it.
+    @cached_property
+    def folds(self) -> tuple[Fold, Fold]:
+        """How the columnwise faces of x and dy are laid out in images."""
+        a, b = self.geometry.folds
+        return (b, a) if self.geometry.transposed else (a, b)
+
+    @cached_property
+    def operand_form(self) -> int:
+        """The form in which this backend multiplies."""
+        return DEQUANTIZED if self.backend == "vendor" else PACKED
+
+    @cached_property
+    def input_specs(self) -> tuple[OperandSpec, OperandSpec]:
+        """How x is quantized: without and with a columnwise face for wgrad."""
+        return self._input_spec(False), self._input_spec(True)
+
+    def _input_spec(self, need_dw: bool) -> OperandSpec:
+        row = NONE if "fprop" not in self.gemms else self.operand_form
+        if row != NONE and need_dw and self.dequantized_backward:
+            row = PACKED  # backward dequantizes what fprop multiplied
+        col = PACKED if need_dw and "wgrad" in self.gemms else NONE
+        return self._operand_spec(self.input, self.folds[0], row, col, self.row_scaled)
+
+    @cached_property
+    def gradient_specs(self) -> dict[tuple[bool, bool], OperandSpec]:
+        """How dy is quantized, by (dx is needed, dw is needed). Both faces are used at once, as they are multiplied."""
+        specs = {}
+        for need_dx in (False, True):
+            for need_dw in (False, True):
+                row = self.operand_form if need_dx and "dgrad" in self.gemms else NONE
+                col = self.operand_form if need_dw and "wgrad" in self.gemms else NONE
+                specs[need_dx, need_dw] = self._operand_spec(self.grad_output, self.folds[1], row, col, False)
+        return specs
+
+    def _operand_spec(self, s: RoleSettings, fold: Fold, row: int, col: int, row_scaled: bool) -> OperandSpec:
+        more = (s.rht, s.stochastic_rounding, s.four_over_six, s.e4m3_max, row_scaled)
+        return OperandSpec(self.geometry.groups, fold, row, col, *more)
+
+    @cached_property
+    def weight_specs(self) -> tuple[WeightSpec, WeightSpec]:
+        """How w is quantized: with fprop's face alone, and with dgrad's too."""
+        return self._weight_spec({self.weight_faces[0]}), self._weight_spec(set(self.weight_faces))
+
+    def _weight_spec(self, faces: set[str]) -> WeightSpec:
+        s = self.weight
+        row, col = (PACKED if face in faces else NONE for face in ("row", "col"))
+        return WeightSpec(self.geometry.groups, row, col, s.two_d, s.four_over_six, s.e4m3_max, self.delayed)
+
+    @cached_property
+    def weight_layouts(self) -> dict[str, WeightLayout]:
+        """The sizes of either face of w, by "row" and "col"."""
+        n, _, channels = self.geometry.weight_shape
+        groups = self.geometry.groups
+        return {face: WeightLayout(n, channels, groups, face == "col") for face in ("row", "col")}
+
+    # ---- tensor scales
+
+    @cached_property
+    def alpha_factors(self) -> dict[str, float]:
+        """What alpha multiplies the two amaxes by, for each GEMM; see formats.alpha."""
+        x, w, dy = self.input.e4m3_max, self.weight.e4m3_max, self.grad_output.e4m3_max
+        return {"fprop": alpha_factor(x, w), "dgrad": alpha_factor(dy, w), "wgrad": alpha_factor(dy, x)}
+
+    @cached_property
+    def weight_carries_scales(self) -> dict[str, bool]:
+        """True, by GEMM, if alpha goes into the dequantized weight, which saves a pass over the result.
+
+        It must be a power of two to stay exact. And every output must read some operand: else a NaN in the weight
+        could not reach it.
         """
-        to_b = (gemm == "fprop") != self.geometry.transposed
-        return self.delayed and self.operand_form == DEQUANTIZED and reads_everywhere(self.geometry, to_b)
+        wanted = self.delayed and self.operand_form == DEQUANTIZED
+        to_b = {"fprop": not self.geometry.transposed, "dgrad": self.geometry.transposed}
+        return {gemm: wanted and self.geometry.reads_everywhere(side) for gemm, side in to_b.items()}
+
+    # ---- what backward needs
+
+    @cached_property
+    def saves_x(self) -> str:
+        """What wgrad needs of x: its "col" or "row" face, or x "itself"."""
+        if "wgrad" in self.gemms:
+            return "col"
+        return "row" if self.dequantized_backward else "itself"
+
+    @cached_property
+    def saves_w(self) -> str:
+        """What dgrad needs of w: its "col" or "row" face, or w "itself"."""
+        if "dgrad" in self.gemms:
+            return self.weight_faces[1]
+        return self.weight_faces[0] if self.dequantized_backward else "itself"
 
 
 def weight_plan(shape: torch.Size, groups: int, transposed: bool, recipe: NVFP4BlockScaling, backend: str) -> Plan:
-    """A plan of which only the weight's part is used: images of one pixel. shape: [axis 0, axis 1, *kernel]."""
+    """Return a plan of which only the weight's part is used, for images of one pixel.
+
+    Args:
+        shape: the weight's, [axis 0, axis 1, *kernel].
+    """
     rank = len(shape) - 2
     ones, zeros = (1,) * rank, (0,) * rank
     geometry = ConvGeometry(
@@ -97,29 +198,5 @@ def weight_plan(shape: torch.Size, groups: int, transposed: bool, recipe: NVFP4B
 
 
 def row_scaling_applies(g: ConvGeometry) -> bool:
-    """Whether every output row reads one input row."""
+    """Return True if every output row reads one input row."""
     return not g.transposed and g.taps == 1 and g.groups == 1 and not any(g.padding)
-
-
-class Scales(Protocol):
-    """What gives amaxes that are not the operand's own (scaling.py). role 0 is x, 1 is dy."""
-
-    def amax(self, role: int, operand: Tensor) -> Tensor:
-        """fp32 [2], as operands.quantize_operand takes it."""
-        ...
-
-    def collect(self, role: int, observed: Tensor) -> None:
-        """What that call observed."""
-        ...
-
-
-class Watch(Protocol):
-    """Who looks on while one call is quantized (telemetry). It must not change what it sees."""
-
-    def quantized(self, role: str, operand: Tensor, faces: tuple[Tensor, ...], seed: Tensor | None, plan: Plan) -> None:
-        """`operand`, in the layout of operands.py, has become `faces`; `seed` rounded it, if it was rounded so."""
-        ...
-
-    def weight_gradient(self, dy: Tensor, dw: Tensor, plan: Plan) -> None:
-        """dy [B, *image, O] has led to dw [axis 0, taps, axis 1]."""
-        ...

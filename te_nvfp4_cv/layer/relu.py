@@ -1,4 +1,7 @@
-"""layer.relu."""
+"""A ReLU that saves one bit per element for backward instead of its output.
+
+Otherwise ReLU would save the activation that the convolution behind it no longer does, and memory would not fall.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,7 @@ from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, positive_mask
 
 
 class MaskedReLU(torch.autograd.Function):
-    """ReLU that keeps 1 bit per element for backward; forward and backward equal torch's, bit for bit. x must be
-    dense.
-    """
+    """Compute torch's ReLU, forward and backward bit for bit, from a saved mask. x must be dense."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
@@ -36,7 +37,7 @@ class MaskedReLU(torch.autograd.Function):
 
 
 class _MaskedGrad(torch.autograd.Function):
-    """dy times the mask; linear in dy, so that ReLU keeps its second derivative (which is zero in x)."""
+    """Multiply dy by the mask. It is linear in dy, so that ReLU keeps its second derivative (which is zero in x)."""
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, mask: Tensor) -> Tensor:

@@ -1,29 +1,33 @@
-"""layer.weight_codes."""
+"""Codes of a weight that exist before a call: gathered by FSDP2, or quantized once under nv.frozen_weights."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.records import WeightCodes
 
 
 class Frozen(Protocol):
-    """What nv.frozen_weights registers here for each Parameter."""
+    """What nv.frozen_weights registers for each Parameter."""
 
-    def codes(self, w: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        """The tuple of faces.quantize_weight with every face that the plan's GEMMs need."""
+    def codes(self, w: Tensor, plan: Plan) -> WeightCodes:
+        """Return the weight's codes, with every face that the plan's GEMMs need."""
         ...
 
 
+PLAIN = (Tensor, Parameter)  # a weight of another class may bring codes along
 frozen: dict[int, Frozen] = {}  # id(Parameter) -> its entry, which holds the Parameter: ids stay unique
 
 
-def codes_of(w: Tensor, plan: Plan) -> tuple[Tensor, ...] | None:
-    """The codes with which `w` was gathered (FSDP2), or that an enclosing nv.frozen_weights holds for it, or None."""
-    gathered = getattr(type(w), "codes_for", None)  # a weight that FSDP2 gathered in 4 bits: distributed/fsdp_weight.py
+def codes_of(w: Tensor, plan: Plan) -> WeightCodes | None:
+    """Return the codes that w was gathered with, or that an enclosing nv.frozen_weights holds for it, or None."""
+    gathered = getattr(type(w), "codes_for", None)  # FSDP2's weight: distributed/fsdp_weight.py
     if gathered is not None:
-        return gathered(w, plan)
+        made: WeightCodes = gathered(w, plan)
+        return made
     entry = frozen.get(id(w)) if frozen else None
     return None if entry is None else entry.codes(w, plan)

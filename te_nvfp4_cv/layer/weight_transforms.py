@@ -1,4 +1,4 @@
-"""What a weight goes through before it is quantized, where learned.py has given its module a parameter for it.
+"""Clip or scale a weight before it is quantized, by the parameter that nn/learned.py has given its module.
 
     clip    w' = clamp(w, -c A, c A)             A = amax of w, c in (0, 1]
             dc = sum over |w| >= c A of g sign(w) A
@@ -32,22 +32,22 @@ CLIP, SCALE = "clip", "scale"
 LEAST = 2.0**-6  # what c and m are clamped to from below
 
 
-class _Local(threading.local):
+class Local(threading.local):
     def __init__(self) -> None:
         self.running: list[tuple[Any, str, Tensor]] = []  # (module, kind, parameter), the innermost last
 
 
-_local = _Local()
+local = Local()
 
 
 def push(module: Any, kind: str, parameter: Tensor) -> None:
-    """`module` starts its forward."""
-    _local.running.append((module, kind, parameter))
+    """Note that `module` starts its forward."""
+    local.running.append((module, kind, parameter))
 
 
 def pop(module: Any) -> None:
-    """The forward of `module` ended; entries that an exception left above it go, too."""
-    running = _local.running
+    """Note that the forward of `module` ended; entries that an exception left above it go, too."""
+    running = local.running
     for index in range(len(running) - 1, -1, -1):
         if running[index][0] is module:
             del running[index:]
@@ -55,17 +55,30 @@ def pop(module: Any) -> None:
 
 
 def apply(w: Tensor, codes: object, plan: Plan) -> Tensor:
-    """w as it is quantized: itself, but for a weight with a learned parameter whose module is running.
+    """Return w as it is quantized: unchanged, but for a weight with a learned parameter whose module is running.
 
     Args:
         codes: those that the call would use in place of quantizing w, or None.
     Raises:
-        RuntimeError: codes that were made before, or a graph of torch.compile.
+        RuntimeError: codes that were made before.
     """
-    running = _local.running
-    if not running or running[-1][0]._parameters.get("weight") is not w:
+    learned = refuse(w, codes)
+    if learned is None:
         return w
-    _, kind, parameter = running[-1]
+    kind, parameter = learned
+    result: Tensor = _Learned.apply(w, parameter, kind, plan)
+    return result
+
+
+def refuse(w: Tensor, codes: object) -> tuple[str, Tensor] | None:
+    """Return (kind, parameter) of the running module if w is its weight, else None.
+
+    Raises:
+        RuntimeError: there is a parameter, but the codes were made before, or torch.compile traces the call.
+    """
+    running = local.running
+    if not running or running[-1][0]._parameters.get("weight") is not w:
+        return None
     compiling = torch.compiler.is_compiling()
     if codes is not None or compiling:
         raise runtime_error(
@@ -76,18 +89,17 @@ def apply(w: Tensor, codes: object, plan: Plan) -> Tensor:
             needs="a weight that is quantized where the layer is called",
             fix="leave torch.compile, frozen_weights or fsdp.quantize_gathers out, or learn_scales",
         )
-    result: Tensor = _Learned.apply(w, parameter, kind, plan)
-    return result
+    return running[-1][1:]
 
 
 def clipped(w: Tensor, parameter: Tensor, kind: str, plan: Plan) -> Tensor:
-    """w'."""
+    """Return w' of the table above."""
     bound = _limit(w, kind, plan) * parameter.clamp(LEAST, 1.0).to(w.dtype)
     return torch.minimum(torch.maximum(w, -bound), bound)
 
 
 class _Learned(torch.autograd.Function):
-    """w, parameter -> w'."""
+    """Compute w' from w and the parameter, and the gradients of both."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, parameter: Tensor, kind: str, plan: Plan) -> Tensor:
@@ -113,18 +125,18 @@ class _Learned(torch.autograd.Function):
 
 
 def _limit(w: Tensor, kind: str, plan: Plan) -> Tensor:
-    """The amax that the parameter multiplies, broadcastable to w."""
+    """Return the amax that the parameter multiplies, broadcastable to w."""
     w = w.detach().abs()
     return w.amax() if kind == CLIP else block_amax(w, plan)
 
 
 def block_amax(w: Tensor, plan: Plan) -> Tensor:
-    """For each element of w >= 0 [axis 0, axis 1, *kernel] the amax of its block in fprop's face."""
+    """Return, for each element of w >= 0 [axis 0, axis 1, *kernel], the amax of its block in fprop's face."""
     kernel = w.reshape(plan.geometry.groups, w.shape[0] // plan.geometry.groups, w.shape[1], -1)
     rows, columns = kernel.shape[1:3]
     padded = F.pad(kernel, (0, 0, 0, -columns % BLOCK, 0, -rows % BLOCK))
     tiles = padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))  # [groups, tiles, 16, tiles, 16, taps]
-    if plan.recipe.settings("weight").two_d:
+    if plan.weight.two_d:
         axes: tuple[int, ...] = (2, 4)
     else:
         axes = (4,) if plan.weight_faces[0] == "row" else (2,)

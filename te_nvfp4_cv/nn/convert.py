@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from te_nvfp4_cv.errors import check_module
-from te_nvfp4_cv.layer import eligible
+from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.nn.precision import matches, set_precision
 from te_nvfp4_cv.nn.walk import LAYERS, with_entries
@@ -84,4 +84,4 @@ def _why_left(module: nn.Module, recipe: NVFP4BlockScaling | None) -> str | None
     w = module.weight
     groups = getattr(module, "groups", 1)
     op = NVFP4_CLASSES[type(module)].op
-    return None if eligible.ineligible(op, w, w, groups, recipe or NVFP4BlockScaling()) is None else ""  # type: ignore
+    return None if check.ineligible(op, w, w, groups, recipe or NVFP4BlockScaling()) is None else ""  # type: ignore

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.errors import check_module, runtime_error
 from te_nvfp4_cv.layer import operands, weight_codes
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.records import WeightCodes
 
 _frozen_lock = threading.Lock()
 
@@ -31,18 +32,17 @@ class _FrozenWeight:
         self.name, self.weight, self.users = name, weight, 0
         self.version = weight._version
         self.digest: bytes | None = None
-        self.sets: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+        self.sets: dict[tuple[Any, ...], WeightCodes] = {}
 
-    def codes(self, w: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    def codes(self, w: Tensor, plan: Plan) -> WeightCodes:
         """Return the weight's codes for a plan; the first use makes them."""
         self.check_version()
         # All that the codes depend on beside the weight. Two calls of a shared weight may differ in it.
-        settings = plan.recipe.settings("weight")
-        key = (plan.geometry.groups, settings, plan.weight_faces, plan.compute_dtype, plan.backend)
+        key = (plan.weight_specs[True], plan.weight_faces, plan.compute_dtype, plan.backend)
         if key not in self.sets:
             if self.digest is None:
                 self.digest = _digest(w)
-            self.sets[key] = operands.quantize_weight(w, plan, keep=True)
+            self.sets[key] = operands.quantize_weight(w, plan, for_dgrad=True)
         return self.sets[key]
 
     def check_version(self) -> None:

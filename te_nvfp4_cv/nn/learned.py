@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
-from te_nvfp4_cv.layer import eligible, weight_transforms
+from te_nvfp4_cv.layer import check, weight_transforms
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.hooks import Hook, attach, detach
 from te_nvfp4_cv.nn.walk import LAYERS, with_recipes
@@ -129,9 +129,9 @@ def _learns(module: Any) -> bool:
     """Return True if the module is a layer whose weight is a Parameter that it multiplies itself, in NVFP4."""
     w = module._parameters.get("weight") if isinstance(module, LAYERS) else None
     attention = type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear  # it reads it and runs no hooks
-    return w is not None and not attention and w.dtype in eligible.DTYPES and not _thin(module)
+    return w is not None and not attention and w.dtype in check.DTYPES and not _thin(module)
 
 
 def _thin(module: Any) -> bool:
     groups = getattr(module, "groups", 1)
-    return min(module.weight.shape[0] // groups, module.weight.shape[1]) < eligible.MINIMUM
+    return min(module.weight.shape[0] // groups, module.weight.shape[1]) < check.MINIMUM

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv import functional
 from te_nvfp4_cv.context import state
+from te_nvfp4_cv.layer.execute import execute_explicit
 from te_nvfp4_cv.nn.base import NVFP4_CLASSES as NVFP4_CLASSES  # whole only after this file is imported
 from te_nvfp4_cv.nn.base import NVFP4Module
 from te_nvfp4_cv.nn.walk import output_padding, padded
+from te_nvfp4_cv.ops.geometry import ConvArgs
 
 Size = int | tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -54,20 +55,8 @@ class _Conv(NVFP4Module):
         if recipe is None:
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
         input, padding = padded(self, input)
-        return functional.run(
-            self.op,
-            input,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,  # type: ignore[arg-type]
-            0,
-            recipe=recipe,
-            backend=backend,
-            group=state.reduction_group(),
-        )
+        args = ConvArgs.of(self)._replace(padding=padding)
+        return execute_explicit(self.op, input, weight, bias, args, recipe, backend, state.reduction_group())
 
 
 class _ConvTranspose(NVFP4Module):
@@ -101,20 +90,10 @@ class _ConvTranspose(NVFP4Module):
         recipe, backend = self.chosen()
         if recipe is None:
             return super().forward(input, output_size)  # type: ignore[misc]
-        return functional.run(
-            self.op,
-            input,
-            self.weight,  # type: ignore[arg-type]
-            self.bias,  # type: ignore[arg-type]
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,  # type: ignore[arg-type]
-            output_padding(self, input, output_size),
-            recipe=recipe,
-            backend=backend,
-            group=state.reduction_group(),
-        )
+        w: Any = self.weight
+        bias: Any = self.bias
+        args = ConvArgs.of(self)._replace(output_padding=output_padding(self, input, output_size))
+        return execute_explicit(self.op, input, w, bias, args, recipe, backend, state.reduction_group())
 
 
 class NVFP4Conv1d(_Conv, nn.Conv1d, plain=nn.Conv1d):
@@ -211,17 +190,5 @@ class NVFP4Linear(NVFP4Module, nn.Linear, plain=nn.Linear):
         recipe, backend = self.chosen()
         if recipe is None:
             return super().forward(input)
-        return functional.run(
-            "linear",
-            input,
-            self.weight,
-            self.bias,
-            1,
-            0,
-            1,
-            1,
-            0,
-            recipe=recipe,
-            backend=backend,
-            group=state.reduction_group(),
-        )
+        group = state.reduction_group()
+        return execute_explicit("linear", input, self.weight, self.bias, ConvArgs(), recipe, backend, group)

@@ -109,6 +109,7 @@ def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
     out: dict[str, dict[str, int]] = {}
     for name, parameter in _named_weights(model).items():
         if delayed_scaling.has_state(parameter):
-            counts = dict(zip(delayed_scaling.ROLES, delayed_scaling.saturated(parameter), strict=True))
+            clipped = zip(delayed_scaling.ROWS, delayed_scaling.saturated(parameter), strict=True)
+            counts = {role.value: n for role, n in clipped}
             out["" if name == "weight" else name.removesuffix(".weight")] = counts
     return out

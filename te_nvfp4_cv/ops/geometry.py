@@ -1,15 +1,13 @@
-"""Shapes of a convolution: sizes, padding, space-to-batch folding, and which pixel each row of an im2col matrix comes
-from.
+"""The shapes of a convolution: sizes, padding, space-to-batch folding, and which pixel each im2col row comes from.
 
-Letters: B batch, C in-channels, O out-channels, T taps. Both convolution and transposed convolution are described by
-the plain convolution
-underneath, with an `a` side (its input, image `a_size`, channels of weight axis 1) and a `b` side (its output, image
-`b_size`, weight axis 0):
+Convolutions and transposed convolutions are described by the same plain convolution underneath. It has an `a` side (its
+input: image `a_size`, channels of weight axis 1) and a `b` side (its output: image `b_size`, weight axis 0):
 
     convolution             x = a, y = b     fprop a -> b, dgrad b -> a
     transposed convolution  x = b, y = a     fprop b -> a, dgrad a -> b
 
 Operands are channels-last arrays [B, *image, C]; a linear layer has no image axes. Nothing here touches tensor values.
+Letters: B batch, C in-channels, O out-channels, T taps.
 """
 
 from __future__ import annotations
@@ -18,15 +16,32 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.formats import BLOCK, round_up
 
-BLOCK = 16
+
+class ConvArgs(NamedTuple):
+    """The arguments of one call of a convolution, as torch's functions and modules take them; a linear layer's too."""
+
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+    output_padding: Any = 0
+
+    @classmethod
+    def of(cls, module: Any) -> ConvArgs:
+        """Read them from a convolution or linear module. A transposed convolution's call may add output padding."""
+        if not hasattr(module, "kernel_size"):
+            return cls()
+        return cls(module.stride, module.padding, module.dilation, module.groups, module.output_padding)
 
 
 @dataclass(frozen=True)
@@ -44,11 +59,11 @@ class Fold:
     images: int
 
     def to_ints(self) -> list[int]:
-        """The fields in their order, for the operator boundary."""
+        """Encode the fields, in their order, for a custom operator."""
         return [self.strips, self.step, self.rows, self.offset, self.images]
 
     def source_rows(self, batch: int, source: int) -> Tensor:
-        """int64 [images, rows]: b * source + row for every folded row, -1 for zeros."""
+        """Return int64 [images, rows]: b * source + row for every folded row, -1 for zeros."""
         image = torch.arange(self.images)
         row = (image % self.strips)[:, None] * self.step + torch.arange(self.rows)[None, :] - self.offset
         inside = (row >= 0) & (row < source) & (image // self.strips < batch)[:, None]
@@ -57,8 +72,10 @@ class Fold:
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """One call's shapes, all checked. `kernel`, `stride`, ... have one entry per image axis; `channels_a`,
-    `channels_b` are totals over groups.
+    """The shapes of one call, all checked.
+
+    `kernel`, `stride`, `padding`, `dilation` and `output_padding` have one entry per image axis. `channels_a` and
+    `channels_b` are totals over groups. Derived sizes are computed once per object.
     """
 
     batch: int
@@ -74,86 +91,109 @@ class ConvGeometry:
     groups: int
     transposed: bool
 
-    @property
+    @property  # not cached: torch.compile traces it, and not a cached property's lock (before Python 3.12)
     def rank(self) -> int:
-        """Image axes: 0 for a linear layer, else 1 to 3."""
+        """The number of image axes: 0 for a linear layer, else 1 to 3."""
         return len(self.kernel)
 
-    @property
+    @cached_property
     def taps(self) -> int:
+        """The number of positions of the kernel."""
         return math.prod(self.kernel)
 
-    @property
+    @cached_property
+    def a_shape(self) -> tuple[int, ...]:
+        """[B, *image, channels] of the a side."""
+        return (self.batch, *self.a_size, self.channels_a)
+
+    @cached_property
+    def b_shape(self) -> tuple[int, ...]:
+        """[B, *image, channels] of the b side."""
+        return (self.batch, *self.b_size, self.channels_b)
+
+    @cached_property
     def x_shape(self) -> tuple[int, ...]:
         """[B, *image, channels] of x."""
-        return (
-            (self.batch, *self.b_size, self.channels_b)
-            if self.transposed
-            else (self.batch, *self.a_size, self.channels_a)
-        )
+        return self.b_shape if self.transposed else self.a_shape
 
-    @property
+    @cached_property
     def y_shape(self) -> tuple[int, ...]:
         """[B, *image, channels] of y."""
-        return (
-            (self.batch, *self.a_size, self.channels_a)
-            if self.transposed
-            else (self.batch, *self.b_size, self.channels_b)
-        )
+        return self.a_shape if self.transposed else self.b_shape
 
-    @property
+    @cached_property
     def weight_shape(self) -> tuple[int, ...]:
-        """[weight axis 0, taps, weight axis 1]: kernels as operands are channels-last too."""
+        """[axis 0, taps, axis 1] of the weight: like operands, weights have their channels innermost here."""
         return (self.channels_b, self.taps, self.channels_a // self.groups)
 
-    @property
+    @cached_property
+    def axes(self) -> list[tuple[int, ...]]:
+        """One row per image axis: (a size, b size, kernel, stride, padding, dilation)."""
+        columns = (self.a_size, self.b_size, self.kernel, self.stride, self.padding, self.dilation)
+        return list(zip(*columns, strict=True))
+
+    @cached_property
     def touches_only_padding(self) -> bool:
-        """Whether some tap, or some output row of an axis, reads nothing but padding."""
-        rows = zip(self.a_size, self.b_size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return any(padding_only(*row) for row in rows)
+        """True if some tap, or some output row of an axis, reads nothing but padding."""
+        return any(padding_only(*row) for row in self.axes)
 
     @property
     def macs(self) -> int:
         """Multiply-adds of one GEMM."""
         return self.batch * math.prod(self.b_size) * self.channels_b * (self.channels_a // self.groups) * self.taps
 
+    @cached_property
     def folds(self) -> tuple[Fold, Fold]:
-        """(a side, b side): how the columnwise operands of wgrad are laid out in images."""
+        """How the columnwise operands of wgrad are laid out in images: (a side, b side)."""
         a_rows = self.a_size[0] if self.rank else 1
         b_rows = self.b_size[0] if self.rank else 1
         strips = fold_factor(self.batch, b_rows, self.stride[0], self.kernel[0], self.dilation[0]) if self.rank else 1
-        images = -(-self.batch * strips // BLOCK) * BLOCK
+        images = round_up(self.batch * strips, BLOCK)
         if strips == 1:
             return Fold(1, 0, a_rows, 0, images), Fold(1, 0, b_rows, 0, images)
         strip = -(-b_rows // strips)
         halo = halo_rows(strip, self.stride[0], self.kernel[0], self.dilation[0])
-        return Fold(strips, strip * self.stride[0], halo, self.padding[0], images), Fold(
-            strips, strip, strip, 0, images
-        )
+        a = Fold(strips, strip * self.stride[0], halo, self.padding[0], images)
+        return a, Fold(strips, strip, strip, 0, images)
 
+    @cached_property
     def folded(self) -> ConvGeometry:
-        """The geometry of wgrad on the folded operands; self where nothing is folded but zero images are added."""
-        a, b = self.folds()
-        if self.rank == 0:
-            return self._replace(batch=a.images)
+        """The geometry of wgrad on the folded operands; with one strip only zero images are added."""
+        a, b = self.folds
         if a.strips == 1:
-            return self._replace(batch=a.images)
-        zero = (0, *self.padding[1:]), (0, *self.output_padding[1:])
-        return self._replace(
+            return replace(self, batch=a.images)
+        return replace(
+            self,
             batch=a.images,
             a_size=(a.rows, *self.a_size[1:]),
             b_size=(b.rows, *self.b_size[1:]),
-            padding=zero[0],
-            output_padding=zero[1],
+            # The strips carry their halo: nothing is padded along the axis that was cut.
+            padding=(0, *self.padding[1:]),
+            output_padding=(0, *self.output_padding[1:]),
         )
 
-    def _replace(self, **changes: object) -> ConvGeometry:
-        return ConvGeometry(**{**self.__dict__, **changes})  # type: ignore[arg-type]
+    @cached_property
+    def at_least_2d(self) -> ConvGeometry:
+        """The geometry itself, but for a 1-D convolution, which becomes a 2-D one of height 1."""
+        if self.rank != 1:
+            return self
+        more: dict[str, Any] = {n: (1, *getattr(self, n)) for n in ("a_size", "b_size", "kernel", "stride", "dilation")}
+        more |= {name: (0, *getattr(self, name)) for name in ("padding", "output_padding")}
+        return replace(self, **more)
+
+    def reads_everywhere(self, to_b: bool) -> bool:
+        """Return True if every pixel of the b side reads a pixel of the a side; the reverse without `to_b`."""
+        for a, b, k, s, p, d in self.axes:
+            pairs = ((o, o * s - p + t * d) for o in range(b) for t in range(k))
+            touched = {(o if to_b else i) for o, i in pairs if 0 <= i < a}
+            if len(touched) != (b if to_b else a):
+                return False
+        return True
 
     def to_ints(self) -> list[int]:
-        """A flat list for the operator boundary."""
+        """Encode the geometry as a flat list for a custom operator."""
         lists = (self.a_size, self.b_size, self.kernel, self.stride, self.padding, self.dilation, self.output_padding)
-        head = [self.batch, self.channels_a, self.channels_b, self.groups, int(self.transposed), self.rank]
+        head = [self.batch, self.channels_a, self.channels_b, self.groups, int(self.transposed), len(self.kernel)]
         return head + [n for values in lists for n in values]
 
     @staticmethod
@@ -163,10 +203,12 @@ class ConvGeometry:
         return ConvGeometry(batch, channels_a, channels_b, *lists, groups, bool(transposed))  # type: ignore[call-arg]
 
     @staticmethod
-    def from_ints(ints: list[int]) -> ConvGeometry:
-        """The inverse of to_ints."""
-        key = tuple(ints)
-        return _geometry(key) if all(type(n) is int for n in key) else ConvGeometry._from_tuple(key)  # SymInt: no hash
+    def from_ints(ints: Sequence[int]) -> ConvGeometry:
+        """Decode what to_ints gave; equal lists give the same object."""
+        try:
+            return _geometry(tuple(ints))
+        except TypeError:  # a traced size has no hash
+            return ConvGeometry._from_tuple(tuple(ints))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -175,21 +217,22 @@ def _geometry(ints: tuple[int, ...]) -> ConvGeometry:
 
 
 def halo_rows(strip: int, stride: int, kernel: int, dilation: int) -> int:
-    """Input rows that `strip` output rows need."""
+    """Return how many input rows `strip` output rows need."""
     return (strip - 1) * stride + (kernel - 1) * dilation + 1
 
 
 @functools.lru_cache(maxsize=4096)
 def fold_factor(batch: int, rows: int, stride: int, kernel: int, dilation: int) -> int:
-    """Strips per image, g in 1..min(16, rows): minimises 16 ceil(B g / 16) L(g), ties to the smaller; 1 for a batch
-    of 16 n.
+    """Return the number of strips per image, g in 1..min(16, rows), that minimises 16 ceil(B g / 16) L(g).
+
+    Of two that cost the same the smaller is taken; a batch of 16 n is not cut.
     """
     if batch % BLOCK == 0:
         return 1
 
     best, least = 1, 0
     for g in range(1, min(BLOCK, rows) + 1):
-        cost = BLOCK * -(-batch * g // BLOCK) * halo_rows(-(-rows // g), stride, kernel, dilation)
+        cost = round_up(batch * g, BLOCK) * halo_rows(-(-rows // g), stride, kernel, dilation)
         if g == 1 or cost < least:
             best, least = g, cost
     return best
@@ -197,7 +240,7 @@ def fold_factor(batch: int, rows: int, stride: int, kernel: int, dilation: int) 
 
 @functools.lru_cache(maxsize=4096)
 def padding_only(a: int, b: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
-    """Whether, along one axis, a tap reads no element of `a` for any output, or an output reads none by any tap."""
+    """Return True if, along one axis, a tap reads no element of `a` for any output, or an output none by any tap."""
 
     def inside(out: int, tap: int) -> bool:
         return 0 <= out * stride - padding + tap * dilation < a
@@ -207,46 +250,40 @@ def padding_only(a: int, b: int, kernel: int, stride: int, padding: int, dilatio
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Output length of a convolution along one axis."""
+    """Return the output length of a convolution along one axis."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def transposed_output_size(
     size: int, kernel: int, stride: int, padding: int, dilation: int, output_padding: int
 ) -> int:
-    """Output length of a transposed convolution along one axis."""
+    """Return the output length of a transposed convolution along one axis."""
     return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
 
 
 def conv_taps(a: int, b: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """int64 [b, kernel]: the `a` index that output index and tap read, -1 in the padding."""
+    """Return int64 [b, kernel]: the `a` index that output index and tap read, -1 in the padding."""
     index = torch.arange(b)[:, None] * stride - padding + torch.arange(kernel)[None, :] * dilation
     return torch.where((index >= 0) & (index < a), index, -1)
 
 
 def transposed_taps(a: int, b: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """int64 [a, kernel]: the `b` index from which `a` index and tap were written, -1 where there is none."""
+    """Return int64 [a, kernel]: the `b` index from which `a` index and tap were written, -1 where there is none."""
     shifted = torch.arange(a)[:, None] + padding - torch.arange(kernel)[None, :] * dilation
     index = torch.div(shifted, stride, rounding_mode="floor")
     return torch.where((shifted % stride == 0) & (index >= 0) & (index < b), index, -1)
 
 
 def pixel_map(geometry: ConvGeometry, to_b: bool) -> Tensor:
-    """int64 [pixels out, taps]: the flat source pixel of every im2col entry, -1 for zeros. `to_b`: rows are b pixels
-    that gather from a.
+    """Return int64 [pixels out, taps]: the flat source pixel of every im2col entry, -1 for zeros.
+
+    With `to_b`, rows are pixels of the b side that gather from the a side; without, the reverse.
     """
     function = conv_taps if to_b else transposed_taps
     sizes = geometry.a_size if to_b else geometry.b_size
     pixels = torch.zeros(1, 1, dtype=torch.int64)
-    for axis in range(geometry.rank):
-        index = function(
-            geometry.a_size[axis],
-            geometry.b_size[axis],
-            geometry.kernel[axis],
-            geometry.stride[axis],
-            geometry.padding[axis],
-            geometry.dilation[axis],
-        )
+    for axis, row in enumerate(geometry.axes):
+        index = function(*row)
         out, taps = pixels.shape
         left, right = pixels.view(out, 1, taps, 1), index.view(1, index.shape[0], 1, index.shape[1])
         joined = torch.where((left >= 0) & (right >= 0), left * sizes[axis] + right, -1)
@@ -254,19 +291,8 @@ def pixel_map(geometry: ConvGeometry, to_b: bool) -> Tensor:
     return pixels
 
 
-@functools.lru_cache(maxsize=1024)
-def reads_everywhere(g: ConvGeometry, to_b: bool) -> bool:
-    """Whether every pixel of the b side reads some pixel of the a side (`to_b`), or the other way round."""
-    for a, b, k, s, p, d in zip(g.a_size, g.b_size, g.kernel, g.stride, g.padding, g.dilation, strict=True):
-        pairs = ((o, o * s - p + t * d) for o in range(b) for t in range(k))
-        touched = {(o if to_b else i) for o, i in pairs if 0 <= i < a}
-        if len(touched) != (b if to_b else a):
-            return False
-    return True
-
-
 def _as_int(value: Any) -> Any:
-    """numpy's and torch's integers as int; other things, bool among them, as something that is no int."""
+    """Return numpy's and torch's integers as int, and None for anything else, bool included."""
     if isinstance(value, (int, torch.SymInt)):
         return None if isinstance(value, bool) else value
     try:
@@ -276,7 +302,11 @@ def _as_int(value: Any) -> Any:
 
 
 def int_tuple(value: Any, rank: int, op: str, name: str, least: int) -> tuple[int, ...]:
-    """An int or a sequence as one int per axis; ValueError for anything else."""
+    """Return an int or a sequence of ints as one int per axis.
+
+    Raises:
+        ValueError: anything else, or a value below `least`.
+    """
     values = tuple(map(_as_int, value)) if isinstance(value, Sequence) else (_as_int(value),)
     values = values * rank if len(values) == 1 else values
     if len(values) != rank or any(not isinstance(v, (int, torch.SymInt)) or v < least for v in values):

@@ -1,34 +1,42 @@
 """Memory layouts: what torch hands in and wants back, as the contiguous channels-last arrays that operators take.
 
-x [B, C, *image], or [..., C] of a linear layer    <->  [B, *image, C]
-w [axis 0, axis 1, *kernel]                        <-   [axis 0, taps, axis 1]
+    x [B, C, *image], or [..., C] of a linear layer    <->  [B, *image, C]
+    w [axis 0, axis 1, *kernel]                        <-   [axis 0, taps, axis 1]
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, OperandSpec, WeightSpec
+
+Make = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}  # by the image's rank
 
 
 def image_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[B, C, *image] (or [..., C] of a linear layer) as contiguous [B, *image, C]; free for channels_last tensors."""
+    """Return [B, C, *image] (or [..., C] of a linear layer) as contiguous [B, *image, C]; no copy if channels_last."""
     return (x if len(shape) == 2 else x.movedim(1, -1)).reshape(shape).contiguous()
 
 
 def image_first(y: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """The inverse of image_last for a result, with the strides torch would give it."""
-    if len(shape) == 2:
+    """Undo image_last for a result, and give it the strides that torch would give it."""
+    if len(shape) == 2:  # a linear layer: only the leading axes were flattened
         return not_a_view(y.reshape(*x_shape[:-1], shape[-1]))
     y = y.view(shape).movedim(-1, 1)
     return not_a_view(y if channels_last else y.contiguous())  # of one pixel, contiguous() is the view itself
 
 
 def like_image_first(like: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """An empty tensor of `like`'s dtype and device with the shape and strides of image_first's result."""
+    """Return an empty tensor of `like`'s dtype and device with the shape and strides of image_first's result."""
     if len(shape) == 2:
         return like.new_empty((*x_shape[:-1], shape[-1]))
     y = like.new_empty(shape).movedim(-1, 1)
@@ -36,27 +44,109 @@ def like_image_first(like: Tensor, shape: tuple[int, ...], x_shape: tuple[int, .
 
 
 def not_a_view(y: Tensor) -> Tensor:
-    """y's memory as a tensor of its own: autograd refuses in-place operations on a view that a Function returns."""
-    if torch.compiler.is_compiling():  # a traced set_ is not possible; clone keeps the strides
+    """Return a tensor on y's memory that is not a view: autograd refuses in-place operations on a view that a Function
+    returns.
+    """
+    if torch.compiler.is_compiling():  # set_ cannot be traced; clone keeps the strides
         return y.clone()
     return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether torch would treat x as channels_last (2-D and 3-D images only)."""
+    """Return True if torch would treat x as channels_last (2-D and 3-D images only)."""
     if x.dim() not in (4, 5):
         return False
+    if torch.compiler.is_compiling():
+        return _suggests_channels_last(x)
+    try:
+        return _like_channels_last(x.shape, x.stride())
+    except TypeError:  # a traced size has no hash
+        return _suggests_channels_last(x)
+
+
+@functools.lru_cache(maxsize=4096)
+def _like_channels_last(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    # torch answers in Python, in about 20 microseconds, from sizes and strides alone: one answer each is enough.
+    return _suggests_channels_last(torch.empty_strided(shape, stride, device="meta"))
+
+
+def _suggests_channels_last(x: Tensor) -> bool:
     return torch._prims_common.suggest_memory_format(x) != torch.contiguous_format
 
 
+def lies_channels_last(x: Tensor) -> bool:
+    """Tell if x's memory is channels_last without gaps; unlike is_channels_last, contiguous memory may be both."""
+    layout = CHANNELS_LAST.get(x.dim() - 2)
+    return layout is not None and x.is_contiguous(memory_format=layout)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Tell if x's memory is contiguous or channels_last: a fixed order of the axes without gaps."""
+    return x.is_contiguous() or lies_channels_last(x)
+
+
 def weight_is_channels_last(w: Tensor) -> bool:
-    """Whether a parameter is stored channels_last, so that its gradient should be."""
-    return is_channels_last(w) and not w.is_contiguous()
+    """Tell if a parameter is stored channels_last, so that its gradient should be."""
+    return is_channels_last(w) and not w.is_contiguous()  # memory that is both counts as contiguous
 
 
 def kernel_as(dw: Tensor, g: ConvGeometry, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """[axis 0, taps, axis 1] as the parameter's [axis 0, axis 1, *kernel], in its memory format."""
+    """Return dw [axis 0, taps, axis 1] as the parameter's [axis 0, axis 1, *kernel], in its memory format."""
     if g.rank == 0:
         return dw.reshape(shape)
     dw = dw.view(dw.shape[0], *g.kernel, dw.shape[2]).movedim(-1, 1)
     return dw if channels_last else dw.contiguous()
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """Return x's values as one dense piece of memory, in any order: a copy only where x has gaps or overlaps."""
+    order = sorted(range(x.dim()), key=lambda axis: -x.stride()[axis])
+    return x.permute(order).contiguous()
+
+
+# ---- faces that quantization writes into ----------------------------------------------------------------------------
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def operand_faces(x: Tensor, spec: OperandSpec, dtype: torch.dtype, make: Make = _new) -> tuple[Face, Face]:
+    """Return (rowwise, columnwise) faces for x [B, *image, C]; a face that the spec does not ask for is empty.
+
+    Args:
+        make: allocates dequantized values, which live for one call only.
+    """
+    channels, f = x.shape[-1], spec.fold
+    blocks = spec.groups * -(-(channels // spec.groups) // BLOCK)
+    folded = (f.rows, *x.shape[2:-1], channels) if x.dim() > 2 else (channels,)
+    groups16 = (f.images // BLOCK, *folded)
+    row = _face(x, spec.row, (*x.shape[:-1], blocks * 8), (*x.shape[:-1], blocks), tuple(x.shape), dtype, make)
+    col = _face(x, spec.col, (*groups16, 8), groups16, (f.images, *folded), dtype, make)
+    return row, col
+
+
+def weight_faces(w: Tensor, spec: WeightSpec, dtype: torch.dtype) -> tuple[Face, Face]:
+    """Return (rowwise, columnwise) faces for w [axis 0, axis 1, *kernel]."""
+    n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
+    kb, ob = -(-c // BLOCK), -(-(n // spec.groups) // BLOCK)
+    row_scale = (spec.groups, ob, taps, kb) if spec.two_d else (n, taps, kb)
+    columns = (spec.groups, ob, taps, c)
+    row = _face(w, spec.row, (n, taps, kb * 8), row_scale, (n, taps, c), dtype, _new)
+    return row, _face(w, spec.col, (*columns, 8), columns, (n, taps, c), dtype, _new)
+
+
+def _face(
+    like: Tensor,
+    form: int,
+    data: tuple[int, ...],
+    scale: tuple[int, ...],
+    values: tuple[int, ...],
+    dtype: torch.dtype,
+    make: Make,
+) -> Face:
+    """Return one face in its form; `values` is its shape once it is dequantized."""
+    if form == PACKED:
+        return Face(like.new_empty(data, dtype=torch.uint8), like.new_empty(scale, dtype=torch.uint8))
+    empty = like.new_empty(0, dtype=torch.uint8)
+    return Face(make(values, dtype, like.device) if form == DEQUANTIZED else torch.empty_like(empty), empty)

@@ -376,6 +376,16 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
     return NVFP4BlockScaling(**fields)
 
 
+@functools.lru_cache(maxsize=256)
+def check_usable(recipe: NVFP4BlockScaling) -> None:
+    """Call validate_for_use, but only once for equal recipes: a context may be entered in each step.
+
+    Raises:
+        ValueError: No quantizer can carry the recipe out.
+    """
+    recipe.validate_for_use()
+
+
 def as_recipe(recipe: object) -> NVFP4BlockScaling:
     """Return a recipe of this package unchanged, TransformerEngine's converted, and the default recipe for None.
 
@@ -395,7 +405,7 @@ def checked_recipe(recipe: object) -> NVFP4BlockScaling:
         ValueError: Its fields contradict each other, see validate_for_use.
     """
     found = as_recipe(recipe)
-    found.validate_for_use()
+    check_usable(found)
     return found
 
 

@@ -6,6 +6,7 @@ A value outside a field's list is refused with a message that names the field an
 from __future__ import annotations
 
 import difflib
+import enum
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,17 @@ from typing import Any
 from te_nvfp4_cv.errors import value_error
 
 GEMMS = ("fprop", "dgrad", "wgrad")
-ROLES = ("input", "weight", "grad_output")
+
+
+class Role(enum.StrEnum):
+    """Which operand of a layer's GEMMs is meant. Members equal their texts, which users and files write."""
+
+    INPUT = "input"
+    WEIGHT = "weight"
+    GRAD_OUTPUT = "grad_output"
+
+
+ROLES = tuple(role.value for role in Role)
 SCOPES = ("none", "weights", "activations", "all")
 
 ALLOWED: dict[str, tuple[object, ...]] = {

@@ -10,8 +10,8 @@ import torch
 from te_nvfp4_cv.backend import scratch
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED
-from tests.helpers import fold_list, same_bits, values
+from te_nvfp4_cv.ops.records import DEQUANTIZED, OperandSpec
+from tests.helpers import same_codes, values
 
 CPU = torch.device("cpu")
 
@@ -43,21 +43,20 @@ def test_small_tensors_have_memory_of_their_own_and_few_buffers_are_kept():
 
 def test_large_operands_equal_the_reference_in_used_buffers_and_from_threads():
     x = values((32, 12, 12, 64), "wide", torch.bfloat16)
-    fold = fold_list(Fold(1, 0, 12, 0, 32))
-    args = (1, fold, DEQUANTIZED, DEQUANTIZED, True, True, "", 448, False, torch.float32, torch.tensor([3]), None)
-    expected = operand.quantize_operand(x, *args, "reference")
-    assert expected[0].numel() * 4 >= scratch.SMALL
-    wrong: list[int] = []
+    spec = OperandSpec(1, Fold(1, 0, 12, 0, 32), DEQUANTIZED, DEQUANTIZED, True, True)
+    args = (x, spec, torch.float32, torch.tensor([3]), None)
+    expected = operand.quantize_operand(*args, "reference")
+    assert expected.row.data.numel() * 4 >= scratch.SMALL
+    same: list[bool] = []
 
     def work() -> None:
         for _ in range(5):
             scratch.empty(tuple(x.shape), torch.float32, CPU).fill_(float("nan"))
-            got = operand.quantize_operand(x, *args, "vendor")
-            wrong.extend(i for i in range(6) if not same_bits(expected[i], got[i]))
+            same.append(same_codes(expected, operand.quantize_operand(*args, "vendor")))
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert wrong == []
+    assert same == [True] * 15

@@ -22,15 +22,15 @@ from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.ops.conv import operators, reference
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
 from te_nvfp4_cv.ops.quantize.reference import fold_images
+from te_nvfp4_cv.ops.records import NONE, PACKED, Face, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import list_recipes, load_recipe
 from te_nvfp4_cv.tensor import im2col
 from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from tests import oracle
-from tests.helpers import fold_list, make_geometry, relative_error, same_bits, values
+from tests.helpers import make_geometry, relative_error, same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +61,7 @@ class Lowered(torch.autograd.Function):
         (x, w), g = ctx.saved_tensors, ctx.g
         dx = reference.data_product((dy,), Lowered.kernel(w, g, g.transposed), g, g.transposed)
         a, b = (dy, x) if g.transposed else (x, dy)
-        a_fold, b_fold = g.folds()
+        a_fold, b_fold = g.folds
         return dx, reference.weight_product(Lowered.columns(b, b_fold), Lowered.columns(a, a_fold), g), None
 
     @staticmethod
@@ -120,7 +120,7 @@ def test_rht_cancels_in_wgrad():
     for batch, transposed in itertools.product((3, 16), (False, True)):
         g = make_geometry(batch, (6, 4), (7, 5), 3, 2, 1, groups=2, transposed=transposed)
         sides = [values((batch, *size), seed=3) for size in ((*g.b_size, g.channels_b), (*g.a_size, g.channels_a))]
-        plain = [Lowered.columns(side, fold) for side, fold in zip(sides, g.folds()[::-1], strict=True)]
+        plain = [Lowered.columns(side, fold) for side, fold in zip(sides, g.folds[::-1], strict=True)]
         rotated = [(formats.rht16(part[0]),) for part in plain]
         truth = reference.weight_product(*[(part[0].double(),) for part in plain], g)
         assert relative_error(reference.weight_product(*rotated, g), truth) < 1e-6
@@ -145,47 +145,38 @@ QUANTIZED = {
 cases = pytest.mark.parametrize("case", QUANTIZED)
 
 
-def quantized(g: ConvGeometry, two_d: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
-    """Packed (data, scale) of every face of random x, w, dy."""
-    a, b = g.folds()
+def quantized(g: ConvGeometry, two_d: bool = True) -> dict[str, Face]:
+    """Return every packed face of random x, w and dy."""
+    a, b = g.folds
     x_fold, dy_fold = (b, a) if g.transposed else (a, b)
-    out = {}
+    out: dict[str, Face] = {}
     for name, shape, fold, seed in (("x", g.x_shape, x_fold, None), ("dy", g.y_shape, dy_fold, torch.tensor([9]))):
         x = values(shape, seed=len(name))
-        args = (
-            fold_list(fold),
-            PACKED,
-            PACKED,
-            True,
-            seed is not None,
-            "",
-            448,
-            False,
-            torch.float32,
-            seed,
-            None,
-            "vendor",
-        )
-        parts = operand.quantize_operand(x, g.groups, *args)
-        out[f"{name} row"], out[f"{name} col"] = parts[:2], parts[3:5]
+        spec = OperandSpec(g.groups, fold, PACKED, PACKED, True, seed is not None)
+        made = operand.quantize_operand(x, spec, torch.float32, seed, None, "vendor")
+        out[f"{name} row"], out[f"{name} col"] = made.row, made.col
     w = values(g.weight_shape, seed=5).unflatten(1, g.kernel or (1,)).movedim(-1, 1)
     w = w if g.rank else w[..., 0]
-    col = NONE if two_d else PACKED
-    parts = operand.quantize_weight(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "vendor")
-    out["w row"], out["w col"] = parts[:2], parts[:2] if two_d else parts[2:4]
+    spec = WeightSpec(g.groups, PACKED, NONE if two_d else PACKED, two_d)
+    codes = operand.quantize_weight(w, spec, torch.float32, "vendor")
+    out["w row"], out["w col"] = codes.row, codes.row if two_d else codes.col
     return out
 
 
-def dequantized(name: str, face: tuple[Tensor, Tensor], g: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """code * scale of one face, in the layout of the array."""
+def layout_of(face: Face, g: ConvGeometry) -> WeightLayout:
+    """Return the sizes of a packed face of the weight."""
+    n, _, channels = g.weight_shape
+    return WeightLayout(n, channels, g.groups, face.data.dim() == 5)
+
+
+def dequantized(name: str, face: Face, g: ConvGeometry, dtype: torch.dtype) -> Tensor:
+    """Return code * scale of one face, in the layout of the array."""
     if name.startswith("w"):
-        n, _, channels = g.weight_shape
-        columnwise = face[0].dim() == 5
-        return operand.unpack_weight(*face, n, channels, g.groups, columnwise, None, dtype, "reference")
+        return operand.unpack_weight(face, layout_of(face, g), None, dtype, "reference")
     if name.endswith("col"):
-        return operand.unpack_columns(*face, dtype, "reference")
+        return operand.unpack_columns(face, dtype, "reference")
     shape = g.x_shape if name.startswith("x") else g.y_shape
-    return operand.unpack_rows(*face, shape[-1], g.groups, dtype, "reference")
+    return operand.unpack_rows(face, shape[-1], g.groups, dtype, "reference")
 
 
 def faces_of(g: ConvGeometry) -> dict[str, tuple[str, str]]:
@@ -195,20 +186,19 @@ def faces_of(g: ConvGeometry) -> dict[str, tuple[str, str]]:
 
 
 def run(
-    gemm_name: str, q: dict[str, Any], g: ConvGeometry, alpha: Tensor | None, dtype: torch.dtype, backend: str
+    gemm_name: str, q: dict[str, Face], g: ConvGeometry, alpha: Tensor | None, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """One GEMM by a backend; vendor multiplies exact dequantized operands in bf16 or fp32."""
     compute = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    parts: list[Tensor] = []
-    for name in faces_of(g)[gemm_name]:
-        face = q[name]
-        if backend == "vendor":
-            face = (dequantized(name, face, g, compute), face[1].new_empty(0))
-        parts += face
+    faces = [q[name] for name in faces_of(g)[gemm_name]]
+    if backend == "vendor":
+        names = faces_of(g)[gemm_name]
+        faces = [Face(dequantized(name, q[name], g, compute), q[name].scale.new_empty(0)) for name in names]
+    first, second = faces
     if gemm_name == "fprop":
-        return operators.conv_fprop(*parts, alpha, None, g.to_ints(), dtype, backend)
+        return operators.conv_fprop(first, second, alpha, None, g, dtype, backend)
     function = operators.conv_dgrad if gemm_name == "dgrad" else operators.conv_wgrad
-    return function(*parts, alpha, g.to_ints(), dtype, backend)
+    return function(first, second, alpha, g, dtype, backend)
 
 
 def plain(gemm_name: str, q: dict[str, Any], g: ConvGeometry, dtype: torch.dtype) -> Tensor:
@@ -221,7 +211,7 @@ def plain(gemm_name: str, q: dict[str, Any], g: ConvGeometry, dtype: torch.dtype
     if gemm_name == "fprop":
         return torch_conv(first, second, g)
     if gemm_name == "wgrad":
-        g = g.folded()
+        g = g.folded
     x = torch.zeros(g.x_shape, dtype=dtype) if gemm_name == "dgrad" else second
     w = second if gemm_name == "dgrad" else torch.zeros(g.weight_shape, dtype=dtype)
     x, w = x.requires_grad_(), w.requires_grad_()
@@ -262,7 +252,7 @@ def test_reference_equals_the_loop_nest(case):
             out.append(v.movedim(-1, 1).numpy())
         return out[0], out[1]
 
-    f = g.folded()
+    f = g.folded
     numbers, folded = ((s.stride, s.padding, s.dilation, g.groups) for s in (g, f))
     numbers, folded = (n if g.rank else ((1,), (0,), (1,), 1) for n in (numbers, folded))
     (x, w), (dy, w_back), (dy_col, x_col) = (arrays(name) for name in ("fprop", "dgrad", "wgrad"))
@@ -291,12 +281,11 @@ def test_without_alpha_the_operands_carry_the_scales(case, backend):
         assert same_bits(scaled, plain * factor), name
     if backend == "vendor":  # a power of two in the weight is exact, and the library adds the bias
         x, w = (q[name] for name in faces_of(g)["fprop"])
-        n, _, channels = g.weight_shape
-        face = (n, channels, g.groups, w[0].dim() == 5)
-        carrying = operand.unpack_weight(*w, *face, factor, torch.float32, backend)
-        rows, none = dequantized("x row", x, g, torch.float32), x[1].new_empty(0)
+        none = x.scale.new_empty(0)
+        carrying = Face(operand.unpack_weight(w, layout_of(w, g), factor, torch.float32, backend), none)
+        rows = Face(dequantized("x row", x, g, torch.float32), none)
         bias = values((g.y_shape[-1],), seed=6)
-        y = operators.conv_fprop(rows, none, carrying, none, None, bias, g.to_ints(), torch.float32, backend)
+        y = operators.conv_fprop(rows, carrying, None, bias, g, torch.float32, backend)
         assert relative_error(y, run("fprop", q, g, factor, torch.float32, backend) + bias) <= 1e-6
 
 

@@ -47,8 +47,8 @@ def test_linear_layers_have_one_pixel_and_one_tap():
     geometry = ConvGeometry(20, 32, 16, (), (), (), (), (), (), (), 1, False)
     assert geometry.rank == 0 and geometry.taps == 1
     assert pixel_map(geometry, True).tolist() == pixel_map(geometry, False).tolist() == [[0]]
-    assert geometry.folds() == (Fold(1, 0, 1, 0, 32), Fold(1, 0, 1, 0, 32))
-    assert geometry.folded().batch == 32
+    assert geometry.folds == (Fold(1, 0, 1, 0, 32), Fold(1, 0, 1, 0, 32))
+    assert geometry.folded.batch == 32
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -92,8 +92,8 @@ def test_number_of_strips_is_the_rule(batch, rows, stride, kernel, dilation):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_folded_images_are_the_strips_with_their_halo(batch, stride, transposed):
     g = make_geometry(batch, (3, 4), (9, 4), (3, 1), stride, (1, 0), (2, 1), transposed=transposed)
-    a_fold, b_fold = g.folds()
-    folded = g.folded()
+    a_fold, b_fold = g.folds
+    folded = g.folded
     assert a_fold.images == b_fold.images == folded.batch and folded.batch % 16 == 0
     a, b = (torch.randn(batch, *size, 2) for size in (g.a_size, g.b_size))
     a_folded, b_folded = fold_images(a, a_fold), fold_images(b, b_fold)
@@ -115,6 +115,6 @@ def test_folded_images_are_the_strips_with_their_halo(batch, stride, transposed)
 
 
 def test_one_image_is_cut_into_as_many_strips_as_pay():
-    assert make_geometry(1, (16, 16), (64, 64), 3, 1, 1).folds()[0].strips == 16
-    assert make_geometry(16, (16, 16), (64, 64), 3, 1, 1).folds()[0].strips == 1
-    assert make_geometry(1, (16, 16), (1, 64), (1, 3), 1, (0, 1)).folds()[0].strips == 1
+    assert make_geometry(1, (16, 16), (64, 64), 3, 1, 1).folds[0].strips == 16
+    assert make_geometry(16, (16, 16), (64, 64), 3, 1, 1).folds[0].strips == 1
+    assert make_geometry(1, (16, 16), (1, 64), (1, 3), 1, (0, 1)).folds[0].strips == 1

@@ -21,16 +21,26 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.quantize.operand import DEQUANTIZED, NONE, PACKED
-from tests.helpers import KINDS, fold_list, make_geometry, same_bits, values
+from te_nvfp4_cv.ops.records import (
+    DEQUANTIZED,
+    NONE,
+    PACKED,
+    Face,
+    Operand,
+    OperandSpec,
+    WeightCodes,
+    WeightLayout,
+    WeightSpec,
+)
+from tests.helpers import KINDS, make_geometry, same_bits, same_codes, values
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ROW_FIELDS, COL_FIELDS = (0, 1, 2), (3, 4, 5)
+ROW_FIELDS, COL_FIELDS = (0, 1, 2), (3, 4, 5)  # of Operand.flat()
 
 
-def random_case(seed: int) -> tuple[torch.Tensor, int, list[int]]:
-    """x [B, *image, C], groups, fold: folded with halos, or linear rows."""
+def random_case(seed: int) -> tuple[torch.Tensor, int, Fold]:
+    """Return x [B, *image, C], groups, and a fold: folded with halos, or linear rows."""
     rng = random.Random(seed)
     rank, batch = rng.choice([0, 1, 2, 2, 3]), rng.choice([1, 2, 3, 5, 8, 13, 16, 20, 32])
     channels = rng.choice([3, 16, 24, 40])
@@ -39,16 +49,22 @@ def random_case(seed: int) -> tuple[torch.Tensor, int, list[int]]:
     kind, dtype = KINDS[seed % len(KINDS)], DTYPES[seed // len(KINDS) % 3]
     x = values((batch, *image, channels), kind, dtype, seed)
     if rank == 0:
-        return x, groups, fold_list(Fold(1, 0, 1, 0, -(-batch // 16) * 16))
+        return x, groups, Fold(1, 0, 1, 0, -(-batch // 16) * 16)
     k, stride = rng.choice([1, 3]), rng.choice([1, 2])
     geometry = make_geometry(batch, (channels, 16), image, k, stride, k // 2)
-    return x, groups, fold_list(geometry.folds()[rng.choice([0, 0, 0, 1])] if stride == 1 else geometry.folds()[0])
+    return x, groups, geometry.folds[rng.choice([0, 0, 0, 1])] if stride == 1 else geometry.folds[0]
 
 
-def quantize(x, groups, fold, row, col, rht, seed, dtype, backend, row_scaled=False):
+def quantize(x, groups, fold, row, col, rht, seed, dtype, backend, row_scaled=False) -> Operand:
     key = None if seed is None else torch.tensor([seed])
-    args = (x, groups, fold, row, col, rht, seed is not None, "", 448, row_scaled, dtype, key, None, backend)
-    return operand.quantize_operand(*args)
+    spec = OperandSpec(groups, fold, row, col, rht, seed is not None, row_scaled=row_scaled)
+    return operand.quantize_operand(x, spec, dtype, key, None, backend)
+
+
+def unpack(codes: WeightCodes, name: str, w: torch.Tensor, groups: int, dtype, backend: str, factor=None):
+    """Return the values of one packed face of w."""
+    layout = WeightLayout(w.shape[0], w.shape[1], groups, name == "col")
+    return operand.unpack_weight(codes.face(name), layout, factor, dtype, backend)
 
 
 def assert_no_nan_scale(scale: torch.Tensor) -> None:
@@ -70,12 +86,12 @@ def test_vendor_operands_equal_the_reference(seed):
         asked = (ROW_FIELDS if row else ()) + (COL_FIELDS if col else ())
         for field in range(6):
             if field in asked:
-                assert same_bits(expected[field], got[field]), (field, row, col, rht, key)
+                assert same_bits(expected.flat()[field], got.flat()[field]), (field, row, col, rht, key)
             elif field not in (2, 5):
-                assert got[field].numel() == expected[field].numel() == 0, field
+                assert got.flat()[field].numel() == expected.flat()[field].numel() == 0, field
         if PACKED in (row, col):
-            assert_no_nan_scale(got[1])
-            assert_no_nan_scale(got[4])
+            assert_no_nan_scale(got.row.scale)
+            assert_no_nan_scale(got.col.scale)
 
 
 @pytest.mark.parametrize("seed", range(0, 48, 3))
@@ -84,9 +100,9 @@ def test_dequantized_faces_are_the_packed_ones_unpacked(seed):
     for dtype, backend in itertools.product((torch.bfloat16, torch.float32), ("reference", "vendor")):
         packed = quantize(x, groups, fold, PACKED, PACKED, True, 99, dtype, "vendor")
         values_ = quantize(x, groups, fold, DEQUANTIZED, DEQUANTIZED, True, 99, dtype, "vendor")
-        rows = operand.unpack_rows(packed[0], packed[1], x.shape[-1], groups, dtype, backend)
-        columns = operand.unpack_columns(packed[3], packed[4], dtype, backend)
-        assert same_bits(rows, values_[0]) and same_bits(columns, values_[3])
+        rows = operand.unpack_rows(packed.row, x.shape[-1], groups, dtype, backend)
+        columns = operand.unpack_columns(packed.col, dtype, backend)
+        assert same_bits(rows, values_.row.data) and same_bits(columns, values_.col.data)
 
 
 @pytest.mark.parametrize("mode", ["MAE", "MSE"])
@@ -94,35 +110,37 @@ def test_dequantized_faces_are_the_packed_ones_unpacked(seed):
 def test_vendor_operands_with_four_over_six(seed, mode):
     x, groups, fold = random_case(seed)
     for form, e4m3_max in itertools.product((PACKED, DEQUANTIZED), (448, 256)):
-        args = (x, groups, fold, form, form, False, False, mode, e4m3_max, False, torch.float32, None, None)
+        spec = OperandSpec(groups, fold, form, form, four_over_six=mode, e4m3_max=e4m3_max)
+        args = (x, spec, torch.float32, None, None)
         expected, got = (operand.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
-        assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (form, e4m3_max)
+        assert same_codes(expected, got), (form, e4m3_max)
 
 
 def test_vendor_covers_what_its_kernels_do_not():
     x = values((5, 3, 4, 40), "wide", torch.bfloat16)
-    fold = fold_list(make_geometry(5, (40, 16), (3, 4), 1).folds()[0])
+    fold = make_geometry(5, (40, 16), (3, 4), 1).folds[0]
     expected, got = (
         quantize(x, 1, fold, PACKED, PACKED, False, None, torch.float32, backend, row_scaled=True)
         for backend in ("reference", "vendor")
     )
-    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
-    assert got[2].shape == (5, 3, 4) and got[5].shape == (40,)
+    assert same_codes(expected, got)
+    assert got.row_amax.shape == (5, 3, 4) and got.col_amax.shape == (40,)
 
 
 def test_random_bits_do_not_depend_on_the_other_face_and_follow_the_seed():
-    x, fold = values((16, 4, 5, 32)), fold_list(Fold(1, 0, 4, 0, 16))
+    x, fold = values((16, 4, 5, 32)), Fold(1, 0, 4, 0, 16)
     both = quantize(x, 1, fold, PACKED, PACKED, True, 7, torch.float32, "vendor")
     row = quantize(x, 1, fold, PACKED, NONE, True, 7, torch.float32, "vendor")
     other = quantize(x, 1, fold, PACKED, PACKED, True, 8, torch.float32, "vendor")
-    assert same_bits(both[0], row[0])
-    assert not torch.equal(both[0], other[0]) and not torch.equal(both[3], other[3])
-    assert torch.equal(both[1], other[1]) and torch.equal(both[4], other[4])  # scales are not random
+    assert same_bits(both.row.data, row.row.data)
+    assert not torch.equal(both.row.data, other.row.data) and not torch.equal(both.col.data, other.col.data)
+    for a, b in ((both.row.scale, other.row.scale), (both.col.scale, other.col.scale)):
+        assert torch.equal(a, b)  # scales are not random
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_do_not_depend_on_the_number_of_threads(threads):
-    x, fold = values((5, 7, 5, 24), "wide"), fold_list(make_geometry(5, (24, 16), (7, 5), 3, 1, 1).folds()[0])
+    x, fold = values((5, 7, 5, 24), "wide"), make_geometry(5, (24, 16), (7, 5), 3, 1, 1).folds[0]
     before = torch.get_num_threads()
     expected = quantize(x, 1, fold, PACKED, PACKED, True, 7, torch.float32, "reference")
     try:
@@ -130,7 +148,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads):
         got = quantize(x, 1, fold, PACKED, PACKED, True, 7, torch.float32, "vendor")
     finally:
         torch.set_num_threads(before)
-    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+    assert same_codes(expected, got)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -162,24 +180,18 @@ def test_vendor_kernels_equal_the_reference(seed, how):
     faces = [(True, PACKED, NONE), (True, DEQUANTIZED, NONE)]
     faces += [(False, row, col) for row, col in ((PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED))]
     for two_d, row, col in faces:
+        spec = WeightSpec(groups, row, col, two_d)
         expected, got = (
-            operand.quantize_weight(w, groups, row, col, two_d, "", 448, False, torch.bfloat16, backend)
-            for backend in ("reference", "vendor")
+            operand.quantize_weight(w, spec, torch.bfloat16, backend) for backend in ("reference", "vendor")
         )
-        assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (two_d, row, col)
-        assert_no_nan_scale(got[1])
-        assert_no_nan_scale(got[3])
+        assert same_codes(expected, got), (two_d, row, col)
+        assert_no_nan_scale(got.row.scale)
+        assert_no_nan_scale(got.col.scale)
         if row == DEQUANTIZED:
-            packed = operand.quantize_weight(
-                w, groups, PACKED, NONE if two_d else PACKED, two_d, "", 448, False, torch.bfloat16, "vendor"
-            )
-            for backend in ("reference", "vendor"):
-                args = (n, c, groups)
-                rows = operand.unpack_weight(packed[0], packed[1], *args, False, None, torch.bfloat16, backend)
-                assert same_bits(rows, got[0])
-                if not two_d:
-                    columns = operand.unpack_weight(packed[2], packed[3], *args, True, None, torch.bfloat16, backend)
-                    assert same_bits(columns, got[2])
+            packed_spec = WeightSpec(groups, PACKED, NONE if two_d else PACKED, two_d)
+            packed = operand.quantize_weight(w, packed_spec, torch.bfloat16, "vendor")
+            for backend, name in itertools.product(("reference", "vendor"), ("row",) if two_d else ("row", "col")):
+                assert same_bits(unpack(packed, name, w, groups, torch.bfloat16, backend), got.face(name).data)
 
 
 @pytest.mark.parametrize("two_d", [True, False])
@@ -188,13 +200,11 @@ def test_vendor_kernels_equal_the_reference(seed, how):
 def test_kernels_with_four_over_six(two_d, kind, mode, e4m3_max):
     for groups, shape in ((1, (32, 24, 3, 3)), (2, (40, 16, 1, 2)), (1, (16, 64))):
         w = values(shape, kind)
+        spec = WeightSpec(groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max)
         expected, got = (
-            operand.quantize_weight(
-                w, groups, PACKED, NONE if two_d else PACKED, two_d, mode, e4m3_max, False, torch.float32, backend
-            )
-            for backend in ("reference", "vendor")
+            operand.quantize_weight(w, spec, torch.float32, backend) for backend in ("reference", "vendor")
         )
-        assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (groups, shape)
+        assert same_codes(expected, got), (groups, shape)
 
 
 # ---- the operators --------------------------------------------------------------------------------------------------
@@ -203,46 +213,29 @@ def test_kernels_with_four_over_six(two_d, kind, mode, e4m3_max):
 @pytest.mark.parametrize("backend", ["reference", "vendor"])
 def test_operators_pass_opcheck(backend):
     x, w = values((3, 5, 4, 24)), values((32, 24, 3, 3))
-    fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds()[0])
-    ops = torch.ops.te_nvfp4_cv
-    plain_fold = fold_list(make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds()[1])
-    for row, col, row_scaled in ((PACKED, PACKED, False), (DEQUANTIZED, NONE, False), (NONE, DEQUANTIZED, False)):
-        key = torch.tensor([5])
-        args = (x, 1, fold, row, col, True, True, "", 448, row_scaled, torch.bfloat16, key, None, backend)
-        torch.library.opcheck(ops.quantize_operand.default, args)
+    fold, plain_fold = make_geometry(3, (24, 32), (5, 4), 3, 1, 1).folds
+    ops, bf16 = torch.ops.te_nvfp4_cv, torch.bfloat16
+
+    def check(spec: OperandSpec, key: torch.Tensor | None = None, amax: torch.Tensor | None = None) -> None:
+        torch.library.opcheck(ops.quantize_operand.default, (x, spec.to_ints(), bf16, key, amax, backend))
+
+    for row, col in ((PACKED, PACKED), (DEQUANTIZED, NONE), (NONE, DEQUANTIZED)):
+        check(OperandSpec(1, fold, row, col, True, True), torch.tensor([5]))
     for row, col in ((PACKED, PACKED), (NONE, PACKED)):
-        args = (
-            x,
-            1,
-            fold,
-            row,
-            col,
-            True,
-            False,
-            "",
-            448,
-            False,
-            torch.bfloat16,
-            None,
-            torch.tensor([2.0, 3]),
-            backend,
-        )
-        torch.library.opcheck(ops.quantize_operand.default, args)
-    torch.library.opcheck(ops.measure_operand.default, (x, fold, True, backend))
+        check(OperandSpec(1, fold, row, col, True), None, torch.tensor([2.0, 3]))
     for row, col in ((PACKED, PACKED), (PACKED, NONE), (NONE, PACKED)):
-        args = (x, 1, plain_fold, row, col, False, False, "", 448, True, torch.bfloat16, None, None, backend)
-        torch.library.opcheck(ops.quantize_operand.default, args)
+        check(OperandSpec(1, plain_fold, row, col, row_scaled=True))
+    both = OperandSpec(1, fold, PACKED, PACKED, True, True)
+    torch.library.opcheck(ops.measure_operand.default, (x, both.to_ints(), backend))
     for two_d, row, col in ((True, PACKED, NONE), (False, PACKED, PACKED), (False, NONE, DEQUANTIZED)):
-        torch.library.opcheck(
-            ops.quantize_weight.default, (w, 2, row, col, two_d, "", 448, False, torch.float32, backend)
-        )
-    packed = quantize(x, 1, fold, PACKED, PACKED, True, 5, torch.float32, "vendor")
-    kernel = operand.quantize_weight(w, 2, PACKED, NONE, True, "", 448, False, torch.float32, "vendor")
-    torch.library.opcheck(ops.unpack_rows.default, (packed[0], packed[1], 24, 1, torch.bfloat16, backend))
-    torch.library.opcheck(ops.unpack_columns.default, (packed[3], packed[4], torch.bfloat16, backend))
+        spec = WeightSpec(2, row, col, two_d).to_ints()
+        torch.library.opcheck(ops.quantize_weight.default, (w, spec, torch.float32, backend))
+    packed = operand.quantize_operand(x, both, torch.float32, torch.tensor([5]), None, "vendor")
+    codes = operand.quantize_weight(w, WeightSpec(2, PACKED), torch.float32, "vendor")
+    torch.library.opcheck(ops.unpack_rows.default, (*packed.row, 24, 1, bf16, backend))
+    torch.library.opcheck(ops.unpack_columns.default, (*packed.col, bf16, backend))
     for factor in (None, torch.tensor([0.5])):
-        unpack = (kernel[0], kernel[1], 32, 24, 2, False, factor, torch.bfloat16, backend)
-        torch.library.opcheck(ops.unpack_weight.default, unpack)
+        torch.library.opcheck(ops.unpack_weight.default, (*codes.row, [32, 24, 2, 0], factor, bf16, backend))
 
 
 def test_draw_seed_passes_opcheck_but_for_its_randomness():
@@ -260,17 +253,20 @@ with warnings.catch_warnings(record=True) as caught:
     import torch
     from te_nvfp4_cv.backend import native
     from te_nvfp4_cv.ops import relu
-    from te_nvfp4_cv.ops.quantize import operand as operands
+    from te_nvfp4_cv.ops.geometry import Fold
+    from te_nvfp4_cv.ops.quantize import operand
+    from te_nvfp4_cv.ops.records import OperandSpec, WeightLayout, WeightSpec
     digest = hashlib.sha256()
     x = torch.randn(5, 6, 4, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
     for form in (1, 2):
-        args = (form, form, True, True, "", 448, False, torch.float32, torch.tensor([3]), None, "vendor")
-        for part in operands.quantize_operand(x, 1, [3, 2, 4, 1, 16], *args):
+        spec = OperandSpec(1, Fold(3, 2, 4, 1, 16), form, form, True, True)
+        for part in operand.quantize_operand(x, spec, torch.float32, torch.tensor([3]), None, "vendor").flat():
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     w = x.flatten(0, 1).movedim(-1, 1)[:32]
-    packed = operands.quantize_weight(w, 1, 1, 0, True, "", 448, False, torch.float32, "vendor")
-    unpacked = operands.unpack_weight(*packed[:2], w.shape[0], w.shape[1], 1, False, None, torch.bfloat16, "vendor")
-    for part in (*packed, unpacked):
+    packed = operand.quantize_weight(w, WeightSpec(1, 1), torch.float32, "vendor")
+    layout = WeightLayout(w.shape[0], w.shape[1], 1, False)
+    unpacked = operand.unpack_weight(packed.row, layout, None, torch.bfloat16, "vendor")
+    for part in (*packed.flat(), unpacked):
         digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     mask = relu.positive_mask(x)
     digest.update(mask.numpy().tobytes())
@@ -326,9 +322,9 @@ def test_kernels_without_avx512_give_the_same_bits(tmp_path):
 # ---- amaxes that are given ------------------------------------------------------------------------------------------
 
 
-def given_amax(x: torch.Tensor, fold: list[int], rht: bool, factor: float) -> torch.Tensor:
+def given_amax(x: torch.Tensor, spec: OperandSpec, factor: float) -> torch.Tensor:
     """Powers of two from the measured amaxes, times `factor`; 1 where there is none to take."""
-    measured = operand.measure_operand(x, fold, rht, "reference")
+    measured = operand.measure_operand(x, spec, "reference")
     usable = measured.isfinite() & (measured > 0)
     return formats.power_of_two_amax(torch.where(usable, measured, 1.0).clamp(max=1e30)) * factor
 
@@ -337,10 +333,11 @@ def given_amax(x: torch.Tensor, fold: list[int], rht: bool, factor: float) -> to
 def test_measured_amaxes_are_those_that_quantization_uses(seed):
     x, groups, fold = random_case(seed)
     for rht in (True, False):
-        parts = quantize(x, groups, fold, PACKED, PACKED, rht, None, torch.float32, "reference")
+        spec = OperandSpec(groups, fold, PACKED, PACKED, rht)
+        made = operand.quantize_operand(x, spec, torch.float32, None, None, "reference")
         for backend in ("reference", "vendor"):
-            measured = operand.measure_operand(x, fold, rht, backend)
-            assert same_bits(measured, torch.cat((parts[2], parts[5]))), (rht, backend)
+            measured = operand.measure_operand(x, spec, backend)
+            assert same_bits(measured, torch.cat((made.row_amax, made.col_amax))), (rht, backend)
 
 
 @pytest.mark.parametrize("factor", [1.0, 8.0, 1 / 64, 0.77])
@@ -350,15 +347,14 @@ def test_vendor_operands_with_given_amaxes_equal_the_reference(seed, factor):
     for (row, col), rht, key in itertools.product(
         [(PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED), (PACKED, NONE)], [True, False], [None, 77]
     ):
-        amax = given_amax(x, fold, rht, factor)
-        seed_ = None if key is None else torch.tensor([key])
-        args = (x, groups, fold, row, col, rht, key is not None, "", 448, False, torch.float32, seed_, amax)
+        spec = OperandSpec(groups, fold, row, col, rht, key is not None)
+        amax = given_amax(x, spec, factor)
+        args = (x, spec, torch.float32, None if key is None else torch.tensor([key]), amax)
         expected, got = (operand.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
-        assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (row, col, rht, key)
-        measured = operand.measure_operand(x, fold, rht, "vendor")
+        assert same_codes(expected, got), (row, col, rht, key)
         if row and col:
-            assert same_bits(got[6][:2], measured)
-        for given, used, seen in zip(amax, (got[2], got[5]), got[6][:2], strict=True):
+            assert same_bits(got.observed[:2], operand.measure_operand(x, spec, "vendor"))
+        for given, used, seen in zip(amax, (got.row_amax, got.col_amax), got.observed[:2], strict=True):
             assert same_bits(used, given.reshape(1)) if seen.isfinite() else used.isnan()
 
 
@@ -367,47 +363,35 @@ def test_given_amaxes_with_four_over_six(mode):
     for seed in (1, 9, 13):
         x, groups, fold = random_case(seed)
         for e4m3_max, factor in itertools.product((448, 256), (1.0, 0.25)):
-            amax = given_amax(x, fold, False, factor)
-            args = (
-                x,
-                groups,
-                fold,
-                PACKED,
-                DEQUANTIZED,
-                False,
-                False,
-                mode,
-                e4m3_max,
-                False,
-                torch.float32,
-                None,
-                amax,
-            )
+            spec = OperandSpec(groups, fold, PACKED, DEQUANTIZED, four_over_six=mode, e4m3_max=e4m3_max)
+            args = (x, spec, torch.float32, None, given_amax(x, spec, factor))
             expected, got = (operand.quantize_operand(*args, backend) for backend in ("reference", "vendor"))
-            assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), (e4m3_max, factor)
+            assert same_codes(expected, got), (e4m3_max, factor)
 
 
 def test_the_own_amax_given_is_the_current_scale_and_saturates_nothing():
-    x, fold = values((5, 6, 4, 24)), fold_list(make_geometry(5, (24, 32), (6, 4), 3, 1, 1).folds()[0])
+    x = values((5, 6, 4, 24))
+    spec = OperandSpec(1, make_geometry(5, (24, 32), (6, 4), 3, 1, 1).folds[0], PACKED, PACKED, True)
     for backend in ("reference", "vendor"):
-        amax = operand.measure_operand(x, fold, True, backend)
-        args = (x, 1, fold, PACKED, PACKED, True, False, "", 448, False, torch.float32, None)
-        current = operand.quantize_operand(*args, None, backend)
-        given = operand.quantize_operand(*args, amax, backend)
-        assert all(same_bits(a, b) for a, b in zip(current[:6], given[:6], strict=True))
-        assert current[6].numel() == 0 and float(given[6][2]) == 0
+        amax = operand.measure_operand(x, spec, backend)
+        current = operand.quantize_operand(x, spec, torch.float32, None, None, backend)
+        given = operand.quantize_operand(x, spec, torch.float32, None, amax, backend)
+        assert same_codes(current, given._replace(observed=current.observed))
+        assert current.observed.numel() == 0 and float(given.observed[2]) == 0
 
 
 @pytest.mark.parametrize("backend", ["reference", "vendor"])
 def test_saturated_blocks_are_counted(backend):
-    x, fold = torch.full((16, 2, 3, 32), 0.01), fold_list(Fold(1, 0, 2, 0, 16))
+    x, fold = torch.full((16, 2, 3, 32), 0.01), Fold(1, 0, 2, 0, 16)
     x[3, 1, 2, 5], x[7, 0, 0, 20] = 7.0, -9.0
     amax = torch.tensor([2688.0 * 2**-10, 2688.0 * 2**-10])  # 2.625: both values saturate a block of each face
-    args = (x, 1, fold, PACKED, PACKED, False, False, "", 448, False, torch.float32, None)
-    assert operand.quantize_operand(*args, amax, backend)[6].tolist() == [9.0, 9.0, 4.0]
-    assert operand.quantize_operand(*args, amax * 4, backend)[6].tolist() == [9.0, 9.0, 0.0]
-    row_only = (x, 1, fold, PACKED, NONE, True, False, "", 448, False, torch.float32, None)
-    assert operand.quantize_operand(*row_only, amax, backend)[6].tolist() == [9.0, 0.0, 2.0]
+
+    def observed(spec: OperandSpec, amax: torch.Tensor) -> list[float]:
+        return operand.quantize_operand(x, spec, torch.float32, None, amax, backend).observed.tolist()
+
+    assert observed(OperandSpec(1, fold, PACKED, PACKED), amax) == [9.0, 9.0, 4.0]
+    assert observed(OperandSpec(1, fold, PACKED, PACKED), amax * 4) == [9.0, 9.0, 0.0]
+    assert observed(OperandSpec(1, fold, PACKED, NONE, True), amax) == [9.0, 0.0, 2.0]
 
 
 @pytest.mark.parametrize("e4m3_max", [448, 256])
@@ -435,62 +419,58 @@ def test_power_of_two_amaxes(e4m3_max):
 @pytest.mark.parametrize("two_d", [True, False])
 def test_kernels_with_a_power_of_two_amax(two_d, kind):
     w = values((40, 24, 3, 3), kind)
-    args = (w, 1, PACKED, NONE if two_d else PACKED, two_d, "", 448, True, torch.float32)
-    expected, got = (operand.quantize_weight(*args, backend) for backend in ("reference", "vendor"))
-    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
-    assert same_bits(got[4], formats.power_of_two_amax(w.abs().amax().reshape(1)))
+    spec = WeightSpec(1, PACKED, NONE if two_d else PACKED, two_d, pow2=True)
+    expected, got = (operand.quantize_weight(w, spec, torch.float32, backend) for backend in ("reference", "vendor"))
+    assert same_codes(expected, got)
+    assert same_bits(got.amax, formats.power_of_two_amax(w.abs().amax().reshape(1)))
 
 
 @pytest.mark.parametrize("two_d", [True, False])
 def test_unpacked_kernels_times_a_factor(two_d):
     w = values((40, 24, 3, 3), "wide")
     for dtype, factor in itertools.product((torch.bfloat16, torch.float32), (2.0**-17, 2.0**90, 0.3, float("nan"))):
-        packed = operand.quantize_weight(
-            w, 1, PACKED, PACKED if not two_d else NONE, two_d, "", 448, True, dtype, "vendor"
-        )
-        faces = [(packed[0], packed[1], False)] + ([] if two_d else [(packed[2], packed[3], True)])
-        for data, scale, columnwise in faces:
-            plain = operand.unpack_weight(data, scale, 40, 24, 1, columnwise, None, torch.float32, "reference")
+        spec = WeightSpec(1, PACKED, NONE if two_d else PACKED, two_d, pow2=True)
+        packed = operand.quantize_weight(w, spec, dtype, "vendor")
+        for name in ("row",) if two_d else ("row", "col"):
+            plain = unpack(packed, name, w, 1, torch.float32, "reference")
             for backend in ("reference", "vendor"):
-                args = (data, scale, 40, 24, 1, columnwise, torch.tensor([factor]), dtype, backend)
-                assert same_bits(operand.unpack_weight(*args), (plain * factor).to(dtype)), (dtype, factor, backend)
+                times = unpack(packed, name, w, 1, dtype, backend, torch.tensor([factor]))
+                assert same_bits(times, (plain * factor).to(dtype)), (dtype, factor, backend)
 
 
 # ---- shards of a kernel ---------------------------------------------------------------------------------------------
 
 
-def part_of(whole: tuple[torch.Tensor, ...], axis: int, two_d: bool) -> tuple[torch.Tensor, ...]:
-    """What the second block of 16 rows (axis 0) or columns (axis 1) has of a quantized kernel's packed faces."""
-    row, row_scale, col, col_scale, amax = whole
+def part_of(whole: WeightCodes, axis: int, two_d: bool) -> WeightCodes:
+    """Return what the second block of 16 rows (axis 0) or columns (axis 1) has of a quantized kernel's packed faces."""
+    row, col = whole.row, whole.col
     if axis == 1:
-        columns = (col[..., 16:32, :], col_scale[..., 16:32]) if col.numel() else (col, col_scale)
-        return row[..., 8:16], row_scale[..., 1:2], *columns, amax
-    columns = (col[:, 1:2], col_scale[:, 1:2]) if col.numel() else (col, col_scale)
-    return row[16:32], row_scale[:, 1:2] if two_d else row_scale[16:32], *columns, amax
+        columns = Face(col.data[..., 16:32, :], col.scale[..., 16:32]) if col.data.numel() else col
+        return WeightCodes(Face(row.data[..., 8:16], row.scale[..., 1:2]), columns, whole.amax)
+    columns = Face(col.data[:, 1:2], col.scale[:, 1:2]) if col.data.numel() else col
+    scale = row.scale[:, 1:2] if two_d else row.scale[16:32]
+    return WeightCodes(Face(row.data[16:32], scale), columns, whole.amax)
 
 
 @pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "nan", "inf"])
 @pytest.mark.parametrize("two_d", [True, False])
 def test_shards_with_the_amax_of_the_whole_have_its_codes(two_d, kind):
-    for shape, pow2, mode in itertools.product(((48, 32, 3, 3), (32, 48)), (True, False), ("", "MSE")):
+    for shape, pow2, mode in itertools.product(((48, 32, 3, 3), (32, 48)), (True, False), (None, "MSE")):
         w = values(shape, kind)
         amax = w.abs().amax().reshape(1)
-        args = (1, PACKED, NONE if two_d else PACKED, two_d, mode, 448, pow2, torch.float32)
+        spec = WeightSpec(1, PACKED, NONE if two_d else PACKED, two_d, mode, pow2=pow2)
         for axis, backend in itertools.product((0, 1), ("reference", "vendor")):
-            whole = operand.quantize_weight(w, *args, backend)
-            shard = w.narrow(axis, 16, 16)
+            whole = operand.quantize_weight(w, spec, torch.float32, backend)
             given = amax.clone()
-            got = operand.quantize_weight(shard, *args, backend, given)
-            expected = part_of(whole, axis, two_d)
-            assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), (shape, pow2, axis, backend)
-            assert same_bits(given, amax) and got[4].data_ptr() != given.data_ptr()
-            again = operand.quantize_weight(w, *args, backend, amax)
-            assert all(same_bits(a, b) for a, b in zip(again, whole, strict=True))
+            got = operand.quantize_weight(w.narrow(axis, 16, 16), spec, torch.float32, backend, given)
+            assert same_codes(got, part_of(whole, axis, two_d)), (shape, pow2, axis, backend)
+            assert same_bits(given, amax) and got.amax.data_ptr() != given.data_ptr()
+            assert same_codes(operand.quantize_weight(w, spec, torch.float32, backend, amax), whole)
 
 
 @pytest.mark.parametrize("backend", ["reference", "vendor"])
-def test_quantize_kernel_with_a_given_amax_passes_opcheck(backend):
+def test_quantize_weight_with_a_given_amax_passes_opcheck(backend):
     w = values((32, 24, 3, 3))
     for two_d, row, col in ((True, PACKED, NONE), (False, PACKED, PACKED), (False, NONE, DEQUANTIZED)):
-        args = (w, 2, row, col, two_d, "", 448, False, torch.float32, backend, torch.tensor([9.0]))
+        args = (w, WeightSpec(2, row, col, two_d).to_ints(), torch.float32, backend, torch.tensor([9.0]))
         torch.library.opcheck(torch.ops.te_nvfp4_cv.quantize_weight.default, args)

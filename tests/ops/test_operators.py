@@ -14,108 +14,110 @@ import torch
 from torch import Tensor
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.layer import custom_op, forward_backward, inference, saved
+from te_nvfp4_cv.layer import custom_op, forward_backward, inference
+from te_nvfp4_cv.layer.custom_op import LayerSpec
+from te_nvfp4_cv.layer.forward_backward import Like
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
-from tests.helpers import fold_list, make_geometry, same_bits, values
+from te_nvfp4_cv.ops.norm.operators import NormSpec
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.reference_matrix import MatrixSpec
+from te_nvfp4_cv.ops.records import PACKED, Operand, OperandSpec, WeightCodes, WeightSpec
+from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
+from tests.helpers import make_geometry, same_bits, values
 
 ops = torch.ops.te_nvfp4_cv
 assert inference.layer  # its import registers the operator, in whatever order tests run
 NO_SR = nv.NVFP4BlockScaling(disable_stochastic_rounding=True)
 CONV = make_geometry(2, (16, 32), (5, 4), 3, 1, 1)
-FOLDS = [fold_list(fold) for fold in CONV.folds()]
+SPECS = [OperandSpec(1, fold, PACKED, PACKED, True) for fold in CONV.folds]  # of x and dy
+WEIGHT = WeightSpec(1, PACKED)
 X, DY = values((2, 5, 4, 16)), values((2, 5, 4, 32), seed=1)
 W = values((32, 16, 3, 3), seed=2)
 KERNELS_ONLY = {"norm_statistics", "norm_apply", "norm_quantize"}  # opcheck in ops/kernels/test_produce_kernels.py
 NO_SCHEMA_TEST = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # it multiplies float8
+NORM = NormSpec(momentum=0.1, eps=1e-5, need_mask=True, need_dresidual=True)
 RANDOM = ("test_schema", "test_faketensor")
 
 
-def packed(backend: str = "vendor") -> dict[str, tuple[Tensor, ...]]:
-    faces = {}
-    for name, array, fold in (("x", X, FOLDS[0]), ("dy", DY, FOLDS[1])):
-        faces[name] = ops.quantize_operand(
-            array, 1, fold, PACKED, PACKED, True, False, "", 448, False, torch.float32, None, None, backend
-        )
-    faces["w"] = ops.quantize_weight(W, 1, PACKED, NONE, True, "", 448, False, torch.float32, backend)
-    return faces
+def operands() -> tuple[Operand, Operand, WeightCodes]:
+    """Return x, dy and w, packed."""
+    x, dy = (
+        operand.quantize_operand(array, spec, torch.float32, None, None, "vendor")
+        for array, spec in zip((X, DY), SPECS, strict=True)
+    )
+    return x, dy, operand.quantize_weight(W, WEIGHT, torch.float32, "vendor")
 
 
 def gemm_pair() -> tuple[Any, ...]:
     q = nv.NVFP4Quantizer(backend="reference")
     a, b = q(values((16, 32))), q(values((16, 32), seed=1))
-    return tuple(v for t in (a, b) for v in (t.rowwise_data, t.rowwise_scale_inv, t.amax_rowwise, 448, False))
+    pair = [[t.rowwise_data, t.rowwise_scale_inv, t.amax_rowwise] for t in (a, b)]
+    return *pair, [448, False, 448, False]
+
+
+def layer_spec(recipe: nv.NVFP4BlockScaling = NO_SR, need: bool = True) -> LayerSpec:
+    return LayerSpec(recipe.key, "vendor", torch.float32, False, need, need)
 
 
 def layer_arguments(recipe: nv.NVFP4BlockScaling = NO_SR, need: bool = True) -> tuple[Any, ...]:
     x = X.movedim(-1, 1).contiguous().requires_grad_(need)
-    call = (CONV.to_ints(), recipe.key, "vendor", torch.float32, False, need, need, "")
-    return x, W.clone().requires_grad_(need), values((32,), seed=3).requires_grad_(need), *call
+    w, bias = W.clone().requires_grad_(need), values((32,), seed=3).requires_grad_(need)
+    return x, w, bias, CONV.to_ints(), layer_spec(recipe, need).to_text()
 
 
 def inference_arguments() -> tuple[Any, ...]:
-    x, _, bias, shape, key, backend, dtype, last, *_ = layer_arguments(need=False)
-    data, scale, _, _, amax = packed()["w"]
-    return x, data, scale, amax, None, bias, None, shape, key, backend, dtype, last
+    x, _, bias, sizes, spec = layer_arguments(need=False)
+    codes = operands()[2]
+    return x, [*codes.row, codes.amax], None, bias, None, sizes, spec
 
 
 def backward_arguments(recipe: nv.NVFP4BlockScaling = NO_SR) -> tuple[Any, ...]:
-    x, w, bias, shape, key, backend, dtype, last, *_ = layer_arguments(recipe, False)
-    plan = Plan(CONV, recipe, backend, dtype, last)
-    kept = forward_backward.forward(x, w, bias, plan, True, True)[1]
-    names = saved.names_of_x(plan, True), saved.names_of_w(plan, True)
-    of_x, of_w = ([kept[name] for name in side] for side in names)
-    like = tuple(vars(saved.Like.of(x, w, bias)).values())
+    x, w, bias, sizes, _ = layer_arguments(recipe, False)
+    plan = Plan(CONV, recipe, "vendor", torch.float32, False)
+    _, saved = forward_backward.forward(x, w, bias, plan, True, True)
+    like = custom_op._like_text(Like.of(x, w, bias))
+    spec = layer_spec(recipe)._replace(need_db=True, like=like)
     dy = DY.movedim(-1, 1).contiguous()
-    return dy, of_x, of_w, shape, key, backend, dtype, last, True, True, True, "", *like
+    return dy, list(saved), sizes, [x.dim(), *x.shape, *w.shape], spec.to_text()
 
 
 def norm_arguments() -> tuple[Any, ...]:
     z, weight, bias = values((2, 8, 3, 3)), values((8,), seed=1), values((8,), seed=2)
     running = torch.zeros(8), torch.ones(8)
-    return z, None, weight, bias, *running, 0, True, 0.1, 1e-5, "relu", True, "reference"
+    return z, None, weight, bias, *running, NORM.encode()
 
 
 def norm_backward_arguments() -> tuple[Any, ...]:
     forward = norm_arguments()
     y, mean, rstd, mask = ops.norm_forward(*forward)
-    return y, forward[0], forward[2], forward[3], mean, rstd, mask, 0, True, 1e-5, "relu", True, "reference"
+    return y, forward[0], [mean, rstd, *forward[2:4]], mask, NORM.encode()
 
 
-def conv_operands(*faces: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
-    return *(part for face in faces for part in face), torch.ones(1)
+def conv_arguments(gemm: str) -> tuple[Any, ...]:
+    x, dy, w = operands()
+    first, second = {"fprop": (x.row, w.row), "dgrad": (dy.row, w.row), "wgrad": (dy.col, x.col)}[gemm]
+    bias = (values((32,)),) if gemm == "fprop" else ()
+    return [*first, *second], torch.ones(1), *bias, CONV.to_ints(), torch.float32, "reference"
 
 
 EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "layer": layer_arguments,
     "layer_backward": backward_arguments,
     "inference_layer": inference_arguments,
-    "quantize_operand": lambda: (
-        *(X, 1, FOLDS[0], PACKED, PACKED, True, False, "", 448, False, torch.float32, None, None, "vendor"),
-    ),
-    "measure_operand": lambda: (X, FOLDS[0], True, "vendor"),
-    "quantize_weight": lambda: (W, 1, PACKED, NONE, True, "", 448, False, torch.float32, "vendor"),
-    "unpack_rows": lambda: (*packed()["x"][:2], 16, 1, torch.bfloat16, "vendor"),
-    "unpack_columns": lambda: (*packed()["x"][3:5], torch.bfloat16, "vendor"),
-    "unpack_weight": lambda: (*packed()["w"][:2], 32, 16, 1, False, None, torch.bfloat16, "vendor"),
-    "conv_fprop": lambda: (
-        *conv_operands(packed()["x"][:2], packed()["w"][:2]),
-        *(values((32,)), CONV.to_ints(), torch.float32, "reference"),
-    ),
-    "conv_dgrad": lambda: (
-        *conv_operands(packed()["dy"][:2], packed()["w"][:2]),
-        *(CONV.to_ints(), torch.float32, "reference"),
-    ),
-    "conv_wgrad": lambda: (
-        *conv_operands(packed()["dy"][3:5], packed()["x"][3:5]),
-        *(CONV.to_ints(), torch.float32, "reference"),
-    ),
+    "quantize_operand": lambda: (X, SPECS[0].to_ints(), torch.float32, None, None, "vendor"),
+    "measure_operand": lambda: (X, SPECS[0].to_ints(), "vendor"),
+    "quantize_weight": lambda: (W, WEIGHT.to_ints(), torch.float32, "vendor"),
+    "unpack_rows": lambda: (*operands()[0].row, 16, 1, torch.bfloat16, "vendor"),
+    "unpack_columns": lambda: (*operands()[0].col, torch.bfloat16, "vendor"),
+    "unpack_weight": lambda: (*operands()[2].row, [32, 16, 1, 0], None, torch.bfloat16, "vendor"),
+    "conv_fprop": lambda: conv_arguments("fprop"),
+    "conv_dgrad": lambda: conv_arguments("dgrad"),
+    "conv_wgrad": lambda: conv_arguments("wgrad"),
     "gemm": lambda: (*gemm_pair(), values((16,)), None, torch.bfloat16, "reference"),
     "quantize": lambda: (
-        *(values((20, 40)).bfloat16(), True, True, True, True, False, None, 448, False, None, None),
-        *(torch.tensor(3), True, "reference"),
+        *(values((20, 40)).bfloat16(), MatrixSpec(columnwise=True, rht=True, stochastic_rounding=True).to_ints()),
+        *(None, None, torch.tensor(3), "reference"),
     ),
-    "dequantize": lambda: (*gemm_pair()[:4], torch.bfloat16),
     "draw_seed": lambda: (torch.ones(2),),
     "masked_relu": lambda: (values((3, 5)),),
     "positive_mask": lambda: (values((3, 5)).clamp(min=0),),
@@ -123,7 +125,7 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "norm_forward": norm_arguments,
     "norm_backward": norm_backward_arguments,
 }
-TESTS = {"gemm": NO_SCHEMA_TEST, "dequantize": NO_SCHEMA_TEST, "draw_seed": RANDOM}
+TESTS = {"gemm": NO_SCHEMA_TEST, "draw_seed": RANDOM}
 
 
 def registered() -> set[str]:
@@ -193,23 +195,23 @@ def test_the_layers_operator_gives_the_bits_of_the_eager_layer(recipe, transpose
         torch._dynamo.reset()
     for name, eager, traced in zip(("y", "dx", "dw", "db"), *results, strict=True):
         assert same_bits(eager, traced) and eager.stride() == traced.stride(), name
-    assert recipe == nv.recipe.recipe_of_key(recipe.key)
+    assert recipe == recipe_of_key(recipe.key)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_what_is_needed_is_kept_and_computed(needs):
-    x, w, bias, *call = layer_arguments(need=False)
+def test_only_what_is_needed_is_saved_and_computed(needs):
+    x, w, bias, sizes, _ = layer_arguments(need=False)
     leaves = [t.detach().requires_grad_(need) for t, need in zip((x, w, bias), needs, strict=True)]
-    call[5:7] = needs[:2]
-    y, *kept = custom_op.layer(*leaves, *call)
-    assert [bool(part.numel()) for part in kept] == [needs[1]] * 3 + [needs[0]] * 3
+    spec = layer_spec()._replace(need_dx=needs[0], need_dw=needs[1])
+    y, *saved = custom_op.layer(*leaves, sizes, spec.to_text())
+    assert [bool(part.numel()) for part in saved] == [needs[1]] * 3 + [needs[0]] * 3
     y.sum().backward()
     assert [leaf.grad is not None for leaf in leaves] == list(needs)
 
 
-def test_kept_bytes_are_packed_codes():
+def test_saved_bytes_are_packed_codes():
     x, w, *_ = arguments = layer_arguments()
-    _, *kept = custom_op.layer(*arguments)
-    folded = math.prod((CONV.folds()[0].images, CONV.folds()[0].rows, 4, 16))
-    assert sum(part.numel() * part.element_size() for part in kept[:3]) == folded * 9 // 16 + 4
-    assert sum(part.numel() * part.element_size() for part in kept[3:]) == w.numel() // 2 + w.numel() // 256 + 4
+    _, *saved = custom_op.layer(*arguments)
+    folded = math.prod((CONV.folds[0].images, CONV.folds[0].rows, 4, 16))
+    assert sum(part.numel() * part.element_size() for part in saved[:3]) == folded * 9 // 16 + 4
+    assert sum(part.numel() * part.element_size() for part in saved[3:]) == w.numel() // 2 + w.numel() // 256 + 4

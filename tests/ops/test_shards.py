@@ -7,7 +7,7 @@ import torch
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.ops.quantize import operand, weight_shards
-from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
+from te_nvfp4_cv.ops.records import PACKED, WeightSpec
 from tests.helpers import KINDS, same_bits, values
 
 
@@ -28,24 +28,22 @@ def test_parts_are_the_whole(kind, pow2, shape, groups, cuts):
     dtype = torch.float32
     w = values(shape, kind, dtype)
     n = shape[0]
-    expected = operand.quantize_weight(
-        w, groups, PACKED, NONE, True, "", formats.E4M3_MAX, pow2, torch.float32, "reference"
-    )
+    expected = operand.quantize_weight(w, WeightSpec(groups, PACKED, pow2=pow2), torch.float32, "reference")
     bounds = list(zip((0, *cuts), (*cuts, n), strict=True))
     tiles = torch.stack([weight_shards.tile_amaxes(w[a:b], a, n, groups) for a, b in bounds]).amax(0)
     amax = tiles.amax().reshape(1)
     amax = formats.power_of_two_amax(amax) if pow2 else amax
     scales = weight_shards.tile_scales(tiles, amax)
     codes = torch.cat([weight_shards.quantize_rows(w[a:b], a, n, groups, scales, amax) for a, b in bounds])
-    assert same_bits(amax, expected[4]) and same_bits(scales, expected[1])
-    assert same_bits(codes, expected[0])
+    assert same_bits(amax, expected.amax) and same_bits(scales, expected.row.scale)
+    assert same_bits(codes, expected.row.data)
 
 
 def test_bf16_weights():
     w = values((32, 16, 3, 3), "wide", torch.bfloat16)
-    expected = operand.quantize_weight(w, 1, PACKED, NONE, True, "", 448, False, torch.float32, "vendor")
+    expected = operand.quantize_weight(w, WeightSpec(1, PACKED), torch.float32, "vendor")
     tiles = weight_shards.tile_amaxes(w, 0, 32, 1)
     amax = tiles.amax().reshape(1)
     scales = weight_shards.tile_scales(tiles, amax)
-    assert same_bits(weight_shards.quantize_rows(w, 0, 32, 1, scales, amax), expected[0])
-    assert same_bits(scales, expected[1])
+    assert same_bits(weight_shards.quantize_rows(w, 0, 32, 1, scales, amax), expected.row.data)
+    assert same_bits(scales, expected.row.scale)

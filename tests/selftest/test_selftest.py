@@ -18,7 +18,7 @@ from torch import Tensor
 from te_nvfp4_cv import cli, selftest
 from te_nvfp4_cv.backend import cache
 from te_nvfp4_cv.ops.conv import vendor as conv_vendor
-from te_nvfp4_cv.ops.quantize import cpu
+from te_nvfp4_cv.ops.quantize import cpu, reference_matrix
 from te_nvfp4_cv.selftest import products, quantization, setting, training
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting
 from tests.backend import fake_gpu
@@ -148,7 +148,7 @@ def test_faulty_random_numbers_are_found(monkeypatch, kind, words):
             "random_rowwise": bytes_like(x_MC, 2 * seed, kind=kind),
             "random_columnwise": bytes_like(x_MC.t(), 2 * seed + 1, kind=kind),
         }
-        found = quantization.reference.quantize_2d(x_MC, columnwise=True, rht=True, stochastic_rounding=True, **random)
+        found = reference_matrix.quantize_2d(x_MC, columnwise=True, rht=True, stochastic_rounding=True, **random)
         u8 = torch.uint8
         return found.row_data, found.row_scale.view(u8), found.col_data, found.col_scale.view(u8)
 

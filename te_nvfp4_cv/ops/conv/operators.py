@@ -1,15 +1,16 @@
-"""The three GEMMs of a convolution on quantized operands, as custom operators on plain tensors. Linear layers have no
-image axes.
+"""The three GEMMs of a convolution on quantized operands. Linear layers are the case without image axes.
 
     fprop  y  = alpha * sum over (tap, channel) of x w  + bias        contraction over the channels of x
     dgrad  dx = alpha * sum over (tap, channel) of dy w               contraction over the channels of dy
     wgrad  dw = alpha * sum over (pixel, image) of dy x               over images at one pixel (folded, rotated)
 
-Operands come in the form their backend wants: `vendor` multiplies code * scale (empty scale tensors), `reference` and
-`triton` packed codes and E4M3 bytes.
-Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1]. alpha holds both tensor scales and is applied in
-fp32; where it is not finite, so is the result. None says that the operands carry the scales (vendor, powers of two in
-w): there is no pass over the result, and the library adds the bias in its own dtype.
+Each is a function over records and a custom operator on plain tensors behind it, which tracing sees. Operands come in
+the form that the backend multiplies: `vendor` takes code * scale (and empty scales), `reference` and `triton` packed
+codes and E4M3 bytes. Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1].
+
+alpha holds both tensor scales and is applied in fp32; where it is not finite, so is the result. If alpha is None, the
+operands carry the scales (vendor, powers of two in w): then there is no pass over the result, and the library adds the
+bias in its dtype.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.conv import reference, vendor
 from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.records import Face
 
 
-def _run(backend: str) -> Any:
-    """The module that serves a backend; the Triton one is imported when it is first used."""
+def _implementation(backend: str) -> Any:
+    """Return the module that serves a backend. The Triton one is imported when it is first used."""
     if backend == "triton":
         from te_nvfp4_cv.ops.conv.triton import launch
 
@@ -33,78 +36,99 @@ def _run(backend: str) -> Any:
     return reference if backend == "reference" else vendor
 
 
+def conv_fprop(
+    x: Face,
+    w: Face,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Return y [B, *image, O] in `dtype`.
+
+    Args:
+        x: the rowwise face of x.
+        w: the weight's face whose blocks run along x's channels: rowwise, or columnwise when transposed.
+        alpha: fp32 [1], or [B, *output image, 1] for row-scaled activations, or None.
+        bias: [O] or None, added in fp32 (by the library where alpha is None).
+    """
+    if runs_directly(x.data):
+        y: Tensor = _implementation(backend).fprop(*x, *w, alpha, bias, geometry, dtype)
+        return y
+    return conv_fprop_op([*x, *w], alpha, bias, geometry.to_ints(), dtype, backend)
+
+
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::conv_fprop", mutates_args=())
-def conv_fprop(
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
+def conv_fprop_op(
+    operands: list[Tensor],
     alpha: Tensor | None,
     bias: Tensor | None,
     shape: list[int],
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """y [B, *image, O] in `dtype`.
-
-    Args:
-        x: rowwise face of x; w: the kernel's face whose blocks run along x's channels (rowwise; columnwise when
-            transposed).
-        alpha: fp32 [1], or [B, *output image, 1] for row-scaled activations, or None.
-        bias: [O] or None, added in fp32 (alpha None: by the library).
-        shape: ConvGeometry.to_ints().
-    """
-    return _run(backend).fprop(x, x_scale, w, w_scale, alpha, bias, ConvGeometry.from_ints(shape), dtype)
+    """Run conv_fprop as an operator: `operands` are the tensors of x's and w's face, `shape` the geometry as ints."""
+    y = _implementation(backend).fprop(*operands, alpha, bias, ConvGeometry.from_ints(shape), dtype)
+    return y  # type: ignore[no-any-return]
 
 
-@conv_fprop.register_fake
-def _(x, x_scale, w, w_scale, alpha, bias, shape, dtype, backend):  # type: ignore[no-untyped-def]
-    return x.new_empty(ConvGeometry.from_ints(shape).y_shape, dtype=dtype)
+@conv_fprop_op.register_fake
+def _(operands, alpha, bias, shape, dtype, backend):  # type: ignore[no-untyped-def]
+    return operands[0].new_empty(ConvGeometry.from_ints(shape).y_shape, dtype=dtype)
+
+
+def conv_dgrad(
+    dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Return dx [B, *image, C] in `dtype`; arguments as for conv_fprop, with the weight's other face."""
+    if runs_directly(dy.data):
+        dx: Tensor = _implementation(backend).dgrad(*dy, *w, alpha, geometry, dtype)
+        return dx
+    return conv_dgrad_op([*dy, *w], alpha, geometry.to_ints(), dtype, backend)
 
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::conv_dgrad", mutates_args=())
-def conv_dgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    alpha: Tensor | None,
-    shape: list[int],
-    dtype: torch.dtype,
-    backend: str,
+def conv_dgrad_op(
+    operands: list[Tensor], alpha: Tensor | None, shape: list[int], dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """dx [B, *image, C] in `dtype`; arguments as for conv_fprop, the kernel's other face."""
-    return _run(backend).dgrad(dy, dy_scale, w, w_scale, alpha, ConvGeometry.from_ints(shape), dtype)
+    """Run conv_dgrad as an operator."""
+    dx = _implementation(backend).dgrad(*operands, alpha, ConvGeometry.from_ints(shape), dtype)
+    return dx  # type: ignore[no-any-return]
 
 
-@conv_dgrad.register_fake
-def _(dy, dy_scale, w, w_scale, alpha, shape, dtype, backend):  # type: ignore[no-untyped-def]
-    return dy.new_empty(ConvGeometry.from_ints(shape).x_shape, dtype=dtype)
+@conv_dgrad_op.register_fake
+def _(operands, alpha, shape, dtype, backend):  # type: ignore[no-untyped-def]
+    return operands[0].new_empty(ConvGeometry.from_ints(shape).x_shape, dtype=dtype)
+
+
+def conv_wgrad(
+    dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Return dw [axis 0, taps, axis 1] in `dtype`, from the columnwise faces of dy and x on the folded geometry.
+
+    Args:
+        alpha: fp32 [1], or [C] for row-scaled activations, or None.
+        geometry: of the call itself, not the folded one.
+    """
+    if runs_directly(dy.data):
+        dw: Tensor = _implementation(backend).wgrad(*dy, *x, alpha, geometry, dtype)
+        return dw
+    return conv_wgrad_op([*dy, *x], alpha, geometry.to_ints(), dtype, backend)
 
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::conv_wgrad", mutates_args=())
-def conv_wgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    alpha: Tensor | None,
-    shape: list[int],
-    dtype: torch.dtype,
-    backend: str,
+def conv_wgrad_op(
+    operands: list[Tensor], alpha: Tensor | None, shape: list[int], dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """dw [axis 0, taps, axis 1] in `dtype`, from the columnwise faces of dy and x on the folded geometry.
-
-    Args:
-        alpha: fp32 [1], or [C] for row-scaled activations, or None.
-        shape: ConvGeometry.to_ints() of the call itself, not of the folded one.
-    """
-    return _run(backend).wgrad(dy, dy_scale, x, x_scale, alpha, ConvGeometry.from_ints(shape), dtype)
+    """Run conv_wgrad as an operator."""
+    dw = _implementation(backend).wgrad(*operands, alpha, ConvGeometry.from_ints(shape), dtype)
+    return dw  # type: ignore[no-any-return]
 
 
-@conv_wgrad.register_fake
-def _(dy, dy_scale, x, x_scale, alpha, shape, dtype, backend):  # type: ignore[no-untyped-def]
-    return dy.new_empty(ConvGeometry.from_ints(shape).weight_shape, dtype=dtype)
+@conv_wgrad_op.register_fake
+def _(operands, alpha, shape, dtype, backend):  # type: ignore[no-untyped-def]
+    return operands[0].new_empty(ConvGeometry.from_ints(shape).weight_shape, dtype=dtype)

@@ -1,10 +1,9 @@
 """Convolutions of dequantized operands by the vendor's library: oneDNN on a CPU, cuDNN on CUDA, through aten.
 
 code * scale has at most 6 significant bits, so it is exact in bf16 and the result is the quantized GEMM's, up to the
-order of accumulation
-and one rounding. alpha (both tensor scales) and the bias are applied to the result in fp32; without alpha w carries
-them and the library adds the bias, rounded to the operands' dtype as under torch.autocast.
-1-D convolutions run as 2-D ones of height 1; linear layers as a matrix product.
+order of accumulation and one rounding. alpha (both tensor scales) and the bias are applied to the result in fp32.
+Without alpha, w carries the scales and the library adds the bias, rounded to the operands' dtype as under
+torch.autocast. 1-D convolutions run as 2-D ones of height 1, linear layers as a matrix product.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ def fprop(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See conv_fprop."""
+    """Multiply as operators.conv_fprop does; the scales are empty."""
     inner, outer = (bias, None) if alpha is None else (None, bias)
     if geometry.rank == 0:
         y = F.linear(x, w[:, 0], inner.to(x.dtype)) if inner is not None else _product(x, w[:, 0].t(), alpha)
     else:
-        g = _two_d(geometry)
+        g = geometry.at_least_2d
         y = convolution(_channels_first(x, g.x_shape), _kernel(w, g), inner, g)
         y = _channels_last(y, geometry.y_shape)
     return _finish(y, alpha, outer, dtype)
@@ -49,10 +48,10 @@ def dgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See conv_dgrad."""
+    """Multiply as operators.conv_dgrad does; the scales are empty."""
     if geometry.rank == 0:
         return _finish(_product(dy, w[:, 0], alpha), alpha, None, dtype)
-    g = _two_d(geometry)
+    g = geometry.at_least_2d
     dx, _, _ = convolution_backward(
         _channels_first(dy, g.y_shape), _empty_image(dy, g.x_shape), _kernel(w, g), g, [True, False, False]
     )
@@ -68,11 +67,11 @@ def wgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See conv_wgrad."""
+    """Multiply as operators.conv_wgrad does; the scales are empty."""
     if geometry.rank == 0:
         dw = _product(dy.t(), x, alpha).unsqueeze(1)
     else:
-        g = _two_d(geometry.folded())
+        g = geometry.folded.at_least_2d
         w_like = _empty_image(dy, (g.channels_b, *g.kernel, g.channels_a // g.groups))
         _, dw, _ = convolution_backward(
             _channels_first(dy, g.y_shape), _channels_first(x, g.x_shape), w_like, g, [False, True, False]
@@ -84,14 +83,14 @@ def wgrad(
 
 
 def _product(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
-    """a @ b; in fp32 where alpha follows on CUDA: cuBLAS may add parts of a bf16 result in bf16."""
+    """Return a @ b; in fp32 where alpha follows on CUDA, since cuBLAS may add parts of a bf16 result in bf16."""
     if a.device.type == "cuda" and a.dtype == torch.bfloat16 and alpha is not None and a.numel() and b.numel():
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
-    """The vendor's convolution of channels-first views; fp32 where `_safe` says so."""
+    """Run the vendor's convolution on channels-first views, in fp32 where `_safe` says so."""
     x, w = _safe(g, x, w)
     bias = None if bias is None else bias.to(x.dtype)
     return aten.convolution(x, w, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
@@ -100,7 +99,7 @@ def convolution(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> T
 def convolution_backward(
     dy: Tensor, x: Tensor, w: Tensor, g: ConvGeometry, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The vendor's (dx, dw, db); what the mask leaves out is not computed, and its operand's values are not read."""
+    """Return the vendor's (dx, dw, db). What the mask leaves out is not computed, and its operand is not read."""
     dy, x, w = _safe(g, dy, x, w)
     return aten.convolution_backward(
         dy, x, w, None, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups, mask
@@ -108,7 +107,7 @@ def convolution_backward(
 
 
 def _safe(g: ConvGeometry, *operands: Tensor) -> tuple[Tensor, ...]:
-    """The operands; contiguous and in fp32 on a CPU where oneDNN's bf16 kernels cannot be trusted (torch 2.13).
+    """Return the operands; contiguous and in fp32 on a CPU where oneDNN's bf16 kernels cannot be trusted (torch 2.13).
 
     Where some tap or output row reads nothing but padding, the channels_last ones leave such taps of dw unwritten and
     can crash; padded 3-D ones leave parts of dw unwritten in either layout (seen on small volumes).
@@ -119,28 +118,8 @@ def _safe(g: ConvGeometry, *operands: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float().contiguous() for t in operands)
 
 
-def _two_d(g: ConvGeometry) -> ConvGeometry:
-    """A 1-D geometry as a 2-D one of height 1."""
-    if g.rank != 1:
-        return g
-    return ConvGeometry(
-        g.batch,
-        g.channels_a,
-        g.channels_b,
-        (1, *g.a_size),
-        (1, *g.b_size),
-        (1, *g.kernel),
-        (1, *g.stride),
-        (0, *g.padding),
-        (1, *g.dilation),
-        (0, *g.output_padding),
-        g.groups,
-        g.transposed,
-    )
-
-
 def _channels_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[B, *image, C] memory as the [B, C, *image] view that aten wants."""
+    """View [B, *image, C] memory as the [B, C, *image] that aten wants."""
     return x.view(shape).movedim(-1, 1)
 
 
@@ -153,12 +132,12 @@ def _channels_last(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _empty_image(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An argument whose shape and layout are read but not its values."""
+    """Return an argument of which aten reads the shape and layout but not the values."""
     return like.new_empty(shape).movedim(-1, 1)
 
 
 def _finish(y: Tensor, alpha: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """round(y * alpha + bias) in `dtype`, in one rounding; y is contiguous and may be overwritten."""
+    """Return round(y * alpha + bias) in `dtype`, with one rounding; y is contiguous and may be overwritten."""
     if alpha is None:
         return y.to(dtype)
     if alpha.numel() == 1 and dispatch.kernels_serve(y.device):

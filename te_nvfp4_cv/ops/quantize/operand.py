@@ -1,32 +1,30 @@
-"""Quantized operands of a convolution, as custom operators on plain tensors. Linear layers are the case without image
-axes.
+"""Quantize the operands of a convolution, and unpack them again. A linear layer is the case without image axes.
 
-    quantize_operand   an activation or gradient [B, *image, C]: rowwise face (16 channels of a pixel),
+    quantize_operand   an activation or gradient [B, *image, C]: a rowwise face (16 channels of a pixel) and a
                        columnwise face (16 images at a pixel)
-    quantize_weight    a weight [axis 0, axis 1, *kernel]: faces over axis 1 (rowwise) and axis 0 (columnwise),
-                       one tap at a time
+    quantize_weight    a weight [axis 0, axis 1, *kernel]: faces over axis 1 (rowwise) and axis 0 (columnwise), one tap
+                       at a time
     measure_operand    the two amaxes that quantize_operand would use
     unpack_*           packed codes back to code * scale
 
-Forms of a face. PACKED is what backward keeps; DEQUANTIZED is what a vendor convolution multiplies: code * scale,
-without the tensor scale, exact in bf16.
+Each is a function over records (ops/records.py) and a custom operator on plain tensors behind it, which tracing sees.
 
-    face                     packed data (uint8)             scale (E4M3 bytes)            dequantized
-    operand, rowwise         [B, *image, G * Kb * 8]         [B, *image, G * Kb]           [B, *image, C]
-    operand, columnwise      [N16, *folded image, C, 8]      [N16, *folded image, C]       [N16 * 16, *folded image, C]
-    kernel, rowwise, 16x16   [axis 0, T, Kb * 8]             [G, Ob, T, Kb]: a tile each   [axis 0, T, axis 1]
-    kernel, rowwise, 1x16    [axis 0, T, Kb * 8]             [axis 0, T, Kb]
-    kernel, columnwise       [G, Ob, T, axis 1, 8]           [G, Ob, T, axis 1]            [axis 0, T, axis 1]
+    face                      packed data (uint8)           scale (E4M3 bytes)             dequantized
+    operand, rowwise          [B, *image, G * Kb * 8]       [B, *image, G * Kb]            [B, *image, C]
+    operand, columnwise       [N16, *folded image, C, 8]    [N16, *folded image, C]        [N16 * 16, *folded image, C]
+    weight, rowwise, 16x16    [axis 0, T, Kb * 8]           [G, Ob, T, Kb]: a tile each    [axis 0, T, axis 1]
+    weight, rowwise, 1x16     [axis 0, T, Kb * 8]           [axis 0, T, Kb]
+    weight, columnwise        [G, Ob, T, axis 1, 8]         [G, Ob, T, axis 1]             [axis 0, T, axis 1]
 
-Kb, Ob: blocks of 16 of one group's channels; a shorter last block is padded with zeros, which no array stores but its
-packed codes.
-With 16x16 scaling both faces of a kernel are the same numbers: only the rowwise one is written.
-Stochastic rounding by plain torch and the CPU's kernels: the block with row-major index i in the TE-ordered scale
-matrix (rows of M in the order image axes, then batch) uses Philox counter i. The Triton kernels draw other numbers
-(quantize/launch.py).
+Kb and Ob count blocks of 16 of one group's channels. A shorter last block is padded with zeros, which only its packed
+codes store. With 16x16 scaling both faces of a weight are the same numbers, so only the rowwise one is written.
+
+Stochastic rounding by plain torch and by the CPU's kernels uses Philox counter i for the block with row-major index i
+in the TE-ordered scale matrix (rows of M in the order image axes, then batch). The Triton kernels draw other numbers
+(see triton/launch.py).
 
 The tensor scale is that of the operand's own amax, or of amaxes that are given: those of an earlier step
-(tensor_scale="delayed"), or of all ranks. The call then also observes what it saw, in the same pass:
+(tensor_scale="delayed"), or of all ranks. With given amaxes the call also observes what it saw, in the same pass:
 
     observed [3] fp32    amax of x; amax of the columnwise operand, folded and rotated; saturated blocks
 
@@ -36,23 +34,22 @@ before rounding, amax_b * f32(S_enc * f32(1/6)), exceeds 448: its largest values
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.quantize import cpu, reference
-
-NONE, PACKED, DEQUANTIZED = 0, 1, 2
-BLOCK = 16
+from te_nvfp4_cv.ops.records import Face, Operand, OperandSpec, WeightCodes, WeightLayout, WeightSpec
 
 
-def _run(backend: str, device: torch.device) -> Any:
-    """The module that quantizes tensors of `device` for a backend; the Triton one is imported when first used."""
+def _implementation(backend: str, device: torch.device) -> Any:
+    """Return the module that quantizes tensors of `device` for a backend. The Triton one is imported at first use."""
     if backend == "triton" or (backend == "vendor" and dispatch.kernels_serve(device)):
         from te_nvfp4_cv.ops.quantize.triton import launch
 
@@ -60,197 +57,177 @@ def _run(backend: str, device: torch.device) -> Any:
     return reference if backend == "reference" else cpu
 
 
-@without_autocast
-@torch.library.custom_op("te_nvfp4_cv::quantize_operand", mutates_args=())
+# ---- activations and gradients --------------------------------------------------------------------------------------
+
+
 def quantize_operand(
-    x: Tensor,
-    groups: int,
-    fold: list[int],
-    row: int,
-    col: int,
-    rht: bool,
-    stochastic: bool,
-    four_over_six: str,
-    e4m3_max: int,
-    row_scaled: bool,
-    dtype: torch.dtype,
-    seed: Tensor | None,
-    amax: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, spec: OperandSpec, dtype: torch.dtype, seed: Tensor | None, amax: Tensor | None, backend: str
+) -> Operand:
     """Quantize an activation or gradient.
 
     Args:
         x: [B, *image, C] contiguous, bf16, fp16 or fp32.
-        groups: blocks never cross a group of C / groups channels.
-        fold: the fields of geometry.Fold, for the columnwise face.
-        row: form of the rowwise face: NONE, PACKED or DEQUANTIZED; col: the same.
-        rht: rotate the columnwise face.
-        stochastic: round stochastically, with `seed` [1] int64.
-        four_over_six: "", "MAE" or "MSE".
-        row_scaled: one amax per pixel (rowwise [B, *image]) and per channel (columnwise [C]).
         dtype: of dequantized faces, bf16 or fp32.
-        amax: fp32 [2], positive: of the rowwise and of the columnwise face, used in place of x's own; not with
-            row_scaled.
+        seed: int64 [1], for stochastic rounding.
+        amax: fp32 [2], positive: of the rowwise and of the columnwise face, used in place of x's. Not with row_scaled.
     Returns:
-        (row data, row scale, row amax, col data, col scale, col amax, observed); what was not asked for is empty.
-        With `amax` given the two amaxes are the given ones, NaN where the observed one is not finite; without,
-        `observed` is empty.
+        The faces that the spec asks for. With `amax` given, the two amaxes are the given ones, or NaN where the
+        observed one is not finite.
     """
-    fields = _run(backend, x.device).quantize_operand(
-        x,
-        groups,
-        Fold(*fold),
-        row,
-        col,
-        rht,
-        stochastic,
-        four_over_six or None,
-        e4m3_max,
-        row_scaled,
-        dtype,
-        seed,
-        amax,
-    )
-    return tuple(fields)  # type: ignore[return-value]
+    if runs_directly(x):
+        found: Operand = _implementation(backend, x.device).quantize_operand(x, spec, dtype, seed, amax)
+        return found
+    return Operand.from_flat(quantize_operand_op(x, spec.to_ints(), dtype, seed, amax, backend))
 
 
-@quantize_operand.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, groups, fold, row, col, rht, stochastic, four_over_six, e4m3_max, row_scaled, dtype, seed, amax, backend
-):
-    f = Fold(*fold)
-    blocks = groups * -(-(x.shape[-1] // groups) // BLOCK)
-    folded = (f.rows, *x.shape[2:-1], x.shape[-1]) if x.dim() > 2 else (x.shape[-1],)
-    row_data, row_scale, col_data, col_scale = (x.new_empty(0, dtype=torch.uint8) for _ in range(4))
-    if row == PACKED:
-        row_data = x.new_empty((*x.shape[:-1], blocks * 8), dtype=torch.uint8)
-        row_scale = x.new_empty((*x.shape[:-1], blocks), dtype=torch.uint8)
-    elif row == DEQUANTIZED:
-        row_data = x.new_empty(x.shape, dtype=dtype)
-    if col == PACKED:
-        col_data = x.new_empty((f.images // BLOCK, *folded, 8), dtype=torch.uint8)
-        col_scale = x.new_empty((f.images // BLOCK, *folded), dtype=torch.uint8)
-    elif col == DEQUANTIZED:
-        col_data = x.new_empty((f.images, *folded), dtype=dtype)
-    row_amax = x.new_empty(x.shape[:-1] if row_scaled and row else (1,), dtype=torch.float32)
-    col_amax = x.new_empty((x.shape[-1],) if row_scaled and col else (1,), dtype=torch.float32)
+@without_autocast
+@torch.library.custom_op("te_nvfp4_cv::quantize_operand", mutates_args=())
+def quantize_operand_op(
+    x: Tensor, spec: list[int], dtype: torch.dtype, seed: Tensor | None, amax: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run quantize_operand as an operator: the spec as ints, the Operand as seven tensors."""
+    made = _implementation(backend, x.device).quantize_operand(x, OperandSpec.from_ints(spec), dtype, seed, amax)
+    return made.flat()  # type: ignore[no-any-return]
+
+
+@quantize_operand_op.register_fake
+def _(x, spec, dtype, seed, amax, backend):  # type: ignore[no-untyped-def]
+    spec = OperandSpec.from_ints(spec)
+    row, col = layouts.operand_faces(x, spec, dtype)
+    row_amax = x.new_empty(x.shape[:-1] if spec.row_scaled and spec.row else (1,), dtype=torch.float32)
+    col_amax = x.new_empty((x.shape[-1],) if spec.row_scaled and spec.col else (1,), dtype=torch.float32)
     observed = x.new_empty(0 if amax is None else 3, dtype=torch.float32)
-    return row_data, row_scale, row_amax, col_data, col_scale, col_amax, observed
+    return Operand(row, row_amax, col, col_amax, observed).flat()
+
+
+def measure_operand(x: Tensor, spec: OperandSpec, backend: str) -> Tensor:
+    """Return fp32 [2]: the amax of x [B, *image, C], and that of the columnwise operand, folded and rotated.
+
+    Without RHT both are the first. NaN wins over inf, inf over numbers. Only fold and rht of the spec are read.
+    """
+    if runs_directly(x):
+        found: Tensor = _implementation(backend, x.device).measure_operand(x, spec)
+        return found
+    return measure_operand_op(x, spec.to_ints(), backend)
 
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::measure_operand", mutates_args=())
-def measure_operand(x: Tensor, fold: list[int], rht: bool, backend: str) -> Tensor:
-    """fp32 [2]: the amax of x [B, *image, C], and that of the columnwise operand, folded and rotated; without RHT both
-    are the first. NaN wins over inf, inf over numbers.
-    """
-    return _run(backend, x.device).measure_operand(x, Fold(*fold), rht)
+def measure_operand_op(x: Tensor, spec: list[int], backend: str) -> Tensor:
+    """Run measure_operand as an operator."""
+    return _implementation(backend, x.device).measure_operand(x, OperandSpec.from_ints(spec))  # type: ignore[no-any-return]
 
 
-@measure_operand.register_fake
-def _(x, fold, rht, backend):  # type: ignore[no-untyped-def]
+@measure_operand_op.register_fake
+def _(x, spec, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(2, dtype=torch.float32)
 
 
-@without_autocast
-@torch.library.custom_op("te_nvfp4_cv::quantize_weight", mutates_args=())
-def quantize_weight(
-    w: Tensor,
-    groups: int,
-    row: int,
-    col: int,
-    two_d: bool,
-    four_over_six: str,
-    e4m3_max: int,
-    pow2: bool,
-    dtype: torch.dtype,
-    backend: str,
-    amax: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Quantize a weight, or a rank's rows or columns of one.
-
-    Args:
-        w: [axis 0, axis 1, *kernel], any strides; groups divide axis 0.
-        row: form of the rowwise face (blocks over axis 1); col: of the columnwise face (blocks over axis 0); NONE for
-            col with two_d.
-        pow2: the amax used and returned is formats.power_of_two_amax of the weight's: a decode scale 2^k.
-        amax: fp32 [1], of the whole weight where w is a shard; None: w's own. Shards of 16 n rows and columns then have
-            the codes and scales of the whole.
-    Returns:
-        (row data, row scale, col data, col scale, amax [1]).
-    """
-    fields = _run(backend, w.device).quantize_weight(
-        w, groups, row, col, two_d, four_over_six or None, e4m3_max, pow2, dtype, amax
-    )
-    return tuple(fields)  # type: ignore[return-value]
-
-
-@quantize_weight.register_fake
-def _(w, groups, row, col, two_d, four_over_six, e4m3_max, pow2, dtype, backend, amax=None):  # type: ignore[no-untyped-def]
-    n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
-    kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
-    row_data, row_scale, col_data, col_scale = (w.new_empty(0, dtype=torch.uint8) for _ in range(4))
-    if row == PACKED:
-        row_data = w.new_empty((n, taps, kb * 8), dtype=torch.uint8)
-        row_scale = w.new_empty((groups, ob, taps, kb) if two_d else (n, taps, kb), dtype=torch.uint8)
-    elif row == DEQUANTIZED:
-        row_data = w.new_empty((n, taps, c), dtype=dtype)
-    if col == PACKED:
-        col_data = w.new_empty((groups, ob, taps, c, 8), dtype=torch.uint8)
-        col_scale = w.new_empty((groups, ob, taps, c), dtype=torch.uint8)
-    elif col == DEQUANTIZED:
-        col_data = w.new_empty((n, taps, c), dtype=dtype)
-    return row_data, row_scale, col_data, col_scale, w.new_empty(1, dtype=torch.float32)
+def unpack_columns(face: Face, dtype: torch.dtype, backend: str) -> Tensor:
+    """Return code * scale [N16 * 16, *rest] of a packed columnwise face: data [N16, *rest, 8], scale [N16, *rest]."""
+    if runs_directly(face.data):
+        found: Tensor = _implementation(backend, face.data.device).unpack_columns(*face, dtype)
+        return found
+    return unpack_columns_op(*face, dtype, backend)
 
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::unpack_columns", mutates_args=())
-def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Dequantized [N16 * 16, *rest] from a packed columnwise operand: data [N16, *rest, 8], scale [N16, *rest]."""
-    return _run(backend, data.device).unpack_columns(data, scale, dtype)
+def unpack_columns_op(data: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """Run unpack_columns as an operator."""
+    return _implementation(backend, data.device).unpack_columns(data, scale, dtype)  # type: ignore[no-any-return]
 
 
-@unpack_columns.register_fake
+@unpack_columns_op.register_fake
 def _(data, scale, dtype, backend):  # type: ignore[no-untyped-def]
     return scale.new_empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype=dtype)
 
 
+def unpack_rows(face: Face, channels: int, groups: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """Return code * scale [..., channels] of a packed rowwise operand: data [..., G * Kb * 8], scale [..., G * Kb]."""
+    if runs_directly(face.data):
+        found: Tensor = _implementation(backend, face.data.device).unpack_rows(*face, channels, groups, dtype)
+        return found
+    return unpack_rows_op(*face, channels, groups, dtype, backend)
+
+
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::unpack_rows", mutates_args=())
-def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: torch.dtype, backend: str) -> Tensor:
-    """Dequantized [..., channels] from a packed rowwise operand: data [..., G * Kb * 8], scale [..., G * Kb]."""
-    return _run(backend, data.device).unpack_rows(data, scale, channels, groups, dtype)
+def unpack_rows_op(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """Run unpack_rows as an operator."""
+    made = _implementation(backend, data.device).unpack_rows(data, scale, channels, groups, dtype)
+    return made  # type: ignore[no-any-return]
 
 
-@unpack_rows.register_fake
+@unpack_rows_op.register_fake
 def _(data, scale, channels, groups, dtype, backend):  # type: ignore[no-untyped-def]
     return data.new_empty((*data.shape[:-1], channels), dtype=dtype)
 
 
-@without_autocast
-@torch.library.custom_op("te_nvfp4_cv::unpack_weight", mutates_args=())
-def unpack_weight(
-    data: Tensor,
-    scale: Tensor,
-    n: int,
-    channels: int,
-    groups: int,
-    columnwise: bool,
-    factor: Tensor | None,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    """Dequantized [axis 0, T, axis 1] from either packed face of a kernel.
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def quantize_weight(
+    w: Tensor, spec: WeightSpec, dtype: torch.dtype, backend: str, amax: Tensor | None = None
+) -> WeightCodes:
+    """Quantize a weight, or a rank's rows or columns of one.
 
     Args:
-        n, channels: sizes of the axes 0 and 1.
-        factor: fp32 [1], or None: multiplies every value in fp32, before the one rounding to `dtype`. A power of two
+        w: [axis 0, axis 1, *kernel], any strides.
+        dtype: of dequantized faces.
+        amax: fp32 [1], of the whole weight where w is a shard; if None, w's amax is used. Shards of 16 n rows and
+            columns then have the codes and scales of the whole weight.
+    """
+    if runs_directly(w):
+        found: WeightCodes = _implementation(backend, w.device).quantize_weight(w, spec, dtype, amax)
+        return found
+    return WeightCodes.from_flat(quantize_weight_op(w, spec.to_ints(), dtype, backend, amax))
+
+
+@without_autocast
+@torch.library.custom_op("te_nvfp4_cv::quantize_weight", mutates_args=())
+def quantize_weight_op(
+    w: Tensor, spec: list[int], dtype: torch.dtype, backend: str, amax: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run quantize_weight as an operator: the spec as ints, the WeightCodes as five tensors."""
+    made = _implementation(backend, w.device).quantize_weight(w, WeightSpec.from_ints(spec), dtype, amax)
+    return made.flat()  # type: ignore[no-any-return]
+
+
+@quantize_weight_op.register_fake
+def _(w, spec, dtype, backend, amax=None):  # type: ignore[no-untyped-def]
+    row, col = layouts.weight_faces(w, WeightSpec.from_ints(spec), dtype)
+    return WeightCodes(row, col, w.new_empty(1, dtype=torch.float32)).flat()
+
+
+def unpack_weight(
+    face: Face, layout: WeightLayout, factor: Tensor | None, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Return code * scale [axis 0, T, axis 1] of either packed face of a weight.
+
+    Args:
+        factor: fp32 [1], or None. It multiplies every value in fp32, before the one rounding to `dtype`. A power of two
             keeps the values exact, except below 2^-126; NaN makes all of them NaN.
     """
-    return _run(backend, data.device).unpack_weight(data, scale, n, channels, groups, columnwise, factor, dtype)
+    if runs_directly(face.data):
+        found: Tensor = _implementation(backend, face.data.device).unpack_weight(*face, layout, factor, dtype)
+        return found
+    return unpack_weight_op(*face, list(map(int, layout)), factor, dtype, backend)
 
 
-@unpack_weight.register_fake
-def _(data, scale, n, channels, groups, columnwise, factor, dtype, backend):  # type: ignore[no-untyped-def]
+@without_autocast
+@torch.library.custom_op("te_nvfp4_cv::unpack_weight", mutates_args=())
+def unpack_weight_op(
+    data: Tensor, scale: Tensor, layout: list[int], factor: Tensor | None, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Run unpack_weight as an operator: the layout as ints."""
+    n, channels, groups, columnwise = layout
+    sizes = WeightLayout(n, channels, groups, bool(columnwise))
+    made = _implementation(backend, data.device).unpack_weight(data, scale, sizes, factor, dtype)
+    return made  # type: ignore[no-any-return]
+
+
+@unpack_weight_op.register_fake
+def _(data, scale, layout, factor, dtype, backend):  # type: ignore[no-untyped-def]
+    n, channels, _, columnwise = layout
     return data.new_empty((n, data.shape[2 if columnwise else 1], channels), dtype=dtype)

@@ -81,9 +81,12 @@ def test_operand(role: str, dtype: torch.dtype, fields: dict, options: dict, sha
         assert [name for name, there in usages.items() if there] == [face], "a storage keeps more than its face"
 
 
-@pytest.mark.parametrize("two_d", [True, False])
-@pytest.mark.parametrize("rht", [True, False])
-@pytest.mark.parametrize(("shape", "n"), SHAPES)
+# rht, two_d: another path of quantization each; shape, n: leading axes and other numbers of blocks, whatever the path
+@pytest.mark.parametrize(
+    ("shape", "n", "rht", "two_d"),
+    [(*SHAPES[0], rht, two_d) for rht in (True, False) for two_d in (True, False)]
+    + [(*case, True, True) for case in SHAPES[1:]],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @with_te
 def test_three_steps(dtype: torch.dtype, shape: tuple[int, ...], n: int, rht: bool, two_d: bool) -> None:

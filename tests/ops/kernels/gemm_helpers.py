@@ -6,15 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.quantize.operand import NONE, PACKED
-from tests.helpers import fold_list, make_geometry, values
-
-Face = tuple[Tensor, Tensor]
+from te_nvfp4_cv.ops.records import NONE, PACKED, Face, OperandSpec, WeightSpec
+from tests.helpers import make_geometry, values
 
 GEOMETRIES = {
     "1x1": make_geometry(16, (16, 32), (3, 3), 1),
@@ -38,21 +35,20 @@ GEOMETRIES = {
 
 
 def packed(g: ConvGeometry, device: torch.device, two_d: bool = True) -> dict[str, Face]:
-    """(data, scale) of every packed face of random x, w and dy, quantized by the reference."""
-    a, b = g.folds()
+    """Return every packed face of random x, w and dy, quantized by the reference."""
+    a, b = g.folds
     folds = {"x": b if g.transposed else a, "dy": a if g.transposed else b}
     out: dict[str, Face] = {}
     for seed, (name, shape) in enumerate((("x", g.x_shape), ("dy", g.y_shape))):
-        arguments = (fold_list(folds[name]), PACKED, PACKED, True, False, "", 448, False, torch.float32, None, None)
-        parts = operand.quantize_operand(values(shape, seed=seed), g.groups, *arguments, "reference")
-        out[f"{name} row"], out[f"{name} col"] = (parts[0], parts[1]), (parts[3], parts[4])
+        spec = OperandSpec(g.groups, folds[name], PACKED, PACKED, True)
+        made = operand.quantize_operand(values(shape, seed=seed), spec, torch.float32, None, None, "reference")
+        out[f"{name} row"], out[f"{name} col"] = made.row, made.col
     w = values(g.weight_shape, seed=5).unflatten(1, g.kernel or (1,)).movedim(-1, 1)
     w = w if g.rank else w[..., 0]
-    col = NONE if two_d else PACKED
-    parts = operand.quantize_weight(w, g.groups, PACKED, col, two_d, "", 448, False, torch.float32, "reference")
-    out["w row"] = (parts[0], parts[1])
-    out["w col"] = out["w row"] if two_d else (parts[2], parts[3])
-    return {name: (data.to(device), scale.to(device)) for name, (data, scale) in out.items()}
+    spec = WeightSpec(g.groups, PACKED, NONE if two_d else PACKED, two_d)
+    codes = operand.quantize_weight(w, spec, torch.float32, "reference")
+    out["w row"], out["w col"] = codes.row, codes.row if two_d else codes.col
+    return {name: Face(data.to(device), scale.to(device)) for name, (data, scale) in out.items()}
 
 
 def faces_of(g: ConvGeometry) -> dict[str, tuple[str, str]]:

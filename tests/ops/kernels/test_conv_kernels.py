@@ -18,6 +18,7 @@ from te_nvfp4_cv.ops.conv import operators, reference
 from te_nvfp4_cv.ops.conv.triton import walks
 from te_nvfp4_cv.ops.geometry import ConvGeometry, pixel_map
 from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.records import Face, WeightLayout
 from tests.helpers import make_geometry, relative_error, same_bits
 from tests.ops.kernels.gemm_helpers import GEOMETRIES, WAYS, faces_of, multiply_as, packed, tolerance
 
@@ -48,15 +49,15 @@ def exact(name: str, q: dict[str, Any], g: ConvGeometry) -> Tensor:
     n, _, channels = g.weight_shape
     a, b = faces_of(g)[name]
     if name == "wgrad":
-        parts = {face: operand.unpack_columns(*q[face], torch.float32, "reference").double().cpu() for face in (a, b)}
+        parts = {face: operand.unpack_columns(q[face], torch.float32, "reference").double().cpu() for face in (a, b)}
         columns = {face: (v.unflatten(0, (-1, 16)).movedim(1, -1),) for face, v in parts.items()}
         pair = (columns[b], columns[a]) if g.transposed else (columns[a], columns[b])
         return reference.weight_product(*pair, g)
     to_b = (name == "fprop") != g.transposed
     shape = g.x_shape if name == "fprop" else g.y_shape
-    rows = operand.unpack_rows(*q[a], shape[-1], g.groups, torch.float32, "reference").double().cpu()
-    columnwise = q[b][0].dim() == 5
-    w = operand.unpack_weight(*q[b], n, channels, g.groups, columnwise, None, torch.float32, "reference")
+    rows = operand.unpack_rows(q[a], shape[-1], g.groups, torch.float32, "reference").double().cpu()
+    layout = WeightLayout(n, channels, g.groups, q[b].data.dim() == 5)
+    w = operand.unpack_weight(q[b], layout, None, torch.float32, "reference")
     w = w.double().cpu()
     if not to_b:
         w = w.unflatten(0, (g.groups, -1)).movedim(1, -1).unsqueeze(1)
@@ -119,22 +120,27 @@ def test_no_product_is_spent_on_zeros_between_strides():
 
 @pytest.mark.parametrize("batch", [1, 5, 16])
 def test_a_pointwise_wgrad_is_one_line(batch):
-    g = make_geometry(batch, (16, 16), (6, 5), 1).folded()
+    g = make_geometry(batch, (16, 16), (6, 5), 1).folded
     a = walks.weight_arguments(g)
     assert a["lines"] == 1 and a["width"] == g.batch // 16 * g.b_size[0] * g.b_size[1] == a["a_w"]
-    strided = walks.weight_arguments(make_geometry(16, (16, 16), (6, 5), 1, 2).folded())
+    strided = walks.weight_arguments(make_geometry(16, (16, 16), (6, 5), 1, 2).folded)
     assert strided["lines"] == 3 and strided["width"] == 3
 
 
 # ---- the three GEMMs ------------------------------------------------------------------------------------------------
 
 
+# The way to multiply changes how a block of codes is read, not which pixels meet: `fp16` walks every geometry, the
+# other two those that differ in the blocks along the contracted axis (several units, groups, odd channels, many taps).
+WITH_FP4 = ("1x1 stride 2", "3x3", "3x3, 320 channels", "3x3 stride 2 groups", "3x3 stride 3", "3-d, 36 taps")
+WITH_FP4 += ("transposed groups", "transposed 1-d", "wide linear")
 ONE_BY_16 = ("1x1 stride 2", "3x3 stride 2 groups", "transposed groups", "linear")  # the other cases: 16x16 scales
 
 
 @pytest.mark.parametrize(
     ("way", "case", "two_d"),
-    [(way, c, True) for way in ("fp16", "fp4") for c in GEOMETRIES]
+    [("fp16", c, True) for c in GEOMETRIES]
+    + [("fp4", c, True) for c in WITH_FP4]
     + [("fp16 quads", c, True) for c in ("3x3", "7x7 stride 2 dilated", "transposed groups", "wide linear")]
     + [("fp16", c, False) for c in ONE_BY_16],
 )
@@ -165,11 +171,11 @@ def test_operators_choose_the_kernels(kernel_device):
     q = packed(g, kernel_device)
     products = {"fprop": operators.conv_fprop, "dgrad": operators.conv_dgrad, "wgrad": operators.conv_wgrad}
     for name, operator in products.items():
-        parts = [t for face in faces_of(g)[name] for t in q[face]]
+        faces = [q[face] for face in faces_of(g)[name]]
         bias = [None] if name == "fprop" else []
-        got = operator(*parts, alpha, *bias, g.to_ints(), torch.bfloat16, "triton")
+        got = operator(*faces, alpha, *bias, g, torch.bfloat16, "triton")
         assert same_bits(got, run(name, q, g, alpha, torch.bfloat16))
-        truth = operator(*parts, alpha, *bias, g.to_ints(), torch.float32, "reference")
+        truth = operator(*faces, alpha, *bias, g, torch.float32, "reference")
         assert relative_error(got, truth) <= 2**-8
 
 
@@ -256,7 +262,7 @@ def test_no_images(case, kernel_device, poison):
     empty = ConvGeometry(**{**g.__dict__, "batch": 0})
     q = packed(g, kernel_device)
     for face in ("x row", "x col", "dy row", "dy col"):
-        q[face] = (q[face][0][:0], q[face][1][:0])
+        q[face] = Face(q[face].data[:0], q[face].scale[:0])
     for name in ("fprop", "dgrad"):
         assert run(name, q, empty, None).shape == (empty.y_shape if name == "fprop" else empty.x_shape)
     dw = run("wgrad", q, empty, torch.ones(1, device=kernel_device))
@@ -285,7 +291,7 @@ def test_prepared_rows_are_the_references(case, two_d, to_b, kernel_device, pois
     assert not got[..., blocks * 8 :].any() and not got_scale[..., blocks:].any()
     half, _ = launch.prepare(data, scale, g, to_b, step, launch.Gpu(80, False, 1))
     quads, _ = launch.prepare(data, scale, g, to_b, step, launch.Gpu(90, False, 1))
-    plain = operand.unpack_rows(got, got_scale, got_scale.shape[-1] * 16, 1, torch.float32, "reference")
+    plain = operand.unpack_rows(Face(got, got_scale), got_scale.shape[-1] * 16, 1, torch.float32, "reference")
     plain = plain.unflatten(-1, (-1, step, 8, 2))  # chunks, blocks, bytes, nibble
     plain = plain.movedim(-1, -3).reshape(half.shape)
     assert torch.equal(half.float(), plain)

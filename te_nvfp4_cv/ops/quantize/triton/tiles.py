@@ -1,22 +1,22 @@
-"""Pieces of quantize/launch.py: meta-parameters of the kernels, rows of folded operands, launches that some share."""
+"""The parts that launches of quantization share: meta-parameters of the kernels, rows of folded operands, unpacking."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend import tuning
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels, unpack_kernels
+from te_nvfp4_cv.ops.records import PACKED, Face
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
-BLOCK = 16
-PACKED = 1
 PROGRAMS = 132 * 8  # of the amax kernels, which loop: enough for the largest GPU, few enough for its atomics
 
 Entry = dict[str, int]
@@ -27,7 +27,7 @@ def _entry(block: int, warps: int) -> Entry:
 
 
 def _quantize(key: tuple[int, ...]) -> Entry:
-    """key: random bytes, x not bf16, ragged channels; then what only a search looks at.
+    """Choose the tile of quantize_kernel. The key starts with three flags: random bytes, x not bf16, ragged channels.
 
     128 elements a thread, in 168 registers, leave three blocks of 128 threads on a multiprocessor. With random bytes,
     fp16, fp32, or ragged channels so many spill. A limit on registers (maxnreg) made the compiler spill more.
@@ -62,51 +62,67 @@ tuning.register(
 tuning.register("unpack_rows", {0: _entry(4096, 4), 80: _entry(512, 4)})
 
 
+class Blocks(NamedTuple):
+    """The blocks that one launch of quantize_blocks writes.
+
+    Attributes:
+        total: their number.
+        sizes: rows of a group that are there, rows that are written, taps, width.
+        strides: of a row, of a tap, of a value, in elements.
+        columns: the blocks run along the rows' axis instead of the width.
+        ob: blocks along the rows of a group.
+        kb: blocks along the width.
+    """
+
+    total: int
+    sizes: tuple[int, int, int, int]
+    strides: tuple[int, int, int]
+    columns: bool
+    ob: int
+    kb: int
+
+
+class Extras(NamedTuple):
+    """The arguments that activations and gradients add to a launch of quantize_blocks; weights use none of them."""
+
+    rht: bool = False
+    seed: Tensor | None = None
+    slots: Tensor | None = None
+    source_rows: Tensor | None = None
+    image_size: int = 1
+
+
+_NOTHING = Extras()
+
+
 def quantize_blocks(
-    x: Tensor,
-    amax: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    form: int,
-    total: int,
-    sizes: tuple[int, int, int, int],
-    strides: tuple[int, int, int],
-    columns: bool,
-    ob: int,
-    kb: int,
-    error: int,
-    e4m3_max: int,
-    rht: bool = False,
-    seed: Tensor | None = None,
-    slots: Tensor | None = None,
-    source_rows: Tensor | None = None,
-    image_size: int = 1,
+    x: Tensor, amax: Tensor, face: Face, form: int, blocks: Blocks, error: int, e4m3_max: int, more: Extras = _NOTHING
 ) -> None:
-    """quantize_blocks_kernel, `total` blocks; sizes: rows of a group that are there, that are written, taps, width."""
+    """Write one face by quantize_blocks_kernel, one lane per block; `error` is the number of 4over6's error mode."""
     config = config_of("quantize_blocks", x)
-    block_kernels.quantize_blocks_kernel[(ceil_div(total, config["BLOCK"]),)](
-        x,
-        x if source_rows is None else source_rows,
+    block_kernels.quantize_blocks_kernel[(ceil_div(blocks.total, config["BLOCK"]),)](
+        x,  # below, a tensor that the kernel does not read is replaced by any tensor at hand: a pointer must be there
+        x if more.source_rows is None else more.source_rows,
         amax,
-        amax if seed is None else seed,
-        words_of(data) if form == PACKED else data,
-        scale,
-        data,
-        amax if slots is None else slots,
-        total,
-        *sizes,
-        *strides,
-        image_size,
-        0 if source_rows is None else 1,
-        COLUMNS=columns,
-        GROUP_BLOCKS=ob,
-        ROW_BLOCKS=kb,
+        amax if more.seed is None else more.seed,
+        words_of(face.data) if form == PACKED else face.data,
+        face.scale,
+        face.data,
+        amax if more.slots is None else more.slots,
+        blocks.total,
+        *blocks.sizes,
+        *blocks.strides,
+        more.image_size,
+        0 if more.source_rows is None else 1,
+        COLUMNS=blocks.columns,
+        GROUP_BLOCKS=blocks.ob,
+        ROW_BLOCKS=blocks.kb,
         FORM=form,
-        RHT=rht,
-        STOCHASTIC=seed is not None,
+        RHT=more.rht,
+        STOCHASTIC=more.seed is not None,
         ERROR=error,
-        OBSERVE=slots is not None,
-        FOLDED=source_rows is not None,
+        OBSERVE=more.slots is not None,
+        FOLDED=more.source_rows is not None,
         E4M3_MAX=e4m3_max,
         BLOCK=config["BLOCK"],
         **options_of(config),
@@ -114,8 +130,9 @@ def quantize_blocks(
 
 
 def lines(x: Tensor, fold: Fold) -> tuple[int, int, int, Tensor | None]:
-    """(images, rows, run, table): the columnwise operand as rows of `run` values; one row an image where nothing is
-    folded, and then no table.
+    """Describe the columnwise operand as rows of `run` values: images, rows an image, run, and the table of rows.
+
+    Where nothing is folded an image is one row, and there is no table.
     """
     if fold.strips == 1:
         return x.shape[0], 1, x.numel() // x.shape[0], None
@@ -125,7 +142,7 @@ def lines(x: Tensor, fold: Fold) -> tuple[int, int, int, Tensor | None]:
 
 @functools.cache  # never dropped: a captured CUDA graph keeps the address
 def _source_rows(fold: Fold, batch: int, rows: int, device: torch.device) -> Tensor:
-    """int64 [images * rows]: which row of x each folded row is, -1 for zeros."""
+    """Return which row of x each folded row is, -1 for zeros: int64 [images * rows]."""
     return fold.source_rows(batch, rows).flatten().to(device)
 
 
@@ -140,18 +157,14 @@ def amax_flat(x: Tensor, amax: Tensor) -> None:
     run_kernel("amax_flat", x, (tuning.bucket(x.numel()),), launch)
 
 
-def in_memory_order(w: Tensor) -> Tensor:
-    """w's values as one dense piece of memory, in any order; a copy only where w has gaps or overlaps."""
-    order = sorted(range(w.dim()), key=lambda axis: -w.stride()[axis])
-    return w.permute(order).contiguous()
-
-
 # ---- unpacking ------------------------------------------------------------------------------------------------------
 
 
 def unpack_columns(
     data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | None, ob: int, rows: int, run: int
 ) -> None:
+    """Launch unpack_columns_kernel; ob: blocks of a group, rows: of a group, run: values of a row."""
+
     def launch(config: tuning.Config) -> None:
         block = block_width(run, config["BLOCK"])
         bands = scale.numel() // run
@@ -177,6 +190,7 @@ def unpack_columns(
 def unpack_rows(
     data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | None, width: int, taps: int, group_rows: int
 ) -> None:
+    """Launch unpack_rows_kernel; group_rows: rows of a group of 16x16-scaled data, 0 for a scale a block."""
     config = config_of("unpack_rows", out)
     words = data.numel() // 4
     unpack_kernels.unpack_rows_kernel[(ceil_div(words, config["BLOCK"]),)](
@@ -200,35 +214,35 @@ def unpack_rows(
 
 
 def words_of(data: Tensor) -> Tensor:
-    """Packed columns [..., 8] uint8 as int64."""
+    """Return packed columns [..., 8], uint8, as int64."""
     return data.contiguous().view(torch.int64)
 
 
 def block_width(run: int, largest: int) -> int:
-    """The tile's width: the kernel's, or less where a row is shorter."""
+    """Return a tile's width: the largest that the kernel takes, or less where a row is shorter."""
     return min(largest, max(power_of_two(run), 64))
 
 
 def config_of(kernel: str, x: Tensor) -> tuning.Config:
-    """The table's parameters for x's GPU."""
+    """Return the table's parameters for x's GPU."""
     return tuning.config(kernel, tuning.arch_of(x.device))
 
 
 def run_kernel(kernel: str, x: Tensor, key: tuple[int, ...], launch: Callable[[tuning.Config], object]) -> None:
-    """launch() with the parameters that the table, or an earlier search, has for x's GPU."""
+    """Launch a kernel with the parameters that the table, or an earlier search, has for x's GPU."""
     launch(tuning.config(kernel, tuning.arch_of(x.device), key, launch))
 
 
 def options_of(config: tuning.Config) -> dict[str, Any]:
-    """What a launch takes besides the kernel's own arguments."""
+    """Return the options that a launch takes besides the kernel's arguments."""
     return {**OPTIONS, **{name: value for name, value in config.items() if name != "BLOCK"}}
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n >= 1."""
+    """Return the smallest power of two that is not below n >= 1."""
     return 1 << (n - 1).bit_length()

@@ -1,0 +1,268 @@
+"""Checks one call and plans it: may it run in NVFP4, do its shapes fit, what is its geometry, what is its Plan.
+
+nvfp4_autocast leaves what `ineligible` refuses in high precision, and coverage says why; nv.functional and the NVFP4
+modules raise instead. Calls that are alike share one geometry and one Plan. The caches are keyed by everything that
+decides: the operator, shapes and dtypes, the arguments with their types, the recipe with its name, the backend that was
+chosen, the dtype of dequantized operands, y's memory format. What can change between two such calls (the backend that
+"auto" means, autocast) is asked before, at every call. Each cache holds 4096 entries. Sizes that torch.compile traces
+have no hash, and pass by the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_nvfp4_cv.errors import describe, value_error
+from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry, int_tuple, output_size, transposed_output_size
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+CACHED = 4096
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MINIMUM = BLOCK  # channels on either side of a group
+
+
+# ---- may it run in NVFP4 --------------------------------------------------------------------------------------------
+
+
+def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockScaling) -> str | None:
+    """Return why this call must stay in high precision, or None if it can run in NVFP4.
+
+    Shapes that torch itself rejects are not checked here; torch's own error is the better one.
+    """
+    if not isinstance(x, Tensor) or not isinstance(w, Tensor):
+        return "an operand is not a tensor"
+    for name, tensor in (("input", x), ("weight", w)):
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+    if x.device.type == "meta":
+        return "meta tensors hold no values"
+    if x.device != w.device:
+        return f"input on {x.device}, weight on {w.device}"
+    if x.layout != torch.strided or w.layout != torch.strided:
+        return "an operand is not a dense tensor"
+    if w.dim() < 2 or groups < 1 or w.shape[0] % groups:
+        return None
+    return _thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
+
+
+@functools.lru_cache(maxsize=CACHED)
+def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScaling) -> str | None:
+    """Return why channels are too few, or why the recipe leaves nothing; `first`, `second`: of the weight's axes."""
+    thin = min(first, second)
+    if thin < MINIMUM:
+        names = ("in", "out") if "transpose" in op else ("out", "in")
+        which = names[0] if first < MINIMUM else names[1]
+        plural = "s" if thin > 1 else ""
+        if groups > 1:
+            kind = "depthwise" if second == 1 else "thin groups"
+            return f"{kind}: {thin} {which}-channel{plural} per group, fewer than {MINIMUM}"
+        if recipe.thin_layers != "pad":
+            fewer = f"thin layer: {thin} {which}-channel{plural}, fewer than {MINIMUM}"
+            return f"{fewer} (recipe.thin_layers='high_precision')"
+    return None if recipe.nvfp4_gemms else "recipe.high_precision_gemms names all three GEMMs"
+
+
+# ---- its geometry and plan ------------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """The shape and dtype of a tensor, or of a weight that is not there as one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Sizes:
+        """Read them from a tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+
+class CallShape(NamedTuple):
+    """What decides the geometry of one call. `types` are those of the arguments: 1, True and 1.0 have one hash."""
+
+    op: str
+    x: Sizes
+    w: Sizes
+    bias: Sizes | None
+    args: ConvArgs
+    types: Any = None
+
+    @classmethod
+    def of(cls, op: str, x: Tensor, w: Sizes, bias: Tensor | None, args: ConvArgs) -> CallShape:
+        """Describe a call."""
+        types = None
+        if not torch.compiler.is_compiling():
+            types = [tuple(map(type, a)) if isinstance(a, tuple) else type(a) for a in args]
+        bias_sizes = None if bias is None else Sizes.of(bias)
+        return cls(op, Sizes.of(x), w, bias_sizes, args, None if types is None else tuple(types))
+
+
+class Lowered(NamedTuple):
+    """A call's geometry, and what x needs before: a batch axis, padding that padding="same" adds on one side."""
+
+    geometry: ConvGeometry
+    unbatched: bool
+    pad: tuple[int, ...]
+    empty: bool  # x or y has no elements
+
+    def input(self, x: Tensor) -> Tensor:
+        """Return x with the batch axis and the padding that the geometry counts on."""
+        x = x.unsqueeze(0) if self.unbatched else x
+        return F.pad(x, self.pad) if self.pad else x
+
+
+def lowered(call: CallShape) -> Lowered:
+    """Return the geometry of a call.
+
+    Raises:
+        ValueError: shapes or arguments that do not fit.
+    """
+    if torch.compiler.is_compiling():
+        return _lower(call)
+    try:
+        return _cached_lower(call)
+    except TypeError:  # a list among the arguments, or a traced size: neither has a hash
+        return _lower(call)
+
+
+def planned(
+    call: CallShape, recipe: NVFP4BlockScaling, backend: str, compute_dtype: torch.dtype, channels_last: bool
+) -> Plan:
+    """Return the Plan of a call whose shapes are right."""
+    try:
+        return _cached_plan(call, recipe, recipe.name, backend, compute_dtype, channels_last)
+    except TypeError:
+        return Plan(_lower(call).geometry, recipe, backend, compute_dtype, channels_last)
+
+
+@functools.lru_cache(maxsize=CACHED)
+def _cached_plan(
+    call: CallShape,
+    recipe: NVFP4BlockScaling,
+    name: str,  # takes no part in comparisons of recipes, but errors and reports print it
+    backend: str,
+    compute_dtype: torch.dtype,
+    channels_last: bool,
+) -> Plan:
+    return Plan(lowered(call).geometry, recipe, backend, compute_dtype, channels_last)
+
+
+def _lower(call: CallShape) -> Lowered:
+    rank = len(call.w.shape) - 2
+    _check_shapes(call, rank)
+    x, padding = call.x.shape, call.args.padding
+    pad: tuple[int, ...] = ()
+    unbatched = rank > 0 and len(x) == rank + 1
+    x = (1, *x) if unbatched else x
+    if isinstance(padding, str):
+        pad, padding = named_padding(call, rank)
+        more = [low + high for low, high in zip(pad[::2], pad[1::2], strict=True)]  # F.pad counts from the last axis
+        x = (*x[:2], *(size + n for size, n in zip(x[2:], reversed(more), strict=True))) if pad else x
+    g = _geometry(call, rank, x, padding)
+    # Not g.y_shape: torch.compile traces this, and does not know a cached property's lock (Python 3.11).
+    y = (*g.a_size, g.channels_a) if g.transposed else (*g.b_size, g.channels_b)
+    return Lowered(g, unbatched, pad, 0 in x or 0 in y)
+
+
+_cached_lower = functools.lru_cache(maxsize=CACHED)(_lower)
+
+
+def _check_shapes(call: CallShape, rank: int) -> None:
+    op, x, w, groups = call.op, call.x.shape, call.w.shape, call.args.groups
+    got = f"x {describe(call.x)}, weight {describe(call.w)}"
+    expected = 0 if op == "linear" else int(op[-2])
+    if rank != expected or (rank and len(x) not in (rank + 1, rank + 2)) or len(x) < 1:
+        images = f"x [B, C, {expected} image axes] and weight [., ., {expected} kernel axes]"
+        raise value_error(
+            f"nvfp4 {op}: wrong rank.",
+            got=got,
+            needs="x [..., C] and weight [O, C]" if op == "linear" else images,
+            fix="reshape the input",
+        )
+    transposed = "transpose" in op
+    channels = x[-1] if rank == 0 else x[len(x) - rank - 1]
+    wanted = w[0] if transposed else w[1] * groups
+    if channels != wanted or groups < 1 or w[0] % groups:
+        raise value_error(
+            f"nvfp4 {op}: channels do not match.",
+            got=f"{got}, groups={groups}: input has {channels} channels",
+            needs=f"{wanted} input channels, and groups that divide the weight's first axis",
+            fix="check the layer before this one",
+        )
+    out = w[1] * groups if transposed else w[0]
+    if call.bias is not None and call.bias.shape != (out,):
+        raise value_error(
+            f"nvfp4 {op}: bias does not match.",
+            got=f"bias {describe(call.bias)}",
+            needs=f"({out},)",
+            fix="one bias per output channel",
+        )
+
+
+def _geometry(call: CallShape, rank: int, x: tuple[int, ...], padding: Any) -> ConvGeometry:
+    """Return the geometry of x's batched and padded shape."""
+    op, w, args = call.op, call.w.shape, call.args
+    least = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+    values = {"stride": args.stride, "padding": padding, "dilation": args.dilation}
+    values["output_padding"] = args.output_padding
+    stride, pads, dilation, extra = (int_tuple(v, rank, op, n, least[n]) for n, v in values.items())
+    kernel, transposed = tuple(w[2:]), "transpose" in op
+    size: tuple[int, ...] = ()
+    out: tuple[int, ...] = ()
+    if rank == 0:
+        batch = 1
+        for n in x[:-1]:
+            batch = batch * n
+    else:
+        batch, size = x[0], tuple(x[2:])
+        rows = list(zip(size, kernel, stride, pads, dilation, strict=True))
+        if transposed:
+            out = tuple(transposed_output_size(*row, more) for row, more in zip(rows, extra, strict=True))
+        else:
+            out = tuple(output_size(*row) for row in rows)
+        if min(out) < 0 or (min(out) == 0 and min(size) > 0 and not transposed):
+            raise value_error(
+                f"nvfp4 {op}: the output would be empty.",
+                got=f"x {describe(call.x)}, kernel {kernel}, padding {pads}, dilation {dilation}",
+                needs="an image at least as large as the dilated kernel, padding included",
+                fix="pad the input or use a smaller kernel",
+            )
+        if any(more >= max(s, d) for more, s, d in zip(extra, stride, dilation, strict=True) if more):
+            raise value_error(
+                f"nvfp4 {op}: bad output_padding.",
+                got=str(extra),
+                needs="less than stride or dilation",
+                fix="check output_padding",
+            )
+    a, b = (out, size) if transposed else (size, out)
+    groups = args.groups
+    return ConvGeometry(
+        batch, w[1] * groups, w[0], a, b, kernel, stride, pads, dilation, extra, groups, transposed
+    )
+
+
+def named_padding(call: CallShape, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return padding="same" or "valid" as numbers: what F.pad must add on one side, and what both sides have."""
+    op, padding, stride = call.op, call.args.padding, call.args.stride
+    if padding == "valid":
+        return (), (0,) * rank
+    if padding != "same" or any(s != 1 for s in int_tuple(stride, rank, op, "stride", 1)):
+        raise value_error(
+            f"nvfp4 {op}: bad padding.",
+            got=f"padding={padding!r}, stride={stride}",
+            needs='"valid", or "same" with stride 1',
+            fix="give numbers",
+        )
+    dilation = int_tuple(call.args.dilation, rank, op, "dilation", 1)
+    totals = [d * (k - 1) for d, k in zip(dilation, call.w.shape[2:], strict=True)]
+    pad: tuple[int, ...] = ()
+    if any(total % 2 for total in totals):
+        pad = tuple(n for total in reversed(totals) for n in (0, total % 2))
+    return pad, tuple(total // 2 for total in totals)
