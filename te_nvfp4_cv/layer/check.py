@@ -85,7 +85,7 @@ class Sizes(NamedTuple):
 
 
 class CallShape(NamedTuple):
-    """What decides the geometry of one call. `types` are those of the arguments: 1, True and 1.0 have one hash."""
+    """All that decides the geometry of one call. `types` are those of the arguments: 1, True and 1.0 have one hash."""
 
     op: str
     x: Sizes

@@ -96,7 +96,7 @@ def saved_of(
 
 
 class Like(NamedTuple):
-    """What dx, dw and db must look like: shapes, dtypes and memory formats of x, w and bias."""
+    """The look that dx, dw and db must have: shapes, dtypes and memory formats of x, w and bias."""
 
     x_shape: tuple[int, ...]
     x_dtype: torch.dtype

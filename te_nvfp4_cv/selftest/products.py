@@ -23,6 +23,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def convolutions(setting: Setting) -> str:
     """Compare y, dx, dw and db of 2-D convolutions: kernel sizes, strides, batches, dtypes."""
+    # Few sizes are multiples of 16, because padded channels and folded images are a part of what is compared.
     calls: list[Any] = [
         ("conv2d", (4, 32, 6, 5), (16, 32, 3, 3), {"padding": 1}, FP32, {}),
         ("conv2d", (3, 24, 7, 6), (40, 24, 3, 3), {"padding": 1, "stride": 2}, BF16, {}),
@@ -82,6 +83,7 @@ def matrix_products(setting: Setting) -> str:
     plain, rotated = NVFP4Quantizer(backend="reference"), NVFP4Quantizer(backend="reference", with_rht=True)
     square = NVFP4Quantizer(backend="reference", with_2d_quantization=True)
     x, w, dy = normal((m, k), seed=1), normal((n, k), seed=2), normal((m, n), seed=3)
+    # As fprop, dgrad and wgrad call it.
     for layout, a, b in (("TN", plain(x), square(w)), ("NN", plain(dy), square(w)), ("NT", rotated(dy), rotated(x))):
         truth = gemm(a, b, layout, torch.float32, backend="reference")
         setting.dirty()
@@ -116,6 +118,7 @@ def _compare(setting: Setting, calls: list[Any]) -> str:
         truth = _run(op, (x, w, bias), arguments, recipe, reference)
         setting.dirty()
         ours = _run(op, (x, w, bias), arguments, recipe, setting, truth[-1])
+        # Both end with dy, which is no result; strict=False leaves it out.
         for name, a, b in zip(("y", "dx", "dw", "db"), ours, truth, strict=False):
             what = f"{op} {x_shape} x {w_shape} {arguments or ''} {fields or ''}: {name}"
             worst[dtype] = max(worst[dtype], close(what, a, b, bound_for(dtype)))

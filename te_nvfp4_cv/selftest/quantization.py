@@ -83,6 +83,7 @@ def delayed(setting: Setting) -> str:
         ours = operand.measure_operand(setting.put(x), spec, setting.backend)
         checked += same_fields(f"{name}, measured", ("amax",), (ours,), (measured,))
         for factor in (2.0, 0.25):  # a scale with room above, and one that saturates
+            # An operand with NaN or inf needs some scale, too.
             exponent = torch.ceil(torch.log2(measured.nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-30) / 2688.0))
             amax = 2688.0 * torch.exp2(exponent) * factor
             truth = quantize(x, "reference", DEQUANTIZED, PACKED, fold, amax=amax, **options)
@@ -240,11 +241,12 @@ def _operands(small: bool) -> list[OperandCase]:
     """
     size = 1 if small else 2
     shape = (16, 2 * size, 2 * size, 32 * size)
+    # Blocks of very different size, so that scales from the smallest to the largest occur in one tensor.
     wide = normal(shape, seed=1) * torch.exp2(normal(shape, torch.float32, 2) * 8).bfloat16()
     tails = normal((5, 6, 3 if small else 26, 40), torch.float32, 4)
     zeros = normal(shape, torch.float32, 3)
     zeros[:, 0] = 0
-    zeros[:, :, 0] *= 1e-39
+    zeros[:, :, 0] *= 1e-39  # subnormal numbers
     both, used = FORMS[:1], FORMS[:2]  # both faces packed; also x as a training step has it, fprop's dequantized
     cases: list[tuple[str, Tensor, Fold | None, Options, tuple[tuple[int, int], ...]]] = [
         ("bf16, values of many sizes", wide, None, {}, used if small else FORMS),

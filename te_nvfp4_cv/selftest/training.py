@@ -71,7 +71,7 @@ def train(
 
 def training(setting: Setting) -> str:
     """Train shortly in NVFP4, with each tensor scale and with fused norms: losses must fall, and stay near bf16's."""
-    steps = 2 if setting.small else STEPS
+    steps = 2 if setting.small else STEPS  # Triton's interpreter takes seconds for a step
     ends = {"bf16": _end(train(setting, None, "auto", steps))}
     for scale, fused in (("current", False), ("delayed", False), ("delayed", True)):
         if setting.small and scale != "current":
@@ -113,7 +113,7 @@ def norms(setting: Setting) -> str:
         what = f"{'group' if groups else 'batch'} norm + {activation}, {str(dtype).removeprefix('torch.')}"
         names = ("y", "mean", "rstd", "dz", "dresidual", "dweight", "dbias")
         for name, a, b in zip(names, ours, truth, strict=True):
-            if b.numel():
+            if b.numel():  # dresidual is empty without a residual
                 worst = max(worst, close(f"{what}: {name}", a, b, bound_for(dtype)))
     return f"{len(cases)} cases, relative error at most {worst:.1e}"
 

@@ -103,6 +103,7 @@ def _import(module: str, folder: Path, option: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # the module's own code runs, and may raise anything
+        # A torchvision that was built for another torch fails with this text, which says nothing of the cause.
         if "operator torchvision::" in str(error):
             raise value_error(
                 f"{option}: torchvision does not load beside this torch.",
@@ -117,7 +118,7 @@ def _import(module: str, folder: Path, option: str) -> Any:
             fix="correct it, or name another one",
         ) from error
     finally:
-        sys.path.remove(str(folder))
+        sys.path.remove(str(folder))  # what is imported later must not be found in the user's folder by accident
 
 
 def _function(module: Any, function: str, name: str, option: str) -> Build:

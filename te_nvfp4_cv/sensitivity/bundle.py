@@ -89,6 +89,7 @@ class Bundle:
             json.dumps(arguments)
         except (TypeError, ValueError) as error:
             raise _bad("builder", str(error), "arguments that JSON can hold") from None
+        # A broken recipe is refused when the bundle is written, not weeks later when somebody reads it.
         if self.recipe_text:
             parse_recipe(self.recipe_text, "the bundle's recipe")
 

@@ -119,6 +119,7 @@ class Diagnosis:
             # An entry covers a module's children: those that were in NVFP4 when this was measured get their own.
             prefix = f"{self.worst_layer}." if self.worst_layer else ""
             below = [name for name in self.layers if name != self.worst_layer and name.startswith(prefix)]
+            # A recipe that stands in a table has no table of its own.
             rest = None if self.recipe_used is None else dataclasses.replace(self.recipe_used, precision=())
             stays = {glob.escape(name): own.get(glob.escape(name), rest) for name in below}
             return {**own, pattern: None, **stays}

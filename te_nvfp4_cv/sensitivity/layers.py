@@ -94,7 +94,7 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
             nonlocal total
             flops = 3 * gemm_flops(call, y)
             total += flops
-            if module is None or call.recipe is None:
+            if module is None or call.recipe is None:  # called by the loss function, or in high precision
                 return
             kernel = tuple(call.weight.shape)
             unit = units.setdefault(module, Unit(names.get(module, ""), module, call.op, kernel, call.recipe))

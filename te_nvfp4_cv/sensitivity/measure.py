@@ -82,6 +82,7 @@ class Measure:
             cuda = torch.cuda.is_initialized()
             stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count())) if cuda else []))
             stack.enter_context(untouched(self.model))
+            # Inside a compiled graph neither the hooks nor the observers would act.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.gradients))
@@ -89,7 +90,7 @@ class Measure:
                 stack.enter_context(delayed_scaling.reading_only())
             torch.manual_seed(seed)
             random.seed(seed)
-            numpy.random.seed(seed % 2**32)
+            numpy.random.seed(seed % 2**32)  # numpy takes 32 bits
             if self.prepare is not None:
                 self.prepare()
             if trace is not None:
@@ -109,7 +110,7 @@ class Measure:
                 needs="a loss that the model computes from its parameters, not under torch.no_grad",
                 fix="return the loss itself, not loss.detach() or loss.item(); or gradients=False",
             )
-        return list(torch.autograd.grad(value, parameters, allow_unused=True))
+        return list(torch.autograd.grad(value, parameters, allow_unused=True))  # a branch may be switched off
 
 
 def _scalar(value: object) -> Tensor:
@@ -137,6 +138,7 @@ def compare(found: Measured, high: Measured) -> tuple[float, float]:
     for g, truth in zip(found.gradients, high.gradients, strict=True):
         if truth is None and g is None:
             continue
+        # A parameter that took no part in the loss has a gradient of 0.
         g = torch.zeros_like(truth) if g is None else g.double()  # type: ignore[arg-type]
         truth = torch.zeros_like(g) if truth is None else truth.double()
         error += float((g - truth).square().sum())

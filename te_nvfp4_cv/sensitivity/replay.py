@@ -158,6 +158,7 @@ class _Step:
 
 def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) -> Replay:
     error = cosine = None
+    # A distance from or to a gradient that is not finite would be no number.
     if high is not None and high.finite and found.finite:
         error, cosine = compare(found, high)
     return Replay(

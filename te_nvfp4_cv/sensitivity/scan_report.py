@@ -140,6 +140,7 @@ class Scan:
                 fix="leave one out",
             )
         if count is not None:
+            # True and False are integers in Python, and surely a mistake here.
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise value_error("scan: bad count.", got=repr(count), needs="an integer >= 0", fix="count=3")
             return count

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.context import state as nv_context
 from te_nvfp4_cv.layer import observe, weight_codes
+from te_nvfp4_cv.ops.quantize import operand
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
 NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)

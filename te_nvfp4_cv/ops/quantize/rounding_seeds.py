@@ -129,7 +129,7 @@ def draw_seed(like: Tensor) -> Tensor:
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::draw_seed", mutates_args=())
 def draw_seed_op(like: Tensor) -> Tensor:
-    """Run draw_seed as an operator."""
+    """Call _draw behind torch's dispatcher."""
     return _draw(like)
 
 
