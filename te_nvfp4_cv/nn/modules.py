@@ -17,7 +17,7 @@ from te_nvfp4_cv.context import state
 from te_nvfp4_cv.layer.execute import execute_explicit
 from te_nvfp4_cv.nn.base import NVFP4_CLASSES as NVFP4_CLASSES  # whole only after this file is imported
 from te_nvfp4_cv.nn.base import NVFP4Module
-from te_nvfp4_cv.nn.walk import output_padding, padded
+from te_nvfp4_cv.nn.walk import for_output_size, padded
 from te_nvfp4_cv.ops.geometry import ConvArgs
 
 Size = int | tuple[int, ...]
@@ -54,8 +54,7 @@ class _Conv(NVFP4Module):
         recipe, backend = self.chosen()
         if recipe is None:
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
-        input, padding = padded(self, input)
-        args = ConvArgs.of(self)._replace(padding=padding)
+        input, args = padded(self, input)
         return execute_explicit(self.op, input, weight, bias, args, recipe, backend, state.reduction_group())
 
 
@@ -92,7 +91,7 @@ class _ConvTranspose(NVFP4Module):
             return super().forward(input, output_size)  # type: ignore[misc]
         w: Any = self.weight
         bias: Any = self.bias
-        args = ConvArgs.of(self)._replace(output_padding=output_padding(self, input, output_size))
+        args = for_output_size(self, input, output_size)
         return execute_explicit(self.op, input, w, bias, args, recipe, backend, state.reduction_group())
 
 

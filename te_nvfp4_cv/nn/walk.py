@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.nn.base import OPS, NVFP4Module
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import entries_of
+from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 LAYERS = tuple(OPS)
@@ -38,27 +39,27 @@ def own_weight(module: nn.Module) -> Tensor | None:
     return found
 
 
-def padded(module: Any, x: Tensor) -> tuple[Tensor, Any]:
-    """Return a layer's input and the padding that is left to the operator, which is 0 for a linear layer.
+def padded(module: Any, x: Tensor) -> tuple[Tensor, ConvArgs]:
+    """Return a layer's input and the arguments of its operator, for any padding mode.
 
-    Operators pad with zeros only. For a convolution's other padding modes the input is padded here.
+    Operators pad with zeros only. For a convolution's other padding modes the input is padded here, before it is
+    quantized, and the operator pads nothing.
     """
-    if getattr(module, "padding_mode", "zeros") == "zeros":
-        return x, getattr(module, "padding", 0)
-    return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    args = ConvArgs.of(module)
+    if getattr(module, "padding_mode", "zeros") == "zeros":  # linear layers have none
+        return x, args
+    return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), args._replace(padding=0)
 
 
-def output_padding(module: Any, x: Tensor, output_size: list[int] | None) -> list[int]:
-    """Return a transposed convolution's output padding for the size that the caller asks for.
+def for_output_size(module: Any, x: Tensor, output_size: list[int] | None) -> ConvArgs:
+    """Return the arguments of a transposed convolution's operator for the output size that the caller asks for.
 
     Raises:
         ValueError: No output padding gives that size.
     """
     m = module
-    found: list[int] = m._output_padding(
-        x, output_size, m.stride, m.padding, m.kernel_size, len(m.kernel_size), m.dilation
-    )
-    return found
+    more = m._output_padding(x, output_size, m.stride, m.padding, m.kernel_size, len(m.kernel_size), m.dilation)
+    return ConvArgs.of(module)._replace(output_padding=more)
 
 
 # ---- all modules of a model -----------------------------------------------------------------------------------------

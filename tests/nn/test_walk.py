@@ -53,15 +53,15 @@ def test_entries_rule_over_a_modules_recipe_only_as_high_precision_or_where_it_h
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 def test_padding_modes_are_those_of_torch(mode):
     layer, x = nn.Conv2d(4, 4, 3, padding=(1, 2), padding_mode=mode), torch.randn(2, 4, 6, 7)
-    padded, padding = walk.padded(layer, x)
-    assert padding == ((1, 2) if mode == "zeros" else 0)
-    assert torch.equal(F.conv2d(padded, layer.weight, layer.bias, padding=padding), layer(x))
-    assert walk.padded(nn.Linear(4, 4), x) == (x, 0)
+    padded, args = walk.padded(layer, x)
+    assert args.padding == ((1, 2) if mode == "zeros" else 0)
+    assert torch.equal(F.conv2d(padded, layer.weight, layer.bias, padding=args.padding), layer(x))
+    assert walk.padded(nn.Linear(4, 4), x)[0] is x
 
 
 def test_output_padding_is_that_of_torch():
     layer, x = nn.ConvTranspose2d(4, 4, 3, stride=2), torch.randn(2, 4, 6, 7)
-    more = walk.output_padding(layer, x, [14, 15])
+    more = walk.for_output_size(layer, x, [14, 15]).output_padding
     y = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2, output_padding=more)
     assert list(more) == [1, 0] and torch.equal(y, layer(x, [14, 15]))
 
