@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.backend import dispatch, native
+from te_nvfp4_cv.backend.explain import explain
 from te_nvfp4_cv.cli.shape import Command, show
 from te_nvfp4_cv.recipe.files import list_recipes, recipe_folder
 
@@ -81,7 +82,7 @@ def doctor() -> dict[str, Any]:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    choice = dispatch.explain(device)  # the backend, why it was chosen, and what the other backends need
+    choice = explain(device)  # the backend, why it was chosen, and what the other backends need
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from te_nvfp4_cv.distributed.fsdp_weight import Form, ShardedWeight
 from te_nvfp4_cv.errors import check_module, runtime_error
 from te_nvfp4_cv.layer import check
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.precision import matches
-from te_nvfp4_cv.nn.walk import with_recipes
+from te_nvfp4_cv.nn.walk import LAYERS, op_of, with_recipes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 __all__ = ["quantize_gathers"]
@@ -67,11 +66,10 @@ def quantize_gathers(
             fix="call nv.fsdp.quantize_gathers(model, recipe) before fully_shard",
         )
     table = matches(model, list(resolved.precision))
-    layers = tuple(NVFP4_CLASSES)
     marked: list[str] = []
     replaced: dict[int, nn.Parameter] = {}
-    for name, module, entry in with_recipes(model, "", resolved, table, set()):
-        weight = module._parameters.get("weight") if isinstance(module, layers) else None
+    for name, module, entry in with_recipes(model, resolved, table):
+        weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
         if weight is None or (filter_fn is not None and not filter_fn(module, name)):
             continue
         full_name = f"{name}.weight".lstrip(".")
@@ -98,9 +96,8 @@ def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None
     """Return why a weight is gathered in high precision, or None if it is gathered in NVFP4."""
     if recipe is None:
         return "high precision"
-    kind = next(base for base in type(module).__mro__ if base in NVFP4_CLASSES)
     groups = getattr(module, "groups", 1)
-    reason = check.ineligible(NVFP4_CLASSES[kind].op, weight, weight, groups, recipe)
+    reason = check.ineligible(op_of(module), weight, weight, groups, recipe)
     if reason is not None:
         return reason
     s = recipe.settings("weight")

@@ -14,22 +14,16 @@ from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.export.artifact import PARTS, Artifact, LayerEntry, Manifest, damaged, join
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.layer import check
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.base import OPS, is_plain_layer
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import matches
-from te_nvfp4_cv.nn.walk import op_of, with_recipes
+from te_nvfp4_cv.nn.walk import LAYERS, op_of, with_recipes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")
-LAYERS = tuple(NVFP4_CLASSES)  # torch's classes of convolutions and linear layers
 
 
 # ---- a model's layers -----------------------------------------------------------------------------------------------
-
-
-def is_plain_layer(module: nn.Module) -> bool:
-    """Tell whether a layer's forward is torch's own: its class is torch's or one of nn/modules.py, and no subclass."""
-    return type(module) in NVFP4_CLASSES or type(module) in NVFP4_CLASSES.values()
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,7 +84,7 @@ def sort_layers(
     table = matches(model, list(recipe.precision))
     quantized: dict[str, tuple[nn.Module, NVFP4BlockScaling]] = {}
     high: dict[str, str] = {}
-    for name, module, own in with_recipes(model, "", recipe, table, set()):
+    for name, module, own in with_recipes(model, recipe, table):
         if hasattr(type(module), "nvfp4_weight"):  # an InferenceLayer
             quantized[name] = (module, module.recipe)  # type: ignore[assignment]
         elif isinstance(module, LAYERS):
@@ -205,7 +199,7 @@ def _check_buffers(model: nn.Module) -> None:
 
 def _differences(name: str, module: nn.Module, entry: LayerEntry) -> list[str]:
     """List how a layer of the model differs from the one that the file describes."""
-    kind = next((ours.op for plain, ours in NVFP4_CLASSES.items() if isinstance(module, plain)), None)
+    kind = next((op for plain, op in OPS.items() if isinstance(module, plain)), None)
     groups = getattr(module, "groups", 1)
     if kind and not is_plain_layer(module):
         return [f"{name}: {type(module).__qualname__}, a subclass of torch's layer, in the file {entry.op}"]

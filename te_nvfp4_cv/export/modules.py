@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend import dispatch
@@ -29,7 +28,8 @@ from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.layer import delayed_scaling, inference, operands
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.nn import learned
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.base import OPS
+from te_nvfp4_cv.nn.walk import for_output_size, padded
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.records import Face, WeightCodes
@@ -268,22 +268,13 @@ class InferenceLayer(nn.Module):
 class _Conv(InferenceLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer, with the arguments of torch's own."""
-        args = ConvArgs.of(self)
-        if self.padding_mode != "zeros":
-            # x is padded before it is quantized, as in training (nn/modules.py).
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)  # type: ignore
-            args = args._replace(padding=0)
-        return self._run(input, args)
+        return self._run(*padded(self, input))
 
 
 class _ConvTranspose(InferenceLayer):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Run the layer, with the arguments of torch's own."""
-        rank = len(self.kernel_size)  # type: ignore[arg-type]
-        more = self._output_padding(  # type: ignore[operator]
-            input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
-        )
-        return self._run(input, ConvArgs.of(self)._replace(output_padding=more))
+        return self._run(input, for_output_size(self, input, output_size))
 
 
 class _Linear(InferenceLayer):
@@ -299,7 +290,7 @@ def _inference_class(plain: type[nn.Module], op: str) -> type[InferenceLayer]:
 
 
 CLASSES: dict[type[nn.Module], type[InferenceLayer]] = {
-    plain: _inference_class(plain, ours.op) for plain, ours in NVFP4_CLASSES.items()
+    plain: _inference_class(plain, op) for plain, op in OPS.items()
 }
 # Pickles and `from ... import InferenceConv2d` find a class by its name in this file.
 globals().update({made.__name__: made for made in CLASSES.values()})

@@ -27,14 +27,12 @@ from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.layer import delayed_scaling, observe
 from te_nvfp4_cv.layer.plan import row_scaling_applies
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
-from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.walk import LAYERS, named_modules
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.report.forward_pass import gemm_flops, recipe_in_force, running, untouched
 from te_nvfp4_cv.report.table import Coverage, Layer
 
-LAYERS = tuple(NVFP4_CLASSES)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -110,7 +108,7 @@ class _Watch:
         self.model = model
         self.names: dict[nn.Module, str] = {}
         self.owners: dict[int, tuple[nn.Module, str]] = {}  # id(Parameter) -> its module, and its name there
-        self.modules = list(_modules(model, ""))
+        self.modules = list(named_modules(model))
         for name, module in self.modules:
             self.names.setdefault(module, name)
             if not isinstance(module, torch.jit.ScriptModule):
@@ -274,14 +272,6 @@ class _Unseen(TorchFunctionMode):
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
-
-
-def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """List the modules with plain names, shared ones under each name, without what is inside of ScriptModules."""
-    yield plain_name(name), module
-    if not isinstance(module, torch.jit.ScriptModule):
-        for child_name, child in module.named_children():
-            yield from _modules(child, f"{name}.{child_name}" if name else child_name)
 
 
 def _elements(geometry: ConvGeometry, recipe: NVFP4BlockScaling) -> tuple[int, int]:

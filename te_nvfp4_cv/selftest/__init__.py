@@ -5,7 +5,7 @@ law), the three GEMMs of the backends vendor and triton, norms, a short training
 a machine without a GPU the compiled CPU kernels are checked in the same way, and the report says that no GPU was.
 
 The report is a dict for JSON, made to be shared: it names the GPU and the versions, and holds no host name and no path.
-When everything has passed on a GPU, backend/selftest_cache.py remembers it.
+When everything has passed on a GPU, backend/cache.py remembers it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.backend import cache, dispatch, native, selftest_cache
+from te_nvfp4_cv.backend import cache, dispatch, native
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.selftest import products, quantization, training
 from te_nvfp4_cv.selftest.setting import Setting
@@ -118,7 +118,7 @@ def run(
     }
     # A pass counts only if both backends were tested; one failure is enough to take an earlier pass back.
     if device.type == "cuda" and (not report["passed"] or set(backends) >= {"vendor", "triton"}):
-        selftest_cache.write(device, bool(report["passed"]))
+        cache.remember_selftest(device, bool(report["passed"]))
     return report
 
 

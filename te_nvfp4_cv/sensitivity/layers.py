@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.context import state
 from te_nvfp4_cv.layer import observe
-from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.walk import named_modules
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.report.forward_pass import gemm_flops, running
 
@@ -38,9 +38,7 @@ class Unit:
 
 def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """List the modules with plain names, without ScriptModules, into which no context sees."""
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            yield plain_name(name), module
+    return ((name, module) for name, module in named_modules(model) if not isinstance(module, torch.jit.ScriptModule))
 
 
 @contextmanager

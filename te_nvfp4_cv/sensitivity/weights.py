@@ -25,11 +25,11 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
 from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.walk import LAYERS
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.records import PACKED, WeightLayout, WeightSpec
 from te_nvfp4_cv.report.forward_pass import untouched
 from te_nvfp4_cv.report.text import aligned, number, plain
-from te_nvfp4_cv.report.watch import LAYERS
 
 TITLES = (
     *("weight", "shape", "mean", "std", "kurtosis", "amax/std"),

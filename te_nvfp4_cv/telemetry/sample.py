@@ -18,11 +18,10 @@ from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import gemms, observe
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.names import plain_name
-from te_nvfp4_cv.nn.walk import op_of, own_weight
+from te_nvfp4_cv.nn.walk import named_layers, op_of, own_weight
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.ops.records import Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
-from te_nvfp4_cv.report.watch import LAYERS
 from te_nvfp4_cv.telemetry import blocks, statistics
 from te_nvfp4_cv.telemetry.settings import THRESHOLD, Settings
 
@@ -244,9 +243,7 @@ class _Watch:
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """List convolutions and linear layers by plain name, in the model's order; a shared one comes once."""
-    for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
-            yield plain_name(name) or type(module).__name__, module
+    return ((name or type(module).__name__, module) for name, module in named_layers(model))
 
 
 def _is_compiled(module: nn.Module) -> bool:

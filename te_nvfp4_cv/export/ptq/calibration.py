@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_map_only
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
-from te_nvfp4_cv.nn.walk import op_of
+from te_nvfp4_cv.nn.walk import op_of, padded
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.ops.geometry import ConvArgs, pixel_map
+from te_nvfp4_cv.ops.geometry import pixel_map
 
 ROWS = 2048  # im2col rows per layer and batch: a Gram matrix of all pixels would take longer than the forward pass
 
@@ -81,10 +81,7 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
     """
     op = op_of(layer)
     groups = getattr(layer, "groups", 1)
-    args = ConvArgs.of(layer)
-    if getattr(layer, "padding_mode", "zeros") != "zeros":
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        args = args._replace(padding=0)
+    x, args = padded(layer, x)
     low = lowered(CallShape.of(op, x, Sizes.of(layer.weight), None, args))
     g = low.geometry
     x_last = layouts.image_last(low.input(x), g.x_shape)

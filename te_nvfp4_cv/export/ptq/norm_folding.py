@@ -25,9 +25,8 @@ from torch.utils._pytree import tree_flatten
 
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.export.folding import NORMS, FoldedNorm, put
-from te_nvfp4_cv.fusion.patterns import child_of
-from te_nvfp4_cv.fusion.trace import Untraceable, trace
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.fusion.trace import Untraceable, child_of, trace
+from te_nvfp4_cv.nn.base import OPS
 
 
 def fold(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
@@ -164,7 +163,7 @@ def _layer_before(module: nn.Module, node: fx.Node) -> fx.Node | None:
     if not isinstance(before, fx.Node) or before.op != "call_module" or list(before.users) != [node]:
         return None
     layer: Any = child_of(module, str(before.target))
-    if type(layer) not in NVFP4_CLASSES or _hooked(layer) or "weight" not in layer._parameters:
+    if type(layer) not in OPS or _hooked(layer) or "weight" not in layer._parameters:
         return None
     width = norm.num_features
     out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
