@@ -32,7 +32,7 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv import fsdp
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight, ShardedWeight
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.records import PACKED, WeightCodes, WeightSpec
+from te_nvfp4_cv.ops.records import PACKED, Face, WeightCodes, WeightLayout, WeightSpec
 from tests.distributed.launch import Ranks, ranks_test, two_ranks
 from tests.helpers import relative_error, same_bits, values
 
@@ -401,9 +401,8 @@ def on_ranks_readers_in_high_precision_are_told(ranks: Ranks) -> None:
             module = reference.get_submodule(name.removesuffix(".weight"))
             groups = getattr(module, "groups", 1)
             codes, scales, *_, amax = codes_of_whole(module.weight, groups)
-            w = operand.unpack_weight(
-                codes, scales, *module.weight.shape[:2], groups, False, None, torch.float32, "reference"
-            )
+            layout = WeightLayout(*module.weight.shape[:2], groups, False)
+            w = operand.unpack_weight(Face(codes, scales), layout, None, torch.float32, "reference")
             module.weight.copy_((w * (amax / 2688)).view(len(w), 3, 3, -1).movedim(-1, 1))
         assert relative_error(found, reference(x)) < 1e-5
     other = nv.NVFP4BlockScaling(disable_2d_quantization=True)
