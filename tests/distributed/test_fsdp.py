@@ -32,6 +32,7 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv import fsdp
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight, ShardedWeight
 from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.records import PACKED, Face, WeightCodes, WeightLayout, WeightSpec
 from tests.distributed.launch import Ranks, ranks_test, two_ranks
 from tests.helpers import relative_error, same_bits, values
 
@@ -136,9 +137,9 @@ def watch_codes(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
     seen: dict[str, tuple[Tensor, ...]] = {}
     original = GatheredWeight.codes_for
 
-    def codes_for(self: GatheredWeight, plan: Any) -> tuple[Tensor, ...]:
+    def codes_for(self: GatheredWeight, plan: Any) -> WeightCodes:
         found = original(self, plan)
-        seen[self.form.name] = tuple(part.clone() for part in found)
+        seen[self.form.name] = tuple(part.clone() for part in found.flat())
         return found
 
     GatheredWeight.codes_for = codes_for  # type: ignore[method-assign]
@@ -146,7 +147,7 @@ def watch_codes(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
 
 
 def codes_of_whole(w: Tensor, groups: int, pow2: bool = False) -> tuple[Tensor, ...]:
-    return operand.quantize_weight(w, groups, 1, 0, True, "", 448, pow2, torch.float32, "vendor")
+    return operand.quantize_weight(w, WeightSpec(groups, PACKED, pow2=pow2), torch.float32, "vendor").flat()
 
 
 # ---- equal to one process -------------------------------------------------------------------------------------------
@@ -400,9 +401,8 @@ def on_ranks_readers_in_high_precision_are_told(ranks: Ranks) -> None:
             module = reference.get_submodule(name.removesuffix(".weight"))
             groups = getattr(module, "groups", 1)
             codes, scales, *_, amax = codes_of_whole(module.weight, groups)
-            w = operand.unpack_weight(
-                codes, scales, *module.weight.shape[:2], groups, False, None, torch.float32, "reference"
-            )
+            layout = WeightLayout(*module.weight.shape[:2], groups, False)
+            w = operand.unpack_weight(Face(codes, scales), layout, None, torch.float32, "reference")
             module.weight.copy_((w * (amax / 2688)).view(len(w), 3, 3, -1).movedim(-1, 1))
         assert relative_error(found, reference(x)) < 1e-5
     other = nv.NVFP4BlockScaling(disable_2d_quantization=True)
