@@ -20,7 +20,7 @@ from typing import Any
 from te_nvfp4_cv.errors import value_error
 
 Build = Callable[[dict[str, Any]], Any]
-SHIPPED = "unet_coco"
+SHIPPED = "unet_coco"  # the only example with a training run that writes bundles
 
 
 def examples() -> Path:

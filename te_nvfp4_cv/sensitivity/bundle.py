@@ -119,6 +119,7 @@ def save_bundle(path: str | os.PathLike[str], **fields: Any) -> None:
         'the loss is NaN'
     """
     bundle = Bundle(**fields)
+    # Plain data and not the Bundle: weights_only refuses our own class.
     copied = {name: _copied(getattr(bundle, name), name) for name in Bundle.__dataclass_fields__}
     buffer = io.BytesIO()  # in memory first, so that an error of torch.save leaves no file
     torch.save({"format": FORMAT, "version": VERSION, **copied}, buffer)
@@ -138,7 +139,7 @@ def _copied(value: Any, where: str) -> Any:
         return value.detach().to("cpu", copy=True)  # a copy: a view would bring the memory of its base along
     if isinstance(value, OrderedDict):  # a state_dict: its _metadata holds the versions of the modules
         copied = OrderedDict((_copied(key, where), _copied(item, f"{where}[{key!r}]")) for key, item in value.items())
-        vars(copied).update(vars(value))
+        vars(copied).update(vars(value))  # an OrderedDict has attributes, unlike a dict
         return copied
     if isinstance(value, Mapping):
         return {_copied(key, where): _copied(item, f"{where}[{key!r}]") for key, item in value.items()}
@@ -194,6 +195,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
             needs="a file of nv.sensitivity.save_bundle",
             fix="pass the bundle, not a checkpoint",
         )
+    # Compared before the fields are: another version may have other fields.
     if state.get("version") != VERSION:
         raise value_error(
             f"bundle: {os.fspath(path)} is of another version.",
