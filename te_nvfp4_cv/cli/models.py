@@ -40,7 +40,7 @@ def _project(options: argparse.Namespace) -> int:
 
     report = project(
         model_of(options),
-        example(options, 1),
+        example(options, 1),  # one image is enough: sizes are multiplied by --batch
         gpu=options.gpu,
         batch=options.batch,
         recipe=recipe_of(options),

@@ -34,6 +34,7 @@ FORMAT, VERSION = "te_nvfp4_cv.telemetry", 1
 
 def dumps(record: Any) -> str:
     """Return a record as one line of strict JSON, with null for numbers that are not finite."""
+    # allow_nan=False: Python would write NaN, which is no JSON, if `plain` missed one.
     return json.dumps(plain(record), separators=(",", ":"), allow_nan=False)
 
 
@@ -153,6 +154,7 @@ def _take(run: Run, record: dict[str, Any]) -> None:
     if kind == "step":
         run.steps[int(record["step"])] = record["layers"]  # of a step that a resumed run repeated, the later record
     elif kind == "scalars":
+        # Of one step there may be several records: training and validation write theirs apart.
         run.scalars.setdefault(int(record["step"]), {}).update(record["values"])
     elif kind == "alarm" and record not in run.alarms:  # a resumed run repeats steps, and so may repeat their alarms
         run.alarms.append(record)
@@ -173,6 +175,7 @@ def _parse(path: Path, text: str) -> tuple[list[dict[str, Any]], list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            # Records of other kinds pass: a later version may add some.
             needed = REQUIRED.get(record.get("kind"), {})
             wrong = [
                 f"{key} ({kind.__name__})" for key, kind in needed.items() if not isinstance(record.get(key), kind)
@@ -180,6 +183,7 @@ def _parse(path: Path, text: str) -> tuple[list[dict[str, Any]], list[str]]:
             if wrong:
                 raise ValueError(f"no {', '.join(wrong)}")
         except (ValueError, AttributeError, TypeError) as error:
+            # Only the very last line, and only without its newline, can come from a run that was killed.
             if number == len(lines) and not ended:
                 return records, [f"line {number} was cut off and is left out"]
             raise value_error(

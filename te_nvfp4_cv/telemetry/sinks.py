@@ -130,6 +130,7 @@ class JSONL(_Log):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self._repair(self.path.read_bytes())
+            # Opened once now: a folder without rights should fail at the start, not in the first sampled step.
             self.path.open("a", encoding="utf-8").close()
         except OSError as error:
             raise cannot_write(self.path, error) from error
@@ -146,6 +147,7 @@ class JSONL(_Log):
                 needs="a file that telemetry wrote, to continue it",
                 fix="choose another path",
             )
+        # Without this the next record would be appended to the half line, and both would be lost.
         if content and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
 
@@ -249,6 +251,7 @@ class WandB(_Log):
                 settings = wandb.Settings(silent=True, console="off", init_timeout=30, reinit="create_new")
                 run = wandb.init(mode=mode, settings=settings, dir=str(self._folder), **self._options)
                 run.define_metric("step")
+                # W&B numbers its log calls by itself. The records' own steps are the axis here.
                 run.define_metric("*", step_metric="step")
                 self._target = run
                 return
@@ -259,6 +262,7 @@ class WandB(_Log):
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
         shown = {key: header[key] for key in ("model", "recipe", "every", "started")}
+        # allow_val_change: a run that is resumed in W&B has this entry already.
         self._try(lambda run: run.config.update({"telemetry": shown}, allow_val_change=True))
 
     def step(self, record: dict[str, Any]) -> None:
