@@ -109,9 +109,7 @@ def measure(
     if not inputs or rounds < 1:
         raise value_error(
             "bench: nothing to measure.",
-            got=f"{len(inputs)} inputs, {rounds} rounds",
-            needs="one or more",
-            fix="--batch 1",
+            got=f"{len(inputs)} inputs, {rounds} rounds", needs="one or more", fix="--batch 1"
         )
     where = devices.usable(device, "bench")
     layout = CHANNELS_LAST.get(inputs[0].dim() - 2, torch.preserve_format) if channels_last else torch.preserve_format

@@ -33,11 +33,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, metavar="FILE", help="its weights: a state_dict, .pt or .safetensors"
     )
     parser.add_argument(
-        "--input",
-        type=int,
-        nargs="+",
-        default=[3, 224, 224],
-        metavar="N",
+        "--input", type=int, nargs="+", default=[3, 224, 224], metavar="N",
         help="shape of an input without its batch axis (default: 3 224 224)",
     )
     # Not `choices` of argparse: a path is allowed, too.
@@ -113,9 +109,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise value_error(
             f"--checkpoint {path} is no state_dict.",
-            got=type(state).__name__,
-            needs="names and tensors",
-            fix="torch.save(model.state_dict(), path)",
+            got=type(state).__name__, needs="names and tensors", fix="torch.save(model.state_dict(), path)"
         )
     return state
 
@@ -155,9 +149,7 @@ def example(options: argparse.Namespace, batch: int) -> Tensor:
     if batch < 1 or min(options.input) < 1:
         raise value_error(
             "--input or --batch is out of range.",
-            got=f"{options.input}, {batch}",
-            needs="sizes of at least 1",
-            fix="--input 3 224 224",
+            got=f"{options.input}, {batch}", needs="sizes of at least 1", fix="--input 3 224 224"
         )
     # Of a fixed seed: two reports of one model agree.
     return torch.randn((batch, *options.input), generator=torch.Generator().manual_seed(0))

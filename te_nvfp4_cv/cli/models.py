@@ -67,12 +67,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     inputs = [example(options, batch) for batch in options.batch]
     report = measure(
-        model_of(options),
-        inputs,
-        recipe_of(options),
-        options.device,
-        options.rounds,
-        options.dtype,
+        model_of(options), inputs, recipe_of(options), options.device, options.rounds, options.dtype,
         options.channels_last,
     )
     show(report.to_dict(), str(report), options.json)

@@ -183,10 +183,7 @@ def join(name: str, part: str) -> str:
 def damaged(source: str, why: str) -> ValueError:
     """Return the error for a file that is not what it should be."""
     return value_error(
-        f"{source} is damaged.",
-        got=why,
-        needs="a whole file, as nv.export.save wrote it",
-        fix="copy it again",
+        f"{source} is damaged.", got=why, needs="a whole file, as nv.export.save wrote it", fix="copy it again"
     )
 
 
@@ -343,10 +340,8 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         shard = found.with_name(name)
         if not shard.is_file():
             raise value_error(
-                f"{found}: a shard is missing.",
-                got=f"no file {name}",
-                needs=f"{len(set(weight_map.values()))} shards beside the index",
-                fix="copy all of them",
+                f"{found}: a shard is missing.", got=f"no file {name}",
+                needs=f"{len(set(weight_map.values()))} shards beside the index", fix="copy all of them",
             )
         tensors |= _read_file(shard)[0]
         files.append(shard)

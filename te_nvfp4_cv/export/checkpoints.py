@@ -123,10 +123,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     manifest = Manifest(__version__, resolved.to_toml(), tuple(recipes), entries, high, folded_norms(model))
     # Other tools read this part of the metadata; load reads the manifest.
     config = {
-        "quant_method": "modelopt",
-        "quant_algo": "NVFP4",
-        "group_size": 16,
-        "ignore": sorted(high),
+        "quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": sorted(high),
         "producer": {"name": "te_nvfp4_cv", "version": __version__},
     }
     if not target.name.endswith((artifact.SUFFIX, artifact.INDEX)):
@@ -150,9 +147,7 @@ def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise value_error(
                 "nv.export.save: the state_dict holds something other than tensors.",
-                got=f"{name!r}: {type(value).__name__}",
-                needs="tensors",
-                fix="keep it as a buffer",
+                got=f"{name!r}: {type(value).__name__}", needs="tensors", fix="keep it as a buffer"
             )
         # clone: tied parameters share memory, which safetensors refuses to write.
         tensors[plain_name(name)] = value.detach().clone(memory_format=torch.contiguous_format)

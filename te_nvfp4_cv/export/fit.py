@@ -198,10 +198,8 @@ def _check_buffers(model: nn.Module) -> None:
     ]
     if lost:
         raise value_error(
-            "nv.export.load: buffers on the meta device are in no file.",
-            got=_listed(lost),
-            needs="a model whose buffers outside of the state_dict have values",
-            fix="build it on the CPU",
+            "nv.export.load: buffers on the meta device are in no file.", got=_listed(lost),
+            needs="a model whose buffers outside of the state_dict have values", fix="build it on the CPU",
         )
 
 

@@ -87,15 +87,9 @@ def _entry(opened: Artifact, name: str, parts: Mapping[str, Tensor | None], modu
             opened, name, f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}", f"{needed[0]}, {needed[1]}"
         )
     return LayerEntry(
-        op="linear",
-        shape=(module.out_features, module.in_features),
-        groups=1,
-        amax=_amax(opened, name, parts[tensor_scale], reciprocal),
-        e4m3_max=E4M3_MAX,
-        recipe=0,
-        tiles=False,
-        channels_last=False,
-        k_order=matrix.K_ORDER,
+        op="linear", shape=(module.out_features, module.in_features), groups=1,
+        amax=_amax(opened, name, parts[tensor_scale], reciprocal), e4m3_max=E4M3_MAX, recipe=0, tiles=False,
+        channels_last=False, k_order=matrix.K_ORDER,
         input_amax=None if parts[input_scale] is None else _amax(opened, name, parts[input_scale], reciprocal),
     )
 
@@ -117,8 +111,6 @@ def _amax(opened: Artifact, name: str, scale: Tensor | None, reciprocal: bool) -
 
 def _unfit(opened: Artifact, name: str, got: str, needs: str) -> ValueError:
     return value_error(
-        f"{opened.source}: the layer {name!r} cannot be taken over.",
-        got=got,
-        needs=needs,
+        f"{opened.source}: the layer {name!r} cannot be taken over.", got=got, needs=needs,
         fix="export it again; layers other than linear ones: nv.export.quantize(model, images)",
     )

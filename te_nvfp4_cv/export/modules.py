@@ -53,9 +53,7 @@ def check_choice(caller: str, name: str, value: object, allowed: tuple[str, ...]
     if value not in allowed:
         raise value_error(
             f"{caller}: unknown {name}.",
-            got=repr(value),
-            needs=" or ".join(map(repr, allowed)),
-            fix=f"{name}={allowed[0]!r}",
+            got=repr(value), needs=" or ".join(map(repr, allowed)), fix=f"{name}={allowed[0]!r}"
         )
 
 

@@ -98,9 +98,7 @@ class NVFP4Precision(_Base):
         if dtype not in DTYPES:
             raise value_error(
                 "NVFP4Precision: unknown dtype.",
-                got=repr(dtype),
-                needs=f"one of {', '.join(DTYPES)}",
-                fix='dtype="bf16"',
+                got=repr(dtype), needs=f"one of {', '.join(DTYPES)}", fix='dtype="bf16"'
             )
         if scaler is not None and dtype != "fp16":
             raise value_error(

@@ -171,14 +171,10 @@ class QuantizerFactory:
         te = _te()
         settings = chosen.settings(tensor)
         operand = NVFP4Quantizer(
-            with_rht=settings.rht,
-            with_2d_quantization=settings.two_d,
-            stochastic_rounding=settings.stochastic_rounding,
-            row_scaled_nvfp4=settings.row_scaled,
-            nvfp4_use_4over6=settings.four_over_six is not None,
-            nvfp4_e4m3_max=settings.e4m3_max,
-            nvfp4_4over6_err_mode=settings.four_over_six or "MAE",
-            backend=self.backend,
+            with_rht=settings.rht, with_2d_quantization=settings.two_d,
+            stochastic_rounding=settings.stochastic_rounding, row_scaled_nvfp4=settings.row_scaled,
+            nvfp4_use_4over6=settings.four_over_six is not None, nvfp4_e4m3_max=settings.e4m3_max,
+            nvfp4_4over6_err_mode=settings.four_over_six or "MAE", backend=self.backend,
         )
         row, column = (
             # By face, not by operand: wgrad in high precision must not take fprop's codes away.

@@ -65,10 +65,8 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise runtime_error(
-            f"selftest: device {name} is not there.",
-            got=f"{torch.cuda.device_count()} CUDA device(s)",
-            needs=f"at least {(device.index or 0) + 1}, and a CUDA build of torch",
-            fix="--device auto",
+            f"selftest: device {name} is not there.", got=f"{torch.cuda.device_count()} CUDA device(s)",
+            needs=f"at least {(device.index or 0) + 1}, and a CUDA build of torch", fix="--device auto",
         )
     # With an index: results are remembered for this GPU.
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

@@ -129,12 +129,8 @@ def _compare(setting: Setting, calls: list[Any]) -> str:
 
 
 def _run(
-    op: str,
-    operands: tuple[Tensor, ...],
-    arguments: dict[str, Any],
-    recipe: NVFP4BlockScaling,
-    setting: Setting,
-    dy: Tensor | None = None,
+    op: str, operands: tuple[Tensor, ...], arguments: dict[str, Any], recipe: NVFP4BlockScaling,
+    setting: Setting, dy: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Run a layer on x, w and perhaps a bias, and return y, dx, dw, db if there is a bias, and dy; None draws dy."""
     leaves = [setting.put(t).requires_grad_() for t in operands]

@@ -131,9 +131,7 @@ def _copied(value: Any, where: str) -> Any:
         # Such a tensor is made of others, and its class would have to be imported to read it.
         if hasattr(value, "__tensor_flatten__") or hasattr(value, "full_tensor"):
             raise type_error(
-                f"bundle: {where} is a tensor subclass.",
-                got=type(value).__name__,
-                needs="plain tensors",
+                f"bundle: {where} is a tensor subclass.", got=type(value).__name__, needs="plain tensors",
                 fix="a DTensor's full_tensor(); dequantize() of a quantized one",
             )
         return value.detach().to("cpu", copy=True)  # a copy: a view would bring the memory of its base along
@@ -191,17 +189,13 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
         kind = f"keys {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         raise value_error(
             f"bundle: {os.fspath(path)} is no bundle.",
-            got=kind,
-            needs="a file of nv.sensitivity.save_bundle",
-            fix="pass the bundle, not a checkpoint",
+            got=kind, needs="a file of nv.sensitivity.save_bundle", fix="pass the bundle, not a checkpoint"
         )
     # Compared before the fields are: another version may have other fields.
     if state.get("version") != VERSION:
         raise value_error(
-            f"bundle: {os.fspath(path)} is of another version.",
-            got=f"version {state.get('version')!r}",
-            needs=f"version {VERSION}",
-            fix="read it with the version of te_nvfp4_cv that wrote it",
+            f"bundle: {os.fspath(path)} is of another version.", got=f"version {state.get('version')!r}",
+            needs=f"version {VERSION}", fix="read it with the version of te_nvfp4_cv that wrote it",
         )
     names = Bundle.__dataclass_fields__
     fields = {name: value for name, value in state.items() if name in names}  # without format and version
@@ -210,7 +204,5 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     except TypeError as error:  # a field is missing
         raise value_error(
             f"bundle: {os.fspath(path)} is incomplete.",
-            got=str(error).partition("() ")[2],
-            needs=", ".join(names),
-            fix="write it with save_bundle",
+            got=str(error).partition("() ")[2], needs=", ".join(names), fix="write it with save_bundle"
         ) from None

@@ -128,9 +128,7 @@ def _scalar(value: object) -> Tensor:
     if value.numel() != 1 or not value.is_floating_point():
         raise value_error(
             "sensitivity: the loss is not a scalar.",
-            got=describe(value),
-            needs="a floating-point tensor of one element",
-            fix="return loss.mean()",
+            got=describe(value), needs="a floating-point tensor of one element", fix="return loss.mean()"
         )
     return value.reshape(())
 

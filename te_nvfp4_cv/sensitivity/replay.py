@@ -84,13 +84,8 @@ class _Step:
     """A step that is ready to be replayed."""
 
     def __init__(
-        self,
-        bundle: Bundle,
-        model: nn.Module,
-        loss: Loss,
-        recipe: NVFP4BlockScaling | None,
-        device: torch.device,
-        backend: str,
+        self, bundle: Bundle, model: nn.Module, loss: Loss, recipe: NVFP4BlockScaling | None,
+        device: torch.device, backend: str,
     ) -> None:
         self.bundle, self.model, self.recipe, self.device = bundle, model, recipe, device
         self.batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, bundle.batch)
@@ -166,12 +161,7 @@ def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) 
     if high is not None and high.finite and found.finite:
         error, cosine = compare(found, high)
     return Replay(
-        found.loss,
-        found.gradient_norm,
-        found.finite,
-        error,
-        cosine,
-        None if trace is None else trace.forward,
+        found.loss, found.gradient_norm, found.finite, error, cosine, None if trace is None else trace.forward,
         None if trace is None else trace.backward,
     )
 

@@ -138,9 +138,7 @@ class Scan:
         if budget is not None and count is not None:
             raise value_error(
                 "scan: budget and count contradict each other.",
-                got=f"budget={budget!r}, count={count!r}",
-                needs="one of the two",
-                fix="leave one out",
+                got=f"budget={budget!r}, count={count!r}", needs="one of the two", fix="leave one out"
             )
         if count is not None:
             # True and False are integers in Python, and surely a mistake here.
@@ -245,9 +243,7 @@ def write_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str], overwr
         # Python's own class for this, with the text in our form.
         text = message(
             "recipe file: not written, the file exists.",
-            got=str(path),
-            needs="a path where no file is",
-            fix="overwrite=True, or another path",
+            got=str(path), needs="a path where no file is", fix="overwrite=True, or another path"
         )
         raise FileExistsError(text)
     save_recipe(recipe, path)

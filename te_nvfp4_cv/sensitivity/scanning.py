@@ -88,9 +88,7 @@ def scan(
         run.batch(batch, index)
     if not run.high:
         raise value_error(
-            "scan: there are no batches.",
-            got="an iterable without elements",
-            needs="at least one batch",
+            "scan: there are no batches.", got="an iterable without elements", needs="at least one batch",
             fix="pass a list of batches, because an iterator that was read before is empty",
         )
     return run.report()

@@ -119,10 +119,8 @@ def render(run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str
     run = as_run(run_or_path)
     if not run.steps:
         raise value_error(
-            f"telemetry: {run.path} has no sampled step.",
-            got=f"{len(run.scalars)} steps with scalars only",
-            needs="at least one sampled step",
-            fix="train with every > 0 (--telemetry-every)",
+            f"telemetry: {run.path} has no sampled step.", got=f"{len(run.scalars)} steps with scalars only",
+            needs="at least one sampled step", fix="train with every > 0 (--telemetry-every)",
         )
     try:
         folder = _folder(Path(out) / "heatmaps", f"{run.model}-{run.name}")
@@ -185,14 +183,8 @@ class _Pictures:
         self._map("weights/quantized/usage", title, values, CODE_NAMES, bounds, "share (%)", "code, by its value")
 
     def _map(
-        self,
-        name: str,
-        title: str,
-        values: np.ndarray,
-        columns: Sequence[Any],
-        bounds: drawing.Limits,
-        label: str,
-        xlabel: str,
+        self, name: str, title: str, values: np.ndarray, columns: Sequence[Any], bounds: drawing.Limits,
+        label: str, xlabel: str,
     ) -> None:
         some = np.isfinite(values).any(axis=1)
         rows, shown = [row for row, known in zip(self.run.layers, some, strict=True) if known], values[some]
@@ -253,13 +245,8 @@ class _Pictures:
 
 
 def plotly_heatmap(
-    title: str,
-    rows: Sequence[str],
-    columns: Sequence[Any],
-    values: np.ndarray,
-    bounds: drawing.Limits,
-    label: str,
-    xlabel: str,
+    title: str, rows: Sequence[str], columns: Sequence[Any], values: np.ndarray, bounds: drawing.Limits,
+    label: str, xlabel: str,
 ) -> Any:
     """Draw an interactive heatmap; pointing at a cell shows layer, column and value."""
     import matplotlib
@@ -321,14 +308,9 @@ def plotly_curves(title: str, rows: Sequence[str], steps: Sequence[int], values:
         name = html.escape(rows[index])
         line = {"color": named.get(index, "#c2c2c2"), "width": 2 if index in named else 1}
         figure.add_scatter(
-            x=list(steps),
-            y=[None if np.isnan(value) else float(f"{value:.5g}") for value in values[index]],
-            name=name,
-            mode="lines+markers" if len(steps) <= 40 else "lines",
-            marker={"size": 5 if index in named else 3},
-            line=line,
-            connectgaps=True,
-            showlegend=index in named,
+            x=list(steps), y=[None if np.isnan(value) else float(f"{value:.5g}") for value in values[index]],
+            name=name, mode="lines+markers" if len(steps) <= 40 else "lines",
+            marker={"size": 5 if index in named else 3}, line=line, connectgaps=True, showlegend=index in named,
             hovertemplate=f"layer {name}<br>step %{{x}}<br>%{{y:.5g}}<extra></extra>",
         )
     _layout(figure, title, "step", 520)

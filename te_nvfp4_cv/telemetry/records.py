@@ -42,9 +42,7 @@ def cannot_write(place: str | os.PathLike[str], error: OSError) -> ValueError:
     """Return the error to raise if a file or folder of telemetry cannot be written."""
     return value_error(
         f"telemetry: {os.fspath(place)} cannot be written.",
-        got=str(error),
-        needs="a folder that can be written",
-        fix="choose another path",
+        got=str(error), needs="a folder that can be written", fix="choose another path"
     )
 
 
@@ -116,10 +114,8 @@ def read(path: str | os.PathLike[str]) -> Run:
     head = [record for record in records if record.get("kind") == "run"][-1]  # a resumed run has written another
     if not isinstance(head.get("version"), int) or head["version"] > VERSION:
         raise value_error(
-            f"telemetry: {path} is of another version.",
-            got=f"version {head.get('version')!r}",
-            needs=f"at most {VERSION}",
-            fix="install the version of te_nvfp4_cv that wrote it",
+            f"telemetry: {path} is of another version.", got=f"version {head.get('version')!r}",
+            needs=f"at most {VERSION}", fix="install the version of te_nvfp4_cv that wrote it",
         )
     layers, every = head.get("layers", []), head.get("every", 0)
     named = isinstance(layers, list) and all(isinstance(layer, dict) and "name" in layer for layer in layers)
@@ -127,15 +123,9 @@ def read(path: str | os.PathLike[str]) -> Run:
         got = f"layers {str(layers)[:60]}, every {every!r}"
         raise _refused(f"the header of {path} is damaged", got, "a list of tables with names, and a number")
     run = Run(
-        path,
-        name=str(head.get("name", "")),
-        group=str(head.get("group", "")),
-        model=str(head.get("model", "")),
-        recipe=str(head.get("recipe", "")),
-        every=every,
-        started=str(head.get("started", "")),
-        layers=[str(layer["name"]) for layer in layers],
-        notes=notes,
+        path, name=str(head.get("name", "")), group=str(head.get("group", "")),
+        model=str(head.get("model", "")), recipe=str(head.get("recipe", "")), every=every,
+        started=str(head.get("started", "")), layers=[str(layer["name"]) for layer in layers], notes=notes,
     )
     for record in records:
         _take(run, record)
@@ -188,9 +178,7 @@ def _parse(path: Path, text: str) -> tuple[list[dict[str, Any]], list[str]]:
                 return records, [f"line {number} was cut off and is left out"]
             raise value_error(
                 f"telemetry: {path}, line {number} is damaged.",
-                got=f"{line[:60]!r}: {error}",
-                needs="one JSON record per line",
-                fix="remove the line",
+                got=f"{line[:60]!r}: {error}", needs="one JSON record per line", fix="remove the line"
             ) from error
         records.append(record)
     return records, []

@@ -31,7 +31,5 @@ class Settings:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:  # True is an int to Python
                 raise value_error(
                     f"telemetry: bad {argument}.",
-                    got=repr(value),
-                    needs=f"an integer >= {least}",
-                    fix=f"correct {argument}",
+                    got=repr(value), needs=f"an integer >= {least}", fix=f"correct {argument}"
                 )

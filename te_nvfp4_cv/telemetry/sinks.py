@@ -143,9 +143,7 @@ class JSONL(_Log):
         if content and not ours:
             raise value_error(
                 f"telemetry: {self.path} is no telemetry file.",
-                got=repr(first[:60]),
-                needs="a file that telemetry wrote, to continue it",
-                fix="choose another path",
+                got=repr(first[:60]), needs="a file that telemetry wrote, to continue it", fix="choose another path"
             )
         # Without this the next record would be appended to the half line, and both would be lost.
         if content and not content.endswith(b"\n"):
@@ -319,9 +317,7 @@ class TensorBoard(_Log):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise value_error(
-                "telemetry: tensorboard is not installed.",
-                got=str(error),
-                needs="the package tensorboard",
+                "telemetry: tensorboard is not installed.", got=str(error), needs="the package tensorboard",
                 fix="pip install tensorboard, or leave the sink out",
             ) from error
         try:
@@ -342,15 +338,9 @@ class TensorBoard(_Log):
                 centres = (edges[1:] + edges[:-1]) / 2
                 # Raw, because the values are gone: TensorBoard gets the counts, and sums as from the bins' centres.
                 writer.add_histogram_raw(
-                    name,
-                    min=float(edges[0]),
-                    max=float(edges[-1]),
-                    num=int(counts.sum()),
-                    sum=float((counts * centres).sum()),
-                    sum_squares=float((counts * centres**2).sum()),
-                    bucket_limits=edges[1:].tolist(),
-                    bucket_counts=counts.tolist(),
-                    global_step=record["step"],
+                    name, min=float(edges[0]), max=float(edges[-1]), num=int(counts.sum()),
+                    sum=float((counts * centres).sum()), sum_squares=float((counts * centres**2).sum()),
+                    bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(), global_step=record["step"],
                 )
 
         self._try(write)

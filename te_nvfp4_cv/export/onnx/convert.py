@@ -183,10 +183,8 @@ def _arguments(example: Any, dynamic_batch: bool) -> tuple[Any, ...]:
         )
     if dynamic_batch and not all(x.dim() for x in tensors):
         raise value_error(
-            "nv.export.to_onnx: the example has no batch axis.",
-            got=", ".join(map(describe, args)),
-            needs=needs,
-            fix="give numbers the shape [batch], or pass dynamic_batch=False",
+            "nv.export.to_onnx: the example has no batch axis.", got=", ".join(map(describe, args)),
+            needs=needs, fix="give numbers the shape [batch], or pass dynamic_batch=False",
         )
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
@@ -219,9 +217,7 @@ def need_packages(caller: str = "nv.export.to_onnx", *more: str) -> None:
     except ImportError as error:
         raise runtime_error(
             f"{caller}: a package is missing.",
-            got=str(error),
-            needs=", ".join(names),
-            fix="pip install 'te_nvfp4_cv[export]'",
+            got=str(error), needs=", ".join(names), fix="pip install 'te_nvfp4_cv[export]'"
         ) from error
 
 
@@ -244,13 +240,8 @@ def _check_layers(found: dict[str, InferenceLayer]) -> None:
 
 
 def _export(
-    traced: nn.Module,
-    found: dict[str, InferenceLayer],
-    args: tuple[Any, ...],
-    form: str,
-    dynamic_batch: bool,
-    input_names: tuple[str, ...],
-    output_names: tuple[str, ...],
+    traced: nn.Module, found: dict[str, InferenceLayer], args: tuple[Any, ...], form: str, dynamic_batch: bool,
+    input_names: tuple[str, ...], output_names: tuple[str, ...],
 ) -> tuple[Any, set[str]]:
     """Export the model, which is changed on the way. Returns the ONNX model and the names of the layers in it."""
     layers = list(found.values())
@@ -271,12 +262,8 @@ def _export(
         program = _trace(traced, args, shapes)
         try:
             exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(input_names),
-                output_names=list(output_names),
-                verbose=False,
+                program, dynamo=True, opset_version=OPSET, input_names=list(input_names),
+                output_names=list(output_names), verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise _unknown_operator(program, error) from error
@@ -328,10 +315,8 @@ def _unknown_operator(program: Any, error: Exception) -> ValueError:
                 fix="leave that module out of the exported model, or write it with other operators",
             )
     return value_error(
-        "nv.export.to_onnx: torch.onnx cannot export the model.",
-        got=str(error)[:400],
-        needs="a model that torch.onnx.export takes",
-        fix="try torch.onnx.export on the plain model",
+        "nv.export.to_onnx: torch.onnx cannot export the model.", got=str(error)[:400],
+        needs="a model that torch.onnx.export takes", fix="try torch.onnx.export on the plain model",
     )
 
 

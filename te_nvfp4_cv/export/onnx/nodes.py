@@ -218,11 +218,8 @@ def build(g: Nodes, layer: Any, x: str, rank: int, form: str) -> str:
         w = kernel_of(g, layer, weight_matrix(g, layer, portable))
     bias = [] if layer.bias is None else [g.constant("bias", layer.bias.detach().float().cpu().numpy())]
     attributes = dict(
-        kernel_shape=list(layer.kernel_size),
-        strides=list(layer.stride),
-        dilations=list(layer.dilation),
-        group=layer.groups,
-        pads=_pads(layer),
+        kernel_shape=list(layer.kernel_size), strides=list(layer.stride), dilations=list(layer.dilation),
+        group=layer.groups, pads=_pads(layer),
     )
     if layer.plan.geometry.transposed:
         return g.op("ConvTranspose", [x, w, *bias], output_padding=list(layer.output_padding), **attributes)

@@ -105,10 +105,8 @@ def quantize(
     # An iterator would be empty for the second pass, and calibration silently without images.
     if isinstance(loader, Iterator):
         raise value_error(
-            "nv.export.quantize: the loader can be read once only.",
-            got=type(loader).__name__,
-            needs="a list or a DataLoader: calibration reads it several times",
-            fix="list(loader)",
+            "nv.export.quantize: the loader can be read once only.", got=type(loader).__name__,
+            needs="a list or a DataLoader: calibration reads it several times", fix="list(loader)",
         )
     net = _copy(model)
     if fold_bn:

@@ -26,14 +26,8 @@ from te_nvfp4_cv.export.verify.report import Report, Row
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 DTYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float64: "fp64",
-    torch.float8_e4m3fn: "fp8",
-    torch.float8_e5m2: "fp8 e5m2",
-    torch.int8: "int8",
-    torch.uint8: "uint8",
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8 e5m2", torch.int8: "int8", torch.uint8: "uint8",
 }
 E4M3 = torch.float8_e4m3fn
 CODES = ("weight", "weight_packed")  # this library's and ModelOpt's name, and compressed-tensors'

@@ -40,9 +40,7 @@ def inspect_onnx(path: Path) -> Report:
     except ImportError as error:
         raise runtime_error(
             "verify: ONNX files need the package onnx.",
-            got=str(error),
-            needs="onnx and ml_dtypes",
-            fix="pip install 'te_nvfp4_cv[export]'",
+            got=str(error), needs="onnx and ml_dtypes", fix="pip install 'te_nvfp4_cv[export]'"
         ) from error
     if not path.is_file():
         raise FileNotFoundError(

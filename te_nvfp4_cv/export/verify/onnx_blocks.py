@@ -100,11 +100,8 @@ def _crossing(graph: Graph, node: Any, cone: list[Any], codes: str, scale: str, 
     needed = {i for n in later for i in n.input}
     others = [t for name, t in graph.constants.items() if name in needed and name != codes]
     made = helper.make_graph(
-        later,
-        "weight",
-        [helper.make_tensor_value_info(cut, onnx.TensorProto.FLOAT, list(scales.dims))],
-        [helper.make_tensor_value_info(node.input[1], onnx.TensorProto.FLOAT, None)],
-        [*others, unit],
+        later, "weight", [helper.make_tensor_value_info(cut, onnx.TensorProto.FLOAT, list(scales.dims))],
+        [helper.make_tensor_value_info(node.input[1], onnx.TensorProto.FLOAT, None)], [*others, unit],
     )
     numbers = np.arange(1, 1 + graph.size(scale), dtype=np.float32).reshape(list(scales.dims))  # from 1: padding is 0
     try:
