@@ -69,21 +69,15 @@ def _report(options: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command(
-        "diagnose",
-        "replay the training step of a bundle: what made it go wrong, layer by layer and GEMM by GEMM",
-        _diagnose_options,
-        _diagnose,
+        "diagnose", "replay the training step of a bundle: what made it go wrong, layer by layer and GEMM by GEMM",
+        _diagnose_options, _diagnose,
     ),
     Command(
-        "heatmaps",
-        "draw telemetry: layers over steps, as PNG, HTML and JSON",
-        _telemetry_options("plots", False),
-        _heatmaps,
+        "heatmaps", "draw telemetry: layers over steps, as PNG, HTML and JSON",
+        _telemetry_options("plots", False), _heatmaps,
     ),
     Command(
-        "report",
-        "put telemetry of several runs side by side in one HTML file",
-        _telemetry_options("report.html", True),
-        _report,
+        "report", "put telemetry of several runs side by side in one HTML file",
+        _telemetry_options("report.html", True), _report,
     ),
 )

@@ -159,14 +159,11 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
     unexpected = [name for name in expected if name not in state and name not in biases]
     unexpected += [name for name in manifest.folded if name not in modules]
     unlike = [
-        text
-        for name, entry in manifest.layers.items()
-        if name in modules
+        text for name, entry in manifest.layers.items() if name in modules
         for text in _differences(name, modules[name], entry)
     ]
     unlike += [
-        f"{name}: {state[name]}, in the file {shape}"
-        for name, shape in expected.items()
+        f"{name}: {state[name]}, in the file {shape}" for name, shape in expected.items()
         if name in state and state[name] != shape
     ]
     if missing or unexpected or unlike:

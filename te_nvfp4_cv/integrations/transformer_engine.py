@@ -395,11 +395,8 @@ def _te() -> SimpleNamespace:
         return type(name, (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__})
 
     return SimpleNamespace(
-        CustomRecipe=CustomRecipe,
-        FP8GlobalStateManager=FP8GlobalStateManager,
-        IdentityQuantizer=IdentityQuantizer,
-        HybridQuantizedTensorStorage=HybridQuantizedTensorStorage,
-        FaceStorage=mixed(_FaceStorage, QuantizedTensorStorage),
-        FaceQuantizer=mixed(_FaceQuantizer, Quantizer),
+        CustomRecipe=CustomRecipe, FP8GlobalStateManager=FP8GlobalStateManager,
+        IdentityQuantizer=IdentityQuantizer, HybridQuantizedTensorStorage=HybridQuantizedTensorStorage,
+        FaceStorage=mixed(_FaceStorage, QuantizedTensorStorage), FaceQuantizer=mixed(_FaceQuantizer, Quantizer),
         OperandQuantizer=mixed(_OperandQuantizer, HybridQuantizer),
     )

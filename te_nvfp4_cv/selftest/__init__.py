@@ -30,21 +30,12 @@ from te_nvfp4_cv.selftest.setting import Setting
 
 Check = Callable[[Setting], str]
 QUANTIZATION: tuple[Check, ...] = (
-    quantization.activations,
-    quantization.unusual_activations,
-    quantization.delayed,
-    quantization.weights,
-    quantization.unpacking,
-    quantization.stochastic_rounding,
+    quantization.activations, quantization.unusual_activations, quantization.delayed, quantization.weights,
+    quantization.unpacking, quantization.stochastic_rounding,
 )
 PRODUCTS: tuple[Check, ...] = (
-    products.convolutions,
-    products.convolution_variants,
-    products.transposed_and_other_ranks,
-    products.linear_layers,
-    products.matrix_products,
-    products.non_finite_values,
-    training.training,
+    products.convolutions, products.convolution_variants, products.transposed_and_other_ranks,
+    products.linear_layers, products.matrix_products, products.non_finite_values, training.training,
 )
 
 

@@ -191,9 +191,7 @@ def _faces(x: Tensor, seed: int, setting: Setting) -> tuple[Tensor, ...]:
     col, col_scale = formats.ntile_to_te(col, col_scale)
     return (
         row.movedim(0, -2).reshape(-1, row.shape[-1]),
-        row_scale.movedim(0, -2).reshape(-1, row_scale.shape[-1]),
-        col,
-        col_scale,
+        row_scale.movedim(0, -2).reshape(-1, row_scale.shape[-1]), col, col_scale,
     )
 
 

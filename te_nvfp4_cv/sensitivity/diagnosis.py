@@ -83,8 +83,7 @@ class Diagnosis:
     @property
     def finite(self) -> bool:
         """Return whether loss and gradients are finite in both replays; values inside, such as masks, need not be."""
-        both = [replay for replay in (self.high, self.nvfp4) if replay is not None]
-        return all(replay.finite for replay in both)
+        return self.high.finite and (self.nvfp4 is None or self.nvfp4.finite)
 
     @property
     def worst_gemm(self) -> str | None:
@@ -241,10 +240,6 @@ def _cells(name: str, replay: Replay) -> tuple[str, ...]:
     # "not finite" without a place: only the two main replays are watched.
     where = str(replay.first) if replay.first is not None else "" if replay.finite else "not finite"
     return (
-        name,
-        number(replay.loss, ".9g"),
-        number(replay.gradient_norm),
-        number(replay.gradient_error, ".3g"),
-        number(replay.gradient_cosine, ".4f"),
-        where,
+        name, number(replay.loss, ".9g"), number(replay.gradient_norm), number(replay.gradient_error, ".3g"),
+        number(replay.gradient_cosine, ".4f"), where,
     )

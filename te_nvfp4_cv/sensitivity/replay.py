@@ -160,10 +160,8 @@ def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) 
     # A distance from or to a gradient that is not finite would be no number.
     if high is not None and high.finite and found.finite:
         error, cosine = compare(found, high)
-    return Replay(
-        found.loss, found.gradient_norm, found.finite, error, cosine, None if trace is None else trace.forward,
-        None if trace is None else trace.backward,
-    )
+    seen = trace or Trace()  # an unused one has no findings
+    return Replay(found.loss, found.gradient_norm, found.finite, error, cosine, seen.forward, seen.backward)
 
 
 def _built(build: builders.Build, bundle: Bundle, device: torch.device) -> tuple[nn.Module, Loss]:

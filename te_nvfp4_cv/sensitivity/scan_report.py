@@ -225,9 +225,7 @@ def _cells(change: Change | None) -> tuple[str, ...]:
     if change is None:
         return ("",) * 4
     return (
-        number(change.loss, "+.3g"),
-        number(change.standard_error, ".1g"),
-        number(change.gradient_error, ".3g"),
+        number(change.loss, "+.3g"), number(change.standard_error, ".1g"), number(change.gradient_error, ".3g"),
         number(change.gradient_cosine, ".4f"),
     )
 

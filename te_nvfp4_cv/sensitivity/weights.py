@@ -131,11 +131,7 @@ def kurtosis(model: nn.Module) -> Study:
             needs="torch.nn.Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear or MultiheadAttention",
             fix="pass the model whose layers train",
         )
-    return Study(sorted(rows, key=_badness, reverse=True))
-
-
-def _badness(row: Weight) -> float:
-    return math.inf if row.trouble else row.kurtosis
+    return Study(sorted(rows, key=lambda row: math.inf if row.trouble else row.kurtosis, reverse=True))
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
