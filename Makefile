@@ -1,4 +1,4 @@
-# The commands: make demo, make test, make test-fast, make lint, make docs, make clean. PYTHON names an interpreter of 3.11 or newer.
+# The commands: make demo, test, test-fast, stress, lint, docs, clean. PYTHON names an interpreter of 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,21 +8,26 @@ PIN := -c constraints.txt
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-fast lint docs clean
+PYTEST = NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS) \
+  $(if $(filter-out 0,$(JOBS)),--dist worksteal)
+# For daily work: no training runs, ranks, exports, other frameworks or kernels in the interpreter.
+FAST := $(wildcard tests/test_*.py) $(addprefix tests/,backend context fusion layer nn ops recipe report tensor)
+
+.PHONY: demo test test-fast stress lint docs clean
 
 # Full precision and NVFP4 one after the other on a generated set of shapes: pictures, curves and a table in runs/demo.
 demo: $(VENV)/.train
 	$(BIN)/python examples/unet_coco/train.py --compute auto --out runs/demo
 
 test: $(VENV)/.dev
-	NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS) $(if $(filter-out 0,$(JOBS)),--dist worksteal) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-# For daily work: the numbers, the operators on the CPU, one layer, modules and recipes. Left out: Triton kernels in the
-# interpreter, several ranks, trained networks, exports, examples.
-FAST ?= $(wildcard tests/backend tests/context/test_autocast.py tests/layer tests/nn tests/ops tests/recipe tests/tensor) \
-  tests/test_architecture.py tests/test_errors.py tests/test_formats.py tests/test_public_api.py
 test-fast: $(VENV)/.dev
-	$(MAKE) test PYTEST_ARGS='-m "not slow and not gpu" --ignore=tests/ops/kernels $(FAST) $(PYTEST_ARGS)'
+	$(PYTEST) -m "not slow and not gpu" $(FAST) --ignore=tests/ops/kernels $(PYTEST_ARGS)
+
+# Long randomized programs and whole sets of cases, of which make test runs a part. Takes as long as it takes.
+stress: $(VENV)/.dev
+	$(PYTEST) -m stress $(PYTEST_ARGS)
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs

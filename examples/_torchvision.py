@@ -1,10 +1,11 @@
-"""Make `import torchvision` work beside a CPU-only torch.
+"""Make `import torchvision` work with a CPU-only torch.
 
-The torchvision wheels of PyPI are CUDA builds. Beside a CPU-only torch their operator library cannot be loaded, and the
-import then stops at "operator torchvision::nms does not exist", because torchvision registers shape functions for two
-operators without asking whether they exist. Declaring these two is enough for everything the examples use (datasets,
-transforms.v2, models); nms gets a plain torch kernel. Where the library loads, nothing is changed. torchvision.io stays
-unusable: images are read with Pillow. Call it before anything imports torchvision or torchmetrics.
+The torchvision wheels on PyPI are CUDA builds. With a CPU-only torch their operator library cannot be loaded. The
+import then stops with "operator torchvision::nms does not exist", because torchvision registers shape functions for two
+operators without checking that they exist. Declaring these two is enough for everything that the examples use
+(datasets, transforms.v2, models); nms gets a kernel in plain torch. If the library loads, nothing is changed.
+torchvision.io stays unusable, so images are read with Pillow. Call ensure_torchvision before anything imports
+torchvision or torchmetrics.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _declared: torch.library.Library | None = None
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy non-maximum suppression: keep the best box, drop what overlaps it, repeat."""
+    """Suppress overlapping boxes: keep the best box, drop all that overlap it, repeat. Returns the indices kept."""
     left = scores.argsort(descending=True, stable=True)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     kept = []
@@ -35,7 +36,7 @@ def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def ensure_torchvision() -> str:
-    """Returns "native" where torchvision's own operators load, "declared" where this file stood in for them."""
+    """Return "native" if torchvision's own operators load, "declared" if this file had to declare them."""
     global _declared
     if _declared is not None:
         return "declared"
@@ -56,5 +57,6 @@ def ensure_torchvision() -> str:
     _declared.impl("nms", _nms, "CPU")
     from torchvision.ops import boxes
 
+    # torchvision refuses to call nms without its compiled library, although nms is declared above.
     boxes._assert_has_ops = lambda: None
     return "declared"

@@ -1,12 +1,13 @@
-"""NVFP4 in a Hugging Face accelerate script: the UNet on random images, with gradient accumulation and exact resume.
+"""Use NVFP4 in a Hugging Face accelerate script, with gradient accumulation and exact resume.
 
     python examples/accelerate_unet.py --steps 8
     accelerate launch --cpu --num_processes 2 examples/accelerate_unet.py --cpu    (or torchrun --nproc-per-node 2)
     python examples/accelerate_unet.py --steps 16 --folder runs/accelerate --resume
 
-Two lines differ from a plain accelerate script: nvfp4_autocast around the forward pass, and nv.extra_state among what
-is checkpointed (save_state keeps weights, optimizer and random states by itself). Resume with as many processes, after
-an optimizer step: gradients that are still accumulating are not saved.
+The script trains the UNet on random images. Two lines differ from a plain accelerate script: nvfp4_autocast around the
+forward pass, and nv.extra_state in the checkpoint (save_state already saves weights, optimizer and random states).
+Resume with the same number of processes, and from a state saved after an optimizer step: gradients that are still
+accumulating are not saved.
 """
 
 from __future__ import annotations
@@ -32,43 +33,46 @@ CLASSES = 4
 
 
 class NVFP4State:
-    """nv.extra_state of every process, in the form that Accelerator.register_for_checkpointing wants."""
+    """Hold nv.extra_state of every process, in the form that Accelerator.register_for_checkpointing needs."""
 
     def __init__(self, model: torch.nn.Module, accelerator: Accelerator) -> None:
         self.model, self.accelerator = model, accelerator
 
     def state_dict(self) -> dict[str, Any]:
-        """What a bit-exact resume needs beyond weights, optimizer and random states; the main process writes it."""
+        """Return what a bit-exact resume needs beyond weights, optimizer and random states.
+
+        The main process writes it to the checkpoint.
+        """
         return {"processes": gather_object([nv.extra_state(self.model)])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue; load_state has restored torch's random state before this, so nothing is seeded here."""
+        """Restore the state. load_state has already restored torch's random state, so nothing is seeded here."""
         if len(state["processes"]) != self.accelerator.num_processes:
             raise RuntimeError(f"saved by {len(state['processes'])} processes: resume with as many")
         nv.extra_state(self.model, load=state["processes"][self.accelerator.process_index])
 
 
 def batch(step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, and masks of their brightness: step's own, the same in every run."""
+    """Return random images and masks of their brightness, the same for a step in every run."""
     generator = torch.Generator().manual_seed(step)
     images = torch.rand(16, 3, size, size, generator=generator)
     return images, (images.mean(1) * 2 * CLASSES).long().remainder(CLASSES)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
-    """Train, print the losses and return those of this process."""
+    """Train, print the losses, and return the losses of this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--steps", type=int, default=8, help="micro-steps in all, resumed ones included")
+    parser.add_argument("--steps", type=int, default=8, help="micro-steps in total, including those before a resume")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-steps per optimizer step")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--recipe", default="unet", help="a recipe's name or file")
-    parser.add_argument("--folder", type=Path, default=None, help="where the state is saved at the end")
-    parser.add_argument("--resume", action="store_true", help="go on from --folder")
+    parser.add_argument("--folder", type=Path, default=None, help="folder where the state is saved at the end")
+    parser.add_argument("--resume", action="store_true", help="continue from --folder")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args(arguments)
     if options.resume and options.folder is None:
-        parser.error("--resume needs --folder, where the state to go on from lies")
+        parser.error("--resume needs --folder, the folder with the state to continue from")
     accelerator = Accelerator(mixed_precision="bf16", cpu=options.cpu, gradient_accumulation_steps=options.accumulate)
     torch.manual_seed(0)
     recipe = nv.load_recipe(options.recipe)

@@ -1,12 +1,13 @@
-"""NVFP4 in a PyTorch Lightning Trainer: an unmodified ResNet-18 on generated images, with exact resume.
+"""Train an unmodified ResNet-18 in NVFP4 with a PyTorch Lightning Trainer, with exact resume.
 
     python examples/lightning_resnet.py --steps 8
     python examples/lightning_resnet.py --devices 2 --cpu                           (DistributedDataParallel)
     python examples/lightning_resnet.py --steps 16 --folder runs/lightning --resume
 
-One line differs from a plain Lightning script: plugins=[NVFP4Precision(...)]. root="net" says that the recipe's
-[precision] table names the modules of the network, not those of the LightningModule around it. The checkpoint holds
-what a resume needs for equal bits. Epochs are counted, not steps: with max_steps Lightning shuffles anew at a resume.
+The images are generated. One line differs from a plain Lightning script: plugins=[NVFP4Precision(...)]. With
+root="net", the recipe's [precision] table names the modules of the network, not those of the LightningModule around it.
+The checkpoint contains what a bit-exact resume needs. The script counts epochs, not steps, because with max_steps
+Lightning shuffles the data again when it resumes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CLASSES = 4
 
 
 class Classifier(LightningModule):
-    """ResNet-18 and cross-entropy; knows nothing of NVFP4."""
+    """Train a ResNet-18 with cross-entropy. This class knows nothing about NVFP4."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Classifier(LightningModule):
 
 
 def stripes(count: int, size: int, seed: int) -> TensorDataset:
-    """Noisy images of stripes; the class is their direction."""
+    """Draw noisy images of stripes whose direction is the class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=generator)
     angle = labels.view(-1, 1, 1) * torch.pi / CLASSES
@@ -68,21 +69,21 @@ def stripes(count: int, size: int, seed: int) -> TensorDataset:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
-    """Train, print the losses and return those of this process."""
+    """Train, print the losses, and return the losses of this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--steps", type=int, default=8, help="in all, resumed ones included; whole epochs")
-    parser.add_argument("--epoch-steps", type=int, default=4, help="steps of an epoch")
+    parser.add_argument("--steps", type=int, default=8, help="total steps, those before a resume too; whole epochs")
+    parser.add_argument("--epoch-steps", type=int, default=4, help="steps per epoch")
     parser.add_argument("--batch", type=int, default=16, help="images per device and step")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--recipe", default="resnet", help="a recipe's name or file")
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="of torch.autocast")
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="dtype of torch.autocast")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=None, help="where the checkpoint is saved at the end")
-    parser.add_argument("--resume", action="store_true", help="go on from --folder")
+    parser.add_argument("--folder", type=Path, default=None, help="folder where the checkpoint is saved at the end")
+    parser.add_argument("--resume", action="store_true", help="continue from --folder")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args(arguments)
     if options.resume and options.folder is None:
-        parser.error("--resume needs --folder, where the state to go on from lies")
+        parser.error("--resume needs --folder, the folder with the state to continue from")
     torch.manual_seed(0)
     model = Classifier()
     trainer = Trainer(
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         accelerator="cpu" if options.cpu else "auto",
         devices=options.devices,
         strategy="ddp" if options.devices > 1 else "auto",
+        # rounded up to whole epochs
         max_epochs=-(-options.steps // options.epoch_steps),
         default_root_dir=options.folder,
         logger=False,
@@ -105,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     if checkpoint is not None:
         trainer.save_checkpoint(checkpoint)
     if trainer.is_global_zero:
+        # After a resume, this process has only the losses of its own steps.
         first = trainer.global_step - len(model.losses) + 1
         for step, loss in enumerate(model.losses, first):
             print(f"step {step:4}  loss {loss:.4f}")

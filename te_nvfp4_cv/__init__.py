@@ -1,6 +1,8 @@
-"""te_nvfp4_cv: NVFP4 training for convolutional networks.
+"""Train convolutional networks in NVFP4.
 
-import te_nvfp4_cv as nv;   with nv.nvfp4_autocast(nv.NVFP4BlockScaling()): loss = criterion(model(x), y)
+    import te_nvfp4_cv as nv
+    with nv.nvfp4_autocast(nv.NVFP4BlockScaling()):
+        loss = criterion(model(x), y)
 """
 
 import importlib
@@ -34,7 +36,7 @@ from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.version import __version__ as __version__
 
-# Pickles made by version 0.1 name these modules, which have moved since.
+# Pickles made by version 0.1 name these modules, which have moved since. Without the old names they would not load.
 sys.modules |= {
     f"{__name__}.{old}": sys.modules[f"{__name__}.{new}"]
     for old, new in {

@@ -16,22 +16,22 @@ _warned_lock = threading.Lock()
 
 
 def message(title: str, *, got: str, needs: str, fix: str) -> str:
-    """The text of a user error: a title line, then got / needs / fix, one line each."""
+    """Return the text of a user error: a title line, then got / needs / fix, one line each."""
     return f"{title}\n  got:   {got}\n  needs: {needs}\n  fix:   {fix}"
 
 
 def value_error(title: str, *, got: str, needs: str, fix: str) -> ValueError:
-    """A ValueError to raise: an argument's value, shape or dtype is not usable."""
+    """Make a ValueError to raise: an argument's value, shape or dtype is not usable."""
     return ValueError(message(title, got=got, needs=needs, fix=fix))
 
 
 def type_error(title: str, *, got: str, needs: str, fix: str) -> TypeError:
-    """A TypeError to raise: an argument is of the wrong class."""
+    """Make a TypeError to raise: an argument is of the wrong class."""
     return TypeError(message(title, got=got, needs=needs, fix=fix))
 
 
 def runtime_error(title: str, *, got: str, needs: str, fix: str) -> RuntimeError:
-    """A RuntimeError to raise: the call is right, but this machine or this state cannot serve it."""
+    """Make a RuntimeError to raise: the call is right, but this machine or this state cannot serve it."""
     return RuntimeError(message(title, got=got, needs=needs, fix=fix))
 
 
@@ -41,11 +41,11 @@ def warn_once(key: str, text: str, category: type[Warning] = UserWarning) -> Non
         if key in _warned:
             return
         _warned.add(key)
-    warnings.warn(text, category, stacklevel=3)
+    warnings.warn(text, category, stacklevel=3)  # names the line that called the function which warns
 
 
 def describe(tensor: object) -> str:
-    """Shape and dtype of a tensor, or the class of anything else, for the `got` line."""
+    """Return the shape and dtype of a tensor, or the class of anything else, for the `got` line."""
     shape = getattr(tensor, "shape", None)
     if shape is None:
         return type(tensor).__name__
@@ -53,28 +53,30 @@ def describe(tensor: object) -> str:
 
 
 def check_module(caller: str, model: object, call: str) -> None:
-    """Refuse what is no torch.nn.Module; `call` shows how `caller` is used.
+    """Refuse a model that is no torch.nn.Module; `call` shows how `caller` is used.
 
     Raises:
-        TypeError: not a module.
+        TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise type_error(f"{caller}: not a module.", got=describe(model), needs="a torch.nn.Module", fix=call)
 
 
 def check_trainable(caller: str, model: nn.Module) -> None:
-    """Refuse a model with lazy parameters, or with layers whose weights are kept in NVFP4 (nv.export).
+    """Refuse a model that cannot be trained: one with lazy parameters, or one whose layers hold NVFP4 codes in place of
+    weights (nv.export).
 
     Raises:
-        ValueError: with the first of their names.
+        ValueError: the model has such layers; the message names the first of them.
     """
+    # Asked by an attribute of the class: an import of nv.export from here would point up.
     packed = [name for name, module in model.named_modules() if hasattr(type(module), "nvfp4_weight")]
     if packed:
         raise value_error(
             f"{caller}: an inference model.",
             got=", ".join(packed[:4]),
             needs="the model that is trained, with weights of its own",
-            fix="give the original; te-nvfp4-cv verify FILE tells what an artefact holds",
+            fix="give the original; te-nvfp4-cv verify FILE tells what an exported file holds",
         )
     lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
     if lazy:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Write files so that they are whole or absent, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from te_nvfp4_cv.errors import runtime_error
 
 
 def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free some space, then try again") -> None:
-    """Replace `path` by `content`, or leave it as it was: temporary file beside it -> fsync -> rename -> fsync of the
-    folder, which is made where it is missing.
+    """Replace `path` by `content`, or leave it as it was.
+
+    The content goes to a temporary file in the same folder, which is made if it is missing. The file is synchronized
+    to the disk and renamed, and the folder is synchronized.
 
     Args:
-        fix: what to do when it fails, for the message.
-
+        fix: what the user should do if it fails, for the message.
     Raises:
-        RuntimeError: the disk is full or the folder cannot be written; what was there before is untouched.
+        RuntimeError: the disk is full or the folder cannot be written. The file from before is untouched.
     """
-    path = path.resolve() if path.is_symlink() else path  # the link stays
+    path = path.resolve() if path.is_symlink() else path  # write the file behind the link, so that the link stays
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,24 +30,25 @@ def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free s
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException as error:  # Ctrl-C too
-        with contextlib.suppress(OSError):  # a parent that is no folder
+    except BaseException as error:  # Ctrl-C must remove the draft too
+        with contextlib.suppress(OSError):  # the draft may not exist: its parent may be no folder
             draft.unlink()
         if not isinstance(error, OSError):
             raise
-        kept = f"; the file from before is untouched: {path}" if path.exists() else ""
+        before = f"; the file from before is untouched: {path}" if path.exists() else ""
         raise runtime_error(
             f"{path} could not be written.",
-            got=f"{error}{kept}",
+            got=f"{error}{before}",
             needs=f"{len(content)} bytes free in {path.parent}, and the right to write there",
             fix=fix,
         ) from error
     if os.name == "posix":
-        with contextlib.suppress(OSError):  # written it is; some network folders cannot be told to sync
+        with contextlib.suppress(OSError):  # it is written; some network folders cannot sync
             _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:
+    """Flush a folder to the disk: without it, a rename in it may be lost when the power fails."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -55,5 +57,6 @@ def _sync_folder(path: Path) -> None:
 
 
 def _write_all(file: BinaryIO, content: bytes | memoryview, chunk: int = 1 << 24) -> None:
+    """Write in chunks of 16 MiB."""
     for start in range(0, len(content), chunk):
         file.write(content[start : start + chunk])

@@ -1,4 +1,5 @@
-"""The numbers of NVFP4: E2M1 codes, E4M3 block scales, the two-level scale chain, RHT, Philox, nibbles, scale layout.
+"""The numbers of NVFP4, as plain torch: E2M1 codes, E4M3 block scales, RHT, Philox, nibbles, scale layout. Every
+backend agrees with this file bit for bit. A value passes through two levels of scales:
 
     S_enc = min(6 E / amax, FLT_MAX)                    one fp32 factor per tensor (or per row), E = 448 or 256
     s_b   = e4m3(amax_b * (S_enc * f32(1/6)))           one E4M3 decode scale per block of 16
@@ -6,11 +7,12 @@
     code  = e2m1(x * enc_b)                             0 .5 1 1.5 2 3 4 6, and 8 + the same with minus
     x'    = e2m1 * ((s_b * amax) * f32(1 / (6 E)))      every operation is one fp32 rounding, in this order
 
-Functions are elementwise, on any device, usable under torch.compile and fake tensors: no tensor lives at module level.
+Functions are elementwise and run on any device. No tensor lives at module level, so they also work under torch.compile
+and with fake tensors.
 Signs are taken from the bits, never by comparison, since compilers may drop the sign of zero.
 Python floats that multiply fp32 tensors are rounded to fp32 first, by torch. `1 / tensor` and `tensor / number` are
 written as torch.div of two tensors: torch may turn them into a multiplication by a reciprocal.
-This file holds no policy: it checks nothing, and does not know what a tensor face, a recipe or a backend is.
+This file checks nothing, and does not know what a tensor face, a recipe or a backend is.
 Source: arXiv 2509.25149; TransformerEngine's reference_nvfp4.py and dequantize_nvfp4.cuh; Salmon et al. 2011 (Philox).
 """
 
@@ -29,14 +31,14 @@ SIGN_VECTOR = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 _NEGATIVE_SIGNS = sum(1 << i for i, sign in enumerate(SIGN_VECTOR) if sign < 0)
 _SIGN_BIT = -(2**31)
-_MASK32 = 0xFFFFFFFF
+_MASK32 = 0xFFFFFFFF  # Philox's words live in int64 tensors, since torch has few operators for uint32
 
 
 # ---- E2M1 -----------------------------------------------------------------------------------------------------------
 
 
 def encode_e2m1(v: Tensor) -> Tensor:
-    """E2M1 codes (uint8, 0..15) of fp32 values: nearest, ties to the even code, saturating.
+    """Encode fp32 values as E2M1 codes (uint8, 0..15): nearest, ties to the even code, saturating.
 
     Numerics: the sign survives a magnitude that rounds to 0 (-0.0 and -0.1 give 8); inf gives 7 / 15; NaN of any sign
     gives 7, as the hardware instruction does.
@@ -55,14 +57,14 @@ def encode_e2m1(v: Tensor) -> Tensor:
 
 
 def encode_e2m1_stochastic(v: Tensor, random: Tensor) -> Tensor:
-    """E2M1 codes of fp32 values, rounded up with a probability equal to the fraction, by 8 random bits per element.
+    """Encode fp32 values as E2M1 codes, rounded up with a probability equal to the fraction, by 8 random bits each.
 
         t = |v| + (r/256) step(|v|);   q = min(floor(t / step(t)) step(t), 6);   step = .5 below 2, 1 below 4, else 2
 
     Args:
         v: fp32.
         random: uint8, of v's shape.
-    Numerics: grid points never move; |v| >= 6 gives 6; the sign is kept as in encode_e2m1; NaN gives 7.
+    Numerics: grid points never move; |v| >= 6 gives 6; the sign survives as in encode_e2m1; NaN gives 7.
     """
     bits = v.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
@@ -74,36 +76,37 @@ def encode_e2m1_stochastic(v: Tensor, random: Tensor) -> Tensor:
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
-    """fp32 values of E2M1 codes (any integer dtype, 0..15); code 8 gives -0.0."""
+    """Return the fp32 values of E2M1 codes (any integer dtype, 0..15); code 8 gives -0.0."""
     code = codes.to(torch.int32)
     m = code & 7
+    # In quarters: 0 and 0.5 are the subnormals m * 2, all others have the form (2 + mantissa bit) << exponent.
     magnitude = torch.where(m < 2, m * 2, (2 + (m & 1)) << (m >> 1)).to(torch.float32) * 0.25
     sign = torch.where(code > 7, _SIGN_BIT, 0).to(torch.int32)
     return (magnitude.view(torch.int32) | sign).view(torch.float32)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """uint8 [..., K/2] from codes [..., K] (K even): element 2j in bits 0-3, element 2j+1 in bits 4-7."""
+    """Pack codes [..., K] (K even) into uint8 [..., K/2]: element 2j in bits 0-3, element 2j+1 in bits 4-7."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def unpack_nibbles(data: Tensor) -> Tensor:
-    """Codes [..., K] from packed uint8 [..., K/2]."""
+    """Unpack uint8 [..., K/2] into codes [..., K]."""
     return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
 
 
 def blocks(v: Tensor) -> Tensor:
-    """[..., L] as [..., L/16, 16]; L may be 0."""
+    """Return [..., L] as [..., L/16, 16]; L may be 0."""
     return v.unflatten(-1, (v.shape[-1] // BLOCK, BLOCK))
 
 
 def _sign_code(bits: Tensor, magnitude: Tensor) -> Tensor:
-    """8 where the sign bit is set and the value is no NaN, else 0 (uint8)."""
+    """Return 8 where the sign bit is set and the value is no NaN, else 0 (uint8)."""
     return ((bits < 0) & (magnitude <= 0x7F800000)).to(torch.uint8) << 3
 
 
 def _e2m1_step(a: Tensor) -> Tensor:
-    """Distance from |v| = a to the next larger E2M1 value: 0.5 below 2, 1 below 4, else 2."""
+    """Return the distance from |v| = a to the next larger E2M1 value: 0.5 below 2, 1 below 4, else 2."""
     return torch.where(a < 2.0, 0.5, torch.where(a < 4.0, 1.0, 2.0)).to(torch.float32)
 
 
@@ -111,12 +114,14 @@ def _e2m1_step(a: Tensor) -> Tensor:
 
 
 def to_e4m3(v: Tensor) -> Tensor:
-    """float8_e4m3fn of fp32 values >= 0: nearest even, subnormals kept, saturating; NaN gives 448, byte 0x7E."""
+    """Round fp32 values >= 0 to float8_e4m3fn: nearest even, with subnormals, saturating; NaN gives 448, byte 0x7E."""
+    # The cast alone would keep NaN, which a scale byte must not be. A NaN is not below 448, so this maps it to 448.
     return torch.where(v < E4M3_MAX, v, float(E4M3_MAX)).to(torch.float8_e4m3fn)
 
 
 def power_of_two_amax(amax: Tensor, e4m3_max: int = E4M3_MAX, margin: int = 1) -> Tensor:
-    """6 E 2^k, the smallest one not below margin * amax: as a tensor's amax it gives the decode scale 2^k, exactly.
+    """Return the smallest 6 E 2^k that is not below margin * amax. As a tensor's amax it gives the decode scale 2^k,
+    exactly.
 
     Args:
         amax: fp32, >= 0.
@@ -136,24 +141,25 @@ def power_of_two_amax(amax: Tensor, e4m3_max: int = E4M3_MAX, margin: int = 1) -
 
 
 def encode_scale(amax: Tensor, e4m3_max: int = E4M3_MAX) -> Tensor:
-    """S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
+    """Return S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
     s_enc = torch.div(torch.full_like(amax, E2M1_MAX * e4m3_max), amax).clamp(max=FLT_MAX)
+    # A non-finite amax is not hidden by the 1: it stays in the tensor's amax, and alpha carries it into every result.
     usable = (amax > 0) & (amax <= FLT_MAX)
     return torch.where(usable, s_enc, torch.ones_like(s_enc))
 
 
 def decode_factor(s_enc: Tensor) -> Tensor:
-    """S_dec = f32(1 / S_enc); may be subnormal."""
+    """Return S_dec = f32(1 / S_enc), which may be subnormal."""
     return torch.div(torch.ones_like(s_enc), s_enc)
 
 
 def block_scale(amax_b: Tensor, s_enc: Tensor) -> Tensor:
-    """Decode scale s_b = e4m3(amax_b * f32(S_enc * f32(1/6))) of each block; s_enc broadcasts against amax_b."""
+    """Return the decode scale s_b = e4m3(amax_b * f32(S_enc * f32(1/6))) of each block; s_enc broadcasts to amax_b."""
     return to_e4m3((amax_b * (s_enc * ONE_SIXTH)).clamp(max=FLT_MAX))
 
 
 def four_over_six_scales(amax_b: Tensor, s_enc: Tensor) -> tuple[Tensor, Tensor]:
-    """The two candidate decode scales of 4over6: the block's amax mapped to 6, and mapped to 4.
+    """Return the two candidate decode scales of 4over6: the block's amax mapped to 6, and mapped to 4.
 
     base = f32(f32(amax_b / 6) * S_enc);   s6 = e4m3(base);   s4 = e4m3(f32(base * 1.5))
     """
@@ -162,13 +168,17 @@ def four_over_six_scales(amax_b: Tensor, s_enc: Tensor) -> tuple[Tensor, Tensor]
 
 
 def encode_multiplier(s_b: Tensor, s_enc: Tensor) -> Tensor:
-    """enc_b = min(f32(1 / f32(f32(s_b) * S_dec)), FLT_MAX), which multiplies the elements before the cast to E2M1."""
+    """Return enc_b = min(f32(1 / f32(f32(s_b) * S_dec)), FLT_MAX), the factor of the elements before the cast to E2M1.
+
+    It is computed from the rounded s_b, so that decoding multiplies with the exact inverse of what encoding used.
+    """
     scale = s_b.to(torch.float32) * decode_factor(s_enc)
+    # An all-zero block has scale 0 and would get inf here; FLT_MAX times its zeros is 0, inf times 0 would be NaN.
     return torch.div(torch.ones_like(scale), scale).clamp(max=FLT_MAX)
 
 
 def alpha(amax_a: Tensor, amax_b: Tensor, e4m3_max_a: int = E4M3_MAX, e4m3_max_b: int = E4M3_MAX) -> Tensor:
-    """f32(f32(amax_a * amax_b) * f32(1 / (36 E_a E_b))): what turns a GEMM of code * scale into real units.
+    """Return f32(f32(amax_a * amax_b) * f32(1 / (36 E_a E_b))), which turns a GEMM of code * scale into real units.
 
     Not finite where either amax is not finite (inf * 0 is NaN). Exact where both are 6 E 2^k: a power of two.
     """
@@ -181,7 +191,7 @@ def alpha_factor(e4m3_max_a: int, e4m3_max_b: int) -> float:
 
 
 def decode_blocks(data: Tensor, scale: Tensor) -> Tensor:
-    """code * s_b, fp32 [..., K], exact in bf16 too: the operand without its tensor scale.
+    """Return code * s_b, fp32 [..., K]: the operand without its tensor scale. The values are exact in bf16 too.
 
     Args:
         data: packed uint8 [..., K/2].
@@ -191,8 +201,18 @@ def decode_blocks(data: Tensor, scale: Tensor) -> Tensor:
     return (v * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
 
 
+def block_units(scale: Tensor, amax: Tensor, e4m3_max: int = E4M3_MAX) -> Tensor:
+    """Return what a code of 1.0 stands for in each block: f32(f32(s_b * amax) * f32(1 / (6 E))).
+
+    Args:
+        scale: float8_e4m3fn.
+        amax: fp32, broadcasts to scale.
+    """
+    return (scale.to(torch.float32) * amax) * (1.0 / (E2M1_MAX * e4m3_max))
+
+
 def dequantize(data: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int = E4M3_MAX) -> Tensor:
-    """fp32 [..., K] in TransformerEngine's order: e2m1 * f32(f32(s_b * amax) * f32(1 / (6 E))).
+    """Return the values, fp32 [..., K], in TransformerEngine's order: e2m1 * f32(f32(s_b * amax) * f32(1 / (6 E))).
 
     Args:
         data: packed uint8 [..., K/2].
@@ -201,18 +221,19 @@ def dequantize(data: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int = E4M3_M
     Numerics: overflows to inf above amax 7.6e35, as TransformerEngine does; a non-finite amax makes every element
         non-finite.
     """
-    if amax.numel() != 1:
+    if amax.numel() != 1:  # one per row: broadcast along the row's blocks
         amax = amax.reshape(*scale.shape[:-1], 1)
-    final = (scale.to(torch.float32) * amax) * (1.0 / (E2M1_MAX * e4m3_max))
     v = blocks(decode_e2m1(unpack_nibbles(data)))
-    return (v * final.unsqueeze(-1)).flatten(-2)
+    return (v * block_units(scale, amax, e4m3_max).unsqueeze(-1)).flatten(-2)
 
 
 # ---- random Hadamard transform --------------------------------------------------------------------------------------
 
 
 def rht16(x: Tensor, with_sign: bool = True) -> Tensor:
-    """H16 diag(sign) x / 4 along the last axis of [..., 16]: signs, then butterflies of stride 1, 2, 4, 8 in fp32.
+    """Rotate the last axis of [..., 16] by H16 diag(sign) x / 4: signs, then butterflies of stride 1, 2, 4, 8 in fp32.
+
+    The order of the butterflies is part of the numerics: another one rounds differently.
 
     Args:
         x: [..., 16] bf16, fp16 or fp32.
@@ -227,18 +248,18 @@ def rht16(x: Tensor, with_sign: bool = True) -> Tensor:
         pairs = v.unflatten(-1, (BLOCK // (2 * stride), 2, stride))
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         v = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-    v = v * 0.25
+    v = v * 0.25  # exact, so it may follow the sums
     return v.to(torch.bfloat16) if x.dtype == torch.bfloat16 else v
 
 
 def inverse_rht16(y: Tensor, with_sign: bool = True) -> Tensor:
-    """diag(sign) H16 y / 4, fp32: undoes rht16 up to rounding (the Hadamard matrix is its own inverse, times 16)."""
+    """Undo rht16 up to rounding: diag(sign) H16 y / 4, fp32 (the Hadamard matrix is its own inverse, times 16)."""
     v = rht16(y.to(torch.float32), with_sign=False)
     return v * _signs(y.device) if with_sign else v
 
 
 def _signs(device: torch.device) -> Tensor:
-    """SIGN_VECTOR, fp32 [16], made on the device: a copy from the host would wait for it."""
+    """Make SIGN_VECTOR, fp32 [16], on the device: a copy from the host would wait for the device."""
     negative = (_NEGATIVE_SIGNS >> torch.arange(BLOCK, device=device)) & 1
     return (1 - 2 * negative).to(torch.float32)
 
@@ -247,7 +268,7 @@ def _signs(device: torch.device) -> Tensor:
 
 
 def philox4x32(seed: Tensor | int, block_index: Tensor, face: int) -> Tensor:
-    """16 random bytes for each block: Philox4x32-10, uint8 [..., 16].
+    """Draw 16 random bytes for each block by Philox4x32-10: uint8 [..., 16].
 
     Args:
         seed: key = (low, high) 32 bits; an int or an int64 tensor of one element.
@@ -256,6 +277,7 @@ def philox4x32(seed: Tensor | int, block_index: Tensor, face: int) -> Tensor:
     Returns:
         Byte i of a block is (word[i // 4] >> 8 (i % 4)) & 255.
     """
+    # The face is part of the counter: both faces of an operand must not see the same random bytes.
     low, high = block_index & _MASK32, (block_index >> 32) & _MASK32
     words = philox_words(
         (low, high, torch.full_like(low, face), torch.zeros_like(low)), (seed & _MASK32, (seed >> 32) & _MASK32)
@@ -268,7 +290,7 @@ def philox4x32(seed: Tensor | int, block_index: Tensor, face: int) -> Tensor:
 def philox_words(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int], rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit words (in int64 tensors) from a 128-bit counter and a 64-bit key, also in int64.
+    """Compute Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key, all in int64 tensors.
 
     The Triton kernels do 7 rounds, the fewest that pass BigCrush (Salmon et al. 2011).
     """
@@ -283,7 +305,7 @@ def philox_words(
 
 
 def _multiply32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b for 32-bit values in int64, by 16-bit halves of a: nothing overflows."""
+    """Return the high and low 32 bits of a * b for 32-bit values in int64, by 16-bit halves of a: nothing overflows."""
     low48 = (a & 0xFFFF) * b
     middle = (a >> 16) * b + (low48 >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low48 & 0xFFFF)
@@ -293,12 +315,12 @@ def _multiply32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is not below n."""
+    """Return the smallest multiple of `multiple` that is not below n."""
     return -(-n // multiple) * multiple
 
 
 def pad_scales(scale: Tensor) -> Tensor:
-    """[R, C] block scales padded with zeros to multiples of 128 rows and 4 columns; uint8 or float8_e4m3fn."""
+    """Pad the block scales [R, C], uint8 or float8_e4m3fn, with zeros to multiples of 128 rows and 4 columns."""
     rows, cols = scale.shape
     padded = torch.zeros(round_up(rows, 128), round_up(cols, 4), dtype=torch.uint8, device=scale.device)
     padded[:rows, :cols] = scale.view(torch.uint8)
@@ -306,14 +328,14 @@ def pad_scales(scale: Tensor) -> Tensor:
 
 
 def swizzle_scales(padded: Tensor) -> Tensor:
-    """Padded scales [R, C] in the order of the FP4 tensor cores, same shape: 128x4 tiles, each as 32 x 4 x 4 bytes."""
+    """Return padded scales [R, C] in the FP4 tensor cores' order, same shape: 128x4 tiles, each 32 x 4 x 4 bytes."""
     rows, cols = padded.shape
     tiles = padded.view(torch.uint8).reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(rows, cols).view(padded.dtype)
 
 
 def unswizzle_scales(swizzled: Tensor) -> Tensor:
-    """The inverse of swizzle_scales."""
+    """Undo swizzle_scales."""
     rows, cols = swizzled.shape
     tiles = swizzled.view(torch.uint8).reshape(rows // 128, cols // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(rows, cols).view(swizzled.dtype)
@@ -323,7 +345,7 @@ def unswizzle_scales(swizzled: Tensor) -> Tensor:
 
 
 def te_to_ntile(data: Tensor, scale: Tensor, spatial: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
-    """Columnwise data [C, (h, w, n)/2] and scales [C, (h, w, n)/16] as tiles of 16 images at one pixel.
+    """Return columnwise data [C, (h, w, n)/2] and scales [C, (h, w, n)/16] as tiles of 16 images at one pixel.
 
     Args:
         spatial: (H, W), of any rank.
@@ -332,14 +354,14 @@ def te_to_ntile(data: Tensor, scale: Tensor, spatial: tuple[int, ...], batch: in
         data [N/16, H, W, C, 8] and scales [N/16, H, W, C].
     """
     rank, channels = len(spatial), data.shape[0]
-    order = (rank + 1, *range(1, rank + 1), 0)
+    order = (rank + 1, *range(1, rank + 1), 0)  # the batch's tile first, channels last
     tiles = data.reshape(channels, *spatial, batch // BLOCK, BLOCK // 2).permute(*order, rank + 2)
     scales = scale.view(torch.uint8).reshape(channels, *spatial, batch // BLOCK).permute(*order)
     return tiles.contiguous(), scales.contiguous().view(scale.dtype)
 
 
 def ntile_to_te(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of te_to_ntile; the shapes of the tiles say all it needs."""
+    """Undo te_to_ntile; the shapes of the tiles say all it needs."""
     rank = data.dim() - 3
     order = (rank + 1, *range(1, rank + 1), 0)
     channels = data.shape[-2]
@@ -350,7 +372,7 @@ def ntile_to_te(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def transpose_tiles(data: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """The columnwise face of a 16x16-scaled matrix, from its rowwise face: nibbles and tile scales transposed.
+    """Transpose the rowwise face of a 16x16-scaled matrix to its columnwise face: nibbles and tile scales alike.
 
     Args:
         data: rowwise, packed uint8 [M, Kp/2].
@@ -361,5 +383,6 @@ def transpose_tiles(data: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, 
     """
     codes = unpack_nibbles(data)
     codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % BLOCK))[:, :columns]
+    # A tile's scale stands in each of its 16 rows, so every 16th row holds all of them.
     tiles = scale.view(torch.uint8)[::BLOCK].t().repeat_interleave(BLOCK, dim=0)[:columns]
     return pack_nibbles(codes.t()).contiguous(), tiles.contiguous().view(scale.dtype)

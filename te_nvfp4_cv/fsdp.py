@@ -1,4 +1,4 @@
-"""nv.fsdp: weights that FSDP2 gathers in 4 bits. The code is in distributed/fsdp.py."""
+"""Weights that FSDP2 gathers in 4 bits (nv.fsdp). The code is in distributed/fsdp.py."""
 
 from te_nvfp4_cv.distributed.fsdp import quantize_gathers
 

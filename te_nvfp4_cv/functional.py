@@ -44,7 +44,13 @@ def conv1d(
     recipe: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """F.conv1d with its three GEMMs in NVFP4; see conv2d."""
+    """Compute F.conv1d with its three GEMMs in NVFP4; see conv2d.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> nv.functional.conv1d(torch.randn(16, 32, 50), torch.randn(64, 32, 5), padding=2).shape
+        torch.Size([16, 64, 50])
+    """
     return execute_explicit("conv1d", x, w, bias, ConvArgs(stride, padding, dilation, groups), recipe, backend)
 
 
@@ -60,18 +66,26 @@ def conv2d(
     recipe: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """F.conv2d with its three GEMMs in NVFP4.
+    """Compute F.conv2d with its three GEMMs in NVFP4.
 
     Args:
         x: [B, C, H, W] (or [C, H, W]) bf16, fp16 or fp32, any strides.
         w: [O, C / groups, R, S]; quantized as it is stored.
         padding: an int, one per axis, "same" or "valid".
         recipe: NVFP4BlockScaling, TransformerEngine's, or None for the default.
-        backend: "auto", "reference" or "vendor".
+        backend: "auto", "reference", "vendor" or "triton".
     Returns:
         [B, O, P, Q] in x's dtype (torch.autocast's where it is on).
     Raises:
-        ValueError: shapes, dtypes or groups that NVFP4 cannot take; RuntimeError: a backend that cannot run here.
+        ValueError: shapes, dtypes or groups that NVFP4 cannot take.
+        RuntimeError: a backend that cannot run here.
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> x, w = torch.randn(16, 32, 8, 8), torch.randn(64, 32, 3, 3, requires_grad=True)
+        >>> y = nv.functional.conv2d(x, w, padding=1, recipe=nv.load_recipe("no_sr"))
+        >>> y.sum().backward()
+        >>> y.shape, w.grad.shape
+        (torch.Size([16, 64, 8, 8]), torch.Size([64, 32, 3, 3]))
     """
     return execute_explicit("conv2d", x, w, bias, ConvArgs(stride, padding, dilation, groups), recipe, backend)
 
@@ -88,7 +102,13 @@ def conv3d(
     recipe: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """F.conv3d with its three GEMMs in NVFP4; see conv2d."""
+    """Compute F.conv3d with its three GEMMs in NVFP4; see conv2d.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> nv.functional.conv3d(torch.randn(2, 16, 4, 6, 6), torch.randn(16, 16, 3, 3, 3), padding=1).shape
+        torch.Size([2, 16, 4, 6, 6])
+    """
     return execute_explicit("conv3d", x, w, bias, ConvArgs(stride, padding, dilation, groups), recipe, backend)
 
 
@@ -105,7 +125,13 @@ def conv_transpose1d(
     recipe: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """F.conv_transpose1d in NVFP4; see conv_transpose2d."""
+    """Compute F.conv_transpose1d in NVFP4; see conv_transpose2d.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> nv.functional.conv_transpose1d(torch.randn(16, 32, 10), torch.randn(32, 16, 4), stride=2, padding=1).shape
+        torch.Size([16, 16, 20])
+    """
     args = ConvArgs(stride, padding, dilation, groups, output_padding)
     return execute_explicit("conv_transpose1d", x, w, bias, args, recipe, backend)
 
@@ -123,7 +149,19 @@ def conv_transpose2d(
     recipe: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """F.conv_transpose2d in NVFP4: x [B, C, P, Q], w [C, O / groups, R, S]; fprop and dgrad of conv2d exchanged."""
+    """Compute F.conv_transpose2d in NVFP4: fprop and dgrad of conv2d exchanged.
+
+    Args:
+        x: [B, C, P, Q].
+        w: [C, O / groups, R, S].
+
+    The other arguments, the result and the errors are those of conv2d.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> nv.functional.conv_transpose2d(torch.randn(4, 32, 8, 8), torch.randn(32, 16, 2, 2), stride=2).shape
+        torch.Size([4, 16, 16, 16])
+    """
     args = ConvArgs(stride, padding, dilation, groups, output_padding)
     return execute_explicit("conv_transpose2d", x, w, bias, args, recipe, backend)
 
@@ -141,11 +179,29 @@ def conv_transpose3d(
     recipe: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """F.conv_transpose3d in NVFP4; see conv_transpose2d."""
+    """Compute F.conv_transpose3d in NVFP4; see conv_transpose2d.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> nv.functional.conv_transpose3d(torch.randn(2, 16, 2, 3, 3), torch.randn(16, 16, 2, 2, 2), stride=2).shape
+        torch.Size([2, 16, 4, 6, 6])
+    """
     args = ConvArgs(stride, padding, dilation, groups, output_padding)
     return execute_explicit("conv_transpose3d", x, w, bias, args, recipe, backend)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, recipe: Any = None, backend: str = "auto") -> Tensor:
-    """F.linear with its three GEMMs in NVFP4: x [..., C], w [O, C]; wgrad's blocks are 16 consecutive rows of x."""
+    """Compute F.linear with its three GEMMs in NVFP4; wgrad's blocks are 16 consecutive rows of x.
+
+    Args:
+        x: [..., C].
+        w: [O, C].
+
+    The other arguments, the result and the errors are those of conv2d.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> nv.functional.linear(torch.randn(2, 7, 48), torch.randn(96, 48), torch.zeros(96)).shape
+        torch.Size([2, 7, 96])
+    """
     return execute_explicit("linear", x, w, bias, ConvArgs(), recipe, backend)

@@ -1,4 +1,4 @@
-"""nv.tensor_parallel: styles for torch's parallelize_module. The code is in distributed/tensor_parallel.py."""
+"""Styles for torch's parallelize_module (nv.tensor_parallel). The code is in distributed/tensor_parallel.py."""
 
 from te_nvfp4_cv.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel
 

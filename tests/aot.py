@@ -195,11 +195,12 @@ def _run(index: int, arch: int, only: str, keep: Path | None) -> dict[str, Any]:
     return run_case(cases(only)[index], arch, keep)
 
 
-def report(only: str = "", archs: tuple[int, ...] = (), python: str = sys.executable) -> list[dict[str, Any]]:
+def report(only: str = "", archs: tuple[int, ...] = (), budget: bool = False) -> list[dict[str, Any]]:
     """The rows of `python -m tests.aot --json` in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    command = [python, "-m", "tests.aot", "--json", "--only", only, "--arch", *map(str, archs)]
+    command = [sys.executable, "-m", "tests.aot", "--json", "--only", only, "--arch", *map(str, archs)]
+    command += ["--budget"] if budget else []
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.stdout.strip(), result.stderr[-3000:]
     rows: list[dict[str, Any]] = json.loads(result.stdout)
@@ -211,6 +212,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time and check what comes out")
     parser.add_argument("--only", default="", help="cases whose group.name contains this")
     parser.add_argument("--arch", type=int, nargs="*", default=[], help="80 86 89 90 100 120; all when not given")
+    parser.add_argument("--budget", action="store_true", help="only cases with a budget of instructions per element")
     parser.add_argument("--keep", type=Path, help="folder for PTX and SASS")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -221,6 +223,7 @@ def main() -> int:
         for index, case in enumerate(cases(options.only))
         for arch in case.get("archs", (80, 86, 89, 90, 100, 120))
         if not options.arch or arch in options.arch
+        if not options.budget or "instructions_per_element" in case
     ]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:

@@ -7,6 +7,7 @@ the other integers. A kernel that leaves a place unwritten then fails its compar
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -47,7 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", default="auto", choices=choices, help="backend of the tests that take `backend`")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "stress" not in config.option.markexpr:  # not in addopts: any other -m would take the place of that one
+        long = [item for item in items if item.get_closest_marker("stress")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("stress")]
     if torch.cuda.is_available():  # what the interpreter runs elsewhere runs on the GPU here
         for item in items:
             if "kernel_device" in getattr(item, "fixturenames", ()):
@@ -56,6 +61,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # a later collection then does not walk through all imported modules, which takes half a second
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -9,6 +13,12 @@ from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size, transposed_outpu
 from te_nvfp4_cv.ops.records import Operand, WeightCodes
 
 KINDS = ("normal", "wide", "subnormal", "huge", "zeros", "negative zeros", "nan", "inf")
+
+
+def seeds(few: Iterable[int], many: Iterable[int]) -> list[Any]:
+    """Return parameters of a randomized test: `few` seeds run in `make test`, the rest of `many` in `make stress`."""
+    few = list(few)
+    return [*few, *(pytest.param(seed, marks=pytest.mark.stress) for seed in many if seed not in few)]
 
 
 def values(shape: tuple[int, ...], kind: str = "normal", dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -1,220 +1,302 @@
-"""The house: imports point down, optional packages stay in their rooms, every file says what it is for.
+"""The tree and docs/ARCHITECTURE.md say the same, imports point down, every file says what it is for.
 
-Read from the source with ast, so an import inside a function counts like one at the top. The checker itself is tested
-on planted violations.
+The rules are in tests/architecture.py. Each of them is also tested on planted violations.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from te_nvfp4_cv.cli import COMMANDS
+from tests.architecture import (
+    PACKAGE,
+    ROOMS,
+    RULES,
+    House,
+    each_torch_private_has_one_file,
+    every_file_says_what_it_is_for,
+    folders_have_an_order,
+    imports_point_down,
+    names_do_not_hide_names,
+    optional_packages_stay_in_their_rooms,
+    page_and_tree_agree,
+    picture_and_table_agree,
+    private_names,
+    the_root_is_small,
+    the_way_of_the_data_is_short,
+    torch_privates_are_listed,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "te_nvfp4_cv"
-FLOORS: dict[str, int] = {
-    "formats": 0,
-    "checks": 0,
-    "files": 0,
-    "version": 0,
-    "recipe": 1,
-    "recipe_fields": 1,
-    "recipe_files": 1,
-    "tensor": 1,
-    "tensor_operators": 1,
-    "ops": 2,  # dispatch, geometry, native
-    "ops.quantize": 3,
-    "ops.conv": 4,
-    "ops.gemm": 4,
-    "ops.norm": 4,
-    "plan": 5,
-    "faces": 5,
-    "multiply": 5,
-    "inference": 5,
-    "autograd": 5,
-    "calls": 5,
-    "collectives": 5,
-    "functional": 5,
-    "gathered": 5,
-    "layer": 5,
-    "layer_operator": 5,
-    "distributed": 5,
-    "gather_shards": 5,
-    "norm": 5,
-    "parallel_conv": 5,
-    "producer": 5,
-    "scaling": 5,
-    "weight_transforms": 5,
-    "context": 6,
-    "handover": 6,
-    "autocast": 6,
-    "modules": 7,
-    "policy": 7,
-    "coverage": 7,
-    "coverage_report": 7,
-    "norm_modules": 7,
-    "learned": 7,
-    "fuse": 7,
-    "fuse_patterns": 7,
-    "fuse_trace": 7,
-    "parallel_call": 7,
-    "tensor_parallel": 7,
-    "fsdp": 7,
-    "export": 8,
-    "projection": 8,
-    "lightning": 8,
-    "telemetry": 8,
-    "te_plugin": 8,
-    "selftest": 8,
-    "sensitivity": 8,
-    "cli": 9,
-    "": 9,
-}
-ROOMS = {  # package: patterns of the files that may import it
-    "triton": "ops/numerics.py ops/decode.py ops/kernels.py ops/*/kernels*.py ops/*/launch.py",
-    "wandb": "telemetry/*.py",
-    "matplotlib": "telemetry/*.py",
-    "plotly": "telemetry/*.py",
-    "tensorboard": "telemetry/*.py",
-    "onnx": "export/*.py",
-    "onnxscript": "export/*.py",
-    "onnxruntime": "export/*.py",
-    "transformer_engine": "te_plugin.py",
-    "lightning": "lightning.py",
-    "pytorch_lightning": "lightning.py",
-    "accelerate": "",
-    "torchvision": "",
-}
 
 
-def floor_of(module: str) -> int | None:
-    """The floor of a module named relative to the package: that of the longest prefix in FLOORS."""
-    if module == "":
-        return FLOORS[""]
-    parts = module.split(".")
-    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-    return next((FLOORS[name] for name in names if name in FLOORS), None)
+@pytest.fixture(scope="module")
+def house() -> House:
+    page, picture = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("ARCHITECTURE.md", "floors.svg"))
+    return House(ROOT / PACKAGE, page, picture)
 
 
-def modules_in(package: Path) -> dict[str, Path]:
-    """Module names relative to the package, with their files."""
-    found = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = list(path.relative_to(package).with_suffix("").parts)
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_stands(house, rule):
+    assert house.modules, "the package was not found"
+    found = rule(house)
+    assert not found, "\n" + "\n".join(found)
 
 
-def imports_of(name: str, path: Path, modules: dict[str, Path]) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of everything the file imports, at any depth, import_module("...") too."""
-    in_package = [PACKAGE, *name.split(".")] if name else [PACKAGE]
-    here = in_package if path.name == "__init__.py" else in_package[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = here[: len(here) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            for alias in node.names:  # "from package import module" imports the module
-                full = f"{source}.{alias.name}"
-                yield node.lineno, full if full.removeprefix(PACKAGE + ".") in modules else source
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
-                yield node.lineno, node.args[0].value
-
-
-def violations(package: Path) -> list[str]:
-    """Everything that breaks the rules of the house below this folder."""
-    modules = modules_in(package)
-    found = []
-    for name, path in modules.items():
-        where = path.relative_to(package).as_posix()
-        floor = floor_of(name)
-        if floor is None:
-            found.append(f"{where}: on no floor, add it to FLOORS")
-            continue
-        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))):
-            found.append(f"{where}: no docstring")
-        for line, target in imports_of(name, path, modules):
-            top = target.split(".")[0]
-            if top == PACKAGE:
-                below = floor_of(target.removeprefix(PACKAGE).removeprefix("."))
-                if below is None or below > floor:
-                    found.append(f"{where}:{line}: floor {floor} imports {target}, floor {below}")
-            elif top in ROOMS and not any(path.relative_to(package).match(room) for room in ROOMS[top].split()):
-                found.append(f"{where}:{line}: imports {top} outside its room ({ROOMS[top] or 'none in the package'})")
-    return found
-
-
-def test_the_house_stands():
-    assert modules_in(ROOT / PACKAGE), "the package was not found"
-    found = violations(ROOT / PACKAGE)
-    assert not found, "\n".join(found)
-
-
-def _plant(folder: Path, name: str, text: str) -> Path:
-    package = folder / PACKAGE
-    for sub in (package, package / "ops", package / "ops" / "quantize"):
-        sub.mkdir(parents=True, exist_ok=True)
-        (sub / "__init__.py").write_text('"""A room."""\n')
-    (package / "functional.py").write_text('"""Floor 5."""\n')
-    path = package / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return package
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "told"),
-    [
-        ("formats.py", '"""x."""\nimport te_nvfp4_cv.functional\n', "formats.py:2: floor 0 imports te_nvfp4_cv.f"),
-        ("formats.py", '"""x."""\nfrom te_nvfp4_cv import functional\n', "te_nvfp4_cv.functional, floor 5"),
-        ("formats.py", '"""x."""\nfrom te_nvfp4_cv import NVFP4Linear\n', "floor 0 imports te_nvfp4_cv, floor 9"),
-        ("tensor.py", '"""x."""\nfrom .ops.quantize import quantize\n', "floor 1 imports te_nvfp4_cv.ops.quantize.matrix"),
-        ("ops/quantize/reference.py", '"""x."""\nfrom ... import functional\n', "imports te_nvfp4_cv.functional"),
-        ("ops/quantize/reference.py", '"""x."""\nfrom ...functional import f\n', "imports te_nvfp4_cv.functional"),
-        ("ops/geometry.py", '"""x."""\ndef f():\n    from ..functional import g\n', "geometry.py:3: floor 2 imports"),
-        ("checks.py", '"""x."""\nif TYPE_CHECKING:\n    from te_nvfp4_cv.context.context_manager import a\n', "floor 0 imports"),
-        ("recipe.py", '"""x."""\nimport importlib\nimportlib.import_module("te_nvfp4_cv.nn.precision")\n', "floor 1 imports"),
-        ("ops/conv/vendor.py", '"""x."""\nimport triton.language as tl\n', "imports triton outside its room"),
-        ("functional.py", '"""x."""\ndef f():\n    import wandb\n', "functional.py:3: imports wandb outside its room"),
-        ("recipe.py", '"""x."""\nfrom transformer_engine.common import recipe\n', "imports transformer_engine outside"),
-        ("cli.py", '"""x."""\n__import__("onnx")\n', "imports onnx outside its room"),
-        ("cli.py", "import json\n", "cli.py: no docstring"),
-        ("helpers.py", '"""x."""\n', "helpers.py: on no floor"),
-    ],
-)
-def test_a_planted_violation_is_found(tmp_path, name, text, told):
-    found = violations(_plant(tmp_path, name, text))
-    assert len(found) == 1 and told in found[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("ops/quantize/kernels.py", '"""x."""\nimport triton\n'),
-        ("ops/quantize/vendor.py", '"""x."""\nfrom . import reference\nfrom ... import checks\n'),
-        ("functional.py", '"""x."""\nfrom .ops.quantize import quantize\nimport torch\n'),
-        ("te_plugin.py", '"""x."""\ndef f():\n    import transformer_engine\n'),
-    ],
-)
-def test_what_is_allowed_passes(tmp_path, name, text):
-    (_plant(tmp_path, name, text) / "checks.py").write_text('"""Floor 0."""\n')
-    (tmp_path / PACKAGE / "ops" / "quantize" / "reference.py").write_text('"""Floor 3."""\n')
-    assert violations(tmp_path / PACKAGE) == []
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/ARCHITECTURE.md"])
+def test_the_commands_of_the_pages_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)
+    modules = re.findall(r"python -m (tests\.\w+)", text)
+    commands = re.findall(r"te-nvfp4-cv (\w+)", text)
+    assert modules or commands
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+    assert [module for module in modules if not (ROOT / f"{module.replace('.', '/')}.py").is_file()] == []
+    assert set(commands) <= {command.name for command in COMMANDS}
+    paths = [path for path in re.findall(r"[\w./*-]+/[\w.*-]+\.(?:py|md|cpp)", text) if not path.startswith("..")]
+    folders = (ROOT, ROOT / PACKAGE)
+    assert [path for path in paths if not any(list(folder.glob(path)) for folder in folders)] == []
 
 
 def test_importing_the_package_imports_no_optional_one():
-    names = [name for name in ROOMS]
     code = (
         f"import sys, torch\nbefore = set(sys.modules)\nimport {PACKAGE}, {PACKAGE}.cli\n"
-        f"print(sorted(set({names!r}) & (set(sys.modules) - before)))"
+        f"print(sorted(set({list(ROOMS)!r}) & (set(sys.modules) - before)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+# ---- the rules on planted trees -------------------------------------------------------------------------------------
+
+DOC = '"""A room."""\n'
+PLANTED_PAGE = """# Architecture
+
+## The floors
+Text.
+
+| floor | where | purpose |
+|---|---|---|
+| 4 | `__init__.py` | |
+| 3 | `functional.py`, `telemetry/` | the `errors.py` of a purpose is no entry |
+| 2 | `layer/`, `tensor/` | |
+| 1 | `ops/` | |
+| 0 | `errors.py`, `version.py` | |
+
+## The way of the data
+
+| step | file | what |
+|---|---|---|
+| 1 | `layer/run.py` | |
+| 2 | `layer/plan.py` | |
+
+## Torch's private names
+
+| subject | file | names |
+|---|---|---|
+| graphs | `layer/plan.py` | `torch._C._graph`, `torch.utils._pytree` |
+"""
+ROOMS_BY_HEIGHT = {
+    10: ["__init__.py"],
+    20: ["functional.py", "telemetry/"],
+    30: ["layer/", "tensor/"],
+    40: ["ops/"],
+    50: ["errors.py", "version.py"],
+}
+PLANTED = {
+    "__init__.py": DOC + f"from {PACKAGE} import functional\nfrom {PACKAGE}.layer.run import go\n",
+    "errors.py": DOC,
+    "version.py": DOC,
+    "functional.py": DOC + "from .layer import plan, run\n",
+    "ops/__init__.py": DOC,
+    "ops/geometry.py": DOC + "import importlib.util\nhave = importlib.util.find_spec('triton')\n",
+    "ops/quantize/__init__.py": DOC,
+    "ops/quantize/operand.py": DOC + "def f():\n    from .triton import launch\n",
+    "ops/quantize/reference.py": DOC,
+    "ops/quantize/triton/__init__.py": DOC,
+    "ops/quantize/triton/launch.py": DOC + "import triton.language as tl\nfrom ...geometry import have\n",
+    "layer/__init__.py": DOC,
+    "layer/plan.py": DOC + "import torch\nfrom torch.utils import _pytree as p\nx = torch._C._graph\nx = p.tree_map\n",
+    "layer/run.py": DOC + f"from . import plan\nfrom {PACKAGE}.ops.quantize import operand\ngo = 1\n",
+    "telemetry/__init__.py": DOC + "from .sinks import WandB\n",
+    "telemetry/sinks.py": DOC + "class WandB:\n    def f(self):\n        import wandb\n",
+    "tensor/__init__.py": DOC + "def f():\n    gemm = 1\n",
+    "tensor/gemm.py": DOC,
+}
+
+
+@dataclass
+class Change:
+    """What is planted: files with their text, a replacement on the page; and what a rule must say of it."""
+
+    rule: Callable[[House], list[str]]
+    told: str
+    files: dict[str, str] = field(default_factory=dict)
+    page: tuple[str, str] = ("", "")
+
+
+def draw(heights: dict[int, list[str]]) -> str:
+    texts = (f'<text class="room" y="{y}">{name}</text>' for y, names in heights.items() for name in names)
+    return f'<svg xmlns="http://www.w3.org/2000/svg"><text y="5">Floors</text>{"".join(texts)}</svg>'
+
+
+def plant(folder: Path, files: dict[str, str], change: tuple[str, str] = ("", "")) -> House:
+    for name, text in (PLANTED | files).items():
+        path = folder / PACKAGE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    page = PLANTED_PAGE.replace(*change) if change[0] else PLANTED_PAGE
+    return House(folder / PACKAGE, page, draw(ROOMS_BY_HEIGHT))
+
+
+def test_what_is_allowed_passes(tmp_path):
+    house = plant(tmp_path, {})
+    assert [found for rule in RULES for found in rule(house)] == []
+
+
+def imported(text: str, told: str, name: str = "errors.py") -> Change:
+    return Change(imports_point_down, told, {name: DOC + text})
+
+
+def private(text: str, told: str) -> Change:
+    return Change(torch_privates_are_listed, f"errors.py: touches {told}, which the page", {"errors.py": DOC + text})
+
+
+TWO = "def g():\n    from .operand import f\n"
+VIOLATIONS = [
+    imported(f"import {PACKAGE}.functional\n", "errors.py:2: floor 0 imports functional, up to floor 3"),
+    imported(f"from {PACKAGE} import functional\n", "errors.py:2: floor 0 imports functional"),
+    imported(f"from {PACKAGE} import go\n", f"floor 0 imports {PACKAGE}, up to floor 4"),
+    imported("from . import version\n", "floor 0 imports version, on its own floor"),
+    imported("import importlib\nimportlib.import_module('te_nvfp4_cv.ops.geometry')\n", "errors.py:3: floor 0"),
+    imported("from ..layer.run import go\n", "imports layer.run, on its own floor", "tensor/__init__.py"),
+    imported("def f():\n    from .... import functional\n", "launch.py:3: floor 1", "ops/quantize/triton/launch.py"),
+    imported("if TYPE_CHECKING:\n    from ..layer import plan\n", "geometry.py:3: floor 1", "ops/geometry.py"),
+    Change(folders_have_an_order, "layer/: a cycle: plan -> run", {"layer/plan.py": DOC + "from .run import go\n"}),
+    Change(
+        folders_have_an_order,
+        "run (layer/plan.py:3)",
+        {"layer/plan.py": DOC + "if TYPE_CHECKING:\n from . import run\n"},
+    ),
+    Change(
+        folders_have_an_order,
+        "triton -> operand (ops/quantize/triton/launch.py:3)",
+        {"ops/quantize/triton/launch.py": DOC + TWO.replace(".", "..")},
+    ),
+    Change(
+        folders_have_an_order,
+        "sinks -> __init__ (telemetry/sinks.py:2)",
+        {"telemetry/sinks.py": DOC + f"from {PACKAGE}.telemetry import WandB\n"},
+    ),
+    Change(
+        folders_have_an_order,
+        "ops/: a cycle: geometry -> quantize",
+        {"ops/geometry.py": DOC + "from .quantize import operand\n"},
+    ),
+    Change(page_and_tree_agree, "helpers.py: on no floor", {"helpers.py": DOC}),
+    Change(page_and_tree_agree, "nn/: on no floor", {"nn/inner/more.py": DOC}),
+    Change(page_and_tree_agree, "nn/: on the page and not in the tree", page=("`tensor/`", "`tensor/`, `nn/`")),
+    Change(page_and_tree_agree, "layer/faces.py: on the page", page=("Text.", "See `layer/faces.py`.")),
+    Change(page_and_tree_agree, "ops/: twice", page=("`tensor/`", "`tensor/`, `ops/`")),
+    Change(
+        picture_and_table_agree,
+        "shows 5 floors, the table 6",
+        page=("| 0 | `errors.py`", "| 0 | `z.py` | |\n| -1 | `errors.py`"),
+    ),
+    Change(picture_and_table_agree, "nn/: on floor 2 of the table only", page=("`tensor/`", "`tensor/`, `nn/`")),
+    Change(
+        picture_and_table_agree,
+        "tensor/: on floor 2 of the picture only",
+        page=("| 2 | `layer/`, `tensor/`", "| 2 | `layer/`"),
+    ),
+    Change(
+        the_way_of_the_data_is_short, "layer/go.py: to be read", page=("| 2 | `layer/plan.py`", "| 2 | `layer/go.py`")
+    ),
+    Change(the_way_of_the_data_is_short, "9 files to read", page=("`layer/run.py`", "`layer/run.py`" * 8)),
+    Change(the_root_is_small, "13 files at the root", {f"file_{i}.py": DOC for i in range(9)}),
+    Change(the_root_is_small, "17 folders at the root", {f"folder_{i}/a.py": DOC for i in range(13)}),
+    Change(
+        optional_packages_stay_in_their_rooms,
+        "imports triton outside",
+        {"ops/quantize/operand.py": DOC + "import triton\n"},
+    ),
+    Change(
+        optional_packages_stay_in_their_rooms,
+        "functional.py:3: imports wandb",
+        {"functional.py": DOC + "def f():\n    import wandb\n"},
+    ),
+    Change(
+        optional_packages_stay_in_their_rooms,
+        "transformer_engine outside",
+        {"errors.py": DOC + "from transformer_engine.common import recipe\n"},
+    ),
+    Change(optional_packages_stay_in_their_rooms, "imports onnx outside", {"errors.py": DOC + "__import__('onnx')\n"}),
+    Change(names_do_not_hide_names, "go: hides the public name te_nvfp4_cv.go", {"go/__init__.py": DOC}),
+    Change(names_do_not_hide_names, "telemetry/WandB: hides", {"telemetry/WandB.py": DOC}),
+    Change(names_do_not_hide_names, "layer/plan: hides", {"layer/__init__.py": DOC + "def plan():\n    pass\n"}),
+    Change(names_do_not_hide_names, "layer/plan: hides", {"layer/__init__.py": DOC + "plan = 1\n"}),
+    Change(every_file_says_what_it_is_for, "layer/run.py: no docstring", {"layer/run.py": "import json\n"}),
+    Change(every_file_says_what_it_is_for, "layer/README.md: missing, 6 files", {f"layer/{a}.py": DOC for a in "abc"}),
+    Change(
+        every_file_says_what_it_is_for,
+        "layer/README.md: does not name c.py",
+        {f"layer/{a}.py": DOC for a in "abc"} | {"layer/README.md": "plan.py run.py a.py b.py"},
+    ),
+    private("import torch._dynamo\n", "torch._dynamo"),
+    private("import torch._dynamo.config as c\n", "torch._dynamo"),
+    private("from torch._library import utils\n", "torch._library"),
+    private(
+        "from torch.distributed import distributed_c10d as c\nc._get()\n", "torch.distributed.distributed_c10d._get"
+    ),
+    private("import torch.nn.functional as F\nF._verify(1)\n", "torch.nn.functional._verify"),
+    private("import torch\ndef f():\n    torch.overrides._stack().x\n", "torch.overrides._stack"),
+    private("import torch\ngetattr(torch.cpu, '_is_amx', None)\n", "torch.cpu._is_amx"),
+    private("import torch\ny = torch._C._x.deep\n", "torch._C._x.deep"),
+    private("y = 'torch.utils._device'\n", "torch.utils._device"),
+    Change(
+        torch_privates_are_listed,
+        "layer/plan.py: does not touch torch._C._gone",
+        page=("`torch._C._graph`", "`torch._C._graph`, `torch._C._gone`"),
+    ),
+    Change(
+        each_torch_private_has_one_file,
+        "graphs: in a.py, layer/plan.py",
+        page=("| graphs |", "| graphs | `a.py` | `torch._y` |\n| graphs |"),
+    ),
+    Change(
+        each_torch_private_has_one_file,
+        "torch._C._graph: in a.py, ",
+        page=("| graphs |", "| more | `a.py` | `torch._C._graph` |\n| graphs |"),
+    ),
+]
+
+
+@pytest.mark.parametrize("change", VIOLATIONS, ids=lambda change: f"{change.rule.__name__}: {change.told}")
+def test_a_planted_violation_is_found(tmp_path, change):
+    found = change.rule(plant(tmp_path, change.files, change.page))
+    assert len(found) == 1 and change.told in found[0], found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch\ntorch.ops.aten._pin_memory\n",
+        "class A:\n    def f(self, w):\n        return self._x, w._base, w.__dict__\n",
+        "import torch\ntorch.__version__\ntorch.nn.Module.__call__\n",
+        "from te_nvfp4_cv.torch import _x\n",
+        "y = 'see torch._C for more'\n",
+        "import torch\ntorch.manual_seed._te_nvfp4_cv = True\n",
+    ],
+)
+def test_these_are_no_private_names_of_torch(text):
+    assert private_names(ast.parse(text)) == set()

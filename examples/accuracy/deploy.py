@@ -1,12 +1,15 @@
-"""What deployment costs in accuracy, on real images: a network trained in high precision and quantized afterwards, and
-one trained in NVFP4, each as an NVFP4 inference model and as ONNX.
+"""Measure what deployment costs in accuracy, on real images.
+
+One network is trained in high precision and quantized afterwards, another is trained in NVFP4. Both are scored as NVFP4
+inference models, the second one as ONNX too.
 
     python examples/accuracy/deploy.py camvid-unet CAMVID --seeds 0 1 2 --compute fp32
 
-Per seed: the baseline's score; that of every rounding method, with activations in NVFP4 and in high precision; the
-NVFP4-trained network, saved, loaded and scored again (the same score); its ONNX files against PyTorch, with activations
-in high precision by value, with activations in NVFP4 by their score on all validation images, or why there are none.
-Refuses to start without the packages of the extra export.
+Each seed gives the baseline's score; the score of every rounding method, with activations in NVFP4 and in high
+precision; and the score of the NVFP4-trained network before it is saved and after it is loaded again (they must be the
+same). Its ONNX files are compared with PyTorch: by value with activations in high precision, and by their score on all
+validation images with activations in NVFP4. If an ONNX file cannot be made, the result says why. The script refuses to
+start without the packages of the extra `export`.
 """
 
 from __future__ import annotations
@@ -40,18 +43,18 @@ SCORED = ("portable", "qdq")
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Train, quantize, score; prints and returns one row per seed."""
+    """Train, quantize and score; print and return one row per seed."""
     parser = argparse.ArgumentParser(prog="deploy.py", description="Accuracy of deployed networks on real images.")
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("data", type=Path, help="folder of the images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
     parser.add_argument("--size", choices=("small", "full"), default="small")
-    parser.add_argument("--epochs", type=int, metavar="N", help="default: that of the size")
+    parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs (default: that of --size)")
     parser.add_argument("--compute", choices=(*COMPUTE, "auto"), default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="append one JSON line per seed to this file")
     options = parser.parse_args(arguments)
-    need_packages("deploy.py", "onnxruntime")  # now, not after all training
+    need_packages("deploy.py", "onnxruntime")  # fail now, not after hours of training
     device = choose_device(options.device)
     compute = fast_dtype(options.device) if options.compute == "auto" else options.compute
     task = open_task(options.task, options.size, options.data)
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def one(task: Any, preset: Any, seed: int, device: torch.device, compute: str, epochs: int | None) -> dict[str, Any]:
-    """All of one seed."""
+    """Measure one seed and return its row."""
     known, dtype = variants(preset), COMPUTE[compute]
 
     def score(model: nn.Module, recipe: Any = None) -> float:
@@ -97,7 +100,10 @@ def one(task: Any, preset: Any, seed: int, device: torch.device, compute: str, e
 
 
 def _tried(function: Callable[[], Any]) -> Any:
-    """Its result, or its error in words: whatever it is, the scores before took hours."""
+    """Return the function's result, or its error as text.
+
+    Any error is caught, because the scores before it took hours and must not be lost.
+    """
     try:
         return function()
     except Exception as error:
@@ -112,7 +118,7 @@ def _calibration(task: Any, seed: int, device: torch.device) -> Any:
 
 
 class _Session(nn.Module):
-    """An ONNX file as a model: "portable" by onnxruntime, the others by onnx.reference."""
+    """Run an ONNX file as a model, "portable" with onnxruntime and the other forms with onnx.reference."""
 
     def __init__(self, path: str, form: str) -> None:
         super().__init__()
@@ -122,18 +128,18 @@ class _Session(nn.Module):
         self.session: Any = onnxruntime.InferenceSession(path) if form == "portable" else ReferenceEvaluator(path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y on x's device."""
+        """Compute the output on x's device."""
         return torch.from_numpy(self.session.run(None, {"input": x.cpu().contiguous().numpy()})[0]).to(x.device)
 
 
 class _Onnx:
-    """The ONNX files of one model, on calibration batches `images`."""
+    """Make the ONNX files of one model and compare them with it on the calibration batches `images`."""
 
     def __init__(self, model: nn.Module, images: Sequence[Tensor], folder: Path) -> None:
         self.model, self.images, self.folder = model, images, folder
 
     def session(self, form: str, activations: str) -> _Session:
-        """The file of that form, opened."""
+        """Export the model in that form and open the file."""
         for module in self.model.modules():
             if isinstance(module, nv.export.InferenceLayer):
                 module.set_mode(activations=activations)
@@ -141,7 +147,10 @@ class _Onnx:
         return _Session(str(nv.export.to_onnx(self.model, self.images[0], path, form=form).files[0]), form)
 
     def by_value(self) -> dict[str, dict[str, float]]:
-        """By form, activations in high precision: largest difference from PyTorch, share of equal arg-maxes."""
+        """Compare each form with PyTorch: the largest difference and the share of equal arg-maxes.
+
+        Activations are in high precision.
+        """
         found = {}
         for form in ("qdq", "matmul", "portable"):
             session, same, pixels, largest, difference = self.session(form, "high"), 0, 0, 0.0, 0.0

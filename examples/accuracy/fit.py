@@ -1,9 +1,9 @@
-"""One run: a variant of a task from one seed.
+"""Train and score one variant of a task from one seed.
 
-    lr(t) = lr / 2 * (1 + cos(pi t / T));  the model's seed, the batches, crops and flips depend on the seed alone
+    lr(t) = lr / 2 * (1 + cos(pi t / T))
 
-So the runs of one seed are pairs: they differ in the precision only. A loss that is not finite, or ten times that of
-the start, ends the run as diverged.
+The initial weights, batches, crops and flips depend only on the seed, so two runs of one seed differ only in the
+precision. A loss that is not finite, or ten times as large as at the start, ends the run as diverged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMPUTE = {"fp32": None, "bf16": torch.bfloat16}
 
 @contextlib.contextmanager
 def precision(recipe: Any, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """torch.autocast of `dtype` (None: none) and, with a recipe, NVFP4 inside of it."""
+    """Enter torch.autocast with `dtype`, unless it is None, and inside it NVFP4, if there is a recipe."""
     with contextlib.ExitStack() as stack:
         if dtype is not None:
             stack.enter_context(torch.autocast(device.type, dtype))
@@ -40,7 +40,7 @@ def precision(recipe: Any, device: torch.device, dtype: torch.dtype | None) -> I
 
 @dataclass
 class Trained:
-    """A run: the model, what it was evaluated with at the end, its losses, and whether it diverged."""
+    """Hold a finished run: the model, the recipe for evaluating it, its losses, and whether it diverged."""
 
     model: nn.Module
     recipe: Any
@@ -53,7 +53,7 @@ class Trained:
 def fit(
     task: Task, variant: Variant, seed: int, device: torch.device, compute: str, epochs: int | None = None
 ) -> dict[str, Any]:
-    """Train and evaluate; what a line of the results file holds of it."""
+    """Train and evaluate one run, and return its part of a line of the results file."""
     run = train(task, variant, seed, device, compute, epochs)
     losses = run.losses
     row: dict[str, Any] = {"steps": len(losses), "diverged": run.diverged, "seconds": run.seconds}
@@ -69,11 +69,12 @@ def fit(
 def train(
     task: Task, variant: Variant, seed: int, device: torch.device, compute: str, epochs: int | None = None
 ) -> Trained:
-    """Train one variant from one seed."""
+    """Train one variant from one seed, without evaluating it."""
     dtype = COMPUTE[compute]
     torch.manual_seed(seed)
     model = task.model().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     recipe = None if variant.first else variant.recipe
+    # The table is set even if training starts in high precision, because learn_scales below needs it.
     _set_table(model, variant.recipe)
     if variant.learn:
         nv.learn_scales(model, variant.learn)
@@ -99,6 +100,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = base / 2 * (1 + math.cos(math.pi * step / steps))
             x, y = task.batch(keys, seed, device)
+            # Random numbers of a step, such as dropout and rounding, depend on (seed, step) only.
             torch.manual_seed(mix_seed(seed, step))
             with precision(recipe, device, dtype):
                 loss = task.loss(model(x), y, **dict(variant.loss))

@@ -1,9 +1,9 @@
-"""Classifiers for 32x32 images, plain torch: ResNets and a MobileNetV2-style net.
+"""Build classifiers for 32x32 images in plain torch: ResNets and a network in the style of MobileNetV2.
 
     resnet(width, blocks)    stem 3x3; four stages of basic blocks, widths (1, 2, 4, 8) * width, the first at full size
     mobilenet(width)         stem 3x3; inverted residuals (expand 1x1, depthwise 3x3, project 1x1), expansion 6
 
-Module names that recipes may use: `stem`, `stages.N.M`, `fc`.
+Recipes may use these module names: `stem`, `stages.N.M`, `fc`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Add a shortcut to the result of two 3x3 convolutions."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, project; a shortcut where shapes allow."""
+    """Expand the channels, filter each of them, project back; add a shortcut if the shapes allow it."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class InvertedResidual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Stem, stages, mean over the image, one linear layer."""
+    """Classify images with a stem, the given stages, a mean over the image and one linear layer."""
 
     def __init__(self, width: int, stages: list[nn.Module], features: int, classes: int) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class Classifier(nn.Module):
         self.fc = nn.Linear(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, 32, 32] -> logits [B, classes]."""
+        """Compute the logits [B, classes] of images [B, 3, 32, 32]."""
         return self.fc(self.stages(self.stem(x)).mean((2, 3)))
 
 
 def resnet(width: int = 64, blocks: int = 2, classes: int = 10) -> Classifier:
-    """ResNet-18 for 32x32 images with the defaults; blocks=1: ResNet-10."""
+    """Build a ResNet for 32x32 images: ResNet-18 with the defaults, ResNet-10 with blocks=1."""
     stages: list[nn.Module] = []
     c_in = width
     for level in range(4):
@@ -79,7 +79,7 @@ def resnet(width: int = 64, blocks: int = 2, classes: int = 10) -> Classifier:
 
 
 def mobilenet(width: int = 32, classes: int = 10) -> Classifier:
-    """Seven inverted residuals; their depthwise convolutions stay in high precision whatever the recipe."""
+    """Build seven inverted residuals. Their depthwise convolutions stay in high precision with every recipe."""
     stages: list[nn.Module] = []
     c_in = width
     for factor, stride in ((1, 1), (2, 2), (2, 1), (3, 2), (3, 1), (4, 2), (4, 1)):

@@ -3,8 +3,8 @@
     python examples/accuracy/study.py camvid-unet CAMVID --suite ablations --seeds 0 1 2 --out runs/accuracy.jsonl
     python examples/accuracy/study.py cifar-resnet18 CIFAR --suite seeds --seeds 0 1 2 3 4 --size full --device cuda
 
-Runs that the file already holds are not repeated, so a study that was stopped goes on where it was. All variants of a
-seed run before the next seed. Tables: table.py.
+Runs that the file already contains are not repeated, so a study that was stopped continues where it stopped. All
+variants of a seed run before the next seed. table.py prints the tables.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ KEYS = ("task", "size", "variant", "seed", "compute", "epochs")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run what is missing; returns the results file.
+    """Run what is missing and return the path of the results file.
 
     Raises:
-        ValueError: an unknown variant, a results file that is none.
+        ValueError: If a variant is unknown, or if a line of the results file is not one of this study.
     """
     parser = argparse.ArgumentParser(prog="study.py", description="Paired accuracy runs on real images.")
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("data", type=Path, help="folder of the images")
     parser.add_argument("--suite", choices=SUITES, default="seeds", help="default: seeds")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="instead of a suite")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="run these variants instead of a suite")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
-    parser.add_argument("--size", choices=("small", "full"), default="small", help="small: for a CPU (default)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="default: that of the size")
+    parser.add_argument("--size", choices=("small", "full"), default="small", help="small for a CPU, full for a GPU")
+    parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs (default: that of --size)")
     parser.add_argument("--compute", choices=(*COMPUTE, "auto"), default="auto", help="dtype of activations")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy.jsonl"), metavar="FILE")
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     epochs = options.epochs or TASKS[options.task][options.size].epochs
     todo = []
     for name in names:
+        # Raises now, not after hours, if a variant needs more epochs.
         known[name].epochs_of(epochs)
     for seed in dict.fromkeys(options.seeds):
         for name in names:
@@ -95,13 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def read_results(path: Path, repair: bool = False) -> list[dict[str, Any]]:
-    """The runs of a results file; a last line that was cut off counts as not run.
+    """Read the runs of a results file. A last line that was cut off counts as not run.
 
     Args:
-        repair: make the file end where another line can follow.
+        repair: If True, make the file end where another line can follow.
 
     Raises:
-        ValueError: another line that is no run.
+        ValueError: If any other line is not a run.
     """
     if not path.is_file():
         return []
@@ -118,7 +119,7 @@ def read_results(path: Path, repair: bool = False) -> list[dict[str, Any]]:
                     path.write_text("".join(kept + "\n" for kept in lines[:-1]), encoding="utf-8")
                 return rows
             raise value_error(
-                f"{path}, line {number}: no run of this study.",
+                f"{path}, line {number}: not a run of this study.",
                 got=f"{line[:80]!r}: {error}",
                 needs="a line that study.py wrote",
                 fix="remove the line, or choose another --out",

@@ -1,12 +1,12 @@
-"""Tables from a results file of study.py: each variant against the baseline of the same seed.
+"""Print tables from a results file of study.py, each variant against the baseline of the same seed.
 
     python examples/accuracy/table.py runs/accuracy.jsonl
 
     d_s = score of the variant - score of the baseline, for each seed s
-    gap = mean of d_s, with the 95 % interval mean +- t(n - 1) * std / sqrt(n);  significant: 0 lies outside of it
+    gap = mean of d_s, with the 95 % interval mean +- t(n - 1) * std / sqrt(n);  significant: 0 lies outside it
 
-Runs of a learning rate's factor are compared with the baseline of the same factor. A variant whose runs diverged says
-so. With one seed there is no interval.
+Runs with a factor on the learning rate are compared with the baseline of the same factor. The table marks a variant
+with runs that diverged. With one seed there is no interval.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, half width of its 95 % interval or None for a single value)."""
+    """Return the mean and the half width of its 95 % interval; the half width is None for a single value."""
     mean = statistics.fmean(differences)
     count = len(differences)
     if count < 2:
@@ -41,13 +41,14 @@ def interval(differences: Sequence[float]) -> tuple[float, float | None]:
 
 
 def baseline_of(variant: str) -> str:
-    """The variant that this one is compared with: the baseline of the same learning rate and loss."""
+    """Return the variant to compare with: the baseline with the same learning rate and loss."""
     base, comma, rest = variant.partition(", ")
     return f"baseline, {rest}" if comma and base in ("baseline", "preset") else "baseline"
 
 
 def rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per variant of one task, size, compute dtype and number of epochs."""
+    """Summarize the runs in one row per variant of a task, size, compute dtype and number of epochs."""
+    # If a run occurs twice, the last line of the file counts.
     runs = {(r["task"], r["size"], r["compute"], r["epochs"], r["variant"], r["seed"]): r for r in results}
     kinds = list(dict.fromkeys(key[:4] for key in runs))
     found = []
@@ -56,6 +57,7 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             mine = {key[5]: r for key, r in runs.items() if key[:4] == kind and key[4] == variant}
             good = {seed: r for seed, r in mine.items() if not r["diverged"]}
             base = {s: runs.get((*kind, baseline_of(variant), s)) for s in good}
+            # Only seeds that have both runs form a pair.
             pairs = [(good[s], b) for s, b in base.items() if b is not None and not b["diverged"]]
             row: dict[str, Any] = dict(zip(("task", "size", "compute", "epochs"), kind, strict=True))
             row |= {"variant": variant, "seeds": len(mine), "diverged": len(mine) - len(good)}
@@ -74,7 +76,7 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown, one table per task, size, compute dtype and number of epochs."""
+    """Format the rows as Markdown, with one table per task, size, compute dtype and number of epochs."""
     lines: list[str] = []
     kinds = list(dict.fromkeys((r["task"], r["size"], r["compute"], r["epochs"]) for r in table))
     for kind in kinds:
@@ -111,8 +113,8 @@ def _shown(mean: float, half: float | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
-    """Print the tables of the results files; returns them."""
-    parser = argparse.ArgumentParser(prog="table.py", description="Tables of the accuracy study.")
+    """Print the tables of the results files, and return them as text."""
+    parser = argparse.ArgumentParser(prog="table.py", description="Print the tables of the accuracy study.")
     parser.add_argument("results", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args(arguments)
     missing = [str(path) for path in options.results if not path.is_file()]

@@ -1,6 +1,6 @@
-"""The networks and data of the study, at two sizes: `small` for a CPU, `full` for a GPU.
+"""Define the networks and data of the study, at two sizes: `small` for a CPU, `full` for a GPU.
 
-A task gives a model, batches of training data, its loss, and the score of the validation (CamVid) or test (CIFAR-10)
+A task provides a model, batches of training data, its loss, and a score on the validation (CamVid) or test (CIFAR-10)
 images: mIoU or accuracy, in percent.
 """
 
@@ -32,7 +32,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Size:
-    """How large a run is. `model`: the network's own numbers; `images`: height and width (CamVid)."""
+    """Say how large a run is. `model` holds the network's arguments, `images` the height and width (CamVid)."""
 
     model: dict[str, Any]
     batch: int
@@ -65,11 +65,12 @@ PRESETS = {"camvid-unet": "unet", "cifar-resnet18": "resnet", "cifar-resnet10": 
 
 
 class Segmentation:
-    """CamVid (or any folder of masks) with the UNet of the example, AdamW, Dice + cross-entropy; score: mIoU."""
+    """Train the UNet on CamVid or any folder of masks, with AdamW on Dice + cross-entropy; the score is mIoU."""
 
     def __init__(self, root: Path, size: Size) -> None:
         data = load_data(root, "masks", None)
         self.size, self.classes = size, len(data.class_names)
+        # Decoded once and flipped in batch(), because many epochs read the same few images.
         self.train = _decoded(SegmentationDataset(data.train, size.images, train=False))
         self.test = _decoded(SegmentationDataset(data.val, size.images, train=False))
         self.count = len(self.train[0])
@@ -82,7 +83,7 @@ class Segmentation:
         return torch.optim.AdamW(parameter_groups(model, 1e-2), lr)
 
     def batch(self, keys: list[tuple[int, int]], seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images and masks, half of them flipped."""
+        """Return the images and masks of the keys (epoch, index), half of them flipped."""
         index = torch.tensor([i for _, i in keys])
         draws = [torch.Generator().manual_seed(mix_seed(seed, epoch, i)) for epoch, i in keys]
         flip = torch.stack([torch.rand((), generator=g) < 0.5 for g in draws])
@@ -95,7 +96,7 @@ class Segmentation:
         return dice_ce(logits, y, class_weights=weights, dice_weight=dice_weight)
 
     def score(self, model: nn.Module, device: torch.device, context: Context) -> tuple[float, float]:
-        """(mIoU in percent over the classes that occur in labels or predictions, mean cross-entropy)."""
+        """Return the mIoU in percent, over the classes in labels or predictions, and the mean cross-entropy."""
         table = torch.zeros(self.classes, self.classes, dtype=torch.int64)
         total, pixels = 0.0, 0
         for x, y in _chunks(*self.test, 2 * self.size.batch, device):
@@ -111,7 +112,7 @@ class Segmentation:
 
 
 class Classification:
-    """CIFAR-10, SGD with Nesterov momentum, cross-entropy; score: accuracy."""
+    """Train on CIFAR-10 with SGD, Nesterov momentum and cross-entropy; the score is accuracy."""
 
     def __init__(self, root: Path, size: Size, build: Callable[..., nn.Module]) -> None:
         self.size, self.build = size, build
@@ -125,7 +126,7 @@ class Classification:
         return torch.optim.SGD(parameter_groups(model, 5e-4), lr, momentum=0.9, nesterov=True)
 
     def batch(self, keys: list[tuple[int, int]], seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images, cropped and flipped, and labels."""
+        """Return the images of the keys (epoch, index), cropped and flipped, and their labels."""
         index = torch.tensor([i for _, i in keys])
         generator = torch.Generator().manual_seed(mix_seed(seed, keys[0][0], keys[0][1]))
         x = augment(self.train.images[index].to(device), generator)
@@ -135,7 +136,7 @@ class Classification:
         return F.cross_entropy(logits.float(), y)
 
     def score(self, model: nn.Module, device: torch.device, context: Context) -> tuple[float, float]:
-        """(accuracy in percent, mean cross-entropy)."""
+        """Return the accuracy in percent and the mean cross-entropy."""
         right, total = 0, 0.0
         for x, y in _chunks(*self.test, 4 * self.size.batch, device):
             with torch.no_grad(), context():
@@ -149,7 +150,7 @@ Task = Segmentation | Classification
 
 
 def open_task(name: str, size: str, root: Path) -> Task:
-    """The task of TASKS, with its data."""
+    """Open the task of this name in TASKS, with its data."""
     chosen = TASKS[name][size]
     if name == "camvid-unet":
         return Segmentation(root, chosen)
@@ -157,12 +158,12 @@ def open_task(name: str, size: str, root: Path) -> Task:
 
 
 def preset_of(name: str) -> Any:
-    """The recipe that the task's family of networks gets."""
+    """Load the recipe for the task's family of networks."""
     return nv.load_recipe(PRESETS[name])
 
 
 def order_of(task: Task, seed: int) -> TrainOrder:
-    """Batches of (epoch, index) keys."""
+    """Return the order of training, as batches of (epoch, index) keys."""
     return TrainOrder(task.count, task.size.batch, seed)
 
 

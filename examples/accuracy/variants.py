@@ -1,10 +1,9 @@
-"""What a study compares: each variant is a recipe and how training uses it.
+"""Define the variants that a study compares; a variant is a recipe and how training uses it.
 
-    baseline        high precision
-    preset          the preset of the network's family (recipes/): the default recipe, the classifier in high precision
-    the others      the preset with one thing changed
+    baseline        high precision preset          the preset for the family of networks (recipes/): the default recipe,
+    the classifier in high precision other variants  the preset with one thing changed
 
-"Weights in one precision, gradients in another" and the last epochs' schedules are the levers of LUQ (ICLR 2023).
+"Weights in one precision, gradients in another" and the schedules of the last epochs are the levers of LUQ (ICLR 2023).
 """
 
 from __future__ import annotations
@@ -20,16 +19,21 @@ LOSSES: dict[str, tuple[tuple[str, Any], ...]] = {
     "cross-entropy alone": (("dice_weight", 0.0),),
     "Dice x2": (("dice_weight", 2.0),),
 }
-"""For segmentation."""
+"""Changes of the loss, for segmentation only."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train.
+    """Describe one way to train.
 
-    `recipe` None: high precision. `last`: share of the epochs, at the end, that run in `last_recipe` (None: high
-    precision); `first`: share at the start in high precision. `lr`: factor on the learning rate. `learn`: what
-    nv.learn_scales gets. `loss`: arguments of the task's loss.
+    Attributes:
+        recipe: The recipe. If None, training runs in high precision.
+        last: Share of the epochs, at the end, that run in `last_recipe`.
+        last_recipe: The recipe of these epochs. If None, they run in high precision.
+        lr: Factor on the learning rate.
+        first: Share of the epochs, at the start, that run in high precision.
+        learn: The kind for nv.learn_scales, or "" for none.
+        loss: Arguments of the task's loss.
     """
 
     name: str
@@ -42,10 +46,10 @@ class Variant:
     loss: tuple[tuple[str, Any], ...] = ()
 
     def epochs_of(self, total: int) -> tuple[int, int]:
-        """(epochs at the end in `last_recipe`, epochs at the start in high precision) of a run.
+        """Return the number of epochs at the end in `last_recipe`, and at the start in high precision.
 
         Raises:
-            ValueError: a share that is no epoch, or all of them.
+            ValueError: If a share amounts to no epoch, or to all of them.
         """
         found = []
         for share in (self.last, self.first):
@@ -62,7 +66,7 @@ class Variant:
 
 
 def variants(preset: Any) -> dict[str, Variant]:
-    """All variants by name."""
+    """Return all variants by name, for one preset."""
     changes: dict[str, dict[str, Any]] = {
         "minus RHT": {"disable_rht": True},
         "minus SR": {"disable_stochastic_rounding": True},

@@ -1,14 +1,16 @@
-"""torch.compile beside eager: the UNet's NVFP4 training step; and what the context costs layers that it leaves alone.
+"""Compare torch.compile with eager mode, and measure what the context costs layers that stay in high precision.
 
     python examples/benchmarks/compile_step.py [--case small big] [--rounds 9] [--threads 2]
 
+The benchmark takes the UNet's training step and has two parts:
+
 compiled      forward, loss and backward of the UNet under bf16 autocast and nvfp4_autocast, compiled by inductor with
               fullgraph=True, against the same step in eager mode; graphs, graph breaks and recompilations are counted
-left alone    the same step with every layer in high precision: inside an enabled context by set_precision, inside a
-              disabled one, and outside of any
+left alone    the same step with every layer in high precision: inside an enabled context through set_precision, inside
+              a disabled context, and outside any context
 
-Medians of interleaved rounds; first calls, which compile, are not timed. Before any time is printed the compiled loss
-is compared with eager's, and results that contexts leave alone are compared bit for bit.
+Times are medians of interleaved rounds; the first calls, which compile, are not timed. Before any time is printed, the
+compiled loss is compared with eager's, and the results in high precision are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ Step = Callable[[], float]
 
 
 def step_of(forward: Callable[[torch.Tensor], torch.Tensor], net: nn.Module, case: str, **context: bool) -> Step:
-    """One training step that leaves gradients in `net` and returns the loss; no context where none is named."""
+    """Make a training step that leaves gradients in `net` and returns the loss.
+
+    It runs in nvfp4_autocast with the arguments `context`, or without any context if there are none.
+    """
     _, size, batch = CASES[case]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, size, size, generator=generator).to(memory_format=torch.channels_last)
@@ -64,13 +69,13 @@ def step_of(forward: Callable[[torch.Tensor], torch.Tensor], net: nn.Module, cas
 
 
 def unet(case: str) -> nn.Module:
-    """The example's UNet, the same weights at each call."""
+    """Build the example's UNet, with the same weights at each call."""
     torch.manual_seed(0)
     return UNet(21, scale=CASES[case][0], dropout=0.0).to(memory_format=torch.channels_last)
 
 
 def medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Seconds of each step, interleaved."""
+    """Run the steps interleaved and return the median seconds of each."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -81,7 +86,8 @@ def medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
 
 
 def compiled_case(case: str, rounds: int) -> bool:
-    """Print eager and compiled times; False where results are wrong."""
+    """Print eager and compiled times; return False if results are wrong."""
+    # Two nets with the same weights, because each step leaves gradients in its net.
     net, twin = unet(case), unet(case)
     run = torch.compile(twin, fullgraph=True)
     steps = {"eager": step_of(net, net, case, enabled=True), "compiled": step_of(run, twin, case, enabled=True)}
@@ -103,7 +109,7 @@ def compiled_case(case: str, rounds: int) -> bool:
 
 
 def left_alone_case(case: str, rounds: int) -> bool:
-    """Print the times of high-precision steps inside and outside of contexts; False where results differ."""
+    """Print times of high-precision steps inside and outside contexts; return False if results differ."""
     net, marked = unet(case), unet(case)
     nv.set_precision(marked, {"*": None})
     steps = {
@@ -122,7 +128,7 @@ def left_alone_case(case: str, rounds: int) -> bool:
 
 
 def main() -> int:
-    """Print both tables per case; exit status 1 when a result is wrong."""
+    """Print both tables per case; return exit status 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--case", nargs="+", default=["small", "big"], choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)

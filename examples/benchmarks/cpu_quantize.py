@@ -1,10 +1,9 @@
-"""Quantization of one activation on a CPU: the compiled kernels against the plain torch reference, and torch.compile
-of that reference.
+"""Time the quantization of one activation on a CPU.
 
-A channels_last bf16 activation, rowwise (decoded to bf16, for the convolution) and columnwise with RHT (packed, kept
-for backward), in one
-call; the same for a gradient with stochastic rounding. Times are printed only after every output has been compared
-bit for bit.
+The compiled kernels are compared with the plain torch reference, and with torch.compile of that reference. A
+channels_last bf16 activation is quantized rowwise (decoded to bf16, for the convolution) and columnwise with RHT
+(packed, saved for backward) in one call; so is a gradient with stochastic rounding. Times are printed only after every
+output has been compared bit for bit.
 
     python examples/benchmarks/cpu_quantize.py [--shape 64 64 64 64] [--rounds 7] [--threads 2] [--inductor]
 """
@@ -48,7 +47,7 @@ def same(a: Operand, b: Operand) -> bool:
 
 
 def median_ms(function: Callable[[], object], rounds: int) -> float:
-    """Median time of a call after one that is not counted."""
+    """Return the median time of a call, after one call that is not counted."""
     function()
     times = []
     for _ in range(rounds):
@@ -59,12 +58,12 @@ def median_ms(function: Callable[[], object], rounds: int) -> float:
 
 
 def main() -> int:
-    """Print a row per operand; exit status 1 when the kernels' bits differ from the reference's."""
+    """Print a row per operand; return exit status 1 if the kernels' bits differ from the reference's."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", nargs=4, type=int, default=[64, 64, 64, 64], metavar=("B", "C", "H", "W"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--inductor", action="store_true", help="time torch.compile of the reference too, face by face")
+    parser.add_argument("--inductor", action="store_true", help="also time torch.compile of the reference")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     batch, channels, height, width = options.shape
@@ -90,7 +89,7 @@ def main() -> int:
         for face in ({"rowwise": True}, {"rowwise": False, "columnwise": True, "rht": True}):
             compiled = torch.compile(lambda v, f=face: reference_matrix.quantize_2d(v, **f), fullgraph=True)  # type: ignore[misc]
             total += median_ms(lambda c=compiled: c(x_MC), options.rounds)  # type: ignore[misc]
-        print(f"{'activation, nearest':22} torch.compile of the reference, face by face: {total:.1f} ms")
+        print(f"{'activation, nearest':22} torch.compile of the reference, row- and columnwise: {total:.1f} ms")
     return 0
 
 

@@ -1,14 +1,13 @@
-"""UNet training step on a CPU: NVFP4 under bf16 autocast, current and delayed tensor scales, beside plain fp32 and bf16
-autocast, interleaved, medians and ratios.
+"""Time a UNet training step on a CPU, in NVFP4, plain fp32 and bf16 autocast.
 
-A step is forward, loss and backward (no optimizer); model and images are channels_last. Two cases: "big" is scale
-1.0, 64x64, batch 16,
-"small" is scale 0.25, 128x128, batch 16. Before any time is printed, each variant's loss and gradients are compared
-with fp32's.
+NVFP4 runs under bf16 autocast, with current and with delayed tensor scales. The variants are interleaved; the output
+has medians and ratios. A step is forward, loss and backward (no optimizer); model and images are channels_last. There
+are two cases: "big" is scale 1.0, 64x64, batch 16, "small" is scale 0.25, 128x128, batch 16. Before any time is
+printed, each variant's loss and gradients are compared with fp32's.
 
     python examples/benchmarks/cpu_step.py [--case big small] [--rounds 9] [--threads 2]
 
-`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1` in the environment spares page faults, for every variant.
+`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1` in the environment avoids page faults, for every variant.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ CASES = {"big": (1.0, 64, 16), "small": (0.25, 128, 16)}
 
 
 def variants(net: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[], float]]:
-    """Name -> one training step that leaves gradients in `net` and returns the loss."""
+    """Make the training step of each variant, by name; a step leaves gradients in `net` and returns the loss."""
     current, delayed = nv.NVFP4BlockScaling(), nv.NVFP4BlockScaling(tensor_scale="delayed")
 
     def step(autocast: bool, recipe: nv.NVFP4BlockScaling | None) -> float:
@@ -56,12 +55,12 @@ def variants(net: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str,
 
 
 def gradients(net: nn.Module) -> torch.Tensor:
-    """All gradients as one vector."""
+    """Return all gradients as one vector."""
     return torch.cat([p.grad.flatten().float() for p in net.parameters() if p.grad is not None])
 
 
 def main() -> int:
-    """Print a table per case; exit status 1 when a variant's gradients are wrong."""
+    """Print a table per case; return exit status 1 if a variant's gradients are wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)

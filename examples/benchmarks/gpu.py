@@ -1,9 +1,9 @@
-"""What the GPU benchmarks share: the device, timing, the machine's ceilings, shapes, and result lines.
+"""Provide what all GPU benchmarks need: the device, timing, the machine's ceilings, shapes, and result lines.
 
-A time is the median over replays of a CUDA graph of the call, with the L2 cache overwritten before each, so that
+A time is the median over replays of a CUDA graph of the call. The L2 cache is overwritten before each replay, so that
 neither Python nor a warm cache is measured. Bandwidth counts bytes read plus bytes written. The two ceilings, a large
 copy and a large bf16 matrix product, are measured in the same run. Every benchmark checks its results first and prints
-no time for what is wrong; without a CUDA device it says so and exits with 2.
+no time for a wrong result. Without a CUDA device it says so and exits with status 2.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from te_nvfp4_cv.backend import cache  # noqa: E402
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution of a known network: x [B, C, S, S], w [O, C, k, k], stride 1, padding k // 2."""
+    """Describe a convolution of a known network: x [B, C, S, S], w [O, C, k, k], stride 1, padding k // 2."""
 
     name: str
     batch: int
@@ -39,7 +39,7 @@ class Layer:
 
     @property
     def flops(self) -> int:
-        """Of one of the three GEMMs."""
+        """Return the FLOPs of one of the three GEMMs."""
         return 2 * self.batch * self.size**2 * self.c_in * self.c_out * self.kernel**2
 
 
@@ -57,7 +57,7 @@ LAYERS = (
 
 
 def need_cuda() -> torch.device:
-    """The GPU; exits with 2 where there is none."""
+    """Return the GPU, or exit with status 2 if there is none."""
     if not torch.cuda.is_available():
         print("needs a CUDA device: torch sees none here, so there is nothing to measure", file=sys.stderr)
         raise SystemExit(2)
@@ -65,7 +65,7 @@ def need_cuda() -> torch.device:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all GPU benchmarks have."""
+    """Make a parser with the options that all GPU benchmarks have."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--out", type=Path, help="append results to this file, one JSON object per line")
     found.add_argument("--rounds", type=positive, default=15, help="timed repetitions (default: 15)")
@@ -73,7 +73,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """An argument that must be at least 1."""
+    """Parse an argument that must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
@@ -81,7 +81,7 @@ def positive(text: str) -> int:
 
 
 class Results:
-    """Result lines: each is appended and flushed at once, so that an interrupted run keeps what it has."""
+    """Write result lines. Each is appended and flushed at once, so that an interrupted run loses nothing."""
 
     def __init__(self, path: Path | None, benchmark: str) -> None:
         self.path, self.benchmark = path, benchmark
@@ -89,20 +89,20 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, **fields: Any) -> None:
-        """One line."""
+        """Write one line with these fields."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"benchmark": self.benchmark, **fields}) + "\n")
 
     def machine(self, device: torch.device) -> None:
-        """What it ran on."""
+        """Write a line that describes the machine."""
         identity = cache.identity(device)
         print(", ".join(f"{name} {value}" for name, value in identity.items()))
         self.add(**identity, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
 
 
 class Timer:
-    """Times calls on the current device; see the module's docstring."""
+    """Time calls on the current device, as the module's docstring describes."""
 
     def __init__(self, device: torch.device, rounds: int) -> None:
         self.rounds = rounds
@@ -110,11 +110,12 @@ class Timer:
         self.scratch = torch.empty(max(4 * l2, 1 << 28), dtype=torch.uint8, device=device)
 
     def ms(self, run: Callable[[], object]) -> float:
-        """Median milliseconds of a call."""
+        """Return the median milliseconds of a call."""
         with torch.no_grad():
             graph = capture(run)
             times = []
             for _ in range(self.rounds):
+                # This evicts everything else from the L2 cache.
                 self.scratch.zero_()
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
@@ -127,8 +128,9 @@ class Timer:
 
 
 def capture(run: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one call, warmed up on a stream beside the current one, as capture demands."""
+    """Capture one call as a CUDA graph, after a warm-up on a side stream, which capture requires."""
     side = torch.cuda.Stream()
+    # The first calls compile kernels and allocate memory, which must not happen inside a capture.
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warm_up):
@@ -142,20 +144,23 @@ def capture(run: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph
 
 
 def copy_bandwidth(timer: Timer, device: torch.device) -> float:
-    """GB/s of a copy of 2 GiB, bytes read plus bytes written."""
+    """Measure the GB/s of a copy of 2 GiB, counting bytes read plus bytes written."""
     source = torch.randint(0, 255, (1 << 31,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / timer.ms(lambda: target.copy_(source)) / 1e6
 
 
 def gemm_rate(timer: Timer, device: torch.device, size: int = 8192) -> float:
-    """TFLOP/s of a bf16 matrix product of random numbers."""
+    """Measure the TFLOP/s of a bf16 matrix product of random numbers."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / timer.ms(lambda: a @ b) / 1e9
 
 
 def relative_error(a: Tensor, truth: Tensor) -> float:
-    """Relative Frobenius norm of the difference, slab by slab: a large tensor in float64 may not fit."""
+    """Return the relative Frobenius norm of the difference.
+
+    It is summed over slabs, because a large tensor in float64 may not fit in memory.
+    """
     difference = norm = 0.0
     for x, y in zip(a.flatten().split(1 << 24), truth.flatten().split(1 << 24), strict=True):
         difference += float((x.double() - y.double()).square().sum())

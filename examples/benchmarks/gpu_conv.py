@@ -1,12 +1,12 @@
-"""The three GEMMs of a convolution on a GPU: cuDNN in bf16, the vendor path part by part, Triton on packed operands.
+"""Time the three GEMMs of a convolution on a GPU, in cuDNN, in the vendor path and in Triton.
 
     python examples/benchmarks/gpu_conv.py [--layers "r50 256->256 k3 @14"] [--out results.jsonl]
 
-x and w are channels_last, cuDNN picks its algorithm by measuring (cudnn.benchmark). The vendor path is what a training
-step does beside the norm and the activation: quantize x and w, unpack w, fprop, quantize dy, unpack w and x, dgrad,
-wgrad, with the tensor scale "delayed" (no amax pass; the scales of fprop and dgrad go into w). Each layer's y, dx and
-dw of both backends are compared with float64 convolutions of the dequantized operands on a sample of channels, before
-any time is printed.
+cuDNN runs in bf16 and Triton on packed operands. x and w are channels_last, and cuDNN picks its algorithm by measuring
+(cudnn.benchmark). The vendor path is what a training step does apart from the norm and the activation: quantize x and
+w, unpack w, fprop, quantize dy, unpack w and x, dgrad, wgrad. The tensor scale is "delayed" (no amax pass; the scales
+of fprop and dgrad are multiplied into w). Before any time is printed, each layer's y, dx and dw of both backends are
+compared with float64 convolutions of the dequantized operands on a sample of channels.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SCALE = 6.0 * 448 * 2.0**-8  # an amax whose decode scale is a power of two
 
 
 def geometry(layer: Layer) -> ConvGeometry:
-    """The layer as the operators want it."""
+    """Describe the layer in the form that the operators need."""
     size, kernel, one = (layer.size,) * 2, (layer.kernel,) * 2, (1, 1)
     pad = (layer.kernel // 2,) * 2
     return ConvGeometry(layer.batch, layer.c_in, layer.c_out, size, size, kernel, one, pad, one, (0, 0), 1, False)
 
 
 def plain(layer: Layer, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """cuDNN's three GEMMs on tensors [B, C, H, W] in channels_last memory."""
+    """Make the calls of cuDNN's three GEMMs on tensors [B, C, H, W] in channels_last memory."""
     pad, one = [layer.kernel // 2] * 2, [1, 1]
 
     def backward(mask: list[bool]) -> Callable[[], Tensor]:
@@ -58,7 +58,7 @@ def plain(layer: Layer, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, Callable[
 
 
 class Path:
-    """The parts of one backend's step on x [B, H, W, C], w [O, C, k, k], dy [B, P, Q, O]."""
+    """Run the parts of one backend's step on x [B, H, W, C], w [O, C, k, k], dy [B, P, Q, O]."""
 
     def __init__(self, layer: Layer, backend: str, x: Tensor, w: Tensor, dy: Tensor) -> None:
         self.backend, self.x, self.w, self.dy, self.layer = backend, x, w, dy, layer
@@ -67,7 +67,7 @@ class Path:
         self.amax = torch.full((2,), SCALE, device=x.device)
         self.seed = torch.full((1,), 3, dtype=torch.int64, device=x.device)
         self.alpha = torch.ones(1, device=x.device)
-        self.epilogue = self.alpha if backend == "triton" else None  # vendor: the weight carries the scales
+        self.epilogue = self.alpha if backend == "triton" else None  # the vendor path has the scales in the weight
         self.x_q, self.dy_q, self.w_q = self.quantize_x(), self.quantize_dy(), self.quantize_w()
         self.w_face, self.col = self.unpack_w(), self.unpack_x()
 
@@ -111,7 +111,7 @@ class Path:
         return operators.conv_wgrad(self.dy_q.col, self.col, self.alpha, self.geometry, torch.float32, self.backend)
 
     def parts(self) -> dict[str, Callable[[], object]]:
-        """Name -> call; what this backend does not do is left out."""
+        """Return the parts by name, without those that this backend does not have."""
         found: dict[str, Callable[[], object]] = {
             "quantize x": self.quantize_x,
             "quantize w": self.quantize_w,
@@ -123,10 +123,10 @@ class Path:
 
 
 def wrong(layer: Layer, path: Path, vendor: Path) -> str:
-    """What is wrong with a backend's results, "" if nothing.
+    """Check a backend's results and say what is wrong, or return "" if nothing is.
 
-    The truth is float64 on the vendor path's dequantized operands (quantization has the self-test), for 8 output
-    channels of y and dw and 8 input channels of dx.
+    They are compared with float64 results on the vendor path's dequantized operands (the self-test checks quantization
+    itself), for 8 output channels of y and dw and 8 input channels of dx.
     """
     pad, few = layer.kernel // 2, 8
     x, dy = (t.movedim(-1, 1) for t in (vendor.x_q.row.data, vendor.dy_q.row.data))
@@ -137,14 +137,14 @@ def wrong(layer: Layer, path: Path, vendor: Path) -> str:
     if not error < 6e-3:
         return f"fprop: relative error {error:.1e}"
     dx = torch.nn.functional.conv_transpose2d(dy[images].double(), w[:, :few].double(), padding=pad)
-    # path draws the same random numbers as the vendor path: one seed, the same kernels
+    # both paths draw the same random numbers, from one seed with the same kernels
     error = relative_error(path.dgrad()[images, ..., :few].movedim(-1, 1), dx)
     if not error < 6e-3:
         return f"dgrad: relative error {error:.1e}"
     x_col, dy_col = vendor.col.data, vendor.dy_q.col.data
     padded = torch.nn.functional.pad(x_col, (0, 0, pad, pad, pad, pad))
     size, dw = layer.size, path.wgrad()
-    for tap in range(layer.kernel**2):  # tap by tap: a matrix product in fp32 of exact bf16 numbers
+    for tap in range(layer.kernel**2):  # one tap is a matrix product in fp32 of exact bf16 numbers
         r, s = divmod(tap, layer.kernel)
         rows = padded[:, r : r + size, s : s + size].reshape(-1, layer.c_in).double()
         truth = dy_col[..., :few].reshape(-1, few).double().t() @ rows
@@ -152,13 +152,13 @@ def wrong(layer: Layer, path: Path, vendor: Path) -> str:
         del rows
         if not error < 6e-3:
             return f"wgrad: relative error {error:.1e} (tap {tap})"
-        if tap >= 1:  # a corner and an edge
+        if tap >= 1:  # a corner and an edge are enough
             break
     return ""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table per layer; 1 when a result is wrong."""
+    """Print a table per layer; return 1 if a result is wrong."""
     options_of = parser((__doc__ or "").splitlines()[0])
     names = [layer.name for layer in LAYERS]
     options_of.add_argument("--layers", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))

@@ -1,11 +1,12 @@
-"""Every quantization kernel on a GPU: time, GB/s and share of the copy bandwidth measured in the same run.
+"""Time every quantization kernel on a GPU, with its GB/s and its share of the copy bandwidth of the same run.
 
     python examples/benchmarks/gpu_quantize.py [--layers "unet 64->64 k3 @256"] [--out results.jsonl]
 
-x is bf16 channels-last, as training hands it over. "current": the tensor scale is x's own amax, which takes a pass of
-its own; "delayed": it is given, and one pass does all. GB/s count the bytes that the operation must move: an input that
-is read twice counts twice. Before any time is printed the self-test of the kernels runs, and for each shape a region of
-the full-size result is compared with the reference in bits (stochastic rounding: with its neighbours).
+x is bf16 channels-last, as in training. With "current" scales, the tensor scale comes from x's amax, which takes a
+separate pass; with "delayed" scales it is given, and one pass does everything. GB/s count the bytes that the operation
+must move: an input that is read twice counts twice. Before any time is printed, the self-test of the kernels runs, and
+for each shape a region of the full-size result is compared with the reference, bit for bit (with stochastic rounding,
+against the two neighbouring codes).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, Operand, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.selftest.setting import Setting
 
-ROWS, PIXELS = 2, 5  # the region that is compared: the last images, rows and pixels
+ROWS, PIXELS = 2, 5  # the region to compare: the last rows and pixels of the last images
 TARGETS = {"x: row dq + column packed, RHT, delayed": 0.65, "dy: row dq + column dq, RHT, SR, delayed": 0.65}
 
 
@@ -38,12 +39,12 @@ def quantize(x: Tensor, row: int, col: int, stochastic: bool, amax: Tensor | Non
 
 
 def region(x: Tensor) -> Tensor:
-    """The last 16 images, two rows and five pixels: the far end of the tensor."""
+    """Return the last two rows and five pixels of the last 16 images, the far end of the tensor."""
     return x[-16:, -ROWS:, -PIXELS:].contiguous()
 
 
 def wrong(x: Tensor, amax: Tensor) -> str:
-    """What is wrong with the kernels' results for x, "" if nothing."""
+    """Check the kernels' results for x and say what is wrong, or return "" if nothing is."""
     small, cpu = region(x).cpu(), amax.cpu()
     for row, col in ((DEQUANTIZED, PACKED), (PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED)):
         ours = quantize(x, row, col, False, amax, "vendor")
@@ -73,7 +74,7 @@ def wrong(x: Tensor, amax: Tensor) -> str:
 
 
 def jobs(x: Tensor, amax: Tensor) -> dict[str, tuple[float, Callable[[], object]]]:
-    """Name -> (bytes per element, call)."""
+    """Return the bytes per element and the call of each operation, by name."""
 
     def q(row: int, col: int, stochastic: bool, delayed: bool) -> Callable[[], object]:
         return lambda: quantize(x, row, col, stochastic, amax if delayed else None, "vendor")
@@ -93,7 +94,7 @@ def jobs(x: Tensor, amax: Tensor) -> dict[str, tuple[float, Callable[[], object]
 
 
 def weight_jobs(layer: Layer, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Name -> call, for the layer's fp32 kernel; bound by latency, so times only."""
+    """Return the calls for the layer's fp32 weight, by name. Latency limits them, so only times are shown."""
     w = torch.randn(layer.c_out, layer.c_in, layer.kernel, layer.kernel, device=device)
     w = w.to(memory_format=torch.channels_last)
     spec, layout = WeightSpec(1, PACKED), WeightLayout(layer.c_out, layer.c_in, 1, False)
@@ -105,7 +106,7 @@ def weight_jobs(layer: Layer, device: torch.device) -> dict[str, Callable[[], ob
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a row per kernel and shape; 1 when a result is wrong."""
+    """Print a row per kernel and shape; return 1 if a result is wrong."""
     options_of = parser((__doc__ or "").splitlines()[0])
     names = [layer.name for layer in LAYERS]
     options_of.add_argument("--layers", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))

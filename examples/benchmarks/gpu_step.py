@@ -1,13 +1,13 @@
-"""A training step on a GPU: NVFP4 beside bf16 on channels_last models, interleaved, medians, peak memory.
+"""Time a training step on a GPU and measure its peak memory, in NVFP4 and in bf16.
 
     python examples/benchmarks/gpu_step.py [--models unet resnet50 unet-silu] [--out results.jsonl]
 
-A step is forward, loss and backward under torch.autocast(bfloat16), without an optimizer; gradients are written in
-place. unet: base 64, 256x256, batch 32, GroupNorm + ReLU; unet-silu the same with SiLU; resnet50: 224x224, batch 128.
-Each variant has its name's parts: backend, tensor scale, "fused" after nv.fuse, "graph" as a CUDA graph. Before any
-time is printed, the gradients of each are compared with bf16's. Peak memory is measured in eager mode, one variant at a
-time, above what model and images take; it is a ratio to bf16's.
---profile writes the kernels of one NVFP4 step, longest first.
+A step is forward, loss and backward under torch.autocast(bfloat16), without an optimizer, on channels_last models;
+gradients are written in place. Times are medians of interleaved rounds. The models are unet (base 64, 256x256, batch
+32, GroupNorm + ReLU), unet-silu (the same with SiLU) and resnet50 (224x224, batch 128). The name of a variant lists its
+parts: backend, tensor scale, "fused" after nv.fuse, "graph" as a CUDA graph. Before any time is printed, the gradients
+of each variant are compared with bf16's. Peak memory is measured in eager mode, one variant at a time, in excess of
+model and images; it is given as a ratio to bf16's. --profile writes the kernels of one NVFP4 step, longest first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import te_nvfp4_cv as nv
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take the step."""
+    """Describe one way to run the step."""
 
     name: str
     recipe: nv.NVFP4BlockScaling | None = None
@@ -43,7 +43,7 @@ class Variant:
 
 
 def variants(graphs: bool, triton: bool) -> list[Variant]:
-    """bf16 first; it is what the others are compared with."""
+    """Return the variants. bf16 comes first, because the others are compared with it."""
     current, delayed = nv.NVFP4BlockScaling(), nv.NVFP4BlockScaling(tensor_scale="delayed")
     found = [
         Variant("bf16"),
@@ -64,7 +64,7 @@ def variants(graphs: bool, triton: bool) -> list[Variant]:
 
 
 def build(name: str, device: torch.device, batch: int | None, size: int | None) -> tuple[nn.Module, Tensor, Tensor]:
-    """(model, images, target) in channels_last."""
+    """Build a model, images and a target, in channels_last."""
     torch.manual_seed(0)
     if name == "resnet50":
         from _torchvision import ensure_torchvision
@@ -84,10 +84,11 @@ def build(name: str, device: torch.device, batch: int | None, size: int | None) 
 
 
 class Step:
-    """A variant's training step on its own copy of the model."""
+    """Run a variant's training step on a separate copy of the model."""
 
     def __init__(self, variant: Variant, model: nn.Module, images: Tensor, target: Tensor) -> None:
         self.variant, self.images, self.target = variant, images, target
+        # A copy for each variant: nv.fuse rewrites the model, and delayed scales are kept per weight.
         self.model = copy.deepcopy(model)
         if variant.fused:
             nv.fuse(self.model)
@@ -95,7 +96,7 @@ class Step:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def eager(self) -> None:
-        """Forward, loss, backward; gradients start from zero."""
+        """Run forward, loss and backward once, with gradients that start from zero."""
         for p in self.model.parameters():
             p.grad = None
         variant = self.variant
@@ -109,7 +110,7 @@ class Step:
         self.loss = loss.detach()
 
     def capture(self) -> None:
-        """From now on a call replays a CUDA graph of the step."""
+        """Capture the step as a CUDA graph, which later calls replay."""
         self.graph = capture(self.eager)
 
     def __call__(self) -> None:
@@ -119,13 +120,13 @@ class Step:
             self.graph.replay()
 
     def gradients(self) -> Tensor:
-        """All gradients as one vector."""
+        """Return all gradients as one vector."""
         return torch.cat([p.grad.flatten().float() for p in self.model.parameters() if p.grad is not None])
 
 
 def peak(step: Step) -> int:
-    """Bytes that a step needs beyond model, images and gradients, by the allocator's peak."""
-    step()  # gradients, plans and states exist from here on
+    """Measure the bytes that a step needs in addition to model, images and gradients, by the allocator's peak."""
+    step()  # after this step, gradients, plans and states exist
     torch.cuda.synchronize()
     gc.collect()
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in step.model.parameters() if p.grad is not None)
@@ -140,7 +141,10 @@ def peak(step: Step) -> int:
 
 
 def wall_ms(run: Callable[[], object], repeats: int) -> float:
-    """Milliseconds of a call, by the host's clock over `repeats` calls in a row: launch gaps count, as in training."""
+    """Return the milliseconds of a call, by the host's clock over `repeats` calls in a row.
+
+    Gaps between kernel launches count, as in training.
+    """
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -150,7 +154,7 @@ def wall_ms(run: Callable[[], object], repeats: int) -> float:
 
 
 def measure(name: str, options: Any, device: torch.device, results: Results) -> int:
-    """All variants of one model; 1 when a gradient is wrong."""
+    """Measure all variants of one model; return 1 if a gradient is wrong."""
     model, images, target = build(name, device, options.batch, options.size)
     steps: dict[str, Step] = {}
     truth, memory, status = torch.empty(0), {}, 0
@@ -163,7 +167,7 @@ def measure(name: str, options: Any, device: torch.device, results: Results) -> 
                 memory[variant.name] = peak(step)
             step()
             step()
-        except Exception as failure:  # a variant that cannot run leaves the others their times
+        except Exception as failure:  # one variant that cannot run must not cost the others their times
             print(f"{name}: {variant.name}: {type(failure).__name__}: {str(failure)[:600]}", flush=True)
             results.add(model=name, variant=variant.name, error=f"{type(failure).__name__}: {str(failure)[:600]}")
             status = 1
@@ -177,7 +181,7 @@ def measure(name: str, options: Any, device: torch.device, results: Results) -> 
             results.add(model=name, variant=variant.name, error=f"cosine with bf16 {cosine:.3f}")
             status = 1
             continue
-        first = wall_ms(step, options.repeats)  # kept even if the run is stopped before the interleaved rounds
+        first = wall_ms(step, options.repeats)  # recorded in case the run is stopped before the interleaved rounds
         text = (
             f"loss {float(step.loss):.4f}, cosine of gradients with bf16 {cosine:.4f}, not interleaved {first:.2f} ms"
         )
@@ -205,7 +209,7 @@ def measure(name: str, options: Any, device: torch.device, results: Results) -> 
 
 
 def write_profile(step: Step, path: Path, title: str) -> None:
-    """The kernels of one step by torch.profiler, longest first, appended to a text file."""
+    """Profile one step with torch.profiler and append its kernels to a text file, longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -219,16 +223,16 @@ def write_profile(step: Step, path: Path, title: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table per model; 1 when a variant does not run or computes wrong gradients."""
+    """Print a table per model; return 1 if a variant does not run or computes wrong gradients."""
     options_of = parser((__doc__ or "").splitlines()[0])
     options_of.set_defaults(rounds=9)
     names = ["unet", "resnet50", "unet-silu"]
     options_of.add_argument("--models", nargs="+", default=names, choices=names)
-    options_of.add_argument("--batch", type=positive, help="instead of 32 (unet) and 128 (resnet50)")
+    options_of.add_argument("--batch", type=positive, help="batch size, instead of 32 (unet) and 128 (resnet50)")
     options_of.add_argument("--size", type=positive, help="image side, instead of 256 (unet) and 224 (resnet50)")
     options_of.add_argument("--repeats", type=positive, default=3, help="steps timed in a row (default: 3)")
     options_of.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
-    options_of.add_argument("--no-triton", action="store_true", help="no implicit GEMM over packed operands")
+    options_of.add_argument("--no-triton", action="store_true", help="leave out the implicit GEMM on packed operands")
     options_of.add_argument("--profile", type=Path, help="append a table of the kernels of a step to this file")
     options = options_of.parse_args(arguments)
     device, results = need_cuda(), Results(options.out, "step")

@@ -1,24 +1,25 @@
 #!/bin/bash
-# What is worth knowing about this package on a GPU, in five stages, each under nine minutes; quick is the best of them
-# in under six.
+# Measure this package on a GPU, in five stages of less than nine minutes each. The stage "quick" takes the most valuable
+# parts of them and less than six minutes.
 #
-#   bash examples/benchmarks/gpu_suite.sh STAGE [DATA]        RESULTS=FILE: a study.jsonl that stage 5 goes on with
+#   bash examples/benchmarks/gpu_suite.sh STAGE [DATA]        RESULTS=FILE: a study.jsonl that stage 5 continues
 #
 #   quick versions, the self-test, tests of CUDA graphs and devices, the quantization kernels for three layers, one UNet
-#         and one ResNet-50 step against bf16: for a machine that is lent for a few minutes, at most 330 s in all
-#   1     pytest -m gpu, the self-test, compute-sanitizer over a few kernel tests where it is installed
-#   2     cuDNN's rates and every kernel's time against the ceilings of the machine
+#         and one ResNet-50 step against bf16: for a machine that is lent for a few minutes, at most 330 s in total
+#   1     pytest -m gpu, the self-test, compute-sanitizer on a few kernel tests if it is installed
+#   2     cuDNN's rates, and the time of every kernel against the ceilings of the machine
 #   3     step time and peak memory against bf16; the kernels of a step; the cost of telemetry
-#   4     accuracy, five seeds: DATA holds train/ and val/ with images/ and labels/; without it drawn shapes (pycocotools)
-#   5     the accuracy study (examples/accuracy), full size: DATA holds camvid/ and cifar10/; as far as nine minutes go,
-#         the next call goes on
+#   4     accuracy, five seeds: DATA contains train/ and val/ with images/ and labels/; without it, shapes are drawn,
+#         which needs pycocotools
+#   5     the accuracy study (examples/accuracy), full size: DATA contains camvid/ and cifar10/; it does what fits into
+#         nine minutes, and the next call continues
 #   all   1 to 4, within about 25 minutes
 #
-# Results go to $OUT (default runs/gpu) as they come: gpu_1.log .. gpu_4.log, selftest.json, results.jsonl, profile.txt,
-# accuracy.json: eight files at most; gpu_5.log, study.jsonl; quick writes gpu_quick.log, selftest.json and
-# results.jsonl. PYTHON names an interpreter with torch and triton (default python3); nothing is installed, the package
-# is used from this checkout. Exit status: 0; 1 when something failed; 2 for a wrong command line or a machine without a
-# GPU.
+# Results go to $OUT (default runs/gpu) as they come: gpu_1.log .. gpu_4.log, selftest.json, results.jsonl, profile.txt and
+# accuracy.json, which are at most eight files; stage 5 writes gpu_5.log and study.jsonl; quick writes gpu_quick.log,
+# selftest.json and results.jsonl. PYTHON names an interpreter with torch and triton (default python3). Nothing is
+# installed; the package is used from this checkout. Exit status: 0 if all passed, 1 if something failed, 2 for a wrong
+# command line or a machine without a GPU.
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
@@ -63,7 +64,7 @@ OUT=$(cd "$OUT" && pwd)
 FAILED=0
 GRACE=15  # seconds between a step's time limit and SIGKILL
 
-# step SECONDS NAME COMMAND...: with a time limit, its output in the stage's log too; a failure is counted, not fatal
+# step SECONDS NAME COMMAND...: run a command with a time limit. A failure is counted and does not end the stage.
 step() {
     local limit=$1 name=$2 begin=$SECONDS code
     shift 2
@@ -75,13 +76,14 @@ step() {
     echo "--- $name: $((SECONDS - begin)) s"
 }
 
-# The most valuable first: a machine may go away before the end. All time limits on the way, graces included, sum to less
-# than 330 s. No autotuned backend (--no-triton): its searches alone would take a step's limit.
+# The most valuable step comes first, because the machine may be gone before the end. All time limits of this stage, with
+# their graces, sum to less than 330 s. The autotuned backend is left out (--no-triton): its searches alone would take as
+# long as a step may.
 stage_quick() {
     local processes=() GRACE=2 step_options=(--no-triton --rounds 5 --out "$OUT/results.jsonl")
     local layers=("unet 64->64 k3 @256" "unet 512->512 k3 @32" "r50 256->64 k1 @56")
     local versions="import platform, torch
-from te_nvfp4_cv.ops import cache
+from te_nvfp4_cv.backend import cache
 from te_nvfp4_cv.version import __version__
 print('python', platform.python_version(), 'package', __version__, cache.identity(torch.device('cuda', 0)))"
     step 15 "versions" "$PYTHON" -c "$versions"

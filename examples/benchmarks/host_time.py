@@ -1,13 +1,14 @@
-"""Host time of one small NVFP4 convolution, where the arithmetic is next to nothing: forward and backward under
-nvfp4_autocast, interleaved with the same convolution in plain torch.
+"""Measure the host time of one NVFP4 convolution that is so small that its arithmetic takes almost no time.
+
+Its forward and backward under nvfp4_autocast are interleaved with the same convolution in plain torch.
 
     python examples/benchmarks/host_time.py [--rounds 400] [--threads 1] [--json]
 
 The convolution is 3x3, 16 -> 16 channels, on 16 images of 4x4 in fp32; both the images and the weight get gradients.
-Each round runs each variant once, in turn, so that a slow moment of the machine meets both. Medians over the rounds,
-and the ratio of the medians, of the time that passed and of the CPU's time for this process. On a machine with other
-work the time that passed also counts waiting for a core, and the longer variant waits more often: there, compare CPU
-times. Before any time is printed, the output and the gradients are compared with plain torch's.
+Each round runs each variant once, in turn, so that a slow moment of the machine affects both. The script prints medians
+over the rounds, and their ratio, of the elapsed time and of this process's CPU time. On a machine with other work, the
+elapsed time includes waiting for a core, and the longer variant waits more often: compare CPU times there. Before any
+time is printed, the output and the gradients are compared with plain torch's.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def problem(exact: list[Tensor], quantized: list[Tensor]) -> str:
 
 
 def medians(steps: dict[str, Callable[[], list[Tensor]]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Return each step's median milliseconds, passed and of the CPU, over interleaved rounds."""
+    """Return the median milliseconds of each step over interleaved rounds, elapsed time and CPU time."""
     passed: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -84,7 +85,7 @@ def medians(steps: dict[str, Callable[[], list[Tensor]]], rounds: int) -> dict[s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print both medians and their ratio; exit status 1 when a result is wrong."""
+    """Print both medians and their ratio; return exit status 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,9 +1,10 @@
-"""Artefact bytes, load time, peak memory and latency of torchvision's ResNet-50: fp32, bf16, packed and cached weights.
+"""Measure file size, load time, peak memory and latency of torchvision's ResNet-50 in NVFP4.
 
     python examples/benchmarks/inference.py --batch 1 8 [--device cuda] [--dtype fp32] [--channels-last] [--json FILE]
 
-The peer is the same network in bf16 (or in --dtype fp32, on a CPU without bf16 units), in the same run. On a CPU each
-form's peak memory is that of a process of its own that loads it and runs one batch; on CUDA, the allocator's.
+The forms are fp32, bf16, packed weights and cached weights. They are compared with the same network in bf16 (or in
+--dtype fp32, on a CPU without bf16 units), in the same run. On a CPU, the peak memory of a form is that of a separate
+process that loads it and runs one batch; on CUDA it is the allocator's peak.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from te_nvfp4_cv.cli.bench import DTYPES, Bench, build_form, forms_of, measure  
 
 
 def network() -> torch.nn.Module:
-    """ResNet-50 with random weights: time and memory do not depend on them."""
+    """Build a ResNet-50 with random weights; time and memory do not depend on the weights."""
     ensure_torchvision()
     from torchvision.models import resnet50
 
@@ -37,18 +38,18 @@ def network() -> torch.nn.Module:
 
 
 def peak_of(form: str, folder: str, batch: int, image: int, dtype: str, layout: torch.memory_format) -> int:
-    """Peak resident bytes of this process after one pass of that form."""
+    """Run one pass of that form and return this process's peak resident bytes."""
     model, _ = build_form(form, network(), nv.load_recipe("resnet"), Path(folder), dtype)
     model.to(memory_format=layout)  # type: ignore[call-overload]
     x = torch.randn(batch, 3, image, image).contiguous(memory_format=layout)
     with torch.inference_mode():
         model(x if form == "fp32" else x.to(DTYPES[dtype]))
-    status = Path("/proc/self/status").read_text()  # getrusage's maximum is the parent's, across fork and exec
+    status = Path("/proc/self/status").read_text()  # getrusage would give the parent's maximum, across fork and exec
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def main(arguments: Sequence[str] | None = None) -> Bench | None:
-    """Measure and print; `--peak-of` is how it calls itself."""
+    """Measure and print. The script calls itself with `--peak-of` to measure peak memory."""
     parser = argparse.ArgumentParser(description="Size, memory and latency of deployed networks.")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N")
     parser.add_argument("--image", type=int, default=224, metavar="N")

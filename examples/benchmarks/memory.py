@@ -1,12 +1,12 @@
-"""Bytes that autograd keeps for backward, NVFP4 against bf16, on unmodified models.
+"""Compare the bytes that autograd saves for backward in NVFP4 and in bf16, on unmodified models.
 
     python examples/benchmarks/memory.py [--models resnet50 densenet121] [--batch 16] [--size 64]
 
-Both run under torch.autocast(bfloat16) in training mode. Counted are the storages that autograd keeps after the
-forward pass, each once, except parameters, buffers and the input: by a count of its own, not by nv.coverage. The first
-row is one convolution whose input nothing else keeps: what a layer itself needs. "activations" is the ratio of what
-grows with the image: the difference to half the size, in which copies of the weights cancel. Large images tend to it.
-Ratios do not depend on the device.
+Both run under torch.autocast(bfloat16) in training mode. The benchmark counts every storage that autograd holds after
+the forward pass once, except parameters, buffers and the input. It does not rely on nv.coverage. The first row is one
+convolution whose input nothing else saves, which shows what a layer itself needs. "activations" is the ratio of the
+bytes that grow with the image, computed from the difference to half the size, in which copies of the weights cancel.
+The ratio of large images approaches it. Ratios do not depend on the device.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ class _Kept:
 
 
 def saved_bytes(model: nn.Module, x: Tensor, recipe: nv.NVFP4BlockScaling | None) -> int:
-    """What autograd keeps after model(x) under bf16 autocast; in NVFP4 where a recipe is given."""
+    """Count the bytes that autograd saves in model(x) under bf16 autocast, in NVFP4 if there is a recipe."""
     kept: list[weakref.ref[_Kept]] = []
 
     def pack(tensor: Tensor) -> _Kept:
         held = _Kept(tensor)
+        # A weak reference, so that tensors which autograd drops again in the forward pass do not count.
         kept.append(weakref.ref(held))
         return held
 
@@ -60,7 +61,7 @@ def saved_bytes(model: nn.Module, x: Tensor, recipe: nv.NVFP4BlockScaling | None
 
 
 def build(name: str) -> nn.Module:
-    """A torchvision model with random weights, in training mode, or a convolution after what keeps nothing."""
+    """Build a torchvision model with random weights in training mode, or one convolution after a Shift."""
     if name == "conv input":
         return nn.Sequential(Shift(), nn.Conv2d(64, 64, 3, padding=1))
     ensure_torchvision()
@@ -73,23 +74,24 @@ def build(name: str) -> nn.Module:
 
 
 class Shift(nn.Module):
-    """x plus a Parameter: its result is a fresh activation that only the next layer keeps."""
+    """Add a parameter to x, which gives a new activation that only the next layer saves."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.shift  # an addition keeps nothing
+        return x + self.shift  # an addition saves nothing for backward
 
 
 def measure(name: str, batch: int = 16, size: int = 64, recipe: nv.NVFP4BlockScaling | None = None) -> tuple[int, int]:
-    """(bf16 bytes, NVFP4 bytes) kept for backward."""
+    """Return the bytes saved for backward, first in bf16 and then in NVFP4."""
     torch.manual_seed(0)
     model = build(name)
     channels = 64 if name == "conv input" else 3
     x = torch.randn(batch, channels, size, size)
     if name == "conv input":
+        # Already bf16, so that autocast makes no copy of it.
         x = x.bfloat16()
     plain = saved_bytes(model, x, None)
     gc.collect()
@@ -97,7 +99,7 @@ def measure(name: str, batch: int = 16, size: int = 64, recipe: nv.NVFP4BlockSca
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Prints the table; returns the larger of the two ratios by model."""
+    """Print the table, and return the larger of the two ratios for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="torchvision names")
     parser.add_argument("--batch", type=int, default=16)

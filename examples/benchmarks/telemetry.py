@@ -1,10 +1,11 @@
-"""What telemetry costs: a training step that is a sample against one that is not, and the share of a run's time.
+"""Measure what telemetry costs: a sampled training step against a plain one, and the share of a run's time.
 
     python examples/benchmarks/telemetry.py [--case small] [--rounds 7] [--threads 1] [--device cpu]
 
-overhead of a run that samples every N steps = (sampled step - plain step) / (N * plain step), at the default N. The
-record is written to a JSON lines file, as in a run. Medians of interleaved steps. Before times are printed, weights
-after three watched steps are compared, bit for bit, with those of three steps that nobody watched.
+The overhead of a run that samples every N steps is (sampled step - plain step) / (N * plain step), at the default N.
+The record is written to a JSON lines file, as in a run. Times are medians of interleaved steps. Before they are
+printed, the weights after three sampled steps are compared, bit for bit, with those after three steps without
+telemetry.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RECIPE = nv.NVFP4BlockScaling()
 
 
 class Run:
-    """The UNet, its data and its optimizer; the same numbers at each construction."""
+    """Hold the UNet, its data and its optimizer, with the same numbers at each construction."""
 
     def __init__(self, case: str, device: torch.device, dtype: torch.dtype | None, file: Path | None) -> None:
         scale, size, batch = CASES[case]
@@ -51,7 +52,7 @@ class Run:
         self.watch = telemetry.attach(self.net, sinks=sinks)
 
     def step(self, number: int) -> float:
-        """Seconds of one training step; telemetry samples the steps that its interval divides."""
+        """Run one training step and return its seconds; telemetry samples the steps that its interval divides."""
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         with self.watch.step(number):
@@ -68,7 +69,7 @@ class Run:
 
 
 def measure(case: str, device: torch.device, dtype: torch.dtype | None, rounds: int, folder: Path) -> bool:
-    """Print one case; False where watched and unwatched weights differ."""
+    """Print one case; return False if the weights with and without telemetry differ."""
     every = inspect.signature(telemetry.attach).parameters["every"].default
     watched, plain = Run(case, device, dtype, folder / f"{case}.jsonl"), Run(case, device, dtype, None)
     for number in range(3):
@@ -92,7 +93,7 @@ def measure(case: str, device: torch.device, dtype: torch.dtype | None, rounds: 
 
 
 def main() -> int:
-    """Exit status 1 when a result is wrong."""
+    """Print all cases; return exit status 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--case", nargs="+", default=["tiny", "small"], choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,8 +1,8 @@
-"""The main job: a UNet or a detector, trained in high precision and in NVFP4 from the same seed.
+"""Train a UNet or a detector in high precision and in NVFP4 from the same seed, and compare them.
 
-Importing this package makes `import torchvision` work beside a CPU-only torch (examples/_torchvision.py), so every
-module in here may import torchvision and torchmetrics at its top. It needs the folder above (examples/) on sys.path,
-which train.py adds.
+This is the main example. Importing the package makes `import torchvision` work with a CPU-only torch
+(examples/_torchvision.py), so every module in it may import torchvision and torchmetrics at its top. It needs the
+folder above (examples/) on sys.path; train.py adds it.
 """
 
 from _torchvision import ensure_torchvision

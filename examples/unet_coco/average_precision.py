@@ -1,8 +1,8 @@
-"""COCO's average precision of boxes or masks, by pycocotools, at the size of the model's images.
+"""Compute COCO's average precision of boxes or masks with pycocotools, at the size of the model's images.
 
-    AP = mean over IoU 0.50, 0.55 .. 0.95 and over the classes that the truth holds;   AP50: at IoU 0.50
+    AP = mean over IoU 0.50, 0.55 .. 0.95 and over the classes that occur in the truth;   AP50: at IoU 0.50
 
-At most 100 predictions per image count, the best ones. A prediction that lies in a crowd is neither right nor wrong.
+Only the best 100 predictions of an image count. A prediction inside a crowd is neither right nor wrong.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ MOST = 100
 
 
 class AveragePrecision:
-    """Collects truth and predictions of a split's batches.
+    """Collect truth and predictions of a split's batches, and compute the scores.
 
     Args:
         kind: "bbox" or "segm".
-        classes: their number, background included.
-        size: of the images, (H, W).
+        classes: Number of classes, background included.
+        size: Height and width of the images.
     """
 
     def __init__(self, kind: str, classes: int, size: tuple[int, int]) -> None:
@@ -35,11 +35,11 @@ class AveragePrecision:
         self.found: list[dict[str, Any]] = []
 
     def add(self, targets: list[Target], predictions: list[dict[str, Tensor]]) -> None:
-        """One batch.
+        """Add one batch.
 
         Args:
-            targets: with masks where kind is "segm".
-            predictions: per image labels [n], scores [n] and boxes [n, 4] or masks [n, H, W] bool.
+            targets: The truth of each image, with masks if kind is "segm".
+            predictions: For each image labels [n], scores [n], and boxes [n, 4] or masks [n, H, W] bool.
         """
         for target, predicted in zip(targets, predictions, strict=True):
             self.images.append({"id": len(self.images) + 1, "height": self.size[0], "width": self.size[1]})
@@ -50,7 +50,7 @@ class AveragePrecision:
                 self.found.append({**entry, "id": len(self.found) + 1, "iscrowd": 0, "score": score})
 
     def _entries(self, objects: dict[str, Any]) -> list[dict[str, Any]]:
-        """The annotations of the last image, in COCO's form."""
+        """Return the annotations of the last image in COCO's form."""
         from pycocotools import mask as coco_mask
 
         entries = [{"image_id": len(self.images), "category_id": label} for label in objects["labels"].tolist()]
@@ -64,11 +64,13 @@ class AveragePrecision:
         return entries
 
     def compute(self) -> dict[str, float]:
-        """The scores "ap" and "ap50"."""
+        """Compute the scores "ap" and "ap50"."""
         from pycocotools.cocoeval import COCOeval
 
+        # pycocotools prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
             scoring = COCOeval(self._index(self.truth), self._index(self.found), self.kind)
+            # Only the scores over objects of all sizes are needed.
             scoring.params.areaRng, scoring.params.areaRngLbl = [[0, 1e10]], ["all"]
             scoring.params.maxDets = [MOST]
             scoring.evaluate()

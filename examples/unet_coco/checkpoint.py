@@ -1,9 +1,11 @@
-"""Checkpoints: everything a bit-exact resume needs, written so that a full disk costs nothing but the new file.
+"""Save and load checkpoints, which contain everything that a bit-exact resume needs.
+
+A full disk costs nothing but the new file:
 
     write:  serialise in memory -> temporary file in the same folder -> fsync -> os.replace -> fsync of the folder
     read:   torch.load(weights_only=True): tensors, numbers, text, lists and tables only
 
-Refuses to resume from a checkpoint of another run (identity.py says what makes it one), and names what differs.
+A checkpoint of another run (identity.py defines what that is) is refused, and the error names what differs.
 """
 
 from __future__ import annotations
@@ -23,39 +25,39 @@ FORMAT = 1
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` atomically; the file that was there survives any failure."""
+    """Write `state` to `path` atomically. The previous file survives any failure."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getbuffer(), fix="free some space, then go on with --resume")
+    write_atomically(path, buffer.getbuffer(), fix="free some space, then continue with --resume")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        ValueError: a damaged file, or one that is no checkpoint of this example.
+        ValueError: If the file is damaged or is not a checkpoint of this example.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails anywhere in the reader, with any class of error
+    except Exception as error:  # a damaged file can fail anywhere in the reader, with any class of error
         raise value_error(
             f"checkpoint: {path} cannot be read.",
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'an empty message'}",
             needs="a complete checkpoint of this example",
-            fix="remove the file to start anew, or restore it",
+            fix="remove the file to start from the beginning, or restore it",
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise value_error(
-            f"checkpoint: {path} is none of this example's.",
+            f"checkpoint: {path} is not a checkpoint of this example.",
             got=f"format {state.get('format') if isinstance(state, dict) else type(state).__name__}",
             needs=f"format {FORMAT}",
-            fix="remove the file to start anew",
+            fix="remove the file to start from the beginning",
         )
     return state
 
 
 def check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on where a checkpoint's identity (identity.py) is not this run's."""
+    """Raise an error if a checkpoint's identity (identity.py) differs from this run's."""
     differing = [key for key in {**now, **saved} if saved.get(key) != now.get(key)]
     if not differing:
         return
@@ -63,7 +65,7 @@ def check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
         f"checkpoint: {path} belongs to another run (differing: {', '.join(differing)}).",
         got="; ".join(f"{key} = {_short(saved.get(key))}" for key in differing),
         needs="; ".join(f"{key} = {_short(now.get(key))}" for key in differing),
-        fix="give the options the checkpoint was trained with, or another --out, or leave --resume out to start anew",
+        fix="use the options of the checkpoint's run, choose another --out, or leave --resume out to start again",
     )
 
 
@@ -73,7 +75,10 @@ def _short(value: Any) -> str:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Torch's (CPU and, where used, CUDA), Python's and numpy's generators, in types that weights_only loads."""
+    """Return the states of the random generators, in types that torch.load(weights_only=True) accepts.
+
+    These are torch's generators (CPU and, if used, CUDA), Python's and numpy's.
+    """
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -92,7 +97,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators back to where `rng_state` saw them."""
+    """Restore the generators to the states that `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

@@ -1,10 +1,10 @@
-"""A weight for each class by how rare it is in the training labels (--class-weights).
+"""Give each class a weight that grows with its rarity in the training labels (--class-weights).
 
-    median  w_c = median over the classes of f / f_c;   f_c = pixels of c / labelled pixels of the images that hold c
+    median  w_c = median over the classes of f / f_c;   f_c = pixels of c / labelled pixels of the images that contain c
 
-This is median-frequency balancing (arXiv 1411.4734). Labels are counted as they lie on disk; ignored pixels do not
-count. A class that occurs in no training label gets weight 0, and does not enter the median. Refuses a split without
-one labelled pixel.
+This is median-frequency balancing (arXiv 1411.4734). Labels are counted as they are stored; ignored pixels do not
+count. A class that occurs in no training label gets weight 0 and is left out of the median. A split without any
+labelled pixel is refused.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .split import RawSplit
 
 
 def median_frequency(split: RawSplit, num_classes: int) -> Tensor:
-    """The weights [num_classes] fp32 of the classes 0 .. num_classes - 1.
+    """Compute the weights [num_classes] fp32 of the classes 0 .. num_classes - 1.
 
     Raises:
-        ValueError: no pixel of the split is labelled; an image or a label that cannot be read.
+        ValueError: If no pixel of the split is labelled, or if an image or a label cannot be read.
     """
     pixels = split.label_pixels[:, :num_classes].astype(np.float64)  # [images, classes]
     labelled = pixels.sum(axis=1)

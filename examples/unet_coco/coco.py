@@ -1,12 +1,12 @@
-"""COCO instances as class masks, and one by one.
+"""Read COCO instances, as masks of classes and as single objects.
 
     ROOT/annotations/instances_{train,val[,test]}2017.json + ROOT/{train,val[,test]}2017/*.jpg
-    mask = 0 (background); the chosen categories 1, 2, ... in the order asked for; crowd pixels 255 (ignore)
+    mask = 0 (background); the chosen categories 1, 2, ... in the given order; crowd pixels 255 (ignore)
 
-Pixels are those stored in the file, which is what COCO's annotations count: an EXIF orientation is not applied.
-Where instances overlap, the smaller lies on top. An image without annotations is all background; crowds of categories
-that were not chosen are background too. Refuses a root that lacks files, annotations for images that are not listed or
-not on disk, unknown class names and, where objects are asked for, annotations with neither box nor mask.
+Pixels are used as stored in the file, which is what COCO's annotations count: an EXIF orientation is not applied. Where
+instances overlap, the smaller one lies on top. An image without annotations is all background; crowds of categories
+that were not chosen are background too. The reader refuses a root with missing files, annotations for images that are
+not listed or not on disk, unknown class names and, when objects are needed, annotations with neither box nor mask.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def load_coco(root: Path, classes: Sequence[str] | None) -> SegmentationData:
 
 
 def _open_coco(file: Path, folder: Path) -> Any:
-    """torchvision's CocoDetection over one instances file, checked against the folder of its images."""
+    """Open one instances file as torchvision's CocoDetection, after checking it against the folder of its images."""
     from torchvision.datasets import CocoDetection
 
     if not file.is_file():
         raise missing(file, "the annotations of a COCO root")
     if not folder.is_dir():
-        raise missing(folder, f"the folder of the images that {file.name} speaks of")
+        raise missing(folder, f"the folder of the images that {file.name} lists")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             opened = CocoDetection(str(folder), str(file))
@@ -122,10 +122,10 @@ def _open_coco(file: Path, folder: Path) -> Any:
 
 
 def _mask(coco: Any, annotation: Any, size: tuple[int, ...]) -> np.ndarray:
-    """[H, W] uint8 of an annotation."""
+    """Draw the mask [H, W] uint8 of an annotation."""
     try:
         mask: np.ndarray = coco.annToMask(annotation)
-    except Exception as error:  # pycocotools raises any class, and names nothing
+    except Exception as error:  # pycocotools raises errors of any class and does not name the annotation
         why = f"{type(error).__name__}: {error}"
     else:
         if mask.shape == size:
@@ -140,7 +140,7 @@ def _mask(coco: Any, annotation: Any, size: tuple[int, ...]) -> np.ndarray:
 
 
 def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
-    """Paint the masks of a COCO split; `number_of` maps category ids to class numbers."""
+    """Make the split that paints its masks when read; `number_of` maps category ids to class numbers."""
     coco = opened.coco
     entries = [coco.imgs[key] for key in opened.ids]
     paths = [Path(opened.root) / entry["file_name"] for entry in entries]
@@ -149,7 +149,8 @@ def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
         entry = entries[index]
         mask = np.zeros((entry["height"], entry["width"]), np.uint8)
         found = [a for a in coco.imgToAnns.get(entry["id"], []) if a["category_id"] in number_of]
-        found.sort(key=lambda a: (a.get("iscrowd", 0), -(a.get("area") or 0)))  # the small ones are drawn last
+        # large objects are drawn first, so that smaller ones stay visible
+        found.sort(key=lambda a: (a.get("iscrowd", 0), -(a.get("area") or 0)))
         for annotation in found:
             number = IGNORE if annotation.get("iscrowd", 0) else number_of[annotation["category_id"]]
             if annotation.get("segmentation"):
@@ -164,6 +165,7 @@ def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
                 number_of[a["category_id"]],
                 _box(coco, a),
                 bool(a.get("iscrowd", 0)),
+                # the mask is drawn when it is needed
                 partial(_mask, coco, a, (entry["height"], entry["width"])) if a.get("segmentation") else None,
             )
             for a in found
@@ -174,7 +176,7 @@ def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
 
 
 def _box(coco: Any, annotation: dict[str, Any]) -> tuple[float, float, float, float]:
-    """x0, y0, x1, y1 of an annotation: its bbox or, without one, that of its mask."""
+    """Return x0, y0, x1, y1 of an annotation, from its bbox or, without one, from its mask."""
     box = annotation.get("bbox")
     if box is None and annotation.get("segmentation"):
         from pycocotools import mask as coco_mask

@@ -1,10 +1,10 @@
-"""Segmentation data made ready for the model, from any layout (coco.py, masks.py, mvtec.py).
+"""Prepare segmentation data of any layout (coco.py, masks.py, mvtec.py) for the model.
 
     image: RGB -> resize -> flip (training) -> [0, 1] -> minus mean, over std;   mask: the same geometry, nearest
 
-Everything that can be known before the first step is refused before it: folders, files, images that annotations speak
-of but that are missing, unknown class names. What only decoding shows (a label of another size, an id out of range) is
-an error that names the file.
+Everything that can be checked before the first step is checked then: missing folders and files, images that annotations
+list but that are missing, unknown class names. A fault that appears only in decoding (a label of another size, an id
+out of range) raises an error that names the file.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def load_data(root: str | Path, layout: str, classes: Sequence[str] | None, val_
     """Open a data set and check that it is complete.
 
     Args:
-        val_share: of the images to cut up, where the layout has no validation split (mvtec).
+        val_share: Share of the images for validation, if the layout has no validation split (mvtec).
 
     Raises:
-        ValueError: unknown layout or class; a folder, file or image that is missing, by name.
+        ValueError: If the layout or a class is unknown, or if a folder, file or image is missing; the error names it.
     """
     root = Path(root)
     if layout not in LAYOUTS:
@@ -51,10 +51,10 @@ def load_data(root: str | Path, layout: str, classes: Sequence[str] | None, val_
 
 
 class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
-    """A split made ready for the model: resized, flipped in training, normalised.
+    """Provide a split for the model: resized, flipped in training, normalised.
 
-    An item is asked for by its index, or in training by (epoch, index). What is random in it depends on (seed, epoch,
-    index) alone, so that precisions, resumed runs and any number of loader workers see the same pixels.
+    The key of an item is its index, or in training (epoch, index). Its random choices depend only on (seed, epoch,
+    index), so that all precisions, resumed runs and any number of loader workers see the same pixels.
     """
 
     def __init__(self, raw: RawSplit, size: tuple[int, int], train: bool, seed: int = 0) -> None:
@@ -79,6 +79,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
                 fix="remove the image from the split, or write its labels again",
             )
         pair = tv_tensors.Image(v2.functional.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
+        # The flip depends on (seed, epoch, index) only, and torch's generator stays where it is.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             image_t, mask_t = self.transform(*pair)
@@ -86,6 +87,6 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 def denormalize(images: Tensor) -> Tensor:
-    """Undo the normalisation: [B, 3, H, W] float -> uint8."""
+    """Undo the normalisation of images [B, 3, H, W] and return them as uint8."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,8 +1,8 @@
-"""Object detection: a box and a class for every object, by a RetinaNet (detector.py).
+"""Train object detection: a box and a class for every object, with a RetinaNet (detector.py).
 
-    loss = focal loss of the classes + L1 of the boxes, as torchvision's, the mean over images;   score: COCO's box AP
+    loss = focal loss of the classes + L1 of the boxes, as in torchvision, mean over images;   score: COCO's box AP
 
-Images without objects train with no box at all. The recipe that nvfp4 stands for is `detection`.
+Images without objects are used for training too, without any box. For this task, nvfp4 means the recipe `detection`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .task import Context
 
 
 class Detection(ObjectTask):
-    """--task detection."""
+    """Implement --task detection."""
 
     titles = {"ap": "box AP", "ap50": "box AP50"}
     kind = "bbox"
@@ -41,7 +41,8 @@ class Detection(ObjectTask):
     def score(
         self, model: nn.Module, images: Tensor, targets: list[Target], context: Context
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        model.train()  # a RetinaNet gives either losses or boxes; it has neither dropout nor statistics
+        # A RetinaNet returns losses in training mode only. It has no dropout and no statistics: nothing else changes.
+        model.train()
         with context():
             loss = self.loss(model(images, *self.inputs(targets)), targets)
         model.eval()

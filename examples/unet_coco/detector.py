@@ -1,12 +1,13 @@
-"""torchvision's RetinaNet with a feature pyramid on a ResNet, for images of one size and without pretrained weights.
+"""Build torchvision's RetinaNet on a ResNet, for images of one size and without pretrained weights.
 
     pyramid and heads: round(256 * scale) channels;   GroupNorm in the ResNet, the pyramid and the heads
-    levels: strides 8 .. 128, as torchvision's, for images of 256 pixels and more; 4 .. 64 for smaller ones
+    levels: strides 8 .. 128, as in torchvision, for images of 256 pixels and more; 4 .. 64 for smaller ones
     anchors of a level: 4 * stride * (1, 2^(1/3), 2^(2/3)), each in three aspect ratios
 
-Losses and boxes are computed in fp32 whatever autocast's dtype is. GroupNorm keeps no statistics, so that a batch cut
-up among ranks is the batch of one process. Names that recipes may use: backbone.body, backbone.fpn,
-head.classification_head.cls_logits, head.regression_head.bbox_reg. Refuses a scale that leaves no channel.
+Losses and boxes are computed in fp32 for every dtype of autocast. GroupNorm has no running statistics, so a batch that
+is divided among ranks gives the same result as in one process. Recipes may use these names: backbone.body,
+backbone.fpn, head.classification_head.cls_logits, head.regression_head.bbox_reg. A scale that leaves no channel is
+refused.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ RATIOS = (0.5, 1.0, 2.0)
 
 
 class Detector(RetinaNet):
-    """RetinaNet for images of `size` that are normalised already: its own resizing changes nothing.
+    """Run a RetinaNet on images of `size` that are already normalised, so that torchvision's resizing changes nothing.
 
-    In training it takes images and targets (boxes and labels per image) and gives the two losses; in evaluation it
-    takes images and gives boxes, labels and scores per image.
+    In training the model takes images and targets (boxes and labels per image) and returns the two losses. In
+    evaluation it takes images and returns boxes, labels and scores per image.
 
     Args:
-        num_classes: background, which has number 0, included.
+        num_classes: Number of classes, including background, which has number 0.
         backbone: "resnet18" and so on.
-        scale: factor on the 256 channels of pyramid and heads.
+        scale: Factor on the 256 channels of pyramid and heads.
     """
 
     def __init__(self, num_classes: int, size: tuple[int, int], backbone: str = "resnet18", scale: float = 1.0) -> None:
@@ -50,6 +51,7 @@ class Detector(RetinaNet):
                 fix="--scale 0.25 gives 64",
             )
         body = getattr(resnet, backbone)(weights=None, norm_layer=_norm)
+        # On a small image, the coarse levels of the usual pyramid would have only one or two pixels.
         large = min(size) >= 256
         stages = (2, 3, 4) if large else (1, 2, 3, 4)
         widths = [body.inplanes // 2 ** (4 - stage) for stage in stages]
@@ -69,6 +71,7 @@ class Detector(RetinaNet):
             num_classes,
             min_size=min(size),
             max_size=max(size),
+            # images arrive normalised
             image_mean=[0.0] * 3,
             image_std=[1.0] * 3,
             anchor_generator=anchors,

@@ -1,4 +1,4 @@
-"""Pictures of objects: boxes, or masks with their borders, in the colours of their classes."""
+"""Draw objects into pictures, as boxes or as masks with their borders, in the colours of their classes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .data import denormalize
 from .objects import as_numpy
 from .report import palette
 
-SHOWN = 0.3  # least score of a prediction that is drawn
+SHOWN = 0.3  # predictions with a lower score are not drawn
 
 
 def draw_objects(images: Tensor, objects: list[dict[str, Tensor]], classes: int) -> list[np.ndarray]:
-    """One picture [H, W, 3] uint8 per image; those with scores from SHOWN on, the best on top."""
+    """Draw one picture [H, W, 3] uint8 per image, with the objects that score SHOWN or more, the best on top."""
     photos = denormalize(images).permute(0, 2, 3, 1).cpu().numpy()
     colours = palette(classes)
     return [_draw(photo, as_numpy(found), colours) for photo, found in zip(photos, objects, strict=True)]
@@ -43,6 +43,6 @@ def _draw(photo: np.ndarray, found: dict[str, Any], colours: np.ndarray) -> np.n
 
 
 def _inner(mask: np.ndarray) -> np.ndarray:
-    """The pixels whose four neighbours belong to the mask too."""
+    """Return the pixels whose four neighbours belong to the mask too."""
     padded = np.pad(mask, 1)
     return padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

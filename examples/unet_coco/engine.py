@@ -1,12 +1,12 @@
-"""Train one precision, from a seed or from a checkpoint, on whatever task (task.py).
+"""Train one precision on any task (task.py), from a seed or from a checkpoint.
 
     step t:  torch.manual_seed(mix_seed(seed, t));  lr(t) = lr / 2 * (1 + cos(pi t / T));  AdamW on the task's loss
 
-The state after step t depends on (settings, seed, t) alone, not on how often the run was stopped before: data order,
-augmentation and dropout are functions of the seed and the position, and the rest lies in the checkpoint. Checkpoints
-are written at the end of each epoch and at the last step. On several ranks each trains with its part of the batch and
-dropout of its own, mix_seed(seed, t, rank); all evaluate the whole split, and rank 0 writes. Refuses to go on from a
-loss that is not finite, from a checkpoint of another run, and from one beyond --epochs.
+The state after step t depends only on (settings, seed, t), not on how often the run was stopped before: data order,
+augmentation and dropout are functions of the seed and the position, and the checkpoint contains the rest. Checkpoints
+are written at the end of each epoch and at the last step. With several ranks, each trains with its part of the batch
+and with separate dropout, mix_seed(seed, t, rank); all evaluate the whole split, and rank 0 writes. Training stops with
+an error at a loss that is not finite, and refuses a checkpoint of another run or one beyond --epochs.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ TIMES_KEPT = 1000
 
 @dataclass
 class Position:
-    """Where a run stands, and what it has seen: saved with every checkpoint."""
+    """Record how far a run has come and its figures so far. It is saved with every checkpoint."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
-    losses: list[float] = field(default_factory=list)  # of the epoch under way
+    losses: list[float] = field(default_factory=list)  # of the current epoch
     last_epoch_loss: float = math.nan
     curve: list[dict[str, float]] = field(default_factory=list)  # one row every log_every steps
     epochs: list[dict[str, float]] = field(default_factory=list)  # one row per validated epoch
@@ -63,11 +63,11 @@ class Position:
 
 
 class Trainer:
-    """One precision's model, optimizer and data.
+    """Train and evaluate one precision: hold its model, optimizer and data.
 
     Args:
-        folder: receives last.pt.
-        ranks: those that train together; every method is called on all of them.
+        folder: Folder for last.pt.
+        ranks: The ranks that train together. Every method must be called on all of them.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Trainer:
         self.ranks = ranks
         self.task = make_task(settings, data)
         self.data = data_identity(data, settings)
+        # The same seed for every precision, so that all of them start from the same weights.
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
         torch.manual_seed(settings.seed)
@@ -109,7 +110,7 @@ class Trainer:
             self.total_steps = min(self.total_steps, settings.steps)
         self.schedule_steps = settings.schedule_steps or settings.epochs * len(self.order)
         self.position = Position()
-        self.steps_here = 0  # by this process
+        self.steps_here = 0  # steps that this process has done, without those before a resume
         self.bundles = Bundles(folder, settings, precision, self.task.class_names, self.task.class_weights)
 
     def _new_model(self) -> nn.Module:
@@ -125,7 +126,7 @@ class Trainer:
         """Train from `position` to the last step, with a checkpoint at each epoch's end and at the last step.
 
         Args:
-            watch: looks on at its own interval, and is told the run's figures.
+            watch: Telemetry, which samples steps at its interval and receives the run's figures.
         """
         at = self.position
         progress = Progress(self.precision.name, self.total_steps, at.step, self.ranks.rank)
@@ -139,9 +140,9 @@ class Trainer:
     def _train_epoch(self, progress: Progress, watch: Telemetry) -> None:
         at, every = self.position, self.settings.log_every
         self.order.epoch, self.order.start = at.epoch, at.batch
-        self._whole = None  # with FSDP2 a full copy: not beside the shards while they train
+        self._whole = None  # with FSDP2 this is a full copy, which must not take memory while the shards train
         if not at.batch and at.epoch and self._nvfp4_of(at.epoch) is not self._nvfp4_of(at.epoch - 1):
-            # statistics of batch norms (a body may have them) are those of NVFP4 until now
+            # the statistics of batch norms, if the model has any, come from NVFP4 until here
             sensitivity.update_bn(self.model, self.loader, self.context(at.epoch), device=self.device)
         pending: list[Tensor] = []
         for images, targets in self.loader:
@@ -171,19 +172,22 @@ class Trainer:
         self._save()
 
     def _step(self, images: Tensor, targets: Any, watch: Telemetry) -> Tensor:
-        """One optimizer step; returns the loss of the whole batch, on the device."""
+        """Run one optimizer step and return the loss of the whole batch, on the device."""
         at, rank = self.position, self.ranks.rank
+        # Rank 0 draws what a single process would draw.
         seed = mix_seed(self.settings.seed, at.step, *([rank] if rank else []))
         self.bundles.before(self.model)
         torch.manual_seed(seed)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(at.step)
         self.optimizer.zero_grad(set_to_none=True)
+        # get_scale waits for the GPU, so it is called in sampled steps only.
         with watch.step(at.step, self.scaler.get_scale() if watch.due(at.step) else 1.0):
             with self.context(at.epoch):
                 output = self.wrapped(images, *self.task.inputs(targets))
                 loss = self.task.loss(output, targets, self.ranks.group)
             self.scaler.scale(loss).backward()
+        # Before the optimizer step: a replay needs the weights from before it.
         self.bundles.check(
             at.step + 1,
             loss,
@@ -203,7 +207,7 @@ class Trainer:
         return self.settings.lr / 2 * (1 + math.cos(math.pi * min(step / self.schedule_steps, 1.0)))
 
     def _drain(self, pending: list[Tensor]) -> None:
-        """Fetch the losses of the last steps, and stop where one is not finite."""
+        """Fetch the losses of the last steps, and raise an error if one is not finite."""
         at = self.position
         values = torch.stack(pending).tolist() if pending else []
         pending.clear()
@@ -235,7 +239,10 @@ class Trainer:
         )
 
     def tell_again(self, watch: Telemetry) -> None:
-        """After a resume the figures of the checkpoint's step: TensorBoard hides what it has from there on."""
+        """Report the figures of the checkpoint's step again after a resume.
+
+        TensorBoard then hides what it already has for later steps.
+        """
         at = self.position
         for row in at.curve[-1:]:
             if row["step"] == at.step:
@@ -249,6 +256,7 @@ class Trainer:
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
+            # Work on a GPU is asynchronous; without waiting, only the launches would be timed.
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
@@ -256,35 +264,42 @@ class Trainer:
 
     @property
     def whole(self) -> nn.Module:
-        """The model to evaluate, in which no rank waits for another; getting it may, so that all ranks do."""
+        """Return the model to evaluate.
+
+        No rank waits for another one in this model. Getting it may need all ranks, so all of them must call this.
+        """
         if self._whole is None or self._whole[0] != self.position.step:
             self._whole = None
+            # Making a copy draws weights, which must not move the generator that training uses.
             with torch.random.fork_rng(devices=[]):
                 self._whole = self.position.step, whole_model(self.model, self._new_model, self.ranks)
         return self._whole[1]
 
     def evaluate(self, split: str, high_precision: bool = False) -> dict[str, float]:
-        """Loss and scores of a split, in the precision trained or, with the same weights, in fp32."""
+        """Compute loss and scores of a split, in the precision of the training or, with the same weights, in fp32."""
         context = nullcontext if high_precision else self.context
         return self.task.evaluate(self.whole, self.eval_loaders[split], self.device, context)
 
     def context(self, epoch: int | None = None) -> AbstractContextManager[None]:
-        """What a forward pass of that epoch runs in (None: of the epoch of the last step, to evaluate it).
-        --high-precision-last turns NVFP4 off for its epochs.
+        """Return the context for a forward pass of that epoch; --high-precision-last turns NVFP4 off in its epochs.
+
+        If `epoch` is None, it is the epoch of the last step, for evaluation.
         """
         at = self.position
         if epoch is None:
+            # At the end of an epoch, at.epoch is already the number of the next one.
             epoch = at.epoch if at.batch or not at.step else at.epoch - 1
         return self.precision.context(self.device, self._nvfp4_of(epoch) is not None)
 
     def _nvfp4_of(self, epoch: int) -> Any:
-        """The recipe in that epoch, None in high precision."""
+        """Return the recipe in that epoch, or None in high precision."""
         return self.precision.recipe if epoch < self.settings.epochs - self.settings.high_precision_last else None
 
     def summary(self) -> dict[str, float | int]:
-        """The row of summary.json for this precision."""
+        """Return the row of summary.json for this precision."""
         at = self.position
         val, main = self.evaluate("val"), self.task.main
+        # At the end of an epoch, at.losses has just been emptied.
         train_loss = sum(at.losses) / len(at.losses) if at.losses else at.last_epoch_loss
         images, targets = next(iter(self._measured_batches()))
         images, targets = to_device(images, targets, self.device)
@@ -303,7 +318,7 @@ class Trainer:
         return row
 
     def _measured_batches(self) -> Any:
-        """The first training batch of epoch 0: every precision's bytes are counted on the same images."""
+        """Return the first training batch of epoch 0, so that every precision counts its bytes on the same images."""
         self.order.epoch, self.order.start = 0, 0
         return self.loader
 
@@ -317,7 +332,7 @@ class Trainer:
         return self.ranks.first(self.checkpoint_path.is_file)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a resume to mean the same run."""
+        """Return what must be equal for a checkpoint to belong to this run."""
         return identity_of(self.settings, self.precision, self.task, self.order, self.data)
 
     def _save(self) -> None:
@@ -339,7 +354,7 @@ class Trainer:
         self.ranks.first(lambda: save_checkpoint(self.checkpoint_path, state))
 
     def resume(self) -> bool:
-        """Go on from the folder's checkpoint; False where there is none."""
+        """Continue from the folder's checkpoint; return False if there is none."""
         if not self._has_checkpoint():
             return False
         state = load_checkpoint(self.checkpoint_path)
@@ -352,15 +367,15 @@ class Trainer:
                 f"checkpoint: {self.checkpoint_path} is beyond --epochs.",
                 got=f"--epochs {self.settings.epochs}, a checkpoint of epoch {begun}, step {at.step}",
                 needs=f"--epochs {begun} or more",
-                fix=f"--epochs {begun} to evaluate what is there, or another --out to train anew",
+                fix=f"--epochs {begun} to evaluate what is there, or another --out to train from the beginning",
             )
         load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"], self.ranks)
         self.scaler.load_state_dict(state["scaler"])
         self.position = at
         of_ranks = state.get("ranks", [])
-        own = of_ranks[self.ranks.rank] if len(of_ranks) == self.ranks.world else state  # else all like rank 0
+        own = of_ranks[self.ranks.rank] if len(of_ranks) == self.ranks.world else state  # else rank 0's
         set_rng_state(own["rng"], self.device)
-        self.precision.load_extra_state(self.model, own["nvfp4"])  # after torch's seed, which it hangs on
+        self.precision.load_extra_state(self.model, own["nvfp4"])  # after torch's seed, on which it depends
         laid_out = state["scheduler"]["schedule_steps"]
         if laid_out != self.schedule_steps:
             print(

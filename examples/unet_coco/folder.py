@@ -1,11 +1,11 @@
-"""The folder of a run: --out, claimed when the run starts, so that two runs never write over each other.
+"""Claim the folder of a run, --out, when the run starts, so that two runs never overwrite each other's files.
 
-    OUT/run.json    made by the run that owns OUT, and only where there was none
+    OUT/run.json    written by the run that owns OUT, and only if there was none
 
-Without --resume a folder that another run has claimed, or left results in, stays as it is, and OUT_2, OUT_3, ... is
-claimed. That holds for a run that was stopped before its first checkpoint, too; one that was refused before it began
-gives its claim up. --resume goes on in OUT itself: see to it that no other run is still writing there. Refuses a folder
-that cannot be written.
+Without --resume, a folder that another run has claimed or has left results in stays as it is, and the run claims OUT_2,
+OUT_3, ... instead. This is true also if the other run was stopped before its first checkpoint; a run that was refused
+before it began gives up its claim. --resume continues in OUT itself: make sure that no other run is still writing
+there. A folder that cannot be written is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ CLAIM = "run.json"
 
 
 def run_folder(out: Path, resume: bool) -> tuple[Path, bool]:
-    """Claim `out`, or the first free one of OUT_2, OUT_3, ...; on several ranks called by the first alone.
+    """Claim `out`, or the first free one of OUT_2, OUT_3, ...; with several ranks only the first rank calls this.
 
     Returns:
         The folder, and whether the claim is new.
     Raises:
-        ValueError: a folder that cannot be made or written.
+        ValueError: If a folder cannot be made or written.
     """
     found, number = out, 1
     while True:
@@ -37,19 +37,20 @@ def run_folder(out: Path, resume: bool) -> tuple[Path, bool]:
 
 
 def give_up(folder: Path) -> None:
-    """Free a folder that this run has claimed if it has left nothing in it."""
+    """Release a folder that this run has claimed, if the run has left nothing in it."""
     if not _holds_a_run(folder):
         (folder / CLAIM).unlink(missing_ok=True)
 
 
 def _claim(folder: Path) -> bool:
-    """Whether the folder was free, and is this run's now."""
+    """Try to claim the folder, and return whether it was free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / CLAIM).exists() or _holds_a_run(folder):
             return False
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
+            # Mode "x" fails if another run creates the file at the same moment.
             with (folder / CLAIM).open("x", encoding="utf-8") as file:
                 file.write(json.dumps({"started": started}) + "\n")
         except FileExistsError:  # another run was faster

@@ -1,12 +1,12 @@
-"""What makes two calls the same run: a checkpoint is resumed only where all of this is equal (checkpoint.py).
+"""Decide whether two calls are the same run. A checkpoint is resumed only if all of this is equal (checkpoint.py):
 
-    data         of training and validation the number of images, and a hash of their names below the data's folder,
-                 which may move: other images or another split are refused
-    file sizes   of up to 256 of those images each; a few that differ (one that was repaired) are told and allowed
-    share_amax   among ranks only: one process has one tensor scale anyway
+    data         for training and validation, the number of images and a hash of their names below the data's folder;
+                 the folder may move, but other images or another split are refused
+    file sizes   of up to 256 of these images for each; if a few differ (a repaired file), a note says so
+    share_amax   with several ranks only: one process has one tensor scale anyway
 
-Checkpoints from before the data were kept give no hash: they are resumed with a note; --high-precision-last and
---share-amax are compared with the options that they hold.
+Older checkpoints, which do not describe the data, have no hash: they are resumed with a note, and --high-precision-last
+and --share-amax are compared with the options that they contain.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_SIZES = 256
 def identity_of(
     settings: Settings, precision: Precision, task: Task, order: TrainOrder, data: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a checkpoint of this run says of it; `data`: of data_identity."""
+    """Return the identity that this run's checkpoints contain; `data` comes from data_identity."""
     identity: dict[str, Any] = {
         "precision": precision.name,
         "recipe": precision.recipe_text,
@@ -56,7 +56,7 @@ def identity_of(
 
 
 def data_identity(data: SegmentationData, settings: Settings) -> dict[str, Any]:
-    """Which images are trained on and validated with: "data" and "file sizes"."""
+    """Describe the images for training and validation, as the entries "data" and "file sizes"."""
     shared = os.path.commonprefix([*data.train.names, *data.val.names])
     start = shared.rfind(os.sep) + 1
     names: dict[str, Any] = {raw.name: _names(raw, start) for raw in (data.train, data.val)}
@@ -77,23 +77,24 @@ def _sizes(raw: RawSplit) -> list[int]:
 
 
 def _few_differ(saved: dict[str, list[int]], now: dict[str, list[int]]) -> bool:
-    """Whether files differ in size, but no more than one in twenty."""
+    """Return whether some files differ in size, but no more than one in twenty."""
     pairs = [pair for split in now for pair in zip(saved.get(split, []), now[split], strict=False)]
     return 0 < sum(a != b for a, b in pairs) <= max(1, len(pairs) // 20)
 
 
 def saved_identity(state: dict[str, Any], now: dict[str, Any], parallel: bool) -> dict[str, Any]:
-    """The identity that a checkpoint holds, made comparable with this run's.
+    """Return a checkpoint's identity in a form that is comparable with this run's.
 
     Args:
-        state: what load_checkpoint gave.
-        parallel: this run has several ranks.
+        state: The result of load_checkpoint.
+        now: This run's identity.
+        parallel: Whether this run has several ranks.
     """
     saved: dict[str, Any] = dict(state["identity"])
     if "data" not in saved:
         tell_once(
-            "note: the checkpoint is of an earlier version, which did not keep which images it was trained on.\n"
-            "  It goes on with these data; see to it that they are the same."
+            "note: the checkpoint is from an earlier version, which did not record the images of its training.\n"
+            "  The run continues with these data; make sure that they are the same."
         )
         saved |= {key: now[key] for key in ("data", "file sizes")}
         last, shared = (state["args"].get(key) for key in ("high_precision_last", "share_amax"))
@@ -103,7 +104,7 @@ def saved_identity(state: dict[str, Any], now: dict[str, Any], parallel: bool) -
             saved["share_amax"] = True
     if saved["data"] == now["data"] and _few_differ(saved.get("file sizes", {}), now.get("file sizes", {})):
         tell_once(
-            "note: some images have another size on disk than when the checkpoint was written; it goes on with them."
+            "note: some image files changed their size since the checkpoint was written; the run continues with them."
         )
         saved["file sizes"] = now["file sizes"]
     if not (parallel and "ranks" in state):

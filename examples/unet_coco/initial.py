@@ -1,13 +1,13 @@
-"""Start from trained weights: fine-tuning, in NVFP4 or any precision (--init-from, --init-skip).
+"""Load trained weights at the start, to fine-tune in NVFP4 or any precision (--init-from, --init-skip).
 
-    last.pt         a checkpoint of this trainer, of any precision: its model alone
+    last.pt         a checkpoint of this trainer, of any precision; only its model is used
     *.pt, *.pth     a state_dict, read by torch.load(weights_only=True)
-    *.safetensors   the same by safetensors
+    *.safetensors   the same as a safetensors file
 
-Names are compared without what DDP ("module.") and torch.compile ("_orig_mod.") put before them. Every tensor of the
-model must be in the file, with its shape, and the other way round, but for those that `skip` names, which stay as they
-are. Refuses a file that is missing, damaged or none of these, and lists all tensors that do not fit; then nothing has
-been loaded.
+Names are compared without the prefixes of DDP ("module.") and torch.compile ("_orig_mod."). Every tensor of the model
+must be in the file, with its shape, and every tensor of the file in the model, except those that `skip` names, which
+stay as they are. A file that is missing, damaged or of another kind is refused. If tensors do not fit, all of them are
+listed and nothing is loaded.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = (), high_pr
     """Copy the weights of a file into `model`, in the model's dtypes and memory layout.
 
     Args:
-        skip: patterns of plain names ("head.*"): tensors of the model or the file to leave alone.
-        high_precision: the model has no fractions of --learn-scales: those of the file are left out.
+        skip: Patterns of plain names ("head.*") of tensors, in the model or in the file, to leave alone.
+        high_precision: Whether the model has no fractions of --learn-scales; then those in the file are ignored.
     Raises:
-        ValueError: a file that cannot be read or is of another kind; tensors that are missing, unexpected, of another
-            shape or not finite; a pattern that names no tensor.
-        RuntimeError: a .safetensors file without the package safetensors.
+        ValueError: If the file cannot be read or is of another kind; if tensors are missing, unexpected, of another
+            shape or not finite; or if a pattern names no tensor.
+        RuntimeError: If the file is a .safetensors file and the package safetensors is not installed.
     """
     found = _plain_names(read_weights(path).items(), path)
     wanted = _plain_names(model.state_dict(keep_vars=True).items(), path)
@@ -54,10 +54,11 @@ def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = (), high_pr
         {name: t for name, t in tensors.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
         for tensors in (found, wanted)
     )
-    if high_precision:  # fractions of --learn-scales act in NVFP4 only
+    if high_precision:  # the fractions of --learn-scales have an effect in NVFP4 only
         found = {name: t for name, t in found.items() if name in wanted or not _is_fraction(name)}
-    # fractions that --learn-scales added start at 1 where the file has none
+    # fractions that --learn-scales added start at 1 if the file has none
     wanted = {name: t for name, t in wanted.items() if name in found or not _is_fraction(name)}
+    # All tensors are checked before the first is copied, so that an error leaves the model unchanged.
     _check(path, found, wanted)
     with torch.no_grad():
         for name, tensor in wanted.items():
@@ -69,7 +70,7 @@ def _is_fraction(name: str) -> bool:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by their names, on the CPU."""
+    """Read the tensors of a file, by their names, onto the CPU."""
     if not path.is_file():
         raise value_error(
             f"--init-from: {path} is missing.",
@@ -86,29 +87,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             needs="pip install safetensors",
             fix="install it, or save the weights by torch.save(model.state_dict(), ...)",
         ) from error
-    except Exception as error:  # a damaged file fails anywhere in the reader, with any class of error
+    except Exception as error:  # a damaged file can fail anywhere in the reader, with any class of error
         raise value_error(
             f"--init-from: {path} cannot be read.",
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'an empty message'}",
             needs=f"a complete file: {FORMS}; code is not loaded from it",
-            fix="fetch or write it again: torch.save(model.state_dict(), ...)",
+            fix="download or write it again: torch.save(model.state_dict(), ...)",
         ) from error
     if isinstance(state, dict) and "format" in state and "model" in state:
         if state["format"] != FORMAT:
             raise value_error(
-                f"--init-from: {path} is no checkpoint of this version.",
+                f"--init-from: {path} is not a checkpoint of this version.",
                 got=f"format {state['format']}",
                 needs=f"format {FORMAT}",
-                fix="save its model alone: torch.save(torch.load(FILE)['model'], ...)",
+                fix="save only its model: torch.save(torch.load(FILE)['model'], ...)",
             )
         state = state["model"]
     foreign = _foreign(state)
     if foreign:
         raise value_error(
-            f"--init-from: {path} holds no weights.",
+            f"--init-from: {path} contains no weights.",
             got=foreign,
-            needs=f"{FORMS}: names and tensors alone",
-            fix="save the weights alone: torch.save(model.state_dict(), ...)",
+            needs=f"{FORMS}, with names and tensors only",
+            fix="save only the weights: torch.save(model.state_dict(), ...)",
         )
     return state
 
@@ -124,7 +125,7 @@ def _pickled(path: Path) -> Any:
 
 
 def _foreign(state: Any) -> str:
-    """What is not as in a state_dict; "" where all is."""
+    """Describe the first entry that does not belong in a state_dict, or return "" if there is none."""
     if not isinstance(state, dict):
         return describe(state)
     others = [f"{name}: {type(value).__name__}" for name, value in state.items() if not isinstance(value, Tensor)]
@@ -132,7 +133,11 @@ def _foreign(state: Any) -> str:
 
 
 def _plain_names(tensors: Iterable[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
-    """By the names without the prefixes of DDP and torch.compile."""
+    """Return the tensors by their names without the prefixes of DDP and torch.compile.
+
+    Raises:
+        ValueError: If two tensors get the same name.
+    """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors:
         short = str(name).replace("_orig_mod.", "")
@@ -140,7 +145,7 @@ def _plain_names(tensors: Iterable[tuple[str, Tensor]], path: Path) -> dict[str,
             short = short.removeprefix("module.")
         if short in plain:
             raise value_error(
-                f"--init-from: {path} holds a tensor twice.",
+                f"--init-from: {path} contains a tensor twice.",
                 got=f"{name} and another {short}",
                 needs="each name once, not counting module. and _orig_mod.",
                 fix="save the weights of one model",

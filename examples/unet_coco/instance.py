@@ -1,8 +1,8 @@
-"""Instance segmentation: a mask and a class for every object, by a UNet with instance channels (instances.py).
+"""Train instance segmentation: a mask and a class for every object, with a UNet with instance channels (instances.py).
 
     score: COCO's mask AP at the size of the model's images, to which the true masks are resized
 
-Objects beyond --instances in one image cannot be found; the largest number is told where it is larger.
+If an image has more objects than --instances, the others cannot be found; a message then gives the largest number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .tracking import tell_once
 
 
 class Instance(ObjectTask):
-    """--task instance."""
+    """Implement --task instance."""
 
     titles = {"ap": "mask AP", "ap50": "mask AP50"}
     kind = "segm"
@@ -39,7 +39,7 @@ class Instance(ObjectTask):
         if made.most > self.settings.instances:
             tell_once(
                 f"{raw.name}: up to {made.most} objects in an image, but --instances {self.settings.instances}: "
-                "the others go unmatched"
+                "the others stay unmatched"
             )
         return made
 

@@ -1,13 +1,14 @@
-"""Instance channels: a UNet that gives N masks and a class, or none, for each of them; matched to objects in training.
+"""Predict instances with a UNet: N masks, and for each a class or "no object"; training matches them with objects.
 
     masks    m_n = conv 1x1 (features, x, y)         [B, N, H, W] logits
     classes  c_n = MLP(sum_p s(m_n) f / (sum_p s(m_n) + 1), mean_p s(m_n), max_p s(m_n)) + bias_n     [B, N, classes]
     cost     of channel n for object g = 2 * -p_n(class g) + 5 * BCE(m_n, g) + 5 * Dice(m_n, g)
     loss     5 * BCE + 5 * Dice of the pairs of least total cost, mean over the pairs of the batch
-             + 2 * cross-entropy of the classes, where a channel without object has class 0 and weight 0.1
+             + 2 * cross-entropy of the classes, where a channel without an object has class 0 and weight 0.1
 
-BCE is the mean over pixels, Dice = 1 - (2 sum s g + 1) / (sum s + sum g + 1). Sums over pairs and channels are over all
-ranks. More objects than channels: those that cost most go unmatched. A batch without objects has the class loss alone.
+s is the sigmoid. BCE is the mean over pixels, Dice = 1 - (2 sum s g + 1) / (sum s + sum g + 1). Sums over pairs and
+channels are over all ranks. If there are more objects than channels, those with the highest cost stay unmatched. A
+batch without objects has only the class loss.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ NOTHING_WEIGHT = 0.1
 
 
 class InstanceHead(nn.Module):
-    """Features [B, C, H, W] -> logits of masks [B, N, H, W] and of classes [B, N, classes]; class 0 is no object."""
+    """Turn features [B, C, H, W] into logits of masks [B, N, H, W] and of classes [B, N, classes].
+
+    Class 0 means that the channel shows no object.
+    """
 
     def __init__(self, channels: int, instances: int, classes: int) -> None:
         super().__init__()
-        self.masks = nn.Conv2d(channels + 2, instances, 1)  # with the place, or equal objects would share a channel
+        self.masks = nn.Conv2d(channels + 2, instances, 1)  # + 2: the position, or equal objects would share a channel
         self.hidden = nn.Linear(channels + 2, 2 * channels)
         self.classes = nn.Linear(2 * channels, classes)
         self.bias = nn.Parameter(torch.zeros(instances, classes))
@@ -52,11 +56,12 @@ class InstanceHead(nn.Module):
 
 
 class InstanceUNet(UNet):
-    """A UNet whose head gives instance channels; the names of its parts are the UNet's.
+    """Run a UNet whose head predicts instance channels; its parts have the same names as the UNet's.
 
     Args:
-        instances: channels, the most objects that an image can have.
-        others: those of the UNet; background, class 0, stands for no object.
+        instances: Number of channels, which is the largest number of objects per image.
+        num_classes: Number of classes; class 0, background, means no object.
+        others: Further arguments of the UNet.
     """
 
     def __init__(self, instances: int, num_classes: int, *others: Any) -> None:
@@ -65,11 +70,13 @@ class InstanceUNet(UNet):
 
 
 def costs(masks: Tensor, classes: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """Costs of an image's channels for its objects, [N, G]: (what a matched pair adds to the loss, that of the class).
+    """Compute the costs [N, G] of an image's channels for its objects.
 
     Args:
-        masks: [N, H, W] logits, fp32.
-        classes: [N, classes] logits, fp32.
+        masks: Logits [N, H, W], fp32.
+        classes: Logits [N, classes], fp32.
+    Returns:
+        What the masks of a matched pair add to the loss, and the cost of the class.
     """
     x, true = masks.flatten(1), target["masks"].flatten(1).to(masks.dtype)
     area = true.sum(dim=1)
@@ -80,7 +87,10 @@ def costs(masks: Tensor, classes: Tensor, target: Target) -> tuple[Tensor, Tenso
 
 
 def match(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (channels, objects) of least total cost, each of both at most once; costs that are not finite are high."""
+    """Find the pairs (channels, objects) with the least total cost; each channel and object occurs at most once.
+
+    NaN and infinity count as 1e6.
+    """
     try:
         from scipy.optimize import linear_sum_assignment
     except ModuleNotFoundError as error:
@@ -90,18 +100,20 @@ def match(cost: Tensor) -> tuple[Tensor, Tensor]:
             needs="scipy, which matches channels with objects",
             fix="pip install scipy",
         ) from error
+    # scipy refuses NaN and infinity; the loss itself stays NaN, so training still stops with an error.
     finite = cost.detach().float().nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)
     rows, columns = linear_sum_assignment(finite.cpu().numpy())
     return torch.from_numpy(rows).to(cost.device), torch.from_numpy(columns).to(cost.device)
 
 
 def instance_loss(output: tuple[Tensor, Tensor], targets: list[Target], group: Any = None) -> Tensor:
-    """The loss of the batch whose parts lie on the ranks of `group`.
+    """Compute the loss of the batch whose parts are on the ranks of `group`.
 
     Args:
-        output: of InstanceUNet, any float dtype.
-        targets: masks and labels per image, without crowds.
+        output: The output of InstanceUNet, in any float dtype.
+        targets: Masks and labels per image, without crowds.
     """
+    # Sums over all pixels of an image need fp32.
     with torch.autocast(output[0].device.type, enabled=False):
         masks, classes = output[0].float(), output[1].float()
         wanted = torch.zeros(classes.shape[:2], dtype=torch.int64, device=classes.device)
@@ -126,7 +138,7 @@ def instance_loss(output: tuple[Tensor, Tensor], targets: list[Target], group: A
 
 
 def found_instances(output: tuple[Tensor, Tensor]) -> list[dict[str, Tensor]]:
-    """Per image the channels that show an object: masks [n, H, W] bool, labels and scores [n].
+    """Return for each image the channels that show an object: masks [n, H, W] bool, labels and scores [n].
 
     score = p(class) * mean of s(m) over the mask
     """

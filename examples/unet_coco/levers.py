@@ -1,8 +1,8 @@
-"""Options that change how NVFP4 is trained: learned weight scales; and bundles of bad steps.
+"""Implement the options that change how NVFP4 is trained, and save bad steps as bundles.
 
     --learn-scales scale|clip    one learnable fraction per NVFP4 layer (nv.learn_scales)
-    bundles                      a step whose loss jumps, or with a value that is not finite, is kept for
-                                 `te-nvfp4-cv diagnose` before the optimizer takes it; --no-bundles turns that off
+    bundles                      a step whose loss jumps, or that has a value that is not finite, is saved for
+                                 `te-nvfp4-cv diagnose` before the optimizer uses it; --no-bundles turns that off
 
 Precisions without a recipe ignore --learn-scales. It is refused together with --parallel fsdp.
 """
@@ -22,20 +22,21 @@ from .options import Settings
 from .precision import Precision
 from .spikes import SpikeWatch, write_bundle
 
-MOST_BUNDLES = 3  # of one run
+MOST_BUNDLES = 3  # per run
 
 
 def learn(model: nn.Module, settings: Settings, recipe: Any, parallel: bool) -> None:
-    """Add the learnable fractions, where they are asked for.
+    """Add the learnable fractions, if --learn-scales asks for them.
 
     Raises:
-        ValueError: several ranks, for which parameters that some epochs do not use are none.
+        ValueError: If there are several ranks and --high-precision-last, because DDP does not allow parameters that
+            some steps do not use.
     """
     if recipe is None or settings.learn_scales == "none":
         return
     if parallel and settings.high_precision_last:
         raise value_error(
-            "--learn-scales does not go with --high-precision-last on several ranks.",
+            "--learn-scales cannot be used with --high-precision-last on several ranks.",
             got=f"--learn-scales {settings.learn_scales} --high-precision-last {settings.high_precision_last}",
             needs="parameters that every step uses, for DDP",
             fix="leave one of the two out, or train in one process",
@@ -44,7 +45,10 @@ def learn(model: nn.Module, settings: Settings, recipe: Any, parallel: bool) -> 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The model's parameters; multipliers of block scales get no weight decay, which would pull them to zero."""
+    """Group the model's parameters for the optimizer.
+
+    Multipliers of block scales get no weight decay, which would pull them to zero.
+    """
     free = [p for name, p in model.named_parameters() if name.endswith("weight_scale")]
     decayed = [p for name, p in model.named_parameters() if not name.endswith("weight_scale")]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}]
@@ -52,18 +56,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def changed(settings: Settings) -> dict[str, Any]:
-    """Of these options, and --high-precision-last, what a checkpoint must agree with and is not at its default."""
+    """Return those of these options, and of --high-precision-last, that are not at their defaults.
+
+    A checkpoint must agree with them.
+    """
     usual = {"learn_scales": "none", "high_precision_last": 0}
     found = {name: getattr(settings, name) for name in usual}
     return {name: value for name, value in found.items() if value != usual[name]}
 
 
 class Bundles:
-    """Keeps the bad steps of one run.
+    """Save the bad steps of one run.
 
     Args:
-        folder: gets bundle_STEP.pt.
-        classes, class_weights: of the task: what rebuild.build needs beside the settings.
+        folder: Folder for bundle_STEP.pt.
+        classes: The task's classes, which rebuild.build needs in addition to the settings.
+        class_weights: The task's class weights, which it needs too.
     """
 
     def __init__(
@@ -90,7 +98,7 @@ class Bundles:
         self._before: dict[str, Any] | None = None
 
     def before(self, model: nn.Module) -> None:
-        """A step starts: keep what its forward pass changes, delayed tensor scales."""
+        """Prepare for a step: copy what its forward pass changes, which are the delayed tensor scales."""
         if self.watch is not None and self.written < MOST_BUNDLES and self._delayed:
             self._before = self.precision.extra_state(model)
 
@@ -106,13 +114,13 @@ class Bundles:
         scaled: bool,
         nvfp4: bool,
     ) -> None:
-        """After backward, before the optimizer: write a bundle if the step is bad. All ranks call it with one loss.
+        """Write a bundle if the step is bad. Call it after backward, before the optimizer, on all ranks with one loss.
 
         Args:
-            whole: gives the whole model's state_dict; all ranks are asked for it together.
-            writes: this rank writes.
-            scaled: gradients are scaled for fp16, where some that are not finite are part of the method.
-            nvfp4: the step ran in NVFP4: not in the last epochs of --high-precision-last.
+            whole: Returns the whole model's state_dict; it needs all ranks.
+            writes: Whether this rank writes.
+            scaled: Whether gradients are scaled for fp16, where values that are not finite are part of the method.
+            nvfp4: Whether the step ran in NVFP4, which it does not in the last epochs of --high-precision-last.
         """
         if self.watch is None or self.written >= MOST_BUNDLES:
             return
@@ -141,4 +149,4 @@ class Bundles:
         except RuntimeError as error:  # a full disk must not end the training
             print(f"note: {spike.reason} at step {step}, but the bundle could not be written: {error}")
             return
-        print(f"note: {spike.reason} at step {step}; the step is kept: te-nvfp4-cv diagnose {path}", flush=True)
+        print(f"note: {spike.reason} at step {step}; the step is saved: te-nvfp4-cv diagnose {path}", flush=True)

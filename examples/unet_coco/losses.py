@@ -1,13 +1,13 @@
-"""Dice + cross-entropy with an ignore index, and a weight for each class where asked for.
+"""Compute Dice + cross-entropy with an ignore index and optional class weights.
 
     loss = ce_weight * CE + dice_weight * Dice
     CE   = sum_valid -w[y] log p[y] / sum_valid w[y]
-    Dice = sum over the classes c present in y of w[c] (1 - D_c) / sum of w[c] over the same
+    Dice = sum over the classes c present in y of w[c] (1 - D_c) / sum of w[c] over the same classes
     D_c  = (2 sum p_c [y = c] + 1) / (sum p_c + sum [y = c] + 1);   w = 1 without class_weights
 
-On several ranks the sums are those of all parts of the batch, so that the loss and, with averaged gradients, the step
-are those of one process with the whole batch. Sums run over valid pixels, in fp32 whatever autocast's dtype is. A batch
-without one valid pixel, or with pixels of weight 0 alone, gives 0, not NaN. Labels outside the classes are refused by
+With several ranks the sums cover all parts of the batch, so that the loss and, with averaged gradients, the step are
+those of one process with the whole batch. Sums run over valid pixels, in fp32 for every dtype of autocast. A batch
+without any valid pixel, or with only pixels of weight 0, gives 0, not NaN. Labels outside the classes are refused by
 the data set, which can name the file.
 """
 
@@ -26,8 +26,10 @@ IGNORE = 255
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over the ranks. All go on with the same function of it, so each knows the gradient without asking; it is
-    multiplied by their number because their parameters' gradients are averaged.
+    """Sum a tensor over the ranks.
+
+    All ranks compute the same function of the sum, so each knows its gradient without communication. The gradient is
+    multiplied by the number of ranks, because the gradients of the parameters are averaged later.
     """
 
     @staticmethod
@@ -51,16 +53,16 @@ def dice_ce(
     dice_weight: float = 1.0,
     ce_weight: float = 1.0,
 ) -> Tensor:
-    """Mean cross-entropy plus soft Dice loss.
+    """Compute the mean cross-entropy plus the soft Dice loss.
 
     Args:
         logits: [B, classes, H, W], any float dtype.
         target: [B, H, W] int64, class ids and `ignore_index`.
-        group: torch.distributed group whose ranks each hold a part of the batch; None: this is the whole batch.
-        class_weights: [classes] float >= 0, on the logits' device: of each pixel's cross-entropy, by its label, and of
-            each class's Dice; both are weighted means, as in F.cross_entropy(weight=).
+        group: The torch.distributed group whose ranks each hold a part of the batch. If None, this is the whole batch.
+        class_weights: [classes] float >= 0, on the logits' device. They weigh each pixel's cross-entropy, by its label,
+            and each class's Dice; both are weighted means, as in F.cross_entropy(weight=).
     Raises:
-        ValueError: class_weights of another shape.
+        ValueError: If class_weights has another shape.
     """
     logits = logits.float()
     num_classes = logits.shape[1]
@@ -78,8 +80,9 @@ def dice_ce(
     weight_y = valid if class_weights is None else class_weights[index] * valid
     log_likelihood, weighed = (log_p_y * weight_y).sum(), weight_y.sum()
 
+    # The overlap needs only the probability of the right class, so no one-hot tensor is made.
     p_y = log_p_y.exp() * valid
-    images = len(target)  # image by image: a longer fp32 sum of small terms loses them
+    images = len(target)  # image by image, because a longer fp32 sum loses small terms
     flat = (index + num_classes * torch.arange(images, device=index.device).view(-1, 1, 1)).flatten()
     none = torch.zeros(images * num_classes, device=logits.device)
     overlap = none.index_add(0, flat, p_y.flatten()).view(images, num_classes).sum(0)
@@ -99,5 +102,5 @@ def dice_ce(
 
 
 def _or_one(total: Tensor) -> Tensor:
-    """A sum of weights to divide by; 1 where there was nothing to sum."""
+    """Return a sum of weights to divide by, or 1 if there was nothing to sum."""
     return torch.where(total > 0, total, 1)

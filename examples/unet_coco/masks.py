@@ -1,10 +1,11 @@
-"""Folders of images and label masks.
+"""Read folders of images and label masks.
 
     ROOT/{train,val[,test]}/{images/*.jpg, labels/*.png}: the same stem, pixel value = class id, 255 = ignore
     ROOT/meta.json: {"classes": [names] or {id: name}}; without it the labels are scanned for ids
 
-With --classes those become 1, 2, ... and every other class 0. Refuses images without labels and labels without images,
-labels that hold colours, ids that name no class, two classes of one name, and files that EXIF says to turn.
+With --classes, the named classes become 1, 2, ... and every other class becomes 0. The reader refuses images without
+labels and labels without images, labels that contain colours, ids without a class, two classes with the same name, and
+files that EXIF says to turn.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ def load_masks(root: Path, classes: Sequence[str] | None) -> SegmentationData:
     }
     check_upright(file for pairs in found.values() for pair in pairs for file in pair)
     names = _mask_names(root, [label for pairs in found.values() for _, label in pairs])
+    # Maps the ids in a label file to the numbers of the classes.
     table = np.arange(256, dtype=np.uint8)
     if classes:
         check_classes(list(classes), names, f"{root} has the classes")
         table[: len(names)] = 0
         for number, name in enumerate(classes, start=1):
             table[names.index(name)] = number
-    table[len(names) : IGNORE] = 254  # marks an id that names no class
+    table[len(names) : IGNORE] = 254  # marks an id without a class
     splits = {split: _mask_split(split, pairs, table, len(names)) for split, pairs in found.items()}
     return SegmentationData(
         splits["train"], splits["val"], splits.get("test"), ["background", *classes] if classes else names
@@ -46,7 +48,7 @@ def load_masks(root: Path, classes: Sequence[str] | None) -> SegmentationData:
 
 
 def _mask_files(folder: Path) -> list[tuple[Path, Path]]:
-    """Pairs of image and label; every image needs a label and the other way round."""
+    """Find the pairs of image and label. Every image needs a label, and every label an image."""
     files = {}
     for kind, suffixes in (("images", IMAGE_SUFFIXES), ("labels", {".png"})):
         if not (folder / kind).is_dir():
@@ -56,10 +58,10 @@ def _mask_files(folder: Path) -> list[tuple[Path, Path]]:
         if len(files[kind]) < len(paths):
             twice = sorted({path.stem for path in paths if path != files[kind][path.stem]})
             raise value_error(
-                f"data: {folder / kind} has several files of one stem.",
+                f"data: {folder / kind} has several files with the same stem.",
                 got=some(twice),
                 needs="one image and one label per stem",
-                fix="remove or rename the others",
+                fix="remove or rename the other files",
             )
     for kind, other in (("images", "labels"), ("labels", "images")):
         alone = sorted(set(files[kind]) - set(files[other]))
@@ -68,7 +70,7 @@ def _mask_files(folder: Path) -> list[tuple[Path, Path]]:
                 f"data: {folder} has {kind} without {other}.",
                 got=f"{len(alone)}: {some(files[kind][stem].name for stem in alone)}",
                 needs="a label for every image and an image for every label, with the same stem",
-                fix="add the missing files, or remove these",
+                fix="add the missing files, or remove these files",
             )
     if not files["images"]:
         raise missing(folder / "images" / "*.jpg", "at least one image")
@@ -76,7 +78,7 @@ def _mask_files(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def _mask_names(root: Path, labels: list[Path]) -> list[str]:
-    """Class names: `classes` of meta.json, else class_0 .. class_n for the ids that the labels hold."""
+    """Return the class names from meta.json, or class_0 .. class_n for the ids that occur in the labels."""
     meta = root / "meta.json"
     if meta.is_file():
         try:
@@ -100,7 +102,7 @@ def _mask_names(root: Path, labels: list[Path]) -> list[str]:
         raise value_error(
             f"data: {root} has no classes to tell apart.",
             got=f"{len(names)} class(es)",
-            needs=f"2 to 254 class ids from 0 on; {IGNORE} is no class, its pixels are ignored",
+            needs=f"2 to 254 class ids from 0 on; {IGNORE} is not a class, its pixels are ignored",
             fix="check labels/*.png: masks of 0 and 255 must become 0 and 1",
         )
     return names
@@ -113,7 +115,7 @@ def _mask_split(split: str, pairs: list[tuple[Path, Path]], table: np.ndarray, k
         mask = table[ids]
         if (mask == 254).any():
             raise value_error(
-                f"data: {label} holds an id that names no class.",
+                f"data: {label} contains an id without a class.",
                 got=f"id {int(ids[mask == 254][0])}",
                 needs=f"0 to {known - 1}, or {IGNORE} for ignore",
                 fix="correct the label, or add the class to meta.json",
@@ -124,11 +126,11 @@ def _mask_split(split: str, pairs: list[tuple[Path, Path]], table: np.ndarray, k
 
 
 def _read_ids(label: Path) -> np.ndarray:
-    """Pixel values of a label file, unconverted: palette and grey images hold ids as they are."""
+    """Read the pixel values of a label file without conversion; palette and grey images store ids directly."""
     ids = np.asarray(open_image(label, convert=False))
     if ids.ndim != 2 or ids.min() < 0 or ids.max() > 255:
         raise value_error(
-            f"data: {label} is no image of class ids.",
+            f"data: {label} is not an image of class ids.",
             got=f"array {ids.shape} {ids.dtype}",
             needs="one channel (palette or grey) with ids 0 to 255",
             fix="save ids, not colours",

@@ -1,9 +1,9 @@
-"""Figures of a model: loss, Dice and mIoU over a split, and the bytes that autograd keeps for backward.
+"""Measure a model: loss, Dice and mIoU over a split, and the bytes that autograd saves for backward.
 
     mIoU = mean over classes of TP / (TP + FP + FN);   Dice = mean over classes of 2 TP / (2 TP + FP + FN)
 
-Both over the whole split's pixels, ignored pixels left out, and over the classes that occur in labels or predictions
-(torchmetrics: MulticlassJaccardIndex and MulticlassF1Score; a class's F1 is its Dice).
+Both are computed over all pixels of the split except ignored ones, and over the classes that occur in labels or
+predictions (torchmetrics: MulticlassJaccardIndex and MulticlassF1Score; a class's F1 is its Dice).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean loss, Dice and mIoU of one split."""
+    """Hold the mean loss, Dice and mIoU of one split."""
 
     loss: float
     dice: float
@@ -34,7 +34,7 @@ class Scores:
 
 
 def to_device(images: Tensor, targets: T, device: torch.device) -> tuple[Tensor, T]:
-    """Images in channels_last, and the tensors of their targets, on the device."""
+    """Move images, in channels_last, and the tensors of their targets to the device."""
     images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
     return images, pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), targets)
 
@@ -48,10 +48,10 @@ def evaluate(
     context: Callable[[], AbstractContextManager[None]] = nullcontext,
     loss: Callable[[Tensor, Tensor], Tensor] = dice_ce,
 ) -> Scores:
-    """Score `model` over `loader`, each forward inside `context()`; nullcontext is plain high precision.
+    """Score `model` over `loader`, with each forward inside `context()`; nullcontext means plain high precision.
 
     Args:
-        loss: of (logits, masks), the mean of a batch.
+        loss: Computes the mean of a batch from (logits, masks).
     """
     metrics = MetricCollection(
         {
@@ -77,22 +77,28 @@ def evaluate(
 def saved_bytes(
     model: nn.Module, images: Tensor, context: Callable[[], AbstractContextManager[None]], *inputs: Any
 ) -> int:
-    """Bytes that autograd keeps in one training forward: unique storages, without parameters and the input batch."""
+    """Count the bytes that autograd saves in one training forward.
+
+    Every storage counts once; parameters and the input batch do not count.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        # A tensor subclass has its storage in inner tensors.
         names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
         for part in [tensor] if names is None else [getattr(tensor, name) for name in names]:
             storage = part.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the storage stays alive, so no address counts twice; the graph does not hold itself
+        return tensor.detach()  # keeps the storage alive, so that its address is not reused, but not the graph
 
     was_training = model.training
+    # In evaluation mode, dropout and batch norms would save other tensors than in a training step.
     model.train()
     devices = [images.device] if images.is_cuda else []
     with (
+        # dropout must not move the generator that training uses
         torch.random.fork_rng(devices=devices),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         context(),

@@ -1,17 +1,17 @@
-"""Folders of the MVTec AD kind: parts without and with defects, and a mask for each defect.
+"""Read folders in the layout of MVTec AD: parts without and with defects, and a mask for each defect.
 
     ROOT/[CATEGORY/]train/good/*.png
     ROOT/[CATEGORY/]test/{good, DEFECT, ...}/*.png
     ROOT/[CATEGORY/]ground_truth/DEFECT/*_mask.png: the stem of the image and "_mask"; above 0 is the defect
 
-ROOT is the folder of one category, or that of several, which are then learned together. Such data train on good parts
-alone; to learn masks takes defects, so the test images are cut in two: of the images of each folder below test/, sorted
-by name, image i is one of the validation where floor((i + 1) * share) > floor(i * share), else one of the training.
-The share 0.5 takes every second one. The training has train/good too; there is no test split.
+ROOT is the folder of one category, or contains several, which are then learned together. Such data sets are meant for
+training on good parts alone. Learning masks needs defects, so the test images are split in two. Among the images of
+each folder below test/, sorted by name, image i is for validation if floor((i + 1) * share) > floor(i * share), else
+for training. With a share of 0.5 it is every second image. Training uses train/good too; there is no test split.
 
-Classes: background, defect; --classes names types of defects instead (the folders' names, of all categories together):
-the types not named are background, or, where "defect" is among the names, defect. Refuses a defect without its mask,
-splits without a defect, and files that EXIF says to turn.
+The classes are background and defect. --classes names types of defects instead (the names of the folders, of all
+categories together): types that are not named become background, or defect if "defect" is among the names. A defect
+without its mask, a split without a defect, and files that EXIF says to turn are refused.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def load_mvtec(root: Path, classes: Sequence[str] | None, val_share: float) -> S
     types = sorted({kind for _, _, kind in train + val} - {GOOD})
     wanted = list(classes) if classes else [DEFECT]
     check_classes(wanted, list(dict.fromkeys([DEFECT, *types])), f"{root} has the types of defects")
+    # Types that are not named count as "defect" if that is a class, else as background.
     rest = wanted.index(DEFECT) + 1 if DEFECT in wanted else 0
     number_of = {kind: wanted.index(kind) + 1 if kind in wanted else rest for kind in types}
     for name, part in (("train", train), ("val", val)):
@@ -54,7 +55,7 @@ def load_mvtec(root: Path, classes: Sequence[str] | None, val_share: float) -> S
 
 
 def _categories(root: Path) -> list[Path]:
-    """The folders that hold train/good: ROOT itself, or those in it."""
+    """Find the folders that contain train/good: ROOT itself, or folders in it."""
     if (root / "train" / GOOD).is_dir():
         return [root]
     found = [folder for folder in _folders(root) if (folder / "train" / GOOD).is_dir()]
@@ -77,7 +78,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _mask_of(category: Path, image: Path) -> Path | None:
-    """The mask of an image below test/; None for a good part."""
+    """Return the mask of an image below test/, or None for a good part."""
     kind = image.parent.name
     if kind == GOOD:
         return None

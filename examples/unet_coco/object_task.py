@@ -1,6 +1,6 @@
-"""What finding boxes and finding masks have in common: data, COCO's average precision, pictures.
+"""Share what the tasks that find boxes or masks have in common: data, COCO's average precision, pictures.
 
-Refuses a layout without objects, and splits without any object that a pixel of the resized image could show.
+A layout without objects is refused, and so is a split in which no object covers a pixel of the resized images.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .task import Batches, Context, Task
 
 
 class ObjectTask(Task):
-    """A task whose truth is a list of objects for each image.
+    """Implement the common part of tasks whose truth is a list of objects for each image.
 
     Attributes:
-        kind: what is compared with the truth, "bbox" or "segm".
+        kind: What is compared with the truth, "bbox" or "segm".
     """
 
     kind: str
@@ -51,7 +51,10 @@ class ObjectTask(Task):
     def score(
         self, model: nn.Module, images: Tensor, targets: list[Target], context: Context
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Loss of a batch, and per image labels, scores and boxes or masks; leaves the model in evaluation mode."""
+        """Return the loss of a batch, and for each image labels, scores and boxes or masks.
+
+        The model is left in evaluation mode.
+        """
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Batches, device: torch.device, context: Context) -> dict[str, float]:

@@ -1,11 +1,11 @@
-"""Objects made ready for the model: each image with the boxes, classes and, where asked for, masks of its objects.
+"""Prepare objects for the model: each image with the boxes, classes and, if needed, masks of its objects.
 
     image: as in data.py;   box: x0, y0, x1, y1 scaled and flipped with it, cut at the borders
-    mask: nearest pixel; of one so thin that it loses every pixel so: each pixel of the small image that it touches
+    mask: nearest pixel; if a thin mask would lose every pixel that way, each pixel of the small image that it touches
 
-Crowds are left out in training and marked where a split is scored. Objects with a side of less than a pixel after
-resizing (zero width, tiny) are left out, counted and told once. Refuses a split of which no object is left, and images
-whose size is not that of their annotations.
+Crowds are left out in training and marked when a split is scored. Objects with a side of less than a pixel after
+resizing (zero width, tiny) are left out; a message gives their number once. A split with no object left is refused, and
+so are images whose size differs from that of their annotations.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from .order import mix_seed
 from .split import Objects, RawSplit, Thing, open_image
 from .tracking import tell_once
 
-Target = dict[str, Tensor]  # boxes [n, 4], labels [n], crowd [n] and where asked for masks [n, H, W] bool
+Target = dict[str, Tensor]  # boxes [n, 4], labels [n], crowd [n] and, if needed, masks [n, H, W] bool
 
 
 class ObjectDataset(Dataset[tuple[Tensor, Target]]):
-    """A split with objects, resized, flipped in training, normalised; keys and randomness as in data.py.
+    """Provide a split with objects: resized, flipped in training, normalised; keys and randomness as in data.py.
 
     Attributes:
-        most: objects in the image that has the most, crowds not counted.
+        most: The largest number of objects in one image, without crowds.
     """
 
     def __init__(self, raw: RawSplit, size: tuple[int, int], train: bool, seed: int, masks: bool) -> None:
         self.raw, self.size, self.train, self.seed, self.masks = raw, size, train, seed, masks
-        self.kept: list[list[int]] = []  # per image the places of its objects
+        self.kept: list[list[int]] = []  # for each image the indices of its usable objects
         total, counts = 0, []
         for index in range(len(raw)):
             objects = self._objects(index)
             usable = [place for place, thing in enumerate(objects.things) if self._usable(objects, thing)]
             counts.append(sum(not objects.things[place].crowd for place in usable))
             total += sum(not thing.crowd for thing in objects.things)
+            # Crowds stay in evaluation, where predictions inside them must not count.
             self.kept.append([place for place in usable if not (train and objects.things[place].crowd)])
         left, self.most, at = sum(counts), max(counts), f"at {size[0]}x{size[1]}"
         if left < total:
@@ -53,17 +54,17 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         if not left:
             raise value_error(
                 f"data: {raw.name} has no objects.",
-                got=f"{total} annotations of the chosen classes, crowds aside; none of a pixel or more {at}",
+                got=f"{total} annotations of the chosen classes, without crowds; none covers a pixel {at}",
                 needs="at least one object to learn from or to score",
                 fix="check the annotations and --classes, or raise --image-size",
             )
 
     def _objects(self, index: int) -> Objects:
-        assert self.raw.objects is not None  # tasks refuse such data
+        assert self.raw.objects is not None  # tasks refuse data without objects
         return self.raw.objects(index)
 
     def _box(self, objects: Objects, thing: Thing) -> list[float]:
-        """x0, y0, x1, y1 at the size of the model's images, inside of them."""
+        """Return x0, y0, x1, y1 at the size of the model's images, cut at their borders."""
         (h, w), scale_h, scale_w = self.size, self.size[0] / objects.height, self.size[1] / objects.width
         x0, y0, x1, y1 = thing.box
         return [
@@ -93,6 +94,7 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         things = [objects.things[place] for place in self.kept[index]]
         pixels = v2.functional.resize(v2.functional.pil_to_tensor(image), list(self.size), antialias=True)
         target = self._target(objects, things)
+        # The flip depends on (seed, epoch, index) only, and torch's generator stays where it is.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             if self.train and torch.rand(1) < 0.5:
@@ -109,7 +111,7 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         if self.masks:
             masks = [self._small(thing) for thing in things]
             target["masks"] = torch.stack(masks) if masks else torch.zeros(0, *self.size, dtype=torch.bool)
-            drawn = target["masks"].flatten(1).any(dim=1)  # an annotation may have a box and a mask without a pixel
+            drawn = target["masks"].flatten(1).any(dim=1)  # an annotation may have a box, but a mask without a pixel
             target = {key: value[drawn] for key, value in target.items()}
         return target
 
@@ -117,6 +119,7 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         assert thing.mask is not None
         mask = torch.from_numpy(thing.mask())[None, None].float()
         small = F.interpolate(mask, self.size)
+        # A thin object can lie between the sampled pixels.
         if not small.any():
             small = F.adaptive_max_pool2d(mask, self.size)
         return small[0, 0] > 0
@@ -130,16 +133,16 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
 
 
 def collate_objects(items: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
-    """Images in one tensor, targets in a list: images have different numbers of objects."""
+    """Stack the images and list the targets, because images have different numbers of objects."""
     images, targets = zip(*items, strict=True)
     return torch.stack(images), list(targets)
 
 
 def to_learn(targets: list[Target]) -> list[Target]:
-    """Targets without their crowds."""
+    """Return the targets without their crowds."""
     return [{key: value[~target["crowd"]] for key, value in target.items()} for target in targets]
 
 
 def as_numpy(values: dict[str, Tensor]) -> dict[str, Any]:
-    """On the CPU."""
+    """Copy the tensors to the CPU and return them as numpy arrays."""
     return {key: value.detach().cpu().numpy() for key, value in values.items()}

@@ -1,8 +1,8 @@
-"""The options of train.py, as one frozen object.
+"""Read the options of train.py into one frozen object.
 
-`--epochs` lays out the cosine schedule, lr(t) = lr / 2 * (1 + cos(pi t / T)) with T = epochs * steps per epoch (or
---schedule-steps); `--steps` only says where to stop. So a run stopped by --steps and continued by --resume takes the
-very steps of an uninterrupted one. Refuses values that cannot train, before anything is read.
+`--epochs` sets the length of the cosine schedule, lr(t) = lr / 2 * (1 + cos(pi t / T)) with T = epochs * steps per
+epoch (or --schedule-steps); `--steps` only says where to stop. So a run that is stopped by --steps and continued by
+--resume takes exactly the steps of an uninterrupted one. Values that cannot train are refused before any data is read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOSS_DEFAULTS = {"class_weights": "none", "dice_weight": 1.0, "ce_weight": 1.0}
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for; one attribute per option."""
+    """Hold the options, one attribute each."""
 
     task: str
     data: str | None
@@ -76,7 +76,7 @@ class Settings:
     spike_factor: float
 
     def changed_loss(self) -> dict[str, str | float]:
-        """The options of the loss that are not at their defaults."""
+        """Return the options of the loss that are not at their defaults."""
         return {name: getattr(self, name) for name, usual in LOSS_DEFAULTS.items() if getattr(self, name) != usual}
 
 
@@ -84,22 +84,22 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     """Read the command line.
 
     Raises:
-        ValueError: a value out of its range.
-        SystemExit: argparse's own refusals and --help.
+        ValueError: If a value is out of its range.
+        SystemExit: If argparse refuses an option, and for --help.
     """
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a UNet or a detector in each precision from the same seed and data order, and compare.",
     )
     add = parser.add_argument
-    add("--task", choices=TASKS, default="semantic", help="what to learn (default: semantic)")
+    add("--task", choices=TASKS, default="semantic", help="what the model learns (default: semantic)")
     add(
         "--data",
         metavar="ROOT",
-        help="root of the data; without it a set of drawn shapes is written beside --out and used",
+        help="root of the data; without it a set of drawn shapes is written next to --out and used",
     )
-    add("--layout", choices=LAYOUTS, default="coco", help="how ROOT is laid out (default: coco)")
-    add("--classes", metavar="NAME,...", help="classes to tell from the rest (default: all)")
+    add("--layout", choices=LAYOUTS, default="coco", help="layout of ROOT (default: coco)")
+    add("--classes", metavar="NAME,...", help="classes to learn; the rest is background (default: all)")
     add(
         "--val-share",
         type=float,
@@ -116,7 +116,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add(
         "--recipe",
         metavar="NAME_OR_PATH",
-        help="the recipe that nvfp4 stands for (default: detection for --task detection, else unet)",
+        help="the recipe that nvfp4 means (default: detection for --task detection, else unet)",
     )
     add(
         "--compute",
@@ -130,9 +130,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         type=int,
         default=20,
         metavar="N",
-        help="passes over the training images; lays out the cosine schedule (default: 20)",
+        help="passes over the training images; sets the length of the cosine schedule (default: 20)",
     )
-    add("--steps", type=int, metavar="N", help="stop after N steps in all, if --epochs has not ended before")
+    add("--steps", type=int, metavar="N", help="stop after N steps in total, if --epochs has not ended before")
     add("--schedule-steps", type=int, metavar="N", help="length of the cosine in steps (default: that of --epochs)")
     add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="size that images are resized to (default: 96 96)")
     add(
@@ -145,13 +145,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add("--activation", choices=ACTIVATIONS, default="relu", help="default: relu")
     add("--dropout", type=float, default=0.1, metavar="F", help="share of bottleneck channels dropped (default: 0.1)")
     add("--instances", type=int, default=16, metavar="N", help="--task instance: the most objects found (default: 16)")
-    add("--backbone", choices=BACKBONES, default="resnet18", help="--task detection: its body (default: resnet18)")
+    add("--backbone", choices=BACKBONES, default="resnet18", help="--task detection: the body (default: resnet18)")
     add(
         "--batch-size",
         type=int,
         default=16,
         metavar="N",
-        help="images of a step, on all ranks together; a multiple of 16 on each wastes nothing in NVFP4 (default: 16)",
+        help="images per step, on all ranks together; a multiple of 16 on each wastes nothing in NVFP4 (default: 16)",
     )
     add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate of AdamW (default: 0.001)")
     add("--weight-decay", type=float, default=1e-2, metavar="F", help="default: 0.01")
@@ -159,16 +159,16 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         "--class-weights",
         choices=("none", "median"),
         default="none",
-        help="weight of each class in the loss; median: the rarer in the training labels, the more (default: none)",
+        help="weight of each class in the loss; median gives rare classes a larger weight (default: none)",
     )
     add("--dice-weight", type=float, default=1.0, metavar="F", help="factor on the Dice loss (default: 1)")
     add("--ce-weight", type=float, default=1.0, metavar="F", help="factor on the cross-entropy (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--log-every", type=int, default=10, metavar="N", help="a line every N steps (default: 10)")
+    add("--log-every", type=int, default=10, metavar="N", help="print a line every N steps (default: 10)")
     add("--eval-every", type=int, default=1, metavar="N", help="validate every N epochs (default: 1)")
     add("--out", type=Path, default=Path("runs/unet_coco"), metavar="DIR", help="results (default: runs/unet_coco)")
-    add("--resume", action="store_true", help="go on from DIR's checkpoints; a precision without one starts anew")
+    add("--resume", action="store_true", help="continue from DIR's checkpoints; a precision without one starts fresh")
     add(
         "--init-from",
         type=Path,
@@ -193,27 +193,27 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add(
         "--parallel", choices=("ddp", "fsdp"), default="ddp", help="how torchrun's ranks share the model (default: ddp)"
     )
-    add("--share-amax", action="store_true", help="NVFP4 under torchrun: one tensor scale for all ranks")
+    add("--share-amax", action="store_true", help="NVFP4 under torchrun: use one tensor scale for all ranks")
     add(
         "--timeout",
         type=int,
         default=600,
         metavar="SECONDS",
-        help="how long a rank waits for another before the job ends (default: 600)",
+        help="how long a rank waits for another one before the job ends (default: 600)",
     )
     add(
         "--high-precision-last",
         type=int,
         default=0,
         metavar="K",
-        help="NVFP4 is turned off for the last K epochs (default: 0)",
+        help="turn NVFP4 off for the last K epochs (default: 0)",
     )
     add(
         "--telemetry-every",
         type=int,
         default=100,
         metavar="N",
-        help="look at weights, activations and gradients of every Nth step (default: 100; 0: never)",
+        help="sample weights, activations and gradients in every Nth step (default: 100; 0: never)",
     )
     add("--tensorboard", action="store_true", help="write the telemetry for TensorBoard, too")
     add(
@@ -226,7 +226,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         "--no-bundles",
         dest="bundles",
         action="store_false",
-        help="do not keep steps whose loss jumps or is not finite for te-nvfp4-cv diagnose",
+        help="do not save steps whose loss jumps or is not finite for te-nvfp4-cv diagnose",
     )
     add(
         "--spike-factor",
@@ -352,17 +352,17 @@ def _check(settings: Settings) -> None:
 
 
 def fast_dtype(device: str) -> str:
-    """bf16 where that device (as --device names it) has arithmetic for it, else fp32."""
+    """Return bf16 if that device (as --device names it) has arithmetic for it, else fp32."""
     cpu = device.startswith("cpu") or not torch.cuda.is_available()
     return "bf16" if bf16_is_native(torch.device("cpu" if cpu else "cuda")) else "fp32"
 
 
 def choose_device(name: str) -> torch.device:
-    """The device to train on: `auto` is cuda where there is one.
+    """Return the device to train on; `auto` is cuda if there is a GPU, else cpu.
 
     Raises:
-        ValueError: a name that is none of auto, cpu, cuda, cuda:N.
-        RuntimeError: a GPU that is not there.
+        ValueError: If the name is not auto, cpu, cuda or cuda:N.
+        RuntimeError: If the GPU does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -373,7 +373,7 @@ def choose_device(name: str) -> torch.device:
         )
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise runtime_error(
-            f"--device {name} is not there.",
+            f"--device {name} does not exist.",
             got=f"{torch.cuda.device_count()} CUDA device(s)",
             needs=f"at least {int(index or 0) + 1}, and a CUDA build of torch",
             fix="--device cpu",

@@ -1,12 +1,12 @@
-"""The order of the data, and every seed, as functions of (seed, epoch, position) alone.
+"""Compute the order of the data, and every seed, from (seed, epoch, position) alone.
 
     order(epoch)      = randperm(n) under mix_seed(seed, epoch);   batch k = order[k * batch : (k + 1) * batch]
     dropout of step t = torch's generator under mix_seed(seed, t), set before the step
 
     rank r of W       = the r-th of W equal parts of batch k, in order
 
-So two precisions see the same batches and masks even where one of them draws more random numbers, and a run resumed in
-the middle of an epoch goes on with the very batch it stopped at.
+So two precisions see the same batches and masks even if one of them draws more random numbers, and a run that is
+resumed in the middle of an epoch continues with exactly the batch where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Collate = Callable[[list[Any]], Any] | None
 
 
 def mix_seed(*parts: int) -> int:
-    """A 63-bit seed from a few integers (splitmix64 steps), the same on every machine."""
+    """Mix a few integers into a 63-bit seed (splitmix64 steps), the same on every machine."""
     mixed = 0
     for part in parts:
         mixed = (mixed + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -36,15 +36,15 @@ def mix_seed(*parts: int) -> int:
 
 
 class TrainOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) keys of one epoch, from batch `start` on.
+    """Yield the batches of one epoch, as (epoch, index) keys, from batch `start` on.
 
     The last, smaller batch is left out unless it is the only one.
 
     Args:
-        batch_size: of the whole batch, over all ranks.
-        rank: of the `world` ranks the one whose part to give.
+        batch_size: Size of the whole batch, over all ranks.
+        rank: The rank, out of `world`, whose part to yield.
     Raises:
-        ValueError: a batch that cannot be cut into equal parts.
+        ValueError: If a batch cannot be divided into equal parts.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -62,7 +62,7 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
         self.part = slice(rank * size, (rank + 1) * size)
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches in a whole epoch."""
         return self.count // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -76,20 +76,23 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
 def train_loader(
     dataset: Dataset[Any], order: TrainOrder, workers: int, pin: bool, collate: Collate = None
 ) -> DataLoader[tuple[Tensor, Any]]:
-    """Loader over `order`; set order.epoch and order.start before each pass."""
+    """Make the loader for `order`; set order.epoch and order.start before each pass."""
     return DataLoader(dataset, batch_sampler=order, pin_memory=pin, collate_fn=collate, **_workers(workers))
 
 
 def eval_loader(
     dataset: Dataset[Any], batch_size: int, workers: int, pin: bool, collate: Collate = None
 ) -> DataLoader[tuple[Tensor, Any]]:
-    """Loader in the order of the files, every item once."""
+    """Make a loader that gives every item once, in the order of the files."""
     return DataLoader(dataset, batch_size=batch_size, pin_memory=pin, collate_fn=collate, **_workers(workers))
 
 
 def _workers(workers: int) -> dict[str, Any]:
-    """Worker processes by fork: the splits hold open annotation indices, which need not be pickled then."""
-    generator = torch.Generator()  # a loader otherwise draws its base seed from torch's generator
+    """Return the loader options for worker processes.
+
+    They are started by fork, so that the splits' open annotation indices need not be pickled.
+    """
+    generator = torch.Generator()  # without it, the loader would draw its base seed from torch's generator
     if workers == 0:
         return {"generator": generator}
     return {

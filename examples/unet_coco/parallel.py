@@ -1,11 +1,12 @@
-"""One model on several ranks, and its state as that of one process: DDP or FSDP2.
+"""Train one model on several ranks with DDP or FSDP2, and save its state like that of one process.
 
-    ddp    DistributedDataParallel: every rank holds the model, gradients are averaged
+    ddp    DistributedDataParallel: every rank holds the whole model, gradients are averaged
     fsdp   fully_shard on stem, down.i, up.i and the root; weights of NVFP4 layers are gathered in 4 bits
 
-State goes in and out in one form whatever the model is wrapped in: full plain tensors, plain names, the optimizer's
-entries numbered as its groups list them. So a checkpoint moves between one process, DDP, FSDP2 and any number of
-ranks. Refuses with FSDP2: fp16, whose GradScaler sees the overflows of its own shard only, and models but the UNet.
+State is saved and loaded in one form, however the model is wrapped: full plain tensors, plain names, and the
+optimizer's entries numbered in the order of its groups. So a checkpoint can move between one process, DDP, FSDP2 and
+any number of ranks. FSDP2 is refused with fp16, whose GradScaler would see the overflows of one shard only, and for
+models other than the UNet.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from .unet import UNet
 def wrap(
     model: nn.Module, precision: Precision, ranks: Ranks, device: torch.device, deterministic: bool = False
 ) -> nn.Module:
-    """What to call in training: the model itself, a DDP of it, or the model sharded in place.
+    """Return what to call in training: the model itself, a DDP of it, or the model sharded in place.
 
     Args:
-        deterministic: more than two ranks add in an order that does not depend on when training was resumed.
+        deterministic: Make more than two ranks add in an order that does not depend on when training was resumed.
     """
     if ranks.parallel == "ddp":
         return DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
-            find_unused_parameters=deterministic and ranks.world > 2,  # keeps DDP from regrouping after the first step
+            find_unused_parameters=deterministic and ranks.world > 2,  # DDP must not regroup after the first step
         )
     if ranks.parallel == "fsdp":
         if not isinstance(model, UNet):
@@ -59,10 +60,10 @@ def wrap(
             raise value_error(
                 "fp16 cannot train with --parallel fsdp.",
                 got=f"precision {precision.name!r}, activations in fp16",
-                needs="a precision without a GradScaler, which sees the overflows of its own shard only",
+                needs="a precision without a GradScaler, which would see the overflows of one shard only",
                 fix="--parallel ddp, or bf16: --precisions bf16, or --compute bf16 for a recipe",
             )
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 cuts rows
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 divides rows
         if precision.recipe is not None:
             from te_nvfp4_cv import fsdp
 
@@ -75,7 +76,7 @@ def wrap(
 
 
 def whole_model(model: nn.Module, make: Callable[[], nn.Module], ranks: Ranks) -> nn.Module:
-    """The model to evaluate: `model`, or of one in shards a plain copy (made by `make`) with the full weights."""
+    """Return the model to evaluate: `model`, or if it is sharded, a plain copy from `make` with the full weights."""
     if ranks.parallel != "fsdp":
         return model
     whole = make()
@@ -86,7 +87,10 @@ def whole_model(model: nn.Module, make: Callable[[], nn.Module], ranks: Ranks) -
 def whole_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state of the model, state of the optimizer); of a model in shards on rank 0 only. Called on all ranks."""
+    """Return the state of the model and the state of the optimizer, of a sharded model on rank 0 only.
+
+    All ranks must call this.
+    """
     if ranks.parallel != "fsdp":
         return model.state_dict(), optimizer.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -102,7 +106,7 @@ def whole_state(
 def load_whole_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any], ranks: Ranks
 ) -> None:
-    """Take over what `whole_state` gave, on every rank."""
+    """Load what `whole_state` returned, on every rank."""
     parameters, names = dict(model.named_parameters()), _names(model, optimizer)
     if ranks.parallel != "fsdp":
         model.load_state_dict(weights)
@@ -126,13 +130,13 @@ def load_whole_state(
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The optimizer's parameters by name, in its own order: that of its groups, not of the model."""
+    """Return the names of the optimizer's parameters, in the order of its groups, not of the model."""
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     return [named[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _laid_out(entry: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """An optimizer's tensors with the strides of their parameter: the fused step walks through memory."""
+    """Give an optimizer's tensors the strides of their parameter, because the fused step follows memory order."""
     return {
         key: torch.empty_like(parameter, dtype=v.dtype, device=v.device, requires_grad=False).copy_(v)
         if isinstance(v, Tensor) and v.shape == parameter.shape and v.stride() != parameter.stride()

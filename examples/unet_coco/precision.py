@@ -1,11 +1,11 @@
-"""What `--precisions` names: fp32, fp16, bf16, nvfp4 (the recipe of --recipe), or any recipe by name or path.
+"""Resolve what `--precisions` names: fp32, fp16, bf16, nvfp4 (the recipe of --recipe), or any recipe.
 
     fp32            no autocast
     fp16, bf16      torch.autocast of that dtype; fp16 with a GradScaler
     nvfp4, recipes  te_nvfp4_cv.nvfp4_autocast(recipe), after set_precision(model, recipe), inside torch.autocast of
                     --compute: bf16, fp16 with a GradScaler, or none for fp32
 
-The library's recipes are touched only where a precision asks for them.
+A recipe is given by its name or its path. Recipes are loaded only if a precision asks for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLAIN = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Precision:
-    """One way to train: a name for tables and folders, autocast's dtype, and the recipe where there is one."""
+    """Describe one way to train: a name for tables and folders, autocast's dtype, and the recipe, if any."""
 
     name: str
     dtype: torch.dtype | None
@@ -35,16 +35,16 @@ class Precision:
 
     @property
     def compute(self) -> str:
-        """The dtype of activations by its name: fp32, fp16 or bf16."""
+        """Return the name of the dtype of activations: fp32, fp16 or bf16."""
         return next(name for name, dtype in PLAIN.items() if dtype == self.dtype)
 
     @property
     def recipe_text(self) -> str:
-        """The recipe as TOML, "" for a plain precision: part of a checkpoint's identity."""
+        """Return the recipe as TOML, or "" for a plain precision. It is part of a checkpoint's identity."""
         return "" if self.recipe is None else self.recipe.to_toml()
 
     def prepare(self, model: nn.Module) -> None:
-        """Apply the recipe's table of high-precision modules."""
+        """Apply the recipe's table of high-precision modules to the model."""
         if self.recipe is not None:
             import te_nvfp4_cv as nv
 
@@ -52,7 +52,7 @@ class Precision:
 
     @contextlib.contextmanager
     def context(self, device: torch.device, nvfp4: bool = True) -> Iterator[None]:
-        """The contexts that a forward pass runs in; without `nvfp4`, what is left of them in high precision."""
+        """Enter the contexts of a forward pass; without `nvfp4`, only those of high precision."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._autocast(device))
             if self.recipe is not None:
@@ -65,7 +65,7 @@ class Precision:
         return contextlib.nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
 
     def extra_state(self, model: nn.Module) -> dict[str, Any] | None:
-        """What NVFP4 keeps beside the state_dict: the stream of stochastic rounding."""
+        """Return the NVFP4 state that is not in the state_dict, such as the position of the rounding stream."""
         if self.recipe is None:
             return None
         import te_nvfp4_cv as nv
@@ -73,19 +73,20 @@ class Precision:
         return nv.extra_state(model)
 
     def load_extra_state(self, model: nn.Module, state: dict[str, Any] | None) -> None:
-        """Put back what `extra_state` gave."""
+        """Restore what `extra_state` returned."""
         if self.recipe is not None and state is not None:
             import te_nvfp4_cv as nv
 
             nv.extra_state(model, load=state)
 
     def flops_share(self, model: nn.Module, images: Tensor, *inputs: Any) -> float:
-        """Share of the model's FLOPs that run in NVFP4, by the library's coverage report."""
+        """Return the share of the model's FLOPs that run in NVFP4, according to the library's coverage report."""
         if self.recipe is None:
             return 0.0
         import te_nvfp4_cv as nv
 
         was_training = model.training
+        # The forward pass of the report must not move the generator that training uses.
         generators = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
         with generators, self._autocast(images.device):
             report = nv.coverage(model, images, *inputs, recipe=self.recipe).to_dict()
@@ -97,12 +98,12 @@ def parse_precisions(names: list[str], recipe: str, amax_group: Any = None, comp
     """Resolve `--precisions`.
 
     Args:
-        names: as given; a recipe's path is shown by its stem.
-        recipe: what "nvfp4" stands for.
-        amax_group: for those with a recipe.
-        compute: the dtype of activations of those with a recipe: bf16, fp16 or fp32.
+        names: The names as given; a recipe's path is shown by its stem.
+        recipe: The recipe that "nvfp4" means.
+        amax_group: The group whose ranks share tensor scales, for precisions with a recipe.
+        compute: The dtype of activations for precisions with a recipe: bf16, fp16 or fp32.
     Raises:
-        ValueError: the same name twice; a name that is neither a precision nor a recipe.
+        ValueError: If a name occurs twice, or is neither a precision nor a recipe.
     """
     found = []
     for name in names:

@@ -1,11 +1,11 @@
-"""The processes that train together: torchrun starts them, this file makes them one job.
+"""Join the processes that torchrun starts into one job.
 
     torchrun --standalone --nproc-per-node 2 examples/unet_coco/train.py ...
     rank r of W: NCCL on the GPU of its LOCAL_RANK, gloo on a CPU;   rank 0 prepares, prints and writes
 
-Only rank 0 speaks on stdout. A refusal ends every rank: the one that raises prints "error: ...", torchrun stops the
-others, and what waits in a collective waits no longer than --timeout. Ctrl-C is one line and exit status 130 (to which
-torchrun adds a report of its own). Refuses settings that need ranks where there are none.
+Only rank 0 writes to stdout. An error ends every rank: the rank that raises prints "error: ...", torchrun stops the
+other ranks, and a rank inside a collective waits no longer than --timeout. Ctrl-C gives one line and exit status 130
+(to which torchrun adds its report). Settings that need ranks are refused if there are none.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ IN_A_WORKER = re.compile(r"Caught (\w+) in .*?\.\nOriginal Traceback .*\n\1: (.*
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; Ranks() is a process alone.
+    """Describe this process among those that train together; Ranks() is a single process.
 
     Args:
-        parallel: "" alone, "ddp" or "fsdp".
+        parallel: "ddp" or "fsdp", or "" for a single process.
     """
 
     rank: int = 0
@@ -48,11 +48,11 @@ class Ranks:
 
     @property
     def group(self) -> Any:
-        """The process group of all ranks; None alone."""
+        """Return the process group of all ranks, or None for a single process."""
         return dist.group.WORLD if self.parallel else None
 
     def first(self, function: Callable[[], T]) -> T:
-        """What `function` returns or raises on rank 0, the only one to call it; the others wait."""
+        """Call `function` on rank 0 only, while the others wait, and return its result or raise its error on all."""
         if not self.parallel:
             return function()
         told: list[Any] = [None, "", ""]
@@ -60,6 +60,7 @@ class Ranks:
             try:
                 told[0] = function()
             except (ValueError, RuntimeError) as error:
+                # Tell the other ranks before raising, or they would wait for this one until the timeout.
                 told[1], told[2] = type(error).__name__, str(error)
                 dist.broadcast_object_list(told)
                 raise
@@ -69,7 +70,7 @@ class Ranks:
         return told[0]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks on rank 0, tensors on the CPU; an empty list elsewhere."""
+        """Return the values of all ranks on rank 0, with tensors on the CPU, and an empty list elsewhere."""
         if not self.parallel:
             return [value]
         gathered: list[Any] = [None] * self.world if self.rank == 0 else []
@@ -78,21 +79,24 @@ class Ranks:
 
 
 def whole_batch(loss: Tensor, group: Any) -> Tensor:
-    """The mean of the ranks' losses, with the gradient of this rank's own: gradients are averaged later."""
+    """Return the mean of the ranks' losses with the gradient of this rank's loss; gradients are averaged later."""
     if group is None:
         return loss
     mean = loss.detach().clone()
     dist.all_reduce(mean, group=group)
+    # The first two terms cancel in value and leave this rank's gradient.
     return loss - loss.detach() + mean / dist.get_world_size(group)
 
 
 @contextlib.contextmanager
 def joined(settings: Settings) -> Iterator[tuple[Ranks, torch.device]]:
-    """This process's place and device, from torchrun's environment; alone without it.
+    """Join the ranks that torchrun's environment describes, and yield this process's place and device.
+
+    Without that environment, the process is alone.
 
     Raises:
-        ValueError: --parallel fsdp or --share-amax without torchrun; --device cuda:N with it.
-        RuntimeError: a rank without a GPU of its own.
+        ValueError: If --parallel fsdp or --share-amax is used without torchrun, or --device cuda:N with it.
+        RuntimeError: If there is no separate GPU for this rank.
     """
     if "RANK" not in os.environ:
         for asked, option in ((settings.parallel == "fsdp", "--parallel fsdp"), (settings.share_amax, "--share-amax")):
@@ -124,21 +128,25 @@ def joined(settings: Settings) -> Iterator[tuple[Ranks, torch.device]]:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), settings.parallel)
     with contextlib.ExitStack() as stack:
         if ranks.rank:
+            # Only rank 0 writes to stdout.
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         yield ranks, device
-    dist.barrier()  # a gloo rank that leaves early can abort those still in the last collective
+    dist.barrier()  # a gloo rank that leaves early can abort ranks that are still in the last collective
     dist.destroy_process_group()
 
 
 def message(error: Exception) -> str:
-    """What an error says; of one from a DataLoader's worker what it said there, without the worker's traceback."""
+    """Return an error's message, without the traceback that a DataLoader's worker adds."""
     raised = IN_A_WORKER.fullmatch(str(error))
     return raised[2].rstrip() if raised else str(error)
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Call `main` as a script: refusals as "error: ..." and exit status 1; under torchrun its report names them."""
+    """Call `main` as a script, and turn errors into "error: ..." and exit status 1.
+
+    Under torchrun, its report names the error.
+    """
     if "RANK" not in os.environ:
         try:
             main()
@@ -162,7 +170,7 @@ def run(main: Callable[[], Any]) -> None:
         else:
             traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # the other ranks may wait for this one: nothing may wait for them at exit
+        os._exit(1)  # other ranks may be waiting for this one, so this one must not wait for them at exit
 
 
 def _stopped(stop: KeyboardInterrupt) -> str:

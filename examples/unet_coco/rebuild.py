@@ -1,10 +1,10 @@
-"""The model and loss of a step, from the arguments that a bundle keeps: for `te-nvfp4-cv diagnose`.
+"""Build the model and loss of a step from the arguments in a bundle, for `te-nvfp4-cv diagnose`.
 
     build({"options": {"task": "semantic", "scale": 0.25, ...}, "image_size": [96, 96], "classes": ["background", ...],
            "class_weights": None}) -> (model, loss)
-    loss(model, (images, targets)): the task's
+    loss(model, (images, targets)): the task's loss
 
-The model is in channels_last, as the trainer's. Refuses arguments that are missing or that it does not know.
+The model is in channels_last, as in the trainer. Missing and unknown arguments are refused.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Loss = Callable[[nn.Module, tuple[Tensor, Any]], Tensor]
 
 
 def build(arguments: dict[str, Any]) -> tuple[nn.Module, Loss]:
-    """The task's model with fresh weights, and its loss.
+    """Build the task's model with fresh weights, and its loss.
 
     Raises:
-        ValueError: arguments other than ARGUMENTS, or that no model can be made of.
+        ValueError: If the arguments are not ARGUMENTS, or if no model can be made from them.
     """
     if set(arguments) != ARGUMENTS or not isinstance(arguments["options"], dict):
         raise value_error(

@@ -1,12 +1,11 @@
-"""What a comparison leaves in DIR: summary.json, table.md, table.csv, curves.png, predictions.png and history.json.
+"""Write the results of a comparison: summary.json, table.md, table.csv, curves.png, predictions.png, history.json.
 
     summary.json   {precision: {train_loss, val_loss, SCORES, MAIN_hp, step_ms, saved_bytes, nvfp4_flops_share
                     [, test_SCORES]}}
     history.json   {precision: {"curve": [{step, loss, lr}], "epochs": [{epoch, step, train_loss, val_loss, SCORES}]}}
 
-SCORES and MAIN are the task's: dice, miou and miou where every pixel has a class.
-
-Every file is replaced whole or not at all. Without matplotlib there are no curves, and a line says so.
+SCORES and MAIN depend on the task: for semantic segmentation SCORES are dice and miou, MAIN is miou. Every file is
+replaced completely or not at all. Without matplotlib there are no curves, and a message says so.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ History = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
 BEFORE = (("train_loss", "train loss", "{:.4f}", 1.0), ("val_loss", "val loss", "{:.4f}", 1.0))
 AFTER = (
     ("step_ms", "step, ms", "{:.0f}", 1.0),
-    ("saved_bytes", "kept for backward, MB", "{:.1f}", 1e-6),
+    ("saved_bytes", "saved for backward, MB", "{:.1f}", 1e-6),
     ("nvfp4_flops_share", "FLOPs in NVFP4, %", "{:.1f}", 100.0),
 )
 
 
 def _columns(rows: Rows, titles: Mapping[str, str]) -> list[tuple[str, str, str, float]]:
-    """(key, title, format, factor) of every column that a row has; the task's scores, by `titles`, in the middle."""
+    """Return (key, title, format, factor) of every column that a row has, with the task's scores in the middle."""
     fixed = {key for key, *_ in (*BEFORE, *AFTER)}
     scores = dict.fromkeys(key for row in rows.values() for key in row if key not in fixed)
     between = [(key, _title(key, titles), "{:.3f}", 1.0) for key in scores]
@@ -52,7 +51,7 @@ def _title(key: str, titles: Mapping[str, str]) -> str:
 
 
 def write_summary(folder: Path, rows: Rows, titles: Mapping[str, str]) -> None:
-    """summary.json, table.md and table.csv; `titles` are the names of the task's scores."""
+    """Write summary.json, table.md and table.csv; `titles` are the names of the task's scores."""
     write_atomically(folder / "summary.json", (json.dumps(rows, indent=2) + "\n").encode())
     write_atomically(folder / "table.md", (markdown_table(rows, titles) + "\n").encode())
     keys = [key for key, *_ in _columns(rows, titles)]
@@ -62,7 +61,7 @@ def write_summary(folder: Path, rows: Rows, titles: Mapping[str, str]) -> None:
 
 
 def markdown_table(rows: Rows, titles: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The final table: one line per precision."""
+    """Format the final table, with one line per precision."""
     shown = _columns(rows, titles)
     cells = [["precision", *(title for _, title, _, _ in shown)]]
     for name, row in rows.items():
@@ -81,7 +80,7 @@ def markdown_table(rows: Rows, titles: Mapping[str, str] = MappingProxyType({}))
 
 
 def write_history(folder: Path, history: History, main: str, title: str) -> None:
-    """history.json and, with matplotlib, curves.png: training loss, validation loss and the main score by step."""
+    """Write history.json and, with matplotlib, curves.png with the losses and the main score by step."""
     write_atomically(folder / "history.json", (json.dumps(history, indent=1) + "\n").encode())
     try:
         import matplotlib
@@ -119,7 +118,7 @@ def write_history(folder: Path, history: History, main: str, title: str) -> None
 
 
 def palette(count: int) -> np.ndarray:
-    """[256, 3] uint8: class 0 dark, the others spread over the hues, ignore white."""
+    """Return colours [256, 3] uint8: class 0 dark, other classes spread over the hues, ignored pixels white."""
     colours = np.full((256, 3), 255, np.uint8)
     colours[0] = (40, 40, 40)
     for i in range(1, count):
@@ -129,7 +128,7 @@ def palette(count: int) -> np.ndarray:
 
 
 def write_pictures(path: Path, columns: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """A sheet with one row per image; the columns hold pictures [H, W, 3] uint8 of one size."""
+    """Write a sheet with one row per image, from columns of pictures [H, W, 3] uint8 of one size."""
     photos = next(iter(columns.values()))
     factor = max(1, round(160 / photos[0].shape[0]))
     count, h, w = len(photos), photos[0].shape[0] * factor, photos[0].shape[1] * factor

@@ -1,6 +1,6 @@
-"""Semantic segmentation: a class for every pixel, by a UNet trained on Dice + cross-entropy.
+"""Train semantic segmentation: a class for every pixel, with a UNet trained on Dice + cross-entropy.
 
-The loss is weighted by --class-weights, --dice-weight and --ce-weight, in training and in evaluation.
+--class-weights, --dice-weight and --ce-weight weigh the loss, in training and in evaluation.
 
 scores: Dice and mIoU over the split's pixels (metrics.py);   pictures: class colours, ignored pixels white
 """
@@ -26,7 +26,7 @@ from .unet import UNet
 
 
 class Semantic(Task):
-    """--task semantic."""
+    """Implement --task semantic."""
 
     titles = {"dice": "Dice", "miou": "mIoU"}
     main = "miou"

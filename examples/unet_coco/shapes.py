@@ -1,12 +1,12 @@
-"""A COCO-format data set of drawn shapes, for a run without any download.
+"""Draw a COCO-format data set of shapes, for a run without any download.
 
     ROOT/annotations/instances_{train,val}2017.json, ROOT/{train,val}2017/*.jpg, and ROOT/shapes.json with the settings
-    it was drawn from
+    of the drawing
 
 Every case that a COCO reader must handle occurs: a polygon per free-standing shape, two polygons for a shape cut in
 two, RLE for a shape partly hidden behind another, uncompressed RLE with iscrowd=1 for a swarm of small circles, and
-images without any annotation. The annotations cover what can be seen. Equal settings give equal files; a folder with
-the same settings is used again. Refuses a folder that holds something else, and to draw without pycocotools.
+images without any annotation. The annotations cover what is visible. Equal settings give equal files, and a folder with
+the same settings is used again. A folder with other content is refused, and so is drawing without pycocotools.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CUT = -3  # a rectangle in two parts
 
 @dataclass(frozen=True)
 class ShapesSettings:
-    """What the set is drawn from; written to shapes.json and compared before a folder is used again."""
+    """Hold the settings of the drawing. They are written to shapes.json and compared before a folder is used again."""
 
     train: int = 96
     val: int = 32
@@ -47,7 +47,10 @@ class ShapesSettings:
 
 
 def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
-    """Draw the set into `root` unless it is there already; returns `root`. An interruption leaves no half set."""
+    """Draw the set into `root`, unless it is already there, and return `root`.
+
+    An interruption leaves no half-drawn set.
+    """
     settings = settings or ShapesSettings()
     marker = root / MARKER
     if _drawn(marker, settings):
@@ -63,6 +66,7 @@ def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
             needs="an empty or new folder",
             fix="choose another --out, or name the data with --data",
         )
+    # Draw into a folder beside it and rename that at the end, so that no half-drawn set is ever used.
     draft = root.with_name(f"{root.name}.draft{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -72,7 +76,7 @@ def ensure_shapes(root: Path, settings: ShapesSettings | None = None) -> Path:
                 draft, split, getattr(settings, split), settings, np.random.default_rng([settings.seed, offset])
             )
         (draft / MARKER).write_text(json.dumps(asdict(settings)))
-        if _drawn(marker, settings):  # by another run, meanwhile
+        if _drawn(marker, settings):  # another run has drawn it in the meantime
             shutil.rmtree(draft)
             return root
         if root.exists():
@@ -94,7 +98,7 @@ def _drawn(marker: Path, settings: ShapesSettings) -> bool:
 
 
 def _draw_split(root: Path, split: str, count: int, settings: ShapesSettings, rng: np.random.Generator) -> None:
-    """Write one split: its images and its instances file."""
+    """Draw one split and write its images and its instances file."""
     folder = root / f"{split}2017"
     folder.mkdir()
     (root / "annotations").mkdir(exist_ok=True)
@@ -119,14 +123,14 @@ def _draw_split(root: Path, split: str, count: int, settings: ShapesSettings, rn
 def _draw_image(
     image_id: int, settings: ShapesSettings, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """One image [H, W, 3] uint8 and its annotations, without ids."""
+    """Draw one image [H, W, 3] uint8 and return it with its annotations, which have no ids yet."""
     h, w = settings.height, settings.width
     pixels = _background(h, w, rng)
     drawn: list[dict[str, Any]] = []
     if image_id % EMPTY_EVERY != 0:
         categories = rng.choice(list(CATEGORIES), int(rng.integers(2, 5))).tolist()
         if image_id % CUT_EVERY == 2:
-            categories.append(CUT)  # last, so that nothing hides a part of it
+            categories.append(CUT)  # last, so that no other shape hides a part of it
         for category in categories:
             polygons = _polygons(category, h, w, rng)
             drawn.append(_shape(3 if category == CUT else category, False, polygons, h, w))
@@ -142,6 +146,7 @@ def _draw_image(
         colour = np.array(COLOURS[shape["category"]]) + rng.normal(0, 16, 3)
         grain = rng.normal(0, 9, (h, w, 1))
         pixels = np.where(shape["mask"][..., None], colour + grain, pixels)
+        # A few visible pixels cannot be learned, so such shapes get no annotation.
         if shape["visible"].sum() >= 12:
             annotations.append(_annotation(shape))
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))
@@ -153,14 +158,17 @@ def _shape(category: int, crowd: bool, polygons: list[np.ndarray], h: int, w: in
 
 
 def _background(h: int, w: int, rng: np.random.Generator) -> np.ndarray:
-    """A coarse cloud of greys, with grain."""
+    """Draw a background: a coarse cloud of greys, with grain."""
     coarse = np.repeat(rng.integers(50, 190, (5, 5, 1)), 3, axis=2).astype(np.uint8)
     cloud = Image.fromarray(coarse).resize((w, h), Image.Resampling.BICUBIC)
     return np.asarray(cloud).astype(np.float64) + rng.normal(0, 10, (h, w, 3))
 
 
 def _polygons(category: int, h: int, w: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Outline(s) of one shape, [points, 2] as x, y: turned and placed at random, inside the image by its centre."""
+    """Return the outlines [points, 2] (x, y) of one shape, turned and placed at random.
+
+    The centre of the shape is inside the image.
+    """
     radius = rng.uniform(0.12, 0.3) * min(h, w)
     centre = np.array([rng.uniform(0.1, 0.9) * w, rng.uniform(0.1, 0.9) * h])
     turn = rng.uniform(0, 2 * np.pi)
@@ -200,7 +208,7 @@ def _polygons(category: int, h: int, w: int, rng: np.random.Generator) -> list[n
 
 
 def _swarm(h: int, w: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """A crowd: eight small circles side by side."""
+    """Return the outlines of a crowd: eight small circles side by side."""
     start = np.array([rng.uniform(0.1, 0.4) * w, rng.uniform(0.1, 0.9) * h])
     step = np.array([0.065 * w, 0.0])
     limit = np.array([w - 1, h - 1])
@@ -216,7 +224,7 @@ def _circle(radius: float) -> np.ndarray:
 
 
 def _rasterize(polygons: list[np.ndarray], h: int, w: int) -> np.ndarray:
-    """The pixels that pycocotools gives these polygons, so that image and annotation agree to the pixel."""
+    """Draw polygons with pycocotools, so that image and annotation agree to the pixel."""
     from pycocotools import mask as coco_mask
 
     encoded = coco_mask.frPyObjects([polygon.flatten().tolist() for polygon in polygons], h, w)
@@ -224,7 +232,10 @@ def _rasterize(polygons: list[np.ndarray], h: int, w: int) -> np.ndarray:
 
 
 def _annotation(shape: dict[str, Any]) -> dict[str, Any]:
-    """Polygons where the whole shape is seen, RLE of the visible part where not, uncompressed RLE for a crowd."""
+    """Annotate a shape.
+
+    A shape that is fully visible gets polygons, others an RLE of the visible part, a crowd an uncompressed RLE.
+    """
     from pycocotools import mask as coco_mask
 
     visible = shape["visible"]
@@ -245,7 +256,7 @@ def _annotation(shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed run lengths: down the columns, zeros first."""
+    """Return COCO's uncompressed run lengths, which go down the columns and start with zeros."""
     flat = np.concatenate([[False], mask.flatten(order="F")])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
     return np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()

@@ -1,17 +1,17 @@
-"""Losses that jump, and the bundle that keeps the step at which one did.
+"""Detect losses that jump, and save the step at which that happened as a bundle.
 
     spike    loss > factor * median  and  loss > median + deviations * 1.4826 * MAD,  of the last `window` losses
     MAD      median of |loss - median|; 1.4826 MAD is the standard deviation of a normal distribution
 
-Both, because a smooth curve has a tiny MAD and a noisy one a small median. Until `least` losses are known only values
-that are not finite count. Finite spikes enter the window: a few do not move its median, and a loss that stays high
-becomes the new normal.
+Both conditions are needed, because a smooth curve has a tiny MAD and a noisy curve a small median. Until `least` losses
+are known, only values that are not finite count. Finite spikes enter the window: a few of them do not move its median,
+and a loss that stays high becomes the new normal.
 
-A replay needs the weights before the optimizer step, so that a step is judged between backward() and
-optimizer.step(): one synchronization a step, but nothing needs to be copied: the weights, the batch and the seed of the
-step are all still there. It also sees gradients that are not finite a step before the loss does. On a CPU it costs
-nothing; on a GPU the host no longer runs ahead, which costs the more the smaller the step. What a forward pass itself
-changes, delayed tensor scales, has to be taken before it: nv.extra_state(model).
+A replay needs the weights before the optimizer step, so a step is judged between backward() and optimizer.step(). This
+costs one synchronization per step, but no copies, because the weights, the batch and the seed of the step are all still
+there. Gradients that are not finite are also noticed one step before the loss shows them. On a CPU this costs nothing.
+On a GPU the host can no longer run ahead, which matters more the smaller the step is. The forward pass itself changes
+the delayed tensor scales, so nv.extra_state(model) must be called before it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NORMAL = 1.4826
 
 @dataclass(frozen=True)
 class Spike:
-    """One step that went wrong; `reason` in words."""
+    """Describe one step that went wrong, with the reason in words."""
 
     step: int
     loss: float
@@ -42,15 +42,15 @@ class Spike:
 
 
 class SpikeWatch:
-    """Judges each loss: a spike, not finite, or neither.
+    """Judge each loss: a spike, not finite, or normal.
 
     Args:
-        factor: a spike exceeds this multiple of the median; > 1.
-        window: losses that the median is taken of.
-        deviations: and this many robust standard deviations above it.
-        least: losses to know before anything finite is called a spike; at most `window`.
+        factor: A spike exceeds this multiple of the median; > 1.
+        window: Number of losses for the median.
+        deviations: A spike also exceeds the median by this many robust standard deviations.
+        least: Number of losses to know before a finite loss can be a spike; at most `window`.
     Raises:
-        ValueError: a value out of range.
+        ValueError: If a value is out of range.
     """
 
     def __init__(self, factor: float = 2.0, window: int = 100, deviations: float = 6.0, least: int = 10) -> None:
@@ -65,13 +65,14 @@ class SpikeWatch:
         self.known: deque[float] = deque(maxlen=window)
 
     def check(self, step: int, loss: Tensor, gradients: Iterable[Tensor | None] = ()) -> Spike | None:
-        """Judge this step now: after backward(), before optimizer.step().
+        """Judge this step. Call it after backward() and before optimizer.step().
 
         Args:
-            gradients: [p.grad for p in model.parameters()], to hear of values that are not finite; None are skipped.
+            gradients: [p.grad for p in model.parameters()], to find values that are not finite; None is skipped.
         """
         found = [gradient.detach().isfinite().all() for gradient in gradients if gradient is not None]
         finite = torch.stack(found).all() if found else torch.tensor(True, device=loss.device)
+        # One transfer to the host for both values: this is the one synchronization per step.
         value, sound = torch.stack([loss.detach().float().reshape(()), finite.float()]).tolist()
         spike = self._judge(step, value)
         if spike is None and not sound:
@@ -105,17 +106,18 @@ def write_bundle(
     spike: Spike,
     nvfp4_state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Keep a step for `te-nvfp4-cv diagnose PATH`; call it before optimizer.step().
+    """Save a step for `te-nvfp4-cv diagnose PATH`. Call it before optimizer.step().
 
     Args:
-        state: the whole model's state_dict, as it was before the step.
-        batch: (images, targets) as the model got them.
-        seed: what torch.manual_seed was given before the forward pass.
-        recipe_text: Precision.recipe_text; autocast: Precision.dtype.
-        arguments: those of rebuild.build.
+        state: The whole model's state_dict before the step.
+        batch: (images, targets) as the model received them.
+        seed: The argument of torch.manual_seed before the forward pass.
+        recipe_text: Precision.recipe_text.
+        autocast: Precision.dtype.
+        arguments: The arguments of rebuild.build.
         nvfp4_state: nv.extra_state(model) from before the forward pass; needed for delayed tensor scales.
     Raises:
-        RuntimeError: the file cannot be written; nothing has changed on disk then.
+        RuntimeError: If the file cannot be written. Nothing has changed on disk then.
     """
     from te_nvfp4_cv import sensitivity
 

@@ -1,6 +1,6 @@
-"""The parts of a data set as they lie on disk, and the refusals that all layouts share.
+"""Hold the splits of a data set as they are on disk, and make the errors that all layouts share.
 
-Every refusal names the file or folder it is about.
+Every error names the file or folder that it is about.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from te_nvfp4_cv.errors import value_error
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """The splits of one data set, undecoded, with the names of the classes that the masks hold."""
+    """Hold the splits of one data set, not yet decoded, and the names of the classes in the masks."""
 
     train: RawSplit
     val: RawSplit
@@ -28,12 +28,12 @@ class SegmentationData:
 
 @dataclass(frozen=True)
 class RawSplit:
-    """One split as it lies on disk.
+    """Hold one split as it is on disk.
 
     Args:
-        names: the files of the images.
-        read: `read(i)` gives an RGB PIL image and a [H, W] uint8 array of class ids.
-        objects: `objects(i)` gives what is annotated one by one; None: the layout has no objects.
+        names: The files of the images.
+        read: `read(i)` returns an RGB PIL image and a [H, W] uint8 array of class ids.
+        objects: `objects(i)` returns the annotated objects of image i. If None, the layout has no objects.
     """
 
     name: str
@@ -46,20 +46,20 @@ class RawSplit:
 
     @cached_property
     def label_pixels(self) -> np.ndarray:
-        """[images, 256] int64: how many pixels of each image have each id. Reads the whole split, once."""
+        """Count the pixels of each image with each id, [images, 256] int64. This reads the whole split, once."""
         counts = [np.bincount(self.read(index)[1].ravel(), minlength=256) for index in range(len(self))]
         return np.stack(counts).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One annotated object.
+    """Hold one annotated object.
 
     Args:
-        label: class number, from 1.
-        box: x0, y0, x1, y1 in pixels, as annotated: it may be empty, or reach beyond the image.
-        crowd: a region of many objects.
-        mask: gives a [H, W] uint8 array of 0 and 1; None: the annotation has no mask.
+        label: Class number, from 1.
+        box: x0, y0, x1, y1 in pixels, as annotated. It may be empty or reach beyond the image.
+        crowd: Whether this is a region of many objects.
+        mask: Returns a [H, W] uint8 array of 0 and 1. If None, the annotation has no mask.
     """
 
     label: int
@@ -70,7 +70,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of an image and the size that the annotations give it."""
+    """Hold the objects of an image, and the image size according to the annotations."""
 
     height: int
     width: int
@@ -78,21 +78,21 @@ class Objects:
 
 
 def check_upright(paths: Iterable[Path]) -> None:
-    """Refuse files that EXIF says to turn: who made the labels may have seen them so, or not. Reads headers alone.
+    """Refuse files that EXIF says to turn, because their labels may fit either orientation. Reads only headers.
 
     Raises:
-        ValueError: the first one.
+        ValueError: If a file is to be turned; the error names the first one.
     """
     for path in paths:
         try:
             with Image.open(path) as image:
-                in_header = image.format != "PNG" or "exif" in image.info  # else Pillow reads all of a PNG for it
+                in_header = image.format != "PNG" or "exif" in image.info  # else Pillow would read all of a PNG
                 orientation = image.getexif().get(0x0112, 1) if in_header else 1
-        except Exception:  # Pillow's, of any class; a damaged file is refused when it is read
+        except Exception:  # Pillow raises errors of any class; a damaged file is refused later, when it is read
             continue
         if orientation in range(2, 9):
             raise value_error(
-                f"data: {path} is to be turned before it is shown.",
+                f"data: {path} must be turned before it is shown.",
                 got=f"EXIF orientation {orientation}",
                 needs="pixels stored upright, so that image and labels fit without a doubt",
                 fix="write it upright (PIL.ImageOps.exif_transpose), or remove the tag if the labels fit these pixels",
@@ -100,10 +100,12 @@ def check_upright(paths: Iterable[Path]) -> None:
 
 
 def open_image(path: Path, convert: bool = True) -> Image.Image:
-    """The pixels of a file as they are stored, as RGB unless `convert` is False. 16-bit grey keeps its upper byte.
+    """Read the pixels of a file as they are stored, as RGB unless `convert` is False.
+
+    Of 16-bit grey pixels, the upper byte is used.
 
     Raises:
-        ValueError: no picture, a damaged one, or one of floating-point pixels.
+        ValueError: If the file is not a picture, is damaged, or has floating-point pixels.
     """
     try:
         with Image.open(path) as image:
@@ -124,7 +126,11 @@ def open_image(path: Path, convert: bool = True) -> Image.Image:
 
 
 def check_classes(wanted: list[str], known: list[str], where: str, given: bool = True) -> None:
-    """Refuse classes that are not there; `given`: by --classes, else those of the training split."""
+    """Refuse classes that do not exist.
+
+    Args:
+        given: Whether --classes names them; otherwise they come from the training split.
+    """
     source = "--classes names" if given else "the training split has a class"
     unknown = [name for name in wanted if name not in known]
     if unknown or len(set(wanted)) != len(wanted):

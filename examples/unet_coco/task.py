@@ -1,12 +1,12 @@
-"""What a task is to the Trainer: its model, its data, its loss, its scores and its pictures.
+"""Define what a task provides to the Trainer: its model, data, loss, scores and pictures.
 
     step        output = model(images, *task.inputs(targets));   loss = task.loss(output, targets, group)
     evaluation  {"loss": mean loss, score: value, ...};   task.titles names the scores, task.main is the one to compare
 
-A target is what the collate function makes of the data set's second part: a tensor of masks, or a list of tables, one
-per image. On several ranks every rank has its part of the batch; the loss returned is that of the whole batch on all of
-them, and the average of the ranks' gradients is its gradient. A task refuses, when it is made, data that it cannot
-learn from.
+Targets are what the collate function makes from the second part of the data set's items: a tensor of masks, or a list
+of tables, one per image. With several ranks, every rank has its part of the batch. The loss is that of the whole batch
+on all of them, and the average of the ranks' gradients is its gradient. Data that a task cannot learn from is refused
+when the task is created.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Batches = Iterable[tuple[Tensor, Any]]
 
 
 class Task(ABC):
-    """One thing to learn, from the data that were opened.
+    """Define one thing to learn from the opened data.
 
     Attributes:
-        titles: the scores' names in tables, by their keys in summary.json.
-        main: the key of the score that the curves show and that is measured with the weights in fp32 too.
-        class_weights: fp32 [classes] that the loss weighs classes with, or None.
-        collate: what a loader makes of a list of items; None stacks them.
+        titles: Names of the scores in tables, by their keys in summary.json.
+        main: Key of the score that the curves show and that is measured with the weights in fp32 too.
+        class_weights: Weights of the classes in the loss, fp32 [classes], or None.
+        collate: Makes a batch from a list of items. If None, items are stacked.
     """
 
     titles: Mapping[str, str]
@@ -48,32 +48,35 @@ class Task(ABC):
 
     @abstractmethod
     def architecture(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint's weights to fit and to mean the same: plain values."""
+        """Return plain values that must be equal for a checkpoint's weights to fit and to mean the same."""
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A new model, drawn from torch's generator."""
+        """Build a new model with weights from torch's generator."""
 
     @abstractmethod
     def dataset(self, raw: RawSplit, train: bool) -> Dataset[tuple[Tensor, Any]]:
-        """The split made ready; len() is the number of its images."""
+        """Prepare the split for the model; len() is the number of its images."""
 
     def inputs(self, targets: Any) -> tuple[Any, ...]:
-        """What the model takes beside the images while it trains."""
+        """Return what the model takes in addition to the images while it trains."""
         return ()
 
     @abstractmethod
     def loss(self, output: Any, targets: Any, group: Any = None) -> Tensor:
-        """The loss of the batch whose parts lie on the ranks of `group`, in fp32."""
+        """Compute the loss, in fp32, of the batch whose parts are on the ranks of `group`."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batches: Batches, device: torch.device, context: Context) -> dict[str, float]:
-        """The "loss" and every score over a split, each forward inside `context()`; the model's mode is put back."""
+        """Compute the "loss" and every score over a split, with each forward inside `context()`.
+
+        The model's mode is restored afterwards.
+        """
 
     @abstractmethod
     def draw_truth(self, images: Tensor, targets: Any) -> list[np.ndarray]:
-        """One picture [H, W, 3] uint8 per image."""
+        """Draw the truth, one picture [H, W, 3] uint8 per image."""
 
     @abstractmethod
     def draw_predicted(self, model: nn.Module, images: Tensor, targets: Any, context: Context) -> list[np.ndarray]:
-        """As draw_truth, of what the model says."""
+        """Draw the model's predictions, one picture [H, W, 3] uint8 per image."""

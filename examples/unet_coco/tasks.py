@@ -1,4 +1,4 @@
-"""The tasks by their names on the command line."""
+"""List the tasks by their names on the command line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ KINDS: dict[str, type[Task]] = {"semantic": Semantic, "instance": Instance, "det
 
 
 def make_task(settings: Settings, data: SegmentationData) -> Task:
-    """The task of --task on these data.
+    """Create the task of --task on these data.
 
     Raises:
-        ValueError: data that the task cannot learn from.
+        ValueError: If the task cannot learn from the data.
     """
     return KINDS[settings.task](settings, data)

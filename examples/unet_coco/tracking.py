@@ -1,6 +1,6 @@
-"""What a run tells while it trains: a progress bar, lines, and telemetry.
+"""Report the progress of a run: a progress bar, lines of text, and telemetry.
 
-Without tqdm installed the run goes on with lines, and says so once.
+If tqdm is not installed, the run prints lines instead of a bar, and says so once.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _told: set[str] = set()
 
 
 def tell_once(text: str) -> None:
-    """Print `text` the first time it comes up."""
+    """Print `text`, but only the first time it is passed."""
     if text not in _told:
         _told.add(text)
         print(text, flush=True)
 
 
 class Progress:
-    """A tqdm bar on a terminal; only lines elsewhere, and on ranks but the first."""
+    """Show a tqdm bar on a terminal, and only lines elsewhere. Only the first rank shows a bar."""
 
     def __init__(self, name: str, total: int, done: int, rank: int = 0) -> None:
         self.name = name
@@ -41,17 +41,18 @@ class Progress:
         except ImportError:
             tell_once("tqdm is not installed: lines instead of a progress bar (pip install tqdm)")
             return
+        # disable=None shows no bar if stderr is not a terminal.
         self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None, leave=False, file=sys.stderr)
 
     def step(self, **figures: str) -> None:
-        """One step further; figures stand beside the bar."""
+        """Advance by one step and show the figures next to the bar."""
         if self._bar is not None:
             self._bar.update()
             if figures:
                 self._bar.set_postfix(figures)
 
     def line(self, text: str) -> None:
-        """A line that stays, above the bar."""
+        """Print a line that stays, above the bar."""
         if self._bar is not None and not self._bar.disable:
             self._bar.write(text)
         else:
@@ -70,12 +71,14 @@ def start_telemetry(
     rank: int,
     goes_on: tuple[str, int] | None = None,
 ) -> tuple[Telemetry, Path]:
-    """Telemetry of one precision's run and its file: JSON lines in its folder; W&B and TensorBoard where asked for.
+    """Start the telemetry of one precision's run, and return it with the name of its file.
+
+    It writes JSON lines in the precision's folder, and to W&B and TensorBoard if they are turned on.
 
     Args:
-        folder: of this precision, in the run's folder, whose name is the W&B group.
-        rank: only rank 0 writes.
-        goes_on: the checkpoint's (file, step), to go on from there; None: a new file.
+        folder: The folder of this precision, in the run's folder, whose name is the W&B group.
+        rank: Only rank 0 writes.
+        goes_on: The checkpoint's (file, step), to continue from there. If None, a new file is started.
     """
     group, name = settings.out.name, precision.name
     sinks: list[telemetry.Sink] = []
@@ -95,17 +98,17 @@ def start_telemetry(
 
 
 def show_telemetry(out: Path, files: Sequence[Path]) -> list[Path]:
-    """Draw what telemetry sampled: OUT/plots, one folder per precision, and OUT/report.html with all beside each other.
+    """Draw what telemetry sampled: OUT/plots with one folder per precision, and OUT/report.html with all side by side.
 
     Returns:
-        Of the report and the folder of the plots what was written; nothing where no step was sampled.
+        The paths that were written, of the report and of the folder of plots; none if no step was sampled.
     """
     drawn: list[Path] = []
 
     def draw(what: str, act: Callable[[], Path]) -> None:
         try:
             drawn.append(act())
-        except (ValueError, RuntimeError, OSError) as error:  # pictures must not cost a finished run
+        except (ValueError, RuntimeError, OSError) as error:  # a failed plot must not end a finished run
             tell_once(f"telemetry: no {what}: {error}")
 
     def heatmaps() -> Path:

@@ -8,9 +8,9 @@
     torchrun --standalone --nproc-per-node 2 examples/unet_coco/train.py                 several GPUs or processes
 
 Every precision starts from the same seed and sees the same batches, flips and dropout. The table compares the loss, the
-task's scores (in the precision trained, the main one with the same weights in fp32 too), the median step time, the
-bytes kept for backward and the share of FLOPs in NVFP4. Refuses, before training, data with missing parts, unknown
-names and settings that cannot train.
+task's scores (in the precision of the training; the main score with the same weights in fp32 too), the median step
+time, the bytes saved for backward and the share of FLOPs in NVFP4. Data with missing parts, unknown names and settings
+that cannot train are refused before training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 _HERE = Path(__file__).resolve()
 if str(_HERE.parents[1]) not in sys.path:
     sys.path.insert(0, str(_HERE.parents[1]))  # the package unet_coco and its neighbour _torchvision
-sys.path.append(str(_HERE.parents[2]))  # te_nvfp4_cv of this checkout, where it is not installed
+sys.path.append(str(_HERE.parents[2]))  # te_nvfp4_cv of this checkout, if it is not installed
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -47,12 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
     """Run the comparison.
 
     Args:
-        arguments: the command line; None reads sys.argv.
+        arguments: The command line. If None, sys.argv is used.
     Returns:
-        What summary.json holds.
+        The content of summary.json.
     Raises:
-        ValueError, RuntimeError: see the files of this folder; each message says what came, what is needed and what to
-        do.
+        ValueError: If an option or the data cannot be used.
+        RuntimeError: If the machine lacks something, such as the GPU. Each message says what was given, what is
+            needed and what to do.
     """
     settings = parse_options(arguments)
     if settings.deterministic:
@@ -65,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
         out, claimed = ranks.first(lambda: run_folder(settings.out, settings.resume))
         if out != settings.out:
             print(
-                f"note: {settings.out} holds another run, which stays as it is (--resume goes on with it); "
-                f"this one goes to {out}"
+                f"note: {settings.out} contains another run, which stays as it is (--resume continues it); "
+                f"this run writes to {out}"
             )
             settings = dataclasses.replace(settings, out=out)
         many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""
@@ -81,19 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
             if claimed and ranks.rank == 0:
                 give_up(out)
             if isinstance(error, KeyboardInterrupt) and any(out.glob("*/last.pt")):
-                raise KeyboardInterrupt(f"--out {out} --resume goes on from the last checkpoint") from error
+                raise KeyboardInterrupt(f"--out {out} --resume continues from the last checkpoint") from error
             raise
 
 
 def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
-    """The data of --data, or the drawn shapes, which are written beside --out the first time."""
+    """Open the data of --data, or the drawn shapes, which are written next to --out the first time."""
     if settings.data is not None:
         return load_data(settings.data, settings.layout, settings.classes, settings.val_share)
     if settings.layout != "coco":
         raise value_error(
             f"--layout {settings.layout} needs data.",
             got="no --data",
-            needs="a folder laid out so",
+            needs="a folder with this layout",
             fix=f"--data ROOT --layout {settings.layout}",
         )
     root = settings.out.resolve().parent / "shapes_coco"
@@ -105,17 +106,17 @@ def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
 def compare(
     settings: Settings, precisions: Sequence[Precision], data: SegmentationData, device: torch.device, ranks: Ranks
 ) -> dict[str, dict[str, float | int]]:
-    """Train every precision, and write the report after each: an interruption loses nothing that is finished."""
+    """Train every precision, and write the report after each, so that an interruption loses no finished one."""
     rows: dict[str, dict[str, float | int]] = {}
     history: dict[str, dict[str, list[dict[str, float]]]] = {}
     predictions: dict[str, list[np.ndarray]] = {}
     titles: Mapping[str, str] = {}
     files: list[Path] = []
     out = settings.out
-    if settings.resume:  # rows of precisions that this call does not reach
+    if settings.resume:  # keep the rows of precisions that this call does not reach
         for name, held in (("summary.json", rows), ("history.json", history)):
             held.update(_earlier(out / name))
-    for precision in precisions[1:]:  # what it refuses comes now, not after the ones before have trained
+    for precision in precisions[1:]:  # errors must come now, not after the precisions before have trained
         trainer = Trainer(precision, settings, data, device, out / precision.name, ranks)
         if settings.resume:
             trainer.resume()
@@ -129,7 +130,7 @@ def compare(
         if settings.resume:
             print(
                 f"{precision.name}: "
-                + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting anew")
+                + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting fresh")
             )
         at = trainer.position
         goes_on = (at.telemetry, at.step) if found else None
@@ -163,10 +164,10 @@ def compare(
 
 
 def _earlier(path: Path) -> Any:
-    """What a report's file held before.
+    """Read what a report's file contained before this run.
 
     Raises:
-        ValueError: a damaged one.
+        ValueError: If the file is damaged.
     """
     if not path.is_file():
         return {}

@@ -1,13 +1,14 @@
-"""UNet for semantic segmentation: a plain torch module that knows nothing of NVFP4.
+"""Build a UNet for semantic segmentation, as a plain torch module that knows nothing about NVFP4.
 
     width of level l in 0..4 = round(scale * (64, 128, 256, 512, 1024)[l])
     down: max-pool 2, two (conv 3x3, GroupNorm, activation)
     up:   ConvTranspose2d k2 s2, concat with the skip of that level, two (conv 3x3, GroupNorm, activation)
     head: conv 1x1
 
-Names that recipes may use in their [precision] table: `stem` (level 0; its first convolution reads the image), `down.0`
-.. `down.3`, `up.0` .. `up.3`, `head` (the classifier). Image sides need not be multiples of 16: an odd level is padded
-on the way up. Refuses a scale so small that a level would have no channel, and an unknown activation.
+Recipes may use these names in their [precision] table: `stem` (level 0; its first convolution reads the image),
+`down.0` .. `down.3`, `up.0` .. `up.3`, `head` (the classifier). Image sides need not be multiples of 16: an odd level
+is padded on the way up. A scale so small that a level would have no channel is refused, and so is an unknown
+activation.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ ACTIVATIONS = ("relu", "silu")
 
 
 def group_count(channels: int) -> int:
-    """GroupNorm groups, a divisor of the channels: four channels each, at most 32 groups (16 each: far worse)."""
+    """Return the number of GroupNorm groups, a divisor of the channels.
+
+    A group has four channels, and there are at most 32 groups. 16 channels per group trained far worse (docs/LOG.md).
+    """
     return math.gcd(channels, min(32, max(1, channels // 4)))
 
 
 class DoubleConv(nn.Sequential):
-    """(conv 3x3, GroupNorm, activation) twice; the convolutions carry no bias, GroupNorm has one."""
+    """Apply (conv 3x3, GroupNorm, activation) twice. The convolutions have no bias, because GroupNorm has one."""
 
     def __init__(self, c_in: int, c_out: int, activation: str) -> None:
         layers: list[nn.Module] = []
@@ -44,7 +48,7 @@ class DoubleConv(nn.Sequential):
 
 
 class Down(nn.Module):
-    """Half the image, twice the channels."""
+    """Halve the image, then apply DoubleConv, which sets the channels."""
 
     def __init__(self, c_in: int, c_out: int, activation: str) -> None:
         super().__init__()
@@ -56,7 +60,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the image by a transposed convolution, then the skip beside it."""
+    """Double the image with a transposed convolution, concatenate the skip, then apply DoubleConv."""
 
     def __init__(self, c_in: int, c_out: int, activation: str) -> None:
         super().__init__()
@@ -66,19 +70,20 @@ class Up(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.up(x)
         missing_h, missing_w = skip.shape[-2] - x.shape[-2], skip.shape[-1] - x.shape[-1]
+        # Max-pooling dropped the last row or column of an odd image, so the doubled image is one short.
         if missing_h or missing_w:
             x = F.pad(x, (0, missing_w, 0, missing_h))
         return self.conv(torch.cat([skip, x.to(skip.dtype)], dim=1))
 
 
 class UNet(nn.Module):
-    """UNet of five levels.
+    """Run a UNet of five levels.
 
     Args:
-        num_classes: channels of the logits, background included.
-        scale: factor on the widths 64 .. 1024.
+        num_classes: Channels of the logits, background included.
+        scale: Factor on the widths 64 .. 1024.
         activation: "relu" or "silu".
-        dropout: share of bottleneck channels zeroed while training.
+        dropout: Share of bottleneck channels that are zeroed in training.
     """
 
     def __init__(self, num_classes: int, scale: float = 1.0, activation: str = "relu", dropout: float = 0.1) -> None:
@@ -106,10 +111,11 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(widths[0], num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, num_classes, H, W]."""
+        """Compute the logits [B, num_classes, H, W] of images [B, 3, H, W]."""
         skips = [self.stem(x)]
         for down in self.down:
             skips.append(down(skips[-1]))
+        # The lowest level is the start of the way up, not a skip.
         x = self.dropout(skips.pop())
         for up in self.up:
             x = up(x, skips.pop())

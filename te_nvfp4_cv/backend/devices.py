@@ -1,7 +1,7 @@
-"""The current GPU.
+"""Make sure that work runs on the device that was meant.
 
-Triton launches on torch's current device and its stream, whatever device the tensors are on: a launch function makes
-its tensors' device current first. Operators of torch do that by themselves, custom ones do not.
+Triton launches on torch's current device and stream, wherever the tensors are, so a launch function first makes its
+tensors' device the current one. Torch's own operators do that by themselves; custom operators do not.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ R = TypeVar("R")
 
 
 def usable(device: str | torch.device, caller: str) -> torch.device:
-    """The device, if a tensor can be made there.
+    """Return the device, after making sure that a tensor can be made there.
 
     Raises:
-        ValueError: an unknown name, a build without CUDA, a GPU that is not there.
+        ValueError: The name is unknown, torch is built without CUDA, or there is no such GPU.
     """
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(0, device=chosen)  # torch.device alone takes "cuda:7" on every machine
     except (RuntimeError, AssertionError) as error:
         raise value_error(
             f"{caller}: device not usable.",
@@ -39,7 +39,7 @@ def usable(device: str | torch.device, caller: str) -> torch.device:
 
 
 def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """`launch` with the device of its first tensor as the current one."""
+    """Decorate a launch function so that it runs with the device of its first tensor as the current one."""
 
     @functools.wraps(launch)
     def launched(first: Tensor, *rest: P.args, **named: P.kwargs) -> R:

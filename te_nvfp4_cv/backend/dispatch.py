@@ -1,5 +1,6 @@
-"""Which backend runs a call, and why. One function decides; an explicit choice that cannot run raises; nothing falls
-back silently.
+"""Choose the backend that runs a call.
+
+One function decides. An explicit choice that cannot run raises an error; nothing falls back silently.
 
     reference   anywhere: plain torch, the specification
     vendor      CPU: compiled kernels + oneDNN. CUDA from sm_80: Triton quantization kernels + cuDNN / cuBLAS
@@ -7,8 +8,8 @@ back silently.
                 (sm_100, sm_103, sm_120) by its FP4 tensor cores. On a CPU only under Triton's interpreter, for tests
     auto        vendor; triton on a Blackwell GPU where `te-nvfp4-cv selftest` has passed
 
-Refuses unknown names and backends that cannot run on the device. Whether a kernel may use FP4 instructions is decided
-here too, by compute capability, never by trying.
+Which GPUs have FP4 tensor cores is decided here as well, by compute capability and never by trying: a kernel
+that breaks the compiler can end the process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from te_nvfp4_cv.backend import native, selftest_cache
+from te_nvfp4_cv.backend import cache, torch_private
 from te_nvfp4_cv.errors import runtime_error, value_error
 
 BACKENDS = ("auto", "reference", "vendor", "triton")
@@ -31,10 +32,10 @@ KERNELS_ON_CPU = False  # tests set it, under the interpreter: vendor on a CPU t
 
 
 def check_backend(backend: str) -> str:
-    """`backend` itself.
+    """Return `backend` unchanged if it is the name of one.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: The name is unknown.
     """
     if backend not in BACKENDS:
         raise value_error(
@@ -47,11 +48,11 @@ def check_backend(backend: str) -> str:
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """The backend that serves tensors of `device`: "reference", "vendor" or "triton".
+    """Return the backend that runs on tensors of `device`: "reference", "vendor" or "triton".
 
     Raises:
-        ValueError: an unknown name.
-        RuntimeError: a backend that cannot run there.
+        ValueError: The name is unknown.
+        RuntimeError: The backend cannot run on that device.
     """
     check_backend(backend)
     if backend == "reference":
@@ -68,7 +69,7 @@ def resolve(backend: str, device: torch.device) -> str:
             fix="backend='reference'",
         )
     if backend == "auto":
-        backend = "triton" if native_fp4(device) and selftest_cache.passed(device) else "vendor"
+        backend = "triton" if native_fp4(device) and cache.selftest_passed(device) else "vendor"
     capability = torch.cuda.get_device_capability(device)
     if capability < MINIMUM_CAPABILITY:
         raise runtime_error(
@@ -99,18 +100,25 @@ def _check_interpreter(device: torch.device) -> None:
 
 
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
+    """Return True if Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, as NumPy code on the CPU."""
+    """Return True if Triton kernels run in its interpreter, as NumPy code on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def kernels_serve(device: torch.device) -> bool:
-    """Whether the vendor backend quantizes tensors of `device` with the Triton kernels."""
+    """Return True if the vendor backend quantizes tensors of `device` with the Triton kernels."""
     return device.type == "cuda" or (KERNELS_ON_CPU and device.type == "cpu")
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Return True if Triton kernels take tensors of `device`: a new enough GPU, or a CPU with the interpreter."""
+    if not kernels_serve(device) or not has_triton():
+        return False
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= MINIMUM_CAPABILITY
 
 
 def runs_directly(x: Tensor) -> bool:
@@ -127,59 +135,21 @@ def runs_directly(x: Tensor) -> bool:
 
 
 def native_fp4(device: torch.device) -> bool:
-    """Whether kernels on `device` multiply NVFP4 operands as they are, by FP4 tensor cores."""
+    """Return True if `device` has tensor cores that multiply NVFP4 operands without unpacking them."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in FP4_CAPABILITIES
 
 
 def bf16_is_native(device: torch.device) -> bool:
-    """Whether bf16 convolutions run on bf16 arithmetic there (on a CPU: AVX-512 bf16 or AMX)."""
-    if device.type != "cpu":
-        return True
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """Return True if bf16 convolutions use bf16 arithmetic on that device (on a CPU: AVX-512 bf16 or AMX)."""
+    return device.type != "cpu" or torch_private.cpu_multiplies_bf16()
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device, autocast: bool) -> torch.dtype:
-    """dtype of the dequantized operands of a vendor convolution; always exact, so only speed depends on it.
+    """Return the dtype of a vendor convolution's dequantized operands. They are exact in it, so it decides speed only.
 
-    fp16 goes through fp32 (products of codes and scales overflow fp16, and oneDNN is slow there); so does bf16 on a
-    CPU without
-    bf16 arithmetic, unless the user asked for bf16 by torch.autocast.
+    fp16 operands become fp32, because products of codes and scales overflow fp16 and oneDNN is slow in it. So do bf16
+    ones on a CPU without bf16 arithmetic, unless the user asked for bf16 with torch.autocast.
     """
     if dtype == torch.bfloat16 and (autocast or bf16_is_native(device)):
         return torch.bfloat16
     return torch.float32
-
-
-def explain(device: torch.device) -> dict[str, str]:
-    """For `te-nvfp4-cv doctor`: backend, why, and what each other one would need."""
-    try:
-        chosen = resolve("auto", device)
-    except RuntimeError as error:
-        return {"backend": "none", "why": str(error), "triton": _about_triton(device)}
-    if device.type == "cpu":
-        quantizer = "compiled kernels" if native.load() is not None else "plain torch (no C++ compiler)"
-        dtype = (
-            "bf16 where autocast is on"
-            if bf16_is_native(device)
-            else "fp32, no AVX-512 bf16 or AMX here (bf16 where autocast is on)"
-        )
-        why = f"CPU: quantization by {quantizer}, convolutions by oneDNN in {dtype}"
-    elif chosen == "vendor":
-        why = "CUDA: quantization by Triton kernels, convolutions by cuDNN on exact dequantized operands"
-    else:
-        why = "CUDA: FP4 tensor cores by Triton kernels; the self-test has passed on this GPU"
-    return {"backend": chosen, "why": why, "triton": _about_triton(device)}
-
-
-def _about_triton(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "needs a CUDA GPU of compute capability 8.0 or newer"
-    if not has_triton():
-        return "needs the package triton, which is not installed"
-    if torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
-        return "needs compute capability 8.0 or newer"
-    if not native_fp4(device):
-        return "can run: operands are unpacked in registers; vendor is faster except for memory-bound 1x1 convolutions"
-    if selftest_cache.passed(device):
-        return "the default here"
-    return "can run on the FP4 tensor cores; becomes the default when `te-nvfp4-cv selftest` has passed"

@@ -1,13 +1,10 @@
-"""The compiled CPU kernels: built once per machine from native.cpp with the user's C++ compiler, called through ctypes.
+"""Build the CPU kernels once per machine from native.cpp, with the user's C++ compiler, and load them through ctypes.
 
-No torch headers and no Python.h are needed: a C++17 compiler is enough (g++ or clang++, `CXX` overrides). The shared
-object
-goes to a cache folder (`TE_NVFP4_CV_CACHE`, else XDG_CACHE_HOME/te_nvfp4_cv or ~/.cache/te_nvfp4_cv), named after
-source, flags, compiler and CPU,
-and written atomically, so that parallel processes and mixed machines share the folder safely.
-Without a compiler `load()` returns None, says so once, and the `vendor` backend quantizes with plain torch: same
-bits, slower.
-`TE_NVFP4_CV_NATIVE=0` switches the kernels off.
+No torch headers and no Python.h are needed: a C++17 compiler is enough (g++ or clang++, or the one that `CXX` names).
+The shared object goes to the folder of cache.py. Its name is a digest of source, flags, compiler and CPU, and it is
+renamed into place, so that parallel processes and different machines can share the folder.
+Without a compiler `load()` returns None and warns once; the vendor backend then quantizes with plain torch, which gives
+the same bits and is slower. `TE_NVFP4_CV_NATIVE=0` switches the kernels off.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from te_nvfp4_cv.backend.cache import cache_folder
 from te_nvfp4_cv.errors import warn_once
 
 _log = logging.getLogger("te_nvfp4_cv")
@@ -34,87 +32,47 @@ _FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-tra
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
-class Operand(ctypes.Structure):
-    """One activation or gradient and what to make of it; field by field the struct of native.cpp."""
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
 
+
+class Operand(ctypes.Structure):
+    """One activation or gradient and what to make of it: the C struct of the same name in native.cpp."""
+
+    # ctypes lays the fields out as C does, so their order and widths must be those of native.cpp.
     _fields_ = [
-        ("x", _P),
-        ("row_start", _P),
-        ("images", _I64),
-        ("L", _I64),
-        ("Wp", _I64),
-        ("C", _I64),
-        ("groups", _I64),
-        ("fold_images", _I64),
-        ("fold_L", _I64),
-        ("row_dq", _P),
-        ("row_codes", _P),
-        ("row_scale", _P),
-        ("col_dq", _P),
-        ("col_codes", _P),
-        ("col_scale", _P),
-        ("amax", _P),
-        ("observed", _P),
-        ("seed", _I64),
-        ("rht", _I32),
-        ("stochastic", _I32),
-        ("in_bf16", _I32),
-        ("out_bf16", _I32),
-        ("threads", _I32),
-        ("want_row", _I32),
-        ("want_col", _I32),
-        ("error", _I32),
-        ("e4m3_max", _F32),
+        *_fields(_P, "x row_start"),
+        *_fields(_I64, "images L Wp C groups fold_images fold_L"),
+        *_fields(_P, "row_dq row_codes row_scale col_dq col_codes col_scale amax observed"),
+        *_fields(_I64, "seed"),
+        *_fields(_I32, "rht stochastic in_bf16 out_bf16 threads want_row want_col error"),
+        *_fields(_F32, "e4m3_max"),
     ]
 
 
 class Weight(ctypes.Structure):
-    """One 16x16-scaled kernel tensor; field by field the struct of native.cpp."""
+    """One weight with 16x16 blocks: the C struct of the same name in native.cpp, in the same order."""
 
     _fields_ = [
-        ("w", _P),
-        ("groups", _I64),
-        ("Og", _I64),
-        ("Cg", _I64),
-        ("T", _I64),
-        ("stride_o", _I64),
-        ("stride_c", _I64),
-        ("stride_t", _I64),
-        ("dq", _P),
-        ("codes", _P),
-        ("scale", _P),
-        ("amax", _P),
-        ("in_bf16", _I32),
-        ("out_bf16", _I32),
-        ("threads", _I32),
-        ("error", _I32),
-        ("e4m3_max", _F32),
+        *_fields(_P, "w"),
+        *_fields(_I64, "groups Og Cg T stride_o stride_c stride_t"),
+        *_fields(_P, "dq codes scale amax"),
+        *_fields(_I32, "in_bf16 out_bf16 threads error"),
+        *_fields(_F32, "e4m3_max"),
     ]
 
 
 def compiler() -> str | None:
-    """The C++ compiler command that would be used (`CXX`, else g++, clang++ or c++), or None."""
+    """Return the C++ compiler command to use (that of `CXX`, else g++, clang++ or c++), or None if there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         words = shlex.split(name) if name else []
-        if words and (found := shutil.which(words[0])):
+        if words and (found := shutil.which(words[0])):  # CXX may hold options, too: "ccache g++"
             return shlex.join([found, *words[1:]])
     return None
 
 
-def cache_folder() -> Path:
-    """Where built kernels are kept; a private temporary folder when the usual one cannot be written."""
-    override, shared = os.environ.get("TE_NVFP4_CV_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        base = Path(override) if override else (Path(shared) if shared else Path.home() / ".cache") / "te_nvfp4_cv"
-        base.mkdir(parents=True, exist_ok=True)
-        if os.access(base, os.W_OK):
-            return base
-    except (OSError, RuntimeError):  # no rights, or no home
-        pass
-    return Path(tempfile.mkdtemp(prefix="te_nvfp4_cv_"))
-
-
 def _cpu_features() -> str:
+    # -march=native builds for this CPU: in a home folder shared by several machines each needs its build.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -129,7 +87,7 @@ def _tuning() -> list[str]:
 
 
 def _attempts() -> list[list[str]]:
-    """Flag sets from best to plainest: a compiler without OpenMP or -march=native still gives working kernels."""
+    """Return sets of flags, the best first: a compiler without OpenMP or -march=native still builds working kernels."""
     return [_FLAGS + _tuning() + ["-fopenmp"], _FLAGS + _tuning(), _FLAGS]
 
 
@@ -160,7 +118,7 @@ def _build(cxx: str) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
-    """The compiled kernels, built on the first call; None (said once) where that fails or is switched off."""
+    """Return the compiled kernels, which the first call builds, or None if they are off or cannot be built."""
     if os.environ.get("TE_NVFP4_CV_NATIVE", "1") == "0":
         return None
     cxx = compiler()
@@ -179,6 +137,7 @@ def load() -> ctypes.CDLL | None:
             f"te_nvfp4_cv could not build its CPU kernels, plain torch quantizes instead (same bits, slower): {error}",
         )
         return None
+    # Without argtypes ctypes would pass 64-bit sizes as C ints.
     for name in ("nvfp4_amax", "nvfp4_quantize", "nvfp4_quantize_weight", "nvfp4_unpack_weight"):
         getattr(library, name).argtypes, getattr(library, name).restype = [_P], None
     library.nvfp4_unpack_columns.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
@@ -190,5 +149,5 @@ def load() -> ctypes.CDLL | None:
 
 
 def available(device: torch.device) -> bool:
-    """Whether the compiled kernels serve tensors of this device."""
+    """Return True if the compiled kernels can run on tensors of this device."""
     return device.type == "cpu" and load() is not None

@@ -1,9 +1,8 @@
-"""Buffers for operands that live only until the next convolution: large ones are kept and used again on a CPU.
+"""Reuse memory on a CPU for large operands that live only until the next convolution.
 
-The C library maps fresh pages for every large tensor and unmaps them when it is freed; touching them costs more than
-quantizing into them.
-A buffer is free when no tensor refers to it any more; at most KEEP are kept, the largest ones. Never use it for
-tensors that autograd keeps.
+The C library maps fresh pages for every large tensor and unmaps them when the tensor is freed; touching fresh pages
+costs more than quantizing into them. So the KEEP largest buffers stay here and are handed out again as soon as no
+tensor refers to them. Do not use them for saved tensors: those would block the buffers until backward.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ _lock = threading.Lock()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized contiguous tensor, in a kept buffer where that is faster."""
+    """Return an uninitialized contiguous tensor, in a reused buffer if that is faster."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < SMALL:
         return torch.empty(shape, dtype=dtype, device=device)
     with _lock:
         whole = torch.from_numpy(_take(size + ALIGN))
-    start = -whole.data_ptr() % ALIGN
+    start = -whole.data_ptr() % ALIGN  # whole cache lines for the vector stores of the kernels
     return whole[start : start + size].view(dtype).view(shape)
 
 
@@ -40,7 +39,6 @@ def _take(size: int) -> np.ndarray:
     fitting = [buffer for buffer in free if buffer.nbytes >= size]
     if fitting:
         return min(fitting, key=lambda buffer: buffer.nbytes)
-    del fitting
     buffer = np.empty(size, dtype=np.uint8)
     _buffers.append(buffer)
     if len(_buffers) > KEEP:  # forget the smallest; where it is in use, its tensor keeps it alive
@@ -50,8 +48,9 @@ def _take(size: int) -> np.ndarray:
 
 
 def _count_of_a_free_buffer() -> int:
-    """What sys.getrefcount says in _take's comprehension of a buffer that only the list holds; it differs between
-    Python versions.
+    """Return what sys.getrefcount says, in a comprehension as in _take, about a buffer that only its list holds.
+
+    The number differs between Python versions.
     """
     held = [np.empty(1, dtype=np.uint8)]
     return [sys.getrefcount(buffer) for buffer in held][0]

@@ -1,14 +1,14 @@
-"""Meta-parameters of the Triton kernels (tile sizes, warps, stages): a static table, and a bounded search on request.
+"""Choose the meta-parameters of Triton kernels (tile sizes, warps, stages): from a table, or by a search on request.
 
     config(kernel, arch, key)           the table's entry
     config(kernel, arch, key, launch)   with TE_NVFP4_CV_AUTOTUNE=1 and on a GPU: the fastest of the kernel's candidates
 
-A table names, per kernel, the entry of each architecture class: sm_80, sm_89, sm_90, sm_100, sm_120, and 0 for the
-interpreter, which wants few programs with large tiles. The entry of the highest class not above `arch` serves.
-The search runs each candidate a few times between CUDA events and keeps the best in a JSON file (ops/cache.py), read
-by every later process and rank. It never runs while a CUDA graph is captured: the table, or an earlier result, serves
-there. Codes and scales do not depend on the choice. Sums of the implicit GEMMs do, in their last bits (order of
-accumulation): between runs with and without a search, and between ranks that chose differently.
+A table names, per kernel, an entry for each architecture class: sm_80, sm_89, sm_90, sm_100, sm_120, and 0 for the
+interpreter, which wants few programs with large tiles. The entry of the highest class not above `arch` is used.
+The search runs each candidate a few times between CUDA events and writes the best one to a JSON file (cache.py), which
+every later process and rank reads. It never runs while a CUDA graph is captured; the table, or an earlier result, is
+used there. Codes and scales do not depend on the choice. Sums of the implicit GEMMs do, in their last bits, because the
+order of accumulation changes: between runs with and without a search, and between ranks that chose differently.
 Nothing here imports triton.
 """
 
@@ -40,14 +40,16 @@ WARM_UP, ROUNDS = 2, 7
 def register(
     kernel: str, table: dict[int, Rule], candidates: Callable[[tuple[int, ...]], Sequence[Config]] | None = None
 ) -> None:
-    """Name a kernel's entries; a launch module does so when it is imported.
+    """Register the entries of a kernel; a launch module does so when it is imported.
 
     Args:
-        kernel: a name of one word.
-        table: lowest architecture (0, 80, 89, 90, 100, 120) -> entry, or a function of the key that gives it.
-        candidates: key -> what a search may choose from, at most 12; None leaves nothing to search.
+        kernel: A name of one word.
+        table: Maps the lowest architecture of a class (0, 80, 89, 90, 100, 120) to its entry, or to a function that
+            returns the entry for a key.
+        candidates: Returns the at most 12 entries that a search may choose from, for a key. If None, nothing is
+            searched.
     Raises:
-        ValueError: a table without the architectures 0 and 80.
+        ValueError: The table has no entry for architecture 0 or 80.
     """
     if 0 not in table or 80 not in table:
         raise value_error(
@@ -65,38 +67,37 @@ def register(
 def config(
     kernel: str, arch: int, key: tuple[int, ...] = (), launch: Callable[[Config], object] | None = None
 ) -> Config:
-    """The meta-parameters to launch `kernel` with; callers do not change them.
+    """Return the meta-parameters to launch `kernel` with. Callers must not change the dictionary.
 
     Args:
-        arch: compute capability as in sm_90; 0 under the interpreter.
-        key: what the best choice depends on, small integers (sizes in coarse steps).
-        launch: runs the kernel once with given parameters on the current device and stream. It must be repeatable:
-            a search calls it many times, and its outputs are thrown away. What adds to something that the caller
-            keeps must not do so while `searching()`.
+        arch: The compute capability as in sm_90, or 0 under the interpreter.
+        key: The small integers that the best choice depends on, such as sizes in coarse steps.
+        launch: Runs the kernel once with given parameters on the current device and stream. A search calls it many
+            times and throws the outputs away, so it must not add to anything that outlives it while `searching()`.
     Raises:
-        ValueError: an unknown kernel.
+        ValueError: The kernel is unknown.
     """
     if launch is None or not arch or not autotune_enabled():
         return static(kernel, arch, key)
     device = torch.device("cuda", torch.cuda.current_device())
     memo = (kernel, device, key)
-    if memo in _chosen:
+    if memo in _chosen:  # every launch asks, so the lock is for the first one only
         return _chosen[memo]
     capturing = torch.cuda.is_current_stream_capturing()
     with _lock:
         if memo not in _chosen:
             found = _load(kernel, arch, key, device)
-            if found is None and capturing:
+            if found is None and capturing:  # not remembered: a later call outside the capture may search
                 return static(kernel, arch, key)
             _chosen[memo] = _search(kernel, arch, key, device, launch) if found is None else found
     return _chosen[memo]
 
 
 def static(kernel: str, arch: int, key: tuple[int, ...] = ()) -> Config:
-    """The table's entry.
+    """Return the table's entry.
 
     Raises:
-        ValueError: an unknown kernel, or an architecture below all classes.
+        ValueError: The kernel is unknown, or the architecture is below all classes of its table.
     """
     found = _looked_up.get((kernel, arch, key))
     if found is not None:
@@ -116,12 +117,12 @@ def static(kernel: str, arch: int, key: tuple[int, ...] = ()) -> Config:
 
 
 def entries() -> dict[str, list[tuple[int, Rule]]]:
-    """Every kernel's (architecture class, entry), for tests that compile them all."""
+    """Return the architecture classes of every kernel with their entries, for tests that compile them all."""
     return {kernel: sorted(table.items()) for kernel, table in _table.items()}
 
 
 def arch_of(device: torch.device) -> int:
-    """90 for sm_90; 0 for a CPU, where kernels run in the interpreter."""
+    """Return 90 for sm_90 and so on, and 0 for a CPU, where kernels run in the interpreter."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -129,22 +130,22 @@ def arch_of(device: torch.device) -> int:
 
 
 def bucket(size: int) -> int:
-    """log2, rounded up: a coarse key for sizes that vary from call to call."""
+    """Return log2 of the size, rounded up: a coarse key for sizes that vary from call to call."""
     return max(size - 1, 0).bit_length()
 
 
 def autotune_enabled() -> bool:
-    """Whether TE_NVFP4_CV_AUTOTUNE asks for the search."""
+    """Return True if TE_NVFP4_CV_AUTOTUNE asks for the search."""
     return os.environ.get("TE_NVFP4_CV_AUTOTUNE", "0").lower() in ("1", "true", "on", "yes")
 
 
 def searching() -> bool:
-    """Whether this launch is one of a search's."""
+    """Return True while a search launches the kernel."""
     return getattr(_search_runs, "on", False)
 
 
 def forget() -> None:
-    """Ask the file again at the next call."""
+    """Read the file again at the next call."""
     with _lock:
         _chosen.clear()
 
@@ -154,14 +155,14 @@ def _entry(kernel: str, key: tuple[int, ...]) -> str:
 
 
 def _options(kernel: str, arch: int, key: tuple[int, ...]) -> list[Config]:
-    """The table's entry first, then the other candidates."""
+    """Return the table's entry, then the other candidates."""
     first = static(kernel, arch, key)
     more = _candidates[kernel](key) if kernel in _candidates else ()
     return [first, *(option for option in more if option != first)]
 
 
 def _load(kernel: str, arch: int, key: tuple[int, ...], device: torch.device) -> Config | None:
-    """An earlier result, if it is still one of the candidates."""
+    """Return an earlier result from the file, if it is still one of the candidates."""
     identity = cache.identity(device)
     content = cache.read(cache.path_of("tuned", identity), identity) or {}
     found = content.get(_entry(kernel, key))
@@ -177,7 +178,7 @@ def _search(
         _search_runs.on = True
         try:
             time = milliseconds(lambda option=option: launch(option))  # type: ignore[misc]
-        except Exception as error:  # too much shared memory, or a compiler that refuses: the next one may do
+        except Exception as error:  # too much shared memory, or a compiler that refuses: the next one may work
             failed += 1
             if failed == len(options):
                 raise
@@ -189,13 +190,13 @@ def _search(
             best, least = option, time
     identity = cache.identity(device)
     path = cache.path_of("tuned", identity)
-    # read again just before: another process may have added its own meanwhile
+    # Read again just before writing: another process may have added its results meanwhile.
     cache.write(path, identity, {**(cache.read(path, identity) or {}), _entry(kernel, key): best})
     return best
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Median time of a call on the current CUDA stream, after warm-up."""
+    """Return the median time of a call on the current CUDA stream, after a warm-up."""
     for _ in range(WARM_UP):
         run()
     times = []

@@ -1,12 +1,12 @@
-"""The command line, te-nvfp4-cv: one shape for all commands (shape.py), `te-nvfp4-cv COMMAND --help` for each.
+"""Run the command line te-nvfp4-cv. `te-nvfp4-cv COMMAND --help` explains each command; all have one shape (shape.py).
 
     doctor, recipes, selftest            this machine and this installation        machine.py
     coverage, project, bench             a model: what runs in NVFP4, how fast     models.py
-    quantize, export, verify             a trained model to an artefact            deploy.py
+    quantize, export, verify             a trained model to an exported file       deploy.py
     diagnose, heatmaps, report           a training run                            runs.py
 
-Exit status: 0; 1 for a finding (a self-test that failed, a step that is not finite, a file that is not what it claims);
-2 for a wrong command line or something that cannot run.
+The exit status is 0 for success, 1 for a finding (a self-test that failed, a step that is not finite, a file that is
+not what it claims), and 2 for a wrong command line or something that cannot run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMMANDS: tuple[Command, ...] = (*machine.COMMANDS, *models.COMMANDS, *deploy.CO
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="te-nvfp4-cv", description="NVFP4 training for convolutional networks")
     parser.add_argument("--version", action="version", version=f"te-nvfp4-cv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -1,4 +1,4 @@
-"""python -m te_nvfp4_cv.cli COMMAND: the same as te-nvfp4-cv COMMAND."""
+"""Run the command line as python -m te_nvfp4_cv.cli COMMAND."""
 
 import sys
 

@@ -1,12 +1,12 @@
-"""What deployment costs: artefact bytes, load time, memory held, latency; in fp32, bf16, packed and cached.
+"""Measure what deployment costs: size of the file, load time, memory and latency, for each form of a model.
 
     fp32, bf16            the plain model
     packed, cached        weights in NVFP4, activations in `dtype`
-    nvfp4 packed, cached  and activations quantized
+    nvfp4 packed, cached  weights in NVFP4, activations quantized, too
 
-Each is compared with the plain model in `dtype`: bf16, or fp32 where a CPU has no bf16 units. All forms are timed in
-turn, `rounds` times, after one pass that is not counted; times are medians. Memory held is that of parameters and
-buffers; on CUDA the peak of a pass is measured, too.
+Each form is compared with the plain model in `dtype`: bf16, or fp32 if a CPU has no bf16 units. All forms are timed in
+turn, `rounds` times, after one pass that is not counted; times are medians. Memory is that of parameters and buffers;
+on CUDA the peak of a pass is measured, too.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from torch import Tensor, nn
 from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export.checkpoints import load, save
-from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.export.modules import InferenceLayer, check_choice
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.report.text import aligned
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 QUANTIZED = ("packed", "cached", "nvfp4 packed", "nvfp4 cached")
 
 
 def forms_of(dtype: str) -> tuple[str, ...]:
-    """The names of what is compared: the plain model in fp32 and in `dtype`, then the quantized forms."""
+    """Return the names of the forms: the plain model in fp32 and in `dtype`, then the quantized forms."""
     return (*dict.fromkeys(("fp32", dtype)), *QUANTIZED)
 
 
 @dataclass
 class Form:
-    """One form: bytes on disk and held, seconds to load, milliseconds per image by batch size, peak bytes on CUDA."""
+    """One form: bytes on disk and in memory, seconds to load, and by batch size ms per image and peak bytes on CUDA."""
 
     name: str
     file_bytes: int
@@ -53,7 +54,7 @@ class Form:
 
 @dataclass
 class Bench:
-    """What `measure` found."""
+    """The result of `measure`; print it for a table."""
 
     device: str
     torch_version: str
@@ -63,7 +64,7 @@ class Bench:
     forms: list[Form]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result as plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -79,12 +80,9 @@ class Bench:
                 ratio = form.ms_per_image[batch] / peer.ms_per_image[batch]
                 line += [f"{form.ms_per_image[batch]:.2f}", f"{ratio:.2f}"]
             cells.append(line)
-        widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
         layout = ", channels_last" if self.channels_last else ""
         lines = [f"{self.device}, torch {self.torch_version}{layout}, medians of {self.rounds} passes in turn"]
-        return "\n".join(
-            lines + ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in cells]
-        )
+        return "\n".join(lines + aligned([[*line, ""] for line in cells], left=0))  # "": the last column is not aligned
 
 
 def measure(
@@ -100,13 +98,14 @@ def measure(
 
     Args:
         inputs: one per batch size, on the CPU, fp32.
-        dtype: of activations, and of the plain model that the forms are compared with: "bf16" or "fp32".
-        channels_last: give images to every form in torch.channels_last (_3d), and keep the plain weights so.
+        device: where the forms run.
+        rounds: timed passes of each form.
+        dtype: the dtype of activations, and of the plain model that the forms are compared with: "bf16" or "fp32".
+        channels_last: give images to every form, and store plain weights, in torch.channels_last (_3d).
     Raises:
-        ValueError: no inputs, no rounds, or another dtype.
+        ValueError: There are no inputs or no rounds, or the dtype is another one.
     """
-    if dtype not in DTYPES:
-        raise value_error("bench: unknown dtype.", got=repr(dtype), needs=" or ".join(DTYPES), fix="dtype='bf16'")
+    check_choice("bench", "dtype", dtype, tuple(DTYPES))
     if not inputs or rounds < 1:
         raise value_error(
             "bench: nothing to measure.",
@@ -133,14 +132,14 @@ def measure(
 def build_form(
     name: str, model: nn.Module, recipe: NVFP4BlockScaling, folder: Path, dtype: str = "bf16"
 ) -> tuple[nn.Module, Form]:
-    """One form of the model, loaded from its file in `folder`, which is written where it is missing."""
-    fresh = copy.deepcopy(model).eval()
+    """Build one form of the model by loading its file in `folder`. The file is written first if it is missing."""
+    fresh = copy.deepcopy(model).eval()  # load changes a model in place
     if name in ("fp32", "bf16"):
         fresh = fresh.bfloat16() if name == "bf16" else fresh
         path = folder / f"{name}.pt"
         torch.save(fresh.state_dict(), path)
         begun = time.perf_counter()
-        fresh.load_state_dict(torch.load(path, weights_only=True, mmap=True))
+        fresh.load_state_dict(torch.load(path, weights_only=True, mmap=True))  # mapped, as nv.export.load does it
         return fresh, Form(name, path.stat().st_size, time.perf_counter() - begun, 0)
     path = folder / "packed.safetensors"
     if not path.exists():
@@ -153,13 +152,14 @@ def build_form(
 
 
 def _held(model: nn.Module) -> int:
-    """Bytes of parameters, buffers and cached weights."""
+    """Return the bytes of parameters, buffers and cached weights, each tensor once."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [m.unpacked for m in model.modules() if isinstance(m, InferenceLayer) and m.unpacked is not None]
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 def _time(models: dict[str, nn.Module], forms: list[Form], x: Tensor, dtype: torch.dtype, rounds: int) -> None:
+    """Time all forms on one input, in turn: a machine that slows down in the meantime slows all forms alike."""
     batch = x.shape[0]
     times: dict[str, list[float]] = {form.name: [] for form in forms}
     for number in range(rounds + 1):
@@ -174,7 +174,7 @@ def _time(models: dict[str, nn.Module], forms: list[Form], x: Tensor, dtype: tor
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
                 form.peak_bytes[batch] = torch.cuda.max_memory_allocated(x.device)
-            if number:
+            if number:  # the first pass compiles kernels and fills caches
                 times[form.name].append(time.perf_counter() - begun)
     for form in forms:
         form.ms_per_image[batch] = 1e3 * statistics.median(times[form.name]) / batch

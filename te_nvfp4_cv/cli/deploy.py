@@ -1,4 +1,4 @@
-"""te-nvfp4-cv quantize, export, verify: from a trained model to an artefact, and proof of what it is."""
+"""Run te-nvfp4-cv quantize, export and verify: write a trained model to a file, and check what a file really holds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from te_nvfp4_cv.cli.shape import Command, progress, show
 from te_nvfp4_cv.errors import value_error
 
 
-def _saved(saved: Any) -> dict[str, Any]:
-    """An nv.export.Saved as plain data."""
-    return {**vars(saved), "files": [str(file) for file in saved.files]}
+def _show(written: Any, as_json: bool) -> None:
+    """Print an nv.export.Saved or OnnxFile."""
+    show({**vars(written), "files": [str(file) for file in written.files]}, str(written), as_json)
 
 
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +23,11 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="calibration images")
     parser.add_argument("--count", type=int, default=64, metavar="N", help="how many of them (default: 64)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (default: 8)")
-    parser.add_argument("--method", choices=METHODS, default="search", help="of rounding weights (default: search)")
-    parser.add_argument("--dynamic", action="store_true", help="activations keep their own scales, none is calibrated")
+    parser.add_argument("--method", choices=METHODS, default="search", help="how weights are rounded (default: search)")
+    text = "quantize each activation with its own amax, not with a calibrated one"
+    parser.add_argument("--dynamic", action="store_true", help=text)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def _quantize(options: argparse.Namespace) -> int:
@@ -42,12 +43,12 @@ def _quantize(options: argparse.Namespace) -> int:
     out = new_file(options.out, ".safetensors", options.force, options.checkpoint)
     height, width = options.input[1:]
     images = Images(options.images, (height, width), options.batch, options.count)
-    batches = list(progress(images, "images", len(images)))
+    batches = list(progress(images, "images", len(images)))  # in memory: calibration reads them several times
     scales = "dynamic" if options.dynamic else "static"
     recipe = recipe_of(options)
+    # The [precision] table is not applied to the model: quantize and save take it from the recipe.
     model = quantize(model_of(options, False), batches, recipe, method=options.method, scales=scales, batches=None)
-    saved = save(model, out, recipe)
-    show(_saved(saved), str(saved), options.json)
+    _show(save(model, out, recipe), options.json)
     return 0
 
 
@@ -55,11 +56,11 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     from te_nvfp4_cv.export.onnx.convert import FORMS
 
     model_options(parser)
-    parser.add_argument("--packed", type=Path, metavar="FILE", help="an artefact of export or quantize, for ONNX")
+    parser.add_argument("--packed", type=Path, metavar="FILE", help="a file of export or quantize, to convert to ONNX")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.safetensors or FILE.onnx")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
-    parser.add_argument("--form", choices=FORMS, default="qdq", help="of an ONNX file (default: qdq)")
-    text = "of an ONNX file: nvfp4, or high for weights alone in NVFP4 (default: nvfp4)"
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--form", choices=FORMS, default="qdq", help="form of an ONNX file (default: qdq)")
+    text = "in an ONNX file: nvfp4, or high to have only the weights in NVFP4 (default: nvfp4)"
     parser.add_argument("--activations", choices=("nvfp4", "high"), default="nvfp4", help=text)
 
 
@@ -67,6 +68,7 @@ def _export(options: argparse.Namespace) -> int:
     from te_nvfp4_cv.export import load, save, to_onnx
 
     onnx = options.out.suffix == ".onnx"
+    # An ONNX file is made of a packed one, whose weights and recipe would contradict another checkpoint or recipe.
     given = options.checkpoint if options.checkpoint is not None else options.recipe
     if onnx != (options.packed is not None) or (onnx and given is not None):
         raise value_error(
@@ -80,11 +82,9 @@ def _export(options: argparse.Namespace) -> int:
     out = new_file(options.out, suffix, options.force, options.checkpoint, options.packed)
     if onnx:
         model = load(options.packed, model_of(options, False), activations=options.activations)
-        made = to_onnx(model, example(options, 2), out, form=options.form)
-        show({**vars(made), "files": [str(file) for file in made.files]}, str(made), options.json)
-        return 0
-    saved = save(model_of(options), out, recipe_of(options))
-    show(_saved(saved), str(saved), options.json)
+        _show(to_onnx(model, example(options, 2), out, form=options.form), options.json)
+    else:
+        _show(save(model_of(options), out, recipe_of(options)), options.json)
     return 0
 
 
@@ -100,7 +100,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command(
-        "quantize", "quantize a trained network to NVFP4 without training it, by images", _quantize_options, _quantize
+        "quantize", "quantize a trained network to NVFP4 with some images and no training", _quantize_options, _quantize
     ),
     Command("export", "write a network trained in NVFP4 as a packed file, or as ONNX", _export_options, _export),
     Command("verify", "list the precision that each layer of a file really has", _verify_options, _verify),

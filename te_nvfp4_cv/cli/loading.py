@@ -1,4 +1,7 @@
-"""What commands take: a model that the user's code builds, its weights, an input, calibration images, a recipe."""
+"""Read what commands take: a model that the user's code builds, its weights, an input, calibration images, a recipe.
+
+The functions add the options to a parser, or return what the options name. Their errors begin with the option.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import load_recipe
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: torchvision's weights expect them
 
 
-def model_options(parser: argparse.ArgumentParser, recipe: bool = True) -> None:
-    """MODEL, --checkpoint, --input, --recipe."""
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, --checkpoint, --input and --recipe to a parser."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -37,20 +40,22 @@ def model_options(parser: argparse.ArgumentParser, recipe: bool = True) -> None:
         metavar="N",
         help="shape of an input without its batch axis (default: 3 224 224)",
     )
-    if recipe:
-        parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
+    parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
 
 
 def recipe_of(options: argparse.Namespace) -> NVFP4BlockScaling:
-    """--recipe."""
+    """Return the recipe that --recipe names, or the default recipe."""
     return NVFP4BlockScaling() if options.recipe is None else load_recipe(options.recipe)
 
 
 def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
-    """The model, with its weights, and with its recipe's [precision] table applied.
+    """Build the model in eval mode, with its weights.
 
+    Args:
+        table: apply the recipe's [precision] table to the model, too.
     Raises:
-        TypeError: the function returns something else; ValueError: weights that do not fit.
+        TypeError: The user's function returns something else than a model.
+        ValueError: The weights do not fit the model.
     """
     from te_nvfp4_cv.nn.precision import set_precision
     from te_nvfp4_cv.sensitivity import builder
@@ -70,16 +75,17 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
                 needs=f"a state_dict of {options.model}",
                 fix="name the function that builds the model as it was trained",
             ) from error
-    if table and getattr(options, "recipe", None) is not None and recipe_of(options).precision:
-        set_precision(model, recipe_of(options))
+    if table and (recipe := recipe_of(options)).precision:
+        set_precision(model, recipe)
     return model.eval()
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint; of a dict that holds a state_dict under "model" or "state_dict", those.
+    """Read a state_dict from a checkpoint, also one that is stored under the key "model" or "state_dict".
 
     Raises:
-        ValueError: a missing or damaged file, or one of another kind.
+        RuntimeError: The package safetensors is missing.
+        ValueError: The file is missing, damaged or of another kind.
     """
     try:
         if path.suffix == ".safetensors":
@@ -98,7 +104,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             needs="a state_dict of tensors alone (weights_only), .pt or .safetensors",
             fix="torch.save(model.state_dict(), path)",
         ) from error
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict"):  # as trainers store it: this library's example, Lightning
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
@@ -112,15 +118,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def new_file(path: Path, suffix: str, force: bool, *others: Path | None) -> Path:
-    """--out, with its ending.
+    """Return the path that --out names, with its ending added if it is missing.
 
     Args:
-        others: files that are read, which it must not be.
+        force: allow an existing file.
+        others: files that the command reads, which it must not replace.
     Raises:
-        FileExistsError: it is there, and not to be replaced; ValueError: it is one of the others.
+        FileExistsError: The file exists, and --force was not given.
+        ValueError: The file is one of `others`.
     """
     target = path if path.name.endswith((suffix, ".safetensors.index.json")) else path.with_name(path.name + suffix)
-    written = [target]  # what may be replaced or removed
+    written = [target]  # nv.export.save replaces or removes the other files of the same name, too
     if suffix == ".safetensors":
         base = target.with_name(target.name.removesuffix(".index.json").removesuffix(suffix))
         written = [base.with_name(base.name + ending) for ending in (suffix, ".safetensors.index.json")]
@@ -138,7 +146,7 @@ def new_file(path: Path, suffix: str, force: bool, *others: Path | None) -> Path
 
 
 def example(options: argparse.Namespace, batch: int) -> Tensor:
-    """[batch, *--input] of normal numbers."""
+    """Return an input [batch, *--input] of normally distributed numbers."""
     if batch < 1 or min(options.input) < 1:
         raise value_error(
             "--input or --batch is out of range.",
@@ -150,7 +158,7 @@ def example(options: argparse.Namespace, batch: int) -> Tensor:
 
 
 class Images:
-    """Batches [B, 3, H, W] of the pictures of a folder, resized, scaled to 0 .. 1 and normalized."""
+    """Batches [B, 3, H, W] of the pictures in a folder, resized, scaled to 0 .. 1 and normalized."""
 
     def __init__(self, folder: Path, size: tuple[int, int], batch: int, count: int) -> None:
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
@@ -162,7 +170,8 @@ class Images:
                 fix="a folder of images like those that the model was trained on",
             )
         count = min(count, len(found))
-        self.paths = [found[i * len(found) // count] for i in range(count)]  # from the whole folder: classes are sorted
+        # Spread over the whole folder: its pictures may be sorted by class.
+        self.paths = [found[i * len(found) // count] for i in range(count)]
         self.size, self.batch = size, batch
 
     def __len__(self) -> int:

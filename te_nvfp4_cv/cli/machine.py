@@ -1,4 +1,4 @@
-"""te-nvfp4-cv doctor, recipes, selftest: what this machine would do, and whether it computes what it should."""
+"""Run te-nvfp4-cv doctor, recipes and selftest: what this machine would do, and whether it computes correctly."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.backend import dispatch, native
+from te_nvfp4_cv.backend.explain import explain
 from te_nvfp4_cv.cli.shape import Command, show
 from te_nvfp4_cv.recipe.files import list_recipes, recipe_folder
 
@@ -18,7 +19,7 @@ TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:
-    """Nothing beside --json."""
+    """Add no option: --json is all that the command takes."""
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -28,7 +29,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    report = recipes()
+    report = dict(list_recipes())
     show(report, "\n".join(_lines(report)), options.json)
     return 0
 
@@ -61,13 +62,8 @@ COMMANDS = (
 # ---- reports --------------------------------------------------------------------------------------------------------
 
 
-def recipes() -> dict[str, Any]:
-    """The names of the shipped recipes and what each is for."""
-    return dict(list_recipes())
-
-
 def doctor() -> dict[str, Any]:
-    """What this machine would do: versions, devices with their backend, compiler, dtype and memory format, problems."""
+    """Describe what this machine would do: versions, devices with their backends, compiler, memory format, problems."""
     devices = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     report: dict[str, Any] = {
         "python": platform.python_version(),
@@ -86,22 +82,19 @@ def doctor() -> dict[str, Any]:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    choice = dispatch.explain(device)  # backend, why, and what the others need
+    choice = explain(device)  # the backend, why it was chosen, and what the other backends need
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
-    return {
-        "name": name,
-        **choice,
-        "autocast dtype": _autocast_dtype(device),
-    }
+    return {"name": name, **choice, "autocast dtype": _autocast_dtype(device)}
 
 
 def _autocast_dtype(device: torch.device) -> str:
-    """The dtype to give torch.autocast on this device, and what speaks for it."""
+    """Return the dtype to give torch.autocast on this device, and the reason."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16 with GradScaler: no bfloat16 here"
+    # On a CPU without such units torch converts bfloat16 to float32 and back, around each operation.
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return (
         "bfloat16: in hardware"
@@ -112,7 +105,7 @@ def _autocast_dtype(device: torch.device) -> str:
 
 def _version(package: str) -> str:
     if importlib.util.find_spec(package) is None:
-        return "absent"
+        return "absent"  # asked without an import, which may be slow or fail
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -130,6 +123,7 @@ def _problems(has_recipes: bool) -> list[str]:
 
 
 def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
+    """Show a report as text, a line per entry; a table inside it is indented."""
     width = max((len(key) for key in report), default=0)
     lines = []
     for key, value in report.items():

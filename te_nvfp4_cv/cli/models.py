@@ -1,4 +1,7 @@
-"""te-nvfp4-cv coverage, project, bench: what of a model runs in NVFP4, and its time, estimated and measured."""
+"""Run te-nvfp4-cv coverage, project and bench: what part of a model runs in NVFP4, and how fast.
+
+Each function imports what its own command needs, to keep the other commands quick.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,8 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="batch sizes (default: 1 8)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument(
-        "--dtype", default="bf16", choices=DTYPES, help="of activations and of the peer (default: bf16)"
-    )
+    text = "of activations and of the plain model that the others are compared with (default: bf16)"
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help=text)
     parser.add_argument("--channels-last", action="store_true", help="images and plain weights in torch.channels_last")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed passes of each form (default: 10)")
 
@@ -79,6 +81,6 @@ def _bench(options: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command("coverage", "list a model's layers: NVFP4 or not, why, FLOPs, memory", _coverage_options, _coverage),
-    Command("project", "estimate a model's time on a GPU that is not here (a roofline)", _project_options, _project),
+    Command("project", "estimate a model's time on a GPU that is not here, by a roofline", _project_options, _project),
     Command("bench", "measure size, load time and latency: fp32, bf16, packed, cached", _bench_options, _bench),
 )

@@ -1,4 +1,4 @@
-"""te-nvfp4-cv diagnose, heatmaps, report: what a training run left behind."""
+"""Run te-nvfp4-cv diagnose, heatmaps and report, which read the files that a training run left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _diagnose_options(command: argparse.ArgumentParser) -> None:
         help="build(arguments) -> (model, loss); its code runs (default: the bundle's, if it is an example's)",
     )
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    command.add_argument("--out", metavar="RECIPE.toml", help="write a recipe that avoids it to this new file")
+    command.add_argument("--out", metavar="RECIPE.toml", help="write a recipe that avoids the problem to this new file")
 
 
 def _diagnose(options: argparse.Namespace) -> int:
@@ -30,10 +30,10 @@ def _diagnose(options: argparse.Namespace) -> int:
     build = None if options.builder is None else builder.given(options.builder)
     found = diagnose(options.bundle, build, options.device)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
-    written = None if options.out is None else found.save(options.out)
     if options.out is not None:
-        text = f"recipe: {options.out}" if written is not None else "recipe: none written, there is nothing to suggest"
-        print(text, file=sys.stderr)
+        written = found.save(options.out) is not None
+        text = f"recipe: {options.out}" if written else "recipe: none written, there is nothing to suggest"
+        print(text, file=sys.stderr)  # stdout may be read as JSON
     return 0 if found.finite else 1
 
 
@@ -42,7 +42,7 @@ def _telemetry_options(out: str, force: bool) -> Callable[[argparse.ArgumentPars
         command.add_argument("runs", nargs="+", metavar="RUN.jsonl", help="the telemetry.jsonl of a run")
         command.add_argument("--out", default=out, help=f"default: {out}")
         if force:
-            command.add_argument("--force", action="store_true", help="replace a report that is there")
+            command.add_argument("--force", action="store_true", help="replace an existing report")
 
     return options
 

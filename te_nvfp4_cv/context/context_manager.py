@@ -1,29 +1,28 @@
-"""nvfp4_autocast: plain torch calls made inside the context run in NVFP4.
+"""Enter and leave nvfp4_autocast, the context in which plain torch calls run in NVFP4.
 
     with nvfp4_autocast(recipe):            conv1d/2d/3d, conv_transpose1d/2d/3d, linear  -> functional, where eligible
-        loss = criterion(model(x), y)       relu, relu_                                   -> the ReLU that keeps one bit
-    loss.backward()                         captured in forward: inside or outside of the context
+        loss = criterion(model(x), y)       relu, relu_                                   -> a ReLU that saves one bit
+    loss.backward()                         runs as forward was recorded: inside or outside of the context
 
-context.py holds what is active, handover.py the torch function mode; here they are entered and left.
-Activation checkpointing recomputes outside the context: torch.utils.checkpoint is wrapped once, at the first entry, so
-that the recomputed forward re-enters what was active. nn.DataParallel runs its replicas in threads that no context
-reaches: it raises.
+state.py says what is active in this thread, function_mode.py sees the torch calls, and torch_patches.py makes
+activation checkpointing recompute under the contexts of its forward pass.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
-from te_nvfp4_cv.context.state import State, active_recipe, drop_stale, local, warn_unapplied
-from te_nvfp4_cv.context.torch_patches import _patch_torch
+from te_nvfp4_cv.context.state import Override, State, active_recipe, drop_stale, local, warn_unapplied
+from te_nvfp4_cv.context.torch_patches import patch_torch
 from te_nvfp4_cv.errors import type_error
+from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe, check_usable
 
 __all__ = ["active_recipe", "nvfp4_autocast"]
@@ -32,19 +31,29 @@ __all__ = ["active_recipe", "nvfp4_autocast"]
 class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
     """Run eligible layers of unmodified models in NVFP4.
 
-    A context manager, reusable and re-entrant, and a decorator. It may enclose a whole training loop or only the
-    forward pass, and stand inside or outside of torch.autocast, whose dtype activations then have.
+    It is a context manager, which can be reused and nested, and a decorator. It may enclose a whole training loop or
+    only the forward pass, and stand inside or outside of torch.autocast, which decides the dtype of activations.
 
     Args:
-        recipe: NVFP4BlockScaling, TransformerEngine's object of that name, or None for the default recipe.
-        enabled: False runs everything inside in high precision, explicit NVFP4 modules too.
-        backend: "auto", "reference", "vendor" or "triton"; an explicit choice that cannot run raises.
-        amax_reduction_group: torch.distributed process group whose ranks quantize training operands with one tensor
-            scale: the largest amax of all (evaluation asks nobody). They must run the same layers in the same order.
-        relu_mask: ReLU keeps a 1-bit mask for backward instead of its output; the same bits forward and backward.
+        recipe: An NVFP4BlockScaling, TransformerEngine's object of that name, or None for the default recipe.
+        enabled: If False, everything inside runs in high precision, explicit NVFP4 modules too.
+        backend: "auto", "reference", "vendor" or "triton". An explicit choice that cannot run raises an error.
+        amax_reduction_group: A torch.distributed process group whose ranks quantize training operands with one tensor
+            scale, that of the largest amax of all ranks. They must run the same layers in the same order. In
+            evaluation nothing is exchanged.
+        relu_mask: If True, ReLU saves a 1-bit mask for backward instead of its output. The bits of forward and
+            backward are the same.
     Raises:
-        TypeError: a first argument that is no recipe, a group that is no process group; ValueError: a recipe that
-        contradicts itself, an unknown backend; RuntimeError: a backend that cannot run here.
+        TypeError: `recipe` is not a recipe, or the group is not a process group.
+        ValueError: The recipe contradicts itself, or the backend is unknown.
+        RuntimeError: The backend cannot run here.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU())
+        >>> with nv.nvfp4_autocast():
+        ...     loss = model(torch.randn(16, 16, 8, 8)).square().mean()
+        >>> loss.backward()
     """
 
     def __init__(
@@ -64,15 +73,15 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
         resolved = recipe if type(recipe) is NVFP4BlockScaling else as_recipe(recipe)
         check_usable(resolved)
         dispatch.check_backend(backend)
-        if backend == "triton":
+        if backend == "triton":  # the one choice that may be impossible: say so here, not at the first layer
             dispatch.resolve(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if amax_reduction_group is not None:
             _check_group(amax_reduction_group)
         self._state = State(enabled, resolved, backend, relu_mask, amax_reduction_group)
 
     def __enter__(self) -> nvfp4_autocast:
-        if not torch.compiler.is_compiling():
-            _patch_torch()
+        if not torch.compiler.is_compiling():  # a trace cannot patch torch, nor warn
+            patch_torch(captured)
             if self._state.recipe.precision:
                 warn_unapplied(self._state)
         _push(self._state)
@@ -96,9 +105,9 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Calls inside are handed over, so that observers are told of them, and run as they would outside."""
-    _patch_torch()
-    _push(State(enabled=False, recipe=as_recipe(None), backend="auto", relu_mask=False, passive=True))
+    """Let observers hear of the calls inside, which run as they would outside of this context."""
+    patch_torch(captured)
+    _push(State(enabled=False, recipe=NVFP4BlockScaling(), backend="auto", relu_mask=False, passive=True))
     try:
         yield
     finally:
@@ -120,6 +129,7 @@ def _push(new: State) -> None:
         drop_stale()
     local.states.append(new)
     local.marks.append(len(local.overrides))
+    # One mode per thread is enough: it reads the innermost state.
     mode = None if mode_is_on() else Mode()
     local.modes.append(mode)
     if mode is not None:
@@ -134,10 +144,29 @@ def _pop() -> None:
         mode.__exit__(None, None, None)
 
 
-# ---- torch.utils.checkpoint, nn.DataParallel ------------------------------------------------------------------------
+@contextmanager
+def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
+    """Run with the contexts and overrides of a checkpoint's first forward, whatever is active here."""
+    before = local.states, local.marks, local.overrides
+    mode = Mode() if states and not mode_is_on() else nullcontext()
+    local.states, local.marks, local.overrides = list(states), [0] * len(states), list(overrides)
+    try:
+        with mode:
+            yield
+    finally:
+        local.states, local.marks, local.overrides = before
 
 
+def captured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, made to run under the contexts that are active now, whenever and in whichever thread.
 
+    "No context" is restored as well. The observers of this thread hear of its calls.
+    """
+    states, overrides, observers = list(local.states), list(local.overrides), observe.observers()
 
+    @functools.wraps(function, updated=())  # `function` may be a module: its __dict__ must not be copied
+    def rerun(*args: Any, **kwargs: Any) -> Any:
+        with _restored(states, overrides), observe.told_to(observers):
+            return function(*args, **kwargs)
 
-
+    return rerun

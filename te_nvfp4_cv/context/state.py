@@ -1,7 +1,7 @@
-"""Which contexts this thread has entered, and which recipe a layer called now would get.
+"""Remember which contexts this thread has entered, and say which recipe a layer called now would get.
 
-A layer's recipe is decided in this order: a set_precision override (while its module runs), an explicit module's own
-recipe, the context's. States and overrides are stacks, one pair per thread; a thread started inside a context has none.
+A layer's recipe is decided in this order: a set_precision entry (while its module runs), the recipe of an NVFP4 module,
+the context's recipe. Contexts and entries are two stacks per thread; a thread started inside a context has empty ones.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 @dataclass(frozen=True)
 class State:
-    """What one context asked for."""
+    """The arguments of one context."""
 
     enabled: bool
     recipe: NVFP4BlockScaling
     backend: str
     relu_mask: bool
     group: Any = None  # the ranks whose amaxes are one: a torch.distributed.ProcessGroup, or None
-    passive: bool = False  # entered so that calls are heard; explicit modules run as outside of all contexts
+    passive: bool = False  # entered by an observer: NVFP4 modules run as outside of all contexts
 
 
 Override = tuple[object, NVFP4BlockScaling | None]  # a module with a set_precision entry; None for high precision
 
 
 class _Local(threading.local):
-    """Per thread: contexts entered, how many overrides each found, the mode it entered; overrides of modules."""
+    """The stacks of one thread."""
 
     def __init__(self) -> None:
-        self.states: list[State] = []
-        self.marks: list[int] = []
-        self.overrides: list[Override] = []
-        self.modes: list[TorchFunctionMode | None] = []
+        self.states: list[State] = []  # contexts entered, the innermost last
+        self.marks: list[int] = []  # how many overrides each context found
+        self.overrides: list[Override] = []  # of modules that are running
+        self.modes: list[TorchFunctionMode | None] = []  # the function mode that each context entered
 
 
 local = _Local()
@@ -47,13 +47,22 @@ _applied_tables: set[tuple[tuple[str, NVFP4BlockScaling | None], ...]] = set()
 
 
 def state() -> State | None:
-    """The innermost context of this thread, enabled or not; None outside of all."""
+    """Return the innermost context of this thread, enabled or not, or None outside of all."""
     return local.states[-1] if local.states else None
 
 
 def active_recipe() -> NVFP4BlockScaling | None:
-    """The recipe that a layer called now would get (set_precision's override of the running module included); None:
-    high precision.
+    """Return the recipe that a plain layer called now would get, or None for high precision.
+
+    This is the recipe of the innermost context, or that of the running module's set_precision entry.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> with nv.nvfp4_autocast(nv.load_recipe("no_rht")):
+        ...     print(nv.active_recipe().name)
+        no_rht
+        >>> print(nv.active_recipe())
+        None
     """
     current = state()
     if current is None or not current.enabled:
@@ -62,23 +71,23 @@ def active_recipe() -> NVFP4BlockScaling | None:
 
 
 def reduction_group() -> Any:
-    """The process group whose ranks share their amaxes in a layer called now, or None."""
+    """Return the process group whose ranks share their amaxes in a layer called now, or None."""
     current = state()
     return None if current is None else current.group
 
 
 def has_override() -> bool:
-    """Whether a module with a set_precision entry is running."""
+    """Return True while a module with a set_precision entry runs."""
     return bool(local.overrides)
 
 
 def push_override(recipe: NVFP4BlockScaling | None, owner: object = None) -> None:
-    """`owner`, a module with a set_precision entry, starts its forward."""
+    """Remember that `owner`, a module with a set_precision entry, starts its forward."""
     local.overrides.append((owner, recipe))
 
 
 def pop_override(owner: object = None) -> None:
-    """The forward of `owner` ended: drop its override, and those of modules below that an exception left behind."""
+    """Drop the override of `owner`, whose forward ended, and those that an exception left in modules inside it."""
     overrides = local.overrides
     for index in range(len(overrides) - 1, -1, -1):
         if overrides[index][0] is owner:
@@ -87,22 +96,22 @@ def pop_override(owner: object = None) -> None:
 
 
 def drop_stale() -> None:
-    """Keep the overrides of modules that are running; a KeyboardInterrupt outside of all contexts leaves others."""
+    """Drop the overrides of modules that do not run any more: torch calls no hooks after a KeyboardInterrupt."""
     running, frame = set(), sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "_call_impl":
+        if frame.f_code.co_name == "_call_impl":  # in which torch runs a module's forward and hooks
             running.add(id(frame.f_locals.get("self")))
         frame = frame.f_back  # type: ignore[assignment]
     local.overrides = [entry for entry in local.overrides if id(entry[0]) in running]
 
 
 def mark_applied(recipe: NVFP4BlockScaling) -> None:
-    """set_precision has applied the recipe's [precision] table to some model."""
+    """Remember that set_precision has applied the recipe's [precision] table to some model."""
     _applied_tables.add(recipe.precision)
 
 
 def warn_unapplied(new: State) -> None:
-    """Say once that a recipe's [precision] table has not reached any model, with the line to add."""
+    """Warn once if a recipe's [precision] table was not applied to any model, and show the line that does so."""
     table = new.recipe.precision
     if new.enabled and table and table not in _applied_tables:
         name = new.recipe.name or "this recipe"

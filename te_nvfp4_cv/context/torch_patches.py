@@ -1,52 +1,30 @@
-"""context.torch_patches."""
+"""Make torch's activation checkpointing and nn.DataParallel respect the context.
+
+Activation checkpointing recomputes a forward during backward, where the context may have been left, and in another
+thread. So torch.utils.checkpoint is wrapped once, at the first entry of a context: the recomputed forward then runs
+under what was active in the first one. nn.DataParallel runs its replicas in threads that no context reaches, so inside
+a context it raises an error instead of training silently in high precision.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
-from te_nvfp4_cv.context.state import Override, State, local, state
+from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.errors import runtime_error
-from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.delayed_scaling import first_pass
 
 
-@contextmanager
-def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
-    """Run with the contexts and overrides of another place (checkpoint's forward), whatever is active here."""
-    before = local.states, local.marks, local.overrides
-    mode = Mode() if states and not mode_is_on() else nullcontext()
-    local.states, local.marks, local.overrides = list(states), [0] * len(states), list(overrides)
-    try:
-        with mode:
-            yield
-    finally:
-        local.states, local.marks, local.overrides = before
-
-
-def _captured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, made to run under the contexts that are active now, even if there are none, whenever and in
-    whichever thread it is called. Its calls are told to those who watch this thread then.
-    """
-    states, overrides, observers = list(local.states), list(local.overrides), observe.observers()
-
-    @functools.wraps(function, updated=())
-    def rerun(*args: Any, **kwargs: Any) -> Any:
-        with _restored(states, overrides), observe.told_to(observers):
-            return function(*args, **kwargs)
-
-    return rerun
-
-
 @functools.lru_cache(maxsize=1)
-def _patch_torch() -> None:
-    """Once, at the first entry: checkpoint's two variants recompute under what was active; DataParallel says what to
-    use instead.
+def patch_torch(captured: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wrap checkpoint's two variants and DataParallel. Only the first call does anything.
+
+    Args:
+        captured: Makes a function run under the contexts that are active when `captured` is called.
     """
     import torch.utils.checkpoint as checkpoint
 
@@ -55,11 +33,11 @@ def _patch_torch() -> None:
 
     @functools.wraps(generator)
     def without_reentrant(fn: Any, *args: Any, **kwargs: Any) -> Any:
-        return generator(_captured(fn), *args, **kwargs)
+        return generator(captured(fn), *args, **kwargs)
 
     def reentrant(ctx: Any, run_function: Any, *args: Any) -> Any:
         with first_pass(bool(ctx.next_functions)):  # its grad mode is off; a graph is being recorded all the same
-            return forward(ctx, _captured(run_function), *args)
+            return forward(ctx, captured(run_function), *args)
 
     checkpoint._checkpoint_without_reentrant_generator = without_reentrant  # type: ignore[assignment]
     checkpoint.CheckpointFunction.forward = staticmethod(reentrant)  # type: ignore[assignment]

@@ -1,11 +1,11 @@
-"""Collectives under everything distributed: several tensors in one message, bytes on the wire.
+"""The collectives under everything distributed: gather several tensors in one message, and count bytes on the wire.
 
     gather_parts   each tensor concatenated over the ranks, along an axis of its own; one uint8 message for all of them
     gather_ints    a few numbers of every rank, read on the host
 
-Tensors travel as uint8, whatever their dtype: gloo refuses float8. A message is the tensors of one rank, one after the
-other; where ranks hold different sizes, each message is as long as the longest. Eager only: sizes and errors are
-decided on the host. `wire_bytes` counts what ranks receive, for tests and reports.
+Tensors travel as uint8, whatever their dtype, because gloo refuses float8. A message is the tensors of one rank, one
+after the other. Where ranks hold different sizes, each message is as long as the longest. The functions run eagerly
+only, since sizes and errors are decided on the host. `wire_bytes` counts what ranks receive, for tests and reports.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ Part = tuple[Tensor, int]  # a tensor, and the axis along which the ranks' tenso
 
 
 class WireBytes:
-    """Bytes that this rank has received from the others."""
+    """A count of the bytes that this rank has received from other ranks."""
 
     def __init__(self) -> None:
         self.received = 0
 
     def add(self, received: int) -> None:
-        """Count that many bytes more."""
+        """Add that many bytes."""
         self.received += received
 
 
 @contextmanager
 def wire_bytes() -> Iterator[WireBytes]:
-    """Count what the collectives of this file and amaxes.reduce_amax receive under the context, by their sizes:
-    (ranks - 1) messages of each gather.
+    """Count what this file's collectives and amax.reduce_amax receive under the context.
+
+    The count is computed from sizes: a gather receives (ranks - 1) messages.
     """
     counter = WireBytes()
     amax.on_received.append(counter.add)
@@ -50,11 +51,12 @@ def wire_bytes() -> Iterator[WireBytes]:
 
 
 def check_group(group: Any, caller: str) -> tuple[Any, int]:
-    """(group, its number of ranks) of a process group that this process is in; None is the default group.
+    """Return a process group that this process is in, and its number of ranks; None is the default group.
 
     Raises:
         RuntimeError: torch.distributed is not initialized.
-        TypeError, ValueError: not a process group; one of other ranks.
+        TypeError: `group` is no process group.
+        ValueError: this process is not in the group.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise errors.runtime_error(
@@ -84,7 +86,11 @@ def check_group(group: Any, caller: str) -> tuple[Any, int]:
 
 
 def all_gather_flat(message: Tensor, group: Any, async_op: bool = False) -> tuple[Tensor, Any]:
-    """(uint8 [ranks, bytes], work or None) of a flat uint8 message, of the same length on every rank."""
+    """Gather a flat uint8 message, of the same length on every rank.
+
+    Returns:
+        uint8 [ranks, bytes], and the work to wait for, or None if it has arrived.
+    """
     ranks = dist.get_world_size(group)
     out = message.new_empty(ranks * message.numel())
     if not message.numel():  # nothing to say, on every rank
@@ -97,7 +103,7 @@ def all_gather_flat(message: Tensor, group: Any, async_op: bool = False) -> tupl
 
 
 class PendingParts:
-    """Tensors on their way; wait() gives them, as often as it is called."""
+    """Tensors that are being gathered; wait() returns them, as often as it is called."""
 
     def __init__(self, shapes: list[list[tuple[int, ...]]], parts: Sequence[Part], message: Tensor) -> None:
         self._shapes = shapes  # of each part, by rank
@@ -108,12 +114,12 @@ class PendingParts:
         self._result: list[Tensor] | None = None
 
     def start(self, group: Any, async_op: bool) -> None:
-        """Send the message."""
+        """Send the message; with async_op, return before it has arrived."""
         assert self._message is not None
         self._received, self._work = all_gather_flat(self._message, group, async_op)
 
     def wait(self) -> list[Tensor]:
-        """Each tensor concatenated over the ranks along its axis, in the order in which they were given."""
+        """Return each tensor, concatenated over the ranks along its axis, in the order in which they were given."""
         if self._result is None:
             assert self._received is not None
             if self._work is not None:
@@ -122,6 +128,7 @@ class PendingParts:
             for shapes, axis, dtype in zip(self._shapes, self._axes, self._dtypes, strict=True):
                 result.append(_concatenated(self._received, starts, shapes, axis, dtype))
                 starts = [start + prod(shape) * dtype.itemsize for start, shape in zip(starts, shapes, strict=True)]
+            # The result may be waited for again; the buffers are let go.
             self._result, self._message, self._received, self._work = result, None, None, None
         return self._result
 
@@ -129,8 +136,9 @@ class PendingParts:
 def _concatenated(
     received: Tensor, starts: list[int], shapes: list[tuple[int, ...]], axis: int, dtype: torch.dtype
 ) -> Tensor:
-    """One tensor of the messages uint8 [ranks, bytes]: the ranks' bytes from `starts` on, concatenated along `axis`."""
+    """Cut one tensor out of messages uint8 [ranks, bytes]: each rank's bytes from `starts` on, joined along `axis`."""
     ends = [start + prod(shape) * dtype.itemsize for start, shape in zip(starts, shapes, strict=True)]
+    # Even shards are one view and one copy; uneven ones are cut out of each rank's message.
     if all(shape == shapes[0] for shape in shapes) and all(start == starts[0] for start in starts):
         flat = received[:, starts[0] : ends[0]].reshape(-1).view(dtype)
         axis = axis % len(shapes[0])
@@ -138,6 +146,7 @@ def _concatenated(
     pieces = []
     for message, start, end, shape in zip(received, starts, ends, shapes, strict=True):
         piece = message[start:end]
+        # view(dtype) needs an aligned start, which a tensor after one of uint8 need not have
         aligned = piece if piece.storage_offset() % dtype.itemsize == 0 else piece.clone()
         pieces.append(aligned.view(dtype).view(shape))
     return torch.cat(pieces, dim=axis)
@@ -146,14 +155,14 @@ def _concatenated(
 def gather_parts(
     parts: Sequence[Part], group: Any, async_op: bool = False, sizes: Sequence[Sequence[int]] | None = None
 ) -> PendingParts:
-    """Start to gather several tensors over a group, in one message.
+    """Gather several tensors over a group, in one message.
 
     Args:
         parts: (tensor, axis along which the ranks' tensors are concatenated); the same dtypes on all ranks, and the
             same shapes but for that axis.
-        sizes: of each part, its length along its axis on every rank; None: they are alike.
+        sizes: for each part, its length along its axis on every rank. If None, the ranks' lengths are equal.
     Returns:
-        PendingParts: its wait() gives the tensors. Without async_op they have arrived already.
+        PendingParts, whose wait() returns the tensors. Without async_op they have arrived already.
     """
     ranks = dist.get_world_size(group)
     shapes = []
@@ -165,6 +174,7 @@ def gather_parts(
         sum(prod(s[rank]) * p.element_size() for s, (p, _) in zip(shapes, parts, strict=True)) for rank in range(ranks)
     ]
     message = torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part, _ in parts])
+    # Uneven shards are padded: a collective wants the same length on every rank.
     message = torch.nn.functional.pad(message, (0, max(lengths) - message.numel()))
     pending = PendingParts(shapes, parts, message)
     pending.start(group, async_op)
@@ -172,10 +182,11 @@ def gather_parts(
 
 
 def gather_ints(values: Sequence[int], group: Any, device: torch.device, more: Tensor | None = None) -> list[list[int]]:
-    """The numbers of every rank, by rank, on the host; as many on each rank.
+    """Gather a few numbers of every rank to the host, by rank; every rank gives as many.
 
     Args:
-        more: integers on the device, appended to `values`: they are not read before all arrived.
+        more: integers on the device, appended to `values`. They are not read before all arrived, so that the device is
+            waited for once.
     """
     mine = torch.tensor(list(values), dtype=torch.int64, device=device)
     if more is not None:

@@ -1,16 +1,16 @@
-"""FSDP2 with weights that are quantized before they are gathered: 4 bits a value on the wire instead of 16 or 32.
+"""Quantize weights before FSDP2 gathers them, so that 4 bits a value travel instead of 16 or 32 (nv.fsdp).
 
     nv.fsdp.quantize_gathers(model, recipe)              before fully_shard
     for block in model.blocks: fully_shard(block)
     fully_shard(model)
-    with nv.nvfp4_autocast(recipe): loss = ...           as ever
+    with nv.nvfp4_autocast(recipe): loss = ...           as without FSDP2
 
 Parameters stay in high precision in the shards, the optimizer and the state_dict, whose entries are plain tensors
-(DTensors of them) under plain names: checkpoints move between FSDP2, DDP, one process, and any number of ranks. What is
-gathered in 4 bits is 4 bits for every reader: layers outside of an NVFP4 context see dequantized values, and say so
-once. To evaluate in high precision, load the full state_dict into a plain model. torch.compile leaves layers with such
-weights uncompiled; with fullgraph=True it stops. Weights that cannot be cut so stay as FSDP2 gathers them: 1x16 or
-4over6 scales, a GEMM on the weight in high precision, uneven shards.
+(DTensors of them) under plain names. So checkpoints move between FSDP2, DDP, one process, and any number of ranks. A
+weight that was gathered in 4 bits has 4 bits for every reader: layers outside of an NVFP4 context see dequantized
+values, and a warning says so once. To evaluate in high precision, load the full state_dict into a plain model.
+torch.compile leaves layers with such weights uncompiled; with fullgraph=True it stops. FSDP2 gathers in high precision
+as before: weights with 1x16 or 4over6 scales, weights with a GEMM in high precision, and uneven shards.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from te_nvfp4_cv.distributed.fsdp_weight import Form, ShardedWeight
 from te_nvfp4_cv.errors import check_module, runtime_error
 from te_nvfp4_cv.layer import check
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.precision import matches
-from te_nvfp4_cv.nn.walk import with_recipes
+from te_nvfp4_cv.nn.walk import LAYERS, op_of, with_recipes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 __all__ = ["quantize_gathers"]
@@ -40,14 +39,21 @@ def quantize_gathers(
     Args:
         model: torch's convolution and linear layers in it, and NVFP4 modules, are marked where their weight runs in
             NVFP4 with 16x16 scales.
-        recipe: with which the model trains; its [precision] table and set_precision's entries are followed, and an
-            NVFP4 module's own recipe.
+        recipe: the one with which the model trains. Its [precision] table is followed, and so are set_precision's
+            entries and the recipe that an NVFP4 module was built with.
         filter_fn: filter_fn(module, name) -> False leaves a layer's weight as FSDP2 gathers it.
     Returns:
         The names of the weights that were marked.
     Raises:
-        TypeError: no module, no recipe; ValueError: a pattern of the recipe's table that matches nothing;
-        RuntimeError: a model that is sharded already.
+        TypeError: `model` is no module, or `recipe` no recipe.
+        ValueError: a pattern of the recipe's table matches nothing.
+        RuntimeError: the model is sharded already.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 32, 3))
+        >>> nv.fsdp.quantize_gathers(model, nv.NVFP4BlockScaling())  # the first layer is too thin for NVFP4
+        ['1.weight']
     """
     check_module("quantize_gathers", model, "quantize_gathers(model, ...)")
     resolved = as_recipe(recipe)
@@ -60,15 +66,14 @@ def quantize_gathers(
             fix="call nv.fsdp.quantize_gathers(model, recipe) before fully_shard",
         )
     table = matches(model, list(resolved.precision))
-    layers = tuple(NVFP4_CLASSES)
     marked: list[str] = []
     replaced: dict[int, nn.Parameter] = {}
-    for name, module, entry in with_recipes(model, "", resolved, table, set()):
-        weight = module._parameters.get("weight") if isinstance(module, layers) else None
+    for name, module, entry in with_recipes(model, resolved, table):
+        weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
         if weight is None or (filter_fn is not None and not filter_fn(module, name)):
             continue
         full_name = f"{name}.weight".lstrip(".")
-        if id(weight) not in replaced:
+        if id(weight) not in replaced:  # a weight that two layers share stays shared
             if _why_not(module, weight, entry) is not None:
                 continue
             assert entry is not None
@@ -80,18 +85,19 @@ def quantize_gathers(
 
 
 def _marked(weight: nn.Parameter, name: str, module: nn.Module, recipe: NVFP4BlockScaling) -> nn.Parameter:
+    """Return the parameter whose weight FSDP2 will ask how it is gathered."""
+    # Delayed scales are found by the identity of their owner: it has the whole weight's shape, and no memory.
     owner = torch.empty((), dtype=weight.dtype).expand(weight.shape)
     form = Form(name, getattr(module, "groups", 1), recipe.settings("weight").delayed, owner)  # type: ignore[arg-type]
     return nn.Parameter(ShardedWeight(weight.data.contiguous(), form), weight.requires_grad)
 
 
 def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None) -> str | None:
-    """Why a weight is gathered in high precision, or None."""
+    """Return why a weight is gathered in high precision, or None if it is gathered in NVFP4."""
     if recipe is None:
         return "high precision"
-    kind = next(base for base in type(module).__mro__ if base in NVFP4_CLASSES)
     groups = getattr(module, "groups", 1)
-    reason = check.ineligible(NVFP4_CLASSES[kind].op, weight, weight, groups, recipe)
+    reason = check.ineligible(op_of(module), weight, weight, groups, recipe)
     if reason is not None:
         return reason
     s = recipe.settings("weight")
@@ -103,7 +109,10 @@ def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None
 
 
 def _plain_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """state_dict post-hook: the weight as a plain tensor, or a DTensor of one, that shares the parameter's memory."""
+    """Put the weight into the state_dict as a plain tensor, or a DTensor of one, that shares the parameter's memory.
+
+    It is a state_dict post-hook.
+    """
     key = f"{prefix}weight"
     entry: Any = state_dict.get(key)
     if isinstance(entry, ShardedWeight):

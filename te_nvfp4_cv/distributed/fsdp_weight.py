@@ -1,4 +1,4 @@
-"""FSDP2 weights that travel in 4 bits: the shard that a rank keeps, and the whole weight as it arrives.
+"""Weights that FSDP2 sends in 4 bits: the shard that a rank has, and the whole weight as it arrives.
 
     ShardedWeight    a rank's rows in high precision. FSDP2 asks it what to gather: packed 16x16-scaled codes of them;
                      the tiles' amaxes are shared before, by one all-reduce: all shards have the scales of the whole
@@ -43,8 +43,10 @@ FACTORIES = {  # of a whole weight: tensors like it, without its values
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """How a weight is quantized for its gather, and by what name errors call it. `owner`, a tensor of the whole shape
-    without its memory, stands for the weight, as long as it lives, where state is kept by identity (delayed scales).
+    """Says how a weight is quantized for its gather, and by what name errors call it.
+
+    `owner` is a tensor of the whole shape without its memory. It stands for the weight where state is kept by identity
+    (delayed scales).
     """
 
     name: str
@@ -110,8 +112,10 @@ class ShardedWeight(torch.Tensor):
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """((packed codes of this rank's rows,), (scales of all tiles, amax, the whole shape)); of uneven shards ((the
-        rows, padded,), (None, None, the whole shape)).
+        """Return what FSDP2 gathers, and what it hands on.
+
+        These are (packed codes of this rank's rows,) and (scales of all tiles, amax, the whole shape). Uneven shards
+        travel as (the rows, padded,), with (None, None, the whole shape).
         """
         with torch.no_grad():
             group, n, ranks = mesh.get_group(), outer_size[0], mesh.size()
@@ -126,7 +130,7 @@ class ShardedWeight(torch.Tensor):
             return (codes,), (scales, amax, tuple(outer_size))
 
     def _padded(self, rows: int, dtype: torch.dtype | None, ranks: int) -> Tensor:
-        """The rows in FSDP2's gathered dtype, zero rows at the end."""
+        """Return the rows in FSDP2's gathered dtype, with zero rows at the end."""
         warn_once(
             f"uneven {self.form.name}",
             f"nvfp4: {self.form.name!r} cannot be cut into {ranks} even shards: it is gathered in high precision",
@@ -138,7 +142,7 @@ class ShardedWeight(torch.Tensor):
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: tuple[Any, ...], param_dtype: torch.dtype, *, out: Any = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The whole weight, of the nominal dtype that FSDP2 wants; `out`: the same object, filled again."""
+        """Return the whole weight in the nominal dtype that FSDP2 wants, or fill `out`, the same object, again."""
         (codes,), (scales, amax, shape) = outputs, metadata
         if scales is None:
             return (codes[: shape[0]], ()) if out is None else None  # the values: FSDP2 has written them where they lie

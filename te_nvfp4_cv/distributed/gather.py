@@ -1,4 +1,4 @@
-"""All-gather of NVFP4Tensors: the ranks' shards become one tensor, packed codes and scales travel, not values.
+"""Join the ranks' shards to one NVFP4Tensor (nv.distributed). Packed codes and scales travel, not values.
 
     quantize(cat(x_0, ..., x_{n-1})) == all_gather(quantize(x_r)),  bit for bit,  where all used  amax = max_r amax(x_r)
     bytes on the wire of one face: 1/2 + 1/16 per element, 0.28 of bf16; a few hundred bytes of metadata per tensor
@@ -9,13 +9,13 @@
     "batch"    -2                          the same axis   next to b, at each pixel        axis 0
     "channel"  -1                          interleaved     the first axis                  the channels' axis
 
-A shard can be gathered so if no block of 16 crosses its border; the last one may end inside a block. Where blocks would
-be cut, and for row-scaled tensors, the values are gathered in the nominal dtype and the whole is quantized, with a
-warning, once. Messages of uneven shards are as long as the longest. All ranks decide alike, from metadata that they
-exchange first: a shard that does not fit the others, or whose tensor scale is another, raises on every rank.
+Codes are gathered if no block of 16 crosses a shard's border; the last shard may end inside a block. Where blocks would
+be cut, and for row-scaled tensors, the values are gathered in the nominal dtype and the whole is quantized, and a
+warning says so once. Messages of uneven shards are as long as the longest. All ranks decide alike, from metadata that
+they exchange first: a shard that does not fit, or that has another tensor scale, raises on every rank.
 
-Eager only: sizes and scales are compared on the host, torch.compile breaks its graph here. Not differentiable.
-Stochastic rounding is drawn for each shard apart.
+Sizes and scales are compared on the host, so torch.compile breaks its graph here. The gather is not differentiable.
+Every shard draws its own random numbers for stochastic rounding.
 """
 
 from __future__ import annotations
@@ -42,14 +42,22 @@ __all__ = ["AllGatherHandle", "all_gather", "all_gather_coalesced"]
 
 
 class AllGatherHandle:
-    """A gathered tensor on its way."""
+    """A tensor that is being gathered; all_gather(..., async_op=True) returns it.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> handle = nv.distributed.all_gather(x, quantizer=q, async_op=True)  # doctest: +SKIP
+        >>> isinstance(handle, nv.distributed.AllGatherHandle)  # doctest: +SKIP
+        True
+        >>> whole = handle.wait()  # doctest: +SKIP
+    """
 
     def __init__(self, finish: Callable[[], NVFP4Tensor]) -> None:
         self._finish: Callable[[], NVFP4Tensor] | None = finish
         self._result: NVFP4Tensor | None = None
 
     def wait(self) -> NVFP4Tensor:
-        """The whole tensor; the same object each time. On a GPU only the current stream waits."""
+        """Return the whole tensor, the same object each time. On a GPU only the current stream waits."""
         return _eager(self._wait)()
 
     def _wait(self) -> NVFP4Tensor:
@@ -96,21 +104,30 @@ def all_gather(
     Args:
         t: this rank's shard [..., K]: an NVFP4Tensor whose tensor scale all ranks share (its quantizer had
             with_amax_reduction=True), or a plain tensor, which `quantizer` quantizes with the group's largest amax.
-        group: a process group of which this process is a member; None: the default group.
+        group: a process group of which this process is a member, or None for the default group.
         dim: the axis that was split: "rows" and "height" the first, "batch" the last but one, "channel" the last.
-        async_op: return a handle; the metadata has been exchanged then, and errors are raised by this call.
-        quantizer: for a plain tensor. Its own amax_reduction_group is not used. For an NVFP4Tensor that holds none:
-            what quantizes again where values are gathered.
+        async_op: return a handle. The metadata has been exchanged then, and this call raises the errors.
+        quantizer: quantizes a plain tensor; its amax_reduction_group is not used. For an NVFP4Tensor that holds no
+            quantizer, it quantizes the whole where values are gathered.
     Returns:
-        NVFP4Tensor with the faces and settings of the shards, or AllGatherHandle, whose wait() gives it. Buffers are
-        new ones, with one rank too. requires_grad is False.
+        NVFP4Tensor with the faces and settings of the shards, or AllGatherHandle, whose wait() returns it. The buffers
+        are new, with one rank too. requires_grad is False.
     Raises:
-        TypeError, ValueError: an argument, on the rank that gave it (the others raise a ValueError); shards that differ
-            in more than their size along `dim`, or in their tensor scale, on every rank. A shard without elements has
-            no scale to differ.
+        TypeError: an argument of the wrong class, on the rank that gave it; other ranks raise a ValueError.
+        ValueError: an argument that cannot be gathered; on every rank, shards that differ in more than their size along
+            `dim`, or in their tensor scale. A shard without elements has no scale to differ.
         RuntimeError: torch.distributed is not initialized.
     Numerics: bitwise what the quantizer makes of the whole with the shared amax (any NaN is one NaN). Where values are
-        gathered those of NVFP4Tensors are dequantized first, rowwise where that face is there: two roundings then.
+        gathered, NVFP4Tensors are dequantized first, rowwise if that face is there, so their values are rounded twice.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> store = torch.distributed.HashStore()
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> x = torch.randn(32, 64)  # this rank's rows
+        >>> nv.distributed.all_gather(x, quantizer=nv.NVFP4Quantizer(columnwise=False))
+        NVFP4Tensor((32, 64), torch.float32, rowwise, device='cpu')
+        >>> torch.distributed.destroy_process_group()
     """
     (handle,) = _eager(_start)([t], group, dim, async_op, quantizer, "all_gather")
     return handle if async_op else handle.wait()
@@ -124,19 +141,30 @@ def all_gather_coalesced(
     *,
     quantizer: NVFP4Quantizer | None = None,
 ) -> list[NVFP4Tensor] | list[AllGatherHandle]:
-    """all_gather of several tensors in two messages, metadata and data; as many on every rank, in the same order."""
+    """Gather several tensors in two messages, metadata and data. Every rank gives as many, in the same order.
+
+    The other arguments, the errors and the numerics are those of all_gather; it returns a list.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> codes = nv.distributed.all_gather_coalesced([x, w], quantizer=nv.NVFP4Quantizer())  # doctest: +SKIP
+    """
     handles = _eager(_start)(list(tensors), group, dim, async_op, quantizer, "all_gather_coalesced")
     return handles if async_op else [handle.wait() for handle in handles]
 
 
 def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which torch.compile does not trace into. (As a decorator this would import half of torch.)"""
+    """Return the function such that torch.compile does not trace into it.
+
+    As a decorator, torch.compiler.disable would import half of torch when this module is imported.
+    """
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def _start(
     tensors: list[Any], group: Any, dim: str, async_op: bool, quantizer: NVFP4Quantizer | None, caller: str
 ) -> list[AllGatherHandle]:
+    """Exchange the metadata, and start the message of data."""
     group, ranks = collectives.check_group(group, caller)
     if not tensors:
         return []
@@ -145,12 +173,13 @@ def _start(
     try:
         shards = [shard_of(t, dim, quantizer, caller) for t in tensors]
     except (TypeError, ValueError) as refused:
-        error = refused
+        error = refused  # raised after the exchange, so that other ranks do not wait for this one
         if ranks == 1:
             raise
     with torch.no_grad():
         if ranks == 1:
             return [AllGatherHandle(partial(_same, shard.alone())) for shard in shards]
+        # From here on every rank takes the same steps, whatever its arguments were.
         told = exchange(shards, len(tensors), group, _device_of(tensors, group))
         if error is not None:
             raise error
@@ -167,7 +196,7 @@ def _start(
 
 
 def _device_of(tensors: list[Any], group: Any) -> torch.device:
-    """Where the metadata travels: with the tensors; where there is none (an error), where the group can send."""
+    """Return the device of the metadata: that of the tensors or, if there is none (an error), one that can send."""
     found = [t.device for t in tensors if isinstance(t, Tensor)]
     nccl = torch.distributed.get_backend(group) == "nccl"
     return found[0] if found else torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
@@ -186,7 +215,7 @@ def _arrived(plan: _Plan, pending: PendingParts, own: slice) -> NVFP4Tensor:
 
 @dataclass
 class _Plan:
-    """The parts of one tensor's message, their sizes along their axes by rank, and what makes the whole of them."""
+    """The parts of one tensor's message, their sizes along their axes by rank, and the function that joins them."""
 
     parts: list[Part]
     sizes: list[list[int]]
@@ -194,11 +223,11 @@ class _Plan:
 
 
 def _plan(shard: Shard, by_rank: list[Told], group: Any) -> _Plan:
-    """Codes where no block is cut, else values; the same on every rank, since all read the same `by_rank`."""
+    """Plan a message of codes if no block is cut, else of values. All ranks decide alike, by the same `by_rank`."""
     sizes = [told.shape[shard.axis] for told in by_rank]
     reason = _reason_for_values(shard, sizes)
     if reason is None:
-        whole = [told for told in by_rank if prod(told.shape)] or by_rank
+        whole = [told for told in by_rank if prod(told.shape)] or by_rank  # empty shards have no amax to share
         amax = torch.tensor([max(told.amax[face] for told in whole) for face in (0, 1)], dtype=torch.int32)
         return _plan_codes(shard, sizes, amax.to(shard.device).view(torch.float32))
     if shard.quantizer is None:
@@ -217,7 +246,7 @@ def _plan(shard: Shard, by_rank: list[Told], group: Any) -> _Plan:
 
 
 def _reason_for_values(shard: Shard, sizes: list[int]) -> str | None:
-    """Why codes cannot be put behind each other; None: they can."""
+    """Return why the shards' codes cannot be joined, or None if they can."""
     shape, faces = shard.tensor.shape, shard.faces()
     tiles = getattr(shard.quantizer, "with_2d_quantization", False)
     if shard.row_scaled:
@@ -236,17 +265,17 @@ def _reason_for_values(shard: Shard, sizes: list[int]) -> str | None:
 
 
 class _Buffer(NamedTuple):
-    """A buffer of a shard as it travels: along which axis the ranks' come together, and the shape of the whole."""
+    """A buffer of a shard as it travels, with the axis along which the ranks' buffers are joined."""
 
     name: str  # keyword of NVFP4Tensor
     tensor: Tensor
     axis: int
     sizes: list[int]  # along that axis, by rank
-    whole: tuple[int, ...]
+    whole: tuple[int, ...]  # shape of the joined buffer
 
 
 def _plan_codes(shard: Shard, sizes: list[int], amax: Tensor) -> _Plan:
-    """The packed codes and scales of each face; amax: fp32 [2], rowwise and columnwise, of all shards."""
+    """Plan a message of packed codes and scales; amax: fp32 [2], rowwise and columnwise, the largest of all shards."""
     t = shard.tensor if shard.packed else shard.quantize(shard.tensor, (amax[:1], amax[1:]))
     shape = (*t.shape[: shard.axis], sum(sizes), *t.shape[shard.axis + 1 :])
     buffers: list[_Buffer] = []
@@ -271,7 +300,9 @@ def _blocks_in(lengths: Sequence[int]) -> list[int]:
 
 
 def _rowwise(t: NVFP4Tensor, axis: int, sizes: list[int], shape: tuple[int, ...]) -> list[_Buffer]:
-    """data [*lead, Kp/2] and scale_inv [*lead, Kp/16] keep the tensor's axes: along K they interleave by rows."""
+    """Return the rowwise buffers. data [*lead, Kp/2] and scale_inv [*lead, Kp/16] have the tensor's axes, so that along
+    K they interleave by rows.
+    """
     data, scale = t.rowwise_data, t.rowwise_scale_inv
     bytes_by_rank = blocks_by_rank = sizes
     if axis == len(shape) - 1:
@@ -291,7 +322,9 @@ def _rowwise(t: NVFP4Tensor, axis: int, sizes: list[int], shape: tuple[int, ...]
 
 
 def _columnwise(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buffer]:
-    """data [K, M/2], M = (outer, axis, inner): [K, outer, bytes] come together along the last axis."""
+    """Return the columnwise buffers. data is [K, M/2] with M = (outer, axis, inner): it is joined as [K, outer, bytes],
+    along the last axis.
+    """
     data, scale, K = t.columnwise_data, t.columnwise_scale_inv, t.shape[-1]
     if axis == t.dim() - 1:
         K = sum(sizes)
@@ -316,7 +349,9 @@ def _columnwise(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buffer]:
 
 
 def _columnwise_tiles(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buffer]:
-    """data [B/16, *image, C, 8] and scale_inv [B/16, *image, C]: the axes of the tensor, the batch's first."""
+    """Return the columnwise buffers of tiles. data [B/16, *image, C, 8] and scale_inv [B/16, *image, C] have the
+    tensor's axes, the batch first.
+    """
     data, scale = t.columnwise_data, t.columnwise_scale_inv
     batch, channel = t.dim() - 2, t.dim() - 1
     by_rank = _blocks_in(sizes) if axis == batch else sizes
@@ -329,7 +364,7 @@ def _columnwise_tiles(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buff
 
 
 def _plan_values(shard: Shard, sizes: list[int], group: Any) -> _Plan:
-    """Values, quantized as a whole: by every rank alike, with the seed of the first rank for stochastic rounding."""
+    """Plan a message of values. Every rank quantizes the whole alike, with the first rank's seed for rounding."""
     seed: Tensor | None = None
     x = shard.tensor.dequantize() if shard.packed else shard.tensor
     if shard.quantizer is not None and shard.quantizer.stochastic_rounding:

@@ -1,11 +1,11 @@
-"""What all_gather knows of a shard before data travel: its settings and shape, and those of the other ranks' shards.
+"""Exchange what all_gather must know of the shards before data travel: their settings, shapes and amaxes.
 
-    shard_of      the arguments of a call, checked             -> Shard, or the error that they deserve
+    shard_of      check a call's arguments                     -> Shard, or an error
     exchange      every rank's settings, shape and amax bits   -> Told, by tensor and rank; one small message
-    check_alike   the shards are parts of one tensor           -> or the same ValueError on every rank
+    check_alike   the shards must be parts of one tensor       -> nothing, or the same ValueError on every rank
 
-A rank whose arguments are refused takes part in the exchange and says so: no rank waits for one that has raised.
-Nothing here moves codes or decides how they travel; distributed.py does.
+A rank whose arguments are refused takes part in the exchange and says so, so that no rank waits for one that has
+raised. gather.py decides how codes travel, and moves them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _INF, _NAN = 0x7F800000, 0x7FC00000
 
 @dataclass
 class Shard:
-    """What a rank gathers: an NVFP4Tensor or plain values, checked."""
+    """The tensor that a rank gathers, an NVFP4Tensor or plain values, with its checked arguments."""
 
     tensor: Any
     quantizer: NVFP4Quantizer | None
@@ -65,7 +65,7 @@ class Shard:
         return self.quantizer
 
     def fields(self) -> list[int]:
-        """What ranks must agree on, and the shape, as _FIELDS names it."""
+        """Return the settings that ranks must agree on, as _FIELDS names them, and the shape."""
         q, t = self.quantizer, self.tensor
         faces = self.faces()
         col = faces["columnwise"]
@@ -89,7 +89,7 @@ class Shard:
         return [int(v) for v in values] + [t.dim(), *t.shape] + [0] * (_MAX_DIMS - t.dim())
 
     def amax_bits(self) -> Tensor:
-        """int32 [2]: amax_rowwise and amax_columnwise, 0 where there is none and for row-scaled tensors."""
+        """Return the bits of amax_rowwise and amax_columnwise, int32 [2]; 0 if missing, and for row-scaled tensors."""
         zero = torch.zeros(1, dtype=torch.float32, device=self.device)
         if self.row_scaled:
             return torch.cat((zero, zero)).view(torch.int32)
@@ -102,13 +102,13 @@ class Shard:
         return torch.cat((row.reshape(1), col.reshape(1))).view(torch.int32)
 
     def alone(self) -> NVFP4Tensor:
-        """What a single rank gathers."""
+        """Return the gathered tensor of a group with a single rank."""
         if self.packed:
             return self.tensor.map_buffers(torch.clone)
         return self.quantize(self.tensor)
 
     def quantize(self, x: Tensor, amax: tuple[Tensor, Tensor] | None = None, seed: Tensor | None = None) -> NVFP4Tensor:
-        """x in the faces of the shard, without a reduction over ranks."""
+        """Quantize x in the faces of the shard, without a reduction over ranks."""
         quantizer = self._made_by().copy()
         quantizer.with_amax_reduction = False
         quantizer.set_usage(**self.faces())
@@ -118,7 +118,7 @@ class Shard:
 
 
 def _fingerprint(quantizer: NVFP4Quantizer | None) -> int:
-    """A number of the settings that decide codes, 0 without a quantizer."""
+    """Hash the settings that decide codes into a number; 0 without a quantizer."""
     if quantizer is None:
         return 0
     settings = sorted((name, v) for name, v in quantizer.settings().items() if name not in _NOT_NUMERICS)
@@ -126,7 +126,12 @@ def _fingerprint(quantizer: NVFP4Quantizer | None) -> int:
 
 
 def shard_of(t: Any, dim: str, quantizer: Any, caller: str) -> Shard:
-    """The shard of a call's arguments, or the error that they deserve."""
+    """Check a call's arguments and make a shard of them.
+
+    Raises:
+        TypeError: an argument of the wrong class; a plain tensor without a quantizer.
+        ValueError: an unknown dim; a tensor that cannot be gathered along it; a quantizer that writes no face.
+    """
     if dim not in DIMS:
         raise errors.value_error(
             f"{caller}: unknown dim.", got=f"dim={dim!r}", needs=f"one of {', '.join(DIMS)}", fix='dim="rows"'
@@ -170,7 +175,7 @@ def shard_of(t: Any, dim: str, quantizer: Any, caller: str) -> Shard:
 
 @dataclass
 class Told:
-    """What one rank said of its shard."""
+    """The description that one rank gave of its shard."""
 
     fields: dict[str, int]
     shape: tuple[int, ...]
@@ -178,12 +183,12 @@ class Told:
 
 
 def exchange(shards: list[Shard], tensors: int, group: Any, device: torch.device) -> list[list[Told]]:
-    """Of each tensor, what every rank says of it; a rank without shards has refused its arguments."""
+    """Return, for each tensor, what every rank says of it. A rank without shards has refused its arguments."""
     if shards:
         values = [v for shard in shards for v in shard.fields()]
         amaxes = torch.cat([shard.amax_bits() for shard in shards])
     else:
-        values = ([1] + [0] * (_WIDTH - 1)) * tensors
+        values = ([1] + [0] * (_WIDTH - 1)) * tensors  # `refused` is set, and the rest is not looked at
         amaxes = torch.zeros(2 * tensors, dtype=torch.int32, device=device)
     rows = collectives.gather_ints(values, group, device, amaxes)
     told = []
@@ -199,12 +204,13 @@ def exchange(shards: list[Shard], tensors: int, group: Any, device: torch.device
 
 
 def _one_nan(bits: int) -> int:
+    """Map every NaN to the same bits: ranks need not agree on a NaN's payload."""
     bits &= 0x7FFFFFFF
     return bits if bits <= _INF else _NAN
 
 
 def _by_value(values: Sequence[Any]) -> str:
-    """'8 on ranks 0, 2; 16 on ranks 1'"""
+    """Describe the ranks' values for a message: '8 on ranks 0, 2; 16 on rank 1'."""
     ranks: dict[Any, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(str(rank))
@@ -212,7 +218,11 @@ def _by_value(values: Sequence[Any]) -> str:
 
 
 def check_alike(by_rank: list[Told], caller: str) -> None:
-    """Raise, on every rank the same, unless the shards are parts of one tensor."""
+    """Refuse shards that are not parts of one tensor.
+
+    Raises:
+        ValueError: on every rank, with the same text.
+    """
     refused = [str(rank) for rank, told in enumerate(by_rank) if told.fields["refused"]]
     if refused:
         raise errors.value_error(

@@ -1,4 +1,4 @@
-"""Tensor parallelism: convolutions and linear layers whose channels are shared out to ranks, in torch's own plans.
+"""Share out the channels of convolutions and linear layers to ranks, in torch's plans (nv.tensor_parallel).
 
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import parallelize_module
@@ -11,11 +11,11 @@
 
 Arguments, layouts and defaults are those of torch's styles of the same names; "the last dimension" of a linear layer is
 dimension 1 of an image. Parameters become DTensors under their names. In an nvfp4 context activations cross ranks as
-NVFP4 codes (parallel_conv.py), the results of all ranks being those of one; where blocks of 16 would be cut apart they
-cross in high precision, and a warning says why. Outside of one, and for layers whose part on a rank is too thin, all
-runs in high precision. Ranks of a plan share one stream of stochastic rounding: that of the first of them.
-torch.compile leaves these layers uncompiled.
-Refused: groups other than 1; channels that the ranks do not divide; subclasses of torch's layers.
+NVFP4 codes (tp_exchange.py), and the results of all ranks are those of a single process. Where blocks of 16 would be
+cut apart, activations cross in high precision, and a warning says why. Outside of an nvfp4 context, and for layers
+whose part on a rank is too thin, all runs in high precision. The ranks of a plan share one stream of stochastic
+rounding, that of the first rank. torch.compile leaves these layers uncompiled. Refused are groups other than 1,
+channels that the ranks do not divide, and subclasses of torch's layers.
 """
 
 from __future__ import annotations
@@ -38,12 +38,19 @@ __all__ = ["ColwiseParallel", "RowwiseParallel"]
 
 
 class ColwiseParallel(torch_styles.ColwiseParallel):
-    """Share out a layer's output channels; torch's ColwiseParallel, for convolutions too.
+    """A style that shares out a layer's output channels: torch's ColwiseParallel, for convolutions too.
 
     Args:
-        input_layouts: of the input (default: whole on every rank).
-        output_layouts: of the output (default: by channels).
+        input_layouts: the input's layout; by default it is whole on every rank.
+        output_layouts: the output's layout; by default it is split by channels.
         use_local_output: give a plain tensor, this rank's part, instead of a DTensor.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> plan = {"conv1": nv.tensor_parallel.ColwiseParallel(), "conv2": nv.tensor_parallel.RowwiseParallel()}
+        >>> mesh = torch.distributed.init_device_mesh("cuda", (2,))  # doctest: +SKIP
+        >>> model = parallelize_module(model, mesh, plan)  # doctest: +SKIP
     """
 
     def __init__(self, *, input_layouts: Any = None, output_layouts: Any = None, use_local_output: bool = True) -> None:
@@ -51,18 +58,23 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
         self._layouts = _checked(input_layouts) or Replicate(), _checked(output_layouts)
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding):  # it multiplies nothing: torch's own style serves
             return super()._apply(module, device_mesh)
         return _parallelize(module, Sharing(True, device_mesh, *self._layouts, self.use_local_output), self)
 
 
 class RowwiseParallel(torch_styles.RowwiseParallel):
-    """Share out a layer's input channels; torch's RowwiseParallel, for convolutions too.
+    """A style that shares out a layer's input channels: torch's RowwiseParallel, for convolutions too.
 
     Args:
-        input_layouts: of the input (default: by channels).
-        output_layouts: of the output (default: whole on every rank).
+        input_layouts: the input's layout; by default it is split by channels.
+        output_layouts: the output's layout; by default it is whole on every rank.
         use_local_output: give a plain tensor, this rank's part, instead of a DTensor.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> from torch.distributed.tensor import Shard
+        >>> style = nv.tensor_parallel.RowwiseParallel(output_layouts=Shard(0))  # the output is split by images
     """
 
     def __init__(self, *, input_layouts: Any = None, output_layouts: Any = None, use_local_output: bool = True) -> None:
@@ -79,7 +91,7 @@ def _checked(layout: Any) -> Any:
     if layout is None or isinstance(layout, (Shard, Replicate)):
         return layout
     raise type_error(
-        "tensor_parallel: this layout is none.",
+        "tensor_parallel: this is not a layout.",
         got=f"{layout!r:.80}",
         needs="Shard(dim) or Replicate() of torch.distributed.tensor",
         fix="leave it out for the default",
@@ -90,20 +102,20 @@ def _checked(layout: Any) -> Any:
 
 
 class TensorParallelModule(nn.Module):
-    """What takes the place of a layer's class, in front of it."""
+    """The class that takes the place of a layer's class: it stands in front of it among the bases."""
 
     sharing: Sharing
     op: str
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """As the plain module's, for tensors that lie as the plan says."""
+        """Run the plain module's forward for tensors that lie as the plan says."""
         deferred.settle(input)
-        with torch._C.DisableTorchFunction():  # what this call is made of is not handed over again
+        with torch._C.DisableTorchFunction():  # the context must not take over the calls inside
             return run(self, input, output_size)
 
     def extra_repr(self) -> str:
-        """The plain module's, then how it is cut."""
+        """Return the plain module's extra_repr, then how the layer is cut."""
         s = self.sharing
         return f"{super().extra_repr()}, {'columns' if s.column else 'rows'} on {s.ranks} ranks"
 
@@ -127,6 +139,7 @@ def _parallelize(module: nn.Module, sharing: Sharing, style: Any) -> nn.Module:
             parameter, sharing.mesh, [places[name]], src_data_rank=getattr(style, "src_data_rank", 0)
         )
         module.register_parameter(name, nn.Parameter(shared, requires_grad=parameter.requires_grad))
+    # The class changes, not the module: parameters keep their names, and hooks stay.
     module.__class__ = _parallel_class(type(module))
     module.sharing = sharing  # type: ignore[assignment]
     rounding_seeds.share_stream(dist.get_process_group_ranks(sharing.group)[0])

@@ -34,7 +34,7 @@ from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 @dataclass(frozen=True, eq=False)
 class Sharing:
-    """How one module's tensors lie on a mesh. A layout None: by channels."""
+    """Says how one module's tensors lie on a mesh. A layout of None means by channels."""
 
     column: bool
     mesh: Any
@@ -55,7 +55,7 @@ class Sharing:
 
 
 def run(module: Any, x: Tensor, output_size: Any) -> Tensor:
-    """The layer's result for this rank's part of x, in the layout of its plan."""
+    """Return the layer's result for this rank's part of x, in the layout of its plan."""
     sharing: Sharing = module.sharing
     rank = module.weight.dim() - 2
     channels = x.dim() - rank - 1 if rank else x.dim() - 1
@@ -69,7 +69,7 @@ def run(module: Any, x: Tensor, output_size: Any) -> Tensor:
 
 
 def _as_it_lies(x: Tensor, sharing: Sharing, channels: int) -> tuple[Tensor, int | None]:
-    """(this rank's part of x, the dimension along which x is cut or None for a whole one)."""
+    """Return this rank's part of x, and the dimension along which x is cut, or None for a whole one."""
     if isinstance(x, DTensor):
         (place,) = x.placements
         even = type(place) is Shard and x.shape[place.dim] % sharing.ranks == 0
@@ -90,7 +90,7 @@ def _whole_shape(x: Tensor, dim: int | None, ranks: int) -> Array:
 
 
 def _decide(module: Any, x: Tensor, layout: int | None, channels: int) -> tuple[NVFP4BlockScaling | None, str, str]:
-    """(recipe or None for high precision, backend, why high precision), for what this rank multiplies."""
+    """Return (recipe or None for high precision, backend, reason for high precision) for what this rank multiplies."""
     sharing: Sharing = module.sharing
     w = module.weight._local_tensor
     shape = list(_whole_shape(x, layout, sharing.ranks))
@@ -121,7 +121,7 @@ def _decide(module: Any, x: Tensor, layout: int | None, channels: int) -> tuple[
 
 
 class _Call:
-    """One call of a module: what lies where. `layout`: the dimension along which x is cut, None: it is whole."""
+    """Runs one call of a module. `layout` is the dimension along which x is cut, or None if it is whole."""
 
     def __init__(self, module: Any, sharing: Sharing, layout: int | None, channels: int, output_size: Any) -> None:
         self.module, self.sharing, self.layout, self.channels = module, sharing, layout, channels
@@ -131,19 +131,19 @@ class _Call:
     # ---- layouts
 
     def _redistributed(self, x: Tensor, before: Any, after: Any, grad: Any = None) -> Tensor:
-        """This rank's part of x, moved in high precision."""
+        """Return this rank's part of x, moved in high precision."""
         moved = DTensor.from_local(x, self.sharing.mesh, [before], run_check=False).redistribute(placements=[after])
         return moved.to_local(grad_placements=[grad or after])
 
     def _input(self, x: Tensor) -> Tensor:
-        """x as the layer multiplies it: whole for columns, its channels for rows."""
+        """Return x as the layer multiplies it: whole for columns, its channels for rows."""
         place = Replicate() if self.layout is None else Shard(self.layout)
         if self.column:
             return self._redistributed(x, place, Replicate(), Partial())
         return x if self.layout == self.channels else self._redistributed(x, place, Shard(self.channels))
 
     def _output(self, y: Tensor, place: Any) -> Tensor:
-        """y in the layout of the plan, from the one in which it was made."""
+        """Move y from the layout in which it was made to that of the plan."""
         dim = _dimension(self.sharing.output, y.dim(), self.channels)
         wanted = Replicate() if dim is None else Shard(dim)
         if self.sharing.use_local_output:
@@ -153,7 +153,7 @@ class _Call:
     # ---- high precision
 
     def high_precision(self, x: Tensor) -> Tensor:
-        """As torch's styles run it."""
+        """Run the layer as torch's styles do."""
         module, bias = self.module, self._bias()
         x, w = self._input(x), module.weight.to_local()
         if bias is not None and not self.column and self.sharing.mesh.get_local_rank():
@@ -180,7 +180,7 @@ class _Call:
     # ---- NVFP4
 
     def quantized(self, x: Tensor, recipe: NVFP4BlockScaling, backend: str) -> Tensor:
-        """With its three GEMMs in NVFP4."""
+        """Run the layer with its three GEMMs in NVFP4."""
         module, sharing, device = self.module, self.sharing, x.device.type
         autocast = torch.is_autocast_enabled(device)
         if autocast:
@@ -244,19 +244,19 @@ class _Call:
         return Plan(lowered(call).geometry, recipe, chosen, dtype, is_channels_last(x) or is_channels_last(w))
 
     def _axis(self, dim: int) -> int:
-        """A dimension of a tensor, as the axis of the array with channels innermost."""
+        """Turn a dimension of a tensor into the axis of the array with channels innermost."""
         if self.rank == 0 or dim == 0:
             return dim
         return self.rank + 1 if dim == 1 else dim - 1
 
     def _dim(self, axis: int) -> int:
-        """The inverse of _axis."""
+        """Turn an axis of the array back into a dimension of the tensor."""
         if self.rank == 0 or axis == 0:
             return axis
         return 1 if axis == self.rank + 1 else axis + 1
 
     def _link(self, plan: Plan, whole: Tensor, axis: int | None) -> Link:
-        """Where x and y lie; of rows, after deciding how y is shared out. `axis`: of x, for columns."""
+        """Return where x and y lie; for rows, decide how y is shared out. `axis`: along which a column's x is cut."""
         g, group = plan.geometry, self.sharing.group
         lead = tuple(whole.shape[:-1])
         x, y = (g.x_shape, g.y_shape) if self.rank else ((*lead, whole.shape[-1]), (*lead, g.y_shape[-1]))
@@ -281,7 +281,7 @@ class _Call:
         return tuple(size // self.sharing.ranks if i == axis else size for i, size in enumerate(shape))
 
     def _unquantized(self, plan: Plan, link: Link) -> str:
-        """Why the exchanged operand cannot be gathered as codes, or ""."""
+        """Return why the exchanged operand cannot be gathered as codes, or ""."""
         if set(plan.gemms) != GEMMS or plan.recipe.backward_override is not None:
             return "the recipe has GEMMs in high precision"
         need_dw = torch.is_grad_enabled() and self.module.weight.requires_grad

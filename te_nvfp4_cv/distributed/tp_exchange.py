@@ -1,4 +1,4 @@
-"""What crosses ranks in a tensor-parallel layer: codes of x and dy, amaxes, sums of results.
+"""Exchange the parts of a tensor-parallel layer: codes of x and dy, amaxes, sums of results.
 
     column   x whole, or gathered as codes -> multiply -> y by channels    backward: dx of the ranks summed
     row      x by channels -> multiply -> y of the ranks summed            backward: dy whole, or gathered as codes
@@ -39,10 +39,10 @@ Array = tuple[int, ...]  # a shape: [B, *image, channels], or [*leading, channel
 
 @dataclass(frozen=True)
 class Link:
-    """How one call's tensors lie over the ranks.
+    """Says how one call's tensors lie over the ranks.
 
-    `x` and `y` are what this rank holds of them. `axis`: along which the exchanged one (x of a column, y of a row) is
-    cut; None: it is whole. `summed` False: the caller adds the ranks' parts of its counterpart.
+    `x` and `y` are the shapes of this rank's parts. The exchanged tensor (x of a column, y of a row) is cut along
+    `axis`, or whole on every rank (None). Without `summed`, the caller adds the ranks' parts of its counterpart.
     """
 
     column: bool
@@ -90,7 +90,7 @@ class PartPlan(Plan):
 
     @cached_property
     def folds(self) -> tuple[Fold, Fold]:
-        """How the columnwise faces of this rank's x and dy are laid out in images."""
+        """The folds of this rank's x and dy."""
         return self.here
 
     @cached_property
@@ -109,14 +109,14 @@ def part_plan(plan: Plan, link: Link) -> PartPlan:
 
 
 def _fold_here(rank: int, shape: Array, axis: int, fold: Fold) -> Fold:
-    """How the columnwise face of a part is laid out."""
+    """Return the fold of a part's columnwise face."""
     if rank == 0:
         return Fold(1, 0, 1, 0, round_up(math.prod(shape[:-1]), BLOCK))
     return Fold(1, 0, shape[1], 0, round_up(shape[0], BLOCK)) if axis < 2 else fold
 
 
 def broken_blocks(plan: Plan, link: Link, columnwise: bool) -> str:
-    """Why the blocks of the exchanged operand do not lie on one rank each, or "". `columnwise`: that face is needed."""
+    """Return why blocks of the exchanged operand lie across ranks, or "". `columnwise`: that face is needed, too."""
     shape, axis, rank = link.exchanged, link.axis, plan.geometry.rank
     assert axis is not None
     if axis == len(shape) - 1:
@@ -171,7 +171,7 @@ class SharedScales:
 
 
 def gather_rows(data: Tensor, scale: Tensor, link: Link) -> PendingParts:
-    """Start to gather a packed rowwise face: [*shape without channels, bytes] and its scales."""
+    """Begin to gather a packed rowwise face: [*shape without channels, bytes] and its scales."""
     assert link.axis is not None
     lead = link.exchanged[:-1]
     parts = [(face.view(*lead, -1), link.axis) for face in (data, scale)]
@@ -179,7 +179,7 @@ def gather_rows(data: Tensor, scale: Tensor, link: Link) -> PendingParts:
 
 
 def gather_columns(data: Tensor, scale: Tensor, link: Link) -> PendingParts:
-    """Start to gather a packed columnwise face: [N16, *image, C, 8] and its scales [N16, *image, C]."""
+    """Begin to gather a packed columnwise face: [N16, *image, C, 8] and its scales [N16, *image, C]."""
     shape, axis = link.exchanged, link.axis
     assert axis is not None
     if len(data.shape) == 3 and axis < len(shape) - 1:  # a linear layer: blocks of 16 rows of the flattened axes
@@ -199,7 +199,7 @@ def _arrived(pending: PendingParts, geometry: ConvGeometry) -> Face:
 
 
 def sum_parts(part: Tensor, link: Link) -> Tensor:
-    """The sum of the ranks' parts of an array: whole on each, or each rank its share along the axis."""
+    """Return the sum of the ranks' parts of an array: all of it on each rank, or each rank's share along the axis."""
     if not link.summed:
         return part
     part = part.contiguous()
@@ -219,7 +219,7 @@ def sum_parts(part: Tensor, link: Link) -> Tensor:
 
 
 class Exchange:
-    """What crosses ranks in one call of a tensor-parallel layer; see layer/options.py, Ranks."""
+    """Exchanges operands and results in one call of a tensor-parallel layer; see layer/options.py, Ranks."""
 
     def __init__(self, plan: Plan, link: Link) -> None:
         part, rank = part_plan(plan, link), plan.geometry.rank
@@ -233,7 +233,7 @@ class Exchange:
         return self.link.gathers_x if role == Role.INPUT else self.link.gathers_dy
 
     def gather_rows(self, role: Role, face: Face) -> Callable[[], Face]:
-        """Start to gather a rowwise face; x's stays packed, which fprop unpacks."""
+        """Begin to gather a rowwise face; x's stays packed, which fprop unpacks."""
         if not self._gathers(role):
             return lambda: face
         pending = gather_rows(*face, self.link)
@@ -248,7 +248,7 @@ class Exchange:
         return arrived
 
     def gather_columns(self, role: Role, face: Face) -> Callable[[], Face]:
-        """Start to gather a columnwise face; x's stays packed, which wgrad unpacks."""
+        """Begin to gather a columnwise face; x's stays packed, which wgrad unpacks."""
         if not self._gathers(role):
             return lambda: face
         pending = gather_columns(*face, self.link)

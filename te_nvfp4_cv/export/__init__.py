@@ -1,12 +1,12 @@
-"""From a trained model to what is deployed.
+"""Turn a trained model into files for deployment, and into an NVFP4 inference model again.
 
-    nv.export.save(model, path, recipe)      packed safetensors: 4-bit codes and scales, checksums, the recipe
-    nv.export.load(path, model)              an NVFP4 inference model, bit-equal to the one that was saved
-    nv.export.quantize(model, loader)        one from a network that was trained in high precision
-    nv.export.to_onnx(model, example, path)  such a model as an ONNX file
-    python -m te_nvfp4_cv.export.verify FILE what each layer of an artefact really is
+    nv.export.save(model, path, recipe)       write packed safetensors: 4-bit codes and scales, checksums, the recipe
+    nv.export.load(path, model)               make the NVFP4 inference model, bit-equal to the model that was saved
+    nv.export.quantize(model, loader)         make one from a network that was trained in high precision
+    nv.export.to_onnx(model, example, path)   write an inference model as an ONNX file
+    python -m te_nvfp4_cv.export.verify FILE  show what each layer of an exported file really is
 
-Needs the extra [export]: pip install 'te_nvfp4_cv[export]'.
+The extra [export] is needed: pip install 'te_nvfp4_cv[export]'.
 """
 
 from te_nvfp4_cv.export.checkpoints import Saved, load, save

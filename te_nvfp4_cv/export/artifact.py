@@ -1,4 +1,6 @@
-"""The file of a packed model: safetensors, with what our reader needs in its metadata. Writing and reading, no models.
+"""Write and read the file of a packed model: safetensors, with what load needs in its metadata.
+
+Only tensors and texts are handled here, no models. What is in a file:
 
     per quantized layer   NAME.weight          uint8 [N, K / 2]   E2M1 codes, the even column in the low nibble
                           NAME.weight_scale    e4m3  [N, K / 16]
@@ -7,14 +9,14 @@
     everything else       as in the state_dict, in its own dtype
     metadata              "te_nvfp4_cv": JSON, see Manifest;  "quantization_config": JSON as ModelOpt writes it
 
-These are ModelOpt's names, and for linear layers its layout. The rows of a convolution's matrix are output channels, K
-runs over the kernel's taps, then over the channels of a group, padded to 16 (matrix.py); the manifest says so as
-k_order, with the layer's shape and its amax, of which weight_scale_2 is a rounded quotient.
+The names are ModelOpt's, and for linear layers the layout is, too. The rows of a convolution's matrix are output
+channels; K runs over the kernel's taps, then over the channels of a group, padded to 16 (matrix.py). The manifest says
+so as k_order. It also holds each layer's shape and its exact amax, of which weight_scale_2 is a rounded quotient.
 
-Large models: shards BASE-00001-of-00002-DIGEST.safetensors and BASE.safetensors.index.json, written last. A file is
-whole or absent; what was there before is replaced by the last rename, and its shards are removed after that.
-Every tensor has its SHA-256 in the manifest, and the manifest its own. Reading maps the files into memory and runs no
-code of theirs.
+A large model is written as shards BASE-00001-of-00002-DIGEST.safetensors, and BASE.safetensors.index.json after them.
+A file is whole or absent: the last rename replaces what was there before, and the old shards are removed after that.
+The manifest holds the SHA-256 of every tensor and of itself. Reading maps the files into memory and runs no code from
+them.
 """
 
 from __future__ import annotations
@@ -34,21 +36,29 @@ from torch import Tensor
 
 from te_nvfp4_cv.errors import message, runtime_error, value_error
 from te_nvfp4_cv.files import write_atomically
+from te_nvfp4_cv.layer.plan import Plan, weight_plan
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 VERSION = 1
 KEY = "te_nvfp4_cv"
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
+PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale")  # of one quantized layer
 OPS = re.compile(r"linear|conv(_transpose)?[123]d")
 
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """What the manifest says of one quantized layer.
+    """One quantized layer as the manifest describes it.
 
     Attributes:
-        shape: torch's shape of the weight; amax: of the weight, exact.
-        recipe: index into Manifest.recipes; tiles: a scale holds for 16 rows; input_amax: exact, or None.
-        call: stride, padding and the like, by the module's own names.
+        op: the operator, as nv.functional names it.
+        shape: torch's shape of the weight.
+        amax: the exact amax of the weight.
+        recipe: index into Manifest.recipes.
+        tiles: one scale holds for 16 rows.
+        k_order: the order of the contracted index, in words (matrix.py).
+        input_amax: the exact amax of a static activation scale, or None.
+        call: stride, padding and the like, under the names that the module gives them.
     """
 
     op: str
@@ -65,19 +75,26 @@ class LayerEntry:
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a transposed convolution."""
+        """Tell whether the layer is a transposed convolution."""
         return "transpose" in self.op
+
+    def plan(self, recipe: NVFP4BlockScaling) -> Plan:
+        """Return the weight's part of the layer's plan under a recipe."""
+        return weight_plan(torch.Size(self.shape), self.groups, self.transposed, recipe, "reference")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artefact says of itself.
+    """The description of a model that its file carries.
 
     Attributes:
-        recipe: of the whole model, as TOML with its [precision] table; recipes: of single layers.
-        layers: quantized ones by name; high: convolutions and linear layers left in high precision, with the reason.
-        folded: batch norms that are part of the layer before them, with its name.
-        sha256: of each tensor's bytes.
+        library: the version of te_nvfp4_cv that wrote the file.
+        recipe: the recipe of the whole model, as TOML with its [precision] table.
+        recipes: the recipes of single layers, as TOML.
+        layers: the quantized layers by name.
+        high: convolutions and linear layers in high precision, with the reason.
+        folded: names of the folded batch norms, with the name of the layer that each is part of.
+        sha256: checksums of each tensor's bytes, by name.
     """
 
     library: str
@@ -90,16 +107,16 @@ class Manifest:
     version: int = VERSION
 
     def to_json(self) -> str:
-        """JSON with a digest of itself."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        """Return the manifest as JSON, together with a digest of that JSON."""
+        text = json.dumps(asdict(self), sort_keys=True)  # stored as one string, so that the digest is that of its bytes
         return json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:
-        """The inverse.
+        """Read what to_json wrote; `source` names the file in errors.
 
         Raises:
-            ValueError: damaged, or of another version.
+            ValueError: The manifest is damaged, or of another version.
         """
         try:
             outer = json.loads(text)
@@ -133,7 +150,9 @@ class Manifest:
 
 
 def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
+    # Sizes from a file are used to allocate and to reshape: a manifest with a valid digest may still be malicious.
     sizes = [entry.groups, *entry.shape]
+    amaxes = (entry.amax,) if entry.input_amax is None else (entry.amax, entry.input_amax)
     good = (
         OPS.fullmatch(entry.op)
         and all(type(n) is int and 0 < n < 2**31 for n in sizes)
@@ -146,18 +165,19 @@ def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
         and type(entry.tiles) is type(entry.channels_last) is bool
         and (not entry.channels_last or len(entry.shape) in (4, 5))
         and type(entry.call) is dict
-        and all(type(a) is float and math.isfinite(a) and a >= 0 for a in (entry.amax, *_given(entry.input_amax)))
+        and all(type(a) is float and math.isfinite(a) and a >= 0 for a in amaxes)
     )
     if not good:
         raise ValueError(f"the layer {name!r} is described as {entry}")
 
 
-def _given(value: float | None) -> tuple[float, ...]:
-    return () if value is None else (value,)
+def join(name: str, part: str) -> str:
+    """Return the name of a layer's tensor; the layer has the name "" if it is the whole model."""
+    return f"{name}.{part}" if name else part
 
 
 def damaged(source: str, why: str) -> ValueError:
-    """The error for a file that is not what it should be."""
+    """Return the error for a file that is not what it should be."""
     return value_error(
         f"{source} is damaged.",
         got=why,
@@ -167,7 +187,7 @@ def damaged(source: str, why: str) -> ValueError:
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, in its logical order."""
+    """Return the SHA-256 of a tensor's bytes, in its logical order."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -177,10 +197,13 @@ def digest(tensor: Tensor) -> str:
 def write(
     path: Path, tensors: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, Any], shard_bytes: int
 ) -> list[Path]:
-    """Write an artefact; returns its files, the one to load first.
+    """Write a packed model. Returns the files that it is in, beginning with the one to load.
 
+    Args:
+        config: the quantization_config of the metadata.
+        shard_bytes: more bytes than this are written as several files and an index.
     Raises:
-        RuntimeError: a file cannot be written; what was at `path` before is untouched.
+        RuntimeError: A file cannot be written. What was at `path` before is unchanged.
     """
     from safetensors.torch import save
 
@@ -194,11 +217,9 @@ def write(
     if len(parts) == 1:
         target = base.with_name(base.name + SUFFIX)
         write_atomically(target, save(dict(tensors), metadata))
-        index = base.with_name(base.name + INDEX)
-        if index.is_file():
-            index.unlink()
-        written = [target]
+        written, stale = [target], base.with_name(base.name + INDEX)
     else:
+        # With a digest in their names, new shards do not replace old ones, which stay valid until the index changes.
         tag = hashlib.sha256("".join(sorted(sums.values())).encode()).hexdigest()[:8]
         weight_map: dict[str, str] = {}
         shards = []
@@ -211,17 +232,15 @@ def write(
         content = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
         target = base.with_name(base.name + INDEX)
         write_atomically(target, json.dumps(content, indent=1).encode())
-        whole = base.with_name(base.name + SUFFIX)
-        if whole.is_file():
-            whole.unlink()
-        written = [target, *shards]
-    for old in before - set(written):
-        old.unlink(missing_ok=True)
+        written, stale = [target, *shards], base.with_name(base.name + SUFFIX)  # read() would find it before the index
+    for old in before - set(written) | {stale}:
+        if old.is_file():
+            old.unlink(missing_ok=True)
     return written
 
 
 def base_of(path: Path) -> Path:
-    """The path without the endings that this format has."""
+    """Return a path without the endings of this format."""
     for ending in (INDEX, SUFFIX):
         if path.name.endswith(ending):
             return path.with_name(path.name.removesuffix(ending))
@@ -235,7 +254,7 @@ def _shards(base: Path) -> Iterator[Path]:
 
 
 def _parts(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """Names by file, in their order; a tensor larger than a file gets one of its own."""
+    """Return the tensors' names by file, in order. A tensor that is larger than `most` gets a file for itself."""
     parts: list[list[str]] = [[]]
     size = 0
     for name, t in tensors.items():
@@ -253,7 +272,14 @@ def _parts(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An open artefact: its tensors, mapped from the files, and its manifest (None: another tool wrote it)."""
+    """An open file of a packed model. Its tensors are mapped from the disk.
+
+    Attributes:
+        source: the path, for errors.
+        manifest: None if another tool wrote the file.
+        config: the quantization_config of the metadata, or an empty dict.
+        files: all files of the model, beginning with the one that was opened.
+    """
 
     source: str
     tensors: dict[str, Tensor]
@@ -262,10 +288,10 @@ class Artifact:
     files: tuple[Path, ...]
 
     def check(self) -> None:
-        """Compare every tensor with its SHA-256; reads all bytes.
+        """Compare every tensor with its SHA-256, which reads all bytes.
 
         Raises:
-            ValueError: one that differs, is missing or was added.
+            ValueError: A tensor differs, is missing or was added.
         """
         if self.manifest is None:
             return
@@ -279,10 +305,14 @@ class Artifact:
 
 
 def read(path: str | os.PathLike[str]) -> Artifact:
-    """Open an artefact, of one file or of several (the index, or the path without an ending).
+    """Open a packed model.
 
+    Args:
+        path: the file, the index of several files, or either without its ending.
     Raises:
-        FileNotFoundError: no such file; ValueError: a damaged one, a shard that is missing.
+        FileNotFoundError: There is no such file.
+        ValueError: A file is damaged, or a shard is missing.
+        RuntimeError: A file cannot be read.
     """
     found = _find(Path(path))
     if not found.name.endswith(INDEX):
@@ -296,6 +326,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         raise damaged(str(found), f"{type(error).__name__}: {error}") from error
     tensors, files = {}, [found]
     for name in sorted(set(weight_map.values())):
+        # An index from elsewhere must not make us read files of other folders.
         if Path(name).name != name or not name or len(name) > 255 or "\0" in name:
             raise damaged(str(found), f"a shard outside of the folder: {name[:300]!r}")
         shard = found.with_name(name)
@@ -321,9 +352,9 @@ def _find(path: Path) -> Path:
     if found is None:
         raise FileNotFoundError(
             message(
-                "nv.export: no such artefact.",
+                "nv.export: no such exported file.",
                 got=f"{str(path)!r}{': a folder' if path.is_dir() else ''}",
-                needs=f"a file {SUFFIX}, or the {INDEX} of several",
+                needs=f"a file {SUFFIX}, or the {INDEX} of several files",
                 fix="correct the path",
             )
         )

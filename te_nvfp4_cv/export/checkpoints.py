@@ -1,11 +1,11 @@
-"""nv.export.save and nv.export.load: a model to a packed artefact, and back into an unmodified architecture.
+"""Save a model as a packed file and load it again: nv.export.save and nv.export.load.
 
     save    quantizes every layer that the recipe runs in NVFP4, as its forward does, and writes codes and scales
     load    checks all names and shapes against the model, then turns its layers into InferenceLayers
 
-The loaded model gives the outputs of the saved one, bit for bit, on the same backend. Refused: a model that does not
-fit (all that is missing, unexpected or of another shape is listed, and nothing is changed), weights that are not
-finite, sharded parameters.
+The loaded model gives the outputs of the saved one, bit for bit, on the same backend. A model that does not fit the
+file is refused: everything that is missing, unexpected or of another shape is listed, and nothing is changed. Weights
+that are not finite and sharded parameters are refused, too.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.errors import check_module, runtime_error, value_error
+from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
-from te_nvfp4_cv.export.artifact import LayerEntry, Manifest
-from te_nvfp4_cv.export.fit import call_of, check_fit, codes_of, entry_plan, is_plain_layer, plain_names
-from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, become, quantize_layer
-from te_nvfp4_cv.export.ptq.folding import FoldedNorm, folded_norms, put
-from te_nvfp4_cv.layer import check
+from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
+from te_nvfp4_cv.export.fit import call_of, check_fit, damaged_layer, plain_modules, plain_names, sort_layers
+from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms, put
+from te_nvfp4_cv.export.modules import Codes, InferenceLayer, become, quantize_layer
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.names import plain_name
-from te_nvfp4_cv.nn.precision import matches
-from te_nvfp4_cv.nn.walk import op_of, with_recipes
+from te_nvfp4_cv.nn.walk import op_of
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe.files import parse_recipe
@@ -39,13 +37,22 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Saved:
-    """What `save` wrote.
+    """The result of nv.export.save; print it for a summary.
 
     Attributes:
-        files: the one to load first.
-        quantized: names of the layers in NVFP4; high: of the others, with the reason.
-        weight_bytes: of the quantized layers' codes and scales; plain_bytes: of their weights in fp32.
-        total_bytes: of all files.
+        files: the files that were written, beginning with the one to load.
+        quantized: names of the layers in NVFP4.
+        high: names of the other convolutions and linear layers, with the reason.
+        weight_bytes: size of the quantized layers' codes and scales.
+        plain_bytes: size of the same layers' weights in fp32.
+        total_bytes: size of all files.
+
+    Example:
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = nv.export.save(torch.nn.Conv2d(32, 32, 3), f"{folder}/layer.safetensors")
+        >>> saved.plain_bytes, saved.weight_bytes
+        (36864, 5188)
     """
 
     files: tuple[Path, ...]
@@ -65,17 +72,29 @@ class Saved:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, shard_bytes: int = SHARD_BYTES) -> Saved:
-    """Write a trained model, or one whose layers are InferenceLayers, as a packed artefact.
+    """Write a trained model, or one whose layers are InferenceLayers, as a packed file.
 
     Args:
-        path: of the file; ".safetensors" is added where it is missing. A file that is there is replaced as a whole.
-        recipe: the one that the model was trained with, its [precision] table included; None: TransformerEngine's
-            default. Entries of nv.set_precision and recipes of NVFP4 modules rule over it, as in training.
+        path: where to write; ".safetensors" is added if it is missing. An existing file is replaced as a whole.
+        recipe: the recipe that the model was trained with, with its [precision] table. If None, TransformerEngine's
+            default recipe is used. Entries of nv.set_precision and recipes of NVFP4 modules take precedence over it,
+            as in training.
         shard_bytes: more bytes than this are written as several files and an index.
+    Returns:
+        A summary: files, layers and sizes.
     Raises:
-        TypeError: no module, no recipe; ValueError: a pattern of the recipe's table that matches nothing, a weight that
-            is not finite, a state_dict with something other than tensors; RuntimeError: a sharded model, a file that
-            cannot be written.
+        TypeError: `model` is no module, or `recipe` is no recipe.
+        ValueError: A pattern of the recipe's table matches nothing, a weight is not finite, or the state_dict holds
+            something other than tensors.
+        RuntimeError: The model is sharded, or a file cannot be written.
+
+    Example:
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = nv.export.save(model, f"{folder}/net.safetensors")
+        >>> saved.quantized, list(saved.high)
+        (('2',), ['0'])
     """
     check_module("nv.export.save", model, "nv.export.save(model, path)")
     target = Path(path)
@@ -98,8 +117,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
         plain += 4 * torch.Size(entry.shape).numel()
         tensors |= made
         entries[name] = entry
-    folded = folded_norms(model, plain_name)
-    manifest = Manifest(__version__, resolved.to_toml(), tuple(recipes), entries, high, folded)
+    manifest = Manifest(__version__, resolved.to_toml(), tuple(recipes), entries, high, folded_norms(model))
+    # Other tools read this part of the metadata; load reads the manifest.
     config = {
         "quant_method": "modelopt",
         "quant_algo": "NVFP4",
@@ -114,53 +133,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     return Saved(tuple(files), tuple(quantized), high, packed, plain, size)
 
 
-def sort_layers(
-    model: nn.Module, recipe: NVFP4BlockScaling
-) -> tuple[dict[str, tuple[nn.Module, NVFP4BlockScaling]], dict[str, str]]:
-    """({name: (layer that is quantized, its recipe)}, {name: why another layer is not})."""
-    table = matches(model, list(recipe.precision))
-    quantized: dict[str, tuple[nn.Module, NVFP4BlockScaling]] = {}
-    high: dict[str, str] = {}
-    for name, module, own in with_recipes(model, "", recipe, table, set()):
-        if isinstance(module, InferenceLayer):
-            quantized[name] = (module, module.recipe)
-        elif isinstance(module, tuple(CLASSES)):
-            reason = _why_high(module, own)
-            if reason is None:
-                assert own is not None
-                quantized[name] = (module, own)
-            else:
-                high[name] = reason
-    return quantized, high
-
-
-def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
-    if recipe is None:
-        return "the precision table says so"
-    if not is_plain_layer(module):
-        return f"{type(module).__name__}: a subclass of torch's layer"
-    if "weight" not in module._parameters:
-        return "its weight is computed"
-    if "fprop" not in recipe.nvfp4_gemms:
-        return "the recipe runs fprop in high precision"
-    w = module.weight
-    if hasattr(w, "to_local") or type(w.data) is not Tensor:
-        raise runtime_error(
-            "nv.export.save: the model is sharded.",
-            got=f"{type(w.data).__name__} as a weight",
-            needs="plain tensors",
-            fix="gather the state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model",
-        )
-    return check.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
-
-
 def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
-    """The state_dict without what quantized layers hold of their weights."""
+    """Copy the state_dict, except the weights of quantized layers (`quantized` holds the layers' ids)."""
     skipped = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in quantized:
-            own = ("weight", "weight_data", "weight_scale", "weight_bits", "input_bits", *learned.NAMES.values())
-            skipped |= {f"{name}.{key}".lstrip(".") for key in own}
+            keys = ("weight", "weight_data", "weight_scale", "weight_bits", "input_bits", *learned.NAMES.values())
+            skipped |= {join(name, key) for key in keys}
     tensors = {}
     for name, value in model.state_dict().items():
         if name in skipped:
@@ -177,9 +156,10 @@ def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
 
 
 def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]) -> tuple[Codes, LayerEntry]:
+    """Return a layer's codes and its entry in the manifest; its recipe is added to `recipes` if it is a new one."""
     if isinstance(module, InferenceLayer):
-        codes = Codes(module.weight_data, module.weight_scale, module.weight_amax, module.input_amax)
-        shape, op, channels_last = tuple(module.weight_shape), module.op, module.channels_last
+        codes, shape = module.codes, tuple(module.weight_shape)
+        op, channels_last = module.op, module.channels_last
     else:
         codes, shape = quantize_layer(module, recipe), tuple(module.weight.shape)
         op, channels_last = op_of(module), layouts.is_channels_last(module.weight)
@@ -210,8 +190,10 @@ def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]
 
 
 def _layer_tensors(name: str, codes: Codes, entry: LayerEntry, recipe: NVFP4BlockScaling) -> dict[str, Tensor]:
+    """Return the tensors that the file holds of one quantized layer, by name."""
+    # A plan needs a recipe only to know the scales' form, which codes have already: the entry alone decides it.
     form = NVFP4BlockScaling(disable_2d_quantization=not entry.tiles)
-    data, scale = matrix.to_matrix(codes.data, codes.scale, entry_plan(entry, form))
+    data, scale = matrix.to_matrix(codes.data, codes.scale, entry.plan(form))
     found = {
         "weight": data,
         "weight_scale": scale.view(torch.float8_e4m3fn),
@@ -220,8 +202,7 @@ def _layer_tensors(name: str, codes: Codes, entry: LayerEntry, recipe: NVFP4Bloc
     if codes.input_amax is not None:
         factor = 1.0 / (6.0 * recipe.settings("input").e4m3_max)
         found["input_scale"] = (codes.input_amax.float() * factor).reshape(())
-    prefix = f"{name}." if name else ""
-    return {prefix + key: value for key, value in found.items()}
+    return {join(name, key): value for key, value in found.items()}
 
 
 # ---- load -----------------------------------------------------------------------------------------------------------
@@ -236,26 +217,42 @@ def load(
     backend: str = "auto",
     verify: bool = True,
 ) -> nn.Module:
-    """Make a model of the saved architecture an NVFP4 inference model, in place: eval mode, no gradients.
+    """Turn a model of the saved architecture into the NVFP4 inference model of a file, in place.
 
-    Files of ModelOpt and compressed-tensors are read, too: their NVFP4 linear layers (foreign.py).
+    Files of ModelOpt and compressed-tensors are read, too, as far as their NVFP4 linear layers go (foreign.py).
 
     Args:
-        model: as its constructor gives it, on any device ("meta" too: then its other tensors are the file's).
-        weights, activations: how its layers run, as InferenceLayer.set_mode takes them; dtype: of cached weights.
+        path: a file of nv.export.save, or the index of several.
+        model: the model as its constructor gives it, on any device. On "meta", the tensors that are not quantized
+            are taken from the file as they are.
+        weights: "packed" or "cached", as InferenceLayer.set_mode takes it.
+        activations: "nvfp4" or "high", as InferenceLayer.set_mode takes it.
+        dtype: the dtype of cached weights; fp32 if None.
+        backend: where the layers run ("auto", "reference", ...), as nv.nvfp4_autocast takes it.
         verify: compare all checksums first, which reads all bytes.
     Returns:
-        The model.
+        The same model, in eval mode, without gradients.
     Raises:
-        FileNotFoundError; ValueError: a damaged or foreign file, one of another version, a model that does not fit.
+        TypeError: `model` is no module.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another version or of an unknown tool, or the model does not fit it.
             Nothing is changed then.
+
+    Example:
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = nv.export.save(torch.nn.Conv2d(32, 32, 3), f"{folder}/layer")
+        ...     model = nv.export.load(saved.files[0], torch.nn.Conv2d(32, 32, 3), weights="cached")
+        >>> type(model).__name__
+        'InferenceConv2d'
     """
     check_module("nv.export.load", model, "nv.export.load(path, model)")
     opened = artifact.read(path)
     if verify:
         opened.check()
+    modules = plain_modules(model)
     if opened.manifest is None:
-        opened = foreign.adopt(opened, model)
+        opened = foreign.adopt(opened, modules)
     manifest = opened.manifest
     assert manifest is not None
     layers = check_fit(opened, manifest, model)
@@ -263,12 +260,11 @@ def load(
     codes = {name: codes_of(opened, name, manifest.layers[name], recipes) for name in layers}
     meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     device = next((t.device for t in model.parameters() if not t.is_meta), torch.device("cpu"))
-    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     full = {plain_name(name): name for name, _ in model.named_modules(remove_duplicate=False)}
     for norm, name in manifest.folded.items():
         layer_module: Any = modules[name]
-        own = device if layer_module.weight.is_meta else layer_module.weight.device
-        if layer_module.bias is None:
+        if layer_module.bias is None:  # the norm's shift needs a place
+            own = device if layer_module.weight.is_meta else layer_module.weight.device
             layer_module.bias = nn.Parameter(torch.empty_like(opened.tensors[f"{name}.bias"], device=own))
         put(model, full[norm], FoldedNorm(layer_module))
     for name, module in layers.items():
@@ -277,12 +273,41 @@ def load(
         layer.channels_last = entry.channels_last
         for key, buffer in layer._buffers.items():
             layer._buffers[key] = None if buffer is None else buffer.to(device if w.is_meta else w.device)
-    parts = {"weight", "weight_scale", "weight_scale_2", "input_scale"}
-    packed = {f"{name}.{key}".lstrip(".") for name in layers for key in parts}
-    rest = {name: t for name, t in opened.tensors.items() if name not in packed}
+    packed = {join(name, key) for name in layers for key in artifact.PARTS}
     names = plain_names("nv.export.load", model)
-    state = {names[name]: t.clone() if meta else t for name, t in rest.items()}
-    model.load_state_dict(state, strict=False, assign=meta)
+    # The mapped tensors are cloned where the model takes them over: the file may be replaced later.
+    state = {names[name]: t.clone() if meta else t for name, t in opened.tensors.items() if name not in packed}
+    model.load_state_dict(state, strict=False, assign=meta)  # check_fit has compared all names
     for module in layers.values():
         module.set_mode(weights, activations, dtype)  # type: ignore[operator]
     return model.eval().requires_grad_(False)
+
+
+def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4BlockScaling]) -> Codes:
+    """Return the codes of one layer of a file, in the layout of its kernels.
+
+    Args:
+        recipes: the manifest's recipes of single layers, parsed.
+    Raises:
+        ValueError: The layer's tensors are not what the manifest says.
+    """
+    data, scale = opened.tensors[join(name, "weight")], opened.tensors[join(name, "weight_scale")]
+    plan = entry.plan(NVFP4BlockScaling(disable_2d_quantization=not entry.tiles))
+    rows, taps, blocks = matrix.sizes(plan)
+    if entry.k_order != matrix.K_ORDER:
+        raise damaged_layer(opened, name, f"its matrix is in the order {entry.k_order!r}, not {matrix.K_ORDER!r}")
+    if data.dtype != torch.uint8 or tuple(data.shape) != (rows, taps * blocks * 8):
+        raise damaged_layer(opened, name, f"weight is {data.dtype} {tuple(data.shape)}")
+    if scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (rows, taps * blocks):
+        raise damaged_layer(opened, name, f"weight_scale is {scale.dtype} {tuple(scale.shape)}")
+    bits = scale.view(torch.uint8)
+    if bool(((bits & 0x7F) == 0x7F).any()):
+        raise damaged_layer(opened, name, "weight_scale holds NaN")
+    if entry.tiles and (entry.transposed or not matrix.has_tiles(bits, plan)):
+        raise damaged_layer(opened, name, "weight_scale differs within a 16x16 tile")
+    packed, scales = matrix.from_matrix(data, bits, plan)
+    if entry.e4m3_max != recipes[entry.recipe].settings("weight").e4m3_max:
+        raise damaged_layer(opened, name, f"its scales reach {entry.e4m3_max}, not those of its recipe")
+    amax = torch.tensor([entry.amax], dtype=torch.float32)
+    static = None if entry.input_amax is None else torch.tensor([entry.input_amax], dtype=torch.float32)
+    return Codes(packed.clone(), scales.clone(), amax, static)

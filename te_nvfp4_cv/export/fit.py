@@ -1,32 +1,42 @@
-"""Does a model fit an artefact? What nv.export.load asks before it changes anything."""
+"""Compare a model with a file: which layers go into it in NVFP4, and whether the model is the one that was saved.
+
+`sort_layers` serves nv.export.save and nv.export.quantize, `check_fit` serves nv.export.load. Nothing here changes a
+model. Names are compared without the parts that wrappers add (DistributedDataParallel, torch.compile).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from te_nvfp4_cv.errors import value_error
-from te_nvfp4_cv.export import artifact, matrix
-from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
-from te_nvfp4_cv.export.modules import CLASSES, Codes, InferenceLayer, per_axis
-from te_nvfp4_cv.export.ptq.folding import NORMS
-from te_nvfp4_cv.layer.plan import Plan, weight_plan
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.errors import runtime_error, value_error
+from te_nvfp4_cv.export.artifact import PARTS, Artifact, LayerEntry, Manifest, damaged, join
+from te_nvfp4_cv.export.folding import NORMS
+from te_nvfp4_cv.layer import check
+from te_nvfp4_cv.nn.base import OPS, is_plain_layer
 from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.precision import matches
+from te_nvfp4_cv.nn.walk import LAYERS, op_of, with_recipes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")
 
 
-def is_plain_layer(module: nn.Module) -> bool:
-    """Whether a layer's forward is torch's own: its class is, or one of modules.py, and no subclass."""
-    return type(module) in NVFP4_CLASSES or type(module) in NVFP4_CLASSES.values()
+# ---- a model's layers -----------------------------------------------------------------------------------------------
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return modules by name without the parts that wrappers add; a shared module occurs under each of its names."""
+    return {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def plain_names(where: str, model: nn.Module) -> dict[str, str]:
-    """{plain name: name in the state_dict}; ValueError where two of them would be one."""
+    """Return names in the state_dict by name without the parts that wrappers add.
+
+    Raises:
+        ValueError: Two tensors would have the same name.
+    """
     names: dict[str, str] = {}
     for name in model.state_dict():
         other = names.setdefault(plain_name(name), name)
@@ -41,12 +51,17 @@ def plain_names(where: str, model: nn.Module) -> dict[str, str]:
 
 
 def call_of(module: nn.Module) -> dict[str, Any]:
-    """How a layer is called, for the manifest; {} of a linear one. "same" and "valid" are numbers where they can be."""
+    """Return how a layer is called (stride, padding, ...), for the manifest; an empty dict for a linear layer.
+
+    "same" and "valid" become numbers where they can, so that a model that says the same in numbers fits the file.
+    """
     found: dict[str, Any] = {}
     for name in CALL:
         value: Any = getattr(module, name, None)
         if isinstance(value, (int, tuple, list)):
-            found[name] = list(per_axis(module, value))
+            values = (value,) if isinstance(value, int) else tuple(value)
+            rank = len(module.kernel_size) if len(values) == 1 else 1  # type: ignore[arg-type]
+            found[name] = [int(n) for n in values * rank]
         elif value is not None:
             found[name] = value
     if found.get("padding") == "valid":
@@ -58,66 +73,98 @@ def call_of(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def entry_plan(entry: LayerEntry, recipe: NVFP4BlockScaling) -> Plan:
-    """The weight's part of a plan, of a layer as the manifest describes it."""
-    return weight_plan(torch.Size(entry.shape), entry.groups, entry.transposed, recipe, "reference")
+def sort_layers(
+    model: nn.Module, recipe: NVFP4BlockScaling
+) -> tuple[dict[str, tuple[nn.Module, NVFP4BlockScaling]], dict[str, str]]:
+    """Sort a model's convolutions and linear layers into those that a recipe runs in NVFP4 and the rest.
+
+    Returns:
+        By name, each layer in NVFP4 with its recipe; and by name, the reason why each other layer is not in NVFP4.
+    """
+    table = matches(model, list(recipe.precision))
+    quantized: dict[str, tuple[nn.Module, NVFP4BlockScaling]] = {}
+    high: dict[str, str] = {}
+    for name, module, own in with_recipes(model, recipe, table):
+        if hasattr(type(module), "nvfp4_weight"):  # an InferenceLayer
+            quantized[name] = (module, module.recipe)  # type: ignore[assignment]
+        elif isinstance(module, LAYERS):
+            reason = _why_high(module, own)
+            if reason is None:
+                assert own is not None
+                quantized[name] = (module, own)
+            else:
+                high[name] = reason
+    return quantized, high
+
+
+def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
+    if recipe is None:
+        return "the precision table says so"
+    if not is_plain_layer(module):
+        return f"{type(module).__name__}: a subclass of torch's layer"
+    if "weight" not in module._parameters:
+        return "its weight is computed"  # by a parametrization: the computed weight is no part of the state_dict
+    if "fprop" not in recipe.nvfp4_gemms:
+        return "the recipe runs fprop in high precision"
+    w = module.weight
+    if hasattr(w, "to_local") or type(w.data) is not Tensor:
+        raise runtime_error(
+            "nv.export.save: the model is sharded.",
+            got=f"{type(w.data).__name__} as a weight",
+            needs="plain tensors",
+            fix="gather the state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model",
+        )
+    return check.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
+
+
+# ---- a file's layers ------------------------------------------------------------------------------------------------
+
+
+def damaged_layer(opened: Artifact, name: str, why: str) -> ValueError:
+    """Return the error for a layer whose tensors are not what the manifest says."""
+    return damaged(opened.source, f"layer {name!r}: {why}")
 
 
 def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[str, nn.Module]:
-    """The model's layers that the artefact holds in NVFP4, by name."""
+    """Check that a model is the one that a file was saved from.
+
+    Returns:
+        The model's layers that the file holds in NVFP4, by name.
+    Raises:
+        ValueError: Names, shapes, kinds or calls differ (all of them are listed), or the file is damaged.
+    """
     plain_names("nv.export.load", model)
-    lost_buffers = [
-        f"{name}.{key}".lstrip(".")
-        for name, module in model.named_modules()
-        for key in module._non_persistent_buffers_set
-        if (buffer := module._buffers.get(key)) is not None and buffer.is_meta
-    ]
-    if lost_buffers:
-        raise value_error(
-            "nv.export.load: buffers on the meta device are in no file.",
-            got=_listed(lost_buffers),
-            needs="a model whose buffers outside of the state_dict have values",
-            fix="build it on the CPU",
-        )
-    modules: dict[str, Any] = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    state = {plain_name(name): value for name, value in model.state_dict().items()}
+    _check_buffers(model)
+    modules = plain_modules(model)
+    state = {plain_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
     expected: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in opened.tensors.items()}
-    missing, shapes = [], []
     for name, entry in manifest.layers.items():
-        prefix = f"{name}." if name else ""
-        for key in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
-            if expected.pop(prefix + key, None) is None and key != "input_scale":
-                raise damaged_layer(opened, name, f"{prefix + key} is missing")
-        expected[f"{prefix}weight"] = entry.shape
-        module = modules.get(name)
-        if module is None:
-            continue
-        kind = next((ours.op for plain, ours in NVFP4_CLASSES.items() if isinstance(module, plain)), None)
-        groups = getattr(module, "groups", 1)
-        if isinstance(module, InferenceLayer) or (kind and not is_plain_layer(module)):
-            shapes.append(f"{name}: {type(module).__qualname__}, a subclass of torch's layer, in the file {entry.op}")
-        elif kind != entry.op or groups != entry.groups:
-            shapes.append(
-                f"{name}: {type(module).__name__} (groups={groups}), in the file {entry.op} (groups={entry.groups})"
-            )
-        else:
-            own = call_of(module)
-            differing = [key for key in entry.call.keys() & own.keys() if entry.call[key] != own[key]]
-            shapes += [f"{name}: {key} {own[key]}, in the file {entry.call[key]}" for key in sorted(differing)]
+        for key in PARTS:
+            if expected.pop(join(name, key), None) is None and key != "input_scale":
+                raise damaged_layer(opened, name, f"{join(name, key)} is missing")
+        expected[join(name, "weight")] = entry.shape  # torch's, which the model must have
+
     quantized = {id(modules[name]) for name in manifest.layers if name in modules}
-    aliases = {f"{name}.weight" for name, module in modules.items() if id(module) in quantized}  # of shared modules
+    # A module that is used in two places has two names in the state_dict, and one in the file.
+    aliases = {f"{name}.weight" for name, module in modules.items() if id(module) in quantized}
     norms = tuple(f"{name}." for name in manifest.folded)
-    biases = {f"{name}.bias" for name in manifest.folded.values()}
+    biases = {f"{name}.bias" for name in manifest.folded.values()}  # the norm's shift: the model's layer may have none
     missing = [name for name in state if name not in expected and name not in aliases and not name.startswith(norms)]
     unexpected = [name for name in expected if name not in state and name not in biases]
     unexpected += [name for name in manifest.folded if name not in modules]
-    shapes += [
-        f"{name}: {tuple(state[name].shape)}, in the file {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
+    unlike = [
+        text
+        for name, entry in manifest.layers.items()
+        if name in modules
+        for text in _differences(name, modules[name], entry)
     ]
-    if missing or unexpected or shapes:
-        parts = (("not in the file", missing), ("not in the model", unexpected), ("of another shape or kind", shapes))
+    unlike += [
+        f"{name}: {state[name]}, in the file {shape}"
+        for name, shape in expected.items()
+        if name in state and state[name] != shape
+    ]
+    if missing or unexpected or unlike:
+        parts = (("not in the file", missing), ("not in the model", unexpected), ("of another shape or kind", unlike))
         raise value_error(
             f"nv.export.load: the model is not the one that {opened.source} was saved from.",
             got="; ".join(f"{what}: {_listed(names)}" for what, names in parts if names),
@@ -125,44 +172,47 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
             fix="build the model as it was built for training (classes, width, inputs)",
         )
     for norm, name in manifest.folded.items():
-        layer = modules.get(name)
-        foldable = isinstance(modules[norm], NORMS) and isinstance(layer, tuple(CLASSES))
+        module: Any = modules[norm]
+        foldable = isinstance(module, NORMS) and isinstance(modules.get(name), LAYERS)
         bias = opened.tensors.get(f"{name}.bias")
-        if not foldable or bias is None or tuple(bias.shape) != (modules[norm].num_features,):
-            raise artifact.damaged(opened.source, f"{norm!r} is said to be folded into {name!r}")
+        if not foldable or bias is None or tuple(bias.shape) != (module.num_features,):
+            raise damaged(opened.source, f"{norm!r} is said to be folded into {name!r}")
     return {name: modules[name] for name in manifest.layers}
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """Refuse a model on the meta device whose buffers outside of the state_dict would stay without values."""
+    lost = [
+        join(name, key)
+        for name, module in model.named_modules()
+        for key in module._non_persistent_buffers_set
+        if (buffer := module._buffers.get(key)) is not None and buffer.is_meta
+    ]
+    if lost:
+        raise value_error(
+            "nv.export.load: buffers on the meta device are in no file.",
+            got=_listed(lost),
+            needs="a model whose buffers outside of the state_dict have values",
+            fix="build it on the CPU",
+        )
+
+
+def _differences(name: str, module: nn.Module, entry: LayerEntry) -> list[str]:
+    """List how a layer of the model differs from the one that the file describes."""
+    kind = next((op for plain, op in OPS.items() if isinstance(module, plain)), None)
+    groups = getattr(module, "groups", 1)
+    if kind and not is_plain_layer(module):
+        return [f"{name}: {type(module).__qualname__}, a subclass of torch's layer, in the file {entry.op}"]
+    if kind != entry.op or groups != entry.groups:
+        return [f"{name}: {type(module).__name__} (groups={groups}), in the file {entry.op} (groups={entry.groups})"]
+    own = call_of(module)
+    return [
+        f"{name}: {key} {own[key]}, in the file {entry.call[key]}"
+        for key in sorted(entry.call.keys() & own.keys())
+        if entry.call[key] != own[key]
+    ]
 
 
 def _listed(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def damaged_layer(opened: Artifact, name: str, why: str) -> ValueError:
-    """The error for a layer whose tensors are not what the manifest says."""
-    return artifact.damaged(opened.source, f"layer {name!r}: {why}")
-
-
-def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4BlockScaling]) -> Codes:
-    """The codes of one layer, as its kernels take them; ValueError where its tensors do not fit the manifest."""
-    prefix = f"{name}." if name else ""
-    data, scale = opened.tensors[f"{prefix}weight"], opened.tensors[f"{prefix}weight_scale"]
-    plan = entry_plan(entry, NVFP4BlockScaling(disable_2d_quantization=not entry.tiles))
-    rows, taps, blocks = matrix.sizes(plan)
-    if entry.k_order != matrix.K_ORDER:
-        raise damaged_layer(opened, name, f"its matrix is in the order {entry.k_order!r}, not {matrix.K_ORDER!r}")
-    if data.dtype != torch.uint8 or tuple(data.shape) != (rows, taps * blocks * 8):
-        raise damaged_layer(opened, name, f"weight is {data.dtype} {tuple(data.shape)}")
-    if scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (rows, taps * blocks):
-        raise damaged_layer(opened, name, f"weight_scale is {scale.dtype} {tuple(scale.shape)}")
-    bits = scale.view(torch.uint8)
-    if bool(((bits & 0x7F) == 0x7F).any()):
-        raise damaged_layer(opened, name, "weight_scale holds NaN")
-    if entry.tiles and (entry.transposed or not matrix.has_tiles(bits, plan)):
-        raise damaged_layer(opened, name, "weight_scale differs within a 16x16 tile")
-    packed, scales = matrix.from_matrix(data, bits, plan)
-    if entry.e4m3_max != recipes[entry.recipe].settings("weight").e4m3_max:
-        raise damaged_layer(opened, name, f"its scales reach {entry.e4m3_max}, not those of its recipe")
-    amax = torch.tensor([entry.amax], dtype=torch.float32)
-    static = None if entry.input_amax is None else torch.tensor([entry.input_amax], dtype=torch.float32)
-    return Codes(packed.clone(), scales.clone(), amax, static)

@@ -1,12 +1,12 @@
-"""Packed checkpoints of other tools, as far as their NVFP4 linear layers go: read as if this library had written them.
+"""Read packed checkpoints of other tools as if this library had written them, as far as their NVFP4 linear layers go.
 
     ModelOpt             weight, weight_scale, weight_scale_2            value = code * weight_scale * weight_scale_2
                          input_scale                                     amax / (6 E) of the activations
     compressed-tensors   weight_packed, weight_scale, weight_global_scale    value = code * weight_scale / global_scale
                          input_global_scale                                  6 E / amax of the activations
 
-E = 448. The amax that our kernels want is weight_scale_2 * 2688, or 2688 / global_scale, in fp32. Everything else in
-the file is taken as it is; a file's activation scales are static ones.
+Here E = 448. The amax that our kernels need is weight_scale_2 * 2688, or 2688 / global_scale, in fp32. All other
+tensors of the file are taken as they are. Its activation scales become static ones.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest
+from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
 from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
 from te_nvfp4_cv.nn.modules import NVFP4Linear
-from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 LARGEST = E2M1_MAX * E4M3_MAX
-NAMES = {  # tool: (weight, tensor scale, activation scale, whether scales are reciprocals)
+NAMES = {  # tool: (weight, tensor scale, activation scale, True if these scales are reciprocals)
     "ModelOpt": ("weight", "weight_scale_2", "input_scale", False),
     "compressed-tensors": ("weight_packed", "weight_global_scale", "input_global_scale", True),
 }
-SCALES = ("k_scale", "v_scale")  # of caches of keys and values, which have no place here
+SCALES = ("k_scale", "v_scale")  # they belong to caches of keys and values, which models here do not have
 
 
-def adopt(opened: Artifact, model: nn.Module) -> Artifact:
-    """The artefact with a manifest and with our names.
+def adopt(opened: Artifact, modules: Mapping[str, nn.Module]) -> Artifact:
+    """Return a file of another tool with the names and the manifest that this library would have written.
 
+    Args:
+        modules: the model's modules by name.
     Raises:
-        ValueError: no NVFP4 layer in it, one whose tensors do not belong together, or one that is no linear layer.
+        ValueError: The file holds no NVFP4 layer, a layer's tensors do not belong together, or a layer is not linear.
     """
-    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     tensors = {name: t for name, t in opened.tensors.items() if name.rpartition(".")[2] not in SCALES}
-    recipe = NVFP4BlockScaling(disable_2d_quantization=True)
+    recipe = NVFP4BlockScaling(disable_2d_quantization=True)  # a scale for each 16 values, no 16x16 tiles
     layers: dict[str, LayerEntry] = {}
     for tool, (weight, tensor_scale, input_scale, _) in NAMES.items():
         for key in [key for key in opened.tensors if key.rpartition(".")[2] == tensor_scale]:
@@ -51,15 +51,13 @@ def adopt(opened: Artifact, model: nn.Module) -> Artifact:
             module: Any = modules.get(name)
             if type(module) not in (nn.Linear, NVFP4Linear):
                 raise _unfit(opened, name, f"it is {type(module).__name__} in the model", "an nn.Linear of that name")
-            prefix = f"{name}." if name else ""
-            parts = {
-                part: tensors.pop(prefix + part, None) for part in (weight, tensor_scale, input_scale, "weight_scale")
-            }
+            keys = (weight, tensor_scale, input_scale, "weight_scale")
+            parts = {part: tensors.pop(join(name, part), None) for part in keys}
             layers[name] = _entry(opened, name, parts, module, tool)
             codes, scale = parts[weight], parts["weight_scale"]
             assert codes is not None and scale is not None
-            tensors |= {f"{prefix}weight": codes, f"{prefix}weight_scale": scale}
-            tensors[f"{prefix}weight_scale_2"] = torch.tensor(layers[name].amax / LARGEST)
+            tensors |= {join(name, "weight"): codes, join(name, "weight_scale"): scale}
+            tensors[join(name, "weight_scale_2")] = torch.tensor(layers[name].amax / LARGEST)
     if not layers:
         raise value_error(
             f"{opened.source} holds no NVFP4 layer that is known here.",
@@ -72,6 +70,7 @@ def adopt(opened: Artifact, model: nn.Module) -> Artifact:
 
 
 def _entry(opened: Artifact, name: str, parts: Mapping[str, Tensor | None], module: nn.Linear, tool: str) -> LayerEntry:
+    """Describe one layer of another tool's file. The tools pack two codes to a byte in the same order as we do."""
     weight, tensor_scale, input_scale, reciprocal = NAMES[tool]
     codes, scale = parts[weight], parts["weight_scale"]
     columns = -(-module.in_features // BLOCK) * BLOCK
@@ -99,6 +98,7 @@ def _entry(opened: Artifact, name: str, parts: Mapping[str, Tensor | None], modu
 
 
 def _amax(opened: Artifact, name: str, scale: Tensor | None, reciprocal: bool) -> float:
+    """Return the amax that a tensor scale stands for."""
     if scale is None or scale.numel() != 1 or scale.dtype != torch.float32 or not bool(torch.isfinite(scale).all()):
         shown = "nothing" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
         raise _unfit(opened, name, f"a tensor scale of {shown}", "one finite fp32 number")

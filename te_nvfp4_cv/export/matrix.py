@@ -1,12 +1,13 @@
-"""A quantized weight as the matrix that its GEMM contracts, and back.
+"""Convert a quantized weight to the matrix that its GEMM contracts, and back.
+
+Exported files store the matrix: other readers of NVFP4 linear layers find the layout that they expect. All codes and
+scales here are uint8.
 
     matrix     data [N, T * Kb * 8], scale [N, T * Kb]: a row per output channel, groups one after the other;
                taps outermost, the channels of one group innermost, padded with zeros to Kb blocks of 16
     codes      as fprop takes them (ops/quantize/operands.py):
                convolution, linear      data [N, T, Kb * 8]        scale [N, T, Kb], or [G, Ob, T, Kb]: one a tile
                transposed convolution   data [G, Ob, T, C, 8]      scale [G, Ob, T, C];   N = G * C, Kb = Ob
-
-uint8 throughout. The matrix is what artefacts store: other readers of NVFP4 linear layers find theirs in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ K_ORDER = "taps, channels padded to 16"
 
 
 def sizes(plan: Plan) -> tuple[int, int, int]:
-    """(rows N, taps T, blocks Kb of one tap) of a weight's matrix."""
+    """Return the sizes of a weight's matrix: rows N, taps T, and blocks Kb of one tap."""
     g = plan.geometry
     if g.transposed:
         return g.channels_a, g.taps, -(-(g.channels_b // g.groups) // BLOCK)
@@ -30,7 +31,7 @@ def sizes(plan: Plan) -> tuple[int, int, int]:
 
 
 def of_weight(w: Tensor, plan: Plan) -> Tensor:
-    """A weight [axis 0, axis 1, *kernel] as the matrix [N, T * Kb * 16] of its values."""
+    """Return the matrix [N, T * Kb * 16] of the values of a weight [axis 0, axis 1, *kernel]."""
     groups = plan.geometry.groups
     w = w.reshape(groups, w.shape[0] // groups, w.shape[1], -1)  # [G, axis 0, axis 1, T]
     w = w.transpose(1, 2) if plan.geometry.transposed else w
@@ -39,7 +40,7 @@ def of_weight(w: Tensor, plan: Plan) -> Tensor:
 
 
 def to_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Codes as a matrix."""
+    """Convert codes and scales, as fprop takes them, to the matrix."""
     rows, taps, blocks = sizes(plan)
     if plan.geometry.transposed:
         data, scale = data.permute(0, 3, 2, 1, 4), scale.permute(0, 3, 2, 1)
@@ -50,7 +51,7 @@ def to_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def from_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The inverse; of a plan with 16x16 scales, whose tiles must have one scale each."""
+    """Convert the matrix to codes and scales as fprop takes them. If the plan has 16x16 scales, has_tiles must hold."""
     rows, taps, blocks = sizes(plan)
     groups = plan.geometry.groups
     if plan.geometry.transposed:
@@ -59,12 +60,12 @@ def from_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor
     else:
         data, scale = data.reshape(rows, taps, blocks * 8), scale.reshape(rows, taps, blocks)
         if plan.recipe.settings("weight").two_d:
-            scale = scale.reshape(groups, rows // groups, taps, blocks)[:, ::BLOCK]
+            scale = scale.reshape(groups, rows // groups, taps, blocks)[:, ::BLOCK]  # one row stands for its tile
     return data.contiguous(), scale.contiguous()
 
 
 def has_tiles(scale: Tensor, plan: Plan) -> bool:
-    """Whether a matrix's scales are one for each tile of 16 rows of a group."""
+    """Tell whether all 16 rows of each tile of a group have the same scales."""
     rows, taps, blocks = sizes(plan)
     of_rows = scale.reshape(plan.geometry.groups, -1, taps, blocks)
     tiles = of_rows[:, ::BLOCK].repeat_interleave(BLOCK, dim=1)[:, : of_rows.shape[1]]
@@ -72,13 +73,17 @@ def has_tiles(scale: Tensor, plan: Plan) -> bool:
 
 
 def transposed_tiles(data: Tensor, scale: Tensor, channels: int, groups: int) -> tuple[Tensor, Tensor]:
-    """The codes of a transposed convolution, from the face with 16x16 scales that quantize_weight gives.
+    """Regroup the codes of a transposed convolution into blocks along its other axis.
+
+    With 16x16 scales the codes are the same for both axes, because a square block has one scale read either way.
 
     Args:
-        data: [A0, T, Cb * 8], blocks along axis 1; scale: [G, Ob, T, Cb].
-        channels: of axis 1.
+        data: [A0, T, Cb * 8] with blocks along axis 1 of the weight, as quantize_weight gives it.
+        scale: [G, Ob, T, Cb].
+        channels: the size of axis 1.
+        groups: the convolution's groups.
     Returns:
-        data [G, Ob, T, C, 8], scale [G, Ob, T, C].
+        data [G, Ob, T, C, 8] and scale [G, Ob, T, C].
     """
     codes = formats.unpack_nibbles(data).unflatten(0, (groups, -1))[..., :channels]  # [G, A, T, C]
     codes = F.pad(codes, (0, 0, 0, 0, 0, -codes.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # [G, Ob, 16, T, C]

@@ -1,17 +1,17 @@
-"""Layers whose weight stays in NVFP4: what a model is made of once it is to be used and not trained.
+"""Provide layers whose weight stays in NVFP4, for models that are used and not trained any more.
 
     InferenceConv1d .. 3d, InferenceConvTranspose1d .. 3d, InferenceLinear
 
-They are torch's layers without the Parameter `weight`: codes and scales are buffers of integers, which model.half() and
-model.to(dtype) leave alone. `weight` is computed from them when it is read. Two things are chosen per layer, at any
-time (`set_mode`):
+They are torch's layers without the Parameter `weight`. Codes and scales are buffers of integers, which model.half() and
+model.to(dtype) do not convert; `weight` is computed from them when it is read. Two choices are made per layer, at any
+time, with `set_mode`:
 
-    weights       "packed": dequantized at each call; "cached": once, and then as large as a plain layer's
-    activations   "nvfp4": x is quantized, as in training; "high": it is not
+    weights       "packed": dequantized at each call; "cached": dequantized once, and then as large as a plain layer's
+    activations   "nvfp4": x is quantized, as in training; "high": x stays in high precision
 
-A static scale (`input_amax`, found by calibration) makes the codes of an image independent of the batch it comes in;
-without one x is quantized with its own amax. A gradient that reaches a layer with quantized activations raises; with
-"high" it passes on to x.
+A static scale (`input_amax`, found by calibration) makes the codes of an image independent of the other images of its
+batch. Without one, x is quantized with the amax of the whole batch. If a gradient reaches a layer with quantized
+activations, an error is raised; with "high" the gradient passes on to x.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend import dispatch
@@ -29,7 +28,8 @@ from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.layer import delayed_scaling, inference, operands
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.nn import learned
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.base import OPS
+from te_nvfp4_cv.nn.walk import for_output_size, padded
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.records import Face, WeightCodes
@@ -44,10 +44,29 @@ FORWARD = (  # the fields of a recipe that inference depends on
 )
 
 
+def check_choice(caller: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Check that an argument is one of some words.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if value not in allowed:
+        raise value_error(
+            f"{caller}: unknown {name}.",
+            got=repr(value),
+            needs=" or ".join(map(repr, allowed)),
+            fix=f"{name}={allowed[0]!r}",
+        )
+
+
 def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) -> NVFP4BlockScaling:
-    """What of a recipe the forward pass depends on: x rounds to nearest, nothing is rotated. The weight of a transposed
-    convolution has one scale per 16 values of an output channel, which 16x16 tiles are too. Delayed scales without a
-    trained one (`static`) are the tensor's own.
+    """Reduce a recipe to the part that the forward pass depends on: x rounds to nearest, and nothing is rotated.
+
+    Args:
+        transposed: the layer is a transposed convolution. Its codes have one scale per 16 values of an output channel,
+            whether they were quantized in 16x16 tiles or not.
+        static: the layer has a trained or calibrated activation scale. Without one, delayed scaling becomes current
+            scaling: nothing is left that could update a delayed scale.
     """
     fields = {field: getattr(recipe, field) for field in FORWARD}
     if transposed:
@@ -59,9 +78,13 @@ def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) ->
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight in NVFP4 as fprop's GEMM takes it (matrix.py gives the two layouts): uint8, uint8, fp32 [1].
+    """A weight in NVFP4, in the layout that fprop's GEMM takes.
 
-    `input_amax`: fp32 [1] of the activations, where delayed scaling has found one in training.
+    Attributes:
+        data: uint8 codes, two to a byte; matrix.py gives the two layouts.
+        scale: uint8, the bytes of the E4M3 block scales.
+        amax: fp32 [1] of the weight.
+        input_amax: fp32 [1] of the activations, if delayed scaling found one in training; else None.
     """
 
     data: Tensor
@@ -71,7 +94,7 @@ class Codes:
 
 
 def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling, backend: str = "auto") -> Codes:
-    """The codes with which a layer's forward runs under `recipe`, bit for bit."""
+    """Return the codes with which a layer's forward runs under `recipe`, bit for bit."""
     transposed, groups = is_transposed(module), getattr(module, "groups", 1)
     w: Any = module.weight
     plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve(backend, w.device))
@@ -85,16 +108,31 @@ def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling, backend: str = 
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer is a transposed convolution."""
+    """Tell whether a layer is a transposed convolution."""
     return bool(getattr(module, "transposed", False))
 
 
 class InferenceLayer(nn.Module):
-    """What these layers share; `become` makes one of a torch layer.
+    """Base class of the layers that nv.export.load and nv.export.quantize put into a model.
 
     Attributes:
-        recipe: forward_recipe of the one it was quantized with.
+        op: the operator, as nv.functional names it.
+        plain: torch's class of the same layer.
+        recipe: the part of the layer's recipe that the forward pass depends on.
         weight_shape: torch's shape of the weight, [axis 0, axis 1, *kernel].
+        backend: where the layer runs, as nv.nvfp4_autocast takes it.
+        quantize_x: activations are "nvfp4".
+        channels_last: the memory format of the weight that the layer had, which its output follows.
+        unpacked: the cached weight, or None.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> model = nv.export.quantize(torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3)), [torch.randn(2, 32, 8, 8)])
+        >>> for layer in model.modules():
+        ...     if isinstance(layer, nv.export.InferenceLayer):
+        ...         layer.set_mode(activations="high")
+        >>> model[0].weight.shape, model[0].nvfp4_weight.shape
+        (torch.Size([32, 32, 3, 3]), torch.Size([32, 288]))
     """
 
     op: ClassVar[str]
@@ -114,40 +152,34 @@ class InferenceLayer(nn.Module):
 
     @property
     def weight_amax(self) -> Tensor:
-        """fp32 [1]."""
+        """Return the amax of the weight, fp32 [1]."""
         return self.weight_bits.view(torch.float32)
 
     @property
     def input_amax(self) -> Tensor | None:
-        """fp32 [1] that x is quantized with, or None: x's own amax."""
+        """Return the amax that x is quantized with, fp32 [1]. If it is None, the amax of x is used."""
         return None if self.input_bits is None else self.input_bits.view(torch.float32)
 
     @property
     def codes(self) -> Codes:
-        """The weight as fprop takes it."""
-        return Codes(self.weight_data, self.weight_scale, self.weight_amax)
+        """Return the weight in the layout that fprop takes, and the static activation scale."""
+        return Codes(self.weight_data, self.weight_scale, self.weight_amax, self.input_amax)
 
     @property
     def plan(self) -> Plan:
-        """The weight's part of a Plan."""
-        groups = getattr(self, "groups", 1)
-        return weight_plan(
-            self.weight_shape,
-            groups,
-            is_transposed(self),
-            self.recipe,
-            dispatch.resolve(self.backend, self.weight_data.device),
-        )
+        """Return the weight's part of the layer's plan."""
+        groups, backend = getattr(self, "groups", 1), dispatch.resolve(self.backend, self.weight_data.device)
+        return weight_plan(self.weight_shape, groups, is_transposed(self), self.recipe, backend)
 
     @property
     def weight(self) -> Tensor:
-        """fp32 [axis 0, axis 1, *kernel]: the dequantized weight, computed anew each time."""
+        """Return the dequantized weight, fp32 [axis 0, axis 1, *kernel]; each read computes it anew."""
         return operands.real_weight(self._weight_codes(), self.plan)
 
     @property
     def nvfp4_weight(self) -> NVFP4Tensor:
-        """The weight as the matrix [output channels, taps * channels] that the GEMM contracts over its last axis."""
-        data, scale = matrix.to_matrix(self.codes.data, self.codes.scale, self.plan)
+        """Return the matrix [output channels, taps * channels] that the GEMM contracts over its last axis."""
+        data, scale = matrix.to_matrix(self.weight_data, self.weight_scale, self.plan)
         return NVFP4Tensor(
             shape=(data.shape[0], data.shape[1] * 2),
             dtype=torch.float32,
@@ -165,23 +197,20 @@ class InferenceLayer(nn.Module):
     def set_mode(
         self, weights: str | None = None, activations: str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Choose how this layer runs; None leaves a choice as it is.
+        """Choose how this layer runs. None leaves a choice as it is.
 
         Args:
-            weights: "packed" or "cached"; dtype: of cached weights, and of the model's activations; default: fp32, or
-                as it was.
+            weights: "packed" or "cached".
             activations: "nvfp4" or "high".
+            dtype: the dtype of cached weights, which should be that of the model's activations. If None, the dtype of
+                the weights that are cached now is used, or fp32.
         Raises:
-            ValueError: another word.
+            ValueError: `weights` or `activations` is another word.
         """
-        for name, value, allowed in (("weights", weights, WEIGHTS), ("activations", activations, ACTIVATIONS)):
-            if value is not None and value not in allowed:
-                raise value_error(
-                    f"nv.export: unknown {name}.",
-                    got=repr(value),
-                    needs=" or ".join(map(repr, allowed)),
-                    fix=f"{name}={allowed[0]!r}",
-                )
+        if weights is not None:
+            check_choice("nv.export", "weights", weights, WEIGHTS)
+        if activations is not None:
+            check_choice("nv.export", "activations", activations, ACTIVATIONS)
         cached = self.unpacked is not None if weights is None else weights == "cached"
         before = torch.float32 if self.unpacked is None else self.unpacked.dtype
         self.quantize_x = self.quantize_x if activations is None else activations == "nvfp4"
@@ -190,6 +219,7 @@ class InferenceLayer(nn.Module):
             self.unpacked = self._unpack().to(dtype or before)
 
     def _unpack(self) -> Tensor:
+        """Dequantize the weight in the form that the layer's mode multiplies."""
         if not self.quantize_x:
             w = self.weight
             rank = w.dim() - 2
@@ -197,13 +227,15 @@ class InferenceLayer(nn.Module):
         return operands.weight_values(self._weight_codes(), self.plan)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # model.to(memory_format=...) would change the strides of codes with 4 or 5 axes; flat ones have one layout.
         shapes, device = (self.weight_data.shape, self.weight_scale.shape), self.weight_data.device
-        self.weight_data, self.weight_scale = self.weight_data.flatten(), self.weight_scale.flatten()  # of no format
+        self.weight_data, self.weight_scale = self.weight_data.flatten(), self.weight_scale.flatten()
         try:
             super()._apply(fn, recurse)
         finally:  # fn may fail: no memory, no such device
             self.weight_data, self.weight_scale = self.weight_data.view(shapes[0]), self.weight_scale.view(shapes[1])
-        if (rank := len(self.weight_shape) - 2) in layouts.CHANNELS_LAST:  # model.to(memory_format=...)
+        # There is no plain weight that takes the memory format, so fn is asked what it would do to one.
+        if (rank := len(self.weight_shape) - 2) in layouts.CHANNELS_LAST:
             like = torch.empty((2,) * (rank + 2), dtype=torch.uint8, device=device)
             layout = layouts.CHANNELS_LAST[rank] if self.channels_last else torch.contiguous_format
             self.channels_last = layouts.is_channels_last(fn(like.contiguous(memory_format=layout)))
@@ -213,7 +245,7 @@ class InferenceLayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.set_mode()  # what is cached is made anew
+        self.set_mode()  # cached weights are those of the old codes
 
     def _run(self, x: Tensor, args: ConvArgs) -> Tensor:
         bias: Any = self.bias
@@ -227,7 +259,7 @@ class InferenceLayer(nn.Module):
         return inference.run(self.op, x, stored, bias, args, self.recipe, self.backend)
 
     def extra_repr(self) -> str:
-        """The plain module's, then how it runs."""
+        """Return the text of torch's layer, and how this one runs."""
         weights = "packed" if self.unpacked is None else "cached"
         activations = "nvfp4" if self.quantize_x else "high"
         return f"{super().extra_repr()}, weights={weights!r}, activations={activations!r}"
@@ -235,27 +267,19 @@ class InferenceLayer(nn.Module):
 
 class _Conv(InferenceLayer):
     def forward(self, input: Tensor) -> Tensor:
-        """As the plain module's."""
-        args = ConvArgs.of(self)
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)  # type: ignore
-            args = args._replace(padding=0)
-        return self._run(input, args)
+        """Run the layer, with the arguments of torch's own."""
+        return self._run(*padded(self, input))
 
 
 class _ConvTranspose(InferenceLayer):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """As the plain module's."""
-        rank = len(self.kernel_size)  # type: ignore[arg-type]
-        more = self._output_padding(  # type: ignore[operator]
-            input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
-        )
-        return self._run(input, ConvArgs.of(self)._replace(output_padding=more))
+        """Run the layer, with the arguments of torch's own."""
+        return self._run(input, for_output_size(self, input, output_size))
 
 
 class _Linear(InferenceLayer):
     def forward(self, input: Tensor) -> Tensor:
-        """As the plain module's."""
+        """Run the layer, with the arguments of torch's own."""
         return self._run(input, ConvArgs())
 
 
@@ -266,22 +290,19 @@ def _inference_class(plain: type[nn.Module], op: str) -> type[InferenceLayer]:
 
 
 CLASSES: dict[type[nn.Module], type[InferenceLayer]] = {
-    plain: _inference_class(plain, ours.op) for plain, ours in NVFP4_CLASSES.items()
+    plain: _inference_class(plain, op) for plain, op in OPS.items()
 }
+# Pickles and `from ... import InferenceConv2d` find a class by its name in this file.
 globals().update({made.__name__: made for made in CLASSES.values()})
 
 
-def per_axis(module: Any, value: Any) -> tuple[int, ...]:
-    """A convolution's stride or padding as one number per axis; it may have been set to a single one."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return tuple(int(n) for n in (values * len(module.kernel_size) if len(values) == 1 else values))
-
-
 def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: str = "auto") -> InferenceLayer:
-    """Turn a torch layer, or one of modules.py, into an InferenceLayer, in place: its class and its weight change.
+    """Turn a torch layer, or one of nn/modules.py, into an InferenceLayer, in place: its class and weight change.
 
     Args:
-        recipe: the one it was quantized with.
+        codes: the layer's codes, of quantize_layer or of a file.
+        recipe: the recipe that the layer was quantized with.
+        backend: where the layer will run.
     """
     plain = next(kind for kind in CLASSES if isinstance(module, kind))
     w: Any = module.weight
@@ -292,8 +313,8 @@ def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: 
     layer: Any = module
     static = codes.input_amax is not None
     for name in ("stride", "padding", "dilation", "output_padding"):
-        if isinstance(getattr(layer, name, None), int):
-            setattr(layer, name, per_axis(layer, getattr(layer, name)))
+        if isinstance(value := getattr(layer, name, None), int):  # some models set a single number
+            setattr(layer, name, (int(value),) * len(layer.kernel_size))
     layer.weight_shape, layer.channels_last = weight_shape, channels_last
     layer.recipe, layer.backend = forward_recipe(recipe, is_transposed(module), static), backend
     layer.quantize_x, layer.unpacked = True, None
@@ -305,5 +326,5 @@ def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: 
 
 
 def _bits(amax: Tensor | None) -> Tensor | None:
-    """fp32 [1] as int32, which no cast of a model reaches."""
+    """Return an fp32 [1] as int32 bits: model.half() would convert a floating-point buffer."""
     return None if amax is None else amax.detach().float().reshape(1).contiguous().view(torch.int32).clone()

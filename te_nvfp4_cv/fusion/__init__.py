@@ -1,1 +1,1 @@
-"""The room fusion."""
+"""Fuse normalization, residual and activation into one operator."""

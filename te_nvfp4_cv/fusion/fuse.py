@@ -1,19 +1,19 @@
-"""nv.fuse(model): norm [+ residual] + activation become one operator, in place, in unmodified models.
+"""Fuse each norm of a model with the residual and the activation that follow it: nv.fuse(model), in place.
 
     BatchNorm -> ReLU,  BatchNorm -> add -> ReLU,  BatchNorm -> SiLU,  GroupNorm -> ReLU,  GroupNorm -> SiLU
 
-The forward of every module that calls norms is traced by torch.fx, its children staying calls; where a norm's result
-goes to the activation alone, the two calls become one. Parameters, buffers, the state_dict, names, hooks and module
-objects stay: only classes change, those of the norms (to norm_modules') and of the modules whose forward was rewritten
-(to subclasses of their own). Where convolutions or linear layers alone read the result, they are named to the operator,
-which under nvfp4_autocast writes their quantized operand instead of the activation (producer.py; kernels only).
+The forward of every module that calls norms is traced by torch.fx, without looking into its children. If a norm's
+result goes to the activation alone, the two calls become one. Parameters, buffers, the state_dict, names, hooks and
+module objects stay. Only classes change: norms get those of modules.py, and a module whose forward was rewritten gets
+a subclass of its own class. If only convolutions or linear layers read the result, the operator is told which ones;
+under nvfp4_autocast it then writes their quantized operand instead of the activation (layer/deferred.py; GPUs only).
 
-What cannot be fused stays as it is, with the reason in the report. Pickling and deepcopy keep the fusion;
-torch.save(model) needs this package to load. Call it before torch.compile, DDP and FSDP, and after tools that trace by
-torch.fx or torch.jit (feature extraction, FX quantization): they stop at a fused norm. Hooks put on a fused norm or its
-activation afterwards work: the two then run unfused. So does the original forward where plain attributes that it reads
-(self.drop_rate) or the module's children have changed since. Plain values inside of other objects that it reads
-(self.config.drop_rate, an attribute of a child) are those of the time of the call.
+What cannot be fused stays as it is, and the report gives the reason. Pickling and deepcopy preserve the fusion;
+torch.load of such a model needs this package. Fuse before torch.compile, DDP and FSDP, and after tools that trace by
+torch.fx or torch.jit (feature extraction, FX quantization): they stop at a fused norm. Hooks that are put on a fused
+norm or its activation later are called, because the two then run unfused. The original forward runs, too, if plain
+attributes that it reads (self.drop_rate) or the module's children have changed since. But plain values inside other
+objects that it reads (self.config.drop_rate, an attribute of a child) stay those of the time of fusing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import fx, nn
 
 from te_nvfp4_cv.errors import check_module
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES
-from te_nvfp4_cv.fusion.patterns import FAMILY, Row, child_of, kind_of, rewrite
-from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
+from te_nvfp4_cv.fusion.patterns import FAMILY, Row, kind_of, rewrite
+from te_nvfp4_cv.fusion.trace import Traced, Untraceable, child_of, trace
 from te_nvfp4_cv.nn.names import plain_name
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -38,14 +38,14 @@ _serial = count()
 
 @dataclass
 class Fusion:
-    """What nv.fuse(model, report=True) returns; print it."""
+    """The report of nv.fuse(model, report=True): one row per norm. Print it."""
 
     model: nn.Module
     rows: list[Row] = field(default_factory=list)
 
     @property
     def fused(self) -> int:
-        """How many norms were fused."""
+        """The number of norms that were fused."""
         return sum(bool(row.fused) for row in self.rows)
 
     def __str__(self) -> str:
@@ -67,20 +67,27 @@ def fuse(model: nn.Module, report: Literal[True]) -> Fusion: ...
 def fuse(model: nn.Module, report: bool = False) -> nn.Module | Fusion:
     """Fuse every norm of the model with the residual and the activation that follow it, in place.
 
-    A second call finds what is left. Training and evaluation, set_precision, convert_model, checkpoints and optimizers
-    work as before; values differ from the unfused model by roundings (on a CPU in training: none for dense
-    tensors in plain fp32).
+    A second call fuses what is left. Training and evaluation, set_precision, convert_model, checkpoints and optimizers
+    work as before. Values differ from the unfused model's by roundings (on a CPU in training, dense fp32 tensors give
+    the same bits).
 
     Args:
-        report: return what was fused and what was not, and why, instead of the model.
+        report: Return a report of what was fused, and why other norms were not, instead of the model.
     Returns:
         The model, or a Fusion.
     Raises:
-        TypeError: no module.
+        TypeError: `model` is not a module.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> layers = torch.nn.Conv2d(16, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.ReLU()
+        >>> print(nv.fuse(torch.nn.Sequential(*layers), report=True))
+        1 of 1 norms are fused with what follows
+          1: BatchNorm2d + relu
     """
     check_module("fuse", model, "nv.fuse(model)")
     rows: dict[nn.Module, Row] = {}
-    reasons: dict[nn.Module, str] = {}  # of norms that no traced forward calls
+    reasons: dict[nn.Module, str] = {}  # for norms that no traced forward calls
     named = {module: plain_name(name) for name, module in model.named_modules()}
     for name, module in model.named_modules():
         if isinstance(module, FAMILY) or not any(isinstance(m, FAMILY) for m in module.modules()):
@@ -114,24 +121,22 @@ class _Outcome:
 
 
 class FusedForward:
-    """Mixin of the classes that fuse makes: a rewritten forward, which falls back to the original where the graph does
-    not stand for the call.
-    """
+    """A mixin of the classes that fuse makes. Their forward runs the graph, or the original if the call differs."""
 
     nvfp4_rows: tuple[tuple[str, Row], ...]
     nvfp4_original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The original class and the state; fused again when it is restored."""
+        """Pickle the original class and the state: the made class has no name to import. Loading fuses again."""
         state = self.__getstate__()  # type: ignore[attr-defined]
         return _blank, (self.nvfp4_original,), state
 
 
 class _Restored:
-    """Mixin of an instance that waits for its state."""
+    """A mixin of an unpickled instance that waits for its state."""
 
     def __setstate__(self, state: Any) -> None:
-        original = type(self).__mro__[2]
+        original = type(self).__mro__[2]  # after this instance's class and _Restored
         self.__class__ = original  # type: ignore[assignment]
         assert isinstance(self, nn.Module)
         self.__setstate__(state)
@@ -152,7 +157,7 @@ def _fuse_one(module: nn.Module) -> _Outcome:
         return _Outcome({}, str(error))
     rows = rewrite(module, traced.training)
     found = dict(rows)
-    if traced.evaluation is not traced.training:
+    if traced.evaluation is not traced.training:  # a norm that only one of the two graphs fuses is fused there
         found.update({name: row for name, row in rewrite(module, traced.evaluation).items() if row.fused})
     outcome = _by_module(module, found)
     if any(row.fused for row in found.values()):
@@ -180,7 +185,7 @@ def _fused_class(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row],
 
     @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = args
+        given = args  # by position, as the graph takes them
         if kwargs and set(kwargs) == set(names[len(args) :]):
             given = (*args, *(kwargs[name] for name in names[len(args) :]))
         elif kwargs:
@@ -189,7 +194,7 @@ def _fused_class(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row],
             len(given) != len(names)
             or _children(self) != children
             or not traced.holds(self)
-            or any(value is None for value in given)
+            or any(value is None for value in given)  # the trace had a tensor there
             or any(isinstance(given[index], kind) for index, kind in guards)
         ):
             return original(self, *args, **kwargs)
@@ -207,7 +212,7 @@ def _fused_class(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row],
 
 
 def _children(module: nn.Module) -> tuple[Any, ...]:
-    """Names of the module's children, those in lists and dicts of modules too; None for one that is not there."""
+    """Return the names of the module's children, also inside ModuleList and ModuleDict, and which of them are None."""
     return tuple(
         (name, child if child is None else _children(child) if isinstance(child, CONTAINERS) else ())
         for name, child in module._modules.items()
@@ -215,7 +220,7 @@ def _children(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _compiled(graph: fx.Graph, base: type) -> Any:
-    """The graph as a function of (self, *arguments)."""
+    """Compile the graph into a function that takes self and the forward's required arguments."""
     code = graph.python_code("self")
     file = f"<nv.fuse {base.__module__}.{base.__qualname__} {next(_serial)}>"
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)  # for tracebacks

@@ -1,10 +1,10 @@
-"""Torch's norm modules with an activation and a residual: BatchNormAct1d/2d/3d, GroupNormAct.
+"""Define torch's norm modules with an activation and a residual: BatchNormAct1d/2d/3d, GroupNormAct.
 
     BatchNormAct2d(64, activation="relu")(z, residual)    ==    relu(BatchNorm2d(64)(z) + residual)
 
-Constructor arguments, Parameters, buffers, their names and the state_dict are the plain module's; without an activation
-they are the plain module. What the fused operator does not do (complex or integer inputs, tensor subclasses, torch.func
-transforms, a residual that must be broadcast) runs as the chain of torch's own calls.
+Constructor arguments, Parameters, buffers, their names and the state_dict are the plain module's. Without an activation
+they compute what the plain module does. If the fused operator cannot serve a call (complex or integer inputs, tensor
+subclasses, torch.func transforms, a residual that must be broadcast), torch's own calls run one after another.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.torch_private import transformed
 from te_nvfp4_cv.context import state
-from te_nvfp4_cv.context.function_mode import transformed
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
 from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS
 
-_OWN: Any = object()
+_OWN: Any = object()  # "the module's own activation"; None means without one
 
 
 class NormActModule(nn.Module):
-    """What the fused norms share: `activation`, "relu", "silu" or None, which a call may override."""
+    """The base of the fused norms. `activation` is "relu", "silu" or None, and a call may override it."""
 
-    activation: str | None = None
+    activation: str | None = None  # on the class, because nv.fuse changes classes without calling __init__
 
     def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,7 +41,7 @@ class NormActModule(nn.Module):
         self.activation = activation
 
     def forward(self, z: Tensor, residual: Tensor | None = None, activation: str | None = _OWN) -> Tensor:
-        """activation(norm(z) + residual); the module's own activation where none is given."""
+        """Return activation(norm(z) + residual), with the module's own activation unless the call gives one."""
         activation = self.activation if activation is _OWN else activation
         if activation is None or not _fusable(z, residual, activation):
             u = super().forward(z)  # type: ignore[misc]
@@ -49,11 +49,11 @@ class NormActModule(nn.Module):
         return self.fused(z, residual, activation)
 
     def fused(self, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        """By the fused operator."""
+        """Call the fused operator."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """The plain module's, then the activation."""
+        """Return what torch's module shows, then the activation."""
         own = "" if self.activation is None else f", activation={self.activation!r}"
         return super().extra_repr() + own
 
@@ -62,6 +62,7 @@ class _BatchNormAct(NormActModule):
     def fused(self, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         self._check_input_dim(z)  # type: ignore[operator]
         momentum: Any = self.momentum
+        # From here on as in torch's _BatchNorm.forward.
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)  # type: ignore[operator]
             if momentum is None:  # the cumulative average; torch too reads the counter on the host here
@@ -84,22 +85,61 @@ class _BatchNormAct(NormActModule):
 
 
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
-    """nn.BatchNorm1d with an activation; keyword activation=None, call (z, residual=None)."""
+    """Compute nn.BatchNorm1d, a residual and an activation in one operator.
+
+    The parameters are torch's, and `activation`: "relu", "silu" or None.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> norm = nv.BatchNormAct1d(16, activation="relu")
+        >>> z, residual = torch.randn(2, 4, 16, 8)
+        >>> norm(z, residual).shape
+        torch.Size([4, 16, 8])
+    """
 
 
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
-    """nn.BatchNorm2d with an activation; keyword activation=None, call (z, residual=None)."""
+    """Compute nn.BatchNorm2d, a residual and an activation in one operator.
+
+    The parameters are torch's, and `activation`: "relu", "silu" or None.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> norm = nv.BatchNormAct2d(16, activation="relu")
+        >>> z, residual = torch.randn(2, 4, 16, 8, 8)
+        >>> norm(z, residual).shape
+        torch.Size([4, 16, 8, 8])
+    """
 
 
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
-    """nn.BatchNorm3d with an activation; keyword activation=None, call (z, residual=None)."""
+    """Compute nn.BatchNorm3d, a residual and an activation in one operator.
+
+    The parameters are torch's, and `activation`: "relu", "silu" or None.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> norm = nv.BatchNormAct3d(16, activation="relu")
+        >>> z, residual = torch.randn(2, 4, 16, 4, 4, 4)
+        >>> norm(z, residual).shape
+        torch.Size([4, 16, 4, 4, 4])
+    """
 
 
 class GroupNormAct(NormActModule, nn.GroupNorm):
-    """nn.GroupNorm with an activation; keyword activation=None, call (z, residual=None)."""
+    """Compute nn.GroupNorm, a residual and an activation in one operator.
+
+    The parameters are torch's, and `activation`: "relu", "silu" or None.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> norm = nv.GroupNormAct(4, 16, activation="silu")
+        >>> norm(torch.randn(4, 16, 8, 8)).shape
+        torch.Size([4, 16, 8, 8])
+    """
 
     def fused(self, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        """By the fused operator."""
+        """Call the fused operator."""
         return group_norm_act(
             z,
             self.num_groups,
@@ -121,12 +161,12 @@ NORM_CLASSES: dict[type[nn.Module], type[NormActModule]] = {
 
 
 def activate(u: Tensor, activation: str | None) -> Tensor:
-    """relu(u), silu(u), or u."""
+    """Return relu(u), silu(u), or u itself without an activation."""
     return F.relu(u) if activation == "relu" else F.silu(u) if activation == "silu" else u
 
 
 def _fusable(z: Tensor, residual: Tensor | None, activation: str) -> bool:
-    """Whether the fused operator takes this call; shapes that torch refuses are refused by torch's own chain."""
+    """Return True if the fused operator can serve this call. Torch gets the shapes that it rejects, for its error."""
     plain = all(type(t) in (Tensor, nn.Parameter) for t in (z, residual) if t is not None)
     return (
         plain
@@ -145,6 +185,6 @@ def _fits(z: Tensor, residual: Tensor) -> bool:
 
 
 def _backend(z: Tensor) -> str:
-    """The context's choice where it is explicit for the kernels; else what serves this device."""
+    """Return the backend that the context asks for, or "auto" outside of an enabled one."""
     current = state.state()
     return "auto" if current is None or not current.enabled else current.backend

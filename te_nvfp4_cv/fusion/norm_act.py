@@ -1,19 +1,19 @@
-"""Normalization + activation as one autograd node: it keeps its input and, of ReLU, one bit per element; nothing else.
+"""Normalize, add a residual and activate in one autograd node, which saves its input and one bit per element of ReLU.
 
     batch_norm_act(z, running_mean, running_var, weight, bias, ...)     BatchNorm [+ residual] + ReLU, BatchNorm + SiLU
     group_norm_act(z, groups, weight, bias, ...)                        GroupNorm [+ residual] + ReLU, GroupNorm + SiLU
 
-Torch's modules keep z (for the norm), the norm's output (for SiLU) or the activation (for ReLU and for the next
-convolution). Values: on a CPU torch's bits; the kernels compute in fp32 and round once, where torch rounds the norm's
-output (and the sum with the residual) to z's dtype before it activates. The result has z's dtype, also where
+Torch's modules save more: z for the norm, the norm's output for SiLU, and the activation for ReLU and for the next
+convolution. On a CPU the values have torch's bits. The kernels compute in fp32 and round once, whereas torch rounds the
+norm's output (and the sum with the residual) to z's dtype before it activates. The result has z's dtype, also where
 torch.autocast would run group norm in fp32. A second differentiation goes through torch's own operators.
-Refused: what F.batch_norm and F.group_norm refuse, with their errors; a residual of another shape; a residual with
-SiLU, whose derivative would need it.
+Refused: what F.batch_norm and F.group_norm refuse, with their errors; a residual of another shape; and a residual with
+SiLU, whose derivative would need the sum.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,24 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.errors import describe, value_error
-from te_nvfp4_cv.layer import deferred as producers
-from te_nvfp4_cv.ops.norm import operators as ops
-from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS
-
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One call, checked. groups 0: batch normalization."""
-
-    groups: int
-    batch_stats: bool
-    momentum: float
-    eps: float
-    activation: str
-    keep: bool = False  # a backward pass will come
-    backend: str = ""
+from te_nvfp4_cv.layer import deferred
+from te_nvfp4_cv.ops.layouts import is_dense
+from te_nvfp4_cv.ops.norm import operators
+from te_nvfp4_cv.ops.norm.operators import NormSpec
 
 
 def batch_norm_act(
@@ -55,23 +41,23 @@ def batch_norm_act(
     activation: str = "relu",
     backend: str = "auto",
 ) -> Tensor:
-    """act(F.batch_norm(z, ...) + residual), with F.batch_norm's arguments.
+    """Return act(F.batch_norm(z, ...) + residual), with the arguments of F.batch_norm.
 
     Args:
         z: [B, C, *image] or [B, C], floating, any strides.
-        training: normalize with the batch's statistics, and update the running ones where they are given.
-        residual: z's shape; with activation "relu" only.
+        training: Normalize with the batch's statistics, and update the running ones if they are given.
+        residual: A tensor of z's shape, with activation "relu" only.
         activation: "relu" or "silu".
         backend: "auto" (kernels on a GPU, ATen on a CPU), "reference" (ATen) or "triton".
     Returns:
-        z's shape, dtype and memory format; the dtype is promoted with the residual's.
+        A tensor of z's shape and memory format, in z's dtype promoted with the residual's.
     Raises:
-        ValueError: an unknown activation, a residual that does not fit, a batch of one value per channel.
+        ValueError: The activation is unknown, the residual does not fit, or the batch has one value per channel.
     """
     _check(z, residual, activation)
     if training:
         F._verify_batch_size(z.size())  # type: ignore[attr-defined]
-    settings = Settings(0, training, momentum, eps, activation)
+    settings = NormSpec(0, activation, training, momentum, eps)
     return _run(z, residual, weight, bias, running_mean, running_var, settings, backend)
 
 
@@ -86,7 +72,11 @@ def group_norm_act(
     activation: str = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """act(F.group_norm(z, groups, weight, bias, eps) + residual); see batch_norm_act."""
+    """Return act(F.group_norm(z, groups, weight, bias, eps) + residual), as batch_norm_act does for batch norm.
+
+    Raises:
+        ValueError: The groups do not divide the channels, or batch_norm_act would refuse the arguments.
+    """
     _check(z, residual, activation)
     if z.dim() < 2 or z.shape[1] % groups:
         raise value_error(
@@ -96,11 +86,11 @@ def group_norm_act(
             fix="check the layer before this one",
         )
     F._verify_batch_size([z.shape[0] * z.shape[1] // groups, groups, *z.shape[2:]])  # type: ignore[attr-defined]
-    return _run(z, residual, weight, bias, None, None, Settings(groups, True, 0.0, eps, activation), backend)
+    return _run(z, residual, weight, bias, None, None, NormSpec(groups, activation, eps=eps), backend)
 
 
 def _check(z: Tensor, residual: Tensor | None, activation: str) -> None:
-    if activation not in ACTIVATIONS:
+    if activation not in operators.ACTIVATIONS:
         raise value_error(
             "norm_act: unknown activation.", got=repr(activation), needs="'relu' or 'silu'", fix="use torch's modules"
         )
@@ -120,10 +110,10 @@ def _run(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    settings: Settings,
+    settings: NormSpec,
     backend: str,
 ) -> Tensor:
-    if (weight is None) != (bias is None):  # torch allows one without the other
+    if (weight is None) != (bias is None):  # torch allows one without the other; the operators take both or none
         weight = z.new_ones(z.shape[1], dtype=_wide(z)) if weight is None else weight
         bias = z.new_zeros(z.shape[1], dtype=_wide(z)) if bias is None else bias
     for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running_mean)):
@@ -135,15 +125,15 @@ def _run(
                 fix="check the layer before this one",
             )
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, residual, weight, bias))
-    settings = replace(settings, keep=keep, backend=ops.backend_for(z, backend))
+    settings = replace(settings, need_mask=keep, backend=operators.backend_for(z, backend))
     z = dense(z)
-    if not producers.wanted(z, residual, settings.backend):
+    if not deferred.wanted(z, residual, settings.backend):
         return NormAct.apply(z, residual, weight, bias, running_mean, running_var, settings, None)
     residual = residual if residual is None or residual.stride() == z.stride() else torch.empty_like(z).copy_(residual)
     r, w, b = (None if t is None else t.detach() for t in (residual, weight, bias))
-    producer = producers.Producer(z.detach(), r, w, b, settings.groups, settings.activation)
+    producer = deferred.Producer(z.detach(), r, w, b, settings.groups, settings.activation)
     y = NormAct.apply(z, residual, weight, bias, running_mean, running_var, settings, producer)
-    return producers.attach(y, producer)
+    return deferred.attach(y, producer)
 
 
 def _wide(z: Tensor) -> torch.dtype:
@@ -151,13 +141,12 @@ def _wide(z: Tensor) -> torch.dtype:
 
 
 def dense(z: Tensor) -> Tensor:
-    """z itself where its memory is contiguous or channels_last, else a contiguous copy."""
-    channels_last = z.dim() in FORMATS and z.is_contiguous(memory_format=FORMATS[z.dim()])
-    return z if channels_last else z.contiguous()
+    """Return z itself if its memory is contiguous or channels_last, or else a contiguous copy."""
+    return z if is_dense(z) else z.contiguous()
 
 
 class NormAct(torch.autograd.Function):
-    """(z, residual, weight, bias) -> y, by the operators of ops/norm. With a producer y is left unwritten."""
+    """Normalize, add and activate by the operators of ops/norm. With a producer y is left unwritten."""
 
     @staticmethod
     def forward(
@@ -168,35 +157,22 @@ class NormAct(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        s: Settings,
-        producer: producers.Producer | None,
+        s: NormSpec,
+        producer: deferred.Producer | None,
     ) -> Tensor:
         written = s.batch_stats and torch.compiler.is_compiling()
         if running_mean is not None and running_var is not None and not written:
-            # .data keeps the operator, which may write them, from counting a change: torch's own norm counts none, and
-            # saves them for its backward, where the same norm may be called unfused in the same step
+            # .data hides from autograd that the operator may write them. Torch's own norm counts no change either, and
+            # saves them for its backward, which may belong to an unfused call of the same norm in the same step.
             running_mean, running_var = running_mean.data, running_var.data
         if producer is not None:
-            mean, rstd = ops.norm_statistics(z, running_mean, running_var, s.groups, s.batch_stats, s.momentum, s.eps)
-            masked = s.keep and s.activation == "relu"
-            mask = z.new_empty((z.numel() + 7) // 8 if masked else 0, dtype=torch.uint8)
+            mean, rstd = operators.norm_statistics(z, running_mean, running_var, s.encode())
+            mask = z.new_empty(s.mask_bytes(z), dtype=torch.uint8)
             producer.mean, producer.rstd, producer.mask = mean, rstd, mask
-            y = producers.empty_like(z)
+            y = deferred.empty_like(z)
         else:
-            y, mean, rstd, mask = ops.norm_forward(
-                z,
-                residual,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                s.groups,
-                s.batch_stats,
-                s.momentum,
-                s.eps,
-                s.activation,
-                s.keep,
-                s.backend,
+            y, mean, rstd, mask = operators.norm_forward(
+                z, residual, weight, bias, running_mean, running_var, s.encode()
             )
         ctx.save_for_backward(z, weight, bias, mean, rstd, mask)
         ctx.settings, ctx.strides = s, y.stride()
@@ -205,41 +181,31 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        z, weight, bias, mean, rstd, mask = ctx.saved_tensors
-        s: Settings = ctx.settings
+        saved = z, weight, bias, mean, rstd, mask = ctx.saved_tensors
+        s: NormSpec = ctx.settings
         if torch.is_grad_enabled() and (dy.requires_grad or z.requires_grad):
-            return (*_differentiable(dy, z, weight, bias, mean, rstd, mask, ctx), None, None, None, None)
-        if dy.stride() != ctx.strides:
+            return (*_differentiable(ctx, dy, saved), *[None] * 4)
+        if dy.stride() != ctx.strides:  # the mask's bits lie in y's memory order
             dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
         need = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            dz, dresidual, dweight, dbias = ops.norm_backward(
-                dy, z, weight, bias, mean, rstd, mask, s.groups, s.batch_stats, s.eps, s.activation, need[1], s.backend
-            )
+            norm = [mean, rstd] if weight is None else [mean, rstd, weight, bias]
+            s = replace(s, need_dresidual=need[1])
+            dz, dresidual, dweight, dbias = operators.norm_backward(dy, z, norm, mask, s.encode())
         return (
             dz if need[0] else None,
             dresidual.to(ctx.residual_dtype) if need[1] else None,
             dweight.to(weight.dtype) if need[2] else None,
             dbias.to(bias.dtype) if need[3] else None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 4,  # running statistics, settings, producer
         )
 
 
-def _differentiable(
-    dy: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    mask: Tensor,
-    ctx: Any,
-) -> tuple[Tensor | None, ...]:
-    """The four gradients by torch's own norm, recomputed: they can be differentiated again."""
-    s: Settings = ctx.settings
+def _differentiable(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """Return the four gradients by torch's own norm, recomputed, so that they can be differentiated again."""
+    z, weight, bias, mean, rstd, mask = saved  # checkpointing lets a backward read ctx.saved_tensors once only
+    s: NormSpec = ctx.settings
+    need = [ctx.needs_input_grad[index] for index in (0, 2, 3)]  # z, weight, bias
     dtype = dy.dtype
     with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
         if s.groups:
@@ -257,12 +223,7 @@ def _differentiable(
             passed = torch.empty_strided(dy.shape, ctx.strides, dtype=dtype, device=dy.device)
             passed.as_strided((dy.numel(),), (1,)).copy_(bits.view(-1)[: dy.numel()])
             y, g = u.to(dtype), dy * passed
-        inputs = [t for t, need in zip((z, weight, bias), _needs(ctx), strict=True) if need and t is not None]
+        inputs = [t for t, needed in zip((z, weight, bias), need, strict=True) if needed]
         found = iter(torch.autograd.grad(y, inputs, g, create_graph=True) if inputs else ())
-    dz, dweight, dbias = (next(found) if need else None for need in _needs(ctx))
+    dz, dweight, dbias = (next(found) if needed else None for needed in need)
     return dz, g.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dweight, dbias
-
-
-def _needs(ctx: Any) -> tuple[bool, bool, bool]:
-    need = ctx.needs_input_grad
-    return need[0], need[2], need[3]

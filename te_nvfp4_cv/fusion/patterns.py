@@ -1,12 +1,12 @@
-"""What nv.fuse looks for in the graph of a forward, and what it puts there: norm_act, which rewritten forwards call.
+"""Find the patterns that nv.fuse rewrites in the graph of a forward, and put one call in their place.
 
     norm -> activation              norm_act(norm, activation, z)
     norm -> add -> relu             norm_act(norm, activation, z, residual, in_place)
-    ... -> convolutions alone       norm_act_into(norm, activation, layers, z, ...): see producer.py
+    ... -> convolutions alone       norm_act_into(norm, activation, layers, z, ...): see layer/deferred.py
 
-Modules are arguments of the call: what is put in their place later runs too, unfused where it is not known, and so do
-norms and activations that were given hooks. An intermediate result with another reader, an addition in place into
-another tensor, and a write in between are left.
+The modules are arguments of the call. So a module that takes the place of one of them later runs, too, and it runs
+unfused if it is not a known one or has hooks. A pattern stays as it is if its intermediate result has another reader,
+if it is added in place to another tensor, or if something is written in between.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from torch import Tensor, fx, nn
 from te_nvfp4_cv.context.function_mode import mode_is_on
 from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
-from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
+from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS, child_of
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.deferred import deferring
+from te_nvfp4_cv.nn.base import is_plain_layer
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
+from te_nvfp4_cv.nn.walk import LAYERS
 
 NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())
-LAYERS = tuple(NVFP4_CLASSES)
-FAMILY = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # what a report lists, fused or not
+FAMILY = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # a report lists these, fused or not
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.silu: "silu"}
 METHODS = {"relu": "relu", "relu_": "relu"}
@@ -42,21 +43,12 @@ OURS = __name__.split(".")[0]
 
 @dataclass
 class Row:
-    """One norm: what it was fused with, or why it was not."""
+    """One norm of the report: the operations that it was fused with, or the reason why it was not."""
 
     name: str
     kind: str
     fused: str  # "relu", "add + relu", ...; "" where it stays
     reason: str
-
-
-def child_of(module: nn.Module, target: str) -> nn.Module | None:
-    for part in target.split("."):
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        module = child
-    return module
 
 
 def norm_act(
@@ -66,9 +58,10 @@ def norm_act(
     residual: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """activation(norm(z) + residual): what a rewritten forward calls. Modules put in the place of the two run too.
+    """Return activation(norm(z) + residual). Rewritten forwards call this.
 
-    in_place: the sum has the dtype and shape of norm(z), as the model's `out += residual` had.
+    Args:
+        in_place: The sum must have the dtype and shape of norm(z), because the model wrote `out += residual`.
     """
     known = activation if isinstance(activation, str) else ACTIVATION_MODULES.get(type(activation))
     watched = _hooks(norm) or (isinstance(activation, nn.Module) and _hooks(activation))
@@ -89,16 +82,19 @@ def norm_act_into(
     residual: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """norm_act whose result goes to `layers` and nowhere else: it need not be written where they quantize it."""
-    if isinstance(norm, NormActModule) and not _hooks(norm) and all(_hands_over(layer) for layer in layers):
+    """Run norm_act for `layers` alone: if all of them quantize its result, it need not be written to memory."""
+    if isinstance(norm, NormActModule) and not _hooks(norm) and all(_quantizes(layer) for layer in layers):
         with deferring():
             return norm_act(norm, activation, z, residual, in_place)
     return norm_act(norm, activation, z, residual, in_place)
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """What is called around the module's forward and backward, its own and everybody's; this package's apart."""
-    everybody = vars(nn.modules.module)
+    """Return the hooks around the module's forward and backward, except for those of this package.
+
+    These only push to and pop from stacks, and never look at tensors.
+    """
+    everybody = vars(nn.modules.module)  # torch.nn.modules.module.register_module_forward_hook, ...
     names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     tables = [getattr(module, f"_{name}") for name in names] + [everybody[f"_global_{name}"] for name in names]
     hooks = [hook for table in tables for hook in table.values()]
@@ -109,15 +105,15 @@ _FORWARDS = {kind: kind.forward for kind in (*NVFP4_CLASSES, *NVFP4_CLASSES.valu
 _FUNCTIONS = {name: getattr(F, name) for name in vars(F) if name == "linear" or name.startswith("conv")}
 
 
-def _hands_over(layer: nn.Module) -> bool:
-    """Whether a call of this layer goes to calls.execute, or to what settles its input, before anything reads it."""
+def _quantizes(layer: nn.Module) -> bool:
+    """Return True if a call of this layer is certain to reach the function mode before anything reads its input."""
     current = state()
     return (
         current is not None
         and current.enabled
         and mode_is_on()
         and not observe.observed()
-        and (type(layer) in NVFP4_CLASSES or type(layer) in NVFP4_CLASSES.values())
+        and is_plain_layer(layer)
         and getattr(layer, "padding_mode", "zeros") == "zeros"
         and not _hooks(layer)
         and not {"forward", "_conv_forward"} & layer.__dict__.keys()
@@ -127,21 +123,22 @@ def _hands_over(layer: nn.Module) -> bool:
 
 
 def rewrite(module: nn.Module, graph: fx.Graph) -> dict[str, Row]:
-    """Fuse every pattern of the graph; the norms that it calls, by target."""
+    """Fuse every pattern of the graph, and return a row for each norm that the graph calls, by its path."""
     rows: dict[str, Row] = {}
-    execute = [
+    calls = [
         (node, norm)
         for node in graph.nodes
         if node.op == "call_module" and isinstance(norm := child_of(module, node.target), FAMILY)
     ]
-    for node, norm in execute:
+    for node, norm in calls:
         kind = kind_of(norm)
         match = _match(module, graph, node, norm)
         if isinstance(match, str):
             rows.setdefault(node.target, Row("", kind, "", match))
             continue
         act, add, residual = match
-        # with an addition after the residual is there; else in the norm's place, where a shared norm counts its calls
+        # With an addition the call comes where the residual exists. Otherwise it takes the norm's place, because calls
+        # of a shared norm must update its running statistics in their order.
         with graph.inserting_before(node if add is None else act):
             handle = graph.create_node("get_attr", node.target)
             chosen: Any = _activation(module, act)
@@ -162,7 +159,7 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> dict[str, Row]:
 
 
 def _name_layers(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
-    """norm_act_into in the place of norm_act where only layers that may be quantized read the result."""
+    """Replace norm_act by norm_act_into if only layers that may be quantized read the result."""
     users = list(node.users)
     for user in users:
         layer = child_of(module, str(user.target)) if user.op == "call_module" else None
@@ -182,7 +179,10 @@ _Match = tuple[fx.Node, fx.Node | None, fx.Node | None]
 
 
 def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -> _Match | str:
-    """(activation, addition or None, residual or None) that follow a call of a norm; or why it stays."""
+    """Return the activation, the addition and the residual after a call of a norm, or the reason why it stays.
+
+    The addition and the residual are None if nothing is added.
+    """
     if type(norm) not in NORMS:
         return f"{type(norm).__name__} is not torch's own norm"
     if _hooks(norm):
@@ -221,7 +221,7 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    """The single user, which takes the node once and is no output."""
+    """Return the single reader of a node, or None if there are several or the node is returned."""
     if len(node.users) != 1:
         return None
     user = next(iter(node.users))
@@ -235,7 +235,7 @@ def _is_addition(node: fx.Node) -> bool:
 
 
 def _activation(module: nn.Module, node: fx.Node) -> str | None:
-    """The name of an activation's call on one tensor; inplace may be said."""
+    """Return the name of the activation that this node calls on one tensor, or None. `inplace` may be given."""
     if set(node.kwargs) - {"inplace"} or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if any(isinstance(value, fx.Node) for value in (*node.args[1:], *node.kwargs.values())):
@@ -254,7 +254,7 @@ def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> list[fx.Node]:
 
 
 def _called_between(module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, norm: nn.Module) -> bool:
-    """Whether the norm runs between the two, in a child too: its running statistics would be updated out of order."""
+    """Return True if the norm runs between the two, also in a child: its statistics would change out of order."""
     children = [child_of(module, str(n.target)) for n in _between(graph, first, last) if n.op == "call_module"]
     return any(m is norm for child in children if child is not None for m in child.modules())
 
@@ -262,15 +262,17 @@ def _called_between(module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx
 def _written_between(
     module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, add: fx.Node | None = None
 ) -> bool:
-    """Whether a call between the two may write to a tensor that is there already: its readers will run after it.
+    """Return True if a call between the two may write to a tensor that the fused call would then read too late.
 
-    add: the addition of the pattern itself, which writes to the norm's result at most.
+    Args:
+        add: The addition of the pattern itself, which writes to the norm's result at most.
     """
     tensors = [value for value in first.args if isinstance(value, fx.Node) and value.op != "get_attr"]
     private = all(_only_reader(module, value, first) for value in tensors)
     for node in _between(graph, first, last):
         if node.op in ("call_function", "call_method") and node is not add:
             name = str(getattr(node.target, "__name__", node.target))
+            # Torch's names say it: relu_, add_, setitem, iadd; others take inplace=True or out=.
             in_place = name.endswith("_") or (node.op == "call_function" and name in WRITING)
             if in_place or node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
                 return True
@@ -280,19 +282,20 @@ def _written_between(
 
 
 def _only_reader(module: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
-    """Whether `value` is a layer's own result, which nothing but `reader` sees."""
+    """Return True if `value` is the result of a layer, and `reader` alone sees it."""
     layer = child_of(module, str(value.target)) if value.op == "call_module" else None
     return isinstance(layer, LAYERS) and list(value.users) == [reader]
 
 
 def _writes_nothing(child: nn.Module | None) -> bool:
-    """Whether the module is made of torch's own ones, none of which works in place."""
+    """Return True if the module and its children are torch's own, and none of them works in place."""
     modules = [] if child is None else list(child.modules())
     torchs = ("torch", OURS)
     return all(type(m).__module__.split(".")[0] in torchs and not getattr(m, "inplace", False) for m in modules)
 
 
 def kind_of(norm: nn.Module) -> str:
+    """Return the class name of torch's norm, also for a fused one."""
     return type(norm).__name__.replace("Act", "") if isinstance(norm, NormActModule) else type(norm).__name__
 
 

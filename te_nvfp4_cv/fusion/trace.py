@@ -1,13 +1,14 @@
-"""The forward of one module as a torch.fx graph whose calls of children stay calls; or the reason why there is none.
+"""Trace the forward of one module into torch.fx graphs in which calls of children stay calls, or say why not.
 
     trace(module)  ->  Traced(graph while training, graph in evaluation, names of arguments, guards)
 
-torch.fx runs the forward once with stand-ins for its arguments, so whatever the code decides meanwhile is fixed in the
-graph. Arguments with a default are traced at their default and must have it at run time; an `isinstance` question about
-an argument is answered "no" and must be "no" at run time; plain attributes of the module that are read must be equal
-then. Refused: a forward that the graph cannot stand for: control flow on values or shapes, attributes set, tensors put
-anywhere (a list, another object), random numbers drawn, tensors created, a context manager entered (no_grad, autocast,
-checkpoint) or asked for (torch.is_grad_enabled), type() and hasattr() of a tensor, results of other classes than
+torch.fx runs the forward once with stand-ins (proxies) for its arguments, so whatever the code decides meanwhile is
+fixed in the graph. Arguments with a default are traced at their default and must have it at run time. An `isinstance`
+question about an argument is answered "no" and must be "no" at run time. Plain attributes of the module that are read
+must then be equal.
+Refused is a forward that no graph can replace: control flow on values or shapes, attributes set, tensors put anywhere
+(a list, another object), random numbers drawn, tensors created, a context manager entered (no_grad, autocast,
+checkpoint) or asked about (torch.is_grad_enabled), type() and hasattr() of a tensor, results of other classes than
 tuples, lists and dicts.
 """
 
@@ -32,14 +33,14 @@ import numpy
 import torch
 from torch import fx, nn
 
+from te_nvfp4_cv.backend.torch_private import saved_tensors_hooks_are_on
 from te_nvfp4_cv.context import state
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-TRACING = ("torch", "te_nvfp4_cv", "inspect", "typing", "abc")  # whose questions about a stand-in are not the model's
-
+TRACING = ("torch", "te_nvfp4_cv", "inspect", "typing", "abc")  # questions from here are not the model's
 
 IN_PLACE_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-ABOUT_MODES = {  # questions that torch answers to a trace, once and for all
+ABOUT_MODES = {  # a trace would freeze the answers to these questions
     "is_grad_enabled",
     "is_inference_mode_enabled",
     "is_autocast_enabled",
@@ -56,30 +57,31 @@ MISSING = object()
 
 
 class Untraceable(Exception):
-    """Why a forward cannot be traced."""
+    """Raised with the reason why a forward cannot be traced."""
 
 
 @dataclass
 class Traced:
-    """Two graphs (one object twice where they are the same) and what must hold when they run."""
+    """The graphs of training and evaluation, which may be one object, and the conditions under which they may run."""
 
     training: fx.Graph
     evaluation: fx.Graph
     arguments: tuple[str, ...]  # required ones, in order
-    guards: tuple[tuple[int, type], ...]  # (index of an argument, class that it must not be an instance of)
+    guards: tuple[tuple[int, type], ...]  # the argument with this index must not be an instance of this class
     attributes: dict[str, Any]  # plain attributes of the module that were read, with their values
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the attributes that were read are still the same."""
+        """Return True if the attributes that were read are still equal."""
         now = module.__dict__
         return all(_equal(now.get(name, MISSING), value) for name, value in self.attributes.items())
 
 
 class _Proxy(fx.Proxy):
-    """A stand-in that notices isinstance questions of code outside of torch."""
+    """A stand-in for a tensor that notices when the model's code asks for its class."""
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
+        # isinstance reads __class__, also inside torch, whose questions must not count.
         caller = sys._getframe(1).f_globals.get("__name__", "").split(".")[0]
         if caller not in TRACING:
             self.tracer.asked(self.node)  # type: ignore[attr-defined]
@@ -97,7 +99,7 @@ class _Proxy(fx.Proxy):
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """torch.fx itself takes x += y for x = x + y, which leaves other names of x alone."""
+    """Keep x += y in the graph as it is. Torch.fx alone records x = x + y, which leaves other names of x unchanged."""
 
     def record(self: fx.Proxy, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -114,12 +116,12 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=())
-        self.begun = _modes()
+        self.begun = _modes()  # must not change while the forward runs
         self.questioned: list[fx.Node] = []
         self.made: list[weakref.ref[fx.Proxy]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return True  # calls of children stay calls
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         made = _Proxy(node, self)
@@ -127,7 +129,7 @@ class _Tracer(fx.Tracer):
         return made
 
     def asked(self, node: fx.Node) -> None:
-        """Code asks for the class of `node`."""
+        """Remember that the model's code asks for the class of `node`."""
         if node.op != "placeholder":
             raise Untraceable("its forward asks for the class of an intermediate result")
         self.questioned.append(node)
@@ -139,22 +141,22 @@ class _Tracer(fx.Tracer):
 
 
 def _modes() -> tuple[Any, ...]:
-    """What context managers change and a graph does not record."""
+    """Return the state that context managers change, and that a graph does not record."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        saved_tensors_hooks_are_on(),
         id(state.state()),
     )
 
 
 @contextmanager
 def _telling_modes() -> Iterator[None]:
-    """Grad mode and autocast are on, with a dtype that no model asks for: a forward that sets them is noticed."""
+    """Turn grad mode and autocast on, with a dtype that no model asks for, so that a forward that sets them shows."""
     devices = ("cpu", "cuda")
     before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
-    outer = state.local.states
+    outer = state.local.states  # replaced, so that nvfp4_autocast inside the forward is noticed, too
     state.local.states = [state.State(False, NVFP4BlockScaling(), "auto", True)]
     try:
         with torch.enable_grad(), torch.inference_mode(False):
@@ -170,10 +172,10 @@ def _telling_modes() -> Iterator[None]:
 
 
 def trace(module: nn.Module) -> Traced:
-    """See the file's docstring.
+    """Trace the forward of a module in training and in evaluation.
 
     Raises:
-        Untraceable: with the reason.
+        Untraceable: No graph can replace the forward; the message says why.
     """
     cls = type(module)
     if "forward" in module.__dict__ or cls.__call__ is not nn.Module.__call__:
@@ -190,6 +192,7 @@ def trace(module: nn.Module) -> Traced:
     flags = [(m, m.training) for m in module.modules()]
     graphs: dict[tuple[bool, bool], tuple[fx.Graph, tuple[tuple[int, type], ...]]] = {}
     try:
+        # Four times: a forward that reads a child's training flag gives another graph where the two flags differ.
         for own in (True, False):
             for children in (True, False):
                 for m, _ in flags:
@@ -210,6 +213,16 @@ def trace(module: nn.Module) -> Traced:
     return Traced(graphs[True, True][0], evaluation[0], arguments, guards, attributes)
 
 
+def child_of(module: nn.Module, target: str) -> nn.Module | None:
+    """Return a module inside this one by its path, or None. Unlike get_submodule, plain attributes do not count."""
+    for part in target.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
@@ -221,7 +234,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _names_used(function: Any, module: nn.Module) -> set[str]:
-    """Global and attribute names in the code of a forward and of the functions and methods that it calls."""
+    """Return the names that the code of a forward uses, and that of the functions and methods which it calls."""
     names: set[str] = set()
     waiting, seen = [inspect.unwrap(function)], set()
     while waiting:
@@ -270,8 +283,8 @@ def _trace_once(
         raise Untraceable("its forward draws random numbers")
     if not _same(shadow.__dict__, before):
         raise Untraceable("its forward sets attributes or creates tensors")
-    if any(made() is not None for made in tracer.made):
-        gc.collect()
+    if any(made() is not None for made in tracer.made):  # something outlives the forward
+        gc.collect()  # or is only part of a cycle
         if any(made() is not None for made in tracer.made):
             raise Untraceable("its forward puts tensors into a list or another object")
     names = [node.name for node in graph.nodes if node.op == "placeholder"]
@@ -281,8 +294,10 @@ def _trace_once(
 
 
 def _shadow(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """A stand-in for the module, whose attributes may be set, and a copy of them to compare with; `read` gets the names
-    of those that are asked for.
+    """Return a stand-in for the module, whose attributes may be set, and a copy of them to compare with.
+
+    Args:
+        read: Collects the names of the attributes that the forward asks for.
     """
     original = type(module).forward
     space: dict[str, Any] = {"original": original, "checked": _check_result}
@@ -303,7 +318,7 @@ def _shadow(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tu
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Equal keys, the same objects; containers: of the same objects."""
+    """Return True if both have the same keys and objects; containers count as equal if they hold the same objects."""
     if a.keys() != b.keys():
         return False
     for key, x in a.items():
@@ -326,7 +341,11 @@ def _flat(values: list[Any]) -> Iterator[Any]:
 
 
 def _check_result(result: Any) -> Any:
-    """The result, if a graph returns it as it is."""
+    """Return the result if a graph can return the same.
+
+    Raises:
+        Untraceable: It is of a class that a graph cannot build.
+    """
     if isinstance(result, (tuple, list)) and type(result) in (tuple, list):
         for value in result:
             _check_result(value)
@@ -334,7 +353,8 @@ def _check_result(result: Any) -> Any:
         for value in result.values():
             _check_result(value)
     elif type(result) is OrderedDict and (found := [v for v in result.values() if type(v) is _Proxy]):
-        pairs = [(key, _check_result(value)) for key, value in result.items()]  # a graph would return a plain dict
+        # A graph would return a plain dict, so the call of OrderedDict is recorded in it.
+        pairs = [(key, _check_result(value)) for key, value in result.items()]
         return found[0].tracer.create_proxy("call_function", OrderedDict, (pairs,), {})
     elif type(result) is not _Proxy and result is not None and type(result) not in (int, float, bool, str):
         raise Untraceable(f"its forward returns a {type(result).__name__}")

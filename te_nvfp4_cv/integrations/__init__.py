@@ -1,1 +1,1 @@
-"""The room integrations."""
+"""Connect NVFP4 to other frameworks: PyTorch Lightning and TransformerEngine."""

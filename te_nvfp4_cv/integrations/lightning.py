@@ -1,16 +1,15 @@
-"""A precision plugin for PyTorch Lightning: NVFP4 for an unmodified LightningModule.
+"""Train an unmodified LightningModule in NVFP4: a precision plugin for PyTorch Lightning.
 
     from te_nvfp4_cv.lightning import NVFP4Precision
     trainer = Trainer(plugins=[NVFP4Precision("unet", root="net")])
 
-Training, validation, test and predict steps run under torch.autocast and nvfp4_autocast; the recipe's [precision] table
-is applied to the module; the checkpoint holds nv.extra_state and torch's random state of every rank, so that a run
-resumed at an epoch's end, on as many ranks, goes on bit for bit (on another number each rank takes those of rank 0).
-Two limits are Lightning's: resumed within an epoch it starts the loader anew, and with max_steps instead of max_epochs
-it shuffles anew. Importing this file needs lightning or pytorch_lightning (where both are installed, import the one in
-use before this file); importing te_nvfp4_cv does not.
-Refused: unknown dtypes, a scaler without fp16, something that is no recipe, a `root` that is no submodule, a table that
-names no module.
+Training, validation, test and predict steps run under torch.autocast and nvfp4_autocast. The recipe's [precision] table
+is applied to the module. The checkpoint holds nv.extra_state and torch's random state of every rank, so a run that is
+resumed at the end of an epoch on as many ranks goes on bit for bit. On another number of ranks each takes the states of
+rank 0. Two limits are Lightning's: resumed within an epoch it starts the loader anew, and with max_steps instead of
+max_epochs it shuffles anew.
+Importing this file needs lightning or pytorch_lightning; importing te_nvfp4_cv does not. If both are installed, import
+the one in use before this file.
 """
 
 from __future__ import annotations
@@ -37,7 +36,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _plugins() -> Any:
-    """Lightning's precision plugins: of the package imported already (its Trainer takes no other's), else installed."""
+    """Return the module of Lightning's precision plugins.
+
+    Raises:
+        RuntimeError: Lightning is not installed.
+    """
+    # A package that is imported already comes first: its Trainer takes only its own plugins.
     for package in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
         if importlib.util.find_spec(package.split(".")[0]) is not None:
             return importlib.import_module(f"{package}.plugins.precision")
@@ -56,16 +60,24 @@ class NVFP4Precision(_Base):
     """Lightning's mixed precision, with convolutions and linear layers in NVFP4.
 
     Args:
-        recipe: NVFP4BlockScaling, TransformerEngine's, the name or path of a recipe file, or None for the default.
-        dtype: of torch.autocast: "bf16", "fp16" (with a GradScaler), or "fp32" (no autocast).
-        device: for torch.autocast; None: that of the Trainer.
-        backend: as for nvfp4_autocast.
-        share_amax: all ranks quantize with one tensor scale, the largest amax of all.
-        root: the attribute of the LightningModule that the recipe's [precision] table names the modules of; "" is the
-            LightningModule itself.
-        scaler: for fp16; None: torch.amp.GradScaler.
+        recipe: An NVFP4BlockScaling recipe, TransformerEngine's recipe, the name or path of a recipe file, or None for
+            the default recipe.
+        dtype: The dtype of torch.autocast: "bf16", "fp16" (with a GradScaler), or "fp32" (no autocast).
+        device: The device of torch.autocast. If None, the Trainer's.
+        backend: "auto", "reference", "vendor" or "triton", as for nvfp4_autocast.
+        share_amax: Let all ranks quantize with one tensor scale, that of the largest amax.
+        root: The attribute of the LightningModule whose modules the recipe's [precision] table names. The default ""
+            is the LightningModule itself.
+        scaler: The scaler for fp16. If None, a torch.amp.GradScaler.
     Raises:
-        TypeError, ValueError: a recipe, dtype or backend that there is not; a scaler without fp16.
+        TypeError: `recipe` is not a recipe.
+        ValueError: The dtype or the backend is unknown, the recipe contradicts itself, or a scaler comes without fp16.
+
+    Example:
+        >>> from te_nvfp4_cv.lightning import NVFP4Precision
+        >>> plugin = NVFP4Precision("unet", root="net", device="cpu")  # for Trainer(plugins=[plugin])
+        >>> plugin.recipe.name
+        'unet'
     """
 
     device: str
@@ -100,15 +112,19 @@ class NVFP4Precision(_Base):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__("16-mixed" if dtype == "fp16" else "bf16-mixed", device, scaler)
         if dtype == "fp32":
-            self.precision = "32-true"  # what Trainer.precision says
+            self.precision = "32-true"  # Trainer.precision shows this
         by_name = isinstance(recipe, (str, os.PathLike))
         self.recipe = load_recipe(recipe) if by_name else as_recipe(recipe)
-        nvfp4_autocast(self.recipe, backend=backend)  # refuses what cannot run, now
+        nvfp4_autocast(self.recipe, backend=backend)  # refuses now what cannot run, not in the first step
         self.dtype, self.backend, self.share_amax, self.root = dtype, backend, share_amax, root
         self._module: nn.Module | None = None
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """The module itself, with the recipe's [precision] table applied."""
+        """Apply the recipe's [precision] table to the module, and return the module.
+
+        Raises:
+            ValueError: `root` is not a submodule, or the table names no module below it.
+        """
         try:
             root = module.get_submodule(self.root)
         except AttributeError as error:
@@ -135,14 +151,14 @@ class NVFP4Precision(_Base):
         return module
 
     def _fits(self, module: nn.Module) -> bool:
-        """Whether every pattern of the recipe's table names a module in here."""
+        """Return True if every pattern of the recipe's table names a module in here."""
         try:
             return bool(matches(module, list(self.recipe.precision)))
         except ValueError:
             return False
 
     def _follow(self, module: nn.Module) -> None:
-        """Take the Trainer's device, known only now, unless one was asked for."""
+        """Take the Trainer's device, which is known only now, unless the user gave one."""
         trainer = getattr(module, "_trainer", None)
         device = self.device if self._own_device or trainer is None else trainer.strategy.root_device.type
         if device != self.device and self.scaler is not None and not self._own_scaler:
@@ -150,21 +166,22 @@ class NVFP4Precision(_Base):
         self.device = device
 
     def autocast_context_manager(self) -> torch.autocast:
-        """torch.autocast of the dtype asked for; for fp32 one that is off."""
+        """Return torch.autocast with the plugin's dtype; for fp32 it is off."""
+        # Without the cache of casts: it holds a weight's cast over forward passes of one autocast region.
         return torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "fp32", cache_enabled=False)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """What every step runs in."""
+        """Enter torch.autocast and nvfp4_autocast, for one step."""
         group = torch.distributed.group.WORLD if self.share_amax and _world() > 1 else None
         context = nvfp4_autocast(self.recipe, backend=self.backend, amax_reduction_group=group)
         with self.autocast_context_manager(), context:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """What a bit-exact resume needs beyond the module's and the optimizers'. All ranks call it together."""
+        """Return what a bit-exact resume needs beyond module and optimizers. All ranks must call it together."""
         own: dict[str, Any] = {"rng": torch.get_rng_state()}
-        if self.device == "cuda":  # where stochastic rounding on a GPU draws from
+        if self.device == "cuda":  # stochastic rounding on a GPU draws from it
             own["cuda"] = torch.cuda.get_rng_state()
         if self._module is not None:
             own["nvfp4"] = extra_state(self._module)
@@ -177,12 +194,12 @@ class NVFP4Precision(_Base):
         return scaler | {"ranks": ranks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where state_dict() was taken; torch's random state first, which NVFP4's hangs on."""
+        """Continue where state_dict() was taken."""
         if state_dict.get("scaler"):
             super().load_state_dict(state_dict["scaler"])
         ranks = state_dict.get("ranks", [state_dict])
         own = ranks[torch.distributed.get_rank()] if len(ranks) == _world() > 1 else ranks[0]
-        torch.set_rng_state(own["rng"])
+        torch.set_rng_state(own["rng"])  # first: extra_state checks torch's seed
         if self.device == "cuda" and "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"])
         if self._module is not None and "nvfp4" in own:
@@ -190,6 +207,6 @@ class NVFP4Precision(_Base):
 
 
 def _world() -> int:
-    """How many ranks there are; 1 without torch.distributed."""
+    """Return the number of ranks, which is 1 without torch.distributed."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1

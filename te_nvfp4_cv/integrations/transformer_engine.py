@@ -1,32 +1,32 @@
-"""TransformerEngine plug-in: its own layers in NVFP4, on hardware without FP4 too.
+"""Run TransformerEngine's own layers in NVFP4, also on hardware without FP4 tensor cores.
 
     import transformer_engine.pytorch as te
     from te_nvfp4_cv import te_plugin
 
-    with te.autocast(recipe=te_plugin.recipe()):    # or of nv.load_recipe("unet"), or of TE's own recipe object
+    with te.autocast(recipe=te_plugin.recipe()):    # or te_plugin.recipe(nv.load_recipe("unet")), or TE's own recipe
         y = model(x)                                # te.Linear, te.LayerNormLinear, te.LayerNormMLP
 
-TransformerEngine's CustomRecipe asks a factory for one quantizer per role. Ours answers with this package's:
+TransformerEngine's CustomRecipe asks a factory for one quantizer per role. The factory here returns this package's:
 
     role         rowwise face                     columnwise face
     input        fprop                            wgrad: RHT
     weight       fprop: 16x16                     dgrad: the same codes, transposed
     grad_output  dgrad: SR                        wgrad: RHT, SR
-    all others   high precision (TransformerEngine's IdentityQuantizer)
+    others       high precision (TransformerEngine's IdentityQuantizer)
 
 The three GEMMs are nv.gemm's: alpha and the bias in fp32, the bias last, then the cast. An operand is a HybridQuantizer
-of two faces: in that form TransformerEngine's modules handle bias gradients, micro-batches and high-precision faces; a
-bare custom quantizer fails in its compiled bgrad_quantize as soon as a layer has a bias.
+of two faces. In that form TransformerEngine's modules handle bias gradients, micro-batches and high-precision faces; a
+bare custom quantizer fails in the compiled bgrad_quantize as soon as a layer has a bias.
 
-What TransformerEngine decides stays its own: the product of the leading dimensions must be a multiple of 8 and the last
-dimension of 16 (what is then no multiple of 16 is padded with zeros here); with fp32 activations it rounds the bias to
-bf16. `thin_layers` has no meaning for these layers. A [precision] table goes by the names given to
-modules, te.Linear(..., name="fc1"): a factory learns no other.
-Refused: tensor_scale="delayed" (a factory has no place in a checkpoint for the amax of earlier steps), weights kept in
-NVFP4 only (te.quantized_model_init), te.GroupedLinear (its GEMMs are compiled and take no custom operands).
-Executed on a CPU with the Python package of 2.20.2: te.Linear, LayerNormLinear, LayerNormMLP, te.ops.Linear without a
-bias (with one, te.ops calls bgrad_quantize). Not executed: a GPU, tensor and sequence parallelism, FSDP, te.checkpoint,
-CUDA graphs, torch.compile. Attention stays in high precision.
+Some things are decided by TransformerEngine: the product of the leading dimensions must be a multiple of 8 and the last
+dimension one of 16 (what is then not a multiple of 16 is padded with zeros here); with fp32 activations it rounds the
+bias to bf16. `thin_layers` has no meaning for these layers. A [precision] table is matched with the names that modules
+were given, te.Linear(..., name="fc1"), because a factory learns no other.
+Refused: tensor_scale="delayed" (a factory has no place in a checkpoint for the amax of earlier steps), weights that are
+stored in NVFP4 only (te.quantized_model_init), and te.GroupedLinear (its GEMMs are compiled, without custom operands).
+Executed on a CPU with the Python package of 2.20.2: te.Linear, LayerNormLinear, LayerNormMLP, and te.ops.Linear without
+a bias (with one, te.ops calls bgrad_quantize). Not executed: a GPU, tensor and sequence parallelism, FSDP,
+te.checkpoint, CUDA graphs, torch.compile. Attention stays in high precision.
 transformer_engine is imported when `recipe` is called, not before.
 """
 
@@ -44,32 +44,40 @@ from torch import Tensor
 
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
 from te_nvfp4_cv.tensor.gemm import LAYOUTS as FACES_OF_LAYOUT
 from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
 FACES = ("rowwise", "columnwise")
-GEMMS = {"input": ("fprop", "wgrad"), "weight": ("fprop", "dgrad"), "grad_output": ("dgrad", "wgrad")}  # by face
+# The GEMM that reads each face of a role, rowwise first.
+GEMMS = {"input": ("fprop", "wgrad"), "weight": ("fprop", "dgrad"), "grad_output": ("dgrad", "wgrad")}
 LAYOUTS = {faces: layout for layout, faces in FACES_OF_LAYOUT.items()}
 
 
 def recipe(r: object = None, *, backend: str = "auto") -> Any:
-    """TransformerEngine's CustomRecipe that runs its layers with this package's quantizers and GEMM.
+    """Return a CustomRecipe of TransformerEngine that runs its layers with this package's quantizers and GEMM.
 
-    Equal arguments give the same object: TransformerEngine compares by identity and makes new quantizers for another.
+    Equal arguments give the same object, because TransformerEngine compares recipes by identity and makes new
+    quantizers for a different one.
 
     Args:
-        r: an NVFP4BlockScaling, this package's or TransformerEngine's; None for the default.
+        r: An NVFP4BlockScaling recipe, this package's or TransformerEngine's, or None for the default recipe.
         backend: "auto", "reference", "vendor" or "triton".
     Raises:
-        ValueError: a recipe that TransformerEngine's layers cannot follow, see the top of this file.
-        TypeError: not an NVFP4 recipe.
-        RuntimeError: transformer_engine with its PyTorch side cannot be imported.
+        ValueError: TransformerEngine's layers cannot follow the recipe: it has delayed scales, or several values of
+            backward_override.
+        TypeError: `r` is not an NVFP4 recipe.
+        RuntimeError: transformer_engine with its PyTorch extension cannot be imported.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> import transformer_engine.pytorch as te  # doctest: +SKIP
+        >>> with te.autocast(recipe=nv.te_plugin.recipe(nv.load_recipe("no_rht"))):  # doctest: +SKIP
+        ...     y = te.Linear(64, 64)(torch.randn(32, 64))
     """
-    ours = as_recipe(r)
-    ours.validate_for_use()
+    ours = checked_recipe(r)
     for part in (ours, *(inner for _, inner in ours.precision if inner is not None)):
         _check(part, ours)
     return _recipe(ours, dispatch.check_backend(backend))
@@ -82,7 +90,7 @@ def _recipe(ours: NVFP4BlockScaling, backend: str) -> Any:
 
 
 def _check(part: NVFP4BlockScaling, whole: NVFP4BlockScaling) -> None:
-    """Refuse what a CustomRecipe has no place for."""
+    """Refuse what a CustomRecipe cannot express."""
     if part.tensor_scale == "delayed":
         raise errors.value_error(
             "te_plugin.recipe: delayed scales do not go with TransformerEngine's layers.",
@@ -101,16 +109,24 @@ def _check(part: NVFP4BlockScaling, whole: NVFP4BlockScaling) -> None:
 
 @dataclass(frozen=True)
 class QuantizerFactory:
-    """What CustomRecipe calls once per slot of a module: role -> quantizer. It can be pickled."""
+    """A factory that TransformerEngine's CustomRecipe calls once per slot of a module. It can be pickled.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> factory = nv.te_plugin.QuantizerFactory(nv.load_recipe("no_rht"), backend="vendor")
+        >>> factory.recipe.settings("input").rht
+        False
+    """
 
     recipe: NVFP4BlockScaling
     backend: str = "auto"
 
     def __call__(self, role: Any) -> Any:
-        """The quantizer of a QuantizerRole; None and roles without an NVFP4 GEMM stay in high precision.
+        """Return the quantizer of a QuantizerRole, an IdentityQuantizer for None and roles without an NVFP4 GEMM.
 
         Raises:
-            ValueError: te.GroupedLinear, te.quantized_model_init, no name under a [precision] table.
+            ValueError: The module is a te.GroupedLinear, it was made inside te.quantized_model_init, or it has no name
+                while the recipe has a [precision] table.
         """
         te = _te()
         tensor = getattr(role, "tensor_type", "")
@@ -127,7 +143,7 @@ class QuantizerFactory:
             return te.IdentityQuantizer()
         if tensor == "weight" and te.FP8GlobalStateManager.with_fp8_parameters():
             raise errors.value_error(
-                f"te_plugin: the weight of {role.name!r} cannot be kept in NVFP4 only.",
+                f"te_plugin: the weight of {role.name!r} cannot be stored in NVFP4 only.",
                 got="a module made inside te.quantized_model_init",
                 needs="weights in high precision: a custom quantizer's storage is no parameter",
                 fix="make the model outside te.quantized_model_init",
@@ -136,7 +152,7 @@ class QuantizerFactory:
         return te.IdentityQuantizer() if chosen is None else self._operand(chosen, tensor)
 
     def _recipe_of(self, name: str) -> NVFP4BlockScaling | None:
-        """The recipe of a module's name: the last match of the [precision] table, else the recipe itself."""
+        """Return the recipe for a module's name: the last match of the [precision] table, else the recipe itself."""
         if self.recipe.precision and not name:
             raise errors.value_error(
                 "te_plugin: a [precision] table and a module without a name.",
@@ -146,6 +162,7 @@ class QuantizerFactory:
             )
         found: NVFP4BlockScaling | None = self.recipe
         for pattern, inner in self.recipe.precision:
+            # A match covers the modules inside, too, as with set_precision.
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*"):
                 found = inner
         return found
@@ -170,18 +187,18 @@ class QuantizerFactory:
         return te.OperandQuantizer(rowwise_quantizer=row, columnwise_quantizer=column)
 
 
-# ---- on TransformerEngine's base classes, which are mixed in by _te -------------------------------------------------
+# ---- mixins: _te() puts them in front of TransformerEngine's base classes -------------------------------------------
 
 
 class _FaceStorage:
     """One face of an NVFP4Tensor, with the attributes that TransformerEngine's custom GEMMs look for.
 
-    data and data_t are the same buffer: which face an operand has is decided when it is taken out of its pair, and
-    custom_gemm mistakes LayerNormMLP's wgrad for a fprop.
+    data and data_t are the same buffer. The face is chosen when it is taken out of its pair, before custom_gemm asks
+    for one of the two, and custom_gemm takes LayerNormMLP's wgrad for an fprop.
     """
 
     custom = True
-    kept = False
+    survives_saving = False  # the buffers stay here, too, when autograd saves them
     _quantizer: Any
 
     def __init__(self, tensor: NVFP4Tensor, quantizer: Any) -> None:
@@ -193,7 +210,7 @@ class _FaceStorage:
 
     @property
     def tensor(self) -> NVFP4Tensor:
-        """The NVFP4Tensor, while its buffers are here and not with autograd."""
+        """The NVFP4Tensor, which exists while its buffers are here and not with autograd."""
         assert self._tensor is not None, "the buffers were saved for backward, or cleared"
         return self._tensor
 
@@ -204,22 +221,22 @@ class _FaceStorage:
     original_shape = property(lambda self: (self.size()[:-1].numel(), self.size(-1)))  # custom_gemm knows 3 at most
 
     def size(self, dim: int | None = None) -> Any:
-        """The logical shape, or one length of it."""
+        """Return the logical shape, or the length of one of its axes."""
         shape = torch.Size(self._metadata["shape"])
         return shape if dim is None else shape[dim]
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> Tensor:
-        """The values; a columnwise face without its RHT."""
+        """Return the values. Those of a columnwise face are before the RHT."""
         return self.tensor.dequantize(dtype)
 
     def get_data_tensors(self) -> tuple[Tensor | None, ...]:
-        """data, scale_inv, amax; None where they are not here."""
+        """Return data, scale_inv and amax. Each is None while its buffer is not here."""
         return tuple(getattr(self._tensor, name, None) for name in self._buffers)
 
     def prepare_for_saving(self) -> tuple[list[Tensor | None], Any]:
-        """The buffers, for autograd to keep, and this object, without them unless they are `kept` here too."""
+        """Return the buffers, which autograd saves, and this object, which lets go of them unless they must survive."""
         buffers = list(self.get_data_tensors())
-        if not self.kept:
+        if not self.survives_saving:
             self.clear()
         return buffers, self
 
@@ -229,12 +246,12 @@ class _FaceStorage:
         return tensors[3:]
 
     def clear(self) -> None:
-        """Let go of the buffers."""
+        """Drop the buffers."""
         self._tensor = None
 
 
 class _FaceQuantizer:
-    """One face of an operand; the two of an operand share one NVFP4Quantizer."""
+    """The quantizer of one face. Both faces of an operand share one NVFP4Quantizer, which writes them in one pass."""
 
     custom = True
 
@@ -244,29 +261,29 @@ class _FaceQuantizer:
         self.with_amax_reduction, self.amax_reduction_group = False, None  # set from outside, for one call
 
     def ready(self, *faces: str) -> NVFP4Quantizer:
-        """The operand's quantizer, set to write these faces and to reduce amax as this one was told."""
+        """Return the operand's quantizer, set to write these faces and to reduce amax as this one was told."""
         self.operand.with_amax_reduction = self.with_amax_reduction
         self.operand.amax_reduction_group = self.amax_reduction_group
         self.operand.set_usage(**{face: face in faces for face in FACES})
         return self.operand
 
     def quantize(self, tensor: Tensor, *, out: Any = None, dtype: torch.dtype | None = None) -> Any:
-        """A storage of this face, or `out` rewritten."""
+        """Return a new storage of this face, or `out` rewritten."""
         if out is not None:
             return self.update_quantized(tensor, out)
         return _te().FaceStorage(self.ready(self.face).quantize(tensor, dtype=dtype), self)
 
     def update_quantized(self, src: Tensor, dst: Any, *, noop_flag: Tensor | None = None) -> Any:
-        """Quantize into a storage's buffers; a noop_flag of 1 leaves them."""
+        """Quantize into the buffers of `dst`, and return it. A noop_flag of 1 leaves them as they are."""
         self.ready(self.face).update_quantized(src, dst.tensor, noop_flag=noop_flag)
         return dst
 
     def copy(self) -> Any:
-        """A quantizer of the same settings, without the process group."""
+        """Return a quantizer with the same settings, without the process group."""
         return _te().FaceQuantizer(self.operand.copy(), self.face)
 
     def is_requantization_safe(self) -> bool:
-        """Whether quantizing twice gives the same codes."""
+        """Return True if quantizing twice gives the same codes."""
         return self.operand.is_requantization_safe()
 
     def qgemm(
@@ -284,10 +301,15 @@ class _FaceQuantizer:
         qresult_x: Any = None,
         qresult_w: Any = None,
     ) -> Tensor:
-        """nv.gemm of two storages, in the layout that their faces say; the plain tensors in front are parts of them.
+        """Multiply two storages with nv.gemm, in the layout that their faces imply.
 
-        custom_gemm of TransformerEngine 2.20 is handed `out`, `accumulate` and `gelu` and passes none of them on:
-        a weight gradient to be accumulated would be lost. They are taken from its frame.
+        The parameters are those of TransformerEngine's custom GEMMs. The plain tensors in front are parts of the two
+        storages. custom_gemm of TransformerEngine 2.20 receives `out`, `accumulate` and `gelu` and passes none of them
+        on, so a weight gradient to be accumulated would be lost; they are taken from its frame.
+
+        Raises:
+            TypeError: An operand comes from another quantizer.
+            ValueError: The GEMM is fused with GELU.
         """
         if not (isinstance(qresult_x, _FaceStorage) and isinstance(qresult_w, _FaceStorage)):
             raise errors.type_error(
@@ -314,8 +336,8 @@ class _FaceQuantizer:
 class _OperandQuantizer:
     """TransformerEngine's HybridQuantizer, except that two NVFP4 faces are written in one pass.
 
-    Its result is never a subclass of torch.Tensor. Where one was asked for (`internal` off: a weight that is kept over
-    micro-batches), the faces keep their buffers when autograd saves them.
+    Its result is never a subclass of torch.Tensor. If one was asked for (`internal` is False, for a weight that is
+    reused over micro-batches), the faces hold on to their buffers when autograd saves them.
     """
 
     rowwise_quantizer: Any
@@ -323,12 +345,13 @@ class _OperandQuantizer:
     internal: bool
 
     def quantize(self, tensor: Tensor, *, out: Any = None, dtype: torch.dtype | None = None) -> Any:
-        """The faces in use, or `out` rewritten."""
+        """Return the faces that are in use, or `out` rewritten."""
         if out is not None:
             return self.update_quantized(tensor, out)  # type: ignore[attr-defined]
         te = _te()
         row, column = self.rowwise_quantizer, self.columnwise_quantizer
         used = tuple(face for face, wanted in self.get_usages().items() if wanted)  # type: ignore[attr-defined]
+        # One pass over the tensor writes both faces; a face in high precision is made by itself.
         if used == FACES and isinstance(row, _FaceQuantizer) and isinstance(column, _FaceQuantizer):
             t = row.ready(*FACES).quantize(tensor)
             x = te.FaceStorage(t.make_like(columnwise_data=None, columnwise_scale_inv=None, amax_columnwise=None), row)
@@ -338,14 +361,18 @@ class _OperandQuantizer:
             y = column.quantize(tensor) if "columnwise" in used else None
         for face in (x, y):
             if isinstance(face, _FaceStorage):
-                face.kept = not self.internal
+                face.survives_saving = not self.internal
         faces = {"rowwise_storage": x, "columnwise_storage": y}
         return te.HybridQuantizedTensorStorage(**faces, quantizer=self, fake_dtype=tensor.dtype)
 
 
 @functools.cache
 def _te() -> SimpleNamespace:
-    """TransformerEngine's classes and ours on top of them; imported at the first use."""
+    """Import TransformerEngine, and return its classes and those that are made from the mixins.
+
+    Raises:
+        RuntimeError: It cannot be imported.
+    """
     try:
         from transformer_engine.common.recipe import CustomRecipe
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager
@@ -362,6 +389,7 @@ def _te() -> SimpleNamespace:
             "without it, nvfp4_autocast runs plain torch layers",
         ) from error
 
+    # TransformerEngine's base classes exist only after this import, so the classes are made here.
     def mixed(mixin: type, base: type) -> type:
         name = mixin.__name__.lstrip("_")
         return type(name, (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__})

@@ -28,9 +28,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MINIMUM = BLOCK  # channels on either side of a group
 
 
-
-
-# ---- may it run in NVFP4 ---------------------------------------------------------------------------------------------
+# ---- may it run in NVFP4 --------------------------------------------------------------------------------------------
 
 
 def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockScaling) -> str | None:
@@ -71,7 +69,7 @@ def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScali
     return None if recipe.nvfp4_gemms else "recipe.high_precision_gemms names all three GEMMs"
 
 
-# ---- its geometry and plan -------------------------------------------------------------------------------------------
+# ---- its geometry and plan ------------------------------------------------------------------------------------------
 
 
 class Sizes(NamedTuple):
@@ -87,7 +85,7 @@ class Sizes(NamedTuple):
 
 
 class CallShape(NamedTuple):
-    """What decides the geometry of one call. `types` are those of the arguments: 1, True and 1.0 have one hash."""
+    """All that decides the geometry of one call. `types` are those of the arguments: 1, True and 1.0 have one hash."""
 
     op: str
     x: Sizes
@@ -167,10 +165,10 @@ def _lower(call: CallShape) -> Lowered:
         pad, padding = named_padding(call, rank)
         more = [low + high for low, high in zip(pad[::2], pad[1::2], strict=True)]  # F.pad counts from the last axis
         x = (*x[:2], *(size + n for size, n in zip(x[2:], reversed(more), strict=True))) if pad else x
-    geometry = _geometry(call, rank, x, padding)
-    # By the fields: this is traced, and before Python 3.12 torch.compile cannot trace a cached property's lock.
-    g = geometry
-    return Lowered(g, unbatched, pad, 0 in (*x, *g.a_size, *g.b_size, g.channels_a, g.channels_b))
+    g = _geometry(call, rank, x, padding)
+    # Not g.y_shape: torch.compile traces this, and does not know a cached property's lock (Python 3.11).
+    y = (*g.a_size, g.channels_a) if g.transposed else (*g.b_size, g.channels_b)
+    return Lowered(g, unbatched, pad, 0 in x or 0 in y)
 
 
 _cached_lower = functools.lru_cache(maxsize=CACHED)(_lower)

@@ -29,7 +29,7 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 
 
 class LayerSpec(NamedTuple):
-    """What a layer's operator is told besides tensors and sizes; it crosses the operator's boundary as one text.
+    """The settings of a layer's operator besides tensors and sizes; they cross the operator's boundary as one text.
 
     Attributes:
         recipe: NVFP4BlockScaling.key.

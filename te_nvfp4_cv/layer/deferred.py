@@ -83,7 +83,7 @@ def channels_innermost(z: Tensor) -> bool:
 
 @dataclass
 class Producer:
-    """What an unwritten activation is made of; mean, rstd and mask are filled in by the norm's forward."""
+    """The parts of an unwritten activation; mean, rstd and mask are filled in by the norm's forward."""
 
     z: Tensor
     residual: Tensor | None

@@ -31,7 +31,7 @@ from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.records import Face, Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
-# ---- what backward needs ---------------------------------------------------------------------------------------------
+# ---- what backward needs --------------------------------------------------------------------------------------------
 
 
 class Saved(NamedTuple):
@@ -96,7 +96,7 @@ def saved_of(
 
 
 class Like(NamedTuple):
-    """What dx, dw and db must look like: shapes, dtypes and memory formats of x, w and bias."""
+    """The look that dx, dw and db must have: shapes, dtypes and memory formats of x, w and bias."""
 
     x_shape: tuple[int, ...]
     x_dtype: torch.dtype
@@ -120,7 +120,7 @@ class Like(NamedTuple):
         )
 
 
-# ---- the two passes --------------------------------------------------------------------------------------------------
+# ---- the two passes -------------------------------------------------------------------------------------------------
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
@@ -239,7 +239,7 @@ def backward(
     return dx, dw, db
 
 
-# ---- for autograd ----------------------------------------------------------------------------------------------------
+# ---- for autograd ---------------------------------------------------------------------------------------------------
 
 
 class QuantizedConv(torch.autograd.Function):

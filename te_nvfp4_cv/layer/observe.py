@@ -29,7 +29,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Seen:
-    """What an observer wants of a call: `finished` gets its result, `watch` is shown the operands of an NVFP4 call."""
+    """An observer's wishes for a call: `finished` gets its result, `watch` is shown the operands of an NVFP4 call."""
 
     finished: Callable[[Tensor], None] | None = None
     watch: Watch | None = None

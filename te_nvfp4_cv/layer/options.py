@@ -1,4 +1,4 @@
-"""Who else takes part in one call of a quantized layer, and what they must be able to do.
+"""The others that may take part in one call of a quantized layer, and what they must be able to do.
 
 Most calls have nobody: `ALONE`. The protocols are met higher up (telemetry watches, distributed exchanges) or beside
 this file (delayed_scaling.py, deferred.py); the layer knows them by these protocols only.
@@ -102,7 +102,7 @@ class Ranks(Protocol):
 
 
 class CallOptions(NamedTuple):
-    """Who takes part in one call.
+    """The others that take part in one call.
 
     Attributes:
         codes: of w, made before the call; if None, w is quantized.

@@ -71,7 +71,7 @@ class Plan:
 
     @cached_property
     def weight_faces(self) -> tuple[str, str]:
-        """Which quantized copy of the weight fprop and dgrad multiply, "row" or "col" each.
+        """The quantized copies of the weight that fprop and dgrad multiply, "row" or "col" each.
 
         With 16x16 blocks one copy serves both, because a square block has the same scale read either way.
         """
@@ -83,7 +83,7 @@ class Plan:
 
     @cached_property
     def folds(self) -> tuple[Fold, Fold]:
-        """How the columnwise faces of x and dy are laid out in images."""
+        """The folds (x, dy) that lay the columnwise faces out in images."""
         a, b = self.geometry.folds
         return (b, a) if self.geometry.transposed else (a, b)
 
@@ -94,7 +94,7 @@ class Plan:
 
     @cached_property
     def input_specs(self) -> tuple[OperandSpec, OperandSpec]:
-        """How x is quantized: without and with a columnwise face for wgrad."""
+        """The specs of x: without and with a columnwise face for wgrad."""
         return self._input_spec(False), self._input_spec(True)
 
     def _input_spec(self, need_dw: bool) -> OperandSpec:
@@ -106,7 +106,7 @@ class Plan:
 
     @cached_property
     def gradient_specs(self) -> dict[tuple[bool, bool], OperandSpec]:
-        """How dy is quantized, by (dx is needed, dw is needed). Both faces are used at once, as they are multiplied."""
+        """The specs of dy, by (dx is needed, dw is needed). Both faces are used at once, so neither is packed first."""
         specs = {}
         for need_dx in (False, True):
             for need_dw in (False, True):
@@ -121,7 +121,7 @@ class Plan:
 
     @cached_property
     def weight_specs(self) -> tuple[WeightSpec, WeightSpec]:
-        """How w is quantized: with fprop's face alone, and with dgrad's too."""
+        """The specs of w: with fprop's face alone, and with dgrad's too."""
         return self._weight_spec({self.weight_faces[0]}), self._weight_spec(set(self.weight_faces))
 
     def _weight_spec(self, faces: set[str]) -> WeightSpec:
@@ -140,7 +140,7 @@ class Plan:
 
     @cached_property
     def alpha_factors(self) -> dict[str, float]:
-        """What alpha multiplies the two amaxes by, for each GEMM; see formats.alpha."""
+        """The factor of the two amaxes in alpha, for each GEMM; see formats.alpha."""
         x, w, dy = self.input.e4m3_max, self.weight.e4m3_max, self.grad_output.e4m3_max
         return {"fprop": alpha_factor(x, w), "dgrad": alpha_factor(dy, w), "wgrad": alpha_factor(dy, x)}
 
@@ -159,14 +159,14 @@ class Plan:
 
     @cached_property
     def saves_x(self) -> str:
-        """What wgrad needs of x: its "col" or "row" face, or x "itself"."""
+        """The part of x that wgrad needs: its "col" or "row" face, or x "itself"."""
         if "wgrad" in self.gemms:
             return "col"
         return "row" if self.dequantized_backward else "itself"
 
     @cached_property
     def saves_w(self) -> str:
-        """What dgrad needs of w: its "col" or "row" face, or w "itself"."""
+        """The part of w that dgrad needs: its "col" or "row" face, or w "itself"."""
         if "dgrad" in self.gemms:
             return self.weight_faces[1]
         return self.weight_faces[0] if self.dequantized_backward else "itself"

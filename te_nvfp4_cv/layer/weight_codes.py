@@ -12,7 +12,7 @@ from te_nvfp4_cv.ops.records import WeightCodes
 
 
 class Frozen(Protocol):
-    """What nv.frozen_weights registers for each Parameter."""
+    """The entry that nv.frozen_weights registers for each Parameter."""
 
     def codes(self, w: Tensor, plan: Plan) -> WeightCodes:
         """Return the weight's codes, with every face that the plan's GEMMs need."""

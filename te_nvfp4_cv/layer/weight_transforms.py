@@ -41,12 +41,12 @@ local = Local()
 
 
 def push(module: Any, kind: str, parameter: Tensor) -> None:
-    """Note that `module` starts its forward."""
+    """Remember that `module` starts its forward."""
     local.running.append((module, kind, parameter))
 
 
 def pop(module: Any) -> None:
-    """Note that the forward of `module` ended; entries that an exception left above it go, too."""
+    """Forget `module`, whose forward ended, and the entries that an exception left above it."""
     running = local.running
     for index in range(len(running) - 1, -1, -1):
         if running[index][0] is module:

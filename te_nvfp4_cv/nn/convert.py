@@ -1,4 +1,4 @@
-"""nn.convert."""
+"""Turn the layers of a plain model into NVFP4 modules, in place."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 from te_nvfp4_cv.errors import check_module
 from te_nvfp4_cv.layer import check
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, _checked
+from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.nn.precision import matches, set_precision
-from te_nvfp4_cv.nn.walk import _layers
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.nn.walk import LAYERS, with_entries
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
 
 
 def convert_model(
@@ -22,26 +22,35 @@ def convert_model(
     """Turn the eligible convolutions and linear layers of a model into NVFP4 modules, in place.
 
     The module objects stay: only their class changes. So Parameters, optimizers that hold them, hooks, names and shared
-    modules stay as they are. Left plain: thin layers, depthwise convolutions and dtypes that NVFP4 does not take; and,
-    with a warning, subclasses of torch's layers, layers whose weight is computed (parametrizations, weight_norm), and
-    lazy layers.
+    modules stay as they are. Some layers are left plain: thin layers, depthwise convolutions and dtypes that NVFP4 does
+    not take; and, with a warning, subclasses of torch's layers, layers whose weight is computed (parametrizations,
+    weight_norm), and lazy layers.
 
     Args:
-        recipe: the layers' recipe; None: that of the context in which they run, or the default. Its [precision] table,
-            where it has one, is applied: what it names "high" stays plain.
-        filter_fn: filter_fn(module, name) -> False leaves a layer plain.
+        recipe: The layers' recipe. If None, they follow the context in which they run, or the default recipe. The
+            recipe's [precision] table is applied: what it names "high" stays plain.
+        filter_fn: filter_fn(module, name) returns False for a layer that must stay plain.
     Returns:
         The model.
     Raises:
-        TypeError: no module, no recipe; ValueError: a pattern of the recipe's table that matches nothing.
+        TypeError: `model` is not a module, or `recipe` is not a recipe.
+        ValueError: A pattern of the recipe's table matches nothing.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = nv.convert_model(torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 32, 3)))
+        >>> [type(layer).__name__ for layer in model]  # 3 channels are too few for blocks of 16
+        ['Conv2d', 'NVFP4Conv2d']
     """
     check_module("convert_model", model, "convert_model(model, ...)")
-    resolved = _checked(recipe)
+    resolved = None if recipe is None else checked_recipe(recipe)
     table = matches(model, list(resolved.precision) if resolved else [])
     planned: dict[nn.Module, NVFP4BlockScaling | None] = {}
     left: list[str] = []
-    inherit = object()
-    for name, module, entry in _layers(model, "", inherit, table, set()):
+    inherit = object()  # None means high precision in the table, so it cannot mean "no entry"
+    for name, module, entry in with_entries(model, inherit, table):
+        if not isinstance(module, LAYERS) or isinstance(module, NVFP4Module):
+            continue
         if entry is None or (filter_fn is not None and not filter_fn(module, name)):
             continue
         own = resolved if entry is inherit else entry
@@ -50,6 +59,7 @@ def convert_model(
             planned[module] = own
         elif reason:
             left.append(f"{name or 'the model itself'} ({reason})")
+    # Nothing changes before all layers are judged, so an error in filter_fn leaves the model whole.
     for module, own in planned.items():
         module.__class__ = NVFP4_CLASSES[type(module)]
         module.recipe, module.backend = own, "auto"  # type: ignore[assignment]
@@ -61,7 +71,7 @@ def convert_model(
 
 
 def _why_left(module: nn.Module, recipe: NVFP4BlockScaling | None) -> str | None:
-    """Why a layer stays plain: a surprise as text, what the library always leaves as ""; None: it can be converted."""
+    """Return None if a layer can be converted, a reason that may surprise the user, or "" for the expected ones."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return ""  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):

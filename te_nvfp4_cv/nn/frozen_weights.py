@@ -1,4 +1,10 @@
-"""nn.frozen_weights."""
+"""Quantize weights once for several forward and backward passes: gradient accumulation.
+
+    with frozen_weights(model): several forward and backward passes, one optimizer step after
+
+Refused: a weight that changes meanwhile. Torch counts most changes, and they are found at the weight's next use; a
+digest of the contents finds the others at the end.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +26,7 @@ _frozen_lock = threading.Lock()
 
 
 class _FrozenWeight:
-    """One Parameter inside frozen_weights: its codes, one set for each way in which the calls quantize it."""
+    """The codes of one Parameter inside frozen_weights, one set for each way in which calls quantize it."""
 
     def __init__(self, name: str, weight: Tensor) -> None:
         self.name, self.weight, self.users = name, weight, 0
@@ -29,8 +35,9 @@ class _FrozenWeight:
         self.sets: dict[tuple[Any, ...], WeightCodes] = {}
 
     def codes(self, w: Tensor, plan: Plan) -> WeightCodes:
-        """The weight's codes, made at the first use."""
+        """Return the weight's codes for a plan; the first use makes them."""
         self.check_version()
+        # All that the codes depend on beside the weight. Two calls of a shared weight may differ in it.
         key = (plan.weight_specs[True], plan.weight_faces, plan.compute_dtype, plan.backend)
         if key not in self.sets:
             if self.digest is None:
@@ -39,12 +46,15 @@ class _FrozenWeight:
         return self.sets[key]
 
     def check_version(self) -> None:
-        """Raise if torch has counted a change."""
+        """Raise an error if torch has counted a change."""
         if self.weight._version != self.version:
             raise _changed(self.name, "it was written to (an optimizer step, an in-place operation, load_state_dict)")
 
     def check_contents(self) -> None:
-        """Raise if anything has changed, also through .data or a fused optimizer, which torch does not count."""
+        """Raise an error if anything has changed, also through .data or a fused optimizer, which torch does not count.
+
+        The digest copies the weight to the CPU, so this runs once, at the end.
+        """
         self.check_version()
         if self.digest is not None and _digest(self.weight) != self.digest:
             raise _changed(self.name, "its contents differ (written through .data, or by a fused optimizer)")
@@ -68,31 +78,39 @@ def _changed(name: str, how: str) -> RuntimeError:
 def frozen_weights(model: nn.Module) -> Iterator[None]:
     """Quantize each weight once, at its first use inside, and reuse the codes: for gradient accumulation.
 
-    The results are the same bits as without.
+    The results have the same bits as without it.
 
     Args:
-        model: its Parameters with two or more axes are meant; a weight that is computed (parametrized, a slice) is
+        model: Its Parameters with two or more axes are frozen. A weight that is computed (parametrized, a slice) is
             quantized at every use.
     Raises:
-        RuntimeError: a weight changed inside: at its next use where torch counts the change, otherwise at the end.
+        RuntimeError: A weight changed inside. It is raised at the weight's next use if torch counts the change, and
+            otherwise at the end.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Conv2d(16, 16, 3)
+        >>> with nv.frozen_weights(model):
+        ...     for x in torch.randn(2, 16, 16, 8, 8):
+        ...         with nv.nvfp4_autocast():
+        ...             model(x).square().mean().backward()
     """
     check_module("frozen_weights", model, "frozen_weights(model)")
     weights = {id(w): (name, w) for name, w in model.named_parameters() if w.dim() >= 2}
+    table: dict[int, Any] = weight_codes.frozen
     with _frozen_lock:
         for key, (name, w) in weights.items():
-            entry = weight_codes.frozen.setdefault(key, _FrozenWeight(name, w))
-            entry.users += 1  # type: ignore[attr-defined]
+            table.setdefault(key, _FrozenWeight(name, w)).users += 1  # contexts may be nested, or in two threads
     try:
         yield
         present = {id(w) for w in model.parameters()}
         for key, (name, _) in weights.items():
             if key not in present:
                 raise _changed(name, "the module has another Parameter now")
-            weight_codes.frozen[key].check_contents()  # type: ignore[attr-defined]
+            table[key].check_contents()
     finally:
         with _frozen_lock:
             for key in weights:
-                entry = weight_codes.frozen[key]
-                entry.users -= 1  # type: ignore[attr-defined]
-                if not entry.users:  # type: ignore[attr-defined]
-                    del weight_codes.frozen[key]
+                table[key].users -= 1
+                if not table[key].users:
+                    del table[key]

@@ -1,13 +1,11 @@
-"""Levers against the gap of 4-bit training that act on weights; all are off unless they are asked for.
+"""Learn how weights are quantized: one more parameter per layer, against the gap of 4-bit training.
 
     nv.learn_scales(model, "scale")          one learnable multiplier of the block scales per layer
     nv.learn_scales(model, "clip")           one learnable clipping threshold per layer
 
-learn_scales gives each layer that can run in NVFP4 one more parameter, `weight_scale` or `weight_clip`, a fraction that
-starts at 1, where nothing changes. It is in model.parameters() and in the state_dict; the weight keeps its name and
-shape. It acts where the layer runs in NVFP4 only. Call it after set_precision, whose high-precision layers get none,
-before the optimizer is made, before DDP, and before load_state_dict of a model that has it. What the fractions do:
-weight_transforms.py.
+The parameter, `weight_scale` or `weight_clip`, is a fraction that starts at 1, where nothing changes. It is in
+model.parameters() and in the state_dict; the weight keeps its name and shape. It acts only while the layer runs in
+NVFP4; layer/weight_transforms.py says what it does.
 
 Source: PACT arXiv 1805.06085, LSQ arXiv 1902.08153.
 """
@@ -15,7 +13,6 @@ Source: PACT arXiv 1805.06085, LSQ arXiv 1902.08153.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,16 +21,17 @@ from torch import Tensor, nn
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.layer import check, weight_transforms
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
-from te_nvfp4_cv.nn.walk import own_weight, with_recipes
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.nn.hooks import Hook, attach, detach
+from te_nvfp4_cv.nn.walk import LAYERS, with_recipes
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 NAMES = {weight_transforms.CLIP: "weight_clip", weight_transforms.SCALE: "weight_scale"}
-LAYERS = tuple(NVFP4_CLASSES)
+
+# The names of these two classes, and of the fields in them, stand in models that version 0.1 pickled.
 
 
-class _Enter:
-    """Forward pre-hook: the module's learned parameter starts to rule."""
+class _Enter(Hook):
+    """Forward pre-hook: from here on the module's learned parameter acts on its weight."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -42,24 +40,36 @@ class _Enter:
         weight_transforms.push(module, self.kind, getattr(module, NAMES[self.kind]))
 
 
-class _Leave:
-    """Forward hook, called after an exception too."""
+class _Leave(Hook):
+    """Forward hook, which runs after an exception, too: the parameter stops acting."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         weight_transforms.pop(module)
 
 
 def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> list[nn.Parameter]:
-    """Give layers a learnable fraction; see the top of this file.
+    """Give each layer that can run in NVFP4 a learnable fraction of its block scales or of its largest weight.
+
+    Call it after set_precision, whose high-precision layers get none; and before the optimizer is made, before DDP, and
+    before load_state_dict of a model that has the fractions.
 
     Args:
-        kind: "scale" (LSQ) multiplies the block scales, "clip" (PACT) the largest weight.
-        layers: fnmatch pattern of module names without the parts that wrappers add.
+        kind: "scale" (LSQ) learns a multiplier of the block scales, "clip" (PACT) one of the largest weight.
+        layers: An fnmatch pattern of module names without the parts that wrappers add.
     Returns:
-        The new parameters, and those of an earlier call: fp32, no axes.
+        The new parameters, and those of an earlier call: fp32 scalars.
     Raises:
-        TypeError: no module; ValueError: another kind, a pattern without a layer that can run in NVFP4, layers that
-            have the other kind, weights that are sharded.
+        TypeError: `model` is not a module.
+        ValueError: The kind is unknown, no layer that can run in NVFP4 matches, a layer has the other kind already, or
+            weights are sharded.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3), torch.nn.Conv2d(16, 16, 3))
+        >>> scales = nv.learn_scales(model, "scale")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> [name for name, _ in model.named_parameters() if "scale" in name]
+        ['0.weight_scale', '1.weight_scale']
     """
     check_module("learn_scales", model, "learn_scales(model, kind)")
     check_trainable("learn_scales", model)
@@ -67,10 +77,10 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
         raise value_error(
             "learn_scales: unknown kind.", got=repr(kind), needs="'scale' or 'clip'", fix="learn_scales(model, 'scale')"
         )
-    chosen = {
+    chosen: dict[str, Any] = {
         name: module
-        for name, module, own in _layers(model)
-        if own is not None and fnmatch.fnmatchcase(name, layers) and _learns(module)
+        for name, module, recipe in with_recipes(model, NVFP4BlockScaling())
+        if recipe is not None and fnmatch.fnmatchcase(name, layers) and _learns(module)
     }
     other = next(name for name in NAMES if name != kind)
     problems = {
@@ -90,15 +100,14 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
     for module in chosen.values():
         if not hasattr(module, NAMES[kind]):
             parameter = nn.Parameter(torch.ones((), dtype=torch.float32, device=module.weight.device))
-            module.register_parameter(NAMES[kind], parameter)
-            module.register_forward_pre_hook(_Enter(kind))
-            module.register_forward_hook(_Leave(), always_call=True)
+            module.register_parameter(NAMES[kind], parameter)  # in the state_dict; no reparametrization of the weight
+            attach(module, _Enter(kind), _Leave())
         found.append(getattr(module, NAMES[kind]))
     return found
 
 
 def as_quantized(module: Any, plan: Plan) -> Tensor:
-    """A layer's weight as it is quantized: clipped by the learned fraction, where the layer has one. No gradients."""
+    """Return a layer's weight as it is quantized, clipped by its learned fraction if it has one, without gradients."""
     w: Tensor = module.weight.detach()
     for kind, name in NAMES.items():
         if name in module._parameters:
@@ -108,10 +117,7 @@ def as_quantized(module: Any, plan: Plan) -> Tensor:
 
 def forget(module: Any) -> None:
     """Take the learned fraction away from a layer, with its hooks."""
-    for hooks, kind in ((module._forward_pre_hooks, _Enter), (module._forward_hooks, _Leave)):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-            del hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
+    detach(module, _Enter, _Leave)
     for name in NAMES.values():
         module._parameters.pop(name, None)
 
@@ -119,16 +125,9 @@ def forget(module: Any) -> None:
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any, NVFP4BlockScaling | None]]:
-    """Yield each convolution and linear layer with its name and the recipe that rules it (None: high precision)."""
-    for name, module, own in with_recipes(model, "", as_recipe(None), {}, set()):
-        if isinstance(module, LAYERS) and own_weight(module) is not None:
-            yield name, module, own
-
-
 def _learns(module: Any) -> bool:
-    """Whether a layer's weight can have a fraction: a Parameter that the layer itself multiplies, in NVFP4."""
-    w = module._parameters.get("weight")
+    """Return True if the module is a layer whose weight is a Parameter that it multiplies itself, in NVFP4."""
+    w = module._parameters.get("weight") if isinstance(module, LAYERS) else None
     attention = type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear  # it reads it and runs no hooks
     return w is not None and not attention and w.dtype in check.DTYPES and not _thin(module)
 

@@ -1,59 +1,27 @@
-"""NVFP4 modules: torch's convolutions and nn.Linear with a recipe of their own; convert_model makes them, in place.
+"""Define the NVFP4 modules: torch's convolutions and nn.Linear with a recipe. convert_model makes them in place.
 
-    which recipe:   set_precision's entry (in an enabled context)  >  the module's  >  the context's  >  the default
-    which backend:  the context's inside of one, else the module's
-
-They quantize without a context; nvfp4_autocast(enabled=False) turns them off. Parameters, their names and the
-state_dict are the plain module's. Refused, at the call: what NVFP4 cannot do (thin layers, depthwise convolutions,
-fp64), which a plain module under nvfp4_autocast does in high precision.
+They quantize without a context, and nvfp4_autocast(enabled=False) turns them off; base.py says which recipe a call
+uses. Parameters, their names and the state_dict are the plain module's.
+Refused, when the layer is called: what NVFP4 cannot do (thin layers, depthwise convolutions, fp64). A plain module
+under nvfp4_autocast runs such a layer in high precision instead.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import state
 from te_nvfp4_cv.layer.execute import execute_explicit
+from te_nvfp4_cv.nn.base import NVFP4_CLASSES as NVFP4_CLASSES  # whole only after this file is imported
+from te_nvfp4_cv.nn.base import NVFP4Module
+from te_nvfp4_cv.nn.walk import for_output_size, padded
 from te_nvfp4_cv.ops.geometry import ConvArgs
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 Size = int | tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-
-
-class NVFP4Module(nn.Module):
-    """What the NVFP4 layers share: `recipe` (None: the context's, or the default) and `backend`."""
-
-    op: ClassVar[str]
-    recipe: NVFP4BlockScaling | None
-    backend: str
-
-    def __init__(self, *args: Any, recipe: Any = None, backend: str = "auto", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        dispatch.check_backend(backend)
-        self.recipe, self.backend = _checked(recipe), backend
-
-    def chosen(self) -> tuple[NVFP4BlockScaling | None, str]:
-        """(recipe or None for high precision, backend) for a call now."""
-        current = state.state()
-        if current is None or current.passive:
-            return self.recipe or NVFP4BlockScaling(), self.backend
-        if not current.enabled:
-            return None, current.backend
-        if state.has_override() or self.recipe is None:
-            recipe = state.active_recipe()
-            return (recipe if recipe is not None and recipe.nvfp4_gemms else None), current.backend
-        return self.recipe, current.backend
-
-    def extra_repr(self) -> str:
-        """The plain module's, then the recipe."""
-        backend = "" if self.backend == "auto" else f", backend={self.backend!r}"
-        return f"{super().extra_repr()}, recipe={self.recipe!r}{backend}"
 
 
 class _Conv(NVFP4Module):
@@ -76,17 +44,8 @@ class _Conv(NVFP4Module):
     ) -> None:
         # Written out, not *args: help(), completion and type checkers then know torch's parameters.
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode),
+            *(device, dtype),
             recipe=recipe,
             backend=backend,
         )
@@ -95,10 +54,7 @@ class _Conv(NVFP4Module):
         recipe, backend = self.chosen()
         if recipe is None:
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
-        args = ConvArgs.of(self)
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)  # type: ignore
-            args = args._replace(padding=0)
+        input, args = padded(self, input)
         return execute_explicit(self.op, input, weight, bias, args, recipe, backend, state.reduction_group())
 
 
@@ -122,77 +78,98 @@ class _ConvTranspose(NVFP4Module):
         backend: str = "auto",
     ) -> None:
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            bias,
-            dilation,
-            padding_mode,
-            device,
-            dtype,
+            *(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation),
+            *(padding_mode, device, dtype),
             recipe=recipe,
             backend=backend,
         )
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """As the plain module's."""
+        """Compute the layer in NVFP4, or as torch does where the context says high precision."""
         recipe, backend = self.chosen()
         if recipe is None:
             return super().forward(input, output_size)  # type: ignore[misc]
-        rank = len(self.kernel_size)  # type: ignore[arg-type]
-        more = self._output_padding(  # type: ignore[operator]
-            input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
-        )
         w: Any = self.weight
         bias: Any = self.bias
-        args = ConvArgs.of(self)._replace(output_padding=more)
+        args = for_output_size(self, input, output_size)
         return execute_explicit(self.op, input, w, bias, args, recipe, backend, state.reduction_group())
 
 
-class NVFP4Conv1d(_Conv, nn.Conv1d):
-    """Compute nn.Conv1d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
+class NVFP4Conv1d(_Conv, nn.Conv1d, plain=nn.Conv1d):
+    """Compute nn.Conv1d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
-    op = "conv1d"
-
-
-class NVFP4Conv2d(_Conv, nn.Conv2d):
-    """Compute nn.Conv2d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
-
-    op = "conv2d"
-
-
-class NVFP4Conv3d(_Conv, nn.Conv3d):
-    """Compute nn.Conv3d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
-
-    op = "conv3d"
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> layer = nv.NVFP4Conv1d(16, 32, 3, padding=1)
+        >>> layer(torch.randn(16, 16, 8)).shape
+        torch.Size([16, 32, 8])
+    """
 
 
-class NVFP4ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
-    """Compute nn.ConvTranspose1d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
+class NVFP4Conv2d(_Conv, nn.Conv2d, plain=nn.Conv2d):
+    """Compute nn.Conv2d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
-    op = "conv_transpose1d"
-
-
-class NVFP4ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
-    """Compute nn.ConvTranspose2d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
-
-    op = "conv_transpose2d"
-
-
-class NVFP4ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
-    """Compute nn.ConvTranspose3d in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
-
-    op = "conv_transpose3d"
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> layer = nv.NVFP4Conv2d(16, 32, 3, padding=1)
+        >>> layer(torch.randn(16, 16, 8, 8)).shape
+        torch.Size([16, 32, 8, 8])
+    """
 
 
-class NVFP4Linear(NVFP4Module, nn.Linear):
-    """Compute nn.Linear in NVFP4. Beside torch's parameters: `recipe` (None: the context's) and `backend`."""
+class NVFP4Conv3d(_Conv, nn.Conv3d, plain=nn.Conv3d):
+    """Compute nn.Conv3d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
 
-    op = "linear"
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> layer = nv.NVFP4Conv3d(16, 32, 3, padding=1)
+        >>> layer(torch.randn(16, 16, 8, 8, 8)).shape
+        torch.Size([16, 32, 8, 8, 8])
+    """
+
+
+class NVFP4ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d, plain=nn.ConvTranspose1d):
+    """Compute nn.ConvTranspose1d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> layer = nv.NVFP4ConvTranspose1d(16, 32, 2, stride=2)
+        >>> layer(torch.randn(16, 16, 8)).shape
+        torch.Size([16, 32, 16])
+    """
+
+
+class NVFP4ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d, plain=nn.ConvTranspose2d):
+    """Compute nn.ConvTranspose2d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> layer = nv.NVFP4ConvTranspose2d(16, 32, 2, stride=2)
+        >>> layer(torch.randn(16, 16, 8, 8)).shape
+        torch.Size([16, 32, 16, 16])
+    """
+
+
+class NVFP4ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d, plain=nn.ConvTranspose3d):
+    """Compute nn.ConvTranspose3d in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> layer = nv.NVFP4ConvTranspose3d(16, 32, 2, stride=2)
+        >>> layer(torch.randn(16, 16, 8, 8, 8)).shape
+        torch.Size([16, 32, 16, 16, 16])
+    """
+
+
+class NVFP4Linear(NVFP4Module, nn.Linear, plain=nn.Linear):
+    """Compute nn.Linear in NVFP4. The parameters are torch's, and `recipe` and `backend`: see NVFP4Module.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> layer = nv.NVFP4Linear(64, 32)
+        >>> layer(torch.randn(16, 64)).shape
+        torch.Size([16, 32])
+    """
 
     def __init__(
         self,
@@ -208,40 +185,9 @@ class NVFP4Linear(NVFP4Module, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype, recipe=recipe, backend=backend)
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the plain module's."""
+        """Compute the layer in NVFP4, or as torch does where the context says high precision."""
         recipe, backend = self.chosen()
         if recipe is None:
             return super().forward(input)
         group = state.reduction_group()
         return execute_explicit("linear", input, self.weight, self.bias, ConvArgs(), recipe, backend, group)
-
-
-NVFP4_CLASSES: dict[type[nn.Module], type[NVFP4Module]] = {
-    nn.Conv1d: NVFP4Conv1d,
-    nn.Conv2d: NVFP4Conv2d,
-    nn.Conv3d: NVFP4Conv3d,
-    nn.ConvTranspose1d: NVFP4ConvTranspose1d,
-    nn.ConvTranspose2d: NVFP4ConvTranspose2d,
-    nn.ConvTranspose3d: NVFP4ConvTranspose3d,
-    nn.Linear: NVFP4Linear,
-}
-
-
-def _checked(recipe: Any) -> NVFP4BlockScaling | None:
-    if recipe is None:
-        return None
-    recipe = as_recipe(recipe)
-    recipe.validate_for_use()
-    return recipe
-
-
-
-
-
-
-
-
-
-
-
-

@@ -1,4 +1,4 @@
-"""nn.names."""
+"""Name modules as the user wrote them, whatever wraps the model: DDP, torch.compile, FSDP, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 def plain_name(name: str) -> str:
-    """A module's name without the parts that wrappers add."""
+    """Return a module's name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

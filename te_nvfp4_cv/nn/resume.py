@@ -1,4 +1,9 @@
-"""nn.resume."""
+"""Save and restore what a bit-exact resume needs beyond the model's state_dict, and count what delayed scales clip.
+
+    state = extra_state(model);   extra_state(model, load=state);   saturated_blocks(model)
+
+Refused: a state that something else wrote, or that does not fit the model.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +17,30 @@ from te_nvfp4_cv.layer import delayed_scaling
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 
-_STATE_VERSIONS = (1, 2)  # 1 had no scales
+_STATE_VERSIONS = (1, 2)  # states of version 1 have no scales
 
 
 def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a bit-exact resume needs beyond the model's state_dict and torch's random state.
+    """Return what a bit-exact resume needs beyond the model's state_dict and torch's random state, or restore it.
 
-    That is the place in the stream of stochastic rounding on a CPU (on a GPU, torch's random state holds it), and the
-    delayed tensor scales of each parameter, under its name without the parts that wrappers add.
+    This is the position in the stream of stochastic rounding on a CPU (on a GPU, torch's random state holds it), and
+    the delayed tensor scales of each parameter, under its name without the parts that wrappers add.
 
     Args:
-        load: a dict that this function gave before; that place is continued, and the scales are those. Restore torch's
-            random state first (torch.manual_seed or torch.set_rng_state).
+        load: A dict that this function returned before. The stream goes on at that position with those scales. Restore
+            torch's random state first (torch.manual_seed or torch.set_rng_state).
     Returns:
-        A dict that torch.load(weights_only=True) reads; with `load`, the state as it is then.
+        A dict that torch.load(weights_only=True) reads; with `load`, the state after loading.
     Raises:
-        ValueError: a dict of another kind or version, scales that do not fit the model; RuntimeError: torch is seeded
-            otherwise than it was then. Nothing is changed then.
+        ValueError: The dict is of another kind or version, or its scales do not fit the model. Nothing is changed.
+        RuntimeError: Torch has another seed than it had when the state was saved. Nothing is changed.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Conv2d(16, 16, 3)
+        >>> checkpoint = {"model": model.state_dict(), "nvfp4": nv.extra_state(model)}
+        >>> nv.extra_state(model, load=checkpoint["nvfp4"]) == checkpoint["nvfp4"]
+        True
     """
     check_module("extra_state", model, "extra_state(model, ...)")
     if load is not None:
@@ -37,7 +49,7 @@ def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict
         rounding_seeds.set_state({"seed": saved["sr_seed"], "drawn": saved["sr_drawn"]})
         try:
             delayed_scaling.load(_named_weights(model), saved.get("scales", {}))
-        except ValueError:
+        except ValueError:  # all or nothing: the stream was set a line above
             rounding_seeds.set_state(before)
             raise
     now = rounding_seeds.state()
@@ -74,16 +86,24 @@ def _checked_state(load: object) -> Mapping[str, Any]:
 
 
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """By plain name, what the state of each parameter is kept for; a shared one once, under its first name."""
+    """Return, by plain name, the tensor that owns each parameter's scales; a shared one once, under its first name."""
     return {plain_name(name): delayed_scaling.owner(parameter) for name, parameter in model.named_parameters()}
 
 
 def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Blocks that delayed tensor scales have clipped so far, by layer: {"conv1": {"input": 0, "grad_output": 0}}.
+    """Return how many blocks delayed tensor scales have clipped so far, by layer and role.
 
-    A few at the start, or after a jump of the loss, are harmless; numbers that grow say that the amax of one step does
-    not foretell the next one's: use tensor_scale="current" for that layer. Layers without delayed scales are left out.
-    Reading waits for the GPU.
+    A few at the start, or after a jump of the loss, are harmless. If a number keeps growing, the amax of one step does
+    not predict that of the next: use tensor_scale="current" for that layer. Layers without delayed scales are left
+    out. Reading the counts waits for the GPU.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3))
+        >>> with nv.nvfp4_autocast(nv.NVFP4BlockScaling(tensor_scale="delayed")):
+        ...     model(torch.randn(16, 16, 8, 8)).square().mean().backward()
+        >>> nv.saturated_blocks(model)
+        {'0': {'input': 0, 'grad_output': 0}}
     """
     check_module("saturated_blocks", model, "saturated_blocks(model)")
     out: dict[str, dict[str, int]] = {}

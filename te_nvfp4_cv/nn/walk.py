@@ -1,60 +1,121 @@
-"""nn.walk."""
+"""Find the convolutions and linear layers of a model, and say which recipe rules each.
+
+Names are those of model.named_modules() without the parts that wrappers add, a shared module is found once, under its
+first name, and nothing looks into ScriptModules, whose calls no context sees. What a layer's arguments mean to an
+operator is said here, too: its name in nv.functional, its weight, its padding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
+from te_nvfp4_cv.nn.base import OPS, NVFP4Module
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import entries_of
+from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
+LAYERS = tuple(OPS)
 
-def _layers(
-    module: nn.Module, name: str, entry: Any, table: dict[nn.Module, NVFP4BlockScaling | None], seen: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module, Any]]:
-    """(name, layer, what the table says of it: None for high precision, a recipe, or `entry` where it says nothing)."""
-    if module in seen or isinstance(module, torch.jit.ScriptModule):
-        return
-    seen.add(module)
-    entry = table.get(module, entry)
-    if isinstance(module, tuple(NVFP4_CLASSES)) and not isinstance(module, NVFP4Module):
-        yield name, module, entry
-    for child_name, child in module.named_children():
-        yield from _layers(child, plain_name(f"{name}.{child_name}".strip(".")), entry, table, seen)
+Entry = NVFP4BlockScaling | None  # None: high precision
 
 
-def with_recipes(
-    module: nn.Module, name: str, entry: Any, table: dict[nn.Module, Any], seen: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module, NVFP4BlockScaling | None]]:
-    """(name, module, recipe or None) of every module, as the context would decide.
-
-    Args:
-        entry: what rules above `module`; table: entries that set_precision would make, beside those it has made.
-    """
-    if module in seen:
-        return
-    seen.add(module)
-    entry = table.get(module, entry)
-    entry = next(iter(entries_of(module)), entry)
-    own = module.recipe if isinstance(module, NVFP4Module) else None
-    yield name, module, entry if own is None or entry is None else own
-    for child_name, child in module.named_children():
-        yield from with_recipes(child, plain_name(f"{name}.{child_name}".strip(".")), entry, table, seen)
+# ---- one layer ------------------------------------------------------------------------------------------------------
 
 
 def op_of(module: nn.Module) -> str:
-    """A layer's operator, as nv.functional names it: "conv2d", ..."""
-    return next(ours.op for plain, ours in NVFP4_CLASSES.items() if isinstance(module, plain))
+    """Return the name of a layer's operator in nv.functional, such as "conv2d"."""
+    return next(op for kind, op in OPS.items() if isinstance(module, kind))
 
 
 def own_weight(module: nn.Module) -> Tensor | None:
-    """A layer's weight where it is kept as such; None where it is computed (parametrizations): reading it would run
-    that.
-    """
+    """Return a layer's weight, or None if it is computed (parametrizations): reading it would run that code."""
     found: Tensor | None = module._parameters.get("weight", vars(module).get("weight"))
     return found
+
+
+def padded(module: Any, x: Tensor) -> tuple[Tensor, ConvArgs]:
+    """Return a layer's input and the arguments of its operator, for any padding mode.
+
+    Operators pad with zeros only. For a convolution's other padding modes the input is padded here, before it is
+    quantized, and the operator pads nothing.
+    """
+    args = ConvArgs.of(module)
+    if getattr(module, "padding_mode", "zeros") == "zeros":  # linear layers have none
+        return x, args
+    return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), args._replace(padding=0)
+
+
+def for_output_size(module: Any, x: Tensor, output_size: list[int] | None) -> ConvArgs:
+    """Return the arguments of a transposed convolution's operator for the output size that the caller asks for.
+
+    Raises:
+        ValueError: No output padding gives that size.
+    """
+    m = module
+    more = m._output_padding(x, output_size, m.stride, m.padding, m.kernel_size, len(m.kernel_size), m.dilation)
+    return ConvArgs.of(module)._replace(output_padding=more)
+
+
+# ---- all modules of a model -----------------------------------------------------------------------------------------
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module of the model with its name; of a ScriptModule the module itself, but nothing inside."""
+    for name, module, _ in _walk(model, "", None, lambda module, entry: entry, set()):
+        yield name, module
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield each convolution and linear layer of the model with its name."""
+    return ((name, module) for name, module in named_modules(model) if isinstance(module, LAYERS))
+
+
+def with_entries(
+    model: nn.Module, entry: Any, table: Mapping[nn.Module, Entry]
+) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Yield each module with its name and the entry of `table` that rules it, which may be that of a module around it.
+
+    Args:
+        entry: What rules outside of all entries.
+        table: The entries that set_precision would make. Those that it has made already do not count here.
+    """
+    return _walk(model, "", entry, table.get, set())
+
+
+def with_recipes(
+    model: nn.Module, recipe: Entry, table: Mapping[nn.Module, Entry] | None = None
+) -> Iterator[tuple[str, nn.Module, Entry]]:
+    """Yield each module with its name and the recipe that a context would give it, or None for high precision.
+
+    Args:
+        recipe: The context's recipe.
+        table: Entries that set_precision would make, beside those that it has made.
+    """
+    asked = table or {}
+
+    def entry_of(module: nn.Module, entry: Entry) -> Entry:
+        return next(iter(entries_of(module)), asked.get(module, entry))
+
+    for name, module, entry in _walk(model, "", recipe, entry_of, set()):
+        own = module.recipe if isinstance(module, NVFP4Module) else None
+        yield name, module, entry if own is None or entry is None else own
+
+
+def _walk(
+    module: nn.Module, name: str, entry: Any, entry_of: Callable[[nn.Module, Any], Any], seen: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module, Any]]:
+    if module in seen:
+        return
+    seen.add(module)
+    entry = entry_of(module, entry)
+    yield name, module, entry
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    for child_name, child in module.named_children():
+        yield from _walk(child, plain_name(f"{name}.{child_name}".strip(".")), entry, entry_of, seen)

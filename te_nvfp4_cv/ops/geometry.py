@@ -103,27 +103,27 @@ class ConvGeometry:
 
     @cached_property
     def a_shape(self) -> tuple[int, ...]:
-        """[B, *image, channels] of the a side."""
+        """The a side's shape, [B, *image, channels]."""
         return (self.batch, *self.a_size, self.channels_a)
 
     @cached_property
     def b_shape(self) -> tuple[int, ...]:
-        """[B, *image, channels] of the b side."""
+        """The b side's shape, [B, *image, channels]."""
         return (self.batch, *self.b_size, self.channels_b)
 
     @cached_property
     def x_shape(self) -> tuple[int, ...]:
-        """[B, *image, channels] of x."""
+        """The shape of x, [B, *image, channels]."""
         return self.b_shape if self.transposed else self.a_shape
 
     @cached_property
     def y_shape(self) -> tuple[int, ...]:
-        """[B, *image, channels] of y."""
+        """The shape of y, [B, *image, channels]."""
         return self.a_shape if self.transposed else self.b_shape
 
     @cached_property
     def weight_shape(self) -> tuple[int, ...]:
-        """[axis 0, taps, axis 1] of the weight: like operands, weights have their channels innermost here."""
+        """The weight's shape, [axis 0, taps, axis 1]: like operands, weights have their channels innermost here."""
         return (self.channels_b, self.taps, self.channels_a // self.groups)
 
     @cached_property
@@ -144,7 +144,7 @@ class ConvGeometry:
 
     @cached_property
     def folds(self) -> tuple[Fold, Fold]:
-        """How the columnwise operands of wgrad are laid out in images: (a side, b side)."""
+        """The folds (a side, b side) that lay the columnwise operands of wgrad out in images."""
         a_rows = self.a_size[0] if self.rank else 1
         b_rows = self.b_size[0] if self.rank else 1
         strips = fold_factor(self.batch, b_rows, self.stride[0], self.kernel[0], self.dilation[0]) if self.rank else 1

@@ -1,7 +1,7 @@
 """Memory layouts: what torch hands in and wants back, as the contiguous channels-last arrays that operators take.
 
-x [B, C, *image], or [..., C] of a linear layer    <->  [B, *image, C]
-w [axis 0, axis 1, *kernel]                        <-   [axis 0, taps, axis 1]
+    x [B, C, *image], or [..., C] of a linear layer    <->  [B, *image, C]
+    w [axis 0, axis 1, *kernel]                        <-   [axis 0, taps, axis 1]
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}  # by the im
 
 
 def image_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[B, C, *image] (or [..., C] of a linear layer) as contiguous [B, *image, C]; free for channels_last tensors."""
+    """Return [B, C, *image] (or [..., C] of a linear layer) as contiguous [B, *image, C]; no copy if channels_last."""
     return (x if len(shape) == 2 else x.movedim(1, -1)).reshape(shape).contiguous()
 
 
 def image_first(y: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """The inverse of image_last for a result, with the strides torch would give it."""
-    if len(shape) == 2:
+    """Undo image_last for a result, and give it the strides that torch would give it."""
+    if len(shape) == 2:  # a linear layer: only the leading axes were flattened
         return not_a_view(y.reshape(*x_shape[:-1], shape[-1]))
     y = y.view(shape).movedim(-1, 1)
     return not_a_view(y if channels_last else y.contiguous())  # of one pixel, contiguous() is the view itself
 
 
 def like_image_first(like: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """An empty tensor of `like`'s dtype and device with the shape and strides of image_first's result."""
+    """Return an empty tensor of `like`'s dtype and device with the shape and strides of image_first's result."""
     if len(shape) == 2:
         return like.new_empty((*x_shape[:-1], shape[-1]))
     y = like.new_empty(shape).movedim(-1, 1)
@@ -44,8 +44,10 @@ def like_image_first(like: Tensor, shape: tuple[int, ...], x_shape: tuple[int, .
 
 
 def not_a_view(y: Tensor) -> Tensor:
-    """y's memory as a tensor of its own: autograd refuses in-place operations on a view that a Function returns."""
-    if torch.compiler.is_compiling():  # a traced set_ is not possible; clone keeps the strides
+    """Return a tensor on y's memory that is not a view: autograd refuses in-place operations on a view that a Function
+    returns.
+    """
+    if torch.compiler.is_compiling():  # set_ cannot be traced; clone keeps the strides
         return y.clone()
     return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
@@ -72,13 +74,24 @@ def _suggests_channels_last(x: Tensor) -> bool:
     return torch._prims_common.suggest_memory_format(x) != torch.contiguous_format
 
 
+def lies_channels_last(x: Tensor) -> bool:
+    """Tell if x's memory is channels_last without gaps; unlike is_channels_last, contiguous memory may be both."""
+    layout = CHANNELS_LAST.get(x.dim() - 2)
+    return layout is not None and x.is_contiguous(memory_format=layout)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Tell if x's memory is contiguous or channels_last: a fixed order of the axes without gaps."""
+    return x.is_contiguous() or lies_channels_last(x)
+
+
 def weight_is_channels_last(w: Tensor) -> bool:
-    """Whether a parameter is stored channels_last, so that its gradient should be."""
-    return is_channels_last(w) and not w.is_contiguous()
+    """Tell if a parameter is stored channels_last, so that its gradient should be."""
+    return is_channels_last(w) and not w.is_contiguous()  # memory that is both counts as contiguous
 
 
 def kernel_as(dw: Tensor, g: ConvGeometry, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """[axis 0, taps, axis 1] as the parameter's [axis 0, axis 1, *kernel], in its memory format."""
+    """Return dw [axis 0, taps, axis 1] as the parameter's [axis 0, axis 1, *kernel], in its memory format."""
     if g.rank == 0:
         return dw.reshape(shape)
     dw = dw.view(dw.shape[0], *g.kernel, dw.shape[2]).movedim(-1, 1)
@@ -91,13 +104,7 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.permute(order).contiguous()
 
 
-def is_dense(x: Tensor) -> bool:
-    """Return True if x's memory order is contiguous or channels_last: a fixed order of the axes without gaps."""
-    format = CHANNELS_LAST.get(x.dim() - 2)
-    return x.is_contiguous() or (format is not None and x.is_contiguous(memory_format=format))
-
-
-# ---- faces that quantization writes into -----------------------------------------------------------------------------
+# ---- faces that quantization writes into ----------------------------------------------------------------------------
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -85,7 +85,7 @@ class WeightCodes(NamedTuple):
 
 
 class OperandSpec(NamedTuple):
-    """How an activation or gradient [B, *image, C] is quantized.
+    """Says how an activation or gradient [B, *image, C] is quantized.
 
     Attributes:
         groups: blocks never cross a group of C / groups channels.
@@ -130,7 +130,7 @@ def _operand_spec(ints: tuple[int, ...]) -> OperandSpec:
 
 
 class WeightSpec(NamedTuple):
-    """How a weight [axis 0, axis 1, *kernel], or a rank's rows or columns of one, is quantized.
+    """Says how a weight [axis 0, axis 1, *kernel], or a rank's rows or columns of one, is quantized.
 
     Attributes:
         groups: divides axis 0; blocks never cross a group.

@@ -1,12 +1,12 @@
-"""ReLU's 1-bit mask, as custom operators: what backward needs of a ReLU is one bit per element.
+"""ReLU's 1-bit mask, as custom operators: one bit per element is all that ReLU's backward needs.
 
     masked_relu     x  -> relu(x), bits
     positive_mask   y  -> bits, in memory order: set where torch's threshold_backward lets the gradient through,
                           not (y <= 0), so also for NaN
     apply_mask      dy -> dy where the bit is set, else +0
 
-Compiled kernels on a CPU, Triton's on CUDA, plain torch elsewhere. All want dense tensors; the caller
-(autograd.MaskedReLU) sees to it.
+A CPU runs compiled kernels, CUDA runs Triton's, and everything else plain torch. The tensors must be dense; the caller
+(layer/relu.py) sees to it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::masked_relu", mutates_args=())
 def masked_relu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(relu(x), its mask as of positive_mask), in one pass on CUDA."""
+    """Return relu(x) and its mask as positive_mask gives it; on CUDA in one pass."""
     if _by_kernels(x):
         from te_nvfp4_cv.ops.triton import elementwise
 
@@ -40,8 +40,9 @@ def _(x):  # type: ignore[no-untyped-def]
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::positive_mask", mutates_args=())
 def positive_mask(y: Tensor) -> Tensor:
-    """uint8 [ceil(n / 8)]: one bit for every element of y in memory order, set where ReLU's backward passes (not y <=
-    0).
+    """Return one bit for every element of y in memory order, uint8 [ceil(n / 8)], set where ReLU's backward passes.
+
+    That is where not (y <= 0) rather than where y > 0: torch lets the gradient of a NaN through.
     """
     if _by_kernels(y):
         from te_nvfp4_cv.ops.triton import elementwise
@@ -55,6 +56,7 @@ def positive_mask(y: Tensor) -> Tensor:
             y.data_ptr(), mask.data_ptr(), n, y.dtype == torch.bfloat16, torch.get_num_threads()
         )
         return mask
+    # Not y > 0: the negation lets a NaN through, as torch's backward does.
     bits = torch.nn.functional.pad(~(_memory(y) <= 0), (0, -n % 8)).view(-1, 8).to(torch.uint8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=y.device)).sum(1, dtype=torch.uint8)
 
@@ -67,7 +69,10 @@ def _(y):  # type: ignore[no-untyped-def]
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::apply_mask", mutates_args=())
 def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
-    """dy where the mask's bit is set, else 0; dy dense, in the memory order of the tensor that the mask was made of."""
+    """Return dy where the mask's bit is set, else 0.
+
+    dy must be dense, in the memory order of the tensor that the mask was made of.
+    """
     if _by_kernels(dy):
         from te_nvfp4_cv.ops.triton import elementwise
 
@@ -75,7 +80,7 @@ def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
     library = native.load() if dy.device.type == "cpu" else None
     n = dy.numel()
     dx = torch.empty_like(dy)
-    if library is not None and dy.element_size() in (2, 4):
+    if library is not None and dy.element_size() in (2, 4):  # bytes are copied or zeroed, whatever the dtype
         library.nvfp4_apply_mask(
             dy.data_ptr(), mask.data_ptr(), dx.data_ptr(), n, dy.element_size() == 2, torch.get_num_threads()
         )
@@ -91,11 +96,9 @@ def _(dy, mask):  # type: ignore[no-untyped-def]
 
 
 def _by_kernels(y: Tensor) -> bool:
-    if y.dtype not in DTYPES or not dispatch.kernels_serve(y.device) or not dispatch.has_triton():
-        return False
-    return y.device.type == "cpu" or torch.cuda.get_device_capability(y.device) >= dispatch.MINIMUM_CAPABILITY
+    return y.dtype in DTYPES and dispatch.kernels_run(y.device)
 
 
 def _memory(y: Tensor) -> Tensor:
-    """A dense tensor's elements in memory order, as a 1-D view."""
+    """View a dense tensor's elements in memory order, as 1-D."""
     return y.as_strided((y.numel(),), (1,))

@@ -1,4 +1,4 @@
-"""What is computed: the recipe and its files.
+"""Say what is computed: the recipe and its files.
 
 Pickles made by version 0.1 look for these three names here.
 """

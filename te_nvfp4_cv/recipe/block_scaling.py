@@ -1,14 +1,16 @@
-"""The recipe: which numbers the three GEMMs of a layer use. Frozen data, with TransformerEngine's fields and defaults.
+"""Define the recipe: how the operands of a layer's three GEMMs are quantized.
+
+It is frozen data with TransformerEngine's fields and defaults.
 
     fprop  y  = x w     x: 1x16 blocks, nearest rounding            w: 16x16 blocks (disable_2d_quantization: 1x16)
     dgrad  dx = dy w    dy: 1x16, stochastic rounding               w: the same codes, transposed
     wgrad  dw = dy x    both 1x16 along the contracted rows, after a random Hadamard transform; dy stochastic
 
-A recipe says what is computed, never where (that is the backend). It refuses values outside the lists below when it is
-built, and combinations that no quantizer can carry out when it is used (`validate_for_use`), as TransformerEngine does.
-Booleans are True or False only: TransformerEngine also reads 1 and "yes", this class does not.
-The NVTE_* environment variables give the defaults and are read once, when this file is imported.
-TransformerEngine's own recipe objects are recognised by class name: nothing is imported from there.
+A recipe says what is computed, never where (that is the backend). Bad values are refused when it is built, and
+combinations that no quantizer can carry out when it is used (`validate_for_use`), as TransformerEngine does.
+Booleans are True or False only; TransformerEngine also reads 1 and "yes", this class does not.
+The NVTE_* environment variables give the defaults. They are read once, when this file is imported.
+TransformerEngine's own recipe objects are recognised by class name, so nothing is imported from there.
 """
 
 from __future__ import annotations
@@ -39,9 +41,16 @@ from te_nvfp4_cv.recipe.fields import (
 
 @dataclass(frozen=True)
 class QParams:
-    """How one operand is quantized; TransformerEngine's fields.
+    """The quantization of one operand, with TransformerEngine's fields.
 
     `power_2_scale` and `amax_epsilon` exist for TransformerEngine's other recipes; NVFP4 does not use them.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> nv.NVFP4BlockScaling().fp4_quant_bwd_grad.stochastic_rounding
+        True
+        >>> nv.QParams(random_hadamard_transform=True) == nv.NVFP4BlockScaling().fp4_quant_fwd_inp
+        True
     """
 
     power_2_scale: bool = False
@@ -56,13 +65,13 @@ class QParams:
             if field.name == "amax_epsilon":
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise bad_value("QParams", field.name, value, "a number")
-                object.__setattr__(self, field.name, float(value))
+                object.__setattr__(self, field.name, float(value))  # a frozen dataclass takes no assignment
             elif not isinstance(value, bool):
                 raise bad_value("QParams", field.name, value, "True or False")
 
 
 class RoleSettings(NamedTuple):
-    """What a quantizer for one role needs to know, resolved as TransformerEngine's make_quantizers does."""
+    """The settings of the quantizer of one role, resolved as TransformerEngine's make_quantizers does."""
 
     rht: bool
     stochastic_rounding: bool
@@ -76,9 +85,17 @@ class RoleSettings(NamedTuple):
 
 _Recipe = TypeVar("_Recipe")
 
+# By role: TransformerEngine's name for the quantization of the operand.
+QPARAMS = {
+    "input": "fp4_quant_fwd_inp",
+    "weight": "fp4_quant_fwd_weight",
+    "grad_output": "fp4_quant_bwd_grad",
+}
+
 MARGINS = {"input": 8, "grad_output": 4, "weight": 1}
-"""What tensor_scale="delayed" multiplies an earlier step's amax by; a weight's is its own. An estimate that is too
-large costs little, one that is too small clips; but gradients have small blocks that a large estimate loses."""
+"""The factors with which tensor_scale="delayed" multiplies the amax of the step before; a weight has its own amax. A
+factor that is too large costs little, and one that is too small clips; but gradients have small blocks that a large
+factor rounds to zero."""
 
 
 def _knows_removed_fields(cls: type[_Recipe]) -> type[_Recipe]:
@@ -103,30 +120,42 @@ class NVFP4BlockScaling:
     """The NVFP4 training recipe.
 
     Args:
-        disable_rht: no random Hadamard transform on the two wgrad operands.
-        disable_stochastic_rounding: round dy to nearest even instead of stochastically.
-        disable_2d_quantization: weights in 1x16 blocks instead of 16x16: fprop and dgrad then see different weights.
-        row_scaled_activation: one tensor scale per row of x instead of one for x; needs disable_rht. Linear layers and
-            1x1 convolutions only: elsewhere the taps of one output would have different scales.
-        nvfp4_4over6: operands whose blocks choose between a scale that maps to 6 and one that maps to 4, by the smaller
-            error: none, weights, activations, all. Activations need disable_rht. Gradients never.
-        nvfp4_4over6_e4m3_use_256: which of those use 256 instead of 448 as the largest block scale.
-        nvfp4_4over6_err_mode: the error compared, MAE or MSE.
-        fp4_format: E2M1.
-        fp8_format: E4M3, the format of the block scales.
-        fp8_dpa: kept for TransformerEngine's sake: attention is never quantized here.
-        fp8_mha: as fp8_dpa.
-        backward_override: None; "high_precision": dgrad and wgrad on the original operands; "dequantized": dgrad and
-            wgrad in high precision on the dequantized fprop operands, which are kept packed.
-        tensor_scale: "current": the tensor's own amax, TransformerEngine's rule. "delayed": a power of two from the
-            amax of the training step before, with a margin (input 8, grad_output 4); a weight's from its own amax:
-            no pass over a tensor before it is quantized. Not with row_scaled_activation.
-        thin_layers: a layer with fewer than 16 channels on one side runs in "high_precision", or is zero-padded: "pad".
-        high_precision_gemms: any of fprop, dgrad, wgrad, which then do not run in NVFP4.
-        precision: (pattern of module names, None for high precision or another recipe) pairs; the last match wins.
-        name: what reports call it; takes no part in comparisons.
+        disable_rht: Leave out the random Hadamard transform of the two wgrad operands.
+        disable_stochastic_rounding: Round dy to nearest even instead of stochastically.
+        disable_2d_quantization: Quantize weights in 1x16 blocks instead of 16x16 ones. Fprop and dgrad then see
+            different weights.
+        row_scaled_activation: Use one tensor scale per row of x instead of one for x. Needs disable_rht. For linear
+            layers and 1x1 convolutions only: elsewhere the taps of one output would have different scales.
+        nvfp4_4over6: The operands whose blocks choose, by the smaller error, between a scale that maps their largest
+            value to 6 and one that maps it to 4: "none", "weights", "activations" or "all". Activations need
+            disable_rht; gradients never choose.
+        nvfp4_4over6_e4m3_use_256: Which of those operands use 256 instead of 448 as the largest block scale.
+        nvfp4_4over6_err_mode: The error that is compared, "MAE" or "MSE".
+        fp4_format: "E2M1".
+        fp8_format: "E4M3", the format of the block scales.
+        fp8_dpa: Accepted because TransformerEngine has it; attention is never quantized here.
+        fp8_mha: Like fp8_dpa.
+        backward_override: If "high_precision", dgrad and wgrad run on the original operands. If "dequantized", they run
+            in high precision on the dequantized fprop operands, which are saved packed.
+        tensor_scale: If "current", a tensor's scale comes from its own amax, as in TransformerEngine. If "delayed", it
+            is a power of two from the amax of the training step before, with a margin (input 8, grad_output 4), and a
+            weight's from its own amax; then no pass over a tensor comes before its quantization. Not with
+            row_scaled_activation.
+        thin_layers: A layer with fewer than 16 channels on one side runs in "high_precision", or is padded with zero
+            channels: "pad".
+        high_precision_gemms: Any of "fprop", "dgrad" and "wgrad", which then do not run in NVFP4.
+        precision: Pairs of a pattern of module names and a recipe, or None for high precision. The last match wins.
+        name: What reports call the recipe. It takes no part in comparisons.
     Raises:
-        ValueError: a value outside its list, fields that contradict each other, or a field that a version removed.
+        ValueError: A value is outside its list, fields contradict each other, or a version removed the field.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> recipe = nv.NVFP4BlockScaling(high_precision_gemms=("wgrad",), precision=(("head", None),))
+        >>> recipe.nvfp4_gemms
+        ('fprop', 'dgrad')
+        >>> recipe
+        NVFP4BlockScaling(high_precision_gemms=('wgrad',), precision=(('head', None),))
     """
 
     disable_rht: bool = environment_flag("disable_rht")
@@ -156,10 +185,11 @@ class NVFP4BlockScaling:
             raise bad_value("recipe", "name", self.name, "a string")
         object.__setattr__(self, "high_precision_gemms", check_gemms(self.high_precision_gemms))
         object.__setattr__(self, "precision", _check_precision(self.precision))
-        # resolved once: a layer asks about ten times a step
+        # Resolved once: a layer asks about ten times a step.
         object.__setattr__(self, "_roles", {role: self._resolve(role) for role in ROLES})
         numbers = {field: getattr(self, field) for field in PLAIN if field != "precision"}
         changed = {field: value for field, value in numbers.items() if value != PLAIN[field]}
+        # Custom operators take texts and numbers, not objects: the key carries the recipe across their boundary.
         object.__setattr__(self, "_key", ";".join(f"{field}={value!r}" for field, value in changed.items()))
         if self.backward_override == "dequantized" and self.high_precision_gemms:
             raise value_error(
@@ -175,17 +205,17 @@ class NVFP4BlockScaling:
 
     @property
     def fp4_quant_fwd_inp(self) -> QParams:
-        """QParams of the role input: x in fprop and wgrad."""
+        """The quantization of the role input: x in fprop and wgrad."""
         return QParams(random_hadamard_transform=not self.disable_rht)
 
     @property
     def fp4_quant_fwd_weight(self) -> QParams:
-        """QParams of the role weight: w in fprop and dgrad."""
+        """The quantization of the role weight: w in fprop and dgrad."""
         return QParams(fp4_2d_quantization=not self.disable_2d_quantization)
 
     @property
     def fp4_quant_bwd_grad(self) -> QParams:
-        """QParams of the role grad_output: dy in dgrad and wgrad."""
+        """The quantization of the role grad_output: dy in dgrad and wgrad."""
         return QParams(
             random_hadamard_transform=not self.disable_rht,
             stochastic_rounding=not self.disable_stochastic_rounding,
@@ -204,20 +234,19 @@ class NVFP4BlockScaling:
         return found
 
     def settings(self, role: str) -> RoleSettings:
-        """The quantizer settings of one role: "input", "weight" or "grad_output"."""
+        """Return the quantizer settings of one role: "input", "weight" or "grad_output".
+
+        Raises:
+            ValueError: There is no such role.
+        """
         if role not in ROLES:
             raise bad_value("recipe.settings", "role", role, one_of(ROLES))
         found: RoleSettings = self._roles[role]  # type: ignore[attr-defined]
         return found
 
     def _resolve(self, role: str) -> RoleSettings:
-        scope = {"input": "activations", "weight": "weights", "grad_output": ""}[role]
-        attribute = {
-            "input": "fp4_quant_fwd_inp",
-            "weight": "fp4_quant_fwd_weight",
-            "grad_output": "fp4_quant_bwd_grad",
-        }
-        qparams: QParams = getattr(self, attribute[role])
+        scope = {"input": "activations", "weight": "weights", "grad_output": ""}[role]  # of 4over6
+        qparams: QParams = getattr(self, QPARAMS[role])
         selected = bool(scope) and self.nvfp4_4over6 in (scope, "all")
         return RoleSettings(
             rht=qparams.random_hadamard_transform,
@@ -231,11 +260,11 @@ class NVFP4BlockScaling:
         )
 
     def validate_for_use(self) -> None:
-        """Refuse what no quantizer can carry out; TransformerEngine raises the same when it builds its quantizers.
+        """Refuse what no quantizer can carry out, as TransformerEngine does when it builds its quantizers.
 
         Raises:
-            ValueError: 4over6 or row scaling of activations together with RHT; both at once where wgrad runs in NVFP4;
-                delayed scales with row scaling.
+            ValueError: Activations have 4over6 or row scaling together with RHT, or both at once while wgrad runs in
+                NVFP4; or delayed scales meet row scaling.
         """
         activations = self.nvfp4_4over6 in ("activations", "all")
         if activations and not self.disable_rht:
@@ -273,7 +302,8 @@ class NVFP4BlockScaling:
                 recipe.validate_for_use()
 
     def deviations(self) -> dict[str, Any]:
-        """The fields that differ from the default, with or without environment variables; `name` is not one of them."""
+        """Return the fields that differ from either default, with or without environment variables; never `name`."""
+        # A file must say all that the reader's defaults could change, and environment variables change them.
         values = {field: (getattr(self, field), getattr(type(self), field)) for field in PLAIN}
         return {field: value for field, (value, default) in values.items() if not value == default == PLAIN[field]}
 
@@ -282,7 +312,7 @@ class NVFP4BlockScaling:
         return f"{type(self).__name__}({', '.join(f'{field}={value!r}' for field, value in shown.items())})"
 
     def to_toml(self) -> str:
-        """The recipe as the text of a recipe file: deviations only. `load_recipe` gives an equal recipe back."""
+        """Return the text of a recipe file, with deviations only. `load_recipe` gives an equal recipe back."""
         lines = [f"name = {toml_text(self.name)}", ""] if self.name else []
         fields = {field: value for field, value in self.deviations().items() if field != "precision"}
         lines += ["[recipe]", *(f"{field} = {toml_text(value)}" for field, value in fields.items())] if fields else []
@@ -296,27 +326,28 @@ class NVFP4BlockScaling:
 
 @functools.lru_cache(maxsize=256)
 def recipe_of_key(key: str) -> NVFP4BlockScaling:
-    """The recipe, without name and [precision] table, whose `key` this is."""
+    """Return the recipe that has this `key`, without name and [precision] table."""
     changed = dict(pair.split("=", 1) for pair in key.split(";")) if key else {}
     return NVFP4BlockScaling(**PLAIN | {field: ast.literal_eval(value) for field, value in changed.items()})
 
 
 def from_te(recipe: object) -> NVFP4BlockScaling:
-    """TransformerEngine's NVFP4BlockScaling object as ours; its fp4_quant_* attributes rule, as they do there.
+    """Convert TransformerEngine's NVFP4BlockScaling object. Its fp4_quant_* attributes rule, as they do there.
 
     Raises:
-        TypeError: an object of another class.
-        ValueError: QParams that no recipe of this class describes, such as RHT on one wgrad operand only.
+        TypeError: The object is of another class.
+        ValueError: Its QParams fit no recipe of this package, such as RHT on one wgrad operand only.
     """
+    # By name, because TransformerEngine need not be installed to train without it.
     if "NVFP4BlockScaling" not in {base.__name__ for base in type(recipe).__mro__}:
         raise _not_a_recipe(recipe)
     fields = {field: getattr(recipe, field, default) for field, default in PLAIN.items() if field != "precision"}
-    attributes = ("fp4_quant_fwd_inp", "fp4_quant_fwd_weight", "fp4_quant_bwd_grad")
-    inp, weight, grad = (getattr(recipe, attribute, None) for attribute in attributes)
+    inp, weight, grad = (getattr(recipe, attribute, None) for attribute in QPARAMS.values())
     if inp is not None and weight is not None and grad is not None:
         fields["disable_rht"] = not inp.random_hadamard_transform
         fields["disable_stochastic_rounding"] = not grad.stochastic_rounding
         fields["disable_2d_quantization"] = not weight.fp4_2d_quantization
+        # The transform of x cancels against that of dy in wgrad; if wgrad is in high precision, neither is used.
         rht_differs = inp.random_hadamard_transform != grad.random_hadamard_transform
         if rht_differs and fields["backward_override"] is None:
             raise value_error(
@@ -326,12 +357,13 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
                 needs="the same value in fp4_quant_fwd_inp and fp4_quant_bwd_grad",
                 fix="set both, or NVFP4BlockScaling(disable_rht=True)",
             )
-        for attribute, qparams, refused in (
-            ("fp4_quant_fwd_inp", inp, ("stochastic_rounding", "fp4_2d_quantization")),
-            ("fp4_quant_fwd_weight", weight, ("stochastic_rounding", "random_hadamard_transform")),
-            ("fp4_quant_bwd_grad", grad, ("fp4_2d_quantization",)),
-        ):
-            for field in refused:
+        refused = {
+            "input": ("stochastic_rounding", "fp4_2d_quantization"),
+            "weight": ("stochastic_rounding", "random_hadamard_transform"),
+            "grad_output": ("fp4_2d_quantization",),
+        }
+        for (role, attribute), qparams in zip(QPARAMS.items(), (inp, weight, grad), strict=True):
+            for field in refused[role]:
                 if getattr(qparams, field):
                     raise value_error(
                         f"recipe attribute '{attribute}': {field} cannot be on for this operand.",
@@ -346,28 +378,41 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
 
 @functools.lru_cache(maxsize=256)
 def check_usable(recipe: NVFP4BlockScaling) -> None:
-    """Call validate_for_use, once for recipes that are equal.
+    """Call validate_for_use, but only once for equal recipes: a context may be entered in each step.
 
     Raises:
-        ValueError: as validate_for_use.
+        ValueError: No quantizer can carry the recipe out.
     """
     recipe.validate_for_use()
 
 
 def as_recipe(recipe: object) -> NVFP4BlockScaling:
-    """Ours as it is, TransformerEngine's converted, None as the default recipe.
+    """Return a recipe of this package unchanged, TransformerEngine's converted, and the default recipe for None.
 
     Raises:
-        TypeError: anything else.
+        TypeError: It is none of these.
     """
     if isinstance(recipe, NVFP4BlockScaling):
         return recipe
     return NVFP4BlockScaling() if recipe is None else from_te(recipe)
 
 
+def checked_recipe(recipe: object) -> NVFP4BlockScaling:
+    """Return as_recipe(recipe), after making sure that quantizers can carry it out.
+
+    Raises:
+        TypeError: It is not a recipe.
+        ValueError: Its fields contradict each other, see validate_for_use.
+    """
+    found = as_recipe(recipe)
+    check_usable(found)
+    return found
+
+
 def _not_a_recipe(recipe: object) -> TypeError:
     fix = "pass NVFP4BlockScaling(), load_recipe(name_or_path), or None for the default"
     got = f"{type(recipe).__module__}.{type(recipe).__qualname__}: {recipe!r:.80}"
+    # The usual mistakes get the line that was meant. A bool comes from nvfp4_autocast(True), as in torch.autocast.
     if isinstance(recipe, bool):
         fix = f"the first argument is the recipe: write enabled={recipe}"
     elif isinstance(recipe, (str, os.PathLike)):

@@ -1,6 +1,6 @@
-"""The recipe's fields: which values they take, which environment variables set their defaults, how they are written.
+"""Define the recipe's fields: their values, the environment variables of their defaults, and how they are written.
 
-Refuses a value outside a field's list; the message names the field and the list.
+A value outside a field's list is refused with a message that names the field and the list.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "tensor_scale": ("current", "delayed"),
     "thin_layers": ("high_precision", "pad"),
 }
-"""Fields with a closed list of values. The first is the default without environment variables, but see PLAIN."""
+"""Fields with a closed list of values. The first value is the default, but see PLAIN."""
 
 REMOVED: dict[str, tuple[object, str, str]] = {
     "wgrad_block": (
@@ -72,28 +72,33 @@ ENVIRONMENT = {
 }
 PLAIN: dict[str, Any] = {field: values[0] for field, values in ALLOWED.items()}
 PLAIN |= {"nvfp4_4over6_e4m3_use_256": "all", "high_precision_gemms": (), "precision": ()}
-"""Every default as it is without environment variables."""
+"""The defaults of all fields as they are without environment variables."""
 
 
 def environment_flag(field: str) -> bool:
-    """The default of a boolean field, from its environment variable."""
+    """Return the default of a boolean field, from its environment variable."""
     return os.getenv(ENVIRONMENT[field], "0") == "1"
 
 
 def one_of(values: tuple[object, ...]) -> str:
-    """A list of values as an error message shows it."""
+    """Return a list of values as an error message shows it."""
     return "one of: " + ", ".join(repr(value) for value in values) if len(values) > 1 else f"{values[0]!r}"
 
 
 def bad_value(owner: str, field: str, value: object, needs: str, fix: str = "") -> ValueError:
-    """The error for a value that a field does not take."""
+    """Return the error for a value that a field does not take."""
     title = f"{owner} field '{field}': bad value."
     return value_error(title, got=f"{field}={value!r}", needs=needs, fix=fix or f"set {field} to {needs}")
 
 
 def check_choice(field: str, value: object) -> None:
-    """Refuse a value outside the field's list."""
+    """Refuse a value outside the field's list.
+
+    Raises:
+        ValueError: The value is not in the list.
+    """
     allowed = ALLOWED[field]
+    # The type is compared, too: 1 == True, and a recipe file with 1 would not be written back as it was read.
     if any(value == choice and type(value) is type(choice) for choice in allowed):
         return
     fix = ""
@@ -102,13 +107,18 @@ def check_choice(field: str, value: object) -> None:
         close = difflib.get_close_matches(value.lower(), choices, 1)
         fix = f"did you mean {choices[close[0]]!r}?" if close else ""
     variable = ENVIRONMENT.get(field, "")
+    # A default from the environment may be wrong, too, and the user has not written the field anywhere then.
     if value is not None and str(value).lower() == os.getenv(variable, "\0").lower():
         fix = f"correct the environment variable {variable}, where this value comes from"
     raise bad_value("recipe", field, value, one_of(allowed), fix)
 
 
 def check_gemms(gemms: object) -> tuple[str, ...]:
-    """The GEMMs named, in the order fprop, dgrad, wgrad; refuses other names."""
+    """Return the named GEMMs in the order fprop, dgrad, wgrad.
+
+    Raises:
+        ValueError: A name is not a GEMM's, or `gemms` is not a tuple, list or set.
+    """
     given = tuple(gemms) if isinstance(gemms, (tuple, list, set, frozenset)) else None
     if given is None or any(gemm not in GEMMS for gemm in given):
         needs = "a tuple of any of: " + ", ".join(repr(gemm) for gemm in GEMMS)
@@ -121,7 +131,7 @@ def without_removed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields without the removed ones, so that what earlier versions saved can still be read.
 
     Raises:
-        ValueError: a removed field with another value than its old default, which nothing computes any more.
+        ValueError: A removed field has another value than its old default, which nothing computes any more.
     """
     for field, (default, since, why) in REMOVED.items():
         if field in fields and fields[field] != default:
@@ -135,7 +145,7 @@ def without_removed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def toml_text(value: object) -> str:
-    """A value as TOML text; None, which TOML lacks, as "none"."""
+    """Return a value as TOML text. None, which TOML lacks, becomes "none"."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Recipe files: recipes/*.toml, found by name or path, read and written.
+"""Find, read and write recipe files: recipes/*.toml.
 
     description = "what it is for"        optional, for people
     name = "mine"                         optional; the file's name without it
@@ -9,8 +9,8 @@
     "layer4.*" = "no_rht"                 another recipe, by name or path, or its fields in braces: {disable_rht = true}
 
 Refused, with the file's name, the key and what is allowed: unknown keys, bad values, text that is not TOML, a missing
-file, a [precision] table inside a recipe that a [precision] table names, fields that a version removed (with the
-version and the reason; a file that holds such a field's old default still loads).
+file, a [precision] table inside a recipe that a [precision] table names, and fields that a version removed. A file that
+holds the old default of a removed field still loads.
 """
 
 from __future__ import annotations
@@ -30,14 +30,20 @@ TOP_LEVEL = ("description", "name", "recipe", "precision")
 
 
 def recipe_folder() -> Path:
-    """The folder of the recipes that come with the package: inside an installed one, beside it in a checkout."""
+    """Return the folder of the package's own recipes: inside an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def list_recipes() -> dict[str, str]:
-    """The names of the recipes that come with the package, each with its description."""
+    """Return the names of the recipes that come with the package, each with its description.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> sorted(nv.list_recipes())[:3]
+        ['default', 'delayed', 'detection']
+    """
     found = {}
     for path in sorted(recipe_folder().glob("*.toml")):
         found[path.stem] = str(_parse(path).get("description", ""))
@@ -45,29 +51,43 @@ def list_recipes() -> dict[str, str]:
 
 
 def load_recipe(name_or_path: str | os.PathLike[str]) -> NVFP4BlockScaling:
-    """The recipe of a file.
+    """Load a recipe by its name, or from a file.
 
     Args:
-        name_or_path: a name as `list_recipes` gives it, or a path: anything with a separator or the ending .toml.
+        name_or_path: A name as `list_recipes` returns it, or a path: anything with a separator or the ending .toml.
     Raises:
-        FileNotFoundError: no such recipe; the message lists the names there are.
-        ValueError: a file that is not TOML, unknown keys, bad values.
+        FileNotFoundError: There is no such recipe. The message lists the names that exist.
+        ValueError: The file is not TOML, or has unknown keys or bad values.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> nv.load_recipe("no_rht")
+        NVFP4BlockScaling(name='no_rht', disable_rht=True)
     """
     return _load(name_or_path, Path.cwd(), inner=False)
 
 
 def save_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str]) -> None:
-    """Write a recipe as a file that `load_recipe` reads back as an equal recipe."""
+    """Write a recipe to a file, which `load_recipe` reads back as an equal recipe.
+
+    Example:
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> recipe = nv.NVFP4BlockScaling(name="mine", high_precision_gemms=("wgrad",))
+        >>> path = tempfile.mkdtemp() + "/mine.toml"
+        >>> nv.save_recipe(recipe, path)
+        >>> nv.load_recipe(path) == recipe
+        True
+    """
     Path(path).write_text(recipe.to_toml(), encoding="utf-8")
 
 
 def parse_recipe(text: str, source: str = "recipe text") -> NVFP4BlockScaling:
-    """The recipe of a text: what `to_toml` gives, kept elsewhere than in a file.
+    """Read a recipe from the text that `to_toml` returns, wherever it was stored.
 
     Args:
-        source: what error messages call it.
+        source: What error messages call the text.
     Raises:
-        ValueError: as load_recipe.
+        ValueError: The text is not TOML, or has unknown keys or bad values.
     """
     return _from_table(Path(source), _parse_text(Path(source), text), inner=False)
 
@@ -85,7 +105,7 @@ def _from_table(path: Path, table: dict[str, Any], *, inner: bool) -> NVFP4Block
     for text in ("description", "name"):
         if not isinstance(table.get(text, ""), str):
             raise _bad(path, text, table[text], "a string")
-    if inner and table.get("precision"):
+    if inner and table.get("precision"):  # two tables over one model would contradict each other
         raise _bad(path, "[precision]", tuple(table["precision"]), "no such table in a recipe that another one names")
     recipes = {pattern: _precision(path, pattern, value) for pattern, value in table.get("precision", {}).items()}
     return _build(path, "[recipe]", table.get("recipe", {}), table.get("name", path.stem), tuple(recipes.items()))
@@ -101,6 +121,7 @@ def _find(name_or_path: str | os.PathLike[str], folder: Path) -> Path:
         )
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, os.PathLike) or "/" in text or os.sep in text or text.endswith(".toml"):
+        # Relative to the file that names it, so that a folder of recipes can be moved.
         path = folder / Path(text).expanduser()
         if path.is_file():
             return path
@@ -109,7 +130,7 @@ def _find(name_or_path: str | os.PathLike[str], folder: Path) -> Path:
         text = message("load_recipe: no recipe file.", got=got, needs="the path of a .toml file", fix=fix)
         raise FileNotFoundError(text)
     path = recipe_folder() / f"{text}.toml"
-    if text and path.is_file():
+    if text and path.is_file():  # "" would be the file .toml
         return path
     close = difflib.get_close_matches(text, _names(), 1)
     fix = f"did you mean {close[0]!r}?" if close else "use one of these names, or a path that ends in .toml"
@@ -144,7 +165,7 @@ def _check_keys(path: Path, where: str, table: dict[str, Any], allowed: tuple[st
             continue
         close = difflib.get_close_matches(key, allowed, 1)
         fix = f"did you mean {close[0]!r}?" if close else f"remove {key!r}"
-        if where == "top level" and key in FIELDS:
+        if where == "top level" and key in FIELDS:  # the most common mistake: the line [recipe] is missing
             fix = f"put {key!r} below a line [recipe]"
         title = f"recipe file '{path}': unknown key {key!r} ({where})."
         raise value_error(title, got=f"{key} = {table[key]!r}", needs="one of: " + ", ".join(allowed), fix=fix)

@@ -1,14 +1,14 @@
-"""A roofline estimate of what a network would take on a GPU that is not here. An estimate, never a measurement.
+"""Estimate by roofline what a network would take on a GPU that is not here: an estimate, never a measurement.
 
     time of a GEMM or pass = max(FLOPs / (efficiency * peak), bytes / (efficiency * bandwidth))
 
     bf16     fprop, dgrad and wgrad read their two operands and write their result once, in 2 bytes an element
-    nvfp4    the same GEMMs on operands of 4.5 bits, at the FP4 rate where the GPU has one, at the bf16 rate where not
-             (then they read dequantized operands, 2 bytes); plus the passes that quantize x, dy and w, which read 2
-             (w: 4) bytes an element and write each face that training keeps
+    nvfp4    the same GEMMs on operands of 4.5 bits, at the GPU's FP4 rate; without FP4 tensor cores at its bf16 rate,
+             on dequantized operands of 2 bytes. Added are the passes that quantize x, dy and w: they read 2 bytes an
+             element (w: 4) and write what the GEMMs read and backward saves
 
-Convolutions and linear layers only: norms, activations, the optimizer and the host's launches are left out, in both
-precisions alike, so that a real step gains less. Layers that the recipe leaves in high precision cost the same in both.
+Only convolutions and linear layers count. Norms, activations, the optimizer and the host's launches are left out in
+both precisions alike, so a real step gains less. Layers that the recipe leaves in high precision cost the same in both.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from te_nvfp4_cv.context import context_manager
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.layer import delayed_scaling, observe
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.recipe.block_scaling import as_recipe
+from te_nvfp4_cv.report.forward_pass import untouched
+from te_nvfp4_cv.report.text import aligned
 
 PACKED = 0.5 + 1 / BLOCK  # bytes of an NVFP4 value
-EFFICIENCY = 0.7  # of peak and of bandwidth, that tuned kernels reach
+EFFICIENCY = 0.7  # the share of peak and of bandwidth that tuned kernels reach
+TIMES = ("train_bf16", "train_nvfp4", "infer_bf16", "infer_nvfp4")
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Dense peaks in FLOP/s, bandwidth in bytes/s. fp4: 0 where there are no FP4 tensor cores.
+    """A GPU's dense peaks in FLOP/s (fp4 is 0 without FP4 tensor cores), and its bandwidth in bytes/s.
 
     Source: NVIDIA's data sheets (half of the figures that count sparsity).
     """
@@ -51,7 +54,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """One layer, all its calls. Times in seconds; `bound`: what limits the NVFP4 training GEMMs."""
+    """The estimate of one layer, all its calls together: times in seconds, and what limits its NVFP4 training GEMMs.
+
+    `bound` is "compute", "memory", or "both" if GEMMs differ; "" for a layer in high precision.
+    """
 
     name: str
     op: str
@@ -74,12 +80,12 @@ class Projection:
     efficiency: float
 
     def total(self, field: str) -> float:
-        """Sum over the layers, in seconds."""
+        """Sum a field of Estimate over the layers."""
         return float(sum(getattr(layer, field) for layer in self.layers))
 
     @property
     def assumptions(self) -> list[str]:
-        """What the numbers rest on."""
+        """Return what the numbers rest on, as sentences."""
         fp4 = f"{self.gpu.fp4 / 1e15:g} PFLOP/s FP4" if self.gpu.fp4 else "no FP4 tensor cores: bf16 products of codes"
         return [
             f"{self.gpu.name}: {self.gpu.bf16 / 1e12:g} TFLOP/s bf16, {fp4}, {self.gpu.bandwidth / 1e12:g} TB/s",
@@ -88,14 +94,13 @@ class Projection:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; times in seconds."""
-        fields = ("train_bf16", "train_nvfp4", "infer_bf16", "infer_nvfp4")
+        """Return the estimates as dicts, lists, strings and numbers, with times in seconds."""
         return {
             "estimate": True,
             "gpu": asdict(self.gpu),
             "batch": self.batch,
             "assumptions": self.assumptions,
-            **{name: self.total(name) for name in fields},
+            **{name: self.total(name) for name in TIMES},
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -103,15 +108,12 @@ class Projection:
         head = ("layer", "precision", "GFLOP", "train bf16, ms", "nvfp4", "infer bf16, ms", "nvfp4", "bound by")
         cells: list[tuple[str, ...]] = [head]
         for row in self.layers:
-            times = (row.train_bf16, row.train_nvfp4, row.infer_bf16, row.infer_nvfp4)
+            times = (f"{getattr(row, name) * 1e3:.4f}" for name in TIMES)
             precision = "nvfp4" if row.nvfp4 else "high"
-            cells.append((row.name, precision, f"{row.flops / 1e9:.2f}", *(f"{t * 1e3:.4f}" for t in times), row.bound))
-        widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+            cells.append((row.name, precision, f"{row.flops / 1e9:.2f}", *times, row.bound))
         lines = [f"ESTIMATE for {self.gpu.name}, batch {self.batch}. Assumptions:"]
         lines += [f"  {text}" for text in self.assumptions]
-        for line in cells:
-            shown = [c.ljust(w) if n < 2 else c.rjust(w) for n, (c, w) in enumerate(zip(line, widths, strict=True))]
-            lines.append("  ".join(shown).rstrip())
+        lines += aligned(cells, left=2)
         for what, a, b in (("training", "train_bf16", "train_nvfp4"), ("inference", "infer_bf16", "infer_nvfp4")):
             bf16, nvfp4 = self.total(a), self.total(b)
             ratio = f"{bf16 / nvfp4:.2f}x" if nvfp4 else "nothing to run"
@@ -127,14 +129,17 @@ def project(
     recipe: Any = None,
     efficiency: float = EFFICIENCY,
 ) -> Projection:
-    """Estimate training and inference time of a network.
+    """Estimate training and inference time of a network. The model is left unchanged.
 
     Args:
-        inputs: of one forward pass, which runs here once; one image is enough.
-        gpu: "b200", "rtx5090" or "h200"; batch: images a step.
-        efficiency: share of peak and bandwidth that kernels reach, in (0, 1].
+        inputs: arguments of the model, which runs here once in evaluation mode; one image is enough.
+        gpu: "b200", "rtx5090" or "h200".
+        batch: images in a step.
+        recipe: a recipe object or name; if None, the default recipe.
+        efficiency: share of peak and bandwidth that kernels reach, above 0 and at most 1.
     Raises:
-        TypeError: no module; ValueError: another GPU, a number out of range.
+        TypeError: `model` is not a module.
+        ValueError: another GPU, or a number out of range.
     """
     check_module("project", model, "project(model, *inputs)")
     check_trainable("project", model)
@@ -157,15 +162,10 @@ def project(
 
         return observe.Seen(finished=finished)
 
-    training = [(module, module.training) for module in model.modules()]
-    try:
+    with untouched(model), delayed_scaling.reading_only(), nvfp4_autocast(resolved), observe.observe(observer):
         model.eval()
-        context = context_manager.nvfp4_autocast(resolved)
-        with torch.no_grad(), delayed_scaling.reading_only(), context, observe.observe(observer):
+        with torch.no_grad():
             model(*inputs)
-    finally:
-        for module, flag in training:
-            module.training = flag
     return Projection(GPUS[gpu], batch, tuple(_sum(rows) for rows in found.values()), efficiency)
 
 
@@ -174,13 +174,12 @@ def _batch(inputs: tuple[Any, ...]) -> int:
 
 
 def _sum(rows: list[Estimate]) -> Estimate:
-    times = ("flops", "train_bf16", "train_nvfp4", "infer_bf16", "infer_nvfp4")
-    return replace(rows[0], **{name: sum(getattr(row, name) for row in rows) for name in times})
+    return replace(rows[0], **{name: sum(getattr(row, name) for row in rows) for name in ("flops", *TIMES)})
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Elements of x, w and y, and multiply-adds of one GEMM."""
+    """The elements of x, w and y, and the multiply-adds of one GEMM; all three GEMMs have the same."""
 
     x: float
     w: float
@@ -189,9 +188,9 @@ class _Sizes:
 
 
 def _sizes(call: observe.Call, y: torch.Tensor, images: float) -> _Sizes:
-    """Of one call; `images`: how many times as many images the step has."""
+    """Count the sizes of one call for a step with `images` times as many images as the call has."""
     x, w = call.x.numel() * images, float(call.weight.numel())
-    per_pixel = w / call.weight.shape[0]  # weights that an output pixel, transposed an input one, meets per channel
+    per_pixel = w / call.weight.shape[0]  # the weights that one element of y, or of a transposed layer's x, meets
     pixels = x if "transpose" in call.op else y.numel() * images
     return _Sizes(x, w, y.numel() * images, pixels * per_pixel)
 
@@ -203,11 +202,13 @@ def _estimate(name: str, call: observe.Call, sizes: _Sizes, gpu: GPU, efficiency
     def gemm(peak: float, read: float, written: float) -> float:
         return max(flops / peak, (read + 2 * written) / bandwidth)
 
-    operands = ((x, w, y), (y, w, x), (y, x, w))  # of fprop, dgrad and wgrad: two that are read, one that is written
+    # fprop, dgrad and wgrad: two operands that are read, and the result that is written
+    operands = ((x, w, y), (y, w, x), (y, x, w))
     plain = [gemm(bf16, 2 * (a + b), c) for a, b, c in operands]
     recipe = call.recipe if call.reason == "" else None
     if recipe is None:
         return Estimate(name, call.op, False, flops, sum(plain), sum(plain), plain[0], plain[0], "")
+    # Without FP4 tensor cores the quantization pass writes dequantized bf16 operands, and the GEMMs read those.
     peak, size = (gpu.fp4 * efficiency, PACKED) if gpu.fp4 else (bf16, 2.0)
     times, compute = [], 0
     for kind, usual, (a, b, c) in zip(("fprop", "dgrad", "wgrad"), plain, operands, strict=True):
@@ -215,19 +216,18 @@ def _estimate(name: str, call: observe.Call, sizes: _Sizes, gpu: GPU, efficiency
         times.append(gemm(peak, size * (a + b), c) if in_nvfp4 else usual)
         compute += in_nvfp4 and flops / peak >= (size * (a + b) + 2 * c) / bandwidth
 
-    def of(kind: str, face: float) -> float:
+    def written_for(kind: str, face: float) -> float:
         return face if kind in recipe.nvfp4_gemms else 0.0
 
-    def one_pass(read: float, faces: float) -> float:
-        return read + faces if faces else 0.0  # bytes a value; an operand that no GEMM takes in NVFP4 is left alone
+    def bytes_of_pass(read: float, written: float) -> float:
+        return read + written if written else 0.0  # an operand that no GEMM takes in NVFP4 is not quantized
 
-    of_x = one_pass(
-        2, of("fprop", size) + of("wgrad", PACKED)
-    )  # the face that is used now, the packed one that is kept
-    of_w = one_pass(4, max(of("fprop", PACKED), of("dgrad", PACKED)))
-    of_dy = one_pass(2, of("dgrad", size) + of("wgrad", size))
-    passes = (of_x * x + of_w * w + of_dy * y) / bandwidth
-    at_inference = one_pass(2, of("fprop", size)) * x / bandwidth  # weights are quantized already
+    # Of x, fprop's face is used at once, and wgrad's is saved for backward, packed whatever the GPU.
+    for_x = bytes_of_pass(2, written_for("fprop", size) + written_for("wgrad", PACKED))
+    for_w = bytes_of_pass(4, max(written_for("fprop", PACKED), written_for("dgrad", PACKED)))
+    for_dy = bytes_of_pass(2, written_for("dgrad", size) + written_for("wgrad", size))
+    passes = (for_x * x + for_w * w + for_dy * y) / bandwidth
+    at_inference = bytes_of_pass(2, written_for("fprop", size)) * x / bandwidth  # weights are quantized already
     bound = "compute" if compute == len(recipe.nvfp4_gemms) else "memory" if not compute else "both"
     return Estimate(
         name, call.op, True, flops, sum(plain), sum(times) + passes, plain[0], times[0] + at_inference, bound

@@ -1,6 +1,8 @@
-"""The coverage report: rows of layers, their totals, a table and a dict. coverage.py fills it in.
+"""Hold the coverage report: rows of layers and their totals, as a table for people and as a dict for programs.
 
 nvfp4_flops_share = (FLOPs of the GEMMs that run in NVFP4) / (FLOPs of all three GEMMs of all layers that ran)
+
+watch.py fills it in.
 """
 
 from __future__ import annotations
@@ -9,20 +11,25 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from te_nvfp4_cv.report.text import aligned
+
 
 @dataclass
 class Layer:
-    """One layer of the report; calls of a layer that went alike are one row.
+    """One row of the report: a layer, with all of its calls that ran in the same way.
 
     Attributes:
-        name: path of the module that owns the weight, with the Parameter's name where that is not `weight`.
-        op: conv2d, linear, ... ; the class name of layers that nvfp4_autocast never sees.
+        name: path of the module that owns the weight, followed by the Parameter's name unless that is `weight`.
+        op: conv2d, linear, ...; for layers that nvfp4_autocast never sees, the name of their class.
         kernel: shape of the weight.
-        nvfp4: whether it runs in NVFP4; `reason` says why not, `note` what to know besides.
+        nvfp4: whether the layer runs in NVFP4.
+        reason: why it does not.
+        note: anything else that one should know.
         calls: how often the layer ran in the forward pass.
         padding_waste: share of the quantized elements of x and dy that are padding.
-        saved_bytes: what autograd keeps for backward because of this layer, and no layer before it.
-        flops, nvfp4_flops: of fprop, dgrad and wgrad together; of those in NVFP4.
+        saved_bytes: what autograd saves for backward because of this layer, and of no layer before it.
+        flops: FLOPs of fprop, dgrad and wgrad together.
+        nvfp4_flops: those of them that run in NVFP4.
     """
 
     name: str
@@ -40,12 +47,12 @@ class Layer:
 
 @dataclass
 class Coverage:
-    """What nv.coverage found. `str()` gives a table, `to_dict()` plain data.
+    """The result of nv.coverage; `str()` gives a table, `to_dict()` plain data.
 
     Attributes:
         rows: the layers in the order in which they ran, then those that did not run.
-        saved_bytes: all that autograd keeps for backward, without parameters, buffers and the inputs.
-        relu_mask_bytes: the part of it that is ReLU's 1-bit masks.
+        saved_bytes: all that autograd saves for backward, without parameters, buffers and the inputs.
+        relu_mask_bytes: the part of saved_bytes that ReLU's 1-bit masks take.
         recipe: the recipe's repr.
     """
 
@@ -56,22 +63,22 @@ class Coverage:
 
     @property
     def nvfp4_flops_share(self) -> float:
-        """0 to 1; 0 for a model without layers."""
+        """Return the share of FLOPs that run in NVFP4, from 0 to 1; 0 for a model without layers."""
         total = sum(row.flops for row in self.rows)
         return sum(row.nvfp4_flops for row in self.rows) / total if total else 0.0
 
     @property
     def nvfp4_layers(self) -> int:
-        """Number of rows that run in NVFP4."""
+        """Count the rows that run in NVFP4."""
         return sum(row.nvfp4 for row in self.rows)
 
     @property
     def high_precision_layers(self) -> int:
-        """Number of rows that do not."""
+        """Count the rows that do not."""
         return len(self.rows) - self.nvfp4_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as dicts, lists, strings and numbers."""
+        """Return the report as dicts, lists, strings and numbers."""
         return {
             "layers": [dataclasses.asdict(row) | {"kernel": list(row.kernel)} for row in self.rows],
             "saved_bytes": self.saved_bytes,
@@ -83,20 +90,11 @@ class Coverage:
         }
 
     def __str__(self) -> str:
-        titles = ("layer", "op", "kernel", "precision", "calls", "GFLOP", "padding", "kept for backward", "")
-        table = [titles, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in table) for column in range(len(titles) - 1)]
-        left = (True, True, True, True, False, False, False, False)
-        lines = []
-        for line in table:
-            cells = [
-                cell.ljust(width) if to_left else cell.rjust(width)
-                for cell, width, to_left in zip(line, widths, left, strict=False)
-            ]
-            lines.append("  ".join([*cells, line[-1]]).rstrip())
+        titles = ("layer", "op", "kernel", "precision", "calls", "GFLOP", "padding", "saved for backward", "")
+        lines = aligned([titles, *(_cells(row) for row in self.rows)], left=4)
         lines.append(
             f"{self.nvfp4_layers} of {len(self.rows)} layers and {self.nvfp4_flops_share:.1%} of the FLOPs in NVFP4; "
-            f"autograd keeps {_bytes(self.saved_bytes)} for backward, {_bytes(self.relu_mask_bytes)} of it ReLU masks"
+            f"autograd saves {_bytes(self.saved_bytes)} for backward, {_bytes(self.relu_mask_bytes)} of it ReLU masks"
         )
         lines.append(f"recipe: {self.recipe}")
         return "\n".join(lines)

@@ -1,64 +1,67 @@
-"""What runs in NVFP4, what does not and why, and what autograd keeps: one forward pass of the model, watched.
+"""Report what runs in NVFP4, what does not and why, and what autograd saves: nv.coverage.
 
-    FLOPs of a layer  2 * multiply-adds, three times (fprop, dgrad, wgrad); in NVFP4: the GEMMs that its recipe says
+It watches one forward pass of the model. Names are those of the modules that own the weights; random state, buffers,
+hooks and training flags are put back as they were. A model with lazy parameters is refused, because the forward pass
+would create them.
+
+    FLOPs of a layer  2 * multiply-adds, three times (fprop, dgrad, wgrad); in NVFP4: the GEMMs that its recipe names
     padding waste     1 - (elements of x and dy) / (those as quantized: channels padded to 16, images folded and padded)
-    saved_bytes       storages that autograd keeps after the forward pass, each once, but parameters, buffers, inputs
-
-Names are those of the modules that own the weights. Random state, buffers, hooks and training flags are put back as
-they were. Refused: a model with lazy parameters, which the forward pass would create.
+    saved_bytes       storages that autograd holds after the forward pass, each once, but parameters, buffers, inputs
 """
 
 from __future__ import annotations
 
 import math
-import random
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from te_nvfp4_cv.context import context_manager, state
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.layer import delayed_scaling, observe
 from te_nvfp4_cv.layer.plan import row_scaling_applies
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
-from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.walk import LAYERS, named_modules
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
-from te_nvfp4_cv.ops.quantize import rounding_seeds
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.report.forward_pass import gemm_flops, recipe_in_force, running, untouched
 from te_nvfp4_cv.report.table import Coverage, Layer
 
-LAYERS = tuple(NVFP4_CLASSES)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = "auto", **kwargs: Any) -> Coverage:
-    """Run `model(*inputs, **kwargs)` once under nvfp4_autocast(recipe) and report on every layer.
+    """Run `model(*inputs, **kwargs)` once under nvfp4_autocast(recipe), and report on every layer.
 
-    Training or evaluation mode stays as it is; torch.autocast counts where it is on. Nothing of the model is changed.
+    The model keeps its mode, training or evaluation, and is left unchanged. If torch.autocast is on, the layers run in
+    its dtype.
 
     Args:
-        recipe: None: that of the enclosing context, or the default recipe.
-        backend: as for nvfp4_autocast.
+        recipe: a recipe object or name; if None, that of the enclosing context, and without one the default recipe.
+        backend: where layers run, as for nvfp4_autocast.
     Returns:
-        Coverage: print it, or take `to_dict()`.
+        A Coverage: print it, or call `to_dict()`.
     Raises:
-        TypeError: no module; ValueError: lazy parameters; whatever the forward pass raises.
+        TypeError: `model` is not a module.
+        ValueError: the model has lazy parameters.
+        Exception: whatever the forward pass itself raises.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 3))
+        >>> report = nv.coverage(model, torch.randn(16, 3, 8, 8))
+        >>> [(row.name, row.nvfp4) for row in report.rows]
+        [('0', False), ('2', True)]
     """
     check_module("coverage", model, "coverage(model, *inputs)")
     check_trainable("coverage", model)
-    current = state.state()
-    if recipe is None and current is not None and current.enabled:
-        resolved = current.recipe
-    else:
-        resolved = as_recipe(recipe)
+    resolved = recipe_in_force(recipe)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # DDP's own forward waits for a backward pass
     watch = _Watch(model)
@@ -66,12 +69,12 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
         stack.enter_context(untouched(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(watch.module_names())
+        stack.enter_context(torch.enable_grad())  # without a graph autograd would save nothing that could be counted
+        watch.stack = stack.enter_context(watch.running())
         stack.enter_context(observe.observe(watch.called))
         stack.enter_context(delayed_scaling.reading_only())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor))
-        stack.enter_context(context_manager.nvfp4_autocast(resolved, backend=backend))
+        stack.enter_context(nvfp4_autocast(resolved, backend=backend))
         stack.enter_context(_Unseen(watch))
         output = model(*inputs, **kwargs)
     report = watch.report(resolved, (inputs, kwargs))
@@ -79,11 +82,11 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
     return report
 
 
-# ---- the forward pass, watched --------------------------------------------------------------------------------------
+# ---- during the forward pass ----------------------------------------------------------------------------------------
 
 
 class _Saved:
-    """What autograd keeps in the place of a tensor; it lives as long as its node of the graph."""
+    """Stand in for a tensor that autograd saves; it lives as long as the node of the graph that saved it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -94,18 +97,18 @@ class _Row:
     """A layer while it is being counted."""
 
     layer: Layer
-    real: int = 0  # elements of x and dy, and as quantized
-    padded: int = 0
+    real: int = 0  # elements of x and dy
+    padded: int = 0  # elements of both as quantized
 
 
 class _Watch:
-    """Collects rows from the calls of the forward pass, and what autograd saves meanwhile."""
+    """Collect a row for each layer that is called, and what autograd saves meanwhile."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.names: dict[nn.Module, str] = {}
-        self.owners: dict[int, tuple[nn.Module, str]] = {}  # id(Parameter) -> its module, its name there
-        self.modules = list(_modules(model, ""))
+        self.owners: dict[int, tuple[nn.Module, str]] = {}  # id(Parameter) -> its module, and its name there
+        self.modules = list(named_modules(model))
         for name, module in self.modules:
             self.names.setdefault(module, name)
             if not isinstance(module, torch.jit.ScriptModule):
@@ -115,46 +118,36 @@ class _Watch:
         self.entered: set[nn.Module] = set()
         self.reached: set[nn.Module] = set()  # modules that a row stands for
         self.rows: dict[tuple[Any, ...], _Row] = {}
-        self.current: _Row | None = None  # whose call is running
+        self.current: _Row | None = None  # the layer whose call is running: what autograd saves now is because of it
         self.saved: list[tuple[weakref.ref[_Saved], _Row | None]] = []
 
-    @contextmanager
-    def module_names(self) -> Iterator[None]:
-        """Hooks on every module, to know which one is running."""
-        handles = []
-        for module in self.names:
-            if not isinstance(module, torch.jit.ScriptModule):
-                handles.append(module.register_forward_pre_hook(self._enter))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def running(self) -> AbstractContextManager[list[nn.Module]]:
+        """Put hooks on every module, to know which ones are running."""
+        modules = [module for module in self.names if not isinstance(module, torch.jit.ScriptModule)]
+        return running(modules, self._enter, self._leave)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        self.stack.append(module)
         self.entered.add(module)
+        # A recurrent layer calls no function that the context could see, so its module is counted instead.
         if isinstance(module, RECURRENT):
             self.current = self._recurrent(module, args)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module in self.stack:
-            del self.stack[len(self.stack) - 1 - self.stack[::-1].index(module) :]
+    def _leave(self, module: nn.Module, args: Any) -> None:
         if isinstance(module, RECURRENT):
             self.current = None
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """Autograd saves a tensor."""
+        """Note a tensor that autograd saves, and return what it holds instead."""
         saved = _Saved(tensor.detach())  # with its history a result would hold the node that holds it
         self.saved.append((weakref.ref(saved), self.current))
         return saved
 
     def called(self, call: observe.Call) -> observe.Seen:
-        """A convolution or linear call starts; returns what to do with its result."""
-        return observe.Seen(self._counted(call))
+        """Note the start of a convolution or linear call, and ask for its result."""
+        return observe.Seen(self.counted(call))
 
-    def _counted(self, call: observe.Call) -> Callable[[Tensor], None]:
+    def counted(self, call: observe.Call) -> Callable[[Tensor], None]:
+        """Add a call to its layer's row, and return the function to call with its result."""
         recipe, geometry = call.recipe, call.geometry
         name = self._name(call.weight)
         note = ""
@@ -168,21 +161,16 @@ class _Watch:
 
         def finished(y: Tensor) -> None:
             self.current = None
-            source = call.x if "transpose" in call.op else y
-            gemm = 2 * source.numel() * math.prod(call.weight.shape[1:])  # of each of the three
+            gemm = gemm_flops(call, y)
             row.layer.flops += 3 * gemm
             row.layer.nvfp4_flops += len(recipe.nvfp4_gemms) * gemm if recipe is not None else 0
 
         return finished
 
-    def unseen(self, op: str, weight: Any, reason: str) -> Callable[[Tensor], None]:
-        """A convolution that nvfp4_autocast does not hand over."""
-        call = observe.Call(op, weight, weight, None, None, reason)
-        return self._counted(call)
-
     def _recurrent(self, module: nn.Module, args: Any) -> _Row:
         weights = [w for w in module.parameters(recurse=False) if w.dim() == 2]
-        x = getattr(args[0], "data", args[0]) if args else None  # a PackedSequence holds its rows in .data
+        # A PackedSequence holds its rows in .data; a tensor's .data is the tensor itself.
+        x = getattr(args[0], "data", args[0]) if args else None
         steps = x.numel() // int(module.input_size) if isinstance(x, Tensor) else 0  # type: ignore[arg-type]
         self.reached.add(module)
         row = self._row(
@@ -203,9 +191,10 @@ class _Watch:
         return self.names.get(module, "") or type(module).__name__
 
     def _name(self, weight: Tensor) -> str:
-        """Of the module that owns the weight; of the one that is running where no module does."""
+        """Return the name of the module that owns the weight, or else of the module that is running."""
         running = self.stack[-1] if self.stack else self.model
-        for candidate in (weight, weight._base):
+        for candidate in (weight, weight._base):  # attention multiplies by a view of its fused weight
+            # The running module is asked first: FSDP swaps parameters while a module runs, and `owners` knows the old.
             own = [key for key, p in running._parameters.items() if p is candidate and p is not None]
             found = (running, own[0]) if own else self.owners.get(id(candidate))
             if candidate is not None and found is not None:
@@ -218,7 +207,7 @@ class _Watch:
     # ---- afterwards
 
     def report(self, recipe: NVFP4BlockScaling, inputs: Any) -> Coverage:
-        """While the output is alive: what was saved and is still held counts."""
+        """Return the report. The output must still be alive: what autograd saved and still holds is counted."""
         report = Coverage(recipe=repr(recipe))
         seen = {_storage(t) for t in (*self.model.parameters(), *self.model.buffers(), *_tensors(inputs))}
         for reference, row in self.saved:
@@ -259,7 +248,7 @@ class _Watch:
 
 
 class _Unseen(TorchFunctionMode):
-    """Sees the convolutions that nvfp4_autocast leaves alone."""
+    """Tell a watch of the convolutions that nvfp4_autocast leaves alone."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
@@ -275,7 +264,8 @@ class _Unseen(TorchFunctionMode):
         else:
             return function(*args, **kwargs)
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        finished = self.watch.unseen(name.split(".")[0], weight, reason)
+        # FLOPs are counted from the result of any but a transposed convolution, so the weight may stand in for x.
+        finished = self.watch.counted(observe.Call(name.split(".")[0], weight, weight, None, None, reason))
         y = function(*args, **kwargs)
         finished(y)
         return y
@@ -284,30 +274,22 @@ class _Unseen(TorchFunctionMode):
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules with plain names, not descending into ScriptModules."""
-    yield plain_name(name), module
-    if not isinstance(module, torch.jit.ScriptModule):
-        for child_name, child in module.named_children():
-            yield from _modules(child, f"{name}.{child_name}" if name else child_name)
-
-
 def _elements(geometry: ConvGeometry, recipe: NVFP4BlockScaling) -> tuple[int, int]:
-    """(elements of x and dy, elements as quantized: channels padded per group, images folded where wgrad needs it)."""
+    """Count the elements of x and dy, and those as quantized: channels padded, images folded where wgrad needs it."""
     g = geometry
     real = padded = 0
     folded = "wgrad" in recipe.nvfp4_gemms
     for size, channels, fold in zip((g.a_size, g.b_size), (g.channels_a, g.channels_b), g.folds, strict=True):
         pixels = g.batch * math.prod(size)
-        kept = fold.images * fold.rows * math.prod(size[1:]) if folded else pixels
+        stored = fold.images * fold.rows * math.prod(size[1:]) if folded else pixels
         wide = -(-channels // g.groups // BLOCK) * BLOCK * g.groups
         real += pixels * channels
-        padded += max(pixels, kept) * wide  # a stride may skip more pixels than padding adds
+        padded += max(pixels, stored) * wide  # a stride may skip more pixels than padding adds
     return real, padded
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """Identity of the memory that a tensor lives in."""
+    """Return the identity of the memory that a tensor lives in."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse and wrapper tensors have none of their own
@@ -316,27 +298,3 @@ def _storage(tensor: Tensor) -> int | None:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Random states, buffers and training flags are put back."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    python, numpy_state, stream = random.getstate(), numpy.random.get_state(), rounding_seeds.state()
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    before = [(m, m.training, dict(m._buffers)) for m in plain]
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(numpy_state)
-        rounding_seeds.set_state(stream)
-        for module, training, own in before:
-            module.training = training
-            module._buffers.update(own)
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version or not torch.equal(buffer, value):
-                    buffer.copy_(value)

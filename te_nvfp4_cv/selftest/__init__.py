@@ -1,11 +1,11 @@
-"""te-nvfp4-cv selftest: does this machine compute what the reference computes? Under two minutes on a GPU.
+"""Check that this machine computes what the reference computes: te-nvfp4-cv selftest, under two minutes on a GPU.
 
-Every Triton kernel against the reference on the CPU (codes and scales in bits, stochastic rounding by its law), the
-three GEMMs of the backends vendor and triton, norms, a short training run against bf16, a CUDA graph. On a machine
-without a GPU the compiled CPU kernels are checked in the same way, and the report says that no GPU was.
+Checked are every Triton kernel against the reference on the CPU (codes and scales in bits, stochastic rounding by its
+law), the three GEMMs of the backends vendor and triton, norms, a short training run against bf16, and a CUDA graph. On
+a machine without a GPU the compiled CPU kernels are checked in the same way, and the report says that no GPU was.
+
 The report is a dict for JSON, made to be shared: it names the GPU and the versions, and holds no host name and no path.
-When everything has passed on a GPU, ops/selftest_cache.py remembers it. Nothing here is skipped silently: a check that
-cannot run is listed with its reason.
+When everything has passed on a GPU, backend/cache.py remembers it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.backend import cache, dispatch, native, selftest_cache
+from te_nvfp4_cv.backend import cache, dispatch, native
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.selftest import products, quantization, training
 from te_nvfp4_cv.selftest.setting import Setting
@@ -49,11 +49,11 @@ PRODUCTS: tuple[Check, ...] = (
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: the GPU where there is one.
+    """Return the device of that name; "auto" is the GPU if there is one, and otherwise the CPU.
 
     Raises:
-        ValueError: a name that is none of auto, cpu, cuda, cuda:N.
-        RuntimeError: a GPU that is not there.
+        ValueError: the name is none of auto, cpu, cuda, cuda:N.
+        RuntimeError: there is no such GPU.
     """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -82,14 +82,16 @@ def run(
     """Run the checks.
 
     Args:
-        backend: "auto" tests all that can run there: vendor and triton on a GPU, vendor on a CPU.
-        small: tiny shapes, for Triton's interpreter.
-        say: is told each finished check, as one line.
-        workers: processes that share the checks; more than one wants a main module that can be imported (spawn).
+        device: where to run them; the reference always runs on the CPU.
+        backend: the backend to test; "auto" tests vendor and triton on a GPU, and the CPU's own choice on a CPU.
+        small: use tiny shapes, for Triton's interpreter.
+        say: called with a line for each check that is finished.
+        workers: the number of processes that share the checks. More than one needs a main module that can be imported,
+            because processes are spawned.
     Returns:
-        The report; "passed" says whether every check that ran held, "gpu_tested" whether they ran on a GPU.
+        The report. "passed" says whether every check held, "gpu_tested" whether they ran on a GPU.
     Raises:
-        RuntimeError: a backend that cannot run on the device.
+        RuntimeError: the backend cannot run on the device.
     """
     start = time.perf_counter()
     wanted = ["vendor", "triton"] if backend == "auto" and device.type == "cuda" else [backend]
@@ -114,21 +116,24 @@ def run(
         "seconds": round(time.perf_counter() - start, 1),
         "checks": rows,
     }
+    # A pass counts only if both backends were tested; one failure is enough to take an earlier pass back.
     if device.type == "cuda" and (not report["passed"] or set(backends) >= {"vendor", "triton"}):
-        selftest_cache.write(device, bool(report["passed"]))
+        cache.remember_selftest(device, bool(report["passed"]))
     return report
 
 
 def _rows(
     plan: Sequence[tuple[Check, str]], device: torch.device, small: bool, workers: int
 ) -> Iterator[dict[str, Any]]:
-    """The result of each check as it comes. Several processes compile kernels side by side, and a kernel that breaks
-    its process's GPU context fails alone.
+    """Run the checks, and yield the result of each as it comes.
+
+    Several processes compile kernels side by side, and a kernel that breaks its process's GPU context fails alone.
     """
     jobs = [(check, Setting(device, backend, small)) for check, backend in plan]
     if workers == 1:
         yield from (_row(check, setting) for check, setting in jobs)
         return
+    # Spawned, because a forked process cannot use CUDA; one check each, because a broken context stays broken.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         pending = {pool.submit(_row, check, setting): (check, setting) for check, setting in jobs}
         for future in as_completed(pending):
@@ -140,7 +145,7 @@ def _rows(
 
 
 def _plan(backends: Sequence[str], device: torch.device) -> list[tuple[Check, str]]:
-    """(check, backend): the quantization kernels once, which both backends use on a GPU; the rest for each backend."""
+    """List each check with its backend: quantization once, because backends share its kernels, the rest for each."""
     plan = [(check, backends[-1]) for check in QUANTIZATION]
     plan += [(check, name) for name in backends for check in PRODUCTS]
     if device.type == "cuda" or "triton" in backends:
@@ -174,19 +179,19 @@ def _result(check: Check, setting: Setting, detail: str, error: str, seconds: fl
 
 
 def _without_paths(text: str) -> str:
-    """The text with file paths cut to their last part, at most 1500 characters."""
+    """Cut file paths to their last part, and the text to 1500 characters: the report is made to be shared."""
     return re.sub(r"(?:[A-Za-z]:)?(?:[\\/][\w.@+~-]+)+[\\/]([\w.@+~-]+)", r"\1", text)[:1500]
 
 
 def line(row: dict[str, Any]) -> str:
-    """One check as a line of the table."""
+    """Format one check as a line of the table."""
     mark = "ok    " if row["passed"] else "FAILED"
     text = row["detail"] if row["passed"] else row["error"].replace("\n", "\n" + " " * 42)
     return f"{mark} {row['check']:<27}{row['backend']:<10}{row['seconds']:6.1f} s  {text}"
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
-    """What the report comes to, in words."""
+    """Return the lines that say what the report means, and what to do."""
     failed = [row for row in report["checks"] if not row["passed"]]
     where = f"{report['device']}" + (f" (sm_{report['capability'].replace('.', '')})" if report["gpu_tested"] else "")
     versions = f"driver {report['driver']}, torch {report['torch']}, triton {report['triton']}"
@@ -198,6 +203,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
         return lines
     lines.append(f"{len(failed)} of {len(report['checks'])} checks FAILED.")
     broken = {row["backend"] for row in failed}
+    # Without sound quantization no backend of the GPU is right; the reference uses none of these kernels.
     works = "vendor" if report["gpu_tested"] and broken == {"triton"} and _only_products(failed) else "reference"
     lines.append(
         f'fix: use backend="{works}" on this machine (nvfp4_autocast(recipe, backend="{works}")), and report this '
@@ -207,17 +213,18 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 
 def _only_products(failed: Sequence[dict[str, Any]]) -> bool:
-    """Whether quantization, which the backends share on a GPU, is sound."""
+    """Return whether the kernels that all backends of a GPU share, quantization and norms, have passed."""
     shared = {check.__name__.replace("_", " ") for check in (*QUANTIZATION, training.norms)}
     return not shared & {row["check"] for row in failed}
 
 
 def main(device: str, backend: str, json_path: str | None) -> int:
-    """The command: prints a table, writes the report; 0 passed, 1 failed."""
+    """Run the command: print a table, write the report, and return 0 if all checks passed, else 1."""
     chosen = choose_device(device)
     if json_path is not None:
-        open(json_path, "a", encoding="utf-8").close()  # a path that cannot be written costs no run
+        open(json_path, "a", encoding="utf-8").close()  # a path that cannot be written fails before the long run
     print(f"te_nvfp4_cv self-test on {chosen}", flush=True)
+    # On a GPU, compiling the kernels takes most of the time, so it is spread over processes.
     workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if chosen.type == "cuda" else 1
     report = run(chosen, backend, say=lambda text: print(text, flush=True), workers=workers)
     print("\n".join(verdict(report)), flush=True)

@@ -1,7 +1,7 @@
-"""Self-test of the three GEMMs: whole convolutions and linear layers, forward and backward, against the reference.
+"""Check the three GEMMs: whole convolutions and linear layers, forward and backward, against the reference.
 
-Rounding is to nearest here, so both sides multiply the same codes: they may differ by the order of accumulation and by
-roundings of the output's dtype, nothing else.
+Rounding is to nearest here, so both sides multiply the same codes. They may differ only by the order of accumulation
+and by roundings of the output's dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def convolutions(setting: Setting) -> str:
-    """y, dx, dw and db of 2-D convolutions: kernel sizes, strides, batches, dtypes."""
+    """Compare y, dx, dw and db of 2-D convolutions: kernel sizes, strides, batches, dtypes."""
+    # Few sizes are multiples of 16, because padded channels and folded images are a part of what is compared.
     calls: list[Any] = [
         ("conv2d", (4, 32, 6, 5), (16, 32, 3, 3), {"padding": 1}, FP32, {}),
         ("conv2d", (3, 24, 7, 6), (40, 24, 3, 3), {"padding": 1, "stride": 2}, BF16, {}),
@@ -37,7 +38,7 @@ def convolutions(setting: Setting) -> str:
 
 
 def convolution_variants(setting: Setting) -> str:
-    """Dilation, groups, large kernels, fp16, 1x16 weights."""
+    """Compare 2-D convolutions with dilation, groups, large kernels, fp16, and 1x16 weight blocks."""
     calls: list[Any] = [("conv2d", (4, 64, 5, 5), (64, 32, 3, 3), {"padding": 1, "groups": 2}, BF16, {})]
     if not setting.small:
         calls += [
@@ -50,7 +51,7 @@ def convolution_variants(setting: Setting) -> str:
 
 
 def transposed_and_other_ranks(setting: Setting) -> str:
-    """Transposed, 1-D and 3-D convolutions."""
+    """Compare transposed, 1-D and 3-D convolutions."""
     up = {"stride": 2, "padding": 1, "output_padding": 1}
     calls: list[Any] = [("conv_transpose2d", (4, 48, 3, 3), (48, 32, 2, 2), {"stride": 2}, BF16, {})]
     if not setting.small:
@@ -63,7 +64,7 @@ def transposed_and_other_ranks(setting: Setting) -> str:
 
 
 def linear_layers(setting: Setting) -> str:
-    """y, dx, dw and db of linear layers."""
+    """Compare y, dx, dw and db of linear layers."""
     calls: list[Any] = [("linear", (40, 48), (32, 48), {}, FP32, {})]
     if not setting.small:
         calls += [
@@ -76,17 +77,14 @@ def linear_layers(setting: Setting) -> str:
 
 
 def matrix_products(setting: Setting) -> str:
-    """te_nvfp4_cv.gemm in its three layouts."""
+    """Compare nv.gemm in its three layouts."""
     m, k, n = (32, 48, 16) if setting.small else (200, 144, 72)
     worst = 0.0
     plain, rotated = NVFP4Quantizer(backend="reference"), NVFP4Quantizer(backend="reference", with_rht=True)
     square = NVFP4Quantizer(backend="reference", with_2d_quantization=True)
     x, w, dy = normal((m, k), seed=1), normal((n, k), seed=2), normal((m, n), seed=3)
-    for layout, a, b in (
-        ("TN", plain(x), square(w)),
-        ("NN", plain(dy), square(w)),
-        ("NT", rotated(dy), rotated(x)),
-    ):
+    # As fprop, dgrad and wgrad call it.
+    for layout, a, b in (("TN", plain(x), square(w)), ("NN", plain(dy), square(w)), ("NT", rotated(dy), rotated(x))):
         truth = gemm(a, b, layout, torch.float32, backend="reference")
         setting.dirty()
         here: list[Any] = [t.to(setting.device) for t in (a, b)]
@@ -96,12 +94,13 @@ def matrix_products(setting: Setting) -> str:
 
 
 def non_finite_values(setting: Setting) -> str:
-    """A NaN or inf in x or dy reaches every output of the GEMMs that use it: GradScaler must see it."""
+    """Check that a NaN or inf in x reaches every output of the GEMMs that use it, so that GradScaler sees it."""
     recipe = NVFP4BlockScaling(**NEAREST)
     for bad in (float("nan"), float("inf")):
         x, w, dy = normal((16, 32, 4, 4), seed=1), normal((32, 32, 3, 3), seed=2), normal((16, 32, 4, 4), seed=3)
         x[3, 5, 1, 1] = bad
-        y, dx, dw = _run("conv2d", x, w, None, {"padding": 1}, recipe, setting.backend, setting, dy)[:3]
+        y, dx, dw = _run("conv2d", (x, w), {"padding": 1}, recipe, setting, dy)[:3]
+        # dx = dy * w uses no x, so a bad x must not reach it.
         if bool(y.isfinite().any()) or bool(dw.isfinite().any()) or not bool(dx.isfinite().all()):
             raise CheckFailed(f"{bad} in x: y and dw must be non-finite everywhere, dx finite")
     return "y and dw non-finite, dx finite"
@@ -112,13 +111,14 @@ def _compare(setting: Setting, calls: list[Any]) -> str:
     reference = Setting(torch.device("cpu"), "reference")
     for index, (op, x_shape, w_shape, arguments, dtype, fields) in enumerate(calls):
         recipe = NVFP4BlockScaling(**{**NEAREST, **fields})
+        # A transposed convolution's weight is [C, O / groups, ...], so its bias has w_shape[1] * groups elements.
         channels = w_shape[1] * arguments.get("groups", 1) if "transpose" in op else w_shape[0]
         x, w = normal(x_shape, dtype, 3 * index), normal(w_shape, dtype, 3 * index + 1, 0.2)
         bias = normal((channels,), dtype, 3 * index + 2)
-        truth = _run(op, x, w, bias, arguments, recipe, "reference", reference, None)
+        truth = _run(op, (x, w, bias), arguments, recipe, reference)
         setting.dirty()
-        dy = truth[-1]
-        ours = _run(op, x, w, bias, arguments, recipe, setting.backend, setting, dy)
+        ours = _run(op, (x, w, bias), arguments, recipe, setting, truth[-1])
+        # Both end with dy, which is no result; strict=False leaves it out.
         for name, a, b in zip(("y", "dx", "dw", "db"), ours, truth, strict=False):
             what = f"{op} {x_shape} x {w_shape} {arguments or ''} {fields or ''}: {name}"
             worst[dtype] = max(worst[dtype], close(what, a, b, bound_for(dtype)))
@@ -128,20 +128,17 @@ def _compare(setting: Setting, calls: list[Any]) -> str:
 
 def _run(
     op: str,
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
+    operands: tuple[Tensor, ...],
     arguments: dict[str, Any],
     recipe: NVFP4BlockScaling,
-    backend: str,
     setting: Setting,
-    dy: Tensor | None,
+    dy: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(y, dx, dw[, db], dy) on the setting's device; a `dy` of None is drawn."""
-    leaves = [setting.put(t).requires_grad_() for t in (x, w, bias) if t is not None]
-    if x.dim() == 4:
+    """Run a layer on x, w and perhaps a bias, and return y, dx, dw, db if there is a bias, and dy; None draws dy."""
+    leaves = [setting.put(t).requires_grad_() for t in operands]
+    if leaves[0].dim() == 4:  # the layout in which networks train on a GPU
         leaves[0] = leaves[0].detach().to(memory_format=torch.channels_last).requires_grad_()
-    y = getattr(functional, op)(*leaves, **arguments, recipe=recipe, backend=backend)
+    y = getattr(functional, op)(*leaves, **arguments, recipe=recipe, backend=setting.backend)
     dy = normal(y.shape, y.dtype, 99) if dy is None else dy
     y.backward(setting.put(dy))
     grads = [leaf.grad for leaf in leaves if leaf.grad is not None]

@@ -1,7 +1,7 @@
-"""What every check of the self-test shares: where it runs, random tensors, comparisons, and the failure it raises.
+"""Hold what every check of the self-test shares: where it runs, random tensors, comparisons, the failure it raises.
 
-The reference always runs on the CPU, where the test suite has compared it with TransformerEngine's numbers: a fault of
-the GPU's own arithmetic then shows too.
+The reference always runs on the CPU, where the test suite has compared it with TransformerEngine's numbers. So a fault
+of the GPU's own arithmetic shows too.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a check runs. `small`: a few tiny shapes, for Triton's interpreter."""
+    """The device and the backend of a check. `small` asks for a few tiny shapes, for Triton's interpreter."""
 
     device: torch.device
     backend: str
     small: bool = False
 
     def put(self, x: Tensor) -> Tensor:
-        """A copy of a CPU tensor on the device, with its strides."""
+        """Copy a CPU tensor to the device, with its strides."""
         return x.detach().clone().to(self.device)
 
     def dirty(self) -> None:
-        """Fill freed GPU memory with bytes 0xFF: what a kernel leaves unwritten is then NaN or 255, not yesterday's."""
+        """Fill freed GPU memory with bytes 0xFF, so that what a kernel leaves unwritten is NaN or 255."""
         if self.device.type == "cuda":
             blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=self.device) for size in (1 << 16, 1 << 24)]
             del blocks
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype = torch.bfloat16, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Normal numbers on the CPU, the same in every run."""
+    """Draw normal numbers on the CPU, the same in every run."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(tuple(shape), generator=generator) * scale).to(dtype)
 
 
 def differing(a: Tensor, b: Tensor) -> int:
-    """Elements whose bits differ; any NaN equals any other NaN. -1 for another shape or dtype."""
+    """Count the elements whose bits differ; any NaN equals any other NaN. Return -1 for another shape or dtype."""
     a, b = a.detach().cpu(), b.detach().cpu()
     if a.shape != b.shape or a.dtype != b.dtype:
         return -1
@@ -56,10 +56,10 @@ def differing(a: Tensor, b: Tensor) -> int:
 
 
 def same_fields(what: str, names: Sequence[str], ours: Sequence[Tensor], truth: Sequence[Tensor]) -> int:
-    """Compare results field by field, in bits; returns how many elements were compared.
+    """Compare results field by field, in bits, and return how many elements were compared.
 
     Raises:
-        CheckFailed: a field that differs.
+        CheckFailed: a field differs.
     """
     for name, a, b in zip(names, ours, truth, strict=True):
         wrong = differing(a, b)
@@ -71,22 +71,22 @@ def same_fields(what: str, names: Sequence[str], ours: Sequence[Tensor], truth: 
 
 
 def close(what: str, ours: Tensor, truth: Tensor, bound: float) -> float:
-    """Relative Frobenius error of ours; NaN and another shape never pass.
+    """Return the relative Frobenius error of `ours`.
 
     Raises:
-        CheckFailed: an error above the bound.
+        CheckFailed: the error is above the bound or NaN, or the shape differs.
     """
     if ours.shape != truth.shape:
         raise CheckFailed(f"{what}: shape {tuple(ours.shape)}, the reference's {tuple(truth.shape)}")
     a, b = ours.detach().cpu().double(), truth.detach().cpu().double()
     error = float((a - b).norm() / b.norm().clamp(min=1e-300))
-    if not error <= bound:
+    if not error <= bound:  # not "error > bound", which NaN would pass
         raise CheckFailed(f"{what}: relative error {error:.2e}, at most {bound:.0e}")
     return error
 
 
 def bound_for(dtype: torch.dtype) -> float:
-    """Relative error between two orders of accumulation: a few roundings of the output's dtype."""
+    """Return the relative error that two orders of accumulation may have: a few roundings of the output's dtype."""
     return {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 1e-4)
 
 

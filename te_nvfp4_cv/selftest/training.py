@@ -1,4 +1,4 @@
-"""Self-test of training: a small CNN in NVFP4 beside bf16, norm + activation, and a training step as a CUDA graph."""
+"""Check training: a small CNN in NVFP4 beside bf16, norm + activation in one pass, and a step as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES, STEPS, BATCH = 16, 50, 32
 
 
 def small_network(width: int) -> nn.Module:
-    """Stem in high precision (3 channels), two 3x3 convolutions, a 1x1 one, a linear layer."""
+    """Make a small CNN: a stem in high precision (3 channels), two 3x3 convolutions, a 1x1 one, and a linear layer."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1),
@@ -41,7 +41,7 @@ def small_network(width: int) -> nn.Module:
 
 
 def batches(steps: int, batch: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Noisy pictures of 16 prototypes, the same in every run."""
+    """Make batches of noisy pictures of 16 prototypes, the same in every run."""
     prototypes = normal((CLASSES, 3, size, size), torch.float32, 1)
     labels = [torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(step)) for step in range(steps)]
     noise = [normal((batch, 3, size, size), torch.float32, 1000 + step) for step in range(steps)]
@@ -51,7 +51,7 @@ def batches(steps: int, batch: int, size: int) -> list[tuple[Tensor, Tensor]]:
 def train(
     setting: Setting, recipe: NVFP4BlockScaling | None, backend: str, steps: int, fused: bool = False
 ) -> list[float]:
-    """Losses of a short run under bf16 autocast, in NVFP4 where a recipe is given, with fused norms if asked for."""
+    """Return the losses of a short run under bf16 autocast, in NVFP4 if there is a recipe, perhaps with fused norms."""
     width, batch, size = (16, 16, 8) if setting.small else (32, BATCH, 16)
     net = small_network(width).to(setting.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net = fuse(net) if fused else net
@@ -65,15 +65,13 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())
+        losses.append(loss.detach())  # .item() would wait for the GPU in every step
     return torch.stack(losses).cpu().tolist()
 
 
 def training(setting: Setting) -> str:
-    """A short training run in NVFP4, with each tensor scale and with fused norms, against bf16: losses fall, and stay
-    in bf16's band.
-    """
-    steps = 2 if setting.small else STEPS
+    """Train shortly in NVFP4, with each tensor scale and with fused norms: losses must fall, and stay near bf16's."""
+    steps = 2 if setting.small else STEPS  # Triton's interpreter takes seconds for a step
     ends = {"bf16": _end(train(setting, None, "auto", steps))}
     for scale, fused in (("current", False), ("delayed", False), ("delayed", True)):
         if setting.small and scale != "current":
@@ -91,11 +89,11 @@ def training(setting: Setting) -> str:
 
 def _end(losses: list[float]) -> float:
     last = losses[-max(len(losses) // 5, 1) :]
-    return sum(last) / len(last)
+    return sum(last) / len(last)  # the mean of the last fifth: a single loss is noisy
 
 
 def norms(setting: Setting) -> str:
-    """Norm + activation in one pass, forward and backward, against ATen's operators one after the other."""
+    """Compare norm + activation in one pass, forward and backward, with ATen's operators one after the other."""
     cases = [(torch.float32, 0, "relu", True), (torch.bfloat16, 4, "silu", False)]
     if not setting.small:
         cases += [
@@ -115,7 +113,7 @@ def norms(setting: Setting) -> str:
         what = f"{'group' if groups else 'batch'} norm + {activation}, {str(dtype).removeprefix('torch.')}"
         names = ("y", "mean", "rstd", "dz", "dresidual", "dweight", "dbias")
         for name, a, b in zip(names, ours, truth, strict=True):
-            if b.numel():
+            if b.numel():  # dresidual is empty without a residual
                 worst = max(worst, close(f"{what}: {name}", a, b, bound_for(dtype)))
     return f"{len(cases)} cases, relative error at most {worst:.1e}"
 
@@ -123,20 +121,18 @@ def norms(setting: Setting) -> str:
 def _norm(
     tensors: tuple[Tensor | None, ...], groups: int, activation: str, device: torch.device, backend: str
 ) -> tuple[Tensor, ...]:
-    """(y, mean, rstd, dz, dresidual, dweight, dbias) of z, dy, weight, bias and the residual, if any."""
+    """Run z, dy, weight, bias and perhaps a residual; return y, mean, rstd, dz, dresidual, dweight and dbias."""
     z, dy, weight, bias, residual = (None if t is None else t.to(device) for t in tensors)
     assert z is not None and dy is not None
-    y, mean, rstd, mask = operators.norm_forward(
-        z, residual, weight, bias, None, None, groups, True, 0.1, 1e-5, activation, True, backend
-    )
-    gradients = operators.norm_backward(
-        dy, z, weight, bias, mean, rstd, mask, groups, True, 1e-5, activation, residual is not None, backend
-    )
+    spec = operators.NormSpec(groups, activation, True, 0.1, 1e-5, True, residual is not None, backend).encode()
+    y, mean, rstd, mask = operators.norm_forward(z, residual, weight, bias, None, None, spec)
+    norm = [mean, rstd] if weight is None or bias is None else [mean, rstd, weight, bias]
+    gradients = operators.norm_backward(dy, z, norm, mask, spec)
     return (y, mean, rstd, *gradients)
 
 
 def graph(setting: Setting) -> str:
-    """A training step captured as a CUDA graph: replays equal eager steps, and draw new random numbers."""
+    """Capture a training step as a CUDA graph: replays must equal eager steps, and draw new random numbers."""
     results = {}
     for name, fields in (("nearest", {"disable_stochastic_rounding": True}), ("stochastic", {})):
         recipe = NVFP4BlockScaling(**fields)  # type: ignore[arg-type]
@@ -159,16 +155,19 @@ def graph(setting: Setting) -> str:
         results[name] = (seen, eager)
     (first, second), eager = results["nearest"]
     for a, b, c in zip(first, second, eager, strict=True):
+        # Not in bits: cuDNN's gradients may be added up in another order each time.
         close("graph: two replays without stochastic rounding", a, b, 1e-2)
         close("graph: a replay against an eager step", a, c, 1e-2)
+    # A seed that was frozen into the graph would round alike at every replay, and so would be biased.
     first, second = results["stochastic"][0]
     if all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         raise CheckFailed("graph: two replays drew the same random numbers")
-    return "replays equal eager steps; stochastic rounding draws anew"
+    return "replays equal eager steps; stochastic rounding draws new numbers"
 
 
 def captured(step: Callable[[], None], net: nn.Module) -> tuple[Callable[[], None], list[Tensor]]:
-    """(replay, the gradients that it writes) of a step that leaves gradients in `net`."""
+    """Capture a step that leaves gradients in `net`; return its replay, and the gradients that replays write."""
+    # CUDA wants a few steps on a side stream first, so that nothing is compiled or allocated during the capture.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,12 +1,12 @@
-"""Which layers bear NVFP4 badly, and why a step went wrong.
+"""Find out which layers suffer most from NVFP4, and why a training step went wrong.
 
-    kurtosis(model)                 weights alone: outliers, and what quantization costs each; seconds, no data
-    scan(model, loss, batches)      each layer quantized alone, and all but that one: the loss change -> a recipe
-    update_bn(model, loader, ...)   batch-norm statistics in the precision that runs from now on
+    kurtosis(model)                 rank weights by their outliers, and say what quantization costs each; needs no data
+    scan(model, loss, batches)      quantize each layer alone, or all but that one; the loss changes suggest a recipe
+    update_bn(model, loader, ...)   estimate batch-norm statistics again, in the precision that runs from now on
     save_bundle, load_bundle        one training step as a file: weights, batch, seed, recipe
     diagnose(bundle)                replay it in high precision and in NVFP4, with each GEMM and layer taken out
 
-Nothing here changes a model that it is given, but update_bn its statistics.
+Only update_bn changes the model that it is given: the statistics of its batch norms.
 """
 
 from te_nvfp4_cv.sensitivity.batch_norm import update_bn

@@ -1,10 +1,11 @@
-"""update_bn: batch-norm statistics estimated anew in the precision that the model runs in from now on.
+"""Estimate batch-norm statistics again, in the precision that the model runs in from now on.
 
     with nvfp4_autocast(recipe, enabled=epoch < epochs - k): ...     the last k epochs in high precision
     update_bn(model, loader)                                         statistics of that precision, before evaluation
 
-Statistics gathered under NVFP4 are those of rounded activations. torch.optim.swa_utils.update_bn does the work: plain
-means over the batches, whatever `momentum` is. On an error the old statistics, momenta and flags are put back.
+Statistics gathered under NVFP4 are those of rounded activations. torch.optim.swa_utils.update_bn does the work: it
+takes plain means over the batches, whatever `momentum` is. On an error the old statistics, momenta and flags are put
+back.
 """
 
 from __future__ import annotations
@@ -27,21 +28,31 @@ def update_bn(
     *contexts: AbstractContextManager[Any],
     device: str | torch.device | None = None,
 ) -> int:
-    """One pass over `loader`, without gradients, that replaces the running statistics of every batch norm.
+    """Replace the running statistics of every batch norm by those of one pass over `loader`, without gradients.
 
     Args:
-        loader: of tensors, or of tuples and lists whose first element is the model's input.
-        contexts: entered around the pass: nvfp4_autocast(recipe), torch.autocast(...); none: high precision.
-        device: where batches are moved to; None leaves them.
+        model: the model whose batch norms are updated.
+        loader: gives tensors, or tuples and lists whose first element is the model's input.
+        contexts: entered around the pass, such as nvfp4_autocast(recipe) or torch.autocast(...); without any the pass
+            runs in high precision.
+        device: where batches are moved to; if None, they stay where they are.
     Returns:
         The number of batches used; 0 for a model without batch norm, whose loader is not read.
     Raises:
-        TypeError: no module; ValueError: a loader without batches. The model is as it was then.
+        TypeError: `model` is not a module.
+        ValueError: the loader has no batches. The model is then as it was.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16))
+        >>> nv.sensitivity.update_bn(model, [torch.randn(4, 3, 8, 8)] * 2, nv.nvfp4_autocast())
+        2
     """
     check_module("update_bn", model, "update_bn(model, loader): torch's own takes the loader first")
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return 0
+    # torch sets momentum to None for the pass, and does not put it back when the pass raises.
     momenta = [(norm, norm.momentum) for norm in norms]
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     flags = [(module, module.training) for module in model.modules()]
@@ -55,8 +66,8 @@ def update_bn(
             raise value_error(
                 "update_bn: the loader has no batches.",
                 got="0 batches",
-                needs="at least one: the statistics start from nothing",
-                fix="a list or DataLoader rather than an iterator that was read before",
+                needs="at least one, because the statistics start from nothing",
+                fix="pass a list or DataLoader rather than an iterator that was read before",
             )
     except BaseException:
         with torch.no_grad():
@@ -72,7 +83,7 @@ def update_bn(
 
 
 class _Counted:
-    """An iterable that counts what it gave."""
+    """Count what an iterable gives."""
 
     def __init__(self, source: Iterable[Any]) -> None:
         self.source, self.count = source, 0

@@ -1,10 +1,11 @@
-"""The function that makes (model, loss) of a bundle: named on the command line, or one that ships with this project.
+"""Find the function that makes the model and loss of a bundle.
 
-    unet_coco.rebuild:build               the examples/ folder beside the package: taken as a bundle names it
+    unet_coco.rebuild:build               of the examples/ folder beside the package: may be named by the bundle alone
     my_package.rebuild:build              named by the user: imported as Python would, the current folder included
-    path/to/rebuild.py:build              the same, as a file; a package's file as a module of that package
+    path/to/rebuild.py:build              the same as a file; a file inside of a package becomes a module of it
 
-Code that a file names is not imported: a bundle's own builder counts only where it is one of the examples.
+A bundle is a file that may come from anywhere, so the code that it names is not imported unless it is one of this
+project's examples, or the user names it too.
 """
 
 from __future__ import annotations
@@ -23,47 +24,52 @@ SHIPPED = "unet_coco"
 
 
 def examples() -> Path:
-    """The examples of a checkout, beside the package."""
+    """Return the folder of examples of a checkout, beside the package."""
     return Path(__file__).resolve().parents[2] / "examples"
 
 
 def recorded(name: str, path: str) -> Build:
-    """The builder that a bundle names, if it is one of this project's examples.
+    """Return the builder that a bundle names, if it is one of this project's examples.
 
     Args:
-        path: the bundle's, for the message.
+        name: the builder's name in the bundle, MODULE:FUNCTION.
+        path: the path of the bundle, for the message.
     Raises:
-        ValueError: any other; the message gives the command that names it.
+        ValueError: any other builder; the message shows the command that names it.
     """
     module, _, function = name.partition(":")
     folder = examples()
     parts = module.split(".")
     file = folder.joinpath(*parts).with_suffix(".py")
+    # Only plain names: "..", say, must not lead out of the examples' folder.
     shipped = parts[0] == SHIPPED and all(part.isidentifier() for part in (*parts, function)) and file.is_file()
     if not shipped:
         known = parts[0] == SHIPPED and not (folder / SHIPPED).is_dir()
         raise value_error(
-            f"diagnose: the bundle's builder {name!r} is not imported unasked.",
+            f"diagnose: the bundle's builder {name!r} is not imported without your consent.",
             got="no examples/ folder beside the package" if known else "code that does not ship with this project",
-            needs="--builder, which says that you trust this code; diagnose(bundle, build=...) in Python",
+            needs="--builder, which says that you trust this code, or diagnose(bundle, build=...) in Python",
             fix=f"te-nvfp4-cv diagnose {path} --builder {name}",
         )
     found = _import(module, folder, "--builder")
-    if Path(found.__file__).resolve() != file:
+    if Path(found.__file__).resolve() != file:  # a module of that name was imported before
         raise value_error(
             f"diagnose: {name!r} is another module here.",
             got=found.__file__,
             needs=str(file),
-            fix=f"start anew without the other {SHIPPED}, or name it with --builder",
+            fix=f"start Python again without the other {SHIPPED}, or name it with --builder",
         )
     return _function(found, function, name, "--builder")
 
 
 def given(name: str, option: str = "--builder") -> Build:
-    """The function that the user names: MODULE:FUNCTION or FILE.py:FUNCTION. `option`: where, for messages.
+    """Import the function that the user names as MODULE:FUNCTION or FILE.py:FUNCTION.
 
+    Args:
+        name: what the user gave.
+        option: the command-line option by which it was given, for messages.
     Raises:
-        ValueError: no such module, file or function.
+        ValueError: there is no such module, file or function.
     """
     source, colon, function = name.rpartition(":")
     if not colon or not source or not function:
@@ -75,6 +81,7 @@ def given(name: str, option: str = "--builder") -> Build:
     file = Path(source).expanduser().resolve()
     if not file.is_file():
         raise value_error(f"{option}: no such file.", got=source, needs="a Python file", fix="correct the path")
+    # A file of a package may import its neighbours by relative imports, so it is imported under the package's name.
     parts, folder = [file.stem], file.parent
     while (folder / "__init__.py").is_file():
         parts.insert(0, folder.name)
@@ -91,11 +98,12 @@ def given(name: str, option: str = "--builder") -> Build:
 
 
 def _import(module: str, folder: Path, option: str) -> Any:
-    """Import with `folder` first on the path."""
+    """Import a module with `folder` first on the path."""
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(module)
-    except Exception as error:  # its own code runs: anything may come
+    except Exception as error:  # the module's own code runs, and may raise anything
+        # A torchvision that was built for another torch fails with this text, which says nothing of the cause.
         if "operator torchvision::" in str(error):
             raise value_error(
                 f"{option}: torchvision does not load beside this torch.",
@@ -110,7 +118,7 @@ def _import(module: str, folder: Path, option: str) -> Any:
             fix="correct it, or name another one",
         ) from error
     finally:
-        sys.path.remove(str(folder))
+        sys.path.remove(str(folder))  # what is imported later must not be found in the user's folder by accident
 
 
 def _function(module: Any, function: str, name: str, option: str) -> Build:

@@ -1,12 +1,13 @@
-"""A bundle: one training step as a file, with all that a replay needs and nothing else.
+"""Save one training step as a file, a bundle, with all that a replay needs and nothing else.
 
     build(arguments) -> (model, loss);  model.load_state_dict(model_state);  model.train();  torch.manual_seed(seed)
     with torch.autocast(..), nvfp4_autocast(recipe): loss(model, batch)
 
-State before the optimizer step, seed as it was set before the forward pass. Written by torch.save into a temporary file
-beside the target, flushed, then renamed: a file of this name is whole, or there is none. Read with weights_only=True: a
-bundle holds tensors, numbers and text, and runs no code; whose function `builder` names is the reader's to decide.
-Refused: objects of other classes, tensor subclasses without memory of their own, damaged and foreign files.
+The state is that before the optimizer step, the seed the one that was set before the forward pass. The file is written
+under a temporary name and then renamed, so a file of this name is whole, or there is none. It is read with
+weights_only=True: a bundle holds tensors, numbers and text, and runs no code. Whether to run the function that its
+`builder` names is the reader's decision (builder.py). Objects of other classes, tensor subclasses, and damaged or
+foreign files are refused.
 """
 
 from __future__ import annotations
@@ -33,18 +34,30 @@ AUTOCAST = (None, "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Bundle:
-    """One step.
+    """One training step, as load_bundle returns it.
 
     Attributes:
-        model_state: state_dict before the step.
+        model_state: the state_dict before the step.
         batch: what the loss function takes: tensors, numbers and text in dicts, lists and tuples.
         seeds: {"torch": the seed that torch.manual_seed was given before the forward pass}.
         recipe_text: the recipe as TOML, its [precision] table included; "" for a step without NVFP4.
-        builder: {"name": "package.module:function", "arguments": {...}}, which gives (model, loss).
-        step: its number; `reason`: why it was kept, in words.
-        autocast: dtype of torch.autocast, "bfloat16" or "float16", or None.
+        builder: {"name": "package.module:function", "arguments": {...}}, which makes the model and the loss function.
+        step: the number of the step.
+        reason: why the step was saved, in words.
+        autocast: the dtype of torch.autocast, "bfloat16" or "float16", or None.
         nvfp4_state: nv.extra_state(model) before the step, for delayed tensor scales, or None.
-        loss: that of the step, to compare a replay with, or None.
+        loss: the loss of the step, to compare a replay with, or None.
+        optimizer_state: the optimizer's state_dict before the step, or None; a replay does not need it.
+        extra: anything else that a bundle can hold, or None.
+
+    Raises:
+        ValueError: a field of another kind.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> builder = {"name": "my_package.rebuild:build", "arguments": {"width": 32}}
+        >>> nv.sensitivity.Bundle({}, [], {"torch": 0}, "", builder, step=12, reason="the loss is NaN").step
+        12
     """
 
     model_state: dict[str, Any]
@@ -76,6 +89,7 @@ class Bundle:
             json.dumps(arguments)
         except (TypeError, ValueError) as error:
             raise _bad("builder", str(error), "arguments that JSON can hold") from None
+        # A broken recipe is refused when the bundle is written, not weeks later when somebody reads it.
         if self.recipe_text:
             parse_recipe(self.recipe_text, "the bundle's recipe")
 
@@ -84,51 +98,36 @@ def _bad(field: str, got: str, needs: str) -> ValueError:
     return value_error(f"bundle: bad {field}.", got=got, needs=needs, fix=f"correct {field}")
 
 
-def save_bundle(
-    path: str | os.PathLike[str],
-    *,
-    model_state: Mapping[str, Any],
-    batch: Any,
-    seeds: Mapping[str, int],
-    recipe_text: str,
-    builder: Mapping[str, Any],
-    step: int,
-    reason: str,
-    optimizer_state: Mapping[str, Any] | None = None,
-    extra: Mapping[str, Any] | None = None,
-    autocast: str | None = None,
-    nvfp4_state: Mapping[str, Any] | None = None,
-    loss: float | None = None,
-) -> None:
-    """Write a bundle; arguments are Bundle's. Tensors are copied to the CPU, with their memory format.
+def save_bundle(path: str | os.PathLike[str], **fields: Any) -> None:
+    """Write a bundle. Tensors are copied to the CPU, with their memory format.
 
+    Args:
+        path: the file to write; a file that is there is replaced.
+        fields: the attributes of Bundle, by name.
     Raises:
-        ValueError, TypeError: something that a bundle cannot hold; RuntimeError: the file cannot be written. What lay
-            at `path` before is untouched then.
+        ValueError: a field of another kind.
+        TypeError: a field is missing or unknown, or holds something that a bundle cannot.
+        RuntimeError: the file cannot be written. What lay at `path` before is then untouched.
+
+    Example:
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> path = tempfile.mkdtemp() + "/step.pt"
+        >>> builder = {"name": "my_package.rebuild:build", "arguments": {}}
+        >>> step = {"model_state": {}, "batch": [], "seeds": {"torch": 0}, "step": 12, "reason": "the loss is NaN"}
+        >>> nv.sensitivity.save_bundle(path, recipe_text="", builder=builder, **step)
+        >>> nv.sensitivity.load_bundle(path).reason
+        'the loss is NaN'
     """
-    fields = dict(
-        model_state=model_state,
-        batch=batch,
-        seeds=seeds,
-        recipe_text=recipe_text,
-        builder=builder,
-        step=step,
-        reason=reason,
-        autocast=autocast,
-        nvfp4_state=nvfp4_state,
-        loss=loss,
-        optimizer_state=optimizer_state,
-        extra=extra,
-    )
-    Bundle(**fields)  # type: ignore[arg-type]
-    copied = {name: _copied(value, name) for name, value in fields.items()}
-    buffer = io.BytesIO()
+    bundle = Bundle(**fields)
+    copied = {name: _copied(getattr(bundle, name), name) for name in Bundle.__dataclass_fields__}
+    buffer = io.BytesIO()  # in memory first, so that an error of torch.save leaves no file
     torch.save({"format": FORMAT, "version": VERSION, **copied}, buffer)
     write_atomically(Path(path), buffer.getbuffer())
 
 
 def _copied(value: Any, where: str) -> Any:
     if isinstance(value, Tensor):
+        # Such a tensor is made of others, and its class would have to be imported to read it.
         if hasattr(value, "__tensor_flatten__") or hasattr(value, "full_tensor"):
             raise type_error(
                 f"bundle: {where} is a tensor subclass.",
@@ -136,14 +135,14 @@ def _copied(value: Any, where: str) -> Any:
                 needs="plain tensors",
                 fix="a DTensor's full_tensor(); dequantize() of a quantized one",
             )
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True)  # a copy: a view would bring the memory of its base along
     if isinstance(value, OrderedDict):  # a state_dict: its _metadata holds the versions of the modules
         copied = OrderedDict((_copied(key, where), _copied(item, f"{where}[{key!r}]")) for key, item in value.items())
         vars(copied).update(vars(value))
         return copied
     if isinstance(value, Mapping):
         return {_copied(key, where): _copied(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+    if type(value) in (list, tuple):  # not a NamedTuple, whose class weights_only would refuse
         return type(value)(_copied(item, f"{where}[{index}]") for index, item in enumerate(value))
     if value is None:
         return value
@@ -151,7 +150,7 @@ def _copied(value: Any, where: str) -> Any:
         if isinstance(value, kind):
             return str.__str__(value) if kind is str else kind(value)
     raise type_error(
-        f"bundle: {where} cannot be kept.",
+        f"bundle: {where} cannot be saved.",
         got=describe(value),
         needs="tensors, numbers, text and None, in dicts, lists and tuples",
         fix="torch.from_numpy(array), dict(...) or tuple(...)",
@@ -159,15 +158,24 @@ def _copied(value: Any, where: str) -> Any:
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Read a bundle onto the CPU.
+    """Read a bundle onto the CPU. No code of the file runs.
 
     Raises:
-        FileNotFoundError: no such file; ValueError: a damaged file, no bundle, one of another version.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, no bundle, or one of another version.
+
+    Example:
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> path, builder = tempfile.mkdtemp() + "/spike.pt", {"name": "my_package.rebuild:build", "arguments": {}}
+        >>> step = {"model_state": {}, "batch": [], "seeds": {"torch": 0}, "step": 12, "reason": "a spike"}
+        >>> nv.sensitivity.save_bundle(path, recipe_text="", builder=builder, **step)
+        >>> nv.sensitivity.load_bundle(path).step
+        12
     """
     if not Path(path).is_file():
         got = f"{os.fspath(path)!r}: " + ("a folder" if Path(path).is_dir() else "no such file")
         raise FileNotFoundError(
-            message("bundle: not there.", got=got, needs="a file of save_bundle", fix="correct the path")
+            message("bundle: no such file.", got=got, needs="a file of save_bundle", fix="correct the path")
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -194,7 +202,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
             fix="read it with the version of te_nvfp4_cv that wrote it",
         )
     names = Bundle.__dataclass_fields__
-    fields = {name: value for name, value in state.items() if name in names}
+    fields = {name: value for name, value in state.items() if name in names}  # without format and version
     try:
         return Bundle(**fields)
     except TypeError as error:  # a field is missing

@@ -1,9 +1,9 @@
-"""The result of diagnose: what each replay of the step gave, what that says, and a recipe that avoids it.
+"""Hold the result of diagnose: what each replay of the step gave, what that says, and a recipe that avoids it.
 
-high precision not finite    the data, the weights or the optimizer; not NVFP4
-NVFP4 not finite             to blame: the GEMM and the layer that make it finite when they run in high precision
-both finite                  to blame: the GEMM and the layer without which the gradient comes nearest to high
-                             precision's
+high precision is not finite    the data, the weights or the optimizer are to blame, not NVFP4
+NVFP4 is not finite             to blame are the GEMM and the layer that make it finite when they run in high precision
+both are finite                 to blame are the GEMM and the layer without which the gradient comes nearest to that of
+                                high precision
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.report.text import aligned, number, plain
 from te_nvfp4_cv.sensitivity.scan_report import Table, write_recipe
-from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
 from te_nvfp4_cv.sensitivity.trace import Finding
 
 
@@ -26,9 +26,13 @@ class Replay:
     """One replay of the step.
 
     Attributes:
-        finite: whether the loss and all gradients are.
-        gradient_error, gradient_cosine: against high precision, None where that is not finite, or the replay itself.
-        forward, backward: where the first value that is not finite appeared; only the two main replays are watched.
+        loss: the loss.
+        gradient_norm: the norm of the whole gradient.
+        finite: whether the loss and all gradients are finite.
+        gradient_error: relative error against high precision's gradient; None if either of the two is not finite.
+        gradient_cosine: cosine of the angle to that gradient, or None likewise.
+        forward: where the first value that is not finite appeared in the forward pass.
+        backward: where it appeared in the backward pass. Only the two main replays are watched.
     """
 
     loss: float
@@ -41,20 +45,30 @@ class Replay:
 
     @property
     def first(self) -> Finding | None:
-        """The first finding of the whole pass."""
+        """Return the first finding of the whole pass."""
         return self.forward or self.backward
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What diagnose found. `str()` gives the report.
+    """The result of diagnose; `str()` gives the report.
 
     Attributes:
-        step, reason, recorded_loss: the bundle's.
-        high: the step in high precision; nvfp4: with its recipe, None where the bundle has none.
-        gemms: with one GEMM of all layers in high precision: {"fprop": Replay, ...}.
-        layers: with one layer in high precision.
+        step: the bundle's step.
+        reason: why the bundle was saved.
+        recorded_loss: the loss that the bundle recorded, or None.
+        high: the step in high precision.
+        nvfp4: the step with the bundle's recipe; None if it has none.
+        gemms: the step with one GEMM of all layers in high precision: {"fprop": Replay, ...}.
+        layers: the step with one layer in high precision, by the layer's name.
         recipe_used: the bundle's recipe.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> from te_nvfp4_cv.sensitivity.diagnosis import Replay
+        >>> broken = Replay(loss=float("nan"), gradient_norm=float("nan"), finite=False)
+        >>> nv.sensitivity.Diagnosis(step=12, reason="a spike", recorded_loss=None, high=broken).verdict()[:41]
+        'High precision is itself not finite: the '
     """
 
     step: int
@@ -68,18 +82,18 @@ class Diagnosis:
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradients are finite, in both replays. Values inside may be -inf and harmless: masks."""
+        """Return whether loss and gradients are finite in both replays; values inside, such as masks, need not be."""
         both = [replay for replay in (self.high, self.nvfp4) if replay is not None]
         return all(replay.finite for replay in both)
 
     @property
     def worst_gemm(self) -> str | None:
-        """The GEMM to blame; None where no single one is, or high precision is at fault."""
+        """Return the GEMM to blame; None if no single one is, or high precision is at fault."""
         return self._worst(self.gemms)
 
     @property
     def worst_layer(self) -> str | None:
-        """The layer to blame, likewise."""
+        """Return the layer to blame; None if no single one is, or high precision is at fault."""
         return self._worst(self.layers)
 
     def _worst(self, changed: dict[str, Replay]) -> str | None:
@@ -88,21 +102,24 @@ class Diagnosis:
         errors = {name: replay.gradient_error for name, replay in changed.items() if replay.finite}
         known = {name: error for name, error in errors.items() if error is not None and not math.isnan(error)}
         best = min(known, key=lambda name: known[name]) if known else None
+        # If NVFP4 is not finite, whatever makes it finite is better.
         now = self.nvfp4.gradient_error if self.nvfp4.finite else math.inf
         return best if best is not None and now is not None and known[best] < now else None
 
     def suggest(self) -> Table:
-        """A table for set_precision: the worst layer in high precision; where no layer helps, the worst GEMM of all.
+        """Return a table for set_precision with the worst layer in high precision, or the worst GEMM of all layers.
 
-        It stands after the recipe's own [precision] table, whose entries it leaves as they are. Empty where high
-        precision is at fault, or nothing helps.
+        The GEMM is chosen if no layer helps. The table continues the recipe's own [precision] table, whose entries stay
+        as they are. It is empty if high precision is at fault, or nothing helps.
         """
         own = {} if self.recipe_used is None else dict(self.recipe_used.precision)
         if self.worst_layer is not None:
-            pattern = glob.escape(self.worst_layer) or "*"
-            own.pop(pattern, None)  # the last match wins: layers below stay as they were when it was measured
+            pattern = glob.escape(self.worst_layer) or "*"  # a model that is itself the layer has the name ""
+            own.pop(pattern, None)  # the last match wins, so the entry must come after the others
+            # An entry covers a module's children: those that were in NVFP4 when this was measured get their own.
             prefix = f"{self.worst_layer}." if self.worst_layer else ""
             below = [name for name in self.layers if name != self.worst_layer and name.startswith(prefix)]
+            # A recipe that stands in a table has no table of its own.
             rest = None if self.recipe_used is None else dataclasses.replace(self.recipe_used, precision=())
             stays = {glob.escape(name): own.get(glob.escape(name), rest) for name in below}
             return {**own, pattern: None, **stays}
@@ -114,23 +131,24 @@ class Diagnosis:
         return {}
 
     def recipe(self) -> NVFP4BlockScaling | None:
-        """The bundle's recipe with the table of `suggest`; None where there is none."""
+        """Return the bundle's recipe with the table of `suggest`; None if there is no recipe or no table."""
         table = self.suggest()
         if not table or self.recipe_used is None:
             return None
         return dataclasses.replace(self.recipe_used, precision=tuple(table.items()))
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> NVFP4BlockScaling | None:
-        """Write `recipe()` as a file that nv.load_recipe reads; None, and no file, where there is none.
+        """Write `recipe()` as a file that nv.load_recipe reads, and return it; without a recipe write nothing.
 
         Raises:
             FileExistsError: the file is there, and overwrite is False.
+            OSError: the file cannot be written.
         """
         recipe = self.recipe()
         return None if recipe is None else write_recipe(recipe, path, overwrite)
 
     def verdict(self) -> str:
-        """What it comes to, in a few sentences."""
+        """Say in a few sentences what the replays mean."""
         if not self.high.finite:
             where = self.high.first
             return (
@@ -158,7 +176,7 @@ class Diagnosis:
         return f"Both are finite. Most of NVFP4's gradient error comes from: {', '.join(names)}."
 
     def to_dict(self) -> dict[str, Any]:
-        """The diagnosis as dicts, lists, strings and numbers; null for what is not finite or not there."""
+        """Return the diagnosis as dicts, lists, strings and numbers; null for what is not finite or absent."""
         table = {pattern: "high" if r is None else r.deviations() for pattern, r in self.suggest().items()}
         return {
             "step": self.step,
@@ -194,7 +212,7 @@ class Diagnosis:
 
 
 def without_gemm(recipe: NVFP4BlockScaling, gemm: str) -> NVFP4BlockScaling:
-    """The recipe with one more GEMM in high precision."""
+    """Return the recipe with one more GEMM in high precision."""
     out = tuple(dict.fromkeys((*recipe.high_precision_gemms, gemm)))
     return dataclasses.replace(recipe, high_precision_gemms=out)
 

@@ -1,13 +1,12 @@
-"""The modules in whose forward a convolution or linear layer runs, and a precision for each of them, for a while.
+"""Find the modules in whose forward a convolution or linear layer runs, and give each a precision for a while.
 
-A unit is the innermost module that runs when the call is made: what a set_precision entry rules. Usually it owns the
-weight; attention's output projection runs inside of the attention module, which is the unit then.
-`ruled` lays entries over those of set_precision, which stay where they are: its hooks run innermost and leave nothing.
+A unit is the innermost module that runs when the call is made, because that is what a set_precision entry rules.
+Usually it owns the weight. Attention's output projection runs inside the attention module, which is then the unit.
+`ruled` lays its entries over those of set_precision, which stay in place: its hooks run innermost and leave nothing.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,15 +17,16 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.context import state
 from te_nvfp4_cv.layer import observe
-from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.walk import named_modules
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.report.forward_pass import gemm_flops, running
 
 Entries = Mapping[nn.Module, NVFP4BlockScaling | None]
 
 
 @dataclass
 class Unit:
-    """One module that runs layers: the first one's operation and weight, FLOPs of all (fprop, dgrad, wgrad)."""
+    """A module that runs layers: the first layer's operation and weight, and the FLOPs of all (three GEMMs each)."""
 
     name: str
     module: nn.Module
@@ -37,70 +37,64 @@ class Unit:
 
 
 def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules with plain names, without ScriptModules, into which no context sees."""
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            yield plain_name(name), module
+    """List the modules with plain names, without ScriptModules, into which no context sees."""
+    return ((name, module) for name, module in named_modules(model) if not isinstance(module, torch.jit.ScriptModule))
 
 
 @contextmanager
 def ruled(entries: Entries) -> Iterator[None]:
-    """While a module of `entries` runs, its entry rules (None: high precision), whatever set_precision says.
+    """Let the entry of a module rule while it runs, whatever set_precision says; None stands for high precision.
 
-    The backward pass belongs inside: activation checkpointing runs the modules again then.
+    The backward pass belongs inside, because activation checkpointing runs the modules again then.
     """
     with ExitStack() as stack:
         for module, recipe in entries.items():
-            pre, post = _hooks(object(), recipe)
-            stack.callback(module.register_forward_pre_hook(pre).remove)
-            stack.callback(module.register_forward_hook(post, always_call=True).remove)
+            enter, leave = _override(recipe)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
 
 
-def _hooks(owner: object, recipe: NVFP4BlockScaling | None) -> tuple[Callable[..., None], Callable[..., None]]:
-    """`owner` stands for the module: set_precision's entry of the same module is popped apart from this one."""
-    return (
-        lambda module, args: state.push_override(recipe, owner),
-        lambda module, args, output: state.pop_override(owner),
-    )
+def _override(recipe: NVFP4BlockScaling | None) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return functions that begin and end an override, and serve as hooks.
+
+    Its owner is an object, not the module, so that it is not taken back together with set_precision's entry.
+    """
+    owner = object()
+    return lambda *_: state.push_override(recipe, owner), lambda *_: state.pop_override(owner)
 
 
 @contextmanager
 def high_outside() -> Iterator[None]:
-    """To be entered inside of nvfp4_autocast: what runs in no module with an entry, such as layers called by the loss
-    function, runs in high precision.
+    """Run in high precision what no module with an entry runs, such as layers that the loss function calls.
+
+    Enter it inside nvfp4_autocast.
     """
-    owner = object()
-    state.push_override(None, owner)
+    enter, leave = _override(None)
+    enter()
     try:
         yield
     finally:
-        state.pop_override(owner)
+        leave()
 
 
 def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]:
-    """The units with a call in NVFP4 while `run` runs, in the order in which they ran; FLOPs of all layers."""
+    """Call `run`, and return the units with a call in NVFP4, as they ran first, and the FLOPs of all layers.
+
+    FLOPs are those of all three GEMMs, also of layers that cannot run in NVFP4.
+    """
     names = {module: name for name, module in named(model)}
-    running: list[nn.Module] = []
     units: dict[nn.Module, Unit] = {}
     total = 0
 
-    def enter(module: nn.Module, args: Any) -> None:
-        running.append(module)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if module in running:
-            del running[len(running) - 1 - running[::-1].index(module) :]
-
     def called(call: observe.Call) -> observe.Seen:
-        module = running[-1] if running else None
+        module = stack[-1] if stack else None
 
         def finished(y: Tensor) -> None:
             nonlocal total
-            source = call.x if "transpose" in call.op else y
-            flops = 3 * 2 * source.numel() * math.prod(call.weight.shape[1:])
+            flops = 3 * gemm_flops(call, y)
             total += flops
-            if module is None or call.recipe is None:
+            if module is None or call.recipe is None:  # called by the loss function, or in high precision
                 return
             kernel = tuple(call.weight.shape)
             unit = units.setdefault(module, Unit(names.get(module, ""), module, call.op, kernel, call.recipe))
@@ -108,10 +102,6 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
 
         return observe.Seen(finished)
 
-    with ExitStack() as stack:
-        for module in names:
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(observe.observe(called))
+    with running(names) as stack, observe.observe(called):
         run()
     return list(units.values()), total

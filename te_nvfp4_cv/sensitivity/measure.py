@@ -1,9 +1,9 @@
-"""One evaluation of a loss, and its gradient, that leaves nothing behind.
+"""Evaluate a loss and its gradient once, and leave nothing behind.
 
     error = |g - g_hp| / |g_hp|;   cosine = <g, g_hp> / (|g| |g_hp|)      over all parameters, in fp64
 
-Every evaluation starts from the same seed, buffers and flags and puts them back; gradients are computed beside `.grad`.
-Python's and numpy's generators are seeded too. Refused: a loss that is no scalar tensor.
+Every evaluation starts from the same seed, buffers and flags, and puts them back; gradients do not touch `.grad`.
+Python's and numpy's generators are seeded too. A loss that is not a scalar tensor is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.layer import delayed_scaling
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-from te_nvfp4_cv.report.watch import untouched
+from te_nvfp4_cv.report.forward_pass import untouched
 from te_nvfp4_cv.sensitivity.layers import Entries, high_outside, ruled
 from te_nvfp4_cv.sensitivity.trace import Trace
 
@@ -32,32 +32,30 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Measured:
-    """A loss, and the gradients of the parameters that have one (None where they were not asked for)."""
+    """A loss, and the gradients of all trained parameters, or None if gradients were not asked for.
+
+    A parameter that took no part in the loss has None in the place of its gradient.
+    """
 
     loss: float
     gradients: list[Tensor | None] | None
 
     @property
     def gradient_norm(self) -> float:
-        """Over all parameters; NaN or inf where one is."""
+        """Return the norm over all parameters; NaN or inf if a gradient has one."""
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients or () if g is not None))
 
     @property
     def finite(self) -> bool:
-        """Whether the loss and all gradients are."""
+        """Return whether the loss and all gradients are finite."""
         return math.isfinite(self.loss) and all(bool(g.isfinite().all()) for g in self.gradients or () if g is not None)
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that have a gradient."""
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How a loss is evaluated: under nvfp4_autocast(recipe, backend=backend), each module by its entry.
+    """An evaluation to be called: the loss under nvfp4_autocast(recipe, backend=backend), each module by its entry.
 
-    `prepare` is called after seeding; None: delayed tensor scales are only read.
+    `prepare` is called after seeding, to set the delayed tensor scales. If it is None, they are only read.
     """
 
     model: nn.Module
@@ -73,14 +71,18 @@ class Measure:
         """Evaluate once.
 
         Args:
-            entries: as layers.ruled takes them.
-            outside: whether NVFP4 is for layers in no module of `entries` too.
-            trace: watches the modules.
+            batch: passed on to the loss function.
+            entries: the precision of modules, as layers.ruled takes them.
+            seed: the seed of all random numbers.
+            outside: run layers in NVFP4 that no module of `entries` runs.
+            trace: if given, it watches the modules.
         """
         with ExitStack() as stack:
+            # To ask for the states of all GPUs would initialize CUDA in a process that does not use it.
             cuda = torch.cuda.is_initialized()
             stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count())) if cuda else []))
             stack.enter_context(untouched(self.model))
+            # Inside a compiled graph neither the hooks nor the observers would act.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.gradients))
@@ -88,39 +90,40 @@ class Measure:
                 stack.enter_context(delayed_scaling.reading_only())
             torch.manual_seed(seed)
             random.seed(seed)
-            numpy.random.seed(seed % 2**32)
+            numpy.random.seed(seed % 2**32)  # numpy takes 32 bits
             if self.prepare is not None:
                 self.prepare()
             if trace is not None:
                 stack.enter_context(trace.watch(self.model))
             stack.enter_context(ruled(entries))
+            # Left before the backward pass, as in training; the entries stay, for checkpointed modules that run again.
             with nvfp4_autocast(self.recipe, backend=self.backend), nullcontext() if outside else high_outside():
                 value = _scalar(self.loss(self.model, batch))
             return Measured(float(value.detach()), self._gradients(value) if self.gradients else None)
 
     def _gradients(self, value: Tensor) -> list[Tensor | None]:
-        parameters = trained(self.model)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters or not value.requires_grad:
             raise value_error(
                 "sensitivity: the loss has no gradient.",
                 got="a loss that no parameter with requires_grad=True takes part in",
-                needs="loss(model, batch) computed by the model, outside of torch.no_grad",
+                needs="a loss that the model computes from its parameters, not under torch.no_grad",
                 fix="return the loss itself, not loss.detach() or loss.item(); or gradients=False",
             )
-        return list(torch.autograd.grad(value, parameters, allow_unused=True))
+        return list(torch.autograd.grad(value, parameters, allow_unused=True))  # a branch may be switched off
 
 
 def _scalar(value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise type_error(
-            "sensitivity: the loss is no tensor.",
+            "sensitivity: the loss is not a tensor.",
             got=f"{type(value).__name__}: {value!r:.80}",
             needs="loss(model, batch) -> a tensor of one element",
             fix="lambda model, batch: criterion(model(batch[0]), batch[1])",
         )
     if value.numel() != 1 or not value.is_floating_point():
         raise value_error(
-            "sensitivity: the loss is no scalar.",
+            "sensitivity: the loss is not a scalar.",
             got=describe(value),
             needs="a floating-point tensor of one element",
             fix="return loss.mean()",
@@ -129,12 +132,13 @@ def _scalar(value: object) -> Tensor:
 
 
 def compare(found: Measured, high: Measured) -> tuple[float, float]:
-    """(relative error, cosine) of the whole gradient; NaN where high precision has none but zeros."""
+    """Return the relative error and the cosine of the whole gradient; NaN if high precision's is zero."""
     assert found.gradients is not None and high.gradients is not None
     error = square = own = dot = 0.0
     for g, truth in zip(found.gradients, high.gradients, strict=True):
         if truth is None and g is None:
             continue
+        # A parameter that took no part in the loss has a gradient of 0.
         g = torch.zeros_like(truth) if g is None else g.double()  # type: ignore[arg-type]
         truth = torch.zeros_like(g) if truth is None else truth.double()
         error += float((g - truth).square().sum())

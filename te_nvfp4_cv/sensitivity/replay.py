@@ -1,11 +1,11 @@
-"""diagnose: replay the step of a bundle in high precision and in NVFP4, then with each GEMM and each layer taken out.
+"""Replay the step of a bundle in high precision and in NVFP4, then with each GEMM and each layer taken out.
 
     1 + 1 + (GEMMs in NVFP4, at most 3) + (layers in NVFP4)     replays, forward and backward, no optimizer step
 
 Every replay starts from the bundle's weights, buffers, seed and delayed scales, in training mode. High precision is the
-bundle's autocast dtype without NVFP4; losses are not scaled, as a GradScaler would. Stochastic rounding starts anew at
-the seed, as it does where a step is seeded.
-Refused: a builder that nobody asked to run, a model that the bundle's weights do not fit.
+bundle's autocast dtype without NVFP4. Losses are not scaled as a GradScaler would scale them. The stream of stochastic
+rounding begins at the seed, as it does in a step that sets a seed. A builder that nobody asked to run is refused, and a
+model that the bundle's weights do not fit.
 """
 
 from __future__ import annotations
@@ -39,16 +39,32 @@ def diagnose(
     device: str | torch.device = "cpu",
     backend: str = "auto",
 ) -> Diagnosis:
-    """Find out what made a step go wrong.
+    """Find out what made a training step go wrong: NVFP4 or not, and if so which GEMM and which layer.
 
     Args:
-        bundle: of load_bundle, or its file.
+        bundle: what load_bundle returned, or the path of a bundle.
         build: build(arguments) -> (model, loss) with loss(model, batch) -> scalar; the model's weights are overwritten.
-            None: the bundle's own builder, if it is one of this project's examples.
+            If None, the builder that the bundle names is used, provided it is one of this project's examples.
         device: where to replay; equal bits need the device of the step.
-        backend: as for nvfp4_autocast.
+        backend: where layers run, as for nvfp4_autocast.
+    Returns:
+        A Diagnosis: print it, or call `suggest()`, `recipe()`, `save(path)`.
     Raises:
-        ValueError, TypeError: a bundle, builder or model that does not serve; RuntimeError: no such device.
+        ValueError: the bundle, the builder or its model does not fit.
+        TypeError: the builder returns something else than a model and a loss function.
+        FileNotFoundError: there is no such bundle.
+        RuntimeError: there is no such device.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> def build(arguments):
+        ...     model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.Flatten(), torch.nn.Linear(32, 16))
+        ...     return model, lambda model, batch: model(batch).square().mean()
+        >>> state, recipe = build({})[0].state_dict(), nv.NVFP4BlockScaling().to_toml()
+        >>> builder, batch = {"name": "rebuild:build", "arguments": {}}, torch.randn(16, 16, 3, 3)
+        >>> step = nv.sensitivity.Bundle(state, batch, {"torch": 0}, recipe, builder, step=12, reason="a spike")
+        >>> sorted(nv.sensitivity.diagnose(step, build).layers)
+        ['0', '2']
     """
     path = "BUNDLE" if isinstance(bundle, Bundle) else os.fspath(bundle)
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -57,13 +73,14 @@ def diagnose(
     build = builders.recorded(loaded.builder["name"], path) if build is None else build
     model, loss = _built(build, loaded, where)
     recipe = parse_recipe(loaded.recipe_text, "the bundle's recipe") if loaded.recipe_text else None
+    # The table was applied to the model of the step, so it must be applied to this one too.
     if recipe is not None and recipe.precision:
         set_precision(model, recipe)
     return _Step(loaded, model, loss, recipe, where, backend).diagnosis()
 
 
 class _Step:
-    """The step, ready to be replayed."""
+    """A step that is ready to be replayed."""
 
     def __init__(
         self,
@@ -79,13 +96,14 @@ class _Step:
         scales = (bundle.nvfp4_state or {}).get("scales", {})
 
         def prepare() -> None:
+            # Only the scales are the bundle's; where stochastic rounding is in its stream follows from the seed.
             now = extra_state(model)
             extra_state(model, load={**now, "scales": scales})
 
         self.measure = Measure(model, loss, recipe or NVFP4BlockScaling(), backend, gradients=True, prepare=prepare)
 
     def diagnosis(self) -> Diagnosis:
-        """All replays."""
+        """Run all replays."""
         trace = Trace()
         high = self._in_high_precision(trace)
         head = (self.bundle.step, self.bundle.reason, self.bundle.loss, _replay(high, None, trace))
@@ -93,19 +111,19 @@ class _Step:
             return Diagnosis(*head)
         watched: list[tuple[Measured, Trace]] = []
 
-        def run() -> None:
+        def run() -> None:  # the main replay also tells which layers there are
             trace = Trace()
             watched.append((self._run({}, trace), trace))
 
         units, _ = units_of(self.model, run)
         nvfp4 = _replay(watched[0][0], high, watched[0][1])
-        if not high.finite:  # what NVFP4 does to it says nothing
+        if not high.finite:  # then nothing that is taken out of NVFP4 can help
             return Diagnosis(*head, nvfp4, recipe_used=self.recipe)
         gemms, layers = self._toggled(units, high)
         return Diagnosis(*head, nvfp4, gemms, layers, self.recipe)
 
     def _in_high_precision(self, trace: Trace) -> Measured:
-        """The first replay: what somebody else's code refuses comes to light here."""
+        """Run the first replay, which shows whether the builder's code runs here at all."""
         try:
             return self._run(dict.fromkeys((module for _, module in named(self.model)), None), trace, outside=False)
         except Exception as error:
@@ -117,13 +135,14 @@ class _Step:
             ) from error
 
     def _toggled(self, units: list[Unit], high: Measured) -> tuple[dict[str, Replay], dict[str, Replay]]:
-        """With each GEMM, and with each layer, in high precision."""
+        """Replay with each GEMM, and then with each layer, in high precision."""
         own: dict[nn.Module, NVFP4BlockScaling | None] = {unit.module: unit.recipe for unit in units}
         gemms: dict[str, Replay] = {}
         for gemm in GEMMS:
             changed = {
                 unit.module: without_gemm(unit.recipe, gemm)
                 for unit in units
+                # A recipe refuses high_precision_gemms beside "dequantized": backward reads what fprop quantized.
                 if gemm in unit.recipe.nvfp4_gemms and unit.recipe.backward_override != "dequantized"
             }
             if changed:
@@ -139,6 +158,7 @@ class _Step:
 
 def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) -> Replay:
     error = cosine = None
+    # A distance from or to a gradient that is not finite would be no number.
     if high is not None and high.finite and found.finite:
         error, cosine = compare(found, high)
     return Replay(
@@ -154,7 +174,7 @@ def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) 
 
 def _built(build: builders.Build, bundle: Bundle, device: torch.device) -> tuple[nn.Module, Loss]:
     try:
-        with torch.random.fork_rng([]):  # its weights are drawn for nothing
+        with torch.random.fork_rng([]):  # the weights that it draws are overwritten
             built: Any = build(dict(bundle.builder["arguments"]))
     except Exception as error:  # somebody else's code
         raise value_error(

@@ -1,13 +1,13 @@
-"""The result of a scan: a ranked table, a [precision] table that a budget pays for, a recipe file.
+"""Hold the result of a scan: a ranked table, a [precision] table within a budget, a recipe file.
 
-    size  of a change: the gradient's relative error, where gradients were compared; else the root mean square of the
-          loss changes of the batches (their mean is small where they go up and down)
+    size  of a change: the gradient's relative error if gradients were compared, else the root mean square of the loss
+          changes of the batches (their mean would be small for changes that go up and down)
     score = size(alone)                              how much this layer does by itself
     score = size(all) - size(without)                how much less all layers do without it
-    score = the mean of the two, in mode "both";     infinite where one of them is not a number
+    score = the mean of the two, in mode "both";     infinite if one of them is not a number
 
-A table holds the layers to leave in high precision: the worst first, as long as they fit into the budget, a share of
-the FLOPs of the layers that could run in NVFP4. Layers with a score of 0 or less are never in it.
+A [precision] table holds the layers to leave in high precision: the worst first, as long as they fit into the budget,
+a share of the FLOPs of the layers that could run in NVFP4. Layers with a score of 0 or less never belong to it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ from typing import Any
 from te_nvfp4_cv.errors import message, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe.files import save_recipe
-from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
+from te_nvfp4_cv.report.text import aligned, number, plain
 
 Table = dict[str, NVFP4BlockScaling | None]
 
 
 @dataclass(frozen=True)
 class Change:
-    """Against high precision: the loss, mean over the batches with its standard error (None: one batch) and root mean
-    square; the gradient's relative error and cosine, means over the batches (None: not asked for).
+    """The difference that a configuration makes, against high precision.
+
+    Attributes:
+        loss: the change of the loss, as the mean over the batches.
+        loss_rms: its root mean square over the batches.
+        standard_error: the standard error of the mean; None for a single batch.
+        gradient_error: the gradient's relative error, as the mean over the batches; None if not asked for.
+        gradient_cosine: the cosine between both gradients, likewise.
     """
 
     loss: float
@@ -42,13 +48,13 @@ class Change:
 
     @property
     def size(self) -> float:
-        """What layers are ranked by."""
+        """Return the number by which layers are ranked."""
         return self.loss_rms if self.gradient_error is None else self.gradient_error
 
 
 @dataclass(frozen=True)
 class LayerScan:
-    """One layer; `name` as set_precision takes it, "" for a model that is itself the layer."""
+    """The measurements of one layer; its name is "" if the model itself is the layer."""
 
     name: str
     op: str
@@ -59,7 +65,7 @@ class LayerScan:
 
 
 def _gain(everything: float, without: float) -> float:
-    """What taking one layer out of NVFP4 improves; nothing where the loss is no number without it too."""
+    """Return what taking one layer out of NVFP4 improves; 0 if the loss is still no number without it."""
     if not math.isfinite(without):
         return 0.0
     return everything - without if math.isfinite(everything) else math.inf
@@ -67,15 +73,22 @@ def _gain(everything: float, without: float) -> float:
 
 @dataclass(frozen=True)
 class Scan:
-    """What nv.sensitivity.scan found. `str()` gives the ranked table.
+    """The result of nv.sensitivity.scan; `str()` gives the ranked table.
 
     Attributes:
         rows: the layers in the order in which they ran.
-        loss: in high precision, mean over the batches.
+        loss: the loss in high precision, as the mean over the batches.
         everything: the change with all layers in NVFP4.
-        batches: how many.
-        flops: of all convolutions and linear layers, those that cannot run in NVFP4 too.
-        recipe_used: what was measured, without a [precision] table.
+        batches: the number of batches.
+        flops: the FLOPs of all convolutions and linear layers, also of those that cannot run in NVFP4.
+        recipe_used: the recipe that was measured, without a [precision] table.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
+        >>> found = nv.sensitivity.scan(model, lambda model, x: model(x).square().mean(), [torch.randn(16, 32)])
+        >>> len(found.suggest(count=1))  # the worse of the two layers, to be left in high precision
+        1
     """
 
     rows: list[LayerScan]
@@ -86,7 +99,7 @@ class Scan:
     recipe_used: NVFP4BlockScaling
 
     def score(self, row: LayerScan) -> float:
-        """How much a layer suffers, as the file's docstring says."""
+        """Return how much a layer suffers: by what it does alone, by what all layers do less without it, or by both."""
         parts = []
         if row.alone is not None:
             parts.append(row.alone.size)
@@ -96,18 +109,18 @@ class Scan:
         return math.inf if math.isnan(value) else value
 
     def ranked(self) -> list[LayerScan]:
-        """The layers, worst first."""
+        """Return the layers, the worst first."""
         return sorted(self.rows, key=self.score, reverse=True)
 
     def suggest(self, budget: float | None = None, count: int | None = None) -> Table:
-        """A table for set_precision: None, high precision, for the worst layers.
+        """Return a table for set_precision that leaves the worst layers in high precision.
 
         Args:
-            budget: share of the FLOPs of the scanned layers to leave in high precision (default 0.1); a layer that does
+            budget: the share of the scanned layers' FLOPs to leave in high precision, by default 0.1; a layer that does
                 not fit any more is passed over.
-            count: instead, how many layers.
+            count: the number of layers to leave in high precision, instead of a budget.
         Raises:
-            ValueError: both, or a value out of range.
+            ValueError: both are given, or a value is out of range.
         """
         chosen: list[LayerScan] = []
         left = self._budget(budget, count)
@@ -127,6 +140,7 @@ class Scan:
                 fix="leave one out",
             )
         if count is not None:
+            # True and False are integers in Python, and surely a mistake here.
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise value_error("scan: bad count.", got=repr(count), needs="an integer >= 0", fix="count=3")
             return count
@@ -136,12 +150,13 @@ class Scan:
         return share * sum(row.flops for row in self.rows)
 
     def _table(self, chosen: list[LayerScan]) -> Table:
-        """An entry covers a module's children: those that stay in NVFP4 get an entry of their own."""
+        """Build the table. An entry covers a module's children, so those that stay in NVFP4 get entries too."""
         names = {row.name for row in chosen}
         table: dict[str, NVFP4BlockScaling | None] = dict.fromkeys(names, None)
         for row in self.rows:
             if row.name not in names and any(not name or row.name.startswith(f"{name}.") for name in names):
                 table[row.name] = self.recipe_used
+        # The last match wins: a module comes before its children, in the order in which they ran.
         order = sorted(table, key=lambda name: (name.count(".") + bool(name), self._place(name)))
         return {glob.escape(name) or "*": table[name] for name in order}  # "*": the model itself
 
@@ -149,7 +164,7 @@ class Scan:
         return next(index for index, row in enumerate(self.rows) if row.name == name)
 
     def recipe(self, base: Any = None, budget: float | None = None, count: int | None = None) -> NVFP4BlockScaling:
-        """`base` (None: the recipe scanned) with the table of `suggest` in the place of its own."""
+        """Return `base`, or the recipe that was scanned, with the table of `suggest` as its [precision] table."""
         chosen = self.recipe_used if base is None else as_recipe(base)
         return dataclasses.replace(chosen, precision=tuple(self.suggest(budget, count).items()))
 
@@ -165,11 +180,12 @@ class Scan:
 
         Raises:
             FileExistsError: the file is there, and overwrite is False.
+            OSError: the file cannot be written.
         """
         return write_recipe(self.recipe(base, budget, count), path, overwrite)
 
     def to_dict(self) -> dict[str, Any]:
-        """The scan as dicts, lists, strings and numbers, layers ranked; null for what is not finite."""
+        """Return the scan as dicts, lists, strings and numbers, with the layers ranked; null for what is not finite."""
         return {
             "layers": [plain(dataclasses.asdict(row)) | {"score": plain(self.score(row))} for row in self.ranked()],
             "loss": plain(self.loss),
@@ -187,10 +203,10 @@ class Scan:
             kernel = "x".join(map(str, row.kernel))
             cells = (*_cells(row.alone), *_cells(row.without), number(self.score(row), ".3g"), "")
             rows.append((row.name or "(the model)", row.op, kernel, share, *cells))
-        keep = [
-            column for column in range(len(rows[0])) if column == len(rows[0]) - 1 or any(r[column] for r in rows[1:])
-        ]
-        lines = aligned([[row[column] for column in keep] for row in rows], left=3)
+        last = len(rows[0]) - 1
+        # A mode or a single batch leaves columns empty; those are not shown.
+        shown = [column for column in range(last + 1) if column == last or any(row[column] for row in rows[1:])]
+        lines = aligned([[row[column] for column in shown] for row in rows], left=3)
         loss, error = number(self.everything.loss, "+.3g"), self.everything.gradient_error
         gradient = "" if error is None else f", gradient error {error:.3g}"
         lines.append(f"all layers in NVFP4: loss {loss}{gradient}; high precision: loss {self.loss:.6g}")
@@ -214,16 +230,17 @@ def _cells(change: Change | None) -> tuple[str, ...]:
 
 
 def write_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str], overwrite: bool) -> NVFP4BlockScaling:
-    """Write a recipe file, by default only where there is none.
+    """Write a recipe file; replace one only if `overwrite` is True.
 
     Raises:
-        FileExistsError: the file is there, and overwrite is False; OSError: it cannot be written.
+        FileExistsError: the file is there, and overwrite is False.
+        OSError: the file cannot be written.
     """
     if Path(path).exists() and not overwrite:
         text = message(
             "recipe file: not written, the file exists.",
             got=str(path),
-            needs="a path where nothing is",
+            needs="a path where no file is",
             fix="overwrite=True, or another path",
         )
         raise FileExistsError(text)

@@ -1,14 +1,13 @@
-"""scan: each layer quantized alone, and all layers but that one; what each does to the loss.
+"""Measure what each layer does to the loss if it is quantized alone, and if all layers but that one are.
 
     alone     loss(this layer in NVFP4) - loss(high precision)
     without   loss(all layers in NVFP4 but this one) - loss(high precision)
     all       loss(all layers in NVFP4) - loss(high precision)
 
-Means over the batches, with their standard errors. Batch i runs under the seed `seed + i` in every configuration:
-dropout masks are the same. Costs 2 + L evaluations of each batch for L layers in one mode, 2 + 2 L in both.
-The model's own set_precision entries do not count while it is scanned, and are as they were afterwards, like its
-parameters, gradients, buffers, flags, hooks, delayed scales and the random state.
-Refused: no layer that runs in NVFP4, no batches, a loss that is no scalar or not finite in high precision.
+The figures are means over the batches, with their standard errors. Batch i runs under the seed `seed + i` in every
+configuration, so that dropout masks are the same. A scan of L layers costs 2 + L evaluations of each batch, and 2 + 2 L
+in mode "both". The entries that set_precision made do not count while the model is scanned. Afterwards they
+are as before, like parameters, gradients, buffers, flags, hooks, delayed scales and the random state.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from typing import Any
 from torch import nn
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.context import state
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.report.forward_pass import recipe_in_force
 from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
 from te_nvfp4_cv.sensitivity.measure import Loss, Measure, Measured, compare
 from te_nvfp4_cv.sensitivity.scan_report import Change, LayerScan, Scan
@@ -43,33 +41,46 @@ def scan(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
-    """Measure how much each layer's quantization changes the loss.
+    """Measure how much each layer's quantization changes the loss, and suggest which layers to spare.
 
-    The model runs as it is: call model.train() or model.eval() before. torch.autocast counts where it is on.
+    The model runs as it is: call model.train() or model.eval() first. If torch.autocast is on, it applies. Afterwards
+    the model is as it was.
 
     Args:
+        model: the model, which is left unchanged.
         loss: loss(model, batch) -> scalar tensor.
-        batches: what `loss` takes, read once; a few that stand for the data.
-        recipe: None: that of the enclosing context, or the default recipe. Its [precision] table is left out of the
-            measurement.
-        mode: "one": each layer alone; "all_but_one"; "both".
-        gradients: compare the whole gradient as well, and rank by its error: a surer sign than the loss, at two to
-            three times the cost.
-        backend: as for nvfp4_autocast.
-        progress: called as progress(evaluations done for this batch, of how many), for each batch anew.
+        batches: what `loss` takes; each is read once. A few that stand for the data are enough.
+        recipe: a recipe object or name; if None, that of the enclosing context, and without one the default recipe. Its
+            [precision] table is left out of the measurement.
+        mode: "one" quantizes each layer alone, "all_but_one" all layers but that one, "both" does both.
+        gradients: compare the whole gradient as well, and rank by its error. This is a surer sign than the loss, at two
+            to three times the cost.
+        backend: where layers run, as for nvfp4_autocast.
+        seed: the seed of the first batch's random numbers; each further batch adds 1.
+        progress: called for each batch as progress(evaluations done, how many there are).
     Returns:
-        Scan: print it, or take `suggest(...)`, `recipe(...)`, `save(path, ...)`.
+        A Scan: print it, or call `suggest(...)`, `recipe(...)`, `save(path, ...)`.
     Raises:
-        TypeError, ValueError: what the file's docstring refuses.
+        TypeError: `model` is not a module, or the loss is not a tensor.
+        ValueError: no layer runs in NVFP4, there are no batches, or the loss is not a scalar or not finite in high
+            precision.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+        >>> found = nv.sensitivity.scan(model, lambda model, x: model(x).square().mean(), [torch.randn(16, 32)])
+        >>> [row.name for row in found.rows]
+        ['0', '2']
     """
     check_module("scan", model, "scan(model, loss, batches) with loss(model, batch)")
     check_trainable("scan", model)
     if mode not in MODES:
         raise value_error("scan: unknown mode.", got=repr(mode), needs=f"one of {', '.join(MODES)}", fix="mode='both'")
     dispatch.check_backend(backend)
-    resolved = _resolved(recipe)
+    resolved = dataclasses.replace(recipe_in_force(recipe), precision=())
+    resolved.validate_for_use()
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # DDP's own forward waits for a backward pass
+        model = model.module  # DDP's forward prepares a reduction, and then waits for a backward pass
     run = _Run(Measure(model, loss, resolved, backend, gradients), MODES[mode], seed, progress)
     for index, batch in enumerate(batches):
         run.batch(batch, index)
@@ -78,29 +89,16 @@ def scan(
             "scan: there are no batches.",
             got="an iterable without elements",
             needs="at least one batch",
-            fix="a list of batches: an iterator that was read before is empty",
+            fix="pass a list of batches, because an iterator that was read before is empty",
         )
     return run.report()
 
 
-def _resolved(recipe: Any) -> NVFP4BlockScaling:
-    current = state.state()
-    if recipe is None and current is not None and current.enabled:
-        recipe = current.recipe
-    resolved = dataclasses.replace(as_recipe(recipe), precision=())
-    resolved.validate_for_use()
-    return resolved
-
-
 class _Run:
-    """The measurements so far: per configuration, one for each batch."""
+    """Collect the measurements: for each configuration, one of each batch."""
 
     def __init__(
-        self,
-        measure: Measure,
-        modes: tuple[bool, bool],
-        seed: int,
-        progress: Callable[[int, int], None] | None,
+        self, measure: Measure, modes: tuple[bool, bool], seed: int, progress: Callable[[int, int], None] | None
     ) -> None:
         self.measure, self.modes, self.seed, self.progress = measure, modes, seed, progress
         self.units: list[Unit] = []
@@ -110,7 +108,7 @@ class _Run:
         self.columns: list[tuple[_Column, _Column]] = []
 
     def batch(self, batch: Any, index: int) -> None:
-        """All configurations on one batch."""
+        """Measure all configurations on one batch."""
         seed, done = self.seed + index, 0
         if not self.units:
             self._find(batch, seed)
@@ -125,6 +123,7 @@ class _Run:
             return found
 
         recipe = self.measure.recipe
+        # Every unit has an entry in every configuration, so nothing that set_precision says can interfere.
         none: Entries = dict.fromkeys((unit.module for unit in self.units), None)
         everything = dict.fromkeys(none, recipe)
         high = measured(none)
@@ -145,6 +144,7 @@ class _Run:
                 without.add(measured({**everything, unit.module: None}), high)
 
     def _find(self, batch: Any, seed: int) -> None:
+        """Find the units in a forward pass with every module in NVFP4: what set_precision says must not hide one."""
         look = dataclasses.replace(self.measure, gradients=False)
         every = {module: self.measure.recipe for _, module in named(self.measure.model)}
         self.units, self.total_flops = units_of(self.measure.model, lambda: look(batch, every, seed))
@@ -158,7 +158,7 @@ class _Run:
         self.columns = [(_Column(), _Column()) for _ in self.units]
 
     def report(self) -> Scan:
-        """Means and standard errors over the batches."""
+        """Take means and standard errors over the batches."""
         rows = [
             LayerScan(unit.name, unit.op, unit.kernel, unit.flops, alone.change(), without.change())
             for unit, (alone, without) in zip(self.units, self.columns, strict=True)
@@ -171,7 +171,7 @@ class _Run:
 
 
 class _Column:
-    """One configuration: loss changes, gradient errors and cosines, one for each batch."""
+    """The loss changes, gradient errors and cosines of one configuration, one for each batch."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -188,7 +188,7 @@ class _Column:
     def change(self) -> Change | None:
         if not self.losses:
             return None
-        many = len(self.losses) > 1 and all(map(math.isfinite, self.losses))
+        many = len(self.losses) > 1 and all(map(math.isfinite, self.losses))  # stdev refuses NaN and infinity
         return Change(
             loss=statistics.fmean(self.losses),
             loss_rms=math.sqrt(statistics.fmean(change * change for change in self.losses)),

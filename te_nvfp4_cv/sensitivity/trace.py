@@ -1,11 +1,11 @@
-"""Where the first value that is not finite appears: hooks on all modules, for one forward and backward pass.
+"""Find where the first value that is not finite appears, by hooks on all modules during one forward and backward pass.
 
     forward    a module's input, parameters and buffers when it starts, its output when it ends, in the order of time
     backward   gradients of outputs and of parameters, in the order of time: from the loss to the input
 
-A container starts before its children and ends after them, so the first finding is the innermost module to blame; an
-input that is not finite without an output before it came from outside: the batch, or code between the modules.
-Reads every value, so it waits for a GPU at every module.
+A container starts before its children and ends after them, so the first finding names the innermost module to blame.
+An input that is not finite, without such an output before it, came from outside: from the batch, or from code between
+the modules. Every value is read, so this waits for a GPU at every module.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +24,10 @@ from te_nvfp4_cv.sensitivity.layers import named
 
 @dataclass(frozen=True)
 class Finding:
-    """A value that is not finite. `what`: input, parameter weight, buffer running_var, output, gradient of ..."""
+    """The place of a value that is not finite.
+
+    `what` says which value it is: input, parameter weight, buffer running_var, output, gradient of ...
+    """
 
     module: str
     what: str
@@ -43,7 +45,7 @@ class Trace:
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        """Hooks while the body runs."""
+        """Watch the model while the body runs."""
         with ExitStack() as stack:
             for name, module in named(model):
                 stack.callback(module.register_forward_pre_hook(self._starts(name), with_kwargs=True).remove)
@@ -56,19 +58,15 @@ class Trace:
 
     def _starts(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._look(name, "input", (args, kwargs))
-            self._look_own(name, module)
+            self._look(name, "input", (args, kwargs), masks=True)
+            for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
+                for key, tensor in tensors.items():
+                    self._look(name, f"{kind} {key}", tensor, masks=kind == "buffer")
 
         return hook
 
-    def _look_own(self, name: str, module: nn.Module) -> None:
-        for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
-            for key, tensor in tensors.items():
-                self._look(name, f"{kind} {key}", tensor)
-
-    def _look(self, name: str, what: str, value: Any) -> None:
-        sound = _no_fault if what == "input" or what.startswith("buffer") else _finite  # masks hold -inf
-        if self.forward is None and not all(map(sound, tree_leaves(value))):
+    def _look(self, name: str, what: str, value: Any, masks: bool = False) -> None:
+        if self.forward is None and not all(_finite(leaf, masks) for leaf in tree_leaves(value)):
             self.forward = Finding(name, what)
 
     def _ends(self, name: str) -> Callable[..., None]:
@@ -88,17 +86,13 @@ class Trace:
         return hook
 
 
-def _no_fault(value: Any) -> bool:
-    """Whether a tensor holds neither NaN nor +inf."""
+def _finite(value: Any, masks: bool = False) -> bool:
+    """Return whether a value is finite, or nothing that could be otherwise.
+
+    `masks` allows -inf, which attention masks, inputs or buffers, hold on purpose.
+    """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
-    deferred.settle(value)
+    deferred.settle(value)  # an activation that only quantized layers read may not be written yet
     v = value.detach()
-    return not bool((v.isnan() | v.isposinf()).any())
-
-
-def _finite(value: Any) -> bool:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return True
-    deferred.settle(value)  # an activation that only quantized layers read is not written yet
-    return bool(torch.isfinite(value.detach()).all())
+    return bool((v.isfinite() | v.isneginf()).all() if masks else v.isfinite().all())

@@ -1,15 +1,14 @@
-"""kurtosis(model): the weights of convolutions and linear layers, one after the other, without data or gradients.
+"""Rank the weights of convolutions and linear layers by how badly they suit 4 bits, without data or gradients.
 
     kurtosis   m4 / m2^2 - 3 (Fisher): 0 for a normal distribution, large where a few weights stand far out
     amax/std   how far the largest stands out
     SQNR       10 log10(sum w^2 / sum (w - w')^2), w' = w in NVFP4, blocks 16x16 or 1x16 along what fprop contracts
     underflow  share of the weights other than 0 that become 0
-    saturated  share of the weights that are clipped: code 6, and |w| > |w'|; by a few percent of |w| where the block's
-               scale was rounded down, by more where a block is too large for its scale
+    saturated  share of the weights that are clipped: code 6, and |w| > |w'|; by a few percent of |w| if the block's
+               scale was rounded down, by more if a block is too large for its scale
 
-Blocks never cross a group; channels are padded to 16 as a thin layer's are. Weights with NaN or infinity are named and
-have no figures. Recurrent layers, which never run in NVFP4, are left out. Refused: a model without such a layer, and
-weights without values (lazy, on the meta device).
+Blocks never cross a group; channels are padded to 16 as in a thin layer. Weights with NaN or infinity are named, but
+have no figures. Recurrent layers, which never run in NVFP4, are left out.
 """
 
 from __future__ import annotations
@@ -26,10 +25,11 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
 from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.nn.walk import LAYERS
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.records import PACKED, WeightLayout, WeightSpec
-from te_nvfp4_cv.report.watch import LAYERS, untouched
-from te_nvfp4_cv.sensitivity.tables import aligned, number, plain
+from te_nvfp4_cv.report.forward_pass import untouched
+from te_nvfp4_cv.report.text import aligned, number, plain
 
 TITLES = (
     *("weight", "shape", "mean", "std", "kurtosis", "amax/std"),
@@ -39,7 +39,7 @@ TITLES = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What NVFP4 does to one weight: SQNR in dB (inf where nothing is lost), shares lost to 0 and clipped."""
+    """The cost of NVFP4 for one weight: SQNR in dB (inf if nothing is lost), and the shares lost to 0 and clipped."""
 
     sqnr_db: float
     underflow: float
@@ -48,7 +48,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight. `trouble` says what is not finite; there are no figures then. blocks_2d: 16x16, blocks_1d: 1x16."""
+    """The figures of one weight, with the costs of 16x16 (blocks_2d) and 1x16 blocks (blocks_1d).
+
+    If the weight has values that are not finite, `trouble` says how many, and there are no figures.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -63,12 +66,19 @@ class Weight:
 
 @dataclass(frozen=True)
 class Study:
-    """What kurtosis found, worst first: weights that are not finite, then by kurtosis. `str()` gives a table."""
+    """The result of kurtosis, worst first: weights that are not finite, then by kurtosis. `str()` gives a table.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> study = nv.sensitivity.kurtosis(torch.nn.Linear(32, 16))
+        >>> [row.shape for row in study.rows]
+        [(16, 32)]
+    """
 
     rows: list[Weight]
 
     def to_dict(self) -> dict[str, Any]:
-        """The study as dicts, lists, strings and numbers; null where there is no number."""
+        """Return the study as dicts, lists, strings and numbers; null for what is not finite."""
         return {"weights": [plain(asdict(row)) for row in self.rows]}
 
     def __str__(self) -> str:
@@ -100,10 +110,19 @@ def kurtosis(model: nn.Module) -> Study:
     """Rank the weights of all convolutions and linear layers by how badly their values suit 4 bits.
 
     Raises:
-        TypeError: no module; ValueError: no such layer, or weights without values.
+        TypeError: `model` is not a module.
+        ValueError: the model has no such layer, or a weight has no values (it is lazy, or on the meta device).
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
+        >>> with torch.no_grad():
+        ...     model[1].weight[0, 0] = 10.0  # an outlier
+        >>> nv.sensitivity.kurtosis(model).rows[0].name
+        '1'
     """
     check_module("kurtosis", model, "kurtosis(model)")
-    with untouched(model):  # reading a parametrized weight may change buffers
+    with untouched(model):  # reading a parametrized weight may change buffers: spectral_norm iterates
         rows = [_weight(name, w, module) for name, w, module in _weights(model)]
     if not rows:
         raise value_error(
@@ -129,9 +148,10 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
         else:
             continue
         for key in keys:
-            w = getattr(module, key)  # computed anew where it is parametrized
+            w = getattr(module, key)
             if w is None or id(w) in seen:
                 continue
+            # A parametrized weight is computed at every access: it is freed, and another may get the same id.
             if isinstance(w, nn.Parameter):
                 seen.add(id(w))
             name = plain_name(path) or type(module).__name__
@@ -173,7 +193,7 @@ def _weight(name: str, w: Tensor, module: nn.Module) -> Weight:
 
 
 def _cost(w: Tensor, groups: int, two_d: bool) -> Cost:
-    """Of a weight [O, C / groups, *kernel]."""
+    """Quantize a weight [O, C / groups, *kernel], and compare."""
     backend, (n, channels) = dispatch.resolve("auto", w.device), w.shape[:2]
     w = w.float()
     codes = operand.quantize_weight(w, WeightSpec(groups, PACKED, two_d=two_d), torch.float32, backend)
@@ -181,6 +201,7 @@ def _cost(w: Tensor, groups: int, two_d: bool) -> Cost:
     blocks = operand.unpack_weight(codes.row, layout, None, torch.float32, backend)
     quantized = blocks.double() * (codes.amax.double() / (E2M1_MAX * E4M3_MAX))
     values = w.flatten(2).movedim(2, 1).double() if w.dim() > 2 else w[:, None].double()  # [O, taps, C / groups]
+    # Code 7 of 0..7 is the value 6. With 1e-6 a weight of exactly 6 scales does not count as clipped.
     largest = unpack_nibbles(codes.row.data)[..., :channels].bitwise_and(7) == 7
     power, noise = float(values.square().sum()), float((values - quantized).square().sum())
     nonzero = int((values != 0).sum())

@@ -1,11 +1,10 @@
-"""Telemetry: what happens to weights, activations and gradients in 4-bit training, as records, curves and heatmaps.
+"""Show what happens to weights, activations and gradients in 4-bit training, as records, curves and heatmaps.
 
-collect.py     attach(model, every=100, sinks=...): looks on in chosen steps
-sinks.py       JSONL, WandB, TensorBoard
-records.py     the file format, read(path)
-heatmaps.py    pictures of one run: render_heatmaps(path, out)
-report.py      several runs side by side as one HTML file: write_report(paths, out)
-drawing.py     what both draw with matplotlib
+    attach(model, every=100, sinks=...)     watch the training of a model in chosen steps
+    JSONL, WandB, TensorBoard               where its records go
+    read(path)                              a file of records, as a Run
+    render_heatmaps(path, out)              pictures of one run
+    write_report(paths, out)                several runs side by side, as one HTML file
 """
 
 from te_nvfp4_cv.telemetry.collect import Telemetry, attach

@@ -1,15 +1,16 @@
-"""Blocks of 16 of one operand as it was quantized: raw values, codes, scales and dequantized values side by side.
+"""Take blocks of 16 of one operand as it was quantized: raw values, codes, scales and dequantized values side by side.
 
-The layer has quantized the operand already; backends that multiply dequantized operands hold no codes, so the operand
-is packed once more with the same amax and, where it was rounded stochastically, the same seed: the same codes. Columns
-are compared after the Hadamard transform, which is what was quantized. The blocks are a sample; the amax and the number
-of values that are not finite are those of the whole operand.
+The layer has quantized the operand already, but backends that multiply dequantized operands hold no codes. For those
+the operand is packed once more with the same amax and, if it was rounded stochastically, the same seed, which gives the
+same codes. Columns are compared after the Hadamard transform, because that is what was quantized. The blocks are a
+sample; the amax and the number of values that are not finite are those of the whole operand.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,16 @@ from te_nvfp4_cv.recipe.fields import Role
 
 @dataclass(frozen=True)
 class Blocks:
-    """N blocks: raw [N, 16] as given to the rounding, codes [N, 16] uint8, scale [N] E4M3 bytes, values [N, 16] fp32
-    dequantized, limit [N]: 6 scales in real units; valid [N, 16]: False where channels were padded, None: all real;
-    whole: (amax, values that are not finite) of the operand that these are a sample of.
+    """N blocks of one operand, before and after quantization.
+
+    Attributes:
+        raw: [N, 16] fp32, what was rounded.
+        codes: [N, 16] uint8.
+        scale: [N] E4M3 bytes.
+        values: [N, 16] fp32, codes times scales.
+        limit: [N], 6 scales in real units: values beyond are clipped.
+        valid: [N, 16], False for the zeros that pad channels or images; None if there are none.
+        whole: the amax of the operand that these are a sample of, and its number of values that are not finite.
     """
 
     raw: Tensor
@@ -41,24 +49,27 @@ class Blocks:
 
 
 def whole(v: Tensor) -> tuple[Tensor, Tensor]:
-    """(amax of the finite values, number of the others) of all of v: an outlier hides from a sample."""
+    """Return the amax of all finite values of v, and how many are not finite: a sample would miss an outlier."""
     if not v.numel():
         return v.new_zeros(()), v.new_zeros((), dtype=torch.long)
     v = v if v.dtype in (torch.bfloat16, torch.float16, torch.float32) else v.double()
-    held = torch.nan_to_num(v, 0.0, 0.0, 0.0)
-    low, high = held.aminmax()
-    return torch.maximum(-low, high), (held != v).count_nonzero()
+    finite = torch.nan_to_num(v, 0.0, 0.0, 0.0)
+    low, high = finite.aminmax()  # one pass, without a copy of |v|
+    return torch.maximum(-low, high), (finite != v).count_nonzero()
 
 
 def of_operand(
     role: Role, operand: Tensor, made: Operand, seed: Tensor | None, plan: Plan, most: int
 ) -> dict[str, Blocks]:
-    """Return {"row": ..., "col": ...} of x or dy, for the faces that were made.
+    """Return the blocks of x or dy as "row" and "col", each if the layer made that face.
 
     Args:
+        role: "input" or "grad_output".
         operand: [B, *image, C].
         made: what quantize_operand returned for it.
-        most: elements per face that are looked at.
+        seed: the seed that it was rounded with, if stochastically.
+        plan: the layer's plan.
+        most: the number of elements of each face to look at.
     """
     s = plan.recipe.settings(role)
     is_x = role == Role.INPUT
@@ -68,7 +79,9 @@ def of_operand(
     packed = [face.scale.numel() > 0 for face in faces]
     forms = [PACKED if want and not there else NONE for want, there in zip(wants, packed, strict=True)]
     row, col = faces
-    if any(forms):  # the layer made values only: quantize once more, to the same codes
+    if any(forms):
+        # With delayed scaling the amax was given, and is not that of the operand: it is given again. A current one
+        # need not be, because it is measured again.
         amax = None
         if made.observed.numel():
             amax = torch.cat((made.row_amax.flatten()[:1], made.col_amax.flatten()[:1]))
@@ -86,31 +99,36 @@ def of_operand(
             ones = torch.ones(1, operand.shape[-1], dtype=torch.bool, device=raw.device)
             valid = _padded(ones, plan.geometry.groups).view(per_pixel, BLOCK)
         amax = made.row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_scaled else made.row_amax
-        found["row"] = _sampled(raw, row, amax, s.e4m3_max, most, valid, False, (amax_whole, broken))
+        packed_row = _Packed(row, amax, s.e4m3_max)
+        found["row"] = _sampled(raw, packed_row, most, valid, False, (amax_whole, broken))
     if wants[1]:
         raw = fold_images(operand, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)  # [N16, *folded, C, 16]
         amax = made.col_amax
         amax = amax.repeat(col.scale.numel() // amax.numel()) if row_scaled else amax
-        real = None  # rotated, images that only fill a block cannot be told from the others
+        # The rotation mixes the 16 images of a block, so zero images that fill it up cannot be left out afterwards.
+        real = None
         if not s.rht:
             real = fold_images(torch.ones_like(operand[..., :1]), fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)
             real = real.expand(raw.shape).reshape(-1, BLOCK) != 0
-        if s.rht:
+        if s.rht:  # the largest of the rotated values, which were not stored: quantization has measured it
             amax_whole = made.observed[1] if made.observed.numel() else made.col_amax.amax()
-        found["col"] = _sampled(raw, col, amax, s.e4m3_max, most, real, s.rht, (amax_whole, broken))
+        packed_col = _Packed(col, amax, s.e4m3_max)
+        found["col"] = _sampled(raw, packed_col, most, real, s.rht, (amax_whole, broken))
     return found
 
 
 def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str, Blocks]:
-    """{"fprop": ..., "dgrad": ...} of a weight; one entry where both multiply the same face.
+    """Return the blocks of a weight as "fprop" and "dgrad", or as "fprop" alone if both multiply the same face.
 
     Args:
         w: [axis 0, axis 1, *kernel].
         codes: what quantize_weight returned for it.
+        plan: the layer's plan.
+        most: the number of elements of each face to look at.
     """
     s = plan.weight
     taken = dict(zip(("fprop", "dgrad"), plan.weight_faces, strict=True))
-    if taken["fprop"] == taken["dgrad"]:
+    if taken["fprop"] == taken["dgrad"]:  # 16x16 blocks: one face serves both
         del taken["dgrad"]
     kernel = w.detach().flatten(2) if w.dim() > 2 else w.detach().unsqueeze(-1)  # [axis 0, axis 1, taps]
     found = {}
@@ -127,41 +145,46 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
             valid = valid.reshape(-1, BLOCK)
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             rows = kernel.shape[0] // plan.geometry.groups
+            # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
-        found[gemm] = _sampled(raw, Face(data, scale), codes.amax, s.e4m3_max, most, valid, False, extent)
+        found[gemm] = _sampled(raw, _Packed(Face(data, scale), codes.amax, s.e4m3_max), most, valid, False, extent)
     return found
 
 
 def step_of(blocks: int, most: int) -> int:
-    """Every how many blocks one is looked at: coprime to their number, so that all channels and taps have a turn."""
+    """Return the distance of the blocks to look at: coprime to their number, so that every channel and tap has a turn.
+
+    A step that shares a factor with the number of channels would meet the same few channels at every pixel.
+    """
     step = max(1, -(-blocks * BLOCK // most))
     while math.gcd(step, blocks) != 1:
         step += 1
     return step
 
 
+class _Packed(NamedTuple):
+    """One face of an operand, its amax ([1], or one for each block) and the largest scale."""
+
+    face: Face
+    amax: Tensor
+    e4m3_max: int
+
+
 def _sampled(
-    raw: Tensor,
-    face: Face,
-    amax: Tensor,
-    e4m3_max: int,
-    most: int,
-    valid: Tensor | None,
-    rht: bool,
-    extent: tuple[Tensor, Tensor],
+    raw: Tensor, packed: _Packed, most: int, valid: Tensor | None, rht: bool, extent: tuple[Tensor, Tensor]
 ) -> Blocks:
-    """`amax`: [1] or one per block; `valid`: for every block, or for the blocks of one pixel."""
-    raw, data, scale = raw.reshape(-1, BLOCK), face.data.reshape(-1, BLOCK // 2), face.scale.reshape(-1)
+    """Take every step_of-th block. `valid` is given for every block, or for the blocks of one pixel."""
+    raw, data, scale = raw.reshape(-1, BLOCK), packed.face.data.reshape(-1, BLOCK // 2), packed.face.scale.reshape(-1)
     step = step_of(len(raw), most)
     raw, data, scale = raw[::step], data[::step], scale[::step]
-    if rht:
+    if rht:  # of the sample only: the transform acts within a block
         raw = formats.rht16(raw)
     if valid is not None:
         index = torch.arange(len(raw), device=raw.device) * step
         valid = valid[index % len(valid)]
-    amax = amax.flatten()
+    amax = packed.amax.flatten()
     amax = amax if amax.numel() == 1 else amax[::step]
-    factor = scale.contiguous().view(torch.float8_e4m3fn).float() * amax * (1.0 / (6 * e4m3_max))
+    factor = formats.block_units(scale.contiguous().view(torch.float8_e4m3fn), amax, packed.e4m3_max)
     codes = formats.unpack_nibbles(data)
     values = formats.decode_e2m1(codes) * factor.unsqueeze(-1)
     return Blocks(raw.float(), codes, scale, values, 6 * factor, valid, extent)
@@ -172,12 +195,12 @@ def _padded(x: Tensor, groups: int) -> Tensor:
 
 
 def _row_kernel(kernel: Tensor) -> Tensor:
-    """[axis 0, taps, axis 1 padded]."""
+    """Lay the weight out as its rowwise face: [axis 0, taps, axis 1 padded]."""
     return F.pad(kernel.movedim(1, -1), (0, -kernel.shape[1] % BLOCK))
 
 
 def _col_kernel(kernel: Tensor, groups: int) -> Tensor:
-    """[groups, tiles of axis 0, taps, axis 1, 16]."""
+    """Lay the weight out as its columnwise face: [groups, tiles of axis 0, taps, axis 1, 16]."""
     grouped = kernel.unflatten(0, (groups, -1))
     padded = F.pad(grouped, (0, 0, 0, 0, 0, -grouped.shape[1] % BLOCK))
     return padded.unflatten(1, (-1, BLOCK)).movedim(2, -1).transpose(2, 3)

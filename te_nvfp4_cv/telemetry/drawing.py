@@ -1,11 +1,11 @@
-"""Heatmaps of layers over columns and curves of many layers, drawn with matplotlib; no pyplot, no display.
+"""Draw heatmaps of layers over columns, and curves of many layers, with matplotlib; no pyplot, no display.
 
-    limits      2nd to 98th percentile of the values, or their whole range where that is scarcely wider
-    diverging   symmetric about 0; asinh(v / linear) where the limits are beyond SPREAD times the median of |v|
-    sequential  logarithmic where the limits are more than 2 decades apart
-    absent      NaN: grey, which no colour scale contains
-    sizes       figures grow with their rows; labels shrink to MIN_FONT, beyond which only every k-th row is named
-    curves      a few layers are drawn in colour, with their names: the worst ones; the others are thin and grey
+    limits      2nd to 98th percentile of the values, or their whole range if that is scarcely wider
+    diverging   symmetric about 0; asinh(v / linear) if the limits are beyond SPREAD times the median of |v|
+    sequential  logarithmic if the limits are more than 2 decades apart
+    absent      NaN is grey, a colour that no scale contains
+    sizes       figures grow with their rows; labels shrink to MIN_FONT, below which only every k-th row is named
+    curves      the few worst layers are drawn in colour and named; all other layers are thin and grey
 
 matplotlib is imported when something is drawn; without it a RuntimeError says how to get it.
 """
@@ -26,18 +26,18 @@ from te_nvfp4_cv.errors import runtime_error
 DIVERGING, SEQUENTIAL, ABSENT = "RdBu_r", "viridis", "#b5b5b5"
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 RUN_COLOURS = (COLOURS[1], COLOURS[0], *COLOURS[2:])
-NAMED = 6  # layers with names among the curves
-SPREAD = 20
+NAMED = 6  # how many of many curves are named
+SPREAD = 20  # a linear scale would show most values in one colour beyond this
 ROW, MIN_ROW, MAX_HEIGHT = 0.30, 0.13, 40.0  # inches
 MAX_FONT, MIN_FONT = 9.0, 7.5
 MAX_NAME = 56  # characters of a layer's name in a picture
 
 
 def need(*packages: str) -> None:
-    """Refuse where a package that draws is absent.
+    """Check that the packages which draw are installed.
 
     Raises:
-        RuntimeError: it is not installed.
+        RuntimeError: one of them is not.
     """
     for package in packages:
         try:
@@ -53,10 +53,15 @@ def need(*packages: str) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where colours begin and end.
+    """The values at which a colour scale begins and ends.
 
-    linear: up to where an asinh scale is about linear, 0 on a linear scale; extend: the side on which values lie
-    beyond, as matplotlib names it.
+    Attributes:
+        low: the value of the first colour.
+        high: the value of the last colour.
+        diverging: whether the scale is symmetric about 0.
+        log: whether the scale is logarithmic.
+        linear: up to which value an asinh scale is about linear; 0 for other scales.
+        extend: the side on which values lie beyond, as matplotlib names it.
     """
 
     low: float
@@ -68,7 +73,7 @@ class Limits:
 
     @property
     def ticks(self) -> list[float]:
-        """Of an asinh scale: 0 and powers of 10 on both sides."""
+        """Return the ticks of an asinh scale: 0, and powers of 10 on both sides."""
         last = int(np.floor(np.log10(self.high)))
         first = max(int(np.ceil(np.log10(self.linear))), last - 3)
         powers = [10.0**power for power in range(min(first, last), last + 1)]
@@ -76,21 +81,22 @@ class Limits:
 
     @property
     def note(self) -> str:
-        """What the colour bar's label adds."""
+        """Return what the label of the colour bar adds about values beyond."""
         return "" if self.extend == "neither" else "\ncolours end at the 2nd / 98th percentile"
 
 
 def limits(values: Sequence[np.ndarray], diverging: bool) -> Limits:
-    """Common limits of several arrays, NaN left out."""
+    """Find common limits of several arrays; NaN does not count."""
     found = np.concatenate([np.asarray(v, float).ravel() for v in values]) if len(values) else np.zeros(0)
     found = found[np.isfinite(found)]
     if diverging:
         most = np.abs(found).max(initial=0.0)
         ends = np.abs(np.percentile(found, (2, 98))) if len(found) else np.zeros(2)
+        # Cutting at the percentiles would hide values for nothing if the whole range is scarcely wider.
         high = float(most if most <= 1.25 * ends.max() or not ends.max() else ends.max()) or 1.0
         median = float(np.median(np.abs(found[found != 0]))) if most else high
         return Limits(-high, high, True, False, median if high > SPREAD * median else 0.0, _extend(found, -high, high))
-    positive = found[found > 0]
+    positive = found[found > 0]  # zeros have no logarithm; they are drawn as below the scale
     log = len(positive) > 0 and np.divide(*np.percentile(positive, (98, 2))) > 100
     low, high = _ends(np.log10(positive) if log else found)
     if log:
@@ -99,6 +105,7 @@ def limits(values: Sequence[np.ndarray], diverging: bool) -> Limits:
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:
+    """Return both ends of a sequential scale; of equal values, a range around them."""
     if not len(values):
         return 0.0, 1.0
     low, high = (float(end) for end in np.percentile(values, (2, 98)))
@@ -111,14 +118,14 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
 
 
 def _extend(values: np.ndarray, low: float, high: float) -> str:
-    slack = 1e-9 * (high - low)
+    slack = 1e-9 * (high - low)  # 10 ** log10(v) is not quite v
     below, above = bool((values < low - slack).any()), bool((values > high + slack).any())
     return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One run's part of a picture: rows x columns, or one curve per row over numeric columns. NaN is absent."""
+    """One run's part of a picture: a heatmap of rows and columns, or a curve for each row. NaN marks absent values."""
 
     heading: str
     columns: Sequence[Any]
@@ -126,13 +133,13 @@ class Panel:
 
 
 def short(name: str, most: int = MAX_NAME) -> str:
-    """A name of at most `most` characters; the end, which tells layers apart, is kept longest."""
+    """Shorten a name to at most `most` characters, mostly in its middle: the end tells layers apart."""
     keep = most // 3
     return name if len(name) <= most else f"{name[:keep]}…{name[len(name) - (most - keep - 1) :]}"
 
 
 def row_size(rows: int) -> tuple[float, float, int]:
-    """(height of a row in inches, font size, every how many rows one is named)."""
+    """Choose the height of a row in inches, the font's size, and from how many rows to name one."""
     height = min(max(MIN_ROW, min(ROW, 9.0 / max(1, rows))), MAX_HEIGHT / max(1, rows))
     every = int(np.ceil(MIN_ROW / height - 1e-9))
     return height, float(np.clip(every * height * 72 * 0.8, MIN_FONT, MAX_FONT)), every
@@ -141,13 +148,17 @@ def row_size(rows: int) -> tuple[float, float, int]:
 def heatmaps(
     title: str, rows: Sequence[str], panels: Sequence[Panel], bounds: Limits, label: str, xlabel: str = "step"
 ) -> Any:
-    """Panels of the same rows side by side, with one colour bar.
+    """Draw panels of the same rows side by side, with one colour bar.
 
     Args:
-        title: its first line is set in bold.
-        label: of the colour bar.
+        title: the title; its first line is set in bold.
+        rows: the names of the rows.
+        panels: one for each run.
+        bounds: the limits of the colours, common to all panels.
+        label: the label of the colour bar.
+        xlabel: the label of the columns.
     Returns:
-        a matplotlib Figure.
+        A matplotlib Figure.
     """
     import matplotlib
     from matplotlib.colors import AsinhNorm, LogNorm, Normalize
@@ -156,10 +167,10 @@ def heatmaps(
     if not rows or not panels:
         return _empty(title)
     height, font, every = row_size(len(rows))
-    high = max(height * len(rows), 1.4)
+    high = max(height * len(rows), 1.4)  # a colour bar needs some height even beside a single row
     cap = 10.0 if len(panels) == 1 else 5.0
     wide = [_width(panel.columns, cap) for panel in panels]
-    left = 0.3 + max(len(short(row)) for row in rows) * font * 0.62 / 72
+    left = 0.3 + max(len(short(row)) for row in rows) * font * 0.62 / 72  # a letter is about 0.62 of the font's size
     gap = 0.3
     size = (left + sum(wide) + gap * len(panels) + 1.3, high + 1.6)
     figure = Figure(figsize=size)
@@ -171,12 +182,13 @@ def heatmaps(
     for number, (panel, width) in enumerate(zip(panels, wide, strict=True)):
         axes = figure.add_axes((at / size[0], 0.6 / size[1], width / size[0], high / size[1]))
         at += width + gap
+        # A logarithmic scale knows no 0: it is drawn as below the scale, and not in grey, which means absent.
         values = np.where(panel.values <= 0, bounds.low / 10, panel.values) if bounds.log else panel.values
         image = np.ma.masked_invalid(values)
         drawn = axes.imshow(image, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
         ticks = range(0, len(rows), every)
         names = [short(rows[index]) for index in ticks] if number == 0 else [""] * len(ticks)
-        axes.set_yticks(ticks, names, fontsize=font, parse_math=False)
+        axes.set_yticks(ticks, names, fontsize=font, parse_math=False)  # a "$" in a name is no formula
         axes.tick_params(axis="y", length=2, pad=2)
         _column_ticks(axes, [str(column) for column in panel.columns], width)
         axes.set_xlabel(xlabel, fontsize=9)
@@ -207,25 +219,25 @@ def _bar(figure: Any, drawn: Any, axes: Any, bounds: Limits, label: str) -> None
 
 
 def _name_width(columns: Sequence[Any]) -> float:
-    """Inches that the longest column name takes, with a gap."""
+    """Estimate how many inches the longest column name takes, with a gap."""
     return max(len(str(column)) for column in columns) * 0.072 + 0.12
 
 
 def _width(columns: Sequence[Any], most: float) -> float:
-    """Inches of a panel: where columns are few, each has room for its name."""
+    """Choose the width of a panel in inches; if there are few columns, each has room for its name."""
     each = max(0.32, _name_width(columns)) if len(columns) <= 16 else 0.32
     return float(np.clip(each * len(columns), 2.2, most))
 
 
 def _column_ticks(axes: Any, names: list[str], width: float) -> None:
-    """As many column names as fit beside each other."""
+    """Show as many column names as fit beside each other."""
     every = int(np.ceil(len(names) * _name_width(names) / width - 1e-9))
     ticks = range(0, len(names), max(1, every))
     axes.set_xticks(ticks, [names[index] for index in ticks], fontsize=8)
 
 
 def _title(figure: Any, title: str, size: tuple[float, float], bottom: float) -> None:
-    """The title's lines above `bottom` inches, left-aligned, wrapped to the figure's width."""
+    """Write the title's lines above `bottom` inches, left-aligned, wrapped to the figure's width."""
     lines: list[tuple[str, bool]] = []
     for index, text in enumerate(title.split("\n")):
         lines += [(line, index == 0) for line in textwrap.wrap(text, max(30, int(size[0] / 0.085)))]
@@ -253,13 +265,18 @@ def curves(
     line: tuple[float, str] | None = None,
     highest: bool = False,
 ) -> Any:
-    """One curve per row and panel, panels side by side on one axis of values.
+    """Draw a curve for each row and panel, with the panels side by side on one axis of values.
 
     Args:
-        line: (value, name) of a horizontal line.
+        title: the title; its first line is set in bold.
+        rows: the names of the rows.
+        panels: one for each run.
+        label: the label of the values.
+        log: draw the values on a logarithmic axis.
+        line: the value and the name of a horizontal line.
         highest: name the layers with the highest mean, not those with the lowest.
     Returns:
-        a matplotlib Figure.
+        A matplotlib Figure.
     """
     from matplotlib.figure import Figure
 
@@ -274,14 +291,14 @@ def curves(
     for number, panel in enumerate(panels):
         place = ((left + number * (width + 0.5)) / size[0], 2.2 / size[1], width / size[0], high / size[1])
         axes = figure.add_axes(place, sharey=first)
-        first = first or axes
+        first = first or axes  # the axes of all panels show the same range of values
         named = dict(zip(pick(panel.values, highest), COLOURS, strict=False))
         handles = {}
-        for index in sorted(range(len(rows)), key=lambda row: row in named):  # names on top
-            kept = np.isfinite(panel.values[index])
-            if not kept.any():
+        for index in sorted(range(len(rows)), key=lambda row: row in named):  # named curves last: they lie on top
+            there = np.isfinite(panel.values[index])
+            if not there.any():
                 continue
-            x, y = np.asarray(panel.columns)[kept], panel.values[index][kept]
+            x, y = np.asarray(panel.columns)[there], panel.values[index][there]
             if index in named:
                 (handles[index],) = axes.plot(
                     x, y, color=named[index], lw=1.3, marker="o", ms=_marker(len(x), 3.5), zorder=3
@@ -293,7 +310,7 @@ def curves(
         if log:
             _log_axis(axes)
         _style(axes, "" if number else label)
-        if len(panel.columns) == 1:
+        if len(panel.columns) == 1:  # around a single point matplotlib would make up fractions of steps
             axes.set_xticks(panel.columns)
         shown = [row for row in (*named, -1) if row in handles]
         others = int(np.isfinite(panel.values).any(axis=1).sum()) - len(named)
@@ -307,7 +324,7 @@ def curves(
 
 
 def _log_axis(axes: Any) -> None:
-    """Logarithmic, with plain numbers; 1, 2 and 5 of each decade where they are few."""
+    """Make the axis of values logarithmic, with plain numbers: 1, 2 and 5 of each decade if there are few decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log", nonpositive="clip")
@@ -318,7 +335,7 @@ def _log_axis(axes: Any) -> None:
 
 
 def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
-    """One figure of several runs on one axis of steps: {run: (steps, values)}; runs keep their colours by order."""
+    """Draw one figure of several runs, {run: (steps, values)}, on one axis of steps; colours go by the runs' order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.6))
@@ -326,7 +343,7 @@ def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[flo
     handles = []
     for number, (steps, values) in enumerate(series.values()):
         colour, dashes = RUN_COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
-        width = 1.2 + 1.4 * (len(series) - 1 - number) / max(1, len(series) - 1)  # equal curves: none hides another
+        width = 1.2 + 1.4 * (len(series) - 1 - number) / max(1, len(series) - 1)  # of equal curves none hides another
         style: dict[str, Any] = {"color": colour, "ls": dashes, "lw": width, "marker": "o"}
         handles += axes.plot(steps, values, ms=_marker(len(steps), 1.8 + width), **style)
     _style(axes, "")
@@ -347,14 +364,16 @@ def _style(axes: Any, label: str) -> None:
 
 
 def _marker(points: int, size: float) -> float:
+    """Return the size of the markers: none on a curve of many points, which would be a thick line."""
     return size if points <= 40 else 0.0
 
 
 def _legend(axes: Any, handles: list[Any], texts: list[str], heading: str = "") -> None:
-    """Names below the axes, one a line; none is read as mathematics or left out for its first letter."""
+    """Write names below the axes, one a line."""
     if not handles:
         return
     below = 0.46 / (axes.get_position().height * axes.figure.get_figheight())  # under the name of the axis
+    # The space in front keeps names with a leading underscore: matplotlib leaves those out of a legend.
     box = axes.legend(
         handles, [f" {text}" for text in texts], title=heading or None, fontsize=8, title_fontsize=8, frameon=False,
         loc="upper left", bbox_to_anchor=(-0.02, -below), borderaxespad=0.0, alignment="left",
@@ -364,14 +383,15 @@ def _legend(axes: Any, handles: list[Any], texts: list[str], heading: str = "") 
 
 
 def pick(values: np.ndarray, highest: bool = False) -> list[int]:
-    """The rows to name: those with the lowest (highest) mean, in this order; all where they are few."""
+    """Return the rows to name: those with the lowest (or highest) mean, in this order, or all if they are few."""
+    # If the colours suffice for all, every curve is named; if not, naming a few leaves the grey ones readable.
     found = [(float(np.nanmean(row)), index) for index, row in enumerate(values) if np.isfinite(row).any()]
     most = len(COLOURS) if len(found) <= len(COLOURS) else NAMED
     return [index for _, index in sorted(found, reverse=highest)[:most]]
 
 
 def save(figure: Any, target: Path | BinaryIO, dpi: int = 110) -> None:
-    """Write as PNG, cut to what is drawn."""
+    """Write a figure as PNG, cut to what is drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure).print_figure(

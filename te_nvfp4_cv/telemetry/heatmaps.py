@@ -1,16 +1,16 @@
-"""Pictures of one run's telemetry: layers over sampled steps, each as PNG, as interactive HTML and as JSON.
+"""Draw pictures of one run's telemetry, layers over sampled steps, each as PNG, as interactive HTML and as JSON.
 
     OUT/heatmaps/MODEL-RUN/weights/{prequantize,quantized,dequantized}/{mean,std,kurtosis}.{png,html,json}
     OUT/heatmaps/MODEL-RUN/gradients/{mean,std,kurtosis}.*       the weight gradient
     OUT/heatmaps/MODEL-RUN/weights/quantized/usage.*             share of each code, at the last sampled step in NVFP4
     OUT/heatmaps/MODEL-RUN/weights/{correlation,sqnr}.*          curves: raw against dequantized
-    OUT/heatmaps/plotly-VERSION.min.js                           what the HTML files load; no network is needed
+    OUT/heatmaps/plotly-VERSION.min.js                           what the HTML files load, instead of the network
 
     prequantize, quantized (-6 .. 6), dequantized = tensors.weight raw, codes, dequantized of records.py
 
-The JSON holds {"title", "model", "run", "unit", "layers", "steps", "values": one list per layer, null where absent};
-of usage "codes" and their values' shares. Layers without any value are left out of a picture, not of its JSON.
-A run never overwrites another: the second one of a name is drawn into MODEL-RUN_2.
+The JSON holds {"title", "model", "run", "unit", "layers", "steps", "values": one list per layer, null where absent}.
+That of usage has "codes" too, and its values are their shares. Layers without any value are left out of a picture, not
+of its JSON. A run never overwrites another: the second run of a name is drawn into MODEL-RUN_2.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
-from te_nvfp4_cv.telemetry.records import Run, dumps, read
+from te_nvfp4_cv.telemetry.records import Run, cannot_write, dumps, read
 
 STATISTICS = {"mean": "mean", "std": "standard deviation", "kurtosis": "excess kurtosis"}
 CODE_VALUES = formats.decode_e2m1(torch.arange(16, dtype=torch.uint8)).tolist()
@@ -42,7 +42,7 @@ CODE_NAMES = [f"{CODE_VALUES[code]:g}" for code in CODES]
 
 @dataclass(frozen=True)
 class Kind:
-    """One family of heatmaps: where its numbers are and what they are called."""
+    """A family of heatmaps: where its numbers are and what they are called."""
 
     folder: str
     tensor: str
@@ -51,7 +51,7 @@ class Kind:
     unit: str
 
     def label(self, statistic: str) -> str:
-        """Of the colour bar."""
+        """Return the label of the colour bar."""
         unit = "0: Gaussian" if statistic == "kurtosis" else self.unit
         return f"{STATISTICS[statistic]} ({unit})"
 
@@ -69,18 +69,21 @@ CURVES = {  # name: (title, label, keys)
 
 
 def as_run(run_or_path: Run | str | os.PathLike[str]) -> Run:
-    """A run as it is, or the file that holds it, read."""
+    """Return a run as it is, or read the file that holds it."""
     return run_or_path if isinstance(run_or_path, Run) else read(run_or_path)
 
 
 def table(run: Run, layers: Sequence[str], *keys: str) -> np.ndarray:
-    """One number of every layer (rows) at every sampled step (columns), NaN where it is absent."""
+    """Return one number of every layer (rows) at every sampled step (columns), NaN if it is absent."""
     values = [[np.nan if value is None else value for value in run.series(layer, *keys)] for layer in layers]
     return np.array(values, float).reshape(len(layers), len(run.steps))
 
 
 def usage(run: Run, layers: Sequence[str], tensor: str = "weight") -> tuple[int | None, np.ndarray]:
-    """(last sampled step with codes, share of the 16 codes per layer, ordered by value, NaN where there are none)."""
+    """Return the last sampled step with codes, and each layer's shares of the 16 codes, ordered by the codes' values.
+
+    A layer without codes has NaN; the step is None if no layer ever had codes.
+    """
     shares = np.full((len(layers), 16), np.nan)
     for step, held in reversed(run.steps.items()):
         for row, layer in enumerate(layers):
@@ -94,16 +97,20 @@ def usage(run: Run, layers: Sequence[str], tensor: str = "weight") -> tuple[int 
 
 
 def render(run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str] = "plots") -> list[Path]:
-    """Draw one run; see the top of this file.
+    """Draw pictures of one run: heatmaps of weights and gradients, and curves of the quantization error.
 
     Args:
-        run_or_path: a telemetry file, or what telemetry.read gave of one.
-        out: folder for pictures; made where it is absent.
+        run_or_path: a telemetry file, or what telemetry.read returned for one.
+        out: the folder for pictures, which is made if needed; they go into its heatmaps/MODEL-RUN.
     Returns:
-        the files that were written, without plotly's script.
+        The files that were written, without plotly's script.
     Raises:
-        ValueError: a file that is no telemetry, a run without sampled steps, a folder that cannot be written;
+        ValueError: a file that is no telemetry file, a run without sampled steps, or a folder that cannot be written.
         RuntimeError: matplotlib or plotly is not installed.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> files = nv.telemetry.render_heatmaps("runs/telemetry.jsonl", "plots")  # doctest: +SKIP
     """
     drawing.need("matplotlib", "plotly")
     run = as_run(run_or_path)
@@ -124,31 +131,27 @@ def render(run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str
         for name in CURVES:
             pictures.curve(name)
     except OSError as error:
-        raise value_error(
-            f"telemetry: pictures cannot be written into {out}.",
-            got=str(error),
-            needs="a folder that can be written",
-            fix="choose another folder",
-        ) from error
+        raise cannot_write(out, error) from error
     return pictures.written
 
 
 def _folder(parent: Path, name: str) -> Path:
-    """A new folder of that name, _2, _3, ... where it is there already; made at once, so that runs never share one."""
+    """Make a new folder of that name, or of name_2, name_3, ... if it is there already."""
+    # Names come from the user and go into a path: no separators, no leading dots, no endless length.
     clean = re.sub(r"[^\w.+=-]+", "_", name, flags=re.ASCII).strip("._ ")[:100] or "run"
     parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         found = parent / (clean if number == 1 else f"{clean}_{number}")
         try:
-            found.mkdir()
+            found.mkdir()  # makes and checks in one step, so that two runs which draw at once never share a folder
             return found
         except FileExistsError:
             number += 1
 
 
 def _plotly(folder: Path) -> Path:
-    """plotly's script in that folder, written unless it is there."""
+    """Return plotly's script in that folder; it is written once."""
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     script = folder / f"plotly-{get_plotlyjs_version()}.min.js"
@@ -158,7 +161,7 @@ def _plotly(folder: Path) -> Path:
 
 
 class _Pictures:
-    """The files of one run."""
+    """Write the files of one run."""
 
     def __init__(self, run: Run, folder: Path, script: Path) -> None:
         self.run, self.folder, self.script = run, folder, script
@@ -168,7 +171,7 @@ class _Pictures:
     def heatmap(self, kind: Kind, statistic: str) -> None:
         values = table(self.run, self.run.layers, "tensors", kind.tensor, kind.stage, statistic)
         title = f"{kind.title}: {STATISTICS[statistic]}"
-        bounds = drawing.limits([values], diverging=statistic != "std")
+        bounds = drawing.limits([values], diverging=statistic != "std")  # only a standard deviation has no sign
         self._map(f"{kind.folder}/{statistic}", title, values, self.steps, bounds, kind.label(statistic), "step")
 
     def usage(self) -> None:
@@ -187,8 +190,8 @@ class _Pictures:
         label: str,
         xlabel: str,
     ) -> None:
-        keep = np.isfinite(values).any(axis=1)
-        rows, shown = [row for row, kept in zip(self.run.layers, keep, strict=True) if kept], values[keep]
+        some = np.isfinite(values).any(axis=1)
+        rows, shown = [row for row, known in zip(self.run.layers, some, strict=True) if known], values[some]
         text = f"{title}\n{self._subtitle(len(rows))}"
         self._png(name, drawing.heatmaps(text, rows, [Panel("", columns, shown)], bounds, label, xlabel))
         self._html(name, plotly_heatmap(text, rows, columns, shown, bounds, label, xlabel))
@@ -224,6 +227,7 @@ class _Pictures:
 
     def _html(self, name: str, figure: Any) -> None:
         path = self._path(name, "html")
+        # Relative, so that the folder of pictures can be moved or copied as a whole.
         script = Path(os.path.relpath(self.script, path.parent)).as_posix()
         config = {"responsive": True, "displaylogo": False}
         figure.write_html(path, include_plotlyjs=script, config=config, full_html=True)
@@ -234,7 +238,7 @@ class _Pictures:
         content: dict[str, Any] = {"title": title, "model": run.model, "run": run.name, "unit": unit}
         content |= {"layers": run.layers, "steps": steps, **more, "values": values.tolist()}
         text = json.dumps(json.loads(dumps(content)), indent=1)
-        # one line per layer
+        # JSON's indentation puts each number on a line; a layer's numbers belong on one.
         text = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
         self._path(name, "json").write_text(text + "\n", encoding="utf-8")
 
@@ -251,7 +255,7 @@ def plotly_heatmap(
     label: str,
     xlabel: str,
 ) -> Any:
-    """An interactive heatmap; pointing at a cell shows layer, column and value."""
+    """Draw an interactive heatmap; pointing at a cell shows layer, column and value."""
     import matplotlib
     import plotly.graph_objects as go
     from matplotlib.colors import to_hex
@@ -259,6 +263,7 @@ def plotly_heatmap(
     low, high = bounds.low, bounds.high
     bar: dict[str, Any] = {"title": {"text": (label + bounds.note).replace("\n", "<br>"), "side": "right"}}
     drawn = values
+    # plotly's colour scale is linear, so the values are transformed, and the ticks named by what they stand for.
     if bounds.log:
         low, high = float(np.log10(low)), float(np.log10(high))
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -271,9 +276,10 @@ def plotly_heatmap(
         bar |= {"tickvals": [float(np.arcsinh(tick / bounds.linear)) for tick in bounds.ticks]}
         bar |= {"ticktext": [f"{tick:g}" for tick in bounds.ticks]}
     colours = matplotlib.colormaps[drawing.DIVERGING if bounds.diverging else drawing.SEQUENTIAL]
-    names = [html.escape(row) for row in rows]
+    names = [html.escape(row) for row in rows]  # plotly reads tags in labels
     figure = go.Figure(
         go.Heatmap(
+            # Five digits are more than a colour shows, and make the file smaller.
             z=[[None if np.isnan(value) else float(f"{value:.5g}") for value in row] for row in drawn],
             text=[["absent" if np.isnan(value) else f"{value:.5g}" for value in row] for row in values],
             x=[str(column) for column in columns],
@@ -297,7 +303,7 @@ def plotly_heatmap(
 
 
 def plotly_curves(title: str, rows: Sequence[str], steps: Sequence[int], values: np.ndarray, label: str) -> Any:
-    """Interactive curves; the worst layers are in the legend, the others are grey and named when pointed at."""
+    """Draw interactive curves; the worst layers are in the legend, the others are grey and named when pointed at."""
     import plotly.graph_objects as go
 
     figure = go.Figure()

@@ -1,54 +1,66 @@
-"""Telemetry's file format: JSON lines, one record per line, and its reader.
+"""Define telemetry's file format, JSON lines with one record per line, and read it.
 
     {"kind": "run", "format": FORMAT, "version": 1, "name", "group", "model", "recipe" (TOML), "every", "started",
-     "layers": [{"name", "op", "shape"}]}                                         first line; another one at each resume
+     "layers": [{"name", "op", "shape"}]}                          the first line; written again at each resume
     {"kind": "step", "step": 100, "layers": {name: {"op", "precision": "nvfp4" | "high", "reason", "tensors",
      ["flip_rate", "oscillation", "gradient": {"norm", "noise", "ratio", "alarm"}]}}}
     {"kind": "scalars", "step": 100, "values": {"train/loss": 0.91}}
     {"kind": "alarm", "step": 100, "layer": "up.3.conv.0", "text": "..."}
 
-    tensors    weight, weight_column, input, input_column, grad_output, grad_output_column, weight_gradient; each
-               {"raw": stats, and in NVFP4 "codes": stats + "usage", "dequantized": stats, "scales", "sqnr_db",
-               "correlation", "underflow", "saturation"} (statistics.py); any may be absent. Of a sample of "count"
-               values, but for "amax" and "nonfinite" of raw
-    flip_rate  share of weight codes that differ from the sample before; oscillation: that went back to the one before
+    tensors      weight, weight_column, input, input_column, grad_output, grad_output_column, weight_gradient; each
+                 {"raw": stats, and in NVFP4 "codes": stats + "usage", "dequantized": stats, "scales", "sqnr_db",
+                 "correlation", "underflow", "saturation"} (statistics.py). Any may be absent. All but "amax" and
+                 "nonfinite" of raw come from a sample of "count" values
+    flip_rate    share of weight codes that differ from the sample before
+    oscillation  share of weight codes that went back to what they were two samples before
 
-Numbers that are not finite are null. A resumed run goes on in the same file: of records of one kind and step the later
-one counts. A last line that was cut off is dropped; a damaged line elsewhere is refused, with its number.
+Numbers that are not finite are null. A resumed run continues the same file: of two records of one kind and step the
+later one counts. A last line that was cut off is dropped; a damaged line elsewhere is refused, with its number.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.report.text import plain
 
 FORMAT, VERSION = "te_nvfp4_cv.telemetry", 1
 
 
 def dumps(record: Any) -> str:
-    """A record as one line of strict JSON."""
-    return json.dumps(_finite(record), separators=(",", ":"), allow_nan=False)
+    """Return a record as one line of strict JSON, with null for numbers that are not finite."""
+    return json.dumps(plain(record), separators=(",", ":"), allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+def cannot_write(place: str | os.PathLike[str], error: OSError) -> ValueError:
+    """Return the error to raise if a file or folder of telemetry cannot be written."""
+    return value_error(
+        f"telemetry: {os.fspath(place)} cannot be written.",
+        got=str(error),
+        needs="a folder that can be written",
+        fix="choose another path",
+    )
 
 
 @dataclass
 class Run:
-    """One file, read. `steps` and `scalars` map a step to its layers and to its values, in ascending order."""
+    """A file of records, read.
+
+    `steps` maps each sampled step to its layers, and `scalars` each step to its values, both in ascending order.
+
+    Example:
+        >>> import tempfile, torch, te_nvfp4_cv as nv
+        >>> path = tempfile.mkdtemp() + "/telemetry.jsonl"
+        >>> watch = nv.telemetry.attach(torch.nn.Linear(32, 16), sinks=[nv.telemetry.JSONL(path)])
+        >>> watch.scalars(0, {"train/loss": 0.5})
+        >>> nv.telemetry.read(path).scalars
+        {0: {'train/loss': 0.5}}
+    """
 
     path: Path
     name: str
@@ -64,8 +76,9 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def series(self, layer: str, *keys: str) -> list[float | None]:
-        """One number of a layer at every sampled step, None where it is absent: series("conv1", "flip_rate"), or
-        series("conv1", "tensors", "weight", "raw", "std").
+        """Return one number of a layer at every sampled step, None where it is absent.
+
+        For example series("conv1", "flip_rate"), or series("conv1", "tensors", "weight", "raw", "std").
         """
         found: list[float | None] = []
         for layers in self.steps.values():
@@ -80,27 +93,26 @@ def read(path: str | os.PathLike[str]) -> Run:
     """Read a file of records.
 
     Raises:
-        ValueError: a missing, empty, damaged or foreign file, or one of a newer version.
+        ValueError: the file is missing, empty, damaged, no telemetry file, or of a newer version.
+
+    Example:
+        >>> import tempfile, torch, te_nvfp4_cv as nv
+        >>> path = tempfile.mkdtemp() + "/telemetry.jsonl"
+        >>> watch = nv.telemetry.attach(torch.nn.Linear(32, 16), sinks=[nv.telemetry.JSONL(path)], name="bf16")
+        >>> nv.telemetry.read(path).name
+        'bf16'
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise value_error(
-            f"telemetry: {path} cannot be read.",
-            got=str(error),
-            needs="a JSON lines file that telemetry wrote",
-            fix="give the telemetry.jsonl of a run",
-        ) from error
+        raise _refused(f"{path} cannot be read", str(error), "a JSON lines file that telemetry wrote") from error
     records, notes = _parse(path, text)
     if not records or records[0].get("format") != FORMAT or records[0].get("kind") != "run":
-        raise value_error(
-            f"telemetry: {path} is no telemetry file.",
-            got="no records" if not records else f"a first line with format {records[0].get('format')!r}",
-            needs=f'a first line {{"kind": "run", "format": "{FORMAT}", ...}}',
-            fix="give the telemetry.jsonl of a run",
-        )
-    head = [record for record in records if record.get("kind") == "run"][-1]
+        got = "no records" if not records else f"a first line with format {records[0].get('format')!r}"
+        needs = f'a first line {{"kind": "run", "format": "{FORMAT}", ...}}'
+        raise _refused(f"{path} is no telemetry file", got, needs)
+    head = [record for record in records if record.get("kind") == "run"][-1]  # a resumed run has written another
     if not isinstance(head.get("version"), int) or head["version"] > VERSION:
         raise value_error(
             f"telemetry: {path} is of another version.",
@@ -111,12 +123,8 @@ def read(path: str | os.PathLike[str]) -> Run:
     layers, every = head.get("layers", []), head.get("every", 0)
     named = isinstance(layers, list) and all(isinstance(layer, dict) and "name" in layer for layer in layers)
     if not named or not isinstance(every, int):
-        raise value_error(
-            f"telemetry: {path}: its header is damaged.",
-            got=f"layers {str(layers)[:60]}, every {every!r}",
-            needs="a list of tables with names, and a number",
-            fix="give the telemetry.jsonl of a run",
-        )
+        got = f"layers {str(layers)[:60]}, every {every!r}"
+        raise _refused(f"the header of {path} is damaged", got, "a list of tables with names, and a number")
     run = Run(
         path,
         name=str(head.get("name", "")),
@@ -131,20 +139,22 @@ def read(path: str | os.PathLike[str]) -> Run:
     for record in records:
         _take(run, record)
     run.steps, run.scalars = dict(sorted(run.steps.items())), dict(sorted(run.scalars.items()))
-    known = set(run.layers)
-    for held in run.steps.values():
-        run.layers += [name for name in held if name not in known]
-        known.update(held)
+    # Layers that own no `weight` (attention's projections, functional calls) stand in steps, but not in the header.
+    run.layers = list(dict.fromkeys([*run.layers, *(name for layers in run.steps.values() for name in layers)]))
     return run
+
+
+def _refused(title: str, got: str, needs: str) -> ValueError:
+    return value_error(f"telemetry: {title}.", got=got, needs=needs, fix="give the telemetry.jsonl of a run")
 
 
 def _take(run: Run, record: dict[str, Any]) -> None:
     kind = record.get("kind")
     if kind == "step":
-        run.steps[int(record["step"])] = record["layers"]
+        run.steps[int(record["step"])] = record["layers"]  # of a step that a resumed run repeated, the later record
     elif kind == "scalars":
         run.scalars.setdefault(int(record["step"]), {}).update(record["values"])
-    elif kind == "alarm" and record not in run.alarms:
+    elif kind == "alarm" and record not in run.alarms:  # a resumed run repeats steps, and so may repeat their alarms
         run.alarms.append(record)
 
 
@@ -156,12 +166,10 @@ REQUIRED: dict[str, dict[str, type]] = {
 
 
 def _parse(path: Path, text: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """(records, notes)."""
+    """Return the records, and notes on what was left out."""
     records: list[dict[str, Any]] = []
-    lines = text.split("\n")
-    ended = lines.pop() == "" if lines else True
-    if not ended:
-        lines = text.split("\n")
+    ended = text.endswith("\n") or not text  # a run that was killed while it wrote leaves a part of a line
+    lines = text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

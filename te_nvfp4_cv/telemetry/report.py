@@ -1,11 +1,11 @@
-"""Several runs side by side as one HTML file: no script, no request, pictures inside.
+"""Show several runs side by side in one HTML file that holds its pictures, and needs no script and no network.
 
     write_report(["bf16/telemetry.jsonl", "nvfp4/telemetry.jsonl"], "report.html")
 
-Runs may have other layers and other steps, and none need have sampled any. Heatmaps of one figure have the same rows,
-those of every run, and common colour limits; what a run lacks is grey. Whatever comes out of the files is escaped.
-Pictures get fewer colours, and then coarser, where the file would grow beyond MOST_BYTES. A file that is there already
-is refused, unless `force` is given.
+Runs may differ in layers and steps, and need not have sampled any. The heatmaps of one figure have the same rows, those
+of all runs, and the same colour limits; what a run lacks is grey. Whatever comes out of the files is escaped. If the
+file would grow beyond MOST_BYTES, pictures get fewer colours, and then fewer dots. A file that is there already is
+refused, unless `force` is given.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
 from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, KINDS, STATISTICS, as_run, table, usage
 from te_nvfp4_cv.telemetry.records import Run
+from te_nvfp4_cv.telemetry.settings import THRESHOLD
 
 MOST_BYTES = 10_000_000
-QUALITIES = ((100, False), (100, True), (75, True), (50, True))  # dots per inch, whether to keep 256 colours only
+QUALITIES = ((100, False), (100, True), (75, True), (50, True))  # dots per inch, whether to use 256 colours only
 BESIDE = 3  # runs beside each other in one picture
 OPERANDS = ("weight", "weight_column", "input", "input_column", "grad_output", "grad_output_column")
 FIGURES = {
@@ -38,7 +39,6 @@ FIGURES = {
 }
 LOWEST = 3  # SQNRs per run and operand that the table marks
 MOST_ALARMS = 500
-NOISE = 3**0.5  # below this ratio of gradient and quantization noise training stalls
 
 STYLE = """body{font:14px/1.45 system-ui,sans-serif;color:#222;margin:24px auto;padding:0 24px;max-width:1700px}
 h1{font-size:24px;margin:0 0 4px}h2{font-size:19px;margin:36px 0 8px;border-bottom:1px solid #ddd}
@@ -53,16 +53,25 @@ pre{margin:4px 0;white-space:pre-wrap;max-width:600px}p.note{color:#666}"""
 def write_report(
     paths: Sequence[Run | str | os.PathLike[str]], out: str | os.PathLike[str], force: bool = False
 ) -> Path:
-    """Write the report of some runs; see the top of this file.
+    """Write a report that shows several runs side by side, as one HTML file.
 
     Args:
-        paths: telemetry files, or what telemetry.read gave of them; the first is shown first.
+        paths: telemetry files, or what telemetry.read returned for them; the first is shown first.
+        out: the HTML file to write.
         force: replace a file that is there.
     Returns:
-        the file.
+        The path of the HTML file.
     Raises:
-        ValueError: no run, a file that is no telemetry, one that is there already or cannot be written;
+        ValueError: no run, a file that is no telemetry file, or an `out` that is there already or cannot be written.
         RuntimeError: matplotlib is not installed.
+
+    Example:
+        >>> import tempfile, torch, te_nvfp4_cv as nv
+        >>> folder = tempfile.mkdtemp()
+        >>> watch = nv.telemetry.attach(torch.nn.Linear(32, 16), sinks=[nv.telemetry.JSONL(f"{folder}/bf16.jsonl")])
+        >>> watch.scalars(0, {"train/loss": 0.5})
+        >>> nv.telemetry.write_report([f"{folder}/bf16.jsonl"], f"{folder}/report.html").name
+        'report.html'
     """
     out = Path(out)
     paths = [paths] if isinstance(paths, (str, os.PathLike, Run)) else list(paths)
@@ -79,6 +88,7 @@ def write_report(
         )
     drawing.need("matplotlib")
     runs = [as_run(path) for path in paths]
+    # How large a picture becomes is known only when it has been drawn, so the whole report is drawn again if needed.
     for resolution, palette in QUALITIES:
         text = _Report(runs, resolution, palette).text()
         if len(text) < MOST_BYTES:
@@ -92,7 +102,7 @@ def _escape(value: Any) -> str:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """The runs' names, told apart by a number where they are the same."""
+    """Return the runs' names, with a number behind a name that came before."""
     labels: list[str] = []
     for run in runs:
         name, number = run.name or "run", 1
@@ -112,7 +122,7 @@ def _chunks(panels: list[Panel]) -> Iterator[list[Panel]]:
 
 
 def last_step(run: Run) -> int | None:
-    """The last sampled step in which any layer ran in NVFP4."""
+    """Return the last sampled step in which any layer ran in NVFP4, or None."""
     for step, layers in reversed(run.steps.items()):
         if any(layer.get("precision") == "nvfp4" for layer in layers.values()):
             return step
@@ -120,11 +130,11 @@ def last_step(run: Run) -> int | None:
 
 
 class _Report:
-    """The page."""
+    """The page: each method but `text` writes one of its sections."""
 
     def __init__(self, runs: Sequence[Run], resolution: int, palette: bool) -> None:
-        self.runs, self.resolution, self.palette = runs, resolution, palette
-        self.labels = _labels(runs)
+        self.resolution, self.palette = resolution, palette
+        self.runs = list(zip(_labels(runs), runs, strict=True))
         self.layers = _union(run.layers for run in runs)
 
     def text(self) -> str:
@@ -141,7 +151,7 @@ class _Report:
         ids = {title: title.lower().replace(" ", "-") for title in sections}
         links = "".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections)
         body = "\n".join(f'<h2 id="{ids[title]}">{title}</h2>\n{draw()}' for title, draw in sections.items())
-        title = f"Telemetry: {', '.join(self.labels)}"
+        title = f"Telemetry: {', '.join(label for label, _ in self.runs)}"
         return (
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_escape(title)}</title>\n'
             f"<style>{STYLE}</style></head>\n<body><h1>{_escape(title)}</h1>\n<nav>{links}</nav>\n{body}\n"
@@ -161,17 +171,17 @@ class _Report:
             "file": lambda run: _escape(run.path.name),
             "notes": lambda run: "<br>".join(map(_escape, run.notes)) or "none",
         }
-        lines = [f"<tr><th></th>{''.join(f'<th>{_escape(label)}</th>' for label in self.labels)}</tr>"]
+        lines = [f"<tr><th></th>{''.join(f'<th>{_escape(label)}</th>' for label, _ in self.runs)}</tr>"]
         for name, cell in rows.items():
-            lines.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell(run)}</td>' for run in self.runs)}</tr>")
+            lines.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell(run)}</td>' for _, run in self.runs)}</tr>")
         return f"<table>{''.join(lines)}</table>"
 
     def scalars(self) -> str:
-        names = _union(_union(map(list, run.scalars.values())) for run in self.runs)
+        names = _union(_union(map(list, run.scalars.values())) for _, run in self.runs)
         pictures = []
         for name in names:
             series: dict[str, tuple[list[int], list[float]]] = {}
-            for label, run in zip(self.labels, self.runs, strict=True):
+            for label, run in self.runs:
                 found = [(step, held[name]) for step, held in run.scalars.items() if _is_number(held.get(name))]
                 if found:
                     series[label] = ([step for step, _ in found], [value for _, value in found])
@@ -180,7 +190,7 @@ class _Report:
         return f'<div class="row">{"".join(pictures)}</div>' if pictures else _note("No run recorded any.")
 
     def alarms(self) -> str:
-        found = [(label, alarm) for label, run in zip(self.labels, self.runs, strict=True) for alarm in run.alarms]
+        found = [(label, alarm) for label, run in self.runs for alarm in run.alarms]
         if not found:
             return _note("None.")
         rows = "".join(
@@ -193,8 +203,7 @@ class _Report:
         return f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>{more}'
 
     def operands(self) -> str:
-        shown = [(label, run, step) for label, run in zip(self.labels, self.runs, strict=True)
-                 if (step := last_step(run)) is not None]  # fmt: skip
+        shown = [(label, run, step) for label, run in self.runs if (step := last_step(run)) is not None]
         if not shown:
             return _note("No layer of any run was sampled in NVFP4.")
         width = len(FIGURES)
@@ -205,7 +214,7 @@ class _Report:
         for layer in self.layers:
             for operand in OPERANDS:
                 held = [_operand(run, step, layer, operand) for _, run, step in shown]
-                if not any(held):
+                if not any(held):  # an operand that no run has in NVFP4 gets no row
                     continue
                 cells = "".join(
                     _cells(values, run.steps[step].get(layer), (label, (layer, operand)) in marked)
@@ -232,12 +241,9 @@ class _Report:
         )
 
     def codes(self) -> str:
-        found = [usage(run, self.layers) for run in self.runs]
-        panels = [
-            Panel(f"{label}, step {step}", CODE_NAMES, 100 * shares)
-            for label, (step, shares) in zip(self.labels, found, strict=True)
-            if step is not None
-        ]
+        found = [(label, *usage(run, self.layers)) for label, run in self.runs]
+        used = [(f"{label}, step {step}", 100 * shares) for label, step, shares in found if step is not None]
+        panels = [Panel(heading, CODE_NAMES, shares) for heading, shares in used]
         title = "Weights: use of the 16 codes"
         return (
             self._maps(title, panels, False, "share (%)", "code, by its value")
@@ -246,7 +252,7 @@ class _Report:
         )
 
     def gradients(self) -> str:
-        line = (NOISE, "sqrt(3): training stalls below")
+        line = (THRESHOLD, "sqrt(3): training stalls below")
         title = "Weight gradient: norm over its quantization noise"
         return self._curves(title, "norm / noise", ("gradient", "ratio"), log=True, line=line)
 
@@ -254,41 +260,40 @@ class _Report:
         pictures = []
         for kind in KINDS:
             for statistic in STATISTICS:
-                keys = ("tensors", kind.tensor, kind.stage, statistic)
-                panels = [
-                    Panel(label, list(run.steps), table(run, self.layers, *keys))
-                    for label, run in zip(self.labels, self.runs, strict=True)
-                ]
+                panels = self._panels(("tensors", kind.tensor, kind.stage, statistic))
                 title = f"{kind.title}: {STATISTICS[statistic]}"
                 pictures.append(self._maps(title, panels, statistic != "std", kind.label(statistic), "step"))
         return "".join(pictures)
 
+    def _panels(self, keys: tuple[str, ...]) -> list[Panel]:
+        return [Panel(label, list(run.steps), table(run, self.layers, *keys)) for label, run in self.runs]
+
     def _maps(self, title: str, panels: list[Panel], diverging: bool, label: str, xlabel: str) -> str:
-        without = [panel.heading for panel in panels if not np.isfinite(panel.values).any()]
-        panels = [panel for panel in panels if np.isfinite(panel.values).any()]
-        if not panels:
-            return _note(f"{title}: no run has values.")
-        keep = np.any([np.isfinite(panel.values).any(axis=1) for panel in panels], axis=0)
-        rows = [layer for layer, kept in zip(self.layers, keep, strict=True) if kept]
-        panels = [Panel(panel.heading, panel.columns, panel.values[keep]) for panel in panels]
-        bounds = drawing.limits([panel.values for panel in panels], diverging)
-        images = [
-            self._image(drawing.heatmaps(title, rows, chunk, bounds, label, xlabel), title) for chunk in _chunks(panels)
-        ]
-        return "".join(images) + (_note(f"Without values: {', '.join(without)}.") if without else "")
+        def draw(panels: list[Panel]) -> Iterator[Any]:
+            # All runs show the same rows, so that a layer stands at the same height in each of them.
+            some = np.any([np.isfinite(panel.values).any(axis=1) for panel in panels], axis=0)
+            rows = [layer for layer, shown in zip(self.layers, some, strict=True) if shown]
+            panels = [Panel(panel.heading, panel.columns, panel.values[some]) for panel in panels]
+            bounds = drawing.limits([panel.values for panel in panels], diverging)
+            for chunk in _chunks(panels):
+                yield drawing.heatmaps(title, rows, chunk, bounds, label, xlabel)
+
+        return self._pictures(title, panels, draw)
 
     def _curves(self, title: str, label: str, keys: tuple[str, ...], **options: Any) -> str:
-        panels = [
-            Panel(name, list(run.steps), table(run, self.layers, *keys))
-            for name, run in zip(self.labels, self.runs, strict=True)
-        ]
+        def draw(panels: list[Panel]) -> Iterator[Any]:
+            for chunk in _chunks(panels):
+                yield drawing.curves(title, self.layers, chunk, label, **options)
+
+        return self._pictures(title, self._panels(keys), draw)
+
+    def _pictures(self, title: str, panels: list[Panel], draw: Callable[[list[Panel]], Iterator[Any]]) -> str:
+        """Draw the panels that hold any value, and name the runs whose panels hold none."""
         without = [panel.heading for panel in panels if not np.isfinite(panel.values).any()]
         panels = [panel for panel in panels if np.isfinite(panel.values).any()]
         if not panels:
             return _note(f"{title}: no run has values.")
-        images = [
-            self._image(drawing.curves(title, self.layers, chunk, label, **options), title) for chunk in _chunks(panels)
-        ]
+        images = [self._image(figure, title) for figure in draw(panels)]
         return "".join(images) + (_note(f"Without values: {', '.join(without)}.") if without else "")
 
     def _image(self, figure: Any, title: str) -> str:
@@ -297,7 +302,7 @@ class _Report:
         drawn, packed = io.BytesIO(), io.BytesIO()
         drawing.save(figure, drawn, self.resolution)
         picture = Image.open(drawn).convert("RGB")
-        if self.palette:  # maximum coverage: rare colours, such as a colour bar's, stay
+        if self.palette:  # of all methods only this one keeps rare colours, such as those of a colour bar
             picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         picture.save(packed, "png", optimize=True)
         data = base64.b64encode(packed.getvalue()).decode("ascii")
@@ -329,7 +334,7 @@ def _steps(run: Run) -> str:
 
 
 def _layers(run: Run) -> str:
-    """How many run in which precision, and why not in NVFP4."""
+    """Say how many layers run in which precision, and why those in high precision do."""
     step = last_step(run)
     if step is None:
         return f"{len(run.layers)}, none sampled in NVFP4"
@@ -342,13 +347,13 @@ def _layers(run: Run) -> str:
 
 
 def _operand(run: Run, step: int, layer: str, operand: str) -> dict[str, Any]:
-    """What the record says of a quantized operand; empty where there is none."""
+    """Return what the record says of a quantized operand; {} if there is none."""
     held: dict[str, Any] = run.steps[step].get(layer, {}).get("tensors", {}).get(operand, {})
     return held if any(_is_number(held.get(key)) for key in FIGURES) else {}
 
 
 def _lowest(layers: dict[str, Any]) -> list[tuple[str, str]]:
-    """(layer, operand) of the lowest SQNRs of every operand."""
+    """Return the layers and operands with the lowest SQNRs of every operand."""
     found: list[tuple[str, str]] = []
     for operand in OPERANDS:
         values = [(held.get("tensors", {}).get(operand, {}).get("sqnr_db"), name) for name, held in layers.items()]

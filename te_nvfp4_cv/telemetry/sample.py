@@ -1,13 +1,15 @@
-"""One sampled step: what each layer's first call shows, forward and backward, as statistics on its device.
+"""Take one sample: statistics of what each layer's first call in a step shows, forward and backward.
 
-Operands are looked at where the layer quantizes them (plan.Watch); layers in high precision by their input and by a
-hook on their output. collect.py says which steps are samples and where the record goes.
+Operands are looked at where the layer quantizes them (plan.Watch). Layers in high precision show their input, and their
+output's gradient through a hook. Everything is computed on the layer's device and fetched once, when the step is over.
+collect.py decides which steps are sampled, and where the record goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,81 +17,95 @@ from torch import Tensor, nn
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import gemms, observe
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.names import plain_name
-from te_nvfp4_cv.nn.walk import op_of, own_weight
+from te_nvfp4_cv.nn.walk import named_layers, op_of, own_weight
+from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.ops.records import Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
-from te_nvfp4_cv.telemetry import blocks as operand_blocks
-from te_nvfp4_cv.telemetry import statistics
+from te_nvfp4_cv.telemetry import blocks, statistics
+from te_nvfp4_cv.telemetry.settings import THRESHOLD, Settings
 
-if TYPE_CHECKING:
-    from te_nvfp4_cv.telemetry.collect import Telemetry
 
-LAYERS = tuple(NVFP4_CLASSES)
-THRESHOLD = 3**0.5
+@dataclass
+class Memory:
+    """Values that one sample leaves to the next.
+
+    Attributes:
+        codes: packed weights of the last two samples by layer, the newest first, to count flips.
+        noise_from: number of the layer whose turn for gradient noise comes next.
+    """
+
+    codes: dict[str, list[Tensor]] = field(default_factory=dict)
+    noise_from: int = 0
 
 
 class Sample:
-    """One sampled step."""
+    """One sampled step of a model."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
-        self.telemetry = telemetry
-        self.layers = list(layers_of(telemetry.model))
+    def __init__(self, model: nn.Module, settings: Settings, memory: Memory) -> None:
+        self.model, self.settings, self.memory = model, settings, memory
+        self.layers = list(layers_of(model))
         owned = ((name, own_weight(module)) for name, module in self.layers)
         self.names = {id(w): name for name, w in owned if w is not None}
         self.found: dict[str, _Layer] = {}
-        self.compiled = [plain_name(name) for name, module in telemetry.model.named_modules() if is_compiled(module)]
-        self.bytes_left = telemetry.noise_bytes
-        self.turn = 0  # how many layers have asked to keep x
+        self.compiled = [plain_name(name) for name, module in model.named_modules() if _is_compiled(module)]
+        self.bytes_left = settings.noise_bytes
+        self.turn = 0  # how many layers have asked to hold x until their backward
         self.refused: list[int] = []  # the numbers of those for which no memory was left
 
     def called(self, call: observe.Call) -> observe.Seen | None:
-        """A layer is called."""
+        """Answer a layer's call: return what the sample wants to see of it, or None if it belongs to another model."""
         name = self._name(call.weight)
         if name is None:
             return None
-        recomputed = torch._C._current_graph_task_id() != -1  # activation checkpointing, inside of backward
+        # A forward inside of backward is activation checkpointing's repetition. Only its backward will run, so the
+        # layer must be watched again although this is not its first call.
+        recomputed = torch._C._current_graph_task_id() != -1
         layer = self.found.get(name)
         first = layer is None
         if layer is None:
             layer = self.found[name] = _Layer(self, name, call)
         elif not recomputed:
-            return None  # a layer that is called again
+            return None  # the step's first call is the one that is recorded
         if call.recipe is not None:
             return observe.Seen(watch=_Watch(layer, first))
+        # In high precision nothing is quantized that could be watched: the raw input is all that there is.
         if "input" not in layer.tensors and isinstance(call.x, Tensor):
             layer.tensors["input"] = {"raw": self.plain(call.x)}
         return observe.Seen(finished=layer.finished)
 
     def plain(self, v: Tensor) -> dict[str, Any]:
-        """Statistics of a tensor in high precision."""
+        """Compute the statistics of a tensor in high precision."""
         v = v.detach()
-        whole = operand_blocks.whole(v)
+        whole = blocks.whole(v)
         v = v.movedim(1, -1) if v.dim() > 2 else v  # channels innermost, as a channels_last tensor lies
         flat = v.reshape(-1)
-        return statistics.stats(flat[:: _stride(len(flat), self.telemetry.max_elements)], whole=whole)
+        # The stride is that of blocks, but of elements: their number counts as if each were a block.
+        stride = blocks.step_of(max(1, len(flat)), self.settings.max_elements * BLOCK)
+        return statistics.stats(flat[::stride], whole=whole)
 
-    def may_keep(self, x: Tensor) -> bool:
-        """Whether this layer's x may stay alive until its backward; layers take turns."""
-        telemetry, number = self.telemetry, self.turn
+    def may_hold(self, x: Tensor) -> bool:
+        """Decide whether this layer's x may stay alive until its backward; layers take turns."""
+        number = self.turn
         self.turn += 1
         size = x.numel() * x.element_size()
-        if not telemetry.gradient_noise or number < telemetry.noise_from:
+        if not self.settings.gradient_noise or number < self.memory.noise_from:
             return False
         if size > self.bytes_left:
             self.refused.append(number)
             return False
-        self.bytes_left -= size
+        self.bytes_left -= size  # never given back: backward frees x only after all of forward has run
         return True
 
     def _name(self, weight: Any) -> str | None:
+        """Return the name of the layer that owns the weight, or of which it is a view; None if it is none of ours."""
         for candidate in (weight, getattr(weight, "_base", None)):
             if candidate is None:
                 continue
             if id(candidate) in self.names:
                 return self.names[id(candidate)]
-            for prefix, module in self.telemetry.model.named_modules():  # FSDP2 swaps parameters while a module runs
+            # Not a `weight` of a layer: look among all parameters once, and remember what was found.
+            for prefix, module in self.model.named_modules():  # FSDP2 swaps parameters while a module runs
                 for key, parameter in module._parameters.items():
                     if parameter is candidate:
                         name = plain_name(prefix) or type(module).__name__
@@ -98,30 +114,32 @@ class Sample:
         return None
 
     def record(self, grad_scale: float | Tensor) -> dict[str, Any]:
-        """The step's layers as plain numbers, in the model's order; one copy from the device."""
-        telemetry = self.telemetry
+        """Return the step's layers as plain numbers, in the model's order, after one copy from the device."""
         out: dict[str, Any] = {}
         for name, module in self.layers:
             seen = self.found.pop(name, None)
             out[name] = seen.entry() if seen is not None else self._unseen(name, module)
             self._weight(out[name], own_weight(module), grad_scale)
-        for name, seen in self.found.items():  # weights that are no `weight` of a layer: attention's, functional ones
+        for name, seen in self.found.items():  # weights that no layer owns as `weight`: attention's, functional ones
             out[name] = seen.entry()
             self._weight(out[name], seen.weight, grad_scale)
         for entry in out.values():
             if "gradient" in entry:
                 entry["gradient"] = {key: value / grad_scale for key, value in entry["gradient"].items()}
-        telemetry.noise_from = self.refused[0] if self.refused and self.refused[0] > telemetry.noise_from else 0
+        # The first layer that found no memory comes first in the next sample. If that would be no progress, because
+        # one layer alone is too large, the turns start again.
+        first = self.refused[0] if self.refused else 0
+        self.memory.noise_from = first if first > self.memory.noise_from else 0
         layers: dict[str, Any] = statistics.fetch(out)
         for layer in layers.values():
-            _judge(layer)
+            _judge(layer)  # on plain numbers: to compare tensors on a GPU would wait for it at every layer
         return layers
 
     def _unseen(self, name: str, module: nn.Module) -> dict[str, Any]:
         compiled = any(not prefix or name == prefix or name.startswith(f"{prefix}.") for prefix in self.compiled)
-        reason = "its weight is computed: not heard" if own_weight(module) is None else "not called in this step"
+        reason = "not seen: its weight is computed" if own_weight(module) is None else "not called in this step"
         if compiled:
-            reason = "inside of a compiled graph"
+            reason = "inside a compiled graph"
         return {"op": op_of(module), "precision": "high", "reason": reason, "tensors": {}}
 
     def _weight(self, entry: dict[str, Any], weight: Any, grad_scale: float | Tensor) -> None:
@@ -133,21 +151,21 @@ class Sample:
 
 
 class _Layer:
-    """What one layer's call shows, forward and backward."""
+    """One layer of a sample: what its call shows, forward and backward."""
 
     def __init__(self, sample: Sample, name: str, call: observe.Call) -> None:
         self.sample, self.name, self.op, self.weight = sample, name, call.op, call.weight
         self.precision, self.reason = ("high", call.reason) if call.recipe is None else ("nvfp4", "")
         self.tensors: dict[str, dict[str, Any]] = {}
         self.more: dict[str, Any] = {}
-        self.x: tuple[Tensor, int] | None = None  # kept for the gradient noise, with its version
+        self.x: tuple[Tensor, int] | None = None  # held for the gradient noise, with its version
 
     def entry(self) -> dict[str, Any]:
-        """LAYER of the record."""
+        """Return the layer's entry in the record."""
         return {"op": self.op, "precision": self.precision, "reason": self.reason, "tensors": self.tensors, **self.more}
 
     def finished(self, y: Tensor) -> None:
-        """A call in high precision has its result."""
+        """Take the result of a call in high precision: its gradient is recorded when it arrives."""
         if y.requires_grad and "grad_output" not in self.tensors:
             y.register_hook(self._arrived)
 
@@ -156,46 +174,51 @@ class _Layer:
 
 
 class _Watch:
-    """Looks on while the layer is quantized (plan.Watch)."""
+    """Look on while the layer's operands are quantized (plan.Watch).
+
+    `first` is False for a forward that activation checkpointing repeats: its operands were recorded before, but its
+    backward is the layer's only one.
+    """
 
     def __init__(self, layer: _Layer, first: bool) -> None:
-        self.layer = layer
-        self.first = first  # else a recomputed forward, whose backward is the layer's
+        self.layer, self.first = layer, first
 
     @torch.no_grad()
     def quantized(
         self, role: Role, operand: Tensor, made: Operand | WeightCodes, seed: Tensor | None, plan: Plan
     ) -> None:
-        layer, most = self.layer, self.layer.sample.telemetry.max_elements
+        layer, most = self.layer, self.layer.sample.settings.max_elements
         if isinstance(made, WeightCodes):
             if self.first:
                 self._weight(operand, made, plan)
             return
         if role == Role.INPUT:
             trains = layer.weight.requires_grad and "wgrad" in plan.gemms
-            if trains and layer.sample.may_keep(operand):
-                layer.x = operand, operand._version
+            if trains and layer.sample.may_hold(operand):
+                layer.x = operand, operand._version  # an in-place ReLU may change x before its backward comes
             if not self.first and "input_column" in layer.tensors:
                 return
-        found = operand_blocks.of_operand(role, operand, made, seed, plan, most)
+        found = blocks.of_operand(role, operand, made, seed, plan, most)
         for face, name in (("row", role.value), ("col", f"{role.value}_column")):
             if face in found and name not in layer.tensors:
                 layer.tensors[name] = statistics.operand(found[face])
 
     def _weight(self, w: Tensor, codes: WeightCodes, plan: Plan) -> None:
-        layer, telemetry = self.layer, self.layer.sample.telemetry
-        found = operand_blocks.of_weight(w, codes, plan, telemetry.max_elements)
+        layer, sample = self.layer, self.layer.sample
+        found = blocks.of_weight(w, codes, plan, sample.settings.max_elements)
         for gemm, name in (("fprop", "weight"), ("dgrad", "weight_column")):
             if gemm not in found:
                 continue
-            told = statistics.operand(found[gemm])
-            if isinstance(w, GatheredWeight):  # its values are the codes'; record() adds the raw ones of the shard
-                told = {key: told[key] for key in ("codes", "dequantized", "scales")}
-            layer.tensors[name] = told
+            figures = statistics.operand(found[gemm])
+            # A gathered weight holds only codes, so comparing with its "raw" values would show no error. record() adds
+            # the raw values of this rank's shard.
+            if isinstance(w, GatheredWeight):
+                figures = {key: figures[key] for key in ("codes", "dequantized", "scales")}
+            layer.tensors[name] = figures
         packed = codes.face(plan.weight_faces[0]).data
-        if not packed.numel():
+        if not packed.numel():  # no GEMM reads this face, so there are no codes
             return
-        before = telemetry.codes.setdefault(layer.name, [])
+        before = sample.memory.codes.setdefault(layer.name, [])
         if before and before[0].shape == packed.shape:
             earlier = before[1] if len(before) > 1 and before[1].shape == packed.shape else None
             changed, back = statistics.flips(packed, before[0], earlier)
@@ -207,10 +230,10 @@ class _Watch:
 
     @torch.no_grad()
     def weight_gradient(self, dy: Tensor, dw: Tensor, plan: Plan) -> None:
-        kept, self.layer.x = self.layer.x, None
-        if kept is None or kept[0]._version != kept[1]:
+        held, self.layer.x = self.layer.x, None
+        if held is None or held[0]._version != held[1]:
             return
-        exact = gemms.plain_wgrad(dy, kept[0], plan).double()
+        exact = gemms.plain_wgrad(dy, held[0], plan).double()
         noise = (dw.double() - exact).norm()
         self.layer.more["gradient"] = {"norm": exact.norm(), "noise": noise}
 
@@ -219,25 +242,17 @@ class _Watch:
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Convolutions and linear layers by plain name, in the model's order; a shared one once."""
-    for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
-            yield plain_name(name) or type(module).__name__, module
+    """List convolutions and linear layers by plain name, in the model's order; a shared one comes once."""
+    return ((name or type(module).__name__, module) for name, module in named_layers(model))
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile was called on the module."""
+def _is_compiled(module: nn.Module) -> bool:
+    # torch.compile(module) wraps it and keeps the module as _orig_mod; module.compile() sets the other attribute.
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def shape_of(module: nn.Module) -> list[int]:
-    """Of its weight; [] where that is computed."""
-    w = own_weight(module)
-    return [] if w is None else list(w.shape)
-
-
 def _judge(layer: dict[str, Any]) -> None:
-    """The ratio of gradient norm and noise, and whether it is an alarm."""
+    """Add the ratio of gradient norm and noise, and whether it is an alarm."""
     gradient = layer.get("gradient")
     if gradient is None:
         return
@@ -246,10 +261,6 @@ def _judge(layer: dict[str, Any]) -> None:
     gradient["alarm"] = gradient["ratio"] is not None and gradient["ratio"] < THRESHOLD
 
 
-def _stride(count: int, most: int) -> int:
-    """Every how many elements one is looked at, as for blocks."""
-    return operand_blocks.step_of(max(1, count), most * operand_blocks.BLOCK)
-
-
 def _local(tensor: Any) -> Any:
+    """Return this rank's part of a DTensor, and any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,9 +1,8 @@
-"""Where telemetry's records go: JSON lines, Weights & Biases, TensorBoard. None is needed; each needs only its own
-package.
+"""Send telemetry's records to JSON lines, Weights & Biases or TensorBoard; only a sink that is used needs its package.
 
 JSONL never overwrites a file. W&B is offline unless WANDB_MODE says otherwise, and no trouble with it (no package, no
-login, no network) ends a run: it goes on, offline where that is possible, and says so once. A disk that fails turns
-its sink off, and says so once.
+login, no network) ends a run: the run continues, offline if possible, with one warning. A disk that fails turns its
+sink off, with one warning.
 """
 
 from __future__ import annotations
@@ -17,39 +16,57 @@ from typing import Any, Protocol
 import numpy as np
 
 from te_nvfp4_cv.errors import value_error, warn_once
-from te_nvfp4_cv.telemetry.records import FORMAT, dumps
+from te_nvfp4_cv.telemetry.records import FORMAT, cannot_write, dumps
 
 
+# Each method returns at once, and is not just empty: type checkers would take empty ones for abstract.
 class Sink(Protocol):
-    """What a sink does; records are those of records.py."""
+    """The methods that a sink needs; records are those of records.py. Derive from it to ignore what you do not want.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> class Losses(nv.telemetry.Sink):
+        ...     def scalars(self, step, values):
+        ...         print(step, values["train/loss"])
+        >>> nv.telemetry.attach(torch.nn.Linear(32, 16), sinks=[Losses()]).scalars(3, {"train/loss": 0.5})
+        3 0.5
+    """
 
     def start(self, header: dict[str, Any]) -> None:
-        """The run's header comes first."""
-        ...
+        """Take the run's header, which comes first."""
+        return
 
     def step(self, record: dict[str, Any]) -> None:
-        """A sampled step."""
-        ...
+        """Take the record of a sampled step."""
+        return
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """The run's own figures."""
-        ...
+        """Take figures of the run itself."""
+        return
 
     def alarm(self, record: dict[str, Any]) -> None:
-        """An alarm of the step that came last."""
-        ...
+        """Take an alarm of the step that came last."""
+        return
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """A picture."""
-        ...
+        """Take a picture."""
+        return
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """The end."""
-        ...
+        """Finish; nothing comes afterwards."""
+        return
 
 
 def fresh_path(path: str | os.PathLike[str]) -> Path:
-    """`path`, or the first of path_2, path_3, ... that does not exist yet."""
+    """Return `path`, or the first of path_2, path_3, ... that does not exist yet.
+
+    Example:
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> folder = tempfile.mkdtemp()
+        >>> open(f"{folder}/telemetry.jsonl", "w").close()
+        >>> nv.telemetry.fresh_path(f"{folder}/telemetry.jsonl").name
+        'telemetry_2.jsonl'
+    """
     first = Path(path)
     found, number = first, 1
     while found.exists():
@@ -58,27 +75,56 @@ def fresh_path(path: str | os.PathLike[str]) -> Path:
     return found
 
 
-class JSONL:
-    """One line per record, written at once. The file is opened by the first rank alone, when telemetry is attached.
+class _Log(Sink):
+    """A sink that its first fault turns off, with one warning, because a log must never cost a training run."""
+
+    _faults: type[Exception] = OSError
+
+    def __init__(self, lost: str) -> None:
+        self._target: Any = None  # what records are written to: None until `start`, and after a fault
+        self._lost = lost
+
+    def _try(self, act: Callable[[Any], Any]) -> None:
+        """Call act(target) if there is a target. A fault in it ends the log and nothing else."""
+        if self._target is None:
+            return
+        try:
+            act(self._target)
+        except self._faults as error:
+            self._target = None
+            warn_once(self._lost, f"{self._lost}: {error}")
+
+
+class JSONL(_Log):
+    """Write each record at once as a line of a file. Only the first rank opens it, when telemetry is attached.
 
     Args:
-        path: of a file that does not exist yet; its folder is made.
-        resume: go on in the file that is there; a last line that was cut off is removed.
+        path: a file that does not exist yet; its folder is made.
+        resume: continue the file that is there; a last line that was cut off is removed.
     Raises:
-        ValueError: when attached: the file is there and resume is False; it is no telemetry file, or cannot be written.
+        ValueError: (when attached) the file is there and resume is False, it is no telemetry file, or it cannot be
+            written.
+
+    Example:
+        >>> import tempfile, torch, te_nvfp4_cv as nv
+        >>> path = tempfile.mkdtemp() + "/telemetry.jsonl"
+        >>> watch = nv.telemetry.attach(torch.nn.Linear(32, 16), sinks=[nv.telemetry.JSONL(path)])
+        >>> watch.scalars(0, {"train/loss": 0.5})
+        >>> open(path).read().count("\\n")  # the header, and one record
+        2
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
+        super().__init__(f"nvfp4 telemetry: {path} is written no further")
         self.path, self.resume = Path(path), resume
-        self._on = True
 
     def _open(self) -> None:
         if self.path.exists() and not self.resume:
             raise value_error(
                 f"telemetry: {self.path} is there already.",
                 got="a file of another run",
-                needs="a new file: runs never overwrite each other",
-                fix="another path, telemetry.fresh_path(path), or resume=True to go on in it",
+                needs="a new file, because runs never overwrite each other",
+                fix="telemetry.fresh_path(path) gives another path; resume=True continues the file",
             )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,39 +132,34 @@ class JSONL:
                 self._repair(self.path.read_bytes())
             self.path.open("a", encoding="utf-8").close()
         except OSError as error:
-            raise value_error(
-                f"telemetry: {self.path} cannot be written.",
-                got=str(error),
-                needs="a folder that can be written",
-                fix="choose another path",
-            ) from error
+            raise cannot_write(self.path, error) from error
 
     def _repair(self, content: bytes) -> None:
-        """Cut off a last line that is not whole, of a file of ours."""
+        """Cut off a last line that is not whole, if the file is one of telemetry's."""
         first, newline, _ = content.partition(b"\n")
+        # Even the header may have been cut off; then only its first bytes can tell.
         ours = FORMAT.encode() in first if newline else b'{"kind":"run"'.startswith(first[:13])
         if content and not ours:
             raise value_error(
                 f"telemetry: {self.path} is no telemetry file.",
                 got=repr(first[:60]),
-                needs="a file that telemetry wrote, to go on in it",
-                fix="another path",
+                needs="a file that telemetry wrote, to continue it",
+                fix="choose another path",
             )
         if content and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
 
     def _write(self, record: dict[str, Any]) -> None:
-        if not self._on:
-            return
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
+        def append(path: Path) -> None:
+            # Opened again for each line, so that a run that is killed loses no record.
+            with path.open("a", encoding="utf-8") as file:
                 file.write(dumps(record) + "\n")
-        except OSError as error:
-            self._on = False
-            warn_once(f"telemetry {self.path}", f"nvfp4 telemetry: {self.path} is written no further: {error}")
+
+        self._try(append)
 
     def start(self, header: dict[str, Any]) -> None:
         self._open()
+        self._target = self.path
         self._write(header)
 
     def step(self, record: dict[str, Any]) -> None:
@@ -130,18 +171,12 @@ class JSONL:
     def alarm(self, record: dict[str, Any]) -> None:
         self._write(record)
 
-    def image(self, name: str, path: Path, step: int) -> None:
-        """Pictures stay files of their own."""
 
-    def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Nothing is held open."""
-
-
-# ---- what charts get of a record ------------------------------------------------------------------------------------
+# ---- what charts show of a record -----------------------------------------------------------------------------------
 
 
 def figures(layers: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, value) of what is worth a curve: layer/figure and layer/tensor/figure."""
+    """List the figures that are worth a curve, by the names layer/figure and layer/tensor/figure."""
     for layer, held in layers.items():
         for key in ("flip_rate", "oscillation"):
             if held.get(key) is not None:
@@ -158,7 +193,7 @@ def figures(layers: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, counts, edges) of each raw tensor that has values other than 0."""
+    """List the name, counts and edges of the histogram of each raw tensor that has values other than 0."""
     for layer, held in layers.items():
         for tensor, values in held["tensors"].items():
             counts, amax = np.asarray(values["raw"]["histogram"]), values["raw"]["amax"]
@@ -169,114 +204,111 @@ def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.nda
 # ---- Weights & Biases -----------------------------------------------------------------------------------------------
 
 
-class WandB:
-    """A W&B run: one per precision, in the group of the runs that are compared, on the records' own step axis. It is
-    begun by the first rank alone, when telemetry is attached, beside a run that the user may have open.
+class WandB(_Log):
+    """Send records to a run of Weights & Biases, with the records' steps as the axis.
+
+    Only the first rank begins the run, when telemetry is attached; a run that you have open yourself is left alone.
 
     Args:
-        project, group, name, config: as wandb.init takes them.
-        folder: where W&B keeps its files.
+        project: the project, as for wandb.init.
+        group: the group of the runs that are compared, as for wandb.init.
+        name: the name of this run, as for wandb.init.
+        folder: where W&B writes its files.
+        config: what the run's page shows, as for wandb.init.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> sink = nv.telemetry.WandB("shapes", group="unet", name="nvfp4", folder="runs")
+        >>> watch = nv.telemetry.attach(model, every=100, sinks=[sink])  # doctest: +SKIP
     """
 
+    _faults = Exception  # W&B's errors are of many classes
+
     def __init__(
-        self,
-        project: str,
-        group: str,
-        name: str,
-        folder: str | os.PathLike[str],
-        config: dict[str, Any] | None = None,
+        self, project: str, group: str, name: str, folder: str | os.PathLike[str], config: dict[str, Any] | None = None
     ) -> None:
+        super().__init__("W&B takes no more records, the run continues without it")
+        self._options: dict[str, Any] = {"project": project, "group": group, "name": name, "config": config or {}}
         self._folder = Path(folder)
-        self._options: dict[str, Any] = {
-            "project": project,
-            "group": group,
-            "name": name,
-            "dir": str(folder),
-            "config": config or {},
-        }
-        self._wandb: Any = None
-        self._run: Any = None
+        self._wandb: Any = None  # the module, imported when the run begins
 
     def _begin(self) -> None:
         try:
             import wandb
-        except Exception as error:  # a broken installation, too
-            absent = (
-                "wandb is not installed" if isinstance(error, ImportError) else f"wandb cannot be imported ({error})"
-            )
-            warn_once("wandb absent", f"{absent}: no W&B log (pip install wandb); all else is written")
+        except Exception as error:  # a broken installation may raise anything
+            missing = isinstance(error, ImportError)
+            reason = "wandb is not installed" if missing else f"wandb cannot be imported ({error})"
+            warn_once("wandb absent", f"{reason}: no W&B log (pip install wandb); all else is written")
             return
         self._wandb = wandb
         modes: list[Any] = [os.environ.get("WANDB_MODE") or "offline", "offline"]
-        for mode in dict.fromkeys(modes):
+        for mode in dict.fromkeys(modes):  # without repetition: offline is tried once
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
+                # create_new leaves a run that the user may have open as it is.
                 settings = wandb.Settings(silent=True, console="off", init_timeout=30, reinit="create_new")
-                self._run = wandb.init(mode=mode, settings=settings, **self._options)
-                self._run.define_metric("step")
-                self._run.define_metric("*", step_metric="step")
+                run = wandb.init(mode=mode, settings=settings, dir=str(self._folder), **self._options)
+                run.define_metric("step")
+                run.define_metric("*", step_metric="step")
+                self._target = run
                 return
-            except Exception as error:  # whatever it is, a log must never cost a training run
-                self._run = None
-                then = "the run goes on without W&B" if mode == "offline" else "the run goes on offline"
+            except Exception as error:
+                then = "the run continues without W&B" if mode == "offline" else "the run continues offline"
                 warn_once(f"wandb {mode}", f"W&B ({mode}) could not start, {then}: {error}")
-
-    def _try(self, act: Callable[[Any, Any], Any]) -> None:
-        """act(run, wandb), if there is a run; whatever it raises ends the log and nothing else."""
-        if self._run is None:
-            return
-        try:
-            act(self._run, self._wandb)
-        except Exception as error:
-            self._run = None
-            warn_once("wandb log", f"W&B takes no more records, the run goes on without it: {error}")
 
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
         shown = {key: header[key] for key in ("model", "recipe", "every", "started")}
-        self._try(lambda run, _: run.config.update({"telemetry": shown}, allow_val_change=True))
+        self._try(lambda run: run.config.update({"telemetry": shown}, allow_val_change=True))
 
     def step(self, record: dict[str, Any]) -> None:
-        def log(run: Any, wandb: Any) -> None:
+        def log(run: Any) -> None:
             values: dict[str, Any] = {"step": record["step"], **dict(figures(record["layers"]))}
             for name, counts, edges in histograms(record["layers"]):
-                values[name] = wandb.Histogram(np_histogram=(counts, edges))
+                values[name] = self._wandb.Histogram(np_histogram=(counts, edges))
             run.log(values)
 
         self._try(log)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._try(lambda run, _: run.log({"step": step, **values}))
+        self._try(lambda run: run.log({"step": step, **values}))
 
     def alarm(self, record: dict[str, Any]) -> None:
-        self._try(lambda run, _: run.log({"step": record["step"], f"alarm/{record['layer']}": 1}))
+        self._try(lambda run: run.log({"step": record["step"], f"alarm/{record['layer']}": 1}))
 
     def image(self, name: str, path: Path, step: int) -> None:
-        self._try(lambda run, wandb: run.log({"step": step, name: wandb.Image(str(path))}))
+        self._try(lambda run: run.log({"step": step, name: self._wandb.Image(str(path))}))
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        self._try(lambda run, _: run.summary.update(summary or {}))
-        self._try(lambda run, _: run.finish())
-        self._run = None
+        self._try(lambda run: run.summary.update(summary or {}))
+        self._try(lambda run: run.finish())
+        self._target = None
 
 
 # ---- TensorBoard ----------------------------------------------------------------------------------------------------
 
 
-class TensorBoard:
-    """Scalars and histograms for TensorBoard, in an event file of their own in `folder`, begun by the first rank alone,
-    when telemetry is attached. A disk that fails later turns it off.
+class TensorBoard(_Log):
+    """Write scalars and histograms for TensorBoard into a new event file of a folder.
+
+    Only the first rank begins the file, when telemetry is attached. A disk that fails later turns the sink off.
 
     Args:
-        purge_step: of a run that goes on: what the folder shows from this step on, and is about to come again, is
-            hidden.
+        folder: where the event file goes.
+        purge_step: the step from which a resumed run starts; what the folder shows from there on is hidden, because it
+            is about to come again.
     Raises:
         ValueError: (when attached) tensorboard is not installed, or the folder cannot be written.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> sink = nv.telemetry.TensorBoard("runs/nvfp4")
+        >>> watch = nv.telemetry.attach(model, every=100, sinks=[sink])  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
+        super().__init__(f"nvfp4 telemetry: {folder} is written no further")
         self.folder, self.purge_step = folder, purge_step
-        self._writer: Any = None
 
     def _begin(self) -> None:
         try:
@@ -289,24 +321,9 @@ class TensorBoard:
                 fix="pip install tensorboard, or leave the sink out",
             ) from error
         try:
-            self._writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+            self._target = SummaryWriter(str(self.folder), purge_step=self.purge_step)
         except OSError as error:
-            raise value_error(
-                f"telemetry: {self.folder} cannot be written.",
-                got=str(error),
-                needs="a folder that can be written",
-                fix="choose another folder",
-            ) from error
-
-    def _try(self, act: Callable[[Any], Any]) -> None:
-        """act(writer), if there is one; a file that cannot be written or read ends the log and nothing else."""
-        if self._writer is None:
-            return
-        try:
-            act(self._writer)
-        except OSError as error:
-            self._writer = None
-            warn_once(f"telemetry {self.folder}", f"nvfp4 telemetry: {self.folder} is written no further: {error}")
+            raise cannot_write(self.folder, error) from error
 
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
@@ -319,6 +336,7 @@ class TensorBoard:
                 writer.add_scalar(name, value, record["step"])
             for name, counts, edges in histograms(record["layers"]):
                 centres = (edges[1:] + edges[:-1]) / 2
+                # Raw, because the values are gone: TensorBoard gets the counts, and sums as from the bins' centres.
                 writer.add_histogram_raw(
                     name,
                     min=float(edges[0]),

@@ -1,15 +1,15 @@
-"""What telemetry says of a tensor, and of a quantized operand: computed on its device, fetched all at once.
+"""Compute the statistics of a tensor and of a quantized operand on its device, and fetch all of them at once.
 
-    stats(v)     mean, std, kurtosis E[(v - mean)^4] / std^4 - 3, amax, share of zeros, of the finite values; count of
-                 values, and of those that are not finite; histograms over v / amax (64 bins in -1..1) and
+    stats(v)     of the finite values: mean, std, kurtosis E[(v - mean)^4] / std^4 - 3, amax, share of zeros; the count
+                 of all values, and of those that are not finite; histograms over v / amax (64 bins in -1..1) and
                  floor(log2 |v|) (64 bins, -48..15)
-    compare      SQNR = 10 log10(sum v^2 / sum (v - v')^2) dB; Pearson's correlation of v and v'; underflow: share of
+    _compare     SQNR = 10 log10(sum v^2 / sum (v - v')^2) dB; Pearson's correlation of v and v'; underflow: share of
                  the values other than 0 whose code is 0; saturation: share of values beyond 6 scales
 
-Sums are fp64. All is of a sample: every k-th block of 16, k coprime to their number, so that no channel is left out;
-but of raw tensors amax and the values that are not finite are those of the whole tensor (columns that are transformed:
-amax after, values that are not finite before). So kurtosis may miss an outlier that amax shows. Numbers stay tensors
-until `fetch`, which moves all of them to the CPU in one copy.
+Sums are fp64. Statistics come from a sample: every k-th block of 16, with k coprime to the number of blocks, so that no
+channel is left out. Two figures come from the whole tensor: amax, and the number of values that are not finite. (For
+transformed columns amax is taken after the transform, the number before it.) So kurtosis may miss an outlier that amax
+shows. Numbers stay tensors until `fetch`, which moves them to the CPU in one copy.
 """
 
 from __future__ import annotations
@@ -30,21 +30,24 @@ LOG2_FIRST = -48  # the first bin of log2_histogram; the last one is 15
 def stats(
     v: Tensor, valid: Tensor | None = None, histograms: bool = True, whole: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Any]:
-    """Statistics of v, any shape; with `valid` of the elements where it is True.
+    """Compute the statistics of v.
 
     Args:
-        whole: (amax, values that are not finite) of the tensor that v is a sample of; an amax that is not finite itself
-            gives way to v's.
+        v: a tensor of any shape and floating dtype.
+        valid: which elements count, of v's shape; if None, all do.
+        histograms: add both histograms.
+        whole: amax and the number of values that are not finite, of the tensor that v is a sample of. If that amax is
+            not finite, v's is used.
     """
     v = (v if valid is None else v[valid]).double().flatten()
     finite = v.isfinite()
     held = torch.where(finite, v, 0.0)
     count = finite.sum()
-    amax = held.abs().amax() if v.numel() else held.sum()
+    amax = held.abs().amax() if v.numel() else held.sum()  # amax() refuses an empty tensor; its sum is 0
     nonfinite = v.numel() - count
     if whole is not None:
         amax, nonfinite = torch.where(whole[0].isfinite(), whole[0].double(), amax), whole[1]
-    unit = torch.where(amax > 0, amax, 1.0)
+    unit = torch.where(amax > 0, amax, 1.0)  # in units of amax a fourth power neither overflows nor vanishes
     mean, central2, central4 = _central(held / unit, finite, count)
     out: dict[str, Any] = {
         "count": v.numel(),
@@ -56,7 +59,7 @@ def stats(
         "zeros": (held == 0).logical_and(finite).sum() / count,
     }
     if histograms:
-        share = torch.where(finite, held / unit, 2.0)  # beyond the range: not counted
+        share = torch.where(finite, held / unit, 2.0)  # 2 lies beyond the range, and so is not counted
         out["histogram"] = _histogram(share.float(), BINS, -1.0, 1.0)
         exponent = held.abs().log2().floor().clamp(LOG2_FIRST, LOG2_FIRST + BINS - 1) + 0.5
         exponent = torch.where(finite & (held != 0), exponent, 2.0 * BINS)
@@ -65,14 +68,14 @@ def stats(
 
 
 def _central(v: Tensor, finite: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, second and fourth central moments) of the finite values; the others are 0 in v."""
+    """Return mean, second and fourth central moments of the finite values; v holds 0 in place of all others."""
     mean = v.sum() / count
     centred = torch.where(finite, v - mean, 0.0).square()
     return mean, centred.sum() / count, centred.square().sum() / count
 
 
 def operand(blocks: Blocks) -> dict[str, Any]:
-    """What the record says of one quantized operand: raw, codes, dequantized, and how they compare."""
+    """Compute what a record says of one quantized operand: raw, codes, dequantized, and how they compare."""
     codes = formats.decode_e2m1(blocks.codes)
     out: dict[str, Any] = {
         "raw": stats(blocks.raw, blocks.valid, whole=blocks.whole),
@@ -104,6 +107,7 @@ def _compare(b: Blocks) -> dict[str, Tensor]:
         "sqnr_db": 10 * torch.log10(x.square().sum() / error),
         "correlation": (dx * dy).sum() / (dx.square().sum() * dy.square().sum()).sqrt(),
         "underflow": ((raw != 0) & zero_code).sum() / (raw != 0).sum().clamp(min=1),
+        # 1e-6, because a value of exactly 6 scales may differ from this limit by a rounding of fp32.
         "saturation": (raw.abs() > limit * (1 + 1e-6)).double().mean(),
     }
 
@@ -115,31 +119,31 @@ def _scales(scale: Tensor) -> dict[str, Tensor]:
         "min": values.amin(),
         "max": values.amax(),
         "zeros": (scale == 0).double().mean(),
-        "histogram": _count((scale >> 3) & 15, 16),
+        "histogram": _count((scale >> 3) & 15, 16),  # the exponents: a scale has no sign bit
     }
 
 
 def _count(small: Tensor, bins: int) -> Tensor:
-    """How often each of 0 .. bins - 1 occurs; without asking the device for sizes, as bincount does."""
+    """Count how often each of 0 .. bins - 1 occurs. Unlike bincount this asks the device for no sizes."""
     return _histogram(small.float(), bins, -0.5, bins - 0.5)
 
 
 def _histogram(v: Tensor, bins: int, low: float, high: float) -> Tensor:
-    """torch.histc, which CUDA refuses under torch.use_deterministic_algorithms."""
+    """Call torch.histc, or its equal where CUDA refuses it: under torch.use_deterministic_algorithms."""
     if v.is_cuda and torch.are_deterministic_algorithms_enabled():
         return histogram_by_comparison(v, bins, low, high)
     return torch.histc(v, bins, low, high)
 
 
 def histogram_by_comparison(v: Tensor, bins: int, low: float, high: float) -> Tensor:
-    """The same counts without atomic additions; the last bin holds its upper end."""
+    """Return torch.histc's counts without atomic additions; the last bin holds its upper end."""
     index = ((v - low) * (bins / (high - low))).floor().clamp(max=bins - 1)
     index = torch.where((v >= low) & (v <= high), index, -1.0)
     return (index.flatten().unsqueeze(-1) == torch.arange(bins, device=v.device)).sum(0).float()
 
 
 def flips(now: Tensor, before: Tensor, earlier: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(elements whose code differs from `before`, those that went back to `earlier`) of packed codes; -0 is 0."""
+    """Count the packed codes that differ from `before`, and those of them that are again as in `earlier`; -0 is 0."""
     a, b = _signless_zeros(now), _signless_zeros(before)
     changed = a != b
     back = None if earlier is None else (changed & (a == _signless_zeros(earlier))).sum()
@@ -152,28 +156,21 @@ def _signless_zeros(data: Tensor) -> Tensor:
 
 
 def fetch(record: Any) -> Any:
-    """The record with every tensor as a float or a list of floats: one copy from the device."""
+    """Return the record with numbers, or lists of numbers, in place of tensors, after one copy from each device."""
     found: list[Tensor] = []
     _walk(record, found.append)
-    if not found:
-        return record
-    by_device: dict[torch.device, list[int]] = {}
-    for index, tensor in enumerate(found):
-        by_device.setdefault(tensor.device, []).append(index)
     values: dict[int, Any] = {}
-    for indices in by_device.values():
-        flat = torch.cat([found[i].detach().double().flatten() for i in indices]).cpu().tolist()
-        start = 0
-        for i in indices:
-            size = found[i].numel()
-            part = flat[start : start + size]
-            values[i] = _number(part[0]) if found[i].dim() == 0 else [_number(value) for value in part]
-            start += size
-    order = iter(range(len(found)))
-    return _walk(record, lambda _: values[next(order)])
+    for device in {tensor.device for tensor in found}:
+        here = [tensor for tensor in found if tensor.device == device]
+        flat = torch.cat([tensor.detach().double().flatten() for tensor in here]).cpu()
+        for tensor, part in zip(here, flat.split([tensor.numel() for tensor in here]), strict=True):
+            numbers = [_number(value) for value in part.tolist()]
+            values[id(tensor)] = numbers[0] if tensor.dim() == 0 else numbers
+    return _walk(record, lambda tensor: values[id(tensor)])
 
 
 def _number(value: float) -> float | int:
+    # Counts were made floats to travel with the rest; beyond 2^53 a float is no exact count any more.
     return int(value) if math.isfinite(value) and value == int(value) and abs(value) < 2**53 else value
 
 

@@ -1,4 +1,12 @@
-"""tensor.gemm."""
+"""Multiply two NVFP4Tensors, for the three products of a layer (nv.gemm).
+
+    layout  operands  faces                   result    which
+    "TN"    x, w      rowwise, rowwise        [..., N]  fprop  y  = x w^T
+    "NN"    dy, w     rowwise, columnwise     [..., K]  dgrad  dx = dy w
+    "NT"    dy, x     columnwise, columnwise  [N, K]    wgrad  dw = dy^T x
+
+This file checks the operands; the numerics are in ops/gemm/operator.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import errors, formats
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.ops.gemm.operator import _gemm_op
+from te_nvfp4_cv.ops.gemm import operator
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 
 LAYOUTS = {"TN": ("rowwise", "rowwise"), "NN": ("rowwise", "columnwise"), "NT": ("columnwise", "columnwise")}
@@ -24,7 +32,7 @@ def gemm(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Multiply two NVFP4Tensors.
+    """Multiply two NVFP4Tensors: y = x w^T ("TN"), dx = dy w ("NN") or dw = dy^T x ("NT").
 
     Args:
         a: x for "TN", dy for "NN" and "NT".
@@ -32,16 +40,25 @@ def gemm(
         bias: added in fp32 before the cast, one value per column of the result.
         accumulate: add the result to `out` in fp32 before the cast.
         out: written in place and returned; its dtype is then the result's.
-        backend: "auto", "reference" or "vendor".
+        backend: "auto", "reference", "vendor" or "triton".
     Returns:
         Tensor of out_dtype; "TN" and "NN" keep a's leading dimensions.
     Raises:
-        ValueError: operands that do not fit, see above.
+        ValueError: an operand lacks the face that the layout multiplies; lengths differ; only one operand is rotated;
+            bias or out does not fit.
         TypeError: an operand that is no NVFP4Tensor.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> quantizer = nv.NVFP4Quantizer()
+        >>> x, w = quantizer(torch.randn(8, 32)), quantizer(torch.randn(64, 32))
+        >>> nv.gemm(x, w, "TN").shape, nv.gemm(quantizer(torch.randn(8, 64)), w, "NN").shape
+        (torch.Size([8, 64]), torch.Size([8, 32]))
     """
     _check(a, b, layout, out_dtype, bias, accumulate, out)
-    operands = []  # by attributes, not methods: torch.compile takes methods of a tensor subclass for operators
+    operands, scaling = [], []
     for t, face in zip((a, b), LAYOUTS[layout], strict=True):
+        # By attributes, not methods: torch.compile takes methods of a tensor subclass for operators.
         if face == "rowwise":
             assert t._rowwise_data is not None and t._rowwise_scale_inv is not None
             data, scale, amax = t._rowwise_data.flatten(0, -2), t._rowwise_scale_inv, t._amax_rowwise
@@ -50,11 +67,13 @@ def gemm(
             data, scale, amax = t._columnwise_data, t._columnwise_scale_inv, t._amax_columnwise
             if t._columnwise_layout == "ntile":
                 data, scale = formats.ntile_to_te(data, scale)
-        operands.append((data, scale, amax, t._nvfp4_e4m3_max, t._row_scaled_nvfp4))
+        assert amax is not None
+        operands.append([data, scale, amax])
+        scaling += [t._nvfp4_e4m3_max, int(t._row_scaled_nvfp4)]
     I, J = operands[0][0].shape[0], operands[1][0].shape[0]  # noqa: E741
-    result = _gemm_op(
-        *operands[0],
-        *operands[1],
+    result = operator.gemm(
+        *operands,
+        scaling,
         bias,
         out.detach().reshape(I, J) if accumulate and out is not None else None,
         out.dtype if out is not None else out_dtype,
@@ -62,7 +81,7 @@ def gemm(
     )
     lead = a.shape[:-1] if LAYOUTS[layout][0] == "rowwise" else (I,)
     result = result.reshape(*lead, J)
-    return result if out is None else out.copy_(result)
+    return result if out is None else out.copy_(result)  # the operator never writes to its arguments
 
 
 def _check(
@@ -74,7 +93,7 @@ def _check(
     accumulate: bool,
     out: Tensor | None,
 ) -> None:
-    """Raise for operands that do not fit together."""
+    """Refuse operands that do not fit together."""
     for name, t in (("a", a), ("b", b)):
         if not isinstance(t, NVFP4Tensor):
             raise errors.type_error(
@@ -107,6 +126,7 @@ def _check(
             needs="equal lengths: K of x and w (TN), N of dy and w (NN), the rows of dy and x (NT)",
             fix="check the operands' order and the layout",
         )
+    # A rotation along the contraction cancels only if both operands have it, with the same signs.
     rotated = [t._columnwise_rht and face == "columnwise" for t, face in zip((a, b), LAYOUTS[layout], strict=True)]
     signs = {t._with_random_sign_mask for t, r in zip((a, b), rotated, strict=True) if r}
     if rotated[0] != rotated[1] or len(signs) > 1:

@@ -1,4 +1,4 @@
-"""tensor.im2col."""
+"""Gather the im2col matrix of a quantized image from its packed codes (nv.functional.im2col)."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.errors import describe, type_error, value_error
-from te_nvfp4_cv.layer.check import MINIMUM
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.conv.reference import gather
 from te_nvfp4_cv.ops.geometry import ConvGeometry, int_tuple, output_size, pixel_map
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 
 
 def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> NVFP4Tensor:
-    """The NVFP4Tensor of the im2col matrix of an image, from its packed codes: nothing is dequantized.
+    """Gather a quantized image into its im2col matrix. Packed codes are gathered, and nothing is dequantized.
 
     Args:
         t: logical shape [*image, B, C] with one to three image axes, C a multiple of 16; B too where it has a
             columnwise face.
+        kernel_size: an int or one int per image axis; stride, padding and dilation likewise.
     Returns:
         NVFP4Tensor of shape [*output image, B, taps * C], K in the order (tap, channel): bit for bit what quantizing
-        the im2col matrix gives
-        with the same amax.
+        the im2col matrix with the same amax gives.
     Raises:
-        TypeError: not an NVFP4Tensor; ValueError: a shape or layout that cannot be lowered.
+        TypeError: `t` is no NVFP4Tensor.
+        ValueError: a shape or layout that cannot be lowered; a kernel that is larger than the image.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> image = nv.NVFP4Quantizer()(torch.randn(8, 8, 16, 32))  # height, width, batch, channels
+        >>> nv.functional.im2col(image, 3, padding=1).shape
+        torch.Size([8, 8, 16, 288])
     """
     if not isinstance(t, NVFP4Tensor):
         raise type_error(
@@ -36,7 +43,7 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
         )
     rank = t.dim() - 2
     columnwise = t.columnwise_data is not None
-    if rank not in (1, 2, 3) or t.shape[-1] % MINIMUM or (columnwise and t.shape[-2] % MINIMUM) or t.row_scaled:
+    if rank not in (1, 2, 3) or t.shape[-1] % BLOCK or (columnwise and t.shape[-2] % BLOCK) or t.row_scaled:
         raise value_error(
             "nvfp4 im2col: this tensor cannot be lowered.",
             got=f"{describe(t)}, row-scaled: {t.row_scaled}",
@@ -56,25 +63,18 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
             fix="pad",
         )
     geometry = ConvGeometry(batch, channels, channels, image, out, kernel, steps, pads, gaps, (0,) * rank, 1, False)
-    pixels = pixel_map(geometry, True)
+    pixels = pixel_map(geometry, True)  # -1 in the padding, which reads code 0 and scale byte 0
     faces: dict[str, Any] = {}
     if t.rowwise_data is not None:
-        for name, part in (
-            ("rowwise_data", t.rowwise_data),
-            ("rowwise_scale_inv", t.rowwise_scale_inv.view(torch.uint8)),
-        ):
-            columns = gather(part.reshape(-1, batch, part.shape[-1]), pixels).transpose(1, 2)  # [pixels, B, taps, k]
-            faces[name] = (
-                columns.reshape(*out, batch, -1)
-                if name == "rowwise_data"
-                else columns.reshape(-1, columns.shape[2] * columns.shape[3])
-            )
+        for name, part in (("rowwise_data", t.rowwise_data), ("rowwise_scale_inv", t.rowwise_scale_inv)):
+            pixels_in = part.view(torch.uint8).reshape(-1, batch, part.shape[-1])
+            columns = gather(pixels_in, pixels).transpose(1, 2)  # [pixels, B, taps, k]
+            lead = (*out, batch) if name == "rowwise_data" else (columns.shape[0] * batch,)  # scales are always 2-D
+            faces[name] = columns.reshape(*lead, columns.shape[2] * columns.shape[3])
     if columnwise:
         data, scale = t.columnwise_te()
         for name, part in (("columnwise_data", data), ("columnwise_scale_inv", scale.view(torch.uint8))):
-            flat = part.reshape(channels, -1, part.shape[1] // (part.shape[1] and math.prod(image))).transpose(
-                0, 1
-            )  # [pixels, C, k]
+            flat = part.reshape(channels, math.prod(image), -1).transpose(0, 1)  # [pixels, C, k]
             faces[name] = gather(flat, pixels).permute(1, 2, 0, 3).reshape(geometry.taps * channels, -1)
     for name in ("rowwise_scale_inv", "columnwise_scale_inv"):
         if name in faces:

@@ -1,17 +1,16 @@
 """NVFP4Tensor: a tensor whose values are NVFP4 codes and scales, in one face or two.
 
-Of logical shape [..., K], with M the product of the leading dimensions, Mp and Kp rounded up to 16:
+The logical shape is [..., K]. M is the product of the leading dimensions, Mp and Kp are M and K rounded up to 16:
 
     rowwise_data    uint8 [..., Kp/2]  rowwise_scale_inv    e4m3 [M, Kp/16]  amax_rowwise    fp32 [1], [M] row-scaled
     columnwise_data uint8 [K, Mp/2]    columnwise_scale_inv e4m3 [K, Mp/16]  amax_columnwise fp32 [1], [K] row-scaled
 
-Layout "ntile" of a convolution operand [H, W, B, C] keeps columnwise data [B/16, H, W, C, 8], scales [B/16, H, W, C].
+Layout "ntile" of a convolution operand [H, W, B, C] has columnwise data [B/16, H, W, C, 8], scales [B/16, H, W, C].
 Scales are compact; swizzled_scale_inv gives the padded, swizzled order of the FP4 tensor cores.
 
-It behaves as a torch.Tensor of its nominal dtype: views of the leading dimensions, detach, clone, to, copy_, zero_,
-pickling, torch.save and deepcopy act on the codes; every other operator sees dequantized values, and an in-place one
-quantizes its result again with the quantizer that the tensor holds.
-It does no quantization of its own and imports no operator: the quantizer object is handed in.
+An NVFP4Tensor behaves as a torch.Tensor of its nominal dtype. Views of the leading dimensions, detach, clone, to,
+copy_, zero_, pickling, torch.save and deepcopy act on the codes. Every other operator sees dequantized values, and an
+in-place one quantizes its result again with the quantizer that the tensor holds.
 """
 
 from __future__ import annotations
@@ -40,17 +39,25 @@ SETTINGS = (
 
 
 class NVFP4Tensor(torch.Tensor):
-    """A tensor in NVFP4; made by an NVFP4Quantizer, `quantizer(x)`.
+    """A tensor in NVFP4; an NVFP4Quantizer makes it, `quantizer(x)`.
 
     Args:
         shape: logical shape [..., K].
         dtype: nominal dtype, which dequantize returns.
         rowwise_data: with rowwise_scale_inv and amax_rowwise, or all three None; the same for columnwise.
-        quantizer: what quantizes again after an in-place operator; a copy is kept.
+        quantizer: quantizes again after an in-place operator; the tensor holds a copy.
         columnwise_rht: the columnwise face holds rotated values (with_random_sign_mask: with the fixed signs).
         columnwise_layout: "te" or "ntile".
     Raises:
         ValueError: no face at all, or one that is not complete.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> t = nv.NVFP4Quantizer(columnwise=False)(torch.ones(4, 32))
+        >>> isinstance(t, nv.NVFP4Tensor), t.rowwise_data.shape, t.rowwise_scale_inv.shape
+        (True, torch.Size([4, 16]), torch.Size([4, 2]))
+        >>> bool((t.dequantize() == 1).all())
+        True
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -113,6 +120,7 @@ class NVFP4Tensor(torch.Tensor):
         )
         self._rowwise_data, self._rowwise_scale_inv, self._amax_rowwise = row
         self._columnwise_data, self._columnwise_scale_inv, self._amax_columnwise = col
+        # A copy: later changes of the caller's quantizer must not change what an in-place operator does here.
         self._quantizer = quantizer.copy() if quantizer is not None else None
         self._row_scaled_nvfp4 = row_scaled_nvfp4
         self._nvfp4_use_4over6 = nvfp4_use_4over6
@@ -138,20 +146,20 @@ class NVFP4Tensor(torch.Tensor):
     columnwise_layout = property(lambda self: self._columnwise_layout, doc="'te' or 'ntile'")
 
     def get_usages(self) -> dict[str, bool]:
-        """Which faces are there."""
+        """Tell which faces are there."""
         return {"rowwise": self._rowwise_data is not None, "columnwise": self._columnwise_data is not None}
 
     def get_metadata(self) -> dict[str, Any]:
-        """The keyword arguments that build this tensor again, sharing its buffers."""
+        """Return the keyword arguments that build this tensor again, sharing its buffers."""
         named = {name.lstrip("_"): getattr(self, name) for name in BUFFERS + SETTINGS}
         return {"shape": tuple(self.shape), "dtype": self.dtype, **named}
 
     def make_like(self, **changes: Any) -> NVFP4Tensor:
-        """A tensor with the same buffers and settings except for `changes` (keyword arguments of the constructor)."""
+        """Make a tensor with the same buffers and settings but for `changes`, keyword arguments of the constructor."""
         return NVFP4Tensor(**{**self.get_metadata(), **changes})
 
     def columnwise_te(self) -> tuple[Tensor, Tensor]:
-        """Columnwise data [K, Mp/2] and scale_inv [K, Mp/16], converted from tiles where they are kept so."""
+        """Return columnwise data [K, Mp/2] and scale_inv [K, Mp/16], converted if the tensor holds tiles."""
         self._need("columnwise")
         assert self._columnwise_data is not None and self._columnwise_scale_inv is not None
         if self._columnwise_layout == "te":
@@ -159,7 +167,7 @@ class NVFP4Tensor(torch.Tensor):
         return formats.ntile_to_te(self._columnwise_data, self._columnwise_scale_inv)
 
     def to_columnwise_layout(self, layout: str) -> NVFP4Tensor:
-        """The same tensor with its columnwise face in layout "te" or "ntile"; "ntile" needs the shape [*S, B, C]."""
+        """Return this tensor with its columnwise face in layout "te" or "ntile"; "ntile" needs the shape [*S, B, C]."""
         if layout == self._columnwise_layout:
             return self
         data, scale = self.columnwise_te()
@@ -175,7 +183,7 @@ class NVFP4Tensor(torch.Tensor):
         return self.make_like(columnwise_data=data, columnwise_scale_inv=scale, columnwise_layout=layout)
 
     def swizzled_scale_inv(self, face: str = "rowwise") -> Tensor:
-        """Scales of a face, zero-padded to 128 x 4 and swizzled for the FP4 tensor cores."""
+        """Return the scales of a face, zero-padded to 128 x 4 and swizzled for the FP4 tensor cores."""
         self._need(face)
         scale = self._rowwise_scale_inv if face == "rowwise" else self.columnwise_te()[1]
         assert scale is not None
@@ -204,9 +212,13 @@ class NVFP4Tensor(torch.Tensor):
         return self._rowwise_data is not None and getattr(self._quantizer, "with_2d_quantization", False)
 
     def _need(self, face: str) -> None:
-        """Raise a ValueError unless `face` is there."""
+        """Refuse to go on without `face`.
+
+        Raises:
+            ValueError: the face is not there.
+        """
         if not self.get_usages().get(face, False):
-            there = [name for name, kept in self.get_usages().items() if kept]
+            there = [name for name, held in self.get_usages().items() if held]
             raise errors.value_error(
                 f"NVFP4Tensor: the {face} face is needed and is not there.",
                 got=f"{tuple(self.shape)} with {' and '.join(there)} data only",
@@ -219,12 +231,13 @@ class NVFP4Tensor(torch.Tensor):
     def dequantize(
         self, dtype: torch.dtype | None = None, face: str | None = None, undo_rht: bool | None = None
     ) -> Tensor:
-        """Values of the logical shape, in `dtype` (default: the nominal dtype); differentiable as the identity.
+        """Return the values of the logical shape; differentiable as the identity.
 
         Args:
-            face: "rowwise", "columnwise", or None: rowwise where it is there, else columnwise with its RHT undone.
-            undo_rht: of the columnwise face. Default: only with face=None. With face="columnwise" the values stay
-                rotated, 16 rows at a time, as the wgrad GEMM sees them.
+            dtype: of the values; the nominal dtype by default.
+            face: "rowwise" or "columnwise". If None, rowwise where it is there, else columnwise with its RHT undone.
+            undo_rht: rotate the columnwise face back. By default only with face=None: with face="columnwise" the values
+                stay rotated, 16 rows at a time, as the wgrad GEMM sees them.
         """
         if torch.is_grad_enabled() and self.requires_grad:
             return _Dequantize.apply(self, dtype, face, undo_rht)
@@ -252,7 +265,7 @@ class NVFP4Tensor(torch.Tensor):
         return v_MK.to(dtype or self.dtype).reshape(self.shape)
 
     def quantize_(self, src: Tensor, noop_flag: Tensor | None = None) -> NVFP4Tensor:
-        """Quantize `src` into this tensor's buffers, in place; noop_flag: a tensor, 1 leaves everything as it is."""
+        """Quantize `src` into this tensor's buffers, in place. Where the tensor noop_flag is 1, all stays as it is."""
         if self._quantizer is None:
             raise errors.runtime_error(
                 "NVFP4Tensor: it cannot be written to.",
@@ -264,19 +277,19 @@ class NVFP4Tensor(torch.Tensor):
         return self
 
     def float(self, memory_format: Any = None) -> Tensor:
-        """Dequantized, fp32."""
+        """Return the values in fp32."""
         return self.dequantize(torch.float32)
 
     def bfloat16(self, memory_format: Any = None) -> Tensor:
-        """Dequantized, bf16."""
+        """Return the values in bf16."""
         return self.dequantize(torch.bfloat16)
 
     def half(self, memory_format: Any = None) -> Tensor:
-        """Dequantized, fp16."""
+        """Return the values in fp16."""
         return self.dequantize(torch.float16)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        faces = "+".join(name for name, kept in self.get_usages().items() if kept)
+        faces = "+".join(name for name, held in self.get_usages().items() if held)
         flags = [f"{self._columnwise_layout}"] if self._columnwise_data is not None else []
         flags += ["rht"] if self._columnwise_rht and self._columnwise_data is not None else []
         flags += ["row_scaled"] if self._row_scaled_nvfp4 else []
@@ -288,7 +301,7 @@ class NVFP4Tensor(torch.Tensor):
     # ---- copies and files -------------------------------------------------------------------------------------------
 
     def map_buffers(self, function: Callable[[Tensor], Tensor], **changes: Any) -> NVFP4Tensor:
-        """A tensor of the same settings whose buffers are function(buffer)."""
+        """Make a tensor of the same settings whose buffers are function(buffer)."""
         buffers = {n.lstrip("_"): function(b) for n in BUFFERS if (b := getattr(self, n)) is not None}
         return self.make_like(**buffers, **changes)
 
@@ -296,7 +309,8 @@ class NVFP4Tensor(torch.Tensor):
         if id(self) in memo:
             return memo[id(self)]
         new = self.map_buffers(torch.clone, requires_grad=self.requires_grad)
-        _copy_python_state(self, new)
+        if getattr(self, "_is_param", False):  # by this mark nn.Module sees a tensor subclass as a Parameter
+            new._is_param = True
         if self.grad is not None:
             new.grad = copy.deepcopy(self.grad, memo)
         memo[id(self)] = new
@@ -309,7 +323,7 @@ class NVFP4Tensor(torch.Tensor):
         return _rebuild_nvfp4_tensor, (state, bool(getattr(self, "_is_param", False)))
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        names = [name for name in BUFFERS if getattr(self, name) is not None]
+        names = [name for name in BUFFERS if getattr(self, name) is not None]  # torch.compile traces these as inputs
         settings = {name.lstrip("_"): getattr(self, name) for name in SETTINGS}
         return names, {"dtype": self.dtype, "requires_grad": self.requires_grad, **settings}
 
@@ -328,7 +342,7 @@ class NVFP4Tensor(torch.Tensor):
 
 
 class _Dequantize(torch.autograd.Function):
-    """dequantize with the identity as its gradient."""
+    """Dequantization with the identity as its gradient."""
 
     @staticmethod
     def forward(ctx: Any, t: NVFP4Tensor, dtype: torch.dtype | None, face: str | None, undo_rht: bool | None) -> Tensor:
@@ -340,14 +354,8 @@ class _Dequantize(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None
 
 
-def _copy_python_state(src: NVFP4Tensor, dst: NVFP4Tensor) -> None:
-    """The mark that makes nn.Module see a tensor subclass as a Parameter."""
-    if getattr(src, "_is_param", False):
-        dst._is_param = True
-
-
 def _rebuild_nvfp4_tensor(state: dict[str, Any], is_param: bool) -> NVFP4Tensor:
-    """An NVFP4Tensor from a pickle."""
+    """Rebuild an NVFP4Tensor from a pickle."""
     for name in ("rowwise_scale_inv", "columnwise_scale_inv"):
         state[name] = None if state[name] is None else state[name].view(torch.float8_e4m3fn)
     t = NVFP4Tensor(**state)

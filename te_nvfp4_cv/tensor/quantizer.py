@@ -2,10 +2,10 @@
 
     t = NVFP4Quantizer(rowwise=True, columnwise=True, with_rht=True)(x)      x [..., K], quantized as the matrix [M, K]
 
-The names are TransformerEngine's. Shapes that are no multiple of 16 are padded with zeros, not refused; the result's
-scales are compact, not padded to 128 x 4. Two quantizers are equal when their settings are; pickles leave the process
-group behind. Tensors made inside torch.compile hold no quantizer, so they cannot be written to. It refuses what
-ops.quantize.check_options refuses, when it is built.
+The names are TransformerEngine's. Shapes that are no multiple of 16 are padded with zeros, not refused. The result's
+scales are compact, not padded to 128 x 4. Two quantizers are equal if their settings are; pickles leave the process
+group behind. Tensors made inside torch.compile hold no quantizer, so they cannot be written to. Options that
+ops.quantize.matrix.check_options refuses are refused when the quantizer is built.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from te_nvfp4_cv.tensor.nvfp4_tensor import BUFFERS, NVFP4Tensor
 
 
 class NVFP4Quantizer:
-    """Quantizes tensors to NVFP4.
+    """The settings of one operand; calling it quantizes a tensor.
 
     Args:
         rowwise: write the rowwise face (blocks along the last dimension).
         columnwise: write the columnwise face (blocks along the flattened leading dimensions).
         with_amax_reduction: take the maximum of amax over amax_reduction_group, so that shards share a tensor scale.
         with_rht: rotate the columnwise face.
-        with_post_rht_amax: accepted for TransformerEngine's sake; amax_columnwise is always that of the rotated values.
+        with_post_rht_amax: has no effect: amax_columnwise is always that of the rotated values, as TransformerEngine's
+            is by default. It is accepted so that TransformerEngine's calls run.
         with_2d_quantization: one scale per 16x16 tile (weights).
-        stochastic_rounding: needs a seed per call; drawn as a layer's is (seeds.py) when none is given.
+        stochastic_rounding: needs a seed per call. If none is given, it is drawn as a layer's is (rounding_seeds.py).
         row_scaled_nvfp4: one amax per row.
         nvfp4_use_4over6: choose block scales by error, nvfp4_4over6_err_mode "MAE" or "MSE".
         nvfp4_e4m3_max: 448, or 256 with 4over6 (448 without it, whatever is given).
@@ -42,6 +43,14 @@ class NVFP4Quantizer:
         backend: "auto", "reference", "vendor" or "triton".
     Raises:
         ValueError: options that exclude each other.
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> quantizer = nv.NVFP4Quantizer(columnwise=False)
+        >>> quantizer(torch.randn(8, 32))
+        NVFP4Tensor((8, 32), torch.float32, rowwise, device='cpu')
+        >>> quantizer
+        NVFP4Quantizer(columnwise=False)
     """
 
     def __init__(
@@ -95,7 +104,7 @@ class NVFP4Quantizer:
 
     @property
     def four_over_six(self) -> str | None:
-        """The error mode of 4over6, or None."""
+        """The error mode of 4over6, or None without 4over6."""
         return self.nvfp4_4over6_err_mode if self.nvfp4_use_4over6 else None
 
     # ---- quantize ---------------------------------------------------------------------------------------------------
@@ -118,9 +127,9 @@ class NVFP4Quantizer:
 
         Args:
             out: written in place instead, in the faces that it has, and returned.
-            dtype: nominal dtype of the result; default: that of the tensor.
+            dtype: nominal dtype of the result; by default that of the tensor.
             seed: int64 Philox key of stochastic rounding.
-            amax: (rowwise, columnwise after RHT), fp32; None computes it.
+            amax: rowwise, and columnwise after RHT, fp32. If None, they are computed.
         """
         if out is not None:
             self.update_quantized(tensor, out, seed=seed)
@@ -143,7 +152,7 @@ class NVFP4Quantizer:
         noop_flag: Tensor | None = None,
         seed: Tensor | int | None = None,
     ) -> NVFP4Tensor:
-        """Quantize src into dst's buffers, in the faces that dst has; where noop_flag is 1, dst stays as it is."""
+        """Quantize src into dst's buffers, in the faces that dst has. Where noop_flag is 1, dst stays as it is."""
         if tuple(src.shape) != tuple(dst.shape):
             raise errors.value_error(
                 "NVFP4Quantizer: source and destination differ in shape.",
@@ -174,19 +183,11 @@ class NVFP4Quantizer:
     def make_empty(
         self, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32, device: Any = None
     ) -> NVFP4Tensor:
-        """An NVFP4Tensor of this quantizer's faces with uninitialized buffers."""
+        """Make an NVFP4Tensor of this quantizer's faces with uninitialized buffers."""
         M, K = torch.Size(shape[:-1]).numel(), shape[-1]
-
-        def face(wanted: bool, lead: tuple[int, ...], R: int, L: int) -> tuple[Tensor, Tensor, Tensor]:
-            n = round_up(L, BLOCK) // BLOCK
-            sizes = ((*lead, n * 8), (R, n), (R if self.row_scaled_nvfp4 else 1,)) if wanted else ((0,),) * 3
-            dtypes = torch.uint8, torch.float8_e4m3fn, torch.float32
-            data, scale, amax = (torch.empty(s, dtype=d, device=device) for s, d in zip(sizes, dtypes, strict=True))
-            return data, scale, amax
-
-        row = face(self.rowwise_usage, tuple(shape[:-1]), M, K)
-        col = face(self.columnwise_usage, (K,), K, M)
-        return self._wrap(reference_matrix.Faces(*row, *col), tuple(shape), dtype)
+        spec = ops.MatrixSpec(self.rowwise_usage, self.columnwise_usage, row_scaled=self.row_scaled_nvfp4)
+        faces = reference_matrix.empty_faces(torch.empty(0, device=device), M, K, spec)
+        return self._wrap(faces, tuple(shape), dtype)
 
     def _faces(
         self, tensor: Tensor, rowwise: bool, columnwise: bool, seed: Tensor | int | None, amax: Any
@@ -214,7 +215,7 @@ class NVFP4Quantizer:
         )
 
     def measure(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """(rowwise, columnwise) amax of this tensor on this rank alone, as quantize takes it in `amax`."""
+        """Return this tensor's rowwise and columnwise amax on this rank alone, as quantize takes them in `amax`."""
         return self._own_amax(self._matrix(tensor), self.columnwise_usage)
 
     def _own_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
@@ -233,7 +234,7 @@ class NVFP4Quantizer:
 
     @staticmethod
     def _matrix(tensor: Tensor) -> Tensor:
-        """Values [M, K] of a tensor [..., K], without its gradient."""
+        """Return the values [M, K] of a tensor [..., K], without its gradient."""
         x = tensor.detach()
         x = x.dequantize() if isinstance(x, NVFP4Tensor) else x
         return x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -266,37 +267,37 @@ class NVFP4Quantizer:
         self.columnwise_usage = self.columnwise_usage if columnwise is None else columnwise
 
     def get_usages(self) -> dict[str, bool]:
-        """The faces that a call writes."""
+        """Tell which faces a call writes."""
         return {"rowwise": self.rowwise_usage, "columnwise": self.columnwise_usage}
 
     def copy(self) -> NVFP4Quantizer:
-        """A quantizer with the same settings, without the process group."""
+        """Make a quantizer with the same settings, without the process group."""
         return NVFP4Quantizer(**self.settings())
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of the constructor, without the process group; they decide equality."""
+        """Return the keyword arguments of the constructor, without the process group; they decide equality."""
         names = {name: value for name, value in vars(self).items() if name != "amax_reduction_group"}
         usages = names.pop("rowwise_usage", None), names.pop("columnwise_usage", None)
         return {"rowwise": usages[0], "columnwise": usages[1], **names}
 
     def calibrate(self, tensor: Tensor) -> None:
-        """Nothing to learn from data: amax is taken at each call."""
+        """Do nothing: there is nothing to learn from data, since amax is taken at each call."""
 
     def is_quantizable(self, tensor: Tensor) -> bool:
-        """Whether quantize takes this tensor: bf16, fp16 or fp32, at least one dimension; any length (padding)."""
+        """Tell if quantize takes this tensor: bf16, fp16 or fp32, at least one dimension, of any length (it pads)."""
         return tensor.dim() >= 1 and tensor.dtype in ops.DTYPES
 
     def is_requantization_safe(self) -> bool:
-        """Whether quantizing twice gives the same codes."""
+        """Tell if quantizing twice gives the same codes."""
         return not self.stochastic_rounding
 
     def get_scale_shape(self, shape: tuple[int, ...], columnwise: bool) -> tuple[int, int]:
-        """Shape of scale_inv, compact."""
+        """Return the shape of scale_inv, compact."""
         M, K = torch.Size(shape[:-1]).numel(), shape[-1]
         return (K, round_up(M, BLOCK) // BLOCK) if columnwise else (M, round_up(K, BLOCK) // BLOCK)
 
     def get_columnwise_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """[K, M]: the columnwise face before packing."""
+        """Return [K, M], the shape of the columnwise face before packing."""
         return shape[-1], torch.Size(shape[:-1]).numel()
 
     def __eq__(self, other: object) -> bool:
@@ -315,7 +316,7 @@ class NVFP4Quantizer:
 
 
 def _rebuild_quantizer(settings: dict[str, Any]) -> NVFP4Quantizer:
-    """A quantizer from a pickle."""
+    """Rebuild a quantizer from a pickle."""
     return NVFP4Quantizer(**settings)
 
 

@@ -1,17 +1,18 @@
-"""What torch operators do to an NVFP4Tensor: the table behind its __torch_dispatch__.
+"""Run torch operators on NVFP4Tensors: the table behind NVFP4Tensor.__torch_dispatch__.
 
     on the codes      detach, alias, clone, _to_copy, view, as_strided and slice of the whole, copy_, zero_
     on values         everything else: NVFP4Tensors are dequantized; those that the operator writes to, quantized again
 
-A view that changes the last dimension would cut blocks: it is a copy of the values, with a warning. A tensor without a
-quantizer refuses to be written to (NVFP4Tensor.quantize_). Values of a rotated columnwise-only tensor are rotated back.
-Handlers get the class from their caller, so that this file stays below tensor.py.
+A view that changes the last dimension would cut blocks, so it is a copy of the values, with a warning. A tensor without
+a quantizer refuses to be written to (NVFP4Tensor.quantize_). Values of a rotated columnwise-only tensor are rotated
+back. Handlers get the class from their caller, so that this file need not import nvfp4_tensor.py.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -47,11 +48,11 @@ def _on_values(cls: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     def value_of(x: Any) -> Any:
         if not isinstance(x, cls):
             return x
-        return values.setdefault(id(x), x._dequantize())
+        return values.setdefault(id(x), x._dequantize())  # one tensor given twice must be one value
 
     plain_args, plain_kwargs = pytree.tree_map(value_of, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
-    written: dict[int, Any] = {}
+    written: dict[int, Any] = {}  # an in-place operator returns its argument: the NVFP4Tensor, not its values
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
@@ -72,7 +73,7 @@ def _clone(cls: Any, func: Any, t: Any, memory_format: Any = None) -> Any:
 
 
 def _to_copy(cls: Any, func: Any, t: Any, **kwargs: Any) -> Any:
-    """Another device keeps the codes; another dtype is only the nominal one (float(), half() give values)."""
+    """Move the codes to another device; another dtype is only the nominal one (float(), half() give values)."""
     if kwargs.get("layout") not in (None, torch.strided):
         return NotImplemented
     dtype = kwargs.get("dtype") or t.dtype
@@ -81,12 +82,10 @@ def _to_copy(cls: Any, func: Any, t: Any, **kwargs: Any) -> Any:
 
 
 def _view(cls: Any, func: Any, t: Any, size: Any) -> Any:
-    """Views that keep the last dimension share the codes; others are of dequantized values, with a warning."""
+    """Share the codes in views that keep the last dimension; other views copy dequantized values, with a warning."""
     size = list(size)
     if -1 in size:
-        known = 1
-        for length in size:
-            known *= length if length != -1 else 1
+        known = -prod(size)  # of all lengths but the one to find
         size[size.index(-1)] = t.numel() // max(known, 1)
     if not size or size[-1] != t.shape[-1]:
         warnings.warn(
@@ -112,7 +111,7 @@ def _slice(cls: Any, func: Any, t: Any, dim: int = 0, start: Any = None, end: An
 
 
 def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
-    """Codes are copied where both sides hold the same faces in the same form; else the values are quantized again."""
+    """Copy the codes where both sides hold the same faces in the same form; else quantize the values again."""
     if not isinstance(dst, cls):
         dst.copy_(src._dequantize(), non_blocking)
         return dst
@@ -120,9 +119,9 @@ def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) 
         return dst.quantize_(src.expand(dst.shape))
     form = ("_row_scaled_nvfp4", "_nvfp4_e4m3_max", "_columnwise_rht", "_with_random_sign_mask")
     usable = src.shape == dst.shape and all(getattr(src, name) == getattr(dst, name) for name in form)
-    if not usable or any(kept and not src.get_usages()[face] for face, kept in dst.get_usages().items()):
+    if not usable or any(held and not src.get_usages()[face] for face, held in dst.get_usages().items()):
         return dst.quantize_(src._dequantize().to(dst.device).expand(dst.shape))
-    if dst._columnwise_data is not None:
+    if dst._columnwise_data is not None:  # the layout may differ, since it changes no code
         src = src.to_columnwise_layout(dst._columnwise_layout)
     for name in BUFFERS:
         if (buffer := getattr(dst, name)) is not None:
@@ -133,7 +132,7 @@ def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) 
 def _zero_(cls: Any, func: Any, t: Any) -> Any:
     for name in BUFFERS:
         if (buffer := getattr(t, name)) is not None:
-            buffer.view(torch.uint8).zero_()
+            buffer.view(torch.uint8).zero_()  # code 0, scale byte 0 and amax 0 all have the bits 0
     return t
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from te_nvfp4_cv.backend import cache, selftest_cache, tuning
+from te_nvfp4_cv.backend import cache, tuning
 
 DEVICE = torch.device("cuda", 0)
 
@@ -25,6 +25,5 @@ def install(
 
 def new_process() -> None:
     """Forget what a process remembers; files stay."""
-    cache._folder.cache_clear()
-    selftest_cache.forget()
+    cache.forget()
     tuning.forget()

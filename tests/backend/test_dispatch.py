@@ -7,7 +7,8 @@ import importlib.util
 import pytest
 import torch
 
-from te_nvfp4_cv.backend import dispatch, selftest_cache
+from te_nvfp4_cv.backend import cache, dispatch
+from te_nvfp4_cv.backend.explain import explain
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -18,7 +19,7 @@ def gpu(monkeypatch):
 
     def fake(capability, passed=False, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(selftest_cache, "passed", lambda device: passed)
+        monkeypatch.setattr(cache, "selftest_passed", lambda device: passed)
         monkeypatch.setattr(dispatch, "has_triton", lambda: triton)
 
     return fake
@@ -29,7 +30,7 @@ def test_vendor_serves_every_gpu_from_8_0(gpu, capability):
     gpu(capability)
     assert dispatch.resolve("auto", CUDA) == dispatch.resolve("vendor", CUDA) == "vendor"
     assert dispatch.resolve("triton", CUDA) == "triton"
-    assert dispatch.kernels_serve(CUDA) and dispatch.explain(CUDA)["backend"] == "vendor"
+    assert dispatch.kernels_serve(CUDA) and explain(CUDA)["backend"] == "vendor"
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
@@ -40,7 +41,7 @@ def test_older_gpus_get_an_error_that_names_reference(gpu, capability, backend):
         dispatch.resolve(backend, CUDA)
     assert "reference" in str(error.value) and f"{capability[0]}.{capability[1]}" in str(error.value)
     assert dispatch.resolve("reference", CUDA) == "reference"
-    assert dispatch.explain(CUDA)["backend"] == "none"
+    assert explain(CUDA)["backend"] == "none"
 
 
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3), (12, 0)])
@@ -48,9 +49,9 @@ def test_triton_is_the_default_on_blackwell_once_the_self_test_has_passed(gpu, c
     gpu(capability, passed=True)
     assert dispatch.native_fp4(CUDA) and dispatch.resolve("auto", CUDA) == "triton"
     assert dispatch.resolve("vendor", CUDA) == "vendor"
-    assert "default" in dispatch.explain(CUDA)["triton"]
+    assert "default" in explain(CUDA)["triton"]
     gpu(capability, passed=False)
-    assert dispatch.resolve("auto", CUDA) == "vendor" and "selftest" in dispatch.explain(CUDA)["triton"]
+    assert dispatch.resolve("auto", CUDA) == "vendor" and "selftest" in explain(CUDA)["triton"]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 1)])
@@ -66,7 +67,7 @@ def test_a_gpu_without_triton_names_the_backend_that_works(gpu, backend):
         dispatch.resolve(backend, CUDA)
     assert "backend='reference'" in str(error.value)
     assert dispatch.resolve("reference", CUDA) == "reference"
-    assert "not installed" in dispatch.explain(CUDA)["triton"]
+    assert "not installed" in explain(CUDA)["triton"]
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):

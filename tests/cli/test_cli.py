@@ -9,7 +9,8 @@ import torch
 
 import te_nvfp4_cv
 from te_nvfp4_cv import cli
-from te_nvfp4_cv.backend import dispatch, native
+from te_nvfp4_cv.backend import native
+from te_nvfp4_cv.backend.explain import explain
 from te_nvfp4_cv.cli import machine
 from te_nvfp4_cv.recipe.files import list_recipes
 
@@ -27,7 +28,7 @@ def test_doctor_json(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["torch"] == torch.__version__ and report["problems"] == []
     cpu = report["devices"]["cpu"]
-    assert cpu["backend"] == dispatch.explain(torch.device("cpu"))["backend"] and cpu["why"]
+    assert cpu["backend"] == explain(torch.device("cpu"))["backend"] and cpu["why"]
     assert cpu["autocast dtype"].split(":")[0] in ("bfloat16", "none")
     assert len(report["devices"]) == 1 + torch.cuda.device_count()
     assert set(list_recipes()) == set(report["recipes"].split(", "))

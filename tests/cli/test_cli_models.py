@@ -159,7 +159,7 @@ def test_bad_input(model: list[str], images: Path, tmp_path: Path, capsys: pytes
     refused(["quantize", *model, "--images", str(images), *out], "broken.png cannot be read")
     refused(["quantize", *model[:3], "--input", "7", "--images", str(images), *out], "3 HEIGHT WIDTH")
     refused(["export", *model, "--out", str(tmp_path / "x.onnx")], "do not go together")
-    refused(["verify", str(tmp_path / "none.safetensors")], "no such artefact")
+    refused(["verify", str(tmp_path / "none.safetensors")], "no such exported file")
     refused(["bench", *model, "--device", "cuda:99"], "bench: device not usable")
 
 

@@ -43,9 +43,9 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def resnet50() -> tuple[nn.Module, Tensor, Tensor, str]:
+def resnet(depth: int) -> tuple[nn.Module, Tensor, Tensor, str]:
     torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
-    model = torchvision.models.resnet50(num_classes=10)
+    model = getattr(torchvision.models, f"resnet{depth}")(num_classes=10)
     return model, values((4, 3, 32, 32)), torch.randint(10, (4,)), "resnet"
 
 
@@ -55,7 +55,15 @@ def unet() -> tuple[nn.Module, Tensor, Tensor, str]:
     return UNet(4, 0.25, "relu", 0.0), values((4, 3, 32, 32)), torch.randint(4, (4, 32, 32)), "unet"
 
 
-@pytest.mark.parametrize("make", [resnet50, unet], ids=["resnet50", "unet"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: resnet(18), id="resnet18"),
+        pytest.param(lambda: resnet(50), id="resnet50", marks=pytest.mark.stress),  # more of the same layers
+        pytest.param(unet, id="unet"),
+    ],
+)
 def test_unmodified_networks_train_and_evaluate_in_one_graph(make):
     model, images, labels, name = make()
     model = model.to(memory_format=torch.channels_last)
@@ -208,6 +216,7 @@ def losses_eager_and_compiled() -> list[list[float]]:
     return losses
 
 
+@pytest.mark.slow
 def test_inductor_stays_near_eager():
     """In a process of its own: inductor imports setuptools, which wants to be there before any distutils."""
     cpp_builder = pytest.importorskip("torch._inductor.cpp_builder")

@@ -1,22 +1,27 @@
-"""Functions of a test module, run on several ranks by torchrun: NCCL where there is a GPU for each, else gloo on a CPU.
+"""Functions of a test module, run on several ranks: NCCL where there is a GPU for each, else gloo on a CPU.
 
     def on_ranks_sum(ranks: Ranks) -> Any: ...            in tests/distributed/test_x.py, asserts included
     test_on_ranks = ranks_test(globals(), worlds=(2, 4))  one pytest test for each function and number of ranks
 
-One torchrun serves all functions of a module for one number of ranks: starting processes costs more than the tests.
-Every function starts from torch.manual_seed(0), when all ranks have ended the one before. What it returns is kept, by
-rank, for tests in the parent (`results`); what it raises fails its test with the traceback of each rank. Where one rank
-raises and another waits for it in a collective, they cannot meet again: the functions after it are reported as not run.
+The same processes serve all functions of a module for one number of ranks, and all of them are forked from a server
+that has imported torch and the package once: importing costs more than most of the tests. `torchrun` starts a script
+as a user does. Every function starts from torch.manual_seed(0), when all ranks have ended the one before. What it
+returns is kept, by rank, for tests in the parent (`results`); what it raises fails its test with the traceback of each
+rank. Where one rank raises and another waits for it in a collective, they cannot meet again: the functions after it are
+reported as not run.
 """
 
 from __future__ import annotations
 
 import fcntl
 import importlib
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +36,9 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "on_ranks_"
-SECONDS = 240  # of one torchrun
+SECONDS = 240  # of one torchrun, and of one module on ranks
 COLLECTIVE_SECONDS = 60
+PRELOADED = ["tests.conftest", "te_nvfp4_cv", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 
 
 @dataclass(frozen=True)
@@ -52,17 +58,23 @@ class Ranks:
 # ---- in pytest ------------------------------------------------------------------------------------------------------
 
 
-def names_of(module: Mapping[str, Any]) -> list[str]:
-    """The functions of a module (its globals) that run on ranks, in the order of the file."""
-    return [name.removeprefix(PREFIX) for name in module if name.startswith(PREFIX)]
+def two_ranks(function: Callable[[Ranks], Any]) -> Callable[[Ranks], Any]:
+    """Mark a function that takes long and would prove nothing more on four ranks, such as a compilation."""
+    function.worlds = (2,)  # type: ignore[attr-defined]
+    return function
+
+
+def names_of(module: Mapping[str, Any], world: int) -> list[str]:
+    """The functions of a module (its globals) that run on so many ranks, in the order of the file."""
+    names = [name for name in module if name.startswith(PREFIX)]
+    return [name.removeprefix(PREFIX) for name in names if world in getattr(module[name], "worlds", (world,))]
 
 
 def ranks_test(module: Mapping[str, Any], worlds: Sequence[int] = (2, 4)) -> Callable[..., None]:
     """The test that reports every function on ranks of a module (its globals()); call it below them."""
-    names, file = names_of(module), module["__file__"]
+    file, cases = module["__file__"], [(world, name) for world in worlds for name in names_of(module, world)]
 
-    @pytest.mark.parametrize("name", names)
-    @pytest.mark.parametrize("world", worlds)
+    @pytest.mark.parametrize(("world", "name"), cases)
     def test_on_ranks(world: int, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
         results(file, world, name, tmp_path_factory)
 
@@ -115,31 +127,67 @@ def torchrun(arguments: Sequence[str], world: int, **environment: str) -> subpro
     )
 
 
+def forkserver() -> Any:
+    """Return multiprocessing's context whose processes start with torch and the package imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:  # what the server starts with, its processes have
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "examples"))))
+        patch.setenv("OMP_NUM_THREADS", "1")  # a pool of threads would not survive the fork
+        patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # neither would an initialised CUDA
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def _run(module_name: str, world: int, folder: Path) -> str:
+    """Run the functions of a module on `world` processes; return what they print."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = forkserver()
+    arguments = [(module_name, folder, rank, world, store.port) for rank in range(world)]
+    ranks = [context.Process(target=_on_rank, args=each) for each in arguments]
+    for process in ranks:
+        process.start()
     try:
-        done = torchrun(["-m", "tests.distributed.launch", module_name, str(folder)], world)
-    except subprocess.TimeoutExpired as error:
-        return f"torchrun was stopped after {SECONDS} s\n{error.stdout or ''}"
-    return f"exit status {done.returncode}\n{done.stdout}"
+        _wait(ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    told = [f"exit status of rank {rank}: {process.exitcode}" for rank, process in enumerate(ranks)]
+    return "\n".join([*told, *(path.read_text(errors="replace") for path in sorted(folder.glob("printed.*")))])
+
+
+def _wait(ranks: Sequence[Any]) -> None:
+    """Return when every process has ended, when one has failed and the others had 5 s to say so, or after SECONDS."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and any(process.is_alive() for process in ranks):
+        if any(process.exitcode for process in ranks):
+            end = min(end, time.monotonic() + 5)
+        time.sleep(0.05)
 
 
 # ---- on a rank ------------------------------------------------------------------------------------------------------
 
 
-def _on_rank(module_name: str, folder: Path) -> int:
+def _on_rank(module_name: str, folder: Path, rank: int, world: int, port: int) -> None:
     from tests import conftest  # noqa: F401  (a torchvision that imports)
 
+    printed = os.open(folder / f"printed.{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    # What torchrun tells a script of its rank, for code that asks.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda = torch.cuda.device_count() >= world
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=COLLECTIVE_SECONDS)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, store=store, rank=rank, world_size=world)
     module = importlib.import_module(module_name)
     failed = False
-    for name in names_of(vars(module)):
+    for name in names_of(vars(module), world):
         shared = folder / name
         shared.mkdir(exist_ok=True)
         told: dict[str, Any] = {"value": None, "error": ""}
@@ -155,7 +203,7 @@ def _on_rank(module_name: str, folder: Path) -> int:
             os._exit(1)
     dist.barrier()  # without it some exits of gloo abort
     dist.destroy_process_group()
-    return int(failed)
+    sys.exit(int(failed))
 
 
 def _all_ended(name: str, rank: int, world: int) -> bool:
@@ -167,7 +215,3 @@ def _all_ended(name: str, rank: int, world: int) -> bool:
     except dist.DistStoreError:
         return False
     return True
-
-
-if __name__ == "__main__":
-    sys.exit(_on_rank(sys.argv[1], Path(sys.argv[2])))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import te_nvfp4_cv as nv
-from tests.distributed.launch import Ranks, ranks_test
+from tests.distributed.launch import Ranks, ranks_test, two_ranks
 from tests.helpers import relative_error, same_bits, values
 
 NO_SR = nv.NVFP4BlockScaling(disable_stochastic_rounding=True)
@@ -83,6 +83,7 @@ def on_ranks_stochastic_rounding_leaves_the_weights_equal(ranks: Ranks) -> None:
         assert all(same_bits(everybody[0], other) for other in everybody)
 
 
+@two_ranks
 def on_ranks_plain_names_through_every_wrapper(ranks: Ranks) -> None:
     expected = loss_of(net(ranks, TABLE), ranks, ranks.rank, 0).detach()
     assert not same_bits(expected, loss_of(net(ranks), ranks, ranks.rank, 0).detach())
@@ -101,6 +102,7 @@ def on_ranks_plain_names_through_every_wrapper(ranks: Ranks) -> None:
     torch._dynamo.reset()
 
 
+@two_ranks
 def on_ranks_shared_amaxes_in_a_compiled_step(ranks: Ranks) -> None:
     """The group crosses the operator's boundary: compiled and eager steps ask the ranks alike."""
     grads = []

@@ -33,7 +33,7 @@ from te_nvfp4_cv import fsdp
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight, ShardedWeight
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.records import PACKED, WeightCodes, WeightLayout, WeightSpec
-from tests.distributed.launch import Ranks, ranks_test
+from tests.distributed.launch import Ranks, ranks_test, two_ranks
 from tests.helpers import relative_error, same_bits, same_codes, values
 
 NO_SR = nv.NVFP4BlockScaling(disable_stochastic_rounding=True)
@@ -411,6 +411,7 @@ def on_ranks_readers_in_high_precision_are_told(ranks: Ranks) -> None:
         model(x)
 
 
+@two_ranks
 def on_ranks_compiled_blocks(ranks: Ranks) -> None:
     """Blocks compile where FSDP2 gathers in high precision; gathered in 4 bits they stay uncompiled, fullgraph stops
     (GroupNorm sums in another order in a graph).

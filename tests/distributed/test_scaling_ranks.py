@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.distributed.collectives import wire_bytes
 from te_nvfp4_cv.ops.quantize import reference_matrix
+from tests.distributed.launch import forkserver
 from tests.helpers import same_bits, values
 
 CURRENT = nv.NVFP4BlockScaling()
@@ -118,7 +119,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch is built without gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=2, join=True)  # type: ignore[attr-defined]
+    forkserver()
+    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method="forkserver")  # type: ignore[attr-defined]
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

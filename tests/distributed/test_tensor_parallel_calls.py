@@ -21,7 +21,7 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv.distributed import collectives
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.ops.quantize import rounding_seeds
-from tests.distributed.launch import Ranks, ranks_test
+from tests.distributed.launch import Ranks, ranks_test, two_ranks
 from tests.distributed.sharing import COLUMNS, PLAIN, ROWS, check, mesh, part, quiet, recorded, run
 from tests.helpers import relative_error, same_bits, values
 
@@ -197,6 +197,7 @@ def on_ranks_with_fsdp2_on_a_mesh_of_data_and_tensor_ranks(ranks: Ranks) -> None
     parallelize_module(nn.Linear(32 * ranks.world, 32), mesh(ranks), ROWS())  # its stream again
 
 
+@two_ranks
 def on_ranks_torch_compile_leaves_the_layers_out(ranks: Ranks) -> None:
     w = ranks.world
     block = nn.Sequential(nn.Linear(16 * w, 16 * w), nn.GELU(), nn.Linear(16 * w, 16 * w))

@@ -247,6 +247,7 @@ def single(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_curve_of_one_process(shapes: Path, single: Path, tmp_path: Path) -> None:
     arguments = ["--data", str(shapes), "--out", str(tmp_path), "--precisions", "bf16", "nvfp4", "--steps", "8", *TINY]
     done = torchrun([TRAIN, *arguments, "--device", "cpu"], 2)
@@ -275,6 +276,7 @@ def test_one_process_goes_on_from_two_ranks(
 # ---- ends -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "seconds", "said"),
     [

@@ -223,6 +223,7 @@ def test_deployment_asks_for_its_packages_before_it_trains(monkeypatch):
         deploy.main(["camvid-unet", "nowhere"])
 
 
+@pytest.mark.slow
 def test_an_onnx_file_that_fails_costs_no_row(tmp_path, monkeypatch):
     def fails(*_):
         raise KeyError("an operator")

@@ -211,7 +211,7 @@ BAD_MASKS = {
     "no label": (remove("train/labels/1.png"), "images without labels[\\s\\S]*1.jpg"),
     "no image": (remove("val/images/0.jpg"), "labels without images[\\s\\S]*0.png"),
     "odd meta": (lambda root: (root / "meta.json").write_text('{"classes": 3}'), "meta.json cannot be read"),
-    "colours": (lambda root: Image.new("RGB", (32, 24)).save(root / "train/labels/1.png"), "no image of class ids"),
+    "colours": (lambda root: Image.new("RGB", (32, 24)).save(root / "train/labels/1.png"), "not an image of class ids"),
 }
 
 
@@ -225,7 +225,7 @@ def test_incomplete_masks_root(masks_root: Path, case: str) -> None:
 
 def test_labels_that_do_not_fit(masks_root: Path) -> None:
     (masks_root / "meta.json").write_text(json.dumps({"classes": ["a", "b"]}))
-    with pytest.raises(ValueError, match=r"labels/\d.png holds an id that names no class[\s\S]*id 2"):
+    with pytest.raises(ValueError, match=r"labels/\d.png contains an id without a class[\s\S]*id 2"):
         for index in range(5):
             load_data(masks_root, "masks", None).train.read(index)
     (masks_root / "meta.json").unlink()

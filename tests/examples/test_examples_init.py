@@ -154,12 +154,12 @@ def test_all_names_are_listed(tmp_path: Path) -> None:
 
 BAD_FILES: dict[str, tuple[str, Callable[[State], Any], str]] = {
     "module": ("w.pt", lambda _: unet(), "w.pt cannot be read"),
-    "tensor": ("w.pt", lambda s: s["head.bias"], r"holds no weights[\s\S]*\(3,\) float32"),
-    "list": ("w.pt", lambda s: list(s.values()), r"holds no weights[\s\S]*list"),
-    "empty": ("w.pt", lambda _: {}, r"holds no weights[\s\S]*an empty table"),
-    "others": ("w.pt", lambda s: {"epoch": 3, "state_dict": s}, r"holds no weights[\s\S]*epoch: int, state_dict: dict"),
-    "another format": ("w.pt", lambda s: {"format": 99, "model": s}, r"no checkpoint of this version[\s\S]*format 99"),
-    "twice": ("w.pt", prefixed("", "module."), "holds a tensor twice"),
+    "tensor": ("w.pt", lambda s: s["head.bias"], r"contains no weights[\s\S]*\(3,\) float32"),
+    "list": ("w.pt", lambda s: list(s.values()), r"contains no weights[\s\S]*list"),
+    "empty": ("w.pt", lambda _: {}, r"contains no weights[\s\S]*an empty table"),
+    "others": ("w.pt", lambda s: {"epoch": 3, "state_dict": s}, r"no weights[\s\S]*epoch: int, state_dict: dict"),
+    "another format": ("w.pt", lambda s: {"format": 99, "model": s}, r"is not a checkpoint[\s\S]*format 99"),
+    "twice": ("w.pt", prefixed("", "module."), "contains a tensor twice"),
 }
 
 

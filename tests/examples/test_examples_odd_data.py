@@ -102,7 +102,7 @@ def test_damaged_pictures_are_named(tmp_path: Path) -> None:
 def test_two_files_of_one_stem_are_told(tmp_path: Path) -> None:
     root = write_masks(tmp_path)
     Image.new("RGB", (32, 24)).save(root / "train" / "images" / "1.png")
-    with pytest.raises(ValueError, match="several files of one stem"):
+    with pytest.raises(ValueError, match="several files with the same stem"):
         load_data(root, "masks", None)
 
 
@@ -110,7 +110,7 @@ def test_masks_of_0_and_255_are_explained(tmp_path: Path) -> None:
     root = write_masks(tmp_path)
     for label in root.rglob("labels/*.png"):
         Image.fromarray(np.where(np.asarray(Image.open(label)) == 1, 255, 0).astype(np.uint8)).save(label)
-    with pytest.raises(ValueError, match="255 is no class[\\s\\S]*must become 0 and 1"):
+    with pytest.raises(ValueError, match="255 is not a class[\\s\\S]*must become 0 and 1"):
         load_data(root, "masks", None)
 
 
@@ -142,7 +142,7 @@ def test_files_that_exif_turns_are_refused_beside_label_masks(tmp_path: Path, ki
         turn(file, harmless)
         load_data(root, "masks", None).train.read(0)
     turn(file, 3)
-    with pytest.raises(ValueError, match=r"0\.(jpg|png) is to be turned[\s\S]*orientation 3[\s\S]*exif_transpose"):
+    with pytest.raises(ValueError, match=r"0\.(jpg|png) must be turned[\s\S]*orientation 3[\s\S]*exif_transpose"):
         load_data(root, "masks", None)
 
 
@@ -152,7 +152,7 @@ def test_files_that_exif_turns_are_refused_beside_defects(tmp_path: Path) -> Non
         Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / folder / f"{name}.png")
     Image.new("L", (8, 8), 255).save(tmp_path / "ground_truth" / "cut" / "1_mask.png")
     turn(tmp_path / "test" / "cut" / "1.png", 6)
-    with pytest.raises(ValueError, match=r"1\.png is to be turned"):
+    with pytest.raises(ValueError, match=r"1\.png must be turned"):
         load_data(tmp_path, "mvtec", None)
 
 

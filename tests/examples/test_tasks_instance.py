@@ -218,6 +218,6 @@ def test_fewer_channels_than_objects_are_told_once(
     monkeypatch.setattr(tracking, "_told", set())
     options = ["--precisions", "fp32", "--instances", "2", "--steps", "1", "--out", str(tmp_path)]
     check_rows(tmp_path, main(["--data", str(shapes), *TINY, *options]), ["fp32"])
-    assert capsys.readouterr().out.count("objects in an image, but --instances 2: the others go unmatched") == 2
+    assert capsys.readouterr().out.count("objects in an image, but --instances 2: the others stay unmatched") == 2
     with pytest.raises(ValueError, match="--instances is out of range"):
         main([*TINY, "--instances", "0"])

@@ -103,7 +103,7 @@ def test_made_up_headers(whole: bytes, tmp_path: Path) -> None:
 
 
 def forged(whole: bytes, path: Path, change: Any, sums: bool = True) -> None:
-    """An artefact with another manifest, or other tensors, whose digests all fit."""
+    """An exported file with another manifest, or other tensors, whose digests all fit."""
     tensors = safetensors.load(whole)
     size = struct.unpack("<Q", whole[:8])[0]
     metadata = json.loads(whole[8 : 8 + size])["__metadata__"]

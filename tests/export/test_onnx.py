@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.export.modules import become, quantize_layer
+from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.convert import to_onnx
 from te_nvfp4_cv.export.verify import __main__ as verify
 from tests.helpers import values
@@ -96,6 +97,32 @@ def test_row_scales_of_a_padded_1x1_convolution(padding: dict[str, Any], form: s
     model[0].set_mode(activations="high" if made.high else "nvfp4")
     assert bool(made.high) == (form == "matmul" and padding == {"padding": 1})
     assert difference(run(made.files[0], x, form), model(x)) < 1e-5
+
+
+def test_no_path_of_this_machine_is_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    become(net.head, quantize_layer(net.head, RECIPE), RECIPE)
+    made = to_onnx(net, values((2, 3, 8, 8), seed=1), tmp_path / "net")
+    content = made.files[0].read_bytes()
+    assert b"pkg.torch.onnx.fx_node" in content, "torch's other notes are still there"
+    for place in (torch.__file__, __file__, nv.__file__):
+        assert str(Path(place).parent).encode() not in content
+    assert verify.verify(made.files[0]).sound
+
+
+def test_stack_traces_are_removed_from_subgraphs_and_functions() -> None:
+    inner, outer, called = (onnx.helper.make_node("Relu", ["x"], ["y"]) for _ in range(3))
+    branch = onnx.helper.make_graph([inner], "branch", [], [])
+    outer.attribute.append(onnx.helper.make_attribute("then_branch", branch))
+    model = onnx.helper.make_model(onnx.helper.make_graph([outer], "model", [], []))
+    model.functions.append(onnx.helper.make_function("own", "f", ["x"], ["y"], [called], []))
+    nodes = [model.graph.node[0], model.graph.node[0].attribute[0].g.node[0], model.functions[0].node[0]]
+    for node in nodes:
+        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value="File a.py")
+        node.metadata_props.add(key="namespace", value="Net")
+    file.remove_stack_traces(model)
+    assert [[prop.key for prop in node.metadata_props] for node in nodes] == [["namespace"]] * 3
 
 
 @pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import files
 from te_nvfp4_cv.export import artifact, checkpoints
-from te_nvfp4_cv.export.ptq.folding import FoldedNorm
+from te_nvfp4_cv.export.folding import FoldedNorm
+from te_nvfp4_cv.recipe.files import parse_recipe
 from tests.helpers import same_bits, values
 from tests.networks import NO_2D, Net
 
@@ -89,7 +90,7 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     assert config["quant_algo"] == "NVFP4" and config["ignore"] == ["body.4", "stem"]
     manifest = artifact.read(saved.files[0]).manifest
     assert manifest is not None and manifest.layers["up"].k_order == "taps, channels padded to 16"
-    assert nv.recipe_files.parse_recipe(manifest.recipe) == RECIPE
+    assert parse_recipe(manifest.recipe) == RECIPE
 
 
 def test_an_inference_model_is_saved_again(tmp_path: Path) -> None:
@@ -330,7 +331,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_keeps_the_old_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for shard_bytes in (10**9, 4000):
         nv.export.save(trained(), tmp_path / "net", RECIPE, shard_bytes)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -349,7 +350,7 @@ def test_a_failed_write_keeps_the_old_artefact(tmp_path: Path, monkeypatch: pyte
             with pytest.raises(RuntimeError, match="could not be written"):
                 nv.export.save(other, tmp_path / "net", RECIPE, shard_bytes)
         left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        assert left.items() >= before.items(), "the old artefact survives"
+        assert left.items() >= before.items(), "the old file survives"
         assert same_bits(nv.export.load(tmp_path / "net", Net())(values((2, 3, 8, 8), seed=5)), outputs(trained()))
         nv.export.save(other, tmp_path / "net", RECIPE, shard_bytes)
         assert same_bits(nv.export.load(tmp_path / "net", Net())(values((2, 3, 8, 8), seed=5)), outputs(other))
@@ -368,7 +369,7 @@ def test_no_model_and_no_file(tmp_path: Path) -> None:
         nv.export.save("net", tmp_path / "net")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="nv.export.load: not a module"):
         nv.export.load(tmp_path / "net", tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match="no such artefact"):
+    with pytest.raises(FileNotFoundError, match="no such exported file"):
         nv.export.load(tmp_path / "net", Net())
     with pytest.raises(FileNotFoundError, match="a folder"):
         nv.export.load(tmp_path, Net())

@@ -15,7 +15,7 @@ from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import collect, im2col_rows
-from te_nvfp4_cv.export.ptq.folding import FoldedNorm, fold
+from te_nvfp4_cv.export.ptq.norm_folding import FoldedNorm, fold
 from te_nvfp4_cv.layer.plan import weight_plan
 from tests.helpers import same_bits, values
 
@@ -241,6 +241,7 @@ def test_statistics_are_estimated_anew_in_eval_mode() -> None:
     assert bool((quantized.pooled.running_mean == 2.0).all())  # one value per channel
     assert not any(module.training for module in quantized.modules()) and quantized.norm.momentum == 0.1
     folded = nv.export.quantize(nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)), batches)
+    assert FoldedNorm.__module__ == "te_nvfp4_cv.export.folding", "models that version 0.1 pickled name it so"
     assert isinstance(folded[1], FoldedNorm) and not any(module.training for module in folded.modules())
     assert float(quantized.passes) == 0
     kept = nv.export.quantize(model, batches, reestimate_bn=False)
@@ -326,7 +327,7 @@ def test_less_error_by_search_and_gptq() -> None:
 
 
 def formats_dequantized(codes: Tensor, scale: Tensor, amax: Tensor) -> Tensor:
-    return rounding.dequantize(codes, scale, amax, 448)
+    return nv.formats.decode_e2m1(codes) * rounding.value_of(scale, amax, 448).repeat_interleave(16, dim=1)
 
 
 @pytest.mark.parametrize("kind", ["zeros", "subnormal", "huge", "wide"])

@@ -21,7 +21,7 @@ from te_nvfp4_cv.fusion.fuse import Fusion, fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct2d
 from te_nvfp4_cv.fusion.norm_act import NormAct
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-from te_nvfp4_cv.report import watch
+from te_nvfp4_cv.report.watch import coverage
 from tests.helpers import same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,7 +130,7 @@ def test_memory_of_the_group_norm_silu_unet():
     def kept(model, recipe):
         with torch.autocast("cpu", torch.bfloat16):
             if recipe:
-                return watch(model, x, recipe=NO_SR).saved_bytes
+                return coverage(model, x, recipe=NO_SR).saved_bytes
             with nvfp4_autocast(enabled=False):
                 storages: dict[int, int] = {}
 
@@ -247,7 +247,7 @@ def test_set_precision_and_convert_model_as_before():
     fuse(model)
     for m in (plain, model):
         set_precision(m, {"stem": None, "body.conv1": None})
-    rows = [{(r.name, r.nvfp4) for r in watch(m, x, recipe=NO_SR).rows} for m in (plain, model)]
+    rows = [{(r.name, r.nvfp4) for r in coverage(m, x, recipe=NO_SR).rows} for m in (plain, model)]
     assert rows[0] == rows[1] and ("stem.conv1", False) in rows[1] and ("body.conv2", True) in rows[1]
     converted = convert_model(fuse(Block()), NO_SR)
     assert type(converted.conv1).__name__ == "NVFP4Conv2d" and nodes(converted(x), "QuantizedConv") == 2

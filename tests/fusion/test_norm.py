@@ -14,6 +14,7 @@ from torch import Tensor
 from te_nvfp4_cv import nvfp4_autocast
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
+from te_nvfp4_cv.ops.norm.operators import NormSpec
 from tests.helpers import relative_error, same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -261,11 +262,11 @@ def test_operators_pass_opcheck():
     ops = torch.ops.te_nvfp4_cv
     z, w, b = values((2, 8, 3, 3)), values((8,), seed=1), values((8,), seed=2)
     running = torch.zeros(8), torch.ones(8)
-    arguments = (z, None, w, b, *running, 0, True, 0.1, 1e-5, "relu", True, "reference")
+    spec = NormSpec(momentum=0.1, eps=1e-5, need_mask=True, need_dresidual=True).encode()
+    arguments = (z, None, w, b, *running, spec)
     torch.library.opcheck(ops.norm_forward.default, arguments)
     y, mean, rstd, mask = ops.norm_forward(*arguments)
-    rest = (z, w, b, mean, rstd, mask, 0, True, 1e-5, "relu", True, "reference")
-    torch.library.opcheck(ops.norm_backward.default, (y, *rest))
+    torch.library.opcheck(ops.norm_backward.default, (y, z, [mean, rstd, w, b], mask, spec))
 
 
 def test_compiled_module_gives_the_same():

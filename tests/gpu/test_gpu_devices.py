@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.explain import explain
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from tests.helpers import relative_error, same_bits
 from tests.networks import NO_SR
@@ -34,7 +35,7 @@ def test_operands_on_different_devices():
 
 def test_the_backend_of_this_gpu():
     assert dispatch.resolve("auto", CUDA) in ("vendor", "triton")
-    assert dispatch.explain(CUDA)["why"]
+    assert explain(CUDA)["why"]
 
 
 def test_seeds_are_drawn_on_the_gpu_from_torchs_generator():

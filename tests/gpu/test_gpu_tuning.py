@@ -25,10 +25,10 @@ def quantize(x: torch.Tensor, amax: torch.Tensor | None = None) -> Operand:
 def searching(monkeypatch, tmp_path):
     monkeypatch.setenv("TE_NVFP4_CV_CACHE", str(tmp_path))
     monkeypatch.setenv("TE_NVFP4_CV_AUTOTUNE", "1")
-    cache._folder.cache_clear()
+    cache.forget()
     tuning.forget()
     yield tmp_path
-    cache._folder.cache_clear()
+    cache.forget()
     tuning.forget()
 
 

@@ -16,6 +16,7 @@ from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.quantize.matrix import quantize
+from te_nvfp4_cv.ops.records import NONE, PACKED
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import relative_error, same_bits, values
 from tests.layers import BACKENDS, LAYERS, NO_SR, saved_by, step, tensors
@@ -134,7 +135,7 @@ def test_frozen_weights_and_no_grad_keep_no_face_of_x():
     assert sum(t.numel() * t.element_size() for t in kept) < w.numel()
     faces: list[int] = []
     original = operand.quantize_operand
-    operand.quantize_operand = lambda *args: faces.append(args[4]) or original(*args)  # type: ignore[assignment]
+    operand.quantize_operand = lambda *args: faces.append(args[1].col) or original(*args)  # type: ignore[assignment]
     try:
         y = NF.conv2d(x, w)
         with torch.no_grad():
@@ -143,7 +144,7 @@ def test_frozen_weights_and_no_grad_keep_no_face_of_x():
             y_inference = NF.conv2d(x, w)
     finally:
         operand.quantize_operand = original
-    assert faces == [operand.PACKED, operand.NONE, operand.NONE]
+    assert faces == [PACKED, NONE, NONE]
     assert same_bits(y.detach(), y_no_grad) and same_bits(y.detach(), y_inference.clone())
 
 

@@ -18,7 +18,8 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv import formats
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.layer import delayed_scaling
-from te_nvfp4_cv.ops.quantize import operand as operands
+from te_nvfp4_cv.ops.quantize import operand as operand_ops
+from te_nvfp4_cv.ops.records import Operand, OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import make_geometry, relative_error, same_bits, values
 from tests.networks import Net, all_same, gradients, net_and_input, step
@@ -79,7 +80,7 @@ def test_the_columnwise_scale_and_that_of_gradients_have_their_own_amax():
     fold = make_geometry(16, (16, 32), (4, 4), 3, 1, 1).folds
     for role, margin, operand, f in ((0, 8, x, fold[0]), (1, 4, dy, fold[1])):
         last = operand.movedim(1, -1).contiguous()
-        measured = operands.measure_operand(last, f.to_ints(), True, "reference").tolist()
+        measured = operand_ops.measure_operand(last, OperandSpec(1, f, rht=True), "reference").tolist()
         assert amaxes(conv)["weight"][role].tolist() == [of(amax, margin) for amax in measured]
 
 
@@ -332,8 +333,8 @@ def test_reference_and_vendor_agree(recipe, dtype):
 
 
 def test_the_operands_are_the_reference_ones_bit_for_bit(monkeypatch):
-    calls: dict[str, list[tuple[Tensor, ...]]] = {"reference": [], "vendor": []}
-    original = operands.quantize_operand
+    calls: dict[str, list[Operand]] = {"reference": [], "vendor": []}
+    original = operand_ops.quantize_operand
 
     def spy(*args):  # type: ignore[no-untyped-def]
         out = original(*args)
@@ -341,13 +342,13 @@ def test_the_operands_are_the_reference_ones_bit_for_bit(monkeypatch):
         calls["reference"].append(original(*args[:-1], "reference"))
         return out
 
-    monkeypatch.setattr(operands, "quantize_operand", spy)
+    monkeypatch.setattr(operand_ops, "quantize_operand", spy)
     conv = layer(24, 40)
     for i in range(2):
         train(conv, (values((5, 24, 5, 4), seed=i) * 10**i).requires_grad_())
     assert len(calls["vendor"]) == 4
     for a, b in zip(calls["reference"], calls["vendor"], strict=True):
-        assert all(same_bits(p, q) for p, q in zip(a, b, strict=True))
+        assert all(same_bits(p, q) for p, q in zip(a.flat(), b.flat(), strict=True))
 
 
 def test_the_forward_has_no_pass_over_its_result(monkeypatch):

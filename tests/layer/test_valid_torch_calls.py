@@ -11,6 +11,7 @@ from torch import nn
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.ops.geometry import padding_only
 from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.records import PACKED, WeightSpec
 from tests.helpers import same_bits
 
 pytestmark = [
@@ -108,11 +109,11 @@ def test_expanded_kernels_are_measured_by_their_own_values():
     base[:, :, 0] *= 1000
     w = base[:, :, 1:2, :].expand(-1, -1, 3, 3)
     vendor, reference = (
-        operand.quantize_weight(w, 1, 1, 0, True, "", 448, False, torch.bfloat16, backend)
+        operand.quantize_weight(w, WeightSpec(1, PACKED), torch.bfloat16, backend)
         for backend in ("vendor", "reference")
     )
-    assert all(same_bits(a, b) for a, b in zip(vendor, reference, strict=True))
-    assert vendor[4].item() == w.abs().max().item()
+    assert all(same_bits(a, b) for a, b in zip(vendor.flat(), reference.flat(), strict=True))
+    assert vendor.amax.item() == w.abs().max().item()
 
 
 def test_numpy_integers_meta_tensors_and_empty_outputs():

@@ -79,7 +79,7 @@ def test_at_one_nothing_changes(case, kind, recipe):
     y_l, grads_l = gradients(learning, x, recipe)
     assert same_bits(y, y_l) and all(same_bits(grads[name], grads_l[name]) for name in grads)
     assert set(grads_l) - set(grads) == {NAMES[kind]}
-    assert torch.isfinite(grads_l[NAMES[kind]]) and not weight_transforms._local.running
+    assert torch.isfinite(grads_l[NAMES[kind]]) and not weight_transforms.local.running
 
 
 @pytest.mark.parametrize("two_d", [True, False])
@@ -195,7 +195,7 @@ def test_an_exception_leaves_nothing_behind():
     nv.learn_scales(net)
     with nv.nvfp4_autocast(), pytest.raises(RuntimeError):
         net(torch.ones(4, 31))
-    assert not weight_transforms._local.running
+    assert not weight_transforms.local.running
 
 
 def test_where_it_does_not_work_it_says_so():

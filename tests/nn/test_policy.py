@@ -23,7 +23,8 @@ from torch.utils.hooks import RemovableHandle
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.context import state as nv_context
-from te_nvfp4_cv.layer import observe, operands, weight_codes
+from te_nvfp4_cv.layer import observe, weight_codes
+from te_nvfp4_cv.ops.quantize import operand
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
 NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)
@@ -354,14 +355,14 @@ def test_shared_modules_match_by_either_name(x):
 def counted(monkeypatch) -> list[int]:
     """Grows by one whenever a weight is quantized; tracing a graph quantizes none."""
     count: list[int] = []
-    real = operands.operands.quantize_weight
+    real = operand.quantize_weight
 
     def quantize_weight(*args, **kwargs):
         if not isinstance(args[0], FakeTensor):
             count.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(operands.operands, "quantize_weight", quantize_weight)
+    monkeypatch.setattr(operand, "quantize_weight", quantize_weight)
     return count
 
 

@@ -152,11 +152,10 @@ def test_compiles_in_one_graph():
 
 def test_operator_passes_opcheck():
     a, b = operands("TN", 32, 64, 16)
-    pair = (a.rowwise_data, a.rowwise_scale_inv, a.amax_rowwise, 448, False)
-    pair += (b.rowwise_data, b.rowwise_scale_inv, b.amax_rowwise, 448, False)
+    pair = [[t.rowwise_data, t.rowwise_scale_inv, t.amax_rowwise] for t in (a, b)]
     torch.library.opcheck(  # test_schema multiplies its inputs, which torch cannot do with float8
         torch.ops.te_nvfp4_cv.gemm.default,
-        (*pair, torch.randn(16), None, torch.bfloat16, "reference"),
+        (*pair, [448, False, 448, False], torch.randn(16), None, torch.bfloat16, "reference"),
         test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 

@@ -18,7 +18,9 @@ from te_nvfp4_cv.layer import custom_op, forward_backward, inference
 from te_nvfp4_cv.layer.custom_op import LayerSpec
 from te_nvfp4_cv.layer.forward_backward import Like
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.norm.operators import NormSpec
 from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.quantize.reference_matrix import MatrixSpec
 from te_nvfp4_cv.ops.records import PACKED, Operand, OperandSpec, WeightCodes, WeightSpec
 from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
 from tests.helpers import make_geometry, same_bits, values
@@ -33,6 +35,7 @@ X, DY = values((2, 5, 4, 16)), values((2, 5, 4, 32), seed=1)
 W = values((32, 16, 3, 3), seed=2)
 KERNELS_ONLY = {"norm_statistics", "norm_apply", "norm_quantize"}  # opcheck in ops/kernels/test_produce_kernels.py
 NO_SCHEMA_TEST = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # it multiplies float8
+NORM = NormSpec(momentum=0.1, eps=1e-5, need_mask=True, need_dresidual=True)
 RANDOM = ("test_schema", "test_faketensor")
 
 
@@ -48,7 +51,8 @@ def operands() -> tuple[Operand, Operand, WeightCodes]:
 def gemm_pair() -> tuple[Any, ...]:
     q = nv.NVFP4Quantizer(backend="reference")
     a, b = q(values((16, 32))), q(values((16, 32), seed=1))
-    return tuple(v for t in (a, b) for v in (t.rowwise_data, t.rowwise_scale_inv, t.amax_rowwise, 448, False))
+    pair = [[t.rowwise_data, t.rowwise_scale_inv, t.amax_rowwise] for t in (a, b)]
+    return *pair, [448, False, 448, False]
 
 
 def layer_spec(recipe: nv.NVFP4BlockScaling = NO_SR, need: bool = True) -> LayerSpec:
@@ -80,13 +84,13 @@ def backward_arguments(recipe: nv.NVFP4BlockScaling = NO_SR) -> tuple[Any, ...]:
 def norm_arguments() -> tuple[Any, ...]:
     z, weight, bias = values((2, 8, 3, 3)), values((8,), seed=1), values((8,), seed=2)
     running = torch.zeros(8), torch.ones(8)
-    return z, None, weight, bias, *running, 0, True, 0.1, 1e-5, "relu", True, "reference"
+    return z, None, weight, bias, *running, NORM.encode()
 
 
 def norm_backward_arguments() -> tuple[Any, ...]:
     forward = norm_arguments()
     y, mean, rstd, mask = ops.norm_forward(*forward)
-    return y, forward[0], forward[2], forward[3], mean, rstd, mask, 0, True, 1e-5, "relu", True, "reference"
+    return y, forward[0], [mean, rstd, *forward[2:4]], mask, NORM.encode()
 
 
 def conv_arguments(gemm: str) -> tuple[Any, ...]:
@@ -111,10 +115,9 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "conv_wgrad": lambda: conv_arguments("wgrad"),
     "gemm": lambda: (*gemm_pair(), values((16,)), None, torch.bfloat16, "reference"),
     "quantize": lambda: (
-        *(values((20, 40)).bfloat16(), True, True, True, True, False, None, 448, False, None, None),
-        *(torch.tensor(3), True, "reference"),
+        *(values((20, 40)).bfloat16(), MatrixSpec(columnwise=True, rht=True, stochastic_rounding=True).to_ints()),
+        *(None, None, torch.tensor(3), "reference"),
     ),
-    "dequantize": lambda: (*gemm_pair()[:4], torch.bfloat16),
     "draw_seed": lambda: (torch.ones(2),),
     "masked_relu": lambda: (values((3, 5)),),
     "positive_mask": lambda: (values((3, 5)).clamp(min=0),),
@@ -122,7 +125,7 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "norm_forward": norm_arguments,
     "norm_backward": norm_backward_arguments,
 }
-TESTS = {"gemm": NO_SCHEMA_TEST, "dequantize": NO_SCHEMA_TEST, "draw_seed": RANDOM}
+TESTS = {"gemm": NO_SCHEMA_TEST, "draw_seed": RANDOM}
 
 
 def registered() -> set[str]:

@@ -174,7 +174,7 @@ def test_strides_do_not_matter(make, dtype):
 
 def test_quantizing_dequantized_values_changes_nothing():
     faces = quantize(sample(32, 64))
-    x = reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax)
+    x = formats.dequantize(faces.row_data, faces.row_scale, faces.row_amax)
     again = quantize(x, amax_rowwise=faces.row_amax)
     assert torch.equal(again.row_data, faces.row_data)
     assert torch.equal(again.row_scale.view(torch.uint8), faces.row_scale.view(torch.uint8))
@@ -183,7 +183,7 @@ def test_quantizing_dequantized_values_changes_nothing():
 def test_error_is_below_the_step():
     x = sample(64, 64)
     faces = quantize(x)
-    error = (reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax) - x).abs()
+    error = (formats.dequantize(faces.row_data, faces.row_scale, faces.row_amax) - x).abs()
     block = formats.blocks(x).abs().amax(-1, keepdim=True).expand(-1, -1, 16).flatten(-2)
     # the largest step is 2 of 6, half of it is reached; the E4M3 scale is off by at most 2^-4, or 2^-10 of the tensor's
     assert bool((error <= block * (1 / 6 + 2**-4) + x.abs().max() / 448 * 2**-9).all())
@@ -201,7 +201,7 @@ def test_non_finite_values(bad, options):
     assert not faces.row_amax.isfinite().all() and not faces.col_amax.isfinite().all()
     for scale in (faces.row_scale, faces.col_scale):
         assert int(scale.view(torch.uint8).max()) <= 0x7E
-    v = reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax, options.get("e4m3_max", 448))
+    v = formats.dequantize(faces.row_data, faces.row_scale, faces.row_amax, options.get("e4m3_max", 448))
     assert not (v[5] if options.get("row_scaled") else v).isfinite().any()
 
 
@@ -230,7 +230,7 @@ def test_a_block_whose_scale_underflows_saturates():
     faces = quantize(x, columnwise=False)
     assert faces.row_scale.view(torch.uint8)[0, 1] == 0
     assert formats.unpack_nibbles(faces.row_data)[0, 16:18].tolist() == [7, 15]
-    assert not reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax)[0, 16:].any()
+    assert not formats.dequantize(faces.row_data, faces.row_scale, faces.row_amax)[0, 16:].any()
 
 
 @pytest.mark.parametrize("value", [1e-45, 1e-40, 1.2e-38, 1e30, 3e38])
@@ -300,7 +300,7 @@ def test_sr_is_unbiased_within_4_sigma():
     draws = []
     for seed in range(400):
         faces = quantize(x, columnwise=False, stochastic_rounding=True, seed=seed)
-        draws.append(reference_matrix.dequantize_2d(faces.row_data, faces.row_scale, faces.row_amax).double())
+        draws.append(formats.dequantize(faces.row_data, faces.row_scale, faces.row_amax).double())
     draws_SMK = torch.stack(draws)
     # a block's own maximum can exceed 6 by the rounding of its scale: that clips, by design
     enc = formats.encode_multiplier(faces.row_scale, formats.encode_scale(faces.row_amax)).unsqueeze(-1)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import cli, selftest
-from te_nvfp4_cv.backend import selftest_cache
+from te_nvfp4_cv.backend import cache
 from te_nvfp4_cv.ops.conv import vendor as conv_vendor
-from te_nvfp4_cv.ops.quantize import cpu
+from te_nvfp4_cv.ops.quantize import cpu, reference_matrix
 from te_nvfp4_cv.ops.records import Operand
 from te_nvfp4_cv.selftest import products, quantization, setting, training
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_the_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(selftest_cache, "write", lambda *_: pytest.fail("a CPU's pass was remembered for a GPU"))
+    monkeypatch.setattr(cache, "remember_selftest", lambda *_: pytest.fail("a CPU's pass was remembered for a GPU"))
     path = tmp_path / "report.json"
     assert cli.main(["selftest", "--json", str(path)]) == 0
     text = capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_faulty_random_numbers_are_found(monkeypatch, kind, words):
             "random_rowwise": bytes_like(x_MC, 2 * seed, kind=kind),
             "random_columnwise": bytes_like(x_MC.t(), 2 * seed + 1, kind=kind),
         }
-        found = quantization.reference.quantize_2d(x_MC, columnwise=True, rht=True, stochastic_rounding=True, **random)
+        found = reference_matrix.quantize_2d(x_MC, columnwise=True, rht=True, stochastic_rounding=True, **random)
         u8 = torch.uint8
         return found.row_data, found.row_scale.view(u8), found.col_data, found.col_scale.view(u8)
 
@@ -267,14 +267,14 @@ def test_a_whole_pass_on_a_gpu_is_remembered(gpu, capsys):
     assert cli.main(["selftest"]) == 0
     out = capsys.readouterr().out
     assert "Fake GPU (sm_90): driver 580.1" in out and "All 9 checks passed" in out and "No CUDA" not in out
-    assert selftest_cache.passed(gpu)
+    assert cache.selftest_passed(gpu)
     fake_gpu.new_process()
-    assert selftest_cache.passed(gpu)
+    assert cache.selftest_passed(gpu)
 
 
 def test_a_pass_of_one_backend_is_not_remembered(gpu):
     assert cli.main(["selftest", "--backend", "vendor"]) == 0
-    assert not selftest_cache.passed(gpu)
+    assert not cache.selftest_passed(gpu)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_pass_of_one_backend_is_not_remembered(gpu):
     [(products, "convolutions", "vendor"), (quantization, "weights", "reference"), (training, "norms", "reference")],
 )
 def test_a_failure_on_a_gpu_is_remembered_and_names_what_works(gpu, monkeypatch, capsys, where, name, fix):
-    selftest_cache.write(gpu, True)
+    cache.remember_selftest(gpu, True)
 
     def check(s: Setting) -> str:
         if s.backend == "triton":
@@ -297,9 +297,9 @@ def test_a_failure_on_a_gpu_is_remembered_and_names_what_works(gpu, monkeypatch,
         monkeypatch.setattr(selftest, "QUANTIZATION", (check,))
     assert cli.main(["selftest"]) == 1
     assert f'use backend="{fix}"' in capsys.readouterr().out
-    assert not selftest_cache.passed(gpu)
+    assert not cache.selftest_passed(gpu)
     fake_gpu.new_process()
-    assert not selftest_cache.passed(gpu)
+    assert not cache.selftest_passed(gpu)
 
 
 def dies(_: Setting) -> str:

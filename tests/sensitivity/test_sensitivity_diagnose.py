@@ -395,7 +395,7 @@ def test_bad_builders_and_models():
 def test_a_foreign_builder_is_not_imported_unasked(name, tmp_path):
     path = tmp_path / "b.pt"
     save_bundle(path, **a_step() | {"builder": {"name": name, "arguments": {}}})
-    with pytest.raises(ValueError, match="not imported unasked") as caught:
+    with pytest.raises(ValueError, match="not imported without your consent") as caught:
         diagnose(path)
     assert f"te-nvfp4-cv diagnose {path} --builder {name}" in str(caught.value)
 

@@ -324,9 +324,9 @@ def test_refused():
         scan(net, square, [])
     with pytest.raises(ValueError, match="no layer runs in NVFP4"):
         scan(nn.Conv2d(3, 8, 3), square, [x])
-    with pytest.raises(ValueError, match="no scalar"):
+    with pytest.raises(ValueError, match="not a scalar"):
         scan(net, lambda model, batch: model(batch), [x])
-    with pytest.raises(TypeError, match="loss is no tensor"):
+    with pytest.raises(TypeError, match="loss is not a tensor"):
         scan(net, lambda model, batch: float(model(batch).mean()), [x])
     with pytest.raises(ValueError, match="no gradient"):
         scan(net, lambda model, batch: model(batch).mean().detach(), [x], gradients=True)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.telemetry.collect import attach
-from te_nvfp4_cv.telemetry.sample import THRESHOLD
+from te_nvfp4_cv.telemetry.settings import THRESHOLD
 from tests.helpers import same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -343,7 +343,7 @@ def test_a_compiled_model_still_shows_weights_and_gradients():
     with watch.step(0), nv.nvfp4_autocast():
         compiled(values((16, 3, 6, 6), "normal", torch.float32, 0)).square().sum().backward()
     layer = sink.steps[0]["layers"]["up"]
-    assert layer["reason"] == "inside of a compiled graph" and set(layer["tensors"]) == {"weight", "weight_gradient"}
+    assert layer["reason"] == "inside a compiled graph" and set(layer["tensors"]) == {"weight", "weight_gradient"}
 
 
 def test_an_exception_inside_leaves_nothing_behind():

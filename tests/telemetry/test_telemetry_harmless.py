@@ -74,7 +74,7 @@ def test_a_computed_weight_is_not_read() -> None:
     expected = run(model, x)
     found = run(model, x, telemetry.attach(model, every=1, sinks=[sink]))
     assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True))
-    assert sink.layers[0]["0"]["reason"] == "its weight is computed: not heard"
+    assert sink.layers[0]["0"]["reason"] == "not seen: its weight is computed"
     assert sink.header["layers"][0]["shape"] == [] and sink.header["layers"][1]["shape"] == [16, 32]
 
 

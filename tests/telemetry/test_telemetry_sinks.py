@@ -187,7 +187,7 @@ def test_a_login_that_fails_goes_on_offline(tmp_path, monkeypatch):
     run = FakeRun()
     monkeypatch.setenv("WANDB_MODE", "online")
     modes = fake_wandb(monkeypatch, {"online": RuntimeError("api_key not configured"), "offline": run})
-    with pytest.warns(UserWarning, match=r"goes on offline: api_key") as seen:
+    with pytest.warns(UserWarning, match=r"continues offline: api_key") as seen:
         feed(WandB("p", "g", "nvfp4", tmp_path))
         feed(WandB("p", "g", "bf16", tmp_path))
     assert len(seen) == 1 and modes == ["online", "offline"] * 2 and run.finished

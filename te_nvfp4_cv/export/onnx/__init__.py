@@ -1,1 +1,1 @@
-"""The room onnx."""
+"""Write an inference model as an ONNX file."""

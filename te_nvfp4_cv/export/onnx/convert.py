@@ -1,4 +1,4 @@
-"""nv.export.to_onnx: an inference model as an ONNX file.
+"""Write an inference model as an ONNX file, in one of three forms: nv.export.to_onnx.
 
     form="qdq"        FLOAT4E2M1 weights and activations by QuantizeLinear / DequantizeLinear around each layer:
                       standard ONNX, which onnx.reference runs. No runtime is known to run its convolutions in FP4
@@ -6,8 +6,8 @@
                       other convolutions in high precision, and listed. TensorRT itself: not executed
     form="portable"   the same numbers from packed uint8 weights and elementary operators: onnxruntime runs it
 
-torch.onnx exports the model with a node in the place of each InferenceLayer; then that becomes nodes and initializers
-(onnx_nodes.py). Everything else is exported as it is, in fp32.
+torch.onnx exports the model with a node of our own in the place of each InferenceLayer. Then each of these nodes is
+replaced by the layer's standard nodes and initializers (nodes.py). Everything else is exported as it is, in fp32.
 """
 
 from __future__ import annotations
@@ -26,20 +26,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, describe, runtime_error, type_error, value_error
-from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer
+from te_nvfp4_cv.export.folding import put
+from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer, check_choice
 from te_nvfp4_cv.export.onnx import file
-from te_nvfp4_cv.export.ptq.folding import put
 
 FORMS = ("qdq", "matmul", "portable")
-OPSET = 23
+OPSET = 23  # the first with FLOAT4E2M1
+LAYERS = tuple(CLASSES)  # torch's classes of convolutions and linear layers
 DOMAIN = "te_nvfp4_cv"
-CONSTANTS = (bool, int, float, str, type(None))  # arguments that become part of the graph
+CONSTANTS = (bool, int, float, str, type(None))  # arguments of these types become constants in the graph
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What `to_onnx` wrote: its files, the layers in NVFP4, and the model's other convolutions and linear layers, with
-    the reason.
+    """The result of nv.export.to_onnx; print it for a summary.
+
+    Attributes:
+        files: the files that were written, beginning with the model.
+        quantized: names of the layers in NVFP4.
+        high: names of the other convolutions and linear layers, with the reason.
     """
 
     files: tuple[Path, ...]
@@ -52,7 +57,7 @@ class OnnxFile:
 
 
 def _shape(layer: Any, x: Tensor) -> Any:
-    """The output's shape, as torch's own layer gives it; what computes it is dropped from the graph."""
+    """Return the output's shape by running torch's layer; the exporter drops these nodes, as only the shape is used."""
     w = x.new_empty(layer.weight_shape)
     if isinstance(layer, nn.Linear):
         return F.linear(x, w).shape
@@ -63,7 +68,7 @@ def _shape(layer: Any, x: Tensor) -> Any:
 
 
 class _Stub(nn.Module):
-    """In the place of the layer with that index: a node of the domain DOMAIN."""
+    """Stand-in for the layer with that index, which is exported as a node of the domain DOMAIN."""
 
     def __init__(self, index: int, name: str, layer: Any) -> None:
         super().__init__()
@@ -73,7 +78,7 @@ class _Stub(nn.Module):
         self.rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
-        """x's place in the graph."""
+        """Put the node into the graph; x is padded before it where the padding is not by zeros."""
         if output_size is not None or (self.rank and x.dim() != self.rank + 2):
             raise value_error(
                 f"nv.export.to_onnx: the call of {self.name!r} cannot be exported.",
@@ -99,25 +104,40 @@ def to_onnx(
     input_names: tuple[str, ...] = ("input",),
     output_names: tuple[str, ...] = ("output",),
 ) -> OnnxFile:
-    """Write an ONNX file.
+    """Write an inference model as an ONNX file.
 
     Args:
-        model: of nv.export.load or nv.export.quantize; its layers' `activations` say whether x is quantized.
-        example_input: a tensor, or a tuple of them, as the model takes them; every first axis is the batch. Of any
-            floating dtype: the file takes fp32.
-        form: "qdq", "matmul" or "portable", see the top of this file.
-        dynamic_batch: the batch axis is free.
-        external_data: weights in PATH.DIGEST.data; None: where they do not fit into one file.
+        model: a model of nv.export.load or nv.export.quantize. The mode of its layers (`activations`) decides whether
+            the file quantizes x.
+        example_input: a tensor, or a tuple of tensors, as the model takes them. The first axis of each is the batch.
+            Any floating-point dtype will do; the file takes fp32.
+        path: where to write; ".onnx" is added if it is missing.
+        form: "qdq" (standard FP4 operators), "matmul" (the same, for linear layers and 1x1 convolutions only) or
+            "portable" (elementary operators, for onnxruntime).
+        dynamic_batch: leave the size of the batch open.
+        external_data: write the weights into a file beside the model. If None, this is done if they do not fit into
+            one file.
+        input_names: names of the inputs in the file.
+        output_names: names of the outputs in the file.
+    Returns:
+        A summary: files and layers.
     Raises:
-        TypeError, ValueError: no inference layer in the model, another form, another example; an operator that ONNX
-            has no form for, or a branch on values of tensors, with its module; a model for one batch size alone.
-        RuntimeError: the file cannot be written, packages are missing.
+        TypeError: `model` is no module, or the example is no tensor.
+        ValueError: The model has no inference layer, `form` is unknown, the example has no batch axis, ONNX has no form
+            for an operator, or the model branches on values or works for one batch size only.
+        RuntimeError: A package is missing, or the file cannot be written.
+
+    Example:
+        >>> import tempfile, te_nvfp4_cv as nv
+        >>> images = torch.randn(2, 32, 8, 8)
+        >>> model = nv.export.quantize(nn.Sequential(nn.Conv2d(32, 32, 3)), [images])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = nv.export.to_onnx(model, images, f"{folder}/net.onnx", form="portable")
+        >>> made.quantized
+        ('0',)
     """
     check_module("nv.export.to_onnx", model, "nv.export.to_onnx(model, example_input, path)")
-    if form not in FORMS:
-        raise value_error(
-            "nv.export.to_onnx: unknown form.", got=repr(form), needs=", ".join(map(repr, FORMS)), fix="form='qdq'"
-        )
+    check_choice("nv.export.to_onnx", "form", form, FORMS)
     target = Path(path)
     if not target.name:
         raise value_error(
@@ -130,19 +150,21 @@ def to_onnx(
     traced = _unwrapped(copy.deepcopy(model)).eval().float().requires_grad_(False)
     found = {name: module for name, module in traced.named_modules() if isinstance(module, InferenceLayer)}
     _check_layers(found)
-    high = {name: "the model holds it in high precision" for name in _names_of_layers(traced) if name not in found}
+    others = [name for name, module in traced.named_modules() if isinstance(module, LAYERS) and name not in found]
+    high = dict.fromkeys(others, "the model holds it in high precision")
     if form == "matmul":
         high |= {name: "no matrix product of pixels" for name, layer in found.items() if not as_matmul(layer)}
     proto, called = _export(traced, found, args, form, dynamic_batch, input_names, output_names)
     high |= {name: "not in the file: eval mode does not call it" for name in found if name not in called}
     quantized = tuple(name for name in found if name not in high)
+    file.remove_stack_traces(proto)  # before the checksums: they cover all that is in the file
     file.seal(proto, quantized)
     target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
     return OnnxFile(file.write(proto, target, external_data), quantized, high)
 
 
 def _arguments(example: Any, dynamic_batch: bool) -> tuple[Any, ...]:
-    """The example as the arguments of a model in fp32."""
+    """Return the example as the arguments of a model in fp32."""
     args = example if isinstance(example, tuple) else (example,)
     needs = "a tensor whose first axis is the batch, or a tuple of them"
     tensors = [x for x in args if isinstance(x, Tensor)]
@@ -164,7 +186,7 @@ def _arguments(example: Any, dynamic_batch: bool) -> tuple[Any, ...]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """What is in torch.compile's wrapper; those inside of it are taken off in place."""
+    """Return the model without torch.compile's wrappers; those of its submodules are removed in place."""
     while True:
         modules = dict(model.named_modules(remove_duplicate=False))
         name = next((name for name, module in modules.items() if hasattr(module, "_orig_mod")), None)
@@ -177,15 +199,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = inner
 
 
-def _names_of_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, tuple(CLASSES))]
-
-
 def need_packages(caller: str = "nv.export.to_onnx", *more: str) -> None:
-    """Refuse to go on without the packages of ONNX files, and `more` of them.
+    """Check that the packages which ONNX export needs, and `more` packages, can be imported.
 
     Raises:
-        RuntimeError: one that does not import.
+        RuntimeError: A package cannot be imported.
     """
     names = ("onnx", "onnxscript", "ml_dtypes", *more)
     try:
@@ -227,20 +245,21 @@ def _export(
     input_names: tuple[str, ...],
     output_names: tuple[str, ...],
 ) -> tuple[Any, set[str]]:
-    """The model as ONNX, and the names of the layers that are in it; `traced` is used up."""
+    """Export the model, which is changed on the way. Returns the ONNX model and the names of the layers in it."""
     layers = list(found.values())
+    # torch.onnx has no form for our operators. A stand-in becomes one node, which _expand replaces afterwards.
     for index, (name, layer) in enumerate(zip(found, layers, strict=True)):
         if name:
             for shared in [n for n, m in traced.named_modules(remove_duplicate=False) if m is layer]:
                 put(traced, shared, _Stub(index, name, layer))
         else:
             traced = _Stub(index, name, layer)
-    if dynamic_batch:  # torch.export takes an axis of size 1 for a constant
+    if dynamic_batch:  # torch.export would take an axis of size 1 for a constant
         args = tuple(x.repeat_interleave(2, 0) if isinstance(x, Tensor) and x.shape[0] == 1 else x for x in args)
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) else None for x in args) if dynamic_batch else None
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
         program = _trace(traced, args, shapes)
         try:
             exported = torch.onnx.export(
@@ -258,9 +277,10 @@ def _export(
 
 
 def _trace(traced: nn.Module, args: tuple[Any, ...], shapes: Any) -> Any:
+    """Trace the model by torch.export. An error names the module in which it was raised."""
     try:
         return torch.export.export(traced, args, dynamic_shapes=shapes)
-    except ValueError:  # of a stand-in, or of the model about its input
+    except ValueError:  # a stand-in or the model itself refuses the input, and says why
         raise
     except Exception as error:  # whatever a model's forward raises
         names = {id(module): name for name, module in traced.named_modules()}
@@ -276,8 +296,8 @@ def _trace(traced: nn.Module, args: tuple[Any, ...], shapes: Any) -> Any:
 
 
 def _unknown_operator(program: Any, error: Exception) -> ValueError:
-    """What stopped torch.onnx: the first operator that it has no form for, and its module, or its own words."""
-    from torch.onnx._internal.exporter import _registration
+    """Return an error that names the first operator without a form in ONNX and its module, or else torch's words."""
+    from torch.onnx._internal.exporter import _registration  # torch says this in no public place
 
     registry = _registration.ONNXRegistry.from_torchlib()
     decomposed = program.run_decompositions()
@@ -307,7 +327,7 @@ def _unknown_operator(program: Any, error: Exception) -> ValueError:
 
 
 def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> tuple[Any, set[str]]:
-    """Put each layer's nodes in the place of its stand-in; the names of these layers, too."""
+    """Replace each stand-in by its layer's nodes. Returns the model and the names of the layers that were found."""
     from te_nvfp4_cv.export.onnx.nodes import Nodes, build
 
     graph = proto.graph
@@ -324,7 +344,8 @@ def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> tuple
         made = Nodes(names[index])
         rank = _rank(graph, node.input[0], layer)
         output = build(made, layer, node.input[0], rank, form)
-        suffix = "" if calls[index] == 1 else f"#{calls[index]}"  # a shared layer: other nodes, the same weights
+        # A layer that is called again gets nodes with other names, which read the same initializers.
+        suffix = "" if calls[index] == 1 else f"#{calls[index]}"
         for own in made.nodes:
             known = {tensor.name for tensor in made.initializers} | {node.input[0]}
             own.input[:] = [name if name in known else name + suffix for name in own.input]

@@ -1,10 +1,12 @@
-"""The ONNX file of nv.export.to_onnx: the metadata that the verifier reads, and writing it, external data beside it.
+"""Seal and write the ONNX file of nv.export.to_onnx, with external data beside it. The verifier reads the seal.
+
+The metadata hold two entries:
 
     "te_nvfp4_cv.sha256"   JSON: SHA-256 of each initializer ("initializers"), and of all else in the model ("model")
     "te_nvfp4_cv.layers"   JSON: names of the layers in NVFP4
 
-A model is checked in full before anything is written. External data lie in NAME.onnx.DIGEST.data: a reader of the old
-file finds the old data until the new file is in its place; data that it does not use are removed after that.
+A model is checked in full before anything is written. External data lie in NAME.onnx.DIGEST.data, so a reader of the
+old file finds the old data until the new file is in its place. After that, data that it does not use are removed.
 """
 
 from __future__ import annotations
@@ -22,27 +24,46 @@ from te_nvfp4_cv.files import write_atomically
 
 CLAIMS, SUMS = "te_nvfp4_cv.layers", "te_nvfp4_cv.sha256"
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf file holds less than 2 GB
-SMALL = 1024  # bytes; initializers below that stay in the file
+SMALL = 1024  # bytes; smaller initializers stay in the model's own file
 
 
 # ---- metadata -------------------------------------------------------------------------------------------------------
 
 
 def seal(proto: Any, layers: Iterable[str]) -> None:
-    """Write into the metadata which layers are in NVFP4, and the checksums of all that is in the model."""
+    """Write into the metadata which layers are in NVFP4, and checksums of everything in the model."""
     sums = proto.metadata_props.add(key=SUMS)
     proto.metadata_props.add(key=CLAIMS, value=json.dumps(list(layers)))
     found = {tensor.name: _digest(tensor) for tensor in proto.graph.initializer}
     sums.value = json.dumps({"initializers": found, "model": _digest_of_rest(proto)})
 
 
+def remove_stack_traces(part: Any) -> None:
+    """Remove torch's stack traces from a model, in place: they hold the paths of files on the machine that exports.
+
+    Args:
+        part: the model, or any message in it; subgraphs and functions are searched, too.
+    """
+    for kind, value in part.ListFields():
+        if kind.type != kind.TYPE_MESSAGE:
+            continue
+        if kind.name == "metadata_props":
+            shown = [prop for prop in value if not prop.key.endswith("stack_trace")]
+            if len(shown) < len(value):
+                del value[:]
+                value.extend(shown)
+            continue
+        for inner in [value] if hasattr(value, "ListFields") else value:
+            remove_stack_traces(inner)
+
+
 def entry(proto: Any, key: str) -> str | None:
-    """The metadata's entry of that name, or None."""
+    """Return the metadata's entry of that name, or None."""
     return next((prop.value for prop in proto.metadata_props if prop.key == key), None)
 
 
 def changes(proto: Any) -> list[str]:
-    """What differs from the checksums in the metadata, external data loaded; nothing where there are none."""
+    """List what differs from the checksums in the metadata; external data must be loaded. Empty without checksums."""
     text = entry(proto, SUMS)
     if text is None:
         return []
@@ -64,13 +85,12 @@ def _digest(tensor: Any) -> str:
 
 
 def _digest_of_rest(proto: Any) -> str:
-    """Of everything but the initializers and the checksums."""
+    """Return the SHA-256 of everything in a model but the initializers and the checksums."""
     rest = type(proto)()
     rest.CopyFrom(proto)
     del rest.graph.initializer[:]
-    kept = [prop for prop in proto.metadata_props if prop.key != SUMS]
     del rest.metadata_props[:]
-    rest.metadata_props.extend(kept)
+    rest.metadata_props.extend(prop for prop in proto.metadata_props if prop.key != SUMS)
     return hashlib.sha256(rest.SerializeToString(deterministic=True)).hexdigest()
 
 
@@ -78,12 +98,13 @@ def _digest_of_rest(proto: Any) -> str:
 
 
 def write(proto: Any, path: Path, external: bool | None) -> tuple[Path, ...]:
-    """Write a model; returns its files, the one to load first.
+    """Write a model. Returns its files, beginning with the one to load.
 
     Args:
-        external: weights in a file of their own; None: where they do not fit into one.
+        external: write the weights into a file beside the model. If None, this is done if they do not fit into one.
     Raises:
-        ValueError: not a valid model; RuntimeError: a file cannot be written. What was there before is untouched.
+        ValueError: The model is not valid ONNX.
+        RuntimeError: A file cannot be written. What was there before is unchanged.
     """
     path = path.resolve() if path.is_symlink() else path  # data lie beside the file, not the link
     if external is None:
@@ -99,7 +120,7 @@ def write(proto: Any, path: Path, external: bool | None) -> tuple[Path, ...]:
     try:
         write_atomically(path, proto.SerializeToString())
     except RuntimeError:
-        if external and new:
+        if external and new:  # data with this digest may be those of the old file
             beside.unlink()
         raise
     _remove_old(path, written)
@@ -111,13 +132,13 @@ def _data_name(name: str, content: bytearray) -> str:
 
 
 def _move_out(proto: Any, name: str) -> bytearray:
-    """The content of the file of external data; the model then refers to it."""
+    """Move the large initializers out of a model, which then refers to a file. Returns the content of that file."""
     import onnx
 
     content = bytearray()
     moved = [tensor for tensor in proto.graph.initializer if len(tensor.raw_data) >= SMALL]
     for tensor in moved:
-        content += b"\0" * (-len(content) % 4096)
+        content += b"\0" * (-len(content) % 4096)  # runtimes map the file: offsets should be those of pages
         place = {"offset": len(content), "length": len(tensor.raw_data)}
         content += tensor.raw_data
         tensor.ClearField("raw_data")
@@ -132,7 +153,7 @@ def _move_out(proto: Any, name: str) -> bytearray:
 
 
 def _check(proto: Any) -> None:
-    """ONNX's full check, with external initializers as inputs of their type and shape."""
+    """Check a model in full, as ONNX does. Initializers whose file is not there yet take part as inputs."""
     import onnx
 
     outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
@@ -156,9 +177,9 @@ def _check(proto: Any) -> None:
 
 
 def _remove_old(path: Path, written: tuple[Path, ...]) -> None:
-    """Remove external data of this file's name that it does not use."""
+    """Remove files of external data that belonged to an older file of this name."""
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
     for found in path.parent.iterdir():
         if pattern.fullmatch(found.name) and found not in written:
-            with contextlib.suppress(OSError):  # another's file, or on Windows an open one
+            with contextlib.suppress(OSError):  # the file of another user, or an open one on Windows
                 found.unlink()

@@ -1,4 +1,4 @@
-"""One inference layer as ONNX nodes. Everything is standard ONNX of opset 23 or later, computed in fp32.
+"""Build the ONNX nodes of one inference layer: standard operators of opset 23 or later, computed in fp32.
 
     weight, "qdq"        FLOAT4E2M1 [N, K], E4M3 [N, K / 16], fp32 []:  DequantizeLinear(codes, DequantizeLinear(scales,
                          tensor scale), axis=1, block_size=16), since a scale must have the type of the result
@@ -7,7 +7,7 @@
                          QuantizeLinear to FLOAT4E2M1 and DequantizeLinear ("qdq"), or comparisons ("portable")
     layer                Conv, ConvTranspose, or MatMul ("matmul", and linear layers) of the two, plus bias
 
-What has no such form (4over6 of activations) is refused by to_onnx.py.
+4over6 of activations has no such form; convert.py refuses it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.export import matrix
+from te_nvfp4_cv.export.artifact import join
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.formats import BLOCK
 
-VALUES = formats.decode_e2m1(torch.arange(16)).numpy()
+VALUES = formats.decode_e2m1(torch.arange(16)).numpy()  # of the 16 codes
 
 
 class Nodes:
-    """Nodes and initializers under construction; their names start with the layer's."""
+    """Nodes and initializers under construction. Their names start with the layer's name."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -40,28 +41,28 @@ class Nodes:
         self._known: set[str] = set()
 
     def op(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
-        """Add a node; returns its output."""
+        """Add a node. Returns the name of its output."""
         output = f"{self.prefix}/{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
         return output
 
     def constant(self, name: str, values: Any, dtype: Any = np.float32) -> str:
-        """Add an initializer of numbers."""
-        full = f"{self.prefix}.{name}" if self.prefix else name
+        """Add an initializer of numbers, once per name. Returns its full name."""
+        full = join(self.prefix, name)
         if full not in self._known:
             self.initializers.append(numpy_helper.from_array(np.asarray(values, dtype=dtype), full))
             self._known.add(full)
         return full
 
     def packed(self, name: str, data: Tensor, kind: int, dims: Sequence[int]) -> str:
-        """Add an initializer of a type that numpy lacks, from its bytes."""
-        full = f"{self.prefix}.{name}" if self.prefix else name
+        """Add an initializer of a type that numpy lacks, from its bytes. Returns its full name."""
+        full = join(self.prefix, name)
         raw = data.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         self.initializers.append(helper.make_tensor(full, kind, dims, raw, raw=True))
         return full
 
     def ints(self, name: str, values: Sequence[int]) -> str:
-        """Add an initializer of int64."""
+        """Add an initializer of int64, for sizes and axes. Returns its full name."""
         return self.constant(name, list(values), np.int64)
 
 
@@ -69,7 +70,7 @@ class Nodes:
 
 
 def weight_matrix(g: Nodes, layer: InferenceLayer, portable: bool) -> str:
-    """fp32 [N, K], K padded to blocks of 16."""
+    """Add what dequantizes a layer's weight: fp32 [N, K], with K padded to blocks of 16."""
     data, scale = matrix.to_matrix(layer.weight_data, layer.weight_scale, layer.plan)
     rows, half = data.shape
     factor = 1.0 / (6.0 * layer.recipe.settings("weight").e4m3_max)
@@ -93,7 +94,7 @@ def weight_matrix(g: Nodes, layer: InferenceLayer, portable: bool) -> str:
 
 
 def kernel_of(g: Nodes, layer: InferenceLayer, rows: str) -> str:
-    """A matrix [N, K] as torch's weight [axis 0, axis 1, *kernel], which is ONNX's too."""
+    """Reshape a matrix [N, K] to torch's weight [axis 0, axis 1, *kernel], which is ONNX's, too."""
     geometry = layer.plan.geometry
     n, taps, blocks = matrix.sizes(layer.plan)
     groups, kernel = geometry.groups, list(geometry.kernel)
@@ -113,7 +114,7 @@ def kernel_of(g: Nodes, layer: InferenceLayer, rows: str) -> str:
 
 
 def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable: bool) -> str:
-    """x [..., C], quantized and dequantized: [..., G * Kb * 16], padding included.
+    """Add what quantizes and dequantizes x [..., C]. The result [..., G * Kb * 16] includes the padding of blocks.
 
     Args:
         rank: number of axes of x.
@@ -122,7 +123,7 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
     groups = geometry.groups
     channels = _channels(layer)
     blocks = -(-channels // BLOCK)
-    keep = [0] * (rank - 1)  # of Reshape: as it is
+    keep = [0] * (rank - 1)  # Reshape leaves an axis with size 0 as it is
     if channels % BLOCK:
         x = g.op("Reshape", [x, g.ints("x_groups", [*keep, groups, channels])])
         pads = [0] * (rank + 1) + [0] * rank + [blocks * BLOCK - channels]
@@ -139,6 +140,7 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
     largest = g.constant("largest", np.float32(6.0 * settings.e4m3_max))
     positive = g.op("Greater", [amax, zero])
     s_enc = g.op("Where", [positive, g.op("Div", [largest, g.op("Where", [positive, amax, one])]), one])
+    # For a tiny amax the quotient is infinite; the quantizer limits it in the same way.
     s_enc = g.op("Min", [s_enc, g.constant("float_max", np.finfo(np.float32).max)])
     by_block = [*keep, groups * blocks, BLOCK]
     blocks_of_size = g.op("Reshape", [size, g.ints("x_blocks", by_block)])
@@ -147,6 +149,7 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
     wanted = g.op("Min", [wanted, g.constant("e4m3_max", 448.0)])
     s_b = g.op("Cast", [g.op("Cast", [wanted], to=TensorProto.FLOAT8E4M3FN)], to=TensorProto.FLOAT)
     scale = g.op("Mul", [s_b, g.op("Div", [one, s_enc])])
+    # A block of zeros has the scale 0, by which the quantizer must not divide.
     safe = g.op("Where", [g.op("Greater", [scale, zero]), scale, one])
     if portable:
         unit, divisor = (g.op("Unsqueeze", [s, g.ints("block_axis", [-1])]) for s in (scale, safe))
@@ -158,7 +161,7 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
 
 
 def _to_e2m1(g: Nodes, v: str) -> str:
-    """The nearest E2M1 value of each number, ties to the even code: round(v / step) step, step by the binade."""
+    """Add what rounds to the nearest E2M1 value, ties to the even code: round(v / step) * step, a step per binade."""
     a = g.op("Abs", [v])
     half, one, two = (g.constant(name, value) for name, value in (("half", 0.5), ("one", 1.0), ("two", 2.0)))
     above_2, above_4 = (g.op("GreaterOrEqual", [a, g.constant(name, x)]) for name, x in (("two", 2.0), ("four", 4.0)))
@@ -171,8 +174,9 @@ def _to_e2m1(g: Nodes, v: str) -> str:
 
 
 def as_matmul(layer: InferenceLayer) -> bool:
-    """Whether a layer is a matrix product of pixels: linear, or 1x1 without groups and padding by zeros (other padding
-    is there before x is quantized).
+    """Tell whether a layer is a matrix product over pixels: linear, or 1x1 without groups and without padding by zeros.
+
+    Other kinds of padding are applied before x is quantized, so they do not matter.
     """
     g = layer.plan.geometry
     padding: Any = getattr(layer, "padding", 0)
@@ -182,12 +186,18 @@ def as_matmul(layer: InferenceLayer) -> bool:
 
 
 def build(g: Nodes, layer: Any, x: str, rank: int, form: str) -> str:
-    """The layer's output, of x as torch's layer takes it, with `rank` axes. form: "qdq", "matmul" or "portable"."""
+    """Add all nodes of a layer. Returns the name of its output.
+
+    Args:
+        x: the layer's input, as torch's layer takes it.
+        rank: number of axes of x.
+        form: "qdq", "matmul" or "portable".
+    """
     portable = form == "portable"
     linear = isinstance(layer, nn.Linear)
     if linear or (form == "matmul" and as_matmul(layer)):
         return _matmul(g, layer, x, rank, portable)
-    if form == "matmul":  # in high precision
+    if form == "matmul":  # other convolutions stay in high precision
         w = g.constant("weight", layer.weight.detach().cpu().numpy())
     else:
         if layer.quantize_x:
@@ -209,6 +219,7 @@ def build(g: Nodes, layer: Any, x: str, rank: int, form: str) -> str:
 
 
 def _pads(layer: Any) -> list[int]:
+    """Return ONNX's padding: all first sides, then all second sides. Other padding than by zeros is done before."""
     if layer.padding_mode != "zeros" or layer.padding == "valid":
         return [0] * 2 * len(layer.kernel_size)
     if layer.padding == "same":
@@ -226,10 +237,8 @@ def _image_first(g: Nodes, x: str, rank: int) -> str:
 
 
 def _without_padding(g: Nodes, layer: InferenceLayer, x: str, rank: int) -> str:
-    """[..., G * Kb * 16] -> [..., C]."""
-    geometry = layer.plan.geometry
-    groups = geometry.groups
-    channels = _channels(layer)
+    """Take the padding of blocks out again: [..., G * Kb * 16] -> [..., C]."""
+    groups, channels = layer.plan.geometry.groups, _channels(layer)
     if not channels % BLOCK:
         return x
     keep = [0] * (rank - 1)
@@ -244,7 +253,7 @@ def _matmul(g: Nodes, layer: Any, x: str, rank: int, portable: bool) -> str:
     channels = _channels(layer)
     x = _image_last(g, x, rank) if conv else x
     w = weight_matrix(g, layer, portable)
-    if layer.quantize_x:  # before pixels are left out: the tensor scale is that of all of them
+    if layer.quantize_x:  # before pixels are left out by the stride: the amax is that of all pixels
         x = quantized_input(g, layer, x, rank, portable)
     elif channels % BLOCK:
         w = g.op("Slice", [w, g.ints("from", [0]), g.ints("to", [channels]), g.ints("axis", [1])])
@@ -261,6 +270,6 @@ def _matmul(g: Nodes, layer: Any, x: str, rank: int, portable: bool) -> str:
 
 
 def _channels(layer: InferenceLayer) -> int:
-    """In-channels of a group."""
+    """Return the number of input channels per group."""
     geometry = layer.plan.geometry
     return (geometry.channels_b if geometry.transposed else geometry.channels_a) // geometry.groups

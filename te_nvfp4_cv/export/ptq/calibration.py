@@ -1,16 +1,18 @@
-"""What calibration images tell of each layer's input: amax, moments and, where it is asked for, the im2col Gram matrix.
+"""Measure each layer's input on calibration images: amax, moments and, if it is asked for, the im2col Gram matrix.
 
-    one pass over the batches, in high precision, in eval mode; per layer, summed over batches in fp32
+The model runs over the batches once, in high precision. Per layer, in fp32, over all batches:
+
     rows    the im2col rows of some output pixels, drawn anew for each batch: [rows, G, K] with K in matrix.py's order
     mean    sum of rows / number of rows                 [G, K]
     square  sum of row^2 / number of rows                [G, K]
     gram    sum of row^T row / number of rows            [G, K, K]
 
-Padding reads zeros, as the convolution does.
+Output pixels at the edge read zeros from the padding, as in the convolution.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,16 +26,16 @@ from torch.utils._pytree import tree_map_only
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
-from te_nvfp4_cv.nn.walk import op_of
+from te_nvfp4_cv.nn.walk import op_of, padded
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.ops.geometry import ConvArgs, pixel_map
+from te_nvfp4_cv.ops.geometry import pixel_map
 
-ROWS = 2048  # im2col rows of one layer and batch
+ROWS = 2048  # im2col rows per layer and batch: a Gram matrix of all pixels would take longer than the forward pass
 
 
 @dataclass
 class Statistics:
-    """Of one layer's input. amax fp32 [1]; mean and square fp32 [G, K]; gram fp32 [G, K, K] or None."""
+    """Statistics of one layer's input: amax fp32 [1], mean and square fp32 [G, K], gram fp32 [G, K, K] or None."""
 
     amax: Tensor
     mean: Tensor
@@ -43,7 +45,7 @@ class Statistics:
 
 
 class _Watch:
-    """A forward pre-hook that adds up one layer's statistics."""
+    """Forward pre-hook that adds up one layer's statistics."""
 
     def __init__(self, layer: nn.Module, gram: bool, generator: torch.Generator) -> None:
         self.layer, self.gram, self.generator = layer, gram, generator
@@ -51,7 +53,7 @@ class _Watch:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = (args[0] if args else kwargs["input"]).detach()
-        if not x.numel():  # regions of an image without objects, for one
+        if not x.numel():  # a detector's head, for example, on an image without objects
             return
         rows = im2col_rows(module, x, self.generator).float()
         count = rows.shape[0]
@@ -67,17 +69,19 @@ class _Watch:
 
 
 def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = ROWS) -> Tensor:
-    """[rows, G, T * Kb * 16]: what output pixels read of x, at most `most` of them, drawn at random.
+    """Return the im2col rows of some output pixels, drawn at random: the values of x that each of them reads.
 
     Args:
-        layer: a convolution or linear layer; x: its input.
+        layer: a convolution or linear layer.
+        x: the layer's input.
+        generator: draws the pixels, on the CPU.
+        most: how many pixels are drawn at most.
+    Returns:
+        [rows, G, T * Kb * 16], in x's dtype, with K in matrix.py's order.
     """
     op = op_of(layer)
     groups = getattr(layer, "groups", 1)
-    args = ConvArgs.of(layer)
-    if getattr(layer, "padding_mode", "zeros") != "zeros":
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        args = args._replace(padding=0)
+    x, args = padded(layer, x)
     low = lowered(CallShape.of(op, x, Sizes.of(layer.weight), None, args))
     g = low.geometry
     x_last = layouts.image_last(low.input(x), g.x_shape)
@@ -85,14 +89,15 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
     channels, inside = x_last.shape[-1], x_last[0, ..., 0].numel()
     taken = torch.randperm(pixels.shape[0] * g.batch, generator=generator)[:most]
     pixel, image = pixels[taken // g.batch], (taken % g.batch).unsqueeze(1)
-    source = torch.where(pixel >= 0, image * inside + pixel, g.batch * inside)  # the last row: padding
+    # A tap in the padding has pixel -1; it reads the row of zeros that is appended below.
+    source = torch.where(pixel >= 0, image * inside + pixel, g.batch * inside)
     flat = F.pad(x_last.reshape(-1, channels), (0, 0, 0, 1))
     rows = flat[source.to(x.device)].unflatten(-1, (groups, -1))  # [rows, T, G, C]
     return F.pad(rows, (0, -rows.shape[-1] % BLOCK)).transpose(1, 2).flatten(2)
 
 
 def input_of(batch: Any, device: str | torch.device | None) -> Any:
-    """The model's input in one batch of a loader: its first element, or all of it; tensors in it are moved."""
+    """Return the model's input from one batch of a loader: the first element of a tuple or list, else the batch."""
     x = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     return x if device is None else tree_map_only(Tensor, lambda t: t.to(device), x)
 
@@ -105,30 +110,27 @@ def collect(
     gram: bool = False,
     device: str | torch.device | None = None,
 ) -> dict[str, Statistics]:
-    """The statistics of each layer that ran; one pass over at most `limit` batches.
+    """Run a model over calibration batches and return the statistics of each layer that ran, by name.
 
     Args:
-        batches: of tensors, or of tuples and lists whose first element is the model's input; device: where they go.
+        model: in eval mode: dropout would change what the layers read, and batch norms would learn.
+        layers: the layers to watch, by name.
+        batches: tensors, or tuples and lists whose first element is the model's input.
+        limit: how many batches are read; None for all.
+        gram: compute the Gram matrices, too.
+        device: where batches are moved to; None leaves them where they are.
     Raises:
-        ValueError: no batch, or an input that is not finite.
+        ValueError: There is no batch, or a layer's input is not finite.
     """
     generator = torch.Generator().manual_seed(0)
     watches = {name: _Watch(layer, gram, generator) for name, layer in layers.items()}
-    training = [(module, module.training) for module in model.modules()]
     seen = 0
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(watches[name], with_kwargs=True).remove)
-        try:
-            model.eval()
-            for batch in batches:
-                if limit is not None and seen >= limit:
-                    break
-                model(input_of(batch, device))
-                seen += 1
-        finally:
-            for module, flag in training:
-                module.training = flag
+        for batch in itertools.islice(batches, limit):
+            model(input_of(batch, device))
+            seen += 1
     if not seen:
         raise value_error(
             "nv.export.quantize: the calibration loader has no batches.",

@@ -1,14 +1,16 @@
-"""nv.export.quantize: a network trained in high precision as an NVFP4 inference model, without training.
+"""Turn a network that was trained in high precision into an NVFP4 inference model without training: nv.export.quantize.
 
     copy -> fold batch norms -> calibrate -> round weights -> correct biases -> re-estimate the other batch norms
 
-Weights get a scale for 16 values (1x16): 16x16 tiles serve training, where the same codes are read transposed.
+Each 16 values of a weight get a scale (1x16). The 16x16 tiles of training are needed only where the backward pass reads
+the same codes transposed.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,19 +20,20 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.checkpoints import sort_layers
+from te_nvfp4_cv.export.fit import sort_layers
 from te_nvfp4_cv.export.modules import (
     ACTIVATIONS,
     WEIGHTS,
     Codes,
     InferenceLayer,
     become,
+    check_choice,
     is_transposed,
     quantize_layer,
 )
 from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import Statistics, collect, input_of
-from te_nvfp4_cv.export.ptq.folding import fold
+from te_nvfp4_cv.export.ptq.norm_folding import fold
 from te_nvfp4_cv.layer.plan import weight_plan
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
@@ -52,26 +55,38 @@ def quantize(
     batches: int | None = 16,
     device: str | torch.device | None = None,
 ) -> nn.Module:
-    """Quantize a trained network.
+    """Quantize a trained network to NVFP4, with some images and no training.
 
     Args:
-        model: left as it is; a copy is returned.
-        loader: calibration images: tensors, or tuples and lists whose first element is the model's input. Read several
-            times, `batches` of it each time (None: all).
-        recipe: which layers run in NVFP4 ([precision] table; a sensitivity scan suggests one) and how activations are
-            quantized; None: the default recipe. nv.set_precision's entries rule over it.
-        method: "nearest", "4over6", "search" or "gptq", see rounding.py.
-        scales: "static": activations get the amax of the calibration images, larger values saturate; "dynamic": each
-            tensor's own.
-        activations, weights: as InferenceLayer.set_mode takes them.
-        fold_bn: multiply batch norms into the layers before them first.
-        bias_correction: take the mean error of each output channel out of its bias, where there is one.
-        reestimate_bn: statistics of batch norms that are left anew, with the quantized layers.
-        device: where batches are moved to.
+        model: the network, which is not changed: a copy is returned.
+        loader: calibration images: tensors, or tuples and lists whose first element is the model's input. It is read
+            several times.
+        recipe: decides which layers run in NVFP4 (its [precision] table; a sensitivity scan suggests one) and how
+            activations are quantized. If None, the default recipe is used. Entries of nv.set_precision take
+            precedence.
+        method: how weights are rounded: "nearest", "4over6", "search" or "gptq" (rounding.py).
+        scales: "static" gives activations the amax of the calibration images, and larger values saturate; "dynamic"
+            quantizes each tensor with its own amax.
+        activations: "nvfp4" or "high", as InferenceLayer.set_mode takes it.
+        weights: "packed" or "cached", as InferenceLayer.set_mode takes it.
+        fold_bn: first multiply batch norms into the layers before them.
+        bias_correction: subtract the mean error of each output channel from the layer's bias, if it has one.
+        reestimate_bn: estimate the statistics of the remaining batch norms again, with the quantized layers.
+        batches: how many batches of the loader are read each time; None for all.
+        device: where batches are moved to. If None, they stay where they are.
     Returns:
-        An inference model, for nv.export.save, nv.export.to_onnx or use: eval mode, no gradients.
+        An inference model in eval mode, without gradients, to use or for nv.export.save and nv.export.to_onnx.
     Raises:
-        TypeError, ValueError: arguments of another kind, a loader without batches, values that are not finite.
+        TypeError: An argument is of another kind.
+        ValueError: An argument has another value, the loader has no batches or can be read only once, or the input of
+            a layer is not finite.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
+        >>> quantized = nv.export.quantize(net, [torch.randn(2, 3, 16, 16)])
+        >>> type(quantized[3]).__name__, type(quantized[1]).__name__
+        ('InferenceConv2d', 'FoldedNorm')
     """
     check_module("nv.export.quantize", model, "nv.export.quantize(model, loader, recipe)")
     for name, value, allowed in (
@@ -80,13 +95,7 @@ def quantize(
         ("activations", activations, ACTIVATIONS),
         ("weights", weights, WEIGHTS),
     ):
-        if value not in allowed:
-            raise value_error(
-                f"nv.export.quantize: unknown {name}.",
-                got=repr(value),
-                needs=", ".join(map(repr, allowed)),
-                fix=f"{name}={allowed[0]!r}",
-            )
+        check_choice("nv.export.quantize", name, value, allowed)
     resolved = as_recipe(recipe)
     resolved.validate_for_use()
     if not isinstance(loader, Iterable):
@@ -102,18 +111,20 @@ def quantize(
         )
     net = _copy(model)
     if fold_bn:
-        _fold(net, _First(loader, 1), device)
+        for batch in itertools.islice(loader, 1):
+            with torch.no_grad():
+                fold(net, functools.partial(net, input_of(batch, device)))
     layers, _ = sort_layers(net, resolved)
     layers = {name: pair for name, pair in layers.items() if not isinstance(pair[0], InferenceLayer)}
-    found = collect(
-        net, {name: module for name, (module, _) in layers.items()}, loader, batches, method == "gptq", device
-    )
+    watched = {name: module for name, (module, _) in layers.items()}
+    found = collect(net, watched, loader, batches, method == "gptq", device)
     for name, (module, own) in layers.items():
         own = _for_weights(own, method)
         statistics = found.get(name)
         before = module.weight.detach().float()  # type: ignore[operator]
         codes = _codes(module, own, method, statistics)
-        calibrated = statistics is not None and bool(statistics.amax > 0)  # of zeros alone nothing can be learned
+        calibrated = statistics is not None and bool(statistics.amax > 0)  # zeros alone say nothing of other images
+        # Row-scaled activations have one scale per pixel, for which there is no static one.
         if statistics is not None and calibrated and scales == "static" and not own.row_scaled_activation:
             codes = replace(codes, input_amax=statistics.amax)
         layer = become(module, codes, own)
@@ -122,7 +133,7 @@ def quantize(
             bias.data -= mean_error(layer, before, statistics).to(bias.dtype)
         layer.set_mode(weights, activations)
     if reestimate_bn:
-        _reestimate(net, _First(loader, batches), device)
+        _reestimate(net, loader, batches, device)
     return net.eval().requires_grad_(False)
 
 
@@ -138,15 +149,12 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _fold(net: nn.Module, loader: Iterable[Any], device: str | torch.device | None) -> None:
-    for batch in loader:
-        with torch.no_grad():
-            fold(net, functools.partial(net, input_of(batch, device)))
+def _reestimate(
+    net: nn.Module, loader: Iterable[Any], batches: int | None, device: str | torch.device | None
+) -> None:
+    """Estimate the statistics of the batch norms that run again, as plain means over the batches.
 
-
-def _reestimate(net: nn.Module, loader: Iterable[Any], device: str | torch.device | None) -> None:
-    """Statistics of the batch norms that run, anew: plain means over the batches. All else stays in eval mode: dropout
-    and stochastic depth would change them.
+    Only the norms are in training mode, each while it runs: dropout and stochastic depth would change the statistics.
     """
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if not norms:
@@ -157,7 +165,7 @@ def _reestimate(net: nn.Module, loader: Iterable[Any], device: str | torch.devic
         x: Any = args[0] if args else kwargs.get("input", kwargs.get("z"))  # nn.BatchNorm's word, BatchNormAct's
         if x.numel() <= x.shape[1]:  # one value per channel has no variance
             return
-        if norm not in seen:
+        if norm not in seen:  # a norm that never runs must not lose the statistics that it has
             seen.add(norm)
             norm.reset_running_stats()
         norm.training = True
@@ -170,9 +178,9 @@ def _reestimate(net: nn.Module, loader: Iterable[Any], device: str | torch.devic
     hooks += [norm.register_forward_hook(after) for norm in norms]
     try:
         for norm in norms:
-            norm.momentum = None
+            norm.momentum = None  # torch then averages over all batches alike
         with torch.no_grad():
-            for batch in loader:
+            for batch in itertools.islice(loader, batches):
                 net(input_of(batch, device))
     finally:
         for hook in hooks:
@@ -181,21 +189,8 @@ def _reestimate(net: nn.Module, loader: Iterable[Any], device: str | torch.devic
             norm.momentum = momentum
 
 
-class _First:
-    """The first batches of a loader, each time it is read."""
-
-    def __init__(self, loader: Iterable[Any], count: int | None) -> None:
-        self.loader, self.count = loader, count
-
-    def __iter__(self) -> Any:
-        for number, batch in enumerate(self.loader):
-            if self.count is not None and number >= self.count:
-                return
-            yield batch
-
-
 def _for_weights(recipe: NVFP4BlockScaling, method: str) -> NVFP4BlockScaling:
-    """The recipe with 1x16 weights, and with 4over6 of them for the method of that name alone."""
+    """Change a recipe to 1x16 weights, and to 4over6 weights if, and only if, the method is "4over6"."""
     scope = recipe.nvfp4_4over6
     if method == "4over6":
         scope = "all" if scope in ("activations", "all") else "weights"
@@ -205,6 +200,7 @@ def _for_weights(recipe: NVFP4BlockScaling, method: str) -> NVFP4BlockScaling:
 
 
 def _codes(module: Any, recipe: NVFP4BlockScaling, method: str, statistics: Statistics | None) -> Codes:
+    """Round a layer's weight by one of the methods; a layer that did not run has no statistics."""
     nearest = quantize_layer(module, recipe)
     if method in ("nearest", "4over6"):
         return nearest
@@ -215,6 +211,7 @@ def _codes(module: Any, recipe: NVFP4BlockScaling, method: str, statistics: Stat
     parts = []
     for group in range(groups):
         gram = None if statistics is None or statistics.gram is None else statistics.gram[group]
+        # With an importance of 0, any scale would be as good as another.
         importance = None if statistics is None else statistics.square[group].clamp(min=1e-12)
         parts.append(rounding.quantize_matrix(w[group], nearest.amax, gram, importance, e4m3_max))
     data, scale = (torch.cat(sides) for sides in zip(*parts, strict=True))
@@ -222,7 +219,7 @@ def _codes(module: Any, recipe: NVFP4BlockScaling, method: str, statistics: Stat
 
 
 def mean_error(layer: InferenceLayer, before: Tensor, statistics: Statistics) -> Tensor:
-    """fp32 [output channels]: mean of (W_q - W) x over the calibration rows."""
+    """Return the mean error (W_q - W) x of each output channel over the calibration rows, fp32."""
     plan = layer.plan
     groups = plan.geometry.groups
     error = matrix.of_weight(layer.weight - before, plan).unflatten(0, (groups, -1))

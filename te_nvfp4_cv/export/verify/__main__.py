@@ -1,6 +1,9 @@
-"""python -m te_nvfp4_cv.export.verify FILE [--json]: is every layer what the file says it is?
+"""Check from the command line whether every layer of a file is what the file says it is.
 
-Exit status: 0 every claim holds; 1 a layer that claims NVFP4 is something else, or the file is damaged; 2 no such file.
+    python -m te_nvfp4_cv.export.verify FILE [--json]
+
+The exit status is 0 if every claim holds, 1 if a layer that claims NVFP4 is something else or the file is damaged, and
+2 if there is no such file.
 """
 
 from __future__ import annotations
@@ -9,25 +12,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from te_nvfp4_cv.export.verify.inspection import Report, inspect_safetensors
-from te_nvfp4_cv.export.verify.inspection_onnx import inspect_onnx
-
-
-def verify(path: str | Path) -> Report:
-    """Inspect an artefact: safetensors (its index, too) or ONNX.
-
-    Raises:
-        FileNotFoundError: no such file; ValueError: one that cannot be read; RuntimeError: onnx is not installed.
-    """
-    if Path(path).suffix == ".onnx":
-        return inspect_onnx(Path(path))
-    return inspect_safetensors(Path(path))
+from te_nvfp4_cv.export.verify import verify
 
 
 def run(path: str, as_json: bool) -> int:
-    """Print the report of one file; returns the exit status."""
+    """Print the report of one file. Returns the exit status."""
     try:
         report = verify(path)
     except FileNotFoundError as error:
@@ -41,7 +31,7 @@ def run(path: str, as_json: bool) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m te_nvfp4_cv.export.verify",
         description="list the precision that each layer of a file really has",

@@ -1,29 +1,28 @@
-"""What an artefact really holds: one row per convolution and linear layer, and what is wrong with it.
+"""Inspect a safetensors file: what each convolution and linear layer really is, and what is wrong with it.
 
     Row.claimed    what the file says of the layer: its manifest, its quantization_config, or the names of its tensors
     Row.precision  what its weight's bytes are: "nvfp4", "fp8", "int8", "bf16", "fp16", "fp32", ...
     Row.problems   every reason why the claim does not hold
 
-A layer is NVFP4 if its codes are two to a byte, each 16 along the contracted index share one E4M3 scale, no scale is
-NaN and the tensor scale is a finite fp32 above 0 (or 0, of codes that are 0). Read by names: te_nvfp4_cv's and
-ModelOpt's (weight, weight_scale, weight_scale_2) and compressed-tensors' (weight_packed, weight_scale,
-weight_global_scale). A tensor scale claims NVFP4, and so do packed codes with E4M3 scales. Nothing is executed.
+A layer is NVFP4 if its codes are packed two to a byte, each 16 values along the contracted index share one E4M3 scale,
+no scale is NaN, and the tensor scale is a finite fp32 above 0 (or 0, if all codes are 0). Tensors are known by the
+names of te_nvfp4_cv and ModelOpt (weight, weight_scale, weight_scale_2) and of compressed-tensors (weight_packed,
+weight_scale, weight_global_scale). A layer with a tensor scale claims to be NVFP4, and so does one with packed codes
+and E4M3 scales. No code of the file or the model is executed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, read
+from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, join, read
 from te_nvfp4_cv.export.verify.inspection_config import Config, is_embedding, read_config
-from te_nvfp4_cv.layer.plan import weight_plan
+from te_nvfp4_cv.export.verify.report import Report, Row
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 DTYPES = {
@@ -41,119 +40,12 @@ CODES = ("weight", "weight_packed")
 GLOBAL = ("weight_scale_2", "weight_global_scale")
 
 
-@dataclass
-class Row:
-    """One layer.
-
-    Attributes:
-        shape: of the weight as stored; of NVFP4, the matrix [N, K] of its values.
-        count: values; bytes: of codes and scales, or of the plain weight.
-        axis: what the blocks of 16 run along, in words; scales: smallest and largest block scale, as stored.
-        activations: of an ONNX graph, how the layer's input is quantized.
-        notes: what is worth knowing and breaks no claim.
-    """
-
-    name: str
-    kind: str
-    claimed: str
-    precision: str
-    shape: tuple[int, ...]
-    count: int
-    bytes: int
-    axis: str = ""
-    scales: tuple[float, float] | None = None
-    activations: str = ""
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def bits(self) -> float:
-        """Bits per value."""
-        return 8 * self.bytes / max(self.count, 1)
-
-
-@dataclass
-class Report:
-    """All layers of a file, and what is wrong with the file itself."""
-
-    source: str
-    origin: str
-    rows: list[Row]
-    problems: list[str]
-
-    @property
-    def sound(self) -> bool:
-        """Whether every claim holds."""
-        return not self.problems and not any(row.problems for row in self.rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        rows = [asdict(row) | {"bits": round(row.bits, 3)} for row in self.rows]
-        totals = {"layers": len(rows), "nvfp4": sum(row.precision == "nvfp4" for row in self.rows)}
-        return {
-            "source": self.source,
-            "origin": self.origin,
-            "sound": self.sound,
-            "problems": self.problems,
-            **totals,
-            "rows": rows,
-        }
-
-    def __str__(self) -> str:
-        head = (
-            "layer",
-            "kind",
-            "claimed",
-            "precision",
-            "shape",
-            "bytes",
-            "bits",
-            "blocks along",
-            "scales",
-            "activations",
-        )
-        cells = [head, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-        lines = [f"{self.source} ({self.origin})"]
-        for line, row in zip(cells, [None, *self.rows], strict=True):
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-            lines += [f"    PROBLEM: {problem}" for problem in (row.problems if row else ())]
-            lines += [f"    note: {note}" for note in (row.notes if row else ())]
-        lines += [f"PROBLEM: {problem}" for problem in self.problems]
-        nvfp4 = [row for row in self.rows if row.precision == "nvfp4"]
-        size, packed = sum(row.bytes for row in self.rows), sum(row.bytes for row in nvfp4)
-        lines.append(
-            f"{len(nvfp4)} of {len(self.rows)} layers are NVFP4; their weights take {packed / 1e6:.2f} of "
-            f"{size / 1e6:.2f} MB. " + ("Every claim holds." if self.sound else "NOT what it claims to be.")
-        )
-        return "\n".join(lines)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    scales = "" if row.scales is None else f"{row.scales[0]:.3g} .. {row.scales[1]:.3g}"
-    shape = "x".join(map(str, row.shape))
-    return (
-        row.name,
-        row.kind,
-        row.claimed,
-        row.precision,
-        shape,
-        str(row.bytes),
-        f"{row.bits:.2f}",
-        row.axis,
-        scales,
-        row.activations,
-    )
-
-
-# ---- safetensors ----------------------------------------------------------------------------------------------------
-
-
 def inspect_safetensors(path: Path) -> Report:
-    """The rows of a packed checkpoint, this library's or another's.
+    """Inspect a packed checkpoint of this library or of another tool.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or one that is no safetensors file.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no safetensors file.
     """
     opened = read(path)
     problems: list[str] = []
@@ -162,10 +54,10 @@ def inspect_safetensors(path: Path) -> Report:
         try:
             opened.check()
         except ValueError as error:
-            problems.append(str(error).splitlines()[1].strip().removeprefix("got:").strip())
+            problems.append(str(error).splitlines()[1].strip().removeprefix("got:").strip())  # the line with the reason
         lost = [name for name in opened.manifest.layers if not _of_layer(opened.tensors, name)]
         problems += [f"layer {name!r} of the manifest has no tensors" for name in lost]
-        config = Config()
+        config = Config()  # our own quantization_config is for other tools: the manifest says more
     else:
         origin = "another tool"
         config = read_config(opened.config, path.parent)
@@ -174,7 +66,7 @@ def inspect_safetensors(path: Path) -> Report:
 
 
 def _layers(opened: Artifact) -> list[str]:
-    """Names of what has a weight with two axes or more, or anything else of an NVFP4 layer, in the file's order."""
+    """List the modules with a weight of two axes or more, or with any part of an NVFP4 layer, in the file's order."""
     names: dict[str, None] = {}
     for name, tensor in opened.tensors.items():
         prefix, _, last = name.rpartition(".")
@@ -185,9 +77,8 @@ def _layers(opened: Artifact) -> list[str]:
 
 
 def _of_layer(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = f"{name}." if name else ""
     keys = (*CODES, "weight_scale", *GLOBAL)
-    return {key: tensors[prefix + key] for key in keys if prefix + key in tensors}
+    return {key: tensors[join(name, key)] for key in keys if join(name, key) in tensors}
 
 
 def _row(opened: Artifact, name: str, config: Config) -> Row:
@@ -199,7 +90,7 @@ def _row(opened: Artifact, name: str, config: Config) -> Row:
         return _plain_row(name, codes, parts.get("weight_scale"), "nvfp4" in said)
     kind = "layer" if entry is None else entry.op
     shape = () if codes is None else tuple(codes.shape)
-    shape = (shape[0], 2 * shape[1]) if len(shape) == 2 else shape
+    shape = (shape[0], 2 * shape[1]) if len(shape) == 2 else shape  # two codes to a byte
     count = torch.Size(shape if entry is None else entry.shape).numel()
     size = sum(t.numel() * t.element_size() for t in parts.values())
     row = Row(name, kind, "nvfp4", "nvfp4", shape, count, size)
@@ -215,16 +106,16 @@ def _row(opened: Artifact, name: str, config: Config) -> Row:
 
 
 def _claims_nvfp4(parts: Mapping[str, Tensor], codes: Tensor, said: str) -> bool:
-    """Whether another tool's tensors are, by their names and types, those of an NVFP4 layer.
+    """Tell whether another tool's tensors claim, by their names and types, to be an NVFP4 layer.
 
     Args:
-        said: the algorithm that the file's config has for the layer, or "".
+        said: the algorithm that the file's config gives for the layer, or "".
     """
     scale = parts.get("weight_scale")
     packed = codes.dtype == torch.uint8
     return (
         "weight_global_scale" in parts
-        or ("weight_scale_2" in parts and (not said or "nvfp4" in said))  # others have one too, as W4A8_AWQ
+        or ("weight_scale_2" in parts and (not said or "nvfp4" in said))  # W4A8_AWQ has one, too
         or ("nvfp4" in said and (packed or "weight_packed" in parts))
         or (packed and scale is not None and scale.dtype == E4M3)
     )
@@ -249,7 +140,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | None) -> list[str]:
-    """Why a layer that claims NVFP4 is not."""
+    """List the reasons why a layer that claims to be NVFP4 is not."""
     found = []
     scale, tensor_scale = parts.get("weight_scale"), next((parts[key] for key in GLOBAL if key in parts), None)
     if codes.dtype != torch.uint8:
@@ -266,7 +157,7 @@ def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | No
         if scale.dtype != E4M3:
             found.append(f"its block scales are {_dtype(scale)}, not E4M3")
         if codes.dim() == 2 and tuple(scale.shape) != (codes.shape[0], codes.shape[1] // 8):
-            per = codes.numel() * 2 / max(scale.numel(), 1)
+            per = codes.numel() * 2 / max(scale.numel(), 1)  # 32 for MXFP4, for example
             found.append(f"{per:g} values share a block scale along the last axis, not 16")
         if scale.dtype == E4M3:
             nan = int(((scale.contiguous().view(torch.uint8) & 0x7F) == 0x7F).sum())
@@ -291,8 +182,7 @@ def _nonzero(codes: Tensor) -> bool:
 
 
 def _against_entry(codes: Tensor, entry: LayerEntry) -> list[str]:
-    plan = weight_plan(torch.Size(entry.shape), entry.groups, entry.transposed, NVFP4BlockScaling(), "reference")
-    rows, taps, blocks = matrix.sizes(plan)
+    rows, taps, blocks = matrix.sizes(entry.plan(NVFP4BlockScaling()))
     if entry.k_order != matrix.K_ORDER:
         return [f"the order of its contracted index is {entry.k_order!r}, not {matrix.K_ORDER!r}"]
     if tuple(codes.shape) != (rows, taps * blocks * 8):

@@ -1,11 +1,11 @@
-"""What the quantization configs of other tools say of a layer. They are data from elsewhere, and nothing is trusted.
+"""Read the quantization configs of other tools: which algorithm they give for a layer. Nothing in them is trusted.
 
     ModelOpt             quant_algo, quantized_layers {name: {quant_algo}} of mixed precision, exclude_modules
     compressed-tensors   format, config_groups {group: {targets, format, weights}}, ignore
 
-A layer is one of NVFP4 if the algorithm or format that applies to it is called so. Targets and exclusions are names
-(or those of modules above), wildcards, classes of torch, or "re:" and a regular expression. An expression that could
-take more than MOST_STEPS for a name is not run, and is a problem of the file.
+A config says that a layer is NVFP4 if the algorithm or format that applies to the layer has that name. Targets and
+exclusions are names (of the layer or of a module above it), wildcards, classes of torch, or "re:" and a regular
+expression. An expression that could take more than MOST_STEPS for a name is not run, and is a problem of the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 MOST_STEPS = 1e8
-MOST_TIMES = 1000  # that a pattern asks for; more never fit a name, and are tried all the same
+MOST_TIMES = 1000  # a pattern that asks for more repeats fits no name, but matching would try them all the same
 CLASSES = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5}  # axes of the weight
 FILES = (("hf_quant_config.json", "quantization"), ("config.json", "quantization_config"))
 MIXED = ("mixed_precision", "mixed-precision")
@@ -35,8 +35,11 @@ class Config:
     """A quantization config, as far as it can be read.
 
     Attributes:
-        algorithm: of all layers; layers: of single ones; groups: (algorithm, targets) that it holds for.
-        ignored: patterns of layers that are left out; problems: what cannot be read.
+        algorithm: the algorithm of all layers.
+        layers: the algorithms of single layers, by name or pattern.
+        groups: pairs of an algorithm and the targets that it holds for.
+        ignored: patterns of layers that are left out.
+        problems: parts of the config that cannot be read.
     """
 
     algorithm: str = ""
@@ -46,7 +49,7 @@ class Config:
     problems: list[str] = field(default_factory=list)
 
     @functools.cached_property
-    def _names(self) -> frozenset[str]:
+    def _names(self) -> frozenset[str]:  # looked up at once: files of large models name thousands of layers
         return frozenset(p for p in self.ignored if not _is_pattern(p))
 
     @functools.cached_property
@@ -58,10 +61,10 @@ class Config:
         return [p for p in self.layers if _is_pattern(p)]
 
     def algorithm_of(self, name: str, axes: int) -> str:
-        """The algorithm or format that applies to a layer, in small letters; "" for none.
+        """Return the algorithm or format that applies to a layer, in small letters, or "" if there is none.
 
         Args:
-            axes: of its weight.
+            axes: the number of axes of the layer's weight, which tells its class.
         """
         above = _above(name)
         if not above.isdisjoint(self._names) or any(self._selects(p, name, axes) for p in self._patterns):
@@ -70,7 +73,7 @@ class Config:
             plain = next((self.layers[n] for n in sorted(above, key=len, reverse=True) if n in self.layers), "")
             fitting = (self.layers[p] for p in self._layer_patterns if self._selects(p, name, axes))
             return plain or next(fitting, "")
-        if self.groups:
+        if self.groups:  # the first group that fits rules
             fitting = (a for a, targets in self.groups if any(self._selects(t, name, axes) for t in targets))
             return next(fitting, "")
         return self.algorithm
@@ -83,7 +86,7 @@ class Config:
         return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
     def _matches(self, pattern: str, name: str) -> bool:
-        """Whether a regular expression fits the start of a name; a problem where it cannot or must not be run."""
+        """Tell whether an expression fits the start of a name; one that must not be run is a problem of the file."""
         problem = ""
         try:
             if _log_steps(_parsed(pattern[3:]), len(name)) <= math.log(MOST_STEPS):
@@ -101,18 +104,18 @@ def _is_pattern(text: str) -> bool:
 
 
 def _above(name: str) -> frozenset[str]:
-    """A layer's name and those of the modules above it."""
+    """Return a layer's name and the names of the modules above it."""
     parts = name.split(".")
     return frozenset(".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a layer is an embedding by its name: other tools leave those as they are, and do not say so."""
+    """Tell by its name whether a layer is an embedding: other tools do not quantize embeddings, and do not say so."""
     return EMBEDDING.fullmatch(name) is not None
 
 
 def read_config(own: Mapping[str, Any], folder: Path) -> Config:
-    """The config in a file's metadata, or that of the files which other tools put beside it."""
+    """Read the config in a file's metadata, or else in the files that other tools put beside it."""
     if own:
         return _parse(own)
     for name, key in FILES:
@@ -153,7 +156,7 @@ def _parse(raw: Mapping[str, Any]) -> Config:
 
 
 def _of_group(group: Mapping[str, Any], algorithm: str) -> str:
-    """The algorithm of a group: its own format, that of the whole config, or what its numbers are."""
+    """Return the algorithm of a group: the group's format, or that of the whole config, or what its numbers mean."""
     own = group.get("format")
     if isinstance(own, str):
         return own.lower()
@@ -167,7 +170,7 @@ def _of_group(group: Mapping[str, Any], algorithm: str) -> str:
 
 
 def _names(config: Config, key: str, value: Any) -> list[str]:
-    """A list of names, or a problem."""
+    """Return a list of names; anything else is a problem of the file, and gives an empty list."""
     if value is None:
         return []
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
@@ -181,7 +184,7 @@ def _is(kind: type, value: Any) -> bool:
 
 
 def _log_steps(tree: Any, length: int) -> float:
-    """Logarithm of a bound of the ways in which a regular expression can fit a text of that length."""
+    """Return the logarithm of a bound of the number of ways in which an expression can fit a text of that length."""
     total, free, repeats = 0.0, 0.0, 0
     for kind, value in tree:
         name = str(kind)
@@ -198,7 +201,7 @@ def _log_steps(tree: Any, length: int) -> float:
 
 
 def _parts(value: Any) -> list[Any]:
-    """The expressions inside of one part of an expression."""
+    """List the expressions inside one part of an expression."""
     if isinstance(value, _parser.SubPattern):
         return [value]
     return [inner for one in value for inner in _parts(one)] if isinstance(value, (tuple, list)) else []

@@ -1,10 +1,10 @@
-"""What an ONNX file really holds: the weight of every Conv, ConvTranspose, Gemm and MatMul, traced to its bytes.
+"""Inspect an ONNX file: the weight of every Conv, ConvTranspose, Gemm and MatMul is traced back to its bytes.
 
     FLOAT4E2M1, or packed uint8 looked up in the 16 E2M1 values, times E4M3 scales of 16    "nvfp4"
     FLOAT8, INT8, ... behind a DequantizeLinear; a plain initializer or Constant            its type
 
-A file of nv.export.to_onnx names in its metadata the layers that are in NVFP4; what it names must be. Its checksums,
-which are there too, must be those of the file (onnx_file.py).
+The metadata of a file of nv.export.to_onnx name the layers that are in NVFP4, and each of them must be. The checksums
+in the metadata must fit the file (onnx/file.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from te_nvfp4_cv.errors import message, runtime_error, value_error
 from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.verify import onnx_blocks
-from te_nvfp4_cv.export.verify.inspection import Report, Row
 from te_nvfp4_cv.export.verify.onnx_graph import Graph
+from te_nvfp4_cv.export.verify.report import Report, Row
 from te_nvfp4_cv.formats import decode_e2m1
 
 LAYERS = {"Conv": "conv", "ConvTranspose": "conv_transpose", "Gemm": "linear", "MatMul": "linear"}
@@ -28,10 +28,12 @@ NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "FLOAT8E4M3FN":
 
 
 def inspect_onnx(path: Path) -> Report:
-    """The rows of an ONNX file.
+    """Inspect an ONNX file.
 
     Raises:
-        FileNotFoundError: no such file; ValueError: a damaged one; RuntimeError: the package onnx is missing.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged.
+        RuntimeError: The package onnx is missing.
     """
     try:
         import onnx
@@ -58,7 +60,7 @@ def inspect_onnx(path: Path) -> Report:
 
 
 def _read(onnx: Any, path: Path) -> Any:
-    """The model with its external data; types and shapes are checked in files of this library."""
+    """Read the model with its external data. Types and shapes are checked, too, if this library wrote the file."""
     try:
         model = onnx.load(str(path))
         onnx.checker.check_model(str(path), full_check=file.entry(model, file.CLAIMS) is not None)
@@ -75,7 +77,7 @@ def _read(onnx: Any, path: Path) -> Any:
 
 
 def _is_text(part: Any) -> bool:
-    """Whether every string of a protobuf message is one: what is not UTF-8 comes as bytes."""
+    """Tell whether all strings of a protobuf message are texts: a string that is not UTF-8 is read as bytes."""
     for kind, value in part.ListFields():
         if kind.type == kind.TYPE_STRING:
             if not all(isinstance(text, str) for text in ([value] if isinstance(value, bytes) else value)):
@@ -91,7 +93,7 @@ def _opset(model: Any) -> str:
 
 
 def _claims(model: Any) -> tuple[list[str], list[str]]:
-    """Names of the layers that the file says are in NVFP4, and what is wrong with that list."""
+    """Return the names of the layers that the file says are in NVFP4, and what is wrong with that list."""
     text = file.entry(model, file.CLAIMS)
     try:
         names = [] if text is None else json.loads(text)
@@ -103,7 +105,7 @@ def _claims(model: Any) -> tuple[list[str], list[str]]:
 
 
 def _row(graph: Graph, node: Any, claims: list[str]) -> Row | None:
-    """The row of a layer with a weight, else None."""
+    """Return the row of a node that is a layer with a weight, else None."""
     if node.op_type not in LAYERS or len(node.input) < 2:
         return None
     cone = graph.cone(node.input[1])
@@ -120,9 +122,9 @@ def _row(graph: Graph, node: Any, claims: list[str]) -> Row | None:
         return _other(graph, node, name, kind, stored, claimed)
     packed = graph.type_of(codes[0]) == "UINT8"
     shape = tuple(graph.constants[codes[0]].dims)
-    shape = (*shape[:-1], 2 * shape[-1]) if packed else shape
+    shape = (*shape[:-1], 2 * shape[-1]) if packed else shape  # two codes to a byte
     count = graph.size(codes[0]) * (2 if packed else 1)
-    size = sum(graph.bytes(s) for s in (*codes, *scales)) + 4
+    size = sum(graph.bytes(s) for s in (*codes, *scales)) + 4  # and the tensor scale
     row = Row(name, kind, claimed, "nvfp4", shape, count, size, "uint8, looked up" if packed else "")
     row.activations = _activations(graph, node.input[0], packed)
     beside = [s for s in stored if graph.type_of(s) in NAMES and s not in scales and not _is_table(graph, s)]
@@ -137,7 +139,7 @@ def _row(graph: Graph, node: Any, claims: list[str]) -> Row | None:
 
 
 def _is_code(graph: Graph, name: str, cone: list[Any]) -> bool:
-    """Whether a constant holds E2M1 codes: by its type, or as packed bytes that are looked up in the 16 values."""
+    """Tell whether a constant holds E2M1 codes: by its type, or as packed bytes that are looked up in the 16 values."""
     if graph.type_of(name) == "FLOAT4E2M1":
         return True
     if graph.type_of(name) != "UINT8" or graph.size(name) < 8:
@@ -150,13 +152,13 @@ def _is_code(graph: Graph, name: str, cone: list[Any]) -> bool:
 
 
 def _is_table(graph: Graph, name: str) -> bool:
-    """Whether a constant holds the 16 values of E2M1 in the order of their codes."""
+    """Tell whether a constant holds the 16 values of E2M1 in the order of their codes."""
     values = decode_e2m1(torch.arange(16)).numpy()
     return graph.size(name) == 16 and bool(np.array_equal(graph.array(name).ravel(), values))
 
 
 def _name(node: Any, stored: list[str], claims: list[str]) -> str:
-    """The layer's name: that of its weight's constants, without their last part; "" for a model that is one layer."""
+    """Return a layer's name, which the names of its weight's constants begin with; "" for a model that is one layer."""
     parent, dot, _ = stored[0].rpartition(".")
     return parent if dot or "" in claims else node.name
 
@@ -170,7 +172,7 @@ def _kernel_rank(graph: Graph, node: Any) -> int:
 
 
 def _other(graph: Graph, node: Any, name: str, kind: str, stored: list[str], claimed: str) -> Row:
-    """A row of a weight that is not in E2M1."""
+    """Return the row of a layer whose weight is not in E2M1."""
     main = max(stored, key=graph.bytes)
     precision = NAMES.get(graph.type_of(main), graph.type_of(main).lower())
     size = sum(graph.bytes(s) for s in stored)
@@ -183,7 +185,7 @@ def _other(graph: Graph, node: Any, name: str, kind: str, stored: list[str], cla
 
 
 def _activations(graph: Graph, name: str, portable: bool) -> str:
-    """Whether the layer's input comes from a quantizer to FLOAT4E2M1; layout operators between are passed."""
+    """Tell in a word how a layer's input is quantized. Operators that only change the layout are skipped."""
     passed = {"Transpose", "Reshape", "Slice", "Identity", "Pad", "Unsqueeze", "Squeeze", "Flatten"}
     node = graph.producers.get(name)
     while node is not None and node.op_type in passed:

@@ -1,7 +1,8 @@
-"""The scales of one NVFP4 weight in an ONNX graph: whether they are what they should be, and along what blocks run.
+"""Check the scales of one NVFP4 weight in an ONNX graph, and that its blocks run along the contracted index.
 
-Along what blocks run is found by evaluation: the nodes between scales and weight run with each block's number in the
-place of its scale (onnx.reference); a number that then occurs in two output channels crosses the contracted index.
+The direction of the blocks is found by evaluation: onnx.reference runs the nodes between scales and weight with each
+block's number in the place of its scale. If a number then occurs in two output channels, its block crosses the
+contracted index.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from te_nvfp4_cv.export.verify.inspection import Row
 from te_nvfp4_cv.export.verify.onnx_graph import Graph
+from te_nvfp4_cv.export.verify.report import Row
 from te_nvfp4_cv.formats import BLOCK
 
-MOST_BLOCKS = 1 << 24  # fp32 counts to that
+MOST_BLOCKS = 1 << 24  # fp32 holds whole numbers exactly up to that
 
 
 def check(graph: Graph, node: Any, row: Row, cone: list[Any], codes: str, scale: str) -> None:
-    """Add to the row what is wrong with its scales, or along what its blocks run.
+    """Check the scales of a layer. What is wrong is added to its row, or else the direction of its blocks.
 
     Args:
-        node: the layer's; cone: what computes its weight from the constants `codes` and `scale`.
+        node: the node of the layer.
+        cone: the nodes that compute the layer's weight.
+        codes: the constant with the codes.
+        scale: the constant with the block scales.
     """
     values = graph.array(scale).astype(np.float32)
     if not values.size:
@@ -53,7 +57,7 @@ def check(graph: Graph, node: Any, row: Row, cone: list[Any], codes: str, scale:
 
 
 def _of_tensor(graph: Graph, codes: str, name: str) -> list[str]:
-    """What is wrong with the tensor scale."""
+    """List what is wrong with the tensor scale `name`."""
     value = float(graph.array(name).astype(np.float32).reshape(()))
     if not math.isfinite(value) or value < 0:
         return [f"its tensor scale is {value}"]
@@ -68,7 +72,7 @@ def _nonzero(graph: Graph, codes: str) -> bool:
 
 
 def _real_scales(graph: Graph, cone: list[Any], scale: str) -> tuple[str, str] | None:
-    """The value that is E4M3 scale times tensor scale, of the scale's own shape; and the tensor scale's name."""
+    """Return the names of the value that is block scale times tensor scale, and of the tensor scale; else None."""
     following = next((n for n in cone if scale in n.input), None)
     if following is not None and following.op_type == "Cast":
         following = next((n for n in cone if following.output[0] in n.input), None)
@@ -83,7 +87,7 @@ def _real_scales(graph: Graph, cone: list[Any], scale: str) -> tuple[str, str] |
 
 
 def _crossing(graph: Graph, node: Any, cone: list[Any], codes: str, scale: str, cut: str) -> str | None:
-    """Why blocks do not run along the contracted index, or None."""
+    """Return why the blocks do not run along the contracted index, or None if they do."""
     from onnx.reference import ReferenceEvaluator
 
     onnx, helper = graph.onnx, graph.onnx.helper
@@ -92,22 +96,22 @@ def _crossing(graph: Graph, node: Any, cone: list[Any], codes: str, scale: str, 
     ones = b"\x22" * graph.bytes(codes)  # every code is 1.0
     unit = helper.make_tensor(codes, weight.data_type, weight.dims, ones, raw=True)
     needed = {i for n in later for i in n.input}
-    kept = [t for name, t in graph.constants.items() if name in needed and name != codes]
+    others = [t for name, t in graph.constants.items() if name in needed and name != codes]
     made = helper.make_graph(
         later,
         "weight",
         [helper.make_tensor_value_info(cut, onnx.TensorProto.FLOAT, list(scales.dims))],
         [helper.make_tensor_value_info(node.input[1], onnx.TensorProto.FLOAT, None)],
-        [*kept, unit],
+        [*others, unit],
     )
     numbers = np.arange(1, 1 + graph.size(scale), dtype=np.float32).reshape(list(scales.dims))
     try:
         model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 23)])
         results: Any = ReferenceEvaluator(model).run(None, {cut: numbers})
         rows = _output_rows(node, np.asarray(results[0]))
-    except Exception as error:  # any operator may be in the way
+    except Exception as error:  # the file may hold any operator, with any arguments
         return f"its blocks cannot be followed: {type(error).__name__}"
-    owner: dict[float, int] = {}
+    owner: dict[float, int] = {}  # the output channel in which a block was first met
     for number, values in enumerate(rows):
         for block in np.unique(values):
             if owner.setdefault(float(block), number) != number:
@@ -116,18 +120,18 @@ def _crossing(graph: Graph, node: Any, cone: list[Any], codes: str, scale: str, 
 
 
 def _after(cone: list[Any], cut: str) -> list[Any]:
-    """The nodes of the cone that do not only lead to `cut`."""
+    """Return the nodes of the cone without those that serve only to compute `cut`."""
     wanted = {cone[-1].output[0]}
-    kept = []
+    needed = []
     for node in reversed(cone):
         if node.output[0] in wanted and node.output[0] != cut:
-            kept.append(node)
+            needed.append(node)
             wanted.update(node.input)
-    return kept[::-1]
+    return needed[::-1]
 
 
 def _output_rows(node: Any, weight: np.ndarray) -> np.ndarray:
-    """[output channels, rest] of a weight as its operator takes it."""
+    """Reshape a weight, as its operator takes it, to [output channels, rest]."""
     attributes = {a.name: a.i for a in node.attribute}
     if node.op_type == "Conv":
         return weight.reshape(weight.shape[0], -1)
@@ -135,5 +139,5 @@ def _output_rows(node: Any, weight: np.ndarray) -> np.ndarray:
         groups = attributes.get("group", 1)
         by_group = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         return by_group.transpose(0, 2, 1, 3).reshape(groups * weight.shape[1], -1)
-    transposed = node.op_type == "Gemm" and attributes.get("transB", 0)
+    transposed = node.op_type == "Gemm" and attributes.get("transB", 0)  # MatMul and Gemm take [in, out] otherwise
     return weight if transposed else weight.T

@@ -1,6 +1,6 @@
-"""An ONNX graph as the verifier reads it: what a weight is computed from, without running it.
+"""Read an ONNX graph to find out what a weight is computed from, without running the graph.
 
-Values that are known before the first input arrives are initializers and the outputs of Constant nodes, alike.
+Initializers and the outputs of Constant nodes are treated alike: both are known before the first input arrives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Graph:
 
     @classmethod
     def of(cls, onnx: Any, model: Any) -> Graph:
-        """That of a model whose external data are loaded."""
+        """Read the graph of a model whose external data are loaded."""
         constants = {tensor.name: tensor for tensor in model.graph.initializer}
         producers: dict[str, Any] = {}
         for node in model.graph.node:
@@ -34,11 +34,11 @@ class Graph:
         return cls(onnx, producers, constants)
 
     def cone(self, name: str) -> list[Any] | None:
-        """The nodes that compute a value from constants alone, inputs first; None where it depends on an input."""
+        """Return the nodes that compute a value, in order, or None if it depends on an input of the graph."""
         order: list[Any] = []
         done: set[str] = set()
         stack = [(name, False)]
-        while stack:
+        while stack:  # depth first, without recursion: a malicious graph may be a chain of any length
             value, expanded = stack.pop()
             if value in self.constants or not value or (value in done and not expanded):
                 continue
@@ -54,7 +54,7 @@ class Graph:
         return order
 
     def sources(self, cone: list[Any] | None, name: str) -> list[str]:
-        """The constants that a value is computed from."""
+        """Return the constants that a value is computed from."""
         if cone is None:
             return []
         if not cone:
@@ -62,19 +62,19 @@ class Graph:
         return list(dict.fromkeys(i for node in cone for i in node.input if i in self.constants))
 
     def array(self, name: str) -> np.ndarray:
-        """The values of a constant, those below 16 bits in ml_dtypes' types."""
+        """Return the values of a constant; types below 16 bits are those of ml_dtypes."""
         return self.onnx.numpy_helper.to_array(self.constants[name])
 
     def type_of(self, name: str) -> str:
-        """ONNX's word for a constant's type: "FLOAT", "FLOAT8E4M3FN", ..."""
+        """Return ONNX's word for a constant's type: "FLOAT", "FLOAT8E4M3FN", ..."""
         return str(self.onnx.TensorProto.DataType.Name(self.constants[name].data_type))
 
     def size(self, name: str) -> int:
-        """How many values a constant has."""
+        """Return the number of values of a constant."""
         return int(np.prod(self.constants[name].dims, dtype=np.int64))
 
     def bytes(self, name: str) -> int:
-        """What a constant's values take."""
+        """Return how many bytes the values of a constant take."""
         kind = self.constants[name].data_type
         if self.type_of(name) in ("FLOAT4E2M1", "INT4", "UINT4"):
             return -(-self.size(name) // 2)
@@ -82,7 +82,7 @@ class Graph:
 
 
 def _constant(onnx: Any, node: Any) -> Any | None:
-    """The value of a Constant node under the name of its output."""
+    """Return the tensor of a Constant node, named as the node's output; None for any other node."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or not node.output:
         return None
     for attribute in node.attribute:

@@ -69,7 +69,7 @@ def conv_fprop_op(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """Run conv_fprop as an operator: `operands` are the tensors of x's and w's face, `shape` the geometry as ints."""
+    """Call a backend's fprop: `operands` are the tensors of x's and w's face, `shape` is the geometry as ints."""
     y = _implementation(backend).fprop(*operands, alpha, bias, ConvGeometry.from_ints(shape), dtype)
     return y  # type: ignore[no-any-return]
 
@@ -94,7 +94,7 @@ def conv_dgrad(
 def conv_dgrad_op(
     operands: list[Tensor], alpha: Tensor | None, shape: list[int], dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """Run conv_dgrad as an operator."""
+    """Call a backend's dgrad; see conv_fprop_op."""
     dx = _implementation(backend).dgrad(*operands, alpha, ConvGeometry.from_ints(shape), dtype)
     return dx  # type: ignore[no-any-return]
 
@@ -124,7 +124,7 @@ def conv_wgrad(
 def conv_wgrad_op(
     operands: list[Tensor], alpha: Tensor | None, shape: list[int], dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """Run conv_wgrad as an operator."""
+    """Call a backend's wgrad; see conv_fprop_op."""
     dw = _implementation(backend).wgrad(*operands, alpha, ConvGeometry.from_ints(shape), dtype)
     return dw  # type: ignore[no-any-return]
 

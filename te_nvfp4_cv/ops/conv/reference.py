@@ -1,17 +1,15 @@
-"""The specification of a quantized convolution: packed codes are gathered into im2col matrices, and the TE-style
-quantized GEMM multiplies them.
+"""The specification of a quantized convolution: gather packed codes into im2col matrices, and multiply them with the
+TE-style quantized GEMM.
 
     fprop  y[(pixel, image), o]     = sum over (tap, block of c)    x_col rowwise . w rowwise
     dgrad  dx[(pixel, image), c]    = sum over (tap, block of o)    dy_col rowwise . w columnwise, transposed tap by tap
     wgrad  dw[o, (tap, c)]          = sum over (pixel, 16 images)   dy columnwise . x_col columnwise
 
-Quantization commutes with im2col because blocks lie on an index that im2col only gathers (docs/NUMERICS.md): no
-value is rounded here.
-So an operand is a tuple of parts that are gathered alike, (codes, scale bytes); with quantization off it is
-(values,), and the same
-gathering gives the convolution itself, in any dtype. The last axis of a part, k, is what it holds of the contraction.
-A transposed convolution exchanges fprop and dgrad. Groups are multiplied one after the other. Refuses nothing: its
-caller has checked.
+Quantization commutes with im2col because blocks lie on an index that im2col only gathers (docs/NUMERICS.md), so that
+no value is rounded here. An operand is a tuple of parts that are gathered alike, (codes, scale bytes). With
+quantization off it is (values,), and the same gathering gives the convolution itself, in any dtype. The last axis of a
+part, k, is what it holds of the contraction. A transposed convolution exchanges fprop and dgrad. Groups are multiplied
+one after the other. Nothing is checked here; the caller has done so.
 """
 
 from __future__ import annotations
@@ -20,21 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.gemm import reference as gemm
 from te_nvfp4_cv.ops.geometry import ConvGeometry, pixel_map
 
-BLOCK = 16
 Parts = tuple[Tensor, ...]  # (codes, scale bytes), or (values,) with quantization off
 
 
 def gather(flat: Tensor, pixels: Tensor) -> Tensor:
-    """flat [pixels in, ...] -> [pixels out, taps, ...]; index -1 reads zeros (code 0, scale byte 0)."""
-    padded = F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, 1))
+    """Gather flat [pixels in, ...] to [pixels out, taps, ...]; index -1 reads zeros (code 0, scale byte 0)."""
+    padded = F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, 1))  # a last row of zeros, which index -1 picks
     return padded[pixels.to(flat.device)]
 
 
 def multiply(a: Parts, b: Parts) -> Tensor:
-    """a [I, L] times b [J, L] transposed, without tensor scales: the quantized GEMM, or the plain one of plain
+    """Multiply a [I, L] by b [J, L] transposed, without tensor scales: the quantized GEMM, or the plain one for plain
     values.
     """
     if len(a) == 1:
@@ -44,7 +43,7 @@ def multiply(a: Parts, b: Parts) -> Tensor:
 
 
 def data_product(operand: Parts, kernel: Parts, geometry: ConvGeometry, to_b: bool) -> Tensor:
-    """fprop or dgrad before alpha: [B, *image, channels]; rows gather from a to b (`to_b`), or back.
+    """Return fprop or dgrad before alpha, [B, *image, channels]; rows gather from a to b (`to_b`), or back.
 
     Args:
         operand: rowwise, parts [B, *image, G * k].
@@ -64,13 +63,14 @@ def data_product(operand: Parts, kernel: Parts, geometry: ConvGeometry, to_b: bo
 
 
 def weight_product(b: Parts, a: Parts, geometry: ConvGeometry) -> Tensor:
-    """wgrad before alpha: [axis 0, taps, axis 1].
+    """Return wgrad before alpha, [axis 0, taps, axis 1].
 
     Args:
-        b: columnwise operand of the b side; a: of the a side; parts [N, *folded image, channels, k]: N times k folded
-            images.
+        b: columnwise operand of the b side, parts [N, *folded image, channels, k]: N times k folded images.
+        a: columnwise operand of the a side, of the same form.
         geometry: of the call itself, not of the folded one.
     """
+    # Gathering walks the folded images; channels and taps are those of the call itself.
     pixels, groups = pixel_map(geometry.folded, True), geometry.groups
     each_a, each_b = geometry.channels_a // groups, geometry.channels_b // groups
     a_flat, b_flat = (tuple(_pixels_first(part) for part in side) for side in (a, b))  # [pixels, channels, N * k]
@@ -86,27 +86,27 @@ def weight_product(b: Parts, a: Parts, geometry: ConvGeometry) -> Tensor:
 
 
 def _rows(part: Tensor, pixels: Tensor, groups: int, group: int) -> Tensor:
-    """The im2col matrix of one group: [M, T * k], rows M = (pixel, image), of a rowwise part [B, *image, G * k]."""
+    """Form the im2col matrix of one group, [M, T * k] with rows M = (pixel, image), of a part [B, *image, G * k]."""
     flat = part.movedim(0, -2).reshape(-1, part.shape[0], groups, part.shape[-1] // groups)
     columns = gather(flat[:, :, group], pixels)  # [pixels out, taps, B, k]
     return columns.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _kernel_rows(part: Tensor, groups: int, group: int) -> Tensor:
-    """[each, T * k] of one group of a part [axis 0, T, k]: the second operand where rows gather from a to b."""
+    """Return one group of a part [axis 0, T, k] as [each, T * k]: the second operand where rows gather from a to b."""
     each = part.shape[0] // groups
     return part[group * each : (group + 1) * each].flatten(1)
 
 
 def _kernel_columns(part: Tensor, groups: int, group: int) -> Tensor:
-    """[axis 1, T * Ob * k] of one group of a part [G, Ob, T, axis 1, k]: the second operand where rows gather from b
-    to a.
+    """Return one group of a part [G, Ob, T, axis 1, k] as [axis 1, T * Ob * k]: the second operand where rows gather
+    from b to a.
     """
     return part[group].permute(2, 1, 0, 3).flatten(1)
 
 
 def _pixels_first(part: Tensor) -> Tensor:
-    """A columnwise part [N, *image, C, k] as [pixels, C, N * k]."""
+    """Return a columnwise part [N, *image, C, k] as [pixels, C, N * k]."""
     image = part.movedim(0, -2)  # [*image, C, N, k]
     return image.reshape(-1, image.shape[-3], image.shape[-2] * image.shape[-1])
 
@@ -115,7 +115,7 @@ def _pixels_first(part: Tensor) -> Tensor:
 
 
 def _packed_kernel(w: Tensor, scale: Tensor, geometry: ConvGeometry, to_b: bool) -> Parts:
-    """The packed face of a kernel that data_product multiplies, scales repeated over their 16x16 tiles.
+    """Return the packed face of a kernel that data_product multiplies, with scales repeated over their 16x16 tiles.
 
     With 16x16 scales both faces are the rowwise one: nibbles and tile scales are transposed here.
     """
@@ -127,15 +127,11 @@ def _packed_kernel(w: Tensor, scale: Tensor, geometry: ConvGeometry, to_b: bool)
     if w.dim() == 5:
         return w, scale.unsqueeze(-1)
     channels = geometry.channels_a // groups
-    codes = torch.stack((w & 15, w >> 4), dim=-1).flatten(-2)[..., :channels]  # [axis 0, T, axis 1]
+    codes = formats.unpack_nibbles(w)[..., :channels]  # [axis 0, T, axis 1]
     codes = F.pad(codes.unflatten(0, (groups, each)), (0, 0, 0, 0, 0, -each % BLOCK))
     codes = codes.unflatten(1, (-1, BLOCK)).movedim(2, -1)  # [G, Ob, T, axis 1, 16]
     tiles = scale.repeat_interleave(BLOCK, dim=3)[..., :channels]  # [G, Ob, T, axis 1]
-    return codes[..., 0::2] | (codes[..., 1::2] << 4), tiles.unsqueeze(-1)
-
-
-def _packed_columns(data: Tensor, scale: Tensor) -> Parts:
-    return data, scale.unsqueeze(-1)
+    return formats.pack_nibbles(codes), tiles.unsqueeze(-1)
 
 
 # ---- the three GEMMs ------------------------------------------------------------------------------------------------
@@ -151,7 +147,7 @@ def fprop(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See conv_fprop."""
+    """Run the operator conv_fprop."""
     to_b = not geometry.transposed
     y = _scaled(data_product((x, x_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b), alpha)
     return (y if bias is None else y + bias.float()).to(dtype).contiguous()
@@ -166,7 +162,7 @@ def dgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See conv_dgrad."""
+    """Run the operator conv_dgrad."""
     to_b = geometry.transposed
     dx = _scaled(data_product((dy, dy_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b), alpha)
     return dx.to(dtype).contiguous()
@@ -181,11 +177,11 @@ def wgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See conv_wgrad."""
-    of_dy, of_x = _packed_columns(dy, dy_scale), _packed_columns(x, x_scale)
+    """Run the operator conv_wgrad."""
+    of_dy, of_x = (dy, dy_scale.unsqueeze(-1)), (x, x_scale.unsqueeze(-1))
     b, a = (of_x, of_dy) if geometry.transposed else (of_dy, of_x)
     dw = weight_product(b, a, geometry)
-    if alpha is not None and alpha.numel() != 1:
+    if alpha is not None and alpha.numel() != 1:  # one factor a channel of x, which lies on axis 0 if transposed
         alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
     return _scaled(dw, alpha).to(dtype)
 

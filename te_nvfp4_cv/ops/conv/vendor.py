@@ -119,7 +119,7 @@ def _safe(g: ConvGeometry, *operands: Tensor) -> tuple[Tensor, ...]:
 
 
 def _channels_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """View [B, *image, C] memory as the [B, C, *image] that aten wants."""
+    """Return [B, *image, C] memory as the [B, C, *image] view that aten wants."""
     return x.view(shape).movedim(-1, 1)
 
 

@@ -1,35 +1,49 @@
 """Normalization + activation in one pass, forward and backward, as custom operators on plain tensors.
 
-    forward    u = (z - mean) * rstd * weight + bias;  y = act(u + residual);  kept: z, mean, rstd, ReLU's 1-bit mask
+    forward    u = (z - mean) * rstd * weight + bias;  y = act(u + residual);  saved: z, mean, rstd, ReLU's 1-bit mask
     backward   g = act'(u) * dy, u from z again (SiLU), or the mask (ReLU)
                dbias = sum g;  dweight = sum g * xhat;  dresidual = g
                dz = rstd * (weight * g - mean(weight * g) - xhat * mean(weight * g * xhat))    the means over what was
                     normalized together; with running statistics dz = rstd * weight * g
 
-`groups` 0 is batch normalization (one mean a channel, over batch and image), otherwise group normalization (one mean an
-image and group). Neither the norm's output nor the activation is kept. Backends: "reference" is ATen's own chain of
+Neither the norm's output nor the activation is saved for backward. The backend "reference" is ATen's own chain of
 operators, so its bits are those of torch's modules; "triton" are the kernels, which compute in fp32 and round once.
+How a norm is computed travels to the operators as a list of floats, NormSpec.encode. What it subtracts and multiplies
+with travels as `norm`, a list of two or four tensors: mean and rstd, then weight and bias where there is an affine
+part.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.ops.layouts import operand_faces
 from te_nvfp4_cv.ops.norm import reference
-from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.records import OperandSpec
+from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec
+from te_nvfp4_cv.ops.records import Operand, OperandSpec
 
-ACTIVATIONS = ("relu", "silu")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+__all__ = [
+    "ACTIVATIONS",
+    "NormSpec",
+    "backend_for",
+    "norm_apply",
+    "norm_backward",
+    "norm_forward",
+    "norm_quantize",
+    "norm_statistics",
+]
 
 
 def backend_for(z: Tensor, wanted: str = "auto") -> str:
-    """ "triton" where the kernels serve this tensor, else "reference"; fp64, old GPUs and missing Triton take the
-    latter.
+    """Return "triton" where the kernels serve this tensor, else "reference"; fp64, old GPUs and a missing Triton take
+    the latter.
     """
     if wanted == "reference" or z.dtype not in KERNEL_DTYPES or not z.numel():
         return "reference"
@@ -48,13 +62,7 @@ def norm_forward(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    groups: int,
-    batch_stats: bool,
-    momentum: float,
-    eps: float,
-    activation: str,
-    keep: bool,
-    backend: str,
+    spec: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalize, add, activate.
 
@@ -63,66 +71,48 @@ def norm_forward(
         residual: z's shape, its dtype or another; only with activation "relu".
         weight, bias: [C], both or none.
         running_mean, running_var: [C]; updated with `momentum` where batch_stats, else used.
-        groups: 0 for batch normalization.
-        activation: "relu" or "silu".
-        keep: backward will come: write the mask.
+        spec: NormSpec.encode().
     Returns:
         y in z's dtype (promoted with the residual's); mean and rstd, [C] or [B, groups]; ReLU's mask (ops/relu.py), or
         empty.
     """
-    module = _room(backend)
-    return module.norm_forward(
-        z, residual, weight, bias, running_mean, running_var, groups, batch_stats, momentum, eps, activation, keep
-    )
+    s = NormSpec.decode(spec)
+    return _module(s.backend).norm_forward(z, residual, weight, bias, running_mean, running_var, s)
 
 
 @norm_forward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    z, residual, weight, bias, running_mean, running_var, groups, batch_stats, momentum, eps, activation, keep, backend
-):
+def _(z, residual, weight, bias, running_mean, running_var, spec):  # type: ignore[no-untyped-def]
+    s = NormSpec.decode(spec)
     dtype = z.dtype if residual is None else torch.promote_types(z.dtype, residual.dtype)
-    shape = (z.shape[0], groups) if groups else (z.shape[1],)
-    y = torch.empty_like(z, dtype=dtype)
-    stat = torch.float64 if z.dtype == torch.float64 else torch.float32
-    mask = z.new_empty((z.numel() + 7) // 8 if activation == "relu" and keep else 0, dtype=torch.uint8)
-    return y, z.new_empty(shape, dtype=stat), z.new_empty(shape, dtype=stat), mask
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32  # statistics are never narrower than fp32
+    mean, rstd = (z.new_empty(s.statistics_shape(z), dtype=wide) for _ in range(2))
+    return torch.empty_like(z, dtype=dtype), mean, rstd, z.new_empty(s.mask_bytes(z), dtype=torch.uint8)
 
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_backward", mutates_args=())
 def norm_backward(
-    dy: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    mask: Tensor,
-    groups: int,
-    batch_stats: bool,
-    eps: float,
-    activation: str,
-    need_residual: bool,
-    backend: str,
+    dy: Tensor, z: Tensor, norm: list[Tensor], mask: Tensor, spec: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dz in z's dtype, dresidual in dy's or empty, dweight, dbias: fp32 [C], or empty without a weight).
+    """Differentiate norm_forward.
 
     Args:
         dy: y's shape, strides and dtype.
-        The others: as given to norm_forward, and what it returned.
+        z: as given to norm_forward.
+        norm: mean and rstd as norm_forward returned them, then weight and bias where they were given.
+        mask: as norm_forward returned it.
+        spec: NormSpec.encode().
+    Returns:
+        dz in z's dtype; dresidual in dy's, or empty; dweight and dbias, fp32 [C], or empty without a weight.
     """
-    module = _room(backend)
-    return module.norm_backward(
-        dy, z, weight, bias, mean, rstd, mask, groups, batch_stats, eps, activation, need_residual
-    )
+    s = NormSpec.decode(spec)
+    return _module(s.backend).norm_backward(dy, z, norm, mask, s)
 
 
 @norm_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    dy, z, weight, bias, mean, rstd, mask, groups, batch_stats, eps, activation, need_residual, backend
-):
-    dresidual = torch.empty_like(dy) if need_residual else dy.new_empty(0)
-    affine = z.new_empty(z.shape[1] if weight is not None else 0, dtype=mean.dtype)
+def _(dy, z, norm, mask, spec):  # type: ignore[no-untyped-def]
+    dresidual = torch.empty_like(dy) if NormSpec.decode(spec).need_dresidual else dy.new_empty(0)
+    affine = z.new_empty(z.shape[1] if len(norm) == 4 else 0, dtype=norm[0].dtype)
     return torch.empty_like(z), dresidual, affine, torch.empty_like(affine)
 
 
@@ -132,44 +122,29 @@ def _(  # type: ignore[no-untyped-def]
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_statistics", mutates_args=("running_mean", "running_var"))
 def norm_statistics(
-    z: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    groups: int,
-    batch_stats: bool,
-    momentum: float,
-    eps: float,
+    z: Tensor, running_mean: Tensor | None, running_var: Tensor | None, spec: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) of norm_forward, and its update of the running statistics."""
-    return _room("triton").statistics(z, running_mean, running_var, groups, batch_stats, momentum, eps)
+    """Return norm_forward's mean and rstd, and update the running statistics as it does."""
+    return _module("triton").statistics(z, running_mean, running_var, NormSpec.decode(spec))
 
 
 @norm_statistics.register_fake
-def _(z, running_mean, running_var, groups, batch_stats, momentum, eps):  # type: ignore[no-untyped-def]
-    shape = (z.shape[0], groups) if groups else (z.shape[1],)
+def _(z, running_mean, running_var, spec):  # type: ignore[no-untyped-def]
+    shape = NormSpec.decode(spec).statistics_shape(z)
     return z.new_empty(shape, dtype=torch.float32), z.new_empty(shape, dtype=torch.float32)
 
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_apply", mutates_args=("y", "mask"))
 def norm_apply(
-    z: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    y: Tensor,
-    mask: Tensor,
-    groups: int,
-    activation: str,
+    z: Tensor, residual: Tensor | None, norm: list[Tensor], y: Tensor, mask: Tensor, spec: list[float]
 ) -> None:
     """Write norm_forward's y, in z's memory order, and its mask unless that is empty."""
-    _room("triton").apply(z, residual, weight, bias, mean, rstd, y, mask, groups, activation)
+    _module("triton").apply(z, residual, norm, y, mask, NormSpec.decode(spec))
 
 
 @norm_apply.register_fake
-def _(z, residual, weight, bias, mean, rstd, y, mask, groups, activation):  # type: ignore[no-untyped-def]
+def _(z, residual, norm, y, mask, spec):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -178,48 +153,42 @@ def _(z, residual, weight, bias, mean, rstd, y, mask, groups, activation):  # ty
 def norm_quantize(
     z: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    norm: list[Tensor],
     mask: Tensor,
-    groups: int,
-    activation: str,
-    images: int,
-    row: int,
-    col: int,
-    rht: bool,
-    e4m3_max: int,
+    spec: list[float],
+    operand: list[int],
     dtype: torch.dtype,
     amax: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What operands.quantize_operand gives for norm_forward's y, which is not written; the mask is, unless it is empty.
+    """Quantize norm_forward's y without writing it; the mask is written unless it is empty.
 
     Args:
-        z: [B, C, *image], channels innermost in memory, C a multiple of 16; residual: z's memory order.
-        images: B rounded up to a multiple of 16.
-        row: NONE, PACKED or DEQUANTIZED; col: NONE or PACKED; the others as in operands.quantize_operand.
+        z: [B, C, *image], channels innermost in memory, C a multiple of 16.
+        residual: in z's memory order.
+        operand: OperandSpec.to_ints() with nothing folded, nearest rounding, one tensor scale, no 4over6 and no
+            DEQUANTIZED columnwise face.
+        dtype: of a dequantized face.
+        amax: fp32 [2], as in quantize_operand, or None.
+    Returns:
+        Operand.flat() as quantize_operand gives it for the activation, bit for bit.
     """
     from te_nvfp4_cv.ops.norm.triton import quantize_launch
 
-    return quantize_launch.norm_quantize(
-        z, residual, weight, bias, mean, rstd, mask, groups, activation, images, row, col, rht, e4m3_max, dtype, amax
-    )
+    s, how = NormSpec.decode(spec), OperandSpec.from_ints(operand)
+    return quantize_launch.norm_quantize(z, residual, norm, mask, s, how, dtype, amax).flat()  # type: ignore[return-value]
 
 
 @norm_quantize.register_fake
-def _(  # type: ignore[no-untyped-def]
-    z, residual, weight, bias, mean, rstd, mask, groups, activation, images, row, col, rht, e4m3_max, dtype, amax
-):
-    fold = Fold(1, 0, z.shape[2] if z.dim() > 2 else 1, 0, images)
-    y = z.new_empty(z.movedim(1, -1).shape)
-    spec = OperandSpec(1, fold, row, col, rht, e4m3_max=e4m3_max)
-    return operand.quantize_operand(y, spec, dtype, None, amax, "triton").flat()
+def _(z, residual, norm, mask, spec, operand, dtype, amax):  # type: ignore[no-untyped-def]
+    row, col = operand_faces(z.movedim(1, -1), OperandSpec.from_ints(operand), dtype)
+    row_amax, col_amax = (z.new_empty(1, dtype=torch.float32) for _ in range(2))
+    return Operand(row, row_amax, col, col_amax, z.new_empty(0 if amax is None else 3, dtype=torch.float32)).flat()
 
 
-def _room(backend: str):  # type: ignore[no-untyped-def]
+def _module(backend: str) -> Any:
+    """Return the module that serves a backend; Triton is imported only where its kernels run."""
     if backend == "reference":
         return reference
-    from te_nvfp4_cv.ops.norm.triton import launch  # Triton is imported only where its kernels run
+    from te_nvfp4_cv.ops.norm.triton import launch
 
     return launch

@@ -1,19 +1,21 @@
 """Normalization + activation by ATen's own operators: the same bits as torch's modules one after the other.
 
     forward    native_batch_norm / native_group_norm, add_, relu_ / silu_ in the norm's own memory, then ReLU's mask
-    backward   SiLU: the norm again from z (its output was not kept); then ATen's norm backward
+    backward   SiLU: the norm again from z (its output was not saved); then ATen's norm backward
 
-Any device and floating dtype. Without batch statistics ATen's backward gets 1 / rstd^2 for the variance, which may
-differ from the running variance in its last bit.
+It takes any device and floating dtype. Without batch statistics ATen's backward gets 1 / rstd^2 for the variance, which
+may differ from the running variance in its last bit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.ops.norm.spec import NormSpec, affine_of
 from te_nvfp4_cv.ops.relu import apply_mask, positive_mask
 
 aten = torch.ops.aten
@@ -26,68 +28,57 @@ def norm_forward(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    groups: int,
-    batch_stats: bool,
-    momentum: float,
-    eps: float,
-    activation: str,
-    keep: bool,
+    s: NormSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See norm_forward in this folder's __init__."""
-    if groups:
-        y, mean, rstd = _group_norm(z, weight, bias, groups, eps)
+    """Run the operator norm_forward by ATen."""
+    if s.groups:
+        y, mean, rstd = _group_norm(z, weight, bias, s.groups, s.eps)
     else:
-        y, mean, rstd = torch.native_batch_norm(z, weight, bias, running_mean, running_var, batch_stats, momentum, eps)
-        if not batch_stats:
+        y, mean, rstd = torch.native_batch_norm(
+            z, weight, bias, running_mean, running_var, s.batch_stats, s.momentum, s.eps
+        )
+        if not s.batch_stats:  # ATen returns empty statistics then
             assert running_mean is not None and running_var is not None
             wide = torch.promote_types(running_mean.dtype, torch.float32)
-            mean, rstd = running_mean.to(wide, copy=True), (running_var.to(wide) + eps).rsqrt()
+            mean, rstd = running_mean.to(wide, copy=True), (running_var.to(wide) + s.eps).rsqrt()
     if residual is not None:
         same = torch.promote_types(y.dtype, residual.dtype) == y.dtype
         y = y.add_(residual) if same else y + residual
-    if y.stride() != z.stride():
+    if y.stride() != z.stride():  # ATen's group norm returns contiguous memory; masks lie in z's order
         y = torch.empty_like(z, dtype=y.dtype).copy_(y)
-    if activation == "silu":
+    if s.activation == "silu":
         return torch.nn.functional.silu(y, inplace=True), mean, rstd, y.new_empty(0, dtype=torch.uint8)
-    y = torch.relu_(y)
-    return y, mean, rstd, positive_mask(y) if keep else y.new_empty(0, dtype=torch.uint8)
+    y = torch.relu_(y)  # in the norm's memory: nobody else has seen it
+    return y, mean, rstd, positive_mask(y) if s.need_mask else y.new_empty(0, dtype=torch.uint8)
 
 
 def norm_backward(
-    dy: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    mask: Tensor,
-    groups: int,
-    batch_stats: bool,
-    eps: float,
-    activation: str,
-    need_residual: bool,
+    dy: Tensor, z: Tensor, norm: Sequence[Tensor], mask: Tensor, s: NormSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See norm_backward in this folder's __init__."""
-    variance = None if batch_stats or groups else rstd.square().reciprocal()
-    if activation == "relu":
+    """Run the operator norm_backward by ATen."""
+    mean, rstd = norm[:2]
+    weight, bias = affine_of(norm)
+    # 1 / rstd^2 is the running variance plus eps, so that ATen is given eps 0 below.
+    variance = None if s.batch_stats or s.groups else rstd.square().reciprocal()
+    if s.activation == "relu":
         g = apply_mask(dy, mask)
     else:
-        if groups:
-            u = _group_norm(z, weight, bias, groups, eps)[0]
-        elif batch_stats:
-            u = torch.native_batch_norm(z, weight, bias, None, None, True, 0.0, eps)[0]
+        if s.groups:
+            u = _group_norm(z, weight, bias, s.groups, s.eps)[0]
+        elif s.batch_stats:
+            u = torch.native_batch_norm(z, weight, bias, None, None, True, 0.0, s.eps)[0]
         else:
             u = torch.native_batch_norm(z, weight, bias, mean, variance, False, 0.0, 0.0)[0]
         g = aten.silu_backward(dy, u)
-    dresidual = g if need_residual else dy.new_empty(0)
+    dresidual = g if s.need_dresidual else dy.new_empty(0)
     g = g.to(z.dtype)
     wanted = [True, weight is not None, weight is not None]
-    if groups:
-        dz, dweight, dbias = _group_norm_backward(g, z, mean, rstd, weight, groups, wanted)
+    if s.groups:
+        dz, dweight, dbias = _group_norm_backward(g, z, norm, s.groups, wanted)
     else:
-        running = (None, None) if batch_stats else (mean, variance)
+        running = (None, None) if s.batch_stats else (mean, variance)
         dz, dweight, dbias = aten.native_batch_norm_backward(
-            g, z, weight, *running, mean, rstd, batch_stats, eps if batch_stats else 0.0, wanted
+            g, z, weight, *running, mean, rstd, s.batch_stats, s.eps if s.batch_stats else 0.0, wanted
         )
     if dz.stride() != z.stride():
         dz = torch.empty_like(z).copy_(dz)
@@ -102,7 +93,7 @@ def _sizes(z: Tensor) -> tuple[int, int, int]:
 
 
 def _wide(z: Tensor, weight: Tensor | None) -> bool:
-    """Whether ATen's group norm refuses this pair of dtypes on a GPU, so that it runs in fp32."""
+    """Tell if ATen's group norm refuses this pair of dtypes on a GPU, so that it must run in fp32."""
     return z.device.type != "cpu" and weight is not None and weight.dtype != z.dtype
 
 
@@ -115,10 +106,11 @@ def _group_norm(
 
 
 def _group_norm_backward(
-    g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int, wanted: list[bool]
+    g: Tensor, z: Tensor, norm: Sequence[Tensor], groups: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    weight, _ = affine_of(norm)
     x = z.float() if _wide(z, weight) else z
     dz, dweight, dbias = aten.native_group_norm_backward(
-        g.to(x.dtype), x, mean, rstd, weight, *_sizes(z), groups, wanted
+        g.to(x.dtype), x, norm[0], norm[1], weight, *_sizes(z), groups, wanted
     )
     return dz.to(z.dtype), dweight, dbias

@@ -1,11 +1,11 @@
-"""Amaxes are updated in place: those of delayed tensor scales, [roles, 2 faces] fp32, by one small kernel each on CUDA,
-and those that ranks share.
+"""Update amaxes in place: those of delayed tensor scales, [roles, 2 faces] fp32, and those that ranks share.
 
-    move      used = 6 E 2^k >= margin * seen, where seen is positive and finite; elsewhere used stays
-    collect   collected = max(collected, observed), where observed is finite; saturated += the third observed number
-    reduce    the largest amax of the ranks; NaN wins over inf, inf over numbers
+    move          used = 6 E 2^k >= margin * seen, where seen is positive and finite; elsewhere used stays
+    collect       collected = max(collected, observed), where observed is finite; saturated += the third observed number
+    reduce_amax   the largest amax of the ranks; NaN wins over inf, inf over numbers
 
-Nothing is read on the host. Called outside of graphs that torch.compile traces, so these are no custom operators.
+The first two are one small kernel each on CUDA. Nothing is read on the host. They are called outside of graphs that
+torch.compile traces, so they need not be custom operators.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch
 
-on_received: list[Callable[[int], None]] = []  # told how many bytes arrive from other ranks: collectives.wire_bytes
+on_received: list[Callable[[int], None]] = []  # called with the bytes that arrive from other ranks; see wire_bytes
 
 
 def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[int, ...], clear: bool) -> None:
     """Take new amaxes from those seen.
 
     Args:
-        used: fp32 [R, 2], R of 1 or 2 rows in memory order, overwritten; seen: the same, set to 0 where `clear`.
-        e4m3_max: of each row, 448 or 256; margin: of each row, a power of two.
+        used: fp32 [R, 2], R of 1 or 2 rows in memory order, overwritten.
+        seen: of the same shape, set to 0 if `clear`.
+        e4m3_max: 448 or 256 for each row.
+        margin: a power of two for each row.
     """
-    if _by_kernels(used):
+    if dispatch.kernels_run(used.device):
         from te_nvfp4_cv.ops.quantize.triton import amax_kernels
 
         return amax_kernels.move(used, seen, e4m3_max, margin, clear)
@@ -45,9 +47,11 @@ def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool)
     """Remember what one call of quantize_operand observed.
 
     Args:
-        collected: fp32 [2]; saturated: float64 [1], added to where `count`; observed: fp32 [3].
+        collected: fp32 [2].
+        saturated: float64 [1], added to if `count`.
+        observed: fp32 [3].
     """
-    if _by_kernels(collected):
+    if dispatch.kernels_run(collected.device):
         from te_nvfp4_cv.ops.quantize.triton import amax_kernels
 
         return amax_kernels.collect(collected, saturated, observed, count)
@@ -62,7 +66,7 @@ def reduce_amax(amax: Tensor, group: Any) -> Tensor:
 
     Args:
         amax: fp32, not negative, overwritten and returned; of the same shape on all ranks.
-        group: a process group that this process is in; None is the default group.
+        group: a process group that this process is in, or None for the default group.
     """
     # Numbers that are not negative have the order of their bits, and NaN is above inf there. But amax of a vectorized
     # reduction gives a NaN with its sign bit set, a negative integer that every number would win over.
@@ -72,9 +76,3 @@ def reduce_amax(amax: Tensor, group: Any) -> Tensor:
     for told in on_received:  # as a ring moves them: once around to find the maximum, once to spread it
         told(2 * (ranks - 1) * amax.numel() * amax.element_size() // ranks)
     return amax
-
-
-def _by_kernels(amax: Tensor) -> bool:
-    if not dispatch.kernels_serve(amax.device) or not dispatch.has_triton():
-        return False
-    return amax.device.type == "cpu" or torch.cuda.get_device_capability(amax.device) >= dispatch.MINIMUM_CAPABILITY

@@ -137,7 +137,7 @@ def quantize_operand(
 
 
 def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
-    """Measure as operand.measure_operand does."""
+    """Return the amaxes as operand.measure_operand does."""
     library = native.load() if x.device.type == "cpu" else None
     if library is None or not x.numel():
         return reference.measure_operand(x, spec)

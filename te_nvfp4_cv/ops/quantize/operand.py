@@ -85,7 +85,7 @@ def quantize_operand(
 def quantize_operand_op(
     x: Tensor, spec: list[int], dtype: torch.dtype, seed: Tensor | None, amax: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run quantize_operand as an operator: the spec as ints, the Operand as seven tensors."""
+    """Call a backend's quantize_operand: the spec comes as ints, the Operand goes as seven tensors."""
     made = _implementation(backend, x.device).quantize_operand(x, OperandSpec.from_ints(spec), dtype, seed, amax)
     return made.flat()  # type: ignore[no-any-return]
 
@@ -114,7 +114,7 @@ def measure_operand(x: Tensor, spec: OperandSpec, backend: str) -> Tensor:
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::measure_operand", mutates_args=())
 def measure_operand_op(x: Tensor, spec: list[int], backend: str) -> Tensor:
-    """Run measure_operand as an operator."""
+    """Call a backend's measure_operand."""
     return _implementation(backend, x.device).measure_operand(x, OperandSpec.from_ints(spec))  # type: ignore[no-any-return]
 
 
@@ -134,7 +134,7 @@ def unpack_columns(face: Face, dtype: torch.dtype, backend: str) -> Tensor:
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::unpack_columns", mutates_args=())
 def unpack_columns_op(data: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Run unpack_columns as an operator."""
+    """Call a backend's unpack_columns."""
     return _implementation(backend, data.device).unpack_columns(data, scale, dtype)  # type: ignore[no-any-return]
 
 
@@ -154,7 +154,7 @@ def unpack_rows(face: Face, channels: int, groups: int, dtype: torch.dtype, back
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::unpack_rows", mutates_args=())
 def unpack_rows_op(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: torch.dtype, backend: str) -> Tensor:
-    """Run unpack_rows as an operator."""
+    """Call a backend's unpack_rows."""
     made = _implementation(backend, data.device).unpack_rows(data, scale, channels, groups, dtype)
     return made  # type: ignore[no-any-return]
 
@@ -189,7 +189,7 @@ def quantize_weight(
 def quantize_weight_op(
     w: Tensor, spec: list[int], dtype: torch.dtype, backend: str, amax: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run quantize_weight as an operator: the spec as ints, the WeightCodes as five tensors."""
+    """Call a backend's quantize_weight: the spec comes as ints, the WeightCodes go as five tensors."""
     made = _implementation(backend, w.device).quantize_weight(w, WeightSpec.from_ints(spec), dtype, amax)
     return made.flat()  # type: ignore[no-any-return]
 
@@ -220,7 +220,7 @@ def unpack_weight(
 def unpack_weight_op(
     data: Tensor, scale: Tensor, layout: list[int], factor: Tensor | None, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """Run unpack_weight as an operator: the layout as ints."""
+    """Call a backend's unpack_weight: the layout comes as ints."""
     n, channels, groups, columnwise = layout
     sizes = WeightLayout(n, channels, groups, bool(columnwise))
     made = _implementation(backend, data.device).unpack_weight(data, scale, sizes, factor, dtype)

@@ -112,7 +112,7 @@ def quantize_operand(
 
 
 def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
-    """Measure as operand.measure_operand does."""
+    """Return the amaxes as operand.measure_operand does."""
     own = _amax(x)
     return torch.cat((own, _amax(columnwise_values(x, spec)) if spec.rht else own))
 

@@ -1,14 +1,14 @@
-"""Where stochastic rounding takes its seeds from: one int64 Philox key per quantized gradient.
+"""Draw the seeds of stochastic rounding: one int64 Philox key per quantized gradient.
 
 On a GPU the seed comes from torch's generator. On a CPU it comes from a private stream, a function of torch's seed and
-of how many seeds were drawn since: data order and dropout are the same with and without stochastic rounding, and
-torch.manual_seed restarts both. Who seeds torch for a while and puts its state back (torch.random.fork_rng) finds the
-stream where it was.
+of how many seeds were drawn since. So data order and dropout are the same with and without stochastic rounding, and
+torch.manual_seed restarts both. After torch.random.fork_rng, which restores torch's state, the stream continues where
+it was.
 Under torch.distributed each rank has a stream of its own, though all are seeded alike: a rank's number is mixed into
-its seeds, on a GPU too. Ranks that must round alike (tensor parallelism: they hold the same dy) share a stream. Stream
-0 is that of a single process.
-torch.manual_seed is wrapped (once, at import) for that restart: its generator does not tell that it was seeded again
-with the same number.
+its seeds, on a GPU too. Ranks that must round alike (tensor parallelism: they hold the same dy) share a stream. A
+single process draws from stream 0.
+torch.manual_seed is wrapped (once, at import) for that restart, because its generator does not tell that it was seeded
+again with the same number.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from te_nvfp4_cv.backend.registration import without_autocast
 
 _lock = threading.Lock()
 _shared_stream: int | None = None
-_drawn: dict[int, int] = {}  # torch's seed -> seeds drawn from its stream; the _KEEP seeds used last
+_drawn: dict[int, int] = {}  # torch's seed -> how many were drawn from its stream; the _KEEP seeds used last
 _KEEP = 64
 _MASK = (1 << 64) - 1
 
 
 def _mix(value: int) -> int:
-    """splitmix64's finalizer: neighbouring counters give unrelated keys."""
+    """Apply splitmix64's finalizer, so that neighbouring counters give unrelated keys."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -42,14 +42,15 @@ def share_stream(stream: int | None) -> None:
     """Make this process draw from the stream of that number: the same on ranks that must round alike.
 
     Args:
-        stream: the first rank of those that share it, as tensor_parallel does; None: this process's own rank again.
+        stream: the first rank of those that share it, as tensor_parallel does. If None, this process draws from the
+            stream of its rank again.
     """
     global _shared_stream
     _shared_stream = stream
 
 
 def stream() -> int:
-    """The stream that this process draws from: what share_stream said, else its rank in torch.distributed, else 0."""
+    """Return the number of this process's stream: that of share_stream, else its rank in torch.distributed, else 0."""
     if _shared_stream is not None:
         return _shared_stream
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -57,7 +58,7 @@ def stream() -> int:
 
 
 def _offset() -> int:
-    """What distinguishes this stream's keys from those of stream 0; 0 for stream 0."""
+    """Return the bits that distinguish this stream's keys from those of stream 0; 0 for stream 0."""
     number = stream()
     return _mix(number) if number else 0
 
@@ -67,17 +68,18 @@ def _torch_seed() -> int:
 
 
 def _next() -> int:
+    """Draw from the CPU's stream: a positive number of 63 bits."""
     with _lock:
         seed = _torch_seed()
         drawn = _drawn.pop(seed, 0) + 1
-        _drawn[seed] = drawn
+        _drawn[seed] = drawn  # popped and set again: the dict's order is that of the last use
         if len(_drawn) > _KEEP:
             del _drawn[next(iter(_drawn))]
-        return _mix((_mix(seed) ^ _offset()) + drawn) >> 1
+        return _mix((_mix(seed) ^ _offset()) + drawn) >> 1  # 63 bits: an int64 tensor holds it without a sign
 
 
 def state() -> dict[str, int]:
-    """What a bit-exact resume needs: torch's seed and the number of seeds drawn since."""
+    """Return the place in the stream, for a bit-exact resume: torch's seed and the number of seeds drawn since."""
     with _lock:
         seed = _torch_seed()
         return {"seed": seed, "drawn": _drawn.get(seed, 0)}
@@ -87,7 +89,7 @@ def set_state(saved: dict[str, int]) -> None:
     """Continue a stream at the place that `state` described.
 
     Raises:
-        RuntimeError: torch is seeded otherwise than it was then.
+        RuntimeError: torch has another seed now than it had then.
     """
     with _lock:
         if saved["drawn"] and saved["seed"] != _torch_seed():
@@ -101,6 +103,8 @@ def set_state(saved: dict[str, int]) -> None:
 
 
 def _restart(function: Any) -> Any:
+    """Wrap torch.manual_seed, so that it restarts the stream of its seed."""
+
     @functools.wraps(function)
     def manual_seed(seed: int) -> Any:
         generator = function(seed)
@@ -125,7 +129,7 @@ def draw_seed(like: Tensor) -> Tensor:
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::draw_seed", mutates_args=())
 def draw_seed_op(like: Tensor) -> Tensor:
-    """Run draw_seed as an operator."""
+    """Call _draw behind torch's dispatcher."""
     return _draw(like)
 
 
@@ -137,6 +141,7 @@ def _(like):  # type: ignore[no-untyped-def]
 def _draw(like: Tensor) -> Tensor:
     if like.device.type == "cpu":
         return torch.tensor([_next()], dtype=torch.int64)
+    # On a GPU nothing may be read back to the host, and torch's generator is right under CUDA graphs.
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device)
     offset = _offset() >> 2
     return seed.bitwise_xor_(offset) if offset else seed

@@ -1,12 +1,12 @@
-"""Inside kernels: packed E2M1 codes and E4M3 scale bytes to fp16, exactly, by integer operations.
+"""Decode packed E2M1 codes and E4M3 scale bytes to fp16 inside kernels, exactly, by integer operations.
 
     code     s e e m         -> fp16 bits s 000ee m0...     = value * 2^-14, the subnormal code 0.5 too
     scale    0 e e e e m m m -> fp16 bits 0 0eeee mmm 0...  = value * 2^-8;   times 2^15: value * 2^7
     product  code * scale * 2^-7                            at most 6 significant bits, from 2^-17 on: exact in fp16
 
 The 2^-7 keeps the scale (at most 448 * 2^7) and the product in fp16's range; whoever multiplies takes it out again,
-once per output. No fp8 type is used: the same code compiles from sm_80 on. Low and high nibbles stay apart, as operands
-of two products: a contraction may visit its elements in any order, and interleaving them would cost a shuffle each.
+once per output. No fp8 type is used, so that the same code compiles from sm_80 on. Low and high nibbles stay apart, as
+operands of two products: a contraction may visit its elements in any order, and interleaving would cost a shuffle each.
 Scale bytes are those of quantized blocks, 0x00..0x7E: a sign or a NaN is not decoded.
 """
 
@@ -46,13 +46,13 @@ UNPACK = tl.constexpr(
 
 @triton.jit
 def scale_to_half(scale):
-    """fp16 value * 2^7 of E4M3 bytes (uint8, any shape)."""
+    """Return value * 2^7, fp16, of E4M3 bytes (uint8, any shape)."""
     return (scale.to(tl.uint16) << 7).to(tl.float16, bitcast=True) * 32768.0
 
 
 @triton.jit
 def codes_to_half(data):
-    """(low, high) fp16 values * 2^-14 of the two E2M1 codes in each byte (uint8, any shape)."""
+    """Return value * 2^-14, fp16, of the low and of the high E2M1 code in each byte (uint8, any shape)."""
     bits = data.to(tl.uint16)
     low = ((bits & 0x08) << 12) | ((bits & 0x07) << 9)
     high = ((bits & 0x80) << 8) | ((bits & 0x70) << 5)
@@ -61,7 +61,7 @@ def codes_to_half(data):
 
 @triton.jit
 def blocks_to_half(data, scale, ROWS: tl.constexpr, BLOCKS: tl.constexpr, QUADS: tl.constexpr, PTX: tl.constexpr):
-    """(low, high) fp16 [ROWS, BLOCKS * 8] of code * scale * 2^-7.
+    """Return code * scale * 2^-7 of the low and of the high codes, fp16 [ROWS, BLOCKS * 8] each.
 
     data: uint8 [ROWS, BLOCKS * 8]; scale: E4M3 bytes [ROWS, BLOCKS]. QUADS: columns in the order of quad_place, an even
     number of blocks. PTX: by inline assembly, which the interpreter lacks.
@@ -87,7 +87,7 @@ def blocks_to_half(data, scale, ROWS: tl.constexpr, BLOCKS: tl.constexpr, QUADS:
 
 @triton.jit
 def quad_place(byte):
-    """Where QUADS puts byte number `byte` of a row: of 16 bytes, number 4 t + 2 h + j goes to 8 h + 2 t + j.
+    """Return where QUADS puts byte number `byte` of a row: of 16 bytes, number 4 t + 2 h + j goes to 8 h + 2 t + j.
 
     Thread t of four holds elements 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a 16-element step of wgmma's operand in registers:
     in this order they are four adjacent bytes, one load from shared memory instead of two.

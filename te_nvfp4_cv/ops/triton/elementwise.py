@@ -19,7 +19,7 @@ BLOCK = 4096
 
 @triton.jit
 def relu_mask_kernel(x, y, mask, n, WRITE: tl.constexpr, BLOCK: tl.constexpr):
-    """mask: bit i of byte j is set where x[8 j + i] > 0 or NaN; y = x where set, else +0 (only if WRITE)."""
+    """Set bit i of byte j of the mask where x[8 j + i] > 0 or NaN; write y = x where it is set, else +0 (if WRITE)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = tl.minimum(n - start, BLOCK).to(tl.int32)
     byte = tl.arange(0, BLOCK // 8)
@@ -34,7 +34,7 @@ def relu_mask_kernel(x, y, mask, n, WRITE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def apply_mask_kernel(dy, mask, dx, n, BLOCK: tl.constexpr):
-    """dx = dy where the mask's bit is set, else +0."""
+    """Write dx = dy where the mask's bit is set, else +0."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = tl.minimum(n - start, BLOCK).to(tl.int32)
     byte = tl.arange(0, BLOCK // 8)
@@ -47,7 +47,7 @@ def apply_mask_kernel(dy, mask, dx, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def scale_bias_kernel(y, out, alpha, bias, n, channels, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = round(y * alpha[0] + bias[i % channels]), computed in fp32."""
+    """Write out = round(y * alpha[0] + bias[i % channels]), computed in fp32."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = tl.arange(0, BLOCK)
     inside = at < n - start
@@ -60,7 +60,7 @@ def scale_bias_kernel(y, out, alpha, bias, n, channels, HAS_BIAS: tl.constexpr, 
 
 @on_its_device
 def relu_mask(x: Tensor, write: bool) -> tuple[Tensor, Tensor]:
-    """(relu(x), mask); without `write` the first is x itself, and the mask that of x's positive elements."""
+    """Return relu(x) and its mask; without `write`, x itself and the mask of its positive elements."""
     y = torch.empty_like(x) if write else x
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
     if x.numel():
@@ -70,7 +70,7 @@ def relu_mask(x: Tensor, write: bool) -> tuple[Tensor, Tensor]:
 
 @on_its_device
 def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
-    """dy where the mask's bit is set, else 0."""
+    """Return dy where the mask's bit is set, else 0."""
     dx = torch.empty_like(dy)
     if dy.numel():
         apply_mask_kernel[(triton.cdiv(dy.numel(), BLOCK),)](dy, mask, dx, dy.numel(), BLOCK=BLOCK)
@@ -79,7 +79,10 @@ def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
 
 @on_its_device
 def scale_bias(y: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """round(y * alpha + bias) in `dtype` for a contiguous y [..., C], alpha fp32 [1]; over y where the dtypes agree."""
+    """Return round(y * alpha + bias) in `dtype` for a contiguous y [..., C] and alpha fp32 [1].
+
+    Where the dtypes agree, the result overwrites y.
+    """
     out = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
     if y.numel():
         grid = (triton.cdiv(y.numel(), BLOCK),)

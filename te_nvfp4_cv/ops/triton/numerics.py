@@ -1,4 +1,4 @@
-"""Inside kernels: the numbers of formats.py, bit for bit, by fp32 and integer operations that sm_80 has already.
+"""The numbers of formats.py inside kernels, bit for bit, by fp32 and integer operations that sm_80 has already.
 
     round_e4m3, e4m3_byte, decode_e4m3    block scales: rounding, the byte, and back
     tensor_factors, block_scale           the scale chain of a tensor and of its blocks
@@ -7,8 +7,8 @@
     hadamard16                            signs, butterflies, times 1/4
     philox7, random_byte                  Philox4x32-7 and its bytes
 
-A tile is a tuple of 16 vectors: element i of all its blocks in vector i. Whatever runs along a block is then
-elementwise: no shuffles, no shared memory. amax travels as the bits of |x|: they order as the values do, and NaN wins.
+A tile is a tuple of 16 vectors, with element i of all its blocks in vector i. Whatever runs along a block is then
+elementwise, without shuffles or shared memory. amax travels as the bits of |x|, which order as the values do, NaN last.
 Compile and launch with enable_fp_fusion=False (OPTIONS): a multiplication fused into the addition after it would skip a
 rounding that the contract has. Where a product is exact, tl.fma says so itself.
 NVIDIA GPUs return one NaN, without a sign, from every operation, and their minimum of NaN and 6 is 6. In NumPy both
@@ -40,31 +40,31 @@ CODE_BIAS: tl.constexpr = tl.constexpr(298)  # of e2m1 words: twice the exponent
 
 @triton.jit
 def bits_of(v):
-    """int32 bits of fp32 values."""
+    """Return the int32 bits of fp32 values."""
     return v.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def float_of(bits):
-    """fp32 values of int32 bits."""
+    """Return the fp32 values of int32 bits."""
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def magnitude_bits(v):
-    """int32 bits of |v|: ordered as |v| is, NaN above inf."""
+    """Return the int32 bits of |v|, which order as |v| does, with NaN above inf."""
     return bits_of(v) & MAGNITUDE
 
 
 @triton.jit
 def max_nan(a, b):
-    """The larger of two fp32 values; NaN wins. Also a combine function for tl.reduce."""
+    """Return the larger of two fp32 values; NaN wins. It is also a combine function for tl.reduce."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def max16(tile):
-    """max |v| over the 16 vectors of a tile, fp32; NaN wins."""
+    """Return max |v| over the 16 vectors of a tile, fp32; NaN wins."""
     top = max_nan(tl.abs(tile[0]), tl.abs(tile[1]))
     for i in tl.static_range(2, 16):
         top = max_nan(top, tl.abs(tile[i]))
@@ -73,7 +73,7 @@ def max16(tile):
 
 @triton.jit
 def max_of_rows(v):
-    """max |v| along axis 1, fp32; NaN wins."""
+    """Return max |v| along axis 1, fp32; NaN wins."""
     if INTERPRETED:  # where a combine function costs a Python call for every element
         return float_of(tl.max(magnitude_bits(v), 1))
     else:
@@ -82,13 +82,13 @@ def max_of_rows(v):
 
 @triton.jit
 def larger_pair(a0, a1, b0, b1):
-    """Combine function: the maxima of two series at once."""
+    """Combine two series at once by their maxima, for tl.reduce."""
     return tl.maximum(a0, b0), tl.maximum(a1, b1)
 
 
 @triton.jit
 def max_of_both(a, b):
-    """(max of a, max of b) of int32 vectors of one length: one reduction, one exchange between warps."""
+    """Return the maxima of two int32 vectors of one length by one reduction: one exchange between warps, not two."""
     if INTERPRETED:
         return tl.max(a, 0), tl.max(b, 0)
     else:
@@ -100,7 +100,7 @@ def max_of_both(a, b):
 
 @triton.jit
 def round_e4m3(v):
-    """(value, word) of fp32 values >= 0 rounded to E4M3: nearest even, subnormals kept, saturating; NaN gives 448.
+    """Round fp32 values >= 0 to E4M3: nearest even, with subnormals, saturating; NaN gives 448. Returns value and word.
 
     As e2m1_nearest: v + 2^20 times v's binade, at least 2^-6, rounds once, at the unit in the last place of E4M3.
     """
@@ -113,13 +113,13 @@ def round_e4m3(v):
 
 @triton.jit
 def e4m3_byte(word):
-    """The byte, 0..0x7E (int32), of a word of round_e4m3."""
+    """Return the byte, 0..0x7E (int32), of a word of round_e4m3."""
     return (word & 0x7FFFFF) - 1128
 
 
 @triton.jit
 def decode_e4m3(byte):
-    """fp32 values of E4M3 bytes 0..0x7E (int32); subnormals included."""
+    """Return the fp32 values of E4M3 bytes 0..0x7E (int32); subnormals included."""
     return float_of(byte << 20) * 1.329227995784916e36  # 2^120
 
 
@@ -128,24 +128,24 @@ def decode_e4m3(byte):
 
 @triton.jit
 def encode_scale(amax, E4M3_MAX: tl.constexpr):
-    """S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
+    """Return S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
     s_enc = tl.minimum(tl.div_rn(6.0 * E4M3_MAX, amax), FLT_MAX)
     return tl.where((amax > 0.0) & (amax <= FLT_MAX), s_enc, 1.0)
 
 
 @triton.jit
 def tensor_factors(amax, E4M3_MAX: tl.constexpr):
-    """(S_enc / 6, 1 / S_enc) of a tensor: what block_scale and encode_multiplier take."""
+    """Return S_enc / 6 and 1 / S_enc of a tensor, which block_scale and encode_multiplier take."""
     s_enc = encode_scale(amax, E4M3_MAX)
     return s_enc * ONE_SIXTH, tl.div_rn(1.0, s_enc)
 
 
 @triton.jit
 def encode_multiplier(s_b, s_dec):
-    """enc_b = min(1 / (s_b * s_dec), FLT_MAX), fp32: the factor of a block's elements before rounding.
+    """Return enc_b = min(1 / (s_b * s_dec), FLT_MAX), fp32, the factor of a block's elements before rounding.
 
-    A division's instructions mostly serve operands that are subnormal or huge: here 2^24 keeps them away where s_dec is
-    small, and one Newton step on the approximate reciprocal is what the compiler does for all others. 0 gives FLT_MAX.
+    A division's instructions mostly serve operands that are subnormal or huge. Here 2^24 keeps them away where s_dec is
+    small, and one Newton step on the approximate reciprocal is what the compiler does for the rest. 0 gives FLT_MAX.
     """
     product = s_b * s_dec
     if INTERPRETED:
@@ -162,14 +162,14 @@ def encode_multiplier(s_b, s_dec):
 
 @triton.jit
 def block_scale(amax_b, mult, s_dec):
-    """(byte, s_b, enc_b) of blocks with amax_b; mult and s_dec as tensor_factors gives them."""
+    """Return the byte, s_b and enc_b of blocks with amax_b; mult and s_dec come from tensor_factors."""
     s_b, word = round_e4m3(amax_b * mult)
     return e4m3_byte(word), s_b, encode_multiplier(s_b, s_dec)
 
 
 @triton.jit
 def four_over_six_scales(amax_b, s_enc):
-    """The two candidates of 4over6, value and word: the block's amax mapped to 6, and mapped to 4."""
+    """Return the two candidates of 4over6, value and word: the block's amax mapped to 6, and mapped to 4."""
     base = tl.div_rn(amax_b, 6.0) * s_enc
     s6, word6 = round_e4m3(base)
     s4, word4 = round_e4m3(base * 1.5)
@@ -178,7 +178,7 @@ def four_over_six_scales(amax_b, s_enc):
 
 @triton.jit
 def four_over_six_error(v, s_b, enc, amax, MODE: tl.constexpr, E4M3_MAX: tl.constexpr):
-    """Error of one element under a candidate scale: |d| (MODE 1) or d^2 (MODE 2), d = value as decoded - v."""
+    """Return one element's error under a candidate scale: |d| (MODE 1) or d^2 (MODE 2), d = decoded value - v."""
     y = scaled(v, enc)
     q, _ = e2m1_nearest(y)
     d = tl.div_rn((signed(q, y) * s_b) * amax, 6.0 * E4M3_MAX) - v
@@ -187,7 +187,7 @@ def four_over_six_error(v, s_b, enc, amax, MODE: tl.constexpr, E4M3_MAX: tl.cons
 
 @triton.jit
 def power_of_two_amax(amax, E4M3_MAX: tl.constexpr):
-    """formats.power_of_two_amax, margin 1: the smallest 6 E 2^k not below amax, k in -100..116; 0, inf, NaN stay."""
+    """Return the smallest 6 E 2^k not below amax, k in -100..116, as formats.power_of_two_amax; 0, inf, NaN stay."""
     mantissa: tl.constexpr = 0x280000 if E4M3_MAX == 448 else 0x400000  # 6 E is 1.3125 * 2^11 or 1.5 * 2^10
     exponent: tl.constexpr = 138 if E4M3_MAX == 448 else 137
     bits = bits_of(amax)
@@ -201,7 +201,7 @@ def power_of_two_amax(amax, E4M3_MAX: tl.constexpr):
 
 @triton.jit
 def scaled(v, enc):
-    """v * enc, the value to round."""
+    """Return v * enc, the value to round."""
     y = v * enc
     if INTERPRETED:
         y = tl.where(y == y, y, 8.0)
@@ -210,13 +210,13 @@ def scaled(v, enc):
 
 @triton.jit
 def signed(q, y):
-    """q >= 0 with the sign bit of y."""
+    """Return q >= 0 with the sign bit of y."""
     return float_of(bits_of(q) | (bits_of(y) & -0x80000000))
 
 
 @triton.jit
 def e2m1_nearest(y):
-    """(value, word) of |y| rounded to E2M1: nearest, ties to the even code, saturating; NaN gives 6.
+    """Round |y| to E2M1: nearest, ties to the even code, saturating; NaN gives 6. Returns value and word.
 
     |y| + 2^22 step rounds once, at the step of |y|'s binade; the sum's last bits then count the steps. word's low bits:
     the code + CODE_BIAS.
@@ -231,9 +231,9 @@ def e2m1_nearest(y):
 
 @triton.jit
 def e2m1_stochastic(y, random):
-    """(value, word) of |y| rounded down to E2M1 after adding a part of a step; random as random_byte gives it.
+    """Round |y| down to E2M1 after adding a part of a step, `random` from random_byte. Returns value and word.
 
-    As e2m1_nearest, but the sum is rounded towards zero. The step is |y|'s also where the addition crosses a binade:
+    As in e2m1_nearest, but the sum is rounded towards zero. The step is |y|'s also where the addition crosses a binade:
     it crosses by less than that step, so that both grids give the power of two there. NaN gives 6.
     """
     a = tl.minimum(tl.abs(y), 6.0)
@@ -253,30 +253,23 @@ def e2m1_stochastic(y, random):
 
 @triton.jit
 def decode_e2m1(word, K: tl.constexpr):
-    """fp32 value of the code in bits 4 K .. 4 K + 3 of int32 words."""
+    """Return the fp32 value of the code in bits 4 K .. 4 K + 3 of int32 words."""
     return (
         float_of(((word << (28 - 4 * K)) >> 6) & -0x7E400000) * 8.507059173023462e37
     )  # 2^126: E2M1 as fp32's smallest
 
 
 @triton.jit
-def words16(words, ys):
-    """(low, high) int32 of the sixteen codes of each block, element 0 lowest, from e2m1 words and rounded values."""
-    low = word8(words, ys, 0)
-    high = word8(words, ys, 8)
-    return low, high
-
-
-@triton.jit
 def join_words(words, ys):
-    """int64 of the sixteen codes of each block, from e2m1 words and the values that were rounded."""
-    low, high = words16(words, ys)
+    """Pack the sixteen codes of each block into an int64, from e2m1 words and the values that were rounded."""
+    low = word8(words, ys, 0)  # element 0 lowest
+    high = word8(words, ys, 8)
     return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
 
 
 @triton.jit
 def stack16(tile):
-    """[..., 16] from a tuple of 16 tensors [...]."""
+    """Stack a tuple of 16 tensors [...] to [..., 16]."""
     v = tile
     half = ()
     for i in tl.static_range(8):
@@ -291,7 +284,7 @@ def stack16(tile):
 
 @triton.jit
 def word8(words, ys, FIRST: tl.constexpr):
-    """int32 of the eight codes from FIRST on: magnitudes by Horner's rule, signs from the top nibbles of ys."""
+    """Pack the eight codes from FIRST on into an int32: magnitudes by Horner's rule, signs from ys' top nibbles."""
     codes = words[FIRST + 7]
     signs = bits_of(ys[FIRST + 7]).to(tl.uint32, bitcast=True) >> 28
     for k in tl.static_range(6, -1, -1):
@@ -309,7 +302,7 @@ def word8(words, ys, FIRST: tl.constexpr):
 
 @triton.jit
 def hadamard16(tile):
-    """H16 diag(sign) x over the 16 vectors of a tile, without the factor 1/4: signs, then butterflies 1, 2, 4, 8."""
+    """Return H16 diag(sign) x over a tile's 16 vectors, without the factor 1/4: signs, then butterflies 1, 2, 4, 8."""
     out = ()
     for i in tl.static_range(16):
         if SIGNS[i] < 0:
@@ -324,7 +317,7 @@ def hadamard16(tile):
 
 @triton.jit
 def butterfly(tile, STRIDE: tl.constexpr):
-    """(a + b, a - b) of the pairs STRIDE apart."""
+    """Replace the pairs STRIDE apart by a + b and a - b."""
     out = ()
     for i in tl.static_range(16):
         if i & STRIDE == 0:
@@ -336,7 +329,7 @@ def butterfly(tile, STRIDE: tl.constexpr):
 
 @triton.jit
 def rotate16(tile, ROUND: tl.constexpr):
-    """formats.rht16 over the 16 vectors of a tile; ROUND: to bf16, as for bf16 inputs."""
+    """Rotate the 16 vectors of a tile as formats.rht16 does; ROUND: to bf16, as for bf16 inputs."""
     total = hadamard16(tile)
     out = ()
     for i in tl.static_range(16):
@@ -349,7 +342,7 @@ def rotate16(tile, ROUND: tl.constexpr):
 
 @triton.jit
 def round_bf16(v):
-    """fp32 values rounded to bf16's grid, to nearest even."""
+    """Round fp32 values to bf16's grid, to nearest even."""
     if INTERPRETED:
         return v.to(tl.bfloat16).to(tl.float32)
     else:  # two at a time: the compiler converts one by one, on a slow unit, where the result is not stored
@@ -364,7 +357,7 @@ def round_bf16(v):
 
 @triton.jit
 def philox7(index, seed, word2):
-    """Four uint32 words of Philox4x32-7: counter (index low, index high, word2, 0), key (seed low, high).
+    """Compute Philox4x32-7's four uint32 words: counter (index low, index high, word2, 0), key (seed low, high).
 
     index: int64; seed: int64 scalar; word2: int32 scalar.
     """
@@ -388,11 +381,11 @@ def philox7(index, seed, word2):
 
 @triton.jit
 def random_byte(words, BYTE: tl.constexpr):
-    """Byte BYTE, 0..15, of four words, times 2^-31, fp32: 1/256 of a step of 2^-23 of the magic number."""
+    """Return byte BYTE, 0..15, of four words, times 2^-31, fp32: 1/256 of a step of 2^-23 of the magic number."""
     return part_of_a_step((words[BYTE // 4] >> (8 * (BYTE % 4))) & 0xFF)
 
 
 @triton.jit
 def part_of_a_step(byte):
-    """Bytes in uint32 to what e2m1_stochastic takes."""
+    """Convert bytes in uint32 to what e2m1_stochastic takes."""
     return byte.to(tl.float32) * 4.656612873077393e-10

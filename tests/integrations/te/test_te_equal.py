@@ -81,9 +81,12 @@ def test_operand(role: str, dtype: torch.dtype, fields: dict, options: dict, sha
         assert [name for name, there in usages.items() if there] == [face], "a storage keeps more than its face"
 
 
-@pytest.mark.parametrize("two_d", [True, False])
-@pytest.mark.parametrize("rht", [True, False])
-@pytest.mark.parametrize(("shape", "n"), SHAPES)
+# rht, two_d: another path of quantization each; shape, n: leading axes and other numbers of blocks, whatever the path
+@pytest.mark.parametrize(
+    ("shape", "n", "rht", "two_d"),
+    [(*SHAPES[0], rht, two_d) for rht in (True, False) for two_d in (True, False)]
+    + [(*case, True, True) for case in SHAPES[1:]],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @with_te
 def test_three_steps(dtype: torch.dtype, shape: tuple[int, ...], n: int, rht: bool, two_d: bool) -> None:
@@ -194,13 +197,13 @@ def test_backend_is_handed_on(backend: str) -> None:
     """To the quantizers of the three operands and to the three GEMMs."""
     from unittest import mock
 
-    from te_nvfp4_cv import te_plugin
+    from te_nvfp4_cv.integrations import transformer_engine
     from te_nvfp4_cv.ops.quantize import matrix
     from tests.integrations.te import composed
 
     x, w, dy, _ = composed.operands((32, 64), 96)
     with (
-        mock.patch.object(te_plugin, "gemm", wraps=te_plugin.gemm) as gemm,
+        mock.patch.object(transformer_engine, "gemm", wraps=transformer_engine.gemm) as gemm,
         mock.patch.object(matrix, "quantize", wraps=matrix.quantize) as quantized,
     ):
         composed.step(composed.linear(w), x, dy, recipe(backend))

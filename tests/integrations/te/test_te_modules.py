@@ -167,7 +167,8 @@ def test_amax_reduction() -> None:
     quantizer = recipe(**SR_OFF).qfactory(QuantizerRole("linear", "input"))
     x = torch.randn(32, 64, dtype=torch.bfloat16)
     alone = quantizer(x)
-    with mock.patch("torch.distributed.all_reduce", all_reduce):
+    ranks = mock.patch("torch.distributed.get_world_size", lambda group: 2)
+    with ranks, mock.patch("torch.distributed.all_reduce", all_reduce):
         set_quantizer_amax_reduction_group(quantizer, "the group")
         shared = quantizer(x)
         assert torch.equal(shared.rowwise_sub_storage.tensor.amax_rowwise, 2 * x.abs().max().float().view(1))

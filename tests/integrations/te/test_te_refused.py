@@ -14,6 +14,7 @@ import torch
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import te_plugin
+from te_nvfp4_cv.integrations import transformer_engine
 from tests.integrations.te.process import with_te
 
 
@@ -23,8 +24,8 @@ def refused(error: type[Exception], *words: str) -> Any:
 
 
 def test_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    te_plugin._te.cache_clear()
-    te_plugin._recipe.cache_clear()
+    transformer_engine._te.cache_clear()
+    transformer_engine._recipe.cache_clear()
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", None)
     with refused(RuntimeError, "cannot be imported", "got: ", "needs: +transformer-engine 2.20", "fix: +pip install"):
         te_plugin.recipe()
@@ -117,7 +118,7 @@ def test_quantized_parameters() -> None:
 
     with (
         te.quantized_model_init(recipe=te_plugin.recipe()),
-        refused(ValueError, "cannot be kept in NVFP4", "quantized_model_init", "fix: +make the model outside"),
+        refused(ValueError, "cannot be stored in NVFP4", "quantized_model_init", "fix: +make the model outside"),
     ):
         te.Linear(64, 64, device="cpu")
 

@@ -46,15 +46,27 @@ def _compare(layer, device, backend, recipe, dtype, tolerance):
         assert relative_error(mine.cpu(), theirs) <= tolerance, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layer", LAYERS)
+# layer: the triton backend multiplies with its own kernels, so every layer; vendor multiplies with torch's convolutions
+# (tests/layer has them all), and its kernels see only ranks, groups and which side is contracted
+@pytest.mark.parametrize(
+    ("backend", "layer"),
+    [("triton", layer) for layer in LAYERS]
+    + [("vendor", layer) for layer in ("conv1d", "conv2d", "conv2d groups", "conv3d")]
+    + [("vendor", layer) for layer in ("conv_transpose2d groups", "linear", "linear vector")],
+)
 def test_a_layer_equals_the_reference(kernel_device, one_thread, backend, layer):
     _compare(layer, kernel_device, backend, NO_SR, torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("layer", ["conv2d", "conv_transpose2d", "linear matrix"])
+# recipe: a branch of quantization or of the products each; layer: a transposed kernel swaps the weight's copies, and a
+# linear layer has rows in place of pixels, which matters where weights have two copies or rows have scales
+@pytest.mark.parametrize(
+    ("layer", "recipe"),
+    [("conv1d", recipe) for recipe in RECIPES]
+    + [("conv_transpose2d", "1x16 weights"), ("conv_transpose2d", "4over6")]
+    + [("linear matrix", "1x16 weights"), ("linear matrix", "row-scaled")],
+)
 def test_recipes(kernel_device, one_thread, backend, layer, recipe):
     _compare(layer, kernel_device, backend, RECIPES[recipe], torch.float32, 1e-5)
 
@@ -67,13 +79,13 @@ def test_sixteen_bit_inputs(kernel_device, one_thread, backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stochastic_rounding_is_reproducible_and_fresh(kernel_device, one_thread, backend):
-    given = _on(kernel_device, *tensors("conv2d"))
-    first, again = (step("conv2d", *given, backend=backend) for _ in range(2))
+    given = _on(kernel_device, *tensors("conv1d"))
+    first, again = (step("conv1d", *given, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     torch.manual_seed(12)
-    y = step("conv2d", *given, backend=backend)[0]
+    y = step("conv1d", *given, backend=backend)[0]
     assert torch.equal(y, first[0])  # forward rounds to nearest
-    nearest = step("conv2d", *given, backend=backend, recipe=NO_SR)
+    nearest = step("conv1d", *given, backend=backend, recipe=NO_SR)
     assert 0.01 < relative_error(first[1], nearest[1]) < 0.3 and 0.01 < relative_error(first[2], nearest[2]) < 0.3
 
 

@@ -20,7 +20,7 @@ from te_nvfp4_cv.layer import deferred, observe
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.norm import operators as ops
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, Operand, OperandSpec
+from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import same_bits, values
 
@@ -37,37 +37,37 @@ def last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["measured", "given"])
+# what: statistics, activation, dtype and padding of the images; row, col, given: the kernel's constants. Every pair of
+# constants meets every `what`; all three together meet two of them each.
 @pytest.mark.parametrize("col", [NONE, PACKED], ids=["row only", "both"])
 @pytest.mark.parametrize("row", [PACKED, DEQUANTIZED], ids=["packed", "dequantized"])
 @pytest.mark.parametrize(
-    ("what", "dtype", "batch"),
+    ("what", "dtype", "batch", "odd"),
     [
-        ("batch add relu", torch.bfloat16, 20),
-        ("batch silu", torch.float16, 3),
-        ("group silu", torch.bfloat16, 18),
-        ("group relu", torch.float32, 16),
+        ("batch add relu", torch.bfloat16, 20, False),
+        ("batch silu", torch.float16, 3, True),
+        ("group silu", torch.bfloat16, 18, False),
+        ("group relu", torch.float32, 16, True),
     ],
 )
-def test_operands_and_mask(kernel_device, poison, what, dtype, batch, row, col, given):
+def test_operands_and_mask(kernel_device, poison, what, dtype, batch, odd, row, col):
+    given = ((row == PACKED) == (col == PACKED)) != odd
     groups, activation = 4 if what.startswith("group") else 0, what.split()[-1]
     z = last((values((batch, 32, 2, 3)) * 2).to(dtype)).to(kernel_device)
     residual = last(values(z.shape, seed=3).to(dtype)).to(kernel_device) if "add" in what else None
     weight, bias = (values((32,), seed=i).to(kernel_device) for i in (1, 2))
-    y, mean, rstd, mask = ops.norm_forward(
-        z, residual, weight, bias, None, None, groups, True, 0.1, 1e-5, activation, True, "triton"
-    )
+    spec = ops.NormSpec(groups, activation, True, 0.1, 1e-5, need_mask=True, backend="triton").encode()
+    y, mean, rstd, mask = ops.norm_forward(z, residual, weight, bias, None, None, spec)
     images = -(-batch // 16) * 16
     amax = torch.tensor([2688 * 2.0**-9, 2688 * 2.0**-8], device=kernel_device) if given else None
     target = torch.float32 if dtype == torch.float16 else dtype
     bits = torch.full_like(mask, 0xA5)
-    parts = (z, residual, weight, bias, mean, rstd, bits, groups, activation)
-    found = ops.norm_quantize(*parts, images, row, col, True, 448, target, amax)
+    how = OperandSpec(1, Fold(1, 0, z.shape[2], 0, images), row, col, rht=True)
+    found = ops.norm_quantize(z, residual, [mean, rstd, weight, bias], bits, spec, how.to_ints(), target, amax)
     x = y.movedim(1, -1).contiguous()
-    spec = OperandSpec(1, Fold(1, 0, x.shape[1], 0, images), row, col, True)
-    expected = operand.quantize_operand(x, spec, target, None, amax, "reference")
+    expected = operand.quantize_operand(x, how, target, None, amax, "reference").flat()
     assert torch.equal(bits, mask)
-    for i, (a, b) in enumerate(zip(found, expected.flat(), strict=True)):
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         if col or i < 5:
             assert same_bits(a, b), i
     if given and what == "batch add relu":
@@ -81,13 +81,12 @@ def test_non_finite_activations(kernel_device):
         mask = torch.empty(z.numel() // 8, dtype=torch.uint8, device=kernel_device)
         x = F.relu(z).movedim(1, -1).contiguous()
         for amax in (None, torch.full((2,), 2688.0, device=kernel_device)):
-            settings = (2, 1, True, 448, torch.float32, amax)
-            found = ops.norm_quantize(z, None, None, None, *stats, mask, 0, "relu", 16, *settings)
-            spec = OperandSpec(1, Fold(1, 0, 2, 0, 16), DEQUANTIZED, PACKED, True)
-            expected = operand.quantize_operand(x, spec, torch.float32, None, amax, "reference")
-            made = Operand.from_flat(found)
-            assert same_bits(made.row_amax, expected.row_amax) and same_bits(made.col_amax, expected.col_amax)
-            assert not bool(made.row_amax.isfinite()) and not bool(made.col_amax.isfinite())
+            how = OperandSpec(1, Fold(1, 0, 2, 0, 16), DEQUANTIZED, PACKED, rht=True)
+            spec = ops.NormSpec().encode(), how.to_ints()
+            found = ops.norm_quantize(z, None, list(stats), mask, *spec, torch.float32, amax)
+            expected = operand.quantize_operand(x, how, torch.float32, None, amax, "reference").flat()
+            assert all(same_bits(found[i], expected[i]) for i in (2, 5))
+            assert not bool(found[2].isfinite()) and not bool(found[5].isfinite())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -98,11 +97,13 @@ def test_operators_pass_opcheck(kernel_device, amax):
     z = last(values((16, 16, 2, 2))).to(kernel_device)
     running = torch.zeros(16, device=kernel_device), torch.ones(16, device=kernel_device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(found.norm_statistics.default, (z, *running, 0, True, 0.1, 1e-5), test_utils=tests)
+    spec = ops.NormSpec(momentum=0.1, eps=1e-5).encode()
+    torch.library.opcheck(found.norm_statistics.default, (z, *running, spec), test_utils=tests)
     mask = torch.zeros(z.numel() // 8, dtype=torch.uint8, device=kernel_device)
-    parts = (z, None, None, None, *running)
-    torch.library.opcheck(found.norm_apply.default, (*parts, torch.empty_like(z), mask, 0, "relu"), test_utils=tests)
-    how = (0, "relu", 16, PACKED, PACKED, True, 448, torch.float32, given)
+    parts = (z, None, list(running))
+    torch.library.opcheck(found.norm_apply.default, (*parts, torch.empty_like(z), mask, spec), test_utils=tests)
+    operand_spec = OperandSpec(1, Fold(1, 0, 2, 0, 16), PACKED, PACKED, rht=True)
+    how = (spec, operand_spec.to_ints(), torch.float32, given)
     torch.library.opcheck(found.norm_quantize.default, (*parts, mask, *how), test_utils=tests)
 
 

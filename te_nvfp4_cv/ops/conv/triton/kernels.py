@@ -1,14 +1,14 @@
-"""Implicit GEMM kernels of quantized convolutions: rows are gathered from packed operands, no im2col matrix is written.
+"""Implicit GEMM kernels of quantized convolutions. They gather rows from packed operands and write no im2col matrix.
 
     prepare_kernel   a packed face of a kernel -> rows of one output channel, contraction contiguous, blocks padded
     data_product     fprop and dgrad: y[(image, pixel), n] = sum over (tap, block of 16 channels)
     weight_product   wgrad: dw[n, tap, c] = sum over (image group, pixel, 16 images), one tap and one part of the
                      contraction per program; sum_parts adds the parts in their order
-Images have three axes (depth, height, width); fewer are sizes of 1. Two ways to multiply: NATIVE hands packed codes
-and E4M3 scales to the FP4 tensor cores (tl.dot_scaled); otherwise codes become fp16 in registers (ops/decode.py),
-exactly, and low and high nibbles are two products. Sums are fp32, no atomics: bits depend on the tile sizes alone.
-Offsets of a vector are never negative, even in the padding (a masked cp.async with a negative one has read out of
-bounds in other people's kernels): what is negative goes into the scalar part of an address.
+Images have three axes (depth, height, width); where there are fewer, the sizes are 1. With NATIVE, packed codes and
+E4M3 scales go to the FP4 tensor cores (tl.dot_scaled). Otherwise codes become fp16 in registers (ops/triton/decode.py),
+exactly, and low and high nibbles are two products. Sums are fp32 without atomics: bits depend on the tile sizes alone.
+Offsets of a vector are never negative, even in the padding, since a masked cp.async with a negative offset has read out
+of bounds in other people's kernels. Whatever is negative goes into the scalar part of an address.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS, TILES, COLUMNS, TRANSPOSE = 0, 1, 2, 3  # FACE of prepare_kernel; see ther
 
 @triton.jit
 def prepare_kernel(
-    p_data,  # uint8, a packed face of operands.py
+    p_data,  # uint8, a packed face of ops/quantize/operand.py
     p_scale,  # uint8, its E4M3 bytes
     p_out,  # HALF: fp16 [N, taps, blocks_out / QB, 2, QB * 8], low nibbles first; else uint8 [N, taps, blocks_out * 8]
     p_out_scale,  # uint8 [N, taps, blocks_out]; not written for HALF
@@ -39,7 +39,7 @@ def prepare_kernel(
     QB: tl.constexpr,  # blocks of 16 a step of data_product; divides blocks_out
     BLOCK: tl.constexpr,  # blocks of 16 a program
 ):
-    """One face of a kernel as rows [N, taps, blocks]: N counts the output channels of the product.
+    """Write one face of a kernel as rows [N, taps, blocks], where N counts the output channels of the product.
 
     FACE says what is read: ROWS [N, taps, blocks * 8] with a scale per block; TILES the same with a scale per 16 rows
     [G, ceil(each / 16), taps, blocks]; COLUMNS [G, blocks, taps, each, 8]; TRANSPOSE: the TILES face of the transposed
@@ -92,13 +92,13 @@ def prepare_kernel(
 
 @triton.jit
 def _tap_offset(tap, CH: tl.constexpr, CW: tl.constexpr, first, of_d, of_h, of_w):
-    """first + of_d * (depth of the tap) + of_h * (height) + of_w * (width)."""
+    """Return first + of_d * (depth of the tap) + of_h * (height) + of_w * (width)."""
     return first + tap // (CH * CW) * of_d + tap // CW % CH * of_h + tap % CW * of_w
 
 
 @triton.jit
 def _inside(position, first, step, index, size):
-    """Whether a row's position and a tap's index along one axis read a pixel of the image."""
+    """Tell if a row's position and a tap's index along one axis read a pixel of the image."""
     source = position + first + index * step
     return (source >= 0) & (source < size)
 
@@ -172,7 +172,9 @@ def data_product(
     QUADS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """A tile [BM output pixels, BN channels] of fprop or dgrad. Tiles of one row follow each other: x stays in L2."""
+    """Compute a tile [BM output pixels, BN channels] of fprop or dgrad. Tiles of one row follow each other, so that x
+    stays in L2.
+    """
     QB: tl.constexpr = BK // 16
     HB: tl.constexpr = BK // 2
     tiles_n = tl.cdiv(channels, BN)
@@ -244,7 +246,7 @@ def data_product(
             acc = tl.dot(low, tl.trans(w_low), acc)
             acc = tl.dot(high, tl.trans(w_high), acc)
     if not NATIVE:
-        acc = acc * 128.0  # the 2^-7 of ops/decode.py
+        acc = acc * 128.0  # the 2^-7 of ops/triton/decode.py
 
     o_y = i_b * y_b + i_d * y_d + i_h * y_h + i_w * y_w + y_first
     if ALPHA == 1:
@@ -303,7 +305,7 @@ def weight_product(
     QUADS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """A tile [BM b channels, BN a channels] of one tap and one part of the contraction, before alpha.
+    """Compute a tile [BM b channels, BN a channels] of one tap and one part of the contraction, before alpha.
 
     The contraction goes along lines of the b image, BK / 16 pixels a step: a line's place is scalar arithmetic.
     """
@@ -395,7 +397,7 @@ def sum_parts(
     ALPHA: tl.constexpr,  # 0 none, 1 one, 2 per channel
     BLOCK: tl.constexpr,
 ):
-    """The parts added in their order, times alpha, rounded once."""
+    """Add the parts in their order, multiply with alpha, round once."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < total
     value = tl.zeros((BLOCK,), tl.float32)

@@ -1,11 +1,11 @@
-"""Launches of the implicit GEMM kernels: the `triton` backend's convolutions, on packed operands.
+"""Launch the implicit GEMM kernels: the `triton` backend's convolutions, on packed operands.
 
 fprop and dgrad are one kernel. Rows that gather from the strided side (dgrad, and fprop of a transposed convolution)
-are split by what is left of their coordinates modulo the stride: within such a class the taps that hit a pixel at all
-are fixed, so no product is spent on zeros, and the class is a correlation of stride 1. Every class is a launch.
-The kernel w is small: one launch turns its packed face into rows along the contraction, whatever face it is.
-wgrad writes parts of sums to a workspace, and a second launch adds them in order: equal inputs give equal bits.
-Nothing here reads a tensor's value; tile sizes and the number of parts depend on shapes and the GPU alone.
+are split into classes by their coordinates modulo the stride. Within a class the taps that hit a pixel at all are
+fixed, so no product is spent on zeros, and the class is a correlation of stride 1. Every class is a launch.
+The convolution's kernel w is small: one launch turns its packed face into rows along the contraction, whatever face it
+is. wgrad writes parts of sums to a workspace, and a second launch adds them in order: equal inputs give equal bits.
+Nothing here reads a tensor's value. Tile sizes and the number of parts depend on shapes and the GPU alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.backend.devices import on_its_device
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.conv.triton import kernels
 from te_nvfp4_cv.ops.conv.triton.walks import data_classes, weight_arguments
 from te_nvfp4_cv.ops.gemm.triton.launch import (
-    BLOCK,
     NATIVE_TILES,
     OTHER_TILES,
     TWO_PACKED,
@@ -33,6 +33,7 @@ from te_nvfp4_cv.ops.gemm.triton.launch import (
 )
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 
+Face = tuple[Tensor, Tensor]  # packed codes and scale bytes
 PARTS_BYTES = 1 << 28  # largest workspace of wgrad, unless one part is larger
 
 tuning.register(
@@ -55,11 +56,11 @@ tuning.register(
 
 
 def prepare(w: Tensor, scale: Tensor, g: ConvGeometry, to_b: bool, step: int, gpu: Gpu) -> tuple[Tensor, Tensor]:
-    """A packed face of the kernel as rows of data_product: (data, scale); scale is empty for fp16 data.
+    """Turn a packed face of the kernel into rows of data_product: data, and scale, which is empty for fp16 data.
 
     Args:
-        to_b: rows are the channels of the b side, contracted those of the a side; else the reverse.
-        step: blocks of 16 a step of data_product; the contraction is padded to a multiple.
+        to_b: rows are the channels of the b side, and those of the a side are contracted; else the reverse.
+        step: blocks of 16 a step of data_product; the contraction is padded to a multiple of it.
     """
     each_b, each_a = g.channels_b // g.groups, g.channels_a // g.groups
     each, each_in = (each_b, each_a) if to_b else (each_a, each_b)
@@ -100,41 +101,40 @@ def prepare(w: Tensor, scale: Tensor, g: ConvGeometry, to_b: bool, step: int, gp
 
 
 def _data(
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
+    x: Face,
+    w: Face,
     alpha: Tensor | None,
     bias: Tensor | None,
     g: ConvGeometry,
     to_b: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """fprop or dgrad: [B, *image, channels]."""
+    """Launch fprop or dgrad; the result is [B, *image, channels]."""
     image = g.b_size if to_b else g.a_size
     channels, contracted = (g.channels_b, g.channels_a) if to_b else (g.channels_a, g.channels_b)
-    y = torch.empty((g.batch, *image, channels), dtype=dtype, device=x.device)
-    if not y.numel():
+    y = torch.empty((g.batch, *image, channels), dtype=dtype, device=x[0].device)
+    if not y.numel():  # CUDA refuses an empty grid
         return y
-    gpu = gpu_of(x.device)
+    gpu = gpu_of(y.device)
+    # Everything that does not depend on the tile is computed before `run`, which a search calls many times.
     each, blocks = channels // g.groups, -(-(contracted // g.groups) // BLOCK)
     launches = data_classes(g, to_b)
-    x, x_scale = x.contiguous(), x_scale.contiguous()
+    x_data, x_scale = (part.contiguous() for part in x)
     alpha, bias = (None if t is None else t.contiguous() for t in (alpha, bias))
     unit = unit_of(blocks)
 
     def run(tile: tuning.Config) -> None:
         step = tile["BK"] // BLOCK
         chunks = -(-blocks // step)
-        kernel, kernel_scale = prepare(w, w_scale, g, to_b, step, gpu)
+        kernel, kernel_scale = prepare(*w, g, to_b, step, gpu)
         for a in launches:
             grid = (triton.cdiv(a["rows"], tile["BM"]) * triton.cdiv(each, tile["BN"]), g.groups)
             kernels.data_product[grid](
-                x,
+                x_data,
                 x_scale,
                 kernel,
                 kernel_scale,
-                y if alpha is None else alpha,
+                y if alpha is None else alpha,  # not read then, but a pointer must be there; likewise the bias
                 y if bias is None else bias,
                 y,
                 **{name: value for name, value in a.items() if name != "hits"},
@@ -146,7 +146,7 @@ def _data(
                 TAPS=max(a["hits"], 1),
                 UNIT=unit,
                 FULL=blocks % step == 0,
-                WIDE=max(x.numel(), y.numel(), kernel.numel()) >= WIDE_FROM,
+                WIDE=max(x_data.numel(), y.numel(), kernel.numel()) >= WIDE_FROM,
                 ALPHA=0 if alpha is None else 1 if alpha.numel() == 1 else 2,
                 BIAS=bias is not None,
                 NATIVE=gpu.native,
@@ -172,8 +172,8 @@ def fprop(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See conv_fprop; alpha None: the operands carry the tensor scales."""
-    return _data(x, x_scale, w, w_scale, alpha, bias, geometry, not geometry.transposed, dtype)
+    """Run the operator conv_fprop. Without alpha the operands carry the tensor scales."""
+    return _data((x, x_scale), (w, w_scale), alpha, bias, geometry, not geometry.transposed, dtype)
 
 
 @on_its_device
@@ -186,16 +186,17 @@ def dgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See conv_dgrad."""
-    return _data(dy, dy_scale, w, w_scale, alpha, None, geometry, geometry.transposed, dtype)
+    """Run the operator conv_dgrad."""
+    return _data((dy, dy_scale), (w, w_scale), alpha, None, geometry, geometry.transposed, dtype)
 
 
 # ---- wgrad ----------------------------------------------------------------------------------------------------------
 
 
 def parts_of(gpu: Gpu, tiles: int, steps: int, size: int) -> int:
-    """Into how many parts the contraction is cut: about two programs a multiprocessor, eight steps a part, a bounded
-    workspace of `size` values a part.
+    """Choose into how many parts the contraction is cut.
+
+    That is about two programs a multiprocessor, eight steps a part, and a bounded workspace of `size` values a part.
     """
     wanted = min(-(-2 * gpu.processors // max(tiles, 1)), -(-steps // 8), PARTS_BYTES // (4 * max(size, 1)))
     return max(1, min(wanted, 65535))
@@ -211,7 +212,7 @@ def wgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See conv_wgrad."""
+    """Run the operator conv_wgrad."""
     g = geometry
     dw = torch.empty(g.weight_shape, dtype=dtype, device=dy.device)
     if not dw.numel():
@@ -227,6 +228,7 @@ def wgrad(
         line_chunks = max(1, -(-arguments["width"] * BLOCK // tile["BK"]))
         tiles = triton.cdiv(each_b, tile["BM"]) * triton.cdiv(each_a, tile["BN"]) * g.taps
         parts = parts_of(gpu, tiles * g.groups, arguments["lines"] * line_chunks, dw.numel())
+        # fp32 parts added in order by a second kernel: atomics would give other bits from run to run.
         sums = torch.empty((parts, *dw.shape), dtype=torch.float32, device=dw.device)
         kernels.weight_product[(tiles, parts, g.groups)](
             b,

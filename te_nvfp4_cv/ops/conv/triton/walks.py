@@ -1,7 +1,9 @@
-"""How the implicit GEMM kernels walk an image: their integer arguments, from a geometry. No tensors, no Triton.
+"""Compute, from a geometry, how the implicit GEMM kernels walk an image: their integer arguments.
 
-data_classes       fprop and dgrad: a launch for each class of outputs that the same taps reach
-weight_arguments   wgrad: lines of the b image, and where a tap reads the a image
+    data_classes       fprop and dgrad: a launch for each class of outputs that the same taps reach
+    weight_arguments   wgrad: lines of the b image, and where a tap reads the a image
+
+This file knows no tensors and no Triton.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
+from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.ops.geometry import ConvGeometry
 
 
 @dataclass(frozen=True)
 class Axis:
     """One axis of one class of outputs: output i reads position i * stride + first + j * step for its tap j.
 
-    `outputs`, `taps`: how many. Output i is number i * spread + phase of the result's axis, tap j is number
-    first_tap + j * tap_step of the kernel's.
+    `outputs` and `taps` are counts. Output i is number i * spread + phase of the result's axis; tap j is number
+    first_tap + j * tap_step of the kernel's axis.
     """
 
     outputs: int
@@ -35,16 +38,19 @@ class Axis:
 
 
 def gathering_axis(out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[Axis]:
-    """Outputs of the b side, which gather from a: one class."""
+    """Return the single class of the outputs of the b side, which gather from a."""
     return [Axis(out, kernel, stride, -padding, dilation, 1, 0, 0, 1)]
 
 
 def scattering_axis(out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[Axis]:
-    """Outputs of the a side, by their coordinate modulo the stride; tap t hits one where stride divides
-    coordinate + padding - t * dilation.
+    """Return the classes of the outputs of the a side, by their coordinate modulo the stride.
+
+    Tap t reaches an output if the stride divides coordinate + padding - t * dilation, so that all outputs of a class
+    have the same taps.
     """
     classes = []
     for phase in range(min(stride, out)):
+        # The taps that hit are tap_step apart, so that first_tap and tap_step describe all of them.
         taps = [t for t in range(kernel) if (phase + padding - t * dilation) % stride == 0]
         first_tap, tap_step = (taps or [0])[0], stride // math.gcd(stride, dilation)
         first = (phase + padding - first_tap * dilation) // stride
@@ -55,14 +61,14 @@ def scattering_axis(out: int, kernel: int, stride: int, padding: int, dilation: 
 
 
 def three(sizes: tuple[int, ...], fill: int) -> tuple[int, int, int]:
-    """Sizes per image axis as (depth, height, width)."""
+    """Return sizes per image axis as depth, height and width."""
     d, h, w = (fill,) * (3 - len(sizes)) + tuple(sizes)
     return d, h, w
 
 
 @functools.lru_cache(maxsize=4096)
 def data_classes(g: ConvGeometry, to_b: bool) -> list[dict[str, int]]:
-    """Arguments of data_product that the geometry decides, a dict a launch."""
+    """Return the arguments of data_product that the geometry decides, a dict a launch."""
     source = three(g.a_size if to_b else g.b_size, 1)
     result = three(g.b_size if to_b else g.a_size, 1)
     kernel = three(g.kernel, 1)
@@ -100,14 +106,14 @@ def data_classes(g: ConvGeometry, to_b: bool) -> list[dict[str, int]]:
                 f"y_{name}": axis.spread * out_pixel,
                 f"w_t{name}": axis.tap_step * tap,
             }
-        if a["rows"]:
+        if a["rows"]:  # a class without taps is launched too: its outputs are zeros (plus bias), which must be written
             launches.append(a)
     return launches
 
 
 @functools.lru_cache(maxsize=4096)
 def weight_arguments(g: ConvGeometry) -> dict[str, int]:
-    """Arguments of weight_product that the folded geometry decides.
+    """Return the arguments of weight_product that the folded geometry decides.
 
     Where every output pixel reads the pixel of its own place (linear layers, 1x1 of stride 1 without padding), all
     images are one line: no step is cut short at the end of a row.

@@ -2,9 +2,9 @@
 
     out[i, j] = sum over blocks of s_a[i, block] s_b[j, block] (codes of a . codes of b), fp32, without tensor scales
 
-NATIVE hands packed codes and E4M3 scales to the FP4 tensor cores (tl.dot_scaled); otherwise codes become fp16 in
-registers (ops/decode.py), exactly, and low and high nibbles are two products. No part of the contraction is split off:
-the result depends on the tile sizes alone.
+With NATIVE, packed codes and E4M3 scales go to the FP4 tensor cores (tl.dot_scaled). Otherwise codes become fp16 in
+registers (ops/triton/decode.py), exactly, and low and high nibbles are two products. No program takes only a part of
+the contraction: the result depends on the tile sizes alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def packed_product(
     QUADS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """A tile [BM, BN]; eight rows of tiles at a time, so that what neighbours read stays in L2."""
+    """Multiply one tile [BM, BN]. Programs go through eight rows of tiles at a time, so that what neighbours read stays
+    in L2.
+    """
     QB: tl.constexpr = BK // 16
     HB: tl.constexpr = BK // 2
     tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(columns, BN)

@@ -1,9 +1,9 @@
-"""The `triton` backend's product of two packed matrices, and what every launch of a GEMM kernel decides: FP4 tensor
-cores or not, tile sizes.
+"""Launch the `triton` backend's product of two packed matrices, and choose tiles for every launch of a GEMM kernel.
 
 A tile is BM x BN outputs, BK contracted elements a step. Tables hold one list of tiles per kind of GPU, the largest
-first; the first one that the problem fills serves, cut down to the problem. Keys are (FP4 tensor cores, log2 of outputs
-along either side, log2 of the contraction): what they decide changes the order of accumulation and nothing else.
+first. The first tile that the problem fills is taken and cut down to the problem. The key of a problem is: FP4 tensor
+cores or not, log2 of the outputs along either side, log2 of the contraction. A tile changes the order of accumulation
+and nothing else.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch, tuning
 from te_nvfp4_cv.backend.devices import on_its_device
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.gemm.triton import kernels
 
-BLOCK = 16
 WIDE_FROM = 2**31  # elements from which 32-bit offsets do not reach
 Tile = tuple[int, int, int, int, int]  # BM, BN, BK, num_warps, num_stages
 Key = tuple[int, ...]
@@ -29,9 +29,12 @@ Key = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a launch needs to know of a device.
+    """The properties of a device that a launch depends on.
 
-    `arch`: whose tiles it takes; 0 for the interpreter. `native`: FP4 tensor cores. `processors`: multiprocessors.
+    Args:
+        arch: the architecture whose tiles it takes; 0 for the interpreter.
+        native: it has FP4 tensor cores.
+        processors: how many multiprocessors it has.
     """
 
     arch: int
@@ -40,17 +43,17 @@ class Gpu:
 
     @property
     def ptx(self) -> bool:
-        """Whether kernels may hold inline assembly."""
+        """Tell if kernels may hold inline assembly."""
         return self.arch > 0
 
     @property
     def quads(self) -> bool:
-        """Whether decoded operands take the order of decode.quad_place: where wgmma reads one from registers."""
+        """Tell if decoded operands take the order of decode.quad_place: where wgmma reads one from registers."""
         return self.arch == 90
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The device as a Gpu; on a CPU, the interpreter."""
+    """Describe the device as a Gpu; a CPU is the interpreter."""
     if device.type != "cuda":
         return Gpu(0, False, 2)
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
@@ -65,7 +68,7 @@ def _gpu(index: int) -> Gpu:
 
 
 def arch_of(capability: tuple[int, int], native: bool) -> int:
-    """The architecture whose tiles a compute capability takes.
+    """Return the architecture whose tiles a compute capability takes.
 
     Tiles of 80 fit the 99 KB of shared memory that every GPU from 8.0 on has, and need nothing but mma.sync and
     inline integer PTX: they serve what has neither wgmma nor FP4 tensor cores that the compiler knows.
@@ -76,13 +79,15 @@ def arch_of(capability: tuple[int, int], native: bool) -> int:
 
 
 def key_of(gpu: Gpu, rows: int, columns: int, depth: int) -> Key:
-    """The key of a product of [rows, depth] and [columns, depth]."""
+    """Return the key of a product of [rows, depth] and [columns, depth]."""
     return (int(gpu.native), *(tuning.bucket(size) for size in (rows, columns, depth)))
 
 
 def fitted(tile: Tile, key: Key) -> tuning.Config:
-    """A tile cut down to the problem: FP4 tensor cores take BM 128 and BK from 64 on, others BM from 64 (wgmma), BN and
-    BK from 32 on. Small tiles take four warps, where those have the registers for it.
+    """Cut a tile down to the problem.
+
+    FP4 tensor cores take BM 128 and BK from 64 on; others take BM from 64 (wgmma), BN and BK from 32 on. Small tiles
+    take four warps, where those have the registers for it.
     """
     native, *sizes = key[:4]
     least = (128, 32, 64) if native else (64, 32, 32)
@@ -92,7 +97,7 @@ def fitted(tile: Tile, key: Key) -> tuning.Config:
 
 
 def rule_of(*tiles: Tile) -> Callable[[Key], tuning.Config]:
-    """The first tile that the problem fills along BN and BK, or the last one."""
+    """Make a rule that picks the first tile which the problem fills along BN and BK, or the last tile."""
 
     def rule(key: Key) -> tuning.Config:
         columns, depth = 1 << key[2], 1 << key[3]
@@ -103,7 +108,7 @@ def rule_of(*tiles: Tile) -> Callable[[Key], tuning.Config]:
 
 
 def candidates_of(native: Sequence[Tile], other: Sequence[Tile]) -> Callable[[Key], list[tuning.Config]]:
-    """What a search may try for a key, each once."""
+    """Make a function that lists the tiles which a search may try for a key, each once."""
 
     def candidates(key: Key) -> list[tuning.Config]:
         found: list[tuning.Config] = []
@@ -142,16 +147,16 @@ tuning.register("gemm", {0: rule_of((256, 256, 256, 4, 1)), **TWO_PACKED}, candi
 
 
 def unit_of(blocks: int) -> int:
-    """The largest power of two, at most 16, that divides a row's blocks: what kernels know of the rows' alignment."""
+    """Return the largest power of two, at most 16, that divides a row's blocks: the rows' alignment."""
     return math.gcd(blocks, 16)
 
 
 @on_its_device
 def multiply(a_data: Tensor, a_scale: Tensor, b_data: Tensor, b_scale: Tensor) -> Tensor:
-    """Sum of products of code * scale, fp32 [I, J]; arguments as in reference.multiply."""
+    """Return the sums of products of code * scale, fp32 [I, J]; the arguments are those of reference.multiply."""
     rows, columns, blocks = a_data.shape[0], b_data.shape[0], a_scale.shape[-1]
     out = torch.empty((rows, columns), dtype=torch.float32, device=a_data.device)
-    if not out.numel():
+    if not out.numel():  # CUDA refuses an empty grid
         return out
     gpu = gpu_of(a_data.device)
     unit = unit_of(blocks)

@@ -10,8 +10,8 @@
 A slice is what is normalized together: the whole batch (batch norm, one slice) or one image (group norm). Memory order
 is channels last ([slice, row, C], LAST) or channels first ([image, C, P], one or more images a slice). The elementwise
 kernels count through a slice in memory order, eight elements a thread, so that eight of them make one byte of a mask; a
-slice's size must be a multiple of 8 where there are several. All arithmetic is fp32, stored values are rounded once.
-Offsets are an int64 scalar plus an int32 vector. Launched by launch.py.
+slice's size must be a multiple of 8 where there are several slices. All arithmetic is fp32, and stored values are
+rounded once. Offsets are an int64 scalar plus an int32 vector. launch.py launches these kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ SILU: tl.constexpr = tl.constexpr(2)
 def tile_address(
     item, per_image, inner, channels, first_channel, ROWS: tl.constexpr, COLS: tl.constexpr, LAST: tl.constexpr
 ):
-    """Of one tile of a slice: (int64 offset in the slice, int32 [ROWS, COLS] offsets, rows inside, channels inside)."""
+    """Locate one tile of a slice.
+
+    Returns an int64 offset in the slice, int32 offsets [ROWS, COLS] from there, and two masks: rows that exist, and
+    channels that exist.
+    """
     image = (item // per_image).to(tl.int64)
     start = item % per_image * ROWS
     rows = start + tl.arange(0, ROWS)[:, None]
@@ -54,7 +58,7 @@ def statistics_kernel(
     COLS: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """partial: fp32 [slices, splits, 3, channels]: count, mean, sum of squared deviations.
+    """Write the count, the mean and the sum of squared deviations to partial, fp32 [slices, splits, 3, channels].
 
     inner: rows of an image (LAST: of a slice); items: tiles of ROWS rows in a slice, per_image of them in an image.
     Grid: (splits, channel blocks, slices).
@@ -101,8 +105,10 @@ def finish_statistics(
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """mean, rstd: fp32 [slices, groups]. GROUP: program (group, slice) merges WIDTH >= group_channels channels; else a
-    program finishes WIDTH channels one by one. UPDATE: running statistics, as torch: the unbiased variance.
+    """Merge the splits into mean and rstd, fp32 [slices, groups].
+
+    GROUP: program (group, slice) merges WIDTH >= group_channels channels; else a program finishes WIDTH channels one by
+    one. UPDATE: also the running statistics, which take the unbiased variance, as torch does.
     """
     lane = tl.arange(0, WIDTH)
     s = tl.program_id(1).to(tl.int64)
@@ -143,7 +149,7 @@ def finish_statistics(
 
 @triton.jit
 def channel_of(start, at, inner, CHANNELS: tl.constexpr, LAST: tl.constexpr):
-    """int32 channels of the elements start + at of a slice, in memory order."""
+    """Return the channels, int32, of the elements start + at of a slice, in memory order."""
     if LAST:
         return ((start % CHANNELS).to(tl.int32) + at) % CHANNELS
     plane = start // inner
@@ -153,7 +159,7 @@ def channel_of(start, at, inner, CHANNELS: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def normalized(value, mean, rstd, weight, bias, group, channel, inside, AFFINE: tl.constexpr):
-    """((z - mean), the factor rstd * weight, u = the norm's result)."""
+    """Return z - mean, the factor rstd * weight, and u, the norm's result."""
     centred = value - tl.load(mean + group, mask=inside, other=0.0)
     factor = tl.load(rstd + group, mask=inside, other=0.0)
     if AFFINE:
@@ -185,8 +191,10 @@ def apply_kernel(
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y: z's memory order; mask: uint8, a bit an element (KEEP with RELU). mean, rstd: [slices, groups], where a group
-    is GROUP_CHANNELS channels. Grid: (tiles of a slice, slices).
+    """Normalize, add and activate one tile.
+
+    y: z's memory order; mask: uint8, a bit an element (KEEP with RELU). mean, rstd: [slices, groups], where a group is
+    GROUP_CHANNELS channels. Grid: (tiles of a slice, slices).
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     s = tl.program_id(1).to(tl.int64)
@@ -214,7 +222,7 @@ def apply_kernel(
 
 @triton.jit
 def silu_gradient(dy, u):
-    """dy times SiLU's derivative at u."""
+    """Return dy times SiLU's derivative at u."""
     gate = tl.sigmoid(u)
     return dy * gate * (1.0 + u * (1.0 - gate))
 
@@ -242,7 +250,9 @@ def backward_sums_kernel(
     COLS: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """partial: fp32 [slices, splits, 2, channels]: sum g, sum g (z - mean). Grid and tiles: as statistics_kernel.
+    """Write sum g and sum g (z - mean) to partial, fp32 [slices, splits, 2, channels].
+
+    The grid and the tiles are those of statistics_kernel.
 
     WHOLE_BYTES: channels last, channels and COLS multiples of 8: a byte of the mask is eight channels of one row.
     """
@@ -305,8 +315,10 @@ def finish_backward(
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """sums: fp32 [2, slices, channels], dbias and dweight of each slice; slope, offset: fp32 [slices, groups], 0
-    without batch statistics. count: elements that share a mean. Programs as in finish_statistics.
+    """Merge the splits into dbias and dweight, and into what dz subtracts.
+
+    sums: fp32 [2, slices, channels], dbias and dweight of each slice. slope, offset: fp32 [slices, groups], 0 without
+    batch statistics. count: elements that share a mean. The programs are those of finish_statistics.
     """
     lane = tl.arange(0, WIDTH)
     s = tl.program_id(1).to(tl.int64)
@@ -371,7 +383,7 @@ def backward_apply_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dz = rstd weight g + slope (z - mean) + offset; dresidual = g (RESIDUAL). Grid: as apply_kernel."""
+    """Write dz = rstd weight g + slope (z - mean) + offset, and dresidual = g (RESIDUAL), on apply_kernel's grid."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     s = tl.program_id(1).to(tl.int64)
     byte = tl.arange(0, BLOCK // 8)

@@ -1,13 +1,14 @@
-"""Launches the kernels of normalization + activation: shapes, tiles, grids and the memory they need.
+"""Launch the kernels of normalization + activation: shapes, tiles, grids and the memory they need.
 
-Same signatures as reference.py. Takes bf16, fp16 and fp32, contiguous or channels_last. Group normalization of images
-whose size is no multiple of 8 goes through reference.py: a mask's byte would lie in two images. So does that of more
-images than a grid holds.
+The signatures are those of reference.py. Tensors are bf16, fp16 or fp32, contiguous or channels_last. Group
+normalization of images whose size is no multiple of 8 goes through reference.py, since a byte of the mask would lie in
+two images. So does that of more images than a grid holds.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,13 @@ import triton
 from torch import Tensor
 
 from te_nvfp4_cv.backend.devices import on_its_device
+from te_nvfp4_cv.ops.layouts import lies_channels_last
 from te_nvfp4_cv.ops.norm import reference
+from te_nvfp4_cv.ops.norm.spec import NormSpec, affine_of
 from te_nvfp4_cv.ops.norm.triton import kernels
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
-ACTIVATIONS = {"relu": 1, "silu": 2}
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+ACTIVATIONS = {"relu": 1, "silu": 2}  # as the kernels number them
 BLOCK = 2048  # elements of a program that goes through memory once
 TILE = 4096  # elements of a reduction's tile
 PROGRAMS = 1024  # that a reduction aims at
@@ -31,7 +33,7 @@ MOST_SLICES = 65535  # where the second and third axis of a grid end
 
 @dataclass(frozen=True)
 class Shape:
-    """z as the kernels see it."""
+    """The memory of z as the kernels see it."""
 
     slices: int
     slice_size: int
@@ -43,12 +45,12 @@ class Shape:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Of the elementwise kernels."""
+        """The grid of the elementwise kernels."""
         return triton.cdiv(self.slice_size, BLOCK), self.slices
 
     @property
     def tile(self) -> tuple[int, int]:
-        """(rows, channels) of a reduction's tile; the axis that lies innermost in memory is the long one."""
+        """The rows and channels of a reduction's tile; the axis that lies innermost in memory is the long one."""
         if self.last:
             cols = min(64, triton.next_power_of_2(self.channels))
             return min(TILE // cols, max(16, triton.next_power_of_2(self.inner))), cols
@@ -56,7 +58,7 @@ class Shape:
         return rows, min(TILE // 2 // rows, triton.next_power_of_2(self.channels))  # more spills registers
 
     def reduction(self) -> tuple[tuple[int, int, int], dict[str, Any]]:
-        """(grid, arguments) of the reductions."""
+        """Return the grid and the arguments of the reductions."""
         rows, cols = self.tile
         per_image = triton.cdiv(self.inner, rows)
         items = per_image * self.outer
@@ -76,7 +78,7 @@ class Shape:
 
     @property
     def finish(self) -> tuple[tuple[int, int], dict[str, Any]]:
-        """(grid, arguments) of the kernels that merge splits."""
+        """The grid and the arguments of the kernels that merge splits."""
         if self.group_channels > 1 or self.slices > 1:
             width = triton.next_power_of_2(self.group_channels)
             return (self.channels // self.group_channels, self.slices), dict(GROUP=True, WIDTH=width)
@@ -84,16 +86,17 @@ class Shape:
 
 
 def shape_of(z: Tensor, groups: int) -> Shape:
-    """The kernels' view of a dense z [B, C, *image]."""
+    """Describe a dense z [B, C, *image] for the kernels."""
     batch, channels, pixels = z.shape[0], z.shape[1], math.prod(z.shape[2:])
-    last = pixels == 1 or (z.dim() in FORMATS and z.is_contiguous(memory_format=FORMATS[z.dim()]))
-    if groups:
+    last = pixels == 1 or lies_channels_last(z)
+    if groups:  # an image is a slice
         return Shape(batch, channels * pixels, channels, channels // groups, last, 1, pixels)
     outer, inner = (1, batch * pixels) if last else (batch, pixels)
     return Shape(1, z.numel(), channels, 1, last, outer, inner)
 
 
 def by_reference(shape: Shape) -> bool:
+    """Tell if reference.py must run this shape; see the top of this file."""
     return shape.slices > MOST_SLICES or (shape.slices > 1 and shape.slice_size % 8 != 0)
 
 
@@ -105,97 +108,65 @@ def norm_forward(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    groups: int,
-    batch_stats: bool,
-    momentum: float,
-    eps: float,
-    activation: str,
-    keep: bool,
+    s: NormSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See norm_forward in this folder's __init__."""
-    shape = shape_of(z, groups)
-    if by_reference(shape):
-        return reference.norm_forward(
-            z, residual, weight, bias, running_mean, running_var, groups, batch_stats, momentum, eps, activation, keep
-        )
-    mean, rstd = statistics(z, running_mean, running_var, groups, batch_stats, momentum, eps)
+    """Run the operator norm_forward by the kernels."""
+    if by_reference(shape_of(z, s.groups)):
+        return reference.norm_forward(z, residual, weight, bias, running_mean, running_var, s)
+    mean, rstd = statistics(z, running_mean, running_var, s)
     dtype = z.dtype if residual is None else torch.promote_types(z.dtype, residual.dtype)
     y = torch.empty_like(z, dtype=dtype)
-    masked = activation == "relu" and keep
-    mask = torch.empty((z.numel() + 7) // 8 if masked else 0, dtype=torch.uint8, device=z.device)
-    apply(z, residual, weight, bias, mean, rstd, y, mask, groups, activation)
+    mask = torch.empty(s.mask_bytes(z), dtype=torch.uint8, device=z.device)
+    norm = [mean, rstd] if weight is None or bias is None else [mean, rstd, weight, bias]
+    apply(z, residual, norm, y, mask, s)
     return y, mean, rstd, mask
 
 
 @on_its_device
 def apply(
-    z: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    y: Tensor,
-    mask: Tensor,
-    groups: int,
-    activation: str,
+    z: Tensor, residual: Tensor | None, norm: Sequence[Tensor], y: Tensor, mask: Tensor, s: NormSpec
 ) -> None:
     """Write the activation into y, and ReLU's mask unless it is empty."""
-    shape = shape_of(z, groups)
+    shape = shape_of(z, s.groups)
     kernels.apply_kernel[shape.grid](
         z,
         z if residual is None else ordered(residual, z),
-        *affine(weight, bias, mean),
-        mean,
-        rstd,
+        *pointers(norm),
         y,
-        mask if mask.numel() else rstd,
+        mask if mask.numel() else norm[1],
         shape.slice_size,
         shape.inner,
         CHANNELS=shape.channels,
         GROUP_CHANNELS=shape.group_channels,
         LAST=shape.last,
-        AFFINE=weight is not None,
+        AFFINE=len(norm) == 4,
         RESIDUAL=residual is not None,
-        ACTIVATION=ACTIVATIONS[activation],
+        ACTIVATION=ACTIVATIONS[s.activation],
         KEEP=mask.numel() > 0,
         BLOCK=BLOCK,
-        **OPTIONS,  # as produce.py: the same bits
+        **OPTIONS,  # as quantize_launch.py: the same bits
     )
 
 
 @on_its_device
 def norm_backward(
-    dy: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    mask: Tensor,
-    groups: int,
-    batch_stats: bool,
-    eps: float,
-    activation: str,
-    need_residual: bool,
+    dy: Tensor, z: Tensor, norm: Sequence[Tensor], mask: Tensor, s: NormSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See norm_backward in this folder's __init__."""
-    shape = shape_of(z, groups)
+    """Run the operator norm_backward by the kernels."""
+    shape = shape_of(z, s.groups)
     if by_reference(shape):
-        return reference.norm_backward(
-            dy, z, weight, bias, mean, rstd, mask, groups, batch_stats, eps, activation, need_residual
-        )
-    shared: dict[str, Any] = dict(AFFINE=weight is not None, ACTIVATION=ACTIVATIONS[activation])
-    bits = mask if mask.numel() else rstd
+        return reference.norm_backward(dy, z, norm, mask, s)
+    mean, rstd = norm[:2]
+    shared: dict[str, Any] = dict(AFFINE=len(norm) == 4, ACTIVATION=ACTIVATIONS[s.activation])
+    bits = mask if mask.numel() else rstd  # SiLU has no mask; the kernel does not read it then
+    pointed = pointers(norm)
     grid, arguments = shape.reduction()
     partial = torch.empty((shape.slices, grid[0], 2, shape.channels), dtype=torch.float32, device=z.device)
     kernels.backward_sums_kernel[grid](
         dy,
         z,
         bits,
-        *affine(weight, bias, mean),
-        mean,
-        rstd,
+        *pointed,
         partial,
         group_channels=shape.group_channels,
         WHOLE_BYTES=shape.last and shape.channels % 8 == 0 and arguments["COLS"] % 8 == 0,
@@ -203,11 +174,11 @@ def norm_backward(
         **shared,
     )
     sums = torch.empty((2, shape.slices, shape.channels), dtype=torch.float32, device=z.device)
-    slope, offset = torch.empty_like(mean), torch.empty_like(mean)
+    slope, offset = torch.empty_like(mean), torch.empty_like(mean)  # dz is linear in z, with these per group
     finish, merge = shape.finish
     kernels.finish_backward[finish](
         partial,
-        affine(weight, bias, mean)[0],
+        pointed[0],
         rstd,
         sums,
         slope,
@@ -216,59 +187,52 @@ def norm_backward(
         shape.channels,
         shape.group_channels,
         float(shape.slice_size * shape.group_channels // shape.channels),
-        AFFINE=weight is not None,
-        BATCH_STATS=batch_stats,
+        AFFINE=len(norm) == 4,
+        BATCH_STATS=s.batch_stats,
         SPLITS=triton.next_power_of_2(grid[0]),
         **merge,
     )
     dz = torch.empty_like(z)
-    dresidual = torch.empty_like(dy) if need_residual else dy.new_empty(0)
+    dresidual = torch.empty_like(dy) if s.need_dresidual else dy.new_empty(0)
     kernels.backward_apply_kernel[shape.grid](
         dy,
         z,
         bits,
-        *affine(weight, bias, mean),
-        mean,
-        rstd,
+        *pointed,
         slope,
         offset,
         dz,
-        dresidual if need_residual else dz,
+        dresidual if s.need_dresidual else dz,
         shape.slice_size,
         shape.inner,
         CHANNELS=shape.channels,
         GROUP_CHANNELS=shape.group_channels,
         LAST=shape.last,
-        RESIDUAL=need_residual,
+        RESIDUAL=s.need_dresidual,
         BLOCK=BLOCK,
         **shared,
     )
-    if weight is None:
+    if len(norm) == 2:
         return dz, dresidual, mean.new_empty(0), mean.new_empty(0)
     dbias, dweight = sums.sum(1).unbind(0)
-    return dz, dresidual, dweight.clone(), dbias.clone()
+    return dz, dresidual, dweight.clone(), dbias.clone()  # an operator's results must not share memory
 
 
 @on_its_device
 def statistics(
-    z: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    groups: int,
-    batch_stats: bool,
-    momentum: float,
-    eps: float,
+    z: Tensor, running_mean: Tensor | None, running_var: Tensor | None, s: NormSpec
 ) -> tuple[Tensor, Tensor]:
-    """mean and rstd, fp32 [C] or [B, groups]; the running statistics are updated, or used without batch statistics."""
-    if not batch_stats:
+    """Return mean and rstd, fp32 [C] or [B, groups]. The running statistics are updated, or used without batch
+    statistics.
+    """
+    if not s.batch_stats:
         assert running_mean is not None and running_var is not None
-        return running_mean.to(torch.float32, copy=True), (running_var.float() + eps).rsqrt()
-    shape = shape_of(z, groups)
+        return running_mean.to(torch.float32, copy=True), (running_var.float() + s.eps).rsqrt()
+    shape = shape_of(z, s.groups)
     grid, arguments = shape.reduction()
     partial = torch.empty((shape.slices, grid[0], 3, shape.channels), dtype=torch.float32, device=z.device)
     kernels.statistics_kernel[grid](z, partial, **arguments)
-    size = (z.shape[0], groups) if groups else (z.shape[1],)
-    mean, rstd = (torch.empty(size, dtype=torch.float32, device=z.device) for _ in range(2))
+    mean, rstd = (torch.empty(s.statistics_shape(z), dtype=torch.float32, device=z.device) for _ in range(2))
     finish, merge = shape.finish
     update = running_mean is not None
     kernels.finish_statistics[finish](
@@ -280,8 +244,8 @@ def statistics(
         grid[0],
         shape.channels,
         shape.group_channels,
-        momentum,
-        eps,
+        s.momentum,
+        s.eps,
         UPDATE=update,
         SPLITS=triton.next_power_of_2(grid[0]),
         **merge,
@@ -289,13 +253,17 @@ def statistics(
     return mean, rstd
 
 
-def affine(weight: Tensor | None, bias: Tensor | None, placeholder: Tensor) -> tuple[Tensor, Tensor]:
-    """What the kernels take for weight and bias; without an affine part they read neither."""
-    return (placeholder, placeholder) if weight is None or bias is None else (weight.contiguous(), bias.contiguous())
+def pointers(norm: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weight, bias, mean and rstd of a launch; without an affine part the first two are not read."""
+    mean, rstd = norm[:2]
+    weight, bias = affine_of(norm)
+    if weight is None or bias is None:
+        return mean, mean, mean, rstd
+    return weight.contiguous(), bias.contiguous(), mean, rstd
 
 
 def ordered(residual: Tensor, z: Tensor) -> Tensor:
-    """The residual in z's memory order."""
+    """Return the residual in z's memory order."""
     if residual.stride() == z.stride():
         return residual
     return torch.empty_like(z, dtype=residual.dtype).copy_(residual)

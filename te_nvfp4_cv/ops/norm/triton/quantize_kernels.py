@@ -3,10 +3,10 @@
     produced_amax_kernel       one read of z: the amaxes of the activation and of its RHT columns
     produce_kernel             one read of z: both faces of the activation as an operand, and ReLU's mask
 
-The activation is the one that kernels.apply_kernel would store, rounded to z's dtype; codes and scales are those of
-ops/quantize for it, bit for bit. One program holds 16 images times BLOCK values, as in ops/quantize/kernels.py, whose
-layouts and numbers these are. Only what is common: channels last, no folding, groups of a multiple of 16 channels,
-nearest rounding. Launched by produce.py.
+The activation is the one that kernels.apply_kernel would store, rounded to z's dtype. Codes and scales are those of
+ops/quantize for it, bit for bit. One program holds 16 images times BLOCK values, as in
+ops/quantize/triton/operand_kernels.py, whose layouts these are. Only the common case is served: channels last, no
+folding, groups of a multiple of 16 channels, nearest rounding. quantize_launch.py launches these kernels.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,no-untyped-def"
@@ -43,9 +43,9 @@ def produced_tile(
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The 16 fp32 vectors of activations, image line * 16 + i, values first + lane; 0 where there are none.
+    """Return the 16 fp32 vectors of activations, image line * 16 + i, values first + lane; 0 where there are none.
 
-    GROUPS: of group normalization (mean, rstd [images, GROUPS]); 0: batch normalization ([CHANNELS]).
+    GROUPS: the groups of group normalization (mean, rstd [images, GROUPS]); 0 is batch normalization ([CHANNELS]).
     """
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
@@ -107,7 +107,7 @@ def produced_amax_kernel(
     RHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """amax: int32 [2], zero at first, raised to the bits of the activation's amax and (RHT) of its rotated columns'."""
+    """Raise amax, int32 [2], zero at first, to the bits of the activation's amax and (RHT) of its rotated columns'."""
     row_top = tl.zeros((BLOCK,), tl.float32)
     col_top = tl.zeros((BLOCK,), tl.float32)
     for item in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -176,7 +176,7 @@ def produce_kernel(
     E4M3_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile of the activation, quantized rowwise (ROW 1: packed, 2: code * scale) and columnwise (COL 1: packed).
+    """Quantize one tile of the activation rowwise (ROW 1: packed, 2: code * scale) and columnwise (COL 1: packed).
 
     amax: fp32 [2]. row_data: as z in bf16 or fp32, or int32 [images, run / 8]; row_scale: uint8 [images, run / 16].
     col_data: int64 [groups of 16 images, run]; col_scale: uint8 likewise. slots: int32 [3, SLOTS] (OBSERVE).

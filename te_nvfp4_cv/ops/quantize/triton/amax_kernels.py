@@ -1,4 +1,4 @@
-"""Triton kernels for the amaxes of delayed tensor scales; amaxes.py says what they compute. One program, two lanes."""
+"""Triton kernels for the amaxes of delayed tensor scales; amax.py says what they compute. A program has two lanes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ LOWEST, HIGHEST = tl.constexpr(127 + formats.MIN_EXPONENT), tl.constexpr(127 + f
 def move_kernel(  # type: ignore[no-untyped-def]
     used, seen, mantissa_0, mantissa_1, exponent_0, exponent_1, margin_0, margin_1, CLEAR: tl.constexpr
 ):
-    """used, seen: fp32 [rows, 2], one row a program. mantissa, exponent: of 6 E; margin: its binary logarithm."""
+    """Take new amaxes: used, seen are fp32 [rows, 2], one row a program; mantissa, exponent are those of 6 E.
+
+    margin: its binary logarithm.
+    """
     row = tl.program_id(0)
     mantissa = tl.where(row == 0, mantissa_0, mantissa_1)
     exponent = tl.where(row == 0, exponent_0, exponent_1)
@@ -35,7 +38,7 @@ def move_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def collect_kernel(collected, saturated, observed, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """collected: fp32 [2]; saturated: float64 [1]; observed: fp32 [3]."""
+    """Remember observed, fp32 [3], in collected, fp32 [2], and (COUNT) in saturated, float64 [1]."""
     o_face = tl.arange(0, 2)
     amax = tl.load(observed + o_face)
     finite = tl.where((amax.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000, amax, 0.0)
@@ -46,7 +49,7 @@ def collect_kernel(collected, saturated, observed, COUNT: tl.constexpr):  # type
 
 @on_its_device
 def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[int, ...], clear: bool) -> None:
-    """See amaxes.move."""
+    """Launch move_kernel for amax.move."""
     first, last = e4m3_max[0], e4m3_max[-1]
     move_kernel[(len(e4m3_max),)](
         used,
@@ -64,5 +67,5 @@ def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[in
 
 @on_its_device
 def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool) -> None:
-    """See amaxes.collect."""
+    """Launch collect_kernel for amax.collect."""
     collect_kernel[(1,)](collected, saturated, observed, COUNT=count, num_warps=1)

@@ -2,9 +2,9 @@
 
     quantize_blocks_kernel   1x16 blocks along the rows or down the columns of x[o, t, c]; also folded images
     quantize_tiles_kernel    16x16 tiles of a weight, one tap at a time
-    choose_scale             4over6: the error of either scale, summed in the order of reference.py
+    choose_scale             4over6: the error of either scale, summed in the order of reference_matrix.py
 
-Loads of neighbouring lanes are 16 elements apart where blocks run along memory: caches take that, weights are small.
+Loads of neighbouring lanes are 16 elements apart where blocks run along memory. Caches take that; weights are small.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
@@ -19,7 +19,7 @@ from te_nvfp4_cv.ops.triton import numerics as nx
 
 @triton.jit
 def choose_scale(tile, amax_b, amax, mult, s_dec, ERROR: tl.constexpr, E4M3_MAX: tl.constexpr, TILE: tl.constexpr):
-    """(byte, s_b, enc_b) of blocks; ERROR 1 (MAE) or 2 (MSE): 4over6, errors summed over the 16 vectors in order.
+    """Return the byte, s_b and enc_b of blocks. ERROR 1 (MAE) or 2 (MSE): 4over6, errors summed in the vectors' order.
 
     TILE: lanes are [tiles, 16 rows], and a tile of 16 rows has one scale: its rows' errors are summed as a tree.
     """
@@ -46,7 +46,7 @@ def choose_scale(tile, amax_b, amax, mult, s_dec, ERROR: tl.constexpr, E4M3_MAX:
 
 @triton.jit
 def tree_of_rows(v):
-    """[tiles, 16] summed over rows i and i + 8, then i and i + 4, 2, 1: [tiles, 1]."""
+    """Sum [tiles, 16] over rows i and i + 8, then i and i + 4, 2, 1: [tiles, 1]."""
     tiles: tl.constexpr = v.shape[0]
     v = tl.sum(tl.reshape(v, (tiles, 2, 8)), 1)
     v = tl.sum(tl.reshape(v, (tiles, 2, 4)), 1)
@@ -86,7 +86,7 @@ def quantize_blocks_kernel(
     E4M3_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Blocks of 16 of x[o, t, c] with any strides, one lane each; dequantized values go to [o, t, c] contiguous.
+    """Quantize blocks of 16 of x[o, t, c] with any strides, one lane each; dequantized values go to contiguous memory.
 
     Rows (not COLUMNS): block (o, t, kb), ROW_BLOCKS of them along c < width.
     COLUMNS: block (group of rows, ob, t, c), GROUP_BLOCKS of them along the rows_in rows of a group that are there and
@@ -188,9 +188,9 @@ def quantize_tiles_kernel(
     E4M3_MAX: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """16x16 tiles of w[o, t, c], any strides: TILES tiles of 16 lanes, a lane holds the 16 channels of a row.
+    """Quantize 16x16 tiles of w[o, t, c], any strides: TILES tiles of 16 lanes, a lane holds the 16 channels of a row.
 
-    Axis 1 of the grid: groups of 16 rows, axis 0: tiles of (t, kb), in memory's order (TAPS_FIRST: t runs fastest).
+    Axis 1 of the grid: groups of 16 rows; axis 0: tiles of (t, kb), in memory's order (TAPS_FIRST: t runs fastest).
     data: int64 [o, taps, ROW_BLOCKS]; scale: uint8 [group, ob, taps, ROW_BLOCKS]; dequantized: [o, taps, width].
     """
     band = tl.program_id(1).to(tl.int64)
@@ -237,6 +237,6 @@ def quantize_tiles_kernel(
 
 @triton.jit
 def weight_amax_kernel(bits, amax, POW2: tl.constexpr, E4M3_MAX: tl.constexpr):
-    """amax[0] from its bits, raised to one whose scale is a power of two if POW2."""
+    """Write amax[0] from its bits, raised to one whose scale is a power of two if POW2."""
     value = nx.float_of(tl.load(bits))
     tl.store(amax, nx.power_of_two_amax(value, E4M3_MAX) if POW2 else value)

@@ -84,7 +84,7 @@ def quantize_operand(
 
 @on_its_device
 def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
-    """Measure as operand.measure_operand does."""
+    """Return the amaxes as operand.measure_operand does."""
     if not x.numel():
         return x.new_zeros(2, dtype=torch.float32)
     x = x.contiguous()

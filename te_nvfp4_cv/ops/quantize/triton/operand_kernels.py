@@ -5,13 +5,13 @@ An operand [B, *image, C] is a matrix of B images times `run` values. One progra
     columnwise block   one value of the 16 images: element i in vector i of a tuple, nothing crosses lanes
     rowwise block      16 consecutive values of one image: vectors as [BLOCK / 16, 16]
 
-so that x is read once for both faces. The numbers are those of ops/numerics.py.
+so that x is read once for both faces. The numbers are those of ops/triton/numerics.py.
 
 Addresses are an int64 scalar (image, first value of the tile) plus an int32 vector inside the tile.
-Channels that are no multiple of 16 in each group: lanes count through the padded channels, [pixels, groups, Kb * 16],
-and those in the padding are masked out; images and rows of a folded operand that do not exist read as zeros.
-Weights, and 4over6, whose error sums have an order, take kernels_blocks.py: one lane per block.
-Launched by launch.py, which has the shapes; nothing here checks anything.
+Where a group's channels are no multiple of 16, lanes count through the padded channels, [pixels, groups, Kb * 16], and
+those in the padding are masked out. Images and rows of a folded operand that do not exist read as zeros.
+Weights, and 4over6, whose error sums have an order, take block_kernels.py, with one lane per block.
+launch.py launches these kernels and has the shapes; nothing is checked here.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
@@ -30,7 +30,7 @@ SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their a
 
 @triton.jit
 def amax_flat_kernel(x, amax, n, BLOCK: tl.constexpr):
-    """amax[0] = max(amax[0], bits of max |x|) over n values; amax: int32, zero at first. NaN wins."""
+    """Raise amax[0], int32, zero at first, to the bits of max |x| over n values. NaN wins."""
     lane = tl.arange(0, BLOCK)
     top = tl.zeros((BLOCK,), tl.int32)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -54,7 +54,7 @@ def amax_kernel(
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """amax[1] = max(amax[1], bits of the amax after folding and RHT); amax[0] = that of x itself, if ROW.
+    """Raise amax[1] to the bits of the amax after folding and RHT, and amax[0] to those of x itself, if ROW.
 
     x: [images, rows, run] or, FOLDED, row source_rows [16 groups, rows] of x, -1 for zeros; tiles: BLOCK-wide tiles of
     all (group, row).
@@ -97,7 +97,7 @@ def load_tile(
     FOLDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The 16 fp32 vectors of a tile: image group * 16 + i, row `row`, values first + offset where `inside`, else 0."""
+    """Load a tile's 16 fp32 vectors: image group * 16 + i, row `row`, values first + offset if `inside`, else 0."""
     tile = ()
     for i in tl.static_range(16):
         image = group.to(tl.int64) * 16 + i
@@ -144,7 +144,7 @@ def quantize_kernel(
     E4M3_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile of an operand: quantized once, rowwise and columnwise, from the same 16 x BLOCK values.
+    """Quantize one tile of an operand, rowwise and columnwise, from the same 16 x BLOCK values.
 
     x: [images, rows, run] or, FOLDED, its rows source_rows [16 groups, rows]. amax: fp32 [2] (rowwise, columnwise).
     row_data: bf16 or fp32 as x, or int32 [images, padded run / 8]; row_scale: uint8 [images, padded run / 16].
@@ -288,7 +288,7 @@ def quantize_kernel(
 
 @triton.jit
 def saturated_rows(x, group, images, run, first_value, offset, inside, mult, BLOCK: tl.constexpr):
-    """Rowwise blocks of a tile whose scale exceeds 448: x is read again, rather than 16 counters kept by every tile."""
+    """Count a tile's rowwise blocks whose scale exceeds 448. It reads x again, which saves every tile 16 counters."""
     count = tl.zeros((), tl.int32)
     first = group.to(tl.int64) * 16
     for image in range(first, tl.minimum(first + 16, images)):
@@ -300,10 +300,10 @@ def saturated_rows(x, group, images, run, first_value, offset, inside, mult, BLO
 
 @triton.jit
 def finish_kernel(slots, given, observed, used, SAME: tl.constexpr):
-    """What the programs saw, and the amaxes that decode with it.
+    """Reduce what the programs saw, and write the amaxes to decode with.
 
     slots: int32 [3, SLOTS]. given, used: fp32 [2]: used = given, NaN where the observed amax is inf or NaN.
-    observed: fp32 [3]: amax of x, of the columnwise operand, saturated blocks. SAME: both saw x, as it is.
+    observed: fp32 [3]: amax of x, of the columnwise operand, saturated blocks. SAME: both faces are of x, not rotated.
     """
     lane = tl.arange(0, SLOTS)
     row = tl.max(tl.load(slots + lane), 0)

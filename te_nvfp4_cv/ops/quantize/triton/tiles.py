@@ -1,4 +1,4 @@
-"""Pieces of quantize/launch.py: meta-parameters of the kernels, rows of folded operands, launches that some share."""
+"""The parts that launches of quantization share: meta-parameters of the kernels, rows of folded operands, unpacking."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _entry(block: int, warps: int) -> Entry:
 
 
 def _quantize(key: tuple[int, ...]) -> Entry:
-    """key: random bytes, x not bf16, ragged channels; then what only a search looks at.
+    """Choose the tile of quantize_kernel. The key starts with three flags: random bytes, x not bf16, ragged channels.
 
     128 elements a thread, in 168 registers, leave three blocks of 128 threads on a multiprocessor. With random bytes,
     fp16, fp32, or ragged channels so many spill. A limit on registers (maxnreg) made the compiler spill more.
@@ -63,7 +63,7 @@ tuning.register("unpack_rows", {0: _entry(4096, 4), 80: _entry(512, 4)})
 
 
 class Blocks(NamedTuple):
-    """Which blocks one launch of quantize_blocks writes.
+    """The blocks that one launch of quantize_blocks writes.
 
     Attributes:
         total: their number.
@@ -83,7 +83,7 @@ class Blocks(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What activations and gradients add to a launch of quantize_blocks; weights use none of it."""
+    """The arguments that activations and gradients add to a launch of quantize_blocks; weights use none of them."""
 
     rht: bool = False
     seed: Tensor | None = None
@@ -98,10 +98,10 @@ _NOTHING = Extras()
 def quantize_blocks(
     x: Tensor, amax: Tensor, face: Face, form: int, blocks: Blocks, error: int, e4m3_max: int, more: Extras = _NOTHING
 ) -> None:
-    """Write one face by quantize_blocks_kernel, one lane per block."""
+    """Write one face by quantize_blocks_kernel, one lane per block; `error` is the number of 4over6's error mode."""
     config = config_of("quantize_blocks", x)
     block_kernels.quantize_blocks_kernel[(ceil_div(blocks.total, config["BLOCK"]),)](
-        x,
+        x,  # below, a tensor that the kernel does not read is replaced by any tensor at hand: a pointer must be there
         x if more.source_rows is None else more.source_rows,
         amax,
         amax if more.seed is None else more.seed,
@@ -130,8 +130,9 @@ def quantize_blocks(
 
 
 def lines(x: Tensor, fold: Fold) -> tuple[int, int, int, Tensor | None]:
-    """(images, rows, run, table): the columnwise operand as rows of `run` values; one row an image where nothing is
-    folded, and then no table.
+    """Describe the columnwise operand as rows of `run` values: images, rows an image, run, and the table of rows.
+
+    Where nothing is folded an image is one row, and there is no table.
     """
     if fold.strips == 1:
         return x.shape[0], 1, x.numel() // x.shape[0], None
@@ -141,7 +142,7 @@ def lines(x: Tensor, fold: Fold) -> tuple[int, int, int, Tensor | None]:
 
 @functools.cache  # never dropped: a captured CUDA graph keeps the address
 def _source_rows(fold: Fold, batch: int, rows: int, device: torch.device) -> Tensor:
-    """int64 [images * rows]: which row of x each folded row is, -1 for zeros."""
+    """Return which row of x each folded row is, -1 for zeros: int64 [images * rows]."""
     return fold.source_rows(batch, rows).flatten().to(device)
 
 
@@ -162,6 +163,8 @@ def amax_flat(x: Tensor, amax: Tensor) -> None:
 def unpack_columns(
     data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | None, ob: int, rows: int, run: int
 ) -> None:
+    """Launch unpack_columns_kernel; ob: blocks of a group, rows: of a group, run: values of a row."""
+
     def launch(config: tuning.Config) -> None:
         block = block_width(run, config["BLOCK"])
         bands = scale.numel() // run
@@ -187,6 +190,7 @@ def unpack_columns(
 def unpack_rows(
     data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | None, width: int, taps: int, group_rows: int
 ) -> None:
+    """Launch unpack_rows_kernel; group_rows: rows of a group of 16x16-scaled data, 0 for a scale a block."""
     config = config_of("unpack_rows", out)
     words = data.numel() // 4
     unpack_kernels.unpack_rows_kernel[(ceil_div(words, config["BLOCK"]),)](
@@ -210,35 +214,35 @@ def unpack_rows(
 
 
 def words_of(data: Tensor) -> Tensor:
-    """Packed columns [..., 8] uint8 as int64."""
+    """Return packed columns [..., 8], uint8, as int64."""
     return data.contiguous().view(torch.int64)
 
 
 def block_width(run: int, largest: int) -> int:
-    """The tile's width: the kernel's, or less where a row is shorter."""
+    """Return a tile's width: the largest that the kernel takes, or less where a row is shorter."""
     return min(largest, max(power_of_two(run), 64))
 
 
 def config_of(kernel: str, x: Tensor) -> tuning.Config:
-    """The table's parameters for x's GPU."""
+    """Return the table's parameters for x's GPU."""
     return tuning.config(kernel, tuning.arch_of(x.device))
 
 
 def run_kernel(kernel: str, x: Tensor, key: tuple[int, ...], launch: Callable[[tuning.Config], object]) -> None:
-    """launch() with the parameters that the table, or an earlier search, has for x's GPU."""
+    """Launch a kernel with the parameters that the table, or an earlier search, has for x's GPU."""
     launch(tuning.config(kernel, tuning.arch_of(x.device), key, launch))
 
 
 def options_of(config: tuning.Config) -> dict[str, Any]:
-    """What a launch takes besides the kernel's own arguments."""
+    """Return the options that a launch takes besides the kernel's arguments."""
     return {**OPTIONS, **{name: value for name, value in config.items() if name != "BLOCK"}}
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n >= 1."""
+    """Return the smallest power of two that is not below n >= 1."""
     return 1 << (n - 1).bit_length()

@@ -1,7 +1,7 @@
 """Triton kernels that turn packed faces back into values: code * scale, exact in bf16, optionally times a factor.
 
-unpack_columns_kernel    sixteen images (or output channels) in 64 bits: sixteen rows of the result a lane
-unpack_rows_kernel       eight channels in 32 bits: eight neighbouring values of the result a lane
+    unpack_columns_kernel    sixteen images (or output channels) in 64 bits: sixteen rows of the result a lane
+    unpack_rows_kernel       eight channels in 32 bits: eight neighbouring values of the result a lane
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
@@ -27,9 +27,9 @@ def unpack_columns_kernel(
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [groups * rows, run] from data int64 and scale uint8 [groups, GROUP_BLOCKS, run]: sixteen rows a block.
+    """Write out [groups * rows, run] from data int64 and scale uint8 [groups, GROUP_BLOCKS, run]: sixteen rows a block.
 
-    per_band: programs of a band of sixteen rows. One axis of the grid: the others end at 65535.
+    per_band: programs of a band of sixteen rows. The grid has one axis, because the second and third end at 65535.
     """
     band = (tl.program_id(0) // per_band).to(tl.int64)
     first = (tl.program_id(0) % per_band).to(tl.int64) * BLOCK
@@ -72,9 +72,9 @@ def unpack_rows_kernel(
     TILED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [segments, width] from data int32 [segments, ROW_BLOCKS * 2] and scale uint8, one a block.
+    """Write out [segments, width] from data int32 [segments, ROW_BLOCKS * 2] and scale uint8, one a block.
 
-    TILED: segments are (row, tap), and the scales [group, ob, taps, ROW_BLOCKS] serve sixteen rows each.
+    TILED: segments are (row, tap), and each of the scales [group, ob, taps, ROW_BLOCKS] serves sixteen rows.
     """
     word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = word < words

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from te_nvfp4_cv.backend import cache, dispatch, selftest_cache
+from te_nvfp4_cv.backend import cache, dispatch
 from tests.backend import fake_gpu
 
 GPU = fake_gpu.DEVICE
@@ -21,32 +21,32 @@ def gpu(monkeypatch, tmp_path):
 
 
 def test_a_pass_is_remembered_across_processes(tmp_path):
-    assert not selftest_cache.passed(GPU)
-    selftest_cache.write(GPU, True)
-    assert selftest_cache.passed(GPU) and selftest_cache.passed(torch.device("cuda"))
+    assert not cache.selftest_passed(GPU)
+    cache.remember_selftest(GPU, True)
+    assert cache.selftest_passed(GPU) and cache.selftest_passed(torch.device("cuda"))
     fake_gpu.new_process()
-    assert selftest_cache.passed(GPU)
+    assert cache.selftest_passed(GPU)
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["identity"]["device"] == "Fake GPU"
 
 
 def test_a_failure_takes_a_pass_back():
-    selftest_cache.write(GPU, True)
-    selftest_cache.write(GPU, False)
-    assert not selftest_cache.passed(GPU)
+    cache.remember_selftest(GPU, True)
+    cache.remember_selftest(GPU, False)
+    assert not cache.selftest_passed(GPU)
     fake_gpu.new_process()
-    assert not selftest_cache.passed(GPU)
+    assert not cache.selftest_passed(GPU)
 
 
 def test_it_is_read_once_a_process(monkeypatch):
-    assert not selftest_cache.passed(GPU)
+    assert not cache.selftest_passed(GPU)
     monkeypatch.setattr(cache, "read", lambda *_: pytest.fail("read again"))
-    assert not selftest_cache.passed(GPU)
+    assert not cache.selftest_passed(GPU)
 
 
 @pytest.mark.parametrize("what", ["name", "capability", "driver", "torch", "triton", "source"])
 def test_a_pass_of_something_else_does_not_count(monkeypatch, tmp_path, what):
-    selftest_cache.write(GPU, True)
+    cache.remember_selftest(GPU, True)
     if what == "name":
         fake_gpu.install(monkeypatch, tmp_path, (10, 0), "Another GPU")
     elif what == "capability":
@@ -60,38 +60,38 @@ def test_a_pass_of_something_else_does_not_count(monkeypatch, tmp_path, what):
     else:
         monkeypatch.setattr(cache, "source_digest", lambda: "0" * 12)
     fake_gpu.new_process()
-    assert not selftest_cache.passed(GPU)
+    assert not cache.selftest_passed(GPU)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "true", '{"content": {"passed": true}}', "\xff"], ids=repr)
 def test_a_damaged_file_is_no_pass(tmp_path, text):
-    selftest_cache.write(GPU, True)
+    cache.remember_selftest(GPU, True)
     (path,) = tmp_path.iterdir()
     path.write_bytes(text.encode("latin-1"))
     fake_gpu.new_process()
-    assert not selftest_cache.passed(GPU)
+    assert not cache.selftest_passed(GPU)
 
 
 @pytest.mark.parametrize("value", [1, "true", None, {}], ids=repr)
 def test_only_true_is_a_pass(tmp_path, value):
-    selftest_cache.write(GPU, True)
+    cache.remember_selftest(GPU, True)
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())
     path.write_text(json.dumps({**found, "content": {"passed": value}}))
     fake_gpu.new_process()
-    assert not selftest_cache.passed(GPU)
+    assert not cache.selftest_passed(GPU)
 
 
 def test_a_cpu_has_no_self_test_to_remember():
-    assert not selftest_cache.passed(torch.device("cpu"))
+    assert not cache.selftest_passed(torch.device("cpu"))
     with pytest.raises(ValueError, match="GPUs only"):
-        selftest_cache.write(torch.device("cpu"), True)
+        cache.remember_selftest(torch.device("cpu"), True)
 
 
 def test_a_pass_makes_triton_the_default_on_blackwell(monkeypatch):
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     assert dispatch.resolve("auto", GPU) == "vendor"
-    selftest_cache.write(GPU, True)
+    cache.remember_selftest(GPU, True)
     assert dispatch.resolve("auto", GPU) == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert dispatch.resolve("auto", GPU) == "vendor", "not on Hopper"

@@ -1,6 +1,6 @@
-"""Rows of text in columns, and numbers as JSON knows them: what the reports of this package print and write.
+"""Text in columns for people, and numbers as JSON knows them: what every report prints and writes.
 
-JSON has no NaN and no infinity: they are written as null.
+JSON has neither NaN nor infinity, so both are written as null.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from typing import Any
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """The rows as lines; the first `left` columns flush left, the others flush right, the last one as it is."""
+    """Return the rows as lines of equal columns: the first `left` columns flush left, the others flush right.
+
+    The last column is appended as it is, because it often holds a sentence.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     lines = []
     for row in rows:
@@ -24,12 +27,12 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def number(value: float | None, form: str = ".4g") -> str:
-    """A number, or nothing where there is none."""
+    """Format a number; None gives an empty cell."""
     return "" if value is None else format(value, form)
 
 
 def plain(value: Any) -> Any:
-    """The same in dicts, lists, strings and finite numbers."""
+    """Convert a value to dicts, lists, strings and finite numbers, which JSON can hold."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,14 +1,14 @@
-"""Batch norms that follow a convolution or linear layer, multiplied into it before it is quantized.
+"""Fold batch norms into the convolutions or linear layers before them, ahead of quantization.
 
     y = gamma (W x + b - mean) / sqrt(var + eps) + beta    =    W' x + b'
 
-Pairs are found in the graphs that torch.fx traces of each module's own forward, so a pair is folded where nothing else
-reads the layer's result, and each of the two is called once. What cannot be traced, norms of other classes, norms
-without running statistics, modules with hooks and shared modules stay as they are: unfolded is right too.
+Pairs are found in the graphs that torch.fx traces of each module's own forward. A pair is folded if nothing else reads
+the layer's result and both modules are called once. Modules that cannot be traced, norms of other classes, norms
+without running statistics, modules with hooks and shared modules stay as they are: an unfolded norm is correct, too.
 
-A graph does not say how a model calls its parts (it may read the fourth layer of a Sequential, or a layer's weight), so
-the model runs, twice unfolded and once folded: where that changes what it gives, halves of the pairs are tried, and
-those that change it are left alone.
+A graph does not show how a model uses its parts (it may read the fourth layer of a Sequential, or a layer's weight).
+Therefore the model runs twice unfolded and once folded. If folding changes its outputs, halves of the pairs are tried,
+and the pairs that change them stay unfolded.
 """
 
 from __future__ import annotations
@@ -23,64 +23,24 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
 from torch.utils._pytree import tree_flatten
 
-from te_nvfp4_cv.errors import value_error, warn_once
-from te_nvfp4_cv.export.modules import CLASSES
-from te_nvfp4_cv.fusion.patterns import child_of
-from te_nvfp4_cv.fusion.trace import Untraceable, trace
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-class FoldedNorm(nn.Identity):
-    """Stands where a batch norm was that is now part of `layer`."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = [layer]  # a list hides it from the module tree
-
-    @property
-    def layer(self) -> nn.Module:
-        """Of which the norm is part."""
-        return self._layer[0]
-
-    def extra_repr(self) -> str:
-        """The layer's class."""
-        return f"in the {type(self.layer).__name__} before it"
-
-
-def folded_norms(model: nn.Module, plain: Callable[[str], str]) -> dict[str, str]:
-    """{name of a norm: name of its layer}, both by `plain`.
-
-    Raises:
-        ValueError: a norm whose layer is outside of the model.
-    """
-    names = {id(module): plain(name) for name, module in model.named_modules()}
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, FoldedNorm):
-            if id(module.layer) not in names:
-                raise value_error(
-                    f"nv.export.save: the batch norm {name!r} is folded into a layer outside of the model.",
-                    got="a part of a quantized network",
-                    needs="the layer and its norm together",
-                    fix="save the whole network, or quantize the part: nv.export.quantize(part, loader)",
-                )
-            found[plain(name)] = names[id(module.layer)]
-    return found
+from te_nvfp4_cv.errors import warn_once
+from te_nvfp4_cv.export.folding import NORMS, FoldedNorm, put
+from te_nvfp4_cv.fusion.trace import Untraceable, child_of, trace
+from te_nvfp4_cv.nn.base import OPS
 
 
 def fold(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
-    """Fold every pair of a model in eval mode that leaves its outputs as they are, in place.
+    """Fold the batch norms of a model in eval mode, in place, except pairs that would change its outputs.
 
     Args:
-        run: one pass of the model over real input, without gradients; gives its outputs.
+        run: runs the model over real input, without gradients, and returns its outputs.
     Returns:
-        {name of the norm: name of its layer}.
+        The name of the layer of each folded norm, by the norm's name.
     """
     pairs = find(model)
     if not pairs:
         return {}
-    expected = [t.clone() for t in _tensors(run())]
+    expected = [t.clone() for t in _tensors(run())]  # a model may return a buffer that it writes anew each time
     if not _same(run(), expected):
         warn_once(
             "folding",
@@ -88,15 +48,15 @@ def fold(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
             "nothing that can be compared (no tensors, or empty ones, on the first images).",
         )
         return {}
-    kept = _harmless(model, list(pairs.items()), run, expected)
-    _put_folded(model, kept)
-    return dict(kept)
+    harmless = _harmless(model, list(pairs.items()), run, expected)
+    _put_folded(model, harmless)
+    return dict(harmless)
 
 
 def _harmless(
     model: nn.Module, pairs: list[tuple[str, str]], run: Callable[[], Any], expected: Any
 ) -> list[tuple[str, str]]:
-    """The pairs that may be folded: all, or what halving them leaves."""
+    """Return the pairs that leave the outputs as they are; a set of pairs that does not is halved and tried again."""
     undo = _put_folded(model, pairs)
     try:
         same = _same(run(), expected)
@@ -113,7 +73,7 @@ def _harmless(
 
 
 def _put_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> list[Callable[[], None]]:
-    """Fold these pairs; returns what undoes it."""
+    """Fold these pairs, in place. Returns functions that undo it."""
     undo: list[Callable[[], None]] = []
     for norm_name, layer_name in pairs:
         layer: Any = model.get_submodule(layer_name)
@@ -132,7 +92,7 @@ def _put_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> list[Callable
 
 
 def _same(ours: Any, expected: list[Tensor]) -> bool:
-    """Whether outputs agree up to rounding; False where they hold nothing."""
+    """Tell whether outputs agree up to rounding. Outputs without any value cannot be compared, and do not agree."""
     found = _tensors(ours)
     if len(found) != len(expected) or not any(t.numel() for t in expected):
         return False
@@ -141,16 +101,18 @@ def _same(ours: Any, expected: list[Tensor]) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     full = b.dtype in (torch.float32, torch.float64)
-    noise = (1e-3 if b.device.type == "cpu" else 1e-2) if full else 0.1  # more than rounding gives, in TF32 on a GPU
+    # These limits are above the effect of rounding (of TF32, on a GPU) and far below that of a norm too many.
+    noise = (1e-3 if b.device.type == "cpu" else 1e-2) if full else 0.1
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not b.numel():
         return True
     if b.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    if not b.is_floating_point():
+    if not b.is_floating_point():  # classes and masks, which may flip where two scores are nearly equal
         return bool((a != b).float().mean() <= 1e-2)
     finite = torch.isfinite(b)
+    # Infinities must be at the same places; nan_to_num(7.0) makes NaN equal to NaN.
     if not torch.equal(a.masked_fill(finite, 0).nan_to_num(7.0), b.masked_fill(finite, 0).nan_to_num(7.0)):
         return False
     a, b = a[finite].double(), b[finite].double()
@@ -158,6 +120,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
+    """List the tensors in a model's outputs, those in dataclasses (which pytree does not open), too."""
     leaves, _ = tree_flatten(outputs)
     found = []
     for leaf in leaves:
@@ -168,14 +131,8 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return found
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule of that name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def find(model: nn.Module) -> dict[str, str]:
-    """The pairs that can be folded."""
+    """Find the pairs that can be folded. Returns the name of each norm's layer by the norm's name."""
     known = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     pairs: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -198,7 +155,7 @@ def find(model: nn.Module) -> dict[str, str]:
 
 
 def _layer_before(module: nn.Module, node: fx.Node) -> fx.Node | None:
-    """The call of the layer whose result a call of a batch norm alone reads."""
+    """If the node is a call of a batch norm, return the call of the layer that it can be folded into, else None."""
     norm: Any = child_of(module, str(node.target)) if node.op == "call_module" else None
     if type(norm) not in NORMS or norm.running_mean is None or norm.running_var is None or _hooked(norm):
         return None
@@ -206,11 +163,12 @@ def _layer_before(module: nn.Module, node: fx.Node) -> fx.Node | None:
     if not isinstance(before, fx.Node) or before.op != "call_module" or list(before.users) != [node]:
         return None
     layer: Any = child_of(module, str(before.target))
-    if type(layer) not in CLASSES or _hooked(layer) or "weight" not in layer._parameters:
+    if type(layer) not in OPS or _hooked(layer) or "weight" not in layer._parameters:
         return None
     width = norm.num_features
     out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    unclear = getattr(layer, "transposed", False) and layer.groups > 1  # its weight's axis 1 holds one group's outputs
+    # torch's fusion scales axis 1 of a transposed convolution's weight, which holds the outputs of one group only.
+    unclear = getattr(layer, "transposed", False) and layer.groups > 1
     return before if out == width and not unclear else None
 
 
@@ -220,6 +178,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _fused(layer: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the layer's weight and bias with the norm multiplied in."""
     statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
     weight: Tensor
     bias: Tensor

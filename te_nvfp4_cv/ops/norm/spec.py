@@ -1,0 +1,69 @@
+"""The record of a norm + activation, as it crosses the operator boundary, and the shapes that all backends share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ACTIVATIONS = ("relu", "silu")
+BACKENDS = ("reference", "triton")
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """The settings of one norm + activation.
+
+    Args:
+        groups: 0 is batch normalization, one mean a channel, over batch and image; otherwise group normalization, one
+            mean an image and group.
+        activation: "relu" or "silu".
+        batch_stats: normalize with the statistics of z, and update the running ones; else use the running ones.
+        need_mask: backward will come, so forward writes ReLU's mask.
+        need_dresidual: backward returns the residual's gradient too.
+        backend: "reference" or "triton".
+    """
+
+    groups: int = 0
+    activation: str = "relu"
+    batch_stats: bool = True
+    momentum: float = 0.0
+    eps: float = 0.0
+    need_mask: bool = False
+    need_dresidual: bool = False
+    backend: str = "reference"
+
+    def encode(self) -> list[float]:
+        """Return the fields in their order as floats, for the operator boundary. Doubles hold all of them exactly."""
+        activation, backend = ACTIVATIONS.index(self.activation), BACKENDS.index(self.backend)
+        flags = self.batch_stats, self.momentum, self.eps, self.need_mask, self.need_dresidual
+        return [float(field) for field in (self.groups, activation, *flags, backend)]
+
+    @classmethod
+    def decode(cls, numbers: Sequence[float]) -> NormSpec:
+        """Rebuild a spec from encode."""
+        groups, activation, batch_stats, momentum, eps, need_mask, need_dresidual, backend = numbers
+        return cls(
+            int(groups),
+            ACTIVATIONS[int(activation)],
+            bool(batch_stats),
+            momentum,
+            eps,
+            bool(need_mask),
+            bool(need_dresidual),
+            BACKENDS[int(backend)],
+        )
+
+    def statistics_shape(self, z: Tensor) -> tuple[int, ...]:
+        """Return the shape of mean and rstd for z [B, C, *image]: [C], or [B, groups]."""
+        return (z.shape[0], self.groups) if self.groups else (z.shape[1],)
+
+    def mask_bytes(self, z: Tensor) -> int:
+        """Return the size of ReLU's mask, one bit an element of z; 0 where no mask is written."""
+        return (z.numel() + 7) // 8 if self.activation == "relu" and self.need_mask else 0
+
+
+def affine_of(norm: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias from [mean, rstd, weight, bias], None twice from [mean, rstd]."""
+    return (norm[2], norm[3]) if len(norm) == 4 else (None, None)

@@ -1,0 +1,98 @@
+"""Run a model once to look at it: leave it as it was, know which module is running, and count multiplications.
+
+coverage, project and everything in sensitivity/ run somebody's model for their own purpose. Nothing of that may remain:
+a report that shifts the random state or a batch norm's statistics would change the training run that it describes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.context import state
+from te_nvfp4_cv.layer import observe
+from te_nvfp4_cv.ops.quantize import rounding_seeds
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+
+
+def recipe_in_force(recipe: Any) -> NVFP4BlockScaling:
+    """Return the recipe as an object; if None, that of the enclosing enabled context, and without one the default."""
+    current = state.state()
+    if recipe is None and current is not None and current.enabled:
+        return current.recipe
+    return as_recipe(recipe)
+
+
+def gemm_flops(call: observe.Call, y: Tensor) -> int:
+    """Count the FLOPs of one of the three GEMMs of a call with the result y; all three have the same number."""
+    # Every element of a convolution's output, or of a transposed one's input, meets one window of the weight.
+    source = call.x if "transpose" in call.op else y
+    return 2 * source.numel() * math.prod(call.weight.shape[1:])
+
+
+def _ignore(module: nn.Module, args: Any) -> None:
+    """Do nothing when a module starts or ends."""
+
+
+@contextmanager
+def running(
+    modules: Iterable[nn.Module],
+    enter: Callable[[nn.Module, Any], None] = _ignore,
+    leave: Callable[[nn.Module, Any], None] = _ignore,
+) -> Iterator[list[nn.Module]]:
+    """Keep a list of the modules that are running, the innermost last, and call `enter` and `leave` around each.
+
+    Args:
+        modules: those to put hooks on; ScriptModules take no such hooks.
+        enter: called as enter(module, positional arguments) when a module starts, after it was put on the list.
+        leave: called likewise when it ends, with an exception too.
+    """
+    stack: list[nn.Module] = []
+
+    def starts(module: nn.Module, args: Any) -> None:
+        stack.append(module)
+        enter(module, args)
+
+    def ends(module: nn.Module, args: Any, output: Any) -> None:
+        # A module whose pre-hooks raised ends without having started, and one above this one may never have ended.
+        if module in stack:
+            del stack[len(stack) - 1 - stack[::-1].index(module) :]
+        leave(module, args)
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(starts).remove)
+            hooks.callback(module.register_forward_hook(ends, always_call=True).remove)
+        yield stack
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put random states, buffers and training flags back when the body ends, with an exception too."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    python, numpy_state, stream = random.getstate(), numpy.random.get_state(), rounding_seeds.state()
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    before = [(m, m.training, dict(m._buffers)) for m in plain]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numpy_state)
+        rounding_seeds.set_state(stream)
+        for module, training, own in before:
+            module.training = training
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                # Writing equal values would raise the version, and autograd would refuse a graph that saved the buffer.
+                if buffer._version != version or not torch.equal(buffer, value):
+                    buffer.copy_(value)
