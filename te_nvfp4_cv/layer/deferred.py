@@ -113,16 +113,15 @@ class Producer:
 
     def quantize(self, plan: Plan, need_dw: bool, scales: Scales | None) -> Operand:
         """Return what operand.quantize_operand would make of the activation."""
-        spec, images = plan.input_specs[need_dw], plan.folds[0].images
-        form = (spec.row, spec.col, spec.rht, spec.e4m3_max, plan.compute_dtype)
-        if scales is None and (images, *form) in self.made:
-            return self.made[images, *form]
+        spec, dtype = plan.input_specs[need_dw], plan.compute_dtype
+        if scales is None and (spec, dtype) in self.made:
+            return self.made[spec, dtype]
         amax = None if scales is None else scales.amax(Role.INPUT, self.z)
-        made = Operand.from_flat(ops.norm_quantize(*self._parts(), self.groups, self.activation, images, *form, amax))
+        made = Operand.from_flat(ops.norm_quantize(*self._parts(), self._spec(), spec.to_ints(), dtype, amax))
         if scales is not None:
             scales.collect(Role.INPUT, made.observed)
         else:
-            self.made[images, *form] = made
+            self.made[spec, dtype] = made
         return made
 
     def write(self, y: Tensor) -> None:
@@ -130,12 +129,16 @@ class Producer:
         storage = y.untyped_storage()
         storage.resize_(y.numel() * y.element_size())
         *parts, mask = self._parts()
-        ops.norm_apply(*parts, y.data, mask, self.groups, self.activation)
+        ops.norm_apply(*parts, y.data, mask, self._spec())
 
     def _parts(self) -> tuple[Any, ...]:
-        assert self.mask is not None
+        assert self.mask is not None and self.mean is not None and self.rstd is not None
+        affine = [] if self.weight is None or self.bias is None else [self.weight, self.bias]
         # the mask belongs to a graph already: .data keeps its filling in from counting as a change
-        return self.z, self.residual, self.weight, self.bias, self.mean, self.rstd, self.mask.data
+        return self.z, self.residual, [self.mean, self.rstd, *affine], self.mask.data
+
+    def _spec(self) -> list[float]:
+        return ops.NormSpec(self.groups, self.activation).encode()
 
 
 def attach(y: Tensor, producer: Producer) -> Tensor:

@@ -378,7 +378,7 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
 
 @functools.lru_cache(maxsize=256)
 def check_usable(recipe: NVFP4BlockScaling) -> None:
-    """Call validate_for_use, but only once for equal recipes: a context may be entered in each step.
+    """Refuse what validate_for_use refuses, but ask once for equal recipes: contexts are entered in each step.
 
     Raises:
         ValueError: No quantizer can carry the recipe out.

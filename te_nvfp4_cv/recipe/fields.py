@@ -17,7 +17,7 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 
 
 class Role(enum.StrEnum):
-    """Which operand of a layer's GEMMs is meant. Members equal their texts, which users and files write."""
+    """The role of an operand in a layer's GEMMs. Members equal their texts, which users and files write."""
 
     INPUT = "input"
     WEIGHT = "weight"
