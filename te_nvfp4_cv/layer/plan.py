@@ -5,7 +5,7 @@
 
 Which GEMMs run in NVFP4 is the recipe's choice; the others run on the high-precision operands, which are then saved.
 A Plan holds its answers: each is computed when it is first asked for and kept in the object, and equal calls share one
-object (geometry.py). So a layer that runs again asks the recipe and the geometry nothing.
+object (check.py). So a layer that runs again asks the recipe and the geometry nothing.
 """
 
 from __future__ import annotations

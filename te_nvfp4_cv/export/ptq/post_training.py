@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
 from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.fit import sort_layers
@@ -156,7 +157,7 @@ def _reestimate(
 
     Only the norms are in training mode, each while it runs: dropout and stochastic depth would change the statistics.
     """
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    norms = [m for m in net.modules() if isinstance(m, AnyBatchNorm) and m.running_mean is not None]
     if not norms:
         return
     seen: set[nn.Module] = set()
