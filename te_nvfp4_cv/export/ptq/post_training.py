@@ -83,7 +83,8 @@ def quantize(
             a layer is not finite.
 
     Example:
-        >>> import te_nvfp4_cv as nv
+        >>> import torch, te_nvfp4_cv as nv
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
         >>> quantized = nv.export.quantize(net, [torch.randn(2, 3, 16, 16)])
         >>> type(quantized[3]).__name__, type(quantized[1]).__name__
