@@ -4,8 +4,7 @@ Private names of torch that several folders need are used here and nowhere else,
 checked in one place. A name that one file alone needs stays in that file; docs/ARCHITECTURE.md lists all of them.
 
 Names that are only passed on stand first, under a name that says what they do. They are torch's own objects and not
-functions around them: torch.compile recognizes some of them by identity, and layers enter without_function_modes at
-every call.
+functions around them: torch.compile recognizes some of them by identity, and some are called for every layer.
 """
 
 from __future__ import annotations
@@ -29,13 +28,9 @@ __all__ = [
 
 AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # the base of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
 BatchOrInstanceNorm = torch.nn.modules.batchnorm._NormBase  # the base of these and of InstanceNorm1d, 2d and 3d
+function_modes = torch.overrides._get_current_function_mode_stack  # () -> the modes of this thread, the innermost last
 without_function_modes = torch._C.DisableTorchFunction  # a context manager: no function mode sees the calls inside
 wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself
-
-
-def function_modes() -> list[torch.overrides.TorchFunctionMode]:
-    """Return the function modes of this thread that see torch calls now, the innermost last."""
-    return torch.overrides._get_current_function_mode_stack()
 
 
 def saved_tensors_hooks_are_on() -> bool:

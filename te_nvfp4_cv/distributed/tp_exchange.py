@@ -27,10 +27,10 @@ from te_nvfp4_cv.distributed.collectives import PendingParts, gather_parts
 from te_nvfp4_cv.formats import BLOCK, round_up
 from te_nvfp4_cv.layer.delayed_scaling import CallScales
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold
+from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize.amax import reduce_amax
 from te_nvfp4_cv.ops.quantize.operand import unpack_columns, unpack_rows
-from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face
+from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, Fold
 from te_nvfp4_cv.recipe.fields import Role
 
 GEMMS = {"fprop", "dgrad", "wgrad"}

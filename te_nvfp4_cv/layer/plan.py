@@ -16,8 +16,8 @@ import torch
 
 from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.formats import alpha_factor
-from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold
-from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, OperandSpec, WeightLayout, WeightSpec
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, Fold, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, RoleSettings
 from te_nvfp4_cv.recipe.fields import Role
 

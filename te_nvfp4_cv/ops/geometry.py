@@ -25,6 +25,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK, round_up
+from te_nvfp4_cv.ops.records import Fold
 
 
 class ConvArgs(NamedTuple):
@@ -42,32 +43,6 @@ class ConvArgs(NamedTuple):
         if not hasattr(module, "kernel_size"):
             return cls()
         return cls(module.stride, module.padding, module.dilation, module.groups, module.output_padding)
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Space-to-batch of one operand: image b becomes `strips` images (index b * strips + strip) of `rows` rows each.
-
-    Row l of strip s is row `s * step + l - offset` of the source, or zeros outside of it. `images` is a multiple of
-    16: images beyond B * strips are zeros.
-    """
-
-    strips: int
-    step: int
-    rows: int
-    offset: int
-    images: int
-
-    def to_ints(self) -> list[int]:
-        """Encode the fields, in their order, for a custom operator."""
-        return [self.strips, self.step, self.rows, self.offset, self.images]
-
-    def source_rows(self, batch: int, source: int) -> Tensor:
-        """Return int64 [images, rows]: b * source + row for every folded row, -1 for zeros."""
-        image = torch.arange(self.images)
-        row = (image % self.strips)[:, None] * self.step + torch.arange(self.rows)[None, :] - self.offset
-        inside = (row >= 0) & (row < source) & (image // self.strips < batch)[:, None]
-        return torch.where(inside, (image // self.strips)[:, None] * source + row, -1)
 
 
 @dataclass(frozen=True)
