@@ -1,34 +1,36 @@
 """Ask torch the questions that its public interface cannot answer.
 
 Private names of torch that several folders need are used here and nowhere else, so that a new version of torch is
-checked in one place: transforms, modes, saved-tensor hooks, the running backward pass, and what a CPU can do. A name
-that one file alone needs stays in that file: torch.utils.checkpoint's in context/torch_patches.py, those of module
-hooks in nn/hooks.py, and those of operator registration in backend/registration.py.
+checked in one place. A name that one file alone needs stays in that file; docs/ARCHITECTURE.md lists all of them.
+
+Names that are only passed on stand first, under a name that says what they do. They are torch's own objects and not
+functions around them: torch.compile recognizes some of them by identity, and some are called for every layer.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+__all__ = [
+    "AnyBatchNorm",
+    "BatchOrInstanceNorm",
+    "cpu_multiplies_bf16",
+    "function_modes",
+    "in_backward",
+    "saved_tensors_hooks_are_on",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "without_function_modes",
+    "wrapper_subclass",
+]
 
-def transformed() -> bool:
-    """Return True inside a torch.func transform (grad, vmap, jvp) or a forward-mode level.
-
-    The package's autograd functions do not know these. While torch.compile traces, the answer is False.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def function_modes() -> list[torch.overrides.TorchFunctionMode]:
-    """Return the function modes of this thread that see torch calls now, the innermost last."""
-    return torch.overrides._get_current_function_mode_stack()
-
-
-def dispatch_modes_are_on() -> bool:
-    """Return True if a dispatch mode (FakeTensorMode, a profiler of operators) sees the operators of this thread."""
-    return bool(torch._C._len_torch_dispatch_stack())
+AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # the base of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
+BatchOrInstanceNorm = torch.nn.modules.batchnorm._NormBase  # the base of these and of InstanceNorm1d, 2d and 3d
+function_modes = torch.overrides._get_current_function_mode_stack  # () -> the modes of this thread, the innermost last
+without_function_modes = torch._C.DisableTorchFunction  # a context manager: no function mode sees the calls inside
+wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself
 
 
 def saved_tensors_hooks_are_on() -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.backend.explain import explain
+from te_nvfp4_cv.backend.torch_private import cpu_multiplies_bf16
 from te_nvfp4_cv.cli.shape import Command, show
 from te_nvfp4_cv.recipe.files import list_recipes, recipe_folder
 
@@ -94,14 +95,10 @@ def _autocast_dtype(device: torch.device) -> str:
     """Return the dtype to give torch.autocast on this device, and the reason."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16 with GradScaler: no bfloat16 here"
-    # On a CPU without such units torch converts bfloat16 to float32 and back, around each operation.
-    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return (
-        "bfloat16: in hardware"
-        # Private functions of torch: where one is missing, bool() stands for "no".
-        if any(getattr(torch.cpu, unit, bool)() for unit in units)
-        else "none: this CPU has no bfloat16 units, float32 is faster"
-    )
+    if cpu_multiplies_bf16():
+        return "bfloat16: in hardware"
+    # Without such units torch converts bfloat16 to float32 and back, around each operation.
+    return "none: this CPU has no bfloat16 units, float32 is faster"
 
 
 def _version(package: str) -> str:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from te_nvfp4_cv.backend.torch_private import function_modes
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import check, deferred, execute, observe
@@ -56,7 +57,7 @@ class Mode(TorchFunctionMode):
 
 def mode_is_on() -> bool:
     """Return True if torch calls reach a Mode. It is off in its handler, and so in all that Tensor.backward runs."""
-    return any(isinstance(mode, Mode) for mode in torch.overrides._get_current_function_mode_stack())
+    return any(isinstance(mode, Mode) for mode in function_modes())
 
 
 @functools.lru_cache(maxsize=1)

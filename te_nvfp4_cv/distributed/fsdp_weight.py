@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.backend.torch_private import tree_leaves, tree_map_only, wrapper_subclass
 from te_nvfp4_cv.errors import runtime_error, warn_once
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
@@ -63,7 +63,7 @@ class ShardedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor, form: Form) -> ShardedWeight:
-        self = torch.Tensor._make_wrapper_subclass(
+        self = wrapper_subclass(
             cls,
             values.shape,
             strides=values.stride(),
@@ -103,9 +103,9 @@ class ShardedWeight(torch.Tensor):
             forms.append(x.form)
             return x._plain
 
-        args, kwargs = pytree.tree_map_only(ShardedWeight, plain, (args, kwargs or {}))
+        args, kwargs = tree_map_only(ShardedWeight, plain, (args, kwargs or {}))
         out = func(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, lambda t: ShardedWeight(t, forms[0]), out) if func in KEEP else out
+        return tree_map_only(Tensor, lambda t: ShardedWeight(t, forms[0]), out) if func in KEEP else out
 
     # ---- what FSDP2 calls -------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class GatheredWeight(torch.Tensor):
     def __new__(
         cls, codes: Tensor, scales: Tensor, amax: Tensor, shape: tuple[int, ...], dtype: torch.dtype, form: Form
     ) -> GatheredWeight:
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+        self = wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
         self._codes, self._scales, self._amax, self.form = codes, scales, amax, form
         return self
 
@@ -225,12 +225,12 @@ class GatheredWeight(torch.Tensor):
             if func in (aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default):
                 kwargs = {"memory_format": torch.contiguous_format} | kwargs
             return func(like, *args[1:], **kwargs)
-        names = ", ".join(sorted({x.form.name for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)}))
+        names = ", ".join(sorted({x.form.name for x in tree_leaves((args, kwargs)) if isinstance(x, cls)}))
         warn_once(
             f"gathered {names}",
             f"nvfp4: {names} was gathered in 4 bits and is read by {func}, outside of an NVFP4 layer: that sees its "
             "dequantized values. Leave it out of nv.fsdp.quantize_gathers (its recipe's [precision] table, or "
             "filter_fn) if it must stay in high precision",
         )
-        args, kwargs = pytree.tree_map_only(GatheredWeight, lambda x: x.dequantized(), (args, kwargs))
+        args, kwargs = tree_map_only(GatheredWeight, lambda x: x.dequantized(), (args, kwargs))
         return func(*args, **kwargs)

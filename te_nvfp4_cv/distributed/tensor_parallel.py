@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import parallel as torch_styles
 
+from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.distributed.tp_call import Sharing, run
 from te_nvfp4_cv.errors import type_error, value_error
 from te_nvfp4_cv.layer import deferred
@@ -111,7 +112,7 @@ class TensorParallelModule(nn.Module):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Run the plain module's forward for tensors that lie as the plan says."""
         deferred.settle(input)
-        with torch._C.DisableTorchFunction():  # the context must not take over the calls inside
+        with without_function_modes():  # the context must not take over the calls inside
             return run(self, input, output_size)
 
     def extra_repr(self) -> str:

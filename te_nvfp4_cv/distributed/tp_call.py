@@ -27,6 +27,7 @@ from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
+from te_nvfp4_cv.nn.walk import padded
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_channels_last
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -191,10 +192,7 @@ class _Call:
         why = "its padding is not a number of zeros" if pads and cut is not None and cut > 1 else ""
         if not self.column or why:
             x, cut = self._gathered(x, why), None
-        args = ConvArgs.of(module)._replace(groups=1)
-        if pads:
-            x, padding = self._padded(x, w)
-            args = args._replace(padding=padding)
+        x, args = self._padded(x, w)
 
         def planned(x: Tensor, cut: int | None) -> tuple[Plan, Link]:
             whole = x.detach().new_empty(()).expand(_whole_shape(x, cut, sharing.ranks))
@@ -229,12 +227,13 @@ class _Call:
             f"nvfp4 {self.op}: {what} of a tensor-parallel layer crosses ranks in high precision: {why}",
         )
 
-    def _padded(self, x: Tensor, w: Tensor) -> tuple[Tensor, Any]:
-        m = self.module
-        if m.padding_mode != "zeros":
-            return F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
-        pad, padding = named_padding(CallShape.of(self.op, x, Sizes.of(w), None, ConvArgs.of(m)), self.rank)
-        return (F.pad(x, pad) if pad else x), padding
+    def _padded(self, x: Tensor, w: Tensor) -> tuple[Tensor, ConvArgs]:
+        """Return x padded as far as the operator cannot, and the operator's arguments with padding as numbers."""
+        x, args = padded(self.module, x)
+        if isinstance(args.padding, str):
+            pad, numbers = named_padding(CallShape.of(self.op, x, Sizes.of(w), None, args), self.rank)
+            x, args = (F.pad(x, pad) if pad else x), args._replace(padding=numbers)
+        return x, args._replace(groups=1)
 
     def _plan(self, call: CallShape, x: Tensor, w: Tensor, recipe: NVFP4BlockScaling, backend: str) -> Plan:
         """Return the plan of the whole call, of which this rank has x and w."""

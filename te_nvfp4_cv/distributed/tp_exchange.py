@@ -17,20 +17,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.distributed.collectives import PendingParts, gather_parts
 from te_nvfp4_cv.formats import BLOCK, round_up
 from te_nvfp4_cv.layer.delayed_scaling import CallScales
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold
+from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize.amax import reduce_amax
 from te_nvfp4_cv.ops.quantize.operand import unpack_columns, unpack_rows
-from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face
+from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, Fold
 from te_nvfp4_cv.recipe.fields import Role
 
 GEMMS = {"fprop", "dgrad", "wgrad"}
@@ -88,12 +88,12 @@ class PartPlan(Plan):
 
     here: tuple[Fold, Fold]
 
-    @cached_property
+    @answer
     def folds(self) -> tuple[Fold, Fold]:
         """The folds of this rank's x and dy."""
         return self.here
 
-    @cached_property
+    @answer
     def operand_form(self) -> int:
         """PACKED: codes travel."""
         return PACKED

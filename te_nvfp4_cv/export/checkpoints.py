@@ -48,7 +48,7 @@ class Saved:
         total_bytes: size of all files.
 
     Example:
-        >>> import tempfile, te_nvfp4_cv as nv
+        >>> import tempfile, torch, te_nvfp4_cv as nv
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     saved = nv.export.save(torch.nn.Conv2d(32, 32, 3), f"{folder}/layer.safetensors")
         >>> saved.plain_bytes, saved.weight_bytes
@@ -89,7 +89,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
         RuntimeError: The model is sharded, or a file cannot be written.
 
     Example:
-        >>> import tempfile, te_nvfp4_cv as nv
+        >>> import tempfile, torch, te_nvfp4_cv as nv
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     saved = nv.export.save(model, f"{folder}/net.safetensors")
@@ -241,7 +241,7 @@ def load(
             Nothing is changed then.
 
     Example:
-        >>> import tempfile, te_nvfp4_cv as nv
+        >>> import tempfile, torch, te_nvfp4_cv as nv
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     saved = nv.export.save(torch.nn.Conv2d(32, 32, 3), f"{folder}/layer")
         ...     model = nv.export.load(saved.files[0], torch.nn.Conv2d(32, 32, 3), weights="cached")

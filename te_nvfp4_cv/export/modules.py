@@ -127,7 +127,7 @@ class InferenceLayer(nn.Module):
         unpacked: the cached weight, or None.
 
     Example:
-        >>> import te_nvfp4_cv as nv
+        >>> import torch, te_nvfp4_cv as nv
         >>> model = nv.export.quantize(torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3)), [torch.randn(2, 32, 8, 8)])
         >>> for layer in model.modules():
         ...     if isinstance(layer, nv.export.InferenceLayer):

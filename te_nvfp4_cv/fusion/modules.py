@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend.torch_private import transformed
 from te_nvfp4_cv.context import state
+from te_nvfp4_cv.context.function_mode import transformed
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
 from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from te_nvfp4_cv.backend.torch_private import BatchOrInstanceNorm
 from te_nvfp4_cv.context.function_mode import mode_is_on
 from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
@@ -30,7 +31,7 @@ from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.walk import LAYERS
 
 NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())
-FAMILY = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # a report lists these, fused or not
+FAMILY = (BatchOrInstanceNorm, nn.GroupNorm)  # a report lists these, fused or not
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.silu: "silu"}
 METHODS = {"relu": "relu", "relu_": "relu"}

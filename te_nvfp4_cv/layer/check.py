@@ -165,10 +165,8 @@ def _lower(call: CallShape) -> Lowered:
         pad, padding = named_padding(call, rank)
         more = [low + high for low, high in zip(pad[::2], pad[1::2], strict=True)]  # F.pad counts from the last axis
         x = (*x[:2], *(size + n for size, n in zip(x[2:], reversed(more), strict=True))) if pad else x
-    g = _geometry(call, rank, x, padding)
-    # Not g.y_shape: torch.compile traces this, and does not know a cached property's lock (Python 3.11).
-    y = (*g.a_size, g.channels_a) if g.transposed else (*g.b_size, g.channels_b)
-    return Lowered(g, unbatched, pad, 0 in x or 0 in y)
+    geometry = _geometry(call, rank, x, padding)
+    return Lowered(geometry, unbatched, pad, 0 in x or 0 in geometry.y_shape)
 
 
 _cached_lower = functools.lru_cache(maxsize=CACHED)(_lower)

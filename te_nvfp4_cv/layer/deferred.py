@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend import dispatch, torch_private
 from te_nvfp4_cv.layer.options import Scales
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.norm import operators as ops
@@ -57,8 +57,8 @@ def wanted(z: Tensor, residual: Tensor | None, backend: str) -> bool:
     return (
         _local.deferring
         and backend == "triton"
-        and not torch.compiler.is_compiling()
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # they would copy a mask not yet written
+        and dispatch.runs_directly(z)  # torch.compile and dispatch modes would see what is not written
+        and not torch_private.saved_tensors_hooks_are_on()  # they would copy a mask not yet written
         and not _watched()
         and z.shape[0] <= 65535  # group norm: images are an axis of a grid
         and z.shape[1] % 16 == 0
@@ -68,12 +68,12 @@ def wanted(z: Tensor, residual: Tensor | None, backend: str) -> bool:
 
 
 def _watched() -> bool:
-    """Return True if somebody else's mode sees each operation, and may read what is not written."""
-    modes = torch.overrides._get_current_function_mode_stack()
+    """Return True if somebody else's function mode sees each torch call, and may read what is not written."""
+    modes = torch_private.function_modes()
     # The context's own mode says so itself, by an attribute: a comparison of module names would fail without an error
     # when a file is renamed. torch.device's mode only changes where new tensors are made.
     harmless = (getattr(m, "hands_values_on", False) or type(m).__module__ == "torch.utils._device" for m in modes)
-    return bool(torch._C._len_torch_dispatch_stack()) or not all(harmless)
+    return not all(harmless)
 
 
 def channels_innermost(z: Tensor) -> bool:

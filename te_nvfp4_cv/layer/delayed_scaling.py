@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.backend.torch_private import in_backward
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
@@ -236,7 +237,7 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
     if not plan.delayed and group is None:
         return None
     refuse(plan.recipe, group)
-    again = torch._C._current_graph_task_id() != -1  # inside of a backward pass: a checkpoint recomputes
+    again = in_backward()  # a checkpoint recomputes
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     training = (training or (_local.first_pass and not again)) and not _local.reading
     if not plan.delayed:

@@ -1,8 +1,8 @@
 """Runs one call of a convolution or linear layer in NVFP4, however it came: a context, nv.functional, a module.
 
 `execute` casts as torch.autocast would, has the call checked and planned, asks who else takes part in it, and applies
-autograd.QuantizedConv (under torch.compile: custom_op.py). `execute_explicit` raises where a context would fall back
-to high precision. Observers (coverage, telemetry) are told of every call here.
+forward_backward.QuantizedConv (under torch.compile: custom_op.py). `execute_explicit` raises where a context would
+fall back to high precision. Observers (coverage, telemetry) are told of every call here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import custom_op, deferred, delayed_scaling, observe, weight_codes, weight_transforms
 from te_nvfp4_cv.layer.check import MINIMUM, CallShape, Sizes, ineligible, lowered, planned
@@ -43,7 +44,7 @@ def execute_explicit(
             "(or thin_layers='pad' with groups=1)",
             fix=f"leave this call in high precision: torch.nn.functional.{op}",
         )
-    with torch._C.DisableTorchFunction():  # inside a context, the torch calls below are not to be taken over again
+    with without_function_modes():  # inside a context, the torch calls below are not to be taken over again
         return execute(op, x, w, bias, args, recipe, backend, group)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.layer.operands import weight_operand
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.conv.operators import conv_dgrad, conv_fprop, conv_wgrad
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.records import DEQUANTIZED, Face, WeightCodes
+from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, WeightCodes
 
 
 def fprop(
@@ -45,7 +44,7 @@ def fprop(
         weight = Face(values.to(plan.compute_dtype), x.scale.new_empty(0))
     else:
         name = plan.weight_faces[0]
-        weight = weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
+        weight = _weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
     return conv_fprop(x, weight, alpha, bias, g, dtype, plan.backend)
 
 
@@ -54,7 +53,7 @@ def dgrad(dy: Face, dy_amax: Tensor, codes: WeightCodes, plan: Plan, dtype: torc
     alpha: Tensor | None = (dy_amax * codes.amax) * plan.alpha_factors["dgrad"]
     factor, alpha = (alpha, None) if plan.weight_carries_scales["dgrad"] else (None, alpha)
     name = plan.saves_w
-    weight = weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
+    weight = _weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
     return conv_dgrad(dy, weight, alpha, plan.geometry, dtype, plan.backend)
 
 
@@ -71,6 +70,18 @@ def wgrad(dy: Face, dy_amax: Tensor, x: Face, x_amax: Tensor | None, plan: Plan,
     x_amax = x_amax + _non_finite(x_amax) if plan.row_scaled else x_amax
     alpha = (dy_amax * x_amax) * plan.alpha_factors["wgrad"]
     return conv_wgrad(dy, x, alpha, plan.geometry, dtype, plan.backend)
+
+
+def _weight_operand(face: Face, name: str, plan: Plan, factor: Tensor | None = None) -> Face:
+    """Return one packed face, "row" or "col", in the form that the backend multiplies.
+
+    Args:
+        factor: fp32 [1], or None: multiplies a dequantized face.
+    """
+    if plan.operand_form == PACKED:
+        return face
+    values = operand.unpack_weight(face, plan.weight_layouts[name], factor, plan.compute_dtype, plan.backend)
+    return Face(values, face.scale.new_empty(0))
 
 
 def _non_finite(amax: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from te_nvfp4_cv.formats import E2M1_MAX, dequantize
 from te_nvfp4_cv.layer.options import ALONE, CallOptions, Scales, Watch
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import operand, rounding_seeds
-from te_nvfp4_cv.ops.records import NONE, PACKED, Face, Operand, OperandSpec, WeightCodes
+from te_nvfp4_cv.ops.records import NONE, Face, Operand, OperandSpec, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
 
@@ -55,18 +55,6 @@ def quantize_weight(w: Tensor, plan: Plan, for_dgrad: bool, amax: Tensor | None 
         amax: fp32 [1], of a weight that w is a part of; if None, w's amax is used.
     """
     return operand.quantize_weight(w.detach(), plan.weight_specs[for_dgrad], plan.compute_dtype, plan.backend, amax)
-
-
-def weight_operand(face: Face, name: str, plan: Plan, factor: Tensor | None = None) -> Face:
-    """Return one packed face, "row" or "col", in the form that the backend multiplies.
-
-    Args:
-        factor: fp32 [1], or None: multiplies a dequantized face.
-    """
-    if plan.operand_form == PACKED:
-        return face
-    values = operand.unpack_weight(face, plan.weight_layouts[name], factor, plan.compute_dtype, plan.backend)
-    return Face(values, face.scale.new_empty(0))
 
 
 def weight_values(codes: WeightCodes, plan: Plan, factor: Tensor | None = None) -> Tensor:

@@ -5,19 +5,19 @@
 
 Which GEMMs run in NVFP4 is the recipe's choice; the others run on the high-precision operands, which are then saved.
 A Plan holds its answers: each is computed when it is first asked for and kept in the object, and equal calls share one
-object (geometry.py). So a layer that runs again asks the recipe and the geometry nothing.
+object (check.py). So a layer that runs again asks the recipe and the geometry nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
+from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.formats import alpha_factor
-from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold
-from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, OperandSpec, WeightLayout, WeightSpec
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, Fold, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, RoleSettings
 from te_nvfp4_cv.recipe.fields import Role
 
@@ -34,42 +34,42 @@ class Plan:
 
     # ---- what the recipe says
 
-    @cached_property
+    @answer
     def input(self) -> RoleSettings:
         """The settings of x."""
         return self.recipe.settings(Role.INPUT)
 
-    @cached_property
+    @answer
     def weight(self) -> RoleSettings:
         """The settings of w."""
         return self.recipe.settings(Role.WEIGHT)
 
-    @cached_property
+    @answer
     def grad_output(self) -> RoleSettings:
         """The settings of dy."""
         return self.recipe.settings(Role.GRAD_OUTPUT)
 
-    @cached_property
+    @answer
     def gemms(self) -> tuple[str, ...]:
         """The GEMMs that run in NVFP4: any of "fprop", "dgrad", "wgrad"."""
         return self.recipe.nvfp4_gemms
 
-    @cached_property
+    @answer
     def dequantized_backward(self) -> bool:
         """True if backward runs in high precision on the dequantized operands of fprop."""
         return self.recipe.backward_override == "dequantized"
 
-    @cached_property
+    @answer
     def delayed(self) -> bool:
         """True if tensor scales are powers of two, those of activations and gradients from an earlier step."""
         return self.recipe.tensor_scale == "delayed"
 
-    @cached_property
+    @answer
     def row_scaled(self) -> bool:
         """True if x has one scale per row: linear layers and 1x1 convolutions, where an output row reads one row."""
         return self.input.row_scaled and row_scaling_applies(self.geometry)
 
-    @cached_property
+    @answer
     def weight_faces(self) -> tuple[str, str]:
         """The quantized copies of the weight that fprop and dgrad multiply, "row" or "col" each.
 
@@ -81,18 +81,18 @@ class Plan:
 
     # ---- how operands are quantized
 
-    @cached_property
+    @answer
     def folds(self) -> tuple[Fold, Fold]:
         """The folds (x, dy) that lay the columnwise faces out in images."""
         a, b = self.geometry.folds
         return (b, a) if self.geometry.transposed else (a, b)
 
-    @cached_property
+    @answer
     def operand_form(self) -> int:
         """The form in which this backend multiplies."""
         return DEQUANTIZED if self.backend == "vendor" else PACKED
 
-    @cached_property
+    @answer
     def input_specs(self) -> tuple[OperandSpec, OperandSpec]:
         """The specs of x: without and with a columnwise face for wgrad."""
         return self._input_spec(False), self._input_spec(True)
@@ -104,7 +104,7 @@ class Plan:
         col = PACKED if need_dw and "wgrad" in self.gemms else NONE
         return self._operand_spec(self.input, self.folds[0], row, col, self.row_scaled)
 
-    @cached_property
+    @answer
     def gradient_specs(self) -> dict[tuple[bool, bool], OperandSpec]:
         """The specs of dy, by (dx is needed, dw is needed). Both faces are used at once, so neither is packed first."""
         specs = {}
@@ -119,7 +119,7 @@ class Plan:
         more = (s.rht, s.stochastic_rounding, s.four_over_six, s.e4m3_max, row_scaled)
         return OperandSpec(self.geometry.groups, fold, row, col, *more)
 
-    @cached_property
+    @answer
     def weight_specs(self) -> tuple[WeightSpec, WeightSpec]:
         """The specs of w: with fprop's face alone, and with dgrad's too."""
         return self._weight_spec({self.weight_faces[0]}), self._weight_spec(set(self.weight_faces))
@@ -129,7 +129,7 @@ class Plan:
         row, col = (PACKED if face in faces else NONE for face in ("row", "col"))
         return WeightSpec(self.geometry.groups, row, col, s.two_d, s.four_over_six, s.e4m3_max, self.delayed)
 
-    @cached_property
+    @answer
     def weight_layouts(self) -> dict[str, WeightLayout]:
         """The sizes of either face of w, by "row" and "col"."""
         n, _, channels = self.geometry.weight_shape
@@ -138,13 +138,13 @@ class Plan:
 
     # ---- tensor scales
 
-    @cached_property
+    @answer
     def alpha_factors(self) -> dict[str, float]:
         """The factor of the two amaxes in alpha, for each GEMM; see formats.alpha."""
         x, w, dy = self.input.e4m3_max, self.weight.e4m3_max, self.grad_output.e4m3_max
         return {"fprop": alpha_factor(x, w), "dgrad": alpha_factor(dy, w), "wgrad": alpha_factor(dy, x)}
 
-    @cached_property
+    @answer
     def weight_carries_scales(self) -> dict[str, bool]:
         """True, by GEMM, if alpha goes into the dequantized weight, which saves a pass over the result.
 
@@ -157,14 +157,14 @@ class Plan:
 
     # ---- what backward needs
 
-    @cached_property
+    @answer
     def saves_x(self) -> str:
         """The part of x that wgrad needs: its "col" or "row" face, or x "itself"."""
         if "wgrad" in self.gemms:
             return "col"
         return "row" if self.dequantized_backward else "itself"
 
-    @cached_property
+    @answer
     def saves_w(self) -> str:
         """The part of w that dgrad needs: its "col" or "row" face, or w "itself"."""
         if "dgrad" in self.gemms:

@@ -17,14 +17,15 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK, round_up
+from te_nvfp4_cv.ops.records import Fold
 
 
 class ConvArgs(NamedTuple):
@@ -42,32 +43,6 @@ class ConvArgs(NamedTuple):
         if not hasattr(module, "kernel_size"):
             return cls()
         return cls(module.stride, module.padding, module.dilation, module.groups, module.output_padding)
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Space-to-batch of one operand: image b becomes `strips` images (index b * strips + strip) of `rows` rows each.
-
-    Row l of strip s is row `s * step + l - offset` of the source, or zeros outside of it. `images` is a multiple of
-    16: images beyond B * strips are zeros.
-    """
-
-    strips: int
-    step: int
-    rows: int
-    offset: int
-    images: int
-
-    def to_ints(self) -> list[int]:
-        """Encode the fields, in their order, for a custom operator."""
-        return [self.strips, self.step, self.rows, self.offset, self.images]
-
-    def source_rows(self, batch: int, source: int) -> Tensor:
-        """Return int64 [images, rows]: b * source + row for every folded row, -1 for zeros."""
-        image = torch.arange(self.images)
-        row = (image % self.strips)[:, None] * self.step + torch.arange(self.rows)[None, :] - self.offset
-        inside = (row >= 0) & (row < source) & (image // self.strips < batch)[:, None]
-        return torch.where(inside, (image // self.strips)[:, None] * source + row, -1)
 
 
 @dataclass(frozen=True)
@@ -91,48 +66,48 @@ class ConvGeometry:
     groups: int
     transposed: bool
 
-    @property  # not cached: torch.compile traces it, and not a cached property's lock (before Python 3.12)
+    @answer
     def rank(self) -> int:
         """The number of image axes: 0 for a linear layer, else 1 to 3."""
         return len(self.kernel)
 
-    @cached_property
+    @answer
     def taps(self) -> int:
         """The number of positions of the kernel."""
         return math.prod(self.kernel)
 
-    @cached_property
+    @answer
     def a_shape(self) -> tuple[int, ...]:
         """The a side's shape, [B, *image, channels]."""
         return (self.batch, *self.a_size, self.channels_a)
 
-    @cached_property
+    @answer
     def b_shape(self) -> tuple[int, ...]:
         """The b side's shape, [B, *image, channels]."""
         return (self.batch, *self.b_size, self.channels_b)
 
-    @cached_property
+    @answer
     def x_shape(self) -> tuple[int, ...]:
         """The shape of x, [B, *image, channels]."""
         return self.b_shape if self.transposed else self.a_shape
 
-    @cached_property
+    @answer
     def y_shape(self) -> tuple[int, ...]:
         """The shape of y, [B, *image, channels]."""
         return self.a_shape if self.transposed else self.b_shape
 
-    @cached_property
+    @answer
     def weight_shape(self) -> tuple[int, ...]:
         """The weight's shape, [axis 0, taps, axis 1]: like operands, weights have their channels innermost here."""
         return (self.channels_b, self.taps, self.channels_a // self.groups)
 
-    @cached_property
+    @answer
     def axes(self) -> list[tuple[int, ...]]:
         """One row per image axis: (a size, b size, kernel, stride, padding, dilation)."""
         columns = (self.a_size, self.b_size, self.kernel, self.stride, self.padding, self.dilation)
         return list(zip(*columns, strict=True))
 
-    @cached_property
+    @answer
     def touches_only_padding(self) -> bool:
         """True if some tap, or some output row of an axis, reads nothing but padding."""
         return any(padding_only(*row) for row in self.axes)
@@ -142,7 +117,7 @@ class ConvGeometry:
         """Multiply-adds of one GEMM."""
         return self.batch * math.prod(self.b_size) * self.channels_b * (self.channels_a // self.groups) * self.taps
 
-    @cached_property
+    @answer
     def folds(self) -> tuple[Fold, Fold]:
         """The folds (a side, b side) that lay the columnwise operands of wgrad out in images."""
         a_rows = self.a_size[0] if self.rank else 1
@@ -156,7 +131,7 @@ class ConvGeometry:
         a = Fold(strips, strip * self.stride[0], halo, self.padding[0], images)
         return a, Fold(strips, strip, strip, 0, images)
 
-    @cached_property
+    @answer
     def folded(self) -> ConvGeometry:
         """The geometry of wgrad on the folded operands; with one strip only zero images are added."""
         a, b = self.folds
@@ -172,7 +147,7 @@ class ConvGeometry:
             output_padding=(0, *self.output_padding[1:]),
         )
 
-    @cached_property
+    @answer
     def at_least_2d(self) -> ConvGeometry:
         """The geometry itself, but for a 1-D convolution, which becomes a 2-D one of height 1."""
         if self.rank != 1:

@@ -14,11 +14,11 @@ that rely on an order.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
-
-from te_nvfp4_cv.ops.geometry import Fold
 
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 ERRORS = {None: 0, "MAE": 1, "MSE": 2}  # of 4over6, as native.cpp and the Triton kernels number them
@@ -82,6 +82,32 @@ class WeightCodes(NamedTuple):
     def face(self, name: str) -> Face:
         """Return the face "row" or "col"."""
         return self.row if name == "row" else self.col
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Space-to-batch of one operand: image b becomes `strips` images (index b * strips + strip) of `rows` rows each.
+
+    Row l of strip s is row `s * step + l - offset` of the source, or zeros outside of it. `images` is a multiple of
+    16: images beyond B * strips are zeros.
+    """
+
+    strips: int
+    step: int
+    rows: int
+    offset: int
+    images: int
+
+    def to_ints(self) -> list[int]:
+        """Encode the fields, in their order, for a custom operator."""
+        return [self.strips, self.step, self.rows, self.offset, self.images]
+
+    def source_rows(self, batch: int, source: int) -> Tensor:
+        """Return int64 [images, rows]: b * source + row for every folded row, -1 for zeros."""
+        image = torch.arange(self.images)
+        row = (image % self.strips)[:, None] * self.step + torch.arange(self.rows)[None, :] - self.offset
+        inside = (row >= 0) & (row < source) & (image // self.strips < batch)[:, None]
+        return torch.where(inside, (image // self.strips)[:, None] * source + row, -1)
 
 
 class OperandSpec(NamedTuple):

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.layer import delayed_scaling, observe

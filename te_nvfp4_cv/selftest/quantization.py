@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operand, reference_matrix
-from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, Face, Operand, OperandSpec, WeightLayout, WeightSpec
+from te_nvfp4_cv.ops.records import (
+    DEQUANTIZED,
+    NONE,
+    PACKED,
+    Face,
+    Fold,
+    Operand,
+    OperandSpec,
+    WeightLayout,
+    WeightSpec,
+)
 from te_nvfp4_cv.selftest.setting import CheckFailed, Options, Setting, normal, same_fields
 
 OPERAND = ("row data", "row scale", "row amax", "column data", "column scale", "column amax", "observed")

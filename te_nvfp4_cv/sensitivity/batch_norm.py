@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
 
+from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
 from te_nvfp4_cv.errors import check_module, value_error
 
 
@@ -49,7 +49,7 @@ def update_bn(
         2
     """
     check_module("update_bn", model, "update_bn(model, loader): torch's own takes the loader first")
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, AnyBatchNorm)]
     if not norms:
         return 0
     # torch sets momentum to None for the pass, and does not put it back when the pass raises.

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from te_nvfp4_cv.backend import devices, dispatch
+from te_nvfp4_cv.backend.torch_private import tree_map
 from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.nn.precision import set_precision
 from te_nvfp4_cv.nn.resume import extra_state

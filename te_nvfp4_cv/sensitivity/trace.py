@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.layer import deferred
 from te_nvfp4_cv.sensitivity.layers import named
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.torch_private import in_backward
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import gemms, observe
 from te_nvfp4_cv.layer.plan import Plan
@@ -60,7 +61,7 @@ class Sample:
             return None
         # A forward inside of backward is activation checkpointing's repetition. Only its backward will run, so the
         # layer must be watched again although this is not its first call.
-        recomputed = torch._C._current_graph_task_id() != -1
+        recomputed = in_backward()
         layer = self.found.get(name)
         first = layer is None
         if layer is None:

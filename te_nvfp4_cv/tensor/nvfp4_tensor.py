@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import errors, formats
+from te_nvfp4_cv.backend.torch_private import wrapper_subclass
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
 from te_nvfp4_cv.tensor import torch_operators
 from te_nvfp4_cv.tensor.torch_operators import BUFFERS
@@ -115,7 +116,7 @@ class NVFP4Tensor(torch.Tensor):
                 needs="a rowwise or a columnwise face, layout 'te' or 'ntile'",
                 fix="make the tensor with an NVFP4Quantizer with rowwise=True or columnwise=True",
             )
-        self = torch.Tensor._make_wrapper_subclass(
+        self = wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=data.device, requires_grad=requires_grad
         )
         self._rowwise_data, self._rowwise_scale_inv, self._amax_rowwise = row

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from te_nvfp4_cv.backend.torch_private import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
@@ -50,18 +51,18 @@ def _on_values(cls: Any, func: Any, args: tuple, kwargs: dict) -> Any:
             return x
         return values.setdefault(id(x), x._dequantize())  # one tensor given twice must be one value
 
-    plain_args, plain_kwargs = pytree.tree_map(value_of, (args, kwargs))
+    plain_args, plain_kwargs = tree_map(value_of, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
     written: dict[int, Any] = {}  # an in-place operator returns its argument: the NVFP4Tensor, not its values
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         given = args[position] if position < len(args) else kwargs.get(argument.name)
-        for x in pytree.tree_leaves(given):
+        for x in tree_leaves(given):
             if isinstance(x, cls):
                 x.quantize_(values[id(x)])
                 written[id(values[id(x)])] = x
-    return pytree.tree_map(lambda out: written.get(id(out), out), result) if written else result
+    return tree_map(lambda out: written.get(id(out), out), result) if written else result
 
 
 def _detach(cls: Any, func: Any, t: Any) -> Any:

@@ -17,7 +17,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import errors, tensor_parallel
-from te_nvfp4_cv.ops.conv import operators
+from te_nvfp4_cv.layer import gemms
+from te_nvfp4_cv.ops.records import Face
 from tests.distributed.launch import Ranks
 from tests.helpers import relative_error, same_bits, values
 
@@ -38,13 +39,14 @@ def recorded() -> Iterator[dict[str, tuple[Any, ...]]]:
     seen: dict[str, tuple[Any, ...]] = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("fprop", "dgrad", "wgrad"):
-            real = getattr(operators, f"conv_{name}")
+            real = getattr(gemms, f"conv_{name}")
 
-            def spy(*args: Any, real: Any = real, name: str = name) -> Tensor:
-                seen[name] = tuple(a.clone() if isinstance(a, Tensor) else a for a in args[:5])
-                return real(*args)
+            def spy(first: Face, second: Face, alpha: Any, *rest: Any, real: Any = real, name: str = name) -> Tensor:
+                parts = (*first, *second, alpha)
+                seen[name] = tuple(a.clone() if isinstance(a, Tensor) else a for a in parts)
+                return real(first, second, alpha, *rest)
 
-            patch.setattr(operators, f"conv_{name}", spy)
+            patch.setattr(gemms, f"conv_{name}", spy)
         yield seen
 
 

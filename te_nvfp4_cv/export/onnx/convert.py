@@ -131,9 +131,9 @@ def to_onnx(
         RuntimeError: A package is missing, or the file cannot be written.
 
     Example:
-        >>> import tempfile, te_nvfp4_cv as nv
+        >>> import tempfile, torch, te_nvfp4_cv as nv
         >>> images = torch.randn(2, 32, 8, 8)
-        >>> model = nv.export.quantize(nn.Sequential(nn.Conv2d(32, 32, 3)), [images])
+        >>> model = nv.export.quantize(torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3)), [images])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     made = nv.export.to_onnx(model, images, f"{folder}/net.onnx", form="portable")
         >>> made.quantized

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from te_nvfp4_cv.backend.torch_private import tree_map_only
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered

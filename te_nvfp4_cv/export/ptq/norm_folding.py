@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
-from torch.utils._pytree import tree_flatten
 
+from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.export.folding import NORMS, FoldedNorm, put
 from te_nvfp4_cv.fusion.trace import Untraceable, child_of, trace
@@ -124,7 +124,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _tensors(outputs: Any) -> list[Tensor]:
     """List the tensors in a model's outputs, those in dataclasses (which pytree does not open), too."""
-    leaves, _ = tree_flatten(outputs)
+    leaves = tree_leaves(outputs)
     found = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
 from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.fit import sort_layers
@@ -82,7 +83,8 @@ def quantize(
             a layer is not finite.
 
     Example:
-        >>> import te_nvfp4_cv as nv
+        >>> import torch, te_nvfp4_cv as nv
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
         >>> quantized = nv.export.quantize(net, [torch.randn(2, 3, 16, 16)])
         >>> type(quantized[3]).__name__, type(quantized[1]).__name__
@@ -159,7 +161,7 @@ def _reestimate(
 
     Only the norms are in training mode, each while it runs: dropout and stochastic depth would change the statistics.
     """
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    norms = [m for m in net.modules() if isinstance(m, AnyBatchNorm) and m.running_mean is not None]
     if not norms:
         return
     seen: set[nn.Module] = set()

@@ -16,7 +16,6 @@ from torch import Tensor
 from te_nvfp4_cv.backend import dispatch, native, scratch
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, power_of_two_amax, round_up
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import reference, reference_matrix
 from te_nvfp4_cv.ops.records import (
     DEQUANTIZED,
@@ -24,6 +23,7 @@ from te_nvfp4_cv.ops.records import (
     NONE,
     PACKED,
     Face,
+    Fold,
     Operand,
     OperandSpec,
     WeightCodes,

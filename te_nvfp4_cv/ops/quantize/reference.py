@@ -19,9 +19,18 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import reference_matrix
-from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, Face, Operand, OperandSpec, WeightCodes, WeightLayout, WeightSpec
+from te_nvfp4_cv.ops.records import (
+    DEQUANTIZED,
+    NONE,
+    Face,
+    Fold,
+    Operand,
+    OperandSpec,
+    WeightCodes,
+    WeightLayout,
+    WeightSpec,
+)
 
 
 def fold_images(x: Tensor, fold: Fold) -> Tensor:

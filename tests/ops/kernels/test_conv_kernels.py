@@ -7,6 +7,7 @@ results           the same bits at every call, rounded once, nothing left unwrit
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -259,7 +260,7 @@ def test_64_bit_offsets_change_nothing(as_way, kernel_device, monkeypatch):
 @pytest.mark.parametrize("case", ["3x3", "transposed", "linear"])
 def test_no_images(case, kernel_device, poison):
     g = GEOMETRIES[case]
-    empty = ConvGeometry(**{**g.__dict__, "batch": 0})
+    empty = dataclasses.replace(g, batch=0)
     q = packed(g, kernel_device)
     for face in ("x row", "x col", "dy row", "dy col"):
         q[face] = Face(q[face].data[:0], q[face].scale[:0])

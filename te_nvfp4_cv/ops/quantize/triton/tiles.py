@@ -12,9 +12,8 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels, unpack_kernels
-from te_nvfp4_cv.ops.records import PACKED, Face
+from te_nvfp4_cv.ops.records import PACKED, Face, Fold
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
 PROGRAMS = 132 * 8  # of the amax kernels, which loop: enough for the largest GPU, few enough for its atomics
