@@ -156,6 +156,7 @@ class SharedScales:
             return None
         known = self.inner.knows(role)
         amax = self.inner.amax(role, operand)
+        # The clone: this may be the tensor of a layer's state, and the reduction writes in place.
         return amax if known or not in_parts else reduce_amax(amax.clone(), self.link.group)
 
     def collect(self, role: Role, observed: Tensor) -> None:
@@ -208,6 +209,7 @@ def sum_parts(part: Tensor, link: Link) -> Tensor:
         return part
     here, axis = link.exchanged, link.axis
     whole = (*here[:axis], link.ranks, *here[axis:])
+    # [..., ranks * n, ...] -> [ranks, ..., n, ...]: reduce_scatter gives one row of it to each rank.
     by_rank = part.view(whole).movedim(axis, 0).contiguous()
     share = part.new_empty(here)
     scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
@@ -269,6 +271,7 @@ class Exchange:
         """Return another seed on each rank for parts of one dy, the same one for equal dy."""
         if not self.link.differs(Role.GRAD_OUTPUT):
             return seed
+        # An odd constant with many bits keeps the ranks' seeds far apart; the mask keeps them positive in int64.
         return seed.bitwise_xor(self.link.rank * 0x2545F4914F6CDD1D & (1 << 62) - 1)
 
     def sum_output(self, y: Tensor) -> Tensor:
@@ -284,6 +287,7 @@ class Exchange:
         link = self.link
         if not link.gathers_dy:
             return total
+        # dy is cut by channels, so each rank has some entries of db, complete; otherwise all entries, in part.
         if link.axis == len(link.y) - 1:
             return gather_parts([(total, 0)], link.group).wait()[0]
         dist.all_reduce(total, group=link.group)

@@ -32,7 +32,7 @@ TOP_LEVEL = ("description", "name", "recipe", "precision")
 def recipe_folder() -> Path:
     """Return the folder of the package's own recipes: inside an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    installed = package / "recipes"
+    installed = package / "recipes"  # a wheel holds the files inside of the package
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
@@ -185,6 +185,7 @@ def _build(
 ) -> NVFP4BlockScaling:
     try:
         values = without_removed(fields)
+    # The recipe's own message does not know from which file and section the value comes.
     except ValueError as error:
         raise ValueError(f"recipe file '{path}', {where}: {error}") from None
     _check_keys(path, where, values, FIELDS)
@@ -203,6 +204,7 @@ def _precision(path: Path, pattern: str, value: object) -> NVFP4BlockScaling | N
     if isinstance(value, str):
         try:
             return _load(value, path.parent, inner=True)
+        # A ValueError now: the file that was asked for is there, but names one that is not.
         except FileNotFoundError as error:
             raise ValueError(f"recipe file '{path}', {where}: neither \"high\" nor a recipe: {error}") from None
         except ValueError as error:

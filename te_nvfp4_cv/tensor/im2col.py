@@ -67,6 +67,7 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
     faces: dict[str, Any] = {}
     if t.rowwise_data is not None:
         for name, part in (("rowwise_data", t.rowwise_data), ("rowwise_scale_inv", t.rowwise_scale_inv)):
+            # Scales are gathered as bytes, too: indexing knows no float8.
             pixels_in = part.view(torch.uint8).reshape(-1, batch, part.shape[-1])
             columns = gather(pixels_in, pixels).transpose(1, 2)  # [pixels, B, taps, k]
             lead = (*out, batch) if name == "rowwise_data" else (columns.shape[0] * batch,)  # scales are always 2-D
@@ -82,6 +83,7 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
     return NVFP4Tensor(
         shape=(*out, batch, geometry.taps * channels),
         dtype=t.dtype,
+        # The codes were made with these amaxes, and zeros of the padding would not raise them.
         amax_rowwise=t.amax_rowwise,
         amax_columnwise=t.amax_columnwise,
         quantizer=t.quantizer,
