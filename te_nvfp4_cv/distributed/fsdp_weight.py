@@ -124,7 +124,7 @@ class ShardedWeight(torch.Tensor):
             if n % ranks:
                 return (self._padded(-(-n // ranks), mp_policy.param_dtype, ranks),), (None, None, tuple(outer_size))
             first = mesh.get_local_rank() * (n // ranks)
-            # A tile of 16x16 may lie in two shards, so the ranks share the amaxes of tiles; the weight's is the largest.
+            # A 16x16 tile may lie in two shards, so ranks share the amaxes of tiles; the largest is the weight's.
             tiles = amaxes.reduce_amax(weight_shards.tile_amaxes(self._plain, first, n, self.form.groups), group)
             amax = tiles.amax().reshape(1)
             amax = formats.power_of_two_amax(amax) if self.form.pow2 else amax

@@ -120,6 +120,7 @@ class OperandSpec(NamedTuple):
         return _operand_spec(tuple(ints))
 
 
+# An operator passes the same list at each call of a layer.
 @functools.lru_cache(maxsize=4096)
 def _operand_spec(ints: tuple[int, ...]) -> OperandSpec:
     groups, *fold, row, col, rht, stochastic, error, e4m3_max, row_scaled = ints

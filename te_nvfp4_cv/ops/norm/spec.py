@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# A name's place is its number in the operators' lists of floats.
 ACTIVATIONS = ("relu", "silu")
 BACKENDS = ("reference", "triton")
 

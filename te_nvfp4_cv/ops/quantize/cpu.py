@@ -44,10 +44,12 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
     covered = kernels or native.available(x_MK.device)
     random = settings.get("random_rowwise") is not None or settings.get("random_columnwise") is not None
     given = settings.get("amax_rowwise"), settings.get("amax_columnwise")
+    # Without RHT the columnwise face has the rowwise amax, as in the reference.
     if given[1] is None and not settings.get("rht"):
         given = given[0], given[0]
     some = any(amax is not None for amax, wanted in zip(given, (rowwise, columnwise), strict=True) if wanted)
     every = all(amax is not None for amax, wanted in zip(given, (rowwise, columnwise), strict=True) if wanted)
+    # Kernels draw their random bytes themselves, and take the amaxes of all faces or of none.
     if not plain or not covered or random or some != every or (some and not kernels) or not x_MK.numel():
         return reference_matrix.quantize_2d(x_MK, **settings)
     M, K = x_MK.shape
@@ -58,6 +60,7 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
     amax = None
     if some:
         either = given[0] if given[0] is not None else given[1]
+        # A face that is not made needs no amax, but the kernel reads two numbers.
         amax = torch.cat([(either if one is None else one).reshape(1).float() for one in given])  # type: ignore[union-attr]
     if kernels:
         from te_nvfp4_cv.ops.quantize.triton import launch
@@ -65,6 +68,7 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
         run: Any = launch.quantize_operand
     else:
         run = quantize_operand
+    # The matrix is a linear layer's operand: M images without image axes, of K channels.
     spec = OperandSpec(
         groups=1,
         fold=Fold(1, 0, 1, 0, images),
@@ -79,6 +83,7 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
         x_MK.contiguous(), spec, torch.float32, seed, amax
     )
     if amax is not None:
+        # Exactly what was given, while an operand's amax becomes NaN where the observed one is not finite.
         row_amax, col_amax = amax[:1].clone(), amax[1:].clone()
     fp8, nothing = torch.float8_e4m3fn, row_amax.new_empty(0)
     if columnwise:  # [M16, K, 8] -> [K, Mp / 2]
@@ -110,6 +115,7 @@ def quantize_operand(
     q.amax = used.data_ptr()
     observed = torch.empty(0 if amax is None else 3, dtype=torch.float32)
     if amax is None:
+        # For the amaxes, "row" is x as it is and "col" the rotated columns; without RHT both are x's.
         q.want_row, q.want_col = row_form != NONE or not rht, col_form != NONE and rht
         library.nvfp4_amax(ctypes.byref(q))
         if not rht:
@@ -127,6 +133,7 @@ def quantize_operand(
     elif col_form == DEQUANTIZED:
         q.col_dq = col.data.data_ptr()
     library.nvfp4_quantize(ctypes.byref(q))
+    # Held until here, because the kernel read the table of rows by its address.
     del starts
     if amax is not None:
         if not rht:  # folded columns may leave rows of x out
@@ -208,6 +215,7 @@ def _quantize_rows(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor
     """Quantize a weight of one group in 1x16 blocks: axis 0 takes the place of the batch of an operand."""
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     w_OTC = w.reshape(n, c, taps).transpose(1, 2).contiguous()
+    # A weight [axis 0, taps, axis 1] is an operand of axis 0 images with one image axis.
     fold = Fold(1, 0, taps, 0, round_up(n, BLOCK))
     as_operand = OperandSpec(1, fold, spec.row, spec.col, four_over_six=spec.four_over_six, e4m3_max=spec.e4m3_max)
     given = None if amax is None else amax.expand(2)
@@ -218,13 +226,14 @@ def _quantize_rows(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor
     if spec.col == PACKED:
         data, scale = data.unsqueeze(0), scale.unsqueeze(0)
     elif spec.col == DEQUANTIZED:
-        data = data[:n]
+        data = data[:n]  # without the rows that fill the last block
     return WeightCodes(made.row, Face(data, scale), made.row_amax if given is None else given[:1].clone())
 
 
 def _amax_of(w: Tensor, library: ctypes.CDLL) -> Tensor:
     """Return the largest magnitude, fp32 [1], of a bf16 or fp32 weight of any strides."""
     amax = torch.empty(2, dtype=torch.float32)
+    # As one long row, since the order of values does not change a maximum.
     dense = layouts.in_memory_order(w)
     measure = native.Operand(
         x=dense.data_ptr(),
@@ -294,7 +303,7 @@ def unpack_weight(
     q = _weight(out.transpose(1, 2), layout.n if by_row else layout.groups, False, dtype, E4M3_MAX)
     q.dq, q.codes, q.scale = out.data_ptr(), data.data_ptr(), scale.data_ptr()
     if factor is not None:
-        q.amax = factor.data_ptr()
+        q.amax = factor.data_ptr()  # the field carries the factor here
     library.nvfp4_unpack_weight(ctypes.byref(q))
     return out
 

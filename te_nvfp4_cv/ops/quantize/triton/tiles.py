@@ -150,7 +150,7 @@ def amax_flat(x: Tensor, amax: Tensor) -> None:
     """Raise amax[0], int32, to the bits of max |x| over x's memory (contiguous)."""
 
     def launch(config: tuning.Config) -> None:
-        block = min(config["BLOCK"], max(power_of_two(x.numel()), 128))
+        block = min(config["BLOCK"], max(power_of_two(x.numel()), 128))  # 128 lanes are four warps
         grid = (min(ceil_div(x.numel(), block), PROGRAMS),)
         operand_kernels.amax_flat_kernel[grid](x, amax, x.numel(), BLOCK=block, **options_of(config))
 
