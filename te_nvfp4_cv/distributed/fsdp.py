@@ -125,11 +125,5 @@ def _plain_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, l
         from torch.distributed.tensor import DTensor
 
         local = entry._local_tensor.plain.detach()
-        state_dict[key] = DTensor.from_local(
-            local,
-            entry.device_mesh,
-            entry.placements,
-            run_check=False,
-            shape=entry.shape,
-            stride=entry.stride(),
-        )
+        whole = {"shape": entry.shape, "stride": entry.stride()}
+        state_dict[key] = DTensor.from_local(local, entry.device_mesh, entry.placements, run_check=False, **whole)

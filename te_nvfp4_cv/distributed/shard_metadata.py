@@ -78,15 +78,8 @@ class Shard:
             rht, signs, layout = q.with_rht, q.with_random_sign_mask, "te"
             over6, e4m3_max = q.nvfp4_use_4over6, q.nvfp4_e4m3_max
         values = [0, self.packed, list(DIMS).index(self.dim), DTYPES.index(t.dtype), faces["rowwise"], col]
-        values += [
-            col and layout == "ntile",
-            col and rht,
-            col and rht and signs,
-            self.row_scaled,
-            over6,
-            e4m3_max,
-            _fingerprint(q),
-        ]
+        values += [col and layout == "ntile", col and rht, col and rht and signs]
+        values += [self.row_scaled, over6, e4m3_max, _fingerprint(q)]
         return [int(v) for v in values] + [t.dim(), *t.shape] + [0] * (_MAX_DIMS - t.dim())
 
     def amax_bits(self) -> Tensor:

@@ -231,37 +231,36 @@ class Exchange:
         self.gradient_plan = part if link.gathers_dy else plan
         self.adds_bias = link.column or link.rank == 0
 
-    def _gathers(self, role: Role) -> bool:
-        return self.link.gathers_x if role == Role.INPUT else self.link.gathers_dy
+    def _gathered(
+        self,
+        role: Role,
+        face: Face,
+        gather: Callable[[Tensor, Tensor, Link], PendingParts],
+        unpack: Callable[[Face], Tensor],
+    ) -> Callable[[], Face]:
+        """Begin to gather a face, and return what waits for it; dy's is unpacked where values are multiplied."""
+        if not (self.link.gathers_x if role == Role.INPUT else self.link.gathers_dy):
+            return lambda: face
+        pending = gather(*face, self.link)
+
+        def arrived() -> Face:
+            whole = _arrived(pending, self.plan.geometry)
+            if role == Role.INPUT or self.plan.operand_form != DEQUANTIZED:
+                return whole
+            return Face(unpack(whole), whole.scale.new_empty(0))
+
+        return arrived
 
     def gather_rows(self, role: Role, face: Face) -> Callable[[], Face]:
         """Begin to gather a rowwise face; x's stays packed, which fprop unpacks."""
-        if not self._gathers(role):
-            return lambda: face
-        pending = gather_rows(*face, self.link)
-
-        def arrived() -> Face:
-            whole = _arrived(pending, self.plan.geometry)
-            if role == Role.INPUT or self.plan.operand_form != DEQUANTIZED:
-                return whole
-            values = unpack_rows(whole, self.plan.geometry.y_shape[-1], 1, self.plan.compute_dtype, self.plan.backend)
-            return Face(values, whole.scale.new_empty(0))
-
-        return arrived
+        channels = self.plan.geometry.y_shape[-1]
+        how = self.plan.compute_dtype, self.plan.backend
+        return self._gathered(role, face, gather_rows, lambda whole: unpack_rows(whole, channels, 1, *how))
 
     def gather_columns(self, role: Role, face: Face) -> Callable[[], Face]:
         """Begin to gather a columnwise face; x's stays packed, which wgrad unpacks."""
-        if not self._gathers(role):
-            return lambda: face
-        pending = gather_columns(*face, self.link)
-
-        def arrived() -> Face:
-            whole = _arrived(pending, self.plan.geometry)
-            if role == Role.INPUT or self.plan.operand_form != DEQUANTIZED:
-                return whole
-            return Face(unpack_columns(whole, self.plan.compute_dtype, self.plan.backend), whole.scale.new_empty(0))
-
-        return arrived
+        how = self.plan.compute_dtype, self.plan.backend
+        return self._gathered(role, face, gather_columns, lambda whole: unpack_columns(whole, *how))
 
     def weight_amax(self, w: Tensor) -> Tensor:
         """Return fp32 [1]: the amax of all parts of the weight."""

@@ -166,20 +166,9 @@ def _operand(x: Tensor, groups: int, fold: Fold, rht: bool) -> tuple[native.Oper
     x = x.float() if x.dtype == torch.float16 else x
     rank, channels = x.dim() - 2, x.shape[-1]
     rows, pixels = (x.shape[1], math.prod(x.shape[2:-1])) if rank else (1, 1)
-    q = native.Operand(
-        x=x.data_ptr(),
-        images=x.shape[0],
-        L=rows,
-        Wp=pixels,
-        C=channels,
-        groups=groups,
-        fold_images=fold.images,
-        fold_L=fold.rows,
-        rht=rht,
-        in_bf16=x.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        e4m3_max=448.0,
-    )
+    q = native.Operand(x=x.data_ptr(), images=x.shape[0], L=rows, Wp=pixels, C=channels, groups=groups, e4m3_max=448.0)
+    q.fold_images, q.fold_L, q.rht = fold.images, fold.rows, rht
+    q.in_bf16, q.threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     starts = None
     if fold.strips > 1:
         source = fold.source_rows(x.shape[0], rows)
@@ -198,7 +187,10 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
     if not spec.two_d:
         return _quantize_rows(w, spec, dtype, amax)
     w_OCT = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a view where the kernel's axes lie next to each other
-    amax = _amax_of(w, library) if amax is None else amax.contiguous()
+    if amax is None:  # of one long row: the order of values does not change a maximum
+        row_of_all = layouts.in_memory_order(w).reshape(1, -1)
+        amax = measure_operand(row_of_all, OperandSpec(1, Fold(1, 0, 1, 0, BLOCK)))[:1]
+    amax = amax.contiguous()
     amax = power_of_two_amax(amax, spec.e4m3_max) if spec.pow2 else amax
     row, col = layouts.weight_faces(w, spec, dtype)
     q = _weight(w_OCT, spec.groups, w.dtype == torch.bfloat16, dtype, spec.e4m3_max)
@@ -230,45 +222,14 @@ def _quantize_rows(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor
     return WeightCodes(made.row, Face(data, scale), made.row_amax if given is None else given[:1].clone())
 
 
-def _amax_of(w: Tensor, library: ctypes.CDLL) -> Tensor:
-    """Return the largest magnitude, fp32 [1], of a bf16 or fp32 weight of any strides."""
-    amax = torch.empty(2, dtype=torch.float32)
-    # As one long row, since the order of values does not change a maximum.
-    dense = layouts.in_memory_order(w)
-    measure = native.Operand(
-        x=dense.data_ptr(),
-        images=1,
-        L=1,
-        Wp=1,
-        C=w.numel(),
-        groups=1,
-        fold_images=BLOCK,
-        fold_L=1,
-        amax=amax.data_ptr(),
-        in_bf16=w.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        want_row=1,
-    )
-    library.nvfp4_amax(ctypes.byref(measure))
-    return amax[:1]
-
-
 def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Unpack as operand.unpack_columns does."""
     library = native.load() if data.device.type == "cpu" else None
     if library is None or not data.numel():
         return reference.unpack_columns(data, scale, dtype)
     out = scratch.empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype, scale.device)
-    run = math.prod(scale.shape[1:])
-    library.nvfp4_unpack_columns(
-        data.data_ptr(),
-        scale.data_ptr(),
-        out.data_ptr(),
-        scale.shape[0],
-        run,
-        dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
+    pointers, how = _pointers(data, scale, out), (dtype == torch.bfloat16, torch.get_num_threads())
+    library.nvfp4_unpack_columns(*pointers, scale.shape[0], math.prod(scale.shape[1:]), *how)
     return out
 
 
@@ -279,15 +240,8 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
         return reference.unpack_rows(data, scale, channels, groups, dtype)
     out = data.new_empty((*data.shape[:-1], channels), dtype=dtype)
     segments = math.prod(data.shape[:-1]) * groups
-    library.nvfp4_unpack_rows(
-        data.data_ptr(),
-        scale.data_ptr(),
-        out.data_ptr(),
-        segments,
-        channels // groups,
-        dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
+    pointers, how = _pointers(data, scale, out), (dtype == torch.bfloat16, torch.get_num_threads())
+    library.nvfp4_unpack_rows(*pointers, segments, channels // groups, *how)
     return out
 
 
@@ -308,19 +262,14 @@ def unpack_weight(
     return out
 
 
+def _pointers(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
 def _weight(w_OCT: Tensor, groups: int, in_bf16: bool, dtype: torch.dtype, e4m3_max: int) -> native.Weight:
     """Return the kernels' view of a weight [axis 0, axis 1, taps] of any strides."""
-    return native.Weight(
-        w=w_OCT.data_ptr(),
-        groups=groups,
-        Og=w_OCT.shape[0] // groups,
-        Cg=w_OCT.shape[1],
-        T=w_OCT.shape[2],
-        stride_o=w_OCT.stride(0),
-        stride_c=w_OCT.stride(1),
-        stride_t=w_OCT.stride(2),
-        in_bf16=in_bf16,
-        out_bf16=dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        e4m3_max=float(e4m3_max),
-    )
+    n, channels, taps = w_OCT.shape
+    q = native.Weight(w=w_OCT.data_ptr(), groups=groups, Og=n // groups, Cg=channels, T=taps, e4m3_max=float(e4m3_max))
+    q.stride_o, q.stride_c, q.stride_t = w_OCT.stride()
+    q.in_bf16, q.out_bf16, q.threads = in_bf16, dtype == torch.bfloat16, torch.get_num_threads()
+    return q

@@ -53,13 +53,8 @@ def quantize_operand(
     """Quantize as operand.quantize_operand does."""
     x_rows, empty = batch_last(x), x.new_empty(0, dtype=torch.uint8)
     row = col = Face(empty, torch.empty_like(empty))
-    common: dict[str, Any] = dict(
-        stochastic_rounding=spec.stochastic,
-        four_over_six=spec.four_over_six,
-        e4m3_max=spec.e4m3_max,
-        row_scaled=spec.row_scaled,
-        seed=seed,
-    )
+    common: dict[str, Any] = dict(four_over_six=spec.four_over_six, e4m3_max=spec.e4m3_max, row_scaled=spec.row_scaled)
+    common |= dict(stochastic_rounding=spec.stochastic, seed=seed)
     own = _amax(x)
     # What is observed counts as 0 for a face that is not made, but without RHT both faces see x itself.
     seen_row = own if spec.row != NONE or not spec.rht else torch.zeros_like(own)
