@@ -18,6 +18,7 @@ def transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
+    # A level of forward mode is -1 as long as none is open.
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 

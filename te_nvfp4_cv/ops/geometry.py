@@ -145,6 +145,7 @@ class ConvGeometry:
     @cached_property
     def folds(self) -> tuple[Fold, Fold]:
         """The folds (a side, b side) that lay the columnwise operands of wgrad out in images."""
+        # A linear layer has no image axis that could be cut.
         a_rows = self.a_size[0] if self.rank else 1
         b_rows = self.b_size[0] if self.rank else 1
         # wgrad's blocks are 16 images. A batch that does not fill them is cut into strips along the first image axis,
@@ -237,6 +238,7 @@ def fold_factor(batch: int, rows: int, stride: int, kernel: int, dilation: int) 
 
     best, least = 1, 0
     for g in range(1, min(BLOCK, rows) + 1):
+        # What wgrad contracts: images, padded to whole blocks, times the rows of a strip with its halo.
         cost = round_up(batch * g, BLOCK) * halo_rows(-(-rows // g), stride, kernel, dilation)
         if g == 1 or cost < least:
             best, least = g, cost

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.ops.geometry import Fold
 
+# Plain ints, because kernels compare them at compile time.
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 ERRORS = {None: 0, "MAE": 1, "MSE": 2}  # of 4over6, as native.cpp and the Triton kernels number them
 _ERROR_NAMES = tuple(ERRORS)
@@ -76,6 +77,7 @@ class WeightCodes(NamedTuple):
     @classmethod
     def of_face(cls, name: str, face: Face, amax: Tensor) -> WeightCodes:
         """Build the record of a weight of which only the face `name`, "row" or "col", exists."""
+        # The record has two faces always, and one that was not made is empty.
         empty = Face(face.data.new_empty(0), face.scale.new_empty(0))
         return cls(face, empty, amax) if name == "row" else cls(empty, face, amax)
 

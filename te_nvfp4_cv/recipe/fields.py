@@ -72,6 +72,7 @@ ENVIRONMENT = {
     "backward_override": "NVTE_BACKWARD_OVERRIDE",
 }
 PLAIN: dict[str, Any] = {field: values[0] for field, values in ALLOWED.items()}
+# Two fields without a list of values, and one whose default is not the first of its list.
 PLAIN |= {"nvfp4_4over6_e4m3_use_256": "all", "high_precision_gemms": (), "precision": ()}
 """The defaults of all fields as they are without environment variables."""
 

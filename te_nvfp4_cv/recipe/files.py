@@ -25,6 +25,7 @@ from te_nvfp4_cv.errors import message, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import PLAIN, without_removed
 
+# The table of precision has a section of its own, beside [recipe].
 FIELDS = tuple(field for field in PLAIN if field != "precision")
 TOP_LEVEL = ("description", "name", "recipe", "precision")
 
@@ -120,6 +121,7 @@ def _find(name_or_path: str | os.PathLike[str], folder: Path) -> Path:
             fix="a recipe object needs no loading: pass it on as it is",
         )
     text = os.fspath(name_or_path)
+    # A slash separates folders on each system, and os.sep on this one.
     if isinstance(name_or_path, os.PathLike) or "/" in text or os.sep in text or text.endswith(".toml"):
         # Relative to the file that names it, so that a folder of recipes can be moved.
         path = folder / Path(text).expanduser()

@@ -162,10 +162,12 @@ class NVFP4Quantizer:
                 needs="equal shapes",
                 fix="quantize into a new tensor: quantizer(src)",
             )
+        # The faces of dst decide, not this quantizer's: its buffers are there already.
         usages = dst.get_usages()
         src = src.detach().to(dst.device)
         faces = self._faces(src, usages["rowwise"], usages["columnwise"], seed, None)
         new = self._wrap(faces, tuple(dst.shape), dst.dtype)
+        # Quantizing gives TransformerEngine's layout, while dst may hold tiles.
         if usages["columnwise"]:
             new = new.to_columnwise_layout(dst.columnwise_layout)
         with torch.no_grad():
@@ -213,6 +215,7 @@ class NVFP4Quantizer:
             e4m3_max=self.nvfp4_e4m3_max,
             row_scaled=self.row_scaled_nvfp4,
             amax_rowwise=None if amax is None else amax[0],
+            # Without a columnwise face the amax that was measured for it is empty.
             amax_columnwise=None if amax is None or not columnwise else amax[1],
             seed=seed,
             with_sign=self.with_random_sign_mask,

@@ -49,6 +49,7 @@ def produced_tile(
     """
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
+    # `first` has 64 bits: it is reduced as a scalar before the lanes are added.
     channel = ((first % CHANNELS).to(tl.int32) + lane) % CHANNELS
     scale = tl.full((BLOCK,), 1.0, tl.float32)
     shift = tl.zeros((BLOCK,), tl.float32)
@@ -146,6 +147,7 @@ def produced_amax_kernel(
         if z.dtype.element_ty == tl.bfloat16:
             col_top = col_top.to(tl.bfloat16).to(tl.float32)
     else:
+        # Without RHT the columns hold the activation itself.
         col_top = row_top
     tl.atomic_max(amax + 1, tl.max(nx.magnitude_bits(col_top), 0), sem="relaxed")
 
@@ -243,6 +245,7 @@ def produce_kernel(
         tl.atomic_max(slots + pid % SLOTS, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
 
     if COL != 0:
+        # A rotated face has an amax, and so a tensor scale, of its own.
         mult, s_dec = nx.tensor_factors(tl.load(amax + 1), E4M3_MAX)
         if RHT:
             tile = nx.rotate16(tile, z.dtype.element_ty == tl.bfloat16)

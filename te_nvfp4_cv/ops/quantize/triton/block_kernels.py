@@ -104,6 +104,7 @@ def quantize_blocks_kernel(
         ob = group % GROUP_BLOCKS
         first = group // GROUP_BLOCKS * rows_out + ob * 16
         origin = (group // GROUP_BLOCKS * rows_in + ob * 16) * stride_o + t * stride_t + c * stride_c
+        # The last block of a group may be cut: `count` of its values are read, `limit` written, the others are zeros.
         count = rows_in - ob * 16
         target = (first * taps + t) * width + c
         limit = rows_out - ob * 16
@@ -201,8 +202,10 @@ def quantize_tiles_kernel(
     band = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, 16)[None, :]
     ob = band % GROUP_BLOCKS
+    # A band is 16 rows of one group, or what is left of the group.
     o = band // GROUP_BLOCKS * GROUP_ROWS + ob * 16 + row
     index = (tl.program_id(0) * TILES + tl.arange(0, TILES))[:, None]
+    # Neighbouring lanes take tiles that lie next to each other in memory.
     if TAPS_FIRST:
         t = index % taps
         kb = index // taps

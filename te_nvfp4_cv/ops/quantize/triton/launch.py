@@ -53,6 +53,7 @@ def quantize_operand(
     if spec.row_scaled:
         return reference.quantize_operand(x, spec, dtype, seed, amax)
     x = x.contiguous()
+    # What programs observe, spread over SLOTS addresses so that few atomics meet; finish_kernel reduces it.
     slots = None if amax is None else x.new_zeros((3, SLOTS), dtype=torch.int32)
     if amax is None:
         # Nothing is rotated where no columnwise face is made: x's amax is one plain pass.
@@ -103,6 +104,7 @@ def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
     def launch(config: tuning.Config) -> None:
         block = parts.block_width(run, config["BLOCK"])
         tiles = parts.ceil_div(run, block) * rows * (spec.fold.images // BLOCK)
+        # Programs loop over tiles, so that there are few atomic maxima at the end.
         operand_kernels.amax_kernel[(min(tiles, parts.PROGRAMS),)](
             x,
             table,
@@ -261,6 +263,7 @@ class _Job:
                 table,
                 self.amax,
                 self.seed,
+                # Eight codes of a row are stored as one int32, sixteen of a column as one int64.
                 row_data.view(torch.int32) if row == PACKED else row_data,
                 row_scale,
                 parts.words_of(col_data) if col == PACKED else col_data,
@@ -313,6 +316,7 @@ class _Job:
             image_size=self.x.numel() // self.x.shape[0],
         )
         form = spec.col if blocks.columns else spec.row
+        # From the face's amax on: the kernel reads the first element of what it is given.
         parts.quantize_blocks(self.x, self.amax[side:], face, form, blocks, self.error, spec.e4m3_max, more)
 
 

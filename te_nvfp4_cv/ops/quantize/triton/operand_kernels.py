@@ -190,6 +190,7 @@ def quantize_kernel(
     row_mult = 0.0
     if ROW != 0:
         row_mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
+        # Within a tile 32 bits are enough.
         limit = left.to(tl.int32) if MASKED else BLOCK
         for i in tl.static_range(16):
             v = tl.reshape(tile[i], (BLOCK // 16, 16))
@@ -228,6 +229,7 @@ def quantize_kernel(
     col_top = tl.zeros((BLOCK,), tl.float32)
     col_mult = 0.0
     if COL != 0:
+        # A rotated face has an amax, and so a tensor scale, of its own.
         col_mult, s_dec = nx.tensor_factors(tl.load(amax + 1), E4M3_MAX)
         if RHT:
             tile = nx.rotate16(tile, x.dtype.element_ty == tl.bfloat16)

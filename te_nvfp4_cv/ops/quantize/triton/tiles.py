@@ -37,6 +37,7 @@ def _quantize(key: tuple[int, ...]) -> Entry:
 
 tuning.register(
     "quantize",
+    # The interpreter (0) runs one program after the other in NumPy, and wants few large ones.
     {0: _entry(4096, 4), 80: _quantize},
     lambda key: (
         [_entry(256, 2), _entry(512, 4), _entry(1024, 8)] + ([] if key[0] else [_entry(1024, 4), _entry(512, 2)])
@@ -52,6 +53,7 @@ tuning.register(
     {0: _entry(1 << 16, 4), 80: _entry(4096, 4)},
     lambda key: [_entry(2048, 4), _entry(8192, 4), _entry(8192, 8)],
 )
+# The next two have no candidates: their launches are short, and a search would cost more than it finds.
 tuning.register("quantize_blocks", {0: _entry(1024, 4), 80: _entry(128, 4)})
 tuning.register("quantize_tiles", {0: _entry(64, 4), 80: _entry(8, 4)})  # BLOCK: tiles of 16 rows
 tuning.register(
