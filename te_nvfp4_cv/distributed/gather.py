@@ -315,15 +315,10 @@ def _rowwise(t: NVFP4Tensor, axis: int, sizes: list[int], shape: tuple[int, ...]
         # Each shard was padded to whole blocks; bytes hold two codes.
         bytes_by_rank = [n * BLOCK // 2 for n in blocks_by_rank]
     columns = sum(blocks_by_rank) if axis == len(shape) - 1 else scale.shape[-1]
+    scale = scale.reshape(*t.shape[:-1], scale.shape[-1])
     return [
         _Buffer("rowwise_data", data, axis, bytes_by_rank, (*shape[:-1], columns * BLOCK // 2)),
-        _Buffer(
-            "rowwise_scale_inv",
-            scale.reshape(*t.shape[:-1], scale.shape[-1]),
-            axis,
-            blocks_by_rank,
-            (prod(shape[:-1]), columns),
-        ),
+        _Buffer("rowwise_scale_inv", scale, axis, blocks_by_rank, (prod(shape[:-1]), columns)),
     ]
 
 
@@ -343,15 +338,10 @@ def _columnwise(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buffer]:
     blocks_by_rank = _blocks_in([size * inner for size in sizes])
     own, total = _blocks_in([t.shape[axis] * inner])[0], sum(blocks_by_rank)
     half = BLOCK // 2
+    data, scale = data.reshape(K, outer, own * half), scale.reshape(K, outer, own)
     return [
-        _Buffer(
-            "columnwise_data",
-            data.reshape(K, outer, own * half),
-            2,
-            [n * half for n in blocks_by_rank],
-            (K, outer * total * half),
-        ),
-        _Buffer("columnwise_scale_inv", scale.reshape(K, outer, own), 2, blocks_by_rank, (K, outer * total)),
+        _Buffer("columnwise_data", data, 2, [n * half for n in blocks_by_rank], (K, outer * total * half)),
+        _Buffer("columnwise_scale_inv", scale, 2, blocks_by_rank, (K, outer * total)),
     ]
 
 
