@@ -255,7 +255,7 @@ def check_alike(by_rank: list[Told], caller: str) -> None:
             fix="split one tensor along that axis, or pass the dim along which it was split",
         )
     for i, face in enumerate(("rowwise", "columnwise")):
-        # A shard without elements has amax 0, and plain shards are quantized with the largest one: neither must agree.
+        # Shards without elements have amax 0, and plain ones are quantized with the largest amax: neither need agree.
         amaxes = {told.amax[i] for told in by_rank if prod(told.shape)}
         if by_rank[0].fields["packed"] and len(amaxes) > 1:
             raise errors.value_error(

@@ -63,7 +63,7 @@ class LayerSpec(NamedTuple):
         return _spec(text)
 
 
-# A graph's node passes the same text at each step; decoding it every time would cost more than a small layer.
+# A graph's node passes the same text at each step, so it is decoded once.
 @functools.lru_cache(maxsize=1024)
 def _spec(text: str) -> LayerSpec:
     recipe, backend, dtype, flags, group, like = text.split("\n")
@@ -222,7 +222,7 @@ layer.register_autograd(_backward, setup_context=_setup_context)
 
 def apply(x: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry, spec: LayerSpec, group: Any) -> Tensor:
     """Return y of one call that torch.compile traces; `spec` without needs and group, which are filled in here."""
-    # Asked here, while the call is traced: inside of the operator autograd is below, and the answer always False.
+    # Asked here, while the call is traced: where the operator's code runs, grad mode is no longer the caller's.
     grad = torch.is_grad_enabled()
     name = "" if group is None else group.group_name
     spec = spec._replace(need_dx=grad and x.requires_grad, need_dw=grad and w.requires_grad, group=name)
