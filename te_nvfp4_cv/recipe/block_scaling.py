@@ -321,7 +321,6 @@ class NVFP4BlockScaling:
         lines += ["[recipe]", *(f"{field} = {toml_text(value)}" for field, value in fields.items())] if fields else []
         lines += ["", "[precision]"] if self.precision else []
         for pattern, recipe in self.precision:
-            # The name is always written: a recipe with defaults only would otherwise be an empty pair of braces.
             inner = {"name": recipe.name} | recipe.deviations() if recipe is not None else {}
             table = ", ".join(f"{field} = {toml_text(value)}" for field, value in inner.items())
             lines.append(f"{toml_text(pattern)} = " + ('"high"' if recipe is None else f"{{{table}}}"))
