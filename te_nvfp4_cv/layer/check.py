@@ -97,11 +97,18 @@ class CallShape(NamedTuple):
     @classmethod
     def of(cls, op: str, x: Tensor, w: Sizes, bias: Tensor | None, args: ConvArgs) -> CallShape:
         """Describe a call."""
-        types = None
+        types: Any = None
         if not torch.compiler.is_compiling():
-            types = [tuple(map(type, a)) if isinstance(a, tuple) else type(a) for a in args]
-        bias_sizes = None if bias is None else Sizes.of(bias)
-        return cls(op, Sizes.of(x), w, bias_sizes, args, None if types is None else tuple(types))
+            types = tuple(tuple(map(type, a)) if isinstance(a, tuple) else type(a) for a in args)
+            types = types if _constant(types) else [types]  # a list has no hash: such a call passes by the cache
+        return cls(op, Sizes.of(x), w, None if bias is None else Sizes.of(bias), args, types)
+
+
+@functools.lru_cache(maxsize=CACHED)
+def _constant(types: tuple[Any, ...]) -> bool:
+    """Return True if arguments of these types cannot change. A tensor can, and its hash stays the same."""
+    flat = [kind for entry in types for kind in (entry if isinstance(entry, tuple) else (entry,))]
+    return all(issubclass(kind, (int, float, str)) for kind in flat)
 
 
 class Lowered(NamedTuple):
@@ -110,7 +117,11 @@ class Lowered(NamedTuple):
     geometry: ConvGeometry
     unbatched: bool
     pad: tuple[int, ...]
-    empty: bool  # x or y has no elements
+
+    @property
+    def empty(self) -> bool:
+        """True if x or y has no elements. Inference does not ask: torch.export may not know the batch size yet."""
+        return 0 in self.geometry.x_shape or 0 in self.geometry.y_shape
 
     def input(self, x: Tensor) -> Tensor:
         """Return x with the batch axis and the padding that the geometry counts on."""
@@ -166,7 +177,7 @@ def _lower(call: CallShape) -> Lowered:
         more = [low + high for low, high in zip(pad[::2], pad[1::2], strict=True)]  # F.pad counts from the last axis
         x = (*x[:2], *(size + n for size, n in zip(x[2:], reversed(more), strict=True))) if pad else x
     geometry = _geometry(call, rank, x, padding)
-    return Lowered(geometry, unbatched, pad, 0 in x or 0 in geometry.y_shape)
+    return Lowered(geometry, unbatched, pad)
 
 
 _cached_lower = functools.lru_cache(maxsize=CACHED)(_lower)
