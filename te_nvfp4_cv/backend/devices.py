@@ -43,6 +43,7 @@ def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Conca
 
     @functools.wraps(launch)
     def launched(first: Tensor, *rest: P.args, **named: P.kwargs) -> R:
+        # The usual case, which must not cost a change of the device.
         if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
             return launch(first, *rest, **named)
         with torch.cuda.device(first.device):

@@ -27,7 +27,7 @@ from te_nvfp4_cv.errors import runtime_error, value_error
 BACKENDS = ("auto", "reference", "vendor", "triton")
 MINIMUM_CAPABILITY = (8, 0)
 FP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0))  # what triton 3.6 to 3.9 compile block-scaled FP4 products for
-_PLAIN = (Tensor, Parameter)
+_PLAIN = (Tensor, Parameter)  # exactly these: a subclass may give an operator another meaning
 KERNELS_ON_CPU = False  # tests set it, under the interpreter: vendor on a CPU then takes its path on CUDA
 
 
@@ -68,6 +68,7 @@ def resolve(backend: str, device: torch.device) -> str:
             needs="cpu or cuda",
             fix="backend='reference'",
         )
+    # Kernels for FP4 tensor cores are trusted only on a machine where they have been checked.
     if backend == "auto":
         backend = "triton" if native_fp4(device) and cache.selftest_passed(device) else "vendor"
     capability = torch.cuda.get_device_capability(device)
@@ -101,11 +102,13 @@ def _check_interpreter(device: torch.device) -> None:
 
 def has_triton() -> bool:
     """Return True if Triton can be imported."""
+    # Looked for, not imported: the import takes long, and the reference needs none of it.
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
     """Return True if Triton kernels run in its interpreter, as NumPy code on the CPU."""
+    # The variable as triton reads it, which need not be imported yet.
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 

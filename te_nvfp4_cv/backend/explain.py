@@ -14,6 +14,7 @@ def explain(device: torch.device) -> dict[str, str]:
     """Return the chosen backend, the reason, and what the triton backend would need, each as a text."""
     try:
         chosen = dispatch.resolve("auto", device)
+    # No backend serves the device: the error's text is the explanation.
     except RuntimeError as error:
         return {"backend": "none", "why": str(error), "triton": _about_triton(device)}
     if device.type == "cpu":

@@ -28,6 +28,8 @@ from te_nvfp4_cv.errors import warn_once
 
 _log = logging.getLogger("te_nvfp4_cv")
 _SOURCE = Path(__file__).with_name("native.cpp")
+# No contraction to fused multiply-adds, which would round once where the reference rounds twice. The others of -f
+# allow vector code without changing a value; -ffast-math would change some.
 _FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -97,6 +99,7 @@ def _build(cxx: str) -> Path:
     source = _SOURCE.read_text()
     key = hashlib.sha256("\0".join([source, cxx, version, _cpu_features(), str(_attempts())]).encode()).hexdigest()[:20]
     target = cache_folder() / f"native_{key}.so"
+    # Files are complete when they get this name, so another process may have built it meanwhile.
     if target.exists():
         return target
     # A warning, not an info: without any logging set up Python shows only these, and a pause of seconds needs a reason.

@@ -33,7 +33,7 @@ _candidates: dict[str, Callable[[tuple[int, ...]], Sequence[Config]]] = {}
 _looked_up: dict[tuple[str, int, tuple[int, ...]], Config] = {}  # of static(): every launch asks
 _chosen: dict[tuple[Any, ...], Config] = {}
 _lock = threading.Lock()
-_search_runs = threading.local()
+_search_runs = threading.local()  # other threads' launches are no search
 WARM_UP, ROUNDS = 2, 7
 
 
@@ -103,6 +103,7 @@ def static(kernel: str, arch: int, key: tuple[int, ...] = ()) -> Config:
     if found is not None:
         return found
     table = _table.get(kernel)
+    # 0 is the interpreter's entry, and not the lowest class of GPUs.
     classes = [] if table is None else [lowest for lowest in table if lowest <= arch and (lowest > 0) == (arch > 0)]
     if table is None or not classes:
         raise value_error(
@@ -156,6 +157,7 @@ def _entry(kernel: str, key: tuple[int, ...]) -> str:
 
 def _options(kernel: str, arch: int, key: tuple[int, ...]) -> list[Config]:
     """Return the table's entry, then the other candidates."""
+    # The table's entry first: it stays where nothing is faster.
     first = static(kernel, arch, key)
     more = _candidates[kernel](key) if kernel in _candidates else ()
     return [first, *(option for option in more if option != first)]
@@ -177,6 +179,7 @@ def _search(
     for option in options if len(options) > 1 else ():
         _search_runs.on = True
         try:
+            # `option` is bound now; the loop rebinds the name.
             time = milliseconds(lambda option=option: launch(option))  # type: ignore[misc]
         except Exception as error:  # too much shared memory, or a compiler that refuses: the next one may work
             failed += 1

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add(commands)
     options = parser.parse_args(arguments)
+    # Not the name but the Command: its parser puts itself there (set_defaults in shape.py).
     chosen: Command = options.command
     return chosen(options)
 

@@ -37,7 +37,7 @@ QUANTIZED = ("packed", "cached", "nvfp4 packed", "nvfp4 cached")
 
 def forms_of(dtype: str) -> tuple[str, ...]:
     """Return the names of the forms: the plain model in fp32 and in `dtype`, then the quantized forms."""
-    return (*dict.fromkeys(("fp32", dtype)), *QUANTIZED)
+    return (*dict.fromkeys(("fp32", dtype)), *QUANTIZED)  # fp32 once, if `dtype` is fp32
 
 
 @dataclass
@@ -109,14 +109,13 @@ def measure(
     if not inputs or rounds < 1:
         raise value_error(
             "bench: nothing to measure.",
-            got=f"{len(inputs)} inputs, {rounds} rounds",
-            needs="one or more",
-            fix="--batch 1",
+            got=f"{len(inputs)} inputs, {rounds} rounds", needs="one or more", fix="--batch 1"
         )
     where = devices.usable(device, "bench")
     layout = CHANNELS_LAST.get(inputs[0].dim() - 2, torch.preserve_format) if channels_last else torch.preserve_format
     models: dict[str, nn.Module] = {}
     forms: list[Form] = []
+    # All forms are built before any is timed, because they are timed in turn.
     with tempfile.TemporaryDirectory() as folder:
         for name in forms_of(dtype):
             built, form = build_form(name, model, recipe, Path(folder), dtype)
@@ -142,6 +141,7 @@ def build_form(
         fresh.load_state_dict(torch.load(path, weights_only=True, mmap=True))  # mapped, as nv.export.load does it
         return fresh, Form(name, path.stat().st_size, time.perf_counter() - begun, 0)
     path = folder / "packed.safetensors"
+    # One file for the four quantized forms, which differ only in how it is loaded.
     if not path.exists():
         save(model, path, recipe)
     begun = time.perf_counter()
@@ -155,6 +155,7 @@ def _held(model: nn.Module) -> int:
     """Return the bytes of parameters, buffers and cached weights, each tensor once."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [m.unpacked for m in model.modules() if isinstance(m, InferenceLayer) and m.unpacked is not None]
+    # By id, since a tied weight is held once.
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
@@ -164,6 +165,7 @@ def _time(models: dict[str, nn.Module], forms: list[Form], x: Tensor, dtype: tor
     times: dict[str, list[float]] = {form.name: [] for form in forms}
     for number in range(rounds + 1):
         for form in forms:
+            # Before the clock starts: a service would get its images in that dtype.
             own = x if form.name == "fp32" else x.to(dtype)
             if x.is_cuda:
                 torch.cuda.reset_peak_memory_stats(x.device)
@@ -173,6 +175,7 @@ def _time(models: dict[str, nn.Module], forms: list[Form], x: Tensor, dtype: tor
                 models[form.name](own)
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
+                # Of everything on the device, all other forms included: only differences between forms mean something.
                 form.peak_bytes[batch] = torch.cuda.max_memory_allocated(x.device)
             if number:  # the first pass compiles kernels and fills caches
                 times[form.name].append(time.perf_counter() - begun)

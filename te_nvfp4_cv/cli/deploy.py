@@ -17,6 +17,7 @@ def _show(written: Any, as_json: bool) -> None:
 
 
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
+    # Imports of what one command needs stand in its functions: `te-nvfp4-cv --help` should not load all of it.
     from te_nvfp4_cv.export.ptq.rounding import METHODS
 
     model_options(parser)
@@ -33,6 +34,7 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
 def _quantize(options: argparse.Namespace) -> int:
     from te_nvfp4_cv.export import quantize, save
 
+    # Calibration reads picture files, so the input has their three channels.
     if len(options.input) != 3 or options.input[0] != 3 or options.count < 1 or options.batch < 1:
         raise value_error(
             "quantize: --input, --count or --batch is out of range.",
@@ -40,6 +42,7 @@ def _quantize(options: argparse.Namespace) -> int:
             needs="3 HEIGHT WIDTH for pictures; numbers of at least 1",
             fix="in Python: nv.export.quantize(model, loader, recipe) takes any input",
         )
+    # Before the model runs: a name that is taken should not be found out after minutes of work.
     out = new_file(options.out, ".safetensors", options.force, options.checkpoint)
     height, width = options.input[1:]
     images = Images(options.images, (height, width), options.batch, options.count)
@@ -82,6 +85,7 @@ def _export(options: argparse.Namespace) -> int:
     out = new_file(options.out, suffix, options.force, options.checkpoint, options.packed)
     if onnx:
         model = load(options.packed, model_of(options, False), activations=options.activations)
+        # Two images: torch.export would take a batch of 1 for a constant.
         _show(to_onnx(model, example(options, 2), out, form=options.form), options.json)
     else:
         _show(save(model_of(options), out, recipe_of(options)), options.json)

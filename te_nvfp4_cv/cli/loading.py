@@ -33,13 +33,10 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, metavar="FILE", help="its weights: a state_dict, .pt or .safetensors"
     )
     parser.add_argument(
-        "--input",
-        type=int,
-        nargs="+",
-        default=[3, 224, 224],
-        metavar="N",
+        "--input", type=int, nargs="+", default=[3, 224, 224], metavar="N",
         help="shape of an input without its batch axis (default: 3 224 224)",
     )
+    # Not `choices` of argparse: a path is allowed, too.
     parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
 
 
@@ -75,6 +72,7 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
                 needs=f"a state_dict of {options.model}",
                 fix="name the function that builds the model as it was trained",
             ) from error
+    # After the weights: a table may name modules, but it adds nothing to the state_dict.
     if table and (recipe := recipe_of(options)).precision:
         set_precision(model, recipe)
     return model.eval()
@@ -92,6 +90,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        # weights_only: a checkpoint may come from anywhere, and a pickle can run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError as error:
         raise runtime_error(
@@ -110,9 +109,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise value_error(
             f"--checkpoint {path} is no state_dict.",
-            got=type(state).__name__,
-            needs="names and tensors",
-            fix="torch.save(model.state_dict(), path)",
+            got=type(state).__name__, needs="names and tensors", fix="torch.save(model.state_dict(), path)"
         )
     return state
 
@@ -135,11 +132,13 @@ def new_file(path: Path, suffix: str, force: bool, *others: Path | None) -> Path
         written += base.parent.glob(f"{glob.escape(base.name)}-*-of-*{suffix}") if base.parent.is_dir() else []
     there = [file for file in written if file.exists()]
     for other in others:
+        # samefile sees through links and other spellings of a path.
         read = [] if other is None else [file for file in there if other.exists() and other.samefile(file)]
         if read:
             raise value_error(
                 f"--out {target} is what is read.", got=str(other), needs="another file", fix="give --out another name"
             )
+    # After the check of `others`: not even --force may replace what is read.
     if there and not force:
         raise FileExistsError(f"--out {target}: the file {there[0]} exists; name a new one, or give --force")
     return target
@@ -150,10 +149,9 @@ def example(options: argparse.Namespace, batch: int) -> Tensor:
     if batch < 1 or min(options.input) < 1:
         raise value_error(
             "--input or --batch is out of range.",
-            got=f"{options.input}, {batch}",
-            needs="sizes of at least 1",
-            fix="--input 3 224 224",
+            got=f"{options.input}, {batch}", needs="sizes of at least 1", fix="--input 3 224 224"
         )
+    # Of a fixed seed: two reports of one model agree.
     return torch.randn((batch, *options.input), generator=torch.Generator().manual_seed(0))
 
 
@@ -175,7 +173,7 @@ class Images:
         self.size, self.batch = size, batch
 
     def __len__(self) -> int:
-        return -(-len(self.paths) // self.batch)
+        return -(-len(self.paths) // self.batch)  # the last batch may be smaller
 
     def __iter__(self) -> Any:
         for start in range(0, len(self.paths), self.batch):
@@ -190,11 +188,15 @@ class Images:
             ) from error
         try:
             with Image.open(path) as image:
+                # A camera's picture may lie on its side, and say so in its EXIF data.
                 upright = ImageOps.exif_transpose(image).convert("RGB")
+                # PIL's sizes are (width, height).
                 pixels = np.asarray(upright.resize(self.size[::-1]), dtype=np.float32) / 255
+        # PIL's decoders raise all of these.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise value_error(
                 f"--images: {path} cannot be read.", got=str(error), needs="a picture", fix="remove or repair it"
             ) from error
+        # With arrays of fp32: those of Python floats would be fp64, and so would the result.
         scaled = (pixels - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
-        return torch.from_numpy(scaled).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(scaled).permute(2, 0, 1).contiguous()  # [H, W, 3] -> [3, H, W]

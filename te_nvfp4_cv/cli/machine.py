@@ -16,7 +16,7 @@ from te_nvfp4_cv.backend.torch_private import cpu_multiplies_bf16
 from te_nvfp4_cv.cli.shape import Command, show
 from te_nvfp4_cv.recipe.files import list_recipes, recipe_folder
 
-TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
+TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)  # as in pyproject.toml
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ COMMANDS = (
         "compare what this machine computes with the reference; a GPU takes up to two minutes",
         _selftest_options,
         _selftest,
-        own_json=True,
+        own_json=True,  # its --json takes a path
     ),
 )
 
@@ -112,7 +112,7 @@ def _version(package: str) -> str:
 
 def _problems(has_recipes: bool) -> list[str]:
     problems = []
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])  # "2.11.0+cpu" -> (2, 11)
     if not TORCH_FROM <= version < TORCH_BELOW:
         problems.append(f"torch {torch.__version__} is outside >=2.11,<2.16: install a version in that range")
     if not has_recipes:

@@ -40,7 +40,7 @@ def _project(options: argparse.Namespace) -> int:
 
     report = project(
         model_of(options),
-        example(options, 1),
+        example(options, 1),  # one image is enough: sizes are multiplied by --batch
         gpu=options.gpu,
         batch=options.batch,
         recipe=recipe_of(options),
@@ -67,12 +67,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     inputs = [example(options, batch) for batch in options.batch]
     report = measure(
-        model_of(options),
-        inputs,
-        recipe_of(options),
-        options.device,
-        options.rounds,
-        options.dtype,
+        model_of(options), inputs, recipe_of(options), options.device, options.rounds, options.dtype,
         options.channels_last,
     )
     show(report.to_dict(), str(report), options.json)

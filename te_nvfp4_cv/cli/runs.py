@@ -25,6 +25,7 @@ def _diagnose_options(command: argparse.ArgumentParser) -> None:
 def _diagnose(options: argparse.Namespace) -> int:
     from te_nvfp4_cv.sensitivity import builder, diagnose
 
+    # Asked before the replays, which may take minutes; `save` refuses it once more.
     if options.out is not None and os.path.exists(options.out):
         raise FileExistsError(f"--out {options.out}: the file exists; name a new one")
     build = None if options.builder is None else builder.given(options.builder)
@@ -52,6 +53,7 @@ def _heatmaps(options: argparse.Namespace) -> int:
 
     runs = [telemetry.read(path) for path in options.runs]  # all are read before anything is written
     written = [telemetry.render_heatmaps(run, options.out) for run in progress(runs, "heatmaps")]
+    # The first file is MODEL-RUN/weights/prequantize/mean.png, so this is the folder MODEL-RUN.
     folders = {str(files[0].parents[2]): len(files) for files in written}
     show(folders, "\n".join(f"{count} files in {folder}" for folder, count in folders.items()), options.json)
     return 0
@@ -67,21 +69,15 @@ def _report(options: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command(
-        "diagnose",
-        "replay the training step of a bundle: what made it go wrong, layer by layer and GEMM by GEMM",
-        _diagnose_options,
-        _diagnose,
+        "diagnose", "replay the training step of a bundle: what made it go wrong, layer by layer and GEMM by GEMM",
+        _diagnose_options, _diagnose,
     ),
     Command(
-        "heatmaps",
-        "draw telemetry: layers over steps, as PNG, HTML and JSON",
-        _telemetry_options("plots", False),
-        _heatmaps,
+        "heatmaps", "draw telemetry: layers over steps, as PNG, HTML and JSON",
+        _telemetry_options("plots", False), _heatmaps,
     ),
     Command(
-        "report",
-        "put telemetry of several runs side by side in one HTML file",
-        _telemetry_options("report.html", True),
-        _report,
+        "report", "put telemetry of several runs side by side in one HTML file",
+        _telemetry_options("report.html", True), _report,
     ),
 )

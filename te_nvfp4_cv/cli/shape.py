@@ -36,6 +36,7 @@ class Command:
         self.options(parser)
         if not self.own_json:
             parser.add_argument("--json", action="store_true", help="print JSON")
+        # argparse would store the command's name; with the object no second table is needed.
         parser.set_defaults(command=self)
 
     def __call__(self, options: argparse.Namespace) -> int:
@@ -61,4 +62,5 @@ def progress(items: Iterable[Any], what: str, total: int | None = None) -> Itera
     except ImportError:
         yield from items
         return
+    # disable=None: no bar where stderr is no terminal. stdout is left to the report.
     yield from tqdm(items, what, total, file=sys.stderr, disable=None, leave=False)

@@ -43,6 +43,7 @@ def wire_bytes() -> Iterator[WireBytes]:
     The count is computed from sizes: a gather receives (ranks - 1) messages.
     """
     counter = WireBytes()
+    # amax.py lies below this file and cannot import it: it reports through a list.
     amax.on_received.append(counter.add)
     try:
         yield counter
@@ -66,6 +67,7 @@ def check_group(group: Any, caller: str) -> tuple[Any, int]:
             fix="torch.distributed.init_process_group(...) first, and start the script by torchrun",
         )
     group = dist.group.WORLD if group is None else group
+    # A process outside of a group holds either torch's mark for that, or a group in which its rank is -1.
     if group is dist.GroupMember.NON_GROUP_MEMBER or (
         isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0
     ):
@@ -124,6 +126,7 @@ class PendingParts:
             assert self._received is not None
             if self._work is not None:
                 self._work.wait()
+            # By rank: where shards differ in size, a part begins at different places of the messages.
             starts, result = [0] * self._received.shape[0], []
             for shapes, axis, dtype in zip(self._shapes, self._axes, self._dtypes, strict=True):
                 result.append(_concatenated(self._received, starts, shapes, axis, dtype))
@@ -173,6 +176,7 @@ def gather_parts(
     lengths = [
         sum(prod(s[rank]) * p.element_size() for s, (p, _) in zip(shapes, parts, strict=True)) for rank in range(ranks)
     ]
+    # Bytes of all parts behind each other, so that one collective serves tensors of different dtypes.
     message = torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part, _ in parts])
     # Uneven shards are padded: a collective wants the same length on every rank.
     message = torch.nn.functional.pad(message, (0, max(lengths) - message.numel()))

@@ -58,6 +58,7 @@ def quantize_gathers(
     check_module("quantize_gathers", model, "quantize_gathers(model, ...)")
     resolved = as_recipe(recipe)
     resolved.validate_for_use()
+    # A DTensor, asked for without importing its module, which takes long and may be missing.
     if any(hasattr(p, "_local_tensor") for p in model.parameters()):
         raise runtime_error(
             "quantize_gathers: the model is sharded already.",
@@ -72,14 +73,16 @@ def quantize_gathers(
         weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
         if weight is None or (filter_fn is not None and not filter_fn(module, name)):
             continue
-        full_name = f"{name}.weight".lstrip(".")
+        full_name = f"{name}.weight".lstrip(".")  # the model itself may be the layer, with no name
         if id(weight) not in replaced:  # a weight that two layers share stays shared
             if _why_not(module, weight, entry) is not None:
                 continue
             assert entry is not None
             replaced[id(weight)] = _marked(weight, full_name, module, entry)
             marked.append(full_name)
+        # Not by setattr, whose checks and hooks are for users: the entry changes, the name stays.
         module._parameters["weight"] = replaced[id(weight)]
+        # On the layer, because a part of the model may be saved alone.
         module.register_state_dict_post_hook(_plain_entries)
     return marked
 
@@ -118,14 +121,9 @@ def _plain_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, l
     if isinstance(entry, ShardedWeight):
         state_dict[key] = entry.plain.detach()
     elif isinstance(getattr(entry, "_local_tensor", None), ShardedWeight):
+        # Imported here, where a DTensor shows that its module is loaded.
         from torch.distributed.tensor import DTensor
 
         local = entry._local_tensor.plain.detach()
-        state_dict[key] = DTensor.from_local(
-            local,
-            entry.device_mesh,
-            entry.placements,
-            run_check=False,
-            shape=entry.shape,
-            stride=entry.stride(),
-        )
+        whole = {"shape": entry.shape, "stride": entry.stride()}
+        state_dict[key] = DTensor.from_local(local, entry.device_mesh, entry.placements, run_check=False, **whole)

@@ -63,6 +63,7 @@ class ShardedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor, form: Form) -> ShardedWeight:
+        # FSDP2 asks a parameter for strides and offset: they must be those of the values.
         self = wrapper_subclass(
             cls,
             values.shape,
@@ -103,6 +104,7 @@ class ShardedWeight(torch.Tensor):
             forms.append(x.form)
             return x._plain
 
+        # The form of the first shard among the arguments goes to the results.
         args, kwargs = tree_map_only(ShardedWeight, plain, (args, kwargs or {}))
         out = func(*args, **kwargs)
         return tree_map_only(Tensor, lambda t: ShardedWeight(t, forms[0]), out) if func in KEEP else out
@@ -122,11 +124,13 @@ class ShardedWeight(torch.Tensor):
             if n % ranks:
                 return (self._padded(-(-n // ranks), mp_policy.param_dtype, ranks),), (None, None, tuple(outer_size))
             first = mesh.get_local_rank() * (n // ranks)
+            # A 16x16 tile may lie in two shards, so ranks share the amaxes of tiles; the largest is the weight's.
             tiles = amaxes.reduce_amax(weight_shards.tile_amaxes(self._plain, first, n, self.form.groups), group)
             amax = tiles.amax().reshape(1)
             amax = formats.power_of_two_amax(amax) if self.form.pow2 else amax
             scales = weight_shards.tile_scales(tiles, amax)
             codes = weight_shards.quantize_rows(self._plain, first, n, self.form.groups, scales, amax)
+            # After the all-reduce every rank has the same scales, so only codes need to travel.
             return (codes,), (scales, amax, tuple(outer_size))
 
     def _padded(self, rows: int, dtype: torch.dtype | None, ranks: int) -> Tensor:
@@ -175,6 +179,7 @@ class GatheredWeight(torch.Tensor):
 
     def refill(self, codes: Tensor, scales: Tensor, amax: Tensor) -> None:
         """Take the codes of another gather; FSDP2 has written them where this weight's codes lie."""
+        # The object stays: the module and autograd hold it.
         if codes.data_ptr() != self._codes.data_ptr():
             self._codes = codes
         self._scales, self._amax = scales, amax
@@ -206,6 +211,7 @@ class GatheredWeight(torch.Tensor):
         """Return the values, of the logical shape, in the nominal dtype."""
         n, channels, *kernel = self.shape
         layout = WeightLayout(n, channels, self.form.groups, columnwise=False)
+        # The reference runs on each device; this path is for readers outside of NVFP4 layers, where speed matters less.
         w = unpack_weight(Face(self._codes, self._scales), layout, None, torch.float32, "reference")
         w = w * (self._amax * (1.0 / (formats.E2M1_MAX * formats.E4M3_MAX)))
         return w.view(n, *kernel, channels).movedim(-1, 1).to(self.dtype).contiguous()
@@ -217,11 +223,13 @@ class GatheredWeight(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         first: Any = args[0] if args else None
+        # FSDP2 and autograd make such aliases; they share the codes. A view to another shape would cut tiles.
         copies = func in (aten.detach.default, aten.alias.default)
         if copies or (func in (aten.as_strided.default, aten.view.default) and tuple(args[1]) == tuple(first.shape)):
             return cls(first._codes, first._scales, first._amax, tuple(first.shape), first.dtype, first.form)
         if func in FACTORIES and isinstance(first, cls):
             like = torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape)
+            # Expanded from one element, `like` has strides of 0, which a result must not take over.
             if func in (aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default):
                 kwargs = {"memory_format": torch.contiguous_format} | kwargs
             return func(like, *args[1:], **kwargs)

@@ -180,6 +180,7 @@ def _start(
         if ranks == 1:
             return [AllGatherHandle(partial(_same, shard.alone())) for shard in shards]
         # From here on every rank takes the same steps, whatever its arguments were.
+        # It has to come before the error: a rank that raised first would leave the others waiting for it.
         told = exchange(shards, len(tensors), group, _device_of(tensors, group))
         if error is not None:
             raise error
@@ -228,6 +229,7 @@ def _plan(shard: Shard, by_rank: list[Told], group: Any) -> _Plan:
     reason = _reason_for_values(shard, sizes)
     if reason is None:
         whole = [told for told in by_rank if prod(told.shape)] or by_rank  # empty shards have no amax to share
+        # The bits of non-negative floats are ordered as the floats are, with NaN above inf.
         amax = torch.tensor([max(told.amax[face] for told in whole) for face in (0, 1)], dtype=torch.int32)
         return _plan_codes(shard, sizes, amax.to(shard.device).view(torch.float32))
     if shard.quantizer is None:
@@ -248,12 +250,14 @@ def _plan(shard: Shard, by_rank: list[Told], group: Any) -> _Plan:
 def _reason_for_values(shard: Shard, sizes: list[int]) -> str | None:
     """Return why the shards' codes cannot be joined, or None if they can."""
     shape, faces = shard.tensor.shape, shard.faces()
+    # 16x16 tiles lie along both axes, whichever faces there are.
     tiles = getattr(shard.quantizer, "with_2d_quantization", False)
     if shard.row_scaled:
         return "a row-scaled tensor has no tensor scale to share"
     if shard.axis == len(shape) - 1:
         needed, outer, lengths = faces["rowwise"] or tiles, 1, sizes
     else:
+        # Blocks of the columnwise face lie along the flattened rows, of which a shard has `outer` runs.
         outer, inner = prod(shape[: shard.axis]), prod(shape[shard.axis + 1 : -1])
         needed, lengths = faces["columnwise"] or tiles, [size * inner for size in sizes]
     lengths = [length for length in lengths if length]
@@ -282,6 +286,7 @@ def _plan_codes(shard: Shard, sizes: list[int], amax: Tensor) -> _Plan:
     amaxes = {}
     if t.rowwise_data is not None:
         buffers += _rowwise(t, shard.axis, sizes, shape)
+        # Clones: the two faces must not share memory, since each is written in place.
         amaxes["amax_rowwise"] = amax[:1].clone()
     if t.columnwise_data is not None:
         buffers += (_columnwise_tiles if t.columnwise_layout == "ntile" else _columnwise)(t, shard.axis, sizes)
@@ -307,17 +312,13 @@ def _rowwise(t: NVFP4Tensor, axis: int, sizes: list[int], shape: tuple[int, ...]
     bytes_by_rank = blocks_by_rank = sizes
     if axis == len(shape) - 1:
         blocks_by_rank = _blocks_in(sizes)
+        # Each shard was padded to whole blocks; bytes hold two codes.
         bytes_by_rank = [n * BLOCK // 2 for n in blocks_by_rank]
     columns = sum(blocks_by_rank) if axis == len(shape) - 1 else scale.shape[-1]
+    scale = scale.reshape(*t.shape[:-1], scale.shape[-1])
     return [
         _Buffer("rowwise_data", data, axis, bytes_by_rank, (*shape[:-1], columns * BLOCK // 2)),
-        _Buffer(
-            "rowwise_scale_inv",
-            scale.reshape(*t.shape[:-1], scale.shape[-1]),
-            axis,
-            blocks_by_rank,
-            (prod(shape[:-1]), columns),
-        ),
+        _Buffer("rowwise_scale_inv", scale, axis, blocks_by_rank, (prod(shape[:-1]), columns)),
     ]
 
 
@@ -332,19 +333,15 @@ def _columnwise(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buffer]:
             _Buffer("columnwise_data", data, 0, sizes, (K, data.shape[1])),
             _Buffer("columnwise_scale_inv", scale, 0, sizes, (K, scale.shape[1])),
         ]
+    # M = (outer, axis, inner): each shard holds `outer` runs of axis * inner rows, and blocks lie along a run.
     outer, inner = prod(t.shape[:axis]), prod(t.shape[axis + 1 : -1])
     blocks_by_rank = _blocks_in([size * inner for size in sizes])
     own, total = _blocks_in([t.shape[axis] * inner])[0], sum(blocks_by_rank)
     half = BLOCK // 2
+    data, scale = data.reshape(K, outer, own * half), scale.reshape(K, outer, own)
     return [
-        _Buffer(
-            "columnwise_data",
-            data.reshape(K, outer, own * half),
-            2,
-            [n * half for n in blocks_by_rank],
-            (K, outer * total * half),
-        ),
-        _Buffer("columnwise_scale_inv", scale.reshape(K, outer, own), 2, blocks_by_rank, (K, outer * total)),
+        _Buffer("columnwise_data", data, 2, [n * half for n in blocks_by_rank], (K, outer * total * half)),
+        _Buffer("columnwise_scale_inv", scale, 2, blocks_by_rank, (K, outer * total)),
     ]
 
 
@@ -355,6 +352,7 @@ def _columnwise_tiles(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buff
     data, scale = t.columnwise_data, t.columnwise_scale_inv
     batch, channel = t.dim() - 2, t.dim() - 1
     by_rank = _blocks_in(sizes) if axis == batch else sizes
+    # The tiles' axes are [B / 16, *image, C] for a tensor [*image, B, C].
     place = 0 if axis == batch else channel if axis == channel else axis + 1
     whole = (*scale.shape[:place], sum(by_rank), *scale.shape[place + 1 :])
     return [
@@ -368,6 +366,7 @@ def _plan_values(shard: Shard, sizes: list[int], group: Any) -> _Plan:
     seed: Tensor | None = None
     x = shard.tensor.dequantize() if shard.packed else shard.tensor
     if shard.quantizer is not None and shard.quantizer.stochastic_rounding:
+        # Every rank draws, so that the streams stay in step, and all take what the first one drew.
         drawn = rounding_seeds.draw_seed(x)
         seed = torch.tensor(collectives.gather_ints([], group, x.device, drawn)[0], device=x.device)
     return _Plan([(x, shard.axis)], [sizes], lambda arrived: shard.quantize(arrived[0], seed=seed))

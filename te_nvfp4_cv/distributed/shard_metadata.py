@@ -32,8 +32,9 @@ _FIELDS = (
 )
 _MAX_DIMS = 8
 _WIDTH = len(_FIELDS) + _MAX_DIMS
+# Settings that change no code. Which faces there are is a field of its own.
 _NOT_NUMERICS = ("rowwise", "columnwise", "backend", "with_amax_reduction", "with_post_rht_amax")
-_INF, _NAN = 0x7F800000, 0x7FC00000
+_INF, _NAN = 0x7F800000, 0x7FC00000  # bits of fp32
 
 
 @dataclass
@@ -77,15 +78,8 @@ class Shard:
             rht, signs, layout = q.with_rht, q.with_random_sign_mask, "te"
             over6, e4m3_max = q.nvfp4_use_4over6, q.nvfp4_e4m3_max
         values = [0, self.packed, list(DIMS).index(self.dim), DTYPES.index(t.dtype), faces["rowwise"], col]
-        values += [
-            col and layout == "ntile",
-            col and rht,
-            col and rht and signs,
-            self.row_scaled,
-            over6,
-            e4m3_max,
-            _fingerprint(q),
-        ]
+        values += [col and layout == "ntile", col and rht, col and rht and signs]
+        values += [self.row_scaled, over6, e4m3_max, _fingerprint(q)]
         return [int(v) for v in values] + [t.dim(), *t.shape] + [0] * (_MAX_DIMS - t.dim())
 
     def amax_bits(self) -> Tensor:
@@ -104,12 +98,13 @@ class Shard:
     def alone(self) -> NVFP4Tensor:
         """Return the gathered tensor of a group with a single rank."""
         if self.packed:
-            return self.tensor.map_buffers(torch.clone)
+            return self.tensor.map_buffers(torch.clone)  # new buffers, as with several ranks
         return self.quantize(self.tensor)
 
     def quantize(self, x: Tensor, amax: tuple[Tensor, Tensor] | None = None, seed: Tensor | None = None) -> NVFP4Tensor:
         """Quantize x in the faces of the shard, without a reduction over ranks."""
         quantizer = self._made_by().copy()
+        # The ranks have shared their amaxes before, in the message of metadata.
         quantizer.with_amax_reduction = False
         quantizer.set_usage(**self.faces())
         made = quantizer.quantize(x, amax=amax, seed=seed)
@@ -122,6 +117,7 @@ def _fingerprint(quantizer: NVFP4Quantizer | None) -> int:
     if quantizer is None:
         return 0
     settings = sorted((name, v) for name, v in quantizer.settings().items() if name not in _NOT_NUMERICS)
+    # crc32, because Python's hash of a text differs between processes; + 1, because 0 says that there is none.
     return zlib.crc32(repr(settings).encode()) + 1
 
 
@@ -195,8 +191,9 @@ def exchange(shards: list[Shard], tensors: int, group: Any, device: torch.device
     for i in range(tensors):
         by_rank = []
         for row in rows:
+            # A row holds the fields of all tensors, then two amaxes for each.
             own, bits = row[i * _WIDTH : (i + 1) * _WIDTH], row[tensors * _WIDTH + 2 * i :][:2]
-            fields = dict(zip(_FIELDS, own, strict=False))
+            fields = dict(zip(_FIELDS, own, strict=False))  # the rest of `own` is the shape
             shape = tuple(own[len(_FIELDS) : len(_FIELDS) + fields["dimensions"]])
             by_rank.append(Told(fields, shape, (_one_nan(bits[0]), _one_nan(bits[1]))))
         told.append(by_rank)
@@ -258,6 +255,7 @@ def check_alike(by_rank: list[Told], caller: str) -> None:
             fix="split one tensor along that axis, or pass the dim along which it was split",
         )
     for i, face in enumerate(("rowwise", "columnwise")):
+        # Shards without elements have amax 0, and plain ones are quantized with the largest amax: neither need agree.
         amaxes = {told.amax[i] for told in by_rank if prod(told.shape)}
         if by_rank[0].fields["packed"] and len(amaxes) > 1:
             raise errors.value_error(

@@ -108,9 +108,11 @@ class TensorParallelModule(nn.Module):
     sharing: Sharing
     op: str
 
+    # Errors and layouts are decided on the host, together with the other ranks: a graph could not hold that.
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Run the plain module's forward for tensors that lie as the plan says."""
+        # A deferred activation has no values yet, and the ranks exchange them in more than one form.
         deferred.settle(input)
         with without_function_modes():  # the context must not take over the calls inside
             return run(self, input, output_size)
@@ -121,7 +123,7 @@ class TensorParallelModule(nn.Module):
         return f"{super().extra_repr()}, {'columns' if s.column else 'rows'} on {s.ranks} ranks"
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_classes: dict[type[nn.Module], type[nn.Module]] = {}  # made once per layer class: equal layers have one type
 
 
 def _parallel_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -135,6 +137,7 @@ def _parallelize(module: nn.Module, sharing: Sharing, style: Any) -> nn.Module:
     _check_module(module, sharing, type(style).__name__)
     in_front = sharing.column != ("Transpose" in type(module).__name__)  # the cut axis of the weight is its first
     places = {"weight": Shard(0 if in_front else 1), "bias": Shard(0) if sharing.column else Replicate()}
+    # A list, because the loop replaces what it walks over. Not every version of torch gives styles a src_data_rank.
     for name, parameter in list(module.named_parameters(recurse=False)):
         shared = distribute_tensor(
             parameter, sharing.mesh, [places[name]], src_data_rank=getattr(style, "src_data_rank", 0)

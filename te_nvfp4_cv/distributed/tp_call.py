@@ -59,6 +59,7 @@ def run(module: Any, x: Tensor, output_size: Any) -> Tensor:
     """Return the layer's result for this rank's part of x, in the layout of its plan."""
     sharing: Sharing = module.sharing
     rank = module.weight.dim() - 2
+    # The dimension that holds the channels: the last one of a linear layer, 1 of images [B, C, *image].
     channels = x.dim() - rank - 1 if rank else x.dim() - 1
     x, layout = _as_it_lies(x, sharing, channels)
     recipe, backend, reason = _decide(module, x, layout, channels)
@@ -73,6 +74,7 @@ def _as_it_lies(x: Tensor, sharing: Sharing, channels: int) -> tuple[Tensor, int
     """Return this rank's part of x, and the dimension along which x is cut, or None for a whole one."""
     if isinstance(x, DTensor):
         (place,) = x.placements
+        # Parts of different sizes have no common blocks, and the shapes below count on equal parts: gather such an x.
         even = type(place) is Shard and x.shape[place.dim] % sharing.ranks == 0
         if not even and not isinstance(place, Replicate):
             x, place = x.redistribute(placements=[Replicate()]), Replicate()
@@ -96,6 +98,7 @@ def _decide(module: Any, x: Tensor, layout: int | None, channels: int) -> tuple[
     w = module.weight._local_tensor
     shape = list(_whole_shape(x, layout, sharing.ranks))
     shape[channels] //= 1 if sharing.column else sharing.ranks
+    # One element, expanded: the question is about shapes, and must not cost memory.
     x_like = x.detach().new_empty(()).expand(shape)  # what the layer multiplies: its shape, dtype and device
     if x.dim() != max(module.weight.dim(), 2) and module.weight.dim() > 2:
         return None, "", "an image without a batch axis, under tensor parallelism"
@@ -114,6 +117,7 @@ def _decide(module: Any, x: Tensor, layout: int | None, channels: int) -> tuple[
                 fix="use fewer ranks, or a plain module: nvfp4_autocast leaves it in high precision",
             )
         return recipe, backend, ""
+    # The context asks if a weight is a Parameter. The local part of a DTensor is not one, so it is dressed as one.
     if isinstance(module.weight, nn.Parameter):
         w = nn.Parameter(w.detach(), requires_grad=False)
     recipe, reason = function_mode.decide(module.op, x_like, w, 1)
@@ -133,6 +137,7 @@ class _Call:
 
     def _redistributed(self, x: Tensor, before: Any, after: Any, grad: Any = None) -> Tensor:
         """Return this rank's part of x, moved in high precision."""
+        # run_check would compare the ranks' shapes, a communication at each call.
         moved = DTensor.from_local(x, self.sharing.mesh, [before], run_check=False).redistribute(placements=[after])
         return moved.to_local(grad_placements=[grad or after])
 
@@ -140,6 +145,7 @@ class _Call:
         """Return x as the layer multiplies it: whole for columns, its channels for rows."""
         place = Replicate() if self.layout is None else Shard(self.layout)
         if self.column:
+            # Every rank has the dx of its output channels only: Partial lets backward add them.
             return self._redistributed(x, place, Replicate(), Partial())
         return x if self.layout == self.channels else self._redistributed(x, place, Shard(self.channels))
 
@@ -201,6 +207,7 @@ class _Call:
             plan = self._plan(call, x, w, recipe, backend)
             return plan, self._link(plan, whole, None if cut is None else self._axis(cut))
 
+        # First as if codes of x could travel; only the plan can say if blocks would be cut, and then x is gathered.
         plan, link = planned(x, cut)
         if self.column and cut is not None:
             why = self._unquantized(plan, link)
@@ -291,6 +298,7 @@ class _Call:
         delayed_scaling.refuse(plan.recipe, link.group)
         scales = self._scales(x, bias, plan, link, group)
         told = observe.Call(self.op, self.module.weight, x, plan.geometry, plan.recipe, "")
+        # As in layer/execute.py: a Function's needs_input_grad does not know grad mode.
         if not torch.is_grad_enabled():
             x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
         options = CallOptions(scales=scales, ranks=Exchange(plan, link))
@@ -300,6 +308,7 @@ class _Call:
         part = part_plan(plan, link)
         if not plan.delayed:
             inner = delayed_scaling.of_call(x, self.module.weight, bias, part, group)
+            # Without a group of the context, the ranks of this layer still share amaxes.
             inner = inner or delayed_scaling.CallScales(part, None, True)
             return SharedScales(inner, link, group is not None)
         if group is not None:

@@ -156,6 +156,7 @@ class SharedScales:
             return None
         known = self.inner.knows(role)
         amax = self.inner.amax(role, operand)
+        # The clone: this may be the tensor of a layer's state, and the reduction writes in place.
         return amax if known or not in_parts else reduce_amax(amax.clone(), self.link.group)
 
     def collect(self, role: Role, observed: Tensor) -> None:
@@ -208,6 +209,7 @@ def sum_parts(part: Tensor, link: Link) -> Tensor:
         return part
     here, axis = link.exchanged, link.axis
     whole = (*here[:axis], link.ranks, *here[axis:])
+    # [..., ranks * n, ...] -> [ranks, ..., n, ...]: reduce_scatter gives one row of it to each rank.
     by_rank = part.view(whole).movedim(axis, 0).contiguous()
     share = part.new_empty(here)
     scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
@@ -229,37 +231,36 @@ class Exchange:
         self.gradient_plan = part if link.gathers_dy else plan
         self.adds_bias = link.column or link.rank == 0
 
-    def _gathers(self, role: Role) -> bool:
-        return self.link.gathers_x if role == Role.INPUT else self.link.gathers_dy
+    def _gathered(
+        self,
+        role: Role,
+        face: Face,
+        gather: Callable[[Tensor, Tensor, Link], PendingParts],
+        unpack: Callable[[Face], Tensor],
+    ) -> Callable[[], Face]:
+        """Begin to gather a face, and return what waits for it; dy's is unpacked where values are multiplied."""
+        if not (self.link.gathers_x if role == Role.INPUT else self.link.gathers_dy):
+            return lambda: face
+        pending = gather(*face, self.link)
+
+        def arrived() -> Face:
+            whole = _arrived(pending, self.plan.geometry)
+            if role == Role.INPUT or self.plan.operand_form != DEQUANTIZED:
+                return whole
+            return Face(unpack(whole), whole.scale.new_empty(0))
+
+        return arrived
 
     def gather_rows(self, role: Role, face: Face) -> Callable[[], Face]:
         """Begin to gather a rowwise face; x's stays packed, which fprop unpacks."""
-        if not self._gathers(role):
-            return lambda: face
-        pending = gather_rows(*face, self.link)
-
-        def arrived() -> Face:
-            whole = _arrived(pending, self.plan.geometry)
-            if role == Role.INPUT or self.plan.operand_form != DEQUANTIZED:
-                return whole
-            values = unpack_rows(whole, self.plan.geometry.y_shape[-1], 1, self.plan.compute_dtype, self.plan.backend)
-            return Face(values, whole.scale.new_empty(0))
-
-        return arrived
+        channels = self.plan.geometry.y_shape[-1]
+        how = self.plan.compute_dtype, self.plan.backend
+        return self._gathered(role, face, gather_rows, lambda whole: unpack_rows(whole, channels, 1, *how))
 
     def gather_columns(self, role: Role, face: Face) -> Callable[[], Face]:
         """Begin to gather a columnwise face; x's stays packed, which wgrad unpacks."""
-        if not self._gathers(role):
-            return lambda: face
-        pending = gather_columns(*face, self.link)
-
-        def arrived() -> Face:
-            whole = _arrived(pending, self.plan.geometry)
-            if role == Role.INPUT or self.plan.operand_form != DEQUANTIZED:
-                return whole
-            return Face(unpack_columns(whole, self.plan.compute_dtype, self.plan.backend), whole.scale.new_empty(0))
-
-        return arrived
+        how = self.plan.compute_dtype, self.plan.backend
+        return self._gathered(role, face, gather_columns, lambda whole: unpack_columns(whole, *how))
 
     def weight_amax(self, w: Tensor) -> Tensor:
         """Return fp32 [1]: the amax of all parts of the weight."""
@@ -269,6 +270,7 @@ class Exchange:
         """Return another seed on each rank for parts of one dy, the same one for equal dy."""
         if not self.link.differs(Role.GRAD_OUTPUT):
             return seed
+        # An odd constant with many bits keeps the ranks' seeds far apart; the mask keeps them positive in int64.
         return seed.bitwise_xor(self.link.rank * 0x2545F4914F6CDD1D & (1 << 62) - 1)
 
     def sum_output(self, y: Tensor) -> Tensor:
@@ -284,6 +286,7 @@ class Exchange:
         link = self.link
         if not link.gathers_dy:
             return total
+        # dy is cut by channels, so each rank has some entries of db, complete; otherwise all entries, in part.
         if link.axis == len(link.y) - 1:
             return gather_parts([(total, 0)], link.group).wait()[0]
         dist.all_reduce(total, group=link.group)

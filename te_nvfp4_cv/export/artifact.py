@@ -40,10 +40,10 @@ from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 VERSION = 1
-KEY = "te_nvfp4_cv"
+KEY = "te_nvfp4_cv"  # of the metadata
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
 PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale")  # of one quantized layer
-OPS = re.compile(r"linear|conv(_transpose)?[123]d")
+OPS = re.compile(r"linear|conv(_transpose)?[123]d")  # the only operators that a manifest may name
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,11 @@ class Manifest:
         try:
             outer = json.loads(text)
             inner = outer["manifest"]
+            # Compared before the inner text is parsed: a damaged one is called damaged, whatever it parses to.
             if hashlib.sha256(inner.encode()).hexdigest() != outer["digest"]:
                 raise ValueError("its digest does not fit")
             fields = json.loads(inner)
+            # Read alone: the fields of another version need not fit this one's records.
             version = fields["version"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(source, f"its manifest: {error}") from error
@@ -135,6 +137,7 @@ class Manifest:
                 fix="load it with the version that wrote it, and save it again from the trained model",
             )
         try:
+            # An unknown or missing field is a TypeError here. JSON has no tuples, and a shape is compared with torch's.
             layers = {name: LayerEntry(**{**e, "shape": tuple(e["shape"])}) for name, e in fields["layers"].items()}
             manifest = cls(**{**fields, "layers": layers, "recipes": tuple(fields["recipes"])})
             for name, entry in layers.items():
@@ -155,8 +158,9 @@ def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
     amaxes = (entry.amax,) if entry.input_amax is None else (entry.amax, entry.input_amax)
     good = (
         OPS.fullmatch(entry.op)
+        # type() and not isinstance: True is an int to Python, and JSON may hold one.
         and all(type(n) is int and 0 < n < 2**31 for n in sizes)
-        and len(entry.shape) == (2 if entry.op == "linear" else 2 + int(entry.op[-2]))
+        and len(entry.shape) == (2 if entry.op == "linear" else 2 + int(entry.op[-2]))  # "conv2d"[-2] is "2"
         and math.prod(sizes) < 2**48
         and entry.shape[0] % entry.groups == 0
         and entry.e4m3_max in (256, 448)
@@ -179,15 +183,13 @@ def join(name: str, part: str) -> str:
 def damaged(source: str, why: str) -> ValueError:
     """Return the error for a file that is not what it should be."""
     return value_error(
-        f"{source} is damaged.",
-        got=why,
-        needs="a whole file, as nv.export.save wrote it",
-        fix="copy it again",
+        f"{source} is damaged.", got=why, needs="a whole file, as nv.export.save wrote it", fix="copy it again"
     )
 
 
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes, in its logical order."""
+    # flatten before view: a tensor without axes cannot be viewed as bytes, and numpy has no bf16 or E4M3.
     return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -213,7 +215,8 @@ def write(
     manifest = Manifest(**{**vars(manifest), "sha256": sums})
     metadata = {"format": "pt", KEY: manifest.to_json(), "quantization_config": json.dumps(config)}
     parts = _parts(tensors, shard_bytes)
-    before = set(_shards(base))
+    before = set(_shards(base))  # seen before anything is written, so that new shards are never taken for old ones
+    # In both branches the file that load opens is written last, and what it replaces is removed after that.
     if len(parts) == 1:
         target = base.with_name(base.name + SUFFIX)
         write_atomically(target, save(dict(tensors), metadata))
@@ -225,6 +228,7 @@ def write(
         shards = []
         for number, names in enumerate(parts, start=1):
             shard = base.with_name(f"{base.name}-{number:05d}-of-{len(parts):05d}-{tag}{SUFFIX}")
+            # The manifest is in the index only: a shard does not know the others.
             write_atomically(shard, save({name: tensors[name] for name in names}, {"format": "pt"}))
             weight_map |= dict.fromkeys(names, shard.name)
             shards.append(shard)
@@ -243,6 +247,7 @@ def base_of(path: Path) -> Path:
     """Return a path without the endings of this format."""
     for ending in (INDEX, SUFFIX):
         if path.name.endswith(ending):
+            # with_suffix would cut a name such as "resnet-1.5" at its dot.
             return path.with_name(path.name.removesuffix(ending))
     return path
 
@@ -259,6 +264,7 @@ def _parts(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
     size = 0
     for name, t in tensors.items():
         own = t.numel() * t.element_size()
+        # Whole tensors only; an empty part takes any tensor, so every tensor finds a file.
         if parts[-1] and size + own > most:
             parts.append([])
             size = 0
@@ -296,12 +302,11 @@ class Artifact:
         if self.manifest is None:
             return
         sums = self.manifest.sha256
-        differing = [name for name in self.tensors.keys() | sums.keys() if not self._sound(name, sums)]
+        # A tensor without a checksum was added by someone, and a checksum without a tensor says that one was lost.
+        differing = self.tensors.keys() ^ sums.keys()
+        differing |= {name for name, t in self.tensors.items() if name in sums and digest(t) != sums[name]}
         if differing:
             raise damaged(self.source, "wrong checksum of " + ", ".join(sorted(differing)[:4]))
-
-    def _sound(self, name: str, sums: Mapping[str, str]) -> bool:
-        return name in sums and name in self.tensors and digest(self.tensors[name]) == sums[name]
 
 
 def read(path: str | os.PathLike[str]) -> Artifact:
@@ -321,6 +326,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
     try:
         content = json.loads(found.read_text(encoding="utf-8"))
         weight_map = {str(name): str(file) for name, file in content["weight_map"].items()}
+        # total_size, a number, is in the same table; safetensors' own metadata are texts only.
         metadata = {key: value for key, value in content.get("metadata", {}).items() if isinstance(value, str)}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise damaged(str(found), f"{type(error).__name__}: {error}") from error
@@ -332,10 +338,8 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         shard = found.with_name(name)
         if not shard.is_file():
             raise value_error(
-                f"{found}: a shard is missing.",
-                got=f"no file {name}",
-                needs=f"{len(set(weight_map.values()))} shards beside the index",
-                fix="copy all of them",
+                f"{found}: a shard is missing.", got=f"no file {name}",
+                needs=f"{len(set(weight_map.values()))} shards beside the index", fix="copy all of them",
             )
         tensors |= _read_file(shard)[0]
         files.append(shard)
@@ -347,6 +351,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
 
 def _find(path: Path) -> Path:
     endings = (SUFFIX, INDEX) if path.name else ()
+    # The single file before the index, as `write` expects when it removes the stale one of the two.
     candidates = (path, *(base_of(path).with_name(base_of(path).name + ending) for ending in endings))
     found = next((p for p in candidates if p.is_file()), None)
     if found is None:
@@ -362,6 +367,7 @@ def _find(path: Path) -> Path:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    # In the function: the package is needed for files only, and training should start without it.
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -32,7 +32,7 @@ from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe.files import parse_recipe
 from te_nvfp4_cv.version import __version__
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**9  # the size at which Hugging Face's tools cut files, too
 
 
 @dataclass(frozen=True)
@@ -102,28 +102,28 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
         raise value_error(
             "nv.export.save: the path names no file.", got=repr(str(path)), needs="a file", fix="model.safetensors"
         )
+    # For its errors only: two tensors of one name would overwrite each other in the file.
     plain_names("nv.export.save", model)
     resolved = as_recipe(recipe)
     resolved.validate_for_use()
     quantized, high = sort_layers(model, resolved)
+    # By id: a module that is used in two places has two names in the state_dict, and neither's weight is copied.
     tensors = _plain_tensors(model, {id(module) for module, _ in quantized.values()})
     entries: dict[str, LayerEntry] = {}
     recipes: list[str] = []
     packed = plain = 0
+    # Most layers share a recipe: the file holds each recipe once, and the entries hold its index.
     for name, (module, own) in quantized.items():
         codes, entry = _entry(name, module, own, recipes)
         made = _layer_tensors(name, codes, entry, own)
         packed += sum(t.numel() * t.element_size() for t in made.values())
-        plain += 4 * torch.Size(entry.shape).numel()
+        plain += 4 * torch.Size(entry.shape).numel()  # fp32
         tensors |= made
         entries[name] = entry
     manifest = Manifest(__version__, resolved.to_toml(), tuple(recipes), entries, high, folded_norms(model))
     # Other tools read this part of the metadata; load reads the manifest.
     config = {
-        "quant_method": "modelopt",
-        "quant_algo": "NVFP4",
-        "group_size": 16,
-        "ignore": sorted(high),
+        "quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": sorted(high),
         "producer": {"name": "te_nvfp4_cv", "version": __version__},
     }
     if not target.name.endswith((artifact.SUFFIX, artifact.INDEX)):
@@ -147,10 +147,9 @@ def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise value_error(
                 "nv.export.save: the state_dict holds something other than tensors.",
-                got=f"{name!r}: {type(value).__name__}",
-                needs="tensors",
-                fix="keep it as a buffer",
+                got=f"{name!r}: {type(value).__name__}", needs="tensors", fix="keep it as a buffer"
             )
+        # clone: tied parameters share memory, which safetensors refuses to write.
         tensors[plain_name(name)] = value.detach().clone(memory_format=torch.contiguous_format)
     return tensors
 
@@ -158,12 +157,13 @@ def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
 def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]) -> tuple[Codes, LayerEntry]:
     """Return a layer's codes and its entry in the manifest; its recipe is added to `recipes` if it is a new one."""
     if isinstance(module, InferenceLayer):
+        # Saved again from its codes: to dequantize and quantize once more could change bits.
         codes, shape = module.codes, tuple(module.weight_shape)
         op, channels_last = module.op, module.channels_last
     else:
         codes, shape = quantize_layer(module, recipe), tuple(module.weight.shape)
         op, channels_last = op_of(module), layouts.is_channels_last(module.weight)
-    amax = float(codes.amax)
+    amax = float(codes.amax)  # an fp32 number survives the way through a Python float and JSON bit for bit
     if not torch.isfinite(codes.amax).all():
         raise value_error(
             f"nv.export.save: the weight of {name!r} is not finite.",
@@ -181,6 +181,7 @@ def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]
         amax=amax,
         e4m3_max=recipe.settings("weight").e4m3_max,
         recipe=recipes.index(text),
+        # A transposed convolution's scales have 4 axes, too, but transposed_tiles has spread its tiles already.
         tiles=codes.scale.dim() == 4 and "transpose" not in op,
         channels_last=channels_last,
         k_order=matrix.K_ORDER,
@@ -196,6 +197,7 @@ def _layer_tensors(name: str, codes: Codes, entry: LayerEntry, recipe: NVFP4Bloc
     data, scale = matrix.to_matrix(codes.data, codes.scale, entry.plan(form))
     found = {
         "weight": data,
+        # The same bytes under their true dtype: other readers decode the scales by it.
         "weight_scale": scale.view(torch.float8_e4m3fn),
         "weight_scale_2": (codes.amax.float() * (1.0 / (6.0 * entry.e4m3_max))).reshape(()),
     }
@@ -257,6 +259,7 @@ def load(
     assert manifest is not None
     layers = check_fit(opened, manifest, model)
     recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
+    # Last of the checks: the model changes only after everything that can be refused has been.
     codes = {name: codes_of(opened, name, manifest.layers[name], recipes) for name in layers}
     meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     device = next((t.device for t in model.parameters() if not t.is_meta), torch.device("cpu"))
@@ -265,13 +268,15 @@ def load(
         layer_module: Any = modules[name]
         if layer_module.bias is None:  # the norm's shift needs a place
             own = device if layer_module.weight.is_meta else layer_module.weight.device
+            # Without values: load_state_dict below fills it, like the biases that the model has already.
             layer_module.bias = nn.Parameter(torch.empty_like(opened.tensors[f"{name}.bias"], device=own))
         put(model, full[norm], FoldedNorm(layer_module))
     for name, module in layers.items():
         entry, w = manifest.layers[name], cast(Tensor, module.weight)
         layer = become(module, codes[name], recipes[entry.recipe], backend)
-        layer.channels_last = entry.channels_last
+        layer.channels_last = entry.channels_last  # the fresh model may have another memory format
         for key, buffer in layer._buffers.items():
+            # Each layer's own device, so that a model that lies on two GPUs stays there.
             layer._buffers[key] = None if buffer is None else buffer.to(device if w.is_meta else w.device)
     packed = {join(name, key) for name in layers for key in artifact.PARTS}
     names = plain_names("nv.export.load", model)
@@ -279,6 +284,7 @@ def load(
     state = {names[name]: t.clone() if meta else t for name, t in opened.tensors.items() if name not in packed}
     model.load_state_dict(state, strict=False, assign=meta)  # check_fit has compared all names
     for module in layers.values():
+        # After all tensors are in place: cached weights are computed here, on the layer's final device.
         module.set_mode(weights, activations, dtype)  # type: ignore[operator]
     return model.eval().requires_grad_(False)
 
@@ -300,7 +306,7 @@ def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4
         raise damaged_layer(opened, name, f"weight is {data.dtype} {tuple(data.shape)}")
     if scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (rows, taps * blocks):
         raise damaged_layer(opened, name, f"weight_scale is {scale.dtype} {tuple(scale.shape)}")
-    bits = scale.view(torch.uint8)
+    bits = scale.view(torch.uint8)  # few operators take E4M3; its NaNs are the bytes 0x7F and 0xFF
     if bool(((bits & 0x7F) == 0x7F).any()):
         raise damaged_layer(opened, name, "weight_scale holds NaN")
     if entry.tiles and (entry.transposed or not matrix.has_tiles(bits, plan)):
@@ -310,4 +316,5 @@ def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4
         raise damaged_layer(opened, name, f"its scales reach {entry.e4m3_max}, not those of its recipe")
     amax = torch.tensor([entry.amax], dtype=torch.float32)
     static = None if entry.input_amax is None else torch.tensor([entry.input_amax], dtype=torch.float32)
+    # clone: the tensors are mapped from the file, which may be replaced while the model lives.
     return Codes(packed.clone(), scales.clone(), amax, static)

@@ -60,6 +60,7 @@ def call_of(module: nn.Module) -> dict[str, Any]:
         value: Any = getattr(module, name, None)
         if isinstance(value, (int, tuple, list)):
             values = (value,) if isinstance(value, int) else tuple(value)
+            # Some models set stride=2 after construction, where torch itself stores (2, 2): both must compare equal.
             rank = len(module.kernel_size) if len(values) == 1 else 1  # type: ignore[arg-type]
             found[name] = [int(n) for n in values * rank]
         elif value is not None:
@@ -69,6 +70,7 @@ def call_of(module: nn.Module) -> dict[str, Any]:
     elif found.get("padding") == "same":
         kernel: Any = module.kernel_size
         totals = [d * (k - 1) for d, k in zip(found["dilation"], kernel, strict=True)]
+        # An odd total puts one more zero at the end than at the start, which no number per axis can say.
         found["padding"] = "same" if any(total % 2 for total in totals) else [total // 2 for total in totals]
     return found
 
@@ -85,6 +87,7 @@ def sort_layers(
     quantized: dict[str, tuple[nn.Module, NVFP4BlockScaling]] = {}
     high: dict[str, str] = {}
     for name, module, own in with_recipes(model, recipe, table):
+        # First, since an InferenceLayer is an instance of torch's layer, too. It knows its own recipe.
         if hasattr(type(module), "nvfp4_weight"):  # an InferenceLayer
             quantized[name] = (module, module.recipe)  # type: ignore[assignment]
         elif isinstance(module, LAYERS):
@@ -107,6 +110,7 @@ def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
     if "fprop" not in recipe.nvfp4_gemms:
         return "the recipe runs fprop in high precision"
     w = module.weight
+    # DTensor has to_local; other tensor subclasses hide behind Parameter, but not behind its data.
     if hasattr(w, "to_local") or type(w.data) is not Tensor:
         raise runtime_error(
             "nv.export.save: the model is sharded.",
@@ -133,13 +137,15 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
     Raises:
         ValueError: Names, shapes, kinds or calls differ (all of them are listed), or the file is damaged.
     """
-    plain_names("nv.export.load", model)
+    plain_names("nv.export.load", model)  # raises if two tensors would have one name
     _check_buffers(model)
     modules = plain_modules(model)
+    # Shapes only: nothing of the model is read or moved before the comparison is over.
     state = {plain_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
     expected: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in opened.tensors.items()}
     for name, entry in manifest.layers.items():
         for key in PARTS:
+            # The file's four tensors of a layer become torch's one weight. Only a static scale may be absent.
             if expected.pop(join(name, key), None) is None and key != "input_scale":
                 raise damaged_layer(opened, name, f"{join(name, key)} is missing")
         expected[join(name, "weight")] = entry.shape  # torch's, which the model must have
@@ -153,20 +159,18 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
     unexpected = [name for name in expected if name not in state and name not in biases]
     unexpected += [name for name in manifest.folded if name not in modules]
     unlike = [
-        text
-        for name, entry in manifest.layers.items()
-        if name in modules
+        text for name, entry in manifest.layers.items() if name in modules
         for text in _differences(name, modules[name], entry)
     ]
     unlike += [
-        f"{name}: {state[name]}, in the file {shape}"
-        for name, shape in expected.items()
+        f"{name}: {state[name]}, in the file {shape}" for name, shape in expected.items()
         if name in state and state[name] != shape
     ]
     if missing or unexpected or unlike:
         parts = (("not in the file", missing), ("not in the model", unexpected), ("of another shape or kind", unlike))
         raise value_error(
             f"nv.export.load: the model is not the one that {opened.source} was saved from.",
+            # All differences at once: a wrong width shows in every layer, and one line of many would mislead.
             got="; ".join(f"{what}: {_listed(names)}" for what, names in parts if names),
             needs="the same architecture, before it was converted",
             fix="build the model as it was built for training (classes, width, inputs)",
@@ -185,15 +189,14 @@ def _check_buffers(model: nn.Module) -> None:
     lost = [
         join(name, key)
         for name, module in model.named_modules()
+        # torch tells non-persistent buffers apart in this private set only.
         for key in module._non_persistent_buffers_set
         if (buffer := module._buffers.get(key)) is not None and buffer.is_meta
     ]
     if lost:
         raise value_error(
-            "nv.export.load: buffers on the meta device are in no file.",
-            got=_listed(lost),
-            needs="a model whose buffers outside of the state_dict have values",
-            fix="build it on the CPU",
+            "nv.export.load: buffers on the meta device are in no file.", got=_listed(lost),
+            needs="a model whose buffers outside of the state_dict have values", fix="build it on the CPU",
         )
 
 
@@ -208,6 +211,7 @@ def _differences(name: str, module: nn.Module, entry: LayerEntry) -> list[str]:
     own = call_of(module)
     return [
         f"{name}: {key} {own[key]}, in the file {entry.call[key]}"
+        # Only what both name: another tool's file says nothing of padding_mode, for example.
         for key in sorted(entry.call.keys() & own.keys())
         if entry.call[key] != own[key]
     ]

@@ -26,7 +26,7 @@ from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
 from te_nvfp4_cv.nn.modules import NVFP4Linear
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-LARGEST = E2M1_MAX * E4M3_MAX
+LARGEST = E2M1_MAX * E4M3_MAX  # 2688, the largest value of code times block scale
 NAMES = {  # tool: (weight, tensor scale, activation scale, True if these scales are reciprocals)
     "ModelOpt": ("weight", "weight_scale_2", "input_scale", False),
     "compressed-tensors": ("weight_packed", "weight_global_scale", "input_global_scale", True),
@@ -43,9 +43,11 @@ def adopt(opened: Artifact, modules: Mapping[str, nn.Module]) -> Artifact:
         ValueError: The file holds no NVFP4 layer, a layer's tensors do not belong together, or a layer is not linear.
     """
     tensors = {name: t for name, t in opened.tensors.items() if name.rpartition(".")[2] not in SCALES}
+    # No tool writes which recipe it used; what inference needs of one follows from the format.
     recipe = NVFP4BlockScaling(disable_2d_quantization=True)  # a scale for each 16 values, no 16x16 tiles
     layers: dict[str, LayerEntry] = {}
     for tool, (weight, tensor_scale, input_scale, _) in NAMES.items():
+        # Only NVFP4 layers have a tensor scale of that name, so it marks them better than `weight` does.
         for key in [key for key in opened.tensors if key.rpartition(".")[2] == tensor_scale]:
             name = key.rpartition(".")[0]
             module: Any = modules.get(name)
@@ -57,6 +59,7 @@ def adopt(opened: Artifact, modules: Mapping[str, nn.Module]) -> Artifact:
             codes, scale = parts[weight], parts["weight_scale"]
             assert codes is not None and scale is not None
             tensors |= {join(name, "weight"): codes, join(name, "weight_scale"): scale}
+            # The loader takes the amax from the manifest; check_fit only asks whether this tensor is there.
             tensors[join(name, "weight_scale_2")] = torch.tensor(layers[name].amax / LARGEST)
     if not layers:
         raise value_error(
@@ -73,7 +76,7 @@ def _entry(opened: Artifact, name: str, parts: Mapping[str, Tensor | None], modu
     """Describe one layer of another tool's file. The tools pack two codes to a byte in the same order as we do."""
     weight, tensor_scale, input_scale, reciprocal = NAMES[tool]
     codes, scale = parts[weight], parts["weight_scale"]
-    columns = -(-module.in_features // BLOCK) * BLOCK
+    columns = -(-module.in_features // BLOCK) * BLOCK  # rounded up to whole blocks
     needed = (module.out_features, columns // 2), (module.out_features, columns // BLOCK)
     if codes is None or scale is None:
         raise _unfit(opened, name, f"{weight} or weight_scale is missing", "both")
@@ -84,15 +87,9 @@ def _entry(opened: Artifact, name: str, parts: Mapping[str, Tensor | None], modu
             opened, name, f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}", f"{needed[0]}, {needed[1]}"
         )
     return LayerEntry(
-        op="linear",
-        shape=(module.out_features, module.in_features),
-        groups=1,
-        amax=_amax(opened, name, parts[tensor_scale], reciprocal),
-        e4m3_max=E4M3_MAX,
-        recipe=0,
-        tiles=False,
-        channels_last=False,
-        k_order=matrix.K_ORDER,
+        op="linear", shape=(module.out_features, module.in_features), groups=1,
+        amax=_amax(opened, name, parts[tensor_scale], reciprocal), e4m3_max=E4M3_MAX, recipe=0, tiles=False,
+        channels_last=False, k_order=matrix.K_ORDER,
         input_amax=None if parts[input_scale] is None else _amax(opened, name, parts[input_scale], reciprocal),
     )
 
@@ -104,6 +101,7 @@ def _amax(opened: Artifact, name: str, scale: Tensor | None, reciprocal: bool) -
         raise _unfit(opened, name, f"a tensor scale of {shown}", "one finite fp32 number")
     if float(scale) <= 0:
         raise _unfit(opened, name, f"a tensor scale of {float(scale)}", "a positive one")
+    # Tensors, not floats: the product has to be rounded to fp32, which the kernels take.
     largest = torch.tensor(LARGEST)
     amax = float(largest / scale.reshape(()) if reciprocal else scale.reshape(()) * largest)
     if not 0.0 < amax < math.inf:
@@ -113,8 +111,6 @@ def _amax(opened: Artifact, name: str, scale: Tensor | None, reciprocal: bool) -
 
 def _unfit(opened: Artifact, name: str, got: str, needs: str) -> ValueError:
     return value_error(
-        f"{opened.source}: the layer {name!r} cannot be taken over.",
-        got=got,
-        needs=needs,
+        f"{opened.source}: the layer {name!r} cannot be taken over.", got=got, needs=needs,
         fix="export it again; layers other than linear ones: nv.export.quantize(model, images)",
     )

@@ -26,6 +26,7 @@ def sizes(plan: Plan) -> tuple[int, int, int]:
     """Return the sizes of a weight's matrix: rows N, taps T, and blocks Kb of one tap."""
     g = plan.geometry
     if g.transposed:
+        # A transposed convolution is lowered to the convolution whose input gradient it is: a and b change roles.
         return g.channels_a, g.taps, -(-(g.channels_b // g.groups) // BLOCK)
     return g.channels_b, g.taps, -(-(g.channels_a // g.groups) // BLOCK)
 
@@ -46,6 +47,7 @@ def to_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         data, scale = data.permute(0, 3, 2, 1, 4), scale.permute(0, 3, 2, 1)
     elif scale.dim() == 4:
         groups = plan.geometry.groups
+        # Readers of the matrix expect a scale for each row. The last tile of a group may be cut.
         scale = scale.repeat_interleave(BLOCK, dim=1)[:, : rows // groups]
     return data.reshape(rows, taps * blocks * 8).contiguous(), scale.reshape(rows, taps * blocks).contiguous()
 

@@ -53,9 +53,7 @@ def check_choice(caller: str, name: str, value: object, allowed: tuple[str, ...]
     if value not in allowed:
         raise value_error(
             f"{caller}: unknown {name}.",
-            got=repr(value),
-            needs=" or ".join(map(repr, allowed)),
-            fix=f"{name}={allowed[0]!r}",
+            got=repr(value), needs=" or ".join(map(repr, allowed)), fix=f"{name}={allowed[0]!r}"
         )
 
 
@@ -70,9 +68,11 @@ def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) ->
     """
     fields = {field: getattr(recipe, field) for field in FORWARD}
     if transposed:
+        # Its tiles were spread to single rows (matrix.transposed_tiles), so the plan must expect 1x16.
         fields["disable_2d_quantization"] = True
     if not static:
         fields["tensor_scale"] = "current"
+    # Without its name and backward fields, layers that differ there only share a plan in the cache.
     return NVFP4BlockScaling(**fields, disable_rht=True, backward_override="high_precision", name="")
 
 
@@ -98,18 +98,19 @@ def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling, backend: str = 
     transposed, groups = is_transposed(module), getattr(module, "groups", 1)
     w: Any = module.weight
     plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve(backend, w.device))
-    as_quantized = learned.as_quantized(module, plan)
+    as_quantized = learned.as_quantized(module, plan)  # learned multipliers and clipping become part of the codes
     codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False)
     input_amax = delayed_scaling.trained_amax(w, recipe) if plan.delayed else None
     face = codes.face(plan.weight_faces[0])
     if transposed and plan.weight_faces[0] == "row":
+        # In training one copy serves fprop and dgrad, with its blocks along dgrad's axis. Here only fprop reads it.
         face = Face(*matrix.transposed_tiles(*face, w.shape[1], groups))
     return Codes(*face, codes.amax, input_amax)
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Tell whether a layer is a transposed convolution."""
-    return bool(getattr(module, "transposed", False))
+    return bool(getattr(module, "transposed", False))  # a linear layer lacks it
 
 
 class InferenceLayer(nn.Module):
@@ -184,6 +185,7 @@ class InferenceLayer(nn.Module):
             shape=(data.shape[0], data.shape[1] * 2),
             dtype=torch.float32,
             rowwise_data=data,
+            # Stored as uint8, since model.to(dtype) would convert E4M3 buffers.
             rowwise_scale_inv=scale.view(torch.float8_e4m3fn),
             amax_rowwise=self.weight_amax,
             nvfp4_use_4over6=self.recipe.settings("weight").four_over_six is not None,
@@ -211,9 +213,11 @@ class InferenceLayer(nn.Module):
             check_choice("nv.export", "weights", weights, WEIGHTS)
         if activations is not None:
             check_choice("nv.export", "activations", activations, ACTIVATIONS)
+        # Another mode of activations multiplies another form of the weight, so the cache is rebuilt in any case.
         cached = self.unpacked is not None if weights is None else weights == "cached"
         before = torch.float32 if self.unpacked is None else self.unpacked.dtype
         self.quantize_x = self.quantize_x if activations is None else activations == "nvfp4"
+        # Freed first: two unpacked copies at once could be more than the memory holds.
         self.unpacked = None
         if cached:
             self.unpacked = self._unpack().to(dtype or before)
@@ -224,6 +228,7 @@ class InferenceLayer(nn.Module):
             w = self.weight
             rank = w.dim() - 2
             return w.contiguous(memory_format=layouts.CHANNELS_LAST[rank]) if self.channels_last else w.contiguous()
+        # Codes times block scales, still without the tensor scale: the GEMM applies that to its result, as in training.
         return operands.weight_values(self._weight_codes(), self.plan)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -307,8 +312,9 @@ def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: 
     plain = next(kind for kind in CLASSES if isinstance(module, kind))
     w: Any = module.weight
     weight_shape, channels_last = w.shape, layouts.is_channels_last(w)
-    learned.forget(module)
+    learned.forget(module)  # the codes contain its multiplier or clipping already
     del module._parameters["weight"]
+    # The object stays the same: a model may hold it in lists or attributes that named_modules does not show.
     module.__class__ = CLASSES[plain]
     layer: Any = module
     static = codes.input_amax is not None
@@ -319,6 +325,7 @@ def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: 
     layer.recipe, layer.backend = forward_recipe(recipe, is_transposed(module), static), backend
     layer.quantize_x, layer.unpacked = True, None
     for name, value in (("weight_data", codes.data), ("weight_scale", codes.scale)):
+        # Buffers follow model.to(device) and are in the state_dict; optimizers do not see them.
         layer.register_buffer(name, value.detach())
     layer.register_buffer("weight_bits", _bits(codes.amax))
     layer.register_buffer("input_bits", _bits(codes.input_amax))

@@ -53,6 +53,7 @@ def _plugins() -> Any:
     )
 
 
+# At import: a class needs its base, and which of the two packages is in use may not change later.
 _Base: Any = _plugins().MixedPrecision
 
 
@@ -97,9 +98,7 @@ class NVFP4Precision(_Base):
         if dtype not in DTYPES:
             raise value_error(
                 "NVFP4Precision: unknown dtype.",
-                got=repr(dtype),
-                needs=f"one of {', '.join(DTYPES)}",
-                fix='dtype="bf16"',
+                got=repr(dtype), needs=f"one of {', '.join(DTYPES)}", fix='dtype="bf16"'
             )
         if scaler is not None and dtype != "fp16":
             raise value_error(
@@ -110,6 +109,7 @@ class NVFP4Precision(_Base):
             )
         self._own_device, self._own_scaler = device is not None, scaler is not None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # Lightning makes a GradScaler for "16-mixed" only.
         super().__init__("16-mixed" if dtype == "fp16" else "bf16-mixed", device, scaler)
         if dtype == "fp32":
             self.precision = "32-true"  # Trainer.precision shows this
@@ -137,6 +137,7 @@ class NVFP4Precision(_Base):
         try:
             set_precision(root, self.recipe)
         except ValueError as error:
+            # The usual mistake: the table was written for the network, which the LightningModule holds as an attribute.
             fitting = [name for name, child in root.named_children() if self._fits(child)]
             if not fitting:
                 raise
@@ -161,6 +162,7 @@ class NVFP4Precision(_Base):
         """Take the Trainer's device, which is known only now, unless the user gave one."""
         trainer = getattr(module, "_trainer", None)
         device = self.device if self._own_device or trainer is None else trainer.strategy.root_device.type
+        # A scaler belongs to a device, and this one was made for a guess.
         if device != self.device and self.scaler is not None and not self._own_scaler:
             self.scaler = torch.amp.GradScaler(device)
         self.device = device
@@ -173,6 +175,7 @@ class NVFP4Precision(_Base):
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Enter torch.autocast and nvfp4_autocast, for one step."""
+        # Asked at each step: the process group does not exist when the plugin is made.
         group = torch.distributed.group.WORLD if self.share_amax and _world() > 1 else None
         context = nvfp4_autocast(self.recipe, backend=self.backend, amax_reduction_group=group)
         with self.autocast_context_manager(), context:
@@ -190,6 +193,7 @@ class NVFP4Precision(_Base):
         if world == 1:
             return scaler | own
         ranks: list[Any] = [None] * world
+        # Lightning writes rank 0's state_dict only, so it has to hold the states of all ranks.
         torch.distributed.all_gather_object(ranks, own)
         return scaler | {"ranks": ranks}
 
@@ -198,6 +202,7 @@ class NVFP4Precision(_Base):
         if state_dict.get("scaler"):
             super().load_state_dict(state_dict["scaler"])
         ranks = state_dict.get("ranks", [state_dict])
+        # A checkpoint of one rank has no "ranks": it is the list's only element.
         own = ranks[torch.distributed.get_rank()] if len(ranks) == _world() > 1 else ranks[0]
         torch.set_rng_state(own["rng"])  # first: extra_state checks torch's seed
         if self.device == "cuda" and "cuda" in own:

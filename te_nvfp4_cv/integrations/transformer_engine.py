@@ -53,7 +53,7 @@ from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 FACES = ("rowwise", "columnwise")
 # The GEMM that reads each face of a role, rowwise first.
 GEMMS = {"input": ("fprop", "wgrad"), "weight": ("fprop", "dgrad"), "grad_output": ("dgrad", "wgrad")}
-LAYOUTS = {faces: layout for layout, faces in FACES_OF_LAYOUT.items()}
+LAYOUTS = {faces: layout for layout, faces in FACES_OF_LAYOUT.items()}  # the pair of faces tells fprop, dgrad or wgrad
 
 
 def recipe(r: object = None, *, backend: str = "auto") -> Any:
@@ -129,7 +129,7 @@ class QuantizerFactory:
                 while the recipe has a [precision] table.
         """
         te = _te()
-        tensor = getattr(role, "tensor_type", "")
+        tensor = getattr(role, "tensor_type", "")  # the role may be None
         if tensor not in GEMMS:
             return te.IdentityQuantizer()
         if role.module_type == "grouped_linear":
@@ -164,23 +164,20 @@ class QuantizerFactory:
         for pattern, inner in self.recipe.precision:
             # A match covers the modules inside, too, as with set_precision.
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*"):
-                found = inner
+                found = inner  # the last match wins
         return found
 
     def _operand(self, chosen: NVFP4BlockScaling, tensor: str) -> Any:
         te = _te()
         settings = chosen.settings(tensor)
         operand = NVFP4Quantizer(
-            with_rht=settings.rht,
-            with_2d_quantization=settings.two_d,
-            stochastic_rounding=settings.stochastic_rounding,
-            row_scaled_nvfp4=settings.row_scaled,
-            nvfp4_use_4over6=settings.four_over_six is not None,
-            nvfp4_e4m3_max=settings.e4m3_max,
-            nvfp4_4over6_err_mode=settings.four_over_six or "MAE",
-            backend=self.backend,
+            with_rht=settings.rht, with_2d_quantization=settings.two_d,
+            stochastic_rounding=settings.stochastic_rounding, row_scaled_nvfp4=settings.row_scaled,
+            nvfp4_use_4over6=settings.four_over_six is not None, nvfp4_e4m3_max=settings.e4m3_max,
+            nvfp4_4over6_err_mode=settings.four_over_six or "MAE", backend=self.backend,
         )
         row, column = (
+            # By face, not by operand: wgrad in high precision must not take fprop's codes away.
             te.IdentityQuantizer() if product in chosen.high_precision_gemms else te.FaceQuantizer(operand, face)
             for face, product in zip(FACES, GEMMS[tensor], strict=True)
         )
@@ -206,6 +203,7 @@ class _FaceStorage:
         self._tensor: NVFP4Tensor | None = tensor
         self._dtype = tensor.dtype
         self._buffers = tuple(part.format(quantizer.face) for part in ("{}_data", "{}_scale_inv", "amax_{}"))
+        # Without the buffers: metadata stays here while autograd holds the tensors, or both would keep the memory.
         self._metadata = tensor.get_metadata() | dict.fromkeys(self._buffers)
 
     @property
@@ -256,6 +254,7 @@ class _FaceQuantizer:
     custom = True
 
     def __init__(self, operand: NVFP4Quantizer, face: str) -> None:
+        # The next class is TransformerEngine's Quantizer: _te() puts it behind this one.
         super().__init__(rowwise=face == "rowwise", columnwise=face == "columnwise")  # type: ignore[call-arg]
         self.operand, self.face = operand, face
         self.with_amax_reduction, self.amax_reduction_group = False, None  # set from outside, for one call
@@ -318,6 +317,7 @@ class _FaceQuantizer:
                 needs="two operands quantized by one te_plugin.recipe()",
                 fix="use one recipe for input, weight and grad_output of a layer",
             )
+        # See the docstring: 2.20 has no other way to these arguments. A direct call passes them itself.
         caller = sys._getframe(1)
         if caller.f_code.co_name == "custom_gemm":
             out, accumulate = caller.f_locals["out"], caller.f_locals["accumulate"]
@@ -395,11 +395,8 @@ def _te() -> SimpleNamespace:
         return type(name, (mixin, base), {"__module__": __name__, "__doc__": mixin.__doc__})
 
     return SimpleNamespace(
-        CustomRecipe=CustomRecipe,
-        FP8GlobalStateManager=FP8GlobalStateManager,
-        IdentityQuantizer=IdentityQuantizer,
-        HybridQuantizedTensorStorage=HybridQuantizedTensorStorage,
-        FaceStorage=mixed(_FaceStorage, QuantizedTensorStorage),
-        FaceQuantizer=mixed(_FaceQuantizer, Quantizer),
+        CustomRecipe=CustomRecipe, FP8GlobalStateManager=FP8GlobalStateManager,
+        IdentityQuantizer=IdentityQuantizer, HybridQuantizedTensorStorage=HybridQuantizedTensorStorage,
+        FaceStorage=mixed(_FaceStorage, QuantizedTensorStorage), FaceQuantizer=mixed(_FaceQuantizer, Quantizer),
         OperandQuantizer=mixed(_OperandQuantizer, HybridQuantizer),
     )

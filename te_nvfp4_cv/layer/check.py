@@ -23,7 +23,7 @@ from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry, int_tuple, output_size, transposed_output_size
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-CACHED = 4096
+CACHED = 4096  # entries: one for each distinct call of a run, and a network has tens to hundreds
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MINIMUM = BLOCK  # channels on either side of a group
 
@@ -47,12 +47,13 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
         return f"input on {x.device}, weight on {w.device}"
     if x.layout != torch.strided or w.layout != torch.strided:
         return "an operand is not a dense tensor"
+    # These are errors, and _check_shapes or torch words them better than a reason for high precision could.
     if w.dim() < 2 or groups < 1 or w.shape[0] % groups:
         return None
-    return _thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
+    thin = _thin if torch.compiler.is_compiling() else _cached_thin  # Dynamo warns where it traces a cached function
+    return thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
 
 
-@functools.lru_cache(maxsize=CACHED)
 def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScaling) -> str | None:
     """Return why channels are too few, or why the recipe leaves nothing; `first`, `second`: of the weight's axes."""
     thin = min(first, second)
@@ -60,6 +61,7 @@ def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScali
         names = ("in", "out") if "transpose" in op else ("out", "in")
         which = names[0] if first < MINIMUM else names[1]
         plural = "s" if thin > 1 else ""
+        # Groups are never padded: 16 channels for each group of a depthwise layer would multiply its work.
         if groups > 1:
             kind = "depthwise" if second == 1 else "thin groups"
             return f"{kind}: {thin} {which}-channel{plural} per group, fewer than {MINIMUM}"
@@ -67,6 +69,9 @@ def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScali
             fewer = f"thin layer: {thin} {which}-channel{plural}, fewer than {MINIMUM}"
             return f"{fewer} (recipe.thin_layers='high_precision')"
     return None if recipe.nvfp4_gemms else "recipe.high_precision_gemms names all three GEMMs"
+
+
+_cached_thin = functools.lru_cache(maxsize=CACHED)(_thin)
 
 
 # ---- its geometry and plan ------------------------------------------------------------------------------------------
@@ -98,6 +103,7 @@ class CallShape(NamedTuple):
     def of(cls, op: str, x: Tensor, w: Sizes, bias: Tensor | None, args: ConvArgs) -> CallShape:
         """Describe a call."""
         types: Any = None
+        # Only the cache needs the types, and torch.compile's calls pass it by.
         if not torch.compiler.is_compiling():
             types = tuple(tuple(map(type, a)) if isinstance(a, tuple) else type(a) for a in args)
             types = types if _constant(types) else [types]  # a list has no hash: such a call passes by the cache
@@ -149,7 +155,7 @@ def planned(
     """Return the Plan of a call whose shapes are right."""
     try:
         return _cached_plan(call, recipe, recipe.name, backend, compute_dtype, channels_last)
-    except TypeError:
+    except TypeError:  # as in `lowered`: something without a hash
         return Plan(_lower(call).geometry, recipe, backend, compute_dtype, channels_last)
 
 
@@ -170,6 +176,7 @@ def _lower(call: CallShape) -> Lowered:
     _check_shapes(call, rank)
     x, padding = call.x.shape, call.args.padding
     pad: tuple[int, ...] = ()
+    # A linear layer takes any leading axes, so no batch axis can be missing there.
     unbatched = rank > 0 and len(x) == rank + 1
     x = (1, *x) if unbatched else x
     if isinstance(padding, str):
@@ -196,6 +203,8 @@ def _check_shapes(call: CallShape, rank: int) -> None:
             fix="reshape the input",
         )
     transposed = "transpose" in op
+    # x is as torch has it, [B, C, *image] or [C, *image]. The weight is [O, C / groups, *kernel], and that of a
+    # transposed convolution [C, O / groups, *kernel].
     channels = x[-1] if rank == 0 else x[len(x) - rank - 1]
     wanted = w[0] if transposed else w[1] * groups
     if channels != wanted or groups < 1 or w[0] % groups:
@@ -227,6 +236,7 @@ def _geometry(call: CallShape, rank: int, x: tuple[int, ...], padding: Any) -> C
     out: tuple[int, ...] = ()
     if rank == 0:
         batch = 1
+        # All leading axes of a linear layer together are its batch.
         for n in x[:-1]:
             batch = batch * n
     else:
@@ -236,6 +246,7 @@ def _geometry(call: CallShape, rank: int, x: tuple[int, ...], padding: Any) -> C
             out = tuple(transposed_output_size(*row, more) for row, more in zip(rows, extra, strict=True))
         else:
             out = tuple(output_size(*row) for row in rows)
+        # An empty image gives an empty output, as in torch. A kernel that does not fit into an image is an error.
         if min(out) < 0 or (min(out) == 0 and min(size) > 0 and not transposed):
             raise value_error(
                 f"nvfp4 {op}: the output would be empty.",
@@ -250,6 +261,7 @@ def _geometry(call: CallShape, rank: int, x: tuple[int, ...], padding: Any) -> C
                 needs="less than stride or dilation",
                 fix="check output_padding",
             )
+    # Side a is what a plain convolution reads. A transposed one is the dgrad of that, so there a is the output.
     a, b = (out, size) if transposed else (size, out)
     groups = args.groups
     return ConvGeometry(
@@ -272,6 +284,7 @@ def named_padding(call: CallShape, rank: int) -> tuple[tuple[int, ...], tuple[in
     dilation = int_tuple(call.args.dilation, rank, op, "dilation", 1)
     totals = [d * (k - 1) for d, k in zip(dilation, call.w.shape[2:], strict=True)]
     pad: tuple[int, ...] = ()
+    # An odd total cannot be halved: torch adds the odd zero at the end of the axis. F.pad wants the last axis first.
     if any(total % 2 for total in totals):
         pad = tuple(n for total in reversed(totals) for n in (0, total % 2))
     return pad, tuple(total // 2 for total in totals)

@@ -25,6 +25,7 @@ from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
 
+# An operator takes tensors, numbers and texts, so dtypes cross its boundary as words.
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _DTYPES[torch.float64] = "float64"  # of a bias only
 
@@ -63,6 +64,7 @@ class LayerSpec(NamedTuple):
         return _spec(text)
 
 
+# A graph's node passes the same text at each step, so it is decoded once.
 @functools.lru_cache(maxsize=1024)
 def _spec(text: str) -> LayerSpec:
     recipe, backend, dtype, flags, group, like = text.split("\n")
@@ -99,6 +101,7 @@ def layer(
         y, and the tensors of Saved, empty where there is nothing to save and where it is an operand itself.
     """
     plan, s = plan_of(sizes, spec), LayerSpec.from_text(spec)
+    # Codes made before are looked up when the node runs, not when it is traced: each step may have new ones.
     options = CallOptions(codes=weight_codes.codes_of(w, plan), scales=_scales(plan, s, s.need_dx or s.need_dw))
     y, saved = forward_backward.forward(x, w, bias, plan, s.need_dx, s.need_dw, options)
     return y, *_outputs(saved, plan, x)  # type: ignore[return-value]
@@ -109,12 +112,14 @@ def _outputs(saved: Saved, plan: Plan, like: Tensor) -> list[Tensor]:
     x = None if plan.saves_x == "itself" else saved.x
     w = None if plan.saves_w == "itself" else saved.w
     parts = saved._replace(x=x, w=w)
+    # An operator's results are tensors: an empty one stands for None.
     return [like.new_empty(0, dtype=torch.uint8) if part is None else part for part in parts]
 
 
 def _scales(plan: Plan, spec: LayerSpec, training: bool) -> delayed_scaling.CallScales | None:
     if not spec.group:
         return None
+    # A process group cannot cross the boundary either; torch finds it again by its name.
     found = torch.distributed.distributed_c10d._resolve_process_group(spec.group)  # type: ignore[arg-type]
     return delayed_scaling.CallScales(plan, found, training)
 
@@ -123,6 +128,7 @@ def _scales(plan: Plan, spec: LayerSpec, training: bool) -> delayed_scaling.Call
 def _(x, w, bias, sizes, spec):  # type: ignore[no-untyped-def]
     plan, s = plan_of(sizes, spec), LayerSpec.from_text(spec)
     x_last = layouts.image_last(x, plan.geometry.x_shape)
+    # The real steps, on fake tensors: the fakes of the inner operators know the shapes, which are so stated once.
     x_q = operands.quantize_input(x_last, plan, s.need_dw)
     saves_codes = s.need_dx and plan.saves_w != "itself"
     w_q = operands.quantize_weight(w, plan, True) if saves_codes else None
@@ -132,6 +138,7 @@ def _(x, w, bias, sizes, spec):  # type: ignore[no-untyped-def]
 
 
 @without_autocast
+# The tag: a call draws a seed for stochastic rounding, so torch.compile must neither merge calls nor repeat one.
 @torch.library.custom_op("te_nvfp4_cv::layer_backward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def layer_backward(
     dy: Tensor, saved: list[Tensor], sizes: list[int], like_sizes: list[int], spec: str
@@ -188,6 +195,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, w, bias, sizes, text = inputs
     spec, plan = LayerSpec.from_text(text), plan_of(sizes, text)
     saved = Saved(*output[1:])
+    # Put back what the operator could not return because it is one of its arguments.
     if spec.need_dw and plan.saves_x == "itself":
         saved = saved._replace(x=x)
     if spec.need_dx and plan.saves_w == "itself":
@@ -195,6 +203,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*saved)
     like = Like.of(x, w, bias)
     ctx.sizes, ctx.spec, ctx.like_sizes = sizes, spec._replace(like=_like_text(like)), [x.dim(), *x.shape, *w.shape]
+    # Codes have no gradient. Without the next two lines autograd would make zeros for each of them.
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -202,6 +211,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 5
+    # Forward saves nothing for db, so this is asked only here.
     spec = ctx.spec._replace(need_db=ctx.needs_input_grad[2])
     grads = layer_backward(dy, list(ctx.saved_tensors), ctx.sizes, ctx.like_sizes, spec.to_text())
     needs = (spec.need_dx, spec.need_dw, spec.need_db)
@@ -213,6 +223,7 @@ layer.register_autograd(_backward, setup_context=_setup_context)
 
 def apply(x: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry, spec: LayerSpec, group: Any) -> Tensor:
     """Return y of one call that torch.compile traces; `spec` without needs and group, which are filled in here."""
+    # Asked here, while the call is traced: where the operator's code runs, grad mode is no longer the caller's.
     grad = torch.is_grad_enabled()
     name = "" if group is None else group.group_name
     spec = spec._replace(need_dx=grad and x.requires_grad, need_dw=grad and w.requires_grad, group=name)

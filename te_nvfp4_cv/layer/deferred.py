@@ -32,6 +32,7 @@ from te_nvfp4_cv.ops.norm import operators as ops
 from te_nvfp4_cv.ops.records import Operand
 from te_nvfp4_cv.recipe.fields import Role
 
+# The producer hangs on the tensor itself: whoever gets the tensor finds it, and both are freed together.
 ATTRIBUTE = "_nvfp4_producer"
 
 
@@ -94,6 +95,7 @@ class Producer:
     mean: Tensor | None = None
     rstd: Tensor | None = None
     mask: Tensor | None = None
+    # By (spec, dtype). Empty with given scales: these may differ between two layers that read one activation.
     made: dict[tuple[Any, ...], Operand] = field(default_factory=dict)
 
     def serves(self, plan: Plan, need_dw: bool, scales: Scales | None) -> bool:
@@ -106,9 +108,10 @@ class Producer:
             and s.four_over_six is None
             and not plan.row_scaled
             and plan.recipe.backward_override is None
+            # A GEMM in high precision would read x itself, in forward or as what is saved for backward.
             and "fprop" in plan.gemms
             and ("wgrad" in plan.gemms or not need_dw)
-            and (scales is None or scales.knows(Role.INPUT))
+            and (scales is None or scales.knows(Role.INPUT))  # measuring an amax would read x
         )
 
     def quantize(self, plan: Plan, need_dw: bool, scales: Scales | None) -> Operand:
@@ -126,6 +129,8 @@ class Producer:
 
     def write(self, y: Tensor) -> None:
         """Write the activation into y."""
+        # The storage grows in place, so every alias of y has the values; .data, because y may be saved for backward
+        # already, and autograd would take a counted write for a modification of it.
         storage = y.untyped_storage()
         storage.resize_(y.numel() * y.element_size())
         *parts, mask = self._parts()
@@ -150,7 +155,7 @@ def attach(y: Tensor, producer: Producer) -> Tensor:
 def empty_like(z: Tensor) -> Tensor:
     """Return a tensor of z's shape and strides without memory: reading it is an error until Producer.write."""
     y = torch.empty_like(z)
-    y.untyped_storage().resize_(0)
+    y.untyped_storage().resize_(0)  # shape, strides and device stay, only the bytes go
     return y
 
 

@@ -46,7 +46,7 @@ from te_nvfp4_cv.recipe.fields import Role
 
 ROWS = {Role.INPUT: 0, Role.GRAD_OUTPUT: 1}  # of the state's tensors
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> {Key: DelayedScales}
-_lock = threading.Lock()
+_lock = threading.Lock()  # two threads may make the first call with one weight at once
 Key = tuple[Any, ...]  # (place of a view in its base or None, e4m3_max of the input, RHT)
 
 
@@ -69,10 +69,13 @@ class DelayedScales:
     def __init__(self, e4m3_max: int, device: torch.device) -> None:
         self.e4m3_max = (e4m3_max, formats.E4M3_MAX)
         self.used = torch.empty(2, 2, dtype=torch.float32, device=device)
+        # With amax = 6 E the tensor scale is 1: what holds until something finite is met.
         for role in (0, 1):
             self.used[role].fill_(formats.E2M1_MAX * self.e4m3_max[role])
         self.collected = torch.zeros(2, 2, dtype=torch.float32, device=device)
+        # fp64 counts on where fp32 would stop, at 2^24 blocks.
         self.saturated = torch.zeros(2, dtype=torch.float64, device=device)
+        # Python flags: asking a tensor on a GPU would wait for the GPU at each call.
         self.measured = [False, False]
         self.stale = False  # a backward pass has run since `used` moved
         self.captured = False  # the last training forward was captured in a CUDA graph
@@ -110,6 +113,7 @@ def _place(w: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
     own.
     """
     base = w._base
+    # A Parameter may be a view of a flat buffer, too, and owns its state all the same.
     if base is None or isinstance(w, torch.nn.Parameter):
         return owner(w), None
     return base, (w.storage_offset(), tuple(w.shape), tuple(w.stride()))
@@ -130,6 +134,7 @@ class CallScales:
 
     def amax(self, role: Role, operand: Tensor) -> Tensor:
         """Return fp32 [2] for quantize_operand: the largest amaxes over the ranks."""
+        # One group: how channels are grouped does not change an amax.
         spec = OperandSpec(1, self.plan.folds[ROWS[role]], rht=self.plan.recipe.settings(role).rht)
         return self._reduced(measure_operand(operand, spec, self.plan.backend))
 
@@ -163,6 +168,7 @@ class DelayedCallScales(CallScales):
         if scales is not None and scales.measured[i]:
             return scales.used[i]
         measured = super().amax(role, operand)
+        # Evaluation must not leave a state behind: it measures into one that is thrown away.
         if scales is None or not self.training:
             scales = DelayedScales(self.plan.input.e4m3_max, operand.device)
         row, margin = slice(i, i + 1), self.plan.recipe.settings(role).margin
@@ -174,6 +180,7 @@ class DelayedCallScales(CallScales):
         """Remember what a call observed, for the next step."""
         if self.scales is not None and self.training:
             s, i = self.scales, ROWS[role]
+            # A recomputed forward clips the same blocks again, but dy is quantized once.
             count = role == Role.GRAD_OUTPUT or not self.again
             amaxes.collect(s.collected[i], s.saturated[i : i + 1], observed, count)
 
@@ -199,6 +206,7 @@ class DelayedCallScales(CallScales):
         if not scales.stale:
             return
         scales.stale = False
+        # The ranks meet here, once a step: reducing at each call would be a communication per layer and operand.
         self._reduced(scales.collected)
         margins = tuple(self.plan.recipe.settings(role).margin for role in ROWS)
         amaxes.move(scales.used, scales.collected, scales.e4m3_max, margins, clear=True)
@@ -248,6 +256,7 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
     with _lock, torch.no_grad():
         known: dict[Key, DelayedScales] = _states.get(place, {})
         scales = known.get(key)
+        # Not for a recomputed forward: the forward that it repeats had no state, and both must give the same codes.
         if scales is None and training and not again:
             scales = DelayedScales(settings.e4m3_max, x.device)
             _states.setdefault(place, known)[key] = scales
@@ -293,6 +302,7 @@ def trained_amax(w: Tensor, recipe: NVFP4BlockScaling) -> Tensor | None:
     settings = recipe.settings("input")
     place, view = _place(w)
     scales = _states.get(place, {}).get((view, settings.e4m3_max, settings.rht))
+    # A clone, because `used` is written in place at each step.
     return scales.used[0, :1].clone() if scales is not None and scales.measured[0] else None
 
 
@@ -322,6 +332,7 @@ def load(weights: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a state of a weight that is not there or has another shape, or a damaged one. Nothing is changed.
     """
+    # All of it is built before anything is replaced, so that an error leaves the present states as they are.
     made: dict[str, dict[Key, DelayedScales]] = {}
     for name, entry in saved.items():
         if name not in weights:

@@ -87,10 +87,12 @@ def _execute(
     backend: str,
     group: Any,
 ) -> Tensor:
+    # `unwritten` stays what the caller holds; x is cast, padded and unsqueezed below, and `settle` needs the former.
     device, unwritten = x.device.type, x
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     producer = getattr(x, deferred.ATTRIBUTE, None)
+    # A cast or a padding would read values that are not there yet.
     if producer is not None and not deferred.claimable(x, w.dim() - 2, args.padding, dtype):
         deferred.settle(x)
         producer = None
@@ -117,6 +119,7 @@ def _execute(
         deferred.settle(unwritten)
         y = _plain(op, x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), low.geometry)
         return y.squeeze(0) if low.unbatched else y
+    # Asked at each call: what "auto" means changes when a self-test passes, and autocast with the context.
     chosen = dispatch.resolve(backend, x.device)
     compute_dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     channels_last = is_channels_last(x) or is_channels_last(w)
@@ -128,6 +131,7 @@ def _execute(
         return y.squeeze(0) if low.unbatched else y
     plan = planned(call, recipe, chosen, compute_dtype, channels_last)
     codes = scales = None
+    # Nearly every weight is a plain Parameter that nothing has frozen: these two questions cost less than a call.
     if weight_codes.frozen or type(w) not in weight_codes.PLAIN:
         codes = weight_codes.codes_of(w, plan)
     if plan.delayed or group is not None:
@@ -135,6 +139,7 @@ def _execute(
     if producer is not None and not producer.serves(plan, torch.is_grad_enabled() and w.requires_grad, scales):
         deferred.settle(x)
         producer = None
+    # Before w is transformed: observers know a layer by its weight's identity.
     told = observe.Call(op, w, x, low.geometry, recipe, "") if observe.local.observers else None
     if weight_transforms.local.running:
         w = weight_transforms.apply(w, codes, plan)
@@ -151,6 +156,7 @@ def _execute(
 def _plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
     if g.rank == 0:
         return F.linear(x, w, bias)
+    # torch's two signatures differ in the order of the last arguments.
     if g.transposed:
         return getattr(F, op)(x, w, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
     return getattr(F, op)(x, w, bias, g.stride, g.padding, g.dilation, g.groups)

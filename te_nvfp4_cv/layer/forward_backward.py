@@ -157,7 +157,9 @@ def forward(
             x_last = layouts.image_last(x, g.x_shape if ranks is None else ranks.x_shape)
             how = plan if ranks is None else ranks.input_plan
             x_q = operands.quantize_input(x_last, how, need_dw, options.scales, options.watch)
+        # Begun here and waited for below, so that the weight is quantized while the bytes travel.
         rows = None if ranks is None or x_q is None else ranks.gather_rows(Role.INPUT, x_q.row)
+        # Where no GEMM reads the weight's codes, none are made, and those made before are not saved.
         if not in_nvfp4 and not (need_dx and plan.saves_w != "itself"):
             codes = None
         elif codes is None:
@@ -166,6 +168,7 @@ def forward(
             codes = operands.quantize_weight(w, plan, need_dx, amax)
         if options.watch is not None and codes is not None and w is not None:
             options.watch.quantized(Role.WEIGHT, w, codes, None, plan)
+        # The ranks' outputs are summed, and the bias must be in the sum once.
         if ranks is not None and not ranks.adds_bias:
             bias = None
         if in_nvfp4:
@@ -200,13 +203,16 @@ def backward(
     need_dx, need_dw, need_db = needs
     g, ranks = plan.geometry, options.ranks
     dx = dw = db = None
+    # With create_graph=True grad mode is on here; QuantizedConv.backward deals with that by itself.
     with torch.no_grad(), _without_autocast(dy.device.type):
         x_columns = dy_rows = dy_columns = None
+        # The last GEMM needs it, so it has the longest time to travel.
         if ranks is not None and need_dw and "wgrad" in plan.gemms:
             x_columns = ranks.gather_columns(Role.INPUT, saved.x_face())
         dy_last = layouts.image_last(dy, g.y_shape if ranks is None else ranks.y_shape)
         how = plan if ranks is None else ranks.gradient_plan
         dy_q = operands.quantize_gradient(dy_last, how, need_dx, need_dw, options)
+        # Only now: the scales may move as soon as dy has been quantized with the present ones.
         if options.scales is not None:
             options.scales.backward_ran()
         if ranks is not None and dy_q is not None:  # both gathers start before the first product waits for one
@@ -234,6 +240,7 @@ def backward(
                 options.watch.weight_gradient(dy_last, dw, plan)
             dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)
         if need_db:
+            # [B, *image, O] -> [O] from dy before quantization, in fp32: a sum needs no GEMM, and so no codes.
             total = dy_last.flatten(0, -2).sum(0, dtype=torch.float32)
             db = (total if ranks is None else ranks.whole_bias_gradient(total)).to(like.bias_dtype)
     return dx, dw, db
@@ -264,6 +271,7 @@ class QuantizedConv(torch.autograd.Function):
         grads = backward(dy, saved, ctx.plan, ctx.like, needs, ctx.options)
         # With create_graph=True: dx depends on w, dw on x, all on dy, and they must not look like constants.
         if torch.is_grad_enabled():
+            # w, bias and perhaps x: the nodes that accumulate into leaves know their tensor.
             leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
             anchor = torch.zeros((), requires_grad=any(needs[:2]))  # where x is no leaf
             grads = tuple(None if g is None else _NoSecondOrder.apply(g, dy, anchor, *leaves) for g in grads)
@@ -275,6 +283,7 @@ class _NoSecondOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
+        # A view, since the node hangs on what is returned: others may hold grad itself.
         return grad.view_as(grad)
 
     @staticmethod

@@ -35,12 +35,14 @@ def fprop(
         values = operand.unpack_rows(x, g.x_shape[-1], g.groups, plan.compute_dtype, plan.backend)
         x = Face(values, x.scale.new_empty(0))
     if plan.row_scaled:
+        # Each output row of these 1x1 convolutions reads one row of x: [B, *image of x] -> [B, *image of y, 1].
         steps = tuple(slice(None, None, stride) for stride in g.stride)
         x_amax = x_amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(x_amax)
     alpha: Tensor | None = (x_amax * codes.amax) * plan.alpha_factors["fprop"]
     factor, alpha = (alpha, None) if plan.weight_carries_scales["fprop"] else (None, alpha)
     if unpacked is not None and plan.operand_form == DEQUANTIZED:
         values = unpacked if factor is None else unpacked * factor  # a power of two: exact
+        # An empty scale marks a face of values, which needs no unpacking.
         weight = Face(values.to(plan.compute_dtype), x.scale.new_empty(0))
     else:
         name = plan.weight_faces[0]
@@ -97,6 +99,7 @@ def plain_fprop(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> T
     w, bias = w.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if g.rank == 0:
         return aten.linear(x, w, bias)
+    # Inside of the layer channels come last, in torch's operators second: the views turn one into the other.
     y = convolution(x.movedim(-1, 1), w, bias, g)
     return y.movedim(1, -1).contiguous().to(x.dtype)
 
@@ -130,7 +133,9 @@ def _plain_backward(dy: Tensor, x: Tensor | None, w: Tensor | None, g: ConvGeome
     empty = dy.new_empty(0)
     if g.rank == 0:
         dx = empty if w is None else dy @ w.reshape(g.channels_b, g.channels_a)
+        # [O, C] -> [O, 1, C]: a linear layer has one tap.
         return dx, (empty if x is None else (dy.t() @ x).unsqueeze(1))
+    # ATen wants both operands, but reads only the shape of the one whose values the wanted gradient does not need.
     x_first = dy.new_empty(g.x_shape).movedim(-1, 1) if x is None else x.movedim(-1, 1)
     w_first = dy.new_empty((g.channels_b, *g.kernel, g.channels_a // g.groups)).movedim(-1, 1) if w is None else w
     mask = [w is not None, x is not None, False]

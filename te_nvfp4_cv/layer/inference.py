@@ -52,6 +52,7 @@ class _Fixed:
     """Gives the amax that calibration has found; see options.Scales."""
 
     def __init__(self, amax: Tensor) -> None:
+        # For the rowwise and the columnwise face: operators take both, though inference makes only the first.
         self._amax = amax.expand(2).contiguous()
 
     def amax(self, role: Role, operand: Tensor) -> Tensor:
@@ -83,6 +84,7 @@ def run(
     Raises:
         ValueError: x does not fit.
     """
+    # The weight exists as codes only: its shape is known, and no dtype is.
     x, autocast, low = _lowered(op, x, Sizes(tuple(weight.shape), ""), bias, args)
     spec = custom_op.LayerSpec(
         recipe.key,
@@ -141,6 +143,7 @@ def layer(
         spec: custom_op.LayerSpec.to_text().
     """
     plan = custom_op.plan_of(sizes, spec)
+    # An empty batch has no amax. Asked here and not by the caller, because torch.export may leave the batch open.
     if not plan.geometry.batch:
         return layouts.like_image_first(x, plan.geometry.y_shape, x.shape, plan.channels_last)
     data, scale, amax = codes
@@ -162,6 +165,7 @@ def _no_gradient(ctx: Any, *_: Any) -> Any:
     )
 
 
+# torch's error for a missing formula would name the operator, not the mistake.
 layer.register_autograd(_no_gradient)
 
 

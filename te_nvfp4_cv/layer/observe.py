@@ -56,6 +56,7 @@ def observe(observer: Observer) -> Iterator[None]:
     (None): two models that are watched side by side. Other threads' calls are not told, but for those that activation
     checkpointing repeats for this thread (see observers).
     """
+    # The list itself: `told_to` may have put another thread's in its place by the time this context ends.
     entered = local.observers
     entered.append(observer)
     try:

@@ -40,6 +40,7 @@ def _quantize(role: Role, x: Tensor, spec: OperandSpec, plan: Plan, options: Cal
     if scales is not None:
         amax = scales.amax(role, x)
     made = operand.quantize_operand(x, spec, plan.compute_dtype, seed, amax, plan.backend)
+    # Without an amax from them the operand's own was used, and there is nothing to remember.
     if scales is not None and amax is not None:
         scales.collect(role, made.observed)
     if options.watch is not None:
@@ -70,6 +71,7 @@ def real_weight(codes: WeightCodes, plan: Plan) -> Tensor:
     """Return w [axis 0, axis 1, *kernel] in real units, fp32: code * scale, which is exact, times the tensor scale."""
     w = weight_values(codes, plan, codes.amax * (1.0 / (E2M1_MAX * plan.weight.e4m3_max)))
     n, _, channels = plan.geometry.weight_shape
+    # [axis 0, taps, axis 1] -> [axis 0, axis 1, *kernel]
     return w.view(n, *plan.geometry.kernel, channels).movedim(-1, 1)
 
 

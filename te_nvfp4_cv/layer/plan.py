@@ -22,6 +22,7 @@ from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, RoleSettings
 from te_nvfp4_cv.recipe.fields import Role
 
 
+# Frozen, because many calls share one object; cached_property writes to __dict__, past the frozen __setattr__.
 @dataclass(frozen=True)
 class Plan:
     """One call, checked. `compute_dtype` is that of dequantized operands, `channels_last` y's memory format."""
@@ -77,6 +78,8 @@ class Plan:
         """
         if self.weight.two_d:
             return "row", "row"
+        # A face's blocks lie along the axis that its GEMM contracts: for fprop the input channels, which are the first
+        # axis of a transposed convolution's weight and the second of the others.
         return ("col", "row") if self.geometry.transposed else ("row", "col")
 
     # ---- how operands are quantized
@@ -84,6 +87,7 @@ class Plan:
     @answer
     def folds(self) -> tuple[Fold, Fold]:
         """The folds (x, dy) that lay the columnwise faces out in images."""
+        # The geometry calls its sides after a plain convolution, where x is a and dy is b.
         a, b = self.geometry.folds
         return (b, a) if self.geometry.transposed else (a, b)
 
@@ -101,6 +105,7 @@ class Plan:
         row = NONE if "fprop" not in self.gemms else self.operand_form
         if row != NONE and need_dw and self.dequantized_backward:
             row = PACKED  # backward dequantizes what fprop multiplied
+        # This face is saved until backward, so it is in 4 bits whatever the backend multiplies.
         col = PACKED if need_dw and "wgrad" in self.gemms else NONE
         return self._operand_spec(self.input, self.folds[0], row, col, self.row_scaled)
 
@@ -122,10 +127,12 @@ class Plan:
     @answer
     def weight_specs(self) -> tuple[WeightSpec, WeightSpec]:
         """The specs of w: with fprop's face alone, and with dgrad's too."""
+        # Sets, because the two faces may be the same one.
         return self._weight_spec({self.weight_faces[0]}), self._weight_spec(set(self.weight_faces))
 
     def _weight_spec(self, faces: set[str]) -> WeightSpec:
         s = self.weight
+        # Always packed, to be saved; gemms.py dequantizes it before a GEMM that wants values.
         row, col = (PACKED if face in faces else NONE for face in ("row", "col"))
         return WeightSpec(self.geometry.groups, row, col, s.two_d, s.four_over_six, s.e4m3_max, self.delayed)
 
@@ -194,6 +201,7 @@ def weight_plan(shape: torch.Size, groups: int, transposed: bool, recipe: NVFP4B
         groups=groups,
         transposed=transposed,
     )
+    # The last two decide nothing about a weight's codes.
     return Plan(geometry, recipe, backend, torch.float32, False)
 
 

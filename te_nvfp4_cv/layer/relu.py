@@ -21,6 +21,7 @@ class MaskedReLU(torch.autograd.Function):
         if inplace:
             torch.relu_(x)
             ctx.mark_dirty(x)
+            # Taken after the fact: ReLU leaves positive values positive, and makes no other ones.
             y, mask = x, positive_mask(x)
         else:
             y, mask = masked_relu(x)
@@ -31,6 +32,7 @@ class MaskedReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (mask,) = ctx.saved_tensors
+        # The mask's bits are in the order of y's memory, so dy must lie as y did.
         if dy.stride() != ctx.strides:
             dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
         return _MaskedGrad.apply(dy, mask), None
@@ -48,6 +50,6 @@ class _MaskedGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (mask,) = ctx.saved_tensors
-        if ddx.stride() != ctx.strides:
+        if ddx.stride() != ctx.strides:  # for the same reason
             ddx = torch.empty_strided(ddx.shape, ctx.strides, dtype=ddx.dtype, device=ddx.device).copy_(ddx)
         return _MaskedGrad.apply(ddx, mask), None

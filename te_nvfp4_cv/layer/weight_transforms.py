@@ -77,6 +77,7 @@ def refuse(w: Tensor, codes: object) -> tuple[str, Tensor] | None:
         RuntimeError: there is a parameter, but the codes were made before, or torch.compile traces the call.
     """
     running = local.running
+    # By identity: a module may call functions with other weights while it runs.
     if not running or running[-1][0]._parameters.get("weight") is not w:
         return None
     compiling = torch.compiler.is_compiling()
@@ -110,6 +111,7 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         w, parameter = ctx.saved_tensors
+        # The parameter is frozen: w's gradient passes straight through, and no sums are needed.
         if not ctx.needs_input_grad[1]:
             return g, None, None, None
         limit = _limit(w, ctx.kind, ctx.plan)
@@ -119,6 +121,8 @@ class _Learned(torch.autograd.Function):
         slope = torch.where(beyond, w.sign() * limit, torch.zeros_like(w)).float()
         if ctx.kind == SCALE:
             kept = torch.minimum(torch.maximum(w, -bound), bound)
+            # Quantized anew rather than saved: one more pass over a weight, instead of a copy of it until backward. The
+            # last factor is LSQ's 1 / sqrt(N Q) with Q = 6, the largest code.
             q = operands.dequantized_weight(kept, ctx.plan)
             slope = torch.where(beyond, slope, (q - kept.float()) / factor.float()) / (6 * w.numel()) ** 0.5
         return g, (g.float() * slope).sum().to(parameter.dtype).reshape(parameter.shape), None, None
@@ -126,6 +130,7 @@ class _Learned(torch.autograd.Function):
 
 def _limit(w: Tensor, kind: str, plan: Plan) -> Tensor:
     """Return the amax that the parameter multiplies, broadcastable to w."""
+    # The amax counts as a constant: no gradient flows to the element that happens to be the largest.
     w = w.detach().abs()
     return w.amax() if kind == CLIP else block_amax(w, plan)
 
@@ -134,11 +139,13 @@ def block_amax(w: Tensor, plan: Plan) -> Tensor:
     """Return, for each element of w >= 0 [axis 0, axis 1, *kernel], the amax of its block in fprop's face."""
     kernel = w.reshape(plan.geometry.groups, w.shape[0] // plan.geometry.groups, w.shape[1], -1)
     rows, columns = kernel.shape[1:3]
+    # Zeros do not change the amax of magnitudes.
     padded = F.pad(kernel, (0, 0, 0, -columns % BLOCK, 0, -rows % BLOCK))
     tiles = padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))  # [groups, tiles, 16, tiles, 16, taps]
     if plan.weight.two_d:
         axes: tuple[int, ...] = (2, 4)
     else:
+        # 1x16 blocks lie along the axis that fprop contracts.
         axes = (4,) if plan.weight_faces[0] == "row" else (2,)
     amax = tiles.amax(axes, keepdim=True).expand_as(tiles)
     return amax.flatten(3, 4).flatten(1, 2)[:, :rows, :columns].reshape(w.shape)

@@ -120,14 +120,18 @@ class ConvGeometry:
     @answer
     def folds(self) -> tuple[Fold, Fold]:
         """The folds (a side, b side) that lay the columnwise operands of wgrad out in images."""
+        # A linear layer has no image axis that could be cut.
         a_rows = self.a_size[0] if self.rank else 1
         b_rows = self.b_size[0] if self.rank else 1
+        # wgrad's blocks are 16 images. A batch that does not fill them is cut into strips along the first image axis,
+        # because padding it with zero images would multiply zeros.
         strips = fold_factor(self.batch, b_rows, self.stride[0], self.kernel[0], self.dilation[0]) if self.rank else 1
         images = round_up(self.batch * strips, BLOCK)
         if strips == 1:
             return Fold(1, 0, a_rows, 0, images), Fold(1, 0, b_rows, 0, images)
         strip = -(-b_rows // strips)
         halo = halo_rows(strip, self.stride[0], self.kernel[0], self.dilation[0])
+        # Strips of the a side overlap by the rows that the kernel reads beyond its stride; those of the b side do not.
         a = Fold(strips, strip * self.stride[0], halo, self.padding[0], images)
         return a, Fold(strips, strip, strip, 0, images)
 
@@ -158,6 +162,7 @@ class ConvGeometry:
 
     def reads_everywhere(self, to_b: bool) -> bool:
         """Return True if every pixel of the b side reads a pixel of the a side; the reverse without `to_b`."""
+        # Axis by axis, because the pixels that are read are all combinations of those along each axis.
         for a, b, k, s, p, d in self.axes:
             pairs = ((o, o * s - p + t * d) for o in range(b) for t in range(k))
             touched = {(o if to_b else i) for o, i in pairs if 0 <= i < a}
@@ -168,6 +173,7 @@ class ConvGeometry:
     def to_ints(self) -> list[int]:
         """Encode the geometry as a flat list for a custom operator."""
         lists = (self.a_size, self.b_size, self.kernel, self.stride, self.padding, self.dilation, self.output_padding)
+        # The rank is in front, since it says how long the lists are.
         head = [self.batch, self.channels_a, self.channels_b, self.groups, int(self.transposed), len(self.kernel)]
         return head + [n for values in lists for n in values]
 
@@ -207,6 +213,7 @@ def fold_factor(batch: int, rows: int, stride: int, kernel: int, dilation: int) 
 
     best, least = 1, 0
     for g in range(1, min(BLOCK, rows) + 1):
+        # What wgrad contracts: images, padded to whole blocks, times the rows of a strip with its halo.
         cost = round_up(batch * g, BLOCK) * halo_rows(-(-rows // g), stride, kernel, dilation)
         if g == 1 or cost < least:
             best, least = g, cost
@@ -245,6 +252,7 @@ def conv_taps(a: int, b: int, kernel: int, stride: int, padding: int, dilation: 
 def transposed_taps(a: int, b: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
     """Return int64 [a, kernel]: the `b` index from which `a` index and tap were written, -1 where there is none."""
     shifted = torch.arange(a)[:, None] + padding - torch.arange(kernel)[None, :] * dilation
+    # Rounded down, so that a position before the image becomes a negative index.
     index = torch.div(shifted, stride, rounding_mode="floor")
     return torch.where((shifted % stride == 0) & (index >= 0) & (index < b), index, -1)
 
@@ -256,6 +264,7 @@ def pixel_map(geometry: ConvGeometry, to_b: bool) -> Tensor:
     """
     function = conv_taps if to_b else transposed_taps
     sizes = geometry.a_size if to_b else geometry.b_size
+    # Grown axis by axis: [pixels, taps] so far and [size, taps] of the next axis give all their combinations.
     pixels = torch.zeros(1, 1, dtype=torch.int64)
     for axis, row in enumerate(geometry.axes):
         index = function(*row)
@@ -268,6 +277,7 @@ def pixel_map(geometry: ConvGeometry, to_b: bool) -> Tensor:
 
 def _as_int(value: Any) -> Any:
     """Return numpy's and torch's integers as int, and None for anything else, bool included."""
+    # bool is an int to Python, but True as a stride is a mistake. What is no int may still be one of numpy's.
     if isinstance(value, (int, torch.SymInt)):
         return None if isinstance(value, bool) else value
     try:

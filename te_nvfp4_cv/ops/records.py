@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Plain ints, because kernels compare them at compile time.
 NONE, PACKED, DEQUANTIZED = 0, 1, 2
 ERRORS = {None: 0, "MAE": 1, "MSE": 2}  # of 4over6, as native.cpp and the Triton kernels number them
 _ERROR_NAMES = tuple(ERRORS)
@@ -76,6 +77,7 @@ class WeightCodes(NamedTuple):
     @classmethod
     def of_face(cls, name: str, face: Face, amax: Tensor) -> WeightCodes:
         """Build the record of a weight of which only the face `name`, "row" or "col", exists."""
+        # The record has two faces always, and one that was not made is empty.
         empty = Face(face.data.new_empty(0), face.scale.new_empty(0))
         return cls(face, empty, amax) if name == "row" else cls(empty, face, amax)
 
@@ -146,6 +148,7 @@ class OperandSpec(NamedTuple):
         return _operand_spec(tuple(ints))
 
 
+# An operator passes the same list at each call of a layer.
 @functools.lru_cache(maxsize=4096)
 def _operand_spec(ints: tuple[int, ...]) -> OperandSpec:
     groups, *fold, row, col, rht, stochastic, error, e4m3_max, row_scaled = ints

@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from te_nvfp4_cv.errors import type_error, value_error, warn_once
 from te_nvfp4_cv.recipe.fields import (
     ALLOWED,
@@ -187,6 +189,7 @@ class NVFP4BlockScaling:
         object.__setattr__(self, "precision", _check_precision(self.precision))
         # Resolved once: a layer asks about ten times a step.
         object.__setattr__(self, "_roles", {role: self._resolve(role) for role in ROLES})
+        # `precision` is resolved per layer before a call, and `name` decides no numbers.
         numbers = {field: getattr(self, field) for field in PLAIN if field != "precision"}
         changed = {field: value for field, value in numbers.items() if value != PLAIN[field]}
         # Custom operators take texts and numbers, not objects: the key carries the recipe across their boundary.
@@ -253,6 +256,7 @@ class NVFP4BlockScaling:
             stochastic_rounding=qparams.stochastic_rounding,
             two_d=qparams.fp4_2d_quantization,
             four_over_six=self.nvfp4_4over6_err_mode if selected else None,
+            # 4over6 may make a block's scale 1.5 times as large: with 256 that still fits below E4M3's 448.
             e4m3_max=256 if selected and self.nvfp4_4over6_e4m3_use_256 in (scope, "all") else 448,
             row_scaled=role == "input" and self.row_scaled_activation,
             delayed=self.tensor_scale == "delayed",
@@ -297,6 +301,7 @@ class NVFP4BlockScaling:
             )
         if self.fp8_dpa or self.fp8_mha:
             warn_once("recipe fp8 attention", "recipe: fp8_dpa and fp8_mha do nothing here, attention stays as it is")
+        # The table's recipes take the place of this one in some layers, so they must be usable, too.
         for _, recipe in self.precision:
             if recipe is not None:
                 recipe.validate_for_use()
@@ -327,7 +332,9 @@ class NVFP4BlockScaling:
 @functools.lru_cache(maxsize=256)
 def recipe_of_key(key: str) -> NVFP4BlockScaling:
     """Return the recipe that has this `key`, without name and [precision] table."""
+    # Every value comes from a closed list, and none holds ";", so the text can be cut there.
     changed = dict(pair.split("=", 1) for pair in key.split(";")) if key else {}
+    # From PLAIN, because the key leaves out what equals it; the class's defaults may come from the environment.
     return NVFP4BlockScaling(**PLAIN | {field: ast.literal_eval(value) for field, value in changed.items()})
 
 
@@ -341,6 +348,7 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
     # By name, because TransformerEngine need not be installed to train without it.
     if "NVFP4BlockScaling" not in {base.__name__ for base in type(recipe).__mro__}:
         raise _not_a_recipe(recipe)
+    # TransformerEngine's object lacks the fields that only this package has.
     fields = {field: getattr(recipe, field, default) for field, default in PLAIN.items() if field != "precision"}
     inp, weight, grad = (getattr(recipe, attribute, None) for attribute in QPARAMS.values())
     if inp is not None and weight is not None and grad is not None:
@@ -376,13 +384,20 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
     return NVFP4BlockScaling(**fields)
 
 
-@functools.lru_cache(maxsize=256)
 def check_usable(recipe: NVFP4BlockScaling) -> None:
     """Refuse what validate_for_use refuses, but ask once for equal recipes: contexts are entered in each step.
 
     Raises:
         ValueError: No quantizer can carry the recipe out.
     """
+    if torch.compiler.is_compiling():  # Dynamo warns where it traces a cached function
+        recipe.validate_for_use()
+    else:
+        _check_once(recipe)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_once(recipe: NVFP4BlockScaling) -> None:
     recipe.validate_for_use()
 
 

@@ -60,6 +60,7 @@ REMOVED: dict[str, tuple[object, str, str]] = {
 }
 """Fields of earlier versions: the default that they had, the version that removed them, and why."""
 
+# TransformerEngine's variables, so that a script that sets them trains the same recipe with either package.
 ENVIRONMENT = {
     "disable_rht": "NVTE_NVFP4_DISABLE_RHT",
     "disable_stochastic_rounding": "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING",
@@ -71,6 +72,7 @@ ENVIRONMENT = {
     "backward_override": "NVTE_BACKWARD_OVERRIDE",
 }
 PLAIN: dict[str, Any] = {field: values[0] for field, values in ALLOWED.items()}
+# Two fields without a list of values, and one whose default is not the first of its list.
 PLAIN |= {"nvfp4_4over6_e4m3_use_256": "all", "high_precision_gemms": (), "precision": ()}
 """The defaults of all fields as they are without environment variables."""
 
@@ -108,6 +110,7 @@ def check_choice(field: str, value: object) -> None:
         fix = f"did you mean {choices[close[0]]!r}?" if close else ""
     variable = ENVIRONMENT.get(field, "")
     # A default from the environment may be wrong, too, and the user has not written the field anywhere then.
+    # Where the variable is not set, "\0" stands in, which equals no value.
     if value is not None and str(value).lower() == os.getenv(variable, "\0").lower():
         fix = f"correct the environment variable {variable}, where this value comes from"
     raise bad_value("recipe", field, value, one_of(allowed), fix)
@@ -122,6 +125,7 @@ def check_gemms(gemms: object) -> tuple[str, ...]:
     given = tuple(gemms) if isinstance(gemms, (tuple, list, set, frozenset)) else None
     if given is None or any(gemm not in GEMMS for gemm in given):
         needs = "a tuple of any of: " + ", ".join(repr(gemm) for gemm in GEMMS)
+        # The usual mistake is a tuple without its comma, which is a text.
         fix = f"write ({gemms!r},)" if gemms in GEMMS else ""
         raise bad_value("recipe", "high_precision_gemms", gemms, needs, fix)
     return tuple(gemm for gemm in GEMMS if gemm in given)
@@ -151,5 +155,6 @@ def toml_text(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_text(item) for item in value) + "]"
     text = "none" if value is None else str(value)
+    # A TOML string on one line takes no control characters, and only some of them have short names.
     special = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
     return '"' + "".join(special.get(c, c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}") for c in text) + '"'

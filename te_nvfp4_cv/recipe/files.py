@@ -25,6 +25,7 @@ from te_nvfp4_cv.errors import message, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import PLAIN, without_removed
 
+# The table of precision has a section of its own, beside [recipe].
 FIELDS = tuple(field for field in PLAIN if field != "precision")
 TOP_LEVEL = ("description", "name", "recipe", "precision")
 
@@ -32,7 +33,7 @@ TOP_LEVEL = ("description", "name", "recipe", "precision")
 def recipe_folder() -> Path:
     """Return the folder of the package's own recipes: inside an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    installed = package / "recipes"
+    installed = package / "recipes"  # a wheel holds the files inside of the package
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
@@ -120,6 +121,7 @@ def _find(name_or_path: str | os.PathLike[str], folder: Path) -> Path:
             fix="a recipe object needs no loading: pass it on as it is",
         )
     text = os.fspath(name_or_path)
+    # A slash separates folders on each system, and os.sep on this one.
     if isinstance(name_or_path, os.PathLike) or "/" in text or os.sep in text or text.endswith(".toml"):
         # Relative to the file that names it, so that a folder of recipes can be moved.
         path = folder / Path(text).expanduser()
@@ -185,6 +187,7 @@ def _build(
 ) -> NVFP4BlockScaling:
     try:
         values = without_removed(fields)
+    # The recipe's own message does not know from which file and section the value comes.
     except ValueError as error:
         raise ValueError(f"recipe file '{path}', {where}: {error}") from None
     _check_keys(path, where, values, FIELDS)
@@ -203,6 +206,7 @@ def _precision(path: Path, pattern: str, value: object) -> NVFP4BlockScaling | N
     if isinstance(value, str):
         try:
             return _load(value, path.parent, inner=True)
+        # A ValueError now: the file that was asked for is there, but names one that is not.
         except FileNotFoundError as error:
             raise ValueError(f"recipe file '{path}', {where}: neither \"high\" nor a recipe: {error}") from None
         except ValueError as error:

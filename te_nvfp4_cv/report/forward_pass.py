@@ -79,7 +79,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, numpy_state, stream = random.getstate(), numpy.random.get_state(), rounding_seeds.state()
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # their attributes are in C++
+    # The dict too: a module may have put another tensor in a buffer's place.
     before = [(m, m.training, dict(m._buffers)) for m in plain]
     try:
         with torch.random.fork_rng(devices):

@@ -151,6 +151,7 @@ def project(
             fix="project(model, image, gpu='b200', batch=32)",
         )
     resolved = as_recipe(recipe)
+    # By the weight: the call does not say which module made it.
     names = {id(p): "" if name == "weight" else name.removesuffix(".weight") for name, p in model.named_parameters()}
     found: dict[str, list[Estimate]] = {}
 
@@ -163,7 +164,7 @@ def project(
         return observe.Seen(finished=finished)
 
     with untouched(model), delayed_scaling.reading_only(), nvfp4_autocast(resolved), observe.observe(observer):
-        model.eval()
+        model.eval()  # `untouched` puts the flags back
         with torch.no_grad():
             model(*inputs)
     return Projection(GPUS[gpu], batch, tuple(_sum(rows) for rows in found.values()), efficiency)
@@ -174,6 +175,7 @@ def _batch(inputs: tuple[Any, ...]) -> int:
 
 
 def _sum(rows: list[Estimate]) -> Estimate:
+    # The calls of one layer: name, op and precision are those of the first.
     return replace(rows[0], **{name: sum(getattr(row, name) for row in rows) for name in ("flops", *TIMES)})
 
 
@@ -200,7 +202,7 @@ def _estimate(name: str, call: observe.Call, sizes: _Sizes, gpu: GPU, efficiency
     flops, bandwidth, bf16 = 2 * sizes.macs, gpu.bandwidth * efficiency, gpu.bf16 * efficiency
 
     def gemm(peak: float, read: float, written: float) -> float:
-        return max(flops / peak, (read + 2 * written) / bandwidth)
+        return max(flops / peak, (read + 2 * written) / bandwidth)  # results are bf16, 2 bytes
 
     # fprop, dgrad and wgrad: two operands that are read, and the result that is written
     operands = ((x, w, y), (y, w, x), (y, x, w))
@@ -224,6 +226,7 @@ def _estimate(name: str, call: observe.Call, sizes: _Sizes, gpu: GPU, efficiency
 
     # Of x, fprop's face is used at once, and wgrad's is saved for backward, packed whatever the GPU.
     for_x = bytes_of_pass(2, written_for("fprop", size) + written_for("wgrad", PACKED))
+    # max, not a sum: with 16x16 blocks fprop and dgrad read one copy.
     for_w = bytes_of_pass(4, max(written_for("fprop", PACKED), written_for("dgrad", PACKED)))
     for_dy = bytes_of_pass(2, written_for("dgrad", size) + written_for("wgrad", size))
     passes = (for_x * x + for_w * w + for_dy * y) / bandwidth

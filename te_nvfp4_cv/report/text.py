@@ -20,6 +20,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     for row in rows:
         cells = [
             cell.ljust(width) if column < left else cell.rjust(width)
+            # Not strict: a row has one cell more than there are widths.
             for column, (cell, width) in enumerate(zip(row, widths, strict=False))
         ]
         lines.append("  ".join([*cells, row[-1]]).rstrip())

@@ -30,21 +30,12 @@ from te_nvfp4_cv.selftest.setting import Setting
 
 Check = Callable[[Setting], str]
 QUANTIZATION: tuple[Check, ...] = (
-    quantization.activations,
-    quantization.unusual_activations,
-    quantization.delayed,
-    quantization.weights,
-    quantization.unpacking,
-    quantization.stochastic_rounding,
+    quantization.activations, quantization.unusual_activations, quantization.delayed, quantization.weights,
+    quantization.unpacking, quantization.stochastic_rounding,
 )
 PRODUCTS: tuple[Check, ...] = (
-    products.convolutions,
-    products.convolution_variants,
-    products.transposed_and_other_ranks,
-    products.linear_layers,
-    products.matrix_products,
-    products.non_finite_values,
-    training.training,
+    products.convolutions, products.convolution_variants, products.transposed_and_other_ranks,
+    products.linear_layers, products.matrix_products, products.non_finite_values, training.training,
 )
 
 
@@ -57,6 +48,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    # Before torch.device, which knows many more kinds and has another error for each mistake.
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise value_error(
             "selftest: unknown device.", got=repr(name), needs="auto, cpu, cuda or cuda:N", fix="--device auto"
@@ -64,11 +56,10 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise runtime_error(
-            f"selftest: device {name} is not there.",
-            got=f"{torch.cuda.device_count()} CUDA device(s)",
-            needs=f"at least {(device.index or 0) + 1}, and a CUDA build of torch",
-            fix="--device auto",
+            f"selftest: device {name} is not there.", got=f"{torch.cuda.device_count()} CUDA device(s)",
+            needs=f"at least {(device.index or 0) + 1}, and a CUDA build of torch", fix="--device auto",
         )
+    # With an index: results are remembered for this GPU.
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
@@ -94,6 +85,7 @@ def run(
         RuntimeError: the backend cannot run on the device.
     """
     start = time.perf_counter()
+    # Not only what "auto" would choose: the verdict names the backend to turn to if one fails.
     wanted = ["vendor", "triton"] if backend == "auto" and device.type == "cuda" else [backend]
     backends = [dispatch.resolve(name, device) for name in wanted]
     rows = []
@@ -106,7 +98,7 @@ def run(
         "passed": all(row["passed"] for row in rows),
         "gpu_tested": device.type == "cuda",
         "backends": backends,
-        **cache.identity(device),
+        **cache.identity(device),  # GPU, driver and versions, which a remembered pass belongs to
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "python": platform.python_version(),
@@ -160,6 +152,7 @@ def _row(check: Check, setting: Setting) -> dict[str, Any]:
     detail, error = "", ""
     try:
         if setting.device.type == "cuda":
+            # Triton launches on the current device, whatever its arguments are on; a spawned process begins with GPU 0.
             torch.cuda.set_device(setting.device)
         detail = check(setting)
     except Exception as failure:  # a compiler's or a launch's failure is a result too
@@ -173,6 +166,7 @@ def _result(check: Check, setting: Setting, detail: str, error: str, seconds: fl
         "backend": setting.backend,
         "passed": not error,
         "detail": detail,
+        # An error's text may hold a user's home folder.
         "error": _without_paths(error),
         "seconds": round(seconds, 1),
     }
@@ -226,6 +220,7 @@ def main(device: str, backend: str, json_path: str | None) -> int:
     print(f"te_nvfp4_cv self-test on {chosen}", flush=True)
     # On a GPU, compiling the kernels takes most of the time, so it is spread over processes.
     workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if chosen.type == "cuda" else 1
+    # Flushed line by line: somebody who waits two minutes should see what is going on.
     report = run(chosen, backend, say=lambda text: print(text, flush=True), workers=workers)
     print("\n".join(verdict(report)), flush=True)
     if json_path is not None:

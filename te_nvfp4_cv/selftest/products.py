@@ -69,7 +69,7 @@ def linear_layers(setting: Setting) -> str:
     if not setting.small:
         calls += [
             ("linear", (4, 50, 128), (256, 128), {}, BF16, {}),
-            ("linear", (1, 64), (48, 64), {}, BF16, {}),
+            ("linear", (1, 64), (48, 64), {}, BF16, {}),  # one row, which wgrad pads to 16
             ("linear", (64, 96), (64, 96), {}, BF16, {"disable_rht": True, "row_scaled_activation": True}),
             ("linear", (64, 96), (64, 96), {}, FP16, {}),
         ]
@@ -98,6 +98,7 @@ def non_finite_values(setting: Setting) -> str:
     recipe = NVFP4BlockScaling(**NEAREST)
     for bad in (float("nan"), float("inf")):
         x, w, dy = normal((16, 32, 4, 4), seed=1), normal((32, 32, 3, 3), seed=2), normal((16, 32, 4, 4), seed=3)
+        # One value is enough: it makes the tensor's amax, and with it every scale, non-finite.
         x[3, 5, 1, 1] = bad
         y, dx, dw = _run("conv2d", (x, w), {"padding": 1}, recipe, setting, dy)[:3]
         # dx = dy * w uses no x, so a bad x must not reach it.
@@ -117,6 +118,7 @@ def _compare(setting: Setting, calls: list[Any]) -> str:
         bias = normal((channels,), dtype, 3 * index + 2)
         truth = _run(op, (x, w, bias), arguments, recipe, reference)
         setting.dirty()
+        # The same dy: it was drawn for the reference's y.
         ours = _run(op, (x, w, bias), arguments, recipe, setting, truth[-1])
         # Both end with dy, which is no result; strict=False leaves it out.
         for name, a, b in zip(("y", "dx", "dw", "db"), ours, truth, strict=False):
@@ -127,17 +129,14 @@ def _compare(setting: Setting, calls: list[Any]) -> str:
 
 
 def _run(
-    op: str,
-    operands: tuple[Tensor, ...],
-    arguments: dict[str, Any],
-    recipe: NVFP4BlockScaling,
-    setting: Setting,
-    dy: Tensor | None = None,
+    op: str, operands: tuple[Tensor, ...], arguments: dict[str, Any], recipe: NVFP4BlockScaling,
+    setting: Setting, dy: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Run a layer on x, w and perhaps a bias, and return y, dx, dw, db if there is a bias, and dy; None draws dy."""
     leaves = [setting.put(t).requires_grad_() for t in operands]
     if leaves[0].dim() == 4:  # the layout in which networks train on a GPU
         leaves[0] = leaves[0].detach().to(memory_format=torch.channels_last).requires_grad_()
+    # The explicit call, not the context: a call that cannot run in NVFP4 raises here and does not fall back.
     y = getattr(functional, op)(*leaves, **arguments, recipe=recipe, backend=setting.backend)
     dy = normal(y.shape, y.dtype, 99) if dy is None else dy
     y.backward(setting.put(dy))

@@ -94,6 +94,7 @@ def delayed(setting: Setting) -> str:
         for factor in (2.0, 0.25):  # a scale with room above, and one that saturates
             # An operand with NaN or inf needs some scale, too.
             exponent = torch.ceil(torch.log2(measured.nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-30) / 2688.0))
+            # 2688 = 6 * 448: the tensor scale amax / 2688 is then a power of two.
             amax = 2688.0 * torch.exp2(exponent) * factor
             truth = quantize(x, "reference", DEQUANTIZED, PACKED, fold, amax=amax, **options)
             setting.dirty()
@@ -137,6 +138,7 @@ def unpacking(setting: Setting) -> str:
 
     checked = 0
     x = normal((5, 3, 4, 40), seed=5)
+    # From the reference in any case: what is tested here is the way back.
     packed = quantize(x, "reference", PACKED, PACKED, Fold(2, 2, 4, 1, 16))
     w = normal((40, 24, 3, 3), seed=6)
     specs = {two_d: WeightSpec(1, PACKED, NONE if two_d else PACKED, two_d) for two_d in (True, False)}
@@ -157,6 +159,7 @@ def stochastic_rounding(setting: Setting) -> str:
     shape = (32, 2, 2, 16) if setting.small else (64, 4, 4, 64)
     x, draws = normal(shape, seed=9), 8
     x_MC = x.movedim(0, -2).reshape(-1, shape[-1])
+    # Columns are rotated before they are rounded, so their law is one of the rotated values.
     rotated = formats.rht16(formats.blocks(x_MC.t())).flatten(-2)
     truth = reference_matrix.quantize_2d(x_MC, columnwise=True, rht=True)
     results = [_faces(x, seed, setting) for seed in (0, 0, *range(1, draws))]  # seed 0 twice: it must repeat itself
@@ -197,16 +200,14 @@ def _faces(x: Tensor, seed: int, setting: Setting) -> tuple[Tensor, ...]:
     col, col_scale = formats.ntile_to_te(col, col_scale)
     return (
         row.movedim(0, -2).reshape(-1, row.shape[-1]),
-        row_scale.movedim(0, -2).reshape(-1, row_scale.shape[-1]),
-        col,
-        col_scale,
+        row_scale.movedim(0, -2).reshape(-1, row_scale.shape[-1]), col, col_scale,
     )
 
 
 def _error(codes: Tensor, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return the rounding error in steps, without the 1/512 that 8 random bits leave, so that its mean is 0."""
     below, above = formats.decode_e2m1(low).abs(), formats.decode_e2m1(high).abs()
-    step = torch.where(above > below, above - below, torch.ones_like(above))
+    step = torch.where(above > below, above - below, torch.ones_like(above))  # 1 where the value cannot move
     moved = (formats.decode_e2m1(codes).abs() - y.abs().clamp(max=6.0)) / step
     return torch.where(low != high, moved + 1.0 / 512, torch.zeros_like(moved))
 
@@ -226,6 +227,7 @@ def _law(face: str, errors: Tensor, between: Tensor) -> float:
         raise CheckFailed(f"stochastic {face}: errors of {spread:.3f} of a step, as of rounding down or to nearest")
     count = max(int(between.sum()) * len(errors), 1)
     mean = float(errors.sum()) / count
+    # The standard deviation of one error is at most 0.5 of a step: that of a value halfway between two codes.
     if abs(mean) > 6 * 0.5 / count**0.5 + 2.0**-9:
         raise CheckFailed(f"stochastic {face}: rounding is biased by {mean:.4f} of a step")
     # Kernels draw random bits for a block, or a row of 16 blocks, at a time: each place must be right by itself.
@@ -233,6 +235,7 @@ def _law(face: str, errors: Tensor, between: Tensor) -> float:
         lane = float(errors.unflatten(axis, (errors.shape[axis] // 16, 16)).sum(others).abs().max()) * 16 / count
         if lane > 6 * 0.5 * (16 / count) ** 0.5 + 2.0**-8:
             raise CheckFailed(f"stochastic {face}: one {name} is biased by {lane:.4f} of a step")
+    # Neighbours along each axis: draws of two seeds, rows, and columns.
     for axis in (0, 1, 2):
         a, b = errors.narrow(axis, 0, errors.shape[axis] - 1), errors.narrow(axis, 1, errors.shape[axis] - 1)
         pairs = max(int(((a != 0) & (b != 0)).sum()), 1)

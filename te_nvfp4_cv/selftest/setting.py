@@ -28,18 +28,21 @@ class Setting:
 
     def put(self, x: Tensor) -> Tensor:
         """Copy a CPU tensor to the device, with its strides."""
+        # clone: on the CPU .to() would return the tensor itself, which then is shared between both sides.
         return x.detach().clone().to(self.device)
 
     def dirty(self) -> None:
         """Fill freed GPU memory with bytes 0xFF, so that what a kernel leaves unwritten is NaN or 255."""
         if self.device.type == "cuda":
             blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=self.device) for size in (1 << 16, 1 << 24)]
+            # Freed, but not returned to the driver: torch's allocator gives these bytes to the next outputs.
             del blocks
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype = torch.bfloat16, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Draw normal numbers on the CPU, the same in every run."""
     generator = torch.Generator().manual_seed(seed)
+    # Drawn in fp32 on the CPU: a GPU's generator gives other numbers.
     return (torch.randn(tuple(shape), generator=generator) * scale).to(dtype)
 
 
@@ -49,6 +52,7 @@ def differing(a: Tensor, b: Tensor) -> int:
     if a.shape != b.shape or a.dtype != b.dtype:
         return -1
     if a.dtype.is_floating_point and a.element_size() > 1:
+        # Compared as integers, since -0.0 == 0.0 as numbers; NaNs of other bits are allowed.
         integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
         unequal = a.contiguous().view(integer) != b.contiguous().view(integer)
         return int((unequal & ~(a.isnan() & b.isnan())).sum())
@@ -79,7 +83,7 @@ def close(what: str, ours: Tensor, truth: Tensor, bound: float) -> float:
     if ours.shape != truth.shape:
         raise CheckFailed(f"{what}: shape {tuple(ours.shape)}, the reference's {tuple(truth.shape)}")
     a, b = ours.detach().cpu().double(), truth.detach().cpu().double()
-    error = float((a - b).norm() / b.norm().clamp(min=1e-300))
+    error = float((a - b).norm() / b.norm().clamp(min=1e-300))  # a truth of zeros then needs zeros
     if not error <= bound:  # not "error > bound", which NaN would pass
         raise CheckFailed(f"{what}: relative error {error:.2e}, at most {bound:.0e}")
     return error

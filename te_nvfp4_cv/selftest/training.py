@@ -53,6 +53,7 @@ def train(
 ) -> list[float]:
     """Return the losses of a short run under bf16 autocast, in NVFP4 if there is a recipe, perhaps with fused norms."""
     width, batch, size = (16, 16, 8) if setting.small else (32, BATCH, 16)
+    # The same seed in every run, so losses differ by precision only.
     net = small_network(width).to(setting.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net = fuse(net) if fused else net
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
@@ -74,6 +75,7 @@ def training(setting: Setting) -> str:
     steps = 2 if setting.small else STEPS  # Triton's interpreter takes seconds for a step
     ends = {"bf16": _end(train(setting, None, "auto", steps))}
     for scale, fused in (("current", False), ("delayed", False), ("delayed", True)):
+        # Triton's interpreter takes too long for the others.
         if setting.small and scale != "current":
             continue
         losses = train(setting, NVFP4BlockScaling(tensor_scale=scale), setting.backend, steps, fused)
@@ -81,6 +83,7 @@ def training(setting: Setting) -> str:
         end = ends[name] = _end(losses)
         if not all(abs(loss) < float("inf") for loss in losses):
             raise CheckFailed(f"training, {name}: the loss is not finite")
+        # Wide limits: this finds a broken GEMM, not a small loss of accuracy.
         if end > 1.1 * ends["bf16"] + 0.25 or (not setting.small and end > 0.5 * losses[0]):
             at_start = f"{losses[0]:.3f} at the start"
             raise CheckFailed(f"training, {name}: loss {end:.3f}, bf16 {ends['bf16']:.3f}, {at_start}")
@@ -109,6 +112,7 @@ def norms(setting: Setting) -> str:
         tensors = (z, dy, weight, bias, residual if with_residual else None)
         truth = _norm(tensors, groups, activation, torch.device("cpu"), "reference")
         setting.dirty()
+        # Triton's kernels are what is tested, whichever backend the setting names.
         ours = _norm(tensors, groups, activation, setting.device, "triton")
         what = f"{'group' if groups else 'batch'} norm + {activation}, {str(dtype).removeprefix('torch.')}"
         names = ("y", "mean", "rstd", "dz", "dresidual", "dweight", "dbias")
@@ -139,6 +143,7 @@ def graph(setting: Setting) -> str:
         net = small_network(32).to(setting.device).eval()
         x, label = (t.to(setting.device) for t in batches(1, BATCH, 16)[0])
 
+        # Values of this turn of the loop as defaults: a closure would see the last turn's.
         def step(net: nn.Module = net, x: Tensor = x, label: Tensor = label, recipe: Any = recipe) -> None:
             with torch.autocast("cuda", torch.bfloat16), nvfp4_autocast(recipe, backend=setting.backend):
                 loss = F.cross_entropy(net(x).float(), label)
@@ -148,7 +153,7 @@ def graph(setting: Setting) -> str:
         seen = []
         for _ in range(2):
             replay()
-            seen.append([gradient.clone() for gradient in gradients])
+            seen.append([gradient.clone() for gradient in gradients])  # the next replay writes into the same tensors
         net.zero_grad(set_to_none=True)
         step()
         eager = [p.grad.detach() for p in net.parameters() if p.grad is not None]
@@ -179,4 +184,5 @@ def captured(step: Callable[[], None], net: nn.Module) -> tuple[Callable[[], Non
     recording = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recording):
         step()
+    # Made during the capture, so every replay writes these.
     return recording.replay, [p.grad for p in net.parameters() if p.grad is not None]

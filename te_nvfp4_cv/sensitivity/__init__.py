@@ -18,14 +18,6 @@ from te_nvfp4_cv.sensitivity.scanning import scan
 from te_nvfp4_cv.sensitivity.weights import Study, kurtosis
 
 __all__ = [
-    "Bundle",
-    "Diagnosis",
-    "Scan",
-    "Study",
-    "diagnose",
-    "kurtosis",
-    "load_bundle",
-    "save_bundle",
-    "scan",
+    "Bundle", "Diagnosis", "Scan", "Study", "diagnose", "kurtosis", "load_bundle", "save_bundle", "scan",
     "update_bn",
 ]

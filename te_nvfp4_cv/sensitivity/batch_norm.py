@@ -54,6 +54,7 @@ def update_bn(
         return 0
     # torch sets momentum to None for the pass, and does not put it back when the pass raises.
     momenta = [(norm, norm.momentum) for norm in norms]
+    # All buffers: in the pass other modules, such as spectral_norm, may change theirs, too.
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     flags = [(module, module.training) for module in model.modules()]
     counter = _Counted(loader)
@@ -69,9 +70,11 @@ def update_bn(
                 needs="at least one, because the statistics start from nothing",
                 fix="pass a list or DataLoader rather than an iterator that was read before",
             )
+    # BaseException: an interrupt in a long pass must not leave half of the statistics, either.
     except BaseException:
         with torch.no_grad():
             for buffer, value in before:
+                # In place, because DDP and captured graphs hold on to the buffers themselves.
                 buffer.copy_(value)
         raise
     finally:
@@ -89,6 +92,7 @@ class _Counted:
         self.source, self.count = source, 0
 
     def __iter__(self) -> Iterator[Any]:
+        # swa_utils says nothing of a loader without batches, so its batches are counted here.
         for item in self.source:
             self.count += 1
             yield item

@@ -20,7 +20,7 @@ from typing import Any
 from te_nvfp4_cv.errors import value_error
 
 Build = Callable[[dict[str, Any]], Any]
-SHIPPED = "unet_coco"
+SHIPPED = "unet_coco"  # the only example with a training run that writes bundles
 
 
 def examples() -> Path:
@@ -54,9 +54,7 @@ def recorded(name: str, path: str) -> Build:
     found = _import(module, folder, "--builder")
     if Path(found.__file__).resolve() != file:  # a module of that name was imported before
         raise value_error(
-            f"diagnose: {name!r} is another module here.",
-            got=found.__file__,
-            needs=str(file),
+            f"diagnose: {name!r} is another module here.", got=found.__file__, needs=str(file),
             fix=f"start Python again without the other {SHIPPED}, or name it with --builder",
         )
     return _function(found, function, name, "--builder")
@@ -90,9 +88,7 @@ def given(name: str, option: str = "--builder") -> Build:
     if Path(found.__file__).resolve() != file:
         raise value_error(
             f"{option}: another module is called {'.'.join(parts)!r} here.",
-            got=str(found.__file__),
-            needs=str(file),
-            fix="rename the file",
+            got=str(found.__file__), needs=str(file), fix="rename the file"
         )
     return _function(found, function, name, option)
 
@@ -112,10 +108,8 @@ def _import(module: str, folder: Path, option: str) -> Any:
                 fix="install both from the same index",
             ) from error
         raise value_error(
-            f"{option}: the module {module!r} cannot be imported.",
-            got=f"{type(error).__name__}: {error}",
-            needs=f"a module that imports with {folder} on the path",
-            fix="correct it, or name another one",
+            f"{option}: the module {module!r} cannot be imported.", got=f"{type(error).__name__}: {error}",
+            needs=f"a module that imports with {folder} on the path", fix="correct it, or name another one",
         ) from error
     finally:
         sys.path.remove(str(folder))  # what is imported later must not be found in the user's folder by accident

@@ -119,6 +119,7 @@ def save_bundle(path: str | os.PathLike[str], **fields: Any) -> None:
         'the loss is NaN'
     """
     bundle = Bundle(**fields)
+    # Plain data and not the Bundle: weights_only refuses our own class.
     copied = {name: _copied(getattr(bundle, name), name) for name in Bundle.__dataclass_fields__}
     buffer = io.BytesIO()  # in memory first, so that an error of torch.save leaves no file
     torch.save({"format": FORMAT, "version": VERSION, **copied}, buffer)
@@ -130,15 +131,13 @@ def _copied(value: Any, where: str) -> Any:
         # Such a tensor is made of others, and its class would have to be imported to read it.
         if hasattr(value, "__tensor_flatten__") or hasattr(value, "full_tensor"):
             raise type_error(
-                f"bundle: {where} is a tensor subclass.",
-                got=type(value).__name__,
-                needs="plain tensors",
+                f"bundle: {where} is a tensor subclass.", got=type(value).__name__, needs="plain tensors",
                 fix="a DTensor's full_tensor(); dequantize() of a quantized one",
             )
         return value.detach().to("cpu", copy=True)  # a copy: a view would bring the memory of its base along
     if isinstance(value, OrderedDict):  # a state_dict: its _metadata holds the versions of the modules
         copied = OrderedDict((_copied(key, where), _copied(item, f"{where}[{key!r}]")) for key, item in value.items())
-        vars(copied).update(vars(value))
+        vars(copied).update(vars(value))  # an OrderedDict has attributes, unlike a dict
         return copied
     if isinstance(value, Mapping):
         return {_copied(key, where): _copied(item, f"{where}[{key!r}]") for key, item in value.items()}
@@ -190,16 +189,13 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
         kind = f"keys {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         raise value_error(
             f"bundle: {os.fspath(path)} is no bundle.",
-            got=kind,
-            needs="a file of nv.sensitivity.save_bundle",
-            fix="pass the bundle, not a checkpoint",
+            got=kind, needs="a file of nv.sensitivity.save_bundle", fix="pass the bundle, not a checkpoint"
         )
+    # Compared before the fields are: another version may have other fields.
     if state.get("version") != VERSION:
         raise value_error(
-            f"bundle: {os.fspath(path)} is of another version.",
-            got=f"version {state.get('version')!r}",
-            needs=f"version {VERSION}",
-            fix="read it with the version of te_nvfp4_cv that wrote it",
+            f"bundle: {os.fspath(path)} is of another version.", got=f"version {state.get('version')!r}",
+            needs=f"version {VERSION}", fix="read it with the version of te_nvfp4_cv that wrote it",
         )
     names = Bundle.__dataclass_fields__
     fields = {name: value for name, value in state.items() if name in names}  # without format and version
@@ -208,7 +204,5 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     except TypeError as error:  # a field is missing
         raise value_error(
             f"bundle: {os.fspath(path)} is incomplete.",
-            got=str(error).partition("() ")[2],
-            needs=", ".join(names),
-            fix="write it with save_bundle",
+            got=str(error).partition("() ")[2], needs=", ".join(names), fix="write it with save_bundle"
         ) from None

@@ -83,8 +83,7 @@ class Diagnosis:
     @property
     def finite(self) -> bool:
         """Return whether loss and gradients are finite in both replays; values inside, such as masks, need not be."""
-        both = [replay for replay in (self.high, self.nvfp4) if replay is not None]
-        return all(replay.finite for replay in both)
+        return self.high.finite and (self.nvfp4 is None or self.nvfp4.finite)
 
     @property
     def worst_gemm(self) -> str | None:
@@ -100,6 +99,7 @@ class Diagnosis:
         if self.nvfp4 is None or not self.high.finite:
             return None
         errors = {name: replay.gradient_error for name, replay in changed.items() if replay.finite}
+        # With a NaN among the errors, the result of min() would depend on their order.
         known = {name: error for name, error in errors.items() if error is not None and not math.isnan(error)}
         best = min(known, key=lambda name: known[name]) if known else None
         # If NVFP4 is not finite, whatever makes it finite is better.
@@ -112,6 +112,7 @@ class Diagnosis:
         The GEMM is chosen if no layer helps. The table continues the recipe's own [precision] table, whose entries stay
         as they are. It is empty if high precision is at fault, or nothing helps.
         """
+        # The replays ran with this table in force, so a suggestion without it would not be what was measured.
         own = {} if self.recipe_used is None else dict(self.recipe_used.precision)
         if self.worst_layer is not None:
             pattern = glob.escape(self.worst_layer) or "*"  # a model that is itself the layer has the name ""
@@ -125,6 +126,7 @@ class Diagnosis:
             return {**own, pattern: None, **stays}
         if self.worst_gemm is not None and self.recipe_used is not None:
             rest = dataclasses.replace(self.recipe_used, precision=())
+            # Layers in high precision stay there; every other entry loses the GEMM, too, since the last match rules.
             everywhere = without_gemm(rest, self.worst_gemm)
             changed = {pattern: None if r is None else without_gemm(r, self.worst_gemm) for pattern, r in own.items()}
             return {"*": everywhere, **changed}
@@ -163,6 +165,7 @@ class Diagnosis:
             where = self.nvfp4.first
             text = f"NVFP4 is not finite, high precision is. First: {where or 'the loss function, after the model'}."
             helps = [f"the GEMM {gemm} of all layers"] if gemm else []
+            # None is no layer, "" is the model itself.
             helps += [f"the layer {layer or '(the model)'!r}"] if layer is not None else []
             return text + (
                 f"\nFinite again with {' or with '.join(helps)} in high precision."
@@ -177,6 +180,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as dicts, lists, strings and numbers; null for what is not finite or absent."""
+        # As a recipe file writes its [precision] table: only what differs from the default recipe.
         table = {pattern: "high" if r is None else r.deviations() for pattern, r in self.suggest().items()}
         return {
             "step": self.step,
@@ -201,6 +205,7 @@ class Diagnosis:
         if self.nvfp4 is not None:
             rows.append(_cells("nothing (the recipe)", self.nvfp4))
         rows += [_cells(f"GEMM {name}", replay) for name, replay in self.gemms.items()]
+        # The layer to blame comes first: without it the gradient is nearest.
         ordered = sorted(self.layers.items(), key=lambda item: _rank(item[1]))
         rows += [_cells(name or "(the model)", replay) for name, replay in ordered]
         lines = [f"step {self.step}: {self.reason}", "", self.verdict(), "", *aligned(rows)]
@@ -213,7 +218,7 @@ class Diagnosis:
 
 def without_gemm(recipe: NVFP4BlockScaling, gemm: str) -> NVFP4BlockScaling:
     """Return the recipe with one more GEMM in high precision."""
-    out = tuple(dict.fromkeys((*recipe.high_precision_gemms, gemm)))
+    out = tuple(dict.fromkeys((*recipe.high_precision_gemms, gemm)))  # each once, in order
     return dataclasses.replace(recipe, high_precision_gemms=out)
 
 
@@ -223,6 +228,7 @@ def _rank(replay: Replay) -> float:
 
 
 def _dict(replay: Replay) -> dict[str, Any]:
+    # asdict turns findings into dicts; a sentence says more.
     fields = plain(dataclasses.asdict(replay))
     return fields | {
         name: None if finding is None else str(finding)
@@ -231,12 +237,9 @@ def _dict(replay: Replay) -> dict[str, Any]:
 
 
 def _cells(name: str, replay: Replay) -> tuple[str, ...]:
+    # "not finite" without a place: only the two main replays are watched.
     where = str(replay.first) if replay.first is not None else "" if replay.finite else "not finite"
     return (
-        name,
-        number(replay.loss, ".9g"),
-        number(replay.gradient_norm),
-        number(replay.gradient_error, ".3g"),
-        number(replay.gradient_cosine, ".4f"),
-        where,
+        name, number(replay.loss, ".9g"), number(replay.gradient_norm), number(replay.gradient_error, ".3g"),
+        number(replay.gradient_cosine, ".4f"), where,
     )

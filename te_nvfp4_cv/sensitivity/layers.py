@@ -51,6 +51,7 @@ def ruled(entries: Entries) -> Iterator[None]:
         for module, recipe in entries.items():
             enter, leave = _override(recipe)
             stack.callback(module.register_forward_pre_hook(enter).remove)
+            # always_call: a module that raises must end its override, or everything after it would run under it.
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
 
@@ -61,6 +62,7 @@ def _override(recipe: NVFP4BlockScaling | None) -> tuple[Callable[..., None], Ca
     Its owner is an object, not the module, so that it is not taken back together with set_precision's entry.
     """
     owner = object()
+    # Both return None: a hook's other value would replace the module's input or output.
     return lambda *_: state.push_override(recipe, owner), lambda *_: state.pop_override(owner)
 
 
@@ -88,11 +90,12 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
     total = 0
 
     def called(call: observe.Call) -> observe.Seen:
+        # Read when the call begins; when it is finished the stack may be another.
         module = stack[-1] if stack else None
 
         def finished(y: Tensor) -> None:
             nonlocal total
-            flops = 3 * gemm_flops(call, y)
+            flops = 3 * gemm_flops(call, y)  # fprop, dgrad and wgrad
             total += flops
             if module is None or call.recipe is None:  # called by the loss function, or in high precision
                 return

@@ -43,6 +43,7 @@ class Measured:
     @property
     def gradient_norm(self) -> float:
         """Return the norm over all parameters; NaN or inf if a gradient has one."""
+        # fp64: squares of fp32 gradients can overflow or vanish.
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients or () if g is not None))
 
     @property
@@ -84,9 +85,11 @@ class Measure:
             stack.enter_context(untouched(self.model))
             # Inside a compiled graph neither the hooks nor the observers would act.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # A caller's inference_mode would make tensors that no backward pass may use.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.gradients))
             if self.prepare is None:
+                # An evaluation that updated the scales would change the next one, and the user's training.
                 stack.enter_context(delayed_scaling.reading_only())
             torch.manual_seed(seed)
             random.seed(seed)
@@ -110,6 +113,7 @@ class Measure:
                 needs="a loss that the model computes from its parameters, not under torch.no_grad",
                 fix="return the loss itself, not loss.detach() or loss.item(); or gradients=False",
             )
+        # Not value.backward(), which adds to .grad.
         return list(torch.autograd.grad(value, parameters, allow_unused=True))  # a branch may be switched off
 
 
@@ -124,9 +128,7 @@ def _scalar(value: object) -> Tensor:
     if value.numel() != 1 or not value.is_floating_point():
         raise value_error(
             "sensitivity: the loss is not a scalar.",
-            got=describe(value),
-            needs="a floating-point tensor of one element",
-            fix="return loss.mean()",
+            got=describe(value), needs="a floating-point tensor of one element", fix="return loss.mean()"
         )
     return value.reshape(())
 

@@ -69,6 +69,7 @@ def diagnose(
     path = "BUNDLE" if isinstance(bundle, Bundle) else os.fspath(bundle)
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     dispatch.check_backend(backend)
+    # Before the builder, whose code may take minutes, anything that can be refused without it.
     where = devices.usable(device, "diagnose")
     build = builders.recorded(loaded.builder["name"], path) if build is None else build
     model, loss = _built(build, loaded, where)
@@ -83,13 +84,8 @@ class _Step:
     """A step that is ready to be replayed."""
 
     def __init__(
-        self,
-        bundle: Bundle,
-        model: nn.Module,
-        loss: Loss,
-        recipe: NVFP4BlockScaling | None,
-        device: torch.device,
-        backend: str,
+        self, bundle: Bundle, model: nn.Module, loss: Loss, recipe: NVFP4BlockScaling | None,
+        device: torch.device, backend: str,
     ) -> None:
         self.bundle, self.model, self.recipe, self.device = bundle, model, recipe, device
         self.batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, bundle.batch)
@@ -125,6 +121,7 @@ class _Step:
     def _in_high_precision(self, trace: Trace) -> Measured:
         """Run the first replay, which shows whether the builder's code runs here at all."""
         try:
+            # Every module gets an entry, so that no table and no set_precision brings NVFP4 back.
             return self._run(dict.fromkeys((module for _, module in named(self.model)), None), trace, outside=False)
         except Exception as error:
             raise value_error(
@@ -136,6 +133,7 @@ class _Step:
 
     def _toggled(self, units: list[Unit], high: Measured) -> tuple[dict[str, Replay], dict[str, Replay]]:
         """Replay with each GEMM, and then with each layer, in high precision."""
+        # The recipes that the layers really ran with, tables included: each replay changes one thing against that.
         own: dict[nn.Module, NVFP4BlockScaling | None] = {unit.module: unit.recipe for unit in units}
         gemms: dict[str, Replay] = {}
         for gemm in GEMMS:
@@ -151,6 +149,7 @@ class _Step:
         return gemms, layers
 
     def _run(self, entries: Entries, trace: Trace | None = None, outside: bool = True) -> Measured:
+        # The bundle holds the name: a dtype is no plain data. Bundle has checked that it is one of two.
         dtype = None if self.bundle.autocast is None else getattr(torch, self.bundle.autocast)
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
             return self.measure(self.batch, entries, self.bundle.seeds["torch"], outside, trace)
@@ -161,15 +160,8 @@ def _replay(found: Measured, high: Measured | None, trace: Trace | None = None) 
     # A distance from or to a gradient that is not finite would be no number.
     if high is not None and high.finite and found.finite:
         error, cosine = compare(found, high)
-    return Replay(
-        found.loss,
-        found.gradient_norm,
-        found.finite,
-        error,
-        cosine,
-        None if trace is None else trace.forward,
-        None if trace is None else trace.backward,
-    )
+    seen = trace or Trace()  # an unused one has no findings
+    return Replay(found.loss, found.gradient_norm, found.finite, error, cosine, seen.forward, seen.backward)
 
 
 def _built(build: builders.Build, bundle: Bundle, device: torch.device) -> tuple[nn.Module, Loss]:
@@ -201,4 +193,5 @@ def _built(build: builders.Build, bundle: Bundle, device: torch.device) -> tuple
             needs="the architecture of the step",
             fix="name the builder that wrote the bundle, or correct its arguments",
         ) from None
+    # Modules that the builder put into eval mode train, too: a bundle does not record modes.
     return model.train(), loss

@@ -105,7 +105,8 @@ class Scan:
             parts.append(row.alone.size)
         if row.without is not None:
             parts.append(_gain(self.everything.size, row.without.size))
-        value = sum(parts) / len(parts)
+        value = sum(parts) / len(parts)  # at least one: every mode measures something
+        # A layer whose figures are NaN is the worst that there is; NaN would also spoil the sort.
         return math.inf if math.isnan(value) else value
 
     def ranked(self) -> list[LayerScan]:
@@ -123,8 +124,10 @@ class Scan:
             ValueError: both are given, or a value is out of range.
         """
         chosen: list[LayerScan] = []
+        # Greedy, worst first: the best subset would be a knapsack problem, and scores do not add up exactly.
         left = self._budget(budget, count)
         for row in self.ranked():
+            # With a count every layer costs 1, so that both limits are one loop.
             cost = 1 if count is not None else row.flops
             if self.score(row) > 0 and cost <= left:
                 chosen.append(row)
@@ -135,9 +138,7 @@ class Scan:
         if budget is not None and count is not None:
             raise value_error(
                 "scan: budget and count contradict each other.",
-                got=f"budget={budget!r}, count={count!r}",
-                needs="one of the two",
-                fix="leave one out",
+                got=f"budget={budget!r}, count={count!r}", needs="one of the two", fix="leave one out"
             )
         if count is not None:
             # True and False are integers in Python, and surely a mistake here.
@@ -154,10 +155,12 @@ class Scan:
         names = {row.name for row in chosen}
         table: dict[str, NVFP4BlockScaling | None] = dict.fromkeys(names, None)
         for row in self.rows:
+            # A dot after the name: "layer1" is not above "layer10".
             if row.name not in names and any(not name or row.name.startswith(f"{name}.") for name in names):
                 table[row.name] = self.recipe_used
         # The last match wins: a module comes before its children, in the order in which they ran.
         order = sorted(table, key=lambda name: (name.count(".") + bool(name), self._place(name)))
+        # Names are taken literally: one with brackets would be a pattern otherwise.
         return {glob.escape(name) or "*": table[name] for name in order}  # "*": the model itself
 
     def _place(self, name: str) -> int:
@@ -199,7 +202,7 @@ class Scan:
         own = sum(row.flops for row in self.rows)
         rows = [("layer", "op", "kernel", "FLOPs", *_titles("alone"), *_titles("without"), "score", "")]
         for row in self.ranked():
-            share = f"{row.flops / own:.1%}" if own else ""
+            share = f"{row.flops / own:.1%}" if own else ""  # of the scanned layers, as budgets are counted
             kernel = "x".join(map(str, row.kernel))
             cells = (*_cells(row.alone), *_cells(row.without), number(self.score(row), ".3g"), "")
             rows.append((row.name or "(the model)", row.op, kernel, share, *cells))
@@ -222,9 +225,7 @@ def _cells(change: Change | None) -> tuple[str, ...]:
     if change is None:
         return ("",) * 4
     return (
-        number(change.loss, "+.3g"),
-        number(change.standard_error, ".1g"),
-        number(change.gradient_error, ".3g"),
+        number(change.loss, "+.3g"), number(change.standard_error, ".1g"), number(change.gradient_error, ".3g"),
         number(change.gradient_cosine, ".4f"),
     )
 
@@ -237,11 +238,10 @@ def write_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str], overwr
         OSError: the file cannot be written.
     """
     if Path(path).exists() and not overwrite:
+        # Python's own class for this, with the text in our form.
         text = message(
             "recipe file: not written, the file exists.",
-            got=str(path),
-            needs="a path where no file is",
-            fix="overwrite=True, or another path",
+            got=str(path), needs="a path where no file is", fix="overwrite=True, or another path"
         )
         raise FileExistsError(text)
     save_recipe(recipe, path)

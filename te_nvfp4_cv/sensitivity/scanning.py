@@ -77,18 +77,18 @@ def scan(
     if mode not in MODES:
         raise value_error("scan: unknown mode.", got=repr(mode), needs=f"one of {', '.join(MODES)}", fix="mode='both'")
     dispatch.check_backend(backend)
+    # Each configuration sets the precision of every layer; a table would overrule that.
     resolved = dataclasses.replace(recipe_in_force(recipe), precision=())
     resolved.validate_for_use()
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # DDP's forward prepares a reduction, and then waits for a backward pass
     run = _Run(Measure(model, loss, resolved, backend, gradients), MODES[mode], seed, progress)
+    # Batch by batch, and not configuration by configuration: a loader is read once, and each batch is held once.
     for index, batch in enumerate(batches):
         run.batch(batch, index)
     if not run.high:
         raise value_error(
-            "scan: there are no batches.",
-            got="an iterable without elements",
-            needs="at least one batch",
+            "scan: there are no batches.", got="an iterable without elements", needs="at least one batch",
             fix="pass a list of batches, because an iterator that was read before is empty",
         )
     return run.report()
@@ -145,6 +145,7 @@ class _Run:
 
     def _find(self, batch: Any, seed: int) -> None:
         """Find the units in a forward pass with every module in NVFP4: what set_precision says must not hide one."""
+        # Layers show in the forward pass alone, so a backward pass would be wasted.
         look = dataclasses.replace(self.measure, gradients=False)
         every = {module: self.measure.recipe for _, module in named(self.measure.model)}
         self.units, self.total_flops = units_of(self.measure.model, lambda: look(batch, every, seed))
@@ -164,7 +165,7 @@ class _Run:
             for unit, (alone, without) in zip(self.units, self.columns, strict=True)
         ]
         everything = self.everything.change()
-        assert everything is not None
+        assert everything is not None  # run.high is not empty, so there was a batch
         return Scan(
             rows, statistics.fmean(self.high), everything, len(self.high), self.total_flops, self.measure.recipe
         )

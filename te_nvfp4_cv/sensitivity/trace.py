@@ -48,10 +48,11 @@ class Trace:
         """Watch the model while the body runs."""
         with ExitStack() as stack:
             for name, module in named(model):
+                # Pre-hooks look at weights as well: a bad weight should be named, not the output that it spoils.
                 stack.callback(module.register_forward_pre_hook(self._starts(name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._ends(name)).remove)
                 for key, parameter in module.named_parameters(recurse=False):
-                    if parameter.requires_grad:
+                    if parameter.requires_grad:  # register_hook refuses others
                         hook = self._gradient(name, f"gradient of the parameter {key}")
                         stack.callback(parameter.register_hook(hook).remove)
             yield
@@ -66,6 +67,7 @@ class Trace:
         return hook
 
     def _look(self, name: str, what: str, value: Any, masks: bool = False) -> None:
+        # After the first finding nothing more is read, which would wait for the GPU.
         if self.forward is None and not all(_finite(leaf, masks) for leaf in tree_leaves(value)):
             self.forward = Finding(name, what)
 
@@ -74,6 +76,7 @@ class Trace:
             self._look(name, "output", output)
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    # On the tensor, not the module: full backward hooks of modules refuse in-place changes of outputs.
                     leaf.register_hook(self._gradient(name, "gradient of the output"))
 
         return hook
@@ -94,5 +97,5 @@ def _finite(value: Any, masks: bool = False) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
     deferred.settle(value)  # an activation that only quantized layers read may not be written yet
-    v = value.detach()
+    v = value.detach()  # or autograd would record the comparisons
     return bool((v.isfinite() | v.isneginf()).all() if masks else v.isfinite().all())

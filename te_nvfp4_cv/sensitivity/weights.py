@@ -92,7 +92,7 @@ class Study:
 def _cells(row: Weight) -> tuple[str, ...]:
     shape = "x".join(map(str, row.shape))
     if row.blocks_2d is None or row.blocks_1d is None:
-        return (row.name, shape, *[""] * 10, row.trouble)
+        return (row.name, shape, *[""] * 10, row.trouble)  # a cell for each figure
     both = (row.blocks_2d, row.blocks_1d)
     return (
         row.name,
@@ -131,11 +131,7 @@ def kurtosis(model: nn.Module) -> Study:
             needs="torch.nn.Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear or MultiheadAttention",
             fix="pass the model whose layers train",
         )
-    return Study(sorted(rows, key=_badness, reverse=True))
-
-
-def _badness(row: Weight) -> float:
-    return math.inf if row.trouble else row.kurtosis
+    return Study(sorted(rows, key=lambda row: math.inf if row.trouble else row.kurtosis, reverse=True))
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
@@ -144,6 +140,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
         if isinstance(module, LAYERS):
             keys = ["weight"]
         elif isinstance(module, nn.MultiheadAttention):
+            # in_proj_weight, or q_, k_ and v_proj_weight if their widths differ. out_proj is a module of its own.
             keys = [key for key in module._parameters if "weight" in key]
         else:
             continue
@@ -163,7 +160,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
                     needs="weights with values",
                     fix="run one forward pass, or load the weights, first",
                 )
-            if w.numel():
+            if w.numel():  # a layer without channels has no figures
                 yield name, w, module
 
 
@@ -173,6 +170,7 @@ def _weight(name: str, w: Tensor, module: nn.Module) -> Weight:
     bad = [f"{int(count)} {word}" for count, word in ((w.isnan().sum(), "NaN"), (w.isinf().sum(), "inf")) if count]
     if bad:
         return Weight(name, shape, f"{' and '.join(bad)} of {w.numel()} weights")
+    # fp64: in fp16 fourth powers vanish, and in bf16 they have 8 bits.
     values = w.double()
     mean = float(values.mean())
     deviations = values - mean
@@ -199,11 +197,13 @@ def _cost(w: Tensor, groups: int, two_d: bool) -> Cost:
     codes = operand.quantize_weight(w, WeightSpec(groups, PACKED, two_d=two_d), torch.float32, backend)
     layout = WeightLayout(n, channels, groups, columnwise=False)
     blocks = operand.unpack_weight(codes.row, layout, None, torch.float32, backend)
+    # unpack_weight gives code times block scale; the tensor scale is applied here, in fp64, to add no rounding.
     quantized = blocks.double() * (codes.amax.double() / (E2M1_MAX * E4M3_MAX))
     values = w.flatten(2).movedim(2, 1).double() if w.dim() > 2 else w[:, None].double()  # [O, taps, C / groups]
     # Code 7 of 0..7 is the value 6. With 1e-6 a weight of exactly 6 scales does not count as clipped.
     largest = unpack_nibbles(codes.row.data)[..., :channels].bitwise_and(7) == 7
     power, noise = float(values.square().sum()), float((values - quantized).square().sum())
+    # A weight that is 0 already loses nothing, as pruned ones are.
     nonzero = int((values != 0).sum())
     return Cost(
         sqnr_db=10 * math.log10(power / noise) if noise and power else math.inf,

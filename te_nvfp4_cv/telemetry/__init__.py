@@ -14,15 +14,6 @@ from te_nvfp4_cv.telemetry.report import write_report
 from te_nvfp4_cv.telemetry.sinks import JSONL, Sink, TensorBoard, WandB, fresh_path
 
 __all__ = [
-    "JSONL",
-    "Run",
-    "Sink",
-    "Telemetry",
-    "TensorBoard",
-    "WandB",
-    "attach",
-    "fresh_path",
-    "read",
-    "render_heatmaps",
-    "write_report",
+    "JSONL", "Run", "Sink", "Telemetry", "TensorBoard", "WandB", "attach", "fresh_path", "read",
+    "render_heatmaps", "write_report",
 ]

@@ -44,9 +44,7 @@ def need(*packages: str) -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise runtime_error(
-                f"telemetry: {package} is not installed.",
-                got=str(error),
-                needs=" and ".join(packages),
+                f"telemetry: {package} is not installed.", got=str(error), needs=" and ".join(packages),
                 fix=f"pip install {' '.join(packages)}, or pip install te_nvfp4_cv[telemetry]",
             ) from error
 

@@ -75,8 +75,9 @@ def as_run(run_or_path: Run | str | os.PathLike[str]) -> Run:
 
 def table(run: Run, layers: Sequence[str], *keys: str) -> np.ndarray:
     """Return one number of every layer (rows) at every sampled step (columns), NaN if it is absent."""
+    # None marks absence in JSON, NaN in arrays: matplotlib and numpy's nan-functions leave NaN out.
     values = [[np.nan if value is None else value for value in run.series(layer, *keys)] for layer in layers]
-    return np.array(values, float).reshape(len(layers), len(run.steps))
+    return np.array(values, float).reshape(len(layers), len(run.steps))  # a run without layers has 0 rows, not 0 axes
 
 
 def usage(run: Run, layers: Sequence[str], tensor: str = "weight") -> tuple[int | None, np.ndarray]:
@@ -85,11 +86,12 @@ def usage(run: Run, layers: Sequence[str], tensor: str = "weight") -> tuple[int 
     A layer without codes has NaN; the step is None if no layer ever had codes.
     """
     shares = np.full((len(layers), 16), np.nan)
+    # Backward from the end: the last steps of a run may be in high precision, without codes.
     for step, held in reversed(run.steps.items()):
         for row, layer in enumerate(layers):
             codes = held.get(layer, {}).get("tensors", {}).get(tensor, {}).get("codes", {})
             counts = np.array([np.nan if count is None else count for count in codes.get("usage", [])], float)
-            if len(counts) == 16 and counts.sum() > 0:
+            if len(counts) == 16 and counts.sum() > 0:  # the counts come from a file, and may be damaged
                 shares[row] = counts[CODES] / counts.sum()
         if np.isfinite(shares).any():
             return step, shares
@@ -112,14 +114,13 @@ def render(run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str
         >>> import te_nvfp4_cv as nv
         >>> files = nv.telemetry.render_heatmaps("runs/telemetry.jsonl", "plots")  # doctest: +SKIP
     """
+    # First, so that a missing package leaves no empty folders.
     drawing.need("matplotlib", "plotly")
     run = as_run(run_or_path)
     if not run.steps:
         raise value_error(
-            f"telemetry: {run.path} has no sampled step.",
-            got=f"{len(run.scalars)} steps with scalars only",
-            needs="at least one sampled step",
-            fix="train with every > 0 (--telemetry-every)",
+            f"telemetry: {run.path} has no sampled step.", got=f"{len(run.scalars)} steps with scalars only",
+            needs="at least one sampled step", fix="train with every > 0 (--telemetry-every)",
         )
     try:
         folder = _folder(Path(out) / "heatmaps", f"{run.model}-{run.name}")
@@ -154,6 +155,7 @@ def _plotly(folder: Path) -> Path:
     """Return plotly's script in that folder; it is written once."""
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
+    # With the version in its name: pictures of an older plotly keep the script that they were made for.
     script = folder / f"plotly-{get_plotlyjs_version()}.min.js"
     if not script.is_file():
         write_atomically(script, get_plotlyjs().encode())
@@ -181,14 +183,8 @@ class _Pictures:
         self._map("weights/quantized/usage", title, values, CODE_NAMES, bounds, "share (%)", "code, by its value")
 
     def _map(
-        self,
-        name: str,
-        title: str,
-        values: np.ndarray,
-        columns: Sequence[Any],
-        bounds: drawing.Limits,
-        label: str,
-        xlabel: str,
+        self, name: str, title: str, values: np.ndarray, columns: Sequence[Any], bounds: drawing.Limits,
+        label: str, xlabel: str,
     ) -> None:
         some = np.isfinite(values).any(axis=1)
         rows, shown = [row for row, known in zip(self.run.layers, some, strict=True) if known], values[some]
@@ -234,9 +230,11 @@ class _Pictures:
 
     def _json(self, name: str, title: str, unit: str, values: np.ndarray, more: dict[str, Any]) -> None:
         run = self.run
+        # Usage is that of one step, or of none.
         steps = self.steps if not more else [step for step in [usage(run, run.layers)[0]] if step is not None]
         content: dict[str, Any] = {"title": title, "model": run.model, "run": run.name, "unit": unit}
         content |= {"layers": run.layers, "steps": steps, **more, "values": values.tolist()}
+        # Through dumps first, which writes null for NaN.
         text = json.dumps(json.loads(dumps(content)), indent=1)
         # JSON's indentation puts each number on a line; a layer's numbers belong on one.
         text = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
@@ -247,13 +245,8 @@ class _Pictures:
 
 
 def plotly_heatmap(
-    title: str,
-    rows: Sequence[str],
-    columns: Sequence[Any],
-    values: np.ndarray,
-    bounds: drawing.Limits,
-    label: str,
-    xlabel: str,
+    title: str, rows: Sequence[str], columns: Sequence[Any], values: np.ndarray, bounds: drawing.Limits,
+    label: str, xlabel: str,
 ) -> Any:
     """Draw an interactive heatmap; pointing at a cell shows layer, column and value."""
     import matplotlib
@@ -267,6 +260,7 @@ def plotly_heatmap(
     if bounds.log:
         low, high = float(np.log10(low)), float(np.log10(high))
         with np.errstate(divide="ignore", invalid="ignore"):
+            # Zeros go below the scale, as in the PNG, and absent values stay absent.
             drawn = np.where(values > 0, np.log10(values), np.where(np.isnan(values), np.nan, low - 1))
         exponents = range(int(np.ceil(low)), int(np.floor(high)) + 1)
         bar |= {"tickvals": list(exponents), "ticktext": [f"1e{exponent}" for exponent in exponents]}
@@ -286,7 +280,7 @@ def plotly_heatmap(
             y=names,
             zmin=low,
             zmax=high,
-            colorscale=[[at, to_hex(colours(at))] for at in np.linspace(0, 1, 17).tolist()],
+            colorscale=[[at, to_hex(colours(at))] for at in np.linspace(0, 1, 17).tolist()],  # as in the PNG
             colorbar=bar,
             hoverongaps=True,
             hovertemplate=f"layer %{{y}}<br>{xlabel.split(',')[0]} %{{x}}<br>%{{text}}<extra></extra>",
@@ -307,20 +301,16 @@ def plotly_curves(title: str, rows: Sequence[str], steps: Sequence[int], values:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    named = dict(zip(drawing.pick(values), drawing.COLOURS, strict=False))
+    named = dict(zip(drawing.pick(values), drawing.COLOURS, strict=False))  # there may be more colours than layers
     present = [index for index in range(len(rows)) if np.isfinite(values[index]).any()]
+    # Named curves last: they lie on top of the grey ones.
     for index in [*(index for index in present if index not in named), *named]:
         name = html.escape(rows[index])
         line = {"color": named.get(index, "#c2c2c2"), "width": 2 if index in named else 1}
         figure.add_scatter(
-            x=list(steps),
-            y=[None if np.isnan(value) else float(f"{value:.5g}") for value in values[index]],
-            name=name,
-            mode="lines+markers" if len(steps) <= 40 else "lines",
-            marker={"size": 5 if index in named else 3},
-            line=line,
-            connectgaps=True,
-            showlegend=index in named,
+            x=list(steps), y=[None if np.isnan(value) else float(f"{value:.5g}") for value in values[index]],
+            name=name, mode="lines+markers" if len(steps) <= 40 else "lines",
+            marker={"size": 5 if index in named else 3}, line=line, connectgaps=True, showlegend=index in named,
             hovertemplate=f"layer {name}<br>step %{{x}}<br>%{{y:.5g}}<extra></extra>",
         )
     _layout(figure, title, "step", 520)

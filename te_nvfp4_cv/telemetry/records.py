@@ -34,6 +34,7 @@ FORMAT, VERSION = "te_nvfp4_cv.telemetry", 1
 
 def dumps(record: Any) -> str:
     """Return a record as one line of strict JSON, with null for numbers that are not finite."""
+    # allow_nan=False: Python would write NaN, which is no JSON, if `plain` missed one.
     return json.dumps(plain(record), separators=(",", ":"), allow_nan=False)
 
 
@@ -41,9 +42,7 @@ def cannot_write(place: str | os.PathLike[str], error: OSError) -> ValueError:
     """Return the error to raise if a file or folder of telemetry cannot be written."""
     return value_error(
         f"telemetry: {os.fspath(place)} cannot be written.",
-        got=str(error),
-        needs="a folder that can be written",
-        fix="choose another path",
+        got=str(error), needs="a folder that can be written", fix="choose another path"
     )
 
 
@@ -115,10 +114,8 @@ def read(path: str | os.PathLike[str]) -> Run:
     head = [record for record in records if record.get("kind") == "run"][-1]  # a resumed run has written another
     if not isinstance(head.get("version"), int) or head["version"] > VERSION:
         raise value_error(
-            f"telemetry: {path} is of another version.",
-            got=f"version {head.get('version')!r}",
-            needs=f"at most {VERSION}",
-            fix="install the version of te_nvfp4_cv that wrote it",
+            f"telemetry: {path} is of another version.", got=f"version {head.get('version')!r}",
+            needs=f"at most {VERSION}", fix="install the version of te_nvfp4_cv that wrote it",
         )
     layers, every = head.get("layers", []), head.get("every", 0)
     named = isinstance(layers, list) and all(isinstance(layer, dict) and "name" in layer for layer in layers)
@@ -126,15 +123,9 @@ def read(path: str | os.PathLike[str]) -> Run:
         got = f"layers {str(layers)[:60]}, every {every!r}"
         raise _refused(f"the header of {path} is damaged", got, "a list of tables with names, and a number")
     run = Run(
-        path,
-        name=str(head.get("name", "")),
-        group=str(head.get("group", "")),
-        model=str(head.get("model", "")),
-        recipe=str(head.get("recipe", "")),
-        every=every,
-        started=str(head.get("started", "")),
-        layers=[str(layer["name"]) for layer in layers],
-        notes=notes,
+        path, name=str(head.get("name", "")), group=str(head.get("group", "")),
+        model=str(head.get("model", "")), recipe=str(head.get("recipe", "")), every=every,
+        started=str(head.get("started", "")), layers=[str(layer["name"]) for layer in layers], notes=notes,
     )
     for record in records:
         _take(run, record)
@@ -153,6 +144,7 @@ def _take(run: Run, record: dict[str, Any]) -> None:
     if kind == "step":
         run.steps[int(record["step"])] = record["layers"]  # of a step that a resumed run repeated, the later record
     elif kind == "scalars":
+        # Of one step there may be several records: training and validation write theirs apart.
         run.scalars.setdefault(int(record["step"]), {}).update(record["values"])
     elif kind == "alarm" and record not in run.alarms:  # a resumed run repeats steps, and so may repeat their alarms
         run.alarms.append(record)
@@ -173,6 +165,7 @@ def _parse(path: Path, text: str) -> tuple[list[dict[str, Any]], list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            # Records of other kinds pass: a later version may add some.
             needed = REQUIRED.get(record.get("kind"), {})
             wrong = [
                 f"{key} ({kind.__name__})" for key, kind in needed.items() if not isinstance(record.get(key), kind)
@@ -180,13 +173,12 @@ def _parse(path: Path, text: str) -> tuple[list[dict[str, Any]], list[str]]:
             if wrong:
                 raise ValueError(f"no {', '.join(wrong)}")
         except (ValueError, AttributeError, TypeError) as error:
+            # Only the very last line, and only without its newline, can come from a run that was killed.
             if number == len(lines) and not ended:
                 return records, [f"line {number} was cut off and is left out"]
             raise value_error(
                 f"telemetry: {path}, line {number} is damaged.",
-                got=f"{line[:60]!r}: {error}",
-                needs="one JSON record per line",
-                fix="remove the line",
+                got=f"{line[:60]!r}: {error}", needs="one JSON record per line", fix="remove the line"
             ) from error
         records.append(record)
     return records, []

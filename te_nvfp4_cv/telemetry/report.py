@@ -106,6 +106,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     labels: list[str] = []
     for run in runs:
         name, number = run.name or "run", 1
+        # Names are the user's: two runs may be "nvfp4", and one of them "nvfp4 (2)".
         while (name if number == 1 else f"{name} ({number})") in labels:
             number += 1
         labels.append(name if number == 1 else f"{name} ({number})")
@@ -113,7 +114,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _union(lists: Iterable[Sequence[str]]) -> list[str]:
-    return list(dict.fromkeys(name for names in lists for name in names))
+    return list(dict.fromkeys(name for names in lists for name in names))  # a set would lose the order
 
 
 def _chunks(panels: list[Panel]) -> Iterator[list[Panel]]:
@@ -182,6 +183,7 @@ class _Report:
         for name in names:
             series: dict[str, tuple[list[int], list[float]]] = {}
             for label, run in self.runs:
+                # Runs need not record the same figures, nor every figure at every step.
                 found = [(step, held[name]) for step, held in run.scalars.items() if _is_number(held.get(name))]
                 if found:
                     series[label] = ([step for step, _ in found], [value for _, value in found])
@@ -196,6 +198,7 @@ class _Report:
         rows = "".join(
             f'<tr><td>{_escape(label)}</td><td class="n">{_escape(alarm["step"])}</td>'
             f"<td>{_escape(alarm['layer'])}</td><td>{_escape(alarm['text'])}</td></tr>"
+            # A diverged run may raise one for every layer and step.
             for label, alarm in found[:MOST_ALARMS]
         )
         more = _note(f"{len(found) - MOST_ALARMS} more are in the files.") if len(found) > MOST_ALARMS else ""
@@ -274,6 +277,7 @@ class _Report:
             some = np.any([np.isfinite(panel.values).any(axis=1) for panel in panels], axis=0)
             rows = [layer for layer, shown in zip(self.layers, some, strict=True) if shown]
             panels = [Panel(panel.heading, panel.columns, panel.values[some]) for panel in panels]
+            # Common to all pictures of a figure: equal colours then mean equal values in every run.
             bounds = drawing.limits([panel.values for panel in panels], diverging)
             for chunk in _chunks(panels):
                 yield drawing.heatmaps(title, rows, chunk, bounds, label, xlabel)
@@ -301,7 +305,7 @@ class _Report:
 
         drawn, packed = io.BytesIO(), io.BytesIO()
         drawing.save(figure, drawn, self.resolution)
-        picture = Image.open(drawn).convert("RGB")
+        picture = Image.open(drawn).convert("RGB")  # without the alpha channel, which nothing uses
         if self.palette:  # of all methods only this one keeps rare colours, such as those of a colour bar
             picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         picture.save(packed, "png", optimize=True)

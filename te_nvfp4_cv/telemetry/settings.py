@@ -28,10 +28,8 @@ class Settings:
     def __post_init__(self) -> None:
         for argument, least in (("every", 0), ("max_elements", 16), ("noise_bytes", 0)):
             value = getattr(self, argument)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:  # True is an int to Python
                 raise value_error(
                     f"telemetry: bad {argument}.",
-                    got=repr(value),
-                    needs=f"an integer >= {least}",
-                    fix=f"correct {argument}",
+                    got=repr(value), needs=f"an integer >= {least}", fix=f"correct {argument}"
                 )

@@ -130,6 +130,7 @@ class JSONL(_Log):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self._repair(self.path.read_bytes())
+            # Opened once now: a folder without rights should fail at the start, not in the first sampled step.
             self.path.open("a", encoding="utf-8").close()
         except OSError as error:
             raise cannot_write(self.path, error) from error
@@ -142,10 +143,9 @@ class JSONL(_Log):
         if content and not ours:
             raise value_error(
                 f"telemetry: {self.path} is no telemetry file.",
-                got=repr(first[:60]),
-                needs="a file that telemetry wrote, to continue it",
-                fix="choose another path",
+                got=repr(first[:60]), needs="a file that telemetry wrote, to continue it", fix="choose another path"
             )
+        # Without this the next record would be appended to the half line, and both would be lost.
         if content and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
 
@@ -249,6 +249,7 @@ class WandB(_Log):
                 settings = wandb.Settings(silent=True, console="off", init_timeout=30, reinit="create_new")
                 run = wandb.init(mode=mode, settings=settings, dir=str(self._folder), **self._options)
                 run.define_metric("step")
+                # W&B numbers its log calls by itself. The records' own steps are the axis here.
                 run.define_metric("*", step_metric="step")
                 self._target = run
                 return
@@ -259,6 +260,7 @@ class WandB(_Log):
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
         shown = {key: header[key] for key in ("model", "recipe", "every", "started")}
+        # allow_val_change: a run that is resumed in W&B has this entry already.
         self._try(lambda run: run.config.update({"telemetry": shown}, allow_val_change=True))
 
     def step(self, record: dict[str, Any]) -> None:
@@ -315,9 +317,7 @@ class TensorBoard(_Log):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise value_error(
-                "telemetry: tensorboard is not installed.",
-                got=str(error),
-                needs="the package tensorboard",
+                "telemetry: tensorboard is not installed.", got=str(error), needs="the package tensorboard",
                 fix="pip install tensorboard, or leave the sink out",
             ) from error
         try:
@@ -338,15 +338,9 @@ class TensorBoard(_Log):
                 centres = (edges[1:] + edges[:-1]) / 2
                 # Raw, because the values are gone: TensorBoard gets the counts, and sums as from the bins' centres.
                 writer.add_histogram_raw(
-                    name,
-                    min=float(edges[0]),
-                    max=float(edges[-1]),
-                    num=int(counts.sum()),
-                    sum=float((counts * centres).sum()),
-                    sum_squares=float((counts * centres**2).sum()),
-                    bucket_limits=edges[1:].tolist(),
-                    bucket_counts=counts.tolist(),
-                    global_step=record["step"],
+                    name, min=float(edges[0]), max=float(edges[-1]), num=int(counts.sum()),
+                    sum=float((counts * centres).sum()), sum_squares=float((counts * centres**2).sum()),
+                    bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(), global_step=record["step"],
                 )
 
         self._try(write)

@@ -54,13 +54,14 @@ def stats(
         "nonfinite": nonfinite,
         "mean": mean * unit,
         "std": central2.sqrt() * unit,
-        "kurtosis": central4 / central2.square() - 3,
+        "kurtosis": central4 / central2.square() - 3,  # 0/0 of a constant tensor is NaN, and null in the file
         "amax": amax,
         "zeros": (held == 0).logical_and(finite).sum() / count,
     }
     if histograms:
         share = torch.where(finite, held / unit, 2.0)  # 2 lies beyond the range, and so is not counted
         out["histogram"] = _histogram(share.float(), BINS, -1.0, 1.0)
+        # The middle of a bin, which no rounding moves over its edge.
         exponent = held.abs().log2().floor().clamp(LOG2_FIRST, LOG2_FIRST + BINS - 1) + 0.5
         exponent = torch.where(finite & (held != 0), exponent, 2.0 * BINS)
         out["log2_histogram"] = _histogram(exponent.float(), BINS, LOG2_FIRST, LOG2_FIRST + BINS)
@@ -98,6 +99,7 @@ def _compare(b: Blocks) -> dict[str, Tensor]:
         zero_code = (b.codes & 7)[b.valid] == 0
     else:
         zero_code = (b.codes & 7) == 0
+    # In units of amax no square overflows or vanishes, not even of fp64 values; ratios stay as they are.
     unit = raw.abs().amax() if raw.numel() else raw.sum()
     unit = torch.where(unit.isfinite() & (unit > 0), unit, 1.0)
     x, y = raw / unit, values / unit
@@ -137,6 +139,7 @@ def _histogram(v: Tensor, bins: int, low: float, high: float) -> Tensor:
 
 def histogram_by_comparison(v: Tensor, bins: int, low: float, high: float) -> Tensor:
     """Return torch.histc's counts without atomic additions; the last bin holds its upper end."""
+    # clamp: histc counts the upper end itself into the last bin.
     index = ((v - low) * (bins / (high - low))).floor().clamp(max=bins - 1)
     index = torch.where((v >= low) & (v <= high), index, -1.0)
     return (index.flatten().unsqueeze(-1) == torch.arange(bins, device=v.device)).sum(0).float()
@@ -162,6 +165,7 @@ def fetch(record: Any) -> Any:
     values: dict[int, Any] = {}
     for device in {tensor.device for tensor in found}:
         here = [tensor for tensor in found if tensor.device == device]
+        # One copy: each .item() would wait for the GPU, and a sampled step has thousands of numbers.
         flat = torch.cat([tensor.detach().double().flatten() for tensor in here]).cpu()
         for tensor, part in zip(here, flat.split([tensor.numel() for tensor in here]), strict=True):
             numbers = [_number(value) for value in part.tolist()]

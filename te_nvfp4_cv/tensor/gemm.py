@@ -61,6 +61,7 @@ def gemm(
         # By attributes, not methods: torch.compile takes methods of a tensor subclass for operators.
         if face == "rowwise":
             assert t._rowwise_data is not None and t._rowwise_scale_inv is not None
+            # [..., Kp/2] -> [M, Kp/2]; scales are of the matrix already.
             data, scale, amax = t._rowwise_data.flatten(0, -2), t._rowwise_scale_inv, t._amax_rowwise
         else:
             assert t._columnwise_data is not None and t._columnwise_scale_inv is not None
@@ -69,6 +70,7 @@ def gemm(
                 data, scale = formats.ntile_to_te(data, scale)
         assert amax is not None
         operands.append([data, scale, amax])
+        # Custom operators take tensors and numbers: two numbers for each operand.
         scaling += [t._nvfp4_e4m3_max, int(t._row_scaled_nvfp4)]
     I, J = operands[0][0].shape[0], operands[1][0].shape[0]  # noqa: E741
     result = operator.gemm(
@@ -79,6 +81,7 @@ def gemm(
         out.dtype if out is not None else out_dtype,
         dispatch.resolve(backend, a.device),
     )
+    # A result of columnwise faces is a matrix; otherwise its rows are a's leading dimensions.
     lead = a.shape[:-1] if LAYOUTS[layout][0] == "rowwise" else (I,)
     result = result.reshape(*lead, J)
     return result if out is None else out.copy_(result)  # the operator never writes to its arguments

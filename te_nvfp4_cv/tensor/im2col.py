@@ -67,6 +67,7 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
     faces: dict[str, Any] = {}
     if t.rowwise_data is not None:
         for name, part in (("rowwise_data", t.rowwise_data), ("rowwise_scale_inv", t.rowwise_scale_inv)):
+            # Scales are gathered as bytes, too: indexing knows no float8.
             pixels_in = part.view(torch.uint8).reshape(-1, batch, part.shape[-1])
             columns = gather(pixels_in, pixels).transpose(1, 2)  # [pixels, B, taps, k]
             lead = (*out, batch) if name == "rowwise_data" else (columns.shape[0] * batch,)  # scales are always 2-D
@@ -79,15 +80,5 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
     for name in ("rowwise_scale_inv", "columnwise_scale_inv"):
         if name in faces:
             faces[name] = faces[name].contiguous().view(torch.float8_e4m3fn)
-    return NVFP4Tensor(
-        shape=(*out, batch, geometry.taps * channels),
-        dtype=t.dtype,
-        amax_rowwise=t.amax_rowwise,
-        amax_columnwise=t.amax_columnwise,
-        quantizer=t.quantizer,
-        nvfp4_use_4over6=t.four_over_six,
-        nvfp4_e4m3_max=t.e4m3_max,
-        columnwise_rht=t.columnwise_rht,
-        with_random_sign_mask=t._with_random_sign_mask,
-        **faces,
-    )
+    # The amaxes stay: the codes were made with them, and zeros of the padding would not raise them.
+    return t.make_like(shape=(*out, batch, geometry.taps * channels), columnwise_layout="te", **faces)

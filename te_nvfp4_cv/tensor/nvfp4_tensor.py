@@ -61,6 +61,7 @@ class NVFP4Tensor(torch.Tensor):
         True
     """
 
+    # All operators are met in __torch_dispatch__; the default would also turn plain results into this class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     _rowwise_data: Tensor | None
@@ -116,6 +117,7 @@ class NVFP4Tensor(torch.Tensor):
                 needs="a rowwise or a columnwise face, layout 'te' or 'ntile'",
                 fix="make the tensor with an NVFP4Quantizer with rowwise=True or columnwise=True",
             )
+        # A shape and a dtype without memory: the buffers below are all that is stored.
         self = wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=data.device, requires_grad=requires_grad
         )
@@ -193,6 +195,7 @@ class NVFP4Tensor(torch.Tensor):
     def update_usage(self, rowwise_usage: bool | None = None, columnwise_usage: bool | None = None) -> None:
         """Drop a face (False), or make sure of it (True): columnwise can be made from rowwise with 16x16 scales."""
         keep = {"rowwise": rowwise_usage is not False, "columnwise": columnwise_usage is not False}
+        # Asked before anything is dropped, so that an error leaves the tensor as it was.
         if not any(keep[face] and there for face, there in self.get_usages().items()) and not columnwise_usage:
             self._need("columnwise" if keep["columnwise"] else "rowwise" if keep["rowwise"] else "one remaining")
         if columnwise_usage and self._columnwise_data is None and self._is_2d():
@@ -200,6 +203,7 @@ class NVFP4Tensor(torch.Tensor):
             assert data is not None and scale is not None and amax is not None
             rows = data.reshape(scale.shape[0], data.shape[-1])
             self._columnwise_data, self._columnwise_scale_inv = formats.transpose_tiles(rows, scale, self.shape[-1])
+            # A clone, because quantize_ writes the amax of each face in place.
             self._amax_columnwise, self._columnwise_layout = amax.clone(), "te"
         for face, usage in (("rowwise", rowwise_usage), ("columnwise", columnwise_usage)):
             if usage:
@@ -255,12 +259,14 @@ class NVFP4Tensor(torch.Tensor):
         if face == "rowwise":
             data, scale, amax = self._rowwise_data, self._rowwise_scale_inv, self._amax_rowwise
             assert data is not None and scale is not None and amax is not None
+            # The zeros with which K was padded are cut off, and below those of M.
             v_MK = formats.dequantize(data.reshape(M, data.shape[-1]), scale, amax, self._nvfp4_e4m3_max)[:, :K]
         else:
             data, scale = self.columnwise_te()
             assert self._amax_columnwise is not None
             v_KM = formats.dequantize(data, scale, self._amax_columnwise, self._nvfp4_e4m3_max)
             if self._columnwise_rht and undo_rht:
+                # Before M is cut: to rotate a block back, all of its 16 values are needed.
                 v_KM = formats.inverse_rht16(formats.blocks(v_KM), self._with_random_sign_mask).flatten(-2)
             v_MK = v_KM[:, :M].t()
         return v_MK.to(dtype or self.dtype).reshape(self.shape)
@@ -277,6 +283,7 @@ class NVFP4Tensor(torch.Tensor):
         self._quantizer.update_quantized(src, self, noop_flag=noop_flag)
         return self
 
+    # Three methods, because the operator behind them (_to_copy) changes the nominal dtype only and moves the codes.
     def float(self, memory_format: Any = None) -> Tensor:
         """Return the values in fp32."""
         return self.dequantize(torch.float32)
@@ -365,4 +372,5 @@ def _rebuild_nvfp4_tensor(state: dict[str, Any], is_param: bool) -> NVFP4Tensor:
     return t
 
 
+# For torch.load(weights_only=True), which torch's default is.
 torch.serialization.add_safe_globals([NVFP4Tensor, _rebuild_nvfp4_tensor])

@@ -81,6 +81,7 @@ class NVFP4Quantizer:
         self.stochastic_rounding = stochastic_rounding
         self.row_scaled_nvfp4 = row_scaled_nvfp4
         self.nvfp4_use_4over6 = nvfp4_use_4over6
+        # 256 leaves room for the larger of the two scales that 4over6 compares; without it there is only one.
         self.nvfp4_e4m3_max = nvfp4_e4m3_max if nvfp4_use_4over6 else E4M3_MAX
         self.nvfp4_4over6_err_mode = nvfp4_4over6_err_mode
         self.with_random_sign_mask = with_random_sign_mask
@@ -93,6 +94,7 @@ class NVFP4Quantizer:
             e4m3_max=self.nvfp4_e4m3_max,
             row_scaled=row_scaled_nvfp4,
         )
+        # The name only: whether the backend can run depends on the device of a tensor.
         dispatch.check_backend(backend)
         if row_scaled_nvfp4 and with_amax_reduction:
             raise errors.value_error(
@@ -160,10 +162,12 @@ class NVFP4Quantizer:
                 needs="equal shapes",
                 fix="quantize into a new tensor: quantizer(src)",
             )
+        # The faces of dst decide, not this quantizer's: its buffers are there already.
         usages = dst.get_usages()
         src = src.detach().to(dst.device)
         faces = self._faces(src, usages["rowwise"], usages["columnwise"], seed, None)
         new = self._wrap(faces, tuple(dst.shape), dst.dtype)
+        # Quantizing gives TransformerEngine's layout, while dst may hold tiles.
         if usages["columnwise"]:
             new = new.to_columnwise_layout(dst.columnwise_layout)
         with torch.no_grad():
@@ -171,8 +175,10 @@ class NVFP4Quantizer:
                 buffer, value = getattr(dst, name), getattr(new, name)
                 if buffer is None:
                     continue
+                # As bytes, so that the bits of float8 scales and of a NaN arrive unchanged.
                 old_bytes, new_bytes = buffer.view(torch.uint8), value.view(torch.uint8)
                 if noop_flag is not None:
+                    # Chosen on the device: reading the flag would make the host wait for it.
                     new_bytes = torch.where(noop_flag.reshape(()) != 0, old_bytes, new_bytes)
                 old_bytes.copy_(new_bytes)
         dst._row_scaled_nvfp4, dst._nvfp4_use_4over6 = self.row_scaled_nvfp4, self.nvfp4_use_4over6
@@ -186,6 +192,7 @@ class NVFP4Quantizer:
         """Make an NVFP4Tensor of this quantizer's faces with uninitialized buffers."""
         M, K = torch.Size(shape[:-1]).numel(), shape[-1]
         spec = ops.MatrixSpec(self.rowwise_usage, self.columnwise_usage, row_scaled=self.row_scaled_nvfp4)
+        # Only the device of the first argument is read.
         faces = reference_matrix.empty_faces(torch.empty(0, device=device), M, K, spec)
         return self._wrap(faces, tuple(shape), dtype)
 
@@ -208,6 +215,7 @@ class NVFP4Quantizer:
             e4m3_max=self.nvfp4_e4m3_max,
             row_scaled=self.row_scaled_nvfp4,
             amax_rowwise=None if amax is None else amax[0],
+            # Without a columnwise face the amax that was measured for it is empty.
             amax_columnwise=None if amax is None or not columnwise else amax[1],
             seed=seed,
             with_sign=self.with_random_sign_mask,
@@ -229,6 +237,7 @@ class NVFP4Quantizer:
 
     def _reduced_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
         """Return the rowwise and the columnwise amax, each the largest of all ranks; NaN wins over inf."""
+        # One message for both: latency is all that a few bytes cost.
         both = amaxes.reduce_amax(torch.cat(self._own_amax(x_MK, columnwise)), self.amax_reduction_group)
         return both[:1], both[1:]
 
@@ -240,6 +249,7 @@ class NVFP4Quantizer:
         return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
     def _wrap(self, faces: reference_matrix.Faces, shape: tuple[int, ...], dtype: torch.dtype) -> NVFP4Tensor:
+        # A face that was not made has an empty scale of one dimension.
         row, col = faces.row_scale.dim() == 2, faces.col_scale.dim() == 2
         row_data = faces.row_data.reshape(*shape[:-1], faces.row_data.shape[-1]) if row else None
         return NVFP4Tensor(
@@ -276,6 +286,7 @@ class NVFP4Quantizer:
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of the constructor, without the process group; they decide equality."""
+        # Attributes bear the names of the arguments, but for the two usages, whose names are TransformerEngine's.
         names = {name: value for name, value in vars(self).items() if name != "amax_reduction_group"}
         usages = names.pop("rowwise_usage", None), names.pop("columnwise_usage", None)
         return {"rowwise": usages[0], "columnwise": usages[1], **names}

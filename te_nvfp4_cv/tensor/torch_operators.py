@@ -37,7 +37,7 @@ def dispatch(cls: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     handler = _HANDLERS.get(func)
     if handler is not None:
         result = handler(cls, func, *args, **kwargs)
-        if result is not NotImplemented:
+        if result is not NotImplemented:  # a handler may serve only some arguments of its operator
             return result
     return _on_values(cls, func, args, kwargs)
 
@@ -66,7 +66,7 @@ def _on_values(cls: Any, func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _detach(cls: Any, func: Any, t: Any) -> Any:
-    return t.make_like()
+    return t.make_like()  # shares the buffers, as a view shares memory
 
 
 def _clone(cls: Any, func: Any, t: Any, memory_format: Any = None) -> Any:
@@ -79,6 +79,7 @@ def _to_copy(cls: Any, func: Any, t: Any, **kwargs: Any) -> Any:
         return NotImplemented
     dtype = kwargs.get("dtype") or t.dtype
     moves = {key: kwargs[key] for key in ("device", "non_blocking") if kwargs.get(key) is not None}
+    # The dtype is left out here: each buffer keeps that of its format.
     return t.map_buffers(lambda b: aten._to_copy.default(b, **moves), dtype=dtype)
 
 
@@ -95,6 +96,7 @@ def _view(cls: Any, func: Any, t: Any, size: Any) -> Any:
             stacklevel=2,
         )
         return t._dequantize().reshape(size)
+    # Only rowwise data have the leading dimensions; scales and the columnwise face know the matrix [M, K].
     data = t._rowwise_data
     return t.make_like(
         shape=tuple(size), rowwise_data=None if data is None else data.reshape(*size[:-1], data.shape[-1])
@@ -102,6 +104,7 @@ def _view(cls: Any, func: Any, t: Any, size: Any) -> Any:
 
 
 def _as_strided(cls: Any, func: Any, t: Any, size: Any, stride: Any, storage_offset: Any = None) -> Any:
+    # Codes have no strides that a caller could choose: what asks for the present ones gets an alias.
     same = tuple(size) == tuple(t.shape) and tuple(stride) == t.stride() and not storage_offset
     return t.make_like() if same else NotImplemented
 
@@ -117,7 +120,8 @@ def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) 
         dst.copy_(src._dequantize(), non_blocking)
         return dst
     if not isinstance(src, cls):
-        return dst.quantize_(src.expand(dst.shape))
+        return dst.quantize_(src.expand(dst.shape))  # copy_ broadcasts
+    # 4over6 is not among these: it chooses scales, but codes are read alike with and without it.
     form = ("_row_scaled_nvfp4", "_nvfp4_e4m3_max", "_columnwise_rht", "_with_random_sign_mask")
     usable = src.shape == dst.shape and all(getattr(src, name) == getattr(dst, name) for name in form)
     if not usable or any(held and not src.get_usages()[face] for face, held in dst.get_usages().items()):

@@ -218,17 +218,18 @@ def test_packing_again_gives_the_codes_of_the_dequantized_faces():
     checked = []
     original = blocks.of_operand
 
-    def compare(role, operand, faces, seed, plan, most):
-        found = original(role, operand, faces, seed, plan, 1 << 30)
-        if not faces[1].numel() and faces[0].numel():  # the layer multiplied dequantized rows: codes times block scales
+    def compare(role, operand, made, seed, plan, most):
+        found = original(role, operand, made, seed, plan, 1 << 30)
+        data, scale = made.row
+        if not scale.numel() and data.numel():  # the layer multiplied dequantized rows: codes times block scales
             b, s = found["row"], plan.recipe.settings(role)
-            scaled = b.values / (faces[2] * (1.0 / (6 * s.e4m3_max)))
+            scaled = b.values / (made.row_amax * (1.0 / (6 * s.e4m3_max)))
             n = b.raw.shape[0]
             step = blocks.step_of(n, 1 << 30)
             assert step == 1
             width = -(-operand.shape[-1] // 16) * 16
             rows = scaled.view(*operand.shape[:-1], width)[..., : operand.shape[-1]]
-            assert torch.allclose(rows, faces[0].float(), rtol=1e-6, atol=0)
+            assert torch.allclose(rows, data.float(), rtol=1e-6, atol=0)
             checked.append(role)
         return found
 

@@ -33,7 +33,7 @@ from te_nvfp4_cv.export.onnx import file
 FORMS = ("qdq", "matmul", "portable")
 OPSET = 23  # the first with FLOAT4E2M1
 LAYERS = tuple(CLASSES)  # torch's classes of convolutions and linear layers
-DOMAIN = "te_nvfp4_cv"
+DOMAIN = "te_nvfp4_cv"  # of the stand-ins, which no finished file contains
 CONSTANTS = (bool, int, float, str, type(None))  # arguments of these types become constants in the graph
 
 
@@ -58,10 +58,12 @@ class OnnxFile:
 
 def _shape(layer: Any, x: Tensor) -> Any:
     """Return the output's shape by running torch's layer; the exporter drops these nodes, as only the shape is used."""
-    w = x.new_empty(layer.weight_shape)
+    w = x.new_empty(layer.weight_shape)  # the packed weight has another shape, and values do not matter
     if isinstance(layer, nn.Linear):
         return F.linear(x, w).shape
+    # Other padding than by zeros is in x already.
     sizes = (layer.stride, 0 if layer.padding_mode != "zeros" else layer.padding)
+    # torch's functions take their last arguments in another order here.
     if layer.plan.geometry.transposed:
         return getattr(F, layer.op)(x, w, None, *sizes, layer.output_padding, layer.groups, layer.dilation).shape
     return getattr(F, layer.op)(x, w, None, *sizes, layer.dilation, layer.groups).shape
@@ -74,6 +76,7 @@ class _Stub(nn.Module):
         super().__init__()
         self.index, self.name, self.layer = index, name, [layer]  # a list hides the layer from the module tree
         self.mode = getattr(layer, "padding_mode", "zeros")
+        # torch's own attribute, in the order that F.pad takes.
         self.pads = layer._reversed_padding_repeated_twice if self.mode != "zeros" else None
         self.rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
 
@@ -144,10 +147,13 @@ def to_onnx(
             "nv.export.to_onnx: the path names no file.", got=repr(str(path)), needs="a file", fix="model.onnx"
         )
     need_packages()
+    # After need_packages: nodes.py imports onnx at its top.
     from te_nvfp4_cv.export.onnx.nodes import as_matmul
 
     args = _arguments(example_input, dynamic_batch)
+    # A copy: stand-ins replace its layers. float() leaves the codes alone, which are integers.
     traced = _unwrapped(copy.deepcopy(model)).eval().float().requires_grad_(False)
+    # Each layer once, by its first name; _export finds the other names of a shared one.
     found = {name: module for name, module in traced.named_modules() if isinstance(module, InferenceLayer)}
     _check_layers(found)
     others = [name for name, module in traced.named_modules() if isinstance(module, LAYERS) and name not in found]
@@ -177,10 +183,8 @@ def _arguments(example: Any, dynamic_batch: bool) -> tuple[Any, ...]:
         )
     if dynamic_batch and not all(x.dim() for x in tensors):
         raise value_error(
-            "nv.export.to_onnx: the example has no batch axis.",
-            got=", ".join(map(describe, args)),
-            needs=needs,
-            fix="give numbers the shape [batch], or pass dynamic_batch=False",
+            "nv.export.to_onnx: the example has no batch axis.", got=", ".join(map(describe, args)),
+            needs=needs, fix="give numbers the shape [batch], or pass dynamic_batch=False",
         )
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
@@ -192,6 +196,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         name = next((name for name, module in modules.items() if hasattr(module, "_orig_mod")), None)
         if name is None:
             return model
+        # One wrapper at a time: names change as wrappers go, and one may wrap another.
         inner: Any = modules[name]._orig_mod
         if name:
             put(model, name, inner)
@@ -212,9 +217,7 @@ def need_packages(caller: str = "nv.export.to_onnx", *more: str) -> None:
     except ImportError as error:
         raise runtime_error(
             f"{caller}: a package is missing.",
-            got=str(error),
-            needs=", ".join(names),
-            fix="pip install 'te_nvfp4_cv[export]'",
+            got=str(error), needs=", ".join(names), fix="pip install 'te_nvfp4_cv[export]'"
         ) from error
 
 
@@ -237,13 +240,8 @@ def _check_layers(found: dict[str, InferenceLayer]) -> None:
 
 
 def _export(
-    traced: nn.Module,
-    found: dict[str, InferenceLayer],
-    args: tuple[Any, ...],
-    form: str,
-    dynamic_batch: bool,
-    input_names: tuple[str, ...],
-    output_names: tuple[str, ...],
+    traced: nn.Module, found: dict[str, InferenceLayer], args: tuple[Any, ...], form: str, dynamic_batch: bool,
+    input_names: tuple[str, ...], output_names: tuple[str, ...],
 ) -> tuple[Any, set[str]]:
     """Export the model, which is changed on the way. Returns the ONNX model and the names of the layers in it."""
     layers = list(found.values())
@@ -260,15 +258,12 @@ def _export(
     shapes = tuple({0: batch} if isinstance(x, Tensor) else None for x in args) if dynamic_batch else None
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
+        # Traced here and not by torch.onnx, whose error for a failed trace does not name the module.
         program = _trace(traced, args, shapes)
         try:
             exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(input_names),
-                output_names=list(output_names),
-                verbose=False,
+                program, dynamo=True, opset_version=OPSET, input_names=list(input_names),
+                output_names=list(output_names), verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise _unknown_operator(program, error) from error
@@ -300,13 +295,14 @@ def _unknown_operator(program: Any, error: Exception) -> ValueError:
     from torch.onnx._internal.exporter import _registration  # torch says this in no public place
 
     registry = _registration.ONNXRegistry.from_torchlib()
+    # torch.onnx decomposes operators, too, before it looks them up.
     decomposed = program.run_decompositions()
     for node in decomposed.graph.nodes:
         target = node.target
         if (
             node.op != "call_function"
             or not isinstance(target, torch._ops.OpOverload)
-            or target.namespace == "onnx_symbolic"
+            or target.namespace == "onnx_symbolic"  # the stand-ins
         ):
             continue
         if not registry.is_registered(target):
@@ -319,10 +315,8 @@ def _unknown_operator(program: Any, error: Exception) -> ValueError:
                 fix="leave that module out of the exported model, or write it with other operators",
             )
     return value_error(
-        "nv.export.to_onnx: torch.onnx cannot export the model.",
-        got=str(error)[:400],
-        needs="a model that torch.onnx.export takes",
-        fix="try torch.onnx.export on the plain model",
+        "nv.export.to_onnx: torch.onnx cannot export the model.", got=str(error)[:400],
+        needs="a model that torch.onnx.export takes", fix="try torch.onnx.export on the plain model",
     )
 
 
@@ -335,6 +329,7 @@ def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> tuple
     calls: dict[int, int] = {}
     initializers: dict[str, Any] = {}
     for node in graph.node:
+        # Nodes stay in their order, because ONNX wants each value computed before it is read.
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
@@ -349,13 +344,16 @@ def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> tuple
         for own in made.nodes:
             known = {tensor.name for tensor in made.initializers} | {node.input[0]}
             own.input[:] = [name if name in known else name + suffix for name in own.input]
+            # The layer's output takes the stand-in's name, which the rest of the graph reads.
             own.output[:] = [node.output[0] if name == output else name + suffix for name in own.output]
             own.name += suffix
         nodes += made.nodes
         initializers |= {tensor.name: tensor for tensor in made.initializers}
+    # Repeated fields of protobuf cannot be assigned to.
     del graph.node[:]
     graph.node.extend(nodes)
     graph.initializer.extend(initializers.values())
+    # No node of our domain is left, so the file should not ask a runtime for it.
     for function in [f for f in proto.functions if f.domain == DOMAIN]:
         proto.functions.remove(function)
     for opset in [o for o in proto.opset_import if o.domain == DOMAIN]:
@@ -364,6 +362,7 @@ def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> tuple
 
 
 def _rank(graph: Any, name: str, layer: Any) -> int:
+    # A linear layer takes any number of axes, so only the graph knows it.
     if not isinstance(layer, nn.Linear):
         return len(layer.kernel_size) + 2
     for value in (*graph.value_info, *graph.input):

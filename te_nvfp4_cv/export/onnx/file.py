@@ -32,6 +32,7 @@ SMALL = 1024  # bytes; smaller initializers stay in the model's own file
 
 def seal(proto: Any, layers: Iterable[str]) -> None:
     """Write into the metadata which layers are in NVFP4, and checksums of everything in the model."""
+    # The entry exists before its value: _digest_of_rest leaves it out by its name, in writing and in checking.
     sums = proto.metadata_props.add(key=SUMS)
     proto.metadata_props.add(key=CLAIMS, value=json.dumps(list(layers)))
     found = {tensor.name: _digest(tensor) for tensor in proto.graph.initializer}
@@ -44,6 +45,7 @@ def remove_stack_traces(part: Any) -> None:
     Args:
         part: the model, or any message in it; subgraphs and functions are searched, too.
     """
+    # Recursive, because nodes, functions, subgraphs and values carry metadata of their own.
     for kind, value in part.ListFields():
         if kind.type != kind.TYPE_MESSAGE:
             continue
@@ -53,6 +55,7 @@ def remove_stack_traces(part: Any) -> None:
                 del value[:]
                 value.extend(shown)
             continue
+        # A single message has ListFields; a repeated field is a sequence of messages.
         for inner in [value] if hasattr(value, "ListFields") else value:
             remove_stack_traces(inner)
 
@@ -79,6 +82,7 @@ def changes(proto: Any) -> list[str]:
 
 
 def _digest(tensor: Any) -> str:
+    # Not the whole message: moving the bytes into a file beside the model must not change the digest.
     content = hashlib.sha256(f"{tensor.data_type} {list(tensor.dims)} ".encode())
     content.update(tensor.raw_data or tensor.SerializeToString(deterministic=True))
     return content.hexdigest()
@@ -108,11 +112,13 @@ def write(proto: Any, path: Path, external: bool | None) -> tuple[Path, ...]:
     """
     path = path.resolve() if path.is_symlink() else path  # data lie beside the file, not the link
     if external is None:
+        # Below protobuf's limit, since nodes and names need room as well.
         external = sum(len(t.raw_data) for t in proto.graph.initializer) > EXTERNAL_BYTES
     content = _move_out(proto, path.name) if external else bytearray()
     _check(proto)
     written: tuple[Path, ...] = (path,)
     if external:
+        # Data before the model that refers to them: a crash in between leaves the old model with its old data.
         beside = path.with_name(_data_name(path.name, content))
         new = not beside.exists()
         write_atomically(beside, memoryview(content))
@@ -146,6 +152,7 @@ def _move_out(proto: Any, name: str) -> bytearray:
         tensor.external_data.extend(
             onnx.StringStringEntryProto(key=key, value=str(value)) for key, value in place.items()
         )
+    # Known only now: the digest in the name is that of the whole content.
     location = _data_name(name, content)
     for tensor in moved:
         tensor.external_data.append(onnx.StringStringEntryProto(key="location", value=location))
@@ -164,6 +171,7 @@ def _check(proto: Any) -> None:
         del whole.graph.initializer[:]
         whole.graph.initializer.extend(inside)
         whole.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside)
+        # The checker would open the external file, which is written only if the model is valid.
         proto = whole
     try:
         onnx.checker.check_model(proto, full_check=True)

@@ -57,6 +57,7 @@ class Nodes:
     def packed(self, name: str, data: Tensor, kind: int, dims: Sequence[int]) -> str:
         """Add an initializer of a type that numpy lacks, from its bytes. Returns its full name."""
         full = join(self.prefix, name)
+        # As bytes: numpy has neither E2M1 nor E4M3. ONNX packs two E2M1 to a byte, low nibble first, as we do.
         raw = data.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         self.initializers.append(helper.make_tensor(full, kind, dims, raw, raw=True))
         return full
@@ -73,6 +74,7 @@ def weight_matrix(g: Nodes, layer: InferenceLayer, portable: bool) -> str:
     """Add what dequantizes a layer's weight: fp32 [N, K], with K padded to blocks of 16."""
     data, scale = matrix.to_matrix(layer.weight_data, layer.weight_scale, layer.plan)
     rows, half = data.shape
+    # Rounded in the order in which checkpoints.py computes weight_scale_2: both files then have one tensor scale.
     factor = 1.0 / (6.0 * layer.recipe.settings("weight").e4m3_max)
     tensor_scale = g.constant("weight_scale_2", np.float32(float(layer.weight_amax.float() * factor)))
     scales = g.packed("weight_scale", scale, TensorProto.FLOAT8E4M3FN, scale.shape)
@@ -81,11 +83,12 @@ def weight_matrix(g: Nodes, layer: InferenceLayer, portable: bool) -> str:
         real_scales = g.op("DequantizeLinear", [scales, tensor_scale])
         return g.op("DequantizeLinear", [codes, real_scales], axis=1, block_size=BLOCK)
     codes = g.packed("weight", data, TensorProto.UINT8, (rows, half))
+    # Two codes to a byte: the even column is in the low nibble, so [low, high] pairs restore the order.
     low = g.op("BitwiseAnd", [codes, g.constant("nibble", 15, np.uint8)])
     high = g.op("BitShift", [codes, g.constant("shift", 4, np.uint8)], direction="RIGHT")
     one = g.ints("last_axis", [2])
     pairs = g.op("Concat", [g.op("Unsqueeze", [low, one]), g.op("Unsqueeze", [high, one])], axis=2)
-    index = g.op("Cast", [pairs], to=TensorProto.INT64)
+    index = g.op("Cast", [pairs], to=TensorProto.INT64)  # Gather takes no uint8
     values = g.op("Gather", [g.constant("e2m1", VALUES), index])  # [N, K / 2, 2]
     blocks = g.op("Reshape", [values, g.ints("blocks", [rows, scale.shape[1], BLOCK])])
     real_scales = g.op("Mul", [g.op("Cast", [scales], to=TensorProto.FLOAT), tensor_scale])
@@ -101,6 +104,7 @@ def kernel_of(g: Nodes, layer: InferenceLayer, rows: str) -> str:
     channels = _channels(layer)
     w = g.op("Reshape", [rows, g.ints("taps", [n, taps, blocks * BLOCK])])
     if channels % BLOCK:
+        # Drop the zeros that filled the last block of each tap.
         w = g.op("Slice", [w, g.ints("from", [0]), g.ints("to", [channels]), g.ints("axis", [2])])
     if not geometry.transposed:
         w = g.op("Transpose", [w], perm=[0, 2, 1])  # [O, C, T]
@@ -127,9 +131,11 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
     if channels % BLOCK:
         x = g.op("Reshape", [x, g.ints("x_groups", [*keep, groups, channels])])
         pads = [0] * (rank + 1) + [0] * rank + [blocks * BLOCK - channels]
+        # Each group is padded by itself: a block must not hold channels of two groups.
         x = g.op("Pad", [x, g.ints("x_pads", pads)])
         x = g.op("Reshape", [x, g.ints("x_padded", [*keep, groups * blocks * BLOCK])])
     size = g.op("Abs", [x])
+    # An amax for each pixel. A kernel of several taps reads several pixels, so row scaling needs a matrix product.
     if settings.row_scaled and as_matmul(layer) and layer.input_amax is None:
         amax = g.op("ReduceMax", [size, g.ints("channel_axis", [-1])], keepdims=1)
     elif layer.input_amax is None:
@@ -138,6 +144,7 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
         amax = g.constant("input_amax", np.float32(float(layer.input_amax)))
     zero, one = g.constant("zero", 0.0), g.constant("one", 1.0)
     largest = g.constant("largest", np.float32(6.0 * settings.e4m3_max))
+    # ONNX evaluates both sides of Where: the inner one keeps the quotient from a division by 0.
     positive = g.op("Greater", [amax, zero])
     s_enc = g.op("Where", [positive, g.op("Div", [largest, g.op("Where", [positive, amax, one])]), one])
     # For a tiny amax the quotient is infinite; the quantizer limits it in the same way.
@@ -145,7 +152,9 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
     by_block = [*keep, groups * blocks, BLOCK]
     blocks_of_size = g.op("Reshape", [size, g.ints("x_blocks", by_block)])
     amax_b = g.op("ReduceMax", [blocks_of_size, g.ints("block_axis", [-1])], keepdims=0)
+    # S_enc / 6 first, as an fp32 product with the rounded 1/6: TransformerEngine's order, on which bits depend.
     wanted = g.op("Mul", [amax_b, g.op("Mul", [s_enc, g.constant("sixth", np.float32(1) / np.float32(6))])])
+    # Limited here, so that nothing depends on how a runtime's cast treats larger values.
     wanted = g.op("Min", [wanted, g.constant("e4m3_max", 448.0)])
     s_b = g.op("Cast", [g.op("Cast", [wanted], to=TensorProto.FLOAT8E4M3FN)], to=TensorProto.FLOAT)
     scale = g.op("Mul", [s_b, g.op("Div", [one, s_enc])])
@@ -166,6 +175,7 @@ def _to_e2m1(g: Nodes, v: str) -> str:
     half, one, two = (g.constant(name, value) for name, value in (("half", 0.5), ("one", 1.0), ("two", 2.0)))
     above_2, above_4 = (g.op("GreaterOrEqual", [a, g.constant(name, x)]) for name, x in (("two", 2.0), ("four", 4.0)))
     step = g.op("Where", [above_4, two, g.op("Where", [above_2, one, half])])
+    # ONNX's Round takes ties to the even integer. In units of the binade's step that is E2M1's even code.
     rounded = g.op("Mul", [g.op("Round", [g.op("Div", [a, step])]), step])
     return g.op("Mul", [g.op("Min", [rounded, g.constant("six", 6.0)]), g.op("Sign", [v])])
 
@@ -202,16 +212,14 @@ def build(g: Nodes, layer: Any, x: str, rank: int, form: str) -> str:
     else:
         if layer.quantize_x:
             x = _image_last(g, x, rank)
+            # Blocks run along channels, which ONNX has second: last for the quantizer, and back for Conv.
             x = _without_padding(g, layer, quantized_input(g, layer, x, rank, portable), rank)
             x = _image_first(g, x, rank)
         w = kernel_of(g, layer, weight_matrix(g, layer, portable))
     bias = [] if layer.bias is None else [g.constant("bias", layer.bias.detach().float().cpu().numpy())]
     attributes = dict(
-        kernel_shape=list(layer.kernel_size),
-        strides=list(layer.stride),
-        dilations=list(layer.dilation),
-        group=layer.groups,
-        pads=_pads(layer),
+        kernel_shape=list(layer.kernel_size), strides=list(layer.stride), dilations=list(layer.dilation),
+        group=layer.groups, pads=_pads(layer),
     )
     if layer.plan.geometry.transposed:
         return g.op("ConvTranspose", [x, w, *bias], output_padding=list(layer.output_padding), **attributes)
@@ -224,6 +232,7 @@ def _pads(layer: Any) -> list[int]:
         return [0] * 2 * len(layer.kernel_size)
     if layer.padding == "same":
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        # An odd total puts the extra zero at the end, as torch does.
         return [total // 2 for total in totals] + [total - total // 2 for total in totals]
     return [*layer.padding, *layer.padding]
 
@@ -260,9 +269,10 @@ def _matmul(g: Nodes, layer: Any, x: str, rank: int, portable: bool) -> str:
     strided = [(axis + 1, step) for axis, step in enumerate(layer.stride) if step > 1] if conv else []
     if strided:
         axes, steps = zip(*strided, strict=True)
-        ends = [np.iinfo(np.int64).max] * len(axes)
+        ends = [np.iinfo(np.int64).max] * len(axes)  # ONNX's word for "to the end"
         parts = {"begin": [0] * len(axes), "end": ends, "axes": axes, "steps": steps}
         x = g.op("Slice", [x, *(g.ints(name, part) for name, part in parts.items())])
+    # A node, not a transposed initializer: blocks of 16 must stay along the last axis of the stored codes.
     y = g.op("MatMul", [x, g.op("Transpose", [w], perm=[1, 0])])
     if layer.bias is not None:
         y = g.op("Add", [y, g.constant("bias", layer.bias.detach().float().cpu().numpy())])

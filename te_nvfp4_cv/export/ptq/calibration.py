@@ -57,11 +57,14 @@ class _Watch:
             return
         rows = im2col_rows(module, x, self.generator).float()
         count = rows.shape[0]
+        # Sums until the last batch; `collect` divides by the number of rows.
         mean, square = rows.sum(0), rows.square().sum(0)
         gram = torch.einsum("rgk,rgl->gkl", rows, rows) if self.gram else None
+        # Of all pixels, also those not drawn: the static scale must cover them.
         amax = x.float().abs().amax().reshape(1)
         before = self.found
         if before is not None:
+            # torch.maximum passes NaN on, which `collect` reports.
             amax, count = torch.maximum(amax, before.amax), count + before.rows
             mean, square = mean + before.mean, square + before.square
             gram = None if gram is None or before.gram is None else gram + before.gram
@@ -82,23 +85,26 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
     op = op_of(layer)
     groups = getattr(layer, "groups", 1)
     x, args = padded(layer, x)
+    # The same lowering as in training: rows then agree with the weight's matrix, column by column.
     low = lowered(CallShape.of(op, x, Sizes.of(layer.weight), None, args))
     g = low.geometry
     x_last = layouts.image_last(low.input(x), g.x_shape)
     pixels = pixel_map(g, not g.transposed)  # [pixels out, T]
     channels, inside = x_last.shape[-1], x_last[0, ..., 0].numel()
+    # Numbers pixel * B + image: all images of the batch are drawn alike.
     taken = torch.randperm(pixels.shape[0] * g.batch, generator=generator)[:most]
     pixel, image = pixels[taken // g.batch], (taken % g.batch).unsqueeze(1)
     # A tap in the padding has pixel -1; it reads the row of zeros that is appended below.
     source = torch.where(pixel >= 0, image * inside + pixel, g.batch * inside)
     flat = F.pad(x_last.reshape(-1, channels), (0, 0, 0, 1))
     rows = flat[source.to(x.device)].unflatten(-1, (groups, -1))  # [rows, T, G, C]
+    # [rows, T, G, C] -> [rows, G, T * Kb * 16]
     return F.pad(rows, (0, -rows.shape[-1] % BLOCK)).transpose(1, 2).flatten(2)
 
 
 def input_of(batch: Any, device: str | torch.device | None) -> Any:
     """Return the model's input from one batch of a loader: the first element of a tuple or list, else the batch."""
-    x = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    x = batch[0] if isinstance(batch, (list, tuple)) and batch else batch  # (images, labels) of a data set
     return x if device is None else tree_map_only(Tensor, lambda t: t.to(device), x)
 
 
@@ -122,6 +128,7 @@ def collect(
     Raises:
         ValueError: There is no batch, or a layer's input is not finite.
     """
+    # Of our own, so that calibration is repeatable and leaves torch's global stream alone.
     generator = torch.Generator().manual_seed(0)
     watches = {name: _Watch(layer, gram, generator) for name, layer in layers.items()}
     seen = 0

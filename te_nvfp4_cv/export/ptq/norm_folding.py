@@ -62,6 +62,7 @@ def _harmless(
         same = _same(run(), expected)
     except Exception:  # code that reads the norm itself: FoldedNorm has none of its attributes
         same = False
+    # Undone in any case: `fold` puts the harmless pairs in at once, at the end.
     for step in undo:
         step()
     if same:
@@ -80,6 +81,7 @@ def _put_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> list[Callable
         norm: Any = model.get_submodule(norm_name)
 
         def back(
+            # As defaults: a closure would see the loop's last pair only.
             layer: Any = layer, old: Any = (layer.weight, layer.bias), name: str = norm_name, norm: Any = norm
         ) -> None:
             layer.weight, layer.bias = old
@@ -116,6 +118,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if not torch.equal(a.masked_fill(finite, 0).nan_to_num(7.0), b.masked_fill(finite, 0).nan_to_num(7.0)):
         return False
     a, b = a[finite].double(), b[finite].double()
+    # Of the whole tensor, since single values near 0 have no relative error to speak of.
     return bool((a - b).norm() <= noise * b.norm())
 
 
@@ -133,12 +136,14 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 def find(model: nn.Module) -> dict[str, str]:
     """Find the pairs that can be folded. Returns the name of each norm's layer by the norm's name."""
+    # A module under two names is used in two places, and a norm folded for one of them would be wrong in the other.
     known = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     pairs: dict[str, str] = {}
     for name, module in model.named_modules():
         if not any(isinstance(child, NORMS) for child in module.children()):
             continue
         try:
+            # Module by module, not the whole model: a branch in its forward then hides only its own pairs.
             graph = trace(module).evaluation
         except Untraceable:
             continue
@@ -157,9 +162,11 @@ def find(model: nn.Module) -> dict[str, str]:
 def _layer_before(module: nn.Module, node: fx.Node) -> fx.Node | None:
     """If the node is a call of a batch norm, return the call of the layer that it can be folded into, else None."""
     norm: Any = child_of(module, str(node.target)) if node.op == "call_module" else None
+    # type() and not isinstance: a subclass may compute something else.
     if type(norm) not in NORMS or norm.running_mean is None or norm.running_var is None or _hooked(norm):
         return None
     before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+    # The norm must be the only reader: others would see the folded result.
     if not isinstance(before, fx.Node) or before.op != "call_module" or list(before.users) != [node]:
         return None
     layer: Any = child_of(module, str(before.target))
@@ -188,4 +195,5 @@ def _fused(layer: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
         else:
             transposed = bool(getattr(layer, "transposed", False))
             weight, bias = fusion.fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transpose=transposed)
+    # New Parameters: `back` puts the old ones in their place again.
     return nn.Parameter(weight.detach()), nn.Parameter(bias.detach())

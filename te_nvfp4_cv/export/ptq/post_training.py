@@ -104,25 +104,28 @@ def quantize(
         raise type_error(
             "nv.export.quantize: no loader.", got=describe(loader), needs="an iterable of batches", fix="[images]"
         )
+    # An iterator would be empty for the second pass, and calibration silently without images.
     if isinstance(loader, Iterator):
         raise value_error(
-            "nv.export.quantize: the loader can be read once only.",
-            got=type(loader).__name__,
-            needs="a list or a DataLoader: calibration reads it several times",
-            fix="list(loader)",
+            "nv.export.quantize: the loader can be read once only.", got=type(loader).__name__,
+            needs="a list or a DataLoader: calibration reads it several times", fix="list(loader)",
         )
     net = _copy(model)
     if fold_bn:
         for batch in itertools.islice(loader, 1):
             with torch.no_grad():
+                # One batch is enough to see whether folding changes the outputs.
                 fold(net, functools.partial(net, input_of(batch, device)))
     layers, _ = sort_layers(net, resolved)
+    # Layers in NVFP4 already keep their codes.
     layers = {name: pair for name, pair in layers.items() if not isinstance(pair[0], InferenceLayer)}
     watched = {name: module for name, (module, _) in layers.items()}
+    # One pass over the unquantized model for all layers: quantization below then changes no statistics.
     found = collect(net, watched, loader, batches, method == "gptq", device)
     for name, (module, own) in layers.items():
         own = _for_weights(own, method)
         statistics = found.get(name)
+        # `become` deletes the weight, and the bias correction needs it.
         before = module.weight.detach().float()  # type: ignore[operator]
         codes = _codes(module, own, method, statistics)
         calibrated = statistics is not None and bool(statistics.amax > 0)  # zeros alone say nothing of other images
@@ -170,6 +173,7 @@ def _reestimate(
         if norm not in seen:  # a norm that never runs must not lose the statistics that it has
             seen.add(norm)
             norm.reset_running_stats()
+        # Only while the norm itself runs, so that it uses batch statistics and updates its own.
         norm.training = True
 
     def after(norm: Any, args: tuple[Any, ...], y: Any) -> None:
@@ -198,6 +202,7 @@ def _for_weights(recipe: NVFP4BlockScaling, method: str) -> NVFP4BlockScaling:
         scope = "all" if scope in ("activations", "all") else "weights"
     elif scope in ("weights", "all"):
         scope = "activations" if scope == "all" else "none"
+    # "current": no delayed scale was trained, as the network comes from high precision.
     return replace(recipe, disable_2d_quantization=True, nvfp4_4over6=scope, tensor_scale="current", precision=())
 
 
@@ -208,6 +213,7 @@ def _codes(module: Any, recipe: NVFP4BlockScaling, method: str, statistics: Stat
         return nearest
     groups = getattr(module, "groups", 1)
     plan = weight_plan(module.weight.shape, groups, is_transposed(module), recipe, "reference")
+    # "reference": the plan serves only for shapes here, which no backend changes.
     w = matrix.of_weight(module.weight.detach().float(), plan).unflatten(0, (groups, -1))  # [G, N / G, K]
     e4m3_max = recipe.settings("weight").e4m3_max
     parts = []
@@ -224,5 +230,6 @@ def mean_error(layer: InferenceLayer, before: Tensor, statistics: Statistics) ->
     """Return the mean error (W_q - W) x of each output channel over the calibration rows, fp32."""
     plan = layer.plan
     groups = plan.geometry.groups
+    # [G, N / G, K], in which K's order is that of the calibration rows.
     error = matrix.of_weight(layer.weight - before, plan).unflatten(0, (groups, -1))
     return torch.einsum("gnk,gk->gn", error, statistics.mean.to(error.device)).flatten()

@@ -25,6 +25,7 @@ def verify(path: str | Path) -> Report:
         (True, 'nvfp4')
     """
     if Path(path).suffix == ".onnx":
+        # In the function: it needs numpy's extra types and onnx, and a safetensors file does not.
         from te_nvfp4_cv.export.verify.inspection_onnx import inspect_onnx
 
         return inspect_onnx(Path(path))

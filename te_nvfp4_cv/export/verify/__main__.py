@@ -24,6 +24,7 @@ def run(path: str, as_json: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ValueError, RuntimeError, OSError) as error:
+        # On stdout, as a report would be: a script that asked for JSON gets JSON for a damaged file, too.
         print(json.dumps({"source": path, "sound": False, "problems": [str(error)]}) if as_json else f"error: {error}")
         return 1
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)

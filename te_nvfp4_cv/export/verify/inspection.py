@@ -26,17 +26,11 @@ from te_nvfp4_cv.export.verify.report import Report, Row
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 DTYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float64: "fp64",
-    torch.float8_e4m3fn: "fp8",
-    torch.float8_e5m2: "fp8 e5m2",
-    torch.int8: "int8",
-    torch.uint8: "uint8",
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8 e5m2", torch.int8: "int8", torch.uint8: "uint8",
 }
 E4M3 = torch.float8_e4m3fn
-CODES = ("weight", "weight_packed")
+CODES = ("weight", "weight_packed")  # this library's and ModelOpt's name, and compressed-tensors'
 GLOBAL = ("weight_scale_2", "weight_global_scale")
 
 
@@ -52,6 +46,7 @@ def inspect_safetensors(path: Path) -> Report:
     if opened.manifest is not None:
         origin = f"te_nvfp4_cv {opened.manifest.library}"
         try:
+            # Caught, not raised: a wrong checksum is one finding, and the rows still show what the file holds.
             opened.check()
         except ValueError as error:
             problems.append(str(error).splitlines()[1].strip().removeprefix("got:").strip())  # the line with the reason
@@ -72,7 +67,7 @@ def _layers(opened: Artifact) -> list[str]:
         prefix, _, last = name.rpartition(".")
         packed = last == "weight_packed" or last in GLOBAL or (last == "weight_scale" and tensor.dtype == E4M3)
         if packed or (last == "weight" and (tensor.dim() >= 2 or tensor.dtype == torch.uint8)):
-            names[prefix] = None
+            names[prefix] = None  # a dict keeps the file's order
     return list(names)
 
 
@@ -85,12 +80,14 @@ def _row(opened: Artifact, name: str, config: Config) -> Row:
     parts = _of_layer(opened.tensors, name)
     entry = opened.manifest.layers.get(name) if opened.manifest is not None else None
     codes = next((parts[key] for key in CODES if key in parts), None)
+    # Packed codes always have 2 axes, so a layer whose codes are missing counts as a linear one.
     said = config.algorithm_of(name, 2 if codes is None else codes.dim())
     if codes is not None and entry is None and not _claims_nvfp4(parts, codes, said):
         return _plain_row(name, codes, parts.get("weight_scale"), "nvfp4" in said)
     kind = "layer" if entry is None else entry.op
     shape = () if codes is None else tuple(codes.shape)
     shape = (shape[0], 2 * shape[1]) if len(shape) == 2 else shape  # two codes to a byte
+    # Of the true weight where the manifest knows it: the matrix includes padding, and bits per value should show that.
     count = torch.Size(shape if entry is None else entry.shape).numel()
     size = sum(t.numel() * t.element_size() for t in parts.values())
     row = Row(name, kind, "nvfp4", "nvfp4", shape, count, size)
@@ -99,8 +96,10 @@ def _row(opened: Artifact, name: str, config: Config) -> Row:
     scale = parts.get("weight_scale")
     if scale is not None and scale.dtype == E4M3 and scale.numel():
         values = scale.float().abs()
+        # NaN is reported as a problem of the row; the range is that of the other scales.
         row.scales = (float(values.nan_to_num(0).min()), float(values.nan_to_num(0).max()))
     if row.problems:
+        # What the bytes are, if they are not the NVFP4 that they claim to be.
         row.precision = "nothing" if codes is None else _dtype(codes)
     return row
 
@@ -149,7 +148,7 @@ def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | No
         found.append(f"its codes have {codes.dim()} axes, not the 2 of a GEMM's matrix")
     elif not codes.numel():
         found.append("it has no codes")
-    elif codes.shape[1] % 8:
+    elif codes.shape[1] % 8:  # 8 bytes are a block
         found.append(f"a row has {2 * codes.shape[1]} values, which is no whole number of blocks of 16")
     if scale is None:
         found.append("it has no block scales")
@@ -160,6 +159,7 @@ def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | No
             per = codes.numel() * 2 / max(scale.numel(), 1)  # 32 for MXFP4, for example
             found.append(f"{per:g} values share a block scale along the last axis, not 16")
         if scale.dtype == E4M3:
+            # By their bits: E4M3 has one NaN per sign and no infinity.
             nan = int(((scale.contiguous().view(torch.uint8) & 0x7F) == 0x7F).sum())
             found += [f"{nan} of its block scales are NaN"] if nan else []
             negative = int((scale.float() < 0).sum())
@@ -170,6 +170,7 @@ def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | No
         found.append(f"its tensor scale is {_dtype(tensor_scale)} {tuple(tensor_scale.shape)}")
     elif not bool(torch.isfinite(tensor_scale).all()) or bool((tensor_scale < 0).any()):
         found.append(f"its tensor scale is {float(tensor_scale)}")
+    # weight_global_scale is a divisor, for which 0 is never right.
     elif not bool(tensor_scale.any()) and ("weight_global_scale" in parts or _nonzero(codes)):
         found.append("its tensor scale is 0, its codes are not")
     if entry is not None:

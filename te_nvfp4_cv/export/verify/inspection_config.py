@@ -26,6 +26,7 @@ MOST_TIMES = 1000  # a pattern that asks for more repeats fits no name, but matc
 CLASSES = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5}  # axes of the weight
 FILES = (("hf_quant_config.json", "quantization"), ("config.json", "quantization_config"))
 MIXED = ("mixed_precision", "mixed-precision")
+# Python's own parser of expressions, which is private: it shows their structure without running them.
 _parsed = functools.lru_cache(_parser.parse)
 EMBEDDING = re.compile(r"(.*\.)?(\w*embed\w*|wte|wpe)", re.IGNORECASE)
 
@@ -67,9 +68,11 @@ class Config:
             axes: the number of axes of the layer's weight, which tells its class.
         """
         above = _above(name)
+        # Exclusions first: in both tools they win over every table and group.
         if not above.isdisjoint(self._names) or any(self._selects(p, name, axes) for p in self._patterns):
             return ""
         if self.layers:
+            # The longest name first: what is said of a layer beats what is said of a module above it.
             plain = next((self.layers[n] for n in sorted(above, key=len, reverse=True) if n in self.layers), "")
             fitting = (self.layers[p] for p in self._layer_patterns if self._selects(p, name, axes))
             return plain or next(fitting, "")
@@ -83,6 +86,7 @@ class Config:
             return self._matches(pattern, name)
         if pattern in CLASSES:
             return CLASSES[pattern] == axes
+        # fnmatchcase: plain fnmatch would ignore case on Windows only.
         return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
     def _matches(self, pattern: str, name: str) -> bool:
@@ -90,12 +94,13 @@ class Config:
         problem = ""
         try:
             if _log_steps(_parsed(pattern[3:]), len(name)) <= math.log(MOST_STEPS):
+                # match, not fullmatch, as compressed-tensors does.
                 return re.match(pattern[3:], name) is not None
             problem = "could take too long to match"
         except (re.error, RecursionError, OverflowError) as error:
             problem = f"cannot be read: {error}"
         text = f"the pattern {pattern[:80]!r} of its config {problem}"
-        self.problems += [] if text in self.problems else [text]
+        self.problems += [] if text in self.problems else [text]  # once, though it is asked for every layer
         return False
 
 
@@ -160,6 +165,7 @@ def _of_group(group: Mapping[str, Any], algorithm: str) -> str:
     own = group.get("format")
     if isinstance(own, str):
         return own.lower()
+    # "mixed precision" names no algorithm: each group's numbers have to tell.
     if algorithm and algorithm not in MIXED:
         return algorithm
     numbers = group.get("weights")
@@ -190,10 +196,12 @@ def _log_steps(tree: Any, length: int) -> float:
         name = str(kind)
         if name.endswith("_REPEAT"):
             least, most, part = value
+            # In logarithms: nested repeats soon exceed a float. A text holds no more repeats than it has characters.
             inner, most = _log_steps(part, length), max(least, min(most, length))
             total += math.inf if least > MOST_TIMES else most * inner
             free, repeats = free + math.log(1 + most), repeats + 1
         elif name == "BRANCH":
+            # Each branch may be tried; the worst one stands for all.
             total += math.log(len(value[1])) + max(_log_steps(branch, length) for branch in value[1])
         else:
             total += sum(_log_steps(part, length) for part in _parts(value))

@@ -40,9 +40,7 @@ def inspect_onnx(path: Path) -> Report:
     except ImportError as error:
         raise runtime_error(
             "verify: ONNX files need the package onnx.",
-            got=str(error),
-            needs="onnx and ml_dtypes",
-            fix="pip install 'te_nvfp4_cv[export]'",
+            got=str(error), needs="onnx and ml_dtypes", fix="pip install 'te_nvfp4_cv[export]'"
         ) from error
     if not path.is_file():
         raise FileNotFoundError(
@@ -63,6 +61,7 @@ def _read(onnx: Any, path: Path) -> Any:
     """Read the model with its external data. Types and shapes are checked, too, if this library wrote the file."""
     try:
         model = onnx.load(str(path))
+        # By path, or the checker would not look at external data. full_check rejects operators that other tools use.
         onnx.checker.check_model(str(path), full_check=file.entry(model, file.CLAIMS) is not None)
         if not _is_text(model):
             raise ValueError("a text in it is not UTF-8")
@@ -110,6 +109,7 @@ def _row(graph: Graph, node: Any, claims: list[str]) -> Row | None:
         return None
     cone = graph.cone(node.input[1])
     sources = graph.sources(cone, node.input[1])
+    # Single numbers are tensor scales, shifts and the like, not weights.
     stored = [name for name in sources if graph.size(name) > 1]
     if cone is None or not stored:
         return None  # a product of two activations
@@ -117,6 +117,7 @@ def _row(graph: Graph, node: Any, claims: list[str]) -> Row | None:
     kind = LAYERS[node.op_type] + (f"{_kernel_rank(graph, node)}d" if "conv" in LAYERS[node.op_type] else "")
     scales = [s for s in sources if graph.type_of(s) == "FLOAT8E4M3FN"]
     codes = [s for s in stored if _is_code(graph, s, cone)]
+    # E2M1 codes are a claim in themselves, in a file of another tool, too.
     claimed = "nvfp4" if name in claims or codes else ""
     if not codes:
         return _other(graph, node, name, kind, stored, claimed)
@@ -127,6 +128,7 @@ def _row(graph: Graph, node: Any, claims: list[str]) -> Row | None:
     size = sum(graph.bytes(s) for s in (*codes, *scales)) + 4  # and the tensor scale
     row = Row(name, kind, claimed, "nvfp4", shape, count, size, "uint8, looked up" if packed else "")
     row.activations = _activations(graph, node.input[0], packed)
+    # A weight that adds, say, an fp32 correction to the codes is not what NVFP4 promises.
     beside = [s for s in stored if graph.type_of(s) in NAMES and s not in scales and not _is_table(graph, s)]
     row.problems += [f"its weight is made of {NAMES[graph.type_of(s)]} values, too: {s}" for s in beside]
     if len(scales) != 1:
@@ -142,7 +144,7 @@ def _is_code(graph: Graph, name: str, cone: list[Any]) -> bool:
     """Tell whether a constant holds E2M1 codes: by its type, or as packed bytes that are looked up in the 16 values."""
     if graph.type_of(name) == "FLOAT4E2M1":
         return True
-    if graph.type_of(name) != "UINT8" or graph.size(name) < 8:
+    if graph.type_of(name) != "UINT8" or graph.size(name) < 8:  # less than one block: a mask or a shift
         return False
     for node in cone:
         table = node.input[0] if node.op_type == "Gather" else ""
@@ -173,6 +175,7 @@ def _kernel_rank(graph: Graph, node: Any) -> int:
 
 def _other(graph: Graph, node: Any, name: str, kind: str, stored: list[str], claimed: str) -> Row:
     """Return the row of a layer whose weight is not in E2M1."""
+    # The largest constant is the weight; smaller ones are its scales and zero points.
     main = max(stored, key=graph.bytes)
     precision = NAMES.get(graph.type_of(main), graph.type_of(main).lower())
     size = sum(graph.bytes(s) for s in stored)
@@ -191,6 +194,7 @@ def _activations(graph: Graph, name: str, portable: bool) -> str:
     while node is not None and node.op_type in passed:
         node = graph.producers.get(node.input[0])
     if node is None or node.op_type != "DequantizeLinear":
+        # The portable form ends in values times scales, and has no operator of its own that would show it.
         return "computed" if portable and node is not None and node.op_type == "Mul" else "high"
     quantizer = graph.producers.get(node.input[0])
     if quantizer is None or quantizer.op_type != "QuantizeLinear":

@@ -32,7 +32,7 @@ def check(graph: Graph, node: Any, row: Row, cone: list[Any], codes: str, scale:
     if not values.size:
         row.problems.append("its block scales are empty")
         return
-    finite = np.nan_to_num(np.abs(values))
+    finite = np.nan_to_num(np.abs(values))  # for the range only; NaN is counted below
     row.scales = (float(finite.min()), float(finite.max()))
     nan, negative = int(np.isnan(values).sum()), int((values < 0).sum())
     row.problems += [f"{nan} of its block scales are NaN"] if nan else []
@@ -47,6 +47,7 @@ def check(graph: Graph, node: Any, row: Row, cone: list[Any], codes: str, scale:
         row.problems.append(f"{row.count / values.size:g} values share a block scale, not 16")
         return
     if values.size > MOST_BLOCKS:
+        # Said in the row, so that nobody takes the unchecked direction for a checked one.
         row.axis = (row.axis + "; too large to check").removeprefix("; ")
         return
     problem = _crossing(graph, node, cone, codes, scale, cut)
@@ -73,6 +74,7 @@ def _nonzero(graph: Graph, codes: str) -> bool:
 
 def _real_scales(graph: Graph, cone: list[Any], scale: str) -> tuple[str, str] | None:
     """Return the names of the value that is block scale times tensor scale, and of the tensor scale; else None."""
+    # The first reader of the scales: DequantizeLinear in the QDQ form, Cast and Mul in the portable one.
     following = next((n for n in cone if scale in n.input), None)
     if following is not None and following.op_type == "Cast":
         following = next((n for n in cone if following.output[0] in n.input), None)
@@ -98,15 +100,13 @@ def _crossing(graph: Graph, node: Any, cone: list[Any], codes: str, scale: str, 
     needed = {i for n in later for i in n.input}
     others = [t for name, t in graph.constants.items() if name in needed and name != codes]
     made = helper.make_graph(
-        later,
-        "weight",
-        [helper.make_tensor_value_info(cut, onnx.TensorProto.FLOAT, list(scales.dims))],
-        [helper.make_tensor_value_info(node.input[1], onnx.TensorProto.FLOAT, None)],
-        [*others, unit],
+        later, "weight", [helper.make_tensor_value_info(cut, onnx.TensorProto.FLOAT, list(scales.dims))],
+        [helper.make_tensor_value_info(node.input[1], onnx.TensorProto.FLOAT, None)], [*others, unit],
     )
-    numbers = np.arange(1, 1 + graph.size(scale), dtype=np.float32).reshape(list(scales.dims))
+    numbers = np.arange(1, 1 + graph.size(scale), dtype=np.float32).reshape(list(scales.dims))  # from 1: padding is 0
     try:
         model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 23)])
+        # Codes of 1.0 and scales 1, 2, 3, ...: every value of the weight becomes the number of its block.
         results: Any = ReferenceEvaluator(model).run(None, {cut: numbers})
         rows = _output_rows(node, np.asarray(results[0]))
     except Exception as error:  # the file may hold any operator, with any arguments
@@ -123,6 +123,7 @@ def _after(cone: list[Any], cut: str) -> list[Any]:
     """Return the nodes of the cone without those that serve only to compute `cut`."""
     wanted = {cone[-1].output[0]}
     needed = []
+    # From the result back to `cut`: a node is needed if something that is needed reads it.
     for node in reversed(cone):
         if node.output[0] in wanted and node.output[0] != cut:
             needed.append(node)

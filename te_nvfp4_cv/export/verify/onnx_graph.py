@@ -30,6 +30,7 @@ class Graph:
             if value is not None:
                 constants[value.name] = value
             else:
+                # Subgraphs of If and Loop are not entered: no weight is expected there.
                 producers |= dict.fromkeys(node.output, node)
         return cls(onnx, producers, constants)
 
@@ -40,6 +41,7 @@ class Graph:
         stack = [(name, False)]
         while stack:  # depth first, without recursion: a malicious graph may be a chain of any length
             value, expanded = stack.pop()
+            # ONNX writes an optional input that is left out as an empty name.
             if value in self.constants or not value or (value in done and not expanded):
                 continue
             node = self.producers.get(value)
@@ -49,6 +51,7 @@ class Graph:
                 order.append(node)
                 continue
             done.update(node.output)
+            # Seen again after all its inputs, and put into the order then: a node comes after what it reads.
             stack.append((value, True))
             stack += [(source, False) for source in node.input]
         return order
@@ -77,7 +80,7 @@ class Graph:
         """Return how many bytes the values of a constant take."""
         kind = self.constants[name].data_type
         if self.type_of(name) in ("FLOAT4E2M1", "INT4", "UINT4"):
-            return -(-self.size(name) // 2)
+            return -(-self.size(name) // 2)  # two to a byte, rounded up
         return self.size(name) * int(self.onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
 
@@ -88,6 +91,7 @@ def _constant(onnx: Any, node: Any) -> Any | None:
     for attribute in node.attribute:
         if attribute.name == "value":
             tensor = onnx.TensorProto()
+            # A copy, as it gets another name: the model's checksum is taken from the original.
             tensor.CopyFrom(attribute.t)
             tensor.name = node.output[0]
             return tensor

@@ -59,6 +59,7 @@ class Report:
     @property
     def sound(self) -> bool:
         """Tell whether every claim holds."""
+        # Notes do not count: they remark on what no claim forbids.
         return not self.problems and not any(row.problems for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.source} ({self.origin})"]
         table = aligned([HEAD, *map(_cells, self.rows)], left=len(HEAD))
-        for line, row in zip(table, [None, *self.rows], strict=True):
+        for line, row in zip(table, [None, *self.rows], strict=True):  # None: the head has no problems
             lines.append(line)
             lines += [f"    PROBLEM: {problem}" for problem in (row.problems if row else ())]
             lines += [f"    note: {note}" for note in (row.notes if row else ())]

@@ -29,8 +29,10 @@ def fprop(
     dtype: torch.dtype,
 ) -> Tensor:
     """Multiply as operators.conv_fprop does; the scales are empty."""
+    # With alpha the bias comes after it, in fp32; without, the library adds it in the pass that it makes anyway.
     inner, outer = (bias, None) if alpha is None else (None, bias)
     if geometry.rank == 0:
+        # A linear layer's weight has one tap: [O, 1, C] -> [O, C].
         y = F.linear(x, w[:, 0], inner.to(x.dtype)) if inner is not None else _product(x, w[:, 0].t(), alpha)
     else:
         g = geometry.at_least_2d
@@ -71,6 +73,7 @@ def wgrad(
     if geometry.rank == 0:
         dw = _product(dy.t(), x, alpha).unsqueeze(1)
     else:
+        # Columnwise operands are folded, and dy and x have the images of the folded geometry.
         g = geometry.folded.at_least_2d
         w_like = _empty_image(dy, (g.channels_b, *g.kernel, g.channels_a // g.groups))
         _, dw, _ = convolution_backward(
@@ -149,10 +152,11 @@ def _finish(y: Tensor, alpha: Tensor | None, bias: Tensor | None, dtype: torch.d
     if library is None or alpha.numel() != 1 or y.dtype not in kinds:
         out = y.float() * alpha
         return (out if bias is None else out + bias.float()).to(dtype)
+    # In place where the dtype stays. The kernel does not write fp16: it is cast from y's dtype at the end.
     out = y if dtype not in kinds or dtype == y.dtype else torch.empty_like(y, dtype=dtype)
     if bias is not None:
         bias = bias.detach().float().contiguous()
-    channels = y.shape[-1] if bias is not None else 1
+    channels = y.shape[-1] if bias is not None else 1  # without a bias all that counts is the number of elements
     library.nvfp4_scale_bias(
         y.data_ptr(),
         out.data_ptr(),

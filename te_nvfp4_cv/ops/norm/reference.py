@@ -42,6 +42,7 @@ def norm_forward(
             wide = torch.promote_types(running_mean.dtype, torch.float32)
             mean, rstd = running_mean.to(wide, copy=True), (running_var.to(wide) + s.eps).rsqrt()
     if residual is not None:
+        # In place where the sum keeps y's dtype; else torch's promotion, as modules would give it.
         same = torch.promote_types(y.dtype, residual.dtype) == y.dtype
         y = y.add_(residual) if same else y + residual
     if y.stride() != z.stride():  # ATen's group norm returns contiguous memory; masks lie in z's order
@@ -66,11 +67,13 @@ def norm_backward(
         if s.groups:
             u = _group_norm(z, weight, bias, s.groups, s.eps)[0]
         elif s.batch_stats:
+            # Without running statistics: forward has updated them, and this second run must not.
             u = torch.native_batch_norm(z, weight, bias, None, None, True, 0.0, s.eps)[0]
         else:
             u = torch.native_batch_norm(z, weight, bias, mean, variance, False, 0.0, 0.0)[0]
         g = aten.silu_backward(dy, u)
     dresidual = g if s.need_dresidual else dy.new_empty(0)
+    # A residual of a wider dtype has widened y, and dy with it.
     g = g.to(z.dtype)
     wanted = [True, weight is not None, weight is not None]
     if s.groups:
@@ -84,7 +87,7 @@ def norm_backward(
         dz = torch.empty_like(z).copy_(dz)
     empty = mean.new_empty(0)
     if weight is None:
-        return dz, dresidual, empty, empty.clone()
+        return dz, dresidual, empty, empty.clone()  # an operator's results must not share memory
     return dz, dresidual, dweight.to(mean.dtype), dbias.to(mean.dtype)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# A name's place is its number in the operators' lists of floats.
 ACTIVATIONS = ("relu", "silu")
 BACKENDS = ("reference", "triton")
 
@@ -44,16 +45,8 @@ class NormSpec:
     def decode(cls, numbers: Sequence[float]) -> NormSpec:
         """Rebuild a spec from encode."""
         groups, activation, batch_stats, momentum, eps, need_mask, need_dresidual, backend = numbers
-        return cls(
-            int(groups),
-            ACTIVATIONS[int(activation)],
-            bool(batch_stats),
-            momentum,
-            eps,
-            bool(need_mask),
-            bool(need_dresidual),
-            BACKENDS[int(backend)],
-        )
+        settings = bool(batch_stats), momentum, eps, bool(need_mask), bool(need_dresidual)
+        return cls(int(groups), ACTIVATIONS[int(activation)], *settings, BACKENDS[int(backend)])
 
     def statistics_shape(self, z: Tensor) -> tuple[int, ...]:
         """Return the shape of mean and rstd for z [B, C, *image]: [C], or [B, groups]."""

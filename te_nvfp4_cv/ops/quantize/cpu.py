@@ -44,10 +44,12 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
     covered = kernels or native.available(x_MK.device)
     random = settings.get("random_rowwise") is not None or settings.get("random_columnwise") is not None
     given = settings.get("amax_rowwise"), settings.get("amax_columnwise")
+    # Without RHT the columnwise face has the rowwise amax, as in the reference.
     if given[1] is None and not settings.get("rht"):
         given = given[0], given[0]
     some = any(amax is not None for amax, wanted in zip(given, (rowwise, columnwise), strict=True) if wanted)
     every = all(amax is not None for amax, wanted in zip(given, (rowwise, columnwise), strict=True) if wanted)
+    # Kernels draw their random bytes themselves, and take the amaxes of all faces or of none.
     if not plain or not covered or random or some != every or (some and not kernels) or not x_MK.numel():
         return reference_matrix.quantize_2d(x_MK, **settings)
     M, K = x_MK.shape
@@ -58,6 +60,7 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
     amax = None
     if some:
         either = given[0] if given[0] is not None else given[1]
+        # A face that is not made needs no amax, but the kernel reads two numbers.
         amax = torch.cat([(either if one is None else one).reshape(1).float() for one in given])  # type: ignore[union-attr]
     if kernels:
         from te_nvfp4_cv.ops.quantize.triton import launch
@@ -65,6 +68,7 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
         run: Any = launch.quantize_operand
     else:
         run = quantize_operand
+    # The matrix is a linear layer's operand: M images without image axes, of K channels.
     spec = OperandSpec(
         groups=1,
         fold=Fold(1, 0, 1, 0, images),
@@ -79,6 +83,7 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
         x_MK.contiguous(), spec, torch.float32, seed, amax
     )
     if amax is not None:
+        # Exactly what was given, while an operand's amax becomes NaN where the observed one is not finite.
         row_amax, col_amax = amax[:1].clone(), amax[1:].clone()
     fp8, nothing = torch.float8_e4m3fn, row_amax.new_empty(0)
     if columnwise:  # [M16, K, 8] -> [K, Mp / 2]
@@ -110,6 +115,7 @@ def quantize_operand(
     q.amax = used.data_ptr()
     observed = torch.empty(0 if amax is None else 3, dtype=torch.float32)
     if amax is None:
+        # For the amaxes, "row" is x as it is and "col" the rotated columns; without RHT both are x's.
         q.want_row, q.want_col = row_form != NONE or not rht, col_form != NONE and rht
         library.nvfp4_amax(ctypes.byref(q))
         if not rht:
@@ -127,6 +133,7 @@ def quantize_operand(
     elif col_form == DEQUANTIZED:
         q.col_dq = col.data.data_ptr()
     library.nvfp4_quantize(ctypes.byref(q))
+    # Held until here, because the kernel read the table of rows by its address.
     del starts
     if amax is not None:
         if not rht:  # folded columns may leave rows of x out
@@ -159,20 +166,9 @@ def _operand(x: Tensor, groups: int, fold: Fold, rht: bool) -> tuple[native.Oper
     x = x.float() if x.dtype == torch.float16 else x
     rank, channels = x.dim() - 2, x.shape[-1]
     rows, pixels = (x.shape[1], math.prod(x.shape[2:-1])) if rank else (1, 1)
-    q = native.Operand(
-        x=x.data_ptr(),
-        images=x.shape[0],
-        L=rows,
-        Wp=pixels,
-        C=channels,
-        groups=groups,
-        fold_images=fold.images,
-        fold_L=fold.rows,
-        rht=rht,
-        in_bf16=x.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        e4m3_max=448.0,
-    )
+    q = native.Operand(x=x.data_ptr(), images=x.shape[0], L=rows, Wp=pixels, C=channels, groups=groups, e4m3_max=448.0)
+    q.fold_images, q.fold_L, q.rht = fold.images, fold.rows, rht
+    q.in_bf16, q.threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     starts = None
     if fold.strips > 1:
         source = fold.source_rows(x.shape[0], rows)
@@ -191,7 +187,10 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
     if not spec.two_d:
         return _quantize_rows(w, spec, dtype, amax)
     w_OCT = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a view where the kernel's axes lie next to each other
-    amax = _amax_of(w, library) if amax is None else amax.contiguous()
+    if amax is None:  # of one long row: the order of values does not change a maximum
+        row_of_all = layouts.in_memory_order(w).reshape(1, -1)
+        amax = measure_operand(row_of_all, OperandSpec(1, Fold(1, 0, 1, 0, BLOCK)))[:1]
+    amax = amax.contiguous()
     amax = power_of_two_amax(amax, spec.e4m3_max) if spec.pow2 else amax
     row, col = layouts.weight_faces(w, spec, dtype)
     q = _weight(w_OCT, spec.groups, w.dtype == torch.bfloat16, dtype, spec.e4m3_max)
@@ -208,6 +207,7 @@ def _quantize_rows(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor
     """Quantize a weight of one group in 1x16 blocks: axis 0 takes the place of the batch of an operand."""
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     w_OTC = w.reshape(n, c, taps).transpose(1, 2).contiguous()
+    # A weight [axis 0, taps, axis 1] is an operand of axis 0 images with one image axis.
     fold = Fold(1, 0, taps, 0, round_up(n, BLOCK))
     as_operand = OperandSpec(1, fold, spec.row, spec.col, four_over_six=spec.four_over_six, e4m3_max=spec.e4m3_max)
     given = None if amax is None else amax.expand(2)
@@ -218,30 +218,8 @@ def _quantize_rows(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor
     if spec.col == PACKED:
         data, scale = data.unsqueeze(0), scale.unsqueeze(0)
     elif spec.col == DEQUANTIZED:
-        data = data[:n]
+        data = data[:n]  # without the rows that fill the last block
     return WeightCodes(made.row, Face(data, scale), made.row_amax if given is None else given[:1].clone())
-
-
-def _amax_of(w: Tensor, library: ctypes.CDLL) -> Tensor:
-    """Return the largest magnitude, fp32 [1], of a bf16 or fp32 weight of any strides."""
-    amax = torch.empty(2, dtype=torch.float32)
-    dense = layouts.in_memory_order(w)
-    measure = native.Operand(
-        x=dense.data_ptr(),
-        images=1,
-        L=1,
-        Wp=1,
-        C=w.numel(),
-        groups=1,
-        fold_images=BLOCK,
-        fold_L=1,
-        amax=amax.data_ptr(),
-        in_bf16=w.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        want_row=1,
-    )
-    library.nvfp4_amax(ctypes.byref(measure))
-    return amax[:1]
 
 
 def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,16 +228,8 @@ def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if library is None or not data.numel():
         return reference.unpack_columns(data, scale, dtype)
     out = scratch.empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype, scale.device)
-    run = math.prod(scale.shape[1:])
-    library.nvfp4_unpack_columns(
-        data.data_ptr(),
-        scale.data_ptr(),
-        out.data_ptr(),
-        scale.shape[0],
-        run,
-        dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
+    pointers, how = _pointers(data, scale, out), (dtype == torch.bfloat16, torch.get_num_threads())
+    library.nvfp4_unpack_columns(*pointers, scale.shape[0], math.prod(scale.shape[1:]), *how)
     return out
 
 
@@ -270,15 +240,8 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
         return reference.unpack_rows(data, scale, channels, groups, dtype)
     out = data.new_empty((*data.shape[:-1], channels), dtype=dtype)
     segments = math.prod(data.shape[:-1]) * groups
-    library.nvfp4_unpack_rows(
-        data.data_ptr(),
-        scale.data_ptr(),
-        out.data_ptr(),
-        segments,
-        channels // groups,
-        dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
+    pointers, how = _pointers(data, scale, out), (dtype == torch.bfloat16, torch.get_num_threads())
+    library.nvfp4_unpack_rows(*pointers, segments, channels // groups, *how)
     return out
 
 
@@ -294,24 +257,19 @@ def unpack_weight(
     q = _weight(out.transpose(1, 2), layout.n if by_row else layout.groups, False, dtype, E4M3_MAX)
     q.dq, q.codes, q.scale = out.data_ptr(), data.data_ptr(), scale.data_ptr()
     if factor is not None:
-        q.amax = factor.data_ptr()
+        q.amax = factor.data_ptr()  # the field carries the factor here
     library.nvfp4_unpack_weight(ctypes.byref(q))
     return out
 
 
+def _pointers(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
 def _weight(w_OCT: Tensor, groups: int, in_bf16: bool, dtype: torch.dtype, e4m3_max: int) -> native.Weight:
     """Return the kernels' view of a weight [axis 0, axis 1, taps] of any strides."""
-    return native.Weight(
-        w=w_OCT.data_ptr(),
-        groups=groups,
-        Og=w_OCT.shape[0] // groups,
-        Cg=w_OCT.shape[1],
-        T=w_OCT.shape[2],
-        stride_o=w_OCT.stride(0),
-        stride_c=w_OCT.stride(1),
-        stride_t=w_OCT.stride(2),
-        in_bf16=in_bf16,
-        out_bf16=dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        e4m3_max=float(e4m3_max),
-    )
+    n, channels, taps = w_OCT.shape
+    q = native.Weight(w=w_OCT.data_ptr(), groups=groups, Og=n // groups, Cg=channels, T=taps, e4m3_max=float(e4m3_max))
+    q.stride_o, q.stride_c, q.stride_t = w_OCT.stride()
+    q.in_bf16, q.out_bf16, q.threads = in_bf16, dtype == torch.bfloat16, torch.get_num_threads()
+    return q

@@ -63,14 +63,8 @@ def quantize(
             needs="a 2-D tensor of bfloat16, float16 or float32",
             fix="flatten the leading dimensions, x.reshape(-1, x.shape[-1]), and cast to one of these dtypes",
         )
-    check_options(
-        rht=fields.rht,
-        stochastic_rounding=fields.stochastic_rounding,
-        two_d=fields.two_d,
-        four_over_six=fields.four_over_six,
-        e4m3_max=fields.e4m3_max,
-        row_scaled=fields.row_scaled,
-    )
+    checked = ("rht", "stochastic_rounding", "two_d", "four_over_six", "e4m3_max", "row_scaled")
+    check_options(**{name: getattr(fields, name) for name in checked})
     if fields.stochastic_rounding and seed is None:
         raise errors.value_error(
             "nvfp4 quantize: stochastic rounding has no random numbers.",

@@ -62,14 +62,10 @@ def quantize_operand(
     """Quantize as operand.quantize_operand does."""
     x_rows, empty = batch_last(x), x.new_empty(0, dtype=torch.uint8)
     row = col = Face(empty, torch.empty_like(empty))
-    common: dict[str, Any] = dict(
-        stochastic_rounding=spec.stochastic,
-        four_over_six=spec.four_over_six,
-        e4m3_max=spec.e4m3_max,
-        row_scaled=spec.row_scaled,
-        seed=seed,
-    )
+    common: dict[str, Any] = dict(four_over_six=spec.four_over_six, e4m3_max=spec.e4m3_max, row_scaled=spec.row_scaled)
+    common |= dict(stochastic_rounding=spec.stochastic, seed=seed)
     own = _amax(x)
+    # What is observed counts as 0 for a face that is not made, but without RHT both faces see x itself.
     seen_row = own if spec.row != NONE or not spec.rht else torch.zeros_like(own)
     seen_col, saturated = torch.zeros_like(own) if spec.rht else own, torch.zeros_like(own)
     row_amax, col_amax = (own, own) if amax is None else (amax[:1], amax[1:])
@@ -82,12 +78,14 @@ def quantize_operand(
         )
         shape = tuple(x_rows.shape[:-1])
         parts = (faces.row_data, faces.row_scale.view(torch.uint8))
+        # The matrix has its rows in the order (image axes, batch); a face has the batch first.
         row = Face(*(part.reshape(*shape, -1).movedim(-2, 0).contiguous() for part in parts))
         row_amax = faces.row_amax.reshape(shape).movedim(-1, 0).contiguous() if spec.row_scaled else faces.row_amax
         if amax is not None:
             saturated = saturated + saturated_blocks(pad_groups(x, spec.groups), row_amax, spec.e4m3_max)
     if spec.col != NONE:
         folded = batch_last(fold_images(x, spec.fold))  # [*image, N, C]
+        # The amax of rotated columns, or of single rows, is found there.
         given = None if amax is None and (spec.rht or spec.row_scaled) else col_amax
         faces = reference_matrix.quantize_2d(
             folded.flatten(0, -2),
@@ -101,6 +99,7 @@ def quantize_operand(
         shape = (x.shape[-1], *folded.shape[:-2], spec.fold.images // BLOCK)  # [C, *image, N16]
         data, scale = faces.col_data, faces.col_scale.view(torch.uint8)
         col = Face(
+            # [C, *image, N16, 8] -> [N16, *image, C, 8]
             data.reshape(*shape, 8).movedim(0, -2).movedim(-3, 0).contiguous(),
             scale.reshape(shape).movedim(0, -1).movedim(-2, 0).contiguous(),
         )
@@ -109,6 +108,7 @@ def quantize_operand(
             rotated = columnwise_values(x, spec)
             seen_col = _amax(rotated) if spec.rht else seen_col
             saturated = saturated + saturated_blocks(rotated, col_amax, spec.e4m3_max)
+    # Made from the codes, so that both forms of a face are the same numbers.
     if spec.row == DEQUANTIZED:
         row = Face(unpack_rows(*row, x.shape[-1], spec.groups, dtype), torch.empty_like(empty))
     if spec.col == DEQUANTIZED:
@@ -154,6 +154,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = -(-c // BLOCK), -(-(n // groups) // BLOCK)
     w_GOTC = w.reshape(groups, n // groups, c, taps).transpose(2, 3)
+    # Padded group by group to whole tiles, so that no block has rows of two groups.
     w_GOTC = F.pad(w_GOTC, (0, kb * BLOCK - c, 0, 0, 0, ob * BLOCK - n // groups))
     amax = _amax(w) if amax is None else amax.clone()
     amax = formats.power_of_two_amax(amax, spec.e4m3_max) if spec.pow2 else amax
@@ -172,6 +173,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
         data, scale = faces.row_data, faces.row_scale.view(torch.uint8)
         data = data.reshape(groups, ob * BLOCK, taps, kb * 8)[:, : n // groups].reshape(n, taps, kb * 8)
         scale = scale.reshape(groups, ob * BLOCK, taps, kb)
+        # The 16 rows of a tile repeat its scale.
         scale = scale[:, ::BLOCK] if two_d else scale[:, : n // groups].reshape(n, taps, kb)
         row = Face(data.contiguous(), scale.contiguous())
     if spec.col != NONE:  # [T, Cp, G, Ob, 8] -> [G, Ob, T, C, 8]

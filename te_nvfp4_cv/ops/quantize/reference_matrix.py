@@ -120,6 +120,7 @@ def quantize_2d(
     M, K = x_MK.shape
     x_pad = F.pad(x_MK, (0, -K % BLOCK, 0, -M % BLOCK))  # zeros change neither amax nor codes of the rest of a block
     tile_scale: Tensor | None = None
+    # The columnwise face after RHT has an amax of its own: x's is needed for the rowwise face and without RHT.
     if amax_rowwise is None and not (s.rht and not s.rowwise):
         amax_rowwise = _amax(x_MK.float(), s.row_scaled)
     if s.two_d:  # one choice for both faces, so that their codes are the same numbers
@@ -202,6 +203,7 @@ def _error(v: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int, mode: str, two
     codes = _codes(v, scale, formats.encode_scale(amax, e4m3_max), None)
     value = formats.blocks(formats.decode_e2m1(codes)) * scale.float().unsqueeze(-1)
     value = value * amax.reshape(-1, 1, 1)
+    # By a tensor: on CUDA, torch makes division by a number a product with its reciprocal, which rounds differently.
     d = torch.div(value, torch.full_like(value, 6.0 * e4m3_max)) - formats.blocks(v)
     d = d.abs() if mode == "MAE" else d * d
     total = d[..., 0]  # not sum(): its order of additions is torch's secret, and differs from machine to machine
@@ -229,6 +231,7 @@ def _random(
     if given is not None:
         return given
     assert seed is not None
+    # The face's number goes into the counter, so that the two faces draw different bytes.
     index = torch.arange(shape[0] * (shape[1] // BLOCK), dtype=torch.int64, device=device)
     return formats.philox4x32(seed, index, face).reshape(shape)
 

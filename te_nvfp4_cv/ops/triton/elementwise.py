@@ -23,8 +23,10 @@ def relu_mask_kernel(x, y, mask, n, WRITE: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = tl.minimum(n - start, BLOCK).to(tl.int32)
     byte = tl.arange(0, BLOCK // 8)
+    # [BLOCK / 8, 8]: a row of eight elements is one byte of the mask.
     at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     value = tl.load(x + start + at, mask=at < left, other=0.0)  # zeros beyond the end set no bit
+    # Not value > 0: a NaN passes, as in torch.
     passes = ~(value.to(tl.float32) <= 0.0)
     bits = tl.where(passes, 1, 0) << tl.arange(0, 8)[None, :]
     tl.store(mask + start // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < left)
@@ -53,6 +55,7 @@ def scale_bias_kernel(y, out, alpha, bias, n, channels, HAS_BIAS: tl.constexpr, 
     inside = at < n - start
     value = tl.load(y + start + at, mask=inside, other=0.0).to(tl.float32) * tl.load(alpha)
     if HAS_BIAS:
+        # The 64-bit remainder is taken once, of a scalar; lanes stay in 32 bits.
         first = (start % channels).to(tl.int32)
         value = value + tl.load(bias + (first + at) % channels, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + start + at, value.to(out.dtype.element_ty), mask=inside)
@@ -63,6 +66,7 @@ def relu_mask(x: Tensor, write: bool) -> tuple[Tensor, Tensor]:
     """Return relu(x) and its mask; without `write`, x itself and the mask of its positive elements."""
     y = torch.empty_like(x) if write else x
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
+    # CUDA refuses an empty grid.
     if x.numel():
         relu_mask_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, mask, x.numel(), WRITE=write, BLOCK=BLOCK)
     return y, mask
@@ -88,6 +92,7 @@ def scale_bias(y: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype
         grid = (triton.cdiv(y.numel(), BLOCK),)
         has_bias = bias is not None
         scale_bias_kernel[grid](
+            # A pointer must be there for a bias that is not read, too.
             y, out, alpha, bias if has_bias else alpha, y.numel(), y.shape[-1], HAS_BIAS=has_bias, BLOCK=BLOCK
         )
     return out

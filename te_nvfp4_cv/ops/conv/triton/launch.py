@@ -71,6 +71,7 @@ def prepare(w: Tensor, scale: Tensor, g: ConvGeometry, to_b: bool, step: int, gp
     blocks = -(-each_in // BLOCK)
     padded = -(-blocks // step) * step
     rows = each * g.groups
+    # FP4 tensor cores take codes and scales as they are. Others multiply fp16: w is decoded here, once.
     if gpu.native:
         out = torch.empty(rows, g.taps, padded * 8, dtype=torch.uint8, device=w.device)
         out_scale = torch.empty(rows, g.taps, padded, dtype=torch.uint8, device=w.device)
@@ -146,6 +147,7 @@ def _data(
                 TAPS=max(a["hits"], 1),
                 UNIT=unit,
                 FULL=blocks % step == 0,
+                # 64-bit offsets take registers, so they are used only where 32 bits do not reach.
                 WIDE=max(x_data.numel(), y.numel(), kernel.numel()) >= WIDE_FROM,
                 ALPHA=0 if alpha is None else 1 if alpha.numel() == 1 else 2,
                 BIAS=bias is not None,
@@ -199,7 +201,7 @@ def parts_of(gpu: Gpu, tiles: int, steps: int, size: int) -> int:
     That is about two programs a multiprocessor, eight steps a part, and a bounded workspace of `size` values a part.
     """
     wanted = min(-(-2 * gpu.processors // max(tiles, 1)), -(-steps // 8), PARTS_BYTES // (4 * max(size, 1)))
-    return max(1, min(wanted, 65535))
+    return max(1, min(wanted, 65535))  # where the second axis of a grid ends
 
 
 @on_its_device

@@ -52,10 +52,11 @@ def scattering_axis(out: int, kernel: int, stride: int, padding: int, dilation: 
     for phase in range(min(stride, out)):
         # The taps that hit are tap_step apart, so that first_tap and tap_step describe all of them.
         taps = [t for t in range(kernel) if (phase + padding - t * dilation) % stride == 0]
+        # A class may have no taps (a stride above the kernel): any first tap will do then, since no step is made.
         first_tap, tap_step = (taps or [0])[0], stride // math.gcd(stride, dilation)
         first = (phase + padding - first_tap * dilation) // stride
         step = -dilation * tap_step // stride
-        outputs = -(-(out - phase) // stride)
+        outputs = -(-(out - phase) // stride)  # phase, phase + stride, ... below `out`
         classes.append(Axis(outputs, len(taps), 1, first, step, stride, phase, first_tap, tap_step))
     return classes
 
@@ -81,6 +82,8 @@ def data_classes(g: ConvGeometry, to_b: bool) -> list[dict[str, int]]:
     out_pixels = (result[1] * result[2], result[2], 1)
     taps = (kernel[1] * kernel[2], kernel[2], 1)
     launches = []
+    # One launch for each combination of the axes' classes. Places are flat pixels: positions times the pixels between
+    # neighbours along each axis.
     for axes in itertools.product(*per_axis):
         a: dict[str, int] = dict(
             rows=g.batch * math.prod(axis.outputs for axis in axes),
@@ -91,7 +94,7 @@ def data_classes(g: ConvGeometry, to_b: bool) -> list[dict[str, int]]:
             w_taps=g.taps,
             w_first=sum(axis.first_tap * size for axis, size in zip(axes, taps, strict=True)),
             hits=math.prod(axis.taps for axis in axes),
-            CH=max(axes[1].taps, 1),
+            CH=max(axes[1].taps, 1),  # the kernel divides by it
             CW=max(axes[2].taps, 1),
         )
         for name, axis, pixel, out_pixel, tap, size in zip("dhw", axes, pixels, out_pixels, taps, source, strict=True):

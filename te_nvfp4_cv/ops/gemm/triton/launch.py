@@ -148,6 +148,7 @@ tuning.register("gemm", {0: rule_of((256, 256, 256, 4, 1)), **TWO_PACKED}, candi
 
 def unit_of(blocks: int) -> int:
     """Return the largest power of two, at most 16, that divides a row's blocks: the rows' alignment."""
+    # Kernels multiply it into offsets as a constant, and the compiler sees from it how wide a load may be.
     return math.gcd(blocks, 16)
 
 
@@ -160,6 +161,7 @@ def multiply(a_data: Tensor, a_scale: Tensor, b_data: Tensor, b_scale: Tensor) -
         return out
     gpu = gpu_of(a_data.device)
     unit = unit_of(blocks)
+    # Scales as bytes: kernels decode them by integer operations, and GPUs before sm_89 know no fp8.
     operands = [t.contiguous().view(torch.uint8) for t in (a_data, a_scale, b_data, b_scale)]
 
     def run(tile: tuning.Config) -> None:

@@ -32,6 +32,7 @@ def tile_address(
     Returns an int64 offset in the slice, int32 offsets [ROWS, COLS] from there, and two masks: rows that exist, and
     channels that exist.
     """
+    # z may have more than 2^31 elements, a tile has not: only the scalar part of an address is 64 bits wide.
     image = (item // per_image).to(tl.int64)
     start = item % per_image * ROWS
     rows = start + tl.arange(0, ROWS)[:, None]
@@ -74,15 +75,19 @@ def statistics_kernel(
         value = tl.load(z + (s * slice_size + base) + at, mask=row_in & col_in, other=0.0).to(tl.float32)
         there = tl.where(row_in, 1.0, 0.0)
         count += there
+        # Welford's update in each lane: E[z^2] - E[z]^2 would cancel for a large mean. `there` is 0 past the end.
         delta = value - mean
         mean += delta * (there / tl.maximum(count, 1.0))
         m2 += there * delta * (value - mean)
     total = tl.sum(count)
+    # Lanes have seen different rows of a channel: their means are weighted by how many, and the distance of a lane's
+    # mean from the common one adds to the squared deviations.
     merged = tl.sum(mean * count, 0) / total
     away = mean - merged[None, :]
     m2_all = tl.sum(m2 + count * away * away, 0)
     channel = first + tl.arange(0, COLS)
     to = partial + (s * tl.num_programs(0) + split) * 3 * channels + channel
+    # The count is one number, stored for each channel, so that the next kernel reads three equal rows.
     tl.store(to, tl.zeros((COLS,), tl.float32) + total, mask=channel < channels)
     tl.store(to + channels, merged, mask=channel < channels)
     tl.store(to + 2 * channels, m2_all, mask=channel < channels)
@@ -130,8 +135,10 @@ def finish_statistics(
         variance = tl.sum(m2 + count * (means - average) * (means - average)) / total
         to = s * tl.num_programs(0) + tl.program_id(0)
         tl.store(mean + to, average)
+        # Correctly rounded, because the instruction for rsqrt is an approximation.
         tl.store(rstd + to, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
     else:
+        # Lanes past the last channel have seen nothing, and must not divide by 0.
         total = tl.maximum(tl.sum(count, 0), 1.0)
         average = tl.sum(count * means, 0) / total
         away = means - average[None, :]
@@ -139,6 +146,7 @@ def finish_statistics(
         tl.store(mean + channel, average, mask=inside)
         tl.store(rstd + channel, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), mask=inside)
         if UPDATE:
+            # Only without GROUP, because group normalization has no running statistics.
             old = tl.load(running_mean + channel, mask=inside, other=0.0).to(tl.float32)
             new = momentum * average + (1.0 - momentum) * old
             tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), mask=inside)
@@ -152,6 +160,7 @@ def channel_of(start, at, inner, CHANNELS: tl.constexpr, LAST: tl.constexpr):
     """Return the channels, int32, of the elements start + at of a slice, in memory order."""
     if LAST:
         return ((start % CHANNELS).to(tl.int32) + at) % CHANNELS
+    # Divisions of 64-bit vectors are slow, so the 64-bit part is divided as a scalar.
     plane = start // inner
     within = (start - plane * inner).to(tl.int32)
     return ((plane % CHANNELS).to(tl.int32) + (within + at) // inner) % CHANNELS
@@ -164,6 +173,7 @@ def normalized(value, mean, rstd, weight, bias, group, channel, inside, AFFINE: 
     factor = tl.load(rstd + group, mask=inside, other=0.0)
     if AFFINE:
         factor = factor * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        # An explicit fma, so that every kernel which computes u has the same bits, whatever the compiler would merge.
         u = tl.fma(centred, factor, tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32))
     else:
         u = centred * factor
@@ -199,6 +209,7 @@ def apply_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     s = tl.program_id(1).to(tl.int64)
     byte = tl.arange(0, BLOCK // 8)
+    # [BLOCK / 8, 8]: a row's eight elements are those of one byte of the mask.
     at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     left = tl.minimum(slice_size - start, BLOCK).to(tl.int32)
     inside = at < left
@@ -210,6 +221,7 @@ def apply_kernel(
     if RESIDUAL:
         u += tl.load(residual + base + at, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION == RELU:
+        # Not u > 0: a NaN passes, as through torch's ReLU.
         passes = ~(u <= 0.0)
         result = tl.where(passes, u, 0.0)
         if KEEP:
@@ -280,6 +292,7 @@ def backward_sums_kernel(
             g = silu_gradient(gradient, tl.fma(centred, factor, shift))
         elif WHOLE_BYTES:
             eighth = tl.arange(0, COLS // 8)[None, :]
+            # Adding an int64 zero widens the sum before it is multiplied.
             origin = (s * slice_size + first) // 8 + (item * ROWS + tl.full((), 0, tl.int64)) * (channels // 8)
             byte = tl.arange(0, ROWS)[:, None] * (channels // 8) + eighth
             there = row_in & (first + eighth * 8 < channels)
@@ -291,6 +304,7 @@ def backward_sums_kernel(
             bits = tl.load(mask + base // 8 + bit // 8, mask=inside, other=0).to(tl.int32) >> (bit % 8)
             g = tl.where((bits & 1) != 0, gradient, 0.0)
         sum_g += g
+        # The mask again, because 0 times a mean that is not finite would be NaN.
         sum_gz += tl.where(inside, g * centred, 0.0)
     to = partial + (s * tl.num_programs(0) + split) * 2 * channels + channel
     tl.store(to, tl.sum(sum_g, 0), mask=known)
@@ -336,11 +350,13 @@ def finish_backward(
     there = (split < splits) & inside[None, :]
     at = partial + (s * splits + split) * 2 * channels + channel[None, :]
     sum_g = tl.sum(tl.load(at, mask=there, other=0.0), 0)
+    # The partial sums hold g (z - mean); times rstd they are those of g xhat.
     sum_gx = tl.sum(tl.load(at + channels, mask=there, other=0.0), 0) * scale
     tl.store(sums + s * channels + channel, sum_g, mask=inside)
     tl.store(sums + (tl.num_programs(1) + s) * channels + channel, sum_gx, mask=inside)
     if AFFINE:
         w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        # From here on for dz, which subtracts means of weight * g; dbias and dweight are without the weight.
         sum_g = sum_g * w
         sum_gx = sum_gx * w
     if GROUP:
@@ -350,6 +366,7 @@ def finish_backward(
         down = -scale * scale * sum_gx / count
         shift = -scale * sum_g / count
     else:
+        # The statistics were constants, so dz has no such terms. A product gives zeros of the right shape.
         down = sum_gx * 0.0
         shift = sum_g * 0.0
     if GROUP:

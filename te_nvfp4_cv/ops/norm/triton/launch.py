@@ -63,18 +63,10 @@ class Shape:
         per_image = triton.cdiv(self.inner, rows)
         items = per_image * self.outer
         blocks = triton.cdiv(self.channels, cols)
+        # Enough programs to fill a GPU, but no split without a tile.
         splits = min(items, SPLITS, max(1, triton.cdiv(PROGRAMS, blocks * self.slices)))
-        arguments = dict(
-            slice_size=self.slice_size,
-            per_image=per_image,
-            items=items,
-            inner=self.inner,
-            channels=self.channels,
-            ROWS=rows,
-            COLS=cols,
-            LAST=self.last,
-        )
-        return (splits, blocks, self.slices), arguments
+        walk = dict(slice_size=self.slice_size, per_image=per_image, items=items, inner=self.inner)
+        return (splits, blocks, self.slices), dict(walk, channels=self.channels, ROWS=rows, COLS=cols, LAST=self.last)
 
     @property
     def finish(self) -> tuple[tuple[int, int], dict[str, Any]]:

@@ -49,6 +49,7 @@ def produced_tile(
     """
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
+    # `first` has 64 bits: it is reduced as a scalar before the lanes are added.
     channel = ((first % CHANNELS).to(tl.int32) + lane) % CHANNELS
     scale = tl.full((BLOCK,), 1.0, tl.float32)
     shift = tl.zeros((BLOCK,), tl.float32)
@@ -56,6 +57,7 @@ def produced_tile(
         scale = tl.load(weight + channel).to(tl.float32)
         shift = tl.load(bias + channel).to(tl.float32)
     if GROUPS == 0:
+        # Batch normalization: the statistics are the channel's, and serve all 16 images.
         centre = tl.load(mean + channel)
         factor = tl.load(rstd + channel) * scale
     tile = ()
@@ -65,6 +67,7 @@ def produced_tile(
         origin = image * run + first
         value = tl.load(z + origin + lane, mask=there, other=0.0)
         if GROUPS:
+            # An image past the end reads the statistics of the last one; its values become zeros below.
             group = tl.minimum(image, images - 1) * GROUPS + channel // (CHANNELS // GROUPS)
             centre = tl.load(mean + group)
             factor = tl.load(rstd + group) * scale
@@ -81,6 +84,8 @@ def produced_tile(
                 tl.store(mask + origin // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=filled)
         else:
             y = u * tl.sigmoid(u)
+        # Rounded to z's dtype, as if the activation had been stored and read again. Zeros where there is no value,
+        # because the activation of a padding zero is not 0.
         y = tl.where(there, y.to(value.dtype).to(tl.float32), 0.0)
         tile = tile + (y,)
     return tile
@@ -120,6 +125,7 @@ def produced_amax_kernel(
             mean,
             rstd,
             z,
+            # The argument above takes the place of the mask, which is not written here (KEEP is False).
             item // per_row,
             first,
             images,
@@ -141,6 +147,7 @@ def produced_amax_kernel(
         if z.dtype.element_ty == tl.bfloat16:
             col_top = col_top.to(tl.bfloat16).to(tl.float32)
     else:
+        # Without RHT the columns hold the activation itself.
         col_top = row_top
     tl.atomic_max(amax + 1, tl.max(nx.magnitude_bits(col_top), 0), sem="relaxed")
 
@@ -226,6 +233,7 @@ def produce_kernel(
                 tl.store(row_data + origin + lane, value, mask=inside & (image < images))
             else:
                 code = ((word - nx.CODE_BIAS) & 7) | ((nx.bits_of(y) >> 28) & 8)
+                # Eight codes of 4 bits in an int32: no two share a bit, so that their sum joins them.
                 eight = tl.sum(tl.reshape(code, (BLOCK // 8, 8)) << (tl.arange(0, 8) * 4)[None, :], 1)
                 eighth = tl.arange(0, BLOCK // 8)
                 sixteenth = tl.arange(0, BLOCK // 16)
@@ -237,6 +245,7 @@ def produce_kernel(
         tl.atomic_max(slots + pid % SLOTS, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
 
     if COL != 0:
+        # A rotated face has an amax, and so a tensor scale, of its own.
         mult, s_dec = nx.tensor_factors(tl.load(amax + 1), E4M3_MAX)
         if RHT:
             tile = nx.rotate16(tile, z.dtype.element_ty == tl.bfloat16)
@@ -256,5 +265,6 @@ def produce_kernel(
         tl.store(col_data + column + lane, nx.join_words(words, ys), mask=inside)
         tl.store(col_scale + column + lane, byte.to(tl.uint8), mask=inside)
     if OBSERVE:
+        # Few tiles saturate, so that few programs wait for this atomic.
         if total > 0:
             tl.atomic_add(slots + 2 * SLOTS + pid % SLOTS, total, sem="relaxed")

@@ -68,6 +68,8 @@ def norm_quantize(
     row, col = operand_faces(z.movedim(1, -1), operand, dtype)
     kernels.produce_kernel[(per_row * lines,)](
         *made,
+        # A kernel wants a pointer for each argument: any tensor stands for one that it neither reads nor writes. Eight
+        # codes of a row are stored as one int32, sixteen of a column as one int64.
         mask if mask.numel() else norm[0],
         used,
         row.data.view(torch.int32) if operand.row == PACKED else row.data,

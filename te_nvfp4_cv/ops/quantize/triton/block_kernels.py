@@ -37,6 +37,7 @@ def choose_scale(tile, amax_b, amax, mult, s_dec, ERROR: tl.constexpr, E4M3_MAX:
         if TILE:
             sum6 = tree_of_rows(sum6)
             sum4 = tree_of_rows(sum4)
+        # Strictly smaller: on a tie the scale that maps to 6 stays, as in the reference.
         four = sum4 < sum6
         byte = nx.e4m3_byte(tl.where(four, word4, word6))
         s_b = tl.where(four, s4, s6)
@@ -103,6 +104,7 @@ def quantize_blocks_kernel(
         ob = group % GROUP_BLOCKS
         first = group // GROUP_BLOCKS * rows_out + ob * 16
         origin = (group // GROUP_BLOCKS * rows_in + ob * 16) * stride_o + t * stride_t + c * stride_c
+        # The last block of a group may be cut: `count` of its values are read, `limit` written, the others are zeros.
         count = rows_in - ob * 16
         target = (first * taps + t) * width + c
         limit = rows_out - ob * 16
@@ -118,6 +120,7 @@ def quantize_blocks_kernel(
     for i in tl.static_range(16):
         if FOLDED:
             source = tl.load(source_rows + (first + i) * taps + t, mask=there, other=-1)
+            # -1 stands for a row of zeros: the load is masked, and its address must still be valid.
             value = tl.load(x + (tl.maximum(source, 0) * width + c), mask=there & (source >= 0), other=0.0)
         elif COLUMNS:
             value = tl.load(x + (origin + i * stride_o), mask=there & (i < count), other=0.0)
@@ -135,6 +138,7 @@ def quantize_blocks_kernel(
         tl.atomic_max(slots + slot, tl.max(nx.magnitude_bits(amax_b), 0), sem="relaxed")
         total = tl.sum(tl.where(there & (amax_b * mult > 448.0), 1, 0), 0)
         tl.atomic_add(slots + (SLOTS if COLUMNS else 2 * SLOTS) + slot, total, sem="relaxed")
+    # Names of a branch must exist before it, with a type: these values are not used.
     random = tile
     image = b * 0
     if STOCHASTIC and COLUMNS:
@@ -148,6 +152,8 @@ def quantize_blocks_kernel(
         if STOCHASTIC and COLUMNS:
             q, word = nx.e2m1_stochastic(y, nx.random_byte(random, i))
         elif STOCHASTIC:
+            # Both faces of an operand use one byte for one value: the counter is that of its columnwise block, and the
+            # byte is the one of 16 that belongs to its image.
             w = nx.philox7(image // 16 * image_size + (target - image * image_size) + i, tl.load(seed), word2)
             k = (image % 16).to(tl.int32)
             mine = tl.where(k < 8, tl.where(k < 4, w[0], w[1]), tl.where(k < 12, w[2], w[3]))
@@ -157,7 +163,7 @@ def quantize_blocks_kernel(
             q, word = nx.e2m1_nearest(y)
         if FORM == 2:
             value = (nx.signed(q, y) * s_b).to(dequantized.dtype.element_ty)
-            step = taps * width if COLUMNS else 1
+            step = taps * width if COLUMNS else 1  # between two values of a block in the result
             tl.store(dequantized + (target + i * step), value, mask=there & (i < limit))
         words = words + (word,)
         ys = ys + (y,)
@@ -196,8 +202,10 @@ def quantize_tiles_kernel(
     band = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, 16)[None, :]
     ob = band % GROUP_BLOCKS
+    # A band is 16 rows of one group, or what is left of the group.
     o = band // GROUP_BLOCKS * GROUP_ROWS + ob * 16 + row
     index = (tl.program_id(0) * TILES + tl.arange(0, TILES))[:, None]
+    # Neighbouring lanes take tiles that lie next to each other in memory.
     if TAPS_FIRST:
         t = index % taps
         kb = index // taps
@@ -212,6 +220,7 @@ def quantize_tiles_kernel(
         tile = tile + (value.to(tl.float32),)
     tensor_amax = tl.load(amax)
     mult, s_dec = nx.tensor_factors(tensor_amax, E4M3_MAX)
+    # Over the 16 channels of a lane, then over the 16 rows of a tile: [TILES, 16] -> [TILES, 1].
     amax_b = tl.expand_dims(nx.max_of_rows(nx.max16(tile)), 1)
     byte, s_b, enc = choose_scale(tile, amax_b, tensor_amax, mult, s_dec, ERROR, E4M3_MAX, True)
     words = ()

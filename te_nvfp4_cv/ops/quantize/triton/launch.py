@@ -53,8 +53,10 @@ def quantize_operand(
     if spec.row_scaled:
         return reference.quantize_operand(x, spec, dtype, seed, amax)
     x = x.contiguous()
+    # What programs observe, spread over SLOTS addresses so that few atomics meet; finish_kernel reduces it.
     slots = None if amax is None else x.new_zeros((3, SLOTS), dtype=torch.int32)
     if amax is None:
+        # Nothing is rotated where no columnwise face is made: x's amax is one plain pass.
         used = measure_operand(x, spec._replace(rht=spec.rht and spec.col != NONE))
     else:
         used = amax.contiguous()
@@ -65,6 +67,7 @@ def quantize_operand(
             job.row_blocks()
         if spec.col != NONE:
             job.col_blocks()
+    # One launch reads x for both faces. Folded columns go through other rows than the rowwise face: two launches.
     elif spec.fold.strips == 1:
         job.tiles(spec.row, spec.col)
     else:
@@ -93,6 +96,7 @@ def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
     if not spec.rht:
         parts.amax_flat(x, amax)
         return amax.view(torch.float32)[:1].expand(2).contiguous()
+    # Folding may leave rows of x out, so that x's own amax needs a pass of its own.
     if source_rows is not None:
         parts.amax_flat(x, amax)
     table = x if source_rows is None else source_rows
@@ -100,6 +104,7 @@ def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
     def launch(config: tuning.Config) -> None:
         block = parts.block_width(run, config["BLOCK"])
         tiles = parts.ceil_div(run, block) * rows * (spec.fold.images // BLOCK)
+        # Programs loop over tiles, so that there are few atomic maxima at the end.
         operand_kernels.amax_kernel[(min(tiles, parts.PROGRAMS),)](
             x,
             table,
@@ -134,10 +139,12 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
     else:
         bits = amax.view(torch.int32)
     amax = w.new_empty(1, dtype=torch.float32)
+    # A kernel of one lane, because reading the amax on the host would wait for the GPU.
     block_kernels.weight_amax_kernel[(1,)](bits, amax, POW2=spec.pow2, E4M3_MAX=spec.e4m3_max, num_warps=1)
     row, col = layouts.weight_faces(w, spec, dtype)
     w = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a copy where one stride does not reach all taps
     stride_o, stride_c, stride_t = w.stride()
+    # Both memory orders of a weight are served: tiles are taken in the order in which they lie.
     if spec.two_d and spec.row != NONE:
         config = parts.config_of("quantize_tiles", w)
         per_block = min(config["BLOCK"], parts.power_of_two(taps * kb))
@@ -240,6 +247,7 @@ class _Job:
         else:
             images, rows, run, source_rows = x.shape[0], 1, x.numel() // x.shape[0], None
             groups16 = parts.ceil_div(images, BLOCK) if col == NONE else self.spec.fold.images // BLOCK
+        # Blocks must not cross groups: where a group is no multiple of 16, lanes count through its padded channels.
         ragged = row != NONE and self.channels % BLOCK != 0
         padded = run // self.channels * blocks * BLOCK if ragged else run
         (row_data, row_scale), (col_data, col_scale) = self.row, self.col
@@ -255,6 +263,7 @@ class _Job:
                 table,
                 self.amax,
                 self.seed,
+                # Eight codes of a row are stored as one int32, sixteen of a column as one int64.
                 row_data.view(torch.int32) if row == PACKED else row_data,
                 row_scale,
                 parts.words_of(col_data) if col == PACKED else col_data,
@@ -307,6 +316,7 @@ class _Job:
             image_size=self.x.numel() // self.x.shape[0],
         )
         form = spec.col if blocks.columns else spec.row
+        # From the face's amax on: the kernel reads the first element of what it is given.
         parts.quantize_blocks(self.x, self.amax[side:], face, form, blocks, self.error, spec.e4m3_max, more)
 
 

@@ -36,6 +36,7 @@ def amax_flat_kernel(x, amax, n, BLOCK: tl.constexpr):
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
         value = tl.load(x + start + lane, mask=lane < n - start, other=0.0).to(tl.float32)
+        # The bits of magnitudes are ordered as the values are, NaN above inf, so an integer maximum finds both.
         top = tl.maximum(top, nx.magnitude_bits(value))
     tl.atomic_max(amax, tl.max(top, 0), sem="relaxed")
 
@@ -189,6 +190,7 @@ def quantize_kernel(
     row_mult = 0.0
     if ROW != 0:
         row_mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
+        # Within a tile 32 bits are enough.
         limit = left.to(tl.int32) if MASKED else BLOCK
         for i in tl.static_range(16):
             v = tl.reshape(tile[i], (BLOCK // 16, 16))
@@ -211,6 +213,7 @@ def quantize_kernel(
                     tl.store(place, value)
             else:
                 code = ((word - nx.CODE_BIAS) & 7) | ((nx.bits_of(y) >> 28) & 8)
+                # Eight codes of 4 bits make an int32: no two share a bit, so that a sum joins them.
                 eight = tl.reshape(code, (BLOCK // 8, 8)) << (tl.arange(0, 8) * 4)[None, :]
                 eight = tl.sum(eight, 1)
                 origin = image * padded_run + first
@@ -226,6 +229,7 @@ def quantize_kernel(
     col_top = tl.zeros((BLOCK,), tl.float32)
     col_mult = 0.0
     if COL != 0:
+        # A rotated face has an amax, and so a tensor scale, of its own.
         col_mult, s_dec = nx.tensor_factors(tl.load(amax + 1), E4M3_MAX)
         if RHT:
             tile = nx.rotate16(tile, x.dtype.element_ty == tl.bfloat16)
@@ -233,6 +237,7 @@ def quantize_kernel(
     if OBSERVE:  # before the columns are rounded: what it needs is not kept any longer
         slot = slots + pid % SLOTS
         if ROW != 0 and COL != 0:
+            # Brought to the columns' shape, one reduction across the lanes serves both maxima.
             spread = tl.reshape(tl.broadcast_to(row_top[:, None], (BLOCK // 16, 16)), (BLOCK,))
             row_bits, col_bits = nx.max_of_both(nx.magnitude_bits(spread), nx.magnitude_bits(col_top))
         elif ROW != 0:

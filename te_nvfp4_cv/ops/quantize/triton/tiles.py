@@ -36,6 +36,7 @@ def _quantize(key: tuple[int, ...]) -> Entry:
 
 tuning.register(
     "quantize",
+    # The interpreter (0) runs one program after the other in NumPy, and wants few large ones.
     {0: _entry(4096, 4), 80: _quantize},
     lambda key: (
         [_entry(256, 2), _entry(512, 4), _entry(1024, 8)] + ([] if key[0] else [_entry(1024, 4), _entry(512, 2)])
@@ -51,6 +52,7 @@ tuning.register(
     {0: _entry(1 << 16, 4), 80: _entry(4096, 4)},
     lambda key: [_entry(2048, 4), _entry(8192, 4), _entry(8192, 8)],
 )
+# The next two have no candidates: their launches are short, and a search would cost more than it finds.
 tuning.register("quantize_blocks", {0: _entry(1024, 4), 80: _entry(128, 4)})
 tuning.register("quantize_tiles", {0: _entry(64, 4), 80: _entry(8, 4)})  # BLOCK: tiles of 16 rows
 tuning.register(
@@ -149,7 +151,7 @@ def amax_flat(x: Tensor, amax: Tensor) -> None:
     """Raise amax[0], int32, to the bits of max |x| over x's memory (contiguous)."""
 
     def launch(config: tuning.Config) -> None:
-        block = min(config["BLOCK"], max(power_of_two(x.numel()), 128))
+        block = min(config["BLOCK"], max(power_of_two(x.numel()), 128))  # 128 lanes are four warps
         grid = (min(ceil_div(x.numel(), block), PROGRAMS),)
         operand_kernels.amax_flat_kernel[grid](x, amax, x.numel(), BLOCK=block, **options_of(config))
 

@@ -79,7 +79,7 @@ def unpack_rows_kernel(
     word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = word < words
     codes = tl.load(data + word, mask=there, other=0)
-    block = word // 2
+    block = word // 2  # a block of 16 codes is two words
     segment = block // ROW_BLOCKS
     kb = block % ROW_BLOCKS
     if TILED:
@@ -90,6 +90,8 @@ def unpack_rows_kernel(
         block = (band * taps + segment % taps) * ROW_BLOCKS + kb
     s_b = nx.decode_e4m3(tl.load(scale + block, mask=there, other=0).to(tl.int32))
     k = tl.arange(0, 8)[None, :]
+    # Each code's bits move to the sign, exponent and mantissa of an fp32; the factor 2^126 takes up the difference of
+    # the two biases, 127 - 1.
     value = nx.float_of(((codes[:, None] << (28 - 4 * k)) >> 6) & -0x7E400000) * 8.507059173023462e37 * s_b[:, None]
     if FACTOR:
         value = value * tl.load(factor)
