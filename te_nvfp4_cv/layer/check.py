@@ -101,7 +101,18 @@ class CallShape(NamedTuple):
 
     @classmethod
     def of(cls, op: str, x: Tensor, w: Sizes, bias: Tensor | None, args: ConvArgs) -> CallShape:
-        """Describe a call."""
+        """Describe a call.
+
+        Raises:
+            ValueError: bias is on another device than x.
+        """
+        if bias is not None and bias.device != x.device:
+            raise value_error(
+                f"nvfp4 {op}: bias is on another device.",
+                got=f"x on {x.device}, bias on {bias.device}",
+                needs="one device",
+                fix="bias.to(x.device), or model.to(device)",
+            )
         types: Any = None
         # Only the cache needs the types, and torch.compile's calls pass it by.
         if not torch.compiler.is_compiling():

@@ -313,3 +313,12 @@ def test_exported_with_a_batch_that_depends_on_the_data(activations: str) -> Non
     exported = torch.export.export(model, (x,)).module()
     for some in (x, -x):
         assert 0 < len(model(some)) < 8 and same_bits(exported(some), model(some))
+
+
+@pytest.mark.parametrize("activations", ["high", "nvfp4"])
+def test_a_bias_on_another_device_is_named(activations: str) -> None:
+    layer = made(nn.Conv2d(16, 32, 3), RECIPE)
+    layer.set_mode(activations=activations)
+    layer.bias = nn.Parameter(torch.empty(32, device="meta"))
+    with pytest.raises(ValueError, match="bias is on another device"):
+        layer(values((2, 16, 6, 6)))
