@@ -50,10 +50,10 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
     # These are errors, and _check_shapes or torch words them better than a reason for high precision could.
     if w.dim() < 2 or groups < 1 or w.shape[0] % groups:
         return None
-    return _thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
+    thin = _thin if torch.compiler.is_compiling() else _cached_thin  # Dynamo warns where it traces a cached function
+    return thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
 
 
-@functools.lru_cache(maxsize=CACHED)
 def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScaling) -> str | None:
     """Return why channels are too few, or why the recipe leaves nothing; `first`, `second`: of the weight's axes."""
     thin = min(first, second)
@@ -69,6 +69,9 @@ def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScali
             fewer = f"thin layer: {thin} {which}-channel{plural}, fewer than {MINIMUM}"
             return f"{fewer} (recipe.thin_layers='high_precision')"
     return None if recipe.nvfp4_gemms else "recipe.high_precision_gemms names all three GEMMs"
+
+
+_cached_thin = functools.lru_cache(maxsize=CACHED)(_thin)
 
 
 # ---- its geometry and plan ------------------------------------------------------------------------------------------
@@ -98,13 +101,31 @@ class CallShape(NamedTuple):
 
     @classmethod
     def of(cls, op: str, x: Tensor, w: Sizes, bias: Tensor | None, args: ConvArgs) -> CallShape:
-        """Describe a call."""
-        types = None
+        """Describe a call.
+
+        Raises:
+            ValueError: bias is on another device than x.
+        """
+        if bias is not None and bias.device != x.device:
+            raise value_error(
+                f"nvfp4 {op}: bias is on another device.",
+                got=f"x on {x.device}, bias on {bias.device}",
+                needs="one device",
+                fix="bias.to(x.device), or model.to(device)",
+            )
+        types: Any = None
         # Only the cache needs the types, and torch.compile's calls pass it by.
         if not torch.compiler.is_compiling():
-            types = [tuple(map(type, a)) if isinstance(a, tuple) else type(a) for a in args]
-        bias_sizes = None if bias is None else Sizes.of(bias)
-        return cls(op, Sizes.of(x), w, bias_sizes, args, None if types is None else tuple(types))
+            types = tuple(tuple(map(type, a)) if isinstance(a, tuple) else type(a) for a in args)
+            types = types if _constant(types) else [types]  # a list has no hash: such a call passes by the cache
+        return cls(op, Sizes.of(x), w, None if bias is None else Sizes.of(bias), args, types)
+
+
+@functools.lru_cache(maxsize=CACHED)
+def _constant(types: tuple[Any, ...]) -> bool:
+    """Return True if arguments of these types cannot change. A tensor can, and its hash stays the same."""
+    flat = [kind for entry in types for kind in (entry if isinstance(entry, tuple) else (entry,))]
+    return all(issubclass(kind, (int, float, str)) for kind in flat)
 
 
 class Lowered(NamedTuple):
@@ -113,7 +134,11 @@ class Lowered(NamedTuple):
     geometry: ConvGeometry
     unbatched: bool
     pad: tuple[int, ...]
-    empty: bool  # x or y has no elements
+
+    @property
+    def empty(self) -> bool:
+        """True if x or y has no elements. Inference does not ask: torch.export may not know the batch size yet."""
+        return 0 in self.geometry.x_shape or 0 in self.geometry.y_shape
 
     def input(self, x: Tensor) -> Tensor:
         """Return x with the batch axis and the padding that the geometry counts on."""
@@ -170,7 +195,7 @@ def _lower(call: CallShape) -> Lowered:
         more = [low + high for low, high in zip(pad[::2], pad[1::2], strict=True)]  # F.pad counts from the last axis
         x = (*x[:2], *(size + n for size, n in zip(x[2:], reversed(more), strict=True))) if pad else x
     geometry = _geometry(call, rank, x, padding)
-    return Lowered(geometry, unbatched, pad, 0 in x or 0 in geometry.y_shape)
+    return Lowered(geometry, unbatched, pad)
 
 
 _cached_lower = functools.lru_cache(maxsize=CACHED)(_lower)

@@ -27,6 +27,7 @@ from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
 
 # An operator takes tensors, numbers and texts, so dtypes cross its boundary as words.
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES[torch.float64] = "float64"  # of a bias only
 
 
 class LayerSpec(NamedTuple):

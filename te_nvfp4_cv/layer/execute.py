@@ -105,13 +105,6 @@ def _execute(
             needs="one dtype outside of torch.autocast",
             fix="model.to(x.dtype), x.to(w.dtype), or run under torch.autocast",
         )
-    if bias is not None and bias.device != x.device:
-        raise value_error(
-            f"nvfp4 {op}: bias is on another device.",
-            got=f"x on {x.device}, bias on {bias.device}",
-            needs="one device",
-            fix="bias.to(x.device), or model.to(device)",
-        )
     call = CallShape.of(op, x, Sizes.of(w), bias, args)
     low = lowered(call)
     x = low.input(x)

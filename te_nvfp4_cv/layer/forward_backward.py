@@ -259,6 +259,8 @@ class QuantizedConv(torch.autograd.Function):
         need_dx, need_dw = ctx.needs_input_grad[:2]
         y, saved = forward(x, w, bias, plan, need_dx, need_dw, options)
         ctx.save_for_backward(*saved)
+        if options.codes is not None or options.producer is not None:  # the graph must not hold their memory
+            options = options._replace(codes=None, producer=None)
         ctx.plan, ctx.options, ctx.like = plan, options, Like.of(x, w, bias)
         return y
 

@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from te_nvfp4_cv.errors import type_error, value_error, warn_once
 from te_nvfp4_cv.recipe.fields import (
     ALLOWED,
@@ -382,13 +384,20 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
     return NVFP4BlockScaling(**fields)
 
 
-@functools.lru_cache(maxsize=256)
 def check_usable(recipe: NVFP4BlockScaling) -> None:
     """Refuse what validate_for_use refuses, but ask once for equal recipes: contexts are entered in each step.
 
     Raises:
         ValueError: No quantizer can carry the recipe out.
     """
+    if torch.compiler.is_compiling():  # Dynamo warns where it traces a cached function
+        recipe.validate_for_use()
+    else:
+        _check_once(recipe)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_once(recipe: NVFP4BlockScaling) -> None:
     recipe.validate_for_use()
 
 

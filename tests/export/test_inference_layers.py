@@ -291,3 +291,34 @@ def test_compiled_and_exported_with_any_batch(activations: str) -> None:
     exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
     assert same_bits(exported(x), expected)
     assert same_bits(exported(x[:1]), model(x[:1]))
+
+
+class Chosen(nn.Module):
+    """Runs a layer on the images that x itself chooses, so that torch.export does not know how many there are."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the layer on the images with a positive sum."""
+        return self.layer(x[x.flatten(1).sum(1) > 0])
+
+
+@pytest.mark.parametrize("activations", ["high", "nvfp4"])
+def test_exported_with_a_batch_that_depends_on_the_data(activations: str) -> None:
+    model = Chosen(made(nn.Conv2d(16, 32, 3), RECIPE)).requires_grad_(False)
+    model.layer.set_mode(activations=activations)
+    x = values((8, 16, 6, 6))
+    exported = torch.export.export(model, (x,)).module()
+    for some in (x, -x):
+        assert 0 < len(model(some)) < 8 and same_bits(exported(some), model(some))
+
+
+@pytest.mark.parametrize("activations", ["high", "nvfp4"])
+def test_a_bias_on_another_device_is_named(activations: str) -> None:
+    layer = made(nn.Conv2d(16, 32, 3), RECIPE)
+    layer.set_mode(activations=activations)
+    layer.bias = nn.Parameter(torch.empty(32, device="meta"))
+    with pytest.raises(ValueError, match="bias is on another device"):
+        layer(values((2, 16, 6, 6)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
+from te_nvfp4_cv.layer import weight_codes
+from te_nvfp4_cv.nn.frozen_weights import frozen_weights
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.quantize.matrix import quantize
 from te_nvfp4_cv.ops.records import NONE, PACKED
@@ -146,6 +149,27 @@ def test_frozen_weights_and_no_grad_keep_no_face_of_x():
         operand.quantize_operand = original
     assert faces == [PACKED, NONE, NONE]
     assert same_bits(y.detach(), y_no_grad) and same_bits(y.detach(), y_inference.clone())
+
+
+def test_the_graph_does_not_hold_codes_that_backward_does_not_read(monkeypatch):
+    made: list[weakref.ref[Tensor]] = []
+    original = weight_codes.codes_of
+
+    def codes_of(w, plan):
+        codes = original(w, plan)
+        made.append(weakref.ref(codes.row.data))
+        return codes
+
+    monkeypatch.setattr(weight_codes, "codes_of", codes_of)
+    layer = torch.nn.Conv2d(32, 32, 3)
+    x = values((16, 32, 8, 8), "normal", torch.float32, 0).requires_grad_()
+    recipe = NVFP4BlockScaling(disable_2d_quantization=True)  # dgrad reads another face than fprop
+    with frozen_weights(layer), nvfp4_autocast(recipe):
+        y = layer(x)
+    gc.collect()
+    assert len(made) == 1 and made[0]() is None
+    y.sum().backward()
+    assert x.grad is not None
 
 
 def test_bias_gradient_is_the_sum_of_dy():

@@ -274,6 +274,15 @@ def test_results_are_right_while_the_caches_overflow(monkeypatch):
     assert small["_cached_plan"].cache_info().misses == 2 * len(cases)
 
 
+def test_an_argument_that_changes_in_place_is_read_at_each_call():
+    x, w, stride = values((3, 16, 6, 6)), values((32, 16, 3, 3), seed=1), torch.tensor(1)
+    shapes = []
+    for number in (1, 2):
+        stride.fill_(number)
+        shapes.append(nv.functional.conv2d(x, w, stride=stride, padding=1).shape[2:])
+    assert shapes == [(6, 6), (3, 3)]
+
+
 # ---- sizes that are not numbers --------------------------------------------------------------------------------------
 
 
@@ -294,6 +303,17 @@ def test_calls_that_torch_compile_traces_pass_by_the_caches():
     assert asked() == dict.fromkeys(CACHES[check], 0)
     assert same_bits(traced, nv.functional.conv2d(x, w, None, 2, 1, recipe=NO_SR))
     assert all(asked().values())  # what an eager call asks
+
+
+def test_a_bias_in_double_precision_is_compiled():
+    x, w, bias = values((3, 16, 5, 4)), values((32, 16, 3, 3), seed=1), values((32,), seed=2).double()
+    bias.requires_grad_()
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: nv.functional.conv2d(x, w, bias, recipe=NO_SR), backend="aot_eager", fullgraph=True)
+    traced, eager = run(x), nv.functional.conv2d(x, w, bias, recipe=NO_SR)
+    assert same_bits(traced.detach(), eager.detach())
+    grads = [torch.autograd.grad(y.sum(), bias)[0] for y in (traced, eager)]
+    assert grads[0].dtype == torch.float64 and same_bits(*grads)
 
 
 def test_symbolic_sizes_pass_by_the_caches():
