@@ -49,10 +49,10 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
         return "an operand is not a dense tensor"
     if w.dim() < 2 or groups < 1 or w.shape[0] % groups:
         return None
-    return _thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
+    thin = _thin if torch.compiler.is_compiling() else _cached_thin  # torch.compile warns of caches
+    return thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
 
 
-@functools.lru_cache(maxsize=CACHED)
 def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScaling) -> str | None:
     """Return why channels are too few, or why the recipe leaves nothing; `first`, `second`: of the weight's axes."""
     thin = min(first, second)
@@ -67,6 +67,9 @@ def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScali
             fewer = f"thin layer: {thin} {which}-channel{plural}, fewer than {MINIMUM}"
             return f"{fewer} (recipe.thin_layers='high_precision')"
     return None if recipe.nvfp4_gemms else "recipe.high_precision_gemms names all three GEMMs"
+
+
+_cached_thin = functools.lru_cache(maxsize=CACHED)(_thin)
 
 
 # ---- its geometry and plan ------------------------------------------------------------------------------------------

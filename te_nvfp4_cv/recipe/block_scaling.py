@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from te_nvfp4_cv.errors import type_error, value_error, warn_once
 from te_nvfp4_cv.recipe.fields import (
     ALLOWED,
@@ -377,13 +379,20 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
 
 
 @functools.lru_cache(maxsize=256)
+def _validated(recipe: NVFP4BlockScaling) -> None:
+    recipe.validate_for_use()
+
+
 def check_usable(recipe: NVFP4BlockScaling) -> None:
     """Refuse what validate_for_use refuses, but ask once for equal recipes: contexts are entered in each step.
 
     Raises:
         ValueError: No quantizer can carry the recipe out.
     """
-    recipe.validate_for_use()
+    if torch.compiler.is_compiling():  # torch.compile warns of every lru_cache that it meets
+        recipe.validate_for_use()
+    else:
+        _validated(recipe)
 
 
 def as_recipe(recipe: object) -> NVFP4BlockScaling:
