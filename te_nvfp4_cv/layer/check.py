@@ -49,8 +49,9 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
         return "an operand is not a dense tensor"
     if w.dim() < 2 or groups < 1 or w.shape[0] % groups:
         return None
-    thin = _thin if torch.compiler.is_compiling() else _cached_thin  # torch.compile warns of caches
-    return thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
+    if torch.compiler.is_compiling():  # it warns of every lru_cache that it meets
+        return _thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
+    return _cached_thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
 
 
 def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScaling) -> str | None:
