@@ -40,6 +40,7 @@ from te_nvfp4_cv.version import __version__ as __version__
 sys.modules |= {
     f"{__name__}.{old}": sys.modules[f"{__name__}.{new}"]
     for old, new in {
+        "coverage_report": "report.table",
         "fuse": "fusion.fuse",
         "learned": "nn.learned",
         "modules": "nn.modules",

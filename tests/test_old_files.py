@@ -194,6 +194,12 @@ def test_pickled_tensors_and_quantizers(name: str, objects: dict[str, Any], expe
             assert torch.equal(found[part], then) and found[part].dtype == then.dtype, part
 
 
+def test_pickles_of_coverage_reports_find_their_classes() -> None:
+    report = nv.coverage(nn.Linear(32, 16), torch.randn(2, 32))
+    for cls in (type(report), type(report.rows[0])):
+        assert pickle.loads(f"cte_nvfp4_cv.coverage_report\n{cls.__name__}\n.".encode()) is cls
+
+
 def test_pickled_recipes(objects: dict[str, Any]) -> None:
     found = objects["recipes"]
     assert found["default"] == nv.NVFP4BlockScaling() and found["default"].name == "default"

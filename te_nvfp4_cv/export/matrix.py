@@ -5,7 +5,7 @@ scales here are uint8.
 
     matrix     data [N, T * Kb * 8], scale [N, T * Kb]: a row per output channel, groups one after the other;
                taps outermost, the channels of one group innermost, padded with zeros to Kb blocks of 16
-    codes      as fprop takes them (ops/quantize/operands.py):
+    codes      as fprop takes them (ops/quantize/operand.py):
                convolution, linear      data [N, T, Kb * 8]        scale [N, T, Kb], or [G, Ob, T, Kb]: one a tile
                transposed convolution   data [G, Ob, T, C, 8]      scale [G, Ob, T, C];   N = G * C, Kb = Ob
 """

@@ -46,7 +46,7 @@ def _plugins() -> Any:
         if importlib.util.find_spec(package.split(".")[0]) is not None:
             return importlib.import_module(f"{package}.plugins.precision")
     raise runtime_error(
-        "te_nvfp4_cv.integrations.lightning: PyTorch Lightning is not installed.",
+        "te_nvfp4_cv.lightning: PyTorch Lightning is not installed.",
         got="neither a package lightning nor pytorch_lightning",
         needs="one of them",
         fix="pip install 'te_nvfp4_cv[adapters]', or pip install lightning",

@@ -1,1 +1,1 @@
-"""The room layer."""
+"""Run one call of a convolution or linear layer in NVFP4, forward and backward."""

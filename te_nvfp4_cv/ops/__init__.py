@@ -1,1 +1,1 @@
-"""Operators on plain tensors: quantize, gemm, conv, relu; each checks nothing that its caller has checked."""
+"""Compute on plain tensors: quantize, gemm, conv, norm and relu. What the caller has checked is not checked again."""

@@ -50,7 +50,7 @@ def scan(
         model: the model, which is left unchanged.
         loss: loss(model, batch) -> scalar tensor.
         batches: what `loss` takes; each is read once. A few that stand for the data are enough.
-        recipe: a recipe object or name; if None, that of the enclosing context, and without one the default recipe. Its
+        recipe: a recipe object; if None, that of the enclosing context, and without one the default recipe. Its
             [precision] table is left out of the measurement.
         mode: "one" quantizes each layer alone, "all_but_one" all layers but that one, "both" does both.
         gradients: compare the whole gradient as well, and rank by its error. This is a surer sign than the loss, at two

@@ -128,10 +128,29 @@ class Telemetry:
         for sink in self.sinks:
             sink.start(header)
 
+    @property
+    def every(self) -> int:
+        """Return how many steps lie from sample to sample; 0 takes none."""
+        return self.settings.every
+
+    @property
+    def gradient_noise(self) -> bool:
+        """Return whether weight gradients are compared with those of high precision."""
+        return self.settings.gradient_noise
+
+    @property
+    def max_elements(self) -> int:
+        """Return how many values of an operand the statistics are computed from."""
+        return self.settings.max_elements
+
+    @property
+    def noise_bytes(self) -> int:
+        """Return how many bytes of activations may stay alive in one sampled step."""
+        return self.settings.noise_bytes
+
     def due(self, step: int) -> bool:
         """Return whether that step is sampled on this rank."""
-        every = self.settings.every
-        return bool(self.sinks) and every > 0 and step % every == 0
+        return bool(self.sinks) and self.every > 0 and step % self.every == 0
 
     @contextmanager
     def step(self, step: int, grad_scale: float | Tensor = 1.0) -> Iterator[None]:

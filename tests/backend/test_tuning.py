@@ -1,4 +1,4 @@
-"""ops/tuning.py with a timer that is told the times: what is chosen, kept, shared and refused."""
+"""backend/tuning.py with a timer that is told the times: what is chosen, stored, shared and refused."""
 
 from __future__ import annotations
 

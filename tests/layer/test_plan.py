@@ -292,7 +292,7 @@ def asked() -> dict[str, int]:
     return {name: info.hits + info.misses for name, info in infos.items()}
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo")
+@pytest.mark.filterwarnings("error:Dynamo detected")  # it warns of each lru_cache on its way
 def test_calls_that_torch_compile_traces_pass_by_the_caches():
     x, w = values((3, 16, 5, 4)), values((32, 16, 3, 3), seed=1)
     run = torch.compile(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from pathlib import Path
 
@@ -45,6 +47,15 @@ def test_the_layer_that_breaks_is_suggested(mode: str) -> None:
 def test_gains_where_numbers_are_missing() -> None:
     assert _gain(3.0, 1.0) == 2.0 and _gain(math.inf, 1.0) == math.inf
     assert _gain(math.inf, math.inf) == 0.0 == _gain(math.nan, math.nan) and _gain(math.nan, 1.0) == math.inf
+
+
+def test_save_bundle_takes_the_fields_of_a_bundle_by_name() -> None:
+    given = inspect.signature(sensitivity.save_bundle).parameters
+    assert {name for name, p in given.items() if p.kind is p.KEYWORD_ONLY} == set(given) - {"path"}
+    for field in dataclasses.fields(sensitivity.Bundle):
+        optional = field.default is not dataclasses.MISSING
+        assert given[field.name].default == (field.default if optional else inspect.Parameter.empty)
+    assert len(given) == 1 + len(dataclasses.fields(sensitivity.Bundle))
 
 
 def test_numbers_of_numpy_are_kept_as_plain_ones(tmp_path: Path) -> None:

@@ -178,6 +178,11 @@ def test_the_gradient_that_is_recorded_is_the_parameters():
     assert held["amax"] == pytest.approx(float(net.up.weight.grad.abs().max()) / 4, rel=1e-6)
 
 
+def test_the_settings_of_a_watch_can_be_read():
+    watch = attach(Net(), every=3, gradient_noise=False, max_elements=32, noise_bytes=7)
+    assert (watch.every, watch.gradient_noise, watch.max_elements, watch.noise_bytes) == (3, False, 32, 7)
+
+
 def test_only_samples_are_recorded_and_nothing_is_registered_in_between():
     net, sink = Net(), Memory()
     watch = attach(net, sinks=[sink], every=3)

@@ -1,1 +1,1 @@
-"""The room gemm."""
+"""Multiply two quantized matrices, with one implementation for each backend."""

@@ -1,1 +1,1 @@
-"""The room quantize."""
+"""Quantize operands and weights to NVFP4, and unpack them, with one implementation for each backend."""

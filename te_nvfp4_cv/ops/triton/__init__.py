@@ -1,1 +1,1 @@
-"""The room triton."""
+"""Share Triton functions among the kernels of several folders: decoding, numerics, elementwise kernels."""

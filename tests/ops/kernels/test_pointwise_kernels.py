@@ -1,4 +1,4 @@
-"""The kernels of ops/kernels.py against torch: ReLU with its mask, the mask's application, scale and bias."""
+"""The kernels of ops/triton/elementwise.py against torch: ReLU with its mask, its application, scale and bias."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The room triton."""
+"""Convolve by Triton kernels on GPUs: the kernels, their order of work, and their launches."""

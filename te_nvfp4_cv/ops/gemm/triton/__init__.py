@@ -1,1 +1,1 @@
-"""The room triton."""
+"""Multiply quantized matrices by Triton kernels on GPUs: the kernels and their launches."""

@@ -1,1 +1,1 @@
-"""The room triton."""
+"""Quantize and unpack by Triton kernels on GPUs: the kernels, their tiles and their launches."""
