@@ -504,6 +504,7 @@ def test_extra_state_resumes_bit_exactly(x, tmp_path):
     assert all(map(torch.equal, step(model, x), expected))
 
 
+@pytest.mark.slow
 def test_extra_state_in_a_new_process(tmp_path):
     code = """
 import sys, torch, te_nvfp4_cv as nv

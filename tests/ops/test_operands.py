@@ -285,6 +285,7 @@ def run_digest(**environment: str) -> list[str]:
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_same_bits_without_a_compiler_and_said_once(tmp_path):
     switched_off = run_digest(TE_NVFP4_CV_NATIVE="0")
     no_compiler = run_digest(PATH=str(tmp_path), CXX="no-such-compiler", TE_NVFP4_CV_CACHE=str(tmp_path / "cache"))
