@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,10 @@ def test_other_messages_stay_as_they_are() -> None:
 def test_ctrl_c_is_one_line_and_the_checkpoint_stays(shapes: Path, tmp_path: Path) -> None:
     call = [sys.executable, TRAIN, "--data", str(shapes), "--out", str(tmp_path / "out"), *FP32, "--epochs", "5000"]
     path = tmp_path / "out" / "fp32" / "last.pt"
-    with subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that starts this suite in the background makes its processes ignore SIGINT; here it is listened to again.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(call, **pipes, text=True, preexec_fn=default) as process:
         for _ in range(600):
             if path.exists() or process.poll() is not None:
                 break
