@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import threading
 from collections.abc import Callable
@@ -232,10 +233,12 @@ def caches() -> dict[str, Any]:
 
 
 def test_every_cache_of_shapes_and_recipes_is_bounded():
+    importlib.import_module("te_nvfp4_cv.ops.quantize.triton.tiles")  # loaded late: only a kernel needs it
     found = caches()
     folders = ("te_nvfp4_cv.layer.", "te_nvfp4_cv.ops.", "te_nvfp4_cv.recipe.")
     unbounded = [name for name, cache in found.items() if cache.cache_info().maxsize is None]
-    assert [name for name in unbounded if name.startswith(folders)] == []
+    kept = ["te_nvfp4_cv.ops.quantize.triton.tiles._source_rows"]  # a captured CUDA graph reads these tables
+    assert [name for name in unbounded if name.startswith(folders)] == kept
     for module, names in CACHES.items():
         assert {f"{module.__name__}.{name}" for name in names} <= set(found)
 
