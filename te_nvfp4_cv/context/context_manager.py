@@ -23,7 +23,7 @@ from te_nvfp4_cv.context.state import Override, State, active_recipe, drop_stale
 from te_nvfp4_cv.context.torch_patches import patch_torch
 from te_nvfp4_cv.errors import type_error
 from te_nvfp4_cv.layer import observe
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe, check_usable
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
 
 __all__ = ["active_recipe", "nvfp4_autocast"]
 
@@ -70,8 +70,7 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
                 raise type_error(
                     f"nvfp4_autocast: bad {name}.", got=repr(value), needs="True or False", fix=f"{name}=True"
                 )
-        resolved = recipe if type(recipe) is NVFP4BlockScaling else as_recipe(recipe)
-        check_usable(resolved)
+        resolved = checked_recipe(recipe)
         dispatch.check_backend(backend)
         if backend == "triton":  # the one choice that may be impossible: say so here, not at the first layer
             dispatch.resolve(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -22,7 +22,7 @@ from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.layouts import is_channels_last
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe, check_usable
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
 
 
 def execute_explicit(
@@ -33,8 +33,7 @@ def execute_explicit(
     Raises:
         ValueError: a call that NVFP4 cannot take, where a context would leave it in high precision.
     """
-    recipe = as_recipe(recipe)
-    check_usable(recipe)
+    recipe = checked_recipe(recipe)
     reason = ineligible(op, x, w, args.groups, recipe)
     if reason is not None:
         raise value_error(

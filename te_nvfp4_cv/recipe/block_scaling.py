@@ -384,18 +384,6 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
     return NVFP4BlockScaling(**fields)
 
 
-def check_usable(recipe: NVFP4BlockScaling) -> None:
-    """Refuse what validate_for_use refuses, but ask once for equal recipes: contexts are entered in each step.
-
-    Raises:
-        ValueError: No quantizer can carry the recipe out.
-    """
-    if torch.compiler.is_compiling():  # Dynamo warns where it traces a cached function
-        recipe.validate_for_use()
-    else:
-        _check_once(recipe)
-
-
 @functools.lru_cache(maxsize=256)
 def _check_once(recipe: NVFP4BlockScaling) -> None:
     recipe.validate_for_use()
@@ -415,12 +403,17 @@ def as_recipe(recipe: object) -> NVFP4BlockScaling:
 def checked_recipe(recipe: object) -> NVFP4BlockScaling:
     """Return as_recipe(recipe), after making sure that quantizers can carry it out.
 
+    Equal recipes are checked once, because contexts are entered in each step.
+
     Raises:
         TypeError: It is not a recipe.
         ValueError: Its fields contradict each other, see validate_for_use.
     """
     found = as_recipe(recipe)
-    check_usable(found)
+    if torch.compiler.is_compiling():  # Dynamo warns where it traces a cached function
+        found.validate_for_use()
+    else:
+        _check_once(found)
     return found
 
 
