@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,16 @@ def write(path: Path, identity: dict[str, str], content: dict[str, Any]) -> bool
     except OSError:
         return False
     return True
+
+
+def passes(kind: str, identity: dict[str, str], check: Callable[[], bool]) -> bool:
+    """Return what `check` answers; it runs once for each identity, and its answer is kept in the cache folder."""
+    path = path_of(kind, identity)
+    content = read(path, identity)
+    if content is None or not isinstance(content.get("passed"), bool):
+        content = {"passed": check()}
+        write(path, identity, content)
+    return bool(content["passed"])
 
 
 # ---- the self-test --------------------------------------------------------------------------------------------------

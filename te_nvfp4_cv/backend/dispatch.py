@@ -3,10 +3,12 @@
 One function decides. An explicit choice that cannot run raises an error; nothing falls back silently.
 
     reference   anywhere: plain torch, the specification
-    vendor      CPU: compiled kernels + oneDNN. CUDA from sm_80: Triton quantization kernels + cuDNN / cuBLAS
+    integer     CPU: compiled kernels that multiply codes as small integers
+    vendor      CPU: compiled quantization kernels + oneDNN. CUDA from sm_80: Triton quantization kernels + cuDNN / cuBLAS
     triton      CUDA from sm_80: Triton quantization kernels + implicit GEMM over packed operands; on Blackwell
                 (sm_100, sm_103, sm_120) by its FP4 tensor cores. On a CPU only under Triton's interpreter, for tests
-    auto        vendor; triton on a Blackwell GPU where `te-nvfp4-cv selftest` has passed
+    auto        CPU: integer or vendor, layer by layer, once the integer kernels have passed their check on this machine.
+                CUDA: vendor; triton on a Blackwell GPU where `te-nvfp4-cv selftest` has passed
 
 Which GPUs have FP4 tensor cores is decided here as well, by compute capability and never by trying: a kernel
 that breaks the compiler can end the process.
@@ -16,15 +18,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from te_nvfp4_cv.backend import cache, torch_private
+from te_nvfp4_cv.backend import cache, native, torch_private
 from te_nvfp4_cv.errors import runtime_error, value_error
 
-BACKENDS = ("auto", "reference", "vendor", "triton")
+BACKENDS = ("auto", "reference", "integer", "vendor", "triton")
+BY_LAYER = "integer or vendor"  # what "auto" means on a CPU until a layer's shapes decide
 MINIMUM_CAPABILITY = (8, 0)
 FP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0))  # what triton 3.6 to 3.9 compile block-scaled FP4 products for
 _PLAIN = (Tensor, Parameter)  # exactly these: a subclass may give an operator another meaning
@@ -47,9 +51,12 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def resolve(backend: str, device: torch.device) -> str:
-    """Return the backend that runs on tensors of `device`: "reference", "vendor" or "triton".
+def resolve(backend: str, device: torch.device, by_layer: bool = False) -> str:
+    """Return the backend that runs on tensors of `device`: "reference", "integer", "vendor" or "triton".
 
+    Args:
+        by_layer: the caller plans a layer, whose shapes decide between the CPU's two backends: "auto" may then give
+            BY_LAYER. Callers that do not multiply get "vendor", which quantizes with the same kernels.
     Raises:
         ValueError: The name is unknown.
         RuntimeError: The backend cannot run on that device.
@@ -60,13 +67,22 @@ def resolve(backend: str, device: torch.device) -> str:
     if device.type == "cpu":
         if backend == "triton":
             _check_interpreter(device)
-        return "triton" if backend == "triton" else "vendor"
-    if device.type != "cuda":
+        if backend == "integer" and native.load() is None:
+            raise runtime_error(
+                "nvfp4: backend 'integer' cannot run here.",
+                got="no compiled kernels for this CPU",
+                needs="a C++ compiler (g++, clang++ or CXX), and TE_NVFP4_CV_NATIVE not 0",
+                fix="install g++, or backend='vendor'",
+            )
+        if backend != "auto":
+            return backend
+        return BY_LAYER if by_layer and not KERNELS_ON_CPU and integer_passes() else "vendor"
+    if device.type != "cuda" or backend == "integer":
         raise runtime_error(
             "nvfp4: no fast backend for this device.",
             got=f"backend={backend!r}, tensors on {device}",
-            needs="cpu or cuda",
-            fix="backend='reference'",
+            needs="cpu" if backend == "integer" else "cpu or cuda",
+            fix="backend='auto'" if device.type == "cuda" else "backend='reference'",
         )
     # Kernels for FP4 tensor cores are trusted only on a machine where they have been checked.
     if backend == "auto":
@@ -87,6 +103,22 @@ def resolve(backend: str, device: torch.device) -> str:
             fix="pip install 'te_nvfp4_cv[triton]', or backend='reference'",
         )
     return backend
+
+
+integer_check: Callable[[], bool] | None = None  # compares the integer kernels with the reference; ops/conv sets it
+
+
+def integer_passes() -> bool:
+    """Return True if the integer kernels exist and have matched the reference on this machine, now or earlier."""
+    global _integer_passes
+    if _integer_passes is None:
+        _integer_passes = native.load() is not None and integer_check is not None and cache.passes(
+            "integer", native.identity(), integer_check
+        )
+    return _integer_passes
+
+
+_integer_passes: bool | None = None  # one look at the disk per process
 
 
 def _check_interpreter(device: torch.device) -> None:

@@ -7,8 +7,7 @@
 // An operand is a row-major array of B images; an image is L rows of `run` = Wp * C contiguous values (Wp pixels, C channels).
 // Rowwise blocks: 16 channels of one pixel and one group (the last block of a group may be shorter).
 // Columnwise blocks: 16 images at one (row, pixel, channel); "images" may be folded strips, given by a table of row pointers.
-#include <cstdint>
-#include <cstring>
+#include "numbers.h"
 #include <cmath>
 #include <algorithm>
 #if defined(__AVX512BW__) || defined(__AVX2__)
@@ -18,67 +17,8 @@
 namespace {
 
 constexpr int CHUNK = 64;                 // columns worked on at once: 16 x 64 floats stay in the L1 cache
-constexpr float FLT_MAXIMUM = 3.402823466e+38f;
-constexpr uint32_t INF_BITS = 0x7f800000u;
 constexpr int SIGN[16] = {1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1};
 
-inline float as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
-inline uint32_t as_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
-
-struct bf16 { uint16_t u; };
-inline float load(const float* p) { return *p; }
-inline float load(const bf16* p) { return as_float(uint32_t(p->u) << 16); }
-inline void store(float* p, float v) { *p = v; }
-inline uint32_t round_bf16_bits(uint32_t u) { return (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u; }  // NaN stays NaN: payloads come from bf16
-inline void store(bf16* p, float v) { p->u = uint16_t(as_bits(v) >> 16); }                                // exact values only
-
-// E4M3 decode value of v >= 0: RTNE, saturating at 448, subnormals kept; NaN gives 448. Returns the value, as fp32.
-inline float round_e4m3(float v) {
-    float c = v < 448.0f ? v : 448.0f;
-    uint32_t u = as_bits(c);
-    float normal = as_float((u + 0x7ffffu + ((u >> 20) & 1u)) & 0xfff00000u);
-    float small = (c + 24576.0f) - 24576.0f;                       // 1.5 * 2^23 * 2^-9: the subnormal step
-    float r = c < 0.015625f ? small : normal;
-    return r < 448.0f ? r : 448.0f;
-}
-inline uint8_t e4m3_byte(float s) {                                // of a value on the E4M3 grid
-    uint32_t u = as_bits(s);
-    uint32_t normal = (u >> 20) - (120u << 3);
-    uint32_t small = uint32_t(int32_t(s * 512.0f));
-    return uint8_t(s < 0.015625f ? small : normal);
-}
-inline float e4m3_value(uint8_t b) {
-    uint32_t normal = (uint32_t(b) << 20) + (120u << 23);
-    return b < 8 ? float(b) * 0.001953125f : as_float(normal);
-}
-
-// |y| -> value on the E2M1 grid. RTNE, ties to the even code; NaN gives 6.
-inline float e2m1_nearest(float a) {
-    a = a < 6.0f ? a : 6.0f;
-    float magic = a < 2.0f ? 6291456.0f : (a < 4.0f ? 12582912.0f : 25165824.0f);      // 1.5 * 2^23 * step
-    return (a + magic) - magic;
-}
-// Stochastic: t = |y| + r/256 * step(|y|), rounded down to the grid.
-inline float e2m1_stochastic(float a, uint32_t random) {
-    a = a < 6.0f ? a : 6.0f;
-    float unit = a < 2.0f ? 0.001953125f : (a < 4.0f ? 0.00390625f : 0.0078125f);       // step / 256
-    float t = a + float(int32_t(random)) * unit;
-    float big = as_float(as_bits(t) & 0xffc00000u);
-    float small = t < 0.5f ? 0.0f : 0.5f;
-    float r = t < 1.0f ? small : big;
-    return r < 6.0f ? r : 6.0f;
-}
-inline uint32_t e2m1_code(float r) {                               // of a value on the grid, without the sign
-    uint32_t big = (as_bits(r) >> 22) - 252u;
-    uint32_t small = r < 0.5f ? 0u : 1u;
-    return r < 1.0f ? small : big;
-}
-inline float e2m1_value(uint32_t code) {                           // with the sign, by bits: -0.0 is code 8
-    uint32_t m = code & 7u;
-    uint32_t big = (m + 252u) << 22;
-    uint32_t small = m == 1u ? 0x3f000000u : 0u;
-    return as_float((m < 2u ? small : big) | ((code & 8u) << 28));
-}
 // 16 values on the E2M1 grid, with their signs, to 8 bytes of codes; and 8 bytes to 16 values times a scale.
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 inline void pack_block(const float* r, uint8_t* out) {
@@ -157,6 +97,13 @@ inline void round_nearest(float* v, float e) {
     }
 }
 #endif
+
+constexpr int64_t RECORD = 20;            // bytes of a block as integer.cpp multiplies it: 16 of 2 * value + 12, then the scale / 2
+inline void write_record(const float* v, float s, uint8_t* out) {
+    for (int k = 0; k < 16; ++k) out[k] = uint8_t(int32_t(v[k] * 2.0f) + 12);
+    const float half = s * 0.5f;
+    std::memcpy(out + 16, &half, 4);
+}
 
 struct Scale { float S_enc, S_dec, mult, amax, range; int error; };    // range: 6 E; error: 0 none, 1 MAE, 2 MSE
 Scale make_scale(float amax, float e4m3_max, int error = 0) {
@@ -241,8 +188,8 @@ struct Operand {            // see native.py: the same fields in the same order
     const void* x; const int64_t* row_start;      // [G16 * 16 * L] offsets into x in elements, -1 = a row of zeros; nullptr: plain images
     int64_t images, L, Wp, C, groups;             // images of x itself, rows of an image, pixels of a row
     int64_t fold_images, fold_L;                  // images and rows of the columnwise operand (multiple of 16 images)
-    void* row_dq; uint8_t* row_codes; uint8_t* row_scale;      // any may be nullptr
-    void* col_dq; uint8_t* col_codes; uint8_t* col_scale;
+    void* row_dq; uint8_t* row_codes; uint8_t* row_scale; uint8_t* row_records;      // any may be nullptr
+    void* col_dq; uint8_t* col_codes; uint8_t* col_scale; uint8_t* col_records;      // records: the operands of integer.cpp
     float* amax;                                  // [2]: rowwise, columnwise: written by amax, read by quantize
     float* observed;                              // [3], or nullptr: amaxes that quantize met in each face, saturated blocks
     int64_t seed; int32_t rht, stochastic, in_bf16, out_bf16, threads, want_row, want_col, error; float e4m3_max;   // error: 0 none, 1 MAE, 2 MSE: 4over6
@@ -258,7 +205,7 @@ constexpr int NB = 16;                    // rowwise blocks worked on at once
 // NB blocks of 16 values, in v: scales, rounding, stores. n[b] values of block b are real, p[b] is where they go in the dequantized face.
 template <class D, bool SR>
 inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed, const Scale& S, D* const* p, const int* n, int nb,
-                            uint8_t* codes, uint8_t* scale, Seen* seen) {
+                            uint8_t* codes, uint8_t* scale, uint8_t* records, Seen* seen) {
     float s[NB], e[NB], amax[NB]; uint32_t random[4][CHUNK];
     for (int b = 0; b < NB; ++b) amax[b] = as_float(block_amax(v[b]));
     if (seen) for (int b = 0; b < NB; ++b) { seen->row = std::max(seen->row, as_bits(amax[b])); seen->saturated += amax[b] * S.mult > 448.0f; }
@@ -287,6 +234,7 @@ inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed
         if (n[b] == 16) { D* o = p[b]; for (int k = 0; k < 16; ++k) store(o + k, v[b][k] * sb); }
         else { for (int k = 0; k < n[b]; ++k) store(p[b] + k, v[b][k] * sb); }
     }
+    if (records) for (int b = 0; b < nb; ++b) write_record(v[b], s[b], records + b * RECORD);
     if (codes) for (int b = 0; b < nb; ++b) pack_block(v[b], codes + b * 8);
     if (scale) for (int b = 0; b < nb; ++b) scale[b] = e4m3_byte(s[b]);
 }
@@ -313,7 +261,7 @@ void row_run(const Operand& q, const T* x, int64_t image, int64_t row, const Sca
         else if (even) { for (int k = 0; k < nb * 16; ++k) (&v[0][0])[k] = load(x + b0 * 16 + k); }
         for (int b = nb; b < NB; ++b) { index[b] = 0; n[b] = 0; for (int k = 0; k < 16; ++k) v[b][k] = 0.0f; }
         quantize_blocks<D, SR>(v, index, uint64_t(q.seed), S, dq ? p : nullptr, n, nb,
-                               q.row_codes ? q.row_codes + (sbase + b0) * 8 : nullptr, q.row_scale ? q.row_scale + sbase + b0 : nullptr, seen);
+                               q.row_codes ? q.row_codes + (sbase + b0) * 8 : nullptr, q.row_scale ? q.row_scale + sbase + b0 : nullptr, q.row_records ? q.row_records + (sbase + b0) * RECORD : nullptr, seen);
     }
 }
 
@@ -364,6 +312,19 @@ void col_run(const Operand& q, const T* const* rows, int64_t g16, int64_t row, c
             D* p = static_cast<D*>(q.col_dq) + ((g16 * 16 + i) * q.fold_L + row) * run + at;
             if (n == CHUNK) { for (int j = 0; j < CHUNK; ++j) store(p + j, t[i][j] * s[j]); }
             else { for (int j = 0; j < n; ++j) store(p + j, t[i][j] * s[j]); }
+        }
+        if (q.col_records) {                                       // [row, pixel, N16, C, RECORD]: an image's byte is 2 * value + 12
+            uint32_t bytes[4][CHUNK];
+            for (int k = 0; k < 4; ++k)
+                for (int j = 0; j < CHUNK; ++j)
+                    bytes[k][j] = uint32_t(int32_t(t[4 * k][j] * 2.0f) + 12) | uint32_t(int32_t(t[4 * k + 1][j] * 2.0f) + 12) << 8
+                                | uint32_t(int32_t(t[4 * k + 2][j] * 2.0f) + 12) << 16 | uint32_t(int32_t(t[4 * k + 3][j] * 2.0f) + 12) << 24;
+            int64_t w = at / q.C, c = at % q.C;
+            for (int j = 0; j < n; ++j) {
+                const uint32_t record[5] = {bytes[0][j], bytes[1][j], bytes[2][j], bytes[3][j], as_bits(s[j] * 0.5f)};
+                std::memcpy(q.col_records + (((row * q.Wp + w) * N16 + g16) * q.C + c) * RECORD, record, RECORD);
+                if (++c == q.C) { c = 0; ++w; }
+            }
         }
         if (q.col_codes) {
             for (int j = 0; j < CHUNK; ++j) { lo[j] = 0; hi[j] = 0; }
@@ -565,11 +526,6 @@ void quantize_weight(const Weight& q) {
     }
 }
 
-inline void store_round(float* p, float v) { *p = v; }
-inline void store_round(bf16* p, float v) {
-    uint32_t u = as_bits(v);
-    p->u = uint16_t((u & 0x7fffffffu) > INF_BITS ? 0x7fc0u : round_bf16_bits(u) >> 16);
-}
 
 template <class D>
 void unpack_weight(const Weight& q) {

@@ -1,10 +1,15 @@
-"""Build the CPU kernels once per machine from native.cpp, with the user's C++ compiler, and load them through ctypes.
+"""Build the CPU kernels once per machine from the C++ files here, with the user's compiler; load them through ctypes.
+
+native.cpp quantizes, integer.cpp multiplies, numbers.h is what both share.
 
 No torch headers and no Python.h are needed: a C++17 compiler is enough (g++ or clang++, or the one that `CXX` names).
 The shared object goes to the folder of cache.py. Its name is a digest of source, flags, compiler and CPU, and it is
 renamed into place, so that parallel processes and different machines can share the folder.
 Without a compiler `load()` returns None and warns once; the vendor backend then quantizes with plain torch, which gives
 the same bits and is slower. `TE_NVFP4_CV_NATIVE=0` switches the kernels off.
+
+The kernels use the instructions of the machine's processor. `TE_NVFP4_CV_MACHINE` builds and runs them for another one of
+MACHINES that this processor can run, which is how tests and benchmarks compare them.
 """
 
 from __future__ import annotations
@@ -24,14 +29,17 @@ from pathlib import Path
 import torch
 
 from te_nvfp4_cv.backend.cache import cache_folder
-from te_nvfp4_cv.errors import warn_once
+from te_nvfp4_cv.errors import value_error, warn_once
 
 _log = logging.getLogger("te_nvfp4_cv")
-_SOURCE = Path(__file__).with_name("native.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = [_FOLDER / "native.cpp", _FOLDER / "integer.cpp"]
+_HEADER = _FOLDER / "numbers.h"
 # No contraction to fused multiply-adds, which would round once where the reference rounds twice. The others of -f
 # allow vector code without changing a value; -ffast-math would change some.
 _FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_AXES = _I64 * 3
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -45,10 +53,42 @@ class Operand(ctypes.Structure):
     _fields_ = [
         *_fields(_P, "x row_start"),
         *_fields(_I64, "images L Wp C groups fold_images fold_L"),
-        *_fields(_P, "row_dq row_codes row_scale col_dq col_codes col_scale amax observed"),
+        *_fields(_P, "row_dq row_codes row_scale row_records col_dq col_codes col_scale col_records amax observed"),
         *_fields(_I64, "seed"),
         *_fields(_I32, "rht stochastic in_bf16 out_bf16 threads want_row want_col error"),
         *_fields(_F32, "e4m3_max"),
+    ]
+
+
+class Kernel(ctypes.Structure):
+    """A packed weight and the panels to make of it: the C struct of the same name in integer.cpp, in the same order."""
+
+    _fields_ = [
+        *_fields(_P, "codes scale panels"),
+        *_fields(_I64, "groups T axis0 axis1"),
+        *_fields(_I32, "from_axis1 tiles columnwise threads"),
+    ]
+
+
+class Data(ctypes.Structure):
+    """One fprop or dgrad: the C struct of the same name in integer.cpp, in the same order."""
+
+    _fields_ = [
+        *_fields(_P, "x panels alpha bias y"),
+        *_fields(_I64, "batch groups in_blocks out_channels"),
+        *_fields(_AXES, "in_size out_size taps stride padding dilation"),
+        *_fields(_I32, "to_b out_bf16 threads"),
+    ]
+
+
+class WeightGradient(ctypes.Structure):
+    """One wgrad: the C struct of the same name in integer.cpp, in the same order."""
+
+    _fields_ = [
+        *_fields(_P, "records codes scale alpha dw"),
+        *_fields(_I64, "n16 groups record_channels panel_channels"),
+        *_fields(_AXES, "a b taps stride padding dilation"),
+        *_fields(_I32, "records_on_b out_bf16 threads"),
     ]
 
 
@@ -82,10 +122,28 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
+# Compiler flags by the name that integer.cpp gives its loop; "native" is whichever is best for this processor.
+MACHINES = {
+    "native": ["-march=native", "-mprefer-vector-width=512"],
+    "avx512_vnni": ["-march=icelake-server", "-mprefer-vector-width=512"],
+    "avx_vnni": ["-march=x86-64-v3", "-mavxvnni"],
+    "avx2": ["-march=x86-64-v3"],
+    "neon_dotprod": ["-march=armv8.2-a+dotprod"],
+    "plain": [],
+}
+
+
 def _tuning() -> list[str]:
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return ["-march=native", "-mprefer-vector-width=512"]
-    return ["-mcpu=native"]
+    name = os.environ.get("TE_NVFP4_CV_MACHINE", "native")
+    if name not in MACHINES:
+        raise value_error(
+            "te_nvfp4_cv: unknown machine.",
+            got=f"TE_NVFP4_CV_MACHINE={name!r}",
+            needs=f"one of {', '.join(MACHINES)}",
+            fix="unset it",
+        )
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return MACHINES[name] if x86 or name != "native" else ["-mcpu=native"]
 
 
 def _attempts() -> list[list[str]]:
@@ -96,7 +154,7 @@ def _attempts() -> list[list[str]]:
 def _build(cxx: str) -> Path:
     command = shlex.split(cxx)
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    source = _SOURCE.read_text()
+    source = "\0".join(path.read_text() for path in (*_SOURCES, _HEADER))
     key = hashlib.sha256("\0".join([source, cxx, version, _cpu_features(), str(_attempts())]).encode()).hexdigest()[:20]
     target = cache_folder() / f"native_{key}.so"
     # Files are complete when they get this name, so another process may have built it meanwhile.
@@ -109,14 +167,20 @@ def _build(cxx: str) -> Path:
     error = ""
     try:
         for flags in _attempts():
-            run = subprocess.run([*command, *flags, str(_SOURCE), "-o", temporary], capture_output=True, text=True)
+            run = subprocess.run([*command, *flags, *map(str, _SOURCES), "-o", temporary], capture_output=True, text=True)
             if run.returncode == 0:
                 os.replace(temporary, target)
                 return target
             error = run.stderr
     finally:
         Path(temporary).unlink(missing_ok=True)
-    raise OSError(f"{cxx} could not build {_SOURCE.name}: {error.strip()[-800:]}")
+    raise OSError(f"{cxx} could not build the CPU kernels: {error.strip()[-800:]}")
+
+
+def identity() -> dict[str, str]:
+    """Return what the compiled kernels depend on: the library's digest, and torch's version."""
+    library = load()
+    return {"library": "none" if library is None else Path(library._name).stem, "torch": str(torch.__version__)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -141,10 +205,13 @@ def load() -> ctypes.CDLL | None:
         )
         return None
     # Without argtypes ctypes would pass 64-bit sizes as C ints.
-    for name in ("nvfp4_amax", "nvfp4_quantize", "nvfp4_quantize_weight", "nvfp4_unpack_weight"):
+    records = ("amax", "quantize", "quantize_weight", "unpack_weight", "expand_weight", "data_product", "weight_product")
+    for name in (f"nvfp4_{record}" for record in records):
         getattr(library, name).argtypes, getattr(library, name).restype = [_P], None
     library.nvfp4_unpack_columns.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
     library.nvfp4_unpack_rows.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
+    library.nvfp4_expand_records.argtypes = [_P, _P, _P, _I64, _I32]
+    library.nvfp4_machine.restype = ctypes.c_char_p
     library.nvfp4_scale_bias.argtypes = [_P, _P, _I64, _I64, _F32, _P, _I32, _I32, _I32]
     library.nvfp4_positive_mask.argtypes = [_P, _P, _I64, _I32, _I32]
     library.nvfp4_apply_mask.argtypes = [_P, _P, _P, _I64, _I32, _I32]

@@ -46,3 +46,8 @@ def in_backward() -> bool:
 def cpu_multiplies_bf16() -> bool:
     """Return True if this CPU has bf16 arithmetic: AVX-512 bf16 or AMX."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def cpu_has_tiles() -> bool:
+    """Return True if this CPU multiplies bf16 matrices in AMX tiles."""
+    return bool(torch.cpu._is_amx_tile_supported())

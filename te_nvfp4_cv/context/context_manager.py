@@ -72,8 +72,11 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
                 )
         resolved = checked_recipe(recipe)
         dispatch.check_backend(backend)
-        if backend == "triton":  # the one choice that may be impossible: say so here, not at the first layer
+        # The choices that may be impossible: say so here, not at the first layer.
+        if backend == "triton":
             dispatch.resolve(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        elif backend == "integer":
+            dispatch.resolve(backend, torch.device("cpu"))
         if amax_reduction_group is not None:
             _check_group(amax_reduction_group)
         self._state = State(enabled, resolved, backend, relu_mask, amax_reduction_group)

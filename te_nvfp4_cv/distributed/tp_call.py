@@ -25,7 +25,7 @@ from te_nvfp4_cv.layer import check, delayed_scaling, observe
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, named_padding
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
-from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.plan import Plan, plan_for
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.nn.walk import padded
 from te_nvfp4_cv.ops.geometry import ConvArgs
@@ -246,8 +246,8 @@ class _Call:
         """Return the plan of the whole call, of which this rank has x and w."""
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
-        chosen = dispatch.resolve(backend, x.device)
-        return Plan(lowered(call).geometry, recipe, chosen, dtype, is_channels_last(x) or is_channels_last(w))
+        chosen = dispatch.resolve(backend, x.device, by_layer=True)
+        return plan_for(lowered(call).geometry, recipe, chosen, dtype, is_channels_last(x) or is_channels_last(w))
 
     def _axis(self, dim: int) -> int:
         """Turn a dimension of a tensor into the axis of the array with channels innermost."""

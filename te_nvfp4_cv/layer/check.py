@@ -19,7 +19,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.plan import Plan, plan_for
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry, int_tuple, output_size, transposed_output_size
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
@@ -167,7 +167,7 @@ def planned(
     try:
         return _cached_plan(call, recipe, recipe.name, backend, compute_dtype, channels_last)
     except TypeError:  # as in `lowered`: something without a hash
-        return Plan(_lower(call).geometry, recipe, backend, compute_dtype, channels_last)
+        return plan_for(_lower(call).geometry, recipe, backend, compute_dtype, channels_last)
 
 
 @functools.lru_cache(maxsize=CACHED)
@@ -179,7 +179,7 @@ def _cached_plan(
     compute_dtype: torch.dtype,
     channels_last: bool,
 ) -> Plan:
-    return Plan(lowered(call).geometry, recipe, backend, compute_dtype, channels_last)
+    return plan_for(lowered(call).geometry, recipe, backend, compute_dtype, channels_last)
 
 
 def _lower(call: CallShape) -> Lowered:

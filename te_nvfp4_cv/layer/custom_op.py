@@ -20,7 +20,7 @@ from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.layer import delayed_scaling, forward_backward, operands, weight_codes
 from te_nvfp4_cv.layer.forward_backward import Like, Saved, saved_of
 from te_nvfp4_cv.layer.options import CallOptions
-from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.plan import Plan, plan_for
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
@@ -76,7 +76,7 @@ def _spec(text: str) -> LayerSpec:
 @functools.lru_cache(maxsize=4096)
 def _plan(sizes: tuple[int, ...], text: str) -> Plan:
     spec = LayerSpec.from_text(text)
-    return Plan(
+    return plan_for(
         ConvGeometry.from_ints(sizes), recipe_of_key(spec.recipe), spec.backend, spec.compute_dtype, spec.channels_last
     )
 

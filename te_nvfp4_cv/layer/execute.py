@@ -112,7 +112,7 @@ def _execute(
         y = _plain(op, x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), low.geometry)
         return y.squeeze(0) if low.unbatched else y
     # Asked at each call: what "auto" means changes when a self-test passes, and autocast with the context.
-    chosen = dispatch.resolve(backend, x.device)
+    chosen = dispatch.resolve(backend, x.device, by_layer=True)
     compute_dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     channels_last = is_channels_last(x) or is_channels_last(w)
     if torch.compiler.is_compiling():  # no producers and no observers inside of a graph

@@ -11,7 +11,7 @@ from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, WeightCodes
+from te_nvfp4_cv.ops.records import DEQUANTIZED, RECORDS, Face, WeightCodes
 
 
 def fprop(
@@ -28,7 +28,8 @@ def fprop(
     Args:
         x: the rowwise face of x.
         x_amax: its amax [1], or one per pixel for row-scaled activations.
-        unpacked: code * scale of the weight, [axis 0, taps, axis 1], where it is stored so between calls.
+        unpacked: the weight as it is stored between calls: code * scale [axis 0, taps, axis 1], or the integer
+            backend's panels (uint8). A form that the plan's backend does not multiply is left alone.
     """
     g = plan.geometry
     if plan.operand_form == DEQUANTIZED and x.scale.numel():  # packed, because backward will dequantize it
@@ -40,10 +41,12 @@ def fprop(
         x_amax = x_amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(x_amax)
     alpha: Tensor | None = (x_amax * codes.amax) * plan.alpha_factors["fprop"]
     factor, alpha = (alpha, None) if plan.weight_carries_scales["fprop"] else (None, alpha)
-    if unpacked is not None and plan.operand_form == DEQUANTIZED:
+    if unpacked is not None and plan.operand_form == DEQUANTIZED and unpacked.dtype != torch.uint8:
         values = unpacked if factor is None else unpacked * factor  # a power of two: exact
         # An empty scale marks a face of values, which needs no unpacking.
         weight = Face(values.to(plan.compute_dtype), x.scale.new_empty(0))
+    elif unpacked is not None and plan.operand_form == RECORDS and unpacked.dtype == torch.uint8:
+        weight = Face(unpacked, x.scale.new_empty(0))  # the kernels' panels
     else:
         name = plan.weight_faces[0]
         weight = _weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
@@ -80,7 +83,7 @@ def _weight_operand(face: Face, name: str, plan: Plan, factor: Tensor | None = N
     Args:
         factor: fp32 [1], or None: multiplies a dequantized face.
     """
-    if plan.operand_form == PACKED:
+    if plan.operand_form != DEQUANTIZED:
         return face
     values = operand.unpack_weight(face, plan.weight_layouts[name], factor, plan.compute_dtype, plan.backend)
     return Face(values, face.scale.new_empty(0))

@@ -88,7 +88,7 @@ def run(
     x, autocast, low = _lowered(op, x, Sizes(tuple(weight.shape), ""), bias, args)
     spec = custom_op.LayerSpec(
         recipe.key,
-        dispatch.resolve(backend, x.device),
+        dispatch.resolve(backend, x.device, by_layer=True),
         dispatch.compute_dtype(x.dtype, x.device, autocast),
         layouts.is_channels_last(x) or weight.channels_last,
     )

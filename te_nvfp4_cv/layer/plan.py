@@ -10,14 +10,17 @@ object (check.py). So a layer that runs again asks the recipe and the geometry n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.answers import answer
+from te_nvfp4_cv.backend.torch_private import cpu_has_tiles
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import alpha_factor
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, Fold, OperandSpec, WeightLayout, WeightSpec
+from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, RECORDS, Fold, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, RoleSettings
 from te_nvfp4_cv.recipe.fields import Role
 
@@ -93,8 +96,8 @@ class Plan:
 
     @answer
     def operand_form(self) -> int:
-        """The form in which this backend multiplies."""
-        return DEQUANTIZED if self.backend == "vendor" else PACKED
+        """The form in which this backend multiplies what lives for one call."""
+        return {"vendor": DEQUANTIZED, "integer": RECORDS}.get(self.backend, PACKED)
 
     @answer
     def input_specs(self) -> tuple[OperandSpec, OperandSpec]:
@@ -203,6 +206,38 @@ def weight_plan(shape: torch.Size, groups: int, transposed: bool, recipe: NVFP4B
     )
     # The last two decide nothing about a weight's codes.
     return Plan(geometry, recipe, backend, torch.float32, False)
+
+
+def plan_for(
+    geometry: ConvGeometry, recipe: NVFP4BlockScaling, backend: str, compute_dtype: torch.dtype, channels_last: bool
+) -> Plan:
+    """Return the Plan of a layer's call.
+
+    Args:
+        backend: as dispatch.resolve gave it for a layer. BY_LAYER becomes "integer" or "vendor" here.
+    Raises:
+        ValueError: the integer backend was asked for by name, and the call has row-scaled activations.
+    """
+    by_layer = backend == dispatch.BY_LAYER
+    plan = Plan(geometry, recipe, "integer" if by_layer else backend, compute_dtype, channels_last)
+    if plan.backend != "integer" or (not plan.row_scaled and not (by_layer and prefers_vendor(geometry, compute_dtype))):
+        return plan
+    if by_layer:
+        return replace(plan, backend="vendor")
+    raise value_error(
+        "nvfp4: backend 'integer' has no row-scaled activations.",
+        got="recipe.row_scaled_activation, in a linear layer or 1x1 convolution",
+        needs="one tensor scale of x",
+        fix="backend='auto', which runs this layer on 'vendor'",
+    )
+
+
+def prefers_vendor(geometry: ConvGeometry, compute_dtype: torch.dtype) -> bool:
+    """Return True if oneDNN is expected to be faster than the integer kernels.
+
+    It is where it multiplies bf16 on AMX tiles, eight times as many products a cycle.
+    """
+    return compute_dtype == torch.bfloat16 and cpu_has_tiles()
 
 
 def row_scaling_applies(g: ConvGeometry) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, OperandSpec, WeightSpec
+from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, RECORD, RECORDS, Face, OperandSpec, WeightSpec
 
 Make = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
@@ -123,7 +123,14 @@ def operand_faces(x: Tensor, spec: OperandSpec, dtype: torch.dtype, make: Make =
     groups16 = (f.images // BLOCK, *folded)
     row = _face(x, spec.row, (*x.shape[:-1], blocks * 8), (*x.shape[:-1], blocks), tuple(x.shape), dtype, make)
     col = _face(x, spec.col, (*groups16, 8), groups16, (f.images, *folded), dtype, make)
-    return row, col
+    # Records of columns lie as wgrad adds them up: pixel, block of images, channel.
+    columns = (*folded[:-1], f.images // BLOCK, channels * RECORD)
+    row = _records(x, (*x.shape[:-1], blocks * RECORD), make) if spec.row == RECORDS else row
+    return row, _records(x, columns, make) if spec.col == RECORDS else col
+
+
+def _records(like: Tensor, shape: tuple[int, ...], make: Make) -> Face:
+    return Face(make(shape, torch.uint8, like.device), like.new_empty(0, dtype=torch.uint8))
 
 
 def weight_faces(w: Tensor, spec: WeightSpec, dtype: torch.dtype) -> tuple[Face, Face]:

@@ -9,6 +9,8 @@ that rely on an order.
     NONE           nothing: the face was not asked for
     PACKED         E2M1 codes, two a byte, and E4M3 scale bytes: what backward saves
     DEQUANTIZED    code * scale, without the tensor scale, and an empty scale: what a vendor's convolution multiplies
+    RECORDS        20 bytes for a block, 16 of 2 * value + 12 and the scale / 2 in fp32, and an empty scale: what the
+                   integer backend multiplies
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import torch
 from torch import Tensor
 
 # Plain ints, because kernels compare them at compile time.
-NONE, PACKED, DEQUANTIZED = 0, 1, 2
+NONE, PACKED, DEQUANTIZED, RECORDS = 0, 1, 2, 3
+RECORD = 20  # bytes
 ERRORS = {None: 0, "MAE": 1, "MSE": 2}  # of 4over6, as native.cpp and the Triton kernels number them
 _ERROR_NAMES = tuple(ERRORS)
 
 
 class Face(NamedTuple):
-    """Codes and scales of one direction; once unpacked, values and an empty scale."""
+    """Codes and scales of one direction; dequantized, or as records, data and an empty scale."""
 
     data: Tensor
     scale: Tensor

@@ -5,8 +5,9 @@
     wgrad  dw = alpha * sum over (pixel, image) of dy x               over images at one pixel (folded, rotated)
 
 Each is a function over records and a custom operator on plain tensors behind it, which tracing sees. Operands come in
-the form that the backend multiplies: `vendor` takes code * scale (and empty scales), `reference` and `triton` packed
-codes and E4M3 bytes. Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1].
+the form that the backend multiplies: `vendor` takes code * scale (and empty scales), `integer` byte records of
+activations and gradients (and empty scales) and packed codes of the rest, `reference` and `triton` packed codes and
+E4M3 bytes. Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1].
 
 alpha holds both tensor scales and is applied in fp32; where it is not finite, so is the result. If alpha is None, the
 operands carry the scales (vendor, powers of two in w): then there is no pass over the result, and the library adds the
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.ops.conv import reference, vendor
+from te_nvfp4_cv.ops.conv import integer, reference, vendor
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.records import Face
 
@@ -33,7 +34,7 @@ def _implementation(backend: str) -> Any:
         from te_nvfp4_cv.ops.conv.triton import launch
 
         return launch
-    return reference if backend == "reference" else vendor
+    return {"reference": reference, "integer": integer, "vendor": vendor}[backend]
 
 
 def conv_fprop(

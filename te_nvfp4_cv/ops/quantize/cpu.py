@@ -1,4 +1,4 @@
-"""Quantization for the vendor backend on a CPU: by the compiled kernels of backend/native, with the reference's bits.
+"""Quantization for the vendor and the integer backend on a CPU: by the compiled kernels of backend/native, with the reference's bits.
 
 Where there is no compiler, and for what the kernels do not cover (row-scaled activations, 1x16 weights of more than one
 group), the reference's plain torch runs instead.
@@ -22,6 +22,7 @@ from te_nvfp4_cv.ops.records import (
     ERRORS,
     NONE,
     PACKED,
+    RECORDS,
     Face,
     Fold,
     Operand,
@@ -128,10 +129,14 @@ def quantize_operand(
         q.row_codes, q.row_scale = row.data.data_ptr(), row.scale.data_ptr()
     elif row_form == DEQUANTIZED:
         q.row_dq = row.data.data_ptr()
+    elif row_form == RECORDS:
+        q.row_records = row.data.data_ptr()
     if col_form == PACKED:
         q.col_codes, q.col_scale = col.data.data_ptr(), col.scale.data_ptr()
     elif col_form == DEQUANTIZED:
         q.col_dq = col.data.data_ptr()
+    elif col_form == RECORDS:
+        q.col_records = col.data.data_ptr()
     library.nvfp4_quantize(ctypes.byref(q))
     # Held until here, because the kernel read the table of rows by its address.
     del starts

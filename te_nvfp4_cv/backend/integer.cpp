@@ -1,0 +1,605 @@
+// Products of NVFP4 operands on integers: fprop, dgrad and wgrad of a convolution without dequantizing anything.
+//
+// Twice an E2M1 value is an integer from -12 to 12, so the products of a block of 16 sum exactly in an integer. A block adds
+//     float(sum) * (scale of a * scale of b)
+// to its fp32 accumulator. Sum and scales have 12 + 8 significant bits together, so that product is exact in fp32 and the
+// addition is the one rounding of a block. Blocks are added in the order of the reference (tap, then block of channels; in
+// wgrad pixel, then block of images), so the results are the reference's bit for bit, with any number of threads.
+//
+// Two layouts. Either side of every product is one of them:
+//
+//     record, 20 bytes    16 bytes 2 * value + 12, unsigned; the scale / 2 as fp32
+//     panel, 384 bytes    16 columns of 16 values: 4 quads of 64 bytes, in each 4 values of column 0, 4 of column 1, ...: signed
+//                         2 * value; then 16 x int32 start values -12 * (sum of the column), which undo the records' + 12;
+//                         then 16 x fp32 scale / 2
+//
+// fprop and dgrad multiply records of an activation (one per pixel and 16 channels) by panels of a weight (16 output channels
+// by 16 input channels, a panel per tap). wgrad multiplies records of dy (one per pixel, 16 images and channel) by panels of x.
+#include "numbers.h"
+#include <algorithm>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr int64_t RECORD = 20, PANEL = 384, STARTS = 256, SCALES = 320;
+constexpr int CODES = 8;                                           // bytes of a packed block
+
+// ------------------------------------------------------------------------------------------------ the loop
+// ROWS records meet one panel: ROWS x 16 outputs stay in registers over all blocks of all segments.
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+constexpr int ROWS = 8;
+const char* const MACHINE = "avx512_vnni";
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int ROWS = 3;
+#if defined(__AVXVNNI__)
+const char* const MACHINE = "avx_vnni";
+#else
+const char* const MACHINE = "avx2";
+#endif
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int ROWS = 4;
+const char* const MACHINE = "neon_dotprod";
+#else
+constexpr int ROWS = 4;
+const char* const MACHINE = "plain";
+#endif
+
+// A stretch of the contraction in which rows and panel advance by constant steps: `blocks` blocks from a[row] and b on.
+struct Segment { const uint8_t* a[ROWS]; const uint8_t* b; int64_t blocks; };
+// The steps of a stretch, in bytes, and what to add to the addresses of every segment.
+struct Walk { int64_t a_step, b_step, a_offset, b_offset; };
+
+inline int32_t quad(const uint8_t* p) { int32_t v; std::memcpy(&v, p, 4); return v; }
+inline float scale_of(const uint8_t* p) { float v; std::memcpy(&v, p + 16, 4); return v; }
+
+// Adds the products of all segments to total [ROWS][16].
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+// zmm: 8 fp32 accumulators, 4 quads of the panel, and for the row at hand its int32 sum, a broadcast quad and a scale. The
+// panel's start values and scales come from the L1 cache. Per row and block 4 vpdpbusd, 1 conversion, 1 product, 1 fma.
+void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
+    __m512 c[ROWS];
+    for (int r = 0; r < ROWS; ++r) c[r] = _mm512_loadu_ps(total + 16 * r);
+    for (; segments > 0; --segments, ++s) {
+        const uint8_t *a[ROWS], *b = s->b + w.b_offset;
+        for (int r = 0; r < ROWS; ++r) a[r] = s->a[r] + w.a_offset;
+        int64_t at = 0;
+        for (int64_t n = s->blocks; n > 0; --n, at += w.a_step, b += w.b_step) {
+            const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64), b2 = _mm512_loadu_si512(b + 128), b3 = _mm512_loadu_si512(b + 192);
+            #pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                const uint8_t* p = a[r] + at;
+                __m512i sum = _mm512_dpbusd_epi32(_mm512_loadu_si512(b + STARTS), _mm512_set1_epi32(quad(p)), b0);
+                sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(quad(p + 4)), b1);
+                sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(quad(p + 8)), b2);
+                sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(quad(p + 12)), b3);
+                const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(scale_of(p)), _mm512_loadu_ps(b + SCALES));
+                c[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, c[r]);
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(total + 16 * r, c[r]);
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+// ymm: 6 fp32 accumulators, 6 sums, 2 halves of a quad of the panel, a broadcast quad of a row, a product: all 16 registers.
+// The empty asm statements keep the compiler from moving loads up across them, which would spill and cost a third of the speed.
+void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
+    __m256 c[ROWS][2];
+    for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 2; ++h) c[r][h] = _mm256_loadu_ps(total + 16 * r + 8 * h);
+    for (; segments > 0; --segments, ++s) {
+        const uint8_t *a[ROWS], *b = s->b + w.b_offset;
+        for (int r = 0; r < ROWS; ++r) a[r] = s->a[r] + w.a_offset;
+        int64_t at = 0;
+        for (int64_t n = s->blocks; n > 0; --n, at += w.a_step, b += w.b_step) {
+            __m256i sum[ROWS][2];
+            const __m256i* panel = reinterpret_cast<const __m256i*>(b);
+            #pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) {
+                const __m256i b0 = _mm256_loadu_si256(panel + 2 * k), b1 = _mm256_loadu_si256(panel + 2 * k + 1);
+                #pragma GCC unroll 3
+                for (int r = 0; r < ROWS; ++r) {
+                    const __m256i v = _mm256_set1_epi32(quad(a[r] + at + 4 * k));
+#if defined(__AVXVNNI__)
+                    if (k == 0) for (int h = 0; h < 2; ++h) sum[r][h] = _mm256_loadu_si256(panel + 8 + h);
+                    sum[r][0] = _mm256_dpbusd_avx_epi32(sum[r][0], v, b0);
+                    sum[r][1] = _mm256_dpbusd_avx_epi32(sum[r][1], v, b1);
+#else
+                    const __m256i p0 = _mm256_maddubs_epi16(v, b0), p1 = _mm256_maddubs_epi16(v, b1);   // int16: at most 4 * 576
+                    sum[r][0] = k ? _mm256_add_epi16(sum[r][0], p0) : p0;
+                    sum[r][1] = k ? _mm256_add_epi16(sum[r][1], p1) : p1;
+#endif
+                    asm volatile("" : "+x"(sum[r][0]), "+x"(sum[r][1]));
+                }
+            }
+            #pragma GCC unroll 3
+            for (int r = 0; r < ROWS; ++r) {
+                const __m256 scale = _mm256_set1_ps(scale_of(a[r] + at));
+                for (int h = 0; h < 2; ++h) {
+#if !defined(__AVXVNNI__)
+                    sum[r][h] = _mm256_add_epi32(_mm256_madd_epi16(sum[r][h], _mm256_set1_epi16(1)), _mm256_loadu_si256(panel + 8 + h));
+#endif
+                    const __m256 both = _mm256_mul_ps(scale, _mm256_loadu_ps(reinterpret_cast<const float*>(b + SCALES) + 8 * h));
+                    c[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][h]), both, c[r][h]);
+                }
+                asm volatile("" : "+x"(c[r][0]), "+x"(c[r][1]));
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 2; ++h) _mm256_storeu_ps(total + 16 * r + 8 * h, c[r][h]);
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+// v: 16 fp32 accumulators, 4 vectors of a quad of the panel, 4 sums, and the row's 16 bytes, whose quads sdot reads by lane.
+// A record's bytes are at most 24, so they are the same numbers as signed ones.
+void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
+    float32x4_t c[ROWS][4];
+    for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 4; ++h) c[r][h] = vld1q_f32(total + 16 * r + 4 * h);
+    for (; segments > 0; --segments, ++s) {
+        const uint8_t *a[ROWS], *b = s->b + w.b_offset;
+        for (int r = 0; r < ROWS; ++r) a[r] = s->a[r] + w.a_offset;
+        int64_t at = 0;
+        for (int64_t n = s->blocks; n > 0; --n, at += w.a_step, b += w.b_step)
+            for (int r = 0; r < ROWS; ++r) {
+                const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(a[r] + at));
+                const float scale = scale_of(a[r] + at);
+                for (int h = 0; h < 4; ++h) {
+                    const int8_t* q = reinterpret_cast<const int8_t*>(b) + 16 * h;
+                    int32x4_t sum = vld1q_s32(reinterpret_cast<const int32_t*>(b + STARTS) + 4 * h);
+                    sum = vdotq_laneq_s32(sum, vld1q_s8(q), v, 0);
+                    sum = vdotq_laneq_s32(sum, vld1q_s8(q + 64), v, 1);
+                    sum = vdotq_laneq_s32(sum, vld1q_s8(q + 128), v, 2);
+                    sum = vdotq_laneq_s32(sum, vld1q_s8(q + 192), v, 3);
+                    const float32x4_t both = vmulq_n_f32(vld1q_f32(reinterpret_cast<const float*>(b + SCALES) + 4 * h), scale);
+                    c[r][h] = vfmaq_f32(c[r][h], vcvtq_f32_s32(sum), both);
+                }
+            }
+    }
+    for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 4; ++h) vst1q_f32(total + 16 * r + 4 * h, c[r][h]);
+}
+#else
+// The same sums in plain C++, for every other processor.
+void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
+    for (; segments > 0; --segments, ++s)
+        for (int r = 0; r < ROWS; ++r) {
+            const uint8_t *a = s->a[r] + w.a_offset, *b = s->b + w.b_offset;
+            for (int64_t n = s->blocks; n > 0; --n, a += w.a_step, b += w.b_step) {
+                int32_t sum[16]; float scale[16];
+                std::memcpy(sum, b + STARTS, 64); std::memcpy(scale, b + SCALES, 64);
+                for (int k = 0; k < 16; ++k)
+                    for (int j = 0; j < 16; ++j) sum[j] += int32_t(a[k]) * int8_t(b[k / 4 * 64 + 4 * j + k % 4]);
+                for (int j = 0; j < 16; ++j) total[16 * r + j] += float(sum[j]) * (scale_of(a) * scale[j]);
+            }
+        }
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------ layouts
+constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};      // of a code: 2 * value
+
+// Start values and scales of a panel whose quads are written.
+inline void finish_panel(uint8_t* out, const uint8_t* scale, int64_t scale_step, int columns) {
+    int32_t start[16] = {0}; float half[16];
+    for (int k = 0; k < 4; ++k)
+        for (int j = 0; j < 16; ++j) {
+            const int8_t* q = reinterpret_cast<const int8_t*>(out) + 64 * k + 4 * j;
+            start[j] -= 12 * (int32_t(q[0]) + q[1] + q[2] + q[3]);
+        }
+    for (int j = 0; j < 16; ++j) half[j] = j < columns ? e4m3_value(scale[j * scale_step]) * 0.5f : 0.0f;
+    std::memcpy(out + STARTS, start, 64); std::memcpy(out + SCALES, half, 64);
+}
+
+#if defined(__AVX2__)
+inline __m128i twice(const uint8_t* codes) {                       // 8 bytes of codes to 16 signed bytes
+    const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)), low = _mm_set1_epi8(15);
+    const __m128i nibbles = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+    return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(TWICE)), nibbles);
+}
+#else
+inline void twice(const uint8_t* codes, int8_t* out) { for (int k = 0; k < 16; ++k) out[k] = TWICE[codes[k / 2] >> (k % 2 * 4) & 15]; }
+#endif
+
+// One panel from the codes of its columns: column j is a packed block at codes + j * step. Columns from `columns` on are zeros.
+inline void panel_of_columns(const uint8_t* codes, int64_t step, const uint8_t* scale, int64_t scale_step, int columns, uint8_t* out) {
+#if defined(__AVX2__)
+    for (int j = 0; j < 16; j += 4) {                              // 4 columns: a 4 x 4 transpose of quads
+        __m128i v[4];
+        for (int i = 0; i < 4; ++i) v[i] = j + i < columns ? twice(codes + (j + i) * step) : _mm_setzero_si128();
+        const __m128i a = _mm_unpacklo_epi32(v[0], v[1]), b = _mm_unpacklo_epi32(v[2], v[3]), c = _mm_unpackhi_epi32(v[0], v[1]), d = _mm_unpackhi_epi32(v[2], v[3]);
+        __m128i* o = reinterpret_cast<__m128i*>(out + 4 * j);
+        _mm_storeu_si128(o, _mm_unpacklo_epi64(a, b)); _mm_storeu_si128(o + 4, _mm_unpackhi_epi64(a, b));
+        _mm_storeu_si128(o + 8, _mm_unpacklo_epi64(c, d)); _mm_storeu_si128(o + 12, _mm_unpackhi_epi64(c, d));
+    }
+#else
+    for (int j = 0; j < 16; ++j) {
+        int8_t v[16] = {0};
+        if (j < columns) twice(codes + j * step, v);
+        for (int k = 0; k < 4; ++k) std::memcpy(out + 64 * k + 4 * j, v + 4 * k, 4);
+    }
+#endif
+    finish_panel(out, scale, scale_step, columns);
+}
+
+// One panel from the codes of its rows: packed block k, at codes + k * step, holds element k of the 16 columns.
+inline void panel_of_rows(const uint8_t* codes, int64_t step, int rows, const uint8_t* scale, int64_t scale_step, int columns, uint8_t* out) {
+    for (int k = 0; k < 16; k += 4) {
+#if defined(__AVX2__)
+        __m128i v[4];
+        for (int i = 0; i < 4; ++i) v[i] = k + i < rows ? twice(codes + (k + i) * step) : _mm_setzero_si128();
+        const __m128i a = _mm_unpacklo_epi8(v[0], v[1]), b = _mm_unpacklo_epi8(v[2], v[3]), c = _mm_unpackhi_epi8(v[0], v[1]), d = _mm_unpackhi_epi8(v[2], v[3]);
+        __m128i* o = reinterpret_cast<__m128i*>(out + 16 * k);
+        _mm_storeu_si128(o, _mm_unpacklo_epi16(a, b)); _mm_storeu_si128(o + 1, _mm_unpackhi_epi16(a, b));
+        _mm_storeu_si128(o + 2, _mm_unpacklo_epi16(c, d)); _mm_storeu_si128(o + 3, _mm_unpackhi_epi16(c, d));
+#else
+        int8_t v[4][16] = {{0}};
+        for (int i = 0; i < 4; ++i) if (k + i < rows) twice(codes + (k + i) * step, v[i]);
+        for (int j = 0; j < 16; ++j) for (int i = 0; i < 4; ++i) out[16 * k + 4 * j + i] = uint8_t(v[i][j]);
+#endif
+    }
+    finish_panel(out, scale, scale_step, columns);
+}
+
+// ------------------------------------------------------------------------------------------------ fprop and dgrad
+struct Kernel {             // see integer.py: the same fields in the same order
+    const uint8_t *codes, *scale; uint8_t* panels;                 // panels [groups, blocks of outputs, T, blocks of inputs, PANEL]
+    int64_t groups, T, axis0, axis1;                               // axis0: of one group
+    int32_t from_axis1, tiles, columnwise, threads;                // contract axis 1, or axis 0; scales of 16x16 tiles; which face the codes are
+};
+
+void expand_weight(const Kernel& w) {
+    const int64_t B0 = (w.axis0 + 15) / 16, B1 = (w.axis1 + 15) / 16, outs = w.from_axis1 ? B0 : B1, ins = w.from_axis1 ? B1 : B0;
+    #pragma omp parallel for num_threads(w.threads) schedule(static)
+    for (int64_t item = 0; item < w.groups * outs * w.T; ++item) {
+        const int64_t t = item % w.T, out = item / w.T % outs, g = item / w.T / outs;
+        for (int64_t in = 0; in < ins; ++in) {
+            uint8_t* panel = w.panels + (item * ins + in) * PANEL;
+            const int64_t b0 = w.from_axis1 ? out : in, b1 = w.from_axis1 ? in : out;
+            const int n0 = int(std::min<int64_t>(16, w.axis0 - 16 * b0)), n1 = int(std::min<int64_t>(16, w.axis1 - 16 * b1));
+            if (w.columnwise) {                                    // [G, Ob, T, axis 1, 8]: a column of the panel each
+                const int64_t at = ((g * B0 + b0) * w.T + t) * w.axis1 + 16 * b1;
+                panel_of_columns(w.codes + at * CODES, CODES, w.scale + at, 1, n1, panel);
+                continue;
+            }
+            const int64_t row = g * w.axis0 + 16 * b0, step = w.T * B1;           // [axis 0, T, B1, 8]
+            const uint8_t* codes = w.codes + ((row * w.T + t) * B1 + b1) * CODES;
+            const uint8_t* scale = w.tiles ? w.scale + ((g * B0 + b0) * w.T + t) * B1 + b1 : w.scale + (row * w.T + t) * B1 + b1;
+            if (w.from_axis1) panel_of_columns(codes, step * CODES, scale, w.tiles ? 0 : step, n0, panel);
+            else panel_of_rows(codes, step * CODES, n0, scale, 0, n1, panel);
+        }
+    }
+}
+
+struct Data {               // see integer.py: the same fields in the same order
+    const uint8_t *x, *panels; const float *alpha, *bias; void* y;
+    int64_t batch, groups, in_blocks, out_channels;                // of one group: blocks of inputs, output channels
+    int64_t in[3], out[3], taps[3], stride[3], padding[3], dilation[3];
+    int32_t to_b, out_bf16, threads;                               // to_b: out[i] reads in[i * stride - padding + tap * dilation]; else the reverse
+};
+
+// The outputs of one axis that read with the same taps: all of them, or those of one residue of the stride.
+// Output i reads source first[i] + ahead[tap], which is padding outside of [0, size).
+struct AxisClass {
+    int64_t size; std::vector<int64_t> positions, first, taps, ahead;
+    bool inside(int64_t i, int64_t tap) const { const int64_t at = first[i] + ahead[tap]; return at >= 0 && at < size; }
+    bool whole(int64_t i) const {
+        for (int64_t t = 0; t < int64_t(taps.size()); ++t) if (!inside(i, t)) return false;
+        return true;
+    }
+};
+
+std::vector<AxisClass> classes_of(const Data& d, int axis) {
+    const int64_t s = d.stride[axis], p = d.padding[axis], step = d.dilation[axis];
+    std::vector<AxisClass> classes(d.to_b ? 1 : s);
+    for (int64_t c = 0; c < int64_t(classes.size()); ++c) {
+        classes[c].size = d.in[axis];
+        for (int64_t t = 0; t < d.taps[axis]; ++t)
+            if (d.to_b) { classes[c].taps.push_back(t); classes[c].ahead.push_back(t * step); }
+            else if ((t * step - c) % s == 0) { classes[c].taps.push_back(t); classes[c].ahead.push_back((c - t * step) / s); }
+    }
+    for (int64_t i = 0; i < d.out[axis]; ++i) {
+        AxisClass& c = classes[d.to_b ? 0 : (i + p) % s];
+        c.positions.push_back(i);
+        c.first.push_back(d.to_b ? i * s - p : (i + p) / s);       // of an imagined tap that is 0 (its residue) ahead
+    }
+    return classes;
+}
+
+constexpr int64_t CHUNK = 96;                                      // pixels that stay in the cache over all panels; a multiple of every ROWS
+
+struct Tile { const Segment* segments; int64_t count, a_offset, pixel[ROWS]; };
+
+// Finds the records that the outputs of one class read.
+struct Reader {
+    const Data& d; const AxisClass *z, *y, *x;
+    int64_t pixel_bytes, taps, count;                              // bytes of a pixel's records; taps and outputs of the class
+    std::vector<uint8_t> zeros, whole;                             // a pixel of padding; of each column: its taps read none
+    std::vector<int64_t> ahead, number;                            // of each tap: bytes ahead of the first source, its number in the kernel
+    std::vector<Segment> inner;                                    // a tile of neighbours in one row that read no padding, ahead of its first source
+    int64_t column_bytes;                                          // from the sources of one output to those of the next one in its row
+
+    Reader(const Data& data, const AxisClass& cz, const AxisClass& cy, const AxisClass& cx) : d(data), z(&cz), y(&cy), x(&cx) {
+        pixel_bytes = d.groups * d.in_blocks * RECORD;
+        taps = int64_t(z->taps.size() * y->taps.size() * x->taps.size());
+        count = d.batch * int64_t(z->positions.size() * y->positions.size() * x->positions.size());
+        zeros.assign(size_t(pixel_bytes), 12);
+        for (int64_t k = 0; k < d.groups * d.in_blocks; ++k) std::memset(zeros.data() + k * RECORD + 16, 0, 4);
+        for (size_t a = 0; a < z->taps.size(); ++a) for (size_t b = 0; b < y->taps.size(); ++b) for (size_t c = 0; c < x->taps.size(); ++c) {
+            number.push_back((z->taps[a] * d.taps[1] + y->taps[b]) * d.taps[2] + x->taps[c]);
+            ahead.push_back(((z->ahead[a] * d.in[1] + y->ahead[b]) * d.in[2] + x->ahead[c]) * pixel_bytes);
+        }
+        for (int64_t i = 0; i < int64_t(x->positions.size()); ++i) whole.push_back(x->whole(i));
+        column_bytes = (d.to_b ? d.stride[2] : 1) * pixel_bytes;
+        for (int64_t t = 0; t < taps; ++t) {
+            // Taps whose records follow each other, as those of a row of the kernel do in fprop, are one segment.
+            if (t && number[t] == number[t - 1] + 1 && ahead[t] - ahead[t - 1] == d.in_blocks * RECORD) { inner.back().blocks += d.in_blocks; continue; }
+            inner.push_back(segment(t));
+            for (int r = 0; r < ROWS; ++r) inner.back().a[r] = at(ahead[t] + r * column_bytes);
+        }
+    }
+
+    // Addresses are sums of numbers until Walk's offsets complete them.
+    static const uint8_t* at(int64_t address) { return reinterpret_cast<const uint8_t*>(address); }
+    Segment segment(int64_t t) const { Segment s; s.b = at(number[t] * d.in_blocks * PANEL); s.blocks = d.in_blocks; return s; }
+
+    // Describes the tiles of outputs first to last - 1. Rows after the last one repeat it.
+    void read(int64_t first, int64_t last, Tile* tile, std::vector<Segment>& own) const {
+        const int64_t nx = int64_t(x->positions.size()), ny = int64_t(y->positions.size()), nz = int64_t(z->positions.size());
+        const int64_t tx = int64_t(x->taps.size()), ty = int64_t(y->taps.size()), image_bytes = d.in[0] * d.in[1] * d.in[2] * pixel_bytes;
+        own.resize(size_t(((last - first + ROWS - 1) / ROWS) * taps));
+        Segment* s = own.data();
+        for (int64_t m = first; m < last; m += ROWS, ++tile, s += taps) {
+            int64_t ix = m % nx, iy = m / nx % ny, iz = m / nx / ny % nz, image = m / nx / ny / nz;
+            const bool in_row = ix + ROWS <= nx && m + ROWS <= last && y->whole(iy) && z->whole(iz);
+            int64_t base[ROWS], place[ROWS][3];
+            for (int r = 0; r < ROWS; ++r) {
+                tile->pixel[r] = ((image * d.out[0] + z->positions[iz]) * d.out[1] + y->positions[iy]) * d.out[2] + x->positions[ix];
+                base[r] = reinterpret_cast<int64_t>(d.x) + image * image_bytes + ((z->first[iz] * d.in[1] + y->first[iy]) * d.in[2] + x->first[ix]) * pixel_bytes;
+                place[r][0] = iz; place[r][1] = iy; place[r][2] = ix;
+                if (m + r + 1 < last && ++ix == nx) { ix = 0; if (++iy == ny) { iy = 0; if (++iz == nz) { iz = 0; ++image; } } }
+            }
+            if (in_row && std::all_of(whole.begin() + place[0][2], whole.begin() + place[0][2] + ROWS, [](uint8_t w) { return w; })) {
+                tile->segments = inner.data(); tile->count = int64_t(inner.size()); tile->a_offset = base[0];
+                continue;
+            }
+            tile->segments = s; tile->count = taps; tile->a_offset = 0;
+            for (int64_t t = 0; t < taps; ++t) {
+                s[t] = segment(t);
+                for (int r = 0; r < ROWS; ++r) s[t].a[r] = at(base[r] + ahead[t]);
+            }
+            for (int r = 0; r < ROWS; ++r) {
+                if (whole[place[r][2]] && y->whole(place[r][1]) && z->whole(place[r][0])) continue;
+                for (int64_t t = 0; t < taps; ++t)
+                    if (!z->inside(place[r][0], t / tx / ty) || !y->inside(place[r][1], t / tx % ty) || !x->inside(place[r][2], t % tx)) s[t].a[r] = zeros.data();
+            }
+        }
+    }
+};
+
+// Rounds total * alpha + bias into the outputs of a tile, `columns` channels from `channel` on.
+template <class T>
+void store_tile(const Data& d, const Tile& tile, int64_t rows, int64_t channel, int columns, const float* total, float alpha) {
+    float bias[16] = {0};
+    if (d.bias) std::memcpy(bias, d.bias + channel, size_t(columns) * 4);
+    for (int64_t r = 0; r < rows; ++r) {
+        T* y = static_cast<T*>(d.y) + tile.pixel[r] * d.groups * d.out_channels + channel;
+        const float* c = total + 16 * r;
+        if (columns < 16) { for (int j = 0; j < columns; ++j) store_round(y + j, d.bias ? c[j] * alpha + bias[j] : c[j] * alpha); }
+        else if (d.bias) { for (int j = 0; j < 16; ++j) store_round(y + j, c[j] * alpha + bias[j]); }
+        else { for (int j = 0; j < 16; ++j) store_round(y + j, c[j] * alpha); }
+    }
+}
+
+template <class T>
+void data_product(Data d) {
+    if (d.taps[0] * d.taps[1] * d.taps[2] == 1 && d.stride[0] * d.stride[1] * d.stride[2] == 1 && !d.padding[0] && !d.padding[1] && !d.padding[2]) {
+        d.in[2] = d.out[2] = d.batch * d.in[0] * d.in[1] * d.in[2];           // 1x1: every pixel reads itself, so all are one row
+        d.in[0] = d.in[1] = d.out[0] = d.out[1] = d.batch = 1;
+    }
+    std::vector<AxisClass> axes[3];
+    for (int axis = 0; axis < 3; ++axis) axes[axis] = classes_of(d, axis);
+    std::vector<Reader> readers; std::vector<int64_t> starts{0};   // chunks before each class
+    for (const AxisClass& z : axes[0]) for (const AxisClass& y : axes[1]) for (const AxisClass& x : axes[2]) {
+        readers.emplace_back(d, z, y, x);
+        starts.push_back(starts.back() + (readers.back().count + CHUNK - 1) / CHUNK);
+    }
+    const int64_t out_blocks = (d.out_channels + 15) / 16, panels = d.groups * out_blocks, all_taps = d.taps[0] * d.taps[1] * d.taps[2];
+    // A small image has too few chunks for the threads: then the output channels are divided, too.
+    const int64_t chunks = starts.back(), parts = std::max<int64_t>(1, std::min(panels, 4 * int64_t(d.threads) / std::max<int64_t>(1, chunks)));
+    const float alpha = *d.alpha;
+    #pragma omp parallel num_threads(d.threads)
+    {
+        std::vector<Segment> own; Tile tiles[CHUNK / ROWS];
+        #pragma omp for schedule(static)
+        for (int64_t item = 0; item < chunks * parts; ++item) {
+            const int64_t chunk = item / parts, part = item % parts;
+            const size_t k = size_t(std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin() - 1);
+            const int64_t first = (chunk - starts[k]) * CHUNK, last = std::min(readers[k].count, first + CHUNK);
+            readers[k].read(first, last, tiles, own);
+            for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; ++p) {
+                const int64_t g = p / out_blocks, channel = g * d.out_channels + p % out_blocks * 16;
+                const int columns = int(std::min<int64_t>(16, (g + 1) * d.out_channels - channel));
+                Walk walk{RECORD, PANEL, 0, reinterpret_cast<int64_t>(d.panels) + p * all_taps * d.in_blocks * PANEL};
+                const Tile* tile = tiles;
+                for (int64_t m = first; m < last; m += ROWS, ++tile) {
+                    float total[ROWS * 16] = {0};
+                    walk.a_offset = tile->a_offset + g * d.in_blocks * RECORD;
+                    multiply(tile->segments, tile->count, walk, total);
+                    store_tile<T>(d, *tile, std::min<int64_t>(ROWS, last - m), channel, columns, total, alpha);
+                }
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ wgrad
+struct WeightGradient {     // see integer.py: the same fields in the same order
+    const uint8_t *records, *codes, *scale;                        // dy: [pixels, N16, channels, RECORD]; x: [N16, pixels, channels, 8], [N16, pixels, channels]
+    const float* alpha; void* dw;                                  // dw [axis 0, T, axis 1 of a group]
+    int64_t n16, groups, record_channels, panel_channels;          // channels of dy and of x in one group
+    int64_t a[3], b[3], taps[3], stride[3], padding[3], dilation[3];
+    int32_t records_on_b, out_bf16, threads;                       // dy on the b side (a convolution), or on the a side (a transposed one)
+};
+
+// The panels' side of the contraction in steps: step (pixel * N16 + image block), pixels in row-major order. A 1x1 convolution's
+// are cut into rows regardless of pixels, and the last row ends at `limit`.
+struct Steps { int64_t total, image_blocks, limit; };
+
+// Panels of x for a few rows of pixels at a time. A slab holds those of one position of the first axis, in slot `slab % slots`.
+struct Slabs {
+    const WeightGradient& w; Steps all; int64_t steps, blocks, slots;         // steps of a slab; panels of a step
+    std::vector<uint8_t> memory; int64_t start;
+
+    Slabs(const WeightGradient& q, Steps a, int64_t slab_steps, int64_t kept) : w(q), all(a), steps(slab_steps), slots(kept) {
+        blocks = w.groups * ((w.panel_channels + 15) / 16);
+        memory.resize(size_t(blocks * block_bytes() + 64));
+        start = (reinterpret_cast<int64_t>(memory.data()) + 63) & ~int64_t(63);
+    }
+    int64_t block_bytes() const { return slots * steps * PANEL; }
+    int64_t address(int64_t step) const { return start + (step / steps % slots * steps + step % steps) * PANEL; }      // of block 0
+
+    // Writes the panels of one step for all channels.
+    void expand(int64_t step) const {
+        const int64_t pixels = all.total / all.image_blocks, channels = w.groups * w.panel_channels, of_group = (w.panel_channels + 15) / 16;
+        const int64_t from = (step % all.image_blocks * pixels + step / all.image_blocks) * channels, to = address(step);
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t c = block % of_group * 16, at = from + block / of_group * w.panel_channels + c;
+            const int columns = int(std::min<int64_t>(16, w.panel_channels - c));
+            panel_of_columns(w.codes + at * CODES, CODES, w.scale + at, 1, columns, reinterpret_cast<uint8_t*>(to + block * block_bytes()));
+        }
+    }
+};
+
+// The segments of one tap over rows [row0, row1) of b's first axis.
+void tap_segments(const WeightGradient& w, const Slabs& slabs, int64_t row0, int64_t row1, const int64_t* tap, std::vector<Segment>& out) {
+    const int64_t s = w.stride[2], shift = tap[2] * w.dilation[2] - w.padding[2];
+    const int64_t first = shift < 0 ? (s - 1 - shift) / s : 0, last = w.a[2] <= shift ? 0 : std::min(w.b[2], (w.a[2] - 1 - shift) / s + 1);
+    const int64_t record_bytes = w.groups * w.record_channels * RECORD;
+    const bool steady = s == 1 || w.n16 == 1;                      // then a whole row is one segment
+    out.clear();
+    if (first >= last) return;
+    for (int64_t p0 = row0; p0 < row1; ++p0) {
+        const int64_t a0 = p0 * w.stride[0] - w.padding[0] + tap[0] * w.dilation[0];
+        if (a0 < 0 || a0 >= w.a[0]) continue;
+        for (int64_t p1 = 0; p1 < w.b[1]; ++p1) {
+            const int64_t a1 = p1 * w.stride[1] - w.padding[1] + tap[1] * w.dilation[1];
+            if (a1 < 0 || a1 >= w.a[1]) continue;
+            for (int64_t p2 = first; p2 < last; p2 = steady ? last : p2 + 1) {
+                const int64_t on_b = ((p0 * w.b[1] + p1) * w.b[2] + p2) * w.n16, on_a = ((a0 * w.a[1] + a1) * w.a[2] + p2 * s + shift) * w.n16;
+                const int64_t record = reinterpret_cast<int64_t>(w.records) + (w.records_on_b ? on_b : on_a) * record_bytes;
+                Segment segment;
+                for (int64_t r = 0; r < ROWS; ++r) segment.a[r] = Reader::at(record + std::min(r, w.record_channels - 1) * RECORD);
+                segment.b = Reader::at(slabs.address(w.records_on_b ? on_a : on_b));
+                segment.blocks = std::min((steady ? last - p2 : 1) * w.n16, slabs.all.limit - on_b);
+                out.push_back(segment);
+            }
+        }
+    }
+}
+
+inline int this_thread() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+inline int thread_count() {
+#if defined(_OPENMP)
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
+template <class T>
+void weight_product(WeightGradient w) {
+    const int64_t taps = w.taps[0] * w.taps[1] * w.taps[2], panel_pixels = w.records_on_b ? w.a[0] * w.a[1] * w.a[2] : w.b[0] * w.b[1] * w.b[2];
+    Steps steps{panel_pixels * w.n16, w.n16, INT64_MAX};
+    if (taps == 1 && w.stride[0] * w.stride[1] * w.stride[2] == 1 && !w.padding[0] && !w.padding[1] && !w.padding[2]) {
+        steps.limit = steps.total;                                 // step meets step: cut all of them into rows of 64
+        w.a[0] = w.b[0] = (steps.total + 63) / 64; w.a[1] = w.b[1] = w.n16 = 1; w.a[2] = w.b[2] = 64;
+    }
+    // A band of rows is long enough to keep the accumulators busy, and its panels short enough for the cache.
+    const int64_t band = std::max<int64_t>(1, 64 / std::max<int64_t>(1, w.b[1] * w.b[2] * w.n16)), reach = (w.taps[0] - 1) * w.dilation[0];
+    const int64_t slab_steps = (w.records_on_b ? w.a[1] * w.a[2] : w.b[1] * w.b[2]) * w.n16;
+    const Slabs slabs(w, steps, slab_steps, w.records_on_b ? (band - 1) * w.stride[0] + reach + 1 : band);
+    const int64_t tiles = (w.record_channels + ROWS - 1) / ROWS, items = slabs.blocks * taps * tiles, of_group = slabs.blocks / w.groups;
+    const bool far = (w.records_on_b ? 1 : w.stride[2]) != 1 && w.n16 == 1, near = w.records_on_b && w.stride[2] != 1 && w.n16 == 1;
+    const int64_t a_step = w.groups * w.record_channels * RECORD * (far ? w.stride[2] : 1), b_step = PANEL * (near ? w.stride[2] : 1);
+    std::vector<float> totals(size_t(items * ROWS * 16), 0.0f);    // [panel block, tap, tile of dy's channels, ROWS, 16]
+    const float alpha = *w.alpha;
+    const auto first_channel = [&](int64_t tile) { return std::max<int64_t>(0, std::min(tile * ROWS, w.record_channels - ROWS)); };
+    #pragma omp parallel num_threads(w.threads)
+    {
+        // A thread owns some of the sums for all pixels: the order of additions does not depend on the number of threads.
+        const int64_t begin = items * this_thread() / thread_count(), end = items * (this_thread() + 1) / thread_count();
+        std::vector<Segment> segments;
+        int64_t expanded = 0;                                      // slabs
+        for (int64_t row = 0; row < w.b[0]; row += band) {
+            const int64_t next = std::min(w.b[0], row + band);
+            int64_t from = row, to = next;                         // the slabs that these rows read
+            if (w.records_on_b) { from = std::max<int64_t>(0, row * w.stride[0] - w.padding[0]); to = std::min(w.a[0], (next - 1) * w.stride[0] - w.padding[0] + reach + 1); }
+            from = std::max(from, expanded);
+            const int64_t to_step = std::min(steps.total, to * slab_steps);
+            #pragma omp for schedule(static)
+            for (int64_t step = from * slab_steps; step < to_step; ++step) slabs.expand(step);
+            expanded = std::max(expanded, to);
+            int64_t made = -1;                                     // the tap whose segments are at hand
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t tile = item % tiles, t = item / tiles % taps, block = item / tiles / taps;
+                if (t != made) {
+                    const int64_t tap[3] = {t / w.taps[2] / w.taps[1], t / w.taps[2] % w.taps[1], t % w.taps[2]};
+                    tap_segments(w, slabs, row, next, tap, segments);
+                    made = t;
+                }
+                const int64_t record = block / of_group * w.record_channels + first_channel(tile);
+                multiply(segments.data(), int64_t(segments.size()), {a_step, b_step, record * RECORD, block * slabs.block_bytes()}, totals.data() + item * ROWS * 16);
+            }
+            #pragma omp barrier
+        }
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t tile = item % tiles, t = item / tiles % taps, block = item / tiles / taps, g = block / of_group, c0 = block % of_group * 16;
+            const int columns = int(std::min<int64_t>(16, w.panel_channels - c0));
+            for (int64_t r = 0, o = first_channel(tile); r < ROWS && o < w.record_channels; ++r, ++o)
+                for (int j = 0; j < columns; ++j) {
+                    const int64_t at = w.records_on_b ? ((g * w.record_channels + o) * taps + t) * w.panel_channels + c0 + j
+                                                      : ((g * w.panel_channels + c0 + j) * taps + t) * w.record_channels + o;
+                    store_round(static_cast<T*>(w.dw) + at, totals[size_t((item * ROWS + r) * 16 + j)] * alpha);
+                }
+        }
+    }
+}
+
+// Records from packed rowwise codes [segments, blocks, 8] and scales [segments, blocks].
+void expand_records(const uint8_t* codes, const uint8_t* scale, uint8_t* records, int64_t blocks, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < blocks; ++i) {
+        uint8_t* out = records + i * RECORD;
+        for (int k = 0; k < 16; ++k) out[k] = uint8_t(TWICE[codes[i * CODES + k / 2] >> (k % 2 * 4) & 15] + 12);
+        const float half = e4m3_value(scale[i]) * 0.5f;
+        std::memcpy(out + 16, &half, 4);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* nvfp4_machine() { return MACHINE; }
+
+void nvfp4_expand_weight(const Kernel* w) { expand_weight(*w); }
+
+void nvfp4_expand_records(const uint8_t* codes, const uint8_t* scale, uint8_t* records, int64_t blocks, int32_t threads) {
+    expand_records(codes, scale, records, blocks, threads);
+}
+
+void nvfp4_data_product(const Data* d) { if (d->out_bf16) data_product<bf16>(*d); else data_product<float>(*d); }
+
+void nvfp4_weight_product(const WeightGradient* w) { if (w->out_bf16) weight_product<bf16>(*w); else weight_product<float>(*w); }
+
+}  // extern "C"

@@ -1,0 +1,210 @@
+"""Convolutions of quantized operands on integers, on a CPU: the kernels of backend/integer.cpp.
+
+Twice an E2M1 value is a small integer, so a block of 16 products sums exactly, and nothing is dequantized. Activations
+and gradients come as byte records (ops/records.py), weights and the saved activations as packed codes, which become the
+kernels' panels here. Results are those of the reference bit for bit: both add block by block in the same order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.backend import dispatch, native, scratch
+from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.ops.conv import reference
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.records import RECORD
+
+PANEL = 384  # bytes: see integer.cpp
+_KINDS = (torch.float32, torch.bfloat16)
+
+
+def fprop(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply as operators.conv_fprop does.
+
+    x comes as records with an empty scale, or as packed codes; w as packed codes, or as panels with an empty scale.
+    """
+    records = expand_records(x, x_scale) if x_scale.numel() else x
+    made = panels(w, w_scale, geometry, not geometry.transposed) if w_scale.numel() else w
+    return _data(records, made, alpha, bias, geometry, dtype, True)
+
+
+def dgrad(
+    dy: Tensor,
+    dy_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    alpha: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply as operators.conv_dgrad does. dy comes as records with an empty scale, or as packed codes."""
+    records = expand_records(dy, dy_scale) if dy_scale.numel() else dy
+    return _data(records, panels(w, w_scale, geometry, geometry.transposed), alpha, None, geometry, dtype, False)
+
+
+def wgrad(
+    dy: Tensor,
+    dy_scale: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    alpha: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply as operators.conv_wgrad does: x comes as packed columnwise codes, dy as columnwise records or so, too."""
+    if dy_scale.numel():  # [N16, *image, C, 8] -> records [*image, N16, C * RECORD]
+        dy = expand_records(dy.movedim(0, -3).flatten(-2).contiguous(), dy_scale.movedim(0, -2).contiguous())
+    folded, library = geometry.folded, _library()
+    kind = dtype if dtype in _KINDS else torch.float32
+    dw = torch.empty(geometry.weight_shape, dtype=kind)
+    of_b, of_a = geometry.channels_b // geometry.groups, geometry.channels_a // geometry.groups
+    alpha = _one(alpha)
+    q = native.WeightGradient(
+        records=dy.data_ptr(), codes=x.data_ptr(), scale=x_scale.data_ptr(), alpha=alpha.data_ptr(), dw=dw.data_ptr()
+    )
+    q.n16, q.groups = folded.batch // BLOCK, geometry.groups
+    q.record_channels, q.panel_channels = (of_a, of_b) if geometry.transposed else (of_b, of_a)
+    q.a, q.b = _three(folded.a_size, 1), _three(folded.b_size, 1)
+    _walk(q, folded)
+    q.records_on_b, q.out_bf16 = not geometry.transposed, kind == torch.bfloat16
+    q.threads = torch.get_num_threads()
+    library.nvfp4_weight_product(ctypes.byref(q))
+    return dw.to(dtype)
+
+
+def panels(w: Tensor, w_scale: Tensor, g: ConvGeometry, to_b: bool) -> Tensor:
+    """Return a weight's packed face as panels, uint8 [G, blocks of outputs, T, blocks of inputs, PANEL].
+
+    Args:
+        w: packed codes: the rowwise face [axis 0, T, Kb * 8] or the columnwise one [G, Ob, T, axis 1, 8].
+        to_b: contract axis 1, for outputs on the b side; else axis 0.
+    """
+    axis0, axis1 = g.channels_b // g.groups, g.channels_a // g.groups
+    outs, ins = (-(-n // BLOCK) for n in ((axis0, axis1) if to_b else (axis1, axis0)))
+    made = scratch.empty((g.groups, outs, g.taps, ins, PANEL), torch.uint8, w.device)
+    q = native.Kernel(codes=w.data_ptr(), scale=w_scale.data_ptr(), panels=made.data_ptr())
+    q.groups, q.T, q.axis0, q.axis1 = g.groups, g.taps, axis0, axis1
+    q.from_axis1, q.tiles, q.columnwise = to_b, w_scale.dim() == 4 and w.dim() == 3, w.dim() == 5
+    q.threads = torch.get_num_threads()
+    _library().nvfp4_expand_weight(ctypes.byref(q))
+    return made
+
+
+def expand_records(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return packed rowwise codes [..., blocks * 8] with scales [..., blocks] as records [..., blocks * RECORD]."""
+    records = scratch.empty((*codes.shape[:-1], scale.shape[-1] * RECORD), torch.uint8, codes.device)
+    pointers = codes.data_ptr(), scale.data_ptr(), records.data_ptr()
+    _library().nvfp4_expand_records(*pointers, scale.numel(), torch.get_num_threads())
+    return records
+
+
+def _data(
+    records: Tensor,
+    made: Tensor,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    dtype: torch.dtype,
+    forward: bool,
+) -> Tensor:
+    """Run fprop (`forward`) or dgrad on records and panels; the result is [B, *image, channels]."""
+    to_b = forward != g.transposed
+    kind = dtype if dtype in _KINDS else torch.float32
+    out = torch.empty(g.y_shape if forward else g.x_shape, dtype=kind)
+    inputs, outputs = (g.channels_a, g.channels_b) if to_b else (g.channels_b, g.channels_a)
+    alpha = _one(alpha)
+    q = native.Data(x=records.data_ptr(), panels=made.data_ptr(), alpha=alpha.data_ptr(), y=out.data_ptr())
+    if bias is not None:
+        bias = bias.detach().float().contiguous()
+        q.bias = bias.data_ptr()
+    q.batch, q.groups, q.out_channels = g.batch, g.groups, outputs // g.groups
+    q.in_blocks = -(-(inputs // g.groups) // BLOCK)
+    sizes = (g.a_size, g.b_size) if to_b else (g.b_size, g.a_size)
+    q.in_size, q.out_size = (_three(size, 1) for size in sizes)
+    _walk(q, g)
+    q.to_b, q.out_bf16, q.threads = to_b, kind == torch.bfloat16, torch.get_num_threads()
+    _library().nvfp4_data_product(ctypes.byref(q))
+    return out.to(dtype)
+
+
+def matches_reference() -> bool:
+    """Compare the kernels with the reference on a few small layers; True if every bit is equal.
+
+    Each has other tails, strides and groups: what a compiler could get wrong on this machine shows in one of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    strided = ConvGeometry(3, 40, 48, (9, 12), (5, 6), (3, 3), (2, 2), (1, 1), (1, 1), (0, 0), 1, False)
+    grouped = ConvGeometry(16, 32, 64, (5, 7), (5, 7), (3, 3), (1, 1), (2, 2), (2, 2), (0, 0), 2, True)
+    linear = ConvGeometry(50, 96, 33, (), (), (), (), (), (), (), 1, False)
+    return all(_matches(g, generator) for g in (strided, grouped, linear))
+
+
+def _matches(g: ConvGeometry, generator: torch.Generator) -> bool:
+    def codes(*shape: int) -> tuple[Tensor, Tensor]:
+        """Return random packed codes [*shape, 8] and scale bytes [*shape] on the E4M3 grid."""
+        data = torch.randint(0, 256, (*shape, 8), dtype=torch.uint8, generator=generator)
+        return data, torch.randint(0, 0x7F, shape, dtype=torch.uint8, generator=generator)
+
+    of_a, of_b, alpha = g.channels_a // g.groups, g.channels_b // g.groups, torch.full((1,), 0.37)
+    k_a, k_b = -(-of_a // BLOCK), -(-of_b // BLOCK)
+    k_x, k_y = (k_b, k_a) if g.transposed else (k_a, k_b)
+    x, x_scale = codes(*g.x_shape[:-1], g.groups * k_x)
+    dy, dy_scale = codes(*g.y_shape[:-1], g.groups * k_y)
+    rows, row_scale = codes(g.channels_b, g.taps, k_a)
+    columns, column_scale = codes(g.groups, k_b, g.taps, of_a)
+    row = rows.flatten(2), row_scale
+    face, other = ((columns, column_scale), row) if g.transposed else (row, (columns, column_scale))
+    folded = g.folded
+    wide = [codes(folded.batch // BLOCK, *shape[1:]) for shape in (folded.y_shape, folded.x_shape)]
+    calls: tuple[tuple[str, tuple[Tensor, ...], Tensor | None], ...] = (
+        ("fprop", (x.flatten(-2), x_scale, *face), None),
+        ("dgrad", (dy.flatten(-2), dy_scale, *other), None),
+        ("wgrad", (*wide[0], *wide[1]), None),
+    )
+    for name, operands, bias in calls:
+        more = (alpha, bias) if name == "fprop" else (alpha,)
+        ours = globals()[name](*operands, *more, g, torch.float32)
+        if not torch.equal(ours, getattr(reference, name)(*operands, *more, g, torch.float32)):
+            return False
+    return True
+
+
+dispatch.integer_check = matches_reference
+
+
+def _walk(q: native.Data | native.WeightGradient, g: ConvGeometry) -> None:
+    q.taps, q.stride, q.dilation = _three(g.kernel, 1), _three(g.stride, 1), _three(g.dilation, 1)
+    q.padding = _three(g.padding, 0)
+
+
+def _three(sizes: tuple[int, ...], fill: int) -> tuple[int, int, int]:
+    """Return one entry per image axis as three. A first axis alone stays first, because wgrad works along it."""
+    a, *rest = sizes or (fill,)
+    return (a, *(fill,) * (2 - len(rest)), *rest) if rest else (fill, fill, a)  # type: ignore[return-value]
+
+
+def _one(alpha: Tensor | None) -> Tensor:
+    if alpha is None:
+        return torch.ones(1)
+    assert alpha.numel() == 1 and math.prod(alpha.shape) == 1
+    return alpha
+
+
+def _library() -> ctypes.CDLL:
+    library = native.load()
+    assert library is not None, "dispatch.resolve has checked that there are compiled kernels"
+    return library
