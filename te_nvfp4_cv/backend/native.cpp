@@ -37,11 +37,33 @@ inline void unpack_block(const uint8_t* data, float s, float* v) {
     _mm512_storeu_ps(v, _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), grid), _mm512_set1_ps(s)));
 }
 #else
+#if defined(__AVX2__)
+// The low 4 bits of a byte: 2 * |value|, which the table turns into a code. Bit 7: the sign.
+inline __m128i signed_doubles(const float* r) {
+    const __m256 keep = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), two = _mm256_set1_ps(2.0f);
+    __m256i half[2];
+    for (int h = 0; h < 2; ++h) {
+        const __m256 v = _mm256_loadu_ps(r + 8 * h);
+        const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 24), _mm256_set1_epi32(0x80));
+        half[h] = _mm256_or_si256(_mm256_cvttps_epi32(_mm256_mul_ps(_mm256_and_ps(v, keep), two)), sign);
+    }
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8);
+    return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+inline void pack_block(const float* r, uint8_t* out) {
+    const __m128i bytes = signed_doubles(r), table = _mm_setr_epi8(0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7, 0, 0, 0);
+    const __m128i magnitude = _mm_shuffle_epi8(table, _mm_and_si128(bytes, _mm_set1_epi8(15)));
+    const __m128i code = _mm_or_si128(magnitude, _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(8)));
+    const __m128i pairs = _mm_maddubs_epi16(code, _mm_set1_epi16(0x1001));               // low code + 16 * high code
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(pairs, pairs));
+}
+#else
 inline void pack_block(const float* r, uint8_t* out) {
     uint32_t c[16];
     for (int k = 0; k < 16; ++k) { const uint32_t u = as_bits(r[k]); c[k] = e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u); }
     for (int k = 0; k < 8; ++k) out[k] = uint8_t(c[2 * k] | c[2 * k + 1] << 4);
 }
+#endif
 #if defined(__AVX2__)
 inline void unpack_block(const uint8_t* data, float s, float* v) {
     const __m256 grid = _mm256_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f);       // permutevar8x32 reads 3 bits of a code
@@ -62,8 +84,72 @@ inline void unpack_block(const uint8_t* data, float s, float* v) {
 #endif
 inline uint32_t sign_of(uint32_t bits) { return (bits & 0x7fffffffu) > INF_BITS ? 0u : bits & 0x80000000u; }   // NaN: none
 
-// max of |v| over 16 values, on their bits; and 16 values times e, rounded to the E2M1 grid with their signs.
-#if defined(__AVX2__) && !defined(__AVX512BW__)
+// Of a block of 16 values: the largest |v|, on its bits; the values times e rounded to the E2M1 grid with their signs, to the
+// nearest or by 16 random bytes; and its record (integer.cpp): 16 bytes 2 * value + 12, then the scale / 2.
+constexpr int64_t RECORD = 20;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline uint32_t block_amax(const float* v) {
+    return _mm512_reduce_max_epu32(_mm512_and_si512(_mm512_loadu_si512(v), _mm512_set1_epi32(0x7fffffff)));
+}
+inline __m512 with_sign_of(__m512 y, __m512 magnitude) {           // a NaN has none
+    const __m512i sign = _mm512_maskz_and_epi32(_mm512_cmp_ps_mask(y, y, _CMP_ORD_Q), _mm512_castps_si512(y), _mm512_set1_epi32(int32_t(0x80000000u)));
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude), sign));
+}
+inline void round_nearest(float* v, float e) {
+    const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(e)), a = _mm512_min_ps(_mm512_abs_ps(y), _mm512_set1_ps(6.0f));      // NaN gives 6
+    __m512 magic = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(4.0f), _CMP_LT_OQ), _mm512_set1_ps(25165824.0f), _mm512_set1_ps(12582912.0f));
+    magic = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(2.0f), _CMP_LT_OQ), magic, _mm512_set1_ps(6291456.0f));
+    _mm512_storeu_ps(v, with_sign_of(y, _mm512_sub_ps(_mm512_add_ps(a, magic), magic)));
+}
+inline void round_stochastic(float* v, float e, __m128i random) {
+    const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(e)), six = _mm512_set1_ps(6.0f), a = _mm512_min_ps(_mm512_abs_ps(y), six);
+    __m512 unit = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(4.0f), _CMP_LT_OQ), _mm512_set1_ps(0.0078125f), _mm512_set1_ps(0.00390625f));
+    unit = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(2.0f), _CMP_LT_OQ), unit, _mm512_set1_ps(0.001953125f));
+    const __m512 t = _mm512_add_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(random)), unit));
+    const __m512 big = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(t), _mm512_set1_epi32(int32_t(0xffc00000u))));
+    const __m512 small = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(0.5f), _CMP_GE_OQ), _mm512_set1_ps(0.5f));
+    const __m512 r = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(1.0f), _CMP_LT_OQ), big, small);
+    _mm512_storeu_ps(v, with_sign_of(y, _mm512_min_ps(r, six)));
+}
+inline void write_record(const float* v, float s, uint8_t* out) {
+    const __m512i doubles = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(2.0f)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_add_epi32(doubles, _mm512_set1_epi32(12))));
+    const float half = s * 0.5f;
+    std::memcpy(out + 16, &half, 4);
+}
+#elif defined(__AVX2__)
+inline void write_record(const float* v, float s, uint8_t* out) {
+    const __m256 two = _mm256_set1_ps(2.0f);
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v), two)), _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v + 8), two)));
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi8(bytes, _mm_set1_epi8(12)));
+    const float half = s * 0.5f;
+    std::memcpy(out + 16, &half, 4);
+}
+inline void round_stochastic(float* v, float e, __m128i random) {
+    const __m256 sign_bit = _mm256_set1_ps(-0.0f), six = _mm256_set1_ps(6.0f);
+    for (int half = 0; half < 16; half += 8, random = _mm_srli_si128(random, 8)) {
+        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + half), _mm256_set1_ps(e));
+        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(sign_bit, y), six);
+        const __m256 below4 = _mm256_blendv_ps(_mm256_set1_ps(0.0078125f), _mm256_set1_ps(0.00390625f), _mm256_cmp_ps(a, _mm256_set1_ps(4.0f), _CMP_LT_OQ));
+        const __m256 unit = _mm256_blendv_ps(below4, _mm256_set1_ps(0.001953125f), _mm256_cmp_ps(a, _mm256_set1_ps(2.0f), _CMP_LT_OQ));
+        const __m256 t = _mm256_add_ps(a, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(random)), unit));
+        const __m256 big = _mm256_and_ps(t, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffc00000u))));
+        const __m256 small = _mm256_and_ps(_mm256_set1_ps(0.5f), _mm256_cmp_ps(t, _mm256_set1_ps(0.5f), _CMP_GE_OQ));
+        const __m256 r = _mm256_min_ps(_mm256_blendv_ps(big, small, _mm256_cmp_ps(t, _mm256_set1_ps(1.0f), _CMP_LT_OQ)), six);
+        const __m256 sign = _mm256_and_ps(_mm256_and_ps(y, sign_bit), _mm256_cmp_ps(y, y, _CMP_ORD_Q));
+        _mm256_storeu_ps(v + half, _mm256_or_ps(r, sign));
+    }
+}
+#else
+inline void write_record(const float* v, float s, uint8_t* out) {
+    for (int k = 0; k < 16; ++k) out[k] = uint8_t(int32_t(v[k] * 2.0f) + 12);
+    const float half = s * 0.5f;
+    std::memcpy(out + 16, &half, 4);
+}
+#endif
+#if defined(__AVX2__) && !(defined(__AVX512BW__) && defined(__AVX512VL__))
 inline uint32_t block_amax(const float* v) {
     const __m256i keep = _mm256_set1_epi32(0x7fffffff);
     const __m256i a = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)), keep);
@@ -84,7 +170,7 @@ inline void round_nearest(float* v, float e) {
         _mm256_storeu_ps(v + half, _mm256_or_ps(_mm256_sub_ps(_mm256_add_ps(a, magic), magic), sign));
     }
 }
-#else
+#elif !defined(__AVX512BW__) || !defined(__AVX512VL__)
 inline uint32_t block_amax(const float* v) {
     uint32_t a = 0;
     for (int k = 0; k < 16; ++k) { const uint32_t u = as_bits(v[k]) & 0x7fffffffu; a = a > u ? a : u; }
@@ -97,13 +183,6 @@ inline void round_nearest(float* v, float e) {
     }
 }
 #endif
-
-constexpr int64_t RECORD = 20;            // bytes of a block as integer.cpp multiplies it: 16 of 2 * value + 12, then the scale / 2
-inline void write_record(const float* v, float s, uint8_t* out) {
-    for (int k = 0; k < 16; ++k) out[k] = uint8_t(int32_t(v[k] * 2.0f) + 12);
-    const float half = s * 0.5f;
-    std::memcpy(out + 16, &half, 4);
-}
 
 struct Scale { float S_enc, S_dec, mult, amax, range; int error; };    // range: 6 E; error: 0 none, 1 MAE, 2 MSE
 Scale make_scale(float amax, float e4m3_max, int error = 0) {
@@ -221,6 +300,9 @@ inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed
     if (SR) philox(index, NB, 0, seed, random);
     for (int b = 0; b < NB; ++b) {
         if (!SR) { round_nearest(v[b], e[b]); continue; }
+#if defined(__AVX2__)
+        round_stochastic(v[b], e[b], _mm_setr_epi32(int(random[0][b]), int(random[1][b]), int(random[2][b]), int(random[3][b])));
+#else
         const float eb = e[b];
         uint32_t bytes[16];
         for (int k = 0; k < 16; ++k) bytes[k] = (random[k / 4][b] >> (8 * (k % 4))) & 255u;
@@ -228,6 +310,7 @@ inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed
             const uint32_t u = as_bits(v[b][k] * eb);
             v[b][k] = as_float(as_bits(e2m1_stochastic(as_float(u & 0x7fffffffu), bytes[k])) | sign_of(u));
         }
+#endif
     }
     if (p) for (int b = 0; b < nb; ++b) {
         const float sb = s[b];
@@ -507,11 +590,8 @@ void quantize_weight(const Weight& q) {
                 for (int c = 0; c < 16; ++c) m = m > top[c] ? m : top[c];
                 const float s = S.error ? four_over_six_tile(tile[t], as_float(m), S) : round_e4m3(as_float(m) * S.mult), e = encode_of(s, S.S_dec);
                 for (int o = 0; o < no; ++o) {
-                    float r[16];
-                    for (int c = 0; c < 16; ++c) {
-                        uint32_t u = as_bits(tile[t][o][c] * e);
-                        r[c] = as_float(as_bits(e2m1_nearest(as_float(u & 0x7fffffffu))) | sign_of(u));
-                    }
+                    float* r = tile[t][o];
+                    round_nearest(r, e);
                     const int64_t at = (g * q.Og + ob * 16 + o) * q.T + t0 + t;
                     if (q.dq) {
                         D* d = static_cast<D*>(q.dq) + at * q.Cg + kb * 16;
