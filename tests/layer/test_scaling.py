@@ -22,6 +22,7 @@ from te_nvfp4_cv.ops.quantize import operand as operand_ops
 from te_nvfp4_cv.ops.records import Operand, OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import make_geometry, relative_error, same_bits, values
+from tests.layers import BACKENDS
 from tests.networks import Net, all_same, gradients, net_and_input, step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -382,7 +383,7 @@ def test_the_vendors_forward_has_no_pass_over_its_result(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("backend", ["reference", "vendor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_non_finite_input_reaches_every_output_and_no_scale(bad, backend, stride):
     conv = nn.Conv2d(16, 32, 1, stride)
@@ -420,7 +421,7 @@ def test_saturated_blocks_are_counted_by_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", "vendor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("top", [1e-30, 1e-20, 1e20, 1e30])
 def test_extreme_inputs_and_gradients(top, backend, dtype):
     torch.manual_seed(0)

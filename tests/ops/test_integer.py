@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.ops.conv import integer
+from te_nvfp4_cv.ops.records import NONE, PACKED, RECORDS, OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import load_recipe
 from tests.helpers import make_geometry, same_bits, seeds, values
@@ -83,6 +84,26 @@ def test_panels_made_before_give_the_same_product():
         empty = torch.empty(0, dtype=torch.uint8)
         y = integer.fprop(x, x_scale, made, empty, layer.alpha, layer.bias, g, torch.float32)
         assert same_bits(y, layer.products["fprop"])
+
+
+def test_operators_pass_opcheck():
+    ops, fp32 = torch.ops.te_nvfp4_cv, torch.float32
+    for transposed in (False, True):
+        layer = Layer(Case(make_geometry(3, (40, 32), (5, 4), 3, 2, 1, groups=2, transposed=transposed), fp32))
+        w = layer.weight("integer").row
+        for name, tensor, fold in (("x", layer.x, layer.folds[0]), ("dy", layer.dy, layer.folds[1])):
+            for forms in ((RECORDS, RECORDS), (RECORDS, PACKED), (NONE, RECORDS), (RECORDS, NONE)):
+                spec = OperandSpec(2, fold, *forms, True, name == "dy").to_ints()
+                torch.library.opcheck(
+                    ops.quantize_operand.default, (tensor, spec, fp32, layer.seed, layer.amax, "integer")
+                )
+        x, dy = (layer.operand(name, RECORDS, col, "integer") for name, col in (("x", PACKED), ("dy", RECORDS)))
+        shape = layer.g.to_ints()
+        torch.library.opcheck(
+            ops.conv_fprop.default, ([*x.row, *w], layer.alpha, layer.bias, shape, torch.bfloat16, "integer")
+        )
+        torch.library.opcheck(ops.conv_dgrad.default, ([*dy.row, *w], layer.alpha, shape, fp32, "integer"))
+        torch.library.opcheck(ops.conv_wgrad.default, ([*dy.col, *x.col], layer.alpha, shape, fp32, "integer"))
 
 
 # ---- whole layers ---------------------------------------------------------------------------------------------------
