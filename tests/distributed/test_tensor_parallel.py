@@ -5,8 +5,8 @@ not added, else within the rounding of these sums.
 from __future__ import annotations
 
 import copy
-import warnings
 import itertools
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
