@@ -84,102 +84,135 @@ inline void unpack_block(const uint8_t* data, float s, float* v) {
 #endif
 inline uint32_t sign_of(uint32_t bits) { return (bits & 0x7fffffffu) > INF_BITS ? 0u : bits & 0x80000000u; }   // NaN: none
 
-// Of a block of 16 values: the largest |v|, on its bits; the values times e rounded to the E2M1 grid with their signs, to the
-// nearest or by 16 random bytes; and its record (integer.cpp): 16 bytes 2 * value + 12, then the scale / 2.
+// A block of 16 values: times e, rounded to the E2M1 grid with their signs, to the nearest or by 16 random bytes (from four words);
+// its record (integer.cpp), 16 bytes 2 * value + 12 and then the scale / 2; and the largest |v| of each of NB blocks, on its bits.
 constexpr int64_t RECORD = 20;
+constexpr int NB = 16;                    // rowwise blocks worked on at once
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-inline uint32_t block_amax(const float* v) {
-    return _mm512_reduce_max_epu32(_mm512_and_si512(_mm512_loadu_si512(v), _mm512_set1_epi32(0x7fffffff)));
-}
+typedef __m512 Values;
+inline void store(float* p, Values v) { _mm512_storeu_ps(p, v); }
 inline __m512 with_sign_of(__m512 y, __m512 magnitude) {           // a NaN has none
     const __m512i sign = _mm512_maskz_and_epi32(_mm512_cmp_ps_mask(y, y, _CMP_ORD_Q), _mm512_castps_si512(y), _mm512_set1_epi32(int32_t(0x80000000u)));
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude), sign));
 }
-inline void round_nearest(float* v, float e) {
+inline Values rounded(const float* v, float e) {
     const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(e)), a = _mm512_min_ps(_mm512_abs_ps(y), _mm512_set1_ps(6.0f));      // NaN gives 6
     __m512 magic = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(4.0f), _CMP_LT_OQ), _mm512_set1_ps(25165824.0f), _mm512_set1_ps(12582912.0f));
     magic = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(2.0f), _CMP_LT_OQ), magic, _mm512_set1_ps(6291456.0f));
-    _mm512_storeu_ps(v, with_sign_of(y, _mm512_sub_ps(_mm512_add_ps(a, magic), magic)));
+    return with_sign_of(y, _mm512_sub_ps(_mm512_add_ps(a, magic), magic));
 }
-inline void round_stochastic(float* v, float e, __m128i random) {
+inline Values rounded(const float* v, float e, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
     const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(e)), six = _mm512_set1_ps(6.0f), a = _mm512_min_ps(_mm512_abs_ps(y), six);
     __m512 unit = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(4.0f), _CMP_LT_OQ), _mm512_set1_ps(0.0078125f), _mm512_set1_ps(0.00390625f));
     unit = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(2.0f), _CMP_LT_OQ), unit, _mm512_set1_ps(0.001953125f));
-    const __m512 t = _mm512_add_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(random)), unit));
+    const __m512i random = _mm512_cvtepu8_epi32(_mm_setr_epi32(int(r0), int(r1), int(r2), int(r3)));
+    const __m512 t = _mm512_add_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(random), unit));
     const __m512 big = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(t), _mm512_set1_epi32(int32_t(0xffc00000u))));
     const __m512 small = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(0.5f), _CMP_GE_OQ), _mm512_set1_ps(0.5f));
     const __m512 r = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(1.0f), _CMP_LT_OQ), big, small);
-    _mm512_storeu_ps(v, with_sign_of(y, _mm512_min_ps(r, six)));
+    return with_sign_of(y, _mm512_min_ps(r, six));
 }
-inline void write_record(const float* v, float s, uint8_t* out) {
-    const __m512i doubles = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(2.0f)));
+inline void write_record(Values v, float s, uint8_t* out) {
+    const __m512i doubles = _mm512_cvtps_epi32(_mm512_add_ps(v, v));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_add_epi32(doubles, _mm512_set1_epi32(12))));
     const float half = s * 0.5f;
     std::memcpy(out + 16, &half, 4);
 }
+// Pairs of blocks are folded into one register, which leaves half of what each had, until one register holds one number of each.
+inline void block_amaxes(const float (*v)[16], float* out) {
+    __m512i m[NB];
+    for (int b = 0; b < NB; ++b) m[b] = _mm512_and_si512(_mm512_loadu_si512(v[b]), _mm512_set1_epi32(0x7fffffff));
+    for (int i = 0; i < 8; ++i) m[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(m[2 * i], m[2 * i + 1]), _mm512_unpackhi_epi32(m[2 * i], m[2 * i + 1]));
+    for (int i = 0; i < 4; ++i) m[i] = _mm512_max_epu32(_mm512_unpacklo_epi64(m[2 * i], m[2 * i + 1]), _mm512_unpackhi_epi64(m[2 * i], m[2 * i + 1]));
+    for (int n = 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) m[i] = _mm512_max_epu32(_mm512_shuffle_i32x4(m[2 * i], m[2 * i + 1], 0x88), _mm512_shuffle_i32x4(m[2 * i], m[2 * i + 1], 0xdd));
+    _mm512_storeu_si512(out, m[0]);
+}
 #elif defined(__AVX2__)
-inline void write_record(const float* v, float s, uint8_t* out) {
-    const __m256 two = _mm256_set1_ps(2.0f);
-    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v), two)), _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v + 8), two)));
+struct Values { __m256 half[2]; };
+inline void store(float* p, Values v) { _mm256_storeu_ps(p, v.half[0]); _mm256_storeu_ps(p + 8, v.half[1]); }
+inline __m256 with_sign_of(__m256 y, __m256 magnitude) {           // a NaN has none
+    return _mm256_or_ps(magnitude, _mm256_and_ps(_mm256_and_ps(y, _mm256_set1_ps(-0.0f)), _mm256_cmp_ps(y, y, _CMP_ORD_Q)));
+}
+inline __m256 below(__m256 a, float bound, float then, __m256 otherwise) {
+    return _mm256_blendv_ps(otherwise, _mm256_set1_ps(then), _mm256_cmp_ps(a, _mm256_set1_ps(bound), _CMP_LT_OQ));
+}
+inline Values rounded(const float* v, float e) {
+    Values out;
+    for (int h = 0; h < 2; ++h) {
+        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + 8 * h), _mm256_set1_ps(e));
+        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), y), _mm256_set1_ps(6.0f));             // NaN gives 6
+        const __m256 magic = below(a, 2.0f, 6291456.0f, below(a, 4.0f, 12582912.0f, _mm256_set1_ps(25165824.0f)));
+        out.half[h] = with_sign_of(y, _mm256_sub_ps(_mm256_add_ps(a, magic), magic));
+    }
+    return out;
+}
+inline Values rounded(const float* v, float e, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    Values out;
+    __m128i random = _mm_setr_epi32(int(r0), int(r1), int(r2), int(r3));
+    for (int h = 0; h < 2; ++h, random = _mm_srli_si128(random, 8)) {
+        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + 8 * h), _mm256_set1_ps(e)), six = _mm256_set1_ps(6.0f);
+        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), y), six);
+        const __m256 unit = below(a, 2.0f, 0.001953125f, below(a, 4.0f, 0.00390625f, _mm256_set1_ps(0.0078125f)));
+        const __m256 t = _mm256_add_ps(a, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(random)), unit));
+        const __m256 big = _mm256_and_ps(t, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffc00000u))));
+        const __m256 small = _mm256_and_ps(_mm256_set1_ps(0.5f), _mm256_cmp_ps(t, _mm256_set1_ps(0.5f), _CMP_GE_OQ));
+        out.half[h] = with_sign_of(y, _mm256_min_ps(_mm256_blendv_ps(big, small, _mm256_cmp_ps(t, _mm256_set1_ps(1.0f), _CMP_LT_OQ)), six));
+    }
+    return out;
+}
+inline void write_record(Values v, float s, uint8_t* out) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_add_ps(v.half[0], v.half[0])), _mm256_cvtps_epi32(_mm256_add_ps(v.half[1], v.half[1])));
     const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi8(bytes, _mm_set1_epi8(12)));
     const float half = s * 0.5f;
     std::memcpy(out + 16, &half, 4);
 }
-inline void round_stochastic(float* v, float e, __m128i random) {
-    const __m256 sign_bit = _mm256_set1_ps(-0.0f), six = _mm256_set1_ps(6.0f);
-    for (int half = 0; half < 16; half += 8, random = _mm_srli_si128(random, 8)) {
-        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + half), _mm256_set1_ps(e));
-        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(sign_bit, y), six);
-        const __m256 below4 = _mm256_blendv_ps(_mm256_set1_ps(0.0078125f), _mm256_set1_ps(0.00390625f), _mm256_cmp_ps(a, _mm256_set1_ps(4.0f), _CMP_LT_OQ));
-        const __m256 unit = _mm256_blendv_ps(below4, _mm256_set1_ps(0.001953125f), _mm256_cmp_ps(a, _mm256_set1_ps(2.0f), _CMP_LT_OQ));
-        const __m256 t = _mm256_add_ps(a, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(random)), unit));
-        const __m256 big = _mm256_and_ps(t, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffc00000u))));
-        const __m256 small = _mm256_and_ps(_mm256_set1_ps(0.5f), _mm256_cmp_ps(t, _mm256_set1_ps(0.5f), _CMP_GE_OQ));
-        const __m256 r = _mm256_min_ps(_mm256_blendv_ps(big, small, _mm256_cmp_ps(t, _mm256_set1_ps(1.0f), _CMP_LT_OQ)), six);
-        const __m256 sign = _mm256_and_ps(_mm256_and_ps(y, sign_bit), _mm256_cmp_ps(y, y, _CMP_ORD_Q));
-        _mm256_storeu_ps(v + half, _mm256_or_ps(r, sign));
+inline void block_amaxes(const float (*v)[16], float* out) {      // pairs of blocks are folded, as above
+    const __m256i keep = _mm256_set1_epi32(0x7fffffff);
+    for (int b = 0; b < NB; b += 8) {
+        __m256i m[8];
+        for (int i = 0; i < 8; ++i) {
+            const __m256i* p = reinterpret_cast<const __m256i*>(v[b + i]);
+            m[i] = _mm256_max_epu32(_mm256_and_si256(_mm256_loadu_si256(p), keep), _mm256_and_si256(_mm256_loadu_si256(p + 1), keep));
+        }
+        for (int i = 0; i < 4; ++i) m[i] = _mm256_max_epu32(_mm256_unpacklo_epi32(m[2 * i], m[2 * i + 1]), _mm256_unpackhi_epi32(m[2 * i], m[2 * i + 1]));
+        for (int i = 0; i < 2; ++i) m[i] = _mm256_max_epu32(_mm256_unpacklo_epi64(m[2 * i], m[2 * i + 1]), _mm256_unpackhi_epi64(m[2 * i], m[2 * i + 1]));
+        const __m256i all = _mm256_max_epu32(_mm256_permute2x128_si256(m[0], m[1], 0x20), _mm256_permute2x128_si256(m[0], m[1], 0x31));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b), all);
     }
 }
 #else
-inline void write_record(const float* v, float s, uint8_t* out) {
-    for (int k = 0; k < 16; ++k) out[k] = uint8_t(int32_t(v[k] * 2.0f) + 12);
+struct Values { float v[16]; };
+inline void store(float* p, const Values& v) { std::memcpy(p, v.v, sizeof v.v); }
+inline Values rounded(const float* v, float e) {
+    Values out;
+    for (int k = 0; k < 16; ++k) {
+        const uint32_t u = as_bits(v[k] * e);
+        out.v[k] = as_float(as_bits(e2m1_nearest(as_float(u & 0x7fffffffu))) | sign_of(u));
+    }
+    return out;
+}
+inline Values rounded(const float* v, float e, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    const uint32_t random[4] = {r0, r1, r2, r3};
+    Values out;
+    for (int k = 0; k < 16; ++k) {
+        const uint32_t u = as_bits(v[k] * e), byte = random[k / 4] >> (8 * (k % 4)) & 255u;
+        out.v[k] = as_float(as_bits(e2m1_stochastic(as_float(u & 0x7fffffffu), byte)) | sign_of(u));
+    }
+    return out;
+}
+inline void write_record(const Values& v, float s, uint8_t* out) {
+    for (int k = 0; k < 16; ++k) out[k] = uint8_t(int32_t(v.v[k] * 2.0f) + 12);
     const float half = s * 0.5f;
     std::memcpy(out + 16, &half, 4);
 }
-#endif
-#if defined(__AVX2__) && !(defined(__AVX512BW__) && defined(__AVX512VL__))
-inline uint32_t block_amax(const float* v) {
-    const __m256i keep = _mm256_set1_epi32(0x7fffffff);
-    const __m256i a = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)), keep);
-    const __m256i b = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + 8)), keep);
-    const __m256i m8 = _mm256_max_epu32(a, b);
-    const __m128i m4 = _mm_max_epu32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
-    const __m128i m2 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, 0x4e)), m1 = _mm_max_epu32(m2, _mm_shuffle_epi32(m2, 0xb1));
-    return uint32_t(_mm_cvtsi128_si32(m1));
-}
-inline void round_nearest(float* v, float e) {
-    const __m256 sign_bit = _mm256_set1_ps(-0.0f), six = _mm256_set1_ps(6.0f);
-    for (int half = 0; half < 16; half += 8) {
-        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + half), _mm256_set1_ps(e));
-        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(sign_bit, y), six);            // NaN gives 6
-        const __m256 below4 = _mm256_blendv_ps(_mm256_set1_ps(25165824.0f), _mm256_set1_ps(12582912.0f), _mm256_cmp_ps(a, _mm256_set1_ps(4.0f), _CMP_LT_OQ));
-        const __m256 magic = _mm256_blendv_ps(below4, _mm256_set1_ps(6291456.0f), _mm256_cmp_ps(a, _mm256_set1_ps(2.0f), _CMP_LT_OQ));
-        const __m256 sign = _mm256_and_ps(_mm256_and_ps(y, sign_bit), _mm256_cmp_ps(y, y, _CMP_ORD_Q));
-        _mm256_storeu_ps(v + half, _mm256_or_ps(_mm256_sub_ps(_mm256_add_ps(a, magic), magic), sign));
-    }
-}
-#elif !defined(__AVX512BW__) || !defined(__AVX512VL__)
-inline uint32_t block_amax(const float* v) {
-    uint32_t a = 0;
-    for (int k = 0; k < 16; ++k) { const uint32_t u = as_bits(v[k]) & 0x7fffffffu; a = a > u ? a : u; }
-    return a;
-}
-inline void round_nearest(float* v, float e) {
-    for (int k = 0; k < 16; ++k) {
-        const uint32_t u = as_bits(v[k] * e);
-        v[k] = as_float(as_bits(e2m1_nearest(as_float(u & 0x7fffffffu))) | sign_of(u));
+inline void block_amaxes(const float (*v)[16], float* out) {
+    for (int b = 0; b < NB; ++b) {
+        uint32_t a = 0;
+        for (int k = 0; k < 16; ++k) a = std::max(a, as_bits(v[b][k]) & 0x7fffffffu);
+        out[b] = as_float(a);
     }
 }
 #endif
@@ -344,14 +377,12 @@ struct Seen { uint32_t row = 0, col = 0; int64_t saturated = 0; };
 void merge(Seen& into, const Seen& from) { into.row = std::max(into.row, from.row); into.col = std::max(into.col, from.col); into.saturated += from.saturated; }
 
 // ------------------------------------------------------------------------------------------------ rowwise
-constexpr int NB = 16;                    // rowwise blocks worked on at once
-
 // NB blocks of 16 values, in v: scales, rounding, stores. n[b] values of block b are real, p[b] is where they go in the dequantized face.
 template <class D, bool SR>
 inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed, const Scale& S, D* const* p, const int* n, int nb,
                             uint8_t* codes, uint8_t* scale, uint8_t* records, Seen* seen) {
     float s[NB], e[NB], amax[NB]; uint32_t random[4][NB];
-    for (int b = 0; b < NB; ++b) amax[b] = as_float(block_amax(v[b]));
+    block_amaxes(v, amax);
     if (seen) for (int b = 0; b < NB; ++b) { seen->row = std::max(seen->row, as_bits(amax[b])); seen->saturated += amax[b] * S.mult > 448.0f; }
     if (S.error == 0) { for (int b = 0; b < NB; ++b) { s[b] = round_e4m3(amax[b] * S.mult); e[b] = encode_of(s[b], S.S_dec); } }
     else for (int b = 0; b < NB; ++b) {
@@ -366,26 +397,16 @@ inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed
         const Random r = philox(index + b, 0, seed);
         for (int k = 0; k < 4; ++k) std::memcpy(random[k] + b, &r.word[k], sizeof r.word[k]);
     }
-    for (int b = 0; b < NB; ++b) {
-        if (!SR) { round_nearest(v[b], e[b]); continue; }
-#if defined(__AVX2__)
-        round_stochastic(v[b], e[b], _mm_setr_epi32(int(random[0][b]), int(random[1][b]), int(random[2][b]), int(random[3][b])));
-#else
-        const float eb = e[b];
-        uint32_t bytes[16];
-        for (int k = 0; k < 16; ++k) bytes[k] = (random[k / 4][b] >> (8 * (k % 4))) & 255u;
-        for (int k = 0; k < 16; ++k) {
-            const uint32_t u = as_bits(v[b][k] * eb);
-            v[b][k] = as_float(as_bits(e2m1_stochastic(as_float(u & 0x7fffffffu), bytes[k])) | sign_of(u));
-        }
-#endif
+    for (int b = 0; b < nb; ++b) {
+        const Values r = SR ? rounded(v[b], e[b], random[0][b], random[1][b], random[2][b], random[3][b]) : rounded(v[b], e[b]);
+        if (records) write_record(r, s[b], records + b * RECORD);
+        if (p || codes) store(v[b], r);
     }
     if (p) for (int b = 0; b < nb; ++b) {
         const float sb = s[b];
         if (n[b] == 16) { D* o = p[b]; for (int k = 0; k < 16; ++k) store(o + k, v[b][k] * sb); }
         else { for (int k = 0; k < n[b]; ++k) store(p[b] + k, v[b][k] * sb); }
     }
-    if (records) for (int b = 0; b < nb; ++b) write_record(v[b], s[b], records + b * RECORD);
     if (codes) for (int b = 0; b < nb; ++b) pack_block(v[b], codes + b * 8);
     if (scale) for (int b = 0; b < nb; ++b) scale[b] = e4m3_byte(s[b]);
 }
@@ -656,7 +677,7 @@ void quantize_weight(const Weight& q) {
                 const float s = S.error ? four_over_six_tile(tile[t], as_float(m), S) : round_e4m3(as_float(m) * S.mult), e = encode_of(s, S.S_dec);
                 for (int o = 0; o < no; ++o) {
                     float* r = tile[t][o];
-                    round_nearest(r, e);
+                    store(r, rounded(r, e));
                     const int64_t at = (g * q.Og + ob * 16 + o) * q.T + t0 + t;
                     if (q.dq) {
                         D* d = static_cast<D*>(q.dq) + at * q.Cg + kb * 16;
