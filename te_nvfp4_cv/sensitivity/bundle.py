@@ -12,6 +12,8 @@ foreign files are refused.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import io
 import json
 import os
@@ -24,12 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.errors import describe, message, type_error, value_error
+from te_nvfp4_cv.errors import bad_value, describe, no_such_file, type_error, value_error
 from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.recipe.files import parse_recipe
 
 FORMAT, VERSION = "te_nvfp4_cv bundle", 1
 AUTOCAST = (None, "bfloat16", "float16")
+_bad = functools.partial(bad_value, "bundle")
 
 
 @dataclass(frozen=True)
@@ -94,33 +97,12 @@ class Bundle:
             parse_recipe(self.recipe_text, "the bundle's recipe")
 
 
-def _bad(field: str, got: str, needs: str) -> ValueError:
-    return value_error(f"bundle: bad {field}.", got=got, needs=needs, fix=f"correct {field}")
-
-
-def save_bundle(
-    path: str | os.PathLike[str],
-    *,
-    model_state: Mapping[str, Any],
-    batch: Any,
-    seeds: Mapping[str, int],
-    recipe_text: str,
-    builder: Mapping[str, Any],
-    step: int,
-    reason: str,
-    optimizer_state: Mapping[str, Any] | None = None,
-    extra: Mapping[str, Any] | None = None,
-    autocast: str | None = None,
-    nvfp4_state: Mapping[str, Any] | None = None,
-    loss: float | None = None,
-) -> None:
+def save_bundle(path: str | os.PathLike[str], **fields: Any) -> None:
     """Write a bundle. Tensors are copied to the CPU, with their memory format.
 
     Args:
         path: the file to write; a file that is there is replaced.
-
-    The other arguments are the attributes of Bundle.
-
+        fields: the attributes of Bundle, by name.
     Raises:
         ValueError: a field of another kind.
         TypeError: a field is missing or unknown, or holds something that a bundle cannot.
@@ -135,13 +117,18 @@ def save_bundle(
         >>> nv.sensitivity.load_bundle(path).reason
         'the loss is NaN'
     """
-    fields: dict[str, Any] = {name: value for name, value in locals().items() if name != "path"}  # all arguments
-    Bundle(**fields)  # refuses what a bundle cannot be
+    bundle = Bundle(**fields)  # refuses what a bundle cannot be
     # Plain data and not the Bundle: weights_only refuses our own class.
-    copied = {name: _copied(value, name) for name, value in fields.items()}
+    copied = {name: _copied(value, name) for name, value in vars(bundle).items()}
     buffer = io.BytesIO()  # in memory first, so that an error of torch.save leaves no file
     torch.save({"format": FORMAT, "version": VERSION, **copied}, buffer)
     write_atomically(Path(path), buffer.getbuffer())
+
+
+# For help() and completion: the fields of Bundle, which would only repeat themselves above.
+_path, _ = inspect.signature(save_bundle).parameters.values()
+_fields = [field.replace(kind=field.KEYWORD_ONLY) for field in inspect.signature(Bundle).parameters.values()]
+save_bundle.__signature__ = inspect.Signature([_path, *_fields])  # type: ignore[attr-defined]
 
 
 def _copied(value: Any, where: str) -> Any:
@@ -191,9 +178,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     if not Path(path).is_file():
         got = f"{os.fspath(path)!r}: " + ("a folder" if Path(path).is_dir() else "no such file")
-        raise FileNotFoundError(
-            message("bundle: no such file.", got=got, needs="a file of save_bundle", fix="correct the path")
-        )
+        raise no_such_file("bundle: no such file.", got=got, needs="a file of save_bundle", fix="correct the path")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere in the reader, with any class of error
