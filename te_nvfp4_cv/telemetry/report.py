@@ -14,7 +14,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -343,15 +343,13 @@ def _operand(run: Run, step: int, layer: str, operand: str) -> dict[str, Any]:
     return held if any(_is_number(held.get(key)) for key in FIGURES) else {}
 
 
-def _lowest(layers: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the layers and operands with the lowest SQNRs of every operand."""
-    found: list[tuple[str, str]] = []
+def _lowest(layers: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the layers and operands with the lowest SQNRs of every operand."""
     for operand in OPERANDS:
         values = [(held.get("tensors", {}).get(operand, {}).get("sqnr_db"), name) for name, held in layers.items()]
         numbers = sorted((value, name) for value, name in values if _is_number(value))
         if len(numbers) > 2 * LOWEST:
-            found += [(name, operand) for _, name in numbers[:LOWEST]]
-    return found
+            yield from ((name, operand) for _, name in numbers[:LOWEST])
 
 
 def _cells(values: dict[str, Any], layer: dict[str, Any] | None, low: bool) -> str:
