@@ -107,11 +107,11 @@ class Codes:
     input_amax: Tensor | None = None
 
 
-def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling, backend: str = "auto") -> Codes:
+def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling) -> Codes:
     """Return the codes with which a layer's forward runs under `recipe`, bit for bit."""
     transposed, groups = is_transposed(module), getattr(module, "groups", 1)
     w: Any = module.weight
-    plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve(backend, w.device))
+    plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve("auto", w.device))
     as_quantized = learned.as_quantized(module, plan)  # learned multipliers and clipping become part of the codes
     codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False)
     input_amax = delayed_scaling.trained_amax(w, recipe) if plan.delayed else None

@@ -81,8 +81,8 @@ def table(run: Run, layers: Sequence[str], *keys: str) -> np.ndarray:
     return np.array(values, float).reshape(len(layers), len(run.steps))  # a run without layers has 0 rows, not 0 axes
 
 
-def usage(run: Run, layers: Sequence[str], tensor: str = "weight") -> tuple[int | None, np.ndarray]:
-    """Return the last sampled step with codes, and each layer's shares of the 16 codes, ordered by the codes' values.
+def usage(run: Run, layers: Sequence[str]) -> tuple[int | None, np.ndarray]:
+    """Return the last sampled step with codes, and each weight's shares of the 16 codes, ordered by the codes' values.
 
     A layer without codes has NaN; the step is None if no layer ever had codes.
     """
@@ -90,7 +90,7 @@ def usage(run: Run, layers: Sequence[str], tensor: str = "weight") -> tuple[int 
     # Backward from the end: the last steps of a run may be in high precision, without codes.
     for step, held in reversed(run.steps.items()):
         for row, layer in enumerate(layers):
-            codes = held.get(layer, {}).get("tensors", {}).get(tensor, {}).get("codes", {})
+            codes = held.get(layer, {}).get("tensors", {}).get("weight", {}).get("codes", {})
             counts = np.array([np.nan if count is None else count for count in codes.get("usage", [])], float)
             if len(counts) == 16 and counts.sum() > 0:  # the counts come from a file, and may be damaged
                 shares[row] = counts[CODES] / counts.sum()
