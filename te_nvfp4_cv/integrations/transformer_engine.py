@@ -286,21 +286,26 @@ class _FaceQuantizer:
         return self.operand.is_requantization_safe()
 
     def qgemm(
-        self, *parts: Any, qresult_x: Any, qresult_w: Any, out: Any = None, accumulate: bool = False, **unused: Any
+        self,
+        qx: Tensor,
+        qw: Tensor,
+        m_params: Any,
+        out_dtype: torch.dtype,
+        sx: Tensor,
+        sw: Tensor,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+        gemm_type: Any = None,
+        qresult_x: Any = None,
+        qresult_w: Any = None,
     ) -> Tensor:
         """Multiply two storages with nv.gemm, in the layout that their faces imply.
 
-        The parameters are those of TransformerEngine's custom GEMMs. custom_gemm of TransformerEngine 2.20 receives
-        `out`, `accumulate` and `gelu` and passes none of them on, so a weight gradient to be accumulated would be lost;
-        they are taken from its frame.
+        The parameters are those of TransformerEngine's custom GEMMs. The plain tensors in front are parts of the two
+        storages. custom_gemm of TransformerEngine 2.20 receives `out`, `accumulate` and `gelu` and passes none of them
+        on, so a weight gradient to be accumulated would be lost; they are taken from its frame.
 
-        Args:
-            parts: qx, qw, m_params, out_dtype, sx, sw and bias; qx, qw, sx and sw are parts of the storages.
-            qresult_x: the storage of the first operand.
-            qresult_w: the storage of the second operand.
-            out: the tensor to write to, or None.
-            accumulate: add to `out`.
-            unused: gemm_type, which the faces imply.
         Raises:
             TypeError: An operand comes from another quantizer.
             ValueError: The GEMM is fused with GELU.
@@ -324,7 +329,6 @@ class _FaceQuantizer:
                     fix="leave TransformerEngine's GEMM + GELU fusion off (NVTE_GEMM_GELU_FUSION=0)",
                 )
         x, w = qresult_x.tensor, qresult_w.tensor
-        out_dtype, bias = parts[3], parts[6]
         layout = LAYOUTS[qresult_x._quantizer.face, qresult_w._quantizer.face]
         return gemm(x, w, layout, out_dtype, bias, accumulate, out, self.operand.backend)
 

@@ -13,7 +13,6 @@ foreign files are refused.
 from __future__ import annotations
 
 import functools
-import inspect
 import io
 import json
 import os
@@ -97,12 +96,29 @@ class Bundle:
             parse_recipe(self.recipe_text, "the bundle's recipe")
 
 
-def save_bundle(path: str | os.PathLike[str], **fields: Any) -> None:
+def save_bundle(
+    path: str | os.PathLike[str],
+    *,
+    model_state: Mapping[str, Any],
+    batch: Any,
+    seeds: Mapping[str, int],
+    recipe_text: str,
+    builder: Mapping[str, Any],
+    step: int,
+    reason: str,
+    optimizer_state: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    autocast: str | None = None,
+    nvfp4_state: Mapping[str, Any] | None = None,
+    loss: float | None = None,
+) -> None:
     """Write a bundle. Tensors are copied to the CPU, with their memory format.
 
     Args:
         path: the file to write; a file that is there is replaced.
-        fields: the attributes of Bundle, by name.
+
+    The other arguments are the attributes of Bundle.
+
     Raises:
         ValueError: a field of another kind.
         TypeError: a field is missing or unknown, or holds something that a bundle cannot.
@@ -117,18 +133,13 @@ def save_bundle(path: str | os.PathLike[str], **fields: Any) -> None:
         >>> nv.sensitivity.load_bundle(path).reason
         'the loss is NaN'
     """
-    bundle = Bundle(**fields)  # refuses what a bundle cannot be
+    fields: dict[str, Any] = {name: value for name, value in locals().items() if name != "path"}  # all arguments
+    Bundle(**fields)  # refuses what a bundle cannot be
     # Plain data and not the Bundle: weights_only refuses our own class.
-    copied = {name: _copied(value, name) for name, value in vars(bundle).items()}
+    copied = {name: _copied(value, name) for name, value in fields.items()}
     buffer = io.BytesIO()  # in memory first, so that an error of torch.save leaves no file
     torch.save({"format": FORMAT, "version": VERSION, **copied}, buffer)
     write_atomically(Path(path), buffer.getbuffer())
-
-
-# For help() and completion: the fields of Bundle, which would only repeat themselves above.
-_path, _ = inspect.signature(save_bundle).parameters.values()
-_fields = [field.replace(kind=field.KEYWORD_ONLY) for field in inspect.signature(Bundle).parameters.values()]
-save_bundle.__signature__ = inspect.Signature([_path, *_fields])  # type: ignore[attr-defined]
 
 
 def _copied(value: Any, where: str) -> Any:
