@@ -16,12 +16,15 @@ activations, an error is raised; with "high" the gradient passes on to x.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
@@ -57,6 +60,17 @@ def check_choice(caller: str, name: str, value: object, allowed: tuple[str, ...]
         )
 
 
+def check_path(caller: str, path: str | os.PathLike[str], example: str) -> Path:
+    """Return a path to write to, which must name a file.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if not Path(path).name:
+        raise value_error(f"{caller}: the path names no file.", got=repr(str(path)), needs="a file", fix=example)
+    return Path(path)
+
+
 def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) -> NVFP4BlockScaling:
     """Reduce a recipe to the part that the forward pass depends on: x rounds to nearest, and nothing is rotated.
 
@@ -68,7 +82,7 @@ def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) ->
     """
     fields = {field: getattr(recipe, field) for field in FORWARD}
     if transposed:
-        # Its tiles were spread to single rows (matrix.transposed_tiles), so the plan must expect 1x16.
+        # Its tiles were spread to single rows (formats.transpose_kernel), so the plan must expect 1x16.
         fields["disable_2d_quantization"] = True
     if not static:
         fields["tensor_scale"] = "current"
@@ -93,18 +107,18 @@ class Codes:
     input_amax: Tensor | None = None
 
 
-def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling, backend: str = "auto") -> Codes:
+def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling) -> Codes:
     """Return the codes with which a layer's forward runs under `recipe`, bit for bit."""
     transposed, groups = is_transposed(module), getattr(module, "groups", 1)
     w: Any = module.weight
-    plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve(backend, w.device))
+    plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve("auto", w.device))
     as_quantized = learned.as_quantized(module, plan)  # learned multipliers and clipping become part of the codes
     codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False)
     input_amax = delayed_scaling.trained_amax(w, recipe) if plan.delayed else None
     face = codes.face(plan.weight_faces[0])
     if transposed and plan.weight_faces[0] == "row":
         # In training one copy serves fprop and dgrad, with its blocks along dgrad's axis. Here only fprop reads it.
-        face = Face(*matrix.transposed_tiles(*face, w.shape[1], groups))
+        face = Face(*formats.transpose_kernel(*face, w.shape[1], groups))
     return Codes(*face, codes.amax, input_amax)
 
 
