@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -112,8 +113,10 @@ def integer_passes() -> bool:
     """Return True if the integer kernels exist and have matched the reference on this machine, now or earlier."""
     global _integer_passes
     if _integer_passes is None:
-        _integer_passes = native.load() is not None and integer_check is not None and cache.passes(
-            "integer", native.identity(), integer_check
+        library = native.load()
+        # The library's name holds a digest of its source, the compiler and the processor.
+        _integer_passes = library is not None and integer_check is not None and cache.passes(
+            f"integer_{Path(library._name).stem}", torch.device("cpu"), integer_check
         )
     return _integer_passes
 

@@ -177,12 +177,6 @@ def _build(cxx: str) -> Path:
     raise OSError(f"{cxx} could not build the CPU kernels: {error.strip()[-800:]}")
 
 
-def identity() -> dict[str, str]:
-    """Return what the compiled kernels depend on: the library's digest, and torch's version."""
-    library = load()
-    return {"library": "none" if library is None else Path(library._name).stem, "torch": str(torch.__version__)}
-
-
 @functools.lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """Return the compiled kernels, which the first call builds, or None if they are off or cannot be built."""

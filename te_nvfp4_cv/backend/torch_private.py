@@ -10,21 +10,9 @@ functions around them: torch.compile recognizes some of them by identity, and so
 from __future__ import annotations
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-
-__all__ = [
-    "AnyBatchNorm",
-    "BatchOrInstanceNorm",
-    "cpu_multiplies_bf16",
-    "function_modes",
-    "in_backward",
-    "saved_tensors_hooks_are_on",
-    "tree_leaves",
-    "tree_map",
-    "tree_map_only",
-    "without_function_modes",
-    "wrapper_subclass",
-]
+from torch.utils._pytree import tree_leaves as tree_leaves  # renamed to itself: imported for others
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # the base of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
 BatchOrInstanceNorm = torch.nn.modules.batchnorm._NormBase  # the base of these and of InstanceNorm1d, 2d and 3d

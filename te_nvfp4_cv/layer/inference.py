@@ -171,5 +171,5 @@ layer.register_autograd(_no_gradient)
 
 @layer.register_fake
 def _(x, codes, unpacked, bias, input_amax, sizes, spec):  # type: ignore[no-untyped-def]
-    channels_last = custom_op.LayerSpec.from_text(spec).channels_last
+    channels_last = custom_op.spec_of(spec).channels_last
     return layouts.like_image_first(x, ConvGeometry.from_ints(sizes).y_shape, x.shape, channels_last)
