@@ -24,11 +24,12 @@ from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
 from te_nvfp4_cv.export.fit import call_of, check_fit, damaged_layer, plain_modules, plain_names, sort_layers
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.modules import Codes, InferenceLayer, become, check_path, quantize_layer
+from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.walk import op_of
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import parse_recipe
 from te_nvfp4_cv.version import __version__
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
-from te_nvfp4_cv.recipe.block_scaling import checked_recipe
+from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.report.forward_pass import recipe_in_force
 from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
 from te_nvfp4_cv.sensitivity.measure import Loss, Measure, Measured, compare

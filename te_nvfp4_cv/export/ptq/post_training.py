@@ -36,8 +36,9 @@ from te_nvfp4_cv.export.modules import (
 from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import Statistics, collect, input_of
 from te_nvfp4_cv.export.ptq.norm_folding import fold
+from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.plan import weight_plan
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 SCALES = ("static", "dynamic")
 
