@@ -44,7 +44,7 @@ _ensure_torchvision()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    choices = ("auto", "reference", "vendor", "triton")
+    choices = ("auto", "reference", "integer", "vendor", "triton")
     parser.addoption("--backend", default="auto", choices=choices, help="backend of the tests that take `backend`")
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import functional as NF
+from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import values
 
-BACKENDS = ("reference", "vendor")
+BACKENDS = ("reference", "vendor", *(["integer"] if native.load() is not None else []))
 NO_SR = NVFP4BlockScaling(disable_stochastic_rounding=True)
 LAYERS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {  # op, x, w, arguments
     "conv1d": ("conv1d", (3, 16, 9), (24, 16, 3), dict(stride=2, padding=1)),

@@ -4,10 +4,11 @@ One function decides. An explicit choice that cannot run raises an error; nothin
 
     reference   anywhere: plain torch, the specification
     integer     CPU: compiled kernels that multiply codes as small integers
-    vendor      CPU: compiled quantization kernels + oneDNN. CUDA from sm_80: Triton quantization kernels + cuDNN / cuBLAS
+    vendor      CPU: compiled quantization kernels + oneDNN
+                CUDA from sm_80: Triton quantization kernels + cuDNN / cuBLAS
     triton      CUDA from sm_80: Triton quantization kernels + implicit GEMM over packed operands; on Blackwell
                 (sm_100, sm_103, sm_120) by its FP4 tensor cores. On a CPU only under Triton's interpreter, for tests
-    auto        CPU: integer or vendor, layer by layer, once the integer kernels have passed their check on this machine.
+    auto        CPU: integer or vendor, layer by layer, once the integer kernels have passed their check on this machine
                 CUDA: vendor; triton on a Blackwell GPU where `te-nvfp4-cv selftest` has passed
 
 Which GPUs have FP4 tensor cores is decided here as well, by compute capability and never by trying: a kernel
@@ -68,7 +69,7 @@ def resolve(backend: str, device: torch.device, by_layer: bool = False) -> str:
     if device.type == "cpu":
         if backend == "triton":
             _check_interpreter(device)
-        if backend == "integer" and native.load() is None:
+        if backend == "integer" and not has_compiled_kernels():
             raise runtime_error(
                 "nvfp4: backend 'integer' cannot run here.",
                 got="no compiled kernels for this CPU",
@@ -109,11 +110,19 @@ def resolve(backend: str, device: torch.device, by_layer: bool = False) -> str:
 integer_check: Callable[[], bool] | None = None  # compares the integer kernels with the reference; ops/conv sets it
 
 
+# Both may run a compiler and read files, which torch.compile cannot trace.
+@torch_private.constant_in_graphs
+def has_compiled_kernels() -> bool:
+    """Return True if there are compiled kernels for this CPU."""
+    return native.load() is not None
+
+
+@torch_private.constant_in_graphs
 def integer_passes() -> bool:
     """Return True if the integer kernels exist and have matched the reference on this machine, now or earlier."""
     global _integer_passes
     if _integer_passes is None:
-        library = native.load()
+        library = native.load() if has_compiled_kernels() else None
         # The library's name holds a digest of its source, the compiler and the processor.
         _integer_passes = library is not None and integer_check is not None and cache.passes(
             f"integer_{Path(library._name).stem}", torch.device("cpu"), integer_check

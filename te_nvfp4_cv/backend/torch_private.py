@@ -9,11 +9,15 @@ functions around them: torch.compile recognizes some of them by identity, and so
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch.utils._pytree import tree_leaves as tree_leaves  # renamed to itself: imported for others
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 
+Answer = TypeVar("Answer", bound=Callable[[], bool])
 AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # the base of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
 BatchOrInstanceNorm = torch.nn.modules.batchnorm._NormBase  # the base of these and of InstanceNorm1d, 2d and 3d
 function_modes = torch.overrides._get_current_function_mode_stack  # () -> the modes of this thread, the innermost last
@@ -29,6 +33,15 @@ def saved_tensors_hooks_are_on() -> bool:
 def in_backward() -> bool:
     """Return True while autograd runs a backward pass in this thread, so that a forward is a checkpoint's recompute."""
     return torch._C._current_graph_task_id() != -1
+
+
+def constant_in_graphs(function: Answer) -> Answer:
+    """Decorate a function so that torch.compile runs it once, while it traces, and keeps the answer as a constant.
+
+    torch.compiler.assume_constant_result does the same, and would import Dynamo wherever it is used.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import check_module, check_trainable
@@ -64,7 +65,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
     resolved = recipe_in_force(recipe)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # DDP's own forward waits for a backward pass
-    watch = _Watch(model)
+    watch = _Watch(model, backend)
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(torch.enable_grad())  # without a graph autograd would save nothing that could be counted
@@ -102,8 +103,8 @@ class _Row:
 class _Watch:
     """Collect a row for each layer that is called, and what autograd saves meanwhile."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        self.model, self.backend = model, backend
         self.names = {module: name for name, module in named_modules(model)}
         # ScriptModules take no hooks and show no parameters.
         self.modules = [module for module in self.names if not isinstance(module, torch.jit.ScriptModule)]
@@ -146,7 +147,7 @@ class _Watch:
         name = self._name(call.weight)
         note = ""
         if recipe is not None and geometry is not None and recipe.settings("input").row_scaled:
-            note = "" if row_scaling_applies(geometry) else "one tensor scale: row scaling does not apply here"
+            note = self._about_row_scales(call.x.device, geometry)
         row = self._row(Layer(name, call.op, tuple(call.weight.shape), recipe is not None, call.reason, note))
         if geometry is not None and recipe is not None:
             real, padded = _elements(geometry, recipe)
@@ -160,6 +161,14 @@ class _Watch:
             row.layer.nvfp4_flops += len(recipe.nvfp4_gemms) * gemm if recipe is not None else 0
 
         return finished
+
+    def _about_row_scales(self, device: torch.device, geometry: ConvGeometry) -> str:
+        """Return what to say of a layer whose recipe asks for row-scaled activations."""
+        if not row_scaling_applies(geometry):
+            return "one tensor scale: row scaling does not apply here"
+        # The kernels of the integer backend, which "auto" would else choose on a CPU, have one tensor scale only.
+        elsewhere = device.type == "cpu" and self.backend == "auto" and dispatch.integer_passes()
+        return "row scales: on the vendor backend" if elsewhere else ""
 
     def _recurrent(self, module: nn.Module, args: Any) -> _Row:
         weights = [w for w in module.parameters(recurse=False) if w.dim() == 2]

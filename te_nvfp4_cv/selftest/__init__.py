@@ -2,7 +2,8 @@
 
 Checked are every Triton kernel against the reference on the CPU (codes and scales in bits, stochastic rounding by its
 law), the three GEMMs of the backends vendor and triton, norms, a short training run against bf16, and a CUDA graph. On
-a machine without a GPU the compiled CPU kernels are checked in the same way, and the report says that no GPU was.
+a machine without a GPU the compiled CPU kernels are checked in the same way, those of the integer backend in bits, and
+the report says that no GPU was.
 
 The report is a dict for JSON, made to be shared: it names the GPU and the versions, and holds no host name and no path.
 When everything has passed on a GPU, backend/cache.py remembers it.
@@ -74,7 +75,7 @@ def run(
 
     Args:
         device: where to run them; the reference always runs on the CPU.
-        backend: the backend to test; "auto" tests vendor and triton on a GPU, and the CPU's own choice on a CPU.
+        backend: the backend to test; "auto" tests vendor and triton on a GPU, vendor and integer on a CPU.
         small: use tiny shapes, for Triton's interpreter.
         say: called with a line for each check that is finished.
         workers: the number of processes that share the checks. More than one needs a main module that can be imported,
@@ -85,9 +86,7 @@ def run(
         RuntimeError: the backend cannot run on the device.
     """
     start = time.perf_counter()
-    # Not only what "auto" would choose: the verdict names the backend to turn to if one fails.
-    wanted = ["vendor", "triton"] if backend == "auto" and device.type == "cuda" else [backend]
-    backends = [dispatch.resolve(name, device) for name in wanted]
+    backends = [dispatch.resolve(name, device) for name in _wanted(backend, device)]
     rows = []
     for row in _rows(_plan(backends, device), device, small, workers):
         rows.append(row)
@@ -112,6 +111,16 @@ def run(
     if device.type == "cuda" and (not report["passed"] or set(backends) >= {"vendor", "triton"}):
         cache.remember_selftest(device, bool(report["passed"]))
     return report
+
+
+def _wanted(backend: str, device: torch.device) -> list[str]:
+    """Return the backends to test."""
+    if backend != "auto":
+        return [backend]
+    # Not only what "auto" would choose: the verdict names the backend to turn to if one fails.
+    if device.type == "cuda":
+        return ["vendor", "triton"]
+    return ["vendor", "integer"] if dispatch.has_compiled_kernels() else ["vendor"]
 
 
 def _rows(
@@ -139,7 +148,9 @@ def _rows(
 def _plan(backends: Sequence[str], device: torch.device) -> list[tuple[Check, str]]:
     """List each check with its backend: quantization once, because backends share its kernels, the rest for each."""
     plan = [(check, backends[-1]) for check in QUANTIZATION]
-    plan += [(check, name) for name in backends for check in PRODUCTS]
+    for name in backends:
+        # The integer backend multiplies layers only: nv.gemm refuses it.
+        plan += [(check, name) for check in PRODUCTS if name != "integer" or check is not products.matrix_products]
     if device.type == "cuda" or "triton" in backends:
         plan.append((training.norms, backends[-1]))
     if device.type == "cuda":
@@ -198,7 +209,8 @@ def verdict(report: dict[str, Any]) -> list[str]:
     lines.append(f"{len(failed)} of {len(report['checks'])} checks FAILED.")
     broken = {row["backend"] for row in failed}
     # Without sound quantization no backend of the GPU is right; the reference uses none of these kernels.
-    works = "vendor" if report["gpu_tested"] and broken == {"triton"} and _only_products(failed) else "reference"
+    alone = broken == {"integer"} or (report["gpu_tested"] and broken == {"triton"})
+    works = "vendor" if alone and _only_products(failed) else "reference"
     lines.append(
         f'fix: use backend="{works}" on this machine (nvfp4_autocast(recipe, backend="{works}")), and report this '
         "with the file of --json"
@@ -207,7 +219,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 
 def _only_products(failed: Sequence[dict[str, Any]]) -> bool:
-    """Return whether the kernels that all backends of a GPU share, quantization and norms, have passed."""
+    """Return True if the kernels that all backends of a device share, quantization and norms, have passed."""
     shared = {check.__name__.replace("_", " ") for check in (*QUANTIZATION, training.norms)}
     return not shared & {row["check"] for row in failed}
 

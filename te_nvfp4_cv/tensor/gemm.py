@@ -40,12 +40,12 @@ def gemm(
         bias: added in fp32 before the cast, one value per column of the result.
         accumulate: add the result to `out` in fp32 before the cast.
         out: written in place and returned; its dtype is then the result's.
-        backend: "auto", "reference", "vendor" or "triton".
+        backend: "auto", "reference", "vendor" or "triton". The integer backend multiplies layers only.
     Returns:
         Tensor of out_dtype; "TN" and "NN" keep a's leading dimensions.
     Raises:
         ValueError: an operand lacks the face that the layout multiplies; lengths differ; only one operand is rotated;
-            bias or out does not fit.
+            bias or out does not fit; the integer backend was asked for.
         TypeError: an operand that is no NVFP4Tensor.
 
     Example:
@@ -69,12 +69,25 @@ def gemm(
         bias,
         out.detach().reshape(rows, columns) if accumulate and out is not None else None,
         out.dtype if out is not None else out_dtype,
-        dispatch.resolve(backend, a.device),
+        _resolved(backend, a.device),
     )
     # A result of columnwise faces is a matrix; otherwise its rows are a's leading dimensions.
     lead = a.shape[:-1] if LAYOUTS[layout][0] == "rowwise" else (rows,)
     result = result.reshape(*lead, columns)
     return result if out is None else out.copy_(result)  # the operator never writes to its arguments
+
+
+def _resolved(backend: str, device: torch.device) -> str:
+    """Return the backend that multiplies."""
+    chosen = dispatch.resolve(backend, device)
+    if chosen == "integer":
+        raise errors.value_error(
+            "nvfp4 gemm: backend 'integer' multiplies layers only.",
+            got="backend='integer'",
+            needs="'auto', 'reference', 'vendor' or 'triton'",
+            fix="leave backend out, or call nv.functional.linear",
+        )
+    return chosen
 
 
 def _check(

@@ -20,6 +20,7 @@ from te_nvfp4_cv.context.context_manager import active_recipe, nvfp4_autocast
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import load_recipe
 from tests.helpers import relative_error, same_bits, values
+from tests.layers import BACKENDS
 from tests.networks import NO_2D, NO_RHT, NO_SR, net_and_input, seen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +36,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["reference", "vendor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", MODULES)
 def test_plain_modules_and_functionals_run_as_nv_functional(op, backend):
     module, shape = MODULES[op]

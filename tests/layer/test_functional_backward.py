@@ -38,12 +38,15 @@ KEEPS_CODES = [
     NVFP4BlockScaling(high_precision_gemms=("fprop",)),
     NVFP4BlockScaling(disable_rht=True, row_scaled_activation=True),
 ]
+ROW_SCALED = ("conv2d 1x1", "linear")  # the layers that such a recipe gives row scales
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recipe", KEEPS_CODES, ids=repr)
 @pytest.mark.parametrize("layer", ["conv2d", "conv2d 1x1", "conv_transpose2d", "linear"])
 def test_saved_codes_suffice_for_backward(layer, recipe, backend):
+    if backend == "integer" and recipe.row_scaled_activation and layer in ROW_SCALED:
+        pytest.skip("the integer backend refuses row scales")
     x, w, bias = tensors(layer)
     function, arguments = getattr(NF, LAYERS[layer][0]), LAYERS[layer][3]
     expected = step(layer, x, w, bias, recipe=recipe, backend=backend)
@@ -206,10 +209,11 @@ def test_equal_seeds_give_equal_stochastic_rounding(backend):
 
 
 @layers
-def test_stochastic_rounding_is_the_same_on_both_backends(layer):
+def test_stochastic_rounding_is_the_same_on_all_backends(layer):
     parts = tensors(layer)
-    for a, b in zip(*(step(layer, *parts, backend=backend) for backend in BACKENDS), strict=True):
-        assert relative_error(b, a) <= 1e-5
+    truth, *others = (step(layer, *parts, backend=backend) for backend in BACKENDS)
+    for other in others:
+        assert all(relative_error(b, a) <= 1e-5 for a, b in zip(truth, other, strict=True))
 
 
 def test_stochastic_rounding_is_unbiased():
@@ -259,7 +263,7 @@ def test_results_can_be_modified_in_place():
 @pytest.mark.parametrize("layer", ["conv2d", "conv2d groups", "conv2d 1x1", "conv_transpose2d", "linear"])
 def test_a_non_finite_operand_makes_its_gemms_non_finite(layer, where, bad, backend):
     recipes = [NVFP4BlockScaling(), NVFP4BlockScaling(disable_rht=True, row_scaled_activation=True)]
-    for recipe in recipes if layer in ("conv2d 1x1", "linear") else recipes[:1]:
+    for recipe in recipes if layer in ROW_SCALED and backend != "integer" else recipes[:1]:
         x, w, bias = tensors(layer)
         y = getattr(NF, LAYERS[layer][0])(x, w, bias, **LAYERS[layer][3], recipe=recipe)
         parts = {"x": x, "w": w, "dy": values(y.shape, seed=7)}

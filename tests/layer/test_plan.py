@@ -144,10 +144,12 @@ def test_a_bias_that_does_not_fit_is_found_after_one_that_does():
 
 def test_what_auto_means_is_asked_at_each_call(plans, monkeypatch):
     """The device, and what a self-test has said since, decide outside of the cache."""
+    for passes in (True, False):
+        monkeypatch.setattr(dispatch, "_integer_passes", passes)
+        call(backend="auto")
+    monkeypatch.setattr(dispatch, "resolve", lambda backend, device, by_layer: "reference")
     call(backend="auto")
-    monkeypatch.setattr(dispatch, "resolve", lambda backend, device: "reference")
-    call(backend="auto")
-    assert [plan.backend for plan in plans] == ["vendor", "reference"]
+    assert [plan.backend for plan in plans] == ["integer", "vendor", "reference"]
 
 
 def test_the_dtype_that_a_device_computes_in_is_asked_at_each_call(plans, monkeypatch):

@@ -22,6 +22,7 @@ from te_nvfp4_cv.ops.quantize import operand as operand_ops
 from te_nvfp4_cv.ops.records import Operand, OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import make_geometry, relative_error, same_bits, values
+from tests.layers import BACKENDS
 from tests.networks import Net, all_same, gradients, net_and_input, step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -345,29 +346,44 @@ def test_the_operands_are_the_reference_ones_bit_for_bit(monkeypatch):
     monkeypatch.setattr(operand_ops, "quantize_operand", spy)
     conv = layer(24, 40)
     for i in range(2):
-        train(conv, (values((5, 24, 5, 4), seed=i) * 10**i).requires_grad_())
+        train(conv, (values((5, 24, 5, 4), seed=i) * 10**i).requires_grad_(), backend="vendor")
     assert len(calls["vendor"]) == 4
     for a, b in zip(calls["reference"], calls["vendor"], strict=True):
         assert all(same_bits(p, q) for p, q in zip(a.flat(), b.flat(), strict=True))
 
 
-def test_the_forward_has_no_pass_over_its_result(monkeypatch):
+def test_the_integer_backend_trains_to_the_references_bits():
+    found, saturated = [], []
+    for backend in ("integer", "reference"):
+        conv = layer(24, 40)
+        outputs = []
+        for i in range(4):  # up by a hundred and down again: some blocks saturate
+            outputs.append(train(conv, values((5, 24, 5, 4), seed=i) * 10.0 ** (2 * (i % 2)), backend=backend))
+            with torch.no_grad():
+                conv.weight -= 0.1 * conv.weight.grad
+        found.append([*outputs, *conv.parameters(), *amaxes(conv).values()])
+        saturated.append(nv.saturated_blocks(nn.Sequential(conv))["0"])
+    assert saturated[0] == saturated[1] and saturated[0]["input"] > 0
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_vendors_forward_has_no_pass_over_its_result(monkeypatch):
     from te_nvfp4_cv.ops.conv import vendor
 
     seen = []
     original = vendor._finish
     monkeypatch.setattr(vendor, "_finish", lambda y, alpha, *rest: seen.append(alpha) or original(y, alpha, *rest))
     conv = nn.Conv2d(16, 16, 3, padding=1)
-    train(conv, values((4, 16, 5, 5)).requires_grad_())
+    train(conv, values((4, 16, 5, 5)).requires_grad_(), backend="vendor")
     assert seen[0] is None and seen[1] is None and seen[2] is not None  # wgrad keeps alpha on dw
     seen.clear()
     strided = nn.Conv2d(16, 16, 1, stride=2)  # pixels of dx that no output reads: a NaN could not reach them
-    train(strided, values((4, 16, 5, 5)).requires_grad_())
+    train(strided, values((4, 16, 5, 5)).requires_grad_(), backend="vendor")
     assert seen[0] is None and seen[1] is not None and seen[2] is not None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("backend", ["reference", "vendor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_non_finite_input_reaches_every_output_and_no_scale(bad, backend, stride):
     conv = nn.Conv2d(16, 32, 1, stride)
@@ -405,7 +421,7 @@ def test_saturated_blocks_are_counted_by_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", "vendor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("top", [1e-30, 1e-20, 1e20, 1e30])
 def test_extreme_inputs_and_gradients(top, backend, dtype):
     torch.manual_seed(0)

@@ -101,7 +101,12 @@ def test_precedence(x):
 def test_backend_is_the_contexts_inside_of_one(x, monkeypatch):
     asked = []
     real = execute.dispatch.resolve
-    monkeypatch.setattr(execute.dispatch, "resolve", lambda name, device: asked.append(name) or real(name, device))
+
+    def resolve(name, *more, **options):  # type: ignore[no-untyped-def]
+        asked.append(name)
+        return real(name, *more, **options)
+
+    monkeypatch.setattr(execute.dispatch, "resolve", resolve)
     module = nv.NVFP4Conv2d(16, 16, 1, backend="reference")
     module(x)
     with nv.nvfp4_autocast(backend="vendor"):

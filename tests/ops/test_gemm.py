@@ -182,6 +182,7 @@ def test_ntile_operands_multiply_like_te():
         (lambda a, b: gemm(a, b, bias=torch.randn(20)), ValueError, "bias [16]"),
         (lambda a, b: gemm(a, b, out=torch.randn(3)), ValueError, "out of 20 x 16"),
         (lambda a, b: gemm(a, b, backend="fast"), ValueError, "backend"),
+        (lambda a, b: gemm(a, b, backend="integer"), ValueError, "multiplies layers only"),
     ],
 )
 def test_errors(call, error, words):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.context import function_mode
 from te_nvfp4_cv.context import state as nv_context
 from te_nvfp4_cv.export.modules import become, quantize_layer
@@ -195,8 +196,16 @@ def test_padding_waste():
 def test_row_scaling_is_noted_where_it_does_not_apply():
     recipe = nv.NVFP4BlockScaling(row_scaled_activation=True, disable_rht=True)
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 1))
-    three, one = nv.coverage(model, torch.randn(4, 16, 6, 6), recipe=recipe).rows
+    three, one = nv.coverage(model, torch.randn(4, 16, 6, 6), recipe=recipe, backend="vendor").rows
     assert "row scaling does not apply" in three.note and one.note == ""
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_row_scales_that_keep_a_layer_from_the_integer_backend_are_noted(monkeypatch, passes):
+    monkeypatch.setattr(dispatch, "_integer_passes", passes and native.load() is not None)
+    recipe = nv.NVFP4BlockScaling(row_scaled_activation=True, disable_rht=True)
+    (row,) = nv.coverage(nn.Linear(16, 16), torch.randn(4, 16), recipe=recipe).rows
+    assert row.nvfp4 and row.note == ("row scales: on the vendor backend" if dispatch.integer_passes() else "")
 
 
 def test_several_calls_of_one_layer_are_one_row(image):

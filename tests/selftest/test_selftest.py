@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import cli, selftest
-from te_nvfp4_cv.backend import cache
+from te_nvfp4_cv.backend import cache, native
+from te_nvfp4_cv.ops.conv import integer as conv_integer
 from te_nvfp4_cv.ops.conv import vendor as conv_vendor
 from te_nvfp4_cv.ops.quantize import cpu, reference_matrix
 from te_nvfp4_cv.ops.records import Operand
@@ -37,7 +38,8 @@ def test_the_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "No CUDA device was tested" in text and "checks passed" in text and "FAILED" not in text
     report = json.loads(path.read_text())
-    assert report["passed"] and not report["gpu_tested"] and report["backends"] == ["vendor"]
+    assert report["passed"] and not report["gpu_tested"]
+    assert report["backends"] == ["vendor", "integer"] if native.load() is not None else ["vendor"]
     assert report["torch"] == torch.__version__ and all(row["detail"] for row in report["checks"])
     names = [row["check"] for row in report["checks"]]
     for name in ("activations", "delayed", "stochastic rounding", "convolutions", "linear layers", "training"):
@@ -183,6 +185,31 @@ def test_a_wrong_product_is_found(monkeypatch, name):
     result = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}[name]
     with pytest.raises(CheckFailed, match=rf"conv2d .*: {result}: relative error"):
         products.convolutions(HERE)
+
+
+@pytest.mark.skipif(native.load() is None, reason="no compiled kernels")
+@pytest.mark.parametrize("name", ["fprop", "dgrad", "wgrad"])
+def test_a_product_on_integers_that_is_wrong_in_one_bit_is_found(monkeypatch, name):
+    sound = getattr(conv_integer, name)
+
+    def wrong(*args: Any) -> Tensor:
+        out: Tensor = sound(*args)
+        out.view(torch.int16).view(-1)[-2] ^= 1  # the last bit of the last number
+        return out
+
+    here = Setting(CPU, "integer")
+    assert "equal in bits" in products.linear_layers(here)
+    monkeypatch.setattr(conv_integer, name, wrong)
+    result = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}[name]
+    with pytest.raises(CheckFailed, match=rf"linear .*: {result} differs from the reference in 1 of"):
+        products.linear_layers(here)
+
+
+def test_a_failure_of_the_integer_backend_names_vendor(monkeypatch, capsys):
+    for check, fix in (("convolutions", "vendor"), ("weights", "reference")):
+        monkeypatch.setattr(selftest, "_plan", lambda *_, check=check: [(fail(check), "integer"), (passing, "vendor")])
+        assert cli.main(["selftest", "--device", "cpu"]) == 1
+        assert f'use backend="{fix}"' in capsys.readouterr().out
 
 
 def test_a_product_that_swallows_nan_is_found(monkeypatch):

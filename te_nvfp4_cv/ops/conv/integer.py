@@ -65,7 +65,10 @@ def wgrad(
     geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply as operators.conv_wgrad does: x comes as packed columnwise codes, dy as columnwise records or so, too."""
+    """Multiply as operators.conv_wgrad does.
+
+    x comes as packed columnwise codes, dy as columnwise records with an empty scale, or as packed codes, too.
+    """
     if dy_scale.numel():  # [N16, *image, C, 8] -> records [*image, N16, C * RECORD]
         dy = expand_records(dy.movedim(0, -3).flatten(-2).contiguous(), dy_scale.movedim(0, -2).contiguous())
     folded, library = geometry.folded, _library()

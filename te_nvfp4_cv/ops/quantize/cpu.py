@@ -1,7 +1,7 @@
-"""Quantization for the vendor and the integer backend on a CPU: by the compiled kernels of backend/native, with the reference's bits.
+"""Quantization for the vendor and the integer backend on a CPU, with the reference's bits.
 
-Where there is no compiler, and for what the kernels do not cover (row-scaled activations, 1x16 weights of more than one
-group), the reference's plain torch runs instead.
+The compiled kernels of backend/native do it. Where there is no compiler, and for what they do not cover (row-scaled
+activations, 1x16 weights of more than one group), the reference's plain torch runs instead.
 """
 
 from __future__ import annotations
