@@ -122,11 +122,13 @@ def integer_passes() -> bool:
     """Return True if the integer kernels exist and have matched the reference on this machine, now or earlier."""
     global _integer_passes
     if _integer_passes is None:
-        library = native.load() if has_compiled_kernels() else None
-        # The library's name holds a digest of its source, the compiler and the processor.
-        _integer_passes = library is not None and integer_check is not None and cache.passes(
-            f"integer_{Path(library._name).stem}", torch.device("cpu"), integer_check
-        )
+        # The first question may come while torch.export traces with fake tensors, which the kernels cannot read.
+        with torch_private.without_modes():
+            library = native.load()
+            # The library's name holds a digest of its source, the compiler and the processor.
+            _integer_passes = library is not None and integer_check is not None and cache.passes(
+                f"integer_{Path(library._name).stem}", torch.device("cpu"), integer_check
+            )
     return _integer_passes
 
 
