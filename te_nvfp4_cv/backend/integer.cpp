@@ -60,13 +60,14 @@ struct Walk { int64_t a_step, b_step, a_offset, b_offset; };
 inline int32_t quad(const uint8_t* p) { int32_t v; std::memcpy(&v, p, 4); return v; }
 inline float scale_of(const uint8_t* p) { float v; std::memcpy(&v, p + 16, 4); return v; }
 
-// Adds the products of all segments to total [ROWS][16].
+// Adds the products of all segments to total [ROWS][16], or writes them there if it holds nothing yet (FRESH).
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 // zmm: 8 fp32 accumulators, 4 quads of the panel, and for the row at hand its int32 sum, a broadcast quad and a scale. The
 // panel's start values and scales come from the L1 cache. Per row and block 4 vpdpbusd, 1 conversion, 1 product, 1 fma.
+template <bool FRESH>
 void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
     __m512 c[ROWS];
-    for (int r = 0; r < ROWS; ++r) c[r] = _mm512_loadu_ps(total + 16 * r);
+    for (int r = 0; r < ROWS; ++r) c[r] = FRESH ? _mm512_setzero_ps() : _mm512_loadu_ps(total + 16 * r);
     for (; segments > 0; --segments, ++s) {
         const uint8_t *a[ROWS], *b = s->b + w.b_offset;
         for (int r = 0; r < ROWS; ++r) a[r] = s->a[r] + w.a_offset;
@@ -90,9 +91,10 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
 #elif defined(__AVX2__) && defined(__FMA__)
 // ymm: 6 fp32 accumulators, 6 sums, 2 halves of a quad of the panel, a broadcast quad of a row, a product: all 16 registers.
 // The empty asm statements keep the compiler from moving loads up across them, which would spill and cost a third of the speed.
+template <bool FRESH>
 void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
     __m256 c[ROWS][2];
-    for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 2; ++h) c[r][h] = _mm256_loadu_ps(total + 16 * r + 8 * h);
+    for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 2; ++h) c[r][h] = FRESH ? _mm256_setzero_ps() : _mm256_loadu_ps(total + 16 * r + 8 * h);
     for (; segments > 0; --segments, ++s) {
         const uint8_t *a[ROWS], *b = s->b + w.b_offset;
         for (int r = 0; r < ROWS; ++r) a[r] = s->a[r] + w.a_offset;
@@ -137,9 +139,10 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
 #elif defined(__ARM_FEATURE_DOTPROD)
 // v: 16 fp32 accumulators, 4 vectors of a quad of the panel, 4 sums, and the row's 16 bytes, whose quads sdot reads by lane.
 // A record's bytes are at most 24, so they are the same numbers as signed ones.
+template <bool FRESH>
 void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
     float32x4_t c[ROWS][4];
-    for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 4; ++h) c[r][h] = vld1q_f32(total + 16 * r + 4 * h);
+    for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 4; ++h) c[r][h] = FRESH ? vdupq_n_f32(0.0f) : vld1q_f32(total + 16 * r + 4 * h);
     for (; segments > 0; --segments, ++s) {
         const uint8_t *a[ROWS], *b = s->b + w.b_offset;
         for (int r = 0; r < ROWS; ++r) a[r] = s->a[r] + w.a_offset;
@@ -164,7 +167,9 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
 }
 #else
 // The same sums in plain C++, for every other processor.
+template <bool FRESH>
 void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
+    if (FRESH) std::fill(total, total + 16 * ROWS, 0.0f);
     for (; segments > 0; --segments, ++s)
         for (int r = 0; r < ROWS; ++r) {
             const uint8_t *a = s->a[r] + w.a_offset, *b = s->b + w.b_offset;
@@ -182,16 +187,39 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
 // ------------------------------------------------------------------------------------------------ layouts
 constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};      // of a code: 2 * value
 
+// The scales / 2 of a panel's columns: scale[j * step], 0 from `columns` on.
+inline void half_scales(const uint8_t* scale, int64_t step, int columns, float* out) {
+    if (step == 0 && columns == 16) { std::fill(out, out + 16, e4m3_value(*scale) * 0.5f); return; }
+    uint8_t bytes[16] = {0};
+    if (step == 1 && columns == 16) std::memcpy(bytes, scale, 16);
+    else for (int j = 0; j < columns; ++j) bytes[j] = scale[j * step];
+    for (int j = 0; j < 16; ++j) {
+        const uint32_t normal = (uint32_t(bytes[j]) << 20) + (119u << 23);
+        const float small = float(int32_t(bytes[j])) * 0.0009765625f;         // below 8: subnormal in E4M3
+        out[j] = bytes[j] < 8 ? small : as_float(normal);
+    }
+}
+
 // Start values and scales of a panel whose quads are written.
 inline void finish_panel(uint8_t* out, const uint8_t* scale, int64_t scale_step, int columns) {
-    int32_t start[16] = {0}; float half[16];
+    float half[16];
+    half_scales(scale, scale_step, columns, half);
+#if defined(__AVX2__)
+    for (int h = 0; h < 64; h += 32) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int k = 0; k < 256; k += 64) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi8(12), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(out + k + h))));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + STARTS + h), _mm256_madd_epi16(sum, _mm256_set1_epi16(-1)));
+    }
+#else
+    int32_t start[16] = {0};
     for (int k = 0; k < 4; ++k)
         for (int j = 0; j < 16; ++j) {
             const int8_t* q = reinterpret_cast<const int8_t*>(out) + 64 * k + 4 * j;
             start[j] -= 12 * (int32_t(q[0]) + q[1] + q[2] + q[3]);
         }
-    for (int j = 0; j < 16; ++j) half[j] = j < columns ? e4m3_value(scale[j * scale_step]) * 0.5f : 0.0f;
-    std::memcpy(out + STARTS, start, 64); std::memcpy(out + SCALES, half, 64);
+    std::memcpy(out + STARTS, start, 64);
+#endif
+    std::memcpy(out + SCALES, half, 64);
 }
 
 #if defined(__AVX2__)
@@ -206,6 +234,23 @@ inline void twice(const uint8_t* codes, int8_t* out) { for (int k = 0; k < 16; +
 
 // One panel from the codes of its columns: column j is a packed block at codes + j * step. Columns from `columns` on are zeros.
 inline void panel_of_columns(const uint8_t* codes, int64_t step, const uint8_t* scale, int64_t scale_step, int columns, uint8_t* out) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    if (step == CODES && columns == 16) {                          // columns side by side: 4 of them a register, then two steps of transposing
+        const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(TWICE)));
+        __m512i v[4];
+        for (int i = 0; i < 4; ++i) {
+            const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + i));
+            v[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15)));
+        }
+        const __m512i low = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29), high = _mm512_add_epi32(low, _mm512_set1_epi32(2));
+        const __m512i a = _mm512_permutex2var_epi32(v[0], low, v[1]), b = _mm512_permutex2var_epi32(v[2], low, v[3]);
+        const __m512i c = _mm512_permutex2var_epi32(v[0], high, v[1]), d = _mm512_permutex2var_epi32(v[2], high, v[3]);
+        _mm512_storeu_si512(out, _mm512_shuffle_i64x2(a, b, 0x44)); _mm512_storeu_si512(out + 64, _mm512_shuffle_i64x2(a, b, 0xee));
+        _mm512_storeu_si512(out + 128, _mm512_shuffle_i64x2(c, d, 0x44)); _mm512_storeu_si512(out + 192, _mm512_shuffle_i64x2(c, d, 0xee));
+        finish_panel(out, scale, scale_step, columns);
+        return;
+    }
+#endif
 #if defined(__AVX2__)
     for (int j = 0; j < 16; j += 4) {                              // 4 columns: a 4 x 4 transpose of quads
         __m128i v[4];
@@ -285,11 +330,8 @@ struct Data {               // see integer.py: the same fields in the same order
 // Output i reads source first[i] + ahead[tap], which is padding outside of [0, size).
 struct AxisClass {
     int64_t size; std::vector<int64_t> positions, first, taps, ahead;
+    std::vector<uint8_t> inner;                                    // of each output: none of its taps reads padding
     bool inside(int64_t i, int64_t tap) const { const int64_t at = first[i] + ahead[tap]; return at >= 0 && at < size; }
-    bool whole(int64_t i) const {
-        for (int64_t t = 0; t < int64_t(taps.size()); ++t) if (!inside(i, t)) return false;
-        return true;
-    }
 };
 
 std::vector<AxisClass> classes_of(const Data& d, int axis) {
@@ -305,10 +347,14 @@ std::vector<AxisClass> classes_of(const Data& d, int axis) {
         AxisClass& c = classes[d.to_b ? 0 : (i + p) % s];
         c.positions.push_back(i);
         c.first.push_back(d.to_b ? i * s - p : (i + p) / s);       // of an imagined tap that is 0 (its residue) ahead
+        bool inner = true;
+        for (size_t t = 0; t < c.taps.size(); ++t) inner = inner && c.inside(int64_t(c.first.size()) - 1, int64_t(t));
+        c.inner.push_back(inner);
     }
     return classes;
 }
 
+constexpr int64_t SMALL = 1 << 15;                                 // bytes of panels that stay in the L1 cache beside everything else
 constexpr int64_t CHUNK = 96;                                      // pixels that stay in the cache over all panels; a multiple of every ROWS
 
 struct Tile { const Segment* segments; int64_t count, a_offset, pixel[ROWS]; };
@@ -317,7 +363,8 @@ struct Tile { const Segment* segments; int64_t count, a_offset, pixel[ROWS]; };
 struct Reader {
     const Data& d; const AxisClass *z, *y, *x;
     int64_t pixel_bytes, taps, count;                              // bytes of a pixel's records; taps and outputs of the class
-    std::vector<uint8_t> zeros, whole;                             // a pixel of padding; of each column: its taps read none
+    std::vector<uint8_t> zeros;                                    // a pixel of padding
+    std::vector<int64_t> whole;                                    // of each column: how many from it on read no padding
     std::vector<int64_t> ahead, number;                            // of each tap: bytes ahead of the first source, its number in the kernel
     std::vector<Segment> inner;                                    // a tile of neighbours in one row that read no padding, ahead of its first source
     int64_t column_bytes;                                          // from the sources of one output to those of the next one in its row
@@ -332,7 +379,8 @@ struct Reader {
             number.push_back((z->taps[a] * d.taps[1] + y->taps[b]) * d.taps[2] + x->taps[c]);
             ahead.push_back(((z->ahead[a] * d.in[1] + y->ahead[b]) * d.in[2] + x->ahead[c]) * pixel_bytes);
         }
-        for (int64_t i = 0; i < int64_t(x->positions.size()); ++i) whole.push_back(x->whole(i));
+        whole.assign(x->positions.size() + 1, 0);
+        for (size_t i = x->positions.size(); i-- > 0;) whole[i] = x->inner[i] ? whole[i + 1] + 1 : 0;
         column_bytes = (d.to_b ? d.stride[2] : 1) * pixel_bytes;
         for (int64_t t = 0; t < taps; ++t) {
             // Taps whose records follow each other, as those of a row of the kernel do in fprop, are one segment.
@@ -349,34 +397,37 @@ struct Reader {
     // Describes the tiles of outputs first to last - 1. Rows after the last one repeat it.
     void read(int64_t first, int64_t last, Tile* tile, std::vector<Segment>& own) const {
         const int64_t nx = int64_t(x->positions.size()), ny = int64_t(y->positions.size()), nz = int64_t(z->positions.size());
-        const int64_t tx = int64_t(x->taps.size()), ty = int64_t(y->taps.size()), image_bytes = d.in[0] * d.in[1] * d.in[2] * pixel_bytes;
+        const int64_t image_bytes = d.in[0] * d.in[1] * d.in[2] * pixel_bytes, column = d.to_b ? 1 : d.stride[2];
         own.resize(size_t(((last - first + ROWS - 1) / ROWS) * taps));
         Segment* s = own.data();
+        int64_t ix = first % nx, iy = first / nx % ny, iz = first / nx / ny % nz, image = first / nx / ny / nz;
+        const auto pixel = [&] { return ((image * d.out[0] + z->positions[iz]) * d.out[1] + y->positions[iy]) * d.out[2] + x->positions[ix]; };
+        const auto source = [&] { return reinterpret_cast<int64_t>(d.x) + image * image_bytes + ((z->first[iz] * d.in[1] + y->first[iy]) * d.in[2] + x->first[ix]) * pixel_bytes; };
+        const auto next = [&](int64_t n) { if ((ix += n) == nx) { ix = 0; if (++iy == ny) { iy = 0; if (++iz == nz) { iz = 0; ++image; } } } };
         for (int64_t m = first; m < last; m += ROWS, ++tile, s += taps) {
-            int64_t ix = m % nx, iy = m / nx % ny, iz = m / nx / ny % nz, image = m / nx / ny / nz;
-            const bool in_row = ix + ROWS <= nx && m + ROWS <= last && y->whole(iy) && z->whole(iz);
-            int64_t base[ROWS], place[ROWS][3];
-            for (int r = 0; r < ROWS; ++r) {
-                tile->pixel[r] = ((image * d.out[0] + z->positions[iz]) * d.out[1] + y->positions[iy]) * d.out[2] + x->positions[ix];
-                base[r] = reinterpret_cast<int64_t>(d.x) + image * image_bytes + ((z->first[iz] * d.in[1] + y->first[iy]) * d.in[2] + x->first[ix]) * pixel_bytes;
-                place[r][0] = iz; place[r][1] = iy; place[r][2] = ix;
-                if (m + r + 1 < last && ++ix == nx) { ix = 0; if (++iy == ny) { iy = 0; if (++iz == nz) { iz = 0; ++image; } } }
-            }
-            if (in_row && std::all_of(whole.begin() + place[0][2], whole.begin() + place[0][2] + ROWS, [](uint8_t w) { return w; })) {
-                tile->segments = inner.data(); tile->count = int64_t(inner.size()); tile->a_offset = base[0];
+            if (whole[ix] >= ROWS && m + ROWS <= last && y->inner[iy] && z->inner[iz]) {       // neighbours in one row, no padding
+                tile->segments = inner.data(); tile->count = int64_t(inner.size()); tile->a_offset = source();
+                const int64_t at = pixel();
+                for (int r = 0; r < ROWS; ++r) tile->pixel[r] = at + r * column;
+                next(ROWS);
                 continue;
             }
             tile->segments = s; tile->count = taps; tile->a_offset = 0;
-            for (int64_t t = 0; t < taps; ++t) {
-                s[t] = segment(t);
-                for (int r = 0; r < ROWS; ++r) s[t].a[r] = at(base[r] + ahead[t]);
-            }
+            for (int64_t t = 0; t < taps; ++t) s[t] = segment(t);
             for (int r = 0; r < ROWS; ++r) {
-                if (whole[place[r][2]] && y->whole(place[r][1]) && z->whole(place[r][0])) continue;
-                for (int64_t t = 0; t < taps; ++t)
-                    if (!z->inside(place[r][0], t / tx / ty) || !y->inside(place[r][1], t / tx % ty) || !x->inside(place[r][2], t % tx)) s[t].a[r] = zeros.data();
+                const int64_t base = source();
+                tile->pixel[r] = pixel();
+                for (int64_t t = 0; t < taps; ++t) s[t].a[r] = at(base + ahead[t]);
+                if (!whole[ix] || !y->inner[iy] || !z->inner[iz]) blank(s, r, iz, iy, ix);
+                if (m + r + 1 < last) next(1);
             }
         }
+    }
+
+    // Lets row r of a tile's segments read zeros where its source is padding.
+    void blank(Segment* s, int r, int64_t iz, int64_t iy, int64_t ix) const {
+        for (size_t a = 0; a < z->taps.size(); ++a) for (size_t b = 0; b < y->taps.size(); ++b) for (size_t c = 0; c < x->taps.size(); ++c, ++s)
+            if (!z->inside(iz, a) || !y->inside(iy, b) || !x->inside(ix, c)) s->a[r] = zeros.data();
     }
 };
 
@@ -407,7 +458,8 @@ void data_product(Data d) {
         readers.emplace_back(d, z, y, x);
         starts.push_back(starts.back() + (readers.back().count + CHUNK - 1) / CHUNK);
     }
-    const int64_t out_blocks = (d.out_channels + 15) / 16, panels = d.groups * out_blocks, all_taps = d.taps[0] * d.taps[1] * d.taps[2];
+    const int64_t out_blocks = (d.out_channels + 15) / 16, panels = d.groups * out_blocks;
+    const int64_t panel_bytes = d.taps[0] * d.taps[1] * d.taps[2] * d.in_blocks * PANEL;
     // A small image has too few chunks for the threads: then the output channels are divided, too.
     const int64_t chunks = starts.back(), parts = std::max<int64_t>(1, std::min(panels, 4 * int64_t(d.threads) / std::max<int64_t>(1, chunks)));
     const float alpha = *d.alpha;
@@ -420,18 +472,18 @@ void data_product(Data d) {
             const size_t k = size_t(std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin() - 1);
             const int64_t first = (chunk - starts[k]) * CHUNK, last = std::min(readers[k].count, first + CHUNK);
             readers[k].read(first, last, tiles, own);
-            for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; ++p) {
+            const int64_t from = panels * part / parts, to = panels * (part + 1) / parts, tiles_here = (last - first + ROWS - 1) / ROWS;
+            const auto one = [&](const Tile& tile, int64_t m, int64_t p) {
                 const int64_t g = p / out_blocks, channel = g * d.out_channels + p % out_blocks * 16;
                 const int columns = int(std::min<int64_t>(16, (g + 1) * d.out_channels - channel));
-                Walk walk{RECORD, PANEL, 0, reinterpret_cast<int64_t>(d.panels) + p * all_taps * d.in_blocks * PANEL};
-                const Tile* tile = tiles;
-                for (int64_t m = first; m < last; m += ROWS, ++tile) {
-                    float total[ROWS * 16] = {0};
-                    walk.a_offset = tile->a_offset + g * d.in_blocks * RECORD;
-                    multiply(tile->segments, tile->count, walk, total);
-                    store_tile<T>(d, *tile, std::min<int64_t>(ROWS, last - m), channel, columns, total, alpha);
-                }
-            }
+                const Walk walk{RECORD, PANEL, tile.a_offset + g * d.in_blocks * RECORD, reinterpret_cast<int64_t>(d.panels) + p * panel_bytes};
+                float total[ROWS * 16];
+                multiply<true>(tile.segments, tile.count, walk, total);
+                store_tile<T>(d, tile, std::min<int64_t>(ROWS, last - m), channel, columns, total, alpha);
+            };
+            // Few panels stay in the cache anyway, and then writing whole pixels is kinder to memory.
+            if ((to - from) * panel_bytes <= SMALL) { for (int64_t i = 0; i < tiles_here; ++i) for (int64_t p = from; p < to; ++p) one(tiles[i], first + i * ROWS, p); }
+            else { for (int64_t p = from; p < to; ++p) for (int64_t i = 0; i < tiles_here; ++i) one(tiles[i], first + i * ROWS, p); }
         }
     }
 }
@@ -531,9 +583,20 @@ void weight_product(WeightGradient w) {
     const int64_t tiles = (w.record_channels + ROWS - 1) / ROWS, items = slabs.blocks * taps * tiles, of_group = slabs.blocks / w.groups;
     const bool far = (w.records_on_b ? 1 : w.stride[2]) != 1 && w.n16 == 1, near = w.records_on_b && w.stride[2] != 1 && w.n16 == 1;
     const int64_t a_step = w.groups * w.record_channels * RECORD * (far ? w.stride[2] : 1), b_step = PANEL * (near ? w.stride[2] : 1);
-    std::vector<float> totals(size_t(items * ROWS * 16), 0.0f);    // [panel block, tap, tile of dy's channels, ROWS, 16]
+    const bool once = band >= w.b[0];                              // one band: sums go straight to dw
+    std::vector<float> totals(once ? 0 : size_t(items * ROWS * 16), 0.0f);     // [panel block, tap, tile of dy's channels, ROWS, 16]
     const float alpha = *w.alpha;
     const auto first_channel = [&](int64_t tile) { return std::max<int64_t>(0, std::min(tile * ROWS, w.record_channels - ROWS)); };
+    const auto store = [&](int64_t item, const float* total) {
+        const int64_t tile = item % tiles, t = item / tiles % taps, block = item / tiles / taps, g = block / of_group, c0 = block % of_group * 16;
+        const int columns = int(std::min<int64_t>(16, w.panel_channels - c0));
+        for (int64_t r = 0, o = first_channel(tile); r < ROWS && o < w.record_channels; ++r, ++o)
+            for (int j = 0; j < columns; ++j) {
+                const int64_t at = w.records_on_b ? ((g * w.record_channels + o) * taps + t) * w.panel_channels + c0 + j
+                                                  : ((g * w.panel_channels + c0 + j) * taps + t) * w.record_channels + o;
+                store_round(static_cast<T*>(w.dw) + at, total[r * 16 + j] * alpha);
+            }
+    };
     #pragma omp parallel num_threads(w.threads)
     {
         // A thread owns some of the sums for all pixels: the order of additions does not depend on the number of threads.
@@ -558,20 +621,16 @@ void weight_product(WeightGradient w) {
                     made = t;
                 }
                 const int64_t record = block / of_group * w.record_channels + first_channel(tile);
-                multiply(segments.data(), int64_t(segments.size()), {a_step, b_step, record * RECORD, block * slabs.block_bytes()}, totals.data() + item * ROWS * 16);
+                const Walk walk{a_step, b_step, record * RECORD, block * slabs.block_bytes()};
+                if (once) {
+                    float total[ROWS * 16];
+                    multiply<true>(segments.data(), int64_t(segments.size()), walk, total);
+                    store(item, total);
+                } else multiply<false>(segments.data(), int64_t(segments.size()), walk, totals.data() + item * ROWS * 16);
             }
             #pragma omp barrier
         }
-        for (int64_t item = begin; item < end; ++item) {
-            const int64_t tile = item % tiles, t = item / tiles % taps, block = item / tiles / taps, g = block / of_group, c0 = block % of_group * 16;
-            const int columns = int(std::min<int64_t>(16, w.panel_channels - c0));
-            for (int64_t r = 0, o = first_channel(tile); r < ROWS && o < w.record_channels; ++r, ++o)
-                for (int j = 0; j < columns; ++j) {
-                    const int64_t at = w.records_on_b ? ((g * w.record_channels + o) * taps + t) * w.panel_channels + c0 + j
-                                                      : ((g * w.panel_channels + c0 + j) * taps + t) * w.record_channels + o;
-                    store_round(static_cast<T*>(w.dw) + at, totals[size_t((item * ROWS + r) * 16 + j)] * alpha);
-                }
-        }
+        if (!once) for (int64_t item = begin; item < end; ++item) store(item, totals.data() + item * ROWS * 16);
     }
 }
 
