@@ -13,7 +13,7 @@ import subprocess
 
 import pytest
 
-from te_nvfp4_cv.backend import native
+from te_nvfp4_cv.backend import compilation
 
 # By machine: the instruction that multiplies, and a register that it must use.
 INSTRUCTIONS = {
@@ -23,7 +23,7 @@ INSTRUCTIONS = {
 }
 ON_STACK = re.compile(r"%[xyz]mm\d+, *-?\d*\(%r[sb]p|-?\d*\(%r[sb]p\S*\), .*%[xyz]mm")
 pytestmark = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or native.compiler() is None,
+    platform.machine() not in ("x86_64", "AMD64") or compilation.compiler() is None,
     reason="needs a C++ compiler for x86-64",
 )
 
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module", params=list(INSTRUCTIONS))
 def loops(request) -> tuple[str, dict[str, list[str]]]:
     """Compile integer.cpp and return the machine, and the lines of each copy of the function multiply by name."""
-    flags = [flag for flag in native._FLAGS if flag != "-shared"] + native.MACHINES[request.param] + ["-fopenmp"]
-    command = [*shlex.split(native.compiler() or ""), *flags, "-S", str(native._SOURCES[1]), "-o", "-"]
+    flags = [*compilation.FLAGS, *compilation.MACHINES[request.param], "-fopenmp"]
+    command = [*shlex.split(compilation.compiler() or ""), *flags, "-S", str(compilation.SOURCES[1]), "-o", "-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode and "avxvnni" in done.stderr:
         pytest.skip("this compiler does not know AVX-VNNI")

@@ -20,20 +20,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.backend import native
+from te_nvfp4_cv.backend import compilation, native
 from te_nvfp4_cv.ops.conv import operators
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.records import NONE, PACKED, RECORDS, Face, OperandSpec, WeightSpec
+from te_nvfp4_cv.ops.records import NONE, PACKED, RECORDS, OperandSpec, WeightSpec
 from tests.helpers import make_geometry, same_bits, same_codes, values
 
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 DRIVER = Path(__file__).with_name("kernel_driver.cpp")
 # By the name that the kernels must give their loop: the compiler, its flags, and what runs the program.
 MACHINES = {
-    "here": (native.compiler(), native.MACHINES["native"], []),
-    "neon_dotprod": (CROSS, native.MACHINES["neon_dotprod"], [EMULATOR, "-cpu", "max"]),
-    "plain": (CROSS, native.MACHINES["plain"], [EMULATOR, "-cpu", "cortex-a57"]),  # a processor without dot products
+    "here": (compilation.compiler(), compilation.MACHINES["native"], []),
+    "neon_dotprod": (CROSS, compilation.MACHINES["neon_dotprod"], [EMULATOR, "-cpu", "max"]),
+    # A processor without dot products.
+    "plain": (CROSS, compilation.MACHINES["plain"], [EMULATOR, "-cpu", "cortex-a57"]),
 }
 GEOMETRIES = {
     "3x3": make_geometry(2, (20, 33), (7, 9), 3, padding=1),
@@ -108,9 +109,9 @@ def program(request, tmp_path_factory) -> list[str]:
     if runner and shutil.which(EMULATOR) is None:
         pytest.skip(f"needs {EMULATOR}, of Debian's package qemu-user")
     target = tmp_path_factory.mktemp("driver") / machine
-    more = [flag for flag in native._FLAGS if flag not in ("-shared", "-fPIC")] + ["-fopenmp"]
+    more = [*compilation.FLAGS, "-fopenmp"]
     more += ["-static"] if runner else []  # the emulator then needs no libraries of the other machine
-    build = [*words, *more, *flags, *map(str, native._SOURCES), str(DRIVER), "-o", str(target)]
+    build = [*words, *more, *flags, *map(str, compilation.SOURCES), str(DRIVER), "-o", str(target)]
     done = subprocess.run(build, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     command = [*runner, str(target)]
