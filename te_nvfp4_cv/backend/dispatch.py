@@ -20,7 +20,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -125,9 +124,8 @@ def integer_passes() -> bool:
         # The first question may come while torch.export traces with fake tensors, which the kernels cannot read.
         with torch_private.without_modes():
             library = native.load()
-            # The library's name holds a digest of its source, the compiler and the processor.
             _integer_passes = library is not None and integer_check is not None and cache.passes(
-                f"integer_{Path(library._name).stem}", torch.device("cpu"), integer_check
+                f"integer_{native.name(library)}", torch.device("cpu"), integer_check
             )
     return _integer_passes
 

@@ -64,9 +64,11 @@ inline float scale_of(const uint8_t* p) { float v; std::memcpy(&v, p + 16, 4); r
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 // zmm: 8 fp32 accumulators, 4 quads of the panel, and for the row at hand its int32 sum, a broadcast quad and a scale. The
 // panel's start values and scales come from the L1 cache. Per row and block 4 vpdpbusd, 1 conversion, 1 product, 1 fma.
+// Every loop over rows is unrolled by hand: with one that is not, g++ keeps c in memory between segments.
 template <bool FRESH>
 void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
     __m512 c[ROWS];
+    #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) c[r] = FRESH ? _mm512_setzero_ps() : _mm512_loadu_ps(total + 16 * r);
     for (; segments > 0; --segments, ++s) {
         const uint8_t *a[ROWS], *b = s->b + w.b_offset;
@@ -86,6 +88,7 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
             }
         }
     }
+    #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(total + 16 * r, c[r]);
 }
 #elif defined(__AVX2__) && defined(__FMA__)

@@ -72,7 +72,7 @@ def doctor() -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
         "triton": _version("triton"),
-        "compiler": native.compiler() or "none: quantization on the CPU runs in plain torch, slower",
+        "compiler": native.compiler() or _without_compiler(),
         "devices": {str(device): _device(device) for device in devices},
         "memory format": "torch.channels_last for model and images (channels_last_3d for 3-D): channels are the GEMMs' "
         "contracted index",
@@ -80,6 +80,12 @@ def doctor() -> dict[str, Any]:
     }
     report["problems"] = list(_problems(recipe_folder().is_dir()))
     return report
+
+
+def _without_compiler() -> str:
+    if native.load() is None:
+        return "none: quantization on the CPU runs in plain torch, slower"
+    return "none: the CPU kernels are there without it"
 
 
 def _device(device: torch.device) -> dict[str, Any]:
