@@ -6,6 +6,7 @@ values.
 
 from __future__ import annotations
 
+import importlib
 import threading
 import warnings
 
@@ -33,6 +34,28 @@ def type_error(title: str, *, got: str, needs: str, fix: str) -> TypeError:
 def runtime_error(title: str, *, got: str, needs: str, fix: str) -> RuntimeError:
     """Make a RuntimeError to raise: the call is right, but this machine or this state cannot serve it."""
     return RuntimeError(message(title, got=got, needs=needs, fix=fix))
+
+
+def no_such_file(title: str, *, got: str, needs: str, fix: str) -> FileNotFoundError:
+    """Make a FileNotFoundError to raise: Python's own class for this, with the text in our form."""
+    return FileNotFoundError(message(title, got=got, needs=needs, fix=fix))
+
+
+def bad_value(caller: str, name: str, got: str, needs: str) -> ValueError:
+    """Make a ValueError to raise: the argument or field of that name is not usable."""
+    return value_error(f"{caller}: bad {name}.", got=got, needs=needs, fix=f"correct {name}")
+
+
+def need_package(name: str, title: str, *, needs: str, fix: str) -> None:
+    """Refuse to go on without an optional package.
+
+    Raises:
+        RuntimeError: the package cannot be imported.
+    """
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise runtime_error(title, got=str(error), needs=needs, fix=fix) from error
 
 
 def warn_once(key: str, text: str, category: type[Warning] = UserWarning) -> None:

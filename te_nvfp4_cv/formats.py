@@ -386,3 +386,29 @@ def transpose_tiles(data: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, 
     # A tile's scale stands in each of its 16 rows, so every 16th row holds all of them.
     tiles = scale.view(torch.uint8)[::BLOCK].t().repeat_interleave(BLOCK, dim=0)[:columns]
     return pack_nibbles(codes.t()).contiguous(), tiles.contiguous().view(scale.dtype)
+
+
+def kernel_columns(kernel: Tensor, groups: int) -> Tensor:
+    """Cut a kernel [axis 0, T, axis 1] into blocks of 16 along axis 0: [G, Ob, T, axis 1, 16].
+
+    Each group is padded with zeros, because a block must not hold rows of two groups.
+    """
+    grouped = kernel.unflatten(0, (groups, kernel.shape[0] // groups))
+    padded = torch.nn.functional.pad(grouped, (0, 0, 0, 0, 0, -grouped.shape[1] % BLOCK))
+    return padded.unflatten(1, (-1, BLOCK)).movedim(2, -1)
+
+
+def transpose_kernel(data: Tensor, scale: Tensor, channels: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Transpose the rowwise face of a 16x16-scaled kernel to its columnwise face: nibbles and tile scales alike.
+
+    Args:
+        data: [axis 0, T, Cb * 8] with blocks along axis 1, as quantize_weight gives it.
+        scale: [G, Ob, T, Cb].
+        channels: the size of axis 1.
+        groups: the convolution's groups.
+    Returns:
+        data [G, Ob, T, channels, 8] and scale [G, Ob, T, channels].
+    """
+    codes = unpack_nibbles(data)[..., :channels]
+    tiles = scale.repeat_interleave(BLOCK, dim=3)[..., :channels]
+    return pack_nibbles(kernel_columns(codes, groups)).contiguous(), tiles.contiguous()

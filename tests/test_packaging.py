@@ -39,7 +39,7 @@ def pip(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def tree(tmp_path_factory) -> Path:
     """A copy of what a build reads."""
     folder = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     for name in ("te_nvfp4_cv", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))

@@ -31,7 +31,6 @@ from te_nvfp4_cv.ops.geometry import ConvGeometry, output_size  # noqa: E402
 from te_nvfp4_cv.ops.quantize import operand  # noqa: E402
 from te_nvfp4_cv.ops.records import (  # noqa: E402
     DEQUANTIZED,
-    NONE,
     PACKED,
     RECORDS,
     Face,

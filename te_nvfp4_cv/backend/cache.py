@@ -1,12 +1,13 @@
 """Keep small results beyond one process: the cache folder, JSON files in it, and whether a GPU passed the self-test.
 
 A JSON file is valid for one identity: the GPU (its name and compute capability), the driver, torch, triton, and the
-sources in backend/ and ops/. It is written to a temporary file beside it and renamed, so that parallel processes never
-read half of one. A damaged file, or one of another identity, reads as None. Nothing of the package is imported here.
+sources in backend/ and ops/. It is replaced as a whole, so that parallel processes never read half of one. A damaged
+file, or one of another identity, reads as None.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from te_nvfp4_cv.files import write_atomically
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _selftests: dict[torch.device, bool] = {}  # one look at the disk per process and device: every dispatch asks
@@ -72,15 +75,10 @@ def source_digest() -> str:
 def driver_version() -> str:
     """Return the version of NVIDIA's driver, else the CUDA version that the driver supports, else "none"."""
     # Files first: opening libcuda costs more, and it may be missing in a container that sees the kernel module.
-    try:
-        return Path("/sys/module/nvidia/version").read_text().strip()
-    except OSError:
-        pass
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
-        return next(word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit())
-    except (OSError, StopIteration):
-        pass
+    for path in ("/sys/module/nvidia/version", "/proc/driver/nvidia/version"):
+        with contextlib.suppress(OSError, StopIteration):
+            words = Path(path).read_text().split()
+            return next(word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit())
     try:
         number = ctypes.c_int()
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
@@ -109,47 +107,42 @@ def identity(device: torch.device) -> dict[str, str]:
 # ---- JSON files -----------------------------------------------------------------------------------------------------
 
 
-def path_of(kind: str, identity: dict[str, str]) -> Path:
+def _path(kind: str, key: dict[str, str]) -> Path:
     """Return the path of the file of this kind and identity."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / f"{kind}_{digest}.json"
 
 
-def read(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
-    """Return the content of a file that was written for this identity, or None."""
+def read(kind: str, device: torch.device) -> dict[str, Any] | None:
+    """Return the content of the file of this kind that was written for the device's present identity, or None."""
+    key = identity(device)
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(_path(kind, key).read_text())
     except (OSError, ValueError):  # absent, unreadable, not UTF-8, not JSON
         return None
     # The identity is compared, too: two of them may share the 16 digits in the name, and a user may copy files.
-    if not isinstance(found, dict) or found.get("identity") != identity or not isinstance(found.get("content"), dict):
+    if not isinstance(found, dict) or found.get("identity") != key or not isinstance(found.get("content"), dict):
         return None
     return found["content"]
 
 
-def write(path: Path, identity: dict[str, str], content: dict[str, Any]) -> bool:
+def write(kind: str, device: torch.device, content: dict[str, Any]) -> bool:
     """Replace the file, and return False if the folder cannot be written: without a cache everything still works."""
-    text = json.dumps({"identity": identity, "content": content}, indent=1, sort_keys=True)
+    key = identity(device)
+    text = json.dumps({"identity": key, "content": content}, indent=1, sort_keys=True)
     try:
-        handle, temporary = tempfile.mkstemp(suffix=".json", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError:
+        write_atomically(_path(kind, key), text.encode())
+    except RuntimeError:
         return False
     return True
 
 
-def passes(kind: str, identity: dict[str, str], check: Callable[[], bool]) -> bool:
-    """Return what `check` answers; it runs once for each identity, and its answer is kept in the cache folder."""
-    path = path_of(kind, identity)
-    content = read(path, identity)
+def passes(kind: str, device: torch.device, check: Callable[[], bool]) -> bool:
+    """Return what `check` answers; it runs once for each kind and identity, and its answer is kept in the folder."""
+    content = read(kind, device)
     if content is None or not isinstance(content.get("passed"), bool):
         content = {"passed": check()}
-        write(path, identity, content)
+        write(kind, device, content)
     return bool(content["passed"])
 
 
@@ -162,8 +155,7 @@ def selftest_passed(device: torch.device) -> bool:
         return False
     device = _with_index(device)
     if device not in _selftests:
-        key = identity(device)
-        content = read(path_of("selftest", key), key)
+        content = read("selftest", device)
         _selftests[device] = content is not None and content.get("passed") is True
     return _selftests[device]
 
@@ -178,8 +170,7 @@ def remember_selftest(device: torch.device, passed: bool) -> None:
         raise ValueError(f"self-tests are remembered for GPUs only, got {device}")
     device = _with_index(device)
     _selftests[device] = passed
-    key = identity(device)
-    write(path_of("selftest", key), key, {"passed": passed})
+    write("selftest", device, {"passed": passed})
 
 
 def forget() -> None:

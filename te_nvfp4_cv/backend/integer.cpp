@@ -64,9 +64,11 @@ inline float scale_of(const uint8_t* p) { float v; std::memcpy(&v, p + 16, 4); r
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 // zmm: 8 fp32 accumulators, 4 quads of the panel, and for the row at hand its int32 sum, a broadcast quad and a scale. The
 // panel's start values and scales come from the L1 cache. Per row and block 4 vpdpbusd, 1 conversion, 1 product, 1 fma.
+// Every loop over rows is unrolled by hand: with one that is not, g++ keeps c in memory between segments.
 template <bool FRESH>
 void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
     __m512 c[ROWS];
+    #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) c[r] = FRESH ? _mm512_setzero_ps() : _mm512_loadu_ps(total + 16 * r);
     for (; segments > 0; --segments, ++s) {
         const uint8_t *a[ROWS], *b = s->b + w.b_offset;
@@ -86,6 +88,7 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
             }
         }
     }
+    #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(total + 16 * r, c[r]);
 }
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -367,7 +370,7 @@ struct Reader {
     std::vector<int64_t> whole;                                    // of each column: how many from it on read no padding
     std::vector<int64_t> ahead, number;                            // of each tap: bytes ahead of the first source, its number in the kernel
     std::vector<Segment> inner;                                    // a tile of neighbours in one row that read no padding, ahead of its first source
-    int64_t column_bytes;                                          // from the sources of one output to those of the next one in its row
+    int64_t column_bytes, a_step = RECORD;                         // from the sources of one output to those of the next one in its row; Walk's
 
     Reader(const Data& data, const AxisClass& cz, const AxisClass& cy, const AxisClass& cx) : d(data), z(&cz), y(&cy), x(&cx) {
         pixel_bytes = d.groups * d.in_blocks * RECORD;
@@ -382,9 +385,11 @@ struct Reader {
         whole.assign(x->positions.size() + 1, 0);
         for (size_t i = x->positions.size(); i-- > 0;) whole[i] = x->inner[i] ? whole[i + 1] + 1 : 0;
         column_bytes = (d.to_b ? d.stride[2] : 1) * pixel_bytes;
+        // A tap of one block needs no step of its own, so the step may lead from tap to tap, backwards in dgrad.
+        if (d.in_blocks == 1 && x->taps.size() > 1) a_step = (x->ahead[1] - x->ahead[0]) * pixel_bytes;
         for (int64_t t = 0; t < taps; ++t) {
-            // Taps whose records follow each other, as those of a row of the kernel do in fprop, are one segment.
-            if (t && number[t] == number[t - 1] + 1 && ahead[t] - ahead[t - 1] == d.in_blocks * RECORD) { inner.back().blocks += d.in_blocks; continue; }
+            // Taps whose records follow each other, as those of a row of the kernel mostly do, are one segment.
+            if (t && number[t] == number[t - 1] + 1 && ahead[t] - ahead[t - 1] == a_step * d.in_blocks) { inner.back().blocks += d.in_blocks; continue; }
             inner.push_back(segment(t));
             for (int r = 0; r < ROWS; ++r) inner.back().a[r] = at(ahead[t] + r * column_bytes);
         }
@@ -406,10 +411,14 @@ struct Reader {
         const auto next = [&](int64_t n) { if ((ix += n) == nx) { ix = 0; if (++iy == ny) { iy = 0; if (++iz == nz) { iz = 0; ++image; } } } };
         for (int64_t m = first; m < last; m += ROWS, ++tile, s += taps) {
             if (whole[ix] >= ROWS && m + ROWS <= last && y->inner[iy] && z->inner[iz]) {       // neighbours in one row, no padding
-                tile->segments = inner.data(); tile->count = int64_t(inner.size()); tile->a_offset = source();
-                const int64_t at = pixel();
-                for (int r = 0; r < ROWS; ++r) tile->pixel[r] = at + r * column;
-                next(ROWS);
+                int64_t from = source(), to = pixel(), n = 0;
+                for (; whole[ix + n] >= ROWS && m + n + ROWS <= last; n += ROWS, ++tile, s += taps) {
+                    tile->segments = inner.data(); tile->count = int64_t(inner.size()); tile->a_offset = from;
+                    for (int r = 0; r < ROWS; ++r) tile->pixel[r] = to + r * column;
+                    from += ROWS * column_bytes; to += ROWS * column;
+                }
+                m += n - ROWS; --tile; s -= taps;                  // the loop's own steps follow
+                next(n);
                 continue;
             }
             tile->segments = s; tile->count = taps; tile->a_offset = 0;
@@ -476,7 +485,7 @@ void data_product(Data d) {
             const auto one = [&](const Tile& tile, int64_t m, int64_t p) {
                 const int64_t g = p / out_blocks, channel = g * d.out_channels + p % out_blocks * 16;
                 const int columns = int(std::min<int64_t>(16, (g + 1) * d.out_channels - channel));
-                const Walk walk{RECORD, PANEL, tile.a_offset + g * d.in_blocks * RECORD, reinterpret_cast<int64_t>(d.panels) + p * panel_bytes};
+                const Walk walk{readers[k].a_step, PANEL, tile.a_offset + g * d.in_blocks * RECORD, reinterpret_cast<int64_t>(d.panels) + p * panel_bytes};
                 float total[ROWS * 16];
                 multiply<true>(tile.segments, tile.count, walk, total);
                 store_tile<T>(d, tile, std::min<int64_t>(ROWS, last - m), channel, columns, total, alpha);

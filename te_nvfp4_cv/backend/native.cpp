@@ -84,102 +84,135 @@ inline void unpack_block(const uint8_t* data, float s, float* v) {
 #endif
 inline uint32_t sign_of(uint32_t bits) { return (bits & 0x7fffffffu) > INF_BITS ? 0u : bits & 0x80000000u; }   // NaN: none
 
-// Of a block of 16 values: the largest |v|, on its bits; the values times e rounded to the E2M1 grid with their signs, to the
-// nearest or by 16 random bytes; and its record (integer.cpp): 16 bytes 2 * value + 12, then the scale / 2.
+// A block of 16 values: times e, rounded to the E2M1 grid with their signs, to the nearest or by 16 random bytes (from four words);
+// its record (integer.cpp), 16 bytes 2 * value + 12 and then the scale / 2; and the largest |v| of each of NB blocks, on its bits.
 constexpr int64_t RECORD = 20;
+constexpr int NB = 16;                    // rowwise blocks worked on at once
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-inline uint32_t block_amax(const float* v) {
-    return _mm512_reduce_max_epu32(_mm512_and_si512(_mm512_loadu_si512(v), _mm512_set1_epi32(0x7fffffff)));
-}
+typedef __m512 Values;
+inline void store(float* p, Values v) { _mm512_storeu_ps(p, v); }
 inline __m512 with_sign_of(__m512 y, __m512 magnitude) {           // a NaN has none
     const __m512i sign = _mm512_maskz_and_epi32(_mm512_cmp_ps_mask(y, y, _CMP_ORD_Q), _mm512_castps_si512(y), _mm512_set1_epi32(int32_t(0x80000000u)));
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude), sign));
 }
-inline void round_nearest(float* v, float e) {
+inline Values rounded(const float* v, float e) {
     const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(e)), a = _mm512_min_ps(_mm512_abs_ps(y), _mm512_set1_ps(6.0f));      // NaN gives 6
     __m512 magic = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(4.0f), _CMP_LT_OQ), _mm512_set1_ps(25165824.0f), _mm512_set1_ps(12582912.0f));
     magic = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(2.0f), _CMP_LT_OQ), magic, _mm512_set1_ps(6291456.0f));
-    _mm512_storeu_ps(v, with_sign_of(y, _mm512_sub_ps(_mm512_add_ps(a, magic), magic)));
+    return with_sign_of(y, _mm512_sub_ps(_mm512_add_ps(a, magic), magic));
 }
-inline void round_stochastic(float* v, float e, __m128i random) {
+inline Values rounded(const float* v, float e, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
     const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(e)), six = _mm512_set1_ps(6.0f), a = _mm512_min_ps(_mm512_abs_ps(y), six);
     __m512 unit = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(4.0f), _CMP_LT_OQ), _mm512_set1_ps(0.0078125f), _mm512_set1_ps(0.00390625f));
     unit = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_set1_ps(2.0f), _CMP_LT_OQ), unit, _mm512_set1_ps(0.001953125f));
-    const __m512 t = _mm512_add_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(random)), unit));
+    const __m512i random = _mm512_cvtepu8_epi32(_mm_setr_epi32(int(r0), int(r1), int(r2), int(r3)));
+    const __m512 t = _mm512_add_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(random), unit));
     const __m512 big = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(t), _mm512_set1_epi32(int32_t(0xffc00000u))));
     const __m512 small = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(0.5f), _CMP_GE_OQ), _mm512_set1_ps(0.5f));
     const __m512 r = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(1.0f), _CMP_LT_OQ), big, small);
-    _mm512_storeu_ps(v, with_sign_of(y, _mm512_min_ps(r, six)));
+    return with_sign_of(y, _mm512_min_ps(r, six));
 }
-inline void write_record(const float* v, float s, uint8_t* out) {
-    const __m512i doubles = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(2.0f)));
+inline void write_record(Values v, float s, uint8_t* out) {
+    const __m512i doubles = _mm512_cvtps_epi32(_mm512_add_ps(v, v));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_add_epi32(doubles, _mm512_set1_epi32(12))));
     const float half = s * 0.5f;
     std::memcpy(out + 16, &half, 4);
 }
+// Pairs of blocks are folded into one register, which leaves half of what each had, until one register holds one number of each.
+inline void block_amaxes(const float (*v)[16], float* out) {
+    __m512i m[NB];
+    for (int b = 0; b < NB; ++b) m[b] = _mm512_and_si512(_mm512_loadu_si512(v[b]), _mm512_set1_epi32(0x7fffffff));
+    for (int i = 0; i < 8; ++i) m[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(m[2 * i], m[2 * i + 1]), _mm512_unpackhi_epi32(m[2 * i], m[2 * i + 1]));
+    for (int i = 0; i < 4; ++i) m[i] = _mm512_max_epu32(_mm512_unpacklo_epi64(m[2 * i], m[2 * i + 1]), _mm512_unpackhi_epi64(m[2 * i], m[2 * i + 1]));
+    for (int n = 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) m[i] = _mm512_max_epu32(_mm512_shuffle_i32x4(m[2 * i], m[2 * i + 1], 0x88), _mm512_shuffle_i32x4(m[2 * i], m[2 * i + 1], 0xdd));
+    _mm512_storeu_si512(out, m[0]);
+}
 #elif defined(__AVX2__)
-inline void write_record(const float* v, float s, uint8_t* out) {
-    const __m256 two = _mm256_set1_ps(2.0f);
-    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v), two)), _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v + 8), two)));
+struct Values { __m256 half[2]; };
+inline void store(float* p, Values v) { _mm256_storeu_ps(p, v.half[0]); _mm256_storeu_ps(p + 8, v.half[1]); }
+inline __m256 with_sign_of(__m256 y, __m256 magnitude) {           // a NaN has none
+    return _mm256_or_ps(magnitude, _mm256_and_ps(_mm256_and_ps(y, _mm256_set1_ps(-0.0f)), _mm256_cmp_ps(y, y, _CMP_ORD_Q)));
+}
+inline __m256 below(__m256 a, float bound, float then, __m256 otherwise) {
+    return _mm256_blendv_ps(otherwise, _mm256_set1_ps(then), _mm256_cmp_ps(a, _mm256_set1_ps(bound), _CMP_LT_OQ));
+}
+inline Values rounded(const float* v, float e) {
+    Values out;
+    for (int h = 0; h < 2; ++h) {
+        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + 8 * h), _mm256_set1_ps(e));
+        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), y), _mm256_set1_ps(6.0f));             // NaN gives 6
+        const __m256 magic = below(a, 2.0f, 6291456.0f, below(a, 4.0f, 12582912.0f, _mm256_set1_ps(25165824.0f)));
+        out.half[h] = with_sign_of(y, _mm256_sub_ps(_mm256_add_ps(a, magic), magic));
+    }
+    return out;
+}
+inline Values rounded(const float* v, float e, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    Values out;
+    __m128i random = _mm_setr_epi32(int(r0), int(r1), int(r2), int(r3));
+    for (int h = 0; h < 2; ++h, random = _mm_srli_si128(random, 8)) {
+        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + 8 * h), _mm256_set1_ps(e)), six = _mm256_set1_ps(6.0f);
+        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), y), six);
+        const __m256 unit = below(a, 2.0f, 0.001953125f, below(a, 4.0f, 0.00390625f, _mm256_set1_ps(0.0078125f)));
+        const __m256 t = _mm256_add_ps(a, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(random)), unit));
+        const __m256 big = _mm256_and_ps(t, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffc00000u))));
+        const __m256 small = _mm256_and_ps(_mm256_set1_ps(0.5f), _mm256_cmp_ps(t, _mm256_set1_ps(0.5f), _CMP_GE_OQ));
+        out.half[h] = with_sign_of(y, _mm256_min_ps(_mm256_blendv_ps(big, small, _mm256_cmp_ps(t, _mm256_set1_ps(1.0f), _CMP_LT_OQ)), six));
+    }
+    return out;
+}
+inline void write_record(Values v, float s, uint8_t* out) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_add_ps(v.half[0], v.half[0])), _mm256_cvtps_epi32(_mm256_add_ps(v.half[1], v.half[1])));
     const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi8(bytes, _mm_set1_epi8(12)));
     const float half = s * 0.5f;
     std::memcpy(out + 16, &half, 4);
 }
-inline void round_stochastic(float* v, float e, __m128i random) {
-    const __m256 sign_bit = _mm256_set1_ps(-0.0f), six = _mm256_set1_ps(6.0f);
-    for (int half = 0; half < 16; half += 8, random = _mm_srli_si128(random, 8)) {
-        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + half), _mm256_set1_ps(e));
-        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(sign_bit, y), six);
-        const __m256 below4 = _mm256_blendv_ps(_mm256_set1_ps(0.0078125f), _mm256_set1_ps(0.00390625f), _mm256_cmp_ps(a, _mm256_set1_ps(4.0f), _CMP_LT_OQ));
-        const __m256 unit = _mm256_blendv_ps(below4, _mm256_set1_ps(0.001953125f), _mm256_cmp_ps(a, _mm256_set1_ps(2.0f), _CMP_LT_OQ));
-        const __m256 t = _mm256_add_ps(a, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(random)), unit));
-        const __m256 big = _mm256_and_ps(t, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffc00000u))));
-        const __m256 small = _mm256_and_ps(_mm256_set1_ps(0.5f), _mm256_cmp_ps(t, _mm256_set1_ps(0.5f), _CMP_GE_OQ));
-        const __m256 r = _mm256_min_ps(_mm256_blendv_ps(big, small, _mm256_cmp_ps(t, _mm256_set1_ps(1.0f), _CMP_LT_OQ)), six);
-        const __m256 sign = _mm256_and_ps(_mm256_and_ps(y, sign_bit), _mm256_cmp_ps(y, y, _CMP_ORD_Q));
-        _mm256_storeu_ps(v + half, _mm256_or_ps(r, sign));
+inline void block_amaxes(const float (*v)[16], float* out) {      // pairs of blocks are folded, as above
+    const __m256i keep = _mm256_set1_epi32(0x7fffffff);
+    for (int b = 0; b < NB; b += 8) {
+        __m256i m[8];
+        for (int i = 0; i < 8; ++i) {
+            const __m256i* p = reinterpret_cast<const __m256i*>(v[b + i]);
+            m[i] = _mm256_max_epu32(_mm256_and_si256(_mm256_loadu_si256(p), keep), _mm256_and_si256(_mm256_loadu_si256(p + 1), keep));
+        }
+        for (int i = 0; i < 4; ++i) m[i] = _mm256_max_epu32(_mm256_unpacklo_epi32(m[2 * i], m[2 * i + 1]), _mm256_unpackhi_epi32(m[2 * i], m[2 * i + 1]));
+        for (int i = 0; i < 2; ++i) m[i] = _mm256_max_epu32(_mm256_unpacklo_epi64(m[2 * i], m[2 * i + 1]), _mm256_unpackhi_epi64(m[2 * i], m[2 * i + 1]));
+        const __m256i all = _mm256_max_epu32(_mm256_permute2x128_si256(m[0], m[1], 0x20), _mm256_permute2x128_si256(m[0], m[1], 0x31));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b), all);
     }
 }
 #else
-inline void write_record(const float* v, float s, uint8_t* out) {
-    for (int k = 0; k < 16; ++k) out[k] = uint8_t(int32_t(v[k] * 2.0f) + 12);
+struct Values { float v[16]; };
+inline void store(float* p, const Values& v) { std::memcpy(p, v.v, sizeof v.v); }
+inline Values rounded(const float* v, float e) {
+    Values out;
+    for (int k = 0; k < 16; ++k) {
+        const uint32_t u = as_bits(v[k] * e);
+        out.v[k] = as_float(as_bits(e2m1_nearest(as_float(u & 0x7fffffffu))) | sign_of(u));
+    }
+    return out;
+}
+inline Values rounded(const float* v, float e, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    const uint32_t random[4] = {r0, r1, r2, r3};
+    Values out;
+    for (int k = 0; k < 16; ++k) {
+        const uint32_t u = as_bits(v[k] * e), byte = random[k / 4] >> (8 * (k % 4)) & 255u;
+        out.v[k] = as_float(as_bits(e2m1_stochastic(as_float(u & 0x7fffffffu), byte)) | sign_of(u));
+    }
+    return out;
+}
+inline void write_record(const Values& v, float s, uint8_t* out) {
+    for (int k = 0; k < 16; ++k) out[k] = uint8_t(int32_t(v.v[k] * 2.0f) + 12);
     const float half = s * 0.5f;
     std::memcpy(out + 16, &half, 4);
 }
-#endif
-#if defined(__AVX2__) && !(defined(__AVX512BW__) && defined(__AVX512VL__))
-inline uint32_t block_amax(const float* v) {
-    const __m256i keep = _mm256_set1_epi32(0x7fffffff);
-    const __m256i a = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)), keep);
-    const __m256i b = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + 8)), keep);
-    const __m256i m8 = _mm256_max_epu32(a, b);
-    const __m128i m4 = _mm_max_epu32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
-    const __m128i m2 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, 0x4e)), m1 = _mm_max_epu32(m2, _mm_shuffle_epi32(m2, 0xb1));
-    return uint32_t(_mm_cvtsi128_si32(m1));
-}
-inline void round_nearest(float* v, float e) {
-    const __m256 sign_bit = _mm256_set1_ps(-0.0f), six = _mm256_set1_ps(6.0f);
-    for (int half = 0; half < 16; half += 8) {
-        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(v + half), _mm256_set1_ps(e));
-        const __m256 a = _mm256_min_ps(_mm256_andnot_ps(sign_bit, y), six);            // NaN gives 6
-        const __m256 below4 = _mm256_blendv_ps(_mm256_set1_ps(25165824.0f), _mm256_set1_ps(12582912.0f), _mm256_cmp_ps(a, _mm256_set1_ps(4.0f), _CMP_LT_OQ));
-        const __m256 magic = _mm256_blendv_ps(below4, _mm256_set1_ps(6291456.0f), _mm256_cmp_ps(a, _mm256_set1_ps(2.0f), _CMP_LT_OQ));
-        const __m256 sign = _mm256_and_ps(_mm256_and_ps(y, sign_bit), _mm256_cmp_ps(y, y, _CMP_ORD_Q));
-        _mm256_storeu_ps(v + half, _mm256_or_ps(_mm256_sub_ps(_mm256_add_ps(a, magic), magic), sign));
-    }
-}
-#elif !defined(__AVX512BW__) || !defined(__AVX512VL__)
-inline uint32_t block_amax(const float* v) {
-    uint32_t a = 0;
-    for (int k = 0; k < 16; ++k) { const uint32_t u = as_bits(v[k]) & 0x7fffffffu; a = a > u ? a : u; }
-    return a;
-}
-inline void round_nearest(float* v, float e) {
-    for (int k = 0; k < 16; ++k) {
-        const uint32_t u = as_bits(v[k] * e);
-        v[k] = as_float(as_bits(e2m1_nearest(as_float(u & 0x7fffffffu))) | sign_of(u));
+inline void block_amaxes(const float (*v)[16], float* out) {
+    for (int b = 0; b < NB; ++b) {
+        uint32_t a = 0;
+        for (int k = 0; k < 16; ++k) a = std::max(a, as_bits(v[b][k]) & 0x7fffffffu);
+        out[b] = as_float(a);
     }
 }
 #endif
@@ -206,49 +239,114 @@ inline float error_of(float v, float s, float e, const Scale& S) {
     return S.error == 1 ? as_float(as_bits(d) & 0x7fffffffu) : d * d;
 }
 
-// Philox4x32-10 of CHUNK counters at once: 16 random bytes a counter.
-inline void philox(const uint64_t* index, int n, uint32_t face, uint64_t seed, uint32_t (*out)[CHUNK]) {
-    uint32_t* a = out[0]; uint32_t* b = out[1]; uint32_t* c = out[2]; uint32_t* d = out[3];
-    for (int j = 0; j < n; ++j) { a[j] = uint32_t(index[j]); b[j] = uint32_t(index[j] >> 32); c[j] = face; d[j] = 0; }
+// ------------------------------------------------------------------------------------------------ columns in registers
+// LANES columns are worked on at once: one vector register for each of the 16 images (two where the processor has 16 bytes only).
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline Floats all(float v) { return Floats{} + v; }
+inline Words bits_of(Floats v) { return reinterpret_cast<Words>(v); }
+inline Floats of_bits(Words v) { return reinterpret_cast<Floats>(v); }
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }           // b where a is NaN
+inline Words larger(Words a, Words b) { return a > b ? a : b; }
+inline Floats magnitude(Floats v) { return of_bits(bits_of(v) & 0x7fffffffu); }
+template <class V, class P> inline V read(const P* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+inline Floats load_lanes(const float* p) { return read<Floats>(p); }
+inline Floats load_lanes(const bf16* p) { return of_bits(__builtin_convertvector(read<Halves>(p), Words) << 16); }
+inline void store_lanes(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline void store_lanes(bf16* p, Floats v) { const Halves h = __builtin_convertvector(bits_of(v) >> 16, Halves); std::memcpy(p, &h, sizeof h); }    // exact values only
+
+// The functions of numbers.h for LANES values.
+inline Floats round_e4m3(Floats v) {
+    const Floats c = smaller(v, all(448.0f)), small = (c + 24576.0f) - 24576.0f;
+    const Words u = bits_of(c), normal = (u + 0x7ffffu + (u >> 20 & 1u)) & 0xfff00000u;
+    return smaller(c < 0.015625f ? small : of_bits(normal), all(448.0f));
+}
+inline Floats e2m1_nearest(Floats a) {
+    a = smaller(a, all(6.0f));
+    const Floats magic = a < 2.0f ? all(6291456.0f) : (a < 4.0f ? all(12582912.0f) : all(25165824.0f));
+    return (a + magic) - magic;
+}
+inline Floats e2m1_stochastic(Floats a, Words random) {
+    a = smaller(a, all(6.0f));
+    const Floats unit = a < 2.0f ? all(0.001953125f) : (a < 4.0f ? all(0.00390625f) : all(0.0078125f));
+    const Floats t = a + __builtin_convertvector(reinterpret_cast<Ints>(random), Floats) * unit;
+    const Floats big = of_bits(bits_of(t) & 0xffc00000u), small = t < 0.5f ? all(0.0f) : all(0.5f);
+    return smaller(t < 1.0f ? small : big, all(6.0f));
+}
+inline Words e2m1_code(Floats r) {                                 // of values on the grid, without the sign
+    const Words big = (bits_of(r) >> 22) - 252u, small = r < 0.5f ? Words{} : Words{} + 1u;
+    return r < 1.0f ? small : big;
+}
+inline Words sign_of(Floats y) { return y == y ? bits_of(y) & 0x80000000u : Words{}; }         // NaN: none
+
+// Philox4x32-10 of LANES counters: 16 random bytes each.
+struct Random { Words word[4]; };
+struct Product { Words high, low; };
+inline Product wide_product(Words a, uint32_t k) {                // the halves of the 64-bit products
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m512i v = reinterpret_cast<__m512i>(a), factor = _mm512_set1_epi32(int32_t(k));
+    const __m512i even = _mm512_mul_epu32(v, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), factor);
+    return {reinterpret_cast<Words>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)), reinterpret_cast<Words>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)))};
+#elif defined(__AVX2__)
+    const __m256i v = reinterpret_cast<__m256i>(a), factor = _mm256_set1_epi32(int32_t(k));
+    const __m256i even = _mm256_mul_epu32(v, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), factor);
+    return {reinterpret_cast<Words>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)), reinterpret_cast<Words>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa))};
+#else
+    Product p;
+    for (int j = 0; j < LANES; ++j) { const uint64_t v = uint64_t(a[j]) * k; p.high[j] = uint32_t(v >> 32); p.low[j] = uint32_t(v); }
+    return p;
+#endif
+}
+inline Random philox(const uint64_t* index, uint32_t face, uint64_t seed) {
+    Words a{}, b{}, c = Words{} + face, d{};
+    for (int j = 0; j < LANES; ++j) { a[j] = uint32_t(index[j]); b[j] = uint32_t(index[j] >> 32); }
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; ++round) {
-        for (int j = 0; j < n; ++j) {
-            uint64_t p0 = uint64_t(0xD2511F53u) * a[j], p1 = uint64_t(0xCD9E8D57u) * c[j];
-            uint32_t na = uint32_t(p1 >> 32) ^ b[j] ^ k0, nc = uint32_t(p0 >> 32) ^ d[j] ^ k1;
-            a[j] = na; b[j] = uint32_t(p1); c[j] = nc; d[j] = uint32_t(p0);
-        }
+        const Product p0 = wide_product(a, 0xD2511F53u), p1 = wide_product(c, 0xCD9E8D57u);
+        a = p1.high ^ b ^ k0; c = p0.high ^ d ^ k1; b = p1.low; d = p0.low;
         k0 += 0x9E3779B9u; k1 += 0xBB67AE85u;
     }
+    return {{a, b, c, d}};
 }
 
-// 16 rows x n columns into t, signs applied, rotated, times 1/4; bf16 input: rounded to bf16.
+// Columns at, at + 1, ... of 16 rows into t; signs applied, rotated, times 1/4 (bf16: rounded to bf16). Columns from n on are zeros.
 template <class T, bool RHT>
-inline void load_tile(const T* const* rows, int64_t at, int n, float (*t)[CHUNK]) {
+inline void load_tile(const T* const* rows, int64_t at, int n, Floats* t) {
     for (int i = 0; i < 16; ++i) {
-        const uint32_t flip = RHT && SIGN[i] < 0 ? 0x80000000u : 0u;
-        if (rows[i] == nullptr) { for (int j = 0; j < CHUNK; ++j) t[i][j] = as_float(flip); continue; }      // -0.0 counts: signs first
-        const T* p = rows[i] + at;
-        if (n == CHUNK) { for (int j = 0; j < CHUNK; ++j) t[i][j] = as_float(as_bits(load(p + j)) ^ flip); }
-        else { for (int j = 0; j < n; ++j) t[i][j] = as_float(as_bits(load(p + j)) ^ flip); for (int j = n; j < CHUNK; ++j) t[i][j] = 0.0f; }
+        Floats v{};
+        if (rows[i] && n == LANES) v = load_lanes(rows[i] + at);
+        else if (rows[i]) { T edge[LANES] = {}; std::memcpy(edge, rows[i] + at, size_t(n) * sizeof(T)); v = load_lanes(edge); }
+        t[i] = RHT && SIGN[i] < 0 ? of_bits(bits_of(v) ^ 0x80000000u) : v;    // -0.0 counts: signs first, of rows of zeros, too
     }
     if (!RHT) return;
+    #pragma GCC unroll 4
     for (int stride = 1; stride < 16; stride *= 2)
-        for (int i = 0; i < 16; ++i) {
-            if (i & stride) continue;
-            float* lo = t[i]; float* hi = t[i + stride];
-            for (int j = 0; j < CHUNK; ++j) { float a = lo[j], b = hi[j]; lo[j] = a + b; hi[j] = a - b; }
-        }
-    for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < CHUNK; ++j) {
-            float v = t[i][j] * 0.25f;
-            t[i][j] = sizeof(T) == 2 ? as_float(round_bf16_bits(as_bits(v))) : v;
-        }
+        #pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+            if (!(i & stride)) { const Floats a = t[i], b = t[i + stride]; t[i] = a + b; t[i + stride] = a - b; }
+    for (int i = 0; i < 16; ++i) {
+        t[i] = t[i] * 0.25f;
+        if (sizeof(T) == 2) { const Words u = bits_of(t[i]); t[i] = of_bits((u + 0x7fffu + (u >> 16 & 1u)) & 0xffff0000u); }
+    }
 }
 
-inline void tile_amax(float (*t)[CHUNK], uint32_t* m) {
-    for (int j = 0; j < CHUNK; ++j) m[j] = 0;
-    for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < CHUNK; ++j) { uint32_t a = as_bits(t[i][j]) & 0x7fffffffu; m[j] = m[j] > a ? m[j] : a; }
+inline Words tile_amax(const Floats* t) {
+    Words m{};
+    for (int i = 0; i < 16; ++i) m = larger(m, bits_of(t[i]) & 0x7fffffffu);
+    return m;
+}
+inline uint32_t lane_amax(Words m) {
+    uint32_t top = 0;
+    for (int j = 0; j < LANES; ++j) top = std::max(top, uint32_t(m[j]));
+    return top;
 }
 
 template <class T>
@@ -279,14 +377,12 @@ struct Seen { uint32_t row = 0, col = 0; int64_t saturated = 0; };
 void merge(Seen& into, const Seen& from) { into.row = std::max(into.row, from.row); into.col = std::max(into.col, from.col); into.saturated += from.saturated; }
 
 // ------------------------------------------------------------------------------------------------ rowwise
-constexpr int NB = 16;                    // rowwise blocks worked on at once
-
 // NB blocks of 16 values, in v: scales, rounding, stores. n[b] values of block b are real, p[b] is where they go in the dequantized face.
 template <class D, bool SR>
 inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed, const Scale& S, D* const* p, const int* n, int nb,
                             uint8_t* codes, uint8_t* scale, uint8_t* records, Seen* seen) {
-    float s[NB], e[NB], amax[NB]; uint32_t random[4][CHUNK];
-    for (int b = 0; b < NB; ++b) amax[b] = as_float(block_amax(v[b]));
+    float s[NB], e[NB], amax[NB]; uint32_t random[4][NB];
+    block_amaxes(v, amax);
     if (seen) for (int b = 0; b < NB; ++b) { seen->row = std::max(seen->row, as_bits(amax[b])); seen->saturated += amax[b] * S.mult > 448.0f; }
     if (S.error == 0) { for (int b = 0; b < NB; ++b) { s[b] = round_e4m3(amax[b] * S.mult); e[b] = encode_of(s[b], S.S_dec); } }
     else for (int b = 0; b < NB; ++b) {
@@ -297,27 +393,20 @@ inline void quantize_blocks(float (*v)[16], const uint64_t* index, uint64_t seed
         for (int k = 1; k < 16; ++k) { sum6 += d6[k]; sum4 += d4[k]; }
         s[b] = sum4 < sum6 ? s4 : s6; e[b] = sum4 < sum6 ? e4 : e6;
     }
-    if (SR) philox(index, NB, 0, seed, random);
-    for (int b = 0; b < NB; ++b) {
-        if (!SR) { round_nearest(v[b], e[b]); continue; }
-#if defined(__AVX2__)
-        round_stochastic(v[b], e[b], _mm_setr_epi32(int(random[0][b]), int(random[1][b]), int(random[2][b]), int(random[3][b])));
-#else
-        const float eb = e[b];
-        uint32_t bytes[16];
-        for (int k = 0; k < 16; ++k) bytes[k] = (random[k / 4][b] >> (8 * (k % 4))) & 255u;
-        for (int k = 0; k < 16; ++k) {
-            const uint32_t u = as_bits(v[b][k] * eb);
-            v[b][k] = as_float(as_bits(e2m1_stochastic(as_float(u & 0x7fffffffu), bytes[k])) | sign_of(u));
-        }
-#endif
+    if (SR) for (int b = 0; b < NB; b += LANES) {
+        const Random r = philox(index + b, 0, seed);
+        for (int k = 0; k < 4; ++k) std::memcpy(random[k] + b, &r.word[k], sizeof r.word[k]);
+    }
+    for (int b = 0; b < nb; ++b) {
+        const Values r = SR ? rounded(v[b], e[b], random[0][b], random[1][b], random[2][b], random[3][b]) : rounded(v[b], e[b]);
+        if (records) write_record(r, s[b], records + b * RECORD);
+        if (p || codes) store(v[b], r);
     }
     if (p) for (int b = 0; b < nb; ++b) {
         const float sb = s[b];
         if (n[b] == 16) { D* o = p[b]; for (int k = 0; k < 16; ++k) store(o + k, v[b][k] * sb); }
         else { for (int k = 0; k < n[b]; ++k) store(p[b] + k, v[b][k] * sb); }
     }
-    if (records) for (int b = 0; b < nb; ++b) write_record(v[b], s[b], records + b * RECORD);
     if (codes) for (int b = 0; b < nb; ++b) pack_block(v[b], codes + b * 8);
     if (scale) for (int b = 0; b < nb; ++b) scale[b] = e4m3_byte(s[b]);
 }
@@ -328,17 +417,17 @@ void row_run(const Operand& q, const T* x, int64_t image, int64_t row, const Sca
     const int64_t base = (image * q.L + row) * q.Wp * q.C, sbase = (image * q.L + row) * total;
     D* dq = q.row_dq ? static_cast<D*>(q.row_dq) + base : nullptr;
     const bool even = Cg % 16 == 0;
-    float v[NB][16]; uint64_t index[CHUNK]; D* p[NB]; int n[NB];
-    int64_t seg = 0, kb = 0;
+    float v[NB][16]; uint64_t index[NB]; D* p[NB]; int n[NB];
+    int64_t seg = 0, kb = 0, pixel = 0, group = 0;
     for (int64_t b0 = 0; b0 < total; b0 += NB) {
         const int nb = int(std::min<int64_t>(NB, total - b0));
         for (int b = 0; b < nb; ++b) {
             const int64_t at = seg * Cg + kb * 16;
             n[b] = int(std::min<int64_t>(16, Cg - kb * 16));
             p[b] = dq + at;
-            if (SR) index[b] = uint64_t((((row * q.Wp + seg / q.groups) * q.images + image) * q.groups + seg % q.groups) * Kb + kb);
+            if (SR) index[b] = uint64_t((((row * q.Wp + pixel) * q.images + image) * q.groups + group) * Kb + kb);
             if (!even) for (int k = 0; k < 16; ++k) v[b][k] = k < n[b] ? load(x + at + k) : 0.0f;
-            if (++kb == Kb) { kb = 0; ++seg; }
+            if (++kb == Kb) { kb = 0; ++seg; if (++group == q.groups) { group = 0; ++pixel; } }
         }
         if (even && nb == NB) { for (int k = 0; k < NB * 16; ++k) (&v[0][0])[k] = load(x + b0 * 16 + k); }
         else if (even) { for (int k = 0; k < nb * 16; ++k) (&v[0][0])[k] = load(x + b0 * 16 + k); }
@@ -349,79 +438,77 @@ void row_run(const Operand& q, const T* x, int64_t image, int64_t row, const Sca
 }
 
 // ------------------------------------------------------------------------------------------------ columnwise
+// 4over6 for columns: the scale whose squared or absolute errors have the smaller sum, images added in their order.
+inline Floats error_of(Floats v, Floats s, Floats e, const Scale& S) {
+    const Floats y = v * e, r = of_bits(bits_of(e2m1_nearest(magnitude(y))) | sign_of(y));
+    const Floats d = ((r * s) * S.amax) / S.range - v;
+    return S.error == 1 ? magnitude(d) : d * d;
+}
+inline Floats encode_of(Floats s, float S_dec) { return smaller(1.0f / (s * S_dec), all(FLT_MAXIMUM)); }
+inline Floats four_over_six(const Floats* t, Floats amax, const Scale& S) {
+    const Floats s6 = round_e4m3((amax / 6.0f) * S.S_enc), s4 = round_e4m3(((amax / 6.0f) * S.S_enc) * 1.5f);
+    const Floats e6 = encode_of(s6, S.S_dec), e4 = encode_of(s4, S.S_dec);
+    Floats sum6 = error_of(t[0], s6, e6, S), sum4 = error_of(t[0], s4, e4, S);
+    for (int i = 1; i < 16; ++i) { sum6 = sum6 + error_of(t[i], s6, e6, S); sum4 = sum4 + error_of(t[i], s4, e4, S); }
+    return sum4 < sum6 ? s4 : s6;
+}
+
 template <class T, class D, bool RHT, bool SR>
 void col_run(const Operand& q, const T* const* rows, int64_t g16, int64_t row, const Scale& S, Seen* seen) {
-    const int64_t run = q.Wp * q.C, N16 = q.fold_images / 16, M16 = q.fold_L * q.Wp * N16;
-    const int64_t out = (g16 * q.fold_L + row) * run;
-    float t[16][CHUNK], s[CHUNK], e[CHUNK]; uint32_t m[CHUNK], lo[CHUNK], hi[CHUNK]; uint64_t index[CHUNK]; uint32_t random[4][CHUNK];
-    for (int64_t at = 0; at < run; at += CHUNK) {
-        const int n = int(std::min<int64_t>(CHUNK, run - at));
+    const int64_t run = q.Wp * q.C, N16 = q.fold_images / 16, M16 = q.fold_L * q.Wp * N16, out = (g16 * q.fold_L + row) * run;
+    int64_t w = 0, c = 0;                                          // pixel and channel of the first column
+    for (int64_t at = 0; at < run; at += LANES) {
+        const int n = int(std::min<int64_t>(LANES, run - at));
+        int64_t pixel[LANES], channel[LANES];
+        for (int j = 0; j < LANES; ++j) { pixel[j] = w; channel[j] = c; if (j < n && ++c == q.C) { c = 0; ++w; } }
+        Floats t[16];
         load_tile<T, RHT>(rows, at, n, t);
-        tile_amax(t, m);
-        if (seen) for (int j = 0; j < CHUNK; ++j) { seen->col = std::max(seen->col, m[j]); seen->saturated += as_float(m[j]) * S.mult > 448.0f; }
-        if (S.error == 0) { for (int j = 0; j < CHUNK; ++j) { s[j] = round_e4m3(as_float(m[j]) * S.mult); e[j] = encode_of(s[j], S.S_dec); } }
-        else {
-            float s4[CHUNK], e4[CHUNK], sum6[CHUNK], sum4[CHUNK];
-            for (int j = 0; j < CHUNK; ++j) {
-                s[j] = scale_to_6(as_float(m[j]), S); e[j] = encode_of(s[j], S.S_dec);
-                s4[j] = scale_to_4(as_float(m[j]), S); e4[j] = encode_of(s4[j], S.S_dec);
-            }
-            for (int i = 0; i < 16; ++i)
-                for (int j = 0; j < CHUNK; ++j) {
-                    const float d6 = error_of(t[i][j], s[j], e[j], S), d4 = error_of(t[i][j], s4[j], e4[j], S);
-                    sum6[j] = i ? sum6[j] + d6 : d6; sum4[j] = i ? sum4[j] + d4 : d4;
-                }
-            for (int j = 0; j < CHUNK; ++j) { const bool four = sum4[j] < sum6[j]; s[j] = four ? s4[j] : s[j]; e[j] = four ? e4[j] : e[j]; }
+        const Words amax = tile_amax(t);
+        if (seen) {
+            seen->col = std::max(seen->col, lane_amax(amax));
+            for (int j = 0; j < LANES; ++j) seen->saturated += as_float(amax[j]) * S.mult > 448.0f;
         }
+        const Floats s = S.error ? four_over_six(t, of_bits(amax), S) : round_e4m3(of_bits(amax) * S.mult), e = encode_of(s, S.S_dec);
+        Random random{};
         if (SR) {
-            int64_t w = at / q.C, c = at % q.C;
-            for (int j = 0; j < n; ++j) {
-                index[j] = uint64_t(c * M16 + (row * q.Wp + w) * N16 + g16);
-                if (++c == q.C) { c = 0; ++w; }
-            }
-            for (int j = n; j < CHUNK; ++j) index[j] = 0;
-            philox(index, CHUNK, 1, uint64_t(q.seed), random);
+            uint64_t index[LANES];
+            for (int j = 0; j < LANES; ++j) index[j] = uint64_t(channel[j] * M16 + (row * q.Wp + pixel[j]) * N16 + g16);
+            random = philox(index, 1, uint64_t(q.seed));
         }
         for (int i = 0; i < 16; ++i) {
-            const uint32_t* word = random[i / 4]; const int shift = 8 * (i % 4);
-            for (int j = 0; j < CHUNK; ++j) {
-                float y = t[i][j] * e[j]; uint32_t u = as_bits(y);
-                float a = as_float(u & 0x7fffffffu);
-                float g = SR ? e2m1_stochastic(a, (word[j] >> shift) & 255u) : e2m1_nearest(a);
-                t[i][j] = as_float(as_bits(g) | sign_of(u));
-            }
+            const Floats y = t[i] * e, a = magnitude(y);
+            const Floats g = SR ? e2m1_stochastic(a, random.word[i / 4] >> (8 * (i % 4)) & 255u) : e2m1_nearest(a);
+            t[i] = of_bits(bits_of(g) | sign_of(y));
         }
         if (q.col_dq) for (int i = 0; i < 16; ++i) {
             D* p = static_cast<D*>(q.col_dq) + ((g16 * 16 + i) * q.fold_L + row) * run + at;
-            if (n == CHUNK) { for (int j = 0; j < CHUNK; ++j) store(p + j, t[i][j] * s[j]); }
-            else { for (int j = 0; j < n; ++j) store(p + j, t[i][j] * s[j]); }
+            if (n == LANES) store_lanes(p, t[i] * s);
+            else { D edge[LANES]; store_lanes(edge, t[i] * s); std::memcpy(p, edge, size_t(n) * sizeof(D)); }
         }
         if (q.col_records) {                                       // [row, pixel, N16, C, RECORD]: an image's byte is 2 * value + 12
-            uint32_t bytes[4][CHUNK];
-            for (int k = 0; k < 4; ++k)
-                for (int j = 0; j < CHUNK; ++j)
-                    bytes[k][j] = uint32_t(int32_t(t[4 * k][j] * 2.0f) + 12) | uint32_t(int32_t(t[4 * k + 1][j] * 2.0f) + 12) << 8
-                                | uint32_t(int32_t(t[4 * k + 2][j] * 2.0f) + 12) << 16 | uint32_t(int32_t(t[4 * k + 3][j] * 2.0f) + 12) << 24;
-            int64_t w = at / q.C, c = at % q.C;
+            uint32_t record[5][LANES];
+            for (int k = 0; k < 4; ++k) {
+                Words bytes{};
+                for (int i = 0; i < 4; ++i) bytes |= reinterpret_cast<Words>(__builtin_convertvector(t[4 * k + i] * 2.0f, Ints) + 12) << (8 * i);
+                std::memcpy(record[k], &bytes, sizeof bytes);
+            }
+            store_lanes(reinterpret_cast<float*>(record[4]), s * 0.5f);
             for (int j = 0; j < n; ++j) {
-                const uint32_t record[5] = {bytes[0][j], bytes[1][j], bytes[2][j], bytes[3][j], as_bits(s[j] * 0.5f)};
-                std::memcpy(q.col_records + (((row * q.Wp + w) * N16 + g16) * q.C + c) * RECORD, record, RECORD);
-                if (++c == q.C) { c = 0; ++w; }
+                uint8_t* p = q.col_records + (((row * q.Wp + pixel[j]) * N16 + g16) * q.C + channel[j]) * RECORD;
+                for (int k = 0; k < 5; ++k) std::memcpy(p + 4 * k, &record[k][j], 4);
             }
         }
         if (q.col_codes) {
-            for (int j = 0; j < CHUNK; ++j) { lo[j] = 0; hi[j] = 0; }
-            for (int i = 0; i < 16; ++i) {
-                uint32_t* word = i < 8 ? lo : hi; const int shift = 4 * (i % 8);
-                for (int j = 0; j < CHUNK; ++j) {
-                    uint32_t u = as_bits(t[i][j]);
-                    word[j] |= (e2m1_code(as_float(u & 0x7fffffffu)) | (u >> 28 & 8u)) << shift;
-                }
-            }
+            Words half[2] = {};
+            for (int i = 0; i < 16; ++i) half[i / 8] |= (e2m1_code(magnitude(t[i])) | (bits_of(t[i]) >> 28 & 8u)) << (4 * (i % 8));
             uint32_t* p = reinterpret_cast<uint32_t*>(q.col_codes) + (out + at) * 2;
-            for (int j = 0; j < n; ++j) { p[2 * j] = lo[j]; p[2 * j + 1] = hi[j]; }
+            for (int j = 0; j < n; ++j) { p[2 * j] = half[0][j]; p[2 * j + 1] = half[1][j]; }
         }
-        if (q.col_scale) for (int j = 0; j < n; ++j) q.col_scale[out + at + j] = e4m3_byte(s[j]);
+        if (q.col_scale) {
+            const Words u = bits_of(s), normal = (u >> 20) - (120u << 3), small = reinterpret_cast<Words>(__builtin_convertvector(s * 512.0f, Ints));
+            const Words bytes = s < 0.015625f ? small : normal;
+            for (int j = 0; j < n; ++j) q.col_scale[out + at + j] = uint8_t(bytes[j]);
+        }
     }
 }
 
@@ -455,14 +542,13 @@ void amax_operand(const Operand& q) {
         for (int64_t item = 0; item < items; ++item) {
             const T* rows[16];
             if (!row_pointers<T>(q, item / q.fold_L, item % q.fold_L, rows)) continue;
-            float t[16][CHUNK]; uint32_t m[CHUNK];
-            for (int64_t at = 0; at < run; at += CHUNK) {
-                load_tile<T, RHT>(rows, at, int(std::min<int64_t>(CHUNK, run - at)), t);
-                tile_amax(t, m);
-                uint32_t top = 0;
-                for (int j = 0; j < CHUNK; ++j) top = top > m[j] ? top : m[j];
-                col_max = col_max > top ? col_max : top;
+            Words m{};
+            for (int64_t at = 0; at < run; at += LANES) {
+                Floats t[16];
+                load_tile<T, RHT>(rows, at, int(std::min<int64_t>(LANES, run - at)), t);
+                m = larger(m, tile_amax(t));
             }
+            col_max = std::max(col_max, lane_amax(m));
         }
     }
     q.amax[0] = as_float(row_max);
@@ -591,7 +677,7 @@ void quantize_weight(const Weight& q) {
                 const float s = S.error ? four_over_six_tile(tile[t], as_float(m), S) : round_e4m3(as_float(m) * S.mult), e = encode_of(s, S.S_dec);
                 for (int o = 0; o < no; ++o) {
                     float* r = tile[t][o];
-                    round_nearest(r, e);
+                    store(r, rounded(r, e));
                     const int64_t at = (g * q.Og + ob * 16 + o) * q.T + t0 + t;
                     if (q.dq) {
                         D* d = static_cast<D*>(q.dq) + at * q.Cg + kb * 16;

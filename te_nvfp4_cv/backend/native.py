@@ -1,14 +1,12 @@
-"""Build the CPU kernels once per machine from the C++ files here, with the user's compiler; load them through ctypes.
+"""Load the compiled CPU kernels through ctypes: those of a wheel, or those that the user's compiler makes here, once.
 
-native.cpp quantizes, integer.cpp multiplies, numbers.h is what both share.
-
-No torch headers and no Python.h are needed: a C++17 compiler is enough (g++ or clang++, or the one that `CXX` names).
-The shared object goes to the folder of cache.py. Its name is a digest of source, flags, compiler and CPU, and it is
-renamed into place, so that parallel processes and different machines can share the folder.
-Without a compiler `load()` returns None and warns once; the vendor backend then quantizes with plain torch, which gives
+A wheel (`make wheel`) brings one shared object per instruction set; the best that the processor can run is loaded. A
+source install compiles at first use, with g++, clang++ or what `CXX` names, into the folder of cache.py. That file's
+name is a digest of source, flags, compiler and CPU, so that different machines can share the folder.
+Without either `load()` returns None and warns once; the vendor backend then quantizes with plain torch, which gives
 the same bits and is slower. `TE_NVFP4_CV_NATIVE=0` switches the kernels off.
 
-The kernels use the instructions of the machine's processor. `TE_NVFP4_CV_MACHINE` builds and runs them for another one of
+The kernels use the instructions of the machine's processor. `TE_NVFP4_CV_MACHINE` takes those for another one of
 MACHINES that this processor can run, which is how tests and benchmarks compare them.
 """
 
@@ -16,28 +14,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
+from te_nvfp4_cv.backend import compilation
 from te_nvfp4_cv.backend.cache import cache_folder
+from te_nvfp4_cv.backend.compilation import MACHINES, WHEEL_MACHINES, compiler, wheel_object
 from te_nvfp4_cv.errors import value_error, warn_once
 
 _log = logging.getLogger("te_nvfp4_cv")
-_FOLDER = Path(__file__).parent
-_SOURCES = [_FOLDER / "native.cpp", _FOLDER / "integer.cpp"]
-_HEADER = _FOLDER / "numbers.h"
-# No contraction to fused multiply-adds, which would round once where the reference rounds twice. The others of -f
-# allow vector code without changing a value; -ffast-math would change some.
-_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _AXES = _I64 * 3
 
@@ -104,36 +96,7 @@ class Weight(ctypes.Structure):
     ]
 
 
-def compiler() -> str | None:
-    """Return the C++ compiler command to use (that of `CXX`, else g++, clang++ or c++), or None if there is none."""
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        words = shlex.split(name) if name else []
-        if words and (found := shutil.which(words[0])):  # CXX may hold options, too: "ccache g++"
-            return shlex.join([found, *words[1:]])
-    return None
-
-
-def _cpu_features() -> str:
-    # -march=native builds for this CPU: in a home folder shared by several machines each needs its build.
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-# Compiler flags by the name that integer.cpp gives its loop; "native" is whichever is best for this processor.
-MACHINES = {
-    "native": ["-march=native", "-mprefer-vector-width=512"],
-    "avx512_vnni": ["-march=icelake-server", "-mprefer-vector-width=512"],
-    "avx_vnni": ["-march=x86-64-v3", "-mavxvnni"],
-    "avx2": ["-march=x86-64-v3"],
-    "neon_dotprod": ["-march=armv8.2-a+dotprod"],
-    "plain": [],
-}
-
-
-def _tuning() -> list[str]:
+def _machine() -> str:
     name = os.environ.get("TE_NVFP4_CV_MACHINE", "native")
     if name not in MACHINES:
         raise value_error(
@@ -142,45 +105,67 @@ def _tuning() -> list[str]:
             needs=f"one of {', '.join(MACHINES)}",
             fix="unset it",
         )
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return MACHINES[name] if x86 or name != "native" else ["-mcpu=native"]
+    return name
+
+
+# ---- the kernels of a wheel -----------------------------------------------------------------------------------------
+
+
+def _in_wheel() -> Path | None:
+    """Return the best shared object beside this file that the processor can run, or None after a source install."""
+    name, has = _machine(), set(compilation.features().split())
+    for machine, needs in WHEEL_MACHINES.items():
+        chosen = needs <= has if name == "native" else name == machine
+        if chosen and (path := wheel_object(machine)).exists():
+            return path
+    return None
+
+
+def _share_openmp() -> None:
+    """Let a wheel's kernels find the OpenMP runtime that torch has loaded.
+
+    torch's wheels bring a libgomp, some under a name of their own. Kernels that named libgomp.so.1 would then load a
+    second runtime, whose threads compete with torch's for the cores, or would fail on a system without one. So they
+    name none. Their calls bind to whatever the process has made visible to all: the runtime of torch, which may also
+    be Intel's or LLVM's, because these have the functions of libgomp.
+    """
+    mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    runtimes = [path for path in mapped if re.match(r"lib(gomp|iomp5|omp)[-.]", Path(path).name)]
+    # Other packages bring copies, too.
+    for path in sorted(runtimes, key=lambda path: not Path(path).is_relative_to(Path(torch.__file__).parent))[:1]:
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+# ---- the kernels that are compiled here -----------------------------------------------------------------------------
 
 
 def _attempts() -> list[list[str]]:
     """Return sets of flags, the best first: a compiler without OpenMP or -march=native still builds working kernels."""
-    return [_FLAGS + _tuning() + ["-fopenmp"], _FLAGS + _tuning(), _FLAGS]
+    name, x86 = _machine(), platform.machine().lower() in ("x86_64", "amd64")
+    tuning = MACHINES[name] if x86 or name != "native" else ["-mcpu=native"]
+    # libgomp.so.1 becomes a dependency, which the one that torch has loaded under this name fulfils.
+    return [[*tuning, "-fopenmp"], tuning, []]
 
 
 def _build(cxx: str) -> Path:
-    command = shlex.split(cxx)
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    source = "\0".join(path.read_text() for path in (*_SOURCES, _HEADER))
-    key = hashlib.sha256("\0".join([source, cxx, version, _cpu_features(), str(_attempts())]).encode()).hexdigest()[:20]
-    target = cache_folder() / f"native_{key}.so"
-    # Files are complete when they get this name, so another process may have built it meanwhile.
-    if target.exists():
-        return target
-    # A warning, not an info: without any logging set up Python shows only these, and a pause of seconds needs a reason.
-    _log.warning("te_nvfp4_cv: compiling the CPU kernels (once per machine, some seconds) ...")
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    error = ""
-    try:
-        for flags in _attempts():
-            run = subprocess.run([*command, *flags, *map(str, _SOURCES), "-o", temporary], capture_output=True, text=True)
-            if run.returncode == 0:
-                os.replace(temporary, target)
-                return target
-            error = run.stderr
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    raise OSError(f"{cxx} could not build the CPU kernels: {error.strip()[-800:]}")
+    command = [*shlex.split(cxx), "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    # In a home folder shared by several machines each processor needs its build.
+    flags = str([compilation.FLAGS, _attempts()])
+    target = cache_folder() / f"native_{compilation.digest(cxx, version, compilation.features(), flags)}.so"
+    if not target.exists():
+        # A warning, not an info: without logging set up Python shows only these, and a pause of seconds needs a reason.
+        _log.warning("te_nvfp4_cv: compiling the CPU kernels (once per machine, some seconds) ...")
+        compilation.compile_here(cxx, _attempts(), target)
+    return target
 
 
-def identity() -> dict[str, str]:
-    """Return what the compiled kernels depend on: the library's digest, and torch's version."""
-    library = load()
-    return {"library": "none" if library is None else Path(library._name).stem, "torch": str(torch.__version__)}
+# ---- either ---------------------------------------------------------------------------------------------------------
+
+
+def name(library: ctypes.CDLL) -> str:
+    """Return a name for the kernels on this processor: one of a wheel serves many, and each checks it for itself."""
+    return f"{Path(library._name).stem}_{compilation.digest(compilation.features())}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -188,26 +173,32 @@ def load() -> ctypes.CDLL | None:
     """Return the compiled kernels, which the first call builds, or None if they are off or cannot be built."""
     if os.environ.get("TE_NVFP4_CV_NATIVE", "1") == "0":
         return None
-    cxx = compiler()
-    if cxx is None:
-        warn_once(
-            "native",
-            "te_nvfp4_cv found no C++ compiler (g++, clang++ or CXX): NVFP4 quantization on the CPU runs in "
-            "plain torch, with the same bits but about 50 times slower. Install g++ to change that.",
-        )
-        return None
+    path, cxx = _in_wheel(), compiler()
     try:
-        library = ctypes.CDLL(str(_build(cxx)))
+        if path is not None:
+            _share_openmp()
+        elif cxx is not None:
+            path = _build(cxx)
+        else:
+            warn_once(
+                "native",
+                "te_nvfp4_cv found no C++ compiler (g++, clang++ or CXX): NVFP4 quantization on the CPU runs in "
+                "plain torch, with the same bits but about 50 times slower. Install g++ to change that.",
+            )
+            return None
+        library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         warn_once(
             "native",
-            f"te_nvfp4_cv could not build its CPU kernels, plain torch quantizes instead (same bits, slower): {error}",
+            "te_nvfp4_cv could not build or load its CPU kernels, plain torch quantizes instead (same bits, slower): "
+            f"{error}",
         )
         return None
     # Without argtypes ctypes would pass 64-bit sizes as C ints.
-    records = ("amax", "quantize", "quantize_weight", "unpack_weight", "expand_weight", "data_product", "weight_product")
-    for name in (f"nvfp4_{record}" for record in records):
-        getattr(library, name).argtypes, getattr(library, name).restype = [_P], None
+    of_records = "amax quantize quantize_weight unpack_weight expand_weight data_product weight_product"
+    for name in of_records.split():
+        function = getattr(library, f"nvfp4_{name}")
+        function.argtypes, function.restype = [_P], None
     library.nvfp4_unpack_columns.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
     library.nvfp4_unpack_rows.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
     library.nvfp4_expand_records.argtypes = [_P, _P, _P, _I64, _I32]
@@ -216,6 +207,11 @@ def load() -> ctypes.CDLL | None:
     library.nvfp4_positive_mask.argtypes = [_P, _P, _I64, _I32, _I32]
     library.nvfp4_apply_mask.argtypes = [_P, _P, _P, _I64, _I32, _I32]
     return library
+
+
+def of_wheel(library: ctypes.CDLL) -> bool:
+    """Return True if the loaded kernels came with a wheel, False if they were compiled here."""
+    return Path(library._name).parent == Path(__file__).parent
 
 
 def available(device: torch.device) -> bool:

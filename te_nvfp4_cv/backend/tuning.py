@@ -37,8 +37,12 @@ _search_runs = threading.local()  # other threads' launches are no search
 WARM_UP, ROUNDS = 2, 7
 
 
+def _nothing(key: tuple[int, ...]) -> Sequence[Config]:
+    return ()
+
+
 def register(
-    kernel: str, table: dict[int, Rule], candidates: Callable[[tuple[int, ...]], Sequence[Config]] | None = None
+    kernel: str, table: dict[int, Rule], candidates: Callable[[tuple[int, ...]], Sequence[Config]] = _nothing
 ) -> None:
     """Register the entries of a kernel; a launch module does so when it is imported.
 
@@ -46,8 +50,8 @@ def register(
         kernel: A name of one word.
         table: Maps the lowest architecture of a class (0, 80, 89, 90, 100, 120) to its entry, or to a function that
             returns the entry for a key.
-        candidates: Returns the at most 12 entries that a search may choose from, for a key. If None, nothing is
-            searched.
+        candidates: Returns the at most 12 entries that a search may choose from, for a key. By default there
+            are none, and nothing is searched.
     Raises:
         ValueError: The table has no entry for architecture 0 or 80.
     """
@@ -58,10 +62,8 @@ def register(
             needs="0 (the interpreter), 80 and those that differ from it",
             fix="add them",
         )
-    _table[kernel] = dict(table)
+    _table[kernel], _candidates[kernel] = dict(table), candidates
     _looked_up.clear()
-    if candidates is not None:
-        _candidates[kernel] = candidates
 
 
 def config(
@@ -159,15 +161,12 @@ def _options(kernel: str, arch: int, key: tuple[int, ...]) -> list[Config]:
     """Return the table's entry, then the other candidates."""
     # The table's entry first: it stays where nothing is faster.
     first = static(kernel, arch, key)
-    more = _candidates[kernel](key) if kernel in _candidates else ()
-    return [first, *(option for option in more if option != first)]
+    return [first, *(option for option in _candidates[kernel](key) if option != first)]
 
 
 def _load(kernel: str, arch: int, key: tuple[int, ...], device: torch.device) -> Config | None:
     """Return an earlier result from the file, if it is still one of the candidates."""
-    identity = cache.identity(device)
-    content = cache.read(cache.path_of("tuned", identity), identity) or {}
-    found = content.get(_entry(kernel, key))
+    found = (cache.read("tuned", device) or {}).get(_entry(kernel, key))
     return found if found in _options(kernel, arch, key) else None
 
 
@@ -191,10 +190,8 @@ def _search(
             _search_runs.on = False
         if time < least:
             best, least = option, time
-    identity = cache.identity(device)
-    path = cache.path_of("tuned", identity)
     # Read again just before writing: another process may have added its results meanwhile.
-    cache.write(path, identity, {**(cache.read(path, identity) or {}), _entry(kernel, key): best})
+    cache.write("tuned", device, {**(cache.read("tuned", device) or {}), _entry(kernel, key): best})
     return best
 
 

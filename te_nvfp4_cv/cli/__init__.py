@@ -12,7 +12,6 @@ not what it claims), and 2 for a wrong command line or something that cannot run
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from te_nvfp4_cv.cli import deploy, machine, models, runs
@@ -33,7 +32,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Not the name but the Command: its parser puts itself there (set_defaults in shape.py).
     chosen: Command = options.command
     return chosen(options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -133,22 +133,22 @@ def build_form(
 ) -> tuple[nn.Module, Form]:
     """Build one form of the model by loading its file in `folder`. The file is written first if it is missing."""
     fresh = copy.deepcopy(model).eval()  # load changes a model in place
-    if name in ("fp32", "bf16"):
-        fresh = fresh.bfloat16() if name == "bf16" else fresh
+    if name in DTYPES:
         path = folder / f"{name}.pt"
+        fresh = fresh.bfloat16() if name == "bf16" else fresh
         torch.save(fresh.state_dict(), path)
         begun = time.perf_counter()
         fresh.load_state_dict(torch.load(path, weights_only=True, mmap=True))  # mapped, as nv.export.load does it
-        return fresh, Form(name, path.stat().st_size, time.perf_counter() - begun, 0)
-    path = folder / "packed.safetensors"
-    # One file for the four quantized forms, which differ only in how it is loaded.
-    if not path.exists():
-        save(model, path, recipe)
-    begun = time.perf_counter()
-    activations = "nvfp4" if name.startswith("nvfp4") else "high"
-    weights = name.rpartition(" ")[2]
-    built = load(path, fresh, weights=weights, activations=activations, dtype=DTYPES[dtype]).to(DTYPES[dtype])
-    return built, Form(name, path.stat().st_size, time.perf_counter() - begun, 0)
+    else:
+        path = folder / "packed.safetensors"
+        # One file for the four quantized forms, which differ only in how it is loaded.
+        if not path.exists():
+            save(model, path, recipe)
+        begun = time.perf_counter()
+        activations = "nvfp4" if name.startswith("nvfp4") else "high"
+        weights = name.rpartition(" ")[2]
+        load(path, fresh, weights=weights, activations=activations, dtype=DTYPES[dtype]).to(DTYPES[dtype])
+    return fresh, Form(name, path.stat().st_size, time.perf_counter() - begun, 0)
 
 
 def _held(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.errors import describe, runtime_error, type_error, value_error
+from te_nvfp4_cv.errors import describe, need_package, runtime_error, type_error, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import load_recipe
 
@@ -180,12 +180,9 @@ class Images:
             yield torch.stack([self._read(path) for path in self.paths[start : start + self.batch]])
 
     def _read(self, path: Path) -> Tensor:
-        try:
-            from PIL import Image, ImageOps
-        except ModuleNotFoundError as error:
-            raise runtime_error(
-                "--images: pillow is not installed.", got=str(error), needs="it", fix="pip install pillow"
-            ) from error
+        need_package("PIL", "--images: pillow is not installed.", needs="it", fix="pip install pillow")
+        from PIL import Image, ImageOps
+
         try:
             with Image.open(path) as image:
                 # A camera's picture may lie on its side, and say so in its EXIF data.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from te_nvfp4_cv.backend import dispatch, native
+from te_nvfp4_cv.backend.cache import version
 from te_nvfp4_cv.backend.explain import explain
 from te_nvfp4_cv.backend.torch_private import cpu_multiplies_bf16
 from te_nvfp4_cv.cli.shape import Command, show
@@ -72,14 +72,20 @@ def doctor() -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
         "triton": _version("triton"),
-        "compiler": native.compiler() or "none: quantization on the CPU runs in plain torch, slower",
+        "compiler": native.compiler() or _without_compiler(),
         "devices": {str(device): _device(device) for device in devices},
         "memory format": "torch.channels_last for model and images (channels_last_3d for 3-D): channels are the GEMMs' "
         "contracted index",
         "recipes": ", ".join(list_recipes()) or "none",
     }
-    report["problems"] = _problems(recipe_folder().is_dir())
+    report["problems"] = list(_problems(recipe_folder().is_dir()))
     return report
+
+
+def _without_compiler() -> str:
+    if native.load() is None:
+        return "none: quantization on the CPU runs in plain torch, slower"
+    return "none: the CPU kernels are there without it"
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -102,22 +108,16 @@ def _autocast_dtype(device: torch.device) -> str:
 
 
 def _version(package: str) -> str:
-    if importlib.util.find_spec(package) is None:
-        return "absent"  # asked without an import, which may be slow or fail
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed, found on the path"
+    found = version(package)
+    return "not installed, found on the path" if found == "unknown" else found
 
 
-def _problems(has_recipes: bool) -> list[str]:
-    problems = []
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])  # "2.11.0+cpu" -> (2, 11)
-    if not TORCH_FROM <= version < TORCH_BELOW:
-        problems.append(f"torch {torch.__version__} is outside >=2.11,<2.16: install a version in that range")
+def _problems(has_recipes: bool) -> Iterator[str]:
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])  # "2.11.0+cpu" -> (2, 11)
+    if not TORCH_FROM <= release < TORCH_BELOW:
+        yield f"torch {torch.__version__} is outside >=2.11,<2.16: install a version in that range"
     if not has_recipes:
-        problems.append("no recipes folder: install the package again with pip install .")
-    return problems
+        yield "no recipes folder: install the package again with pip install ."
 
 
 def _lines(report: dict[str, Any], indent: str = "") -> list[str]:

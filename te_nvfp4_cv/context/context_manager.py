@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ContextDecorator, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from te_nvfp4_cv.context.state import Override, State, active_recipe, drop_stale
 from te_nvfp4_cv.context.torch_patches import patch_torch
 from te_nvfp4_cv.errors import type_error
 from te_nvfp4_cv.layer import observe
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
+from te_nvfp4_cv.layer.check import checked_recipe
+from te_nvfp4_cv.layer.inside import replaced
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 __all__ = ["active_recipe", "nvfp4_autocast"]
 
 
-class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
+class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast is)
     """Run eligible layers of unmodified models in NVFP4.
 
     It is a context manager, which can be reused and nested, and a decorator. It may enclose a whole training loop or
@@ -92,14 +94,6 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
     def __exit__(self, *error: object) -> None:
         _pop()
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return function(*args, **kwargs)
-
-        return wrapped
-
     def __repr__(self) -> str:
         s = self._state
         return f"nvfp4_autocast({s.recipe!r}, enabled={s.enabled}, backend={s.backend!r}, relu_mask={s.relu_mask})"
@@ -149,14 +143,9 @@ def _pop() -> None:
 @contextmanager
 def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
     """Run with the contexts and overrides of a checkpoint's first forward, whatever is active here."""
-    before = local.states, local.marks, local.overrides
     mode = Mode() if states and not mode_is_on() else nullcontext()
-    local.states, local.marks, local.overrides = list(states), [0] * len(states), list(overrides)
-    try:
-        with mode:
-            yield
-    finally:
-        local.states, local.marks, local.overrides = before
+    with replaced(local, states=list(states), marks=[0] * len(states), overrides=list(overrides)), mode:
+        yield
 
 
 def captured(function: Callable[..., Any]) -> Callable[..., Any]:

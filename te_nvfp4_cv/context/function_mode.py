@@ -28,8 +28,9 @@ from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-_CONVOLUTIONS = {getattr(F, f"conv{t}{n}d"): f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
-_ATEN = {F.linear: torch.ops.aten.linear, **{f: getattr(torch.ops.aten, op) for f, op in _CONVOLUTIONS.items()}}
+_OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+_LAYERS = {getattr(F, op): op for op in _OPS}
+_ATEN = {op: getattr(torch.ops.aten, op) for op in _OPS}
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
@@ -43,10 +44,8 @@ class Mode(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # noqa: A002
         kwargs = kwargs or {}
-        if function in _CONVOLUTIONS:
-            return _convolution(_CONVOLUTIONS[function], function, args, kwargs)
-        if function is F.linear:
-            return _linear(function, args, kwargs)
+        if function in _LAYERS:
+            return _layer(_LAYERS[function], function, args, kwargs)
         if function in _RELUS:
             return _relu(function, args, kwargs)
         if function is F.multi_head_attention_forward:
@@ -72,38 +71,23 @@ def _attention_body() -> Callable[..., Any]:
 
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_ONCE = ConvArgs()
-_CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "output_padding": 0}
+_DEFAULTS = {"input": None, "weight": None, "bias": None, **ConvArgs()._asdict()}
 
 
-def _convolution(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    names = _TRANSPOSED_NAMES if "transpose" in op else _CONV_NAMES
-    call = {**_CONV_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
+def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one call in NVFP4, or as torch would."""
+    names = _TRANSPOSED_NAMES if "transpose" in op else _CONV_NAMES  # those of linear are the first three
+    call = {**_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
+    x, w, bias = call["input"], call["weight"], call["bias"]
     sizes = ConvArgs(call["stride"], call["padding"], call["dilation"], call["groups"], call["output_padding"])
-    return _layer(op, function, args, kwargs, (call.get("input"), call.get("weight"), call["bias"]), sizes)
-
-
-def _linear(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call = {"bias": None, **dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
-    return _layer("linear", function, args, kwargs, (call.get("input"), call.get("weight"), call["bias"]), _ONCE)
-
-
-def _layer(
-    op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: tuple[Any, ...], sizes: ConvArgs
-) -> Any:
-    """Run one call in NVFP4, or as torch would; `operands`: input, weight and bias."""
-    x, w, bias = operands
     recipe, reason = decide(op, x, w, sizes.groups)
     if recipe is None:
         deferred.settle(x)
-        return observe.reported(observe.Call(op, w, x, None, None, reason), _plain(function), *args, **kwargs)
+        # In a graph of torch.compile, ATen's operator: torch's own function would come back to this mode when it runs.
+        plain = _ATEN[op] if torch.compiler.is_compiling() else function
+        return observe.reported(observe.Call(op, w, x, None, None, reason), plain, *args, **kwargs)
     current = local.states[-1]
     return execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
-
-
-def _plain(function: Any) -> Any:
-    """Return `function`, in a form that does not come back to this mode when a graph of torch.compile runs it."""
-    return _ATEN[function] if torch.compiler.is_compiling() else function
 
 
 def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | None, str]:

@@ -107,32 +107,27 @@ def all_gather_flat(message: Tensor, group: Any, async_op: bool = False) -> tupl
 class PendingParts:
     """Tensors that are being gathered; wait() returns them, as often as it is called."""
 
-    def __init__(self, shapes: list[list[tuple[int, ...]]], parts: Sequence[Part], message: Tensor) -> None:
+    def __init__(
+        self, shapes: list[list[tuple[int, ...]]], parts: Sequence[Part], message: Tensor, group: Any, async_op: bool
+    ) -> None:
         self._shapes = shapes  # of each part, by rank
         self._axes, self._dtypes = [axis for _, axis in parts], [part.dtype for part, _ in parts]
-        self._message: Tensor | None = message  # alive as long as it is being sent
-        self._received: Tensor | None = None
-        self._work: Any = None
-        self._result: list[Tensor] | None = None
-
-    def start(self, group: Any, async_op: bool) -> None:
-        """Send the message; with async_op, return before it has arrived."""
-        assert self._message is not None
-        self._received, self._work = all_gather_flat(self._message, group, async_op)
+        # The message, because it must be alive as long as it is being sent.
+        self._sent: tuple[Any, ...] | None = (message, *all_gather_flat(message, group, async_op))
+        self._result: list[Tensor] = []
 
     def wait(self) -> list[Tensor]:
         """Return each tensor, concatenated over the ranks along its axis, in the order in which they were given."""
-        if self._result is None:
-            assert self._received is not None
-            if self._work is not None:
-                self._work.wait()
+        if self._sent is not None:
+            _, received, work = self._sent
+            if work is not None:
+                work.wait()
             # By rank: where shards differ in size, a part begins at different places of the messages.
-            starts, result = [0] * self._received.shape[0], []
+            starts = [0] * received.shape[0]
             for shapes, axis, dtype in zip(self._shapes, self._axes, self._dtypes, strict=True):
-                result.append(_concatenated(self._received, starts, shapes, axis, dtype))
+                self._result.append(_concatenated(received, starts, shapes, axis, dtype))
                 starts = [start + prod(shape) * dtype.itemsize for start, shape in zip(starts, shapes, strict=True)]
-            # The result may be waited for again; the buffers are let go.
-            self._result, self._message, self._received, self._work = result, None, None, None
+            self._sent = None  # the result may be waited for again; the buffers are let go
         return self._result
 
 
@@ -180,20 +175,16 @@ def gather_parts(
     message = torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part, _ in parts])
     # Uneven shards are padded: a collective wants the same length on every rank.
     message = torch.nn.functional.pad(message, (0, max(lengths) - message.numel()))
-    pending = PendingParts(shapes, parts, message)
-    pending.start(group, async_op)
-    return pending
+    return PendingParts(shapes, parts, message, group, async_op)
 
 
-def gather_ints(values: Sequence[int], group: Any, device: torch.device, more: Tensor | None = None) -> list[list[int]]:
+def gather_ints(values: Sequence[int], more: Tensor, group: Any) -> list[list[int]]:
     """Gather a few numbers of every rank to the host, by rank; every rank gives as many.
 
     Args:
         more: integers on the device, appended to `values`. They are not read before all arrived, so that the device is
             waited for once.
     """
-    mine = torch.tensor(list(values), dtype=torch.int64, device=device)
-    if more is not None:
-        mine = torch.cat((mine, more.to(torch.int64)))
+    mine = torch.cat((torch.tensor(list(values), dtype=torch.int64, device=more.device), more.to(torch.int64)))
     received, _ = all_gather_flat(mine.view(torch.uint8), group)
     return received.reshape(-1).view(torch.int64).view(-1, mine.numel()).tolist()

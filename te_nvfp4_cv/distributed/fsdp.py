@@ -26,7 +26,7 @@ from te_nvfp4_cv.errors import check_module, runtime_error
 from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.nn.precision import matches
 from te_nvfp4_cv.nn.walk import LAYERS, op_of, with_recipes
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 __all__ = ["quantize_gathers"]
 
@@ -56,8 +56,7 @@ def quantize_gathers(
         ['1.weight']
     """
     check_module("quantize_gathers", model, "quantize_gathers(model, ...)")
-    resolved = as_recipe(recipe)
-    resolved.validate_for_use()
+    resolved = check.checked_recipe(recipe)
     # A DTensor, asked for without importing its module, which takes long and may be missing.
     if any(hasattr(p, "_local_tensor") for p in model.parameters()):
         raise runtime_error(

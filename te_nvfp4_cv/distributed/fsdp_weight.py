@@ -58,7 +58,7 @@ class Form:
 class ShardedWeight(torch.Tensor):
     """A weight in high precision, or a rank's rows of it, that FSDP2 gathers in NVFP4."""
 
-    _plain: Tensor
+    plain: Tensor  # shares the memory
     form: Form
 
     @staticmethod
@@ -73,28 +73,23 @@ class ShardedWeight(torch.Tensor):
             device=values.device,
             requires_grad=values.requires_grad,
         )
-        self._plain, self.form = values, form
+        self.plain, self.form = values, form
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], Form]:
-        return ["_plain"], self.form
+        return ["plain"], self.form
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], form: Form, size: Any, stride: Any) -> ShardedWeight:
-        return ShardedWeight(inner["_plain"], form)
+        return ShardedWeight(inner["plain"], form)
 
     @property
     def state_owner(self) -> Tensor:
         """The tensor that stands for the whole weight where state is kept by identity."""
         return self.form.owner
 
-    @property
-    def plain(self) -> Tensor:
-        """The plain tensor; it shares this one's memory."""
-        return self._plain
-
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"ShardedWeight({self.form.name!r}, {self._plain!r})"
+        return f"ShardedWeight({self.form.name!r}, {self.plain!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # type: ignore[override]
@@ -102,7 +97,7 @@ class ShardedWeight(torch.Tensor):
 
         def plain(x: ShardedWeight) -> Tensor:
             forms.append(x.form)
-            return x._plain
+            return x.plain
 
         # The form of the first shard among the arguments goes to the results.
         args, kwargs = tree_map_only(ShardedWeight, plain, (args, kwargs or {}))
@@ -125,11 +120,11 @@ class ShardedWeight(torch.Tensor):
                 return (self._padded(-(-n // ranks), mp_policy.param_dtype, ranks),), (None, None, tuple(outer_size))
             first = mesh.get_local_rank() * (n // ranks)
             # A 16x16 tile may lie in two shards, so ranks share the amaxes of tiles; the largest is the weight's.
-            tiles = amaxes.reduce_amax(weight_shards.tile_amaxes(self._plain, first, n, self.form.groups), group)
+            tiles = amaxes.reduce_amax(weight_shards.tile_amaxes(self.plain, first, n, self.form.groups), group)
             amax = tiles.amax().reshape(1)
             amax = formats.power_of_two_amax(amax) if self.form.pow2 else amax
             scales = weight_shards.tile_scales(tiles, amax)
-            codes = weight_shards.quantize_rows(self._plain, first, n, self.form.groups, scales, amax)
+            codes = weight_shards.quantize_rows(self.plain, first, n, self.form.groups, scales, amax)
             # After the all-reduce every rank has the same scales, so only codes need to travel.
             return (codes,), (scales, amax, tuple(outer_size))
 
@@ -139,8 +134,8 @@ class ShardedWeight(torch.Tensor):
             f"uneven {self.form.name}",
             f"nvfp4: {self.form.name!r} cannot be cut into {ranks} even shards: it is gathered in high precision",
         )
-        padded = self._plain.new_zeros((rows, *self.shape[1:]), dtype=dtype or self.dtype)
-        padded[: self.shape[0]] = self._plain
+        padded = self.plain.new_zeros((rows, *self.shape[1:]), dtype=dtype or self.dtype)
+        padded[: self.shape[0]] = self.plain
         return padded
 
     def fsdp_post_all_gather(

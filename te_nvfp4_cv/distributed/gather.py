@@ -304,61 +304,58 @@ def _blocks_in(lengths: Sequence[int]) -> list[int]:
     return [-(-length // BLOCK) for length in lengths]
 
 
+def _face(
+    name: str, data: Tensor, scale: Tensor, axis: int, sizes: list[int], wholes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> list[_Buffer]:
+    """Return the two buffers of a face, whose shapes will be `wholes`. Both travel by blocks: 8 bytes, and a scale."""
+    by_block = data.reshape(*scale.shape, BLOCK // 2)
+    return [
+        _Buffer(f"{name}_data", by_block, axis, sizes, wholes[0]),
+        _Buffer(f"{name}_scale_inv", scale, axis, sizes, wholes[1]),
+    ]
+
+
 def _rowwise(t: NVFP4Tensor, axis: int, sizes: list[int], shape: tuple[int, ...]) -> list[_Buffer]:
     """Return the rowwise buffers. data [*lead, Kp/2] and scale_inv [*lead, Kp/16] have the tensor's axes, so that along
     K they interleave by rows.
     """
-    data, scale = t.rowwise_data, t.rowwise_scale_inv
-    bytes_by_rank = blocks_by_rank = sizes
-    if axis == len(shape) - 1:
-        blocks_by_rank = _blocks_in(sizes)
-        # Each shard was padded to whole blocks; bytes hold two codes.
-        bytes_by_rank = [n * BLOCK // 2 for n in blocks_by_rank]
-    columns = sum(blocks_by_rank) if axis == len(shape) - 1 else scale.shape[-1]
+    scale = t.rowwise_scale_inv
+    columns = scale.shape[-1]
+    if axis == len(shape) - 1:  # each shard was padded to whole blocks
+        sizes = _blocks_in(sizes)
+        columns = sum(sizes)
     scale = scale.reshape(*t.shape[:-1], scale.shape[-1])
-    return [
-        _Buffer("rowwise_data", data, axis, bytes_by_rank, (*shape[:-1], columns * BLOCK // 2)),
-        _Buffer("rowwise_scale_inv", scale, axis, blocks_by_rank, (prod(shape[:-1]), columns)),
-    ]
+    wholes = (*shape[:-1], columns * BLOCK // 2), (prod(shape[:-1]), columns)
+    return _face("rowwise", t.rowwise_data, scale, axis, sizes, wholes)
 
 
 def _columnwise(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buffer]:
-    """Return the columnwise buffers. data is [K, M/2] with M = (outer, axis, inner): it is joined as [K, outer, bytes],
-    along the last axis.
+    """Return the columnwise buffers. data is [K, M/2] with M = (outer, axis, inner): its blocks are joined as
+    [K, outer, blocks], along the last axis.
     """
     data, scale, K = t.columnwise_data, t.columnwise_scale_inv, t.shape[-1]
     if axis == t.dim() - 1:
         K = sum(sizes)
-        return [
-            _Buffer("columnwise_data", data, 0, sizes, (K, data.shape[1])),
-            _Buffer("columnwise_scale_inv", scale, 0, sizes, (K, scale.shape[1])),
-        ]
+        return _face("columnwise", data, scale, 0, sizes, ((K, data.shape[1]), (K, scale.shape[1])))
     # M = (outer, axis, inner): each shard holds `outer` runs of axis * inner rows, and blocks lie along a run.
     outer, inner = prod(t.shape[:axis]), prod(t.shape[axis + 1 : -1])
     blocks_by_rank = _blocks_in([size * inner for size in sizes])
-    own, total = _blocks_in([t.shape[axis] * inner])[0], sum(blocks_by_rank)
-    half = BLOCK // 2
-    data, scale = data.reshape(K, outer, own * half), scale.reshape(K, outer, own)
-    return [
-        _Buffer("columnwise_data", data, 2, [n * half for n in blocks_by_rank], (K, outer * total * half)),
-        _Buffer("columnwise_scale_inv", scale, 2, blocks_by_rank, (K, outer * total)),
-    ]
+    own, total = _blocks_in([t.shape[axis] * inner])[0], outer * sum(blocks_by_rank)
+    wholes = (K, total * BLOCK // 2), (K, total)
+    return _face("columnwise", data, scale.reshape(K, outer, own), 2, blocks_by_rank, wholes)
 
 
 def _columnwise_tiles(t: NVFP4Tensor, axis: int, sizes: list[int]) -> list[_Buffer]:
     """Return the columnwise buffers of tiles. data [B/16, *image, C, 8] and scale_inv [B/16, *image, C] have the
     tensor's axes, the batch first.
     """
-    data, scale = t.columnwise_data, t.columnwise_scale_inv
+    scale = t.columnwise_scale_inv
     batch, channel = t.dim() - 2, t.dim() - 1
     by_rank = _blocks_in(sizes) if axis == batch else sizes
     # The tiles' axes are [B / 16, *image, C] for a tensor [*image, B, C].
     place = 0 if axis == batch else channel if axis == channel else axis + 1
     whole = (*scale.shape[:place], sum(by_rank), *scale.shape[place + 1 :])
-    return [
-        _Buffer("columnwise_data", data, place, by_rank, (*whole, BLOCK // 2)),
-        _Buffer("columnwise_scale_inv", scale, place, by_rank, whole),
-    ]
+    return _face("columnwise", t.columnwise_data, scale, place, by_rank, ((*whole, BLOCK // 2), whole))
 
 
 def _plan_values(shard: Shard, sizes: list[int], group: Any) -> _Plan:
@@ -368,5 +365,5 @@ def _plan_values(shard: Shard, sizes: list[int], group: Any) -> _Plan:
     if shard.quantizer is not None and shard.quantizer.stochastic_rounding:
         # Every rank draws, so that the streams stay in step, and all take what the first one drew.
         drawn = rounding_seeds.draw_seed(x)
-        seed = torch.tensor(collectives.gather_ints([], group, x.device, drawn)[0], device=x.device)
+        seed = torch.tensor(collectives.gather_ints([], drawn, group)[0], device=x.device)
     return _Plan([(x, shard.axis)], [sizes], lambda arrived: shard.quantize(arrived[0], seed=seed))

@@ -186,7 +186,7 @@ def exchange(shards: list[Shard], tensors: int, group: Any, device: torch.device
     else:
         values = ([1] + [0] * (_WIDTH - 1)) * tensors  # `refused` is set, and the rest is not looked at
         amaxes = torch.zeros(2 * tensors, dtype=torch.int32, device=device)
-    rows = collectives.gather_ints(values, group, device, amaxes)
+    rows = collectives.gather_ints(values, amaxes, group)
     told = []
     for i in range(tensors):
         by_rank = []

@@ -27,7 +27,7 @@ from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan, plan_for
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
-from te_nvfp4_cv.nn.walk import padded
+from te_nvfp4_cv.nn.walk import for_output_size, padded
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_channels_last
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -179,10 +179,7 @@ class _Call:
         return None if self.module.bias is None else self.module.bias.to_local()
 
     def _output_padding(self, x: Tensor) -> Any:
-        if "transpose" not in self.op:
-            return 0
-        m = self.module
-        return m._output_padding(x, self.output_size, m.stride, m.padding, m.kernel_size, self.rank, m.dilation)
+        return for_output_size(self.module, x, self.output_size).output_padding if "transpose" in self.op else 0
 
     # ---- NVFP4
 
@@ -294,7 +291,7 @@ class _Call:
         return broken_blocks(plan, link, need_dw)
 
     def _run(self, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, link: Link) -> Tensor:
-        group = state.reduction_group() if state.state() is not None else None
+        group = state.reduction_group()
         delayed_scaling.refuse(plan.recipe, link.group)
         scales = self._scales(x, bias, plan, link, group)
         told = observe.Call(self.op, self.module.weight, x, plan.geometry, plan.recipe, "")

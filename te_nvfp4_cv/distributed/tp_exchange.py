@@ -64,19 +64,13 @@ class Link:
     def exchanged(self) -> Array:
         return self.x if self.column else self.y
 
-    @property
-    def gathers_x(self) -> bool:
-        return self.column and self.axis is not None
-
-    @property
-    def gathers_dy(self) -> bool:
-        return not self.column and self.axis is not None
+    def gathers(self, role: Role) -> bool:
+        """Return True if the ranks exchange their parts of x (INPUT) or dy (GRAD_OUTPUT)."""
+        return self.axis is not None and self.column == (role == Role.INPUT)
 
     def differs(self, role: Role) -> bool:
         """Return True if the ranks hold different parts of x (INPUT) or dy (GRAD_OUTPUT)."""
-        if role == Role.INPUT:
-            return not self.column or self.gathers_x
-        return self.column or self.gathers_dy
+        return self.gathers(role) or self.column != (role == Role.INPUT)
 
 
 @dataclass(frozen=True)
@@ -141,10 +135,8 @@ class SharedScales:
 
     def __init__(self, inner: CallScales, link: Link, always: bool) -> None:
         self.inner, self.link, self.always = inner, link, always
-
-    def knows(self, role: Role) -> bool:
-        """Return True if `amax` answers without reading the operand."""
-        return self.inner.knows(role)
+        # What is known, remembered and moved does not depend on the ranks.
+        self.knows, self.collect, self.backward_ran = inner.knows, inner.collect, inner.backward_ran
 
     def amax(self, role: Role, operand: Tensor) -> Tensor | None:
         """Return fp32 [2], the largest over the ranks, in evaluation too, in which all of them take part.
@@ -158,14 +150,6 @@ class SharedScales:
         amax = self.inner.amax(role, operand)
         # The clone: this may be the tensor of a layer's state, and the reduction writes in place.
         return amax if known or not in_parts else reduce_amax(amax.clone(), self.link.group)
-
-    def collect(self, role: Role, observed: Tensor) -> None:
-        """Remember what a call observed."""
-        self.inner.collect(role, observed)
-
-    def backward_ran(self) -> None:
-        """Let the next training forward move the scales."""
-        self.inner.backward_ran()
 
 
 # ---- what travels ---------------------------------------------------------------------------------------------------
@@ -227,8 +211,8 @@ class Exchange:
         part, rank = part_plan(plan, link), plan.geometry.rank
         self.plan, self.link = plan, link
         self.x_shape, self.y_shape, self.y_torch_shape = _flat(link.x, rank), _flat(link.y, rank), link.y
-        self.input_plan = part if link.gathers_x else plan
-        self.gradient_plan = part if link.gathers_dy else plan
+        self.input_plan = part if link.gathers(Role.INPUT) else plan
+        self.gradient_plan = part if link.gathers(Role.GRAD_OUTPUT) else plan
         self.adds_bias = link.column or link.rank == 0
 
     def _gathered(
@@ -239,7 +223,7 @@ class Exchange:
         unpack: Callable[[Face], Tensor],
     ) -> Callable[[], Face]:
         """Begin to gather a face, and return what waits for it; dy's is unpacked where values are multiplied."""
-        if not (self.link.gathers_x if role == Role.INPUT else self.link.gathers_dy):
+        if not self.link.gathers(role):
             return lambda: face
         pending = gather(*face, self.link)
 
@@ -284,7 +268,7 @@ class Exchange:
     def whole_bias_gradient(self, total: Tensor) -> Tensor:
         """Return db, fp32, of all of dy from that of this rank's part of it."""
         link = self.link
-        if not link.gathers_dy:
+        if not link.gathers(Role.GRAD_OUTPUT):
             return total
         # dy is cut by channels, so each rank has some entries of db, complete; otherwise all entries, in part.
         if link.axis == len(link.y) - 1:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.errors import message, runtime_error, value_error
+from te_nvfp4_cv.errors import no_such_file, runtime_error, value_error
 from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -245,11 +245,9 @@ def write(
 
 def base_of(path: Path) -> Path:
     """Return a path without the endings of this format."""
-    for ending in (INDEX, SUFFIX):
-        if path.name.endswith(ending):
-            # with_suffix would cut a name such as "resnet-1.5" at its dot.
-            return path.with_name(path.name.removesuffix(ending))
-    return path
+    ending = next((ending for ending in (INDEX, SUFFIX) if path.name.endswith(ending)), "")
+    # with_suffix would cut a name such as "resnet-1.5" at its dot.
+    return path.with_name(path.name.removesuffix(ending))
 
 
 def _shards(base: Path) -> Iterator[Path]:
@@ -355,13 +353,11 @@ def _find(path: Path) -> Path:
     candidates = (path, *(base_of(path).with_name(base_of(path).name + ending) for ending in endings))
     found = next((p for p in candidates if p.is_file()), None)
     if found is None:
-        raise FileNotFoundError(
-            message(
-                "nv.export: no such exported file.",
-                got=f"{str(path)!r}{': a folder' if path.is_dir() else ''}",
-                needs=f"a file {SUFFIX}, or the {INDEX} of several files",
-                fix="correct the path",
-            )
+        raise no_such_file(
+            "nv.export: no such exported file.",
+            got=f"{str(path)!r}{': a folder' if path.is_dir() else ''}",
+            needs=f"a file {SUFFIX}, or the {INDEX} of several files",
+            fix="correct the path",
         )
     return found
 

@@ -22,13 +22,14 @@ from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
 from te_nvfp4_cv.export.fit import call_of, check_fit, damaged_layer, plain_modules, plain_names, sort_layers
-from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms, put
-from te_nvfp4_cv.export.modules import Codes, InferenceLayer, become, quantize_layer
+from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
+from te_nvfp4_cv.export.modules import Codes, InferenceLayer, become, check_path, quantize_layer
+from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.walk import op_of
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import parse_recipe
 from te_nvfp4_cv.version import __version__
 
@@ -97,20 +98,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
         (('2',), ['0'])
     """
     check_module("nv.export.save", model, "nv.export.save(model, path)")
-    target = Path(path)
-    if not target.name:
-        raise value_error(
-            "nv.export.save: the path names no file.", got=repr(str(path)), needs="a file", fix="model.safetensors"
-        )
+    target = check_path("nv.export.save", path, "model.safetensors")
     # For its errors only: two tensors of one name would overwrite each other in the file.
     plain_names("nv.export.save", model)
-    resolved = as_recipe(recipe)
-    resolved.validate_for_use()
+    resolved = checked_recipe(recipe)
     quantized, high = sort_layers(model, resolved)
     # By id: a module that is used in two places has two names in the state_dict, and neither's weight is copied.
     tensors = _plain_tensors(model, {id(module) for module, _ in quantized.values()})
     entries: dict[str, LayerEntry] = {}
-    recipes: list[str] = []
+    recipes: dict[str, int] = {}
     packed = plain = 0
     # Most layers share a recipe: the file holds each recipe once, and the entries hold its index.
     for name, (module, own) in quantized.items():
@@ -154,8 +150,8 @@ def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
     return tensors
 
 
-def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]) -> tuple[Codes, LayerEntry]:
-    """Return a layer's codes and its entry in the manifest; its recipe is added to `recipes` if it is a new one."""
+def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: dict[str, int]) -> tuple[Codes, LayerEntry]:
+    """Return a layer's codes and its entry in the manifest; a recipe that is new gets a number in `recipes`."""
     if isinstance(module, InferenceLayer):
         # Saved again from its codes: to dequantize and quantize once more could change bits.
         codes, shape = module.codes, tuple(module.weight_shape)
@@ -171,17 +167,14 @@ def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: list[str]
             needs="finite weights",
             fix="load a checkpoint from before the training diverged (te-nvfp4-cv diagnose finds the step)",
         )
-    text = recipe.to_toml()
-    if text not in recipes:
-        recipes.append(text)
     return codes, LayerEntry(
         op=op,
         shape=shape,
         groups=getattr(module, "groups", 1),
         amax=amax,
         e4m3_max=recipe.settings("weight").e4m3_max,
-        recipe=recipes.index(text),
-        # A transposed convolution's scales have 4 axes, too, but transposed_tiles has spread its tiles already.
+        recipe=recipes.setdefault(recipe.to_toml(), len(recipes)),
+        # A transposed convolution's scales have 4 axes, too, but quantize_layer has spread its tiles already.
         tiles=codes.scale.dim() == 4 and "transpose" not in op,
         channels_last=channels_last,
         k_order=matrix.K_ORDER,
@@ -270,7 +263,7 @@ def load(
             own = device if layer_module.weight.is_meta else layer_module.weight.device
             # Without values: load_state_dict below fills it, like the biases that the model has already.
             layer_module.bias = nn.Parameter(torch.empty_like(opened.tensors[f"{name}.bias"], device=own))
-        put(model, full[norm], FoldedNorm(layer_module))
+        model.set_submodule(full[norm], FoldedNorm(layer_module))
     for name, module in layers.items():
         entry, w = manifest.layers[name], cast(Tensor, module.weight)
         layer = become(module, codes[name], recipes[entry.recipe], backend)

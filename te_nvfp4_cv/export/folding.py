@@ -51,10 +51,3 @@ def folded_norms(model: nn.Module) -> dict[str, str]:
             # By id: the norm holds the layer outside of the module tree, where it has no name.
             found[plain_name(name)] = names[id(module.layer)]
     return found
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule of that name, in place."""
-    parent, _, child = name.rpartition(".")
-    # setattr also serves Sequential and ModuleList, whose children have numbers for names.
-    setattr(model.get_submodule(parent), child, module)

@@ -15,20 +15,23 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan
 
 K_ORDER = "taps, channels padded to 16"
 
 
+def channels(plan: Plan) -> int:
+    """Return the number of input channels of one group."""
+    g = plan.geometry
+    # A transposed convolution is lowered to the convolution whose input gradient it is: a and b change roles.
+    return (g.channels_b if g.transposed else g.channels_a) // g.groups
+
+
 def sizes(plan: Plan) -> tuple[int, int, int]:
     """Return the sizes of a weight's matrix: rows N, taps T, and blocks Kb of one tap."""
     g = plan.geometry
-    if g.transposed:
-        # A transposed convolution is lowered to the convolution whose input gradient it is: a and b change roles.
-        return g.channels_a, g.taps, -(-(g.channels_b // g.groups) // BLOCK)
-    return g.channels_b, g.taps, -(-(g.channels_a // g.groups) // BLOCK)
+    return g.channels_a if g.transposed else g.channels_b, g.taps, -(-channels(plan) // BLOCK)
 
 
 def of_weight(w: Tensor, plan: Plan) -> Tensor:
@@ -72,22 +75,3 @@ def has_tiles(scale: Tensor, plan: Plan) -> bool:
     of_rows = scale.reshape(plan.geometry.groups, -1, taps, blocks)
     tiles = of_rows[:, ::BLOCK].repeat_interleave(BLOCK, dim=1)[:, : of_rows.shape[1]]
     return bool((of_rows == tiles).all())
-
-
-def transposed_tiles(data: Tensor, scale: Tensor, channels: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Regroup the codes of a transposed convolution into blocks along its other axis.
-
-    With 16x16 scales the codes are the same for both axes, because a square block has one scale read either way.
-
-    Args:
-        data: [A0, T, Cb * 8] with blocks along axis 1 of the weight, as quantize_weight gives it.
-        scale: [G, Ob, T, Cb].
-        channels: the size of axis 1.
-        groups: the convolution's groups.
-    Returns:
-        data [G, Ob, T, C, 8] and scale [G, Ob, T, C].
-    """
-    codes = formats.unpack_nibbles(data).unflatten(0, (groups, -1))[..., :channels]  # [G, A, T, C]
-    codes = F.pad(codes, (0, 0, 0, 0, 0, -codes.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # [G, Ob, 16, T, C]
-    packed = formats.pack_nibbles(codes.permute(0, 1, 3, 4, 2))
-    return packed.contiguous(), scale.repeat_interleave(BLOCK, dim=3)[..., :channels].contiguous()

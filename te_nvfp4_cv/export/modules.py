@@ -6,8 +6,11 @@ They are torch's layers without the Parameter `weight`. Codes and scales are buf
 model.to(dtype) do not convert; `weight` is computed from them when it is read. Two choices are made per layer, at any
 time, with `set_mode`:
 
-    weights       "packed": dequantized at each call; "cached": dequantized once, and then as large as a plain layer's
+    weights       "packed": expanded at each call; "cached": expanded once and kept beside the codes
     activations   "nvfp4": x is quantized, as in training; "high": x stays in high precision
+
+A cached weight has the form that the layer multiplies: bytes for the integer backend (0.375 of fp32's size), values in
+the dtype of the activations for every other one and for "high" (as large as a plain layer's weight).
 
 A static scale (`input_amax`, found by calibration) makes the codes of an image independent of the other images of its
 batch. Without one, x is quantized with the amax of the whole batch. If a gradient reaches a layer with quantized
@@ -16,17 +19,20 @@ activations, an error is raised; with "high" the gradient passes on to x.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.layer import delayed_scaling, inference, operands
-from te_nvfp4_cv.layer.plan import Plan, weight_plan
+from te_nvfp4_cv.layer.plan import Plan, plan_for, weight_plan
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.base import OPS
 from te_nvfp4_cv.nn.walk import for_output_size, padded
@@ -57,6 +63,17 @@ def check_choice(caller: str, name: str, value: object, allowed: tuple[str, ...]
         )
 
 
+def check_path(caller: str, path: str | os.PathLike[str], example: str) -> Path:
+    """Return a path to write to, which must name a file.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if not Path(path).name:
+        raise value_error(f"{caller}: the path names no file.", got=repr(str(path)), needs="a file", fix=example)
+    return Path(path)
+
+
 def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) -> NVFP4BlockScaling:
     """Reduce a recipe to the part that the forward pass depends on: x rounds to nearest, and nothing is rotated.
 
@@ -68,7 +85,7 @@ def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) ->
     """
     fields = {field: getattr(recipe, field) for field in FORWARD}
     if transposed:
-        # Its tiles were spread to single rows (matrix.transposed_tiles), so the plan must expect 1x16.
+        # Its tiles were spread to single rows (formats.transpose_kernel), so the plan must expect 1x16.
         fields["disable_2d_quantization"] = True
     if not static:
         fields["tensor_scale"] = "current"
@@ -93,18 +110,18 @@ class Codes:
     input_amax: Tensor | None = None
 
 
-def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling, backend: str = "auto") -> Codes:
+def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling) -> Codes:
     """Return the codes with which a layer's forward runs under `recipe`, bit for bit."""
     transposed, groups = is_transposed(module), getattr(module, "groups", 1)
     w: Any = module.weight
-    plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve(backend, w.device))
+    plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve("auto", w.device))
     as_quantized = learned.as_quantized(module, plan)  # learned multipliers and clipping become part of the codes
     codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False)
     input_amax = delayed_scaling.trained_amax(w, recipe) if plan.delayed else None
     face = codes.face(plan.weight_faces[0])
     if transposed and plan.weight_faces[0] == "row":
         # In training one copy serves fprop and dgrad, with its blocks along dgrad's axis. Here only fprop reads it.
-        face = Face(*matrix.transposed_tiles(*face, w.shape[1], groups))
+        face = Face(*formats.transpose_kernel(*face, w.shape[1], groups))
     return Codes(*face, codes.amax, input_amax)
 
 
@@ -125,6 +142,7 @@ class InferenceLayer(nn.Module):
         quantize_x: activations are "nvfp4".
         channels_last: the memory format of the weight that the layer had, which its output follows.
         unpacked: the cached weight, or None.
+        dtype: the dtype of the activations that the cached weight was made for.
 
     Example:
         >>> import torch, te_nvfp4_cv as nv
@@ -148,6 +166,7 @@ class InferenceLayer(nn.Module):
     weight_bits: Tensor
     input_bits: Tensor | None
     unpacked: Tensor | None
+    dtype: torch.dtype = torch.float32  # a default for layers that were pickled before there was one
 
     # ---- what it holds ----------------------------------------------------------------------------------------------
 
@@ -204,8 +223,8 @@ class InferenceLayer(nn.Module):
         Args:
             weights: "packed" or "cached".
             activations: "nvfp4" or "high".
-            dtype: the dtype of cached weights, which should be that of the model's activations. If None, the dtype of
-                the weights that are cached now is used, or fp32.
+            dtype: the dtype of the model's activations, which decides the form of cached weights. If None, that of the
+                weights that are cached now is used, or fp32.
         Raises:
             ValueError: `weights` or `activations` is another word.
         """
@@ -215,21 +234,36 @@ class InferenceLayer(nn.Module):
             check_choice("nv.export", "activations", activations, ACTIVATIONS)
         # Another mode of activations multiplies another form of the weight, so the cache is rebuilt in any case.
         cached = self.unpacked is not None if weights is None else weights == "cached"
-        before = torch.float32 if self.unpacked is None else self.unpacked.dtype
+        before = torch.float32 if self.unpacked is None else self.dtype
         self.quantize_x = self.quantize_x if activations is None else activations == "nvfp4"
         # Freed first: two unpacked copies at once could be more than the memory holds.
-        self.unpacked = None
+        self.unpacked, self.dtype = None, dtype or before
         if cached:
-            self.unpacked = self._unpack().to(dtype or before)
+            self.unpacked = self._unpack()
 
     def _unpack(self) -> Tensor:
-        """Dequantize the weight in the form that the layer's mode multiplies."""
+        """Expand the weight to the form that the layer's mode multiplies."""
         if not self.quantize_x:
             w = self.weight
             rank = w.dim() - 2
-            return w.contiguous(memory_format=layouts.CHANNELS_LAST[rank]) if self.channels_last else w.contiguous()
+            w = w.contiguous(memory_format=layouts.CHANNELS_LAST[rank]) if self.channels_last else w.contiguous()
+            return w.to(self.dtype)
+        if self._wants_bytes():
+            return operands.weight_panels(self._weight_codes(), self.plan)
         # Codes times block scales, still without the tensor scale: the GEMM applies that to its result, as in training.
-        return operands.weight_values(self._weight_codes(), self.plan)
+        return operands.weight_values(self._weight_codes(), self.plan).to(self.dtype)
+
+    def _is_bytes(self) -> bool:
+        return self.unpacked is not None and self.unpacked.dtype == torch.uint8
+
+    def _wants_bytes(self) -> bool:
+        """Tell whether calls with activations of `dtype` will run on the integer backend."""
+        device, plan = self.weight_data.device, self.plan
+        backend = dispatch.resolve(self.backend, device, by_layer=True)
+        if backend == dispatch.BY_LAYER:
+            compute_dtype = dispatch.compute_dtype(self.dtype, device, autocast=False)
+            backend = plan_for(plan.geometry, self.recipe, backend, compute_dtype, self.channels_last).backend
+        return backend == "integer"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # model.to(memory_format=...) would change the strides of codes with 4 or 5 axes; flat ones have one layout.
@@ -246,7 +280,18 @@ class InferenceLayer(nn.Module):
             self.channels_last = layouts.is_channels_last(fn(like.contiguous(memory_format=layout)))
         if self.unpacked is not None:
             self.unpacked = fn(self.unpacked)
+            # Bytes do not show what fn makes of floating-point tensors, so it is asked.
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+            # The bytes are a CPU's, and another dtype may run on another backend. There is nothing to expand on "meta".
+            if self.quantize_x and self.weight_data.device.type != "meta" and self._is_bytes() != self._wants_bytes():
+                self.set_mode()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # The bytes are in the layout of the kernels that wrote them, which another version may not share.
+        if self._is_bytes() and type(self.weight_data) is Tensor and self.weight_data.device.type != "meta":
+            self.set_mode()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -19,7 +19,7 @@ from te_nvfp4_cv.context import state
 from te_nvfp4_cv.context.function_mode import transformed
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
-from te_nvfp4_cv.ops.norm.operators import ACTIVATIONS
+from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS
 
 _OWN: Any = object()  # "the module's own activation"; None means without one
 

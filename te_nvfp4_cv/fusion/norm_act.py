@@ -24,7 +24,7 @@ from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import deferred
 from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.ops.norm import operators
-from te_nvfp4_cv.ops.norm.operators import NormSpec
+from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec, Pair, norm_of
 
 
 def batch_norm_act(
@@ -58,7 +58,7 @@ def batch_norm_act(
     if training:
         F._verify_batch_size(z.size())  # type: ignore[attr-defined]
     settings = NormSpec(0, activation, training, momentum, eps)
-    return _run(z, residual, weight, bias, running_mean, running_var, settings, backend)
+    return _run(z, residual, (weight, bias), (running_mean, running_var), settings, backend)
 
 
 def group_norm_act(
@@ -86,11 +86,12 @@ def group_norm_act(
             fix="check the layer before this one",
         )
     F._verify_batch_size([z.shape[0] * z.shape[1] // groups, groups, *z.shape[2:]])  # type: ignore[attr-defined]
-    return _run(z, residual, weight, bias, None, None, NormSpec(groups, activation, eps=eps), backend)
+    settings = NormSpec(groups, activation, eps=eps)
+    return _run(z, residual, (weight, bias), (None, None), settings, backend)
 
 
 def _check(z: Tensor, residual: Tensor | None, activation: str) -> None:
-    if activation not in operators.ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise value_error(
             "norm_act: unknown activation.", got=repr(activation), needs="'relu' or 'silu'", fix="use torch's modules"
         )
@@ -104,19 +105,13 @@ def _check(z: Tensor, residual: Tensor | None, activation: str) -> None:
 
 
 def _run(
-    z: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    settings: NormSpec,
-    backend: str,
+    z: Tensor, residual: Tensor | None, affine: Pair, running: Pair, settings: NormSpec, backend: str
 ) -> Tensor:
+    weight, bias = affine
     if (weight is None) != (bias is None):  # torch allows one without the other; the operators take both or none
         weight = z.new_ones(z.shape[1], dtype=_wide(z)) if weight is None else weight
         bias = z.new_zeros(z.shape[1], dtype=_wide(z)) if bias is None else bias
-    for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running_mean)):
+    for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running[0])):
         if tensor is not None and tensor.shape != (z.shape[1],):
             raise value_error(
                 f"norm_act: {name} does not match.",
@@ -128,11 +123,11 @@ def _run(
     settings = replace(settings, need_mask=keep, backend=operators.backend_for(z, backend))
     z = dense(z)
     if not deferred.wanted(z, residual, settings.backend):
-        return NormAct.apply(z, residual, weight, bias, running_mean, running_var, settings, None)
+        return NormAct.apply(z, residual, weight, bias, *running, settings, None)
     residual = residual if residual is None or residual.stride() == z.stride() else torch.empty_like(z).copy_(residual)
     r, w, b = (None if t is None else t.detach() for t in (residual, weight, bias))
     producer = deferred.Producer(z.detach(), r, w, b, settings.groups, settings.activation)
-    y = NormAct.apply(z, residual, weight, bias, running_mean, running_var, settings, producer)
+    y = NormAct.apply(z, residual, weight, bias, *running, settings, producer)
     return deferred.attach(y, producer)
 
 
@@ -189,9 +184,8 @@ class NormAct(torch.autograd.Function):
             dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
         need = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            norm = [mean, rstd] if weight is None else [mean, rstd, weight, bias]
-            s = replace(s, need_dresidual=need[1])
-            dz, dresidual, dweight, dbias = operators.norm_backward(dy, z, norm, mask, s.encode())
+            norm, spec = norm_of(mean, rstd, weight, bias), replace(s, need_dresidual=need[1]).encode()
+            dz, dresidual, dweight, dbias = operators.norm_backward(dy, z, norm, mask, spec)
         return (
             dz if need[0] else None,
             dresidual.to(ctx.residual_dtype) if need[1] else None,

@@ -35,6 +35,7 @@ from torch import fx, nn
 
 from te_nvfp4_cv.backend.torch_private import saved_tensors_hooks_are_on
 from te_nvfp4_cv.context import state
+from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 TRACING = ("torch", "te_nvfp4_cv", "inspect", "typing", "abc")  # questions from here are not the model's
@@ -54,6 +55,7 @@ ABOUT_MODES = {  # a trace would freeze the answers to these questions
 }
 PLAIN = (int, float, bool, str, type(None), types.FunctionType, types.BuiltinFunctionType, type, torch.dtype)
 MISSING = object()
+CONTAINERS = (dict, list, set)
 
 
 class Untraceable(Exception):
@@ -67,7 +69,7 @@ class Traced:
     training: fx.Graph
     evaluation: fx.Graph
     arguments: tuple[str, ...]  # required ones, in order
-    guards: tuple[tuple[int, type], ...]  # the argument with this index must not be an instance of this class
+    guards: tuple[int, ...]  # the arguments with these indices must not be tensors
     attributes: dict[str, Any]  # plain attributes of the module that were read, with their values
 
     def holds(self, module: nn.Module) -> bool:
@@ -156,16 +158,15 @@ def _telling_modes() -> Iterator[None]:
     """Turn grad mode and autocast on, with a dtype that no model asks for, so that a forward that sets them shows."""
     devices = ("cpu", "cuda")
     before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
-    outer = state.local.states  # replaced, so that nvfp4_autocast inside the forward is noticed, too
-    state.local.states = [state.State(False, NVFP4BlockScaling(), "auto", True)]
+    # A context of our own, so that nvfp4_autocast inside the forward is noticed, too.
+    states = [state.State(False, NVFP4BlockScaling(), "auto", True)]
     try:
-        with torch.enable_grad(), torch.inference_mode(False):
+        with torch.enable_grad(), torch.inference_mode(False), replaced(state.local, states=states):
             for d in devices:
                 torch.set_autocast_dtype(d, torch.float64)
                 torch.set_autocast_enabled(d, True)
             yield
     finally:
-        state.local.states = outer
         for d, enabled, dtype in before:
             torch.set_autocast_dtype(d, dtype)
             torch.set_autocast_enabled(d, enabled)
@@ -190,7 +191,7 @@ def trace(module: nn.Module) -> Traced:
         raise Untraceable(f"its forward asks for what may differ at each call: {', '.join(sorted(asked))}")
     read: set[str] = set()
     flags = [(m, m.training) for m in module.modules()]
-    graphs: dict[tuple[bool, bool], tuple[fx.Graph, tuple[tuple[int, type], ...]]] = {}
+    graphs: dict[tuple[bool, bool], tuple[fx.Graph, set[int]]] = {}
     try:
         # Four times: a forward that reads a child's training flag gives another graph where the two flags differ.
         for own in (True, False):
@@ -207,7 +208,7 @@ def trace(module: nn.Module) -> Traced:
         raise Untraceable("its forward reads the training flag of another module")
     same = codes[True, True] == codes[False, False]
     evaluation = graphs[True, True] if same else graphs[False, False]
-    guards = tuple(sorted({*graphs[True, True][1], *evaluation[1]}, key=repr))
+    guards = tuple(sorted({*graphs[True, True][1], *evaluation[1]}))
     names = module.__dict__.keys() - nn.Module().__dict__.keys()
     attributes = {name: copy.copy(value) for name in read & names if _is_plain(value := module.__dict__[name])}
     return Traced(graphs[True, True][0], evaluation[0], arguments, guards, attributes)
@@ -261,9 +262,8 @@ def _required(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _trace_once(
-    module: nn.Module, arguments: tuple[str, ...], read: set[str]
-) -> tuple[fx.Graph, tuple[tuple[int, type], ...]]:
+def _trace_once(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tuple[fx.Graph, set[int]]:
+    """Return the graph of one mode, and the indices of the arguments that the forward takes for no tensors."""
     shadow, before = _shadow(module, arguments, read)
     numbers = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
     with _telling_modes(), warnings.catch_warnings():
@@ -288,9 +288,7 @@ def _trace_once(
         if any(made() is not None for made in tracer.made):
             raise Untraceable("its forward puts tensors into a list or another object")
     names = [node.name for node in graph.nodes if node.op == "placeholder"]
-    if tracer.questioned:
-        return graph, tuple({(names.index(node.name), torch.Tensor) for node in tracer.questioned})
-    return graph, ()
+    return graph, {names.index(node.name) for node in tracer.questioned}
 
 
 def _shadow(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -311,33 +309,22 @@ def _shadow(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tu
     cls = type(type(module).__name__, (type(module),), {"forward": space["forward"], "__getattribute__": noted})
     shadow: nn.Module = object.__new__(cls)
     before: dict[str, Any] = {}
-    containers = (dict, list, set)
     for into in (shadow.__dict__, before):
-        into.update({k: copy.copy(v) if isinstance(v, containers) else v for k, v in module.__dict__.items()})
+        into.update({k: copy.copy(v) if isinstance(v, CONTAINERS) else v for k, v in module.__dict__.items()})
     return shadow, before
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Return True if both have the same keys and objects; containers count as equal if they hold the same objects."""
-    if a.keys() != b.keys():
-        return False
-    for key, x in a.items():
-        y = b[key]
-        if isinstance(x, (dict, list, set)) and type(x) is type(y):
-            left, right = (list(v.items()) if isinstance(v, dict) else list(v) for v in (x, y))
-            if [id(v) for v in _flat(left)] != [id(v) for v in _flat(right)]:
-                return False
-        elif x is not y:
-            return False
-    return True
+    return a.keys() == b.keys() and all(_identities(x) == _identities(b[key]) for key, x in a.items())
 
 
-def _flat(values: list[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple):
-            yield from value
-        else:
-            yield value
+def _identities(value: Any) -> list[int]:
+    """Return the ids of a container's class and of what it holds, keys included, or the id of any other value."""
+    if not isinstance(value, CONTAINERS):
+        return [id(value)]
+    held = [*value, *value.values()] if isinstance(value, dict) else list(value)
+    return [id(type(value)), *map(id, held)]
 
 
 def _check_result(result: Any) -> Any:

@@ -44,7 +44,8 @@ from torch import Tensor
 
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
+from te_nvfp4_cv.layer.check import checked_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.tensor.gemm import LAYOUTS as FACES_OF_LAYOUT
 from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor

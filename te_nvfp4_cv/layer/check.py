@@ -1,4 +1,4 @@
-"""Checks one call and plans it: may it run in NVFP4, do its shapes fit, what is its geometry, what is its Plan.
+"""Checks one call and plans it: can its recipe be used, may it run in NVFP4, do its shapes fit, what is its Plan.
 
 nvfp4_autocast leaves what `ineligible` refuses in high precision, and coverage says why; nv.functional and the NVFP4
 modules raise instead. Calls that are alike share one geometry and one Plan. The caches are keyed by everything that
@@ -21,11 +21,35 @@ from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan, plan_for
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry, int_tuple, output_size, transposed_output_size
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 CACHED = 4096  # entries: one for each distinct call of a run, and a network has tens to hundreds
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MINIMUM = BLOCK  # channels on either side of a group
+
+
+# ---- its recipe -----------------------------------------------------------------------------------------------------
+
+
+def checked_recipe(recipe: object) -> NVFP4BlockScaling:
+    """Return the recipe that as_recipe makes of the argument, after making sure that quantizers can carry it out.
+
+    Raises:
+        TypeError: It is not a recipe.
+        ValueError: Its fields contradict each other, see NVFP4BlockScaling.validate_for_use.
+    """
+    found = recipe if isinstance(recipe, NVFP4BlockScaling) else as_recipe(recipe)
+    if torch.compiler.is_compiling():  # Dynamo warns where it traces a cached function
+        found.validate_for_use()
+    else:
+        _check_once(found)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _check_once(recipe: NVFP4BlockScaling) -> None:
+    # Equal recipes need one check: contexts are entered in each step, with the same recipe.
+    recipe.validate_for_use()
 
 
 # ---- may it run in NVFP4 --------------------------------------------------------------------------------------------
@@ -171,15 +195,9 @@ def planned(
 
 
 @functools.lru_cache(maxsize=CACHED)
-def _cached_plan(
-    call: CallShape,
-    recipe: NVFP4BlockScaling,
-    name: str,  # takes no part in comparisons of recipes, but errors and reports print it
-    backend: str,
-    compute_dtype: torch.dtype,
-    channels_last: bool,
-) -> Plan:
-    return plan_for(lowered(call).geometry, recipe, backend, compute_dtype, channels_last)
+def _cached_plan(call: CallShape, recipe: NVFP4BlockScaling, name: str, *where: Any) -> Plan:
+    # The name takes no part in comparisons of recipes, but errors and reports print it.
+    return plan_for(lowered(call).geometry, recipe, *where)
 
 
 def _lower(call: CallShape) -> Lowered:
@@ -237,11 +255,9 @@ def _check_shapes(call: CallShape, rank: int) -> None:
 
 def _geometry(call: CallShape, rank: int, x: tuple[int, ...], padding: Any) -> ConvGeometry:
     """Return the geometry of x's batched and padded shape."""
-    op, w, args = call.op, call.w.shape, call.args
-    least = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
-    values = {"stride": args.stride, "padding": padding, "dilation": args.dilation}
-    values["output_padding"] = args.output_padding
-    stride, pads, dilation, extra = (int_tuple(v, rank, op, n, least[n]) for n, v in values.items())
+    op, w, args = call.op, call.w.shape, call.args._replace(padding=padding)
+    names = ("stride", "padding", "dilation", "output_padding")
+    stride, pads, dilation, extra = (int_tuple(getattr(args, name), rank, op, name) for name in names)
     kernel, transposed = tuple(w[2:]), "transpose" in op
     size: tuple[int, ...] = ()
     out: tuple[int, ...] = ()
@@ -285,14 +301,14 @@ def named_padding(call: CallShape, rank: int) -> tuple[tuple[int, ...], tuple[in
     op, padding, stride = call.op, call.args.padding, call.args.stride
     if padding == "valid":
         return (), (0,) * rank
-    if padding != "same" or any(s != 1 for s in int_tuple(stride, rank, op, "stride", 1)):
+    if padding != "same" or any(s != 1 for s in int_tuple(stride, rank, op, "stride")):
         raise value_error(
             f"nvfp4 {op}: bad padding.",
             got=f"padding={padding!r}, stride={stride}",
             needs='"valid", or "same" with stride 1',
             fix="give numbers",
         )
-    dilation = int_tuple(call.args.dilation, rank, op, "dilation", 1)
+    dilation = int_tuple(call.args.dilation, rank, op, "dilation")
     totals = [d * (k - 1) for d, k in zip(dilation, call.w.shape[2:], strict=True)]
     pad: tuple[int, ...] = ()
     # An odd total cannot be halved: torch adds the odd zero at the end of the axis. F.pad wants the last axis first.

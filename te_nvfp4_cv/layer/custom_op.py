@@ -58,15 +58,11 @@ class LayerSpec(NamedTuple):
         needs = f"{int(self.channels_last)}{int(self.need_dx)}{int(self.need_dw)}{int(self.need_db)}"
         return f"{self.recipe}\n{self.backend}\n{_DTYPES[self.compute_dtype]}\n{needs}\n{self.group}\n{self.like}"
 
-    @staticmethod
-    def from_text(text: str) -> LayerSpec:
-        """Decode what to_text gave."""
-        return _spec(text)
-
 
 # A graph's node passes the same text at each step, so it is decoded once.
 @functools.lru_cache(maxsize=1024)
-def _spec(text: str) -> LayerSpec:
+def spec_of(text: str) -> LayerSpec:
+    """Decode what LayerSpec.to_text gave."""
     recipe, backend, dtype, flags, group, like = text.split("\n")
     channels_last, need_dx, need_dw, need_db = (flag == "1" for flag in flags)
     needs = (need_dx, need_dw, need_db)
@@ -75,7 +71,7 @@ def _spec(text: str) -> LayerSpec:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(sizes: tuple[int, ...], text: str) -> Plan:
-    spec = LayerSpec.from_text(text)
+    spec = spec_of(text)
     return plan_for(
         ConvGeometry.from_ints(sizes), recipe_of_key(spec.recipe), spec.backend, spec.compute_dtype, spec.channels_last
     )
@@ -100,7 +96,7 @@ def layer(
     Returns:
         y, and the tensors of Saved, empty where there is nothing to save and where it is an operand itself.
     """
-    plan, s = plan_of(sizes, spec), LayerSpec.from_text(spec)
+    plan, s = plan_of(sizes, spec), spec_of(spec)
     # Codes made before are looked up when the node runs, not when it is traced: each step may have new ones.
     options = CallOptions(codes=weight_codes.codes_of(w, plan), scales=_scales(plan, s, s.need_dx or s.need_dw))
     y, saved = forward_backward.forward(x, w, bias, plan, s.need_dx, s.need_dw, options)
@@ -126,7 +122,7 @@ def _scales(plan: Plan, spec: LayerSpec, training: bool) -> delayed_scaling.Call
 
 @layer.register_fake
 def _(x, w, bias, sizes, spec):  # type: ignore[no-untyped-def]
-    plan, s = plan_of(sizes, spec), LayerSpec.from_text(spec)
+    plan, s = plan_of(sizes, spec), spec_of(spec)
     x_last = layouts.image_last(x, plan.geometry.x_shape)
     # The real steps, on fake tensors: the fakes of the inner operators know the shapes, which are so stated once.
     x_q = operands.quantize_input(x_last, plan, s.need_dw)
@@ -150,7 +146,7 @@ def layer_backward(
         like_sizes: number of axes of x, then the shapes of x and w.
         sizes: as for `layer`; spec: as for `layer`, with `like` filled in.
     """
-    plan, s = plan_of(sizes, spec), LayerSpec.from_text(spec)
+    plan, s = plan_of(sizes, spec), spec_of(spec)
     needs, scales = (s.need_dx, s.need_dw, s.need_db), _scales(plan, s, True)
     options = CallOptions(scales=scales)
     grads = forward_backward.backward(dy, Saved(*saved), plan, _like(like_sizes, s.like), needs, options)
@@ -159,7 +155,7 @@ def layer_backward(
 
 @layer_backward.register_fake
 def _(dy, saved, sizes, like_sizes, spec):  # type: ignore[no-untyped-def]
-    s, g = LayerSpec.from_text(spec), ConvGeometry.from_ints([int(n) for n in sizes])
+    s, g = spec_of(spec), ConvGeometry.from_ints([int(n) for n in sizes])
     like = _like(like_sizes, s.like)
     dx, dw, db = (dy.new_empty(0) for _ in range(3))
     if s.need_dx:
@@ -193,7 +189,7 @@ def _like(sizes: Any, text: str) -> Like:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w, bias, sizes, text = inputs
-    spec, plan = LayerSpec.from_text(text), plan_of(sizes, text)
+    spec, plan = spec_of(text), plan_of(sizes, text)
     saved = Saved(*output[1:])
     # Put back what the operator could not return because it is one of its arguments.
     if spec.need_dw and plan.saves_x == "itself":

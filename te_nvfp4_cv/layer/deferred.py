@@ -17,8 +17,7 @@ images, groups of a multiple of 16 channels, one tensor scale, no 4over6.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +25,11 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch, torch_private
+from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.options import Scales
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.norm import operators as ops
+from te_nvfp4_cv.ops.norm.spec import NormSpec, norm_of
 from te_nvfp4_cv.ops.records import Operand
 from te_nvfp4_cv.recipe.fields import Role
 
@@ -43,14 +44,9 @@ class _Local(threading.local):
 _local = _Local()
 
 
-@contextmanager
-def deferring() -> Iterator[None]:
+def deferring() -> AbstractContextManager[None]:
     """Promise that activations made inside will be read by quantized layers alone, so they need not be written."""
-    before, _local.deferring = _local.deferring, True
-    try:
-        yield
-    finally:
-        _local.deferring = before
+    return replaced(_local, deferring=True)
 
 
 def wanted(z: Tensor, residual: Tensor | None, backend: str) -> bool:
@@ -138,12 +134,12 @@ class Producer:
 
     def _parts(self) -> tuple[Any, ...]:
         assert self.mask is not None and self.mean is not None and self.rstd is not None
-        affine = [] if self.weight is None or self.bias is None else [self.weight, self.bias]
+        norm = norm_of(self.mean, self.rstd, self.weight, self.bias)
         # the mask belongs to a graph already: .data keeps its filling in from counting as a change
-        return self.z, self.residual, [self.mean, self.rstd, *affine], self.mask.data
+        return self.z, self.residual, norm, self.mask.data
 
     def _spec(self) -> list[float]:
-        return ops.NormSpec(self.groups, self.activation).encode()
+        return NormSpec(self.groups, self.activation).encode()
 
 
 def attach(y: Tensor, producer: Producer) -> Tensor:

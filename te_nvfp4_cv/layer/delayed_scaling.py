@@ -26,8 +26,8 @@ Refused: scales of rows that ranks should share, a saved state that does not fit
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend.torch_private import in_backward
 from te_nvfp4_cv.errors import runtime_error, value_error
+from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize.operand import measure_operand
@@ -269,24 +270,14 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
     return call
 
 
-@contextmanager
-def reading_only() -> Iterator[None]:
+def reading_only() -> AbstractContextManager[None]:
     """Treat calls inside as evaluation: no state is made or changed (coverage)."""
-    before, _local.reading = _local.reading, True
-    try:
-        yield
-    finally:
-        _local.reading = before
+    return replaced(_local, reading=True)
 
 
-@contextmanager
-def first_pass(training: bool) -> Iterator[None]:
+def first_pass(training: bool) -> AbstractContextManager[None]:
     """Say that a backward pass will recompute the calls inside with gradients (`training`), which run without now."""
-    before, _local.first_pass = _local.first_pass, training
-    try:
-        yield
-    finally:
-        _local.first_pass = before
+    return replaced(_local, first_pass=training)
 
 
 # ---- for nv.extra_state, nv.saturated_blocks and nv.export ----------------------------------------------------------

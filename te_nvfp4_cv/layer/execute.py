@@ -17,12 +17,12 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import custom_op, deferred, delayed_scaling, observe, weight_codes, weight_transforms
-from te_nvfp4_cv.layer.check import MINIMUM, CallShape, Sizes, ineligible, lowered, planned
+from te_nvfp4_cv.layer.check import MINIMUM, CallShape, Sizes, checked_recipe, ineligible, lowered, planned
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.layouts import is_channels_last
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
 def execute_explicit(
@@ -109,7 +109,7 @@ def _execute(
     x = low.input(x)
     if low.empty:  # nothing to quantize: torch's own result, and its gradients
         deferred.settle(unwritten)
-        y = _plain(op, x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), low.geometry)
+        y = _plain(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), low.geometry)
         return y.squeeze(0) if low.unbatched else y
     # Asked at each call: what "auto" means changes when a self-test passes, and autocast with the context.
     chosen = dispatch.resolve(backend, x.device, by_layer=True)
@@ -145,10 +145,7 @@ def _execute(
     return y.squeeze(0) if low.unbatched else y
 
 
-def _plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+def _plain(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
     if g.rank == 0:
         return F.linear(x, w, bias)
-    # torch's two signatures differ in the order of the last arguments.
-    if g.transposed:
-        return getattr(F, op)(x, w, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
-    return getattr(F, op)(x, w, bias, g.stride, g.padding, g.dilation, g.groups)
+    return torch.convolution(x, w, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)

@@ -4,8 +4,8 @@
             a gradient that reaches it raises
     plain   x stays as it is; y = x w + bias in x's dtype, w dequantized, by torch's own operators
 
-The weight is stored packed and dequantized at each call, or it is stored dequantized: as code * scale for `run`, in
-real units for `plain`.
+The weight is stored packed and expanded at each call, or it is stored expanded: for `run` as the integer kernels' bytes
+or as code * scale, whichever its backend multiplies, in real units for `plain`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class StoredWeight(NamedTuple):
     Attributes:
         face: the packed face that fprop multiplies.
         amax: fp32 [1].
-        unpacked: [axis 0, taps, axis 1] code * scale, or None.
+        unpacked: operands.weight_panels (uint8), or code * scale [axis 0, taps, axis 1], or None. A call whose backend
+            does not multiply that form expands the face.
         shape: as torch's layer has it.
         channels_last: its memory format, which y takes over as torch's would.
         input_amax: fp32 [1] that x is quantized with; values beyond it saturate. If None, x's amax is used.
@@ -171,5 +172,5 @@ layer.register_autograd(_no_gradient)
 
 @layer.register_fake
 def _(x, codes, unpacked, bias, input_amax, sizes, spec):  # type: ignore[no-untyped-def]
-    channels_last = custom_op.LayerSpec.from_text(spec).channels_last
+    channels_last = custom_op.spec_of(spec).channels_last
     return layouts.like_image_first(x, ConvGeometry.from_ints(sizes).y_shape, x.shape, channels_last)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.options import Watch
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -74,14 +75,9 @@ def observers() -> list[Observer]:
     return local.observers
 
 
-@contextmanager
-def told_to(entered: list[Observer]) -> Iterator[None]:
+def told_to(entered: list[Observer]) -> AbstractContextManager[None]:
     """Tell calls under the context to the observers of another thread (its `observers()`) instead of this one's."""
-    before, local.observers = local.observers, entered
-    try:
-        yield
-    finally:
-        local.observers = before
+    return replaced(local, observers=entered)
 
 
 def observed() -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from te_nvfp4_cv.formats import E2M1_MAX, dequantize
 from te_nvfp4_cv.layer.options import ALONE, CallOptions, Scales, Watch
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.conv import integer
 from te_nvfp4_cv.ops.quantize import operand, rounding_seeds
 from te_nvfp4_cv.ops.records import NONE, Face, Operand, OperandSpec, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
@@ -65,6 +66,14 @@ def weight_values(codes: WeightCodes, plan: Plan, factor: Tensor | None = None) 
     """
     name = plan.weight_faces[0]
     return operand.unpack_weight(codes.face(name), plan.weight_layouts[name], factor, torch.float32, plan.backend)
+
+
+def weight_panels(codes: WeightCodes, plan: Plan) -> Tensor:
+    """Return fprop's face as the integer kernels read it, uint8 in one axis: 0.375 of the weight's bytes in fp32."""
+    geometry = plan.geometry
+    panels = integer.panels(*codes.face(plan.weight_faces[0]), geometry, to_b=not geometry.transposed)
+    # Copied, because they come in memory that the next call uses again. One axis has one memory format only.
+    return panels.flatten().clone()
 
 
 def real_weight(codes: WeightCodes, plan: Plan) -> Tensor:

@@ -21,19 +21,15 @@ class Scales(Protocol):
 
     def amax(self, role: Role, operand: Tensor) -> Tensor | None:
         """Return fp32 [2] for quantize_operand, or None if the operand's own amaxes rule."""
-        ...
 
     def knows(self, role: Role) -> bool:
         """Return True if `amax` answers without reading the operand."""
-        ...
 
     def collect(self, role: Role, observed: Tensor) -> None:
         """Take note of what a call with given amaxes observed."""
-        ...
 
     def backward_ran(self) -> None:
         """Take note that the backward pass of the call has quantized dy."""
-        ...
 
 
 class Watch(Protocol):
@@ -43,11 +39,9 @@ class Watch(Protocol):
         self, role: Role, operand: Tensor, made: Operand | WeightCodes, seed: Tensor | None, plan: Plan
     ) -> None:
         """See that `operand` has become `made`; `seed` rounded it, if it was rounded stochastically."""
-        ...
 
     def weight_gradient(self, dy: Tensor, dw: Tensor, plan: Plan) -> None:
         """See that dy [B, *image, O] has led to dw [axis 0, taps, axis 1]."""
-        ...
 
 
 class Producer(Protocol):
@@ -55,7 +49,6 @@ class Producer(Protocol):
 
     def quantize(self, plan: Plan, need_dw: bool, scales: Scales | None) -> Operand:
         """Return what quantizing the activation would give."""
-        ...
 
 
 class Ranks(Protocol):
@@ -74,31 +67,24 @@ class Ranks(Protocol):
 
     def gather_rows(self, role: Role, face: Face) -> Callable[[], Face]:
         """Gather a rowwise face, in the form that the backend multiplies."""
-        ...
 
     def gather_columns(self, role: Role, face: Face) -> Callable[[], Face]:
         """Gather a columnwise face: packed for x, which backward unpacks, else in the form that is multiplied."""
-        ...
 
     def weight_amax(self, w: Tensor) -> Tensor:
         """Return fp32 [1]: the amax of the whole weight."""
-        ...
 
     def seed(self, seed: Tensor) -> Tensor:
         """Return the seed for this rank's part of dy: ranks with different parts must not round alike."""
-        ...
 
     def sum_output(self, y: Tensor) -> Tensor:
         """Return the sum of the ranks' parts of y."""
-        ...
 
     def sum_input_gradient(self, dx: Tensor) -> Tensor:
         """Return the sum of the ranks' parts of dx."""
-        ...
 
     def whole_bias_gradient(self, total: Tensor) -> Tensor:
         """Return db of all of dy from that of this rank's part."""
-        ...
 
 
 class CallOptions(NamedTuple):

@@ -16,7 +16,6 @@ class Frozen(Protocol):
 
     def codes(self, w: Tensor, plan: Plan) -> WeightCodes:
         """Return the weight's codes, with every face that the plan's GEMMs need."""
-        ...
 
 
 PLAIN = (Tensor, Parameter)  # a weight of another class may bring codes along

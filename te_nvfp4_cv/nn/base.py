@@ -15,7 +15,8 @@ from torch import nn
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import state
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
+from te_nvfp4_cv.layer.check import checked_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 OPS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",

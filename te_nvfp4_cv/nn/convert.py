@@ -13,7 +13,7 @@ from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.nn.precision import matches, set_precision
 from te_nvfp4_cv.nn.walk import LAYERS, with_entries
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, checked_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
 def convert_model(
@@ -43,7 +43,7 @@ def convert_model(
         ['Conv2d', 'NVFP4Conv2d']
     """
     check_module("convert_model", model, "convert_model(model, ...)")
-    resolved = None if recipe is None else checked_recipe(recipe)
+    resolved = None if recipe is None else check.checked_recipe(recipe)
     table = matches(model, list(resolved.precision) if resolved else [])
     planned: dict[nn.Module, NVFP4BlockScaling | None] = {}
     left: list[str] = []

@@ -129,9 +129,6 @@ def _learns(module: Any) -> bool:
     """Return True if the module is a layer whose weight is a Parameter that it multiplies itself, in NVFP4."""
     w = module._parameters.get("weight") if isinstance(module, LAYERS) else None
     attention = type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear  # it reads it and runs no hooks
-    return w is not None and not attention and w.dtype in check.DTYPES and not _thin(module)
-
-
-def _thin(module: Any) -> bool:
-    groups = getattr(module, "groups", 1)
-    return min(module.weight.shape[0] // groups, module.weight.shape[1]) < check.MINIMUM
+    if w is None or attention or w.dtype not in check.DTYPES:
+        return False
+    return min(w.shape[0] // getattr(module, "groups", 1), w.shape[1]) >= check.MINIMUM

@@ -19,9 +19,10 @@ from torch import nn
 
 from te_nvfp4_cv.context.state import mark_applied, pop_override, push_override
 from te_nvfp4_cv.errors import check_module, type_error, value_error
+from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.nn.hooks import Hook, attach, detach
 from te_nvfp4_cv.nn.names import plain_name
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe, checked_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
 # The names of these two classes, and of the fields in them, stand in models that version 0.1 pickled.
 

@@ -154,10 +154,13 @@ class ConvGeometry:
     @answer
     def at_least_2d(self) -> ConvGeometry:
         """The geometry itself, but for a 1-D convolution, which becomes a 2-D one of height 1."""
-        if self.rank != 1:
-            return self
-        more: dict[str, Any] = {n: (1, *getattr(self, n)) for n in ("a_size", "b_size", "kernel", "stride", "dilation")}
-        more |= {name: (0, *getattr(self, name)) for name in ("padding", "output_padding")}
+        return self.with_axes(2) if self.rank == 1 else self
+
+    def with_axes(self, rank: int) -> ConvGeometry:
+        """Return the geometry with that many image axes, at least as many as it has; the new ones are of one pixel."""
+        ones, zeros = ("a_size", "b_size", "kernel", "stride", "dilation"), ("padding", "output_padding")
+        more: dict[str, Any] = {name: (1,) * (rank - self.rank) + getattr(self, name) for name in ones}
+        more |= {name: (0,) * (rank - self.rank) + getattr(self, name) for name in zeros}
         return replace(self, **more)
 
     def reads_everywhere(self, to_b: bool) -> bool:
@@ -178,23 +181,19 @@ class ConvGeometry:
         return head + [n for values in lists for n in values]
 
     @staticmethod
-    def _from_tuple(ints: tuple[int, ...]) -> ConvGeometry:
-        batch, channels_a, channels_b, groups, transposed, rank = ints[:6]
-        lists: Any = [tuple(ints[6 + rank * k : 6 + rank * (k + 1)]) for k in range(7)]
-        return ConvGeometry(batch, channels_a, channels_b, *lists, groups, bool(transposed))  # type: ignore[call-arg]
-
-    @staticmethod
     def from_ints(ints: Sequence[int]) -> ConvGeometry:
         """Decode what to_ints gave; equal lists give the same object."""
         try:
             return _geometry(tuple(ints))
         except TypeError:  # a traced size has no hash
-            return ConvGeometry._from_tuple(tuple(ints))
+            return _geometry.__wrapped__(tuple(ints))
 
 
 @functools.lru_cache(maxsize=4096)
 def _geometry(ints: tuple[int, ...]) -> ConvGeometry:
-    return ConvGeometry._from_tuple(ints)
+    batch, channels_a, channels_b, groups, transposed, rank = ints[:6]
+    lists: Any = [ints[6 + rank * k : 6 + rank * (k + 1)] for k in range(7)]
+    return ConvGeometry(batch, channels_a, channels_b, *lists, groups, bool(transposed))  # type: ignore[call-arg]
 
 
 def halo_rows(strip: int, stride: int, kernel: int, dilation: int) -> int:
@@ -211,13 +210,11 @@ def fold_factor(batch: int, rows: int, stride: int, kernel: int, dilation: int) 
     if batch % BLOCK == 0:
         return 1
 
-    best, least = 1, 0
-    for g in range(1, min(BLOCK, rows) + 1):
+    def cost(g: int) -> int:
         # What wgrad contracts: images, padded to whole blocks, times the rows of a strip with its halo.
-        cost = round_up(batch * g, BLOCK) * halo_rows(-(-rows // g), stride, kernel, dilation)
-        if g == 1 or cost < least:
-            best, least = g, cost
-    return best
+        return round_up(batch * g, BLOCK) * halo_rows(-(-rows // g), stride, kernel, dilation)
+
+    return min(range(1, min(BLOCK, rows) + 1), key=cost, default=1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -286,12 +283,13 @@ def _as_int(value: Any) -> Any:
         return None
 
 
-def int_tuple(value: Any, rank: int, op: str, name: str, least: int) -> tuple[int, ...]:
+def int_tuple(value: Any, rank: int, op: str, name: str) -> tuple[int, ...]:
     """Return an int or a sequence of ints as one int per axis.
 
     Raises:
-        ValueError: anything else, or a value below `least`.
+        ValueError: anything else, or a value below 1; paddings may be 0.
     """
+    least = 0 if "padding" in name else 1
     values = tuple(map(_as_int, value)) if isinstance(value, Sequence) else (_as_int(value),)
     values = values * rank if len(values) == 1 else values
     if len(values) != rank or any(not isinstance(v, (int, torch.SymInt)) or v < least for v in values):

@@ -23,8 +23,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-
 from te_nvfp4_cv.errors import type_error, value_error, warn_once
 from te_nvfp4_cv.recipe.fields import (
     ALLOWED,
@@ -384,11 +382,6 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
     return NVFP4BlockScaling(**fields)
 
 
-@functools.lru_cache(maxsize=256)
-def _check_once(recipe: NVFP4BlockScaling) -> None:
-    recipe.validate_for_use()
-
-
 def as_recipe(recipe: object) -> NVFP4BlockScaling:
     """Return a recipe of this package unchanged, TransformerEngine's converted, and the default recipe for None.
 
@@ -398,23 +391,6 @@ def as_recipe(recipe: object) -> NVFP4BlockScaling:
     if isinstance(recipe, NVFP4BlockScaling):
         return recipe
     return NVFP4BlockScaling() if recipe is None else from_te(recipe)
-
-
-def checked_recipe(recipe: object) -> NVFP4BlockScaling:
-    """Return as_recipe(recipe), after making sure that quantizers can carry it out.
-
-    Equal recipes are checked once, because contexts are entered in each step.
-
-    Raises:
-        TypeError: It is not a recipe.
-        ValueError: Its fields contradict each other, see validate_for_use.
-    """
-    found = as_recipe(recipe)
-    if torch.compiler.is_compiling():  # Dynamo warns where it traces a cached function
-        found.validate_for_use()
-    else:
-        _check_once(found)
-    return found
 
 
 def _not_a_recipe(recipe: object) -> TypeError:

@@ -45,10 +45,8 @@ def list_recipes() -> dict[str, str]:
         >>> sorted(nv.list_recipes())[:3]
         ['default', 'delayed', 'detection']
     """
-    found = {}
-    for path in sorted(recipe_folder().glob("*.toml")):
-        found[path.stem] = str(_parse(path).get("description", ""))
-    return found
+    paths = sorted(recipe_folder().glob("*.toml"))
+    return {path.stem: str(_parse(path).get("description", "")) for path in paths}
 
 
 def load_recipe(name_or_path: str | os.PathLike[str]) -> NVFP4BlockScaling:

@@ -75,7 +75,11 @@ def running(
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put random states, buffers and training flags back when the body ends, with an exception too."""
+    """Put random states, buffers and training flags back when the body ends, with an exception too.
+
+    The body runs eagerly and outside of a caller's inference_mode: inside a compiled graph neither hooks nor observers
+    would act, and no backward pass may use a tensor that was made in inference_mode.
+    """
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, numpy_state, stream = random.getstate(), numpy.random.get_state(), rounding_seeds.state()
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
@@ -83,7 +87,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     # The dict too: a module may have put another tensor in a buffer's place.
     before = [(m, m.training, dict(m._buffers)) for m in plain]
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), torch.inference_mode(False):
             yield
     finally:
         random.setstate(python)

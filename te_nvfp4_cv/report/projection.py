@@ -24,7 +24,7 @@ from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.layer import delayed_scaling, observe
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.recipe.block_scaling import as_recipe
-from te_nvfp4_cv.report.forward_pass import untouched
+from te_nvfp4_cv.report.forward_pass import gemm_flops, untouched
 from te_nvfp4_cv.report.text import aligned
 
 PACKED = 0.5 + 1 / BLOCK  # bytes of an NVFP4 value
@@ -158,8 +158,8 @@ def project(
     def observer(call: observe.Call) -> observe.Seen:
         def finished(y: torch.Tensor) -> None:
             name = names.get(id(call.weight), "(no parameter)")
-            sizes = _sizes(call, y, batch / _batch(inputs))
-            found.setdefault(name, []).append(_estimate(name, call, sizes, GPUS[gpu], efficiency))
+            images = batch / _batch(inputs)  # how many times as many as the call has
+            found.setdefault(name, []).append(_estimate(name, call, y, images, GPUS[gpu], efficiency))
 
         return observe.Seen(finished=finished)
 
@@ -179,27 +179,13 @@ def _sum(rows: list[Estimate]) -> Estimate:
     return replace(rows[0], **{name: sum(getattr(row, name) for row in rows) for name in ("flops", *TIMES)})
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """The elements of x, w and y, and the multiply-adds of one GEMM; all three GEMMs have the same."""
-
-    x: float
-    w: float
-    y: float
-    macs: float
-
-
-def _sizes(call: observe.Call, y: torch.Tensor, images: float) -> _Sizes:
-    """Count the sizes of one call for a step with `images` times as many images as the call has."""
-    x, w = call.x.numel() * images, float(call.weight.numel())
-    per_pixel = w / call.weight.shape[0]  # the weights that one element of y, or of a transposed layer's x, meets
-    pixels = x if "transpose" in call.op else y.numel() * images
-    return _Sizes(x, w, y.numel() * images, pixels * per_pixel)
-
-
-def _estimate(name: str, call: observe.Call, sizes: _Sizes, gpu: GPU, efficiency: float) -> Estimate:
-    x, w, y = sizes.x, sizes.w, sizes.y
-    flops, bandwidth, bf16 = 2 * sizes.macs, gpu.bandwidth * efficiency, gpu.bf16 * efficiency
+def _estimate(
+    name: str, call: observe.Call, result: torch.Tensor, images: float, gpu: GPU, efficiency: float
+) -> Estimate:
+    """Estimate one call for a step with `images` times as many images as the call has."""
+    x, w, y = call.x.numel() * images, float(call.weight.numel()), result.numel() * images
+    flops = images * gemm_flops(call, result)
+    bandwidth, bf16 = gpu.bandwidth * efficiency, gpu.bf16 * efficiency
 
     def gemm(peak: float, read: float, written: float) -> float:
         return max(flops / peak, (read + 2 * written) / bandwidth)  # results are bf16, 2 bytes

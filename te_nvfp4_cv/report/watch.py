@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,8 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
     watch = _Watch(model, backend)
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())  # without a graph autograd would save nothing that could be counted
-        watch.stack = stack.enter_context(watch.running())
+        watch.stack = stack.enter_context(running(watch.modules, watch.enter, watch.leave))
         stack.enter_context(observe.observe(watch.called))
         stack.enter_context(delayed_scaling.reading_only())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor))
@@ -107,14 +105,13 @@ class _Watch:
 
     def __init__(self, model: nn.Module, backend: str) -> None:
         self.model, self.backend = model, backend
-        self.names: dict[nn.Module, str] = {}
+        self.names = {module: name for name, module in named_modules(model)}
+        # ScriptModules take no hooks and show no parameters.
+        self.modules = [module for module in self.names if not isinstance(module, torch.jit.ScriptModule)]
         self.owners: dict[int, tuple[nn.Module, str]] = {}  # id(Parameter) -> its module, and its name there
-        self.modules = list(named_modules(model))
-        for name, module in self.modules:
-            self.names.setdefault(module, name)
-            if not isinstance(module, torch.jit.ScriptModule):
-                for key, parameter in module._parameters.items():
-                    self.owners.setdefault(id(parameter), (module, key))
+        for module in self.modules:
+            for key, parameter in module._parameters.items():
+                self.owners.setdefault(id(parameter), (module, key))
         self.stack: list[nn.Module] = []  # modules that are running
         self.entered: set[nn.Module] = set()
         self.reached: set[nn.Module] = set()  # modules that a row stands for
@@ -122,18 +119,15 @@ class _Watch:
         self.current: _Row | None = None  # the layer whose call is running: what autograd saves now is because of it
         self.saved: list[tuple[weakref.ref[_Saved], _Row | None]] = []
 
-    def running(self) -> AbstractContextManager[list[nn.Module]]:
-        """Put hooks on every module, to know which ones are running."""
-        modules = [module for module in self.names if not isinstance(module, torch.jit.ScriptModule)]
-        return running(modules, self._enter, self._leave)
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Note that a module starts."""
         self.entered.add(module)
         # A recurrent layer calls no function that the context could see, so its module is counted instead.
         if isinstance(module, RECURRENT):
             self.current = self._recurrent(module, args)
 
-    def _leave(self, module: nn.Module, args: Any) -> None:
+    def leave(self, module: nn.Module, args: Any) -> None:
+        """Note that a module has ended."""
         if isinstance(module, RECURRENT):
             self.current = None
 
@@ -218,7 +212,8 @@ class _Watch:
     def report(self, recipe: NVFP4BlockScaling, inputs: Any) -> Coverage:
         """Return the report. The output must still be alive: what autograd saved and still holds is counted."""
         report = Coverage(recipe=repr(recipe))
-        seen = {_storage(t) for t in (*self.model.parameters(), *self.model.buffers(), *_tensors(inputs))}
+        known = (*self.model.parameters(), *self.model.buffers(), *tree_leaves(inputs))
+        seen = {_storage(leaf) for leaf in known if isinstance(leaf, Tensor)}
         for reference, row in self.saved:
             saved = reference()
             storage = None if saved is None else _storage(saved.tensor)
@@ -238,11 +233,9 @@ class _Watch:
         return report
 
     def _not_seen(self) -> Iterator[Layer]:
-        listed: set[nn.Module] = set()
-        for name, module in self.modules:
-            if module in listed or module in self.reached:
+        for module, name in self.names.items():
+            if module in self.reached:
                 continue
-            listed.add(module)
             kind = type(module).__name__
             weight = getattr(module, "weight", None)
             kernel = tuple(weight.shape) if isinstance(weight, Tensor) else ()
@@ -303,7 +296,3 @@ def _storage(tensor: Tensor) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse and wrapper tensors have none of their own
         return None
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

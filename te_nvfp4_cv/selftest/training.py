@@ -14,6 +14,7 @@ from torch import Tensor
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.ops.norm import operators
+from te_nvfp4_cv.ops.norm.spec import NormSpec, norm_of
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting, bound_for, close, normal
 
@@ -128,10 +129,9 @@ def _norm(
     """Run z, dy, weight, bias and perhaps a residual; return y, mean, rstd, dz, dresidual, dweight and dbias."""
     z, dy, weight, bias, residual = (None if t is None else t.to(device) for t in tensors)
     assert z is not None and dy is not None
-    spec = operators.NormSpec(groups, activation, True, 0.1, 1e-5, True, residual is not None, backend).encode()
+    spec = NormSpec(groups, activation, True, 0.1, 1e-5, True, residual is not None, backend).encode()
     y, mean, rstd, mask = operators.norm_forward(z, residual, weight, bias, None, None, spec)
-    norm = [mean, rstd] if weight is None or bias is None else [mean, rstd, weight, bias]
-    gradients = operators.norm_backward(dy, z, norm, mask, spec)
+    gradients = operators.norm_backward(dy, z, norm_of(mean, rstd, weight, bias), mask, spec)
     return (y, mean, rstd, *gradients)
 
 

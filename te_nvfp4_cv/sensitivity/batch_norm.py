@@ -52,18 +52,27 @@ def update_bn(
     norms = [module for module in model.modules() if isinstance(module, AnyBatchNorm)]
     if not norms:
         return 0
-    # torch sets momentum to None for the pass, and does not put it back when the pass raises.
-    momenta = [(norm, norm.momentum) for norm in norms]
     # All buffers: in the pass other modules, such as spectral_norm, may change theirs, too.
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    flags = [(module, module.training) for module in model.modules()]
-    counter = _Counted(loader)
+    count = 0
+
+    def counted() -> Iterator[Any]:
+        # swa_utils says nothing of a loader without batches, so its batches are counted here.
+        nonlocal count
+        for item in loader:
+            count += 1
+            yield item
+
     try:
         with ExitStack() as stack:
+            for norm in norms:  # torch sets momentum to None, and does not put it back when the pass raises
+                stack.callback(setattr, norm, "momentum", norm.momentum)
+            for module in model.modules():
+                stack.callback(setattr, module, "training", module.training)
             for context in contexts:
                 stack.enter_context(context)
-            swa_utils.update_bn(counter, model, device)  # type: ignore[arg-type]
-        if not counter.count:
+            swa_utils.update_bn(counted(), model, device)  # type: ignore[arg-type]
+        if not count:
             raise value_error(
                 "update_bn: the loader has no batches.",
                 got="0 batches",
@@ -77,22 +86,4 @@ def update_bn(
                 # In place, because DDP and captured graphs hold on to the buffers themselves.
                 buffer.copy_(value)
         raise
-    finally:
-        for norm, momentum in momenta:
-            norm.momentum = momentum
-        for module, training in flags:
-            module.training = training
-    return counter.count
-
-
-class _Counted:
-    """Count what an iterable gives."""
-
-    def __init__(self, source: Iterable[Any]) -> None:
-        self.source, self.count = source, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        # swa_utils says nothing of a loader without batches, so its batches are counted here.
-        for item in self.source:
-            self.count += 1
-            yield item
+    return count

@@ -12,6 +12,7 @@ foreign files are refused.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -24,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.errors import describe, message, type_error, value_error
+from te_nvfp4_cv.errors import bad_value, describe, no_such_file, type_error, value_error
 from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.recipe.files import parse_recipe
 
 FORMAT, VERSION = "te_nvfp4_cv bundle", 1
 AUTOCAST = (None, "bfloat16", "float16")
+_bad = functools.partial(bad_value, "bundle")
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,6 @@ class Bundle:
         # A broken recipe is refused when the bundle is written, not weeks later when somebody reads it.
         if self.recipe_text:
             parse_recipe(self.recipe_text, "the bundle's recipe")
-
-
-def _bad(field: str, got: str, needs: str) -> ValueError:
-    return value_error(f"bundle: bad {field}.", got=got, needs=needs, fix=f"correct {field}")
 
 
 def save_bundle(
@@ -191,9 +189,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     if not Path(path).is_file():
         got = f"{os.fspath(path)!r}: " + ("a folder" if Path(path).is_dir() else "no such file")
-        raise FileNotFoundError(
-            message("bundle: no such file.", got=got, needs="a file of save_bundle", fix="correct the path")
-        )
+        raise no_such_file("bundle: no such file.", got=got, needs="a file of save_bundle", fix="correct the path")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere in the reader, with any class of error

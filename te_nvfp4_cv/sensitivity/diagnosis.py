@@ -114,18 +114,17 @@ class Diagnosis:
         """
         # The replays ran with this table in force, so a suggestion without it would not be what was measured.
         own = {} if self.recipe_used is None else dict(self.recipe_used.precision)
+        # A recipe that stands in a table has no table of its own.
+        rest = None if self.recipe_used is None else dataclasses.replace(self.recipe_used, precision=())
         if self.worst_layer is not None:
             pattern = glob.escape(self.worst_layer) or "*"  # a model that is itself the layer has the name ""
             own.pop(pattern, None)  # the last match wins, so the entry must come after the others
             # An entry covers a module's children: those that were in NVFP4 when this was measured get their own.
             prefix = f"{self.worst_layer}." if self.worst_layer else ""
             below = [name for name in self.layers if name != self.worst_layer and name.startswith(prefix)]
-            # A recipe that stands in a table has no table of its own.
-            rest = None if self.recipe_used is None else dataclasses.replace(self.recipe_used, precision=())
             stays = {glob.escape(name): own.get(glob.escape(name), rest) for name in below}
             return {**own, pattern: None, **stays}
-        if self.worst_gemm is not None and self.recipe_used is not None:
-            rest = dataclasses.replace(self.recipe_used, precision=())
+        if self.worst_gemm is not None and rest is not None:
             # Layers in high precision stay there; every other entry loses the GEMM, too, since the last match rules.
             everywhere = without_gemm(rest, self.worst_gemm)
             changed = {pattern: None if r is None else without_gemm(r, self.worst_gemm) for pattern, r in own.items()}

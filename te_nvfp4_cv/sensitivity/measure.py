@@ -83,10 +83,6 @@ class Measure:
             cuda = torch.cuda.is_initialized()
             stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count())) if cuda else []))
             stack.enter_context(untouched(self.model))
-            # Inside a compiled graph neither the hooks nor the observers would act.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # A caller's inference_mode would make tensors that no backward pass may use.
-            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.gradients))
             if self.prepare is None:
                 # An evaluation that updated the scales would change the next one, and the user's training.

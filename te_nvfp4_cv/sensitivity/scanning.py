@@ -22,6 +22,7 @@ from torch import nn
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
+from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.report.forward_pass import recipe_in_force
 from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
 from te_nvfp4_cv.sensitivity.measure import Loss, Measure, Measured, compare
@@ -78,8 +79,7 @@ def scan(
         raise value_error("scan: unknown mode.", got=repr(mode), needs=f"one of {', '.join(MODES)}", fix="mode='both'")
     dispatch.check_backend(backend)
     # Each configuration sets the precision of every layer; a table would overrule that.
-    resolved = dataclasses.replace(recipe_in_force(recipe), precision=())
-    resolved.validate_for_use()
+    resolved = checked_recipe(dataclasses.replace(recipe_in_force(recipe), precision=()))
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # DDP's forward prepares a reduction, and then waits for a backward pass
     run = _Run(Measure(model, loss, resolved, backend, gradients), MODES[mode], seed, progress)

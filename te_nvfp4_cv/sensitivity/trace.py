@@ -10,9 +10,10 @@ the modules. Every value is read, so this waits for a GPU at every module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,44 +50,35 @@ class Trace:
         with ExitStack() as stack:
             for name, module in named(model):
                 # Pre-hooks look at weights as well: a bad weight should be named, not the output that it spoils.
-                stack.callback(module.register_forward_pre_hook(self._starts(name), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(self._ends(name)).remove)
+                stack.callback(module.register_forward_pre_hook(partial(self._starts, name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(partial(self._ends, name)).remove)
                 for key, parameter in module.named_parameters(recurse=False):
                     if parameter.requires_grad:  # register_hook refuses others
-                        hook = self._gradient(name, f"gradient of the parameter {key}")
+                        hook = partial(self._gradient, name, f"gradient of the parameter {key}")
                         stack.callback(parameter.register_hook(hook).remove)
             yield
 
-    def _starts(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._look(name, "input", (args, kwargs), masks=True)
-            for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
-                for key, tensor in tensors.items():
-                    self._look(name, f"{kind} {key}", tensor, masks=kind == "buffer")
-
-        return hook
+    def _starts(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._look(name, "input", (args, kwargs), masks=True)
+        for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for key, tensor in tensors.items():
+                self._look(name, f"{kind} {key}", tensor, masks=kind == "buffer")
 
     def _look(self, name: str, what: str, value: Any, masks: bool = False) -> None:
         # After the first finding nothing more is read, which would wait for the GPU.
         if self.forward is None and not all(_finite(leaf, masks) for leaf in tree_leaves(value)):
             self.forward = Finding(name, what)
 
-    def _ends(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._look(name, "output", output)
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    # On the tensor, not the module: full backward hooks of modules refuse in-place changes of outputs.
-                    leaf.register_hook(self._gradient(name, "gradient of the output"))
+    def _ends(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._look(name, "output", output)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                # On the tensor, not the module: full backward hooks of modules refuse in-place changes of outputs.
+                leaf.register_hook(partial(self._gradient, name, "gradient of the output"))
 
-        return hook
-
-    def _gradient(self, name: str, what: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            if self.backward is None and not _finite(gradient):
-                self.backward = Finding(name, what)
-
-        return hook
+    def _gradient(self, name: str, what: str, gradient: Tensor) -> None:
+        if self.backward is None and not _finite(gradient):
+            self.backward = Finding(name, what)
 
 
 def _finite(value: Any, masks: bool = False) -> bool:

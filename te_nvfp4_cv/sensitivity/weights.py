@@ -105,7 +105,6 @@ def _cells(row: Weight) -> tuple[str, ...]:
     )
 
 
-@torch.no_grad()
 def kurtosis(model: nn.Module) -> Study:
     """Rank the weights of all convolutions and linear layers by how badly their values suit 4 bits.
 
@@ -122,7 +121,8 @@ def kurtosis(model: nn.Module) -> Study:
         '1'
     """
     check_module("kurtosis", model, "kurtosis(model)")
-    with untouched(model):  # reading a parametrized weight may change buffers: spectral_norm iterates
+    # Reading a parametrized weight may change buffers: spectral_norm iterates.
+    with untouched(model), torch.no_grad():
         rows = [_weight(name, w, module) for name, w, module in _weights(model)]
     if not rows:
         raise value_error(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,11 +73,8 @@ def of_operand(
     s = plan.recipe.settings(role)
     is_x = role == Role.INPUT
     fold, row_scaled = plan.folds[0 if is_x else 1], is_x and plan.row_scaled
-    faces = (made.row, made.col)
-    wants = [face.data.numel() > 0 for face in faces]
-    packed = [face.scale.numel() > 0 for face in faces]
-    forms = [PACKED if want and not there else NONE for want, there in zip(wants, packed, strict=True)]
-    row, col = faces
+    row, col = made.row, made.col
+    forms = [PACKED if face.data.numel() and not face.scale.numel() else NONE for face in (row, col)]
     if any(forms):
         # With delayed scaling the amax was given, and is not that of the operand: it is given again. A current one
         # need not be, because it is measured again.
@@ -88,10 +84,10 @@ def of_operand(
         spec = plan.input_specs[True] if is_x else plan.gradient_specs[True, True]
         spec = spec._replace(row=forms[0], col=forms[1])
         again = quantize_operand(operand, spec, plan.compute_dtype, seed, amax, plan.backend)
-        row, col = (new if form else old for new, old, form in zip((again.row, again.col), faces, forms, strict=True))
+        row, col = again.row if forms[0] else row, again.col if forms[1] else col
     found = {}
     amax_whole, broken = whole(operand)
-    if wants[0]:
+    if row.data.numel():
         raw = _padded(operand, plan.geometry.groups)
         per_pixel = raw.shape[-1] // BLOCK
         valid = None
@@ -99,9 +95,8 @@ def of_operand(
             ones = torch.ones(1, operand.shape[-1], dtype=torch.bool, device=raw.device)
             valid = _padded(ones, plan.geometry.groups).view(per_pixel, BLOCK)
         amax = made.row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_scaled else made.row_amax
-        packed_row = _Packed(row, amax, s.e4m3_max)
-        found["row"] = _sampled(raw, packed_row, most, valid, False, (amax_whole, broken))
-    if wants[1]:
+        found["row"] = _sampled(raw, row, amax, s.e4m3_max, most, valid, False, (amax_whole, broken))
+    if col.data.numel():
         raw = fold_images(operand, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)  # [N16, *folded, C, 16]
         amax = made.col_amax
         amax = amax.repeat(col.scale.numel() // amax.numel()) if row_scaled else amax
@@ -112,8 +107,7 @@ def of_operand(
             real = real.expand(raw.shape).reshape(-1, BLOCK) != 0
         if s.rht:  # the largest of the rotated values, which were not stored: quantization has measured it
             amax_whole = made.observed[1] if made.observed.numel() else made.col_amax.amax()
-        packed_col = _Packed(col, amax, s.e4m3_max)
-        found["col"] = _sampled(raw, packed_col, most, real, s.rht, (amax_whole, broken))
+        found["col"] = _sampled(raw, col, amax, s.e4m3_max, most, real, s.rht, (amax_whole, broken))
     return found
 
 
@@ -130,24 +124,25 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
     taken = dict(zip(("fprop", "dgrad"), plan.weight_faces, strict=True))
     if taken["fprop"] == taken["dgrad"]:  # 16x16 blocks: one face serves both
         del taken["dgrad"]
-    kernel = w.detach().flatten(2) if w.dim() > 2 else w.detach().unsqueeze(-1)  # [axis 0, axis 1, taps]
+    kernel = w.detach().flatten(2) if w.dim() > 2 else w.detach().unsqueeze(-1)
+    kernel = kernel.transpose(1, 2)  # [axis 0, taps, axis 1]
     found = {}
     extent = whole(w.detach())
     for gemm, face in taken.items():
         data, scale = codes.face(face)
         if not data.numel():
             continue
-        raw = _row_kernel(kernel) if face == "row" else _col_kernel(kernel, plan.geometry.groups)
+        raw = _row_kernel(kernel) if face == "row" else formats.kernel_columns(kernel, plan.geometry.groups)
         valid = None
         if raw.numel() != kernel.numel():
             ones = torch.ones_like(kernel, dtype=torch.bool)
-            valid = _row_kernel(ones) if face == "row" else _col_kernel(ones, plan.geometry.groups)
+            valid = _row_kernel(ones) if face == "row" else formats.kernel_columns(ones, plan.geometry.groups)
             valid = valid.reshape(-1, BLOCK)
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             rows = kernel.shape[0] // plan.geometry.groups
             # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
-        found[gemm] = _sampled(raw, _Packed(Face(data, scale), codes.amax, s.e4m3_max), most, valid, False, extent)
+        found[gemm] = _sampled(raw, Face(data, scale), codes.amax, s.e4m3_max, most, valid, False, extent)
     return found
 
 
@@ -162,19 +157,19 @@ def step_of(blocks: int, most: int) -> int:
     return step
 
 
-class _Packed(NamedTuple):
-    """One face of an operand, its amax ([1], or one for each block) and the largest scale."""
-
-    face: Face
-    amax: Tensor
-    e4m3_max: int
-
-
 def _sampled(
-    raw: Tensor, packed: _Packed, most: int, valid: Tensor | None, rht: bool, extent: tuple[Tensor, Tensor]
+    raw: Tensor, face: Face, amax: Tensor, e4m3_max: int, most: int, valid: Tensor | None, rht: bool,
+    extent: tuple[Tensor, Tensor],
 ) -> Blocks:
-    """Take every step_of-th block. `valid` is given for every block, or for the blocks of one pixel."""
-    raw, data, scale = raw.reshape(-1, BLOCK), packed.face.data.reshape(-1, BLOCK // 2), packed.face.scale.reshape(-1)
+    """Take every step_of-th block of one face.
+
+    Args:
+        amax: [1], or one for each block.
+        valid: as in Blocks, given for every block or for the blocks of one pixel.
+        rht: the transform is applied to `raw`.
+        extent: Blocks.whole.
+    """
+    raw, data, scale = raw.reshape(-1, BLOCK), face.data.reshape(-1, BLOCK // 2), face.scale.reshape(-1)
     step = step_of(len(raw), most)
     raw, data, scale = raw[::step], data[::step], scale[::step]
     if rht:  # of the sample only: the transform acts within a block
@@ -182,9 +177,8 @@ def _sampled(
     if valid is not None:
         index = torch.arange(len(raw), device=raw.device) * step
         valid = valid[index % len(valid)]
-    amax = packed.amax.flatten()
-    amax = amax if amax.numel() == 1 else amax[::step]
-    factor = formats.block_units(scale.contiguous().view(torch.float8_e4m3fn), amax, packed.e4m3_max)
+    amax = amax.flatten() if amax.numel() == 1 else amax.flatten()[::step]
+    factor = formats.block_units(scale.contiguous().view(torch.float8_e4m3fn), amax, e4m3_max)
     codes = formats.unpack_nibbles(data)
     values = formats.decode_e2m1(codes) * factor.unsqueeze(-1)
     return Blocks(raw.float(), codes, scale, values, 6 * factor, valid, extent)
@@ -195,12 +189,5 @@ def _padded(x: Tensor, groups: int) -> Tensor:
 
 
 def _row_kernel(kernel: Tensor) -> Tensor:
-    """Lay the weight out as its rowwise face: [axis 0, taps, axis 1 padded]."""
-    return F.pad(kernel.movedim(1, -1), (0, -kernel.shape[1] % BLOCK))
-
-
-def _col_kernel(kernel: Tensor, groups: int) -> Tensor:
-    """Lay the weight out as its columnwise face: [groups, tiles of axis 0, taps, axis 1, 16]."""
-    grouped = kernel.unflatten(0, (groups, -1))
-    padded = F.pad(grouped, (0, 0, 0, 0, 0, -grouped.shape[1] % BLOCK))
-    return padded.unflatten(1, (-1, BLOCK)).movedim(2, -1).transpose(2, 3)
+    """Pad the weight as its rowwise face is padded: [axis 0, taps, axis 1 padded]."""
+    return F.pad(kernel, (0, -kernel.shape[-1] % BLOCK))

@@ -12,7 +12,6 @@ matplotlib is imported when something is drawn; without it a RuntimeError says h
 
 from __future__ import annotations
 
-import importlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from te_nvfp4_cv.errors import runtime_error
+from te_nvfp4_cv.errors import need_package
 
 DIVERGING, SEQUENTIAL, ABSENT = "RdBu_r", "viridis", "#b5b5b5"
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
@@ -39,14 +38,9 @@ def need(*packages: str) -> None:
     Raises:
         RuntimeError: one of them is not.
     """
+    fix = f"pip install {' '.join(packages)}, or pip install te_nvfp4_cv[telemetry]"
     for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise runtime_error(
-                f"telemetry: {package} is not installed.", got=str(error), needs=" and ".join(packages),
-                fix=f"pip install {' '.join(packages)}, or pip install te_nvfp4_cv[telemetry]",
-            ) from error
+        need_package(package, f"telemetry: {package} is not installed.", needs=" and ".join(packages), fix=fix)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ of its JSON. A run never overwrites another: the second run of a name is drawn i
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
@@ -32,7 +33,7 @@ from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
-from te_nvfp4_cv.telemetry.records import Run, cannot_write, dumps, read
+from te_nvfp4_cv.telemetry.records import Run, cannot_write, dumps, numbered, read
 
 STATISTICS = {"mean": "mean", "std": "standard deviation", "kurtosis": "excess kurtosis"}
 CODE_VALUES = formats.decode_e2m1(torch.arange(16, dtype=torch.uint8)).tolist()
@@ -80,8 +81,8 @@ def table(run: Run, layers: Sequence[str], *keys: str) -> np.ndarray:
     return np.array(values, float).reshape(len(layers), len(run.steps))  # a run without layers has 0 rows, not 0 axes
 
 
-def usage(run: Run, layers: Sequence[str], tensor: str = "weight") -> tuple[int | None, np.ndarray]:
-    """Return the last sampled step with codes, and each layer's shares of the 16 codes, ordered by the codes' values.
+def usage(run: Run, layers: Sequence[str]) -> tuple[int | None, np.ndarray]:
+    """Return the last sampled step with codes, and each weight's shares of the 16 codes, ordered by the codes' values.
 
     A layer without codes has NaN; the step is None if no layer ever had codes.
     """
@@ -89,7 +90,7 @@ def usage(run: Run, layers: Sequence[str], tensor: str = "weight") -> tuple[int 
     # Backward from the end: the last steps of a run may be in high precision, without codes.
     for step, held in reversed(run.steps.items()):
         for row, layer in enumerate(layers):
-            codes = held.get(layer, {}).get("tensors", {}).get(tensor, {}).get("codes", {})
+            codes = held.get(layer, {}).get("tensors", {}).get("weight", {}).get("codes", {})
             counts = np.array([np.nan if count is None else count for count in codes.get("usage", [])], float)
             if len(counts) == 16 and counts.sum() > 0:  # the counts come from a file, and may be damaged
                 shares[row] = counts[CODES] / counts.sum()
@@ -141,14 +142,12 @@ def _folder(parent: Path, name: str) -> Path:
     # Names come from the user and go into a path: no separators, no leading dots, no endless length.
     clean = re.sub(r"[^\w.+=-]+", "_", name, flags=re.ASCII).strip("._ ")[:100] or "run"
     parent.mkdir(parents=True, exist_ok=True)
-    number = 1
+    names = numbered(clean)
     while True:
-        found = parent / (clean if number == 1 else f"{clean}_{number}")
-        try:
+        found = parent / next(names)
+        with contextlib.suppress(FileExistsError):
             found.mkdir()  # makes and checks in one step, so that two runs which draw at once never share a folder
             return found
-        except FileExistsError:
-            number += 1
 
 
 def _plotly(folder: Path) -> Path:
@@ -173,36 +172,36 @@ class _Pictures:
     def heatmap(self, kind: Kind, statistic: str) -> None:
         values = table(self.run, self.run.layers, "tensors", kind.tensor, kind.stage, statistic)
         title = f"{kind.title}: {STATISTICS[statistic]}"
-        bounds = drawing.limits([values], diverging=statistic != "std")  # only a standard deviation has no sign
-        self._map(f"{kind.folder}/{statistic}", title, values, self.steps, bounds, kind.label(statistic), "step")
+        signed = statistic != "std"  # only a standard deviation has no sign
+        self._map(f"{kind.folder}/{statistic}", title, values, kind.label(statistic), signed, {"steps": self.steps})
 
     def usage(self) -> None:
         step, shares = usage(self.run, self.run.layers)
         title = "Quantized weights: use of the 16 codes" + ("" if step is None else f" at step {step}")
-        values, bounds = 100 * shares, drawing.limits([100 * shares], diverging=False)
-        self._map("weights/quantized/usage", title, values, CODE_NAMES, bounds, "share (%)", "code, by its value")
+        axes: dict[str, list[Any]] = {"steps": [] if step is None else [step], "codes": CODE_NAMES}
+        self._map("weights/quantized/usage", title, 100 * shares, "share (%)", False, axes)
 
     def _map(
-        self, name: str, title: str, values: np.ndarray, columns: Sequence[Any], bounds: drawing.Limits,
-        label: str, xlabel: str,
+        self, name: str, title: str, values: np.ndarray, label: str, diverging: bool, axes: dict[str, list[Any]]
     ) -> None:
+        """Draw a heatmap over the codes, or else over the steps; `axes` holds what the JSON says of both."""
+        columns, xlabel = (axes["codes"], "code, by its value") if "codes" in axes else (axes["steps"], "step")
+        bounds = drawing.limits([values], diverging)
         some = np.isfinite(values).any(axis=1)
         rows, shown = [row for row, known in zip(self.run.layers, some, strict=True) if known], values[some]
         text = f"{title}\n{self._subtitle(len(rows))}"
-        self._png(name, drawing.heatmaps(text, rows, [Panel("", columns, shown)], bounds, label, xlabel))
-        self._html(name, plotly_heatmap(text, rows, columns, shown, bounds, label, xlabel))
-        more: dict[str, Any] = {"codes": CODE_NAMES} if columns is CODE_NAMES else {}
-        self._json(name, title, label, values, more)
+        picture = drawing.heatmaps(text, rows, [Panel("", columns, shown)], bounds, label, xlabel)
+        page = plotly_heatmap(text, rows, columns, shown, bounds, label, xlabel)
+        self._write(name, picture, page, title, label, values, axes)
 
     def curve(self, name: str) -> None:
         title, label, keys = CURVES[name]
         layers = self.run.layers
         values = table(self.run, layers, "tensors", *keys)
         text = f"{title}\n{self._subtitle(int(np.isfinite(values).any(axis=1).sum()))}"
-        path = f"weights/{name}"
-        self._png(path, drawing.curves(text, layers, [Panel("", self.steps, values)], label))
-        self._html(path, plotly_curves(text, layers, self.steps, values, label))
-        self._json(path, title, label, values, {})
+        picture = drawing.curves(text, layers, [Panel("", self.steps, values)], label)
+        page = plotly_curves(text, layers, self.steps, values, label)
+        self._write(f"weights/{name}", picture, page, title, label, values, {"steps": self.steps})
 
     def _subtitle(self, shown: int) -> str:
         run = self.run
@@ -212,33 +211,25 @@ class _Pictures:
         less = f", {absent} without values left out" if absent and shown else ""
         return f"{run.model}, run {run.name}{group}, {layers}{less}"
 
-    def _path(self, name: str, suffix: str) -> Path:
-        path = self.folder / f"{name}.{suffix}"
+    def _write(
+        self, name: str, picture: Any, page: Any, title: str, unit: str, values: np.ndarray, axes: dict[str, list[Any]]
+    ) -> None:
+        """Write a matplotlib figure as PNG, a plotly figure as HTML, and the values as JSON."""
+        run, path = self.run, self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.written.append(path)
-        return path
-
-    def _png(self, name: str, figure: Any) -> None:
-        drawing.save(figure, self._path(name, "png"))
-
-    def _html(self, name: str, figure: Any) -> None:
-        path = self._path(name, "html")
+        self.written += [path.with_suffix(suffix) for suffix in (".png", ".html", ".json")]
+        drawing.save(picture, path.with_suffix(".png"))
         # Relative, so that the folder of pictures can be moved or copied as a whole.
         script = Path(os.path.relpath(self.script, path.parent)).as_posix()
         config = {"responsive": True, "displaylogo": False}
-        figure.write_html(path, include_plotlyjs=script, config=config, full_html=True)
-
-    def _json(self, name: str, title: str, unit: str, values: np.ndarray, more: dict[str, Any]) -> None:
-        run = self.run
-        # Usage is that of one step, or of none.
-        steps = self.steps if not more else [step for step in [usage(run, run.layers)[0]] if step is not None]
+        page.write_html(path.with_suffix(".html"), include_plotlyjs=script, config=config, full_html=True)
         content: dict[str, Any] = {"title": title, "model": run.model, "run": run.name, "unit": unit}
-        content |= {"layers": run.layers, "steps": steps, **more, "values": values.tolist()}
+        content |= {"layers": run.layers, **axes, "values": values.tolist()}
         # Through dumps first, which writes null for NaN.
         text = json.dumps(json.loads(dumps(content)), indent=1)
         # JSON's indentation puts each number on a line; a layer's numbers belong on one.
         text = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-        self._path(name, "json").write_text(text + "\n", encoding="utf-8")
+        path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
 # ---- plotly ---------------------------------------------------------------------------------------------------------

@@ -20,8 +20,10 @@ later one counts. A last line that was cut off is dropped; a damaged line elsewh
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,12 @@ def cannot_write(place: str | os.PathLike[str], error: OSError) -> ValueError:
         f"telemetry: {os.fspath(place)} cannot be written.",
         got=str(error), needs="a folder that can be written", fix="choose another path"
     )
+
+
+def numbered(name: str, form: str = "{}_{}") -> Iterator[str]:
+    """Yield a name and then, without end, the name with a number: name_2, name_3, ..."""
+    yield name
+    yield from (form.format(name, number) for number in itertools.count(2))
 
 
 @dataclass
@@ -122,11 +130,8 @@ def read(path: str | os.PathLike[str]) -> Run:
     if not named or not isinstance(every, int):
         got = f"layers {str(layers)[:60]}, every {every!r}"
         raise _refused(f"the header of {path} is damaged", got, "a list of tables with names, and a number")
-    run = Run(
-        path, name=str(head.get("name", "")), group=str(head.get("group", "")),
-        model=str(head.get("model", "")), recipe=str(head.get("recipe", "")), every=every,
-        started=str(head.get("started", "")), layers=[str(layer["name"]) for layer in layers], notes=notes,
-    )
+    texts: dict[str, Any] = {key: str(head.get(key, "")) for key in ("name", "group", "model", "recipe", "started")}
+    run = Run(path, every=every, layers=[str(layer["name"]) for layer in layers], notes=notes, **texts)
     for record in records:
         _take(run, record)
     run.steps, run.scalars = dict(sorted(run.steps.items())), dict(sorted(run.scalars.items()))

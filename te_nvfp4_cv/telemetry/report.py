@@ -25,7 +25,7 @@ from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
 from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, KINDS, STATISTICS, as_run, table, usage
-from te_nvfp4_cv.telemetry.records import Run
+from te_nvfp4_cv.telemetry.records import Run, numbered
 from te_nvfp4_cv.telemetry.settings import THRESHOLD
 
 MOST_BYTES = 10_000_000
@@ -105,21 +105,14 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     """Return the runs' names, with a number behind a name that came before."""
     labels: list[str] = []
     for run in runs:
-        name, number = run.name or "run", 1
         # Names are the user's: two runs may be "nvfp4", and one of them "nvfp4 (2)".
-        while (name if number == 1 else f"{name} ({number})") in labels:
-            number += 1
-        labels.append(name if number == 1 else f"{name} ({number})")
+        names = numbered(run.name or "run", "{} ({})")
+        labels.append(next(name for name in names if name not in labels))
     return labels
 
 
 def _union(lists: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for names in lists for name in names))  # a set would lose the order
-
-
-def _chunks(panels: list[Panel]) -> Iterator[list[Panel]]:
-    for start in range(0, len(panels), BESIDE):
-        yield panels[start : start + BESIDE]
 
 
 def last_step(run: Run) -> int | None:
@@ -272,32 +265,26 @@ class _Report:
         return [Panel(label, list(run.steps), table(run, self.layers, *keys)) for label, run in self.runs]
 
     def _maps(self, title: str, panels: list[Panel], diverging: bool, label: str, xlabel: str) -> str:
-        def draw(panels: list[Panel]) -> Iterator[Any]:
-            # All runs show the same rows, so that a layer stands at the same height in each of them.
-            some = np.any([np.isfinite(panel.values).any(axis=1) for panel in panels], axis=0)
-            rows = [layer for layer, shown in zip(self.layers, some, strict=True) if shown]
-            panels = [Panel(panel.heading, panel.columns, panel.values[some]) for panel in panels]
-            # Common to all pictures of a figure: equal colours then mean equal values in every run.
-            bounds = drawing.limits([panel.values for panel in panels], diverging)
-            for chunk in _chunks(panels):
-                yield drawing.heatmaps(title, rows, chunk, bounds, label, xlabel)
-
-        return self._pictures(title, panels, draw)
+        # All runs show the same rows, so that a layer stands at the same height in each of them.
+        some = [i for i in range(len(self.layers)) if any(np.isfinite(panel.values[i]).any() for panel in panels)]
+        rows = [self.layers[i] for i in some]
+        panels = [Panel(panel.heading, panel.columns, panel.values[some]) for panel in panels]
+        # Common to all pictures of a figure: equal colours then mean equal values in every run.
+        bounds = drawing.limits([panel.values for panel in panels], diverging)
+        return self._pictures(title, panels, lambda part: drawing.heatmaps(title, rows, part, bounds, label, xlabel))
 
     def _curves(self, title: str, label: str, keys: tuple[str, ...], **options: Any) -> str:
-        def draw(panels: list[Panel]) -> Iterator[Any]:
-            for chunk in _chunks(panels):
-                yield drawing.curves(title, self.layers, chunk, label, **options)
+        panels = self._panels(keys)
+        return self._pictures(title, panels, lambda part: drawing.curves(title, self.layers, part, label, **options))
 
-        return self._pictures(title, self._panels(keys), draw)
-
-    def _pictures(self, title: str, panels: list[Panel], draw: Callable[[list[Panel]], Iterator[Any]]) -> str:
-        """Draw the panels that hold any value, and name the runs whose panels hold none."""
+    def _pictures(self, title: str, panels: list[Panel], draw: Callable[[list[Panel]], Any]) -> str:
+        """Draw the panels that hold any value, some beside each other, and name the runs whose panels hold none."""
         without = [panel.heading for panel in panels if not np.isfinite(panel.values).any()]
         panels = [panel for panel in panels if np.isfinite(panel.values).any()]
         if not panels:
             return _note(f"{title}: no run has values.")
-        images = [self._image(figure, title) for figure in draw(panels)]
+        parts = (panels[start : start + BESIDE] for start in range(0, len(panels), BESIDE))
+        images = [self._image(draw(part), title) for part in parts]
         return "".join(images) + (_note(f"Without values: {', '.join(without)}.") if without else "")
 
     def _image(self, figure: Any, title: str) -> str:
@@ -356,15 +343,13 @@ def _operand(run: Run, step: int, layer: str, operand: str) -> dict[str, Any]:
     return held if any(_is_number(held.get(key)) for key in FIGURES) else {}
 
 
-def _lowest(layers: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the layers and operands with the lowest SQNRs of every operand."""
-    found: list[tuple[str, str]] = []
+def _lowest(layers: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the layers and operands with the lowest SQNRs of every operand."""
     for operand in OPERANDS:
         values = [(held.get("tensors", {}).get(operand, {}).get("sqnr_db"), name) for name, held in layers.items()]
         numbers = sorted((value, name) for value, name in values if _is_number(value))
         if len(numbers) > 2 * LOWEST:
-            found += [(name, operand) for _, name in numbers[:LOWEST]]
-    return found
+            yield from ((name, operand) for _, name in numbers[:LOWEST])
 
 
 def _cells(values: dict[str, Any], layer: dict[str, Any] | None, low: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.errors import bad_value
 
 THRESHOLD = 3**0.5  # below this ratio of gradient norm and quantization noise training stalls: arXiv 2505.19115
 
@@ -29,7 +29,4 @@ class Settings:
         for argument, least in (("every", 0), ("max_elements", 16), ("noise_bytes", 0)):
             value = getattr(self, argument)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:  # True is an int to Python
-                raise value_error(
-                    f"telemetry: bad {argument}.",
-                    got=repr(value), needs=f"an integer >= {least}", fix=f"correct {argument}"
-                )
+                raise bad_value("telemetry", argument, repr(value), f"an integer >= {least}")

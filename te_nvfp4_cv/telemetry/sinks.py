@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from te_nvfp4_cv.errors import value_error, warn_once
-from te_nvfp4_cv.telemetry.records import FORMAT, cannot_write, dumps
+from te_nvfp4_cv.telemetry.records import FORMAT, cannot_write, dumps, numbered
 
 
 # Each method returns at once, and is not just empty: type checkers would take empty ones for abstract.
@@ -68,11 +68,8 @@ def fresh_path(path: str | os.PathLike[str]) -> Path:
         'telemetry_2.jsonl'
     """
     first = Path(path)
-    found, number = first, 1
-    while found.exists():
-        number += 1
-        found = first.with_name(f"{first.stem}_{number}{first.suffix}")
-    return found
+    paths = (first.with_name(stem + first.suffix) for stem in numbered(first.stem))
+    return next(path for path in paths if not path.exists())
 
 
 class _Log(Sink):
@@ -118,7 +115,7 @@ class JSONL(_Log):
         super().__init__(f"nvfp4 telemetry: {path} is written no further")
         self.path, self.resume = Path(path), resume
 
-    def _open(self) -> None:
+    def start(self, header: dict[str, Any]) -> None:
         if self.path.exists() and not self.resume:
             raise value_error(
                 f"telemetry: {self.path} is there already.",
@@ -134,6 +131,8 @@ class JSONL(_Log):
             self.path.open("a", encoding="utf-8").close()
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        self._target = self.path
+        self.step(header)
 
     def _repair(self, content: bytes) -> None:
         """Cut off a last line that is not whole, if the file is one of telemetry's."""
@@ -149,7 +148,7 @@ class JSONL(_Log):
         if content and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def step(self, record: dict[str, Any]) -> None:
         def append(path: Path) -> None:
             # Opened again for each line, so that a run that is killed loses no record.
             with path.open("a", encoding="utf-8") as file:
@@ -157,19 +156,10 @@ class JSONL(_Log):
 
         self._try(append)
 
-    def start(self, header: dict[str, Any]) -> None:
-        self._open()
-        self._target = self.path
-        self._write(header)
-
-    def step(self, record: dict[str, Any]) -> None:
-        self._write(record)
+    alarm = step  # both records are written as they are
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._write({"kind": "scalars", "step": step, "values": values})
-
-    def alarm(self, record: dict[str, Any]) -> None:
-        self._write(record)
+        self.step({"kind": "scalars", "step": step, "values": values})
 
 
 # ---- what charts show of a record -----------------------------------------------------------------------------------
@@ -312,7 +302,7 @@ class TensorBoard(_Log):
         super().__init__(f"nvfp4 telemetry: {folder} is written no further")
         self.folder, self.purge_step = folder, purge_step
 
-    def _begin(self) -> None:
+    def start(self, header: dict[str, Any]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -324,9 +314,6 @@ class TensorBoard(_Log):
             self._target = SummaryWriter(str(self.folder), purge_step=self.purge_step)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
-
-    def start(self, header: dict[str, Any]) -> None:
-        self._begin()
         text = json.dumps({key: value for key, value in header.items() if key != "layers"}, indent=1)
         self._try(lambda writer: writer.add_text("run", f"```\n{text}\n```"))
 

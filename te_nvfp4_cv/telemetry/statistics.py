@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.backend.torch_private import tree_leaves, tree_map_only
 from te_nvfp4_cv.telemetry.blocks import Blocks
 
 BINS = 64
@@ -48,7 +49,10 @@ def stats(
     if whole is not None:
         amax, nonfinite = torch.where(whole[0].isfinite(), whole[0].double(), amax), whole[1]
     unit = torch.where(amax > 0, amax, 1.0)  # in units of amax a fourth power neither overflows nor vanishes
-    mean, central2, central4 = _central(held / unit, finite, count)
+    scaled = held / unit
+    mean = scaled.sum() / count
+    squares = torch.where(finite, scaled - mean, 0.0).square()
+    central2, central4 = squares.sum() / count, squares.square().sum() / count
     out: dict[str, Any] = {
         "count": v.numel(),
         "nonfinite": nonfinite,
@@ -59,20 +63,13 @@ def stats(
         "zeros": (held == 0).logical_and(finite).sum() / count,
     }
     if histograms:
-        share = torch.where(finite, held / unit, 2.0)  # 2 lies beyond the range, and so is not counted
+        share = torch.where(finite, scaled, 2.0)  # 2 lies beyond the range, and so is not counted
         out["histogram"] = _histogram(share.float(), BINS, -1.0, 1.0)
         # The middle of a bin, which no rounding moves over its edge.
         exponent = held.abs().log2().floor().clamp(LOG2_FIRST, LOG2_FIRST + BINS - 1) + 0.5
         exponent = torch.where(finite & (held != 0), exponent, 2.0 * BINS)
         out["log2_histogram"] = _histogram(exponent.float(), BINS, LOG2_FIRST, LOG2_FIRST + BINS)
     return out
-
-
-def _central(v: Tensor, finite: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, second and fourth central moments of the finite values; v holds 0 in place of all others."""
-    mean = v.sum() / count
-    centred = torch.where(finite, v - mean, 0.0).square()
-    return mean, centred.sum() / count, centred.square().sum() / count
 
 
 def operand(blocks: Blocks) -> dict[str, Any]:
@@ -92,13 +89,9 @@ def operand(blocks: Blocks) -> dict[str, Any]:
 
 def _compare(b: Blocks) -> dict[str, Tensor]:
     raw, values = b.raw.double(), b.values.double()
-    limit = b.limit.double().unsqueeze(-1)
+    limit, zero_code = b.limit.double().unsqueeze(-1).expand_as(raw), (b.codes & 7) == 0
     if b.valid is not None:
-        raw, values = raw[b.valid], values[b.valid]
-        limit = limit.expand_as(b.raw)[b.valid]
-        zero_code = (b.codes & 7)[b.valid] == 0
-    else:
-        zero_code = (b.codes & 7) == 0
+        raw, values, limit, zero_code = (t[b.valid] for t in (raw, values, limit, zero_code))
     # In units of amax no square overflows or vanishes, not even of fp64 values; ratios stay as they are.
     unit = raw.abs().amax() if raw.numel() else raw.sum()
     unit = torch.where(unit.isfinite() & (unit > 0), unit, 1.0)
@@ -160,8 +153,7 @@ def _signless_zeros(data: Tensor) -> Tensor:
 
 def fetch(record: Any) -> Any:
     """Return the record with numbers, or lists of numbers, in place of tensors, after one copy from each device."""
-    found: list[Tensor] = []
-    _walk(record, found.append)
+    found = [leaf for leaf in tree_leaves(record) if isinstance(leaf, Tensor)]
     values: dict[int, Any] = {}
     for device in {tensor.device for tensor in found}:
         here = [tensor for tensor in found if tensor.device == device]
@@ -170,19 +162,9 @@ def fetch(record: Any) -> Any:
         for tensor, part in zip(here, flat.split([tensor.numel() for tensor in here]), strict=True):
             numbers = [_number(value) for value in part.tolist()]
             values[id(tensor)] = numbers[0] if tensor.dim() == 0 else numbers
-    return _walk(record, lambda tensor: values[id(tensor)])
+    return tree_map_only(Tensor, lambda tensor: values[id(tensor)], record)
 
 
 def _number(value: float) -> float | int:
     # Counts were made floats to travel with the rest; beyond 2^53 a float is no exact count any more.
     return int(value) if math.isfinite(value) and value == int(value) and abs(value) < 2**53 else value
-
-
-def _walk(record: Any, leaf: Any) -> Any:
-    if isinstance(record, Tensor):
-        return leaf(record)
-    if isinstance(record, dict):
-        return {key: _walk(value, leaf) for key, value in record.items()}
-    if isinstance(record, list):
-        return [_walk(value, leaf) for value in record]
-    return record

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv import errors, formats
+from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops.gemm import operator
-from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor, face_of
 
 LAYOUTS = {"TN": ("rowwise", "rowwise"), "NN": ("rowwise", "columnwise"), "NT": ("columnwise", "columnwise")}
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,35 +55,25 @@ def gemm(
         >>> nv.gemm(x, w, "TN").shape, nv.gemm(quantizer(torch.randn(8, 64)), w, "NN").shape
         (torch.Size([8, 64]), torch.Size([8, 32]))
     """
-    _check(a, b, layout, out_dtype, bias, accumulate, out)
+    rows, columns = _check(a, b, layout, out_dtype, bias, accumulate, out)
     operands, scaling = [], []
     for t, face in zip((a, b), LAYOUTS[layout], strict=True):
-        # By attributes, not methods: torch.compile takes methods of a tensor subclass for operators.
-        if face == "rowwise":
-            assert t._rowwise_data is not None and t._rowwise_scale_inv is not None
-            # [..., Kp/2] -> [M, Kp/2]; scales are of the matrix already.
-            data, scale, amax = t._rowwise_data.flatten(0, -2), t._rowwise_scale_inv, t._amax_rowwise
-        else:
-            assert t._columnwise_data is not None and t._columnwise_scale_inv is not None
-            data, scale, amax = t._columnwise_data, t._columnwise_scale_inv, t._amax_columnwise
-            if t._columnwise_layout == "ntile":
-                data, scale = formats.ntile_to_te(data, scale)
-        assert amax is not None
-        operands.append([data, scale, amax])
+        data, scale, amax = face_of(t, face)
+        # [..., Kp/2] -> [M, Kp/2]; scales are of the matrix already, and so is a columnwise face.
+        operands.append([data.flatten(0, -2), scale, amax])
         # Custom operators take tensors and numbers: two numbers for each operand.
         scaling += [t._nvfp4_e4m3_max, int(t._row_scaled_nvfp4)]
-    I, J = operands[0][0].shape[0], operands[1][0].shape[0]  # noqa: E741
     result = operator.gemm(
         *operands,
         scaling,
         bias,
-        out.detach().reshape(I, J) if accumulate and out is not None else None,
+        out.detach().reshape(rows, columns) if accumulate and out is not None else None,
         out.dtype if out is not None else out_dtype,
         _resolved(backend, a.device),
     )
     # A result of columnwise faces is a matrix; otherwise its rows are a's leading dimensions.
-    lead = a.shape[:-1] if LAYOUTS[layout][0] == "rowwise" else (I,)
-    result = result.reshape(*lead, J)
+    lead = a.shape[:-1] if LAYOUTS[layout][0] == "rowwise" else (rows,)
+    result = result.reshape(*lead, columns)
     return result if out is None else out.copy_(result)  # the operator never writes to its arguments
 
 
@@ -108,8 +98,8 @@ def _check(
     bias: Tensor | None,
     accumulate: bool,
     out: Tensor | None,
-) -> None:
-    """Refuse operands that do not fit together."""
+) -> tuple[int, int]:
+    """Refuse operands that do not fit together, and return the rows and columns of the product."""
     for name, t in (("a", a), ("b", b)):
         if not isinstance(t, NVFP4Tensor):
             raise errors.type_error(
@@ -125,16 +115,16 @@ def _check(
             needs="'TN' (x, w), 'NN' (dy, w) or 'NT' (dy, x)",
             fix="see the table of nv.gemm",
         )
-    for name, t, face in zip(("a", "b"), (a, b), LAYOUTS[layout], strict=True):
+    faces = LAYOUTS[layout]
+    for name, t, face in zip(("a", "b"), (a, b), faces, strict=True):
         if getattr(t, f"_{face}_data") is None:
             raise errors.value_error(
                 f"nvfp4 gemm {layout}: operand {name} lacks its {face} face.",
                 got=repr(t),
-                needs=f"{name} with {face} data: this layout multiplies a {' by b '.join(LAYOUTS[layout])}",
+                needs=f"{name} with {face} data: this layout multiplies a {' by b '.join(faces)}",
                 fix=f"quantize it with NVFP4Quantizer({face}=True)",
             )
-    length_a = a.shape[-1] if LAYOUTS[layout][0] == "rowwise" else a.shape[:-1].numel()
-    length_b = b.shape[-1] if LAYOUTS[layout][1] == "rowwise" else b.shape[:-1].numel()
+    (rows, length_a), (columns, length_b) = (_sizes(t, face) for t, face in zip((a, b), faces, strict=True))
     if length_a != length_b:
         raise errors.value_error(
             f"nvfp4 gemm {layout}: the contracted lengths differ.",
@@ -143,7 +133,7 @@ def _check(
             fix="check the operands' order and the layout",
         )
     # A rotation along the contraction cancels only if both operands have it, with the same signs.
-    rotated = [t._columnwise_rht and face == "columnwise" for t, face in zip((a, b), LAYOUTS[layout], strict=True)]
+    rotated = [t._columnwise_rht and face == "columnwise" for t, face in zip((a, b), faces, strict=True)]
     signs = {t._with_random_sign_mask for t, r in zip((a, b), rotated, strict=True) if r}
     if rotated[0] != rotated[1] or len(signs) > 1:
         raise errors.value_error(
@@ -160,8 +150,6 @@ def _check(
             needs="bfloat16, float16 or float32; `out` when accumulate=True",
             fix="pass out_dtype=torch.bfloat16, or out=",
         )
-    rows = a.shape[:-1].numel() if LAYOUTS[layout][0] == "rowwise" else a.shape[-1]
-    columns = b.shape[-1] if LAYOUTS[layout][1] == "columnwise" else b.shape[:-1].numel()
     if (bias is not None and tuple(bias.shape) != (columns,)) or (out is not None and out.numel() != rows * columns):
         raise errors.value_error(
             f"nvfp4 gemm {layout}: bias or out does not fit the result.",
@@ -169,3 +157,10 @@ def _check(
             needs=f"bias [{columns}], out of {rows} x {columns} elements",
             fix="check the operands' order and the layout",
         )
+    return rows, columns
+
+
+def _sizes(t: NVFP4Tensor, face: str) -> tuple[int, int]:
+    """Return how many rows or columns of the product an operand gives, and the length that is contracted."""
+    M, K = t.shape[:-1].numel(), t.shape[-1]
+    return (M, K) if face == "rowwise" else (K, M)

@@ -51,9 +51,9 @@ def im2col(t: NVFP4Tensor, kernel_size: Any, stride: Any = 1, padding: Any = 0, 
             fix="pad channels and images with zeros before quantizing",
         )
     image, batch, channels = tuple(t.shape[:-2]), t.shape[-2], t.shape[-1]
-    kernel = int_tuple(kernel_size, rank, "im2col", "kernel_size", 1)
-    steps = int_tuple(stride, rank, "im2col", "stride", 1)
-    pads, gaps = int_tuple(padding, rank, "im2col", "padding", 0), int_tuple(dilation, rank, "im2col", "dilation", 1)
+    kernel = int_tuple(kernel_size, rank, "im2col", "kernel_size")
+    steps = int_tuple(stride, rank, "im2col", "stride")
+    pads, gaps = int_tuple(padding, rank, "im2col", "padding"), int_tuple(dilation, rank, "im2col", "dilation")
     out = tuple(output_size(*row) for row in zip(image, kernel, steps, pads, gaps, strict=True))
     if min(out) < 1:
         raise value_error(

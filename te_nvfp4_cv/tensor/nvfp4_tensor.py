@@ -28,15 +28,14 @@ from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
 from te_nvfp4_cv.tensor import torch_operators
 from te_nvfp4_cv.tensor.torch_operators import BUFFERS
 
-SETTINGS = (
-    "_quantizer",
+READING = (  # how codes were made, and so how they are read
     "_row_scaled_nvfp4",
     "_nvfp4_use_4over6",
     "_nvfp4_e4m3_max",
     "_columnwise_rht",
     "_with_random_sign_mask",
-    "_columnwise_layout",
 )
+SETTINGS = ("_quantizer", *READING, "_columnwise_layout")
 
 
 class NVFP4Tensor(torch.Tensor):
@@ -163,11 +162,8 @@ class NVFP4Tensor(torch.Tensor):
 
     def columnwise_te(self) -> tuple[Tensor, Tensor]:
         """Return columnwise data [K, Mp/2] and scale_inv [K, Mp/16], converted if the tensor holds tiles."""
-        self._need("columnwise")
-        assert self._columnwise_data is not None and self._columnwise_scale_inv is not None
-        if self._columnwise_layout == "te":
-            return self._columnwise_data, self._columnwise_scale_inv
-        return formats.ntile_to_te(self._columnwise_data, self._columnwise_scale_inv)
+        data, scale, _ = face_of(self, "columnwise")
+        return data, scale
 
     def to_columnwise_layout(self, layout: str) -> NVFP4Tensor:
         """Return this tensor with its columnwise face in layout "te" or "ntile"; "ntile" needs the shape [*S, B, C]."""
@@ -188,8 +184,7 @@ class NVFP4Tensor(torch.Tensor):
     def swizzled_scale_inv(self, face: str = "rowwise") -> Tensor:
         """Return the scales of a face, zero-padded to 128 x 4 and swizzled for the FP4 tensor cores."""
         self._need(face)
-        scale = self._rowwise_scale_inv if face == "rowwise" else self.columnwise_te()[1]
-        assert scale is not None
+        _, scale, _ = face_of(self, face)
         return formats.swizzle_scales(formats.pad_scales(scale))
 
     def update_usage(self, rowwise_usage: bool | None = None, columnwise_usage: bool | None = None) -> None:
@@ -199,8 +194,7 @@ class NVFP4Tensor(torch.Tensor):
         if not any(keep[face] and there for face, there in self.get_usages().items()) and not columnwise_usage:
             self._need("columnwise" if keep["columnwise"] else "rowwise" if keep["rowwise"] else "one remaining")
         if columnwise_usage and self._columnwise_data is None and self._is_2d():
-            data, scale, amax = self._rowwise_data, self._rowwise_scale_inv, self._amax_rowwise
-            assert data is not None and scale is not None and amax is not None
+            data, scale, amax = face_of(self, "rowwise")
             rows = data.reshape(scale.shape[0], data.shape[-1])
             self._columnwise_data, self._columnwise_scale_inv = formats.transpose_tiles(rows, scale, self.shape[-1])
             # A clone, because quantize_ writes the amax of each face in place.
@@ -255,16 +249,13 @@ class NVFP4Tensor(torch.Tensor):
         if face is None:
             face = "rowwise" if self._rowwise_data is not None else "columnwise"
         self._need(face)
+        data, scale, amax = face_of(self, face)
         M, K = self.shape[:-1].numel(), self.shape[-1]
         if face == "rowwise":
-            data, scale, amax = self._rowwise_data, self._rowwise_scale_inv, self._amax_rowwise
-            assert data is not None and scale is not None and amax is not None
             # The zeros with which K was padded are cut off, and below those of M.
             v_MK = formats.dequantize(data.reshape(M, data.shape[-1]), scale, amax, self._nvfp4_e4m3_max)[:, :K]
         else:
-            data, scale = self.columnwise_te()
-            assert self._amax_columnwise is not None
-            v_KM = formats.dequantize(data, scale, self._amax_columnwise, self._nvfp4_e4m3_max)
+            v_KM = formats.dequantize(data, scale, amax, self._nvfp4_e4m3_max)
             if self._columnwise_rht and undo_rht:
                 # Before M is cut: to rotate a block back, all of its 16 values are needed.
                 v_KM = formats.inverse_rht16(formats.blocks(v_KM), self._with_random_sign_mask).flatten(-2)
@@ -310,8 +301,11 @@ class NVFP4Tensor(torch.Tensor):
 
     def map_buffers(self, function: Callable[[Tensor], Tensor], **changes: Any) -> NVFP4Tensor:
         """Make a tensor of the same settings whose buffers are function(buffer)."""
-        buffers = {n.lstrip("_"): function(b) for n in BUFFERS if (b := getattr(self, n)) is not None}
-        return self.make_like(**buffers, **changes)
+        return self.make_like(**{n.lstrip("_"): function(b) for n, b in self._buffers().items()}, **changes)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that are there, by attribute."""
+        return {name: buffer for name in BUFFERS if (buffer := getattr(self, name)) is not None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NVFP4Tensor:
         if id(self) in memo:
@@ -331,7 +325,7 @@ class NVFP4Tensor(torch.Tensor):
         return _rebuild_nvfp4_tensor, (state, bool(getattr(self, "_is_param", False)))
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        names = [name for name in BUFFERS if getattr(self, name) is not None]  # torch.compile traces these as inputs
+        names = list(self._buffers())  # torch.compile traces these as inputs
         settings = {name.lstrip("_"): getattr(self, name) for name in SETTINGS}
         return names, {"dtype": self.dtype, "requires_grad": self.requires_grad, **settings}
 
@@ -347,6 +341,22 @@ class NVFP4Tensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         return torch_operators.dispatch(cls, func, args, kwargs or {})
+
+
+def face_of(t: NVFP4Tensor, face: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return data, scale_inv and amax of the rowwise or the columnwise face, the latter in layout "te".
+
+    It is a function of attributes: torch.compile takes methods of a tensor subclass for operators.
+
+    Raises:
+        ValueError: the face is not there.
+    """
+    data, scale, amax = getattr(t, f"_{face}_data"), getattr(t, f"_{face}_scale_inv"), getattr(t, f"_amax_{face}")
+    if data is None:
+        t._need(face)
+    if face == "columnwise" and t._columnwise_layout == "ntile":
+        data, scale = formats.ntile_to_te(data, scale)
+    return data, scale, amax
 
 
 class _Dequantize(torch.autograd.Function):

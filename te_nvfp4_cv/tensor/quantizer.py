@@ -21,7 +21,7 @@ from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, round_up
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import matrix as ops
 from te_nvfp4_cv.ops.quantize import reference_matrix, rounding_seeds
-from te_nvfp4_cv.tensor.nvfp4_tensor import BUFFERS, NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import READING, NVFP4Tensor
 
 
 class NVFP4Quantizer:
@@ -86,14 +86,7 @@ class NVFP4Quantizer:
         self.nvfp4_4over6_err_mode = nvfp4_4over6_err_mode
         self.with_random_sign_mask = with_random_sign_mask
         self.backend = backend
-        ops.check_options(
-            rht=with_rht,
-            stochastic_rounding=stochastic_rounding,
-            two_d=with_2d_quantization,
-            four_over_six=self.four_over_six,
-            e4m3_max=self.nvfp4_e4m3_max,
-            row_scaled=row_scaled_nvfp4,
-        )
+        ops.check_options(self._spec(rowwise, columnwise))
         # The name only: whether the backend can run depends on the device of a tensor.
         dispatch.check_backend(backend)
         if row_scaled_nvfp4 and with_amax_reduction:
@@ -108,6 +101,20 @@ class NVFP4Quantizer:
     def four_over_six(self) -> str | None:
         """The error mode of 4over6, or None without 4over6."""
         return self.nvfp4_4over6_err_mode if self.nvfp4_use_4over6 else None
+
+    def _spec(self, rowwise: bool, columnwise: bool) -> ops.MatrixSpec:
+        """Return the options of a call that writes these faces."""
+        return ops.MatrixSpec(
+            rowwise,
+            columnwise,
+            rht=self.with_rht,
+            stochastic_rounding=self.stochastic_rounding,
+            two_d=self.with_2d_quantization,
+            four_over_six=self.four_over_six,
+            e4m3_max=self.nvfp4_e4m3_max,
+            row_scaled=self.row_scaled_nvfp4,
+            with_sign=self.with_random_sign_mask,
+        )
 
     # ---- quantize ---------------------------------------------------------------------------------------------------
 
@@ -171,19 +178,15 @@ class NVFP4Quantizer:
         if usages["columnwise"]:
             new = new.to_columnwise_layout(dst.columnwise_layout)
         with torch.no_grad():
-            for name in BUFFERS:
-                buffer, value = getattr(dst, name), getattr(new, name)
-                if buffer is None:
-                    continue
+            for name, buffer in dst._buffers().items():
                 # As bytes, so that the bits of float8 scales and of a NaN arrive unchanged.
-                old_bytes, new_bytes = buffer.view(torch.uint8), value.view(torch.uint8)
+                old_bytes, new_bytes = buffer.view(torch.uint8), getattr(new, name).view(torch.uint8)
                 if noop_flag is not None:
                     # Chosen on the device: reading the flag would make the host wait for it.
                     new_bytes = torch.where(noop_flag.reshape(()) != 0, old_bytes, new_bytes)
                 old_bytes.copy_(new_bytes)
-        dst._row_scaled_nvfp4, dst._nvfp4_use_4over6 = self.row_scaled_nvfp4, self.nvfp4_use_4over6
-        dst._nvfp4_e4m3_max = self.nvfp4_e4m3_max
-        dst._columnwise_rht, dst._with_random_sign_mask = self.with_rht, self.with_random_sign_mask
+        for name in READING:
+            setattr(dst, name, getattr(new, name))
         return dst
 
     def make_empty(
@@ -191,7 +194,7 @@ class NVFP4Quantizer:
     ) -> NVFP4Tensor:
         """Make an NVFP4Tensor of this quantizer's faces with uninitialized buffers."""
         M, K = torch.Size(shape[:-1]).numel(), shape[-1]
-        spec = ops.MatrixSpec(self.rowwise_usage, self.columnwise_usage, row_scaled=self.row_scaled_nvfp4)
+        spec = self._spec(self.rowwise_usage, self.columnwise_usage)
         # Only the device of the first argument is read.
         faces = reference_matrix.empty_faces(torch.empty(0, device=device), M, K, spec)
         return self._wrap(faces, tuple(shape), dtype)
@@ -206,39 +209,23 @@ class NVFP4Quantizer:
             amax = self._reduced_amax(x_MK, columnwise)
         return ops.quantize(
             x_MK,
-            rowwise=rowwise,
-            columnwise=columnwise,
-            rht=self.with_rht,
-            stochastic_rounding=self.stochastic_rounding,
-            two_d=self.with_2d_quantization,
-            four_over_six=self.four_over_six,
-            e4m3_max=self.nvfp4_e4m3_max,
-            row_scaled=self.row_scaled_nvfp4,
             amax_rowwise=None if amax is None else amax[0],
             # Without a columnwise face the amax that was measured for it is empty.
             amax_columnwise=None if amax is None or not columnwise else amax[1],
             seed=seed,
-            with_sign=self.with_random_sign_mask,
             backend=dispatch.resolve(self.backend, x_MK.device),
+            **self._spec(rowwise, columnwise)._asdict(),
         )
 
     def measure(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """Return this tensor's rowwise and columnwise amax on this rank alone, as quantize takes them in `amax`."""
-        return self._own_amax(self._matrix(tensor), self.columnwise_usage)
-
-    def _own_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
-        return reference_matrix.amax_2d(
-            x_MK,
-            columnwise=columnwise,
-            rht=self.with_rht,
-            row_scaled=self.row_scaled_nvfp4,
-            with_sign=self.with_random_sign_mask,
-        )
+        return reference_matrix.amax_2d(self._matrix(tensor), self._spec(True, self.columnwise_usage))
 
     def _reduced_amax(self, x_MK: Tensor, columnwise: bool) -> tuple[Tensor, Tensor]:
         """Return the rowwise and the columnwise amax, each the largest of all ranks; NaN wins over inf."""
         # One message for both: latency is all that a few bytes cost.
-        both = amaxes.reduce_amax(torch.cat(self._own_amax(x_MK, columnwise)), self.amax_reduction_group)
+        own = reference_matrix.amax_2d(x_MK, self._spec(True, columnwise))
+        both = amaxes.reduce_amax(torch.cat(own), self.amax_reduction_group)
         return both[:1], both[1:]
 
     @staticmethod

@@ -128,16 +128,14 @@ def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) 
         return dst.quantize_(src._dequantize().to(dst.device).expand(dst.shape))
     if dst._columnwise_data is not None:  # the layout may differ, since it changes no code
         src = src.to_columnwise_layout(dst._columnwise_layout)
-    for name in BUFFERS:
-        if (buffer := getattr(dst, name)) is not None:
-            buffer.copy_(getattr(src, name).view(buffer.shape), non_blocking)
+    for name, buffer in dst._buffers().items():
+        buffer.copy_(getattr(src, name).view(buffer.shape), non_blocking)
     return dst
 
 
 def _zero_(cls: Any, func: Any, t: Any) -> Any:
-    for name in BUFFERS:
-        if (buffer := getattr(t, name)) is not None:
-            buffer.view(torch.uint8).zero_()  # code 0, scale byte 0 and amax 0 all have the bits 0
+    for buffer in t._buffers().values():
+        buffer.view(torch.uint8).zero_()  # code 0, scale byte 0 and amax 0 all have the bits 0
     return t
 
 

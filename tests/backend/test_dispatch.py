@@ -6,8 +6,9 @@ import importlib.util
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from te_nvfp4_cv.backend import cache, dispatch
+from te_nvfp4_cv.backend import cache, dispatch, native
 from te_nvfp4_cv.backend.explain import explain
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -98,3 +99,13 @@ def test_the_kernels_serve_a_cpu_only_when_a_test_asks(monkeypatch):
 def test_has_triton_asks_the_import_system(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not dispatch.has_triton()
+
+
+@pytest.mark.skipif(native.load() is None, reason="the integer backend needs a C++ compiler")
+def test_the_integer_kernels_are_checked_with_real_tensors_while_a_graph_is_traced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_integer_passes", None)
+    monkeypatch.setattr(cache, "passes", lambda kind, identity, check: check())
+    with FakeTensorMode():
+        assert dispatch.integer_passes()

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from te_nvfp4_cv import files
 from te_nvfp4_cv.backend import cache, tuning
 from tests.backend import fake_gpu
 
@@ -167,7 +168,7 @@ def test_a_damaged_file_is_searched_and_written_again(monkeypatch, tmp_path, tex
 
 def test_a_folder_that_cannot_be_written_costs_only_the_file(monkeypatch, tmp_path):
     kernel = Kernel(monkeypatch, FASTEST)
-    monkeypatch.setattr(cache.tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError("read-only")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
     assert tuning.config("quantize", 90, (6,), kernel.launch) == {"BLOCK": 512, "num_warps": 8}
     assert not list(tmp_path.iterdir())
 

@@ -1,7 +1,12 @@
 """Layers whose weight stays in NVFP4 give the outputs of the layers that they were made of, bit for bit."""
 
 import copy
+import io
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +14,11 @@ from torch import nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import export
-from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.modules import become, quantize_layer
+from te_nvfp4_cv.layer import plan
+from te_nvfp4_cv.ops.conv import integer
 from tests.helpers import relative_error, same_bits, values
 
 RECIPE = nv.NVFP4BlockScaling()
@@ -65,6 +72,183 @@ def test_bit_equal_to_the_layer(case: str, recipe: str, backend: str) -> None:
             inference.set_mode(weights="packed")
         assert same_bits(packed, expected) and packed.stride() == expected.stride()
         assert same_bits(cached, expected)
+
+
+# ---- cached for the integer backend ---------------------------------------------------------------------------------
+
+compiled_kernels = pytest.mark.skipif(native.load() is None, reason="the integer backend needs a C++ compiler")
+ON_INTEGERS = {name: recipe for name, recipe in RECIPES.items() if name != "row scaled"}
+
+
+def cached(layer: nn.Module, backend: str = "integer", recipe: nv.NVFP4BlockScaling = RECIPE) -> export.InferenceLayer:
+    """Return the inference layer of a layer, with cached weights."""
+    inference = made(layer, recipe, backend)
+    inference.set_mode(weights="cached")
+    return inference
+
+
+def holds_bytes(layer: export.InferenceLayer) -> bool:
+    return layer.unpacked is not None and layer.unpacked.dtype == torch.uint8
+
+
+@pytest.fixture
+def expansions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the weights that are expanded to bytes."""
+    counted: list[int] = []
+    expand = integer.panels
+
+    def counting(w: torch.Tensor, *more: object, **named: object) -> torch.Tensor:
+        counted.append(w.numel())
+        return expand(w, *more, **named)
+
+    monkeypatch.setattr(integer, "panels", counting)
+    return counted
+
+
+@compiled_kernels
+@pytest.mark.parametrize("recipe", ON_INTEGERS, ids=str)
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cached_bytes_give_the_bits_of_training(case: str, recipe: str, batch: int, expansions: list[int]) -> None:
+    torch.manual_seed(0)
+    build, shape = LAYERS[case]
+    layer, own, x = build(), RECIPES[recipe], values((batch, *shape[1:]), seed=3)
+    for step in (1, 2) if recipe == "delayed" else ():  # the amax of an earlier step rules
+        with nv.nvfp4_autocast(own, backend="integer"):
+            layer(step * x).square().mean().backward()
+    codes = quantize_layer(layer, own)
+    with torch.no_grad(), nv.nvfp4_autocast(own, backend="integer"):
+        expected = layer(x)
+    inference = become(layer, codes, own, "integer")
+    inference.set_mode(weights="cached")
+    assert holds_bytes(inference)
+    expansions.clear()
+    assert same_bits(inference(x), expected) and not expansions
+    inference.set_mode(weights="packed")
+    assert same_bits(inference(x), expected) and len(expansions) == 1  # each call
+
+
+@compiled_kernels
+def test_memory_of_cached_bytes() -> None:
+    inference = cached(nn.Conv2d(64, 64, 3, bias=False))
+    assert inference.unpacked is not None
+    assert inference.unpacked.untyped_storage().nbytes() == 0.375 * 4 * 64 * 64 * 9
+    packed = sum(t.numel() * t.element_size() for t in inference.state_dict().values())
+    assert inference.unpacked.numel() + packed <= 0.52 * 4 * 64 * 64 * 9
+
+
+@compiled_kernels
+@pytest.mark.parametrize("recipe", ["default", "row scaled"])
+def test_cached_for_the_backend_that_auto_will_choose(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row-scaled activations run on "vendor", and so does all if the kernels have not passed their check."""
+    layer, x = nn.Conv2d(32, 32, 1), values((2, 32, 5, 5))
+    for passed in (True, False):
+        monkeypatch.setattr(dispatch, "_integer_passes", passed)
+        with torch.no_grad(), nv.nvfp4_autocast(RECIPES[recipe]):
+            expected = layer(x)
+        inference = cached(layer, "auto", RECIPES[recipe])
+        assert holds_bytes(inference) == (passed and recipe == "default")
+        assert same_bits(inference(x), expected)
+
+
+@compiled_kernels
+@pytest.mark.parametrize("case", ["conv2d, groups, stride", "transposed", "linear"])
+def test_bytes_that_the_backend_does_not_multiply_are_left_alone(case: str) -> None:
+    build, shape = LAYERS[case]
+    layer, x = build(), values(shape)
+    inference = cached(layer)
+    for backend in ("vendor", "reference"):
+        inference.backend = backend
+        assert same_bits(inference(x), made(layer, RECIPE, backend)(x))
+    cached_values = cached(layer, "vendor")
+    cached_values.backend = "integer"
+    assert same_bits(cached_values(x), made(layer, RECIPE, "integer")(x))
+
+
+@compiled_kernels
+def test_cached_bytes_follow_casts_and_modes() -> None:
+    layer, x = nn.Conv2d(32, 32, 3), values((2, 32, 6, 6))
+    inference = cached(layer)
+    before = inference.unpacked
+    for dtype in (torch.bfloat16, torch.float16):
+        low = copy.deepcopy(inference).to(dtype)
+        assert low.dtype == dtype and holds_bytes(low) and torch.equal(low.unpacked, before)
+        assert same_bits(low(x.to(dtype)), made(layer, RECIPE, "integer").to(dtype)(x.to(dtype)))
+    inference.to(memory_format=torch.channels_last)
+    assert inference(x).is_contiguous(memory_format=torch.channels_last)
+    inference.set_mode(activations="high")
+    assert inference.unpacked.dtype == torch.float32 and inference.unpacked.shape == layer.weight.shape
+    inference.set_mode(activations="nvfp4", dtype=torch.bfloat16)
+    assert torch.equal(inference.unpacked, before) and inference.dtype == torch.bfloat16
+    assert inference.to("meta").unpacked.device.type == "meta"
+
+
+@compiled_kernels
+def test_a_cast_changes_the_form_where_it_changes_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU with AMX tiles, where "auto" runs bf16 on "vendor" and fp32 on "integer"."""
+    monkeypatch.setattr(plan, "prefers_vendor", lambda geometry, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(dispatch, "bf16_is_native", lambda device: True)
+    monkeypatch.setattr(dispatch, "_integer_passes", True)
+    inference = cached(nn.Conv2d(32, 32, 3), "auto")
+    assert holds_bytes(inference)
+    inference.bfloat16()
+    assert inference.unpacked is not None and inference.unpacked.dtype == torch.bfloat16
+    inference.float()
+    assert holds_bytes(inference)
+
+
+@compiled_kernels
+def test_cached_bytes_survive_pickles_copies_and_other_weights() -> None:
+    torch.manual_seed(0)
+    layer, other, x = nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3), values((2, 32, 6, 6))
+    inference = cached(layer)
+    expected = inference(x)
+    file = io.BytesIO()
+    torch.save(inference, file)
+    file.seek(0)
+    for again in (copy.deepcopy(inference), torch.load(file, weights_only=False)):
+        assert holds_bytes(again) and again.unpacked.data_ptr() != inference.unpacked.data_ptr()
+        assert same_bits(again(x), expected)
+    # Bytes in the layout of another version: a pickle's are not used.
+    inference.unpacked.zero_()
+    assert same_bits(copy.deepcopy(inference)(x), expected)
+    inference.load_state_dict(made(other, RECIPE).state_dict())
+    assert same_bits(inference(x), made(other, RECIPE, "integer")(x))
+
+
+@compiled_kernels
+def test_cached_bytes_are_no_memory_that_other_calls_use_again() -> None:
+    torch.manual_seed(0)
+    inference, x = cached(nn.Conv2d(256, 512, 3, bias=False)), values((1, 256, 4, 4))  # larger than scratch.SMALL
+    before = inference.unpacked.clone()
+    for _ in range(2):
+        made(nn.Conv2d(256, 512, 3, bias=False), RECIPE, "integer")(x)
+    assert torch.equal(inference.unpacked, before)
+
+
+@compiled_kernels
+@pytest.mark.parametrize("strict", [False, True])
+def test_cached_bytes_compiled_and_exported(strict: bool, expansions: list[int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(cached(nn.Conv2d(16, 32, 3)), nn.ReLU(), cached(nn.ConvTranspose2d(32, 16, 2)))
+    model.requires_grad_(False)
+    x = values((2, 16, 6, 6))
+    expected = model(x)
+    expansions.clear()
+    if strict:
+        assert same_bits(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    for graph in (exported.module(), torch.export.load(file).module()):
+        assert same_bits(graph(x), expected)
+        assert same_bits(graph(x[:1]), model(x[:1]))
+    assert not expansions
+
+
+# ---- other inputs and modes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["wide", "subnormal", "huge", "zeros", "nan", "inf"])
@@ -322,3 +506,29 @@ def test_a_bias_on_another_device_is_named(activations: str) -> None:
     layer.bias = nn.Parameter(torch.empty(32, device="meta"))
     with pytest.raises(ValueError, match="bias is on another device"):
         layer(values((2, 16, 6, 6)))
+
+
+@compiled_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["packed", "cached"])
+def test_aot_inductor_packages_an_integer_model(weights: str, tmp_path: Path) -> None:
+    """In a process of its own: inductor imports setuptools, which wants to be there before any distutils."""
+    script = textwrap.dedent(f"""
+        import torch
+        import te_nvfp4_cv as nv
+        from te_nvfp4_cv.export.modules import become, quantize_layer
+        recipe = nv.NVFP4BlockScaling()
+        net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.ConvTranspose2d(32, 16, 2))
+        for layer in (net[0], net[2]):
+            become(layer, quantize_layer(layer, recipe), recipe, "integer").set_mode(weights={weights!r})
+        x = torch.randn(2, 16, 6, 6)
+        batch = ({{0: torch.export.Dim("batch", min=1, max=64)}},)
+        with torch.no_grad():
+            exported = torch.export.export(net.requires_grad_(False), (x,), dynamic_shapes=batch)
+            path = torch._inductor.aoti_compile_and_package(exported, package_path={str(tmp_path / "net.pt2")!r})
+            loaded = torch._inductor.aoti_load_package(path)
+            assert torch.equal(loaded(x), net(x)) and torch.equal(loaded(x[:1]), net(x[:1]))
+            assert torch.equal(torch.compile(net, fullgraph=True)(x), net(x))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

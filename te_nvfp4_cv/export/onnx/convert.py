@@ -13,7 +13,6 @@ replaced by the layer's standard nodes and initializers (nodes.py). Everything e
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 import traceback
 import warnings
@@ -25,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv.errors import check_module, describe, runtime_error, type_error, value_error
-from te_nvfp4_cv.export.folding import put
-from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer, check_choice
+from te_nvfp4_cv.errors import check_module, describe, need_package, type_error, value_error
+from te_nvfp4_cv.export.modules import InferenceLayer, check_choice, check_path
 from te_nvfp4_cv.export.onnx import file
+from te_nvfp4_cv.nn.walk import LAYERS, padded
+from te_nvfp4_cv.ops.geometry import ConvArgs
 
 FORMS = ("qdq", "matmul", "portable")
 OPSET = 23  # the first with FLOAT4E2M1
-LAYERS = tuple(CLASSES)  # torch's classes of convolutions and linear layers
 DOMAIN = "te_nvfp4_cv"  # of the stand-ins, which no finished file contains
 CONSTANTS = (bool, int, float, str, type(None))  # arguments of these types become constants in the graph
 
@@ -56,17 +55,15 @@ class OnnxFile:
         return "\n".join(lines + [f"  {name}: high precision: {reason}" for name, reason in self.high.items()])
 
 
-def _shape(layer: Any, x: Tensor) -> Any:
+def _shape(layer: Any, x: Tensor, args: ConvArgs) -> Any:
     """Return the output's shape by running torch's layer; the exporter drops these nodes, as only the shape is used."""
     w = x.new_empty(layer.weight_shape)  # the packed weight has another shape, and values do not matter
     if isinstance(layer, nn.Linear):
         return F.linear(x, w).shape
-    # Other padding than by zeros is in x already.
-    sizes = (layer.stride, 0 if layer.padding_mode != "zeros" else layer.padding)
     # torch's functions take their last arguments in another order here.
-    if layer.plan.geometry.transposed:
-        return getattr(F, layer.op)(x, w, None, *sizes, layer.output_padding, layer.groups, layer.dilation).shape
-    return getattr(F, layer.op)(x, w, None, *sizes, layer.dilation, layer.groups).shape
+    transposed = (args.output_padding, args.groups, args.dilation)
+    rest = transposed if layer.plan.geometry.transposed else (args.dilation, args.groups)
+    return getattr(F, layer.op)(x, w, None, args.stride, args.padding, *rest).shape
 
 
 class _Stub(nn.Module):
@@ -75,9 +72,6 @@ class _Stub(nn.Module):
     def __init__(self, index: int, name: str, layer: Any) -> None:
         super().__init__()
         self.index, self.name, self.layer = index, name, [layer]  # a list hides the layer from the module tree
-        self.mode = getattr(layer, "padding_mode", "zeros")
-        # torch's own attribute, in the order that F.pad takes.
-        self.pads = layer._reversed_padding_repeated_twice if self.mode != "zeros" else None
         self.rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
@@ -89,8 +83,8 @@ class _Stub(nn.Module):
                 needs=f"a batch axis ({self.rank + 2} axes) and no output_size",
                 fix="give the example a batch axis; set output_padding in the layer",
             )
-        x = x if self.pads is None else F.pad(x, self.pads, mode=self.mode)
-        shape = _shape(self.layer[0], x)
+        x, args = padded(self.layer[0], x)
+        shape = _shape(self.layer[0], x, args)
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Layer", [x], {"index": self.index}, dtype=x.dtype, shape=shape, version=1
         )
@@ -141,11 +135,7 @@ def to_onnx(
     """
     check_module("nv.export.to_onnx", model, "nv.export.to_onnx(model, example_input, path)")
     check_choice("nv.export.to_onnx", "form", form, FORMS)
-    target = Path(path)
-    if not target.name:
-        raise value_error(
-            "nv.export.to_onnx: the path names no file.", got=repr(str(path)), needs="a file", fix="model.onnx"
-        )
+    target = check_path("nv.export.to_onnx", path, "model.onnx")
     need_packages()
     # After need_packages: nodes.py imports onnx at its top.
     from te_nvfp4_cv.export.onnx.nodes import as_matmul
@@ -199,7 +189,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         # One wrapper at a time: names change as wrappers go, and one may wrap another.
         inner: Any = modules[name]._orig_mod
         if name:
-            put(model, name, inner)
+            model.set_submodule(name, inner)
         else:
             model = inner
 
@@ -211,14 +201,9 @@ def need_packages(caller: str = "nv.export.to_onnx", *more: str) -> None:
         RuntimeError: A package cannot be imported.
     """
     names = ("onnx", "onnxscript", "ml_dtypes", *more)
-    try:
-        for name in names:
-            importlib.import_module(name)
-    except ImportError as error:
-        raise runtime_error(
-            f"{caller}: a package is missing.",
-            got=str(error), needs=", ".join(names), fix="pip install 'te_nvfp4_cv[export]'"
-        ) from error
+    fix = "pip install 'te_nvfp4_cv[export]'"
+    for name in names:
+        need_package(name, f"{caller}: a package is missing.", needs=", ".join(names), fix=fix)
 
 
 def _check_layers(found: dict[str, InferenceLayer]) -> None:
@@ -249,7 +234,7 @@ def _export(
     for index, (name, layer) in enumerate(zip(found, layers, strict=True)):
         if name:
             for shared in [n for n, m in traced.named_modules(remove_duplicate=False) if m is layer]:
-                put(traced, shared, _Stub(index, name, layer))
+                traced.set_submodule(shared, _Stub(index, name, layer))
         else:
             traced = _Stub(index, name, layer)
     if dynamic_batch:  # torch.export would take an axis of size 1 for a constant
@@ -342,13 +327,13 @@ def _expand(proto: Any, names: list[str], layers: list[Any], form: str) -> tuple
         # A layer that is called again gets nodes with other names, which read the same initializers.
         suffix = "" if calls[index] == 1 else f"#{calls[index]}"
         for own in made.nodes:
-            known = {tensor.name for tensor in made.initializers} | {node.input[0]}
+            known = made.initializers.keys() | {node.input[0]}
             own.input[:] = [name if name in known else name + suffix for name in own.input]
             # The layer's output takes the stand-in's name, which the rest of the graph reads.
             own.output[:] = [node.output[0] if name == output else name + suffix for name in own.output]
             own.name += suffix
         nodes += made.nodes
-        initializers |= {tensor.name: tensor for tensor in made.initializers}
+        initializers |= made.initializers
     # Repeated fields of protobuf cannot be assigned to.
     del graph.node[:]
     graph.node.extend(nodes)

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +36,7 @@ class Nodes:
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
-        self._known: set[str] = set()
+        self.initializers: dict[str, onnx.TensorProto] = {}
 
     def op(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Add a node. Returns the name of its output."""
@@ -49,9 +47,8 @@ class Nodes:
     def constant(self, name: str, values: Any, dtype: Any = np.float32) -> str:
         """Add an initializer of numbers, once per name. Returns its full name."""
         full = join(self.prefix, name)
-        if full not in self._known:
-            self.initializers.append(numpy_helper.from_array(np.asarray(values, dtype=dtype), full))
-            self._known.add(full)
+        if full not in self.initializers:
+            self.initializers[full] = numpy_helper.from_array(np.asarray(values, dtype=dtype), full)
         return full
 
     def packed(self, name: str, data: Tensor, kind: int, dims: Sequence[int]) -> str:
@@ -59,7 +56,7 @@ class Nodes:
         full = join(self.prefix, name)
         # As bytes: numpy has neither E2M1 nor E4M3. ONNX packs two E2M1 to a byte, low nibble first, as we do.
         raw = data.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        self.initializers.append(helper.make_tensor(full, kind, dims, raw, raw=True))
+        self.initializers[full] = helper.make_tensor(full, kind, dims, raw, raw=True)
         return full
 
     def ints(self, name: str, values: Sequence[int]) -> str:
@@ -101,7 +98,7 @@ def kernel_of(g: Nodes, layer: InferenceLayer, rows: str) -> str:
     geometry = layer.plan.geometry
     n, taps, blocks = matrix.sizes(layer.plan)
     groups, kernel = geometry.groups, list(geometry.kernel)
-    channels = _channels(layer)
+    channels = matrix.channels(layer.plan)
     w = g.op("Reshape", [rows, g.ints("taps", [n, taps, blocks * BLOCK])])
     if channels % BLOCK:
         # Drop the zeros that filled the last block of each tap.
@@ -125,7 +122,7 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
     """
     geometry, settings = layer.plan.geometry, layer.recipe.settings("input")
     groups = geometry.groups
-    channels = _channels(layer)
+    channels = matrix.channels(layer.plan)
     blocks = -(-channels // BLOCK)
     keep = [0] * (rank - 1)  # Reshape leaves an axis with size 0 as it is
     if channels % BLOCK:
@@ -247,19 +244,18 @@ def _image_first(g: Nodes, x: str, rank: int) -> str:
 
 def _without_padding(g: Nodes, layer: InferenceLayer, x: str, rank: int) -> str:
     """Take the padding of blocks out again: [..., G * Kb * 16] -> [..., C]."""
-    groups, channels = layer.plan.geometry.groups, _channels(layer)
+    groups, channels = layer.plan.geometry.groups, matrix.channels(layer.plan)
     if not channels % BLOCK:
         return x
     keep = [0] * (rank - 1)
-    wide = math.ceil(channels / BLOCK) * BLOCK
-    x = g.op("Reshape", [x, g.ints("x_wide", [*keep, groups, wide])])
+    x = g.op("Reshape", [x, g.ints("x_wide", [*keep, groups, formats.round_up(channels, BLOCK)])])
     x = g.op("Slice", [x, g.ints("from", [0]), g.ints("to", [channels]), g.ints("axis_of_x", [rank])])
     return g.op("Reshape", [x, g.ints("x_narrow", [*keep, groups * channels])])
 
 
 def _matmul(g: Nodes, layer: Any, x: str, rank: int, portable: bool) -> str:
     conv = not isinstance(layer, nn.Linear)
-    channels = _channels(layer)
+    channels = matrix.channels(layer.plan)
     x = _image_last(g, x, rank) if conv else x
     w = weight_matrix(g, layer, portable)
     if layer.quantize_x:  # before pixels are left out by the stride: the amax is that of all pixels
@@ -277,9 +273,3 @@ def _matmul(g: Nodes, layer: Any, x: str, rank: int, portable: bool) -> str:
     if layer.bias is not None:
         y = g.op("Add", [y, g.constant("bias", layer.bias.detach().float().cpu().numpy())])
     return _image_first(g, y, rank) if conv else y
-
-
-def _channels(layer: InferenceLayer) -> int:
-    """Return the number of input channels per group."""
-    geometry = layer.plan.geometry
-    return (geometry.channels_b if geometry.transposed else geometry.channels_a) // geometry.groups

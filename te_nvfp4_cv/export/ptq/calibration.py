@@ -28,6 +28,7 @@ from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
 from te_nvfp4_cv.nn.walk import op_of, padded
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.conv.reference import gather
 from te_nvfp4_cv.ops.geometry import pixel_map
 
 ROWS = 2048  # im2col rows per layer and batch: a Gram matrix of all pixels would take longer than the forward pass
@@ -94,10 +95,8 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
     # Numbers pixel * B + image: all images of the batch are drawn alike.
     taken = torch.randperm(pixels.shape[0] * g.batch, generator=generator)[:most]
     pixel, image = pixels[taken // g.batch], (taken % g.batch).unsqueeze(1)
-    # A tap in the padding has pixel -1; it reads the row of zeros that is appended below.
-    source = torch.where(pixel >= 0, image * inside + pixel, g.batch * inside)
-    flat = F.pad(x_last.reshape(-1, channels), (0, 0, 0, 1))
-    rows = flat[source.to(x.device)].unflatten(-1, (groups, -1))  # [rows, T, G, C]
+    source = torch.where(pixel >= 0, image * inside + pixel, -1)  # -1: a tap in the padding, which reads zeros
+    rows = gather(x_last.reshape(-1, channels), source).unflatten(-1, (groups, -1))  # [rows, T, G, C]
     # [rows, T, G, C] -> [rows, G, T * Kb * 16]
     return F.pad(rows, (0, -rows.shape[-1] % BLOCK)).transpose(1, 2).flatten(2)
 

@@ -14,8 +14,10 @@ and the pairs that change them stay unfolded.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch.nn.utils import fusion
 
 from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.errors import warn_once
-from te_nvfp4_cv.export.folding import NORMS, FoldedNorm, put
+from te_nvfp4_cv.export.folding import NORMS, FoldedNorm
 from te_nvfp4_cv.fusion.trace import Untraceable, child_of, trace
 from te_nvfp4_cv.nn.base import OPS
 
@@ -57,14 +59,12 @@ def _harmless(
     model: nn.Module, pairs: list[tuple[str, str]], run: Callable[[], Any], expected: Any
 ) -> list[tuple[str, str]]:
     """Return the pairs that leave the outputs as they are; a set of pairs that does not is halved and tried again."""
-    undo = _put_folded(model, pairs)
-    try:
-        same = _same(run(), expected)
-    except Exception:  # code that reads the norm itself: FoldedNorm has none of its attributes
-        same = False
     # Undone in any case: `fold` puts the harmless pairs in at once, at the end.
-    for step in undo:
-        step()
+    with _put_folded(model, pairs):
+        try:
+            same = _same(run(), expected)
+        except Exception:  # code that reads the norm itself: FoldedNorm has none of its attributes
+            same = False
     if same:
         return pairs
     half = len(pairs) // 2
@@ -73,29 +73,23 @@ def _harmless(
     return [pair for part in (pairs[:half], pairs[half:]) for pair in _harmless(model, part, run, expected)]
 
 
-def _put_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> list[Callable[[], None]]:
-    """Fold these pairs, in place. Returns functions that undo it."""
-    undo: list[Callable[[], None]] = []
+def _put_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> ExitStack:
+    """Fold these pairs, in place. Returns a context manager that undoes it at its end."""
+    undo = ExitStack()
     for norm_name, layer_name in pairs:
         layer: Any = model.get_submodule(layer_name)
         norm: Any = model.get_submodule(norm_name)
-
-        def back(
-            # As defaults: a closure would see the loop's last pair only.
-            layer: Any = layer, old: Any = (layer.weight, layer.bias), name: str = norm_name, norm: Any = norm
-        ) -> None:
-            layer.weight, layer.bias = old
-            put(model, name, norm)
-
-        undo.append(back)
+        undo.callback(model.set_submodule, norm_name, norm)
+        undo.callback(setattr, layer, "weight", layer.weight)
+        undo.callback(setattr, layer, "bias", layer.bias)
         layer.weight, layer.bias = _fused(layer, norm)
-        put(model, norm_name, FoldedNorm(layer))
+        model.set_submodule(norm_name, FoldedNorm(layer))
     return undo
 
 
 def _same(ours: Any, expected: list[Tensor]) -> bool:
     """Tell whether outputs agree up to rounding. Outputs without any value cannot be compared, and do not agree."""
-    found = _tensors(ours)
+    found = list(_tensors(ours))
     if len(found) != len(expected) or not any(t.numel() for t in expected):
         return False
     return all(_close(a, b) for a, b in zip(found, expected, strict=True))
@@ -122,16 +116,13 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= noise * b.norm())
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    """List the tensors in a model's outputs, those in dataclasses (which pytree does not open), too."""
-    leaves = tree_leaves(outputs)
-    found = []
-    for leaf in leaves:
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a model's outputs, those in dataclasses (which pytree does not open), too."""
+    for leaf in tree_leaves(outputs):
         if isinstance(leaf, Tensor):
-            found.append(leaf)
+            yield leaf
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
-    return found
+            yield from _tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
 
 
 def find(model: nn.Module) -> dict[str, str]:
@@ -187,13 +178,10 @@ def _hooked(module: nn.Module) -> bool:
 def _fused(layer: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """Return the layer's weight and bias with the norm multiplied in."""
     statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-    weight: Tensor
-    bias: Tensor
+    fuse: Any = fusion.fuse_linear_bn_weights
+    if not isinstance(layer, nn.Linear):
+        fuse = functools.partial(fusion.fuse_conv_bn_weights, transpose=layer.transposed)
     with torch.no_grad():
-        if isinstance(layer, nn.Linear):
-            weight, bias = fusion.fuse_linear_bn_weights(layer.weight, layer.bias, *statistics)
-        else:
-            transposed = bool(getattr(layer, "transposed", False))
-            weight, bias = fusion.fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transpose=transposed)
-    # New Parameters: `back` puts the old ones in their place again.
+        weight, bias = fuse(layer.weight, layer.bias, *statistics)
+    # New Parameters: undoing puts the old ones in their place again.
     return nn.Parameter(weight.detach()), nn.Parameter(bias.detach())

@@ -12,6 +12,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +36,9 @@ from te_nvfp4_cv.export.modules import (
 from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import Statistics, collect, input_of
 from te_nvfp4_cv.export.ptq.norm_folding import fold
+from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.plan import weight_plan
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 SCALES = ("static", "dynamic")
 
@@ -98,8 +100,7 @@ def quantize(
         ("weights", weights, WEIGHTS),
     ):
         check_choice("nv.export.quantize", name, value, allowed)
-    resolved = as_recipe(recipe)
-    resolved.validate_for_use()
+    resolved = checked_recipe(recipe)
     if not isinstance(loader, Iterable):
         raise type_error(
             "nv.export.quantize: no loader.", got=describe(loader), needs="an iterable of batches", fix="[images]"
@@ -162,7 +163,7 @@ def _reestimate(
     Only the norms are in training mode, each while it runs: dropout and stochastic depth would change the statistics.
     """
     norms = [m for m in net.modules() if isinstance(m, AnyBatchNorm) and m.running_mean is not None]
-    if not norms:
+    if not norms:  # the loader need not be read
         return
     seen: set[nn.Module] = set()
 
@@ -179,20 +180,14 @@ def _reestimate(
     def after(norm: Any, args: tuple[Any, ...], y: Any) -> None:
         norm.training = False
 
-    momenta = [(norm, norm.momentum) for norm in norms]
-    hooks = [norm.register_forward_pre_hook(before, with_kwargs=True) for norm in norms]
-    hooks += [norm.register_forward_hook(after) for norm in norms]
-    try:
+    with ExitStack() as stack, torch.no_grad():
         for norm in norms:
+            stack.callback(norm.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(norm.register_forward_hook(after).remove)
+            stack.callback(setattr, norm, "momentum", norm.momentum)
             norm.momentum = None  # torch then averages over all batches alike
-        with torch.no_grad():
-            for batch in itertools.islice(loader, batches):
-                net(input_of(batch, device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for norm, momentum in momenta:
-            norm.momentum = momentum
+        for batch in itertools.islice(loader, batches):
+            net(input_of(batch, device))
 
 
 def _for_weights(recipe: NVFP4BlockScaling, method: str) -> NVFP4BlockScaling:

@@ -61,9 +61,12 @@ def search_scales(w: Tensor, amax: Tensor, e4m3_max: int, importance: Tensor | N
     return best.to(torch.uint8)
 
 
-def gptq_codes(w: Tensor, gram: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int) -> Tensor:
-    """Round w [N, K] to codes [N, K] by GPTQ, with given scales, for the Gram matrix [K, K] of the layer's input."""
-    unit = value_of(scale, amax, e4m3_max).repeat_interleave(BLOCK, dim=1)
+def gptq_codes(w: Tensor, gram: Tensor, unit: Tensor) -> Tensor:
+    """Round w [N, K] to codes [N, K] by GPTQ, for the Gram matrix [K, K] of the layer's input.
+
+    Args:
+        unit: fp32 [N, K], the real value of a code 1.0 at each place.
+    """
     w = w.clone().float()
     diagonal = gram.diagonal()
     dead = diagonal <= 0  # inputs that were always 0, or padding: they get a diagonal of 1, and do not affect others
@@ -98,7 +101,6 @@ def quantize_matrix(
         Packed data [N, K / 2] and scale bytes [N, K / 16].
     """
     scale = search_scales(w, amax, e4m3_max, importance)
-    if gram is not None:
-        return formats.pack_nibbles(gptq_codes(w, gram, scale, amax, e4m3_max)), scale
     unit = value_of(scale, amax, e4m3_max).repeat_interleave(BLOCK, dim=1)
-    return formats.pack_nibbles(round_codes(w, unit)), scale
+    codes = round_codes(w, unit) if gram is None else gptq_codes(w, gram, unit)
+    return formats.pack_nibbles(codes), scale

@@ -13,7 +13,7 @@ and E4M3 scales. No code of the file or the model is executed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ def _row(opened: Artifact, name: str, config: Config) -> Row:
     count = torch.Size(shape if entry is None else entry.shape).numel()
     size = sum(t.numel() * t.element_size() for t in parts.values())
     row = Row(name, kind, "nvfp4", "nvfp4", shape, count, size)
-    row.problems = ["its weight is missing"] if codes is None else _problems(parts, codes, entry)
+    row.problems = ["its weight is missing"] if codes is None else list(_problems(parts, codes, entry))
     row.axis = _axis(entry, codes)
     scale = parts.get("weight_scale")
     if scale is not None and scale.dtype == E4M3 and scale.numel():
@@ -138,59 +138,56 @@ def _dtype(tensor: Tensor) -> str:
     return DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
-def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | None) -> list[str]:
-    """List the reasons why a layer that claims to be NVFP4 is not."""
-    found = []
+def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | None) -> Iterator[str]:
+    """Yield the reasons why a layer that claims to be NVFP4 is not."""
     scale, tensor_scale = parts.get("weight_scale"), next((parts[key] for key in GLOBAL if key in parts), None)
     if codes.dtype != torch.uint8:
-        found.append(f"its codes are {_dtype(codes)}, not packed uint8")
+        yield f"its codes are {_dtype(codes)}, not packed uint8"
     if codes.dim() != 2:
-        found.append(f"its codes have {codes.dim()} axes, not the 2 of a GEMM's matrix")
+        yield f"its codes have {codes.dim()} axes, not the 2 of a GEMM's matrix"
     elif not codes.numel():
-        found.append("it has no codes")
+        yield "it has no codes"
     elif codes.shape[1] % 8:  # 8 bytes are a block
-        found.append(f"a row has {2 * codes.shape[1]} values, which is no whole number of blocks of 16")
+        yield f"a row has {2 * codes.shape[1]} values, which is no whole number of blocks of 16"
     if scale is None:
-        found.append("it has no block scales")
+        yield "it has no block scales"
     else:
         if scale.dtype != E4M3:
-            found.append(f"its block scales are {_dtype(scale)}, not E4M3")
+            yield f"its block scales are {_dtype(scale)}, not E4M3"
         if codes.dim() == 2 and tuple(scale.shape) != (codes.shape[0], codes.shape[1] // 8):
             per = codes.numel() * 2 / max(scale.numel(), 1)  # 32 for MXFP4, for example
-            found.append(f"{per:g} values share a block scale along the last axis, not 16")
+            yield f"{per:g} values share a block scale along the last axis, not 16"
         if scale.dtype == E4M3:
             # By their bits: E4M3 has one NaN per sign and no infinity.
             nan = int(((scale.contiguous().view(torch.uint8) & 0x7F) == 0x7F).sum())
-            found += [f"{nan} of its block scales are NaN"] if nan else []
+            if nan:
+                yield f"{nan} of its block scales are NaN"
             negative = int((scale.float() < 0).sum())
-            found += [f"{negative} of its block scales are negative"] if negative else []
+            if negative:
+                yield f"{negative} of its block scales are negative"
     if tensor_scale is None:
-        found.append("it has no tensor scale")
+        yield "it has no tensor scale"
     elif tensor_scale.dtype != torch.float32 or tensor_scale.numel() != 1:
-        found.append(f"its tensor scale is {_dtype(tensor_scale)} {tuple(tensor_scale.shape)}")
+        yield f"its tensor scale is {_dtype(tensor_scale)} {tuple(tensor_scale.shape)}"
     elif not bool(torch.isfinite(tensor_scale).all()) or bool((tensor_scale < 0).any()):
-        found.append(f"its tensor scale is {float(tensor_scale)}")
+        yield f"its tensor scale is {float(tensor_scale)}"
     # weight_global_scale is a divisor, for which 0 is never right.
     elif not bool(tensor_scale.any()) and ("weight_global_scale" in parts or _nonzero(codes)):
-        found.append("its tensor scale is 0, its codes are not")
+        yield "its tensor scale is 0, its codes are not"
     if entry is not None:
-        found += _against_entry(codes, entry)
-    return found
+        yield from _against_entry(codes, entry)
 
 
 def _nonzero(codes: Tensor) -> bool:
     return codes.dtype == torch.uint8 and bool((codes & 0x77).any())  # -0 is 0
 
 
-def _against_entry(codes: Tensor, entry: LayerEntry) -> list[str]:
+def _against_entry(codes: Tensor, entry: LayerEntry) -> Iterator[str]:
     rows, taps, blocks = matrix.sizes(entry.plan(NVFP4BlockScaling()))
     if entry.k_order != matrix.K_ORDER:
-        return [f"the order of its contracted index is {entry.k_order!r}, not {matrix.K_ORDER!r}"]
-    if tuple(codes.shape) != (rows, taps * blocks * 8):
-        return [
-            f"its matrix is {tuple(codes.shape)}, of a weight {entry.shape} it would be {(rows, taps * blocks * 8)}"
-        ]
-    return []
+        yield f"the order of its contracted index is {entry.k_order!r}, not {matrix.K_ORDER!r}"
+    elif tuple(codes.shape) != (rows, taps * blocks * 8):
+        yield f"its matrix is {tuple(codes.shape)}, of a weight {entry.shape} it would be {(rows, taps * blocks * 8)}"
 
 
 def _axis(entry: LayerEntry | None, codes: Tensor | None) -> str:

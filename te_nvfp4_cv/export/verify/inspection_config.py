@@ -50,12 +50,10 @@ class Config:
     problems: list[str] = field(default_factory=list)
 
     @functools.cached_property
-    def _names(self) -> frozenset[str]:  # looked up at once: files of large models name thousands of layers
-        return frozenset(p for p in self.ignored if not _is_pattern(p))
-
-    @functools.cached_property
-    def _patterns(self) -> list[str]:
-        return [p for p in self.ignored if _is_pattern(p)]
+    def _ignored(self) -> tuple[frozenset[str], list[str]]:
+        """Return the names, to be looked up at once (large models leave out thousands of layers), and the patterns."""
+        patterns = [p for p in self.ignored if _is_pattern(p)]
+        return frozenset(self.ignored).difference(patterns), patterns
 
     @functools.cached_property
     def _layer_patterns(self) -> list[str]:
@@ -69,7 +67,8 @@ class Config:
         """
         above = _above(name)
         # Exclusions first: in both tools they win over every table and group.
-        if not above.isdisjoint(self._names) or any(self._selects(p, name, axes) for p in self._patterns):
+        names, patterns = self._ignored
+        if above & names or any(self._selects(p, name, axes) for p in patterns):
             return ""
         if self.layers:
             # The longest name first: what is said of a layer beats what is said of a module above it.
@@ -141,9 +140,7 @@ def _parse(raw: Mapping[str, Any]) -> Config:
     texts = [raw.get(key) for key in ("quant_algo", "format")]
     config.problems += [f"its config: {text!r:.80} is no algorithm" for text in texts if not _is(str, text)]
     config.algorithm = next((text.lower() for text in texts if text and isinstance(text, str)), "")
-    ignored: list[str] = []
-    for key in ("ignore", "exclude_modules"):
-        ignored += _names(config, key, raw.get(key))
+    ignored = [name for key in ("ignore", "exclude_modules") for name in _names(config, key, raw.get(key))]
     config.ignored = tuple(ignored)
     for key in ("quantized_layers", "config_groups"):
         table = raw.get(key)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from te_nvfp4_cv.errors import message, runtime_error, value_error
+from te_nvfp4_cv.errors import need_package, no_such_file, value_error
 from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.verify import onnx_blocks
 from te_nvfp4_cv.export.verify.onnx_graph import Graph
@@ -35,17 +35,12 @@ def inspect_onnx(path: Path) -> Report:
         ValueError: The file is damaged.
         RuntimeError: The package onnx is missing.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise runtime_error(
-            "verify: ONNX files need the package onnx.",
-            got=str(error), needs="onnx and ml_dtypes", fix="pip install 'te_nvfp4_cv[export]'"
-        ) from error
+    title, fix = "verify: ONNX files need the package onnx.", "pip install 'te_nvfp4_cv[export]'"
+    need_package("onnx", title, needs="onnx and ml_dtypes", fix=fix)
+    import onnx
+
     if not path.is_file():
-        raise FileNotFoundError(
-            message("verify: no such file.", got=str(path), needs="an .onnx file", fix="correct the path")
-        )
+        raise no_such_file("verify: no such file.", got=str(path), needs="an .onnx file", fix="correct the path")
     model = _read(onnx, path)
     graph = Graph.of(onnx, model)
     claims, problems = _claims(model)

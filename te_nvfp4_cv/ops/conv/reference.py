@@ -119,19 +119,14 @@ def _packed_kernel(w: Tensor, scale: Tensor, geometry: ConvGeometry, to_b: bool)
 
     With 16x16 scales both faces are the rowwise one: nibbles and tile scales are transposed here.
     """
-    groups, each = geometry.groups, w.shape[0] // geometry.groups
+    groups = geometry.groups
     if to_b:
         if scale.dim() == 4:
-            scale = scale.repeat_interleave(BLOCK, dim=1)[:, :each].flatten(0, 1)
+            scale = scale.repeat_interleave(BLOCK, dim=1)[:, : w.shape[0] // groups].flatten(0, 1)
         return w, scale
-    if w.dim() == 5:
-        return w, scale.unsqueeze(-1)
-    channels = geometry.channels_a // groups
-    codes = formats.unpack_nibbles(w)[..., :channels]  # [axis 0, T, axis 1]
-    codes = F.pad(codes.unflatten(0, (groups, each)), (0, 0, 0, 0, 0, -each % BLOCK))
-    codes = codes.unflatten(1, (-1, BLOCK)).movedim(2, -1)  # [G, Ob, T, axis 1, 16]
-    tiles = scale.repeat_interleave(BLOCK, dim=3)[..., :channels]  # [G, Ob, T, axis 1]
-    return formats.pack_nibbles(codes), tiles.unsqueeze(-1)
+    if w.dim() != 5:
+        w, scale = formats.transpose_kernel(w, scale, geometry.channels_a // groups, groups)
+    return w, scale.unsqueeze(-1)
 
 
 # ---- the three GEMMs ------------------------------------------------------------------------------------------------

@@ -24,21 +24,10 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.layouts import operand_faces
 from te_nvfp4_cv.ops.norm import reference
-from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec
+from te_nvfp4_cv.ops.norm.spec import NormSpec
 from te_nvfp4_cv.ops.records import Operand, OperandSpec
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-__all__ = [
-    "ACTIVATIONS",
-    "NormSpec",
-    "backend_for",
-    "norm_apply",
-    "norm_backward",
-    "norm_forward",
-    "norm_quantize",
-    "norm_statistics",
-]
 
 
 def backend_for(z: Tensor, wanted: str = "auto") -> str:
@@ -77,7 +66,7 @@ def norm_forward(
         empty.
     """
     s = NormSpec.decode(spec)
-    return _module(s.backend).norm_forward(z, residual, weight, bias, running_mean, running_var, s)
+    return _module(s.backend).norm_forward(z, residual, (weight, bias), (running_mean, running_var), s)
 
 
 @norm_forward.register_fake

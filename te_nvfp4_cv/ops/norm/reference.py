@@ -15,29 +15,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.ops.norm.spec import NormSpec, affine_of
+from te_nvfp4_cv.ops.norm.spec import NormSpec, Pair, affine_of
 from te_nvfp4_cv.ops.relu import apply_mask, positive_mask
 
 aten = torch.ops.aten
 
 
 def norm_forward(
-    z: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    s: NormSpec,
+    z: Tensor, residual: Tensor | None, affine: Pair, running: Pair, s: NormSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the operator norm_forward by ATen."""
     if s.groups:
-        y, mean, rstd = _group_norm(z, weight, bias, s.groups, s.eps)
+        y, mean, rstd = _group_norm(z, *affine, s.groups, s.eps)
     else:
-        y, mean, rstd = torch.native_batch_norm(
-            z, weight, bias, running_mean, running_var, s.batch_stats, s.momentum, s.eps
-        )
+        y, mean, rstd = torch.native_batch_norm(z, *affine, *running, s.batch_stats, s.momentum, s.eps)
         if not s.batch_stats:  # ATen returns empty statistics then
+            running_mean, running_var = running
             assert running_mean is not None and running_var is not None
             wide = torch.promote_types(running_mean.dtype, torch.float32)
             mean, rstd = running_mean.to(wide, copy=True), (running_var.to(wide) + s.eps).rsqrt()

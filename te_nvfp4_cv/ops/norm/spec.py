@@ -10,6 +10,7 @@ from torch import Tensor
 # A name's place is its number in the operators' lists of floats.
 ACTIVATIONS = ("relu", "silu")
 BACKENDS = ("reference", "triton")
+Pair = tuple[Tensor | None, Tensor | None]  # weight and bias, or the running mean and variance
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class NormSpec:
         return (z.numel() + 7) // 8 if self.activation == "relu" and self.need_mask else 0
 
 
-def affine_of(norm: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+def norm_of(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+    """Return what a norm subtracts and multiplies with: two tensors or, where there is an affine part, four."""
+    return [mean, rstd] if weight is None or bias is None else [mean, rstd, weight, bias]
+
+
+def affine_of(norm: Sequence[Tensor]) -> Pair:
     """Return weight and bias from [mean, rstd, weight, bias], None twice from [mean, rstd]."""
     return (norm[2], norm[3]) if len(norm) == 4 else (None, None)

@@ -63,8 +63,7 @@ def quantize(
             needs="a 2-D tensor of bfloat16, float16 or float32",
             fix="flatten the leading dimensions, x.reshape(-1, x.shape[-1]), and cast to one of these dtypes",
         )
-    checked = ("rht", "stochastic_rounding", "two_d", "four_over_six", "e4m3_max", "row_scaled")
-    check_options(**{name: getattr(fields, name) for name in checked})
+    check_options(fields)
     if fields.stochastic_rounding and seed is None:
         raise errors.value_error(
             "nvfp4 quantize: stochastic rounding has no random numbers.",
@@ -77,47 +76,40 @@ def quantize(
     return Faces(*_quantize_op(x_MK, fields.to_ints(), amax_rowwise, amax_columnwise, seed, backend))
 
 
-def check_options(
-    *, rht: bool, stochastic_rounding: bool, two_d: bool, four_over_six: str | None, e4m3_max: int, row_scaled: bool
-) -> None:
+def check_options(spec: MatrixSpec) -> None:
     """Refuse options that exclude each other.
 
     Raises:
         ValueError: two options that exclude each other; an unknown error mode of 4over6; an e4m3_max that does not
             exist.
     """
-    on = {
-        "rht": rht,
-        "stochastic_rounding": stochastic_rounding,
-        "two_d": two_d,
-        "four_over_six": four_over_six is not None,
-        "row_scaled": row_scaled,
-    }
+    options = ("rht", "stochastic_rounding", "two_d", "four_over_six", "row_scaled")
+    on = [name for name in options if getattr(spec, name) not in (None, False)]
     exclusive = {  # what TransformerEngine defines no numbers for
         "four_over_six": ("rht", "stochastic_rounding"),
         "row_scaled": ("rht", "stochastic_rounding", "two_d"),
         "two_d": ("rht",),
     }
     for first, others in exclusive.items():
-        clash = [other for other in others if on[first] and on[other]]
+        clash = [other for other in others if first in on and other in on]
         if clash:
             raise errors.value_error(
                 f"nvfp4 quantize: {first} and {clash[0]} exclude each other.",
-                got=", ".join(name for name, value in on.items() if value),
+                got=", ".join(on),
                 needs=f"{first} without {' and without '.join(others)}",
                 fix=f"turn off {first} or {clash[0]}",
             )
-    if four_over_six not in ERRORS:
+    if spec.four_over_six not in ERRORS:
         raise errors.value_error(
             "nvfp4 quantize: unknown error mode of 4over6.",
-            got=f"four_over_six={four_over_six!r}",
+            got=f"four_over_six={spec.four_over_six!r}",
             needs="None, 'MAE' or 'MSE' (case matters)",
             fix="use 'MAE', the default of the recipe",
         )
-    if e4m3_max != E4M3_MAX and not (e4m3_max == 256 and four_over_six is not None):
+    if spec.e4m3_max != E4M3_MAX and not (spec.e4m3_max == 256 and spec.four_over_six is not None):
         raise errors.value_error(
             "nvfp4 quantize: this bound of the block scales does not exist.",
-            got=f"e4m3_max={e4m3_max}, four_over_six={four_over_six!r}",
+            got=f"e4m3_max={spec.e4m3_max}, four_over_six={spec.four_over_six!r}",
             needs="448, or 256 together with 4over6",
             fix="leave e4m3_max at 448",
         )

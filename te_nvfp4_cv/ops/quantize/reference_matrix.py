@@ -131,9 +131,9 @@ def quantize_2d(
     row, col = none[:3], none[3:]
     if s.rowwise:
         assert amax_rowwise is not None
-        random = _random(s.stochastic_rounding, random_rowwise, seed, (M, x_pad.shape[1]), ROWWISE, x_MK.device)
+        v_MK = x_pad[:M].float()
         scale = None if tile_scale is None else tile_scale[:M]
-        row = _face(x_pad[:M].float(), amax_rowwise, s.e4m3_max, s.four_over_six, scale, random)
+        row = _face(v_MK, amax_rowwise, s, scale, _random(s, random_rowwise, seed, v_MK, ROWWISE))
     if s.columnwise:
         v_KM = x_pad[:, :K].t()
         if s.rht:
@@ -142,34 +142,31 @@ def quantize_2d(
         if amax_columnwise is None:
             amax_columnwise = _amax(v_KM, s.row_scaled) if s.rht or s.row_scaled else amax_rowwise
         assert amax_columnwise is not None
-        random = _random(s.stochastic_rounding, random_columnwise, seed, (K, x_pad.shape[0]), COLUMNWISE, x_MK.device)
         scale = None if tile_scale is None else _transposed(tile_scale)[:K]
-        col = _face(v_KM, amax_columnwise, s.e4m3_max, s.four_over_six, scale, random)
+        col = _face(v_KM, amax_columnwise, s, scale, _random(s, random_columnwise, seed, v_KM, COLUMNWISE))
     return Faces(*row, *col)
 
 
-def amax_2d(
-    x_MK: Tensor, *, columnwise: bool = True, rht: bool = False, row_scaled: bool = False, with_sign: bool = True
-) -> tuple[Tensor, Tensor]:
+def amax_2d(x_MK: Tensor, s: MatrixSpec) -> tuple[Tensor, Tensor]:
     """Return amax_rowwise and amax_columnwise as quantize_2d would find them; the second is empty unless columnwise."""
-    row = _amax(x_MK.float(), row_scaled)
-    if not columnwise:
+    row = _amax(x_MK.float(), s.row_scaled)
+    if not s.columnwise:
         return row, row.new_empty(0)
-    if not rht and not row_scaled:
+    if not s.rht and not s.row_scaled:
         return row, row.clone()
     v_KM = F.pad(x_MK.t(), (0, -x_MK.shape[0] % BLOCK))
-    if rht:
-        v_KM = formats.rht16(formats.blocks(v_KM), with_sign).flatten(-2)
-    return row, _amax(v_KM.float(), row_scaled)
+    if s.rht:
+        v_KM = formats.rht16(formats.blocks(v_KM), s.with_sign).flatten(-2)
+    return row, _amax(v_KM.float(), s.row_scaled)
 
 
 def _face(
-    v: Tensor, amax: Tensor, e4m3_max: int, four_over_six: str | None, scale: Tensor | None, random: Tensor | None
+    v: Tensor, amax: Tensor, s: MatrixSpec, scale: Tensor | None, random: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return data, scale_inv and amax of values [R, L] (fp32, L a multiple of 16), with blocks along L."""
     if scale is None:
-        scale = _scales(v, amax, e4m3_max, four_over_six, two_d=False)
-    codes = _codes(v, scale, formats.encode_scale(amax, e4m3_max), random)
+        scale = _scales(v, amax, s.e4m3_max, s.four_over_six, two_d=False)
+    codes = _codes(v, scale, formats.encode_scale(amax, s.e4m3_max), random)
     return formats.pack_nibbles(codes).contiguous(), scale.contiguous(), amax.clone()
 
 
@@ -217,23 +214,14 @@ def _error(v: Tensor, scale: Tensor, amax: Tensor, e4m3_max: int, mode: str, two
     return total
 
 
-def _random(
-    stochastic: bool,
-    given: Tensor | None,
-    seed: Tensor | int | None,
-    shape: tuple[int, int],
-    face: int,
-    device: torch.device,
-) -> Tensor | None:
-    """Return the random bytes [R, L] of a face, or None for nearest-even; block (r, b) has the index r * L/16 + b."""
-    if not stochastic:
-        return None
-    if given is not None:
-        return given
+def _random(s: MatrixSpec, given: Tensor | None, seed: Tensor | int | None, v: Tensor, face: int) -> Tensor | None:
+    """Return the random bytes of values [R, L], or None for nearest-even; block (r, b) has the index r * L/16 + b."""
+    if not s.stochastic_rounding or given is not None:
+        return given if s.stochastic_rounding else None
     assert seed is not None
     # The face's number goes into the counter, so that the two faces draw different bytes.
-    index = torch.arange(shape[0] * (shape[1] // BLOCK), dtype=torch.int64, device=device)
-    return formats.philox4x32(seed, index, face).reshape(shape)
+    index = torch.arange(v.shape[0] * (v.shape[1] // BLOCK), dtype=torch.int64, device=v.device)
+    return formats.philox4x32(seed, index, face).reshape(v.shape)
 
 
 def _transposed(scale: Tensor) -> Tensor:

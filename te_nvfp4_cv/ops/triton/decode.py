@@ -86,6 +86,25 @@ def blocks_to_half(data, scale, ROWS: tl.constexpr, BLOCKS: tl.constexpr, QUADS:
 
 
 @triton.jit
+def multiply_packed(
+    acc, a, a_scale, b, b_scale, BLOCKS: tl.constexpr, NATIVE: tl.constexpr, QUADS: tl.constexpr, PTX: tl.constexpr
+):
+    """Return acc + a b^T of packed operands: codes uint8 [rows, BLOCKS * 8], E4M3 bytes [rows, BLOCKS].
+
+    NATIVE: by the FP4 tensor cores; otherwise as two products of fp16, which are 2^-14 of the sum.
+    """
+    if NATIVE:
+        a8, b8 = a_scale.to(tl.float8e4nv, bitcast=True), b_scale.to(tl.float8e4nv, bitcast=True)
+        acc = tl.dot_scaled(a, a8, "e2m1", tl.trans(b), b8, "e2m1", acc)
+    else:
+        a_low, a_high = blocks_to_half(a, a_scale, a.shape[0], BLOCKS, QUADS, PTX)
+        b_low, b_high = blocks_to_half(b, b_scale, b.shape[0], BLOCKS, QUADS, PTX)
+        acc = tl.dot(a_low, tl.trans(b_low), acc)
+        acc = tl.dot(a_high, tl.trans(b_high), acc)
+    return acc
+
+
+@triton.jit
 def quad_place(byte):
     """Return where QUADS puts byte number `byte` of a row: of 16 bytes, number 4 t + 2 h + j goes to 8 h + 2 t + j.
 

@@ -3,7 +3,7 @@
     round_e4m3, e4m3_byte, decode_e4m3    block scales: rounding, the byte, and back
     tensor_factors, block_scale           the scale chain of a tensor and of its blocks
     e2m1_nearest, e2m1_stochastic         rounding: the value and a word that holds the code
-    join_words, stack16                   sixteen codes to one int64; a tile as one tensor
+    join_words, join_rows, stack16        sixteen codes to one int64; eight of a row to one int32; a tile as one tensor
     hadamard16                            signs, butterflies, times 1/4
     philox7, random_byte                  Philox4x32-7 and its bytes
 
@@ -265,6 +265,15 @@ def join_words(words, ys):
     low = word8(words, ys, 0)  # element 0 lowest
     high = word8(words, ys, 8)
     return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
+
+
+@triton.jit
+def join_rows(word, y, BLOCK: tl.constexpr):
+    """Pack the codes of BLOCK values [BLOCK / 16, 16], eight neighbours to an int32: [BLOCK / 8]."""
+    code = ((word - CODE_BIAS) & 7) | ((bits_of(y) >> 28) & 8)
+    # No two of the eight share a bit, so that a sum joins them.
+    eight = tl.reshape(code, (BLOCK // 8, 8)) << (tl.arange(0, 8) * 4)[None, :]
+    return tl.sum(eight, 1)
 
 
 @triton.jit

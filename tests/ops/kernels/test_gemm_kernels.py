@@ -213,7 +213,7 @@ def test_a_gpu_gets_what_its_capability_allows(capability, monkeypatch):
     launch._gpu.cache_clear()
     gpu = launch.gpu_of(torch.device("cuda", 0))
     launch._gpu.cache_clear()
-    assert gpu == launch.Gpu(arch, native, 132) and gpu.ptx
+    assert gpu == launch.Gpu(arch, native, 132) and gpu.how["PTX"]
     assert native == dispatch.native_fp4(torch.device("cuda", 0))
     assert launch.gpu_of(torch.device("cpu")) == launch.Gpu(0, False, 2)
 

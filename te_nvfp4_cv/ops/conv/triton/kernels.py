@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.triton.decode import blocks_to_half, codes_to_half, quad_place, scale_to_half
+from te_nvfp4_cv.ops.triton.decode import blocks_to_half, codes_to_half, multiply_packed, quad_place, scale_to_half
 
 ROWS, TILES, COLUMNS, TRANSPOSE = 0, 1, 2, 3  # FACE of prepare_kernel; see there
 
@@ -356,15 +356,7 @@ def weight_product(
         bs = tl.load(p_b_scale + b_first + o_bs, mask=m_b[:, None] & m_bq[None, :], other=0)
         a = tl.load(p_a + a_first * 8 + o_a, mask=m_a[:, None] & m_ak[None, :], other=0)
         sa = tl.load(p_a_scale + a_first + o_as, mask=m_a[:, None] & m_aq[None, :], other=0)
-        if NATIVE:
-            bs8 = bs.to(tl.float8e4nv, bitcast=True)
-            as8 = sa.to(tl.float8e4nv, bitcast=True)
-            acc = tl.dot_scaled(b, bs8, "e2m1", tl.trans(a), as8, "e2m1", acc)
-        else:
-            b_low, b_high = blocks_to_half(b, bs, BM, QB, QUADS, PTX)
-            a_low, a_high = blocks_to_half(a, sa, BN, QB, QUADS, PTX)
-            acc = tl.dot(b_low, tl.trans(a_low), acc)
-            acc = tl.dot(b_high, tl.trans(a_high), acc)
+        acc = multiply_packed(acc, b, bs, a, sa, QB, NATIVE, QUADS, PTX)
         # The next place: counters that carry, since divisions cost more than the loads
         chunk = chunk + 1
         carry = chunk == line_chunks

@@ -151,15 +151,12 @@ def _data(
                 WIDE=max(x_data.numel(), y.numel(), kernel.numel()) >= WIDE_FROM,
                 ALPHA=0 if alpha is None else 1 if alpha.numel() == 1 else 2,
                 BIAS=bias is not None,
-                NATIVE=gpu.native,
-                QUADS=gpu.quads,
-                PTX=gpu.ptx,
+                **gpu.how,
                 **tile,
             )
 
     key = key_of(gpu, max(a["rows"] for a in launches), each, blocks * BLOCK)
-    with torch.cuda.device_of(y):  # launches go to the current device
-        run(tuning.config("conv_data", gpu.arch, (*key, min(g.taps, 32)), run))
+    run(tuning.config("conv_data", gpu.arch, (*key, min(g.taps, 32)), run))
     return y
 
 
@@ -245,9 +242,7 @@ def wgrad(
             channels_a=g.channels_a,
             each_b=each_b,
             each_a=each_a,
-            NATIVE=gpu.native,
-            QUADS=gpu.quads,
-            PTX=gpu.ptx,
+            **gpu.how,
             **tile,
         )
         block = 65536 if gpu.arch == 0 else 1024
@@ -265,6 +260,5 @@ def wgrad(
         )
 
     key = key_of(gpu, each_b, each_a, arguments["width"] * BLOCK)
-    with torch.cuda.device_of(dw):
-        run(tuning.config("conv_weight", gpu.arch, (*key, min(g.taps, 32)), run))
+    run(tuning.config("conv_weight", gpu.arch, (*key, min(g.taps, 32)), run))
     return dw

@@ -61,26 +61,16 @@ def scattering_axis(out: int, kernel: int, stride: int, padding: int, dilation: 
     return classes
 
 
-def three(sizes: tuple[int, ...], fill: int) -> tuple[int, int, int]:
-    """Return sizes per image axis as depth, height and width."""
-    d, h, w = (fill,) * (3 - len(sizes)) + tuple(sizes)
-    return d, h, w
-
-
 @functools.lru_cache(maxsize=4096)
 def data_classes(g: ConvGeometry, to_b: bool) -> list[dict[str, int]]:
     """Return the arguments of data_product that the geometry decides, a dict a launch."""
-    source = three(g.a_size if to_b else g.b_size, 1)
-    result = three(g.b_size if to_b else g.a_size, 1)
-    kernel = three(g.kernel, 1)
+    g = g.with_axes(3)  # depth, height and width
+    source, result = (g.a_size, g.b_size) if to_b else (g.b_size, g.a_size)
     split = gathering_axis if to_b else scattering_axis
-    per_axis = [
-        split(*row)
-        for row in zip(result, kernel, three(g.stride, 1), three(g.padding, 0), three(g.dilation, 1), strict=True)
-    ]
+    per_axis = [split(*row) for row in zip(result, g.kernel, g.stride, g.padding, g.dilation, strict=True)]
     pixels = (source[1] * source[2], source[2], 1)
     out_pixels = (result[1] * result[2], result[2], 1)
-    taps = (kernel[1] * kernel[2], kernel[2], 1)
+    taps = (g.kernel[1] * g.kernel[2], g.kernel[2], 1)
     launches = []
     # One launch for each combination of the axes' classes. Places are flat pixels: positions times the pixels between
     # neighbours along each axis.
@@ -121,19 +111,19 @@ def weight_arguments(g: ConvGeometry) -> dict[str, int]:
     Where every output pixel reads the pixel of its own place (linear layers, 1x1 of stride 1 without padding), all
     images are one line: no step is cut short at the end of a row.
     """
-    a_size, b_size, kernel = three(g.a_size, 1), three(g.b_size, 1), three(g.kernel, 1)
-    stride, padding, dilation = three(g.stride, 1), three(g.padding, 0), three(g.dilation, 1)
+    g = g.with_axes(3)
+    a_size, b_size = g.a_size, g.b_size
     images = g.batch // BLOCK
-    if g.taps == 1 and a_size == b_size and set(stride) == {1} and not any(padding):
+    if g.taps == 1 and a_size == b_size and set(g.stride) == {1} and not any(g.padding):
         a_size = b_size = (1, 1, math.prod(b_size) * images)
         images = 1
     out: dict[str, Any] = dict(lines=images * b_size[0] * b_size[1], width=b_size[2], b_d=b_size[0], b_h=b_size[1])
-    out |= dict(k_h=kernel[1], k_w=kernel[2], taps=g.taps)
+    out |= dict(k_h=g.kernel[1], k_w=g.kernel[2], taps=g.taps)
     for i, name in enumerate("dhw"):
         out |= {
             f"a_{name}": a_size[i],
-            f"stride_{name}": stride[i],
-            f"first_{name}": -padding[i],
-            f"step_{name}": dilation[i],
+            f"stride_{name}": g.stride[i],
+            f"first_{name}": -g.padding[i],
+            f"step_{name}": g.dilation[i],
         }
     return out

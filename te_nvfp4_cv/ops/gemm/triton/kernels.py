@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.triton.decode import blocks_to_half
+from te_nvfp4_cv.ops.triton.decode import multiply_packed
 
 
 @triton.jit
@@ -66,14 +66,7 @@ def packed_product(
             a, b = tl.load(p_a_row + chunk * HB, mask=m_k, other=0), tl.load(p_b_row + chunk * HB, mask=m_k, other=0)
             sa = tl.load(p_as_row + chunk * QB, mask=m_q, other=0)
             sb = tl.load(p_bs_row + chunk * QB, mask=m_q, other=0)
-        if NATIVE:
-            sa8, sb8 = sa.to(tl.float8e4nv, bitcast=True), sb.to(tl.float8e4nv, bitcast=True)
-            acc = tl.dot_scaled(a, sa8, "e2m1", tl.trans(b), sb8, "e2m1", acc)
-        else:
-            a_low, a_high = blocks_to_half(a, sa, BM, QB, QUADS, PTX)
-            b_low, b_high = blocks_to_half(b, sb, BN, QB, QUADS, PTX)
-            acc = tl.dot(a_low, tl.trans(b_low), acc)
-            acc = tl.dot(a_high, tl.trans(b_high), acc)
+        acc = multiply_packed(acc, a, sa, b, sb, QB, NATIVE, QUADS, PTX)
     if not NATIVE:
         acc = acc * 16384.0  # 2^-7 of either operand
     p_tile = p_out + o_m.to(tl.int64)[:, None] * columns + o_n[None, :]

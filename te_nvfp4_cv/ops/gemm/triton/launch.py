@@ -42,14 +42,14 @@ class Gpu:
     processors: int
 
     @property
-    def ptx(self) -> bool:
-        """Tell if kernels may hold inline assembly."""
-        return self.arch > 0
-
-    @property
     def quads(self) -> bool:
         """Tell if decoded operands take the order of decode.quad_place: where wgmma reads one from registers."""
         return self.arch == 90
+
+    @property
+    def how(self) -> dict[str, bool]:
+        """The arguments of a product's kernel: how it multiplies. PTX: it may hold inline assembly."""
+        return dict(NATIVE=self.native, QUADS=self.quads, PTX=self.arch > 0)
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -174,12 +174,9 @@ def multiply(a_data: Tensor, a_scale: Tensor, b_data: Tensor, b_scale: Tensor) -
             UNIT=unit,
             FULL=blocks * BLOCK % tile["BK"] == 0,
             WIDE=max(a_data.numel(), b_data.numel()) >= WIDE_FROM,
-            NATIVE=gpu.native,
-            QUADS=gpu.quads,
-            PTX=gpu.ptx,
+            **gpu.how,
             **tile,
         )
 
-    with torch.cuda.device_of(out):  # launches go to the current device
-        run(tuning.config("gemm", gpu.arch, key_of(gpu, rows, columns, blocks * BLOCK), run))
+    run(tuning.config("gemm", gpu.arch, key_of(gpu, rows, columns, blocks * BLOCK), run))
     return out

@@ -94,6 +94,16 @@ def statistics_kernel(
 
 
 @triton.jit
+def channels_to_finish(channels, group_channels, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the channels of this program, and which of them exist: those of a group, or WIDTH others."""
+    lane = tl.arange(0, WIDTH)
+    if GROUP:
+        return tl.program_id(0) * group_channels + lane, lane < group_channels
+    channel = tl.program_id(0) * WIDTH + lane
+    return channel, channel < channels
+
+
+@triton.jit
 def finish_statistics(
     partial,
     mean,
@@ -115,14 +125,8 @@ def finish_statistics(
     GROUP: program (group, slice) merges WIDTH >= group_channels channels; else a program finishes WIDTH channels one by
     one. UPDATE: also the running statistics, which take the unbiased variance, as torch does.
     """
-    lane = tl.arange(0, WIDTH)
     s = tl.program_id(1).to(tl.int64)
-    if GROUP:
-        channel = tl.program_id(0) * group_channels + lane
-        inside = lane < group_channels
-    else:
-        channel = tl.program_id(0) * WIDTH + lane
-        inside = channel < channels
+    channel, inside = channels_to_finish(channels, group_channels, GROUP, WIDTH)
     split = tl.arange(0, SPLITS)[:, None]
     there = (split < splits) & inside[None, :]
     at = partial + (s * splits + split) * 3 * channels + channel[None, :]
@@ -167,6 +171,26 @@ def channel_of(start, at, inner, CHANNELS: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
+def place_of(
+    slice_size, inner, CHANNELS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Locate the elements of this program, eight a row [BLOCK / 8, 8]: those of one byte of the mask.
+
+    Returns the tile's first element in the tensor, int64; the bytes; offsets from the first element; how many elements
+    the tile has; the elements' channels, and their places in mean and rstd.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    s = tl.program_id(1).to(tl.int64)
+    byte = tl.arange(0, BLOCK // 8)
+    at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    left = tl.minimum(slice_size - start, BLOCK).to(tl.int32)
+    base = s * slice_size + start
+    channel = channel_of(start, at, inner, CHANNELS, LAST)
+    group = (s * (CHANNELS // GROUP_CHANNELS)).to(tl.int32) + channel // GROUP_CHANNELS
+    return base, byte, at, left, channel, group
+
+
+@triton.jit
 def normalized(value, mean, rstd, weight, bias, group, channel, inside, AFFINE: tl.constexpr):
     """Return z - mean, the factor rstd * weight, and u, the norm's result."""
     centred = value - tl.load(mean + group, mask=inside, other=0.0)
@@ -206,16 +230,8 @@ def apply_kernel(
     y: z's memory order; mask: uint8, a bit an element (KEEP with RELU). mean, rstd: [slices, groups], where a group is
     GROUP_CHANNELS channels. Grid: (tiles of a slice, slices).
     """
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    s = tl.program_id(1).to(tl.int64)
-    byte = tl.arange(0, BLOCK // 8)
-    # [BLOCK / 8, 8]: a row's eight elements are those of one byte of the mask.
-    at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
-    left = tl.minimum(slice_size - start, BLOCK).to(tl.int32)
+    base, byte, at, left, channel, group = place_of(slice_size, inner, CHANNELS, GROUP_CHANNELS, LAST, BLOCK)
     inside = at < left
-    base = s * slice_size + start
-    channel = channel_of(start, at, inner, CHANNELS, LAST)
-    group = (s * (CHANNELS // GROUP_CHANNELS)).to(tl.int32) + channel // GROUP_CHANNELS
     value = tl.load(z + base + at, mask=inside, other=0.0).to(tl.float32)
     _, _, u = normalized(value, mean, rstd, weight, bias, group, channel, inside, AFFINE)
     if RESIDUAL:
@@ -334,16 +350,12 @@ def finish_backward(
     sums: fp32 [2, slices, channels], dbias and dweight of each slice. slope, offset: fp32 [slices, groups], 0 without
     batch statistics. count: elements that share a mean. The programs are those of finish_statistics.
     """
-    lane = tl.arange(0, WIDTH)
     s = tl.program_id(1).to(tl.int64)
+    channel, inside = channels_to_finish(channels, group_channels, GROUP, WIDTH)
     if GROUP:
-        channel = tl.program_id(0) * group_channels + lane
-        inside = lane < group_channels
         group = s * tl.num_programs(0) + tl.program_id(0)
         scale = tl.load(rstd + group)
     else:
-        channel = tl.program_id(0) * WIDTH + lane
-        inside = channel < channels
         group = channel
         scale = tl.load(rstd + channel, mask=inside, other=0.0)
     split = tl.arange(0, SPLITS)[:, None]
@@ -401,15 +413,8 @@ def backward_apply_kernel(
     BLOCK: tl.constexpr,
 ):
     """Write dz = rstd weight g + slope (z - mean) + offset, and dresidual = g (RESIDUAL), on apply_kernel's grid."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    s = tl.program_id(1).to(tl.int64)
-    byte = tl.arange(0, BLOCK // 8)
-    at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
-    left = tl.minimum(slice_size - start, BLOCK).to(tl.int32)
+    base, byte, at, left, channel, group = place_of(slice_size, inner, CHANNELS, GROUP_CHANNELS, LAST, BLOCK)
     inside = at < left
-    base = s * slice_size + start
-    channel = channel_of(start, at, inner, CHANNELS, LAST)
-    group = (s * (CHANNELS // GROUP_CHANNELS)).to(tl.int32) + channel // GROUP_CHANNELS
     value = tl.load(z + base + at, mask=inside, other=0.0).to(tl.float32)
     centred, factor, u = normalized(value, mean, rstd, weight, bias, group, channel, inside, AFFINE)
     gradient = tl.load(dy + base + at, mask=inside, other=0.0).to(tl.float32)

@@ -19,7 +19,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.layouts import lies_channels_last
 from te_nvfp4_cv.ops.norm import reference
-from te_nvfp4_cv.ops.norm.spec import NormSpec, affine_of
+from te_nvfp4_cv.ops.norm.spec import NormSpec, Pair, affine_of, norm_of
 from te_nvfp4_cv.ops.norm.triton import kernels
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
@@ -44,9 +44,11 @@ class Shape:
     inner: int  # rows between them
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """The grid of the elementwise kernels."""
-        return triton.cdiv(self.slice_size, BLOCK), self.slices
+    def elementwise(self) -> tuple[tuple[int, int], dict[str, Any]]:
+        """The grid and the arguments of the elementwise kernels."""
+        sizes = dict(slice_size=self.slice_size, inner=self.inner, CHANNELS=self.channels)
+        more = dict(GROUP_CHANNELS=self.group_channels, LAST=self.last, BLOCK=BLOCK)
+        return (triton.cdiv(self.slice_size, BLOCK), self.slices), sizes | more
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -68,13 +70,14 @@ class Shape:
         walk = dict(slice_size=self.slice_size, per_image=per_image, items=items, inner=self.inner)
         return (splits, blocks, self.slices), dict(walk, channels=self.channels, ROWS=rows, COLS=cols, LAST=self.last)
 
-    @property
-    def finish(self) -> tuple[tuple[int, int], dict[str, Any]]:
-        """The grid and the arguments of the kernels that merge splits."""
+    def finish(self, splits: int) -> tuple[tuple[int, int], dict[str, Any]]:
+        """Return the grid and the arguments of the kernels that merge splits."""
+        sizes = dict(splits=splits, channels=self.channels, group_channels=self.group_channels)
+        sizes |= dict(SPLITS=triton.next_power_of_2(splits))
         if self.group_channels > 1 or self.slices > 1:
             width = triton.next_power_of_2(self.group_channels)
-            return (self.channels // self.group_channels, self.slices), dict(GROUP=True, WIDTH=width)
-        return (triton.cdiv(self.channels, 32), 1), dict(GROUP=False, WIDTH=32)
+            return (self.channels // self.group_channels, self.slices), dict(sizes, GROUP=True, WIDTH=width)
+        return (triton.cdiv(self.channels, 32), 1), dict(sizes, GROUP=False, WIDTH=32)
 
 
 def shape_of(z: Tensor, groups: int) -> Shape:
@@ -94,23 +97,16 @@ def by_reference(shape: Shape) -> bool:
 
 @on_its_device
 def norm_forward(
-    z: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    s: NormSpec,
+    z: Tensor, residual: Tensor | None, affine: Pair, running: Pair, s: NormSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the operator norm_forward by the kernels."""
     if by_reference(shape_of(z, s.groups)):
-        return reference.norm_forward(z, residual, weight, bias, running_mean, running_var, s)
-    mean, rstd = statistics(z, running_mean, running_var, s)
+        return reference.norm_forward(z, residual, affine, running, s)
+    mean, rstd = statistics(z, *running, s)
     dtype = z.dtype if residual is None else torch.promote_types(z.dtype, residual.dtype)
     y = torch.empty_like(z, dtype=dtype)
     mask = torch.empty(s.mask_bytes(z), dtype=torch.uint8, device=z.device)
-    norm = [mean, rstd] if weight is None or bias is None else [mean, rstd, weight, bias]
-    apply(z, residual, norm, y, mask, s)
+    apply(z, residual, norm_of(mean, rstd, *affine), y, mask, s)
     return y, mean, rstd, mask
 
 
@@ -119,23 +115,18 @@ def apply(
     z: Tensor, residual: Tensor | None, norm: Sequence[Tensor], y: Tensor, mask: Tensor, s: NormSpec
 ) -> None:
     """Write the activation into y, and ReLU's mask unless it is empty."""
-    shape = shape_of(z, s.groups)
-    kernels.apply_kernel[shape.grid](
+    grid, arguments = shape_of(z, s.groups).elementwise
+    kernels.apply_kernel[grid](
         z,
         z if residual is None else ordered(residual, z),
         *pointers(norm),
         y,
         mask if mask.numel() else norm[1],
-        shape.slice_size,
-        shape.inner,
-        CHANNELS=shape.channels,
-        GROUP_CHANNELS=shape.group_channels,
-        LAST=shape.last,
         AFFINE=len(norm) == 4,
         RESIDUAL=residual is not None,
         ACTIVATION=ACTIVATIONS[s.activation],
         KEEP=mask.numel() > 0,
-        BLOCK=BLOCK,
+        **arguments,
         **OPTIONS,  # as quantize_launch.py: the same bits
     )
 
@@ -167,7 +158,7 @@ def norm_backward(
     )
     sums = torch.empty((2, shape.slices, shape.channels), dtype=torch.float32, device=z.device)
     slope, offset = torch.empty_like(mean), torch.empty_like(mean)  # dz is linear in z, with these per group
-    finish, merge = shape.finish
+    finish, merge = shape.finish(grid[0])
     kernels.finish_backward[finish](
         partial,
         pointed[0],
@@ -175,18 +166,15 @@ def norm_backward(
         sums,
         slope,
         offset,
-        grid[0],
-        shape.channels,
-        shape.group_channels,
-        float(shape.slice_size * shape.group_channels // shape.channels),
+        count=float(shape.slice_size * shape.group_channels // shape.channels),
         AFFINE=len(norm) == 4,
         BATCH_STATS=s.batch_stats,
-        SPLITS=triton.next_power_of_2(grid[0]),
         **merge,
     )
     dz = torch.empty_like(z)
     dresidual = torch.empty_like(dy) if s.need_dresidual else dy.new_empty(0)
-    kernels.backward_apply_kernel[shape.grid](
+    programs, sizes = shape.elementwise
+    kernels.backward_apply_kernel[programs](
         dy,
         z,
         bits,
@@ -195,13 +183,8 @@ def norm_backward(
         offset,
         dz,
         dresidual if s.need_dresidual else dz,
-        shape.slice_size,
-        shape.inner,
-        CHANNELS=shape.channels,
-        GROUP_CHANNELS=shape.group_channels,
-        LAST=shape.last,
         RESIDUAL=s.need_dresidual,
-        BLOCK=BLOCK,
+        **sizes,
         **shared,
     )
     if len(norm) == 2:
@@ -225,7 +208,7 @@ def statistics(
     partial = torch.empty((shape.slices, grid[0], 3, shape.channels), dtype=torch.float32, device=z.device)
     kernels.statistics_kernel[grid](z, partial, **arguments)
     mean, rstd = (torch.empty(s.statistics_shape(z), dtype=torch.float32, device=z.device) for _ in range(2))
-    finish, merge = shape.finish
+    finish, merge = shape.finish(grid[0])
     update = running_mean is not None
     kernels.finish_statistics[finish](
         partial,
@@ -233,13 +216,9 @@ def statistics(
         rstd,
         running_mean if update else mean,
         running_var if update else mean,
-        grid[0],
-        shape.channels,
-        shape.group_channels,
-        s.momentum,
-        s.eps,
+        momentum=s.momentum,
+        eps=s.eps,
         UPDATE=update,
-        SPLITS=triton.next_power_of_2(grid[0]),
         **merge,
     )
     return mean, rstd

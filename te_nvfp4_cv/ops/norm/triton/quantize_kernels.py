@@ -24,13 +24,7 @@ SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their a
 
 @triton.jit
 def produced_tile(
-    z,
-    residual,
-    weight,
-    bias,
-    mean,
-    rstd,
-    mask,
+    tensors,
     line,
     first,
     images,
@@ -45,8 +39,10 @@ def produced_tile(
 ):
     """Return the 16 fp32 vectors of activations, image line * 16 + i, values first + lane; 0 where there are none.
 
+    tensors: z, residual, weight, bias, mean, rstd and the mask, which is written if KEEP.
     GROUPS: the groups of group normalization (mean, rstd [images, GROUPS]); 0 is batch normalization ([CHANNELS]).
     """
+    z, residual, weight, bias, mean, rstd, mask = tensors
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
     # `first` has 64 bits: it is reduced as a scalar before the lanes are added.
@@ -115,28 +111,13 @@ def produced_amax_kernel(
     """Raise amax, int32 [2], zero at first, to the bits of the activation's amax and (RHT) of its rotated columns'."""
     row_top = tl.zeros((BLOCK,), tl.float32)
     col_top = tl.zeros((BLOCK,), tl.float32)
+    # z takes the place of the mask, which is not written here (KEEP is False).
+    tensors = (z, residual, weight, bias, mean, rstd, z)
     for item in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first = (item % per_row).to(tl.int64) * BLOCK
+        line = item // per_row
         tile = produced_tile(
-            z,
-            residual,
-            weight,
-            bias,
-            mean,
-            rstd,
-            z,
-            # The argument above takes the place of the mask, which is not written here (KEEP is False).
-            item // per_row,
-            first,
-            images,
-            run,
-            CHANNELS,
-            GROUPS,
-            AFFINE,
-            RESIDUAL,
-            ACTIVATION,
-            False,
-            BLOCK,
+            tensors, line, first, images, run, CHANNELS, GROUPS, AFFINE, RESIDUAL, ACTIVATION, False, BLOCK
         )
         row_top = nx.max_nan(row_top, nx.max16(tile))
         if RHT:
@@ -193,26 +174,8 @@ def produce_kernel(
     first = (pid % per_row).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
-    tile = produced_tile(
-        z,
-        residual,
-        weight,
-        bias,
-        mean,
-        rstd,
-        mask,
-        line,
-        first,
-        images,
-        run,
-        CHANNELS,
-        GROUPS,
-        AFFINE,
-        RESIDUAL,
-        ACTIVATION,
-        KEEP,
-        BLOCK,
-    )
+    tensors = (z, residual, weight, bias, mean, rstd, mask)
+    tile = produced_tile(tensors, line, first, images, run, CHANNELS, GROUPS, AFFINE, RESIDUAL, ACTIVATION, KEEP, BLOCK)
     row_top = tl.zeros((BLOCK // 16,), tl.float32)
     saturated = tl.zeros((BLOCK // 16,), tl.int32)
     if ROW != 0:
@@ -232,9 +195,7 @@ def produce_kernel(
                 value = tl.reshape(nx.signed(q, y) * s_b[:, None], (BLOCK,)).to(row_data.dtype.element_ty)
                 tl.store(row_data + origin + lane, value, mask=inside & (image < images))
             else:
-                code = ((word - nx.CODE_BIAS) & 7) | ((nx.bits_of(y) >> 28) & 8)
-                # Eight codes of 4 bits in an int32: no two share a bit, so that their sum joins them.
-                eight = tl.sum(tl.reshape(code, (BLOCK // 8, 8)) << (tl.arange(0, 8) * 4)[None, :], 1)
+                eight = nx.join_rows(word, y, BLOCK)
                 eighth = tl.arange(0, BLOCK // 8)
                 sixteenth = tl.arange(0, BLOCK // 16)
                 tl.store(row_data + origin // 8 + eighth, eight, mask=(eighth * 8 < run - first) & (image < images))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.backend.devices import on_its_device
-from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.formats import BLOCK, round_up
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.quantize import reference
 from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels
@@ -33,6 +33,7 @@ from te_nvfp4_cv.ops.records import (
     NONE,
     PACKED,
     Face,
+    Fold,
     Operand,
     OperandSpec,
     WeightCodes,
@@ -240,13 +241,10 @@ class _Job:
     def tiles(self, row: int, col: int) -> None:
         """Write both faces of an operand that is not folded, or one face of any operand."""
         x, blocks = self.x, parts.ceil_div(self.channels, BLOCK)
-        folded = self.spec.fold.strips > 1 and col != NONE
-        if folded:
-            images, rows, run, source_rows = parts.lines(x, self.spec.fold)
-            groups16 = self.spec.fold.images // BLOCK
-        else:
-            images, rows, run, source_rows = x.shape[0], 1, x.numel() // x.shape[0], None
-            groups16 = parts.ceil_div(images, BLOCK) if col == NONE else self.spec.fold.images // BLOCK
+        # Only columns are folded: the rowwise face alone goes through x as it is.
+        fold = self.spec.fold if col != NONE else Fold(1, 0, 1, 0, round_up(x.shape[0], BLOCK))
+        images, rows, run, source_rows = parts.lines(x, fold)
+        folded = source_rows is not None
         # Blocks must not cross groups: where a group is no multiple of 16, lanes count through its padded channels.
         ragged = row != NONE and self.channels % BLOCK != 0
         padded = run // self.channels * blocks * BLOCK if ragged else run
@@ -258,7 +256,7 @@ class _Job:
             block = parts.block_width(padded, config["BLOCK"])
             per_row = parts.ceil_div(padded, block)
             counted = slots.clone() if tuning.searching() else slots  # saturated blocks count once
-            operand_kernels.quantize_kernel[(per_row * rows * groups16,)](
+            operand_kernels.quantize_kernel[(per_row * rows * fold.images // BLOCK,)](
                 x,
                 table,
                 self.amax,

@@ -68,9 +68,8 @@ def amax_kernel(
         first = (item % per_row).to(tl.int64) * BLOCK
         line = item // per_row
         inside = lane < run - first
-        tile = load_tile(
-            x, source_rows, line // rows, line % rows, images, rows, run, first, lane, inside, FOLDED, MASKED
-        )
+        shape = (images, rows, run)
+        tile = load_tile(x, source_rows, shape, line // rows, line % rows, first, lane, inside, FOLDED, MASKED)
         if ROW:
             row_top = nx.max_nan(row_top, nx.max16(tile))
         col_top = nx.max_nan(col_top, nx.max16(nx.hadamard16(tile)))
@@ -84,21 +83,12 @@ def amax_kernel(
 
 
 @triton.jit
-def load_tile(
-    x,
-    source_rows,
-    group,
-    row,
-    images,
-    rows,
-    run,
-    first,
-    offset,
-    inside,
-    FOLDED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Load a tile's 16 fp32 vectors: image group * 16 + i, row `row`, values first + offset if `inside`, else 0."""
+def load_tile(x, source_rows, shape, group, row, first, offset, inside, FOLDED: tl.constexpr, MASKED: tl.constexpr):
+    """Load a tile's 16 fp32 vectors: image group * 16 + i, row `row`, values first + offset if `inside`, else 0.
+
+    shape: images, rows and run of x.
+    """
+    images, rows, run = shape
     tile = ()
     for i in tl.static_range(16):
         image = group.to(tl.int64) * 16 + i
@@ -178,7 +168,7 @@ def quantize_kernel(
         left = run - first
         first_value = first
         inside = lane < left
-    tile = load_tile(x, source_rows, group, row, images, rows, run, first_value, offset, inside, FOLDED, MASKED)
+    tile = load_tile(x, source_rows, (images, rows, run), group, row, first_value, offset, inside, FOLDED, MASKED)
     column = (group.to(tl.int64) * rows + row) * run + first_value
     random = tile
     if STOCHASTIC:
@@ -212,10 +202,7 @@ def quantize_kernel(
                 else:
                     tl.store(place, value)
             else:
-                code = ((word - nx.CODE_BIAS) & 7) | ((nx.bits_of(y) >> 28) & 8)
-                # Eight codes of 4 bits make an int32: no two share a bit, so that a sum joins them.
-                eight = tl.reshape(code, (BLOCK // 8, 8)) << (tl.arange(0, 8) * 4)[None, :]
-                eight = tl.sum(eight, 1)
+                eight = nx.join_rows(word, y, BLOCK)
                 origin = image * padded_run + first
                 words = row_data + origin // 8 + tl.arange(0, BLOCK // 8)
                 scales = row_scale + origin // 16 + tl.arange(0, BLOCK // 16)

@@ -1,0 +1,119 @@
+"""Compile the CPU kernels from the C++ files here: with which compiler, with which flags, for which processor.
+
+native.cpp quantizes, integer.cpp multiplies, numbers.h is what both share. No torch headers and no Python.h are needed:
+a C++17 compiler is enough. Nothing of torch or of this package is imported, because setup.py runs this file alone when
+it builds a wheel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+SOURCES = [_FOLDER / "native.cpp", _FOLDER / "integer.cpp"]
+_HEADER = _FOLDER / "numbers.h"
+# No contraction to fused multiply-adds, which would round once where the reference rounds twice. The others of -f
+# allow vector code without changing a value; -ffast-math would change some.
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
+# Compiler flags by the name that integer.cpp gives its loop; "native" is whichever is best for this processor.
+MACHINES = {
+    "native": ["-march=native", "-mprefer-vector-width=512"],
+    "avx512_vnni": ["-march=x86-64-v4", "-mavx512vnni", "-mtune=icelake-server", "-mprefer-vector-width=512"],
+    "avx_vnni": ["-march=x86-64-v3", "-mavxvnni"],
+    "avx2": ["-march=x86-64-v3"],
+    "neon_dotprod": ["-march=armv8.2-a+dotprod"],
+    "plain": [],
+}
+# The machines whose kernels a wheel carries, the best first, and what /proc/cpuinfo says of a processor that runs them.
+_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+WHEEL_MACHINES = {
+    "avx512_vnni": _V4 | {"avx512_vnni"},
+    "avx_vnni": _V3 | {"avx_vnni"},
+    "avx2": _V3,
+    "plain": set(),
+}
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler command to use (that of `CXX`, else g++, clang++ or c++), or None if there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        words = shlex.split(name) if name else []
+        if words and (found := shutil.which(words[0])):  # CXX may hold options, too: "ccache g++"
+            return shlex.join([found, *words[1:]])
+    return None
+
+
+def features() -> str:
+    """Return the processor's features as Linux lists them, or what Python knows of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def digest(*more: str) -> str:
+    """Return 20 hex digits of the sources and of the given texts."""
+    texts = [path.read_text() for path in (*SOURCES, _HEADER)]
+    return hashlib.sha256("\0".join([*texts, *more]).encode()).hexdigest()[:20]
+
+
+def compile_here(cxx: str, attempts: list[list[str]], target: Path) -> None:
+    """Compile a shared object; `attempts` are sets of flags, of which the first one that works is used.
+
+    The file is complete when it gets its name, so that other processes never load half of one.
+
+    Raises:
+        OSError: no set of flags works.
+    """
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    error = ""
+    try:
+        for flags in attempts:
+            command = [*shlex.split(cxx), *FLAGS, *flags, "-shared", *map(str, SOURCES), "-o", temporary]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode == 0:
+                os.replace(temporary, target)
+                return
+            error = run.stderr
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    raise OSError(f"{cxx} could not build the CPU kernels: {error.strip()[-800:]}")
+
+
+# ---- for a wheel ----------------------------------------------------------------------------------------------------
+
+
+def wheel_object(machine: str) -> Path:
+    """Return where an installed wheel has the kernels for a machine. The name tells old sources from these."""
+    return _FOLDER / f"kernels_{machine}_{digest(*MACHINES[machine])}.so"
+
+
+def compile_for_wheel(cxx: str, machine: str, folder: Path) -> Path:
+    """Compile the kernels for one of WHEEL_MACHINES into a folder, so that they run on other systems too.
+
+    Raises:
+        OSError: the compiler failed.
+    """
+    target = folder / wheel_object(machine).name
+    # The sized operator delete would ask for a newer libstdc++. A static one would ask for a newer glibc, the build's.
+    flags = [*FLAGS, "-fno-sized-deallocation", *MACHINES[machine]]
+    with tempfile.TemporaryDirectory() as objects:
+        names = {source: f"{objects}/{source.stem}.o" for source in SOURCES}
+        steps = [[*flags, "-fopenmp", "-c", str(source), "-o", name] for source, name in names.items()]
+        # Linked without -fopenmp, so that the file names no OpenMP runtime: native.py says why.
+        steps.append(["-shared", "-s", *names.values(), "-o", str(target)])
+        for step in steps:
+            run = subprocess.run([*shlex.split(cxx), *step], capture_output=True, text=True)
+            if run.returncode != 0:
+                raise OSError(f"{cxx} could not build the CPU kernels for {machine}: {run.stderr.strip()[-800:]}")
+    return target
