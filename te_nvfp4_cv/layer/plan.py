@@ -220,10 +220,10 @@ def plan_for(
     """
     by_layer = backend == dispatch.BY_LAYER
     plan = Plan(geometry, recipe, "integer" if by_layer else backend, compute_dtype, channels_last)
-    if plan.backend != "integer" or (not plan.row_scaled and not (by_layer and prefers_vendor(geometry, compute_dtype))):
-        return plan
-    if by_layer:
+    if by_layer and (plan.row_scaled or prefers_vendor(geometry, compute_dtype)):
         return replace(plan, backend="vendor")
+    if plan.backend != "integer" or not plan.row_scaled:
+        return plan
     raise value_error(
         "nvfp4: backend 'integer' has no row-scaled activations.",
         got="recipe.row_scaled_activation, in a linear layer or 1x1 convolution",
