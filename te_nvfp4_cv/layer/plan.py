@@ -25,7 +25,6 @@ from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, RECORDS, Fold, Op
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, RoleSettings
 from te_nvfp4_cv.recipe.fields import Role
 
-
 # Measured by examples/benchmarks/cpu_conv.py --bf16: with 144 pixels of 512 channels the integer kernels are 1.3 to 2.7
 # times as fast as oneDNN on AMX tiles, with 576 pixels of 256 channels about as fast, and with more pixels slower.
 PIXELS_FOR_TILES = 512
