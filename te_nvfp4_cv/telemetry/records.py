@@ -1,7 +1,7 @@
 """Define telemetry's file format, JSON lines with one record per line, and read it.
 
-    {"kind": "run", "format": FORMAT, "version": 1, "name", "group", "model", "recipe" (TOML), "every", "started",
-     "layers": [{"name", "op", "shape"}]}                          the first line; written again at each resume
+    {"kind": "run", "format": FORMAT, "version": 1, "name", "group", "model", "recipe" (TOML), "backend", "every",
+     "started", "layers": [{"name", "op", "shape"}]}               the first line; written again at each resume
     {"kind": "step", "step": 100, "layers": {name: {"op", "precision": "nvfp4" | "high", "reason", "tensors",
      ["flip_rate", "oscillation", "gradient": {"norm", "noise", "ratio", "alarm"}]}}}
     {"kind": "scalars", "step": 100, "values": {"train/loss": 0.91}}
@@ -66,6 +66,7 @@ class Run:
     group: str
     model: str
     recipe: str
+    backend: str
     every: int
     started: str
     layers: list[str]
@@ -124,8 +125,9 @@ def read(path: str | os.PathLike[str]) -> Run:
         raise _refused(f"the header of {path} is damaged", got, "a list of tables with names, and a number")
     run = Run(
         path, name=str(head.get("name", "")), group=str(head.get("group", "")),
-        model=str(head.get("model", "")), recipe=str(head.get("recipe", "")), every=every,
-        started=str(head.get("started", "")), layers=[str(layer["name"]) for layer in layers], notes=notes,
+        model=str(head.get("model", "")), recipe=str(head.get("recipe", "")),
+        backend=str(head.get("backend", "")), every=every, started=str(head.get("started", "")),
+        layers=[str(layer["name"]) for layer in layers], notes=notes,
     )
     for record in records:
         _take(run, record)
