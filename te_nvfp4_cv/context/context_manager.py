@@ -37,7 +37,7 @@ class nvfp4_autocast:  # noqa: N801  (named as torch.autocast is)
     Args:
         recipe: An NVFP4BlockScaling, TransformerEngine's object of that name, or None for the default recipe.
         enabled: If False, everything inside runs in high precision, explicit NVFP4 modules too.
-        backend: "auto", "reference", "vendor" or "triton". An explicit choice that cannot run raises an error.
+        backend: "auto", "integer", "vendor", "triton" or "reference". An explicit choice that cannot run raises an error.
         amax_reduction_group: A torch.distributed process group whose ranks quantize training operands with one tensor
             scale, that of the largest amax of all ranks. They must run the same layers in the same order. In
             evaluation nothing is exchanged.
