@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         row = dict(zip(KEYS, key, strict=True))
         row |= fit(task, known[row["variant"]], row["seed"], device, options.compute, epochs)
         backend = backend_of(Precision(row["variant"], None, known[row["variant"]].recipe), device)
-        row |= {"torch": torch.__version__, "device": _device_name(device), "backend": backend, "processor": processor()}
+        row |= {"torch": torch.__version__, "device": _device_name(device)}
+        row |= {"backend": backend, "processor": processor()}
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         score = (

@@ -1,7 +1,7 @@
 """Say where the NVFP4 layers of a run are multiplied, and keep to it at a resume, so that resumes stay bit-exact.
 
     reference, integer, vendor, triton    te_nvfp4_cv's backends, as --backend names them
-    integer or vendor                     what --backend auto means on a CPU whose integer kernels have passed their check
+    integer or vendor                     what --backend auto means on a CPU whose integer kernels are right
 
 Checkpoints, telemetry and the results of the accuracy study hold this name, with the instruction set of the compiled
 kernels, which changes no bit of "integer". Checkpoints of versions before 0.2 do not: on a CPU auto meant vendor then.
