@@ -14,21 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from te_nvfp4_cv.backend import native
+from te_nvfp4_cv.backend import compilation, native
 from te_nvfp4_cv.backend.cache import cache_folder
 from tests.guard_pages import SIDES
 
 ROOT = Path(__file__).resolve().parents[2]
-# What /proc/cpuinfo must list: the instruction sets that the compiler's -march of native.MACHINES may use.
-AVX2 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
-ICELAKE = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi", "avx512_vbmi2", "gfni"}
-NEEDS = {
-    "plain": set(),
-    "avx2": AVX2,
-    "avx_vnni": AVX2 | {"avx_vnni"},
-    "avx512_vnni": ICELAKE | {"vaes", "vpclmulqdq", "sha_ni", "rdpid", "avx512_bitalg", "avx512_vpopcntdq"},
-    "neon_dotprod": {"asimddp"},
-}
+# What /proc/cpuinfo must list.
+NEEDS = compilation.WHEEL_MACHINES | {"neon_dotprod": {"asimddp"}}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = [
@@ -39,8 +31,7 @@ pytestmark = [
 
 def features() -> set[str]:
     """Return the instruction sets of this processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return set(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
+    return set(compilation.features().split())
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -59,12 +50,13 @@ def assert_equal(done: subprocess.CompletedProcess[str], machine: str | None = N
 
 
 def test_every_machine_has_its_needs():
-    assert set(NEEDS) == set(native.MACHINES) - {"native"}
+    assert set(NEEDS) == set(compilation.MACHINES) - {"native"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "machine", ["plain", "avx2", *(pytest.param(name, marks=pytest.mark.stress) for name in list(NEEDS)[2:])]
+    "machine",
+    [name if name in ("plain", "avx2") else pytest.param(name, marks=pytest.mark.stress) for name in NEEDS],
 )
 def test_every_machines_kernels_have_the_references_bits(machine):
     missing = NEEDS[machine] - features()
@@ -93,7 +85,7 @@ def test_a_read_beside_a_tensor_ends_the_process(side):
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     """A function: the flags of a machine -> a build of the kernels with sanitizers, and what a process of it needs."""
-    cxx = native.compiler()
+    cxx = compilation.compiler()
 
     def build(flags: list[str]) -> tuple[Path, dict[str, str]]:
         preloaded = []
@@ -105,7 +97,8 @@ def sanitized(tmp_path_factory):
         target = tmp_path_factory.mktemp("sanitized") / "kernels.so"
         # Without optimization: vector code would hide single accesses, and take four times as long to compile.
         command = [cxx, "-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-fopenmp", *SANITIZERS, *flags]
-        done = subprocess.run([*command, *map(str, native._SOURCES), "-o", str(target)], capture_output=True, text=True)
+        command += [*map(str, compilation.SOURCES), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"{cxx} cannot build with sanitizers: {done.stderr[-300:]}")
         # Python itself never gives back all of its memory. The cache folder is this process's, so nothing is built.
@@ -121,7 +114,7 @@ def test_sanitizers_find_nothing(sanitized, machine):
     missing = NEEDS[machine] - features()
     if missing:
         pytest.skip(f"this processor cannot run {machine}: no {', '.join(sorted(missing))}")
-    library, environment = sanitized(native.MACHINES[machine])
+    library, environment = sanitized(compilation.MACHINES[machine])
     count = "4" if machine == "plain" else "40"
     done = run("--library", str(library), "--count", count, "--threads", "2", "--fault", **environment)
     # The fault at its end, and nothing before it, ends the process.
