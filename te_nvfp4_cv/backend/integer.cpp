@@ -53,10 +53,12 @@ const char* const MACHINE = "plain";
 #endif
 
 // A stretch of the contraction in which rows and panel advance by constant steps: `blocks` blocks from a[row] and b on.
-struct Segment { const uint8_t* a[ROWS]; const uint8_t* b; int64_t blocks; };
+// Addresses are numbers until Walk's offsets complete them: parts of them may be negative, which pointers must not be.
+struct Segment { int64_t a[ROWS], b, blocks; };
 // The steps of a stretch, in bytes, and what to add to the addresses of every segment.
 struct Walk { int64_t a_step, b_step, a_offset, b_offset; };
 
+inline const uint8_t* pointer(int64_t address) { return reinterpret_cast<const uint8_t*>(address); }
 inline int32_t quad(const uint8_t* p) { int32_t v; std::memcpy(&v, p, 4); return v; }
 inline float scale_of(const uint8_t* p) { float v; std::memcpy(&v, p + 16, 4); return v; }
 
@@ -71,8 +73,8 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
     #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) c[r] = FRESH ? _mm512_setzero_ps() : _mm512_loadu_ps(total + 16 * r);
     for (; segments > 0; --segments, ++s) {
-        const uint8_t *a[ROWS], *b = s->b + w.b_offset;
-        for (int r = 0; r < ROWS; ++r) a[r] = s->a[r] + w.a_offset;
+        const uint8_t *a[ROWS], *b = pointer(s->b + w.b_offset);
+        for (int r = 0; r < ROWS; ++r) a[r] = pointer(s->a[r] + w.a_offset);
         int64_t at = 0;
         for (int64_t n = s->blocks; n > 0; --n, at += w.a_step, b += w.b_step) {
             const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64), b2 = _mm512_loadu_si512(b + 128), b3 = _mm512_loadu_si512(b + 192);
@@ -99,8 +101,8 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
     __m256 c[ROWS][2];
     for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 2; ++h) c[r][h] = FRESH ? _mm256_setzero_ps() : _mm256_loadu_ps(total + 16 * r + 8 * h);
     for (; segments > 0; --segments, ++s) {
-        const uint8_t *a[ROWS], *b = s->b + w.b_offset;
-        for (int r = 0; r < ROWS; ++r) a[r] = s->a[r] + w.a_offset;
+        const uint8_t *a[ROWS], *b = pointer(s->b + w.b_offset);
+        for (int r = 0; r < ROWS; ++r) a[r] = pointer(s->a[r] + w.a_offset);
         int64_t at = 0;
         for (int64_t n = s->blocks; n > 0; --n, at += w.a_step, b += w.b_step) {
             __m256i sum[ROWS][2];
@@ -147,8 +149,8 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
     float32x4_t c[ROWS][4];
     for (int r = 0; r < ROWS; ++r) for (int h = 0; h < 4; ++h) c[r][h] = FRESH ? vdupq_n_f32(0.0f) : vld1q_f32(total + 16 * r + 4 * h);
     for (; segments > 0; --segments, ++s) {
-        const uint8_t *a[ROWS], *b = s->b + w.b_offset;
-        for (int r = 0; r < ROWS; ++r) a[r] = s->a[r] + w.a_offset;
+        const uint8_t *a[ROWS], *b = pointer(s->b + w.b_offset);
+        for (int r = 0; r < ROWS; ++r) a[r] = pointer(s->a[r] + w.a_offset);
         int64_t at = 0;
         for (int64_t n = s->blocks; n > 0; --n, at += w.a_step, b += w.b_step)
             for (int r = 0; r < ROWS; ++r) {
@@ -175,7 +177,7 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
     if (FRESH) std::fill(total, total + 16 * ROWS, 0.0f);
     for (; segments > 0; --segments, ++s)
         for (int r = 0; r < ROWS; ++r) {
-            const uint8_t *a = s->a[r] + w.a_offset, *b = s->b + w.b_offset;
+            const uint8_t *a = pointer(s->a[r] + w.a_offset), *b = pointer(s->b + w.b_offset);
             for (int64_t n = s->blocks; n > 0; --n, a += w.a_step, b += w.b_step) {
                 int32_t sum[16]; float scale[16];
                 std::memcpy(sum, b + STARTS, 64); std::memcpy(scale, b + SCALES, 64);
@@ -391,13 +393,11 @@ struct Reader {
             // Taps whose records follow each other, as those of a row of the kernel mostly do, are one segment.
             if (t && number[t] == number[t - 1] + 1 && ahead[t] - ahead[t - 1] == a_step * d.in_blocks) { inner.back().blocks += d.in_blocks; continue; }
             inner.push_back(segment(t));
-            for (int r = 0; r < ROWS; ++r) inner.back().a[r] = at(ahead[t] + r * column_bytes);
+            for (int r = 0; r < ROWS; ++r) inner.back().a[r] = ahead[t] + r * column_bytes;
         }
     }
 
-    // Addresses are sums of numbers until Walk's offsets complete them.
-    static const uint8_t* at(int64_t address) { return reinterpret_cast<const uint8_t*>(address); }
-    Segment segment(int64_t t) const { Segment s; s.b = at(number[t] * d.in_blocks * PANEL); s.blocks = d.in_blocks; return s; }
+    Segment segment(int64_t t) const { Segment s; s.b = number[t] * d.in_blocks * PANEL; s.blocks = d.in_blocks; return s; }
 
     // Describes the tiles of outputs first to last - 1. Rows after the last one repeat it.
     void read(int64_t first, int64_t last, Tile* tile, std::vector<Segment>& own) const {
@@ -426,7 +426,7 @@ struct Reader {
             for (int r = 0; r < ROWS; ++r) {
                 const int64_t base = source();
                 tile->pixel[r] = pixel();
-                for (int64_t t = 0; t < taps; ++t) s[t].a[r] = at(base + ahead[t]);
+                for (int64_t t = 0; t < taps; ++t) s[t].a[r] = base + ahead[t];
                 if (!whole[ix] || !y->inner[iy] || !z->inner[iz]) blank(s, r, iz, iy, ix);
                 if (m + r + 1 < last) next(1);
             }
@@ -436,7 +436,7 @@ struct Reader {
     // Lets row r of a tile's segments read zeros where its source is padding.
     void blank(Segment* s, int r, int64_t iz, int64_t iy, int64_t ix) const {
         for (size_t a = 0; a < z->taps.size(); ++a) for (size_t b = 0; b < y->taps.size(); ++b) for (size_t c = 0; c < x->taps.size(); ++c, ++s)
-            if (!z->inside(iz, a) || !y->inside(iy, b) || !x->inside(ix, c)) s->a[r] = zeros.data();
+            if (!z->inside(iz, a) || !y->inside(iy, b) || !x->inside(ix, c)) s->a[r] = reinterpret_cast<int64_t>(zeros.data());
     }
 };
 
@@ -553,8 +553,8 @@ void tap_segments(const WeightGradient& w, const Slabs& slabs, int64_t row0, int
                 const int64_t on_b = ((p0 * w.b[1] + p1) * w.b[2] + p2) * w.n16, on_a = ((a0 * w.a[1] + a1) * w.a[2] + p2 * s + shift) * w.n16;
                 const int64_t record = reinterpret_cast<int64_t>(w.records) + (w.records_on_b ? on_b : on_a) * record_bytes;
                 Segment segment;
-                for (int64_t r = 0; r < ROWS; ++r) segment.a[r] = Reader::at(record + std::min(r, w.record_channels - 1) * RECORD);
-                segment.b = Reader::at(slabs.address(w.records_on_b ? on_a : on_b));
+                for (int64_t r = 0; r < ROWS; ++r) segment.a[r] = record + std::min(r, w.record_channels - 1) * RECORD;
+                segment.b = slabs.address(w.records_on_b ? on_a : on_b);
                 segment.blocks = std::min((steady ? last - p2 : 1) * w.n16, slabs.all.limit - on_b);
                 out.push_back(segment);
             }
