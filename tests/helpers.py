@@ -16,7 +16,7 @@ KINDS = ("normal", "wide", "subnormal", "huge", "zeros", "negative zeros", "nan"
 
 
 def seeds(few: Iterable[Any], many: Iterable[Any]) -> list[Any]:
-    """Return parameters of a test: those of `few` run in `make test`, the rest of `many` in `make stress`."""
+    """Return parameters, seeds or others: tests of `few` run in `make test`, the rest of `many` in `make stress`."""
     few = list(few)
     return [*few, *(pytest.param(seed, marks=pytest.mark.stress) for seed in many if seed not in few)]
 

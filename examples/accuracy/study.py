@@ -23,7 +23,9 @@ if str(_HERE.parents[1]) not in sys.path:
 sys.path.append(str(_HERE.parents[2]))
 
 import torch  # noqa: E402
+from unet_coco.backends import backend_of, processor  # noqa: E402
 from unet_coco.options import choose_device, fast_dtype  # noqa: E402
+from unet_coco.precision import Precision  # noqa: E402
 
 from accuracy.fit import COMPUTE, fit  # noqa: E402
 from accuracy.tasks import TASKS, open_task, preset_of  # noqa: E402
@@ -85,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for key in todo:
         row = dict(zip(KEYS, key, strict=True))
         row |= fit(task, known[row["variant"]], row["seed"], device, options.compute, epochs)
+        backend = backend_of(Precision(row["variant"], None, known[row["variant"]].recipe), device)
         row |= {"torch": torch.__version__, "device": _device_name(device)}
+        row |= {"backend": backend, "processor": processor()}
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         score = (

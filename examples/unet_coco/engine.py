@@ -28,6 +28,7 @@ from te_nvfp4_cv import sensitivity
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.telemetry import Telemetry
 
+from .backends import backend_of, keep_backend, kernels_of
 from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .identity import data_identity, identity_of, saved_identity
 from .initial import load_initial
@@ -81,6 +82,7 @@ class Trainer:
     ) -> None:
         self.precision, self.settings, self.device, self.folder = precision, settings, device, folder
         self.ranks = ranks
+        backend_of(precision, device)  # raises if it cannot run here
         self.task = make_task(settings, data)
         self.data = data_identity(data, settings)
         # The same seed for every precision, so that all of them start from the same weights.
@@ -342,6 +344,7 @@ class Trainer:
         state: dict[str, Any] = {
             "identity": self._identity(),
             "args": {key: str(value) for key, value in vars(self.settings).items()},
+            "backend": {"name": backend_of(self.precision, self.device), "kernels": kernels_of(self.device)},
             "position": vars(self.position),
             "model": model,
             "optimizer": optimizer,
@@ -360,6 +363,8 @@ class Trainer:
         state = load_checkpoint(self.checkpoint_path)
         now = self._identity()
         check_identity(self.checkpoint_path, saved_identity(state, now, bool(self.ranks.parallel)), now)
+        backend = state.get("backend", {}).get("name")
+        self.precision = keep_backend(self.checkpoint_path, backend, self.precision, self.device)
         at = Position(**state["position"])
         if at.step > self.settings.epochs * len(self.order):
             begun = at.epoch + bool(at.batch)

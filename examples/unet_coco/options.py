@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from te_nvfp4_cv.backend.dispatch import bf16_is_native
+from te_nvfp4_cv.backend.dispatch import BACKENDS, bf16_is_native
 from te_nvfp4_cv.errors import runtime_error, value_error
 
 from .data import LAYOUTS
@@ -71,6 +71,7 @@ class Settings:
     init_from: Path | None
     init_skip: tuple[str, ...]
     compute: str
+    backend: str
     learn_scales: str
     bundles: bool
     spike_factor: float
@@ -124,6 +125,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         default="bf16",
         help="dtype of the activations under nvfp4 and recipes; fp32: no torch.autocast; auto: bf16 where the device "
         "has units for it, else fp32 (default: bf16)",
+    )
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="where NVFP4 layers run; auto: what this machine does best, and after --resume what the run began with "
+        "(default: auto)",
     )
     add(
         "--epochs",

@@ -26,12 +26,16 @@ PLAIN = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Precision:
-    """Describe one way to train: a name for tables and folders, autocast's dtype, and the recipe, if any."""
+    """Describe one way to train: a name for tables and folders, autocast's dtype, and the recipe, if any.
+
+    `backend` is where NVFP4 layers run, as nv.nvfp4_autocast takes it.
+    """
 
     name: str
     dtype: torch.dtype | None
     recipe: Any = None
     amax_group: Any = None  # torch.distributed group whose ranks share tensor scales
+    backend: str = "auto"
 
     @property
     def compute(self) -> str:
@@ -58,7 +62,8 @@ class Precision:
             if self.recipe is not None:
                 import te_nvfp4_cv as nv
 
-                stack.enter_context(nv.nvfp4_autocast(self.recipe, enabled=nvfp4, amax_reduction_group=self.amax_group))
+                options = {"enabled": nvfp4, "backend": self.backend, "amax_reduction_group": self.amax_group}
+                stack.enter_context(nv.nvfp4_autocast(self.recipe, **options))
             yield
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -89,12 +94,14 @@ class Precision:
         # The forward pass of the report must not move the generator that training uses.
         generators = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
         with generators, self._autocast(images.device):
-            report = nv.coverage(model, images, *inputs, recipe=self.recipe).to_dict()
+            report = nv.coverage(model, images, *inputs, recipe=self.recipe, backend=self.backend).to_dict()
         model.train(was_training)
         return float(report["nvfp4_flops_share"])
 
 
-def parse_precisions(names: list[str], recipe: str, amax_group: Any = None, compute: str = "bf16") -> list[Precision]:
+def parse_precisions(
+    names: list[str], recipe: str, amax_group: Any = None, compute: str = "bf16", backend: str = "auto"
+) -> list[Precision]:
     """Resolve `--precisions`.
 
     Args:
@@ -102,6 +109,7 @@ def parse_precisions(names: list[str], recipe: str, amax_group: Any = None, comp
         recipe: The recipe that "nvfp4" means.
         amax_group: The group whose ranks share tensor scales, for precisions with a recipe.
         compute: The dtype of activations for precisions with a recipe: bf16, fp16 or fp32.
+        backend: Where the layers of precisions with a recipe run.
     Raises:
         ValueError: If a name occurs twice, or is neither a precision nor a recipe.
     """
@@ -111,7 +119,7 @@ def parse_precisions(names: list[str], recipe: str, amax_group: Any = None, comp
             found.append(Precision(name, PLAIN[name]))
         else:
             source = recipe if name == "nvfp4" else name
-            found.append(Precision(Path(name).stem, PLAIN[compute], _load_recipe(source, name), amax_group))
+            found.append(Precision(Path(name).stem, PLAIN[compute], _load_recipe(source, name), amax_group, backend))
     shown = [precision.name for precision in found]
     if len(set(shown)) != len(shown):
         raise value_error(

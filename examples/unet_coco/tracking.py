@@ -67,6 +67,7 @@ def start_telemetry(
     model: nn.Module,
     settings: Settings,
     precision: Precision,
+    backend: str,
     folder: Path,
     rank: int,
     goes_on: tuple[str, int] | None = None,
@@ -76,6 +77,7 @@ def start_telemetry(
     It writes JSON lines in the precision's folder, and to W&B and TensorBoard if they are turned on.
 
     Args:
+        backend: What NVFP4 layers run on, in words (backends.in_words).
         folder: The folder of this precision, in the run's folder, whose name is the W&B group.
         rank: Only rank 0 writes.
         goes_on: The checkpoint's (file, step), to continue from there. If None, a new file is started.
@@ -86,14 +88,14 @@ def start_telemetry(
     if rank == 0:
         sinks.append(telemetry.JSONL(path, resume=goes_on is not None))
         if settings.wandb:
-            config = {**{key: str(value) for key, value in vars(settings).items()}, "precision": name}
+            config = {key: str(value) for key, value in vars(settings).items()}
+            config |= {"precision": name, "backend": backend}  # what --backend came to
             sinks.append(telemetry.WandB("te_nvfp4_cv_unet_coco", group, name, settings.out, config))
         if settings.tensorboard:
             again = (goes_on[1] if goes_on else 0) if settings.resume else None
             sinks.append(telemetry.TensorBoard(settings.out / "tensorboard" / name, purge_step=again))
-    watch = telemetry.attach(
-        model, every=settings.telemetry_every, sinks=sinks, name=name, group=group, recipe=precision.recipe
-    )
+    about = {"name": name, "group": group, "recipe": precision.recipe, "backend": backend}
+    watch = telemetry.attach(model, every=settings.telemetry_every, sinks=sinks, **about)
     return watch, path
 
 

@@ -31,6 +31,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from te_nvfp4_cv.errors import value_error  # noqa: E402
+from unet_coco.backends import in_words  # noqa: E402
 from unet_coco.data import SegmentationData, denormalize, load_data  # noqa: E402
 from unet_coco.engine import Trainer  # noqa: E402
 from unet_coco.folder import give_up, run_folder  # noqa: E402
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
         torch.backends.cudnn.benchmark = False
     with joined(settings) as (ranks, device):
         group = ranks.group if settings.share_amax else None
-        precisions = parse_precisions(list(settings.precisions), settings.recipe, group, settings.compute)
+        choices = settings.recipe, group, settings.compute, settings.backend
+        precisions = parse_precisions(list(settings.precisions), *choices)
         data = open_data(settings, ranks)
         out, claimed = ranks.first(lambda: run_folder(settings.out, settings.resume))
         if out != settings.out:
@@ -132,9 +134,12 @@ def compare(
                 f"{precision.name}: "
                 + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting fresh")
             )
+        backend = in_words(trainer.precision, device)
+        if backend:
+            print(f"{precision.name}: NVFP4 layers run on {backend}")
         at = trainer.position
         goes_on = (at.telemetry, at.step) if found else None
-        watch, file = start_telemetry(trainer.model, settings, precision, folder, ranks.rank, goes_on)
+        watch, file = start_telemetry(trainer.model, settings, precision, backend, folder, ranks.rank, goes_on)
         files.append(file)
         at.telemetry = file.name
         sheet = out / "predictions.png"

@@ -53,11 +53,11 @@ const char* const MACHINE = "plain";
 #endif
 
 // A stretch of the contraction in which rows and panel advance by constant steps: `blocks` blocks from a[row] and b on.
+// Addresses are numbers until Walk's offsets complete them: parts of them may be negative, which pointers must not be.
 struct Segment { int64_t a[ROWS], b, blocks; };
 // The steps of a stretch, in bytes, and what to add to the addresses of every segment.
 struct Walk { int64_t a_step, b_step, a_offset, b_offset; };
 
-// Addresses are integers until all of their parts are added: a pointer may not leave its array on the way.
 inline const uint8_t* pointer(int64_t address) { return reinterpret_cast<const uint8_t*>(address); }
 inline int32_t quad(const uint8_t* p) { int32_t v; std::memcpy(&v, p, 4); return v; }
 inline float scale_of(const uint8_t* p) { float v; std::memcpy(&v, p + 16, 4); return v; }
@@ -397,7 +397,6 @@ struct Reader {
         }
     }
 
-    // A tap whose panels are counted from the first one, and whose rows the caller sets: Walk adds where both begin.
     Segment segment(int64_t t) const { Segment s; s.b = number[t] * d.in_blocks * PANEL; s.blocks = d.in_blocks; return s; }
 
     // Describes the tiles of outputs first to last - 1. Rows after the last one repeat it.

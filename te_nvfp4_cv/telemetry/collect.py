@@ -59,6 +59,7 @@ def attach(
     name: str = "run",
     group: str = "",
     recipe: Any = None,
+    backend: str = "",
     gradient_noise: bool = True,
     max_elements: int = 1 << 16,
     noise_bytes: int = 1 << 28,
@@ -73,6 +74,7 @@ def attach(
         name: the name of this run; give each precision a run of its own.
         group: the name of the group of runs that are compared.
         recipe: written into the header, for people to read; it does not choose the precision.
+        backend: written into the header likewise: where NVFP4 layers run.
         gradient_noise: compare weight gradients with those of high precision; this costs one more convolution per
             layer in a sampled step.
         max_elements: how many values of an operand the statistics are computed from; the largest magnitude and the
@@ -95,7 +97,8 @@ def attach(
     check_module("telemetry", model, "attach(model, ...)")
     check_trainable("telemetry", model)
     text = "" if recipe is None else as_recipe(recipe).to_toml()
-    return Telemetry(model, tuple(sinks), Settings(every, name, group, text, gradient_noise, max_elements, noise_bytes))
+    settings = Settings(every, name, group, text, backend, gradient_noise, max_elements, noise_bytes)
+    return Telemetry(model, tuple(sinks), settings)
 
 
 class Telemetry:
@@ -128,6 +131,7 @@ class Telemetry:
             # The user's class, not that of a wrapper: runs are compared by it.
             "model": type(getattr(model, "module", getattr(model, "_orig_mod", model))).__name__,
             "recipe": settings.recipe,
+            "backend": settings.backend,
             "every": settings.every,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "layers": [{"name": name, "op": op_of(layer), "shape": _shape(layer)} for name, layer in layers_of(model)],

@@ -1,7 +1,7 @@
 """Define telemetry's file format, JSON lines with one record per line, and read it.
 
-    {"kind": "run", "format": FORMAT, "version": 1, "name", "group", "model", "recipe" (TOML), "every", "started",
-     "layers": [{"name", "op", "shape"}]}                          the first line; written again at each resume
+    {"kind": "run", "format": FORMAT, "version": 1, "name", "group", "model", "recipe" (TOML), "backend", "every",
+     "started", "layers": [{"name", "op", "shape"}]}               the first line; written again at each resume
     {"kind": "step", "step": 100, "layers": {name: {"op", "precision": "nvfp4" | "high", "reason", "tensors",
      ["flip_rate", "oscillation", "gradient": {"norm", "noise", "ratio", "alarm"}]}}}
     {"kind": "scalars", "step": 100, "values": {"train/loss": 0.91}}
@@ -74,6 +74,7 @@ class Run:
     group: str
     model: str
     recipe: str
+    backend: str
     every: int
     started: str
     layers: list[str]
@@ -130,7 +131,8 @@ def read(path: str | os.PathLike[str]) -> Run:
     if not named or not isinstance(every, int):
         got = f"layers {str(layers)[:60]}, every {every!r}"
         raise _refused(f"the header of {path} is damaged", got, "a list of tables with names, and a number")
-    texts: dict[str, Any] = {key: str(head.get(key, "")) for key in ("name", "group", "model", "recipe", "started")}
+    names = ("name", "group", "model", "recipe", "backend", "started")
+    texts: dict[str, Any] = {key: str(head.get(key, "")) for key in names}
     run = Run(path, every=every, layers=[str(layer["name"]) for layer in layers], notes=notes, **texts)
     for record in records:
         _take(run, record)

@@ -159,6 +159,7 @@ class _Report:
             "model": lambda run: _escape(run.model),
             "group": lambda run: _escape(run.group or "–"),
             "recipe": _recipe,
+            "backend": lambda run: _escape(run.backend or "–"),
             "layers": _layers,
             "sampled steps": _steps,
             "started": lambda run: _escape(run.started),

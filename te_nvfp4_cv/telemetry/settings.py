@@ -21,6 +21,7 @@ class Settings:
     name: str
     group: str
     recipe: str
+    backend: str
     gradient_noise: bool
     max_elements: int
     noise_bytes: int

@@ -249,7 +249,7 @@ class WandB(_Log):
 
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
-        shown = {key: header[key] for key in ("model", "recipe", "every", "started")}
+        shown = {key: header[key] for key in ("model", "recipe", "backend", "every", "started")}
         # allow_val_change: a run that is resumed in W&B has this entry already.
         self._try(lambda run: run.config.update({"telemetry": shown}, allow_val_change=True))
 

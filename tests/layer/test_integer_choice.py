@@ -293,7 +293,7 @@ def test_stored_weights_give_the_bits_of_training(kind, two_d, plans):
         # The kernels' own layout of the weight, made once.
         g = make_geometry(1, (20, 37), (1, 1), 1) if kind == "linear" else plans[0].geometry
         face = Face(stored.weight_data, stored.weight_scale)
-        panels = integer.panels(*face, g, not g.transposed)
+        panels = integer.panels(face, g, not g.transposed)
         weight = inference.StoredWeight(face, stored.weight_amax, panels, stored.weight_shape, False, None)
         args = plans[0].geometry, getattr(stored, "stride", 1), getattr(stored, "padding", 0)
         conv_args = inference.ConvArgs(args[1], args[2], 1, getattr(stored, "groups", 1), 0)

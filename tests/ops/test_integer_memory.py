@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from te_nvfp4_cv.backend import compilation, native
-from te_nvfp4_cv.backend.cache import cache_folder
+from te_nvfp4_cv.files import cache_folder
 from tests.guard_pages import SIDES
 from tests.helpers import seeds
 
@@ -94,8 +94,8 @@ def sanitized(tmp_path_factory):
             preloaded.append(found)
         target = tmp_path_factory.mktemp("sanitized") / "kernels.so"
         # Without optimization: vector code would hide single accesses, and take four times as long to compile.
-        how = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-fopenmp", *SANITIZERS, *flags]
-        command = [cxx, *how, *map(str, compilation.SOURCES), "-o", str(target)]
+        command = [cxx, "-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-fopenmp", *SANITIZERS, *flags]
+        command += [*map(str, compilation.SOURCES), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"{cxx} cannot build with sanitizers: {done.stderr[-300:]}")

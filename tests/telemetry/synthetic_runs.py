@@ -84,6 +84,7 @@ def header(name: str, names: list[str], high: bool = False, model: str = "UNet")
         "group": "camvid",
         "model": model,
         "recipe": "" if high else '# a recipe\n[precision]\nstem = "high"\n',
+        "backend": "" if high else "integer or vendor",
         "every": 100,
         "started": "2026-11-25T21:30:00+00:00",
         "layers": [{"name": item, "op": "conv2d", "shape": [64, 64, 3, 3]} for item in names],
