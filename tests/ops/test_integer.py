@@ -6,6 +6,7 @@ tests/integer_products.py draws the cases and compares; test_integer_memory.py r
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -54,6 +55,13 @@ def test_the_number_of_threads_changes_no_bit(seed, poison):
     layer = Layer(draw(random.Random(seed).choice))
     for threads in (1, 2, 3, 5):
         layer.compare(threads)
+
+
+def test_several_python_threads_multiply_at_once():
+    # ctypes lets other threads run during a call; records above a size lie in buffers that threads share.
+    layers = [Layer(Case(make_geometry(16, (64, 16), (30, 31), 1), torch.float32, seed=seed)) for seed in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda layer: all(same_bits(a, b) for _, a, b in layer.pairs()), layers * 4))
 
 
 # Each has more work than one tile, chunk, slab or band of the kernels holds, which the random layers rarely reach.
