@@ -63,7 +63,7 @@ def draw_geometry(choose: Choose) -> ConvGeometry:
     """Return a random geometry, small enough for the reference."""
     while True:
         rank, groups = choose((0, 1, 2, 2, 2, 3)), choose((1, 1, 2, 3))
-        channels = tuple(groups * choose((3, 16, 17, 20, 32, 37, 48, 64)) for _ in range(2))
+        channels = tuple(groups * choose((1, 3, 16, 17, 20, 32, 37, 48, 64)) for _ in range(2))
         if rank == 0:  # rows take the place of images
             rows = choose((1, 7, 16, 40, 130, 1100))
             return ConvGeometry(rows, *channels, (), (), (), (), (), (), (), groups, False)  # type: ignore[call-arg]
