@@ -15,8 +15,8 @@ from te_nvfp4_cv.ops.records import Operand, WeightCodes
 KINDS = ("normal", "wide", "subnormal", "huge", "zeros", "negative zeros", "nan", "inf")
 
 
-def seeds(few: Iterable[int], many: Iterable[int]) -> list[Any]:
-    """Return parameters of a randomized test: `few` seeds run in `make test`, the rest of `many` in `make stress`."""
+def seeds(few: Iterable[Any], many: Iterable[Any]) -> list[Any]:
+    """Return parameters, seeds or others: the tests of `few` run in `make test`, the rest of `many` in `make stress`."""
     few = list(few)
     return [*few, *(pytest.param(seed, marks=pytest.mark.stress) for seed in many if seed not in few)]
 

@@ -2,12 +2,13 @@
 
 Operands are quantized before the clock starts; the integer kernels' time includes turning packed codes (w, and x for
 wgrad) into panels. oneDNN gets dense channels_last operands. The calls are interleaved, the numbers are medians, in
-10^9 multiply-adds a second (of processor time with one thread, which other programs disturb least). Before any time is printed each integer result is compared with oneDNN's on the same
-dequantized operands. A row "peak" has the machine's measured rate of fused multiply-adds in fp32 (a matrix product).
+10^9 multiply-adds a second: of processor time with one thread, which other programs disturb least. Before any time is
+printed each integer result is compared with oneDNN's on the same dequantized operands. "Peak" is the measured rate of
+fused multiply-adds in fp32, of a matrix product.
 
     python examples/benchmarks/cpu_conv.py [--shapes unet resnet thin] [--rounds 9] [--threads 1] [--bf16]
 
-`TE_NVFP4_CV_MACHINE=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2` in the environment holds all of them to AVX2.
+With `TE_NVFP4_CV_MACHINE=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2` in the environment all use AVX2 only.
 """
 
 from __future__ import annotations
@@ -84,21 +85,25 @@ def calls(g: ConvGeometry, dtypes: list[torch.dtype]) -> dict[str, dict[str, Cal
     dy_q = operand.quantize_operand(dy, spec_dy, torch.float32, seed, None, "integer")
     one, none = torch.ones(1), torch.empty(0, dtype=torch.uint8)
     made: dict[str, dict[str, Callable[[], Tensor]]] = {
-        "fprop": {"integer": lambda: integer.fprop(*x_q.row, *w_q.row, one, None, g, torch.float32)},
-        "dgrad": {"integer": lambda: integer.dgrad(*dy_q.row, *w_q.row, one, g, torch.float32)},
-        "wgrad": {"integer": lambda: integer.wgrad(*dy_q.col, *x_q.col, one, g, torch.float32)},
+        "fprop": {"integer": lambda: integer.fprop(x_q.row, w_q.row, one, None, g, torch.float32)},
+        "dgrad": {"integer": lambda: integer.dgrad(dy_q.row, w_q.row, one, g, torch.float32)},
+        "wgrad": {"integer": lambda: integer.wgrad(dy_q.col, x_q.col, one, g, torch.float32)},
     }
     layout = WeightLayout(g.channels_b, g.channels_a, 1, False)
     for dtype in dtypes:
         plain, plain_dy = spec._replace(row=DEQUANTIZED), spec_dy._replace(row=DEQUANTIZED, col=DEQUANTIZED)
         x_d = operand.quantize_operand(x, plain, dtype, None, None, "vendor")
         dy_d = operand.quantize_operand(dy, plain_dy, dtype, seed, None, "vendor")
-        w_d = operand.unpack_weight(w_q.row, layout, None, dtype, "vendor").clone()
-        x_c = operand.unpack_columns(Face(*x_d.col), dtype, "vendor").clone()
-        x_r, dy_r, dy_c, name = x_d.row.data.clone(), dy_d.row.data.clone(), dy_d.col.data.clone(), str(dtype)[6:]
-        made["fprop"][name] = lambda x=x_r, w=w_d, t=dtype: vendor.fprop(x, none, w, none, None, None, g, t)  # type: ignore[misc]
-        made["dgrad"][name] = lambda dy=dy_r, w=w_d, t=dtype: vendor.dgrad(dy, none, w, none, None, g, t)  # type: ignore[misc]
-        made["wgrad"][name] = lambda dy=dy_c, x=x_c, t=dtype: vendor.wgrad(dy, none, x, none, None, g, t)  # type: ignore[misc]
+        w_d = operand.unpack_weight(w_q.row, layout, None, dtype, "vendor")
+        x_c = operand.unpack_columns(Face(*x_d.col), dtype, "vendor")
+        # Copies, because the kernels' own buffers are used again.
+        x_r, dy_r, dy_c, w_d, x_c = (
+            Face(data.clone(), none) for data in (x_d.row.data, dy_d.row.data, dy_d.col.data, w_d, x_c)
+        )
+        name = str(dtype)[6:]
+        made["fprop"][name] = lambda x=x_r, w=w_d, t=dtype: vendor.fprop(x, w, None, None, g, t)  # type: ignore[misc]
+        made["dgrad"][name] = lambda dy=dy_r, w=w_d, t=dtype: vendor.dgrad(dy, w, None, g, t)  # type: ignore[misc]
+        made["wgrad"][name] = lambda dy=dy_c, x=x_c, t=dtype: vendor.wgrad(dy, x, None, g, t)  # type: ignore[misc]
     return made
 
 

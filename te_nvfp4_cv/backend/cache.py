@@ -14,39 +14,17 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from te_nvfp4_cv.files import write_atomically
+from te_nvfp4_cv.files import cache_folder, write_atomically
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _selftests: dict[torch.device, bool] = {}  # one look at the disk per process and device: every dispatch asks
-
-
-# ---- the folder -----------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def cache_folder() -> Path:
-    """Return the folder for compiled kernels and JSON files: TE_NVFP4_CV_CACHE, or te_nvfp4_cv in the user's cache.
-
-    If that folder cannot be written, the answer is a temporary one, which this process keeps to its end.
-    """
-    override, shared = os.environ.get("TE_NVFP4_CV_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        base = Path(override) if override else (Path(shared) if shared else Path.home() / ".cache") / "te_nvfp4_cv"
-        base.mkdir(parents=True, exist_ok=True)
-        if os.access(base, os.W_OK):
-            return base
-    except (OSError, RuntimeError):  # no rights, or no home
-        pass
-    return Path(tempfile.mkdtemp(prefix="te_nvfp4_cv_"))
 
 
 # ---- the identity ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from te_nvfp4_cv.errors import value_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Tensor | tuple[Tensor, ...])
 
 
 def usable(device: str | torch.device, caller: str) -> torch.device:
@@ -38,15 +39,19 @@ def usable(device: str | torch.device, caller: str) -> torch.device:
     return chosen
 
 
-def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Decorate a launch function so that it runs with the device of its first tensor as the current one."""
+def on_its_device(launch: Callable[Concatenate[F, P], R]) -> Callable[Concatenate[F, P], R]:
+    """Decorate a launch function so that it runs with the device of its first tensor as the current one.
+
+    Its first argument is that tensor, or a record whose first field is.
+    """
 
     @functools.wraps(launch)
-    def launched(first: Tensor, *rest: P.args, **named: P.kwargs) -> R:
+    def launched(first: F, *rest: P.args, **named: P.kwargs) -> R:
+        device = (first[0] if isinstance(first, tuple) else first).device
         # The usual case, which must not cost a change of the device.
-        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(first, *rest, **named)
-        with torch.cuda.device(first.device):
+        with torch.cuda.device(device):
             return launch(first, *rest, **named)
 
     return launched

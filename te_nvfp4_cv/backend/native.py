@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from te_nvfp4_cv.backend import compilation
-from te_nvfp4_cv.backend.cache import cache_folder
 from te_nvfp4_cv.backend.compilation import MACHINES, WHEEL_MACHINES, compiler, wheel_object
 from te_nvfp4_cv.errors import value_error, warn_once
+from te_nvfp4_cv.files import cache_folder
 
 _log = logging.getLogger("te_nvfp4_cv")
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float

@@ -22,7 +22,7 @@ AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # the base of BatchNorm1d,
 BatchOrInstanceNorm = torch.nn.modules.batchnorm._NormBase  # the base of these and of InstanceNorm1d, 2d and 3d
 function_modes = torch.overrides._get_current_function_mode_stack  # () -> the modes of this thread, the innermost last
 without_function_modes = torch._C.DisableTorchFunction  # a context manager: no function mode sees the calls inside
-without_modes = torch.utils._python_dispatch._disable_current_modes  # the same for dispatch modes: tensors are real there
+without_modes = torch.utils._python_dispatch._disable_current_modes  # for dispatch modes: tensors are real inside
 wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself
 
 

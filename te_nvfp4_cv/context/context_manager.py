@@ -39,7 +39,7 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
     Args:
         recipe: An NVFP4BlockScaling, TransformerEngine's object of that name, or None for the default recipe.
         enabled: If False, everything inside runs in high precision, explicit NVFP4 modules too.
-        backend: "auto", "reference", "integer", "vendor" or "triton". An explicit choice that cannot run raises an error.
+        backend: "auto", "reference", "integer", "vendor" or "triton". One that cannot run raises an error.
         amax_reduction_group: A torch.distributed process group whose ranks quantize training operands with one tensor
             scale, that of the largest amax of all ranks. They must run the same layers in the same order. In
             evaluation nothing is exchanged.

@@ -71,7 +71,7 @@ def weight_values(codes: WeightCodes, plan: Plan, factor: Tensor | None = None) 
 def weight_panels(codes: WeightCodes, plan: Plan) -> Tensor:
     """Return fprop's face as the integer kernels read it, uint8 in one axis: 0.375 of the weight's bytes in fp32."""
     geometry = plan.geometry
-    panels = integer.panels(*codes.face(plan.weight_faces[0]), geometry, to_b=not geometry.transposed)
+    panels = integer.panels(codes.face(plan.weight_faces[0]), geometry, to_b=not geometry.transposed)
     # Copied, because they come in memory that the next call uses again. One axis has one memory format only.
     return panels.flatten().clone()
 

@@ -10,6 +10,7 @@ object (check.py). So a layer that runs again asks the recipe and the geometry n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,10 @@ from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, RECORDS, Fold, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, RoleSettings
 from te_nvfp4_cv.recipe.fields import Role
+
+# Measured by examples/benchmarks/cpu_conv.py --bf16: with 144 pixels of 512 channels the integer kernels are 1.3 to 2.7
+# times as fast as oneDNN on AMX tiles, with 576 pixels of 256 channels about as fast, and with more pixels slower.
+PIXELS_FOR_TILES = 512
 
 
 # Frozen, because many calls share one object; cached_property writes to __dict__, past the frozen __setattr__.
@@ -220,10 +225,10 @@ def plan_for(
     """
     by_layer = backend == dispatch.BY_LAYER
     plan = Plan(geometry, recipe, "integer" if by_layer else backend, compute_dtype, channels_last)
-    if plan.backend != "integer" or (not plan.row_scaled and not (by_layer and prefers_vendor(geometry, compute_dtype))):
-        return plan
-    if by_layer:
+    if by_layer and (plan.row_scaled or prefers_vendor(geometry, compute_dtype)):
         return replace(plan, backend="vendor")
+    if plan.backend != "integer" or not plan.row_scaled:
+        return plan
     raise value_error(
         "nvfp4: backend 'integer' has no row-scaled activations.",
         got="recipe.row_scaled_activation, in a linear layer or 1x1 convolution",
@@ -235,9 +240,10 @@ def plan_for(
 def prefers_vendor(geometry: ConvGeometry, compute_dtype: torch.dtype) -> bool:
     """Return True if oneDNN is expected to be faster than the integer kernels.
 
-    It is where it multiplies bf16 on AMX tiles, eight times as many products a cycle.
+    It is where it multiplies bf16 on AMX tiles, and there are pixels enough to fill them.
     """
-    return compute_dtype == torch.bfloat16 and cpu_has_tiles()
+    pixels = geometry.batch * math.prod(geometry.b_size)
+    return compute_dtype == torch.bfloat16 and cpu_has_tiles() and pixels > PIXELS_FOR_TILES
 
 
 def row_scaling_applies(g: ConvGeometry) -> bool:

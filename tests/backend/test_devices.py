@@ -50,8 +50,9 @@ class Fake:
         self.device = torch.device(device)
 
 
+@pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize(("device", "entered"), [("cuda:1", ["cuda:1"]), ("cuda:0", []), ("cpu", [])])
-def test_the_first_tensors_device_becomes_current(monkeypatch, device, entered):
+def test_the_first_tensors_device_becomes_current(monkeypatch, device, entered, record):
     seen: list[str] = []
 
     class Guard:
@@ -72,5 +73,6 @@ def test_the_first_tensors_device_becomes_current(monkeypatch, device, entered):
         """Says so."""
         return (2 * n if twice else n), list(seen)
 
-    assert launch(Fake(device), 4, twice=True) == (8, entered)
+    first = (Fake(device), Fake("meta")) if record else Fake(device)
+    assert launch(first, 4, twice=True) == (8, entered)
     assert seen == [*entered, *(["left"] if entered else [])] and launch.__doc__ == "Says so."

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import errors, tensor_parallel
 from te_nvfp4_cv.layer import gemms
+from te_nvfp4_cv.ops.conv import integer
 from te_nvfp4_cv.ops.records import Face
 from tests.distributed.launch import Ranks
 from tests.helpers import relative_error, same_bits, values
@@ -33,6 +34,16 @@ def mesh(ranks: Ranks) -> Any:
     return _meshes[ranks.world]
 
 
+def as_multiplied(face: Face, gemm: str, backend: str) -> Face:
+    """Return x's or dy's face as the backend multiplies it: codes that came from other ranks become records, too."""
+    if backend != "integer" or not face.scale.numel():
+        return face
+    data, scale = face
+    if gemm == "wgrad":
+        data, scale = data.movedim(0, -3).flatten(-2).contiguous(), scale.movedim(0, -2).contiguous()
+    return Face(integer.expand_records(data, scale), scale.new_empty(0))
+
+
 @contextmanager
 def recorded() -> Iterator[dict[str, tuple[Any, ...]]]:
     """The operands of each GEMM that runs inside: {"fprop": (data, scale, data, scale, alpha), ...}."""
@@ -42,7 +53,7 @@ def recorded() -> Iterator[dict[str, tuple[Any, ...]]]:
             real = getattr(gemms, f"conv_{name}")
 
             def spy(first: Face, second: Face, alpha: Any, *rest: Any, real: Any = real, name: str = name) -> Tensor:
-                parts = (*first, *second, alpha)
+                parts = (*as_multiplied(first, name, rest[-1]), *second, alpha)
                 seen[name] = tuple(a.clone() if isinstance(a, Tensor) else a for a in parts)
                 return real(first, second, alpha, *rest)
 
@@ -122,13 +133,18 @@ def assert_operands(mine: Any, whole: Any, column: bool, transposed: bool, ranks
     wanted = {}
     for gemm, args in whole.items():
         first, second = args[0], args[2]
-        if gemm == "fprop":
-            wanted[gemm] = (first if column else cut(first, -1), cut(second, axis))
-        elif gemm == "dgrad":
-            wanted[gemm] = (cut(first, -1) if column else first, cut(second, axis))
+        if gemm != "wgrad" and second.dim() == 5:  # packed columns: [groups, blocks of axis 0, taps, axis 1, 8]
+            of_w = {0: 1, 2: 3}[axis]
         else:
-            last = -2 if args[1].numel() else -1  # packed: 16 images of a channel are 8 bytes
-            wanted[gemm] = (cut(first, last) if column else first, second if column else cut(second, last))
+            of_w = axis
+        if gemm == "fprop":
+            wanted[gemm] = (first if column else cut(first, -1), cut(second, of_w))
+        elif gemm == "dgrad":
+            wanted[gemm] = (cut(first, -1) if column else first, cut(second, of_w))
+        else:
+            # Packed: 16 images of a channel are 8 bytes. The integer backend multiplies records of dy by codes of x.
+            of_dy, of_x = (-2 if scale.numel() else -1 for scale in (args[1], args[3]))
+            wanted[gemm] = (cut(first, of_dy) if column else first, second if column else cut(second, of_x))
     assert set(mine) == set(wanted) == {"fprop", "dgrad", "wgrad"}, case
     for gemm, (first, second) in wanted.items():
         args = mine[gemm]

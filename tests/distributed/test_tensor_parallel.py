@@ -5,6 +5,7 @@ not added, else within the rounding of these sums.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -167,9 +168,9 @@ def on_ranks_recipes_and_backends(ranks: Ranks) -> None:
             for style, places in pairs:
                 check(layer, style, x, ranks, places, recipe, operands=three)
     with quiet():
-        for style, places in pairs:
-            check(layer, style, x, ranks, places, backend="reference")
-            check(nn.Linear(16 * w, 16 * w), style, x[:, :, 0, 0], ranks, places, backend="reference")
+        for (style, places), backend in itertools.product(pairs, ("reference", "vendor")):  # "auto" may be integer
+            check(layer, style, x, ranks, places, backend=backend)
+            check(nn.Linear(16 * w, 16 * w), style, x[:, :, 0, 0], ranks, places, backend=backend)
 
 
 test_on_ranks = ranks_test(globals())

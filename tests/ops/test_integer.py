@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.ops.conv import integer
-from te_nvfp4_cv.ops.records import NONE, PACKED, RECORDS, OperandSpec
+from te_nvfp4_cv.ops.records import NONE, PACKED, RECORDS, Face, OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import load_recipe
 from tests.helpers import make_geometry, same_bits, seeds, values
@@ -78,11 +78,10 @@ def test_panels_made_before_give_the_same_product():
     for transposed in (False, True):
         layer = Layer(Case(make_geometry(3, (40, 37), (6, 5), 3, 1, 1, transposed=transposed), torch.float32))
         g, face = layer.g, layer.weight("integer").row
-        made = integer.panels(*face, g, not g.transposed)
+        made = integer.panels(face, g, not g.transposed)
         assert made.dtype == torch.uint8 and made.shape[-1] == integer.PANEL
-        x, x_scale = layer.truth_x.row
-        empty = torch.empty(0, dtype=torch.uint8)
-        y = integer.fprop(x, x_scale, made, empty, layer.alpha, layer.bias, g, torch.float32)
+        made = Face(made, torch.empty(0, dtype=torch.uint8))
+        y = integer.fprop(layer.truth_x.row, made, layer.alpha, layer.bias, g, torch.float32)
         assert same_bits(y, layer.products["fprop"])
 
 

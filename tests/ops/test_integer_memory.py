@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from te_nvfp4_cv.backend import compilation, native
-from te_nvfp4_cv.backend.cache import cache_folder
+from te_nvfp4_cv.files import cache_folder
 from tests.guard_pages import SIDES
+from tests.helpers import seeds
 
 ROOT = Path(__file__).resolve().parents[2]
-# What /proc/cpuinfo must list.
-NEEDS = compilation.WHEEL_MACHINES | {"neon_dotprod": {"asimddp"}}
+NEEDS = {**compilation.WHEEL_MACHINES, "neon_dotprod": {"asimddp"}}  # what /proc/cpuinfo must list
+FEW = ("plain", "avx2")  # the machines in make test: each takes a compilation
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = [
@@ -29,9 +30,11 @@ pytestmark = [
 ]
 
 
-def features() -> set[str]:
-    """Return the instruction sets of this processor."""
-    return set(compilation.features().split())
+def skip_without(machine: str) -> None:
+    """Skip a test whose kernels this processor cannot run."""
+    missing = set(NEEDS[machine]) - set(compilation.features().split())
+    if missing:
+        pytest.skip(f"this processor cannot run {machine}: no {', '.join(sorted(missing))}")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -54,20 +57,15 @@ def test_every_machine_has_its_needs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "machine",
-    [name if name in ("plain", "avx2") else pytest.param(name, marks=pytest.mark.stress) for name in NEEDS],
-)
+@pytest.mark.parametrize("machine", seeds(FEW, NEEDS))
 def test_every_machines_kernels_have_the_references_bits(machine):
-    missing = NEEDS[machine] - features()
-    if missing:
-        pytest.skip(f"this processor cannot run {machine}: no {', '.join(sorted(missing))}")
+    skip_without(machine)
     # One of its tensors begins or ends at a forbidden page: other instructions load other bytes.
     done = run("--count", "8", "--threads", "2", "--guard", *SIDES, TE_NVFP4_CV_MACHINE=machine)
     assert_equal(done, machine)
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(2, 12))])
+@pytest.mark.parametrize("seed", seeds([1], range(12)))
 def test_nothing_beside_a_tensor_is_touched(seed):
     count = 12 if seed == 1 else 60
     assert_equal(run("--count", str(count), "--threads", "1", "--guard", *SIDES, "--seed", str(seed)))
@@ -97,8 +95,7 @@ def sanitized(tmp_path_factory):
         target = tmp_path_factory.mktemp("sanitized") / "kernels.so"
         # Without optimization: vector code would hide single accesses, and take four times as long to compile.
         command = [cxx, "-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-fopenmp", *SANITIZERS, *flags]
-        command += [*map(str, compilation.SOURCES), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([*command, *map(str, compilation.SOURCES), "-o", str(target)], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"{cxx} cannot build with sanitizers: {done.stderr[-300:]}")
         # Python itself never gives back all of its memory. The cache folder is this process's, so nothing is built.
@@ -109,11 +106,9 @@ def sanitized(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", ["plain", pytest.param("avx2", marks=pytest.mark.stress)])
+@pytest.mark.parametrize("machine", seeds(FEW[:1], FEW))
 def test_sanitizers_find_nothing(sanitized, machine):
-    missing = NEEDS[machine] - features()
-    if missing:
-        pytest.skip(f"this processor cannot run {machine}: no {', '.join(sorted(missing))}")
+    skip_without(machine)
     library, environment = sanitized(compilation.MACHINES[machine])
     count = "4" if machine == "plain" else "40"
     done = run("--library", str(library), "--count", count, "--threads", "2", "--fault", **environment)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,98 +18,80 @@ from te_nvfp4_cv.backend import dispatch, native, scratch
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.conv import reference
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.records import RECORD
+from te_nvfp4_cv.ops.records import RECORD, Face
 
 PANEL = 384  # bytes: see integer.cpp
 _KINDS = (torch.float32, torch.bfloat16)
 
 
 def fprop(
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    alpha: Tensor | None,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
+    x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
 ) -> Tensor:
     """Multiply as operators.conv_fprop does.
 
     x comes as records with an empty scale, or as packed codes; w as packed codes, or as panels with an empty scale.
     """
-    records = expand_records(x, x_scale) if x_scale.numel() else x
-    made = panels(w, w_scale, geometry, not geometry.transposed) if w_scale.numel() else w
-    return _data(records, made, alpha, bias, geometry, dtype, True)
+    made = panels(w, geometry, not geometry.transposed) if w.scale.numel() else w.data
+    return _data(_records(x), made, alpha, bias, geometry, dtype, True)
 
 
-def dgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    alpha: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-) -> Tensor:
+def dgrad(dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Multiply as operators.conv_dgrad does. dy comes as records with an empty scale, or as packed codes."""
-    records = expand_records(dy, dy_scale) if dy_scale.numel() else dy
-    return _data(records, panels(w, w_scale, geometry, geometry.transposed), alpha, None, geometry, dtype, False)
+    return _data(_records(dy), panels(w, geometry, geometry.transposed), alpha, None, geometry, dtype, False)
 
 
-def wgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    alpha: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-) -> Tensor:
+def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Multiply as operators.conv_wgrad does.
 
     x comes as packed columnwise codes, dy as columnwise records with an empty scale, or as packed codes, too.
     """
-    if dy_scale.numel():  # [N16, *image, C, 8] -> records [*image, N16, C * RECORD]
-        dy = expand_records(dy.movedim(0, -3).flatten(-2).contiguous(), dy_scale.movedim(0, -2).contiguous())
-    folded, library = geometry.folded, _library()
+    if dy.scale.numel():  # [N16, *image, C, 8] -> [*image, N16, C * 8], as records lie
+        dy = Face(dy.data.movedim(0, -3).flatten(-2), dy.scale.movedim(0, -2))
+    records, codes, scale = _records(dy), x.data.contiguous(), x.scale.contiguous()
+    folded = geometry.folded
     kind = dtype if dtype in _KINDS else torch.float32
     dw = torch.empty(geometry.weight_shape, dtype=kind)
     of_b, of_a = geometry.channels_b // geometry.groups, geometry.channels_a // geometry.groups
     alpha = _one(alpha)
-    q = native.WeightGradient(
-        records=dy.data_ptr(), codes=x.data_ptr(), scale=x_scale.data_ptr(), alpha=alpha.data_ptr(), dw=dw.data_ptr()
-    )
+    q = native.WeightGradient(records=records.data_ptr(), codes=codes.data_ptr(), scale=scale.data_ptr())
+    q.alpha, q.dw = alpha.data_ptr(), dw.data_ptr()
     q.n16, q.groups = folded.batch // BLOCK, geometry.groups
     q.record_channels, q.panel_channels = (of_a, of_b) if geometry.transposed else (of_b, of_a)
     q.a, q.b = _three(folded.a_size, 1), _three(folded.b_size, 1)
     _walk(q, folded)
     q.records_on_b, q.out_bf16 = not geometry.transposed, kind == torch.bfloat16
     q.threads = torch.get_num_threads()
-    library.nvfp4_weight_product(ctypes.byref(q))
+    _library().nvfp4_weight_product(ctypes.byref(q))
     return dw.to(dtype)
 
 
-def panels(w: Tensor, w_scale: Tensor, g: ConvGeometry, to_b: bool) -> Tensor:
+def panels(face: Face, g: ConvGeometry, to_b: bool) -> Tensor:
     """Return a weight's packed face as panels, uint8 [G, blocks of outputs, T, blocks of inputs, PANEL].
 
     Args:
-        w: packed codes: the rowwise face [axis 0, T, Kb * 8] or the columnwise one [G, Ob, T, axis 1, 8].
+        face: packed codes: the rowwise face [axis 0, T, Kb * 8] or the columnwise one [G, Ob, T, axis 1, 8].
         to_b: contract axis 1, for outputs on the b side; else axis 0.
     """
+    w, scale = face.data.contiguous(), face.scale.contiguous()
     axis0, axis1 = g.channels_b // g.groups, g.channels_a // g.groups
     outs, ins = (-(-n // BLOCK) for n in ((axis0, axis1) if to_b else (axis1, axis0)))
     made = scratch.empty((g.groups, outs, g.taps, ins, PANEL), torch.uint8, w.device)
-    q = native.Kernel(codes=w.data_ptr(), scale=w_scale.data_ptr(), panels=made.data_ptr())
+    q = native.Kernel(codes=w.data_ptr(), scale=scale.data_ptr(), panels=made.data_ptr())
     q.groups, q.T, q.axis0, q.axis1 = g.groups, g.taps, axis0, axis1
-    q.from_axis1, q.tiles, q.columnwise = to_b, w_scale.dim() == 4 and w.dim() == 3, w.dim() == 5
+    q.from_axis1, q.tiles, q.columnwise = to_b, scale.dim() == 4 and w.dim() == 3, w.dim() == 5
     q.threads = torch.get_num_threads()
     _library().nvfp4_expand_weight(ctypes.byref(q))
     return made
 
 
+def _records(face: Face) -> Tensor:
+    """Return an activation or gradient as records, which it may be already."""
+    return expand_records(*face) if face.scale.numel() else face.data
+
+
 def expand_records(codes: Tensor, scale: Tensor) -> Tensor:
-    """Return packed rowwise codes [..., blocks * 8] with scales [..., blocks] as records [..., blocks * RECORD]."""
+    """Return packed codes [..., blocks * 8] with scales [..., blocks] as records [..., blocks * RECORD]."""
+    codes, scale = codes.contiguous(), scale.contiguous()
     records = scratch.empty((*codes.shape[:-1], scale.shape[-1] * RECORD), torch.uint8, codes.device)
     pointers = codes.data_ptr(), scale.data_ptr(), records.data_ptr()
     _library().nvfp4_expand_records(*pointers, scale.numel(), torch.get_num_threads())
@@ -157,31 +140,27 @@ def matches_reference() -> bool:
 
 
 def _matches(g: ConvGeometry, generator: torch.Generator) -> bool:
-    def codes(*shape: int) -> tuple[Tensor, Tensor]:
-        """Return random packed codes [*shape, 8] and scale bytes [*shape] on the E4M3 grid."""
+    def codes(*shape: int, flat: bool = False) -> Face:
+        """Return random packed codes [*shape, 8], the last two axes flat or not, and scale bytes [*shape]."""
         data = torch.randint(0, 256, (*shape, 8), dtype=torch.uint8, generator=generator)
-        return data, torch.randint(0, 0x7F, shape, dtype=torch.uint8, generator=generator)
+        scale = torch.randint(0, 0x7F, shape, dtype=torch.uint8, generator=generator)  # all of the E4M3 grid
+        return Face(data.flatten(-2) if flat else data, scale)
 
     of_a, of_b, alpha = g.channels_a // g.groups, g.channels_b // g.groups, torch.full((1,), 0.37)
     k_a, k_b = -(-of_a // BLOCK), -(-of_b // BLOCK)
     k_x, k_y = (k_b, k_a) if g.transposed else (k_a, k_b)
-    x, x_scale = codes(*g.x_shape[:-1], g.groups * k_x)
-    dy, dy_scale = codes(*g.y_shape[:-1], g.groups * k_y)
-    rows, row_scale = codes(g.channels_b, g.taps, k_a)
-    columns, column_scale = codes(g.groups, k_b, g.taps, of_a)
-    row = rows.flatten(2), row_scale
-    face, other = ((columns, column_scale), row) if g.transposed else (row, (columns, column_scale))
-    folded = g.folded
-    wide = [codes(folded.batch // BLOCK, *shape[1:]) for shape in (folded.y_shape, folded.x_shape)]
-    calls: tuple[tuple[str, tuple[Tensor, ...], Tensor | None], ...] = (
-        ("fprop", (x.flatten(-2), x_scale, *face), None),
-        ("dgrad", (dy.flatten(-2), dy_scale, *other), None),
-        ("wgrad", (*wide[0], *wide[1]), None),
+    x, dy = codes(*g.x_shape[:-1], g.groups * k_x, flat=True), codes(*g.y_shape[:-1], g.groups * k_y, flat=True)
+    row, col = codes(g.channels_b, g.taps, k_a, flat=True), codes(g.groups, k_b, g.taps, of_a)
+    for_fprop, for_dgrad = (col, row) if g.transposed else (row, col)
+    columns = [codes(g.folded.batch // BLOCK, *shape[1:]) for shape in (g.folded.y_shape, g.folded.x_shape)]
+    calls: tuple[tuple[str, tuple[Any, ...]], ...] = (
+        ("fprop", (x, for_fprop, alpha, None)),
+        ("dgrad", (dy, for_dgrad, alpha)),
+        ("wgrad", (*columns, alpha)),
     )
-    for name, operands, bias in calls:
-        more = (alpha, bias) if name == "fprop" else (alpha,)
-        ours = globals()[name](*operands, *more, g, torch.float32)
-        if not torch.equal(ours, getattr(reference, name)(*operands, *more, g, torch.float32)):
+    for name, arguments in calls:
+        ours = globals()[name](*arguments, g, torch.float32)
+        if not torch.equal(ours, getattr(reference, name)(*arguments, g, torch.float32)):
             return False
     return True
 

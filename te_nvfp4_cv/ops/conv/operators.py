@@ -37,6 +37,11 @@ def _implementation(backend: str) -> Any:
     return {"reference": reference, "integer": integer, "vendor": vendor}[backend]
 
 
+def _faces(operands: list[Tensor]) -> tuple[Face, Face]:
+    """Return the two faces that an operator's four tensors are."""
+    return Face(*operands[:2]), Face(*operands[2:])
+
+
 def conv_fprop(
     x: Face,
     w: Face,
@@ -55,7 +60,7 @@ def conv_fprop(
         bias: [O] or None, added in fp32 (by the library where alpha is None).
     """
     if runs_directly(x.data):
-        y: Tensor = _implementation(backend).fprop(*x, *w, alpha, bias, geometry, dtype)
+        y: Tensor = _implementation(backend).fprop(x, w, alpha, bias, geometry, dtype)
         return y
     return conv_fprop_op([*x, *w], alpha, bias, geometry.to_ints(), dtype, backend)
 
@@ -71,7 +76,7 @@ def conv_fprop_op(
     backend: str,
 ) -> Tensor:
     """Call a backend's fprop: `operands` are the tensors of x's and w's face, `shape` is the geometry as ints."""
-    y = _implementation(backend).fprop(*operands, alpha, bias, ConvGeometry.from_ints(shape), dtype)
+    y = _implementation(backend).fprop(*_faces(operands), alpha, bias, ConvGeometry.from_ints(shape), dtype)
     return y  # type: ignore[no-any-return]
 
 
@@ -85,7 +90,7 @@ def conv_dgrad(
 ) -> Tensor:
     """Return dx [B, *image, C] in `dtype`; arguments as for conv_fprop, with the weight's other face."""
     if runs_directly(dy.data):
-        dx: Tensor = _implementation(backend).dgrad(*dy, *w, alpha, geometry, dtype)
+        dx: Tensor = _implementation(backend).dgrad(dy, w, alpha, geometry, dtype)
         return dx
     return conv_dgrad_op([*dy, *w], alpha, geometry.to_ints(), dtype, backend)
 
@@ -96,7 +101,7 @@ def conv_dgrad_op(
     operands: list[Tensor], alpha: Tensor | None, shape: list[int], dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Call a backend's dgrad; see conv_fprop_op."""
-    dx = _implementation(backend).dgrad(*operands, alpha, ConvGeometry.from_ints(shape), dtype)
+    dx = _implementation(backend).dgrad(*_faces(operands), alpha, ConvGeometry.from_ints(shape), dtype)
     return dx  # type: ignore[no-any-return]
 
 
@@ -115,7 +120,7 @@ def conv_wgrad(
         geometry: of the call itself, not the folded one.
     """
     if runs_directly(dy.data):
-        dw: Tensor = _implementation(backend).wgrad(*dy, *x, alpha, geometry, dtype)
+        dw: Tensor = _implementation(backend).wgrad(dy, x, alpha, geometry, dtype)
         return dw
     return conv_wgrad_op([*dy, *x], alpha, geometry.to_ints(), dtype, backend)
 
@@ -126,7 +131,7 @@ def conv_wgrad_op(
     operands: list[Tensor], alpha: Tensor | None, shape: list[int], dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Call a backend's wgrad; see conv_fprop_op."""
-    dw = _implementation(backend).wgrad(*operands, alpha, ConvGeometry.from_ints(shape), dtype)
+    dw = _implementation(backend).wgrad(*_faces(operands), alpha, ConvGeometry.from_ints(shape), dtype)
     return dw  # type: ignore[no-any-return]
 
 

@@ -22,6 +22,7 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.gemm import reference as gemm
 from te_nvfp4_cv.ops.geometry import ConvGeometry, pixel_map
+from te_nvfp4_cv.ops.records import Face
 
 Parts = tuple[Tensor, ...]  # (codes, scale bytes), or (values,) with quantization off
 
@@ -114,12 +115,12 @@ def _pixels_first(part: Tensor) -> Tensor:
 # ---- packed operands as parts ---------------------------------------------------------------------------------------
 
 
-def _packed_kernel(w: Tensor, scale: Tensor, geometry: ConvGeometry, to_b: bool) -> Parts:
+def _packed_kernel(kernel: Face, geometry: ConvGeometry, to_b: bool) -> Parts:
     """Return the packed face of a kernel that data_product multiplies, with scales repeated over their 16x16 tiles.
 
     With 16x16 scales both faces are the rowwise one: nibbles and tile scales are transposed here.
     """
-    groups = geometry.groups
+    groups, (w, scale) = geometry.groups, kernel
     if to_b:
         if scale.dim() == 4:
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, : w.shape[0] // groups].flatten(0, 1)
@@ -133,49 +134,25 @@ def _packed_kernel(w: Tensor, scale: Tensor, geometry: ConvGeometry, to_b: bool)
 
 
 def fprop(
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    alpha: Tensor | None,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
+    x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
 ) -> Tensor:
     """Run the operator conv_fprop."""
     to_b = not geometry.transposed
-    y = _scaled(data_product((x, x_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b), alpha)
+    y = _scaled(data_product(x, _packed_kernel(w, geometry, to_b), geometry, to_b), alpha)
     return (y if bias is None else y + bias.float()).to(dtype).contiguous()
 
 
-def dgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    alpha: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-) -> Tensor:
+def dgrad(dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Run the operator conv_dgrad."""
     to_b = geometry.transposed
-    dx = _scaled(data_product((dy, dy_scale), _packed_kernel(w, w_scale, geometry, to_b), geometry, to_b), alpha)
+    dx = _scaled(data_product(dy, _packed_kernel(w, geometry, to_b), geometry, to_b), alpha)
     return dx.to(dtype).contiguous()
 
 
-def wgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    alpha: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-) -> Tensor:
+def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Run the operator conv_wgrad."""
-    of_dy, of_x = (dy, dy_scale.unsqueeze(-1)), (x, x_scale.unsqueeze(-1))
-    b, a = (of_x, of_dy) if geometry.transposed else (of_dy, of_x)
-    dw = weight_product(b, a, geometry)
+    b, a = (x, dy) if geometry.transposed else (dy, x)
+    dw = weight_product((b.data, b.scale.unsqueeze(-1)), (a.data, a.scale.unsqueeze(-1)), geometry)
     if alpha is not None and alpha.numel() != 1:  # one factor a channel of x, which lies on axis 0 if transposed
         alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
     return _scaled(dw, alpha).to(dtype)

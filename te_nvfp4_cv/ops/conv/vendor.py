@@ -14,70 +14,48 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.records import Face
 
 aten = torch.ops.aten
 
 
 def fprop(
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    alpha: Tensor | None,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
+    x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
 ) -> Tensor:
     """Multiply as operators.conv_fprop does; the scales are empty."""
     # With alpha the bias comes after it, in fp32; without, the library adds it in the pass that it makes anyway.
     inner, outer = (bias, None) if alpha is None else (None, bias)
     if geometry.rank == 0:
         # A linear layer's weight has one tap: [O, 1, C] -> [O, C].
-        y = F.linear(x, w[:, 0], inner.to(x.dtype)) if inner is not None else _product(x, w[:, 0].t(), alpha)
+        rows, matrix = x.data, w.data[:, 0]
+        y = F.linear(rows, matrix, inner.to(rows.dtype)) if inner is not None else _product(rows, matrix.t(), alpha)
     else:
         g = geometry.at_least_2d
-        y = convolution(_channels_first(x, g.x_shape), _kernel(w, g), inner, g)
+        y = convolution(_channels_first(x.data, g.x_shape), _kernel(w.data, g), inner, g)
         y = _channels_last(y, geometry.y_shape)
     return _finish(y, alpha, outer, dtype)
 
 
-def dgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    alpha: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-) -> Tensor:
+def dgrad(dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Multiply as operators.conv_dgrad does; the scales are empty."""
     if geometry.rank == 0:
-        return _finish(_product(dy, w[:, 0], alpha), alpha, None, dtype)
+        return _finish(_product(dy.data, w.data[:, 0], alpha), alpha, None, dtype)
     g = geometry.at_least_2d
-    dx, _, _ = convolution_backward(
-        _channels_first(dy, g.y_shape), _empty_image(dy, g.x_shape), _kernel(w, g), g, [True, False, False]
-    )
+    dy_first, x_like = _channels_first(dy.data, g.y_shape), _empty_image(dy.data, g.x_shape)
+    dx, _, _ = convolution_backward(dy_first, x_like, _kernel(w.data, g), g, [True, False, False])
     return _finish(_channels_last(dx, geometry.x_shape), alpha, None, dtype)
 
 
-def wgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    alpha: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-) -> Tensor:
+def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Multiply as operators.conv_wgrad does; the scales are empty."""
     if geometry.rank == 0:
-        dw = _product(dy.t(), x, alpha).unsqueeze(1)
+        dw = _product(dy.data.t(), x.data, alpha).unsqueeze(1)
     else:
         # Columnwise operands are folded, and dy and x have the images of the folded geometry.
         g = geometry.folded.at_least_2d
-        w_like = _empty_image(dy, (g.channels_b, *g.kernel, g.channels_a // g.groups))
+        w_like = _empty_image(dy.data, (g.channels_b, *g.kernel, g.channels_a // g.groups))
         _, dw, _ = convolution_backward(
-            _channels_first(dy, g.y_shape), _channels_first(x, g.x_shape), w_like, g, [False, True, False]
+            _channels_first(dy.data, g.y_shape), _channels_first(x.data, g.x_shape), w_like, g, [False, True, False]
         )
         dw = _channels_last(dw, geometry.weight_shape)
     if alpha is not None and alpha.numel() != 1:  # one factor per channel of x

@@ -47,7 +47,8 @@ def quantize(
         amax_rowwise: fp32. If None, it is computed; pass it when ranks must agree.
         amax_columnwise: fp32, after RHT. If None, it is computed, or copied from amax_rowwise without RHT.
         seed: int64 Philox key, needed for stochastic rounding.
-        backend: "reference", "integer" or "vendor" (the same kernels on a CPU), or "triton". It is resolved already: "auto" is not a backend.
+        backend: "reference", "integer" or "vendor" (the same kernels on a CPU), or "triton". It is resolved already:
+            "auto" is not a backend.
         **spec: fields of MatrixSpec, for example rowwise=True, columnwise=True, rht=True.
     Returns:
         Faces(row_data, row_scale, row_amax, col_data, col_scale, col_amax).

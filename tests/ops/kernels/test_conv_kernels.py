@@ -39,10 +39,10 @@ def as_way(way: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatc
 
 def run(name: str, q: dict[str, Any], g: ConvGeometry, alpha: Tensor | None, dtype=torch.float32, bias=None) -> Tensor:
     """One GEMM by the kernels."""
-    (a, a_scale), (b, b_scale) = (q[face] for face in faces_of(g)[name])
+    a, b = (q[face] for face in faces_of(g)[name])
     if name == "fprop":
-        return launch.fprop(a, a_scale, b, b_scale, alpha, bias, g, dtype)
-    return getattr(launch, name)(a, a_scale, b, b_scale, alpha, g, dtype)
+        return launch.fprop(a, b, alpha, bias, g, dtype)
+    return getattr(launch, name)(a, b, alpha, g, dtype)
 
 
 def exact(name: str, q: dict[str, Any], g: ConvGeometry) -> Tensor:

@@ -32,8 +32,8 @@ from te_nvfp4_cv.ops.gemm.triton.launch import (
     unit_of,
 )
 from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.records import Face
 
-Face = tuple[Tensor, Tensor]  # packed codes and scale bytes
 PARTS_BYTES = 1 << 28  # largest workspace of wgrad, unless one part is larger
 
 tuning.register(
@@ -162,31 +162,16 @@ def _data(
 
 @on_its_device
 def fprop(
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    alpha: Tensor | None,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
+    x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
 ) -> Tensor:
     """Run the operator conv_fprop. Without alpha the operands carry the tensor scales."""
-    return _data((x, x_scale), (w, w_scale), alpha, bias, geometry, not geometry.transposed, dtype)
+    return _data(x, w, alpha, bias, geometry, not geometry.transposed, dtype)
 
 
 @on_its_device
-def dgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    alpha: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-) -> Tensor:
+def dgrad(dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Run the operator conv_dgrad."""
-    return _data((dy, dy_scale), (w, w_scale), alpha, None, geometry, geometry.transposed, dtype)
+    return _data(dy, w, alpha, None, geometry, geometry.transposed, dtype)
 
 
 # ---- wgrad ----------------------------------------------------------------------------------------------------------
@@ -202,22 +187,14 @@ def parts_of(gpu: Gpu, tiles: int, steps: int, size: int) -> int:
 
 
 @on_its_device
-def wgrad(
-    dy: Tensor,
-    dy_scale: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    alpha: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-) -> Tensor:
+def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Run the operator conv_wgrad."""
     g = geometry
-    dw = torch.empty(g.weight_shape, dtype=dtype, device=dy.device)
+    dw = torch.empty(g.weight_shape, dtype=dtype, device=dy.data.device)
     if not dw.numel():
         return dw
-    (b, b_scale), (a, a_scale) = ((x, x_scale), (dy, dy_scale)) if g.transposed else ((dy, dy_scale), (x, x_scale))
-    gpu = gpu_of(dy.device)
+    (b, b_scale), (a, a_scale) = (x, dy) if g.transposed else (dy, x)
+    gpu = gpu_of(dw.device)
     each_a, each_b = g.channels_a // g.groups, g.channels_b // g.groups
     arguments = weight_arguments(g.folded)
     alpha = None if alpha is None else alpha.contiguous()
