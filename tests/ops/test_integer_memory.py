@@ -95,7 +95,8 @@ def sanitized(tmp_path_factory):
         target = tmp_path_factory.mktemp("sanitized") / "kernels.so"
         # Without optimization: vector code would hide single accesses, and take four times as long to compile.
         command = [cxx, "-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-fopenmp", *SANITIZERS, *flags]
-        done = subprocess.run([*command, *map(str, compilation.SOURCES), "-o", str(target)], capture_output=True, text=True)
+        command += [*map(str, compilation.SOURCES), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"{cxx} cannot build with sanitizers: {done.stderr[-300:]}")
         # Python itself never gives back all of its memory. The cache folder is this process's, so nothing is built.
