@@ -25,6 +25,7 @@ from te_nvfp4_cv.ops.records import (
     WeightSpec,
 )
 from tests.helpers import make_geometry, same_bits, values
+from tests.layers import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 G = make_geometry(3, (16, 32), (5, 4), 3, 2, 1)
@@ -139,7 +140,7 @@ class Labelled(Tensor):
     """A tensor that is not plain."""
 
 
-@pytest.fixture(params=["reference", "vendor", "triton"])
+@pytest.fixture(params=[*BACKENDS, "triton"])
 def each_backend(request: pytest.FixtureRequest) -> str:
     """Each backend that runs on a CPU; triton's kernels in the interpreter."""
     if request.param == "triton":
