@@ -44,7 +44,7 @@ class Case:
     """One layer: its shapes, and how its operands are quantized."""
 
     geometry: ConvGeometry
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the operands
     two_d: bool = True
     four_over_six: str | None = None
     rht: bool = True
@@ -53,6 +53,7 @@ class Case:
     given: bool = False  # amaxes come from outside, as delayed scales do
     kind: str = "normal"
     seed: int = 0
+    out: torch.dtype = torch.float32  # of the products
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
@@ -94,6 +95,7 @@ def draw(choose: Choose) -> Case:
         choose((True, False, False)),
         choose(KINDS[:4] * 2 + KINDS),
         choose(tuple(range(1000))),
+        choose(DTYPES),
     )
 
 
@@ -160,16 +162,16 @@ class Layer:
     def fprop(self, x: Face, w: WeightCodes, backend: str) -> Tensor:
         """Multiply x's rowwise face by the face of w that fprop takes."""
         face = w.col if self.g.transposed and not self.case.two_d else w.row
-        return operators.conv_fprop(x, face, put(self.alpha), put(self.bias), self.g, self.case.dtype, backend)
+        return operators.conv_fprop(x, face, put(self.alpha), put(self.bias), self.g, self.case.out, backend)
 
     def dgrad(self, dy: Face, w: WeightCodes, backend: str) -> Tensor:
         """Multiply dy's rowwise face by the face of w that dgrad takes."""
         face = w.row if self.g.transposed or self.case.two_d else w.col
-        return operators.conv_dgrad(dy, face, put(self.alpha), self.g, self.case.dtype, backend)
+        return operators.conv_dgrad(dy, face, put(self.alpha), self.g, self.case.out, backend)
 
     def wgrad(self, dy: Face, x: Face, backend: str) -> Tensor:
         """Multiply the columnwise faces."""
-        return operators.conv_wgrad(dy, x, put(self.alpha), self.g, self.case.dtype, backend)
+        return operators.conv_wgrad(dy, x, put(self.alpha), self.g, self.case.out, backend)
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield the name of each result, the integer backend's, and the reference's."""

@@ -49,7 +49,7 @@ def _about_cpu(chosen: str) -> str:
         return f"CPU: quantization by {quantizer}, convolutions by oneDNN in {dtype}"
     to_vendor = "layers with row-scaled activations"
     if torch_private.cpu_has_tiles():
-        to_vendor += ", and layers in bf16, which oneDNN multiplies faster on this processor's AMX tiles"
+        to_vendor += ", and large layers in bf16, which oneDNN multiplies faster on AMX tiles"
     return f"CPU: layers multiply 4-bit codes as integers; vendor (oneDNN in {dtype}) takes {to_vendor}"
 
 

@@ -295,7 +295,7 @@ inline void panel_of_rows(const uint8_t* codes, int64_t step, int rows, const ui
 }
 
 // ------------------------------------------------------------------------------------------------ fprop and dgrad
-struct Kernel {             // see integer.py: the same fields in the same order
+struct Kernel {             // see native.py: the same fields in the same order
     const uint8_t *codes, *scale; uint8_t* panels;                 // panels [groups, blocks of outputs, T, blocks of inputs, PANEL]
     int64_t groups, T, axis0, axis1;                               // axis0: of one group
     int32_t from_axis1, tiles, columnwise, threads;                // contract axis 1, or axis 0; scales of 16x16 tiles; which face the codes are
@@ -324,7 +324,7 @@ void expand_weight(const Kernel& w) {
     }
 }
 
-struct Data {               // see integer.py: the same fields in the same order
+struct Data {               // see native.py: the same fields in the same order
     const uint8_t *x, *panels; const float *alpha, *bias; void* y;
     int64_t batch, groups, in_blocks, out_channels;                // of one group: blocks of inputs, output channels
     int64_t in[3], out[3], taps[3], stride[3], padding[3], dilation[3];
@@ -498,7 +498,7 @@ void data_product(Data d) {
 }
 
 // ------------------------------------------------------------------------------------------------ wgrad
-struct WeightGradient {     // see integer.py: the same fields in the same order
+struct WeightGradient {     // see native.py: the same fields in the same order
     const uint8_t *records, *codes, *scale;                        // dy: [pixels, N16, channels, RECORD]; x: [N16, pixels, channels, 8], [N16, pixels, channels]
     const float* alpha; void* dw;                                  // dw [axis 0, T, axis 1 of a group]
     int64_t n16, groups, record_channels, panel_channels;          // channels of dy and of x in one group
