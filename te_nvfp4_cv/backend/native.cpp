@@ -10,6 +10,7 @@
 #include "numbers.h"
 #include <cmath>
 #include <algorithm>
+#include <vector>
 #if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -778,9 +779,43 @@ void apply_mask(const U* dy, const uint8_t* mask, U* dx, int64_t n, int threads)
     for (int64_t i = words * 32; i < n; ++i) dx[i] = U(dy[i] & U(0u - (mask[i / 8] >> (i % 8) & 1u)));
 }
 
+// ------------------------------------------------------------------------------------------------ a digest of memory
+// CHAINS chains of two 64-bit words. A step takes in one word of memory; it is a bijection of that word for a given chain, and of
+// the chain for a given word, so one changed word always changes the digest. Sums and rotations only, which every vector unit has.
+constexpr int CHAINS = 16;
+constexpr int64_t DIGEST_CHUNK = 1 << 18;                          // bytes: chunks are independent, so threads change nothing
+
+inline uint64_t turned(uint64_t v, int by) { return v << by | v >> (64 - by); }
+
+void digest_chunk(const uint8_t* p, int64_t bytes, uint64_t* out) {
+    constexpr uint64_t P = 0x9E3779B97F4A7C15u, Q = 0xC2B2AE3D27D4EB4Fu;       // odd
+    uint64_t a[CHAINS], b[CHAINS], w[CHAINS];
+    for (int i = 0; i < CHAINS; ++i) { a[i] = uint64_t(i + 1) * P; b[i] = ~a[i]; }
+    const auto step = [&] {
+        for (int i = 0; i < CHAINS; ++i) { a[i] = turned(a[i] + w[i], 19); b[i] = turned(b[i] ^ a[i], 37) + a[i]; }
+    };
+    for (; bytes >= int64_t(sizeof w); bytes -= int64_t(sizeof w), p += sizeof w) { std::memcpy(w, p, sizeof w); step(); }
+    if (bytes > 0) { std::memset(w, 0, sizeof w); std::memcpy(w, p, size_t(bytes)); step(); }
+    out[0] = out[1] = 0;
+    for (int i = 0; i < CHAINS; ++i)
+        for (const uint64_t v : {a[i], b[i]}) { out[0] = turned((out[0] ^ v) * P, 31); out[1] = turned((out[1] + v) * Q, 29); }
+}
+
+// 128 bits that depend on every byte; data of another length must be told apart by its length.
+void digest(const uint8_t* data, int64_t bytes, uint64_t* out, int threads) {
+    const int64_t chunks = (bytes + DIGEST_CHUNK - 1) / DIGEST_CHUNK;
+    std::vector<uint64_t> parts(size_t(2 * chunks));
+    #pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
+    for (int64_t i = 0; i < chunks; ++i)
+        digest_chunk(data + i * DIGEST_CHUNK, std::min(DIGEST_CHUNK, bytes - i * DIGEST_CHUNK), parts.data() + 2 * i);
+    digest_chunk(reinterpret_cast<const uint8_t*>(parts.data()), 16 * chunks, out);
+}
+
 }  // namespace
 
 extern "C" {
+
+void nvfp4_digest(const uint8_t* data, int64_t bytes, uint64_t* out, int32_t threads) { digest(data, bytes, out, threads); }
 
 int nvfp4_abi() { return 1; }
 

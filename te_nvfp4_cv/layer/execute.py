@@ -16,7 +16,15 @@ from torch import Tensor
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import describe, value_error
-from te_nvfp4_cv.layer import custom_op, deferred, delayed_scaling, observe, weight_codes, weight_transforms
+from te_nvfp4_cv.layer import (
+    custom_op,
+    deferred,
+    delayed_scaling,
+    evaluation_cache,
+    observe,
+    weight_codes,
+    weight_transforms,
+)
 from te_nvfp4_cv.layer.check import MINIMUM, CallShape, Sizes, checked_recipe, ineligible, lowered, planned
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
@@ -133,11 +141,14 @@ def _execute(
         producer = None
     # Before w is transformed: observers know a layer by its weight's identity.
     told = observe.Call(op, w, x, low.geometry, recipe, "") if observe.local.observers else None
-    if weight_transforms.local.running:
+    transformed, unpacked = bool(weight_transforms.local.running), None
+    if transformed:
         w = weight_transforms.apply(w, codes, plan)
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not know: nothing is saved for nobody
+        if codes is None and told is None and not transformed:
+            codes, unpacked = evaluation_cache.find(w, plan)
         x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
-    options = CallOptions(codes=codes, scales=scales, producer=producer)
+    options = CallOptions(codes=codes, unpacked=unpacked, scales=scales, producer=producer)
     if told is None:
         y = QuantizedConv.apply(x, w, bias, plan, options)
     else:
