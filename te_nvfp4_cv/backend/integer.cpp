@@ -469,6 +469,12 @@ void data_product(Data d) {
     }
     const int64_t out_blocks = (d.out_channels + 15) / 16, panels = d.groups * out_blocks;
     const int64_t panel_bytes = d.taps[0] * d.taps[1] * d.taps[2] * d.in_blocks * PANEL;
+    struct Outputs { int64_t group_bytes, panel, channel; int columns; };     // 16 output channels: where their operands are, and they
+    std::vector<Outputs> outputs;
+    for (int64_t p = 0; p < panels; ++p) {
+        const int64_t g = p / out_blocks, channel = g * d.out_channels + p % out_blocks * 16;
+        outputs.push_back({g * d.in_blocks * RECORD, reinterpret_cast<int64_t>(d.panels) + p * panel_bytes, channel, int(std::min<int64_t>(16, (g + 1) * d.out_channels - channel))});
+    }
     // A small image has too few chunks for the threads: then the output channels are divided, too.
     const int64_t chunks = starts.back(), parts = std::max<int64_t>(1, std::min(panels, 4 * int64_t(d.threads) / std::max<int64_t>(1, chunks)));
     const float alpha = *d.alpha;
@@ -483,12 +489,11 @@ void data_product(Data d) {
             readers[k].read(first, last, tiles, own);
             const int64_t from = panels * part / parts, to = panels * (part + 1) / parts, tiles_here = (last - first + ROWS - 1) / ROWS;
             const auto one = [&](const Tile& tile, int64_t m, int64_t p) {
-                const int64_t g = p / out_blocks, channel = g * d.out_channels + p % out_blocks * 16;
-                const int columns = int(std::min<int64_t>(16, (g + 1) * d.out_channels - channel));
-                const Walk walk{readers[k].a_step, PANEL, tile.a_offset + g * d.in_blocks * RECORD, reinterpret_cast<int64_t>(d.panels) + p * panel_bytes};
+                const Outputs& o = outputs[size_t(p)];
+                const Walk walk{readers[k].a_step, PANEL, tile.a_offset + o.group_bytes, o.panel};
                 float total[ROWS * 16];
                 multiply<true>(tile.segments, tile.count, walk, total);
-                store_tile<T>(d, tile, std::min<int64_t>(ROWS, last - m), channel, columns, total, alpha);
+                store_tile<T>(d, tile, std::min<int64_t>(ROWS, last - m), o.channel, o.columns, total, alpha);
             };
             // Few panels stay in the cache anyway, and then writing whole pixels is kinder to memory.
             if ((to - from) * panel_bytes <= SMALL) { for (int64_t i = 0; i < tiles_here; ++i) for (int64_t p = from; p < to; ++p) one(tiles[i], first + i * ROWS, p); }
