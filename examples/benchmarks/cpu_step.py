@@ -14,8 +14,8 @@
 A step is forward, loss and backward (no optimizer); models and images are channels_last. The variants are timed in
 turn, and the table has medians and ratios. Before any time is printed, every convolution and linear layer of a case is
 run alone on `integer` and on `vendor`, from the same input, output gradient and seed: y, dx and dw must agree up to the
-rounding of sums. Then scores, loss and gradients of each variant must be finite, and its loss near fp32's. The cosine of
-all gradients with fp32's is printed, not checked: deep networks with random weights amplify rounding, bf16's too.
+rounding of sums. Then scores, loss and gradients of each variant must be finite, and its loss near fp32's. The cosine
+of all gradients with fp32's is printed, not checked: deep networks with random weights amplify rounding, bf16's too.
 
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1` in the environment avoids page faults, for every variant.
 """

@@ -1,17 +1,17 @@
-"""Time a training step of a small convolutional network beside other libraries' 4-bit formats, where they are installed.
+"""Time a training step of a small network beside other libraries' 4-bit formats, where they are installed.
 
     python examples/benchmarks/peers.py [--rounds 5] [--threads 1] [--microxcaling FOLDER]
 
     te_nvfp4_cv     NVFP4, forward and both gradients quantized (backend auto, fp32 between layers)
-    modelopt        NVIDIA ModelOpt's NVFP4 fake quantization; gradients stay in high precision. Its kernel for dynamic
-                    blocks needs a GPU, so its own tensor class in plain torch stands in for it on a CPU
+    modelopt        NVIDIA ModelOpt's NVFP4 fake quantization; gradients stay in high precision. Its kernel for
+                    dynamic blocks needs a GPU; its own tensor class in plain torch stands in for it
     brevitas        MXFP4 fake quantization of weights and activations; gradients stay in high precision
-    microxcaling    MXFP4 convolutions with quantized gradients; it is no package: --microxcaling names its source folder
+    microxcaling    MXFP4 convolutions with quantized gradients; no package: --microxcaling names its source folder
 
 The formats differ, and so does what is quantized: the table says how long a user of each waits for a step, not how good
 it is. What is absent is named. Before any time is printed, each network's gradients must be finite, must differ from
-fp32's (something was quantized) and point the same way: a cosine above 0.3, where chance gives less than 0.01. Times are
-medians of rounds in turn.
+fp32's (something was quantized) and point the same way: a cosine above 0.3, where chance gives less than 0.01. Times
+are medians of rounds in turn.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def modelopt(net: nn.Module, x: Tensor, folder: Path | None) -> Peer:
     tensor: Any = importlib.import_module("modelopt.torch.quantization.qtensor.nvfp4_tensor").NVFP4QTensor
 
     def in_plain_torch(inputs: Tensor, block: int, amax: Tensor | None, *_: Any) -> Tensor:
-        q, scale, double_scale = tensor.quantize(inputs, block)
+        # Its blocks run along the last axis, here the width, and what is shorter is padded.
+        q, scale, double_scale = tensor.quantize(F.pad(inputs, (0, -inputs.shape[-1] % block)), block)
         values = q.dequantize(dtype=inputs.dtype, scale=scale, double_scale=double_scale, block_sizes={-1: block})
-        return values.view(inputs.shape)  # type: ignore[no-any-return]
+        return values[..., : inputs.shape[-1]].contiguous()  # type: ignore[no-any-return]
 
     quant.dynamic_block_quantize_op = in_plain_torch
     made = mtq.quantize(copy.deepcopy(net), mtq.NVFP4_DEFAULT_CFG, forward_loop=lambda model: model(x))

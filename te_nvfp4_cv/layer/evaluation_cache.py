@@ -1,9 +1,9 @@
 """Quantize a weight once for many forward passes under torch.no_grad, and notice every change of it.
 
-Evaluation meets the same weights batch after batch. Their codes, or the integer backend's bytes, are kept here until the
-weight dies. `_version` does not see all writes (`w.data.add_()`, some fused optimizers, other processes), so a digest of
-every byte of the weight is compared at each use: that reads the weight once, where quantizing reads it twice and
-computes. Only Parameters on a CPU are kept, from their second pass without a change on: a single pass gains nothing.
+Evaluation meets the same weights batch after batch. Their codes, or the integer backend's bytes, are kept here until
+the weight dies. `_version` does not see all writes (`w.data.add_()`, some fused optimizers, other processes), so a
+digest of every byte of the weight is compared at each use: that reads the weight once, where quantizing reads it twice
+and computes. Only Parameters on a CPU are kept, from their second pass without a change on: one pass gains nothing.
 """
 
 from __future__ import annotations

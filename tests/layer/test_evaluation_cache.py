@@ -108,9 +108,10 @@ def other_strides(w: nn.Parameter) -> None:
     w.data = w.data.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    "change", [write_data, step_of_a_fused_optimizer, swap_halves, replace_memory, other_strides], ids=lambda f: f.__name__
-)
+CHANGES = (write_data, step_of_a_fused_optimizer, swap_halves, replace_memory, other_strides)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_changes_of_a_weight_are_seen(change: Callable, quantized: Quantized) -> None:
     layer, x = layer_and_x()
     for _ in range(3):
