@@ -280,7 +280,7 @@ def test_prepared_rows_are_the_references(case, two_d, to_b, kernel_device, pois
     g, step = GEOMETRIES[case], 4
     q = packed(g, kernel_device, two_d)
     data, scale = q["w row"] if to_b else q["w col"]
-    codes, scales = reference._packed_kernel(data, scale, g, to_b)
+    codes, scales = reference._packed_kernel(Face(data, scale), g, to_b)
     matrix = reference._kernel_rows if to_b else reference._kernel_columns
     codes, scales = (torch.stack([matrix(t, g.groups, i) for i in range(g.groups)]) for t in (codes, scales))
     rows = g.channels_b if to_b else g.channels_a
