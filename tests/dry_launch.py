@@ -63,7 +63,7 @@ def launch_gemms(arch: int, names: list[str]) -> None:
     for name in GEOMETRIES if names == ["all"] else names:
         g = GEOMETRIES[name]
         q = packed(g, torch.device("cpu"), two_d=g.groups == 1)
-        operands = {gemm: [t for face in faces for t in q[face]] for gemm, faces in faces_of(g).items()}
+        operands = {gemm: [q[face] for face in faces] for gemm, faces in faces_of(g).items()}
         conv.fprop(*operands["fprop"], alpha, torch.ones(g.y_shape[-1]), g, torch.bfloat16)
         conv.dgrad(*operands["dgrad"], None, g, torch.float32)
         conv.wgrad(*operands["wgrad"], torch.ones(g.x_shape[-1]), g, torch.bfloat16)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEWEST = {"GLIBC": (2, 17), "GLIBCXX": (3, 4, 19), "CXXABI": (1, 3, 7), "GCC": (4, 8, 0)}
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.stress,  # building it compiles the kernels for four machines: two minutes
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
         sys.platform != "linux" or platform.machine() != "x86_64" or compilation.compiler() is None,
