@@ -32,7 +32,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +103,6 @@ def attach(
 class Telemetry:
     """A running watch, made by attach: wrap each step in `step`, and call `close` at the end.
 
-    Attributes:
-        every: how many steps lie from sample to sample; 0 takes none.
-        gradient_noise: weight gradients are compared with those of high precision.
-        max_elements: how many values of an operand the statistics are computed from.
-        noise_bytes: how many bytes of activations may stay alive in one sampled step.
-
     Example:
         >>> import torch, te_nvfp4_cv as nv
         >>> watch = nv.telemetry.attach(torch.nn.Linear(32, 16), every=100, sinks=[])
@@ -139,11 +132,25 @@ class Telemetry:
         for sink in self.sinks:
             sink.start(header)
 
-    # Read-only: a change of one of these would not reach the settings.
-    every = property(attrgetter("settings.every"))
-    gradient_noise = property(attrgetter("settings.gradient_noise"))
-    max_elements = property(attrgetter("settings.max_elements"))
-    noise_bytes = property(attrgetter("settings.noise_bytes"))
+    @property
+    def every(self) -> int:
+        """Return how many steps lie from sample to sample; 0 takes none."""
+        return self.settings.every
+
+    @property
+    def gradient_noise(self) -> bool:
+        """Return whether weight gradients are compared with those of high precision."""
+        return self.settings.gradient_noise
+
+    @property
+    def max_elements(self) -> int:
+        """Return how many values of an operand the statistics are computed from."""
+        return self.settings.max_elements
+
+    @property
+    def noise_bytes(self) -> int:
+        """Return how many bytes of activations may stay alive in one sampled step."""
+        return self.settings.noise_bytes
 
     def due(self, step: int) -> bool:
         """Return whether that step is sampled on this rank."""
