@@ -8,7 +8,8 @@ fused multiply-adds in fp32, of a matrix product.
 
     python examples/benchmarks/cpu_conv.py [--shapes unet resnet thin] [--rounds 9] [--threads 1] [--bf16]
 
-With `TE_NVFP4_CV_MACHINE=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2` in the environment all use AVX2 only.
+With `TE_NVFP4_CV_MACHINE=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2` in the environment the kernels, oneDNN
+and torch's own loops use AVX2 only. MKL's matrix products, and so the peak, need `MKL_ENABLE_INSTRUCTIONS=AVX2` too.
 """
 
 from __future__ import annotations

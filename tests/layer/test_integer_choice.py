@@ -18,8 +18,8 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import cache, dispatch, native
 from te_nvfp4_cv.backend.dispatch import BY_LAYER
 from te_nvfp4_cv.export.modules import become, quantize_layer
-from te_nvfp4_cv.layer import check, custom_op, execute, inference, plan
-from te_nvfp4_cv.layer.plan import Plan, plan_for
+from te_nvfp4_cv.layer import custom_op, inference, plan
+from te_nvfp4_cv.layer.plan import plan_for
 from te_nvfp4_cv.ops.conv import integer
 from te_nvfp4_cv.ops.records import Face
 from tests.helpers import make_geometry, same_bits, values
@@ -39,19 +39,6 @@ pytestmark = [
 def passes(monkeypatch):
     """A function that says whether the kernels have passed their check in this process."""
     return lambda passed: monkeypatch.setattr(dispatch, "_integer_passes", passed)
-
-
-@pytest.fixture
-def plans(monkeypatch) -> list[Plan]:
-    """The Plan of each call, as calls happen."""
-    found: list[Plan] = []
-
-    def planned(*arguments: Any) -> Plan:
-        found.append(check.planned(*arguments))
-        return found[-1]
-
-    monkeypatch.setattr(execute, "planned", planned)
-    return found
 
 
 def plan_with(backend: str, recipe: Any = NO_SR, dtype: torch.dtype = torch.float32, geometry: Any = ONE_BY_ONE) -> str:

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.layer import check, execute
+from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.layer.check import CallShape, Sizes
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import geometry, records
@@ -40,19 +40,6 @@ def clear() -> None:
 @pytest.fixture(autouse=True)
 def cold():
     clear()
-
-
-@pytest.fixture
-def plans(monkeypatch) -> list[Plan]:
-    """The Plan of each call, as calls happen."""
-    found: list[Plan] = []
-
-    def planned(*arguments: Any) -> Plan:
-        found.append(check.planned(*arguments))
-        return found[-1]
-
-    monkeypatch.setattr(execute, "planned", planned)
-    return found
 
 
 def call(
