@@ -36,6 +36,12 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def held_by_a_module(tensor: torch.Tensor) -> bool:
+    """Return True, while torch.compile traces, if a module holds the tensor: a Parameter, a buffer, an attribute."""
+    # Dynamo writes this on what it reads from modules, because their memory stays where it is.
+    return getattr(tensor, "_dynamo_static_input_type", None) is not None
+
+
 def constant_in_graphs(function: Answer) -> Answer:
     """Decorate a function so that torch.compile runs it once, while it traces, and keeps the answer as a constant.
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from te_nvfp4_cv.backend.torch_private import function_modes
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
-from te_nvfp4_cv.layer import check, deferred, execute, observe
+from te_nvfp4_cv.layer import check, constants, deferred, execute, observe
 from te_nvfp4_cv.layer.relu import MaskedReLU
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_dense
@@ -48,6 +48,8 @@ class Mode(TorchFunctionMode):
             return _layer(_LAYERS[function], function, args, kwargs)
         if function in _RELUS:
             return _relu(function, args, kwargs)
+        if function in constants.TAKING:
+            return constants.take(function, args, kwargs)
         if function is F.multi_head_attention_forward:
             with self:  # its projections are calls of F.linear: run its body under the mode
                 return _attention_body()(*args, **kwargs)
@@ -71,6 +73,7 @@ def _attention_body() -> Callable[..., Any]:
 
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_LISTS = ("stride", "padding", "output_padding", "dilation")  # a number stands for all axes; ATen wants a list
 _DEFAULTS = {"input": None, "weight": None, "bias": None, **ConvArgs()._asdict()}
 
 
@@ -83,8 +86,12 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     recipe, reason = decide(op, x, w, sizes.groups)
     if recipe is None:
         deferred.settle(x)
+        plain = function
         # In a graph of torch.compile, ATen's operator: torch's own function would come back to this mode when it runs.
-        plain = _ATEN[op] if torch.compiler.is_compiling() else function
+        if torch.compiler.is_compiling():
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            plain, args = _ATEN[op], ()
+            kwargs = {key: [value] if key in _LISTS and type(value) is int else value for key, value in given.items()}
         return observe.reported(observe.Call(op, w, x, None, None, reason), plain, *args, **kwargs)
     current = local.states[-1]
     return execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
@@ -100,8 +107,9 @@ def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | No
         return None, "set_precision: high precision"
     if not isinstance(x, Tensor) or not isinstance(w, Tensor) or not isinstance(groups, int):
         return None, "not a call on tensors"
-    if not (isinstance(w, torch.nn.Parameter) or isinstance(w._base, torch.nn.Parameter)):
-        return None, "the kernel is not a Parameter (computed, or a buffer)"
+    computed = not (isinstance(w, torch.nn.Parameter) or isinstance(w._base, torch.nn.Parameter))
+    if computed and recipe.kernels == "parameters":
+        return None, "the kernel is not a Parameter (recipe.kernels='parameters')"
     if transformed():
         return None, "inside a torch.func transform or forward-mode differentiation"
     if x.device.type not in ("cpu", "cuda") and current.backend != "reference":
@@ -111,6 +119,9 @@ def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | No
         reason = "input and weight differ in dtype"  # torch's own error follows
     if reason is None:
         reason = _rank_problem(op, x, w)
+    # The last question, as it takes the longest. What needs a gradient is no constant.
+    if reason is None and computed and not w.requires_grad and constants.is_constant(w):
+        reason = "the kernel is a constant: a buffer, or a tensor that a module holds and does not train"
     slow = x.device.type == "cuda" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
     if reason is None and slow:
         warn_once(

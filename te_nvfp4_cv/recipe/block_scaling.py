@@ -143,6 +143,8 @@ class NVFP4BlockScaling:
             row_scaled_activation.
         thin_layers: A layer with fewer than 16 channels on one side runs in "high_precision", or is padded with zero
             channels: "pad".
+        kernels: The kernels that may run in NVFP4: "all" of eligible shape, computed ones too, as in torch.autocast,
+            but no constants (buffers); or "parameters" only and views of them.
         high_precision_gemms: Any of "fprop", "dgrad" and "wgrad", which then do not run in NVFP4.
         precision: Pairs of a pattern of module names and a recipe, or None for high precision. The last match wins.
         name: What reports call the recipe. It takes no part in comparisons.
@@ -172,6 +174,7 @@ class NVFP4BlockScaling:
     backward_override: str | None = os.getenv("NVTE_BACKWARD_OVERRIDE")
     tensor_scale: str = "current"
     thin_layers: str = "high_precision"
+    kernels: str = os.getenv("TE_NVFP4_CV_KERNELS", "all")
     high_precision_gemms: tuple[str, ...] = ()
     precision: tuple[tuple[str, NVFP4BlockScaling | None], ...] = ()
     name: str = dataclasses.field(default="", compare=False)
@@ -201,8 +204,9 @@ class NVFP4BlockScaling:
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickles hold every field. A frozen dataclass takes no setattr, so the dictionary is filled, as pickle would.
-        self.__dict__.update(without_removed(state))
+        # Pickles hold every field that their version had. A frozen dataclass takes no setattr, so the dictionary is
+        # filled, as pickle would.
+        self.__dict__.update({"kernels": PLAIN["kernels"]} | without_removed(state))
 
     @property
     def fp4_quant_fwd_inp(self) -> QParams:

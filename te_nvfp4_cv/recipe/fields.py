@@ -42,6 +42,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "backward_override": (None, "high_precision", "dequantized"),
     "tensor_scale": ("current", "delayed"),
     "thin_layers": ("high_precision", "pad"),
+    "kernels": ("all", "parameters"),
 }
 """Fields with a closed list of values. The first value is the default, but see PLAIN."""
 
@@ -60,7 +61,8 @@ REMOVED: dict[str, tuple[object, str, str]] = {
 }
 """Fields of earlier versions: the default that they had, the version that removed them, and why."""
 
-# TransformerEngine's variables, so that a script that sets them trains the same recipe with either package.
+# TransformerEngine's variables, so that a script that sets them trains the same recipe with either package. Fields
+# that only this package has get variables of this package.
 ENVIRONMENT = {
     "disable_rht": "NVTE_NVFP4_DISABLE_RHT",
     "disable_stochastic_rounding": "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING",
@@ -70,6 +72,7 @@ ENVIRONMENT = {
     "nvfp4_4over6_e4m3_use_256": "NVTE_NVFP4_4OVER6_E4M3_USE_256",
     "nvfp4_4over6_err_mode": "NVTE_NVFP4_4OVER6_ERR_MODE",
     "backward_override": "NVTE_BACKWARD_OVERRIDE",
+    "kernels": "TE_NVFP4_CV_KERNELS",
 }
 PLAIN: dict[str, Any] = {field: values[0] for field, values in ALLOWED.items()}
 # Two fields without a list of values, and one whose default is not the first of its list.
