@@ -1,18 +1,27 @@
 """Draw the seeds of stochastic rounding: one int64 Philox key per quantized gradient.
 
 On a GPU the seed comes from torch's generator. On a CPU it comes from a private stream, a function of torch's seed and
-of how many seeds were drawn since. So data order and dropout are the same with and without stochastic rounding, and
-torch.manual_seed restarts both. After torch.random.fork_rng, which restores torch's state, the stream continues where
-it was.
+of how many seeds were drawn since: its position. So data order and dropout are the same with and without stochastic
+rounding. The position goes where torch's own goes:
+
+    torch.manual_seed                           restarts the stream, also with the seed that torch has already
+    torch.get_rng_state                         returns a state that holds the position
+    torch.set_rng_state, torch.random.fork_rng  bring the stream to the position of the state that they restore
+    any of these while a backward pass runs     leaves the stream where it is
+
+The last line is for functions that recompute their forward in backward, under the random state of the first one. Seeds
+are drawn in backward: a stream that went back with that state would round every layer and every step alike.
+A saved state has eight bytes that torch writes as zero and does not read. The position is there, so it survives a copy,
+a file and another process. The methods of torch.default_generator are those of a C++ object and cannot be wrapped: a
+state from its get_state has no position, and the stream of its seed goes on where it was.
 Under torch.distributed each rank has a stream of its own, though all are seeded alike: a rank's number is mixed into
 its seeds, on a GPU too. Ranks that must round alike (tensor parallelism: they hold the same dy) share a stream. A
 single process draws from stream 0.
-torch.manual_seed is wrapped (once, at import) for that restart, because its generator does not tell that it was seeded
-again with the same number.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 from typing import Any
@@ -22,8 +31,9 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
+from te_nvfp4_cv.backend.torch_private import in_backward
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # torch.compile saves the random state while it traces what a thread runs that holds the lock
 _shared_stream: int | None = None
 _drawn: dict[int, int] = {}  # torch's seed -> how many were drawn from its stream; the _KEEP seeds used last
 _KEEP = 64
@@ -102,23 +112,69 @@ def set_state(saved: dict[str, int]) -> None:
         _drawn[saved["seed"]] = saved["drawn"]
 
 
-def _restart(function: Any) -> Any:
-    """Wrap torch.manual_seed, so that it restarts the stream of its seed."""
+# ---- with torch's random state ---------------------------------------------------------------------------------------
 
-    @functools.wraps(function)
-    def manual_seed(seed: int) -> Any:
-        generator = function(seed)
-        with _lock:
-            _drawn.pop(_torch_seed(), None)
+_STATE_BYTES = 5056  # of a saved state of torch's CPU generator
+_PLACE = 5016  # the first number of a pair of normal ones, in states that torch saved long ago
+_MARK = 0x4E56 << 48  # above the position: states that came past the functions below have a zero there
+
+
+def _position_of(saved: Tensor) -> ctypes.c_uint64 | None:
+    """Return the eight bytes of a saved state that hold the position, or None if it is too old to have them."""
+    # By address: a dispatch mode (fake tensors) may be on, and would look at an operation of torch.
+    return ctypes.c_uint64.from_address(saved.data_ptr() + _PLACE) if saved.numel() == _STATE_BYTES else None
+
+
+def _with_position(get_rng_state: Any) -> Any:
+    @functools.wraps(get_rng_state)
+    def wrapped() -> Tensor:
+        saved: Tensor = get_rng_state()
+        place = _position_of(saved)
+        if place is not None:
+            place.value = _MARK | state()["drawn"]
+        return saved
+
+    return wrapped
+
+
+def _to_position(set_rng_state: Any) -> Any:
+    @functools.wraps(set_rng_state)
+    def wrapped(new_state: Tensor) -> None:
+        set_rng_state(new_state)  # raises for what is no state
+        place = _position_of(new_state)
+        if place is not None and place.value & (0xFFFF << 48) == _MARK and not in_backward():
+            with _lock:
+                _drawn[_torch_seed()] = place.value ^ _MARK
+
+    return wrapped
+
+
+def _restarting(seed_all: Any) -> Any:
+    @functools.wraps(seed_all)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        generator = seed_all(*args, **kwargs)
+        if not in_backward():
+            with _lock:
+                _drawn.pop(_torch_seed(), None)
         return generator
 
-    manual_seed._te_nvfp4_cv = True  # type: ignore[attr-defined]
-    return manual_seed
+    return wrapped
 
 
-if not hasattr(torch.random.manual_seed, "_te_nvfp4_cv"):
-    torch.random.manual_seed = _restart(torch.random.manual_seed)
-    torch.manual_seed = torch.random.manual_seed
+def _wrap_torch() -> None:
+    """Let torch's functions that seed, save and restore its CPU generator do the same to the stream. Acts once."""
+    if hasattr(torch.random.get_rng_state, "__wrapped__"):
+        return
+    # Below torch.manual_seed, which torch.jit.script and torch.compile know by identity.
+    torch.random._manual_seed_impl = _restarting(torch.random._manual_seed_impl)
+    torch.get_rng_state = torch.random.get_rng_state = _with_position(torch.random.get_rng_state)
+    torch.set_rng_state = torch.random.set_rng_state = _to_position(torch.random.set_rng_state)
+
+
+_wrap_torch()
+
+
+# ---- the draw --------------------------------------------------------------------------------------------------------
 
 
 def draw_seed(like: Tensor) -> Tensor:
