@@ -3,7 +3,9 @@
 One network is trained in high precision and quantized afterwards, another is trained in NVFP4. Both are scored as NVFP4
 inference models, the second one as ONNX too.
 
-    python examples/accuracy/deploy.py camvid-unet CAMVID --seeds 0 1 2 --compute fp32
+    python examples/accuracy/deploy.py camvid-unet FOLDER --seeds 0 1 2 --compute fp32
+
+FOLDER holds the data, as for study.py.
 
 Each seed gives the baseline's score; the score of every rounding method, with activations in NVFP4 and in high
 precision; and the score of the NVFP4-trained network before it is saved and after it is loaded again (they must be the
@@ -32,9 +34,9 @@ from torch import Tensor, nn  # noqa: E402
 from unet_coco.options import choose_device, fast_dtype  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
-from accuracy.fit import COMPUTE, precision, train  # noqa: E402
-from accuracy.tasks import TASKS, open_task, preset_of  # noqa: E402
-from accuracy.variants import variants  # noqa: E402
+from accuracy.fit import COMPUTE, Run, Setting  # noqa: E402
+from accuracy.tasks import TASKS, open_task, preset_of, variants_of  # noqa: E402
+from accuracy.variants import Variant  # noqa: E402
 from te_nvfp4_cv.export.onnx.convert import need_packages  # noqa: E402
 from te_nvfp4_cv.export.ptq.rounding import METHODS  # noqa: E402
 
@@ -46,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Train, quantize and score; print and return one row per seed."""
     parser = argparse.ArgumentParser(prog="deploy.py", description="Accuracy of deployed networks on real images.")
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("data", type=Path, help="folder of the images")
+    parser.add_argument("data", type=Path, help="holds cifar10 and camvid")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
-    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--size", choices=("cpu", "full"), default="cpu")
     parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs (default: that of --size)")
     parser.add_argument("--compute", choices=(*COMPUTE, "auto"), default="auto")
     parser.add_argument("--device", default="auto")
@@ -57,11 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     need_packages("deploy.py", "onnxruntime")  # fail now, not after hours of training
     device = choose_device(options.device)
     compute = fast_dtype(options.device) if options.compute == "auto" else options.compute
-    task = open_task(options.task, options.size, options.data)
+    task = open_task(options.task, options.size, options.data, Path("runs/shapes"))
     rows = []
     for seed in options.seeds:
         row = {"task": options.task, "size": options.size, "seed": seed, "compute": compute}
-        row |= one(task, preset_of(options.task), seed, device, compute, options.epochs)
+        row |= one(task, options.task, seed, Setting(device, compute), options.epochs)
         rows.append(row)
         print(json.dumps(row, indent=1), flush=True)
         if options.out is not None:
@@ -70,22 +72,25 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def one(task: Any, preset: Any, seed: int, device: torch.device, compute: str, epochs: int | None) -> dict[str, Any]:
-    """Measure one seed and return its row."""
-    known, dtype = variants(preset), COMPUTE[compute]
+def one(task: Any, name: str, seed: int, setting: Setting, epochs: int | None) -> dict[str, Any]:
+    """Measure one seed of the task of that name and return its row."""
+    known, preset, device = variants_of(name), preset_of(name), setting.device
 
     def score(model: nn.Module, recipe: Any = None) -> float:
         model.eval()
-        return float(task.score(model, device, lambda: precision(recipe, device, dtype))[0])
+        precision = setting.precision(Variant("", recipe))
+        return float(task.score(model, device, lambda: precision.context(device))[0])
 
-    high = train(task, known["baseline"], seed, device, compute, epochs)
+    high = Run(task, known["baseline"], seed, setting, epochs)
+    high.train()
     row: dict[str, Any] = {"high precision": score(high.model)}
     batches = list(_calibration(task, seed, device))
     for method in METHODS:
         for activations in ("nvfp4", "high"):
             made = nv.export.quantize(high.model, batches, preset, method=method, activations=activations, batches=None)
             row[f"{method}, activations {activations}"] = score(made)
-    trained = train(task, known["preset"], seed, device, compute, epochs)
+    trained = Run(task, known["preset"], seed, setting, epochs)
+    trained.train()
     row["trained in NVFP4"] = score(trained.model, preset)
     with tempfile.TemporaryDirectory() as folder:
         saved = nv.export.save(trained.model, Path(folder) / "net", preset)

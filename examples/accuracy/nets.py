@@ -1,7 +1,7 @@
 """Build classifiers for 32x32 images in plain torch: ResNets and a network in the style of MobileNetV2.
 
-    resnet(width, blocks)    stem 3x3; four stages of basic blocks, widths (1, 2, 4, 8) * width, the first at full size
-    mobilenet(width)         stem 3x3; inverted residuals (expand 1x1, depthwise 3x3, project 1x1), expansion 6
+    resnet(width, blocks, stages)    stem 3x3; stages of basic blocks, widths (1, 2, 4, ..) * width, halving the image
+    mobilenet(width)                 stem 3x3; inverted residuals (expand 1x1, depthwise 3x3, project 1x1), expansion 6
 
 Recipes may use these module names: `stem`, `stages.N.M`, `fc`.
 """
@@ -66,16 +66,16 @@ class Classifier(nn.Module):
         return self.fc(self.stages(self.stem(x)).mean((2, 3)))
 
 
-def resnet(width: int = 64, blocks: int = 2, classes: int = 10) -> Classifier:
-    """Build a ResNet for 32x32 images: ResNet-18 with the defaults, ResNet-10 with blocks=1."""
-    stages: list[nn.Module] = []
+def resnet(width: int = 64, blocks: int = 2, stages: int = 4, classes: int = 10) -> Classifier:
+    """Build a ResNet for 32x32 images: ResNet-18 with the defaults, the ResNet-20 of CIFAR-10 with (16, 3, 3)."""
+    levels: list[nn.Module] = []
     c_in = width
-    for level in range(4):
+    for level in range(stages):
         c_out, first = width << level, 1 if level == 0 else 2
-        stages.append(nn.Sequential(*(BasicBlock(c_in if b == 0 else c_out, c_out, first if b == 0 else 1)
+        levels.append(nn.Sequential(*(BasicBlock(c_in if b == 0 else c_out, c_out, first if b == 0 else 1)
                                       for b in range(blocks))))  # fmt: skip
         c_in = c_out
-    return Classifier(width, stages, c_in, classes)
+    return Classifier(width, levels, c_in, classes)
 
 
 def mobilenet(width: int = 32, classes: int = 10) -> Classifier:

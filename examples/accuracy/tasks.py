@@ -1,7 +1,7 @@
-"""Define the networks and data of the study, at two sizes: `small` for a CPU, `full` for a GPU.
+"""Define the networks and data of the study, at two sizes: `cpu` for one core of a CPU, `full` for a GPU.
 
-A task provides a model, batches of training data, its loss, and a score on the validation (CamVid) or test (CIFAR-10)
-images: mIoU or accuracy, in percent.
+A task provides a model, batches of training data, its loss, and a score on images that are not trained on: accuracy
+(CIFAR-10), or mIoU (CamVid's validation and test images together; drawn shapes), in percent.
 """
 
 from __future__ import annotations
@@ -15,24 +15,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from unet_coco.class_weights import median_frequency
 from unet_coco.data import SegmentationDataset, load_data
 from unet_coco.levers import parameter_groups
 from unet_coco.losses import IGNORE, dice_ce
 from unet_coco.order import TrainOrder, mix_seed
+from unet_coco.shapes import ShapesSettings, ensure_shapes
+from unet_coco.split import RawSplit
 from unet_coco.unet import UNet
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv.errors import value_error
 
 from .cifar import augment, load_cifar, normalize
 from .nets import mobilenet, resnet
+from .variants import Variant, variants
 
 Context = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Say how large a run is. `model` holds the network's arguments, `images` the height and width (CamVid)."""
+    """Say how large a run is.
+
+    Attributes:
+        model: Arguments of the network.
+        lr: The learning rate after the warm-up.
+        images: Height and width of the images, for segmentation.
+        train: Number of training images; all of them if None.
+        test: Number of images that are scored; all of them if None.
+        zoom: Images are enlarged or reduced by up to this share, for segmentation, and moved and re-lit as well.
+    """
 
     model: dict[str, Any]
     batch: int
@@ -41,40 +53,52 @@ class Size:
     images: tuple[int, int] = (32, 32)
     train: int | None = None
     test: int | None = None
+    zoom: float = 0.0
 
 
 TASKS: dict[str, dict[str, Size]] = {
+    "cifar-resnet20": {
+        "cpu": Size({"width": 16, "blocks": 3, "stages": 3}, 128, 10, 0.1),
+        "full": Size({"width": 16, "blocks": 3, "stages": 3}, 128, 40, 0.1),
+    },
+    "shapes-unet": {
+        "cpu": Size({"scale": 0.25}, 16, 12, 3e-3, (96, 96), train=1024, test=512),
+        "full": Size({"scale": 0.5}, 16, 24, 1e-3, (192, 192), train=2048, test=512),
+    },
     "camvid-unet": {
-        "small": Size({"scale": 0.125}, 8, 20, 3e-3, (48, 64)),
-        "full": Size({"scale": 0.5}, 16, 150, 1e-3, (176, 240)),
+        "cpu": Size({"scale": 0.25}, 8, 60, 3e-3, (96, 128), zoom=0.25),
+        "full": Size({"scale": 0.5}, 16, 150, 1e-3, (176, 240), zoom=0.25),
     },
     "cifar-resnet18": {
-        "small": Size({"width": 16, "blocks": 2}, 64, 6, 0.05, train=5000, test=2000),
+        "cpu": Size({"width": 32, "blocks": 2}, 128, 8, 0.1, train=25_000),
         "full": Size({"width": 64, "blocks": 2}, 128, 40, 0.1),
     },
-    "cifar-resnet10": {
-        "small": Size({"width": 16, "blocks": 1}, 64, 8, 0.05, train=5000, test=2000),
-        "full": Size({"width": 16, "blocks": 1}, 128, 40, 0.1),
-    },
     "cifar-mobilenet": {
-        "small": Size({"width": 16}, 64, 8, 0.05, train=5000, test=2000),
+        "cpu": Size({"width": 16}, 128, 8, 0.1, train=25_000),
         "full": Size({"width": 32}, 128, 40, 0.1),
     },
 }
-PRESETS = {"camvid-unet": "unet", "cifar-resnet18": "resnet", "cifar-resnet10": "resnet", "cifar-mobilenet": "resnet"}
+PRESETS = {task: "resnet" if task.startswith("cifar") else "unet" for task in TASKS}
+BLOCKS = {
+    "cifar-resnet20": ("stages.0.0", "stages.2.2"),
+    "cifar-resnet18": ("stages.0.0", "stages.3.1"),
+    "cifar-mobilenet": ("stages.0", "stages.6"),
+    "shapes-unet": ("stem", "up.3"),
+    "camvid-unet": ("stem", "up.3"),
+}
 
 
 class Segmentation:
-    """Train the UNet on CamVid or any folder of masks, with AdamW on Dice + cross-entropy; the score is mIoU."""
+    """Train the UNet on images and masks, with AdamW on Dice + cross-entropy; the score is mIoU.
 
-    def __init__(self, root: Path, size: Size) -> None:
-        data = load_data(root, "masks", None)
-        self.size, self.classes = size, len(data.class_names)
-        # Decoded once and flipped in batch(), because many epochs read the same few images.
-        self.train = _decoded(SegmentationDataset(data.train, size.images, train=False))
-        self.test = _decoded(SegmentationDataset(data.val, size.images, train=False))
+    Images are decoded once and augmented in batch(), because many epochs read the same few images.
+    """
+
+    def __init__(self, train: RawSplit, held_out: list[RawSplit], classes: int, size: Size) -> None:
+        self.size, self.classes = size, classes
+        self.train = _decoded([train], size)
+        self.test = _decoded(held_out, size)
         self.count = len(self.train[0])
-        self.weights = median_frequency(data.train, self.classes)
 
     def model(self) -> nn.Module:
         return UNet(self.classes, **self.size.model)
@@ -83,17 +107,15 @@ class Segmentation:
         return torch.optim.AdamW(parameter_groups(model, 1e-2), lr)
 
     def batch(self, keys: list[tuple[int, int]], seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the images and masks of the keys (epoch, index), half of them flipped."""
+        """Return the images and masks of the keys (epoch, index), augmented by numbers of (seed, epoch, index)."""
         index = torch.tensor([i for _, i in keys])
         draws = [torch.Generator().manual_seed(mix_seed(seed, epoch, i)) for epoch, i in keys]
-        flip = torch.stack([torch.rand((), generator=g) < 0.5 for g in draws])
-        x, y = self.train[0][index], self.train[1][index]
-        x, y = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x), torch.where(flip.view(-1, 1, 1), y.flip(-1), y)
+        numbers = torch.stack([torch.rand(6, generator=g) for g in draws])
+        x, y = _augmented(self.train[0][index], self.train[1][index].long(), numbers, self.size.zoom)
         return x.to(device, memory_format=torch.channels_last), y.to(device)
 
-    def loss(self, logits: Tensor, y: Tensor, class_weights: str = "", dice_weight: float = 1.0) -> Tensor:
-        weights = None if not class_weights else self.weights.to(logits.device)
-        return dice_ce(logits, y, class_weights=weights, dice_weight=dice_weight)
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        return dice_ce(logits, y)
 
     def score(self, model: nn.Module, device: torch.device, context: Context) -> tuple[float, float]:
         """Return the mIoU in percent, over the classes in labels or predictions, and the mean cross-entropy."""
@@ -102,6 +124,7 @@ class Segmentation:
         for x, y in _chunks(*self.test, 2 * self.size.batch, device):
             with torch.no_grad(), context():
                 logits = model(x).float()
+            y = y.long()
             total += float(F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum"))
             valid = y != IGNORE
             pixels += int(valid.sum())
@@ -149,17 +172,44 @@ class Classification:
 Task = Segmentation | Classification
 
 
-def open_task(name: str, size: str, root: Path) -> Task:
-    """Open the task of this name in TASKS, with its data."""
+def open_task(name: str, size: str, data: Path, drawn: Path) -> Task:
+    """Open the task of this name in TASKS.
+
+    Args:
+        data: The folder that holds `cifar10` and `camvid` (or `camvid_small`).
+        drawn: The folder for drawn shapes, which are drawn if they are not there.
+    Raises:
+        ValueError: If a folder or a file is missing.
+    """
     chosen = TASKS[name][size]
-    if name == "camvid-unet":
-        return Segmentation(root, chosen)
-    return Classification(root, chosen, mobilenet if "mobilenet" in name else resnet)
+    if name.startswith("cifar"):
+        return Classification(data / "cifar10", chosen, mobilenet if "mobilenet" in name else resnet)
+    if name == "shapes-unet":
+        assert chosen.train is not None and chosen.test is not None
+        settings = ShapesSettings(chosen.train, chosen.test, *chosen.images)
+        found = load_data(ensure_shapes(drawn, settings), "coco", None)
+        return Segmentation(found.train, [found.val], len(found.class_names), chosen)
+    folders = [data / folder for folder in ("camvid", "camvid_small") if (data / folder).is_dir()]
+    if not folders:
+        raise value_error(
+            f"CamVid: {data} does not hold it.",
+            got="neither a folder camvid nor a folder camvid_small",
+            needs="images and masks: camvid/{train,val,test}/{images,labels}",
+            fix="name the folder above it: --data FOLDER",
+        )
+    found = load_data(folders[0], "masks", None)
+    held_out = [found.val] if found.test is None else [found.val, found.test]
+    return Segmentation(found.train, held_out, len(found.class_names), chosen)
 
 
-def preset_of(name: str) -> Any:
+def preset_of(task: str) -> Any:
     """Load the recipe for the task's family of networks."""
-    return nv.load_recipe(PRESETS[name])
+    return nv.load_recipe(PRESETS[task])
+
+
+def variants_of(task: str) -> dict[str, Variant]:
+    """Return the variants of a task by name."""
+    return variants(preset_of(task), BLOCKS[task])
 
 
 def order_of(task: Task, seed: int) -> TrainOrder:
@@ -167,9 +217,33 @@ def order_of(task: Task, seed: int) -> TrainOrder:
     return TrainOrder(task.count, task.size.batch, seed)
 
 
-def _decoded(dataset: SegmentationDataset) -> tuple[Tensor, Tensor]:
-    pairs = [dataset[i] for i in range(len(dataset))]
-    return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+def _decoded(splits: list[RawSplit], size: Size) -> tuple[Tensor, Tensor]:
+    """Return images [N, 3, H, W] fp32 and masks [N, H, W] uint8."""
+    datasets = [SegmentationDataset(split, size.images, train=False) for split in splits]
+    pairs = [dataset[i] for dataset in datasets for i in range(len(dataset))]
+    return torch.stack([x for x, _ in pairs]), torch.stack([y.to(torch.uint8) for _, y in pairs])
+
+
+def _augmented(x: Tensor, y: Tensor, numbers: Tensor, zoom: float) -> tuple[Tensor, Tensor]:
+    """Flip half of the images and masks; with a zoom, also enlarge or reduce, move and re-light them.
+
+    Args:
+        numbers: [B, 6] in [0, 1): for the flip, the zoom, two shifts, contrast and brightness.
+    """
+    flip = numbers[:, 0] < 0.5
+    if not zoom:
+        return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x), torch.where(flip.view(-1, 1, 1), y.flip(-1), y)
+    scale = (1 + zoom) ** (1 - 2 * numbers[:, 1])
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = torch.where(flip, -scale, scale), scale
+    theta[:, :, 2] = zoom * (2 * numbers[:, 2:4] - 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    # Beyond the frame the image is its mean colour. Masks are shifted by one, so that 0 means "beyond the frame".
+    x = F.grid_sample(x, grid, align_corners=False)
+    moved = F.grid_sample((y[:, None] + 1).float(), grid, mode="nearest", align_corners=False)[:, 0].long() - 1
+    light = 1 + 0.4 * (numbers[:, 4:] - 0.5)
+    x = x * light[:, :1, None, None] + (light[:, 1:, None, None] - 1)
+    return x, torch.where(moved < 0, IGNORE, moved)
 
 
 def _chunks(x: Tensor, y: Tensor, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

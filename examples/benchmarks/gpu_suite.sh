@@ -2,7 +2,7 @@
 # Measure this package on a GPU, in five stages of less than nine minutes each. The stage "quick" takes the most valuable
 # parts of them and less than six minutes.
 #
-#   bash examples/benchmarks/gpu_suite.sh STAGE [DATA]        RESULTS=FILE: a study.jsonl that stage 5 continues
+#   bash examples/benchmarks/gpu_suite.sh STAGE [DATA]        RESULTS=FILE: rows of the study that stage 5 does not repeat
 #
 #   quick versions, the self-test, tests of CUDA graphs and devices, the quantization kernels for three layers, one UNet
 #         and one ResNet-50 step against bf16: for a machine that is lent for a few minutes, at most 330 s in total
@@ -11,12 +11,12 @@
 #   3     step time and peak memory against bf16; the kernels of a step; the cost of telemetry
 #   4     accuracy, five seeds: DATA contains train/ and val/ with images/ and labels/; without it, shapes are drawn,
 #         which needs pycocotools
-#   5     the accuracy study (examples/accuracy), full size: DATA contains camvid/ and cifar10/; it does what fits into
-#         nine minutes, and the next call continues
+#   5     the accuracy study (examples/accuracy), full size: DATA contains camvid/ and cifar10/; it stops after eight
+#         minutes, in the middle of a run if need be, and the next call with the same OUT goes on there
 #   all   1 to 4, within about 25 minutes
 #
 # Results go to $OUT (default runs/gpu) as they come: gpu_1.log .. gpu_4.log, selftest.json, results.jsonl, profile.txt and
-# accuracy.json, which are at most eight files; stage 5 writes gpu_5.log and study.jsonl; quick writes gpu_quick.log,
+# accuracy.json, which are at most eight files; stage 5 writes gpu_5.log and the folder study; quick writes gpu_quick.log,
 # selftest.json and results.jsonl. PYTHON names an interpreter with torch and triton (default python3). Nothing is
 # installed; the package is used from this checkout. Exit status: 0 if all passed, 1 if something failed, 2 for a wrong
 # command line or a machine without a GPU.
@@ -143,10 +143,10 @@ COLLECT
 }
 
 stage_5() {
-    if [[ -n ${RESULTS:-} ]]; then cp "$RESULTS" "$OUT/study.jsonl" || exit 2; fi
-    local study=("$PYTHON" examples/accuracy/study.py) common=(--size full --out "$OUT/study.jsonl")
-    step 290 "CamVid" "${study[@]}" camvid-unet "$DATA/camvid" --suite seeds --seeds 0 1 2 3 4 "${common[@]}"
-    step 240 "CIFAR-10" "${study[@]}" cifar-resnet18 "$DATA/cifar10" --suite seeds --seeds 0 1 2 3 4 --epochs 15 "${common[@]}"
+    local before=()
+    [[ -n ${RESULTS:-} ]] && before=(--results "$RESULTS")
+    step 530 "accuracy study" "$PYTHON" examples/accuracy/study.py --size full --device cuda --data "$DATA" --minutes 8 \
+        --out "$OUT/study" "${before[@]}"
 }
 
 stages=("$STAGE")

@@ -1,220 +1,322 @@
-"""The accuracy study: its statistics by hand, its data readers, and a run of each kind of network."""
+"""The accuracy study at work: runs that are stopped anywhere go on with the same bits, and workers share a plan."""
 
 from __future__ import annotations
 
-import io
+import datetime
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import te_nvfp4_cv as nv
-from tests.examples.unet_coco_data import EXAMPLES, write_masks  # noqa: F401  (puts examples/ on the path)
+from te_nvfp4_cv.backend import native
+from tests.examples.unet_coco_data import EXAMPLES, write_cifar, write_masks
 
-from accuracy import cifar, deploy, study, table  # noqa: E402  isort: skip
-from accuracy.nets import mobilenet, resnet  # noqa: E402  isort: skip
-from accuracy.variants import SUITES, variants  # noqa: E402  isort: skip
+from accuracy import deploy, fit, study  # noqa: E402  isort: skip
+from accuracy.claims import claimed  # noqa: E402  isort: skip
+from accuracy.nets import resnet  # noqa: E402  isort: skip
+from accuracy.rows import read_rows  # noqa: E402  isort: skip
+from accuracy.tasks import Classification, Segmentation, Size  # noqa: E402  isort: skip
+from accuracy.variants import variants  # noqa: E402  isort: skip
+from unet_coco.data import load_data  # noqa: E402  isort: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+TIMES = ("seconds", "cpu_seconds")
 
 
-def write_cifar(folder: Path) -> np.ndarray:
-    """The binary version with 40 images a file; returns the rows of the first."""
-    rng = np.random.default_rng(0)
-    first = None
-    for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"):
-        rows = rng.integers(0, 256, (40, 3073), dtype=np.uint8)
-        rows[:, 0] %= 10
-        rows.tofile(folder / f"{name}.bin")
-        first = rows if first is None else first
-    assert first is not None
-    return first
+def classify(folder: Path, lr: float = 0.02) -> Classification:
+    write_cifar(folder)
+    return Classification(folder, Size({"width": 16, "blocks": 1, "stages": 2}, 32, 7, lr, train=96, test=32), resnet)
 
 
-def run_row(variant: str, seed: int, score: float, **more) -> dict:
-    kind = {"task": "t", "size": "small", "compute": "fp32", "epochs": 2}
-    return (
-        {**kind, "variant": variant, "seed": seed, "score": score, "score_hp": score, "tail_loss": 1.0}
-        | {"diverged": False}
-        | more
-    )
+def segment(folder: Path) -> Segmentation:
+    data = load_data(write_masks(folder), "masks", None)
+    size = Size({"scale": 0.25}, 4, 30, 3e-3, (16, 32), zoom=0.25)
+    return Segmentation(data.train, [data.val, data.test], len(data.class_names), size)
 
 
-def test_the_interval_is_students():
-    assert table.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5, rel=1e-3))
-    mean, half = table.interval([0.1, -0.3, 0.2, 0.0, 0.5])
-    assert mean == pytest.approx(0.1) and half == pytest.approx(
-        2.776 * np.std([0.1, -0.3, 0.2, 0, 0.5], ddof=1) / 5**0.5
-    )
-    assert table.interval([0.7]) == (0.7, None)
+# ---- one run --------------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_paired_by_seed():
-    rows = [run_row("baseline", s, 50 + 10 * s) for s in range(3)]
-    rows += [run_row("preset", s, 49 + 10 * s + s / 10, tail_loss=1.02) for s in range(3)]
-    rows += [run_row("minus SR", 0, 40.0), {**run_row("minus SR", 1, 0.0), "diverged": True}]
-    found = {r["variant"]: r for r in table.rows(rows)}
-    assert found["preset"]["gap"] == pytest.approx(-0.9) and found["preset"]["half_width"] < 0.3
-    assert found["preset"]["loss_ratio"] == pytest.approx(1.02) and "gap" not in found["baseline"]
-    assert found["minus SR"]["diverged"] == 1 and found["minus SR"]["half_width"] is None
-    text = table.markdown(table.rows(rows))
-    assert "| preset | 3 | 59.10 | 59.10 | -0.90 ± 0.25 | yes |  | 1.020 |" in text
-    assert found["minus SR"]["against_preset"] == pytest.approx(40.0 - 49.0) and "against_preset" not in found["preset"]
-    assert "minus SR (1 diverged)" in text and "one seed" in text
+def whole(task: Any, variant: Any, **options: Any) -> dict[str, Any]:
+    run = fit.Run(task, variant, 3, fit.Setting(CPU, **options))
+    run.train()
+    return {key: value for key, value in run.row().items() if key not in TIMES}
 
 
-def test_learning_rates_are_compared_with_their_own_baseline():
-    rows = [run_row("baseline", 0, 50), run_row("baseline, learning rate x2", 0, 40)]
-    rows += [run_row("preset, learning rate x2", 0, 41)]
-    found = {r["variant"]: r for r in table.rows(rows)}
-    assert found["preset, learning rate x2"]["gap"] == 1 and "gap" not in found["baseline, learning rate x2"]
+class Killed(Exception):
+    pass
 
 
-def test_every_ablation_that_is_asked_for_is_there():
-    known = variants(nv.load_recipe("unet"))
-    assert set().union(*SUITES.values()) == set(known)
-    assert len(SUITES["ablations"]) == 16 and len(SUITES["rates"]) == 8
-    assert known["high-precision wgrad"].recipe.nvfp4_gemms == ("fprop", "dgrad")
-    assert known["first and last layer in NVFP4"].recipe.precision == () and known["preset"].recipe.precision
-    for variant in known.values():
-        if variant.recipe is not None:
-            variant.recipe.validate_for_use()
+def in_pieces(task: Any, variant: Any, path: Path, stops: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    """Stop after the first number of steps, kill in the step after the second, and so on; then finish."""
+    for number, after in enumerate(stops):
+        steps = iter(range(1, 100))
+        if number % 2 == 0:
+            run = fit.Run(task, variant, 3, fit.Setting(CPU, stop=lambda s=steps, n=after: next(s) == n, **options),
+                          path=path)  # fmt: skip
+            with pytest.raises(fit.Stopped):
+                run.train()
+        else:
+            run = fit.Run(task, variant, 3, fit.Setting(CPU, every=0.0, **options), path=path)
+            one_step = run._one_step
 
+            def killed(*args: Any, one_step: Any = one_step, steps: Any = steps, n: int = after) -> None:
+                one_step(*args)
+                if next(steps) == n:
+                    raise Killed
 
-def test_the_binary_version_is_read(tmp_path):
-    rows = write_cifar(tmp_path)
-    train, test = cifar.load_cifar(tmp_path, train_count=50, test_count=7)
-    assert train.images.shape == (50, 3, 32, 32) and test.images.shape == (7, 3, 32, 32)
-    assert train.images[3].flatten().tolist() == rows[3, 1:].tolist() and int(train.labels[3]) == rows[3, 0]
-
-
-def test_jpegs_in_an_npz_are_read(tmp_path):
-    content = []
-    for value in (10, 200):
-        buffer = io.BytesIO()
-        Image.new("RGB", (32, 32), (value, value, value)).save(buffer, format="jpeg", quality=95)
-        content.append(buffer.getvalue())
-    header = 0
-    while all(c[header] == content[0][header] for c in content):
-        header += 1
-    bodies = [np.frombuffer(c[header:-2], np.uint8) for c in content]
-    offsets = np.cumsum([0, *map(len, bodies)]).astype(np.uint32)
-    arrays = {"jpeg_header": np.frombuffer(content[0][:header], np.uint8)}
-    for split in ("train", "test"):
-        arrays |= {f"{split}_data": np.concatenate(bodies), f"{split}_offsets": offsets}
-        arrays[f"{split}_labels"] = np.array([3, 4], np.uint8)
-    np.savez(tmp_path / "cifar10_jpeg.npz", **arrays)
-    train, test = cifar.load_cifar(tmp_path, test_count=1)
-    assert train.labels.tolist() == [3, 4] and test.labels.tolist() == [3]
-    assert [int(image.float().mean().round()) for image in train.images] == [10, 200]
-
-
-def test_bad_cifar_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="binary version"):
-        cifar.load_cifar(tmp_path)
-    write_cifar(tmp_path)
-    (tmp_path / "data_batch_2.bin").write_bytes(b"123")
-    with pytest.raises(ValueError, match=r"data_batch_2.bin is damaged"):
-        cifar.load_cifar(tmp_path)
-
-
-def test_augmented_images_are_crops_of_the_padded_ones():
-    images = torch.arange(2 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(2, 3, 32, 32) + 1
-    out = cifar.augment(images, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
-    for image, made in zip(padded, out, strict=True):
-        crops = [image[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
-        assert any(torch.equal(made, c) or torch.equal(made, c.flip(-1)) for c in crops)
+            run._one_step = killed
+            with pytest.raises(Killed):
+                run.train()
+        torch.manual_seed(12345)  # a new process would not continue this one's random numbers
+        nv.functional.linear(torch.randn(16, 16, requires_grad=True), torch.randn(16, 16)).sum().backward()
+    run = fit.Run(task, variant, 3, fit.Setting(CPU, **options), path=path)
+    run.train()
+    assert not run.losses == [] and len(run.losses) == run.steps
+    return {key: value for key, value in run.row().items() if key not in TIMES}
 
 
 @pytest.mark.parametrize(
-    "net", [resnet(16, 1), resnet(16, 2), mobilenet(16)], ids=["resnet10", "resnet18", "mobilenet"]
+    ("build", "name"),
+    [
+        pytest.param(classify, "baseline", marks=pytest.mark.slow),
+        (classify, "preset"),
+        pytest.param(classify, "delayed scales", marks=pytest.mark.slow),
+        pytest.param(classify, "learned block-scale multiplier", marks=pytest.mark.slow),
+        pytest.param(classify, "last 15 % of epochs in high precision", marks=pytest.mark.slow),
+        (segment, "preset"),
+    ],
 )
-def test_networks_run_and_their_presets_apply(net):
-    recipe = nv.load_recipe("resnet")
-    nv.set_precision(net, recipe)
-    report = nv.coverage(net, torch.randn(16, 3, 32, 32), recipe=recipe)
-    high = {row.name: row.reason for row in report.rows if not row.nvfp4}
-    assert {"stem.0", "fc"} <= set(high)
-    assert all("depthwise" in reason for name, reason in high.items() if name not in ("stem.0", "fc"))
-    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+def test_a_run_that_is_stopped_and_killed_goes_on_with_the_same_bits(build, name, tmp_path):
+    task = build(tmp_path)
+    blocks = ("stages.0", "stages.1") if build is classify else ("stem", "up.3")
+    variant = variants(nv.load_recipe("resnet" if build is classify else "unet"), blocks)[name]
+    expected = whole(task, variant)
+    assert in_pieces(task, variant, tmp_path / "run.pt", (4, 3, 12 if build is classify else 21)) == expected
+    assert expected["tail_loss"] > 0 and not expected["diverged"]
+    assert (expected["nvfp4_flops_share"] == 0) == (name == "baseline")
+    assert name in ("baseline", "preset") or expected != whole(task, replace(variant, recipe=None, learn="", last=0.0))
 
 
-def test_a_study_runs_goes_on_and_is_reproducible(tmp_path, capsys):
-    root, out = write_masks(tmp_path), tmp_path / "results.jsonl"
-    call = ["camvid-unet", str(root), "--epochs", "1", "--compute", "fp32", "--device", "cpu", "--out", str(out)]
-    study.main([*call, "--seeds", "0"])
-    first = study.read_results(out)
-    assert [row["variant"] for row in first] == ["baseline", "preset"] and not any(row["diverged"] for row in first)
-    assert 0 < first[0]["score"] <= 100 and first[0]["score"] == first[0]["score_hp"]
-    with out.open("a") as file:
-        file.write('{"task": "camvid-u')  # stopped in the middle of a line
-    study.main([*call, "--seeds", "0", "1"])
-    rows = study.read_results(out)
-    assert [row["seed"] for row in rows] == [0, 0, 1, 1] and "2 runs to do, 2 done before" in capsys.readouterr().out
-    study.main([*call[:-1], str(tmp_path / "again.jsonl"), "--variants", "preset", "--seeds", "1"])
-    (again,) = study.read_results(tmp_path / "again.jsonl")
-    assert again["curve"] == rows[3]["curve"] and again["score"] == rows[3]["score"]
+@pytest.mark.parametrize("name", ["preset", "delayed scales"])
+def test_a_checkpoint_holds_everything(name, tmp_path):
+    task, path = classify(tmp_path), tmp_path / "run.pt"
+    variant = variants(nv.load_recipe("resnet"), ())[name]
+    steps = iter(range(1, 10))
+    begun = fit.Run(task, variant, 3, fit.Setting(CPU, stop=lambda: next(steps) == 4), path=path)
+    with pytest.raises(fit.Stopped):
+        begun.train()
+    expected, tensors = nv.extra_state(begun.model), [*begun.average.now, *begun.average.values]
+    assert bool(expected["scales"]) == (name == "delayed scales") and expected["sr_drawn"] > 0
+    torch.manual_seed(0)
+    run = fit.Run(task, variant, 3, fit.Setting(CPU), path=path)
+    run._load(path)
+    found = nv.extra_state(run.model)
+    assert torch.equal(torch.get_rng_state(), fit.load_checkpoint(path)["rng"]["torch"])
+    assert str(found) == str(expected) and (run.step, run.average.seen, len(run.losses)) == (4, 4, 4)
+    assert all(map(torch.equal, [*run.average.now, *run.average.values], tensors))
+
+
+def test_a_run_goes_on_elsewhere_only_if_its_products_have_the_same_bits(tmp_path, capsys):
+    task, path = classify(tmp_path), tmp_path / "run.pt"
+    if native.load() is None:
+        pytest.skip("the integer kernels are not compiled here")
+    known = variants(nv.load_recipe("resnet"), ("stages.0", "stages.1"))
+
+    def elsewhere(variant: Any, **options: Any) -> fit.Run:
+        begun = fit.Run(task, variant, 3, fit.Setting(CPU, stop=lambda: True, **options), path=path)
+        with pytest.raises(fit.Stopped):
+            begun.train()
+        state = fit.load_checkpoint(path)
+        state["machines"][-1]["processor"] = "another one"
+        fit.save_checkpoint(path, {k: v for k, v in state.items() if k != "format"})
+        run = fit.Run(task, variant, 3, fit.Setting(CPU, **options), path=path)
+        run.train()
+        return run
+
+    run = elsewhere(known["preset"], backend="integer")
+    row = run.row()
+    assert [m["processor"] == "another one" for m in row["machines"]] == [True, False] and len(run.losses) == run.steps
+    assert "starting again" not in capsys.readouterr().out
+    for variant, backend in (("preset", "vendor"), ("baseline", "integer")):
+        row = elsewhere(known[variant], backend=backend).row()
+        assert "machines" not in row and "another processor than when it began" in capsys.readouterr().out
+    elsewhere(known["preset"], backend="integer")
+    other = fit.Run(task, known["minus SR"], 3, fit.Setting(CPU, backend="integer"), path=path)
+    other.train()
+    assert "belongs to another run" in capsys.readouterr().out and len(other.losses) == other.steps
+
+
+def test_averaged_weights_are_averages_and_are_taken_out_again():
+    net = torch.nn.BatchNorm1d(2)
+    average = fit.Average(net, horizon=4)
+    for value in (1.0, 2.0, 3.0, 8.0, 100.0):
+        net.weight.data.fill_(value)
+        net.running_mean.fill_(-value)
+        if value < 100:
+            average.update()
+    with average.in_place():
+        assert net.weight.tolist() == [3.5, 3.5] and net.running_mean.tolist() == [-3.5, -3.5]
+    assert net.weight.tolist() == [100, 100] and net.running_mean.tolist() == [-100, -100]
+    average.update()
+    assert average.values[0].tolist() == [3.5 + 96.5 / 4] * 2
 
 
 def test_a_run_that_diverges_says_so(tmp_path):
-    write_cifar(tmp_path)
-    out = tmp_path / "results.jsonl"
-    from accuracy.fit import fit
-    from accuracy.tasks import Classification, Size
-    from accuracy.variants import Variant
-
-    task = Classification(tmp_path, Size({"width": 16, "blocks": 1}, 32, 1, 1e6), resnet)
-    row = fit(task, Variant("baseline", None), 0, torch.device("cpu"), "fp32")
-    assert row["diverged"] and "score" not in row
-    out.write_text(json.dumps({**run_row("baseline", 0, 1.0), **row}) + "\nno json\n" + "x\n")
-    with pytest.raises(ValueError, match="line 2"):
-        study.read_results(out)
+    task = classify(tmp_path, lr=1e6)
+    run = fit.Run(task, variants(nv.load_recipe("resnet"), ())["baseline"], 0, fit.Setting(CPU))
+    run.train()
+    row = run.row()
+    assert row["diverged"] and "score" not in row and row["steps"] < run.steps
 
 
-def test_levers_are_pulled(tmp_path):
-    root = write_masks(tmp_path)
-    out = tmp_path / "results.jsonl"
-    call = ["camvid-unet", str(root), "--epochs", "3", "--compute", "fp32", "--device", "cpu", "--out", str(out)]
-    names = [*SUITES["levers"], "preset, class weights", "baseline, cross-entropy alone"]
-    study.main([*call, "--variants", *names])
-    curves = {row["variant"]: row["curve"] for row in study.read_results(out)}
-    assert set(curves) == set(names) and not any(row["diverged"] for row in study.read_results(out))
-    different = {tuple(curve) for curve in curves.values()}
-    assert len(different) == len(names)
-    tuned, high = curves["fine-tuned: first 70 % of epochs in high precision"], curves["baseline"]
-    assert tuned[:2] == high[:2] and tuned != high  # the first two of three epochs are the baseline's
+def test_the_last_epochs_run_in_high_precision(tmp_path, monkeypatch):
+    task, used = classify(tmp_path), []
+    variant = variants(nv.load_recipe("resnet"), ())["last 15 % of epochs in high precision"]
+    original = fit.Precision.context
+    monkeypatch.setattr(fit.Precision, "context", lambda s, d, nvfp4=True: used.append(nvfp4) or original(s, d, nvfp4))
+    run = fit.Run(task, variant, 0, fit.Setting(CPU), epochs=7)
+    run.train()
+    assert used == [True] * 6 * 3 + [False] * 3
+    row = run.row()
+    assert not any(used[21:]) and row["score"] == row["score_hp"] and 0 < row["nvfp4_flops_share"] < 6 / 7
+    with pytest.raises(ValueError, match="too few"):
+        fit.Run(task, variant, 0, fit.Setting(CPU), epochs=2)
 
 
-def test_the_last_epochs_run_in_the_last_recipe(tmp_path, monkeypatch):
-    write_cifar(tmp_path)
-    from accuracy import fit as fitting
-    from accuracy.tasks import Classification, Size
+# ---- the study ------------------------------------------------------------------------------------------------------
 
-    used = []
-    original = fitting.precision
-    monkeypatch.setattr(fitting, "precision", lambda recipe, *a: used.append(recipe) or original(recipe, *a))
-    task = Classification(tmp_path, Size({"width": 16, "blocks": 1}, 64, 4, 0.01, train=64, test=8), resnet)
-    known = variants(nv.load_recipe("resnet"))
-    variant = known["last 15 % with high-precision gradients"]
-    fitting.fit(task, variant, 0, torch.device("cpu"), "fp32", epochs=7)
-    assert used[:7] == [variant.recipe] * 6 + [variant.last_recipe]
+STAGE = """
+[cpu]
+compute = "fp32"
+backend = "auto"
+first_pairs = 4
+budget_hours = 60
+[cpu.tasks]
+[[cpu.stages]]
+title = "a test"
+tasks = ["cifar-resnet20", "camvid-unet"]
+variants = ["preset"]
+pairs = 1
+epochs = EPOCHS
+"""
+
+
+def small_study(folder: Path, epochs: int) -> list[str]:
+    write_cifar(folder / "data" / "cifar10")
+    write_masks(folder).rename(folder / "data" / "camvid")
+    (folder / "plan.toml").write_text(STAGE.replace("EPOCHS", str(epochs)))
+    call = ["--data", folder / "data", "--out", folder / "out", "--plan", folder / "plan.toml"]
+    return [str(word) for word in (*call, "--results", folder / "study.jsonl")]
+
+
+def test_a_study_runs_the_plan_once(tmp_path, capsys):
+    call = small_study(tmp_path, epochs=2)
+    assert study.main([*call, "--minutes", "0"]) == 0 and not (tmp_path / "out" / "rows.jsonl").is_file()
+    with claimed(tmp_path / "out" / "claims" / "cifar-resnet20_cpu_fp32_2_baseline_0.lock"):
+        study.main([*call, "--tasks", "camvid-unet"])
+    assert study.main(call) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    rows = read_rows([tmp_path / "out" / "rows.jsonl"])
+    assert [(arm.task, arm.variant) for arm in rows] == [
+        (task, variant) for task in ("camvid-unet", "cifar-resnet20") for variant in ("baseline", "preset")
+    ]
+    needed = {"commit", "backend", "kernels", "processor", "torch", "python", "threads", "seconds", "cpu_seconds",
+              "steps", "score", "ema_score", "score_hp", "tail_loss", "curve", "nvfp4_flops_share"}  # fmt: skip
+    assert all(needed <= set(row) and row["threads"] == 1 for row in rows.values())
+    backends = {arm.variant: row["backend"] for arm, row in rows.items()}
+    assert backends["baseline"] == "" and backends["preset"]
+    assert not list((tmp_path / "out" / "checkpoints").glob("*"))
+    study.main([*call, "--collect"])
+    (tmp_path / "out" / "rows.jsonl").unlink()
+    assert study.main([*call, "--list"]) == 0
+    assert "4 runs done in 0.0 core-hours of 60; 0.0 core-hours left to do" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    call = small_study(tmp_path, epochs=1)
+
+    def fails(*_: Any) -> None:
+        raise KeyError("an image")
+
+    monkeypatch.setattr(Classification, "batch", fails)
+    assert study.main(call) == 1
+    assert [arm.task for arm in read_rows([tmp_path / "out" / "rows.jsonl"])] == ["camvid-unet"] * 2
+    assert capsys.readouterr().out.count("KeyError: 'an image'") == 2
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    path = tmp_path / "claims" / "a.lock"
+    with claimed(path) as first, claimed(path) as second:
+        assert first and not second
+    code = f"import sys, time; sys.path.insert(0, {str(EXAMPLES)!r})\nfrom pathlib import Path\n"
+    code += f"from accuracy.claims import claimed\nwith claimed(Path({str(path)!r})) as mine:\n"
+    code += "    print(mine, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "True\n"
+        with claimed(path) as mine:
+            assert not mine
+        process.kill()
+        process.wait()
+        with claimed(path) as mine:
+            assert mine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_stops_all_workers_after_a_step(workers, tmp_path):
+    if len(os.sched_getaffinity(0)) < workers:
+        pytest.skip(f"needs {workers} cores")
+    call = [sys.executable, str(EXAMPLES / "accuracy" / "study.py"), *small_study(tmp_path, epochs=100_000)]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen([*call, "--workers", str(workers)], stdout=file, stderr=subprocess.STDOUT)
+        end = time.monotonic() + 120
+        while log.read_text().count(" starts\n") < workers and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.2)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, log.read_text()
+    text = log.read_text()
+    assert text.count("worker ends: stopped") == workers and text.count("stopped at step") == workers, text
+    assert len(list((tmp_path / "out" / "checkpoints").glob("*.pt"))) == workers
+
+
+@pytest.mark.parametrize(
+    ("given", "now", "expected"),
+    [(["--until", "04:50"], "03:10", "04:50"), (["--until", "04:50", "--minutes", "5"], "03:10", "03:15")],
+)
+def test_the_time_to_stop(given, now, expected):
+    def at(text: str) -> datetime.datetime:
+        return datetime.datetime.fromisoformat(f"2026-01-01T{text}:00")
+
+    assert study._deadline(study._options(given), at(now)) == at(expected).timestamp()
+    tomorrow = study._deadline(study._options(["--until", "00:30"]), at("03:10"))
+    assert tomorrow == (at("00:30") + datetime.timedelta(days=1)).timestamp()
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["camvid-unet", "nowhere", "--variants", "minus everything"], "minus everything"),
-        (["camvid-unet", "nowhere"], "nowhere is missing"),
+        (["--until", "soon"], "--until is no time"),
+        (["--workers", "0"], "--workers is out of range"),
+        (["--workers", "1000"], "--workers: too many"),
+        (["--data", "nowhere", "--tasks", "cifar-resnet20"], "nowhere/cifar10 has none of the forms"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, told, tmp_path):
     with pytest.raises(ValueError, match=told):
-        study.main([*arguments, "--out", str(tmp_path / "out.jsonl")])
+        study.main([*arguments, "--out", str(tmp_path / "out")])
 
 
 def test_deployment_asks_for_its_packages_before_it_trains(monkeypatch):
@@ -225,14 +327,15 @@ def test_deployment_asks_for_its_packages_before_it_trains(monkeypatch):
 
 @pytest.mark.slow
 def test_an_onnx_file_that_fails_costs_no_row(tmp_path, monkeypatch):
-    def fails(*_):
+    def fails(*_: Any) -> None:
         raise KeyError("an operator")
 
     monkeypatch.setattr(deploy, "need_packages", lambda *_: None)
     monkeypatch.setattr(deploy._Onnx, "by_value", fails)
     monkeypatch.setattr(deploy, "METHODS", ("nearest",))
+    write_masks(tmp_path).rename(tmp_path / "camvid")
     out = tmp_path / "rows.jsonl"
-    call = ["camvid-unet", str(write_masks(tmp_path)), "--epochs", "1", "--compute", "fp32", "--device", "cpu"]
+    call = ["camvid-unet", str(tmp_path), "--epochs", "1", "--compute", "fp32", "--device", "cpu"]
     deploy.main([*call, "--out", str(out)])
     row = json.loads(out.read_text())
     assert row["ONNX"] == "KeyError: 'an operator'" and 0 < row["trained in NVFP4"] <= 100

@@ -385,9 +385,11 @@ def test_the_study_goes_on_where_it_was(fake, tmp_path):
     before.write_text('{"first": 1}\n')
     result = suite("5", str(data), RESULTS=str(before), **fake)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert (tmp_path / "out" / "study.jsonl").read_text() == '{"first": 1}\n{}\n{}\n'
     notes = (tmp_path / "notes").read_text()
-    assert f"study.py camvid-unet {data}/camvid --suite seeds" in notes and "study.py cifar-resnet18" in notes
+    assert f"study.py --size full --device cuda --data {data} --minutes 8" in notes
+    assert f"--out {tmp_path}/out/study --results {before}" in notes
+    without = suite("5", str(data), **fake)
+    assert without.returncode == 0 and "--results" not in (tmp_path / "notes").read_text().splitlines()[-1]
     refused = suite("5", str(tmp_path), **fake)
     assert refused.returncode == 2 and "stage 5 needs DATA" in refused.stderr
 

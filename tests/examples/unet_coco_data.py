@@ -77,6 +77,20 @@ def write_masks(folder: Path) -> Path:
     return root
 
 
+def write_cifar(folder: Path) -> np.ndarray:
+    """The binary version with 40 images a file; returns the rows of the first."""
+    rng = np.random.default_rng(0)
+    first = None
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"):
+        rows = rng.integers(0, 256, (40, 3073), dtype=np.uint8)
+        rows[:, 0] %= 10
+        rows.tofile(folder / f"{name}.bin")
+        first = rows if first is None else first
+    assert first is not None
+    return first
+
+
 def edit(root: Path, split: str, change: Any) -> None:
     """Rewrite an instances file."""
     file = root / "annotations" / f"instances_{split}2017.json"
