@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.errors import describe, value_error
+from te_nvfp4_cv.errors import describe, runtime_error, value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan, plan_for
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry, int_tuple, output_size, transposed_output_size
@@ -96,6 +96,22 @@ def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScali
 
 
 _cached_thin = functools.lru_cache(maxsize=CACHED)(_thin)
+
+
+def refuse_jit_trace(what: str) -> None:
+    """Refuse torch.jit.trace, which would freeze random bits, tensor scales and shapes into its graph.
+
+    Raises:
+        RuntimeError: it is at work.
+    """
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise runtime_error(
+            f"nvfp4: torch.jit.trace does not take {what}.",
+            got="a call in NVFP4 inside torch.jit.trace",
+            needs="Python at each call: it draws random bits and looks at shapes",
+            fix="torch.compile or torch.export in its place; or trace in high precision, under "
+            "nvfp4_autocast(enabled=False)",
+        )
 
 
 # ---- its geometry and plan ------------------------------------------------------------------------------------------

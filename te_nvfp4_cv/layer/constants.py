@@ -70,7 +70,9 @@ def is_constant(w: Tensor) -> bool:
         return _constant_in_graph(w)
     origin = _origin(w)
     memory = None if origin is None else _memory(origin)
-    return memory is not None and any(_memory(held) == memory for held in _held())
+    if memory is None:
+        return False
+    return any(_memory(held) == memory for module in running_modules() for held in _constants_of(module))
 
 
 def _origin(tensor: Tensor) -> Tensor | None:
@@ -86,8 +88,8 @@ def _constant_in_graph(w: Tensor) -> bool:
     return bool(getattr(w, MARK, False)) or held_by_a_module(w)
 
 
-def _held() -> Iterator[Tensor]:
-    """Yield the constants of the modules that are running in this thread, the innermost module's first."""
+def running_modules() -> Iterator[nn.Module]:
+    """Yield the modules that are running in this thread, the innermost first. Not while torch.compile traces."""
     frame, seen = sys._getframe(1), set()
     while frame is not None:
         code = frame.f_code
@@ -96,7 +98,7 @@ def _held() -> Iterator[Tensor]:
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module) and id(module) not in seen:
                 seen.add(id(module))
-                yield from _constants_of(module)
+                yield module
         frame = frame.f_back  # type: ignore[assignment]
 
 

@@ -16,8 +16,9 @@ The state of a delayed scale belongs to a weight, and holds for x and for dy, ro
                                came between; it adds no saturated block twice
 
 The state is kept beside the weight, by the tensor's identity, as long as that lives: not in the state_dict and not in a
-copy (deepcopy starts fresh); nv.extra_state saves it. A view of a weight has one of its own, by its place in it; a
-kernel that is computed anew at each call is measured at each call. Where nothing finite was ever met, the scale is 1.
+copy (deepcopy starts fresh); nv.extra_state saves it. A view of a weight has one of its own, by its place in it. A
+kernel that is computed anew at each call has the one of the innermost module that is running, shared with kernels of
+the same shape there; outside of modules it is measured at each call. Where nothing finite was ever met, the scale is 1.
 Everything is computed on the weight's device, without synchronization, in tensors that stay where they are, as CUDA
 graphs need it. torch.compile leaves layers with delayed scales uncompiled; with fullgraph=True it stops.
 Refused: scales of rows that ranks should share, a saved state that does not fit.
@@ -37,6 +38,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend.torch_private import in_backward
 from te_nvfp4_cv.errors import runtime_error, value_error
+from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
@@ -46,9 +48,10 @@ from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import Role
 
 ROWS = {Role.INPUT: 0, Role.GRAD_OUTPUT: 1}  # of the state's tensors
-_states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> {Key: DelayedScales}
+_states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight, or the module of computed ones -> {Key: scales}
 _lock = threading.Lock()  # two threads may make the first call with one weight at once
 Key = tuple[Any, ...]  # (place of a view in its base or None, e4m3_max of the input, RHT)
+Owner = Tensor | torch.nn.Module
 
 
 class _Local(threading.local):
@@ -107,16 +110,20 @@ def owner(w: Tensor) -> Tensor:
     return w if found is None else found
 
 
-def _place(w: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
-    """Find the parameter that owns the scaling state of w.
+def _place(w: Tensor) -> tuple[Owner, tuple[Any, ...] | None]:
+    """Find the parameter that owns the scaling state of w, or the module if w is computed.
 
     If w is a view (a third of a fused qkv weight, say), also return its position, so that each view has scales of its
-    own.
+    own; if it is computed, its shape.
     """
-    base = w._base
+    base, found = w._base, owner(w)
     # A Parameter may be a view of a flat buffer, too, and owns its state all the same.
-    if base is None or isinstance(w, torch.nn.Parameter):
-        return owner(w), None
+    if isinstance(w, torch.nn.Parameter) or found is not w:
+        return found, None
+    if not isinstance(base, torch.nn.Parameter):
+        module = next(running_modules(), None)
+        # Freed after the call, as nothing else is there that lives longer.
+        return (w, None) if module is None else (module, (-1, tuple(w.shape), ()))
     return base, (w.storage_offset(), tuple(w.shape), tuple(w.stride()))
 
 
@@ -283,28 +290,32 @@ def first_pass(training: bool) -> AbstractContextManager[None]:
 # ---- for nv.extra_state, nv.saturated_blocks and nv.export ----------------------------------------------------------
 
 
-def has_state(w: Tensor) -> bool:
-    """Return True if calls with this weight have delayed scales."""
+def has_state(w: Owner) -> bool:
+    """Return True if calls with this weight have delayed scales, or those with kernels that this module computes."""
     return w in _states
 
 
-def trained_amax(w: Tensor, recipe: NVFP4BlockScaling) -> Tensor | None:
-    """Return fp32 [1]: the amax with which a call with this weight would quantize x now, or None before training."""
+def trained_amax(w: Tensor, recipe: NVFP4BlockScaling, module: torch.nn.Module | None = None) -> Tensor | None:
+    """Return fp32 [1]: the amax with which a call with this weight would quantize x now, or None before training.
+
+    Args:
+        module: for a kernel that is computed, the module in whose forward it is multiplied.
+    """
     settings = recipe.settings("input")
-    place, view = _place(w)
+    place, view = _place(w) if module is None else (module, (-1, tuple(w.shape), ()))
     scales = _states.get(place, {}).get((view, settings.e4m3_max, settings.rht))
     # A clone, because `used` is written in place at each step.
     return scales.used[0, :1].clone() if scales is not None and scales.measured[0] else None
 
 
-def saturated(w: Tensor) -> tuple[int, int]:
+def saturated(w: Owner) -> tuple[int, int]:
     """Return how many blocks were clipped in x and in dy for this weight since its state began."""
     states = _states.get(w, {})
     total = [sum(int(s.saturated[role]) for s in states.values()) for role in (0, 1)]
     return total[0], total[1]
 
 
-def save(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def save(weights: Mapping[str, Owner]) -> dict[str, Any]:
     """Return the states of named weights as a dict that torch.load(weights_only=True) reads."""
     out: dict[str, Any] = {}
     for name, w in weights.items():
@@ -313,11 +324,11 @@ def save(weights: Mapping[str, Tensor]) -> dict[str, Any]:
             for (view, e4m3_max, rht), scales in _states.get(w, {}).items()
         ]
         if entries:
-            out[name] = {"shape": tuple(w.shape), "entries": entries}
+            out[name] = {"shape": _shape(w), "entries": entries}
     return out
 
 
-def load(weights: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
+def load(weights: Mapping[str, Owner], saved: Mapping[str, Any]) -> None:
     """Replace the states of named weights by saved ones; a weight without a saved one starts fresh.
 
     Raises:
@@ -335,7 +346,8 @@ def load(weights: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
             )
         try:
             shape, entries = tuple(entry["shape"]), list(entry["entries"])
-            made[name] = {_key(e): DelayedScales.from_state(e["e4m3_max"], e, weights[name].device) for e in entries}
+            device = _device(weights[name])
+            made[name] = {_key(e): DelayedScales.from_state(e["e4m3_max"], e, device) for e in entries}
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise value_error(
                 f"extra_state: the saved scales of {name!r} are damaged.",
@@ -343,10 +355,10 @@ def load(weights: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
                 needs="what nv.extra_state(model) gave",
                 fix="use another checkpoint, or leave load= out: scales then start by measuring",
             ) from None
-        if shape != tuple(weights[name].shape):
+        if shape != _shape(weights[name]):
             raise value_error(
                 f"extra_state: the parameter {name!r} has another shape than when its scales were saved.",
-                got=f"{tuple(weights[name].shape)}",
+                got=f"{_shape(weights[name])}",
                 needs=f"{shape}",
                 fix="load it into the model that it was saved from",
             )
@@ -355,6 +367,16 @@ def load(weights: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
             _states.pop(w, None)
         for name, states in made.items():
             _states[weights[name]] = states
+
+
+def _shape(place: Owner) -> tuple[int, ...]:
+    return tuple(place.shape) if isinstance(place, Tensor) else ()
+
+
+def _device(place: Owner) -> torch.device:
+    if isinstance(place, Tensor):
+        return place.device
+    return next((p.device for p in place.parameters()), torch.device("cpu"))
 
 
 def _key(entry: Mapping[str, Any]) -> Key:

@@ -12,10 +12,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.fx import Proxy
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import state
-from te_nvfp4_cv.layer.check import checked_recipe
+from te_nvfp4_cv.errors import runtime_error
+from te_nvfp4_cv.layer.check import checked_recipe, refuse_jit_trace
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 OPS: dict[type[nn.Module], str] = {
@@ -59,7 +61,17 @@ class NVFP4Module(nn.Module):
         self.recipe, self.backend = None if recipe is None else checked_recipe(recipe), backend
 
     def chosen(self) -> tuple[NVFP4BlockScaling | None, str]:
-        """Return the recipe (None for high precision) and the backend that a call would use now."""
+        """Return the recipe (None for high precision) and the backend that a call would use now.
+
+        Raises:
+            RuntimeError: torch.jit.trace is at work.
+        """
+        found = self._chosen()
+        if found[0] is not None:
+            refuse_jit_trace(f"an {type(self).__name__}")
+        return found
+
+    def _chosen(self) -> tuple[NVFP4BlockScaling | None, str]:
         current = state.state()
         if current is None or current.passive:
             return self.recipe or NVFP4BlockScaling(), self.backend
@@ -71,10 +83,31 @@ class NVFP4Module(nn.Module):
             return (recipe if recipe is not None and recipe.nvfp4_gemms else None), current.backend
         return self.recipe, current.backend
 
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which calls this.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise runtime_error(
+            f"nvfp4: torch.jit.script does not take an {type(self).__name__}.",
+            got="torch.jit.script of a model after nv.convert_model",
+            needs="Python at each call: a layer asks the context for its recipe",
+            fix="torch.compile or torch.export in its place, or script the model before convert_model, without NVFP4",
+        )
+
     def extra_repr(self) -> str:
         """Return what torch's layer shows, then the recipe."""
         backend = "" if self.backend == "auto" else f", backend={self.backend!r}"
         return f"{super().extra_repr()}, recipe={self.recipe!r}{backend}"
+
+
+def as_node(module: nn.Module, *args: Any) -> Proxy:
+    """Return the node for a call of `module` that torch.fx traces: a leaf, as torch's own layers are."""
+    # fx asks the class's file whether a module is a leaf, and knows torch's only.
+    tracer = args[0].tracer
+    found: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+    return found
 
 
 def is_plain_layer(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from te_nvfp4_cv.errors import check_module
 from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES, NVFP4Module
 from te_nvfp4_cv.nn.precision import matches, set_precision
-from te_nvfp4_cv.nn.walk import LAYERS, with_entries
+from te_nvfp4_cv.nn.walk import LAYERS, like_weight, torch_class, with_entries
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
@@ -22,9 +22,9 @@ def convert_model(
     """Turn the eligible convolutions and linear layers of a model into NVFP4 modules, in place.
 
     The module objects stay: only their class changes. So Parameters, optimizers that hold them, hooks, names and shared
-    modules stay as they are. Some layers are left plain: thin layers, depthwise convolutions and dtypes that NVFP4 does
-    not take; and, with a warning, subclasses of torch's layers, layers whose weight is computed (parametrizations,
-    weight_norm), and lazy layers.
+    modules stay as they are. Layers whose kernel torch computes (parametrizations, weight_norm, spectral_norm, prune)
+    are converted, too, unless the recipe says kernels="parameters". Some layers are left plain: thin layers, depthwise
+    convolutions and dtypes that NVFP4 does not take; and, with a warning, subclasses of torch's layers and lazy layers.
 
     Args:
         recipe: The layers' recipe. If None, they follow the context in which they run, or the default recipe. The
@@ -61,7 +61,7 @@ def convert_model(
             left.append(f"{name or 'the model itself'} ({reason})")
     # Nothing changes before all layers are judged, so an error in filter_fn leaves the model whole.
     for module, own in planned.items():
-        module.__class__ = NVFP4_CLASSES[type(module)]
+        module.__class__ = _converted(type(module))
         module.recipe, module.backend = own, "auto"  # type: ignore[assignment]
     if resolved is not None:
         set_precision(model, resolved)
@@ -76,12 +76,21 @@ def _why_left(module: nn.Module, recipe: NVFP4BlockScaling | None) -> str | None
         return ""  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run one forward pass first"
-    if type(module) not in NVFP4_CLASSES:
-        kind = "parametrized" if nn.utils.parametrize.is_parametrized(module) else "a subclass of torch's layer"
-        return f"{type(module).__name__}: {kind}"
-    if "weight" not in module._parameters:
-        return "its weight is computed (weight_norm, spectral_norm or pruning)"
-    w = module.weight
-    groups = getattr(module, "groups", 1)
-    op = NVFP4_CLASSES[type(module)].op
-    return None if check.ineligible(op, w, w, groups, recipe or NVFP4BlockScaling()) is None else ""  # type: ignore
+    kind = torch_class(module)
+    if kind is None:
+        return f"{type(module).__name__}: a subclass of torch's layer"
+    asked = recipe or NVFP4BlockScaling()
+    if asked.kernels == "parameters" and "weight" not in module._parameters:
+        return "its weight is computed (recipe.kernels='parameters')"
+    groups, w = getattr(module, "groups", 1), like_weight(module)
+    return None if check.ineligible(NVFP4_CLASSES[kind].op, w, w, groups, asked) is None else ""
+
+
+def _converted(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the NVFP4 class for a layer of the class: torch's own, or a parametrized one, which stays parametrized."""
+    if cls in NVFP4_CLASSES:
+        return NVFP4_CLASSES[cls]
+    # Torch makes a class of its own for a parametrized module, and takes its only base when the parametrization ends.
+    base = NVFP4_CLASSES[cls.__bases__[0]]
+    body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{base.__name__}", (base,), body)

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from te_nvfp4_cv.context import state
 from te_nvfp4_cv.layer.execute import execute_explicit
 from te_nvfp4_cv.nn.base import NVFP4_CLASSES as NVFP4_CLASSES  # whole only after this file is imported
-from te_nvfp4_cv.nn.base import NVFP4Module
+from te_nvfp4_cv.nn.base import NVFP4Module, as_node
 from te_nvfp4_cv.nn.walk import for_output_size, padded
 from te_nvfp4_cv.ops.geometry import ConvArgs
 
@@ -51,6 +52,8 @@ class _Conv(NVFP4Module):
         )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_node(self, input)  # type: ignore[return-value]
         recipe, backend = self.chosen()
         if recipe is None:
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
@@ -86,6 +89,8 @@ class _ConvTranspose(NVFP4Module):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Compute the layer in NVFP4, or as torch does where the context says high precision."""
+        if isinstance(input, Proxy):
+            return as_node(self, input, output_size)  # type: ignore[return-value]
         recipe, backend = self.chosen()
         if recipe is None:
             return super().forward(input, output_size)  # type: ignore[misc]
@@ -186,6 +191,8 @@ class NVFP4Linear(NVFP4Module, nn.Linear, plain=nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer in NVFP4, or as torch does where the context says high precision."""
+        if isinstance(input, Proxy):
+            return as_node(self, input)  # type: ignore[return-value]
         recipe, backend = self.chosen()
         if recipe is None:
             return super().forward(input)

@@ -17,6 +17,7 @@ from te_nvfp4_cv.layer import delayed_scaling
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 
+COMPUTED = "computed kernels"  # beside a module's name: the scales of kernels that it computes anew at each call
 _STATE_VERSIONS = (1, 2)  # states of version 1 have no scales
 
 
@@ -85,9 +86,15 @@ def _checked_state(load: object) -> Mapping[str, Any]:
     return load
 
 
-def _named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return, by plain name, the tensor that owns each parameter's scales; a shared one once, under its first name."""
-    return {plain_name(name): delayed_scaling.owner(parameter) for name, parameter in model.named_parameters()}
+def _named_weights(model: nn.Module) -> dict[str, Tensor | nn.Module]:
+    """Return, by plain name, what owns scales: tensors of parameters, and modules of the kernels that they compute.
+
+    A shared one occurs once, under its first name.
+    """
+    found: dict[str, Tensor | nn.Module]
+    found = {plain_name(name): delayed_scaling.owner(parameter) for name, parameter in model.named_parameters()}
+    computed = {f"{plain_name(name)}.{COMPUTED}".lstrip("."): module for name, module in model.named_modules()}
+    return found | computed
 
 
 def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -111,5 +118,7 @@ def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
         if delayed_scaling.has_state(parameter):
             clipped = zip(delayed_scaling.ROWS, delayed_scaling.saturated(parameter), strict=True)
             counts = {role.value: n for role, n in clipped}
-            out["" if name == "weight" else name.removesuffix(".weight")] = counts
+            # The name of the layer, which is "" if it is the whole model.
+            path, _, last = name.rpartition(".")
+            out[path if last == "weight" or (last == COMPUTED and path not in out) else name] = counts
     return out

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv.nn.base import OPS, NVFP4Module
+from te_nvfp4_cv.nn.base import NVFP4_CLASSES, OPS, NVFP4Module
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import entries_of
 from te_nvfp4_cv.ops.geometry import ConvArgs
@@ -37,6 +37,38 @@ def own_weight(module: nn.Module) -> Tensor | None:
     """Return a layer's weight, or None if it is computed (parametrizations): reading it would run that code."""
     found: Tensor | None = module._parameters.get("weight", vars(module).get("weight"))
     return found
+
+
+def torch_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class in OPS whose forward a layer has, or None if its class is somebody's subclass.
+
+    A parametrized layer has torch's forward, though torch has given it a class of its own; so has one of modules.py.
+    """
+    cls = type(module)
+    if nn.utils.parametrize.is_parametrized(module):
+        cls = cls.__bases__[0]
+    plain: dict[type[nn.Module], type[nn.Module]] = {made: kind for kind, made in NVFP4_CLASSES.items()}
+    cls = plain.get(cls, cls)
+    return cls if cls in OPS else None
+
+
+def like_weight(module: Any) -> Tensor:
+    """Return a tensor with the shape, dtype and device of a layer's kernel, without computing the kernel.
+
+    Torch computes it anew when it is read, and spectral_norm changes its buffers then.
+    """
+    own = own_weight(module)
+    if own is not None:
+        return own
+    if isinstance(module, nn.Linear):
+        shape: tuple[int, ...] = (module.out_features, module.in_features)
+    else:
+        first, second = module.out_channels, module.in_channels
+        first, second = (second, first) if module.transposed else (first, second)
+        shape = (first, second // module.groups, *module.kernel_size)
+    like = next(module.parameters(), torch.empty(()))
+    # One element in memory, whatever the shape.
+    return like.detach().new_empty(()).expand(shape)
 
 
 def padded(module: Any, x: Tensor) -> tuple[Tensor, ConvArgs]:

@@ -652,3 +652,36 @@ def test_the_rule_of_this_file_is_the_librarys():
 def test_step_helper_sees_delayed_scales_as_reproducible():
     net, x = net_and_input()
     assert all_same(step(net, x, nv.nvfp4_autocast(DELAYED)), step(net, x, nv.nvfp4_autocast(DELAYED)))
+
+
+# ---- kernels that are computed at each call -------------------------------------------------------------------------
+
+
+class Halved(nn.Conv2d):
+    """A layer whose kernel is computed, and which so has no Parameter that could own its scales."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * 0.5, self.bias, padding=1)
+
+
+@pytest.mark.parametrize("make", [Halved, lambda *sizes: nn.utils.parametrizations.weight_norm(nn.Conv2d(*sizes))])
+def test_a_computed_kernel_has_the_scales_of_its_module(make):
+    net, x = nn.Sequential(nn.Identity(), make(16, 32, 3)), values((4, 16, 6, 6))
+    train(net, x)
+    (entry,) = nv.extra_state(net)["scales"].values()
+    (state,) = entry["entries"]
+    assert float(state["used"][0, 0]) == of(float(x.abs().max()), 8)
+    assert nv.saturated_blocks(net) == {"1": {"input": 0, "grad_output": 0}}
+    train(net, x * 2)  # moves the scales to those of the step before, and collects this one's
+    train(net, x)
+    (entry,) = nv.extra_state(net)["scales"].values()
+    assert float(entry["entries"][0]["used"][0, 0]) == of(2 * float(x.abs().max()), 8)
+    # Evaluation quantizes with the trained scales: a batch that is larger saturates.
+    with torch.no_grad(), nv.nvfp4_autocast(DELAYED):
+        y = net(x).clone()
+        assert same_bits(net(torch.cat([x, x]))[:4].clone(), y)
+    fresh = copy.deepcopy(net)
+    assert nv.extra_state(fresh)["scales"] == {}
+    nv.extra_state(fresh, load=nv.extra_state(net))
+    with torch.no_grad(), nv.nvfp4_autocast(DELAYED):
+        assert same_bits(fresh(x).clone(), y)

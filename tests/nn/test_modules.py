@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.layer import execute, observe
@@ -299,15 +300,10 @@ class MyConv(nn.Conv2d):
 
 
 def test_convert_leaves_and_reports(recwarn):
-    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
-    with pytest.warns(FutureWarning):
-        old_norm = nn.utils.weight_norm(nn.Linear(16, 16))
     attention = nn.MultiheadAttention(16, 2)
     m = nn.ModuleDict(
         {
             "mine": MyConv(16, 16, 1),
-            "parametrized": parametrized,
-            "norm": old_norm,
             "lazy": nn.LazyConv2d(16, 3),
             "attention": attention,
             "good": nn.Linear(16, 16),
@@ -318,7 +314,7 @@ def test_convert_leaves_and_reports(recwarn):
     with pytest.warns(UserWarning, match="left these layers") as told:
         nv.convert_model(m)
     text = str(told[0].message)
-    assert all(part in text for part in ("mine (MyConv", "parametrized (", "norm (its weight", "lazy (lazy"))
+    assert all(part in text for part in ("mine (MyConv", "lazy (lazy"))
     assert "attention" not in text and "fp64" not in text
     assert type(m["good"]) is nv.NVFP4Linear
     kinds.pop("good")
@@ -326,6 +322,67 @@ def test_convert_leaves_and_reports(recwarn):
     assert type(attention.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
     with pytest.raises(TypeError, match="convert_model"):
         nv.convert_model([m])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["weight_norm", "old weight_norm", "spectral_norm", "old spectral_norm", "prune"])
+def test_layers_whose_kernel_torch_computes_are_converted(name):
+    plain = nn.Conv2d(16, 32, 3)
+    change = {
+        "weight_norm": nn.utils.parametrizations.weight_norm,
+        "old weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.parametrizations.spectral_norm,
+        "old spectral_norm": nn.utils.spectral_norm,
+        "prune": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    }[name]
+    module = change(plain).eval()
+    x, state = torch.randn(4, 16, 6, 6), {key: value.clone() for key, value in module.state_dict().items()}
+    converted = nv.convert_model(module)
+    assert isinstance(converted, nv.NVFP4Conv2d)
+    assert all(torch.equal(value, state[key]) for key, value in converted.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(converted(x), F4.conv2d(x, converted.weight, converted.bias))
+    converted(x).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in converted.parameters())
+    if nn.utils.parametrize.is_parametrized(converted):
+        nn.utils.parametrize.remove_parametrizations(converted, "weight")
+        assert type(converted) is nv.NVFP4Conv2d and isinstance(converted.weight, nn.Parameter)
+
+
+def test_computed_kernels_are_left_where_the_recipe_says_so():
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    with pytest.warns(UserWarning, match="kernels='parameters'"):
+        nv.convert_model(module, nv.NVFP4BlockScaling(kernels="parameters"))
+    assert not isinstance(module, nv.NVFP4Linear)
+
+
+def test_fx_takes_converted_layers_as_leaves():
+    model = nv.convert_model(
+        nn.Sequential(
+            nn.Conv1d(16, 16, 3, padding=1, padding_mode="circular"),
+            nn.ConvTranspose1d(16, 32, 2, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 16, 16),
+        )
+    )
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3", "4"]
+    x = torch.randn(4, 16, 8)
+    with torch.no_grad():
+        assert torch.equal(traced(x), model(x))
+
+
+def test_torchscript_is_refused_by_name():
+    model = nv.convert_model(nn.Sequential(nn.Conv2d(16, 16, 3)))
+    x = torch.randn(2, 16, 6, 6)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script does not take an NVFP4Conv2d"):
+        torch.jit.script(model)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace does not take an NVFP4Conv2d"):
+        torch.jit.trace(model, x)
+    with nv.nvfp4_autocast(enabled=False):
+        traced = torch.jit.trace(model, x)
+        assert torch.equal(traced(x), model(x))
 
 
 def test_converted_models_train_with_autocast_and_averaging():
