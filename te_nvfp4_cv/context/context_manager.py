@@ -22,7 +22,7 @@ from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.state import Override, State, active_recipe, drop_stale, local, warn_unapplied
 from te_nvfp4_cv.context.torch_patches import patch_torch
 from te_nvfp4_cv.errors import type_error
-from te_nvfp4_cv.layer import observe
+from te_nvfp4_cv.layer import observe, shortfall
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -123,6 +123,8 @@ def _check_group(group: Any) -> None:
 def _push(new: State) -> None:
     if not local.states and local.overrides and not torch.compiler.is_compiling():
         drop_stale()
+    if not local.states and not torch.compiler.is_compiling():
+        shortfall.start()
     local.states.append(new)
     local.marks.append(len(local.overrides))
     # One mode per thread is enough: it reads the innermost state.
@@ -138,6 +140,8 @@ def _pop() -> None:
     mode = local.modes.pop()
     if mode is not None:
         mode.__exit__(None, None, None)
+    if not torch.compiler.is_compiling() and not local.states and shortfall.local.calls:
+        shortfall.judge()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from te_nvfp4_cv.backend.torch_private import function_modes
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
-from te_nvfp4_cv.layer import check, constants, deferred, execute, observe
+from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shortfall
 from te_nvfp4_cv.layer.relu import MaskedReLU
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_dense
@@ -86,15 +86,21 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     recipe, reason = decide(op, x, w, sizes.groups)
     if recipe is None:
         deferred.settle(x)
-        plain = function
         # In a graph of torch.compile, ATen's operator: torch's own function would come back to this mode when it runs.
         if torch.compiler.is_compiling():
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            plain, args = _ATEN[op], ()
+            plain = _ATEN[op]
             kwargs = {key: [value] if key in _LISTS and type(value) is int else value for key, value in given.items()}
-        return observe.reported(observe.Call(op, w, x, None, None, reason), plain, *args, **kwargs)
+            return plain(**kwargs)  # nobody observes a graph
+        told = observe.Call(op, w, x, None, None, reason)
+        y = observe.reported(told, function, *args, **kwargs)
+        shortfall.missed(told, y, sizes.groups)
+        return y
     current = local.states[-1]
-    return execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
+    y = execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
+    if not torch.compiler.is_compiling():
+        shortfall.ran(w, x if "transpose" in op else y)
+    return y
 
 
 def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | None, str]:

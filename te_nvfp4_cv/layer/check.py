@@ -74,8 +74,8 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
     # These are errors, and _check_shapes or torch words them better than a reason for high precision could.
     if w.dim() < 2 or groups < 1 or w.shape[0] % groups:
         return None
-    thin = _thin if torch.compiler.is_compiling() else _cached_thin  # Dynamo warns where it traces a cached function
-    return thin(op, w.shape[0] // groups, w.shape[1], groups, recipe)
+    ask = _thin if torch.compiler.is_compiling() else _cached_thin  # Dynamo warns where it traces a cached function
+    return ask(op, w.shape[0] // groups, w.shape[1], groups, recipe)
 
 
 def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScaling) -> str | None:
@@ -112,6 +112,11 @@ def refuse_jit_trace(what: str) -> None:
             fix="torch.compile or torch.export in its place; or trace in high precision, under "
             "nvfp4_autocast(enabled=False)",
         )
+
+
+def is_thin(w: Tensor, groups: int) -> bool:
+    """Return True if a weight's shape is not for NVFP4: too few channels in a group."""
+    return not groups or min(w.shape[0] // groups, w.shape[1]) < MINIMUM
 
 
 # ---- its geometry and plan ------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import check_module, check_trainable
-from te_nvfp4_cv.layer import delayed_scaling, observe
+from te_nvfp4_cv.layer import delayed_scaling, observe, shortfall
+from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.plan import row_scaling_applies
 from te_nvfp4_cv.nn.walk import LAYERS, named_modules
 from te_nvfp4_cv.ops.geometry import BLOCK, ConvGeometry
@@ -72,6 +73,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
         watch.stack = stack.enter_context(running(watch.modules, watch.enter, watch.leave))
         stack.enter_context(observe.observe(watch.called))
         stack.enter_context(delayed_scaling.reading_only())
+        stack.enter_context(replaced(shortfall.local, quiet=True))  # the report says so itself
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor))
         stack.enter_context(nvfp4_autocast(resolved, backend=backend))
         stack.enter_context(_Unseen(watch))

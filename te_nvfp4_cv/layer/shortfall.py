@@ -1,0 +1,97 @@
+"""Warns once for a model of which most work stays in high precision though its user has not asked for that.
+
+Counted are multiply-adds of layers of eligible shape while the outermost context is open: those in NVFP4, and those
+that a reason keeps in high precision which is not the user's choice (fp64, torch.func, a constant kernel, a device
+without a backend). Thin layers, depthwise convolutions, what set_precision or the recipe names, and calls inside a
+graph of torch.compile do not count. nv.coverage lists everything.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+
+from torch import Tensor, nn
+
+from te_nvfp4_cv.layer import check, observe
+from te_nvfp4_cv.layer.constants import running_modules
+
+USERS = ("nvfp4_autocast(enabled=False)", "set_precision")  # beginnings of reasons that the user has chosen
+HALF = 0.5
+OFTEN = 512  # high-precision calls after which a context that stays open is looked at
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_warned_reasons: set[str] = set()  # of calls outside of all modules
+_lock = threading.Lock()
+
+
+class _Local(threading.local):
+    """What this thread has counted since it entered its outermost context."""
+
+    def __init__(self) -> None:
+        self.macs = 0  # in NVFP4
+        self.missed: dict[str, int] = {}  # by reason
+        self.calls = 0  # that were missed
+        self.model: weakref.ref[nn.Module] | None = None  # the outermost module in the first of them
+        self.quiet = False
+
+
+local = _Local()
+
+
+def start() -> None:
+    """Start to count: a thread enters its outermost context."""
+    local.macs = 0
+    if local.calls:
+        local.missed, local.calls, local.model = {}, 0, None
+
+
+def ran(w: Tensor, y: Tensor) -> None:
+    """Count a call in NVFP4; of a transposed convolution `y` is its input."""
+    local.macs += y.numel() * w.numel() // w.shape[0]
+
+
+def missed(call: observe.Call, y: Tensor, groups: int) -> None:
+    """Count a call that is in high precision for call.reason, if that is not the user's choice and the shape is fit."""
+    x, w, reason = call.x, call.weight, call.reason
+    if local.quiet or reason.startswith(USERS) or "recipe." in reason:
+        return
+    fit = isinstance(x, Tensor) and isinstance(w, Tensor) and isinstance(y, Tensor) and w.dim() >= 2
+    if not fit or check.is_thin(w, groups):
+        return
+    if not local.calls:
+        running = list(running_modules())
+        local.model = weakref.ref(running[-1]) if running else None
+    work = (x if "transpose" in call.op else y).numel() * w.numel() // max(w.shape[0], 1)
+    local.missed[reason] = local.missed.get(reason, 0) + work
+    local.calls += 1
+    if local.calls % OFTEN == 0:
+        judge()
+
+
+def judge() -> None:
+    """Warn if less than half of what was counted ran in NVFP4. Each model is warned of once."""
+    total = local.macs + sum(local.missed.values())
+    model = None if local.model is None else local.model()
+    reasons = sorted(local.missed.items(), key=lambda pair: -pair[1])
+    if not total or local.macs >= HALF * total:
+        return
+    with _lock:
+        if model is None:
+            # Outside of modules, or its model is gone: no more can be said than the reason.
+            known = reasons[0][0] in _warned_reasons
+            _warned_reasons.add(reasons[0][0])
+        else:
+            known = model in _warned
+            _warned.add(model)
+    if known:
+        return
+    name = "these calls" if model is None else type(model).__name__
+    parts = "; ".join(f"{work / total:.0%} because {reason}" for reason, work in reasons)
+    warnings.warn(
+        f"nvfp4: only {local.macs / total:.0%} of the work of {name} runs in NVFP4, of layers of eligible shape. "
+        f"High precision: {parts}. nv.coverage(model, inputs) lists every layer; "
+        'set_precision(model, {"name": None}) says that it is meant',
+        UserWarning,
+        stacklevel=4,
+    )

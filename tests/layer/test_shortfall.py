@@ -1,0 +1,105 @@
+"""One warning for a model of which most work stays in high precision unasked."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.layer import shortfall
+from tests.helpers import values
+
+
+class Bank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", values((16, 16, 3, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel, padding=1)
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(16, 16, 3, padding=1)
+
+
+def told(model: Any, *recipe: Any, x: Tensor | None = None, times: int = 3, **context: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(times):
+            with nv.nvfp4_autocast(*recipe, **context):
+                model(values((2, 16, 6, 6)) if x is None else x)
+    return [str(w.message) for w in caught if "of the work of" in str(w.message)]
+
+
+def test_once_for_a_model_and_not_for_a_context():
+    model = nn.Sequential(conv(), Bank(), Bank(), nn.ReLU())
+    (text,) = told(model)
+    assert "only 33% of the work of Sequential" in text and "67% because the kernel is a constant" in text
+    assert not told(model)
+    assert len(told(nn.Sequential(Bank()), times=1)) == 1  # another model, in its first pass
+
+
+def test_the_line_of_the_context_is_named():
+    with pytest.warns(UserWarning, match="of the work of") as caught, nv.nvfp4_autocast():
+        nn.Sequential(Bank())(values((2, 16, 6, 6)))
+    assert caught[0].filename == __file__
+
+
+def test_a_context_around_a_whole_loop(monkeypatch):
+    monkeypatch.setattr(shortfall, "OFTEN", 4)
+    model = nn.Sequential(Bank())
+    with nv.nvfp4_autocast():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(12):
+                model(values((2, 16, 6, 6)))
+        assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Sequential(nn.Linear(16, 16)).double(), "input is float64"),
+        (lambda: Bank(), "the kernel is a constant"),
+        (lambda: Mapped(), "inside a torch.func transform"),
+    ],
+)
+def test_reasons(make, reason):
+    model = make()
+    x = values((2, 16, 16)).double() if isinstance(model, nn.Sequential) else values((2, 16, 6, 6))
+    (text,) = told(model, x=x)
+    assert f"100% because {reason}" in text
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(self.layer)(x.mean((2, 3)))
+
+
+def test_what_is_meant_or_small_is_not_warned_of():
+    assert not told(nn.Sequential(conv(), conv(), Bank()))  # a third
+    assert not told(nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 4, 3)))  # not of eligible shape
+    entry = nn.Sequential(conv(), conv())
+    nv.set_precision(entry, {"*": None})
+    assert not told(entry)
+    assert not told(nn.utils.parametrizations.weight_norm(conv()), nv.NVFP4BlockScaling(kernels="parameters"))
+    assert not told(conv(), nv.NVFP4BlockScaling(high_precision_gemms=("fprop", "dgrad", "wgrad")))
+    assert not told(Bank(), enabled=False)
+    assert not told(nn.ReLU())
+
+
+def test_coverage_says_it_itself():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = nv.coverage(nn.Sequential(Bank()), values((2, 16, 6, 6)))
+    assert report.nvfp4_flops_share == 0
