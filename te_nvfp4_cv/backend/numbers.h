@@ -46,21 +46,6 @@ inline float e2m1_nearest(float a) {
     float magic = a < 2.0f ? 6291456.0f : (a < 4.0f ? 12582912.0f : 25165824.0f);      // 1.5 * 2^23 * step
     return (a + magic) - magic;
 }
-// Stochastic: t = |y| + r/256 * step(|y|), rounded down to the grid.
-inline float e2m1_stochastic(float a, uint32_t random) {
-    a = a < 6.0f ? a : 6.0f;
-    float unit = a < 2.0f ? 0.001953125f : (a < 4.0f ? 0.00390625f : 0.0078125f);       // step / 256
-    float t = a + float(int32_t(random)) * unit;
-    float big = as_float(as_bits(t) & 0xffc00000u);
-    float small = t < 0.5f ? 0.0f : 0.5f;
-    float r = t < 1.0f ? small : big;
-    return r < 6.0f ? r : 6.0f;
-}
-inline uint32_t e2m1_code(float r) {                               // of a value on the grid, without the sign
-    uint32_t big = (as_bits(r) >> 22) - 252u;
-    uint32_t small = r < 0.5f ? 0u : 1u;
-    return r < 1.0f ? small : big;
-}
 inline float e2m1_value(uint32_t code) {                           // with the sign, by bits: -0.0 is code 8
     uint32_t m = code & 7u;
     uint32_t big = (m + 252u) << 22;
