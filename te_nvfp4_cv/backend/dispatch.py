@@ -20,13 +20,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from te_nvfp4_cv.backend import cache, native, torch_private
-from te_nvfp4_cv.errors import runtime_error, value_error
+from te_nvfp4_cv.errors import runtime_error, value_error, warn_once
 
 BACKENDS = ("auto", "reference", "integer", "vendor", "triton")
 BY_LAYER = "integer or vendor"  # what "auto" means on a CPU until a layer's shapes decide
@@ -121,13 +122,39 @@ def integer_passes() -> bool:
     """Return True if the integer kernels exist and have matched the reference on this machine, now or earlier."""
     global _integer_passes
     if _integer_passes is None:
-        # The first question may come while torch.export traces with fake tensors, which the kernels cannot read.
-        with torch_private.without_modes():
-            library = native.load()
-            _integer_passes = library is not None and integer_check is not None and cache.passes(
-                f"integer_{native.name(library)}", torch.device("cpu"), integer_check
+        library = native.load()
+        _integer_passes = (
+            library is not None
+            and integer_check is not None
+            and cache.passes(f"integer_{native.name(library)}", torch.device("cpu"), _integer_check_alone)
+        )
+        if library is not None and not _integer_passes:
+            warn_once(
+                "integer",
+                "nvfp4: the compiled integer kernels do not match the reference on this machine, so oneDNN multiplies "
+                "instead; `te-nvfp4-cv selftest` shows what differs",
             )
     return _integer_passes
+
+
+def _integer_check_alone() -> bool:
+    """Run the check whatever the first layer's caller has switched on: its answer is kept for good.
+
+    torch.export traces with fake tensors, which kernels cannot read; autocast would round the reference; and so on.
+    """
+    assert integer_check is not None
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with ExitStack() as alone:
+            alone.enter_context(torch_private.without_modes())
+            alone.enter_context(torch_private.without_function_modes())
+            alone.enter_context(torch.autocast("cpu", enabled=False))
+            alone.enter_context(torch.inference_mode(False))
+            alone.enter_context(torch.no_grad())
+            return integer_check()
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 _integer_passes: bool | None = None  # one look at the disk per process

@@ -273,7 +273,7 @@ class QuantizedConv(torch.autograd.Function):
         if torch.is_grad_enabled():
             # w, bias and perhaps x: the nodes that accumulate into leaves know their tensor.
             leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
-            anchor = torch.zeros((), requires_grad=any(needs[:2]))  # where x is no leaf
+            anchor = torch.zeros((), device=dy.device, requires_grad=any(needs[:2]))  # where x is no leaf
             grads = tuple(None if g is None else _NoSecondOrder.apply(g, dy, anchor, *leaves) for g in grads)
         return (*grads, None, None)
 

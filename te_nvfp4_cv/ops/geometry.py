@@ -242,13 +242,13 @@ def transposed_output_size(
 
 def conv_taps(a: int, b: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
     """Return int64 [b, kernel]: the `a` index that output index and tap read, -1 in the padding."""
-    index = torch.arange(b)[:, None] * stride - padding + torch.arange(kernel)[None, :] * dilation
+    index = torch.arange(b, device="cpu")[:, None] * stride - padding + torch.arange(kernel, device="cpu")[None, :] * dilation
     return torch.where((index >= 0) & (index < a), index, -1)
 
 
 def transposed_taps(a: int, b: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
     """Return int64 [a, kernel]: the `b` index from which `a` index and tap were written, -1 where there is none."""
-    shifted = torch.arange(a)[:, None] + padding - torch.arange(kernel)[None, :] * dilation
+    shifted = torch.arange(a, device="cpu")[:, None] + padding - torch.arange(kernel, device="cpu")[None, :] * dilation
     # Rounded down, so that a position before the image becomes a negative index.
     index = torch.div(shifted, stride, rounding_mode="floor")
     return torch.where((shifted % stride == 0) & (index >= 0) & (index < b), index, -1)
@@ -262,7 +262,7 @@ def pixel_map(geometry: ConvGeometry, to_b: bool) -> Tensor:
     function = conv_taps if to_b else transposed_taps
     sizes = geometry.a_size if to_b else geometry.b_size
     # Grown axis by axis: [pixels, taps] so far and [size, taps] of the next axis give all their combinations.
-    pixels = torch.zeros(1, 1, dtype=torch.int64)
+    pixels = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     for axis, row in enumerate(geometry.axes):
         index = function(*row)
         out, taps = pixels.shape

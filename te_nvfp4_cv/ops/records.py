@@ -109,8 +109,8 @@ class Fold:
 
     def source_rows(self, batch: int, source: int) -> Tensor:
         """Return int64 [images, rows]: b * source + row for every folded row, -1 for zeros."""
-        image = torch.arange(self.images)
-        row = (image % self.strips)[:, None] * self.step + torch.arange(self.rows)[None, :] - self.offset
+        image = torch.arange(self.images, device="cpu")
+        row = (image % self.strips)[:, None] * self.step + torch.arange(self.rows, device="cpu")[None, :] - self.offset
         inside = (row >= 0) & (row < source) & (image // self.strips < batch)[:, None]
         return torch.where(inside, (image // self.strips)[:, None] * source + row, -1)
 

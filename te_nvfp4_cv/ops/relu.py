@@ -51,7 +51,7 @@ def positive_mask(y: Tensor) -> Tensor:
     library = native.load() if y.device.type == "cpu" else None
     n = y.numel()
     if library is not None and y.dtype in (torch.bfloat16, torch.float32):
-        mask = torch.empty(-(-n // 8), dtype=torch.uint8)
+        mask = torch.empty(-(-n // 8), dtype=torch.uint8, device=y.device)
         library.nvfp4_positive_mask(
             y.data_ptr(), mask.data_ptr(), n, y.dtype == torch.bfloat16, torch.get_num_threads()
         )

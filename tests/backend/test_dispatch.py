@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import te_nvfp4_cv as nv
+from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend import cache, dispatch, native
 from te_nvfp4_cv.backend.explain import explain
 
@@ -101,11 +104,43 @@ def test_has_triton_asks_the_import_system(monkeypatch):
     assert not dispatch.has_triton()
 
 
+@contextmanager
+def _default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.skipif(native.load() is None, reason="the integer backend needs a C++ compiler")
-def test_the_integer_kernels_are_checked_with_real_tensors_while_a_graph_is_traced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize(
+    "around",
+    [
+        FakeTensorMode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: _default_dtype(torch.float64),
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+        nv.nvfp4_autocast,
+    ],
+    ids=["fake tensors", "autocast", "float64", "meta", "inference_mode", "nvfp4_autocast"],
+)
+def test_the_first_layers_surroundings_do_not_decide_whether_integer_kernels_pass(monkeypatch, around):
+    """The answer is kept on the disk, so one first call under bf16 autocast would take the kernels away for good."""
     monkeypatch.setattr(dispatch, "_integer_passes", None)
     monkeypatch.setattr(cache, "passes", lambda kind, identity, check: check())
-    with FakeTensorMode():
+    with around():
         assert dispatch.integer_passes()
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.skipif(native.load() is None, reason="the integer backend needs a C++ compiler")
+def test_integer_kernels_that_fail_say_so_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "_integer_passes", None)
+    monkeypatch.setattr(dispatch, "integer_check", lambda: False)
+    monkeypatch.setattr(cache, "passes", lambda kind, identity, check: check())
+    monkeypatch.setattr(errors, "_warned", set())
+    with pytest.warns(UserWarning, match="do not match the reference"):
+        assert not dispatch.integer_passes()

@@ -50,7 +50,7 @@ def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype
     records, codes, scale = _records(dy), x.data.contiguous(), x.scale.contiguous()
     folded = geometry.folded
     kind = dtype if dtype in _KINDS else torch.float32
-    dw = torch.empty(geometry.weight_shape, dtype=kind)
+    dw = records.new_empty(geometry.weight_shape, dtype=kind)
     of_b, of_a = geometry.channels_b // geometry.groups, geometry.channels_a // geometry.groups
     alpha = _one(alpha)
     q = native.WeightGradient(records=records.data_ptr(), codes=codes.data_ptr(), scale=scale.data_ptr())
@@ -110,7 +110,7 @@ def _data(
     """Run fprop (`forward`) or dgrad on records and panels; the result is [B, *image, channels]."""
     to_b = forward != g.transposed
     kind = dtype if dtype in _KINDS else torch.float32
-    out = torch.empty(g.y_shape if forward else g.x_shape, dtype=kind)
+    out = records.new_empty(g.y_shape if forward else g.x_shape, dtype=kind)
     inputs, outputs = (g.channels_a, g.channels_b) if to_b else (g.channels_b, g.channels_a)
     alpha = _one(alpha)
     q = native.Data(x=records.data_ptr(), panels=made.data_ptr(), alpha=alpha.data_ptr(), y=out.data_ptr())
@@ -146,7 +146,7 @@ def _matches(g: ConvGeometry, generator: torch.Generator) -> bool:
         scale = torch.randint(0, 0x7F, shape, dtype=torch.uint8, generator=generator)  # all of the E4M3 grid
         return Face(data.flatten(-2) if flat else data, scale)
 
-    of_a, of_b, alpha = g.channels_a // g.groups, g.channels_b // g.groups, torch.full((1,), 0.37)
+    of_a, of_b, alpha = g.channels_a // g.groups, g.channels_b // g.groups, torch.full((1,), 0.37, dtype=torch.float32)
     k_a, k_b = -(-of_a // BLOCK), -(-of_b // BLOCK)
     k_x, k_y = (k_b, k_a) if g.transposed else (k_a, k_b)
     x, dy = codes(*g.x_shape[:-1], g.groups * k_x, flat=True), codes(*g.y_shape[:-1], g.groups * k_y, flat=True)
@@ -181,7 +181,7 @@ def _three(sizes: tuple[int, ...], fill: int) -> tuple[int, int, int]:
 
 def _one(alpha: Tensor | None) -> Tensor:
     if alpha is None:
-        return torch.ones(1)
+        return torch.ones(1, dtype=torch.float32, device="cpu")
     assert alpha.numel() == 1 and math.prod(alpha.shape) == 1
     return alpha
 

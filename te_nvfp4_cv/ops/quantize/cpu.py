@@ -112,9 +112,9 @@ def quantize_operand(
     row, col = layouts.operand_faces(x, spec, dtype, scratch.empty)
     q.seed, q.stochastic = 0 if seed is None else int(seed), spec.stochastic
     q.out_bf16, q.error, q.e4m3_max = dtype == torch.bfloat16, ERRORS[spec.four_over_six], spec.e4m3_max
-    used = torch.empty(2, dtype=torch.float32)
+    used = torch.empty(2, dtype=torch.float32, device=x.device)
     q.amax = used.data_ptr()
-    observed = torch.empty(0 if amax is None else 3, dtype=torch.float32)
+    observed = torch.empty(0 if amax is None else 3, dtype=torch.float32, device=x.device)
     if amax is None:
         # For the amaxes, "row" is x as it is and "col" the rotated columns; without RHT both are x's.
         q.want_row, q.want_col = row_form != NONE or not rht, col_form != NONE and rht
@@ -154,7 +154,7 @@ def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
     if library is None or not x.numel():
         return reference.measure_operand(x, spec)
     q, x, starts = _operand(x, 1, spec.fold, spec.rht)
-    amax = torch.empty(2, dtype=torch.float32)
+    amax = torch.empty(2, dtype=torch.float32, device=x.device)
     q.amax, q.want_row, q.want_col = amax.data_ptr(), True, spec.rht
     library.nvfp4_amax(ctypes.byref(q))
     del starts

@@ -196,7 +196,7 @@ def _(like):  # type: ignore[no-untyped-def]
 
 def _draw(like: Tensor) -> Tensor:
     if like.device.type == "cpu":
-        return torch.tensor([_next()], dtype=torch.int64)
+        return torch.tensor([_next()], dtype=torch.int64, device=like.device)
     # On a GPU nothing may be read back to the host, and torch's generator is right under CUDA graphs.
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device)
     offset = _offset() >> 2
