@@ -242,13 +242,15 @@ def transposed_output_size(
 
 def conv_taps(a: int, b: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
     """Return int64 [b, kernel]: the `a` index that output index and tap read, -1 in the padding."""
-    index = torch.arange(b, device="cpu")[:, None] * stride - padding + torch.arange(kernel, device="cpu")[None, :] * dilation
+    taps = torch.arange(kernel, device="cpu")[None, :] * dilation
+    index = torch.arange(b, device="cpu")[:, None] * stride - padding + taps
     return torch.where((index >= 0) & (index < a), index, -1)
 
 
 def transposed_taps(a: int, b: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
     """Return int64 [a, kernel]: the `b` index from which `a` index and tap were written, -1 where there is none."""
-    shifted = torch.arange(a, device="cpu")[:, None] + padding - torch.arange(kernel, device="cpu")[None, :] * dilation
+    taps = torch.arange(kernel, device="cpu")[None, :] * dilation
+    shifted = torch.arange(a, device="cpu")[:, None] + padding - taps
     # Rounded down, so that a position before the image becomes a negative index.
     index = torch.div(shifted, stride, rounding_mode="floor")
     return torch.where((shifted % stride == 0) & (index >= 0) & (index < b), index, -1)
