@@ -254,6 +254,7 @@ def load(
     recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
     # Last of the checks: the model changes only after everything that can be refused has been.
     codes = {name: codes_of(opened, name, manifest.layers[name], recipes) for name in layers}
+    norms = {norm: FoldedNorm(modules[name], modules[norm]) for norm, name in manifest.folded.items()}
     meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     device = next((t.device for t in model.parameters() if not t.is_meta), torch.device("cpu"))
     full = {plain_name(name): name for name, _ in model.named_modules(remove_duplicate=False)}
@@ -263,7 +264,7 @@ def load(
             own = device if layer_module.weight.is_meta else layer_module.weight.device
             # Without values: load_state_dict below fills it, like the biases that the model has already.
             layer_module.bias = nn.Parameter(torch.empty_like(opened.tensors[f"{name}.bias"], device=own))
-        model.set_submodule(full[norm], FoldedNorm(layer_module))
+        model.set_submodule(full[norm], norms[norm])
     for name, module in layers.items():
         entry, w = manifest.layers[name], cast(Tensor, module.weight)
         layer = become(module, codes[name], recipes[entry.recipe], backend)

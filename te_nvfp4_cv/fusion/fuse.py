@@ -18,8 +18,9 @@ objects that it reads (self.config.drop_rate, an attribute of a child) stay thos
 
 from __future__ import annotations
 
+import copy
 import linecache
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import count
 from typing import Any, Literal, overload
@@ -27,9 +28,11 @@ from typing import Any, Literal, overload
 from torch import Tensor, fx, nn
 
 from te_nvfp4_cv.errors import check_module
-from te_nvfp4_cv.fusion.modules import NORM_CLASSES
+from te_nvfp4_cv.fusion.children import child_of
+from te_nvfp4_cv.fusion.modules import ACTIVATION_MODULES, NORM_CLASSES, NormActModule
 from te_nvfp4_cv.fusion.patterns import FAMILY, Row, kind_of, rewrite
-from te_nvfp4_cv.fusion.trace import Traced, Untraceable, child_of, trace
+from te_nvfp4_cv.fusion.subclasses import NormThenChildren, tail_of, torchs_class
+from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
 from te_nvfp4_cv.nn.names import plain_name
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -47,6 +50,12 @@ class Fusion:
     def fused(self) -> int:
         """The number of norms that were fused."""
         return sum(bool(row.fused) for row in self.rows)
+
+    @property
+    def left(self) -> dict[str, list[str]]:
+        """The names of the norms that stay as they are, by the reason."""
+        reasons = dict.fromkeys(row.reason for row in self.rows if not row.fused)
+        return {reason: [row.name for row in self.rows if row.reason == reason] for reason in reasons}
 
     def __str__(self) -> str:
         lines = [f"{self.fused} of {len(self.rows)} norms are fused with what follows"]
@@ -86,17 +95,18 @@ def fuse(model: nn.Module, report: bool = False) -> nn.Module | Fusion:
           1: BatchNorm2d + relu
     """
     check_module("fuse", model, "nv.fuse(model)")
-    rows: dict[nn.Module, Row] = {}
     reasons: dict[nn.Module, str] = {}  # for norms that no traced forward calls
     named = {module: plain_name(name) for name, module in model.named_modules()}
+    # Norms first: those of other libraries must be known when the modules that call them are rewritten.
+    rows: dict[nn.Module, Row] = {}
+    rows |= {norm: row for norm in named if isinstance(norm, FAMILY) and (row := _fuse_norm(norm)) is not None}
     for name, module in model.named_modules():
         if isinstance(module, FAMILY) or not any(isinstance(m, FAMILY) for m in module.modules()):
             continue
         outcome = _fuse_one(module)
         for norm, row in outcome.rows.items():
-            found = Row(named.get(norm, name), row.kind, row.fused, row.reason)
-            if norm not in rows or found.fused:
-                rows[norm] = found
+            if norm not in rows or row.fused:
+                rows[norm] = row
         if outcome.reason:
             for child in module.children():
                 if isinstance(child, FAMILY):
@@ -107,8 +117,19 @@ def fuse(model: nn.Module, report: bool = False) -> nn.Module | Fusion:
     for module, name in named.items():
         if isinstance(module, FAMILY):
             why = reasons.get(module, "no forward that could be traced calls it")
-            result.rows.append(rows.get(module, Row(name, kind_of(module), "", why)))
+            row = rows.get(module, Row(name, kind_of(module), "", why))
+            result.rows.append(replace(row, name=name))
     return result
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give the modules that nv.fuse has changed their own classes again, in place."""
+    torchs = {ours: plain for plain, ours in NORM_CLASSES.items()}
+    for module in model.modules():
+        if isinstance(module, Remade):
+            module.__class__ = module.nvfp4_original  # type: ignore[assignment]
+        elif type(module) in torchs and "activation" not in module.__dict__:  # one with it was made by the user
+            module.__class__ = torchs[type(module)]  # type: ignore[index]
 
 
 # ---- one module -----------------------------------------------------------------------------------------------------
@@ -120,16 +141,26 @@ class _Outcome:
     reason: str = ""
 
 
-class FusedForward:
-    """A mixin of the classes that fuse makes. Their forward runs the graph, or the original if the call differs."""
+class Remade:
+    """A mixin of the classes that fuse makes, which have no name to import."""
 
-    nvfp4_rows: tuple[tuple[str, Row], ...]
     nvfp4_original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the original class and the state: the made class has no name to import. Loading fuses again."""
-        state = self.__getstate__()  # type: ignore[attr-defined]
-        return _blank, (self.nvfp4_original,), state
+        """Pickle the original class and the state. Loading fuses again."""
+        return _blank, (self.nvfp4_original,), self.__getstate__()  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the state only: what fits this instance fits its copy, so nothing need be traced again."""
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[attr-defined]
+        return new
+
+
+class FusedForward(Remade):
+    """A mixin of modules that call norms. Their forward runs the graph, or the original if the call differs."""
+
+    nvfp4_rows: tuple[tuple[str, Row], ...]
 
 
 class _Restored:
@@ -140,11 +171,42 @@ class _Restored:
         self.__class__ = original  # type: ignore[assignment]
         assert isinstance(self, nn.Module)
         self.__setstate__(state)
-        _fuse_one(self)
+        _fuse_norm(self) if isinstance(self, FAMILY) else _fuse_one(self)
 
 
 def _blank(original: type[nn.Module]) -> Any:
     return object.__new__(type(original.__name__, (_Restored, original), {}))
+
+
+def _remake(module: nn.Module, mixins: tuple[type, ...], space: dict[str, Any]) -> None:
+    """Give the module a subclass of its class.
+
+    Raises:
+        TypeError: Python cannot do so: __slots__ and other layouts that a subclass cannot take over.
+    """
+    base = type(module)
+    named = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    module.__class__ = type(base.__name__, (*mixins, base), {**space, **named, "nvfp4_original": base})
+
+
+def _fuse_norm(norm: nn.Module) -> Row | None:
+    """Let a norm that runs an activation itself do so in one operator. Returns None if that is up to its caller."""
+    kind = kind_of(norm)
+    if isinstance(norm, NormActModule):
+        return Row("", kind, norm.activation, "") if norm.activation is not None else None
+    if type(norm) in NORM_CLASSES:
+        return None
+    try:
+        tail, traced = tail_of(norm)
+        children = [child_of(norm, path) for path in tail]
+        if children and (len(children) > 1 or type(children[0]) not in ACTIVATION_MODULES):
+            return Row("", kind, "", f"{type(children[0]).__name__} follows it")
+        base: Any = torchs_class(norm)
+        fused = NORM_CLASSES[base].__bases__[0]  # the mixin that calls the operator
+        _remake(norm, (Remade, NormThenChildren, fused), {"nvfp4_tail": tail, "nvfp4_traced": traced})
+    except (Untraceable, TypeError) as error:
+        return Row("", kind, "", str(error))
+    return _fuse_norm(norm)
 
 
 def _fuse_one(module: nn.Module) -> _Outcome:
@@ -155,15 +217,16 @@ def _fuse_one(module: nn.Module) -> _Outcome:
         traced = trace(module)
     except Untraceable as error:
         return _Outcome({}, str(error))
-    rows = rewrite(module, traced.training)
-    found = dict(rows)
+    rows, changed = rewrite(module, traced.training)
     if traced.evaluation is not traced.training:  # a norm that only one of the two graphs fuses is fused there
-        found.update({name: row for name, row in rewrite(module, traced.evaluation).items() if row.fused})
-    outcome = _by_module(module, found)
-    if any(row.fused for row in found.values()):
+        more, also = rewrite(module, traced.evaluation)
+        rows |= {name: row for name, row in more.items() if row.fused}
+        changed |= also
+    outcome = _by_module(module, rows)
+    if changed:
         try:
-            module.__class__ = _fused_class(module, traced, tuple(found.items()))
-        except TypeError as error:  # __slots__ and other layouts that a subclass cannot take over
+            _remake(module, (FusedForward,), _rewritten(module, traced, tuple(rows.items())))
+        except TypeError as error:
             return _Outcome({}, str(error))
         for norm, row in outcome.items():
             if row.fused and type(norm) in NORM_CLASSES:
@@ -175,7 +238,8 @@ def _by_module(module: nn.Module, rows: dict[str, Row]) -> dict[nn.Module, Row]:
     return {norm: row for name, row in rows.items() if (norm := child_of(module, name)) is not None}
 
 
-def _fused_class(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row], ...]) -> type[nn.Module]:
+def _rewritten(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row], ...]) -> dict[str, Any]:
+    """Return the attributes of a class whose forward runs the graphs."""
     base = type(module)
     training = _compiled(traced.training, base)
     evaluation = training if traced.evaluation is traced.training else _compiled(traced.evaluation, base)
@@ -200,15 +264,7 @@ def _fused_class(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row],
             return original(self, *args, **kwargs)
         return (training if self.training else evaluation)(self, *given)
 
-    space = {
-        "forward": forward,
-        "nvfp4_rows": rows,
-        "nvfp4_original": base,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (FusedForward, base), space)
+    return {"forward": forward, "nvfp4_rows": rows}
 
 
 def _children(module: nn.Module) -> tuple[Any, ...]:

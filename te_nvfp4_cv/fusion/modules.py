@@ -21,7 +21,8 @@ from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
 from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS
 
-_OWN: Any = object()  # "the module's own activation"; None means without one
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+OWN: Any = object()  # "the module's own activation"; None means without one
 
 
 class NormActModule(nn.Module):
@@ -40,10 +41,10 @@ class NormActModule(nn.Module):
             )
         self.activation = activation
 
-    def forward(self, z: Tensor, residual: Tensor | None = None, activation: str | None = _OWN) -> Tensor:
+    def forward(self, z: Tensor, residual: Tensor | None = None, activation: str | None = OWN) -> Tensor:
         """Return activation(norm(z) + residual), with the module's own activation unless the call gives one."""
-        activation = self.activation if activation is _OWN else activation
-        if activation is None or not _fusable(z, residual, activation):
+        activation = self.activation if activation is OWN else activation
+        if activation is None or not fusable(z, residual, activation):
             u = super().forward(z)  # type: ignore[misc]
             return activate(u if residual is None else u + residual, activation)
         return self.fused(z, residual, activation)
@@ -77,6 +78,20 @@ class _BatchNormAct(NormActModule):
             self.bias,  # type: ignore[arg-type]
             batch_stats,
             0.0 if momentum is None else momentum,
+            self.eps,  # type: ignore[arg-type]
+            residual=residual,
+            activation=activation,
+            backend=_backend(z),
+        )
+
+
+class _GroupNormAct(NormActModule):
+    def fused(self, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        return group_norm_act(
+            z,
+            self.num_groups,  # type: ignore[arg-type]
+            self.weight,  # type: ignore[arg-type]
+            self.bias,  # type: ignore[arg-type]
             self.eps,  # type: ignore[arg-type]
             residual=residual,
             activation=activation,
@@ -126,7 +141,7 @@ class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
     """
 
 
-class GroupNormAct(NormActModule, nn.GroupNorm):
+class GroupNormAct(_GroupNormAct, nn.GroupNorm):
     """Compute nn.GroupNorm, a residual and an activation in one operator.
 
     The parameters are torch's, and `activation`: "relu", "silu" or None.
@@ -137,19 +152,6 @@ class GroupNormAct(NormActModule, nn.GroupNorm):
         >>> norm(torch.randn(4, 16, 8, 8)).shape
         torch.Size([4, 16, 8, 8])
     """
-
-    def fused(self, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        """Call the fused operator."""
-        return group_norm_act(
-            z,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            residual=residual,
-            activation=activation,
-            backend=_backend(z),
-        )
 
 
 NORM_CLASSES: dict[type[nn.Module], type[NormActModule]] = {
@@ -165,7 +167,7 @@ def activate(u: Tensor, activation: str | None) -> Tensor:
     return F.relu(u) if activation == "relu" else F.silu(u) if activation == "silu" else u
 
 
-def _fusable(z: Tensor, residual: Tensor | None, activation: str) -> bool:
+def fusable(z: Tensor, residual: Tensor | None, activation: str) -> bool:
     """Return True if the fused operator can serve this call. Torch gets the shapes that it rejects, for its error."""
     plain = all(type(t) in (Tensor, nn.Parameter) for t in (z, residual) if t is not None)
     return (

@@ -22,24 +22,23 @@ from torch import Tensor, fx, nn
 from te_nvfp4_cv.backend.torch_private import BatchOrInstanceNorm
 from te_nvfp4_cv.context.function_mode import mode_is_on
 from te_nvfp4_cv.context.state import state
-from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate
-from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS, child_of
+from te_nvfp4_cv.fusion.children import OURS, child_of, hooks
+from te_nvfp4_cv.fusion.modules import ACTIVATION_MODULES, NORM_CLASSES, NormActModule, activate
+from te_nvfp4_cv.fusion.subclasses import NormThenChildren
+from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.deferred import deferring
 from te_nvfp4_cv.nn.base import is_plain_layer
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.walk import LAYERS
 
-NORMS = (*NORM_CLASSES, *NORM_CLASSES.values())
 FAMILY = (BatchOrInstanceNorm, nn.GroupNorm)  # a report lists these, fused or not
-ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.silu: "silu"}
 METHODS = {"relu": "relu", "relu_": "relu"}
 ADDITIONS = {operator.add, operator.iadd, torch.add}
 ADD_METHODS = {"add", "add_"}
 IN_PLACE_ADDITIONS = (operator.iadd, "add_")
 WRITING = {"setitem", *(f"i{name}" for name in IN_PLACE_OPERATORS)}
-OURS = __name__.split(".")[0]
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Row:
 
 def norm_act(
     norm: nn.Module,
-    activation: nn.Module | str,
+    activation: nn.Module | str | None,
     z: Tensor,
     residual: Tensor | None = None,
     in_place: bool = False,
@@ -62,12 +61,15 @@ def norm_act(
     """Return activation(norm(z) + residual). Rewritten forwards call this.
 
     Args:
+        activation: None calls the norm alone, which has an activation of its own.
         in_place: The sum must have the dtype and shape of norm(z), because the model wrote `out += residual`.
     """
+    if activation is None:
+        return norm(z)
     known = activation if isinstance(activation, str) else ACTIVATION_MODULES.get(type(activation))
-    watched = _hooks(norm) or (isinstance(activation, nn.Module) and _hooks(activation))
+    watched = hooks(norm) or (isinstance(activation, nn.Module) and hooks(activation))
     fits = not in_place or (isinstance(residual, Tensor) and (residual.dtype, residual.shape) == (z.dtype, z.shape))
-    if isinstance(norm, NormActModule) and known is not None and not watched and fits:
+    if is_bare(norm) and known is not None and not watched and fits:
         return norm(z, residual, known)
     u = norm(z)
     if residual is not None:
@@ -75,31 +77,26 @@ def norm_act(
     return activate(u, activation) if isinstance(activation, str) else activation(u)
 
 
+def is_bare(norm: nn.Module) -> bool:
+    """Return True if the norm can run what follows it, and does not run something of its own after it already."""
+    if isinstance(norm, NormThenChildren):
+        return norm.bare
+    return isinstance(norm, NormActModule) and norm.activation is None
+
+
 def norm_act_into(
     norm: nn.Module,
-    activation: nn.Module | str,
+    activation: nn.Module | str | None,
     layers: tuple[nn.Module, ...],
     z: Tensor,
     residual: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
     """Run norm_act for `layers` alone: if all of them quantize its result, it need not be written to memory."""
-    if isinstance(norm, NormActModule) and not _hooks(norm) and all(_quantizes(layer) for layer in layers):
+    if isinstance(norm, NormActModule) and not hooks(norm) and all(_quantizes(layer) for layer in layers):
         with deferring():
             return norm_act(norm, activation, z, residual, in_place)
     return norm_act(norm, activation, z, residual, in_place)
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    """Return the hooks around the module's forward and backward, except for those of this package.
-
-    These only push to and pop from stacks, and never look at tensors.
-    """
-    everybody = vars(nn.modules.module)  # torch.nn.modules.module.register_module_forward_hook, ...
-    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    tables = [getattr(module, f"_{name}") for name in names] + [everybody[f"_global_{name}"] for name in names]
-    hooks = [hook for table in tables for hook in table.values()]
-    return [hook for hook in hooks if (getattr(hook, "__module__", "") or "").split(".")[0] != OURS]
 
 
 _FORWARDS = {kind: kind.forward for kind in (*NVFP4_CLASSES, *NVFP4_CLASSES.values())}  # others may be put there later
@@ -116,16 +113,20 @@ def _quantizes(layer: nn.Module) -> bool:
         and not observe.observed()
         and is_plain_layer(layer)
         and getattr(layer, "padding_mode", "zeros") == "zeros"
-        and not _hooks(layer)
+        and not hooks(layer)
         and not {"forward", "_conv_forward"} & layer.__dict__.keys()
         and type(layer).forward is _FORWARDS[type(layer)]
         and all(getattr(F, name) is function for name, function in _FUNCTIONS.items())
     )
 
 
-def rewrite(module: nn.Module, graph: fx.Graph) -> dict[str, Row]:
-    """Fuse every pattern of the graph, and return a row for each norm that the graph calls, by its path."""
+def rewrite(module: nn.Module, graph: fx.Graph) -> tuple[dict[str, Row], bool]:
+    """Fuse every pattern of the graph.
+
+    Returns a row for each norm that the graph calls, by its path, and whether the graph has changed.
+    """
     rows: dict[str, Row] = {}
+    fused_calls: list[fx.Node] = []
     calls = [
         (node, norm)
         for node in graph.nodes
@@ -133,6 +134,10 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> dict[str, Row]:
     ]
     for node, norm in calls:
         kind = kind_of(norm)
+        if isinstance(norm, NormActModule) and norm.activation is not None:
+            if len(node.args) == 1 and not node.kwargs:
+                fused_calls.append(node)
+            continue
         match = _match(module, graph, node, norm)
         if isinstance(match, str):
             rows.setdefault(node.target, Row("", kind, "", match))
@@ -147,33 +152,42 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> dict[str, Row]:
                 chosen = graph.create_node("get_attr", act.target)
             in_place = add is not None and add.target in IN_PLACE_ADDITIONS
             fused = graph.call_function(norm_act, (handle, chosen, node.args[0], residual, in_place))
+        fused_calls.append(fused)
         act.replace_all_uses_with(fused)
         name = _activation(module, act) or ""
         for old in (act, add, node):
             if old is not None:
                 graph.erase_node(old)
         rows[node.target] = Row("", kind, f"add + {name}" if add is not None else name, "")
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is norm_act:
-            _name_layers(module, graph, node)
-    return rows
+    named = [_name_layers(module, graph, node) for node in fused_calls]
+    return rows, any(named) or any(row.fused for row in rows.values())
 
 
-def _name_layers(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
-    """Replace norm_act by norm_act_into if only layers that may be quantized read the result."""
+def _name_layers(module: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
+    """Put norm_act_into in the place of a fused call if only layers that may be quantized read its result.
+
+    Args:
+        node: A call of norm_act, or of a norm that has an activation of its own.
+    Returns:
+        Whether the graph has changed.
+    """
     users = list(node.users)
     for user in users:
         layer = child_of(module, str(user.target)) if user.op == "call_module" else None
         if not isinstance(layer, LAYERS) or user.args != (node,) or user.kwargs:
-            return
+            return False
     last = next((other for other in reversed(graph.nodes) if other in node.users), node)
     if _written_between(module, graph, node, last):  # z and the residual are read when the layers run
-        return
+        return False
     with graph.inserting_before(node):
+        args: tuple[Any, ...] = node.args
+        if node.op == "call_module":
+            args = (graph.create_node("get_attr", node.target), None, *args)
         layers = tuple(graph.create_node("get_attr", user.target) for user in users)
-        into = graph.call_function(norm_act_into, (*node.args[:2], layers, *node.args[2:]))
+        into = graph.call_function(norm_act_into, (*args[:2], layers, *args[2:]))
     node.replace_all_uses_with(into)
     graph.erase_node(node)
+    return True
 
 
 _Match = tuple[fx.Node, fx.Node | None, fx.Node | None]
@@ -184,9 +198,9 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
 
     The addition and the residual are None if nothing is added.
     """
-    if type(norm) not in NORMS:
+    if type(norm) not in NORM_CLASSES and not is_bare(norm):
         return f"{type(norm).__name__} is not torch's own norm"
-    if _hooks(norm):
+    if hooks(norm):
         return "it has hooks"
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         return "it is called with other arguments than one tensor"
@@ -212,7 +226,7 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
     if user.op == "call_module":
         hooked = child_of(module, str(user.target))
         assert hooked is not None
-        if _hooks(hooked):
+        if hooks(hooked):
             return "the activation that follows it has hooks"
     if add is not None and _called_between(module, graph, node, user, norm):
         return "it is called again before its activation"
@@ -296,8 +310,9 @@ def _writes_nothing(child: nn.Module | None) -> bool:
 
 
 def kind_of(norm: nn.Module) -> str:
-    """Return the class name of torch's norm, also for a fused one."""
-    return type(norm).__name__.replace("Act", "") if isinstance(norm, NormActModule) else type(norm).__name__
+    """Return the class name of the norm, and of torch's own one where nv.fuse has put a class of this package."""
+    ours = type(norm) in NORM_CLASSES.values()
+    return type(norm).__name__.replace("Act", "") if ours else type(norm).__name__
 
 
 def _shown(module: nn.Module, node: fx.Node) -> str:

@@ -5,7 +5,8 @@
 torch.fx runs the forward once with stand-ins (proxies) for its arguments, so whatever the code decides meanwhile is
 fixed in the graph. Arguments with a default are traced at their default and must have it at run time. An `isinstance`
 question about an argument is answered "no" and must be "no" at run time. Plain attributes of the module that are read
-must then be equal.
+must then be equal. Calls of children that return their input, nn.Identity() and nn.Dropout(0), are left out, and these
+children must still do so at run time.
 Refused is a forward that no graph can replace: control flow on values or shapes, attributes set, tensors put anywhere
 (a list, another object), random numbers drawn, tensors created, a context manager entered (no_grad, autocast,
 checkpoint) or asked about (torch.is_grad_enabled), type() and hasattr() of a tensor, results of other classes than
@@ -35,6 +36,7 @@ from torch import fx, nn
 
 from te_nvfp4_cv.backend.torch_private import saved_tensors_hooks_are_on
 from te_nvfp4_cv.context import state
+from te_nvfp4_cv.fusion.children import OURS, child_of, is_identity
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
@@ -55,6 +57,8 @@ ABOUT_MODES = {  # a trace would freeze the answers to these questions
 }
 PLAIN = (int, float, bool, str, type(None), types.FunctionType, types.BuiltinFunctionType, type, torch.dtype)
 MISSING = object()
+# Code of these is not the model's. The model's questions are searched for in the code that runs, by name.
+FOREIGN = {"torch", "torchvision", OURS, *sys.stdlib_module_names}
 CONTAINERS = (dict, list, set)
 
 
@@ -71,11 +75,14 @@ class Traced:
     arguments: tuple[str, ...]  # required ones, in order
     guards: tuple[int, ...]  # the arguments with these indices must not be tensors
     attributes: dict[str, Any]  # plain attributes of the module that were read, with their values
+    identities: tuple[str, ...]  # the paths of children whose calls were left out
 
     def holds(self, module: nn.Module) -> bool:
-        """Return True if the attributes that were read are still equal."""
+        """Return True if the attributes that were read are still equal, and the children left out still do nothing."""
         now = module.__dict__
-        return all(_equal(now.get(name, MISSING), value) for name, value in self.attributes.items())
+        return all(_equal(now.get(name, MISSING), value) for name, value in self.attributes.items()) and all(
+            is_identity(child_of(module, path)) for path in self.identities
+        )
 
 
 class _Proxy(fx.Proxy):
@@ -129,6 +136,10 @@ class _Tracer(fx.Tracer):
         made = _Proxy(node, self)
         self.made.append(weakref.ref(made))
         return made
+
+    def alive(self) -> bool:
+        """Return True if a stand-in that was made still exists."""
+        return any(made() is not None for made in self.made)
 
     def asked(self, node: fx.Node) -> None:
         """Remember that the model's code asks for the class of `node`."""
@@ -186,42 +197,30 @@ def trace(module: nn.Module) -> Traced:
     if cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
         raise Untraceable("it pickles itself in a way of its own")
     arguments = _required(cls.forward)
-    asked = _names_used(cls.forward, module) & ABOUT_MODES
-    if asked:
-        raise Untraceable(f"its forward asks for what may differ at each call: {', '.join(sorted(asked))}")
     read: set[str] = set()
     flags = [(m, m.training) for m in module.modules()]
     graphs: dict[tuple[bool, bool], tuple[fx.Graph, set[int]]] = {}
+    # A forward that reads a child's training flag gives another graph where the two flags differ.
+    modes = [(own, children) for own in (True, False) for children in (True, False)]
     try:
-        # Four times: a forward that reads a child's training flag gives another graph where the two flags differ.
-        for own in (True, False):
-            for children in (True, False):
-                for m, _ in flags:
-                    m.training = children
-                module.training = own
-                graphs[own, children] = _trace_once(module, arguments, read)
+        for own, children in modes if len(flags) > 1 else modes[::3]:
+            for m, _ in flags:
+                m.training = children
+            module.training = own
+            graphs[own, children] = _trace_once(module, arguments, read)
     finally:
         for m, training in flags:
             m.training = training
+    identities = {name for graph, _ in graphs.values() for name in _leave_out_identities(module, graph)}
     codes = {key: str(graph.python_code("self").src) for key, (graph, _) in graphs.items()}
-    if codes[True, True] != codes[True, False] or codes[False, True] != codes[False, False]:
+    if any(code != codes[own, own] for (own, _), code in codes.items()):
         raise Untraceable("its forward reads the training flag of another module")
     same = codes[True, True] == codes[False, False]
     evaluation = graphs[True, True] if same else graphs[False, False]
     guards = tuple(sorted({*graphs[True, True][1], *evaluation[1]}))
     names = module.__dict__.keys() - nn.Module().__dict__.keys()
     attributes = {name: copy.copy(value) for name in read & names if _is_plain(value := module.__dict__[name])}
-    return Traced(graphs[True, True][0], evaluation[0], arguments, guards, attributes)
-
-
-def child_of(module: nn.Module, target: str) -> nn.Module | None:
-    """Return a module inside this one by its path, or None. Unlike get_submodule, plain attributes do not count."""
-    for part in target.split("."):
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        module = child
-    return module
+    return Traced(graphs[True, True][0], evaluation[0], arguments, guards, attributes, tuple(sorted(identities)))
 
 
 def _is_plain(value: Any) -> bool:
@@ -234,20 +233,36 @@ def _equal(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and _is_plain(a) and bool(a == b))
 
 
-def _names_used(function: Any, module: nn.Module) -> set[str]:
-    """Return the names that the code of a forward uses, and that of the functions and methods which it calls."""
-    names: set[str] = set()
-    waiting, seen = [inspect.unwrap(function)], set()
-    while waiting:
-        code, space = getattr(waiting[-1], "__code__", None), getattr(waiting.pop(), "__globals__", {})
-        if code is None or code in seen or str(space.get("__name__", "")).split(".")[0] in ("torch", "torchvision"):
-            continue
-        seen.add(code)
-        names.update(code.co_names)
-        for name in code.co_names:
-            found = (inspect.getattr_static(module, name, None), space.get(name))
-            waiting.extend(inspect.unwrap(f) for f in found if isinstance(f, types.FunctionType))
-    return names
+def _leave_out_identities(module: nn.Module, graph: fx.Graph) -> set[str]:
+    """Remove the calls of children that return their input. Returns the paths of these children."""
+    found = set()
+    for node in list(graph.nodes):
+        alone = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+        if alone and is_identity(child_of(module, node.target)):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            found.add(node.target)
+    return found
+
+
+@contextmanager
+def _code_that_runs() -> Iterator[set[types.CodeType]]:
+    """Collect the code of the model's functions that run inside."""
+    ran: set[types.CodeType] = set()
+
+    def note(frame: types.FrameType, event: str, _: Any) -> None:
+        if str(frame.f_globals.get("__name__", "")).split(".")[0] not in FOREIGN:
+            ran.add(frame.f_code)
+
+    before, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()  # so that new objects stay in the youngest generation, which is searched quickly afterwards
+    sys.settrace(note)
+    try:
+        yield ran
+    finally:
+        sys.settrace(before)
+        if collects:
+            gc.enable()
 
 
 def _required(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -270,12 +285,16 @@ def _trace_once(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -
         warnings.simplefilter("ignore")
         tracer = _Tracer()
         try:
-            graph = tracer.trace(shadow)
+            with _code_that_runs() as ran:
+                graph = tracer.trace(shadow)
         except Untraceable:
             raise
         except Exception as error:  # whatever a model's code raises on a stand-in
             first = (str(error).strip().splitlines() or [""])[0]
             raise Untraceable(f"{type(error).__name__}: {first:.160}") from error
+    asked = {name for code in ran for name in code.co_names} & ABOUT_MODES
+    if asked:
+        raise Untraceable(f"its forward asks for what may differ at each call: {', '.join(sorted(asked))}")
     after = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
     if numbers[:2] != after[:2] or not torch.equal(numbers[2], after[2]):
         random.setstate(numbers[0])
@@ -283,10 +302,12 @@ def _trace_once(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -
         raise Untraceable("its forward draws random numbers")
     if not _same(shadow.__dict__, before):
         raise Untraceable("its forward sets attributes or creates tensors")
-    if any(made() is not None for made in tracer.made):  # something outlives the forward
-        gc.collect()  # or is only part of a cycle
-        if any(made() is not None for made in tracer.made):
-            raise Untraceable("its forward puts tensors into a list or another object")
+    for generation in (0, 2):  # what outlives the forward may only be part of a cycle; a full collection takes long
+        if not tracer.alive():
+            break
+        gc.collect(generation)
+    if tracer.alive():
+        raise Untraceable("its forward puts tensors into a list or another object")
     names = [node.name for node in graph.nodes if node.op == "placeholder"]
     return graph, {names.index(node.name) for node in tracer.questioned}
 
@@ -306,7 +327,10 @@ def _shadow(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tu
         read.add(name)
         return object.__getattribute__(self, name)
 
-    cls = type(type(module).__name__, (type(module),), {"forward": space["forward"], "__getattribute__": noted})
+    changed = {"forward": space["forward"], "__getattribute__": noted}
+    if hasattr(type(module), "_check_input_dim"):  # a norm's, which branches on the shape
+        changed["_check_input_dim"] = lambda self, x: None
+    cls = type(type(module).__name__, (type(module),), changed)
     shadow: nn.Module = object.__new__(cls)
     before: dict[str, Any] = {}
     for into in (shadow.__dict__, before):

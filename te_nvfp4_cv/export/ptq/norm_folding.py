@@ -3,8 +3,9 @@
     y = gamma (W x + b - mean) / sqrt(var + eps) + beta    =    W' x + b'
 
 Pairs are found in the graphs that torch.fx traces of each module's own forward. A pair is folded if nothing else reads
-the layer's result and both modules are called once. Modules that cannot be traced, norms of other classes, norms
-without running statistics, modules with hooks and shared modules stay as they are: an unfolded norm is correct, too.
+the layer's result and both modules are called once. Norms of other libraries are folded if they run torch's norm and
+then children, as timm's BatchNormAct2d does. Modules that cannot be traced, other norms, norms without running
+statistics, modules with hooks and shared modules stay as they are: an unfolded norm is correct, too.
 
 A graph does not show how a model uses its parts (it may read the fourth layer of a Sequential, or a layer's weight).
 Therefore the model runs twice unfolded and once folded. If folding changes its outputs, halves of the pairs are tried,
@@ -26,8 +27,10 @@ from torch.nn.utils import fusion
 
 from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.errors import warn_once
-from te_nvfp4_cv.export.folding import NORMS, FoldedNorm
-from te_nvfp4_cv.fusion.trace import Untraceable, child_of, trace
+from te_nvfp4_cv.export.folding import NORMS, FoldedNorm, tail_of_batch_norm
+from te_nvfp4_cv.fusion.children import child_of, hooks
+from te_nvfp4_cv.fusion.fuse import unfuse
+from te_nvfp4_cv.fusion.trace import Untraceable, trace
 from te_nvfp4_cv.nn.base import OPS
 
 
@@ -39,6 +42,7 @@ def fold(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
     Returns:
         The name of the layer of each folded norm, by the norm's name.
     """
+    unfuse(model)  # of a fused forward no graph can be made
     pairs = find(model)
     if not pairs:
         return {}
@@ -83,7 +87,7 @@ def _put_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> ExitStack:
         undo.callback(setattr, layer, "weight", layer.weight)
         undo.callback(setattr, layer, "bias", layer.bias)
         layer.weight, layer.bias = _fused(layer, norm)
-        model.set_submodule(norm_name, FoldedNorm(layer))
+        model.set_submodule(norm_name, FoldedNorm(layer, norm))
     return undo
 
 
@@ -153,8 +157,7 @@ def find(model: nn.Module) -> dict[str, str]:
 def _layer_before(module: nn.Module, node: fx.Node) -> fx.Node | None:
     """If the node is a call of a batch norm, return the call of the layer that it can be folded into, else None."""
     norm: Any = child_of(module, str(node.target)) if node.op == "call_module" else None
-    # type() and not isinstance: a subclass may compute something else.
-    if type(norm) not in NORMS or norm.running_mean is None or norm.running_var is None or _hooked(norm):
+    if not isinstance(norm, NORMS) or norm.running_mean is None or norm.running_var is None or _hooked(norm):
         return None
     before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
     # The norm must be the only reader: others would see the folded result.
@@ -167,12 +170,12 @@ def _layer_before(module: nn.Module, node: fx.Node) -> fx.Node | None:
     out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     # torch's fusion scales axis 1 of a transposed convolution's weight, which holds the outputs of one group only.
     unclear = getattr(layer, "transposed", False) and layer.groups > 1
-    return before if out == width and not unclear else None
+    # Last, because it takes longest. A subclass may compute something else than torch's norm.
+    return before if out == width and not unclear and tail_of_batch_norm(norm) is not None else None
 
 
 def _hooked(module: nn.Module) -> bool:
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or nn.utils.parametrize.is_parametrized(module)
+    return bool(hooks(module)) or nn.utils.parametrize.is_parametrized(module)
 
 
 def _fused(layer: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:

@@ -1,0 +1,39 @@
+"""Find a module's children by their path, and say which of them do nothing and which are watched by hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+OURS = __name__.split(".")[0]
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def is_identity(module: Any) -> bool:
+    """Return True if a call of the module returns its input and does nothing else."""
+    kind = type(module)
+    idle = kind is nn.Identity or (kind is nn.Sequential and not len(module)) or (kind in DROPOUTS and module.p == 0)
+    return idle and not hooks(module) and "forward" not in module.__dict__
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks around the module's forward and backward, except for those of this package.
+
+    These only push to and pop from stacks, and never look at tensors.
+    """
+    everybody = vars(nn.modules.module)  # torch.nn.modules.module.register_module_forward_hook, ...
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    tables = [getattr(module, f"_{name}") for name in names] + [everybody[f"_global_{name}"] for name in names]
+    found = [hook for table in tables for hook in table.values()]
+    return [hook for hook in found if (getattr(hook, "__module__", "") or "").split(".")[0] != OURS]
+
+
+def child_of(module: nn.Module, target: str) -> nn.Module | None:
+    """Return a module inside this one by its path, or None. Unlike get_submodule, plain attributes do not count."""
+    for part in target.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    return module
