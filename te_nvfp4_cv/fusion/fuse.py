@@ -8,6 +8,9 @@ module objects stay. Only classes change: norms get those of modules.py, and a m
 a subclass of its own class. If only convolutions or linear layers read the result, the operator is told which ones;
 under nvfp4_autocast it then writes their quantized operand instead of the activation (layer/deferred.py; GPUs only).
 
+Norms of other libraries that run torch's norm and then an activation of their own, as timm's BatchNormAct2d, become one
+operator in themselves (subclasses.py). Children that do nothing, such as nn.Identity(), are no obstacle.
+
 What cannot be fused stays as it is, and the report gives the reason. Pickling and deepcopy preserve the fusion;
 torch.load of such a model needs this package. Fuse before torch.compile, DDP and FSDP, and after tools that trace by
 torch.fx or torch.jit (feature extraction, FX quantization): they stop at a fused norm. Hooks that are put on a fused
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+import re
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import count
@@ -27,7 +31,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, fx, nn
 
-from te_nvfp4_cv.errors import check_module
+from te_nvfp4_cv.errors import check_module, warn_once
 from te_nvfp4_cv.fusion.children import child_of
 from te_nvfp4_cv.fusion.modules import ACTIVATION_MODULES, NORM_CLASSES, NormActModule
 from te_nvfp4_cv.fusion.patterns import FAMILY, Row, kind_of, rewrite
@@ -59,9 +63,8 @@ class Fusion:
 
     def __str__(self) -> str:
         lines = [f"{self.fused} of {len(self.rows)} norms are fused with what follows"]
-        for row in self.rows:
-            what = f"{row.kind} + {row.fused}" if row.fused else f"{row.kind} stays: {row.reason}"
-            lines.append(f"  {row.name}: {what}")
+        lines += [f"  {row.name}: {row.kind} + {row.fused}" for row in self.rows if row.fused]
+        lines += [f"  left, because {reason}: {', '.join(names)}" for reason, names in self.left.items()]
         return "\n".join(lines)
 
 
@@ -111,15 +114,29 @@ def fuse(model: nn.Module, report: bool = False) -> nn.Module | Fusion:
             for child in module.children():
                 if isinstance(child, FAMILY):
                     reasons[child] = f"the forward of {type(module).__name__} cannot be rewritten: {outcome.reason}"
-    if not report:
-        return model
     result = Fusion(model)
     for module, name in named.items():
-        if isinstance(module, FAMILY):
-            why = reasons.get(module, "no forward that could be traced calls it")
-            row = rows.get(module, Row(name, kind_of(module), "", why))
+        if _is_norm(module):
+            why = "no forward that could be traced calls it"
+            if not isinstance(module, FAMILY):
+                why = f"no operator serves {type(module).__name__}"
+            row = rows.get(module, Row(name, kind_of(module), "", reasons.get(module, why)))
             result.rows.append(replace(row, name=name))
-    return result
+    if report:
+        return result
+    if result.rows and not result.fused:
+        warn_once(
+            "fuse", f"nv.fuse has fused none of the {len(result.rows)} norms of this {type(model).__name__}. "
+            "print(nv.fuse(model, report=True)) says why."
+        )
+    return model
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Return True if a report lists the module: torch's norms, and modules that call themselves norms, by their name."""
+    if isinstance(module, FAMILY):
+        return True
+    return bool(re.search("Norm(?!al)", type(module).__name__)) and not any(map(_is_norm, module.children()))
 
 
 def unfuse(model: nn.Module) -> None:

@@ -1,12 +1,12 @@
 """Find the patterns that nv.fuse rewrites in the graph of a forward, and put one call in their place.
 
     norm -> activation              norm_act(norm, activation, z)
-    norm -> add -> relu             norm_act(norm, activation, z, residual, in_place)
+    norm -> add -> relu             norm_act(norm, activation, z, residual, into)
     ... -> convolutions alone       norm_act_into(norm, activation, layers, z, ...): see layer/deferred.py
 
 The modules are arguments of the call. So a module that takes the place of one of them later runs, too, and it runs
 unfused if it is not a known one or has hooks. A pattern stays as it is if its intermediate result has another reader,
-if it is added in place to another tensor, or if something is written in between.
+if it is added in place to a tensor that others may read, or if something is written in between.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "
 METHODS = {"relu": "relu", "relu_": "relu"}
 ADDITIONS = {operator.add, operator.iadd, torch.add}
 ADD_METHODS = {"add", "add_"}
+NEW_SUMS = (operator.add, torch.add)
 IN_PLACE_ADDITIONS = (operator.iadd, "add_")
 WRITING = {"setitem", *(f"i{name}" for name in IN_PLACE_OPERATORS)}
 
@@ -56,24 +57,26 @@ def norm_act(
     activation: nn.Module | str | None,
     z: Tensor,
     residual: Tensor | None = None,
-    in_place: bool = False,
+    into: str | None = None,
 ) -> Tensor:
     """Return activation(norm(z) + residual). Rewritten forwards call this.
 
     Args:
         activation: None calls the norm alone, which has an activation of its own.
-        in_place: The sum must have the dtype and shape of norm(z), because the model wrote `out += residual`.
+        into: What the model writes the sum to, "norm" (`norm(z) += residual`) or "residual", whose dtype and shape it
+            must then have; None makes a new tensor.
     """
     if activation is None:
         return norm(z)
     known = activation if isinstance(activation, str) else ACTIVATION_MODULES.get(type(activation))
     watched = hooks(norm) or (isinstance(activation, nn.Module) and hooks(activation))
-    fits = not in_place or (isinstance(residual, Tensor) and (residual.dtype, residual.shape) == (z.dtype, z.shape))
+    fits = into is None or (isinstance(residual, Tensor) and (residual.dtype, residual.shape) == (z.dtype, z.shape))
     if is_bare(norm) and known is not None and not watched and fits:
         return norm(z, residual, known)
     u = norm(z)
     if residual is not None:
-        u = operator.iadd(u, residual) if in_place else u + residual
+        a, b = (residual, u) if into == "residual" else (u, residual)
+        u = a + b if into is None else operator.iadd(a, b)
     return activate(u, activation) if isinstance(activation, str) else activation(u)
 
 
@@ -90,13 +93,13 @@ def norm_act_into(
     layers: tuple[nn.Module, ...],
     z: Tensor,
     residual: Tensor | None = None,
-    in_place: bool = False,
+    into: str | None = None,
 ) -> Tensor:
     """Run norm_act for `layers` alone: if all of them quantize its result, it need not be written to memory."""
     if isinstance(norm, NormActModule) and not hooks(norm) and all(_quantizes(layer) for layer in layers):
         with deferring():
-            return norm_act(norm, activation, z, residual, in_place)
-    return norm_act(norm, activation, z, residual, in_place)
+            return norm_act(norm, activation, z, residual, into)
+    return norm_act(norm, activation, z, residual, into)
 
 
 _FORWARDS = {kind: kind.forward for kind in (*NVFP4_CLASSES, *NVFP4_CLASSES.values())}  # others may be put there later
@@ -150,8 +153,10 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> tuple[dict[str, Row], bool]:
             chosen: Any = _activation(module, act)
             if act.op == "call_module":
                 chosen = graph.create_node("get_attr", act.target)
-            in_place = add is not None and add.target in IN_PLACE_ADDITIONS
-            fused = graph.call_function(norm_act, (handle, chosen, node.args[0], residual, in_place))
+            into = None
+            if add is not None and add.target in IN_PLACE_ADDITIONS:
+                into = "norm" if add.args[0] is node else "residual"
+            fused = graph.call_function(norm_act, (handle, chosen, node.args[0], residual, into))
         fused_calls.append(fused)
         act.replace_all_uses_with(fused)
         name = _activation(module, act) or ""
@@ -212,8 +217,8 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
         a, b = user.args
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
             return "a number is added to its result"
-        if user.target in IN_PLACE_ADDITIONS and b is node:
-            return "its result is added to another tensor in place"
+        if user.target in IN_PLACE_ADDITIONS and b is node and not _is_new(a):
+            return "its result is added in place to a tensor that may be read elsewhere"
         add, residual = user, b if a is node else a
         user = _only_user(add)
         if user is None:
@@ -247,6 +252,11 @@ def _is_addition(node: fx.Node) -> bool:
     plain = len(node.args) == 2 and not node.kwargs
     function = node.op == "call_function" and node.target in ADDITIONS
     return plain and (function or (node.op == "call_method" and node.target in ADD_METHODS))
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Return True if the node makes a sum that only one call reads, so that nobody sees if it is written to."""
+    return node.target in NEW_SUMS and not node.kwargs and len(node.users) == 1
 
 
 def _activation(module: nn.Module, node: fx.Node) -> str | None:

@@ -292,6 +292,7 @@ FUSED = {
     "torch.add": (lambda m, x: F.relu(torch.add(m.norm(x), x)), "add + relu"),
     "add_": (lambda m, x: F.relu(m.norm(x).add_(x)), "add + relu"),
     "two norms": (lambda m, x: F.relu(m.norm(x) + m.other(x * 2)), "add + relu"),
+    "into a new sum": (lambda m, x: F.relu((x * 2 + x).add_(m.norm(x))), "add + relu"),
     "norm twice": (lambda m, x: F.relu(m.norm(F.relu(m.norm(x)))), "relu"),
 }
 LEFT = {
@@ -522,6 +523,20 @@ def test_what_a_forward_reads_may_change_after_fusing(change):
         change(model)
         results.append([before, model(x)])
     assert same(*results) and not torch.equal(*results[0])
+
+
+def test_a_sum_in_place_keeps_its_dtype():
+    def wider(self, x):
+        y = x.double() + 1
+        y += self.norm(x)
+        return F.relu(y)
+
+    results = []
+    for prepare in (lambda model: model, fuse):
+        torch.manual_seed(0)
+        model = prepare(Odd(wider))
+        results.append(step(model, values((2, 8, 4, 4))))
+    assert results[0][0].dtype == torch.float64 == results[1][0].dtype and same(*results)
 
 
 def test_one_norm_called_plainly_and_fused_in_one_step():

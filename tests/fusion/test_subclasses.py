@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv import errors
 from te_nvfp4_cv.fusion import fuse as fuse_module
 from te_nvfp4_cv.fusion import patterns
 from te_nvfp4_cv.fusion.fuse import fuse, unfuse
@@ -385,3 +387,38 @@ def test_an_activation_that_only_layers_read_may_stay_unwritten(monkeypatch: pyt
     with nv.nvfp4_autocast():
         model(x)
     assert len(asked) == 1
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+class LayerNorm2d(nn.Module):
+    """A norm that is none of torch's classes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
+
+
+def test_the_report_groups_what_is_left_and_lists_other_norms() -> None:
+    other = nn.Sequential(LayerNorm2d(), nn.ReLU(), nn.LayerNorm(6))
+    model = nn.Sequential(Block(BatchAct, nn.ReLU), nn.BatchNorm2d(16), nn.Tanh(), other)
+    report = fuse(model, report=True)
+    assert (report.fused, len(report.rows)) == (3, 7)
+    assert {reason: names for reason, names in report.left.items() if "sum" not in reason} == {
+        "Tanh follows it": ["1"],
+        "no operator serves LayerNorm2d": ["3.0"],
+        "no operator serves LayerNorm": ["3.2"],
+    }
+    text = str(report)
+    assert text.startswith("3 of 7 norms") and "0.bn4: BatchAct + add + relu" in text
+    assert "left, because Tanh follows it: 1" in text
+
+
+def test_a_model_of_which_nothing_is_fused_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+    with pytest.warns(UserWarning, match="fused none of the 1 norms of this Sequential"):
+        fuse(nn.Sequential(nn.BatchNorm2d(8), nn.Tanh()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()))
+        fuse(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8)))
