@@ -103,7 +103,7 @@ def fuse(model: nn.Module, report: bool = False) -> nn.Module | Fusion:
     # Norms first: those of other libraries must be known when the modules that call them are rewritten.
     rows: dict[nn.Module, Row] = {}
     rows |= {norm: row for norm in named if isinstance(norm, FAMILY) and (row := _fuse_norm(norm)) is not None}
-    for name, module in model.named_modules():
+    for module in named:
         if isinstance(module, FAMILY) or not any(isinstance(m, FAMILY) for m in module.modules()):
             continue
         outcome = _fuse_one(module)
@@ -126,14 +126,15 @@ def fuse(model: nn.Module, report: bool = False) -> nn.Module | Fusion:
         return result
     if result.rows and not result.fused:
         warn_once(
-            "fuse", f"nv.fuse has fused none of the {len(result.rows)} norms of this {type(model).__name__}. "
-            "print(nv.fuse(model, report=True)) says why."
+            "fuse",
+            f"nv.fuse has fused none of the {len(result.rows)} norms of this {type(model).__name__}. "
+            "print(nv.fuse(model, report=True)) says why.",
         )
     return model
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Return True if a report lists the module: torch's norms, and modules that call themselves norms, by their name."""
+    """Return True if a report lists the module: torch's norms, and others whose class calls itself a norm."""
     if isinstance(module, FAMILY):
         return True
     return bool(re.search("Norm(?!al)", type(module).__name__)) and not any(map(_is_norm, module.children()))

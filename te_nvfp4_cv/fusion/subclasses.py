@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from te_nvfp4_cv.fusion.children import child_of, hooks
-from te_nvfp4_cv.fusion.modules import ACTIVATION_MODULES, NORM_CLASSES, OWN, NormActModule, fusable
+from te_nvfp4_cv.fusion.modules import ACTIVATION_MODULES, NORM_CLASSES, NormActModule, fusable
 from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
 
 NORM_FUNCTIONS = (F.batch_norm, F.group_norm)

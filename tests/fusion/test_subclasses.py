@@ -115,7 +115,12 @@ def test_norms_with_an_activation_are_fused(kind: str, act: type[nn.Module]) -> 
     names, keys = [n for n, _ in model.named_modules()], list(model.state_dict())
     report = fuse(model, report=True)
     name = act.__name__.lower()
-    assert {row.name[2:]: row.fused for row in report.rows} == {"bn1": name, "bn2": name, "bn3": "", "bn4": "add + relu"}
+    assert {row.name[2:]: row.fused for row in report.rows} == {
+        "bn1": name,
+        "bn2": name,
+        "bn3": "",
+        "bn4": "add + relu",
+    }
     assert {row.kind for row in report.rows} == {KINDS[kind].__name__}
     assert list(report.left.values()) == [["0.bn3", "1.bn3"]] and "used more than once" in next(iter(report.left))
     assert [n for n, _ in model.named_modules()] == names and list(model.state_dict()) == keys
@@ -189,7 +194,10 @@ def test_what_the_norm_is_changed_to_afterwards_is_done(kind: str) -> None:
 
 
 def test_a_bare_norm_that_is_changed_runs_unfused() -> None:
-    for change in (lambda norm: setattr(norm, "act", nn.Hardswish()), lambda norm: norm.act.register_forward_hook(double)):
+    for change in (
+        lambda norm: setattr(norm, "act", nn.Hardswish()),
+        lambda norm: norm.act.register_forward_hook(double),
+    ):
         model, plain, x = fuse(Block(BatchAct, nn.ReLU)), Block(BatchAct, nn.ReLU), values((2, 16, 6, 6))
         plain.load_state_dict(model.state_dict())
         for m in (model, plain):
