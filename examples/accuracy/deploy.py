@@ -100,7 +100,11 @@ def one(task: Any, name: str, seed: int, setting: Setting, epochs: int | None) -
         onnx = _Onnx(loaded.cpu(), [x.cpu() for x in batches], Path(folder))
         row["ONNX"] = _tried(onnx.by_value)
         for form in SCORED:
-            row[f"ONNX {form}, activations nvfp4"] = _tried(lambda form=form: score(onnx.session(form, "nvfp4")))
+
+            def of_form(form: str = form) -> float:
+                return score(onnx.session(form, "nvfp4"))
+
+            row[f"ONNX {form}, activations nvfp4"] = _tried(of_form)
     return row
 
 

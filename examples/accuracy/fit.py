@@ -123,7 +123,8 @@ class Run:
             nv.learn_scales(self.model, self.variant.learn)
         self.optimizer = self.task.optimizer(self.model, self.task.size.lr)
         self.average = Average(self.model, HORIZON * self.steps)
-        self.step, self.losses, self.diverged = 0, [], False
+        self.step, self.diverged = 0, False
+        self.losses: list[float] = []
         self.seconds = self.cpu_seconds = 0.0
         self.machines = []
         self._pending: list[Tensor] = []

@@ -121,7 +121,8 @@ def _stage(given: dict[str, Any], path: Path) -> Stage:
         _known(path, "field of a stage", key, {field.name for field in fields(Stage)})
     for task in given["tasks"]:
         _known(path, "task", task, TASKS)
-    return Stage(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    given |= {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    return Stage(**given)
 
 
 def _known(path: Path, kind: str, name: str, known: Any) -> None:

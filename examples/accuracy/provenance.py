@@ -18,12 +18,14 @@ import torch
 from unet_coco.backends import backend_of, kernels_of, processor
 from unet_coco.precision import Precision
 
-ROOT = Path(__file__).resolve().parents[2]
+import te_nvfp4_cv as nv
+
+ROOT = Path(nv.__file__).resolve().parents[1]  # of the package that is imported, which need not be beside this file
 
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of this checkout, with "+" if tracked files were changed, or "unknown" outside of git."""
+    """Return the commit of the package's checkout, with "+" if tracked files were changed, or "unknown" without git."""
     try:
         run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
         changed = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()

@@ -33,7 +33,7 @@ from typing import Any
 _HERE = Path(__file__).resolve()
 if str(_HERE.parents[1]) not in sys.path:
     sys.path.insert(0, str(_HERE.parents[1]))
-sys.path.append(str(_HERE.parents[2]))
+sys.path.insert(1, str(_HERE.parents[2]))  # before an installed package: rows name the commit that computed them
 
 import torch  # noqa: E402
 from unet_coco.options import choose_device  # noqa: E402
