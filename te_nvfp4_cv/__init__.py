@@ -11,7 +11,7 @@ import sys
 import typing
 
 from te_nvfp4_cv import distributed, fsdp, functional
-from te_nvfp4_cv.context.context_manager import active_recipe, nvfp4_autocast
+from te_nvfp4_cv.context.context_manager import active_recipe, capture, nvfp4_autocast
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.fusion.modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
 from te_nvfp4_cv.nn.convert import convert_model
@@ -93,6 +93,7 @@ __all__ = [
     "NVFP4Tensor",
     "QParams",
     "active_recipe",
+    "capture",
     "convert_model",
     "coverage",
     "distributed",

@@ -13,14 +13,18 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch.utils._pytree import tree_leaves as tree_leaves  # renamed to itself: imported for others
+from torch._ops import HigherOrderOperator as HigherOrderOperator  # renamed to themselves: imported for others
+from torch._ops import OperatorBase as OperatorBase
+from torch._ops import OpOverload as OpOverload
+from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 
-Answer = TypeVar("Answer", bound=Callable[[], bool])
+Answer = TypeVar("Answer", bound=Callable[..., bool])
 AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # the base of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
 BatchOrInstanceNorm = torch.nn.modules.batchnorm._NormBase  # the base of these and of InstanceNorm1d, 2d and 3d
 function_modes = torch.overrides._get_current_function_mode_stack  # () -> the modes of this thread, the innermost last
+left_alone = torch._disable_dynamo  # decorates a function that torch.compile does not trace, nor what it calls
 without_function_modes = torch._C.DisableTorchFunction  # a context manager: no function mode sees the calls inside
 without_modes = torch.utils._python_dispatch._disable_current_modes  # for dispatch modes: tensors are real inside
 wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself

@@ -4,30 +4,37 @@
         loss = criterion(model(x), y)       relu, relu_                                   -> a ReLU that saves one bit
     loss.backward()                         runs as forward was recorded: inside or outside of the context
 
-state.py says what is active in this thread, function_mode.py sees the torch calls, and torch_patches.py makes
-activation checkpointing recompute under the contexts of its forward pass.
+state.py says what is active in this thread, function_mode.py sees the torch calls, and torch_patches.py makes what
+recomputes a forward pass do so under the contexts of the first one.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ContextDecorator, contextmanager
 from typing import Any
 
 import torch
 
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.context.capture import capture
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
-from te_nvfp4_cv.context.state import Override, State, active_recipe, drop_stale, local, warn_unapplied
+from te_nvfp4_cv.context.state import (
+    OUTSIDE,
+    State,
+    active_recipe,
+    drop_stale,
+    local,
+    pop_state,
+    push_state,
+    warn_unapplied,
+)
 from te_nvfp4_cv.context.torch_patches import patch_torch
 from te_nvfp4_cv.errors import type_error
-from te_nvfp4_cv.layer import observe, shortfall
+from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.check import checked_recipe
-from te_nvfp4_cv.layer.inside import replaced
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-__all__ = ["active_recipe", "nvfp4_autocast"]
+__all__ = ["active_recipe", "capture", "nvfp4_autocast"]
 
 
 class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast is)
@@ -85,7 +92,7 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
 
     def __enter__(self) -> nvfp4_autocast:
         if not torch.compiler.is_compiling():  # a trace cannot patch torch, nor warn
-            patch_torch(captured)
+            patch_torch(capture)
             if self._state.recipe.precision:
                 warn_unapplied(self._state)
         _push(self._state)
@@ -102,8 +109,8 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
 @contextmanager
 def heard() -> Iterator[None]:
     """Let observers hear of the calls inside, which run as they would outside of this context."""
-    patch_torch(captured)
-    _push(State(enabled=False, recipe=NVFP4BlockScaling(), backend="auto", relu_mask=False, passive=True))
+    patch_torch(capture)
+    _push(OUTSIDE)
     try:
         yield
     finally:
@@ -125,43 +132,18 @@ def _push(new: State) -> None:
         drop_stale()
     if not local.states and not torch.compiler.is_compiling():
         shortfall.start()
-    local.states.append(new)
-    local.marks.append(len(local.overrides))
+    push_state(new)
     # One mode per thread is enough: it reads the innermost state.
     mode = None if mode_is_on() else Mode()
-    local.modes.append(mode)
+    local.modes = [*local.modes, mode]
     if mode is not None:
         mode.__enter__()
 
 
 def _pop() -> None:
-    local.states.pop()
-    del local.overrides[local.marks.pop() :]  # what a KeyboardInterrupt left: torch runs no hooks then
-    mode = local.modes.pop()
+    pop_state()
+    mode, local.modes = local.modes[-1], local.modes[:-1]
     if mode is not None:
         mode.__exit__(None, None, None)
     if not torch.compiler.is_compiling() and not local.states and shortfall.local.calls:
         shortfall.judge()
-
-
-@contextmanager
-def _restored(states: list[State], overrides: list[Override]) -> Iterator[None]:
-    """Run with the contexts and overrides of a checkpoint's first forward, whatever is active here."""
-    mode = Mode() if states and not mode_is_on() else nullcontext()
-    with replaced(local, states=list(states), marks=[0] * len(states), overrides=list(overrides)), mode:
-        yield
-
-
-def captured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, made to run under the contexts that are active now, whenever and in whichever thread.
-
-    "No context" is restored as well. The observers of this thread hear of its calls.
-    """
-    states, overrides, observers = list(local.states), list(local.overrides), observe.observers()
-
-    @functools.wraps(function, updated=())  # `function` may be a module: its __dict__ must not be copied
-    def rerun(*args: Any, **kwargs: Any) -> Any:
-        with _restored(states, overrides), observe.told_to(observers):
-            return function(*args, **kwargs)
-
-    return rerun

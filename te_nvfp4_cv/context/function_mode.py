@@ -9,9 +9,7 @@ A TorchFunctionMode sees the calls of unmodified modules. Inside its handler it 
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -19,10 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from te_nvfp4_cv.backend.torch_private import function_modes
+from te_nvfp4_cv.backend.torch_private import (
+    HigherOrderOperator,
+    OperatorBase,
+    constant_in_graphs,
+    function_modes,
+)
+from te_nvfp4_cv.context import higher_order
+from te_nvfp4_cv.context.bodies import without_override_check
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shortfall
+from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.relu import MaskedReLU
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_dense
@@ -32,6 +38,9 @@ _OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3
 _LAYERS = {getattr(F, op): op for op in _OPS}
 _ATEN = {op: getattr(torch.ops.aten, op) for op in _OPS}
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+_ATTENTION = without_override_check(F.multi_head_attention_forward)
+_OTHERS = {*_RELUS, F.multi_head_attention_forward, *constants.TAKING}
+_UNFLATTEN = Tensor.unflatten
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
 
@@ -40,35 +49,67 @@ class Mode(TorchFunctionMode):
 
     hands_values_on = True  # it never reads a tensor's values: see layer/deferred.py
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Autograd takes a mode along into the threads that run a GPU's backward pass, but not what is active here.
+        traced = torch.compiler.is_compiling()
+        self._home = None if traced else local.__dict__
+        self._observers = None if traced else observe.observers()
+
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # noqa: A002
         kwargs = kwargs or {}
-        if function in _LAYERS:
-            return _layer(_LAYERS[function], function, args, kwargs)
+        op = _LAYERS.get(function)
+        if op is not None:
+            if not local.states and self._home is not None:
+                with self._at_home():
+                    return _layer(op, function, args, kwargs)
+            return _layer(op, function, args, kwargs)
+        if function in _OTHERS:
+            return self._other(function, args, kwargs)
+        if function is _UNFLATTEN and torch.compiler.is_compiling():  # Dynamo cannot trace the method under a mode
+            return constants.take(torch.unflatten, args, kwargs)
+        if isinstance(function, OperatorBase) and torch.compiler.is_dynamo_compiling() and _traces_bodies(function):
+            with self:  # does not come back here: higher_order.py
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _other(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in _RELUS:
             return _relu(function, args, kwargs)
-        if function in constants.TAKING:
-            return constants.take(function, args, kwargs)
         if function is F.multi_head_attention_forward:
             with self:  # its projections are calls of F.linear: run its body under the mode
-                return _attention_body()(*args, **kwargs)
-        return function(*args, **kwargs)
+                return _ATTENTION(*args, **kwargs)
+        return constants.take(function, args, kwargs)
+
+    def _at_home(self) -> AbstractContextManager[Any]:
+        """Make active in this thread what is active in the one where the mode was entered."""
+        assert self._home is not None and self._observers is not None
+        stack = ExitStack()
+        stack.enter_context(replaced(local, **{name: self._home[name] for name in ("states", "marks", "overrides")}))
+        stack.enter_context(observe.told_to(self._observers))
+        return stack
+
+
+@constant_in_graphs
+def _traces_bodies(function: Any) -> bool:
+    """Return True for a higher-order operator whose body Dynamo will trace with the mode on."""
+    if not isinstance(function, HigherOrderOperator):
+        return False
+    found = higher_order.trace_bodies_under(Mode)
+    if not found:
+        warn_once(
+            f"body {function}",
+            f"nvfp4: with torch {torch.__version__}, layers inside of {function} run in high precision under "
+            "torch.compile. Leave that part out of the compiled function, or use torch 2.11 to 2.13",
+        )
+    return found
 
 
 def mode_is_on() -> bool:
-    """Return True if torch calls reach a Mode. It is off in its handler, and so in all that Tensor.backward runs."""
+    """Return True if torch calls reach a Mode. It is off in its handler."""
     return any(isinstance(mode, Mode) for mode in function_modes())
-
-
-@functools.lru_cache(maxsize=1)
-def _attention_body() -> Callable[..., Any]:
-    """Return F.multi_head_attention_forward with a body that does not ask for torch function overrides again."""
-    original = F.multi_head_attention_forward
-    names = {**original.__globals__, "has_torch_function": lambda *_: False}
-    clone = types.FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
-    clone.__kwdefaults__ = original.__kwdefaults__
-    return clone
 
 
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
+from te_nvfp4_cv.context.higher_order import forget_traced_regions
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
@@ -29,6 +32,7 @@ class State:
     passive: bool = False  # entered by an observer: NVFP4 modules run as outside of all contexts
 
 
+OUTSIDE = State(enabled=False, recipe=NVFP4BlockScaling(), backend="auto", relu_mask=False, passive=True)
 Override = tuple[object, NVFP4BlockScaling | None]  # a module with a set_precision entry; None for high precision
 
 
@@ -40,6 +44,7 @@ class _Local(threading.local):
         self.marks: list[int] = []  # how many overrides each context found
         self.overrides: list[Override] = []  # of modules that are running
         self.modes: list[TorchFunctionMode | None] = []  # the function mode that each context entered
+        self.entered: list[ExitStack] = []  # of capture.Captured
 
 
 local = _Local()
@@ -81,9 +86,31 @@ def has_override() -> bool:
     return bool(local.overrides)
 
 
+def push_state(new: State) -> None:
+    """Make `new` the innermost context of this thread."""
+    _changes()
+    # New lists, not append: torch.compile, which reuses what it has traced, looks for attributes that were set.
+    local.states = [*local.states, new]
+    local.marks = [*local.marks, len(local.overrides)]
+
+
+def pop_state() -> None:
+    """Leave the innermost context of this thread."""
+    _changes()
+    local.states = local.states[:-1]
+    local.overrides = local.overrides[: local.marks[-1]]  # without what a KeyboardInterrupt left: no hooks ran then
+    local.marks = local.marks[:-1]
+
+
+def _changes() -> None:
+    if torch.compiler.is_compiling():
+        forget_traced_regions()
+
+
 def push_override(recipe: NVFP4BlockScaling | None, owner: object = None) -> None:
     """Remember that `owner`, a module with a set_precision entry, starts its forward."""
-    local.overrides.append((owner, recipe))
+    _changes()
+    local.overrides = [*local.overrides, (owner, recipe)]
 
 
 def pop_override(owner: object = None) -> None:
@@ -91,7 +118,8 @@ def pop_override(owner: object = None) -> None:
     overrides = local.overrides
     for index in range(len(overrides) - 1, -1, -1):
         if overrides[index][0] is owner:
-            del overrides[index:]
+            _changes()
+            local.overrides = overrides[:index]
             return
 
 

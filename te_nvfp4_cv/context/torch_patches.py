@@ -1,9 +1,12 @@
-"""Make torch's activation checkpointing and nn.DataParallel respect the context.
+"""Make torch's own ways to run a forward pass later, or elsewhere, respect the context.
 
-Activation checkpointing recomputes a forward during backward, where the context may have been left, and in another
-thread. So torch.utils.checkpoint is wrapped once, at the first entry of a context: the recomputed forward then runs
-under what was active in the first one. nn.DataParallel runs its replicas in threads that no context reaches, so inside
-a context it raises an error instead of training silently in high precision.
+    torch.utils.checkpoint          recomputes during backward: under what was active in the first forward
+    torch.amp.custom_fwd, _bwd      the forward remembers what is active, the backward runs under it
+    backward(), autograd.grad       inside a context: the forward passes that run inside of them are seen
+    nn.DataParallel                 runs its replicas in threads that no context reaches: an error
+
+This is done once, at the first entry of a context. Only what is shared is replaced: names of torch that were imported
+before (`from torch.utils.checkpoint import ...`, decorators that have been applied) work as well.
 """
 
 from __future__ import annotations
@@ -14,33 +17,103 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.context.state import state
+from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
+from te_nvfp4_cv.context.state import local, state
 from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer.delayed_scaling import first_pass
 
+Capture = Callable[[], Callable[[Callable[..., Any]], Callable[..., Any]]]
+
 
 @functools.lru_cache(maxsize=1)
-def patch_torch(captured: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Wrap checkpoint's two variants and DataParallel. Only the first call does anything.
+def patch_torch(capture: Capture) -> None:
+    """Make the changes above. Only the first call does anything.
 
     Args:
-        captured: Makes a function run under the contexts that are active when `captured` is called.
+        capture: Returns a decorator, whose functions run under the contexts that are active when `capture` is called.
     """
+    _patch_checkpoint(capture)
+    _patch_custom_functions(capture)
+    _patch_backward()
+    _patch_data_parallel()
+
+
+def _patch_checkpoint(capture: Capture) -> None:
     import torch.utils.checkpoint as checkpoint
 
-    generator = checkpoint._checkpoint_without_reentrant_generator
-    forward = checkpoint.CheckpointFunction.forward
+    # The frame of a checkpoint without reentrance is made when its forward begins, by whatever interface.
+    begin = checkpoint._CheckpointFrame.__init__
 
-    @functools.wraps(generator)
-    def without_reentrant(fn: Any, *args: Any, **kwargs: Any) -> Any:
-        return generator(captured(fn), *args, **kwargs)
+    @functools.wraps(begin)
+    def __init__(self: Any, recompute_fn: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, capture()(recompute_fn), *args, **kwargs)
+
+    checkpoint._CheckpointFrame.__init__ = __init__  # type: ignore[method-assign]
+    forward = checkpoint.CheckpointFunction.forward
 
     def reentrant(ctx: Any, run_function: Any, *args: Any) -> Any:
         with first_pass(bool(ctx.next_functions)):  # its grad mode is off; a graph is being recorded all the same
-            return forward(ctx, captured(run_function), *args)
+            return forward(ctx, capture()(run_function), *args)
 
-    checkpoint._checkpoint_without_reentrant_generator = without_reentrant  # type: ignore[assignment]
     checkpoint.CheckpointFunction.forward = staticmethod(reentrant)  # type: ignore[assignment]
+
+
+_USED = "_fwd_used_autocast"  # the attribute that torch.amp.custom_fwd sets on a Function's ctx, for custom_bwd to read
+_AGAIN = "_nvfp4_again"
+
+
+def _patch_custom_functions(capture: Capture) -> None:
+    """Let every Function whose forward is decorated with custom_fwd run its backward under what was active.
+
+    The decorator may have been applied long before, so it is noticed by what it does: it sets an attribute of ctx.
+    """
+    node = torch.autograd.function.BackwardCFunction
+
+    def set_used(ctx: Any, value: bool) -> None:
+        ctx.__dict__[_USED] = value
+        if local.states:
+            ctx.__dict__[_AGAIN] = capture()
+
+    def get_used(ctx: Any) -> bool:
+        try:
+            return bool(ctx.__dict__[_USED])
+        except KeyError:
+            raise AttributeError(f"{type(ctx).__name__!r} object has no attribute {_USED!r}") from None
+
+    setattr(node, _USED, property(get_used, set_used))
+    for name in ("apply", "apply_boxed"):  # the second is new in torch 2.13
+        run = getattr(node, name, None)
+        if run is not None:
+            setattr(node, name, _run_again(run))
+
+
+def _run_again(run: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run)
+    def apply(self: Any, *args: Any) -> Any:
+        again = self.__dict__.get(_AGAIN)
+        if again is None:
+            return run(self, *args)
+        with again:
+            return run(self, *args)
+
+    return apply
+
+
+def _patch_backward() -> None:
+    # A call of Tensor.backward or autograd.grad is handed to the mode, which is off in its own handler. Both end here.
+    run = torch.autograd._engine_run_backward
+
+    @functools.wraps(run)
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        if not local.states or mode_is_on():
+            return run(*args, **kwargs)
+        with Mode():
+            return run(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = backward
+
+
+def _patch_data_parallel() -> None:
     parallel = torch.nn.DataParallel.forward
 
     @functools.wraps(parallel)

@@ -22,13 +22,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import parallel as torch_styles
 
-from te_nvfp4_cv.backend.torch_private import without_function_modes
+from te_nvfp4_cv.backend.torch_private import left_alone, without_function_modes
 from te_nvfp4_cv.distributed.tp_call import Sharing, run
 from te_nvfp4_cv.errors import type_error, value_error
 from te_nvfp4_cv.layer import deferred
@@ -109,7 +108,7 @@ class TensorParallelModule(nn.Module):
     op: str
 
     # Errors and layouts are decided on the host, together with the other ranks: a graph could not hold that.
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @left_alone  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Run the plain module's forward for tensors that lie as the plan says."""
         # A deferred activation has no values yet, and the ranks exchange them in more than one form.

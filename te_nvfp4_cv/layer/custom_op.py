@@ -25,9 +25,10 @@ from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
 
-# An operator takes tensors, numbers and texts, so dtypes cross its boundary as words.
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_DTYPES[torch.float64] = "float64"  # of a bias only
+
+def _word(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch.": an operator takes tensors, numbers and texts, but no dtypes."""
+    return str(dtype).removeprefix("torch.")
 
 
 class LayerSpec(NamedTuple):
@@ -56,7 +57,7 @@ class LayerSpec(NamedTuple):
     def to_text(self) -> str:
         """Encode the spec."""
         needs = f"{int(self.channels_last)}{int(self.need_dx)}{int(self.need_dw)}{int(self.need_db)}"
-        return f"{self.recipe}\n{self.backend}\n{_DTYPES[self.compute_dtype]}\n{needs}\n{self.group}\n{self.like}"
+        return f"{self.recipe}\n{self.backend}\n{_word(self.compute_dtype)}\n{needs}\n{self.group}\n{self.like}"
 
 
 # A graph's node passes the same text at each step, so it is decoded once.
@@ -168,9 +169,9 @@ def _(dy, saved, sizes, like_sizes, spec):  # type: ignore[no-untyped-def]
 
 
 def _like_text(like: Like) -> str:
-    bias = "" if like.bias_dtype is None else _DTYPES[like.bias_dtype]
+    bias = "" if like.bias_dtype is None else _word(like.bias_dtype)
     flags = f"{int(like.x_channels_last)}{int(like.w_channels_last)}"
-    return f"{_DTYPES[like.x_dtype]},{_DTYPES[like.w_dtype]},{bias},{flags}"
+    return f"{_word(like.x_dtype)},{_word(like.w_dtype)},{bias},{flags}"
 
 
 def _like(sizes: Any, text: str) -> Like:

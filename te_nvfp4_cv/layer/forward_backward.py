@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import message
 from te_nvfp4_cv.layer import gemms, operands
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
@@ -204,7 +205,8 @@ def backward(
     g, ranks = plan.geometry, options.ranks
     dx = dw = db = None
     # With create_graph=True grad mode is on here; QuantizedConv.backward deals with that by itself.
-    with torch.no_grad(), _without_autocast(dy.device.type):
+    # A backward pass inside of a context runs under its function mode, which is for the calls of others.
+    with torch.no_grad(), without_function_modes(), _without_autocast(dy.device.type):
         x_columns = dy_rows = dy_columns = None
         # The last GEMM needs it, so it has the longest time to travel.
         if ranks is not None and need_dw and "wgrad" in plan.gemms:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.torch_private import OpOverload
 from te_nvfp4_cv.errors import check_module, describe, need_package, type_error, value_error
 from te_nvfp4_cv.export.modules import InferenceLayer, check_choice, check_path
 from te_nvfp4_cv.export.onnx import file
@@ -286,7 +287,7 @@ def _unknown_operator(program: Any, error: Exception) -> ValueError:
         target = node.target
         if (
             node.op != "call_function"
-            or not isinstance(target, torch._ops.OpOverload)
+            or not isinstance(target, OpOverload)
             or target.namespace == "onnx_symbolic"  # the stand-ins
         ):
             continue

@@ -1,0 +1,30 @@
+"""Run the body of a torch function that is written in Python under the mode that has been handed its call.
+
+Such a function asks first whether an override wants the call. Called again with the mode on it would come back to the
+mode without end, so a copy of it is called that does not ask.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+
+def without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of a torch function whose body runs at once, whatever function modes are on."""
+    assert isinstance(function, types.FunctionType)
+    # A module of its own, because torch.compile looks a function's globals up by the name of their module.
+    module = types.ModuleType(f"{__name__}.{function.__name__}")
+    vars(module).update({**function.__globals__, "__name__": module.__name__, "has_torch_function": _no_override})
+    sys.modules[module.__name__] = module
+    names = vars(module)
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__module__ = module.__name__
+    return copy
+
+
+def _no_override(*_: Any) -> bool:
+    return False
