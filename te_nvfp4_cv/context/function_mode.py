@@ -39,8 +39,8 @@ _LAYERS = {getattr(F, op): op for op in _OPS}
 _ATEN = {op: getattr(torch.ops.aten, op) for op in _OPS}
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _ATTENTION = without_override_check(F.multi_head_attention_forward)
-_OTHERS = {*_RELUS, F.multi_head_attention_forward, *constants.TAKING}
-_UNFLATTEN = Tensor.unflatten
+_UNFLATTEN = Tensor.unflatten  # written in Python: Dynamo does not find such a method in a set, nor trace it in a mode
+_OTHERS = {*_RELUS, F.multi_head_attention_forward, *constants.TAKING} - {_UNFLATTEN}
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
 
@@ -68,8 +68,8 @@ class Mode(TorchFunctionMode):
             return _layer(op, function, args, kwargs)
         if function in _OTHERS:
             return self._other(function, args, kwargs)
-        if function is _UNFLATTEN and torch.compiler.is_compiling():  # Dynamo cannot trace the method under a mode
-            return constants.take(torch.unflatten, args, kwargs)
+        if function is _UNFLATTEN:
+            return constants.take(torch.unflatten if torch.compiler.is_compiling() else function, args, kwargs)
         if isinstance(function, OperatorBase) and torch.compiler.is_dynamo_compiling() and _traces_bodies(function):
             with self:  # does not come back here: higher_order.py
                 return function(*args, **kwargs)

@@ -278,3 +278,20 @@ def test_functions_that_recompute_compile(kind):
             loss.backward()
         results.append([loss.detach(), *gradients(block, x)])
     assert all_same(*results)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_composable_checkpoint_of_torch_distributed():
+    """It copied torch's names before the first context was entered."""
+    composable = pytest.importorskip("torch.distributed._composable")
+    block, again = net(), net()
+    composable.checkpoint(again)
+    assert all_same(*[of_one_step(module) for module in (block, again)])
+
+
+def of_one_step(module: nn.Module) -> list[Tensor]:
+    x = values((16, 32, 8, 8)).requires_grad_()
+    with nv.nvfp4_autocast(NO_SR):
+        loss = module(x).square().mean()
+    loss.backward()
+    return [loss.detach(), *gradients(module, x)]

@@ -237,6 +237,24 @@ def on_ranks_gradient_clipping_and_checkpointing(ranks: Ranks) -> None:
     assert float(norm.full_tensor()) > 0
 
 
+def on_ranks_composable_checkpoints(ranks: Ranks) -> None:
+    """`torch.distributed._composable` copies names of torch.utils.checkpoint before a context can change them."""
+    from torch.distributed._composable import checkpoint
+
+    plain = sharded(ranks)
+    loss_of(plain, batch(ranks.rank, 0, ranks.device)).backward()
+    again = net(ranks)
+    fsdp.quantize_gathers(again, NO_SR)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for block in (again.first, again.second, again.third):
+        checkpoint(block)
+        fully_shard(block, mesh=mesh)
+    fully_shard(again, mesh=mesh)
+    loss_of(again, batch(ranks.rank, 0, ranks.device)).backward()
+    for p, q in zip(plain.parameters(), again.parameters(), strict=True):
+        assert same_bits(p.grad.full_tensor(), q.grad.full_tensor())
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
