@@ -19,8 +19,9 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer import custom_op, forward_backward, gemms
-from te_nvfp4_cv.layer.check import CallShape, Lowered, Sizes, lowered
+from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, planned
 from te_nvfp4_cv.layer.options import CallOptions
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.records import Face, WeightCodes
@@ -86,16 +87,19 @@ def run(
         ValueError: x does not fit.
     """
     # The weight exists as codes only: its shape is known, and no dtype is.
-    x, autocast, low = _lowered(op, x, Sizes(tuple(weight.shape), ""), bias, args)
-    spec = custom_op.LayerSpec(
-        recipe.key,
-        dispatch.resolve(backend, x.device, by_layer=True),
-        dispatch.compute_dtype(x.dtype, x.device, autocast),
-        layouts.is_channels_last(x) or weight.channels_last,
-    )
-    codes = [*weight.face, weight.amax]
-    sizes = low.geometry.to_ints()
-    y = layer(x, codes, weight.unpacked, bias, weight.input_amax, sizes, spec.to_text())
+    x, autocast, call = _input(op, x, Sizes(tuple(weight.shape), ""), bias, args)
+    low = lowered(call)
+    x = low.input(x)
+    backend = dispatch.resolve(backend, x.device, by_layer=True)
+    dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
+    channels_last = layouts.is_channels_last(x) or weight.channels_last
+    if dispatch.runs_directly(x) and not (torch.is_grad_enabled() and _has_gradient(x, bias)):
+        # The same without torch's dispatcher, which costs as much as a small layer.
+        y = _run(x, weight, bias, planned(call, recipe, backend, dtype, channels_last))
+    else:
+        spec = custom_op.LayerSpec(recipe.key, backend, dtype, channels_last)
+        codes = [*weight.face, weight.amax]
+        y = layer(x, codes, weight.unpacked, bias, weight.input_amax, low.geometry.to_ints(), spec.to_text())
     return y.squeeze(0) if low.unbatched else y
 
 
@@ -106,22 +110,40 @@ def plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, ch
         w: [axis 0, axis 1, *kernel] in real units.
         channels_last: the weight's memory format.
     """
-    x, autocast, low = _lowered(op, x, Sizes.of(w), bias, args)
+    x, autocast, call = _input(op, x, Sizes.of(w), bias, args)
+    low = lowered(call)
+    x = low.input(x)
     emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast) if emulated else x.dtype
     y = gemms.plain_layer(x, w, bias, low.geometry, dtype, layouts.is_channels_last(x) or channels_last)
     return y.squeeze(0) if low.unbatched else y
 
 
-def _lowered(
+def _input(
     op: str, x: Tensor, w: Sizes, bias: Tensor | None, args: ConvArgs
-) -> tuple[Tensor, bool, Lowered]:
-    """Return x as the geometry counts on it, in torch.autocast's dtype where that is on; if it is on; the geometry."""
+) -> tuple[Tensor, bool, CallShape]:
+    """Return x in torch.autocast's dtype where that is on, if it is on, and the call's shapes."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     x = x.to(torch.get_autocast_dtype(device)) if autocast else x
-    low = lowered(CallShape.of(op, x, w, bias, args))
-    return low.input(x), autocast, low
+    return x, autocast, CallShape.of(op, x, w, bias, args)
+
+
+def _has_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    return x.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _run(x: Tensor, weight: StoredWeight, bias: Tensor | None, plan: Plan) -> Tensor:
+    # An empty batch has no amax. Asked here and not by the caller, because torch.export may leave the batch open.
+    if not plan.geometry.batch:
+        return layouts.like_image_first(x, plan.geometry.y_shape, x.shape, plan.channels_last)
+    options = CallOptions(
+        codes=WeightCodes.of_face(plan.weight_faces[0], weight.face, weight.amax),
+        unpacked=weight.unpacked,
+        scales=None if weight.input_amax is None else _Fixed(weight.input_amax),
+    )
+    y, _ = forward_backward.forward(x, None, bias, plan, False, False, options)
+    return y
 
 
 @without_autocast
@@ -143,18 +165,10 @@ def layer(
         sizes: ConvGeometry.to_ints().
         spec: custom_op.LayerSpec.to_text().
     """
-    plan = custom_op.plan_of(sizes, spec)
-    # An empty batch has no amax. Asked here and not by the caller, because torch.export may leave the batch open.
-    if not plan.geometry.batch:
-        return layouts.like_image_first(x, plan.geometry.y_shape, x.shape, plan.channels_last)
     data, scale, amax = codes
-    options = CallOptions(
-        codes=WeightCodes.of_face(plan.weight_faces[0], Face(data, scale), amax),
-        unpacked=unpacked,
-        scales=None if input_amax is None else _Fixed(input_amax),
-    )
-    y, _ = forward_backward.forward(x, None, bias, plan, False, False, options)
-    return y
+    # Its shape and memory format have gone into the plan.
+    weight = StoredWeight(Face(data, scale), amax, unpacked, (), False, input_amax)
+    return _run(x, weight, bias, custom_op.plan_of(sizes, spec))
 
 
 def _no_gradient(ctx: Any, *_: Any) -> Any:

@@ -7,6 +7,7 @@ activations, 1x16 weights of more than one group), the reference's plain torch r
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from typing import Any
 
@@ -108,7 +109,7 @@ def quantize_operand(
     if library is None or spec.row_scaled or not x.numel():
         return reference.quantize_operand(x, spec, dtype, seed, amax)
     row_form, col_form, rht = spec.row, spec.col, spec.rht
-    q, x, starts = _operand(x, spec.groups, spec.fold, rht)
+    q, x, starts = _operand(x, spec.groups, spec.fold, rht, col_form != NONE)
     row, col = layouts.operand_faces(x, spec, dtype, scratch.empty)
     q.seed, q.stochastic = 0 if seed is None else int(seed), spec.stochastic
     q.out_bf16, q.error, q.e4m3_max = dtype == torch.bfloat16, ERRORS[spec.four_over_six], spec.e4m3_max
@@ -153,7 +154,7 @@ def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
     library = native.load() if x.device.type == "cpu" else None
     if library is None or not x.numel():
         return reference.measure_operand(x, spec)
-    q, x, starts = _operand(x, 1, spec.fold, spec.rht)
+    q, x, starts = _operand(x, 1, spec.fold, spec.rht, spec.rht)
     amax = torch.empty(2, dtype=torch.float32, device=x.device)
     q.amax, q.want_row, q.want_col = amax.data_ptr(), True, spec.rht
     library.nvfp4_amax(ctypes.byref(q))
@@ -163,8 +164,10 @@ def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
     return amax
 
 
-def _operand(x: Tensor, groups: int, fold: Fold, rht: bool) -> tuple[native.Operand, Tensor, Tensor | None]:
-    """Return the kernels' view of x, x in a dtype that they take, and the table of folded rows.
+def _operand(
+    x: Tensor, groups: int, fold: Fold, rht: bool, columns: bool
+) -> tuple[native.Operand, Tensor, Tensor | None]:
+    """Return the kernels' view of x, x in a dtype that they take, and the table of folded rows if `columns` are read.
 
     The caller must hold on to the two tensors as long as the view is used: it has their addresses only.
     """
@@ -175,11 +178,18 @@ def _operand(x: Tensor, groups: int, fold: Fold, rht: bool) -> tuple[native.Oper
     q.fold_images, q.fold_L, q.rht = fold.images, fold.rows, rht
     q.in_bf16, q.threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     starts = None
-    if fold.strips > 1:
-        source = fold.source_rows(x.shape[0], rows)
-        starts = torch.where(source >= 0, source * (pixels * channels), -1).contiguous()
+    if columns and fold.strips > 1:
+        starts = _row_starts(fold, x.shape[0], rows, pixels * channels)
         q.row_start = starts.data_ptr()
     return q, x, starts
+
+
+@functools.lru_cache(maxsize=256)
+def _row_starts(fold: Fold, batch: int, rows: int, run: int) -> Tensor:
+    """Return int64 [images, rows]: where each folded row of `run` values begins in x, -1 for zeros."""
+    with torch.inference_mode(False):
+        source = fold.source_rows(batch, rows)
+        return torch.where(source >= 0, source * run, -1).contiguous()
 
 
 def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor | None = None) -> WeightCodes:
