@@ -30,6 +30,7 @@ from te_nvfp4_cv.nn.precision import set_precision
 from te_nvfp4_cv.nn.resume import extra_state, saturated_blocks
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, QParams
 from te_nvfp4_cv.recipe.files import list_recipes, load_recipe, save_recipe
+from te_nvfp4_cv.report import flops as _flops  # noqa: F401  (it teaches torch's FLOP counter our operators)
 from te_nvfp4_cv.report.watch import coverage
 from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
