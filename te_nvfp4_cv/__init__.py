@@ -26,7 +26,7 @@ from te_nvfp4_cv.nn.modules import (
     NVFP4ConvTranspose3d,
     NVFP4Linear,
 )
-from te_nvfp4_cv.nn.precision import set_precision
+from te_nvfp4_cv.nn.precision import clear_precision, set_precision
 from te_nvfp4_cv.nn.resume import extra_state, saturated_blocks
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, QParams
 from te_nvfp4_cv.recipe.files import list_recipes, load_recipe, save_recipe
@@ -95,6 +95,7 @@ __all__ = [
     "QParams",
     "active_recipe",
     "capture",
+    "clear_precision",
     "convert_model",
     "coverage",
     "distributed",

@@ -32,6 +32,7 @@ NAMES = {
     "QParams",
     "active_recipe",
     "capture",
+    "clear_precision",
     "convert_model",
     "coverage",
     "distributed",
@@ -130,6 +131,7 @@ def test_every_name_has_a_docstring(name):
     [
         (nv.nvfp4_autocast, ["recipe", "enabled", "backend", "amax_reduction_group", "relu_mask"]),
         (nv.set_precision, ["model", "table"]),
+        (nv.clear_precision, ["model"]),
         (nv.convert_model, ["model", "recipe", "filter_fn"]),
         (nv.coverage, ["model", "inputs", "recipe", "backend", "kwargs"]),
         (nv.active_recipe, []),

@@ -10,7 +10,7 @@ functions around them: torch.compile recognizes some of them by identity, and so
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # renamed to themselves: imported for others
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 
-Answer = TypeVar("Answer", bound=Callable[..., bool])
+Answer = TypeVar("Answer", bound=Callable[..., Any])
 AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # the base of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
 BatchOrInstanceNorm = torch.nn.modules.batchnorm._NormBase  # the base of these and of InstanceNorm1d, 2d and 3d
 function_modes = torch.overrides._get_current_function_mode_stack  # () -> the modes of this thread, the innermost last

@@ -23,7 +23,7 @@ from te_nvfp4_cv.backend.torch_private import (
     constant_in_graphs,
     function_modes,
 )
-from te_nvfp4_cv.context import higher_order
+from te_nvfp4_cv.context import entries, higher_order
 from te_nvfp4_cv.context.bodies import without_override_check
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
@@ -149,7 +149,8 @@ def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | No
     current = local.states[-1] if local.states else None
     if current is None or not current.enabled:
         return None, "nvfp4_autocast(enabled=False)"
-    recipe = local.overrides[-1][1] if local.overrides else current.recipe
+    rule = entries.ruling(w) if entries.used else local.overrides[-1] if local.overrides else None
+    recipe = current.recipe if rule is None else rule[1]
     if recipe is None:
         return None, "set_precision: high precision"
     if not isinstance(x, Tensor) or not isinstance(w, Tensor) or not isinstance(groups, int):

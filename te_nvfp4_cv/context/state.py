@@ -81,9 +81,9 @@ def reduction_group() -> Any:
     return None if current is None else current.group
 
 
-def has_override() -> bool:
-    """Return True while a module with a set_precision entry runs."""
-    return bool(local.overrides)
+def innermost_override() -> Override | None:
+    """Return the entry of the innermost running module that has one, or None."""
+    return local.overrides[-1] if local.overrides else None
 
 
 def push_state(new: State) -> None:

@@ -104,7 +104,8 @@ def running_modules() -> Iterator[nn.Module]:
 
 def _constants_of(module: nn.Module) -> Iterator[Tensor]:
     yield from (buffer for buffer in module._buffers.values() if buffer is not None)
-    if not module._forward_pre_hooks:
+    # Hooks of this package compute no kernel: nn/hooks.py.
+    if all(hasattr(hook, "hook_id") for hook in module._forward_pre_hooks.values()):
         layer = isinstance(module, (nn.Linear, *_CONVOLUTIONS))
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not value.requires_grad and not (layer and name == "weight"):

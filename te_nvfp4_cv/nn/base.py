@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import Proxy
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.context import state
+from te_nvfp4_cv.context import entries, state
 from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer.check import checked_recipe, refuse_jit_trace
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -77,8 +77,10 @@ class NVFP4Module(nn.Module):
             return self.recipe or NVFP4BlockScaling(), self.backend
         if not current.enabled:
             return None, current.backend
-        if state.has_override() or self.recipe is None:
-            recipe = state.active_recipe()
+        # Not self.weight: reading that may compute it.
+        rule = entries.ruling(self._parameters.get("weight")) if entries.used else state.innermost_override()
+        if rule is not None or self.recipe is None:
+            recipe = current.recipe if rule is None else rule[1]
             # A recipe without any NVFP4 GEMM is high precision: torch's own call is then the better one.
             return (recipe if recipe is not None and recipe.nvfp4_gemms else None), current.backend
         return self.recipe, current.backend
