@@ -164,7 +164,7 @@ class QuantizerFactory:
         found: NVFP4BlockScaling | None = self.recipe
         for pattern, inner in self.recipe.precision:
             # A match covers the modules inside, too, as with set_precision.
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*"):
+            if not pattern or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*"):
                 found = inner  # the last match wins
         return found
 

@@ -423,7 +423,7 @@ def _check_precision(table: object) -> tuple[tuple[str, NVFP4BlockScaling | None
         raise bad_value("recipe", "precision", table, needs)
     out = []
     for pair in pairs:
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and pair[0]):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
             raise bad_value("recipe", "precision", pair, needs)
         recipe = None if pair[1] is None else as_recipe(pair[1])
         if recipe is not None and recipe.precision:

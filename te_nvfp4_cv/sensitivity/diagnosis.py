@@ -117,7 +117,7 @@ class Diagnosis:
         # A recipe that stands in a table has no table of its own.
         rest = None if self.recipe_used is None else dataclasses.replace(self.recipe_used, precision=())
         if self.worst_layer is not None:
-            pattern = glob.escape(self.worst_layer) or "*"  # a model that is itself the layer has the name ""
+            pattern = glob.escape(self.worst_layer)  # a model that is itself the layer has the name ""
             own.pop(pattern, None)  # the last match wins, so the entry must come after the others
             # An entry covers a module's children: those that were in NVFP4 when this was measured get their own.
             prefix = f"{self.worst_layer}." if self.worst_layer else ""

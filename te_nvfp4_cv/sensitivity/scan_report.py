@@ -161,7 +161,7 @@ class Scan:
         # The last match wins: a module comes before its children, in the order in which they ran.
         order = sorted(table, key=lambda name: (name.count(".") + bool(name), self._place(name)))
         # Names are taken literally: one with brackets would be a pattern otherwise.
-        return {glob.escape(name) or "*": table[name] for name in order}  # "*": the model itself
+        return {glob.escape(name): table[name] for name in order}
 
     def _place(self, name: str) -> int:
         return next(index for index, row in enumerate(self.rows) if row.name == name)
