@@ -1,6 +1,7 @@
-# The commands: make demo, test, test-fast, stress, lint, docs, wheel, clean. PYTHON names an interpreter of 3.11 or newer.
+# The commands: make demo, test, test-fast, stress, lint, docs, wheel, zoo, clean. PYTHON names an interpreter of 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
+ZOO := build/zoo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN := -c constraints.txt
@@ -13,7 +14,7 @@ PYTEST = NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1)
 # For daily work: no training runs, ranks, exports, other frameworks or kernels in the interpreter.
 FAST := $(wildcard tests/test_*.py) $(addprefix tests/,backend context fusion layer nn ops recipe report tensor)
 
-.PHONY: demo test test-fast stress lint docs wheel clean
+.PHONY: demo test test-fast stress lint docs wheel zoo clean
 
 # Full precision and NVFP4 one after the other on a generated set of shapes: pictures, curves and a table in runs/demo.
 demo: $(VENV)/.train
@@ -38,6 +39,11 @@ wheel: $(VENV)/bin/python
 	rm -rf build/lib* build/bdist.* dist/*.whl
 	TE_NVFP4_CV_WHEEL=1 PIP_CONSTRAINT=constraints.txt $(PIP) wheel --no-deps -w dist .
 
+# Models of other libraries, in an environment of their own, with the same torch; goes on where it stopped.
+zoo: $(ZOO)/.made
+	$(ZOO)/bin/python examples/zoo/run.py
+	$(ZOO)/bin/python examples/zoo/page.py
+
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
@@ -53,6 +59,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet $(PIN) -e ".[train,telemetry]"
+	touch $@
+
+$(ZOO)/.made: pyproject.toml constraints.txt examples/zoo/requirements.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m venv $(ZOO)
+	$(ZOO)/bin/python -m pip --disable-pip-version-check install --quiet $(PIN) -r examples/zoo/requirements.txt -e ".[export]"
+	$(ZOO)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps ultralytics==8.4.190
 	touch $@
 
 # TransformerEngine without its dependencies: the pure-Python wheel has the recipes, which the tests compare with ours.

@@ -78,6 +78,50 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
     return model.eval()
 
 
+def subject_of(options: argparse.Namespace) -> Any:
+    """Return the Subject of `te-nvfp4-cv try`: a model with inputs and a loss, as far as the user's function says.
+
+    Raises:
+        TypeError: The user's function returns something else.
+    """
+    from te_nvfp4_cv.cli.trial.subject import Subject, distance
+    from te_nvfp4_cv.sensitivity import builder
+
+    build: Any = builder.given(options.model, "MODEL")
+    model, inputs, loss = _parts(build())
+    if inputs is None:
+        inputs = (example(options, options.batch),)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
+    table = recipe_of(options).precision
+
+    def made() -> nn.Module:
+        from te_nvfp4_cv.nn.precision import set_precision
+
+        fresh = _parts(build())[0]
+        if table:
+            set_precision(fresh, recipe_of(options))
+        return fresh
+
+    return Subject(options.model, made, args, kwargs, distance if loss is None else loss)
+
+
+def _parts(built: Any) -> tuple[nn.Module, Any, Any]:
+    """Return model, inputs and loss of what a user's function returned; None for what it left out."""
+    parts = built if isinstance(built, tuple) else (built,)
+    model, inputs, loss = (*parts, None, None)[:3]
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if (
+        not isinstance(model, nn.Module) or len(parts) > 3 or not isinstance(inputs, tuple | list | dict | None)
+        or not (loss is None or callable(loss))
+    ):
+        raise type_error(
+            "MODEL: no model.", got=", ".join(map(describe, parts)),
+            needs="a function that returns a model, (model, inputs) or (model, inputs, loss)", fix="return one of them",
+        )
+    return model, inputs, loss
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read a state_dict from a checkpoint, also one that is stored under the key "model" or "state_dict".
 

@@ -1,4 +1,4 @@
-"""Run te-nvfp4-cv coverage, project and bench: what part of a model runs in NVFP4, and how fast.
+"""Run te-nvfp4-cv coverage, try, project and bench: what part of a model runs in NVFP4, what it survives, how fast.
 
 Each function imports what its own command needs, to keep the other commands quick.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from te_nvfp4_cv.cli.loading import example, model_of, model_options, recipe_of
+from te_nvfp4_cv.cli.loading import example, model_of, model_options, recipe_of, subject_of
 from te_nvfp4_cv.cli.shape import Command, show
 
 
@@ -74,8 +74,34 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _try_options(parser: argparse.ArgumentParser) -> None:
+    from te_nvfp4_cv.cli.trial.run import CHECKS
+
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="MODULE:FUNCTION or FILE.py:FUNCTION that returns the model, or (model, inputs) with a tuple or dict of "
+        "inputs, or (model, inputs, loss) with a function of the model's output; its code runs",
+    )
+    text = "shape of an input without its batch axis, if FUNCTION returns no inputs (default: 3 224 224)"
+    parser.add_argument("--input", type=int, nargs="+", default=[3, 224, 224], metavar="N", help=text)
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="images in the step (default: 4)")
+    text = f"run these alone, of: {', '.join(CHECKS)}"
+    parser.add_argument("--checks", nargs="+", choices=tuple(CHECKS), metavar="CHECK", help=text)
+    parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
+
+
+def _try(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.cli.trial.run import try_model
+
+    row = try_model(subject_of(options), recipe_of(options), options.checks)
+    show(row.to_dict(), str(row), options.json)
+    return 0 if row.passed else 1
+
+
 COMMANDS = (
     Command("coverage", "list a model's layers: NVFP4 or not, why, FLOPs, memory", _coverage_options, _coverage),
+    Command("try", "train, compile, save, export and fuse a model: does all of it hold?", _try_options, _try),
     Command("project", "estimate a model's time on a GPU that is not here, by a roofline", _project_options, _project),
     Command("bench", "measure size, load time and latency: fp32, bf16, packed, cached", _bench_options, _bench),
 )

@@ -6,12 +6,14 @@ mode without end, so a copy of it is called that does not ask.
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 
+@functools.lru_cache  # a second copy would take the first one's place among the modules
 def without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a copy of a torch function whose body runs at once, whatever function modes are on."""
     assert isinstance(function, types.FunctionType)

@@ -1,0 +1,112 @@
+"""The control of a gradient: a step in high precision whose layers get noise of the size that NVFP4's rounding makes.
+
+    x, w     ->  v + s |Q(v) - v|,   rounded to the nearest, blocks of 16 along the channels
+    dy       ->  the same, rounded as the recipe says (stochastically by default)
+
+with random signs s. In a deep network that was just initialized the gradient of NVFP4 is far from that of high
+precision, because any noise of that size grows on its way through the layers. A gradient that is no farther than the
+control's is what 4 bits cost; one that is much farther says that something else is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from te_nvfp4_cv.backend.torch_private import without_function_modes
+from te_nvfp4_cv.context.bodies import without_override_check
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
+from te_nvfp4_cv.context.function_mode import decide
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
+
+OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+FUNCTIONS = {getattr(F, op): op for op in OPS}
+ATTENTION = without_override_check(F.multi_head_attention_forward)
+GROUPS = 6  # the place of `groups` among the arguments of every convolution
+SEED = 3
+
+
+@contextmanager
+def control(recipe: NVFP4BlockScaling, backend: str = "auto") -> Iterator[None]:
+    """Run the layers that `nvfp4_autocast(recipe)` would run in NVFP4 in high precision with noise, as above."""
+    # The context is entered so that its rules decide, set_precision's too; the inner mode takes every call from it.
+    with nvfp4_autocast(recipe, backend=backend), _Noise(recipe):
+        yield
+
+
+class _Noise(TorchFunctionMode):
+    """Adds the noise to the operands of layers. As torch's own mode, it is off inside of its handler."""
+
+    def __init__(self, recipe: NVFP4BlockScaling) -> None:
+        super().__init__()
+        self.recipe = recipe
+        # A generator of its own: the model's dropout must draw what it draws without the control.
+        self.generator = torch.Generator().manual_seed(SEED)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            with self:
+                return ATTENTION(*args, **kwargs)
+        if function not in FUNCTIONS:
+            return function(*args, **kwargs)
+        call = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+        op, x, w = FUNCTIONS[function], call["input"], call["weight"]
+        groups = kwargs.get("groups", args[GROUPS] if len(args) > GROUPS else 1)
+        if decide(op, x, w, groups)[0] is None:
+            return function(*args, **kwargs)
+        axis = -1 if op == "linear" else -1 - int(op[-2])  # channels, also of an input without a batch
+        x = _Noisy.apply(x, self._drawn(x, axis, "input"))
+        w = _Noisy.apply(w, self._drawn(w, 0 if "transpose" in op else 1, "weight"))
+        rest = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
+        with without_function_modes():  # the context would run the call in NVFP4
+            y = function(x, w, *args[2:], **rest)
+        return _NoisyGradient.apply(y, self, axis)
+
+    def _drawn(self, values: Tensor, axis: int, role: str) -> Tensor:
+        """Return the noise for an operand: the error of quantizing it, with random signs."""
+        settings = self.recipe.settings(role)
+        quantizer = NVFP4Quantizer(
+            columnwise=False, with_2d_quantization=settings.two_d, stochastic_rounding=settings.stochastic_rounding
+        )
+        last = values.detach().movedim(axis, -1)
+        matrix = last.reshape(-1, last.shape[-1]).float().contiguous()
+        error = (quantizer.quantize(matrix).dequantize() - matrix).reshape(last.shape).movedim(-1, axis)
+        signs = torch.randint(2, error.shape, generator=self.generator).to(error) * 2 - 1
+        return (error * signs).to(values.dtype)
+
+
+class _Noisy(torch.autograd.Function):
+    """Adds noise on the way forward, and hands the gradient on, as a quantized operand does."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, noise: Tensor) -> Tensor:
+        """Return values + noise."""
+        return values + noise
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the gradient as it is."""
+        return grads[0], None
+
+
+class _NoisyGradient(torch.autograd.Function):
+    """Returns a layer's output as it is, and adds noise to its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, mode: _Noise, axis: int) -> Tensor:
+        """Return y."""
+        ctx.mode, ctx.axis = mode, axis
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return dy + noise."""
+        return grads[0] + ctx.mode._drawn(grads[0], ctx.axis, "grad_output"), None, None

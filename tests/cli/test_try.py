@@ -1,0 +1,331 @@
+"""te-nvfp4-cv try: the row of a sound model, each check on a model that it must catch, the control, bad input."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv import cli
+from te_nvfp4_cv.cli.trial import files, programs, training
+from te_nvfp4_cv.cli.trial.cells import Trial, answer
+from te_nvfp4_cv.cli.trial.control import control
+from te_nvfp4_cv.cli.trial.run import CHECKS, try_model
+from te_nvfp4_cv.cli.trial.subject import Subject, distance, floats, normal, relative, step
+from te_nvfp4_cv.context.state import state
+from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPEN: set[str] = set()  # checks that do not hold yet
+FILE = """
+import torch
+from torch import nn
+from tests.cli.test_try import Net
+
+def build():
+    return Net()
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+    def forward(self, image, gain=None):
+        return {"out": self.net(image) * gain, "count": torch.tensor(3)}
+
+def named():
+    return Two(), {"image": torch.randn(2, 3, 8, 8), "gain": torch.ones(2, 1, 1, 1)}, lambda y: y["out"].mean()
+
+def number():
+    return 3
+
+def triple():
+    return Two(), (torch.randn(2, 3, 8, 8),), "loss"
+"""
+
+
+class Net(nn.Module):
+    """A stem in high precision, two layers in NVFP4, and one of three things that only a context brings about."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.kind, self.seen = kind, 0
+        self.kept: Tensor | None = None
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        self.head = nn.Conv2d(32, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = self.kind != "" and state() is not None
+        x = self.body(self.stem(x))
+        if inside and self.kind == "lost":
+            x = x.detach()
+        if inside and self.kind == "nan":
+            x = x / 0
+        if inside and self.kind == "layout" and not self.body[0].weight.is_contiguous():
+            x = -x
+        if self.kind == "old" and inside and not self.training:
+            self.kept = x = x if self.kept is None else self.kept
+        if self.kind == "uncounted" and self.training:
+            self.seen += 1
+        return self.head(x) + 10 * self.seen
+
+
+class Repeats(nn.Module):
+    """A block that gives something else when it runs again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(16, 16, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x) * (-1 if self.calls == 2 else 1)
+
+
+def subject(kind: str = "", build: Any = None, channels: int = 3) -> Subject:
+    return Subject("net", build or (lambda: Net(kind)), (normal((4, channels, 8, 8)),))
+
+
+def found(name: str, tried: Subject) -> tuple[bool | None, str]:
+    cell = answer(CHECKS[name], Trial(tried, nv.NVFP4BlockScaling()))
+    return cell.ok, cell.text
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / f"tried_{tmp_path.name}.py"  # each of its own name: Python keeps what it has imported
+    path.write_text(FILE)
+    return path
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_model(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [name for name in CHECKS if name not in OPEN]
+    assert cli.main(["try", f"{file}:build", "--input", "3", "8", "8", "--json", "--checks", *names]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert list(row["cells"]) == names
+    assert {name for name, cell in row["cells"].items() if cell["ok"]} == set(names)
+    texts = {name: cell["text"] for name, cell in row["cells"].items()}
+    exact = {"compile", "checkpoint", "both", "save", "ema"} - OPEN
+    assert {texts[name] for name in exact} == {"equal bits"}
+    assert texts["fuse"] == "2/2" and texts["lists"] == "2 layers" and texts["share"].endswith("%")
+
+
+def test_inputs_and_a_loss_of_the_users_own(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = ["--checks", "step", "share", "save", "onnx"]
+    assert cli.main(["try", f"{file}:named", *checks]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in told[1:-1]] == [[n, "ok"] for n in ("step", "share", "save", "onnx")]
+    assert told[-1].startswith("no check failed")
+
+
+def test_a_finding_is_status_1(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(training, "control", lambda *_: nullcontext())
+    assert cli.main(["try", f"{file}:build", "--input", "3", "8", "8", "--checks", "gradient"]) == 1
+    told = capsys.readouterr().out
+    assert "gradient  NO  " in told and "1 of 1 checks failed" in told
+
+
+@pytest.mark.parametrize(("name", "told"), [("number", "no model"), ("triple", "(model, inputs, loss)")])
+def test_what_is_no_model(file: Path, name: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["try", f"{file}:{name}"]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_checks_of_other_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="no such check"):
+        try_model(subject(), checks=["stop"])
+
+
+# ---- each check finds what it is for --------------------------------------------------------------------------------
+
+
+def test_step_finds_lost_and_broken_gradients() -> None:
+    ok, told = found("step", subject("lost"))
+    assert ok is False and told.endswith("parameters without a gradient: stem.0.weight")
+    ok, told = found("step", subject("nan"))
+    assert ok is False and "loss nan" in told
+    tried = Trial(subject(), nv.NVFP4BlockScaling())
+    tried.nvfp4.gradients["head.weight"].zero_()
+    assert answer(training.runs, tried).text == "1 gradients are zero: head.weight"
+
+
+def test_share_finds_a_model_without_nvfp4() -> None:
+    assert found("share", subject(build=lambda: nn.Conv2d(3, 8, 3))) == (False, "0%")
+
+
+def test_share_finds_a_coverage_that_counts_otherwise(monkeypatch: Any) -> None:
+    real = training.coverage
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        report = real(*args, **kwargs)
+        report.rows.pop()
+        return report
+
+    monkeypatch.setattr(training, "coverage", other)
+    assert found("share", subject()) == (False, "coverage counts 1 calls in NVFP4, the step made 2")
+
+
+class HighWhenCompiled(Net):
+    """A model that leaves NVFP4 inside of a graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            with nv.nvfp4_autocast(enabled=False):
+                return super().forward(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["compile", "both"])
+def test_compile_counts_the_layers_of_the_graph(name: str) -> None:
+    assert found(name, subject(build=HighWhenCompiled)) == (False, "0 of 2 layers in NVFP4")
+
+
+def test_compile_finds_more_graphs_than_plain_torch_needs(monkeypatch: Any) -> None:
+    real = programs._compile
+
+    def broken(trial: Trial, model: nn.Module, full: bool, nvfp4: bool) -> Any:
+        if full:
+            raise RuntimeError("a graph break")
+        step, layers, graphs = real(trial, model, full, nvfp4)
+        return step, layers, graphs + nvfp4
+
+    monkeypatch.setattr(programs, "_compile", broken)
+    assert found("compile", subject()) == (False, "2 graphs, 1 of plain torch: RuntimeError: a graph break")
+
+
+def test_what_plain_torch_cannot_compile_is_no_finding(monkeypatch: Any) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(programs, "_compile", broken)
+    assert found("compile", subject()) == (None, "torch: RuntimeError: no")
+
+
+def test_checkpoint_finds_a_repetition_that_differs() -> None:
+    model = lambda: nn.Sequential(nn.Sequential(Repeats(), nn.ReLU()), nn.Sequential(nn.Conv2d(16, 16, 3)))  # noqa: E731
+    ok, told = found("checkpoint", subject(build=model, channels=16))
+    assert ok is False and told.startswith("gradient error ")
+
+
+def test_save_finds_what_no_file_holds() -> None:
+    ok, told = found("save", subject("uncounted"))
+    assert ok is False and told.startswith("loaded differs by ") and told.endswith("2 layers saved in NVFP4, 1 not")
+
+
+def test_lists_finds_layers_that_one_of_them_lacks(monkeypatch: Any) -> None:
+    monkeypatch.setattr(files, "quantize", lambda model, *_, **__: model)
+    assert found("lists", subject()) == (False, "2 layers not in NVFP4 by quantize: body.0")
+    with pytest.raises(Exception, match="1 layers in NVFP4 by save alone: b"):
+        files._agree("save", {"a"}, {"a", "b", "c"}, {"a", "b"})
+
+
+def test_onnx_finds_other_values(monkeypatch: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    real = files.runtime.run
+    monkeypatch.setattr(files.runtime, "run", lambda *args: [2 * y for y in real(*args)])
+    assert found("onnx", subject()) == (False, "onnxruntime differs by 1")
+
+
+def test_fuse_finds_other_values(monkeypatch: Any) -> None:
+    def damage(model: nn.Module, report: bool) -> Any:
+        found = nv.fuse(model, report=True)
+        model.stem[0].weight.data.neg_()  # type: ignore[union-attr,index]
+        return found
+
+    monkeypatch.setattr(programs, "fuse", damage)
+    ok, told = found("fuse", subject())
+    assert ok is False and told.startswith("2/2: gradient error ")
+
+
+def test_fuse_does_not_apply_without_norms() -> None:
+    assert found("fuse", subject(build=lambda: nn.Conv2d(16, 16, 3), channels=16)) == (None, "no norms")
+
+
+def test_ema_finds_an_average_that_evaluates_with_old_weights() -> None:
+    assert found("ema", subject("old")) == (False, "the average evaluates with old weights")
+
+
+def test_channels_last_finds_a_layout_that_changes_values() -> None:
+    ok, told = found("channels_last", subject("layout"))
+    assert ok is False and told.startswith("gradient error ")
+    assert found("channels_last", subject(build=lambda: nn.Linear(16, 16), channels=16))[0] is None
+
+
+def test_a_step_in_high_precision_is_found_everywhere() -> None:
+    tried = Trial(subject(), nv.NVFP4BlockScaling())
+    with pytest.raises(Exception, match="all layers in high precision"):
+        tried.compared(tried.high)
+
+
+# ---- the control ----------------------------------------------------------------------------------------------------
+
+
+def test_the_noise_is_the_error_of_quantizing_with_random_signs() -> None:
+    from te_nvfp4_cv.cli.trial.control import _Noise
+
+    x = torch.randn(2, 32, 5, 3)
+    noise = _Noise(nv.NVFP4BlockScaling())._drawn(x, 1, "input")
+    rows = x.movedim(1, -1).reshape(-1, 32).contiguous()
+    error = NVFP4Quantizer(columnwise=False).quantize(rows).dequantize() - rows
+    drawn = noise.movedim(1, -1).reshape(-1, 32)
+    assert torch.equal(drawn.abs(), error.abs())
+    assert 0.4 < float((drawn == error).float().mean()) < 0.6
+
+
+def test_the_control_disturbs_the_layers_that_nvfp4_would_run_and_no_others() -> None:
+    thin = subject(build=lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)))
+    model = thin.made()
+    assert step(model, thin, control(nv.NVFP4BlockScaling())).equals(step(model, thin))
+    wide = subject()
+    model = wide.made()
+    high, noisy = step(model, wide), step(model, wide, control(nv.NVFP4BlockScaling()))
+    assert 0.02 < noisy.error(high) < 1
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 5, 32)
+    with control(nv.NVFP4BlockScaling()):
+        y, _ = attention(x, x, x)
+        y = y.detach()
+    expected = attention(x, x, x)[0].detach()
+    assert 0.01 < relative([expected], [y]) < 0.5
+
+
+def test_the_control_takes_arguments_by_name_and_by_place() -> None:
+    x, w = torch.randn(2, 32, 6, 6), torch.randn(32, 16, 3, 3)
+    recipe = nv.NVFP4BlockScaling()
+    parameter = nn.Parameter(w)
+    with control(recipe):
+        one = F.conv2d(x, parameter, None, 1, 1, 1, 2)
+    with control(recipe):
+        two = F.conv2d(input=x, weight=parameter, padding=1, groups=2)
+    assert torch.equal(one, two) and not torch.equal(one, F.conv2d(x, w, None, 1, 1, 1, 2))
+
+
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_of_any_output() -> None:
+    class Out:
+        def __init__(self) -> None:
+            self.y, self.me = torch.ones(2), self
+
+    a, b = torch.zeros(1), torch.ones(1)
+    assert floats({"a": a, "n": torch.tensor(1), "more": [b, (a,)]}) == [a, b]
+    assert len(floats(Out())) == 1
+    with pytest.raises(ValueError, match="no gradient"):
+        distance({"a": a})
+
+
+def test_errors_of_outputs() -> None:
+    a = [torch.tensor([3.0, 4.0])]
+    assert relative(a, [torch.tensor([3.0, 3.0])]) == pytest.approx(0.2)
+    assert relative(a, [torch.ones(3)]) == float("inf") and relative([torch.zeros(1)], [torch.zeros(1)]) == 0
