@@ -23,7 +23,7 @@ from te_nvfp4_cv.backend.torch_private import (
     constant_in_graphs,
     function_modes,
 )
-from te_nvfp4_cv.context import entries, higher_order
+from te_nvfp4_cv.context import entries, higher_order, islands
 from te_nvfp4_cv.context.bodies import without_override_check
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
@@ -125,10 +125,13 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     x, w, bias = call["input"], call["weight"], call["bias"]
     sizes = ConvArgs(call["stride"], call["padding"], call["dilation"], call["groups"], call["output_padding"])
     recipe, reason = decide(op, x, w, sizes.groups)
+    traced = torch.compiler.is_compiling()
+    if traced and islands.in_traced_island():
+        recipe, reason = None, islands.REASON
     if recipe is None:
         deferred.settle(x)
         # In a graph of torch.compile, ATen's operator: torch's own function would come back to this mode when it runs.
-        if torch.compiler.is_compiling():
+        if traced:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             plain = _ATEN[op]
             kwargs = {key: [value] if key in _LISTS and type(value) is int else value for key, value in given.items()}
@@ -139,7 +142,7 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return y
     current = local.states[-1]
     y = execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
-    if not torch.compiler.is_compiling():
+    if not traced:
         shortfall.ran(w, x if "transpose" in op else y)
     return y
 
@@ -148,7 +151,8 @@ def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | No
     """Return (recipe, "") for a call that runs in NVFP4, (None, reason) for one that stays in high precision."""
     current = local.states[-1] if local.states else None
     if current is None or not current.enabled:
-        return None, "nvfp4_autocast(enabled=False)"
+        island = current is not None and current.island
+        return None, islands.REASON if island else "nvfp4_autocast(enabled=False)"
     rule = entries.ruling(w) if entries.used else local.overrides[-1] if local.overrides else None
     recipe = current.recipe if rule is None else rule[1]
     if recipe is None:

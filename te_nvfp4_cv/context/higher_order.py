@@ -47,6 +47,11 @@ def trace_bodies_under(mode: type) -> bool:
     return True
 
 
+def is_tracing() -> bool:
+    """Return True in code that runs while torch.compile traces, in code that it traces and in code that traces it."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 @constant_in_graphs
 def forget_traced_regions() -> bool:
     """Let no nested_compile_region use what was traced before a context or an entry of set_precision changed.

@@ -30,6 +30,7 @@ class State:
     relu_mask: bool
     group: Any = None  # the ranks whose amaxes are one: a torch.distributed.ProcessGroup, or None
     passive: bool = False  # entered by an observer: NVFP4 modules run as outside of all contexts
+    island: bool = False  # entered by torch.autocast(enabled=False) for plain layers alone: see islands.py
 
 
 OUTSIDE = State(enabled=False, recipe=NVFP4BlockScaling(), backend="auto", relu_mask=False, passive=True)
@@ -45,6 +46,7 @@ class _Local(threading.local):
         self.overrides: list[Override] = []  # of modules that are running
         self.modes: list[TorchFunctionMode | None] = []  # the function mode that each context entered
         self.entered: list[ExitStack] = []  # of capture.Captured
+        self.traced_islands = 0  # that have begun in the code that torch.compile is tracing
 
 
 local = _Local()
@@ -54,6 +56,14 @@ _applied_tables: set[tuple[tuple[str, NVFP4BlockScaling | None], ...]] = set()
 def state() -> State | None:
     """Return the innermost context of this thread, enabled or not, or None outside of all."""
     return local.states[-1] if local.states else None
+
+
+def entered_state() -> State | None:
+    """Return the innermost context that was entered as one: NVFP4 modules, asked for by name, know no islands."""
+    for entry in reversed(local.states):
+        if not entry.island:
+            return entry
+    return None
 
 
 def active_recipe() -> NVFP4BlockScaling | None:

@@ -3,6 +3,7 @@
     torch.utils.checkpoint          recomputes during backward: under what was active in the first forward
     torch.amp.custom_fwd, _bwd      the forward remembers what is active, the backward runs under it
     backward(), autograd.grad       inside a context: the forward passes that run inside of them are seen
+    torch.autocast(enabled=False)   keeps plain layers in high precision: islands.py
     nn.DataParallel                 runs its replicas in threads that no context reaches: an error
 
 This is done once, at the first entry of a context. Only what is shared is replaced: names of torch that were imported
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from te_nvfp4_cv.context import islands
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.state import local, state
 from te_nvfp4_cv.errors import runtime_error
@@ -36,6 +38,7 @@ def patch_torch(capture: Capture) -> None:
     _patch_custom_functions(capture)
     _patch_backward()
     _patch_data_parallel()
+    islands.patch_autocast()
 
 
 def _patch_checkpoint(capture: Capture) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from te_nvfp4_cv.layer import check, observe
 from te_nvfp4_cv.layer.constants import running_modules
 
-USERS = ("nvfp4_autocast(enabled=False)", "set_precision")  # beginnings of reasons that the user has chosen
+# Beginnings of reasons that the user has chosen.
+USERS = ("nvfp4_autocast(enabled=False)", "torch.autocast(enabled=False)", "set_precision")
 HALF = 0.5
 OFTEN = 512  # high-precision calls after which a context that stays open is looked at
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -72,7 +72,7 @@ class NVFP4Module(nn.Module):
         return found
 
     def _chosen(self) -> tuple[NVFP4BlockScaling | None, str]:
-        current = state.state()
+        current = state.entered_state()
         if current is None or current.passive:
             return self.recipe or NVFP4BlockScaling(), self.backend
         if not current.enabled:
