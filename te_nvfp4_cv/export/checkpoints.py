@@ -276,7 +276,11 @@ def load(
     names = plain_names("nv.export.load", model)
     # The mapped tensors are cloned where the model takes them over: the file may be replaced later.
     state = {names[name]: t.clone() if meta else t for name, t in opened.tensors.items() if name not in packed}
-    model.load_state_dict(state, strict=False, assign=meta)  # check_fit has compared all names
+    # With the versions of the model's modules, as torch saves them beside the tensors: some classes ask for theirs.
+    versioned = model.state_dict()
+    versioned.clear()
+    versioned.update(state)
+    model.load_state_dict(versioned, strict=False, assign=meta)  # check_fit has compared all names
     for module in layers.values():
         # After all tensors are in place: cached weights are computed here, on the layer's final device.
         module.set_mode(weights, activations, dtype)  # type: ignore[operator]

@@ -17,7 +17,7 @@ from zoo import page, run  # noqa: E402  isort: skip
 from zoo.models import LIGHT, MODELS, in_turn, library_of  # noqa: E402  isort: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPEN: set[str] = set()  # checks that do not hold yet
+COMPILED = {"torchvision/squeezenet1_1", "torchvision/densenet, memory_efficient", "torchvision/vit"}
 NOT_YET = {("torchvision/vit", "save"), ("torchvision/vit", "lists")}  # nn.MultiheadAttention is not saved in NVFP4
 
 
@@ -47,7 +47,9 @@ def test_libraries_take_turns() -> None:
 def test_a_light_model_passes_all_checks(name: str) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("onnxruntime")
-    checks = [check for check in CHECKS if check not in OPEN and (name, check) not in NOT_YET]
+    checks = [check for check in CHECKS if (name, check) not in NOT_YET]
+    if name not in COMPILED:  # compiling takes longer than all other checks
+        checks = [check for check in checks if check not in ("compile", "both")]
     row = try_model(MODELS[name], checks=checks)
     assert row.passed, str(row)
     assert list(row.cells) == checks and row.parameters > 1000

@@ -396,3 +396,30 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     os.unlink(saved.files[2])
     with pytest.raises(ValueError, match=f"a shard is missing[\\s\\S]*{saved.files[2].name}"):
         nv.export.load(tmp_path / "net", Net())
+
+
+class Versioned(nn.Module):
+    """A module that upgrades its old state, and so has to know which version it gets."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.gain
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version") is None:
+            raise ValueError("a state without a version")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_modules_that_ask_for_the_version_of_their_state_get_it(tmp_path: Path) -> None:
+    net = nn.Sequential(Versioned())
+    saved = nv.export.save(net, tmp_path / "net")
+    with torch.no_grad(), nv.nvfp4_autocast():
+        expected = net(x := torch.randn(2, 16, 8, 8))
+        assert torch.equal(nv.export.load(saved.files[0], nn.Sequential(Versioned()))(x), expected)
