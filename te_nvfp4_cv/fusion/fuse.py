@@ -1,6 +1,7 @@
 """Fuse each norm of a model with the residual and the activation that follow it: nv.fuse(model), in place.
 
-    BatchNorm -> ReLU,  BatchNorm -> add -> ReLU,  BatchNorm -> SiLU,  GroupNorm -> ReLU,  GroupNorm -> SiLU
+    BatchNorm or GroupNorm -> ReLU, SiLU, Hardswish, ReLU6, GELU or LeakyReLU
+    BatchNorm or GroupNorm -> add -> ReLU
 
 The forward of every module that calls norms is traced by torch.fx, without looking into its children. If a norm's
 result goes to the activation alone, the two calls become one. Parameters, buffers, the state_dict, names, hooks and
@@ -33,8 +34,8 @@ from torch import Tensor, fx, nn
 
 from te_nvfp4_cv.errors import check_module, warn_once
 from te_nvfp4_cv.fusion.children import child_of
-from te_nvfp4_cv.fusion.modules import ACTIVATION_MODULES, NORM_CLASSES, NormActModule
-from te_nvfp4_cv.fusion.patterns import FAMILY, Row, kind_of, rewrite
+from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activation_of
+from te_nvfp4_cv.fusion.patterns import FAMILY, Row, kind_of, rewrite, shown_name
 from te_nvfp4_cv.fusion.subclasses import NormThenChildren, tail_of, torchs_class
 from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
 from te_nvfp4_cv.nn.names import plain_name
@@ -211,13 +212,13 @@ def _fuse_norm(norm: nn.Module) -> Row | None:
     """Let a norm that runs an activation itself do so in one operator. Returns None if that is up to its caller."""
     kind = kind_of(norm)
     if isinstance(norm, NormActModule):
-        return Row("", kind, norm.activation, "") if norm.activation is not None else None
+        return None if norm.activation is None else Row("", kind, shown_name(norm.activation), "")
     if type(norm) in NORM_CLASSES:
         return None
     try:
         tail, traced = tail_of(norm)
         children = [child_of(norm, path) for path in tail]
-        if children and (len(children) > 1 or type(children[0]) not in ACTIVATION_MODULES):
+        if children and (len(children) > 1 or activation_of(children[0]) is None):
             return Row("", kind, "", f"{type(children[0]).__name__} follows it")
         base: Any = torchs_class(norm)
         fused = NORM_CLASSES[base].__bases__[0]  # the mixin that calls the operator

@@ -12,33 +12,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.context import state
 from te_nvfp4_cv.context.function_mode import transformed
-from te_nvfp4_cv.errors import value_error
-from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
-from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS
+from te_nvfp4_cv.fusion.norm_act import batch_norm_act, check_activation, group_norm_act
+from te_nvfp4_cv.ops.norm import reference
 
-ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.ReLU6: "relu6",
+    nn.GELU: "gelu",
+    nn.LeakyReLU: "leaky_relu",
+}
 OWN: Any = object()  # "the module's own activation"; None means without one
 
 
 class NormActModule(nn.Module):
-    """The base of the fused norms. `activation` is "relu", "silu" or None, and a call may override it."""
+    """The base of the fused norms. `activation` is one of ACTIVATIONS or None, and a call may override it."""
 
     activation: str | None = None  # on the class, because nv.fuse changes classes without calling __init__
 
     def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if activation is not None and activation not in ACTIVATIONS:
-            raise value_error(
-                f"{type(self).__name__}: unknown activation.",
-                got=repr(activation),
-                needs="'relu', 'silu' or None",
-                fix="activation='relu'",
-            )
+        if activation is not None:
+            check_activation(type(self).__name__, activation)
         self.activation = activation
 
     def forward(self, z: Tensor, residual: Tensor | None = None, activation: str | None = OWN) -> Tensor:
@@ -102,7 +102,8 @@ class _GroupNormAct(NormActModule):
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
     """Compute nn.BatchNorm1d, a residual and an activation in one operator.
 
-    The parameters are torch's, and `activation`: "relu", "silu" or None.
+    The parameters are torch's, and `activation`: "relu", "silu", "hardswish", "relu6", "gelu", "gelu_tanh",
+    "leaky_relu" (with another slope: "leaky_relu:0.2"), or None.
 
     Example:
         >>> import torch, te_nvfp4_cv as nv
@@ -116,7 +117,8 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
     """Compute nn.BatchNorm2d, a residual and an activation in one operator.
 
-    The parameters are torch's, and `activation`: "relu", "silu" or None.
+    The parameters are torch's, and `activation`: "relu", "silu", "hardswish", "relu6", "gelu", "gelu_tanh",
+    "leaky_relu" (with another slope: "leaky_relu:0.2"), or None.
 
     Example:
         >>> import torch, te_nvfp4_cv as nv
@@ -130,7 +132,8 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
     """Compute nn.BatchNorm3d, a residual and an activation in one operator.
 
-    The parameters are torch's, and `activation`: "relu", "silu" or None.
+    The parameters are torch's, and `activation`: "relu", "silu", "hardswish", "relu6", "gelu", "gelu_tanh",
+    "leaky_relu" (with another slope: "leaky_relu:0.2"), or None.
 
     Example:
         >>> import torch, te_nvfp4_cv as nv
@@ -144,7 +147,8 @@ class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
 class GroupNormAct(_GroupNormAct, nn.GroupNorm):
     """Compute nn.GroupNorm, a residual and an activation in one operator.
 
-    The parameters are torch's, and `activation`: "relu", "silu" or None.
+    The parameters are torch's, and `activation`: "relu", "silu", "hardswish", "relu6", "gelu", "gelu_tanh",
+    "leaky_relu" (with another slope: "leaky_relu:0.2"), or None.
 
     Example:
         >>> import torch, te_nvfp4_cv as nv
@@ -162,9 +166,24 @@ NORM_CLASSES: dict[type[nn.Module], type[NormActModule]] = {
 }
 
 
+def activation_of(module: nn.Module | None) -> str | None:
+    """Return the name of the activation that this module is, for the fused operators, or None if they serve it not."""
+    name = ACTIVATION_MODULES.get(type(module))  # type: ignore[arg-type]
+    if isinstance(module, nn.GELU) and name is not None:
+        return name_of_gelu(module.approximate)
+    if isinstance(module, nn.LeakyReLU) and name is not None:
+        return f"{name}:{module.negative_slope}"
+    return name
+
+
+def name_of_gelu(approximate: str) -> str | None:
+    """Return the name of the form of GELU that torch calls so."""
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+
+
 def activate(u: Tensor, activation: str | None) -> Tensor:
-    """Return relu(u), silu(u), or u itself without an activation."""
-    return F.relu(u) if activation == "relu" else F.silu(u) if activation == "silu" else u
+    """Return the activation of u, or u itself without one."""
+    return u if activation is None else reference.activate(u, activation)
 
 
 def fusable(z: Tensor, residual: Tensor | None, activation: str) -> bool:

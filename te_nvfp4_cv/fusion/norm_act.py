@@ -3,12 +3,16 @@
     batch_norm_act(z, running_mean, running_var, weight, bias, ...)     BatchNorm [+ residual] + ReLU, BatchNorm + SiLU
     group_norm_act(z, groups, weight, bias, ...)                        GroupNorm [+ residual] + ReLU, GroupNorm + SiLU
 
+In SiLU's place may be Hardswish, ReLU6, GELU or LeakyReLU: functions of the norm's output without parameters, which
+backward recomputes from z. That saves one full activation in memory, and on a GPU its way there and back. PReLU is not
+served, as its slope's gradient needs a sum of its own, and neither are activations that rarely follow these norms.
+
 Torch's modules save more: z for the norm, the norm's output for SiLU, and the activation for ReLU and for the next
 convolution. On a CPU the values have torch's bits. The kernels compute in fp32 and round once, whereas torch rounds the
 norm's output (and the sum with the residual) to z's dtype before it activates. The result has z's dtype, also where
 torch.autocast would run group norm in fp32. A second differentiation goes through torch's own operators.
 Refused: what F.batch_norm and F.group_norm refuse, with their errors; a residual of another shape; and a residual with
-SiLU, whose derivative would need the sum.
+another activation than ReLU, whose derivative would need the sum.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from torch import Tensor
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import deferred
 from te_nvfp4_cv.ops.layouts import is_dense
-from te_nvfp4_cv.ops.norm import operators
-from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec, Pair, norm_of
+from te_nvfp4_cv.ops.norm import operators, reference
+from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec, Pair, norm_of, split
 
 
 def batch_norm_act(
@@ -47,7 +51,7 @@ def batch_norm_act(
         z: [B, C, *image] or [B, C], floating, any strides.
         training: Normalize with the batch's statistics, and update the running ones if they are given.
         residual: A tensor of z's shape, with activation "relu" only.
-        activation: "relu" or "silu".
+        activation: One of ACTIVATIONS in ops/norm/spec.py; "leaky_relu:0.2" gives the slope.
         backend: "auto" (kernels on a GPU, ATen on a CPU), "reference" (ATen) or "triton".
     Returns:
         A tensor of z's shape and memory format, in z's dtype promoted with the residual's.
@@ -91,10 +95,7 @@ def group_norm_act(
 
 
 def _check(z: Tensor, residual: Tensor | None, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise value_error(
-            "norm_act: unknown activation.", got=repr(activation), needs="'relu' or 'silu'", fix="use torch's modules"
-        )
+    check_activation("norm_act", activation)
     if residual is not None and (residual.shape != z.shape or activation != "relu"):
         raise value_error(
             "norm_act: this residual cannot be added here.",
@@ -104,9 +105,24 @@ def _check(z: Tensor, residual: Tensor | None, activation: str) -> None:
         )
 
 
-def _run(
-    z: Tensor, residual: Tensor | None, affine: Pair, running: Pair, settings: NormSpec, backend: str
-) -> Tensor:
+def check_activation(caller: str, activation: str) -> None:
+    """Refuse an activation that the operators do not serve.
+
+    Raises:
+        ValueError: There is no such activation.
+    """
+    try:
+        split(activation)
+    except ValueError as error:
+        raise value_error(
+            f"{caller}: unknown activation.",
+            got=repr(activation),
+            needs=" or ".join(map(repr, ACTIVATIONS)),
+            fix="use torch's modules, or activation='relu'",
+        ) from error
+
+
+def _run(z: Tensor, residual: Tensor | None, affine: Pair, running: Pair, settings: NormSpec, backend: str) -> Tensor:
     weight, bias = affine
     if (weight is None) != (bias is None):  # torch allows one without the other; the operators take both or none
         weight = z.new_ones(z.shape[1], dtype=_wide(z)) if weight is None else weight
@@ -122,7 +138,8 @@ def _run(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, residual, weight, bias))
     settings = replace(settings, need_mask=keep, backend=operators.backend_for(z, backend))
     z = dense(z)
-    if not deferred.wanted(z, residual, settings.backend):
+    # GELU's error function is too long to be computed twice: once for the amax, and again for the codes.
+    if settings.activation == "gelu" or not deferred.wanted(z, residual, settings.backend):
         return NormAct.apply(z, residual, weight, bias, *running, settings, None)
     residual = residual if residual is None or residual.stride() == z.stride() else torch.empty_like(z).copy_(residual)
     r, w, b = (None if t is None else t.detach() for t in (residual, weight, bias))
@@ -209,9 +226,8 @@ def _differentiable(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tenso
         else:
             variance = (rstd.square().reciprocal() - s.eps).clamp(min=0.0)  # what the running variance was
             u = F.batch_norm(z, mean, variance, weight, bias, False, 0.0, s.eps)
-        if s.activation == "silu":
-            y = F.silu(u)
-            g = dy
+        if s.activation != "relu":
+            y, g = reference.activate(u, s.activation), dy
         else:
             bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
             passed = torch.empty_strided(dy.shape, ctx.strides, dtype=dtype, device=dy.device)

@@ -23,7 +23,7 @@ from te_nvfp4_cv.backend.torch_private import BatchOrInstanceNorm
 from te_nvfp4_cv.context.function_mode import mode_is_on
 from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.fusion.children import OURS, child_of, hooks
-from te_nvfp4_cv.fusion.modules import ACTIVATION_MODULES, NORM_CLASSES, NormActModule, activate
+from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate, activation_of, name_of_gelu
 from te_nvfp4_cv.fusion.subclasses import NormThenChildren
 from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
 from te_nvfp4_cv.layer import observe
@@ -33,7 +33,14 @@ from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.walk import LAYERS
 
 FAMILY = (BatchOrInstanceNorm, nn.GroupNorm)  # a report lists these, fused or not
-FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.silu: "silu"}
+FUNCTIONS: dict[Any, str] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_), "relu"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    F.relu6: "relu6",
+    F.gelu: "gelu",
+}
 METHODS = {"relu": "relu", "relu_": "relu"}
 ADDITIONS = {operator.add, operator.iadd, torch.add}
 ADD_METHODS = {"add", "add_"}
@@ -68,7 +75,7 @@ def norm_act(
     """
     if activation is None:
         return norm(z)
-    known = activation if isinstance(activation, str) else ACTIVATION_MODULES.get(type(activation))
+    known = activation if isinstance(activation, str) else activation_of(activation)
     watched = hooks(norm) or (isinstance(activation, nn.Module) and hooks(activation))
     fits = into is None or (isinstance(residual, Tensor) and (residual.dtype, residual.shape) == (z.dtype, z.shape))
     if is_bare(norm) and known is not None and not watched and fits:
@@ -159,7 +166,7 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> tuple[dict[str, Row], bool]:
             fused = graph.call_function(norm_act, (handle, chosen, node.args[0], residual, into))
         fused_calls.append(fused)
         act.replace_all_uses_with(fused)
-        name = _activation(module, act) or ""
+        name = shown_name(_activation(module, act) or "")
         for old in (act, add, node):
             if old is not None:
                 graph.erase_node(old)
@@ -227,7 +234,7 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
     if name is None:
         return f"{_shown(module, user)} follows it"
     if add is not None and name != "relu":
-        return "an addition before SiLU: its derivative needs the sum"
+        return f"an addition before {shown_name(name)}: its derivative needs the sum"
     if user.op == "call_module":
         hooked = child_of(module, str(user.target))
         assert hooked is not None
@@ -260,17 +267,25 @@ def _is_new(node: fx.Node) -> bool:
 
 
 def _activation(module: nn.Module, node: fx.Node) -> str | None:
-    """Return the name of the activation that this node calls on one tensor, or None. `inplace` may be given."""
-    if set(node.kwargs) - {"inplace"} or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    if any(isinstance(value, fx.Node) for value in (*node.args[1:], *node.kwargs.values())):
+    """Return the name of the activation that this node calls on one tensor, or None."""
+    args, kwargs = node.args[1:], dict(node.kwargs)
+    if not node.args or any(isinstance(value, fx.Node) for value in (*args, *kwargs.values())):
         return None
     if node.op == "call_module":
-        child = child_of(module, str(node.target))
-        return None if child is None else ACTIVATION_MODULES.get(type(child))
-    if node.op == "call_function":
-        return FUNCTIONS.get(node.target)  # type: ignore[arg-type]
-    return METHODS.get(str(node.target)) if node.op == "call_method" else None
+        return None if args or kwargs else activation_of(child_of(module, str(node.target)))
+    if node.op == "call_method":
+        return None if args or kwargs else METHODS.get(str(node.target))
+    name = FUNCTIONS.get(node.target)
+    if name == "gelu":
+        name = name_of_gelu(str(kwargs.pop("approximate", "none")))
+    elif name == "leaky_relu":
+        name = f"{name}:{args[0] if args else kwargs.pop('negative_slope', 0.01)}"
+    return None if set(kwargs) - {"inplace"} else name  # the call is the tensor's only reader, so that this is the same
+
+
+def shown_name(activation: str) -> str:
+    """Return the name of an activation as a report shows it, without its slope."""
+    return activation.partition(":")[0]
 
 
 def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> list[fx.Node]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from te_nvfp4_cv.fusion.children import child_of, hooks
-from te_nvfp4_cv.fusion.modules import ACTIVATION_MODULES, NORM_CLASSES, NormActModule, fusable
+from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activation_of, fusable
 from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
 
 NORM_FUNCTIONS = (F.batch_norm, F.group_norm)
@@ -38,7 +38,7 @@ class NormThenChildren(NormActModule):
     def activation(self) -> str | None:  # type: ignore[override]
         """The activation after the norm, if it is all that follows and the fused operator serves it, or None."""
         child = child_of(self, self.nvfp4_tail[0]) if len(self.nvfp4_tail) == 1 else None
-        name = ACTIVATION_MODULES.get(type(child))  # type: ignore[arg-type]
+        name = activation_of(child)
         return None if name is None or hooks(child) or not self.nvfp4_traced.holds(self) else name  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS: dict[str, tuple[int, int]] = {
     "resnet18": (17, 20),
     "efficientnet_b0": (33, 49),
+    "mobilenetv3_small_050": (23, 34),
     "regnety_002": (27, 44),
     "densenet121": (121, 121),
 }

@@ -1,7 +1,7 @@
 """Normalization + activation in one pass, forward and backward, as custom operators on plain tensors.
 
     forward    u = (z - mean) * rstd * weight + bias;  y = act(u + residual);  saved: z, mean, rstd, ReLU's 1-bit mask
-    backward   g = act'(u) * dy, u from z again (SiLU), or the mask (ReLU)
+    backward   g = act'(u) * dy, u from z again, or the mask (ReLU)
                dbias = sum g;  dweight = sum g * xhat;  dresidual = g
                dz = rstd * (weight * g - mean(weight * g) - xhat * mean(weight * g * xhat))    the means over what was
                     normalized together; with running statistics dz = rstd * weight * g

@@ -1,7 +1,7 @@
 """Normalization + activation by ATen's own operators: the same bits as torch's modules one after the other.
 
-    forward    native_batch_norm / native_group_norm, add_, relu_ / silu_ in the norm's own memory, then ReLU's mask
-    backward   SiLU: the norm again from z (its output was not saved); then ATen's norm backward
+    forward    native_batch_norm / native_group_norm, add_, the activation in the norm's own memory, then ReLU's mask
+    backward   but for ReLU: the norm again from z (its output was not saved); then ATen's norm backward
 
 It takes any device and floating dtype. Without batch statistics ATen's backward gets 1 / rstd^2 for the variance, which
 may differ from the running variance in its last bit.
@@ -13,9 +13,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.ops.norm.spec import NormSpec, Pair, affine_of
+from te_nvfp4_cv.ops.norm.spec import NormSpec, Pair, affine_of, split
 from te_nvfp4_cv.ops.relu import apply_mask, positive_mask
 
 aten = torch.ops.aten
@@ -40,10 +41,9 @@ def norm_forward(
         y = y.add_(residual) if same else y + residual
     if y.stride() != z.stride():  # ATen's group norm returns contiguous memory; masks lie in z's order
         y = torch.empty_like(z, dtype=y.dtype).copy_(y)
-    if s.activation == "silu":
-        return torch.nn.functional.silu(y, inplace=True), mean, rstd, y.new_empty(0, dtype=torch.uint8)
-    y = torch.relu_(y)  # in the norm's memory: nobody else has seen it
-    return y, mean, rstd, positive_mask(y) if s.need_mask else y.new_empty(0, dtype=torch.uint8)
+    y = activate(y, s.activation, in_place=True)  # in the norm's memory: nobody else has seen it
+    masked = s.activation == "relu" and s.need_mask
+    return y, mean, rstd, positive_mask(y) if masked else y.new_empty(0, dtype=torch.uint8)
 
 
 def norm_backward(
@@ -64,7 +64,7 @@ def norm_backward(
             u = torch.native_batch_norm(z, weight, bias, None, None, True, 0.0, s.eps)[0]
         else:
             u = torch.native_batch_norm(z, weight, bias, mean, variance, False, 0.0, 0.0)[0]
-        g = aten.silu_backward(dy, u)
+        g = _gradient(dy, u, s.activation)
     dresidual = g if s.need_dresidual else dy.new_empty(0)
     # A residual of a wider dtype has widened y, and dy with it.
     g = g.to(z.dtype)
@@ -82,6 +82,29 @@ def norm_backward(
     if weight is None:
         return dz, dresidual, empty, empty.clone()  # an operator's results must not share memory
     return dz, dresidual, dweight.to(mean.dtype), dbias.to(mean.dtype)
+
+
+def activate(u: Tensor, activation: str, in_place: bool = False) -> Tensor:
+    """Return the activation of u."""
+    name, slope = split(activation)
+    if name.startswith("gelu"):
+        approximate = "tanh" if name == "gelu_tanh" else "none"
+        return aten.gelu_(u, approximate=approximate) if in_place else F.gelu(u, approximate=approximate)
+    if name == "leaky_relu":
+        return F.leaky_relu(u, slope, in_place)
+    return getattr(F, name)(u, inplace=in_place)  # type: ignore[no-any-return]
+
+
+def _gradient(dy: Tensor, u: Tensor, activation: str) -> Tensor:
+    """Return the gradient of u, from that of its activation."""
+    name, slope = split(activation)
+    if name.startswith("gelu"):
+        return aten.gelu_backward(dy, u, approximate="tanh" if name == "gelu_tanh" else "none")
+    if name == "leaky_relu":
+        return aten.leaky_relu_backward(dy, u, slope, False)
+    if name == "relu6":
+        return aten.hardtanh_backward(dy, u, 0.0, 6.0)
+    return aten.silu_backward(dy, u) if name == "silu" else aten.hardswish_backward(dy, u)
 
 
 def _sizes(z: Tensor) -> tuple[int, int, int]:

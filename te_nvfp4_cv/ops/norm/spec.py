@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# A name's place is its number in the operators' lists of floats.
-ACTIVATIONS = ("relu", "silu")
+# A name's place is its number in the operators' lists of floats. Each is a function of the norm's result without
+# parameters, and all but ReLU recompute that result from z in backward. "leaky_relu:0.2" gives another slope than 0.01.
+ACTIVATIONS = ("relu", "silu", "hardswish", "relu6", "gelu", "gelu_tanh", "leaky_relu")
 BACKENDS = ("reference", "triton")
 Pair = tuple[Tensor | None, Tensor | None]  # weight and bias, or the running mean and variance
 
@@ -20,7 +21,7 @@ class NormSpec:
     Args:
         groups: 0 is batch normalization, one mean a channel, over batch and image; otherwise group normalization, one
             mean an image and group.
-        activation: "relu" or "silu".
+        activation: One of ACTIVATIONS, leaky_relu's slope included.
         batch_stats: normalize with the statistics of z, and update the running ones; else use the running ones.
         need_mask: backward will come, so forward writes ReLU's mask.
         need_dresidual: backward returns the residual's gradient too.
@@ -38,16 +39,18 @@ class NormSpec:
 
     def encode(self) -> list[float]:
         """Return the fields in their order as floats, for the operator boundary. Doubles hold all of them exactly."""
-        activation, backend = ACTIVATIONS.index(self.activation), BACKENDS.index(self.backend)
+        name, slope = split(self.activation)
         flags = self.batch_stats, self.momentum, self.eps, self.need_mask, self.need_dresidual
-        return [float(field) for field in (self.groups, activation, *flags, backend)]
+        fields = self.groups, ACTIVATIONS.index(name), *flags, BACKENDS.index(self.backend), slope
+        return [float(field) for field in fields]
 
     @classmethod
     def decode(cls, numbers: Sequence[float]) -> NormSpec:
         """Rebuild a spec from encode."""
-        groups, activation, batch_stats, momentum, eps, need_mask, need_dresidual, backend = numbers
+        groups, activation, batch_stats, momentum, eps, need_mask, need_dresidual, backend, slope = numbers
         settings = bool(batch_stats), momentum, eps, bool(need_mask), bool(need_dresidual)
-        return cls(int(groups), ACTIVATIONS[int(activation)], *settings, BACKENDS[int(backend)])
+        name = ACTIVATIONS[int(activation)]
+        return cls(int(groups), f"{name}:{slope}" if name == "leaky_relu" else name, *settings, BACKENDS[int(backend)])
 
     def statistics_shape(self, z: Tensor) -> tuple[int, ...]:
         """Return the shape of mean and rstd for z [B, C, *image]: [C], or [B, groups]."""
@@ -56,6 +59,18 @@ class NormSpec:
     def mask_bytes(self, z: Tensor) -> int:
         """Return the size of ReLU's mask, one bit an element of z; 0 where no mask is written."""
         return (z.numel() + 7) // 8 if self.activation == "relu" and self.need_mask else 0
+
+
+def split(activation: str) -> tuple[str, float]:
+    """Return an activation's name, and the slope of "leaky_relu:0.2", which is 0.01 if none is given; others have 0.
+
+    Raises:
+        ValueError: There is no such activation.
+    """
+    name, _, slope = activation.partition(":")
+    if name not in ACTIVATIONS or (slope and name != "leaky_relu"):
+        raise ValueError(activation)
+    return name, float(slope or 0.01) if name == "leaky_relu" else 0.0
 
 
 def norm_of(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 MODULE = "te_nvfp4_cv.ops.norm.triton.kernels"
 BLOCK, ROWS, COLS = 2048, 64, 64
+ERF = 25  # instructions of GELU's error function, which has two branches
 WIDE = [r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"]  # 128 bits a thread and access
 INTEGERS = dict(slice_size="i64", per_image="i32", items="i32", inner="i32", channels="i32")
 
@@ -31,7 +32,14 @@ def _reduction(last: bool, **more: Any) -> dict[str, Any]:
 
 def _elementwise(last: bool, activation: int, group_channels: int, **more: Any) -> dict[str, Any]:
     return dict(
-        CHANNELS=256, GROUP_CHANNELS=group_channels, LAST=last, AFFINE=True, ACTIVATION=activation, BLOCK=BLOCK, **more
+        CHANNELS=256,
+        GROUP_CHANNELS=group_channels,
+        LAST=last,
+        AFFINE=True,
+        ACTIVATION=activation,
+        SLOPE=0.0,
+        BLOCK=BLOCK,
+        **more,
     )
 
 
@@ -48,7 +56,7 @@ for last in (True, False):
             instructions_per_element=(ROWS * COLS if last else 2048, 44),
         )
     )
-    for activation, name in ((1, "relu"), (2, "silu")):
+    for activation, name in ((1, "relu"), (2, "silu"), (5, "gelu"))[: 3 if last else 2]:
         CASES.append(
             _case(
                 f"backward_sums_{name}_{layout}",
@@ -58,9 +66,9 @@ for last in (True, False):
                     **INTEGERS,
                     "group_channels": "i32",
                 },
-                _reduction(last, AFFINE=True, ACTIVATION=activation, WHOLE_BYTES=last),
+                _reduction(last, AFFINE=True, ACTIVATION=activation, SLOPE=0.0, WHOLE_BYTES=last),
                 expect=WIDE[:1],
-                instructions_per_element=(ROWS * COLS if last else 2048, 52),
+                instructions_per_element=(ROWS * COLS if last else 2048, 52 + ERF * (activation == 5)),
             )
         )
 for name, last, activation, group_channels, residual in (
@@ -68,6 +76,7 @@ for name, last, activation, group_channels, residual in (
     ("batch_add_relu_first", False, 1, 1, True),
     ("group_silu", True, 2, 8, False),
     ("group_silu_first", False, 2, 8, False),
+    ("batch_gelu", True, 5, 1, False),
 ):
     CASES.append(
         _case(
@@ -76,7 +85,7 @@ for name, last, activation, group_channels, residual in (
             {**_pointers("z residual weight bias mean rstd y mask", mask="*u8"), "slice_size": "i64", "inner": "i32"},
             _elementwise(last, activation, group_channels, RESIDUAL=residual, KEEP=activation == 1),
             expect=WIDE,
-            instructions_per_element=(BLOCK, 30 if last else 60),
+            instructions_per_element=(BLOCK, (30 if last else 60) + ERF * (activation == 5)),
         )
     )
     CASES.append(
@@ -90,7 +99,7 @@ for name, last, activation, group_channels, residual in (
             },
             _elementwise(last, activation, group_channels, RESIDUAL=residual),
             expect=WIDE,
-            instructions_per_element=(BLOCK, 40 if last else 70),
+            instructions_per_element=(BLOCK, (40 if last else 70) + ERF * (activation == 5)),
         )
     )
 for grouped in (False, True):
@@ -123,8 +132,11 @@ for name, activation, groups, residual, row in (
     ("batch_add_relu", 1, 0, True, 2),
     ("batch_relu_packed", 1, 0, False, 1),
     ("group_silu", 2, 32, False, 2),
+    ("batch_hardswish", 3, 0, False, 2),
 ):
-    shared = dict(CHANNELS=256, GROUPS=groups, AFFINE=True, RESIDUAL=residual, ACTIVATION=activation, BLOCK=PRODUCED)
+    shared = dict(
+        CHANNELS=256, GROUPS=groups, AFFINE=True, RESIDUAL=residual, ACTIVATION=activation, SLOPE=0.0, BLOCK=PRODUCED
+    )
     more: dict[str, Any] = dict(expect=[r"ld\.global\.v2\.b32"])
     pointers = _pointers(
         "mask amax row_data row_scale col_data col_scale slots",

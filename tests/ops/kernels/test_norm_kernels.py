@@ -16,6 +16,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, group_norm_act
 from te_nvfp4_cv.ops.norm import operators as ops
+from te_nvfp4_cv.ops.norm import reference
 from te_nvfp4_cv.ops.relu import positive_mask
 from tests.helpers import relative_error, same_bits, values
 
@@ -53,7 +54,7 @@ def run(a: dict[str, Tensor], what: str, training: bool, exact: bool) -> dict[st
         else:
             u = F.group_norm(z, 4, weight, bias, 1e-3)
         u = u if added is None else u + added
-        y = F.relu(u) if activation == "relu" else F.silu(u)
+        y = reference.activate(u, activation)
     elif kind == "batch":
         running = a["running_mean"], a["running_var"]
         more: dict[str, Any] = dict(residual=added, activation=activation, backend="triton")
@@ -72,12 +73,15 @@ def run(a: dict[str, Tensor], what: str, training: bool, exact: bool) -> dict[st
 WHATS = ["batch relu", "batch add relu", "batch silu", "group relu", "group add relu", "group silu"]
 
 
+MORE = ["batch hardswish", "group relu6", "batch gelu", "group gelu_tanh", "batch leaky_relu:0.1"]
+
+
 # what: a formula each; last: the two orders in which the kernels walk; dtype: how values are loaded and stored, on
 # which no formula depends, so that 16 bits meet one norm of each kind
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
 @pytest.mark.parametrize(
     ("what", "dtype"),
-    [(what, torch.float32) for what in WHATS]
+    [(what, torch.float32) for what in (*WHATS, *MORE)]
     + [(what, dtype) for what in ("batch add relu", "group silu") for dtype in (torch.bfloat16, torch.float16)],
     ids=str,
 )

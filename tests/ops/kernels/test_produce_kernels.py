@@ -48,6 +48,7 @@ def last(t: Tensor) -> Tensor:
         ("batch silu", torch.float16, 3, True),
         ("group silu", torch.bfloat16, 18, False),
         ("group relu", torch.float32, 16, True),
+        ("batch hardswish", torch.bfloat16, 17, True),
     ],
 )
 def test_operands_and_mask(kernel_device, poison, what, dtype, batch, odd, row, col):

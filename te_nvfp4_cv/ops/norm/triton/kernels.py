@@ -19,8 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-RELU: tl.constexpr = tl.constexpr(1)
-SILU: tl.constexpr = tl.constexpr(2)
+from te_nvfp4_cv.ops.norm.triton.activations import RELU, activated, activation_gradient
 
 
 @triton.jit
@@ -222,6 +221,7 @@ def apply_kernel(
     AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -236,23 +236,11 @@ def apply_kernel(
     _, _, u = normalized(value, mean, rstd, weight, bias, group, channel, inside, AFFINE)
     if RESIDUAL:
         u += tl.load(residual + base + at, mask=inside, other=0.0).to(tl.float32)
-    if ACTIVATION == RELU:
-        # Not u > 0: a NaN passes, as through torch's ReLU.
-        passes = ~(u <= 0.0)
-        result = tl.where(passes, u, 0.0)
-        if KEEP:
-            bits = tl.where(passes & inside, 1, 0) << tl.arange(0, 8)[None, :]
-            tl.store(mask + base // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < left)
-    else:
-        result = u * tl.sigmoid(u)
-    tl.store(y + base + at, result.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def silu_gradient(dy, u):
-    """Return dy times SiLU's derivative at u."""
-    gate = tl.sigmoid(u)
-    return dy * gate * (1.0 + u * (1.0 - gate))
+    if KEEP:
+        # Not u > 0: a NaN passes.
+        bits = tl.where(~(u <= 0.0) & inside, 1, 0) << tl.arange(0, 8)[None, :]
+        tl.store(mask + base // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < left)
+    tl.store(y + base + at, activated(u, ACTIVATION, SLOPE).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -273,6 +261,7 @@ def backward_sums_kernel(
     group_channels,
     AFFINE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     WHOLE_BYTES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -304,8 +293,8 @@ def backward_sums_kernel(
         base += s * slice_size
         centred = tl.load(z + base + at, mask=inside, other=0.0).to(tl.float32) - centre
         gradient = tl.load(dy + base + at, mask=inside, other=0.0).to(tl.float32)
-        if ACTIVATION == SILU:
-            g = silu_gradient(gradient, tl.fma(centred, factor, shift))
+        if ACTIVATION != RELU:
+            g = activation_gradient(gradient, tl.fma(centred, factor, shift), ACTIVATION, SLOPE)
         elif WHOLE_BYTES:
             eighth = tl.arange(0, COLS // 8)[None, :]
             # Adding an int64 zero widens the sum before it is multiplied.
@@ -410,6 +399,7 @@ def backward_apply_kernel(
     AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write dz = rstd weight g + slope (z - mean) + offset, and dresidual = g (RESIDUAL), on apply_kernel's grid."""
@@ -422,7 +412,7 @@ def backward_apply_kernel(
         bits = tl.load(mask + base // 8 + byte, mask=byte * 8 < left, other=0).to(tl.int32)[:, None]
         g = tl.where(((bits >> tl.arange(0, 8)[None, :]) & 1) != 0, gradient, 0.0)
     else:
-        g = silu_gradient(gradient, u)
+        g = activation_gradient(gradient, u, ACTIVATION, SLOPE)
     down = tl.load(slope + group, mask=inside, other=0.0)
     shift = tl.load(offset + group, mask=inside, other=0.0)
     tl.store(dz + base + at, (factor * g + (down * centred + shift)).to(dz.dtype.element_ty), mask=inside)

@@ -19,11 +19,10 @@ from torch import Tensor
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.layouts import lies_channels_last
 from te_nvfp4_cv.ops.norm import reference
-from te_nvfp4_cv.ops.norm.spec import NormSpec, Pair, affine_of, norm_of
+from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec, Pair, affine_of, norm_of, split
 from te_nvfp4_cv.ops.norm.triton import kernels
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
-ACTIVATIONS = {"relu": 1, "silu": 2}  # as the kernels number them
 BLOCK = 2048  # elements of a program that goes through memory once
 TILE = 4096  # elements of a reduction's tile
 PROGRAMS = 1024  # that a reduction aims at
@@ -111,9 +110,7 @@ def norm_forward(
 
 
 @on_its_device
-def apply(
-    z: Tensor, residual: Tensor | None, norm: Sequence[Tensor], y: Tensor, mask: Tensor, s: NormSpec
-) -> None:
+def apply(z: Tensor, residual: Tensor | None, norm: Sequence[Tensor], y: Tensor, mask: Tensor, s: NormSpec) -> None:
     """Write the activation into y, and ReLU's mask unless it is empty."""
     grid, arguments = shape_of(z, s.groups).elementwise
     kernels.apply_kernel[grid](
@@ -124,7 +121,7 @@ def apply(
         mask if mask.numel() else norm[1],
         AFFINE=len(norm) == 4,
         RESIDUAL=residual is not None,
-        ACTIVATION=ACTIVATIONS[s.activation],
+        **activation_of(s),
         KEEP=mask.numel() > 0,
         **arguments,
         **OPTIONS,  # as quantize_launch.py: the same bits
@@ -140,8 +137,8 @@ def norm_backward(
     if by_reference(shape):
         return reference.norm_backward(dy, z, norm, mask, s)
     mean, rstd = norm[:2]
-    shared: dict[str, Any] = dict(AFFINE=len(norm) == 4, ACTIVATION=ACTIVATIONS[s.activation])
-    bits = mask if mask.numel() else rstd  # SiLU has no mask; the kernel does not read it then
+    shared: dict[str, Any] = dict(AFFINE=len(norm) == 4, **activation_of(s))
+    bits = mask if mask.numel() else rstd  # others than ReLU have no mask; the kernel does not read it then
     pointed = pointers(norm)
     grid, arguments = shape.reduction()
     partial = torch.empty((shape.slices, grid[0], 2, shape.channels), dtype=torch.float32, device=z.device)
@@ -222,6 +219,12 @@ def statistics(
         **merge,
     )
     return mean, rstd
+
+
+def activation_of(s: NormSpec) -> dict[str, Any]:
+    """Return the kernels' constants for the activation."""
+    name, slope = split(s.activation)
+    return dict(ACTIVATION=1 + ACTIVATIONS.index(name), SLOPE=slope)
 
 
 def pointers(norm: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

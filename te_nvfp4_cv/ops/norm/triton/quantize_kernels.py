@@ -16,9 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from te_nvfp4_cv.ops.norm.triton.activations import activated
 from te_nvfp4_cv.ops.triton import numerics as nx
 
-RELU: tl.constexpr = tl.constexpr(1)
 SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their atomic maxima over
 
 
@@ -34,6 +34,7 @@ def produced_tile(
     AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -70,16 +71,12 @@ def produced_tile(
         u = tl.fma(value.to(tl.float32) - centre, factor, shift)
         if RESIDUAL:
             u += tl.load(residual + origin + lane, mask=there, other=0.0).to(tl.float32)
-        if ACTIVATION == RELU:
-            passes = ~(u <= 0.0)
-            y = tl.where(passes, u, 0.0)
-            if KEEP:
-                bits = tl.reshape(tl.where(passes & there, 1, 0), (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
-                byte = tl.arange(0, BLOCK // 8)
-                filled = (byte * 8 < run - first) & (image < images)
-                tl.store(mask + origin // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=filled)
-        else:
-            y = u * tl.sigmoid(u)
+        if KEEP:
+            bits = tl.reshape(tl.where(~(u <= 0.0) & there, 1, 0), (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
+            byte = tl.arange(0, BLOCK // 8)
+            filled = (byte * 8 < run - first) & (image < images)
+            tl.store(mask + origin // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=filled)
+        y = activated(u, ACTIVATION, SLOPE)
         # Rounded to z's dtype, as if the activation had been stored and read again. Zeros where there is no value,
         # because the activation of a padding zero is not 0.
         y = tl.where(there, y.to(value.dtype).to(tl.float32), 0.0)
@@ -105,6 +102,7 @@ def produced_amax_kernel(
     AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     RHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -117,7 +115,7 @@ def produced_amax_kernel(
         first = (item % per_row).to(tl.int64) * BLOCK
         line = item // per_row
         tile = produced_tile(
-            tensors, line, first, images, run, CHANNELS, GROUPS, AFFINE, RESIDUAL, ACTIVATION, False, BLOCK
+            tensors, line, first, images, run, CHANNELS, GROUPS, AFFINE, RESIDUAL, ACTIVATION, SLOPE, False, BLOCK
         )
         row_top = nx.max_nan(row_top, nx.max16(tile))
         if RHT:
@@ -156,6 +154,7 @@ def produce_kernel(
     AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     KEEP: tl.constexpr,
     ROW: tl.constexpr,
     COL: tl.constexpr,
@@ -175,7 +174,9 @@ def produce_kernel(
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
     tensors = (z, residual, weight, bias, mean, rstd, mask)
-    tile = produced_tile(tensors, line, first, images, run, CHANNELS, GROUPS, AFFINE, RESIDUAL, ACTIVATION, KEEP, BLOCK)
+    tile = produced_tile(
+        tensors, line, first, images, run, CHANNELS, GROUPS, AFFINE, RESIDUAL, ACTIVATION, SLOPE, KEEP, BLOCK
+    )
     row_top = tl.zeros((BLOCK // 16,), tl.float32)
     saturated = tl.zeros((BLOCK // 16,), tl.int32)
     if ROW != 0:

@@ -1,7 +1,7 @@
 """Launch the kernels that quantize an activation where it is made; quantize_kernels.py says what they compute.
 
-    amax None     produced_amax_kernel, then produce_kernel: z is read twice, the activation is neither written nor read
-    amax given    produce_kernel alone, which also observes the amaxes
+amax None     produced_amax_kernel, then produce_kernel: z is read twice, the activation is neither written nor read
+amax given    produce_kernel alone, which also observes the amaxes
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.layouts import operand_faces
 from te_nvfp4_cv.ops.norm.spec import NormSpec
 from te_nvfp4_cv.ops.norm.triton import quantize_kernels as kernels
-from te_nvfp4_cv.ops.norm.triton.launch import ACTIVATIONS, ordered, pointers
+from te_nvfp4_cv.ops.norm.triton.launch import activation_of, ordered, pointers
 from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_kernel
 from te_nvfp4_cv.ops.records import NONE, PACKED, Operand, OperandSpec
 from te_nvfp4_cv.ops.triton.numerics import INTERPRETED, OPTIONS
@@ -50,7 +50,7 @@ def norm_quantize(
         GROUPS=s.groups,
         AFFINE=len(norm) == 4,
         RESIDUAL=residual is not None,
-        ACTIVATION=ACTIVATIONS[s.activation],
+        **activation_of(s),
         BLOCK=block,
         **OPTIONS,
     )
