@@ -25,6 +25,7 @@ AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # the base of BatchNorm1d,
 BatchOrInstanceNorm = torch.nn.modules.batchnorm._NormBase  # the base of these and of InstanceNorm1d, 2d and 3d
 function_modes = torch.overrides._get_current_function_mode_stack  # () -> the modes of this thread, the innermost last
 left_alone = torch._disable_dynamo  # decorates a function that torch.compile does not trace, nor what it calls
+classes_override = torch._C._is_torch_function_enabled  # () -> False where a tensor's class has been asked already
 without_function_modes = torch._C.DisableTorchFunction  # a context manager: no function mode sees the calls inside
 without_modes = torch.utils._python_dispatch._disable_current_modes  # for dispatch modes: tensors are real inside
 wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself
@@ -33,6 +34,11 @@ wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a su
 def saved_tensors_hooks_are_on() -> bool:
     """Return True inside torch.autograd.graph.saved_tensors_hooks, which may read or copy a tensor as it is saved."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Return True for a tensor inside of torch.vmap, or of the older one that autograd uses itself."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
 
 
 def in_backward() -> bool:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.swapping import gives_up
 from te_nvfp4_cv.backend.torch_private import constant_in_graphs
 from te_nvfp4_cv.context.state import Override, local
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -64,6 +65,11 @@ def _drop(number: int, *_: object, entries: Any = _entries, found: Any = _found)
     # Arguments, because the names of this file are gone before the last tensors are when Python exits.
     entries.pop(number, None)
     found.clear()
+
+
+@gives_up
+def _lose(parameter: Tensor) -> None:
+    _found.pop(id(parameter), None)
 
 
 def ruling(w: object) -> Override | None:

@@ -30,6 +30,7 @@ from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shortfall
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.relu import MaskedReLU
+from te_nvfp4_cv.layer.subclasses import by_their_class, overridden
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -61,6 +62,10 @@ class Mode(TorchFunctionMode):
     ) -> Any:  # noqa: A002
         kwargs = kwargs or {}
         op = _LAYERS.get(function)
+        if types and (op is not None or function is F.multi_head_attention_forward) and overridden(types):
+            with self:  # the class calls the function again, for tensors that then override nothing
+                y = by_their_class(function, types, args, kwargs)
+            return function(*args, **kwargs) if y is NotImplemented else y  # torch's own error
         if op is not None:
             if not local.states and self._home is not None:
                 with self._at_home():
@@ -207,10 +212,12 @@ def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         or not x.requires_grad
         or not torch.is_grad_enabled()
         or not x.is_floating_point()
+        or x.is_nested
         or not x.numel()
         or not is_dense(x)
         or (inplace and _torch_may_refuse(x))
         or transformed()
+        or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
     ):
         return function(*args, **kwargs)
     return MaskedReLU.apply(x, inplace)

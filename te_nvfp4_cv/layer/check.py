@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from te_nvfp4_cv.backend.torch_private import is_batched
 from te_nvfp4_cv.errors import describe, runtime_error, value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan, plan_for
@@ -69,7 +70,7 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
         return "meta tensors hold no values"
     if x.device != w.device:
         return f"input on {x.device}, weight on {w.device}"
-    if x.layout != torch.strided or w.layout != torch.strided:
+    if x.layout != torch.strided or w.layout != torch.strided or x.is_nested:
         return "an operand is not a dense tensor"
     # These are errors, and _check_shapes or torch words them better than a reason for high precision could.
     if w.dim() < 2 or groups < 1 or w.shape[0] % groups:
@@ -117,6 +118,22 @@ def refuse_jit_trace(what: str) -> None:
 def is_thin(w: Tensor, groups: int) -> bool:
     """Return True if a weight's shape is not for NVFP4: too few channels in a group."""
     return not groups or min(w.shape[0] // groups, w.shape[1]) < MINIMUM
+
+
+def refuse_batched(dy: Tensor) -> None:
+    """Refuse the gradients of torch.vmap, which are many in one tensor.
+
+    Raises:
+        RuntimeError: dy is such a tensor.
+    """
+    if is_batched(dy):
+        raise runtime_error(
+            "nvfp4: many backward passes in one (torch.vmap) do not work through an NVFP4 layer.",
+            got="autograd.grad(is_grads_batched=True), jacobian(vectorize=True), or torch.vmap of a backward pass",
+            needs="one gradient of the output at a time: it is quantized with one scale",
+            fix="is_grads_batched=False or vectorize=False, or run that forward pass under "
+            "nvfp4_autocast(enabled=False)",
+        )
 
 
 # ---- its geometry and plan ------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.swapping import gives_up
 from te_nvfp4_cv.backend.torch_private import held_by_a_module
 
 MARK = "_te_nvfp4_cv_constant"  # on tensors inside a graph of torch.compile
@@ -45,6 +46,13 @@ TAKING: frozenset[Any] = frozenset(
 
 # By id, as tensors compare element by element: a tensor that was taken from another one, and that other one.
 _taken: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
+
+
+@gives_up
+def _forget(tensor: Tensor) -> None:
+    for number, entry in list(_taken.items()):
+        if any(known() is tensor for known in entry):
+            _taken.pop(number, None)
 
 
 def take(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from te_nvfp4_cv.layer import delayed_scaling, forward_backward, operands, weigh
 from te_nvfp4_cv.layer.forward_backward import Like, Saved, saved_of
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan, plan_for
+from te_nvfp4_cv.layer.subclasses import without_class
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
@@ -100,6 +101,7 @@ def layer(
     plan, s = plan_of(sizes, spec), spec_of(spec)
     # Codes made before are looked up when the node runs, not when it is traced: each step may have new ones.
     options = CallOptions(codes=weight_codes.codes_of(w, plan), scales=_scales(plan, s, s.need_dx or s.need_dw))
+    x = without_class(x)
     y, saved = forward_backward.forward(x, w, bias, plan, s.need_dx, s.need_dw, options)
     return y, *_outputs(saved, plan, x)  # type: ignore[return-value]
 

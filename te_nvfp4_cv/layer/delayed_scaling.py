@@ -26,8 +26,9 @@ Refused: scales of rows that ranks should share, a saved state that does not fit
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,6 +37,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.backend.swapping import gives_up
 from te_nvfp4_cv.backend.torch_private import in_backward
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.constants import running_modules
@@ -52,6 +54,13 @@ _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight, or the m
 _lock = threading.Lock()  # two threads may make the first call with one weight at once
 Key = tuple[Any, ...]  # (place of a view in its base or None, e4m3_max of the input, RHT)
 Owner = Tensor | torch.nn.Module
+
+
+@gives_up
+def _set_aside(w: Tensor) -> Callable[[], None] | None:
+    with _lock:
+        states = _states.pop(w, None)
+    return None if states is None else functools.partial(_states.__setitem__, w, states)
 
 
 class _Local(threading.local):

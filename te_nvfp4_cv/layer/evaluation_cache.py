@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from te_nvfp4_cv.backend import native
+from te_nvfp4_cv.backend.swapping import gives_up
 from te_nvfp4_cv.layer import operands
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
@@ -36,6 +37,11 @@ class _Entry(NamedTuple):
 
 # By id: tensors compare element by element. One reading or writing of a dict needs no lock.
 _entries: dict[int, _Entry] = {}
+
+
+@gives_up
+def _forget(w: Tensor) -> None:
+    _entries.pop(id(w), None)
 
 
 def find(w: Tensor, plan: Plan) -> tuple[WeightCodes | None, Tensor | None]:

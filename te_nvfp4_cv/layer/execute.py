@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.torch_private import without_function_modes
@@ -25,9 +26,19 @@ from te_nvfp4_cv.layer import (
     weight_codes,
     weight_transforms,
 )
-from te_nvfp4_cv.layer.check import MINIMUM, CallShape, Sizes, checked_recipe, ineligible, lowered, planned
+from te_nvfp4_cv.layer.check import (
+    MINIMUM,
+    CallShape,
+    Sizes,
+    checked_recipe,
+    ineligible,
+    lowered,
+    planned,
+    refuse_jit_trace,
+)
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
+from te_nvfp4_cv.layer.subclasses import PLAIN, without_class
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.layouts import is_channels_last
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -41,6 +52,10 @@ def execute_explicit(
     Raises:
         ValueError: a call that NVFP4 cannot take, where a context would leave it in high precision.
     """
+    if (type(x) not in PLAIN or type(w) not in PLAIN) and has_torch_function((x, w)):
+        given = (op, x, w, bias, args, recipe, backend, group)
+        found: Tensor = handle_torch_function(execute_explicit, (x, w), *given)
+        return found
     recipe = checked_recipe(recipe)
     reason = ineligible(op, x, w, args.groups, recipe)
     if reason is not None:
@@ -94,6 +109,7 @@ def _execute(
     backend: str,
     group: Any,
 ) -> Tensor:
+    refuse_jit_trace(f"a layer in NVFP4 ({op})")
     # `unwritten` stays what the caller holds; x is cast, padded and unsqueezed below, and `settle` needs the former.
     device, unwritten = x.device.type, x
     autocast = torch.is_autocast_enabled(device)
@@ -129,10 +145,12 @@ def _execute(
         spec = custom_op.LayerSpec(recipe.key, chosen, compute_dtype, channels_last)
         y = custom_op.apply(x, w, bias, low.geometry, spec, group)
         return y.squeeze(0) if low.unbatched else y
+    if type(x) not in PLAIN:
+        x = without_class(x)
     plan = planned(call, recipe, chosen, compute_dtype, channels_last)
     codes = scales = None
     # Nearly every weight is a plain Parameter that nothing has frozen: these two questions cost less than a call.
-    if weight_codes.frozen or type(w) not in weight_codes.PLAIN:
+    if weight_codes.frozen or type(w) not in PLAIN:
         codes = weight_codes.codes_of(w, plan)
     if plan.delayed or group is not None:
         scales = delayed_scaling.of_call(x, w, bias, plan, group)

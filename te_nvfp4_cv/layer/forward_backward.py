@@ -24,6 +24,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import message
 from te_nvfp4_cv.layer import gemms, operands
+from te_nvfp4_cv.layer.check import refuse_batched
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
@@ -275,6 +276,7 @@ class QuantizedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_batched(dy)
         saved, needs = Saved(*ctx.saved_tensors), ctx.needs_input_grad[:3]
         grads: tuple[Tensor | None, ...]
         grads = backward(dy, saved, ctx.plan, ctx.like, needs, ctx.options)
@@ -292,8 +294,9 @@ class _NoSecondOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
-        # A view, since the node hangs on what is returned: others may hold grad itself.
-        return grad.view_as(grad)
+        # A copy, since the node hangs on what is returned: others may hold grad itself, and nobody may write to a view
+        # that a Function returns.
+        return grad.clone()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:  # type: ignore[override]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.layer.check import refuse_batched
 from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, positive_mask
 
 
@@ -31,6 +32,7 @@ class MaskedReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        refuse_batched(dy)
         (mask,) = ctx.saved_tensors
         # The mask's bits are in the order of y's memory, so dy must lie as y did.
         if dy.stride() != ctx.strides:

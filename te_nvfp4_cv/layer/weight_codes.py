@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.records import WeightCodes
@@ -18,7 +17,6 @@ class Frozen(Protocol):
         """Return the weight's codes, with every face that the plan's GEMMs need."""
 
 
-PLAIN = (Tensor, Parameter)  # a weight of another class may bring codes along
 frozen: dict[int, Frozen] = {}  # id(Parameter) -> its entry, which holds the Parameter: ids stay unique
 
 

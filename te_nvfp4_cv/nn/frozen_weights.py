@@ -30,8 +30,8 @@ class _FrozenWeight:
 
     def __init__(self, name: str, weight: Tensor) -> None:
         self.name, self.weight, self.users = name, weight, 0
-        self.version = weight._version
-        self.digest: bytes | None = None
+        self.digest: bytes | None = None  # until the first use, before which a change does no harm
+        self.version: int | None = None
         self.sets: dict[tuple[Any, ...], WeightCodes] = {}
 
     def codes(self, w: Tensor, plan: Plan) -> WeightCodes:
@@ -41,13 +41,15 @@ class _FrozenWeight:
         key = (plan.weight_specs[True], plan.weight_faces, plan.compute_dtype, plan.backend)
         if key not in self.sets:
             if self.digest is None:
-                self.digest = _digest(w)
-            self.sets[key] = operands.quantize_weight(w, plan, for_dgrad=True)
+                self.digest, self.version = _digest(w), _version(self.weight)
+            # The first use may be an evaluation, and later ones save the codes for a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self.sets[key] = operands.quantize_weight(w, plan, for_dgrad=True)
         return self.sets[key]
 
     def check_version(self) -> None:
         """Raise an error if torch has counted a change."""
-        if self.weight._version != self.version:
+        if self.digest is not None and _version(self.weight) != self.version:
             raise _changed(self.name, "it was written to (an optimizer step, an in-place operation, load_state_dict)")
 
     def check_contents(self) -> None:
@@ -58,6 +60,11 @@ class _FrozenWeight:
         self.check_version()
         if self.digest is not None and _digest(self.weight) != self.digest:
             raise _changed(self.name, "its contents differ (written through .data, or by a fused optimizer)")
+
+
+def _version(w: Tensor) -> int | None:
+    """Return how often torch has counted a change of the weight; it does not count those of inference tensors."""
+    return None if w.is_inference() else w._version
 
 
 def _digest(w: Tensor) -> bytes:
@@ -96,7 +103,9 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
         ...             model(x).square().mean().backward()
     """
     check_module("frozen_weights", model, "frozen_weights(model)")
-    weights = {id(w): (name, w) for name, w in model.named_parameters() if w.dim() >= 2}
+    # A lazy parameter has no axes yet, and stays the same object when it gets them.
+    kernels = ((name, w) for name, w in model.named_parameters() if nn.parameter.is_lazy(w) or w.dim() >= 2)
+    weights = {id(w): (name, w) for name, w in kernels}
     table: dict[int, Any] = weight_codes.frozen
     with _frozen_lock:
         for key, (name, w) in weights.items():

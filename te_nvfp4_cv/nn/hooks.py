@@ -11,11 +11,25 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from te_nvfp4_cv.errors import message
+
 
 class Hook:
     """A forward hook that survives pickling together with its module."""
 
     hook_id = -1  # hooks of learn_scales that version 0.1 pickled have no id of their own
+
+    @property
+    def __name__(self) -> str:
+        """Explain to torch.jit.script, which asks for it, that it cannot have it."""
+        raise AttributeError(
+            message(
+                "nvfp4: torch.jit.script does not take a model with entries of nv.set_precision or nv.learn_scales.",
+                got="a module with hooks that act inside of nvfp4_autocast, whose calls no context would see any more",
+                needs="torch.compile or torch.export in its place",
+                fix="or nv.clear_precision(model) before scripting it, for high precision",
+            )
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -73,6 +73,10 @@ def running(
         yield stack
 
 
+def _version(buffer: Tensor) -> int | None:
+    return None if buffer.is_inference() else buffer._version  # torch does not count changes of inference tensors
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put random states, buffers and training flags back when the body ends, with an exception too.
@@ -82,7 +86,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, numpy_state, stream = random.getstate(), numpy.random.get_state(), rounding_seeds.state()
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    buffers = [(b, _version(b), b.detach().clone()) for b in model.buffers()]
     plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # their attributes are in C++
     # The dict too: a module may have put another tensor in a buffer's place.
     before = [(m, m.training, dict(m._buffers)) for m in plain]
@@ -99,5 +103,5 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, version, value in buffers:
                 # Writing equal values would raise the version, and autograd would refuse a graph that saved the buffer.
-                if buffer._version != version or not torch.equal(buffer, value):
+                if _version(buffer) != version or not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -26,6 +26,7 @@ from te_nvfp4_cv.backend.torch_private import tree_map_only
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
+from te_nvfp4_cv.layer.subclasses import without_class
 from te_nvfp4_cv.nn.walk import op_of, padded
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.conv.reference import gather
@@ -53,7 +54,7 @@ class _Watch:
         self.found: Statistics | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = (args[0] if args else kwargs["input"]).detach()
+        x = without_class(args[0] if args else kwargs["input"]).detach()
         if not x.numel():  # a detector's head, for example, on an image without objects
             return
         rows = im2col_rows(module, x, self.generator).float()
