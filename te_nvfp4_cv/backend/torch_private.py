@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 
 Answer = TypeVar("Answer", bound=Callable[..., Any])
+Inlined = TypeVar("Inlined", bound=Callable[..., object])
 AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # the base of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
 BatchOrInstanceNorm = torch.nn.modules.batchnorm._NormBase  # the base of these and of InstanceNorm1d, 2d and 3d
 function_modes = torch.overrides._get_current_function_mode_stack  # () -> the modes of this thread, the innermost last
@@ -58,6 +59,16 @@ def constant_in_graphs(function: Answer) -> Answer:
     torch.compiler.assume_constant_result does the same, and would import Dynamo wherever it is used.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def only_inlined(function: Inlined) -> Inlined:
+    """Decorate a function that torch.compile traces as a part of its caller, and never as a graph of its own."""
+    frames = torch._C._dynamo.eval_frame
+    # torch._dynamo has a function for that, and takes a second to import. Where this is missing, a graph is wasted.
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(function.__code__, skip)  # type: ignore[attr-defined]
     return function
 
 

@@ -10,13 +10,14 @@ recomputes a forward pass do so under the contexts of the first one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.context import resumable
 from te_nvfp4_cv.context.capture import capture
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.state import (
@@ -34,6 +35,7 @@ from te_nvfp4_cv.errors import type_error
 from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.check import checked_recipe
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 __all__ = ["active_recipe", "capture", "nvfp4_autocast"]
 
 
@@ -100,6 +102,11 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
 
     def __exit__(self, *error: object) -> None:
         _pop()
+
+    def __call__(self, function: Function) -> Function:
+        """Return `function`, made to run under this context; generators and coroutines each time that they go on."""
+        made: Any = resumable.decorated(self, function) or super().__call__(function)
+        return made  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         s = self._state

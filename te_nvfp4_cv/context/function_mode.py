@@ -22,6 +22,7 @@ from te_nvfp4_cv.backend.torch_private import (
     OperatorBase,
     constant_in_graphs,
     function_modes,
+    only_inlined,
 )
 from te_nvfp4_cv.context import entries, higher_order, islands
 from te_nvfp4_cv.context.bodies import without_override_check
@@ -57,6 +58,8 @@ class Mode(TorchFunctionMode):
         self._home = None if traced else local.__dict__
         self._observers = None if traced else observe.observers()
 
+    # Between two graphs torch calls it in eager mode, for functions that torch.compile may not know: not a third graph.
+    @only_inlined
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # noqa: A002

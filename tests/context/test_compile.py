@@ -233,3 +233,26 @@ def test_inductor_stays_near_eager():
     assert losses[0][-1] < losses[0][0]
     for eager, found in zip(*losses, strict=True):
         assert abs(eager - found) <= BAND * abs(eager)
+
+
+def test_a_graph_break_of_torchs_own_is_followed_by_no_second_one():
+    """As in Wav2Vec2, which sets requires_grad of an intermediate tensor: the mode's handler is no graph of its own."""
+
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv1d(1, 16, 3), nn.Conv1d(16, 16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = x[:, None]
+            hidden.requires_grad = True
+            return self.second(self.first(hidden))
+
+    model, x, breaks = Features(), values((16, 64)), []
+    for context in (contextlib.nullcontext(), nv.nvfp4_autocast(NO_SR)):
+        torch._dynamo.reset()
+        counters.clear()
+        with context:
+            assert same_bits(torch.compile(model, backend="aot_eager")(x), model(x))
+        breaks.append((len(counters["graph_break"]), counters["stats"]["unique_graphs"]))
+    assert breaks[0] == breaks[1]
