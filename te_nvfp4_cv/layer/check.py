@@ -126,7 +126,7 @@ def refuse_batched(dy: Tensor) -> None:
     Raises:
         RuntimeError: dy is such a tensor.
     """
-    if is_batched(dy):
+    if not torch.compiler.is_compiling() and is_batched(dy):  # Dynamo cannot trace the question
         raise runtime_error(
             "nvfp4: many backward passes in one (torch.vmap) do not work through an NVFP4 layer.",
             got="autograd.grad(is_grads_batched=True), jacobian(vectorize=True), or torch.vmap of a backward pass",
