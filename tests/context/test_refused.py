@@ -94,3 +94,13 @@ def test_torch_jit_script():
     assert getattr(next(iter(model[0]._forward_hooks.values())), "__name__", None) is None
     nv.clear_precision(model)
     assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
+def test_torch_compile_traces_the_backward_of_a_masked_relu():
+    torch._dynamo.reset()
+    x = torch.randn(4, 8, requires_grad=True)
+    with nv.nvfp4_autocast():
+        y = torch.compile(lambda z: torch.relu(z * 2), backend="aot_eager", fullgraph=True)(x)
+        plain = torch.relu(x * 2)
+    assert torch.equal(*(torch.autograd.grad(z.sum(), x)[0] for z in (y, plain)))
+    torch._dynamo.reset()
