@@ -28,6 +28,7 @@ function_modes = torch.overrides._get_current_function_mode_stack  # () -> the m
 left_alone = torch._disable_dynamo  # decorates a function that torch.compile does not trace, nor what it calls
 classes_override = torch._C._is_torch_function_enabled  # () -> False where a tensor's class has been asked already
 without_function_modes = torch._C.DisableTorchFunction  # a context manager: no function mode sees the calls inside
+without_subclasses = torch._C.DisableTorchFunctionSubclass  # the same for the overrides of tensor subclasses
 without_modes = torch.utils._python_dispatch._disable_current_modes  # for dispatch modes: tensors are real inside
 wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself
 

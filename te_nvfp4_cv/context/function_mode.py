@@ -10,7 +10,7 @@ A TorchFunctionMode sees the calls of unmodified modules. Inside its handler it 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,12 +126,34 @@ _LISTS = ("stride", "padding", "output_padding", "dilation")  # a number stands 
 _DEFAULTS = {"input": None, "weight": None, "bias": None, **ConvArgs()._asdict()}
 
 
+class LayerCall(NamedTuple):
+    """A call of one of torch's layer functions, with its arguments by name."""
+
+    op: str
+    x: Any
+    w: Any
+    bias: Any
+    args: ConvArgs
+
+
+def layer_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
+    """Read the arguments of a call of torch; None if it calls no convolution and no linear layer."""
+    return _read(_LAYERS[function], args, kwargs) if function in _LAYERS else None
+
+
+def _read(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+    call = {**_DEFAULTS, **dict(zip(_names(op), args, strict=False)), **kwargs}
+    sizes = ConvArgs(call["stride"], call["padding"], call["dilation"], call["groups"], call["output_padding"])
+    return LayerCall(op, call["input"], call["weight"], call["bias"], sizes)
+
+
+def _names(op: str) -> tuple[str, ...]:
+    return _TRANSPOSED_NAMES if "transpose" in op else _CONV_NAMES  # those of linear are the first three
+
+
 def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one call in NVFP4, or as torch would."""
-    names = _TRANSPOSED_NAMES if "transpose" in op else _CONV_NAMES  # those of linear are the first three
-    call = {**_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
-    x, w, bias = call["input"], call["weight"], call["bias"]
-    sizes = ConvArgs(call["stride"], call["padding"], call["dilation"], call["groups"], call["output_padding"])
+    _, x, w, bias, sizes = _read(op, args, kwargs)
     recipe, reason = decide(op, x, w, sizes.groups)
     traced = torch.compiler.is_compiling()
     if traced and islands.in_traced_island():
@@ -140,7 +162,7 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         deferred.settle(x)
         # In a graph of torch.compile, ATen's operator: torch's own function would come back to this mode when it runs.
         if traced:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = {**dict(zip(_names(op), args, strict=False)), **kwargs}
             plain = _ATEN[op]
             kwargs = {key: [value] if key in _LISTS and type(value) is int else value for key, value in given.items()}
             return plain(**kwargs)  # nobody observes a graph
@@ -168,6 +190,8 @@ def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | No
     if not isinstance(x, Tensor) or not isinstance(w, Tensor) or not isinstance(groups, int):
         return None, "not a call on tensors"
     computed = not (isinstance(w, torch.nn.Parameter) or isinstance(w._base, torch.nn.Parameter))
+    if computed and getattr(w, "packed", False):
+        return None, "the weight is stored in NVFP4"  # and its class runs the layer: export/packed_weight.py
     if computed and recipe.kernels == "parameters":
         return None, "the kernel is not a Parameter (recipe.kernels='parameters')"
     if transformed():

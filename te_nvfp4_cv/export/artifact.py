@@ -95,6 +95,8 @@ class Manifest:
         high: convolutions and linear layers in high precision, with the reason.
         folded: names of the folded batch norms, with the name of the layer that each is part of.
         sha256: checksums of each tensor's bytes, by name.
+        inner: names of the layers that lie inside of modules with a forward of their own (inner.py), each with the name
+            of its bias there; a name with "=" before it is that of a kernel which the forward computes.
     """
 
     library: str
@@ -104,11 +106,16 @@ class Manifest:
     high: dict[str, str]
     folded: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+    inner: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
     def to_json(self) -> str:
         """Return the manifest as JSON, together with a digest of that JSON."""
-        text = json.dumps(asdict(self), sort_keys=True)  # stored as one string, so that the digest is that of its bytes
+        fields = asdict(self)
+        # A file without such layers stays one that earlier versions read.
+        if not self.inner:
+            del fields["inner"]
+        text = json.dumps(fields, sort_keys=True)  # stored as one string, so that the digest is that of its bytes
         return json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
 
     @classmethod
@@ -142,7 +149,7 @@ class Manifest:
             manifest = cls(**{**fields, "layers": layers, "recipes": tuple(fields["recipes"])})
             for name, entry in layers.items():
                 _check_entry(name, entry, len(manifest.recipes))
-            for texts in (manifest.folded, manifest.high, manifest.sha256):
+            for texts in (manifest.folded, manifest.high, manifest.sha256, manifest.inner):
                 if type(texts) is not dict or not all(type(t) is str for pair in texts.items() for t in pair):
                     raise ValueError(f"not names and texts: {texts}")
             if not all(type(t) is str for t in (manifest.library, manifest.recipe, *manifest.recipes)):

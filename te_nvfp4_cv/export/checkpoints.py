@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,27 @@ from torch import Tensor, nn
 from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
-from te_nvfp4_cv.export.fit import call_of, check_fit, damaged_layer, plain_modules, plain_names, sort_layers
+from te_nvfp4_cv.export.computed import keys_of
+from te_nvfp4_cv.export.fit import (
+    Sorted,
+    bias_mark,
+    call_of,
+    check_fit,
+    damaged_layer,
+    kernel_of,
+    plain_modules,
+    plain_names,
+    shown,
+    sort_layers,
+    warn_of_lost,
+)
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
+from te_nvfp4_cv.export.inner import around, install, share_bias
 from te_nvfp4_cv.export.modules import Codes, InferenceLayer, become, check_path, quantize_layer
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.names import plain_name
-from te_nvfp4_cv.nn.walk import op_of
+from te_nvfp4_cv.nn.walk import like_weight, op_of
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import parse_recipe
@@ -102,21 +116,27 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     # For its errors only: two tensors of one name would overwrite each other in the file.
     plain_names("nv.export.save", model)
     resolved = checked_recipe(recipe)
-    quantized, high = sort_layers(model, resolved)
-    # By id: a module that is used in two places has two names in the state_dict, and neither's weight is copied.
-    tensors = _plain_tensors(model, {id(module) for module, _ in quantized.values()})
+    found = sort_layers(model, resolved)
+    quantized, high = found.quantized, found.high
+    warn_of_lost(found)
+    tensors = _plain_tensors(model, found)
     entries: dict[str, LayerEntry] = {}
     recipes: dict[str, int] = {}
     packed = plain = 0
     # Most layers share a recipe: the file holds each recipe once, and the entries hold its index.
     for name, (module, own) in quantized.items():
-        codes, entry = _entry(name, module, own, recipes)
+        kernel = found.inner.get(name)
+        codes, entry = _entry(name, module, own, recipes, None if kernel is None else kernel.trained)
         made = _layer_tensors(name, codes, entry, own)
         packed += sum(t.numel() * t.element_size() for t in made.values())
         plain += 4 * torch.Size(entry.shape).numel()  # fp32
         tensors |= made
         entries[name] = entry
-    manifest = Manifest(__version__, resolved.to_toml(), tuple(recipes), entries, high, folded_norms(model))
+    inner = {plain_name(name): bias_mark(layer.nvfp4_bias, layer.nvfp4_computed) for name, layer in around(model)}
+    inner |= {name: bias_mark(kernel.bias, kernel.computed) for name, kernel in found.inner.items()}
+    manifest = Manifest(
+        __version__, resolved.to_toml(), tuple(recipes), entries, high, folded_norms(model), inner=inner
+    )
     # Other tools read this part of the metadata; load reads the manifest.
     config = {
         "quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": sorted(high),
@@ -126,15 +146,21 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
         target = target.with_name(target.name + artifact.SUFFIX)
     files = artifact.write(target, tensors, manifest, config, shard_bytes)
     size = sum(file.stat().st_size for file in files)
-    return Saved(tuple(files), tuple(quantized), high, packed, plain, size)
+    return Saved(tuple(files), tuple(map(shown, quantized)), high, packed, plain, size)
 
 
-def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
-    """Copy the state_dict, except the weights of quantized layers (`quantized` holds the layers' ids)."""
+def _plain_tensors(model: nn.Module, found: Sorted) -> dict[str, Tensor]:
+    """Copy the state_dict, except the weights of quantized layers."""
+    # By id: a module that is used in two places has two names in the state_dict, and neither's weight is copied.
+    quantized = {id(module) for module, _ in found.quantized.values()}
+    inner = {(id(kernel.module), kernel.key) for kernel in found.inner.values()}
+    inside = {id(layer) for _, layer in around(model)}
     skipped = set()
     for name, module in model.named_modules(remove_duplicate=False):
+        skipped |= {join(name, key) for key in module._parameters if (id(module), key) in inner}
         if id(module) in quantized:
-            keys = ("weight", "weight_data", "weight_scale", "weight_bits", "input_bits", *learned.NAMES.values())
+            keys = {"weight", "weight_data", "weight_scale", "weight_bits", "input_bits", *learned.NAMES.values()}
+            keys |= keys_of(module) | ({"bias"} if id(module) in inside else set())  # that of the module around it
             skipped |= {join(name, key) for key in keys}
     tensors = {}
     for name, value in model.state_dict().items():
@@ -150,15 +176,22 @@ def _plain_tensors(model: nn.Module, quantized: set[int]) -> dict[str, Tensor]:
     return tensors
 
 
-def _entry(name: str, module: Any, recipe: NVFP4BlockScaling, recipes: dict[str, int]) -> tuple[Codes, LayerEntry]:
-    """Return a layer's codes and its entry in the manifest; a recipe that is new gets a number in `recipes`."""
+def _entry(
+    name: str, module: Any, recipe: NVFP4BlockScaling, recipes: dict[str, int], trained: Tensor | nn.Module | None
+) -> tuple[Codes, LayerEntry]:
+    """Return a layer's codes and its entry in the manifest; a recipe that is new gets a number in `recipes`.
+
+    Args:
+        trained: what owns the layer's delayed scales, as quantize_layer takes it.
+    """
     if isinstance(module, InferenceLayer):
         # Saved again from its codes: to dequantize and quantize once more could change bits.
         codes, shape = module.codes, tuple(module.weight_shape)
         op, channels_last = module.op, module.channels_last
     else:
-        codes, shape = quantize_layer(module, recipe), tuple(module.weight.shape)
-        op, channels_last = op_of(module), layouts.is_channels_last(module.weight)
+        w = like_weight(module)
+        codes, shape = quantize_layer(module, recipe, trained), tuple(w.shape)
+        op, channels_last = op_of(module), layouts.is_channels_last(w)
     amax = float(codes.amax)  # an fp32 number survives the way through a Python float and JSON bit for bit
     if not torch.isfinite(codes.amax).all():
         raise value_error(
@@ -253,10 +286,13 @@ def load(
     layers = check_fit(opened, manifest, model)
     recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
     # Last of the checks: the model changes only after everything that can be refused has been.
-    codes = {name: codes_of(opened, name, manifest.layers[name], recipes) for name in layers}
+    codes = {name: codes_of(opened, name, entry, recipes) for name, entry in manifest.layers.items()}
     norms = {norm: FoldedNorm(modules[name], modules[norm]) for norm, name in manifest.folded.items()}
     meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     device = next((t.device for t in model.parameters() if not t.is_meta), torch.device("cpu"))
+    kernels = {name: kernel_of(manifest.layers[name], name, mark, modules) for name, mark in manifest.inner.items()}
+    install(kernels.values())
+    layers |= {name: kernel.layer for name, kernel in kernels.items()}
     full = {plain_name(name): name for name, _ in model.named_modules(remove_duplicate=False)}
     for norm, name in manifest.folded.items():
         layer_module: Any = modules[name]
@@ -266,7 +302,7 @@ def load(
             layer_module.bias = nn.Parameter(torch.empty_like(opened.tensors[f"{name}.bias"], device=own))
         model.set_submodule(full[norm], norms[norm])
     for name, module in layers.items():
-        entry, w = manifest.layers[name], cast(Tensor, module.weight)
+        entry, w = manifest.layers[name], like_weight(module)
         layer = become(module, codes[name], recipes[entry.recipe], backend)
         layer.channels_last = entry.channels_last  # the fresh model may have another memory format
         for key, buffer in layer._buffers.items():
@@ -281,6 +317,8 @@ def load(
     versioned.clear()
     versioned.update(state)
     model.load_state_dict(versioned, strict=False, assign=meta)  # check_fit has compared all names
+    for kernel in kernels.values():  # the model may have other Parameters now
+        share_bias(kernel)
     for module in layers.values():
         # After all tensors are in place: cached weights are computed here, on the layer's final device.
         module.set_mode(weights, activations, dtype)  # type: ignore[operator]

@@ -6,18 +6,23 @@ model. Names are compared without the parts that wrappers add (DistributedDataPa
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.export.artifact import PARTS, Artifact, LayerEntry, Manifest, damaged, join
+from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
+from te_nvfp4_cv.export.inner import PREFIX, Inner, Kernel, NotPacked, find, has_own_forward, layer_of
 from te_nvfp4_cv.layer import check
-from te_nvfp4_cv.nn.base import OPS, is_plain_layer
+from te_nvfp4_cv.nn.base import OPS, NVFP4Module
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import matches
-from te_nvfp4_cv.nn.walk import LAYERS, op_of, with_recipes
+from te_nvfp4_cv.nn.walk import LAYERS, like_weight, named_modules, op_of, torch_class, with_recipes
+from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")
@@ -75,41 +80,171 @@ def call_of(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def sort_layers(
-    model: nn.Module, recipe: NVFP4BlockScaling
-) -> tuple[dict[str, tuple[nn.Module, NVFP4BlockScaling]], dict[str, str]]:
-    """Sort a model's convolutions and linear layers into those that a recipe runs in NVFP4 and the rest.
+class Sorted(NamedTuple):
+    """A model's kernels.
 
-    Returns:
-        By name, each layer in NVFP4 with its recipe; and by name, the reason why each other layer is not in NVFP4.
+    Attributes:
+        quantized: by name, each layer in NVFP4 with its recipe; a layer that `install` would put into a module, too.
+        high: by name, why each other layer is not in NVFP4, or not in a file.
+        inner: the kernels of modules with a forward of their own, by their names in `quantized`.
+        lost: the names in `high` that train in NVFP4 all the same, each with the number of its weights.
     """
+
+    quantized: dict[str, tuple[nn.Module, NVFP4BlockScaling]]
+    high: dict[str, str]
+    inner: dict[str, Kernel]
+    lost: dict[str, int]
+
+
+def shown(name: str) -> str:
+    """Return a layer's name as nv.coverage shows it: a layer inside of a module has the name of its Parameter."""
+    return shown_parameter(parameter_name(name)) if name.rpartition(".")[2].startswith(PREFIX) else name
+
+
+def shown_parameter(name: str) -> str:
+    """Return a Parameter's name as nv.coverage shows it: that of its module, unless it is no `weight`."""
+    return name.rpartition(".")[0] if name.rpartition(".")[2] == "weight" else name
+
+
+def parameter_name(name: str) -> str:
+    """Return the name of the Parameter that a layer inside of a module stands for."""
+    place, _, last = name.rpartition(".")
+    return join(place, last.removeprefix(PREFIX))
+
+
+def sort_layers(model: nn.Module, recipe: NVFP4BlockScaling) -> Sorted:
+    """Sort a model's convolutions, linear layers and attentions into what a recipe runs in NVFP4 and the rest."""
     table = matches(model, list(recipe.precision))
-    quantized: dict[str, tuple[nn.Module, NVFP4BlockScaling]] = {}
-    high: dict[str, str] = {}
+    found = Sorted({}, {}, {}, {})
+    names = {module: name for name, module in named_modules(model)}
     for name, module, own in with_recipes(model, recipe, table):
+        if isinstance(module, Inner):  # the layers inside come by themselves
+            continue
         # First, since an InferenceLayer is an instance of torch's layer, too. It knows its own recipe.
         if hasattr(type(module), "nvfp4_weight"):  # an InferenceLayer
-            quantized[name] = (module, module.recipe)  # type: ignore[assignment]
-        elif isinstance(module, LAYERS):
+            found.quantized[name] = (module, module.recipe)  # type: ignore[assignment]
+        elif isinstance(module, LAYERS) and torch_class(module) is not None:
             reason = _why_high(module, own)
             if reason is None:
                 assert own is not None
-                quantized[name] = (module, own)
+                found.quantized[name] = (module, own)
             else:
-                high[name] = reason
-    return quantized, high
+                found.high[name] = reason
+        elif has_own_forward(module):
+            _sort_inner(found, names, module, own)
+        elif isinstance(module, NVFP4Module):
+            found.high[name] = f"{type(module).__name__}: a subclass of an NVFP4 module"
+        elif own is not None and not isinstance(module, LAYERS):
+            _list_loose(found, name, module)
+    return found
+
+
+def _list_loose(found: Sorted, name: str, module: nn.Module) -> None:
+    """List Parameters of a user's module that may be kernels: nothing here says how it multiplies them."""
+    if type(module).__module__.startswith("torch.nn."):  # embeddings, norms, recurrent layers
+        return
+    for key, parameter in module._parameters.items():
+        if parameter is None or not 2 <= parameter.dim() <= 5 or check.is_thin(parameter, 1):
+            continue
+        where = shown_parameter(join(name, key))
+        found.high[where] = f"a Parameter of {type(module).__name__}, which is no layer of torch"
+        # A matrix may be a table of embeddings or queries. With more axes it is a kernel, most likely.
+        if parameter.dim() > 2:
+            found.lost[where] = parameter.numel()
+
+
+def warn_of_lost(found: Sorted) -> None:
+    """Warn of kernels that train in NVFP4 and go into a file in high precision."""
+    if not found.lost:
+        return
+    lost = sum(found.lost.values())
+    total = lost + sum(like_weight(module).numel() for module, _ in found.quantized.values())
+    warnings.warn(
+        f"nv.export: {lost / total:.0%} of the weights that train in NVFP4 stay in high precision: "
+        + "; ".join(f"{name} ({found.high[name]})" for name in found.lost),
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def bias_mark(bias: str, computed: bool) -> str:
+    """Return what the manifest says of a layer inside of a module; see Manifest.inner."""
+    return ("=" if computed else "") + bias
+
+
+def kernel_of(entry: LayerEntry, name: str, mark: str, modules: Mapping[str, nn.Module]) -> Kernel:
+    """Return the kernel that a file describes, for `install`; its layer has no values yet."""
+    place, _, key = parameter_name(name).rpartition(".")
+    module = modules[place]
+    attention = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    owner = modules[place.rpartition(".")[0]] if attention else module
+    like = module._parameters[key]
+    assert like is not None
+    args = ConvArgs(**{k: v for k, v in entry.call.items() if k != "padding_mode"}, groups=entry.groups)
+    layer = layer_of(entry.op, like.detach().new_empty(()).expand(entry.shape), args)
+    return Kernel(module, key, layer, mark.removeprefix("="), owner, mark.startswith("="))
+
+
+def multiplies_itself(module: nn.Module) -> bool:
+    """Return True for a module with kernels that `install` can replace."""
+    attention = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return attention or (has_own_forward(module) and torch_class(module) is None)
+
+
+def _sort_inner(
+    found: Sorted, names: Mapping[nn.Module, str], module: nn.Module, recipe: NVFP4BlockScaling | None
+) -> None:
+    """Sort the kernels of a module that has a forward of its own."""
+    places = [(child, key) for child in (module, *module.children()) for key, p in child._parameters.items()
+              if p is not None and p.dim() >= 2]
+    reason = _why_not(recipe)
+    kernels: list[Kernel] | NotPacked = NotPacked(reason or "", False)
+    if reason is None:
+        assert recipe is not None
+        for child, key in places:
+            _refuse_shards(child._parameters[key])
+        kernels = find(module, recipe)
+    if isinstance(kernels, NotPacked):
+        # A subclass is one layer, however many Parameters it has.
+        own = places if isinstance(module, nn.MultiheadAttention) else [(module, "weight")]
+        for child, key in own:
+            name = shown_parameter(join(names[child], key))
+            found.high[name] = f"{type(module).__name__}: {kernels.reason}" if kernels.trains else kernels.reason
+            if kernels.trains:
+                found.lost[name] = getattr(child._parameters.get(key), "numel", int)()
+        return
+    assert recipe is not None
+    for kernel in kernels:
+        name = join(names[kernel.module], PREFIX + kernel.key)
+        found.quantized[name], found.inner[name] = (kernel.layer, recipe), kernel
+
+
+def _why_not(recipe: NVFP4BlockScaling | None) -> str | None:
+    if recipe is None:
+        return "the precision table says so"
+    return None if "fprop" in recipe.nvfp4_gemms else "the recipe runs fprop in high precision"
 
 
 def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
-    if recipe is None:
-        return "the precision table says so"
-    if not is_plain_layer(module):
-        return f"{type(module).__name__}: a subclass of torch's layer"
-    if "weight" not in module._parameters:
-        return "its weight is computed"  # by a parametrization: the computed weight is no part of the state_dict
-    if "fprop" not in recipe.nvfp4_gemms:
-        return "the recipe runs fprop in high precision"
-    w = module.weight
+    reason = _why_not(recipe)
+    if reason is not None:
+        return reason
+    assert recipe is not None
+    if is_computed(module):
+        if recipe.kernels == "parameters":
+            return "its weight is computed (recipe.kernels='parameters')"
+        if len(getattr(module, "parametrizations", "1")) > 1:
+            return "its weight is computed, and its bias, too"
+        w: Any = like_weight(module)
+    else:
+        w = module._parameters.get("weight")
+        if w is None:
+            return "its weight is no Parameter, and nothing of torch's computes it"
+    _refuse_shards(w)
+    return check.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
+
+
+def _refuse_shards(w: Any) -> None:
     # DTensor has to_local; other tensor subclasses hide behind Parameter, but not behind its data.
     if hasattr(w, "to_local") or type(w.data) is not Tensor:
         raise runtime_error(
@@ -118,7 +253,6 @@ def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
             needs="plain tensors",
             fix="gather the state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model",
         )
-    return check.ineligible(op_of(module), w, w, getattr(module, "groups", 1), recipe)
 
 
 # ---- a file's layers ------------------------------------------------------------------------------------------------
@@ -148,11 +282,22 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
             # The file's four tensors of a layer become torch's one weight. Only a static scale may be absent.
             if expected.pop(join(name, key), None) is None and key != "input_scale":
                 raise damaged_layer(opened, name, f"{join(name, key)} is missing")
-        expected[join(name, "weight")] = entry.shape  # torch's, which the model must have
+        # Torch's, which the model must have; a layer inside of a module has the name of its Parameter.
+        expected[parameter_name(name) if name in manifest.inner else join(name, "weight")] = entry.shape
 
     quantized = {id(modules[name]) for name in manifest.layers if name in modules}
-    # A module that is used in two places has two names in the state_dict, and one in the file.
-    aliases = {f"{name}.weight" for name, module in modules.items() if id(module) in quantized}
+    places = [parameter_name(name).rpartition(".") for name in manifest.inner]
+    inner = {(id(modules.get(place)), key) for place, _, key in places}
+    aliases: set[str] = set()
+    for name, module in modules.items():
+        # A module that is used in two places has two names in the state_dict, and one in the file.
+        if id(module) in quantized:
+            aliases.add(join(name, "weight"))
+            # A computed weight has no name there, and what it is computed from is not in the file.
+            for key in keys_of(module):
+                del state[join(name, key)]
+                state[join(name, "weight")] = tuple(like_weight(module).shape)
+        aliases |= {join(name, key) for key in module._parameters if (id(module), key) in inner}
     norms = tuple(f"{name}." for name in manifest.folded)
     biases = {f"{name}.bias" for name in manifest.folded.values()}  # the norm's shift: the model's layer may have none
     missing = [name for name in state if name not in expected and name not in aliases and not name.startswith(norms)]
@@ -161,6 +306,11 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
     unlike = [
         text for name, entry in manifest.layers.items() if name in modules
         for text in _differences(name, modules[name], entry)
+    ]
+    unlike += [
+        f"{name}: {type(modules[place]).__name__}, in the file a layer with a forward of its own"
+        for name in manifest.inner
+        if (place := name.rpartition(".")[0]) in modules and not multiplies_itself(modules[place])
     ]
     unlike += [
         f"{name}: {state[name]}, in the file {shape}" for name, shape in expected.items()
@@ -176,12 +326,12 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
             fix="build the model as it was built for training (classes, width, inputs)",
         )
     for norm, name in manifest.folded.items():
-        module: Any = modules[norm]
-        foldable = isinstance(module, NORMS) and isinstance(modules.get(name), LAYERS)
+        folded: Any = modules[norm]
+        foldable = isinstance(folded, NORMS) and isinstance(modules.get(name), LAYERS)
         bias = opened.tensors.get(f"{name}.bias")
-        if not foldable or bias is None or tuple(bias.shape) != (module.num_features,):
+        if not foldable or bias is None or tuple(bias.shape) != (folded.num_features,):
             raise damaged(opened.source, f"{norm!r} is said to be folded into {name!r}")
-    return {name: modules[name] for name in manifest.layers}
+    return {name: modules[name] for name in manifest.layers if name not in manifest.inner}
 
 
 def _check_buffers(model: nn.Module) -> None:
@@ -204,7 +354,7 @@ def _differences(name: str, module: nn.Module, entry: LayerEntry) -> list[str]:
     """List how a layer of the model differs from the one that the file describes."""
     kind = next((op for plain, op in OPS.items() if isinstance(module, plain)), None)
     groups = getattr(module, "groups", 1)
-    if kind and not is_plain_layer(module):
+    if kind and torch_class(module) is None:
         return [f"{name}: {type(module).__qualname__}, a subclass of torch's layer, in the file {entry.op}"]
     if kind != entry.op or groups != entry.groups:
         return [f"{name}: {type(module).__name__} (groups={groups}), in the file {entry.op} (groups={entry.groups})"]

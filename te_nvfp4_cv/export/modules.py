@@ -31,6 +31,8 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
+from te_nvfp4_cv.export.computed import is_computed, settle, weight_of
+from te_nvfp4_cv.export.packed_weight import PackedWeight
 from te_nvfp4_cv.layer import delayed_scaling, inference, operands
 from te_nvfp4_cv.layer.plan import Plan, plan_for, weight_plan
 from te_nvfp4_cv.nn import learned
@@ -110,14 +112,23 @@ class Codes:
     input_amax: Tensor | None = None
 
 
-def quantize_layer(module: nn.Module, recipe: NVFP4BlockScaling) -> Codes:
-    """Return the codes with which a layer's forward runs under `recipe`, bit for bit."""
+def quantize_layer(
+    module: nn.Module, recipe: NVFP4BlockScaling, trained: Tensor | nn.Module | None = None
+) -> Codes:
+    """Return the codes with which a layer's forward runs under `recipe`, bit for bit.
+
+    Args:
+        trained: what owns the layer's delayed scales; if None, its weight, or the layer itself if that is computed.
+    """
     transposed, groups = is_transposed(module), getattr(module, "groups", 1)
-    w: Any = module.weight
+    computed = is_computed(module)
+    w: Any = weight_of(module) if computed else module.weight
     plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve("auto", w.device))
-    as_quantized = learned.as_quantized(module, plan)  # learned multipliers and clipping become part of the codes
+    # Learned multipliers and clipping become part of the codes.
+    as_quantized = w if computed else learned.as_quantized(module, plan)
     codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False)
-    input_amax = delayed_scaling.trained_amax(w, recipe) if plan.delayed else None
+    owner = trained if trained is not None else module if computed else w
+    input_amax = delayed_scaling.trained_amax(w, recipe, owner) if plan.delayed else None
     face = codes.face(plan.weight_faces[0])
     if transposed and plan.weight_faces[0] == "row":
         # In training one copy serves fprop and dgrad, with its blocks along dgrad's axis. Here only fprop reads it.
@@ -193,8 +204,11 @@ class InferenceLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return the dequantized weight, fp32 [axis 0, axis 1, *kernel]; each read computes it anew."""
-        return operands.real_weight(self._weight_codes(), self.plan)
+        """Return the dequantized weight, fp32 [axis 0, axis 1, *kernel]; each read computes it anew.
+
+        torch.nn.functional's layer functions run this layer if they are given it (packed_weight.py).
+        """
+        return PackedWeight.of(self._real_weight(), self)
 
     @property
     def nvfp4_weight(self) -> NVFP4Tensor:
@@ -210,6 +224,15 @@ class InferenceLayer(nn.Module):
             nvfp4_use_4over6=self.recipe.settings("weight").four_over_six is not None,
             nvfp4_e4m3_max=self.recipe.settings("weight").e4m3_max,
         )
+
+    def marked_weight(self) -> Tensor:
+        """Return the dequantized weight with a mark that says whose it is, for a trace; see inner.py."""
+        w = self._real_weight()
+        w.packed_layer = self  # type: ignore[attr-defined]
+        return w
+
+    def _real_weight(self) -> Tensor:
+        return operands.real_weight(self._weight_codes(), self.plan)
 
     def _weight_codes(self) -> WeightCodes:
         face = Face(self.weight_data, self.weight_scale)
@@ -244,7 +267,7 @@ class InferenceLayer(nn.Module):
     def _unpack(self) -> Tensor:
         """Expand the weight to the form that the layer's mode multiplies."""
         if not self.quantize_x:
-            w = self.weight
+            w = self._real_weight()
             rank = w.dim() - 2
             w = w.contiguous(memory_format=layouts.CHANNELS_LAST[rank]) if self.channels_last else w.contiguous()
             return w.to(self.dtype)
@@ -299,8 +322,12 @@ class InferenceLayer(nn.Module):
 
     def _run(self, x: Tensor, args: ConvArgs) -> Tensor:
         bias: Any = self.bias
+        return self.multiply(x, bias, args)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, args: ConvArgs) -> Tensor:
+        """Run the layer's operator on x as torch's function takes it, with any bias."""
         if not self.quantize_x:
-            w = self.weight if self.unpacked is None else self.unpacked
+            w = self._real_weight() if self.unpacked is None else self.unpacked
             return inference.plain(self.op, x, w, bias, args, self.channels_last)
         face = Face(self.weight_data, self.weight_scale)
         stored = inference.StoredWeight(
@@ -354,6 +381,7 @@ def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: 
         recipe: the recipe that the layer was quantized with.
         backend: where the layer will run.
     """
+    settle(module)
     plain = next(kind for kind in CLASSES if isinstance(module, kind))
     w: Any = module.weight
     weight_shape, channels_last = w.shape, layouts.is_channels_last(w)

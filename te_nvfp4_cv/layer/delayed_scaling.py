@@ -304,14 +304,14 @@ def has_state(w: Owner) -> bool:
     return w in _states
 
 
-def trained_amax(w: Tensor, recipe: NVFP4BlockScaling, module: torch.nn.Module | None = None) -> Tensor | None:
+def trained_amax(w: Tensor, recipe: NVFP4BlockScaling, trained: Owner) -> Tensor | None:
     """Return fp32 [1]: the amax with which a call with this weight would quantize x now, or None before training.
 
     Args:
-        module: for a kernel that is computed, the module in whose forward it is multiplied.
+        trained: what was trained: w itself, or for a kernel that is computed the module that multiplies it.
     """
     settings = recipe.settings("input")
-    place, view = _place(w) if module is None else (module, (-1, tuple(w.shape), ()))
+    place, view = _place(trained) if isinstance(trained, Tensor) else (trained, (-1, tuple(w.shape), ()))
     scales = _states.get(place, {}).get((view, settings.e4m3_max, settings.rht))
     # A clone, because `used` is written in place at each step.
     return scales.used[0, :1].clone() if scales is not None and scales.measured[0] else None

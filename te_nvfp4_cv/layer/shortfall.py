@@ -18,7 +18,12 @@ from te_nvfp4_cv.layer import check, observe
 from te_nvfp4_cv.layer.constants import running_modules
 
 # Beginnings of reasons that the user has chosen.
-USERS = ("nvfp4_autocast(enabled=False)", "torch.autocast(enabled=False)", "set_precision")
+USERS = (
+    "nvfp4_autocast(enabled=False)",
+    "torch.autocast(enabled=False)",
+    "set_precision",
+    "the weight is stored in NVFP4",
+)
 HALF = 0.5
 OFTEN = 512  # high-precision calls after which a context that stays open is looked at
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -13,9 +13,11 @@ replaced by the layer's standard nodes and initializers (nodes.py). Everything e
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import traceback
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,12 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.backend.torch_private import OpOverload
 from te_nvfp4_cv.errors import check_module, describe, need_package, type_error, value_error
+from te_nvfp4_cv.export.artifact import join
+from te_nvfp4_cv.export.fit import shown
+from te_nvfp4_cv.export.inner import Inner
 from te_nvfp4_cv.export.modules import InferenceLayer, check_choice, check_path
 from te_nvfp4_cv.export.onnx import file
+from te_nvfp4_cv.export.packed_weight import PackedWeight
 from te_nvfp4_cv.nn.walk import LAYERS, padded
 from te_nvfp4_cv.ops.geometry import ConvArgs
 
@@ -73,7 +79,35 @@ class _Stub(nn.Module):
     def __init__(self, index: int, name: str, layer: Any) -> None:
         super().__init__()
         self.index, self.name, self.layer = index, name, [layer]  # a list hides the layer from the module tree
+        # Made before the trace, in which no tensor can become one of a subclass; hidden, too.
+        zeros = torch.zeros(()).expand(layer.weight_shape)
+        self.nvfp4_computed = getattr(layer, "nvfp4_computed", False)
+        self.shown = [zeros if self.nvfp4_computed else PackedWeight.of(zeros, self)]
         self.rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return a tensor that stands for the layer where others read its weight and multiply by it."""
+        return self.shown[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the layer's bias, for those that read it."""
+        bias: Tensor | None = self.layer[0].bias
+        return bias
+
+    def multiply(self, x: Tensor, bias: Tensor | None, args: ConvArgs) -> Tensor:
+        """Put the node for a call of torch's function with this layer's weight into the graph."""
+        own, y = self.bias, self._node(x, args)
+        # The node adds the layer's own bias. A layer inside of a module has that of the module, which a trace replaces.
+        if bias is own or bool(getattr(self.layer[0], "nvfp4_bias", "")):
+            return y
+        if own is not None:
+            raise value_error(
+                f"nv.export.to_onnx: a call with the weight of {self.name!r} cannot be exported.",
+                got="another bias than the layer's", needs="the layer's bias", fix="call the layer itself",
+            )
+        return y if bias is None else y + bias.reshape(-1, *(1,) * self.rank)
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
         """Put the node into the graph; x is padded before it where the padding is not by zeros."""
@@ -84,7 +118,9 @@ class _Stub(nn.Module):
                 needs=f"a batch axis ({self.rank + 2} axes) and no output_size",
                 fix="give the example a batch axis; set output_padding in the layer",
             )
-        x, args = padded(self.layer[0], x)
+        return self._node(*padded(self.layer[0], x))
+
+    def _node(self, x: Tensor, args: ConvArgs) -> Tensor:
         shape = _shape(self.layer[0], x, args)
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Layer", [x], {"index": self.index}, dtype=x.dtype, shape=shape, version=1
@@ -147,17 +183,25 @@ def to_onnx(
     # Each layer once, by its first name; _export finds the other names of a shared one.
     found = {name: module for name, module in traced.named_modules() if isinstance(module, InferenceLayer)}
     _check_layers(found)
-    others = [name for name, module in traced.named_modules() if isinstance(module, LAYERS) and name not in found]
-    high = dict.fromkeys(others, "the model holds it in high precision")
+    high = dict.fromkeys(_others(traced, found), "the model holds it in high precision")
     if form == "matmul":
-        high |= {name: "no matrix product of pixels" for name, layer in found.items() if not as_matmul(layer)}
+        high |= {shown(name): "no matrix product of pixels" for name, layer in found.items() if not as_matmul(layer)}
     proto, called = _export(traced, found, args, form, dynamic_batch, input_names, output_names)
-    high |= {name: "not in the file: eval mode does not call it" for name in found if name not in called}
-    quantized = tuple(name for name in found if name not in high)
+    high |= {shown(name): "not in the file: eval mode does not call it" for name in found if name not in called}
+    quantized = tuple(shown(name) for name in found if shown(name) not in high)
     file.remove_stack_traces(proto)  # before the checksums: they cover all that is in the file
     file.seal(proto, quantized)
     target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
     return OnnxFile(file.write(proto, target, external_data), quantized, high)
+
+
+def _others(model: nn.Module, found: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield the names of the convolutions, linear layers and attention's kernels that are not in NVFP4."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield from (join(name, key) for key, p in module._parameters.items() if p is not None and p.dim() == 2)
+        elif isinstance(module, LAYERS) and not isinstance(module, Inner) and name not in found:
+            yield name
 
 
 def _arguments(example: Any, dynamic_batch: bool) -> tuple[Any, ...]:
@@ -235,13 +279,21 @@ def _export(
     for index, (name, layer) in enumerate(zip(found, layers, strict=True)):
         if name:
             for shared in [n for n, m in traced.named_modules(remove_duplicate=False) if m is layer]:
-                traced.set_submodule(shared, _Stub(index, name, layer))
+                place, _, key = shared.rpartition(".")
+                # Not set_submodule: a module with a forward of its own shows a layer inside as a tensor.
+                traced.get_submodule(place)._modules[key] = _Stub(index, name, layer)
         else:
             traced = _Stub(index, name, layer)
     if dynamic_batch:  # torch.export would take an axis of size 1 for a constant
         args = tuple(x.repeat_interleave(2, 0) if isinstance(x, Tensor) and x.shape[0] == 1 else x for x in args)
     batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if isinstance(x, Tensor) else None for x in args) if dynamic_batch else None
+    shapes: Any = tuple({0: batch} if isinstance(x, Tensor) else None for x in args) if dynamic_batch else None
+    if shapes is not None:
+        # What a forward(self, *inputs) takes is one argument to torch.export, a tuple.
+        kinds = [parameter.kind for parameter in inspect.signature(traced.forward).parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+            shapes = (*shapes[:first], shapes[first:])
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
         # Traced here and not by torch.onnx, whose error for a failed trace does not name the module.

@@ -21,11 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv.backend.torch_private import tree_map_only
+from te_nvfp4_cv.context.function_mode import layer_call
 from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.export import packed_weight
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
+from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.subclasses import without_class
 from te_nvfp4_cv.nn.walk import op_of, padded
 from te_nvfp4_cv.ops import layouts
@@ -71,6 +75,25 @@ class _Watch:
             mean, square = mean + before.mean, square + before.square
             gram = None if gram is None or before.gram is None else gram + before.gram
         self.found = Statistics(amax, mean, square, gram, count)
+
+
+class _Read(TorchFunctionMode):
+    """Show a layer's input to its watch where the layer is not called: others read its weight and multiply by it."""
+
+    def __init__(self, watches: Mapping[int, _Watch]) -> None:
+        super().__init__()
+        self.watches = watches  # by the id of the weight
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            with self:
+                return packed_weight.ATTENTION(*args, **kwargs)
+        call = layer_call(function, args, kwargs)
+        watch = None if call is None else self.watches.get(id(call.w))
+        if call is not None and watch is not None and next(running_modules(), None) is not watch.layer:
+            watch(watch.layer, (call.x,), {})
+        return function(*args, **kwargs)
 
 
 def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = ROWS) -> Tensor:
@@ -135,6 +158,7 @@ def collect(
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(watches[name], with_kwargs=True).remove)
+        stack.enter_context(_Read({id(layer._parameters["weight"]): watches[name] for name, layer in layers.items()}))
         for batch in itertools.islice(batches, limit):
             model(input_of(batch, device))
             seen += 1

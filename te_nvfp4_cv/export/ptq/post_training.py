@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
 from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.fit import sort_layers
+from te_nvfp4_cv.export.computed import settle
+from te_nvfp4_cv.export.fit import sort_layers, warn_of_lost
+from te_nvfp4_cv.export.inner import install
 from te_nvfp4_cv.export.modules import (
     ACTIVATIONS,
     WEIGHTS,
@@ -112,12 +114,17 @@ def quantize(
             needs="a list or a DataLoader: calibration reads it several times", fix="list(loader)",
         )
     net = _copy(model)
+    found_layers = sort_layers(net, resolved)
+    warn_of_lost(found_layers)
+    for module, _ in found_layers.quantized.values():
+        settle(module)  # a kernel that torch computes becomes the Parameter that folding and rounding read
     if fold_bn:
         for batch in itertools.islice(loader, 1):
             with torch.no_grad():
                 # One batch is enough to see whether folding changes the outputs.
                 fold(net, functools.partial(net, input_of(batch, device)))
-    layers, _ = sort_layers(net, resolved)
+    install(found_layers.inner.values())
+    layers = found_layers.quantized
     # Layers in NVFP4 already keep their codes.
     layers = {name: pair for name, pair in layers.items() if not isinstance(pair[0], InferenceLayer)}
     watched = {name: module for name, (module, _) in layers.items()}
