@@ -1,6 +1,7 @@
 """Build a wheel for every platform, or, where TE_NVFP4_CV_WHEEL is 1 (`make wheel`), one with compiled CPU kernels.
 
-All metadata are in pyproject.toml. A plain `pip install .` compiles nothing and needs no compiler.
+All metadata are in pyproject.toml, except the long description, which is made here from README.md. A plain
+`pip install .` compiles nothing and needs no compiler.
 """
 
 import os
@@ -8,6 +9,7 @@ import platform
 import re
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -16,6 +18,24 @@ from setuptools.command.build_py import build_py
 
 BACKEND = Path("te_nvfp4_cv", "backend")
 OLDEST_GLIBC = 17  # of 2.17: what manylinux has no older name for, short of manylinux_2_5 and 2_12
+
+
+def long_description(readme: str, project: dict) -> str:
+    """Return README.md as a package index can show it, which has none of the repository's files.
+
+    Links to files lead to the repository if pyproject.toml names it (project.urls.Repository, such as
+    https://HOST/OWNER/NAME). Without it they become their text and the file's path, and pictures are left out.
+    """
+    home = project.get("urls", {}).get("Repository", "").rstrip("/")
+    relative = r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)"
+
+    def rewrite(link):
+        picture, label, path = link.groups()
+        if home:
+            return f"{picture}[{label}]({home}/{'raw' if picture else 'blob'}/HEAD/{path})"
+        return "" if picture else label if label == path else f"{label} (`{path}`)"
+
+    return re.sub(relative, rewrite, readme)
 
 
 class BuildKernels(build_py):
@@ -49,7 +69,12 @@ class WithKernels(Distribution):
         return True
 
 
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+DESCRIPTION = {
+    "long_description": long_description(Path("README.md").read_text(encoding="utf-8"), PROJECT),
+    "long_description_content_type": "text/markdown",
+}
 if os.environ.get("TE_NVFP4_CV_WHEEL") == "1":
-    setup(distclass=WithKernels, cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel})
+    setup(**DESCRIPTION, distclass=WithKernels, cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel})
 else:
-    setup()
+    setup(**DESCRIPTION)

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import posixpath
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+PAGES = {  # files that are shown as a page of another name
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "made/contributing.md",
+    "CHANGELOG.md": "made/changelog.md",
+    "examples/README.md": "made/examples.md",
+    "docs/tutorial.ipynb": "made/tutorial.md",
+}
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("NVTE_PROJECT_BUILDING", "1")  # TransformerEngine's wheel imports without its CUDA part
 
+sys.path.insert(0, str(ROOT / "examples"))
+from _torchvision import ensure_torchvision  # noqa: E402
+
 from te_nvfp4_cv.version import __version__  # noqa: E402
+
+if importlib.util.find_spec("torchvision"):
+    ensure_torchvision()  # Lightning imports torchvision, whose wheel fails beside a CPU-only torch
 
 project, author, release = "te_nvfp4_cv", "te_nvfp4_cv contributors", __version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
 html_theme = "furo"
 html_title = f"te_nvfp4_cv {release}"
-exclude_patterns = ["accuracy"]
+exclude_patterns = ["zoo", "made/readme.md"]
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
-suppress_warnings = ["myst.xref_missing"]  # the README links to files of the repository, which are no pages
 
 
 def as_written(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
@@ -39,17 +54,68 @@ def as_written(app: Any, what: str, name: str, found: Any, options: Any, lines: 
         lines[:] = [re.sub(r"(?<=[\[ ])\*(?=\w)", r"\\*", line) for line in lines]
 
 
-def write_tutorial(app: Any) -> None:
-    """Write the notebook as the page tutorial.md."""
+def site_links(text: str, source: str, page: str) -> str:
+    """Rewrite the links of a file of the repository for the site, where other files are pages.
+
+    Args:
+        text: The file's text.
+        source: The file's path in the repository: links in the text are relative to it.
+        page: The path of the page that shows the text, below docs/. Links become relative to that.
+    """
+
+    def rewrite(link: re.Match[str]) -> str:
+        label, path, anchor = link.groups(default="")
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if not (ROOT / target).exists():
+            return link.group()  # no link but code, or a broken one: then the build stops with a warning
+        if target not in PAGES and not target.startswith("docs/"):
+            return label  # a file without a page, such as LICENSE
+        shown = PAGES.get(target, target.removeprefix("docs/"))
+        return f"[{label}]({posixpath.relpath(shown, posixpath.dirname(page) or '.')}{anchor})"
+
+    return re.sub(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", rewrite, text)
+
+
+def tutorial() -> str:
+    """Return the notebook as a page."""
     cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
-    parts = []
-    for cell in cells:
-        text = "".join(cell["source"])
-        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
-    (HERE / "tutorial.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in texts)
+
+
+def command_line() -> str:
+    """Return a page with the help of every command, as its parser gives it."""
+    from te_nvfp4_cv.cli import COMMANDS, build_parser
+
+    os.environ["COLUMNS"] = "110"  # argparse's width
+    parser, commands = build_parser()
+    parts = ["# The command line", f"```text\n{parser.format_help()}```"]
+    for command in COMMANDS:
+        parts.append(f"## {command.name}\n\n```text\n{commands.choices[command.name].format_help()}```")
+    return "\n\n".join(parts)
+
+
+def write_pages(app: Any) -> None:
+    """Write the pages of docs/made: files from outside of docs/, the notebook, the command line."""
+    (HERE / "made").mkdir(exist_ok=True)
+    pages = {"tutorial.md": tutorial(), "cli.md": command_line()}
+    for source, page in PAGES.items():
+        if source.endswith(".md"):
+            text = (ROOT / source).read_text(encoding="utf-8")
+            # index.md includes the README, so its links are relative to docs/.
+            pages["readme.md" if page == "index.md" else posixpath.basename(page)] = site_links(text, source, page)
+    for name, text in pages.items():
+        (HERE / "made" / name).write_text(text + "\n", encoding="utf-8")
+
+
+def read_page(app: Any, docname: str, content: list[str]) -> None:
+    """Rewrite the links of a page that Sphinx has read; those of docs/made are written as they must be."""
+    if not docname.startswith("made/") and docname != "index":
+        content[0] = site_links(content[0], f"docs/{docname}.md", f"{docname}.md")
 
 
 def setup(app: Any) -> None:
-    """Connect the two functions above; Sphinx calls this function."""
+    """Connect the functions above; Sphinx calls this function."""
     app.connect("autodoc-process-docstring", as_written)
-    app.connect("builder-inited", write_tutorial)
+    app.connect("builder-inited", write_pages)
+    app.connect("source-read", read_page)

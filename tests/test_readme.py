@@ -1,56 +1,74 @@
-"""The README's snippets run as they stand, and its commands exist."""
+"""The README: short, in its order, with figures that docs/RESULTS.md has; its Python runs, and it works on an index."""
 
 from __future__ import annotations
 
 import re
-import tomllib
+import runpy
 from pathlib import Path
 
 import pytest
-
-import te_nvfp4_cv as nv
-from te_nvfp4_cv.recipe.files import load_recipe
+import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def test_it_is_short():
+    assert len(README.split()) <= 900
 
 
-def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
+def test_its_parts_stand_in_this_order():
+    parts = ["![", "| full precision |", "## Install", "## Quick start", "## Try it", "## What you gain", "## Read on"]
+    places = [README.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_the_picture_is_small():
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert 10_000 < (ROOT / picture).stat().st_size < 300_000
+
+
+def test_every_figure_of_its_table_stands_in_the_results():
+    table = README[README.index("| full precision |") : README.index("## Install")]
+    rows = [line.split("|")[2:4] for line in table.splitlines()[2:] if line.startswith("|")]
+    figures = re.findall(r"\d+\.\d+", str(rows))
+    assert len(figures) > 10
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}", RESULTS), f"{figure} is not in docs/RESULTS.md"
+
+
+def test_its_python_runs_as_it_stands(capsys):
     pytest.importorskip("torchvision")
-    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    first, resume, watched = blocks("python")
-    exec(compile(first, "README.md", "exec"), names)
-    loss = names["loss"]
-    assert loss.isfinite() and "fc" in capsys.readouterr().out  # the printed coverage lists the classifier
+    (text,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    exec(compile(text, "README.md", "exec"), names)
+    assert names["loss"].isfinite() and "fc" in capsys.readouterr().out  # the printed coverage lists the classifier
     assert all(p.grad is not None and p.grad.isfinite().all() for p in names["model"].parameters())
-    before = nv.extra_state(names["model"])
-    exec(compile(resume, "README.md", "exec"), names)
-    assert nv.extra_state(names["model"]) == before == names["last"]["nvfp4"]
-    exec(compile(watched, "README.md", "exec"), names)
-    run = nv.telemetry.read("runs/mine.jsonl")
-    assert list(run.steps) == [0] and run.steps[0]["fc"]["precision"] == "high" and names["loss"] < loss
 
 
-def test_the_recipe_of_the_readme_loads(tmp_path):
-    (text,) = blocks("toml")
-    (tmp_path / "mine.toml").write_text(text)
-    recipe = load_recipe(tmp_path / "mine.toml")
-    assert recipe.disable_rht and [pattern for pattern, _ in recipe.precision] == ["head.*", "backbone.layer4.*"]
+@pytest.fixture
+def describe(monkeypatch):
+    """setup.py's long_description, with setup() itself left out."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **given: None)
+    return runpy.run_path("setup.py")["long_description"]
 
 
-def test_the_commands_of_the_readme_exist():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
-    assert {"demo", "test", "lint"} <= named <= targets
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert "te-nvfp4-cv" in scripts
+def relative_links(text: str) -> list[str]:
+    return re.findall(r"\]\((?!\w+:|#)[^)]*\)", text)
 
 
-def test_files_that_the_readme_names_exist():
-    for name in re.findall(r"[\w/.]+/[\w.]+\.(?:md|py)|constraints\.txt|LICENSE", README):
-        assert (ROOT / name).exists(), name
+def test_a_package_index_gets_no_link_that_leads_nowhere(describe):
+    assert len(relative_links(README)) > 10
+    text = describe(README, {})
+    assert not relative_links(text) and "![" not in text
+    assert "[Results]" not in text and "Results (`docs/RESULTS.md`)" in text and "see LICENSE" in text
+    assert len(text.split()) > 0.9 * len(README.split())
+
+
+def test_a_package_index_gets_links_to_the_repository_once_it_has_an_address(describe):
+    text = describe(README, {"urls": {"Repository": "https://example.org/a/b/"}})
+    assert not relative_links(text)
+    assert "[Results](https://example.org/a/b/blob/HEAD/docs/RESULTS.md)" in text
+    assert "](https://example.org/a/b/raw/HEAD/docs/demo.png)" in text

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from te_nvfp4_cv.cli import deploy, machine, models, runs
 from te_nvfp4_cv.cli.shape import Command
@@ -21,14 +22,19 @@ from te_nvfp4_cv.version import __version__
 COMMANDS: tuple[Command, ...] = (*machine.COMMANDS, *models.COMMANDS, *deploy.COMMANDS, *runs.COMMANDS)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status."""
+def build_parser() -> tuple[argparse.ArgumentParser, Any]:
+    """Return the parser of the command line, and the action whose `choices` are the commands' parsers."""
     parser = argparse.ArgumentParser(prog="te-nvfp4-cv", description="NVFP4 training for convolutional networks")
     parser.add_argument("--version", action="version", version=f"te-nvfp4-cv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add(commands)
-    options = parser.parse_args(arguments)
+    return parser, commands
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status."""
+    options = build_parser()[0].parse_args(arguments)
     # Not the name but the Command: its parser puts itself there (set_defaults in shape.py).
     chosen: Command = options.command
     return chosen(options)

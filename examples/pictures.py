@@ -1,0 +1,96 @@
+"""Draw the picture of the README from a run of the example trainer: a heatmap of the weights beside predictions.
+
+    python examples/unet_coco/train.py --compute auto --telemetry-every 5 --out runs/demo
+    python examples/pictures.py runs/demo --out docs/demo.png
+
+The run needs its telemetry (PRECISION/telemetry.jsonl), summary.json and predictions.png. The heatmap shows each
+layer's weights at the sampled steps: in NVFP4 as its layers multiply them, decoded from their 4-bit codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # te_nvfp4_cv of this checkout, where it is not installed
+
+from te_nvfp4_cv.telemetry import read  # noqa: E402
+from te_nvfp4_cv.telemetry.heatmaps import table  # noqa: E402
+from te_nvfp4_cv.telemetry.records import Run  # noqa: E402
+
+
+def weights(run: Run, layers: Sequence[str]) -> np.ndarray:
+    """Return the standard deviation of each layer's weights [layers, steps], as its products use them."""
+    raw, decoded = (table(run, layers, "tensors", "weight", stage, "std") for stage in ("raw", "dequantized"))
+    return np.where(np.isfinite(decoded), decoded, raw)  # layers in high precision have no codes
+
+
+def draw(folder: Path, out: Path) -> None:
+    """Draw the picture of the run in `folder`.
+
+    Raises:
+        ValueError: The folder is not that of a finished run with telemetry.
+    """
+    import matplotlib.image
+
+    matplotlib.use("Agg")
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    summary, sheet = folder / "summary.json", folder / "predictions.png"
+    if not summary.is_file() or not sheet.is_file():
+        raise ValueError(f"{folder} has no summary.json and predictions.png: name the folder of a finished run")
+    scores = json.loads(summary.read_text(encoding="utf-8"))
+    runs = {name: read(folder / name / "telemetry.jsonl") for name in scores}
+    layers = next(iter(runs.values())).layers
+    values = {name: weights(run, layers) for name, run in runs.items()}
+    found = np.concatenate([some[np.isfinite(some) & (some > 0)] for some in values.values()])
+    if not found.size:
+        raise ValueError(f"{folder}: no weights in its telemetry: train with --telemetry-every 5")
+    norm = LogNorm(*np.percentile(found, (1, 99)))
+
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    maps = left.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for axes, (name, run) in zip(maps, runs.items(), strict=True):
+        picture = axes.imshow(values[name], aspect="auto", interpolation="nearest", norm=norm, cmap="viridis")
+        steps = list(run.steps)
+        ticks = range(0, len(steps), max(1, len(steps) // 4))
+        axes.set_xticks(ticks, [steps[tick] for tick in ticks])
+        axes.set(title=name, xlabel="step")
+    maps[0].set_yticks(range(len(layers)), layers, fontsize=8)
+    left.colorbar(picture, ax=maps, shrink=0.8)
+    left.suptitle("Weights of each layer: standard deviation")
+
+    axes = right.subplots()
+    shown = matplotlib.image.imread(sheet)[20:]  # without the small titles of its columns
+    axes.imshow(shown, interpolation="nearest")
+    axes.set_axis_off()
+    columns = ("image", "truth", *scores)
+    for column, title in enumerate(columns):
+        axes.text((column + 0.5) * shown.shape[1] / len(columns), -4, title, ha="center", va="bottom", fontsize=12)
+    right.suptitle("Predictions: " + ", ".join(f"{name} {row['miou']:.3f} mIoU" for name, row in scores.items()))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Draw weights and predictions of a run of examples/unet_coco.")
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), metavar="RUN", help="its folder")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), metavar="FILE", help="default: demo.png")
+    options = parser.parse_args(arguments)
+    try:
+        draw(options.run, options.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
