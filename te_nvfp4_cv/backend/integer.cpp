@@ -440,17 +440,36 @@ struct Reader {
     }
 };
 
+// Writes 16 outputs: rounded to the nearest bf16, as store_round does one by one, which g++ leaves scalar.
+inline void store_outputs(float* y, const float* v) { std::memcpy(y, v, 64); }
+inline void store_outputs(bf16* y, const float* v) {
+#if defined(__AVX2__)
+    __m256i half[2];
+    for (int h = 0; h < 2; ++h) {
+        const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v) + h), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+        const __m256i nan = _mm256_cmpgt_epi32(_mm256_and_si256(u, _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(int32_t(INF_BITS)));
+        half[h] = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8));
+#else
+    for (int j = 0; j < 16; ++j) store_round(y + j, v[j]);
+#endif
+}
+
 // Rounds total * alpha + bias into the outputs of a tile, `columns` channels from `channel` on.
 template <class T>
 void store_tile(const Data& d, const Tile& tile, int64_t rows, int64_t channel, int columns, const float* total, float alpha) {
     float bias[16] = {0};
-    if (d.bias) std::memcpy(bias, d.bias + channel, size_t(columns) * 4);
+    if (d.bias) { if (columns == 16) std::memcpy(bias, d.bias + channel, 64); else std::memcpy(bias, d.bias + channel, size_t(columns) * 4); }
     for (int64_t r = 0; r < rows; ++r) {
         T* y = static_cast<T*>(d.y) + tile.pixel[r] * d.groups * d.out_channels + channel;
         const float* c = total + 16 * r;
-        if (columns < 16) { for (int j = 0; j < columns; ++j) store_round(y + j, d.bias ? c[j] * alpha + bias[j] : c[j] * alpha); }
-        else if (d.bias) { for (int j = 0; j < 16; ++j) store_round(y + j, c[j] * alpha + bias[j]); }
-        else { for (int j = 0; j < 16; ++j) store_round(y + j, c[j] * alpha); }
+        float v[16];
+        if (d.bias) { for (int j = 0; j < 16; ++j) v[j] = c[j] * alpha + bias[j]; }
+        else { for (int j = 0; j < 16; ++j) v[j] = c[j] * alpha; }         // no + 0, which would make 0 of -0
+        if (columns == 16) store_outputs(y, v);
+        else { for (int j = 0; j < columns; ++j) store_round(y + j, v[j]); }
     }
 }
 

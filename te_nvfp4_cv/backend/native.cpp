@@ -138,7 +138,11 @@ inline Words larger(Words a, Words b) { return a > b ? a : b; }
 inline Floats magnitude(Floats v) { return of_bits(bits_of(v) & 0x7fffffffu); }
 template <class V, class P> inline V read(const P* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 inline Floats load_lanes(const float* p) { return read<Floats>(p); }
+#if defined(__AVX2__) && !(defined(__AVX512BW__) && defined(__AVX512VL__))
+inline Floats load_lanes(const bf16* p) { return reinterpret_cast<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16)); }
+#else
 inline Floats load_lanes(const bf16* p) { return of_bits(__builtin_convertvector(read<Halves>(p), Words) << 16); }
+#endif
 inline void store_lanes(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 inline void store_lanes(bf16* p, Floats v) { const Halves h = __builtin_convertvector(bits_of(v) >> 16, Halves); std::memcpy(p, &h, sizeof h); }    // exact values only
 
@@ -328,17 +332,18 @@ inline void philox(const uint64_t* index, uint32_t face, const Keys& keys, Rando
 }
 
 // Columns at, at + 1, ... of 16 rows into t; signs applied, rotated, times 1/4 (bf16: rounded to bf16). Columns from n on are zeros.
-// `plain`, unless it is null, collects the largest magnitudes before all that, as bits.
-template <class T, bool RHT>
-inline void load_tile(const T* const* rows, int64_t at, int n, Floats* t, Words* plain = nullptr) {
+// WHOLE: no row is missing and no column. The largest magnitudes before all that, as bits, are collected in `plain`.
+template <class T, bool RHT, bool WHOLE>
+inline void load_tile(const T* const* rows, int64_t at, int n, Floats* t, Words& plain) {
+    Words top = plain;
     const auto load_row = [&](int i) {
         Floats v{};
-        if (rows[i] && n == LANES) v = load_lanes(rows[i] + at);
+        if (WHOLE || (rows[i] && n == LANES)) v = load_lanes(rows[i] + at);
         else if (rows[i]) { T edge[LANES] = {}; std::memcpy(edge, rows[i] + at, size_t(n) * sizeof(T)); v = load_lanes(edge); }
-        if (plain) *plain = larger(*plain, bits_of(v) & 0x7fffffffu);
+        top = larger(top, bits_of(v) & 0x7fffffffu);
         return RHT && SIGN[i] < 0 ? of_bits(bits_of(v) ^ 0x80000000u) : v;    // -0.0 counts: signs first, of rows of zeros, too
     };
-    if (!RHT) { for (int i = 0; i < 16; ++i) t[i] = load_row(i); return; }
+    if (!RHT) { for (int i = 0; i < 16; ++i) t[i] = load_row(i); plain = top; return; }
     const auto butterflies = [&](Floats& a, Floats& b, Floats& c, Floats& d) {              // two stages of the transform
         const Floats ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
         a = ab + cd; c = ab - cd; b = a_b + c_d; d = a_b - c_d;
@@ -349,16 +354,26 @@ inline void load_tile(const T* const* rows, int64_t at, int n, Floats* t, Words*
         butterflies(a, b, c, d);
         t[i] = a; t[i + 1] = b; t[i + 2] = c; t[i + 3] = d;
     }
+    plain = top;
     #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         Floats v[4] = {t[i], t[i + 4], t[i + 8], t[i + 12]};
         butterflies(v[0], v[1], v[2], v[3]);
+        #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
             v[k] = v[k] * 0.25f;
             if (sizeof(T) == 2) { const Words u = bits_of(v[k]); v[k] = of_bits((u + 0x7fffu + (u >> 16 & 1u)) & 0xffff0000u); }
             t[i + 4 * k] = v[k];
         }
     }
+}
+
+template <class T>
+inline bool no_row_missing(const T* const* rows) { bool all_there = true; for (int i = 0; i < 16; ++i) all_there &= rows[i] != nullptr; return all_there; }
+template <class T, bool RHT>
+inline void load_tile(const T* const* rows, bool full, int64_t at, int n, Floats* t, Words& plain) {
+    if (full && n == LANES) load_tile<T, RHT, true>(rows, at, n, t, plain);
+    else load_tile<T, RHT, false>(rows, at, n, t, plain);
 }
 
 inline Words tile_amax(const Floats* t) {
@@ -549,11 +564,12 @@ void col_run(const Operand& q, const T* const* rows, int64_t g16, int64_t row, c
                 if ((ahead_c += LANES) == q.C) { ahead_c = 0; ++ahead_w; }
             } else for (int j = 0; j < LANES; ++j) { counters[v + j] = index(); if (++ahead_c == q.C) { ahead_c = 0; ++ahead_w; } }
     };
+    const bool full = no_row_missing(rows); Words unused{};
     Random random[2]; bool second = true;                          // the random bytes of two vectors of columns; the second one is at hand
     for (int64_t at = 0; at < run; at += LANES) {
         const int n = int(std::min<int64_t>(LANES, run - at));
         Floats t[16];
-        load_tile<T, RHT>(rows, at, n, t);
+        load_tile<T, RHT>(rows, full, at, n, t, unused);
         const Words amax = tile_amax(t);
         if (seen) {
             seen->col = std::max(seen->col, lane_amax(amax));
@@ -614,9 +630,9 @@ void col_run(const Operand& q, const T* const* rows, int64_t g16, int64_t row, c
         }
         if (q.col_scale) {
             const Words u = bits_of(s), normal = (u >> 20) - (120u << 3), small = reinterpret_cast<Words>(__builtin_convertvector(s * 512.0f, Ints));
-            uint8_t bytes[LANES];
-            low_bytes(s < 0.015625f ? small : normal, bytes);
-            std::memcpy(q.col_scale + out + at, bytes, size_t(n));
+            uint8_t *p = q.col_scale + out + at, edge[LANES];
+            low_bytes(s < 0.015625f ? small : normal, n == LANES ? p : edge);
+            if (n < LANES) std::memcpy(p, edge, size_t(n));
         }
     }
 }
@@ -652,13 +668,14 @@ void amax_operand(const Operand& q) {
         for (int64_t item = 0; item < items; ++item) {
             const T* rows[16];
             if (!row_pointers<T>(q, item / q.fold_L, item % q.fold_L, rows)) continue;
+            const bool full = no_row_missing(rows);
             Words m{}, plain{};
             for (int64_t at = 0; at < run; at += LANES) {
                 Floats t[16];
-                load_tile<T, RHT>(rows, at, int(std::min<int64_t>(LANES, run - at)), t, together ? &plain : nullptr);
+                load_tile<T, RHT>(rows, full, at, int(std::min<int64_t>(LANES, run - at)), t, plain);
                 m = larger(m, tile_amax(t));
             }
-            row_max = std::max(row_max, lane_amax(plain));
+            if (together) row_max = std::max(row_max, lane_amax(plain));
             col_max = std::max(col_max, lane_amax(m));
         }
     }
