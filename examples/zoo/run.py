@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.write_text(whole + end, encoding="utf-8")
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
         # Written by this thread alone, as each model ends.
-        for row in pool.map(lambda name: guarded(name, options.limit), todo):
-            if row is None:
+        for ended in as_completed([pool.submit(guarded, name, options.limit) for name in todo]):
+            if (row := ended.result()) is None:
                 continue
             row = {"model": row.pop("name"), "commit": commit} | row
             with options.out.open("a", encoding="utf-8") as file:
