@@ -18,7 +18,7 @@ from te_nvfp4_cv.cli.trial import files, programs, training
 from te_nvfp4_cv.cli.trial.cells import Trial, answer
 from te_nvfp4_cv.cli.trial.control import control
 from te_nvfp4_cv.cli.trial.run import CHECKS, try_model
-from te_nvfp4_cv.cli.trial.subject import Subject, distance, floats, normal, relative, step
+from te_nvfp4_cv.cli.trial.subject import Subject, distance, floats, normal, relative, settled, step
 from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
@@ -323,6 +323,21 @@ def test_tensors_of_any_output() -> None:
     assert len(floats(Out())) == 1
     with pytest.raises(ValueError, match="no gradient"):
         distance({"a": a})
+
+
+def test_what_begins_at_zero_gets_values() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.conv = nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Conv2d(3, 4, 1)
+            for parameter in (self.linear.weight, self.norm.weight, self.linear.bias):
+                nn.init.zeros_(parameter)
+
+    before = Head()
+    after = settled(before)
+    assert after.linear.weight.std() > 0.1 and after.norm.weight.min() > 0.1 and not after.linear.bias.any()
+    kept = after.conv.weight.clone()
+    assert torch.equal(settled(after).conv.weight, kept) and after.norm.momentum == 1.0
 
 
 def test_errors_of_outputs() -> None:

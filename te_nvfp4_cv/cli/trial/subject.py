@@ -159,10 +159,17 @@ def clone(model: nn.Module, subject: Subject) -> nn.Module:
 
 
 def settled(model: nn.Module) -> nn.Module:
-    """Let the batch norms of a fresh model take their statistics from the last pass alone.
+    """Take from a fresh model what hides its layers, and return it.
 
-    Those that they begin with belong to no data: activations would grow or vanish from layer to layer, in evaluation.
+    Weights, gains and layer scales that begin at zero, or near it, get values: behind a head of zeros every check would
+    compare zeros. Batch norms take their statistics from the last pass alone: those that they begin with belong to no
+    data, and activations would grow or vanish from layer to layer in evaluation.
     """
+    for name, parameter in model.named_parameters():
+        if "bias" not in name and parameter.numel() and float(parameter.detach().abs().max()) < 1e-3:
+            values = normal(tuple(parameter.shape))
+            fan_in = max(1, parameter.numel() // parameter.shape[0]) if parameter.dim() else 1
+            parameter.data.copy_(values / fan_in**0.5 if parameter.dim() > 1 else 0.5 + 0.1 * values)
     for norm in model.modules():
         if isinstance(norm, AnyBatchNorm):
             norm.reset_running_stats()
