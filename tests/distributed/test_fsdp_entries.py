@@ -31,8 +31,9 @@ def test_the_projection_of_a_sharded_attention(mesh, sharded_first):
         fully_shard(part, mesh=mesh)
     if sharded_first:
         nv.set_precision(model, table)
+    ran: list[str] = []
     for _ in range(2):
-        ran: list[str] = []
+        ran.clear()
         with observe.observe(lambda call: ran.append("high" if call.recipe is None else call.recipe.name)):
             with nv.nvfp4_autocast():
                 y = model["fc"](model["mha"](x, x, x)[0])
