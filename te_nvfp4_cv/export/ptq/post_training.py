@@ -158,7 +158,8 @@ def _copy(model: nn.Module) -> nn.Module:
             "nv.export.quantize: the model cannot be copied.",
             got=str(error),
             needs="a model that copy.deepcopy takes",
-            fix="torch.nn.utils.remove_weight_norm, or torch.nn.utils.parametrizations.weight_norm in its place",
+            fix="torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove; or, in their place, "
+            "torch.nn.utils.parametrizations",
         ) from error
 
 
