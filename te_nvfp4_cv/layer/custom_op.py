@@ -4,8 +4,10 @@
     layer_backward   dy and those -> dx, dw, db; draws the seed of stochastic rounding
 
 A graph holds one node for each layer and pass. Nothing of geometry, recipe or random numbers is traced, so none of it
-can break a graph, be merged with another layer's, or be compiled to something else than what eager mode runs. Shapes
-are those of the trace: another batch size is another graph. execute.py refuses delayed tensor scales before.
+can break a graph, be merged with another layer's, or be compiled to something else than what eager mode runs. The
+shapes of codes depend on sizes in ways that have no formula. So where torch.compile leaves a size open (mark_dynamic,
+or the second image size that a graph meets), x and w themselves are saved, and backward quantizes them again, to the
+same codes. execute.py refuses delayed tensor scales before.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class LayerSpec(NamedTuple):
         need_dx: backward will compute dx; need_dw, need_db: likewise.
         group: name of the process group whose ranks share amaxes in training, or "".
         like: dtypes and memory formats of x, w and bias, for backward.
+        again: backward gets x and w and quantizes them again, because a size is open.
     """
 
     recipe: str
@@ -54,10 +57,11 @@ class LayerSpec(NamedTuple):
     need_db: bool = False
     group: str = ""
     like: str = ""
+    again: bool = False
 
     def to_text(self) -> str:
         """Encode the spec."""
-        needs = f"{int(self.channels_last)}{int(self.need_dx)}{int(self.need_dw)}{int(self.need_db)}"
+        needs = f"{int(self.channels_last)}{int(self.need_dx)}{int(self.need_dw)}{int(self.need_db)}{int(self.again)}"
         return f"{self.recipe}\n{self.backend}\n{_word(self.compute_dtype)}\n{needs}\n{self.group}\n{self.like}"
 
 
@@ -66,9 +70,9 @@ class LayerSpec(NamedTuple):
 def spec_of(text: str) -> LayerSpec:
     """Decode what LayerSpec.to_text gave."""
     recipe, backend, dtype, flags, group, like = text.split("\n")
-    channels_last, need_dx, need_dw, need_db = (flag == "1" for flag in flags)
+    channels_last, need_dx, need_dw, need_db, again = (flag == "1" for flag in flags)
     needs = (need_dx, need_dw, need_db)
-    return LayerSpec(recipe, backend, getattr(torch, dtype), channels_last, *needs, group, like)
+    return LayerSpec(recipe, backend, getattr(torch, dtype), channels_last, *needs, group, like, again)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,8 +106,21 @@ def layer(
     # Codes made before are looked up when the node runs, not when it is traced: each step may have new ones.
     options = CallOptions(codes=weight_codes.codes_of(w, plan), scales=_scales(plan, s, s.need_dx or s.need_dw))
     x = without_class(x)
-    y, saved = forward_backward.forward(x, w, bias, plan, s.need_dx, s.need_dw, options)
+    need_dx, need_dw = s.need_dx and not s.again, s.need_dw and not s.again
+    y, saved = forward_backward.forward(x, w, bias, plan, need_dx, need_dw, options)
     return y, *_outputs(saved, plan, x)  # type: ignore[return-value]
+
+
+def _quantized_again(saved: Saved, plan: Plan, spec: LayerSpec, scales: Any) -> Saved:
+    """Return what forward would have saved, from x and w: nothing of theirs is random."""
+    x, w, x_q, codes = saved.x, saved.w, None, None
+    if spec.need_dw:
+        assert x is not None
+        x_q = operands.quantize_input(layouts.image_last(x, plan.geometry.x_shape), plan, True, scales)
+    if spec.need_dx and plan.saves_w != "itself":
+        assert w is not None
+        codes = weight_codes.codes_of(w, plan) or operands.quantize_weight(w, plan, True)
+    return saved_of(x, x_q, w, codes, plan, spec.need_dx, spec.need_dw)  # type: ignore[arg-type]
 
 
 def _outputs(saved: Saved, plan: Plan, like: Tensor) -> list[Tensor]:
@@ -125,7 +142,12 @@ def _scales(plan: Plan, spec: LayerSpec, training: bool) -> delayed_scaling.Call
 
 @layer.register_fake
 def _(x, w, bias, sizes, spec):  # type: ignore[no-untyped-def]
-    plan, s = plan_of(sizes, spec), spec_of(spec)
+    s = spec_of(spec)
+    if s.again:
+        g = ConvGeometry.from_ints(sizes)
+        y = layouts.like_image_first(x, g.y_shape, x.shape, s.channels_last)
+        return y, *(x.new_empty(0, dtype=torch.uint8) for _ in range(6))
+    plan = plan_of(sizes, spec)
     x_last = layouts.image_last(x, plan.geometry.x_shape)
     # The real steps, on fake tensors: the fakes of the inner operators know the shapes, which are so stated once.
     x_q = operands.quantize_input(x_last, plan, s.need_dw)
@@ -151,14 +173,17 @@ def layer_backward(
     """
     plan, s = plan_of(sizes, spec), spec_of(spec)
     needs, scales = (s.need_dx, s.need_dw, s.need_db), _scales(plan, s, True)
-    options = CallOptions(scales=scales)
-    grads = forward_backward.backward(dy, Saved(*saved), plan, _like(like_sizes, s.like), needs, options)
+    options, parts = CallOptions(scales=scales), Saved(*saved)
+    if s.again:
+        parts = _quantized_again(parts, plan, s, scales)
+    grads = forward_backward.backward(dy, parts, plan, _like(like_sizes, s.like), needs, options)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 
 @layer_backward.register_fake
 def _(dy, saved, sizes, like_sizes, spec):  # type: ignore[no-untyped-def]
-    s, g = spec_of(spec), ConvGeometry.from_ints([int(n) for n in sizes])
+    s = spec_of(spec)
+    g = ConvGeometry.from_ints(sizes if s.again else [int(n) for n in sizes])
     like = _like(like_sizes, s.like)
     dx, dw, db = (dy.new_empty(0) for _ in range(3))
     if s.need_dx:
@@ -192,12 +217,11 @@ def _like(sizes: Any, text: str) -> Like:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w, bias, sizes, text = inputs
-    spec, plan = spec_of(text), plan_of(sizes, text)
-    saved = Saved(*output[1:])
+    spec, saved = spec_of(text), Saved(*output[1:])
     # Put back what the operator could not return because it is one of its arguments.
-    if spec.need_dw and plan.saves_x == "itself":
+    if spec.need_dw and (spec.again or plan_of(sizes, text).saves_x == "itself"):
         saved = saved._replace(x=x)
-    if spec.need_dx and plan.saves_w == "itself":
+    if spec.need_dx and (spec.again or plan_of(sizes, text).saves_w == "itself"):
         saved = saved._replace(w=w)
     ctx.save_for_backward(*saved)
     like = Like.of(x, w, bias)
@@ -222,8 +246,11 @@ layer.register_autograd(_backward, setup_context=_setup_context)
 
 def apply(x: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry, spec: LayerSpec, group: Any) -> Tensor:
     """Return y of one call that torch.compile traces; `spec` without needs and group, which are filled in here."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import, and only graphs need it
+
     # Asked here, while the call is traced: where the operator's code runs, grad mode is no longer the caller's.
     grad = torch.is_grad_enabled()
     name = "" if group is None else group.group_name
-    spec = spec._replace(need_dx=grad and x.requires_grad, need_dw=grad and w.requires_grad, group=name)
+    again = not all(has_static_value(size) for size in x.shape)
+    spec = spec._replace(need_dx=grad and x.requires_grad, need_dw=grad and w.requires_grad, group=name, again=again)
     return layer(x, w, bias, geometry.to_ints(), spec.to_text())[0]

@@ -256,3 +256,52 @@ def test_a_graph_break_of_torchs_own_is_followed_by_no_second_one():
             assert same_bits(torch.compile(model, backend="aot_eager")(x), model(x))
         breaks.append((len(counters["graph_break"]), counters["stats"]["unique_graphs"]))
     assert breaks[0] == breaks[1]
+
+
+class Sizes(nn.Module):
+    """Layers of each kind, for images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 16, 3, stride=2),
+            nn.GELU(),
+            nn.ConvTranspose2d(16, 16, 2, stride=2),
+        )
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("recipe", [NO_SR, nv.NVFP4BlockScaling(high_precision_gemms=("wgrad",))])
+def test_many_image_sizes_share_a_graph(recipe):
+    """As in plain torch: the second size is open. Then x itself is saved, and quantized again to the same codes."""
+    net = Sizes()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for size in range(8, 30, 2) if recipe is NO_SR else (8, 10):
+        x, results = values((4, 16, size, size + 2)), []
+        for run in (net, compiled):
+            net.zero_grad()
+            torch.manual_seed(1)
+            with nv.nvfp4_autocast(recipe), torch.autocast("cpu", dtype=torch.bfloat16):
+                y = run(x.clone().requires_grad_())
+            y.float().square().mean().backward()
+            grads = [p.grad.clone() for p in net.parameters()] if recipe is NO_SR else []
+            results.append([y.detach(), *grads])
+        assert all_same(*results)
+    assert graphs() == 2
+
+
+def test_sizes_that_are_marked_as_open():
+    net, x = Sizes(), values((4, 16, 8, 8))
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for axis in (0, 2, 3):
+        torch._dynamo.mark_dynamic(x, axis)
+    with torch.no_grad(), nv.nvfp4_autocast(NO_SR):
+        for images in (x, values((6, 16, 12, 10)), values((16, 16, 9, 9))):
+            assert same_bits(compiled(images), net(images))
+    assert graphs() == 1
