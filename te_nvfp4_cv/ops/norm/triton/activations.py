@@ -29,7 +29,7 @@ def activated(u, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     elif ACTIVATION == SILU:
         y = u * tl.sigmoid(u)
     elif ACTIVATION == HARDSWISH:
-        y = u * tl.minimum(tl.maximum(u + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+        y = u * tl.minimum(tl.maximum(u * (1.0 / 6.0) + 0.5, 0.0), 1.0)
     elif ACTIVATION == RELU6:
         y = tl.where(u <= 0.0, 0.0, tl.where(u >= 6.0, 6.0, u))
     elif ACTIVATION == GELU:
