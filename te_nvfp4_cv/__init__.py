@@ -1,7 +1,8 @@
 """Train convolutional networks in NVFP4.
 
     import te_nvfp4_cv as nv
-    with nv.nvfp4_autocast(nv.NVFP4BlockScaling()):
+    nvfp4 = nv.prepare(model, "resnet")
+    with nvfp4:
         loss = criterion(model(x), y)
 """
 
@@ -27,6 +28,7 @@ from te_nvfp4_cv.nn.modules import (
     NVFP4Linear,
 )
 from te_nvfp4_cv.nn.precision import clear_precision, set_precision
+from te_nvfp4_cv.nn.prepare import prepare
 from te_nvfp4_cv.nn.resume import extra_state, saturated_blocks
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, QParams
 from te_nvfp4_cv.recipe.files import list_recipes, load_recipe, save_recipe
@@ -36,6 +38,8 @@ from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 from te_nvfp4_cv.version import __version__ as __version__
+
+autocast = nvfp4_autocast  # as torch.autocast is called
 
 # Pickles made by version 0.1 name these modules, which have moved since. Without the old names they would not load.
 sys.modules |= {
@@ -94,6 +98,7 @@ __all__ = [
     "NVFP4Tensor",
     "QParams",
     "active_recipe",
+    "autocast",
     "capture",
     "clear_precision",
     "convert_model",
@@ -109,6 +114,7 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "nvfp4_autocast",
+    "prepare",
     "saturated_blocks",
     "save_recipe",
     "set_precision",

@@ -104,13 +104,11 @@ def test_fp8_attention_is_accepted_and_said_to_do_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "told"),
     [
-        ("unet", ("str", "load_recipe('unet')")),
-        (Path("unet.toml"), ("load_recipe('unet.toml')",)),
         (True, ("the first argument is the recipe", "enabled=True")),
         (False, ("enabled=False",)),
         (NVFP4BlockScaling, ("not the class", "NVFP4BlockScaling()")),
         ({"disable_rht": True}, ("NVFP4BlockScaling(**fields)", "set_precision")),
-        (3.0, ("float", "load_recipe(name_or_path)")),
+        (3.0, ("float", "a recipe's name or path")),
     ],
     ids=str,
 )
@@ -181,7 +179,7 @@ def test_a_recipe_file_that_is_not_text(tmp_path):
         ("unett", ("'unett'", "default, ", "did you mean 'unet'")),
         ("zzz", ("'zzz'", "default, ", "a path that ends in .toml")),
         ("", ("''", "default, ")),
-        ("nowhere/mine.toml", ("no such file", "load by name")),
+        ("nowhere/mine.toml", ("no such file", "use a name")),
         ("mine.toml", ("no such file",)),
         (Path("mine"), ("no such file",)),
         ("./", ("a folder",)),

@@ -31,6 +31,7 @@ NAMES = {
     "NVFP4Tensor",
     "QParams",
     "active_recipe",
+    "autocast",
     "capture",
     "clear_precision",
     "convert_model",
@@ -44,6 +45,7 @@ NAMES = {
     "learn_scales",
     "load_recipe",
     "nvfp4_autocast",
+    "prepare",
     "saturated_blocks",
     "set_precision",
 }

@@ -46,7 +46,8 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
     only the forward pass, and stand inside or outside of torch.autocast, which decides the dtype of activations.
 
     Args:
-        recipe: An NVFP4BlockScaling, TransformerEngine's object of that name, or None for the default recipe.
+        recipe: An NVFP4BlockScaling, TransformerEngine's object of that name, the name or path of a recipe, or None for
+            the default recipe.
         enabled: If False, everything inside runs in high precision, explicit NVFP4 modules too.
         backend: "auto", "reference", "integer", "vendor" or "triton". One that cannot run raises an error.
         amax_reduction_group: A torch.distributed process group whose ranks quantize training operands with one tensor
@@ -56,6 +57,7 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
             backward are the same.
     Raises:
         TypeError: `recipe` is not a recipe, or the group is not a process group.
+        FileNotFoundError: There is no recipe of that name.
         ValueError: The recipe contradicts itself, or the backend is unknown.
         RuntimeError: The backend cannot run here.
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.nn.precision import matches, set_precision
 from te_nvfp4_cv.nn.resume import extra_state
 from te_nvfp4_cv.recipe.block_scaling import as_recipe
-from te_nvfp4_cv.recipe.files import load_recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -113,8 +111,7 @@ class NVFP4Precision(_Base):
         super().__init__("16-mixed" if dtype == "fp16" else "bf16-mixed", device, scaler)
         if dtype == "fp32":
             self.precision = "32-true"  # Trainer.precision shows this
-        by_name = isinstance(recipe, (str, os.PathLike))
-        self.recipe = load_recipe(recipe) if by_name else as_recipe(recipe)
+        self.recipe = as_recipe(recipe)
         nvfp4_autocast(self.recipe, backend=backend)  # refuses now what cannot run, not in the first step
         self.dtype, self.backend, self.share_amax, self.root = dtype, backend, share_amax, root
         self._module: nn.Module | None = None

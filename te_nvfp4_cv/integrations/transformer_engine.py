@@ -122,6 +122,9 @@ class QuantizerFactory:
     recipe: NVFP4BlockScaling
     backend: str = "auto"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recipe", checked_recipe(self.recipe))  # a frozen dataclass takes no assignment
+
     def __call__(self, role: Any) -> Any:
         """Return the quantizer of a QuantizerRole, an IdentityQuantizer for None and roles without an NVFP4 GEMM.
 

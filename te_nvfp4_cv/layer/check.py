@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.backend.torch_private import is_batched
+from te_nvfp4_cv.backend.torch_private import constant_in_graphs, is_batched
 from te_nvfp4_cv.errors import describe, runtime_error, value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan, plan_for
@@ -39,12 +39,25 @@ def checked_recipe(recipe: object) -> NVFP4BlockScaling:
         TypeError: It is not a recipe.
         ValueError: Its fields contradict each other, see NVFP4BlockScaling.validate_for_use.
     """
+    if isinstance(recipe, str) and torch.compiler.is_compiling():
+        _read(recipe)
+        recipe = _named[recipe]
     found = recipe if isinstance(recipe, NVFP4BlockScaling) else as_recipe(recipe)
     if torch.compiler.is_compiling():  # Dynamo warns where it traces a cached function
         found.validate_for_use()
     else:
         _check_once(found)
     return found
+
+
+_named: dict[str, NVFP4BlockScaling] = {}  # what a graph that torch.compile traces has named
+
+
+@constant_in_graphs
+def _read(name: str) -> bool:
+    # Called while torch.compile traces, which cannot look into files. It takes constants from here, and no objects.
+    _named[name] = as_recipe(name)
+    return True
 
 
 @functools.lru_cache(maxsize=256)

@@ -31,6 +31,7 @@ from te_nvfp4_cv.nn.base import OPS
 from te_nvfp4_cv.nn.hooks import Hook, attach, detach
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
+from te_nvfp4_cv.recipe.fields import HIGH
 
 # Torch's modules that multiply weights by the calls that a context takes over.
 _RUN_LAYERS = (*OPS, nn.MultiheadAttention)
@@ -108,8 +109,8 @@ def set_precision(model: nn.Module, table: Any) -> None:
     torch.compile has compiled already does not notice, so call it before.
 
     Args:
-        table: Maps patterns to None for high precision, or to a recipe. A recipe in place of a table stands for its
-            [precision] table. Patterns are fnmatch patterns over model.named_modules() without the parts that wrappers
+        table: Maps patterns to None or "high" for high precision, or to a recipe or its name. A recipe in place of a
+            table stands for its [precision] table. Patterns are fnmatch patterns over model.named_modules() without the parts that wrappers
             add ("module.", "_orig_mod."). A match covers the module's children, except those with an entry of their
             own; where several patterns match a module, the last one wins.
     Raises:
@@ -254,7 +255,7 @@ def _pairs(table: Any) -> list[tuple[str, NVFP4BlockScaling | None]]:
                 needs='names of modules, such as "layer4.*"',
                 fix="take the names of model.named_modules()",
             )
-        own = None if value is None else checked_recipe(value)
+        own = None if value in HIGH else checked_recipe(value)
         if own is not None and own.precision:
             raise value_error(
                 f"set_precision: the recipe for {pattern!r} has a [precision] table of its own.",

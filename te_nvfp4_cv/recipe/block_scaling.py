@@ -19,7 +19,7 @@ import ast
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from te_nvfp4_cv.errors import type_error, value_error, warn_once
 from te_nvfp4_cv.recipe.fields import (
     ALLOWED,
     GEMMS,
+    HIGH,
     PLAIN,
     ROLES,
     bad_value,
@@ -146,7 +147,8 @@ class NVFP4BlockScaling:
         kernels: The kernels that may run in NVFP4: "all" of eligible shape, computed ones too, as in torch.autocast,
             but no constants (buffers); or "parameters" only and views of them.
         high_precision_gemms: Any of "fprop", "dgrad" and "wgrad", which then do not run in NVFP4.
-        precision: Pairs of a pattern of module names and a recipe, or None for high precision. The last match wins.
+        precision: Pairs of a pattern of module names and a recipe or its name, or None or "high" for high precision; or
+            a dictionary of them. The last match wins.
         name: What reports call the recipe. It takes no part in comparisons.
     Raises:
         ValueError: A value is outside its list, fields contradict each other, or a version removed the field.
@@ -386,25 +388,38 @@ def from_te(recipe: object) -> NVFP4BlockScaling:
     return NVFP4BlockScaling(**fields)
 
 
-def as_recipe(recipe: object) -> NVFP4BlockScaling:
-    """Return a recipe of this package unchanged, TransformerEngine's converted, and the default recipe for None.
+_loaders: list[Callable[[str | os.PathLike[str]], NVFP4BlockScaling]] = []
 
+
+def load_names_with(load: Callable[[str | os.PathLike[str]], NVFP4BlockScaling]) -> None:
+    """Set the function by which as_recipe finds a recipe's name or path: files.py, which stands above, calls this."""
+    _loaders[:] = [load]
+
+
+def as_recipe(recipe: object) -> NVFP4BlockScaling:
+    """Return the recipe that a user means, wherever a recipe is asked for.
+
+    Args:
+        recipe: A recipe of this package, which is returned unchanged; TransformerEngine's, which is converted; the name
+            or path of one, as load_recipe takes it; or None for the default recipe.
     Raises:
         TypeError: It is none of these.
+        FileNotFoundError: There is no recipe of this name. The message lists the names and suggests those that are close.
+        ValueError: The file of that name is no recipe.
     """
     if isinstance(recipe, NVFP4BlockScaling):
         return recipe
+    if isinstance(recipe, (str, os.PathLike)):
+        return _loaders[0](recipe)
     return NVFP4BlockScaling() if recipe is None else from_te(recipe)
 
 
 def _not_a_recipe(recipe: object) -> TypeError:
-    fix = "pass NVFP4BlockScaling(), load_recipe(name_or_path), or None for the default"
+    fix = "pass NVFP4BlockScaling(), a recipe's name or path, or None for the default"
     got = f"{type(recipe).__module__}.{type(recipe).__qualname__}: {recipe!r:.80}"
     # The usual mistakes get the line that was meant. A bool comes from nvfp4_autocast(True), as in torch.autocast.
     if isinstance(recipe, bool):
         fix = f"the first argument is the recipe: write enabled={recipe}"
-    elif isinstance(recipe, (str, os.PathLike)):
-        fix = f"load_recipe({os.fspath(recipe)!r})"
     elif isinstance(recipe, type):
         fix = f"an object, not the class: {recipe.__name__}()"
     elif isinstance(recipe, Mapping):
@@ -417,7 +432,7 @@ def _not_a_recipe(recipe: object) -> TypeError:
 
 
 def _check_precision(table: object) -> tuple[tuple[str, NVFP4BlockScaling | None], ...]:
-    needs = "pairs (pattern of module names, None or a recipe without a precision table)"
+    needs = 'pairs (pattern of module names, None or "high", or a recipe without a precision table)'
     pairs = tuple(table.items()) if isinstance(table, Mapping) else table
     if not isinstance(pairs, (tuple, list)):
         raise bad_value("recipe", "precision", table, needs)
@@ -425,7 +440,7 @@ def _check_precision(table: object) -> tuple[tuple[str, NVFP4BlockScaling | None
     for pair in pairs:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
             raise bad_value("recipe", "precision", pair, needs)
-        recipe = None if pair[1] is None else as_recipe(pair[1])
+        recipe = None if pair[1] in HIGH else as_recipe(pair[1])
         if recipe is not None and recipe.precision:
             raise bad_value("recipe", "precision", pair, needs, "take the inner table out: one table per recipe")
         out.append((pair[0], recipe))

@@ -14,6 +14,8 @@ from typing import Any
 from te_nvfp4_cv.errors import value_error
 
 GEMMS = ("fprop", "dgrad", "wgrad")
+HIGH = (None, "high")
+"""The entries of a table of precision that stand for high precision: in Python, and in files, which have no None."""
 
 
 class Role(enum.StrEnum):

@@ -16,14 +16,15 @@ holds the old default of a removed field still loads.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from te_nvfp4_cv.errors import message, value_error
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-from te_nvfp4_cv.recipe.fields import PLAIN, without_removed
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe, load_names_with
+from te_nvfp4_cv.recipe.fields import HIGH, PLAIN, without_removed
 
 # The table of precision has a section of its own, beside [recipe].
 FIELDS = tuple(field for field in PLAIN if field != "precision")
@@ -66,8 +67,8 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> NVFP4BlockScaling:
     return _load(name_or_path, Path.cwd(), inner=False)
 
 
-def save_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str]) -> None:
-    """Write a recipe to a file, which `load_recipe` reads back as an equal recipe.
+def save_recipe(recipe: NVFP4BlockScaling | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Write a recipe, or the one of that name, to a file, which `load_recipe` reads back as an equal recipe.
 
     Example:
         >>> import tempfile, te_nvfp4_cv as nv
@@ -77,7 +78,7 @@ def save_recipe(recipe: NVFP4BlockScaling, path: str | os.PathLike[str]) -> None
         >>> nv.load_recipe(path) == recipe
         True
     """
-    Path(path).write_text(recipe.to_toml(), encoding="utf-8")
+    Path(path).write_text(as_recipe(recipe).to_toml(), encoding="utf-8")
 
 
 def parse_recipe(text: str, source: str = "recipe text") -> NVFP4BlockScaling:
@@ -89,6 +90,22 @@ def parse_recipe(text: str, source: str = "recipe text") -> NVFP4BlockScaling:
         ValueError: The text is not TOML, or has unknown keys or bad values.
     """
     return _from_table(Path(source), _parse_text(Path(source), text), inner=False)
+
+
+def _given(name_or_path: str | os.PathLike[str]) -> NVFP4BlockScaling:
+    """Load the recipe that a caller names in the place of a recipe. A context is made in each step, so names are quick."""
+    path = _find(name_or_path, Path.cwd())
+    is_name = isinstance(name_or_path, str) and path.parent == recipe_folder()
+    return _own(path) if is_name else _from_table(path, _parse(path), inner=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _own(path: Path) -> NVFP4BlockScaling:
+    # The package's own files do not change while a program runs. A user's may, and are read each time.
+    return _from_table(path, _parse(path), inner=False)
+
+
+load_names_with(_given)
 
 
 def _load(name_or_path: str | os.PathLike[str], folder: Path, *, inner: bool) -> NVFP4BlockScaling:
@@ -113,7 +130,7 @@ def _from_table(path: Path, table: dict[str, Any], *, inner: bool) -> NVFP4Block
 def _find(name_or_path: str | os.PathLike[str], folder: Path) -> Path:
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise value_error(
-            "load_recipe: not a name.",
+            "recipe: not a name.",
             got=f"{name_or_path!r:.80}",
             needs="a recipe's name or the path of a recipe file",
             fix="a recipe object needs no loading: pass it on as it is",
@@ -126,16 +143,20 @@ def _find(name_or_path: str | os.PathLike[str], folder: Path) -> Path:
         if path.is_file():
             return path
         got = f"{text!r}: " + ("a folder" if path.is_dir() else "no such file")
-        fix = "correct the path, or load by name: " + ", ".join(_names())
-        text = message("load_recipe: no recipe file.", got=got, needs="the path of a .toml file", fix=fix)
+        fix = "correct the path, or use a name: " + ", ".join(_names())
+        text = message("recipe: no such file.", got=got, needs="the path of a .toml file", fix=fix)
         raise FileNotFoundError(text)
     path = recipe_folder() / f"{text}.toml"
     if text and path.is_file():  # "" would be the file .toml
         return path
-    close = difflib.get_close_matches(text, _names(), 1)
-    fix = f"did you mean {close[0]!r}?" if close else "use one of these names, or a path that ends in .toml"
+    close = difflib.get_close_matches(text, _names(), 3, 0.5)
+    fix = "use one of these names, or a path that ends in .toml"
+    if text == "high":  # it is a word of tables, where it stands for high precision
+        fix = 'nvfp4_autocast(enabled=False), or a table of precision: {"head": "high"}'
+    elif close:
+        fix = f"did you mean {' or '.join(map(repr, close))}?"
     raise FileNotFoundError(
-        message("load_recipe: no recipe of this name.", got=repr(text), needs="one of: " + ", ".join(_names()), fix=fix)
+        message("recipe: no recipe of this name.", got=repr(text), needs="one of: " + ", ".join(_names()), fix=fix)
     )
 
 
@@ -199,7 +220,7 @@ def _build(
 
 def _precision(path: Path, pattern: str, value: object) -> NVFP4BlockScaling | None:
     where = f"[precision] {pattern!r}"
-    if value == "high":
+    if value in HIGH:
         return None
     if isinstance(value, str):
         try:
