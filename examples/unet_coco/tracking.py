@@ -90,7 +90,8 @@ def start_telemetry(
         if settings.wandb:
             config = {key: str(value) for key, value in vars(settings).items()}
             config |= {"precision": name, "backend": backend}  # what --backend came to
-            sinks.append(telemetry.WandB("te_nvfp4_cv_unet_coco", group, name, settings.out, config))
+            about_it = {"group": group, "name": name, "config": config}
+            sinks.append(telemetry.WandB(project="te_nvfp4_cv_unet_coco", folder=settings.out, **about_it))
         if settings.tensorboard:
             again = (goes_on[1] if goes_on else 0) if settings.resume else None
             sinks.append(telemetry.TensorBoard(settings.out / "tensorboard" / name, purge_step=again))

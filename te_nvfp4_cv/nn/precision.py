@@ -110,9 +110,9 @@ def set_precision(model: nn.Module, table: Any) -> None:
 
     Args:
         table: Maps patterns to None or "high" for high precision, or to a recipe or its name. A recipe in place of a
-            table stands for its [precision] table. Patterns are fnmatch patterns over model.named_modules() without the parts that wrappers
-            add ("module.", "_orig_mod."). A match covers the module's children, except those with an entry of their
-            own; where several patterns match a module, the last one wins.
+            table stands for its [precision] table. Patterns are fnmatch patterns over model.named_modules() without the
+            parts that wrappers add ("module.", "_orig_mod."). A match covers the module's children, except those with
+            an entry of their own; where several patterns match a module, the last one wins.
     Raises:
         ValueError: A pattern matches nothing; a pattern with a recipe matches only modules in which no convolution or
             linear layer can run; a recipe inside the table has a table itself. Nothing is changed.

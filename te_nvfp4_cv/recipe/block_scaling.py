@@ -404,7 +404,7 @@ def as_recipe(recipe: object) -> NVFP4BlockScaling:
             or path of one, as load_recipe takes it; or None for the default recipe.
     Raises:
         TypeError: It is none of these.
-        FileNotFoundError: There is no recipe of this name. The message lists the names and suggests those that are close.
+        FileNotFoundError: There is no recipe of this name. The message lists the names, and suggests close ones.
         ValueError: The file of that name is no recipe.
     """
     if isinstance(recipe, NVFP4BlockScaling):

@@ -93,7 +93,7 @@ def parse_recipe(text: str, source: str = "recipe text") -> NVFP4BlockScaling:
 
 
 def _given(name_or_path: str | os.PathLike[str]) -> NVFP4BlockScaling:
-    """Load the recipe that a caller names in the place of a recipe. A context is made in each step, so names are quick."""
+    """Load the recipe that a caller names in the place of a recipe: quickly, as a context may be made in each step."""
     path = _find(name_or_path, Path.cwd())
     is_name = isinstance(name_or_path, str) and path.parent == recipe_folder()
     return _own(path) if is_name else _from_table(path, _parse(path), inner=False)

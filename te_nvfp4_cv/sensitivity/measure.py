@@ -8,6 +8,7 @@ Python's and numpy's generators are seeded too. A loss that is not a scalar tens
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend import torch_private
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.layer import delayed_scaling
@@ -28,6 +30,36 @@ from te_nvfp4_cv.sensitivity.layers import Entries, high_outside, ruled
 from te_nvfp4_cv.sensitivity.trace import Trace
 
 Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def as_loss(given: Loss | nn.Module) -> Loss:
+    """Return a function loss(model, batch) for what the user gave: such a function, or a criterion of pairs.
+
+    A criterion is a module or one of torch.nn.functional's functions. A module whose first argument is called `model` is
+    a function of the other kind.
+    """
+    if isinstance(given, nn.Module):
+        is_criterion = next(iter(inspect.signature(given.forward).parameters), "") != "model"
+    else:
+        is_criterion = getattr(given, "__module__", "") == nn.functional.__name__
+    if not is_criterion:
+        return given
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise type_error(
+                "scan: a criterion needs pairs.",
+                got=f"a batch that is a {type(batch).__name__}"
+                + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""),
+                needs="(input, target) for criterion(model(input), target)",
+                fix="give a function in place of the criterion: lambda model, batch: criterion(model(...), ...)",
+            )
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        x, target = torch_private.tree_map_only(Tensor, lambda held: held.to(device), tuple(batch))
+        found: Tensor = given(model(x), target)
+        return found
+
+    return loss
 
 
 @dataclass(frozen=True)

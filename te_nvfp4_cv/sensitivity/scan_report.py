@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from te_nvfp4_cv.errors import message, value_error
+from te_nvfp4_cv.errors import message, need_package, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe.files import save_recipe
 from te_nvfp4_cv.report.text import aligned, number, plain
@@ -197,6 +197,27 @@ class Scan:
             "flops": self.flops,
             "recipe": repr(self.recipe_used),
         }
+
+    def to_dataframe(self) -> Any:
+        """Return the layers as a pandas.DataFrame: one row per layer, the worst first, one column per figure.
+
+        Columns are op, kernel, flops, score, and for each configuration that was measured "alone ..." and "without ..."
+        with the fields of Change. The index holds the layers' names.
+
+        Raises:
+            RuntimeError: pandas is not installed.
+        """
+        need_package("pandas", "scan: no DataFrame.", needs="the package pandas", fix="pip install pandas, or to_dict()")
+        import pandas
+
+        rows = []
+        for row in self.ranked():
+            cells: dict[str, Any] = {"op": row.op, "kernel": row.kernel, "flops": row.flops, "score": self.score(row)}
+            for name, change in (("alone", row.alone), ("without", row.without)):
+                if change is not None:
+                    cells |= {f"{name} {field}": value for field, value in dataclasses.asdict(change).items()}
+            rows.append(cells)
+        return pandas.DataFrame(rows, index=pandas.Index([row.name for row in self.ranked()], name="layer"))
 
     def __str__(self) -> str:
         own = sum(row.flops for row in self.rows)

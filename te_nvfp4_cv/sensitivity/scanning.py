@@ -25,7 +25,7 @@ from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.report.forward_pass import recipe_in_force
 from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
-from te_nvfp4_cv.sensitivity.measure import Loss, Measure, Measured, compare
+from te_nvfp4_cv.sensitivity.measure import Loss, Measure, Measured, as_loss, compare
 from te_nvfp4_cv.sensitivity.scan_report import Change, LayerScan, Scan
 
 MODES = {"one": (True, False), "all_but_one": (False, True), "both": (True, True)}
@@ -33,7 +33,7 @@ MODES = {"one": (True, False), "all_but_one": (False, True), "both": (True, True
 
 def scan(
     model: nn.Module,
-    loss: Loss,
+    loss: Loss | nn.Module,
     batches: Iterable[Any],
     recipe: Any = None,
     mode: str = "one",
@@ -49,9 +49,11 @@ def scan(
 
     Args:
         model: the model, which is left unchanged.
-        loss: loss(model, batch) -> scalar tensor.
-        batches: what `loss` takes; each is read once. A few that stand for the data are enough.
-        recipe: a recipe object; if None, that of the enclosing context, and without one the default recipe. Its
+        loss: loss(model, batch) -> scalar tensor; or a criterion, which is a module such as nn.CrossEntropyLoss() or a
+            function of torch.nn.functional: the loss is then criterion(model(input), target).
+        batches: what `loss` takes, or pairs (input, target) for a criterion, which are moved to the model's device. Each
+            is read once. A few that stand for the data are enough.
+        recipe: a recipe or its name; if None, that of the enclosing context, and without one the default recipe. Its
             [precision] table is left out of the measurement.
         mode: "one" quantizes each layer alone, "all_but_one" all layers but that one, "both" does both.
         gradients: compare the whole gradient as well, and rank by its error. This is a surer sign than the loss, at two
@@ -60,18 +62,20 @@ def scan(
         seed: the seed of the first batch's random numbers; each further batch adds 1.
         progress: called for each batch as progress(evaluations done, how many there are).
     Returns:
-        A Scan: print it, or call `suggest(...)`, `recipe(...)`, `save(path, ...)`.
+        A Scan: print it, or call `suggest(...)`, `recipe(...)`, `save(path, ...)`, `to_dataframe()`.
     Raises:
-        TypeError: `model` is not a module, or the loss is not a tensor.
+        TypeError: `model` is not a module, the loss is not a tensor, or a batch for a criterion is not a pair.
         ValueError: no layer runs in NVFP4, there are no batches, or the loss is not a scalar or not finite in high
             precision.
 
     Example:
         >>> import torch, te_nvfp4_cv as nv
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
-        >>> found = nv.sensitivity.scan(model, lambda model, x: model(x).square().mean(), [torch.randn(16, 32)])
+        >>> batches = [(torch.randn(16, 32), torch.randint(16, (16,)))]
+        >>> found = nv.sensitivity.scan(model, torch.nn.CrossEntropyLoss(), batches)
         >>> [row.name for row in found.rows]
         ['0', '2']
+        >>> found = nv.sensitivity.scan(model, lambda model, batch: model(batch[0]).square().mean(), batches)
     """
     check_module("scan", model, "scan(model, loss, batches) with loss(model, batch)")
     check_trainable("scan", model)
@@ -82,7 +86,7 @@ def scan(
     resolved = checked_recipe(dataclasses.replace(recipe_in_force(recipe), precision=()))
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # DDP's forward prepares a reduction, and then waits for a backward pass
-    run = _Run(Measure(model, loss, resolved, backend, gradients), MODES[mode], seed, progress)
+    run = _Run(Measure(model, as_loss(loss), resolved, backend, gradients), MODES[mode], seed, progress)
     # Batch by batch, and not configuration by configuration: a loader is read once, and each batch is held once.
     for index, batch in enumerate(batches):
         run.batch(batch, index)

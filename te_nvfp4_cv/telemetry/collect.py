@@ -1,14 +1,14 @@
 """Watch the training of a model in every N-th step, without changing it.
 
-    watch = nv.telemetry.attach(model, every=100, sinks=[nv.telemetry.JSONL("runs/telemetry.jsonl")], name="nvfp4")
-    for step, (x, y) in enumerate(loader):
-        with watch.step(step):                      # forward and backward; before optimizer.step()
-            with nv.nvfp4_autocast(recipe):
-                loss = criterion(model(x), y)
-            loss.backward()
-        optimizer.step()
-        watch.scalars(step, {"train/loss": loss.item()})
-    watch.close()
+    sink = nv.telemetry.JSONL("runs/telemetry.jsonl")
+    with nv.telemetry.attach(model, every=100, sinks=[sink], name="nvfp4") as watch:   # or watch.close() at the end
+        for step, (x, y) in enumerate(loader):
+            with watch.step(step):                      # forward and backward; before optimizer.step()
+                with nv.nvfp4_autocast(recipe):
+                    loss = criterion(model(x), y)
+                loss.backward()
+            optimizer.step()
+            watch.scalars(step, {"train/loss": loss.item()})
 
 In a sampled step every layer's operands are looked at while they are quantized: x and w in forward, dy in backward,
 with the codes that the GEMMs multiply. Layers in high precision, and whole runs without nvfp4_autocast, show their raw
@@ -65,6 +65,8 @@ def attach(
 ) -> Telemetry:
     """Start to watch the training of a model; nothing of the model changes.
 
+    What it returns is a context manager, too, which closes the sinks at its end, after an exception as well.
+
     Args:
         model: the model, as it is trained (a DDP, FSDP or compiled wrapper is fine).
         every: how many steps from sample to sample, beginning with step 0; 0 takes no samples, and records only what
@@ -86,10 +88,9 @@ def attach(
     Example:
         >>> import tempfile, torch, te_nvfp4_cv as nv
         >>> model, path = torch.nn.Linear(32, 16), tempfile.mkdtemp() + "/telemetry.jsonl"
-        >>> watch = nv.telemetry.attach(model, every=10, sinks=[nv.telemetry.JSONL(path)], name="nvfp4")
-        >>> with watch.step(0), nv.nvfp4_autocast():
-        ...     model(torch.randn(16, 32)).sum().backward()
-        >>> watch.close()
+        >>> with nv.telemetry.attach(model, every=10, sinks=[nv.telemetry.JSONL(path)], name="nvfp4") as watch:
+        ...     with watch.step(0), nv.nvfp4_autocast():
+        ...         model(torch.randn(16, 32)).sum().backward()
         >>> nv.telemetry.read(path).steps[0]["Linear"]["precision"]
         'nvfp4'
     """
@@ -101,7 +102,7 @@ def attach(
 
 
 class Telemetry:
-    """A running watch, made by attach: wrap each step in `step`, and call `close` at the end.
+    """A running watch, made by attach: wrap each step in `step`, and call `close` at the end, or use it in a `with`.
 
     Example:
         >>> import torch, te_nvfp4_cv as nv
@@ -131,6 +132,12 @@ class Telemetry:
         }
         for sink in self.sinks:
             sink.start(header)
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def every(self) -> int:
@@ -219,8 +226,9 @@ class Telemetry:
             sink.image(name, path, step)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Finish the sinks. Nothing may be recorded afterwards."""
-        for sink in self.sinks:
+        """Finish the sinks, once. Nothing is recorded afterwards."""
+        sinks, self.sinks = self.sinks, ()
+        for sink in sinks:
             sink.close(None if summary is None else dict(summary))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -197,29 +197,50 @@ def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.nda
 class WandB(_Log):
     """Send records to a run of Weights & Biases, with the records' steps as the axis.
 
-    Only the first rank begins the run, when telemetry is attached; a run that you have open yourself is left alone.
+    Only the first rank sends, beginning when telemetry is attached. Without `run` it begins a run of its own, offline
+    unless `mode` or WANDB_MODE says otherwise, and a run that you have open is left alone. With `run` it joins yours:
+    your figures keep their axis, those of telemetry have the axis "nvfp4/step", and the run stays open at the end.
 
     Args:
-        project: the project, as for wandb.init.
-        group: the group of the runs that are compared, as for wandb.init.
-        name: the name of this run, as for wandb.init.
-        folder: where W&B writes its files.
-        config: what the run's page shows, as for wandb.init.
+        run: the open run to join, from wandb.init. A text is taken as the project.
+        project: the project of a new run, as for wandb.init.
+        folder: where W&B writes its files; wandb.init calls it `dir`, which is accepted, too.
+        **init: what else wandb.init takes for a new run: group, name, config, tags, mode, ...
+    Raises:
+        ValueError: `run` comes together with arguments for a new run.
 
     Example:
         >>> import te_nvfp4_cv as nv
-        >>> sink = nv.telemetry.WandB("shapes", group="unet", name="nvfp4", folder="runs")
+        >>> sink = nv.telemetry.WandB(project="shapes", group="unet", name="nvfp4", folder="runs")
         >>> watch = nv.telemetry.attach(model, every=100, sinks=[sink])  # doctest: +SKIP
+        >>> joined = nv.telemetry.WandB(wandb.run)  # doctest: +SKIP
     """
 
     _faults = Exception  # W&B's errors are of many classes
 
     def __init__(
-        self, project: str, group: str, name: str, folder: str | os.PathLike[str], config: dict[str, Any] | None = None
+        self,
+        run: Any = None,
+        project: str | None = None,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        **init: Any,
     ) -> None:
         super().__init__("W&B takes no more records, the run continues without it")
-        self._options: dict[str, Any] = {"project": project, "group": group, "name": name, "config": config or {}}
-        self._folder = Path(folder)
+        if isinstance(run, str) and project is None:
+            run, project = None, run
+        if folder is not None:
+            init["dir"] = str(folder)
+        self._options = ({} if project is None else {"project": project}) | init
+        if run is not None and self._options:
+            raise value_error(
+                "telemetry: WandB joins a run or begins one.",
+                got=f"run={run!r:.60} and {', '.join(self._options)}",
+                needs="either an open run or what wandb.init takes for a new one",
+                fix="WandB(run) alone; give the rest to wandb.init",
+            )
+        self._run, self._axis = run, "step" if run is None else "nvfp4/step"
+        self._charts: set[str] = set()  # of a run that was joined: what has the axis of telemetry
         self._wandb: Any = None  # the module, imported when the run begins
 
     def _begin(self) -> None:
@@ -231,21 +252,39 @@ class WandB(_Log):
             warn_once("wandb absent", f"{reason}: no W&B log (pip install wandb); all else is written")
             return
         self._wandb = wandb
-        modes: list[Any] = [os.environ.get("WANDB_MODE") or "offline", "offline"]
+        if self._run is not None:
+            self._target = self._run
+            self._try(lambda run: run.define_metric(self._axis))
+            return
+        modes: list[Any] = [self._options.get("mode") or os.environ.get("WANDB_MODE") or "offline", "offline"]
         for mode in dict.fromkeys(modes):  # without repetition: offline is tried once
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                if "dir" in self._options:
+                    Path(self._options["dir"]).mkdir(parents=True, exist_ok=True)
                 # create_new leaves a run that the user may have open as it is.
                 settings = wandb.Settings(silent=True, console="off", init_timeout=30, reinit="create_new")
-                run = wandb.init(mode=mode, settings=settings, dir=str(self._folder), **self._options)
-                run.define_metric("step")
+                run = wandb.init(**({"settings": settings} | self._options | {"mode": mode}))
+                run.define_metric(self._axis)
                 # W&B numbers its log calls by itself. The records' own steps are the axis here.
-                run.define_metric("*", step_metric="step")
+                run.define_metric("*", step_metric=self._axis)
                 self._target = run
                 return
             except Exception as error:
                 then = "the run continues without W&B" if mode == "offline" else "the run continues offline"
                 warn_once(f"wandb {mode}", f"W&B ({mode}) could not start, {then}: {error}")
+
+    def _log(self, step: int, values: dict[str, Any], charts: Iterable[str]) -> None:
+        """Log the values of a step; `charts` are their names, or patterns of them."""
+
+        def log(run: Any) -> None:
+            if self._run is not None:
+                # Not "*", as in a run of our own: the user's figures have an axis already.
+                for chart in set(charts) - self._charts:
+                    run.define_metric(chart, step_metric=self._axis)
+                self._charts.update(charts)
+            run.log({self._axis: step, **values})
+
+        self._try(log)
 
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
@@ -254,26 +293,28 @@ class WandB(_Log):
         self._try(lambda run: run.config.update({"telemetry": shown}, allow_val_change=True))
 
     def step(self, record: dict[str, Any]) -> None:
-        def log(run: Any) -> None:
-            values: dict[str, Any] = {"step": record["step"], **dict(figures(record["layers"]))}
-            for name, counts, edges in histograms(record["layers"]):
-                values[name] = self._wandb.Histogram(np_histogram=(counts, edges))
-            run.log(values)
-
-        self._try(log)
+        if self._target is None:
+            return
+        values: dict[str, Any] = dict(figures(record["layers"]))
+        for name, counts, edges in histograms(record["layers"]):
+            values[name] = self._wandb.Histogram(np_histogram=(counts, edges))
+        self._log(record["step"], values, [f"{layer}/*" for layer in record["layers"]])
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._try(lambda run: run.log({"step": step, **values}))
+        self._log(step, values, values)
 
     def alarm(self, record: dict[str, Any]) -> None:
-        self._try(lambda run: run.log({"step": record["step"], f"alarm/{record['layer']}": 1}))
+        name = f"alarm/{record['layer']}"
+        self._log(record["step"], {name: 1}, [name])
 
     def image(self, name: str, path: Path, step: int) -> None:
-        self._try(lambda run: run.log({"step": step, name: self._wandb.Image(str(path))}))
+        if self._target is not None:
+            self._log(step, {name: self._wandb.Image(str(path))}, [name])
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         self._try(lambda run: run.summary.update(summary or {}))
-        self._try(lambda run: run.finish())
+        if self._run is None:
+            self._try(lambda run: run.finish())
         self._target = None
 
 
@@ -286,7 +327,7 @@ class TensorBoard(_Log):
     Only the first rank begins the file, when telemetry is attached. A disk that fails later turns the sink off.
 
     Args:
-        folder: where the event file goes.
+        log_dir: the folder where the event file goes, as for torch's SummaryWriter.
         purge_step: the step from which a resumed run starts; what the folder shows from there on is hidden, because it
             is about to come again.
     Raises:
@@ -298,9 +339,9 @@ class TensorBoard(_Log):
         >>> watch = nv.telemetry.attach(model, every=100, sinks=[sink])  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
-        super().__init__(f"nvfp4 telemetry: {folder} is written no further")
-        self.folder, self.purge_step = folder, purge_step
+    def __init__(self, log_dir: str | os.PathLike[str], purge_step: int | None = None) -> None:
+        super().__init__(f"nvfp4 telemetry: {log_dir} is written no further")
+        self.log_dir, self.purge_step = log_dir, purge_step
 
     def start(self, header: dict[str, Any]) -> None:
         try:
@@ -311,9 +352,9 @@ class TensorBoard(_Log):
                 fix="pip install tensorboard, or leave the sink out",
             ) from error
         try:
-            self._target = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+            self._target = SummaryWriter(str(self.log_dir), purge_step=self.purge_step)
         except OSError as error:
-            raise cannot_write(self.folder, error) from error
+            raise cannot_write(self.log_dir, error) from error
         text = json.dumps({key: value for key, value in header.items() if key != "layers"}, indent=1)
         self._try(lambda writer: writer.add_text("run", f"```\n{text}\n```"))
 

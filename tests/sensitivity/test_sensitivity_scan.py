@@ -7,6 +7,8 @@ import dataclasses
 import json
 import math
 import random
+import sys
+import types
 
 import numpy
 import pytest
@@ -342,3 +344,55 @@ def test_refused():
         scan(square, net, [x])
     with pytest.raises(TypeError, match="not an NVFP4 recipe"):
         scan(Net(), square, [x], recipe="unet")
+
+
+# ---- a criterion in place of a function, and a table for pandas ------------------------------------------------------
+
+
+class Named(nn.Module):
+    """A loss that was a module before criterions were taken: called with the model."""
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return regression(model, batch)
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.functional.mse_loss, Named()], ids=["module", "function", "old"])
+def test_a_criterion_with_pairs_measures_what_the_function_does(criterion):
+    model, batches = chain()
+    expected = scan(model, lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]), batches, NO_SR)
+    found = scan(model, criterion, [list(batch) for batch in batches], NO_SR)
+    assert [row.name for row in found.ranked()] == [row.name for row in expected.ranked()]
+    assert found.loss == pytest.approx(expected.loss) and found.everything == expected.everything
+
+
+@pytest.mark.parametrize(("batch", "told"), [(torch.zeros(16, 32), "a Tensor"), ((1, 2, 3), "tuple of 3")])
+def test_a_criterion_refuses_what_is_no_pair(batch, told):
+    with pytest.raises(TypeError, match="a criterion needs pairs") as caught:
+        scan(chain()[0], nn.MSELoss(), [batch], NO_SR)
+    assert told in str(caught.value) and "fix:" in str(caught.value)
+
+
+def test_a_data_frame_holds_the_ranked_rows():
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    model, batches = chain()
+    found = scan(model, nn.MSELoss(), batches, NO_SR, mode="both")
+    frame = found.to_dataframe()
+    assert isinstance(frame, pandas.DataFrame) and list(frame.index) == [row.name for row in found.ranked()]
+    assert frame.index.name == "layer" and frame["score"].is_monotonic_decreasing
+    assert frame["alone loss_rms"].iloc[0] == found.ranked()[0].alone.loss_rms and "without loss" in frame
+
+
+def test_the_rows_that_pandas_gets(monkeypatch):
+    made = types.SimpleNamespace(
+        DataFrame=lambda rows, index: (rows, index), Index=lambda names, name: (name, names)
+    )
+    monkeypatch.setitem(sys.modules, "pandas", made)
+    model, batches = chain()
+    found = scan(model, nn.MSELoss(), batches, NO_SR)
+    rows, index = found.to_dataframe()
+    assert index == ("layer", [row.name for row in found.ranked()])
+    assert rows[0]["op"] == "linear" and rows[0]["alone loss"] == found.ranked()[0].alone.loss
+    assert rows[0]["score"] == found.score(found.ranked()[0]) and not any("without" in key for key in rows[0])
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(RuntimeError, match="needs: the package pandas"):
+        found.to_dataframe()

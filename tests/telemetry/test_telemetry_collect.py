@@ -352,6 +352,23 @@ def test_a_compiled_model_still_shows_weights_and_gradients():
     assert layer["reason"] == "inside a compiled graph" and set(layer["tensors"]) == {"weight", "weight_gradient"}
 
 
+def test_a_watch_is_a_context_manager_that_closes_once():
+    class Closed(nv.telemetry.Sink):
+        def __init__(self) -> None:
+            self.summaries: list[Any] = []
+
+        def close(self, summary: dict[str, Any] | None = None) -> None:
+            self.summaries.append(summary)
+
+    sink = Closed()
+    with attach(nn.Linear(32, 16), sinks=[sink]) as watch:
+        watch.close({"loss": 1.0})
+    assert sink.summaries == [{"loss": 1.0}] and not watch.due(0)
+    with pytest.raises(KeyboardInterrupt), attach(nn.Linear(32, 16), sinks=[sink]):
+        raise KeyboardInterrupt
+    assert sink.summaries == [{"loss": 1.0}, None]
+
+
 def test_an_exception_inside_leaves_nothing_behind():
     net, sink = Net(), Memory()
     watch = attach(net, sinks=[sink], every=1)

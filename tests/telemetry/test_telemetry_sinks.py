@@ -85,7 +85,7 @@ def test_a_foreign_file_is_not_cut(tmp_path):
 
 
 def test_a_sink_of_another_rank_touches_nothing(tmp_path):
-    JSONL(tmp_path / "a.jsonl"), TensorBoard(tmp_path / "events"), WandB("p", "g", "n", tmp_path / "wandb")
+    JSONL(tmp_path / "a.jsonl"), TensorBoard(log_dir=tmp_path / "events"), WandB(project="p", folder=tmp_path / "wandb")
     assert not list(tmp_path.iterdir())
 
 
@@ -119,7 +119,7 @@ def test_wandb_writes_a_run_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        feed(WandB("project", "group", "nvfp4", tmp_path, {"lr": 0.1}))
+        feed(WandB("project", group="group", name="nvfp4", folder=tmp_path, config={"lr": 0.1}))
     assert not [w for w in seen if "W&B" in str(w.message)]
     deadline = time.monotonic() + 60  # a process of W&B's writes the file, also after finish() has returned
     while time.monotonic() < deadline:
@@ -173,7 +173,7 @@ def test_one_run_on_one_step_axis(tmp_path, monkeypatch):
     run = FakeRun()
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert fake_wandb(monkeypatch, {"offline": run}) == []
-    feed(WandB("p", "g", "nvfp4", tmp_path))
+    feed(WandB(project="p", group="g", name="nvfp4", folder=tmp_path))
     assert (("*",), {"step_metric": "step"}) in run.metrics and run.finished and run.summary == {"miou": 0.5}
     assert all("step" in values for values in run.logged)
     first = run.logged[0]
@@ -183,13 +183,42 @@ def test_one_run_on_one_step_axis(tmp_path, monkeypatch):
     assert len(edges) == len(counts) + 1 and edges[0] == -edges[-1]
 
 
+def test_an_open_run_is_joined_and_left_open(monkeypatch):
+    run = FakeRun()
+    assert fake_wandb(monkeypatch, {}) == []  # init would fail
+    feed(WandB(run))
+    assert not run.finished and run.summary == {"miou": 0.5}
+    assert all(values.keys() >= {"nvfp4/step"} and "step" not in values for values in run.logged)
+    axes = {names[0]: options.get("step_metric") for names, options in run.metrics}
+    # The figures of the user keep their axis: no pattern takes all.
+    charts = dict.fromkeys(("conv/*", "train/loss", "alarm/conv"), "nvfp4/step")
+    assert axes == {"nvfp4/step": None} | charts and len(run.metrics) == len(axes)
+    with pytest.raises(ValueError, match="(?s)joins a run or begins one.*project") as caught:
+        WandB(run, project="shapes")
+    assert "fix:" in str(caught.value)
+
+
+def test_what_wandb_init_takes_reaches_it(tmp_path, monkeypatch):
+    taken: dict[str, Any] = {}
+    fake_wandb(monkeypatch, {})
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **options: taken.update(options) or FakeRun())
+    monkeypatch.setenv("WANDB_MODE", "online")
+    feed(WandB(project="p", folder=tmp_path / "new", tags=["a"], mode="disabled", config={"lr": 1}))
+    settings = taken.pop("settings")
+    given = {"project": "p", "dir": str(tmp_path / "new"), "tags": ["a"], "mode": "disabled", "config": {"lr": 1}}
+    assert taken == given and settings["reinit"] == "create_new" and (tmp_path / "new").is_dir()
+    taken.clear()
+    feed(WandB())
+    assert set(taken) == {"settings", "mode"}, "W&B chooses the project and the folder itself"
+
+
 def test_a_login_that_fails_goes_on_offline(tmp_path, monkeypatch):
     run = FakeRun()
     monkeypatch.setenv("WANDB_MODE", "online")
     modes = fake_wandb(monkeypatch, {"online": RuntimeError("api_key not configured"), "offline": run})
     with pytest.warns(UserWarning, match=r"continues offline: api_key") as seen:
-        feed(WandB("p", "g", "nvfp4", tmp_path))
-        feed(WandB("p", "g", "bf16", tmp_path))
+        feed(WandB(project="p", group="g", name="nvfp4", folder=tmp_path))
+        feed(WandB(project="p", group="g", name="bf16", folder=tmp_path))
     assert len(seen) == 1 and modes == ["online", "offline"] * 2 and run.finished
 
 
@@ -198,14 +227,14 @@ def test_whatever_breaks_is_told_once_and_the_run_goes_on(breaks, tmp_path, monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     fake_wandb(monkeypatch, {"offline": OSError("no disk") if breaks == "init" else FakeRun(breaks)})
     with pytest.warns(UserWarning) as seen:
-        feed(WandB("p", "g", "nvfp4", tmp_path))
+        feed(WandB(project="p", group="g", name="nvfp4", folder=tmp_path))
     assert len(seen) == 1 and "W&B" in str(seen[0].message)
 
 
 def test_without_wandb_it_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.warns(UserWarning, match="wandb is not installed"):
-        feed(WandB("p", "g", "nvfp4", tmp_path))
+        feed(WandB(project="p", group="g", name="nvfp4", folder=tmp_path))
 
 
 # ---- TensorBoard ----------------------------------------------------------------------------------------------------
