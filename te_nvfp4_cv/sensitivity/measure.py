@@ -35,8 +35,8 @@ Loss = Callable[[nn.Module, Any], Tensor]
 def as_loss(given: Loss | nn.Module) -> Loss:
     """Return a function loss(model, batch) for what the user gave: such a function, or a criterion of pairs.
 
-    A criterion is a module or one of torch.nn.functional's functions. A module whose first argument is called `model` is
-    a function of the other kind.
+    A criterion is a module or one of torch.nn.functional's functions. A module whose first argument is called `model`
+    is a function of the other kind.
     """
     if isinstance(given, nn.Module):
         is_criterion = next(iter(inspect.signature(given.forward).parameters), "") != "model"

@@ -207,7 +207,8 @@ class Scan:
         Raises:
             RuntimeError: pandas is not installed.
         """
-        need_package("pandas", "scan: no DataFrame.", needs="the package pandas", fix="pip install pandas, or to_dict()")
+        fix = "pip install pandas, or use to_dict()"
+        need_package("pandas", "scan: no DataFrame.", needs="the package pandas", fix=fix)
         import pandas
 
         rows = []

@@ -51,8 +51,8 @@ def scan(
         model: the model, which is left unchanged.
         loss: loss(model, batch) -> scalar tensor; or a criterion, which is a module such as nn.CrossEntropyLoss() or a
             function of torch.nn.functional: the loss is then criterion(model(input), target).
-        batches: what `loss` takes, or pairs (input, target) for a criterion, which are moved to the model's device. Each
-            is read once. A few that stand for the data are enough.
+        batches: what `loss` takes, or pairs (input, target) for a criterion, which are moved to the model's device.
+            Each is read once. A few that stand for the data are enough.
         recipe: a recipe or its name; if None, that of the enclosing context, and without one the default recipe. Its
             [precision] table is left out of the measurement.
         mode: "one" quantizes each layer alone, "all_but_one" all layers but that one, "both" does both.

@@ -356,7 +356,7 @@ class Named(nn.Module):
         return regression(model, batch)
 
 
-@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.functional.mse_loss, Named()], ids=["module", "function", "old"])
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.functional.mse_loss, Named()], ids=["module", "f", "old"])
 def test_a_criterion_with_pairs_measures_what_the_function_does(criterion):
     model, batches = chain()
     expected = scan(model, lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]), batches, NO_SR)
