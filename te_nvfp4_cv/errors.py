@@ -17,7 +17,12 @@ _warned_lock = threading.Lock()
 
 
 def message(title: str, *, got: str, needs: str, fix: str) -> str:
-    """Return the text of a user error: a title line, then got / needs / fix, one line each."""
+    """Return the text of a user error: a title line, then got / needs / fix, one line each.
+
+    If `got` is the text of another such error, the result has that one's lines, which say more, under both titles.
+    """
+    if "\n  got:" in got:  # two blocks inside of each other would be hard to read
+        return f"{title.removesuffix('.')}: {got}"
     return f"{title}\n  got:   {got}\n  needs: {needs}\n  fix:   {fix}"
 
 

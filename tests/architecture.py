@@ -36,7 +36,7 @@ ROOMS = {  # an optional package: patterns of the files that may import it; * al
     "lightning": "integrations/lightning.py",
     "pytorch_lightning": "integrations/lightning.py",
     "accelerate": "",
-    "torchvision": "",
+    "torchvision": "cli/torchvision_ops.py",
 }
 
 

@@ -40,6 +40,26 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
 
 
+def function_of(name: str, option: str) -> Any:
+    """Return the function that the user names as MODULE:FUNCTION or FILE.py:FUNCTION, with torchvision made to load.
+
+    Raises:
+        ValueError: There is no such module, file or function.
+    """
+    from te_nvfp4_cv.sensitivity import builder
+
+    try:
+        return builder.given(name, option)
+    except ValueError as error:
+        # torchvision's wheels are built for CUDA. Only who needs it waits for it.
+        if builder.OPERATORS not in str(error):
+            raise
+    from te_nvfp4_cv.cli.torchvision_ops import ensure_torchvision
+
+    ensure_torchvision()
+    return builder.given(name, option)
+
+
 def recipe_of(options: argparse.Namespace) -> NVFP4BlockScaling:
     """Return the recipe that --recipe names, or the default recipe."""
     return NVFP4BlockScaling() if options.recipe is None else load_recipe(options.recipe)
@@ -55,10 +75,8 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
         ValueError: The weights do not fit the model.
     """
     from te_nvfp4_cv.nn.precision import set_precision
-    from te_nvfp4_cv.sensitivity import builder
 
-    build: Any = builder.given(options.model, "MODEL")
-    model = build()
+    model = function_of(options.model, "MODEL")()
     if not isinstance(model, nn.Module):
         raise type_error("MODEL: no model.", got=describe(model), needs="a function that returns one", fix="return it")
     if options.checkpoint is not None:
@@ -85,9 +103,8 @@ def subject_of(options: argparse.Namespace) -> Any:
         TypeError: The user's function returns something else.
     """
     from te_nvfp4_cv.cli.trial.subject import Subject, distance
-    from te_nvfp4_cv.sensitivity import builder
 
-    build: Any = builder.given(options.model, "MODEL")
+    build = function_of(options.model, "MODEL")
     model, inputs, loss = _parts(build())
     if inputs is None:
         inputs = (example(options, options.batch),)

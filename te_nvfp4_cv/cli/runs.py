@@ -23,12 +23,13 @@ def _diagnose_options(command: argparse.ArgumentParser) -> None:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from te_nvfp4_cv.sensitivity import builder, diagnose
+    from te_nvfp4_cv.cli.loading import function_of
+    from te_nvfp4_cv.sensitivity import diagnose
 
     # Asked before the replays, which may take minutes; `save` refuses it once more.
     if options.out is not None and os.path.exists(options.out):
         raise FileExistsError(f"--out {options.out}: the file exists; name a new one")
-    build = None if options.builder is None else builder.given(options.builder)
+    build = None if options.builder is None else function_of(options.builder, "--builder")
     found = diagnose(options.bundle, build, options.device)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
     if options.out is not None:

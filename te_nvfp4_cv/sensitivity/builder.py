@@ -20,6 +20,7 @@ from typing import Any
 from te_nvfp4_cv.errors import value_error
 
 Build = Callable[[dict[str, Any]], Any]
+OPERATORS = "operator torchvision::"  # in the text of torchvision's error beside a torch of another build
 SHIPPED = "unet_coco"  # the only example with a training run that writes bundles
 
 
@@ -100,7 +101,7 @@ def _import(module: str, folder: Path, option: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # the module's own code runs, and may raise anything
         # A torchvision that was built for another torch fails with this text, which says nothing of the cause.
-        if "operator torchvision::" in str(error):
+        if OPERATORS in str(error):
             raise value_error(
                 f"{option}: torchvision does not load beside this torch.",
                 got=f"{type(error).__name__}: {error}",

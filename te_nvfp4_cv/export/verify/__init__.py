@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from te_nvfp4_cv.backend.torch_private import tree_leaves
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export.verify.inspection import inspect_safetensors
 from te_nvfp4_cv.export.verify.report import Report
 
@@ -13,7 +17,7 @@ def verify(path: str | Path) -> Report:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read.
+        ValueError: The file cannot be read, or is a checkpoint of torch.save; the message says what it holds.
         RuntimeError: The package onnx is missing.
 
     Example:
@@ -29,4 +33,27 @@ def verify(path: str | Path) -> Report:
         from te_nvfp4_cv.export.verify.inspection_onnx import inspect_onnx
 
         return inspect_onnx(Path(path))
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            start = file.read(2)
+        # A zip archive, or a bare pickle of protocol 2 or higher: safetensors begins with the length of its header.
+        if start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+            raise _of_torch(Path(path))
     return inspect_safetensors(Path(path))
+
+
+def _of_torch(path: Path) -> ValueError:
+    """Return the error for a file of torch.save: what it holds, and how it becomes a file that can be checked."""
+    try:
+        held = tree_leaves(torch.load(path, map_location="meta", weights_only=True))
+        tensors = [leaf for leaf in held if isinstance(leaf, torch.Tensor)]
+        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+        got = f"{len(tensors)} tensors of {kinds}, none of them packed by nv.export" if tensors else "no tensors"
+    except Exception as error:  # another pickle or archive; it is not opened without weights_only, as it could run code
+        got = f"something else than tensors ({type(error).__name__})"
+    return value_error(
+        f"verify: {path} is a checkpoint of torch.save, not an exported file.",
+        got=got,
+        needs="a .safetensors or .onnx file, which says of each layer what it is",
+        fix=f"te-nvfp4-cv export MODEL --checkpoint {path} --out {path.with_suffix('.safetensors').name}",
+    )
