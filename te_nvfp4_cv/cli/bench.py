@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend import devices
+from te_nvfp4_cv.backend import devices, dispatch
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export.checkpoints import load, save
 from te_nvfp4_cv.export.modules import InferenceLayer, check_choice
@@ -62,6 +62,12 @@ class Bench:
     dtype: str
     channels_last: bool
     forms: list[Form]
+    emulated: bool = False  # the dtype is bf16 and the device has no units for it: slower than fp32, and no fair peer
+
+    @property
+    def peer(self) -> str:
+        """Return the name of the plain model that times are compared with."""
+        return "fp32" if self.emulated else self.dtype
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, for JSON."""
@@ -71,8 +77,8 @@ class Bench:
         batches = list(self.forms[0].ms_per_image)
         head = ["form", "file, MB", "load, s", "held, MB"]
         for batch in batches:
-            head += [f"ms an image, batch {batch}", f"/ {self.dtype}"]
-        peer = next(form for form in self.forms if form.name == self.dtype)
+            head += [f"ms an image, batch {batch}", f"/ {self.peer}"]
+        peer = next(form for form in self.forms if form.name == self.peer)
         cells = [head]
         for form in self.forms:
             line = [form.name, f"{form.file_bytes / 1e6:.2f}", f"{form.load_s:.2f}", f"{form.held_bytes / 1e6:.2f}"]
@@ -82,6 +88,8 @@ class Bench:
             cells.append(line)
         layout = ", channels_last" if self.channels_last else ""
         lines = [f"{self.device}, torch {self.torch_version}{layout}, medians of {self.rounds} passes in turn"]
+        if self.emulated:
+            lines.append("no bf16 units here: bf16 is emulated and slow, so times are compared with fp32")
         return "\n".join(lines + aligned([[*line, ""] for line in cells], left=0))  # "": the last column is not aligned
 
 
@@ -91,7 +99,7 @@ def measure(
     recipe: NVFP4BlockScaling,
     device: str = "cpu",
     rounds: int = 10,
-    dtype: str = "bf16",
+    dtype: str = "auto",
     channels_last: bool = False,
 ) -> Bench:
     """Time every form of a model.
@@ -100,18 +108,22 @@ def measure(
         inputs: one per batch size, on the CPU, fp32.
         device: where the forms run.
         rounds: timed passes of each form.
-        dtype: the dtype of activations, and of the plain model that the forms are compared with: "bf16" or "fp32".
+        dtype: the dtype of activations, and of the plain model that the forms are compared with: "bf16", "fp32",
+            or "auto" for bf16 where the device has units for it, else fp32. Nothing is compared with an emulated bf16.
         channels_last: give images to every form, and store plain weights, in torch.channels_last (_3d).
     Raises:
         ValueError: There are no inputs or no rounds, or the dtype is another one.
     """
-    check_choice("bench", "dtype", dtype, tuple(DTYPES))
+    check_choice("bench", "dtype", dtype, ("auto", *DTYPES))
     if not inputs or rounds < 1:
         raise value_error(
             "bench: nothing to measure.",
             got=f"{len(inputs)} inputs, {rounds} rounds", needs="one or more", fix="--batch 1"
         )
     where = devices.usable(device, "bench")
+    has_units = dispatch.bf16_is_native(where)
+    if dtype == "auto":
+        dtype = "bf16" if has_units else "fp32"
     layout = CHANNELS_LAST.get(inputs[0].dim() - 2, torch.preserve_format) if channels_last else torch.preserve_format
     models: dict[str, nn.Module] = {}
     forms: list[Form] = []
@@ -125,7 +137,7 @@ def measure(
     for x in inputs:
         _time(models, forms, x.to(where, memory_format=layout), DTYPES[dtype], rounds)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    return Bench(name, torch.__version__, rounds, dtype, channels_last, forms)
+    return Bench(name, torch.__version__, rounds, dtype, channels_last, forms, dtype == "bf16" and not has_units)
 
 
 def build_form(

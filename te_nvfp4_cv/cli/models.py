@@ -56,8 +56,11 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="batch sizes (default: 1 8)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    text = "of activations and of the plain model that the others are compared with (default: bf16)"
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help=text)
+    text = (
+        "of activations and of the plain model that the others are compared with (default: auto, bf16 where the "
+        "device has units for it, else fp32)"
+    )
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=text)
     parser.add_argument("--channels-last", action="store_true", help="images and plain weights in torch.channels_last")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed passes of each form (default: 10)")
 

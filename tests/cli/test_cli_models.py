@@ -13,6 +13,7 @@ from PIL import Image
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.cli.loading import Images
 from te_nvfp4_cv.export.ptq import calibration, post_training
 from te_nvfp4_cv.report.projection import GPUS, project
@@ -95,7 +96,7 @@ def test_the_estimate_by_hand() -> None:
 
 
 def test_bench(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", *model, "--batch", "1", "2", "--rounds", "1", "--json"]) == 0
+    assert cli.main(["bench", *model, "--batch", "1", "2", "--rounds", "1", "--dtype", "bf16", "--json"]) == 0
     forms = {form["name"]: form for form in told(capsys)["forms"]}
     assert set(forms) == {"fp32", "bf16", "packed", "cached", "nvfp4 packed", "nvfp4 cached"}
     assert forms["packed"]["held_bytes"] < forms["bf16"]["held_bytes"] < forms["fp32"]["held_bytes"]
@@ -105,6 +106,22 @@ def test_bench(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", *model, "--batch", "1", "--rounds", "1", "--dtype", "fp32", "--channels-last"]) == 0
     assert "/ fp32" in (text := capsys.readouterr().out) and "channels_last" in text and "bf16" not in text
     assert cli.main(["bench", *model, "--rounds", "0"]) == 2
+
+
+def test_bench_compares_with_no_emulated_bf16(
+    model: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["bench", *model, "--batch", "1", "--rounds", "1"]
+    for has_units, default in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(dispatch, "bf16_is_native", lambda device, found=has_units: found)
+        assert cli.main([*command, "--json"]) == 0
+        assert (found := told(capsys))["dtype"] == default and not found["emulated"]
+    assert cli.main([*command, "--dtype", "bf16"]) == 0
+    text = capsys.readouterr().out
+    assert "/ fp32" in text and "/ bf16" not in text and "bf16 is emulated" in text
+    monkeypatch.setattr(dispatch, "bf16_is_native", lambda device: True)
+    assert cli.main([*command, "--dtype", "bf16"]) == 0
+    assert "/ bf16" in (text := capsys.readouterr().out) and "emulated" not in text
 
 
 def test_quantize_verify_export(

@@ -35,9 +35,9 @@ def verify(path: str | Path) -> Report:
         return inspect_onnx(Path(path))
     if Path(path).is_file():
         with Path(path).open("rb") as file:
-            start = file.read(2)
-        # A zip archive, or a bare pickle of protocol 2 or higher: safetensors begins with the length of its header.
-        if start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+            start = file.read(9)
+        # A zip archive, or a bare pickle. Safetensors begins with a length, which may have these bytes, and then "{".
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
             raise _of_torch(Path(path))
     return inspect_safetensors(Path(path))
 
