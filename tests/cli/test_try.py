@@ -223,8 +223,12 @@ def test_save_finds_what_no_file_holds() -> None:
 
 
 def test_lists_finds_layers_that_one_of_them_lacks(monkeypatch: Any) -> None:
-    monkeypatch.setattr(files, "quantize", lambda model, *_, **__: model)
-    assert found("lists", subject()) == (False, "2 layers not in NVFP4 by quantize: body.0")
+    def high(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        nv.set_precision(model, {"body.0": None})
+        return model
+
+    monkeypatch.setattr(files, "quantize", high)
+    assert found("lists", subject()) == (False, "1 layers not in NVFP4 by quantize: body.0")
     with pytest.raises(Exception, match="1 layers in NVFP4 by save alone: b"):
         files._agree("save", {"a"}, {"a", "b", "c"}, {"a", "b"})
 
@@ -297,6 +301,13 @@ def test_the_control_disturbs_the_layers_that_nvfp4_would_run_and_no_others() ->
         y = y.detach()
     expected = attention(x, x, x)[0].detach()
     assert 0.01 < relative([expected], [y]) < 0.5
+
+
+def test_the_control_lets_activations_write_in_place() -> None:
+    net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Hardswish(inplace=True))
+    with control(nv.NVFP4BlockScaling()):
+        net(torch.randn(2, 16, 8, 8)).sum().backward()
+    assert net[0].weight.grad is not None
 
 
 def test_the_control_takes_arguments_by_name_and_by_place() -> None:

@@ -18,7 +18,6 @@ from zoo.models import LIGHT, MODELS, in_turn, library_of  # noqa: E402  isort: 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMPILED = {"torchvision/squeezenet1_1", "torchvision/densenet, memory_efficient", "torchvision/vit"}
-NOT_YET = {("torchvision/vit", "save"), ("torchvision/vit", "lists")}  # nn.MultiheadAttention is not saved in NVFP4
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -47,7 +46,7 @@ def test_libraries_take_turns() -> None:
 def test_a_light_model_passes_all_checks(name: str) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("onnxruntime")
-    checks = [check for check in CHECKS if (name, check) not in NOT_YET]
+    checks = list(CHECKS)
     if name not in COMPILED:  # compiling takes longer than all other checks
         checks = [check for check in checks if check not in ("compile", "both")]
     row = try_model(MODELS[name], checks=checks)

@@ -98,13 +98,13 @@ class _Noisy(torch.autograd.Function):
 
 
 class _NoisyGradient(torch.autograd.Function):
-    """Returns a layer's output as it is, and adds noise to its gradient."""
+    """Copies a layer's output, and adds noise to its gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, mode: _Noise, axis: int) -> Tensor:
-        """Return y."""
+        """Return a copy of y: an activation may write to it in place, which a view would refuse."""
         ctx.mode, ctx.axis = mode, axis
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

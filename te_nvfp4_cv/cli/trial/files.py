@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from te_nvfp4_cv.cli.trial.cells import Cell, Finding, NotHere, Trial, plainly
 from te_nvfp4_cv.cli.trial.subject import descend, evaluate, floats, relative, same, seeded
 from te_nvfp4_cv.export.checkpoints import Saved, load, save
-from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.onnx import runtime
 from te_nvfp4_cv.export.onnx.convert import to_onnx
 from te_nvfp4_cv.export.ptq.post_training import quantize
@@ -88,7 +87,7 @@ def listed(trial: Trial) -> Cell:
     _agree("save", inside, files, ran)
     if len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
         quantized = quantize(model.model, [args[0]], trial.recipe, method="nearest", bias_correction=False)
-        found = {name for name, module in quantized.named_modules() if isinstance(module, InferenceLayer)}
+        found = set(save(quantized, trial.folder / "quantized", trial.recipe).quantized)
         _agree("quantize", files, found, files | found)
         return Cell(True, f"{len(inside)} layers")
     return Cell(True, f"{len(inside)} layers, quantize not asked")
