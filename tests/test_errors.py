@@ -43,7 +43,6 @@ def parts(error: BaseException) -> str:
         ({"high_precision_gemms": None}, ("high_precision_gemms=None",)),
         ({"precision": "head"}, ("precision='head'", "pairs")),
         ({"precision": (("head",),)}, ("('head',)", "pairs")),
-        ({"precision": {"": None}}, ("pairs",)),
         ({"precision": {"a": NVFP4BlockScaling(precision={"b": None})}}, ("one table per recipe",)),
         ({"name": 3}, ("name=3", "a string")),
         ({"backward_override": "dequantized", "high_precision_gemms": ("dgrad",)}, ("contradict", "choose one")),

@@ -15,7 +15,7 @@ import torch
 
 from te_nvfp4_cv.backend.torch_private import left_alone
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
-from te_nvfp4_cv.context.state import OUTSIDE, local
+from te_nvfp4_cv.context.state import local, outside
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.inside import replaced
 
@@ -74,7 +74,7 @@ class Captured:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
         states, overrides = self._states, self._overrides
         if not states and mode_is_on():  # else the mode would take the contexts of the thread that entered it
-            states = [OUTSIDE]
+            states = [outside()]
         stack.enter_context(replaced(local, states=states, marks=[0] * len(states), overrides=overrides))
         stack.enter_context(observe.told_to(self._observers))
         if states and not mode_is_on():

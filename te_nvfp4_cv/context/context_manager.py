@@ -21,11 +21,11 @@ from te_nvfp4_cv.context import resumable
 from te_nvfp4_cv.context.capture import capture
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.state import (
-    OUTSIDE,
     State,
     active_recipe,
     drop_stale,
     local,
+    outside,
     pop_state,
     push_state,
     warn_unapplied,
@@ -119,7 +119,7 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
 def heard() -> Iterator[None]:
     """Let observers hear of the calls inside, which run as they would outside of this context."""
     patch_torch(capture)
-    _push(OUTSIDE)
+    _push(outside())
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ the context's recipe. Contexts and entries are two stacks per thread; a thread s
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from contextlib import ExitStack
@@ -33,7 +34,6 @@ class State:
     island: bool = False  # entered by torch.autocast(enabled=False) for plain layers alone: see islands.py
 
 
-OUTSIDE = State(enabled=False, recipe=NVFP4BlockScaling(), backend="auto", relu_mask=False, passive=True)
 Override = tuple[object, NVFP4BlockScaling | None]  # a module with a set_precision entry; None for high precision
 
 
@@ -51,6 +51,13 @@ class _Local(threading.local):
 
 local = _Local()
 _applied_tables: set[tuple[tuple[str, NVFP4BlockScaling | None], ...]] = set()
+
+
+@functools.lru_cache(maxsize=1)
+def outside() -> State:
+    """Return the state of code outside of all contexts, for where one must stand on the stack."""
+    # Not made at import: the default recipe reads environment variables, and a bad one has an error of its own.
+    return State(enabled=False, recipe=NVFP4BlockScaling(), backend="auto", relu_mask=False, passive=True)
 
 
 def state() -> State | None:
