@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,7 +52,10 @@ def test_its_python_runs_as_it_stands(capsys):
 def describe(monkeypatch):
     """setup.py's long_description, with setup() itself left out."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(setuptools, "setup", lambda **given: None)
+    # Not the real ones, which refuse to be imported after somebody's `import distutils`.
+    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(Distribution=object, setup=lambda **given: None))
+    for name in ("bdist_wheel", "build_py"):
+        monkeypatch.setitem(sys.modules, f"setuptools.command.{name}", SimpleNamespace(**{name: object}))
     return runpy.run_path("setup.py")["long_description"]
 
 
