@@ -15,13 +15,13 @@ from te_nvfp4_cv.nn.precision import set_precision
 def prepare(model: nn.Module, recipe: Any = None, **options: Any) -> nvfp4_autocast:
     """Apply a recipe's [precision] table to a model, and return the context in which the model then runs.
 
-    This is set_precision(model, recipe) and nvfp4_autocast(recipe, **options), so that neither is forgotten. The
+    This is set_precision(model, recipe) and nvfp4_autocast(recipe, ...), so that neither is forgotten. The
     context can be entered in every step. Entries that set_precision made before stay where the table has no other.
 
     Args:
         model: The model, which stays a plain module; only modules that the table names get an entry.
         recipe: A recipe, its name or path, or None for the default one.
-        **options: Keywords of nvfp4_autocast: enabled, backend, amax_reduction_group, relu_mask.
+        options: Keywords of nvfp4_autocast: enabled, backend, amax_reduction_group, relu_mask.
     Raises:
         TypeError: `model` is not a module, `recipe` is not a recipe, or nvfp4_autocast has no such keyword.
         ValueError: A pattern of the table matches no module, or the recipe contradicts itself. Nothing is changed.
