@@ -263,7 +263,7 @@ def test_a_first_argument_that_is_no_recipe_is_explained():
     for wrong in (True, False):
         with pytest.raises(TypeError, match=f"enabled={wrong}"):
             nvfp4_autocast(wrong)
-    for wrong in ("unet", 3, {"disable_rht": True}, NVFP4BlockScaling):
+    for wrong in (3, {"disable_rht": True}, NVFP4BlockScaling):
         with pytest.raises(TypeError, match="fix:"):
             nvfp4_autocast(wrong)
     for options in (dict(enabled=1), dict(relu_mask="yes")):

@@ -379,4 +379,4 @@ def test_bad_arguments(image):
     with pytest.raises(ValueError, match="lazy parameters"):
         nv.coverage(nn.LazyLinear(16), torch.randn(2, 16))
     with pytest.raises(TypeError, match="recipe"):
-        nv.coverage(Net(), image, recipe="unet")
+        nv.coverage(Net(), image, recipe=4)

@@ -343,7 +343,7 @@ def test_refused():
     with pytest.raises(TypeError, match="not a module"):
         scan(square, net, [x])
     with pytest.raises(TypeError, match="not an NVFP4 recipe"):
-        scan(Net(), square, [x], recipe="unet")
+        scan(Net(), square, [x], recipe=4)
 
 
 # ---- a criterion in place of a function, and a table for pandas ------------------------------------------------------
