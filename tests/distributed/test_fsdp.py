@@ -499,7 +499,7 @@ def test_tied_weights_stay_tied():
     assert model[0].weight is model[1].weight
 
 
-@pytest.mark.parametrize(("model", "recipe"), [("model", None), (nn.Linear(16, 16), "unet")])
+@pytest.mark.parametrize(("model", "recipe"), [("model", None), (nn.Linear(16, 16), 4)])
 def test_wrong_arguments_are_type_errors(model, recipe):
     with pytest.raises(TypeError, match=r"(?s)got:.*needs:.*fix:"):
         fsdp.quantize_gathers(model, recipe)
