@@ -58,7 +58,7 @@ def test_bad_calls_say_what_came_what_is_needed_and_what_to_do(name):
     assert all(word in str(error.value) for word in ("got:", "needs:", "fix:")), str(error.value)
 
 
-@pytest.mark.parametrize("recipe", [True, "default", NVFP4BlockScaling, {"disable_rht": True}, 3])
+@pytest.mark.parametrize("recipe", [True, NVFP4BlockScaling, {"disable_rht": True}, 3])
 def test_what_is_no_recipe_is_a_type_error(recipe):
     with pytest.raises(TypeError, match="recipe"):
         NF.conv2d(X, W, recipe=recipe)
