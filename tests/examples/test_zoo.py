@@ -19,6 +19,11 @@ from zoo.models import LIGHT, MODELS, in_turn, library_of  # noqa: E402  isort: 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # onnxruntime is 0.57 and 0.15 off the loaded model; the cause is not known.
 NOT_YET = {("torchvision/mobilenet_v2", "onnx"), ("torchvision/squeezenet1_1", "onnx")}
+# Faults that the zoo has found and nobody has mended yet.
+OPEN = {
+    "torchvision/regnet_y_400mf": "its gradient is 2.12 off where a control with like noise is 1.03 off",
+    "torchvision/densenet, memory_efficient": "14 of 20 layers in coverage and compiled; a recomputed tensor differs",
+}
 COMPILED = {"torchvision/squeezenet1_1", "torchvision/densenet, memory_efficient", "torchvision/vit"}
 
 
@@ -52,6 +57,8 @@ def test_a_light_model_passes_all_checks(name: str) -> None:
     if name not in COMPILED:  # compiling takes longer than all other checks
         checks = [check for check in checks if check not in ("compile", "both")]
     row = try_model(MODELS[name], checks=checks)
+    if name in OPEN and not row.passed:
+        pytest.xfail(OPEN[name])
     assert row.passed, str(row)
     assert list(row.cells) == checks and row.parameters > 1000
     assert all(row.cells[check].ok for check in ("step", "share", "gradient")), str(row)
