@@ -17,12 +17,13 @@ from zoo import page, run  # noqa: E402  isort: skip
 from zoo.models import LIGHT, MODELS, in_turn, library_of  # noqa: E402  isort: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# onnxruntime is 0.57 and 0.15 off the loaded model; the cause is not known.
-NOT_YET = {("torchvision/mobilenet_v2", "onnx"), ("torchvision/squeezenet1_1", "onnx")}
-# Faults that the zoo has found and nobody has mended yet.
+# Findings that are open: of these checks alone a model may fail.
 OPEN = {
-    "torchvision/regnet_y_400mf": "its gradient is 2.12 off where a control with like noise is 1.03 off",
-    "torchvision/densenet, memory_efficient": "14 of 20 layers in coverage and compiled; a recomputed tensor differs",
+    "torchvision/mobilenet_v2": {"onnx"},  # onnxruntime is 0.57 off the loaded model; the cause is not known
+    "torchvision/squeezenet1_1": {"onnx"},  # 0.15 off; likewise
+    "torchvision/regnet_y_400mf": {"gradient"},  # 2.12 off, where the control is 1.03 off; likewise
+    # The control's own mode is off when a checkpoint recomputes, so torch finds other tensors: a fault of the check.
+    "torchvision/densenet, memory_efficient": {"gradient"},
 }
 COMPILED = {"torchvision/squeezenet1_1", "torchvision/densenet, memory_efficient", "torchvision/vit"}
 
@@ -53,15 +54,14 @@ def test_libraries_take_turns() -> None:
 def test_a_light_model_passes_all_checks(name: str) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("onnxruntime")
-    checks = [check for check in CHECKS if (name, check) not in NOT_YET]
+    checks = list(CHECKS)
     if name not in COMPILED:  # compiling takes longer than all other checks
         checks = [check for check in checks if check not in ("compile", "both")]
     row = try_model(MODELS[name], checks=checks)
-    if name in OPEN and not row.passed:
-        pytest.xfail(OPEN[name])
-    assert row.passed, str(row)
+    open_checks = OPEN.get(name, set())
+    assert {check for check, cell in row.cells.items() if cell.ok is False} <= open_checks, str(row)
     assert list(row.cells) == checks and row.parameters > 1000
-    assert all(row.cells[check].ok for check in ("step", "share", "gradient")), str(row)
+    assert all(row.cells[check].ok for check in {"step", "share", "gradient"} - open_checks), str(row)
 
 
 # ---- the runner -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from te_nvfp4_cv.backend.torch_private import in_backward
 from te_nvfp4_cv.cli.trial.subject import Step, Subject, clone, settled, step
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.layer import observe
@@ -114,11 +115,14 @@ class Trial:
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """Collect the operators of the calls that run in NVFP4 in this thread, as they come."""
+    """Collect the operators of the forward calls that run in NVFP4 in this thread, as they come.
+
+    What a checkpoint recomputes in backward is left out: it is the same layer again.
+    """
     calls: list[str] = []
 
     def told(call: observe.Call) -> None:
-        if call.recipe is not None:
+        if call.recipe is not None and not in_backward():
             calls.append(call.op)
 
     with observe.observe(told):
