@@ -4,61 +4,30 @@
     python -m tests.dry_launch 90 all          of every layer of tests/ops/kernels/gemm_helpers.py
     python -m tests.dry_launch 90 quantize     of quantization, of operands and weights with axes of one element
     python -m tests.dry_launch 90 steps        of training steps: backends, tensor scales, fused norms
+    python -m tests.dry_launch 90 count [NAME] nothing compiled: launches, specializations and torch's operators of a
+                                               ResNet-50 step (NAME: delayed, current or fused),
+                                               against their bounds; status 1 above one
 
-A driver that only names the architecture stands in for CUDA's; tensors are on the CPU, and no kernel runs. It finds
-what ahead-of-time signatures written by hand cannot: an argument that is 1 and becomes a constexpr, one that is no
-multiple of 16, a tile that a real layer gets. Run it in a process of its own, without TRITON_INTERPRET.
+A driver that only names the architecture stands in for CUDA's (te_nvfp4_cv/ops/triton/ahead.py); tensors are on the
+CPU, and no kernel runs. It finds what ahead-of-time signatures written by hand cannot: an argument that is 1 and
+becomes a constexpr, one that is no multiple of 16, a tile that a real layer gets. Run it in a process of its own, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
-import os
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
 
 
-def compile_only(arch: int) -> list[tuple[str, Any]]:
-    """From now on launches compile for sm_`arch` and stop. Returns the list that collects (name, compiled kernel)."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver, jit
-
-    class Driver:
-        """What a launch asks of a driver before it launches."""
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", arch, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: Any = None) -> int:
-            return 0
-
-    driver.set_active(Driver())
-    compiled: list[tuple[str, Any]] = []
-    before = jit.JITFunction.run
-
-    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = before(self, *arguments, grid=(1,), warmup=True, **options)
-        if all(kernel is not other for _, other in compiled):
-            compiled.append((self.__name__, kernel))
-        return kernel
-
-    jit.JITFunction.run = run
-    return compiled
-
-
-def launch_gemms(arch: int, names: list[str]) -> None:
+def launch_gemms(names: list[str]) -> None:
     """The three GEMMs of some layers, with a bias, with and without alpha; and products of small matrices."""
     from te_nvfp4_cv.ops.conv.triton import launch as conv
     from te_nvfp4_cv.ops.gemm.triton import launch as gemm
     from tests.ops.kernels.gemm_helpers import GEOMETRIES, faces_of, packed
 
-    gpu = gemm.Gpu(arch if arch >= 90 else 80, arch in (100, 103, 120), 132)
-    conv.gpu_of = gemm.gpu_of = lambda device: gpu
     alpha = torch.ones(1)
     for name in GEOMETRIES if names == ["all"] else names:
         g = GEOMETRIES[name]
@@ -72,14 +41,12 @@ def launch_gemms(arch: int, names: list[str]) -> None:
         gemm.multiply(data[:rows], scale[:rows], data[:columns], scale[:columns])
 
 
-def launch_quantization(arch: int) -> None:
+def launch_quantization() -> None:
     """Operands and weights whose axes have one element, each form: arguments that are 1 become constexprs."""
-    from te_nvfp4_cv.backend import tuning
     from te_nvfp4_cv.ops.geometry import Fold
     from te_nvfp4_cv.ops.quantize.triton import launch
     from te_nvfp4_cv.ops.records import OperandSpec, WeightLayout, WeightSpec
 
-    tuning.arch_of = lambda device: arch
     bf16, seed, amax = torch.bfloat16, torch.zeros(1, dtype=torch.int64), torch.ones(2)
     shapes = [
         (torch.zeros(32, 1), Fold(1, 0, 1, 0, 32)),  # a linear layer of one feature
@@ -115,21 +82,13 @@ STEPS = [  # backend, tensor scale, fused, batch (5: folded columns): every kern
 ]
 
 
-def launch_steps(arch: int) -> None:
+def launch_steps() -> None:
     """Forward and backward of a small network on backends vendor (as on CUDA) and triton. What is computed is noise:
     no kernel runs.
     """
     import te_nvfp4_cv as nv
-    from te_nvfp4_cv.backend import dispatch, tuning
-    from te_nvfp4_cv.ops.conv.triton import launch as conv
-    from te_nvfp4_cv.ops.gemm.triton import launch as gemm
     from tests.networks import everything
 
-    gpu = gemm.Gpu(arch if arch >= 90 else 80, arch in (100, 103, 120), 132)
-    conv.gpu_of = gemm.gpu_of = lambda device: gpu
-    tuning.arch_of = lambda device: arch
-    dispatch.KERNELS_ON_CPU = True
-    dispatch.interpreted = lambda: True  # lets backend "triton" serve CPU tensors
     for backend, tensor_scale, fused, batch in STEPS:
         net, x = everything(batch)
         net = nv.fuse(net) if fused else net
@@ -140,23 +99,75 @@ def launch_steps(arch: int) -> None:
             y.backward(torch.ones_like(y))
 
 
+BOUNDS = {  # of a ResNet-50 step: backend, tensor scale, fused -> launches, specializations, torch's operators
+    "delayed": ("vendor", "delayed", False, (843, 66, 1330)),
+    "current": ("vendor", "current", False, (787, 57, 1325)),
+    "fused": ("vendor", "delayed", True, (1007, 102, 1170)),
+}
+FREE = frozenset(  # torch's operators that compute nothing on a GPU, or call one that is counted itself
+    """_reshape_alias alias as_strided as_strided_ batch_norm _batch_norm_impl_index chunk clone contiguous conv2d
+    _convolution convolution detach detach_ empty empty_like empty_strided expand flatten lift_fresh linear max_pool2d
+    movedim narrow new_empty new_zeros permute promote_types _has_compatible_shallow_copy_type reshape resize_
+    result_type select set_ slice split squeeze t to _to_copy transpose unbind unflatten unsqueeze view view_as zeros
+    zeros_like""".split()
+)
+
+
+def count(launches: Any, name: str) -> int:
+    """Count the second of two training steps of a ResNet-50. Small images change no number of launches."""
+    import te_nvfp4_cv as nv
+    from te_nvfp4_cv.cli.torchvision_ops import ensure_torchvision
+    from te_nvfp4_cv.cli.warm import train
+
+    ensure_torchvision()
+    import torchvision
+
+    backend, tensor_scale, fused, bounds = BOUNDS[name]
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50()
+    model = nv.fuse(model) if fused else model
+    recipe = nv.NVFP4BlockScaling(tensor_scale=tensor_scale)
+    images = torch.randn(16, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    train(model, images, nv.nvfp4_autocast(recipe, backend=backend))
+    launches.counts.clear()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(model, images, nv.nvfp4_autocast(recipe, backend=backend))
+    events = {event.key.removeprefix("aten::"): event for event in profile.key_averages() if event.key[:6] == "aten::"}
+    operators = Counter({name: event.count for name, event in events.items() if name not in FREE})
+    found = (sum(launches.counts.values()), len(launches.kernels), sum(operators.values()))
+    for kernel, number in launches.counts.most_common():
+        kinds = sum(kernel == other for other, _ in launches.kernels)
+        print(f"  {kernel:28s} {number:5d} launches a step, {kinds:3d} specializations")
+    print("  torch's operators: " + ", ".join(f"{name} {number}" for name, number in operators.most_common(20)))
+    words = ("launches", "specializations", "operators of torch")
+    for word, have, most in zip(words, found, bounds, strict=True):
+        print(f"{name}: {have} {word}, at most {most}")
+    return int(any(have > most for have, most in zip(found, bounds, strict=True)))
+
+
 def main(arch: int, names: list[str]) -> int:
     """Compile and list; exit status 1 where a kernel uses FP4 products and may not, or the reverse."""
-    compiled = compile_only(arch)
+    from te_nvfp4_cv.cli.warm import stand_in
+
+    launches = stand_in(arch, names[:1] != ["count"])
+    if names[:1] == ["count"]:
+        return count(launches, (names + ["delayed"])[1])
     if names == ["steps"]:
-        launch_steps(arch)
+        launch_steps()
     elif names == ["quantize"]:
-        launch_quantization(arch)
+        launch_quantization()
     else:
-        launch_gemms(arch, names)
+        launch_gemms(names)
     wrong = 0
-    for name, kernel in compiled:
+    for name, kernel in launches.kernels:
         native = "mxf4nvf4" in kernel.asm["ptx"]
         wrong += native != (arch in (100, 103, 120)) and "product" in name
         print(f"{name:20s} sm_{arch} shared {kernel.metadata.shared:7d} {'FP4' if native else ''}")
     return int(wrong > 0)
 
 
+SIDE = 64  # of the counted step's images
 FEW = ["1x1 stride 2", "3x3 stride 2 groups", "transposed 3-d", "linear"]
 
 if __name__ == "__main__":

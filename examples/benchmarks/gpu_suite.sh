@@ -1,11 +1,14 @@
 #!/bin/bash
-# Measure this package on a GPU, in five stages of less than nine minutes each. The stage "quick" takes the most valuable
-# parts of them and less than six minutes.
+# Measure this package on a GPU, in five stages of less than nine minutes each. The stages "quick" and "rest" take the
+# most valuable parts of them, in less than nine minutes together, for a machine that is lent for a quarter of an hour.
 #
 #   bash examples/benchmarks/gpu_suite.sh STAGE [DATA]        RESULTS=FILE: rows of the study that stage 5 does not repeat
 #
-#   quick versions, the self-test, tests of CUDA graphs and devices, the quantization kernels for three layers, one UNet
-#         and one ResNet-50 step against bf16: for a machine that is lent for a few minutes, at most 330 s in total
+#   quick versions, the self-test, tests of CUDA graphs and devices, the quantization kernels for three layers, one
+#         ResNet-50 and one UNet step against bf16: at most 330 s in total
+#   rest  convolutions of four layers, and, where they are installed, ncu on the quantization kernels and
+#         compute-sanitizer on two tests: at most 200 s in total
+#   K/N   part K of N of pytest -m gpu, for machines that come one after the other: at most 540 s
 #   1     pytest -m gpu, the self-test, compute-sanitizer on a few kernel tests if it is installed
 #   2     cuDNN's rates, and the time of every kernel against the ceilings of the machine
 #   3     step time and peak memory against bf16; the kernels of a step; the cost of telemetry
@@ -17,9 +20,13 @@
 #
 # Results go to $OUT (default runs/gpu) as they come: gpu_1.log .. gpu_4.log, selftest.json, results.jsonl, profile.txt and
 # accuracy.json, which are at most eight files; stage 5 writes gpu_5.log and the folder study; quick writes gpu_quick.log,
-# selftest.json and results.jsonl. PYTHON names an interpreter with torch and triton (default python3). Nothing is
-# installed; the package is used from this checkout. Exit status: 0 if all passed, 1 if something failed, 2 for a wrong
-# command line or a machine without a GPU.
+# selftest.json, results.jsonl and kernels.tar.xz; rest writes gpu_rest.log, results.jsonl, ncu.csv and kernels.tar.xz.
+# Kernels compile at their first use, one after the other: nearly all the time of a short run. So quick and rest begin
+# with those of KERNELS=FILE (default runs/kernels.tar.xz, if it is there), and leave theirs in kernels.tar.xz for the
+# next machine. A machine without a GPU makes such a file by `te-nvfp4-cv warm MODEL --save FILE`.
+# PYTHON names an interpreter with torch and triton (default python3). Nothing is installed; the package is used from
+# this checkout. Exit status: 0 if all passed, 1 if something failed, 2 for a wrong command line or a machine without a
+# GPU.
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
@@ -28,14 +35,15 @@ OUT=${OUT:-runs/gpu}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 WANDB_MODE=offline
 
 usage() {
-    sed -n 's/^#   //p' "${BASH_SOURCE[0]}" | head -12 >&2
+    sed -n 's/^#   //p' "${BASH_SOURCE[0]}" | head -15 >&2
     exit 2
 }
 
 [[ $# -ge 1 && $# -le 2 ]] || usage
 STAGE=$1
 DATA=${2:-}
-[[ $STAGE =~ ^([1-5]|all|quick)$ ]] || usage
+[[ $STAGE =~ ^([1-5]|all|quick|rest|[1-9]/[1-9])$ ]] || usage
+KERNELS=${KERNELS:-runs/kernels.tar.xz}
 if [[ $STAGE == 5 ]]; then
     if [[ ! -d $DATA/camvid/train || ! -d $DATA/cifar10 ]]; then
         echo "gpu_suite: no folders camvid/train and cifar10 in '$DATA': stage 5 needs DATA with both" >&2
@@ -49,8 +57,8 @@ elif [[ -n $DATA ]]; then
     done
 fi
 command -v "$PYTHON" > /dev/null || { echo "gpu_suite: no interpreter $PYTHON; set PYTHON" >&2; exit 2; }
-# 40 s: the first import of torch reads gigabytes from a disk that may be slow
-timeout --verbose --kill-after=2 40 "$PYTHON" - << 'CHECK' || exit 2
+# 30 s: the first import of torch reads gigabytes from a disk that may be slow
+timeout --verbose --kill-after=2 30 "$PYTHON" - << 'CHECK' || exit 2
 import sys
 try:
     import torch
@@ -86,15 +94,61 @@ stage_quick() {
 from te_nvfp4_cv.backend import cache
 from te_nvfp4_cv.version import __version__
 print('python', platform.python_version(), 'package', __version__, cache.identity(torch.device('cuda', 0)))"
-    step 15 "versions" "$PYTHON" -c "$versions"
-    step 85 "self-test" "$PYTHON" -m te_nvfp4_cv.cli selftest --json "$OUT/selftest.json"
+    unpack
+    step 8 "versions" "$PYTHON" -c "$versions"
+    step 55 "self-test" "$PYTHON" -m te_nvfp4_cv.cli selftest --json "$OUT/selftest.json"
     timeout --kill-after=2 5 "$PYTHON" -c 'import xdist' 2> /dev/null && processes=(-n 4)
-    step 45 "CUDA graphs and devices" "$PYTHON" -m pytest -v -m gpu "${processes[@]}" -p no:cacheprovider \
+    step 40 "CUDA graphs and devices" "$PYTHON" -m pytest -v -m gpu "${processes[@]}" -p no:cacheprovider \
         tests/gpu/test_graphs.py tests/gpu/test_gpu_devices.py
-    step 40 "quantization kernels" "$PYTHON" examples/benchmarks/gpu_quantize.py --layers "${layers[@]}" \
+    step 38 "quantization kernels" "$PYTHON" examples/benchmarks/gpu_quantize.py --layers "${layers[@]}" \
         --out "$OUT/results.jsonl"
-    step 40 "UNet step" "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${step_options[@]}"
-    step 40 "ResNet-50 step" "$PYTHON" examples/benchmarks/gpu_step.py --models resnet50 "${step_options[@]}"
+    step 65 "ResNet-50 step" "$PYTHON" examples/benchmarks/gpu_step.py --models resnet50 "${step_options[@]}"
+    step 45 "UNet step" "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${step_options[@]}"
+    pack
+}
+
+# All time limits, with their graces, sum to less than 200 s. ncu leaves the clocks alone: they belong to the machine.
+stage_rest() {
+    local GRACE=2 metrics small=(--batch 16 --size 128 --no-graphs --no-triton --rounds 1 --repeats 1)
+    local layers=("unet 64->64 k3 @256" "unet 512->512 k3 @32" "r50 256->64 k1 @56" "r50 256->256 k3 @14")
+    unpack
+    step 58 "convolutions" "$PYTHON" examples/benchmarks/gpu_conv.py --layers "${layers[@]}" --out "$OUT/results.jsonl"
+    metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
+    metrics+=,sm__inst_issued.avg.pct_of_peak_sustained_active,sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active
+    if command -v ncu > /dev/null; then
+        step 38 "ncu" ncu --clock-control none --csv --log-file "$OUT/ncu.csv" --metrics "$metrics" --launch-count 12 \
+            --kernel-name "regex:^(quantize|produce)_kernel$" \
+            "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${small[@]}"
+    else
+        echo "no ncu here: bandwidth, issue and ALU use were not measured"
+    fi
+    if command -v compute-sanitizer > /dev/null; then
+        step 38 "compute-sanitizer" compute-sanitizer --error-exitcode 9 --launch-timeout 30 \
+            "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_sanitizer.py -k "activations or unpacking"
+    else
+        echo "no compute-sanitizer here: memory accesses were not checked"
+    fi
+    pack
+}
+
+# Compiled kernels of an earlier machine, and those of this one for the next.
+unpack() {
+    [[ -f $KERNELS ]] || { echo "no $KERNELS: every kernel compiles at its first use"; return; }
+    step 10 "unpack kernels" "$PYTHON" -m te_nvfp4_cv.cli warm --load "$KERNELS"
+}
+
+pack() {
+    step 12 "pack kernels" "$PYTHON" -m te_nvfp4_cv.cli warm --force --save "$OUT/kernels.tar.xz"
+}
+
+# Files of tests with the mark gpu, every N-th of them.
+stage_slice() {
+    local part=${STAGE%/*} parts=${STAGE#*/} processes=() files
+    mapfile -t files < <(grep -rlE 'mark\.gpu|kernel_device' --include='test_*.py' tests | LC_ALL=C sort | \
+        awk -v k="$part" -v n="$parts" 'NR % n == k % n')
+    "$PYTHON" -c 'import xdist' 2> /dev/null && processes=(-n 8)
+    step 500 "pytest -m gpu, part $STAGE" "$PYTHON" -m pytest -q -m gpu "${processes[@]}" -p no:cacheprovider "${files[@]}"
+    pack
 }
 
 stage_1() {
@@ -153,7 +207,9 @@ stages=("$STAGE")
 [[ $STAGE == all ]] && stages=(1 2 3 4)
 for stage in "${stages[@]}"; do
     begin=$SECONDS
-    "stage_$stage" > >(tee "$OUT/gpu_$stage.log") 2>&1
+    log=gpu_${stage/\//of}.log run=stage_$stage
+    [[ $stage == */* ]] && run=stage_slice
+    "$run" > >(tee "$OUT/$log") 2>&1
     wait $!
     echo "stage $stage: $((SECONDS - begin)) s"
 done

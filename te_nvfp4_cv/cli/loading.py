@@ -22,10 +22,11 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: torchvision's weights expect them
 
 
-def model_options(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL, --checkpoint, --input and --recipe to a parser."""
+def model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """Add MODEL, --checkpoint, --input and --recipe to a parser; nargs "?" lets MODEL be left out."""
     parser.add_argument(
         "model",
+        nargs=nargs,
         metavar="MODEL",
         help="MODULE:FUNCTION or FILE.py:FUNCTION that returns the model (torchvision.models:resnet50); its code runs",
     )

@@ -1,4 +1,4 @@
-"""Run te-nvfp4-cv doctor, recipes and selftest: what this machine would do, and whether it computes correctly."""
+"""Run te-nvfp4-cv doctor, recipes, selftest and warm: what this machine would do, and whether it computes correctly."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def _selftest(options: argparse.Namespace) -> int:
     return selftest.main(options.device, options.backend, options.json)
 
 
+def _warm_options(parser: argparse.ArgumentParser) -> None:
+    from te_nvfp4_cv.cli.warm import warm_options
+
+    warm_options(parser)
+
+
+def _warm(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.cli.warm import warm
+
+    return warm(options)
+
+
 COMMANDS = (
     Command("doctor", "what this machine would do, and why", _no_options, _doctor),
     Command("recipes", "the recipes that come with it", _no_options, _recipes),
@@ -57,6 +69,7 @@ COMMANDS = (
         _selftest,
         own_json=True,  # its --json takes a path
     ),
+    Command("warm", "compile a training step's GPU kernels beforehand, and move them", _warm_options, _warm),
 )
 
 

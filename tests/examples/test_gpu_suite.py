@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from te_nvfp4_cv import cli
 from te_nvfp4_cv.backend import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,6 +242,7 @@ while [[ $# -gt 0 ]]; do
             if [[ $2 == *.jsonl ]]; then echo '{}' >> "$2"
             else mkdir -p "$2"; echo '{"a": 1}' > "$2/summary.json"; fi ;;
         --profile) echo table >> "$2" ;;
+        --save) echo kernels > "$2" ;;
     esac
     [[ -n ${HANG:-} && $1 == *$HANG* ]] && exec sleep 60
     shift
@@ -261,14 +263,23 @@ def fake(tmp_path) -> dict[str, str]:
     python = tmp_path / "python"
     python.write_text(FAKE.replace("REAL", sys.executable))
     python.chmod(0o755)
-    return {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "NOTES": str(tmp_path / "notes")}
+    # The tools of CUDA: what they watch runs, without them.
+    for tool in ("ncu", "compute-sanitizer"):
+        text = f'#!/bin/bash\necho "{tool}" >> "$NOTES"\nwhile [[ $1 != {python} ]]; do shift; done; exec "$@"'
+        (tmp_path / tool).write_text(text)
+        (tmp_path / tool).chmod(0o755)
+    kernels = tmp_path / "kernels.tar.xz"
+    kernels.write_text("kernels")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    here = {"OUT": str(tmp_path / "out"), "NOTES": str(tmp_path / "notes"), "KERNELS": str(kernels), "PATH": path}
+    return {"PYTHON": str(python), **here}
 
 
 def test_the_suite_is_valid_bash():
     assert subprocess.run(["bash", "-n", str(SUITE)], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["0"], ["6"], ["1", "x", "y"], ["al"], ["-h"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["0"], ["6"], ["1", "x", "y"], ["al"], ["1/"], ["-h"]], ids=str)
 def test_the_suite_refuses_other_arguments(arguments):
     result = suite(*arguments)
     assert result.returncode == 2 and "STAGE" in result.stderr and "pytest -m gpu" in result.stderr
@@ -327,54 +338,113 @@ def test_the_whole_suite(fake, tmp_path):
         assert (ROOT / script).is_file()
 
 
-QUICK_STEPS = {  # name of a step in its log: what its command holds, what names it for FAIL
-    "versions": ("cache.identity", "identity"),
-    "self-test": ("te_nvfp4_cv.cli selftest --json", "selftest"),
-    "CUDA graphs and devices": ("tests/gpu/test_graphs.py tests/gpu/test_gpu_devices.py", "test_graphs"),
-    "quantization kernels": ("gpu_quantize.py --layers", "gpu_quantize"),
-    "UNet step": ("gpu_step.py --models unet --no-triton", "models unet"),
-    "ResNet-50 step": ("gpu_step.py --models resnet50 --no-triton", "resnet50"),
+SHORT = {  # the short stages: for each step of the log what its command holds, and what names it for FAIL
+    "quick": {
+        "unpack kernels": ("cli warm --load", "--load"),
+        "versions": ("cache.identity", "identity"),
+        "self-test": ("te_nvfp4_cv.cli selftest --json", "selftest"),
+        "CUDA graphs and devices": ("tests/gpu/test_graphs.py tests/gpu/test_gpu_devices.py", "test_graphs"),
+        "quantization kernels": ("gpu_quantize.py --layers", "gpu_quantize"),
+        "ResNet-50 step": ("gpu_step.py --models resnet50 --no-triton", "resnet50"),
+        "UNet step": ("gpu_step.py --models unet --no-triton", "models unet"),
+        "pack kernels": ("cli warm --force --save", "--save"),
+    },
+    "rest": {
+        "unpack kernels": ("cli warm --load", "--load"),
+        "convolutions": ("gpu_conv.py --layers", "gpu_conv"),
+        "ncu": ("gpu_step.py --models unet --batch 16", "gpu_step"),
+        "compute-sanitizer": ("tests/gpu/test_sanitizer.py -k", "test_sanitizer"),
+        "pack kernels": ("cli warm --force --save", "--save"),
+    },
 }
+FILES = {"quick": ["gpu_quick.log", "kernels.tar.xz", "results.jsonl", "selftest.json"]}
+FILES["rest"] = ["gpu_rest.log", "kernels.tar.xz", "results.jsonl"]  # and ncu's own
+LIMITS = {"quick": 330, "rest": 200}
+ALL_SHORT = [(stage, name) for stage, steps in SHORT.items() for name in steps]
 
 
-def test_the_quick_stage(fake, tmp_path):
-    result = suite("quick", **fake)
+@pytest.mark.parametrize("stage", SHORT)
+def test_the_short_stages(fake, tmp_path, stage):
+    result = suite(stage, **fake)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.findall(r"^=== (.*)", result.stdout, re.MULTILINE) == list(QUICK_STEPS)
+    assert re.findall(r"^=== (.*)", result.stdout, re.MULTILINE) == list(SHORT[stage])
     notes = (tmp_path / "notes").read_text()
-    assert all(command in notes for command, _ in QUICK_STEPS.values())
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["gpu_quick.log", "results.jsonl", "selftest.json"]
-    assert (tmp_path / "out" / "gpu_quick.log").read_text() in result.stdout
+    assert all(command in notes for command, _ in SHORT[stage].values())
+    assert ("ncu\n" in notes) == ("compute-sanitizer\n" in notes) == (stage == "rest")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES[stage]
+    assert (tmp_path / "out" / f"gpu_{stage}.log").read_text() in result.stdout
     for path in re.findall(r"(?:examples|tests)/\S+\.py", notes):
         assert (ROOT / path).is_file()
 
 
-@pytest.mark.parametrize("name", QUICK_STEPS)
-def test_a_failing_quick_step_does_not_stop_the_rest(fake, name):
-    result = suite("quick", FAIL=QUICK_STEPS[name][1], **fake)
+@no_gpu
+@pytest.mark.parametrize("stage", SHORT)
+def test_the_commands_of_the_short_stages_are_understood(bench, fake, tmp_path, stage, capsys):
+    """Each command as it is, by the script's own parser: it stops where it wants a GPU, and not before."""
+    python = tmp_path / "python"
+    # An argument a line, and an empty line after the last one: names of layers hold blanks.
+    python.write_text(python.read_text().replace('echo "$*" >> "$NOTES"', 'printf "%s\\n" "$@" "" >> "$NOTES"'))
+    assert suite(stage, **fake).returncode == 0
+    understood = 0
+    notes = (tmp_path / "notes").read_text().replace("ncu\n", "").replace("compute-sanitizer\n", "")
+    for command in notes.split("\n\n"):
+        script, *arguments = command.split("\n")
+        if script.endswith(".py"):
+            with pytest.raises(SystemExit) as stopped:
+                bench(Path(script).stem).main(arguments)
+            assert stopped.value.code == 2 and "needs a CUDA device" in capsys.readouterr().err
+        elif arguments[:1] == ["te_nvfp4_cv.cli"]:
+            assert cli.build_parser()[0].parse_args(arguments[1:]).command
+        elif arguments[:1] == ["pytest"]:
+            chosen = [sys.executable, "-m", *arguments, "--collect-only", "-n", "0"]
+            found = subprocess.run(chosen, capture_output=True, text=True, cwd=ROOT, timeout=120)
+            assert found.returncode == 0, found.stdout + found.stderr
+        else:
+            continue
+        understood += 1
+    assert understood == len(SHORT[stage]) - (stage == "quick")  # "versions" is a text of Python
+
+
+@pytest.mark.parametrize(("stage", "name"), ALL_SHORT)
+def test_a_failing_step_of_a_short_stage_does_not_stop_the_rest(fake, stage, name):
+    result = suite(stage, FAIL=SHORT[stage][name][1], **fake)
     assert result.returncode == 1
     assert re.findall(r"gpu_suite: (.*) FAILED \(", result.stdout) == [name]
-    assert re.findall(r"^--- (.*): \d+ s", result.stdout, re.MULTILINE) == list(QUICK_STEPS)
+    assert re.findall(r"^--- (.*): \d+ s", result.stdout, re.MULTILINE) == list(SHORT[stage])
 
 
-def test_all_limits_of_the_quick_stage_sum_to_at_most_330_seconds():
+def test_without_kernels_and_tools_the_short_stages_say_so(fake, tmp_path):
+    for file in ("kernels.tar.xz", "ncu", "compute-sanitizer"):
+        (tmp_path / file).unlink()
+    result = suite("rest", **fake)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for said in ("every kernel compiles at its first use", "no ncu here", "no compute-sanitizer here"):
+        assert said in result.stdout
+    assert re.findall(r"^=== (.*)", result.stdout, re.MULTILINE) == ["convolutions", "pack kernels"]
+
+
+@pytest.mark.parametrize("stage", SHORT)
+def test_all_limits_of_a_short_stage_sum_to_what_it_may_take(stage):
     text = SUITE.read_text()
-    stage = re.search(r"stage_quick\(\) \{(.*?)\n\}", text, re.DOTALL)[1]
-    steps = [int(n) for n in re.findall(r"^ *step (\d+) ", stage, re.MULTILINE)]
-    assert len(steps) == len(QUICK_STEPS)
-    grace = int(re.search(r"GRACE=(\d+)", stage)[1])
+    body = re.search(rf"stage_{stage}\(\) \{{(.*?)\n\}}", text, re.DOTALL)[1]
+    functions = "".join(re.search(rf"\n{name}\(\) \{{(.*?)\n\}}", text, re.DOTALL)[1] for name in ("unpack", "pack"))
+    steps = [int(n) for n in re.findall(r"^ *step (\d+) ", body + functions, re.MULTILINE)]
+    assert len(steps) == len(SHORT[stage])
+    grace = int(re.search(r"GRACE=(\d+)", body)[1])
     before = text.split("stage_quick() {")[0]
-    others = re.findall(r"^ *timeout (?:--verbose )?--kill-after=(\d+) (\d+) ", before + stage, re.MULTILINE)
-    assert len(others) == 2  # is there a GPU; is there xdist
-    assert sum(steps) + grace * len(steps) + sum(int(n) for pair in others for n in pair) <= 330
-    outside = [line for line in stage.splitlines() if '"$PYTHON"' in line and not re.match(r" *(step|timeout) ", line)]
-    assert not outside
+    others = re.findall(r"^ *timeout (?:--verbose )?--kill-after=(\d+) (\d+) ", before + body, re.MULTILINE)
+    assert len(others) == 1 + (stage == "quick")  # is there a GPU; is there xdist
+    assert sum(steps) + grace * len(steps) + sum(int(n) for pair in others for n in pair) <= LIMITS[stage]
 
 
-def test_the_layers_of_the_quick_stage_are_known(bench):
-    chosen = re.search(r'layers=\("(.*)"\)', SUITE.read_text())[1].split('" "')
-    assert len(chosen) == 3 and set(chosen) <= {layer.name for layer in bench("gpu").LAYERS}
+def test_parts_of_the_tests_are_all_tests(fake, tmp_path):
+    for part in ("1/2", "2/2"):
+        assert suite(part, **fake).returncode == 0
+    notes = (tmp_path / "notes").read_text()
+    files = re.findall(r"tests/\S+\.py", notes)
+    marked = {"tests/gpu/test_graphs.py", "tests/ops/kernels/test_quantize_kernels.py", "tests/gpu/test_gpu_tuning.py"}
+    assert len(files) == len(set(files)) and marked <= set(files)
+    assert (tmp_path / "out" / "gpu_1of2.log").is_file()
 
 
 def test_the_study_goes_on_where_it_was(fake, tmp_path):
@@ -404,7 +474,7 @@ def test_a_failure_is_counted_and_the_rest_still_runs(fake, tmp_path):
     ("stage", "name", "hanging", "steps"),
     [
         ("2", "quantization kernels", "gpu_quantize", ["quantization kernels", "convolutions"]),
-        ("quick", "self-test", "selftest", list(QUICK_STEPS)),
+        ("quick", "self-test", "selftest", list(SHORT["quick"])),
     ],
 )
 def test_a_step_that_hangs_is_stopped_and_the_rest_still_runs(fake, tmp_path, stage, name, hanging, steps):

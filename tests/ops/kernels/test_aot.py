@@ -7,6 +7,7 @@ is tested on planted failures.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -74,6 +75,17 @@ def test_every_launch_of_training_steps_compiles():
         "scale_bias_kernel",
     }
     assert wanted <= launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["delayed", "fused"])
+def test_a_step_launches_no_more_kernels_than_it_may(name):
+    """A ResNet-50 step: launches, specializations that would compile, torch's operators between them."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.dry_launch", "90", "count", name]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=aot.ROOT, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert len(re.findall(rf"{name}: \d+ [a-z' ]+, at most \d+", result.stdout)) == 3
 
 
 PLANTED = {

@@ -1,0 +1,87 @@
+"""te-nvfp4-cv warm: kernels compiled for a GPU that is not here, moved, and found again without the compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from te_nvfp4_cv import cli
+from te_nvfp4_cv.cli import warm
+
+pytest.importorskip("triton", reason="triton is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "import torch.nn as nn\ndef build():\n    return nn.Sequential(nn.Linear(16, 16), nn.ReLU())\n"
+
+
+def run(*arguments: str, cache: Path) -> dict[str, object]:
+    """The command in a process of its own, with a cache of its own."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "te_nvfp4_cv.cli", "warm", "--json", *arguments]
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.slow
+def test_kernels_compile_here_and_are_found_elsewhere(tmp_path):
+    (tmp_path / "net.py").write_text(MODEL)
+    model = (f"{tmp_path}/net.py:build", "--input", "16", "--recipe", "delayed", "--capability", "9.0")
+    file, first, second = tmp_path / "kernels.tar.xz", tmp_path / "first", tmp_path / "second"
+    made = run(*model, "--save", str(file), cache=first)
+    assert made["saved"] == made["compiled"] > 8 and made["launches"] > made["compiled"]
+    with tarfile.open(file) as archive:
+        content = b"".join(archive.extractfile(member).read() for member in archive if member.name.endswith(".cubin"))
+        assert b"sm_90" in content
+        owners = {(member.uname, member.uid, member.mtime) for member in archive}
+    assert owners == {("", 0, 0)} and file.stat().st_size < 400_000
+    first.rename(tmp_path / "gone")  # a list of files that still named the first place would find nothing
+    moved = run(*model, "--load", str(file), cache=second)
+    assert moved["fits"] is True and moved["loaded"] == made["saved"] and moved["compiled"] == made["compiled"]
+    # The compiler leaves its intermediate code; what was loaded has none.
+    assert not list(second.rglob("*.ttir")) and len(list(second.rglob("*.cubin"))) == made["saved"]
+
+
+def test_another_build_of_triton_is_told(tmp_path, monkeypatch, capsys):
+    entry = tmp_path / "cache" / "KEY"
+    entry.mkdir(parents=True)
+    for name, content in (("k.cubin", "code"), ("k.json", "{}"), ("k.ptx", "text")):
+        (entry / name).write_text(content)
+    assert warm.pack(tmp_path / "cache", tmp_path / "k.tar.xz") == 1
+    assert warm.load(tmp_path / "k.tar.xz", tmp_path / "new")["fits"] is True
+    assert sorted(path.name for path in (tmp_path / "new" / "KEY").iterdir()) == ["k.cubin", "k.json"]
+    monkeypatch.setattr(warm, "version", lambda package: "0.0")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "newer"))
+    assert cli.main(["warm", "--load", str(tmp_path / "k.tar.xz")]) == 1
+    assert "fits False" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "nothing to do"),
+        (["m:f", "--capability", "7.5"], "--capability"),
+        (["m:f", "--capability", "sm_90"], "--capability"),
+        (["--load", "nothing.tar.xz"], "nothing.tar.xz"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused(arguments, told, capsys):
+    assert cli.main(["warm", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/b/c"])
+def test_an_archive_writes_nothing_elsewhere(tmp_path, name):
+    file = tmp_path / "k.tar.xz"
+    with tarfile.open(file, "w:xz") as archive:
+        warm._add(archive, name, b"x")
+    with pytest.raises(ValueError, match="not an archive"):
+        warm.load(file, tmp_path / "cache")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["k.tar.xz"]
