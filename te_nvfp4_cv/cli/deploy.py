@@ -11,9 +11,12 @@ from te_nvfp4_cv.cli.shape import Command, progress, show
 from te_nvfp4_cv.errors import value_error
 
 
-def _show(written: Any, as_json: bool) -> None:
-    """Print an nv.export.Saved or OnnxFile."""
-    show({**vars(written), "files": [str(file) for file in written.files]}, str(written), as_json)
+def _show(written: Any, as_json: bool, drift: Any = None) -> None:
+    """Print an nv.export.Saved or OnnxFile, and what quantization has changed."""
+    found = {**vars(written), "files": [str(file) for file in written.files]}
+    if drift is not None:
+        found["drift"] = drift.to_dict()
+    show(found, str(written) if drift is None else f"{drift}\n{written}", as_json)
 
 
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,8 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="search", help="how weights are rounded (default: search)")
     text = "quantize each activation with its own amax, not with a calibrated one"
     parser.add_argument("--dynamic", action="store_true", help=text)
+    text = "leave the layers in high precision that change the outputs most, up to this share of the FLOPs, such as 0.1"
+    parser.add_argument("--auto-high", type=float, metavar="SHARE", help=text)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
@@ -50,8 +55,11 @@ def _quantize(options: argparse.Namespace) -> int:
     scales = "dynamic" if options.dynamic else "static"
     recipe = recipe_of(options)
     # The [precision] table is not applied to the model: quantize and save take it from the recipe.
-    model = quantize(model_of(options, False), batches, recipe, method=options.method, scales=scales, batches=None)
-    _show(save(model, out, recipe), options.json)
+    model = quantize(
+        model_of(options, False), batches, recipe, method=options.method, scales=scales, batches=None,
+        auto_high=options.auto_high,
+    )
+    _show(save(model, out, recipe), options.json, model.nvfp4_drift)
     return 0
 
 

@@ -12,6 +12,7 @@ The extra [export] is needed: pip install 'te_nvfp4_cv[export]'.
 from te_nvfp4_cv.export.checkpoints import Saved, load, save
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.onnx.convert import to_onnx
+from te_nvfp4_cv.export.ptq.drift import Drift
 from te_nvfp4_cv.export.ptq.post_training import quantize
 
-__all__ = ["InferenceLayer", "Saved", "load", "quantize", "save", "to_onnx"]
+__all__ = ["Drift", "InferenceLayer", "Saved", "load", "quantize", "save", "to_onnx"]

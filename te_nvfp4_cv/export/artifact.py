@@ -6,6 +6,8 @@ Only tensors and texts are handled here, no models. What is in a file:
                           NAME.weight_scale    e4m3  [N, K / 16]
                           NAME.weight_scale_2  fp32  []           amax / (6 E); value = code * both scales
                           NAME.input_scale     fp32  []           of a static activation scale, where there is one
+                          NAME.input_shift     fp32  [C]          subtracted from x, if the layer is shifted
+                          NAME.output_shift    fp32  [O]          added to y then
     everything else       as in the state_dict, in its own dtype
     metadata              "te_nvfp4_cv": JSON, see Manifest;  "quantization_config": JSON as ModelOpt writes it
 
@@ -42,7 +44,8 @@ from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 VERSION = 1
 KEY = "te_nvfp4_cv"  # of the metadata
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
-PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale")  # of one quantized layer
+SHIFTS = ("input_shift", "output_shift")
+PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale", *SHIFTS)  # of one quantized layer
 OPS = re.compile(r"linear|conv(_transpose)?[123]d")  # the only operators that a manifest may name
 
 
@@ -59,6 +62,7 @@ class LayerEntry:
         k_order: the order of the contracted index, in words (matrix.py).
         input_amax: the exact amax of a static activation scale, or None.
         call: stride, padding and the like, under the names that the module gives them.
+        shifted: x is shifted before it is quantized; the file has the tensors SHIFTS of this layer.
     """
 
     op: str
@@ -72,6 +76,7 @@ class LayerEntry:
     k_order: str
     input_amax: float | None = None
     call: dict[str, Any] = field(default_factory=dict)
+    shifted: bool = False
 
     @property
     def transposed(self) -> bool:
@@ -115,6 +120,9 @@ class Manifest:
         # A file without such layers stays one that earlier versions read.
         if not self.inner:
             del fields["inner"]
+        for entry in fields["layers"].values():
+            if not entry["shifted"]:
+                del entry["shifted"]
         text = json.dumps(fields, sort_keys=True)  # stored as one string, so that the digest is that of its bytes
         return json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
 
@@ -173,7 +181,8 @@ def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
         and entry.e4m3_max in (256, 448)
         and type(entry.recipe) is int
         and 0 <= entry.recipe < recipes
-        and type(entry.tiles) is type(entry.channels_last) is bool
+        and type(entry.tiles) is type(entry.channels_last) is type(entry.shifted) is bool
+        and not (entry.shifted and entry.transposed)
         and (not entry.channels_last or len(entry.shape) in (4, 5))
         and type(entry.call) is dict
         and all(type(a) is float and math.isfinite(a) and a >= 0 for a in amaxes)

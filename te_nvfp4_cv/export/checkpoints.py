@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.errors import check_module, value_error
+from te_nvfp4_cv.errors import check_module, describe, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
+from te_nvfp4_cv.export.codes import Codes, quantize_layer
 from te_nvfp4_cv.export.computed import keys_of
 from te_nvfp4_cv.export.fit import (
     Sorted,
@@ -37,8 +38,9 @@ from te_nvfp4_cv.export.fit import (
 )
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.inner import around, install, share_bias
-from te_nvfp4_cv.export.modules import Codes, InferenceLayer, become, check_path, quantize_layer
+from te_nvfp4_cv.export.modules import InferenceLayer, become, check_path
 from te_nvfp4_cv.layer.check import checked_recipe
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.walk import like_weight, op_of
@@ -159,7 +161,8 @@ def _plain_tensors(model: nn.Module, found: Sorted) -> dict[str, Tensor]:
     for name, module in model.named_modules(remove_duplicate=False):
         skipped |= {join(name, key) for key in module._parameters if (id(module), key) in inner}
         if id(module) in quantized:
-            keys = {"weight", "weight_data", "weight_scale", "weight_bits", "input_bits", *learned.NAMES.values()}
+            keys = {"weight", "weight_data", "weight_scale", "weight_bits", "input_bits", "shift_bits", "lift_bits"}
+            keys |= {*learned.NAMES.values()}
             keys |= keys_of(module) | ({"bias"} if id(module) in inside else set())  # that of the module around it
             skipped |= {join(name, key) for key in keys}
     tensors = {}
@@ -213,6 +216,7 @@ def _entry(
         k_order=matrix.K_ORDER,
         input_amax=None if codes.input_amax is None else float(codes.input_amax),
         call=call_of(module),
+        shifted=codes.shift is not None,
     )
 
 
@@ -230,6 +234,8 @@ def _layer_tensors(name: str, codes: Codes, entry: LayerEntry, recipe: NVFP4Bloc
     if codes.input_amax is not None:
         factor = 1.0 / (6.0 * recipe.settings("input").e4m3_max)
         found["input_scale"] = (codes.input_amax.float() * factor).reshape(())
+    if codes.shift is not None:
+        found |= zip(artifact.SHIFTS, codes.shift, strict=True)
     return {join(name, key): value for key, value in found.items()}
 
 
@@ -350,7 +356,18 @@ def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4
     packed, scales = matrix.from_matrix(data, bits, plan)
     if entry.e4m3_max != recipes[entry.recipe].settings("weight").e4m3_max:
         raise damaged_layer(opened, name, f"its scales reach {entry.e4m3_max}, not those of its recipe")
+    shift = _shift_of(opened, name, entry, plan) if entry.shifted else None
     amax = torch.tensor([entry.amax], dtype=torch.float32)
     static = None if entry.input_amax is None else torch.tensor([entry.input_amax], dtype=torch.float32)
     # clone: the tensors are mapped from the file, which may be replaced while the model lives.
-    return Codes(packed.clone(), scales.clone(), amax, static)
+    return Codes(packed.clone(), scales.clone(), amax, static, shift)
+
+
+def _shift_of(opened: Artifact, name: str, entry: LayerEntry, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return what a shifted layer subtracts from x and adds to y."""
+    down, up = (opened.tensors[join(name, key)] for key in artifact.SHIFTS)
+    sizes = {"input_shift": (down, entry.groups * matrix.channels(plan)), "output_shift": (up, entry.shape[0])}
+    for key, (t, size) in sizes.items():
+        if t.dtype != torch.float32 or tuple(t.shape) != (size,) or not bool(torch.isfinite(t).all()):
+            raise damaged_layer(opened, name, f"{key} is {describe(t)}, or not finite")
+    return down.clone(), up.clone()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import runtime_error, value_error
-from te_nvfp4_cv.export.artifact import PARTS, Artifact, LayerEntry, Manifest, damaged, join
+from te_nvfp4_cv.export.artifact import PARTS, SHIFTS, Artifact, LayerEntry, Manifest, damaged, join
 from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.export.inner import PREFIX, Inner, Kernel, NotPacked, find, has_own_forward, layer_of
@@ -279,8 +279,9 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
     expected: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in opened.tensors.items()}
     for name, entry in manifest.layers.items():
         for key in PARTS:
-            # The file's four tensors of a layer become torch's one weight. Only a static scale may be absent.
-            if expected.pop(join(name, key), None) is None and key != "input_scale":
+            # The file's tensors of a layer become torch's one weight. Only a static scale and a shift may be absent.
+            optional = key == "input_scale" or (key in SHIFTS and not entry.shifted)
+            if expected.pop(join(name, key), None) is None and not optional:
                 raise damaged_layer(opened, name, f"{join(name, key)} is missing")
         # Torch's, which the model must have; a layer inside of a module has the name of its Parameter.
         expected[parameter_name(name) if name in manifest.inner else join(name, "weight")] = entry.shape

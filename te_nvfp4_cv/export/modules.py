@@ -20,20 +20,20 @@ activations, an error is raised; with "high" the gradient passes on to x.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.computed import is_computed, settle, weight_of
+from te_nvfp4_cv.export.codes import Codes, is_transposed
+from te_nvfp4_cv.export.computed import settle
 from te_nvfp4_cv.export.packed_weight import PackedWeight
-from te_nvfp4_cv.layer import delayed_scaling, inference, operands
+from te_nvfp4_cv.layer import inference, operands
 from te_nvfp4_cv.layer.plan import Plan, plan_for, weight_plan
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.base import OPS
@@ -95,52 +95,6 @@ def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) ->
     return NVFP4BlockScaling(**fields, disable_rht=True, backward_override="high_precision", name="")
 
 
-@dataclass(frozen=True)
-class Codes:
-    """A weight in NVFP4, in the layout that fprop's GEMM takes.
-
-    Attributes:
-        data: uint8 codes, two to a byte; matrix.py gives the two layouts.
-        scale: uint8, the bytes of the E4M3 block scales.
-        amax: fp32 [1] of the weight.
-        input_amax: fp32 [1] of the activations, if delayed scaling found one in training; else None.
-    """
-
-    data: Tensor
-    scale: Tensor
-    amax: Tensor
-    input_amax: Tensor | None = None
-
-
-def quantize_layer(
-    module: nn.Module, recipe: NVFP4BlockScaling, trained: Tensor | nn.Module | None = None
-) -> Codes:
-    """Return the codes with which a layer's forward runs under `recipe`, bit for bit.
-
-    Args:
-        trained: what owns the layer's delayed scales; if None, its weight, or the layer itself if that is computed.
-    """
-    transposed, groups = is_transposed(module), getattr(module, "groups", 1)
-    computed = is_computed(module)
-    w: Any = weight_of(module) if computed else module.weight
-    plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve("auto", w.device))
-    # Learned multipliers and clipping become part of the codes.
-    as_quantized = w if computed else learned.as_quantized(module, plan)
-    codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False)
-    owner = trained if trained is not None else module if computed else w
-    input_amax = delayed_scaling.trained_amax(w, recipe, owner) if plan.delayed else None
-    face = codes.face(plan.weight_faces[0])
-    if transposed and plan.weight_faces[0] == "row":
-        # In training one copy serves fprop and dgrad, with its blocks along dgrad's axis. Here only fprop reads it.
-        face = Face(*formats.transpose_kernel(*face, w.shape[1], groups))
-    return Codes(*face, codes.amax, input_amax)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Tell whether a layer is a transposed convolution."""
-    return bool(getattr(module, "transposed", False))  # a linear layer lacks it
-
-
 class InferenceLayer(nn.Module):
     """Base class of the layers that nv.export.load and nv.export.quantize put into a model.
 
@@ -192,9 +146,16 @@ class InferenceLayer(nn.Module):
         return None if self.input_bits is None else self.input_bits.view(torch.float32)
 
     @property
+    def shift(self) -> tuple[Tensor, Tensor] | None:
+        """Return what is subtracted from x and added to y, fp32 [C] and [O], or None: y = W (x - shift) + W shift."""
+        # Not attributes: models that were pickled before there was a shift have no such buffers.
+        down, up = self._buffers.get("shift_bits"), self._buffers.get("lift_bits")
+        return None if down is None or up is None else (down.view(torch.float32), up.view(torch.float32))
+
+    @property
     def codes(self) -> Codes:
-        """Return the weight in the layout that fprop takes, and the static activation scale."""
-        return Codes(self.weight_data, self.weight_scale, self.weight_amax, self.input_amax)
+        """Return the weight in the layout that fprop takes, the static activation scale, and the shift."""
+        return Codes(self.weight_data, self.weight_scale, self.weight_amax, self.input_amax, self.shift)
 
     @property
     def plan(self) -> Plan:
@@ -326,6 +287,9 @@ class InferenceLayer(nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None, args: ConvArgs) -> Tensor:
         """Run the layer's operator on x as torch's function takes it, with any bias."""
+        if (shift := self.shift) is not None:
+            x, args = self.shifted(x, args, shift[0])
+            bias = shift[1].to(x.dtype) if bias is None else bias + shift[1].to(bias.dtype)
         if not self.quantize_x:
             w = self._real_weight() if self.unpacked is None else self.unpacked
             return inference.plain(self.op, x, w, bias, args, self.channels_last)
@@ -335,11 +299,30 @@ class InferenceLayer(nn.Module):
         )
         return inference.run(self.op, x, stored, bias, args, self.recipe, self.backend)
 
+    def shifted(self, x: Tensor, args: ConvArgs, shift: Tensor) -> tuple[Tensor, ConvArgs]:
+        """Subtract the shift from x, which is padded with zeros first: the padding is shifted, too."""
+        rank = len(self.weight_shape) - 2
+        if pads := zero_pads(self, args.padding):
+            x, args = F.pad(x, pads), args._replace(padding=0)
+        # In fp32: the difference of two bf16 numbers is exact there.
+        return (x - shift.reshape(-1, *(1,) * rank)).to(x.dtype), args
+
     def extra_repr(self) -> str:
         """Return the text of torch's layer, and how this one runs."""
         weights = "packed" if self.unpacked is None else "cached"
         activations = "nvfp4" if self.quantize_x else "high"
-        return f"{super().extra_repr()}, weights={weights!r}, activations={activations!r}"
+        shifted = "" if self.shift is None else ", shifted"
+        return f"{super().extra_repr()}, weights={weights!r}, activations={activations!r}{shifted}"
+
+
+def zero_pads(layer: Any, padding: Any) -> list[int]:
+    """Return a convolution's padding by zeros as F.pad takes it, or an empty list if there is none."""
+    if isinstance(layer, nn.Linear) or padding == "valid":
+        return []
+    if padding == "same":
+        return list(layer._reversed_padding_repeated_twice)
+    sizes = [padding] * len(layer.kernel_size) if isinstance(padding, int) else list(padding)
+    return [size for size in reversed(sizes) for _ in range(2)] if any(sizes) else []
 
 
 class _Conv(InferenceLayer):
@@ -402,9 +385,12 @@ def become(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling, backend: 
         layer.register_buffer(name, value.detach())
     layer.register_buffer("weight_bits", _bits(codes.amax))
     layer.register_buffer("input_bits", _bits(codes.input_amax))
+    if codes.shift is not None:
+        layer.register_buffer("shift_bits", _bits(codes.shift[0]))
+        layer.register_buffer("lift_bits", _bits(codes.shift[1]))
     return layer
 
 
-def _bits(amax: Tensor | None) -> Tensor | None:
-    """Return an fp32 [1] as int32 bits: model.half() would convert a floating-point buffer."""
-    return None if amax is None else amax.detach().float().reshape(1).contiguous().view(torch.int32).clone()
+def _bits(values: Tensor | None) -> Tensor | None:
+    """Return fp32 values [n] as int32 bits: model.half() would convert a floating-point buffer."""
+    return None if values is None else values.detach().float().reshape(-1).contiguous().view(torch.int32).clone()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.context import state
-from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 
@@ -30,11 +29,16 @@ def recipe_in_force(recipe: Any) -> NVFP4BlockScaling:
     return as_recipe(recipe)
 
 
-def gemm_flops(call: observe.Call, y: Tensor) -> int:
-    """Count the FLOPs of one of the three GEMMs of a call with the result y; all three have the same number."""
+def gemm_flops(op: str, x: Tensor, kernel: Sequence[int], y: Tensor) -> int:
+    """Count the FLOPs of one of the three GEMMs of a call with the result y; all three have the same number.
+
+    Args:
+        op: the operator, as nv.functional names it.
+        kernel: the shape of the weight.
+    """
     # Every element of a convolution's output, or of a transposed one's input, meets one window of the weight.
-    source = call.x if "transpose" in call.op else y
-    return 2 * source.numel() * math.prod(call.weight.shape[1:])
+    source = x if "transpose" in op else y
+    return 2 * source.numel() * math.prod(kernel[1:])
 
 
 def _ignore(module: nn.Module, args: Any) -> None:

@@ -184,7 +184,7 @@ def _estimate(
 ) -> Estimate:
     """Estimate one call for a step with `images` times as many images as the call has."""
     x, w, y = call.x.numel() * images, float(call.weight.numel()), result.numel() * images
-    flops = images * gemm_flops(call, result)
+    flops = images * gemm_flops(call.op, call.x, call.weight.shape, result)
     bandwidth, bf16 = gpu.bandwidth * efficiency, gpu.bf16 * efficiency
 
     def gemm(peak: float, read: float, written: float) -> float:

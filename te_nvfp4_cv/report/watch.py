@@ -158,7 +158,7 @@ class _Watch:
 
         def finished(y: Tensor) -> None:
             self.current = None
-            gemm = gemm_flops(call, y)
+            gemm = gemm_flops(call.op, call.x, call.weight.shape, y)
             row.layer.flops += 3 * gemm
             row.layer.nvfp4_flops += len(recipe.nvfp4_gemms) * gemm if recipe is not None else 0
 

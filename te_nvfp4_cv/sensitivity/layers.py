@@ -95,7 +95,7 @@ def units_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Unit], int]
 
         def finished(y: Tensor) -> None:
             nonlocal total
-            flops = 3 * gemm_flops(call, y)  # fprop, dgrad and wgrad
+            flops = 3 * gemm_flops(call.op, call.x, call.weight.shape, y)  # fprop, dgrad and wgrad
             total += flops
             if module is None or call.recipe is None:  # called by the loss function, or in high precision
                 return

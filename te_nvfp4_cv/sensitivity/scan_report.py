@@ -23,6 +23,7 @@ from typing import Any
 from te_nvfp4_cv.errors import message, need_package, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe.files import save_recipe
+from te_nvfp4_cv.report.budget import check_share, worst_within
 from te_nvfp4_cv.report.text import aligned, number, plain
 
 Table = dict[str, NVFP4BlockScaling | None]
@@ -123,16 +124,11 @@ class Scan:
         Raises:
             ValueError: both are given, or a value is out of range.
         """
-        chosen: list[LayerScan] = []
-        # Greedy, worst first: the best subset would be a knapsack problem, and scores do not add up exactly.
-        left = self._budget(budget, count)
-        for row in self.ranked():
-            # With a count every layer costs 1, so that both limits are one loop.
-            cost = 1 if count is not None else row.flops
-            if self.score(row) > 0 and cost <= left:
-                chosen.append(row)
-                left -= cost
-        return self._table(chosen)
+        rows = self.ranked()
+        # With a count every layer costs 1, so that both limits are one loop.
+        costs = [1 if count is not None else row.flops for row in rows]
+        chosen = worst_within([self.score(row) for row in rows], costs, self._budget(budget, count))
+        return self._table([rows[index] for index in chosen])
 
     def _budget(self, budget: float | None, count: int | None) -> float:
         if budget is not None and count is not None:
@@ -145,9 +141,7 @@ class Scan:
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise value_error("scan: bad count.", got=repr(count), needs="an integer >= 0", fix="count=3")
             return count
-        share = 0.1 if budget is None else budget
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise value_error("scan: bad budget.", got=repr(budget), needs="a share, 0 to 1", fix="budget=0.1")
+        share = check_share("scan", "budget", 0.1 if budget is None else budget)
         return share * sum(row.flops for row in self.rows)
 
     def _table(self, chosen: list[LayerScan]) -> Table:

@@ -16,7 +16,8 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv import export
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.modules import become, quantize_layer
+from te_nvfp4_cv.export.codes import quantize_layer
+from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.layer import plan
 from te_nvfp4_cv.ops.conv import integer
 from tests.helpers import relative_error, same_bits, values
@@ -516,7 +517,8 @@ def test_aot_inductor_packages_an_integer_model(weights: str, tmp_path: Path) ->
     script = textwrap.dedent(f"""
         import torch
         import te_nvfp4_cv as nv
-        from te_nvfp4_cv.export.modules import become, quantize_layer
+        from te_nvfp4_cv.export.codes import quantize_layer
+        from te_nvfp4_cv.export.modules import become
         recipe = nv.NVFP4BlockScaling()
         net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.ConvTranspose2d(32, 16, 2))
         for layer in (net[0], net[2]):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.export.modules import become, quantize_layer
+from te_nvfp4_cv.export.codes import quantize_layer
+from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.convert import to_onnx
 from te_nvfp4_cv.export.verify import __main__ as verify

@@ -17,7 +17,8 @@ import torch.nn as nn
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import cache, dispatch, native
 from te_nvfp4_cv.backend.dispatch import BY_LAYER
-from te_nvfp4_cv.export.modules import become, quantize_layer
+from te_nvfp4_cv.export.codes import quantize_layer
+from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.layer import custom_op, inference, plan
 from te_nvfp4_cv.layer.plan import plan_for
 from te_nvfp4_cv.ops.conv import integer

@@ -14,7 +14,8 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.context import function_mode
 from te_nvfp4_cv.context import state as nv_context
-from te_nvfp4_cv.export.modules import become, quantize_layer
+from te_nvfp4_cv.export.codes import quantize_layer
+from te_nvfp4_cv.export.modules import become
 
 F = nn.functional
 

@@ -202,6 +202,7 @@ def build(g: Nodes, layer: Any, x: str, rank: int, form: str) -> str:
     """
     portable = form == "portable"
     linear = isinstance(layer, nn.Linear)
+    x = _shifted(g, layer, x, rank)
     if linear or (form == "matmul" and as_matmul(layer)):
         return _matmul(g, layer, x, rank, portable)
     if form == "matmul":  # other convolutions stay in high precision
@@ -213,7 +214,7 @@ def build(g: Nodes, layer: Any, x: str, rank: int, form: str) -> str:
             x = _without_padding(g, layer, quantized_input(g, layer, x, rank, portable), rank)
             x = _image_first(g, x, rank)
         w = kernel_of(g, layer, weight_matrix(g, layer, portable))
-    bias = [] if layer.bias is None else [g.constant("bias", layer.bias.detach().float().cpu().numpy())]
+    bias = _bias(g, layer)
     attributes = dict(
         kernel_shape=list(layer.kernel_size), strides=list(layer.stride), dilations=list(layer.dilation),
         group=layer.groups, pads=_pads(layer),
@@ -224,6 +225,11 @@ def build(g: Nodes, layer: Any, x: str, rank: int, form: str) -> str:
 
 
 def _pads(layer: Any) -> list[int]:
+    """Return the padding of the layer's Conv; that of a shifted layer stands before it, where `_shifted` puts it."""
+    return _zeros(layer) if layer.shift is None else [0] * 2 * len(layer.kernel_size)
+
+
+def _zeros(layer: Any) -> list[int]:
     """Return ONNX's padding: all first sides, then all second sides. Other padding than by zeros is done before."""
     if layer.padding_mode != "zeros" or layer.padding == "valid":
         return [0] * 2 * len(layer.kernel_size)
@@ -232,6 +238,23 @@ def _pads(layer: Any) -> list[int]:
         # An odd total puts the extra zero at the end, as torch does.
         return [total // 2 for total in totals] + [total - total // 2 for total in totals]
     return [*layer.padding, *layer.padding]
+
+
+def _shifted(g: Nodes, layer: InferenceLayer, x: str, rank: int) -> str:
+    """Pad x with the layer's zeros and subtract its shift, if it has one."""
+    if layer.shift is None:
+        return x
+    if isinstance(layer, nn.Linear):
+        return g.op("Sub", [x, g.constant("input_shift", layer.shift[0].cpu().numpy())])
+    pads = [0, 0, *_zeros(layer)[: rank - 2], 0, 0, *_zeros(layer)[rank - 2 :]]
+    x = g.op("Pad", [x, g.ints("image_pads", pads)]) if any(pads) else x
+    return g.op("Sub", [x, g.constant("input_shift", layer.shift[0].cpu().reshape(-1, *(1,) * (rank - 2)).numpy())])
+
+
+def _bias(g: Nodes, layer: Any) -> list[str]:
+    """Return the name of what is added to the layer's result, or nothing."""
+    parts = [part.detach().float().cpu() for part in (layer.bias, layer.shift and layer.shift[1]) if part is not None]
+    return [g.constant("bias", sum(parts[1:], parts[0]).numpy())] if parts else []
 
 
 def _image_last(g: Nodes, x: str, rank: int) -> str:
@@ -270,6 +293,6 @@ def _matmul(g: Nodes, layer: Any, x: str, rank: int, portable: bool) -> str:
         x = g.op("Slice", [x, *(g.ints(name, part) for name, part in parts.items())])
     # A node, not a transposed initializer: blocks of 16 must stay along the last axis of the stored codes.
     y = g.op("MatMul", [x, g.op("Transpose", [w], perm=[1, 0])])
-    if layer.bias is not None:
-        y = g.op("Add", [y, g.constant("bias", layer.bias.detach().float().cpu().numpy())])
+    if bias := _bias(g, layer):
+        y = g.op("Add", [y, *bias])
     return _image_first(g, y, rank) if conv else y

@@ -13,8 +13,8 @@ Output pixels at the edge read zeros from the padding, as in the convolution.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +41,30 @@ ROWS = 2048  # im2col rows per layer and batch: a Gram matrix of all pixels woul
 
 @dataclass
 class Statistics:
-    """Statistics of one layer's input: amax fp32 [1], mean and square fp32 [G, K], gram fp32 [G, K, K] or None."""
+    """Statistics of one layer's input.
 
-    amax: Tensor
+    Attributes:
+        low, high: fp32 [C], the smallest and the largest value of each channel.
+        mean, square: fp32 [G, K], of the rows.
+        gram: fp32 [G, K, K] of the rows, or None.
+        rows: how many rows there were.
+        center: fp32 [C], the mean of each channel, without the zeros of the padding.
+        pixels: how many values of each channel there were.
+    """
+
+    low: Tensor
+    high: Tensor
     mean: Tensor
     square: Tensor
     gram: Tensor | None
     rows: int
+    center: Tensor
+    pixels: int
+
+    @property
+    def amax(self) -> Tensor:
+        """Return the amax of the input, fp32 [1]."""
+        return torch.maximum(self.low.abs(), self.high.abs()).amax().reshape(1)
 
 
 class _Watch:
@@ -67,20 +84,25 @@ class _Watch:
         mean, square = rows.sum(0), rows.square().sum(0)
         gram = torch.einsum("rgk,rgl->gkl", rows, rows) if self.gram else None
         # Of all pixels, also those not drawn: the static scale must cover them.
-        amax = x.float().abs().amax().reshape(1)
+        values = by_channel(module, x).float()
+        (low, high), center, pixels = values.aminmax(dim=0), values.sum(0), values.shape[0]
         before = self.found
         if before is not None:
-            # torch.maximum passes NaN on, which `collect` reports.
-            amax, count = torch.maximum(amax, before.amax), count + before.rows
+            # torch.minimum and maximum pass NaN on, which `collect` reports.
+            low, high, count = torch.minimum(low, before.low), torch.maximum(high, before.high), count + before.rows
             mean, square = mean + before.mean, square + before.square
+            center, pixels = center + before.center, pixels + before.pixels
             gram = None if gram is None or before.gram is None else gram + before.gram
-        self.found = Statistics(amax, mean, square, gram, count)
+        self.found = Statistics(low, high, mean, square, gram, count, center, pixels)
+
+
+Watcher = Any  # has `layer`, and is called as a forward pre-hook of it
 
 
 class _Read(TorchFunctionMode):
     """Show a layer's input to its watch where the layer is not called: others read its weight and multiply by it."""
 
-    def __init__(self, watches: Mapping[int, _Watch]) -> None:
+    def __init__(self, watches: Mapping[int, Watcher]) -> None:
         super().__init__()
         self.watches = watches  # by the id of the weight
 
@@ -94,6 +116,12 @@ class _Read(TorchFunctionMode):
         if call is not None and watch is not None and next(running_modules(), None) is not watch.layer:
             watch(watch.layer, (call.x,), {})
         return function(*args, **kwargs)
+
+
+def by_channel(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return a layer's input or output with its channels last: [values of a channel, channels]."""
+    rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)  # type: ignore[arg-type]
+    return x.movedim(-1 - rank, -1).flatten(0, -2)
 
 
 def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = ROWS) -> Tensor:
@@ -123,6 +151,41 @@ def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = R
     rows = gather(x_last.reshape(-1, channels), source).unflatten(-1, (groups, -1))  # [rows, T, G, C]
     # [rows, T, G, C] -> [rows, G, T * Kb * 16]
     return F.pad(rows, (0, -rows.shape[-1] % BLOCK)).transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def watching(watches: Collection[Watcher]) -> Iterator[None]:
+    """Show each watch the input of its layer while the body runs the model, without gradients."""
+    with ExitStack() as stack, torch.no_grad():
+        for watch in watches:
+            stack.callback(watch.layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
+        stack.enter_context(_Read({id(watch.layer._parameters["weight"]): watch for watch in watches}))
+        yield
+
+
+class Images:
+    """The batches of a loader: the last one is held back from calibration if there are enough of them.
+
+    Iterating gives the batches for calibration; `held` is filled when they have been read once.
+    """
+
+    FEW = 8  # of fewer batches none can be spared
+
+    def __init__(self, loader: Iterable[Any], limit: int | None, device: str | torch.device | None) -> None:
+        self.loader, self.limit, self.device = loader, limit, device
+        self.held: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        last, count = None, 0
+        for batch in itertools.islice(self.loader, self.limit):
+            if count:
+                yield input_of(last, self.device)
+            last, count = batch, count + 1
+        if count >= self.FEW:
+            # Kept, because a loader that shuffles would give another one next time.
+            self.held = self.held or [input_of(last, self.device)]
+        elif count:
+            yield input_of(last, self.device)
 
 
 def input_of(batch: Any, device: str | torch.device | None) -> Any:
@@ -155,10 +218,7 @@ def collect(
     generator = torch.Generator().manual_seed(0)
     watches = {name: _Watch(layer, gram, generator) for name, layer in layers.items()}
     seen = 0
-    with ExitStack() as stack, torch.no_grad():
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(watches[name], with_kwargs=True).remove)
-        stack.enter_context(_Read({id(layer._parameters["weight"]): watches[name] for name, layer in layers.items()}))
+    with watching(watches.values()):
         for batch in itertools.islice(batches, limit):
             model(input_of(batch, device))
             seen += 1
@@ -179,5 +239,6 @@ def collect(
                 fix="check the images' normalization, and the checkpoint",
             )
         statistics.mean, statistics.square = statistics.mean / statistics.rows, statistics.square / statistics.rows
+        statistics.center = statistics.center / statistics.pixels
         statistics.gram = None if statistics.gram is None else statistics.gram / statistics.rows
     return found

@@ -46,7 +46,7 @@ def fold(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
     pairs = find(model)
     if not pairs:
         return {}
-    expected = [t.clone() for t in _tensors(run())]  # a model may return a buffer that it writes anew each time
+    expected = [t.clone() for t in tensors_of(run())]  # a model may return a buffer that it writes anew each time
     if not _same(run(), expected):
         warn_once(
             "folding",
@@ -93,7 +93,7 @@ def _put_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> ExitStack:
 
 def _same(ours: Any, expected: list[Tensor]) -> bool:
     """Tell whether outputs agree up to rounding. Outputs without any value cannot be compared, and do not agree."""
-    found = list(_tensors(ours))
+    found = list(tensors_of(ours))
     if len(found) != len(expected) or not any(t.numel() for t in expected):
         return False
     return all(_close(a, b) for a, b in zip(found, expected, strict=True))
@@ -120,13 +120,13 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= noise * b.norm())
 
 
-def _tensors(outputs: Any) -> Iterator[Tensor]:
+def tensors_of(outputs: Any) -> Iterator[Tensor]:
     """Yield the tensors in a model's outputs, those in dataclasses (which pytree does not open), too."""
     for leaf in tree_leaves(outputs):
         if isinstance(leaf, Tensor):
             yield leaf
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from _tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+            yield from tensors_of([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
 
 
 def find(model: nn.Module) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Turn a network that was trained in high precision into an NVFP4 inference model without training: nv.export.quantize.
 
-    copy -> fold batch norms -> calibrate -> round weights -> correct biases -> re-estimate the other batch norms
+    copy -> fold batch norms -> calibrate -> round weights -> run both side by side -> correct biases -> leave the worst
+    layers in high precision, if asked for -> re-estimate the other batch norms -> report the drift
 
 Each 16 values of a weight get a scale (1x16). The 16x16 tiles of training are needed only where the backward pass reads
 the same codes transposed.
@@ -17,30 +18,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
 from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix
+from te_nvfp4_cv.export.codes import Codes, is_transposed, quantize_layer
 from te_nvfp4_cv.export.computed import settle
 from te_nvfp4_cv.export.fit import sort_layers, warn_of_lost
 from te_nvfp4_cv.export.inner import install
-from te_nvfp4_cv.export.modules import (
-    ACTIVATIONS,
-    WEIGHTS,
-    Codes,
-    InferenceLayer,
-    become,
-    check_choice,
-    is_transposed,
-    quantize_layer,
-)
+from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, check_choice
 from te_nvfp4_cv.export.ptq import rounding
-from te_nvfp4_cv.export.ptq.calibration import Statistics, collect, input_of
+from te_nvfp4_cv.export.ptq.beside import drift_of, leave_high, run_beside
+from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, collect, input_of
 from te_nvfp4_cv.export.ptq.norm_folding import fold
+from te_nvfp4_cv.export.ptq.twins import Watched, exchange, shift_of, shifted_statistics, twin_of, wants_shift
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.plan import weight_plan
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.report.budget import check_share
 
 SCALES = ("static", "dynamic")
 
@@ -56,6 +52,8 @@ def quantize(
     weights: str = "packed",
     fold_bn: bool = True,
     bias_correction: bool = True,
+    shift: bool = True,
+    auto_high: float | None = None,
     reestimate_bn: bool = True,
     batches: int | None = 16,
     device: str | torch.device | None = None,
@@ -76,11 +74,18 @@ def quantize(
         weights: "packed" or "cached", as InferenceLayer.set_mode takes it.
         fold_bn: first multiply batch norms into the layers before them.
         bias_correction: subtract the mean error of each output channel from the layer's bias, if it has one.
+        shift: subtract the mean of each input channel before x is quantized, in layers where that is measured to
+            help: y = W (x - m) + W m, exactly.
+        auto_high: leave the layers in high precision whose quantization changes the outputs most, up to this share of
+            the FLOPs. They are measured, each layer alone on the first images. Layers inside of modules with a
+            forward of their own (attention) are not tried.
         reestimate_bn: estimate the statistics of the remaining batch norms again, with the quantized layers.
         batches: how many batches of the loader are read each time; None for all.
         device: where batches are moved to. If None, they stay where they are.
     Returns:
-        An inference model in eval mode, without gradients, to use or for nv.export.save and nv.export.to_onnx.
+        An inference model in eval mode, without gradients, to use or for nv.export.save and nv.export.to_onnx. Its
+        attribute `nvfp4_drift` is a nv.export.Drift: what quantization changes, in each layer and in the outputs. A
+        warning says so if the outputs change much.
     Raises:
         TypeError: An argument is of another kind.
         ValueError: An argument has another value, the loader has no batches or can be read only once, or the input of
@@ -103,6 +108,7 @@ def quantize(
     ):
         check_choice("nv.export.quantize", name, value, allowed)
     resolved = checked_recipe(recipe)
+    budget = 0.0 if auto_high is None else check_share("nv.export.quantize", "auto_high", auto_high)
     if not isinstance(loader, Iterable):
         raise type_error(
             "nv.export.quantize: no loader.", got=describe(loader), needs="an iterable of batches", fix="[images]"
@@ -123,31 +129,54 @@ def quantize(
             with torch.no_grad():
                 # One batch is enough to see whether folding changes the outputs.
                 fold(net, functools.partial(net, input_of(batch, device)))
-    install(found_layers.inner.values())
+    inner = found_layers.inner
+    install(inner.values())
     layers = found_layers.quantized
     # Layers in NVFP4 already keep their codes.
     layers = {name: pair for name, pair in layers.items() if not isinstance(pair[0], InferenceLayer)}
     watched = {name: module for name, (module, _) in layers.items()}
+    images = Images(loader, batches, device)
     # One pass over the unquantized model for all layers: quantization below then changes no statistics.
-    found = collect(net, watched, loader, batches, method == "gptq", device)
+    found = collect(net, watched, images, None, method == "gptq", device)
+    twins: dict[str, Watched] = {}
     for name, (module, own) in layers.items():
-        own = _for_weights(own, method)
-        statistics = found.get(name)
-        # `become` deletes the weight, and the bias correction needs it.
-        before = module.weight.detach().float()  # type: ignore[operator]
-        codes = _codes(module, own, method, statistics)
-        calibrated = statistics is not None and bool(statistics.amax > 0)  # zeros alone say nothing of other images
-        # Row-scaled activations have one scale per pixel, for which there is no static one.
-        if statistics is not None and calibrated and scales == "static" and not own.row_scaled_activation:
-            codes = replace(codes, input_amax=statistics.amax)
-        layer = become(module, codes, own)
-        bias: Any = layer.bias
-        if bias_correction and bias is not None and statistics is not None:
-            bias.data -= mean_error(layer, before, statistics).to(bias.dtype)
-        layer.set_mode(weights, activations)
+        made = _twins(module, _for_weights(own, method), method, found.get(name), scales, shift and name not in inner)
+        for twin in made:
+            twin.set_mode(weights, activations)
+        twins[name] = Watched(module, made, name in inner)
+    expected = run_beside(net, twins, images)
+    for watch in twins.values():
+        watch.correct(bias_correction)
+    high = leave_high(net, twins, images, budget)
+    for name, watch in twins.items():
+        if name not in high:
+            exchange(watch.layer, watch.twin)
     if reestimate_bn:
-        _reestimate(net, loader, batches, device)
-    return net.eval().requires_grad_(False)
+        _reestimate(net, images)
+    net = net.eval().requires_grad_(False)
+    net.nvfp4_drift = drift = drift_of(net, twins, images, expected, high)  # type: ignore[assignment]
+    drift.warn()
+    return net
+
+
+def _twins(
+    module: nn.Module, recipe: NVFP4BlockScaling, method: str, found: Statistics | None, scales: str, shift: bool
+) -> list[InferenceLayer]:
+    """Return the forms of a layer in NVFP4 among which its errors decide."""
+    statistics = [found]
+    if shift and found is not None and wants_shift(module, found, recipe):
+        statistics.append(shifted_statistics(module, found))
+    made = []
+    for seen in statistics:
+        codes = _codes(module, recipe, method, seen)
+        calibrated = seen is not None and bool(seen.amax > 0)  # zeros alone say nothing of other images
+        # Row-scaled activations have one scale per pixel, for which there is no static one.
+        if seen is not None and calibrated and scales == "static" and not recipe.row_scaled_activation:
+            codes = replace(codes, input_amax=seen.amax)
+        if found is not None and seen is not found:
+            codes = replace(codes, shift=shift_of(module, found.center))
+        made.append(twin_of(module, codes, recipe))
+    return made
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -163,15 +192,13 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _reestimate(
-    net: nn.Module, loader: Iterable[Any], batches: int | None, device: str | torch.device | None
-) -> None:
+def _reestimate(net: nn.Module, images: Images) -> None:
     """Estimate the statistics of the batch norms that run again, as plain means over the batches.
 
     Only the norms are in training mode, each while it runs: dropout and stochastic depth would change the statistics.
     """
     norms = [m for m in net.modules() if isinstance(m, AnyBatchNorm) and m.running_mean is not None]
-    if not norms:  # the loader need not be read
+    if not norms:  # the images need not be read
         return
     seen: set[nn.Module] = set()
 
@@ -194,8 +221,8 @@ def _reestimate(
             stack.callback(norm.register_forward_hook(after).remove)
             stack.callback(setattr, norm, "momentum", norm.momentum)
             norm.momentum = None  # torch then averages over all batches alike
-        for batch in itertools.islice(loader, batches):
-            net(input_of(batch, device))
+        for batch in images:
+            net(batch)
 
 
 def _for_weights(recipe: NVFP4BlockScaling, method: str) -> NVFP4BlockScaling:
@@ -227,12 +254,3 @@ def _codes(module: Any, recipe: NVFP4BlockScaling, method: str, statistics: Stat
         parts.append(rounding.quantize_matrix(w[group], nearest.amax, gram, importance, e4m3_max))
     data, scale = (torch.cat(sides) for sides in zip(*parts, strict=True))
     return Codes(*matrix.from_matrix(data, scale, plan), nearest.amax)
-
-
-def mean_error(layer: InferenceLayer, before: Tensor, statistics: Statistics) -> Tensor:
-    """Return the mean error (W_q - W) x of each output channel over the calibration rows, fp32."""
-    plan = layer.plan
-    groups = plan.geometry.groups
-    # [G, N / G, K], in which K's order is that of the calibration rows.
-    error = matrix.of_weight(layer.weight - before, plan).unflatten(0, (groups, -1))
-    return torch.einsum("gnk,gk->gn", error, statistics.mean.to(error.device)).flatten()

@@ -1,0 +1,157 @@
+"""Run a layer in NVFP4 beside the same layer in high precision, and let what is seen decide how it is quantized.
+
+A twin is a copy of a layer that shares its tensors and is then turned into an InferenceLayer. The model runs in high
+precision; each layer's input also goes through its twins. Their errors give
+
+    the correction of the bias    the mean error of each output channel, that of the activations' codes included
+    the shift                     y = W (x - m) + W m, m: the mean of each channel of x. A twin with a shift is taken
+                                  if it has less error. Tried where the means are large: sum m^2 > 4 sum of variances
+    the report                    SQNR of each layer (drift.py)
+
+At the end layer and twin change places, so that the model's objects stay those that its code holds.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from te_nvfp4_cv.export.codes import Codes, is_transposed
+from te_nvfp4_cv.export.modules import InferenceLayer, become, zero_pads
+from te_nvfp4_cv.export.ptq.calibration import Statistics, by_channel
+from te_nvfp4_cv.export.ptq.drift import Errors
+from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.nn.walk import op_of
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.report.forward_pass import gemm_flops
+
+LARGE_MEAN = 4.0  # times the variance. Behind a ReLU the square of the mean is about 1.8 times the variance
+GAIN_DB = 1.0  # a shift must gain as much
+
+
+def twin_of(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling) -> InferenceLayer:
+    """Return an inference layer like `module`, which stays as it is; they share tensors, but for the bias."""
+    twin: Any = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict):  # parameters, buffers, children, hooks: copy.copy shares these
+            twin.__dict__[name] = value.copy()
+    if (bias := twin._parameters.get("bias")) is not None:
+        twin._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return become(twin, codes, recipe)
+
+
+def exchange(module: nn.Module, twin: nn.Module) -> None:
+    """Let two modules change places, in every list and attribute that holds one of them."""
+    own, other = module.__dict__, twin.__dict__
+    kinds = type(module), type(twin)
+    # In this order: a class may look into its instance when it is assigned.
+    object.__setattr__(module, "__dict__", other)
+    object.__setattr__(twin, "__dict__", own)
+    module.__class__, twin.__class__ = kinds[1], kinds[0]
+
+
+class Watched:
+    """A layer, its twins, and what they do on the same input.
+
+    Attributes:
+        layer: the layer in the model, in high precision until `take` is called.
+        twin: the twin that is taken.
+        flops: of all calls in high precision.
+        inner: the layer lies inside of a module with a forward of its own, which adds the bias.
+    """
+
+    def __init__(self, layer: nn.Module, twins: list[InferenceLayer], inner: bool) -> None:
+        self.layer, self.inner, self.flops = layer, inner, 0
+        self.twins, self.seen = twins, [(Errors(), Errors()) for _ in twins]
+        self.measuring = self.shifted = False
+        self.correction: Tensor | None = None
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        if not x.numel():
+            return
+        y = type(module).forward(module, *args, **kwargs)  # not module(...), whose hook this is
+        self.flops += gemm_flops(op_of(module), x, module.weight.shape, y)
+        for twin, errors in zip(self.twins, self.seen, strict=True):
+            error = twin(*args, **kwargs) - y
+            errors[self.measuring].add(by_channel(module, error), by_channel(module, y))
+
+    @property
+    def best(self) -> int:
+        """Return the index of the twin with the least error, the first if nothing was seen."""
+        scores = [self._score(calibration) - GAIN_DB * (index > 0) for index, (calibration, _) in enumerate(self.seen)]
+        return max(range(len(scores)), key=scores.__getitem__)
+
+    def _score(self, errors: Errors) -> float:
+        return errors.sqnr_db(errors.mean) if errors.count else 0.0
+
+    @property
+    def twin(self) -> InferenceLayer:
+        """Return the twin that is taken."""
+        return self.twins[self.best]
+
+    @property
+    def ran(self) -> bool:
+        """Tell whether the layer was called."""
+        return bool(self.seen[0][0].count)
+
+    def correct(self, wanted: bool) -> None:
+        """Subtract the mean error from the bias, if there is one; leave the twin that is taken alone."""
+        index = self.best
+        self.twins, self.seen = [self.twins[index]], [self.seen[index]]
+        self.shifted = self.twin.shift is not None
+        bias: Any = self.twin.bias
+        if wanted and bias is not None and self.ran:
+            self.correction = self.seen[0][0].mean
+            # A layer inside has the bias of the module around it, which adds it.
+            place: Any = self.layer.bias if self.inner else bias
+            place.data -= self.correction.to(place)
+
+    def sqnr_db(self) -> float:
+        """Return the layer's SQNR, on the images that were held back if there are any."""
+        calibration, held = self.seen[0]
+        return (held if held.count else calibration).sqnr_db(self.correction)
+
+
+def wants_shift(module: Any, statistics: Statistics, recipe: NVFP4BlockScaling) -> bool:
+    """Tell whether a layer's input has means that are large beside its deviations, in a layer that can be shifted."""
+    # A transposed convolution spreads x: a shift would not be a constant of the output. Row scales: one per pixel.
+    if is_transposed(module) or recipe.row_scaled_activation:
+        return False
+    power = float(statistics.center.square().sum())
+    mean, square = statistics.mean, statistics.square
+    return power > 0 and float(mean.square().sum()) > LARGE_MEAN * float((square - mean.square()).clamp(min=0).sum())
+
+
+def shifted_statistics(module: Any, found: Statistics) -> Statistics:
+    """Return the statistics of x minus the mean of each of its channels."""
+    center = found.center
+    low, high = found.low - center, found.high - center
+    if zero_pads(module, getattr(module, "padding", 0)):  # the padding's zeros are shifted, too
+        low, high = torch.minimum(low, -center), torch.maximum(high, -center)
+    groups, columns = found.mean.shape
+    rows = center.unflatten(0, (groups, -1))
+    rows = F.pad(rows, (0, -rows.shape[1] % BLOCK))
+    rows = rows.repeat(1, columns // rows.shape[1])  # for each tap of the convolution kernel
+    square = found.square - 2 * rows * found.mean + rows.square()
+    gram = found.gram
+    if gram is not None:
+        cross = torch.einsum("gk,gl->gkl", found.mean, rows)
+        gram = gram - cross - cross.transpose(1, 2) + torch.einsum("gk,gl->gkl", rows, rows)
+    return replace(
+        found, low=low, high=high, mean=found.mean - rows, square=square, gram=gram, center=torch.zeros_like(center)
+    )
+
+
+def shift_of(module: Any, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shift of a layer: the mean of each channel of x, and what the layer makes of it in fp32."""
+    w = module.weight.detach().float()
+    if isinstance(module, nn.Linear):
+        return center, w @ center
+    rows = center.reshape(module.groups, 1, -1).expand(-1, w.shape[0] // module.groups, -1).flatten(0, 1)
+    return center, torch.einsum("oc,oc->o", w.flatten(2).sum(2), rows)
