@@ -32,7 +32,7 @@ from te_nvfp4_cv.context.state import (
 )
 from te_nvfp4_cv.context.torch_patches import patch_torch
 from te_nvfp4_cv.errors import type_error
-from te_nvfp4_cv.layer import shortfall
+from te_nvfp4_cv.layer import shared_amax, shortfall
 from te_nvfp4_cv.layer.check import checked_recipe
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,8 +51,9 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
         enabled: If False, everything inside runs in high precision, explicit NVFP4 modules too.
         backend: "auto", "reference", "integer", "vendor" or "triton". One that cannot run raises an error.
         amax_reduction_group: A torch.distributed process group whose ranks quantize training operands with one tensor
-            scale, that of the largest amax of all ranks. They must run the same layers in the same order. In
-            evaluation nothing is exchanged.
+            scale, that of the largest amax of all ranks. They must run the same layers in the same order, with empty
+            batches too; ranks that meet in different layers get an error that names both. The amaxes travel over a
+            group of their own, of the same ranks, so any group will do. In evaluation nothing is exchanged.
         relu_mask: If True, ReLU saves a 1-bit mask for backward instead of its output. The bits of forward and
             backward are the same.
     Raises:
@@ -154,5 +155,9 @@ def _pop() -> None:
     mode, local.modes = local.modes[-1], local.modes[:-1]
     if mode is not None:
         mode.__exit__(None, None, None)
-    if not torch.compiler.is_compiling() and not local.states and shortfall.local.calls:
+    if torch.compiler.is_compiling() or local.states:
+        return
+    if shortfall.local.calls:
         shortfall.judge()
+    if shared_amax.later.waits:
+        shared_amax.later.look()

@@ -21,7 +21,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import function_mode, state
 from te_nvfp4_cv.distributed.tp_exchange import GEMMS, Array, Exchange, Link, SharedScales, broken_blocks, part_plan
 from te_nvfp4_cv.errors import describe, value_error, warn_once
-from te_nvfp4_cv.layer import check, delayed_scaling, observe
+from te_nvfp4_cv.layer import check, delayed_scaling, observe, shared_amax
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, named_padding
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
@@ -306,7 +306,7 @@ class _Call:
         if not plan.delayed:
             inner = delayed_scaling.of_call(x, self.module.weight, bias, part, group)
             # Without a group of the context, the ranks of this layer still share amaxes.
-            inner = inner or delayed_scaling.CallScales(part, None, True)
+            inner = inner or shared_amax.CallScales(part, None, True)
             return SharedScales(inner, link, group is not None)
         if group is not None:
             raise value_error(

@@ -40,9 +40,9 @@ from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.inner import around, install, share_bias
 from te_nvfp4_cv.export.modules import InferenceLayer, become, check_path
 from te_nvfp4_cv.layer.check import checked_recipe
+from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn import learned
-from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.walk import like_weight, op_of
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling

@@ -18,8 +18,8 @@ from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.export.inner import PREFIX, Inner, Kernel, NotPacked, find, has_own_forward, layer_of
 from te_nvfp4_cv.layer import check
+from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.base import OPS, NVFP4Module
-from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import matches
 from te_nvfp4_cv.nn.walk import LAYERS, like_weight, named_modules, op_of, torch_class, with_recipes
 from te_nvfp4_cv.ops.geometry import ConvArgs

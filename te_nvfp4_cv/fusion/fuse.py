@@ -38,7 +38,7 @@ from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activation_o
 from te_nvfp4_cv.fusion.patterns import FAMILY, Row, kind_of, rewrite, shown_name
 from te_nvfp4_cv.fusion.subclasses import NormThenChildren, tail_of, torchs_class
 from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
-from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.layer.names import plain_name
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _serial = count()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.layer import delayed_scaling, forward_backward, operands, weight_codes
+from te_nvfp4_cv.layer import forward_backward, operands, shared_amax, weight_codes
 from te_nvfp4_cv.layer.forward_backward import Like, Saved, saved_of
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan, plan_for
@@ -132,12 +132,12 @@ def _outputs(saved: Saved, plan: Plan, like: Tensor) -> list[Tensor]:
     return [like.new_empty(0, dtype=torch.uint8) if part is None else part for part in parts]
 
 
-def _scales(plan: Plan, spec: LayerSpec, training: bool) -> delayed_scaling.CallScales | None:
+def _scales(plan: Plan, spec: LayerSpec, training: bool) -> shared_amax.CallScales | None:
     if not spec.group:
         return None
     # A process group cannot cross the boundary either; torch finds it again by its name.
     found = torch.distributed.distributed_c10d._resolve_process_group(spec.group)  # type: ignore[arg-type]
-    return delayed_scaling.CallScales(plan, found, training)
+    return shared_amax.CallScales(plan, found, training)
 
 
 @layer.register_fake

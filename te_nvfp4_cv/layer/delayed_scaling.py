@@ -1,7 +1,6 @@
-"""Tensor scales that do not come from the tensor itself: delayed ones, and amaxes that all ranks share.
+"""Tensor scales that come from the step before: delayed ones.
 
-    delayed   x: amax = 6 E 2^k >= 8 * (amax of x in the training step before);  dy: the same with 4;  w: its own amax
-    shared    amax = the largest over the ranks of nvfp4_autocast(amax_reduction_group=...)
+    x: amax = 6 E 2^k >= 8 * (amax of x in the training step before);  dy: the same with 4;  w: its own amax
 
 The state of a delayed scale belongs to a weight, and holds for x and for dy, rowwise and columnwise:
 
@@ -43,13 +42,11 @@ from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.shared_amax import ROWS, CallScales, name_of
 from te_nvfp4_cv.ops.quantize import amax as amaxes
-from te_nvfp4_cv.ops.quantize.operand import measure_operand
-from te_nvfp4_cv.ops.records import OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import Role
 
-ROWS = {Role.INPUT: 0, Role.GRAD_OUTPUT: 1}  # of the state's tensors
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight, or the module of computed ones -> {Key: scales}
 _lock = threading.Lock()  # two threads may make the first call with one weight at once
 Key = tuple[Any, ...]  # (place of a view in its base or None, e4m3_max of the input, RHT)
@@ -139,40 +136,11 @@ def _place(w: Tensor) -> tuple[Owner, tuple[Any, ...] | None]:
 # ---- the scales of one call -----------------------------------------------------------------------------------------
 
 
-class CallScales:
-    """Gives the amaxes of one call, the largest over the ranks. `training`: a backward pass comes or is running."""
-
-    def __init__(self, plan: Plan, group: Any, training: bool) -> None:
-        self.plan, self.group, self.training = plan, group, training
-
-    def knows(self, role: Role) -> bool:
-        """Return True if `amax` answers without reading the operand."""
-        return False
-
-    def amax(self, role: Role, operand: Tensor) -> Tensor:
-        """Return fp32 [2] for quantize_operand: the largest amaxes over the ranks."""
-        # One group: how channels are grouped does not change an amax.
-        spec = OperandSpec(1, self.plan.folds[ROWS[role]], rht=self.plan.recipe.settings(role).rht)
-        return self._reduced(measure_operand(operand, spec, self.plan.backend))
-
-    def collect(self, role: Role, observed: Tensor) -> None:
-        """Take note of what a call observed; here there is nothing to remember."""
-
-    def backward_ran(self) -> None:
-        """Take note that the backward pass of the call has quantized dy."""
-
-    def _reduced(self, amax: Tensor) -> Tensor:
-        """Take the maximum over the ranks, by the bits: NaN wins. Evaluation asks nobody: a rank may run it alone."""
-        if self.group is not None and self.training:
-            amaxes.reduce_amax(amax, self.group)
-        return amax
-
-
 class DelayedCallScales(CallScales):
     """Gives the amaxes of one call with delayed scales, from the state of its weight."""
 
-    def __init__(self, plan: Plan, group: Any, training: bool, again: bool, state: DelayedScales | None) -> None:
-        super().__init__(plan, group, training)
+    def __init__(self, shared: CallScales, again: bool, state: DelayedScales | None) -> None:
+        super().__init__(shared.plan, shared.group, shared.training, shared.name)
         self.again, self.scales = again, state
 
     def knows(self, role: Role) -> bool:
@@ -224,7 +192,7 @@ class DelayedCallScales(CallScales):
             return
         scales.stale = False
         # The ranks meet here, once a step: reducing at each call would be a communication per layer and operand.
-        self._reduced(scales.collected)
+        self._reduced(scales.collected, "delayed scales")
         margins = tuple(self.plan.recipe.settings(role).margin for role in ROWS)
         amaxes.move(scales.used, scales.collected, scales.e4m3_max, margins, clear=True)
 
@@ -265,8 +233,9 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
     again = in_backward()  # a checkpoint recomputes
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     training = (training or (_local.first_pass and not again)) and not _local.reading
+    shared = CallScales(plan, group, training, name_of(w) if group is not None and training else "")
     if not plan.delayed:
-        return CallScales(plan, group, training)
+        return shared
     settings = plan.input
     place, view = _place(w)
     key: Key = (view, settings.e4m3_max, settings.rht)
@@ -279,7 +248,7 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
             _states.setdefault(place, known)[key] = scales
         elif scales is not None and scales.used.device != x.device:
             scales.to(x.device)
-    call = DelayedCallScales(plan, group, training, again, scales)
+    call = DelayedCallScales(shared, again, scales)
     if training and not again:
         with torch.no_grad():
             call.start()

@@ -21,6 +21,7 @@ from te_nvfp4_cv.layer import (
     custom_op,
     deferred,
     delayed_scaling,
+    empty_batch,
     evaluation_cache,
     observe,
     weight_codes,
@@ -134,6 +135,8 @@ def _execute(
     if low.empty:  # nothing to quantize: torch's own result, and its gradients
         deferred.settle(unwritten)
         y = _plain(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), low.geometry)
+        if group is not None:
+            y = empty_batch.take_part(y, x, w, bias, planned(call, recipe, "reference", x.dtype, False), group)
         return y.squeeze(0) if low.unbatched else y
     # Asked at each call: what "auto" means changes when a self-test passes, and autocast with the context.
     chosen = dispatch.resolve(backend, x.device, by_layer=True)

@@ -27,9 +27,9 @@ from te_nvfp4_cv.context import entries
 from te_nvfp4_cv.context.state import mark_applied, pop_override, push_override
 from te_nvfp4_cv.errors import check_module, type_error, value_error
 from te_nvfp4_cv.layer.check import checked_recipe
+from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.base import OPS
 from te_nvfp4_cv.nn.hooks import Hook, attach, detach
-from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe.fields import HIGH
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.layer import delayed_scaling
-from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 
 COMPUTED = "computed kernels"  # beside a module's name: the scales of kernels that it computes anew at each call

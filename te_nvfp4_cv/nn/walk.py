@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.base import NVFP4_CLASSES, OPS, NVFP4Module
-from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.precision import entries_of
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling

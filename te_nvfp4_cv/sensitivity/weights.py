@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.formats import E2M1_MAX, E4M3_MAX, unpack_nibbles
-from te_nvfp4_cv.nn.names import plain_name
+from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.walk import LAYERS
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.records import PACKED, WeightLayout, WeightSpec

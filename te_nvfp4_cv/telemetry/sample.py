@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from te_nvfp4_cv.backend.torch_private import in_backward
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import gemms, observe
+from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.nn.names import plain_name
 from te_nvfp4_cv.nn.walk import named_layers, op_of, own_weight
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.ops.records import Operand, WeightCodes

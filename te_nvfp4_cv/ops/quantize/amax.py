@@ -61,18 +61,23 @@ def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool)
         saturated.add_(observed[2])
 
 
-def reduce_amax(amax: Tensor, group: Any) -> Tensor:
+def reduce_amax(amax: Tensor, group: Any, more: Tensor | None = None) -> Tensor:
     """Replace amaxes by the largest of all ranks.
 
     Args:
         amax: fp32, not negative, overwritten and returned; of the same shape on all ranks.
         group: a process group that this process is in, or None for the default group.
+        more: int32 [n] that travels in the same message, overwritten by the largest of each number.
     """
     # Numbers that are not negative have the order of their bits, and NaN is above inf there. But amax of a vectorized
     # reduction gives a NaN with its sign bit set, a negative integer that every number would win over.
     bits = amax.view(torch.int32).bitwise_and_(0x7FFFFFFF)
-    dist.all_reduce(bits, dist.ReduceOp.MAX, group=group)
+    message = bits if more is None else torch.cat((bits.flatten(), more))
+    dist.all_reduce(message, dist.ReduceOp.MAX, group=group)
+    if more is not None:
+        bits.copy_(message[: bits.numel()].view_as(bits))
+        more.copy_(message[bits.numel() :])
     ranks = dist.get_world_size(group)
     for told in on_received:  # as a ring moves them: once around to find the maximum, once to spread it
-        told(2 * (ranks - 1) * amax.numel() * amax.element_size() // ranks)
+        told(2 * (ranks - 1) * message.numel() * message.element_size() // ranks)
     return amax
