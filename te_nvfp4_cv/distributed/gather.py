@@ -32,7 +32,7 @@ from torch import Tensor
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.distributed import collectives
 from te_nvfp4_cv.distributed.collectives import Part, PendingParts
-from te_nvfp4_cv.distributed.shard_metadata import Shard, Told, check_alike, exchange, shard_of
+from te_nvfp4_cv.distributed.shard_metadata import Shard, Told, by_value, check_alike, exchange, shard_of
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
@@ -141,9 +141,10 @@ def all_gather_coalesced(
     *,
     quantizer: NVFP4Quantizer | None = None,
 ) -> list[NVFP4Tensor] | list[AllGatherHandle]:
-    """Gather several tensors in two messages, metadata and data. Every rank gives as many, in the same order.
+    """Gather several tensors in one message of data, after their number and their metadata have been exchanged.
 
-    The other arguments, the errors and the numerics are those of all_gather; it returns a list.
+    Every rank gives as many, in the same order. The other arguments, the errors and the numerics are those of
+    all_gather; it returns a list. Ranks that give different numbers of tensors raise a ValueError, all of them.
 
     Example:
         >>> import te_nvfp4_cv as nv
@@ -166,6 +167,8 @@ def _start(
 ) -> list[AllGatherHandle]:
     """Exchange the metadata, and start the message of data."""
     group, ranks = collectives.check_group(group, caller)
+    if caller != "all_gather" and ranks > 1:
+        _check_count(tensors, group, caller)
     if not tensors:
         return []
     shards: list[Shard] = []
@@ -194,6 +197,23 @@ def _start(
         handles.append(AllGatherHandle(partial(_arrived, plan, pending, slice(first, first + len(plan.parts)))))
         first += len(plan.parts)
     return handles
+
+
+def _check_count(tensors: list[Any], group: Any, caller: str) -> None:
+    """Refuse lists of different lengths, whose messages would have different lengths, too.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    nothing = torch.empty(0, dtype=torch.int64, device=_device_of(tensors, group))
+    counts = [count for (count,) in collectives.gather_ints([len(tensors)], nothing, group)]
+    if len(set(counts)) > 1:
+        raise errors.value_error(
+            f"{caller}: the ranks give different numbers of tensors.",
+            got=f"{by_value(counts)} tensors",
+            needs="as many on every rank, in the same order",
+            fix="give an empty shard of the same kind, x[:0], where a rank has nothing",
+        )
 
 
 def _device_of(tensors: list[Any], group: Any) -> torch.device:

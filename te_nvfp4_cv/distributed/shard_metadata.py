@@ -206,8 +206,8 @@ def _one_nan(bits: int) -> int:
     return bits if bits <= _INF else _NAN
 
 
-def _by_value(values: Sequence[Any]) -> str:
-    """Describe the ranks' values for a message: '8 on ranks 0, 2; 16 on rank 1'."""
+def by_value(values: Sequence[Any]) -> str:
+    """Return the ranks' values in words, for a message: '8 on ranks 0, 2; 16 on rank 1'."""
     ranks: dict[Any, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(str(rank))
@@ -241,7 +241,7 @@ def check_alike(by_rank: list[Told], caller: str) -> None:
                 values = [bool(v) for v in values]
             raise errors.value_error(
                 f"{caller}: the ranks' shards are of different kinds.",
-                got=f"{name}: {_by_value(values)}",
+                got=f"{name}: {by_value(values)}",
                 needs="the same faces, dtype and settings on every rank",
                 fix="make the shards with equal quantizers, and pass the same dim",
             )
@@ -250,7 +250,7 @@ def check_alike(by_rank: list[Told], caller: str) -> None:
     if len(set(others)) > 1:
         raise errors.value_error(
             f"{caller}: the ranks' shards do not fit together.",
-            got=f"shape: {_by_value([told.shape for told in by_rank])}",
+            got=f"shape: {by_value([told.shape for told in by_rank])}",
             needs=f"shapes that differ in axis {axis} only",
             fix="split one tensor along that axis, or pass the dim along which it was split",
         )
@@ -260,7 +260,7 @@ def check_alike(by_rank: list[Told], caller: str) -> None:
         if by_rank[0].fields["packed"] and len(amaxes) > 1:
             raise errors.value_error(
                 f"{caller}: the ranks' shards have different tensor scales.",
-                got=f"amax_{face}: {_by_value([_value_of(told.amax[i]) for told in by_rank])}",
+                got=f"amax_{face}: {by_value([_value_of(told.amax[i]) for told in by_rank])}",
                 needs="one amax for the whole tensor, in bits",
                 fix="all_gather(x, group, quantizer=q) of the plain shards, or quantize them with "
                 "NVFP4Quantizer(with_amax_reduction=True, amax_reduction_group=group)",

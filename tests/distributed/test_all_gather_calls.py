@@ -96,7 +96,7 @@ def on_ranks_groups(ranks: Ranks) -> None:
 
 
 def on_ranks_several_tensors(ranks: Ranks) -> None:
-    """Plain, packed, with one face or two, in high precision: all in one message after the metadata."""
+    """Plain, packed, with one face or two, in high precision: all in one message after number and metadata."""
     q, q2 = quantizer("rht"), quantizer("2d", "row")
     x, shard = _rows(ranks)
     y, y_shard = _rows(ranks, 32, 48, torch.float32)
@@ -106,7 +106,7 @@ def on_ranks_several_tensors(ranks: Ranks) -> None:
     with calls_counted() as received, wire_bytes() as counter, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         got = coalesced(shards, ranks.group, quantizer=q)
-    assert len(received) == 2 and sum(received) == counter.received
+    assert len(received) == 3 and sum(received) == counter.received  # the number of tensors goes first
     for a, b in zip(got, expected, strict=True):
         assert_equal(a, b)
     handles = coalesced(shards, ranks.group, async_op=True, quantizer=q)
@@ -279,6 +279,16 @@ def on_ranks_arguments_of_one_rank(ranks: Ranks) -> None:
         else:
             with pytest.raises(ValueError, match=f"an error on rank {ranks.world - 1}"):
                 all_gather(shard, ranks.group, quantizer=q)
+        _assert_usable(ranks)
+
+
+def on_ranks_other_numbers_of_tensors(ranks: Ranks) -> None:
+    """A rank with fewer tensors, or with none, does not leave the others waiting."""
+    _, shard = _rows(ranks)
+    for fewer in (0, 1, 2):
+        count = fewer if ranks.rank == ranks.world - 1 else 3
+        with pytest.raises(ValueError, match=f"3 on rank.*; {fewer} on rank {ranks.world - 1} tensors"):
+            coalesced([shard] * count, ranks.group, quantizer=quantizer())
         _assert_usable(ranks)
 
 
