@@ -441,7 +441,13 @@ struct Reader {
 };
 
 // Writes 16 outputs: rounded to the nearest bf16, as store_round does one by one, which g++ leaves scalar.
-inline void store_outputs(float* y, const float* v) { std::memcpy(y, v, 64); }
+inline void store_outputs(float* y, const float* v) {
+#if defined(__AVX2__)
+    for (int h = 0; h < 16; h += 8) _mm256_storeu_ps(y + h, _mm256_loadu_ps(v + h));       // g++ makes four halves of a memcpy
+#else
+    std::memcpy(y, v, 64);
+#endif
+}
 inline void store_outputs(bf16* y, const float* v) {
 #if defined(__AVX2__)
     __m256i half[2];
@@ -457,13 +463,17 @@ inline void store_outputs(bf16* y, const float* v) {
 #endif
 }
 
+// The first of a tile's outputs in row r.
+template <class T>
+inline T* outputs_of(const Data& d, const Tile& tile, int64_t r, int64_t channel) { return static_cast<T*>(d.y) + tile.pixel[r] * d.groups * d.out_channels + channel; }
+
 // Rounds total * alpha + bias into the outputs of a tile, `columns` channels from `channel` on.
 template <class T>
 void store_tile(const Data& d, const Tile& tile, int64_t rows, int64_t channel, int columns, const float* total, float alpha) {
     float bias[16] = {0};
     if (d.bias) { if (columns == 16) std::memcpy(bias, d.bias + channel, 64); else std::memcpy(bias, d.bias + channel, size_t(columns) * 4); }
     for (int64_t r = 0; r < rows; ++r) {
-        T* y = static_cast<T*>(d.y) + tile.pixel[r] * d.groups * d.out_channels + channel;
+        T* y = outputs_of<T>(d, tile, r, channel);
         const float* c = total + 16 * r;
         float v[16];
         if (d.bias) { for (int j = 0; j < 16; ++j) v[j] = c[j] * alpha + bias[j]; }
@@ -510,9 +520,11 @@ void data_product(Data d) {
             const auto one = [&](const Tile& tile, int64_t m, int64_t p) {
                 const Outputs& o = outputs[size_t(p)];
                 const Walk walk{readers[k].a_step, PANEL, tile.a_offset + o.group_bytes, o.panel};
+                const int64_t rows = std::min<int64_t>(ROWS, last - m);
+                for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(outputs_of<T>(d, tile, r, o.channel), 1);   // or the stores wait for memory
                 float total[ROWS * 16];
                 multiply<true>(tile.segments, tile.count, walk, total);
-                store_tile<T>(d, tile, std::min<int64_t>(ROWS, last - m), o.channel, o.columns, total, alpha);
+                store_tile<T>(d, tile, rows, o.channel, o.columns, total, alpha);
             };
             // Few panels stay in the cache anyway, and then writing whole pixels is kinder to memory.
             if ((to - from) * panel_bytes <= SMALL) { for (int64_t i = 0; i < tiles_here; ++i) for (int64_t p = from; p < to; ++p) one(tiles[i], first + i * ROWS, p); }

@@ -909,23 +909,28 @@ void apply_mask(const U* dy, const uint8_t* mask, U* dx, int64_t n, int threads)
 // ------------------------------------------------------------------------------------------------ a digest of memory
 // CHAINS chains of two 64-bit words. A step takes in one word of memory; it is a bijection of that word for a given chain, and of
 // the chain for a given word, so one changed word always changes the digest. Sums and rotations only, which every vector unit has.
-constexpr int CHAINS = 16;
+typedef uint64_t Chains __attribute__((vector_size(32)));          // a word of four chains; compilers make scalars of it where no unit has them
+constexpr int FOURS = 4, CHAINS = 4 * FOURS;
 constexpr int64_t DIGEST_CHUNK = 1 << 18;                          // bytes: chunks are independent, so threads change nothing
 
-inline uint64_t turned(uint64_t v, int by) { return v << by | v >> (64 - by); }
+template <class V> inline V turned(V v, int by) { return v << by | v >> (64 - by); }
 
 void digest_chunk(const uint8_t* p, int64_t bytes, uint64_t* out) {
     constexpr uint64_t P = 0x9E3779B97F4A7C15u, Q = 0xC2B2AE3D27D4EB4Fu;       // odd
-    uint64_t a[CHAINS], b[CHAINS], w[CHAINS];
-    for (int i = 0; i < CHAINS; ++i) { a[i] = uint64_t(i + 1) * P; b[i] = ~a[i]; }
-    const auto step = [&] {
-        for (int i = 0; i < CHAINS; ++i) { a[i] = turned(a[i] + w[i], 19); b[i] = turned(b[i] ^ a[i], 37) + a[i]; }
+    constexpr int64_t STEP = 8 * CHAINS;
+    Chains a[FOURS], b[FOURS];                                     // stay in registers
+    for (int i = 0; i < CHAINS; ++i) { a[i / 4][i % 4] = uint64_t(i + 1) * P; b[i / 4][i % 4] = ~(uint64_t(i + 1) * P); }
+    const auto step = [&](const uint8_t* from) {
+        for (int i = 0; i < FOURS; ++i) {
+            Chains w; std::memcpy(&w, from + i * int64_t(sizeof w), sizeof w);
+            a[i] = turned(a[i] + w, 19); b[i] = turned(b[i] ^ a[i], 37) + a[i];
+        }
     };
-    for (; bytes >= int64_t(sizeof w); bytes -= int64_t(sizeof w), p += sizeof w) { std::memcpy(w, p, sizeof w); step(); }
-    if (bytes > 0) { std::memset(w, 0, sizeof w); std::memcpy(w, p, size_t(bytes)); step(); }
+    for (; bytes >= STEP; bytes -= STEP, p += STEP) step(p);
+    if (bytes > 0) { uint8_t rest[STEP] = {0}; std::memcpy(rest, p, size_t(bytes)); step(rest); }
     out[0] = out[1] = 0;
     for (int i = 0; i < CHAINS; ++i)
-        for (const uint64_t v : {a[i], b[i]}) { out[0] = turned((out[0] ^ v) * P, 31); out[1] = turned((out[1] + v) * Q, 29); }
+        for (const uint64_t v : {a[i / 4][i % 4], b[i / 4][i % 4]}) { out[0] = turned((out[0] ^ v) * P, 31); out[1] = turned((out[1] + v) * Q, 29); }
 }
 
 // 128 bits that depend on every byte; data of another length must be told apart by its length.
