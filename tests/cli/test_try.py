@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
-from te_nvfp4_cv.cli.trial import files, programs, training
+from te_nvfp4_cv.cli.trial import exported, files, programs, training
 from te_nvfp4_cv.cli.trial.cells import Trial, answer
 from te_nvfp4_cv.cli.trial.control import control
 from te_nvfp4_cv.cli.trial.run import CHECKS, try_model
@@ -233,11 +233,78 @@ def test_lists_finds_layers_that_one_of_them_lacks(monkeypatch: Any) -> None:
         files._agree("save", {"a"}, {"a", "b", "c"}, {"a", "b"})
 
 
-def test_onnx_finds_other_values(monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.head.weight_scale_2", "model.head differs by 1"),
+        ("model.body.1.weight", "the input of model.head differs by "),
+        ("y", "the output differs by "),
+    ],
+)
+def test_onnx_finds_what_is_wrong_and_where(name: str, told: str, monkeypatch: Any) -> None:
     pytest.importorskip("onnxruntime")
-    real = files.runtime.run
-    monkeypatch.setattr(files.runtime, "run", lambda *args: [2 * y for y in real(*args)])
-    assert found("onnx", subject()) == (False, "onnxruntime differs by 1")
+    onnx = pytest.importorskip("onnx")
+    real = exported.to_onnx
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        made = real(*args, **kwargs)
+        proto = onnx.load(made.files[0])
+        if name == "y":  # everything behind the last layer
+            node = next(node for node in proto.graph.node if "y0" in node.output)
+            node.output[:] = ["before"]
+            proto.graph.node.append(onnx.helper.make_node("Relu", ["before"], ["y0"]))
+        for tensor in proto.graph.initializer:
+            if tensor.name == name:
+                values = onnx.numpy_helper.to_array(tensor)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values * 2, name))
+        onnx.save(proto, made.files[0])
+        return made
+
+    monkeypatch.setattr(exported, "to_onnx", wrong)
+    ok, text = found("onnx", subject())
+    assert ok is False and text.startswith(f"onnxruntime: {told}")
+
+
+def test_onnx_lets_codes_at_ties_differ(monkeypatch: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    real = exported.runtime.run
+    monkeypatch.setattr(exported.runtime, "run", lambda *args: [1.5 * y for y in real(*args)])
+    assert found("onnx", subject()) == (True, "layers equal, 0.5 in all")
+
+
+class Reads(nn.Module):
+    """Layers in odd places: one of a table, one called twice, one whose output nobody reads, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor
+        self.register_buffer("table", normal((5, 32)))
+        self.embed, self.twice, self.unread = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.mix = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(x).relu() + self.embed(self.table))
+        if not self.training:
+            self.unread(x)
+        return self.mix(x, x, x)[0] + self.unread(x) if self.training else self.mix(x, x, x)[0]
+
+
+def test_onnx_follows_layers_in_odd_places(monkeypatch: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    traced: dict[str, Any] = {}
+    real = exported.runtime.trace
+
+    def noted(*args: Any) -> Any:
+        outputs, calls = real(*args)
+        traced.update({name: len(values) for name, values in calls.items()})
+        return outputs, calls
+
+    monkeypatch.setattr(exported.runtime, "trace", noted)
+    tried = Subject("reads", Reads, (normal((3, 5, 32)),))
+    assert found("onnx", tried)[0] is True
+    assert traced == {
+        "model.embed": 1, "model.twice": 2, "model.mix.out_proj.packed_weight": 1, "model.mix.packed_in_proj_weight": 1,
+    }
 
 
 def test_fuse_finds_other_values(monkeypatch: Any) -> None:
@@ -354,4 +421,5 @@ def test_what_begins_at_zero_gets_values() -> None:
 def test_errors_of_outputs() -> None:
     a = [torch.tensor([3.0, 4.0])]
     assert relative(a, [torch.tensor([3.0, 3.0])]) == pytest.approx(0.2)
+    assert relative(a, [torch.tensor([float("nan"), 4.0])]) == float("inf")  # as wrong as can be, not as right
     assert relative(a, [torch.ones(3)]) == float("inf") and relative([torch.zeros(1)], [torch.zeros(1)]) == 0

@@ -19,9 +19,7 @@ from zoo.models import LIGHT, MODELS, in_turn, library_of  # noqa: E402  isort: 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Findings that are open: of these checks alone a model may fail.
 OPEN = {
-    "torchvision/mobilenet_v2": {"onnx"},  # onnxruntime is 0.57 off the loaded model; the cause is not known
-    "torchvision/squeezenet1_1": {"onnx"},  # 0.15 off; likewise
-    "torchvision/regnet_y_400mf": {"gradient"},  # 2.12 off, where the control is 1.03 off; likewise
+    "torchvision/regnet_y_400mf": {"gradient"},  # 2.12 off, where the control is 1.03 off; the cause is not known
     # The control's own mode is off when a checkpoint recomputes, so torch finds other tensors: a fault of the check.
     "torchvision/densenet, memory_efficient": {"gradient"},
 }

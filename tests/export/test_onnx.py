@@ -100,6 +100,22 @@ def test_row_scales_of_a_padded_1x1_convolution(padding: dict[str, Any], form: s
     assert difference(run(made.files[0], x, form), model(x)) < 1e-5
 
 
+def test_portable_codes_are_the_layers_own_next_to_ties(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    amax = torch.tensor(3.1415927)
+    s_dec = 1 / (torch.tensor(2688.0) / amax)
+    # One block a row: 6 times its scale, and values at ties. Whether a quotient or a product rounds them decides.
+    scale = torch.arange(448, 0, -1.0).to(torch.float8_e4m3fn).float().unique().flip(0)[:, None] * s_dec
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])[torch.randint(7, (len(scale), 15))]
+    x = torch.cat([scale * 6, scale * ties * torch.randn(ties.shape).sign()], dim=1)
+    x[0, 0] = amax
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    nn.init.eye_(model[0].weight)
+    become(model[0], quantize_layer(model[0], RECIPE), RECIPE)
+    found = run(to_onnx(model, x, tmp_path / "m.onnx", "portable").files[0], x, "portable")
+    assert difference(found, model(x)) < 1e-6
+
+
 def test_no_path_of_this_machine_is_in_the_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Net()

@@ -1,22 +1,17 @@
-"""The checks of the trained model's files: saved and loaded, listed alike everywhere, exported to ONNX."""
+"""The checks of the trained model's packed file: saved and loaded, listed alike everywhere."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.cli.trial.cells import Cell, Finding, NotHere, Trial, plainly
-from te_nvfp4_cv.cli.trial.subject import descend, evaluate, floats, relative, same, seeded
+from te_nvfp4_cv.cli.trial.cells import Cell, Finding, Trial
+from te_nvfp4_cv.cli.trial.subject import descend, evaluate, relative, same, seeded
 from te_nvfp4_cv.export.checkpoints import Saved, load, save
-from te_nvfp4_cv.export.onnx import runtime
-from te_nvfp4_cv.export.onnx.convert import to_onnx
 from te_nvfp4_cv.export.ptq.post_training import quantize
 from te_nvfp4_cv.report.watch import coverage
-
-ONNX_ERROR = 0.05  # onnxruntime divides by a scale where the layers multiply by its reciprocal: some codes differ
 
 
 class Trained:
@@ -99,80 +94,3 @@ def _agree(what: str, expected: set[str], found: set[str], among: set[str]) -> N
         raise Finding(f"{len(missing)} layers not in NVFP4 by {what}: {missing[0] or 'the model'}")
     if more:
         raise Finding(f"{len(more)} layers in NVFP4 by {what} alone: {more[0] or 'the model'}")
-
-
-def onnx(trial: Trial) -> Cell:
-    """Export the loaded model to ONNX and run it in onnxruntime: the model's values, but for rounding ties."""
-    args, kwargs = trial.subject.evaluation_call()
-    inputs = [*args, *kwargs.values()]
-    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        raise NotHere("inputs that are no tensors")
-    model = positional(trained(trial).loaded, len(args), tuple(kwargs))
-    seeded()
-    with torch.no_grad():
-        expected = [y.float() for y in model(*inputs)]
-    outputs = tuple(f"y{index}" for index in range(len(expected)))
-    path, how = trial.folder / "model.onnx", ""
-    call: dict[str, Any] = dict(form="portable", input_names=tuple(f"x{i}" for i in range(len(inputs))))
-    try:
-        file = to_onnx(model, tuple(inputs), path, output_names=outputs, **call)
-    except Exception:  # many models fix their batch size in the trace
-        how = ", this batch size only"
-        try:
-            file = to_onnx(model, tuple(inputs), path, output_names=outputs, dynamic_batch=False, **call)
-        except Exception:
-            plainly(lambda: _plain_export(trial, args, kwargs), "torch")
-            raise
-    error = relative(expected, runtime.run(file.files[0], inputs))
-    if not error <= ONNX_ERROR:
-        raise Finding(f"onnxruntime differs by {error:.2g}")
-    return Cell(True, ("equal" if error < 1e-4 else f"{error:.2g}") + how)
-
-
-def _plain_export(trial: Trial, args: Any, kwargs: Any) -> None:
-    """Export the model in high precision, by torch alone."""
-    model = positional(trial.copy(), len(args), tuple(kwargs))
-    torch.onnx.export(model, (*args, *kwargs.values()), dynamo=True, verbose=False)
-
-
-class _Positional(nn.Module):
-    """A model that takes its keyword arguments by position, and returns a tuple of its floating-point tensors."""
-
-    def __init__(self, model: nn.Module, count: int, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model, self.count, self.names = model, count, names
-
-    def call(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Call the model."""
-        named: dict[str, Any] = dict(zip(self.names, inputs[self.count :], strict=True))
-        return tuple(floats(self.model(*inputs[: self.count], **named)))
-
-
-class _One(_Positional):
-    def forward(self, a: Tensor) -> tuple[Tensor, ...]:
-        """Call the model with one input: torch.export reads the names of inputs from the signature."""
-        return self.call(a)
-
-
-class _Two(_Positional):
-    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        """Call the model with two inputs."""
-        return self.call(a, b)
-
-
-class _Three(_Positional):
-    def forward(self, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        """Call the model with three inputs."""
-        return self.call(a, b, c)
-
-
-def positional(model: nn.Module, count: int, names: tuple[str, ...]) -> nn.Module:
-    """Return the model in evaluation mode, to be called with tensors by position alone.
-
-    Raises:
-        NotHere: It takes more than three.
-    """
-    kinds = (_One, _Two, _Three)
-    if not 0 < count + len(names) <= len(kinds):
-        raise NotHere(f"{count + len(names)} inputs")
-    return kinds[count + len(names) - 1](model, count, names).eval()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from te_nvfp4_cv.cli.trial import files, programs, training
+from te_nvfp4_cv.cli.trial import exported, files, programs, training
 from te_nvfp4_cv.cli.trial.cells import Cell, Check, Trial, answer, in_words
 from te_nvfp4_cv.cli.trial.subject import Subject
 from te_nvfp4_cv.errors import value_error
@@ -24,7 +24,7 @@ CHECKS: dict[str, Check] = {
     "both": programs.compiled_checkpointed,
     "save": files.saved,
     "lists": files.listed,
-    "onnx": files.onnx,
+    "onnx": exported.onnx,
     "fuse": programs.fused,
     "ema": programs.averaged,
     "channels_last": programs.channels_last,

@@ -205,8 +205,10 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def relative(a: list[Tensor], b: list[Tensor]) -> float:
-    """Return |b - a| / |a| over all tensors, infinity if the shapes differ."""
+    """Return |b - a| / |a| over all tensors, infinity if the shapes differ, or the places of NaN."""
     if [t.shape for t in a] != [t.shape for t in b]:
+        return float("inf")
+    if not all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(a, b, strict=True)):
         return float("inf")
     wrong = sum(float((x - y).nan_to_num().double().square().sum()) for x, y in zip(a, b, strict=True))
     square = sum(float(x.nan_to_num().double().square().sum()) for x in a)

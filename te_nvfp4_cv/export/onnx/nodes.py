@@ -4,7 +4,8 @@
                          tensor scale), axis=1, block_size=16), since a scale must have the type of the result
     weight, "portable"   uint8 [N, K / 2]: BitwiseAnd, BitShift, Gather from the 16 values, times both scales
     x                    channels last, padded to blocks of 16, amax, s_b = e4m3(amax_b S_enc / 6), then
-                         QuantizeLinear to FLOAT4E2M1 and DequantizeLinear ("qdq"), or comparisons ("portable")
+                         QuantizeLinear to FLOAT4E2M1 and DequantizeLinear ("qdq"), or comparisons ("portable", with
+                         the codes of the layer, bit for bit)
     layer                Conv, ConvTranspose, or MatMul ("matmul", and linear layers) of the two, plus bias
 
 4over6 of activations has no such form; convert.py refuses it.
@@ -154,12 +155,16 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
     # Limited here, so that nothing depends on how a runtime's cast treats larger values.
     wanted = g.op("Min", [wanted, g.constant("e4m3_max", 448.0)])
     s_b = g.op("Cast", [g.op("Cast", [wanted], to=TensorProto.FLOAT8E4M3FN)], to=TensorProto.FLOAT)
-    scale = g.op("Mul", [s_b, g.op("Div", [one, s_enc])])
+    # 1 / S_enc by way of -1: onnxruntime rewrites s * (1 / S) to s / S, which rounds once and not twice.
+    s_dec = g.op("Neg", [g.op("Div", [g.constant("minus_one", -1.0), s_enc])])
+    scale = g.op("Mul", [s_b, s_dec])
     # A block of zeros has the scale 0, by which the quantizer must not divide.
     safe = g.op("Where", [g.op("Greater", [scale, zero]), scale, one])
     if portable:
-        unit, divisor = (g.op("Unsqueeze", [s, g.ints("block_axis", [-1])]) for s in (scale, safe))
-        v = g.op("Div", [g.op("Reshape", [x, g.ints("x_blocks", by_block)]), divisor])
+        # As the kernels do, x times the reciprocal: next to a tie x / scale would give other codes.
+        enc = g.op("Min", [g.op("Div", [one, safe]), g.constant("float_max", np.finfo(np.float32).max)])
+        unit, factor = (g.op("Unsqueeze", [s, g.ints("block_axis", [-1])]) for s in (scale, enc))
+        v = g.op("Mul", [g.op("Reshape", [x, g.ints("x_blocks", by_block)]), factor])
         q = g.op("Mul", [_to_e2m1(g, v), unit])
         return g.op("Reshape", [q, g.ints("x_padded", [*keep, groups * blocks * BLOCK])])
     codes = g.op("QuantizeLinear", [x, safe], axis=rank - 1, block_size=BLOCK, output_dtype=TensorProto.FLOAT4E2M1)
