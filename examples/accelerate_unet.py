@@ -5,7 +5,7 @@
     python examples/accelerate_unet.py --steps 16 --folder runs/accelerate --resume
 
 The script trains the UNet on random images. Two lines differ from a plain accelerate script: nvfp4_autocast around the
-forward pass, and nv.extra_state in the checkpoint (save_state already saves weights, optimizer and random states).
+forward pass, and NVFP4State in the checkpoint (save_state already saves weights, optimizer and random states).
 Resume with the same number of processes, and from a state saved after an optimizer step: gradients that are still
 accumulating are not saved.
 """
@@ -16,7 +16,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # te_nvfp4_cv of this checkout, where it is not installed
@@ -24,32 +23,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # te_nvfp4_cv of this
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import gather_object  # noqa: E402
 from unet_coco.unet import UNet  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
+from te_nvfp4_cv.integrations.accelerate import NVFP4State  # noqa: E402
 
 CLASSES = 4
-
-
-class NVFP4State:
-    """Hold nv.extra_state of every process, in the form that Accelerator.register_for_checkpointing needs."""
-
-    def __init__(self, model: torch.nn.Module, accelerator: Accelerator) -> None:
-        self.model, self.accelerator = model, accelerator
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-exact resume needs beyond weights, optimizer and random states.
-
-        The main process writes it to the checkpoint.
-        """
-        return {"processes": gather_object([nv.extra_state(self.model)])}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state. load_state has already restored torch's random state, so nothing is seeded here."""
-        if len(state["processes"]) != self.accelerator.num_processes:
-            raise RuntimeError(f"saved by {len(state['processes'])} processes: resume with as many")
-        nv.extra_state(self.model, load=state["processes"][self.accelerator.process_index])
 
 
 def batch(step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     nv.set_precision(model, recipe)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(NVFP4State(model, accelerator))
+    accelerator.register_for_checkpointing(NVFP4State(model))
     start = 0
     if options.resume:
         accelerator.load_state(str(options.folder))

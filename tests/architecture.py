@@ -36,6 +36,7 @@ ROOMS = {  # an optional package: patterns of the files that may import it; * al
     "lightning": "integrations/lightning.py",
     "pytorch_lightning": "integrations/lightning.py",
     "accelerate": "",
+    "transformers": "integrations/transformers.py",
     "torchvision": "cli/torchvision_ops.py",
 }
 

@@ -1,1 +1,1 @@
-"""Connect NVFP4 to other frameworks: PyTorch Lightning and TransformerEngine."""
+"""Connect NVFP4 to other frameworks: PyTorch Lightning, TransformerEngine, Hugging Face's Trainer and accelerate."""

@@ -26,6 +26,7 @@ from torch import nn
 
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import runtime_error, value_error
+from te_nvfp4_cv.integrations.ranks import gathered, of_this_rank, world
 from te_nvfp4_cv.nn.precision import matches, set_precision
 from te_nvfp4_cv.nn.resume import extra_state
 from te_nvfp4_cv.recipe.block_scaling import as_recipe
@@ -173,7 +174,7 @@ class NVFP4Precision(_Base):
     def forward_context(self) -> Iterator[None]:
         """Enter torch.autocast and nvfp4_autocast, for one step."""
         # Asked at each step: the process group does not exist when the plugin is made.
-        group = torch.distributed.group.WORLD if self.share_amax and _world() > 1 else None
+        group = torch.distributed.group.WORLD if self.share_amax and world() > 1 else None
         context = nvfp4_autocast(self.recipe, backend=self.backend, amax_reduction_group=group)
         with self.autocast_context_manager(), context:
             yield
@@ -186,29 +187,17 @@ class NVFP4Precision(_Base):
         if self._module is not None:
             own["nvfp4"] = extra_state(self._module)
         scaler = {"scaler": super().state_dict()}
-        world = _world()
-        if world == 1:
-            return scaler | own
-        ranks: list[Any] = [None] * world
         # Lightning writes rank 0's state_dict only, so it has to hold the states of all ranks.
-        torch.distributed.all_gather_object(ranks, own)
-        return scaler | {"ranks": ranks}
+        return scaler | (own if world() == 1 else {"ranks": gathered(own)})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where state_dict() was taken."""
         if state_dict.get("scaler"):
             super().load_state_dict(state_dict["scaler"])
-        ranks = state_dict.get("ranks", [state_dict])
         # A checkpoint of one rank has no "ranks": it is the list's only element.
-        own = ranks[torch.distributed.get_rank()] if len(ranks) == _world() > 1 else ranks[0]
+        own = of_this_rank(state_dict.get("ranks", [state_dict]))
         torch.set_rng_state(own["rng"])  # first: extra_state checks torch's seed
         if self.device == "cuda" and "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"])
         if self._module is not None and "nvfp4" in own:
             extra_state(self._module, load=own["nvfp4"])
-
-
-def _world() -> int:
-    """Return the number of ranks, which is 1 without torch.distributed."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1

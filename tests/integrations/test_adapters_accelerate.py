@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv.integrations.accelerate import NVFP4State
 from te_nvfp4_cv.layer import observe
 from tests.distributed.launch import ROOT, torchrun
 from tests.helpers import same_bits
@@ -128,12 +129,17 @@ def test_two_processes(tmp_path: Path):
     assert len(saved["processes"]) == 2
 
 
-def test_another_number_of_processes_is_refused(example, tmp_path):
-    run(example, "--steps", "2", "--folder", str(tmp_path))
+def test_another_number_of_processes_goes_on_with_a_warning(example, tmp_path):
+    losses = run(example, "--steps", "2", "--folder", str(tmp_path))
     path = tmp_path / "custom_checkpoint_0.pkl"
     torch.save({"processes": 2 * torch.load(path, weights_only=True)["processes"]}, path)
-    with pytest.raises(RuntimeError, match="saved by 2 processes"):
-        run(example, "--steps", "4", "--folder", str(tmp_path), "--resume")
+    with pytest.warns(UserWarning, match="states of 2 ranks, this run has 1"):
+        assert run(example, "--steps", "4", "--folder", str(tmp_path), "--resume")[0] < losses[0]
+
+
+def test_a_state_of_another_object_is_refused():
+    with pytest.raises(ValueError, match="not what it saved"):
+        NVFP4State(torch.nn.Linear(16, 16)).load_state_dict({"step": 3})
 
 
 def test_a_resume_without_a_folder_is_refused(example, capsys):
