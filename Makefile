@@ -39,8 +39,10 @@ wheel: $(VENV)/bin/python
 	rm -rf build/lib* build/bdist.* dist/*.whl
 	TE_NVFP4_CV_WHEEL=1 PIP_CONSTRAINT=constraints.txt $(PIP) wheel --no-deps -w dist .
 
-# Models of other libraries, in an environment of their own, with the same torch; goes on where it stopped.
+# Models and training loops of other libraries, in an environment of their own, with the same torch; the models go on
+# where they stopped.
 zoo: $(ZOO)/.made
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -m pytest -q tests/examples/test_frameworks.py tests/integrations/test_adapters_transformers.py
 	$(ZOO)/bin/python examples/zoo/run.py
 	$(ZOO)/bin/python examples/zoo/page.py
 

@@ -27,12 +27,16 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"  # written here by make docs of earlier
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("*.md")} - {TUTORIAL})]
 TEXT = {path.stem if path.parent.name == "docs" else path.name: path.read_text(encoding="utf-8") for path in PAGES}
 PYTHON = {"TRAINING": (), "WATCH": ("TRAINING",), "HOWTO": ()}  # a page with Python: the pages that it continues
-NOT_RUN = {"TRY": "a sketch of a function that the user writes; tests/cli/test_try.py runs such a function"}
+NOT_RUN = {
+    "TRY": "a sketch of a function that the user writes; tests/cli/test_try.py runs such a function",
+    "FRAMEWORKS": "a line of a script; tests/integrations/test_adapters_transformers.py",
+}
 ELSEWHERE = {  # a command that is not run here: why, or where
     "pip install .": "tests/test_packaging.py installs the wheel; here it would change the environment",
     "make ": "the targets are shown to exist below; tests/examples trains as make demo does",
     "bash examples/benchmarks/gpu_suite.sh": "tests/examples/test_gpu_suite.py",
     "torchrun ": "tests/distributed/test_trainer.py",
+    "docker ": "no docker here: tests/examples/test_frameworks.py lints the Dockerfile",
     "te-nvfp4-cv selftest": "tests/selftest",
     "python=$PWD/.venv/bin/python": "needs a git checkout with its environment and two runs of all cases: by hand",
     "git worktree ": "the same lines of CONTRIBUTING.md",
@@ -61,7 +65,7 @@ def run_python(page: str, names: dict[str, Any]) -> None:
 
 
 def test_no_page_with_python_is_forgotten():
-    assert {page for page in TEXT if blocks(page, "python")} - {"README.md"} == PYTHON.keys() | NOT_RUN
+    assert {page for page in TEXT if blocks(page, "python")} - {"README.md"} == PYTHON.keys() | NOT_RUN.keys()
 
 
 def test_training_and_watching(capsys, tmp_path, monkeypatch):

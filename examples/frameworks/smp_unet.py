@@ -4,10 +4,10 @@
 
 Two lines differ from a plain loop: prepare after create_model, and the context around forward and loss. What the
 library hides from the context:
-- It has no loop, EMA or autocast of its own. In the PyTorch Lightning loop that its pages show, use NVFP4Precision.
+- It has no loop, and so no autocast, EMA or random state; it compiles nothing. In PyTorch Lightning use NVFP4Precision.
 - Its encoders are timm's or its own; those of 3 input channels begin with a convolution that stays in high precision.
 - Losses compute in fp32 on what the model returns; they call no convolution, so they may stand in the context.
-- model.save_pretrained writes plain weights, which load with NVFP4 and without it.
+- Checkpoints of model.save_pretrained are plain weights, which load with NVFP4 and without it.
 """
 
 import argparse

@@ -7,7 +7,7 @@ timm's amp_autocast. What timm hides from the context:
 - amp_autocast is torch.autocast and works together with it (bf16 on a GPU; a CPU without bf16 units wants fp32).
 - torch.compile (--torchcompile) traces the context. Call prepare before it.
 - ModelEmaV3 copies the model and averages plain weights; its evaluation runs in NVFP4 inside of the context only.
-- timm's checkpoints hold weights, optimizer and scaler, no random state: a resumed run is a new run from these weights.
+- Its checkpoints hold weights, optimizer and scaler, no random state: a resumed run is not bit for bit the whole one.
 """
 
 import argparse
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     with torch.no_grad(), nvfp4:
         right = (averaged.module.eval()(images).argmax(1) == target.argmax(1)).float().mean()
     share = nv.coverage(model, images, recipe=recipe).nvfp4_flops_share
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, averaged weights right for {right:.0%}, {share:.0%} of FLOPs in NVFP4")
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, averaged weights right for {right:.0%}")
+    print(f"{share:.0%} of FLOPs in NVFP4")
     return losses
 
 

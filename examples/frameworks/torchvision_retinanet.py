@@ -5,9 +5,8 @@
 Two lines differ from the reference's engine.py and train.py: prepare after the model is built, and the context inside
 of its torch.amp.autocast. What the reference hides from the context:
 - With --amp it uses float16 and a GradScaler. bf16 needs no scaler; a CPU without bf16 units wants fp32.
-- Weights that do not train (--trainable-backbone-layers) still run in NVFP4; their product for the gradient is left out.
-- Its checkpoints hold weights, optimizer and schedule, no random state; nv.extra_state and the random state make a
-  resume exact. It has no EMA for detection.
+- Weights that do not train (--trainable-backbone-layers) still run in NVFP4, without the product for their gradient.
+- Its checkpoints hold no random state; add it and nv.extra_state for an exact resume. It has no EMA, no compilation.
 """
 
 import argparse
@@ -41,7 +40,7 @@ def batches(steps: int, count: int = 4):
 
 
 def build() -> RetinaNet:
-    """Return a RetinaNet on a ResNet-18, with GroupNorm: nothing here is pretrained, so frozen batch norms would not do."""
+    """Return a RetinaNet on a ResNet-18, with GroupNorm: frozen batch norms would need pretrained weights."""
     norm = partial(nn.GroupNorm, 16)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=norm, trainable_layers=5)
     model = RetinaNet(backbone, num_classes=2, min_size=SIZE, max_size=SIZE)
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         optimizer.step()
         warmup.step()
         losses.append(loss.item())
-        print(f"loss {losses[-1]:.3f}")
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     print(f"{nv.coverage(model, images, targets, recipe='detection').nvfp4_flops_share:.0%} of FLOPs in NVFP4")
     return losses
 

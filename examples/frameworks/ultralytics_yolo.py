@@ -5,9 +5,9 @@
 A subclass of the trainer enters the context around training; everything else is ultralytics'. A subclass and not
 model.add_callback, because the processes that it starts for several GPUs import the trainer's class and know no
 callbacks, and because no callback runs where it halves the batch size after running out of memory. What it hides:
-- Its autocast is float16 with a GradScaler (amp=True), after a check that downloads a model; amp="bf16" needs no scaler.
-- Its EMA is a copy of the model, and validation scores the EMA: in NVFP4 here, since it runs inside of train(). What you
-  load afterwards, and val() on it, runs in high precision unless you enter the context again.
+- Its autocast is float16 with a GradScaler (amp=True), after a check that downloads a model; "bf16" needs no scaler.
+- Its EMA is a copy of the model, and validation scores the EMA: in NVFP4 here, since it runs inside of train(). What
+  you load afterwards, and val() on it, runs in high precision unless you enter the context again.
 - compile=True compiles the model before the first batch, inside of the context.
 - Its checkpoints are pickles of the EMA in half precision. They hold what set_precision notes at a layer, and need
   te_nvfp4_cv to be loaded if anything was noted (here: nothing). They hold no random state: a resume is not exact.
@@ -48,7 +48,7 @@ class NVFP4Trainer(DetectionTrainer):
 
     def train(self) -> None:
         self.losses = []
-        self.add_callback("on_train_epoch_end", lambda trainer: trainer.losses.append(float(sum(trainer.tloss.values()))))
+        self.add_callback("on_train_epoch_end", lambda own: own.losses.append(float(sum(own.tloss.values()))))
         with nv.nvfp4_autocast("default"):
             super().train()
 
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("runs/yolo"))
     options = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available()
     settings = dict(
-        model=options.model, data=str(draw(options.folder / "data")), epochs=options.epochs, imgsz=64, batch=8, workers=0,
-        amp="bf16" if torch.cuda.is_available() else False, project=str(options.folder.resolve()), name="train",
-        exist_ok=True, plots=False, pretrained=False, warmup_epochs=0, optimizer="AdamW", lr0=2e-3, mosaic=0, seed=0,
-        device=0 if torch.cuda.is_available() else "cpu", verbose=False,
+        model=options.model, data=str(draw(options.folder / "data")), epochs=options.epochs, imgsz=64, batch=8, nbs=8,
+        workers=0, amp="bf16" if gpu else False, device=0 if gpu else "cpu", project=str(options.folder.resolve()),
+        exist_ok=True, plots=False, pretrained=False, warmup_epochs=0, optimizer="AdamW", lr0=2e-3, mosaic=0,
     )
     trainer = NVFP4Trainer(overrides=settings)
     trainer.train()
