@@ -31,7 +31,7 @@ def gathered(own: Any) -> list[Any]:
 def of_this_rank(states: Sequence[Any]) -> Any:
     """Return this rank's state, or that of rank 0, with a warning, if another number of ranks saved them."""
     if len(states) != world():
-        text = f"The checkpoint has the states of {len(states)} ranks, this run has {world()}: each takes those of rank 0"
-        warnings.warn(f"{text}, and the run does not go on bit for bit.", UserWarning, stacklevel=3)
+        text = f"The checkpoint has states of {len(states)} ranks, this run has {world()}: each takes those of rank 0,"
+        warnings.warn(f"{text} and the run does not go on bit for bit.", UserWarning, stacklevel=3)
         return states[0]
     return states[torch.distributed.get_rank()] if len(states) > 1 else states[0]

@@ -110,7 +110,7 @@ def test_each_example_is_short_and_says_what_its_framework_hides() -> None:
         assert len(text.splitlines()) < 80, name
         head = text.split('"""')[1]
         assert "hides" in head and f"python examples/frameworks/{name}.py" in head and f"frameworks/{name}.py" in page
-        for subject in ("autocast", "compile", "EMA|averages", "checkpoint", "random state"):
+        for subject in ("autocast", "compil", "EMA", "checkpoint", "random state"):
             assert re.search(subject, head, re.IGNORECASE), f"{name} does not say what becomes of {subject}"
 
 
