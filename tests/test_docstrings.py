@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import inspect
+import pydoc
+import re
 from typing import Any
 
 import pytest
@@ -45,6 +47,17 @@ def test_the_example_of_a_public_name_runs(name, tmp_path, monkeypatch):
         told: list[str] = []
         runner.run(test, out=told.append, clear_globs=True)
         assert not "".join(told), "".join(told)
+
+
+HELPED = "nvfp4_autocast prepare set_precision NVFP4BlockScaling NVFP4Conv2d coverage load_recipe convert_model fuse gemm"
+
+
+@pytest.mark.parametrize("name", HELPED.split())
+def test_help_shows_an_example_before_what_is_inherited(name):
+    """What help() prints: of a class, the example must stand in its head and not be a method's or torch's."""
+    text = pydoc.render_doc(getattr(nv, name), renderer=pydoc.plaintext)
+    head = re.split(r"Method resolution order|Methods defined here", text)[0]
+    assert "Example:" in head and ">>> " in head
 
 
 @pytest.mark.skipif(not HAVE_LIGHTNING, reason="PyTorch Lightning is not installed")
