@@ -9,6 +9,8 @@ A TorchFunctionMode sees the calls of unmodified modules. Inside its handler it 
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
@@ -37,12 +39,16 @@ from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 _OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
-_LAYERS = {getattr(F, op): op for op in _OPS}
 _ATEN = {op: getattr(torch.ops.aten, op) for op in _OPS}
+# Exported programs (torch.export, make_fx) call overloads of ATen's operators. The operators themselves stay free for
+# layers that a graph of torch.compile runs in high precision.
+_EXPORTED = {getattr(aten, name): op for op, aten in _ATEN.items() for name in aten.overloads() if name != "out"}
+_LAYERS = {getattr(F, op): op for op in _OPS} | _EXPORTED
+_DIRECT = {torch.convolution, torch.ops.aten.convolution.default}  # below the layers: nothing tells what they compute
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _ATTENTION = without_override_check(F.multi_head_attention_forward)
 _UNFLATTEN = Tensor.unflatten  # written in Python: Dynamo does not find such a method in a set, nor trace it in a mode
-_OTHERS = {*_RELUS, F.multi_head_attention_forward, *constants.TAKING} - {_UNFLATTEN}
+_OTHERS = {*_RELUS, F.multi_head_attention_forward, *_DIRECT, *constants.TAKING} - {_UNFLATTEN}
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
 
@@ -89,6 +95,8 @@ class Mode(TorchFunctionMode):
         if function is F.multi_head_attention_forward:
             with self:  # its projections are calls of F.linear: run its body under the mode
                 return _ATTENTION(*args, **kwargs)
+        if function in _DIRECT:
+            return _direct(function, args, kwargs)
         return constants.take(function, args, kwargs)
 
     def _at_home(self) -> AbstractContextManager[Any]:
@@ -105,7 +113,7 @@ def _traces_bodies(function: Any) -> bool:
     """Return True for a higher-order operator whose body Dynamo will trace with the mode on."""
     if not isinstance(function, HigherOrderOperator):
         return False
-    found = higher_order.trace_bodies_under(Mode)
+    found = higher_order.trace_bodies_under(Mode, local)
     if not found:
         warn_once(
             f"body {function}",
@@ -175,6 +183,32 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not traced:
         shortfall.ran(w, x if "transpose" in op else y)
     return y
+
+
+_DIRECT_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+_RUNTIME = os.path.join("_aot_autograd", "runtime_wrappers.py")
+
+
+def _direct(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a call of torch.convolution in high precision, and count it as missed."""
+    y = function(*args, **kwargs)
+    if not torch.compiler.is_compiling() and active_recipe() is not None and not _in_a_graph():
+        given = {**dict(zip(_DIRECT_NAMES, args, strict=False)), **kwargs}
+        op = "conv_transpose" if given["transposed"] else "conv"
+        told = observe.Call(op, given["weight"], given["input"], None, None, "torch.convolution called directly")
+        shortfall.missed(told, y, given["groups"])
+    return y
+
+
+def _in_a_graph() -> bool:
+    """Return True if AOTAutograd, on which most backends of torch.compile build, is running a graph that it has made.
+
+    What runs there in high precision was decided when the graph was traced.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.endswith(_RUNTIME):
+        frame = frame.f_back
+    return frame is not None
 
 
 def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | None, str]:

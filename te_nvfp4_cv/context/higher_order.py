@@ -18,9 +18,12 @@ from te_nvfp4_cv.backend.torch_private import constant_in_graphs
 
 
 @functools.lru_cache(maxsize=1)
-def trace_bodies_under(mode: type) -> bool:
+def trace_bodies_under(mode: type, stacks: object) -> bool:
     """Make Dynamo trace the bodies of higher-order operators with a mode of that class on. Works once per process.
 
+    Args:
+        stacks: the object that remembers contexts and entries. A body may change it, which Dynamo allows to no other:
+            all that enters a context or a module leaves it again before the body ends.
     Returns:
         False if this version of torch is built otherwise, and nothing was changed.
     """
@@ -44,7 +47,22 @@ def trace_bodies_under(mode: type) -> bool:
 
     # The operators' class looks the function up at each call.
     torch_function.dispatch_torch_function = dispatch  # type: ignore[assignment]
+    _let_bodies_change(stacks)
     return True
+
+
+def _let_bodies_change(stacks: object) -> None:
+    from torch._dynamo.side_effects import SideEffects
+    from torch._dynamo.variables import UserDefinedObjectVariable
+
+    check = SideEffects.check_allowed_side_effect
+
+    @functools.wraps(check)
+    def allowed(self: Any, item: Any) -> bool:
+        ours = isinstance(item, UserDefinedObjectVariable) and item.value is stacks
+        return ours or check(self, item)
+
+    SideEffects.check_allowed_side_effect = allowed  # type: ignore[method-assign]
 
 
 def is_tracing() -> bool:

@@ -5,7 +5,7 @@
     backward(), autograd.grad       inside a context: the forward passes that run inside of them are seen
     torch.autocast(enabled=False)   keeps plain layers in high precision: islands.py
     nn.DataParallel                 runs its replicas in threads that no context reaches: an error
-    torch.jit.script of a model     makes one whose calls no context sees: inside a context, an error
+    torch.jit.script                makes models whose calls no context sees: torchscript.py
 
 This is done once, at the first entry of a context. Only what is shared is replaced: names of torch that were imported
 before (`from torch.utils.checkpoint import ...`, decorators that have been applied) work as well.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.context import islands
+from te_nvfp4_cv.context import islands, torchscript
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.state import local, state
 from te_nvfp4_cv.errors import runtime_error
@@ -40,7 +40,7 @@ def patch_torch(capture: Capture) -> None:
     _patch_backward()
     _patch_data_parallel()
     islands.patch_autocast()
-    _patch_script()
+    torchscript.patch_script()
 
 
 def _patch_checkpoint(capture: Capture) -> None:
@@ -134,24 +134,3 @@ def _patch_data_parallel() -> None:
         return parallel(self, *args, **kwargs)
 
     torch.nn.DataParallel.forward = refuse  # type: ignore[method-assign]
-
-
-def _patch_script() -> None:
-    import torch.jit._recursive as recursive
-
-    create = recursive.create_script_module
-
-    @functools.wraps(create)
-    def refuse(nn_module: Any, stubs_fn: Any, share_types: Any = True, is_tracing: Any = False) -> Any:
-        current = state()
-        scripted = current is not None and current.enabled and not is_tracing
-        if scripted and any(p.dim() > 1 for p in nn_module.parameters()):
-            raise runtime_error(
-                f"nvfp4_autocast: torch.jit.script of {type(nn_module).__name__} inside the context.",
-                got="a model with layers, whose calls no context would see any more: they would run in high precision",
-                needs="torch.compile or torch.export in its place",
-                fix="or script the model outside of nvfp4_autocast, for high precision",
-            )
-        return create(nn_module, stubs_fn, share_types, is_tracing)
-
-    recursive.create_script_module = refuse

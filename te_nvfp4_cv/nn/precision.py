@@ -25,6 +25,7 @@ from torch import nn
 
 from te_nvfp4_cv.context import entries
 from te_nvfp4_cv.context.state import mark_applied, pop_override, push_override
+from te_nvfp4_cv.context.torchscript import mean_high_precision
 from te_nvfp4_cv.errors import check_module, type_error, value_error
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.names import plain_name
@@ -128,7 +129,10 @@ def set_precision(model: nn.Module, table: Any) -> None:
     check_module("set_precision", model, "set_precision(model, ...)")
     found = matches(model, _pairs(table))
     for module, recipe in found.items():
-        _give(module, recipe)
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; that it is in high precision is meant
+            mean_high_precision(module)
+        else:
+            _give(module, recipe)
     if found:
         _spread(model)
     if not isinstance(table, Mapping):
@@ -299,6 +303,6 @@ def matches(
             )
         for module in found:
             table.pop(module, None)  # the last match comes last in the dict, too
-            if not isinstance(module, torch.jit.ScriptModule):  # always in high precision, and without hooks
+            if recipe is None or not isinstance(module, torch.jit.ScriptModule):  # always in high precision
                 table[module] = recipe
     return table

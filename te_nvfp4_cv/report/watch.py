@@ -244,6 +244,8 @@ class _Watch:
             if isinstance(module, torch.jit.ScriptModule):
                 reason = "ScriptModule: nvfp4_autocast does not see inside; its FLOPs are not counted"
                 yield Layer(name or kind, module.original_name, (), False, reason)
+            elif type(module).__module__.startswith("torch.ao.nn.") and callable(weight):
+                yield Layer(name or kind, kind, kernel, False, "quantized by torch.ao: runs in that module's own format")
             elif isinstance(module, (*LAYERS, *RECURRENT)) or kind == "DeformConv2d":
                 reason = "not reached in this forward pass"
                 if module in self.entered:
@@ -263,8 +265,8 @@ class _Unseen(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if "deform_conv2d" in name:
             reason = "deformable convolution"
-        elif function in (torch.convolution, torch._convolution):
-            reason = f"torch.{name} called directly"
+        elif function in (torch.convolution, torch._convolution, torch.ops.aten.convolution.default):
+            reason = f"torch.{name.removesuffix('.default')} called directly"
         else:
             return function(*args, **kwargs)
         weight = args[1] if len(args) > 1 else kwargs["weight"]

@@ -23,7 +23,7 @@ What is not seen:
 - If a layer runs several times in a step, only its first call is recorded.
 - Inside a graph of torch.compile only weights and weight gradients are recorded. Where part of a model is compiled,
   other layers in high precision outside of nvfp4_autocast are not seen either.
-- Layers whose weight is computed (parametrizations) are not seen.
+- Of a weight that is computed (parametrizations), the gradient is not recorded: torch does not keep it.
 - With several ranks only the first one watches, and it sees its part of the batch.
 """
 

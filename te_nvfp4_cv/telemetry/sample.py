@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from te_nvfp4_cv.backend.torch_private import in_backward
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import gemms, observe
+from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.nn.walk import named_layers, op_of, own_weight
+from te_nvfp4_cv.nn.walk import named_layers, named_modules, op_of, own_weight
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.ops.records import Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
@@ -48,6 +49,7 @@ class Sample:
         self.layers = list(layers_of(model))
         owned = ((name, own_weight(module)) for name, module in self.layers)
         self.names = {id(w): name for name, w in owned if w is not None}
+        self.modules = {module: plain_name(name) or type(module).__name__ for name, module in named_modules(model)}
         self.found: dict[str, _Layer] = {}
         self.compiled = [plain_name(name) for name, module in model.named_modules() if _is_compiled(module)]
         self.bytes_left = settings.noise_bytes
@@ -99,7 +101,7 @@ class Sample:
         return True
 
     def _name(self, weight: Any) -> str | None:
-        """Return the name of the layer that owns the weight, or of which it is a view; None if it is none of ours."""
+        """Return the name of the layer whose weight it is, a view or computed too; None if it is none of ours."""
         for candidate in (weight, getattr(weight, "_base", None)):
             if candidate is None:
                 continue
@@ -112,7 +114,12 @@ class Sample:
                         name = plain_name(prefix) or type(module).__name__
                         self.names[id(candidate)] = name if key == "weight" else f"{name}.{key}"
                         return self.names[id(candidate)]
-        return None
+        # No module holds a computed weight, but the one that computes it is running.
+        return self._running() if isinstance(weight, Tensor) else None
+
+    def _running(self) -> str | None:
+        module = next(running_modules(), None)
+        return None if module is None else self.modules.get(module)
 
     def record(self, grad_scale: float | Tensor) -> dict[str, Any]:
         """Return the step's layers as plain numbers, in the model's order, after one copy from the device."""
@@ -120,7 +127,8 @@ class Sample:
         for name, module in self.layers:
             seen = self.found.pop(name, None)
             out[name] = seen.entry() if seen is not None else self._unseen(name, module)
-            self._weight(out[name], own_weight(module), grad_scale)
+            weight = own_weight(module)
+            self._weight(out[name], seen.weight if seen is not None and weight is None else weight, grad_scale)
         for name, seen in self.found.items():  # weights that no layer owns as `weight`: attention's, functional ones
             out[name] = seen.entry()
             self._weight(out[name], seen.weight, grad_scale)
@@ -138,13 +146,13 @@ class Sample:
 
     def _unseen(self, name: str, module: nn.Module) -> dict[str, Any]:
         compiled = any(not prefix or name == prefix or name.startswith(f"{prefix}.") for prefix in self.compiled)
-        reason = "not seen: its weight is computed" if own_weight(module) is None else "not called in this step"
-        if compiled:
-            reason = "inside a compiled graph"
+        reason = "inside a compiled graph" if compiled else "not called in this step"
         return {"op": op_of(module), "precision": "high", "reason": reason, "tensors": {}}
 
     def _weight(self, entry: dict[str, Any], weight: Any, grad_scale: float | Tensor) -> None:
-        weight, grad = _local(weight), _local(getattr(weight, "grad", None))
+        # Torch warns of the gradient of a computed weight, which it does not keep.
+        leaf = isinstance(weight, Tensor) and weight.is_leaf
+        weight, grad = _local(weight), _local(weight.grad if leaf else None)
         if isinstance(weight, Tensor) and "raw" not in entry["tensors"].get("weight", {}):
             entry["tensors"].setdefault("weight", {})["raw"] = self.plain(weight)
         if grad is not None and not grad.is_sparse:

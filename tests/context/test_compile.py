@@ -159,6 +159,7 @@ def test_a_context_inside_of_the_compiled_function():
     assert nv.active_recipe() is None
 
 
+@pytest.mark.filterwarnings("error:nvfp4. only")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_precisions_reach_a_compiled_model_by_plain_names(when):
     net, x = net_and_input()

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.context import function_mode, higher_order
+from te_nvfp4_cv.context.state import local
 from tests.helpers import same_bits, values
 from tests.networks import NO_SR, all_same, seen
 
@@ -205,7 +206,47 @@ def test_attention_is_one_graph():
     assert compiled.layers == 2 and not counters["graph_break"]
 
 
+def in_an_island(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            x = net[0](x)
+        return net[2](net[1](x))
+
+    return forward
+
+
+def in_a_context(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        with nv.nvfp4_autocast(enabled=False):
+            x = net[0](x)
+        return net[2](net[1](x))
+
+    return forward
+
+
+def with_an_entry(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
+    nv.set_precision(net, {"0": None})
+    return net
+
+
+@pytest.mark.filterwarnings("error:nvfp4")  # what is in high precision in the graph was decided when it was traced
+@pytest.mark.parametrize("body", [with_an_entry, in_an_island, in_a_context])
+def test_what_a_checkpointed_body_enters_and_leaves(body):
+    inside = body(blocks())
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=body is in_an_island)
+    x = values((4, 32, 8, 8)).requires_grad_()
+    compiled = Compiled(lambda z: checkpoint(inside, z, use_reentrant=False))
+    grads = []
+    for function in (inside, compiled.run, compiled.run):
+        with nv.nvfp4_autocast(NO_SR), autocast:
+            loss = function(x).float().square().sum()
+        grads.append(torch.autograd.grad(loss, x)[0])
+    assert compiled.layers == 1
+    assert all(same_bits(grad, grads[0]) for grad in grads)
+    assert not local.overrides and not local.states
+
+
 def test_an_unknown_torch_says_which_layers_stay_in_high_precision(monkeypatch):
-    monkeypatch.setattr(higher_order, "trace_bodies_under", lambda mode: False)
+    monkeypatch.setattr(higher_order, "trace_bodies_under", lambda mode, stacks: False)
     with pytest.warns(UserWarning, match="layers inside of tag_activation_checkpoint run in high precision"):
         assert not function_mode._traces_bodies(torch.ops.higher_order.tag_activation_checkpoint)

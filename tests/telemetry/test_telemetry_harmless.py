@@ -66,7 +66,8 @@ def test_explicit_modules_stay_in_nvfp4_outside_of_any_context() -> None:
     assert [layer["precision"] for layer in sink.layers[0].values()] == ["nvfp4", "nvfp4"]
 
 
-def test_a_computed_weight_is_not_read() -> None:
+@pytest.mark.filterwarnings("error")
+def test_a_computed_weight_is_seen_and_not_read() -> None:
     """Each read of a spectral norm's weight is a power iteration."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32)), nn.Linear(32, 16))
@@ -74,7 +75,12 @@ def test_a_computed_weight_is_not_read() -> None:
     expected = run(model, x)
     found = run(model, x, telemetry.attach(model, every=1, sinks=[sink]))
     assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True))
-    assert sink.layers[0]["0"]["reason"] == "not seen: its weight is computed"
+    with nv.nvfp4_autocast(NO_SR):
+        run(model, x, telemetry.attach(model, every=1, sinks=[sink]))
+    for record, precision in zip(sink.layers, ("high", "nvfp4"), strict=True):
+        layer = record["0"]
+        assert (layer["precision"], layer["op"]) == (precision, "linear")
+        assert layer["tensors"].keys() >= {"input", "weight"}
     assert sink.header["layers"][0]["shape"] == [] and sink.header["layers"][1]["shape"] == [16, 32]
 
 
