@@ -31,7 +31,7 @@ def patch_script() -> None:
     """Make the changes above, once."""
     _refuse_script()
     for kind, tell in ((torch.jit.ScriptModule, _tell_of_module), (torch.jit.ScriptFunction, _tell_of_function)):
-        kind.__call__ = _telling(kind.__call__, tell)
+        kind.__call__ = _telling(kind.__call__, tell)  # type: ignore[method-assign]
 
 
 def _telling(call: Any, tell: Any) -> Any:

@@ -245,7 +245,7 @@ class _Watch:
                 reason = "ScriptModule: nvfp4_autocast does not see inside; its FLOPs are not counted"
                 yield Layer(name or kind, module.original_name, (), False, reason)
             elif type(module).__module__.startswith("torch.ao.nn.") and callable(weight):
-                yield Layer(name or kind, kind, kernel, False, "quantized by torch.ao: runs in that module's own format")
+                yield Layer(name or kind, kind, kernel, False, "quantized by torch.ao: runs in a format of its own")
             elif isinstance(module, (*LAYERS, *RECURRENT)) or kind == "DeformConv2d":
                 reason = "not reached in this forward pass"
                 if module in self.entered:

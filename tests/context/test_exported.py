@@ -75,8 +75,8 @@ def test_a_script_module_says_once_that_it_runs_in_high_precision(make):
 
 
 def test_a_script_module_inside_of_a_model():
-    model, x = nn.Sequential(nn.Conv2d(16, 16, 1), torch.jit.script(Net()), torch.jit.script(nn.Linear(16, 16))), image()
-    _, (text,) = told(model, x)
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), torch.jit.script(Net()), torch.jit.script(nn.Linear(16, 16)))
+    _, (text,) = told(model, image())
     assert "'1' of Sequential is a ScriptModule" in text and 'set_precision(model, {"1": None})' in text
 
 
