@@ -4,9 +4,11 @@
 
 The state after step t depends only on (settings, seed, t), not on how often the run was stopped before: data order,
 augmentation and dropout are functions of the seed and the position, and the checkpoint contains the rest. Checkpoints
-are written at the end of each epoch and at the last step. With several ranks, each trains with its part of the batch
-and with separate dropout, mix_seed(seed, t, rank); all evaluate the whole split, and rank 0 writes. Training stops with
-an error at a loss that is not finite, and refuses a checkpoint of another run or one beyond --epochs.
+are written at the end of each epoch, at the last step, every --save-every steps and when a signal stops the run
+(stopping.py); a validation that was stopped is done first after a resume. With several ranks, each trains with its
+part of the batch and with separate dropout, mix_seed(seed, t, rank); all evaluate the whole split, and rank 0 writes.
+Training stops with an error at a loss that is not finite, and refuses a checkpoint of another run or one beyond
+--epochs.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import random
 import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +38,16 @@ from .metrics import saved_bytes, to_device
 from .options import Settings
 from .order import TrainOrder, eval_loader, mix_seed, train_loader
 from .parallel import load_whole_state, whole_model, whole_state, wrap
+from .position import Position
 from .precision import Precision
 from .ranks import Ranks
 from .split import SegmentationData
+from .stopping import Stop, Stopped
 from .tasks import make_task
 from .tracking import Progress
 
 WARM_UP_STEPS = 3
 TIMES_KEPT = 1000
-
-
-@dataclass
-class Position:
-    """Record how far a run has come and its figures so far. It is saved with every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    losses: list[float] = field(default_factory=list)  # of the current epoch
-    last_epoch_loss: float = math.nan
-    curve: list[dict[str, float]] = field(default_factory=list)  # one row every log_every steps
-    epochs: list[dict[str, float]] = field(default_factory=list)  # one row per validated epoch
-    step_ms: list[float] = field(default_factory=list)
-    first_ms: list[float] = field(default_factory=list)  # steps that compile and allocate: used if there are no others
-    telemetry: str = "telemetry.jsonl"  # the file that this run writes
 
 
 class Trainer:
@@ -69,6 +56,7 @@ class Trainer:
     Args:
         folder: Folder for last.pt.
         ranks: The ranks that train together. Every method must be called on all of them.
+        stop: What raises Stopped between two steps when a signal has come.
     """
 
     def __init__(
@@ -79,9 +67,10 @@ class Trainer:
         device: torch.device,
         folder: Path,
         ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+        stop: Stop | None = None,
     ) -> None:
         self.precision, self.settings, self.device, self.folder = precision, settings, device, folder
-        self.ranks = ranks
+        self.ranks, self.stop = ranks, stop or Stop()
         backend_of(precision, device)  # raises if it cannot run here
         self.task = make_task(settings, data)
         self.data = data_identity(data, settings)
@@ -107,11 +96,14 @@ class Trainer:
             for raw in (data.val, data.test)
             if raw is not None
         }
+        self.val_images = len(data.val)
         self.total_steps = settings.epochs * len(self.order)
         if settings.steps is not None:
             self.total_steps = min(self.total_steps, settings.steps)
         self.schedule_steps = settings.schedule_steps or settings.epochs * len(self.order)
         self.position = Position()
+        self._pending: list[Tensor] = []  # losses that are still on the device
+        self._scores: tuple[int, dict[str, float]] | None = None  # of the last validation: its step, loss and scores
         self.steps_here = 0  # steps that this process has done, without those before a resume
         self.bundles = Bundles(folder, settings, precision, self.task.class_names, self.task.class_weights)
 
@@ -130,48 +122,69 @@ class Trainer:
         Args:
             watch: Telemetry, which samples steps at its interval and receives the run's figures.
         """
-        at = self.position
+        at, every = self.position, self.settings.log_every
+        if at.step < self.total_steps and at.curve and at.curve[-1]["step"] % every:
+            at.curve.pop()  # the last step of a run that --steps had stopped; a run in one go has no such row
         progress = Progress(self.precision.name, self.total_steps, at.step, self.ranks.rank)
-        self.model.train()
         try:
+            if at.epoch and not at.batch and not self._is_validated():
+                self._validate(progress, watch)
+                with self.stop.deferred():
+                    self._save()
+            self.model.train()
             while at.step < self.total_steps:
                 self._train_epoch(progress, watch)
+        except Stopped as stopped:
+            with self.stop.deferred():
+                self._drain()
+                self._save()
+            stopped.done = f"step {at.step} of {self.total_steps} of {self.precision.name}"
+            raise
         finally:
             progress.close()
 
     def _train_epoch(self, progress: Progress, watch: Telemetry) -> None:
-        at, every = self.position, self.settings.log_every
+        at = self.position
         self.order.epoch, self.order.start = at.epoch, at.batch
         self._whole = None  # with FSDP2 this is a full copy, which must not take memory while the shards train
         if not at.batch and at.epoch and self._nvfp4_of(at.epoch) is not self._nvfp4_of(at.epoch - 1):
             # the statistics of batch norms, if the model has any, come from NVFP4 until here
             sensitivity.update_bn(self.model, self.loader, self.context(at.epoch), device=self.device)
-        pending: list[Tensor] = []
         for images, targets in self.loader:
-            begun = self._clock()
-            pending.append(self._step(*to_device(images, targets, self.device), watch))
-            taken_ms = (self._clock() - begun) * 1e3
-            times = at.first_ms if self.steps_here < WARM_UP_STEPS else at.step_ms
-            times.append(taken_ms)
-            del times[:-TIMES_KEPT]
-            self.steps_here += 1
-            at.step, at.batch = at.step + 1, at.batch + 1
-            ends = at.batch == len(self.order) or at.step == self.total_steps
-            if at.step % every == 0 or ends:
-                self._drain(pending)
-            if at.step % every == 0:
-                recent = sum(at.losses[-every:]) / len(at.losses[-every:])
-                at.curve.append({"step": at.step, "loss": recent, "lr": self._lr(at.step - 1)})
-                watch.scalars(at.step, {"train/loss": recent, "train/lr": self._lr(at.step - 1)})
-                progress.step(loss=f"{recent:.4f}")
-                progress.line(f"{self.precision.name:>8}  step {at.step:>6}/{self.total_steps}  loss {recent:.4f}")
-            else:
-                progress.step()
-            if ends:
+            with self.stop.deferred():
+                self._train_batch(images, targets, progress, watch)
+            if at.batch == len(self.order) or at.step == self.total_steps:
                 break
         if at.batch == len(self.order):
-            self._end_epoch(progress, watch)
-        self._save()
+            with self.stop.deferred():
+                at.last_epoch_loss = sum(at.losses) / len(at.losses)
+                at.epoch, at.batch, at.losses = at.epoch + 1, 0, []
+            self._validate(progress, watch)
+        with self.stop.deferred():
+            self._save()
+
+    def _train_batch(self, images: Tensor, targets: Any, progress: Progress, watch: Telemetry) -> None:
+        """Take one step, and do all that belongs to it: times, position, losses, curve, checkpoint."""
+        at, every, save_every = self.position, self.settings.log_every, self.settings.save_every
+        begun = self._clock()
+        self._pending.append(self._step(*to_device(images, targets, self.device), watch))
+        times = at.first_ms if self.steps_here < WARM_UP_STEPS else at.step_ms
+        times.append((self._clock() - begun) * 1e3)
+        del times[:-TIMES_KEPT]
+        self.steps_here += 1
+        at.step, at.batch = at.step + 1, at.batch + 1
+        last = at.step == self.total_steps
+        ends, saves = last or at.batch == len(self.order), bool(save_every and at.step % save_every == 0)
+        if at.step % every == 0 or ends or saves:
+            self._drain()
+        figures: dict[str, float] = {}
+        if at.step % every == 0 or last:
+            figures = {"loss": sum(at.losses[-every:]) / len(at.losses[-every:]), "lr": self._lr(at.step - 1)}
+            at.curve.append({"step": at.step, **figures})
+            watch.scalars(at.step, {f"train/{key}": value for key, value in figures.items()})
+        progress.step(at.step, self.order.batch_size, figures)
+        if saves and not ends:  # at the end of an epoch and of the run a checkpoint is written anyway
+            self._save()
 
     def _step(self, images: Tensor, targets: Any, watch: Telemetry) -> Tensor:
         """Run one optimizer step and return the loss of the whole batch, on the device."""
@@ -208,11 +221,11 @@ class Trainer:
     def _lr(self, step: int) -> float:
         return self.settings.lr / 2 * (1 + math.cos(math.pi * min(step / self.schedule_steps, 1.0)))
 
-    def _drain(self, pending: list[Tensor]) -> None:
+    def _drain(self) -> None:
         """Fetch the losses of the last steps, and raise an error if one is not finite."""
         at = self.position
-        values = torch.stack(pending).tolist() if pending else []
-        pending.clear()
+        values = torch.stack(self._pending).tolist() if self._pending else []
+        self._pending.clear()
         for back, value in zip(range(len(values), 0, -1), values, strict=True):
             if not math.isfinite(value):
                 raise runtime_error(
@@ -223,22 +236,54 @@ class Trainer:
                 )
         at.losses += values
 
-    def _end_epoch(self, progress: Progress, watch: Telemetry) -> None:
+    def _is_validated(self) -> bool:
+        """Return whether the epoch that has just ended has its row, or --eval-every leaves it out."""
         at = self.position
-        at.last_epoch_loss = sum(at.losses) / len(at.losses)
-        at.epoch, at.batch, at.losses = at.epoch + 1, 0, []
         if at.epoch % self.settings.eval_every and at.epoch < self.settings.epochs:
+            return True
+        return bool(at.epochs) and at.epochs[-1]["step"] == at.step
+
+    def _validate(self, progress: Progress, watch: Telemetry) -> None:
+        """Validate the epoch that has just ended, if --eval-every wants it."""
+        if self._is_validated():
             return
-        scores = self.evaluate("val")
+        at = self.position
+        with progress.phase(f"validating on {self.val_images} images"):
+            row = self._validated_row(watch)
+        with self.stop.deferred():
+            at.epochs.append(row)
+        progress.line(f"{self.precision.name:>8}  {self._in_words(row)}")
+
+    def _validated_row(self, watch: Telemetry) -> dict[str, float]:
+        """Validate, report the scores, and return the row of history.json."""
+        at = self.position
+        scores = self.scores()
         watch.scalars(at.step, {f"val/{key}": value for key, value in scores.items()})
-        val_loss = scores.pop("loss")
-        row = {"epoch": at.epoch, "step": at.step, "train_loss": at.last_epoch_loss}
-        at.epochs.append({**row, "val_loss": val_loss, **scores})
-        shown = "  ".join(f"{self.task.titles[key]} {value:.3f}" for key, value in scores.items())
-        progress.line(
-            f"{self.precision.name:>8}  epoch {at.epoch:>3}/{self.settings.epochs}  train loss {at.last_epoch_loss:.4f}"
-            f"  val loss {val_loss:.4f}  {shown}"
+        row = {"epoch": at.epoch + at.batch / len(self.order), "step": at.step, "train_loss": self._train_loss()}
+        return row | {"val_loss" if key == "loss" else key: value for key, value in scores.items()}
+
+    def _in_words(self, row: dict[str, float]) -> str:
+        shown = "  ".join(f"{title} {row[key]:.3f}" for key, title in self.task.titles.items() if key in row)
+        return (
+            f"epoch {row['epoch']:>3g}/{self.settings.epochs}  train loss {row['train_loss']:.4f}"
+            f"  val loss {row['val_loss']:.4f}  {shown}"
         )
+
+    def _train_loss(self) -> float:
+        """Return the mean loss of the epoch so far, or of the one that has just ended."""
+        at = self.position
+        return sum(at.losses) / len(at.losses) if at.losses else at.last_epoch_loss
+
+    def history(self, watch: Telemetry) -> dict[str, list[dict[str, float]]]:
+        """Return the rows for history.json, with a validation at the last step also if that is within an epoch.
+
+        That last row is not part of `position`: a run in one go would not have it.
+        """
+        at = self.position
+        rows = at.epochs
+        if not rows or rows[-1]["step"] != at.step:
+            rows = [*rows, self._validated_row(watch)]
+        return {"curve": at.curve, "epochs": rows}
 
     def tell_again(self, watch: Telemetry) -> None:
         """Report the figures of the checkpoint's step again after a resume.
@@ -282,6 +327,12 @@ class Trainer:
         context = nullcontext if high_precision else self.context
         return self.task.evaluate(self.whole, self.eval_loaders[split], self.device, context)
 
+    def scores(self) -> dict[str, float]:
+        """Return loss and scores of the validation split at this step, computed once."""
+        if self._scores is None or self._scores[0] != self.position.step:
+            self._scores = self.position.step, self.evaluate("val")
+        return self._scores[1]
+
     def context(self, epoch: int | None = None) -> AbstractContextManager[None]:
         """Return the context for a forward pass of that epoch; --high-precision-last turns NVFP4 off in its epochs.
 
@@ -300,14 +351,12 @@ class Trainer:
     def summary(self) -> dict[str, float | int]:
         """Return the row of summary.json for this precision."""
         at = self.position
-        val, main = self.evaluate("val"), self.task.main
-        # At the end of an epoch, at.losses has just been emptied.
-        train_loss = sum(at.losses) / len(at.losses) if at.losses else at.last_epoch_loss
+        val, main = dict(self.scores()), self.task.main
         images, targets = next(iter(self._measured_batches()))
         images, targets = to_device(images, targets, self.device)
         inputs = self.task.inputs(targets)
         row: dict[str, float | int] = {
-            "train_loss": train_loss,
+            "train_loss": self._train_loss(),
             "val_loss": val.pop("loss"),
             **val,
             f"{main}_hp": self.evaluate("val", high_precision=True)[main],

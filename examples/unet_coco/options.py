@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .unet import ACTIVATIONS
 
 TASKS = ("semantic", "instance", "detection")
 BACKBONES = ("resnet18", "resnet34", "resnet50")
+SAMPLES = 25  # columns of heatmaps that people can read, at each of which a step takes about twice as long
 LOSS_DEFAULTS = {"class_weights": "none", "dice_weight": 1.0, "ce_weight": 1.0}
 
 
@@ -61,7 +63,8 @@ class Settings:
     parallel: str
     share_amax: bool
     high_precision_last: int
-    telemetry_every: int
+    telemetry_every: int | None
+    save_every: int
     tensorboard: bool
     timeout: int
     wandb: bool
@@ -122,9 +125,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add(
         "--compute",
         choices=("bf16", "fp16", "fp32", "auto"),
-        default="bf16",
+        default="auto",
         help="dtype of the activations under nvfp4 and recipes; fp32: no torch.autocast; auto: bf16 where the device "
-        "has units for it, else fp32 (default: bf16)",
+        "has units for it, else fp32 (default: auto)",
     )
     add(
         "--backend",
@@ -175,6 +178,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--log-every", type=int, default=10, metavar="N", help="print a line every N steps (default: 10)")
     add("--eval-every", type=int, default=1, metavar="N", help="validate every N epochs (default: 1)")
+    add(
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write a checkpoint every N steps too (default: 0, at the end of each epoch only)",
+    )
     add("--out", type=Path, default=Path("runs/unet_coco"), metavar="DIR", help="results (default: runs/unet_coco)")
     add("--resume", action="store_true", help="continue from DIR's checkpoints; a precision without one starts fresh")
     add(
@@ -219,9 +229,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     add(
         "--telemetry-every",
         type=int,
-        default=100,
         metavar="N",
-        help="sample weights, activations and gradients in every Nth step (default: 100; 0: never)",
+        help="sample weights, activations and gradients in every Nth step and the last one; 0: never (default: as "
+        f"often as gives {SAMPLES} columns in heatmaps)",
     )
     add("--tensorboard", action="store_true", help="write the telemetry for TensorBoard, too")
     add(
@@ -260,6 +270,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
     values["recipe"] = raw.recipe or ("detection" if raw.task == "detection" else "unet")
     settings = Settings(**values)
     _check(settings)
+    if "bf16" in (*settings.precisions, settings.compute) and fast_dtype(settings.device) != "bf16":
+        print(
+            "note: this device has no units for bf16, which takes several times as long as fp32 here; compare by "
+            "accuracy, not by time. Faster: --precisions fp32 nvfp4 --compute fp32",
+            file=sys.stderr,
+        )
     return settings
 
 
@@ -277,6 +293,7 @@ def _check(settings: Settings) -> None:
         "pictures": 0,
         "high_precision_last": 0,
         "telemetry_every": 0,
+        "save_every": 0,
     }
     for name, low in {**least, "seed": 0}.items():
         value = getattr(settings, name)

@@ -4,8 +4,8 @@
     rank r of W: NCCL on the GPU of its LOCAL_RANK, gloo on a CPU;   rank 0 prepares, prints and writes
 
 Only rank 0 writes to stdout. An error ends every rank: the rank that raises prints "error: ...", torchrun stops the
-other ranks, and a rank inside a collective waits no longer than --timeout. Ctrl-C gives one line and exit status 130
-(to which torchrun adds its report). Settings that need ranks are refused if there are none.
+other ranks, and a rank inside a collective waits no longer than --timeout. Ctrl-C gives one line and exit status 130,
+SIGTERM 143 (stopping.py), to which torchrun adds its report. Settings that need ranks are refused if there are none.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from te_nvfp4_cv.errors import value_error
 
 from .options import Settings, choose_device
+from .stopping import Stopped
 
 T = TypeVar("T")
 IN_A_WORKER = re.compile(r"Caught (\w+) in .*?\.\nOriginal Traceback .*\n\1: (.*)", re.DOTALL)
@@ -153,8 +154,8 @@ def run(main: Callable[[], Any]) -> None:
         except (ValueError, RuntimeError) as refusal:
             sys.exit(f"error: {message(refusal)}")
         except KeyboardInterrupt as stop:
-            print(_stopped(stop), file=sys.stderr)
-            sys.exit(130)
+            print(_stopped(stop), file=sys.stderr, flush=True)
+            sys.exit(_status(stop))
         return
     rank = os.environ["RANK"]
     try:
@@ -162,7 +163,7 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt as stop:
         if rank == "0":
             print(_stopped(stop), file=sys.stderr, flush=True)
-        os._exit(130)
+        os._exit(_status(stop))
     except Exception as error:
         if isinstance(error, (ValueError, RuntimeError)):
             text = message(error)
@@ -175,3 +176,7 @@ def run(main: Callable[[], Any]) -> None:
 
 def _stopped(stop: KeyboardInterrupt) -> str:
     return "stopped: " + (str(stop) or "before the first checkpoint")
+
+
+def _status(stop: KeyboardInterrupt) -> int:
+    return stop.status if isinstance(stop, Stopped) else 130

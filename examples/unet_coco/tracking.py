@@ -5,8 +5,12 @@ If tqdm is not installed, the run prints lines instead of a bar, and says so onc
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,10 @@ from torch import nn
 from te_nvfp4_cv import telemetry
 from te_nvfp4_cv.telemetry import Telemetry
 
-from .options import Settings
+from .options import SAMPLES, Settings
 from .precision import Precision
+
+LONG = 5  # seconds without a line, after which a user wonders
 
 _told: set[str] = set()
 
@@ -32,7 +38,9 @@ class Progress:
     """Show a tqdm bar on a terminal, and only lines elsewhere. Only the first rank shows a bar."""
 
     def __init__(self, name: str, total: int, done: int, rank: int = 0) -> None:
-        self.name = name
+        self.name, self.total = name, total
+        self._begun = self._before = time.monotonic(), done  # the clock at a number of steps
+        self._took = math.inf  # seconds of the last phase
         self._bar: Any = None
         if rank:
             return
@@ -44,12 +52,40 @@ class Progress:
         # disable=None shows no bar if stderr is not a terminal.
         self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None, leave=False, file=sys.stderr)
 
-    def step(self, **figures: str) -> None:
-        """Advance by one step and show the figures next to the bar."""
+    def step(self, step: int, images: int, figures: Mapping[str, float]) -> None:
+        """Show that `step` steps of so many images are done. With figures, the loss and the rate, print a line, too."""
         if self._bar is not None:
             self._bar.update()
-            if figures:
-                self._bar.set_postfix(figures)
+        if not figures:
+            return
+        now = time.monotonic()
+        rate = (step - self._before[1]) * images / max(now - self._before[0], 1e-9)
+        left = (self.total - step) * (now - self._begun[0]) / max(step - self._begun[1], 1)
+        self._before = now, step
+        shown = {"loss": f"{figures['loss']:.4f}", "lr": f"{figures['lr']:.2e}", "images/s": f"{rate:.3g}"}
+        if self._bar is not None:
+            self._bar.set_postfix(shown)  # tqdm adds the time that is left
+        self.line(
+            f"{self.name:>8}  step {step:>6}/{self.total}  loss {shown['loss']}  lr {shown['lr']}  "
+            f"{shown['images/s']} images/s  {timedelta(seconds=round(left))} left"
+        )
+
+    @contextlib.contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """Say what happens while no step is taken: beside the bar, or as a line if it took long the last time."""
+        begun = time.monotonic()
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_description(f"{self.name}: {text}")
+        elif self._took > LONG:
+            self.line(f"{self.name:>8}  {text} ...")
+        try:
+            yield
+        finally:
+            self._took = time.monotonic() - begun
+            self._begun = self._begun[0] + self._took, self._begun[1]  # the time that is left is that of steps
+            self._before = time.monotonic(), self._before[1]
+            if self._bar is not None:
+                self._bar.set_description(self.name)
 
     def line(self, text: str) -> None:
         """Print a line that stays, above the bar."""
@@ -70,6 +106,7 @@ def start_telemetry(
     backend: str,
     folder: Path,
     rank: int,
+    steps: int,
     goes_on: tuple[str, int] | None = None,
 ) -> tuple[Telemetry, Path]:
     """Start the telemetry of one precision's run, and return it with the name of its file.
@@ -80,6 +117,7 @@ def start_telemetry(
         backend: What NVFP4 layers run on, in words (backends.in_words).
         folder: The folder of this precision, in the run's folder, whose name is the W&B group.
         rank: Only rank 0 writes.
+        steps: The number of steps of the run; the last one is sampled, too.
         goes_on: The checkpoint's (file, step), to continue from there. If None, a new file is started.
     """
     group, name = settings.out.name, precision.name
@@ -96,7 +134,10 @@ def start_telemetry(
             again = (goes_on[1] if goes_on else 0) if settings.resume else None
             sinks.append(telemetry.TensorBoard(settings.out / "tensorboard" / name, purge_step=again))
     about = {"name": name, "group": group, "recipe": precision.recipe, "backend": backend}
-    watch = telemetry.attach(model, every=settings.telemetry_every, sinks=sinks, **about)
+    every = settings.telemetry_every
+    if every is None:
+        every = max(1, steps // (SAMPLES - 1))
+    watch = telemetry.attach(model, every=every, sinks=sinks, last=steps - 1, **about)
     return watch, path
 
 
@@ -116,7 +157,7 @@ def show_telemetry(out: Path, files: Sequence[Path]) -> list[Path]:
 
     def heatmaps() -> Path:
         for run in sampled:
-            telemetry.render_heatmaps(run, out / "plots")
+            telemetry.render_heatmaps(run, out / "plots", force=True)  # OUT is this run's: a resume draws it again
         return out / "plots"
 
     try:
@@ -126,6 +167,7 @@ def show_telemetry(out: Path, files: Sequence[Path]) -> list[Path]:
         return []
     sampled = [run for run in runs if run.steps]
     if sampled:
-        draw("report", lambda: telemetry.write_report(runs, telemetry.fresh_path(out / "report.html")))
+        print("drawing what telemetry recorded: a report, and heatmaps of each precision ...", flush=True)
+        draw("report", lambda: telemetry.write_report(runs, out / "report.html", force=True))
         draw("heatmaps", heatmaps)
     return drawn

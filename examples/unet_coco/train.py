@@ -15,8 +15,10 @@ that cannot train are refused before training.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ sys.path.append(str(_HERE.parents[2]))  # te_nvfp4_cv of this checkout, if it is
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import te_nvfp4_cv as nv  # noqa: E402
 from te_nvfp4_cv.errors import value_error  # noqa: E402
 from unet_coco.backends import in_words  # noqa: E402
 from unet_coco.data import SegmentationData, denormalize, load_data  # noqa: E402
@@ -41,6 +44,7 @@ from unet_coco.precision import Precision, parse_precisions  # noqa: E402
 from unet_coco.ranks import Ranks, joined, run  # noqa: E402
 from unet_coco.report import markdown_table, write_history, write_pictures, write_summary  # noqa: E402
 from unet_coco.shapes import ShapesSettings, ensure_shapes  # noqa: E402
+from unet_coco.stopping import Stop, Stopped  # noqa: E402
 from unet_coco.tracking import show_telemetry, start_telemetry  # noqa: E402
 
 
@@ -57,10 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
             needed and what to do.
     """
     settings = parse_options(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"te_nvfp4_cv {nv.__version__}, torch {torch.__version__}: opening the data ...", flush=True)
     if settings.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    with joined(settings) as (ranks, device):
+    stop = Stop()
+    with joined(settings) as (ranks, device), contextlib.ExitStack() as stack:
+        if not ranks.parallel:  # ranks would have to agree on the step
+            stack.enter_context(stop.listening())
         group = ranks.group if settings.share_amax else None
         choices = settings.recipe, group, settings.compute, settings.backend
         precisions = parse_precisions(list(settings.precisions), *choices)
@@ -79,13 +88,24 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
             f"{', '.join(p.name for p in precisions)}"
         )
         try:
-            return compare(settings, precisions, data, device, ranks)
+            return compare(settings, precisions, data, device, ranks, stop)
         except BaseException as error:
             if claimed and ranks.rank == 0:
                 give_up(out)
-            if isinstance(error, KeyboardInterrupt) and any(out.glob("*/last.pt")):
-                raise KeyboardInterrupt(f"--out {out} --resume continues from the last checkpoint") from error
+            if isinstance(error, KeyboardInterrupt):
+                raise _how_to_go_on(error, out) from error
             raise
+
+
+def _how_to_go_on(error: KeyboardInterrupt, out: Path) -> KeyboardInterrupt:
+    """Return the interruption with a text that says what is saved, and how the run continues."""
+    cause = error.cause if isinstance(error, Stopped) else "Ctrl-C"
+    if any(out.glob("*/last.pt")):
+        where = f"{error.done} is saved" if isinstance(error, Stopped) and error.done else "the last checkpoint stays"
+        text = f"{cause}; {where}. To go on, give the same command with --out {out} --resume"
+    else:
+        text = f"{cause}, before the first checkpoint; {out} holds nothing to go on with"
+    return Stopped(error.number, text) if isinstance(error, Stopped) else KeyboardInterrupt(text)
 
 
 def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
@@ -106,7 +126,8 @@ def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
 
 
 def compare(
-    settings: Settings, precisions: Sequence[Precision], data: SegmentationData, device: torch.device, ranks: Ranks
+    settings: Settings, precisions: Sequence[Precision], data: SegmentationData, device: torch.device, ranks: Ranks,
+    stop: Stop | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """Train every precision, and write the report after each, so that an interruption loses no finished one."""
     rows: dict[str, dict[str, float | int]] = {}
@@ -126,7 +147,7 @@ def compare(
     for precision in precisions:
         folder = out / precision.name
         folder.mkdir(exist_ok=True)
-        trainer = Trainer(precision, settings, data, device, folder, ranks)
+        trainer = Trainer(precision, settings, data, device, folder, ranks, stop)
         titles = trainer.task.titles
         found = settings.resume and trainer.resume()
         if settings.resume:
@@ -139,7 +160,8 @@ def compare(
             print(f"{precision.name}: NVFP4 layers run on {backend}")
         at = trainer.position
         goes_on = (at.telemetry, at.step) if found else None
-        watch, file = start_telemetry(trainer.model, settings, precision, backend, folder, ranks.rank, goes_on)
+        place = folder, ranks.rank, trainer.total_steps
+        watch, file = start_telemetry(trainer.model, settings, precision, backend, *place, goes_on)
         files.append(file)
         at.telemetry = file.name
         sheet = out / "predictions.png"
@@ -149,8 +171,9 @@ def compare(
                 watch.image("predictions", sheet, at.step)
         try:
             trainer.train(watch)
+            print(f"{precision.name}: evaluating, also with the weights in fp32 ...", flush=True)
+            history[precision.name] = trainer.history(watch)
             rows[precision.name] = trainer.summary()
-            history[precision.name] = {"curve": trainer.position.curve, "epochs": trainer.position.epochs}
             if ranks.rank == 0:
                 write_summary(out, rows, titles)
                 write_history(out, history, trainer.task.main, titles[trainer.task.main])

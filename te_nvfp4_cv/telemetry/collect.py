@@ -62,6 +62,7 @@ def attach(
     gradient_noise: bool = True,
     max_elements: int = 1 << 16,
     noise_bytes: int = 1 << 28,
+    last: int | None = None,
 ) -> Telemetry:
     """Start to watch the training of a model; nothing of the model changes.
 
@@ -81,6 +82,7 @@ def attach(
         max_elements: how many values of an operand the statistics are computed from; the largest magnitude and the
             number of values that are not finite always come from all of them.
         noise_bytes: how many bytes of activations may stay alive in one sampled step for gradient_noise.
+        last: the number of the last step, which is sampled too, so that records end where training does.
     Raises:
         TypeError: `model` is not a module.
         ValueError: a number is out of range, or a sink cannot start.
@@ -97,7 +99,7 @@ def attach(
     check_module("telemetry", model, "attach(model, ...)")
     check_trainable("telemetry", model)
     text = "" if recipe is None else as_recipe(recipe).to_toml()
-    settings = Settings(every, name, group, text, backend, gradient_noise, max_elements, noise_bytes)
+    settings = Settings(every, name, group, text, backend, gradient_noise, max_elements, noise_bytes, last)
     return Telemetry(model, tuple(sinks), settings)
 
 
@@ -161,7 +163,7 @@ class Telemetry:
 
     def due(self, step: int) -> bool:
         """Return whether that step is sampled on this rank."""
-        return bool(self.sinks) and self.every > 0 and step % self.every == 0
+        return bool(self.sinks) and self.every > 0 and (step % self.every == 0 or step == self.settings.last)
 
     @contextmanager
     def step(self, step: int, grad_scale: float | Tensor = 1.0) -> Iterator[None]:

@@ -5,7 +5,8 @@
     sequential  logarithmic if the limits are more than 2 decades apart
     absent      NaN is grey, a colour that no scale contains
     sizes       figures grow with their rows; labels shrink to MIN_FONT, below which only every k-th row is named
-    curves      the few worst layers are drawn in colour and named; all other layers are thin and grey
+    curves      the few worst layers are drawn in colour, with a marker each, and named; all other layers are thin, grey
+    kurtosis    0 is the Gaussian; the colours end between 2 and 20 on both sides, so that noise about 0 stays pale
 
 matplotlib is imported when something is drawn; without it a RuntimeError says how to get it.
 """
@@ -23,8 +24,9 @@ import numpy as np
 from te_nvfp4_cv.errors import need_package
 
 DIVERGING, SEQUENTIAL, ABSENT = "RdBu_r", "viridis", "#b5b5b5"
-COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
-RUN_COLOURS = (COLOURS[1], COLOURS[0], *COLOURS[2:])
+# The colours of Okabe and Ito (2008), which the colour-blind tell apart, and a marker for each, for a print in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 NAMED = 6  # how many of many curves are named
 SPREAD = 20  # a linear scale would show most values in one colour beyond this
 ROW, MIN_ROW, MAX_HEIGHT = 0.30, 0.13, 40.0  # inches
@@ -74,11 +76,17 @@ class Limits:
     @property
     def note(self) -> str:
         """Return what the label of the colour bar adds about values beyond."""
-        return "" if self.extend == "neither" else "\ncolours end at the 2nd / 98th percentile"
+        return "" if self.extend == "neither" else "\narrows: values beyond the colours"
 
 
-def limits(values: Sequence[np.ndarray], diverging: bool) -> Limits:
-    """Find common limits of several arrays; NaN does not count."""
+def limits(values: Sequence[np.ndarray], diverging: bool, within: tuple[float, float] | None = None) -> Limits:
+    """Find common limits of several arrays; NaN does not count.
+
+    Args:
+        values: the arrays.
+        diverging: whether the scale is symmetric about 0.
+        within: of a diverging scale, the least and the largest end; its colours are then linear in the values.
+    """
     found = np.concatenate([np.asarray(v, float).ravel() for v in values]) if len(values) else np.zeros(0)
     found = found[np.isfinite(found)]
     if diverging:
@@ -86,6 +94,9 @@ def limits(values: Sequence[np.ndarray], diverging: bool) -> Limits:
         ends = np.abs(np.percentile(found, (2, 98))) if len(found) else np.zeros(2)
         # Cutting at the percentiles would hide values for nothing if the whole range is scarcely wider.
         high = float(most if most <= 1.25 * ends.max() or not ends.max() else ends.max()) or 1.0
+        if within is not None:
+            high = float(np.clip(high, *within))
+            return Limits(-high, high, True, extend=_extend(found, -high, high))
         median = float(np.median(np.abs(found[found != 0]))) if most else high
         return Limits(-high, high, True, False, median if high > SPREAD * median else 0.0, _extend(found, -high, high))
     positive = found[found > 0]  # zeros have no logarithm; they are drawn as below the scale
@@ -284,7 +295,7 @@ def curves(
         place = ((left + number * (width + 0.5)) / size[0], 2.2 / size[1], width / size[0], high / size[1])
         axes = figure.add_axes(place, sharey=first)
         first = first or axes  # the axes of all panels show the same range of values
-        named = dict(zip(pick(panel.values, highest), COLOURS, strict=False))
+        named = dict(zip(pick(panel.values, highest), zip(COLOURS, MARKERS, strict=True), strict=False))
         handles = {}
         for index in sorted(range(len(rows)), key=lambda row: row in named):  # named curves last: they lie on top
             there = np.isfinite(panel.values[index])
@@ -292,11 +303,10 @@ def curves(
                 continue
             x, y = np.asarray(panel.columns)[there], panel.values[index][there]
             if index in named:
-                (handles[index],) = axes.plot(
-                    x, y, color=named[index], lw=1.3, marker="o", ms=_marker(len(x), 3.5), zorder=3
-                )
+                colour, marker = named[index]
+                (handles[index],) = axes.plot(x, y, color=colour, lw=1.3, zorder=3, **_marked(len(x), marker, 4.5))
             else:
-                axes.plot(x, y, color="#9a9a9a", lw=0.6, alpha=0.7, marker="o", ms=_marker(len(x), 1.5))
+                axes.plot(x, y, color="#9a9a9a", lw=0.6, alpha=0.7, **_marked(len(x), "o", 1.5))
         if line is not None:
             handles[-1] = axes.axhline(line[0], color="black", lw=1, ls="--")
         if log:
@@ -334,10 +344,10 @@ def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[flo
     axes = figure.add_axes((0.14, 0.3, 0.84, 0.6))
     handles = []
     for number, (steps, values) in enumerate(series.values()):
-        colour, dashes = RUN_COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
+        which, dashes = number % len(COLOURS), ("-", "--", ":")[number // len(COLOURS) % 3]
         width = 1.2 + 1.4 * (len(series) - 1 - number) / max(1, len(series) - 1)  # of equal curves none hides another
-        style: dict[str, Any] = {"color": colour, "ls": dashes, "lw": width, "marker": "o"}
-        handles += axes.plot(steps, values, ms=_marker(len(steps), 1.8 + width), **style)
+        style: dict[str, Any] = {"color": COLOURS[which], "ls": dashes, "lw": width}
+        handles += axes.plot(steps, values, **style, **_marked(len(steps), MARKERS[which], 2.4 + width))
     _style(axes, "")
     axes.set_title(title, fontsize=10, loc="left", weight="bold", parse_math=False)
     _legend(axes, handles, [short(run) for run in series])
@@ -355,9 +365,9 @@ def _style(axes: Any, label: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _marker(points: int, size: float) -> float:
-    """Return the size of the markers: none on a curve of many points, which would be a thick line."""
-    return size if points <= 40 else 0.0
+def _marked(points: int, marker: str, size: float) -> dict[str, Any]:
+    """Return the markers of a curve, as matplotlib's plot takes them; of many points only some have one."""
+    return {"marker": marker, "ms": size, "markevery": max(1, points // 20)}
 
 
 def _legend(axes: Any, handles: list[Any], texts: list[str], heading: str = "") -> None:

@@ -10,7 +10,8 @@
 
 The JSON holds {"title", "model", "run", "unit", "layers", "steps", "values": one list per layer, null where absent}.
 That of usage has "codes" too, and its values are their shares. Layers without any value are left out of a picture, not
-of its JSON. A run never overwrites another: the second run of a name is drawn into MODEL-RUN_2.
+of its JSON; a picture without any value is not drawn. A run never overwrites another: the second run of a name is drawn
+into MODEL-RUN_2.
 """
 
 from __future__ import annotations
@@ -35,7 +36,26 @@ from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
 from te_nvfp4_cv.telemetry.records import Run, cannot_write, dumps, numbered, read
 
+# plotly writes a page without a viewport, which a phone shows as if it were a desk's screen, and a title over which its
+# toolbar lies where the page is narrow.
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>body{{font:14px/1.4 system-ui,sans-serif;color:#222;margin:12px}}
+h1{{font-size:18px;margin:0}}p{{margin:2px 0 4px;color:#555}}</style></head>
+<body><h1>{title}</h1><p>{subtitle}</p>
+{drawn}
+</body></html>
+"""
+PLOTLY_MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")  # = MARKERS
 STATISTICS = {"mean": "mean", "std": "standard deviation", "kurtosis": "excess kurtosis"}
+# What drawing.limits is told about each: only means and kurtosis have a sign. The ends of kurtosis are kept in a range:
+# else the noise of Gaussian layers (0.1) would look like heavy tails (10), or one layer (1000) hide all others.
+SCALES: dict[str, dict[str, Any]] = {
+    "mean": {"diverging": True},
+    "std": {"diverging": False},
+    "kurtosis": {"diverging": True, "within": (2.0, 20.0)},
+    "usage": {"diverging": False},
+}
 CODE_VALUES = formats.decode_e2m1(torch.arange(16, dtype=torch.uint8)).tolist()
 CODES = [*range(15, 7, -1), *range(8)]  # ordered by value: -6 to -0, 0 to 6
 CODE_NAMES = [f"{CODE_VALUES[code]:g}" for code in CODES]
@@ -99,12 +119,15 @@ def usage(run: Run, layers: Sequence[str]) -> tuple[int | None, np.ndarray]:
     return None, shares
 
 
-def render(run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str] = "plots") -> list[Path]:
+def render(
+    run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str] = "plots", force: bool = False
+) -> list[Path]:
     """Draw pictures of one run: heatmaps of weights and gradients, and curves of the quantization error.
 
     Args:
         run_or_path: a telemetry file, or what telemetry.read returned for one.
         out: the folder for pictures, which is made if needed; they go into its heatmaps/MODEL-RUN.
+        force: replace pictures that are there, as for a run that goes on; otherwise they go into MODEL-RUN_2.
     Returns:
         The files that were written, without plotly's script.
     Raises:
@@ -124,7 +147,7 @@ def render(run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str
             needs="at least one sampled step", fix="train with every > 0 (--telemetry-every)",
         )
     try:
-        folder = _folder(Path(out) / "heatmaps", f"{run.model}-{run.name}")
+        folder = _folder(Path(out) / "heatmaps", f"{run.model}-{run.name}", force)
         pictures = _Pictures(run, folder, _plotly(folder.parent))
         for kind in KINDS:
             for statistic in STATISTICS:
@@ -137,8 +160,8 @@ def render(run_or_path: Run | str | os.PathLike[str], out: str | os.PathLike[str
     return pictures.written
 
 
-def _folder(parent: Path, name: str) -> Path:
-    """Make a new folder of that name, or of name_2, name_3, ... if it is there already."""
+def _folder(parent: Path, name: str, force: bool) -> Path:
+    """Make a new folder of that name, or of name_2, name_3, ... if it is there already and `force` is not given."""
     # Names come from the user and go into a path: no separators, no leading dots, no endless length.
     clean = re.sub(r"[^\w.+=-]+", "_", name, flags=re.ASCII).strip("._ ")[:100] or "run"
     parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +169,8 @@ def _folder(parent: Path, name: str) -> Path:
     while True:
         found = parent / next(names)
         with contextlib.suppress(FileExistsError):
-            found.mkdir()  # makes and checks in one step, so that two runs which draw at once never share a folder
+            # Makes and checks in one step, so that two runs which draw at once never share a folder.
+            found.mkdir(exist_ok=force)
             return found
 
 
@@ -172,47 +196,50 @@ class _Pictures:
     def heatmap(self, kind: Kind, statistic: str) -> None:
         values = table(self.run, self.run.layers, "tensors", kind.tensor, kind.stage, statistic)
         title = f"{kind.title}: {STATISTICS[statistic]}"
-        signed = statistic != "std"  # only a standard deviation has no sign
-        self._map(f"{kind.folder}/{statistic}", title, values, kind.label(statistic), signed, {"steps": self.steps})
+        axes: dict[str, list[Any]] = {"steps": self.steps}
+        self._map(f"{kind.folder}/{statistic}", title, values, kind.label(statistic), SCALES[statistic], axes)
 
     def usage(self) -> None:
         step, shares = usage(self.run, self.run.layers)
         title = "Quantized weights: use of the 16 codes" + ("" if step is None else f" at step {step}")
         axes: dict[str, list[Any]] = {"steps": [] if step is None else [step], "codes": CODE_NAMES}
-        self._map("weights/quantized/usage", title, 100 * shares, "share (%)", False, axes)
+        self._map("weights/quantized/usage", title, 100 * shares, "share (%)", SCALES["usage"], axes)
 
     def _map(
-        self, name: str, title: str, values: np.ndarray, label: str, diverging: bool, axes: dict[str, list[Any]]
+        self, name: str, title: str, values: np.ndarray, label: str, scale: dict[str, Any], axes: dict[str, list[Any]]
     ) -> None:
         """Draw a heatmap over the codes, or else over the steps; `axes` holds what the JSON says of both."""
+        if not np.isfinite(values).any():  # a run in high precision has no codes: a picture of nothing helps nobody
+            return
         columns, xlabel = (axes["codes"], "code, by its value") if "codes" in axes else (axes["steps"], "step")
-        bounds = drawing.limits([values], diverging)
+        bounds = drawing.limits([values], **scale)
         some = np.isfinite(values).any(axis=1)
         rows, shown = [row for row, known in zip(self.run.layers, some, strict=True) if known], values[some]
         text = f"{title}\n{self._subtitle(len(rows))}"
         picture = drawing.heatmaps(text, rows, [Panel("", columns, shown)], bounds, label, xlabel)
-        page = plotly_heatmap(text, rows, columns, shown, bounds, label, xlabel)
-        self._write(name, picture, page, title, label, values, axes)
+        page = plotly_heatmap(rows, columns, shown, bounds, label, xlabel)
+        self._write(name, picture, page, text, label, values, axes)
 
     def curve(self, name: str) -> None:
         title, label, keys = CURVES[name]
         layers = self.run.layers
         values = table(self.run, layers, "tensors", *keys)
+        if not np.isfinite(values).any():
+            return
         text = f"{title}\n{self._subtitle(int(np.isfinite(values).any(axis=1).sum()))}"
         picture = drawing.curves(text, layers, [Panel("", self.steps, values)], label)
-        page = plotly_curves(text, layers, self.steps, values, label)
-        self._write(f"weights/{name}", picture, page, title, label, values, {"steps": self.steps})
+        page = plotly_curves(layers, self.steps, values, label)
+        self._write(f"weights/{name}", picture, page, text, label, values, {"steps": self.steps})
 
     def _subtitle(self, shown: int) -> str:
         run = self.run
         group = f" ({run.group})" if run.group else ""
         absent = len(run.layers) - shown
-        layers = f"{shown} layers" if shown else f"{absent} layers, all without values"
-        less = f", {absent} without values left out" if absent and shown else ""
-        return f"{run.model}, run {run.name}{group}, {layers}{less}"
+        less = f", {absent} without values left out" if absent else ""
+        return f"{run.model}, run {run.name}{group}, {shown} layers{less}"
 
     def _write(
-        self, name: str, picture: Any, page: Any, title: str, unit: str, values: np.ndarray, axes: dict[str, list[Any]]
+        self, name: str, picture: Any, page: Any, text: str, unit: str, values: np.ndarray, axes: dict[str, list[Any]]
     ) -> None:
         """Write a matplotlib figure as PNG, a plotly figure as HTML, and the values as JSON."""
         run, path = self.run, self.folder / name
@@ -222,22 +249,23 @@ class _Pictures:
         # Relative, so that the folder of pictures can be moved or copied as a whole.
         script = Path(os.path.relpath(self.script, path.parent)).as_posix()
         config = {"responsive": True, "displaylogo": False}
-        page.write_html(path.with_suffix(".html"), include_plotlyjs=script, config=config, full_html=True)
-        content: dict[str, Any] = {"title": title, "model": run.model, "run": run.name, "unit": unit}
+        drawn = page.to_html(include_plotlyjs=script, config=config, full_html=False, default_height=page.layout.height)
+        first, _, rest = html.escape(text).partition("\n")
+        path.with_suffix(".html").write_text(PAGE.format(title=first, subtitle=rest, drawn=drawn), encoding="utf-8")
+        content: dict[str, Any] = {"title": text.partition("\n")[0], "model": run.model, "run": run.name, "unit": unit}
         content |= {"layers": run.layers, **axes, "values": values.tolist()}
         # Through dumps first, which writes null for NaN.
-        text = json.dumps(json.loads(dumps(content)), indent=1)
+        lines = json.dumps(json.loads(dumps(content)), indent=1)
         # JSON's indentation puts each number on a line; a layer's numbers belong on one.
-        text = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-        path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        lines = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", lines)
+        path.with_suffix(".json").write_text(lines + "\n", encoding="utf-8")
 
 
 # ---- plotly ---------------------------------------------------------------------------------------------------------
 
 
 def plotly_heatmap(
-    title: str, rows: Sequence[str], columns: Sequence[Any], values: np.ndarray, bounds: drawing.Limits,
-    label: str, xlabel: str,
+    rows: Sequence[str], columns: Sequence[Any], values: np.ndarray, bounds: drawing.Limits, label: str, xlabel: str
 ) -> Any:
     """Draw an interactive heatmap; pointing at a cell shows layer, column and value."""
     import matplotlib
@@ -277,22 +305,22 @@ def plotly_heatmap(
             hovertemplate=f"layer %{{y}}<br>{xlabel.split(',')[0]} %{{x}}<br>%{{text}}<extra></extra>",
         )
     )
-    _layout(figure, title, xlabel, max(320, 15 * len(rows) + 190))
+    _layout(figure, xlabel, max(280, 15 * len(rows) + 140))
     figure.update_yaxes(type="category", autorange="reversed", tickmode="linear", dtick=1, automargin=True)
     figure.update_yaxes(tickfont={"size": 10 if len(rows) > 30 else 12}, showgrid=False)
     figure.update_xaxes(type="category", nticks=24, showgrid=False)
     figure.update_layout(plot_bgcolor=drawing.ABSENT)
-    if not rows:
-        figure.add_annotation(text="no values", showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5)
     return figure
 
 
-def plotly_curves(title: str, rows: Sequence[str], steps: Sequence[int], values: np.ndarray, label: str) -> Any:
+def plotly_curves(rows: Sequence[str], steps: Sequence[int], values: np.ndarray, label: str) -> Any:
     """Draw interactive curves; the worst layers are in the legend, the others are grey and named when pointed at."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    named = dict(zip(drawing.pick(values), drawing.COLOURS, strict=False))  # there may be more colours than layers
+    worst = drawing.pick(values)
+    named = dict(zip(worst, drawing.COLOURS, strict=False))  # there may be more colours than layers
+    symbols = dict(zip(worst, PLOTLY_MARKERS, strict=False))
     present = [index for index in range(len(rows)) if np.isfinite(values[index]).any()]
     # Named curves last: they lie on top of the grey ones.
     for index in [*(index for index in present if index not in named), *named]:
@@ -300,25 +328,19 @@ def plotly_curves(title: str, rows: Sequence[str], steps: Sequence[int], values:
         line = {"color": named.get(index, "#c2c2c2"), "width": 2 if index in named else 1}
         figure.add_scatter(
             x=list(steps), y=[None if np.isnan(value) else float(f"{value:.5g}") for value in values[index]],
-            name=name, mode="lines+markers" if len(steps) <= 40 else "lines",
-            marker={"size": 5 if index in named else 3}, line=line, connectgaps=True, showlegend=index in named,
+            name=name, mode="lines+markers" if len(steps) <= 40 else "lines", line=line,
+            marker={"size": 7 if index in named else 3, "symbol": symbols.get(index, "circle")},
+            connectgaps=True, showlegend=index in named,
             hovertemplate=f"layer {name}<br>step %{{x}}<br>%{{y:.5g}}<extra></extra>",
         )
-    _layout(figure, title, "step", 520)
+    _layout(figure, "step", 500)
     figure.update_yaxes(title={"text": label})
     figure.update_layout(plot_bgcolor="white", legend={"orientation": "h", "y": -0.18})
     figure.update_xaxes(gridcolor="#e5e5e5").update_yaxes(gridcolor="#e5e5e5")
     return figure
 
 
-def _layout(figure: Any, title: str, xlabel: str, height: int) -> None:
-    first, _, rest = html.escape(title).partition("\n")
-    text = f"<b>{first}</b><br><span style='font-size:12px'>{rest}</span>"
-    figure.update_layout(
-        title={"text": text, "x": 0.01, "xanchor": "left", "yref": "container", "y": 1, "yanchor": "top",
-               "pad": {"t": 18}},
-        height=height,
-        margin={"t": 90, "b": 60, "r": 40},
-        template="none",
-    )  # fmt: skip
+def _layout(figure: Any, xlabel: str, height: int) -> None:
+    # The margin above is for plotly's toolbar, which would cover what is written there.
+    figure.update_layout(height=height, margin={"t": 34, "b": 60, "r": 20, "l": 60}, template="none")
     figure.update_xaxes(title={"text": xlabel})

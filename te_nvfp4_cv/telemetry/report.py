@@ -24,7 +24,7 @@ from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
-from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, KINDS, STATISTICS, as_run, table, usage
+from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, KINDS, SCALES, STATISTICS, as_run, table, usage
 from te_nvfp4_cv.telemetry.records import Run, numbered
 from te_nvfp4_cv.telemetry.settings import THRESHOLD
 
@@ -243,7 +243,7 @@ class _Report:
         panels = [Panel(heading, CODE_NAMES, shares) for heading, shares in used]
         title = "Weights: use of the 16 codes"
         return (
-            self._maps(title, panels, False, "share (%)", "code, by its value")
+            self._maps(title, panels, SCALES["usage"], "share (%)", "code, by its value")
             + self._curves("Weights: codes that differ from the sample before", "share", ("flip_rate",), highest=True)
             + self._curves("Weights: codes that went back (oscillation)", "share", ("oscillation",), highest=True)
         )
@@ -259,19 +259,19 @@ class _Report:
             for statistic in STATISTICS:
                 panels = self._panels(("tensors", kind.tensor, kind.stage, statistic))
                 title = f"{kind.title}: {STATISTICS[statistic]}"
-                pictures.append(self._maps(title, panels, statistic != "std", kind.label(statistic), "step"))
+                pictures.append(self._maps(title, panels, SCALES[statistic], kind.label(statistic), "step"))
         return "".join(pictures)
 
     def _panels(self, keys: tuple[str, ...]) -> list[Panel]:
         return [Panel(label, list(run.steps), table(run, self.layers, *keys)) for label, run in self.runs]
 
-    def _maps(self, title: str, panels: list[Panel], diverging: bool, label: str, xlabel: str) -> str:
+    def _maps(self, title: str, panels: list[Panel], scale: dict[str, Any], label: str, xlabel: str) -> str:
         # All runs show the same rows, so that a layer stands at the same height in each of them.
         some = [i for i in range(len(self.layers)) if any(np.isfinite(panel.values[i]).any() for panel in panels)]
         rows = [self.layers[i] for i in some]
         panels = [Panel(panel.heading, panel.columns, panel.values[some]) for panel in panels]
         # Common to all pictures of a figure: equal colours then mean equal values in every run.
-        bounds = drawing.limits([panel.values for panel in panels], diverging)
+        bounds = drawing.limits([panel.values for panel in panels], **scale)
         return self._pictures(title, panels, lambda part: drawing.heatmaps(title, rows, part, bounds, label, xlabel))
 
     def _curves(self, title: str, label: str, keys: tuple[str, ...], **options: Any) -> str:

@@ -25,9 +25,12 @@ class Settings:
     gradient_noise: bool
     max_elements: int
     noise_bytes: int
+    last: int | None
 
     def __post_init__(self) -> None:
         for argument, least in (("every", 0), ("max_elements", 16), ("noise_bytes", 0)):
             value = getattr(self, argument)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:  # True is an int to Python
                 raise bad_value("telemetry", argument, repr(value), f"an integer >= {least}")
+        if self.last is not None and (not isinstance(self.last, int) or isinstance(self.last, bool) or self.last < 0):
+            raise bad_value("telemetry", "last", repr(self.last), "an integer >= 0, or None")

@@ -249,7 +249,8 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_nvfp4_beside_bf16(shapes: Path, tmp_path: Path) -> None:
-    options = ["--precisions", "bf16", "nvfp4", "no_rht", "--scale", "0.25", "--steps", "2", "--batch-size", "8"]
+    options = ["--precisions", "bf16", "nvfp4", "no_rht", "--compute", "bf16"]
+    options += ["--scale", "0.25", "--steps", "2", "--batch-size", "8"]
     rows = main(["--data", str(shapes), "--out", str(tmp_path), *SMALL, *options])
     check_run(tmp_path, rows, ["bf16", "nvfp4", "no_rht"], set())
     assert rows["nvfp4"]["nvfp4_flops_share"] > 0.5 and rows["bf16"]["nvfp4_flops_share"] == 0
@@ -276,7 +277,7 @@ def test_telemetry_does_not_change_a_run_and_goes_on_with_a_resume(
     same(a, b)
     assert not telemetry.read(tmp_path / "unseen" / "nvfp4" / "telemetry.jsonl").steps
     run = telemetry.read(tmp_path / "seen" / "nvfp4" / "telemetry.jsonl")
-    assert list(run.steps) == [0, 2, 4] and (run.name, run.group, run.model) == ("nvfp4", "seen", "UNet")
+    assert list(run.steps) == [0, 2, 3, 4, 5] and (run.name, run.group, run.model) == ("nvfp4", "seen", "UNet")
     assert run.steps[4]["down.3.conv.0"]["precision"] == "nvfp4" and run.steps[4]["head"]["precision"] == "high"
     assert {"train/loss", "val/miou"} <= set(run.scalars[6]) | set(run.scalars[3])
     assert list((tmp_path / "seen" / "tensorboard" / "nvfp4").glob("events.*"))
@@ -286,7 +287,7 @@ def test_telemetry_does_not_change_a_run_and_goes_on_with_a_resume(
     assert (tmp_path / "seen_2" / "report.html").is_file()
     assert all(path.read_bytes() == content for path, content in before.items())
     again = telemetry.read(tmp_path / "seen_2" / "nvfp4" / "telemetry.jsonl")
-    assert list(again.steps) == [0, 2, 4] and again.group == "seen_2"
+    assert list(again.steps) == [0, 2, 4, 5] and again.group == "seen_2"
 
 
 def test_the_last_epochs_in_high_precision(shapes: Path, tmp_path: Path, no_drawing: pytest.MonkeyPatch) -> None:
@@ -294,7 +295,7 @@ def test_the_last_epochs_in_high_precision(shapes: Path, tmp_path: Path, no_draw
     main([*common, "--high-precision-last", "1", "--telemetry-every", "3", "--out", str(tmp_path)])
     run = telemetry.read(tmp_path / "nvfp4" / "telemetry.jsonl")
     precisions = [layers["down.3.conv.0"]["precision"] for layers in run.steps.values()]
-    assert list(run.steps) == [0, 3, 6] and precisions == ["nvfp4", "nvfp4", "high"]
+    assert list(run.steps) == [0, 3, 6, 8] and precisions == ["nvfp4", "nvfp4", "high", "high"]
 
     trainer = make_trainer(shapes, tmp_path, "nvfp4", ("--epochs", "3", "--high-precision-last", "1"))
     at, enabled = trainer.position, []

@@ -101,7 +101,7 @@ def test_the_identity_in_bf16_is_as_it_was(shapes: Path, tmp_path: Path) -> None
     assert set(make_trainer(shapes, tmp_path, "nvfp4", "--compute", "fp16")._identity()) == keys | {"compute"}
     for plain in PLAIN:
         assert set(make_trainer(shapes, tmp_path, plain, "--compute", "fp32")._identity()) == keys
-    bf16 = make_trainer(shapes, tmp_path, "nvfp4")
+    bf16 = make_trainer(shapes, tmp_path, "nvfp4", "--compute", "bf16")
     bf16._save()
     with pytest.raises(
         ValueError, match=r"differing: compute\)[\s\S]*got: *compute = None[\s\S]*needs: compute = fp32"
@@ -154,10 +154,13 @@ def test_unknown_dtype(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_auto_takes_bf16_where_the_device_has_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_bf16_where_the_device_has_it(native: bool, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(options, "bf16_is_native", lambda device: native)
     expected = "bf16" if native else "fp32"
     found = parse_options(["--compute", "auto", "--device", "cpu"])
     assert (found.compute, found.precisions) == (expected, (expected, "nvfp4"))
-    assert parse_options([]).precisions == ("bf16", "nvfp4")
+    assert parse_options(["--device", "cpu"]).precisions == (expected, "nvfp4"), "the default is auto"
+    assert "no units for bf16" not in capsys.readouterr().err
+    parse_options(["--device", "cpu", "--precisions", "bf16"])
+    assert ("no units for bf16" in capsys.readouterr().err) != native
     assert parse_options(["--compute", "auto", "--precisions", "nvfp4"]).precisions == ("nvfp4",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tests.examples.unet_coco_data import EXAMPLES, SMALL, draw_shapes, write_ma
 from unet_coco import checkpoint, identity, ranks, tracking  # noqa: E402  isort: skip
 from unet_coco.engine import Trainer  # noqa: E402  isort: skip
 from unet_coco.folder import give_up, run_folder  # noqa: E402  isort: skip
+from unet_coco.stopping import Stop, Stopped  # noqa: E402  isort: skip
 from unet_coco.train import main  # noqa: E402  isort: skip
 
 pytestmark = [
@@ -296,20 +297,93 @@ def test_other_messages_stay_as_they_are() -> None:
         assert ranks.message(ValueError(text)) == text
 
 
-def test_ctrl_c_is_one_line_and_the_checkpoint_stays(shapes: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_the_step_and_says_how_to_go_on(shapes: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch of 3 steps, too: the checkpoint is of the step that the message names."""
     call = [sys.executable, TRAIN, "--data", str(shapes), "--out", str(tmp_path / "out"), *FP32, "--epochs", "5000"]
     path = tmp_path / "out" / "fp32" / "last.pt"
-    # A shell that starts this suite in the background makes its processes ignore SIGINT; here it is listened to again.
-    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(call, **pipes, text=True, preexec_fn=default) as process:
-        for _ in range(600):
+    with subprocess.Popen([*call, "--eval-every", "5000"], **pipes, text=True) as process:
+        for _ in range(1500):
             if path.exists() or process.poll() is not None:
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in told, told
-    out = tmp_path / "out"
-    assert told.splitlines()[-1] == f"stopped: --out {out} --resume continues from the last checkpoint"
-    assert checkpoint.load_checkpoint(path)["position"]["step"] >= 3
+    assert process.returncode == 143 and "Traceback" not in told, told
+    saved = checkpoint.load_checkpoint(path)["position"]
+    done = f"step {saved['step']} of 15000 of fp32 is saved"
+    assert saved["step"] >= 3 and saved["step"] == 3 * saved["epoch"] + saved["batch"]
+    assert told.splitlines()[-1] == (
+        f"stopped: SIGTERM; {done}. To go on, give the same command with --out {tmp_path / 'out'} --resume"
+    )
+
+
+@pytest.mark.parametrize("where", ["_step", "evaluate"])
+def test_a_run_that_signals_stop_often_ends_with_the_same_bits(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_drawing: None, where: str
+) -> None:
+    """A signal in a step waits for its end, and one in a validation leaves it to the resumed run."""
+    call = ["--data", str(shapes), *FP32, "--epochs", "2"]
+    rows = main([*call, "--out", str(tmp_path / "whole")])
+    method, calls = getattr(Trainer, where), []
+
+    def signalled(self: Trainer, *arguments: Any, **options: Any) -> Any:
+        calls.append(self.position.step)
+        if len(calls) in (1, 3, 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return method(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, where, signalled)
+    out = ["--out", str(tmp_path / "stopped"), "--resume"]
+    for _ in range(6):
+        with contextlib.suppress(KeyboardInterrupt):
+            resumed = main([*call, *out])
+            break
+    assert len(calls) > 2 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert {**resumed["fp32"], "step_ms": 0} == {**rows["fp32"], "step_ms": 0}
+    whole, stopped = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("whole", "stopped"))
+    assert whole == stopped and len(whole["fp32"]["epochs"]) == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+def test_each_signal_has_its_exit_status(number: signal.Signals, status: int, monkeypatch, capsys) -> None:
+    def stopped() -> None:
+        with Stop().listening():
+            os.kill(os.getpid(), number)
+
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        ranks.run(stopped)
+    assert ended.value.code == status
+    assert capsys.readouterr().err == f"stopped: {'Ctrl-C' if number == signal.SIGINT else number.name}\n"
+
+
+def test_a_second_signal_ends_a_step_that_hangs() -> None:
+    stop = Stop()
+    with pytest.raises(KeyboardInterrupt) as ended, stop.listening(), stop.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not isinstance(ended.value, Stopped)
+
+
+def test_save_every_keeps_what_a_kill_would_lose(shapes: Path, tmp_path: Path, stopping, no_drawing) -> None:
+    call = ["--data", str(shapes), "--out", str(tmp_path), *FP32, "--epochs", "2", "--save-every", "2"]
+    stopping(5, RuntimeError)  # no chance to save, as with SIGKILL
+    with pytest.raises(RuntimeError, match="stopped here"):
+        main(call)
+    assert checkpoint.load_checkpoint(tmp_path / "fp32" / "last.pt")["position"]["step"] == 4
+
+
+def test_the_last_step_is_recorded_and_validated(shapes: Path, tmp_path: Path, no_drawing: None) -> None:
+    """A run of fewer steps than --log-every has a point in each curve, which a longer run does not keep."""
+    call = ["--data", str(shapes), "--out", str(tmp_path), *FP32, "--epochs", "2", "--log-every", "10"]
+    rows = main([*call, "--steps", "2"])
+    history = json.loads((tmp_path / "history.json").read_text())["fp32"]
+    assert [row["step"] for row in history["curve"]] == [row["step"] for row in history["epochs"]] == [2]
+    assert history["epochs"][0]["miou"] == rows["fp32"]["miou"]
+    assert history["epochs"][0]["epoch"] == pytest.approx(2 / 3)
+    main([*call, "--resume"])
+    history = json.loads((tmp_path / "history.json").read_text())["fp32"]
+    assert [row["step"] for row in history["curve"]] == [6]
+    assert [row["step"] for row in history["epochs"]] == [3, 6]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from te_nvfp4_cv import cli
-from te_nvfp4_cv.telemetry import JSONL, read, render_heatmaps, write_report
-from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, CODES
+from te_nvfp4_cv.telemetry import JSONL, drawing, read, render_heatmaps, write_report
+from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, CODES, PLOTLY_MARKERS, SCALES
 from tests.telemetry.synthetic_runs import NAMES, header, write_run
 
 for package in ("matplotlib", "plotly"):
@@ -67,6 +69,27 @@ def test_the_use_of_the_codes(drawn):
     assert held["values"][0] == [None] * 16  # the stem ran in high precision
 
 
+def test_ends_of_the_colours_of_kurtosis():
+    """Noise about the Gaussian's 0 stays pale, and one layer with heavy tails does not make all others look alike."""
+    scale = SCALES["kurtosis"]
+    for values, high, extend in (([-0.2, 0.1], 2, "neither"), ([0.1, 7.0], 7, "neither"), ([0.1, 3000.0], 20, "max")):
+        bounds = drawing.limits([np.array(values)], **scale)
+        assert (bounds.low, bounds.high, bounds.linear, bounds.extend) == (-high, high, 0, extend)
+
+
+def test_colours_of_curves_differ_for_the_colour_blind():
+    """In the simulation of Viénot, Brettel and Mollon (1999), as distances in linear RGB."""
+    linear = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in drawing.COLOURS]) ** 2.2
+    to_lms = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
+    protan = np.array([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]])
+    deutan = np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
+    for blind in (protan, deutan):
+        seen = linear @ (np.linalg.inv(to_lms) @ blind @ to_lms).T
+        apart = np.linalg.norm(seen[:, None] - seen[None], axis=-1) + np.eye(len(seen))
+        assert apart[:6, :6].min() > 0.1, apart.round(2)
+    assert len(set(drawing.MARKERS)) == len(drawing.COLOURS) == len(PLOTLY_MARKERS)
+
+
 def test_curves(drawn):
     folder, file = drawn
     for name, key in (("correlation", "correlation"), ("sqnr", "sqnr_db")):
@@ -99,9 +122,12 @@ def test_names_are_made_fit_for_the_file_system_and_the_page(name, tmp_path):
 
 def test_one_layer_one_step_and_no_values(tmp_path):
     run = write_run(tmp_path / "one.jsonl", steps=1, names=["conv"], high=True)
-    assert render_heatmaps(run, tmp_path)
-    held = json.loads((tmp_path / "heatmaps" / "UNet-nvfp4" / "weights" / "dequantized" / "std.json").read_text())
-    assert held["values"] == [[None]]
+    assert render_heatmaps(run, tmp_path) == render_heatmaps(run, tmp_path, force=True)
+    shutil.rmtree(tmp_path / "heatmaps")
+    place = tmp_path / "heatmaps" / "UNet-nvfp4"
+    written = {path.relative_to(place).as_posix() for path in render_heatmaps(run, tmp_path)}
+    assert "weights/prequantize/std.png" in written
+    assert not any("quantized" in name for name in written), "a picture of nothing is not drawn"
 
 
 def test_a_run_without_samples_is_refused(tmp_path):
