@@ -49,7 +49,7 @@ def test_the_example_of_a_public_name_runs(name, tmp_path, monkeypatch):
         assert not "".join(told), "".join(told)
 
 
-HELPED = "nvfp4_autocast prepare set_precision NVFP4BlockScaling NVFP4Conv2d coverage load_recipe convert_model fuse gemm"
+HELPED = "nvfp4_autocast prepare set_precision NVFP4BlockScaling NVFP4Conv2d coverage load_recipe capture fuse gemm"
 
 
 @pytest.mark.parametrize("name", HELPED.split())
