@@ -208,6 +208,16 @@ def test_the_lists_agree(tmp_path: Path, name: str) -> None:
     assert relative_error(torch.from_numpy(found), expected) < 1e-4
 
 
+@pytest.mark.parametrize(("name", "owner"), [("a subclass", "0"), ("attention", "attention.out_proj")])
+def test_a_corrected_bias_is_that_of_the_layer_inside_too(name: str, owner: str) -> None:
+    model, x = trained(name)  # the module adds its bias in torch, and ONNX files have that of the layer inside
+    before = model.get_submodule(owner).bias.clone()
+    quantized = nv.export.quantize(model, [x, x.flip(0)])
+    found = quantized.get_submodule(owner)
+    assert not torch.equal(found.bias, before)
+    assert found._modules["packed_weight"].bias is found._parameters["bias"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo")
 @pytest.mark.parametrize("name", ["a subclass", "weight standardization", "attention", "a weight that is read"])

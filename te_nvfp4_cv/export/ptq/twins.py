@@ -105,12 +105,12 @@ class Watched:
         index = self.best
         self.twins, self.seen = [self.twins[index]], [self.seen[index]]
         self.shifted = self.twin.shift is not None
+        if self.inner:  # it has the bias of the module around it, which adds it in torch; ONNX files read the layer's
+            self.twin._parameters["bias"] = self.layer._parameters["bias"]
         bias: Any = self.twin.bias
         if wanted and bias is not None and self.ran:
             self.correction = self.seen[0][0].mean
-            # A layer inside has the bias of the module around it, which adds it.
-            place: Any = self.layer.bias if self.inner else bias
-            place.data -= self.correction.to(place)
+            bias.data -= self.correction.to(bias)
 
     def sqnr_db(self) -> float:
         """Return the layer's SQNR, on the images that were held back if there are any."""
