@@ -10,7 +10,9 @@ Parameters stay in high precision in the shards, the optimizer and the state_dic
 weight that was gathered in 4 bits has 4 bits for every reader: layers outside of an NVFP4 context see dequantized
 values, and a warning says so once. To evaluate in high precision, load the full state_dict into a plain model.
 torch.compile leaves layers with such weights uncompiled; with fullgraph=True it stops. FSDP2 gathers in high precision
-as before: weights with 1x16 or 4over6 scales, weights with a GEMM in high precision, and uneven shards.
+as before: weights with 1x16 or 4over6 scales, weights with a GEMM in high precision, and uneven shards. A marked weight
+may be on torch's meta device, and stays marked when load_state_dict(assign=True) replaces it. Placements other than
+Shard(0), and an integer as reshard_after_forward, raise at the first gather, on every rank.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.distributed.fsdp_weight import Form, ShardedWeight
-from te_nvfp4_cv.errors import check_module, runtime_error
+from te_nvfp4_cv.errors import check_module, runtime_error, warn_once
 from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.nn.precision import matches
 from te_nvfp4_cv.nn.walk import LAYERS, op_of, with_recipes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 __all__ = ["quantize_gathers"]
+_FORM = "_te_nvfp4_cv_gathered_form"  # on a layer: what its weight is marked with
 
 
 def quantize_gathers(
@@ -81,8 +84,10 @@ def quantize_gathers(
             marked.append(full_name)
         # Not by setattr, whose checks and hooks are for users: the entry changes, the name stays.
         module._parameters["weight"] = replaced[id(weight)]
+        module.__dict__[_FORM] = replaced[id(weight)].form  # type: ignore[attr-defined]
         # On the layer, because a part of the model may be saved alone.
         module.register_state_dict_post_hook(_plain_entries)
+        module.register_load_state_dict_post_hook(_mark_again)
     return marked
 
 
@@ -99,7 +104,9 @@ def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None
     if recipe is None:
         return "high precision"
     groups = getattr(module, "groups", 1)
-    reason = check.ineligible(op_of(module), weight, weight, groups, recipe)
+    # A meta weight gets its values later, and will be asked for its codes only then.
+    like = torch.empty((), dtype=weight.dtype).expand(weight.shape) if weight.is_meta else weight
+    reason = check.ineligible(op_of(module), like, like, groups, recipe)
     if reason is not None:
         return reason
     s = recipe.settings("weight")
@@ -108,6 +115,38 @@ def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None
     if not {"fprop", "dgrad"} <= set(recipe.nvfp4_gemms):
         return "a GEMM on the weight in high precision"
     return None
+
+
+def _mark_again(module: nn.Module, incompatible_keys: Any) -> None:
+    """Mark the weight that load_state_dict(assign=True) has put in the place of a marked one.
+
+    It is a load_state_dict post-hook, and runs before FSDP2's own, which takes the parameter that it finds.
+    """
+    weight: Any = module._parameters.get("weight")
+    local = getattr(weight, "_local_tensor", weight)
+    if weight is None or isinstance(local, ShardedWeight):
+        return
+    form: Form = module.__dict__[_FORM]
+    if weight.shape != form.owner.shape or weight.dtype not in check.DTYPES:
+        warn_once(
+            f"lost {form.name}",
+            f"nvfp4: load_state_dict(assign=True) has put a {tuple(weight.shape)} {weight.dtype} weight in place of "
+            f"{form.name!r}, {tuple(form.owner.shape)} {form.owner.dtype}: it is gathered in high precision",
+        )
+        return
+    marked: Any = ShardedWeight(local.detach(), form)
+    if local is not weight:
+        marked = _like(weight, marked)
+    module._parameters["weight"] = nn.Parameter(marked, weight.requires_grad)
+
+
+def _like(whole: Any, local: Tensor) -> Any:
+    """Return a DTensor that is sharded as `whole` is, and holds `local`."""
+    # Imported here, where a DTensor shows that its module is loaded.
+    from torch.distributed.tensor import DTensor
+
+    sizes = {"shape": whole.shape, "stride": whole.stride()}
+    return DTensor.from_local(local, whole.device_mesh, whole.placements, run_check=False, **sizes)
 
 
 def _plain_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -120,9 +159,4 @@ def _plain_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, l
     if isinstance(entry, ShardedWeight):
         state_dict[key] = entry.plain.detach()
     elif isinstance(getattr(entry, "_local_tensor", None), ShardedWeight):
-        # Imported here, where a DTensor shows that its module is loaded.
-        from torch.distributed.tensor import DTensor
-
-        local = entry._local_tensor.plain.detach()
-        whole = {"shape": entry.shape, "stride": entry.stride()}
-        state_dict[key] = DTensor.from_local(local, entry.device_mesh, entry.placements, run_check=False, **whole)
+        state_dict[key] = _like(entry, entry._local_tensor.plain.detach())

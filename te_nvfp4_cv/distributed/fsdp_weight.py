@@ -14,6 +14,7 @@ nv.fsdp.quantize_gathers makes both; see there for what is refused.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +31,14 @@ from te_nvfp4_cv.ops.quantize.operand import unpack_weight
 from te_nvfp4_cv.ops.records import Face, WeightCodes, WeightLayout
 
 aten = torch.ops.aten
+VIEWS = {
+    *(aten.alias.default, aten.as_strided.default, aten.detach.default, aten.slice.Tensor, aten.split.Tensor),
+    *(aten.view.default, aten.copy_.default),
+}
 KEEP = {  # of a shard: what FSDP2 does to make, move and pad it
-    *(aten.alias.default, aten.as_strided.default, aten.clone.default, aten.copy_.default, aten.detach.default),
-    *(aten._to_copy.default, aten._pin_memory.default, aten.empty_like.default, aten.new_zeros.default),
-    *(aten.slice.Tensor, aten.split.Tensor, aten.view.default),
+    *VIEWS,
+    *(aten.clone.default, aten._to_copy.default, aten._pin_memory.default, aten.empty_like.default),
+    aten.new_zeros.default,
 }
 FACTORIES = {  # of a whole weight: tensors like it, without its values
     *(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.new_empty.default),
@@ -99,10 +104,15 @@ class ShardedWeight(torch.Tensor):
             forms.append(x.form)
             return x.plain
 
+        of_inference = bool(args) and isinstance(args[0], Tensor) and args[0].is_inference()
         # The form of the first shard among the arguments goes to the results.
         args, kwargs = tree_map_only(ShardedWeight, plain, (args, kwargs or {}))
         out = func(*args, **kwargs)
-        return tree_map_only(Tensor, lambda t: ShardedWeight(t, forms[0]), out) if func in KEEP else out
+        if func not in KEEP:
+            return out
+        # A view is an inference tensor only if what it views is one; a wrapper would be one by being made there.
+        with torch.inference_mode(of_inference if func in VIEWS else torch.is_inference_mode_enabled()):
+            return tree_map_only(Tensor, lambda t: ShardedWeight(t, forms[0]), out)
 
     # ---- what FSDP2 calls -------------------------------------------------------------------------------------------
 
@@ -114,7 +124,10 @@ class ShardedWeight(torch.Tensor):
         These are (packed codes of this rank's rows,) and (scales of all tiles, amax, the whole shape). Uneven shards
         travel as (the rows, padded,), with (None, None, the whole shape).
         """
-        with torch.no_grad():
+        # The caller is FSDP2's object for this parameter. Nothing that it passes says how it will be sharded again.
+        self._refuse(outer_size, mesh.size(), sys._getframe(1).f_locals.get("self"))
+        # A weight that stays whole after an evaluation, as FSDP2's root does, is saved by the next training forward.
+        with torch.inference_mode(False), torch.no_grad():
             group, n, ranks = mesh.get_group(), outer_size[0], mesh.size()
             if n % ranks:
                 return (self._padded(-(-n // ranks), mp_policy.param_dtype, ranks),), (None, None, tuple(outer_size))
@@ -127,6 +140,26 @@ class ShardedWeight(torch.Tensor):
             codes = weight_shards.quantize_rows(self.plain, first, n, self.form.groups, scales, amax)
             # After the all-reduce every rank has the same scales, so only codes need to travel.
             return (codes,), (scales, amax, tuple(outer_size))
+
+    def _refuse(self, whole: Any, ranks: int, parameter: Any) -> None:
+        """Refuse shards that are not rows, and those that FSDP2 would cut out of codes.
+
+        Raises:
+            RuntimeError: on every rank.
+        """
+        after = getattr(getattr(parameter, "post_forward_mesh_info", None), "shard_mesh_size", ranks)
+        got = None
+        if self.plain.numel() and self.plain.shape[1:] != whole[1:]:
+            got = f"a shard {tuple(self.plain.shape)} of {tuple(whole)}"
+        elif after != ranks:
+            got = f"reshard_after_forward={after} on {ranks} ranks"
+        if got is not None:
+            raise runtime_error(
+                f"nvfp4: the weight {self.form.name!r} cannot be gathered in 4 bits as it is sharded.",
+                got=got,
+                needs="shards along axis 0, and reshard_after_forward=True or False",
+                fix="leave the weight out by filter_fn of nv.fsdp.quantize_gathers, or shard it so",
+            )
 
     def _padded(self, rows: int, dtype: torch.dtype | None, ranks: int) -> Tensor:
         """Return the rows in FSDP2's gathered dtype, with zero rows at the end."""
@@ -226,7 +259,9 @@ class GatheredWeight(torch.Tensor):
         # FSDP2 and autograd make such aliases; they share the codes. A view to another shape would cut tiles.
         copies = func in (aten.detach.default, aten.alias.default)
         if copies or (func in (aten.as_strided.default, aten.view.default) and tuple(args[1]) == tuple(first.shape)):
-            return cls(first._codes, first._scales, first._amax, tuple(first.shape), first.dtype, first.form)
+            # A view is an inference tensor only if what it views is one; a wrapper would be one by being made there.
+            with torch.inference_mode(first.is_inference()):
+                return cls(first._codes, first._scales, first._amax, tuple(first.shape), first.dtype, first.form)
         if func in FACTORIES and isinstance(first, cls):
             like = torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape)
             # Expanded from one element, `like` has strides of 0, which a result must not take over.
