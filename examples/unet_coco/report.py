@@ -118,7 +118,7 @@ def write_history(folder: Path, history: History, main: str, title: str) -> None
 
 
 def palette(count: int) -> np.ndarray:
-    """Return colours [256, 3] uint8: class 0 dark, other classes spread over the hues, ignored pixels white."""
+    """Return colours [256, 3] uint8: class 0 dark, other classes spread over the hues, numbers beyond them white."""
     colours = np.full((256, 3), 255, np.uint8)
     colours[0] = (40, 40, 40)
     for i in range(1, count):
@@ -127,13 +127,28 @@ def palette(count: int) -> np.ndarray:
     return colours
 
 
-def write_pictures(path: Path, columns: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """Write a sheet with one row per image, from columns of pictures [H, W, 3] uint8 of one size."""
+def hatching(height: int, width: int) -> np.ndarray:
+    """Return diagonal stripes [H, W, 3] uint8 in white and grey, which no class has: they mark ignored pixels."""
+    stripes = (np.arange(height)[:, None] + np.arange(width)) % 6 < 3
+    return np.where(stripes[..., None], 255, 150).astype(np.uint8).repeat(3, 2)
+
+
+def write_pictures(path: Path, columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str]) -> None:
+    """Write a sheet with one row per image, from columns of pictures [H, W, 3] uint8 of one size.
+
+    Below them a legend shows the colours of the classes.
+    """
     photos = next(iter(columns.values()))
     factor = max(1, round(160 / photos[0].shape[0]))
     count, h, w = len(photos), photos[0].shape[0] * factor, photos[0].shape[1] * factor
-    sheet = Image.new("RGB", (len(columns) * (w + 6) + 6, 20 + count * (h + 6)), (255, 255, 255))
+    wide, below = len(columns) * (w + 6) + 6, 20 + count * (h + 6)
+    places, bottom = _places(classes, wide)
+    sheet = Image.new("RGB", (wide, below + bottom), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
+    colours = palette(len(classes))
+    for number, (name, (x, y)) in enumerate(zip(classes, places, strict=True)):
+        pen.rectangle((x, below + y, x + 11, below + y + 11), fill=tuple(colours[number].tolist()))
+        pen.text((x + 16, below + y), name, fill=(0, 0, 0))
     for i, (title, tiles) in enumerate(columns.items()):
         x = 6 + i * (w + 6)
         pen.text((x, 4), title, fill=(0, 0, 0))
@@ -142,3 +157,15 @@ def write_pictures(path: Path, columns: Mapping[str, Sequence[np.ndarray]]) -> N
     buffer = io.BytesIO()
     sheet.save(buffer, format="png")
     write_atomically(path, buffer.getvalue())
+
+
+def _places(names: Sequence[str], wide: int) -> tuple[list[tuple[int, int]], int]:
+    """Return where each entry of the legend begins, line after line, and the height of the legend."""
+    places, x, y = [], 6, 4
+    for name in names:
+        length = 26 + round(ImageDraw.ImageDraw(Image.new("L", (1, 1))).textlength(name))
+        if x > 6 and x + length > wide:
+            x, y = 6, y + 18
+        places.append((x, y))
+        x += length
+    return places, y + 18

@@ -2,7 +2,7 @@
 
 --class-weights, --dice-weight and --ce-weight weigh the loss, in training and in evaluation.
 
-scores: Dice and mIoU over the split's pixels (metrics.py);   pictures: class colours, ignored pixels white
+scores: Dice and mIoU over the split's pixels (metrics.py);   pictures: class colours, ignored pixels hatched
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .data import SegmentationDataset
 from .losses import IGNORE, dice_ce
 from .metrics import evaluate
 from .options import Settings
-from .report import palette
+from .report import hatching, palette
 from .split import RawSplit, SegmentationData
 from .task import Batches, Context, Task
 from .unet import UNet
@@ -64,7 +64,8 @@ class Semantic(Task):
         return asdict(evaluate(model, batches, len(self.class_names), device, context, self.loss))
 
     def draw_truth(self, images: Tensor, targets: Tensor) -> list[np.ndarray]:
-        return list(palette(len(self.class_names))[targets.cpu().numpy()])
+        ids = targets.cpu().numpy()
+        return list(np.where((ids == IGNORE)[..., None], hatching(*ids.shape[1:]), palette(len(self.class_names))[ids]))
 
     def draw_predicted(self, model: nn.Module, images: Tensor, targets: Tensor, context: Context) -> list[np.ndarray]:
         was_training = model.training

@@ -188,6 +188,8 @@ def compare(
     if ranks.rank == 0:
         pictures += show_telemetry(out, files)
     print(f"pictures: {', '.join(map(str, pictures))}   checkpoints: {out}/<precision>/last.pt")
+    if any((out / "wandb").glob("offline-run-*")):
+        print(f"W&B: offline runs are in {out / 'wandb'}; to upload them: wandb sync {out}/wandb/offline-run-*")
     return rows
 
 
@@ -226,7 +228,7 @@ def _write_sheet(path: Path, trainer: Trainer, count: int, predictions: dict[str
             break
     predictions[trainer.precision.name] = predicted[:count]
     if trainer.ranks.rank == 0:
-        write_pictures(path, {"image": photos[:count], "truth": truth[:count], **predictions})
+        write_pictures(path, {"image": photos[:count], "truth": truth[:count], **predictions}, task.class_names)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from unet_coco.data import load_data
 from unet_coco.engine import Trainer
 from unet_coco.options import parse_options
 from unet_coco.precision import parse_precisions
+from unet_coco.report import palette
 from unet_coco.train import main
 
 import te_nvfp4_cv as nv
@@ -60,8 +61,11 @@ def check_run(out: Path, rows: dict[str, Any], names: list[str], extra: set[str]
     assert "precision" in (out / "table.md").read_text() and len(
         (out / "table.csv").read_text().splitlines()
     ) == 1 + len(names)
-    width = Image.open(out / "predictions.png").width
-    assert width > 32 * (2 + len(names))
+    sheet = Image.open(out / "predictions.png")
+    assert sheet.width > 32 * (2 + len(names))
+    colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 20)}
+    classes = checkpoint.load_checkpoint(out / names[0] / "last.pt")["identity"]["architecture"]["classes"]
+    assert {tuple(colour) for colour in palette(len(classes))[: len(classes)].tolist()} <= colours, "the legend"
     assert all((out / name / "last.pt").is_file() for name in names)
 
 
