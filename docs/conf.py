@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import posixpath
 import re
@@ -18,7 +17,6 @@ PAGES = {  # files that are shown as a page of another name
     "CONTRIBUTING.md": "made/contributing.md",
     "CHANGELOG.md": "made/changelog.md",
     "examples/README.md": "made/examples.md",
-    "docs/tutorial.ipynb": "made/tutorial.md",
 }
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("NVTE_PROJECT_BUILDING", "1")  # TransformerEngine's wheel imports without its CUDA part
@@ -32,11 +30,15 @@ if importlib.util.find_spec("torchvision"):
     ensure_torchvision()  # Lightning imports torchvision, whose wheel fails beside a CPU-only torch
 
 project, author, release = "te_nvfp4_cv", "te_nvfp4_cv contributors", __version__
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb"]
 html_theme = "furo"
 html_title = f"te_nvfp4_cv {release}"
-exclude_patterns = ["zoo", "tutorial.md", "made/readme.md"]
+exclude_patterns = ["zoo", "tutorial.md", "made/readme.md", "made/tutorial.md"]  # the two tutorials: of earlier versions
 myst_heading_anchors = 3
+nb_execution_mode = "force"  # the tutorial runs at each build, so its outputs are those of this version
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
@@ -76,13 +78,6 @@ def site_links(text: str, source: str, page: str) -> str:
     return re.sub(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", rewrite, text)
 
 
-def tutorial() -> str:
-    """Return the notebook as a page."""
-    cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
-    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
-    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in texts)
-
-
 def command_line() -> str:
     """Return a page with the help of every command, as its parser gives it."""
     from te_nvfp4_cv.cli import COMMANDS, build_parser
@@ -96,9 +91,9 @@ def command_line() -> str:
 
 
 def write_pages(app: Any) -> None:
-    """Write the pages of docs/made: files from outside of docs/, the notebook, the command line."""
+    """Write the pages of docs/made: files from outside of docs/, the command line."""
     (HERE / "made").mkdir(exist_ok=True)
-    pages = {"tutorial.md": tutorial(), "cli.md": command_line()}
+    pages = {"cli.md": command_line()}
     for source, page in PAGES.items():
         if source.endswith(".md"):
             text = (ROOT / source).read_text(encoding="utf-8")
