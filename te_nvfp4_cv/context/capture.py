@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.backend.torch_private import left_alone
+from te_nvfp4_cv.backend.torch_private import function_modes, left_alone
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.state import local, outside
 from te_nvfp4_cv.layer import observe
@@ -28,6 +28,8 @@ class Captured:
     def __init__(self) -> None:
         self._states, self._overrides, self._observers = local.states, local.overrides, observe.observers()
         self._autocast = [_autocast_now(device) for device in _AUTOCAST_DEVICES]
+        # Modes above the context's own, which would take their calls; Dynamo does not trace the question.
+        self._above = [] if torch.compiler.is_compiling() else [m for m in function_modes() if _recomputes(m)]
 
     def __enter__(self) -> Captured:
         if not torch.compiler.is_compiling():
@@ -79,7 +81,15 @@ class Captured:
         stack.enter_context(observe.told_to(self._observers))
         if states and not mode_is_on():
             stack.enter_context(Mode())
+        for mode in self._above:
+            if mode not in function_modes():
+                stack.enter_context(mode)
         return stack
+
+
+def _recomputes(mode: Any) -> bool:
+    """Return True for a function mode that wants to see what is recomputed, too: it says so by an attribute."""
+    return bool(getattr(mode, "recomputes", False))
 
 
 def _autocast_now(device: str) -> tuple[bool, torch.dtype]:

@@ -46,7 +46,7 @@ _EXPORTED = {getattr(aten, name): op for op, aten in _ATEN.items() for name in a
 _LAYERS = {getattr(F, op): op for op in _OPS} | _EXPORTED
 _DIRECT = {torch.convolution, torch.ops.aten.convolution.default}  # below the layers: nothing tells what they compute
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
-_ATTENTION = without_override_check(F.multi_head_attention_forward)
+ATTENTION = without_override_check(F.multi_head_attention_forward)
 _UNFLATTEN = Tensor.unflatten  # written in Python: Dynamo does not find such a method in a set, nor trace it in a mode
 _OTHERS = {*_RELUS, F.multi_head_attention_forward, *_DIRECT, *constants.TAKING} - {_UNFLATTEN}
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
@@ -94,7 +94,7 @@ class Mode(TorchFunctionMode):
             return _relu(function, args, kwargs)
         if function is F.multi_head_attention_forward:
             with self:  # its projections are calls of F.linear: run its body under the mode
-                return _ATTENTION(*args, **kwargs)
+                return ATTENTION(*args, **kwargs)
         if function in _DIRECT:
             return _direct(function, args, kwargs)
         return constants.take(function, args, kwargs)

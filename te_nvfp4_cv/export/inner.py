@@ -20,13 +20,11 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
-from te_nvfp4_cv.context.function_mode import LayerCall, decide, layer_call
-from te_nvfp4_cv.export import packed_weight
+from te_nvfp4_cv.context.function_mode import LayerCall, decide
+from te_nvfp4_cv.context.layer_calls import LayerCalls
 from te_nvfp4_cv.export.artifact import join
 from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.constants import running_modules
@@ -76,7 +74,7 @@ class NotPacked(NamedTuple):
 # ---- find -----------------------------------------------------------------------------------------------------------
 
 
-class _Catch(TorchFunctionMode):
+class _Catch(LayerCalls):
     """Note the layer calls that a module makes by itself, and whether they would run in NVFP4."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -84,13 +82,9 @@ class _Catch(TorchFunctionMode):
         self.module = module
         self.calls: list[tuple[LayerCall, str]] = []
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
-        kwargs = kwargs or {}
-        if function is F.multi_head_attention_forward:
-            with self:
-                return packed_weight.ATTENTION(*args, **kwargs)
-        call = layer_call(function, args, kwargs)
-        if call is not None and next(running_modules(), None) is self.module:
+    def called(self, call: LayerCall, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the call as it is."""
+        if next(running_modules(), None) is self.module:
             self.calls.append((call, decide(call.op, call.x, call.w, call.args.groups)[1]))
         return function(*args, **kwargs)
 
@@ -262,7 +256,7 @@ def _new_class(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
     return type(f"Packed{cls.__name__}", (Inner, cls), {**body, "keys": keys, "__module__": cls.__module__})
 
 
-class _Replay(TorchFunctionMode):
+class _Replay(LayerCalls):
     """Run the layer inside of a module in the place of the module's call with a kernel that it has computed."""
 
     hands_values_on = True  # it reads no values: see layer/deferred.py
@@ -272,20 +266,19 @@ class _Replay(TorchFunctionMode):
         self.layer: Any = module._modules[PREFIX + module.keys[0]]
         self.computed = getattr(self.layer, "nvfp4_computed", False)
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
-        kwargs = kwargs or {}
-        if function is F.multi_head_attention_forward:
-            with self:
-                return packed_weight.ATTENTION(*args, **kwargs)
-        if function is Tensor.unflatten:  # a method written in Python, which Dynamo does not trace inside of a mode
-            function = torch.unflatten
-        call = layer_call(function, args, kwargs)
-        layer = None if call is None else getattr(call.w, "packed_layer", None)
-        if call is not None and layer is not None:
+    def called(self, call: LayerCall, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the layer that the kernel belongs to, if there is one."""
+        layer = getattr(call.w, "packed_layer", None)
+        if layer is not None:
             return layer.multiply(call.x, call.bias, call.args)
-        if call is None or not self.computed or call.w.shape != self.layer.weight.shape:
+        if not self.computed or call.w.shape != self.layer.weight.shape:
             return function(*args, **kwargs)
         return self.layer(call.x)  # its bias is the module's
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
+        if function is Tensor.unflatten:  # a method written in Python, which Dynamo does not trace inside of a mode
+            function = torch.unflatten
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def install(kernels: Iterable[Kernel]) -> None:

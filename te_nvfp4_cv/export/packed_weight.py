@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.backend.torch_private import without_subclasses
-from te_nvfp4_cv.context.bodies import without_override_check
-from te_nvfp4_cv.context.function_mode import layer_call
+from te_nvfp4_cv.context.function_mode import ATTENTION, layer_call
 from te_nvfp4_cv.errors import warn_once
 
-ATTENTION = without_override_check(F.multi_head_attention_forward)
 _PARTS = {Tensor.chunk, Tensor.split, torch.chunk, torch.split}
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
@@ -18,7 +19,7 @@ from te_nvfp4_cv.cli.trial import exported, files, programs, training
 from te_nvfp4_cv.cli.trial.cells import Trial, answer
 from te_nvfp4_cv.cli.trial.control import control
 from te_nvfp4_cv.cli.trial.run import CHECKS, try_model
-from te_nvfp4_cv.cli.trial.subject import Subject, distance, floats, normal, relative, settled, step
+from te_nvfp4_cv.cli.trial.subject import Step, Subject, distance, floats, normal, relative, settled, step
 from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
@@ -157,6 +158,21 @@ def test_step_finds_lost_and_broken_gradients() -> None:
     tried = Trial(subject(), nv.NVFP4BlockScaling())
     tried.nvfp4.gradients["head.weight"].zero_()
     assert answer(training.runs, tried).text == "1 gradients are zero: head.weight"
+
+
+@pytest.mark.parametrize(("factor", "draws", "ok"), [(1.0, 1, True), (0.06, 3, True), (0.0, 5, False)])
+def test_gradient_takes_the_largest_draw_of_the_control(factor: float, draws: int, ok: bool, monkeypatch: Any) -> None:
+    tried = Trial(subject(), nv.NVFP4BlockScaling())
+    assert 0.2 < tried.nvfp4.error(tried.high) < 0.31
+    seeds: list[int] = []
+
+    def noisy(*_: Any) -> Step:  # each draw is farther from high precision than the one before
+        return Step(tried.high.loss, {n: g * (1 + factor * len(seeds)) for n, g in tried.high.gradients.items()})
+
+    monkeypatch.setattr(training, "control", lambda recipe, backend, seed: seeds.append(seed))
+    monkeypatch.setattr(tried, "step", noisy)
+    assert answer(training.gradient, tried).ok is ok
+    assert len(set(seeds)) == len(seeds) == draws
 
 
 def test_share_finds_a_model_without_nvfp4() -> None:
@@ -375,6 +391,20 @@ def test_the_control_lets_activations_write_in_place() -> None:
     with control(nv.NVFP4BlockScaling()):
         net(torch.randn(2, 16, 8, 8)).sum().backward()
     assert net[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_control_disturbs_what_is_recomputed_alike(reentrant: bool) -> None:
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x.requires_grad_(), use_reentrant=reentrant)
+
+    recipe, model = nv.NVFP4BlockScaling(), settled(Checkpointed())
+    plain = Net()
+    plain.load_state_dict(model.state_dict())
+    expected = step(plain, subject(), control(recipe))
+    assert step(model, subject(), control(recipe)).equals(expected)
+    assert not step(model, subject(), nv.nvfp4_autocast(recipe)).equals(expected)
 
 
 def test_the_control_takes_arguments_by_name_and_by_place() -> None:

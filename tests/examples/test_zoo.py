@@ -17,12 +17,7 @@ from zoo import page, run  # noqa: E402  isort: skip
 from zoo.models import LIGHT, MODELS, in_turn, library_of  # noqa: E402  isort: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# Findings that are open: of these checks alone a model may fail.
-OPEN = {
-    "torchvision/regnet_y_400mf": {"gradient"},  # 2.12 off, where the control is 1.03 off; the cause is not known
-    # The control's own mode is off when a checkpoint recomputes, so torch finds other tensors: a fault of the check.
-    "torchvision/densenet, memory_efficient": {"gradient"},
-}
+OPEN: dict[str, set[str]] = {}  # findings that are open: of these checks alone a model may fail
 COMPILED = {"torchvision/squeezenet1_1", "torchvision/densenet, memory_efficient", "torchvision/vit"}
 
 

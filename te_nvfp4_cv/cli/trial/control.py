@@ -3,7 +3,8 @@
     x, w     ->  v + s |Q(v) - v|,   rounded to the nearest, blocks of 16 along the channels
     dy       ->  the same, rounded as the recipe says (stochastically by default)
 
-with random signs s. In a deep network that was just initialized the gradient of NVFP4 is far from that of high
+with random signs s. The signs of x and w are drawn from their values, so that a checkpoint that recomputes a layer
+recomputes its noise. In a deep network that was just initialized the gradient of NVFP4 is far from that of high
 precision, because any noise of that size grows on its way through the layers. A gradient that is no farther than the
 control's is what 4 bits cost; one that is much farther says that something else is wrong.
 """
@@ -15,52 +16,42 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv.backend.torch_private import without_function_modes
-from te_nvfp4_cv.context.bodies import without_override_check
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
-from te_nvfp4_cv.context.function_mode import decide
+from te_nvfp4_cv.context.function_mode import LayerCall, decide
+from te_nvfp4_cv.context.layer_calls import LayerCalls
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
-OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
-FUNCTIONS = {getattr(F, op): op for op in OPS}
-ATTENTION = without_override_check(F.multi_head_attention_forward)
-GROUPS = 6  # the place of `groups` among the arguments of every convolution
 SEED = 3
 
 
 @contextmanager
-def control(recipe: NVFP4BlockScaling, backend: str = "auto") -> Iterator[None]:
+def control(recipe: NVFP4BlockScaling, backend: str = "auto", seed: int = SEED) -> Iterator[None]:
     """Run the layers that `nvfp4_autocast(recipe)` would run in NVFP4 in high precision with noise, as above."""
     # The context is entered so that its rules decide, set_precision's too; the inner mode takes every call from it.
-    with nvfp4_autocast(recipe, backend=backend), _Noise(recipe):
+    with nvfp4_autocast(recipe, backend=backend), _Noise(recipe, seed):
         yield
 
 
-class _Noise(TorchFunctionMode):
+class _Noise(LayerCalls):
     """Adds the noise to the operands of layers. As torch's own mode, it is off inside of its handler."""
 
-    def __init__(self, recipe: NVFP4BlockScaling) -> None:
-        super().__init__()
-        self.recipe = recipe
-        # A generator of its own: the model's dropout must draw what it draws without the control.
-        self.generator = torch.Generator().manual_seed(SEED)
+    recomputes = True  # what a checkpoint repeats in backward gets the noise again: see context/capture.py
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
-        kwargs = kwargs or {}
-        if function is F.multi_head_attention_forward:
-            with self:
-                return ATTENTION(*args, **kwargs)
-        if function not in FUNCTIONS:
-            return function(*args, **kwargs)
-        call = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-        op, x, w = FUNCTIONS[function], call["input"], call["weight"]
-        groups = kwargs.get("groups", args[GROUPS] if len(args) > GROUPS else 1)
-        if decide(op, x, w, groups)[0] is None:
+    def __init__(self, recipe: NVFP4BlockScaling, seed: int = SEED) -> None:
+        super().__init__()
+        self.recipe, self.seed = recipe, seed
+        # Generators of its own: the model's dropout must draw what it draws without the control.
+        self.generator = torch.Generator().manual_seed(seed)
+        self.by_value = torch.Generator()
+
+    def called(self, call: LayerCall, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a call with noise, if it would run in NVFP4."""
+        op, x, w = call.op, call.x, call.w
+        if decide(op, x, w, call.args.groups)[0] is None:
             return function(*args, **kwargs)
         axis = -1 if op == "linear" else -1 - int(op[-2])  # channels, also of an input without a batch
         x = _Noisy.apply(x, self._drawn(x, axis, "input"))
@@ -79,7 +70,10 @@ class _Noise(TorchFunctionMode):
         last = values.detach().movedim(axis, -1)
         matrix = last.reshape(-1, last.shape[-1]).float().contiguous()
         error = (quantizer.quantize(matrix).dequantize() - matrix).reshape(last.shape).movedim(-1, axis)
-        signs = torch.randint(2, error.shape, generator=self.generator).to(error) * 2 - 1
+        generator = self.generator
+        if not settings.stochastic_rounding:  # the same values have the same error, in each call that reads them
+            generator = self.by_value.manual_seed(self.seed + int(matrix.view(torch.int32).sum(dtype=torch.int64)))
+        signs = torch.randint(2, error.shape, generator=generator).to(error) * 2 - 1
         return (error * signs).to(values.dtype)
 
 

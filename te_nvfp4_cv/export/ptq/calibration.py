@@ -21,12 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv.backend.torch_private import tree_map_only
-from te_nvfp4_cv.context.function_mode import layer_call
+from te_nvfp4_cv.context.function_mode import LayerCall
+from te_nvfp4_cv.context.layer_calls import LayerCalls
 from te_nvfp4_cv.errors import value_error
-from te_nvfp4_cv.export import packed_weight
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
 from te_nvfp4_cv.layer.constants import running_modules
@@ -99,21 +98,17 @@ class _Watch:
 Watcher = Any  # has `layer`, and is called as a forward pre-hook of it
 
 
-class _Read(TorchFunctionMode):
+class _Read(LayerCalls):
     """Show a layer's input to its watch where the layer is not called: others read its weight and multiply by it."""
 
     def __init__(self, watches: Mapping[int, Watcher]) -> None:
         super().__init__()
         self.watches = watches  # by the id of the weight
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
-        kwargs = kwargs or {}
-        if function is F.multi_head_attention_forward:
-            with self:
-                return packed_weight.ATTENTION(*args, **kwargs)
-        call = layer_call(function, args, kwargs)
-        watch = None if call is None else self.watches.get(id(call.w))
-        if call is not None and watch is not None and next(running_modules(), None) is not watch.layer:
+    def called(self, call: LayerCall, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the call as it is."""
+        watch = self.watches.get(id(call.w))
+        if watch is not None and next(running_modules(), None) is not watch.layer:
             watch(watch.layer, (call.x,), {})
         return function(*args, **kwargs)
 
