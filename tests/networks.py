@@ -22,6 +22,20 @@ NO_RHT = NVFP4BlockScaling(disable_rht=True)
 NO_2D = NVFP4BlockScaling(disable_2d_quantization=True)
 
 
+class Linears(nn.Module):
+    """Four linear layers, two of them in a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(16, 32)
+        self.body = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(self.stem(x)))
+        return y
+
+
 class Net(nn.Module):
     """Convolutions of every kind, ReLU in place and not, two norms, dropout, a linear head."""
 

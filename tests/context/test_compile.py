@@ -10,7 +10,6 @@ import ast
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,9 @@ import te_nvfp4_cv as nv
 from tests.helpers import relative_error, same_bits, values
 from tests.networks import NO_SR, Net, all_same, net_and_input, step
 
-pytestmark = pytest.mark.filterwarnings("ignore:Dynamo")
+pytestmark = [pytest.mark.filterwarnings("ignore:Dynamo"), pytest.mark.usefixtures("fresh_dynamo")]
 ROOT = Path(__file__).resolve().parents[2]
 BAND = 0.02  # relative difference of losses over four steps: rounding of what inductor fuses, then of everything after
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def graphs() -> int:

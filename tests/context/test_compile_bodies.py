@@ -7,7 +7,7 @@ that run in NVFP4 in eager mode, and the results must be those of eager mode.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,15 +25,7 @@ from te_nvfp4_cv.context.state import local
 from tests.helpers import same_bits, values
 from tests.networks import NO_SR, all_same, seen
 
-pytestmark = [pytest.mark.filterwarnings("ignore:Dynamo"), pytest.mark.usefixtures("one_thread")]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.filterwarnings("ignore:Dynamo"), pytest.mark.usefixtures("one_thread", "fresh_dynamo")]
 
 
 def layers_of(module: torch.fx.GraphModule) -> int:

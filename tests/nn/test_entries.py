@@ -23,19 +23,9 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv.context import entries
 from te_nvfp4_cv.context import state as nv_context
 from te_nvfp4_cv.layer import observe
+from tests.networks import Linears
 
 A, B = nv.NVFP4BlockScaling(name="a", disable_rht=True), nv.NVFP4BlockScaling(name="b", disable_2d_quantization=True)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(16, 32)
-        self.body = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
-        self.head = nn.Linear(32, 16)
-
-    def forward(self, x):
-        return self.head(self.body(self.stem(x)))
 
 
 def ran(model: nn.Module, call: Callable[[], Any]) -> dict[str, str]:
@@ -67,7 +57,7 @@ def h():
 
 
 def test_layers_below_follow_when_the_container_is_never_called(x):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"body": None, "body.2": A})
     assert ran(model, lambda: model(x)) == {"stem": "nvfp4", "body.0": "high", "body.2": "a", "head": "nvfp4"}
     traced = torch.fx.symbolic_trace(model)
@@ -98,7 +88,7 @@ def test_another_method_than_forward_is_called(h):
 
 @pytest.mark.parametrize("name", ["body.0", "body", "*"])
 def test_calls_that_no_hook_sees_go_by_the_weight(h, name):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {name: None})
     first = model.body[0]
     assert ran(model, lambda: first.forward(h)) == {"body.0": "high"}
@@ -147,7 +137,7 @@ def test_computed_kernels_follow_the_entry_above_them():
 
 
 def test_nvfp4_modules_follow_by_any_path(h):
-    model = nv.convert_model(Net(), B)
+    model = nv.convert_model(Linears(), B)
     nv.set_precision(model, {"body": None, "head": A})
     assert ran(model, lambda: model.body[0].forward(h)) == {"body.0": "high"}
     assert ran(model, lambda: model.head.forward(h)) == {"head": "a"}
@@ -155,7 +145,7 @@ def test_nvfp4_modules_follow_by_any_path(h):
 
 
 def test_a_high_precision_layer_called_directly_is_torch_bit_for_bit(h):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"body": None})
     plain = model.body[0].forward(h)
     with nv.nvfp4_autocast():
@@ -195,7 +185,7 @@ def test_tied_weights_follow_the_module_that_is_called(h, other):
 
 
 def test_clear_precision_removes_everything(x, h):
-    model = Net()
+    model = Linears()
     keys = list(model.state_dict())
     nv.set_precision(model, {"body": None, "head": A, "body.2": B})
     nv.clear_precision(model)
@@ -213,7 +203,7 @@ def test_clear_precision_removes_everything(x, h):
 
 
 def test_a_later_call_replaces_what_layers_inherit(x):
-    model = Net()
+    model = Linears()
     for _ in range(2):
         nv.set_precision(model, {"": A})
         nv.set_precision(model, {"body": None})
@@ -230,7 +220,7 @@ def test_a_later_call_replaces_what_layers_inherit(x):
 
 
 def test_copies_and_pickles_have_entries_of_their_own(x, h):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"body": None, "head": A})
     file = io.BytesIO()
     torch.save(model, file)
@@ -254,7 +244,7 @@ def test_copies_and_pickles_have_entries_of_their_own(x, h):
 
 
 def test_new_parameters_are_found(h):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"body": None})
     call = lambda: model.body[0].forward(h)  # noqa: E731
     assert ran(model, call) == {"body.0": "high"}
@@ -266,7 +256,7 @@ def test_new_parameters_are_found(h):
 
 def test_entries_hold_no_model(h):
     before = len(entries._entries), len(entries._found)
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"body": None})
     ran(model, functools.partial(model.body[0].forward, h))
     ran(model, functools.partial(model.head.forward, h))
@@ -305,7 +295,7 @@ def test_modules_of_torch_script(x):
 @pytest.mark.filterwarnings("ignore:Dynamo detected")
 def test_compiled_calls_that_no_hook_sees(h):
     torch._dynamo.reset()
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"body": None, "head": A})
 
     def call(z):

@@ -25,20 +25,10 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv.context import state as nv_context
 from te_nvfp4_cv.layer import observe, weight_codes
 from te_nvfp4_cv.ops.quantize import operand
+from tests.networks import Linears
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
 NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(16, 32)
-        self.body = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
-        self.head = nn.Linear(32, 16)
-
-    def forward(self, x):
-        return self.head(self.body(self.stem(x)))
 
 
 @pytest.fixture
@@ -67,10 +57,10 @@ def named(name: str) -> nv.NVFP4BlockScaling:
 
 
 def test_high_precision_is_torch_bit_for_bit(x):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"*": None})
     with nv.nvfp4_autocast():
-        assert torch.equal(model(x), Net.forward(model, x)) and nv.active_recipe() is not None
+        assert torch.equal(model(x), Linears.forward(model, x)) and nv.active_recipe() is not None
         inside = model(x)
     assert torch.equal(inside, model(x))
 
@@ -89,25 +79,25 @@ def test_high_precision_is_torch_bit_for_bit(x):
     ],
 )
 def test_patterns(x, table, expected):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {key: named(value) if value else None for key, value in table.items()})
     assert ran(model, x) == expected
     assert nv_context.local.overrides == []
 
 
 def test_an_override_is_the_recipe_that_runs(x):
-    model, other = Net(), None
+    model, other = Linears(), None
     nv.set_precision(model, {"*": NO_2D})
     with nv.nvfp4_autocast(NO_RHT):
         y = model(x)
-    other = Net()
+    other = Linears()
     other.load_state_dict(model.state_dict())
     with nv.nvfp4_autocast(NO_2D):
         assert torch.equal(y, other(x))
 
 
 def test_a_later_call_replaces_entries_and_adds_no_hooks(x):
-    model = Net()
+    model = Linears()
     for _ in range(3):
         nv.set_precision(model, {"body.*": None, "head": None})
     nv.set_precision(model, {"body.0": named("a")})
@@ -117,7 +107,7 @@ def test_a_later_call_replaces_entries_and_adds_no_hooks(x):
 
 
 def test_acts_only_inside_an_enabled_context(x):
-    model = Net()
+    model = Linears()
     plain = model(x)
     nv.set_precision(model, {"*": NO_RHT})
     assert torch.equal(model(x), plain)
@@ -126,18 +116,18 @@ def test_acts_only_inside_an_enabled_context(x):
 
 def test_a_recipe_with_a_table_and_one_without(x, recwarn):
     recipe = nv.NVFP4BlockScaling(precision=(("head", None), ("body.0", NO_RHT)), name="mine")
-    model = Net()
+    model = Linears()
     nv.set_precision(model, recipe)
     assert ran(model, x, recipe=recipe)["head"] == "high"
     assert not [w for w in recwarn if "set_precision" in str(w.message)]
-    untouched = Net()
+    untouched = Linears()
     nv.set_precision(untouched, nv.NVFP4BlockScaling())
     assert all(not m._forward_pre_hooks for m in untouched.modules())
 
 
 def test_te_recipes_are_taken(x):
     common = pytest.importorskip("transformer_engine.common.recipe")
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"head": common.NVFP4BlockScaling(disable_rht=True)})
     with nv.nvfp4_autocast():
         y = model(x)
@@ -147,7 +137,7 @@ def test_te_recipes_are_taken(x):
 
 
 def test_a_pattern_without_match_changes_nothing():
-    model = Net()
+    model = Linears()
     with pytest.raises(ValueError, match=r"(?s)'haed' matches no module.*did you mean 'head'"):
         nv.set_precision(model, {"stem": None, "haed": None})
     with pytest.raises(ValueError, match="names are stem, body"):
@@ -167,25 +157,25 @@ def test_a_pattern_without_match_changes_nothing():
 )
 def test_bad_tables(table, error):
     with pytest.raises(error, match=r"(?s)got:.*needs:.*fix:"):
-        nv.set_precision(Net(), table)
+        nv.set_precision(Linears(), table)
 
 
 def test_not_a_module():
     with pytest.raises(TypeError, match="needs: a torch.nn.Module"):
-        nv.set_precision({"head": None}, Net())
+        nv.set_precision({"head": None}, Linears())
 
 
 def test_wrapper_names_are_no_part_of_names(x):
-    averaged = torch.optim.swa_utils.AveragedModel(Net())
+    averaged = torch.optim.swa_utils.AveragedModel(Linears())
     nv.set_precision(averaged, {"head": None, "module.stem": None})  # the raw name works too
     assert ran(averaged.module, x)["head"] == ran(averaged.module, x)["stem"] == "high"
-    compiled = torch.compile(Net(), backend="eager")
+    compiled = torch.compile(Linears(), backend="eager")
     nv.set_precision(compiled, {"body.0": None})
     assert ran(compiled._orig_mod, x)["body.0"] == "high"
 
 
 def test_survives_deepcopy_pickling_and_averaging_and_stays_out_of_state_dict(x):
-    model = Net()
+    model = Linears()
     keys = list(model.state_dict())
     nv.set_precision(model, {"head": None, "body": NO_RHT})
     assert list(model.state_dict()) == keys
@@ -209,7 +199,7 @@ def test_survives_deepcopy_pickling_and_averaging_and_stays_out_of_state_dict(x)
 
 
 def test_an_unpickled_hook_keeps_its_id_to_itself(monkeypatch, x):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"head": None})
     data = pickle.dumps(model)
     (hook_id,) = model.head._forward_pre_hooks
@@ -300,7 +290,7 @@ def test_a_context_entered_inside_forward_respects_the_entry(x):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_recomputes_with_the_entries(reentrant):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"body.0": None, "body": NO_RHT})
     x = torch.randn(16, 16, requires_grad=True)
 
@@ -321,7 +311,7 @@ def test_checkpoint_recomputes_with_the_entries(reentrant):
 def test_checkpoint_of_a_plain_forward_stays_plain_when_backward_runs_inside_a_context(reentrant):
     with nv.nvfp4_autocast():
         pass  # checkpoint is wrapped from the first entry on
-    model, x = Net(), torch.randn(16, 16, requires_grad=True)
+    model, x = Linears(), torch.randn(16, 16, requires_grad=True)
     model(x).sum().backward()
     plain = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -333,7 +323,7 @@ def test_checkpoint_of_a_plain_forward_stays_plain_when_backward_runs_inside_a_c
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected")
 def test_compiled_models_keep_to_the_entries(x):
-    model = Net()
+    model = Linears()
     nv.set_precision(model, {"body.0": None, "head": NO_RHT})
     with nv.nvfp4_autocast():
         y = model(x)
@@ -378,7 +368,7 @@ def accumulate(model, batches, inside):
 
 
 def test_frozen_weights_quantize_once_with_equal_bits(monkeypatch):
-    model, batches = Net(), [torch.randn(16, 16) for _ in range(3)]
+    model, batches = Linears(), [torch.randn(16, 16) for _ in range(3)]
     plain = accumulate(model, batches, contextlib.nullcontext())
     count = counted(monkeypatch)
     frozen = accumulate(model, batches, nv.frozen_weights(model))
@@ -389,7 +379,7 @@ def test_frozen_weights_quantize_once_with_equal_bits(monkeypatch):
 
 
 def test_frozen_weights_serve_evaluation_first(monkeypatch, x):
-    model = Net()
+    model = Linears()
     count = counted(monkeypatch)
     with nv.frozen_weights(model):
         with torch.no_grad(), nv.nvfp4_autocast(NO_2D):
@@ -400,7 +390,7 @@ def test_frozen_weights_serve_evaluation_first(monkeypatch, x):
 
 
 def test_frozen_weights_keep_recipes_apart(monkeypatch, x):
-    model = Net()
+    model = Linears()
     with nv.nvfp4_autocast(NO_2D):
         expected = model(x)
     with nv.frozen_weights(model):
@@ -411,7 +401,7 @@ def test_frozen_weights_keep_recipes_apart(monkeypatch, x):
 
 
 def test_frozen_weights_nest(monkeypatch, x):
-    model = Net()
+    model = Linears()
     count = counted(monkeypatch)
     with nv.frozen_weights(model):
         with nv.frozen_weights(model.body), nv.nvfp4_autocast():
@@ -422,7 +412,7 @@ def test_frozen_weights_nest(monkeypatch, x):
 
 
 def test_a_counted_change_raises_at_the_next_use(x):
-    model = Net()
+    model = Linears()
     with pytest.raises(RuntimeError, match="'stem.weight' changed inside"), nv.frozen_weights(model):
         with nv.nvfp4_autocast():
             model(x)
@@ -434,7 +424,7 @@ def test_a_counted_change_raises_at_the_next_use(x):
 
 @pytest.mark.parametrize("how", ["optimizer", "fused", "data", "replace", "load"])
 def test_a_change_raises_at_the_end(x, how):
-    model = Net()
+    model = Linears()
 
     def change():
         if how in ("optimizer", "fused"):
@@ -456,7 +446,7 @@ def test_a_change_raises_at_the_end(x, how):
 @pytest.mark.filterwarnings("ignore:Dynamo detected")
 def test_frozen_weights_of_a_compiled_model(monkeypatch, x):
     torch._dynamo.reset()
-    model = Net()
+    model = Linears()
     compiled = torch.compile(model, backend="eager")
     with nv.nvfp4_autocast():
         expected = model(x)
@@ -468,7 +458,7 @@ def test_frozen_weights_of_a_compiled_model(monkeypatch, x):
 
 
 def test_an_error_inside_is_the_error_that_comes_out(x):
-    model = Net()
+    model = Linears()
     with pytest.raises(ZeroDivisionError), nv.frozen_weights(model):
         model.head.weight.data.add_(1)
         raise ZeroDivisionError
@@ -489,7 +479,7 @@ def step(model, x):
 
 
 def test_extra_state_resumes_bit_exactly(x, tmp_path):
-    model = Net()
+    model = Linears()
     step(model, x)
     torch.save({"nvfp4": nv.extra_state(model), "rng": torch.get_rng_state()}, tmp_path / "c.pt")
     expected = step(model, x)
@@ -542,11 +532,11 @@ else:
 )
 def test_a_foreign_state_is_refused(foreign):
     with pytest.raises(ValueError, match="not what extra_state saved"):
-        nv.extra_state(Net(), load=foreign)
+        nv.extra_state(Linears(), load=foreign)
 
 
 def test_states_of_another_version_or_seed_are_refused(x):
-    model = Net()
+    model = Linears()
     step(model, x)
     state = nv.extra_state(model)
     with pytest.raises(ValueError, match="version 99"):
