@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from te_nvfp4_cv.cli.loading import Images, example, model_of, model_options, new_file, recipe_of
+from te_nvfp4_cv.cli.loading import example, model_of, model_options, new_file, recipe_of
+from te_nvfp4_cv.cli.pictures import Pictures, picture_options, preparation_of
 from te_nvfp4_cv.cli.shape import Command, progress, show
 from te_nvfp4_cv.errors import value_error
 
@@ -24,9 +26,7 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     from te_nvfp4_cv.export.ptq.rounding import METHODS
 
     model_options(parser)
-    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="calibration images")
-    parser.add_argument("--count", type=int, default=64, metavar="N", help="how many of them (default: 64)")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    picture_options(parser)
     parser.add_argument("--method", choices=METHODS, default="search", help="how weights are rounded (default: search)")
     text = "quantize each activation with its own amax, not with a calibrated one"
     parser.add_argument("--dynamic", action="store_true", help=text)
@@ -49,14 +49,19 @@ def _quantize(options: argparse.Namespace) -> int:
         )
     # Before the model runs: a name that is taken should not be found out after minutes of work.
     out = new_file(options.out, ".safetensors", options.force, options.checkpoint)
-    height, width = options.input[1:]
-    images = Images(options.images, (height, width), options.batch, options.count)
+    height, width = options.size or options.input[1:]
+    model = model_of(options, False)
+    prepared = preparation_of(options, model)
+    images = Pictures(options.images, (height, width), options.batch, options.count, prepared, options.strict)
     batches = list(progress(images, "images", len(images)))  # in memory: calibration reads them several times
+    if images.skipped:
+        text = f"note: {len(images.skipped)} of {len(images.paths)} files could not be read and were skipped"
+        print(f"{text}: {images.skipped[0]}, ... (--strict stops there)", file=sys.stderr)
     scales = "dynamic" if options.dynamic else "static"
     recipe = recipe_of(options)
     # The [precision] table is not applied to the model: quantize and save take it from the recipe.
     model = quantize(
-        model_of(options, False), batches, recipe, method=options.method, scales=scales, batches=None,
+        model, batches, recipe, method=options.method, scales=scales, batches=None,
         auto_high=options.auto_high,
     )
     _show(save(model, out, recipe), options.json, model.nvfp4_drift)
@@ -71,8 +76,8 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.safetensors or FILE.onnx")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--form", choices=FORMS, default="qdq", help="form of an ONNX file (default: qdq)")
-    text = "in an ONNX file: nvfp4, or high to have only the weights in NVFP4 (default: nvfp4)"
-    parser.add_argument("--activations", choices=("nvfp4", "high"), default="nvfp4", help=text)
+    text = "in an ONNX file: nvfp4, or high to have only the weights in NVFP4 (default: what the file is for)"
+    parser.add_argument("--activations", choices=("nvfp4", "high"), help=text)
 
 
 def _export(options: argparse.Namespace) -> int:

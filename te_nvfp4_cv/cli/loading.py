@@ -1,4 +1,4 @@
-"""Read what commands take: a model that the user's code builds, its weights, an input, calibration images, a recipe.
+"""Read what commands take: a model that the user's code builds, its weights, an input, a recipe.
 
 The functions add the options to a parser, or return what the options name. Their errors begin with the option.
 """
@@ -10,16 +10,13 @@ import glob
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.errors import describe, need_package, runtime_error, type_error, value_error
+from te_nvfp4_cv.cli.weights import load_weights
+from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import load_recipe
-
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: torchvision's weights expect them
 
 
 def model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
@@ -33,6 +30,8 @@ def model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> 
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="its weights: a state_dict, .pt or .safetensors"
     )
+    text = "name of the state_dict in that file, if it holds several"
+    parser.add_argument("--key", metavar="NAME", help=text)
     parser.add_argument(
         "--input", type=int, nargs="+", default=[3, 224, 224], metavar="N",
         help="shape of an input without its batch axis (default: 3 224 224)",
@@ -81,16 +80,7 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise type_error("MODEL: no model.", got=describe(model), needs="a function that returns one", fix="return it")
     if options.checkpoint is not None:
-        state = read_state(options.checkpoint)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise value_error(
-                f"--checkpoint {options.checkpoint}: the weights do not fit the model.",
-                got=" ".join(str(error).split())[:600],
-                needs=f"a state_dict of {options.model}",
-                fix="name the function that builds the model as it was trained",
-            ) from error
+        load_weights(model, options.checkpoint, options.key)
     # After the weights: a table may name modules, but it adds nothing to the state_dict.
     if table and (recipe := recipe_of(options)).precision:
         set_precision(model, recipe)
@@ -140,42 +130,6 @@ def _parts(built: Any) -> tuple[nn.Module, Any, Any]:
     return model, inputs, loss
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state_dict from a checkpoint, also one that is stored under the key "model" or "state_dict".
-
-    Raises:
-        RuntimeError: The package safetensors is missing.
-        ValueError: The file is missing, damaged or of another kind.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # weights_only: a checkpoint may come from anywhere, and a pickle can run code.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except ModuleNotFoundError as error:
-        raise runtime_error(
-            "--checkpoint: safetensors is not installed.", got=str(error), needs="it", fix="pip install safetensors"
-        ) from error
-    except Exception as error:  # a damaged file fails anywhere, with any class of error
-        raise value_error(
-            f"--checkpoint {path} cannot be read.",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            needs="a state_dict of tensors alone (weights_only), .pt or .safetensors",
-            fix="torch.save(model.state_dict(), path)",
-        ) from error
-    for key in ("model", "state_dict"):  # as trainers store it: this library's example, Lightning
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise value_error(
-            f"--checkpoint {path} is no state_dict.",
-            got=type(state).__name__, needs="names and tensors", fix="torch.save(model.state_dict(), path)"
-        )
-    return state
-
-
 def new_file(path: Path, suffix: str, force: bool, *others: Path | None) -> Path:
     """Return the path that --out names, with its ending added if it is missing.
 
@@ -215,47 +169,3 @@ def example(options: argparse.Namespace, batch: int) -> Tensor:
         )
     # Of a fixed seed: two reports of one model agree.
     return torch.randn((batch, *options.input), generator=torch.Generator().manual_seed(0))
-
-
-class Images:
-    """Batches [B, 3, H, W] of the pictures in a folder, resized, scaled to 0 .. 1 and normalized."""
-
-    def __init__(self, folder: Path, size: tuple[int, int], batch: int, count: int) -> None:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
-        if not found:
-            raise value_error(
-                f"--images {folder}: no pictures.",
-                got="an empty folder" if folder.is_dir() else "no such folder",
-                needs=f"files {', '.join(sorted(PICTURES))}",
-                fix="a folder of images like those that the model was trained on",
-            )
-        count = min(count, len(found))
-        # Spread over the whole folder: its pictures may be sorted by class.
-        self.paths = [found[i * len(found) // count] for i in range(count)]
-        self.size, self.batch = size, batch
-
-    def __len__(self) -> int:
-        return -(-len(self.paths) // self.batch)  # the last batch may be smaller
-
-    def __iter__(self) -> Any:
-        for start in range(0, len(self.paths), self.batch):
-            yield torch.stack([self._read(path) for path in self.paths[start : start + self.batch]])
-
-    def _read(self, path: Path) -> Tensor:
-        need_package("PIL", "--images: pillow is not installed.", needs="it", fix="pip install pillow")
-        from PIL import Image, ImageOps
-
-        try:
-            with Image.open(path) as image:
-                # A camera's picture may lie on its side, and say so in its EXIF data.
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-                # PIL's sizes are (width, height).
-                pixels = np.asarray(upright.resize(self.size[::-1]), dtype=np.float32) / 255
-        # PIL's decoders raise all of these.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise value_error(
-                f"--images: {path} cannot be read.", got=str(error), needs="a picture", fix="remove or repair it"
-            ) from error
-        # With arrays of fp32: those of Python floats would be fp64, and so would the result.
-        scaled = (pixels - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
-        return torch.from_numpy(scaled).permute(2, 0, 1).contiguous()  # [H, W, 3] -> [3, H, W]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,17 @@ def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         overlap = (bottom_right - top_left).clamp(min=0).prod(dim=1)
         left = left[overlap / (area[best] + area[left] - overlap) <= iou_threshold]
     return torch.stack(kept) if kept else left
+
+
+def transforms_of(name: str) -> Any:
+    """Return torchvision's transforms for the weights of the network that a function of that name builds, or None."""
+    ensure_torchvision()
+    from torchvision.models import get_model_weights
+
+    try:
+        return get_model_weights(name).DEFAULT.transforms()
+    except (ValueError, AttributeError):  # no such network, or one without weights
+        return None
 
 
 def ensure_torchvision() -> str:

@@ -17,8 +17,8 @@ so as k_order. It also holds each layer's shape and its exact amax, of which wei
 
 A large model is written as shards BASE-00001-of-00002-DIGEST.safetensors, and BASE.safetensors.index.json after them.
 A file is whole or absent: the last rename replaces what was there before, and the old shards are removed after that.
-The manifest holds the SHA-256 of every tensor and of itself. Reading maps the files into memory and runs no code from
-them.
+The manifest holds name, dtype, shape and the SHA-256 of the bytes of every tensor, and the SHA-256 of itself. Reading
+maps the files into memory and runs no code from them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # version 1 has no `kinds`
 KEY = "te_nvfp4_cv"  # of the metadata
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
 SHIFTS = ("input_shift", "output_shift")
@@ -100,6 +101,8 @@ class Manifest:
         high: convolutions and linear layers in high precision, with the reason.
         folded: names of the folded batch norms, with the name of the layer that each is part of.
         sha256: checksums of each tensor's bytes, by name.
+        kinds: dtype and shape of each tensor, by name, as `kind_of` writes them. Version 1 has none: an edited dtype
+            is not found out there.
         inner: names of the layers that lie inside of modules with a forward of their own (inner.py), each with the name
             of its bias there; a name with "=" before it is that of a kernel which the forward computes.
     """
@@ -112,6 +115,7 @@ class Manifest:
     folded: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     inner: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -144,11 +148,11 @@ class Manifest:
             version = fields["version"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(source, f"its manifest: {error}") from error
-        if version != VERSION:
+        if version not in READABLE:
             raise value_error(
                 f"{source}: another version of the library wrote this.",
                 got=f"version {version!r} of the format, te_nvfp4_cv {fields.get('library')!r}",
-                needs=f"version {VERSION}",
+                needs=f"version {' or '.join(map(str, READABLE))}",
                 fix="load it with the version that wrote it, and save it again from the trained model",
             )
         try:
@@ -157,7 +161,7 @@ class Manifest:
             manifest = cls(**{**fields, "layers": layers, "recipes": tuple(fields["recipes"])})
             for name, entry in layers.items():
                 _check_entry(name, entry, len(manifest.recipes))
-            for texts in (manifest.folded, manifest.high, manifest.sha256, manifest.inner):
+            for texts in (manifest.folded, manifest.high, manifest.sha256, manifest.inner, manifest.kinds):
                 if type(texts) is not dict or not all(type(t) is str for pair in texts.items() for t in pair):
                     raise ValueError(f"not names and texts: {texts}")
             if not all(type(t) is str for t in (manifest.library, manifest.recipe, *manifest.recipes)):
@@ -209,6 +213,11 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
+def kind_of(tensor: Tensor) -> str:
+    """Return a tensor's dtype and shape as one text: bytes of one dtype may be read as those of another."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
 # ---- write ----------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +237,8 @@ def write(
     base = base_of(path.resolve() if path.is_symlink() else path)  # shards lie beside the file, not the link
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     sums = {name: digest(t) for name, t in tensors.items()}
-    manifest = Manifest(**{**vars(manifest), "sha256": sums})
+    kinds = {name: kind_of(t) for name, t in tensors.items()}
+    manifest = Manifest(**{**vars(manifest), "sha256": sums, "kinds": kinds})
     metadata = {"format": "pt", KEY: manifest.to_json(), "quantization_config": json.dumps(config)}
     parts = _parts(tensors, shard_bytes)
     before = set(_shards(base))  # seen before anything is written, so that new shards are never taken for old ones
@@ -308,7 +318,7 @@ class Artifact:
     files: tuple[Path, ...]
 
     def check(self) -> None:
-        """Compare every tensor with its SHA-256, which reads all bytes.
+        """Compare every tensor with its SHA-256, which reads all bytes, and with its dtype and shape.
 
         Raises:
             ValueError: A tensor differs, is missing or was added.
@@ -321,6 +331,11 @@ class Artifact:
         differing |= {name for name, t in self.tensors.items() if name in sums and digest(t) != sums[name]}
         if differing:
             raise damaged(self.source, "wrong checksum of " + ", ".join(sorted(differing)[:4]))
+        kinds = self.manifest.kinds
+        unlike = [name for name, t in self.tensors.items() if kinds.get(name) != kind_of(t)]
+        if unlike and self.manifest.version > 1:
+            said = ", ".join(f"{name} is {kind_of(self.tensors[name])}, not {kinds.get(name)}" for name in unlike[:4])
+            raise damaged(self.source, f"wrong dtype or shape: {said}")
 
 
 def read(path: str | os.PathLike[str]) -> Artifact:

@@ -246,7 +246,7 @@ def load(
     path: str | os.PathLike[str],
     model: nn.Module,
     weights: str = "packed",
-    activations: str = "nvfp4",
+    activations: str | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     verify: bool = True,
@@ -260,7 +260,8 @@ def load(
         model: the model as its constructor gives it, on any device. On "meta", the tensors that are not quantized
             are taken from the file as they are.
         weights: "packed" or "cached", as InferenceLayer.set_mode takes it.
-        activations: "nvfp4" or "high", as InferenceLayer.set_mode takes it.
+        activations: "nvfp4" or "high", as InferenceLayer.set_mode takes it. If None, what the file is meant for: "high"
+            for layers of another tool's file whose config quantizes weights only, which a note says; else "nvfp4".
         dtype: the dtype of cached weights; fp32 if None.
         backend: where the layers run ("auto", "reference", ...), as nv.nvfp4_autocast takes it.
         verify: compare all checksums first, which reads all bytes.
@@ -285,7 +286,10 @@ def load(
     if verify:
         opened.check()
     modules = plain_modules(model)
+    weight_only: set[str] = set()
     if opened.manifest is None:
+        if activations is None:
+            weight_only = foreign.weight_only(opened)
         opened = foreign.adopt(opened, modules)
     manifest = opened.manifest
     assert manifest is not None
@@ -325,9 +329,10 @@ def load(
     model.load_state_dict(versioned, strict=False, assign=meta)  # check_fit has compared all names
     for kernel in kernels.values():  # the model may have other Parameters now
         share_bias(kernel)
-    for module in layers.values():
+    for name, module in layers.items():
+        mode = activations or ("high" if name in weight_only else "nvfp4")
         # After all tensors are in place: cached weights are computed here, on the layer's final device.
-        module.set_mode(weights, activations, dtype)  # type: ignore[operator]
+        module.set_mode(weights, mode, dtype)  # type: ignore[operator]
     return model.eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import runtime_error, value_error
@@ -317,6 +318,7 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
         f"{name}: {state[name]}, in the file {shape}" for name, shape in expected.items()
         if name in state and state[name] != shape
     ]
+    unlike += _other_numbers(opened, model)
     if missing or unexpected or unlike:
         parts = (("not in the file", missing), ("not in the model", unexpected), ("of another shape or kind", unlike))
         raise value_error(
@@ -333,6 +335,16 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
         if not foldable or bias is None or tuple(bias.shape) != (folded.num_features,):
             raise damaged(opened.source, f"{norm!r} is said to be folded into {name!r}")
     return {name: modules[name] for name in manifest.layers if name not in manifest.inner}
+
+
+def _other_numbers(opened: Artifact, model: nn.Module) -> list[str]:
+    """List floating-point tensors of the model that the file has as integers: copying would convert them silently."""
+    floats = {plain_name(name) for name, t in model.state_dict().items() if t.is_floating_point()}
+    packed = {torch.uint8, torch.float8_e4m3fn}
+    return [
+        f"{name}: {t.dtype} in the file" for name, t in opened.tensors.items()
+        if name in floats and not t.is_floating_point() and t.dtype not in packed
+    ]
 
 
 def _check_buffers(model: nn.Module) -> None:

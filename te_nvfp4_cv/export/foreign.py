@@ -12,8 +12,10 @@ tensors of the file are taken as they are. Its activation scales become static o
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
+from te_nvfp4_cv.export.verify.inspection_config import read_config
 from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
 from te_nvfp4_cv.nn.modules import NVFP4Linear
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -70,6 +73,25 @@ def adopt(opened: Artifact, modules: Mapping[str, nn.Module]) -> Artifact:
         )
     manifest = Manifest("another tool", "", (recipe.to_toml(),), layers, {})
     return replace(opened, tensors=tensors, manifest=manifest)
+
+
+def weight_only(opened: Artifact) -> set[str]:
+    """Return the NVFP4 layers whose activations the file's config leaves in high precision, and warn which they are.
+
+    Without a config all activations are in NVFP4: a layer without a scale of them may have a dynamic one.
+    """
+    config = read_config(opened.config, Path(opened.source).parent)
+    marks = {names[1] for names in NAMES.values()}
+    layers = [key.rpartition(".")[0] for key in opened.tensors if key.rpartition(".")[2] in marks]
+    found = {name for name in layers if config.activations_of(name) == "high"}
+    if found:
+        warnings.warn(
+            f"nv.export.load: {opened.source} quantizes weights only ({len(found)} of {len(layers)} layers): their "
+            "activations run in high precision. activations='nvfp4' quantizes them, too",
+            UserWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def _entry(opened: Artifact, name: str, parts: Mapping[str, Tensor | None], module: nn.Linear, tool: str) -> LayerEntry:

@@ -14,13 +14,14 @@ from PIL import Image
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.cli.loading import Images
+from te_nvfp4_cv.cli.pictures import Pictures, Preparation
 from te_nvfp4_cv.export.ptq import calibration, post_training
 from te_nvfp4_cv.report.projection import GPUS, project
 from tests.networks import Net
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra [export]")
 SIZE = ["--input", "3", "8", "8"]
+SCALED = ["--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225"]
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_quantize_verify_export(
     model: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "q.safetensors"
-    command = ["quantize", *model, "--images", str(images), "--count", "4", "--batch", "2", "--out", str(out)]
+    command = ["quantize", *model, *SCALED, "--images", str(images), "--count", "4", "--batch", "2", "--out", str(out)]
     assert cli.main([*command, "--json"]) == 0
     assert told(capsys)["quantized"] == ["body.1", "body.4", "up", "head"]
     assert cli.main(["verify", str(out)]) == 0
@@ -171,9 +172,12 @@ def test_bad_input(model: list[str], images: Path, tmp_path: Path, capsys: pytes
     refused(["coverage", *model[:3], "--input", "0"], "out of range")
     refused(["coverage", *model, "--recipe", "none"], "none")
     out = ["--out", str(tmp_path / "q.safetensors")]
-    refused(["quantize", *model, "--images", str(tmp_path / "empty"), *out], "no such folder")
+    refused(["quantize", *model, *SCALED, "--images", str(tmp_path / "empty"), *out], "no such folder")
     (images / "broken.png").write_bytes(b"text")
-    refused(["quantize", *model, "--images", str(images), *out], "broken.png cannot be read")
+    refused(["quantize", *model, *SCALED, "--images", str(images), "--strict", *out], "broken.png cannot be read")
+    refused(["quantize", *model, "--images", str(images), *out], "how does the model want its pictures")
+    refused(["quantize", *model, "--mean", "0.5", "--images", str(images), *out], "belong together")
+    refused(["quantize", *model, "--range", "1", "0", "--images", str(images), *out], "out of range")
     refused(["quantize", *model[:3], "--input", "7", "--images", str(images), *out], "3 HEIGHT WIDTH")
     refused(["export", *model, "--out", str(tmp_path / "x.onnx")], "do not go together")
     refused(["verify", str(tmp_path / "none.safetensors")], "no such exported file")
@@ -203,7 +207,7 @@ def test_no_file_is_replaced_unasked(
     own = [model[0], "--checkpoint", str(out), *SIZE]
     commands = {
         "export": [*own, "--out", str(tmp_path / "net")],
-        "quantize": [*own, "--images", str(images), "--out", str(out)],
+        "quantize": [*own, *SCALED, "--images", str(images), "--out", str(out)],
     }
     for command, arguments in commands.items():
         assert cli.main([command, *arguments, "--force"]) == 2
@@ -234,9 +238,10 @@ def test_all_images_of_the_count_are_used_from_the_whole_folder(
         (tmp_path / "photos" / f"class{number // 3}").mkdir(parents=True, exist_ok=True)
         pixels = np.full((4, 4, 3), number, dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"class{number // 3}" / f"{number:02}.png")
-    chosen = Images(tmp_path / "photos", (4, 4), 1, 20).paths
+    prepared = Preparation((0.5,), (0.5,))
+    chosen = Pictures(tmp_path / "photos", (4, 4), 1, 20, prepared).paths
     assert len(chosen) == 20 and len({path.parent for path in chosen}) == 10
-    assert len(Images(tmp_path / "photos", (4, 4), 1, 99).paths) == 30
+    assert len(Pictures(tmp_path / "photos", (4, 4), 1, 99, prepared).paths) == 30
     rows: list[int] = []
     collect = calibration.collect
 
@@ -246,6 +251,6 @@ def test_all_images_of_the_count_are_used_from_the_whole_folder(
         return found
 
     monkeypatch.setattr(post_training, "collect", counted)
-    command = ["quantize", *model, "--images", str(tmp_path / "photos"), "--count", "20", "--batch", "1"]
+    command = ["quantize", *model, *SCALED, "--images", str(tmp_path / "photos"), "--count", "20", "--batch", "1"]
     assert cli.main([*command, "--out", str(tmp_path / "q.safetensors")]) == 0
     assert rows == [19 * 8 * 8]  # pixels of 20 images of 8 x 8, of which the report holds the last batch back

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import struct
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.export import artifact
+from te_nvfp4_cv.export.verify import verify
 from tests.helpers import same_bits, values
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra [export]")
@@ -72,6 +74,103 @@ def test_flipped_bits(whole: bytes, tmp_path: Path) -> None:
     assert refused > 350
 
 
+BYTES = {1: ("U8", "I8", "F8_E4M3", "F8_E5M2"), 2: ("F16", "BF16", "I16"), 4: ("F32", "I32"), 8: ("F64", "I64")}
+KINDS = {kind: size for size, kinds in BYTES.items() for kind in kinds}
+
+
+def mutated(whole: bytes, draw: random.Random) -> bytes:
+    """Return a file with another name, dtype or shape in its header, or another byte; sizes fit, so that it opens."""
+    size = struct.unpack("<Q", whole[:8])[0]
+    header, rest = json.loads(whole[8 : 8 + size]), bytearray(whole[8 + size :])
+    names = [name for name in header if name != "__metadata__"]
+    name, kind = draw.choice(names), draw.choice(("dtype", "shape", "name", "swap", "byte", "metadata"))
+    entry = header[name]
+    count = math.prod(entry["shape"]) * KINDS[entry["dtype"]]
+    if kind == "dtype":
+        entry["dtype"] = draw.choice([k for k in KINDS if k != entry["dtype"] and count % KINDS[k] == 0])
+        values = count // KINDS[entry["dtype"]]
+        if math.prod(entry["shape"]) != values:
+            entry["shape"] = [values]
+    elif kind == "shape":
+        shape = entry["shape"]
+        entry["shape"] = draw.choice([shape[::-1], [*shape, 1], [1, *shape], [math.prod(shape)]])
+    elif kind == "name":
+        header[name + draw.choice("x_.0")] = header.pop(name)
+    elif kind == "swap":
+        other = draw.choice(names)
+        header[name], header[other] = header[other], header[name]
+    elif kind == "byte":
+        rest[draw.randrange(len(rest))] ^= 1 << draw.randrange(8)
+    else:
+        text = header["__metadata__"][artifact.KEY]
+        place = draw.randrange(len(text))
+        header["__metadata__"][artifact.KEY] = text[:place] + draw.choice("0123456789abcdef\\{") + text[place + 1 :]
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(rest)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.stress)])
+def test_mutations_never_load_as_something_else(count: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 8, 2, bias=False))
+    with torch.no_grad():
+        net[1].running_mean.uniform_(-1, 1)
+        net[2].weight.mul_(3)
+    whole = nv.export.save(net.eval(), tmp_path / "net").files[0].read_bytes()
+    path, draw, x = tmp_path / "m.safetensors", random.Random(count), values((1, 16, 5, 5))
+    path.write_bytes(whole)
+
+    def outputs() -> Any:
+        fresh = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 8, 2, bias=False))
+        try:
+            return nv.export.load(path, fresh)(x)
+        except ValueError as error:
+            return error
+
+    expected = outputs()
+    refused = 0
+    for number in range(count):
+        path.write_bytes(mutated(whole, draw))
+        found = outputs()
+        refused += isinstance(found, ValueError)
+        assert isinstance(found, ValueError) or same_bits(found, expected), number
+        assert isinstance(found, ValueError) or verify(path).sound
+    assert refused > 0.8 * count
+
+
+def edited(whole: bytes, path: Path, name: str, dtype: str) -> None:
+    size = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + size])
+    header[name]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + size :])
+
+
+def test_an_edited_dtype_is_refused(whole: bytes, tmp_path: Path) -> None:
+    """The bytes are the same, and so are their checksums."""
+    path = tmp_path / "net.safetensors"
+    edited(whole, path, "0.bias", "I32")
+    found = outcome(path)
+    assert isinstance(found, ValueError) and "0.bias is int32 [32], not float32 [32]" in str(found)
+    assert not verify(path).sound
+
+
+def test_a_file_of_the_first_version_loads_and_is_told_as_such(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+
+    def older(fields: dict[str, Any], tensors: Any) -> None:
+        fields.update(version=1)
+        del fields["kinds"]
+
+    forged(whole, path, older)
+    assert not isinstance(outcome(path), ValueError)
+    report = verify(path)
+    assert report.sound and "version 1 of the format" in str(report)
+    # What its checksums do not cover is at least not taken for another kind of number.
+    edited(path.read_bytes(), path, "0.bias", "I32")
+    assert isinstance(outcome(path), ValueError)
+
+
 def test_made_up_headers(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     size = struct.unpack("<Q", whole[:8])[0]
@@ -109,6 +208,8 @@ def forged(whole: bytes, path: Path, change: Any, sums: bool = True) -> None:
     metadata = json.loads(whole[8 : 8 + size])["__metadata__"]
     fields = json.loads(json.loads(metadata[artifact.KEY])["manifest"])
     change(fields, tensors)
+    if "kinds" in fields:
+        fields["kinds"] = {name: artifact.kind_of(t) for name, t in tensors.items()}
     fields["sha256"] = {name: artifact.digest(t) for name, t in tensors.items()}
     text = json.dumps(fields)
     digest = artifact.hashlib.sha256(text.encode()).hexdigest()
@@ -146,7 +247,7 @@ def test_forged_manifests(whole: bytes, tmp_path: Path) -> None:
     refused(lambda f, t: f["layers"][first].update(input_amax=False), "described as")
     refused(lambda f, t: f["layers"][first].update(e4m3_max=256), "its scales reach 256")
     refused(lambda f, t: f["layers"][first].update(call={"stride": [3, 3]}), "stride [1, 1], in the file [3, 3]")
-    refused(lambda f, t: f.update(version=2), "version 2")
+    refused(lambda f, t: f.update(version=3), "version 3")
     refused(lambda f, t: f["layers"][first].update(groups=2, shape=[32, 8, 3, 3]), "of another shape or kind")
     nan = torch.full((32, 9), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
     refused(lambda f, t: t.update({"0.weight_scale": nan}), "holds NaN")

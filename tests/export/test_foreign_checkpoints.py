@@ -5,6 +5,8 @@ The files are made by those formulas (docs/EXPORT.md says against which releases
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,3 +120,41 @@ def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path) -> None:
     model.a = Tenfold(model.a.in_features, model.a.out_features)
     with pytest.raises(ValueError, match="it is Tenfold"):
         nv.export.load(spoiled(lambda t: None, tmp_path / "m.safetensors"), model)
+
+
+CONFIGS = {
+    ("ModelOpt", "W4A16_NVFP4"): {"quantization_config": {"quant_algo": "W4A16_NVFP4"}},
+    ("ModelOpt", "NVFP4"): {"quantization_config": {"quant_algo": "NVFP4"}},
+    ("compressed-tensors", "NVFP4A16"): {
+        "quantization_config": {
+            "format": "nvfp4-pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None}},
+        }
+    },
+    ("compressed-tensors", "NVFP4"): {
+        "quantization_config": {
+            "format": "nvfp4-pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": {"num_bits": 4}}},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(("tool", "algorithm"), CONFIGS)
+def test_the_config_decides_how_activations_run(tool: str, algorithm: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    tensors = {name: t for name, t in model.state_dict().items() if name not in ("a.weight", "b.weight")}
+    for name in ("a", "b"):
+        tensors |= packed(tool, model.get_parameter(f"{name}.weight").detach(), name, None)[0]
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file(tensors, path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[tool, algorithm]))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = nv.export.load(path, Model())
+    weights_only = "A16" in algorithm
+    assert [layer.quantize_x for layer in (loaded.a, loaded.b)] == [not weights_only] * 2
+    assert any("quantizes weights only (2 of 2 layers)" in str(one.message) for one in told) == weights_only
+    assert nv.export.load(path, Model(), activations="nvfp4").a.quantize_x
+    assert not nv.export.load(path, Model(), activations="high").a.quantize_x

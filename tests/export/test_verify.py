@@ -202,3 +202,73 @@ def test_patterns_of_layers_left_out(foreign: Callable[[dict[str, Tensor]], Path
         config = {"quantization_config": {"quant_algo": "NVFP4", "ignore": [pattern]}}
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert verify.verify(path).sound == sound, pattern
+
+
+# ---- nothing, or not all, is recognized -----------------------------------------------------------------------------
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> Path:
+    safetensors.save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    return path
+
+
+def test_a_file_in_which_nothing_is_recognized_is_not_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gptq = {"a.qweight": torch.zeros(8, 32, dtype=torch.int32), "a.scales": torch.zeros(4, 32, dtype=torch.half)}
+    path = write(tmp_path / "gptq.safetensors", gptq)
+    assert verify.main([str(path)]) == 3
+    told = capsys.readouterr().out
+    assert "Nothing recognized" in told and "a.qweight (int32 [8, 32])" in told and "Every claim holds" not in told
+    assert verify.main([str(path), "--json"]) == 3 and json.loads(capsys.readouterr().out)["recognized"] is False
+
+
+def test_a_config_of_nvfp4_over_unknown_names_is_a_problem(foreign: Callable[[dict[str, Tensor]], Path]) -> None:
+    report = verify.verify(foreign({"a.codes": torch.zeros(8, 32, dtype=torch.uint8)}))
+    assert not report.sound and "no layer has the names of a known NVFP4 format" in report.problems[0]
+
+
+def test_tensors_that_no_row_is_about_are_named(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 1)
+            self.queries = nn.Parameter(torch.zeros(4, 8))
+
+    report = verify.verify(nv.export.save(Own(), tmp_path / "net").files[0])
+    assert report.sound and report.unexplained == ["queries (float32 [4, 8])"]
+
+
+def test_the_static_scale_of_activations_is_checked(foreign: Callable[[dict[str, Tensor]], Path]) -> None:
+    for bad in (float("nan"), 0.0, -1.0):
+        report = verify.verify(foreign({**modelopt(), "a.input_scale": torch.tensor(bad)}))
+        assert "input_scale is" in report.rows[0].problems[0]
+
+
+def test_blocks_of_32_where_the_config_says_so(tmp_path: Path) -> None:
+    tensors = modelopt()
+    tensors["a.weight_scale"] = tensors["a.weight_scale"][:, ::2]
+    path = write(tmp_path / "model.safetensors", tensors)
+    assert "32 values share a block scale" in verify.verify(path).rows[0].problems[0]
+    config = {"quantization_config": {"quant_algo": "W4A8_NVFP4_FP8", "group_size": 32, "ignore": ["lm_head"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = verify.verify(path)
+    assert report.sound and report.rows[0].precision == "fp4, blocks of 32"
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_files_of_torchao(tiles: bool, tmp_path: Path) -> None:
+    own = modelopt(rows=40, columns=96)
+    scale = own["a.weight_scale"]
+    if tiles:  # as tensor cores take them: [40, 6] padded to [128, 8], in tiles of 128 x 4
+        padded = torch.zeros(128, 8, dtype=torch.uint8)
+        padded[:40, :6] = scale.view(torch.uint8)
+        order = torch.empty(2, 32, 4, 4, dtype=torch.uint8)
+        for row in range(128):
+            for column in range(8):
+                order[column // 4, row % 32, row // 32, column % 4] = padded[row, column]
+        scale = order.view(torch.float8_e4m3fn)
+    tensors = {"a._weight_qdata": own["a.weight"], "a._weight_scale": scale}
+    report = verify.verify(write(tmp_path / "m.safetensors", tensors))
+    (row,) = report.rows
+    assert report.sound and row.precision == "nvfp4" and row.scales is not None and row.scales[0] > 0
+    tensors["a._weight_scale"] = tensors["a._weight_scale"].float()
+    assert not verify.verify(write(tmp_path / "m.safetensors", tensors)).sound

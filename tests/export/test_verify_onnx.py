@@ -253,3 +253,34 @@ def test_every_way_to_store_a_weight_is_read(constants: bool, raw: bool, tmp_pat
     (row,) = report.rows
     assert report.sound and (row.name, row.precision, row.shape) == ("product", "nvfp4", (16, 32))
     assert row.bytes == 256 + 32 + 4 and row.axis == "in-channels" and row.scales == (1.0, 1.0)
+
+
+def test_layers_inside_of_an_if_are_seen(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "m.onnx", False, True)
+    model = onnx.load(str(path))
+    helper, types = onnx.helper, onnx.TensorProto
+    result = helper.make_tensor_value_info("inside", types.FLOAT, (2, 16))
+    inner = list(model.graph.node)
+    inner[-1].output[0] = "inside"
+    branch = helper.make_graph(inner, "then", [], [result])
+    other = helper.make_graph([helper.make_node("Identity", ["zeros"], ["inside"])], "else", [], [result])
+    del model.graph.node[:]
+    model.graph.node.append(helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=other))
+    model.graph.initializer.append(helper.make_tensor("yes", types.BOOL, (), [True]))
+    model.graph.initializer.append(helper.make_tensor("zeros", types.FLOAT, (2, 16), [0.0] * 32))
+    onnx.save(model, str(path))
+    (row,) = verify.verify(path).rows
+    assert row.precision == "nvfp4"
+
+
+def test_products_of_another_domain_are_noted(tmp_path: Path) -> None:
+    helper, types = onnx.helper, onnx.TensorProto
+    node = helper.make_node("MatMulNBits", ["x", "q", "s"], ["y"], domain="com.microsoft", K=32, N=16, bits=4)
+    ends = [helper.make_tensor_value_info(name, types.FLOAT, shape) for name, shape in (("x", (2, 32)), ("y", (2, 16)))]
+    parts = [helper.make_tensor("q", types.UINT8, (16, 1, 16), b"\0" * 256, raw=True),
+             helper.make_tensor("s", types.FLOAT, (16,), [1.0] * 16)]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], parts)
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets), str(tmp_path / "m.onnx"))
+    report = verify.verify(tmp_path / "m.onnx")
+    assert not report.recognized and "MatMulNBits" in report.notes[0] and "Nothing recognized" in str(report)

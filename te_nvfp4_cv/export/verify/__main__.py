@@ -2,8 +2,8 @@
 
     python -m te_nvfp4_cv.export.verify FILE [--json]
 
-The exit status is 0 if every claim holds, 1 if a layer that claims NVFP4 is something else or the file is damaged, and
-2 if there is no such file.
+The exit status is 0 if every claim holds, 1 if a layer that claims NVFP4 is something else or the file is damaged,
+2 if there is no such file, and 3 if nothing in the file was recognized.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from te_nvfp4_cv.export.verify import verify
+
+NOTHING = 3  # the status of a file in which nothing was recognized
 
 
 def run(path: str, as_json: bool) -> int:
@@ -28,7 +30,9 @@ def run(path: str, as_json: bool) -> int:
         print(json.dumps({"source": path, "sound": False, "problems": [str(error)]}) if as_json else f"error: {error}")
         return 1
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
-    return 0 if report.sound else 1
+    if not report.sound:
+        return 1
+    return 0 if report.recognized else NOTHING
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,9 +6,9 @@
 
 A layer is NVFP4 if its codes are packed two to a byte, each 16 values along the contracted index share one E4M3 scale,
 no scale is NaN, and the tensor scale is a finite fp32 above 0 (or 0, if all codes are 0). Tensors are known by the
-names of te_nvfp4_cv and ModelOpt (weight, weight_scale, weight_scale_2) and of compressed-tensors (weight_packed,
-weight_scale, weight_global_scale). A layer with a tensor scale claims to be NVFP4, and so does one with packed codes
-and E4M3 scales. No code of the file or the model is executed.
+names of te_nvfp4_cv and ModelOpt (weight, weight_scale, weight_scale_2), of compressed-tensors (weight_packed,
+weight_scale, weight_global_scale) and of torchao (torchao_names.py). A layer with a tensor scale claims to be NVFP4,
+and so does one with packed codes and E4M3 scales. No code of the file or the model is executed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, join, read
+from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, join, kind_of, read
+from te_nvfp4_cv.export.verify import torchao_names
 from te_nvfp4_cv.export.verify.inspection_config import Config, is_embedding, read_config
 from te_nvfp4_cv.export.verify.report import Report, Row
+from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 DTYPES = {
@@ -32,6 +34,7 @@ DTYPES = {
 E4M3 = torch.float8_e4m3fn
 CODES = ("weight", "weight_packed")  # this library's and ModelOpt's name, and compressed-tensors'
 GLOBAL = ("weight_scale_2", "weight_global_scale")
+INPUTS = ("input_scale", "input_global_scale")
 
 
 def inspect_safetensors(path: Path) -> Report:
@@ -56,8 +59,24 @@ def inspect_safetensors(path: Path) -> Report:
     else:
         origin = "another tool"
         config = read_config(opened.config, path.parent)
+    notes = []
+    if opened.manifest is not None and opened.manifest.version < 2:
+        notes.append("version 1 of the format: its checksums cover the bytes, not the dtypes and shapes of the tensors")
     rows = [_row(opened, name, config) for name in _layers(opened)]
-    return Report(str(path), origin, rows, problems + config.problems)
+    problems += config.problems
+    if not rows and "nvfp4" in " ".join((config.algorithm, *config.layers.values(), *(a for a, _ in config.groups))):
+        problems.append("its config says NVFP4, and no layer has the names of a known NVFP4 format")
+    return Report(str(path), origin, rows, problems, notes, _unexplained(opened, [row.name for row in rows]))
+
+
+def _unexplained(opened: Artifact, layers: list[str]) -> list[str]:
+    """List the tensors with two axes or more that no row is about: biases and statistics of norms have one."""
+    # A row is about all tensors of its module; one of another module may be weights in a format that is not known.
+    known = set(layers)
+    return [
+        f"{name} ({kind_of(t)})" for name, t in opened.tensors.items()
+        if t.dim() >= 2 and name.rpartition(".")[0] not in known
+    ]
 
 
 def _layers(opened: Artifact) -> list[str]:
@@ -65,7 +84,8 @@ def _layers(opened: Artifact) -> list[str]:
     names: dict[str, None] = {}
     for name, tensor in opened.tensors.items():
         prefix, _, last = name.rpartition(".")
-        packed = last == "weight_packed" or last in GLOBAL or (last == "weight_scale" and tensor.dtype == E4M3)
+        packed = last in ("weight_packed", torchao_names.QDATA, *GLOBAL)
+        packed |= last == "weight_scale" and tensor.dtype == E4M3
         if packed or (last == "weight" and (tensor.dim() >= 2 or tensor.dtype == torch.uint8)):
             names[prefix] = None  # a dict keeps the file's order
     return list(names)
@@ -73,7 +93,8 @@ def _layers(opened: Artifact) -> list[str]:
 
 def _of_layer(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     keys = (*CODES, "weight_scale", *GLOBAL)
-    return {key: tensors[join(name, key)] for key in keys if join(name, key) in tensors}
+    own = {key: tensors[join(name, key)] for key in keys if join(name, key) in tensors}
+    return own or torchao_names.parts_of(tensors, name)
 
 
 def _row(opened: Artifact, name: str, config: Config) -> Row:
@@ -91,7 +112,11 @@ def _row(opened: Artifact, name: str, config: Config) -> Row:
     count = torch.Size(shape if entry is None else entry.shape).numel()
     size = sum(t.numel() * t.element_size() for t in parts.values())
     row = Row(name, kind, "nvfp4", "nvfp4", shape, count, size)
-    row.problems = ["its weight is missing"] if codes is None else list(_problems(parts, codes, entry))
+    block = 32 if "w4a8_nvfp4" in said else BLOCK  # ModelOpt's W4A8_NVFP4_FP8
+    row.problems = ["its weight is missing"] if codes is None else list(_problems(parts, codes, entry, block))
+    if block != BLOCK:
+        row.claimed = row.precision = f"fp4, blocks of {block}"
+    row.problems += _bad_input_scales(opened.tensors, name)
     row.axis = _axis(entry, codes)
     scale = parts.get("weight_scale")
     if scale is not None and scale.dtype == E4M3 and scale.numel():
@@ -138,8 +163,10 @@ def _dtype(tensor: Tensor) -> str:
     return DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
-def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | None) -> Iterator[str]:
-    """Yield the reasons why a layer that claims to be NVFP4 is not."""
+def _problems(
+    parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | None, block: int = BLOCK
+) -> Iterator[str]:
+    """Yield the reasons why a layer that claims to be NVFP4, or FP4 in blocks of another size, is not."""
     scale, tensor_scale = parts.get("weight_scale"), next((parts[key] for key in GLOBAL if key in parts), None)
     if codes.dtype != torch.uint8:
         yield f"its codes are {_dtype(codes)}, not packed uint8"
@@ -147,16 +174,16 @@ def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | No
         yield f"its codes have {codes.dim()} axes, not the 2 of a GEMM's matrix"
     elif not codes.numel():
         yield "it has no codes"
-    elif codes.shape[1] % 8:  # 8 bytes are a block
-        yield f"a row has {2 * codes.shape[1]} values, which is no whole number of blocks of 16"
+    elif 2 * codes.shape[1] % block:  # two codes to a byte
+        yield f"a row has {2 * codes.shape[1]} values, which is no whole number of blocks of {block}"
     if scale is None:
         yield "it has no block scales"
     else:
         if scale.dtype != E4M3:
             yield f"its block scales are {_dtype(scale)}, not E4M3"
-        if codes.dim() == 2 and tuple(scale.shape) != (codes.shape[0], codes.shape[1] // 8):
+        if codes.dim() == 2 and tuple(scale.shape) != (codes.shape[0], 2 * codes.shape[1] // block):
             per = codes.numel() * 2 / max(scale.numel(), 1)  # 32 for MXFP4, for example
-            yield f"{per:g} values share a block scale along the last axis, not 16"
+            yield f"{per:g} values share a block scale along the last axis, not {block}"
         if scale.dtype == E4M3:
             # By their bits: E4M3 has one NaN per sign and no infinity.
             nan = int(((scale.contiguous().view(torch.uint8) & 0x7F) == 0x7F).sum())
@@ -176,6 +203,14 @@ def _problems(parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | No
         yield "its tensor scale is 0, its codes are not"
     if entry is not None:
         yield from _against_entry(codes, entry)
+
+
+def _bad_input_scales(tensors: Mapping[str, Tensor], name: str) -> Iterator[str]:
+    """Yield what is wrong with the static scales of a layer's activations."""
+    for key in INPUTS:
+        scale = tensors.get(join(name, key))
+        if scale is not None and not (bool(torch.isfinite(scale.float()).all()) and bool((scale.float() > 0).all())):
+            yield f"its {key} is {scale.float().flatten()[:4].tolist()}"
 
 
 def _nonzero(codes: Tensor) -> bool:

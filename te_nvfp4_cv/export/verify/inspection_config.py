@@ -25,6 +25,7 @@ MOST_STEPS = 1e8
 MOST_TIMES = 1000  # a pattern that asks for more repeats fits no name, but matching would try them all the same
 CLASSES = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5}  # axes of the weight
 FILES = (("hf_quant_config.json", "quantization"), ("config.json", "quantization_config"))
+WEIGHT_ONLY = " (weights only)"  # after the name of an algorithm
 MIXED = ("mixed_precision", "mixed-precision")
 # Python's own parser of expressions, which is private: it shows their structure without running them.
 _parsed = functools.lru_cache(_parser.parse)
@@ -79,6 +80,11 @@ class Config:
             fitting = (a for a, targets in self.groups if any(self._selects(t, name, axes) for t in targets))
             return next(fitting, "")
         return self.algorithm
+
+    def activations_of(self, name: str) -> str:
+        """Return "high" if the config says that a linear layer's activations are not in NVFP4, else "nvfp4"."""
+        said = self.algorithm_of(name, CLASSES["Linear"])
+        return "high" if WEIGHT_ONLY in said or re.search(r"w4a(8|16)", said) else "nvfp4"
 
     def _selects(self, pattern: str, name: str, axes: int) -> bool:
         if pattern.startswith("re:"):
@@ -153,7 +159,9 @@ def _parse(raw: Mapping[str, Any]) -> Config:
             else:
                 targets = part.get("targets")
                 targets = ["*"] if targets is None else _names(config, f"{key}.{name}.targets", targets)
-                config.groups.append((_of_group(part, config.algorithm), tuple(targets)))
+                # compressed-tensors has one format for both kinds, and says null of the activations.
+                mark = WEIGHT_ONLY if part.get("input_activations", 0) is None else ""
+                config.groups.append((_of_group(part, config.algorithm) + mark, tuple(targets)))
     return config
 
 

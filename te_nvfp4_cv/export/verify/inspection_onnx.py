@@ -10,6 +10,8 @@ in the metadata must fit the file (onnx/file.py).
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,20 @@ def inspect_onnx(path: Path) -> Report:
     model = _read(onnx, path)
     graph = Graph.of(onnx, model)
     claims, problems = _claims(model)
-    rows = [row for node in model.graph.node if (row := _row(graph, node, claims)) is not None]
+    rows = [row for node in graph.nodes if (row := _row(graph, node, claims)) is not None]
+    notes = [f"{count} nodes {kind}: the format of their weights is not known" for kind, count in _unknown(graph)]
     found = {row.name for row in rows}
     problems += [f"layer {name!r} is named as NVFP4 and is not in the graph" for name in claims if name not in found]
     problems += file.changes(model)
     origin = " ".join(text for text in (model.producer_name, model.producer_version) if text) or "unknown tool"
-    return Report(str(path), f"ONNX opset {_opset(model)}, {origin}", rows, problems)
+    return Report(str(path), f"ONNX opset {_opset(model)}, {origin}", rows, problems, notes)
+
+
+def _unknown(graph: Graph) -> list[tuple[str, int]]:
+    """Return the kinds of products in other domains than ONNX's (MatMulNBits of onnxruntime), with their numbers."""
+    kinds = [f"{node.domain}::{node.op_type}" for node in graph.nodes
+             if node.domain not in ("", "ai.onnx") and re.search("MatMul|Gemm|Conv", node.op_type)]
+    return sorted(Counter(kinds).items())
 
 
 def _read(onnx: Any, path: Path) -> Any:

@@ -5,7 +5,7 @@ Initializers and the outputs of Constant nodes are treated alike: both are known
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,25 +14,29 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Graph:
-    """A model's nodes by output, and its constants by name."""
+    """A model's nodes, by output and in order, and its constants by name, those of subgraphs (If, Loop), too."""
 
     onnx: Any
     producers: Mapping[str, Any]
     constants: Mapping[str, Any]
+    nodes: list[Any]
 
     @classmethod
     def of(cls, onnx: Any, model: Any) -> Graph:
         """Read the graph of a model whose external data are loaded."""
-        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        constants: dict[str, Any] = {}
         producers: dict[str, Any] = {}
-        for node in model.graph.node:
-            value = _constant(onnx, node)
-            if value is not None:
-                constants[value.name] = value
-            else:
-                # Subgraphs of If and Loop are not entered: no weight is expected there.
-                producers |= dict.fromkeys(node.output, node)
-        return cls(onnx, producers, constants)
+        nodes: list[Any] = []
+        for graph in _graphs(model.graph):
+            constants |= {tensor.name: tensor for tensor in graph.initializer}
+            nodes += graph.node
+            for node in graph.node:
+                value = _constant(onnx, node)
+                if value is not None:
+                    constants[value.name] = value
+                else:
+                    producers |= dict.fromkeys(node.output, node)
+        return cls(onnx, producers, constants, nodes)
 
     def cone(self, name: str) -> list[Any] | None:
         """Return the nodes that compute a value, in order, or None if it depends on an input of the graph."""
@@ -82,6 +86,17 @@ class Graph:
         if self.type_of(name) in ("FLOAT4E2M1", "INT4", "UINT4"):
             return -(-self.size(name) // 2)  # two to a byte, rounded up
         return self.size(name) * int(self.onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """Yield a graph and the graphs inside of its nodes. A name stands for one value in all of them (ONNX says so)."""
+    stack = [graph]
+    while stack:  # without recursion: a malicious graph may be nested to any depth
+        graph = stack.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                stack += [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
 
 
 def _constant(onnx: Any, node: Any) -> Any | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from te_nvfp4_cv.report.text import aligned
 
+SHOWN = 20  # tensors that are listed one by one
 HEAD = ("layer", "kind", "claimed", "precision", "shape", "bytes", "bits", "blocks along", "scales", "activations")
 
 
@@ -49,12 +50,19 @@ class Row:
 
 @dataclass
 class Report:
-    """All layers of a file, and what is wrong with the file itself."""
+    """All layers of a file, and what is wrong with the file itself.
+
+    Attributes:
+        notes: remarks on the file.
+        unexplained: tensors with two axes or more that belong to no row, with dtype and shape.
+    """
 
     source: str
     origin: str
     rows: list[Row]
     problems: list[str]
+    notes: list[str] = field(default_factory=list)
+    unexplained: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
@@ -62,11 +70,17 @@ class Report:
         # Notes do not count: they remark on what no claim forbids.
         return not self.problems and not any(row.problems for row in self.rows)
 
+    @property
+    def recognized(self) -> bool:
+        """Tell whether there is a layer to check, in a file that may well hold others in a format not known here."""
+        return bool(self.rows)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, for JSON."""
         rows = [asdict(row) | {"bits": round(row.bits, 3)} for row in self.rows]
         totals = {"layers": len(rows), "nvfp4": sum(row.precision == "nvfp4" for row in self.rows)}
-        head = {"source": self.source, "origin": self.origin, "sound": self.sound, "problems": self.problems}
+        head = {"source": self.source, "origin": self.origin, "sound": self.sound, "problems": self.problems,
+                "recognized": self.recognized, "notes": self.notes, "unexplained": self.unexplained}
         return {**head, **totals, "rows": rows}
 
     def __str__(self) -> str:
@@ -77,6 +91,12 @@ class Report:
             lines += [f"    PROBLEM: {problem}" for problem in (row.problems if row else ())]
             lines += [f"    note: {note}" for note in (row.notes if row else ())]
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"not explained by any layer: {name}" for name in self.unexplained[:SHOWN]]
+        if len(self.unexplained) > SHOWN:
+            lines.append(f"not explained by any layer: {len(self.unexplained) - SHOWN} more; --json lists all")
+        if not self.recognized and self.sound:
+            return "\n".join([*lines, "Nothing recognized: no layer of a known format, so nothing was checked."])
         nvfp4 = [row for row in self.rows if row.precision == "nvfp4"]
         size, packed = sum(row.bytes for row in self.rows), sum(row.bytes for row in nvfp4)
         lines.append(
