@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import BinaryIO
 
 from te_nvfp4_cv.errors import runtime_error
 
 
-def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free some space, then try again") -> None:
+def write_atomically(
+    path: Path, content: bytes | memoryview, fix: str = "free some space, then try again", before: bytes = b""
+) -> None:
     """Replace `path` by `content`, or leave it as it was.
 
     The content goes to a temporary file in the same folder, which is made if it is missing. The file is synchronized
@@ -20,6 +24,7 @@ def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free s
 
     Args:
         fix: what the user should do if it fails, for the message.
+        before: bytes to write before the content, which may be too large to be copied.
     Raises:
         RuntimeError: the disk is full or the folder cannot be written. The file from before is untouched.
     """
@@ -28,6 +33,7 @@ def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free s
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as file:
+            file.write(before)
             _write_all(file, content)
             file.flush()
             os.fsync(file.fileno())
@@ -37,16 +43,38 @@ def write_atomically(path: Path, content: bytes | memoryview, fix: str = "free s
             draft.unlink()
         if not isinstance(error, OSError):
             raise
-        before = f"; the file from before is untouched: {path}" if path.exists() else ""
+        untouched = f"; the file from before is untouched: {path}" if path.exists() else ""
         raise runtime_error(
             f"{path} could not be written.",
-            got=f"{error}{before}",
-            needs=f"{len(content)} bytes free in {path.parent}, and the right to write there",
+            got=f"{error}{untouched}",
+            needs=f"{len(before) + len(content)} bytes free in {path.parent}, and the right to write there",
             fix=fix,
         ) from error
     if os.name == "posix":
         with contextlib.suppress(OSError):  # it is written; some network folders cannot sync
             _sync_folder(path.parent)
+
+
+def remove_drafts(folder: Path, start: str) -> None:
+    """Remove temporary files that a killed process has left: those whose files' names begin with `start`.
+
+    A draft stays if its process runs, or if it is younger than an hour: it may be that of another machine.
+    """
+    for draft in folder.glob(f".{glob.escape(start)}*.*.tmp"):
+        pid = draft.name.removesuffix(".tmp").rpartition(".")[2]
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if pid.isdigit() and time.time() - draft.stat().st_mtime > 3600 and not _runs(int(pid)):
+                draft.unlink()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def _sync_folder(path: Path) -> None:

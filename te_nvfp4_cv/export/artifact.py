@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.errors import no_such_file, runtime_error, value_error
-from te_nvfp4_cv.files import write_atomically
+from te_nvfp4_cv.files import remove_drafts, write_atomically
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
@@ -242,10 +242,12 @@ def write(
     metadata = {"format": "pt", KEY: manifest.to_json(), "quantization_config": json.dumps(config)}
     parts = _parts(tensors, shard_bytes)
     before = set(_shards(base))  # seen before anything is written, so that new shards are never taken for old ones
+    if base.parent.is_dir() and os.name == "posix":
+        remove_drafts(base.parent, base.name)
     # In both branches the file that load opens is written last, and what it replaces is removed after that.
     if len(parts) == 1:
         target = base.with_name(base.name + SUFFIX)
-        write_atomically(target, save(dict(tensors), metadata))
+        _write_file(target, save(dict(tensors), metadata))
         written, stale = [target], base.with_name(base.name + INDEX)
     else:
         # With a digest in their names, new shards do not replace old ones, which stay valid until the index changes.
@@ -255,7 +257,7 @@ def write(
         for number, names in enumerate(parts, start=1):
             shard = base.with_name(f"{base.name}-{number:05d}-of-{len(parts):05d}-{tag}{SUFFIX}")
             # The manifest is in the index only: a shard does not know the others.
-            write_atomically(shard, save({name: tensors[name] for name in names}, {"format": "pt"}))
+            _write_file(shard, save({name: tensors[name] for name in names}, {"format": "pt"}))
             weight_map |= dict.fromkeys(names, shard.name)
             shards.append(shard)
         total = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -267,6 +269,17 @@ def write(
         if old.is_file():
             old.unlink(missing_ok=True)
     return written
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Write what safetensors has made, with its header in one order: safetensors writes metadata in any."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    metadata = header.pop("__metadata__")
+    entries = dict(sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]))
+    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    write_atomically(path, memoryview(content)[8 + size :], before=len(text).to_bytes(8, "little") + text)
 
 
 def base_of(path: Path) -> Path:

@@ -17,7 +17,7 @@ from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.convert import to_onnx
 from te_nvfp4_cv.export.verify import __main__ as verify
-from tests.helpers import values
+from tests.helpers import same_bits, values
 from tests.networks import Net
 
 onnx = pytest.importorskip("onnx", reason="the extra [export]")
@@ -399,3 +399,29 @@ def test_external_data_of_the_old_file_live_as_long_as_it(tmp_path: Path, monkey
     assert first.files[1] != second.files[1]
     to_onnx(models[1], x, path)
     assert names_in(tmp_path) == {"m.onnx", "m.onnx.notes.data"} and verify.verify(path).sound
+
+
+# ---- block scales in any runtime ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_block_scales_are_rounded_alike_by_every_runtime(runtime: str, tmp_path: Path) -> None:
+    """All ties between E4M3 values, their neighbours in fp32, and random values: as torch rounds them."""
+    module = pytest.importorskip(runtime, reason="it runs the graph")
+    from te_nvfp4_cv.export.onnx.nodes import Nodes, to_e4m3
+
+    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # 0 .. 448
+    ties = (grid[1:] + grid[:-1]) / 2
+    near = [torch.nextafter(ties, torch.tensor(end)) for end in (0.0, 1000.0)]
+    x = torch.cat([grid, ties, *near, 448 * torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 6])
+    made, helper = Nodes("s"), onnx.helper
+    output = to_e4m3(made, "x")
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(x.shape)) for name in ("x", output)]
+    graph = helper.make_graph(made.nodes, "g", ends[:1], ends[1:], list(made.initializers.values()))
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11), str(path))
+    if runtime == "openvino":
+        y = next(iter(module.Core().compile_model(str(path), "CPU")([x.numpy()]).values()))
+    else:
+        y = module.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+    assert same_bits(torch.as_tensor(y), x.to(torch.float8_e4m3fn).float())

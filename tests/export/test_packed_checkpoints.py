@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -423,3 +424,30 @@ def test_modules_that_ask_for_the_version_of_their_state_get_it(tmp_path: Path) 
     with torch.no_grad(), nv.nvfp4_autocast():
         expected = net(x := torch.randn(2, 16, 8, 8))
         assert torch.equal(nv.export.load(saved.files[0], nn.Sequential(Versioned()))(x), expected)
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Linear(32, 16))
+    for shard_bytes in (10**9, 5000):
+        folders = [tmp_path / f"{shard_bytes}-{number}" for number in range(4)]
+        contents = [
+            [file.read_bytes() for file in nv.export.save(model, folder / "net", shard_bytes=shard_bytes).files]
+            for folder in folders
+        ]
+        assert all(content == contents[0] for content in contents)
+
+
+def test_drafts_of_a_killed_save_are_removed(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    old, young, running, other = (
+        tmp_path / f".{name}.tmp"
+        for name in (f"net-00001-of-00002-0123abcd.safetensors.{gone.pid}", f"net.safetensors.{gone.pid}",
+                     f"net.safetensors.{os.getppid()}", f"other.safetensors.{gone.pid}")
+    )
+    for draft in (old, young, running, other):
+        draft.write_bytes(b"half")
+        if draft is not young:
+            os.utime(draft, (0, 0))
+    nv.export.save(nn.Linear(16, 16), tmp_path / "net")
+    assert not old.exists() and young.exists() and running.exists() and other.exists()

@@ -154,7 +154,10 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
     wanted = g.op("Mul", [amax_b, g.op("Mul", [s_enc, g.constant("sixth", np.float32(1) / np.float32(6))])])
     # Limited here, so that nothing depends on how a runtime's cast treats larger values.
     wanted = g.op("Min", [wanted, g.constant("e4m3_max", 448.0)])
-    s_b = g.op("Cast", [g.op("Cast", [wanted], to=TensorProto.FLOAT8E4M3FN)], to=TensorProto.FLOAT)
+    if portable:
+        s_b = to_e4m3(g, wanted)
+    else:
+        s_b = g.op("Cast", [g.op("Cast", [wanted], to=TensorProto.FLOAT8E4M3FN)], to=TensorProto.FLOAT)
     # 1 / S_enc by way of -1: onnxruntime rewrites s * (1 / S) to s / S, which rounds once and not twice.
     s_dec = g.op("Neg", [g.op("Div", [g.constant("minus_one", -1.0), s_enc])])
     scale = g.op("Mul", [s_b, s_dec])
@@ -180,6 +183,18 @@ def _to_e2m1(g: Nodes, v: str) -> str:
     # ONNX's Round takes ties to the even integer. In units of the binade's step that is E2M1's even code.
     rounded = g.op("Mul", [g.op("Round", [g.op("Div", [a, step])]), step])
     return g.op("Mul", [g.op("Min", [rounded, g.constant("six", 6.0)]), g.op("Sign", [v])])
+
+
+def to_e4m3(g: Nodes, v: str) -> str:
+    """Add what rounds v, from 0 to 448, to the nearest E4M3 value, ties to even, without a cast to that type.
+
+    Runtimes cast differently near ties (OpenVINO 2026.4 does). Divisions and products by powers of two are exact.
+    """
+    lows = [2.0**n for n in range(-5, 9)]  # where binades begin, but for the first, in which E4M3 is subnormal, too
+    above = g.op("GreaterOrEqual", [g.op("Unsqueeze", [v, g.ints("block_axis", [-1])]), g.constant("binades", lows)])
+    binade = g.op("ReduceSum", [g.op("Cast", [above], to=TensorProto.INT64), g.ints("block_axis", [-1])], keepdims=0)
+    step = g.op("Gather", [g.constant("steps", [2.0**n for n in range(-9, 6)]), binade])
+    return g.op("Mul", [g.op("Round", [g.op("Div", [v, step])]), step])
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
