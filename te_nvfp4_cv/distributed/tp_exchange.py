@@ -136,7 +136,7 @@ class SharedScales:
     def __init__(self, inner: CallScales, link: Link, always: bool) -> None:
         self.inner, self.link, self.always = inner, link, always
         # What is known, remembered and moved does not depend on the ranks.
-        self.knows, self.collect, self.backward_ran = inner.knows, inner.collect, inner.backward_ran
+        self.knows, self.collector, self.backward_ran = inner.knows, inner.collector, inner.backward_ran
 
     def amax(self, role: Role, operand: Tensor) -> Tensor | None:
         """Return fp32 [2], the largest over the ranks, in evaluation too, in which all of them take part.

@@ -116,10 +116,10 @@ class Producer:
         if scales is None and (spec, dtype) in self.made:
             return self.made[spec, dtype]
         amax = None if scales is None else scales.amax(Role.INPUT, self.z)
-        made = Operand.from_flat(ops.norm_quantize(*self._parts(), self._spec(), spec.to_ints(), dtype, amax))
-        if scales is not None:
-            scales.collect(Role.INPUT, made.observed)
-        else:
+        given = None if scales is None or amax is None else (amax, scales.collector(Role.INPUT))
+        z, residual, norm, mask = self._parts()
+        made = ops.norm_quantize(z, residual, norm, mask, NormSpec(self.groups, self.activation), spec, dtype, given)
+        if scales is None:
             self.made[spec, dtype] = made
         return made
 

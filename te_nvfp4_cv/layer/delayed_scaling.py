@@ -44,6 +44,7 @@ from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.layer.shared_amax import ROWS, CallScales, name_of
 from te_nvfp4_cv.ops.quantize import amax as amaxes
+from te_nvfp4_cv.ops.records import Collector
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import Role
 
@@ -161,13 +162,13 @@ class DelayedCallScales(CallScales):
         scales.measured[i] = True
         return scales.used[i]
 
-    def collect(self, role: Role, observed: Tensor) -> None:
-        """Remember what a call observed, for the next step."""
-        if self.scales is not None and self.training:
-            s, i = self.scales, ROWS[role]
-            # A recomputed forward clips the same blocks again, but dy is quantized once.
-            count = role == Role.GRAD_OUTPUT or not self.again
-            amaxes.collect(s.collected[i], s.saturated[i : i + 1], observed, count)
+    def collector(self, role: Role) -> Collector | None:
+        """Return the part of the state that the next step's scales come from."""
+        if self.scales is None or not self.training:
+            return None
+        s, i = self.scales, ROWS[role]
+        # A recomputed forward clips the same blocks again, but dy is quantized once.
+        return Collector(s.collected[i], s.saturated[i : i + 1], role == Role.GRAD_OUTPUT or not self.again)
 
     def backward_ran(self) -> None:
         """Let the next training forward move the scales."""

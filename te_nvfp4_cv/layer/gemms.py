@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend.dispatch import kernels_serve, runs_directly
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.conv.operators import conv_dgrad, conv_fprop, conv_wgrad
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.records import DEQUANTIZED, RECORDS, Face, WeightCodes
+from te_nvfp4_cv.ops.records import DEQUANTIZED, RECORDS, Alpha, Face, WeightCodes, tensor_of
 
 
 def fprop(
@@ -39,10 +40,12 @@ def fprop(
         # Each output row of these 1x1 convolutions reads one row of x: [B, *image of x] -> [B, *image of y, 1].
         steps = tuple(slice(None, None, stride) for stride in g.stride)
         x_amax = x_amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(x_amax)
-    alpha: Tensor | None = (x_amax * codes.amax) * plan.alpha_factors["fprop"]
+    alpha: Tensor | Alpha | None = _alpha(x_amax, codes.amax, plan, "fprop")
     factor, alpha = (alpha, None) if plan.weight_carries_scales["fprop"] else (None, alpha)
     if unpacked is not None and plan.operand_form == DEQUANTIZED and unpacked.dtype != torch.uint8:
-        values = unpacked if factor is None else unpacked * factor  # a power of two: exact
+        # A power of two: exact.
+        number = tensor_of(factor)
+        values = unpacked if number is None else unpacked * number
         # An empty scale marks a face of values, which needs no unpacking.
         weight = Face(values.to(plan.compute_dtype), x.scale.new_empty(0))
     elif unpacked is not None and plan.operand_form == RECORDS and unpacked.dtype == torch.uint8:
@@ -55,7 +58,7 @@ def fprop(
 
 def dgrad(dy: Face, dy_amax: Tensor, codes: WeightCodes, plan: Plan, dtype: torch.dtype) -> Tensor:
     """Return dx [B, *image, C] in `dtype` from dy's rowwise face, its amax [1], and the weight's codes."""
-    alpha: Tensor | None = (dy_amax * codes.amax) * plan.alpha_factors["dgrad"]
+    alpha: Tensor | Alpha | None = _alpha(dy_amax, codes.amax, plan, "dgrad")
     factor, alpha = (alpha, None) if plan.weight_carries_scales["dgrad"] else (None, alpha)
     name = plan.saves_w
     weight = _weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
@@ -73,11 +76,20 @@ def wgrad(dy: Face, dy_amax: Tensor, x: Face, x_amax: Tensor | None, plan: Plan,
     if plan.operand_form == DEQUANTIZED:
         x = Face(operand.unpack_columns(x, plan.compute_dtype, plan.backend), x.scale.new_empty(0))
     x_amax = x_amax + _non_finite(x_amax) if plan.row_scaled else x_amax
-    alpha = (dy_amax * x_amax) * plan.alpha_factors["wgrad"]
+    alpha = _alpha(dy_amax, x_amax, plan, "wgrad")
     return conv_wgrad(dy, x, alpha, plan.geometry, dtype, plan.backend)
 
 
-def _weight_operand(face: Face, name: str, plan: Plan, factor: Tensor | None = None) -> Face:
+def _alpha(a: Tensor, b: Tensor, plan: Plan, gemm: str) -> Tensor | Alpha:
+    """Return the factor of a GEMM's result from the amaxes of its operands."""
+    number = plan.alpha_factors[gemm]
+    # Two launches less, where the kernels that use it take its parts.
+    if plan.backend == "vendor" and not plan.row_scaled and kernels_serve(a.device) and runs_directly(a):
+        return Alpha(a, b, number)
+    return (a * b) * number
+
+
+def _weight_operand(face: Face, name: str, plan: Plan, factor: Tensor | Alpha | None = None) -> Face:
     """Return one packed face, "row" or "col", in the form that the backend multiplies.
 
     Args:

@@ -63,7 +63,7 @@ class _Fixed:
     def knows(self, role: Role) -> bool:
         return True
 
-    def collect(self, role: Role, observed: Tensor) -> None:
+    def collector(self, role: Role) -> None:
         """Learn nothing: this is inference."""
 
     def backward_ran(self) -> None:

@@ -40,10 +40,9 @@ def _quantize(role: Role, x: Tensor, spec: OperandSpec, plan: Plan, options: Cal
         seed = seed if options.ranks is None else options.ranks.seed(seed)
     if scales is not None:
         amax = scales.amax(role, x)
-    made = operand.quantize_operand(x, spec, plan.compute_dtype, seed, amax, plan.backend)
-    # Without an amax from them the operand's own was used, and there is nothing to remember.
-    if scales is not None and amax is not None:
-        scales.collect(role, made.observed)
+    # Without an amax from them the operand's own is used, and there is nothing to remember.
+    collector = None if scales is None or amax is None else scales.collector(role)
+    made = operand.quantize_operand(x, spec, plan.compute_dtype, seed, amax, plan.backend, collector)
     if options.watch is not None:
         options.watch.quantized(role, x, made, seed, plan)
     return made

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.records import Face, Operand, WeightCodes
+from te_nvfp4_cv.ops.records import Collector, Face, Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
 
@@ -25,8 +25,8 @@ class Scales(Protocol):
     def knows(self, role: Role) -> bool:
         """Return True if `amax` answers without reading the operand."""
 
-    def collect(self, role: Role, observed: Tensor) -> None:
-        """Take note of what a call with given amaxes observed."""
+    def collector(self, role: Role) -> Collector | None:
+        """Return where a call with given amaxes leaves what it observes; None if nobody wants to know."""
 
     def backward_ran(self) -> None:
         """Take note that the backward pass of the call has quantized dy."""

@@ -33,7 +33,7 @@ from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize.operand import measure_operand
-from te_nvfp4_cv.ops.records import OperandSpec
+from te_nvfp4_cv.ops.records import Collector, OperandSpec
 from te_nvfp4_cv.recipe.fields import Role
 
 SLOTS = 4  # amaxes in a message: those of a weight's delayed scales; shorter ones are filled up, so that all fit
@@ -207,8 +207,9 @@ class CallScales:
         spec = OperandSpec(1, self.plan.folds[ROWS[role]], rht=self.plan.recipe.settings(role).rht)
         return self._reduced(measure_operand(operand, spec, self.plan.backend), role.value)
 
-    def collect(self, role: Role, observed: Tensor) -> None:
-        """Take note of what a call observed; here there is nothing to remember."""
+    def collector(self, role: Role) -> Collector | None:
+        """Return where a call leaves what it observes; here there is nothing to remember."""
+        return None
 
     def backward_ran(self) -> None:
         """Take note that the backward pass of the call has quantized dy."""

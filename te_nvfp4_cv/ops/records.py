@@ -60,6 +60,19 @@ class Operand(NamedTuple):
         return cls(Face(row_data, row_scale), row_amax, Face(col_data, col_scale), col_amax, observed)
 
 
+class Collector(NamedTuple):
+    """Where a call with given amaxes leaves what it observed: delayed scales.
+
+    Attributes:
+        collected: fp32 [2], raised to the observed amaxes where these are finite.
+        saturated: float64 [1]: saturated blocks are added if `counts`.
+    """
+
+    collected: Tensor
+    saturated: Tensor
+    counts: bool
+
+
 class WeightCodes(NamedTuple):
     """A weight after quantization: one or both faces, and the amax [1] whose tensor scale both use."""
 
@@ -192,6 +205,26 @@ class WeightSpec(NamedTuple):
         """Decode what to_ints gave."""
         groups, row, col, two_d, error, e4m3_max, pow2 = ints
         return WeightSpec(groups, row, col, bool(two_d), _ERROR_NAMES[error], e4m3_max, bool(pow2))
+
+
+class Alpha(NamedTuple):
+    """The factor (a * b) * number, fp32 [1], of a product: kernels multiply it out where they use it.
+
+    Only eager calls on the kernels of the vendor backend have one; everywhere else it is a tensor.
+    """
+
+    a: Tensor
+    b: Tensor
+    number: float
+
+    def tensor(self) -> Tensor:
+        """Multiply it out."""
+        return (self.a * self.b) * self.number
+
+
+def tensor_of(alpha: Tensor | Alpha | None) -> Tensor | None:
+    """Return the factor as a tensor."""
+    return alpha.tensor() if isinstance(alpha, Alpha) else alpha
 
 
 class WeightLayout(NamedTuple):

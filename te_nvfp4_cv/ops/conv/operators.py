@@ -25,7 +25,7 @@ from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.conv import integer, reference, vendor
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.records import Face
+from te_nvfp4_cv.ops.records import Alpha, Face, tensor_of
 
 
 def _implementation(backend: str) -> Any:
@@ -45,7 +45,7 @@ def _faces(operands: list[Tensor]) -> tuple[Face, Face]:
 def conv_fprop(
     x: Face,
     w: Face,
-    alpha: Tensor | None,
+    alpha: Tensor | Alpha | None,
     bias: Tensor | None,
     geometry: ConvGeometry,
     dtype: torch.dtype,
@@ -56,13 +56,13 @@ def conv_fprop(
     Args:
         x: the rowwise face of x.
         w: the weight's face whose blocks run along x's channels: rowwise, or columnwise when transposed.
-        alpha: fp32 [1], or [B, *output image, 1] for row-scaled activations, or None.
+        alpha: fp32 [1], or [B, *output image, 1] for row-scaled activations, or None; see records.Alpha.
         bias: [O] or None, added in fp32 (by the library where alpha is None).
     """
     if runs_directly(x.data):
         y: Tensor = _implementation(backend).fprop(x, w, alpha, bias, geometry, dtype)
         return y
-    return conv_fprop_op([*x, *w], alpha, bias, geometry.to_ints(), dtype, backend)
+    return conv_fprop_op([*x, *w], tensor_of(alpha), bias, geometry.to_ints(), dtype, backend)
 
 
 @without_autocast
@@ -86,13 +86,13 @@ def _(operands, alpha, bias, shape, dtype, backend):  # type: ignore[no-untyped-
 
 
 def conv_dgrad(
-    dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype, backend: str
+    dy: Face, w: Face, alpha: Tensor | Alpha | None, geometry: ConvGeometry, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Return dx [B, *image, C] in `dtype`; arguments as for conv_fprop, with the weight's other face."""
     if runs_directly(dy.data):
         dx: Tensor = _implementation(backend).dgrad(dy, w, alpha, geometry, dtype)
         return dx
-    return conv_dgrad_op([*dy, *w], alpha, geometry.to_ints(), dtype, backend)
+    return conv_dgrad_op([*dy, *w], tensor_of(alpha), geometry.to_ints(), dtype, backend)
 
 
 @without_autocast
@@ -111,7 +111,7 @@ def _(operands, alpha, shape, dtype, backend):  # type: ignore[no-untyped-def]
 
 
 def conv_wgrad(
-    dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype, backend: str
+    dy: Face, x: Face, alpha: Tensor | Alpha | None, geometry: ConvGeometry, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Return dw [axis 0, taps, axis 1] in `dtype`, from the columnwise faces of dy and x on the folded geometry.
 
@@ -122,7 +122,7 @@ def conv_wgrad(
     if runs_directly(dy.data):
         dw: Tensor = _implementation(backend).wgrad(dy, x, alpha, geometry, dtype)
         return dw
-    return conv_wgrad_op([*dy, *x], alpha, geometry.to_ints(), dtype, backend)
+    return conv_wgrad_op([*dy, *x], tensor_of(alpha), geometry.to_ints(), dtype, backend)
 
 
 @without_autocast

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.records import Face
+from te_nvfp4_cv.ops.records import Alpha, Face
 
 aten = torch.ops.aten
 
 
 def fprop(
-    x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
+    x: Face, w: Face, alpha: Tensor | Alpha | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
 ) -> Tensor:
     """Multiply as operators.conv_fprop does; the scales are empty."""
     # With alpha the bias comes after it, in fp32; without, the library adds it in the pass that it makes anyway.
@@ -36,7 +36,7 @@ def fprop(
     return _finish(y, alpha, outer, dtype)
 
 
-def dgrad(dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+def dgrad(dy: Face, w: Face, alpha: Tensor | Alpha | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Multiply as operators.conv_dgrad does; the scales are empty."""
     if geometry.rank == 0:
         return _finish(_product(dy.data, w.data[:, 0], alpha), alpha, None, dtype)
@@ -46,7 +46,7 @@ def dgrad(dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype
     return _finish(_channels_last(dx, geometry.x_shape), alpha, None, dtype)
 
 
-def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+def wgrad(dy: Face, x: Face, alpha: Tensor | Alpha | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Multiply as operators.conv_wgrad does; the scales are empty."""
     if geometry.rank == 0:
         dw = _product(dy.data.t(), x.data, alpha).unsqueeze(1)
@@ -58,12 +58,12 @@ def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype
             _channels_first(dy.data, g.y_shape), _channels_first(x.data, g.x_shape), w_like, g, [False, True, False]
         )
         dw = _channels_last(dw, geometry.weight_shape)
-    if alpha is not None and alpha.numel() != 1:  # one factor per channel of x
+    if isinstance(alpha, Tensor) and alpha.numel() != 1:  # one factor per channel of x
         alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
     return _finish(dw, alpha, None, dtype)
 
 
-def _product(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
+def _product(a: Tensor, b: Tensor, alpha: Tensor | Alpha | None) -> Tensor:
     """Return a @ b; in fp32 where alpha follows on CUDA, since cuBLAS may add parts of a bf16 result in bf16."""
     if a.device.type == "cuda" and a.dtype == torch.bfloat16 and alpha is not None and a.numel() and b.numel():
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -117,14 +117,15 @@ def _empty_image(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape).movedim(-1, 1)
 
 
-def _finish(y: Tensor, alpha: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _finish(y: Tensor, alpha: Tensor | Alpha | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return round(y * alpha + bias) in `dtype`, with one rounding; y is contiguous and may be overwritten."""
     if alpha is None:
         return y.to(dtype)
-    if alpha.numel() == 1 and dispatch.kernels_serve(y.device):
+    if (isinstance(alpha, Alpha) or alpha.numel() == 1) and dispatch.kernels_serve(y.device):
         from te_nvfp4_cv.ops.triton import elementwise
 
         return elementwise.scale_bias(y, alpha, bias, dtype)
+    assert isinstance(alpha, Tensor)
     library = native.load() if y.device.type == "cpu" else None
     kinds = (torch.bfloat16, torch.float32)
     if library is None or alpha.numel() != 1 or y.dtype not in kinds:

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.layouts import operand_faces
 from te_nvfp4_cv.ops.norm import reference
 from te_nvfp4_cv.ops.norm.spec import NormSpec
-from te_nvfp4_cv.ops.records import Operand, OperandSpec
+from te_nvfp4_cv.ops.quantize.amax import collect
+from te_nvfp4_cv.ops.quantize.operand import separate
+from te_nvfp4_cv.ops.records import Collector, Operand, OperandSpec
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -137,9 +140,31 @@ def _(z, residual, norm, y, mask, spec):  # type: ignore[no-untyped-def]
     return None
 
 
+def norm_quantize(
+    z: Tensor,
+    residual: Tensor | None,
+    norm: list[Tensor],
+    mask: Tensor,
+    s: NormSpec,
+    spec: OperandSpec,
+    dtype: torch.dtype,
+    given: tuple[Tensor, Collector | None] | None,
+) -> Operand:
+    """Quantize as norm_quantize_op does. `given`: amaxes, fp32 [2], and what takes what the call observes."""
+    if runs_directly(z):
+        from te_nvfp4_cv.ops.norm.triton import quantize_launch
+
+        return quantize_launch.norm_quantize(z, residual, norm, mask, s, spec, dtype, given)
+    amax, collector = (None, None) if given is None else given
+    made = Operand.from_flat(norm_quantize_op(z, residual, norm, mask, s.encode(), spec.to_ints(), dtype, amax))
+    if collector is not None:
+        collect(collector, made.observed)
+    return made
+
+
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::norm_quantize", mutates_args=("mask",))
-def norm_quantize(
+def norm_quantize_op(
     z: Tensor,
     residual: Tensor | None,
     norm: list[Tensor],
@@ -164,10 +189,11 @@ def norm_quantize(
     from te_nvfp4_cv.ops.norm.triton import quantize_launch
 
     s, how = NormSpec.decode(spec), OperandSpec.from_ints(operand)
-    return quantize_launch.norm_quantize(z, residual, norm, mask, s, how, dtype, amax).flat()  # type: ignore[return-value]
+    given = None if amax is None else (amax, None)
+    return separate(quantize_launch.norm_quantize(z, residual, norm, mask, s, how, dtype, given))
 
 
-@norm_quantize.register_fake
+@norm_quantize_op.register_fake
 def _(z, residual, norm, mask, spec, operand, dtype, amax):  # type: ignore[no-untyped-def]
     row, col = operand_faces(z.movedim(1, -1), OperandSpec.from_ints(operand), dtype)
     row_amax, col_amax = (z.new_empty(1, dtype=torch.float32) for _ in range(2))

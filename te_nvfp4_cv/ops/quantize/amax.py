@@ -4,7 +4,7 @@
     collect       collected = max(collected, observed), where observed is finite; saturated += the third observed number
     reduce_amax   the largest amax of the ranks; NaN wins over inf, inf over numbers
 
-The first two are one small kernel each on CUDA. Nothing is read on the host. They are called outside of graphs that
+The first is one small kernel on CUDA. Nothing is read on the host. They are called outside of graphs that
 torch.compile traces, so they need not be custom operators.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.ops.records import Collector
 
 on_received: list[Callable[[int], None]] = []  # called with the bytes that arrive from other ranks; see wire_bytes
 
@@ -43,18 +44,9 @@ def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[in
         seen.zero_()
 
 
-def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool) -> None:
-    """Remember what one call of quantize_operand observed.
-
-    Args:
-        collected: fp32 [2].
-        saturated: float64 [1], added to if `count`.
-        observed: fp32 [3].
-    """
-    if dispatch.kernels_run(collected.device):
-        from te_nvfp4_cv.ops.quantize.triton import amax_kernels
-
-        return amax_kernels.collect(collected, saturated, observed, count)
+def collect(collector: Collector, observed: Tensor) -> None:
+    """Remember what one call of quantize_operand observed, fp32 [3]. On a GPU the call's last kernel does so."""
+    collected, saturated, count = collector
     finite = torch.where(observed[:2].isfinite(), observed[:2], 0.0)
     torch.maximum(collected, finite, out=collected)
     if count:

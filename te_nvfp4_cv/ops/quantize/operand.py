@@ -45,7 +45,18 @@ from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.quantize import cpu, reference
-from te_nvfp4_cv.ops.records import Face, Operand, OperandSpec, WeightCodes, WeightLayout, WeightSpec
+from te_nvfp4_cv.ops.quantize.amax import collect
+from te_nvfp4_cv.ops.records import (
+    Alpha,
+    Collector,
+    Face,
+    Operand,
+    OperandSpec,
+    WeightCodes,
+    WeightLayout,
+    WeightSpec,
+    tensor_of,
+)
 
 
 def _implementation(backend: str, device: torch.device) -> Any:
@@ -61,7 +72,13 @@ def _implementation(backend: str, device: torch.device) -> Any:
 
 
 def quantize_operand(
-    x: Tensor, spec: OperandSpec, dtype: torch.dtype, seed: Tensor | None, amax: Tensor | None, backend: str
+    x: Tensor,
+    spec: OperandSpec,
+    dtype: torch.dtype,
+    seed: Tensor | None,
+    amax: Tensor | None,
+    backend: str,
+    collector: Collector | None = None,
 ) -> Operand:
     """Quantize an activation or gradient.
 
@@ -70,14 +87,22 @@ def quantize_operand(
         dtype: of dequantized faces, bf16 or fp32.
         seed: int64 [1], for stochastic rounding.
         amax: fp32 [2], positive: of the rowwise and of the columnwise face, used in place of x's. Not with row_scaled.
+        collector: takes what the call observes; only with `amax`.
     Returns:
         The faces that the spec asks for. With `amax` given, the two amaxes are the given ones, or NaN where the
         observed one is not finite.
     """
     if runs_directly(x):
-        found: Operand = _implementation(backend, x.device).quantize_operand(x, spec, dtype, seed, amax)
-        return found
-    return Operand.from_flat(quantize_operand_op(x, spec.to_ints(), dtype, seed, amax, backend))
+        module = _implementation(backend, x.device)
+        if collector is not None and module is not reference and module is not cpu:  # in the kernels' last launch
+            found: Operand = module.quantize_operand(x, spec, dtype, seed, amax, collector)
+            return found
+        made: Operand = module.quantize_operand(x, spec, dtype, seed, amax)
+    else:
+        made = Operand.from_flat(quantize_operand_op(x, spec.to_ints(), dtype, seed, amax, backend))
+    if collector is not None:
+        collect(collector, made.observed)
+    return made
 
 
 @without_autocast
@@ -87,7 +112,16 @@ def quantize_operand_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Call a backend's quantize_operand: the spec comes as ints, the Operand goes as seven tensors."""
     made = _implementation(backend, x.device).quantize_operand(x, OperandSpec.from_ints(spec), dtype, seed, amax)
-    return made.flat()  # type: ignore[no-any-return]
+    return separate(made)
+
+
+def separate(made: Operand) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the tensors of an operand without shared memory, as torch wants an operator's results.
+
+    The kernels write both amaxes into one tensor, of which eager calls take views.
+    """
+    made = made._replace(row_amax=made.row_amax.clone(), col_amax=made.col_amax.clone())
+    return made.flat()  # type: ignore[return-value]
 
 
 @quantize_operand_op.register_fake
@@ -201,18 +235,18 @@ def _(w, spec, dtype, backend, amax=None):  # type: ignore[no-untyped-def]
 
 
 def unpack_weight(
-    face: Face, layout: WeightLayout, factor: Tensor | None, dtype: torch.dtype, backend: str
+    face: Face, layout: WeightLayout, factor: Tensor | Alpha | None, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Return code * scale [axis 0, T, axis 1] of either packed face of a weight.
 
     Args:
-        factor: fp32 [1], or None. It multiplies every value in fp32, before the one rounding to `dtype`. A power of two
+        factor: fp32 [1] (see records.Alpha), or None. It multiplies every value in fp32, before the one rounding to `dtype`. A power of two
             keeps the values exact, except below 2^-126; NaN makes all of them NaN.
     """
     if runs_directly(face.data):
         found: Tensor = _implementation(backend, face.data.device).unpack_weight(*face, layout, factor, dtype)
         return found
-    return unpack_weight_op(*face, list(map(int, layout)), factor, dtype, backend)
+    return unpack_weight_op(*face, list(map(int, layout)), tensor_of(factor), dtype, backend)
 
 
 @without_autocast

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from te_nvfp4_cv.backend.devices import on_its_device
+from te_nvfp4_cv.ops.records import Alpha
 
 BLOCK = 4096
 
@@ -48,17 +49,34 @@ def apply_mask_kernel(dy, mask, dx, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_bias_kernel(y, out, alpha, bias, n, channels, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write out = round(y * alpha[0] + bias[i % channels]), computed in fp32."""
+def product_of(a, b, number, PARTS: tl.constexpr):
+    """Return a[0], or (a[0] * b[0]) * number where PARTS is 2: the two parts and the number of a records.Alpha."""
+    factor = tl.load(a)
+    if PARTS == 2:
+        factor = (factor * tl.load(b)) * number
+    return factor
+
+
+@triton.jit
+def scale_bias_kernel(
+    y, out, alpha, other, number, bias, n, channels, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write out = round(y * alpha + bias[i % channels]), computed in fp32; alpha is that of product_of."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = tl.arange(0, BLOCK)
     inside = at < n - start
-    value = tl.load(y + start + at, mask=inside, other=0.0).to(tl.float32) * tl.load(alpha)
+    value = tl.load(y + start + at, mask=inside, other=0.0).to(tl.float32)
+    value = value * product_of(alpha, other, number, PARTS)
     if HAS_BIAS:
         # The 64-bit remainder is taken once, of a scalar; lanes stay in 32 bits.
         first = (start % channels).to(tl.int32)
         value = value + tl.load(bias + (first + at) % channels, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + start + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+def parts_of(alpha: Tensor | Alpha) -> Alpha:
+    """Return what product_of takes; of a tensor the other two parts are not read."""
+    return alpha if isinstance(alpha, Alpha) else Alpha(alpha, alpha, 1.0)
 
 
 @on_its_device
@@ -82,17 +100,18 @@ def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
 
 
 @on_its_device
-def scale_bias(y: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return round(y * alpha + bias) in `dtype` for a contiguous y [..., C] and alpha fp32 [1].
+def scale_bias(y: Tensor, alpha: Tensor | Alpha, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return round(y * alpha + bias) in `dtype` for a contiguous y [..., C] and alpha fp32 [1] (see records.Alpha).
 
     Where the dtypes agree, the result overwrites y.
     """
     out = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
     if y.numel():
         grid = (triton.cdiv(y.numel(), BLOCK),)
-        has_bias = bias is not None
+        has_bias, parts = bias is not None, parts_of(alpha)
         scale_bias_kernel[grid](
             # A pointer must be there for a bias that is not read, too.
-            y, out, alpha, bias if has_bias else alpha, y.numel(), y.shape[-1], HAS_BIAS=has_bias, BLOCK=BLOCK
+            y, out, *parts, bias if has_bias else parts[0], y.numel(), y.shape[-1],
+            PARTS=1 + isinstance(alpha, Alpha), HAS_BIAS=has_bias, BLOCK=BLOCK,
         )
     return out

@@ -14,12 +14,4 @@ CASES = [
         options=dict(num_warps=1, divisible=()),
         expect=[],
     ),
-    dict(
-        name="collect",
-        fn=(MODULE, "collect_kernel"),
-        signature=dict(collected="*fp32", saturated="*fp64", observed="*fp32", COUNT="constexpr"),
-        constexprs=dict(COUNT=True),
-        options=dict(num_warps=1, divisible=()),
-        expect=[],
-    ),
 ]

@@ -19,6 +19,7 @@ NO_FP8 = [r"!e4m3", r"!e5m2", r"!e2m1"]
 EXACT = [*NO_FP8, r"!(add|sub|mul|fma|div)[.\w]*\.ftz\.f32", r"!fma\.rn\.bf16", r"!div\.(full|approx)"]
 WIDE_LOADS = [r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global[.\w:]*\.v2\.b32"]
 WIDE_STORES = [r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64|st\.global[.\w:]*\.v2\.b32"]
+PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks")  # that are not specialized
 INTEGERS = ("images", "rows", "run", "per_row", "word2")
 
 
@@ -28,12 +29,13 @@ def case(
     """A case whose BLOCK comes from the table; every entry of `values` is a constexpr."""
     values = dict(values)
     width, key = more.pop("width", "BLOCK"), more.pop("key", ())
+    divisible = [n for n, kind in signature.items() if n not in PLAIN and (kind[0] == "*" or kind in ("i32", "i64"))]
     return dict(
         name=name,
         fn=(f"{FOLDER}.{file}", kernel),
         signature=signature | {value: "constexpr" for value in values} | {width: "constexpr"},
         constexprs=lambda arch: {**values, width: tuning.static(table, arch, key)["BLOCK"]},
-        options=lambda arch: launch_tiles.options_of(tuning.static(table, arch, key)),
+        options=lambda arch: launch_tiles.options_of(tuning.static(table, arch, key)) | dict(divisible=divisible),
         **({} if "instructions_per_element" in more else {"archs": VARIANTS}),
         **more,
     )
@@ -101,18 +103,22 @@ def tiles(name: str, **changes: Any) -> dict[str, Any]:
     """A case of quantize_tiles_kernel: a contiguous fp32 3x3 weight unless changed."""
     w = changes.pop("w", "fp32")
     values: dict[str, Any] = dict(
-        GROUP_ROWS=64, GROUP_BLOCKS=4, ROW_BLOCKS=4, TAPS_FIRST=True, FORM=2, ERROR=0, E4M3_MAX=448
+        TAPS_FIRST=True, FORM=2, ERROR=0, POW2=True, E4M3_MAX=448
     )
     values |= changes
-    signature = dict(w=f"*{w}", amax="*fp32", data="*i64", scale="*u8", dequantized="*bf16")
-    signature |= {name_: "i32" for name_ in ("tiles", "taps", "width", "stride_o", "stride_t", "stride_c")}
+    signature = dict(w=f"*{w}", bits="*i32", amax="*fp32", data="*i64", scale="*u8", dequantized="*bf16")
+    signature |= {name_: "i32" for name_ in ("width", "stride_o", "stride_t", "stride_c")}
+    signature |= {name_: "i32" for name_ in PLAIN}
     file, table = "block_kernels", "quantize_tiles"
     return case(name, file, "quantize_tiles_kernel", table, signature, values, width="TILES", expect=EXACT)
 
 
 AMAX = dict(x="*bf16", source_rows="*i64", amax="*i32", images="i32", rows="i32", run="i32", tiles="i32")
-UNPACK_COLUMNS = dict(data="*i64", scale="*u8", out="*bf16", factor="*fp32", run="i32", rows="i32", per_band="i32")
-UNPACK_ROWS = dict(data="*i32", scale="*u8", out="*bf16", factor="*fp32", words="i32", width="i32", taps="i32")
+FACTOR = dict(factor="*fp32", other="*fp32", number="fp32")
+UNPACK_COLUMNS = dict(data="*i64", scale="*u8", out="*bf16", **FACTOR, run="i32")
+UNPACK_COLUMNS |= dict(rows="i32", per_band="i32", group_blocks="i32")
+UNPACK_ROWS = dict(data="*i32", scale="*u8", out="*bf16", **FACTOR, words="i32", width="i32")
+UNPACK_ROWS |= dict(taps="i32", group_rows="i32", row_blocks="i32")
 
 CASES = [
     quantize("activation_delayed", budget=44),
@@ -167,7 +173,7 @@ CASES = [
         "unpack_columns_kernel",
         "unpack_columns",
         UNPACK_COLUMNS,
-        dict(FACTOR=False, GROUP_BLOCKS=1, MASKED=False),
+        dict(FACTOR=0, MASKED=False),
         expect=EXACT + WIDE_LOADS + WIDE_STORES,
         instructions_per_element=(lambda constants: 16 * constants["BLOCK"], 9),
     ),
@@ -177,7 +183,7 @@ CASES = [
         "unpack_columns_kernel",
         "unpack_columns",
         UNPACK_COLUMNS,
-        dict(FACTOR=True, GROUP_BLOCKS=4, MASKED=True),
+        dict(FACTOR=2, MASKED=True),
         expect=EXACT,
     ),
     case(
@@ -186,7 +192,7 @@ CASES = [
         "unpack_rows_kernel",
         "unpack_rows",
         UNPACK_ROWS,
-        dict(FACTOR=False, GROUP_ROWS=1, ROW_BLOCKS=4, TILED=False),
+        dict(FACTOR=0, TILED=False),
         expect=EXACT,
     ),
     case(
@@ -195,7 +201,7 @@ CASES = [
         "unpack_rows_kernel",
         "unpack_rows",
         UNPACK_ROWS,
-        dict(FACTOR=True, GROUP_ROWS=64, ROW_BLOCKS=4, TILED=True),
+        dict(FACTOR=2, TILED=True),
         expect=EXACT,
     ),
     tiles("weight"),
@@ -209,8 +215,16 @@ CASES = [
     dict(
         name="finish",
         fn=(f"{FOLDER}.operand_kernels", "finish_kernel"),
-        signature=dict(slots="*i32", given="*fp32", observed="*fp32", used="*fp32", SAME="constexpr"),
-        constexprs=dict(SAME=False),
+        signature=dict(
+            slots="*i32",
+            given="*fp32",
+            observed="*fp32",
+            used="*fp32",
+            collected="*fp32",
+            saturated="*fp64",
+            **dict.fromkeys(("SAME", "COLLECT", "COUNT"), "constexpr"),
+        ),
+        constexprs=dict(SAME=False, COLLECT=True, COUNT=True),
         options=dict(num_warps=1),
     ),
     dict(

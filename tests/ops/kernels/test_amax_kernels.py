@@ -11,7 +11,8 @@ import torch.nn as nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.ops.quantize import amax
+from te_nvfp4_cv.ops.quantize import amax, operand
+from te_nvfp4_cv.ops.records import PACKED, Collector, Fold, OperandSpec
 from tests.helpers import relative_error, same_bits, values
 
 SEEN = (0.0, -0.0, 1e-45, 1e-38, 3e-27, 1e-6, 1.0, 336.0, 336.1, 2688.0, 1536.0, 7e4, 3e38, math.inf, math.nan)
@@ -43,18 +44,28 @@ def test_moving(kernel_device, monkeypatch, e4m3_max, margin):
 
 
 @pytest.mark.parametrize("count", [False, True])
-def test_collecting(kernel_device, monkeypatch, count):
-    for observed in ((1.0, 2.0, 3.0), (5.0, 0.0, 0.0), (math.nan, 9.0, 2.0), (7.0, math.inf, 1.0)):
+@pytest.mark.parametrize("odd", [None, math.nan, math.inf])
+def test_collecting(kernel_device, monkeypatch, count, odd):
+    """The kernels collect in their last launch what plain torch collects after a call."""
+    monkeypatch.setattr(dispatch, "KERNELS_ON_CPU", True)
+    x = values((16, 2, 2, 16), seed=1)
+    if odd is not None:
+        x[3, 1, 0, 5] = odd
+    spec = OperandSpec(1, Fold(1, 0, 2, 0, 16), PACKED, PACKED, rht=True)
+    given = torch.tensor([0.25, 0.5])  # too small: blocks saturate
 
-        def run(device, observed=observed):
-            collected = torch.tensor([2.0, 1.5], device=device)
-            saturated = torch.tensor([2.0**33 + 1], dtype=torch.float64, device=device)
-            amax.collect(collected, saturated, torch.tensor(observed, device=device), count)
-            return collected, saturated
+    def run(backend):
+        device = torch.device("cpu") if backend == "reference" else kernel_device
+        collected = torch.tensor([2.0, 1e6], device=device)
+        saturated = torch.tensor([2.0**33 + 1], dtype=torch.float64, device=device)
+        where = Collector(collected, saturated, count)
+        made = operand.quantize_operand(x.to(device), spec, torch.float32, None, given.to(device), backend, where)
+        return collected.cpu(), saturated.cpu(), made.observed.cpu(), made.row_amax.cpu(), made.col_amax.cpu()
 
-        expected, found = both(monkeypatch, kernel_device, run)
-        assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True)), observed
-        assert float(found[1]) == 2.0**33 + 1 + (observed[2] if count else 0)
+    expected, found = run("reference"), run("vendor")
+    assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True))
+    assert float(found[1]) == 2.0**33 + 1 + (float(found[2][2]) if count else 0) and found[2][2] > 0
+    assert float(found[0][1]) == 1e6 and (float(found[0][0]) > 2.0) == (odd is None)
 
 
 @pytest.mark.parametrize("backend", ["vendor", "triton"])

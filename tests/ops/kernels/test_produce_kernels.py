@@ -64,7 +64,7 @@ def test_operands_and_mask(kernel_device, poison, what, dtype, batch, odd, row, 
     target = torch.float32 if dtype == torch.float16 else dtype
     bits = torch.full_like(mask, 0xA5)
     how = OperandSpec(1, Fold(1, 0, z.shape[2], 0, images), row, col, rht=True)
-    found = ops.norm_quantize(z, residual, [mean, rstd, weight, bias], bits, spec, how.to_ints(), target, amax)
+    found = ops.norm_quantize_op(z, residual, [mean, rstd, weight, bias], bits, spec, how.to_ints(), target, amax)
     x = y.movedim(1, -1).contiguous()
     expected = operand.quantize_operand(x, how, target, None, amax, "reference").flat()
     assert torch.equal(bits, mask)
@@ -84,7 +84,7 @@ def test_non_finite_activations(kernel_device):
         for amax in (None, torch.full((2,), 2688.0, device=kernel_device)):
             how = OperandSpec(1, Fold(1, 0, 2, 0, 16), DEQUANTIZED, PACKED, rht=True)
             spec = ops.NormSpec().encode(), how.to_ints()
-            found = ops.norm_quantize(z, None, list(stats), mask, *spec, torch.float32, amax)
+            found = ops.norm_quantize_op(z, None, list(stats), mask, *spec, torch.float32, amax)
             expected = operand.quantize_operand(x, how, torch.float32, None, amax, "reference").flat()
             assert all(same_bits(found[i], expected[i]) for i in (2, 5))
             assert not bool(found[2].isfinite()) and not bool(found[5].isfinite())

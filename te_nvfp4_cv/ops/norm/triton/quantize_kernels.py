@@ -79,7 +79,8 @@ def produced_tile(
         y = activated(u, ACTIVATION, SLOPE)
         # Rounded to z's dtype, as if the activation had been stored and read again. Zeros where there is no value,
         # because the activation of a padding zero is not 0.
-        y = tl.where(there, y.to(value.dtype).to(tl.float32), 0.0)
+        y = nx.round_bf16(y) if value.dtype == tl.bfloat16 else y.to(value.dtype).to(tl.float32)
+        y = tl.where(there, y, 0.0)
         tile = tile + (y,)
     return tile
 

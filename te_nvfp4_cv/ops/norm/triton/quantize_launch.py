@@ -19,8 +19,9 @@ from te_nvfp4_cv.ops.layouts import operand_faces
 from te_nvfp4_cv.ops.norm.spec import NormSpec
 from te_nvfp4_cv.ops.norm.triton import quantize_kernels as kernels
 from te_nvfp4_cv.ops.norm.triton.launch import activation_of, ordered, pointers
-from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_kernel
-from te_nvfp4_cv.ops.records import NONE, PACKED, Operand, OperandSpec
+from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS
+from te_nvfp4_cv.ops.quantize.triton.tiles import finish
+from te_nvfp4_cv.ops.records import NONE, PACKED, Collector, Operand, OperandSpec
 from te_nvfp4_cv.ops.triton.numerics import INTERPRETED, OPTIONS
 
 PROGRAMS = 132 * 8  # of the amax kernel, which loops
@@ -36,9 +37,10 @@ def norm_quantize(
     s: NormSpec,
     operand: OperandSpec,
     dtype: torch.dtype,
-    amax: Tensor | None,
+    given: tuple[Tensor, Collector | None] | None,
 ) -> Operand:
-    """Run the operator norm_quantize."""
+    """Run norm_quantize; `given`: amaxes, and what takes what is observed. The two amaxes are views of one tensor."""
+    amax, collector = (None, None) if given is None else given
     batch, channels, *image = z.shape
     run = channels * math.prod(image)
     block = min(TILE, max(64, 1 << (run - 1).bit_length()))
@@ -88,9 +90,7 @@ def norm_quantize(
         E4M3_MAX=operand.e4m3_max,
         **shared,
     )
-    observed = z.new_empty(3 if observe else 0, dtype=torch.float32)
+    observed = z.new_empty(0, dtype=torch.float32)
     if observe:
-        decoded = z.new_empty(2, dtype=torch.float32)
-        finish_kernel[(1,)](slots, used, observed, decoded, SAME=not operand.rht, num_warps=1)
-        used = decoded  # NaN where the observed amax is not finite
-    return Operand(row, used[:1].clone(), col, used[1:].clone(), observed)
+        used, observed = finish(slots, used, not operand.rht, collector)  # NaN where what was observed is not finite
+    return Operand(row, used[:1], col, used[1:], observed)

@@ -1,4 +1,4 @@
-"""Triton kernels for the amaxes of delayed tensor scales; amax.py says what they compute. A program has two lanes."""
+"""A Triton kernel for the amaxes of delayed tensor scales; amax.py says what it computes. A program has two lanes."""
 
 from __future__ import annotations
 
@@ -36,17 +36,6 @@ def move_kernel(  # type: ignore[no-untyped-def]
         tl.store(seen + o_face, tl.zeros((2,), tl.float32))
 
 
-@triton.jit
-def collect_kernel(collected, saturated, observed, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Remember observed, fp32 [3], in collected, fp32 [2], and (COUNT) in saturated, float64 [1]."""
-    o_face = tl.arange(0, 2)
-    amax = tl.load(observed + o_face)
-    finite = tl.where((amax.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000, amax, 0.0)
-    tl.store(collected + o_face, tl.maximum(tl.load(collected + o_face), finite))
-    if COUNT:
-        tl.store(saturated, tl.load(saturated) + tl.load(observed + 2).to(tl.float64))
-
-
 @on_its_device
 def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[int, ...], clear: bool) -> None:
     """Launch move_kernel for amax.move."""
@@ -64,8 +53,3 @@ def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[in
         num_warps=1,
     )
 
-
-@on_its_device
-def collect(collected: Tensor, saturated: Tensor, observed: Tensor, count: bool) -> None:
-    """Launch collect_kernel for amax.collect."""
-    collect_kernel[(1,)](collected, saturated, observed, COUNT=count, num_warps=1)

@@ -172,9 +172,11 @@ def quantize_blocks_kernel(
         tl.store(scale + b, byte.to(tl.uint8), mask=there)
 
 
-@triton.jit
+# Sizes of a layer are runtime integers: as constants, each layer of a network would compile a kernel of its own.
+@triton.jit(do_not_specialize=["tiles", "taps", "group_rows", "group_blocks", "row_blocks"])
 def quantize_tiles_kernel(
     w,
+    bits,
     amax,
     data,
     scale,
@@ -185,40 +187,46 @@ def quantize_tiles_kernel(
     stride_o,
     stride_t,
     stride_c,
-    GROUP_ROWS: tl.constexpr,
-    GROUP_BLOCKS: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
+    group_rows,
+    group_blocks,
+    row_blocks,
     TAPS_FIRST: tl.constexpr,
     FORM: tl.constexpr,
     ERROR: tl.constexpr,
+    POW2: tl.constexpr,
     E4M3_MAX: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Quantize 16x16 tiles of w[o, t, c], any strides: TILES tiles of 16 lanes, a lane holds the 16 channels of a row.
 
     Axis 1 of the grid: groups of 16 rows; axis 0: tiles of (t, kb), in memory's order (TAPS_FIRST: t runs fastest).
-    data: int64 [o, taps, ROW_BLOCKS]; scale: uint8 [group, ob, taps, ROW_BLOCKS]; dequantized: [o, taps, width].
+    bits: of w's amax, int32 [1]; amax: fp32 [1], written: the same, raised to one whose scale is a power of two if POW2.
+    data: int64 [o, taps, row_blocks]; scale: uint8 [group, ob, taps, row_blocks]; dequantized: [o, taps, width].
     """
     band = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, 16)[None, :]
-    ob = band % GROUP_BLOCKS
+    ob = band % group_blocks
     # A band is 16 rows of one group, or what is left of the group.
-    o = band // GROUP_BLOCKS * GROUP_ROWS + ob * 16 + row
+    o = band // group_blocks * group_rows + ob * 16 + row
     index = (tl.program_id(0) * TILES + tl.arange(0, TILES))[:, None]
     # Neighbouring lanes take tiles that lie next to each other in memory.
     if TAPS_FIRST:
         t = index % taps
         kb = index // taps
     else:
-        t = index // ROW_BLOCKS
-        kb = index % ROW_BLOCKS
-    real = (index < tiles) & (ob * 16 + row < GROUP_ROWS)
+        t = index // row_blocks
+        kb = index % row_blocks
+    real = (index < tiles) & (ob * 16 + row < group_rows)
     tile = ()
     for i in tl.static_range(16):
         place = o * stride_o + t.to(tl.int64) * stride_t + (kb * 16 + i).to(tl.int64) * stride_c
         value = tl.load(w + place, mask=real & (kb * 16 + i < width), other=0.0)
         tile = tile + (value.to(tl.float32),)
-    tensor_amax = tl.load(amax)
+    tensor_amax = nx.float_of(tl.load(bits))
+    if POW2:
+        tensor_amax = nx.power_of_two_amax(tensor_amax, E4M3_MAX)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(amax, tensor_amax)
     mult, s_dec = nx.tensor_factors(tensor_amax, E4M3_MAX)
     # Over the 16 channels of a lane, then over the 16 rows of a tile: [TILES, 16] -> [TILES, 1].
     amax_b = tl.expand_dims(nx.max_of_rows(nx.max16(tile)), 1)
@@ -239,8 +247,8 @@ def quantize_tiles_kernel(
         place = dequantized + (line[:, :, None] * width + channel)
         tl.store(place, out, mask=real[:, :, None] & (channel < width))
     else:
-        tl.store(data + (line * ROW_BLOCKS + kb), nx.join_words(words, ys), mask=real)
-        place = scale + ((band * taps + t) * ROW_BLOCKS + kb)
+        tl.store(data + (line * row_blocks + kb), nx.join_words(words, ys), mask=real)
+        place = scale + ((band * taps + t) * row_blocks + kb)
         tl.store(place, byte.to(tl.uint8), mask=index < tiles)
 
 

@@ -32,6 +32,8 @@ from te_nvfp4_cv.ops.records import (
     ERRORS,
     NONE,
     PACKED,
+    Alpha,
+    Collector,
     Face,
     Fold,
     Operand,
@@ -41,14 +43,19 @@ from te_nvfp4_cv.ops.records import (
     WeightSpec,
 )
 
-SLOTS = 64
+SLOTS = operand_kernels.SLOTS.value
 
 
 @on_its_device
 def quantize_operand(
-    x: Tensor, spec: OperandSpec, dtype: torch.dtype, seed: Tensor | None, amax: Tensor | None
+    x: Tensor,
+    spec: OperandSpec,
+    dtype: torch.dtype,
+    seed: Tensor | None,
+    amax: Tensor | None,
+    collector: Collector | None = None,
 ) -> Operand:
-    """Quantize as operand.quantize_operand does."""
+    """Quantize as operand.quantize_operand does. The two amaxes are views of one tensor."""
     if not x.numel():
         return _nothing(x, spec, dtype, amax)
     if spec.row_scaled:
@@ -77,13 +84,11 @@ def quantize_operand(
         if spec.col != NONE:
             job.tiles(NONE, spec.col)
     if slots is None:
-        return Operand(row, used[:1].clone(), col, used[1:].clone(), x.new_empty(0, dtype=torch.float32))
+        return Operand(row, used[:1], col, used[1:], x.new_empty(0, dtype=torch.float32))
     if spec.row == NONE and not spec.rht and (spec.fold.strips > 1 or spec.col == NONE):
         parts.amax_flat(x, slots)  # folded columns need not have seen all of x
-    observed = x.new_empty(3, dtype=torch.float32)
-    decoded = x.new_empty(2, dtype=torch.float32)
-    operand_kernels.finish_kernel[(1,)](slots, used, observed, decoded, SAME=not spec.rht, num_warps=1)
-    return Operand(row, decoded[:1].clone(), col, decoded[1:].clone(), observed)
+    decoded, observed = parts.finish(slots, used, not spec.rht, collector)
+    return Operand(row, decoded[:1], col, decoded[1:], observed)
 
 
 @on_its_device
@@ -140,17 +145,20 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
     else:
         bits = amax.view(torch.int32)
     amax = w.new_empty(1, dtype=torch.float32)
-    # A kernel of one lane, because reading the amax on the host would wait for the GPU.
-    block_kernels.weight_amax_kernel[(1,)](bits, amax, POW2=spec.pow2, E4M3_MAX=spec.e4m3_max, num_warps=1)
+    tiled = spec.two_d and spec.row != NONE
+    if not tiled:
+        # A kernel of one lane, because reading the amax on the host would wait for the GPU. Tiles do it by themselves.
+        block_kernels.weight_amax_kernel[(1,)](bits, amax, POW2=spec.pow2, E4M3_MAX=spec.e4m3_max, num_warps=1)
     row, col = layouts.weight_faces(w, spec, dtype)
     w = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a copy where one stride does not reach all taps
     stride_o, stride_c, stride_t = w.stride()
     # Both memory orders of a weight are served: tiles are taken in the order in which they lie.
-    if spec.two_d and spec.row != NONE:
+    if tiled:
         config = parts.config_of("quantize_tiles", w)
         per_block = min(config["BLOCK"], parts.power_of_two(taps * kb))
         block_kernels.quantize_tiles_kernel[(parts.ceil_div(taps * kb, per_block), groups * ob)](
             w,
+            bits,
             amax,
             parts.words_of(row.data) if spec.row == PACKED else row.scale,
             row.scale,
@@ -161,12 +169,13 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
             stride_o,
             stride_t,
             stride_c,
-            GROUP_ROWS=n // groups,
-            GROUP_BLOCKS=ob,
-            ROW_BLOCKS=kb,
+            n // groups,
+            ob,
+            kb,
             TAPS_FIRST=stride_t < stride_c,
             FORM=spec.row,
             ERROR=error,
+            POW2=spec.pow2,
             E4M3_MAX=spec.e4m3_max,
             TILES=per_block,
             **parts.options_of(config),
@@ -202,7 +211,7 @@ def unpack_rows(data: Tensor, scale: Tensor, channels: int, groups: int, dtype: 
 
 @on_its_device
 def unpack_weight(
-    data: Tensor, scale: Tensor, layout: WeightLayout, factor: Tensor | None, dtype: torch.dtype
+    data: Tensor, scale: Tensor, layout: WeightLayout, factor: Tensor | Alpha | None, dtype: torch.dtype
 ) -> Tensor:
     """Unpack as operand.unpack_weight does."""
     n, channels, groups, columnwise = layout

@@ -291,11 +291,22 @@ def saturated_rows(x, group, images, run, first_value, offset, inside, mult, BLO
 
 
 @triton.jit
-def finish_kernel(slots, given, observed, used, SAME: tl.constexpr):
-    """Reduce what the programs saw, and write the amaxes to decode with.
+def finish_kernel(
+    slots,
+    given,
+    observed,
+    used,
+    collected,
+    saturated,
+    SAME: tl.constexpr,
+    COLLECT: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Reduce what the programs saw, write the amaxes to decode with, and collect (amax.collect).
 
     slots: int32 [3, SLOTS]. given, used: fp32 [2]: used = given, NaN where the observed amax is inf or NaN.
     observed: fp32 [3]: amax of x, of the columnwise operand, saturated blocks. SAME: both faces are of x, not rotated.
+    collected: fp32 [2], raised to what was observed where that is finite (COLLECT); saturated: fp64 [1] (COUNT).
     """
     lane = tl.arange(0, SLOTS)
     row = tl.max(tl.load(slots + lane), 0)
@@ -305,6 +316,14 @@ def finish_kernel(slots, given, observed, used, SAME: tl.constexpr):
         col = row
     tl.store(observed, nx.float_of(row))
     tl.store(observed + 1, nx.float_of(col))
-    tl.store(observed + 2, tl.sum(tl.load(slots + 2 * SLOTS + lane), 0).to(tl.float32))
+    total = tl.sum(tl.load(slots + 2 * SLOTS + lane), 0).to(tl.float32)
+    tl.store(observed + 2, total)
+    if COLLECT:
+        finite = tl.where(row < nx.INF_BITS, nx.float_of(row), 0.0)
+        tl.store(collected, tl.maximum(tl.load(collected), finite))
+        finite = tl.where(col < nx.INF_BITS, nx.float_of(col), 0.0)
+        tl.store(collected + 1, tl.maximum(tl.load(collected + 1), finite))
+    if COUNT:
+        tl.store(saturated, tl.load(saturated) + total.to(tl.float64))
     tl.store(used, tl.where(row < nx.INF_BITS, tl.load(given), float("nan")))
     tl.store(used + 1, tl.where(col < nx.INF_BITS, tl.load(given + 1), float("nan")))

@@ -13,7 +13,8 @@ from torch import Tensor
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels, unpack_kernels
-from te_nvfp4_cv.ops.records import PACKED, Face, Fold
+from te_nvfp4_cv.ops.records import PACKED, Alpha, Collector, Face, Fold
+from te_nvfp4_cv.ops.triton.elementwise import parts_of
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
 PROGRAMS = 132 * 8  # of the amax kernels, which loop: enough for the largest GPU, few enough for its atomics
@@ -162,7 +163,7 @@ def amax_flat(x: Tensor, amax: Tensor) -> None:
 
 
 def unpack_columns(
-    data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | None, ob: int, rows: int, run: int
+    data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | Alpha | None, ob: int, rows: int, run: int
 ) -> None:
     """Launch unpack_columns_kernel; ob: blocks of a group, rows: of a group, run: values of a row."""
 
@@ -174,12 +175,12 @@ def unpack_columns(
             words_of(data),
             scale.view(torch.uint8),
             out,
-            scale if factor is None else factor,
+            *parts_of(scale if factor is None else factor),
             run,
             rows,
             per_band,
-            FACTOR=factor is not None,
-            GROUP_BLOCKS=ob,
+            ob,
+            FACTOR=0 if factor is None else 1 + isinstance(factor, Alpha),
             MASKED=bool(run % block or rows % BLOCK),
             BLOCK=block,
             **options_of(config),
@@ -189,7 +190,7 @@ def unpack_columns(
 
 
 def unpack_rows(
-    data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | None, width: int, taps: int, group_rows: int
+    data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | Alpha | None, width: int, taps: int, group_rows: int
 ) -> None:
     """Launch unpack_rows_kernel; group_rows: rows of a group of 16x16-scaled data, 0 for a scale a block."""
     config = config_of("unpack_rows", out)
@@ -198,17 +199,31 @@ def unpack_rows(
         data.contiguous().view(torch.int32),
         scale.contiguous().view(torch.uint8),
         out,
-        scale if factor is None else factor,
+        *parts_of(scale if factor is None else factor),
         words,
         width,
         taps,
-        FACTOR=factor is not None,
-        GROUP_ROWS=max(group_rows, 1),
-        ROW_BLOCKS=ceil_div(width, BLOCK),
+        max(group_rows, 1),
+        ceil_div(width, BLOCK),
+        FACTOR=0 if factor is None else 1 + isinstance(factor, Alpha),
         TILED=group_rows > 0,
         BLOCK=config["BLOCK"],
         **options_of(config),
     )
+
+
+# ---- amaxes ---------------------------------------------------------------------------------------------------------
+
+
+def finish(slots: Tensor, given: Tensor, same: bool, collector: Collector | None) -> tuple[Tensor, Tensor]:
+    """Launch finish_kernel: return the amaxes to decode with, fp32 [2], and what was observed, fp32 [3]."""
+    observed, decoded = slots.new_empty(3, dtype=torch.float32), slots.new_empty(2, dtype=torch.float32)
+    collected, saturated, count = (given, given, False) if collector is None else collector
+    operand_kernels.finish_kernel[(1,)](
+        slots, given, observed, decoded, collected, saturated,
+        SAME=same, COLLECT=collector is not None, COUNT=count, num_warps=1,
+    )  # fmt: skip
+    return decoded, observed
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
     unpack_columns_kernel    sixteen images (or output channels) in 64 bits: sixteen rows of the result a lane
     unpack_rows_kernel       eight channels in 32 bits: eight neighbouring values of the result a lane
+
+FACTOR: 0 for none, else how many parts the factor has (elementwise.product_of).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
@@ -11,23 +13,26 @@ import triton
 import triton.language as tl
 
 from te_nvfp4_cv.ops.triton import numerics as nx
+from te_nvfp4_cv.ops.triton.elementwise import product_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "per_band", "group_blocks"])
 def unpack_columns_kernel(
     data,
     scale,
     out,
     factor,
+    other,
+    number,
     run,
     rows,
     per_band,
+    group_blocks,
     FACTOR: tl.constexpr,
-    GROUP_BLOCKS: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write out [groups * rows, run] from data int64 and scale uint8 [groups, GROUP_BLOCKS, run]: sixteen rows a block.
+    """Write out [groups * rows, run] from data int64 and scale uint8 [groups, group_blocks, run]: sixteen rows a block.
 
     per_band: programs of a band of sixteen rows. The grid has one axis, because the second and third end at 65535.
     """
@@ -35,7 +40,7 @@ def unpack_columns_kernel(
     first = (tl.program_id(0) % per_band).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     source = band * run + first
-    ob = (band % GROUP_BLOCKS) * 16
+    ob = (band % group_blocks) * 16
     if MASKED:
         inside = lane < run - first
         both = tl.load(data + source + lane, mask=inside, other=0)
@@ -49,52 +54,54 @@ def unpack_columns_kernel(
     for i in tl.static_range(16):
         value = nx.decode_e2m1(low if i < 8 else high, i % 8) * s_b
         if FACTOR:
-            value = value * tl.load(factor)
-        place = out + ((band // GROUP_BLOCKS * rows + ob + i) * run + first) + lane
+            value = value * product_of(factor, other, number, FACTOR)
+        place = out + ((band // group_blocks * rows + ob + i) * run + first) + lane
         if MASKED:
             tl.store(place, value.to(out.dtype.element_ty), mask=inside & (ob + i < rows))
         else:
             tl.store(place, value.to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "taps", "group_rows", "row_blocks"])
 def unpack_rows_kernel(
     data,
     scale,
     out,
     factor,
+    other,
+    number,
     words,
     width,
     taps,
+    group_rows,
+    row_blocks,
     FACTOR: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
     TILED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write out [segments, width] from data int32 [segments, ROW_BLOCKS * 2] and scale uint8, one a block.
+    """Write out [segments, width] from data int32 [segments, row_blocks * 2] and scale uint8, one a block.
 
-    TILED: segments are (row, tap), and each of the scales [group, ob, taps, ROW_BLOCKS] serves sixteen rows.
+    TILED: segments are (row, tap), and each of the scales [group, ob, taps, row_blocks] serves sixteen rows.
     """
     word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = word < words
     codes = tl.load(data + word, mask=there, other=0)
     block = word // 2  # a block of 16 codes is two words
-    segment = block // ROW_BLOCKS
-    kb = block % ROW_BLOCKS
+    segment = block // row_blocks
+    kb = block % row_blocks
     if TILED:
         row = segment // taps
-        group = row // GROUP_ROWS
-        per_group: tl.constexpr = (GROUP_ROWS + 15) // 16
-        band = group * per_group + row % GROUP_ROWS // 16
-        block = (band * taps + segment % taps) * ROW_BLOCKS + kb
+        group = row // group_rows
+        per_group = (group_rows + 15) // 16
+        band = group * per_group + row % group_rows // 16
+        block = (band * taps + segment % taps) * row_blocks + kb
     s_b = nx.decode_e4m3(tl.load(scale + block, mask=there, other=0).to(tl.int32))
     k = tl.arange(0, 8)[None, :]
     # Each code's bits move to the sign, exponent and mantissa of an fp32; the factor 2^126 takes up the difference of
     # the two biases, 127 - 1.
     value = nx.float_of(((codes[:, None] << (28 - 4 * k)) >> 6) & -0x7E400000) * 8.507059173023462e37 * s_b[:, None]
     if FACTOR:
-        value = value * tl.load(factor)
+        value = value * product_of(factor, other, number, FACTOR)
     channel = (kb * 16 + word % 2 * 8)[:, None] + k
     place = out + (segment[:, None] * width + channel)
     tl.store(place, value.to(out.dtype.element_ty), mask=there[:, None] & (channel < width))
