@@ -240,8 +240,8 @@ def unpack_weight(
     """Return code * scale [axis 0, T, axis 1] of either packed face of a weight.
 
     Args:
-        factor: fp32 [1] (see records.Alpha), or None. It multiplies every value in fp32, before the one rounding to `dtype`. A power of two
-            keeps the values exact, except below 2^-126; NaN makes all of them NaN.
+        factor: fp32 [1] (see records.Alpha), or None. It multiplies every value in fp32, before the one rounding to
+            `dtype`. A power of two keeps the values exact, except below 2^-126; NaN makes all of them NaN.
     """
     if runs_directly(face.data):
         found: Tensor = _implementation(backend, face.data.device).unpack_weight(*face, layout, factor, dtype)

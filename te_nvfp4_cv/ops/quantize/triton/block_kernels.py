@@ -200,7 +200,7 @@ def quantize_tiles_kernel(
     """Quantize 16x16 tiles of w[o, t, c], any strides: TILES tiles of 16 lanes, a lane holds the 16 channels of a row.
 
     Axis 1 of the grid: groups of 16 rows; axis 0: tiles of (t, kb), in memory's order (TAPS_FIRST: t runs fastest).
-    bits: of w's amax, int32 [1]; amax: fp32 [1], written: the same, raised to one whose scale is a power of two if POW2.
+    bits: of w's amax, int32 [1]; amax: fp32 [1], written: it, raised to one whose scale is a power of two if POW2.
     data: int64 [o, taps, row_blocks]; scale: uint8 [group, ob, taps, row_blocks]; dequantized: [o, taps, width].
     """
     band = tl.program_id(1).to(tl.int64)
