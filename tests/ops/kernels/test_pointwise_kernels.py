@@ -10,6 +10,8 @@ import torch
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.layer.relu import MaskedReLU
 from te_nvfp4_cv.ops import relu
+from te_nvfp4_cv.ops.quantize import operand
+from te_nvfp4_cv.ops.records import NONE, PACKED, Alpha, WeightLayout, WeightSpec
 from tests.helpers import same_bits
 
 SPECIAL = [0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 1e-45, -1e-45, 1e-40]
@@ -83,6 +85,25 @@ def test_scale_and_bias_round_once(kernel_device, poison, source, dtype, biased)
     torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     alpha.fill_(math.nan)
     assert torch.isnan(elementwise.scale_bias(y.clone(), alpha, bias, dtype)).all()
+
+
+def test_a_factor_in_parts_gives_the_bits_of_its_product(kernel_device, poison):
+    """(a * b) * number in the kernels, as torch multiplies it out, of numbers whose products round."""
+    from te_nvfp4_cv.ops.triton import elementwise
+
+    x, w = _values((3, 5, 32), torch.bfloat16, kernel_device), torch.randn(32, 17, 3, device=kernel_device)
+    for a, b, number in ((0.1, 3.3, 1.3839e-7), (math.nan, 1.0, 0.5), (1e30, 1e30, 1e-30), (2688.0, 5376.0, 2.0**-23)):
+        alpha = Alpha(*(torch.tensor([v], device=kernel_device) for v in (a, b)), number)
+        assert same_bits(
+            elementwise.scale_bias(x, alpha, None, torch.float32),
+            elementwise.scale_bias(x, alpha.tensor(), None, torch.float32),
+        )
+        for two_d, name in ((True, "row"), (False, "col")):
+            spec = WeightSpec(1, PACKED, NONE if two_d else PACKED, two_d)
+            face = operand.quantize_weight(w, spec, torch.float32, "triton").face(name)
+            layout = WeightLayout(32, 17, 1, name == "col")
+            made = [operand.unpack_weight(face, layout, f, torch.float32, "triton") for f in (alpha, alpha.tensor())]
+            assert same_bits(*made)
 
 
 def test_empty_tensors(kernel_device):
