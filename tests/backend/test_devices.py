@@ -22,7 +22,7 @@ LAUNCHERS = {  # what operators call: each launches kernels, itself or through o
     "gemm/triton/launch.py": ("multiply",),
     "norm/triton/launch.py": ("norm_forward", "norm_backward", "statistics", "apply"),
     "norm/triton/quantize_launch.py": ("norm_quantize",),
-    "quantize/triton/amax_kernels.py": ("move", "collect"),
+    "quantize/triton/amax_kernels.py": ("move",),
 }
 
 
