@@ -43,7 +43,7 @@ class Counted:
 
     def __call__(self, call: observe.Call) -> observe.Seen | None:
         def finished(y: Tensor) -> None:
-            gemm = gemm_flops(call, y)
+            gemm = gemm_flops(call.op, call.x, call.weight.shape, y)
             self.all += 3 * gemm
             self.nvfp4 += 0 if call.recipe is None else len(call.recipe.nvfp4_gemms) * gemm
 
