@@ -217,8 +217,9 @@ class _Pictures:
         rows, shown = [row for row, known in zip(self.run.layers, some, strict=True) if known], values[some]
         text = f"{title}\n{self._subtitle(len(rows))}"
         picture = drawing.heatmaps(text, rows, [Panel("", columns, shown)], bounds, label, xlabel)
-        page = plotly_heatmap(rows, columns, shown, bounds, label, xlabel)
-        self._write(name, picture, page, text, label, values, axes)
+        page = plotly_heatmap(rows, columns, shown, bounds, xlabel)
+        shown_by = (label + bounds.note).replace("\n", "; ")
+        self._write(name, picture, page, f"{text}\nColours: {shown_by}", label, values, axes)
 
     def curve(self, name: str) -> None:
         title, label, keys = CURVES[name]
@@ -250,8 +251,9 @@ class _Pictures:
         script = Path(os.path.relpath(self.script, path.parent)).as_posix()
         config = {"responsive": True, "displaylogo": False}
         drawn = page.to_html(include_plotlyjs=script, config=config, full_html=False, default_height=page.layout.height)
-        first, _, rest = html.escape(text).partition("\n")
-        path.with_suffix(".html").write_text(PAGE.format(title=first, subtitle=rest, drawn=drawn), encoding="utf-8")
+        first, *rest = html.escape(text).split("\n")
+        text_of_page = PAGE.format(title=first, subtitle="<br>".join(rest), drawn=drawn)
+        path.with_suffix(".html").write_text(text_of_page, encoding="utf-8")
         content: dict[str, Any] = {"title": text.partition("\n")[0], "model": run.model, "run": run.name, "unit": unit}
         content |= {"layers": run.layers, **axes, "values": values.tolist()}
         # Through dumps first, which writes null for NaN.
@@ -265,7 +267,7 @@ class _Pictures:
 
 
 def plotly_heatmap(
-    rows: Sequence[str], columns: Sequence[Any], values: np.ndarray, bounds: drawing.Limits, label: str, xlabel: str
+    rows: Sequence[str], columns: Sequence[Any], values: np.ndarray, bounds: drawing.Limits, xlabel: str
 ) -> Any:
     """Draw an interactive heatmap; pointing at a cell shows layer, column and value."""
     import matplotlib
@@ -273,7 +275,10 @@ def plotly_heatmap(
     from matplotlib.colors import to_hex
 
     low, high = bounds.low, bounds.high
-    bar: dict[str, Any] = {"title": {"text": (label + bounds.note).replace("\n", "<br>"), "side": "right"}}
+    # Above the map, not beside it: beside it a phone has no room. The page names what it shows, because plotly would
+    # write the title of such a bar into the bar.
+    bar: dict[str, Any] = {"orientation": "h", "thickness": 12, "len": 1.0, "x": 0, "xanchor": "left", "xpad": 0}
+    bar |= {"yref": "container", "y": 1, "yanchor": "top", "ypad": 34}
     drawn = values
     # plotly's colour scale is linear, so the values are transformed, and the ticks named by what they stand for.
     if bounds.log:
@@ -305,7 +310,8 @@ def plotly_heatmap(
             hovertemplate=f"layer %{{y}}<br>{xlabel.split(',')[0]} %{{x}}<br>%{{text}}<extra></extra>",
         )
     )
-    _layout(figure, xlabel, max(280, 15 * len(rows) + 140))
+    _layout(figure, xlabel, max(350, 15 * len(rows) + 210))
+    figure.update_layout(margin={"t": 84})
     figure.update_yaxes(type="category", autorange="reversed", tickmode="linear", dtick=1, automargin=True)
     figure.update_yaxes(tickfont={"size": 10 if len(rows) > 30 else 12}, showgrid=False)
     figure.update_xaxes(type="category", nticks=24, showgrid=False)
