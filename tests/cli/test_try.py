@@ -206,6 +206,18 @@ def test_compile_counts_the_layers_of_the_graph(name: str) -> None:
     assert found(name, subject(build=HighWhenCompiled)) == (False, "0 of 2 layers in NVFP4")
 
 
+class Twice(Net):
+    """A model that calls a layer twice on the same input, which a compiler may do once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.stem(x))
+        return self.head(x) + self.head(x)
+
+
+def test_compile_counts_equal_calls() -> None:
+    assert found("compile", subject(build=Twice)) == (True, "equal bits")
+
+
 def test_compile_finds_more_graphs_than_plain_torch_needs(monkeypatch: Any) -> None:
     real = programs._compile
 
