@@ -138,6 +138,8 @@ def in_small(command: str, file: Path) -> list[str]:
     if "--input" in words:
         at = words.index("--input")
         del words[at : at + 4]
+    if words[0] == "quantize":  # torchvision says how pictures are prepared for its networks, nobody for the small one
+        words += ["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
     return [*words, *(["--input", "3", "8", "8"] if models else [])]
 
 
