@@ -131,14 +131,15 @@ def field(tmp_path, monkeypatch) -> Path:
 
 def in_small(command: str, file: Path) -> list[str]:
     """Return a command's words, with a small network of small images in the place of those that it names."""
-    words = shlex.split(command.replace("resnet50.pt", "net.pt"))[1:]
+    words = shlex.split(re.sub(r"\b(resnet50|w)\.pt\b", "net.pt", command))[1:]
     models = [at for at, word in enumerate(words) if ":" in word]
     for at in models:
         words[at] = f"{file}:build"
     if "--input" in words:
         at = words.index("--input")
         del words[at : at + 4]
-    if words[0] == "quantize":  # torchvision says how pictures are prepared for its networks, nobody for the small one
+    # torchvision says how pictures are prepared for its networks, nobody for the small one.
+    if words[0] == "quantize" and "--range" not in words:
         words += ["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
     return [*words, *(["--input", "3", "8", "8"] if models else [])]
 
