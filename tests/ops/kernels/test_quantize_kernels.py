@@ -207,7 +207,7 @@ def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
     assert same_bits(all_col[(groups - 1) * run + at].view(torch.uint8).view(1, 48, 8), expected.col.data)
     assert same_bits(all_scale[(groups - 1) * run + at].view(1, 48), expected.col.scale)
     unpack_kernels.unpack_columns_kernel[(1,)](
-        col, scale, back, amax, run, images, per_row, FACTOR=False, GROUP_BLOCKS=groups, MASKED=True, BLOCK=block
+        col, scale, back, amax, amax, 1.0, run, images, per_row, groups, FACTOR=0, MASKED=True, BLOCK=block
     )
     got = torch.stack([all_back[(first + i) * run + at] for i in range(16)])
     assert same_bits(got, reference_operands.unpack_columns(*expected.col, bf16))
