@@ -68,6 +68,24 @@ def test_a_network_that_holds_is_not_warned_of() -> None:
     assert float(quantize(net, [*batches[:8], 9 * batches[8]])[0].input_amax) == float(found[0].input_amax)
 
 
+class OfLists(nn.Module):
+    """A network that takes a list of images, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 3)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        assert isinstance(images, list)
+        return self.conv(torch.stack(images))
+
+
+def test_a_model_of_lists_gets_the_whole_list_in_each_pass() -> None:
+    images = list(values((3, 32, 8, 8), "normal", torch.float32))
+    drift = nv.export.quantize(OfLists().eval(), [(images, "targets")]).nvfp4_drift
+    assert drift.images == 3 and drift.cosine > 0.9
+
+
 def test_outputs_that_cannot_be_compared_are_said_to_be() -> None:
     class Classes(nn.Module):
         def __init__(self) -> None:

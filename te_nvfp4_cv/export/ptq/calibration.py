@@ -192,20 +192,16 @@ def input_of(batch: Any, device: str | torch.device | None) -> Any:
 def collect(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    batches: Iterable[Any],
-    limit: int | None = None,
+    inputs: Iterable[Any],
     gram: bool = False,
-    device: str | torch.device | None = None,
 ) -> dict[str, Statistics]:
     """Run a model over calibration batches and return the statistics of each layer that ran, by name.
 
     Args:
         model: in eval mode: dropout would change what the layers read, and batch norms would learn.
         layers: the layers to watch, by name.
-        batches: tensors, or tuples and lists whose first element is the model's input.
-        limit: how many batches are read; None for all.
+        inputs: the model's inputs, as Images gives them.
         gram: compute the Gram matrices, too.
-        device: where batches are moved to; None leaves them where they are.
     Raises:
         ValueError: There is no batch, or a layer's input is not finite.
     """
@@ -214,8 +210,8 @@ def collect(
     watches = {name: _Watch(layer, gram, generator) for name, layer in layers.items()}
     seen = 0
     with watching(watches.values()):
-        for batch in itertools.islice(batches, limit):
-            model(input_of(batch, device))
+        for x in inputs:
+            model(x)
             seen += 1
     if not seen:
         raise value_error(

@@ -137,7 +137,7 @@ def quantize(
     watched = {name: module for name, (module, _) in layers.items()}
     images = Images(loader, batches, device)
     # One pass over the unquantized model for all layers: quantization below then changes no statistics.
-    found = collect(net, watched, images, None, method == "gptq", device)
+    found = collect(net, watched, images, method == "gptq")
     twins: dict[str, Watched] = {}
     for name, (module, own) in layers.items():
         made = _twins(module, _for_weights(own, method), method, found.get(name), scales, shift and name not in inner)
