@@ -59,7 +59,7 @@ class Watched:
     """A layer, its twins, and what they do on the same input.
 
     Attributes:
-        layer: the layer in the model, in high precision until `take` is called.
+        layer: the layer in the model, in high precision until it changes places with its twin.
         twin: the twin that is taken.
         flops: of all calls in high precision.
         inner: the layer lies inside of a module with a forward of its own, which adds the bias.

@@ -52,4 +52,3 @@ def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[in
         CLEAR=clear,
         num_warps=1,
     )
-
