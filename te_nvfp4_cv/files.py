@@ -55,15 +55,22 @@ def write_atomically(
             _sync_folder(path.parent)
 
 
-def remove_drafts(folder: Path, start: str) -> None:
+def remove_drafts(folder: Path, start: str, before: float | None = None) -> None:
     """Remove temporary files that a killed process has left: those whose files' names begin with `start`.
 
     A draft stays if its process runs, or if it is younger than an hour: it may be that of another machine.
+
+    Args:
+        before: in a folder that is the caller's alone, when the caller began (time.time()): older drafts are removed,
+            whatever runs now under the number of their process.
     """
     for draft in folder.glob(f".{glob.escape(start)}*.*.tmp"):
         pid = draft.name.removesuffix(".tmp").rpartition(".")[2]
         with contextlib.suppress(OSError):  # another process may have removed it
-            if pid.isdigit() and time.time() - draft.stat().st_mtime > 3600 and not _runs(int(pid)):
+            written = draft.stat().st_mtime
+            if not pid.isdigit():
+                continue
+            if written < before if before is not None else time.time() - written > 3600 and not _runs(int(pid)):
                 draft.unlink()
 
 

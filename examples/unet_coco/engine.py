@@ -56,7 +56,7 @@ class Trainer:
     Args:
         folder: Folder for last.pt.
         ranks: The ranks that train together. Every method must be called on all of them.
-        stop: What raises Stopped between two steps when a signal has come.
+        stop: What raises Stopped between two steps when a signal has come; a SharedStop on several ranks.
     """
 
     def __init__(
@@ -149,7 +149,8 @@ class Trainer:
         self._whole = None  # with FSDP2 this is a full copy, which must not take memory while the shards train
         if not at.batch and at.epoch and self._nvfp4_of(at.epoch) is not self._nvfp4_of(at.epoch - 1):
             # the statistics of batch norms, if the model has any, come from NVFP4 until here
-            sensitivity.update_bn(self.model, self.loader, self.context(at.epoch), device=self.device)
+            loader = self.stop.between(self.loader)
+            sensitivity.update_bn(self.model, loader, self.context(at.epoch), device=self.device)
         for images, targets in self.loader:
             with self.stop.deferred():
                 self._train_batch(images, targets, progress, watch)
@@ -325,7 +326,7 @@ class Trainer:
     def evaluate(self, split: str, high_precision: bool = False) -> dict[str, float]:
         """Compute loss and scores of a split, in the precision of the training or, with the same weights, in fp32."""
         context = nullcontext if high_precision else self.context
-        return self.task.evaluate(self.whole, self.eval_loaders[split], self.device, context)
+        return self.task.evaluate(self.whole, self.stop.between(self.eval_loaders[split]), self.device, context)
 
     def scores(self) -> dict[str, float]:
         """Return loss and scores of the validation split at this step, computed once."""

@@ -137,6 +137,8 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 
 def _laid_out(entry: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
     """Give an optimizer's tensors the strides of their parameter, because the fused step follows memory order."""
+    if parameter.shape == (1,):  # a learned scale, which had no axes in earlier versions
+        entry = {key: v.reshape(1) if key != "step" and isinstance(v, Tensor) else v for key, v in entry.items()}
     return {
         key: torch.empty_like(parameter, dtype=v.dtype, device=v.device, requires_grad=False).copy_(v)
         if isinstance(v, Tensor) and v.shape == parameter.shape and v.stride() != parameter.stride()

@@ -132,7 +132,12 @@ def joined(settings: Settings) -> Iterator[tuple[Ranks, torch.device]]:
             # Only rank 0 writes to stdout.
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(silence))
-        yield ranks, device
+        try:
+            yield ranks, device
+        except Stopped:  # all ranks have agreed to, and none may leave while another is in its last collective
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
+            raise
     dist.barrier()  # a gloo rank that leaves early can abort ranks that are still in the last collective
     dist.destroy_process_group()
 

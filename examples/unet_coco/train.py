@@ -15,12 +15,13 @@ that cannot train are refused before training.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,18 @@ import torch  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
 from te_nvfp4_cv.errors import value_error  # noqa: E402
+from te_nvfp4_cv.files import remove_drafts  # noqa: E402
 from unet_coco.backends import in_words  # noqa: E402
 from unet_coco.data import SegmentationData, denormalize, load_data  # noqa: E402
 from unet_coco.engine import Trainer  # noqa: E402
-from unet_coco.folder import give_up, run_folder  # noqa: E402
+from unet_coco.folder import give_up, restarted_in, run_folder  # noqa: E402
 from unet_coco.metrics import to_device  # noqa: E402
 from unet_coco.options import Settings, parse_options  # noqa: E402
 from unet_coco.precision import Precision, parse_precisions  # noqa: E402
 from unet_coco.ranks import Ranks, joined, run  # noqa: E402
 from unet_coco.report import markdown_table, write_history, write_pictures, write_summary  # noqa: E402
 from unet_coco.shapes import ShapesSettings, ensure_shapes  # noqa: E402
-from unet_coco.stopping import Stop, Stopped  # noqa: E402
+from unet_coco.stopping import SharedStop, Stop, Stopped  # noqa: E402
 from unet_coco.tracking import show_telemetry, start_telemetry  # noqa: E402
 
 
@@ -66,35 +68,48 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float | 
     if settings.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    stop = Stop()
-    with joined(settings) as (ranks, device), contextlib.ExitStack() as stack:
-        if not ranks.parallel:  # ranks would have to agree on the step
-            stack.enter_context(stop.listening())
-        group = ranks.group if settings.share_amax else None
-        choices = settings.recipe, group, settings.compute, settings.backend
-        precisions = parse_precisions(list(settings.precisions), *choices)
-        data = open_data(settings, ranks)
-        out, claimed = ranks.first(lambda: run_folder(settings.out, settings.resume))
-        if out != settings.out:
-            print(
-                f"note: {settings.out} contains another run, which stays as it is (--resume continues it); "
-                f"this run writes to {out}"
-            )
-            settings = dataclasses.replace(settings, out=out)
-        many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""
+    with joined(settings) as (ranks, device):
+        stop = SharedStop(timedelta(seconds=settings.timeout)) if ranks.parallel else Stop()
+        with stop.listening():
+            return _run(settings, device, ranks, stop, sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(
+    settings: Settings, device: torch.device, ranks: Ranks, stop: Stop, arguments: Sequence[str]
+) -> dict[str, dict[str, float | int]]:
+    """Open the data, find the folder, and compare the precisions there; `arguments` is the command line."""
+    began = time.time()
+    group = ranks.group if settings.share_amax else None
+    precisions = parse_precisions(list(settings.precisions), settings.recipe, group, settings.compute, settings.backend)
+    data = open_data(settings, ranks)
+    earlier = ranks.first(lambda: restarted_in(settings.out, arguments))
+    if earlier is not None and not settings.resume:
+        print(f"note: the job was started again; it goes on in {earlier}")
+        settings = dataclasses.replace(settings, out=earlier, resume=True)
+    out, claimed = ranks.first(lambda: run_folder(settings.out, settings.resume, arguments))
+    if out != settings.out:
         print(
-            f"{len(data.train)} training and {len(data.val)} validation images, {len(data.class_names)} classes, "
-            f"{settings.image_size[0]}x{settings.image_size[1]}, on {device}{many}: "
-            f"{', '.join(p.name for p in precisions)}"
+            f"note: {settings.out} contains another run, which stays as it is (--resume continues it); "
+            f"this run writes to {out}"
         )
-        try:
-            return compare(settings, precisions, data, device, ranks, stop)
-        except BaseException as error:
-            if claimed and ranks.rank == 0:
-                give_up(out)
-            if isinstance(error, KeyboardInterrupt):
-                raise _how_to_go_on(error, out) from error
-            raise
+        settings = dataclasses.replace(settings, out=out)
+    if ranks.rank == 0:
+        for folder in (out, *(out / precision.name for precision in precisions)):
+            remove_drafts(folder, "", began)
+    many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""
+    print(
+        f"{len(data.train)} training and {len(data.val)} validation images, {len(data.class_names)} classes, "
+        f"{settings.image_size[0]}x{settings.image_size[1]}, on {device}{many}: "
+        f"{', '.join(p.name for p in precisions)}"
+    )
+    try:
+        return compare(settings, precisions, data, device, ranks, stop)
+    except BaseException as error:
+        if claimed and ranks.rank == 0:
+            give_up(out)
+        if isinstance(error, KeyboardInterrupt):
+            raise _how_to_go_on(error, out) from error
+        raise
 
 
 def _how_to_go_on(error: KeyboardInterrupt, out: Path) -> KeyboardInterrupt:
@@ -126,7 +141,11 @@ def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
 
 
 def compare(
-    settings: Settings, precisions: Sequence[Precision], data: SegmentationData, device: torch.device, ranks: Ranks,
+    settings: Settings,
+    precisions: Sequence[Precision],
+    data: SegmentationData,
+    device: torch.device,
+    ranks: Ranks,
     stop: Stop | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """Train every precision, and write the report after each, so that an interruption loses no finished one."""

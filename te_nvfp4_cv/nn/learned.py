@@ -5,7 +5,8 @@
 
 The parameter, `weight_scale` or `weight_clip`, is a fraction that starts at 1, where nothing changes. It is in
 model.parameters() and in the state_dict; the weight keeps its name and shape. It acts only while the layer runs in
-NVFP4; layer/weight_transforms.py says what it does.
+NVFP4; layer/weight_transforms.py says what it does. It has one axis, because FSDP2 shards no scalars; checkpoints of
+earlier versions, in which it has none, load.
 
 Source: PACT arXiv 1805.06085, LSQ arXiv 1902.08153.
 """
@@ -57,7 +58,7 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
         kind: "scale" (LSQ) learns a multiplier of the block scales, "clip" (PACT) one of the largest weight.
         layers: An fnmatch pattern of module names without the parts that wrappers add.
     Returns:
-        The new parameters, and those of an earlier call: fp32 scalars.
+        The new parameters, and those of an earlier call: fp32 [1].
     Raises:
         TypeError: `model` is not a module.
         ValueError: The kind is unknown, no layer that can run in NVFP4 matches, a layer has the other kind already, or
@@ -99,9 +100,10 @@ def learn_scales(model: nn.Module, kind: str = "scale", layers: str = "*") -> li
     found = []
     for module in chosen.values():
         if not hasattr(module, NAMES[kind]):
-            parameter = nn.Parameter(torch.ones((), dtype=torch.float32, device=module.weight.device))
+            parameter = nn.Parameter(torch.ones(1, dtype=torch.float32, device=module.weight.device))
             module.register_parameter(NAMES[kind], parameter)  # in the state_dict; no reparametrization of the weight
             attach(module, _Enter(kind), _Leave())
+            module.register_load_state_dict_pre_hook(_one_axis)
         found.append(getattr(module, NAMES[kind]))
     return found
 
@@ -123,6 +125,14 @@ def forget(module: Any) -> None:
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _one_axis(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Give a fraction that an earlier version saved without axes one. It is a load_state_dict pre-hook."""
+    for name in NAMES.values():
+        saved = state_dict.get(prefix + name)
+        if isinstance(saved, Tensor) and not saved.dim():
+            state_dict[prefix + name] = saved.reshape(1)
 
 
 def _learns(module: Any) -> bool:

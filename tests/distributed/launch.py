@@ -127,10 +127,13 @@ def torchrun(arguments: Sequence[str], world: int, **environment: str) -> subpro
     )
 
 
-def forkserver() -> Any:
-    """Return multiprocessing's context whose processes start with torch and the package imported."""
+def forkserver(*more: str) -> Any:
+    """Return multiprocessing's context whose processes start with torch and the package imported.
+
+    If the server does not run yet, it imports `more` modules, too.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([*PRELOADED, *more])
     with pytest.MonkeyPatch.context() as patch:  # what the server starts with, its processes have
         patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "examples"))))
         patch.setenv("OMP_NUM_THREADS", "1")  # a pool of threads would not survive the fork

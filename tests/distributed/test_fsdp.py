@@ -69,9 +69,13 @@ class Net(nn.Module):
 MARKED = [f"{name}.weight" for name in ("first.conv", "second.conv", "down", "third.conv")]
 
 
-def net(ranks: Ranks) -> Net:
+def net(ranks: Ranks, kind: str = "") -> Net:
+    """The network; with a kind, its layers learn a scale or a clipping threshold."""
     torch.manual_seed(1)
-    return Net().to(ranks.device)
+    model = Net().to(ranks.device)
+    if kind:
+        assert len(nv.learn_scales(model, kind)) == len(MARKED)
+    return model
 
 
 def sharded(
@@ -167,6 +171,30 @@ def on_ranks_training_equals_one_process(ranks: Ranks) -> None:
         assert found[0] == wanted[0]
         assert all(abs(a - b) <= 2e-3 * abs(b) for a, b in zip(found, wanted, strict=True))
         assert all(relative_error(state[key], reference[key]) < 2e-2 for key in state)
+
+
+def on_ranks_plain_fsdp2_learns_scales(ranks: Ranks) -> None:
+    """A fraction is one element, the shard of one rank; an older checkpoint has it without axes."""
+    for kind in ("scale", "clip"):
+        one, many = net(ranks, kind), net(ranks, kind)
+        older = {name: t.reshape(()) if t.shape == (1,) else t for name, t in one.state_dict().items()}
+        assert sum(not t.dim() for t in older.values()) == len(MARKED)
+        many.load_state_dict(older)
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        for module in (many.first, many.second, many.third, many):
+            fully_shard(module, mesh=mesh)
+        optimizers = [torch.optim.SGD(model.parameters(), 1e-1) for model in (one, many)]
+        for step in range(2):
+            for rank in range(ranks.world):
+                (loss_of(one, batch(rank, step, ranks.device)) / ranks.world).backward()
+            loss_of(many, batch(ranks.rank, step, ranks.device)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        names = [name for name in one.state_dict() if f"weight_{kind}" in name]
+        found, wanted = full(many), one.state_dict()
+        assert all(found[name].shape == (1,) and found[name] != 1 for name in names)
+        assert all(relative_error(found[name], wanted[name]) < 1e-4 for name in wanted), kind
 
 
 def on_ranks_codes_are_those_of_the_whole_weight(ranks: Ranks) -> None:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +33,7 @@ from unet_coco.losses import IGNORE, dice_ce
 from unet_coco.options import parse_options
 from unet_coco.order import TrainOrder
 from unet_coco.precision import parse_precisions
+from unet_coco.stopping import SharedStop, Stop, Stopped
 from unet_coco.train import compare, main
 from unet_coco.unet import UNet
 
@@ -110,7 +114,12 @@ def data_of(ranks: Ranks) -> Path:
 
 
 def train(
-    ranks: Ranks, out: Path, *options: str, share_amax: bool = False, base: Sequence[str] = TINY
+    ranks: Ranks,
+    out: Path,
+    *options: str,
+    share_amax: bool = False,
+    base: Sequence[str] = TINY,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """train.py's main within the process group that is there already."""
     data = data_of(ranks)
@@ -118,7 +127,7 @@ def train(
     precisions = parse_precisions(list(settings.precisions), settings.recipe, ranks.group if share_amax else None)
     out.mkdir(parents=True, exist_ok=True)
     place = unet_ranks.Ranks(ranks.rank, ranks.world, settings.parallel)
-    rows = compare(settings, precisions, load_data(data, "coco", None), ranks.device, place)
+    rows = compare(settings, precisions, load_data(data, "coco", None), ranks.device, place, stop)
     torch.distributed.barrier()  # until rank 0 has written
     return rows
 
@@ -160,6 +169,41 @@ def on_ranks_ddp_goes_on_as_fsdp_and_back(ranks: Ranks) -> None:
         torch.distributed.barrier()
         train(ranks, out, "--steps", "5", "--resume", "--parallel", after)
         in_band(curve(out), straight[:5])
+
+
+def on_ranks_a_signal_to_one_rank_stops_all_at_one_step(ranks: Ranks) -> None:
+    """In steps and in a validation, to either rank or twice, as torchrun and a scheduler may both send it."""
+    out, straight = ranks.folder / "out", ranks.folder.parent / "ddp" / "straight" / "nvfp4" / "last.pt"
+    step, evaluate, signals = Trainer._step, Trainer.evaluate, [1, 3, 6]
+    saved: list[int] = []
+
+    def signalled(self: Trainer, *arguments: Any) -> torch.Tensor:
+        if signals and self.position.step == signals[0] and ranks.rank == signals.pop(0) % 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, *arguments)
+
+    def validation(self: Trainer, split: str, **options: Any) -> dict[str, float]:
+        if ranks.rank == 1 and not options and 6 not in saved:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, split, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", signalled)
+        patch.setattr(Trainer, "evaluate", validation)
+        for _ in range(6):
+            stop = SharedStop(timedelta(seconds=60))
+            try:
+                with stop.listening():
+                    train(ranks, out, "--steps", "8", "--resume", stop=stop)
+                break
+            except Stopped as stopped:
+                assert stopped.status == 143
+                saved.append(load_checkpoint(out / "nvfp4" / "last.pt")["position"]["step"])
+                assert stopped.done == f"step {saved[-1]} of 8 of nvfp4"
+    # A look is one step late: a signal in the step after 1 is seen after the one after 2.
+    assert saved == [3, 5, 6, 8], saved
+    same(load_checkpoint(out / "nvfp4" / "last.pt"), load_checkpoint(straight))
 
 
 def on_ranks_shared_amax(ranks: Ranks) -> None:

@@ -24,7 +24,7 @@ from tests.examples.unet_coco_data import EXAMPLES, SMALL, draw_shapes, write_ma
 
 from unet_coco import checkpoint, identity, ranks, tracking  # noqa: E402  isort: skip
 from unet_coco.engine import Trainer  # noqa: E402  isort: skip
-from unet_coco.folder import give_up, run_folder  # noqa: E402  isort: skip
+from unet_coco.folder import RESTARTS, give_up, restarted_in, run_folder  # noqa: E402  isort: skip
 from unet_coco.stopping import Stop, Stopped  # noqa: E402  isort: skip
 from unet_coco.train import main  # noqa: E402  isort: skip
 
@@ -69,6 +69,28 @@ def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
     assert run_folder(out, resume=True) == (out, False) and json.loads((out / "run.json").read_text())["started"]
 
 
+@pytest.mark.parametrize(("job", "count"), RESTARTS.items())
+def test_a_job_that_is_started_again_finds_its_folder(job: str, count: str, tmp_path: Path, monkeypatch) -> None:
+    for name in (*RESTARTS, *RESTARTS.values()):
+        monkeypatch.delenv(name, raising=False)
+    out, call = tmp_path / "out", ["--out", "out", "--epochs", "2"]
+    run_folder(out, False, call)  # of no job
+    monkeypatch.setenv(job, "7")
+    monkeypatch.setenv(count, "0")
+    assert run_folder(out, False, call)[0] == run_folder(tmp_path / "out_2", True)[0]
+    assert restarted_in(out, call) is None, "the first start finds nothing"
+    monkeypatch.setenv(count, "1")
+    assert restarted_in(out, call) == tmp_path / "out_2"
+    assert restarted_in(out, [*call, "--lr", "1"]) is None, "another run of the job"
+    (tmp_path / "out_2" / "run.json").write_text("[]")
+    assert restarted_in(out, call) is None
+    monkeypatch.setenv(job, "none")  # torchrun's default
+    run_folder(out, False, call)
+    assert restarted_in(out, call) == tmp_path / "out_3"
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert restarted_in(out, call) == (None if job.startswith("TORCH") else tmp_path / "out_3")
+
+
 def test_a_folder_is_given_up_by_a_run_that_left_nothing(tmp_path: Path) -> None:
     out, _ = run_folder(tmp_path / "out", resume=False)
     give_up(out)
@@ -94,7 +116,12 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(shapes: Path, tmp_pa
     main(call)
     assert not (tmp_path / "out" / "fp32" / "last.pt").exists() and (tmp_path / "out_2" / "fp32" / "last.pt").is_file()
     capsys.readouterr()
+    drafts = [tmp_path / "out" / ".summary.json.1.tmp", tmp_path / "out" / "fp32" / f".last.pt.{os.getppid()}.tmp"]
+    for draft in drafts:
+        draft.touch()
+        os.utime(draft, (time.time() - 60,) * 2)
     main([*call, "--resume"])
+    assert not any(draft.exists() for draft in drafts), "a killed write leaves nothing, though its number runs again"
     assert "no checkpoint, starting fresh" in capsys.readouterr().out
     state = checkpoint.load_checkpoint(tmp_path / "out" / "fp32" / "last.pt")
     assert state["position"]["telemetry"] == "telemetry_2.jsonl"
