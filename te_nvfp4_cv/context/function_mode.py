@@ -24,6 +24,7 @@ from te_nvfp4_cv.backend.torch_private import (
     OperatorBase,
     constant_in_graphs,
     function_modes,
+    left_alone,
     only_inlined,
 )
 from te_nvfp4_cv.context import entries, higher_order, islands
@@ -33,7 +34,7 @@ from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shortfall
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.relu import MaskedReLU
-from te_nvfp4_cv.layer.subclasses import by_their_class, overridden
+from te_nvfp4_cv.layer.subclasses import PLAIN, by_their_class, overridden
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -159,9 +160,13 @@ def _names(op: str) -> tuple[str, ...]:
     return _TRANSPOSED_NAMES if "transpose" in op else _CONV_NAMES  # those of linear are the first three
 
 
-def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run one call in NVFP4, or as torch would."""
+@only_inlined  # as the handler of the mode, which calls it
+def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], alone: bool = False) -> Any:
+    """Run one call in NVFP4, or as torch would; `alone`: Dynamo looks at nothing that is called here."""
     _, x, w, bias, sizes = _read(op, args, kwargs)
+    # FSDP2 has gathered it in 4 bits: no graph takes it, and Dynamo would try every function below, in vain.
+    if type(w) not in PLAIN and not alone and hasattr(type(w), "codes_for"):
+        return _gathered_in_4_bits(op, function, args, kwargs)
     recipe, reason = decide(op, x, w, sizes.groups)
     traced = torch.compiler.is_compiling()
     if traced and islands.in_traced_island():
@@ -183,6 +188,12 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not traced:
         shortfall.ran(w, x if "transpose" in op else y)
     return y
+
+
+@left_alone  # type: ignore[untyped-decorator]  # with fullgraph=True, Dynamo's error has this name
+def _gathered_in_4_bits(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a layer whose weight FSDP2 has gathered in 4 bits, outside of graphs."""
+    return _layer(op, function, args, kwargs, alone=True)
 
 
 _DIRECT_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")

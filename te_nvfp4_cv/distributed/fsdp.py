@@ -149,6 +149,13 @@ def _like(whole: Any, local: Tensor) -> Any:
     return DTensor.from_local(local, whole.device_mesh, whole.placements, run_check=False, **sizes)
 
 
+def whole_weight(weight: Any) -> Tensor:
+    """Return all of a weight that is a DTensor, in high precision. Every rank must call this."""
+    local = weight._local_tensor
+    whole: Tensor = (_like(weight, local.plain) if isinstance(local, ShardedWeight) else weight).full_tensor()
+    return whole
+
+
 def _plain_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Put the weight into the state_dict as a plain tensor, or a DTensor of one, that shares the parameter's memory.
 

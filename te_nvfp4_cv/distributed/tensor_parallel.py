@@ -5,6 +5,7 @@
 
     parallelize_module(model, mesh, {
         "block.conv1": nv.tensor_parallel.ColwiseParallel(input_layouts=Shard(0)),    # images -> all images, channels
+        "block.norm1": nv.tensor_parallel.NormParallel(),                             # channels -> channels
         "block.conv2": nv.tensor_parallel.RowwiseParallel(output_layouts=Shard(0)),   # channels -> images
     })
     with nv.nvfp4_autocast(recipe): loss = ...
@@ -15,26 +16,30 @@ NVFP4 codes (tp_exchange.py), and the results of all ranks are those of a single
 cut apart, activations cross in high precision, and a warning says why. Outside of an nvfp4 context, and for layers
 whose part on a rank is too thin, all runs in high precision. The ranks of a plan share one stream of stochastic
 rounding, that of the first rank. torch.compile leaves these layers uncompiled. Refused are groups other than 1,
-channels that the ranks do not divide, and subclasses of torch's layers.
+channels that the ranks do not divide, subclasses of torch's layers, and, on every rank, inputs whose parts differ in
+shape (one more small message at each call; a DTensor's parts may be uneven). `plan` (tp_plan.py) writes the plan of a
+network of such blocks.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import parallel as torch_styles
 
 from te_nvfp4_cv.backend.torch_private import left_alone, without_function_modes
+from te_nvfp4_cv.distributed import tp_norm
 from te_nvfp4_cv.distributed.tp_call import Sharing, run
 from te_nvfp4_cv.errors import type_error, value_error
 from te_nvfp4_cv.layer import deferred
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 
-__all__ = ["ColwiseParallel", "RowwiseParallel"]
+__all__ = ["ColwiseParallel", "NormParallel", "RowwiseParallel"]
 
 
 class ColwiseParallel(torch_styles.ColwiseParallel):
@@ -87,6 +92,40 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
         return _parallelize(module, Sharing(False, device_mesh, *self._layouts, self.use_local_output), self)
 
 
+class NormParallel(torch_styles.ParallelStyle):
+    """A style for what keeps each channel to itself, on an input that is split by channels; so is the output.
+
+    That is batch, instance and group norm, layer norm over channels (nn.LayerNorm of one axis, LayerNorm2d), depthwise
+    convolutions and PReLU. Statistics are those of all channels. Activations without parameters need no style.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> tp = nv.tensor_parallel
+        >>> plan = {"conv1": tp.ColwiseParallel(), "bn1": tp.NormParallel(), "conv2": tp.RowwiseParallel()}
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        sharing = Sharing(True, device_mesh, Shard(1), Shard(1), True)
+        _check_mesh(sharing, "NormParallel")
+        channels = tp_norm.channels_of(module) if tp_norm.kind_of(module) else 0
+        of_norm = isinstance(module, nn.GroupNorm) and type(module).forward is not nn.GroupNorm.forward
+        if isinstance(module, tp_norm.ByChannel) or not channels or channels % sharing.ranks:
+            raise value_error(
+                "NormParallel: this module cannot be shared out.",
+                got=f"{type(module).__name__}" + (f" of {channels} channels, {sharing.ranks} ranks" * bool(channels)),
+                needs="a norm, depthwise convolution or PReLU by channels, whose number the ranks divide",
+                fix="leave it out of the plan: let the layer before give its output whole, or in parts by images",
+            )
+        if of_norm and tp_norm.crosses_ranks(module, sharing.ranks):
+            raise value_error(
+                "NormParallel: groups of this norm would lie on several ranks.",
+                got=f"{type(module).__name__} with {module.num_groups} groups, {sharing.ranks} ranks",
+                needs=f"groups in a multiple of {sharing.ranks}, because the class has a forward of its own",
+                fix="nn.GroupNorm, fewer ranks, or leave it out of the plan",
+            )
+        return _share(module, sharing, tp_norm.ByChannel, self)
+
+
 def _checked(layout: Any) -> Any:
     if layout is None or isinstance(layout, (Shard, Replicate)):
         return layout
@@ -122,31 +161,75 @@ class TensorParallelModule(nn.Module):
         return f"{super().extra_repr()}, {'columns' if s.column else 'rows'} on {s.ranks} ranks"
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}  # made once per layer class: equal layers have one type
+_classes: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}  # made once: equal layers have one type
 
 
-def _parallel_class(kind: type[nn.Module]) -> type[nn.Module]:
-    if kind not in _classes:
-        op = next(NVFP4_CLASSES[base].op for base in kind.__mro__ if base in NVFP4_CLASSES)
-        _classes[kind] = type(f"TensorParallel{kind.__name__}", (TensorParallelModule, kind), {"op": op})
-    return _classes[kind]
+def _in_front(mixin: type[nn.Module], kind: type[nn.Module], **fields: Any) -> type[nn.Module]:
+    """Return the class of a layer with `mixin` before its own."""
+    if (mixin, kind) not in _classes:
+        name = f"{mixin.__name__.removesuffix('Module')}{kind.__name__}"
+        _classes[mixin, kind] = type(name, (mixin, kind), fields)
+    return _classes[mixin, kind]
 
 
 def _parallelize(module: nn.Module, sharing: Sharing, style: Any) -> nn.Module:
     _check_module(module, sharing, type(style).__name__)
-    in_front = sharing.column != ("Transpose" in type(module).__name__)  # the cut axis of the weight is its first
-    places = {"weight": Shard(0 if in_front else 1), "bias": Shard(0) if sharing.column else Replicate()}
-    # A list, because the loop replaces what it walks over. Not every version of torch gives styles a src_data_rank.
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        shared = distribute_tensor(
-            parameter, sharing.mesh, [places[name]], src_data_rank=getattr(style, "src_data_rank", 0)
-        )
-        module.register_parameter(name, nn.Parameter(shared, requires_grad=parameter.requires_grad))
-    # The class changes, not the module: parameters keep their names, and hooks stay.
-    module.__class__ = _parallel_class(type(module))
-    module.sharing = sharing  # type: ignore[assignment]
+    op = next(NVFP4_CLASSES[base].op for base in type(module).__mro__ if base in NVFP4_CLASSES)
+    module = _share(module, sharing, TensorParallelModule, style, op=op)
     rounding_seeds.share_stream(dist.get_process_group_ranks(sharing.group)[0])
     return module
+
+
+def _share(module: nn.Module, sharing: Sharing, mixin: type[nn.Module], style: Any, **fields: Any) -> nn.Module:
+    """Make a module's parameters, and buffers with an entry for each channel, DTensors, and put the class in front."""
+    in_front = sharing.column != ("Transpose" in type(module).__name__)  # the cut axis of the weight is its first
+    if mixin is tp_norm.ByChannel:
+        in_front = True
+    places = {"weight": Shard(0 if in_front else 1), "bias": Shard(0) if sharing.column else Replicate()}
+
+    def shared(name: str, tensor: Tensor) -> Any:
+        # Not every version of torch gives styles a src_data_rank.
+        source = getattr(style, "src_data_rank", 0)
+        return distribute_tensor(tensor, sharing.mesh, [places.get(name, Shard(0))], src_data_rank=source)
+
+    # Lists, because the loops replace what they walk over.
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        whole = shared(name, parameter)
+        module.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.dim():  # all but a norm's count of batches
+            module._buffers[name] = shared(name, buffer)
+    # The class changes, not the module: parameters keep their names, and hooks stay.
+    module.__class__ = _in_front(mixin, type(module), **fields)
+    module.sharing = sharing  # type: ignore[assignment]
+    return module
+
+
+MIXINS = (TensorParallelModule, tp_norm.ByChannel)
+
+
+def group_of(model: nn.Module) -> Any:
+    """Return the process group over which a plan of this file has shared out layers of a model, or None."""
+    return next((module.sharing.group for module in model.modules() if isinstance(module, MIXINS)), None)
+
+
+def whole_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in which the layers that a plan of this file has shared out are plain and whole.
+
+    Every rank must call this.
+    """
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if not isinstance(module, MIXINS):
+            continue
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(p.full_tensor().detach(), p.requires_grad)  # type: ignore[attr-defined]
+        for name, b in module._buffers.items():
+            module._buffers[name] = b.full_tensor() if isinstance(b, DTensor) else b
+        module.__class__ = type(module).__mro__[2]
+        del module.__dict__["sharing"]
+    return model
 
 
 def _check_module(module: nn.Module, sharing: Sharing, style: str) -> None:
@@ -158,13 +241,7 @@ def _check_module(module: nn.Module, sharing: Sharing, style: str) -> None:
             needs="nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, their NVFP4 modules, or nn.Embedding",
             fix="name the layers in the plan, and apply each plan once",
         )
-    if sharing.mesh.ndim != 1:
-        raise value_error(
-            f"{style}: a mesh of several dimensions.",
-            got=f"{sharing.mesh}",
-            needs="the one dimension over which channels are shared out",
-            fix="parallelize_module(model, mesh['tp'], plan)",
-        )
+    _check_mesh(sharing, style)
     groups = getattr(module, "groups", 1)
     if groups != 1:
         raise value_error(
@@ -182,4 +259,14 @@ def _check_module(module: nn.Module, sharing: Sharing, style: str) -> None:
             got=f"{cut} {'output' if sharing.column else 'input'} channels on {ranks} ranks",
             needs=f"a multiple of {ranks} (of {16 * ranks}, for the codes of the unsharded layer)",
             fix="leave the layer out of the plan, or use fewer ranks",
+        )
+
+
+def _check_mesh(sharing: Sharing, style: str) -> None:
+    if sharing.mesh.ndim != 1:
+        raise value_error(
+            f"{style}: a mesh of several dimensions.",
+            got=f"{sharing.mesh}",
+            needs="the one dimension over which channels are shared out",
+            fix="parallelize_module(model, mesh['tp'], plan)",
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -61,6 +62,8 @@ def run(module: Any, x: Tensor, output_size: Any) -> Tensor:
     rank = module.weight.dim() - 2
     # The dimension that holds the channels: the last one of a linear layer, 1 of images [B, C, *image].
     channels = x.dim() - rank - 1 if rank else x.dim() - 1
+    if not isinstance(x, DTensor):
+        _check_alike(module.op, x, sharing)
     x, layout = _as_it_lies(x, sharing, channels)
     recipe, backend, reason = _decide(module, x, layout, channels)
     call = _Call(module, sharing, layout, channels, output_size)
@@ -68,6 +71,32 @@ def run(module: Any, x: Tensor, output_size: Any) -> Tensor:
         return call.quantized(x, recipe, backend)
     told = observe.Call(module.op, module.weight, x, None, None, reason)
     return observe.reported(told, call.high_precision, x) if state.state() is not None else call.high_precision(x)
+
+
+def _check_alike(op: str, x: Tensor, sharing: Sharing) -> None:
+    """Refuse, on every rank, parts of different shapes: collectives of other sizes would wait, or mix up data.
+
+    Raises:
+        ValueError: the ranks' parts differ in shape.
+    """
+    # The number of axes, and their sizes, each also negative: the maxima tell the smallest and the largest.
+    sizes = [x.dim(), *x.shape, *[0] * (7 - x.dim())][:8]
+    told = torch.tensor([*sizes, *(-size for size in sizes)], device="cpu")
+    group = sharing.group
+    if x.device.type != "cpu":  # the host must know before it sends, and not wait for the GPU (not executed yet)
+        group = shared_amax.own_group(group, x.device, "gloo")
+    dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
+    largest, smallest = told[:8].tolist(), (-told[8:]).tolist()
+    if largest == smallest:
+        return
+    axes = [i for i in range(7) if largest[i + 1] != smallest[i + 1]]
+    raise value_error(
+        f"tensor_parallel {op}: the ranks' inputs differ in shape.",
+        got=f"{tuple(x.shape)} on rank {sharing.mesh.get_local_rank()}; "
+        + ", ".join(f"{smallest[i + 1]} to {largest[i + 1]} along axis {i}" for i in axes),
+        needs="parts of one shape; a DTensor may be cut unevenly, as torch.chunk cuts",
+        fix="drop the last, smaller batch (drop_last=True), pad it, or pass a DTensor",
+    )
 
 
 def _as_it_lies(x: Tensor, sharing: Sharing, channels: int) -> tuple[Tensor, int | None]:

@@ -39,6 +39,7 @@ from te_nvfp4_cv.export.fit import (
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.inner import around, install, share_bias
 from te_nvfp4_cv.export.modules import InferenceLayer, become, check_path
+from te_nvfp4_cv.export.ranks import gathered, written_once
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.layer.plan import Plan
@@ -91,6 +92,8 @@ class Saved:
 def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, shard_bytes: int = SHARD_BYTES) -> Saved:
     """Write a trained model, or one whose layers are InferenceLayers, as a packed file.
 
+    A model that nv.tensor_parallel has shared out is gathered: call this on every rank; the first one writes.
+
     Args:
         path: where to write; ".safetensors" is added if it is missing. An existing file is replaced as a whole.
         recipe: the recipe that the model was trained with, with its [precision] table. If None, TransformerEngine's
@@ -115,6 +118,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     """
     check_module("nv.export.save", model, "nv.export.save(model, path)")
     target = check_path("nv.export.save", path, "model.safetensors")
+    model, group = gathered(model)
     # For its errors only: two tensors of one name would overwrite each other in the file.
     plain_names("nv.export.save", model)
     resolved = checked_recipe(recipe)
@@ -146,7 +150,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     }
     if not target.name.endswith((artifact.SUFFIX, artifact.INDEX)):
         target = target.with_name(target.name + artifact.SUFFIX)
-    files = artifact.write(target, tensors, manifest, config, shard_bytes)
+    files = written_once(group, lambda: artifact.write(target, tensors, manifest, config, shard_bytes))
     size = sum(file.stat().st_size for file in files)
     return Saved(tuple(files), tuple(map(shown, quantized)), high, packed, plain, size)
 

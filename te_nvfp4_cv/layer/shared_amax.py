@@ -41,20 +41,23 @@ ROWS = {Role.INPUT: 0, Role.GRAD_OUTPUT: 1}  # of pairs of numbers, for x and fo
 _NAMELESS = -(2**31) + 1  # in place of n and of -n: no maximum
 
 _lock = threading.Lock()
-_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}  # ranks -> (the default group at that time, the group)
+_groups: dict[Any, tuple[Any, Any]] = {}  # (ranks, backend) -> (the default group at that time, the group)
 _paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _texts: dict[int, str] = {}  # what a number stands for; errors say it
 
 
-def own_group(group: Any, device: torch.device) -> Any:
-    """Return the group that carries nothing but amaxes, of the ranks of `group`. The first call meets these ranks."""
+def own_group(group: Any, device: torch.device, backend: str | None = None) -> Any:
+    """Return the group that carries nothing but our numbers, of the ranks of `group`.
+
+    The first call meets these ranks. `backend` "gloo" is for numbers that the host asks beside a GPU's work.
+    """
     ranks = tuple(dist.get_process_group_ranks(group))
-    known = _groups.get(ranks)
+    known = _groups.get((ranks, backend))
     # After destroy_process_group a group of that name is a dead one.
     if known is not None and known[0] is dist.group.WORLD:
         return known[1]
     world: Any = dist.group.WORLD
-    if len(ranks) < world.size() and world.bound_device_id is not None:
+    if backend is None and len(ranks) < world.size() and world.bound_device_id is not None:
         # NCCL splits a group off the default one there, for which it needs ranks that do not come here.
         made = group
     else:
@@ -62,9 +65,11 @@ def own_group(group: Any, device: torch.device) -> Any:
             timeout = group._get_backend(device).options._timeout
         except (AttributeError, RuntimeError):  # a backend without options
             timeout = None
-        made = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc="nvfp4_amax")
+        made = dist.new_group(
+            list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True, group_desc="nvfp4_amax"
+        )
     with _lock:
-        _groups[ranks] = (world, made)
+        _groups[ranks, backend] = (world, made)
     return made
 
 

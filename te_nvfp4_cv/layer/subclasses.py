@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from te_nvfp4_cv.backend.torch_private import classes_override
+from te_nvfp4_cv.errors import runtime_error
 
 PLAIN = (Tensor, Parameter)  # a weight of another class may bring codes along
 
@@ -45,7 +46,19 @@ def by_their_class(function: Callable[..., Any], types: Any, args: Any, kwargs: 
 
 
 def without_class(x: Tensor) -> Tensor:
-    """Return a tensor of a subclass as a plain one of the same memory. One without memory of its own stays as it is."""
+    """Return a tensor of a subclass as a plain one of the same memory. One without memory of its own stays as it is.
+
+    Raises:
+        RuntimeError: a DTensor, of which torch's plans make the input of a layer.
+    """
     kind = type(x)
+    if hasattr(x, "_local_tensor"):  # asked for without importing the module of DTensors, which takes long
+        raise runtime_error(
+            "nvfp4: a layer of torch's tensor parallelism cannot run in NVFP4.",
+            got=f"an input that is a {kind.__name__}, {getattr(x, 'placements', '')}",
+            needs="a layer that this package has shared out, which knows what crosses ranks",
+            fix="nv.tensor_parallel.ColwiseParallel and RowwiseParallel in the plan, in place of torch's, or "
+            "nv.set_precision(model, {name: None}) for the layer",
+        )
     own_memory = kind.__torch_dispatch__ is Tensor.__torch_dispatch__
     return x.as_subclass(Tensor) if own_memory and kind not in PLAIN else x

@@ -108,6 +108,8 @@ def _cells(row: Weight) -> tuple[str, ...]:
 def kurtosis(model: nn.Module) -> Study:
     """Rank the weights of all convolutions and linear layers by how badly their values suit 4 bits.
 
+    Weights that are sharded over ranks are gathered one by one: call it on every rank.
+
     Raises:
         TypeError: `model` is not a module.
         ValueError: the model has no such layer, or a weight has no values (it is lazy, or on the meta device).
@@ -161,7 +163,16 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
                     fix="run one forward pass, or load the weights, first",
                 )
             if w.numel():  # a layer without channels has no figures
-                yield name, w, module
+                yield name, _whole(w), module
+
+
+def _whole(w: Tensor) -> Tensor:
+    """Return all of a weight; of a sharded one, with the other ranks, all of which must come here."""
+    if not hasattr(w, "_local_tensor"):  # a DTensor, asked for without importing its module, which takes long
+        return w
+    from te_nvfp4_cv.distributed.fsdp import whole_weight
+
+    return whole_weight(w)
 
 
 def _weight(name: str, w: Tensor, module: nn.Module) -> Weight:

@@ -33,6 +33,7 @@ from te_nvfp4_cv.export.ptq.beside import drift_of, leave_high, run_beside
 from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, collect, input_of
 from te_nvfp4_cv.export.ptq.norm_folding import fold
 from te_nvfp4_cv.export.ptq.twins import Watched, exchange, shift_of, shifted_statistics, twin_of, wants_shift
+from te_nvfp4_cv.export.ranks import gathered
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.plan import weight_plan
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -61,7 +62,8 @@ def quantize(
     """Quantize a trained network to NVFP4, with some images and no training.
 
     Args:
-        model: the network, which is not changed: a copy is returned.
+        model: the network, which is not changed: a copy is returned. One that nv.tensor_parallel has shared out is
+            gathered; call this on every rank then.
         loader: calibration images: tensors, or tuples and lists whose first element is the model's input. It is read
             several times.
         recipe: decides which layers run in NVFP4 (its [precision] table; a sensitivity scan suggests one) and how
@@ -119,7 +121,7 @@ def quantize(
             "nv.export.quantize: the loader can be read once only.", got=type(loader).__name__,
             needs="a list or a DataLoader: calibration reads it several times", fix="list(loader)",
         )
-    net = _copy(model)
+    net = _copy(gathered(model)[0])
     found_layers = sort_layers(net, resolved)
     warn_of_lost(found_layers)
     for module, _ in found_layers.quantized.values():

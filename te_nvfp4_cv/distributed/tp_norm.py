@@ -1,0 +1,212 @@
+"""Layers that keep each channel to itself, for tensors split by channels over ranks (nv.tensor_parallel.NormParallel).
+
+    batch norm, instance norm     statistics of a channel: each rank has all there is of its channels
+    group norm                    the same where the ranks' parts hold whole groups; else sums cross ranks
+    layer norm over channels      sums cross ranks: nn.LayerNorm of one axis (the last), and classes named LayerNorm2d
+    depthwise convolution         each rank has the kernels of its channels; in high precision, as everywhere
+    PReLU with many slopes        each rank has the slopes of its channels
+
+Where sums cross ranks, the mean comes first and then the mean square of what is left, both in fp32, by one all-reduce
+each, of one number a group or pixel. So statistics are exact, and backward sums what it needs in the same way.
+
+Parameters, and buffers with one entry a channel, become DTensors. In forward, the module has this rank's parts in their
+place: the code that runs is the module's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from te_nvfp4_cv.backend.torch_private import BatchOrInstanceNorm, left_alone, without_function_modes
+from te_nvfp4_cv.context import function_mode, state
+from te_nvfp4_cv.distributed.tp_call import Sharing
+from te_nvfp4_cv.errors import describe, value_error
+from te_nvfp4_cv.layer import deferred, observe
+from te_nvfp4_cv.nn.base import OPS
+
+CONVOLUTIONS = tuple(kind for kind in OPS if kind is not nn.Linear)
+_CUTS = {"channel": "num_features", "group": "num_groups", "depthwise": "groups"}  # the number that differs on a rank
+
+
+class ByChannel(nn.Module):
+    """The class that takes the place of a layer's class: it stands in front of it among the bases."""
+
+    sharing: Sharing
+
+    @left_alone  # type: ignore[untyped-decorator]
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the plain module's forward for this rank's channels."""
+        deferred.settle(input)
+        axis = _channel_axis(self, input)
+        local, was = _local(input, axis)
+        _check_input(self, local, axis)
+        with without_function_modes():
+            y = _run(self, local, axis)
+        return y if was is None else DTensor.from_local(y, was.device_mesh, [Shard(axis)], run_check=False)
+
+    def extra_repr(self) -> str:
+        """Return the plain module's extra_repr, then how the layer is cut."""
+        return f"{super().extra_repr()}, channels on {self.sharing.ranks} ranks"
+
+
+def kind_of(module: Any) -> str:
+    """Return "channel", "group", "layer" or "depthwise", or "" for a module that is none of these."""
+    if isinstance(module, BatchOrInstanceNorm) and not isinstance(module, nn.SyncBatchNorm):
+        return "channel"
+    if isinstance(module, nn.PReLU):
+        return "channel" if module.num_parameters > 1 else ""
+    if isinstance(module, nn.GroupNorm):
+        return "group"
+    if isinstance(module, nn.LayerNorm) and (nn.LayerNorm in (type(module), type(module).__mro__[2]) or _is_2d(module)):
+        return "layer" if len(module.normalized_shape) == 1 else ""
+    if isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels:
+        return "depthwise"
+    return ""
+
+
+def channels_of(module: Any) -> int:
+    """Return how many channels such a module has."""
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[0]
+    names = ("num_features", "num_channels", "num_parameters", "in_channels")
+    return int(next(getattr(module, name) for name in names if hasattr(module, name)))
+
+
+def crosses_ranks(module: Any, ranks: int) -> bool:
+    """Return True if the statistics of such a module are sums over ranks."""
+    kind = kind_of(module)
+    return kind == "layer" or (kind == "group" and module.num_groups % ranks != 0)
+
+
+def _is_2d(module: nn.Module) -> bool:
+    # torchvision, timm and others each have such a class, whose forward moves the channels to the end and back.
+    return any(base.__name__ == "LayerNorm2d" for base in type(module).__mro__)
+
+
+def _channel_axis(module: Any, x: Tensor) -> int:
+    if isinstance(module, nn.LayerNorm) and not _is_2d(module):
+        return x.dim() - 1
+    weight: Any = module.weight
+    return x.dim() - weight.dim() + 1 if isinstance(module, CONVOLUTIONS) else 1
+
+
+def _local(x: Tensor, axis: int) -> tuple[Tensor, DTensor | None]:
+    """Return this rank's channels of x, and x if it is a DTensor."""
+    if not isinstance(x, DTensor):
+        return x, None
+    return x.redistribute(placements=[Shard(axis)]).to_local(), x
+
+
+def _check_input(module: Any, x: Tensor, axis: int) -> None:
+    channels, ranks = channels_of(module), module.sharing.ranks
+    if x.dim() <= axis or x.shape[axis] != channels // ranks:
+        raise value_error(
+            f"NormParallel: the input of a {type(module).__name__} is not split by channels.",
+            got=f"{describe(x)} on a rank",
+            needs=f"{channels // ranks} of {channels} channels on each of {ranks} ranks",
+            fix="let the layer before be nv.tensor_parallel.ColwiseParallel(), whose output is split so",
+        )
+
+
+def _run(module: Any, x: Tensor, axis: int) -> Tensor:
+    if crosses_ranks(module, module.sharing.ranks):
+        return _group_norm(module, x) if isinstance(module, nn.GroupNorm) else _layer_norm(module, x, axis)
+    call = super(ByChannel, module).forward  # type: ignore[misc]
+    if not isinstance(module, CONVOLUTIONS) or state.state() is None:
+        with _as_local(module):
+            return call(x)
+    op = next(OPS[base] for base in type(module).__mro__ if base in OPS)
+    weight: Any = module.weight
+    reason = function_mode.decide(op, x, weight, module.groups)[1]
+    told = observe.Call(op, weight, x, None, None, reason)
+    with _as_local(module):
+        return observe.reported(told, call, x)
+
+
+@contextlib.contextmanager
+def _as_local(module: Any) -> Iterator[None]:
+    """Give the module this rank's parts of its state, and of its number of groups."""
+    cut = _CUTS[kind_of(module)]
+    cut = cut if hasattr(module, cut) else ""  # a PReLU
+    parameters, whole = dict(module._parameters), getattr(module, cut) if cut else 0
+    buffers = {name: b for name, b in module._buffers.items() if isinstance(b, DTensor)}
+    try:
+        module._parameters.update({name: p.to_local() for name, p in parameters.items() if isinstance(p, DTensor)})
+        # Not to_local: modules write their buffers in place, which autograd may refuse for the alias that it gives.
+        module._buffers.update({name: b._local_tensor for name, b in buffers.items()})
+        if cut:
+            setattr(module, cut, whole // module.sharing.ranks)
+        yield
+    finally:
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
+        if cut:
+            setattr(module, cut, whole)
+
+
+# ---- sums that cross ranks ------------------------------------------------------------------------------------------
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the ranks; each rank's result depends on the parts of all, so backward sums, too."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = part.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def _affine(y: Tensor, module: Any, axis: int) -> Tensor:
+    """Multiply by the weight and add the bias of this rank's channels."""
+    shape = [-1 if i == axis else 1 for i in range(y.dim())]
+    if module.weight is not None:
+        y = y * module.weight.to_local().to(y.dtype).view(shape)
+    if module.bias is not None:
+        y = y + module.bias.to_local().to(y.dtype).view(shape)
+    return y
+
+
+def _layer_norm(module: Any, x: Tensor, axis: int) -> Tensor:
+    group, count = module.sharing.group, channels_of(module)
+    out = F.layer_norm(x.new_zeros(1, 1), (1,)).dtype  # autocast decides
+    x = x if x.dtype == torch.float64 else x.float()
+    centred = x - _Sum.apply(x.sum(axis, keepdim=True), group) / count
+    variance = _Sum.apply(centred.square().sum(axis, keepdim=True), group) / count
+    return _affine(centred * (variance + module.eps).rsqrt(), module, axis).to(out)
+
+
+def _group_norm(module: Any, x: Tensor) -> Tensor:
+    """Normalize groups that lie on several ranks."""
+    group, here = module.sharing.group, x.shape[1]
+    out = F.group_norm(x.new_zeros(1, 1, 2), 1).dtype
+    x = x if x.dtype == torch.float64 else x.float()
+    first = module.sharing.mesh.get_local_rank() * here
+    size = module.num_channels // module.num_groups
+    of_channel = torch.arange(first, first + here, device=x.device) // size
+    count = size * x[0, 0].numel() if x.numel() else 1
+
+    def mean(values: Tensor) -> Tensor:
+        """Return the mean of each group, [B, C here, 1, ...]."""
+        sums = values.flatten(2).sum(2)
+        parts = sums.new_zeros(len(values), module.num_groups).index_add(1, of_channel, sums)
+        means: Tensor = _Sum.apply(parts, group) / count
+        return means.index_select(1, of_channel).view(*sums.shape, *[1] * (values.dim() - 2))
+
+    centred = x - mean(x)
+    return _affine(centred * (mean(centred.square()) + module.eps).rsqrt(), module, 1).to(out)
