@@ -41,6 +41,7 @@ from .parallel import load_whole_state, whole_model, whole_state, wrap
 from .position import Position
 from .precision import Precision
 from .ranks import Ranks
+from .shards import keep_shards, read_shards, write_shards
 from .split import SegmentationData
 from .stopping import Stop, Stopped
 from .tasks import make_task
@@ -388,7 +389,11 @@ class Trainer:
         return identity_of(self.settings, self.precision, self.task, self.order, self.data)
 
     def _save(self) -> None:
-        model, optimizer = whole_state(self.model, self.optimizer, self.ranks)
+        shards, model, optimizer = "", {}, {}
+        if self.settings.sharded_checkpoints:
+            shards = write_shards(self.folder, self.position.step, self.model, self.optimizer, self.ranks)
+        else:
+            model, optimizer = whole_state(self.model, self.optimizer, self.ranks)
         own = {"nvfp4": self.precision.extra_state(self.model), "rng": rng_state(self.device)}
         of_ranks = self.ranks.gather(own)
         state: dict[str, Any] = {
@@ -404,7 +409,10 @@ class Trainer:
         }
         if self.ranks.parallel:
             state["ranks"] = of_ranks
+        if shards:
+            state["shards"] = shards
         self.ranks.first(lambda: save_checkpoint(self.checkpoint_path, state))
+        self.ranks.first(lambda: keep_shards(self.folder, shards))
 
     def resume(self) -> bool:
         """Continue from the folder's checkpoint; return False if there is none."""
@@ -424,7 +432,10 @@ class Trainer:
                 needs=f"--epochs {begun} or more",
                 fix=f"--epochs {begun} to evaluate what is there, or another --out to train from the beginning",
             )
-        load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"], self.ranks)
+        if "shards" in state:
+            read_shards(self.folder / state["shards"], self.model, self.optimizer, self.ranks)
+        else:
+            load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"], self.ranks)
         self.scaler.load_state_dict(state["scaler"])
         self.position = at
         of_ranks = state.get("ranks", [])

@@ -1,6 +1,6 @@
 """Load trained weights at the start, to fine-tune in NVFP4 or any precision (--init-from, --init-skip).
 
-    last.pt         a checkpoint of this trainer, of any precision; only its model is used
+    last.pt         a checkpoint of this trainer, of any precision, beside its shards if it has any; of it only the model
     *.pt, *.pth     a state_dict, read by torch.load(weights_only=True)
     *.safetensors   the same as a safetensors file
 
@@ -24,6 +24,7 @@ from te_nvfp4_cv.errors import describe, runtime_error, value_error
 from te_nvfp4_cv.nn.learned import NAMES
 
 from .checkpoint import FORMAT
+from .shards import read_weights_of
 
 FORMS = "last.pt of this trainer, a state_dict (.pt) or a .safetensors file"
 SHOWN = 20
@@ -41,6 +42,8 @@ def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = (), high_pr
         RuntimeError: If the file is a .safetensors file and the package safetensors is not installed.
     """
     found = _plain_names(read_weights(path).items(), path)
+    # Earlier versions saved the fractions of --learn-scales without an axis.
+    found = {name: t.reshape(1) if _is_fraction(name) and not t.dim() else t for name, t in found.items()}
     wanted = _plain_names(model.state_dict(keep_vars=True).items(), path)
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in (*wanted, *found)):
@@ -102,7 +105,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 needs=f"format {FORMAT}",
                 fix="save only its model: torch.save(torch.load(FILE)['model'], ...)",
             )
-        state = state["model"]
+        state = read_weights_of(path.parent / state["shards"]) if "shards" in state else state["model"]
     foreign = _foreign(state)
     if foreign:
         raise value_error(

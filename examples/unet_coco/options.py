@@ -65,6 +65,7 @@ class Settings:
     high_precision_last: int
     telemetry_every: int | None
     save_every: int
+    sharded_checkpoints: bool
     tensorboard: bool
     timeout: int
     wandb: bool
@@ -184,6 +185,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         default=0,
         metavar="N",
         help="write a checkpoint every N steps too (default: 0, at the end of each epoch only)",
+    )
+    add(
+        "--sharded-checkpoints",
+        action="store_true",
+        help="--parallel fsdp: each rank writes its part of a checkpoint, and none holds the whole",
     )
     add("--out", type=Path, default=Path("runs/unet_coco"), metavar="DIR", help="results (default: runs/unet_coco)")
     add("--resume", action="store_true", help="continue from DIR's checkpoints; a precision without one starts fresh")
@@ -355,6 +361,13 @@ def _check(settings: Settings) -> None:
             got=f"--learn-scales {settings.learn_scales}",
             needs="whole weights on each rank",
             fix="--parallel ddp",
+        )
+    if settings.sharded_checkpoints and settings.parallel != "fsdp":
+        raise value_error(
+            "--sharded-checkpoints has no shards to write.",
+            got=f"--parallel {settings.parallel}",
+            needs="--parallel fsdp",
+            fix="leave it out: a checkpoint of shards is resumed without it, too",
         )
     if settings.high_precision_last >= settings.epochs:
         raise value_error(
