@@ -1,6 +1,6 @@
 """Load trained weights at the start, to fine-tune in NVFP4 or any precision (--init-from, --init-skip).
 
-    last.pt         a checkpoint of this trainer, of any precision, beside its shards if it has any; of it only the model
+    last.pt         a checkpoint of this trainer, of any precision, with its shards if it has any; its model is used
     *.pt, *.pth     a state_dict, read by torch.load(weights_only=True)
     *.safetensors   the same as a safetensors file
 

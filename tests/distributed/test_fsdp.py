@@ -460,7 +460,7 @@ def on_ranks_readers_in_high_precision_are_told(ranks: Ranks) -> None:
 @two_ranks
 def on_ranks_compiled_blocks(ranks: Ranks) -> None:
     """Blocks compile where FSDP2 gathers in high precision; layers with weights gathered in 4 bits are left out, and
-    what Dynamo looks at for that is less. fullgraph stops (GroupNorm sums in another order in a graph).
+    Dynamo looks at what is before and after them, not at what they call. fullgraph stops (GroupNorm sums in another order in a graph).
     """
     frames: list[int] = []
     x, _ = batch(ranks.rank, 0, ranks.device)
@@ -477,7 +477,7 @@ def on_ranks_compiled_blocks(ranks: Ranks) -> None:
         assert relative_error(*results) < 1e-6, mark
         frames.append(torch._dynamo.utils.counters["frames"]["total"])
         torch._dynamo.utils.counters.clear()
-    assert 0 < frames[1] <= 1.5 * frames[0], frames
+    assert 0 < frames[1] <= 2 * frames[0], frames
     torch._dynamo.reset()
     model.first.conv.compile(backend="aot_eager", fullgraph=True)
     with (
