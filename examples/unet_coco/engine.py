@@ -389,7 +389,7 @@ class Trainer:
         return identity_of(self.settings, self.precision, self.task, self.order, self.data)
 
     def _save(self) -> None:
-        shards, model, optimizer = "", {}, {}
+        shards, model, optimizer = "", dict[str, Any](), dict[str, Any]()
         if self.settings.sharded_checkpoints:
             shards = write_shards(self.folder, self.position.step, self.model, self.optimizer, self.ranks)
         else:

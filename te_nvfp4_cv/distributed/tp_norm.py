@@ -67,9 +67,8 @@ def kind_of(module: Any) -> str:
         return "group"
     if isinstance(module, nn.LayerNorm) and (nn.LayerNorm in (type(module), type(module).__mro__[2]) or _is_2d(module)):
         return "layer" if len(module.normalized_shape) == 1 else ""
-    if isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels:
-        return "depthwise"
-    return ""
+    groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
+    return "depthwise" if groups != 1 and groups == module.in_channels else ""
 
 
 def channels_of(module: Any) -> int:

@@ -145,16 +145,19 @@ def _next_layer(node: Any, modules: dict[str, nn.Module], once: set[str], ranks:
             if node.target not in (_FUNCTIONS if node.op == "call_function" else _METHODS):
                 return None
             continue
-        if node.op != "call_module" or node.target not in once:
+        if node.op != "call_module":
             return None
         module = modules[node.target]
+        if isinstance(module, _ELEMENTWISE) or (not linear and isinstance(module, _POOLS)):
+            continue  # ResNets call one ReLU twice
+        if node.target not in once:
+            return None
         if _is_layer(module):
             # After a linear layer channels are last, after a convolution they are not.
             return (norms, node.target) if isinstance(module, nn.Linear) == linear else None
-        if _keeps_channels(module, channels, linear, ranks):
-            norms.append(node.target)
-        elif not isinstance(module, _ELEMENTWISE) and (linear or not isinstance(module, _POOLS)):
+        if not _keeps_channels(module, channels, linear, ranks):
             return None
+        norms.append(node.target)
     return None
 
 

@@ -459,8 +459,9 @@ def on_ranks_readers_in_high_precision_are_told(ranks: Ranks) -> None:
 
 @two_ranks
 def on_ranks_compiled_blocks(ranks: Ranks) -> None:
-    """Blocks compile where FSDP2 gathers in high precision; layers with weights gathered in 4 bits are left out, and
-    Dynamo looks at what is before and after them, not at what they call. fullgraph stops (GroupNorm sums in another order in a graph).
+    """Blocks compile where FSDP2 gathers in high precision. Layers with weights gathered in 4 bits are left out: Dynamo
+    looks at what is before and after them, not at what they call; with fullgraph it stops. (GroupNorm sums in another
+    order in a graph.)
     """
     frames: list[int] = []
     x, _ = batch(ranks.rank, 0, ranks.device)

@@ -6,6 +6,8 @@ Models that are shared out in other ways: uneven parts, torch's own plans, expor
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,4 +215,18 @@ def on_ranks_export_and_statistics_gather(ranks: Ranks) -> None:
 
 
 test_on_ranks = ranks_test(globals(), worlds=(2,))
+
+
+def test_plans_of_networks():
+    models, mesh = pytest.importorskip("torchvision.models"), SimpleNamespace(size=lambda: 2)
+    for make, counts in (
+        (models.resnet18, [8, 8, 8]),
+        (models.resnet50, [32, 32, 16]),
+        (models.convnext_tiny, [18, 0, 18]),
+    ):
+        with torch.device("meta"):
+            styles = Counter(type(style) for style in nv.tensor_parallel.plan(make(), mesh).values())
+        assert [styles[kind] for kind in (COLUMNS, NORMS, ROWS)] == counts, make
+
+
 test_on_four_ranks = pytest.mark.stress(ranks_test(globals(), worlds=(4,)))
