@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.errors import runtime_error, value_error
 
 from .ranks import Ranks
 
@@ -32,13 +33,25 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def write_shards(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> str:
-    """Write each rank's part of the weights and moments, and return the name of the folder that they are in."""
+    """Write each rank's part of the weights and moments, and return the name of the folder that they are in.
+
+    Raises:
+        RuntimeError: If a rank cannot write its part; on all of them.
+    """
     # Never a folder that is there: last.pt may name it.
     numbers = itertools.count()
     path = ranks.first(lambda: next(p for n in numbers if not (p := folder / f"shards-{step}-{n}").exists()))
     tensors = _tensors(*get_state_dict(model, optimizer, options=_FLAT))
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True))
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True))
+    except CheckpointException as error:
+        raise runtime_error(
+            f"checkpoint: the shards in {path} could not be written.",
+            got=str(error).strip().splitlines()[-1],
+            needs="space for them, and the right to write there; the checkpoint from before is untouched",
+            fix="free some space, then continue with --resume",
+        ) from error
     return path.name
 
 
@@ -89,12 +102,14 @@ def _tensors(weights: dict[str, Any], moments: dict[str, Any]) -> dict[str, Any]
 
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
+    """Raise what torch.distributed.checkpoint raises on all ranks, or a damaged file anywhere, as one ValueError."""
     try:
         yield
-    except Exception as error:  # of a damaged file, anything may be raised
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        lines = str(error).strip().splitlines()
         raise value_error(
             f"checkpoint: the shards in {path} cannot be read.",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}",
+            got=lines[-1] if lines else type(error).__name__,
             needs="all the files that the ranks wrote",
             fix="restore them, or remove last.pt beside them to start from the beginning",
         ) from error
