@@ -77,10 +77,13 @@ class Mode(TorchFunctionMode):
                 y = by_their_class(function, types, args, kwargs)
             return function(*args, **kwargs) if y is NotImplemented else y  # torch's own error
         if op is not None:
+            # A weight that FSDP2 has gathered in 4 bits fits no graph, and Dynamo would try every function below.
+            w = args[1] if len(args) > 1 else kwargs.get("weight")
+            layer = _gathered_in_4_bits if type(w) not in PLAIN and hasattr(type(w), "codes_for") else _layer
             if not local.states and self._home is not None:
                 with self._at_home():
-                    return _layer(op, function, args, kwargs)
-            return _layer(op, function, args, kwargs)
+                    return layer(op, function, args, kwargs)
+            return layer(op, function, args, kwargs)
         if function in _OTHERS:
             return self._other(function, args, kwargs)
         if function is _UNFLATTEN:
@@ -160,13 +163,9 @@ def _names(op: str) -> tuple[str, ...]:
     return _TRANSPOSED_NAMES if "transpose" in op else _CONV_NAMES  # those of linear are the first three
 
 
-@only_inlined  # as the handler of the mode, which calls it
-def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], alone: bool = False) -> Any:
-    """Run one call in NVFP4, or as torch would; `alone`: Dynamo looks at nothing that is called here."""
+def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one call in NVFP4, or as torch would."""
     _, x, w, bias, sizes = _read(op, args, kwargs)
-    # FSDP2 has gathered it in 4 bits: no graph takes it, and Dynamo would try every function below, in vain.
-    if type(w) not in PLAIN and not alone and hasattr(type(w), "codes_for"):
-        return _gathered_in_4_bits(op, function, args, kwargs)
     recipe, reason = decide(op, x, w, sizes.groups)
     traced = torch.compiler.is_compiling()
     if traced and islands.in_traced_island():
@@ -193,7 +192,7 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 @left_alone  # type: ignore[untyped-decorator]  # with fullgraph=True, Dynamo's error has this name
 def _gathered_in_4_bits(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a layer whose weight FSDP2 has gathered in 4 bits, outside of graphs."""
-    return _layer(op, function, args, kwargs, alone=True)
+    return _layer(op, function, args, kwargs)
 
 
 _DIRECT_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")

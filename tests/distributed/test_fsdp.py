@@ -480,7 +480,8 @@ def on_ranks_compiled_blocks(ranks: Ranks) -> None:
         torch._dynamo.utils.counters.clear()
     assert 0 < frames[1] <= 2 * frames[0], frames
     torch._dynamo.reset()
-    model.first.conv.compile(backend="aot_eager", fullgraph=True)
+    model = sharded(ranks)
+    model.first.compile(backend="aot_eager", fullgraph=True)
     with (
         pytest.raises(torch._dynamo.exc.Unsupported, match="_gathered_in_4_bits"),
         nv.nvfp4_autocast(NO_SR),
