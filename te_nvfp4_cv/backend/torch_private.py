@@ -64,11 +64,24 @@ def constant_in_graphs(function: Answer) -> Answer:
 
 
 def only_inlined(function: Inlined) -> Inlined:
-    """Decorate a function that torch.compile traces as a part of its caller, and never as a graph of its own."""
+    """Decorate a function that torch.compile traces as a part of its caller, and never as a graph of its own.
+
+    What the function calls may be a graph: some of it is code of the model.
+    """
+    return _strategy(function, "DEFAULT")
+
+
+def no_graphs_inside(function: Inlined) -> Inlined:
+    """Decorate a function as only_inlined does; called in eager mode, nothing that it calls is a graph either."""
+    return _strategy(function, "SKIP")
+
+
+def _strategy(function: Inlined, below: str) -> Inlined:
     frames = torch._C._dynamo.eval_frame
     # torch._dynamo has a function for that, and takes a second to import. Where this is missing, a graph is wasted.
     if hasattr(frames, "set_code_exec_strategy"):
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        actions = frames._FrameAction
+        skip = frames._FrameExecStrategy(actions.SKIP, getattr(actions, below))
         frames.set_code_exec_strategy(function.__code__, skip)  # type: ignore[attr-defined]
     return function
 

@@ -25,9 +25,10 @@ from te_nvfp4_cv.backend.torch_private import (
     constant_in_graphs,
     function_modes,
     left_alone,
+    no_graphs_inside,
     only_inlined,
 )
-from te_nvfp4_cv.context import entries, higher_order, islands
+from te_nvfp4_cv.context import entries, islands, tracing
 from te_nvfp4_cv.context.bodies import without_override_check
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
@@ -65,7 +66,7 @@ class Mode(TorchFunctionMode):
         self._home = None if traced else local.__dict__
         self._observers = None if traced else observe.observers()
 
-    # Between two graphs torch calls it in eager mode, for functions that torch.compile may not know: not a third graph.
+    # Between two graphs torch calls it in eager mode: that makes no third graph, and neither do its helpers below.
     @only_inlined
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,10 +90,11 @@ class Mode(TorchFunctionMode):
         if function is _UNFLATTEN:
             return constants.take(torch.unflatten if torch.compiler.is_compiling() else function, args, kwargs)
         if isinstance(function, OperatorBase) and torch.compiler.is_dynamo_compiling() and _traces_bodies(function):
-            with self:  # does not come back here: higher_order.py
+            with self:  # does not come back here: tracing.py
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
+    @only_inlined
     def _other(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in _RELUS:
             return _relu(function, args, kwargs)
@@ -117,7 +119,7 @@ def _traces_bodies(function: Any) -> bool:
     """Return True for a higher-order operator whose body Dynamo will trace with the mode on."""
     if not isinstance(function, HigherOrderOperator):
         return False
-    found = higher_order.trace_bodies_under(Mode, local)
+    found = tracing.trace_bodies_under(Mode, local)
     if not found:
         warn_once(
             f"body {function}",
@@ -163,6 +165,7 @@ def _names(op: str) -> tuple[str, ...]:
     return _TRANSPOSED_NAMES if "transpose" in op else _CONV_NAMES  # those of linear are the first three
 
 
+@no_graphs_inside
 def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one call in NVFP4, or as torch would."""
     _, x, w, bias, sizes = _read(op, args, kwargs)
@@ -199,6 +202,7 @@ _DIRECT_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "tr
 _RUNTIME = os.path.join("_aot_autograd", "runtime_wrappers.py")
 
 
+@no_graphs_inside
 def _direct(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call of torch.convolution in high precision, and count it as missed."""
     y = function(*args, **kwargs)
@@ -270,6 +274,7 @@ def _rank_problem(op: str, x: Tensor, w: Tensor) -> str | None:
     return None
 
 
+@no_graphs_inside
 def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs.get("input")
     inplace = function in _INPLACE_RELUS or bool(args[1] if len(args) > 1 else kwargs.get("inplace", False))

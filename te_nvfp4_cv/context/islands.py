@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.backend.torch_private import constant_in_graphs
-from te_nvfp4_cv.context.higher_order import is_tracing
+from te_nvfp4_cv.context.tracing import is_tracing
 from te_nvfp4_cv.context.state import local, pop_state, push_state, state
 
 REASON = "torch.autocast(enabled=False) inside of the context"

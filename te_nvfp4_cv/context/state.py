@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from te_nvfp4_cv.context.higher_order import forget_traced_regions
+from te_nvfp4_cv.context.tracing import forget_traced_regions
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 

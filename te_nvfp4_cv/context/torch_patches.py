@@ -6,6 +6,7 @@
     torch.autocast(enabled=False)   keeps plain layers in high precision: islands.py
     nn.DataParallel                 runs its replicas in threads that no context reaches: an error
     torch.jit.script                makes models whose calls no context sees: torchscript.py
+    torch.compile                   traces what the mode sees in eager mode, and nothing else: tracing.py
 
 This is done once, at the first entry of a context. Only what is shared is replaced: names of torch that were imported
 before (`from torch.utils.checkpoint import ...`, decorators that have been applied) work as well.
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.context import islands, torchscript
+from te_nvfp4_cv.context import islands, torchscript, tracing
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.state import local, state
 from te_nvfp4_cv.errors import runtime_error
@@ -41,6 +42,7 @@ def patch_torch(capture: Capture) -> None:
     _patch_data_parallel()
     islands.patch_autocast()
     torchscript.patch_script()
+    tracing.repair_dynamo_later()
 
 
 def _patch_checkpoint(capture: Capture) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend.swapping import gives_up
-from te_nvfp4_cv.backend.torch_private import held_by_a_module
+from te_nvfp4_cv.backend.torch_private import held_by_a_module, no_graphs_inside
 
 MARK = "_te_nvfp4_cv_constant"  # on tensors inside a graph of torch.compile
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -55,6 +55,7 @@ def _forget(tensor: Tensor) -> None:
             _taken.pop(number, None)
 
 
+@no_graphs_inside
 def take(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return function(*args, **kwargs) of a function in TAKING, and remember what the result was taken from."""
     y = function(*args, **kwargs)

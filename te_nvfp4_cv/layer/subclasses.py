@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from te_nvfp4_cv.backend.torch_private import classes_override
+from te_nvfp4_cv.backend.torch_private import classes_override, only_inlined
 from te_nvfp4_cv.errors import runtime_error
 
 PLAIN = (Tensor, Parameter)  # a weight of another class may bring codes along
@@ -26,6 +26,7 @@ def overridden(types: tuple[type, ...]) -> bool:
     return any(kind not in PLAIN and not hasattr(kind, "codes_for") for kind in types) and classes_override()
 
 
+@only_inlined
 def by_their_class(function: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Call a torch function as torch would for tensors of these classes: the first class that takes the call has it.
 

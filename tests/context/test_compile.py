@@ -10,9 +10,11 @@ import ast
 import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -227,27 +229,73 @@ def test_inductor_stays_near_eager():
         assert abs(eager - found) <= BAND * abs(eager)
 
 
-def test_a_graph_break_of_torchs_own_is_followed_by_no_second_one():
-    """As in Wav2Vec2, which sets requires_grad of an intermediate tensor: the mode's handler is no graph of its own."""
+class Features(nn.Module):
+    """As in Wav2Vec2, which sets requires_grad of an intermediate tensor: a graph break of torch's own."""
 
-    class Features(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Conv1d(1, 16, 3), nn.Conv1d(16, 16, 3)
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(1, 16, 3), nn.Conv1d(16, 16, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = x[:, None]
-            hidden.requires_grad = True
-            return self.second(self.first(hidden))
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x[:, None]
+        hidden.requires_grad = True
+        return self.second(self.first(hidden))
 
-    model, x, breaks = Features(), values((16, 64)), []
+
+class InEagerMode(Features):
+    """As in YOLO's loss: a graph break in somebody's context manager, so that torch runs this forward in eager mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with scope():
+            torch._dynamo.graph_break()
+            hidden = F.conv1d(x[:, None].float(), self.first.weight).relu_()
+            hidden = F.conv1d(hidden, self.second.weight).detach().view(-1, 60).select(0, 0)
+        return hidden.float()
+
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("kind", [Features, InEagerMode])
+def test_a_graph_break_of_torchs_own_is_followed_by_no_second_one(kind):
+    """Neither the mode's handler nor what it calls is a graph of its own."""
+    model, x, breaks = kind(), values((16, 64)), []
     for context in (contextlib.nullcontext(), nv.nvfp4_autocast(NO_SR)):
         torch._dynamo.reset()
         counters.clear()
         with context:
-            assert same_bits(torch.compile(model, backend="aot_eager")(x), model(x))
+            expected = model(x)
+            assert same_bits(torch.compile(model, backend="aot_eager")(x), expected)
         breaks.append((len(counters["graph_break"]), counters["stats"]["unique_graphs"]))
     assert breaks[0] == breaks[1]
+    assert not same_bits(expected, model(x))
+
+
+def move_a_module(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return nn.ReLU().to(x.device)(conv(x))
+
+
+def compute_by_numpy(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    sizes = np.array(x.shape[2:])
+    sizes += 1
+    scale = 7 // abs(-sizes % 5) @ sizes
+    return conv(x) * float(scale)
+
+
+def compute_an_image_by_numpy(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return conv(torch.from_numpy(2 - x.numpy() * 1.5))
+
+
+@pytest.mark.parametrize("function", [move_a_module, compute_by_numpy, compute_an_image_by_numpy])
+def test_one_graph_where_dynamo_asks_a_mode_about_what_is_none_of_its_business(function):
+    """The network of MONAI's SwinUNETR checks sizes by numpy, the loss of YOLO is a module that is made and moved."""
+    x, conv = values((4, 16, 8, 8)), nn.Conv2d(16, 16, 3)
+    with nv.nvfp4_autocast(NO_SR):
+        expected = function(x, conv)
+        assert same_bits(torch.compile(function, backend="aot_eager", fullgraph=True)(x, conv), expected)
+    assert not same_bits(expected, function(x, conv))
 
 
 class Sizes(nn.Module):

@@ -1,6 +1,6 @@
 """torch.compile of models whose layers lie in the body of a higher-order operator: checkpoints, conditions, regions.
 
-Dynamo hands such an operator to the function mode as a whole (higher_order.py). The forward graph must hold the layers
+Dynamo hands such an operator to the function mode as a whole (tracing.py). The forward graph must hold the layers
 that run in NVFP4 in eager mode, and the results must be those of eager mode.
 """
 
@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.context import function_mode, higher_order
+from te_nvfp4_cv.context import function_mode, tracing
 from te_nvfp4_cv.context.state import local
 from tests.helpers import same_bits, values
 from tests.networks import NO_SR, all_same, seen
@@ -239,6 +239,6 @@ def test_what_a_checkpointed_body_enters_and_leaves(body):
 
 
 def test_an_unknown_torch_says_which_layers_stay_in_high_precision(monkeypatch):
-    monkeypatch.setattr(higher_order, "trace_bodies_under", lambda mode, stacks: False)
+    monkeypatch.setattr(tracing, "trace_bodies_under", lambda mode, stacks: False)
     with pytest.warns(UserWarning, match="layers inside of tag_activation_checkpoint run in high precision"):
         assert not function_mode._traces_bodies(torch.ops.higher_order.tag_activation_checkpoint)

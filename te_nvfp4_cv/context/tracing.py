@@ -1,15 +1,19 @@
-"""Let torch.compile trace the bodies of higher-order operators under the context.
+"""Let torch.compile trace under the context what the function mode sees, or does not see, in eager mode.
 
-A model calls them without naming them: torch.utils.checkpoint, torch.cond, torch.compiler.nested_compile_region. In
-eager mode their bodies are ordinary code that the function mode sees. Dynamo hands the operator itself to the mode
-first, as if it were a torch call, and a mode is off in its own handler: the layers in the body would be traced as plain
-torch. But about such an operator there is nothing to decide, only about the calls in its body. So Dynamo is made to
-trace it at once, with the mode on.
+Bodies of higher-order operators: torch.utils.checkpoint, torch.cond, torch.compiler.nested_compile_region. In eager
+mode they are ordinary code that the mode sees. Dynamo hands the operator itself to the mode first, as if it were a
+torch call, and a mode is off in its own handler: the layers in the body would be traced as plain torch. But about such
+an operator there is nothing to decide, only about the calls in its body. So Dynamo is made to trace it at once, with
+the mode on.
+
+What only Dynamo hands to a mode: operators on numpy arrays, which it then calls as methods of Tensor that arrays lack,
+and torch's C functions that it replaces by Python (in nn.Module.to), which it cannot look up in a dict.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -65,6 +69,43 @@ def _let_bodies_change(stacks: object) -> None:
     SideEffects.check_allowed_side_effect = allowed  # type: ignore[method-assign]
 
 
+@functools.lru_cache(maxsize=1)
+def repair_dynamo() -> None:
+    """Let code run under torch.compile that needs no mode, and fails there because one is on.
+
+    This is done as the first trace begins: Dynamo takes a second to import, and contexts do not need it.
+    """
+    from torch._dynamo.variables import functions, tensor, torch_function
+
+    dispatches: Any = getattr(torch_function, "can_dispatch_torch_function", None)
+    array: Any = getattr(tensor, "NumpyNdarrayVariable", None)
+    if dispatches is not None and array is not None:
+
+        @functools.wraps(dispatches)
+        def can_dispatch(tx: Any, args: Any, kwargs: Any) -> bool:
+            return not any(isinstance(v, array) for v in (*args, *kwargs.values())) and dispatches(tx, args, kwargs)
+
+        # The operators' classes look the function up at each call.
+        torch_function.can_dispatch_torch_function = can_dispatch  # type: ignore[assignment]
+    polyfilled: Any = getattr(functions, "PolyfilledFunctionVariable", None)
+    if hasattr(polyfilled, "hash_impl") and "hash_impl" not in vars(polyfilled):  # new in torch 2.13
+        polyfilled.hash_impl = lambda self, tx: (hash(self.fn), False)
+
+
+def repair_dynamo_later() -> None:
+    """Call repair_dynamo when the next trace begins."""
+    context = torch._guards.TracingContext
+    begin = context.__init__
+
+    @functools.wraps(begin)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        if "torch._dynamo" in sys.modules:
+            repair_dynamo()
+
+    context.__init__ = __init__  # type: ignore[method-assign]
+
+
 def is_tracing() -> bool:
     """Return True in code that runs while torch.compile traces, in code that it traces and in code that traces it."""
     return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
@@ -76,6 +117,7 @@ def forget_traced_regions() -> bool:
 
     Dynamo compares the values that a region read when it was traced, but not those that the traced code itself has set.
     """
+    repair_dynamo()  # for a first context that is entered in traced code
     context = torch._guards.TracingContext.try_get()
     caches = getattr(context, "hop_dispatch_set_cache", None)
     regions = None if caches is None else caches.get_cache(torch.ops.higher_order.invoke_subgraph)
