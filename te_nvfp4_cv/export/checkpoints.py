@@ -330,7 +330,9 @@ def load(
     versioned = model.state_dict()
     versioned.clear()
     versioned.update(state)
-    model.load_state_dict(versioned, strict=False, assign=meta)  # check_fit has compared all names
+    # check_fit has compared all names. torch's own method: that of a class may be made for whole states of older forms
+    # of the model (Demucs renames their keys), and this one lacks what is packed.
+    nn.Module.load_state_dict(model, versioned, strict=False, assign=meta)
     for kernel in kernels.values():  # the model may have other Parameters now
         share_bias(kernel)
     for name, module in layers.items():

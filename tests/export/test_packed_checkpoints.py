@@ -426,6 +426,25 @@ def test_modules_that_ask_for_the_version_of_their_state_get_it(tmp_path: Path) 
         assert torch.equal(nv.export.load(saved.files[0], nn.Sequential(Versioned()))(x), expected)
 
 
+def test_a_models_own_way_to_load_states_is_not_asked(tmp_path: Path) -> None:
+    """As that of Demucs, which knows no `assign`, and renames what it takes for a state of an older form."""
+
+    class Old(Net):
+        def load_state_dict(self, state: Any, strict: bool = True) -> Any:  # type: ignore[override]
+            if "head.weight" not in state:  # it is packed
+                state["head.weight"] = state.pop("head.bias")
+            return super().load_state_dict(state, strict)
+
+    torch.manual_seed(0)
+    net, recipe = Old().eval(), nv.NVFP4BlockScaling()
+    saved = nv.export.save(net, tmp_path / "net", recipe)
+    assert "head" in saved.quantized
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            fresh = Old()
+        assert same_bits(nv.export.load(saved.files[0], fresh)(values((2, 3, 8, 8), seed=5)), outputs(net, recipe))
+
+
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Linear(32, 16))
     for shard_bytes in (10**9, 5000):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import collect, im2col_rows
 from te_nvfp4_cv.export.ptq.norm_folding import FoldedNorm, fold
 from te_nvfp4_cv.layer.plan import weight_plan
-from tests.helpers import same_bits, values
+from tests.helpers import relative_error, same_bits, values
 
 RECIPE = nv.NVFP4BlockScaling(precision={"stem": None, "head": None})
 
@@ -440,13 +441,35 @@ def test_inputs_by_name_and_without_images(net: Small) -> None:
     assert quantized.conv.input_amax is not None and float(quantized.norm.running_mean.mean()) > 0.5
 
 
+def test_results_that_training_left_in_the_model_are_no_obstacle() -> None:
+    """MONAI's DynUNet keeps the outputs of its heads, torch's older weight_norm the kernel that it computes."""
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads: list[Tensor] = []
+            self.conv = nn.utils.weight_norm(nn.Conv2d(16, 16, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.heads = [self.conv(x)]
+            return self.heads[0].relu()
+
+    model, x = Kept(), values((2, 16, 6, 6))
+    model(x).sum().backward()
+    with torch.no_grad():
+        model.conv.weight_g.mul_(2)
+    quantized = nv.export.quantize(model, [x], method="nearest", bias_correction=False)
+    assert relative_error(quantized(x), model(x)) < 0.2
+    assert model.heads[0].grad_fn is not None and quantized.heads[0].grad_fn is None
+
+
 def test_bad_input_is_refused(net: Small) -> None:
     with pytest.raises(TypeError, match="no loader"):
         nv.export.quantize(net, 5)
-    with pytest.raises(ValueError, match="cannot be copied"):
-        old = nn.utils.weight_norm(nn.Conv2d(16, 16, 1))
-        old(values((1, 16, 2, 2)))
-        nv.export.quantize(old, BATCHES)
+    with pytest.raises(ValueError, match=r"cannot be copied[\s\S]*lock"):
+        locked = nn.Conv2d(16, 16, 1)
+        locked.lock = threading.Lock()  # type: ignore[assignment]
+        nv.export.quantize(locked, BATCHES)
     with pytest.raises(ValueError, match="unknown method"):
         nv.export.quantize(net, BATCHES, method="best")
     with pytest.raises(ValueError, match="unknown scales"):

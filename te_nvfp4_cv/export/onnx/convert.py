@@ -12,7 +12,6 @@ replaced by the layer's standard nodes and initializers (nodes.py). Everything e
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 import traceback
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.backend.torch_private import OpOverload
 from te_nvfp4_cv.errors import check_module, describe, need_package, type_error, value_error
 from te_nvfp4_cv.export.artifact import join
+from te_nvfp4_cv.export.copies import copy_of
 from te_nvfp4_cv.export.fit import shown
 from te_nvfp4_cv.export.inner import Inner
 from te_nvfp4_cv.export.modules import InferenceLayer, check_choice, check_path
@@ -179,7 +179,7 @@ def to_onnx(
 
     args = _arguments(example_input, dynamic_batch)
     # A copy: stand-ins replace its layers. float() leaves the codes alone, which are integers.
-    traced = _unwrapped(copy.deepcopy(model)).eval().float().requires_grad_(False)
+    traced = _unwrapped(copy_of("nv.export.to_onnx", model)).eval().float().requires_grad_(False)
     # Each layer once, by its first name; _export finds the other names of a shared one.
     found = {name: module for name, module in traced.named_modules() if isinstance(module, InferenceLayer)}
     _check_layers(found)

@@ -9,7 +9,6 @@ the same codes transposed.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed, quantize_layer
 from te_nvfp4_cv.export.computed import settle
+from te_nvfp4_cv.export.copies import copy_of
 from te_nvfp4_cv.export.fit import sort_layers, warn_of_lost
 from te_nvfp4_cv.export.inner import install
 from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, check_choice
@@ -121,7 +121,7 @@ def quantize(
             "nv.export.quantize: the loader can be read once only.", got=type(loader).__name__,
             needs="a list or a DataLoader: calibration reads it several times", fix="list(loader)",
         )
-    net = _copy(gathered(model)[0])
+    net = copy_of("nv.export.quantize", gathered(model)[0]).eval()
     found_layers = sort_layers(net, resolved)
     warn_of_lost(found_layers)
     for module, _ in found_layers.quantized.values():
@@ -179,19 +179,6 @@ def _twins(
             codes = replace(codes, shift=shift_of(module, found.center))
         made.append(twin_of(module, codes, recipe))
     return made
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model).eval()
-    except RuntimeError as error:  # torch.nn.utils.weight_norm, the old one
-        raise value_error(
-            "nv.export.quantize: the model cannot be copied.",
-            got=str(error),
-            needs="a model that copy.deepcopy takes",
-            fix="torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove; or, in their place, "
-            "torch.nn.utils.parametrizations",
-        ) from error
 
 
 def _reestimate(net: nn.Module, images: Images) -> None:
