@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.torch_private import constant_in_graphs
 from te_nvfp4_cv.context import resumable
 from te_nvfp4_cv.context.capture import capture
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
@@ -31,6 +32,7 @@ from te_nvfp4_cv.context.state import (
     warn_unapplied,
 )
 from te_nvfp4_cv.context.torch_patches import patch_torch
+from te_nvfp4_cv.context.tracing import repair_dynamo
 from te_nvfp4_cv.errors import type_error
 from te_nvfp4_cv.layer import shared_amax, shortfall
 from te_nvfp4_cv.layer.check import checked_recipe
@@ -137,10 +139,19 @@ def _check_group(group: Any) -> None:
         )
 
 
+@constant_in_graphs
+def _prepare_trace() -> bool:
+    """Do what the entry of a context has done before a trace, for a first context that is entered in traced code."""
+    repair_dynamo(Mode, local)
+    return True
+
+
 def _push(new: State) -> None:
-    if not local.states and local.overrides and not torch.compiler.is_compiling():
-        drop_stale()
-    if not local.states and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        _prepare_trace()
+    elif not local.states:
+        if local.overrides:
+            drop_stale()
         shortfall.start()
     push_state(new)
     # One mode per thread is enough: it reads the innermost state.

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.backend.torch_private import constant_in_graphs
-from te_nvfp4_cv.context.tracing import is_tracing
 from te_nvfp4_cv.context.state import local, pop_state, push_state, state
+from te_nvfp4_cv.context.tracing import is_tracing
 
 REASON = "torch.autocast(enabled=False) inside of the context"
 _LEAVE = "_nvfp4_leave"  # on an autocast object that is entered: what to do when it is left

@@ -42,7 +42,7 @@ def patch_torch(capture: Capture) -> None:
     _patch_data_parallel()
     islands.patch_autocast()
     torchscript.patch_script()
-    tracing.repair_dynamo_later()
+    tracing.repair_dynamo_later(Mode, local)
 
 
 def _patch_checkpoint(capture: Capture) -> None:

@@ -70,11 +70,13 @@ def _let_bodies_change(stacks: object) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def repair_dynamo() -> None:
-    """Let code run under torch.compile that needs no mode, and fails there because one is on.
+def repair_dynamo(mode: type, stacks: object) -> None:
+    """Change what Dynamo does under a mode of that class: the bodies above, and what no mode needs to see.
 
-    This is done as the first trace begins: Dynamo takes a second to import, and contexts do not need it.
+    This is done as the first trace begins. Dynamo takes a second to import, so not before; and after a graph break it
+    traces a function again and must find what it found before, so not later.
     """
+    trace_bodies_under(mode, stacks)
     from torch._dynamo.variables import functions, tensor, torch_function
 
     dispatches: Any = getattr(torch_function, "can_dispatch_torch_function", None)
@@ -92,7 +94,7 @@ def repair_dynamo() -> None:
         polyfilled.hash_impl = lambda self, tx: (hash(self.fn), False)
 
 
-def repair_dynamo_later() -> None:
+def repair_dynamo_later(mode: type, stacks: object) -> None:
     """Call repair_dynamo when the next trace begins."""
     context = torch._guards.TracingContext
     begin = context.__init__
@@ -101,7 +103,7 @@ def repair_dynamo_later() -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
         if "torch._dynamo" in sys.modules:
-            repair_dynamo()
+            repair_dynamo(mode, stacks)
 
     context.__init__ = __init__  # type: ignore[method-assign]
 
@@ -117,7 +119,6 @@ def forget_traced_regions() -> bool:
 
     Dynamo compares the values that a region read when it was traced, but not those that the traced code itself has set.
     """
-    repair_dynamo()  # for a first context that is entered in traced code
     context = torch._guards.TracingContext.try_get()
     caches = getattr(context, "hop_dispatch_set_cache", None)
     regions = None if caches is None else caches.get_cache(torch.ops.higher_order.invoke_subgraph)

@@ -16,6 +16,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._dynamo.variables import torch_function
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
@@ -236,6 +237,27 @@ def test_what_a_checkpointed_body_enters_and_leaves(body):
     assert compiled.layers == 1
     assert all(same_bits(grad, grads[0]) for grad in grads)
     assert not local.overrides and not local.states
+
+
+def test_the_first_trace_of_a_process(monkeypatch):
+    """After a graph break torch traces a function again from its beginning, and must find there what it found before.
+
+    As in YOLO with checkpoints: what is changed in Dynamo is changed before the first trace, not by it.
+    """
+    for name in ("dispatch_torch_function", "can_dispatch_torch_function"):
+        changed = getattr(torch_function, name)
+        monkeypatch.setattr(torch_function, name, getattr(changed, "__wrapped__", changed))
+    for once in (tracing.trace_bodies_under, tracing.repair_dynamo):
+        once.cache_clear()
+    conv, x = nn.Conv2d(16, 16, 3), values((4, 16, 8, 8)).requires_grad_()
+
+    def function(x):
+        y = checkpoint(conv, x, use_reentrant=False)
+        torch._dynamo.graph_break()
+        return conv(y)
+
+    with nv.nvfp4_autocast(NO_SR):
+        assert same_bits(torch.compile(function, backend="eager")(x), function(x))
 
 
 def test_an_unknown_torch_says_which_layers_stay_in_high_precision(monkeypatch):
