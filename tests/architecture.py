@@ -36,7 +36,8 @@ ROOMS = {  # an optional package: patterns of the files that may import it; * al
     "lightning": "integrations/lightning.py",
     "pytorch_lightning": "integrations/lightning.py",
     "accelerate": "",
-    "transformers": "integrations/transformers.py",
+    "transformers": "integrations/transformers.py cli/libraries.py",
+    "timm": "cli/libraries.py",
     "torchvision": "cli/torchvision_ops.py",
 }
 

@@ -139,7 +139,7 @@ def in_small(command: str, file: Path) -> list[str]:
         at = words.index("--input")
         del words[at : at + 4]
     # torchvision says how pictures are prepared for its networks, nobody for the small one.
-    if words[0] == "quantize" and "--range" not in words:
+    if words[0] in ("quantize", "scan") and "--range" not in words:
         words += ["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
     return [*words, *(["--input", "3", "8", "8"] if models else [])]
 

@@ -1,7 +1,7 @@
 """Run the command line te-nvfp4-cv. `te-nvfp4-cv COMMAND --help` explains each command; all have one shape (shape.py).
 
     doctor, recipes, selftest, warm      this machine and this installation        machine.py
-    coverage, try, project, bench        a model: what runs in NVFP4, how fast     models.py
+    coverage, try, scan, project, bench  a model: what runs in NVFP4, how fast     models.py
     quantize, export, verify             a trained model to an exported file       deploy.py
     diagnose, heatmaps, report           a training run                            runs.py
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from te_nvfp4_cv.cli.loading import example, model_of, model_options, new_file, recipe_of
-from te_nvfp4_cv.cli.pictures import Pictures, picture_options, preparation_of
-from te_nvfp4_cv.cli.shape import Command, progress, show
+from te_nvfp4_cv.cli.pictures import check_pictures, picture_options, read_pictures
+from te_nvfp4_cv.cli.shape import Command, show
 from te_nvfp4_cv.errors import value_error
 
 
@@ -27,6 +26,7 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
 
     model_options(parser)
     picture_options(parser)
+    parser.set_defaults(input=None)  # what it is then, the model's preparation says
     parser.add_argument("--method", choices=METHODS, default="search", help="how weights are rounded (default: search)")
     text = "quantize each activation with its own amax, not with a calibrated one"
     parser.add_argument("--dynamic", action="store_true", help=text)
@@ -39,24 +39,11 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
 def _quantize(options: argparse.Namespace) -> int:
     from te_nvfp4_cv.export import quantize, save
 
-    # Calibration reads picture files, so the input has their three channels.
-    if len(options.input) != 3 or options.input[0] != 3 or options.count < 1 or options.batch < 1:
-        raise value_error(
-            "quantize: --input, --count or --batch is out of range.",
-            got=f"{options.input}, {options.count}, {options.batch}",
-            needs="3 HEIGHT WIDTH for pictures; numbers of at least 1",
-            fix="in Python: nv.export.quantize(model, loader, recipe) takes any input",
-        )
+    check_pictures("quantize", options)
     # Before the model runs: a name that is taken should not be found out after minutes of work.
     out = new_file(options.out, ".safetensors", options.force, options.checkpoint)
-    height, width = options.size or options.input[1:]
     model = model_of(options, False)
-    prepared = preparation_of(options, model)
-    images = Pictures(options.images, (height, width), options.batch, options.count, prepared, options.strict)
-    batches = list(progress(images, "images", len(images)))  # in memory: calibration reads them several times
-    if images.skipped:
-        text = f"note: {len(images.skipped)} of {len(images.paths)} files could not be read and were skipped"
-        print(f"{text}: {images.skipped[0]}, ... (--strict stops there)", file=sys.stderr)
+    batches = read_pictures(options, model)
     scales = "dynamic" if options.dynamic else "static"
     recipe = recipe_of(options)
     # The [precision] table is not applied to the model: quantize and save take it from the recipe.
@@ -76,6 +63,8 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.safetensors or FILE.onnx")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--form", choices=FORMS, default="qdq", help="form of an ONNX file (default: qdq)")
+    text = "in an ONNX file: the largest batch, for a model that does something else for larger ones (default: any)"
+    parser.add_argument("--max-batch", type=int, metavar="N", help=text)
     text = "in an ONNX file: nvfp4, or high to have only the weights in NVFP4 (default: what the file is for)"
     parser.add_argument("--activations", choices=("nvfp4", "high"), help=text)
 
@@ -99,7 +88,8 @@ def _export(options: argparse.Namespace) -> int:
     if onnx:
         model = load(options.packed, model_of(options, False), activations=options.activations)
         # Two images: torch.export would take a batch of 1 for a constant.
-        _show(to_onnx(model, example(options, 2), out, form=options.form), options.json)
+        batch = True if options.max_batch is None else options.max_batch
+        _show(to_onnx(model, example(options, 2), out, form=options.form, dynamic_batch=batch), options.json)
     else:
         _show(save(model_of(options), out, recipe_of(options)), options.json)
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.cli.libraries import builder_of, library_of
 from te_nvfp4_cv.cli.weights import load_weights
 from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -25,7 +26,8 @@ def model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> 
         "model",
         nargs=nargs,
         metavar="MODEL",
-        help="MODULE:FUNCTION or FILE.py:FUNCTION that returns the model (torchvision.models:resnet50); its code runs",
+        help="MODULE:FUNCTION or FILE.py:FUNCTION that returns the model (torchvision.models:resnet50); its code runs. "
+        "Or timm:NAME, transformers:NAME, with the weights that the library has",
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="its weights: a state_dict, .pt or .safetensors"
@@ -40,14 +42,19 @@ def model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> 
     parser.add_argument("--recipe", metavar="NAME_OR_FILE", help="default: TransformerEngine's default recipe")
 
 
-def function_of(name: str, option: str) -> Any:
+def function_of(name: str, option: str, pretrained: bool = True) -> Any:
     """Return the function that the user names as MODULE:FUNCTION or FILE.py:FUNCTION, with torchvision made to load.
 
+    Args:
+        pretrained: a network that is named as timm:NAME or transformers:NAME gets the library's weights.
     Raises:
         ValueError: There is no such module, file or function.
     """
     from te_nvfp4_cv.sensitivity import builder
 
+    known = library_of(name)
+    if known is not None:
+        return builder_of(*known, pretrained)
     try:
         return builder.given(name, option)
     except ValueError as error:
@@ -76,7 +83,7 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
     """
     from te_nvfp4_cv.nn.precision import set_precision
 
-    model = function_of(options.model, "MODEL")()
+    model = function_of(options.model, "MODEL", options.checkpoint is None)()
     if not isinstance(model, nn.Module):
         raise type_error("MODEL: no model.", got=describe(model), needs="a function that returns one", fix="return it")
     if options.checkpoint is not None:
@@ -96,7 +103,7 @@ def subject_of(options: argparse.Namespace) -> Any:
     from te_nvfp4_cv.cli.trial.subject import Subject, distance
 
     build = function_of(options.model, "MODEL")
-    model, inputs, loss = _parts(build())
+    model, inputs, loss = parts_of(build())
     if inputs is None:
         inputs = (example(options, options.batch),)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
@@ -105,7 +112,7 @@ def subject_of(options: argparse.Namespace) -> Any:
     def made() -> nn.Module:
         from te_nvfp4_cv.nn.precision import set_precision
 
-        fresh = _parts(build())[0]
+        fresh = parts_of(build())[0]
         if table:
             set_precision(fresh, recipe_of(options))
         return fresh
@@ -113,7 +120,7 @@ def subject_of(options: argparse.Namespace) -> Any:
     return Subject(options.model, made, args, kwargs, distance if loss is None else loss)
 
 
-def _parts(built: Any) -> tuple[nn.Module, Any, Any]:
+def parts_of(built: Any) -> tuple[nn.Module, Any, Any]:
     """Return model, inputs and loss of what a user's function returned; None for what it left out."""
     parts = built if isinstance(built, tuple) else (built,)
     model, inputs, loss = (*parts, None, None)[:3]

@@ -1,4 +1,4 @@
-"""Run te-nvfp4-cv coverage, try, project and bench: what part of a model runs in NVFP4, what it survives, how fast.
+"""Run te-nvfp4-cv coverage, try, scan, project and bench: what runs in NVFP4, what it survives, what suffers, how fast.
 
 Each function imports what its own command needs, to keep the other commands quick.
 """
@@ -102,9 +102,22 @@ def _try(options: argparse.Namespace) -> int:
     return 0 if row.passed else 1
 
 
+def _scan_options(parser: argparse.ArgumentParser) -> None:
+    from te_nvfp4_cv.cli.scan import scan_options
+
+    scan_options(parser)
+
+
+def _scan(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.cli.scan import run_scan
+
+    return run_scan(options)
+
+
 COMMANDS = (
     Command("coverage", "list a model's layers: NVFP4 or not, why, FLOPs, memory", _coverage_options, _coverage),
     Command("try", "train, compile, save, export and fuse a model: does all of it hold?", _try_options, _try),
+    Command("scan", "rank layers by what NVFP4 changes: a table, a recipe, a page with pictures", _scan_options, _scan),
     Command("project", "estimate a model's time on a GPU that is not here, by a roofline", _project_options, _project),
     Command("bench", "measure size, load time and latency: fp32, bf16, packed, cached", _bench_options, _bench),
 )

@@ -3,15 +3,17 @@
     x = (low + (high - low) * pixel - mean) / std       pixel: 0 .. 1 whatever the file's depth; low, high: --range
 
 What the options do not say is taken from the model: timm writes it into the model (pretrained_cfg), torchvision beside
-the weights of a network of that name. Where neither says it, nothing is guessed.
+the weights of a network of that name, transformers into a file beside the weights. Where none says it, nothing is
+guessed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.cli.libraries import image_processor, library_of
+from te_nvfp4_cv.cli.shape import progress
 from te_nvfp4_cv.errors import need_package, value_error
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -34,6 +38,7 @@ class Preparation:
         range: what black and white are before that.
         mode: "stretch" to the size, "crop" the middle, or "pad" with black.
         kept: the share of the shorter side that "crop" keeps.
+        size: height and width, if they are known.
     """
 
     mean: tuple[float, ...]
@@ -41,19 +46,21 @@ class Preparation:
     range: tuple[float, float] = (0.0, 1.0)
     mode: str = "stretch"
     kept: float = 1.0
+    size: tuple[int, int] | None = None
 
 
-def picture_options(parser: argparse.ArgumentParser) -> None:
+def picture_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add the options about pictures to a parser."""
-    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="calibration images")
+    text = "calibration images" if required else "pictures (default: the inputs that MODEL returns)"
+    parser.add_argument("--images", type=Path, required=required, metavar="FOLDER", help=text)
     parser.add_argument("--count", type=int, default=64, metavar="N", help="how many of them (default: 64)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (default: 8)")
-    told = "(default: as timm or torchvision say of the model; else it must be given)"
+    told = "(default: as timm, torchvision or transformers say of the model; else it must be given)"
     parser.add_argument("--mean", type=float, nargs="+", metavar="M", help=f"one number, or one per channel {told}")
     parser.add_argument("--std", type=float, nargs="+", metavar="S", help=f"likewise {told}")
     text = "values of black and white, before --mean and --std (default: 0 1); alone it means --mean 0 --std 1"
     parser.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
-    text = "size of the pictures (default: that of --input)"
+    text = "size of the pictures (default: that of --input, else what the model's preparation says, else 224 224)"
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=text)
     text = "how they get that size (default: crop where the model's preparation says so, else stretch)"
     parser.add_argument("--resize-mode", choices=MODES, help=text)
@@ -67,11 +74,11 @@ def preparation_of(options: argparse.Namespace, model: nn.Module) -> Preparation
         ValueError: Neither says it.
     """
     if options.mean is None and options.std is None and options.range is None:
-        found = _of_timm(model) or _of_torchvision(options.model)
+        found = _of_timm(model) or _of_torchvision(options.model) or _of_transformers(options.model)
         if found is None:
             raise value_error(
                 "quantize: how does the model want its pictures?",
-                got="no --mean, --std or --range, and a model that timm and torchvision say nothing of",
+                got="no --mean, --std or --range, and a model that timm, torchvision and transformers say nothing of",
                 needs="the numbers that it was trained with",
                 fix="--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 for ImageNet's; --range 0 255 or --range -1 1",
             )
@@ -90,7 +97,7 @@ def preparation_of(options: argparse.Namespace, model: nn.Module) -> Preparation
             needs="one number or three; deviations above 0; LOW below HIGH", fix="--mean 0.5 --std 0.5",
         )
     mode = options.resize_mode or found.mode
-    return Preparation(found.mean, found.std, found.range, mode, found.kept if mode == found.mode else 1.0)
+    return replace(found, mode=mode, kept=found.kept if mode == found.mode else 1.0)
 
 
 def _of_timm(model: nn.Module) -> Preparation | None:
@@ -99,7 +106,9 @@ def _of_timm(model: nn.Module) -> Preparation | None:
         return None
     kept = told.get("crop_pct") or 1.0
     mode = {"squash": "stretch", "border": "pad"}.get(told.get("crop_mode") or "center", "crop")
-    return Preparation(tuple(told["mean"]), tuple(told["std"]), mode=mode, kept=float(kept))
+    size = told.get("input_size")  # (channels, height, width)
+    two = (int(size[1]), int(size[2])) if size and len(size) == 3 else None
+    return Preparation(tuple(told["mean"]), tuple(told["std"]), mode=mode, kept=float(kept), size=two)
 
 
 def _of_torchvision(name: str) -> Preparation | None:
@@ -113,7 +122,55 @@ def _of_torchvision(name: str) -> Preparation | None:
         return None
     crop, resize = getattr(told, "crop_size", None), getattr(told, "resize_size", None)
     mode, kept = ("crop", crop[0] / resize[0]) if crop and resize else ("stretch", 1.0)
-    return Preparation(tuple(told.mean), tuple(told.std), mode=mode, kept=kept)
+    size = (int(crop[0]), int(crop[-1])) if crop else None
+    return Preparation(tuple(told.mean), tuple(told.std), mode=mode, kept=kept, size=size)
+
+
+def _of_transformers(name: str) -> Preparation | None:
+    known = library_of(name)
+    told = image_processor(known[1]) if known is not None and known[0] == "transformers" else None
+    if not told or not told.get("do_normalize", True) or not told.get("image_mean") or not told.get("image_std"):
+        return None
+    # Pixels of 0 to 255 are multiplied by this before the mean is subtracted.
+    white = 255.0 * float(told.get("rescale_factor") or 1 / 255) if told.get("do_rescale", True) else 255.0
+    resized, crop = (told.get(key) if told.get(f"do_{do}", True) else None
+                     for key, do in (("size", "resize"), ("crop_size", "center_crop")))
+    shortest, size = (resized or {}).get("shortest_edge"), crop or resized or {}
+    two = (int(size["height"]), int(size["width"])) if "height" in size else (int(shortest),) * 2 if shortest else None
+    kept = two[0] / shortest if crop and shortest and two else 1.0
+    mode = "crop" if shortest else "stretch"
+    return Preparation(
+        tuple(told["image_mean"]), tuple(told["image_std"]), (0.0, white), mode, min(float(kept), 1.0), two
+    )
+
+
+def check_pictures(command: str, options: argparse.Namespace) -> None:
+    """Check the numbers that a command about pictures was given.
+
+    Raises:
+        ValueError: One of them is out of range.
+    """
+    # Picture files have three channels.
+    wrong_input = options.input is not None and (len(options.input) != 3 or options.input[0] != 3)
+    if wrong_input or options.count < 1 or options.batch < 1:
+        raise value_error(
+            f"{command}: --input, --count or --batch is out of range.",
+            got=f"{options.input}, {options.count}, {options.batch}",
+            needs="3 HEIGHT WIDTH for pictures; numbers of at least 1",
+            fix=f"in Python: nv.{'export.quantize' if command == 'quantize' else 'sensitivity.scan'} takes any input",
+        )
+
+
+def read_pictures(options: argparse.Namespace, model: nn.Module) -> list[Tensor]:
+    """Return the batches of the pictures that the options name, prepared as the model wants them."""
+    prepared = preparation_of(options, model)
+    height, width = options.size or (options.input or (0,))[1:] or prepared.size or (224, 224)
+    images = Pictures(options.images, (height, width), options.batch, options.count, prepared, options.strict)
+    batches = list(progress(images, "images", len(images)))  # in memory: they are read several times
+    if images.skipped:
+        text = f"note: {len(images.skipped)} of {len(images.paths)} files could not be read and were skipped"
+        print(f"{text}: {images.skipped[0]}, ... (--strict stops there)", file=sys.stderr)
+    return batches
 
 
 class Pictures:

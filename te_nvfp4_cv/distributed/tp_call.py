@@ -270,6 +270,12 @@ class _Call:
 
     def _plan(self, call: CallShape, x: Tensor, w: Tensor, recipe: NVFP4BlockScaling, backend: str) -> Plan:
         """Return the plan of the whole call, of which this rank has x and w."""
+        if recipe.activation_shift != "none":  # a rank has not all pixels, or not all channels
+            raise value_error(
+                f"tensor_parallel {self.op}: the input cannot be shifted.",
+                got=f"activation_shift={recipe.activation_shift!r}", needs="activation_shift='none'",
+                fix="leave the field out of the recipe of tensor-parallel layers",
+            )
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
         chosen = dispatch.resolve(backend, x.device, by_layer=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, describe, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
-from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
+from te_nvfp4_cv.export.artifact import Artifact
 from te_nvfp4_cv.export.codes import Codes, quantize_layer
 from te_nvfp4_cv.export.computed import keys_of
 from te_nvfp4_cv.export.fit import (
@@ -38,6 +38,7 @@ from te_nvfp4_cv.export.fit import (
 )
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.inner import around, install, share_bias
+from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, join
 from te_nvfp4_cv.export.modules import InferenceLayer, become, check_path
 from te_nvfp4_cv.export.ranks import gathered, written_once
 from te_nvfp4_cv.layer.check import checked_recipe
@@ -104,8 +105,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
         A summary: files, layers and sizes.
     Raises:
         TypeError: `model` is no module, or `recipe` is no recipe.
-        ValueError: A pattern of the recipe's table matches nothing, a weight is not finite, or the state_dict holds
-            something other than tensors.
+        ValueError: A pattern of the recipe's table matches nothing, a weight is not finite, the state_dict holds
+            something other than tensors, or a recipe has activation_shift.
         RuntimeError: The model is sharded, or a file cannot be written.
 
     Example:
@@ -196,6 +197,13 @@ def _entry(
         codes, shape = module.codes, tuple(module.weight_shape)
         op, channels_last = module.op, module.channels_last
     else:
+        if recipe.activation_shift != "none":  # W m needs the weight in high precision, and m is the batch's
+            raise value_error(
+                f"nv.export.save: the layer {name!r} shifts its input by the mean of each batch.",
+                got=f"activation_shift={recipe.activation_shift!r} in its recipe",
+                needs="a shift that is part of the file",
+                fix="nv.export.quantize(model, images), which finds such shifts",
+            )
         w = like_weight(module)
         codes, shape = quantize_layer(module, recipe, trained), tuple(w.shape)
         op, channels_last = op_of(module), layouts.is_channels_last(w)
@@ -239,7 +247,7 @@ def _layer_tensors(name: str, codes: Codes, entry: LayerEntry, recipe: NVFP4Bloc
         factor = 1.0 / (6.0 * recipe.settings("input").e4m3_max)
         found["input_scale"] = (codes.input_amax.float() * factor).reshape(())
     if codes.shift is not None:
-        found |= zip(artifact.SHIFTS, codes.shift, strict=True)
+        found |= zip(SHIFTS, codes.shift, strict=True)
     return {join(name, key): value for key, value in found.items()}
 
 
@@ -322,7 +330,7 @@ def load(
         for key, buffer in layer._buffers.items():
             # Each layer's own device, so that a model that lies on two GPUs stays there.
             layer._buffers[key] = None if buffer is None else buffer.to(device if w.is_meta else w.device)
-    packed = {join(name, key) for name in layers for key in artifact.PARTS}
+    packed = {join(name, key) for name in layers for key in PARTS}
     names = plain_names("nv.export.load", model)
     # The mapped tensors are cloned where the model takes them over: the file may be replaced later.
     state = {names[name]: t.clone() if meta else t for name, t in opened.tensors.items() if name not in packed}
@@ -376,7 +384,7 @@ def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4
 
 def _shift_of(opened: Artifact, name: str, entry: LayerEntry, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return what a shifted layer subtracts from x and adds to y."""
-    down, up = (opened.tensors[join(name, key)] for key in artifact.SHIFTS)
+    down, up = (opened.tensors[join(name, key)] for key in SHIFTS)
     sizes = {"input_shift": (down, entry.groups * matrix.channels(plan)), "output_shift": (up, entry.shape[0])}
     for key, (t, size) in sizes.items():
         if t.dtype != torch.float32 or tuple(t.shape) != (size,) or not bool(torch.isfinite(t).all()):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import runtime_error, value_error
-from te_nvfp4_cv.export.artifact import PARTS, SHIFTS, Artifact, LayerEntry, Manifest, damaged, join
+from te_nvfp4_cv.export.artifact import Artifact
 from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.export.inner import PREFIX, Inner, Kernel, NotPacked, find, has_own_forward, layer_of
+from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, damaged, join
 from te_nvfp4_cv.layer import check
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.base import OPS, NVFP4Module

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, Manifest, join
+from te_nvfp4_cv.export.artifact import Artifact
+from te_nvfp4_cv.export.manifest import LayerEntry, Manifest, join
 from te_nvfp4_cv.export.verify.inspection_config import read_config
 from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
 from te_nvfp4_cv.nn.modules import NVFP4Linear

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.context.function_mode import LayerCall, decide
 from te_nvfp4_cv.context.layer_calls import LayerCalls
-from te_nvfp4_cv.export.artifact import join
+from te_nvfp4_cv.export.manifest import join
 from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.inside import replaced

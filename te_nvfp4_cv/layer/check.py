@@ -112,7 +112,10 @@ def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScali
 _cached_thin = functools.lru_cache(maxsize=CACHED)(_thin)
 
 
-def refuse_jit_trace(what: str) -> None:
+TRACE = "torch.compile or torch.export in its place; or trace in high precision, under nvfp4_autocast(enabled=False)"
+
+
+def refuse_jit_trace(what: str, fix: str = TRACE) -> None:
     """Refuse torch.jit.trace, which would freeze random bits, tensor scales and shapes into its graph.
 
     Raises:
@@ -123,8 +126,7 @@ def refuse_jit_trace(what: str) -> None:
             f"nvfp4: torch.jit.trace does not take {what}.",
             got="a call in NVFP4 inside torch.jit.trace",
             needs="Python at each call: it draws random bits and looks at shapes",
-            fix="torch.compile or torch.export in its place; or trace in high precision, under "
-            "nvfp4_autocast(enabled=False)",
+            fix=fix,
         )
 
 

@@ -18,6 +18,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import (
+    activation_shift,
     custom_op,
     deferred,
     delayed_scaling,
@@ -90,6 +91,8 @@ def execute(
         ValueError: shapes or arguments that do not fit.
         RuntimeError: a backend that cannot run here.
     """
+    if recipe.activation_shift != "none" and x.numel():
+        return _shifted(op, x, w, bias, args, recipe, backend, group)
     producer = getattr(x, deferred.ATTRIBUTE, None)
     if producer is None:
         return _execute(op, x, w, bias, args, recipe, backend, group)
@@ -98,6 +101,28 @@ def execute(
     except BaseException:
         deferred.settle(x)  # whoever catches this may read x
         raise
+
+
+def _shifted(
+    op: str,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    args: ConvArgs,
+    recipe: NVFP4BlockScaling,
+    backend: str,
+    group: Any,
+) -> Tensor:
+    """Run a call on x without the mean of its channels, and add what that takes away."""
+    refuse_jit_trace(f"a layer in NVFP4 ({op})")
+    if getattr(x, deferred.ATTRIBUTE, None) is not None:
+        deferred.settle(x)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    without_mean, more = activation_shift.shifted(op, x, w, args)
+    y = execute(op, without_mean, w, bias, args, recipe.unshifted, backend, group)
+    return (y + more).to(y.dtype)
 
 
 def _execute(

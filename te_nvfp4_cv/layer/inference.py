@@ -19,7 +19,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer import custom_op, forward_backward, gemms
-from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, planned
+from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, planned, refuse_jit_trace
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
@@ -27,6 +27,8 @@ from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.records import Face, WeightCodes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import Role
+
+TRACE = "torch.compile or torch.export in its place; nv.export.to_onnx(..., form='portable') where there is no Python"
 
 
 class StoredWeight(NamedTuple):
@@ -85,6 +87,7 @@ def run(
         y in x's dtype (torch.autocast's where it is on).
     Raises:
         ValueError: x does not fit.
+        RuntimeError: torch.jit.trace is at work.
     """
     # The weight exists as codes only: its shape is known, and no dtype is.
     x, autocast, call = _input(op, x, Sizes(tuple(weight.shape), ""), bias, args)
@@ -123,6 +126,7 @@ def _input(
     op: str, x: Tensor, w: Sizes, bias: Tensor | None, args: ConvArgs
 ) -> tuple[Tensor, bool, CallShape]:
     """Return x in torch.autocast's dtype where that is on, if it is on, and the call's shapes."""
+    refuse_jit_trace(f"an inference layer ({op})", TRACE)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     x = x.to(torch.get_autocast_dtype(device)) if autocast else x

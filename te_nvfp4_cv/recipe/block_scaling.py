@@ -146,6 +146,9 @@ class NVFP4BlockScaling:
             channels: "pad".
         kernels: The kernels that may run in NVFP4: "all" of eligible shape, computed ones too, as in torch.autocast,
             but no constants (buffers); or "parameters" only and views of them.
+        activation_shift: If "mean", the mean of each input channel is subtracted before x is quantized, and its product
+            with the weight is added in fp32, exactly, borders included. For layers whose inputs have means that are
+            large beside their deviations; each batch has means of its own, in evaluation too.
         high_precision_gemms: Any of "fprop", "dgrad" and "wgrad", which then do not run in NVFP4.
         precision: Pairs of a pattern of module names and a recipe or its name, or None or "high" for high precision; or
             a dictionary of them. The last match wins.
@@ -177,6 +180,7 @@ class NVFP4BlockScaling:
     tensor_scale: str = "current"
     thin_layers: str = "high_precision"
     kernels: str = os.getenv("TE_NVFP4_CV_KERNELS", "all")
+    activation_shift: str = os.getenv("TE_NVFP4_CV_ACTIVATION_SHIFT", "none")
     high_precision_gemms: tuple[str, ...] = ()
     precision: tuple[tuple[str, NVFP4BlockScaling | None], ...] = ()
     name: str = dataclasses.field(default="", compare=False)
@@ -197,6 +201,8 @@ class NVFP4BlockScaling:
         changed = {field: value for field, value in numbers.items() if value != PLAIN[field]}
         # Custom operators take texts and numbers, not objects: the key carries the recipe across their boundary.
         object.__setattr__(self, "_key", ";".join(f"{field}={value!r}" for field, value in changed.items()))
+        if self.activation_shift != "none":  # made once: each call of a layer asks for it
+            object.__setattr__(self, "_unshifted", dataclasses.replace(self, activation_shift="none"))
         if self.backward_override == "dequantized" and self.high_precision_gemms:
             raise value_error(
                 "recipe fields 'backward_override' and 'high_precision_gemms' contradict each other.",
@@ -208,7 +214,8 @@ class NVFP4BlockScaling:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles hold every field that their version had. A frozen dataclass takes no setattr, so the dictionary is
         # filled, as pickle would.
-        self.__dict__.update({"kernels": PLAIN["kernels"]} | without_removed(state))
+        missing = {field: PLAIN[field] for field in ("kernels", "activation_shift")}
+        self.__dict__.update(missing | without_removed(state))
 
     @property
     def fp4_quant_fwd_inp(self) -> QParams:
@@ -233,6 +240,12 @@ class NVFP4BlockScaling:
         """The GEMMs that run in NVFP4: those that neither high_precision_gemms nor backward_override takes out."""
         out = set(self.high_precision_gemms) | ({"dgrad", "wgrad"} if self.backward_override is not None else set())
         return tuple(gemm for gemm in GEMMS if gemm not in out)
+
+    @property
+    def unshifted(self) -> NVFP4BlockScaling:
+        """This recipe without activation_shift."""
+        found: NVFP4BlockScaling = getattr(self, "_unshifted", self)
+        return found
 
     @property
     def key(self) -> str:

@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "tensor_scale": ("current", "delayed"),
     "thin_layers": ("high_precision", "pad"),
     "kernels": ("all", "parameters"),
+    "activation_shift": ("none", "mean"),
 }
 """Fields with a closed list of values. The first value is the default, but see PLAIN."""
 
@@ -75,6 +76,7 @@ ENVIRONMENT = {
     "nvfp4_4over6_err_mode": "NVTE_NVFP4_4OVER6_ERR_MODE",
     "backward_override": "NVTE_BACKWARD_OVERRIDE",
     "kernels": "TE_NVFP4_CV_KERNELS",
+    "activation_shift": "TE_NVFP4_CV_ACTIVATION_SHIFT",
 }
 PLAIN: dict[str, Any] = {field: values[0] for field, values in ALLOWED.items()}
 # Two fields without a list of values, and one whose default is not the first of its list.

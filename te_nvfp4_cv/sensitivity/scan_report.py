@@ -25,6 +25,7 @@ from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.recipe.files import save_recipe
 from te_nvfp4_cv.report.budget import check_share, worst_within
 from te_nvfp4_cv.report.text import aligned, number, plain
+from te_nvfp4_cv.sensitivity.scan_page import Bar, page
 
 Table = dict[str, NVFP4BlockScaling | None]
 
@@ -124,11 +125,14 @@ class Scan:
         Raises:
             ValueError: both are given, or a value is out of range.
         """
+        return self._table(self._worst(budget, count))
+
+    def _worst(self, budget: float | None, count: int | None) -> list[LayerScan]:
         rows = self.ranked()
         # With a count every layer costs 1, so that both limits are one loop.
         costs = [1 if count is not None else row.flops for row in rows]
         chosen = worst_within([self.score(row) for row in rows], costs, self._budget(budget, count))
-        return self._table([rows[index] for index in chosen])
+        return [rows[index] for index in chosen]
 
     def _budget(self, budget: float | None, count: int | None) -> float:
         if budget is not None and count is not None:
@@ -214,6 +218,20 @@ class Scan:
             rows.append(cells)
         return pandas.DataFrame(rows, index=pandas.Index([row.name for row in self.ranked()], name="layer"))
 
+    def to_html(self, title: str = "scan", budget: float = 0.1) -> str:
+        """Return a page with the ranked table and pictures, which needs no script and no network.
+
+        Args:
+            title: what was scanned.
+            budget: the share of the FLOPs whose worst layers are marked, as `suggest` takes it.
+        """
+        own, spared = sum(row.flops for row in self.rows), {row.name for row in self._worst(budget, None)}
+        bars = [
+            Bar(row.name or "(the model)", row.op, self.score(row), row.flops / own if own else 0.0, row.name in spared)
+            for row in self.rows
+        ]
+        return page(title, bars, self._summary())
+
     def __str__(self) -> str:
         own = sum(row.flops for row in self.rows)
         rows = [("layer", "op", "kernel", "FLOPs", *_titles("alone"), *_titles("without"), "score", "")]
@@ -226,11 +244,15 @@ class Scan:
         # A mode or a single batch leaves columns empty; those are not shown.
         shown = [column for column in range(last + 1) if column == last or any(row[column] for row in rows[1:])]
         lines = aligned([[row[column] for column in shown] for row in rows], left=3)
+        return "\n".join([*lines, *self._summary()])
+
+    def _summary(self) -> list[str]:
         loss, error = number(self.everything.loss, "+.3g"), self.everything.gradient_error
         gradient = "" if error is None else f", gradient error {error:.3g}"
-        lines.append(f"all layers in NVFP4: loss {loss}{gradient}; high precision: loss {self.loss:.6g}")
-        lines.append(f"{self.batches} batches, recipe {self.recipe_used!r}")
-        return "\n".join(lines)
+        return [
+            f"all layers in NVFP4: loss {loss}{gradient}; high precision: loss {self.loss:.6g}",
+            f"{self.batches} batches, recipe {self.recipe_used!r}",
+        ]
 
 
 def _titles(name: str) -> tuple[str, ...]:

@@ -126,7 +126,8 @@ def test_a_budget_that_is_no_share_is_refused() -> None:
 # ---- biases and shifts ----------------------------------------------------------------------------------------------
 
 
-def test_the_observed_error_of_activations_is_corrected() -> None:
+def test_the_observed_error_of_activations_is_halved_where_channels_hardly_vary() -> None:
+    """One input of three that were tried: with more deviation it fell to 0.63 and 0.56 only; see docs/RESULTS.md."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.AvgPool2d(2)).eval()
     level = 3 + 3 * torch.rand(16, 1, 1)

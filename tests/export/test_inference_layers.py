@@ -534,3 +534,15 @@ def test_aot_inductor_packages_an_integer_model(weights: str, tmp_path: Path) ->
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("activations", ["nvfp4", "high"])
+def test_torch_jit_trace_is_refused(activations: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(16, 32, 3)), values((2, 16, 6, 6))
+    made_of(model[0]).set_mode(activations=activations)
+    with pytest.raises(RuntimeError, match=r"jit.trace does not take an inference layer[\s\S]*form='portable'"):
+        torch.jit.trace(model, x)
+
+
+def made_of(layer: nn.Module) -> export.InferenceLayer:
+    return become(layer, quantize_layer(layer, RECIPE), RECIPE)

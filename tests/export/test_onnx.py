@@ -17,6 +17,7 @@ from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.convert import to_onnx
 from te_nvfp4_cv.export.verify import __main__ as verify
+from tests import runtimes
 from tests.helpers import same_bits, values
 from tests.networks import Net
 
@@ -271,6 +272,64 @@ class Branch(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Large(nn.Module):
+    """Does something else for large batches, as diffusers' Upsample2D does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous() if x.shape[0] >= 64 else x
+
+
+def test_a_model_that_does_something_else_for_large_batches_gets_a_largest_one(tmp_path: Path) -> None:
+    model, x = inference_linear(Large()), values((4, 16))
+    with pytest.raises(ValueError, match=r"Constraints violated[\s\S]*fix:   dynamic_batch=63: the largest batch"):
+        to_onnx(model, x, tmp_path / "m.onnx")
+    made = to_onnx(model, x, tmp_path / "m.onnx", dynamic_batch=63)
+    for batch in (1, 63):
+        x = values((batch, 16))
+        assert difference(run(made.files[0], x, "qdq"), model(x)) < 1e-3
+    for bad in (0.5, 1, -3):
+        with pytest.raises((TypeError, ValueError), match=r"bad dynamic_batch[\s\S]*at least 2"):
+            to_onnx(model, x, tmp_path / "m.onnx", dynamic_batch=bad)  # type: ignore[arg-type]
+
+
+class Sum(nn.Module):
+    """Takes any number of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = inference_linear()
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.linear(torch.stack(xs).sum(0))
+
+
+def test_a_forward_of_any_number_of_inputs_is_exported(tmp_path: Path) -> None:
+    model, xs = Sum(), (values((2, 16)), values((2, 16), seed=1))
+    made = to_onnx(model, xs, tmp_path / "m.onnx", form="portable", input_names=("a", "b"))
+    y = ort.InferenceSession(str(made.files[0])).run(None, {"a": xs[0].numpy(), "b": xs[1].numpy()})[0]
+    assert difference(y, model(*xs)) < 1e-5
+    with pytest.raises(ValueError, match=r"equal size[\s\S]*run model\(\*example\)"):
+        to_onnx(model, (xs[0], values((2, 15))), tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
+def test_attention_over_shifted_windows_is_exported(form: str, tmp_path: Path) -> None:
+    """It reads the weights of its layers and pads, rolls and masks, as all of Swin-T does."""
+    swin = pytest.importorskip("torchvision.models.swin_transformer", reason="the extra [train]")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), swin.ShiftedWindowAttention(32, [4, 4], [2, 2], 2)).eval()
+    x = values((2, 6, 8, 16))
+    model = nv.export.quantize(net, [x], method="nearest")
+    for layer in model.modules():
+        if isinstance(layer, nv.export.InferenceLayer):
+            layer.set_mode(activations="high")
+    made = to_onnx(model, x, tmp_path / "m.onnx", form=form)
+    assert made.quantized == ("0", "1.qkv", "1.proj") and not made.high
+    assert verify.main([str(made.files[0])]) == 0
+    x = values((3, 6, 8, 16), seed=1)
+    assert difference(run(made.files[0], x, form), model(x)) < 1e-5
+
+
 class OneBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.view(4, -1)
@@ -425,3 +484,32 @@ def test_block_scales_are_rounded_alike_by_every_runtime(runtime: str, tmp_path:
     else:
         y = module.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
     assert same_bits(torch.as_tensor(y), x.to(torch.float8_e4m3fn).float())
+
+
+# ---- the same layers in OpenVINO ------------------------------------------------------------------------------------
+
+OPENVINO = "the extra [openvino], a second runtime to compare with"
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_openvino_gives_the_codes_and_outputs_of_onnxruntime(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason=OPENVINO)
+    torch.manual_seed(0)
+    build, shape = LAYERS[case]
+    model = nn.Sequential(build())
+    become(model[0], quantize_layer(model[0], RECIPE), RECIPE)
+    x = runtimes.padded_input(model[0], values(shape, seed=3))
+    found = runtimes.compared(case, model[0], x, tmp_path)
+    assert found.codes and found.output <= runtimes.BOUND
+
+
+def test_openvino_gives_the_outputs_of_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason=OPENVINO)
+    assert runtimes.network(*runtimes.quantized("small"), tmp_path) <= runtimes.BOUND
+
+
+def test_the_comparison_of_runtimes_finds_other_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtimes, "openvino", lambda *args: [2 * y for y in runtimes.onnxruntime(*args)])
+    model = inference_linear()
+    found = runtimes.compared("linear", model[0], values((4, 16)), tmp_path)
+    assert not found.codes and found.output == pytest.approx(1.0)

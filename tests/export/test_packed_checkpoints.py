@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import files
-from te_nvfp4_cv.export import artifact, checkpoints
+from te_nvfp4_cv.export import artifact, checkpoints, manifest
 from te_nvfp4_cv.export.folding import FoldedNorm
 from te_nvfp4_cv.recipe.files import parse_recipe
 from tests.helpers import same_bits, values
@@ -378,9 +378,9 @@ def test_no_model_and_no_file(tmp_path: Path) -> None:
 
 def test_an_older_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(artifact.Manifest, "version", 0)
-        manifest = artifact.Manifest("0.0.1", "", (), {}, {}, version=0)
-    metadata = {artifact.KEY: manifest.to_json()}
+        patch.setattr(manifest.Manifest, "version", 0)
+        old = manifest.Manifest("0.0.1", "", (), {}, {}, version=0)
+    metadata = {artifact.KEY: old.to_json()}
     safetensors.save_file({"x": torch.ones(1)}, tmp_path / "old.safetensors", metadata)
     with pytest.raises(ValueError, match=r"version 0 of the format, te_nvfp4_cv '0.0.1'"):
         nv.export.load(tmp_path / "old", Net())

@@ -2,7 +2,7 @@
 
     weight, "qdq"        FLOAT4E2M1 [N, K], E4M3 [N, K / 16], fp32 []:  DequantizeLinear(codes, DequantizeLinear(scales,
                          tensor scale), axis=1, block_size=16), since a scale must have the type of the result
-    weight, "portable"   uint8 [N, K / 2]: BitwiseAnd, BitShift, Gather from the 16 values, times both scales
+    weight, "portable"   uint8 [N, K / 2]: BitwiseAnd, Mul, Gather from the 16 values, times both scales
     x                    channels last, padded to blocks of 16, amax, s_b = e4m3(amax_b S_enc / 6), then
                          QuantizeLinear to FLOAT4E2M1 and DequantizeLinear ("qdq"), or comparisons ("portable", with
                          the codes of the layer, bit for bit)
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.artifact import join
+from te_nvfp4_cv.export.manifest import join
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.formats import BLOCK
 
@@ -81,12 +81,14 @@ def weight_matrix(g: Nodes, layer: InferenceLayer, portable: bool) -> str:
         real_scales = g.op("DequantizeLinear", [scales, tensor_scale])
         return g.op("DequantizeLinear", [codes, real_scales], axis=1, block_size=BLOCK)
     codes = g.packed("weight", data, TensorProto.UINT8, (rows, half))
-    # Two codes to a byte: the even column is in the low nibble, so [low, high] pairs restore the order.
-    low = g.op("BitwiseAnd", [codes, g.constant("nibble", 15, np.uint8)])
-    high = g.op("BitShift", [codes, g.constant("shift", 4, np.uint8)], direction="RIGHT")
+    # Two codes to a byte: the even column is in the low nibble, so [low, high] pairs restore the order. The high one is
+    # divided by 16 as a number: OpenVINO 2026.4 rounds where BitShift drops bits.
+    low = g.op("Cast", [g.op("BitwiseAnd", [codes, g.constant("low", 0x0F, np.uint8)])], to=TensorProto.FLOAT)
+    high = g.op("Cast", [g.op("BitwiseAnd", [codes, g.constant("high", 0xF0, np.uint8)])], to=TensorProto.FLOAT)
+    high = g.op("Mul", [high, g.constant("sixteenth", 1 / 16)])
     one = g.ints("last_axis", [2])
     pairs = g.op("Concat", [g.op("Unsqueeze", [low, one]), g.op("Unsqueeze", [high, one])], axis=2)
-    index = g.op("Cast", [pairs], to=TensorProto.INT64)  # Gather takes no uint8
+    index = g.op("Cast", [pairs], to=TensorProto.INT64)  # what Gather takes
     values = g.op("Gather", [g.constant("e2m1", VALUES), index])  # [N, K / 2, 2]
     blocks = g.op("Reshape", [values, g.ints("blocks", [rows, scale.shape[1], BLOCK])])
     real_scales = g.op("Mul", [g.op("Cast", [scales], to=TensorProto.FLOAT), tensor_scale])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.errors import need_package
-from te_nvfp4_cv.export.artifact import join
+from te_nvfp4_cv.export.manifest import join
 
 Calls = dict[str, list[tuple[Tensor, Tensor]]]
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.export import matrix
-from te_nvfp4_cv.export.artifact import Artifact, LayerEntry, join, kind_of, read
+from te_nvfp4_cv.export.artifact import Artifact, kind_of, read
+from te_nvfp4_cv.export.manifest import LayerEntry, join
 from te_nvfp4_cv.export.verify import torchao_names
 from te_nvfp4_cv.export.verify.inspection_config import Config, is_embedding, read_config
 from te_nvfp4_cv.export.verify.report import Report, Row

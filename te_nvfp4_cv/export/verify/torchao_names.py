@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.export.artifact import join
+from te_nvfp4_cv.export.manifest import join
 from te_nvfp4_cv.formats import BLOCK, round_up
 
 QDATA, SCALE, TENSOR_SCALE = "_weight_qdata", "_weight_scale", "_weight_per_tensor_scale"
