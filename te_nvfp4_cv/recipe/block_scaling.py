@@ -146,13 +146,13 @@ class NVFP4BlockScaling:
             channels: "pad".
         kernels: The kernels that may run in NVFP4: "all" of eligible shape, computed ones too, as in torch.autocast,
             but no constants (buffers); or "parameters" only and views of them.
-        activation_shift: If "mean", the mean of each input channel is subtracted before x is quantized, and its product
-            with the weight is added in fp32, exactly, borders included. For layers whose inputs have means that are
-            large beside their deviations; each batch has means of its own, in evaluation too.
         high_precision_gemms: Any of "fprop", "dgrad" and "wgrad", which then do not run in NVFP4.
         precision: Pairs of a pattern of module names and a recipe or its name, or None or "high" for high precision; or
             a dictionary of them. The last match wins.
         name: What reports call the recipe. It takes no part in comparisons.
+        activation_shift: If "mean", the mean of each input channel is subtracted before x is quantized, and its product
+            with the weight is added in fp32, exactly, borders included. For layers whose inputs have means that are
+            large beside their deviations; each batch has means of its own, in evaluation too.
     Raises:
         ValueError: A value is outside its list, fields contradict each other, or a version removed the field.
 
@@ -180,10 +180,10 @@ class NVFP4BlockScaling:
     tensor_scale: str = "current"
     thin_layers: str = "high_precision"
     kernels: str = os.getenv("TE_NVFP4_CV_KERNELS", "all")
-    activation_shift: str = os.getenv("TE_NVFP4_CV_ACTIVATION_SHIFT", "none")
     high_precision_gemms: tuple[str, ...] = ()
     precision: tuple[tuple[str, NVFP4BlockScaling | None], ...] = ()
     name: str = dataclasses.field(default="", compare=False)
+    activation_shift: str = os.getenv("TE_NVFP4_CV_ACTIVATION_SHIFT", "none")
 
     def __post_init__(self) -> None:
         for field in ("fp4_format", "fp8_format"):  # TransformerEngine's Format enum is taken by its member's name
