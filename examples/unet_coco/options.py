@@ -24,7 +24,7 @@ from .unet import ACTIVATIONS
 
 TASKS = ("semantic", "instance", "detection")
 BACKBONES = ("resnet18", "resnet34", "resnet50")
-SAMPLES = 20  # columns of heatmaps that people can read, at each of which a step takes about twice as long
+SAMPLES = 20  # columns of heatmaps that people can read, at each of which a step takes two or three times as long
 LOSS_DEFAULTS = {"class_weights": "none", "dice_weight": 1.0, "ce_weight": 1.0}
 
 

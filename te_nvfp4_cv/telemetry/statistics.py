@@ -22,88 +22,124 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend.torch_private import tree_leaves, tree_map_only
-from te_nvfp4_cv.telemetry.blocks import Blocks
+from te_nvfp4_cv.telemetry.blocks import Blocks, finite
 
 BINS = 64
 LOG2_FIRST = -48  # the first bin of log2_histogram; the last one is 15
 
 
-def stats(
-    v: Tensor, valid: Tensor | None = None, histograms: bool = True, whole: tuple[Tensor, Tensor] | None = None
-) -> dict[str, Any]:
-    """Compute the statistics of v.
+class _Sample:
+    """Hold the values of a sample as fp64 [n], and what every figure of them needs.
+
+    In units of the amax, no fourth power overflows or vanishes. Values that are not finite count as 0, and each sum
+    takes their share out again: masks would cost several passes more, and a sampled step has a hundred operands. For
+    the same reason sums of products are dot products, and temporary tensors are written in place.
+
+    Attributes:
+        scaled: the values in units of `unit`.
+        away: the scaled values minus their mean.
+        square: the sum of the squares of `away` over the finite values.
+    """
+
+    def __init__(self, v: Tensor, whole: tuple[Tensor, Tensor] | None = None, unit: Tensor | None = None) -> None:
+        self.v = v.double().flatten()
+        self.held, amax, self.broken = finite(self.v)
+        self.nonfinite = self.broken
+        if whole is not None:
+            amax, self.nonfinite = torch.where(whole[0].isfinite(), whole[0].double(), amax), whole[1]
+        self.amax, self.count = amax, self.v.numel() - self.broken
+        self.unit = torch.where(amax > 0, amax, 1.0) if unit is None else unit
+        self.scaled = self.held / self.unit
+        self.mean = self.scaled.sum() / self.count
+        self.away = self.scaled - self.mean
+        self.square = self.away.dot(self.away) - self.broken * self.mean.square()
+
+    def stats(self, histograms: bool) -> dict[str, Any]:
+        """Return the figures that the file's head lists under stats."""
+        nonzero = (self.held != 0).count_nonzero()
+        squares = self.away.square()
+        fourth = squares.dot(squares) - self.broken * self.mean.square().square()
+        out: dict[str, Any] = {
+            "count": self.v.numel(),
+            "nonfinite": self.nonfinite,
+            **_moments(self.mean, self.square / self.count, fourth / self.count, self.unit),
+            "amax": self.amax,
+            "zeros": (self.count - nonzero) / self.count,
+        }
+        if histograms:
+            out["histogram"] = histogram(self.scaled.float(), BINS, -1.0, 1.0)
+            out["histogram"][BINS // 2] -= self.broken
+            # The exponent's bits are floor(log2 |v|) for every normal fp64 number. Zeros and smaller ones have none,
+            # and would come before the first bin.
+            exponent = (self.held.view(torch.int64) >> 52).bitwise_and_(0x7FF).sub_(1023 + LOG2_FIRST)
+            out["log2_histogram"] = _count(exponent.clamp_(0, BINS - 1).to(torch.uint8), BINS)
+            out["log2_histogram"][0] -= self.v.numel() - nonzero
+        return out
+
+
+def stats(v: Tensor, whole: tuple[Tensor, Tensor] | None = None) -> dict[str, Any]:
+    """Compute the statistics of v, with both histograms.
 
     Args:
         v: a tensor of any shape and floating dtype.
-        valid: which elements count, of v's shape; if None, all do.
-        histograms: add both histograms.
         whole: amax and the number of values that are not finite, of the tensor that v is a sample of. If that amax is
             not finite, v's is used.
     """
-    v = (v if valid is None else v[valid]).double().flatten()
-    finite = v.isfinite()
-    held = torch.where(finite, v, 0.0)
-    count = finite.sum()
-    amax = held.abs().amax() if v.numel() else held.sum()  # amax() refuses an empty tensor; its sum is 0
-    nonfinite = v.numel() - count
-    if whole is not None:
-        amax, nonfinite = torch.where(whole[0].isfinite(), whole[0].double(), amax), whole[1]
-    unit = torch.where(amax > 0, amax, 1.0)  # in units of amax a fourth power neither overflows nor vanishes
-    scaled = held / unit
-    mean = scaled.sum() / count
-    squares = torch.where(finite, scaled - mean, 0.0).square()
-    central2, central4 = squares.sum() / count, squares.square().sum() / count
-    out: dict[str, Any] = {
-        "count": v.numel(),
-        "nonfinite": nonfinite,
-        "mean": mean * unit,
-        "std": central2.sqrt() * unit,
-        "kurtosis": central4 / central2.square() - 3,  # 0/0 of a constant tensor is NaN, and null in the file
-        "amax": amax,
-        "zeros": (held == 0).logical_and(finite).sum() / count,
-    }
-    if histograms:
-        share = torch.where(finite, scaled, 2.0)  # 2 lies beyond the range, and so is not counted
-        out["histogram"] = _histogram(share.float(), BINS, -1.0, 1.0)
-        # The middle of a bin, which no rounding moves over its edge.
-        exponent = held.abs().log2().floor().clamp(LOG2_FIRST, LOG2_FIRST + BINS - 1) + 0.5
-        exponent = torch.where(finite & (held != 0), exponent, 2.0 * BINS)
-        out["log2_histogram"] = _histogram(exponent.float(), BINS, LOG2_FIRST, LOG2_FIRST + BINS)
-    return out
+    return _Sample(v, whole).stats(True)
+
+
+def _moments(mean: Tensor, central2: Tensor, central4: Tensor, unit: Tensor) -> dict[str, Tensor]:
+    # 0/0 of a constant tensor is NaN, and null in the file.
+    kurtosis = central4 / central2.square() - 3
+    return {"mean": mean * unit, "std": central2.sqrt() * unit, "kurtosis": kurtosis}
 
 
 def operand(blocks: Blocks) -> dict[str, Any]:
     """Compute what a record says of one quantized operand: raw, codes, dequantized, and how they compare."""
-    codes = formats.decode_e2m1(blocks.codes)
-    out: dict[str, Any] = {
-        "raw": stats(blocks.raw, blocks.valid, whole=blocks.whole),
-        "codes": stats(codes, blocks.valid, histograms=False),
-        "dequantized": stats(blocks.values, blocks.valid, histograms=False),
-        "scales": _scales(blocks.scale),
-        **_compare(blocks),
-    }
-    used = blocks.codes if blocks.valid is None else blocks.codes[blocks.valid]
-    out["codes"]["usage"] = _count(used, 16)
-    return out
-
-
-def _compare(b: Blocks) -> dict[str, Tensor]:
-    raw, values = b.raw.double(), b.values.double()
-    limit, zero_code = b.limit.double().unsqueeze(-1).expand_as(raw), (b.codes & 7) == 0
-    if b.valid is not None:
-        raw, values, limit, zero_code = (t[b.valid] for t in (raw, values, limit, zero_code))
-    # In units of amax no square overflows or vanishes, not even of fp64 values; ratios stay as they are.
-    unit = raw.abs().amax() if raw.numel() else raw.sum()
-    unit = torch.where(unit.isfinite() & (unit > 0), unit, 1.0)
-    x, y = raw / unit, values / unit
-    error = (x - y).square().sum()
-    dx, dy = x - x.mean(), y - y.mean()
+    taken = [blocks.raw, blocks.values, blocks.codes, blocks.limit.unsqueeze(-1)]
+    if blocks.valid is not None:
+        taken = [tensor.expand_as(blocks.raw)[blocks.valid] for tensor in taken]
+    raw, values, codes, limit = taken
+    before = _Sample(raw, blocks.whole)
+    after = _Sample(values, unit=before.unit)  # in one unit, so that equal values stay equal
+    nonzero = raw != 0
     return {
-        "sqnr_db": 10 * torch.log10(x.square().sum() / error),
-        "correlation": (dx * dy).sum() / (dx.square().sum() * dy.square().sum()).sqrt(),
-        "underflow": ((raw != 0) & zero_code).sum() / (raw != 0).sum().clamp(min=1),
+        "raw": before.stats(True),
+        "codes": _codes(_count(codes, 16)),
+        "dequantized": after.stats(False),
+        "scales": _scales(blocks.scale),
+        **_compare(before, after),
+        "underflow": (nonzero & (codes & 7 == 0)).count_nonzero() / nonzero.count_nonzero().clamp(min=1),
         # 1e-6, because a value of exactly 6 scales may differ from this limit by a rounding of fp32.
-        "saturation": (raw.abs() > limit * (1 + 1e-6)).double().mean(),
+        "saturation": (raw.abs() > (limit.double() * (1 + 1e-6)).float()).count_nonzero().double() / raw.numel(),
+    }
+
+
+def _codes(usage: Tensor) -> dict[str, Any]:
+    """Compute the statistics of codes from how often each of the 16 occurs."""
+    values, times = formats.decode_e2m1(torch.arange(16, device=usage.device)).double(), usage.double()
+    count = times.sum()
+    mean = (times * values).sum() / count
+    squares = (values - mean).square()
+    central2, central4 = (times * squares).sum() / count, (times * squares.square()).sum() / count
+    return {
+        "count": count,
+        "nonfinite": 0,
+        **_moments(mean, central2, central4, torch.ones_like(mean)),
+        "amax": (values.abs() * (times > 0)).amax(),
+        "zeros": (times[0] + times[8]) / count,
+        "usage": usage,
+    }
+
+
+def _compare(before: _Sample, after: _Sample) -> dict[str, Tensor]:
+    # Where a value is not finite there is nothing to compare: NaN, and null in the file.
+    whole = torch.where(before.broken + after.broken > 0, torch.nan, 1.0)
+    error, power = before.scaled - after.scaled, before.scaled.dot(before.scaled)
+    together = before.away.dot(after.away) * whole
+    return {
+        "sqnr_db": 10 * torch.log10(power / (error.dot(error) * whole)),
+        "correlation": together / (before.square * after.square).sqrt(),
     }
 
 
@@ -114,41 +150,61 @@ def _scales(scale: Tensor) -> dict[str, Tensor]:
         "min": values.amin(),
         "max": values.amax(),
         "zeros": (scale == 0).double().mean(),
-        "histogram": _count((scale >> 3) & 15, 16),  # the exponents: a scale has no sign bit
+        "histogram": _count(scale >> 3 & 15, 16),  # the exponents: a scale has no sign bit
     }
 
 
 def _count(small: Tensor, bins: int) -> Tensor:
-    """Count how often each of 0 .. bins - 1 occurs. Unlike bincount this asks the device for no sizes."""
-    return _histogram(small.float(), bins, -0.5, bins - 0.5)
+    """Count how often each of 0 .. bins - 1 occurs in a tensor of uint8 that holds nothing else."""
+    if small.device.type == "cpu":  # another device would be asked for sizes, and so be waited for
+        return torch.bincount(small.flatten(), minlength=bins)
+    return histogram(small.float(), bins, -0.5, bins - 0.5)
 
 
-def _histogram(v: Tensor, bins: int, low: float, high: float) -> Tensor:
-    """Call torch.histc, or its equal where CUDA refuses it: under torch.use_deterministic_algorithms."""
+def histogram(v: Tensor, bins: int, low: float, high: float) -> Tensor:
+    """Return torch.histc's counts of finite values, by what is fastest and allowed.
+
+    CUDA refuses histc under torch.use_deterministic_algorithms.
+    """
+    if v.device.type == "cpu":
+        return _count(_bin(v, bins, low, high), bins + 2)[1:-1]
     if v.is_cuda and torch.are_deterministic_algorithms_enabled():
         return histogram_by_comparison(v, bins, low, high)
     return torch.histc(v, bins, low, high)
 
 
 def histogram_by_comparison(v: Tensor, bins: int, low: float, high: float) -> Tensor:
-    """Return torch.histc's counts without atomic additions; the last bin holds its upper end."""
-    # clamp: histc counts the upper end itself into the last bin.
-    index = ((v - low) * (bins / (high - low))).floor().clamp(max=bins - 1)
-    index = torch.where((v >= low) & (v <= high), index, -1.0)
-    return (index.flatten().unsqueeze(-1) == torch.arange(bins, device=v.device)).sum(0).float()
+    """Return torch.histc's counts of finite values without atomic additions; the last bin holds its upper end."""
+    numbers = torch.arange(1, bins + 1, device=v.device)
+    return (_bin(v, bins, low, high).flatten().unsqueeze(-1) == numbers).sum(0).float()
+
+
+def _bin(v: Tensor, bins: int, low: float, high: float) -> Tensor:
+    """Return the number of each value's bin (uint8), from 1 on; 0 for what lies below all bins, and bins + 1 above."""
+    # As in histc, the upper end itself is counted into the last bin.
+    index = (v - low).mul_(bins / (high - low)).floor_().clamp_(-1, bins - 1).add_(1).to(torch.uint8)
+    return index.add_((v > high).to(torch.uint8))
 
 
 def flips(now: Tensor, before: Tensor, earlier: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Count the packed codes that differ from `before`, and those of them that are again as in `earlier`; -0 is 0."""
-    a, b = _signless_zeros(now), _signless_zeros(before)
-    changed = a != b
-    back = None if earlier is None else (changed & (a == _signless_zeros(earlier))).sum()
-    return changed.sum(), back
+    now = _signless_zeros(now)
+    other = now ^ _signless_zeros(before)  # of each byte's two codes, the bits that differ
+    old = None if earlier is None else now ^ _signless_zeros(earlier)
+    changed, back = other.new_zeros((), dtype=torch.int64), other.new_zeros((), dtype=torch.int64)
+    for code in (0x0F, 0xF0):
+        differs = (other & code) != 0
+        changed += differs.count_nonzero()
+        if old is not None:
+            back += (differs & ((old & code) == 0)).count_nonzero()
+    return changed, None if old is None else back
 
 
 def _signless_zeros(data: Tensor) -> Tensor:
-    codes = formats.unpack_nibbles(data)
-    return torch.where(codes == 8, 0, codes)
+    """Return packed codes with 0 in place of each 8, which is -0."""
+    codes = formats.unpack_nibbles(torch.arange(256, dtype=torch.uint8).unsqueeze(-1))  # [256, 2]: of every byte
+    table = formats.pack_nibbles(torch.where(codes == 8, 0, codes)).flatten().to(data.device)
+    return table.index_select(0, data.flatten().int())
 
 
 def fetch(record: Any) -> Any:
@@ -157,10 +213,14 @@ def fetch(record: Any) -> Any:
     values: dict[int, Any] = {}
     for device in {tensor.device for tensor in found}:
         here = [tensor for tensor in found if tensor.device == device]
-        # One copy: each .item() would wait for the GPU, and a sampled step has thousands of numbers.
-        flat = torch.cat([tensor.detach().double().flatten() for tensor in here]).cpu()
-        for tensor, part in zip(here, flat.split([tensor.numel() for tensor in here]), strict=True):
-            numbers = [_number(value) for value in part.tolist()]
+        # One copy: each .item() would wait for the GPU, and a sampled step has thousands of numbers. float64 first, so
+        # that torch makes all of them float64.
+        first = torch.empty(0, dtype=torch.float64, device=device)
+        flat = torch.cat([first, *(tensor.detach().reshape(-1) for tensor in here)]).tolist()
+        end = 0
+        for tensor in here:
+            begin, end = end, end + tensor.numel()
+            numbers = [_number(value) for value in flat[begin:end]]
             values[id(tensor)] = numbers[0] if tensor.dim() == 0 else numbers
     return tree_map_only(Tensor, lambda tensor: values[id(tensor)], record)
 

@@ -9,13 +9,30 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv import telemetry
-from te_nvfp4_cv.telemetry.statistics import histogram_by_comparison
+from te_nvfp4_cv import formats, telemetry
+from te_nvfp4_cv.telemetry.blocks import Blocks, whole
+from te_nvfp4_cv.telemetry.statistics import histogram, histogram_by_comparison, operand
 from tests.helpers import same_bits, values
 
 NO_SR = nv.NVFP4BlockScaling(disable_stochastic_rounding=True)
+
+
+class Passes(TorchDispatchMode):
+    """Note the operators that read or write a tensor of at least so many elements."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.names = least, list[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        large = [t for t in (*args, out) if isinstance(t, torch.Tensor) and t.numel() >= self.least]
+        if large and not function.is_view:
+            self.names.append(function.name().removeprefix("aten::").split(".")[0])
+        return out
 
 
 class Keep:
@@ -151,12 +168,30 @@ def test_lazy_parameters_are_refused() -> None:
 
 @pytest.mark.parametrize(("bins", "low", "high"), [(16, -0.5, 15.5), (64, -1.0, 1.0), (64, -40.0, 24.0)])
 def test_counts_without_atomic_additions_are_histcs(bins: int, low: float, high: float) -> None:
-    v = torch.linspace(low - 1, high + 1, 4001)
-    v = torch.cat([v, torch.tensor([low, high, float("nan")])])
+    ends = torch.tensor([low, high])
+    beyond = [ends.nextafter(torch.tensor(far)) for far in (float("inf"), -float("inf"))]
+    v = torch.cat([torch.linspace(low - 1, high + 1, 4001), ends, *beyond])
     inside = v[(v >= low) & (v <= high)]
-    found = histogram_by_comparison(v, bins, low, high)
-    assert float(found.sum()) == len(inside)
-    assert (found - torch.histc(v[~v.isnan()], bins, low, high)).abs().max() <= 1  # a value on an edge
+    by_comparison = histogram_by_comparison(v, bins, low, high)
+    for found in (by_comparison, histogram(v, bins, low, high)):  # what CUDA may do, and what a CPU does
+        assert float(found.sum()) == len(inside)
+        assert (found - torch.histc(v, bins, low, high)).abs().max() <= 1  # a value on an edge
+
+
+def test_a_sampled_operand_is_read_few_times() -> None:
+    """A sampled step takes the time that these passes take: a hundred operands, each as large as a sample.
+
+    Of the operators that torch needs for each element, masks, log2 and histc take ten times as long as a product.
+    """
+    torch.manual_seed(0)
+    raw, codes = values((512, 16)), torch.randint(0, 16, (512, 16), dtype=torch.uint8)
+    limit = torch.rand(512)
+    decoded = formats.decode_e2m1(codes) * limit.unsqueeze(-1) / 6
+    scale = torch.full((512,), 56, dtype=torch.uint8)
+    with Passes(raw.numel()) as passes:
+        operand(Blocks(raw, codes, scale, decoded, limit, None, whole(raw)))
+    assert not {"where", "isfinite", "log2", "histc", "nan_to_num"} & set(passes.names), passes.names
+    assert len(passes.names) <= 60, passes.names
 
 
 @pytest.mark.parametrize("recipe", [NO_SR, nv.NVFP4BlockScaling(tensor_scale="delayed"), None], ids=str)

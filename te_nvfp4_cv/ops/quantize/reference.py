@@ -39,6 +39,8 @@ def fold_images(x: Tensor, fold: Fold) -> Tensor:
     Without image axes, zero rows are added at the end.
     """
     if fold.strips == 1:
+        if fold.images == x.shape[0]:
+            return x  # F.pad would copy it
         return F.pad(x, (0, 0) * (x.dim() - 1) + (0, fold.images - x.shape[0]))
     index = fold.source_rows(x.shape[0], x.shape[1]).to(x.device)
     flat = F.pad(x.flatten(0, 1), (0, 0) * (x.dim() - 2) + (0, 1))  # one row of zeros at the end, read by index -1
