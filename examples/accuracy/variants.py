@@ -61,6 +61,7 @@ def variants(preset: Any, blocks: Sequence[str]) -> dict[str, Variant]:
         "high-precision dgrad": {"high_precision_gemms": ("dgrad",)},
         "high-precision wgrad": {"high_precision_gemms": ("wgrad",)},
         "delayed scales": {"tensor_scale": "delayed"},
+        "power-of-two scales": {"tensor_scale": "current_pow2"},
         "thin layers in NVFP4": {"thin_layers": "pad"},
         "minus RHT": {"disable_rht": True},
         "minus SR": {"disable_stochastic_rounding": True},

@@ -44,11 +44,12 @@ class Variant:
 
 def variants(graphs: bool, triton: bool) -> list[Variant]:
     """Return the variants. bf16 comes first, because the others are compared with it."""
-    current, delayed = nv.NVFP4BlockScaling(), nv.NVFP4BlockScaling(tensor_scale="delayed")
+    current, delayed, pow2 = (nv.NVFP4BlockScaling(tensor_scale=s) for s in ("current", "delayed", "current_pow2"))
     found = [
         Variant("bf16"),
         Variant("bf16 fused", fused=True),
         Variant("vendor current", current, "vendor"),
+        Variant("vendor current_pow2", pow2, "vendor"),
         Variant("vendor delayed", delayed, "vendor"),
         Variant("vendor delayed fused", delayed, "vendor", fused=True),
     ]

@@ -95,7 +95,7 @@ def _marked(weight: nn.Parameter, name: str, module: nn.Module, recipe: NVFP4Blo
     """Return the parameter whose weight FSDP2 will ask how it is gathered."""
     # Delayed scales are found by the identity of their owner: it has the whole weight's shape, and no memory.
     owner = torch.empty((), dtype=weight.dtype).expand(weight.shape)
-    form = Form(name, getattr(module, "groups", 1), recipe.settings("weight").delayed, owner)  # type: ignore[arg-type]
+    form = Form(name, getattr(module, "groups", 1), recipe.settings("weight").pow2, owner)  # type: ignore[arg-type]
     return nn.Parameter(ShardedWeight(weight.data.contiguous(), form), weight.requires_grad)
 
 

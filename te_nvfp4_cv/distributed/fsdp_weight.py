@@ -224,18 +224,19 @@ class GatheredWeight(torch.Tensor):
             RuntimeError: the layer runs with another recipe than the weight was gathered for.
         """
         s, problem = plan.weight, None
-        if not s.two_d or s.four_over_six is not None or s.delayed != self.form.pow2:
+        if not s.two_d or s.four_over_six is not None or s.pow2 != self.form.pow2:
             problem = f"recipe {plan.recipe!r}"
         elif plan.geometry.groups != self.form.groups:
             problem = f"groups={plan.geometry.groups}"
         elif not {"fprop", "dgrad"} <= set(plan.gemms):
             problem = f"recipe {plan.recipe!r}: a GEMM on the weight in high precision"
         if problem is not None:
+            scales = "'delayed' or 'current_pow2'" if self.form.pow2 else "'current'"
             raise runtime_error(
                 f"nvfp4: the weight {self.form.name!r} was gathered in 4 bits for another recipe.",
                 got=problem,
-                needs=f"16x16 scales without 4over6, tensor_scale {'delayed' if self.form.pow2 else 'current'!r}, "
-                f"fprop and dgrad in NVFP4, groups={self.form.groups}",
+                needs=f"16x16 scales without 4over6, tensor_scale {scales}, fprop and dgrad in NVFP4, "
+                f"groups={self.form.groups}",
                 fix="give nv.fsdp.quantize_gathers the recipe with which the model trains",
             )
         return WeightCodes.of_face("row", Face(self._codes, self._scales), self._amax)

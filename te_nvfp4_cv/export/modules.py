@@ -89,7 +89,7 @@ def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) ->
     if transposed:
         # Its tiles were spread to single rows (formats.transpose_kernel), so the plan must expect 1x16.
         fields["disable_2d_quantization"] = True
-    if not static:
+    if not static and recipe.tensor_scale == "delayed":
         fields["tensor_scale"] = "current"
     # Without its name and backward fields, layers that differ there only share a plan in the cache.
     return NVFP4BlockScaling(**fields, disable_rht=True, backward_override="high_precision", name="")

@@ -22,8 +22,9 @@ Some things are decided by TransformerEngine: the product of the leading dimensi
 dimension one of 16 (what is then not a multiple of 16 is padded with zeros here); with fp32 activations it rounds the
 bias to bf16. `thin_layers` has no meaning for these layers. A [precision] table is matched with the names that modules
 were given, te.Linear(..., name="fc1"), because a factory learns no other.
-Refused: tensor_scale="delayed" (a factory has no place in a checkpoint for the amax of earlier steps), weights that are
-stored in NVFP4 only (te.quantized_model_init), and te.GroupedLinear (its GEMMs are compiled, without custom operands).
+Refused: tensor_scale="delayed" (a factory has no place in a checkpoint for the amax of earlier steps) and
+"current_pow2" (scales that TransformerEngine does not have), weights that are stored in NVFP4 only
+(te.quantized_model_init), and te.GroupedLinear (its GEMMs are compiled, without custom operands).
 Executed on a CPU with the Python package of 2.20.2: te.Linear, LayerNormLinear, LayerNormMLP, and te.ops.Linear without
 a bias (with one, te.ops calls bgrad_quantize). Not executed: a GPU, tensor and sequence parallelism, FSDP,
 te.checkpoint, CUDA graphs, torch.compile. Attention stays in high precision.
@@ -92,11 +93,14 @@ def _recipe(ours: NVFP4BlockScaling, backend: str) -> Any:
 
 def _check(part: NVFP4BlockScaling, whole: NVFP4BlockScaling) -> None:
     """Refuse what a CustomRecipe cannot express."""
-    if part.tensor_scale == "delayed":
+    if part.tensor_scale != "current":
+        delayed = part.tensor_scale == "delayed"
+        why = "keeps nothing of earlier steps in a checkpoint" if delayed else "makes TransformerEngine's scales"
         raise errors.value_error(
-            "te_plugin.recipe: delayed scales do not go with TransformerEngine's layers.",
-            got="tensor_scale='delayed'",
-            needs="tensor_scale='current': a quantizer factory keeps nothing of earlier steps in a checkpoint",
+            f"te_plugin.recipe: {'delayed scales' if delayed else 'powers of two'} do not go with TransformerEngine's "
+            "layers.",
+            got=f"tensor_scale={part.tensor_scale!r}",
+            needs=f"tensor_scale='current': a quantizer factory {why}",
             fix="dataclasses.replace(recipe, tensor_scale='current')",
         )
     if part.backward_override != whole.backward_override:

@@ -44,7 +44,7 @@ from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.layer.shared_amax import ROWS, CallScales, name_of
 from te_nvfp4_cv.ops.quantize import amax as amaxes
-from te_nvfp4_cv.ops.records import Collector
+from te_nvfp4_cv.ops.records import Collector, Move
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import Role
 
@@ -143,6 +143,7 @@ class DelayedCallScales(CallScales):
     def __init__(self, shared: CallScales, again: bool, state: DelayedScales | None) -> None:
         super().__init__(shared.plan, shared.group, shared.training, shared.name)
         self.again, self.scales = again, state
+        self.moves = False  # a backward pass has run since the scales moved, and this call moves them
 
     def knows(self, role: Role) -> bool:
         """Return True if the state has been measured."""
@@ -151,6 +152,7 @@ class DelayedCallScales(CallScales):
     def amax(self, role: Role, operand: Tensor) -> Tensor:
         """Return fp32 [2]: the state's amaxes, measured where there are none yet."""
         scales, i = self.scales, ROWS[role]
+        self.settle()
         if scales is not None and scales.measured[i]:
             return scales.used[i]
         measured = super().amax(role, operand)
@@ -176,7 +178,7 @@ class DelayedCallScales(CallScales):
             self.scales.stale = True
 
     def start(self) -> None:
-        """Start a training forward: move the scales if a backward pass has run since they moved."""
+        """Start a training forward: have the scales move if a backward pass has run since they moved."""
         scales = self.scales
         if scales is None:
             return
@@ -194,8 +196,16 @@ class DelayedCallScales(CallScales):
         scales.stale = False
         # The ranks meet here, once a step: reducing at each call would be a communication per layer and operand.
         self._reduced(scales.collected, "delayed scales")
-        margins = tuple(self.plan.recipe.settings(role).margin for role in ROWS)
-        amaxes.move(scales.used, scales.collected, scales.e4m3_max, margins, clear=True)
+        self.moves = True
+
+    def take_move(self) -> Move | None:
+        """Return what has to move before `amax` is asked."""
+        if not self.moves:
+            return None
+        self.moves, scales = False, self.scales
+        assert scales is not None
+        margins = (self.plan.input.margin, self.plan.grad_output.margin)
+        return Move(scales.used, scales.collected, scales.e4m3_max, margins)
 
 
 def refuse(recipe: NVFP4BlockScaling, group: Any) -> None:

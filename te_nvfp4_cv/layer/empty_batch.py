@@ -28,6 +28,7 @@ def take_part(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, 
     """
     scales = delayed_scaling.of_call(x, w, bias, plan, group)
     assert scales is not None
+    scales.settle()
     grad = torch.is_grad_enabled()
     spec = plan.input_specs[grad and w.requires_grad]
     with torch.no_grad():

@@ -28,6 +28,7 @@ from te_nvfp4_cv.layer.check import refuse_batched
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.records import Face, Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
@@ -156,9 +157,19 @@ def forward(
         The output, laid out as torch would lay it out, and the saved tensors.
     """
     g, ranks, codes, dtype = plan.geometry, options.ranks, options.codes, x.dtype
+    unpacked: Tensor | Face | None = options.unpacked
     in_nvfp4 = "fprop" in plan.gemms
     x_q: Operand | None
+    # Where no GEMM reads the weight's codes, none are made, and those made before are not saved.
+    wants_codes = in_nvfp4 or (need_dx and plan.saves_w != "itself")
+    measured = None
     with _without_autocast(x.device.type):
+        move = None if options.scales is None else options.scales.take_move()
+        # First of all: what moves is read when x is quantized.
+        if w is not None and codes is None and ranks is None and wants_codes:
+            measured = operands.measure_weight(w, plan, move)
+        elif move is not None:
+            amaxes.move(*move, clear=True)
         if options.producer is not None:
             x_last = x  # later steps read no value of it
             x_q = options.producer.quantize(plan, need_dw, options.scales)
@@ -168,9 +179,12 @@ def forward(
             x_q = operands.quantize_input(x_last, how, need_dw, options.scales, options.watch)
         # Begun here and waited for below, so that the weight is quantized while the bytes travel.
         rows = None if ranks is None or x_q is None else ranks.gather_rows(Role.INPUT, x_q.row)
-        # Where no GEMM reads the weight's codes, none are made, and those made before are not saved.
-        if not in_nvfp4 and not (need_dx and plan.saves_w != "itself"):
+        if not wants_codes:
             codes = None
+        elif codes is None and measured is not None:
+            assert w is not None
+            x_amax = x_q.row_amax if in_nvfp4 and x_q is not None else None
+            codes, unpacked = operands.quantize_measured_weight(w, plan, need_dx, measured, x_amax)
         elif codes is None:
             assert w is not None
             amax = None if ranks is None else ranks.weight_amax(w)
@@ -183,7 +197,7 @@ def forward(
         if in_nvfp4:
             assert x_q is not None and codes is not None
             row = x_q.row if rows is None else rows()
-            y = gemms.fprop(row, x_q.row_amax, codes, bias, plan, dtype, options.unpacked)
+            y = gemms.fprop(row, x_q.row_amax, codes, bias, plan, dtype, unpacked)
         else:
             assert w is not None
             y = gemms.plain_fprop(x_last, w, bias, g)

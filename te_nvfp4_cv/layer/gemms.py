@@ -22,7 +22,7 @@ def fprop(
     bias: Tensor | None,
     plan: Plan,
     dtype: torch.dtype,
-    unpacked: Tensor | None = None,
+    unpacked: Tensor | Face | None = None,
 ) -> Tensor:
     """Return y [B, *image, O] in `dtype`.
 
@@ -30,7 +30,8 @@ def fprop(
         x: the rowwise face of x.
         x_amax: its amax [1], or one per pixel for row-scaled activations.
         unpacked: the weight as it is stored between calls: code * scale [axis 0, taps, axis 1], or the integer
-            backend's panels (uint8). A form that the plan's backend does not multiply is left alone.
+            backend's panels (uint8). A form that the plan's backend does not multiply is left alone. Or a face of
+            operands.quantize_measured_weight, which is multiplied as it is.
     """
     g = plan.geometry
     if plan.operand_form == DEQUANTIZED and x.scale.numel():  # packed, because backward will dequantize it
@@ -42,7 +43,9 @@ def fprop(
         x_amax = x_amax[(slice(None), *steps)].unsqueeze(-1) + _non_finite(x_amax)
     alpha: Tensor | Alpha | None = _alpha(x_amax, codes.amax, plan, "fprop")
     factor, alpha = (alpha, None) if plan.weight_carries_scales["fprop"] else (None, alpha)
-    if unpacked is not None and plan.operand_form == DEQUANTIZED and unpacked.dtype != torch.uint8:
+    if isinstance(unpacked, Face):
+        weight = unpacked
+    elif unpacked is not None and plan.operand_form == DEQUANTIZED and unpacked.dtype != torch.uint8:
         # A power of two: exact.
         number = tensor_of(factor)
         values = unpacked if number is None else unpacked * number
@@ -73,10 +76,11 @@ def wgrad(dy: Face, dy_amax: Tensor, x: Face, x_amax: Tensor | None, plan: Plan,
         x_amax: [1], or one per channel for row-scaled activations.
     """
     assert x_amax is not None
-    if plan.operand_form == DEQUANTIZED:
-        x = Face(operand.unpack_columns(x, plan.compute_dtype, plan.backend), x.scale.new_empty(0))
     x_amax = x_amax + _non_finite(x_amax) if plan.row_scaled else x_amax
-    alpha = _alpha(dy_amax, x_amax, plan, "wgrad")
+    alpha: Tensor | Alpha | None = _alpha(dy_amax, x_amax, plan, "wgrad")
+    if plan.operand_form == DEQUANTIZED:
+        factor, alpha = (alpha, None) if isinstance(alpha, Alpha) and plan.input_carries_scales else (None, alpha)
+        x = Face(operand.unpack_columns(x, plan.compute_dtype, plan.backend, factor), x.scale.new_empty(0))
     return conv_wgrad(dy, x, alpha, plan.geometry, dtype, plan.backend)
 
 

@@ -71,6 +71,9 @@ class _Fixed:
     def backward_ran(self) -> None:
         """Do nothing: there is no backward pass."""
 
+    def take_move(self) -> None:
+        """Return that nothing moves."""
+
 
 def run(
     op: str,

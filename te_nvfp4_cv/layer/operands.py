@@ -9,8 +9,9 @@ from te_nvfp4_cv.formats import E2M1_MAX, dequantize
 from te_nvfp4_cv.layer.options import ALONE, CallOptions, Scales, Watch
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.conv import integer
+from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import operand, rounding_seeds
-from te_nvfp4_cv.ops.records import NONE, Face, Operand, OperandSpec, WeightCodes
+from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, Alpha, Face, Move, Operand, OperandSpec, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
 
@@ -56,6 +57,28 @@ def quantize_weight(w: Tensor, plan: Plan, for_dgrad: bool, amax: Tensor | None 
         amax: fp32 [1], of a weight that w is a part of; if None, w's amax is used.
     """
     return operand.quantize_weight(w.detach(), plan.weight_specs[for_dgrad], plan.compute_dtype, plan.backend, amax)
+
+
+def measure_weight(w: Tensor, plan: Plan, move: Move | None) -> Tensor | None:
+    """Measure w's amax, and move delayed scales in the same launch; where no kernels serve, move and return None."""
+    if operand.serves_directly(w, plan.backend):
+        return operand.measure_weight(w.detach(), plan.weight_specs[0], plan.backend, move)
+    if move is not None:
+        amaxes.move(*move, clear=True)
+    return None
+
+
+def quantize_measured_weight(
+    w: Tensor, plan: Plan, for_dgrad: bool, amax: Tensor, x_amax: Tensor | None
+) -> tuple[WeightCodes, Face | None]:
+    """Quantize w with the amax of measure_weight; with x's amax also unpack it for fprop, if one launch does both."""
+    spec, dtype = plan.measured_weight_specs[for_dgrad], plan.compute_dtype
+    if x_amax is None or plan.operand_form != DEQUANTIZED or not spec.two_d:
+        return operand.quantize_weight(w.detach(), spec, dtype, plan.backend, amax), None
+    number = plan.alpha_factors["fprop"]
+    factor = Alpha(x_amax, amax, number) if plan.weight_carries_scales["fprop"] else None
+    codes, values = operand.quantize_weight_for(w.detach(), spec, dtype, plan.backend, amax, factor)
+    return codes, Face(values, values.new_empty(0))
 
 
 def weight_values(codes: WeightCodes, plan: Plan, factor: Tensor | None = None) -> Tensor:

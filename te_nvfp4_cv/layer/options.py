@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.records import Collector, Face, Operand, WeightCodes
+from te_nvfp4_cv.ops.records import Collector, Face, Move, Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
 
@@ -30,6 +30,9 @@ class Scales(Protocol):
 
     def backward_ran(self) -> None:
         """Take note that the backward pass of the call has quantized dy."""
+
+    def take_move(self) -> Move | None:
+        """Return what has to move before `amax` is asked; the caller moves it. Otherwise `amax` does."""
 
 
 class Watch(Protocol):

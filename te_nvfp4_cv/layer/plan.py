@@ -70,7 +70,7 @@ class Plan:
 
     @answer
     def delayed(self) -> bool:
-        """True if tensor scales are powers of two, those of activations and gradients from an earlier step."""
+        """True if the tensor scales of activations and gradients come from an earlier step."""
         return self.recipe.tensor_scale == "delayed"
 
     @answer
@@ -130,7 +130,8 @@ class Plan:
 
     def _operand_spec(self, s: RoleSettings, fold: Fold, row: int, col: int, row_scaled: bool) -> OperandSpec:
         more = (s.rht, s.stochastic_rounding, s.four_over_six, s.e4m3_max, row_scaled)
-        return OperandSpec(self.geometry.groups, fold, row, col, *more)
+        # Delayed scales come as powers of two.
+        return OperandSpec(self.geometry.groups, fold, row, col, *more, pow2=s.pow2 and not self.delayed)
 
     @answer
     def weight_specs(self) -> tuple[WeightSpec, WeightSpec]:
@@ -142,7 +143,13 @@ class Plan:
         s = self.weight
         # Always packed, to be saved; gemms.py dequantizes it before a GEMM that wants values.
         row, col = (PACKED if face in faces else NONE for face in ("row", "col"))
-        return WeightSpec(self.geometry.groups, row, col, s.two_d, s.four_over_six, s.e4m3_max, self.delayed)
+        return WeightSpec(self.geometry.groups, row, col, s.two_d, s.four_over_six, s.e4m3_max, s.pow2)
+
+    @answer
+    def measured_weight_specs(self) -> tuple[WeightSpec, WeightSpec]:
+        """The weight_specs for an amax that has been raised where the recipe wants powers of two."""
+        plain, both = self.weight_specs
+        return plain._replace(pow2=False), both._replace(pow2=False)
 
     @answer
     def weight_layouts(self) -> dict[str, WeightLayout]:
@@ -166,9 +173,15 @@ class Plan:
         It must be a power of two to stay exact. And every output must read some operand: else a NaN in the weight
         could not reach it.
         """
-        wanted = self.delayed and self.operand_form == DEQUANTIZED
+        wanted = self.weight.pow2 and self.operand_form == DEQUANTIZED
         to_b = {"fprop": not self.geometry.transposed, "dgrad": self.geometry.transposed}
         return {gemm: wanted and self.geometry.reads_everywhere(side) for gemm, side in to_b.items()}
+
+    @answer
+    def input_carries_scales(self) -> bool:
+        """True if wgrad's alpha goes into the dequantized x: as above, and where the bf16 result is final."""
+        g = self.geometry
+        return self.weight.pow2 and self.operand_form == DEQUANTIZED and g.rank > 0 and not g.touches_only_padding
 
     # ---- what backward needs
 

@@ -33,7 +33,7 @@ from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize.operand import measure_operand
-from te_nvfp4_cv.ops.records import Collector, OperandSpec
+from te_nvfp4_cv.ops.records import Collector, Move, OperandSpec
 from te_nvfp4_cv.recipe.fields import Role
 
 SLOTS = 4  # amaxes in a message: those of a weight's delayed scales; shorter ones are filled up, so that all fit
@@ -218,6 +218,16 @@ class CallScales:
 
     def backward_ran(self) -> None:
         """Take note that the backward pass of the call has quantized dy."""
+
+    def settle(self) -> None:
+        """Move now what take_move would return."""
+        move = self.take_move()
+        if move is not None:
+            amaxes.move(*move, clear=True)
+
+    def take_move(self) -> Move | None:
+        """Return what has to move before `amax` is asked; here nothing does."""
+        return None
 
     def _reduced(self, amax: Tensor, what: str) -> Tensor:
         """Take the maximum over the ranks. Evaluation asks nobody: a rank may run it alone."""

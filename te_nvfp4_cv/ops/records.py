@@ -73,6 +73,15 @@ class Collector(NamedTuple):
     counts: bool
 
 
+class Move(NamedTuple):
+    """Amaxes of delayed scales that are to be taken from those seen, which are cleared; see amax.move."""
+
+    used: Tensor
+    seen: Tensor
+    e4m3_max: tuple[int, ...]
+    margin: tuple[int, ...]
+
+
 class WeightCodes(NamedTuple):
     """A weight after quantization: one or both faces, and the amax [1] whose tensor scale both use."""
 
@@ -141,6 +150,7 @@ class OperandSpec(NamedTuple):
         four_over_six: None, "MAE" or "MSE".
         e4m3_max: the largest block scale, 448 or 256.
         row_scaled: one amax per pixel (rowwise [B, *image]) and per channel (columnwise [C]).
+        pow2: use formats.power_of_two_amax of the amaxes. Not with row_scaled.
     """
 
     groups: int
@@ -152,10 +162,11 @@ class OperandSpec(NamedTuple):
     four_over_six: str | None = None
     e4m3_max: int = 448
     row_scaled: bool = False
+    pow2: bool = False
 
     def to_ints(self) -> list[int]:
         """Encode the spec for a custom operator."""
-        flags = (self.rht, self.stochastic, ERRORS[self.four_over_six], self.e4m3_max, self.row_scaled)
+        flags = (self.rht, self.stochastic, ERRORS[self.four_over_six], self.e4m3_max, self.row_scaled, self.pow2)
         return [self.groups, *self.fold.to_ints(), self.row, self.col, *map(int, flags)]
 
     @staticmethod
@@ -167,11 +178,9 @@ class OperandSpec(NamedTuple):
 # An operator passes the same list at each call of a layer.
 @functools.lru_cache(maxsize=4096)
 def _operand_spec(ints: tuple[int, ...]) -> OperandSpec:
-    groups, *fold, row, col, rht, stochastic, error, e4m3_max, row_scaled = ints
-    name = _ERROR_NAMES[error]
-    return OperandSpec(
-        groups, Fold(*fold), row, col, bool(rht), bool(stochastic), name, e4m3_max, bool(row_scaled)
-    )
+    groups, *fold, row, col, rht, stochastic, error, e4m3_max, row_scaled, pow2 = ints
+    flags, more = (bool(rht), bool(stochastic), _ERROR_NAMES[error]), (bool(row_scaled), bool(pow2))
+    return OperandSpec(groups, Fold(*fold), row, col, *flags, e4m3_max, *more)
 
 
 class WeightSpec(NamedTuple):

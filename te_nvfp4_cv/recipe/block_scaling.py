@@ -80,7 +80,7 @@ class RoleSettings(NamedTuple):
     four_over_six: str | None
     e4m3_max: int
     row_scaled: bool
-    delayed: bool = False
+    pow2: bool = False
     margin: int = 1
 
 
@@ -140,8 +140,9 @@ class NVFP4BlockScaling:
             in high precision on the dequantized fprop operands, which are saved packed.
         tensor_scale: If "current", a tensor's scale comes from its own amax, as in TransformerEngine. If "delayed", it
             is a power of two from the amax of the training step before, with a margin (input 8, grad_output 4), and a
-            weight's from its own amax; then no pass over a tensor comes before its quantization. Not with
-            row_scaled_activation.
+            weight's from its own amax; then no pass over a tensor comes before its quantization. If "current_pow2",
+            it is the power of two from the tensor's own amax, which backends multiply in without a pass over results.
+            The last two not with row_scaled_activation.
         thin_layers: A layer with fewer than 16 channels on one side runs in "high_precision", or is padded with zero
             channels: "pad".
         kernels: The kernels that may run in NVFP4: "all" of eligible shape, computed ones too, as in torch.autocast,
@@ -276,7 +277,7 @@ class NVFP4BlockScaling:
             # 4over6 may make a block's scale 1.5 times as large: with 256 that still fits below E4M3's 448.
             e4m3_max=256 if selected and self.nvfp4_4over6_e4m3_use_256 in (scope, "all") else 448,
             row_scaled=role == "input" and self.row_scaled_activation,
-            delayed=self.tensor_scale == "delayed",
+            pow2=self.tensor_scale != "current",
             margin=MARGINS[role] if self.tensor_scale == "delayed" else 1,
         )
 
@@ -285,7 +286,7 @@ class NVFP4BlockScaling:
 
         Raises:
             ValueError: Activations have 4over6 or row scaling together with RHT, or both at once while wgrad runs in
-                NVFP4; or delayed scales meet row scaling.
+                NVFP4; or delayed scales, or powers of two, meet row scaling.
         """
         activations = self.nvfp4_4over6 in ("activations", "all")
         if activations and not self.disable_rht:
@@ -309,11 +310,15 @@ class NVFP4BlockScaling:
                 needs="one of: row_scaled_activation=False, nvfp4_4over6 'none' or 'weights', wgrad in high precision",
                 fix="set backward_override='high_precision', or drop one of the two",
             )
-        if self.tensor_scale == "delayed" and self.row_scaled_activation:
+        if self.tensor_scale != "current" and self.row_scaled_activation:
+            what, why = {
+                "delayed": ("delayed scales", "the rows of one step are not those of the next"),
+                "current_pow2": ("powers of two", "it is multiplied into the weight"),
+            }[self.tensor_scale]
             raise value_error(
-                f"recipe {self.name or 'NVFP4BlockScaling'!r}: delayed scales do not go with row-scaled activations.",
-                got="tensor_scale='delayed', row_scaled_activation=True",
-                needs="one scale per tensor: the rows of one step are not those of the next",
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: {what} do not go with row-scaled activations.",
+                got=f"tensor_scale={self.tensor_scale!r}, row_scaled_activation=True",
+                needs=f"one scale per tensor: {why}",
                 fix="set tensor_scale='current', or row_scaled_activation=False",
             )
         if self.fp8_dpa or self.fp8_mha:

@@ -42,7 +42,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "fp8_dpa": (False, True),
     "fp8_mha": (False, True),
     "backward_override": (None, "high_precision", "dequantized"),
-    "tensor_scale": ("current", "delayed"),
+    "tensor_scale": ("current", "delayed", "current_pow2"),
     "thin_layers": ("high_precision", "pad"),
     "kernels": ("all", "parameters"),
     "activation_shift": ("none", "mean"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.quantize.operand import quantize_operand
+from te_nvfp4_cv.ops.quantize.operand import measure_operand, quantize_operand
 from te_nvfp4_cv.ops.quantize.reference import fold_images, pad_groups
 from te_nvfp4_cv.ops.records import NONE, PACKED, Face, Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
@@ -83,6 +83,7 @@ def of_operand(
     is_x = role == Role.INPUT
     fold, row_scaled = plan.folds[0 if is_x else 1], is_x and plan.row_scaled
     row, col = made.row, made.col
+    both_faces = plan.input_specs[True] if is_x else plan.gradient_specs[True, True]
     forms = [PACKED if face.data.numel() and not face.scale.numel() else NONE for face in (row, col)]
     if any(forms):
         # With delayed scaling the amax was given, and is not that of the operand: it is given again. A current one
@@ -90,8 +91,7 @@ def of_operand(
         amax = None
         if made.observed.numel():
             amax = torch.cat((made.row_amax.flatten()[:1], made.col_amax.flatten()[:1]))
-        spec = plan.input_specs[True] if is_x else plan.gradient_specs[True, True]
-        spec = spec._replace(row=forms[0], col=forms[1])
+        spec = both_faces._replace(row=forms[0], col=forms[1])
         again = quantize_operand(operand, spec, plan.compute_dtype, seed, amax, plan.backend)
         row, col = again.row if forms[0] else row, again.col if forms[1] else col
     found = {}
@@ -116,6 +116,8 @@ def of_operand(
             real = real.expand(raw.shape).reshape(-1, BLOCK) != 0
         if s.rht:  # the largest of the rotated values, which were not stored: quantization has measured it
             amax_whole = made.observed[1] if made.observed.numel() else made.col_amax.amax()
+            if s.pow2 and not made.observed.numel():  # but raised it to a power of two
+                amax_whole = measure_operand(operand, both_faces, plan.backend)[1]
         found["col"] = _sampled(raw, col, amax, s.e4m3_max, most, real, s.rht, (amax_whole, broken))
     return found
 

@@ -30,6 +30,7 @@ RECIPES = {
     "4over6 all": replace(RECIPE, nvfp4_4over6="all", disable_rht=True),
     "row scaled": replace(RECIPE, row_scaled_activation=True, disable_rht=True),
     "delayed": replace(RECIPE, tensor_scale="delayed"),
+    "powers of two": replace(RECIPE, tensor_scale="current_pow2"),
     "thin": replace(RECIPE, thin_layers="pad"),
 }
 LAYERS = {

@@ -26,6 +26,7 @@ ort = pytest.importorskip("onnxruntime", reason="the extra [export]")
 reference = pytest.importorskip("onnx.reference", reason="the extra [export]")
 
 RECIPE = nv.NVFP4BlockScaling()
+POW2 = replace(RECIPE, tensor_scale="current_pow2")
 ROW = replace(RECIPE, row_scaled_activation=True, disable_rht=True)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "odd channels": (lambda: nn.Conv2d(20, 36, 3, padding=1), (2, 20, 7, 6)),
@@ -70,8 +71,10 @@ def test_each_layer(case: str, form: str, tmp_path: Path) -> None:
         ("nvfp4", replace(RECIPE, disable_2d_quantization=True), True),
         ("nvfp4", ROW, False),
         ("high", replace(RECIPE, nvfp4_4over6="weights", nvfp4_4over6_e4m3_use_256="weights"), False),
+        ("nvfp4", POW2, False),
+        ("nvfp4", POW2, True),
     )
-    for activations, recipe, static in (("nvfp4", RECIPE, False), others[list(LAYERS).index(case) % 3]):
+    for activations, recipe, static in (("nvfp4", RECIPE, False), others[list(LAYERS).index(case) % 5]):
         model = nn.Sequential(copy.deepcopy(layer), nn.ReLU())
         codes = quantize_layer(model[0], recipe)
         codes = replace(codes, input_amax=0.7 * x.abs().amax().reshape(1)) if static else codes

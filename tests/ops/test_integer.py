@@ -128,7 +128,10 @@ def test_whole_layers_have_the_references_bits(layer, dtype):
         assert same_bits(a, b) and a.stride() == b.stride(), name
 
 
-@pytest.mark.parametrize("recipe", ["no_2d", "no_rht", "no_sr", "four_over_six", "delayed", "pad_thin", "forward_only"])
+RECIPES = ["no_2d", "no_rht", "no_sr", "four_over_six", "delayed", "current_pow2", "pad_thin", "forward_only"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_whole_layers_of_every_recipe_have_the_references_bits(recipe):
     loaded = load_recipe(recipe)
     for layer in ("conv2d groups", "conv_transpose2d", "linear"):

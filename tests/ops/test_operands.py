@@ -359,6 +359,29 @@ def test_vendor_operands_with_given_amaxes_equal_the_reference(seed, factor):
             assert same_bits(used, given.reshape(1)) if seen.isfinite() else used.isnan()
 
 
+@pytest.mark.parametrize("seed", range(0, 36, 3))
+def test_power_of_two_scales(seed):
+    """Codes and amaxes are those of the power of two above the measured amaxes, or above given ones."""
+    x, groups, fold = random_case(seed)
+    key = torch.tensor([seed]) if seed % 2 else None
+    for (row, col), rht, given in itertools.product(
+        [(PACKED, PACKED), (DEQUANTIZED, DEQUANTIZED), (NONE, PACKED), (PACKED, NONE)], [True, False], [True, False]
+    ):
+        spec = OperandSpec(groups, fold, row, col, rht, key is not None)
+        own = operand.measure_operand(x, spec, "reference")
+        raised = formats.power_of_two_amax(own)
+        expected = operand.quantize_operand(x, spec, torch.bfloat16, key, raised, "reference")
+        for backend in ("reference", "vendor"):
+            args = (torch.bfloat16, key, own if given else None, backend)
+            got = operand.quantize_operand(x, spec._replace(pow2=True), *args)
+            assert bool(got.observed.numel()) == given
+            for k, (mine, theirs) in enumerate(zip(got.flat()[:6], expected.flat()[:6], strict=True)):
+                if k not in (2, 5):
+                    assert same_bits(mine, theirs), (k, backend, row, col, rht, given)
+            for form, used, amax in ((row, got.row_amax, raised[:1]), (col, got.col_amax, raised[1:])):
+                assert form == NONE or same_bits(used, amax) or (given and not amax.isfinite() and used.isnan())
+
+
 @pytest.mark.parametrize("mode", ["MAE", "MSE"])
 def test_given_amaxes_with_four_over_six(mode):
     for seed in (1, 9, 13):

@@ -124,7 +124,7 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
         rank: number of axes of x.
     """
     geometry, settings = layer.plan.geometry, layer.recipe.settings("input")
-    groups = geometry.groups
+    groups, raised = geometry.groups, layer.plan.input_specs[False].pow2
     channels = matrix.channels(layer.plan)
     blocks = -(-channels // BLOCK)
     keep = [0] * (rank - 1)  # Reshape leaves an axis with size 0 as it is
@@ -140,8 +140,11 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
         amax = g.op("ReduceMax", [size, g.ints("channel_axis", [-1])], keepdims=1)
     elif layer.input_amax is None:
         amax = g.op("ReduceMax", [size], keepdims=0)
+        amax = _raised(g, amax, settings.e4m3_max) if raised else amax
     else:
-        amax = g.constant("input_amax", np.float32(float(layer.input_amax)))
+        given = layer.input_amax.float()
+        given = formats.power_of_two_amax(given, settings.e4m3_max) if raised else given
+        amax = g.constant("input_amax", np.float32(float(given)))
     zero, one = g.constant("zero", 0.0), g.constant("one", 1.0)
     largest = g.constant("largest", np.float32(6.0 * settings.e4m3_max))
     # ONNX evaluates both sides of Where: the inner one keeps the quotient from a division by 0.
@@ -174,6 +177,16 @@ def quantized_input(g: Nodes, layer: InferenceLayer, x: str, rank: int, portable
         return g.op("Reshape", [q, g.ints("x_padded", [*keep, groups * blocks * BLOCK])])
     codes = g.op("QuantizeLinear", [x, safe], axis=rank - 1, block_size=BLOCK, output_dtype=TensorProto.FLOAT4E2M1)
     return g.op("DequantizeLinear", [codes, scale], axis=rank - 1, block_size=BLOCK)
+
+
+def _raised(g: Nodes, amax: str, e4m3_max: int) -> str:
+    """Add formats.power_of_two_amax of one finite amax; for 0 the lowest, which makes zeros as well."""
+    table = [6.0 * e4m3_max * 2.0**k for k in range(formats.MIN_EXPONENT, formats.MAX_EXPONENT + 1)]
+    values = g.constant("powers_of_two", table)
+    # The number of smaller ones is the place of the first that is not.
+    smaller = g.op("Cast", [g.op("Greater", [amax, values])], to=TensorProto.INT64)
+    place = g.op("ReduceSum", [smaller, g.ints("only_axis", [0])], keepdims=0)
+    return g.op("Gather", [values, g.op("Min", [place, g.constant("last_power", len(table) - 1, np.int64)])])
 
 
 def _to_e2m1(g: Nodes, v: str) -> str:

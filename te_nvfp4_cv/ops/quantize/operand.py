@@ -23,8 +23,9 @@ Stochastic rounding by plain torch and by the CPU's kernels uses Philox counter 
 in the TE-ordered scale matrix (rows of M in the order image axes, then batch). The Triton kernels draw other numbers
 (see triton/launch.py).
 
-The tensor scale is that of the operand's own amax, or of amaxes that are given: those of an earlier step
-(tensor_scale="delayed"), or of all ranks. With given amaxes the call also observes what it saw, in the same pass:
+The tensor scale is that of the operand's own amax, of the power of two above it (tensor_scale="current_pow2"), or of
+amaxes that are given: those of an earlier step (tensor_scale="delayed"), or of all ranks. With given amaxes the call
+also observes what it saw, in the same pass:
 
     observed [3] fp32    amax of x; amax of the columnwise operand, folded and rotated; saturated blocks
 
@@ -50,6 +51,7 @@ from te_nvfp4_cv.ops.records import (
     Alpha,
     Collector,
     Face,
+    Move,
     Operand,
     OperandSpec,
     WeightCodes,
@@ -87,10 +89,11 @@ def quantize_operand(
         dtype: of dequantized faces, bf16 or fp32.
         seed: int64 [1], for stochastic rounding.
         amax: fp32 [2], positive: of the rowwise and of the columnwise face, used in place of x's. Not with row_scaled.
+            With spec.pow2 they are raised as x's own would be.
         collector: takes what the call observes; only with `amax`.
     Returns:
-        The faces that the spec asks for. With `amax` given, the two amaxes are the given ones, or NaN where the
-        observed one is not finite.
+        The faces that the spec asks for. The two amaxes are those that were used: with spec.pow2 raised, with `amax`
+        given NaN where the observed one is not finite.
     """
     if runs_directly(x):
         module = _implementation(backend, x.device)
@@ -157,10 +160,15 @@ def _(x, spec, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(2, dtype=torch.float32)
 
 
-def unpack_columns(face: Face, dtype: torch.dtype, backend: str) -> Tensor:
-    """Return code * scale [N16 * 16, *rest] of a packed columnwise face: data [N16, *rest, 8], scale [N16, *rest]."""
+def unpack_columns(face: Face, dtype: torch.dtype, backend: str, factor: Alpha | None = None) -> Tensor:
+    """Return code * scale [N16 * 16, *rest] of a packed columnwise face: data [N16, *rest, 8], scale [N16, *rest].
+
+    Args:
+        factor: multiplies every value, as in unpack_weight. Only kernels that run directly take one.
+    """
     if runs_directly(face.data):
-        found: Tensor = _implementation(backend, face.data.device).unpack_columns(*face, dtype)
+        module = _implementation(backend, face.data.device)
+        found: Tensor = module.unpack_columns(*face, dtype, *(() if factor is None else (factor,)))
         return found
     return unpack_columns_op(*face, dtype, backend)
 
@@ -216,6 +224,34 @@ def quantize_weight(
         found: WeightCodes = _implementation(backend, w.device).quantize_weight(w, spec, dtype, amax)
         return found
     return WeightCodes.from_flat(quantize_weight_op(w, spec.to_ints(), dtype, backend, amax))
+
+
+def serves_directly(w: Tensor, backend: str) -> bool:
+    """Return True if Triton kernels quantize this weight, without torch's dispatcher between."""
+    kernels = backend == "triton" or (backend == "vendor" and dispatch.kernels_serve(w.device))
+    return kernels and w.numel() > 0 and runs_directly(w)
+
+
+def measure_weight(w: Tensor, spec: WeightSpec, backend: str, move: Move | None) -> Tensor:
+    """Return the amax of a weight, fp32 [1], raised with spec.pow2, where serves_directly.
+
+    Args:
+        move: delayed scales of the layer, which move in the same launch.
+    """
+    found: Tensor = _implementation(backend, w.device).measure_weight(w, spec, move)
+    return found
+
+
+def quantize_weight_for(
+    w: Tensor, spec: WeightSpec, dtype: torch.dtype, backend: str, amax: Tensor, factor: Alpha | None
+) -> tuple[WeightCodes, Tensor]:
+    """Return quantize_weight's packed codes for an amax of measure_weight, and unpack_weight's values for the factor.
+
+    Only with 16x16 scales, and where serves_directly.
+    """
+    made: tuple[WeightCodes, Tensor]
+    made = _implementation(backend, w.device).quantize_weight_for(w, spec, dtype, amax, factor)
+    return made
 
 
 @without_autocast

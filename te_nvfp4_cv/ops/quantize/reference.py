@@ -70,7 +70,10 @@ def quantize_operand(
     # What is observed counts as 0 for a face that is not made, but without RHT both faces see x itself.
     seen_row = own if spec.row != NONE or not spec.rht else torch.zeros_like(own)
     seen_col, saturated = torch.zeros_like(own) if spec.rht else own, torch.zeros_like(own)
-    row_amax, col_amax = (own, own) if amax is None else (amax[:1], amax[1:])
+    used = amax
+    if spec.pow2:
+        used = formats.power_of_two_amax(measure_operand(x, spec) if amax is None else amax, spec.e4m3_max)
+    row_amax, col_amax = (own, own) if used is None else (used[:1], used[1:])
     if spec.row != NONE:
         faces = reference_matrix.quantize_2d(
             pad_groups(x_rows, spec.groups).flatten(0, -2),
@@ -88,7 +91,7 @@ def quantize_operand(
     if spec.col != NONE:
         folded = batch_last(fold_images(x, spec.fold))  # [*image, N, C]
         # The amax of rotated columns, or of single rows, is found there.
-        given = None if amax is None and (spec.rht or spec.row_scaled) else col_amax
+        given = None if used is None and (spec.rht or spec.row_scaled) else col_amax
         faces = reference_matrix.quantize_2d(
             folded.flatten(0, -2),
             rowwise=False,

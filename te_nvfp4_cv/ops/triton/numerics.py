@@ -186,12 +186,12 @@ def four_over_six_error(v, s_b, enc, amax, MODE: tl.constexpr, E4M3_MAX: tl.cons
 
 
 @triton.jit
-def power_of_two_amax(amax, E4M3_MAX: tl.constexpr):
-    """Return the smallest 6 E 2^k not below amax, k in -100..116, as formats.power_of_two_amax; 0, inf, NaN stay."""
+def power_of_two_amax(amax, E4M3_MAX: tl.constexpr, MARGIN: tl.constexpr = 0):
+    """Return the smallest 6 E 2^k not below amax * 2^MARGIN, as formats.power_of_two_amax; 0, inf, NaN stay."""
     mantissa: tl.constexpr = 0x280000 if E4M3_MAX == 448 else 0x400000  # 6 E is 1.3125 * 2^11 or 1.5 * 2^10
     exponent: tl.constexpr = 138 if E4M3_MAX == 448 else 137
     bits = bits_of(amax)
-    field = (bits + (0x7FFFFF - mantissa)) >> 23
+    field = ((bits + (0x7FFFFF - mantissa)) >> 23) + MARGIN  # a larger mantissa carries
     field = tl.minimum(tl.maximum(field, exponent - 100), exponent + 116)
     return tl.where((bits > 0) & (bits < INF_BITS), float_of((field << 23) | mantissa), amax)
 

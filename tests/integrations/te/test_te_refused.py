@@ -42,6 +42,7 @@ def test_import_is_lazy() -> None:
     ("fields", "words"),
     [
         ({"tensor_scale": "delayed"}, ("delayed", "got: +tensor_scale='delayed'", "fix: +dataclasses.replace")),
+        ({"tensor_scale": "current_pow2"}, ("powers of two", "got: +tensor_scale='current_pow2'", "fix: +dataclasses")),
         ({"nvfp4_4over6": "all"}, ("4over6", "got: ", "disable_rht=False", "fix: ")),
         ({"row_scaled_activation": True}, ("row-scaled", "got: ", "fix: ")),
         (

@@ -139,27 +139,28 @@ for name, activation, groups, residual, row in (
     )
     more: dict[str, Any] = dict(expect=[r"ld\.global\.v2\.b32"])
     pointers = _pointers(
-        "mask amax row_data row_scale col_data col_scale slots",
+        "mask amax row_data row_scale col_data col_scale seen collected",
         mask="*u8",
         row_data="*bf16" if row == 2 else "*i32",
         row_scale="*u8",
         col_data="*i64",
         col_scale="*u8",
-        slots="*i32",
+        work="*i32",
+        saturated_blocks="*fp64",
     )
     produce = _case(
         f"produce_{name}",
         "produce_kernel",
         {**MADE, **pointers, "images": "i32", "run": "i32", "per_row": "i32"},
-        dict(KEEP=activation == 1, ROW=row, COL=1, RHT=True, OBSERVE=True, E4M3_MAX=448, **shared),
+        dict(KEEP=activation == 1, ROW=row, COL=1, RHT=True, OBSERVE=26, E4M3_MAX=448, **shared),
         instructions_per_element=(16 * PRODUCED, 90),
         **more,
     )
     measure = _case(
         f"produced_amax_{name}",
         "produced_amax_kernel",
-        {**MADE, "amax": "*i32", "images": "i32", "run": "i32", "per_row": "i32", "tiles": "i32"},
-        dict(RHT=True, **shared),
+        {**MADE, "work": "*i32", "amax": "*fp32", "images": "i32", "run": "i32", "per_row": "i32", "tiles": "i32"},
+        dict(RHT=True, POW2=False, E4M3_MAX=448, **shared),
         instructions_per_element=(16 * PRODUCED, 45),
         **more,
     )

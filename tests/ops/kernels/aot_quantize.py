@@ -21,6 +21,9 @@ WIDE_LOADS = [r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global
 WIDE_STORES = [r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64|st\.global[.\w:]*\.v2\.b32"]
 PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks")  # that are not specialized
 INTEGERS = ("images", "rows", "run", "per_row", "word2")
+FACTOR = dict(factor="*fp32", other="*fp32", number="fp32")
+WATCH = dict(work="*i32", seen="*fp32", collected="*fp32", saturated="*fp64")
+WATCHED = 26  # finish, collect and count, with rotated columns
 
 
 def case(
@@ -49,7 +52,7 @@ def quantize(name: str, **changes: Any) -> dict[str, Any]:
         COL=1,
         RHT=True,
         STOCHASTIC=False,
-        OBSERVE=True,
+        OBSERVE=WATCHED,
         FOLDED=False,
         MASKED=False,
         CHANNELS=0,
@@ -59,7 +62,7 @@ def quantize(name: str, **changes: Any) -> dict[str, Any]:
     )
     values |= changes
     signature = dict(x=f"*{x}", source_rows="*i64", amax="*fp32", seed="*i64", row_scale="*u8", col_scale="*u8")
-    signature |= dict(row_data="*i32" if values["ROW"] == 1 else "*bf16", slots="*i32")
+    signature |= dict(row_data="*i32" if values["ROW"] == 1 else "*bf16", **WATCH)
     signature |= dict(col_data="*bf16" if values["COL"] == 2 else "*i64")
     signature |= {integer: "i32" for integer in INTEGERS}
     if values["rows"] != 1:
@@ -86,12 +89,12 @@ def blocks(name: str, **changes: Any) -> dict[str, Any]:
         RHT=False,
         STOCHASTIC=False,
         ERROR=0,
-        OBSERVE=False,
+        OBSERVE=0,
         FOLDED=False,
         E4M3_MAX=448,
     )
     values |= changes
-    signature = dict(x=f"*{x}", source_rows="*i64", amax="*fp32", seed="*i64", scale="*u8", slots="*i32")
+    signature = dict(x=f"*{x}", source_rows="*i64", amax="*fp32", seed="*i64", scale="*u8", given="*fp32", **WATCH)
     signature |= dict(data="*i64" if values["FORM"] == 1 else "*bf16", dequantized="*bf16")
     for name_ in ("blocks", "rows_in", "rows_out", "taps", "width", "stride_o", "stride_t", "stride_c", "image_size"):
         signature[name_] = "i32"
@@ -103,18 +106,18 @@ def tiles(name: str, **changes: Any) -> dict[str, Any]:
     """A case of quantize_tiles_kernel: a contiguous fp32 3x3 weight unless changed."""
     w = changes.pop("w", "fp32")
     values: dict[str, Any] = dict(
-        TAPS_FIRST=True, FORM=2, ERROR=0, POW2=True, E4M3_MAX=448
+        TAPS_FIRST=True, FORM=2, FACTOR=0, ERROR=0, E4M3_MAX=448
     )
     values |= changes
-    signature = dict(w=f"*{w}", bits="*i32", amax="*fp32", data="*i64", scale="*u8", dequantized="*bf16")
+    signature = dict(w=f"*{w}", amax="*fp32", data="*i64", scale="*u8", dequantized="*bf16", **FACTOR)
     signature |= {name_: "i32" for name_ in ("width", "stride_o", "stride_t", "stride_c")}
     signature |= {name_: "i32" for name_ in PLAIN}
     file, table = "block_kernels", "quantize_tiles"
     return case(name, file, "quantize_tiles_kernel", table, signature, values, width="TILES", expect=EXACT)
 
 
-AMAX = dict(x="*bf16", source_rows="*i64", amax="*i32", images="i32", rows="i32", run="i32", tiles="i32")
-FACTOR = dict(factor="*fp32", other="*fp32", number="fp32")
+AMAX = dict(x="*bf16", source_rows="*i64", work="*i32", amax="*fp32")
+AMAX |= dict(images="i32", rows="i32", run="i32", tiles="i32")
 UNPACK_COLUMNS = dict(data="*i64", scale="*u8", out="*bf16", **FACTOR, run="i32")
 UNPACK_COLUMNS |= dict(rows="i32", per_band="i32", group_blocks="i32")
 UNPACK_ROWS = dict(data="*i32", scale="*u8", out="*bf16", **FACTOR, words="i32", width="i32")
@@ -122,14 +125,14 @@ UNPACK_ROWS |= dict(taps="i32", group_rows="i32", row_blocks="i32")
 
 CASES = [
     quantize("activation_delayed", budget=44),
-    quantize("activation_current", OBSERVE=False, budget=42),
-    quantize("activation_packed", ROW=1, OBSERVE=False, budget=50),
-    quantize("activation_rows", COL=0, OBSERVE=False),
+    quantize("activation_current", OBSERVE=0, budget=42),
+    quantize("activation_packed", ROW=1, OBSERVE=0, budget=50),
+    quantize("activation_rows", COL=0, OBSERVE=0),
     quantize("activation_rows_delayed", COL=0),
     quantize("gradient_rows_delayed", COL=0, STOCHASTIC=True),
     quantize("gradient_delayed", STOCHASTIC=True, COL=2, budget=58),
-    quantize("gradient_current", STOCHASTIC=True, COL=2, OBSERVE=False, budget=55),
-    quantize("gradient_packed", STOCHASTIC=True, ROW=1, COL=1, OBSERVE=False),
+    quantize("gradient_current", STOCHASTIC=True, COL=2, OBSERVE=0, budget=55),
+    quantize("gradient_packed", STOCHASTIC=True, ROW=1, COL=1, OBSERVE=0),
     quantize("masked", MASKED=True),
     quantize("masked_stochastic", MASKED=True, STOCHASTIC=True, COL=2),
     quantize("folded", ROW=0, FOLDED=True, MASKED=True, rows=None),
@@ -144,7 +147,7 @@ CASES = [
         "amax_kernel",
         "quantize_amax",
         AMAX,
-        dict(ROW=True, FOLDED=False, MASKED=False),
+        dict(ROW=True, FOLDED=False, MASKED=False, POW2=False, E4M3_MAX=448),
         expect=EXACT + WIDE_LOADS,
         instructions_per_element=(lambda constants: 16 * constants["BLOCK"], 13),
     ),
@@ -154,7 +157,7 @@ CASES = [
         "amax_kernel",
         "quantize_amax",
         AMAX,
-        dict(ROW=False, FOLDED=True, MASKED=True),
+        dict(ROW=False, FOLDED=True, MASKED=True, POW2=True, E4M3_MAX=448),
         expect=EXACT + WIDE_LOADS,
     ),
     case(
@@ -162,8 +165,8 @@ CASES = [
         "operand_kernels",
         "amax_flat_kernel",
         "amax_flat",
-        dict(x="*bf16", amax="*i32", n="i64"),
-        {},
+        dict(x="*bf16", work="*i32", amax="*fp32", used="*fp32", seen="*fp32", n="i64"),
+        dict(FACES=2, POW2=True, E4M3_MAX=448, RULE=76),
         expect=EXACT + WIDE_LOADS,
         instructions_per_element=(lambda constants: constants["BLOCK"], 8),
     ),
@@ -206,32 +209,11 @@ CASES = [
     ),
     tiles("weight"),
     tiles("weight_packed", FORM=1, TAPS_FIRST=False),
+    tiles("weight_both", FORM=3, FACTOR=2),
     tiles("weight_four_over_six", FORM=1, ERROR=1, E4M3_MAX=256),
     blocks("weight_rows"),
     blocks("weight_columns", COLUMNS=True, GROUP_BLOCKS=4, FORM=2),
-    blocks("four_over_six_rows", x="bf16", ERROR=1, OBSERVE=True),
-    blocks("four_over_six_columns", x="bf16", ERROR=2, COLUMNS=True, FOLDED=True, RHT=True, OBSERVE=True),
+    blocks("four_over_six_rows", x="bf16", ERROR=1, OBSERVE=1),
+    blocks("four_over_six_columns", x="bf16", ERROR=2, COLUMNS=True, FOLDED=True, RHT=True, OBSERVE=WATCHED),
     blocks("four_over_six_stochastic", x="bf16", ERROR=1, STOCHASTIC=True),
-    dict(
-        name="finish",
-        fn=(f"{FOLDER}.operand_kernels", "finish_kernel"),
-        signature=dict(
-            slots="*i32",
-            given="*fp32",
-            observed="*fp32",
-            used="*fp32",
-            collected="*fp32",
-            saturated="*fp64",
-            **dict.fromkeys(("SAME", "COLLECT", "COUNT"), "constexpr"),
-        ),
-        constexprs=dict(SAME=False, COLLECT=True, COUNT=True),
-        options=dict(num_warps=1),
-    ),
-    dict(
-        name="weight_amax",
-        fn=(f"{FOLDER}.block_kernels", "weight_amax_kernel"),
-        signature=dict(bits="*i32", amax="*fp32", POW2="constexpr", E4M3_MAX="constexpr"),
-        constexprs=dict(POW2=True, E4M3_MAX=448),
-        options=dict(num_warps=1),
-    ),
 ]

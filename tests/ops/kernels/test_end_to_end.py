@@ -22,6 +22,7 @@ RECIPES = {
     "no RHT": NVFP4BlockScaling(disable_stochastic_rounding=True, disable_rht=True),
     "4over6": NVFP4BlockScaling(disable_stochastic_rounding=True, disable_rht=True, nvfp4_4over6="all"),
     "delayed": NVFP4BlockScaling(disable_stochastic_rounding=True, tensor_scale="delayed"),
+    "powers of two": NVFP4BlockScaling(disable_stochastic_rounding=True, tensor_scale="current_pow2"),
     "high-precision wgrad": NVFP4BlockScaling(disable_stochastic_rounding=True, high_precision_gemms=("wgrad",)),
     "dequantized backward": NVFP4BlockScaling(disable_stochastic_rounding=True, backward_override="dequantized"),
     "row-scaled": NVFP4BlockScaling(disable_stochastic_rounding=True, disable_rht=True, row_scaled_activation=True),
@@ -91,9 +92,9 @@ def test_stochastic_rounding_is_reproducible_and_fresh(kernel_device, one_thread
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("delayed", [False, True])
-def test_a_non_finite_operand_makes_every_output_non_finite(kernel_device, one_thread, backend, bad, delayed):
-    recipe = RECIPES["delayed"] if delayed else NO_SR
+@pytest.mark.parametrize("recipe", [None, "delayed", "powers of two"])
+def test_a_non_finite_operand_makes_every_output_non_finite(kernel_device, one_thread, backend, bad, recipe):
+    recipe = RECIPES.get(recipe, NO_SR)
     x, w, bias = _on(kernel_device, *tensors("conv2d 1x1"))
     with torch.no_grad():
         x[3, 5, 0, 2] = bad

@@ -23,6 +23,7 @@ from te_nvfp4_cv.backend import dispatch, tuning
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operand, reference_matrix
 from te_nvfp4_cv.ops.quantize import reference as reference_operands
+from te_nvfp4_cv.ops.quantize.triton import tiles
 from te_nvfp4_cv.ops.records import (
     DEQUANTIZED,
     NONE,
@@ -33,6 +34,7 @@ from te_nvfp4_cv.ops.records import (
     WeightLayout,
     WeightSpec,
 )
+from te_nvfp4_cv.ops.triton import workspace
 from tests.helpers import KINDS, make_geometry, same_bits, same_codes, seeds, values
 from tests.ops.test_operands import DTYPES, assert_no_nan_scale, random_case, strided
 
@@ -104,6 +106,39 @@ def test_given_amaxes_and_what_is_observed(launch, kernel_device, seed):
         rht = (seed + k) % 2 == 0
         got = compare(launch, kernel_device, x, OperandSpec(groups, fold, row, col, rht), amax=amax)
         assert not (shrink == 0.01 and KINDS[seed % 8] == "normal") or got.observed[2] > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS[::5])
+def test_power_of_two_scales(launch, kernel_device, seed):
+    x, groups, fold = random_case(seed)
+    for k, (row, col) in enumerate(FORMS[::2]):
+        amax = torch.tensor([1.0, 3000.0]) if (seed + k) % 4 == 0 else None
+        spec = OperandSpec(groups, fold, row, col, (seed + k) % 2 == 0, e4m3_max=(448, 256)[seed % 2], pow2=True)
+        compare(launch, kernel_device, x, spec, amax=amax)
+    spec = OperandSpec(groups, fold, PACKED, PACKED, four_over_six="MSE", pow2=True)
+    compare(launch, kernel_device, x, spec)
+
+
+def test_kernels_leave_their_workspace_as_they_found_it(launch, kernel_device, monkeypatch):
+    """A launch that left something there would spoil the next one of the stream."""
+    given = []
+
+    def zeros(x):
+        given.append(x.new_zeros(workspace.SIZE, dtype=torch.int32))
+        return given[-1]
+
+    for module in (launch, tiles):
+        monkeypatch.setattr(module, "zeros", zeros)
+    for seed in SEEDS[:3]:
+        x, groups, fold = random_case(seed)
+        for rht in (True, False):
+            launch.measure_operand(x.to(kernel_device), OperandSpec(groups, fold, rht=rht))
+        for error, forms in ((None, FORMS[seed % len(FORMS)]), ("MAE", (PACKED, PACKED))):
+            spec = OperandSpec(groups, fold, *forms, four_over_six=error)
+            amax = torch.ones(2, device=kernel_device)
+            launch.quantize_operand(x.to(kernel_device), spec, torch.bfloat16, None, amax)
+    launch.quantize_weight(x.to(kernel_device), WeightSpec(1, PACKED, pow2=True), torch.float32)
+    assert len(given) == 13 and not any(work.any() for work in given)
 
 
 @pytest.mark.parametrize("rht", [True, False])
@@ -491,4 +526,4 @@ def test_launches_compile():
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     operand_kernels = {line.split()[0] for line in result.stdout.splitlines()}
-    assert {"quantize_kernel", "quantize_blocks_kernel", "quantize_tiles_kernel", "finish_kernel"} <= operand_kernels
+    assert {"quantize_kernel", "quantize_blocks_kernel", "quantize_tiles_kernel", "amax_flat_kernel"} <= operand_kernels

@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 
 from te_nvfp4_cv.ops.norm.triton.activations import activated
+from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_amaxes, finish_observed
 from te_nvfp4_cv.ops.triton import numerics as nx
-
-SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their atomic maxima over
 
 
 @triton.jit
@@ -93,6 +92,7 @@ def produced_amax_kernel(
     bias,
     mean,
     rstd,
+    work,
     amax,
     images,
     run,
@@ -105,9 +105,11 @@ def produced_amax_kernel(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     RHT: tl.constexpr,
+    POW2: tl.constexpr,
+    E4M3_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Raise amax, int32 [2], zero at first, to the bits of the activation's amax and (RHT) of its rotated columns'."""
+    """Write amax, fp32 [2]: the activation's amax and (RHT) its rotated columns'. work, POW2: see finish_amaxes."""
     row_top = tl.zeros((BLOCK,), tl.float32)
     col_top = tl.zeros((BLOCK,), tl.float32)
     # z takes the place of the mask, which is not written here (KEEP is False).
@@ -121,15 +123,14 @@ def produced_amax_kernel(
         row_top = nx.max_nan(row_top, nx.max16(tile))
         if RHT:
             col_top = nx.max_nan(col_top, nx.max16(nx.hadamard16(tile)))
-    tl.atomic_max(amax, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
+    tl.atomic_max(work, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
     if RHT:
         col_top = col_top * 0.25  # rounding is monotone: once, after the maximum, is the same as before it
         if z.dtype.element_ty == tl.bfloat16:
             col_top = col_top.to(tl.bfloat16).to(tl.float32)
-    else:
-        # Without RHT the columns hold the activation itself.
-        col_top = row_top
-    tl.atomic_max(amax + 1, tl.max(nx.magnitude_bits(col_top), 0), sem="relaxed")
+        tl.atomic_max(work + 1, tl.max(nx.magnitude_bits(col_top), 0), sem="relaxed")
+    # Without RHT the columns hold the activation itself.
+    finish_amaxes(work, amax, 2, not RHT, POW2, E4M3_MAX)
 
 
 @triton.jit
@@ -146,7 +147,10 @@ def produce_kernel(
     row_scale,
     col_data,
     col_scale,
-    slots,
+    work,
+    seen,
+    collected,
+    saturated_blocks,
     images,
     run,
     per_row,
@@ -167,7 +171,8 @@ def produce_kernel(
     """Quantize one tile of the activation rowwise (ROW 1: packed, 2: code * scale) and columnwise (COL 1: packed).
 
     amax: fp32 [2]. row_data: as z in bf16 or fp32, or int32 [images, run / 8]; row_scale: uint8 [images, run / 16].
-    col_data: int64 [groups of 16 images, run]; col_scale: uint8 likewise. slots: int32 [3, SLOTS] (OBSERVE).
+    col_data: int64 [groups of 16 images, run]; col_scale: uint8 likewise. OBSERVE, and from work to saturated_blocks:
+    see finish_observed.
     """
     pid = tl.program_id(0)
     line = pid // per_row
@@ -205,7 +210,7 @@ def produce_kernel(
                 tl.store(row_scale + origin // 16 + sixteenth, byte.to(tl.uint8), mask=there)
     if OBSERVE:
         total = tl.sum(saturated, 0)
-        tl.atomic_max(slots + pid % SLOTS, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
+        tl.atomic_max(work + pid % SLOTS, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
 
     if COL != 0:
         # A rotated face has an amax, and so a tensor scale, of its own.
@@ -215,7 +220,7 @@ def produce_kernel(
         amax_b = nx.max16(tile)
         byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
         if OBSERVE:
-            tl.atomic_max(slots + SLOTS + pid % SLOTS, tl.max(nx.magnitude_bits(amax_b), 0), sem="relaxed")
+            tl.atomic_max(work + SLOTS + pid % SLOTS, tl.max(nx.magnitude_bits(amax_b), 0), sem="relaxed")
             total += tl.sum(tl.where(inside & (amax_b * mult > 448.0), 1, 0), 0)
         words = ()
         ys = ()
@@ -230,4 +235,5 @@ def produce_kernel(
     if OBSERVE:
         # Few tiles saturate, so that few programs wait for this atomic.
         if total > 0:
-            tl.atomic_add(slots + 2 * SLOTS + pid % SLOTS, total, sem="relaxed")
+            tl.atomic_add(work + 2 * SLOTS + pid % SLOTS, total, sem="relaxed")
+        finish_observed(work, amax, seen, collected, saturated_blocks, OBSERVE)

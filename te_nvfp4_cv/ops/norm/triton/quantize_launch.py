@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend.devices import on_its_device
-from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, power_of_two_amax
 from te_nvfp4_cv.ops.layouts import operand_faces
 from te_nvfp4_cv.ops.norm.spec import NormSpec
 from te_nvfp4_cv.ops.norm.triton import quantize_kernels as kernels
 from te_nvfp4_cv.ops.norm.triton.launch import activation_of, ordered, pointers
-from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS
-from te_nvfp4_cv.ops.quantize.triton.tiles import finish
+from te_nvfp4_cv.ops.quantize.triton.tiles import Watch
 from te_nvfp4_cv.ops.records import NONE, PACKED, Collector, Operand, OperandSpec
 from te_nvfp4_cv.ops.triton.numerics import INTERPRETED, OPTIONS
+from te_nvfp4_cv.ops.triton.workspace import zeros
 
 PROGRAMS = 132 * 8  # of the amax kernel, which loops
 TILE = 4096 if INTERPRETED.value else 512  # values of each of 16 images; 128 registers' worth at 4 warps
@@ -56,17 +56,17 @@ def norm_quantize(
         BLOCK=block,
         **OPTIONS,
     )
-    observe = amax is not None
-    slots = z.new_zeros((3, SLOTS.value), dtype=torch.int32) if observe else norm[0]
+    watch = None if amax is None else Watch.of(z, not operand.rht, collector)
     if amax is None:
-        bits = z.new_zeros(2, dtype=torch.int32)
+        used = z.new_empty(2, dtype=torch.float32)
         tiles = per_row * lines
         kernels.produced_amax_kernel[(min(tiles, PROGRAMS),)](
-            *made, bits, batch, run, per_row, tiles, RHT=operand.rht and operand.col != NONE, **shared
-        )
-        used = bits.view(torch.float32)  # bits of positive floats order as the floats do: an integer maximum found it
+            *made, zeros(z), used, batch, run, per_row, tiles, RHT=operand.rht and operand.col != NONE,
+            POW2=operand.pow2, E4M3_MAX=operand.e4m3_max if operand.pow2 else E4M3_MAX, **shared,
+        )  # fmt: skip
     else:
-        used = amax.contiguous()
+        used = power_of_two_amax(amax, operand.e4m3_max) if operand.pow2 else amax.contiguous()
+    watched, observe = ((used,) * 4, 0) if watch is None else watch.arguments(True)
     row, col = operand_faces(z.movedim(1, -1), operand, dtype)
     kernels.produce_kernel[(per_row * lines,)](
         *made,
@@ -78,7 +78,7 @@ def norm_quantize(
         row.scale,
         col.data.view(torch.int64) if operand.col == PACKED else col.data,
         col.scale,
-        slots,
+        *watched,
         batch,
         run,
         per_row,
@@ -90,7 +90,6 @@ def norm_quantize(
         E4M3_MAX=operand.e4m3_max,
         **shared,
     )
-    observed = z.new_empty(0, dtype=torch.float32)
-    if observe:
-        used, observed = finish(slots, used, not operand.rht, collector)  # NaN where what was observed is not finite
-    return Operand(row, used[:1], col, used[1:], observed)
+    if watch is None:
+        return Operand(row, used[:1], col, used[1:], z.new_empty(0, dtype=torch.float32))
+    return watch.operand(row, col)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS
+from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_observed
 from te_nvfp4_cv.ops.triton import numerics as nx
+from te_nvfp4_cv.ops.triton.elementwise import product_of
 
 
 @triton.jit
@@ -64,7 +65,11 @@ def quantize_blocks_kernel(
     data,
     scale,
     dequantized,
-    slots,
+    given,
+    work,
+    seen,
+    collected,
+    saturated,
     blocks,
     rows_in,
     rows_out,
@@ -92,7 +97,7 @@ def quantize_blocks_kernel(
     Rows (not COLUMNS): block (o, t, kb), ROW_BLOCKS of them along c < width.
     COLUMNS: block (group of rows, ob, t, c), GROUP_BLOCKS of them along the rows_in rows of a group that are there and
     the rows_out that are written. FOLDED: o, t is row source_rows[o * taps + t] of x, -1 for zeros.
-    amax: fp32 [1], of this face. slots: of this face's amax; saturated blocks: 2 * SLOTS (rows) or SLOTS (COLUMNS) on.
+    amax: fp32 [1], of this face. OBSERVE, and from given to saturated: see finish_observed.
     image_size: values of an image, for the random bytes.
     """
     b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -134,10 +139,10 @@ def quantize_blocks_kernel(
     amax_b = nx.max16(tile)
     byte, s_b, enc = choose_scale(tile, amax_b, tensor_amax, mult, s_dec, ERROR, E4M3_MAX, False)
     if OBSERVE:
-        slot = tl.program_id(0) % SLOTS
-        tl.atomic_max(slots + slot, tl.max(nx.magnitude_bits(amax_b), 0), sem="relaxed")
+        slot = work + tl.program_id(0) % SLOTS
+        tl.atomic_max(slot + (SLOTS if COLUMNS else 0), tl.max(nx.magnitude_bits(amax_b), 0), sem="relaxed")
         total = tl.sum(tl.where(there & (amax_b * mult > 448.0), 1, 0), 0)
-        tl.atomic_add(slots + (SLOTS if COLUMNS else 2 * SLOTS) + slot, total, sem="relaxed")
+        tl.atomic_add(slot + 2 * SLOTS, total, sem="relaxed")
     # Names of a branch must exist before it, with a type: these values are not used.
     random = tile
     image = b * 0
@@ -170,17 +175,21 @@ def quantize_blocks_kernel(
     if FORM == 1:
         tl.store(data + b, nx.join_words(words, ys), mask=there)
         tl.store(scale + b, byte.to(tl.uint8), mask=there)
+    if OBSERVE:
+        finish_observed(work, given, seen, collected, saturated, OBSERVE)
 
 
 # Sizes of a layer are runtime integers: as constants, each layer of a network would compile a kernel of its own.
 @triton.jit(do_not_specialize=["tiles", "taps", "group_rows", "group_blocks", "row_blocks"])
 def quantize_tiles_kernel(
     w,
-    bits,
     amax,
     data,
     scale,
     dequantized,
+    factor,
+    other,
+    number,
     tiles,
     taps,
     width,
@@ -192,15 +201,16 @@ def quantize_tiles_kernel(
     row_blocks,
     TAPS_FIRST: tl.constexpr,
     FORM: tl.constexpr,
+    FACTOR: tl.constexpr,
     ERROR: tl.constexpr,
-    POW2: tl.constexpr,
     E4M3_MAX: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Quantize 16x16 tiles of w[o, t, c], any strides: TILES tiles of 16 lanes, a lane holds the 16 channels of a row.
 
     Axis 1 of the grid: groups of 16 rows; axis 0: tiles of (t, kb), in memory's order (TAPS_FIRST: t runs fastest).
-    bits: of w's amax, int32 [1]; amax: fp32 [1], written: it, raised to one whose scale is a power of two if POW2.
+    amax: fp32 [1]. FORM 1: data and scale are written; 2: dequantized; 3: both. dequantized is multiplied by a factor of
+    FACTOR parts (elementwise.product_of).
     data: int64 [o, taps, row_blocks]; scale: uint8 [group, ob, taps, row_blocks]; dequantized: [o, taps, width].
     """
     band = tl.program_id(1).to(tl.int64)
@@ -222,11 +232,7 @@ def quantize_tiles_kernel(
         place = o * stride_o + t.to(tl.int64) * stride_t + (kb * 16 + i).to(tl.int64) * stride_c
         value = tl.load(w + place, mask=real & (kb * 16 + i < width), other=0.0)
         tile = tile + (value.to(tl.float32),)
-    tensor_amax = nx.float_of(tl.load(bits))
-    if POW2:
-        tensor_amax = nx.power_of_two_amax(tensor_amax, E4M3_MAX)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(amax, tensor_amax)
+    tensor_amax = tl.load(amax)
     mult, s_dec = nx.tensor_factors(tensor_amax, E4M3_MAX)
     # Over the 16 channels of a lane, then over the 16 rows of a tile: [TILES, 16] -> [TILES, 1].
     amax_b = tl.expand_dims(nx.max_of_rows(nx.max16(tile)), 1)
@@ -241,19 +247,15 @@ def quantize_tiles_kernel(
         ys = ys + (y,)
         values = values + (nx.signed(q, y) * s_b,)
     line = o * taps + t
-    if FORM == 2:
-        out = nx.stack16(values).to(dequantized.dtype.element_ty)
+    if FORM >= 2:
+        out = nx.stack16(values)
+        if FACTOR:
+            out = out * product_of(factor, other, number, FACTOR)
+        out = out.to(dequantized.dtype.element_ty)
         channel = kb[:, :, None] * 16 + tl.arange(0, 16)[None, None, :]
         place = dequantized + (line[:, :, None] * width + channel)
         tl.store(place, out, mask=real[:, :, None] & (channel < width))
-    else:
+    if FORM != 2:
         tl.store(data + (line * row_blocks + kb), nx.join_words(words, ys), mask=real)
         place = scale + ((band * taps + t) * row_blocks + kb)
         tl.store(place, byte.to(tl.uint8), mask=index < tiles)
-
-
-@triton.jit
-def weight_amax_kernel(bits, amax, POW2: tl.constexpr, E4M3_MAX: tl.constexpr):
-    """Write amax[0] from its bits, raised to one whose scale is a power of two if POW2."""
-    value = nx.float_of(tl.load(bits))
-    tl.store(amax, nx.power_of_two_amax(value, E4M3_MAX) if POW2 else value)

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.backend.devices import on_its_device
-from te_nvfp4_cv.formats import BLOCK, round_up
+from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, power_of_two_amax, round_up
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.quantize import reference
 from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels
 from te_nvfp4_cv.ops.quantize.triton import tiles as parts
 from te_nvfp4_cv.ops.records import (
+    DEQUANTIZED,
     ERRORS,
     NONE,
     PACKED,
@@ -36,14 +37,15 @@ from te_nvfp4_cv.ops.records import (
     Collector,
     Face,
     Fold,
+    Move,
     Operand,
     OperandSpec,
     WeightCodes,
     WeightLayout,
     WeightSpec,
 )
-
-SLOTS = operand_kernels.SLOTS.value
+from te_nvfp4_cv.ops.triton.elementwise import parts_of
+from te_nvfp4_cv.ops.triton.workspace import zeros
 
 
 @on_its_device
@@ -61,34 +63,32 @@ def quantize_operand(
     if spec.row_scaled:
         return reference.quantize_operand(x, spec, dtype, seed, amax)
     x = x.contiguous()
-    # What programs observe, spread over SLOTS addresses so that few atomics meet; finish_kernel reduces it.
-    slots = None if amax is None else x.new_zeros((3, SLOTS), dtype=torch.int32)
+    watch = None if amax is None else parts.Watch.of(x, not spec.rht, collector)
+    if watch is not None and spec.row == NONE and not spec.rht and (spec.fold.strips > 1 or spec.col == NONE):
+        parts.amax_flat(x, watch.work, None)  # folded columns need not have seen all of x
     if amax is None:
         # Nothing is rotated where no columnwise face is made: x's amax is one plain pass.
-        used = measure_operand(x, spec._replace(rht=spec.rht and spec.col != NONE))
+        used = _measured(x, spec, spec.rht and spec.col != NONE, spec.pow2)
     else:
-        used = amax.contiguous()
+        used = power_of_two_amax(amax, spec.e4m3_max) if spec.pow2 else amax.contiguous()
     row, col = layouts.operand_faces(x, spec, dtype)
-    job = _Job(x, spec, (row, col), used, seed, slots)
+    job = _Job(x, spec, (row, col), used, seed, watch)
     if job.error:
         if spec.row != NONE:
-            job.row_blocks()
+            job.row_blocks(spec.col == NONE)
         if spec.col != NONE:
             job.col_blocks()
     # One launch reads x for both faces. Folded columns go through other rows than the rowwise face: two launches.
     elif spec.fold.strips == 1:
-        job.tiles(spec.row, spec.col)
+        job.tiles(spec.row, spec.col, True)
     else:
         if spec.row != NONE:
-            job.tiles(spec.row, NONE)
+            job.tiles(spec.row, NONE, spec.col == NONE)
         if spec.col != NONE:
-            job.tiles(NONE, spec.col)
-    if slots is None:
+            job.tiles(NONE, spec.col, True)
+    if watch is None:
         return Operand(row, used[:1], col, used[1:], x.new_empty(0, dtype=torch.float32))
-    if spec.row == NONE and not spec.rht and (spec.fold.strips > 1 or spec.col == NONE):
-        parts.amax_flat(x, slots)  # folded columns need not have seen all of x
-    decoded, observed = parts.finish(slots, used, not spec.rht, collector)
-    return Operand(row, decoded[:1], col, decoded[1:], observed)
+    return watch.operand(row, col)
 
 
 @on_its_device
@@ -96,15 +96,19 @@ def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
     """Return the amaxes as operand.measure_operand does."""
     if not x.numel():
         return x.new_zeros(2, dtype=torch.float32)
-    x = x.contiguous()
-    amax = x.new_zeros(2, dtype=torch.int32)
+    return _measured(x.contiguous(), spec, spec.rht, False)
+
+
+def _measured(x: Tensor, spec: OperandSpec, rht: bool, pow2: bool) -> Tensor:
+    """Return the amaxes of a contiguous x, fp32 [2], raised to those of powers of two if `pow2`."""
+    work, amax = zeros(x), x.new_empty(2, dtype=torch.float32)
     images, rows, run, source_rows = parts.lines(x, spec.fold)
-    if not spec.rht:
-        parts.amax_flat(x, amax)
-        return amax.view(torch.float32)[:1].expand(2).contiguous()
+    if not rht:
+        parts.amax_flat(x, work, amax, (pow2, spec.e4m3_max))
+        return amax
     # Folding may leave rows of x out, so that x's own amax needs a pass of its own.
     if source_rows is not None:
-        parts.amax_flat(x, amax)
+        parts.amax_flat(x, work, None)
     table = x if source_rows is None else source_rows
 
     def launch(config: tuning.Config) -> None:
@@ -114,6 +118,7 @@ def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
         operand_kernels.amax_kernel[(min(tiles, parts.PROGRAMS),)](
             x,
             table,
+            work,
             amax,
             images,
             rows,
@@ -122,12 +127,22 @@ def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
             ROW=source_rows is None,
             FOLDED=source_rows is not None,
             MASKED=bool(images % BLOCK or run % block),
+            POW2=pow2,
+            E4M3_MAX=spec.e4m3_max if pow2 else E4M3_MAX,
             BLOCK=block,
             **parts.options_of(config),
         )
 
     parts.run_kernel("quantize_amax", x, (tuning.bucket(run),), launch)
-    return amax.view(torch.float32)
+    return amax
+
+
+@on_its_device
+def measure_weight(w: Tensor, spec: WeightSpec, move: Move | None = None) -> Tensor:
+    """Return the amax that quantize_weight uses, fp32 [1], raised with spec.pow2; in one launch with `move`."""
+    amax = w.new_empty(1, dtype=torch.float32)
+    parts.amax_flat(layouts.in_memory_order(w), zeros(w), amax, (spec.pow2, spec.e4m3_max), move)
+    return amax
 
 
 @on_its_device
@@ -136,33 +151,48 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
     if not w.numel():
         return reference.quantize_weight(w, spec, dtype, amax)
     w = w.detach()
+    if amax is None:
+        amax = measure_weight(w, spec)
+    else:  # of the whole weight, whose shard w is
+        amax = power_of_two_amax(amax, spec.e4m3_max) if spec.pow2 else amax.clone()
+    return _quantize_weight(w, spec, dtype, amax)
+
+
+@on_its_device
+def quantize_weight_for(
+    w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor, factor: Alpha | None
+) -> tuple[WeightCodes, Tensor]:
+    """Quantize in 16x16 tiles with the amax of measure_weight, and unpack as unpack_weight does, in one launch."""
+    values = w.new_empty((w.shape[0], math.prod(w.shape[2:]), w.shape[1]), dtype=dtype)
+    return _quantize_weight(w.detach(), spec, dtype, amax, values, factor), values
+
+
+def _quantize_weight(
+    w: Tensor,
+    spec: WeightSpec,
+    dtype: torch.dtype,
+    amax: Tensor,
+    values: Tensor | None = None,
+    factor: Alpha | None = None,
+) -> WeightCodes:
+    """Quantize with this amax; `values`, times the factor, are written beside packed tiles."""
     groups, error = spec.groups, ERRORS[spec.four_over_six]
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = parts.ceil_div(c, BLOCK), parts.ceil_div(n // groups, BLOCK)
-    if amax is None:
-        bits = w.new_zeros(1, dtype=torch.int32)
-        parts.amax_flat(layouts.in_memory_order(w), bits)
-    else:
-        bits = amax.view(torch.int32)
-    amax = w.new_empty(1, dtype=torch.float32)
-    tiled = spec.two_d and spec.row != NONE
-    if not tiled:
-        # A kernel of one lane, because reading the amax on the host would wait for the GPU. Tiles do it by themselves.
-        block_kernels.weight_amax_kernel[(1,)](bits, amax, POW2=spec.pow2, E4M3_MAX=spec.e4m3_max, num_warps=1)
     row, col = layouts.weight_faces(w, spec, dtype)
     w = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a copy where one stride does not reach all taps
     stride_o, stride_c, stride_t = w.stride()
     # Both memory orders of a weight are served: tiles are taken in the order in which they lie.
-    if tiled:
+    if spec.two_d and spec.row != NONE:
         config = parts.config_of("quantize_tiles", w)
         per_block = min(config["BLOCK"], parts.power_of_two(taps * kb))
         block_kernels.quantize_tiles_kernel[(parts.ceil_div(taps * kb, per_block), groups * ob)](
             w,
-            bits,
             amax,
             parts.words_of(row.data) if spec.row == PACKED else row.scale,
             row.scale,
-            row.data,
+            row.data if values is None else values,
+            *parts_of(amax if factor is None else factor),
             taps * kb,
             taps,
             c,
@@ -173,9 +203,9 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
             ob,
             kb,
             TAPS_FIRST=stride_t < stride_c,
-            FORM=spec.row,
+            FORM=spec.row if values is None else PACKED + DEQUANTIZED,
+            FACTOR=0 if factor is None else 2,
             ERROR=error,
-            POW2=spec.pow2,
             E4M3_MAX=spec.e4m3_max,
             TILES=per_block,
             **parts.options_of(config),
@@ -192,11 +222,12 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
 
 
 @on_its_device
-def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unpack as operand.unpack_columns does."""
+def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype, factor: Alpha | None = None) -> Tensor:
+    """Unpack as operand.unpack_columns does, times a factor."""
     out = scale.new_empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype=dtype)
     if out.numel():
-        parts.unpack_columns(data, scale, out, None, scale.shape[0], scale.shape[0] * BLOCK, math.prod(scale.shape[1:]))
+        blocks, run = scale.shape[0], math.prod(scale.shape[1:])
+        parts.unpack_columns(data, scale, out, factor, blocks, blocks * BLOCK, run)
     return out
 
 
@@ -239,16 +270,16 @@ class _Job:
         faces: tuple[Face, Face],
         amax: Tensor,
         seed: Tensor | None,
-        slots: Tensor | None,
+        watch: parts.Watch | None,
     ) -> None:
-        self.x, self.spec, self.amax, self.slots = x, spec, amax, slots
+        self.x, self.spec, self.amax, self.watch = x, spec, amax, watch
         self.row, self.col = faces
         self.seed = amax if seed is None else seed  # kernels that do not draw still want a pointer
         self.error = ERRORS[spec.four_over_six]
         self.channels = x.shape[-1] // spec.groups
 
-    def tiles(self, row: int, col: int) -> None:
-        """Write both faces of an operand that is not folded, or one face of any operand."""
+    def tiles(self, row: int, col: int, last: bool) -> None:
+        """Write both faces of an operand that is not folded, or one face of any operand; `last`: no launch follows."""
         x, blocks = self.x, parts.ceil_div(self.channels, BLOCK)
         # Only columns are folded: the rowwise face alone goes through x as it is.
         fold = self.spec.fold if col != NONE else Fold(1, 0, 1, 0, round_up(x.shape[0], BLOCK))
@@ -259,12 +290,11 @@ class _Job:
         padded = run // self.channels * blocks * BLOCK if ragged else run
         (row_data, row_scale), (col_data, col_scale) = self.row, self.col
         table = x if source_rows is None else source_rows
-        slots = self.amax if self.slots is None else self.slots
 
         def launch(config: tuning.Config) -> None:
             block = parts.block_width(padded, config["BLOCK"])
             per_row = parts.ceil_div(padded, block)
-            counted = slots.clone() if tuning.searching() else slots  # saturated blocks count once
+            watched, observe = ((self.amax,) * 4, 0) if self.watch is None else self.watch.arguments(last)
             operand_kernels.quantize_kernel[(per_row * rows * fold.images // BLOCK,)](
                 x,
                 table,
@@ -275,7 +305,7 @@ class _Job:
                 row_scale,
                 parts.words_of(col_data) if col == PACKED else col_data,
                 col_scale,
-                counted,
+                *watched,
                 images,
                 rows,
                 run,
@@ -285,7 +315,7 @@ class _Job:
                 COL=col,
                 RHT=self.spec.rht,
                 STOCHASTIC=self.spec.stochastic,
-                OBSERVE=self.slots is not None,
+                OBSERVE=observe,
                 FOLDED=folded,
                 MASKED=ragged or folded or bool(images % BLOCK or padded % block),
                 CHANNELS=self.channels if ragged else 0,
@@ -298,29 +328,31 @@ class _Job:
         key = (int(self.spec.stochastic), int(x.dtype != torch.bfloat16), int(ragged), row, col, tuning.bucket(run))
         parts.run_kernel("quantize", x, key, launch)
 
-    def row_blocks(self) -> None:
+    def row_blocks(self, last: bool) -> None:
         """Write the rowwise face by one lane per block."""
         x, kb, groups = self.x, parts.ceil_div(self.channels, BLOCK), self.spec.groups
         lines = x.numel() // x.shape[-1]
         sizes, strides = (lines, lines, groups, self.channels), (x.shape[-1], self.channels, 1)
-        self._blocks(self.row, parts.Blocks(lines * groups * kb, sizes, strides, False, 1, kb))
+        self._blocks(self.row, parts.Blocks(lines * groups * kb, sizes, strides, False, 1, kb), last)
 
     def col_blocks(self) -> None:
         """Write the columnwise face by one lane per block."""
         images, rows, run, source_rows = parts.lines(self.x, self.spec.fold)
         sizes, strides = (images, self.spec.fold.images, rows, run), (rows * run, run, 1)
         ob = self.spec.fold.images // BLOCK
-        self._blocks(self.col, parts.Blocks(ob * rows * run, sizes, strides, True, ob, 1), source_rows)
+        self._blocks(self.col, parts.Blocks(ob * rows * run, sizes, strides, True, ob, 1), True, source_rows)
 
-    def _blocks(self, face: Face, blocks: parts.Blocks, source_rows: Tensor | None = None) -> None:
+    def _blocks(self, face: Face, blocks: parts.Blocks, last: bool, source_rows: Tensor | None = None) -> None:
         """Write one face, both its codes and its scales."""
         spec, side = self.spec, int(blocks.columns)
         more = parts.Extras(
             rht=spec.rht and blocks.columns,
             seed=self.seed if spec.stochastic else None,
-            slots=None if self.slots is None else self.slots[side],
             source_rows=source_rows,
             image_size=self.x.numel() // self.x.shape[0],
+            given=self.amax,
+            watch=self.watch,
+            last=last,
         )
         form = spec.col if blocks.columns else spec.row
         # From the face's amax on: the kernel reads the first element of what it is given.

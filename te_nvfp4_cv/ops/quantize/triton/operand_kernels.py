@@ -20,17 +20,63 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from te_nvfp4_cv.ops.quantize.triton.amax_kernels import move_row
 from te_nvfp4_cv.ops.triton import numerics as nx
+from te_nvfp4_cv.ops.triton.workspace import is_last, take, take_all
 
 SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their atomic maxima over
+# The sums of these say what a launch observes; see finish_observed.
+FINISH: tl.constexpr = tl.constexpr(2)
+SAME: tl.constexpr = tl.constexpr(4)
+COLLECT: tl.constexpr = tl.constexpr(8)
+COUNT: tl.constexpr = tl.constexpr(16)
 
 
 # ---- amax -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def amax_flat_kernel(x, amax, n, BLOCK: tl.constexpr):
-    """Raise amax[0], int32, zero at first, to the bits of max |x| over n values. NaN wins."""
+def finish_amaxes(work, amax, FACES: tl.constexpr, SAME: tl.constexpr, POW2: tl.constexpr, E4M3_MAX: tl.constexpr):
+    """Let the launch's last program write amax fp32 [FACES] and leave zeros in `work`, int32: bits of two, a counter.
+
+    SAME: the second is the first. POW2: raised to those whose tensor scale is a power of two.
+    """
+    if is_last(work + 2):
+        take(work + 2)
+        value = nx.float_of(take(work))
+        if POW2:
+            value = nx.power_of_two_amax(value, E4M3_MAX)
+        tl.store(amax, value)
+        if FACES == 2:
+            if not SAME:
+                value = nx.float_of(take(work + 1))
+                if POW2:
+                    value = nx.power_of_two_amax(value, E4M3_MAX)
+            tl.store(amax + 1, value)
+
+
+@triton.jit
+def amax_flat_kernel(
+    x,
+    work,
+    amax,
+    used,
+    seen,
+    n,
+    FACES: tl.constexpr,
+    POW2: tl.constexpr,
+    E4M3_MAX: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Raise work[0], int32, to the bits of max |x| over n values. NaN wins.
+
+    FACES, POW2: see finish_amaxes; FACES 0: nothing more. RULE, used, seen: move two rows of delayed scales, unless -1.
+    """
+    if RULE >= 0:
+        if tl.program_id(0) == 0:
+            for row in tl.static_range(2):
+                move_row(used, seen, row, RULE, True)
     lane = tl.arange(0, BLOCK)
     top = tl.zeros((BLOCK,), tl.int32)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -38,13 +84,16 @@ def amax_flat_kernel(x, amax, n, BLOCK: tl.constexpr):
         value = tl.load(x + start + lane, mask=lane < n - start, other=0.0).to(tl.float32)
         # The bits of magnitudes are ordered as the values are, NaN above inf, so an integer maximum finds both.
         top = tl.maximum(top, nx.magnitude_bits(value))
-    tl.atomic_max(amax, tl.max(top, 0), sem="relaxed")
+    tl.atomic_max(work, tl.max(top, 0), sem="relaxed")
+    if FACES != 0:
+        finish_amaxes(work, amax, FACES, True, POW2, E4M3_MAX)
 
 
 @triton.jit
 def amax_kernel(
     x,
     source_rows,
+    work,
     amax,
     images,
     rows,
@@ -53,10 +102,14 @@ def amax_kernel(
     ROW: tl.constexpr,
     FOLDED: tl.constexpr,
     MASKED: tl.constexpr,
+    POW2: tl.constexpr,
+    E4M3_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Raise amax[1] to the bits of the amax after folding and RHT, and amax[0] to those of x itself, if ROW.
+    """Write amax[1], fp32: the amax after folding and RHT; and amax[0]: that of x itself, whose bits are in work[0] if
+    not ROW.
 
+    work, POW2: see finish_amaxes.
     x: [images, rows, run] or, FOLDED, row source_rows [16 groups, rows] of x, -1 for zeros; tiles: BLOCK-wide tiles of
     all (group, row).
     """
@@ -75,11 +128,12 @@ def amax_kernel(
         col_top = nx.max_nan(col_top, nx.max16(nx.hadamard16(tile)))
     row_bits, col_bits = nx.max_of_both(nx.magnitude_bits(row_top), nx.magnitude_bits(col_top))
     if ROW:
-        tl.atomic_max(amax, row_bits, sem="relaxed")
+        tl.atomic_max(work, row_bits, sem="relaxed")
     rotated = nx.float_of(col_bits) * 0.25  # rounding is monotone: after the maximum it is the same as before
     if x.dtype.element_ty == tl.bfloat16:
         rotated = rotated.to(tl.bfloat16).to(tl.float32)
-    tl.atomic_max(amax + 1, nx.magnitude_bits(rotated), sem="relaxed")
+    tl.atomic_max(work + 1, nx.magnitude_bits(rotated), sem="relaxed")
+    finish_amaxes(work, amax, 2, False, POW2, E4M3_MAX)
 
 
 @triton.jit
@@ -104,6 +158,43 @@ def load_tile(x, source_rows, shape, group, row, first, offset, inside, FOLDED: 
     return tile
 
 
+# ---- what was observed -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def finish_observed(work, given, seen, collected, saturated, OBSERVE: tl.constexpr):
+    """Let the last program reduce what all have seen, write the amaxes to decode with, and collect (amax.collect).
+
+    work: int32 [3, SLOTS], bits of amax of x, of the columnwise amax, saturated blocks; then a counter. Zeros are left.
+    given: fp32 [2]. seen: fp32 [5]: amax of x, of the columnwise operand, saturated blocks, and the two given amaxes,
+    NaN where the observed one is inf or NaN. collected: fp32 [2], raised to what was observed where that is finite
+    (COLLECT); saturated: fp64 [1] (COUNT). OBSERVE: the sum of FINISH and of SAME (both faces are of x, not rotated),
+    COLLECT, COUNT; without FINISH another launch goes on.
+    """
+    if FINISH & OBSERVE:
+        if is_last(work + 3 * SLOTS):
+            take(work + 3 * SLOTS)
+            lane = tl.arange(0, SLOTS)
+            row = tl.max(take_all(work + lane), 0)
+            col = tl.max(take_all(work + SLOTS + lane), 0)
+            total = tl.sum(take_all(work + 2 * SLOTS + lane), 0).to(tl.float32)
+            if SAME & OBSERVE:
+                row = tl.maximum(row, col)
+                col = row
+            tl.store(seen, nx.float_of(row))
+            tl.store(seen + 1, nx.float_of(col))
+            tl.store(seen + 2, total)
+            tl.store(seen + 3, tl.where(row < nx.INF_BITS, tl.load(given), float("nan")))
+            tl.store(seen + 4, tl.where(col < nx.INF_BITS, tl.load(given + 1), float("nan")))
+            if COLLECT & OBSERVE:
+                finite = tl.where(row < nx.INF_BITS, nx.float_of(row), 0.0)
+                tl.store(collected, tl.maximum(tl.load(collected), finite))
+                finite = tl.where(col < nx.INF_BITS, nx.float_of(col), 0.0)
+                tl.store(collected + 1, tl.maximum(tl.load(collected + 1), finite))
+            if COUNT & OBSERVE:
+                tl.store(saturated, tl.load(saturated) + total.to(tl.float64))
+
+
 # ---- both faces of an operand ---------------------------------------------------------------------------------------
 
 
@@ -117,7 +208,10 @@ def quantize_kernel(
     row_scale,
     col_data,
     col_scale,
-    slots,
+    work,
+    seen,
+    collected,
+    saturated,
     images,
     rows,
     run,
@@ -140,7 +234,7 @@ def quantize_kernel(
     x: [images, rows, run] or, FOLDED, its rows source_rows [16 groups, rows]. amax: fp32 [2] (rowwise, columnwise).
     row_data: bf16 or fp32 as x, or int32 [images, padded run / 8]; row_scale: uint8 [images, padded run / 16].
     col_data: bf16 or fp32 [16 groups, rows, run], or int64 [groups, rows, run]; col_scale: uint8 [groups, rows, run].
-    slots: int32 [3, SLOTS], zero at first: bits of amax of x, of the columnwise amax, saturated blocks (OBSERVE).
+    work, seen, collected, saturated: see finish_observed, which says what OBSERVE is; 0: nothing is observed.
     seed: int64 [1]; word2: int32, the third word of Philox counters. per_row: tiles of a row.
     CHANNELS: of a group where they are no multiple of 16 (BLOCKS blocks then), else 0. ROW needs rows == 1.
     """
@@ -222,7 +316,7 @@ def quantize_kernel(
             tile = nx.rotate16(tile, x.dtype.element_ty == tl.bfloat16)
         col_top = nx.max16(tile)
     if OBSERVE:  # before the columns are rounded: what it needs is not kept any longer
-        slot = slots + pid % SLOTS
+        slot = work + pid % SLOTS
         if ROW != 0 and COL != 0:
             # Brought to the columns' shape, one reduction across the lanes serves both maxima.
             spread = tl.reshape(tl.broadcast_to(row_top[:, None], (BLOCK // 16, 16)), (BLOCK,))
@@ -276,6 +370,8 @@ def quantize_kernel(
             else:
                 tl.store(col_data + column + offset, both)
                 tl.store(col_scale + column + offset, byte.to(tl.uint8))
+    if OBSERVE:
+        finish_observed(work, amax, seen, collected, saturated, OBSERVE)
 
 
 @triton.jit
@@ -288,42 +384,3 @@ def saturated_rows(x, group, images, run, first_value, offset, inside, mult, BLO
         amax_b = nx.max_of_rows(tl.reshape(value.to(tl.float32), (BLOCK // 16, 16)))
         count += tl.sum(tl.where(amax_b * mult > 448.0, 1, 0), 0)
     return count
-
-
-@triton.jit
-def finish_kernel(
-    slots,
-    given,
-    observed,
-    used,
-    collected,
-    saturated,
-    SAME: tl.constexpr,
-    COLLECT: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """Reduce what the programs saw, write the amaxes to decode with, and collect (amax.collect).
-
-    slots: int32 [3, SLOTS]. given, used: fp32 [2]: used = given, NaN where the observed amax is inf or NaN.
-    observed: fp32 [3]: amax of x, of the columnwise operand, saturated blocks. SAME: both faces are of x, not rotated.
-    collected: fp32 [2], raised to what was observed where that is finite (COLLECT); saturated: fp64 [1] (COUNT).
-    """
-    lane = tl.arange(0, SLOTS)
-    row = tl.max(tl.load(slots + lane), 0)
-    col = tl.max(tl.load(slots + SLOTS + lane), 0)
-    if SAME:
-        row = tl.maximum(row, col)
-        col = row
-    tl.store(observed, nx.float_of(row))
-    tl.store(observed + 1, nx.float_of(col))
-    total = tl.sum(tl.load(slots + 2 * SLOTS + lane), 0).to(tl.float32)
-    tl.store(observed + 2, total)
-    if COLLECT:
-        finite = tl.where(row < nx.INF_BITS, nx.float_of(row), 0.0)
-        tl.store(collected, tl.maximum(tl.load(collected), finite))
-        finite = tl.where(col < nx.INF_BITS, nx.float_of(col), 0.0)
-        tl.store(collected + 1, tl.maximum(tl.load(collected + 1), finite))
-    if COUNT:
-        tl.store(saturated, tl.load(saturated) + total.to(tl.float64))
-    tl.store(used, tl.where(row < nx.INF_BITS, tl.load(given), float("nan")))
-    tl.store(used + 1, tl.where(col < nx.INF_BITS, tl.load(given + 1), float("nan")))

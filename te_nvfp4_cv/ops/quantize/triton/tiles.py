@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend import tuning
-from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels, unpack_kernels
-from te_nvfp4_cv.ops.records import PACKED, Alpha, Collector, Face, Fold
+from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
+from te_nvfp4_cv.ops.quantize.triton import amax_kernels, block_kernels, operand_kernels, unpack_kernels
+from te_nvfp4_cv.ops.records import PACKED, Alpha, Collector, Face, Fold, Move, Operand
 from te_nvfp4_cv.ops.triton.elementwise import parts_of
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
+from te_nvfp4_cv.ops.triton.workspace import zeros
 
 PROGRAMS = 132 * 8  # of the amax kernels, which loop: enough for the largest GPU, few enough for its atomics
 
@@ -89,12 +90,45 @@ class Extras(NamedTuple):
 
     rht: bool = False
     seed: Tensor | None = None
-    slots: Tensor | None = None
     source_rows: Tensor | None = None
     image_size: int = 1
+    given: Tensor | None = None
+    watch: Watch | None = None
+    last: bool = True
 
 
 _NOTHING = Extras()
+
+
+class Watch(NamedTuple):
+    """Where the launches of one operand leave what they observe; see finish_observed, which the last of them does."""
+
+    work: Tensor
+    seen: Tensor
+    collected: Tensor
+    saturated: Tensor
+    flags: int
+
+    @classmethod
+    def of(cls, x: Tensor, same: bool, collector: Collector | None) -> Watch:
+        """Make what observing x takes; `same`: both faces are of x, not rotated."""
+        seen = x.new_empty(5, dtype=torch.float32)
+        flags = operand_kernels.FINISH.value + same * operand_kernels.SAME.value
+        if collector is None:
+            return cls(zeros(x), seen, seen, seen, flags)
+        flags += operand_kernels.COLLECT.value + collector.counts * operand_kernels.COUNT.value
+        return cls(zeros(x), seen, collector.collected, collector.saturated, flags)
+
+    def operand(self, row: Face, col: Face) -> Operand:
+        """Return the record of an operand: the amaxes are NaN where what was observed is not finite."""
+        return Operand(row, self.seen[3:4], col, self.seen[4:], self.seen[:3])
+
+    def arguments(self, last: bool) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
+        """Return a kernel's four tensors and OBSERVE; `last`: no other launch of the operand observes after it."""
+        tensors = self[:4]
+        if tuning.searching():  # a search launches many times, and its launches must not add up
+            tensors = self.work.clone(), self.seen, self.collected.clone(), self.saturated.clone()
+        return tensors, self.flags if last else 1
 
 
 def quantize_blocks(
@@ -102,6 +136,7 @@ def quantize_blocks(
 ) -> None:
     """Write one face by quantize_blocks_kernel, one lane per block; `error` is the number of 4over6's error mode."""
     config = config_of("quantize_blocks", x)
+    watched, observe = ((amax,) * 4, 0) if more.watch is None else more.watch.arguments(more.last)
     block_kernels.quantize_blocks_kernel[(ceil_div(blocks.total, config["BLOCK"]),)](
         x,  # below, a tensor that the kernel does not read is replaced by any tensor at hand: a pointer must be there
         x if more.source_rows is None else more.source_rows,
@@ -110,7 +145,8 @@ def quantize_blocks(
         words_of(face.data) if form == PACKED else face.data,
         face.scale,
         face.data,
-        amax if more.slots is None else more.slots,
+        amax if more.given is None else more.given,
+        *watched,
         blocks.total,
         *blocks.sizes,
         *blocks.strides,
@@ -123,7 +159,7 @@ def quantize_blocks(
         RHT=more.rht,
         STOCHASTIC=more.seed is not None,
         ERROR=error,
-        OBSERVE=more.slots is not None,
+        OBSERVE=observe,
         FOLDED=more.source_rows is not None,
         E4M3_MAX=e4m3_max,
         BLOCK=config["BLOCK"],
@@ -148,13 +184,30 @@ def _source_rows(fold: Fold, batch: int, rows: int, device: torch.device) -> Ten
     return fold.source_rows(batch, rows).flatten().to(device)
 
 
-def amax_flat(x: Tensor, amax: Tensor) -> None:
-    """Raise amax[0], int32, to the bits of max |x| over x's memory (contiguous)."""
+def amax_flat(
+    x: Tensor,
+    work: Tensor,
+    amax: Tensor | None,
+    raised: tuple[bool, int] = (False, E4M3_MAX),
+    move: Move | None = None,
+) -> None:
+    """Raise work[0], int32, to the bits of max |x| over x's memory (contiguous).
+
+    Args:
+        amax: fp32 [1] or [2], takes it then; work is left with zeros. If None, the bits stay.
+        raised: (True, E): the amax is raised to one whose tensor scale is a power of two.
+        move: also move the amaxes of delayed scales, of x and dy.
+    """
+    used, seen, rule = (work, work, -1) if move is None else (*move[:2], amax_kernels.rule_of(*move[2:]))
 
     def launch(config: tuning.Config) -> None:
         block = min(config["BLOCK"], max(power_of_two(x.numel()), 128))  # 128 lanes are four warps
         grid = (min(ceil_div(x.numel(), block), PROGRAMS),)
-        operand_kernels.amax_flat_kernel[grid](x, amax, x.numel(), BLOCK=block, **options_of(config))
+        operand_kernels.amax_flat_kernel[grid](
+            x, work, work if amax is None else amax, used, seen, x.numel(), FACES=0 if amax is None else amax.numel(),
+            POW2=raised[0], E4M3_MAX=raised[1] if raised[0] else E4M3_MAX, RULE=-1 if tuning.searching() else rule,
+            BLOCK=block, **options_of(config),
+        )  # fmt: skip
 
     run_kernel("amax_flat", x, (tuning.bucket(x.numel()),), launch)
 
@@ -210,20 +263,6 @@ def unpack_rows(
         BLOCK=config["BLOCK"],
         **options_of(config),
     )
-
-
-# ---- amaxes ---------------------------------------------------------------------------------------------------------
-
-
-def finish(slots: Tensor, given: Tensor, same: bool, collector: Collector | None) -> tuple[Tensor, Tensor]:
-    """Launch finish_kernel: return the amaxes to decode with, fp32 [2], and what was observed, fp32 [3]."""
-    observed, decoded = slots.new_empty(3, dtype=torch.float32), slots.new_empty(2, dtype=torch.float32)
-    collected, saturated, count = (given, given, False) if collector is None else collector
-    operand_kernels.finish_kernel[(1,)](
-        slots, given, observed, decoded, collected, saturated,
-        SAME=same, COLLECT=collector is not None, COUNT=count, num_warps=1,
-    )  # fmt: skip
-    return decoded, observed
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------
