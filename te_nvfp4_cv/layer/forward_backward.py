@@ -242,21 +242,26 @@ def backward(
         if ranks is not None and dy_q is not None:  # both gathers start before the first product waits for one
             dy_rows = ranks.gather_rows(Role.GRAD_OUTPUT, dy_q.row) if need_dx else None
             dy_columns = ranks.gather_columns(Role.GRAD_OUTPUT, dy_q.col) if need_dw else None
+        codes = saved.weight_codes(plan) if need_dx and "dgrad" in plan.gemms else None
+        weight, x_face = None, saved.x_face() if need_dw and "wgrad" in plan.gemms else None
+        if codes is not None and x_face is not None and ranks is None:
+            assert dy_q is not None
+            weight, x_face = gemms.unpack_for_backward(dy_q, codes, x_face, saved.x_amax, plan)
         if need_dx:
-            if "dgrad" in plan.gemms:
+            if codes is not None:
                 assert dy_q is not None
                 row = dy_q.row if dy_rows is None else dy_rows()
-                dx = gemms.dgrad(row, dy_q.row_amax, saved.weight_codes(plan), plan, like.x_dtype)
+                dx = gemms.dgrad(row, dy_q.row_amax, codes, plan, like.x_dtype, weight)
             else:
                 dx = gemms.plain_dgrad(dy_last, saved.real_weight(plan), plan, like.x_dtype)
             dx = dx if ranks is None else ranks.sum_input_gradient(dx)
             shape = g.x_shape if ranks is None else ranks.x_shape
             dx = layouts.image_first(dx, shape, like.x_shape, like.x_channels_last)
         if need_dw:
-            if "wgrad" in plan.gemms:
+            if x_face is not None:
                 assert dy_q is not None
                 col = dy_q.col if dy_columns is None else dy_columns()
-                x_face = saved.x_face() if x_columns is None else x_columns()
+                x_face = x_face if x_columns is None else x_columns()
                 dw = gemms.wgrad(col, dy_q.col_amax, x_face, saved.x_amax, plan, like.w_dtype)
             else:
                 dw = gemms.plain_wgrad(dy_last, saved.real_input(plan, dy.dtype), plan).to(like.w_dtype)

@@ -12,7 +12,7 @@ from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.ops.quantize import operand
-from te_nvfp4_cv.ops.records import DEQUANTIZED, RECORDS, Alpha, Face, WeightCodes, tensor_of
+from te_nvfp4_cv.ops.records import DEQUANTIZED, RECORDS, Alpha, Face, Operand, WeightCodes, tensor_of
 
 
 def fprop(
@@ -59,12 +59,40 @@ def fprop(
     return conv_fprop(x, weight, alpha, bias, g, dtype, plan.backend)
 
 
-def dgrad(dy: Face, dy_amax: Tensor, codes: WeightCodes, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """Return dx [B, *image, C] in `dtype` from dy's rowwise face, its amax [1], and the weight's codes."""
+def unpack_for_backward(
+    dy_q: Operand, codes: WeightCodes, x: Face, x_amax: Tensor | None, plan: Plan
+) -> tuple[Face | None, Face]:
+    """Return the weight for dgrad and x for wgrad, unpacked, if one launch does both; else None and the packed x."""
+    name, face = plan.saves_w, codes.row
+    if plan.operand_form != DEQUANTIZED or name != "row" or not plan.weight.two_d or plan.row_scaled:
+        return None, x
+    if not (operand.serves_directly(face.data, plan.backend) and x.data.numel()):
+        return None, x
+    assert x_amax is not None
+    w_factor = x_factor = None
+    if plan.weight_carries_scales["dgrad"]:
+        w_factor = Alpha(dy_q.row_amax, codes.amax, plan.alpha_factors["dgrad"])
+    if plan.input_carries_scales:
+        x_factor = Alpha(dy_q.col_amax, x_amax, plan.alpha_factors["wgrad"])
+    layout = plan.weight_layouts[name]
+    values = operand.unpack_for_backward(face, layout, w_factor, x, x_factor, plan.compute_dtype)
+    empty = x.scale.new_empty(0)  # an empty scale marks a face of values
+    return Face(values[0], empty), Face(values[1], empty)
+
+
+def dgrad(
+    dy: Face, dy_amax: Tensor, codes: WeightCodes, plan: Plan, dtype: torch.dtype, weight: Face | None = None
+) -> Tensor:
+    """Return dx [B, *image, C] in `dtype` from dy's rowwise face, its amax [1], and the weight's codes.
+
+    Args:
+        weight: of unpack_for_backward, if that has unpacked it.
+    """
     alpha: Tensor | Alpha | None = _alpha(dy_amax, codes.amax, plan, "dgrad")
     factor, alpha = (alpha, None) if plan.weight_carries_scales["dgrad"] else (None, alpha)
-    name = plan.saves_w
-    weight = _weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
+    if weight is None:
+        name = plan.saves_w
+        weight = _weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
     return conv_dgrad(dy, weight, alpha, plan.geometry, dtype, plan.backend)
 
 
@@ -72,7 +100,7 @@ def wgrad(dy: Face, dy_amax: Tensor, x: Face, x_amax: Tensor | None, plan: Plan,
     """Return dw [axis 0, taps, axis 1] in `dtype` from the columnwise faces and amaxes of dy and x.
 
     Args:
-        x: packed, as it was saved.
+        x: packed, as it was saved, or unpacked by unpack_for_backward.
         x_amax: [1], or one per channel for row-scaled activations.
     """
     assert x_amax is not None
@@ -80,7 +108,8 @@ def wgrad(dy: Face, dy_amax: Tensor, x: Face, x_amax: Tensor | None, plan: Plan,
     alpha: Tensor | Alpha | None = _alpha(dy_amax, x_amax, plan, "wgrad")
     if plan.operand_form == DEQUANTIZED:
         factor, alpha = (alpha, None) if isinstance(alpha, Alpha) and plan.input_carries_scales else (None, alpha)
-        x = Face(operand.unpack_columns(x, plan.compute_dtype, plan.backend, factor), x.scale.new_empty(0))
+        if x.scale.numel():
+            x = Face(operand.unpack_columns(x, plan.compute_dtype, plan.backend, factor), x.scale.new_empty(0))
     return conv_wgrad(dy, x, alpha, plan.geometry, dtype, plan.backend)
 
 

@@ -226,10 +226,10 @@ def quantize_weight(
     return WeightCodes.from_flat(quantize_weight_op(w, spec.to_ints(), dtype, backend, amax))
 
 
-def serves_directly(w: Tensor, backend: str) -> bool:
-    """Return True if Triton kernels quantize this weight, without torch's dispatcher between."""
-    kernels = backend == "triton" or (backend == "vendor" and dispatch.kernels_serve(w.device))
-    return kernels and w.numel() > 0 and runs_directly(w)
+def serves_directly(x: Tensor, backend: str) -> bool:
+    """Return True if Triton kernels quantize and unpack such tensors, without torch's dispatcher between."""
+    kernels = backend == "triton" or (backend == "vendor" and dispatch.kernels_serve(x.device))
+    return kernels and x.numel() > 0 and runs_directly(x)
 
 
 def measure_weight(w: Tensor, spec: WeightSpec, backend: str, move: Move | None) -> Tensor:
@@ -283,6 +283,15 @@ def unpack_weight(
         found: Tensor = _implementation(backend, face.data.device).unpack_weight(*face, layout, factor, dtype)
         return found
     return unpack_weight_op(*face, list(map(int, layout)), tensor_of(factor), dtype, backend)
+
+
+def unpack_for_backward(
+    w: Face, layout: WeightLayout, w_factor: Alpha | None, x: Face, x_factor: Alpha | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return unpack_weight's values of 16x16 tiles and unpack_columns' ones in one launch, where serves_directly."""
+    found: tuple[Tensor, Tensor]
+    found = _implementation("triton", w.data.device).unpack_for_backward(w, layout, w_factor, x, x_factor, dtype)
+    return found
 
 
 @without_autocast

@@ -209,8 +209,8 @@ def quantize_tiles_kernel(
     """Quantize 16x16 tiles of w[o, t, c], any strides: TILES tiles of 16 lanes, a lane holds the 16 channels of a row.
 
     Axis 1 of the grid: groups of 16 rows; axis 0: tiles of (t, kb), in memory's order (TAPS_FIRST: t runs fastest).
-    amax: fp32 [1]. FORM 1: data and scale are written; 2: dequantized; 3: both. dequantized is multiplied by a factor of
-    FACTOR parts (elementwise.product_of).
+    amax: fp32 [1]. FORM 1: data and scale are written; 2: dequantized; 3: both. dequantized is multiplied by a factor
+    of FACTOR parts (elementwise.product_of).
     data: int64 [o, taps, row_blocks]; scale: uint8 [group, ob, taps, row_blocks]; dequantized: [o, taps, width].
     """
     band = tl.program_id(1).to(tl.int64)

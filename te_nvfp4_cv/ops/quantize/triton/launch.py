@@ -257,6 +257,18 @@ def unpack_weight(
     return out
 
 
+@on_its_device
+def unpack_for_backward(
+    w: Face, layout: WeightLayout, w_factor: Alpha | None, x: Face, x_factor: Alpha | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return unpack_weight of 16x16 tiles and unpack_columns, in one launch."""
+    w_out = w.data.new_empty((layout.n, w.data.shape[1], layout.channels), dtype=dtype)
+    x_out = x.scale.new_empty((x.scale.shape[0] * BLOCK, *x.scale.shape[1:]), dtype=dtype)
+    if w_out.numel() and x_out.numel():
+        parts.unpack_both(w, w_out, w_factor, layout.n // layout.groups, x, x_out, x_factor)
+    return w_out, x_out
+
+
 # ---- operands -------------------------------------------------------------------------------------------------------
 
 

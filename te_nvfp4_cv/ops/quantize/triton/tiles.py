@@ -242,6 +242,46 @@ def unpack_columns(
     run_kernel("unpack_columns", out, (tuning.bucket(run),), launch)
 
 
+def unpack_both(
+    w: Face, w_out: Tensor, w_factor: Alpha | None, group_rows: int, x: Face, x_out: Tensor, x_factor: Alpha | None
+) -> None:
+    """Launch unpack_both_kernel, for the tiles of a weight [n, taps, width] and for the columns of an operand."""
+    w_block = config_of("unpack_rows", w_out)["BLOCK"]
+    words, run, bands = w.data.numel() // 4, math.prod(x.scale.shape[1:]), x.scale.shape[0]
+    width, w_programs = w_out.shape[2], ceil_div(words, w_block)
+
+    def launch(config: tuning.Config) -> None:
+        block = block_width(run, config["BLOCK"])
+        per_band = ceil_div(run, block)
+        unpack_kernels.unpack_both_kernel[(w_programs + per_band * bands,)](
+            w.data.contiguous().view(torch.int32),
+            w.scale.contiguous().view(torch.uint8),
+            w_out,
+            *parts_of(w.scale if w_factor is None else w_factor),
+            words,
+            width,
+            w_out.shape[1],
+            group_rows,
+            ceil_div(width, BLOCK),
+            words_of(x.data),
+            x.scale.view(torch.uint8),
+            x_out,
+            *parts_of(x.scale if x_factor is None else x_factor),
+            run,
+            bands * BLOCK,
+            per_band,
+            w_programs,
+            FACTOR=0 if x_factor is None else 2,
+            W_FACTOR=0 if w_factor is None else 2,
+            MASKED=bool(run % block),
+            BLOCK=block,
+            W_BLOCK=w_block,
+            **options_of(config),
+        )
+
+    run_kernel("unpack_columns", x_out, (tuning.bucket(run),), launch)
+
+
 def unpack_rows(
     data: Tensor, scale: Tensor, out: Tensor, factor: Tensor | Alpha | None, width: int, taps: int, group_rows: int
 ) -> None:
