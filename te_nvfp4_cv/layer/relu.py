@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.layer.check import refuse_batched
-from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, positive_mask
+from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, relu_in_place
 
 
 class MaskedReLU(torch.autograd.Function):
@@ -20,10 +20,8 @@ class MaskedReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         if inplace:
-            torch.relu_(x)
             ctx.mark_dirty(x)
-            # Taken after the fact: ReLU leaves positive values positive, and makes no other ones.
-            y, mask = x, positive_mask(x)
+            y, mask = x, relu_in_place(x)
         else:
             y, mask = masked_relu(x)
         ctx.save_for_backward(mask)

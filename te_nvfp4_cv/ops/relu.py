@@ -1,53 +1,78 @@
-"""ReLU's 1-bit mask, as custom operators: one bit per element is all that ReLU's backward needs.
+"""ReLU's 1-bit mask: one bit per element is all that ReLU's backward needs.
 
     masked_relu     x  -> relu(x), bits
+    relu_in_place   x  -> bits; x becomes relu(x)
     positive_mask   y  -> bits, in memory order: set where torch's threshold_backward lets the gradient through,
                           not (y <= 0), so also for NaN
     apply_mask      dy -> dy where the bit is set, else +0
 
-A CPU runs compiled kernels, CUDA runs Triton's, and everything else plain torch. The tensors must be dense; the caller
-(layer/relu.py) sees to it.
+A CPU runs compiled kernels, CUDA runs Triton's, and everything else plain torch. Eager calls on plain tensors run at
+once, and others through a custom operator of torch. The tensors must be dense; the caller (layer/relu.py) sees to it.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from te_nvfp4_cv.backend import dispatch, native
+from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
 
 
-@without_autocast
-@torch.library.custom_op("te_nvfp4_cv::masked_relu", mutates_args=())
 def masked_relu(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return relu(x) and its mask as positive_mask gives it; on CUDA in one pass."""
+    return _masked_relu(x) if runs_directly(x) else masked_relu_op(x)
+
+
+def _masked_relu(x: Tensor) -> tuple[Tensor, Tensor]:
     if _by_kernels(x):
         from te_nvfp4_cv.ops.triton import elementwise
 
-        return elementwise.relu_mask(x, write=True)
+        return elementwise.relu_mask(x, torch.empty_like(x))
     y = torch.relu(x)
-    return y, positive_mask(y)
+    return y, _positive_mask(y)
 
 
-@masked_relu.register_fake
+def relu_in_place(x: Tensor) -> Tensor:
+    """Turn x into relu(x), and return its mask; on CUDA in one pass."""
+    if runs_directly(x) and _by_kernels(x):
+        from te_nvfp4_cv.ops.triton import elementwise
+
+        increment_version(x)  # as an operator of torch would: whoever saved x for backward must notice
+        return elementwise.relu_mask(x, x)[1]
+    torch.relu_(x)
+    return positive_mask(x)
+
+
+@without_autocast
+@torch.library.custom_op("te_nvfp4_cv::masked_relu", mutates_args=())
+def masked_relu_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Call masked_relu."""
+    return _masked_relu(x)
+
+
+@masked_relu_op.register_fake
 def _(x):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
-@without_autocast
-@torch.library.custom_op("te_nvfp4_cv::positive_mask", mutates_args=())
 def positive_mask(y: Tensor) -> Tensor:
     """Return one bit for every element of y in memory order, uint8 [ceil(n / 8)], set where ReLU's backward passes.
 
     That is where not (y <= 0) rather than where y > 0: torch lets the gradient of a NaN through.
     """
+    return _positive_mask(y) if runs_directly(y) else positive_mask_op(y)
+
+
+def _positive_mask(y: Tensor) -> Tensor:
     if _by_kernels(y):
         from te_nvfp4_cv.ops.triton import elementwise
 
-        return elementwise.relu_mask(y, write=False)[1]
+        return elementwise.relu_mask(y, None)[1]
     library = native.load() if y.device.type == "cpu" else None
     n = y.numel()
     if library is not None and y.dtype in (torch.bfloat16, torch.float32):
@@ -61,18 +86,27 @@ def positive_mask(y: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8, device=y.device)).sum(1, dtype=torch.uint8)
 
 
-@positive_mask.register_fake
+@without_autocast
+@torch.library.custom_op("te_nvfp4_cv::positive_mask", mutates_args=())
+def positive_mask_op(y: Tensor) -> Tensor:
+    """Call positive_mask."""
+    return _positive_mask(y)
+
+
+@positive_mask_op.register_fake
 def _(y):  # type: ignore[no-untyped-def]
     return y.new_empty((y.numel() + 7) // 8, dtype=torch.uint8)
 
 
-@without_autocast
-@torch.library.custom_op("te_nvfp4_cv::apply_mask", mutates_args=())
 def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
     """Return dy where the mask's bit is set, else 0.
 
     dy must be dense, in the memory order of the tensor that the mask was made of.
     """
+    return _apply_mask(dy, mask) if runs_directly(dy) else apply_mask_op(dy, mask)
+
+
+def _apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
     if _by_kernels(dy):
         from te_nvfp4_cv.ops.triton import elementwise
 
@@ -90,7 +124,14 @@ def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
     return dx
 
 
-@apply_mask.register_fake
+@without_autocast
+@torch.library.custom_op("te_nvfp4_cv::apply_mask", mutates_args=())
+def apply_mask_op(dy: Tensor, mask: Tensor) -> Tensor:
+    """Call apply_mask."""
+    return _apply_mask(dy, mask)
+
+
+@apply_mask_op.register_fake
 def _(dy, mask):  # type: ignore[no-untyped-def]
     return torch.empty_like(dy)
 

@@ -45,6 +45,8 @@ def test_relu_and_mask(kernel_device, poison, shape, dtype):
     assert mask.shape == (math.ceil(x.numel() / 8),)
     assert torch.equal(bits.view(-1)[: x.numel()].bool(), passes) and not bits.view(-1)[x.numel() :].any()
     assert same_bits(relu.positive_mask(expected), mask)
+    z = x.clone()
+    assert same_bits(relu.relu_in_place(z), mask) and same_bits(z, y) and z._version == 1
     dy = _values(shape, dtype, kernel_device).flip(0)
     expected = torch.where(passes.view(shape), dy, torch.zeros_like(dy))
     assert same_bits(relu.apply_mask(dy, mask), expected)
