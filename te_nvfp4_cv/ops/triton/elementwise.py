@@ -81,7 +81,7 @@ def parts_of(alpha: Tensor | Alpha) -> Alpha:
 
 @on_its_device
 def relu_mask(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Write relu(x) into y, which may be x. Returns y and the mask; without y, x and the mask of its positive elements."""
+    """Write relu(x) into y, which may be x. Returns y and the mask; without y, x and the mask of what is positive."""
     write, y = y is not None, x if y is None else y
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
     # CUDA refuses an empty grid.
