@@ -137,6 +137,7 @@ class SharedScales:
         self.inner, self.link, self.always = inner, link, always
         # What is known, remembered and moved does not depend on the ranks.
         self.knows, self.collector, self.backward_ran = inner.knows, inner.collector, inner.backward_ran
+        self.take_move = inner.take_move
 
     def amax(self, role: Role, operand: Tensor) -> Tensor | None:
         """Return fp32 [2], the largest over the ranks, in evaluation too, in which all of them take part.
