@@ -101,9 +101,9 @@ def launch_steps() -> None:
 
 
 BOUNDS = {  # of a ResNet-50 step: backend, tensor scale, fused -> launches, specializations, torch's operators
-    "delayed": ("vendor", "delayed", False, (684, 24, 641)),
-    "current": ("vendor", "current", False, (734, 19, 636)),
-    "fused": ("vendor", "delayed", True, (848, 60, 478)),
+    "delayed": ("vendor", "delayed", False, (367, 22, 436)),
+    "current": ("vendor", "current", False, (628, 18, 379)),
+    "fused": ("vendor", "delayed", True, (531, 58, 371)),
 }
 FREE = frozenset(  # torch's operators that compute nothing on a GPU, or call one that is counted itself
     """_reshape_alias alias as_strided as_strided_ batch_norm _batch_norm_impl_index chunk clone contiguous conv2d
