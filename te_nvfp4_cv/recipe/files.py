@@ -44,7 +44,7 @@ def list_recipes() -> dict[str, str]:
     Example:
         >>> import te_nvfp4_cv as nv
         >>> sorted(nv.list_recipes())[:3]
-        ['default', 'delayed', 'detection']
+        ['current_pow2', 'default', 'delayed']
     """
     paths = sorted(recipe_folder().glob("*.toml"))
     return {path.stem: str(_parse(path).get("description", "")) for path in paths}
