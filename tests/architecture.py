@@ -26,6 +26,7 @@ ROOMS = {  # an optional package: patterns of the files that may import it; * al
     "wandb": "telemetry/*.py",
     "matplotlib": "telemetry/*.py",
     "plotly": "telemetry/*.py",
+    "jinja2": "telemetry/templates.py",
     "pandas": "sensitivity/scan_report.py",
     "tensorboard": "telemetry/*.py",
     "onnx": "export/*.py",

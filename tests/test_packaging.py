@@ -67,7 +67,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel, tree):
     sources = {
         path.relative_to(tree).as_posix()
         for path in (tree / "te_nvfp4_cv").rglob("*")
-        if path.suffix in (".py", ".cpp", ".h") or path.name == "py.typed"
+        if path.suffix in (".py", ".cpp", ".h", ".html") or path.name == "py.typed"
     }
     recipes = {f"te_nvfp4_cv/recipes/{path.name}" for path in (tree / "recipes").glob("*.toml")}
     assert recipes, "no recipes in the checkout"

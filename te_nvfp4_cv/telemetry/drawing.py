@@ -1,4 +1,4 @@
-"""Draw heatmaps of layers over columns, and curves of many layers, with matplotlib; no pyplot, no display.
+"""Draw a heatmap of layers over columns, or curves of many layers, with matplotlib; no pyplot, no display.
 
     limits      2nd to 98th percentile of the values, or their whole range if that is scarcely wider
     diverging   symmetric about 0; asinh(v / linear) if the limits are beyond SPREAD times the median of |v|
@@ -16,8 +16,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 NAMED = 6  # how many of many curves are named
 SPREAD = 20  # a linear scale would show most values in one colour beyond this
-ROW, MIN_ROW, MAX_HEIGHT = 0.30, 0.13, 40.0  # inches
+ROW, MIN_ROW, MAX_HEIGHT = 0.24, 0.13, 40.0  # inches
 MAX_FONT, MIN_FONT = 9.0, 7.5
 MAX_NAME = 56  # characters of a layer's name in a picture
 
@@ -76,7 +75,7 @@ class Limits:
     @property
     def note(self) -> str:
         """Return what the label of the colour bar adds about values beyond."""
-        return "" if self.extend == "neither" else "\narrows: values beyond the colours"
+        return "" if self.extend == "neither" else "; arrows: values beyond the colours"
 
 
 def limits(values: Sequence[np.ndarray], diverging: bool, within: tuple[float, float] | None = None) -> Limits:
@@ -128,9 +127,9 @@ def _extend(values: np.ndarray, low: float, high: float) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One run's part of a picture: a heatmap of rows and columns, or a curve for each row. NaN marks absent values."""
+    """What a picture shows of one run: a row of cells, or a curve, for each layer. NaN marks absent values."""
 
-    heading: str
+    title: str  # the first line is set in bold
     columns: Sequence[Any]
     values: np.ndarray
 
@@ -148,180 +147,131 @@ def row_size(rows: int) -> tuple[float, float, int]:
     return height, float(np.clip(every * height * 72 * 0.8, MIN_FONT, MAX_FONT)), every
 
 
-def heatmaps(
-    title: str, rows: Sequence[str], panels: Sequence[Panel], bounds: Limits, label: str, xlabel: str = "step"
+def heatmap(
+    panel: Panel, rows: Sequence[str], bounds: Limits, label: str, xlabel: str = "step", wide: float | None = None
 ) -> Any:
-    """Draw panels of the same rows side by side, with one colour bar.
+    """Draw a heatmap below its colour bar.
 
     Args:
-        title: the title; its first line is set in bold.
+        panel: the title, the names of the columns, and the values [rows, columns].
         rows: the names of the rows.
-        panels: one for each run.
-        bounds: the limits of the colours, common to all panels.
+        bounds: the limits of the colours.
         label: the label of the colour bar.
         xlabel: the label of the columns.
+        wide: the picture's width in inches; if None, each column gets room for its name as far as that is possible.
     Returns:
         A matplotlib Figure.
     """
     import matplotlib
     from matplotlib.colors import AsinhNorm, LogNorm, Normalize
-    from matplotlib.figure import Figure
 
-    if not rows or not panels:
-        return _empty(title)
     height, font, every = row_size(len(rows))
-    high = max(height * len(rows), 1.4)  # a colour bar needs some height even beside a single row
-    cap = 10.0 if len(panels) == 1 else 5.0
-    wide = [_width(panel.columns, cap) for panel in panels]
-    left = 0.3 + max(len(short(row)) for row in rows) * font * 0.62 / 72  # a letter is about 0.62 of the font's size
-    gap = 0.3
-    size = (left + sum(wide) + gap * len(panels) + 1.3, high + 1.6)
-    figure = Figure(figsize=size)
+    names = [short(row) for row in rows]
+    columns = [str(column) for column in panel.columns]
+    # A letter is about 0.62 of its size wide, and a number's digit 0.072 inches at size 8.
+    left, name = 0.3 + max(map(len, names)) * font * 0.62 / 72, max(map(len, columns)) * 0.072 + 0.12
+    if wide is None:
+        wide = left + float(np.clip((max(0.32, name) if len(columns) <= 16 else 0.32) * len(columns), 3.4, 10.0))
+    high = height * len(rows) + 1.7
+    figure, axes = _figure(panel.title, wide, high)
     colours = matplotlib.colormaps[DIVERGING if bounds.diverging else SEQUENTIAL].with_extremes(bad=ABSENT)
     norm = (LogNorm if bounds.log else Normalize)(bounds.low, bounds.high)
     if bounds.linear:
         norm = AsinhNorm(bounds.linear, bounds.low, bounds.high)
-    at, drawn = left, None
-    for number, (panel, width) in enumerate(zip(panels, wide, strict=True)):
-        axes = figure.add_axes((at / size[0], 0.6 / size[1], width / size[0], high / size[1]))
-        at += width + gap
-        # A logarithmic scale knows no 0: it is drawn as below the scale, and not in grey, which means absent.
-        values = np.where(panel.values <= 0, bounds.low / 10, panel.values) if bounds.log else panel.values
-        image = np.ma.masked_invalid(values)
-        drawn = axes.imshow(image, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-        ticks = range(0, len(rows), every)
-        names = [short(rows[index]) for index in ticks] if number == 0 else [""] * len(ticks)
-        axes.set_yticks(ticks, names, fontsize=font, parse_math=False)  # a "$" in a name is no formula
-        axes.tick_params(axis="y", length=2, pad=2)
-        _column_ticks(axes, [str(column) for column in panel.columns], width)
-        axes.set_xlabel(xlabel, fontsize=9)
-        if panel.heading:
-            axes.set_title(panel.heading, fontsize=9, loc="left", parse_math=False)
-    bar_height = min(high, 4.0)
-    bar = figure.add_axes(
-        ((at - 0.05) / size[0], (0.6 + high - bar_height) / size[1], 0.16 / size[0], bar_height / size[1])
+    # A logarithmic scale knows no 0: it is drawn as below the scale, and not in grey, which means absent.
+    values = np.where(panel.values <= 0, bounds.low / 10, panel.values) if bounds.log else panel.values
+    drawn = axes.imshow(
+        np.ma.masked_invalid(values), cmap=colours, norm=norm, aspect="auto", interpolation="nearest"
     )
-    _bar(figure, drawn, bar, bounds, label)
-    _title(figure, title, size, 0.6 + high + (0.35 if any(panel.heading for panel in panels) else 0.12))
-    if any(np.isnan(panel.values).any() for panel in panels):
-        bottom = 0.08 / size[1]
-        figure.text(at / size[0], bottom, "grey: no value", fontsize=8, color="#555555", ha="right")
+    axes.set_yticks(range(0, len(rows), every), names[::every], fontsize=font, parse_math=False)  # "$" is no formula
+    axes.tick_params(axis="y", length=2, pad=2)
+    apart = max(1, int(np.ceil(len(columns) * name / max(wide - left, 1.0) - 1e-9)))  # as many names as fit
+    axes.set_xticks(range(0, len(columns), apart), columns[::apart], fontsize=8)
+    axes.set_xlabel(xlabel + (" (grey: no value)" if np.isnan(panel.values).any() else ""), fontsize=9)
+    bar = figure.colorbar(
+        drawn, ax=axes, location="top", fraction=0.12 / high, pad=0.12 / high, aspect=wide / 0.12,
+        extend=bounds.extend, extendfrac=0.03,
+    )  # fmt: skip
+    _style_bar(bar, bounds, label)
     return figure
 
 
-def _bar(figure: Any, drawn: Any, axes: Any, bounds: Limits, label: str) -> None:
-    bar = figure.colorbar(drawn, cax=axes, extend=bounds.extend, extendfrac=0.04)
+def _figure(title: str, wide: float, high: float) -> tuple[Any, Any]:
+    """Return a figure of that size in inches with one axes below its title, whose lines are wrapped to the width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(wide, high), layout="constrained")
+    axes = figure.subplots()
+    first, _, rest = title.partition("\n")
+    first, rest = (textwrap.fill(text, max(30, int(wide / 0.085))) for text in (first, rest))
+    if first:
+        figure.suptitle(first, x=0.01, ha="left", fontsize=11, weight="bold", parse_math=False)
+    if rest:
+        axes.set_title(rest, loc="left", fontsize=9, parse_math=False)
+    return figure, axes
+
+
+def _style_bar(bar: Any, bounds: Limits, label: str) -> None:
     bar.set_label(label + bounds.note, fontsize=8)
     bar.ax.tick_params(labelsize=8)
     if bounds.linear:
-        bar.set_ticks(bounds.ticks, labels=[f"{tick:g}" for tick in bounds.ticks])
+        bar.set_ticks(bounds.ticks, labels=[f"{tick:g}".replace("e-0", "e-") for tick in bounds.ticks])
         bar.minorticks_off()
     elif not bounds.log:
         bar.formatter.set_powerlimits((-3, 4))
-        bar.ax.yaxis.get_offset_text().set(fontsize=8, ha="left")
-
-
-def _name_width(columns: Sequence[Any]) -> float:
-    """Estimate how many inches the longest column name takes, with a gap."""
-    return max(len(str(column)) for column in columns) * 0.072 + 0.12
-
-
-def _width(columns: Sequence[Any], most: float) -> float:
-    """Choose the width of a panel in inches; if there are few columns, each has room for its name."""
-    each = max(0.32, _name_width(columns)) if len(columns) <= 16 else 0.32
-    return float(np.clip(each * len(columns), 2.2, most))
-
-
-def _column_ticks(axes: Any, names: list[str], width: float) -> None:
-    """Show as many column names as fit beside each other."""
-    every = int(np.ceil(len(names) * _name_width(names) / width - 1e-9))
-    ticks = range(0, len(names), max(1, every))
-    axes.set_xticks(ticks, [names[index] for index in ticks], fontsize=8)
-
-
-def _title(figure: Any, title: str, size: tuple[float, float], bottom: float) -> None:
-    """Write the title's lines above `bottom` inches, left-aligned, wrapped to the figure's width."""
-    lines: list[tuple[str, bool]] = []
-    for index, text in enumerate(title.split("\n")):
-        lines += [(line, index == 0) for line in textwrap.wrap(text, max(30, int(size[0] / 0.085)))]
-    for line, bold in reversed(lines):
-        weight, height = ("bold", 11) if bold else ("normal", 9)
-        figure.text(0.01, bottom / size[1], line, fontsize=height, weight=weight, va="bottom", parse_math=False)
-        bottom += 0.22 if bold else 0.18
-
-
-def _empty(title: str) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.0, 1.4))
-    figure.text(0.02, 0.2, "no values", fontsize=10, color="#555555")
-    _title(figure, title, (5.0, 1.4), 0.7)
-    return figure
+        bar.ax.xaxis.get_offset_text().set(fontsize=8)
 
 
 def curves(
-    title: str,
+    panel: Panel,
     rows: Sequence[str],
-    panels: Sequence[Panel],
     label: str,
     log: bool = False,
     line: tuple[float, str] | None = None,
     highest: bool = False,
+    ends: Sequence[float] = (),
 ) -> Any:
-    """Draw a curve for each row and panel, with the panels side by side on one axis of values.
+    """Draw a curve for each row.
 
     Args:
-        title: the title; its first line is set in bold.
+        panel: the title, the steps, and the values [rows, steps].
         rows: the names of the rows.
-        panels: one for each run.
         label: the label of the values.
         log: draw the values on a logarithmic axis.
         line: the value and the name of a horizontal line.
         highest: name the layers with the highest mean, not those with the lowest.
+        ends: values that the axis must show as well, so that pictures of several runs have the same axis.
     Returns:
         A matplotlib Figure.
     """
-    from matplotlib.figure import Figure
-
-    panels = [panel for panel in panels if np.isfinite(panel.values).any()]
-    if not panels:
-        return _empty(title)
+    figure, axes = _figure(panel.title, 5.6, 4.6)
+    there = np.isfinite(panel.values)
+    named = dict(zip(pick(panel.values, highest), zip(COLOURS, MARKERS, strict=True), strict=False))
+    handles = {}
+    for index in sorted(range(len(rows)), key=lambda row: row in named):  # named curves last: they lie on top
+        if not there[index].any():
+            continue
+        x, y = np.asarray(panel.columns)[there[index]], panel.values[index][there[index]]
+        if index in named:
+            colour, marker = named[index]
+            (handles[index],) = axes.plot(x, y, color=colour, lw=1.3, zorder=3, **_marked(len(x), marker, 4.5))
+        else:
+            axes.plot(x, y, color="#9a9a9a", lw=0.6, alpha=0.7, **_marked(len(x), "o", 1.5))
+    if line is not None:
+        handles[-1] = axes.axhline(line[0], color="black", lw=1, ls="--")
+    for end in ends:
+        axes.update_datalim([(panel.columns[0], end)])
+    if log:
+        _log_axis(axes)
+    _style(axes, label)
+    if len(panel.columns) == 1:  # around a single point matplotlib would make up fractions of steps
+        axes.set_xticks(panel.columns)
+    shown = [row for row in (*named, -1) if row in handles]
+    others = int(there.any(axis=1).sum()) - len(named)
     order = "highest" if highest else "lowest"
-    width, high, left = (8.0 if len(panels) == 1 else 5.2), 3.4, 0.8
-    size = (left + (width + 0.5) * len(panels), high + 3.0)
-    figure = Figure(figsize=size)
-    first: Any = None
-    for number, panel in enumerate(panels):
-        place = ((left + number * (width + 0.5)) / size[0], 2.2 / size[1], width / size[0], high / size[1])
-        axes = figure.add_axes(place, sharey=first)
-        first = first or axes  # the axes of all panels show the same range of values
-        named = dict(zip(pick(panel.values, highest), zip(COLOURS, MARKERS, strict=True), strict=False))
-        handles = {}
-        for index in sorted(range(len(rows)), key=lambda row: row in named):  # named curves last: they lie on top
-            there = np.isfinite(panel.values[index])
-            if not there.any():
-                continue
-            x, y = np.asarray(panel.columns)[there], panel.values[index][there]
-            if index in named:
-                colour, marker = named[index]
-                (handles[index],) = axes.plot(x, y, color=colour, lw=1.3, zorder=3, **_marked(len(x), marker, 4.5))
-            else:
-                axes.plot(x, y, color="#9a9a9a", lw=0.6, alpha=0.7, **_marked(len(x), "o", 1.5))
-        if line is not None:
-            handles[-1] = axes.axhline(line[0], color="black", lw=1, ls="--")
-        if log:
-            _log_axis(axes)
-        _style(axes, "" if number else label)
-        if len(panel.columns) == 1:  # around a single point matplotlib would make up fractions of steps
-            axes.set_xticks(panel.columns)
-        shown = [row for row in (*named, -1) if row in handles]
-        others = int(np.isfinite(panel.values).any(axis=1).sum()) - len(named)
-        heading = f"the {len(named)} {order} on average, {order} first; grey: {others} others" if others else ""
-        texts = [line[1] if row == -1 and line else short(rows[row]) for row in shown]
-        _legend(axes, [handles[row] for row in shown], texts, heading)
-        if panel.heading:
-            axes.set_title(panel.heading, fontsize=9, loc="left", parse_math=False)
-    _title(figure, title, size, 2.2 + high + (0.35 if any(panel.heading for panel in panels) else 0.12))
+    heading = f"the {len(named)} {order} on average, {order} first; grey: {others} others" if others else ""
+    texts = [line[1] if row == -1 and line else short(rows[row]) for row in shown]
+    _legend(figure, [handles[row] for row in shown], texts, heading)
     return figure
 
 
@@ -338,10 +288,7 @@ def _log_axis(axes: Any) -> None:
 
 def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
     """Draw one figure of several runs, {run: (steps, values)}, on one axis of steps; colours go by the runs' order."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.6))
-    axes = figure.add_axes((0.14, 0.3, 0.84, 0.6))
+    figure, axes = _figure(title, 5.2, 3.6)
     handles = []
     for number, (steps, values) in enumerate(series.values()):
         which, dashes = number % len(COLOURS), ("-", "--", ":")[number // len(COLOURS) % 3]
@@ -349,8 +296,7 @@ def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[flo
         style: dict[str, Any] = {"color": COLOURS[which], "ls": dashes, "lw": width}
         handles += axes.plot(steps, values, **style, **_marked(len(steps), MARKERS[which], 2.4 + width))
     _style(axes, "")
-    axes.set_title(title, fontsize=10, loc="left", weight="bold", parse_math=False)
-    _legend(axes, handles, [short(run) for run in series])
+    _legend(figure, handles, [short(run) for run in series])
     return figure
 
 
@@ -370,15 +316,15 @@ def _marked(points: int, marker: str, size: float) -> dict[str, Any]:
     return {"marker": marker, "ms": size, "markevery": max(1, points // 20)}
 
 
-def _legend(axes: Any, handles: list[Any], texts: list[str], heading: str = "") -> None:
-    """Write names below the axes, one a line."""
+def _legend(figure: Any, handles: list[Any], texts: list[str], heading: str = "") -> None:
+    """Write names below the axes, in as many columns as fit."""
     if not handles:
         return
-    below = 0.46 / (axes.get_position().height * axes.figure.get_figheight())  # under the name of the axis
     # The space in front keeps names with a leading underscore: matplotlib leaves those out of a legend.
-    box = axes.legend(
+    box = figure.legend(
         handles, [f" {text}" for text in texts], title=heading or None, fontsize=8, title_fontsize=8, frameon=False,
-        loc="upper left", bbox_to_anchor=(-0.02, -below), borderaxespad=0.0, alignment="left",
+        loc="outside lower left", alignment="left",
+        ncols=max(1, int(figure.get_figwidth() / (0.6 + 0.075 * max(map(len, texts))))),
     )  # fmt: skip
     for text in box.get_texts():
         text.set_parse_math(False)
@@ -392,10 +338,12 @@ def pick(values: np.ndarray, highest: bool = False) -> list[int]:
     return [index for _, index in sorted(found, reverse=highest)[:most]]
 
 
-def save(figure: Any, target: Path | BinaryIO, dpi: int = 110) -> None:
-    """Write a figure as PNG, cut to what is drawn."""
+def image(figure: Any, dpi: int = 110) -> Any:
+    """Return a figure as a picture of PIL, drawn once: matplotlib's savefig would lay it out and draw it twice."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
 
-    FigureCanvasAgg(figure).print_figure(
-        target, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.12, facecolor="white"
-    )
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -35,17 +35,8 @@ from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
 from te_nvfp4_cv.telemetry.records import Run, cannot_write, dumps, numbered, read
+from te_nvfp4_cv.telemetry.templates import fill
 
-# plotly writes a page without a viewport, which a phone shows as if it were a desk's screen, and a title over which its
-# toolbar lies where the page is narrow.
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>body{{font:14px/1.4 system-ui,sans-serif;color:#222;margin:12px}}
-h1{{font-size:18px;margin:0}}p{{margin:2px 0 4px;color:#555}}</style></head>
-<body><h1>{title}</h1><p>{subtitle}</p>
-{drawn}
-</body></html>
-"""
 PLOTLY_MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")  # = MARKERS
 STATISTICS = {"mean": "mean", "std": "standard deviation", "kurtosis": "excess kurtosis"}
 # What drawing.limits is told about each: only means and kurtosis have a sign. The ends of kurtosis are kept in a range:
@@ -139,7 +130,7 @@ def render(
         >>> files = nv.telemetry.render_heatmaps("runs/telemetry.jsonl", "plots")  # doctest: +SKIP
     """
     # First, so that a missing package leaves no empty folders.
-    drawing.need("matplotlib", "plotly")
+    drawing.need("matplotlib", "plotly", "jinja2")
     run = as_run(run_or_path)
     if not run.steps:
         raise value_error(
@@ -216,10 +207,9 @@ class _Pictures:
         some = np.isfinite(values).any(axis=1)
         rows, shown = [row for row, known in zip(self.run.layers, some, strict=True) if known], values[some]
         text = f"{title}\n{self._subtitle(len(rows))}"
-        picture = drawing.heatmaps(text, rows, [Panel("", columns, shown)], bounds, label, xlabel)
+        picture = drawing.heatmap(Panel(text, columns, shown), rows, bounds, label, xlabel)
         page = plotly_heatmap(rows, columns, shown, bounds, xlabel)
-        shown_by = (label + bounds.note).replace("\n", "; ")
-        self._write(name, picture, page, f"{text}\nColours: {shown_by}", label, values, axes)
+        self._write(name, picture, page, f"{text}\nColours: {label}{bounds.note}", label, values, axes)
 
     def curve(self, name: str) -> None:
         title, label, keys = CURVES[name]
@@ -228,7 +218,7 @@ class _Pictures:
         if not np.isfinite(values).any():
             return
         text = f"{title}\n{self._subtitle(int(np.isfinite(values).any(axis=1).sum()))}"
-        picture = drawing.curves(text, layers, [Panel("", self.steps, values)], label)
+        picture = drawing.curves(Panel(text, self.steps, values), layers, label)
         page = plotly_curves(layers, self.steps, values, label)
         self._write(f"weights/{name}", picture, page, text, label, values, {"steps": self.steps})
 
@@ -246,21 +236,21 @@ class _Pictures:
         run, path = self.run, self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self.written += [path.with_suffix(suffix) for suffix in (".png", ".html", ".json")]
-        drawing.save(picture, path.with_suffix(".png"))
+        drawing.image(picture).save(path.with_suffix(".png"))
         # Relative, so that the folder of pictures can be moved or copied as a whole.
         script = Path(os.path.relpath(self.script, path.parent)).as_posix()
         config = {"responsive": True, "displaylogo": False}
         drawn = page.to_html(include_plotlyjs=script, config=config, full_html=False, default_height=page.layout.height)
-        first, *rest = html.escape(text).split("\n")
-        text_of_page = PAGE.format(title=first, subtitle="<br>".join(rest), drawn=drawn)
-        path.with_suffix(".html").write_text(text_of_page, encoding="utf-8")
+        title, *lines = text.split("\n")
+        made = fill("picture.html", title=title, lines=lines, drawn=drawn)
+        path.with_suffix(".html").write_text(made, encoding="utf-8")
         content: dict[str, Any] = {"title": text.partition("\n")[0], "model": run.model, "run": run.name, "unit": unit}
         content |= {"layers": run.layers, **axes, "values": values.tolist()}
         # Through dumps first, which writes null for NaN.
-        lines = json.dumps(json.loads(dumps(content)), indent=1)
+        held = json.dumps(json.loads(dumps(content)), indent=1)
         # JSON's indentation puts each number on a line; a layer's numbers belong on one.
-        lines = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", lines)
-        path.with_suffix(".json").write_text(lines + "\n", encoding="utf-8")
+        held = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", held)
+        path.with_suffix(".json").write_text(held + "\n", encoding="utf-8")
 
 
 # ---- plotly ---------------------------------------------------------------------------------------------------------
@@ -270,9 +260,7 @@ def plotly_heatmap(
     rows: Sequence[str], columns: Sequence[Any], values: np.ndarray, bounds: drawing.Limits, xlabel: str
 ) -> Any:
     """Draw an interactive heatmap; pointing at a cell shows layer, column and value."""
-    import matplotlib
-    import plotly.graph_objects as go
-    from matplotlib.colors import to_hex
+    import plotly.express as px
 
     low, high = bounds.low, bounds.high
     # Above the map, not beside it: beside it a phone has no room. The page names what it shows, because plotly would
@@ -293,26 +281,19 @@ def plotly_heatmap(
         drawn = np.arcsinh(values / bounds.linear)
         bar |= {"tickvals": [float(np.arcsinh(tick / bounds.linear)) for tick in bounds.ticks]}
         bar |= {"ticktext": [f"{tick:g}" for tick in bounds.ticks]}
-    colours = matplotlib.colormaps[drawing.DIVERGING if bounds.diverging else drawing.SEQUENTIAL]
-    names = [html.escape(row) for row in rows]  # plotly reads tags in labels
-    figure = go.Figure(
-        go.Heatmap(
-            # Five digits are more than a colour shows, and make the file smaller.
-            z=[[None if np.isnan(value) else float(f"{value:.5g}") for value in row] for row in drawn],
-            text=[["absent" if np.isnan(value) else f"{value:.5g}" for value in row] for row in values],
-            x=[str(column) for column in columns],
-            y=names,
-            zmin=low,
-            zmax=high,
-            colorscale=[[at, to_hex(colours(at))] for at in np.linspace(0, 1, 17).tolist()],  # as in the PNG
-            colorbar=bar,
-            hoverongaps=True,
-            hovertemplate=f"layer %{{y}}<br>{xlabel.split(',')[0]} %{{x}}<br>%{{text}}<extra></extra>",
-        )
-    )
+    figure = px.imshow(
+        drawn.astype(np.float32),  # more digits than a colour shows would only make the file larger
+        x=[str(column) for column in columns], y=[html.escape(row) for row in rows],  # plotly reads tags in labels
+        zmin=low, zmax=high, aspect="auto",
+        color_continuous_scale=drawing.DIVERGING if bounds.diverging else drawing.SEQUENTIAL,
+    )  # fmt: skip
+    figure.update_traces(
+        text=[["absent" if np.isnan(value) else f"{value:.5g}" for value in row] for row in values],
+        hoverongaps=True, hovertemplate=f"layer %{{y}}<br>{xlabel.split(',')[0]} %{{x}}<br>%{{text}}<extra></extra>",
+    )  # fmt: skip
     _layout(figure, xlabel, max(350, 15 * len(rows) + 210))
-    figure.update_layout(margin={"t": 84})
-    figure.update_yaxes(type="category", autorange="reversed", tickmode="linear", dtick=1, automargin=True)
+    figure.update_layout(margin={"t": 84}, coloraxis={"colorbar": bar})
+    figure.update_yaxes(type="category", tickmode="linear", dtick=1, automargin=True)
     figure.update_yaxes(tickfont={"size": 10 if len(rows) > 30 else 12}, showgrid=False)
     figure.update_xaxes(type="category", nticks=24, showgrid=False)
     figure.update_layout(plot_bgcolor=drawing.ABSENT)

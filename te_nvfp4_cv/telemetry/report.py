@@ -11,12 +11,12 @@ refused, unless `force` is given.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -27,10 +27,11 @@ from te_nvfp4_cv.telemetry.drawing import Panel
 from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, KINDS, SCALES, STATISTICS, as_run, table, usage
 from te_nvfp4_cv.telemetry.records import Run, numbered
 from te_nvfp4_cv.telemetry.settings import THRESHOLD
+from te_nvfp4_cv.telemetry.templates import fill
 
 MOST_BYTES = 10_000_000
-QUALITIES = ((100, False), (100, True), (75, True), (50, True))  # dots per inch, whether to use 256 colours only
-BESIDE = 3  # runs beside each other in one picture
+QUALITIES = ((130, False), (130, True), (90, True), (60, True))  # dots per inch, whether to use 256 colours only
+WIDE = 5.6  # inches of a heatmap: narrow enough for a phone to show its labels
 OPERANDS = ("weight", "weight_column", "input", "input_column", "grad_output", "grad_output_column")
 FIGURES = {
     "sqnr_db": ("SQNR, dB", 1, 1),
@@ -39,15 +40,6 @@ FIGURES = {
 }
 LOWEST = 3  # SQNRs per run and operand that the table marks
 MOST_ALARMS = 500
-
-STYLE = """body{font:14px/1.45 system-ui,sans-serif;color:#222;margin:24px auto;padding:0 24px;max-width:1700px}
-h1{font-size:24px;margin:0 0 4px}h2{font-size:19px;margin:36px 0 8px;border-bottom:1px solid #ddd}
-nav a{margin-right:14px}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{border:1px solid #ddd;padding:3px 8px;text-align:left;vertical-align:top}th{background:#f4f4f4}
-td.n{text-align:right}td.low{background:#fbd9d3}td.none{color:#888}tbody th{font-weight:normal}
-figure{margin:14px 0}img{max-width:100%}.row{display:flex;flex-wrap:wrap;gap:12px}.row figure{margin:0}
-.scroll{max-height:640px;overflow:auto;display:inline-block;max-width:100%}.scroll thead th{position:sticky;top:0}
-pre{margin:4px 0;white-space:pre-wrap;max-width:600px}p.note{color:#666}"""
 
 
 def write_report(
@@ -86,7 +78,7 @@ def write_report(
             needs="a new file",
             fix="another name" if out.is_dir() else "another name, or force=True (--force) to replace it",
         )
-    drawing.need("matplotlib")
+    drawing.need("matplotlib", "jinja2")
     runs = [as_run(path) for path in paths]
     # How large a picture becomes is known only when it has been drawn, so the whole report is drawn again if needed.
     for resolution, palette in QUALITIES:
@@ -95,10 +87,6 @@ def write_report(
             break
     write_atomically(out, text.encode(), fix="free some space, or choose another path")
     return out
-
-
-def _escape(value: Any) -> str:
-    return html.escape(str(value))
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -123,8 +111,35 @@ def last_step(run: Run) -> int | None:
     return None
 
 
+@dataclass
+class Group:
+    """One figure of all runs: a picture of each that has values, and the names of the runs that have none."""
+
+    title: str
+    images: list[tuple[str, str]]  # (what it shows, the PNG in base64)
+    without: list[str]
+
+
+class Cell(NamedTuple):
+    """What the table says of one operand of a layer: its figures, or a text in place of them."""
+
+    values: list[str]
+    low: bool
+    text: str
+
+
+@dataclass
+class Table:
+    """The operands of one run at its last step in NVFP4."""
+
+    label: str
+    step: int
+    operands: list[str]
+    rows: dict[str, list[Cell]]
+
+
 class _Report:
-    """The page: each method but `text` writes one of its sections."""
+    """The page: each method but `text` makes what one of its sections shows."""
 
     def __init__(self, runs: Sequence[Run], resolution: int, palette: bool) -> None:
         self.resolution, self.palette = resolution, palette
@@ -132,48 +147,31 @@ class _Report:
         self.layers = _union(run.layers for run in runs)
 
     def text(self) -> str:
-        sections: dict[str, Callable[[], str]] = {
-            "Runs": self.headers,
-            "Loss and metrics": self.scalars,
-            "Alarms": self.alarms,
-            "Quantization at the last step": self.operands,
-            "Signal to noise": self.noise,
-            "Weight codes": self.codes,
-            "Gradient to noise": self.gradients,
-            "Heatmaps": self.heatmaps,
+        pictures = {
+            "Signal to noise": self.noise(),
+            "Weight codes": self.codes(),
+            "Gradient to noise": self.gradients(),
+            "Heatmaps": self.heatmaps(),
         }
-        ids = {title: title.lower().replace(" ", "-") for title in sections}
-        links = "".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections)
-        body = "\n".join(f'<h2 id="{ids[title]}">{title}</h2>\n{draw()}' for title, draw in sections.items())
-        title = f"Telemetry: {', '.join(label for label, _ in self.runs)}"
-        return (
-            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_escape(title)}</title>\n'
-            f"<style>{STYLE}</style></head>\n<body><h1>{_escape(title)}</h1>\n<nav>{links}</nav>\n{body}\n"
-            "</body></html>\n"
+        labels = [label for label, _ in self.runs]
+        alarms = [(label, alarm) for label, run in self.runs for alarm in run.alarms]
+        return fill(
+            "report.html",
+            title=f"Telemetry: {', '.join(labels)}",
+            labels=labels,
+            about={name: [cell(run) for _, run in self.runs] for name, cell in ABOUT.items()},
+            scalars=self.scalars(),
+            alarms=alarms[:MOST_ALARMS],  # a diverged run may raise one for every layer and step
+            more_alarms=max(0, len(alarms) - MOST_ALARMS),
+            tables=[_table(label, run, step) for label, run in self.runs if (step := last_step(run)) is not None],
+            figures=[text for text, _, _ in FIGURES.values()],
+            lowest=LOWEST,
+            pictures={name: [group for group in groups if group.images] for name, groups in pictures.items()},
         )
 
-    # ---- text and tables ----
-
-    def headers(self) -> str:
-        rows: dict[str, Callable[[Run], str]] = {
-            "model": lambda run: _escape(run.model),
-            "group": lambda run: _escape(run.group or "–"),
-            "recipe": _recipe,
-            "backend": lambda run: _escape(run.backend or "–"),
-            "layers": _layers,
-            "sampled steps": _steps,
-            "started": lambda run: _escape(run.started),
-            "file": lambda run: _escape(run.path.name),
-            "notes": lambda run: "<br>".join(map(_escape, run.notes)) or "none",
-        }
-        lines = [f"<tr><th></th>{''.join(f'<th>{_escape(label)}</th>' for label, _ in self.runs)}</tr>"]
-        for name, cell in rows.items():
-            lines.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell(run)}</td>' for _, run in self.runs)}</tr>")
-        return f"<table>{''.join(lines)}</table>"
-
-    def scalars(self) -> str:
+    def scalars(self) -> Group:
         names = _union(_union(map(list, run.scalars.values())) for _, run in self.runs)
-        pictures = []
+        group = Group("", [], [])
         for name in names:
             series: dict[str, tuple[list[int], list[float]]] = {}
             for label, run in self.runs:
@@ -182,165 +180,150 @@ class _Report:
                 if found:
                     series[label] = ([step for step, _ in found], [value for _, value in found])
             if series:
-                pictures.append(self._image(drawing.overlay(name, series), name))
-        return f'<div class="row">{"".join(pictures)}</div>' if pictures else _note("No run recorded any.")
+                group.images.append((name, self._image(drawing.overlay(name, series))))
+        return group
 
-    def alarms(self) -> str:
-        found = [(label, alarm) for label, run in self.runs for alarm in run.alarms]
-        if not found:
-            return _note("None.")
-        rows = "".join(
-            f'<tr><td>{_escape(label)}</td><td class="n">{_escape(alarm["step"])}</td>'
-            f"<td>{_escape(alarm['layer'])}</td><td>{_escape(alarm['text'])}</td></tr>"
-            # A diverged run may raise one for every layer and step.
-            for label, alarm in found[:MOST_ALARMS]
-        )
-        more = _note(f"{len(found) - MOST_ALARMS} more are in the files.") if len(found) > MOST_ALARMS else ""
-        head = "<thead><tr><th>run</th><th>step</th><th>layer</th><th>alarm</th></tr></thead>"
-        return f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>{more}'
+    def noise(self) -> list[Group]:
+        return [
+            *(
+                self._curves(f"{title}: SQNR", "SQNR (dB)", ("tensors", tensor, "sqnr_db"))
+                for tensor, title in (("weight", "Weights"), ("input", "Inputs"), ("grad_output", "Output gradients"))
+            ),
+            self._curves(
+                "Weights: correlation of raw and dequantized", "correlation", ("tensors", "weight", "correlation")
+            ),
+        ]
 
-    def operands(self) -> str:
-        shown = [(label, run, step) for label, run in self.runs if (step := last_step(run)) is not None]
-        if not shown:
-            return _note("No layer of any run was sampled in NVFP4.")
-        width = len(FIGURES)
-        first = "".join(f'<th colspan="{width}">{_escape(label)}, step {step}</th>' for label, _, step in shown)
-        second = "".join(f"<th>{text}</th>" for _ in shown for text, _, _ in FIGURES.values())
-        marked = {(label, name) for label, run, step in shown for name in _lowest(run.steps[step])}
-        lines = []
-        for layer in self.layers:
-            for operand in OPERANDS:
-                held = [_operand(run, step, layer, operand) for _, run, step in shown]
-                if not any(held):  # an operand that no run has in NVFP4 gets no row
-                    continue
-                cells = "".join(
-                    _cells(values, run.steps[step].get(layer), (label, (layer, operand)) in marked)
-                    for values, (label, run, step) in zip(held, shown, strict=True)
-                )
-                lines.append(f"<tr><th>{_escape(layer)}</th><td>{operand}</td>{cells}</tr>")
-        return _note(
-            "SQNR: signal to quantization noise. Underflow: share of the values other than 0 whose code is 0. "
-            "Saturation: share of the values beyond 6 scales. …_column: the operand along the other axis. "
-            f"Marked: the {LOWEST} lowest SQNRs of each operand, where it has more than {2 * LOWEST}."
-        ) + (
-            f'<div class="scroll"><table><thead><tr><th rowspan="2">layer</th><th rowspan="2">operand</th>{first}</tr>'
-            f"<tr>{second}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        )
-
-    # ---- pictures ----
-
-    def noise(self) -> str:
-        return "".join(
-            self._curves(f"{title}: SQNR", "SQNR (dB)", ("tensors", tensor, "sqnr_db"))
-            for tensor, title in (("weight", "Weights"), ("input", "Inputs"), ("grad_output", "Output gradients"))
-        ) + self._curves(
-            "Weights: correlation of raw and dequantized", "correlation", ("tensors", "weight", "correlation")
-        )
-
-    def codes(self) -> str:
-        found = [(label, *usage(run, self.layers)) for label, run in self.runs]
-        used = [(f"{label}, step {step}", 100 * shares) for label, step, shares in found if step is not None]
-        panels = [Panel(heading, CODE_NAMES, shares) for heading, shares in used]
+    def codes(self) -> list[Group]:
+        found = {label: usage(run, self.layers) for label, run in self.runs}
+        panels = {
+            label: Panel(label if step is None else f"{label}, step {step}", CODE_NAMES, 100 * shares)
+            for label, (step, shares) in found.items()
+        }
         title = "Weights: use of the 16 codes"
-        return (
-            self._maps(title, panels, SCALES["usage"], "share (%)", "code, by its value")
-            + self._curves("Weights: codes that differ from the sample before", "share", ("flip_rate",), highest=True)
-            + self._curves("Weights: codes that went back (oscillation)", "share", ("oscillation",), highest=True)
-        )
+        return [
+            self._maps(title, panels, SCALES["usage"], "share (%)", "code, by its value"),
+            self._curves("Weights: codes that differ from the sample before", "share", ("flip_rate",), highest=True),
+            self._curves("Weights: codes that went back (oscillation)", "share", ("oscillation",), highest=True),
+        ]
 
-    def gradients(self) -> str:
-        line = (THRESHOLD, "sqrt(3): training stalls below")
+    def gradients(self) -> list[Group]:
+        line = (THRESHOLD, "sqrt(3): stalls below")
         title = "Weight gradient: norm over its quantization noise"
-        return self._curves(title, "norm / noise", ("gradient", "ratio"), log=True, line=line)
+        return [self._curves(title, "norm / noise", ("gradient", "ratio"), log=True, line=line)]
 
-    def heatmaps(self) -> str:
-        pictures = []
+    def heatmaps(self) -> list[Group]:
+        groups = []
         for kind in KINDS:
             for statistic in STATISTICS:
                 panels = self._panels(("tensors", kind.tensor, kind.stage, statistic))
                 title = f"{kind.title}: {STATISTICS[statistic]}"
-                pictures.append(self._maps(title, panels, SCALES[statistic], kind.label(statistic), "step"))
-        return "".join(pictures)
+                groups.append(self._maps(title, panels, SCALES[statistic], kind.label(statistic), "step"))
+        return groups
 
-    def _panels(self, keys: tuple[str, ...]) -> list[Panel]:
-        return [Panel(label, list(run.steps), table(run, self.layers, *keys)) for label, run in self.runs]
+    def _panels(self, keys: tuple[str, ...]) -> dict[str, Panel]:
+        return {label: Panel(label, list(run.steps), table(run, self.layers, *keys)) for label, run in self.runs}
 
-    def _maps(self, title: str, panels: list[Panel], scale: dict[str, Any], label: str, xlabel: str) -> str:
+    def _maps(self, title: str, panels: dict[str, Panel], scale: dict[str, Any], label: str, xlabel: str) -> Group:
         # All runs show the same rows, so that a layer stands at the same height in each of them.
-        some = [i for i in range(len(self.layers)) if any(np.isfinite(panel.values[i]).any() for panel in panels)]
+        some = [i for i in range(len(self.layers)) if any(np.isfinite(p.values[i]).any() for p in panels.values())]
         rows = [self.layers[i] for i in some]
-        panels = [Panel(panel.heading, panel.columns, panel.values[some]) for panel in panels]
         # Common to all pictures of a figure: equal colours then mean equal values in every run.
-        bounds = drawing.limits([panel.values for panel in panels], **scale)
-        return self._pictures(title, panels, lambda part: drawing.heatmaps(title, rows, part, bounds, label, xlabel))
+        bounds = drawing.limits([panel.values[some] for panel in panels.values()], **scale)
 
-    def _curves(self, title: str, label: str, keys: tuple[str, ...], **options: Any) -> str:
+        def draw(panel: Panel) -> Any:
+            return drawing.heatmap(replace(panel, values=panel.values[some]), rows, bounds, label, xlabel, WIDE)
+
+        return self._group(title, panels, draw)
+
+    def _curves(self, title: str, label: str, keys: tuple[str, ...], **options: Any) -> Group:
         panels = self._panels(keys)
-        return self._pictures(title, panels, lambda part: drawing.curves(title, self.layers, part, label, **options))
+        found = np.concatenate([panel.values[np.isfinite(panel.values)] for panel in panels.values()])
+        ends = (found.min(), found.max()) if len(found) else ()
+        return self._group(title, panels, lambda panel: drawing.curves(panel, self.layers, label, ends=ends, **options))
 
-    def _pictures(self, title: str, panels: list[Panel], draw: Callable[[list[Panel]], Any]) -> str:
-        """Draw the panels that hold any value, some beside each other, and name the runs whose panels hold none."""
-        without = [panel.heading for panel in panels if not np.isfinite(panel.values).any()]
-        panels = [panel for panel in panels if np.isfinite(panel.values).any()]
-        if not panels:
-            return _note(f"{title}: no run has values.")
-        parts = (panels[start : start + BESIDE] for start in range(0, len(panels), BESIDE))
-        images = [self._image(draw(part), title) for part in parts]
-        return "".join(images) + (_note(f"Without values: {', '.join(without)}.") if without else "")
+    def _group(self, title: str, panels: dict[str, Panel], draw: Callable[[Panel], Any]) -> Group:
+        """Draw the panels that hold any value."""
+        group = Group(title, [], [])
+        for label, panel in panels.items():
+            if np.isfinite(panel.values).any():
+                group.images.append((f"{title}: {label}", self._image(draw(panel))))
+            else:
+                group.without.append(label)
+        return group
 
-    def _image(self, figure: Any, title: str) -> str:
+    def _image(self, figure: Any) -> str:
         from PIL import Image
 
-        drawn, packed = io.BytesIO(), io.BytesIO()
-        drawing.save(figure, drawn, self.resolution)
-        picture = Image.open(drawn).convert("RGB")  # without the alpha channel, which nothing uses
+        picture, packed = drawing.image(figure, self.resolution), io.BytesIO()
         if self.palette:  # of all methods only this one keeps rare colours, such as those of a colour bar
             picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         picture.save(packed, "png", optimize=True)
-        data = base64.b64encode(packed.getvalue()).decode("ascii")
-        return f'<figure><img alt="{_escape(title)}" src="data:image/png;base64,{data}"></figure>\n'
+        return base64.b64encode(packed.getvalue()).decode("ascii")
 
 
-# ---- cells ----------------------------------------------------------------------------------------------------------
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{_escape(text)}</p>\n'
+# ---- what the tables say --------------------------------------------------------------------------------------------
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and bool(np.isfinite(value))
 
 
-def _recipe(run: Run) -> str:
-    if not run.recipe:
-        return "none: high precision"
-    return f"<details><summary>show</summary><pre>{_escape(run.recipe)}</pre></details>"
+class About(NamedTuple):
+    """A cell of the table of runs: a text, and what unfolds below a summary."""
+
+    text: str
+    summary: str = ""
+    more: str = ""
 
 
-def _steps(run: Run) -> str:
-    if not run.steps:
-        return "none"
+def _steps(run: Run) -> About:
     steps = list(run.steps)
-    return _escape(f"{len(steps)}, from {steps[0]} to {steps[-1]}, every {run.every}")
+    return About(f"{len(steps)}, from {steps[0]} to {steps[-1]}, every {run.every}" if steps else "none")
 
 
-def _layers(run: Run) -> str:
+def _layers(run: Run) -> About:
     """Say how many layers run in which precision, and why those in high precision do."""
     step = last_step(run)
     if step is None:
-        return f"{len(run.layers)}, none sampled in NVFP4"
+        return About(f"{len(run.layers)}, none sampled in NVFP4")
     high = {name: held.get("reason", "") for name, held in run.steps[step].items() if held.get("precision") != "nvfp4"}
     text = f"{len(run.steps[step])}, {len(run.steps[step]) - len(high)} in NVFP4 at step {step}"
-    if not high:
-        return text
-    lines = "<br>".join(f"{_escape(name)}: {_escape(reason or 'no reason recorded')}" for name, reason in high.items())
-    return f"{text}<details><summary>in high precision</summary>{lines}</details>"
+    lines = [f"{name}: {reason or 'no reason recorded'}" for name, reason in high.items()]
+    return About(text, "in high precision", "\n".join(lines))
 
 
-def _operand(run: Run, step: int, layer: str, operand: str) -> dict[str, Any]:
+ABOUT: dict[str, Callable[[Run], About]] = {
+    "model": lambda run: About(run.model),
+    "group": lambda run: About(run.group or "–"),
+    "recipe": lambda run: About("", "show", run.recipe) if run.recipe else About("none: high precision"),
+    "backend": lambda run: About(run.backend or "–"),
+    "layers": _layers,
+    "sampled steps": _steps,
+    "started": lambda run: About(run.started),
+    "file": lambda run: About(run.path.name),
+    "notes": lambda run: About("; ".join(run.notes) or "none"),
+}
+
+
+def _table(label: str, run: Run, step: int) -> Table:
+    """Make the table of a run; operands that no layer has in NVFP4 have no column."""
+    held = run.steps[step]
+    found = {(layer, operand) for layer in held for operand in OPERANDS if _operand(held[layer], operand)}
+    operands = [operand for operand in OPERANDS if any((layer, operand) in found for layer in held)]
+    marked = set(_lowest(held))
+    rows = {}
+    for layer, values in held.items():
+        text = "–" if values.get("precision") == "nvfp4" else "high precision"
+        rows[layer] = [
+            Cell(_figures(_operand(values, operand)), (layer, operand) in marked, text) for operand in operands
+        ]
+    return Table(label, step, operands, rows)
+
+
+def _operand(layer: dict[str, Any], operand: str) -> dict[str, Any]:
     """Return what the record says of a quantized operand; {} if there is none."""
-    held: dict[str, Any] = run.steps[step].get(layer, {}).get("tensors", {}).get(operand, {})
+    held: dict[str, Any] = layer.get("tensors", {}).get(operand, {})
     return held if any(_is_number(held.get(key)) for key in FIGURES) else {}
 
 
@@ -353,13 +336,9 @@ def _lowest(layers: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield from ((name, operand) for _, name in numbers[:LOWEST])
 
 
-def _cells(values: dict[str, Any], layer: dict[str, Any] | None, low: bool) -> str:
-    if not values:
-        text = "absent" if layer is None else "high precision" if layer.get("precision") != "nvfp4" else "–"
-        return f'<td class="none" colspan="{len(FIGURES)}">{text}</td>'
-    cells = []
-    for key, (_, factor, digits) in FIGURES.items():
-        value: Any = values.get(key)
-        shown = f"{value * factor:.{digits}f}" if _is_number(value) else "–"
-        cells.append(f'<td class="n{" low" if low and key == "sqnr_db" else ""}">{shown}</td>')
-    return "".join(cells)
+def _figures(held: dict[str, Any]) -> list[str]:
+    """Return the figures of an operand as text, [] of an operand that was not quantized."""
+    if not held:
+        return []
+    known = ((held.get(key), factor, digits) for key, (_, factor, digits) in FIGURES.items())
+    return [f"{value * factor:.{digits}f}" if _is_number(value) else "–" for value, factor, digits in known]
