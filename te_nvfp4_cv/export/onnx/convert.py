@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -27,7 +27,8 @@ from te_nvfp4_cv.export.inner import Inner
 from te_nvfp4_cv.export.manifest import join
 from te_nvfp4_cv.export.modules import InferenceLayer, check_choice, check_path
 from te_nvfp4_cv.export.onnx import file
-from te_nvfp4_cv.export.onnx.tracing import DOMAIN, arguments, export, unwrapped
+from te_nvfp4_cv.export.onnx.arguments import TorchOptions, read_call
+from te_nvfp4_cv.export.onnx.tracing import DOMAIN, export, unwrapped
 from te_nvfp4_cv.nn.walk import LAYERS
 
 FORMS = ("qdq", "matmul", "portable")
@@ -54,37 +55,40 @@ class OnnxFile:
 
 def to_onnx(
     model: nn.Module,
-    example_input: Any,
-    path: str | os.PathLike[str],
+    args: Any = None,
+    f: str | os.PathLike[str] | None = None,
     form: str = "qdq",
     *,
     dynamic_batch: bool | int = True,
     external_data: bool | None = None,
-    input_names: tuple[str, ...] = ("input",),
-    output_names: tuple[str, ...] = ("output",),
+    **options: Unpack[TorchOptions],
 ) -> OnnxFile:
     """Write an inference model as an ONNX file.
+
+    Arguments that torch.onnx.export has as well mean the same; others of it are refused, with what does the same.
 
     Args:
         model: a model of nv.export.load or nv.export.quantize. The mode of its layers (`activations`) decides whether
             the file quantizes x.
-        example_input: a tensor, or a tuple of tensors, as the model takes them. The first axis of each is the batch.
-            Any floating-point dtype will do; the file takes fp32.
-        path: where to write; ".onnx" is added if it is missing.
+        args: an example: a tensor, or a tuple of tensors, as the model takes them. Any floating-point dtype will do;
+            the file takes fp32.
+        f: where to write; ".onnx" is added if it is missing.
         form: "qdq" (standard FP4 operators), "matmul" (the same, for linear layers and 1x1 convolutions only) or
             "portable" (elementary operators, for onnxruntime).
-        dynamic_batch: leave the size of the batch open. An integer is the largest batch: some models take another way
-            through their forward for large ones (diffusers' AutoencoderKL from 64 images on).
+        dynamic_batch: leave the first axis of each tensor open, as the batch, if neither dynamic_shapes nor
+            dynamic_axes says which axes are. An integer is the largest batch: some models take another way through
+            their forward for large ones (diffusers' AutoencoderKL from 64 images on).
         external_data: write the weights into a file beside the model. If None, this is done if they do not fit into
             one file.
-        input_names: names of the inputs in the file.
-        output_names: names of the outputs in the file.
+        **options: `kwargs` (more of the example, by name), `input_names` (by default "input"), `output_names`
+            ("output"), `dynamic_shapes`, `dynamic_axes`, `custom_translation_table`, `verbose`.
     Returns:
         A summary: files and layers.
     Raises:
         TypeError: `model` is no module, or the example is no tensor.
-        ValueError: The model has no inference layer, `form` is unknown, the example has no batch axis, ONNX has no form
-            for an operator, or the model branches on values or works for one batch size only.
+        ValueError: The model has no inference layer, `form` is unknown, an argument of torch.onnx.export has no meaning
+            here, the example does not fit the model or has no batch axis, ONNX has no form for an operator, or the
+            model branches on values or works for one batch size only.
         RuntimeError: A package is missing, or the file cannot be written.
 
     Example:
@@ -95,24 +99,31 @@ def to_onnx(
         ...     made = nv.export.to_onnx(model, images, f"{folder}/net.onnx", form="portable")
         >>> made.quantized
         ('0',)
+        >>> with tempfile.TemporaryDirectory() as folder:  # as for torch.onnx.export: pictures of any size
+        ...     axes = {"images": {0: "batch", 2: "height", 3: "width"}}
+        ...     made = nv.export.to_onnx(
+        ...         model, (images,), f"{folder}/net.onnx", input_names=["images"], dynamic_axes=axes
+        ...     )
     """
-    check_module("nv.export.to_onnx", model, "nv.export.to_onnx(model, example_input, path)")
+    check_module("nv.export.to_onnx", model, "nv.export.to_onnx(model, args, f)")
     check_choice("nv.export.to_onnx", "form", form, FORMS)
-    target = check_path("nv.export.to_onnx", path, "model.onnx")
+    given: dict[str, Any] = dict(options)
+    args, f = given.pop("example_input", args), given.pop("path", f)
+    target = check_path("nv.export.to_onnx", f or "", "nv.export.to_onnx(model, args, 'model.onnx')")
     need_packages()
     # After need_packages: nodes.py imports onnx at its top.
     from te_nvfp4_cv.export.onnx.nodes import as_matmul
 
-    args = arguments(example_input, dynamic_batch)
     # A copy: stand-ins replace its layers. float() leaves the codes alone, which are integers.
     traced = unwrapped(copy_of("nv.export.to_onnx", model)).eval().float().requires_grad_(False)
+    call = read_call(traced, args, dynamic_batch, given)
     # Each layer once, by its first name; _export finds the other names of a shared one.
     found = {name: module for name, module in traced.named_modules() if isinstance(module, InferenceLayer)}
     _check_layers(found)
     high = dict.fromkeys(_others(traced, found), "the model holds it in high precision")
     if form == "matmul":
         high |= {shown(name): "no matrix product of pixels" for name, layer in found.items() if not as_matmul(layer)}
-    proto = export(traced, found, args, dynamic_batch, input_names, output_names)
+    proto = export(traced, found, call)
     called = _expand(proto, found, form)
     high |= {shown(name): "not in the file: eval mode does not call it" for name in found if name not in called}
     quantized = tuple(shown(name) for name in found if shown(name) not in high)

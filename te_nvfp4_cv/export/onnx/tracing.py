@@ -7,7 +7,6 @@ raised and with what helps against them.
 
 from __future__ import annotations
 
-import inspect
 import re
 import traceback
 import warnings
@@ -19,15 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend.torch_private import OpOverload
-from te_nvfp4_cv.errors import describe, type_error, value_error
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.export.onnx.arguments import OPSET, Call, name_axes
 from te_nvfp4_cv.export.packed_weight import PackedWeight
 from te_nvfp4_cv.nn.walk import padded
 from te_nvfp4_cv.ops.geometry import ConvArgs
 
-OPSET = 23  # the first with FLOAT4E2M1
 DOMAIN = "te_nvfp4_cv"  # of the stand-ins, which no finished file contains
-CONSTANTS = (bool, int, float, str, type(None))  # arguments of these types become constants in the graph
 
 
 def _shape(layer: Any, x: Tensor, args: ConvArgs) -> Any:
@@ -95,36 +93,6 @@ class Stub(nn.Module):
         )
 
 
-def arguments(example: Any, dynamic_batch: bool | int) -> tuple[Any, ...]:
-    """Return the example as the arguments of a model in fp32.
-
-    Raises:
-        TypeError: It is no tensor, and no tuple with one; or `dynamic_batch` is neither True, False nor a number.
-        ValueError: It has no batch axis, or the largest batch is less than 2.
-    """
-    if not isinstance(dynamic_batch, int) or (type(dynamic_batch) is int and dynamic_batch < 2):
-        raise (value_error if isinstance(dynamic_batch, int) else type_error)(
-            "nv.export.to_onnx: bad dynamic_batch.", got=repr(dynamic_batch),
-            needs="True, False, or the largest batch: an integer of at least 2", fix="dynamic_batch=True",
-        )
-    args = example if isinstance(example, tuple) else (example,)
-    needs = "a tensor whose first axis is the batch, or a tuple of them"
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if not tensors or not all(isinstance(x, (Tensor, *CONSTANTS)) for x in args):
-        raise type_error(
-            "nv.export.to_onnx: the example is no tensor.",
-            got=f"({', '.join(map(describe, args))})" if isinstance(example, tuple) else describe(example),
-            needs=needs,
-            fix="wrap a model that takes lists or dicts in a module that takes tensors",
-        )
-    if dynamic_batch and not all(x.dim() for x in tensors):
-        raise value_error(
-            "nv.export.to_onnx: the example has no batch axis.", got=", ".join(map(describe, args)),
-            needs=needs, fix="give numbers the shape [batch], or pass dynamic_batch=False",
-        )
-    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model without torch.compile's wrappers; those of its submodules are removed in place."""
     while True:
@@ -140,14 +108,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
 
 
-def export(
-    traced: nn.Module, found: Mapping[str, InferenceLayer], args: tuple[Any, ...], dynamic_batch: bool | int,
-    input_names: tuple[str, ...], output_names: tuple[str, ...],
-) -> Any:
+def export(traced: nn.Module, found: Mapping[str, InferenceLayer], call: Call) -> Any:
     """Export the model, which is changed on the way, as an ONNX model with a node of DOMAIN for each layer.
 
     Args:
         found: the layers by name; a node has the layer's index in this order.
+        call: the example, and what is said of the file's inputs and outputs.
     Raises:
         ValueError: torch.export cannot trace the model, or ONNX has no form for an operator.
     """
@@ -159,41 +125,24 @@ def export(
                 traced.get_submodule(place)._modules[key] = Stub(index, name, layer)
         else:
             traced = Stub(index, name, layer)
-    if dynamic_batch:  # torch.export would take an axis of size 1 for a constant
-        args = tuple(x.repeat_interleave(2, 0) if isinstance(x, Tensor) and x.shape[0] == 1 else x for x in args)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
         # Traced here and not by torch.onnx, whose error for a failed trace does not name the module.
-        program = _trace(traced, args, _shapes(traced, args, dynamic_batch))
+        program = _trace(traced, call)
         try:
-            exported = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=list(input_names),
-                output_names=list(output_names), verbose=False,
-            )
+            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, **call.options)
         except torch.onnx.errors.OnnxExporterError as error:
             raise _unknown_operator(program, error) from error
     assert exported is not None
-    return exported.model_proto
+    proto = exported.model_proto  # made anew at each look
+    name_axes(proto, call.axes)
+    return proto
 
 
-def _shapes(traced: nn.Module, args: tuple[Any, ...], dynamic_batch: bool | int) -> Any:
-    """Return which axes are open, as torch.export takes it: the first of each tensor, up to `dynamic_batch`."""
-    if not dynamic_batch:
-        return None
-    batch = torch.export.Dim("batch", max=None if dynamic_batch is True else dynamic_batch)
-    shapes: Any = tuple({0: batch} if isinstance(x, Tensor) else None for x in args)
-    # What a forward(self, *inputs) takes is one argument to torch.export, a tuple.
-    kinds = [parameter.kind for parameter in inspect.signature(traced.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-        shapes = (*shapes[:first], shapes[first:])
-    return shapes
-
-
-def _trace(traced: nn.Module, args: tuple[Any, ...], shapes: Any) -> Any:
+def _trace(traced: nn.Module, call: Call) -> Any:
     """Trace the model by torch.export. An error names the module in which it was raised."""
     try:
-        return torch.export.export(traced, args, dynamic_shapes=shapes)
+        return torch.export.export(traced, call.args, call.kwargs, dynamic_shapes=call.shapes)
     except ValueError:  # a stand-in or the model itself refuses the input, and says why
         raise
     except Exception as error:  # whatever a model's forward raises
@@ -215,7 +164,7 @@ def _remedy(text: str) -> tuple[str, str]:
         most = re.search(r"Dim\('batch'.*?max=(\d+)", text)
         if most:
             return "a batch for which the model does the same", f"dynamic_batch={most[1]}: the largest batch for that"
-        return "sizes that follow the batch", "dynamic_batch=False for a model of one batch size"
+        return "sizes that follow the batch", "dynamic_batch=False, or dynamic_shapes, for a model of one batch size"
     if "data-dependent" in text or "data dependent" in text:
         return "no branch on values of tensors", "torch.where for a branch"
     return (
