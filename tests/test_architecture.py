@@ -129,7 +129,7 @@ PLANTED = {
     "layer/plan.py": DOC + "import torch\nfrom torch.utils import _pytree as p\nx = torch._C._graph\nx = p.tree_map\n",
     "layer/run.py": DOC + f"from . import plan\nfrom {PACKAGE}.ops.quantize import operand\ngo = 1\n",
     "telemetry/__init__.py": DOC + "from .sinks import WandB\n",
-    "telemetry/sinks.py": DOC + "class WandB:\n    def f(self):\n        import wandb\n",
+    "telemetry/weights_and_biases.py": DOC + "class WandB:\n    def f(self):\n        import wandb\n",
     "tensor/__init__.py": DOC + "def f():\n    gemm = 1\n",
     "tensor/gemm.py": DOC,
 }

@@ -197,8 +197,9 @@ def compare(
                 write_summary(out, rows, titles)
                 write_history(out, history, trainer.task.main, titles[trainer.task.main])
             if settings.pictures:
-                _write_sheet(sheet, trainer, settings.pictures, predictions)
+                shown = _write_sheet(sheet, trainer, settings.pictures, predictions)
                 watch.image("predictions", sheet, trainer.position.step)
+                watch.table("predictions_by_image", ["image", "truth", "predicted"], shown, trainer.position.step)
         finally:
             watch.close(rows.get(precision.name, {}))
     print(f"\n{markdown_table(rows, titles)}\n")
@@ -232,8 +233,10 @@ def _earlier(path: Path) -> Any:
     )
 
 
-def _write_sheet(path: Path, trainer: Trainer, count: int, predictions: dict[str, list[np.ndarray]]) -> None:
-    """Add this precision's predictions of the first validation images to the sheet."""
+def _write_sheet(
+    path: Path, trainer: Trainer, count: int, predictions: dict[str, list[np.ndarray]]
+) -> list[tuple[np.ndarray, ...]]:
+    """Add this precision's predictions of the first validation images to the sheet; return each image's pictures."""
     task = trainer.task
     photos: list[np.ndarray] = []
     truth: list[np.ndarray] = []
@@ -248,6 +251,7 @@ def _write_sheet(path: Path, trainer: Trainer, count: int, predictions: dict[str
     predictions[trainer.precision.name] = predicted[:count]
     if trainer.ranks.rank == 0:
         write_pictures(path, {"image": photos[:count], "truth": truth[:count], **predictions}, task.class_names)
+    return list(zip(photos[:count], truth[:count], predicted[:count], strict=True))
 
 
 if __name__ == "__main__":

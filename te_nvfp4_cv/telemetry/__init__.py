@@ -11,7 +11,8 @@ from te_nvfp4_cv.telemetry.collect import Telemetry, attach
 from te_nvfp4_cv.telemetry.heatmaps import render as render_heatmaps
 from te_nvfp4_cv.telemetry.records import Run, read
 from te_nvfp4_cv.telemetry.report import write_report
-from te_nvfp4_cv.telemetry.sinks import JSONL, Sink, TensorBoard, WandB, fresh_path
+from te_nvfp4_cv.telemetry.sinks import JSONL, Sink, TensorBoard, fresh_path
+from te_nvfp4_cv.telemetry.weights_and_biases import WandB
 
 __all__ = [
     "JSONL", "Run", "Sink", "Telemetry", "TensorBoard", "WandB", "attach", "fresh_path", "read",

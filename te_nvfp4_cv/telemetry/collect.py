@@ -227,6 +227,11 @@ class Telemetry:
         for sink in self.sinks:
             sink.image(name, path, step)
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Show a table in each sink that can; its cells are numbers, texts, or pictures [H, W, 3] uint8."""
+        for sink in self.sinks:
+            sink.table(name, columns, rows, step)
+
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
         """Finish the sinks, once. Nothing is recorded afterwards."""
         sinks, self.sinks = self.sinks, ()

@@ -1,15 +1,13 @@
-"""Send telemetry's records to JSON lines, Weights & Biases or TensorBoard; only a sink that is used needs its package.
+"""Send telemetry's records to JSON lines or TensorBoard; only a sink that is used needs its package.
 
-JSONL never overwrites a file. W&B is offline unless WANDB_MODE says otherwise, and no trouble with it (no package, no
-login, no network) ends a run: the run continues, offline if possible, with one warning. A disk that fails turns its
-sink off, with one warning.
+JSONL never overwrites a file. A disk that fails turns its sink off, with one warning.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +50,10 @@ class Sink(Protocol):
         """Take a picture."""
         return
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Take a table, whose cells may be pictures [H, W, 3] uint8."""
+        return
+
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Finish; nothing comes afterwards."""
         return
@@ -72,7 +74,7 @@ def fresh_path(path: str | os.PathLike[str]) -> Path:
     return next(path for path in paths if not path.exists())
 
 
-class _Log(Sink):
+class Log(Sink):
     """A sink that its first fault turns off, with one warning, because a log must never cost a training run."""
 
     _faults: type[Exception] = OSError
@@ -92,7 +94,7 @@ class _Log(Sink):
             warn_once(self._lost, f"{self._lost}: {error}")
 
 
-class JSONL(_Log):
+class JSONL(Log):
     """Write each record at once as a line of a file. Only the first rank opens it, when telemetry is attached.
 
     Args:
@@ -166,20 +168,20 @@ class JSONL(_Log):
 
 
 def figures(layers: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """List the figures that are worth a curve, by the names layer/figure and layer/tensor/figure."""
+    """List the figures that are worth a curve, by the names operand/layer/figure, so that charts go by operand."""
     for layer, held in layers.items():
         for key in ("flip_rate", "oscillation"):
             if held.get(key) is not None:
-                yield f"{layer}/{key}", held[key]
+                yield f"weight/{layer}/{key}", held[key]
         ratio = held.get("gradient", {}).get("ratio")
         if ratio is not None:
-            yield f"{layer}/gradient_to_noise", ratio
+            yield f"weight_gradient/{layer}/to_noise", ratio
         for tensor, values in held["tensors"].items():
             for key in ("sqnr_db", "correlation", "underflow", "saturation"):
                 if key in values:
-                    yield f"{layer}/{tensor}/{key}", values[key]
+                    yield f"{tensor}/{layer}/{key}", values[key]
             for key in ("mean", "std", "kurtosis", "amax"):
-                yield f"{layer}/{tensor}/{key}", values["raw"][key]
+                yield f"{tensor}/{layer}/{key}", values["raw"][key]
 
 
 def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -188,140 +190,13 @@ def histograms(layers: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, np.nda
         for tensor, values in held["tensors"].items():
             counts, amax = np.asarray(values["raw"]["histogram"]), values["raw"]["amax"]
             if counts.sum() and amax:
-                yield f"{layer}/{tensor}/values", counts, np.linspace(-amax, amax, len(counts) + 1)
-
-
-# ---- Weights & Biases -----------------------------------------------------------------------------------------------
-
-
-class WandB(_Log):
-    """Send records to a run of Weights & Biases, with the records' steps as the axis.
-
-    Only the first rank sends, beginning when telemetry is attached. Without `run` it begins a run of its own, offline
-    unless `mode` or WANDB_MODE says otherwise, and a run that you have open is left alone. With `run` it joins yours:
-    your figures keep their axis, those of telemetry have the axis "nvfp4/step", and the run stays open at the end.
-
-    Args:
-        run: the open run to join, from wandb.init. A text is taken as the project.
-        project: the project of a new run, as for wandb.init.
-        folder: where W&B writes its files; wandb.init calls it `dir`, which is accepted, too.
-        **init: what else wandb.init takes for a new run: group, name, config, tags, mode, ...
-    Raises:
-        ValueError: `run` comes together with arguments for a new run.
-
-    Example:
-        >>> import te_nvfp4_cv as nv
-        >>> sink = nv.telemetry.WandB(project="shapes", group="unet", name="nvfp4", folder="runs")
-        >>> watch = nv.telemetry.attach(model, every=100, sinks=[sink])  # doctest: +SKIP
-        >>> joined = nv.telemetry.WandB(wandb.run)  # doctest: +SKIP
-    """
-
-    _faults = Exception  # W&B's errors are of many classes
-
-    def __init__(
-        self,
-        run: Any = None,
-        project: str | None = None,
-        *,
-        folder: str | os.PathLike[str] | None = None,
-        **init: Any,
-    ) -> None:
-        super().__init__("W&B takes no more records, the run continues without it")
-        if isinstance(run, str) and project is None:
-            run, project = None, run
-        if folder is not None:
-            init["dir"] = str(folder)
-        self._options = ({} if project is None else {"project": project}) | init
-        if run is not None and self._options:
-            raise value_error(
-                "telemetry: WandB joins a run or begins one.",
-                got=f"run={run!r:.60} and {', '.join(self._options)}",
-                needs="either an open run or what wandb.init takes for a new one",
-                fix="WandB(run) alone; give the rest to wandb.init",
-            )
-        self._run, self._axis = run, "step" if run is None else "nvfp4/step"
-        self._charts: set[str] = set()  # of a run that was joined: what has the axis of telemetry
-        self._wandb: Any = None  # the module, imported when the run begins
-
-    def _begin(self) -> None:
-        try:
-            import wandb
-        except Exception as error:  # a broken installation may raise anything
-            missing = isinstance(error, ImportError)
-            reason = "wandb is not installed" if missing else f"wandb cannot be imported ({error})"
-            warn_once("wandb absent", f"{reason}: no W&B log (pip install wandb); all else is written")
-            return
-        self._wandb = wandb
-        if self._run is not None:
-            self._target = self._run
-            self._try(lambda run: run.define_metric(self._axis))
-            return
-        modes: list[Any] = [self._options.get("mode") or os.environ.get("WANDB_MODE") or "offline", "offline"]
-        for mode in dict.fromkeys(modes):  # without repetition: offline is tried once
-            try:
-                if "dir" in self._options:
-                    Path(self._options["dir"]).mkdir(parents=True, exist_ok=True)
-                # create_new leaves a run that the user may have open as it is.
-                settings = wandb.Settings(silent=True, console="off", init_timeout=30, reinit="create_new")
-                run = wandb.init(**({"settings": settings} | self._options | {"mode": mode}))
-                run.define_metric(self._axis)
-                # W&B numbers its log calls by itself. The records' own steps are the axis here.
-                run.define_metric("*", step_metric=self._axis)
-                self._target = run
-                return
-            except Exception as error:
-                then = "the run continues without W&B" if mode == "offline" else "the run continues offline"
-                warn_once(f"wandb {mode}", f"W&B ({mode}) could not start, {then}: {error}")
-
-    def _log(self, step: int, values: dict[str, Any], charts: Iterable[str]) -> None:
-        """Log the values of a step; `charts` are their names, or patterns of them."""
-
-        def log(run: Any) -> None:
-            if self._run is not None:
-                # Not "*", as in a run of our own: the user's figures have an axis already.
-                for chart in set(charts) - self._charts:
-                    run.define_metric(chart, step_metric=self._axis)
-                self._charts.update(charts)
-            run.log({self._axis: step, **values})
-
-        self._try(log)
-
-    def start(self, header: dict[str, Any]) -> None:
-        self._begin()
-        shown = {key: header[key] for key in ("model", "recipe", "backend", "every", "started")}
-        # allow_val_change: a run that is resumed in W&B has this entry already.
-        self._try(lambda run: run.config.update({"telemetry": shown}, allow_val_change=True))
-
-    def step(self, record: dict[str, Any]) -> None:
-        if self._target is None:
-            return
-        values: dict[str, Any] = dict(figures(record["layers"]))
-        for name, counts, edges in histograms(record["layers"]):
-            values[name] = self._wandb.Histogram(np_histogram=(counts, edges))
-        self._log(record["step"], values, [f"{layer}/*" for layer in record["layers"]])
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._log(step, values, values)
-
-    def alarm(self, record: dict[str, Any]) -> None:
-        name = f"alarm/{record['layer']}"
-        self._log(record["step"], {name: 1}, [name])
-
-    def image(self, name: str, path: Path, step: int) -> None:
-        if self._target is not None:
-            self._log(step, {name: self._wandb.Image(str(path))}, [name])
-
-    def close(self, summary: dict[str, Any] | None = None) -> None:
-        self._try(lambda run: run.summary.update(summary or {}))
-        if self._run is None:
-            self._try(lambda run: run.finish())
-        self._target = None
+                yield f"{tensor}/{layer}/values", counts, np.linspace(-amax, amax, len(counts) + 1)
 
 
 # ---- TensorBoard ----------------------------------------------------------------------------------------------------
 
 
-class TensorBoard(_Log):
+class TensorBoard(Log):
     """Write scalars and histograms for TensorBoard into a new event file of a folder.
 
     Only the first rank begins the file, when telemetry is attached. A disk that fails later turns the sink off.

@@ -10,16 +10,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from te_nvfp4_cv import errors
-from te_nvfp4_cv.telemetry import JSONL, TensorBoard, WandB, fresh_path, read
+from te_nvfp4_cv.telemetry import JSONL, TensorBoard, WandB, drawing, fresh_path, read, weights_and_biases
 from tests.telemetry.synthetic_runs import header, layer, write_run
+
+
+DRAW = drawing.image
 
 
 @pytest.fixture(autouse=True)
 def told_anew(monkeypatch):
     monkeypatch.setattr(errors, "_warned", set())
+    monkeypatch.setattr(drawing, "image", lambda figure: Image.new("RGB", (1, 1)))  # drawing takes longest
 
 
 def records(count: int = 2) -> list[dict[str, Any]]:
@@ -163,8 +169,9 @@ def fake_wandb(monkeypatch, runs: dict[str, Any]) -> list[str]:
         return runs[mode]
 
     module = SimpleNamespace(
-        init=init, Settings=lambda **o: o, Histogram=lambda np_histogram: np_histogram, Image=lambda path: path
-    )
+        init=init, Settings=lambda **o: o, Histogram=lambda np_histogram: np_histogram,
+        Image=lambda path, caption="": (path, caption), Table=lambda columns, data: (columns, data),
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", module)
     return modes
 
@@ -177,10 +184,37 @@ def test_one_run_on_one_step_axis(tmp_path, monkeypatch):
     assert (("*",), {"step_metric": "step"}) in run.metrics and run.finished and run.summary == {"miou": 0.5}
     assert all("step" in values for values in run.logged)
     first = run.logged[0]
-    assert {"conv/weight/sqnr_db", "conv/input/underflow", "conv/gradient_to_noise"} <= set(first)
-    assert "conv/flip_rate" not in first and "conv/flip_rate" in run.logged[2]
-    counts, edges = first["conv/weight/values"]
+    assert {"weight/conv/sqnr_db", "input/conv/underflow", "weight_gradient/conv/to_noise"} <= set(first)
+    assert "weight/conv/flip_rate" not in first and "weight/conv/flip_rate" in run.logged[2]
+    counts, edges = first["weight/conv/values"]
     assert len(edges) == len(counts) + 1 and edges[0] == -edges[-1]
+
+
+def test_pictures_and_tables_by_operand_and_layer(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra [telemetry]")
+    run = FakeRun()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    fake_wandb(monkeypatch, {"offline": run})
+    sink = WandB(project="p", folder=tmp_path)
+    monkeypatch.setattr(weights_and_biases, "MOST_STEPS", 4)
+    monkeypatch.setattr(drawing, "image", DRAW)
+    sink.start(header("nvfp4", ["conv"]))
+    for record in records(7):
+        sink.step(record)
+    picture = np.zeros((8, 8, 3), np.uint8)
+    sink.table("predictions", ["image", "score"], [[picture, 0.5]], 60)
+    sink.close()
+    by_name = {name: value for values in run.logged for name, value in values.items()}
+    assert by_name["predictions"] == (["image", "score"], [[(picture, ""), 0.5]])
+    columns, rows = by_name["operands"]
+    last = records(7)[-1]["layers"]["conv"]["tensors"]
+    assert [row[:2] for row in rows] == [[name, "conv"] for name in weights_and_biases.OPERANDS]
+    assert rows[1][columns.index("sqnr_db")] == last["input"]["sqnr_db"] and rows[3][columns.index("sqnr_db")] is None
+    for name in ("layers/weight/std", "layers/grad_output/sqnr", "curves/input/sqnr", "heatmap/input/conv"):
+        drawn, text = by_name[name]
+        assert min(drawn.size) > 100 and len(drawn.getcolors(1 << 20)) > 8 and text
+    assert by_name["heatmap/weight_gradient/conv"][1].endswith("steps 0 to 60"), "both ends stay in the picture"
+    assert 2 < len(sink._seen.steps) <= 5
 
 
 def test_an_open_run_is_joined_and_left_open(monkeypatch):
@@ -191,7 +225,9 @@ def test_an_open_run_is_joined_and_left_open(monkeypatch):
     assert all(values.keys() >= {"nvfp4/step"} and "step" not in values for values in run.logged)
     axes = {names[0]: options.get("step_metric") for names, options in run.metrics}
     # The figures of the user keep their axis: no pattern takes all.
-    charts = dict.fromkeys(("conv/*", "train/loss", "alarm/conv"), "nvfp4/step")
+    charts = dict.fromkeys([name for name in axes if name != "nvfp4/step"], "nvfp4/step")
+    assert {"weight/conv/*", "input/conv/*", "train/loss", "alarm/conv", "heatmap/input/conv"} <= charts.keys()
+    assert not any(name.startswith("*") for name in charts)
     assert axes == {"nvfp4/step": None} | charts and len(run.metrics) == len(axes)
     with pytest.raises(ValueError, match="(?s)joins a run or begins one.*project") as caught:
         WandB(run, project="shapes")
@@ -248,10 +284,10 @@ def test_tensorboard_values_are_read_back(tmp_path):
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
     events.Reload()
     second = records()[1]["layers"]["conv"]
-    found = {event.step: event.value for event in events.Scalars("conv/flip_rate")}
+    found = {event.step: event.value for event in events.Scalars("weight/conv/flip_rate")}
     assert found == {10: pytest.approx(second["flip_rate"])}
     assert [e.value for e in events.Scalars("train/loss")] == [pytest.approx(1.0), pytest.approx(1 / 11)]
-    histogram = events.Histograms("conv/weight/values")[0].histogram_value
+    histogram = events.Histograms("weight/conv/values")[0].histogram_value
     assert histogram.num == sum(records()[0]["layers"]["conv"]["tensors"]["weight"]["raw"]["histogram"])
 
 
