@@ -18,7 +18,6 @@ from te_nvfp4_cv import errors
 from te_nvfp4_cv.telemetry import JSONL, TensorBoard, WandB, drawing, fresh_path, read, weights_and_biases
 from tests.telemetry.synthetic_runs import header, layer, write_run
 
-
 DRAW = drawing.image
 
 
