@@ -1,7 +1,11 @@
-"""Draw the picture of the README from a run of the example trainer: a heatmap of the weights beside predictions.
+"""Draw the pictures of the README and of docs/WATCH.md from a run of the example trainer.
 
     python examples/unet_coco/train.py --compute auto --telemetry-every 5 --out runs/demo
     python examples/pictures.py runs/demo --out docs/demo.png
+
+    demo.png           a heatmap of the weights beside predictions; the name is that of --out
+    gradients.png      beside it: the standard deviation of each layer's weight gradients
+    signal.png         beside it: each layer's signal to quantization noise
 
 The run needs its telemetry (PRECISION/telemetry.jsonl), summary.json and predictions.png. The heatmap shows each
 layer's weights at the sampled steps: in NVFP4 as its layers multiply them, decoded from their 4-bit codes.
@@ -19,7 +23,8 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # te_nvfp4_cv of this checkout, where it is not installed
 
-from te_nvfp4_cv.telemetry import read  # noqa: E402
+from te_nvfp4_cv.telemetry import drawing, read  # noqa: E402
+from te_nvfp4_cv.telemetry.drawing import Panel  # noqa: E402
 from te_nvfp4_cv.telemetry.heatmaps import table  # noqa: E402
 from te_nvfp4_cv.telemetry.records import Run  # noqa: E402
 
@@ -77,11 +82,27 @@ def draw(folder: Path, out: Path) -> None:
     right.suptitle("Predictions: " + ", ".join(f"{name} {row['miou']:.3f} mIoU" for name, row in scores.items()))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
+    watched(list(runs.values())[-1], out.parent)
+
+
+def watched(run: Run, folder: Path) -> None:
+    """Draw what te-nvfp4-cv heatmaps draws of a run, as narrow as a page: gradients, and the noise of quantization."""
+    steps, layers = list(run.steps), run.layers
+    values = table(run, layers, "tensors", "weight_gradient", "raw", "std")
+    bounds = drawing.limits([values], diverging=False)
+    title = f"Weight gradients: standard deviation\n{run.model}, run {run.name}"
+    map_ = drawing.heatmap(Panel(title, steps, values), layers, bounds, "units of the gradient", wide=7.0)
+    title = f"Weights: signal to quantization noise\n{run.model}, run {run.name}"
+    curves = drawing.curves(
+        Panel(title, steps, table(run, layers, "tensors", "weight", "sqnr_db")), layers, "SQNR (dB)"
+    )
+    for name, figure in (("gradients.png", map_), ("signal.png", curves)):
+        drawing.image(figure).quantize(256).save(folder / name, optimize=True)  # small files
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Draw weights and predictions of a run of examples/unet_coco.")
+    parser = argparse.ArgumentParser(description="Draw pictures of a run of examples/unet_coco.")
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), metavar="RUN", help="its folder")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), metavar="FILE", help="default: demo.png")
     options = parser.parse_args(arguments)

@@ -265,7 +265,8 @@ def test_the_picture_of_a_run_can_be_drawn(tmp_path):
     (tmp_path / "summary.json").write_text('{"fp32": {"miou": 0.5}, "nvfp4": {"miou": 0.4}}')
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "predictions.png")
     pictures.main([str(tmp_path), "--out", str(tmp_path / "out.png")])
-    assert np.asarray(Image.open(tmp_path / "out.png")).std() > 10
+    for name in ("out", "gradients", "signal"):
+        assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).std() > 10
     shutil.rmtree(tmp_path / "nvfp4")
     with pytest.raises(SystemExit, match="telemetry"):
         pictures.main([str(tmp_path), "--out", str(tmp_path / "out.png")])

@@ -52,7 +52,7 @@ def forest(rows: Rows, plan_file: Path, path: Path) -> None:
         ax.set_ylim(len(found) - 0.5, -0.5)
         ax.set_title(f"{kind.task}, {kind.size}, {kind.epochs} epochs", loc="left", fontsize=10)
         ax.grid(axis="x", alpha=0.3)
-    axes[-1, 0].set_xlabel("score of the variant - score of the baseline, points, 95 % interval (pairs)")
+    axes[-1, 0].set_xlabel("score of the variant - score of the baseline:\npoints, 95 % interval (number of pairs)")
     _save(plt, figure, path)
 
 
@@ -74,6 +74,8 @@ def curves(rows: Rows, kind: Arm, path: Path) -> None:
     ax.set_xlabel("step")
     ax.set_ylabel("training loss")
     ax.set_yscale("log")
+    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        axis("{x:.2g}")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
     _save(plt, figure, path)
@@ -85,6 +87,7 @@ def _pyplot() -> Any:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "study"  # equal rows give an equal file
+    matplotlib.rcParams["svg.fonttype"] = "none"  # texts stay texts, and the files small
     import matplotlib.pyplot as plt
 
     return plt
