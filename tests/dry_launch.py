@@ -2,8 +2,12 @@
 
     python -m tests.dry_launch 90              every launch of a few layers compiled for sm_90, one line a kernel
     python -m tests.dry_launch 90 all          of every layer of tests/ops/kernels/gemm_helpers.py
+    python -m tests.dry_launch 90 few          of a few layers, to be named beside other words
     python -m tests.dry_launch 90 quantize     of quantization, of operands and weights with axes of one element
     python -m tests.dry_launch 90 steps        of training steps: backends, tensor scales, fused norms
+    python -m tests.dry_launch 90 few quantize steps --front
+                                               by Triton's front end only, which is where types and constants clash;
+                                               takes an eighth of the time
     python -m tests.dry_launch 90 count [NAME] nothing compiled: launches, specializations and torch's operators of a
                                                ResNet-50 step (NAME: delayed, current or fused),
                                                against their bounds; status 1 above one
@@ -147,24 +151,46 @@ def count(launches: Any, name: str) -> int:
     return int(any(have > most for have, most in zip(found, bounds, strict=True)))
 
 
+def front_end(src: Any, target: Any, options: dict[str, Any]) -> str:
+    """Take the place of triton.compile, and return what its front end makes of a kernel."""
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    chosen = backend.parse_options({**options, **src.parse_options()})
+    implementation = backend.get_codegen_implementation(chosen)
+    return str(src.make_ir(target, chosen, implementation, backend.get_module_map(), context))
+
+
 def main(arch: int, names: list[str]) -> int:
     """Compile and list; exit status 1 where a kernel uses FP4 products and may not, or the reverse."""
+    import triton
+
     from te_nvfp4_cv.cli.warm import stand_in
 
+    front = "--front" in names
+    names = [name for name in names if name != "--front"]
+    if front:  # before the first launch of any kernel, which remembers it
+        triton.compiler.compile = front_end
     launches = stand_in(arch, names[:1] != ["count"])
     if names[:1] == ["count"]:
         return count(launches, (names + ["delayed"])[1])
-    if names == ["steps"]:
+    if "steps" in names:
         launch_steps()
-    elif names == ["quantize"]:
+    if "quantize" in names:
         launch_quantization()
-    else:
-        launch_gemms(names)
+    layers = [name for name in names if name not in ("few", "quantize", "steps")]
+    layers += FEW if "few" in names or not names else []
+    if layers:
+        launch_gemms(layers)
     wrong = 0
     for name, kernel in launches.kernels:
-        native = "mxf4nvf4" in kernel.asm["ptx"]
+        native = ("tt.dot_scaled" in kernel) if front else ("mxf4nvf4" in kernel.asm["ptx"])
         wrong += native != (arch in (100, 103, 120)) and "product" in name
-        print(f"{name:20s} sm_{arch} shared {kernel.metadata.shared:7d} {'FP4' if native else ''}")
+        shared = "" if front else f"shared {kernel.metadata.shared:7d}"
+        print(f"{name:20s} sm_{arch} {shared} {'FP4' if native else ''}")
     return int(wrong > 0)
 
 
@@ -172,4 +198,4 @@ SIDE = 64  # of the counted step's images
 FEW = ["1x1 stride 2", "3x3 stride 2 groups", "transposed 3-d", "linear"]
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:] or FEW))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -17,18 +17,10 @@ import pytest
 from tests import aot
 
 pytest.importorskip("triton", reason="triton is not installed")
-GROUPS = sorted({case["group"] for case in aot.cases()})
 
 
-# An architecture proves that its compiler takes the kernel, and how many instructions and registers it makes of it. The
-# products have other instructions on each GPU, so all six. 86 and 89 make of the other kernels what 80 does; what only
-# must not spill is compiled for the two architectures of data centres. The rest runs in `make stress`.
-ARCHS = {"conv": (), "quantize": (90, 100), "norm": (80, 90, 100), "pointwise": (80, 90, 100, 120), "amaxes": (90,)}
-BUDGETED = (80, 120)  # of quantize, besides: the cases with a budget of instructions
-
-
-def names(group: str, with_key: str = "name") -> set[str]:
-    return {f"{case['group']}.{case['name']}" for case in aot.cases(f"{group}.") if with_key in case}
+def names(with_key: str = "name") -> set[str]:
+    return {f"{case['group']}.{case['name']}" for case in aot.cases() if with_key in case}
 
 
 def check(rows: list[dict[str, Any]], wanted: set[str]) -> None:
@@ -39,51 +31,66 @@ def check(rows: list[dict[str, Any]], wanted: set[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("group", GROUPS)
-def test_every_case_compiles_to_what_it_expects(group):
-    check(aot.report(only=f"{group}.", archs=ARCHS[group]), names(group))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_quantization_keeps_its_budgets_of_instructions():
-    check(aot.report(only="quantize.", archs=BUDGETED, budget=True), names("quantize", "instructions_per_element"))
+def test_every_case_compiles_to_what_it_expects():
+    """For the GPUs of `aot.tested`. All groups in one process: each of its workers imports torch and Triton once."""
+    check(aot.report("--tested"), names())
 
 
 @pytest.mark.stress
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("group", [group for group in GROUPS if ARCHS[group]])
-def test_every_case_compiles_for_every_architecture(group):
-    check(aot.report(only=f"{group}."), names(group))
+@pytest.mark.timeout(3000)
+def test_every_case_compiles_for_every_architecture():
+    check(aot.report(), names())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_every_launch_of_training_steps_compiles():
-    """Argument types, alignment and constants as real layers give them; on sm_90, both backends, fused and not."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.dry_launch", "90", "steps"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=aot.ROOT, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    launched = {line.split()[0] for line in result.stdout.splitlines()}
-    wanted = {
+LAUNCHED = {
+    "few": {"prepare_kernel", "data_product", "weight_product", "sum_parts", "packed_product"},
+    "quantize": {"quantize_kernel", "quantize_blocks_kernel", "quantize_tiles_kernel", "amax_flat_kernel"},
+    "steps": {
         "quantize_kernel",
         "data_product",
         "weight_product",
         "produce_kernel",
         "apply_kernel",
         "scale_bias_kernel",
-    }
-    assert wanted <= launched
+    },
+}
+
+
+def dry_launch(arch: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one may interpret, and an interpreting process cannot compile."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.dry_launch", str(arch), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=aot.ROOT, env=environment)
+
+
+def check_launches(arch: int, *words: str) -> None:
+    result = dry_launch(arch, *words)
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    launched = {line.split()[0] for line in result.stdout.splitlines()}
+    assert set.union(*(LAUNCHED[word] for word in words if word in LAUNCHED)) <= launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "words"), [(90, ["few", "quantize", "steps"]), (100, ["few"])], ids=str)
+def test_every_launch_passes_the_front_end(arch, words):
+    """Argument types, alignment and constants as real layers give them, axes of one element too; both backends, fused
+    and not. What follows Triton's front end is the matter of the cases above.
+    """
+    check_launches(arch, *words, "--front")
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("arch", "word"), [(90, "few"), (100, "few"), (90, "quantize"), (90, "steps")])
+def test_every_launch_compiles(arch, word):
+    check_launches(arch, word)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["delayed", "fused"])
 def test_a_step_launches_no_more_kernels_than_it_may(name):
     """A ResNet-50 step: launches, specializations that would compile, torch's operators between them."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.dry_launch", "90", "count", name]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=aot.ROOT, env=environment)
+    result = dry_launch(90, "count", name)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert len(re.findall(rf"{name}: \d+ [a-z' ]+, at most \d+", result.stdout)) == 3
 
@@ -103,11 +110,16 @@ def test_planted_failures_are_found():
         "from tests import aot\n"
         "case = next(case for case in aot.cases('pointwise.relu_mask'))\n"
         f"for change in {[{}, *(change for change, _ in PLANTED.values())]!r}:\n"
-        "    print(aot.run_case({**case, **change}, 90)['problems'])"
+        "    print(aot.run_case({**case, **change}, 90)['problems'])\n"
+        "import triton\n"
+        "from tests import dry_launch\n"
+        "triton.compile = dry_launch.front_end\n"
+        f"print(aot.run_case({{**case, **{PLANTED['compile'][0]!r}}}, 90)['problems'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=aot.ROOT, timeout=300)
     assert result.returncode == 0, result.stderr
-    sound, *broken = result.stdout.strip().splitlines()
+    sound, *broken, in_front = result.stdout.strip().splitlines()
     assert sound == "[]"
     for (name, (_, told)), problems in zip(PLANTED.items(), broken, strict=True):
         assert told in problems, name
+    assert PLANTED["compile"][1] in in_front

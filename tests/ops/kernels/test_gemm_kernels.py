@@ -8,10 +8,7 @@ tiles      what a GPU gets follows from its compute capability, and is legal the
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -230,15 +227,3 @@ def test_tiles_are_legal(kernel):
                     assert tile["BM"] >= 64 and tile["BN"] >= 32 and tile["BK"] >= 32
                 assert tile["BK"] <= max(64 if native else 32, 1 << depth)
             assert len(tuning._candidates[kernel](key)) <= 12
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [90, 100])
-def test_launches_compile(arch: int) -> None:
-    """In a process of its own: this one may interpret, and an interpreting process cannot compile."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.dry_launch", str(arch)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    kernels = {line.split()[0] for line in result.stdout.splitlines()}
-    assert kernels == {"prepare_kernel", "data_product", "weight_product", "sum_parts", "packed_product"}
