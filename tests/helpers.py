@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,24 @@ def seeds(few: Iterable[Any], many: Iterable[Any]) -> list[Any]:
     """Return parameters, seeds or others: tests of `few` run in `make test`, the rest of `many` in `make stress`."""
     few = list(few)
     return [*few, *(pytest.param(seed, marks=pytest.mark.stress) for seed in many if seed not in few)]
+
+
+def run_script(path: Path, *arguments: object) -> int:
+    """Run a script as `python PATH ARGUMENTS` does, in this process, and return its exit status.
+
+    A process of its own would import torch first, which takes longer than most of what is tested so.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        patch.syspath_prepend(str(path.parent))
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as ended:
+            if isinstance(ended.code, str):  # as Python does
+                print(ended.code, file=sys.stderr)
+                return 1
+            return ended.code or 0
+    return 0
 
 
 def values(shape: tuple[int, ...], kind: str = "normal", dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -1,7 +1,7 @@
 """Functions of a test module, run on several ranks: NCCL where there is a GPU for each, else gloo on a CPU.
 
     def on_ranks_sum(ranks: Ranks) -> Any: ...            in tests/distributed/test_x.py, asserts included
-    test_on_ranks = ranks_test(globals(), worlds=(2, 4))  one pytest test for each function and number of ranks
+    test_on_ranks = ranks_test(globals(), four=("sum",))  one pytest test for each function and number of ranks
 
 The same processes serve all functions of a module for one number of ranks, and all of them are forked from a server
 that has imported torch and the package once: importing costs more than most of the tests. `torchrun` starts a script
@@ -70,30 +70,51 @@ def names_of(module: Mapping[str, Any], world: int) -> list[str]:
     return [name.removeprefix(PREFIX) for name in names if world in getattr(module[name], "worlds", (world,))]
 
 
-def ranks_test(module: Mapping[str, Any], worlds: Sequence[int] = (2, 4)) -> Callable[..., None]:
-    """The test that reports every function on ranks of a module (its globals()); call it below them."""
-    file, cases = module["__file__"], [(world, name) for world in worlds for name in names_of(module, world)]
+def ranks_test(
+    module: Mapping[str, Any], worlds: Sequence[int] = (2, 4), four: Sequence[str] | None = None
+) -> Callable[..., None]:
+    """The test that reports every function on ranks of a module (its globals()); call it below them.
+
+    Args:
+        four: the functions that show something on four ranks which two cannot show (neighbours on both sides, groups
+            and meshes, uneven parts); if None, all. The others run on four ranks in `make stress`.
+    """
+    chosen = {
+        world: [n for n in names_of(module, world) if world == 2 or four is None or n in four] for world in worlds
+    }
+    others = {world: [n for n in names_of(module, world) if n not in chosen[world]] for world in worlds}
+    assert set(four or ()) <= set(chosen[worlds[-1]]), four
+    cases: list[Any] = [(world, name) for world in worlds for name in chosen[world]]
+    cases += [pytest.param(world, name, marks=pytest.mark.stress) for world in worlds for name in others[world]]
 
     @pytest.mark.parametrize(("world", "name"), cases)
     def test_on_ranks(world: int, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-        results(file, world, name, tmp_path_factory)
+        names = chosen[world] if name in chosen[world] else others[world]
+        results(module["__file__"], world, name, tmp_path_factory, names)
 
     return test_on_ranks
 
 
-def results(file: str, world: int, name: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What a function of a test file (its __file__) returned on each rank; fails where one raised."""
+def results(
+    file: str, world: int, name: str, tmp_path_factory: pytest.TempPathFactory, names: Sequence[str] = ()
+) -> list[Any]:
+    """What a function of a test file (its __file__) returned on each rank; fails where one raised.
+
+    Args:
+        names: the functions that run with it, on the same processes; if empty, all of the file.
+    """
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch is built without gloo")
     base = tmp_path_factory.getbasetemp()
     base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # one run for all workers of pytest-xdist
     module_name = ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
-    folder = base / f"{module_name}.{world}"
+    names = names or names_of(vars(importlib.import_module(module_name)), world)
+    folder = base / f"{module_name}.{world}.{names[0]}"
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "output.txt").is_file():
-            (folder / "output.txt").write_text(_run(module_name, world, folder), encoding="utf-8")
+            (folder / "output.txt").write_text(_run(module_name, world, folder, names), encoding="utf-8")
     output = (folder / "output.txt").read_text(encoding="utf-8")
     files = [folder / f"{name}.{rank}.pt" for rank in range(world)]
     told = [torch.load(file, weights_only=True) if file.is_file() else None for file in files]
@@ -142,11 +163,11 @@ def forkserver(*more: str) -> Any:
     return context
 
 
-def _run(module_name: str, world: int, folder: Path) -> str:
-    """Run the functions of a module on `world` processes; return what they print."""
+def _run(module_name: str, world: int, folder: Path, names: Sequence[str]) -> str:
+    """Run functions of a module on `world` processes; return what they print."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = forkserver()
-    arguments = [(module_name, folder, rank, world, store.port) for rank in range(world)]
+    arguments = [(module_name, names, folder, rank, world, store.port) for rank in range(world)]
     ranks = [context.Process(target=_on_rank, args=each) for each in arguments]
     for process in ranks:
         process.start()
@@ -172,7 +193,7 @@ def _wait(ranks: Sequence[Any]) -> None:
 # ---- on a rank ------------------------------------------------------------------------------------------------------
 
 
-def _on_rank(module_name: str, folder: Path, rank: int, world: int, port: int) -> None:
+def _on_rank(module_name: str, names: Sequence[str], folder: Path, rank: int, world: int, port: int) -> None:
     from tests import conftest  # noqa: F401  (a torchvision that imports)
 
     printed = os.open(folder / f"printed.{rank}", os.O_WRONLY | os.O_CREAT)
@@ -190,7 +211,7 @@ def _on_rank(module_name: str, folder: Path, rank: int, world: int, port: int) -
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, store=store, rank=rank, world_size=world)
     module = importlib.import_module(module_name)
     failed = False
-    for name in names_of(vars(module), world):
+    for name in names:
         shared = folder / name
         shared.mkdir(exist_ok=True)
         told: dict[str, Any] = {"value": None, "error": ""}

@@ -131,4 +131,6 @@ def on_ranks_amaxes_reduced_before(ranks: Ranks) -> None:
     assert float(got.amax_rowwise) == 100.0 and other.amax_reduction_group is alone and other.with_amax_reduction
 
 
-test_on_ranks = ranks_test(globals())
+test_on_ranks = ranks_test(
+    globals(), four=("every_dim_face_and_setting", "uneven_shards_of_whole_blocks", "empty_shards")
+)

@@ -312,4 +312,4 @@ def on_ranks_bytes_on_the_wire(ranks: Ranks) -> dict[str, float]:
     return ratios
 
 
-test_on_ranks = ranks_test(globals())
+test_on_ranks = ranks_test(globals(), four=("groups", "values_where_blocks_would_be_cut", "bytes_on_the_wire"))

@@ -130,4 +130,4 @@ def on_ranks_frozen_weights_and_accumulation(ranks: Ranks) -> None:
         assert same_bits(p.grad, q.grad)
 
 
-test_on_ranks = ranks_test(globals())
+test_on_ranks = ranks_test(globals(), four=("training_equals_one_process",))

@@ -490,7 +490,8 @@ def on_ranks_compiled_blocks(ranks: Ranks) -> None:
         model(x)
 
 
-test_on_ranks = ranks_test(globals())
+CHECKPOINTS = "distributed_checkpoints_go_to_another_number_of_ranks"
+test_on_ranks = ranks_test(globals(), four=(CHECKPOINTS, "bytes_on_the_wire", "uneven_shards_travel_in_high_precision"))
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------

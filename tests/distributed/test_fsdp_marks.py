@@ -82,7 +82,7 @@ def on_ranks_shards_that_are_no_rows_are_refused_by_name(ranks: Ranks) -> None:
             step(sharded(net().to(ranks.device), ranks, **options), ranks)
 
 
-test_on_ranks = ranks_test(globals())
+test_on_ranks = ranks_test(globals(), four=("shards_that_are_no_rows_are_refused_by_name",))
 
 
 @pytest.mark.filterwarnings("ignore:nvfp4")  # of the other layer

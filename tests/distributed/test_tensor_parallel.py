@@ -173,7 +173,7 @@ def on_ranks_recipes_and_backends(ranks: Ranks) -> None:
             check(nn.Linear(16 * w, 16 * w), style, x[:, :, 0, 0], ranks, places, backend=backend)
 
 
-test_on_ranks = ranks_test(globals())
+test_on_ranks = ranks_test(globals(), four=("linear", "images_cut_along_an_axis"))
 
 
 def test_a_layout_must_be_one():

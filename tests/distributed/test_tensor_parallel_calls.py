@@ -348,4 +348,5 @@ def on_ranks_what_is_refused(ranks: Ranks) -> None:
     assert embedding(torch.zeros(2, dtype=torch.int64, device=ranks.device)).shape == (2, 16)
 
 
-test_on_ranks = ranks_test(globals())
+MESHES = ("streams_follow_a_mesh_of_data_and_tensor_ranks", "with_fsdp2_on_a_mesh_of_data_and_tensor_ranks")
+test_on_ranks = ranks_test(globals(), four=(*MESHES, "bytes_on_the_wire"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv import errors, files, telemetry
 from te_nvfp4_cv.telemetry import Telemetry, attach
 from tests.examples.unet_coco_data import EXAMPLES, KEYS, SMALL, draw_shapes, write_masks
+from tests.helpers import run_script
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 
@@ -242,14 +242,13 @@ def test_divergence_is_an_error(shapes: Path, tmp_path: Path) -> None:
     assert not trainer.checkpoint_path.exists()
 
 
-def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "unet_coco" / "train.py"), "--data", "absent", "--precisions", "fp32"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: data: absent is missing.")
-        and "Traceback" not in done.stderr
-    )
+def test_the_command_line_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_script(EXAMPLES / "unet_coco" / "train.py", "--data", "absent", "--precisions", "fp32") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: data: absent is missing.") and "Traceback" not in told
 
 
 def test_nvfp4_beside_bf16(shapes: Path, tmp_path: Path) -> None:

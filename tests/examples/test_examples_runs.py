@@ -21,6 +21,7 @@ from PIL import Image
 
 from te_nvfp4_cv import telemetry
 from tests.examples.unet_coco_data import EXAMPLES, SMALL, draw_shapes, write_masks
+from tests.helpers import run_script
 
 from unet_coco import checkpoint, identity, ranks, tracking  # noqa: E402  isort: skip
 from unet_coco.engine import Trainer  # noqa: E402  isort: skip
@@ -34,7 +35,7 @@ pytestmark = [
 ]
 FP32 = ["--precisions", "fp32", "--pictures", "0", *SMALL]
 NVFP4 = ["--precisions", "nvfp4", "--compute", "fp32", "--pictures", "0", *SMALL, "--scale", "0.25"]
-TRAIN = str(EXAMPLES / "unet_coco" / "train.py")
+TRAIN = EXAMPLES / "unet_coco" / "train.py"
 
 
 @pytest.fixture(scope="module")
@@ -305,15 +306,18 @@ def test_shared_amaxes_are_compared_among_ranks_only(saved: bool, now: bool) -> 
 # ---- ends -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_in_a_worker_is_told_without_its_traceback(tmp_path: Path) -> None:
+def test_an_error_in_a_worker_is_told_without_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = write_masks(tmp_path)
     Image.new("L", (8, 8)).save(root / "train" / "labels" / "3.png")
     (root / "meta.json").write_text(json.dumps({"classes": ["a", "b", "c"]}))
-    call = [sys.executable, TRAIN, "--data", str(root), "--layout", "masks", "--workers", "1", "--out", "out", *FP32]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-4].startswith("error: data: ") and "differ in size." in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("  fix:")
+    monkeypatch.chdir(tmp_path)
+    status = run_script(TRAIN, "--data", root, "--layout", "masks", "--workers", 1, "--out", "out", *FP32)
+    told = capsys.readouterr().err
+    assert status == 1 and "Traceback" not in told, told
+    assert told.splitlines()[-4].startswith("error: data: ") and "differ in size." in told
+    assert told.splitlines()[-1].startswith("  fix:")
 
 
 def test_other_messages_stay_as_they_are() -> None:

@@ -21,6 +21,7 @@ import torch
 
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.backend import dispatch
+from tests.helpers import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"
@@ -35,10 +36,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @no_gpu
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_without_a_gpu_a_benchmark_says_so(name, tmp_path):
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--out", str(tmp_path / "results.jsonl")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and "needs a CUDA device" in result.stderr and not result.stdout
+def test_without_a_gpu_a_benchmark_says_so(name, tmp_path, capsys):
+    assert run_script(FOLDER / f"{name}.py", "--out", tmp_path / "results.jsonl") == 2
+    told = capsys.readouterr()
+    assert "needs a CUDA device" in told.err and not told.out
     assert not list(tmp_path.iterdir())
 
 

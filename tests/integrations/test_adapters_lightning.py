@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.layer import observe
 from tests.distributed.launch import ROOT, torchrun
-from tests.helpers import same_bits, values
+from tests.helpers import run_script, same_bits, values
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 from te_nvfp4_cv.lightning import NVFP4Precision  # noqa: E402
@@ -328,7 +328,6 @@ def test_the_example(tmp_path, monkeypatch, capsys):
     assert "step    3  loss" in capsys.readouterr().out
 
 
-def test_the_example_refuses_a_resume_without_a_folder():
-    command = [sys.executable, str(ROOT / "examples" / "lightning_resnet.py"), "--cpu", "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "--resume needs --folder" in done.stderr
+def test_the_example_refuses_a_resume_without_a_folder(capsys):
+    assert run_script(ROOT / "examples" / "lightning_resnet.py", "--cpu", "--resume") == 2
+    assert "--resume needs --folder" in capsys.readouterr().err

@@ -417,45 +417,51 @@ def test_settings_are_those_of_te_quantizers(te, monkeypatch, rht, sr, two_d, ro
             ), (more, role)
 
 
+VARIABLES = [
+    {"NVTE_NVFP4_DISABLE_RHT": "1", "NVTE_NVFP4_4OVER6": "all", "NVTE_NVFP4_4OVER6_ERR_MODE": "mse"},
+    {
+        "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING": "1",
+        "NVTE_NVFP4_DISABLE_2D_QUANTIZATION": "1",
+        "NVTE_NVFP4_ROW_SCALED_ACTIVATION": "1",
+        "NVTE_NVFP4_4OVER6_E4M3_USE_256": "weights",
+        "NVTE_BACKWARD_OVERRIDE": "dequantized",
+    },
+    {"NVTE_NVFP4_DISABLE_RHT": "true", "NVTE_NVFP4_ROW_SCALED_ACTIVATION": "2"},
+    {"NVTE_NVFP4_4OVER6": "some"},
+    {"NVTE_BACKWARD_OVERRIDE": ""},
+]
 _BOTH = """
-import dataclasses, json
-from te_nvfp4_cv.recipe import NVFP4BlockScaling as ours
-from transformer_engine.common.recipe import NVFP4BlockScaling as theirs
-def fields(cls):
+import dataclasses, importlib, json, os, sys
+from te_nvfp4_cv.recipe import block_scaling as ours
+from transformer_engine.common import recipe as theirs
+names = [f.name for f in dataclasses.fields(theirs.NVFP4BlockScaling)]
+def fields(module):
     try:
-        values = {f.name: getattr(cls(), f.name) for f in dataclasses.fields(theirs)}
-        return {name: getattr(value, "name", value) for name, value in values.items()}
+        made = importlib.reload(module).NVFP4BlockScaling()
     except ValueError:
         return "ValueError"
-print(json.dumps([fields(ours), fields(theirs)]))
+    return {name: getattr(value := getattr(made, name), "name", value) for name in names}
+for variables in json.loads(sys.argv[1]):
+    os.environ |= variables
+    print(json.dumps([fields(ours), fields(theirs)]))
+    for name in variables:
+        del os.environ[name]
 """
 
 
 @needs_te
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"NVTE_NVFP4_DISABLE_RHT": "1", "NVTE_NVFP4_4OVER6": "all", "NVTE_NVFP4_4OVER6_ERR_MODE": "mse"},
-        {
-            "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING": "1",
-            "NVTE_NVFP4_DISABLE_2D_QUANTIZATION": "1",
-            "NVTE_NVFP4_ROW_SCALED_ACTIVATION": "1",
-            "NVTE_NVFP4_4OVER6_E4M3_USE_256": "weights",
-            "NVTE_BACKWARD_OVERRIDE": "dequantized",
-        },
-        {"NVTE_NVFP4_DISABLE_RHT": "true", "NVTE_NVFP4_ROW_SCALED_ACTIVATION": "2"},
-        {"NVTE_NVFP4_4OVER6": "some"},
-        {"NVTE_BACKWARD_OVERRIDE": ""},
-    ],
-    ids=lambda variables: "+".join(f"{key.removeprefix('NVTE_')}={value}" for key, value in variables.items()),
-)
-def test_environment_variables_as_te_reads_them(variables):
+def test_environment_variables_as_te_reads_them():
+    """Each of both modules reads them when it is imported: anew for each set, in one process."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("NVTE_")}
-    environment |= {"NVTE_PROJECT_BUILDING": "1", "PYTHONWARNINGS": "ignore"} | variables
-    result = subprocess.run([sys.executable, "-c", _BOTH], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment |= {"NVTE_PROJECT_BUILDING": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", _BOTH, json.dumps(VARIABLES)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    ours, theirs = json.loads(result.stdout)
-    assert ours == theirs
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    for variables, (ours, theirs) in zip(VARIABLES, lines, strict=True):
+        assert ours == theirs, variables
+    assert [ours == "ValueError" for ours, _ in lines] == [False, False, False, True, True]
+    assert (lines[0][0]["nvfp4_4over6"], lines[1][0]["nvfp4_4over6"]) == ("all", "none")  # each set by itself
 
 
 def test_files_survive_a_change_of_environment(tmp_path):
