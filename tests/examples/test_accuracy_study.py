@@ -24,7 +24,7 @@ from accuracy import deploy, fit, study  # noqa: E402  isort: skip
 from accuracy.claims import claimed  # noqa: E402  isort: skip
 from accuracy.nets import resnet  # noqa: E402  isort: skip
 from accuracy.rows import read_rows  # noqa: E402  isort: skip
-from accuracy.tasks import Classification, Segmentation, Size  # noqa: E402  isort: skip
+from accuracy.tasks import TASKS, Classification, Segmentation, Size  # noqa: E402  isort: skip
 from accuracy.variants import variants  # noqa: E402  isort: skip
 from unet_coco.data import load_data  # noqa: E402  isort: skip
 
@@ -89,8 +89,8 @@ def in_pieces(task: Any, variant: Any, path: Path, stops: tuple[int, ...], **opt
 @pytest.mark.parametrize(
     ("build", "name"),
     [
-        pytest.param(classify, "baseline", marks=pytest.mark.slow),
-        (classify, "preset"),
+        pytest.param(classify, "baseline", marks=pytest.mark.stress),
+        pytest.param(classify, "preset", marks=pytest.mark.stress),  # as that of segment
         pytest.param(classify, "delayed scales", marks=pytest.mark.slow),
         pytest.param(classify, "learned block-scale multiplier", marks=pytest.mark.slow),
         pytest.param(classify, "last 15 % of epochs in high precision", marks=pytest.mark.slow),
@@ -333,6 +333,7 @@ def test_an_onnx_file_that_fails_costs_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(deploy, "need_packages", lambda *_: None)
     monkeypatch.setattr(deploy._Onnx, "by_value", fails)
     monkeypatch.setattr(deploy, "METHODS", ("nearest",))
+    monkeypatch.setitem(TASKS["camvid-unet"], "cpu", Size({"scale": 0.125}, 4, 1, 3e-3, (32, 48), zoom=0.25))
     write_masks(tmp_path).rename(tmp_path / "camvid")
     out = tmp_path / "rows.jsonl"
     call = ["camvid-unet", str(tmp_path), "--epochs", "1", "--compute", "fp32", "--device", "cpu"]

@@ -390,6 +390,18 @@ def test_each_signal_has_its_exit_status(number: signal.Signals, status: int, mo
     assert capsys.readouterr().err == f"stopped: {'Ctrl-C' if number == signal.SIGINT else number.name}\n"
 
 
+def test_an_error_of_a_rank_that_nobody_foresaw_is_told_with_its_traceback(monkeypatch, capsys) -> None:
+    def fails() -> None:
+        raise KeyError("rank 1 has lost a key")
+
+    ended: list[int] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(os, "_exit", ended.append)
+    ranks.run(fails)
+    told = capsys.readouterr().err
+    assert ended == [1] and "Traceback" in told and "KeyError: 'rank 1 has lost a key'" in told
+
+
 def test_a_second_signal_ends_a_step_that_hangs() -> None:
     stop = Stop()
     with pytest.raises(KeyboardInterrupt) as ended, stop.listening(), stop.deferred():
