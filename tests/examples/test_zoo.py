@@ -18,7 +18,14 @@ from zoo.models import LIGHT, MODELS, in_turn, library_of  # noqa: E402  isort: 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPEN: dict[str, set[str]] = {}  # findings that are open: of these checks alone a model may fail
-COMPILED = {"torchvision/squeezenet1_1", "torchvision/densenet, memory_efficient", "torchvision/vit"}
+# Some checks take longer than all others together, and most models give them nothing new: here by the models for which
+# `make test` runs them. The others do in `make stress`, and all models of the table in `make zoo`.
+COMPILED = ("torchvision/densenet, memory_efficient", "torchvision/vit")  # recomputes in the model; has no convolution
+FEW = {
+    "compile": COMPILED,
+    "both": COMPILED,
+    "onnx": ("torchvision/squeezenet1_1", "torchvision/mobilenet_v3_small", "torchvision/vit", "torchvision/swin"),
+}
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -26,6 +33,7 @@ COMPILED = {"torchvision/squeezenet1_1", "torchvision/densenet, memory_efficient
 
 def test_the_table_has_enough_models_of_each_library() -> None:
     assert len(MODELS) >= 120 and len(LIGHT) == 12 and set(LIGHT) <= MODELS.keys()
+    assert all(set(names) < set(LIGHT) and check in CHECKS for check, names in FEW.items())
     assert {library_of(name) for name in MODELS} == {
         "timm", "transformers", "monai", "smp", "diffusers", "ultralytics", "kornia", "demucs", "torchvision",
     }
@@ -42,19 +50,26 @@ def test_libraries_take_turns() -> None:
     assert in_turn(["a/1", "a/2", "a/3", "b/1", "c/1", "c/2"]) == ["a/1", "b/1", "c/1", "a/2", "c/2", "a/3"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LIGHT)
-def test_a_light_model_passes_all_checks(name: str) -> None:
+def check_light(name: str, checks: list[str]) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("onnxruntime")
-    checks = list(CHECKS)
-    if name not in COMPILED:  # compiling takes longer than all other checks
-        checks = [check for check in checks if check not in ("compile", "both")]
     row = try_model(MODELS[name], checks=checks)
     open_checks = OPEN.get(name, set())
     assert {check for check, cell in row.cells.items() if cell.ok is False} <= open_checks, str(row)
     assert list(row.cells) == checks and row.parameters > 1000
     assert all(row.cells[check].ok for check in {"step", "share", "gradient"} - open_checks), str(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_light_model_passes_the_checks(name: str) -> None:
+    check_light(name, [check for check in CHECKS if name in FEW.get(check, LIGHT)])
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_light_model_passes_all_checks(name: str) -> None:
+    check_light(name, list(CHECKS))
 
 
 # ---- the runner -----------------------------------------------------------------------------------------------------
