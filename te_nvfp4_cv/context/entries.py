@@ -44,6 +44,9 @@ _recipes: list[Override] = []  # of all entries that were made: torch.compile ca
 _found: dict[int, tuple[weakref.ref[Tensor], Override | None]] = {}  # by a Parameter's id
 
 
+meant: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # ScriptModules, which take no hooks, with an entry of None
+
+
 def register(entry: Entry) -> None:
     """Let an entry rule the Parameters of its module, until `forget`, or until the entry is freed."""
     global used

@@ -33,6 +33,7 @@ from te_nvfp4_cv.context.bodies import without_override_check
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shortfall
+from te_nvfp4_cv.layer.check import transformed
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.relu import MaskedReLU
 from te_nvfp4_cv.layer.subclasses import PLAIN, by_their_class, overridden
@@ -302,10 +303,3 @@ def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _torch_may_refuse(x: Tensor) -> bool:
     """Return True if writing to x in place may be refused: torch's relu_ asks before it writes, a Function after."""
     return x.is_leaf or (not torch.compiler.is_compiling() and x._is_view())
-
-
-def transformed() -> bool:
-    """Return True if torch.func (grad, vmap, jvp) or forward-mode AD is at work: our Functions do not know these."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from te_nvfp4_cv.context.entries import meant
 from te_nvfp4_cv.context.state import active_recipe, state
 from te_nvfp4_cv.errors import runtime_error, warn_once
 from te_nvfp4_cv.layer import check, shortfall
@@ -20,11 +21,6 @@ from te_nvfp4_cv.layer.constants import running_modules
 
 _LAYERS = ("linear", "_convolution", "convolution", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
 _known: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that were warned of, ScriptModules that need no warning
-
-
-def mean_high_precision(script: torch.jit.ScriptModule) -> None:
-    """Give no warning of that module: a set_precision entry says that it is meant."""
-    _known.add(script)
 
 
 def patch_script() -> None:
@@ -47,7 +43,7 @@ def _telling(call: Any, tell: Any) -> Any:
 
 def _tell_of_module(script: torch.jit.ScriptModule) -> None:
     model = next(iter([*running_modules()][::-1]), script)
-    if script in _known or model in _known:
+    if script in _known or model in _known or script in meant:
         return
     weights = [p for p in script.parameters() if p.dim() > 1]
     # A frozen module has no parameters any more, only constants in its graph.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.context import state
-from te_nvfp4_cv.context.function_mode import transformed
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, check_activation, group_norm_act
+from te_nvfp4_cv.layer.check import transformed
 from te_nvfp4_cv.ops.norm import reference
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {

@@ -130,6 +130,13 @@ def refuse_jit_trace(what: str, fix: str = TRACE) -> None:
         )
 
 
+def transformed() -> bool:
+    """Return True if torch.func (grad, vmap, jvp) or forward-mode AD is at work: our Functions do not know these."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def is_thin(w: Tensor, groups: int) -> bool:
     """Return True if a weight's shape is not for NVFP4: too few channels in a group."""
     return not groups or min(w.shape[0] // groups, w.shape[1]) < MINIMUM

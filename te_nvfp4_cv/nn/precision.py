@@ -25,7 +25,6 @@ from torch import nn
 
 from te_nvfp4_cv.context import entries
 from te_nvfp4_cv.context.state import mark_applied, pop_override, push_override
-from te_nvfp4_cv.context.torchscript import mean_high_precision
 from te_nvfp4_cv.errors import check_module, type_error, value_error
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.names import plain_name
@@ -130,7 +129,7 @@ def set_precision(model: nn.Module, table: Any) -> None:
     found = matches(model, _pairs(table))
     for module, recipe in found.items():
         if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; that it is in high precision is meant
-            mean_high_precision(module)
+            entries.meant.add(module)
         else:
             _give(module, recipe)
     if found:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.cli.trial.cells import Cell, Finding, NotHere, Trial, plainly
-from te_nvfp4_cv.cli.trial.files import trained
 from te_nvfp4_cv.cli.trial.subject import floats, relative, seeded
+from te_nvfp4_cv.cli.trial.trained import trained
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.onnx import runtime
 from te_nvfp4_cv.export.onnx.convert import to_onnx
