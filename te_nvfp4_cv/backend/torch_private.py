@@ -40,6 +40,8 @@ def saved_tensors_hooks_are_on() -> bool:
 
 def is_batched(tensor: torch.Tensor) -> bool:
     """Return True for a tensor inside of torch.vmap, or of the older one that autograd uses itself."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the question
+        return False
     return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.backend.torch_private import constant_in_graphs, is_batched
+from te_nvfp4_cv.backend.torch_private import constant_in_graphs
 from te_nvfp4_cv.errors import describe, runtime_error, value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan, plan_for
@@ -142,20 +142,14 @@ def is_thin(w: Tensor, groups: int) -> bool:
     return not groups or min(w.shape[0] // groups, w.shape[1]) < MINIMUM
 
 
-def refuse_batched(dy: Tensor) -> None:
-    """Refuse the gradients of torch.vmap, which are many in one tensor.
-
-    Raises:
-        RuntimeError: dy is such a tensor.
-    """
-    if not torch.compiler.is_compiling() and is_batched(dy):  # Dynamo cannot trace the question
-        raise runtime_error(
-            "nvfp4: many backward passes in one (torch.vmap) do not work through an NVFP4 layer.",
-            got="autograd.grad(is_grads_batched=True), jacobian(vectorize=True), or torch.vmap of a backward pass",
-            needs="one gradient of the output at a time: it is quantized with one scale",
-            fix="is_grads_batched=False or vectorize=False, or run that forward pass under "
-            "nvfp4_autocast(enabled=False)",
-        )
+def many_gradients() -> RuntimeError:
+    """Return the error for the gradients of torch.vmap, which are many in one tensor."""
+    return runtime_error(
+        "nvfp4: many backward passes in one (torch.vmap) do not work through an NVFP4 layer.",
+        got="autograd.grad(is_grads_batched=True), jacobian(vectorize=True), or torch.vmap of a backward pass",
+        needs="one gradient of the output at a time: it is quantized with one scale",
+        fix="is_grads_batched=False or vectorize=False, or run that forward pass under nvfp4_autocast(enabled=False)",
+    )
 
 
 # ---- its geometry and plan ------------------------------------------------------------------------------------------

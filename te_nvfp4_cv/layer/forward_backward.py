@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.backend.torch_private import without_function_modes
+from te_nvfp4_cv.backend.torch_private import is_batched, without_function_modes
 from te_nvfp4_cv.errors import message
 from te_nvfp4_cv.layer import gemms, operands
-from te_nvfp4_cv.layer.check import refuse_batched
+from te_nvfp4_cv.layer.check import many_gradients
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
@@ -295,7 +295,8 @@ class QuantizedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        refuse_batched(dy)
+        if is_batched(dy):
+            raise many_gradients()
         saved, needs = Saved(*ctx.saved_tensors), ctx.needs_input_grad[:3]
         grads: tuple[Tensor | None, ...]
         grads = backward(dy, saved, ctx.plan, ctx.like, needs, ctx.options)

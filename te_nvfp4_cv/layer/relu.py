@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.layer.check import refuse_batched
+from te_nvfp4_cv.backend.torch_private import is_batched
+from te_nvfp4_cv.layer.check import many_gradients
 from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, relu_in_place
 
 
@@ -30,7 +31,8 @@ class MaskedReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        refuse_batched(dy)
+        if is_batched(dy):
+            raise many_gradients()
         (mask,) = ctx.saved_tensors
         # The mask's bits are in the order of y's memory, so dy must lie as y did.
         if dy.stride() != ctx.strides:
