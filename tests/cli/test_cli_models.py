@@ -141,7 +141,9 @@ def test_quantize_verify_export(
     pytest.importorskip("onnxscript", reason="the extra [export]")
     made = tmp_path / "q.onnx"
     plain = [model[0], *SIZE]
-    assert cli.main(["export", *plain, "--packed", str(out), "--out", str(made), "--form", "portable"]) == 0
+    convert = ["export", *plain, "--packed", str(out), "--out", str(made), "--form", "portable"]
+    assert cli.main([*convert, "--max-batch", "63"]) == 0
+    assert cli.main([*convert, "--force", "--max-batch", "1"]) == 2
     assert cli.main(["verify", str(made), "--json"]) == 0
 
 
