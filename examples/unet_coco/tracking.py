@@ -19,7 +19,8 @@ from torch import nn
 from te_nvfp4_cv import telemetry
 from te_nvfp4_cv.telemetry import Telemetry
 
-from .options import SAMPLES, Settings
+from .command_line import SAMPLES
+from .options import Settings
 from .precision import Precision
 
 LONG = 5  # seconds without a line, after which a user wonders

@@ -5,6 +5,7 @@
     python examples/unet_coco/train.py --data ROOT --classes person,car --epochs 20      COCO
     python examples/unet_coco/train.py --data ROOT --layout masks --image-size 96 128    images and label masks
     python examples/unet_coco/train.py --data ROOT --layout mvtec                        parts with defects
+    python examples/unet_coco/train.py --config runs/unet_coco/config.yaml               what an earlier run ran with
     torchrun --standalone --nproc-per-node 2 examples/unet_coco/train.py                 several GPUs or processes
 
 Every precision starts from the same seed and sees the same batches, flips and dropout. The table compares the loss, the
@@ -35,13 +36,13 @@ import torch  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
 from te_nvfp4_cv.errors import value_error  # noqa: E402
-from te_nvfp4_cv.files import remove_drafts  # noqa: E402
+from te_nvfp4_cv.files import remove_drafts, write_atomically  # noqa: E402
 from unet_coco.backends import in_words  # noqa: E402
 from unet_coco.data import SegmentationData, denormalize, load_data  # noqa: E402
 from unet_coco.engine import Trainer  # noqa: E402
 from unet_coco.folder import give_up, restarted_in, run_folder  # noqa: E402
 from unet_coco.metrics import to_device  # noqa: E402
-from unet_coco.options import Settings, parse_options  # noqa: E402
+from unet_coco.options import Settings, as_yaml, parse_options  # noqa: E402
 from unet_coco.precision import Precision, parse_precisions  # noqa: E402
 from unet_coco.ranks import Ranks, joined, run  # noqa: E402
 from unet_coco.report import markdown_table, write_history, write_pictures, write_summary  # noqa: E402
@@ -96,6 +97,7 @@ def _run(
     if ranks.rank == 0:
         for folder in (out, *(out / precision.name for precision in precisions)):
             remove_drafts(folder, "", began)
+        write_atomically(out / "config.yaml", as_yaml(settings).encode())
     many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""
     print(
         f"{len(data.train)} training and {len(data.val)} validation images, {len(data.class_names)} classes, "

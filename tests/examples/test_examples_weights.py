@@ -165,7 +165,7 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_weights_out_of_range(case: str) -> None:
-    with pytest.raises(ValueError, match="--dice-weight or --ce-weight is out of range"):
+    with pytest.raises(ValueError, match="--(dice|ce)-weight is out of range"):
         parse_options(BAD_OPTIONS[case])
 
 

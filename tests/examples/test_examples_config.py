@@ -1,0 +1,78 @@
+"""--config FILE.yaml: what the file may say, who wins, and that a run's own file repeats the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchvision")
+
+from unet_coco.checkpoint import load_checkpoint
+from unet_coco.options import as_yaml, parse_options
+from unet_coco.shapes import ShapesSettings, ensure_shapes
+from unet_coco.train import main
+
+from tests.examples.test_examples import same
+from tests.examples.unet_coco_data import SMALL
+
+
+def given(folder: Path, text: str, *more: str) -> list[str]:
+    """Write the file, and return a command line with it at the end."""
+    file = folder / "given.yaml"
+    file.write_text(text, encoding="utf-8")
+    return [*more, "--config", str(file)]
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    text = "epochs: 3\nimage_size: [64, 32]\nclasses: [cat, dog]\nprecisions: fp32\nwandb: false\nlr: 1e-4\n"
+    settings = parse_options(given(tmp_path, text, "--epochs", "7"))
+    assert (settings.epochs, settings.image_size, settings.lr) == (7, (64, 32), 1e-4)
+    assert (settings.classes, settings.precisions, settings.wandb) == (("cat", "dog"), ("fp32",), False)
+    assert type(settings.epochs) is int and type(settings.lr) is float, "nothing that a checkpoint would have to know"
+
+
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    options = ["--classes", "cat,dog", "--no-wandb", "--resume", "--init-from", "a.pt", "--init-skip", "head.*,stem.*"]
+    settings = parse_options([*options, "--telemetry-every", "0", "--steps", "4"])
+    again = parse_options(given(tmp_path, as_yaml(settings)))
+    assert vars(again) == vars(settings) | {"resume": False}
+
+
+REFUSED = [
+    ("epohcs: 3", r"unknown option 'epohcs'[\s\S]*'epochs'"),
+    ("epochs: -3", r"--epochs is out of range[\s\S]*-3[\s\S]*value >0"),
+    ("steps: 0", r"--steps is out of range[\s\S]*0[\s\S]*value >0"),
+    ("epochs: many", r"--epochs is no value that it can have[\s\S]*many"),
+    ("task: poses", r"--task is no value[\s\S]*poses[\s\S]*detection"),
+    ("resume: perhaps", r"neither true nor false[\s\S]*resume: perhaps"),
+    ("image_size: [64]", "--image-size is too small"),
+    ("image_size: 64", "--config cannot be read"),
+    ("epochs: [1", "--config cannot be read"),
+    ("out: !!python/object/apply:os.getcwd []", r"--config cannot be read[\s\S]*constructor"),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), REFUSED, ids=[text for text, _ in REFUSED])
+def test_what_the_file_may_not_say(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        parse_options(given(tmp_path, text))
+
+
+def test_no_file() -> None:
+    with pytest.raises(ValueError, match=r"--config cannot be read[\s\S]*nothere"):
+        parse_options(["--config", "nothere.yaml"])
+
+
+def test_version_and_groups_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, told in (("--version", "te_nvfp4_cv "), ("--help", "\nmodel:\n  --scale F")):
+        with pytest.raises(SystemExit) as ended:
+            parse_options([option])
+        assert ended.value.code == 0 and told in capsys.readouterr().out
+
+
+def test_a_runs_own_file_repeats_it(tmp_path: Path) -> None:
+    data = ensure_shapes(tmp_path / "data", ShapesSettings(train=8, val=2, height=32, width=32))
+    main(["--data", str(data), "--out", str(tmp_path / "a"), *SMALL, "--precisions", "fp32", "--steps", "2"])
+    main(["--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")])
+    same(*(load_checkpoint(tmp_path / run / "fp32" / "last.pt")["model"] for run in "ab"))
