@@ -6,7 +6,8 @@
 last.pt is written last: a kill at any moment leaves one whose shards are complete, and folders that no last.pt names
 are removed after the next one. Any number of ranks reads the shards, with FSDP2, DDP or in one process. The writer is
 that of safetensors, because the usual one keeps its metadata as a pickle, which runs code when it is read. Nothing is
-written in the background: on a CPU that would take the cores from the training, and on GPUs it is not measured yet.
+written in the background: for 31 million parameters and their moments on a CPU, async_save takes 1.3 to 1.45 s of its
+time, 0.4 to 0.55 before training goes on, where the plain save takes 0.8 to 1 s. On GPUs it is not measured yet.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Job:
         common |= {"TORCHELASTIC_RESTART_COUNT": str(self.starts), "OMP_NUM_THREADS": "1"}
         arguments = [*self.arguments, "--out", str(self.folder / "out")]
         self.ranks = [
-            forkserver("unet_coco.train").Process(
+            forkserver().Process(
                 target=_rank, args=(arguments, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, self.folder)
             )
             for rank in range(self.world)
@@ -198,4 +198,4 @@ def test_a_job_that_is_killed_goes_on_with_the_same_bits(shapes: Path, tmp_path:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_forty_kills(world: int, parallel: str, shapes: Path, tmp_path: Path) -> None:
-    print(kill_loop(tmp_path, shapes, (world, parallel), 30, [signal.SIGKILL, signal.SIGTERM] * 5, seed=world))
+    print(kill_loop(tmp_path, shapes, (world, parallel), 20, [signal.SIGKILL, signal.SIGTERM] * 5, seed=world))
