@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
 from te_nvfp4_cv.errors import value_error
@@ -121,9 +122,16 @@ def joined(settings: Settings) -> Iterator[tuple[Ranks, torch.device]]:
     if device.type == "cuda":
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=settings.timeout)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store over restarts, and ranks would try to reach those that were killed.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=settings.timeout),
+        timeout=timeout,
+        store=store,
+        rank=rank,
+        world_size=world,
         device_id=device if device.type == "cuda" else None,
     )
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), settings.parallel)
