@@ -53,13 +53,13 @@ def restarted_in(out: Path, arguments: Sequence[str]) -> Path | None:
     again = [name for name, count in RESTARTS.items() if os.environ.get(count, "0") not in ("", "0")]
     mine, found, number = _job(), None, 1
     folder = out
-    while again and (folder / CLAIM).is_file():
+    while again and folder.is_dir():
         try:
             claim = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
             same_job = any(name in claim["job"] and claim["job"][name] == mine.get(name) for name in again)
             if same_job and claim["arguments"] == list(arguments):
                 found = folder  # the last one: a job's id may come back
-        except (ValueError, TypeError, KeyError):  # another version's, or damaged
+        except (OSError, ValueError, TypeError, KeyError):  # none, another version's, or damaged
             pass
         number += 1
         folder = _numbered(out, number)

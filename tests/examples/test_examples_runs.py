@@ -75,7 +75,8 @@ def test_a_job_that_is_started_again_finds_its_folder(job: str, count: str, tmp_
     for name in (*RESTARTS, *RESTARTS.values()):
         monkeypatch.delenv(name, raising=False)
     out, call = tmp_path / "out", ["--out", "out", "--epochs", "2"]
-    run_folder(out, False, call)  # of no job
+    out.mkdir()
+    (out / "summary.json").touch()  # a run of no job, which claimed nothing
     monkeypatch.setenv(job, "7")
     monkeypatch.setenv(count, "0")
     assert run_folder(out, False, call)[0] == run_folder(tmp_path / "out_2", True)[0]
