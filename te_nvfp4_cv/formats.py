@@ -311,64 +311,12 @@ def _multiply32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low48 & 0xFFFF)
 
 
-# ---- the scale layout of the FP4 tensor cores -----------------------------------------------------------------------
+# ---- sizes, transposed faces of weights ------------------------------------------------------------------------------
 
 
 def round_up(n: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is not below n."""
     return -(-n // multiple) * multiple
-
-
-def pad_scales(scale: Tensor) -> Tensor:
-    """Pad the block scales [R, C], uint8 or float8_e4m3fn, with zeros to multiples of 128 rows and 4 columns."""
-    rows, cols = scale.shape
-    padded = torch.zeros(round_up(rows, 128), round_up(cols, 4), dtype=torch.uint8, device=scale.device)
-    padded[:rows, :cols] = scale.view(torch.uint8)
-    return padded.view(scale.dtype)
-
-
-def swizzle_scales(padded: Tensor) -> Tensor:
-    """Return padded scales [R, C] in the FP4 tensor cores' order, same shape: 128x4 tiles, each 32 x 4 x 4 bytes."""
-    rows, cols = padded.shape
-    tiles = padded.view(torch.uint8).reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(rows, cols).view(padded.dtype)
-
-
-def unswizzle_scales(swizzled: Tensor) -> Tensor:
-    """Undo swizzle_scales."""
-    rows, cols = swizzled.shape
-    tiles = swizzled.view(torch.uint8).reshape(rows // 128, cols // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(rows, cols).view(swizzled.dtype)
-
-
-# ---- the columnwise face of a convolution operand -------------------------------------------------------------------
-
-
-def te_to_ntile(data: Tensor, scale: Tensor, spatial: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
-    """Return columnwise data [C, (h, w, n)/2] and scales [C, (h, w, n)/16] as tiles of 16 images at one pixel.
-
-    Args:
-        spatial: (H, W), of any rank.
-        batch: images, a multiple of 16.
-    Returns:
-        data [N/16, H, W, C, 8] and scales [N/16, H, W, C].
-    """
-    rank, channels = len(spatial), data.shape[0]
-    order = (rank + 1, *range(1, rank + 1), 0)  # the batch's tile first, channels last
-    tiles = data.reshape(channels, *spatial, batch // BLOCK, BLOCK // 2).permute(*order, rank + 2)
-    scales = scale.view(torch.uint8).reshape(channels, *spatial, batch // BLOCK).permute(*order)
-    return tiles.contiguous(), scales.contiguous().view(scale.dtype)
-
-
-def ntile_to_te(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo te_to_ntile; the shapes of the tiles say all it needs."""
-    rank = data.dim() - 3
-    order = (rank + 1, *range(1, rank + 1), 0)
-    channels = data.shape[-2]
-    rows = scale.numel() // max(channels, 1)
-    te_data = data.permute(*order, rank + 2).reshape(channels, rows * (BLOCK // 2))
-    te_scale = scale.view(torch.uint8).permute(*order).reshape(channels, rows)
-    return te_data, te_scale.view(scale.dtype)
 
 
 def transpose_tiles(data: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:

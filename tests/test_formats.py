@@ -1,4 +1,4 @@
-"""formats.py: every E2M1 midpoint and E4M3 byte, rounding, packing, RHT, Philox, stochastic rounding, scale layouts."""
+"""formats.py and the layouts beside it: every E2M1 midpoint and E4M3 byte, rounding, packing, RHT, Philox, scales."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.tensor import layouts
 from tests import oracle
 
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
@@ -223,18 +224,18 @@ def test_stochastic_rounding_is_unbiased_within_4_sigma():
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (128, 4), (130, 9)])
 def test_swizzle_offsets(rows, cols, dtype):
     scale = torch.randint(0, 0x7F, (rows, cols), dtype=torch.uint8).view(dtype)
-    padded = formats.pad_scales(scale)
+    padded = layouts.pad_scales(scale)
     R, C = padded.shape
     assert R % 128 == C % 4 == 0 and padded.dtype == dtype
     assert torch.equal(padded.view(torch.uint8)[:rows, :cols], scale.view(torch.uint8))
     assert int(padded.view(torch.uint8).int().sum()) == int(scale.view(torch.uint8).int().sum())  # zeros elsewhere
-    swizzled = formats.swizzle_scales(padded)
+    swizzled = layouts.swizzle_scales(padded)
     flat = swizzled.view(torch.uint8).flatten()
     for r in range(0, R, 7):
         for c in range(C):
             offset = ((r // 128 * (C // 4) + c // 4) * 32 + r % 32) * 16 + (r % 128) // 32 * 4 + c % 4
             assert flat[offset] == padded.view(torch.uint8)[r, c]
-    assert torch.equal(formats.unswizzle_scales(swizzled).view(torch.uint8), padded.view(torch.uint8))
+    assert torch.equal(layouts.unswizzle_scales(swizzled).view(torch.uint8), padded.view(torch.uint8))
 
 
 @pytest.mark.parametrize("spatial", [(), (3,), (2, 5), (2, 3, 4)])
@@ -243,11 +244,11 @@ def test_ntile_round_trip(spatial):
     pixels = int(np.prod(spatial))
     data = torch.randint(0, 256, (channels, pixels * batch // 2), dtype=torch.uint8)
     scale = torch.randint(0, 0x7F, (channels, pixels * batch // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
-    tiles, tile_scales = formats.te_to_ntile(data, scale, spatial, batch)
+    tiles, tile_scales = layouts.te_to_ntile(data, scale, spatial, batch)
     assert tiles.shape == (2, *spatial, channels, 8) and tile_scales.shape == (2, *spatial, channels)
     last = tuple(n - 1 for n in spatial)
     assert torch.equal(tiles[(1, *last, 3)], data[3, -8:])  # images 16..31 at the last pixel
-    back, back_scale = formats.ntile_to_te(tiles, tile_scales)
+    back, back_scale = layouts.ntile_to_te(tiles, tile_scales)
     assert torch.equal(back, data)
     assert torch.equal(back_scale.view(torch.uint8), scale.view(torch.uint8))
 

@@ -27,6 +27,7 @@ from te_nvfp4_cv.ops.records import (
     WeightSpec,
 )
 from te_nvfp4_cv.selftest.setting import CheckFailed, Options, Setting, normal, same_fields
+from te_nvfp4_cv.tensor import layouts
 
 OPERAND = ("row data", "row scale", "row amax", "column data", "column scale", "column amax", "observed")
 FACES = ("row data", "row scale", "column data", "column scale")
@@ -197,7 +198,7 @@ def _faces(x: Tensor, seed: int, setting: Setting) -> tuple[Tensor, ...]:
     key = setting.put(torch.tensor([seed], dtype=torch.int64))
     made = quantize(setting.put(x), setting.backend, PACKED, PACKED, plain_fold(x), stochastic=True, seed=key)
     row, row_scale, col, col_scale = (tensor.cpu() for tensor in (*made.row, *made.col))
-    col, col_scale = formats.ntile_to_te(col, col_scale)
+    col, col_scale = layouts.ntile_to_te(col, col_scale)
     return (
         row.movedim(0, -2).reshape(-1, row.shape[-1]),
         row_scale.movedim(0, -2).reshape(-1, row_scale.shape[-1]), col, col_scale,

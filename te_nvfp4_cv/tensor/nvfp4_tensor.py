@@ -25,7 +25,7 @@ from torch import Tensor
 from te_nvfp4_cv import errors, formats
 from te_nvfp4_cv.backend.torch_private import wrapper_subclass
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
-from te_nvfp4_cv.tensor import torch_operators
+from te_nvfp4_cv.tensor import layouts, torch_operators
 from te_nvfp4_cv.tensor.torch_operators import BUFFERS
 
 READING = (  # how codes were made, and so how they are read
@@ -178,14 +178,14 @@ class NVFP4Tensor(torch.Tensor):
                     needs="a convolution operand [*spatial, B, C] with B a multiple of 16",
                     fix="view the leading dimension as [H, W, B], or stay in layout 'te'",
                 )
-            data, scale = formats.te_to_ntile(data, scale, tuple(self.shape[:-2]), self.shape[-2])
+            data, scale = layouts.te_to_ntile(data, scale, tuple(self.shape[:-2]), self.shape[-2])
         return self.make_like(columnwise_data=data, columnwise_scale_inv=scale, columnwise_layout=layout)
 
     def swizzled_scale_inv(self, face: str = "rowwise") -> Tensor:
         """Return the scales of a face, zero-padded to 128 x 4 and swizzled for the FP4 tensor cores."""
         self._need(face)
         _, scale, _ = face_of(self, face)
-        return formats.swizzle_scales(formats.pad_scales(scale))
+        return layouts.swizzle_scales(layouts.pad_scales(scale))
 
     def update_usage(self, rowwise_usage: bool | None = None, columnwise_usage: bool | None = None) -> None:
         """Drop a face (False), or make sure of it (True): columnwise can be made from rowwise with 16x16 scales."""
@@ -355,7 +355,7 @@ def face_of(t: NVFP4Tensor, face: str) -> tuple[Tensor, Tensor, Tensor]:
     if data is None:
         t._need(face)
     if face == "columnwise" and t._columnwise_layout == "ntile":
-        data, scale = formats.ntile_to_te(data, scale)
+        data, scale = layouts.ntile_to_te(data, scale)
     return data, scale, amax
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.tensor import layouts
 from tests.conformance import run_case
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +87,7 @@ def test_stochastic_rounding_rule(case):
 @pytest.mark.parametrize("case", named("swizzle"))
 def test_scale_swizzle(case):
     tensors = load(case)
-    padded = formats.pad_scales(tensors["scales"])
+    padded = layouts.pad_scales(tensors["scales"])
     assert torch.equal(padded, tensors["padded"])
-    assert torch.equal(formats.swizzle_scales(padded), tensors["swizzled"])
-    assert torch.equal(formats.unswizzle_scales(tensors["swizzled"]), padded)
+    assert torch.equal(layouts.swizzle_scales(padded), tensors["swizzled"])
+    assert torch.equal(layouts.unswizzle_scales(tensors["swizzled"]), padded)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.tensor import layouts
 from te_nvfp4_cv.tensor.nvfp4_tensor import BUFFERS, NVFP4Tensor
 from tests.quantized import OPTIONS, assert_same, quantizer, sample
 
@@ -300,7 +301,7 @@ def test_swizzled_scales():
     t = quantizer()(sample(130, 80))
     swizzled = t.swizzled_scale_inv()
     assert swizzled.shape == (256, 8)
-    back = formats.unswizzle_scales(swizzled).view(torch.uint8)[:130, :5]
+    back = layouts.unswizzle_scales(swizzled).view(torch.uint8)[:130, :5]
     assert torch.equal(back, t.rowwise_scale_inv.view(torch.uint8))
     assert t.swizzled_scale_inv("columnwise").shape == (128, 12)
 

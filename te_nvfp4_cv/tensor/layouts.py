@@ -1,0 +1,61 @@
+"""The layouts of TransformerEngine's tensors and of the FP4 tensor cores, beside those of the operators.
+
+    te_to_ntile, ntile_to_te    columnwise codes of an image tensor: TransformerEngine's rows against tiles of 16 images
+    pad_scales, swizzle_scales  block scales in the order in which cuBLAS reads them
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.formats import BLOCK, round_up
+
+
+def te_to_ntile(data: Tensor, scale: Tensor, spatial: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
+    """Return columnwise data [C, (h, w, n)/2] and scales [C, (h, w, n)/16] as tiles of 16 images at one pixel.
+
+    Args:
+        spatial: (H, W), of any rank.
+        batch: images, a multiple of 16.
+    Returns:
+        data [N/16, H, W, C, 8] and scales [N/16, H, W, C].
+    """
+    rank, channels = len(spatial), data.shape[0]
+    order = (rank + 1, *range(1, rank + 1), 0)  # the batch's tile first, channels last
+    tiles = data.reshape(channels, *spatial, batch // BLOCK, BLOCK // 2).permute(*order, rank + 2)
+    scales = scale.view(torch.uint8).reshape(channels, *spatial, batch // BLOCK).permute(*order)
+    return tiles.contiguous(), scales.contiguous().view(scale.dtype)
+
+
+def ntile_to_te(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo te_to_ntile; the shapes of the tiles say all it needs."""
+    rank = data.dim() - 3
+    order = (rank + 1, *range(1, rank + 1), 0)
+    channels = data.shape[-2]
+    rows = scale.numel() // max(channels, 1)
+    te_data = data.permute(*order, rank + 2).reshape(channels, rows * (BLOCK // 2))
+    te_scale = scale.view(torch.uint8).permute(*order).reshape(channels, rows)
+    return te_data, te_scale.view(scale.dtype)
+
+
+def pad_scales(scale: Tensor) -> Tensor:
+    """Pad the block scales [R, C], uint8 or float8_e4m3fn, with zeros to multiples of 128 rows and 4 columns."""
+    rows, cols = scale.shape
+    padded = torch.zeros(round_up(rows, 128), round_up(cols, 4), dtype=torch.uint8, device=scale.device)
+    padded[:rows, :cols] = scale.view(torch.uint8)
+    return padded.view(scale.dtype)
+
+
+def swizzle_scales(padded: Tensor) -> Tensor:
+    """Return padded scales [R, C] in the FP4 tensor cores' order, same shape: 128x4 tiles, each 32 x 4 x 4 bytes."""
+    rows, cols = padded.shape
+    tiles = padded.view(torch.uint8).reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(rows, cols).view(padded.dtype)
+
+
+def unswizzle_scales(swizzled: Tensor) -> Tensor:
+    """Undo swizzle_scales."""
+    rows, cols = swizzled.shape
+    tiles = swizzled.view(torch.uint8).reshape(rows // 128, cols // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(rows, cols).view(swizzled.dtype)
