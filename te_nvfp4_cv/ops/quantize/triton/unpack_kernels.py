@@ -181,9 +181,10 @@ def unpack_both_kernel(
     """Run unpack_rows of a weight's tiles in the first w_programs, and unpack_columns of one group in the others."""
     pid = tl.program_id(0)
     if pid < w_programs:
-        parts = (w_factor, w_other, w_number)
+        # Not `parts` too: Triton joins a name that both branches set, and the types of pointers may differ.
+        w_parts = (w_factor, w_other, w_number)
         unpack_rows(
-            pid, w_data, w_scale, w_out, parts, words, width, taps, group_rows, row_blocks, W_FACTOR, True, W_BLOCK
+            pid, w_data, w_scale, w_out, w_parts, words, width, taps, group_rows, row_blocks, W_FACTOR, True, W_BLOCK
         )
     else:
         parts = (factor, other, number)
