@@ -27,6 +27,7 @@ from te_nvfp4_cv.backend.dispatch import BACKENDS
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.version import __version__
 
+from .augmentation import AUGMENTATIONS
 from .data import LAYOUTS
 from .unet import ACTIVATIONS
 
@@ -182,6 +183,15 @@ def make_parser() -> ArgumentParser:
     )
     add("--dice-weight", type=Weight, default=1.0, metavar="F", help="factor on the Dice loss")
     add("--ce-weight", type=Weight, default=1.0, metavar="F", help="factor on the cross-entropy")
+    add("--ema", type=Share, default=0.0, metavar="DECAY", help="validate an average of the weights; 0: the weights")
+    add(
+        "--augment",
+        nargs="*",
+        choices=AUGMENTATIONS,
+        default=["flip"],
+        metavar="NAME",
+        help=f"change training images at random: {', '.join(AUGMENTATIONS)}; no name: not at all",
+    )
     add("--seed", type=NonNegativeInt, default=0, metavar="N", help="of weights, data order and dropout")
 
     add = parser.add_argument_group("device and ranks").add_argument

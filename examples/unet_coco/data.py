@@ -1,6 +1,6 @@
 """Prepare segmentation data of any layout (coco.py, masks.py, mvtec.py) for the model.
 
-    image: RGB -> resize -> flip (training) -> [0, 1] -> minus mean, over std;   mask: the same geometry, nearest
+    image: RGB -> resize -> augmentation.py (training) -> [0, 1] -> minus mean, over std;   mask: the same geometry, nearest
 
 Everything that can be checked before the first step is checked then: missing folders and files, images that annotations
 list but that are missing, unknown class names. A fault that appears only in decoding (a label of another size, an id
@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 from te_nvfp4_cv.errors import value_error
 
+from .augmentation import colour, geometry
 from .coco import load_coco
 from .masks import load_masks
 from .mvtec import load_mvtec
@@ -57,11 +58,17 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
     index), so that all precisions, resumed runs and any number of loader workers see the same pixels.
     """
 
-    def __init__(self, raw: RawSplit, size: tuple[int, int], train: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        raw: RawSplit,
+        size: tuple[int, int],
+        train: bool,
+        seed: int = 0,
+        augment: tuple[str, ...] = ("flip",),
+    ) -> None:
         self.raw, self.size, self.train, self.seed = raw, size, train, seed
-        steps: list[Any] = [v2.Resize(list(size), antialias=True)]
-        if train:
-            steps.append(v2.RandomHorizontalFlip(0.5))
+        wanted = augment if train else ()
+        steps: list[Any] = geometry(wanted, size) + colour(wanted)
         steps += [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)]
         self.transform = v2.Compose(steps)
 

@@ -26,22 +26,22 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv import sensitivity
-from te_nvfp4_cv.errors import runtime_error, value_error
+from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.telemetry import Telemetry
 
-from .backends import backend_of, keep_backend, kernels_of
-from .checkpoint import check_identity, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from .identity import data_identity, identity_of, saved_identity
+from .average import Average
+from .backends import backend_of
+from .identity import data_identity
 from .initial import load_initial
 from .levers import Bundles, learn, parameter_groups
 from .metrics import saved_bytes, to_device
 from .options import Settings
 from .order import TrainOrder, eval_loader, mix_seed, train_loader
-from .parallel import load_whole_state, whole_model, whole_state, wrap
+from .parallel import whole_model, whole_state, wrap
 from .position import Position
 from .precision import Precision
 from .ranks import Ranks
-from .shards import keep_shards, read_shards, write_shards
+from .resumable import Resumable
 from .split import SegmentationData
 from .stopping import Stop, Stopped
 from .tasks import make_task
@@ -51,7 +51,7 @@ WARM_UP_STEPS = 3
 TIMES_KEPT = 1000
 
 
-class Trainer:
+class Trainer(Resumable):
     """Train and evaluate one precision: hold its model, optimizer and data.
 
     Args:
@@ -87,6 +87,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, settings.weight_decay), lr=settings.lr, fused=True
         )
+        self.average = Average(self.model, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
         loading = settings.workers, device.type == "cuda", self.task.collate
         train_set = self.task.dataset(data.train, train=True)
@@ -218,6 +219,8 @@ class Trainer:
         )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update(at.step)
         return loss.detach()
 
     def _lr(self, step: int) -> float:
@@ -327,7 +330,12 @@ class Trainer:
     def evaluate(self, split: str, high_precision: bool = False) -> dict[str, float]:
         """Compute loss and scores of a split, in the precision of the training or, with the same weights, in fp32."""
         context = nullcontext if high_precision else self.context
-        return self.task.evaluate(self.whole, self.stop.between(self.eval_loaders[split]), self.device, context)
+        with self.averaged():
+            return self.task.evaluate(self.whole, self.stop.between(self.eval_loaders[split]), self.device, context)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the weights to evaluate: with --ema their average."""
+        return nullcontext() if self.average is None else self.average.used()
 
     def scores(self) -> dict[str, float]:
         """Return loss and scores of the validation split at this step, computed once."""
@@ -374,79 +382,3 @@ class Trainer:
         """Return the first training batch of epoch 0, so that every precision counts its bytes on the same images."""
         self.order.epoch, self.order.start = 0, 0
         return self.loader
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    @property
-    def checkpoint_path(self) -> Path:
-        return self.folder / "last.pt"
-
-    def _has_checkpoint(self) -> bool:
-        return self.ranks.first(self.checkpoint_path.is_file)
-
-    def _identity(self) -> dict[str, Any]:
-        """Return what must be equal for a checkpoint to belong to this run."""
-        return identity_of(self.settings, self.precision, self.task, self.order, self.data)
-
-    def _save(self) -> None:
-        shards, model, optimizer = "", dict[str, Any](), dict[str, Any]()
-        if self.settings.sharded_checkpoints:
-            shards = write_shards(self.folder, self.position.step, self.model, self.optimizer, self.ranks)
-        else:
-            model, optimizer = whole_state(self.model, self.optimizer, self.ranks)
-        own = {"nvfp4": self.precision.extra_state(self.model), "rng": rng_state(self.device)}
-        of_ranks = self.ranks.gather(own)
-        state: dict[str, Any] = {
-            "identity": self._identity(),
-            "args": {key: str(value) for key, value in vars(self.settings).items()},
-            "backend": {"name": backend_of(self.precision, self.device), "kernels": kernels_of(self.device)},
-            "position": vars(self.position),
-            "model": model,
-            "optimizer": optimizer,
-            "scheduler": {"schedule_steps": self.schedule_steps},
-            "scaler": self.scaler.state_dict(),
-            **own,
-        }
-        if self.ranks.parallel:
-            state["ranks"] = of_ranks
-        if shards:
-            state["shards"] = shards
-        self.ranks.first(lambda: save_checkpoint(self.checkpoint_path, state))
-        self.ranks.first(lambda: keep_shards(self.folder, shards))
-
-    def resume(self) -> bool:
-        """Continue from the folder's checkpoint; return False if there is none."""
-        if not self._has_checkpoint():
-            return False
-        state = load_checkpoint(self.checkpoint_path)
-        now = self._identity()
-        check_identity(self.checkpoint_path, saved_identity(state, now, bool(self.ranks.parallel)), now)
-        backend = state.get("backend", {}).get("name")
-        self.precision = keep_backend(self.checkpoint_path, backend, self.precision, self.device)
-        at = Position(**state["position"])
-        if at.step > self.settings.epochs * len(self.order):
-            begun = at.epoch + bool(at.batch)
-            raise value_error(
-                f"checkpoint: {self.checkpoint_path} is beyond --epochs.",
-                got=f"--epochs {self.settings.epochs}, a checkpoint of epoch {begun}, step {at.step}",
-                needs=f"--epochs {begun} or more",
-                fix=f"--epochs {begun} to evaluate what is there, or another --out to train from the beginning",
-            )
-        if "shards" in state:
-            read_shards(self.folder / state["shards"], self.model, self.optimizer, self.ranks)
-        else:
-            load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"], self.ranks)
-        self.scaler.load_state_dict(state["scaler"])
-        self.position = at
-        of_ranks = state.get("ranks", [])
-        own = of_ranks[self.ranks.rank] if len(of_ranks) == self.ranks.world else state  # else rank 0's
-        set_rng_state(own["rng"], self.device)
-        self.precision.load_extra_state(self.model, own["nvfp4"])  # after torch's seed, on which it depends
-        laid_out = state["scheduler"]["schedule_steps"]
-        if laid_out != self.schedule_steps:
-            print(
-                f"note: the checkpoint's cosine schedule spans {laid_out} steps, this run's {self.schedule_steps}.\n"
-                f"  The learning rate follows the new one from step {self.position.step} on; "
-                f"--schedule-steps {laid_out} keeps the old one."
-            )
-        return True

@@ -43,6 +43,10 @@ def identity_of(
         },
         "optimizer": {"lr": settings.lr, "weight_decay": settings.weight_decay},
     }
+    if settings.ema:
+        identity["ema"] = settings.ema
+    if settings.augment != ("flip",):
+        identity["augment"] = list(settings.augment)
     if settings.changed_loss():
         identity["loss"] = settings.changed_loss()
     if precision.recipe is not None:

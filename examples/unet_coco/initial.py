@@ -1,6 +1,7 @@
 """Load trained weights at the start, to fine-tune in NVFP4 or any precision (--init-from, --init-skip).
 
-    last.pt         a checkpoint of this trainer, of any precision, with its shards if it has any; its model is used
+    last.pt         a checkpoint of this trainer, of any precision, with its shards if it has any; its model is used,
+                    with --ema the average
     *.pt, *.pth     a state_dict, read by torch.load(weights_only=True)
     *.safetensors   the same as a safetensors file
 
@@ -105,7 +106,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 needs=f"format {FORMAT}",
                 fix="save only its model: torch.save(torch.load(FILE)['model'], ...)",
             )
+        average = state.get("ema")
         state = read_weights_of(path.parent / state["shards"]) if "shards" in state else state["model"]
+        if average:
+            state = {**state, **average}
     foreign = _foreign(state)
     if foreign:
         raise value_error(

@@ -45,7 +45,8 @@ class ObjectTask(Task):
             )
 
     def dataset(self, raw: RawSplit, train: bool) -> ObjectDataset:
-        return ObjectDataset(raw, self.settings.image_size, train, self.settings.seed, self.kind == "segm")
+        s = self.settings
+        return ObjectDataset(raw, s.image_size, train, s.seed, self.kind == "segm", s.augment)
 
     @abstractmethod
     def score(

@@ -1,6 +1,6 @@
 """Prepare objects for the model: each image with the boxes, classes and, if needed, masks of its objects.
 
-    image: as in data.py;   box: x0, y0, x1, y1 scaled and flipped with it, cut at the borders
+    image: as in data.py;   box: x0, y0, x1, y1 scaled, cropped and flipped with it, cut at the borders
     mask: nearest pixel; if a thin mask would lose every pixel that way, each pixel of the small image that it touches
 
 Crowds are left out in training and marked when a split is scored. Objects with a side of less than a pixel after
@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from te_nvfp4_cv.errors import value_error
 
+from .augmentation import colour, geometry
 from .data import MEAN, STD
 from .order import mix_seed
 from .split import Objects, RawSplit, Thing, open_image
@@ -36,8 +38,17 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         most: The largest number of objects in one image, without crowds.
     """
 
-    def __init__(self, raw: RawSplit, size: tuple[int, int], train: bool, seed: int, masks: bool) -> None:
+    def __init__(
+        self,
+        raw: RawSplit,
+        size: tuple[int, int],
+        train: bool,
+        seed: int,
+        masks: bool,
+        augment: tuple[str, ...] = ("flip",),
+    ) -> None:
         self.raw, self.size, self.train, self.seed, self.masks = raw, size, train, seed, masks
+        self.augment = augment if train else ()
         self.kept: list[list[int]] = []  # for each image the indices of its usable objects
         total, counts = 0, []
         for index in range(len(raw)):
@@ -97,8 +108,12 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         # The flip depends on (seed, epoch, index) only, and torch's generator stays where it is.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
-            if self.train and torch.rand(1) < 0.5:
+            if "crop" in self.augment:
+                pixels, target = self._cropped(pixels, target)
+            if "flip" in self.augment and torch.rand(1) < 0.5:
                 pixels, target = pixels.flip(-1), self._flipped(target)
+            for change in colour(self.augment):
+                pixels = change(pixels)
         pixels = v2.functional.normalize(v2.functional.to_dtype(pixels, torch.float32, scale=True), MEAN, STD)
         return pixels, target
 
@@ -123,6 +138,19 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         if not small.any():
             small = F.adaptive_max_pool2d(mask, self.size)
         return small[0, 0] > 0
+
+    def _cropped(self, pixels: Tensor, target: Target) -> tuple[Tensor, Target]:
+        """Take a part of the image, at its size; objects of which less than a pixel is left are gone."""
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=self.size)  # type: ignore[call-overload]
+        both = tv_tensors.Image(pixels), boxes
+        masks = (tv_tensors.Mask(target["masks"].to(torch.uint8)),) if self.masks else ()
+        image, moved, *masks_left = geometry(("crop",), self.size)[0](*both, *masks)
+        cropped = {**target, "boxes": moved.as_subclass(Tensor)}
+        left = (cropped["boxes"][:, 2:] - cropped["boxes"][:, :2] >= 1).all(dim=1)
+        if masks_left:
+            cropped["masks"] = masks_left[0].as_subclass(Tensor) > 0
+            left &= cropped["masks"].flatten(1).any(dim=1)
+        return image.as_subclass(Tensor), {key: value[left] for key, value in cropped.items()}
 
     def _flipped(self, target: Target) -> Target:
         x0, y0, x1, y1 = target["boxes"].unbind(1)

@@ -22,6 +22,7 @@ import yaml  # type: ignore[import-untyped]
 from te_nvfp4_cv.backend.dispatch import bf16_is_native
 from te_nvfp4_cv.errors import runtime_error, value_error
 
+from .augmentation import AUGMENTATIONS
 from .command_line import read_values
 
 LOSS_DEFAULTS = {"class_weights": "none", "dice_weight": 1.0, "ce_weight": 1.0}
@@ -78,6 +79,8 @@ class Settings:
     learn_scales: str
     bundles: bool
     spike_factor: float
+    ema: float
+    augment: tuple[str, ...]
 
     def changed_loss(self) -> dict[str, str | float]:
         """Return the options of the loss that are not at their defaults."""
@@ -98,6 +101,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         values["compute"] = fast_dtype(values["device"])
     values["precisions"] = _names(values["precisions"]) or (values["compute"], "nvfp4")
     values["image_size"] = tuple(values["image_size"])
+    values["augment"] = tuple(name for name in AUGMENTATIONS if name in values["augment"])
     values["recipe"] = values["recipe"] or ("detection" if values["task"] == "detection" else "unet")
     settings = Settings(**values)
     _check(settings)
@@ -154,6 +158,13 @@ def _check(settings: Settings) -> None:
         raise value_error(
             "--parallel fsdp does not go with --learn-scales.",
             got=f"--learn-scales {settings.learn_scales}",
+            needs="whole weights on each rank",
+            fix="--parallel ddp",
+        )
+    if settings.parallel == "fsdp" and settings.ema:
+        raise value_error(
+            "--parallel fsdp does not go with --ema.",
+            got=f"--ema {settings.ema:g}",
             needs="whole weights on each rank",
             fix="--parallel ddp",
         )

@@ -45,7 +45,8 @@ class Semantic(Task):
         return UNet(len(self.class_names), s.scale, s.activation, s.dropout)
 
     def dataset(self, raw: RawSplit, train: bool) -> SegmentationDataset:
-        return SegmentationDataset(raw, self.settings.image_size, train, self.settings.seed)
+        s = self.settings
+        return SegmentationDataset(raw, s.image_size, train, s.seed, s.augment)
 
     def loss(self, output: Tensor, targets: Tensor, group: Any = None) -> Tensor:
         s = self.settings

@@ -209,7 +209,7 @@ def compare(
     pictures = [out / name for name in ("predictions.png", "curves.png") if (out / name).is_file()]
     if ranks.rank == 0:
         pictures += show_telemetry(out, files)
-    print(f"pictures: {', '.join(map(str, pictures))}   checkpoints: {out}/<precision>/last.pt")
+    print(f"pictures: {', '.join(map(str, pictures))}   checkpoints: {out}/<precision>/last.pt and best.pt")
     if any((out / "wandb").glob("offline-run-*")):
         print(f"W&B: offline runs are in {out / 'wandb'}; to upload them: wandb sync {out}/wandb/offline-run-*")
     return rows
@@ -245,7 +245,8 @@ def _write_sheet(
     predicted: list[np.ndarray] = []
     for images, targets in trainer.eval_loaders["val"]:
         images, targets = to_device(images, targets, trainer.device)
-        predicted += task.draw_predicted(trainer.whole, images, targets, trainer.context)
+        with trainer.averaged():
+            predicted += task.draw_predicted(trainer.whole, images, targets, trainer.context)
         photos += list(denormalize(images).permute(0, 2, 3, 1).cpu().numpy())
         truth += task.draw_truth(images, targets)
         if len(photos) >= count:
