@@ -1,6 +1,6 @@
 """Prepare segmentation data of any layout (coco.py, masks.py, mvtec.py) for the model.
 
-    image: RGB -> resize -> augmentation.py (training) -> [0, 1] -> minus mean, over std;   mask: the same geometry, nearest
+    image: RGB -> resize -> augmentation.py (training) -> [0, 1] -> minus mean, over std;   mask: the same, nearest
 
 Everything that can be checked before the first step is checked then: missing folders and files, images that annotations
 list but that are missing, unknown class names. A fault that appears only in decoding (a label of another size, an id
