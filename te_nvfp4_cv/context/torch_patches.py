@@ -2,6 +2,7 @@
 
     torch.utils.checkpoint          recomputes during backward: under what was active in the first forward
     torch.amp.custom_fwd, _bwd      the forward remembers what is active, the backward runs under it
+    other autograd Functions        a warning, if backward repeats outside what forward ran in NVFP4
     backward(), autograd.grad       inside a context: the forward passes that run inside of them are seen
     torch.autocast(enabled=False)   keeps plain layers in high precision: islands.py
     nn.DataParallel                 runs its replicas in threads that no context reaches: an error
@@ -21,9 +22,11 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.context import islands, torchscript, tracing
-from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
+from te_nvfp4_cv.context.function_mode import LayerCall, Mode, mode_is_on
+from te_nvfp4_cv.context.layer_calls import LayerCalls
 from te_nvfp4_cv.context.state import local, state
-from te_nvfp4_cv.errors import runtime_error
+from te_nvfp4_cv.errors import runtime_error, warn_once
+from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.delayed_scaling import first_pass
 
 Capture = Callable[[], Callable[[Callable[..., Any]], Callable[..., Any]]]
@@ -67,6 +70,7 @@ def _patch_checkpoint(capture: Capture) -> None:
 
 _USED = "_fwd_used_autocast"  # the attribute that torch.amp.custom_fwd sets on a Function's ctx, for custom_bwd to read
 _AGAIN = "_nvfp4_again"
+_RAN = "_nvfp4_ran"  # on the ctx of a Function whose forward has run layers in NVFP4
 
 
 def _patch_custom_functions(capture: Capture) -> None:
@@ -88,6 +92,7 @@ def _patch_custom_functions(capture: Capture) -> None:
             raise AttributeError(f"{type(ctx).__name__!r} object has no attribute {_USED!r}") from None
 
     setattr(node, _USED, property(get_used, set_used))
+    torch.autograd.Function.apply = classmethod(_marked(torch.autograd.Function.apply.__func__))  # type: ignore
     for name in ("apply", "apply_boxed"):  # the second is new in torch 2.13
         run = getattr(node, name, None)
         if run is not None:
@@ -99,11 +104,54 @@ def _run_again(run: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, *args: Any) -> Any:
         again = self.__dict__.get(_AGAIN)
         if again is None:
-            return run(self, *args)
+            if local.states or _RAN not in self.__dict__:
+                return run(self, *args)
+            again = _Outside(type(self).__name__.removesuffix("Backward"))
         with again:
             return run(self, *args)
 
     return apply
+
+
+def _marked(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Let Function.apply leave a mark on the ctx of a Function whose forward runs layers in NVFP4."""
+
+    @functools.wraps(apply)
+    def marking(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not local.states:
+            return apply(cls, *args, **kwargs)
+        before = shortfall.local.macs
+        y = apply(cls, *args, **kwargs)
+        if shortfall.local.macs != before:
+            for output in y if isinstance(y, tuple) else (y,):
+                node = getattr(output, "grad_fn", None)
+                if isinstance(node, torch.autograd.function.BackwardCFunction):
+                    node.__dict__[_RAN] = True
+        return y
+
+    return marking
+
+
+class _Outside(LayerCalls):
+    """Warns of layers that a Function's backward repeats outside of the context in which its forward ran them."""
+
+    hands_values_on = True  # see layer/deferred.py
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def called(self, call: LayerCall, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the call as it is. What is repeated records a graph; a gradient that is written out does not."""
+        if torch.is_grad_enabled() and not local.states:
+            warn_once(
+                f"repeated {self._name}",
+                f"nvfp4: the backward of the autograd Function {self._name} runs layers in high precision that its "
+                "forward ran in NVFP4, as backward() is called outside of the context. Decorate its forward and "
+                "backward with torch.amp.custom_fwd and custom_bwd, or keep nv.capture() in its forward and enter it "
+                "in its backward",
+            )
+        return function(*args, **kwargs)
 
 
 def _patch_backward() -> None:

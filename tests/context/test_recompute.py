@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,48 @@ def test_a_function_that_recomputes(kind, where):
         results.append([loss.detach(), *gradients(block, x)])
     assert all_same(*results)
     assert not function_mode.mode_is_on() and nv.active_recipe() is None
+
+
+class Repeating(Recompute):
+    """A Function that says nothing of contexts, as Recompute."""
+
+
+class WrittenOut(torch.autograd.Function):
+    """Runs a layer in its forward, and its gradient by formula."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.save_for_backward(block[0].weight)  # type: ignore[index]
+        return F.conv2d(x, block[0].weight, padding=1)  # type: ignore[index]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return F.conv_transpose2d(dy, *ctx.saved_tensors, padding=1), None
+
+
+def test_a_function_that_repeats_its_forward_in_high_precision_says_so_once():
+    block, x = net(), values((16, 32, 8, 8)).requires_grad_()
+
+    def backward(kind: Any, place: str = "outside") -> None:
+        inside, run = PLACES[place]
+        with nv.nvfp4_autocast(NO_SR):
+            loss = kind.apply(x, block).square().mean()
+            if inside:
+                run(loss)
+        if not inside:
+            run(loss)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in (Decorated, Capturing, WrittenOut):
+            backward(kind)
+        backward(Repeating, "inside")
+        Repeating.apply(x, block).sum().backward()  # in high precision, and so is what it repeats
+    with pytest.warns(UserWarning, match="autograd Function Repeating runs layers.*custom_fwd.*nv.capture"):
+        backward(Repeating)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(Repeating)
 
 
 @pytest.mark.parametrize("inside", [True, False])
