@@ -25,7 +25,7 @@ from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.fusion.children import OURS, child_of, hooks
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate, activation_of, name_of_gelu
 from te_nvfp4_cv.fusion.subclasses import NormThenChildren
-from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS
+from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS, Untraceable, trace
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.deferred import deferring
 from te_nvfp4_cv.nn.base import is_plain_layer
@@ -218,7 +218,7 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
         return "it is called with other arguments than one tensor"
     user = _only_user(node)
     if user is None:
-        return "its result is used more than once, or returned" if node.users else "its result is not used"
+        return _why_several(node, "its result") if node.users else "its result is not used"
     add = residual = None
     if _is_addition(user):
         a, b = user.args
@@ -229,7 +229,7 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
         add, residual = user, b if a is node else a
         user = _only_user(add)
         if user is None:
-            return "the sum with the residual is used more than once, or returned"
+            return _why_several(add, "the sum with the residual")
     name = _activation(module, user)
     if name is None:
         return f"{_shown(module, user)} follows it"
@@ -253,6 +253,12 @@ def _only_user(node: fx.Node) -> fx.Node | None:
         return None
     user = next(iter(node.users))
     return None if user.op == "output" else user
+
+
+def _why_several(node: fx.Node, what: str) -> str:
+    """Say why a node has no single reader."""
+    returned = len(node.users) == 1
+    return f"{what} is returned, and no activation follows in this forward" if returned else f"{what} is used more than once"
 
 
 def _is_addition(node: fx.Node) -> bool:
@@ -310,15 +316,21 @@ def _written_between(
     tensors = [value for value in first.args if isinstance(value, fx.Node) and value.op != "get_attr"]
     private = all(_only_reader(module, value, first) for value in tensors)
     for node in _between(graph, first, last):
-        if node.op in ("call_function", "call_method") and node is not add:
-            name = str(getattr(node.target, "__name__", node.target))
-            # Torch's names say it: relu_, add_, setitem, iadd; others take inplace=True or out=.
-            in_place = name.endswith("_") or (node.op == "call_function" and name in WRITING)
-            if in_place or node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
-                return True
+        if node is not add and _writes(node):
+            return True
         if node.op == "call_module" and not private and not _writes_nothing(child_of(module, str(node.target))):
             return True
     return False
+
+
+def _writes(node: fx.Node) -> bool:
+    """Return True for a call of torch that writes to its argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    # Torch's names say it: relu_, add_, setitem, iadd; others take inplace=True or out=.
+    in_place = name.endswith("_") or (node.op == "call_function" and name in WRITING)
+    return bool(in_place or node.kwargs.get("inplace") or node.kwargs.get("out") is not None)
 
 
 def _only_reader(module: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
@@ -328,10 +340,21 @@ def _only_reader(module: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
 
 
 def _writes_nothing(child: nn.Module | None) -> bool:
-    """Return True if the module and its children are torch's own, and none of them works in place."""
+    """Return True if neither the module nor its children work in place: torch's own, and others by their forward."""
     modules = [] if child is None else list(child.modules())
-    torchs = ("torch", OURS)
-    return all(type(m).__module__.split(".")[0] in torchs and not getattr(m, "inplace", False) for m in modules)
+    return all(_is_tame(m) for m in modules)
+
+
+def _is_tame(module: nn.Module) -> bool:
+    if getattr(module, "inplace", False):
+        return False
+    if type(module).__module__.split(".")[0] in ("torch", OURS) or isinstance(module, NormThenChildren):
+        return True
+    try:
+        traced = trace(module)
+    except Untraceable:
+        return False
+    return not any(_writes(node) for graph in (traced.training, traced.evaluation) for node in graph.nodes)
 
 
 def kind_of(norm: nn.Module) -> str:
