@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.context import state as nv_context
+from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from tests.helpers import same_bits, values
@@ -96,6 +97,22 @@ def seen(run: Callable[[], Any]) -> list[observe.Call]:
     with observe.observe(told.append):
         run()
     return told
+
+
+def ran(model: nn.Module, call: Callable[[], Any], **context: Any) -> dict[str, str]:
+    """For each call under the context: "high", or the name of its recipe ("nvfp4" if it has none), by Parameter."""
+    names = {id(p): name.removesuffix(".weight") for name, p in model.named_parameters()}
+    found: dict[str, str] = {}
+
+    def run() -> None:
+        with nvfp4_autocast(**context):
+            call()
+
+    for told in seen(run):
+        base = told.weight if told.weight._base is None else told.weight._base
+        found[names.get(id(base), "computed")] = "high" if told.recipe is None else told.recipe.name or "nvfp4"
+    assert nv_context.local.overrides == []
+    return found
 
 
 class Override:

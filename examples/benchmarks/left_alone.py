@@ -3,8 +3,8 @@
     python examples/benchmarks/left_alone.py [--rounds 20] [--size 64] [--batch 16]
 
 A training step of torchvision's ResNet-18 on one thread, in fp32, in plain torch and inside of the context with
-`nv.set_precision(model, {"*": None})`. Rounds run each variant once, in turn. The script prints the smallest CPU time of
-each, as other work on the machine can only add to it, and checks first that all variants have one loss.
+`nv.set_precision(model, {"*": None})`. Rounds run each variant once, in turn. The script prints the smallest CPU time
+of each, as other work on the machine can only add to it, and checks first that all variants have one loss.
 Without the ReLU mask the two steps run the same operators, so the difference is the context's own work. It hangs on the
 number of calls and not on their size: with `--size 32 --batch 2` it stands out from the noise of a busy machine.
 """

@@ -257,8 +257,9 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _why_several(node: fx.Node, what: str) -> str:
     """Say why a node has no single reader."""
-    returned = len(node.users) == 1
-    return f"{what} is returned, and no activation follows in this forward" if returned else f"{what} is used more than once"
+    if len(node.users) == 1:
+        return f"{what} is returned, and no activation follows in this forward"
+    return f"{what} is used more than once"
 
 
 def _is_addition(node: fx.Node) -> bool:

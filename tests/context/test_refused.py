@@ -81,6 +81,21 @@ def test_torch_jit_trace():
         assert torch.equal(torch.jit.trace(model, x)(x), plain)
 
 
+def test_torch_jit_trace_of_a_model_with_entries():
+    """Entries with a recipe leave a trace outside of all contexts alone, and change nothing about one inside."""
+    model, x = network(), torch.randn(4, 32, 8, 8)
+    plain = model(x)
+    nv.set_precision(model, {"0": nv.NVFP4BlockScaling(disable_rht=True)})
+    traced = torch.jit.trace(model, x)
+    assert torch.equal(traced(x), plain) and torch.equal(model(x), plain)
+    with nv.nvfp4_autocast():
+        with pytest.raises(RuntimeError, match=FIX):
+            torch.jit.trace(model, x)
+        with pytest.warns(UserWarning, match="is a ScriptModule"):
+            assert torch.equal(traced(x), plain)
+        assert not torch.equal(model(x), plain)
+
+
 def test_torch_jit_script():
     model, x = network(), torch.randn(4, 32, 8, 8)
     with nv.nvfp4_autocast():

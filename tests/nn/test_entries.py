@@ -11,8 +11,6 @@ import gc
 import io
 import pickle
 import weakref
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -21,26 +19,9 @@ from torch import nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.context import entries
-from te_nvfp4_cv.context import state as nv_context
-from te_nvfp4_cv.layer import observe
-from tests.networks import Linears
+from tests.networks import Linears, ran
 
 A, B = nv.NVFP4BlockScaling(name="a", disable_rht=True), nv.NVFP4BlockScaling(name="b", disable_2d_quantization=True)
-
-
-def ran(model: nn.Module, call: Callable[[], Any]) -> dict[str, str]:
-    """Return what each Parameter's call ran in, by the Parameter's name."""
-    names = {id(p): name.removesuffix(".weight") for name, p in model.named_parameters()}
-    found: dict[str, str] = {}
-
-    def observer(told):
-        base = told.weight if told.weight._base is None else told.weight._base
-        found[names.get(id(base), "computed")] = "high" if told.recipe is None else told.recipe.name or "nvfp4"
-
-    with observe.observe(observer), nv.nvfp4_autocast():
-        call()
-    assert nv_context.local.overrides == []
-    return found
 
 
 @pytest.fixture

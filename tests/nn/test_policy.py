@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import os
 import pickle
@@ -23,9 +24,9 @@ from torch.utils.hooks import RemovableHandle
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.context import state as nv_context
-from te_nvfp4_cv.layer import observe, weight_codes
+from te_nvfp4_cv.layer import weight_codes
 from te_nvfp4_cv.ops.quantize import operand
-from tests.networks import Linears
+from tests.networks import Linears, ran
 
 NO_RHT = nv.NVFP4BlockScaling(disable_rht=True)
 NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)
@@ -34,19 +35,6 @@ NO_2D = nv.NVFP4BlockScaling(disable_2d_quantization=True)
 @pytest.fixture
 def x():
     return torch.randn(16, 16)
-
-
-def ran(model: nn.Module, *args, **context) -> dict[str, str]:
-    """For each call under the context: "high", or the name of its recipe ("nvfp4" if it has none), by Parameter."""
-    names = {id(p): name.removesuffix(".weight") for name, p in model.named_parameters()}
-    found = {}
-
-    def observer(call):
-        found[names[id(call.weight)]] = "high" if call.recipe is None else call.recipe.name or "nvfp4"
-
-    with observe.observe(observer), nv.nvfp4_autocast(**context):
-        model(*args)
-    return found
 
 
 def named(name: str) -> nv.NVFP4BlockScaling:
@@ -81,7 +69,7 @@ def test_high_precision_is_torch_bit_for_bit(x):
 def test_patterns(x, table, expected):
     model = Linears()
     nv.set_precision(model, {key: named(value) if value else None for key, value in table.items()})
-    assert ran(model, x) == expected
+    assert ran(model, lambda: model(x)) == expected
     assert nv_context.local.overrides == []
 
 
@@ -101,7 +89,7 @@ def test_a_later_call_replaces_entries_and_adds_no_hooks(x):
     for _ in range(3):
         nv.set_precision(model, {"body.*": None, "head": None})
     nv.set_precision(model, {"body.0": named("a")})
-    assert ran(model, x) == {"stem": "nvfp4", "body.0": "a", "body.2": "high", "head": "high"}
+    assert ran(model, lambda: model(x)) == {"stem": "nvfp4", "body.0": "a", "body.2": "high", "head": "high"}
     assert len(model.body[0]._forward_hooks) == len(model.body[0]._forward_pre_hooks) == 1
     assert len(model.body[0]._forward_hooks_always_called) == 1
 
@@ -111,14 +99,14 @@ def test_acts_only_inside_an_enabled_context(x):
     plain = model(x)
     nv.set_precision(model, {"*": NO_RHT})
     assert torch.equal(model(x), plain)
-    assert set(ran(model, x, enabled=False).values()) == {"high"}
+    assert set(ran(model, lambda: model(x), enabled=False).values()) == {"high"}
 
 
 def test_a_recipe_with_a_table_and_one_without(x, recwarn):
     recipe = nv.NVFP4BlockScaling(precision=(("head", None), ("body.0", NO_RHT)), name="mine")
     model = Linears()
     nv.set_precision(model, recipe)
-    assert ran(model, x, recipe=recipe)["head"] == "high"
+    assert ran(model, lambda: model(x), recipe=recipe)["head"] == "high"
     assert not [w for w in recwarn if "set_precision" in str(w.message)]
     untouched = Linears()
     nv.set_precision(untouched, nv.NVFP4BlockScaling())
@@ -168,10 +156,11 @@ def test_not_a_module():
 def test_wrapper_names_are_no_part_of_names(x):
     averaged = torch.optim.swa_utils.AveragedModel(Linears())
     nv.set_precision(averaged, {"head": None, "module.stem": None})  # the raw name works too
-    assert ran(averaged.module, x)["head"] == ran(averaged.module, x)["stem"] == "high"
+    found = ran(averaged.module, lambda: averaged.module(x))
+    assert found["head"] == found["stem"] == "high"
     compiled = torch.compile(Linears(), backend="eager")
     nv.set_precision(compiled, {"body.0": None})
-    assert ran(compiled._orig_mod, x)["body.0"] == "high"
+    assert ran(compiled._orig_mod, lambda: compiled._orig_mod(x))["body.0"] == "high"
 
 
 def test_survives_deepcopy_pickling_and_averaging_and_stays_out_of_state_dict(x):
@@ -193,9 +182,9 @@ def test_survives_deepcopy_pickling_and_averaging_and_stays_out_of_state_dict(x)
     for other in copies:
         with nv.nvfp4_autocast():
             assert torch.equal(other(x), y)
-        assert ran(other, x)["head"] == "high"
+        assert ran(other, functools.partial(other, x))["head"] == "high"
         nv.set_precision(other, {"head": named("b")})
-        assert ran(other, x)["head"] == "b" and ran(model, x)["head"] == "high"
+        assert ran(other, functools.partial(other, x))["head"] == "b" and ran(model, lambda: model(x))["head"] == "high"
 
 
 def test_an_unpickled_hook_keeps_its_id_to_itself(monkeypatch, x):
@@ -206,7 +195,7 @@ def test_an_unpickled_hook_keeps_its_id_to_itself(monkeypatch, x):
     monkeypatch.setattr(RemovableHandle, "next_id", hook_id)  # as in a new process
     other = pickle.loads(data)
     other.head.register_forward_pre_hook(lambda module, args: None)
-    assert ran(other, x)["head"] == "high" and len(other.head._forward_pre_hooks) == 2
+    assert ran(other, functools.partial(other, x))["head"] == "high" and len(other.head._forward_pre_hooks) == 2
 
 
 class Raises(nn.Module):
@@ -252,10 +241,10 @@ def test_another_pre_hook_that_raises_does_not_end_the_outer_override(x):
         raise ZeroDivisionError
 
     inner.register_forward_pre_hook(raises, prepend=True)  # before the entry's own
-    assert ran(model, x) == {"last": "high"}
+    assert ran(model, lambda: model(x)) == {"last": "high"}
     inner._forward_pre_hooks.popitem(last=False)
     inner.register_forward_pre_hook(raises)  # after it
-    assert ran(model, x) == {"last": "high"}
+    assert ran(model, lambda: model(x)) == {"last": "high"}
 
 
 def test_a_module_that_calls_itself(x):
@@ -270,7 +259,7 @@ def test_a_module_that_calls_itself(x):
     model = nn.ModuleDict({"r": Recursive(), "after": nn.Linear(16, 16)})
     model.forward = lambda x: model["after"](model["r"](x))  # type: ignore[method-assign]
     nv.set_precision(model, {"r": None})
-    assert ran(model, x) == {"r.fc": "high", "after": "nvfp4"}
+    assert ran(model, lambda: model(x)) == {"r.fc": "high", "after": "nvfp4"}
 
 
 def test_a_context_entered_inside_forward_respects_the_entry(x):
@@ -336,7 +325,7 @@ def test_shared_modules_match_by_either_name(x):
     shared = nn.Linear(16, 16)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     nv.set_precision(model, {"2": None})
-    assert ran(model, x) == {"0": "high"}
+    assert ran(model, lambda: model(x)) == {"0": "high"}
 
 
 # ---- frozen_weights ----
