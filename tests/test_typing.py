@@ -32,6 +32,9 @@ with nv.nvfp4_autocast(recipe):
 report = nv.coverage(model, images, recipe=recipe)
 saved: nv.export.Saved = nv.export.save(model, "model.safetensors", recipe)
 deployed: nn.Module = nv.export.load("model.safetensors", model)
+written = nv.export.to_onnx(
+    deployed, (images,), "net.onnx", "portable", input_names=["x"], dynamic_axes={"x": {0: "batch"}}, opset_version=23
+)
 telemetry: nv.telemetry.Telemetry = nv.telemetry.attach(model, every=10, sinks=[nv.telemetry.JSONL("run.jsonl")])
 run: nv.telemetry.Run = nv.telemetry.read("run.jsonl")
 study: nv.sensitivity.Study = nv.sensitivity.kurtosis(model)
@@ -49,6 +52,7 @@ WRONG = {  # a line that cannot work: what mypy says of it
     'nv.NVFP4Conv2d(16, 32, "3")': 'Argument 3 to "NVFP4Conv2d" has incompatible type "str"',
     "nv.NVFP4Linear(16)": 'Missing positional argument "out_features" in call to "NVFP4Linear"',
     "nv.nvfp4_autocast(None, enable=True)": 'Unexpected keyword argument "enable" for "nvfp4_autocast"',
+    "nv.export.to_onnx(nv.NVFP4Linear(16, 16), opset=23)": 'Unexpected keyword argument "opset" for "to_onnx"',
     "nv.telemetry.attach(3)": 'Argument 1 to "attach" has incompatible type "int"',
     "nv.fsdp.quantize_gathers()": 'Missing positional argument "model" in call to "quantize_gathers"',
     "nv.lightning.NVFP4Precision(dtype=16)": 'Argument "dtype" to "NVFP4Precision" has incompatible type "int"',

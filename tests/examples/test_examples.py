@@ -29,6 +29,7 @@ from te_nvfp4_cv import errors, files, telemetry
 from te_nvfp4_cv.telemetry import Telemetry, attach
 from tests.examples.unet_coco_data import EXAMPLES, KEYS, SMALL, draw_shapes, write_masks
 from tests.helpers import run_script
+from tests.telemetry.fake_wandb import FakeRun, fake_wandb
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
 
@@ -128,9 +129,20 @@ def test_resume_is_bit_exact(shapes: Path, tmp_path: Path, precision: str) -> No
     }
 
 
-def test_resume_after_the_end_only_evaluates(shapes: Path, tmp_path: Path) -> None:
+def test_resume_after_the_end_only_evaluates(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--data", str(shapes), "--precisions", "fp32", "--epochs", "1", "--out", str(tmp_path), *SMALL]
-    assert main(options) == main([*options, "--resume"])
+    run = FakeRun()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    fake_wandb(monkeypatch, {"offline": run})
+    rows = main([option for option in options if option != "--no-wandb"])
+    logged = {name: value for values in run.logged for name, value in values.items()}
+    columns, cells = logged["predictions_by_image"]
+    assert columns == ["image", "truth", "predicted"] and len(cells) == 4
+    assert run.finished and {"predictions", "train/loss"} <= logged.keys()
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in capsys.readouterr().out
+    assert main([*options, "--resume"]) == rows
 
 
 def test_works_without_wandb_tqdm_and_matplotlib(

@@ -7,7 +7,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 
 from te_nvfp4_cv import errors
 from te_nvfp4_cv.telemetry import JSONL, TensorBoard, WandB, drawing, fresh_path, read, weights_and_biases
+from tests.telemetry.fake_wandb import FakeRun, fake_wandb
 from tests.telemetry.synthetic_runs import header, layer, write_run
 
 DRAW = drawing.image
@@ -133,46 +133,6 @@ def test_wandb_writes_a_run_offline(tmp_path, monkeypatch):
             break
         time.sleep(0.2)
     assert len(files) == 1 and files[0].stat().st_size > 1000
-
-
-class FakeRun:
-    def __init__(self, breaks: str = "") -> None:
-        self.logged: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] = {}
-        self.config = SimpleNamespace(update=lambda *_, **__: None)
-        self.metrics: list[Any] = []
-        self.finished, self.breaks = False, breaks
-
-    def define_metric(self, *names: Any, **options: Any) -> None:
-        self.metrics.append((names, options))
-
-    def log(self, values: dict[str, Any]) -> None:
-        if self.breaks == "log":
-            raise ConnectionError("the network is gone")
-        self.logged.append(values)
-
-    def finish(self) -> None:
-        if self.breaks == "finish":
-            raise ConnectionError("the network is gone")
-        self.finished = True
-
-
-def fake_wandb(monkeypatch, runs: dict[str, Any]) -> list[str]:
-    """wandb whose init gives runs[mode], or raises it; returns the modes asked for."""
-    modes: list[str] = []
-
-    def init(mode: str, **options: Any) -> Any:
-        modes.append(mode)
-        if isinstance(runs[mode], Exception):
-            raise runs[mode]
-        return runs[mode]
-
-    module = SimpleNamespace(
-        init=init, Settings=lambda **o: o, Histogram=lambda np_histogram: np_histogram,
-        Image=lambda path, caption="": (path, caption), Table=lambda columns, data: (columns, data),
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return modes
 
 
 def test_one_run_on_one_step_axis(tmp_path, monkeypatch):
