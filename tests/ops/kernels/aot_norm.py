@@ -139,7 +139,7 @@ for name, activation, groups, residual, row in (
     )
     more: dict[str, Any] = dict(expect=[r"ld\.global\.v2\.b32"])
     pointers = _pointers(
-        "mask amax row_data row_scale col_data col_scale seen collected",
+        "mask amax row_data row_scale col_data col_scale work seen collected saturated_blocks",
         mask="*u8",
         row_data="*bf16" if row == 2 else "*i32",
         row_scale="*u8",
