@@ -14,6 +14,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.records import Alpha
+from te_nvfp4_cv.ops.triton.launching import start
 
 BLOCK = 4096
 
@@ -86,7 +87,7 @@ def relu_mask(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
     # CUDA refuses an empty grid.
     if x.numel():
-        relu_mask_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, mask, x.numel(), WRITE=write, BLOCK=BLOCK)
+        start(relu_mask_kernel, (triton.cdiv(x.numel(), BLOCK),), x, y, mask, x.numel(), WRITE=write, BLOCK=BLOCK)
     return y, mask
 
 
@@ -95,7 +96,7 @@ def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
     """Return dy where the mask's bit is set, else 0."""
     dx = torch.empty_like(dy)
     if dy.numel():
-        apply_mask_kernel[(triton.cdiv(dy.numel(), BLOCK),)](dy, mask, dx, dy.numel(), BLOCK=BLOCK)
+        start(apply_mask_kernel, (triton.cdiv(dy.numel(), BLOCK),), dy, mask, dx, dy.numel(), BLOCK=BLOCK)
     return dx
 
 
@@ -109,7 +110,9 @@ def scale_bias(y: Tensor, alpha: Tensor | Alpha, bias: Tensor | None, dtype: tor
     if y.numel():
         grid = (triton.cdiv(y.numel(), BLOCK),)
         has_bias, parts = bias is not None, parts_of(alpha)
-        scale_bias_kernel[grid](
+        start(
+            scale_bias_kernel,
+            grid,
             # A pointer must be there for a bias that is not read, too.
             y, out, *parts, bias if has_bias else parts[0], y.numel(), y.shape[-1],
             PARTS=1 + isinstance(alpha, Alpha), HAS_BIAS=has_bias, BLOCK=BLOCK,

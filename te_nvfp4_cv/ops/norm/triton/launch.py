@@ -21,6 +21,7 @@ from te_nvfp4_cv.ops.layouts import lies_channels_last
 from te_nvfp4_cv.ops.norm import reference
 from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec, Pair, affine_of, norm_of, split
 from te_nvfp4_cv.ops.norm.triton import kernels
+from te_nvfp4_cv.ops.triton.launching import start
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
 BLOCK = 2048  # elements of a program that goes through memory once
@@ -113,7 +114,9 @@ def norm_forward(
 def apply(z: Tensor, residual: Tensor | None, norm: Sequence[Tensor], y: Tensor, mask: Tensor, s: NormSpec) -> None:
     """Write the activation into y, and ReLU's mask unless it is empty."""
     grid, arguments = shape_of(z, s.groups).elementwise
-    kernels.apply_kernel[grid](
+    start(
+        kernels.apply_kernel,
+        grid,
         z,
         z if residual is None else ordered(residual, z),
         *pointers(norm),
@@ -142,7 +145,9 @@ def norm_backward(
     pointed = pointers(norm)
     grid, arguments = shape.reduction()
     partial = torch.empty((shape.slices, grid[0], 2, shape.channels), dtype=torch.float32, device=z.device)
-    kernels.backward_sums_kernel[grid](
+    start(
+        kernels.backward_sums_kernel,
+        grid,
         dy,
         z,
         bits,
@@ -156,7 +161,9 @@ def norm_backward(
     sums = torch.empty((2, shape.slices, shape.channels), dtype=torch.float32, device=z.device)
     slope, offset = torch.empty_like(mean), torch.empty_like(mean)  # dz is linear in z, with these per group
     finish, merge = shape.finish(grid[0])
-    kernels.finish_backward[finish](
+    start(
+        kernels.finish_backward,
+        finish,
         partial,
         pointed[0],
         rstd,
@@ -171,7 +178,9 @@ def norm_backward(
     dz = torch.empty_like(z)
     dresidual = torch.empty_like(dy) if s.need_dresidual else dy.new_empty(0)
     programs, sizes = shape.elementwise
-    kernels.backward_apply_kernel[programs](
+    start(
+        kernels.backward_apply_kernel,
+        programs,
         dy,
         z,
         bits,
@@ -203,11 +212,13 @@ def statistics(
     shape = shape_of(z, s.groups)
     grid, arguments = shape.reduction()
     partial = torch.empty((shape.slices, grid[0], 3, shape.channels), dtype=torch.float32, device=z.device)
-    kernels.statistics_kernel[grid](z, partial, **arguments)
+    start(kernels.statistics_kernel, grid, z, partial, **arguments)
     mean, rstd = (torch.empty(s.statistics_shape(z), dtype=torch.float32, device=z.device) for _ in range(2))
     finish, merge = shape.finish(grid[0])
     update = running_mean is not None
-    kernels.finish_statistics[finish](
+    start(
+        kernels.finish_statistics,
+        finish,
         partial,
         mean,
         rstd,

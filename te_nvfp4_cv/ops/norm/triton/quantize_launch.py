@@ -21,6 +21,7 @@ from te_nvfp4_cv.ops.norm.triton import quantize_kernels as kernels
 from te_nvfp4_cv.ops.norm.triton.launch import activation_of, ordered, pointers
 from te_nvfp4_cv.ops.quantize.triton.tiles import Watch
 from te_nvfp4_cv.ops.records import NONE, PACKED, Collector, Operand, OperandSpec
+from te_nvfp4_cv.ops.triton.launching import start
 from te_nvfp4_cv.ops.triton.numerics import INTERPRETED, OPTIONS
 from te_nvfp4_cv.ops.triton.workspace import zeros
 
@@ -60,7 +61,9 @@ def norm_quantize(
     if amax is None:
         used = z.new_empty(2, dtype=torch.float32)
         tiles = per_row * lines
-        kernels.produced_amax_kernel[(min(tiles, PROGRAMS),)](
+        start(
+            kernels.produced_amax_kernel,
+            (min(tiles, PROGRAMS),),
             *made, zeros(z), used, batch, run, per_row, tiles, RHT=operand.rht and operand.col != NONE,
             POW2=operand.pow2, E4M3_MAX=operand.e4m3_max if operand.pow2 else E4M3_MAX, **shared,
         )  # fmt: skip
@@ -68,7 +71,9 @@ def norm_quantize(
         used = power_of_two_amax(amax, operand.e4m3_max) if operand.pow2 else amax.contiguous()
     watched, observe = ((used,) * 4, 0) if watch is None else watch.arguments(True)
     row, col = operand_faces(z.movedim(1, -1), operand, dtype)
-    kernels.produce_kernel[(per_row * lines,)](
+    start(
+        kernels.produce_kernel,
+        (per_row * lines,),
         *made,
         # A kernel wants a pointer for each argument: any tensor stands for one that it neither reads nor writes. Eight
         # codes of a row are stored as one int32, sixteen of a column as one int64.

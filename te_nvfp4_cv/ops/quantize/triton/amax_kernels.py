@@ -9,6 +9,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.triton import numerics as nx
+from te_nvfp4_cv.ops.triton.launching import start
 
 
 @triton.jit
@@ -39,4 +40,4 @@ def rule_of(e4m3_max: tuple[int, ...], margin: tuple[int, ...]) -> int:
 @on_its_device
 def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[int, ...], clear: bool) -> None:
     """Launch move_kernel for amax.move."""
-    move_kernel[(len(e4m3_max),)](used, seen, RULE=rule_of(e4m3_max, margin), CLEAR=clear, num_warps=1)
+    start(move_kernel, (len(e4m3_max),), used, seen, RULE=rule_of(e4m3_max, margin), CLEAR=clear, num_warps=1)

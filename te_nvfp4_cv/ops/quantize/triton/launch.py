@@ -45,6 +45,7 @@ from te_nvfp4_cv.ops.records import (
     WeightSpec,
 )
 from te_nvfp4_cv.ops.triton.elementwise import parts_of
+from te_nvfp4_cv.ops.triton.launching import start
 from te_nvfp4_cv.ops.triton.workspace import zeros
 
 
@@ -115,7 +116,9 @@ def _measured(x: Tensor, spec: OperandSpec, rht: bool, pow2: bool) -> Tensor:
         block = parts.block_width(run, config["BLOCK"])
         tiles = parts.ceil_div(run, block) * rows * (spec.fold.images // BLOCK)
         # Programs loop over tiles, so that there are few atomic maxima at the end.
-        operand_kernels.amax_kernel[(min(tiles, parts.PROGRAMS),)](
+        start(
+            operand_kernels.amax_kernel,
+            (min(tiles, parts.PROGRAMS),),
             x,
             table,
             work,
@@ -186,7 +189,9 @@ def _quantize_weight(
     if spec.two_d and spec.row != NONE:
         config = parts.config_of("quantize_tiles", w)
         per_block = min(config["BLOCK"], parts.power_of_two(taps * kb))
-        block_kernels.quantize_tiles_kernel[(parts.ceil_div(taps * kb, per_block), groups * ob)](
+        start(
+            block_kernels.quantize_tiles_kernel,
+            (parts.ceil_div(taps * kb, per_block), groups * ob),
             w,
             amax,
             parts.words_of(row.data) if spec.row == PACKED else row.scale,
@@ -307,7 +312,9 @@ class _Job:
             block = parts.block_width(padded, config["BLOCK"])
             per_row = parts.ceil_div(padded, block)
             watched, observe = ((self.amax,) * 4, 0) if self.watch is None else self.watch.arguments(last)
-            operand_kernels.quantize_kernel[(per_row * rows * fold.images // BLOCK,)](
+            start(
+                operand_kernels.quantize_kernel,
+                (per_row * rows * fold.images // BLOCK,),
                 x,
                 table,
                 self.amax,

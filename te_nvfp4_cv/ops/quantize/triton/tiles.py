@@ -15,6 +15,7 @@ from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
 from te_nvfp4_cv.ops.quantize.triton import amax_kernels, block_kernels, operand_kernels, unpack_kernels
 from te_nvfp4_cv.ops.records import PACKED, Alpha, Collector, Face, Fold, Move, Operand
 from te_nvfp4_cv.ops.triton.elementwise import parts_of
+from te_nvfp4_cv.ops.triton.launching import start
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 from te_nvfp4_cv.ops.triton.workspace import zeros
 
@@ -137,7 +138,9 @@ def quantize_blocks(
     """Write one face by quantize_blocks_kernel, one lane per block; `error` is the number of 4over6's error mode."""
     config = config_of("quantize_blocks", x)
     watched, observe = ((amax,) * 4, 0) if more.watch is None else more.watch.arguments(more.last)
-    block_kernels.quantize_blocks_kernel[(ceil_div(blocks.total, config["BLOCK"]),)](
+    start(
+        block_kernels.quantize_blocks_kernel,
+        (ceil_div(blocks.total, config["BLOCK"]),),
         x,  # below, a tensor that the kernel does not read is replaced by any tensor at hand: a pointer must be there
         x if more.source_rows is None else more.source_rows,
         amax,
@@ -203,7 +206,9 @@ def amax_flat(
     def launch(config: tuning.Config) -> None:
         block = min(config["BLOCK"], max(power_of_two(x.numel()), 128))  # 128 lanes are four warps
         grid = (min(ceil_div(x.numel(), block), PROGRAMS),)
-        operand_kernels.amax_flat_kernel[grid](
+        start(
+            operand_kernels.amax_flat_kernel,
+            grid,
             x, work, work if amax is None else amax, used, seen, x.numel(), FACES=0 if amax is None else amax.numel(),
             POW2=raised[0], E4M3_MAX=raised[1] if raised[0] else E4M3_MAX, RULE=-1 if tuning.searching() else rule,
             BLOCK=block, **options_of(config),
@@ -224,7 +229,9 @@ def unpack_columns(
         block = block_width(run, config["BLOCK"])
         bands = scale.numel() // run
         per_band = ceil_div(run, block)
-        unpack_kernels.unpack_columns_kernel[(per_band * bands,)](
+        start(
+            unpack_kernels.unpack_columns_kernel,
+            (per_band * bands,),
             words_of(data),
             scale.view(torch.uint8),
             out,
@@ -253,7 +260,9 @@ def unpack_both(
     def launch(config: tuning.Config) -> None:
         block = block_width(run, config["BLOCK"])
         per_band = ceil_div(run, block)
-        unpack_kernels.unpack_both_kernel[(w_programs + per_band * bands,)](
+        start(
+            unpack_kernels.unpack_both_kernel,
+            (w_programs + per_band * bands,),
             w.data.contiguous().view(torch.int32),
             w.scale.contiguous().view(torch.uint8),
             w_out,
@@ -288,7 +297,9 @@ def unpack_rows(
     """Launch unpack_rows_kernel; group_rows: rows of a group of 16x16-scaled data, 0 for a scale a block."""
     config = config_of("unpack_rows", out)
     words = data.numel() // 4
-    unpack_kernels.unpack_rows_kernel[(ceil_div(words, config["BLOCK"]),)](
+    start(
+        unpack_kernels.unpack_rows_kernel,
+        (ceil_div(words, config["BLOCK"]),),
         data.contiguous().view(torch.int32),
         scale.contiguous().view(torch.uint8),
         out,

@@ -1,0 +1,56 @@
+"""Launch a kernel without asking Triton again what it has compiled for such arguments.
+
+Triton looks its arguments through at each launch: which are multiples of 16, which are 1, which constants there are. A
+training step asks the same again and again. So the compiled kernel is kept here under all that the answer can depend
+on, finer than Triton does: the device, each tensor's dtype and whether its address is a multiple of 16, each number,
+each constant and option. Known kernels are launched by their own `kernel[grid]`, with addresses in place of tensors;
+everything else takes Triton's way: first launches, the interpreter, and launches that nothing may come from (ahead.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+MOST = 8192  # kept; networks have a few hundred, but sizes that vary from call to call would go on
+KEEPS = True  # ahead.py turns it off: what it compiles is not launched
+
+_known: dict[tuple[Any, ...], Any] = {}
+
+
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run `kernel[grid](*arguments, **constants)`.
+
+    Args:
+        grid: one to three numbers.
+        arguments: the kernel's arguments that are no constants, in their order: tensors on the current device, numbers.
+        constants: its constants, and options such as num_warps.
+    """
+    if not KEEPS or type(kernel) is not JITFunction:
+        kernel[grid](*arguments, **constants)
+        return
+    values: list[Any] = []
+    key: list[Any] = [kernel, arguments[0].get_device()]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            address = argument.data_ptr()
+            values.append(address)
+            key.append(argument.dtype)
+            key.append(address % 16 == 0)
+        else:
+            values.append(argument)
+            key.append(argument)
+    key.extend(constants.items())
+    found = _known.get(whole := tuple(key))
+    if found is None:
+        made = kernel[grid](*arguments, **constants)
+        if len(_known) >= MOST:
+            _known.clear()
+        if made is not None:
+            named = [constants[name] for name in kernel.arg_names if name in constants]
+            _known[whole] = made, named
+        return
+    compiled, named = found
+    compiled[(*grid, 1, 1)[:3]](*values, *named)
