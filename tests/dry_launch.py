@@ -11,6 +11,8 @@
     python -m tests.dry_launch 90 count [NAME] nothing compiled: launches, specializations and torch's operators of a
                                                ResNet-50 step (NAME: delayed, current or fused),
                                                against their bounds; status 1 above one
+    python -m tests.dry_launch 90 host         nothing compiled: Python calls and CPU time of a layer's forward and backward
+                                               up to the driver's own launch, against bounds on the calls
 
 A driver that only names the architecture stands in for CUDA's (te_nvfp4_cv/ops/triton/ahead.py); tensors are on the
 CPU, and no kernel runs. It finds what ahead-of-time signatures written by hand cannot: an argument that is 1 and
@@ -21,6 +23,7 @@ without TRITON_INTERPRET.
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from typing import Any
 
@@ -164,9 +167,71 @@ def front_end(src: Any, target: Any, options: dict[str, Any]) -> str:
     return str(src.make_ir(target, chosen, implementation, backend.get_module_map(), context))
 
 
+class Silent:
+    """Stands for a compiled kernel, and does nothing."""
+
+    function, packed_metadata = 0, ()
+
+    def launch_metadata(self, *arguments: Any) -> None:
+        return None
+
+    def run(self, *arguments: Any) -> None:
+        return None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.run
+
+
+CALLS = {"delayed": 900, "current": 900}  # Python calls of a layer, forward and backward, at most
+
+
+def host(run: Any) -> int:
+    """Count the calls, and measure the CPU time, of a 3x3 convolution of 64 channels. The products are not computed."""
+    from triton.runtime import jit
+
+    import te_nvfp4_cv as nv
+    from te_nvfp4_cv.ops.triton import launching
+
+    def compile_nothing(self: Any, key: str, signature: Any, device: int, *rest: Any) -> Silent:
+        return self.device_caches[device][0].setdefault(key, Silent())
+
+    jit.JITFunction.run, jit.JITFunction._do_compile, launching.KEEPS = run, compile_nothing, True
+    conv = torch.nn.Conv2d(64, 64, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    x = torch.randn(16, 64, 4, 4).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+    dy = torch.ones_like(x)
+    contexts = {name: nv.NVFP4BlockScaling(tensor_scale=name) for name in ("delayed", "current")}
+
+    def step(recipe: Any) -> None:
+        with torch.autocast("cpu", torch.bfloat16), nv.nvfp4_autocast(recipe, backend="vendor"):
+            y = conv(x)
+        torch.autograd.backward(y, dy)
+        conv.weight.grad = x.grad = None
+
+    wrong = 0
+    times: dict[str, list[float]] = {name: [] for name in contexts}
+    for _ in range(12):  # interleaved, since the load of the machine changes
+        for name, recipe in contexts.items():
+            for _ in range(5):
+                step(recipe)
+            start = time.process_time()
+            for _ in range(20):
+                step(recipe)
+            times[name].append((time.process_time() - start) / 20 * 1e6)
+    for name, recipe in contexts.items():
+        calls = Counter[str]()
+        sys.setprofile(lambda frame, event, _, calls=calls: calls.update([event]) if "call" in event else None)
+        step(recipe)
+        sys.setprofile(None)
+        found = calls["call"] + calls["c_call"]
+        wrong += found > CALLS[name]
+        print(f"{name}: {found} calls, at most {CALLS[name]}; {min(times[name]):.0f} microseconds of CPU time")
+    return int(wrong > 0)
+
+
 def main(arch: int, names: list[str]) -> int:
     """Compile and list; exit status 1 where a kernel uses FP4 products and may not, or the reverse."""
     import triton
+    from triton.runtime import jit
 
     from te_nvfp4_cv.cli.warm import stand_in
 
@@ -174,7 +239,10 @@ def main(arch: int, names: list[str]) -> int:
     names = [name for name in names if name != "--front"]
     if front:  # before the first launch of any kernel, which remembers it
         triton.compiler.compile = front_end
-    launches = stand_in(arch, names[:1] != ["count"])
+    run = jit.JITFunction.run  # as it is before it stops at launches
+    launches = stand_in(arch, names[:1] not in (["count"], ["host"]))
+    if names == ["host"]:
+        return host(run)
     if names[:1] == ["count"]:
         return count(launches, (names + ["delayed"])[1])
     if "steps" in names:

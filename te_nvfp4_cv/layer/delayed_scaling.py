@@ -195,7 +195,9 @@ class DelayedCallScales(CallScales):
             return
         scales.stale = False
         # The ranks meet here, once a step: reducing at each call would be a communication per layer and operand.
-        self._reduced(scales.collected, "delayed scales")
+        if self.group is not None:
+            with torch.no_grad():
+                self._reduced(scales.collected, "delayed scales")
         self.moves = True
 
     def take_move(self) -> Move | None:
@@ -250,19 +252,19 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
     settings = plan.input
     place, view = _place(w)
     key: Key = (view, settings.e4m3_max, settings.rht)
-    with _lock, torch.no_grad():
+    with _lock:
         known: dict[Key, DelayedScales] = _states.get(place, {})
         scales = known.get(key)
         # Not for a recomputed forward: the forward that it repeats had no state, and both must give the same codes.
         if scales is None and training and not again:
-            scales = DelayedScales(settings.e4m3_max, x.device)
+            with torch.no_grad():
+                scales = DelayedScales(settings.e4m3_max, x.device)
             _states.setdefault(place, known)[key] = scales
         elif scales is not None and scales.used.device != x.device:
             scales.to(x.device)
     call = DelayedCallScales(shared, again, scales)
     if training and not again:
-        with torch.no_grad():
-            call.start()
+        call.start()
     return call
 
 

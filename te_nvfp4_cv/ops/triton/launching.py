@@ -31,26 +31,17 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any)
     if not KEEPS or type(kernel) is not JITFunction:
         kernel[grid](*arguments, **constants)
         return
-    values: list[Any] = []
-    key: list[Any] = [kernel, arguments[0].get_device()]
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            address = argument.data_ptr()
-            values.append(address)
-            key.append(argument.dtype)
-            key.append(address % 16 == 0)
-        else:
-            values.append(argument)
-            key.append(argument)
-    key.extend(constants.items())
-    found = _known.get(whole := tuple(key))
+    # In comprehensions, because this runs before each kernel. A kernel's own hash would be computed from its source.
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    kinds = [a if a is v else (a.dtype, v % 16 == 0) for a, v in zip(arguments, values, strict=True)]
+    key = (id(kernel), arguments[0].get_device(), *kinds, *constants.items())
+    found = _known.get(key)
     if found is None:
         made = kernel[grid](*arguments, **constants)
         if len(_known) >= MOST:
             _known.clear()
         if made is not None:
-            named = [constants[name] for name in kernel.arg_names if name in constants]
-            _known[whole] = made, named
+            _known[key] = made, [constants[name] for name in kernel.arg_names if name in constants], kernel
         return
-    compiled, named = found
+    compiled, named, _ = found
     compiled[(*grid, 1, 1)[:3]](*values, *named)
