@@ -8,6 +8,7 @@ MODULE = "te_nvfp4_cv.ops.norm.triton.kernels"
 BLOCK, ROWS, COLS = 2048, 64, 64
 ERF = 25  # instructions of GELU's error function, which has two branches
 WIDE = [r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"]  # 128 bits a thread and access
+SIZES = dict(inner="i32", channels="i32")
 INTEGERS = dict(slice_size="i64", per_image="i32", items="i32", inner="i32", channels="i32")
 
 
@@ -32,7 +33,7 @@ def _reduction(last: bool, **more: Any) -> dict[str, Any]:
 
 def _elementwise(last: bool, activation: int, group_channels: int, **more: Any) -> dict[str, Any]:
     return dict(
-        CHANNELS=256,
+        CHANNELS=0 if last else 256,
         GROUP_CHANNELS=group_channels,
         LAST=last,
         AFFINE=True,
@@ -82,7 +83,7 @@ for name, last, activation, group_channels, residual in (
         _case(
             f"apply_{name}",
             "apply_kernel",
-            {**_pointers("z residual weight bias mean rstd y mask", mask="*u8"), "slice_size": "i64", "inner": "i32"},
+            {**_pointers("z residual weight bias mean rstd y mask", mask="*u8"), "slice_size": "i64", **SIZES},
             _elementwise(last, activation, group_channels, RESIDUAL=residual, KEEP=activation == 1),
             expect=WIDE,
             instructions_per_element=(BLOCK, (30 if last else 60) + ERF * (activation == 5)),
@@ -95,7 +96,7 @@ for name, last, activation, group_channels, residual in (
             {
                 **_pointers("dy z mask weight bias mean rstd slope offset dz dresidual", mask="*u8"),
                 "slice_size": "i64",
-                "inner": "i32",
+                **SIZES,
             },
             _elementwise(last, activation, group_channels, RESIDUAL=residual),
             expect=WIDE,

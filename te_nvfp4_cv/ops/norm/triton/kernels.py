@@ -159,8 +159,14 @@ def finish_statistics(
 
 
 @triton.jit
-def channel_of(start, at, inner, CHANNELS: tl.constexpr, LAST: tl.constexpr):
-    """Return the channels, int32, of the elements start + at of a slice, in memory order."""
+def channel_of(start, byte, at, inner, channels, LAST: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the channels, int32, of the elements start + at of a slice, in memory order.
+
+    CHANNELS: as `channels`, but 0 where channels lie innermost and are a multiple of 8: the eight elements of a byte are
+    then eight channels in order, so that one division serves them, and it need not be known to the compiler.
+    """
+    if CHANNELS == 0:
+        return (((start % channels).to(tl.int32) + byte * 8) % channels)[:, None] + tl.arange(0, 8)[None, :]
     if LAST:
         return ((start % CHANNELS).to(tl.int32) + at) % CHANNELS
     # Divisions of 64-bit vectors are slow, so the 64-bit part is divided as a scalar.
@@ -171,7 +177,13 @@ def channel_of(start, at, inner, CHANNELS: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def place_of(
-    slice_size, inner, CHANNELS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+    slice_size,
+    inner,
+    channels,
+    CHANNELS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Locate the elements of this program, eight a row [BLOCK / 8, 8]: those of one byte of the mask.
 
@@ -184,8 +196,8 @@ def place_of(
     at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     left = tl.minimum(slice_size - start, BLOCK).to(tl.int32)
     base = s * slice_size + start
-    channel = channel_of(start, at, inner, CHANNELS, LAST)
-    group = (s * (CHANNELS // GROUP_CHANNELS)).to(tl.int32) + channel // GROUP_CHANNELS
+    channel = channel_of(start, byte, at, inner, channels, LAST, CHANNELS)
+    group = (s * (channels // GROUP_CHANNELS)).to(tl.int32) + channel // GROUP_CHANNELS
     return base, byte, at, left, channel, group
 
 
@@ -215,6 +227,7 @@ def apply_kernel(
     mask,
     slice_size,
     inner,
+    channels,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     LAST: tl.constexpr,
@@ -228,9 +241,9 @@ def apply_kernel(
     """Normalize, add and activate one tile.
 
     y: z's memory order; mask: uint8, a bit an element (KEEP with RELU). mean, rstd: [slices, groups], where a group is
-    GROUP_CHANNELS channels. Grid: (tiles of a slice, slices).
+    GROUP_CHANNELS channels. CHANNELS: see channel_of. Grid: (tiles of a slice, slices).
     """
-    base, byte, at, left, channel, group = place_of(slice_size, inner, CHANNELS, GROUP_CHANNELS, LAST, BLOCK)
+    base, byte, at, left, channel, group = place_of(slice_size, inner, channels, CHANNELS, GROUP_CHANNELS, LAST, BLOCK)
     inside = at < left
     value = tl.load(z + base + at, mask=inside, other=0.0).to(tl.float32)
     _, _, u = normalized(value, mean, rstd, weight, bias, group, channel, inside, AFFINE)
@@ -393,6 +406,7 @@ def backward_apply_kernel(
     dresidual,
     slice_size,
     inner,
+    channels,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     LAST: tl.constexpr,
@@ -403,7 +417,7 @@ def backward_apply_kernel(
     BLOCK: tl.constexpr,
 ):
     """Write dz = rstd weight g + slope (z - mean) + offset, and dresidual = g (RESIDUAL), on apply_kernel's grid."""
-    base, byte, at, left, channel, group = place_of(slice_size, inner, CHANNELS, GROUP_CHANNELS, LAST, BLOCK)
+    base, byte, at, left, channel, group = place_of(slice_size, inner, channels, CHANNELS, GROUP_CHANNELS, LAST, BLOCK)
     inside = at < left
     value = tl.load(z + base + at, mask=inside, other=0.0).to(tl.float32)
     centred, factor, u = normalized(value, mean, rstd, weight, bias, group, channel, inside, AFFINE)

@@ -46,8 +46,10 @@ class Shape:
     @property
     def elementwise(self) -> tuple[tuple[int, int], dict[str, Any]]:
         """The grid and the arguments of the elementwise kernels."""
-        sizes = dict(slice_size=self.slice_size, inner=self.inner, CHANNELS=self.channels)
-        more = dict(GROUP_CHANNELS=self.group_channels, LAST=self.last, BLOCK=BLOCK)
+        # Runtime integers where that costs little: as a constant, each layer's would compile a kernel of its own.
+        sizes = dict(slice_size=self.slice_size, inner=self.inner, channels=self.channels)
+        known = 0 if self.last and self.channels % 8 == 0 else self.channels
+        more = dict(CHANNELS=known, GROUP_CHANNELS=self.group_channels, LAST=self.last, BLOCK=BLOCK)
         return (triton.cdiv(self.slice_size, BLOCK), self.slices), sizes | more
 
     @property
@@ -73,7 +75,7 @@ class Shape:
     def finish(self, splits: int) -> tuple[tuple[int, int], dict[str, Any]]:
         """Return the grid and the arguments of the kernels that merge splits."""
         sizes = dict(splits=splits, channels=self.channels, group_channels=self.group_channels)
-        sizes |= dict(SPLITS=triton.next_power_of_2(splits))
+        sizes |= dict(SPLITS=SPLITS)
         if self.group_channels > 1 or self.slices > 1:
             width = triton.next_power_of_2(self.group_channels)
             return (self.channels // self.group_channels, self.slices), dict(sizes, GROUP=True, WIDTH=width)
