@@ -11,8 +11,8 @@
     python -m tests.dry_launch 90 count [NAME] nothing compiled: launches, specializations and torch's operators of a
                                                ResNet-50 step (NAME: delayed, current or fused),
                                                against their bounds; status 1 above one
-    python -m tests.dry_launch 90 host         nothing compiled: Python calls and CPU time of a layer's forward and backward
-                                               up to the driver's own launch, against bounds on the calls
+    python -m tests.dry_launch 90 host         nothing compiled: Python calls and CPU time of a layer's step, without
+                                               the driver's own launches, against bounds on the calls
 
 A driver that only names the architecture stands in for CUDA's (te_nvfp4_cv/ops/triton/ahead.py); tensors are on the
 CPU, and no kernel runs. It finds what ahead-of-time signatures written by hand cannot: an argument that is 1 and

@@ -9,6 +9,9 @@ everything else takes Triton's way: first launches, the interpreter, and launche
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +21,33 @@ MOST = 8192  # kept; networks have a few hundred, but sizes that vary from call 
 KEEPS = True  # ahead.py turns it off: what it compiles is not launched
 
 _known: dict[tuple[Any, ...], Any] = {}
+_log = logging.getLogger("te_nvfp4_cv")
+
+
+class Compilations:
+    """Tells of the first compilations, once in EVERY seconds: a minute without a word looks like a fault."""
+
+    LONG = 0.3  # seconds; what is shorter came from Triton's cache
+    EVERY = 10.0
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock, self.count, self.spent, self.told = clock, 0, 0.0, -self.EVERY
+
+    def add(self, seconds: float) -> None:
+        """Take note of a first launch."""
+        if seconds < self.LONG:
+            return
+        self.count, self.spent = self.count + 1, self.spent + seconds
+        if self.clock() - self.told >= self.EVERY:
+            self.told = self.clock()
+            # A warning, not an info: without logging set up Python shows only these.
+            _log.warning(
+                "te_nvfp4_cv: compiling GPU kernels, %d so far in %.0f s (once per machine; te-nvfp4-cv warm does so "
+                "beforehand)", self.count, self.spent,
+            )  # fmt: skip
+
+
+_compilations = Compilations()
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -37,7 +67,9 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any)
     key = (id(kernel), arguments[0].get_device(), *kinds, *constants.items())
     found = _known.get(key)
     if found is None:
+        began = time.perf_counter()
         made = kernel[grid](*arguments, **constants)
+        _compilations.add(time.perf_counter() - began)
         if len(_known) >= MOST:
             _known.clear()
         if made is not None:

@@ -1,12 +1,13 @@
 """Launches that go past Triton's look at their arguments: the kernels are those that Triton would have chosen.
 
-A process that interprets cannot compile, so a script runs in one that does not, with a driver that only names a GPU, and
-with kernels that remember what they were launched with in place of compiled ones.
+A process that interprets cannot compile, so a script runs in one that does not, with a driver that only names a GPU and
+kernels that remember what they were launched with in place of compiled ones.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -73,6 +74,21 @@ launching.MOST = 1
 go(x, 4128)
 print(json.dumps([found, len(launching._known)]))
 """
+
+
+def test_the_first_compilations_are_told(monkeypatch, caplog):
+    from te_nvfp4_cv.ops.triton import launching
+
+    now = [0.0]
+    monkeypatch.setattr(launching, "_compilations", launching.Compilations(lambda: now[0]))
+    with caplog.at_level(logging.WARNING, "te_nvfp4_cv"):
+        for seconds in (0.001, 2.0, 0.01, 3.0, 6.0, 0.5, 9.0):  # short ones come from Triton's cache
+            now[0] += seconds
+            launching._compilations.add(seconds)
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.split(" (")[0] for text in told] == [
+        f"te_nvfp4_cv: compiling GPU kernels, {n} so far in {s} s" for n, s in ((1, 2), (5, 20))
+    ]
 
 
 def test_known_kernels_are_those_that_triton_chooses():

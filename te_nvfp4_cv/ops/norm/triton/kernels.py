@@ -162,8 +162,8 @@ def finish_statistics(
 def channel_of(start, byte, at, inner, channels, LAST: tl.constexpr, CHANNELS: tl.constexpr):
     """Return the channels, int32, of the elements start + at of a slice, in memory order.
 
-    CHANNELS: as `channels`, but 0 where channels lie innermost and are a multiple of 8: the eight elements of a byte are
-    then eight channels in order, so that one division serves them, and it need not be known to the compiler.
+    CHANNELS: as `channels`, but 0 where channels lie innermost and are a multiple of 8: the elements of a byte are then
+    eight channels in order, so that one division serves them, and it need not be known to the compiler.
     """
     if CHANNELS == 0:
         return (((start % channels).to(tl.int32) + byte * 8) % channels)[:, None] + tl.arange(0, 8)[None, :]
