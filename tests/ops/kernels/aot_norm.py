@@ -33,7 +33,7 @@ def _reduction(last: bool, **more: Any) -> dict[str, Any]:
 
 def _elementwise(last: bool, activation: int, group_channels: int, **more: Any) -> dict[str, Any]:
     return dict(
-        CHANNELS=0 if last else 256,
+        CHANNELS=0 if last and group_channels == 1 else 256,
         GROUP_CHANNELS=group_channels,
         LAST=last,
         AFFINE=True,
@@ -86,7 +86,7 @@ for name, last, activation, group_channels, residual in (
             {**_pointers("z residual weight bias mean rstd y mask", mask="*u8"), "slice_size": "i64", **SIZES},
             _elementwise(last, activation, group_channels, RESIDUAL=residual, KEEP=activation == 1),
             expect=WIDE,
-            instructions_per_element=(BLOCK, (30 if last else 60) + ERF * (activation == 5)),
+            instructions_per_element=(BLOCK, (34 if last else 60) + ERF * (activation == 5)),
         )
     )
     CASES.append(

@@ -159,14 +159,18 @@ def finish_statistics(
 
 
 @triton.jit
-def channel_of(start, byte, at, inner, channels, LAST: tl.constexpr, CHANNELS: tl.constexpr):
+def channel_of(
+    start, byte, at, inner, channels, CHANNELS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+):
     """Return the channels, int32, of the elements start + at of a slice, in memory order.
 
-    CHANNELS: as `channels`, but 0 where channels lie innermost and are a multiple of 8: the elements of a byte are then
-    eight channels in order, so that one division serves them, and it need not be known to the compiler.
+    CHANNELS: as `channels`, but 0 where channels lie innermost and are a multiple of 8, below 2^20: the elements of a
+    byte are then eight channels in order, so that one division serves them, and it need not be known to the compiler.
     """
     if CHANNELS == 0:
-        return (((start % channels).to(tl.int32) + byte * 8) % channels)[:, None] + tl.arange(0, 8)[None, :]
+        # start % channels in 32 bits: `start` is BLOCK times the program's number.
+        first = (tl.program_id(0) % channels) * BLOCK % channels
+        return ((first + byte * 8) % channels)[:, None] + tl.arange(0, 8)[None, :]
     if LAST:
         return ((start % CHANNELS).to(tl.int32) + at) % CHANNELS
     # Divisions of 64-bit vectors are slow, so the 64-bit part is divided as a scalar.
@@ -196,7 +200,7 @@ def place_of(
     at = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     left = tl.minimum(slice_size - start, BLOCK).to(tl.int32)
     base = s * slice_size + start
-    channel = channel_of(start, byte, at, inner, channels, LAST, CHANNELS)
+    channel = channel_of(start, byte, at, inner, channels, CHANNELS, LAST, BLOCK)
     group = (s * (channels // GROUP_CHANNELS)).to(tl.int32) + channel // GROUP_CHANNELS
     return base, byte, at, left, channel, group
 

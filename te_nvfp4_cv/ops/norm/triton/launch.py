@@ -48,7 +48,8 @@ class Shape:
         """The grid and the arguments of the elementwise kernels."""
         # Runtime integers where that costs little: as a constant, each layer's would compile a kernel of its own.
         sizes = dict(slice_size=self.slice_size, inner=self.inner, channels=self.channels)
-        known = 0 if self.last and self.channels % 8 == 0 else self.channels
+        runtime = self.last and self.group_channels == 1 and self.channels % 8 == 0 and self.channels < 2**20
+        known = 0 if runtime else self.channels
         more = dict(CHANNELS=known, GROUP_CHANNELS=self.group_channels, LAST=self.last, BLOCK=BLOCK)
         return (triton.cdiv(self.slice_size, BLOCK), self.slices), sizes | more
 
