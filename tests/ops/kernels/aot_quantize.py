@@ -19,7 +19,7 @@ NO_FP8 = [r"!e4m3", r"!e5m2", r"!e2m1"]
 EXACT = [*NO_FP8, r"!(add|sub|mul|fma|div)[.\w]*\.ftz\.f32", r"!fma\.rn\.bf16", r"!div\.(full|approx)"]
 WIDE_LOADS = [r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global[.\w:]*\.v2\.b32"]
 WIDE_STORES = [r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64|st\.global[.\w:]*\.v2\.b32"]
-PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks")  # that are not specialized
+PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks", "words", "w_programs")  # not specialized
 INTEGERS = ("images", "rows", "run", "per_row", "word2")
 FACTOR = dict(factor="*fp32", other="*fp32", number="fp32")
 WATCH = dict(work="*i32", seen="*fp32", collected="*fp32", saturated="*fp64")
@@ -111,7 +111,7 @@ def tiles(name: str, **changes: Any) -> dict[str, Any]:
     values |= changes
     signature = dict(w=f"*{w}", amax="*fp32", data="*i64", scale="*u8", dequantized="*bf16", **FACTOR)
     signature |= {name_: "i32" for name_ in ("width", "stride_o", "stride_t", "stride_c")}
-    signature |= {name_: "i32" for name_ in PLAIN}
+    signature |= {name_: "i32" for name_ in PLAIN[:5]}
     file, table = "block_kernels", "quantize_tiles"
     return case(name, file, "quantize_tiles_kernel", table, signature, values, width="TILES", expect=EXACT)
 
@@ -122,6 +122,8 @@ UNPACK_COLUMNS = dict(data="*i64", scale="*u8", out="*bf16", **FACTOR, run="i32"
 UNPACK_COLUMNS |= dict(rows="i32", per_band="i32", group_blocks="i32")
 UNPACK_ROWS = dict(data="*i32", scale="*u8", out="*bf16", **FACTOR, words="i32", width="i32")
 UNPACK_ROWS |= dict(taps="i32", group_rows="i32", row_blocks="i32")
+UNPACK_BOTH = {f"w_{name}": kind for name, kind in UNPACK_ROWS.items() if kind[0] == "*" or name == "number"}
+UNPACK_BOTH |= dict(words="i32", width="i32", taps="i32", group_rows="i32", row_blocks="i32", w_programs="i32")
 
 CASES = [
     quantize("activation_delayed", budget=44),
@@ -197,6 +199,15 @@ CASES = [
         UNPACK_COLUMNS,
         dict(FACTOR=2, MASKED=True),
         expect=EXACT,
+    ),
+    case(
+        "unpack_both",
+        "unpack_kernels",
+        "unpack_both_kernel",
+        "unpack_columns",
+        {name: kind for name, kind in (UNPACK_COLUMNS | UNPACK_BOTH).items() if name != "group_blocks"},
+        dict(FACTOR=2, W_FACTOR=2, MASKED=False, W_BLOCK=512),
+        expect=EXACT + WIDE_LOADS + WIDE_STORES,
     ),
     case(
         "unpack_rows",
