@@ -95,6 +95,15 @@ def test_a_step_launches_no_more_kernels_than_it_may(name):
     assert len(re.findall(rf"{name}: \d+ [a-z' ]+, at most \d+", result.stdout)) == 3
 
 
+@pytest.mark.slow
+def test_a_layer_makes_no_more_python_calls_than_it_may():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.dry_launch", "90", "host"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=aot.ROOT, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert len(re.findall(r"\w+: \d+ calls, at most \d+; \d+ micro", result.stdout)) == 2
+
+
 PLANTED = {
     "missing": (dict(expect=["wgmma"]), "not found: wgmma"),
     "forbidden": (dict(expect=[r"!st\.global"]), "found: st"),

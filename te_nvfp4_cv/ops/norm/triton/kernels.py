@@ -102,7 +102,7 @@ def channels_to_finish(channels, group_channels, GROUP: tl.constexpr, WIDTH: tl.
     return channel, channel < channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def finish_statistics(
     partial,
     mean,
@@ -333,7 +333,7 @@ def backward_sums_kernel(
     tl.store(to + channels, tl.sum(sum_gz, 0), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def finish_backward(
     partial,
     weight,
