@@ -137,8 +137,8 @@ def open_data(settings: Settings, ranks: Ranks) -> SegmentationData:
             fix=f"--data ROOT --layout {settings.layout}",
         )
     root = settings.out.resolve().parent / "shapes_coco"
+    print(f"no --data: using the drawn shapes in {root}, which are drawn now if they are not there ...", flush=True)
     ranks.first(lambda: ensure_shapes(root, ShapesSettings()))
-    print(f"no --data: using the drawn shapes in {root}")
     return load_data(root, "coco", settings.classes)
 
 
@@ -160,6 +160,7 @@ def compare(
     if settings.resume:  # keep the rows of precisions that this call does not reach
         for name, held in (("summary.json", rows), ("history.json", history)):
             held.update(_earlier(out / name))
+    print("building the models, and the first time on this machine the kernels ...", flush=True)
     for precision in precisions[1:]:  # errors must come now, not after the precisions before have trained
         trainer = Trainer(precision, settings, data, device, out / precision.name, ranks)
         if settings.resume:
@@ -182,6 +183,8 @@ def compare(
         at = trainer.position
         goes_on = (at.telemetry, at.step) if found else None
         place = folder, ranks.rank, trainer.total_steps
+        if settings.wandb:
+            print(f"{precision.name}: opening a W&B log ...", flush=True)
         watch, file = start_telemetry(trainer.model, settings, precision, backend, *place, goes_on)
         files.append(file)
         at.telemetry = file.name

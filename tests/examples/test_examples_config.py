@@ -1,13 +1,15 @@
-"""--config FILE.yaml: what the file may say, who wins, and that a run's own file repeats the run."""
+"""--config FILE.yaml: what the file may say, who wins, that a run's own file repeats the run; and what a run says."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torchvision")
 
+from unet_coco import engine, train
 from unet_coco.checkpoint import load_checkpoint
 from unet_coco.options import as_yaml, parse_options
 from unet_coco.shapes import ShapesSettings, ensure_shapes
@@ -69,6 +71,36 @@ def test_version_and_groups_of_the_help(capsys: pytest.CaptureFixture[str]) -> N
         with pytest.raises(SystemExit) as ended:
             parse_options([option])
         assert ended.value.code == 0 and told in capsys.readouterr().out
+
+
+def test_what_takes_long_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line when data are drawn, the first model is built, a log is opened, and a model is evaluated."""
+    last: dict[str, str] = {}
+
+    def noting(where: Any, name: str) -> None:
+        real = getattr(where, name)
+
+        def noted(*arguments: Any, **named: Any) -> Any:
+            lines = capsys.readouterr().out.splitlines()
+            last.setdefault(name, lines[-1] if lines else "nothing")
+            if name == "ensure_shapes":
+                arguments = (arguments[0], ShapesSettings(train=8, val=2, height=32, width=32))
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(where, name, noted)
+
+    for name in ("ensure_shapes", "Trainer", "start_telemetry"):
+        noting(train, name)
+    noting(engine.Trainer, "summary")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    small = [option for option in SMALL if option != "--no-wandb"]
+    main([*small, "--out", str(tmp_path / "run"), "--precisions", "fp32", "--steps", "1", "--pictures", "0"])
+    assert "shapes" in last["ensure_shapes"] and "drawn now" in last["ensure_shapes"]
+    assert last["Trainer"].startswith("building the models")
+    assert last["start_telemetry"] == "fp32: opening a W&B log ..."
+    assert last["summary"].startswith("fp32: evaluating")
 
 
 def test_a_runs_own_file_repeats_it(tmp_path: Path) -> None:
