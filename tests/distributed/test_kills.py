@@ -198,7 +198,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_job_that_is_killed_goes_on_with_the_same_bits(shapes: Path, tmp_path: Path) -> None:
-    print(kill_loop(tmp_path, shapes, (2, "shards"), 12, [signal.SIGKILL, signal.SIGTERM], seed=0))
+    print(kill_loop(tmp_path, shapes, (2, "shards"), 8, [signal.SIGKILL, signal.SIGTERM], seed=0))
 
 
 @pytest.mark.stress

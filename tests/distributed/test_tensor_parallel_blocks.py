@@ -214,7 +214,7 @@ def on_ranks_export_and_statistics_gather(ranks: Ranks) -> None:
     dist.barrier()
 
 
-test_on_ranks = ranks_test(globals(), worlds=(2,))
+test_on_ranks = ranks_test(globals(), four=())
 
 
 def test_plans_of_networks():
@@ -227,6 +227,3 @@ def test_plans_of_networks():
         with torch.device("meta"):
             styles = Counter(type(style) for style in nv.tensor_parallel.plan(make(), mesh).values())
         assert [styles[kind] for kind in (COLUMNS, NORMS, ROWS)] == counts, make
-
-
-test_on_four_ranks = pytest.mark.stress(ranks_test(globals(), worlds=(4,)))

@@ -209,7 +209,7 @@ def on_ranks_a_signal_to_one_rank_stops_all_at_one_step(ranks: Ranks) -> None:
 
 
 def on_ranks_shards_hold_what_one_file_does(ranks: Ranks) -> None:
-    """Written by FSDP2, gone on with by FSDP2 and DDP; the bits are those of checkpoints in one file."""
+    """Written by FSDP2, with the bits of one file, gone on with by DDP; test_kills.py goes on with FSDP2."""
     options, fsdp = ("--parallel", "fsdp"), ranks.folder.parent / "fsdp"
     train(ranks, ranks.folder / "half", "--steps", "4", "--sharded-checkpoints", "--save-every", "2", *options)
     half = ranks.folder / "half" / "nvfp4"
@@ -220,14 +220,12 @@ def on_ranks_shards_hold_what_one_file_does(ranks: Ranks) -> None:
     assert len(files) == ranks.world and all(name.endswith(".safetensors") for name in files), "and no pickle"
     weights, expected = read_weights(half / "last.pt"), load_checkpoint(fsdp / "half" / "nvfp4" / "last.pt")["model"]
     same(dict(sorted(weights.items())), dict(sorted(expected.items())))
-    for name, parallel in (("again", "fsdp"), ("ddp", "ddp")):
-        if ranks.rank == 0:
-            shutil.copytree(ranks.folder / "half", ranks.folder / name)
-        torch.distributed.barrier()
-        train(ranks, ranks.folder / name, "--steps", "6", "--resume", "--parallel", parallel)
-        assert not list((ranks.folder / name / "nvfp4").glob("shards-*"))
-    same(*(load_checkpoint(out / "nvfp4" / "last.pt") for out in (ranks.folder / "again", fsdp / "straight")))
-    in_band(curve(ranks.folder / "ddp"), curve(fsdp / "straight"))
+    if ranks.rank == 0:
+        shutil.copytree(ranks.folder / "half", ranks.folder / "ddp")
+    torch.distributed.barrier()
+    train(ranks, ranks.folder / "ddp", "--steps", "5", "--resume")
+    assert not list((ranks.folder / "ddp" / "nvfp4").glob("shards-*"))
+    in_band(curve(ranks.folder / "ddp"), curve(fsdp / "straight")[:5])
     if ranks.rank == 0:
         (half / state["shards"] / files[0]).unlink()
     torch.distributed.barrier()
