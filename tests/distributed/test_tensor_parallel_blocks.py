@@ -86,21 +86,25 @@ def on_ranks_blocks_with_norms_are_the_unsharded_ones(ranks: Ranks) -> None:
         assert [type(plan[key]).__name__[0] for key in sorted(plan, key=order.get)] == styles, name
         one, many = block, parallelize_module(copy.deepcopy(block), mesh(ranks), plan)
         shape = (16, 16 * ranks.world) if name == "mlp" else (16, 16 * ranks.world, 4, 4)
-        for step in range(2):
-            x, dy = (values(shape, seed=10 * step + s).to(ranks.device) for s in (1, 2))
-            results = [run(model, x, dy, PLAIN) for model in (one, many)]
+        for recipe in (None, PLAIN):
+            x, dy = (values(shape, seed=s).to(ranks.device) for s in (1, 2))
+            results = [run(model, x, dy, recipe) for model in (one, many)]
+            # A norm of fewer channels may add in another order, and a code beside a rounding tie be the next one.
+            tolerance = 1e-4 if recipe is None else 1e-2
             for expected, found in zip(results[0][:2], results[1][:2], strict=True):
-                assert relative_error(found, expected) <= 1e-4, (name, step, relative_error(found, expected))
+                assert relative_error(found, expected) <= tolerance, (name, recipe, relative_error(found, expected))
             for key, expected in results[0][2].items():
                 found = results[1][2][key]
                 found = found.full_tensor() if isinstance(found, DTensor) else found
-                assert relative_error(found, expected) <= 1e-4, (name, key, relative_error(found, expected))
+                assert relative_error(found, expected) <= tolerance, (name, key, relative_error(found, expected))
+            one.zero_grad()
+            many.zero_grad()
         for (key, buffer), other in zip(one.named_buffers(), many.buffers(), strict=True):
             other = other.full_tensor() if isinstance(other, DTensor) else other
-            assert relative_error(other, buffer) <= 1e-5, (name, key)
+            assert relative_error(other, buffer) <= 1e-3, (name, key)
         one, many = one.eval(), many.eval()
         with torch.no_grad(), nv.nvfp4_autocast(PLAIN):
-            assert relative_error(many(x), one(x)) <= 1e-4, name
+            assert relative_error(many(x), one(x)) <= 1e-2, name
         many.load_state_dict(many.state_dict())
 
 
