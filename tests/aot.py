@@ -72,6 +72,9 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from te_nvfp4_cv.ops.triton import ahead
+
+    ahead.imagine(arch)  # kernels ask which GPU they are compiled for
     names = fn.arg_names
     default = [name for name, kind in signature.items() if kind.startswith("*") or kind in ("i32", "i64")]
     divisible = options.pop("divisible", default)

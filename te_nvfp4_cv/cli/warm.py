@@ -3,7 +3,8 @@
 A step of the model runs on the CPU up to each kernel's launch; products are not computed, so that the loss is noise.
 Compiled are the specializations that such a step asks for: a batch of another size may want a few more, which then
 compile at their first use as always. An archive holds Triton's cache entries, without intermediate code. It serves a
-machine with the same build of Triton (the same version for the same minor version of Python).
+machine with the same build of Triton (the same version for the same minor version of Python), or with the build whose
+wheel is given.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def warm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fuse", action="store_true", help="with nv.fuse(model)")
     parser.add_argument("--save", type=Path, metavar="FILE.tar.xz", help="then pack all of Triton's cache into it")
     parser.add_argument("--load", type=Path, metavar="FILE.tar.xz", help="first unpack such a file into Triton's cache")
+    parser.add_argument(
+        "--wheel", type=Path, metavar="FILE.whl", help="save for the Python of this wheel of the same Triton"
+    )
     parser.add_argument("--force", action="store_true", help="replace the file of --save")
 
 
@@ -66,6 +70,7 @@ def warm(options: argparse.Namespace) -> int:
 
     folder = Path(ahead.cache_folder())
     report: dict[str, Any] = {}
+    python = None if options.wheel is None else ahead.take_key_of(options.wheel)
     if options.load is not None:
         report |= load(options.load, folder)
     if options.model is not None:
@@ -83,7 +88,7 @@ def warm(options: argparse.Namespace) -> int:
             train(model, images, nvfp4_autocast(recipe_of(options), backend=options.backend))
         report |= {"compiled": len(launches.kernels), "launches": sum(launches.counts.values())}
     if save is not None:
-        report |= {"saved": pack(folder, save)}
+        report |= {"saved": pack(folder, save, python)}
     show(report, ", ".join(f"{name} {value}" for name, value in report.items()), options.json)
     return int(report.get("fits") is False)
 
@@ -151,22 +156,22 @@ def train(model: nn.Module, images: Tensor, context: AbstractContextManager[Any]
 # ---- archives -------------------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
+def versions(python: str | None = None) -> dict[str, str]:
     """Return what an archive's entries depend on. Triton's own keys hold more: its library's bytes and each source."""
     return {
         "triton": version("triton"),
-        "python": ".".join(platform.python_version_tuple()[:2]),
+        "python": python or ".".join(platform.python_version_tuple()[:2]),
         "machine": platform.machine(),
         "source": source_digest(),
     }
 
 
-def pack(folder: Path, file: Path) -> int:
-    """Write Triton's cache to a .tar.xz file. Returns the number of entries."""
+def pack(folder: Path, file: Path, python: str | None = None) -> int:
+    """Write Triton's cache to a .tar.xz file, for a version of Python. Returns the number of entries."""
     entries = 0
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w:xz") as archive:
-        _add(archive, MANIFEST, json.dumps(versions()).encode())
+        _add(archive, MANIFEST, json.dumps(versions(python)).encode())
         for entry in sorted(path for path in folder.iterdir() if path.is_dir()):
             files = sorted(path for path in entry.iterdir() if path.suffix in NEEDED)
             if any(path.suffix == ".cubin" for path in files):  # the driver's own C modules lie there, too

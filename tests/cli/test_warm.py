@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,63 @@ def test_another_build_of_triton_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "newer"))
     assert cli.main(["warm", "--load", str(tmp_path / "k.tar.xz")]) == 1
     assert "fits False" in capsys.readouterr().out
+
+
+def wheel(tmp_path: Path, change: str = "", tag: str = "cp399") -> Path:
+    """Another Python's wheel of the Triton that is installed: the same Python files, and a library of its own."""
+    import triton
+
+    here = Path(triton.__file__).parent
+    file = tmp_path / f"triton-{triton.__version__}-{tag}-{tag}-manylinux.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(here.rglob("*.py")):
+            name = str(path.relative_to(here.parent))
+            archive.writestr(name, path.read_bytes() + (b"#" if name == change else b""))
+        archive.writestr("triton/_C/libtriton.so", b"library")
+    return file
+
+
+def test_kernels_are_named_for_another_python(tmp_path, monkeypatch):
+    """The key that is taken is the one which Triton computes where the wheel is installed."""
+    from triton.runtime import cache
+
+    from te_nvfp4_cv.ops.triton import ahead
+
+    before, key = cache.triton_key(), cache.triton_key
+    monkeypatch.setattr(cache, "triton_key", key)  # put back after the test
+    file = wheel(tmp_path)
+    assert ahead.take_key_of(file) == "3.99"
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = (
+        "import importlib.util, sys\n"
+        "folder = sys.argv[1]\n"
+        "spec = importlib.util.spec_from_file_location('other', folder + '/triton/runtime/cache.py')\n"
+        "source = open(spec.origin).read()\n"
+        "text = source[source.index('def triton_key'):source.index('def get_cache_key')]\n"
+        "import hashlib, os, sysconfig\n"
+        "from triton import __version__\n"
+        "names = {'__file__': spec.origin, '__version__': __version__}\n"
+        "names |= {'hashlib': hashlib, 'os': os, 'sysconfig': sysconfig}\n"
+        "exec(text, names)\n"
+        "print(names['triton_key']())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "installed")], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    assert cache.triton_key() == found.stdout.strip() != before
+    assert warm.versions("3.99")["python"] == "3.99"
+
+
+@pytest.mark.parametrize("change", [{"change": "triton/language/core.py"}, {"tag": "py3"}], ids=str)
+def test_a_wheel_of_another_triton_is_refused(tmp_path, change):
+    from te_nvfp4_cv.ops.triton import ahead
+
+    with pytest.raises(ValueError, match="not another build"):
+        ahead.take_key_of(wheel(tmp_path, **change))
+    with pytest.raises(ValueError, match="not another build"):
+        ahead.take_key_of(tmp_path / "nothing.whl")
 
 
 @pytest.mark.parametrize(

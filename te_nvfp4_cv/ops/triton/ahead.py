@@ -9,15 +9,21 @@ the same build of Triton.
 from __future__ import annotations
 
 import collections
+import hashlib
 import os
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
+from triton.runtime import cache, driver, jit
 
+from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.ops.triton import launching
+
+LIBRARY = "triton/_C/libtriton.so"
 
 
 class _Driver:
@@ -37,6 +43,11 @@ class _Driver:
     def get_current_stream(self, device: Any = None) -> int:
         """Return the default stream."""
         return 0
+
+
+def imagine(arch: int) -> None:
+    """Let Triton find a GPU of this architecture (90 for sm_90), for the rest of the process."""
+    driver.set_active(_Driver(arch))
 
 
 class Launches:
@@ -63,7 +74,7 @@ class Launches:
         known: set[tuple[str, str]] = set()
         before = jit.JITFunction.run
         launching.KEEPS = False  # nothing of this may be launched
-        driver.set_active(_Driver(arch))
+        imagine(arch)
 
         def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             name = kernel.__name__
@@ -87,3 +98,41 @@ class Launches:
 def cache_folder() -> str:
     """Return the folder in which Triton keeps compiled kernels."""
     return str(triton.knobs.cache.dir)
+
+
+def take_key_of(wheel: Path) -> str:
+    """Name compiled kernels as another Python's build of this Triton would, so that they can be moved to it.
+
+    A name holds the digest of Triton's Python files, which all builds of a version share, and of its library, which is
+    another for each version of Python. What is compiled does not depend on it.
+
+    Args:
+        wheel: The wheel of that build.
+    Returns:
+        The wheel's version of Python: "3.12".
+    Raises:
+        ValueError: It is no wheel of Triton, or Python files that the name holds differ from those installed here.
+    """
+    here = Path(triton.__file__).parent
+    what = f"{wheel}: not another build of the Triton that is installed here."
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.startswith("triton/") and name.endswith(".py")]
+            differing = [
+                name for name in names
+                if not (here.parent / name).is_file() or archive.read(name) != (here.parent / name).read_bytes()
+            ]  # fmt: skip
+            theirs = hashlib.sha256(archive.read(LIBRARY)).hexdigest()
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise value_error(what, got=str(error), needs=f"a wheel that holds {LIBRARY}", fix="pip download it") from error
+    ours, key = hashlib.sha256((here.parent / LIBRARY).read_bytes()).hexdigest(), cache.triton_key()
+    tag = wheel.name.split("-")[2] if wheel.name.count("-") >= 4 else ""
+    if differing or ours not in key or not tag.startswith("cp3"):
+        raise value_error(
+            what, got=f"{wheel.name}, with {len(differing)} other Python files",
+            needs=f"triton-{triton.__version__}-cp3XX-....whl, as pip downloads it",
+            fix=f"pip download --no-deps --only-binary=:all: --python-version 3.12 triton=={triton.__version__}",
+        )  # fmt: skip
+    key = key.replace(ours, theirs)
+    cache.triton_key = lambda: key
+    return f"3.{tag[3:]}"

@@ -22,6 +22,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language import target_info
 
 OPTIONS = {"enable_fp_fusion": False}
 INTERPRETED: tl.constexpr = tl.constexpr(
@@ -33,6 +34,46 @@ SIGNS: tl.constexpr = tl.constexpr((1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -
 INF_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 CODE_BIAS: tl.constexpr = tl.constexpr(298)  # of e2m1 words: twice the exponent field of 2^22
+PAIRS_BEFORE: tl.constexpr = tl.constexpr("{ .reg .b64 a, b; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; ")
+PAIRS_AFTER: tl.constexpr = tl.constexpr(".f32x2 a, a, b; mov.b64 {$0, $1}, a; }")
+WIDEN_PAIR: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 a;
+    shl.b32 a, $2, 16;
+    mov.b32 $0, a;
+    and.b32 a, $2, 0xFFFF0000;
+    mov.b32 $1, a;
+    }"""
+)
+ROUND_PAIR: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 a, b;
+    cvt.rn.bf16x2.f32 b, $3, $2;
+    shl.b32 a, b, 16;
+    mov.b32 $0, a;
+    and.b32 a, b, 0xFFFF0000;
+    mov.b32 $1, a;
+    }"""
+)
+# Values to codes, the first one lowest; the instruction puts its second operand into the low nibble.
+CONVERT4: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b8 a, b;
+    cvt.rn.satfinite.e2m1x2.f32 a, $2, $1;
+    cvt.rn.satfinite.e2m1x2.f32 b, $4, $3;
+    mov.b16 $0, {a, b};
+    }"""
+)
+CONVERT8: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b8 a, b, c, d;
+    cvt.rn.satfinite.e2m1x2.f32 a, $2, $1;
+    cvt.rn.satfinite.e2m1x2.f32 b, $4, $3;
+    cvt.rn.satfinite.e2m1x2.f32 c, $6, $5;
+    cvt.rn.satfinite.e2m1x2.f32 d, $8, $7;
+    mov.b32 $0, {a, b, c, d};
+    }"""
+)
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
@@ -56,6 +97,72 @@ def magnitude_bits(v):
     return bits_of(v) & MAGNITUDE
 
 
+@triton.constexpr_function
+def packs_fp32():
+    """Tell if the GPU that is compiled for adds and multiplies pairs of fp32 values by one instruction."""
+    target = target_info.current_target()
+    return target is not None and target.backend == "cuda" and target.arch in (100, 103)
+
+
+@triton.jit
+def arithmetic(a, b, WORD: tl.constexpr, PAIRS: tl.constexpr):
+    """Return a + b, a - b, a * b or a + b rounded towards zero (WORD: add.rn, sub.rn, mul.rn, add.rz), fp32.
+
+    PAIRS: two at once where the GPU can, each rounded as if it were alone. Pairs lie in neighbouring registers, so that
+    kernels which are short of registers do better without.
+    """
+    if INTERPRETED:
+        if WORD == "add.rn":
+            result = a + b
+        elif WORD == "sub.rn":
+            result = a - b
+        elif WORD == "mul.rn":
+            result = a * b
+        else:
+            result = a + b
+            # nearest to towards zero, for a, b >= 0
+            result = tl.where(result - b > a, float_of(bits_of(result) - 1), result)
+    elif PAIRS and packs_fp32():
+        pairs: tl.constexpr = PAIRS_BEFORE + WORD + PAIRS_AFTER
+        result = tl.inline_asm_elementwise(
+            pairs, "=f,=f,f,f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        if WORD == "add.rn":
+            result = a + b
+        elif WORD == "sub.rn":
+            result = a - b
+        elif WORD == "mul.rn":
+            result = a * b
+        else:
+            result = tl.inline_asm_elementwise(
+                "add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+            )
+    return result
+
+
+@triton.jit
+def magnitude(v, PAIRS: tl.constexpr):
+    """Return |v|. PAIRS: v comes from inline PTX, whose bits the compiler would mask by an instruction more."""
+    if INTERPRETED:
+        return tl.abs(v)
+    elif PAIRS:
+        return tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.abs(v)
+
+
+@triton.jit
+def negated(v, PAIRS: tl.constexpr):
+    """Return -v; PAIRS: see magnitude."""
+    if INTERPRETED:
+        return v * -1.0
+    elif PAIRS:
+        return tl.inline_asm_elementwise("neg.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return v * -1.0
+
+
 @triton.jit
 def max_nan(a, b):
     """Return the larger of two fp32 values; NaN wins. It is also a combine function for tl.reduce."""
@@ -63,21 +170,21 @@ def max_nan(a, b):
 
 
 @triton.jit
-def max16(tile):
-    """Return max |v| over the 16 vectors of a tile, fp32; NaN wins."""
-    top = max_nan(tl.abs(tile[0]), tl.abs(tile[1]))
+def max16(tile, PAIRS: tl.constexpr):
+    """Return max |v| over the 16 vectors of a tile, fp32; NaN wins. PAIRS: see magnitude."""
+    top = max_nan(magnitude(tile[0], PAIRS), magnitude(tile[1], PAIRS))
     for i in tl.static_range(2, 16):
-        top = max_nan(top, tl.abs(tile[i]))
+        top = max_nan(top, magnitude(tile[i], PAIRS))
     return top
 
 
 @triton.jit
-def max_of_rows(v):
-    """Return max |v| along axis 1, fp32; NaN wins."""
+def max_of_rows(v, PAIRS: tl.constexpr):
+    """Return max |v| along axis 1, fp32; NaN wins. PAIRS: see magnitude."""
     if INTERPRETED:  # where a combine function costs a Python call for every element
         return float_of(tl.max(magnitude_bits(v), 1))
     else:
-        return tl.reduce(tl.abs(v), 1, max_nan)
+        return tl.reduce(magnitude(v, PAIRS), 1, max_nan)
 
 
 @triton.jit
@@ -179,10 +286,10 @@ def four_over_six_scales(amax_b, s_enc):
 @triton.jit
 def four_over_six_error(v, s_b, enc, amax, MODE: tl.constexpr, E4M3_MAX: tl.constexpr):
     """Return one element's error under a candidate scale: |d| (MODE 1) or d^2 (MODE 2), d = decoded value - v."""
-    y = scaled(v, enc)
+    y = scaled(v, enc, False)
     q, _ = e2m1_nearest(y)
     d = tl.div_rn((signed(q, y) * s_b) * amax, 6.0 * E4M3_MAX) - v
-    return tl.abs(d) if MODE == 1 else d * d
+    return magnitude(d, False) if MODE == 1 else d * d
 
 
 @triton.jit
@@ -199,10 +306,17 @@ def power_of_two_amax(amax, E4M3_MAX: tl.constexpr, MARGIN: tl.constexpr = 0):
 # ---- E2M1 -----------------------------------------------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def converts_e2m1():
+    """Tell if the GPU that is compiled for has an instruction that rounds fp32 values to E2M1 codes: Blackwell."""
+    target = target_info.current_target()
+    return target is not None and target.backend == "cuda" and target.arch in (100, 103, 120)
+
+
 @triton.jit
-def scaled(v, enc):
+def scaled(v, enc, PAIRS: tl.constexpr):
     """Return v * enc, the value to round."""
-    y = v * enc
+    y = arithmetic(v, enc, "mul.rn", PAIRS)
     if INTERPRETED:
         y = tl.where(y == y, y, 8.0)
     return y
@@ -219,36 +333,46 @@ def e2m1_nearest(y):
     """Round |y| to E2M1: nearest, ties to the even code, saturating; NaN gives 6. Returns value and word.
 
     |y| + 2^22 step rounds once, at the step of |y|'s binade; the sum's last bits then count the steps. word's low bits:
-    the code + CODE_BIAS.
+    the code + CODE_BIAS. Where the GPU converts to E2M1, word is y: join_words and join_rows round it likewise.
     """
-    a = tl.minimum(tl.abs(y), 6.0)
+    a = tl.minimum(magnitude(y, False), 6.0)
     magic_bits = tl.maximum((bits_of(a) & INF_BITS) + 0x0B000000, 0x4A800000)  # 22 << 23; not below 2^22
     magic = float_of(magic_bits)
     total = a + magic
-    word = bits_of(total)
-    return total - magic, word + (word >> 22)
+    q = total - magic
+    if INTERPRETED:
+        word = bits_of(total)
+        word = word + (word >> 22)
+    elif converts_e2m1():
+        word = y
+    else:
+        word = bits_of(total)
+        word = word + (word >> 22)
+    return q, word
 
 
 @triton.jit
-def e2m1_stochastic(y, random):
+def e2m1_stochastic(y, random, PAIRS: tl.constexpr):
     """Round |y| down to E2M1 after adding a part of a step, `random` from random_byte. Returns value and word.
 
     As in e2m1_nearest, but the sum is rounded towards zero. The step is |y|'s also where the addition crosses a binade:
-    it crosses by less than that step, so that both grids give the power of two there. NaN gives 6.
+    it crosses by less than that step, so that both grids give the power of two there. NaN gives 6. Where the GPU
+    converts to E2M1, word is the rounded value with y's sign. Its instruction with random bits is not used: how it adds
+    them below 1 is not documented, and t is rounded here, as in formats.encode_e2m1_stochastic.
     """
-    a = tl.minimum(tl.abs(y), 6.0)
-    magic_bits = tl.maximum((bits_of(a) & INF_BITS) + 0x0B000000, 0x4A800000)
-    magic = float_of(magic_bits)
-    t = tl.fma(random, magic, a)  # the product is exact
+    a = tl.minimum(magnitude(y, PAIRS), 6.0)
+    magic = float_of(tl.maximum((bits_of(a) & INF_BITS) + 0x0B000000, 0x4A800000))
+    total = arithmetic(tl.fma(random, magic, a), magic, "add.rz", PAIRS)  # the product is exact
+    q = arithmetic(total, magic, "sub.rn", PAIRS)
     if INTERPRETED:
-        total = t + magic
-        total = tl.where(total - magic > t, float_of(bits_of(total) - 1), total)
+        word = bits_of(total)
+        word = word + (word >> 22)
+    elif converts_e2m1():
+        word = signed(q, y)
     else:
-        total = tl.inline_asm_elementwise(
-            "add.rz.f32 $0, $1, $2;", "=f,f,f", [t, magic], dtype=tl.float32, is_pure=True, pack=1
-        )
-    word = bits_of(total)
-    return total - magic, word + (word >> 22)
+        word = bits_of(total)
+        word = word + (word >> 22)
+    return q, word
 
 
 @triton.jit
@@ -262,18 +386,66 @@ def decode_e2m1(word, K: tl.constexpr):
 @triton.jit
 def join_words(words, ys):
     """Pack the sixteen codes of each block into an int64, from e2m1 words and the values that were rounded."""
-    low = word8(words, ys, 0)  # element 0 lowest
-    high = word8(words, ys, 8)
+    low = join_codes(words, ys, 0, 8)  # element 0 lowest
+    high = join_codes(words, ys, 8, 8)
     return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
 
 
 @triton.jit
-def join_rows(word, y, BLOCK: tl.constexpr):
-    """Pack the codes of BLOCK values [BLOCK / 16, 16], eight neighbours to an int32: [BLOCK / 8]."""
-    code = ((word - CODE_BIAS) & 7) | ((bits_of(y) >> 28) & 8)
-    # No two of the eight share a bit, so that a sum joins them.
-    eight = tl.reshape(code, (BLOCK // 8, 8)) << (tl.arange(0, 8) * 4)[None, :]
-    return tl.sum(eight, 1)
+def join_rows(word, y, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Pack the codes of BLOCK values [BLOCK / 16, 16], WIDTH neighbours to an int32 (8) or int16 (4): [BLOCK / WIDTH].
+
+    WIDTH should be what a thread holds side by side: otherwise values cross shared memory.
+    """
+    words = neighbours(word, BLOCK, WIDTH)
+    if INTERPRETED:
+        codes = join_codes(words, neighbours(y, BLOCK, WIDTH), 0, WIDTH)
+    elif converts_e2m1():
+        codes = join_codes(words, words, 0, WIDTH)
+    else:
+        codes = join_codes(words, neighbours(y, BLOCK, WIDTH), 0, WIDTH)
+    return codes
+
+
+@triton.jit
+def neighbours(v, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Return WIDTH (8 or 4) vectors [BLOCK / WIDTH]: element k of each run of WIDTH of BLOCK values."""
+    even, odd = tl.split(tl.reshape(v, (BLOCK // 2, 2)))
+    v0, v2 = tl.split(tl.reshape(even, (BLOCK // 4, 2)))
+    v1, v3 = tl.split(tl.reshape(odd, (BLOCK // 4, 2)))
+    if WIDTH == 8:
+        v0, v4 = tl.split(tl.reshape(v0, (BLOCK // 8, 2)))
+        v1, v5 = tl.split(tl.reshape(v1, (BLOCK // 8, 2)))
+        v2, v6 = tl.split(tl.reshape(v2, (BLOCK // 8, 2)))
+        v3, v7 = tl.split(tl.reshape(v3, (BLOCK // 8, 2)))
+        return v0, v1, v2, v3, v4, v5, v6, v7
+    else:
+        return v0, v1, v2, v3
+
+
+@triton.jit
+def store_rows(data, codes, origin, limit, there, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Store join_rows' codes of values 16 * origin on: those below `limit` if `there`, or all if not MASKED."""
+    width: tl.constexpr = BLOCK // codes.shape[0]
+    lane = tl.arange(0, BLOCK // width)
+    if width == 8:
+        place = data + origin * 2 + lane
+    else:
+        place = data.to(tl.pointer_type(tl.int16), bitcast=True) + origin * 4 + lane
+    if MASKED:
+        tl.store(place, codes, mask=(lane * width < limit) & there)
+    else:
+        tl.store(place, codes)
+
+
+@triton.jit
+def store_scale(scale, byte, origin, limit, there, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Store the scale bytes, int32, of a row's blocks `origin` on: as store_rows."""
+    block = tl.arange(0, BLOCK // 16)
+    if MASKED:
+        tl.store(scale + origin + block, byte.to(tl.uint8), mask=(block * 16 < limit) & there)
+    else:
+        tl.store(scale + origin + block, byte.to(tl.uint8))
 
 
 @triton.jit
@@ -292,73 +464,117 @@ def stack16(tile):
 
 
 @triton.jit
-def word8(words, ys, FIRST: tl.constexpr):
-    """Pack the eight codes from FIRST on into an int32: magnitudes by Horner's rule, signs from ys' top nibbles."""
-    codes = words[FIRST + 7]
-    signs = bits_of(ys[FIRST + 7]).to(tl.uint32, bitcast=True) >> 28
-    for k in tl.static_range(6, -1, -1):
+def join_codes(words, ys, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Pack the WIDTH (8 or 4) codes from FIRST on, the first one lowest, into an int32 or int16."""
+    if INTERPRETED:
+        codes = horner(words, ys, FIRST, WIDTH)
+    elif converts_e2m1():
+        codes = convert(words, FIRST, WIDTH)
+    else:
+        codes = horner(words, ys, FIRST, WIDTH)
+    return codes
+
+
+@triton.jit
+def horner(words, ys, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Pack codes as join_codes does: magnitudes by Horner's rule, signs from ys' top nibbles."""
+    codes = words[FIRST + WIDTH - 1]
+    signs = bits_of(ys[FIRST + WIDTH - 1]).to(tl.uint32, bitcast=True) >> 28
+    for k in tl.static_range(WIDTH - 2, -1, -1):
         word = words[FIRST + k]
         if k < 3:
             word = word & 0x7FFFFF  # what lies above would not be shifted out
         codes = (codes << 4) + word
         signs = (signs << 4) | (bits_of(ys[FIRST + k]).to(tl.uint32, bitcast=True) >> 28)
     bias: tl.constexpr = ((CODE_BIAS * 0x11111111) & 0xFFFFFFFF) - (1 << 32)
-    return (codes - bias) | (signs & 0x88888888).to(tl.int32, bitcast=True)
+    codes = (codes - bias) | (signs & 0x88888888).to(tl.int32, bitcast=True)
+    if WIDTH == 4:
+        codes = codes.to(tl.int16)  # the higher nibbles belong to no code
+    return codes
+
+
+@triton.jit
+def convert(values, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Round and pack as join_codes does, by the instruction of Blackwell."""
+    chosen = ()
+    for k in tl.static_range(WIDTH):
+        chosen = chosen + (values[FIRST + k],)
+    if WIDTH == 8:
+        return tl.inline_asm_elementwise(
+            CONVERT8, "=r,f,f,f,f,f,f,f,f", chosen, dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(CONVERT4, "=h,f,f,f,f", chosen, dtype=tl.int16, is_pure=True, pack=1)
 
 
 # ---- random Hadamard transform --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def hadamard16(tile):
+def hadamard16(tile, PAIRS: tl.constexpr):
     """Return H16 diag(sign) x over a tile's 16 vectors, without the factor 1/4: signs, then butterflies 1, 2, 4, 8."""
     out = ()
     for i in tl.static_range(16):
         if SIGNS[i] < 0:
-            out = out + (tile[i] * -1.0,)
+            out = out + (negated(tile[i], PAIRS),)
         else:
             out = out + (tile[i],)
-    out = butterfly(out, 1)
-    out = butterfly(out, 2)
-    out = butterfly(out, 4)
-    return butterfly(out, 8)
+    out = butterfly(out, 1, PAIRS)
+    out = butterfly(out, 2, PAIRS)
+    out = butterfly(out, 4, PAIRS)
+    return butterfly(out, 8, PAIRS)
 
 
 @triton.jit
-def butterfly(tile, STRIDE: tl.constexpr):
+def butterfly(tile, STRIDE: tl.constexpr, PAIRS: tl.constexpr):
     """Replace the pairs STRIDE apart by a + b and a - b."""
     out = ()
     for i in tl.static_range(16):
         if i & STRIDE == 0:
-            out = out + (tile[i] + tile[i + STRIDE],)
+            out = out + (arithmetic(tile[i], tile[i + STRIDE], "add.rn", PAIRS),)
         else:
-            out = out + (tile[i - STRIDE] - tile[i],)
+            out = out + (arithmetic(tile[i - STRIDE], tile[i], "sub.rn", PAIRS),)
     return out
 
 
 @triton.jit
-def rotate16(tile, ROUND: tl.constexpr):
+def rotate16(tile, ROUND: tl.constexpr, PAIRS: tl.constexpr):
     """Rotate the 16 vectors of a tile as formats.rht16 does; ROUND: to bf16, as for bf16 inputs."""
-    total = hadamard16(tile)
+    total = hadamard16(tile, PAIRS)
     out = ()
     for i in tl.static_range(16):
-        v = total[i] * 0.25
+        v = arithmetic(total[i], 0.25, "mul.rn", PAIRS)
         if ROUND:
-            v = round_bf16(v)
+            v = round_bf16(v, PAIRS)
         out = out + (v,)
     return out
 
 
 @triton.jit
-def round_bf16(v):
-    """Round fp32 values to bf16's grid, to nearest even."""
+def round_bf16(v, PAIRS: tl.constexpr):
+    """Round fp32 values to bf16's grid, to nearest even. PAIRS: as in widen."""
     if INTERPRETED:
         return v.to(tl.bfloat16).to(tl.float32)
+    elif PAIRS:
+        return tl.inline_asm_elementwise(ROUND_PAIR, "=f,=f,f,f", [v], dtype=tl.float32, is_pure=True, pack=2)
     else:  # two at a time: the compiler converts one by one, on a slow unit, where the result is not stored
         pair = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [v], dtype=tl.bfloat16, is_pure=True, pack=2
         )
         return pair.to(tl.float32)
+
+
+@triton.jit
+def widen(v, PAIRS: tl.constexpr):
+    """Convert values to fp32.
+
+    PAIRS: bf16 by one instruction for each value, where the compiler takes one and a half. It then keeps the result
+    instead of the pairs it came from, so that kernels which are short of registers do better without.
+    """
+    if INTERPRETED or v.dtype != tl.bfloat16 or not PAIRS:
+        return v.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(WIDEN_PAIR, "=f,=f,r", [v], dtype=tl.float32, is_pure=True, pack=2)
 
 
 # ---- random bits ----------------------------------------------------------------------------------------------------
@@ -389,12 +605,12 @@ def philox7(index, seed, word2):
 
 
 @triton.jit
-def random_byte(words, BYTE: tl.constexpr):
+def random_byte(words, BYTE: tl.constexpr, PAIRS: tl.constexpr):
     """Return byte BYTE, 0..15, of four words, times 2^-31, fp32: 1/256 of a step of 2^-23 of the magic number."""
-    return part_of_a_step((words[BYTE // 4] >> (8 * (BYTE % 4))) & 0xFF)
+    return part_of_a_step((words[BYTE // 4] >> (8 * (BYTE % 4))) & 0xFF, PAIRS)
 
 
 @triton.jit
-def part_of_a_step(byte):
+def part_of_a_step(byte, PAIRS: tl.constexpr):
     """Convert bytes in uint32 to what e2m1_stochastic takes."""
-    return byte.to(tl.float32) * 4.656612873077393e-10
+    return arithmetic(byte.to(tl.float32), 4.656612873077393e-10, "mul.rn", PAIRS)

@@ -1,6 +1,6 @@
 """The kernel behind nv.gemm's backend "triton", the decoding that it shares with convolutions, and the choice of tiles.
 
-decoding   every byte of codes with every scale byte, exactly; the inline PTX says the same, instruction by instruction
+decoding   every byte of codes with every scale byte, exactly
 products   equal float64 products of the dequantized operands, by FP4 products and by fp16
 tiles      what a GPU gets follows from its compute capability, and is legal there
 """
@@ -8,7 +8,6 @@ tiles      what a GPU gets follows from its compute capability, and is legal the
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 
 import pytest
@@ -67,71 +66,6 @@ def test_decoding_is_exact(kernel_device, poison):
             _decode[(1,)](data, scale, low, high, ROWS=128, BLOCKS=32, QUADS=in_quads, PTX=ptx)
             assert same_bits(low.float() * 128, expected[..., 0])
             assert same_bits(high.float() * 128, expected[..., 1])
-
-
-def run_ptx(text: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The registers after straight-line PTX on 32-bit registers, given as int64 tensors; the few instructions used."""
-    registers, mask = dict(inputs), 0xFFFFFFFF
-
-    def read(name: str) -> torch.Tensor:
-        return registers[name] if name in registers else torch.tensor(int(name, 0))
-
-    def halves(value: torch.Tensor) -> torch.Tensor:
-        return torch.stack((value & 0xFFFF, value >> 16), -1).to(torch.uint16).view(torch.float16)
-
-    for line in text.strip().strip("{}").split(";"):
-        if not line.strip() or line.strip().startswith(".reg"):
-            continue
-        name, arguments = line.strip().split(None, 1)
-        target, *operands = [a.strip() for a in arguments.split(",")]
-        values = [read(a) for a in operands]
-        if name == "prmt.b32":
-            selected = [(int(values[2]) >> (4 * i)) & 0xF for i in range(4)]
-            assert all(s < 8 for s in selected)
-            both = values[0] | (values[1] << 32)
-            result = sum((both >> (8 * s) & 0xFF) << (8 * i) for i, s in enumerate(selected))
-        elif name == "shr.b32":
-            result = values[0] >> int(values[1])
-        elif name == "shl.b32":
-            result = (values[0] << int(values[1])) & mask
-        elif name == "and.b32":
-            result = values[0] & values[1]
-        elif name == "lop3.b32":
-            assert int(values[3]) == 0xEA  # (a & b) | c
-            result = (values[0] & values[1]) | values[2]
-        elif name == "mul.rn.f16x2":
-            product = (halves(values[0]) * halves(values[1])).view(torch.uint16).to(torch.int64)
-            result = product[..., 0] | (product[..., 1] << 16)
-        else:
-            raise AssertionError(f"unknown instruction {name}")
-        registers[target] = torch.as_tensor(result)
-    return registers
-
-
-def test_the_inline_ptx_decodes_exactly():
-    """Each byte in each of the four places, its neighbours the complement, with scales that differ byte by byte."""
-    byte = torch.arange(256)[:, None, None]
-    place = torch.arange(4)[None, :, None]
-    word = torch.zeros(256, 4, SCALES, dtype=torch.int64)
-    for i in range(4):
-        word |= torch.where(place == i, byte, 255 - byte) << (8 * i)
-    scales = torch.arange(SCALES)[None, None, :]
-    of_place = [(scales + 17 * i) % SCALES for i in range(4)]
-    half = [
-        (s.to(torch.uint8).view(torch.float8_e4m3fn).float() * 128).half().view(torch.uint16).to(torch.int64)
-        for s in of_place
-    ]
-    inputs = {"$4": word, "$5": half[0] | half[1] << 16, "$6": half[2] | half[3] << 16}
-    text = decode.UNPACK.value
-    registers = run_ptx(text, {name: value.expand(word.shape) for name, value in inputs.items()})
-    for i in range(4):
-        code = (word >> (8 * i)) & 0xFF
-        scale = of_place[i].to(torch.uint8).view(torch.float8_e4m3fn).float()
-        for first, nibble in ((0, code & 15), (2, code >> 4)):
-            bits = (registers[f"${first + i // 2}"] >> (16 * (i % 2))) & 0xFFFF
-            got = bits.to(torch.uint16).view(torch.float16).float() * 128
-            assert same_bits(got, formats.decode_e2m1(nibble) * scale)
-    assert len(re.findall(";", text)) == 21  # 20 instructions for eight products and one declaration
 
 
 # ---- products -------------------------------------------------------------------------------------------------------

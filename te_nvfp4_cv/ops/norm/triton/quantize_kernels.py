@@ -78,7 +78,7 @@ def produced_tile(
         y = activated(u, ACTIVATION, SLOPE)
         # Rounded to z's dtype, as if the activation had been stored and read again. Zeros where there is no value,
         # because the activation of a padding zero is not 0.
-        y = nx.round_bf16(y) if value.dtype == tl.bfloat16 else y.to(value.dtype).to(tl.float32)
+        y = nx.round_bf16(y, False) if value.dtype == tl.bfloat16 else y.to(value.dtype).to(tl.float32)
         y = tl.where(there, y, 0.0)
         tile = tile + (y,)
     return tile
@@ -120,9 +120,9 @@ def produced_amax_kernel(
         tile = produced_tile(
             tensors, line, first, images, run, CHANNELS, GROUPS, AFFINE, RESIDUAL, ACTIVATION, SLOPE, False, BLOCK
         )
-        row_top = nx.max_nan(row_top, nx.max16(tile))
+        row_top = nx.max_nan(row_top, nx.max16(tile, False))
         if RHT:
-            col_top = nx.max_nan(col_top, nx.max16(nx.hadamard16(tile)))
+            col_top = nx.max_nan(col_top, nx.max16(nx.hadamard16(tile, False), False))
     tl.atomic_max(work, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
     if RHT:
         col_top = col_top * 0.25  # rounding is monotone: once, after the maximum, is the same as before it
@@ -190,24 +190,21 @@ def produce_kernel(
         for i in tl.static_range(16):
             image = line.to(tl.int64) * 16 + i
             v = tl.reshape(tile[i], (BLOCK // 16, 16))
-            amax_b = nx.max_of_rows(v)
+            amax_b = nx.max_of_rows(v, False)
             byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
             if OBSERVE:
                 row_top = nx.max_nan(row_top, amax_b)
                 saturated += tl.where(amax_b * mult > 448.0, 1, 0)
-            y = nx.scaled(v, enc[:, None])
+            y = nx.scaled(v, enc[:, None], False)
             q, word = nx.e2m1_nearest(y)
             origin = image * run + first
             if ROW == 2:
                 value = tl.reshape(nx.signed(q, y) * s_b[:, None], (BLOCK,)).to(row_data.dtype.element_ty)
                 tl.store(row_data + origin + lane, value, mask=inside & (image < images))
             else:
-                eight = nx.join_rows(word, y, BLOCK)
-                eighth = tl.arange(0, BLOCK // 8)
-                sixteenth = tl.arange(0, BLOCK // 16)
-                tl.store(row_data + origin // 8 + eighth, eight, mask=(eighth * 8 < run - first) & (image < images))
-                there = (sixteenth * 16 < run - first) & (image < images)
-                tl.store(row_scale + origin // 16 + sixteenth, byte.to(tl.uint8), mask=there)
+                codes = nx.join_rows(word, y, BLOCK, 4)
+                nx.store_rows(row_data, codes, origin >> 4, run - first, image < images, BLOCK, True)
+                nx.store_scale(row_scale, byte, origin >> 4, run - first, image < images, BLOCK, True)
     if OBSERVE:
         total = tl.sum(saturated, 0)
         tl.atomic_max(work + pid % SLOTS, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
@@ -216,8 +213,8 @@ def produce_kernel(
         # A rotated face has an amax, and so a tensor scale, of its own.
         mult, s_dec = nx.tensor_factors(tl.load(amax + 1), E4M3_MAX)
         if RHT:
-            tile = nx.rotate16(tile, z.dtype.element_ty == tl.bfloat16)
-        amax_b = nx.max16(tile)
+            tile = nx.rotate16(tile, z.dtype.element_ty == tl.bfloat16, False)
+        amax_b = nx.max16(tile, False)
         byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
         if OBSERVE:
             tl.atomic_max(work + SLOTS + pid % SLOTS, tl.max(nx.magnitude_bits(amax_b), 0), sem="relaxed")
@@ -225,7 +222,7 @@ def produce_kernel(
         words = ()
         ys = ()
         for i in tl.static_range(16):
-            y = nx.scaled(tile[i], enc)
+            y = nx.scaled(tile[i], enc, False)
             q, word = nx.e2m1_nearest(y)
             words = words + (word,)
             ys = ys + (y,)

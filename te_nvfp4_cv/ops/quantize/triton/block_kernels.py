@@ -133,10 +133,10 @@ def quantize_blocks_kernel(
             value = tl.load(x + (origin + i * stride_c), mask=there & (i < count), other=0.0)
         tile = tile + (value.to(tl.float32),)
     if RHT:
-        tile = nx.rotate16(tile, x.dtype.element_ty == tl.bfloat16)
+        tile = nx.rotate16(tile, x.dtype.element_ty == tl.bfloat16, False)
     tensor_amax = tl.load(amax)
     mult, s_dec = nx.tensor_factors(tensor_amax, E4M3_MAX)
-    amax_b = nx.max16(tile)
+    amax_b = nx.max16(tile, False)
     byte, s_b, enc = choose_scale(tile, amax_b, tensor_amax, mult, s_dec, ERROR, E4M3_MAX, False)
     if OBSERVE:
         slot = work + tl.program_id(0) % SLOTS
@@ -153,9 +153,9 @@ def quantize_blocks_kernel(
     words = ()
     ys = ()
     for i in tl.static_range(16):
-        y = nx.scaled(tile[i], enc)
+        y = nx.scaled(tile[i], enc, False)
         if STOCHASTIC and COLUMNS:
-            q, word = nx.e2m1_stochastic(y, nx.random_byte(random, i))
+            q, word = nx.e2m1_stochastic(y, nx.random_byte(random, i, False), False)
         elif STOCHASTIC:
             # Both faces of an operand use one byte for one value: the counter is that of its columnwise block, and the
             # byte is the one of 16 that belongs to its image.
@@ -163,7 +163,7 @@ def quantize_blocks_kernel(
             k = (image % 16).to(tl.int32)
             mine = tl.where(k < 8, tl.where(k < 4, w[0], w[1]), tl.where(k < 12, w[2], w[3]))
             part = (mine >> ((k % 4) * 8).to(tl.uint32)) & 0xFF
-            q, word = nx.e2m1_stochastic(y, nx.part_of_a_step(part))
+            q, word = nx.e2m1_stochastic(y, nx.part_of_a_step(part, False), False)
         else:
             q, word = nx.e2m1_nearest(y)
         if FORM == 2:
@@ -235,13 +235,13 @@ def quantize_tiles_kernel(
     tensor_amax = tl.load(amax)
     mult, s_dec = nx.tensor_factors(tensor_amax, E4M3_MAX)
     # Over the 16 channels of a lane, then over the 16 rows of a tile: [TILES, 16] -> [TILES, 1].
-    amax_b = tl.expand_dims(nx.max_of_rows(nx.max16(tile)), 1)
+    amax_b = tl.expand_dims(nx.max_of_rows(nx.max16(tile, False), False), 1)
     byte, s_b, enc = choose_scale(tile, amax_b, tensor_amax, mult, s_dec, ERROR, E4M3_MAX, True)
     words = ()
     ys = ()
     values = ()
     for i in tl.static_range(16):
-        y = nx.scaled(tile[i], enc)
+        y = nx.scaled(tile[i], enc, False)
         q, word = nx.e2m1_nearest(y)
         words = words + (word,)
         ys = ys + (y,)

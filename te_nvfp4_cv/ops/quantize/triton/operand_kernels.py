@@ -122,10 +122,10 @@ def amax_kernel(
         line = item // per_row
         inside = lane < run - first
         shape = (images, rows, run)
-        tile = load_tile(x, source_rows, shape, line // rows, line % rows, first, lane, inside, FOLDED, MASKED)
+        tile = load_tile(x, source_rows, shape, line // rows, line % rows, first, lane, inside, FOLDED, MASKED, False)
         if ROW:
-            row_top = nx.max_nan(row_top, nx.max16(tile))
-        col_top = nx.max_nan(col_top, nx.max16(nx.hadamard16(tile)))
+            row_top = nx.max_nan(row_top, nx.max16(tile, False))
+        col_top = nx.max_nan(col_top, nx.max16(nx.hadamard16(tile, False), False))
     row_bits, col_bits = nx.max_of_both(nx.magnitude_bits(row_top), nx.magnitude_bits(col_top))
     if ROW:
         tl.atomic_max(work, row_bits, sem="relaxed")
@@ -137,12 +137,26 @@ def amax_kernel(
 
 
 @triton.jit
-def load_tile(x, source_rows, shape, group, row, first, offset, inside, FOLDED: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(
+    x,
+    source_rows,
+    shape,
+    group,
+    row,
+    first,
+    offset,
+    inside,
+    FOLDED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     """Load a tile's 16 fp32 vectors: image group * 16 + i, row `row`, values first + offset if `inside`, else 0.
 
-    shape: images, rows and run of x.
+    shape: images, rows and run of x. PAIRS: as in widen.
     """
     images, rows, run = shape
+    step = (tl.zeros((), tl.int64) + rows) * run  # not rows.to(): Triton passes an argument of 1 as a constexpr
+    origin = (group.to(tl.int64) * 16 * rows + row) * run + first
     tile = ()
     for i in tl.static_range(16):
         image = group.to(tl.int64) * 16 + i
@@ -152,9 +166,11 @@ def load_tile(x, source_rows, shape, group, row, first, offset, inside, FOLDED: 
         elif MASKED:
             there = inside & (image < images)
             value = tl.load(x + ((image * rows + row) * run + first) + offset, mask=there, other=0.0)
+        elif PAIRS:  # shorter, and it takes more registers
+            value = tl.load(x + (origin + i * step) + offset)
         else:
             value = tl.load(x + ((image * rows + row) * run + first) + offset)
-        tile = tile + (value.to(tl.float32),)
+        tile = tile + (nx.widen(value, PAIRS),)
     return tile
 
 
@@ -262,7 +278,9 @@ def quantize_kernel(
         left = run - first
         first_value = first
         inside = lane < left
-    tile = load_tile(x, source_rows, (images, rows, run), group, row, first_value, offset, inside, FOLDED, MASKED)
+    shape = (images, rows, run)
+    pairs: tl.constexpr = ROW != 2  # codes leave more registers than values do
+    tile = load_tile(x, source_rows, shape, group, row, first_value, offset, inside, FOLDED, MASKED, pairs)
     column = (group.to(tl.int64) * rows + row) * run + first_value
     random = tile
     if STOCHASTIC:
@@ -272,19 +290,21 @@ def quantize_kernel(
 
     row_top = tl.zeros((BLOCK // 16,), tl.float32)
     row_mult = 0.0
+    # Of the tile's first image, in blocks, which packed rows are made of.
+    blocks = (group.to(tl.int64) * 16 * padded_run + first) >> 4
     if ROW != 0:
         row_mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
         # Within a tile 32 bits are enough.
         limit = left.to(tl.int32) if MASKED else BLOCK
         for i in tl.static_range(16):
             v = tl.reshape(tile[i], (BLOCK // 16, 16))
-            amax_b = nx.max_of_rows(v)
+            amax_b = nx.max_of_rows(v, pairs)
             byte, s_b, enc = nx.block_scale(amax_b, row_mult, s_dec)
             if OBSERVE:
                 row_top = nx.max_nan(row_top, amax_b)
-            y = nx.scaled(v, enc[:, None])
+            y = nx.scaled(v, enc[:, None], pairs)
             if STOCHASTIC:
-                q, word = nx.e2m1_stochastic(y, tl.reshape(nx.random_byte(random, i), (BLOCK // 16, 16)))
+                q, word = nx.e2m1_stochastic(y, tl.reshape(nx.random_byte(random, i, pairs), (BLOCK // 16, 16)), pairs)
             else:
                 q, word = nx.e2m1_nearest(y)
             image = group.to(tl.int64) * 16 + i
@@ -296,25 +316,19 @@ def quantize_kernel(
                 else:
                     tl.store(place, value)
             else:
-                eight = nx.join_rows(word, y, BLOCK)
-                origin = image * padded_run + first
-                words = row_data + origin // 8 + tl.arange(0, BLOCK // 8)
-                scales = row_scale + origin // 16 + tl.arange(0, BLOCK // 16)
-                if MASKED:
-                    tl.store(words, eight, mask=(tl.arange(0, BLOCK // 8) * 8 < limit) & (image < images))
-                    there = (tl.arange(0, BLOCK // 16) * 16 < limit) & (image < images)
-                    tl.store(scales, byte.to(tl.uint8), mask=there)
-                else:
-                    tl.store(words, eight)
-                    tl.store(scales, byte.to(tl.uint8))
+                # What a thread of the table's tiles holds side by side.
+                codes = nx.join_rows(word, y, BLOCK, 8 if BLOCK >= 1024 else 4)
+                at = blocks + i * (padded_run >> 4)
+                nx.store_rows(row_data, codes, at, limit, image < images, BLOCK, MASKED)
+                nx.store_scale(row_scale, byte, at, limit, image < images, BLOCK, MASKED)
     col_top = tl.zeros((BLOCK,), tl.float32)
     col_mult = 0.0
     if COL != 0:
         # A rotated face has an amax, and so a tensor scale, of its own.
         col_mult, s_dec = nx.tensor_factors(tl.load(amax + 1), E4M3_MAX)
         if RHT:
-            tile = nx.rotate16(tile, x.dtype.element_ty == tl.bfloat16)
-        col_top = nx.max16(tile)
+            tile = nx.rotate16(tile, x.dtype.element_ty == tl.bfloat16, pairs)
+        col_top = nx.max16(tile, pairs)
     if OBSERVE:  # before the columns are rounded: what it needs is not kept any longer
         slot = work + pid % SLOTS
         if ROW != 0 and COL != 0:
@@ -346,9 +360,9 @@ def quantize_kernel(
         words = ()
         ys = ()
         for i in tl.static_range(16):
-            y = nx.scaled(tile[i], enc)
+            y = nx.scaled(tile[i], enc, pairs)
             if STOCHASTIC:
-                q, word = nx.e2m1_stochastic(y, nx.random_byte(random, i))
+                q, word = nx.e2m1_stochastic(y, nx.random_byte(random, i, pairs), pairs)
             else:
                 q, word = nx.e2m1_nearest(y)
             if COL == 2:
@@ -381,6 +395,6 @@ def saturated_rows(x, group, images, run, first_value, offset, inside, mult, BLO
     first = group.to(tl.int64) * 16
     for image in range(first, tl.minimum(first + 16, images)):
         value = tl.load(x + (image * run + first_value) + offset, mask=inside, other=0.0)
-        amax_b = nx.max_of_rows(tl.reshape(value.to(tl.float32), (BLOCK // 16, 16)))
+        amax_b = nx.max_of_rows(tl.reshape(value.to(tl.float32), (BLOCK // 16, 16)), False)
         count += tl.sum(tl.where(amax_b * mult > 448.0, 1, 0), 0)
     return count
