@@ -3,7 +3,7 @@
     round_e4m3, e4m3_byte, decode_e4m3    block scales: rounding, the byte, and back
     tensor_factors, block_scale           the scale chain of a tensor and of its blocks
     e2m1_nearest, e2m1_stochastic         rounding: the value and a word that holds the code
-    join_words, join_rows, stack16        sixteen codes to one int64; eight of a row to one int32; a tile as one tensor
+    stack16                               a tile as one tensor
     hadamard16                            signs, butterflies, times 1/4
     philox7, random_byte                  Philox4x32-7 and its bytes
 
@@ -18,62 +18,25 @@ survive: under the interpreter scaled() puts 8 in a NaN's place.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
-from triton.language import target_info
+
+from te_nvfp4_cv.ops.triton.ptx import (
+    INTERPRETED,
+    arithmetic,
+    converts_e2m1,
+    magnitude,
+    negated,
+    round_bf16,
+)
 
 OPTIONS = {"enable_fp_fusion": False}
-INTERPRETED: tl.constexpr = tl.constexpr(
-    os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-)
 FLT_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 ONE_SIXTH: tl.constexpr = tl.constexpr(0.1666666716337204)
 SIGNS: tl.constexpr = tl.constexpr((1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1))
 INF_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 CODE_BIAS: tl.constexpr = tl.constexpr(298)  # of e2m1 words: twice the exponent field of 2^22
-PAIRS_BEFORE: tl.constexpr = tl.constexpr("{ .reg .b64 a, b; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; ")
-PAIRS_AFTER: tl.constexpr = tl.constexpr(".f32x2 a, a, b; mov.b64 {$0, $1}, a; }")
-WIDEN_PAIR: tl.constexpr = tl.constexpr(
-    """{
-    .reg .b32 a;
-    shl.b32 a, $2, 16;
-    mov.b32 $0, a;
-    and.b32 a, $2, 0xFFFF0000;
-    mov.b32 $1, a;
-    }"""
-)
-ROUND_PAIR: tl.constexpr = tl.constexpr(
-    """{
-    .reg .b32 a, b;
-    cvt.rn.bf16x2.f32 b, $3, $2;
-    shl.b32 a, b, 16;
-    mov.b32 $0, a;
-    and.b32 a, b, 0xFFFF0000;
-    mov.b32 $1, a;
-    }"""
-)
-# Values to codes, the first one lowest; the instruction puts its second operand into the low nibble.
-CONVERT4: tl.constexpr = tl.constexpr(
-    """{
-    .reg .b8 a, b;
-    cvt.rn.satfinite.e2m1x2.f32 a, $2, $1;
-    cvt.rn.satfinite.e2m1x2.f32 b, $4, $3;
-    mov.b16 $0, {a, b};
-    }"""
-)
-CONVERT8: tl.constexpr = tl.constexpr(
-    """{
-    .reg .b8 a, b, c, d;
-    cvt.rn.satfinite.e2m1x2.f32 a, $2, $1;
-    cvt.rn.satfinite.e2m1x2.f32 b, $4, $3;
-    cvt.rn.satfinite.e2m1x2.f32 c, $6, $5;
-    cvt.rn.satfinite.e2m1x2.f32 d, $8, $7;
-    mov.b32 $0, {a, b, c, d};
-    }"""
-)
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
@@ -95,72 +58,6 @@ def float_of(bits):
 def magnitude_bits(v):
     """Return the int32 bits of |v|, which order as |v| does, with NaN above inf."""
     return bits_of(v) & MAGNITUDE
-
-
-@triton.constexpr_function
-def packs_fp32():
-    """Tell if the GPU that is compiled for adds and multiplies pairs of fp32 values by one instruction."""
-    target = target_info.current_target()
-    return target is not None and target.backend == "cuda" and target.arch in (100, 103)
-
-
-@triton.jit
-def arithmetic(a, b, WORD: tl.constexpr, PAIRS: tl.constexpr):
-    """Return a + b, a - b, a * b or a + b rounded towards zero (WORD: add.rn, sub.rn, mul.rn, add.rz), fp32.
-
-    PAIRS: two at once where the GPU can, each rounded as if it were alone. Pairs lie in neighbouring registers, so that
-    kernels which are short of registers do better without.
-    """
-    if INTERPRETED:
-        if WORD == "add.rn":
-            result = a + b
-        elif WORD == "sub.rn":
-            result = a - b
-        elif WORD == "mul.rn":
-            result = a * b
-        else:
-            result = a + b
-            # nearest to towards zero, for a, b >= 0
-            result = tl.where(result - b > a, float_of(bits_of(result) - 1), result)
-    elif PAIRS and packs_fp32():
-        pairs: tl.constexpr = PAIRS_BEFORE + WORD + PAIRS_AFTER
-        result = tl.inline_asm_elementwise(
-            pairs, "=f,=f,f,f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=2
-        )
-    else:
-        if WORD == "add.rn":
-            result = a + b
-        elif WORD == "sub.rn":
-            result = a - b
-        elif WORD == "mul.rn":
-            result = a * b
-        else:
-            result = tl.inline_asm_elementwise(
-                "add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
-            )
-    return result
-
-
-@triton.jit
-def magnitude(v, PAIRS: tl.constexpr):
-    """Return |v|. PAIRS: v comes from inline PTX, whose bits the compiler would mask by an instruction more."""
-    if INTERPRETED:
-        return tl.abs(v)
-    elif PAIRS:
-        return tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.abs(v)
-
-
-@triton.jit
-def negated(v, PAIRS: tl.constexpr):
-    """Return -v; PAIRS: see magnitude."""
-    if INTERPRETED:
-        return v * -1.0
-    elif PAIRS:
-        return tl.inline_asm_elementwise("neg.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return v * -1.0
 
 
 @triton.jit
@@ -306,13 +203,6 @@ def power_of_two_amax(amax, E4M3_MAX: tl.constexpr, MARGIN: tl.constexpr = 0):
 # ---- E2M1 -----------------------------------------------------------------------------------------------------------
 
 
-@triton.constexpr_function
-def converts_e2m1():
-    """Tell if the GPU that is compiled for has an instruction that rounds fp32 values to E2M1 codes: Blackwell."""
-    target = target_info.current_target()
-    return target is not None and target.backend == "cuda" and target.arch in (100, 103, 120)
-
-
 @triton.jit
 def scaled(v, enc, PAIRS: tl.constexpr):
     """Return v * enc, the value to round."""
@@ -384,71 +274,6 @@ def decode_e2m1(word, K: tl.constexpr):
 
 
 @triton.jit
-def join_words(words, ys):
-    """Pack the sixteen codes of each block into an int64, from e2m1 words and the values that were rounded."""
-    low = join_codes(words, ys, 0, 8)  # element 0 lowest
-    high = join_codes(words, ys, 8, 8)
-    return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
-
-
-@triton.jit
-def join_rows(word, y, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Pack the codes of BLOCK values [BLOCK / 16, 16], WIDTH neighbours to an int32 (8) or int16 (4): [BLOCK / WIDTH].
-
-    WIDTH should be what a thread holds side by side: otherwise values cross shared memory.
-    """
-    words = neighbours(word, BLOCK, WIDTH)
-    if INTERPRETED:
-        codes = join_codes(words, neighbours(y, BLOCK, WIDTH), 0, WIDTH)
-    elif converts_e2m1():
-        codes = join_codes(words, words, 0, WIDTH)
-    else:
-        codes = join_codes(words, neighbours(y, BLOCK, WIDTH), 0, WIDTH)
-    return codes
-
-
-@triton.jit
-def neighbours(v, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Return WIDTH (8 or 4) vectors [BLOCK / WIDTH]: element k of each run of WIDTH of BLOCK values."""
-    even, odd = tl.split(tl.reshape(v, (BLOCK // 2, 2)))
-    v0, v2 = tl.split(tl.reshape(even, (BLOCK // 4, 2)))
-    v1, v3 = tl.split(tl.reshape(odd, (BLOCK // 4, 2)))
-    if WIDTH == 8:
-        v0, v4 = tl.split(tl.reshape(v0, (BLOCK // 8, 2)))
-        v1, v5 = tl.split(tl.reshape(v1, (BLOCK // 8, 2)))
-        v2, v6 = tl.split(tl.reshape(v2, (BLOCK // 8, 2)))
-        v3, v7 = tl.split(tl.reshape(v3, (BLOCK // 8, 2)))
-        return v0, v1, v2, v3, v4, v5, v6, v7
-    else:
-        return v0, v1, v2, v3
-
-
-@triton.jit
-def store_rows(data, codes, origin, limit, there, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Store join_rows' codes of values 16 * origin on: those below `limit` if `there`, or all if not MASKED."""
-    width: tl.constexpr = BLOCK // codes.shape[0]
-    lane = tl.arange(0, BLOCK // width)
-    if width == 8:
-        place = data + origin * 2 + lane
-    else:
-        place = data.to(tl.pointer_type(tl.int16), bitcast=True) + origin * 4 + lane
-    if MASKED:
-        tl.store(place, codes, mask=(lane * width < limit) & there)
-    else:
-        tl.store(place, codes)
-
-
-@triton.jit
-def store_scale(scale, byte, origin, limit, there, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Store the scale bytes, int32, of a row's blocks `origin` on: as store_rows."""
-    block = tl.arange(0, BLOCK // 16)
-    if MASKED:
-        tl.store(scale + origin + block, byte.to(tl.uint8), mask=(block * 16 < limit) & there)
-    else:
-        tl.store(scale + origin + block, byte.to(tl.uint8))
-
-
-@triton.jit
 def stack16(tile):
     """Stack a tuple of 16 tensors [...] to [..., 16]."""
     v = tile
@@ -461,50 +286,6 @@ def stack16(tile):
     low = tl.join(quarter[0], quarter[2])
     high = tl.join(quarter[1], quarter[3])
     return tl.reshape(tl.join(low, high), tile[0].shape + (16,))
-
-
-@triton.jit
-def join_codes(words, ys, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Pack the WIDTH (8 or 4) codes from FIRST on, the first one lowest, into an int32 or int16."""
-    if INTERPRETED:
-        codes = horner(words, ys, FIRST, WIDTH)
-    elif converts_e2m1():
-        codes = convert(words, FIRST, WIDTH)
-    else:
-        codes = horner(words, ys, FIRST, WIDTH)
-    return codes
-
-
-@triton.jit
-def horner(words, ys, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Pack codes as join_codes does: magnitudes by Horner's rule, signs from ys' top nibbles."""
-    codes = words[FIRST + WIDTH - 1]
-    signs = bits_of(ys[FIRST + WIDTH - 1]).to(tl.uint32, bitcast=True) >> 28
-    for k in tl.static_range(WIDTH - 2, -1, -1):
-        word = words[FIRST + k]
-        if k < 3:
-            word = word & 0x7FFFFF  # what lies above would not be shifted out
-        codes = (codes << 4) + word
-        signs = (signs << 4) | (bits_of(ys[FIRST + k]).to(tl.uint32, bitcast=True) >> 28)
-    bias: tl.constexpr = ((CODE_BIAS * 0x11111111) & 0xFFFFFFFF) - (1 << 32)
-    codes = (codes - bias) | (signs & 0x88888888).to(tl.int32, bitcast=True)
-    if WIDTH == 4:
-        codes = codes.to(tl.int16)  # the higher nibbles belong to no code
-    return codes
-
-
-@triton.jit
-def convert(values, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Round and pack as join_codes does, by the instruction of Blackwell."""
-    chosen = ()
-    for k in tl.static_range(WIDTH):
-        chosen = chosen + (values[FIRST + k],)
-    if WIDTH == 8:
-        return tl.inline_asm_elementwise(
-            CONVERT8, "=r,f,f,f,f,f,f,f,f", chosen, dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(CONVERT4, "=h,f,f,f,f", chosen, dtype=tl.int16, is_pure=True, pack=1)
 
 
 # ---- random Hadamard transform --------------------------------------------------------------------------------------
@@ -548,33 +329,6 @@ def rotate16(tile, ROUND: tl.constexpr, PAIRS: tl.constexpr):
             v = round_bf16(v, PAIRS)
         out = out + (v,)
     return out
-
-
-@triton.jit
-def round_bf16(v, PAIRS: tl.constexpr):
-    """Round fp32 values to bf16's grid, to nearest even. PAIRS: as in widen."""
-    if INTERPRETED:
-        return v.to(tl.bfloat16).to(tl.float32)
-    elif PAIRS:
-        return tl.inline_asm_elementwise(ROUND_PAIR, "=f,=f,f,f", [v], dtype=tl.float32, is_pure=True, pack=2)
-    else:  # two at a time: the compiler converts one by one, on a slow unit, where the result is not stored
-        pair = tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [v], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-        return pair.to(tl.float32)
-
-
-@triton.jit
-def widen(v, PAIRS: tl.constexpr):
-    """Convert values to fp32.
-
-    PAIRS: bf16 by one instruction for each value, where the compiler takes one and a half. It then keeps the result
-    instead of the pairs it came from, so that kernels which are short of registers do better without.
-    """
-    if INTERPRETED or v.dtype != tl.bfloat16 or not PAIRS:
-        return v.to(tl.float32)
-    else:
-        return tl.inline_asm_elementwise(WIDEN_PAIR, "=f,=f,r", [v], dtype=tl.float32, is_pure=True, pack=2)
 
 
 # ---- random bits ----------------------------------------------------------------------------------------------------

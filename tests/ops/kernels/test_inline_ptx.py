@@ -19,7 +19,7 @@ from tests.helpers import same_bits
 triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 
-from te_nvfp4_cv.ops.triton import decode, numerics  # noqa: E402
+from te_nvfp4_cv.ops.triton import decode, numerics, packing, ptx  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCALES = 127  # bytes 0x00..0x7E
@@ -179,7 +179,7 @@ def floats() -> torch.Tensor:
     return torch.where(v.isnan(), torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32), v)  # a GPU's one NaN
 
 
-@pytest.mark.parametrize(("text", "width"), [(numerics.CONVERT8, 8), (numerics.CONVERT4, 4)], ids=["8", "4"])
+@pytest.mark.parametrize(("text", "width"), [(ptx.CONVERT8, 8), (ptx.CONVERT4, 4)], ids=["8", "4"])
 def test_blackwells_conversion_gives_the_codes_of_the_specification(text, width):
     v = floats()
     inputs = {f"${k + 1}": bits_of(v.view(-1, width)[:, k]) for k in range(width)}
@@ -208,7 +208,7 @@ def test_blackwells_conversion_packs_what_stochastic_rounding_gives(kernel_devic
     rounded = torch.empty_like(v, device=kernel_device)
     _round[(v.numel() // 4096,)](v.to(kernel_device), random.to(kernel_device), rounded, BLOCK=4096)
     inputs = {f"${k + 1}": bits_of(rounded.cpu().view(-1, 8)[:, k]) for k in range(8)}
-    word = run_ptx(numerics.CONVERT8.value, inputs)["$0"]
+    word = run_ptx(ptx.CONVERT8.value, inputs)["$0"]
     found = torch.stack([(word >> (4 * k)) & 15 for k in range(8)], 1).flatten()
     assert torch.equal(found, formats.encode_e2m1_stochastic(v, random).long())
 
@@ -217,7 +217,7 @@ def test_blackwells_conversion_packs_what_stochastic_rounding_gives(kernel_devic
 def _join(p_y, p_out, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     y = tl.reshape(tl.load(p_y + tl.arange(0, BLOCK)), (BLOCK // 16, 16))
     q, word = numerics.e2m1_nearest(y)
-    numerics.store_rows(p_out, numerics.join_rows(word, y, BLOCK, WIDTH), 0, BLOCK, True, BLOCK, False)
+    packing.store_rows(p_out, packing.join_rows(word, y, BLOCK, WIDTH), 0, BLOCK, True, BLOCK, False)
 
 
 @pytest.mark.parametrize("width", [4, 8])
@@ -239,7 +239,7 @@ def test_pairs_are_computed_as_two_values(name, operation):
     a, b = v.view(-1, 2), v.flip(0).view(-1, 2)
     if name == "add.rz":
         a, b = a.abs().clamp(max=1e30), b.abs().clamp(max=1e30)
-    text = numerics.PAIRS_BEFORE.value + name + numerics.PAIRS_AFTER.value
+    text = ptx.PAIRS_BEFORE.value + name + ptx.PAIRS_AFTER.value
     inputs = {"$2": a[:, 0], "$3": a[:, 1], "$4": b[:, 0], "$5": b[:, 1]}
     registers = run_ptx(text, {register: bits_of(value) for register, value in inputs.items()})
     found = torch.stack([number(registers["$0"]), number(registers["$1"])], 1)
@@ -251,7 +251,7 @@ def test_bf16_pairs_are_widened_and_rounded():
     v = floats().view(-1, 2)
     narrow = v.bfloat16()
     words = narrow.view(torch.uint16).to(torch.int64)
-    registers = run_ptx(numerics.WIDEN_PAIR.value, {"$2": words[:, 0] | words[:, 1] << 16})
+    registers = run_ptx(ptx.WIDEN_PAIR.value, {"$2": words[:, 0] | words[:, 1] << 16})
     assert same_bits(torch.stack([number(registers["$0"]), number(registers["$1"])], 1), narrow.float())
-    registers = run_ptx(numerics.ROUND_PAIR.value, {"$2": bits_of(v[:, 0]), "$3": bits_of(v[:, 1])})
+    registers = run_ptx(ptx.ROUND_PAIR.value, {"$2": bits_of(v[:, 0]), "$3": bits_of(v[:, 1])})
     assert same_bits(torch.stack([number(registers["$0"]), number(registers["$1"])], 1), narrow.float())

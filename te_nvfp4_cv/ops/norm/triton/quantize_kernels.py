@@ -19,6 +19,7 @@ import triton.language as tl
 from te_nvfp4_cv.ops.norm.triton.activations import activated
 from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_amaxes, finish_observed
 from te_nvfp4_cv.ops.triton import numerics as nx
+from te_nvfp4_cv.ops.triton import packing
 
 
 @triton.jit
@@ -202,9 +203,9 @@ def produce_kernel(
                 value = tl.reshape(nx.signed(q, y) * s_b[:, None], (BLOCK,)).to(row_data.dtype.element_ty)
                 tl.store(row_data + origin + lane, value, mask=inside & (image < images))
             else:
-                codes = nx.join_rows(word, y, BLOCK, 4)
-                nx.store_rows(row_data, codes, origin >> 4, run - first, image < images, BLOCK, True)
-                nx.store_scale(row_scale, byte, origin >> 4, run - first, image < images, BLOCK, True)
+                codes = packing.join_rows(word, y, BLOCK, 4)
+                packing.store_rows(row_data, codes, origin >> 4, run - first, image < images, BLOCK, True)
+                packing.store_scale(row_scale, byte, origin >> 4, run - first, image < images, BLOCK, True)
     if OBSERVE:
         total = tl.sum(saturated, 0)
         tl.atomic_max(work + pid % SLOTS, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
@@ -227,7 +228,7 @@ def produce_kernel(
             words = words + (word,)
             ys = ys + (y,)
         column = line.to(tl.int64) * run + first
-        tl.store(col_data + column + lane, nx.join_words(words, ys), mask=inside)
+        tl.store(col_data + column + lane, packing.join_words(words, ys), mask=inside)
         tl.store(col_scale + column + lane, byte.to(tl.uint8), mask=inside)
     if OBSERVE:
         # Few tiles saturate, so that few programs wait for this atomic.

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_observed
 from te_nvfp4_cv.ops.triton import numerics as nx
+from te_nvfp4_cv.ops.triton import packing
 from te_nvfp4_cv.ops.triton.elementwise import product_of
 
 
@@ -173,7 +174,7 @@ def quantize_blocks_kernel(
         words = words + (word,)
         ys = ys + (y,)
     if FORM == 1:
-        tl.store(data + b, nx.join_words(words, ys), mask=there)
+        tl.store(data + b, packing.join_words(words, ys), mask=there)
         tl.store(scale + b, byte.to(tl.uint8), mask=there)
     if OBSERVE:
         finish_observed(work, given, seen, collected, saturated, OBSERVE)
@@ -256,6 +257,6 @@ def quantize_tiles_kernel(
         place = dequantized + (line[:, :, None] * width + channel)
         tl.store(place, out, mask=real[:, :, None] & (channel < width))
     if FORM != 2:
-        tl.store(data + (line * row_blocks + kb), nx.join_words(words, ys), mask=real)
+        tl.store(data + (line * row_blocks + kb), packing.join_words(words, ys), mask=real)
         place = scale + ((band * taps + t) * row_blocks + kb)
         tl.store(place, byte.to(tl.uint8), mask=index < tiles)

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from te_nvfp4_cv.ops.quantize.triton.amax_kernels import move_row
 from te_nvfp4_cv.ops.triton import numerics as nx
+from te_nvfp4_cv.ops.triton import packing, ptx
 from te_nvfp4_cv.ops.triton.workspace import is_last, take, take_all
 
 SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their atomic maxima over
@@ -152,7 +153,7 @@ def load_tile(
 ):
     """Load a tile's 16 fp32 vectors: image group * 16 + i, row `row`, values first + offset if `inside`, else 0.
 
-    shape: images, rows and run of x. PAIRS: as in widen.
+    shape: images, rows and run of x. PAIRS: as in ptx.widen.
     """
     images, rows, run = shape
     step = (tl.zeros((), tl.int64) + rows) * run  # not rows.to(): Triton passes an argument of 1 as a constexpr
@@ -170,7 +171,7 @@ def load_tile(
             value = tl.load(x + (origin + i * step) + offset)
         else:
             value = tl.load(x + ((image * rows + row) * run + first) + offset)
-        tile = tile + (nx.widen(value, PAIRS),)
+        tile = tile + (ptx.widen(value, PAIRS),)
     return tile
 
 
@@ -317,10 +318,10 @@ def quantize_kernel(
                     tl.store(place, value)
             else:
                 # What a thread of the table's tiles holds side by side.
-                codes = nx.join_rows(word, y, BLOCK, 8 if BLOCK >= 1024 else 4)
+                codes = packing.join_rows(word, y, BLOCK, 8 if BLOCK >= 1024 else 4)
                 at = blocks + i * (padded_run >> 4)
-                nx.store_rows(row_data, codes, at, limit, image < images, BLOCK, MASKED)
-                nx.store_scale(row_scale, byte, at, limit, image < images, BLOCK, MASKED)
+                packing.store_rows(row_data, codes, at, limit, image < images, BLOCK, MASKED)
+                packing.store_scale(row_scale, byte, at, limit, image < images, BLOCK, MASKED)
     col_top = tl.zeros((BLOCK,), tl.float32)
     col_mult = 0.0
     if COL != 0:
@@ -377,7 +378,7 @@ def quantize_kernel(
                 words = words + (word,)
                 ys = ys + (y,)
         if COL == 1:
-            both = nx.join_words(words, ys)
+            both = packing.join_words(words, ys)
             if MASKED:
                 tl.store(col_data + column + offset, both, mask=inside)
                 tl.store(col_scale + column + offset, byte.to(tl.uint8), mask=inside)

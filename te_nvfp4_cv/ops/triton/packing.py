@@ -1,0 +1,111 @@
+"""Join E2M1 codes to words inside kernels, and store what joins along a row.
+
+    join_words, join_rows      sixteen codes to one int64; eight or four of a row to an int32 or int16
+    store_rows, store_scale    the codes of a row's values, and the bytes of its scales
+
+A word of numerics.e2m1_nearest and e2m1_stochastic holds the code, or is the value that the GPU still converts.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from te_nvfp4_cv.ops.triton.numerics import CODE_BIAS, bits_of
+from te_nvfp4_cv.ops.triton.ptx import INTERPRETED, convert, converts_e2m1
+
+
+@triton.jit
+def join_words(words, ys):
+    """Pack the sixteen codes of each block into an int64, from e2m1 words and the values that were rounded."""
+    low = join_codes(words, ys, 0, 8)  # element 0 lowest
+    high = join_codes(words, ys, 8, 8)
+    return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
+
+
+@triton.jit
+def join_rows(word, y, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Pack the codes of BLOCK values [BLOCK / 16, 16], WIDTH neighbours to an int32 (8) or int16 (4): [BLOCK / WIDTH].
+
+    WIDTH should be what a thread holds side by side: otherwise values cross shared memory.
+    """
+    words = neighbours(word, BLOCK, WIDTH)
+    if INTERPRETED:
+        codes = join_codes(words, neighbours(y, BLOCK, WIDTH), 0, WIDTH)
+    elif converts_e2m1():
+        codes = join_codes(words, words, 0, WIDTH)
+    else:
+        codes = join_codes(words, neighbours(y, BLOCK, WIDTH), 0, WIDTH)
+    return codes
+
+
+@triton.jit
+def neighbours(v, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Return WIDTH (8 or 4) vectors [BLOCK / WIDTH]: element k of each run of WIDTH of BLOCK values."""
+    even, odd = tl.split(tl.reshape(v, (BLOCK // 2, 2)))
+    v0, v2 = tl.split(tl.reshape(even, (BLOCK // 4, 2)))
+    v1, v3 = tl.split(tl.reshape(odd, (BLOCK // 4, 2)))
+    if WIDTH == 8:
+        v0, v4 = tl.split(tl.reshape(v0, (BLOCK // 8, 2)))
+        v1, v5 = tl.split(tl.reshape(v1, (BLOCK // 8, 2)))
+        v2, v6 = tl.split(tl.reshape(v2, (BLOCK // 8, 2)))
+        v3, v7 = tl.split(tl.reshape(v3, (BLOCK // 8, 2)))
+        return v0, v1, v2, v3, v4, v5, v6, v7
+    else:
+        return v0, v1, v2, v3
+
+
+@triton.jit
+def join_codes(words, ys, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Pack the WIDTH (8 or 4) codes from FIRST on, the first one lowest, into an int32 or int16."""
+    if INTERPRETED:
+        codes = horner(words, ys, FIRST, WIDTH)
+    elif converts_e2m1():
+        codes = convert(words, FIRST, WIDTH)
+    else:
+        codes = horner(words, ys, FIRST, WIDTH)
+    return codes
+
+
+@triton.jit
+def horner(words, ys, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Pack codes as join_codes does: magnitudes by Horner's rule, signs from ys' top nibbles."""
+    codes = words[FIRST + WIDTH - 1]
+    signs = bits_of(ys[FIRST + WIDTH - 1]).to(tl.uint32, bitcast=True) >> 28
+    for k in tl.static_range(WIDTH - 2, -1, -1):
+        word = words[FIRST + k]
+        if k < 3:
+            word = word & 0x7FFFFF  # what lies above would not be shifted out
+        codes = (codes << 4) + word
+        signs = (signs << 4) | (bits_of(ys[FIRST + k]).to(tl.uint32, bitcast=True) >> 28)
+    bias: tl.constexpr = ((CODE_BIAS * 0x11111111) & 0xFFFFFFFF) - (1 << 32)
+    codes = (codes - bias) | (signs & 0x88888888).to(tl.int32, bitcast=True)
+    if WIDTH == 4:
+        codes = codes.to(tl.int16)  # the higher nibbles belong to no code
+    return codes
+
+
+@triton.jit
+def store_rows(data, codes, origin, limit, there, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Store join_rows' codes of values 16 * origin on: those below `limit` if `there`, or all if not MASKED."""
+    width: tl.constexpr = BLOCK // codes.shape[0]
+    lane = tl.arange(0, BLOCK // width)
+    if width == 8:
+        place = data + origin * 2 + lane
+    else:
+        place = data.to(tl.pointer_type(tl.int16), bitcast=True) + origin * 4 + lane
+    if MASKED:
+        tl.store(place, codes, mask=(lane * width < limit) & there)
+    else:
+        tl.store(place, codes)
+
+
+@triton.jit
+def store_scale(scale, byte, origin, limit, there, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Store the scale bytes, int32, of a row's blocks `origin` on: as store_rows."""
+    block = tl.arange(0, BLOCK // 16)
+    if MASKED:
+        tl.store(scale + origin + block, byte.to(tl.uint8), mask=(block * 16 < limit) & there)
+    else:
+        tl.store(scale + origin + block, byte.to(tl.uint8))
