@@ -56,12 +56,13 @@ sys.modules |= {
 }
 
 # These modules need more than the core, so each is imported when it is first asked for.
-_LAZY = ("export", "lightning", "sensitivity", "telemetry", "tensor_parallel", "te_plugin")
+_LAZY = ("export", "lightning", "sensitivity", "spatial_parallel", "telemetry", "tensor_parallel", "te_plugin")
 
 if typing.TYPE_CHECKING:  # type checkers and editors read this; the function below would tell them that any name exists
     from te_nvfp4_cv import export as export
     from te_nvfp4_cv import lightning as lightning
     from te_nvfp4_cv import sensitivity as sensitivity
+    from te_nvfp4_cv import spatial_parallel as spatial_parallel
     from te_nvfp4_cv import te_plugin as te_plugin
     from te_nvfp4_cv import telemetry as telemetry
     from te_nvfp4_cv import tensor_parallel as tensor_parallel

@@ -74,7 +74,8 @@ class Mode(TorchFunctionMode):
     ) -> Any:  # noqa: A002
         kwargs = kwargs or {}
         op = _LAYERS.get(function)
-        if types and (op is not None or function is F.multi_head_attention_forward) and overridden(types):
+        ours = op is not None or function in _RELUS or function is F.multi_head_attention_forward
+        if types and ours and overridden(types):
             with self:  # the class calls the function again, for tensors that then override nothing
                 y = by_their_class(function, types, args, kwargs)
             return function(*args, **kwargs) if y is NotImplemented else y  # torch's own error

@@ -30,7 +30,7 @@ from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize.amax import reduce_amax
 from te_nvfp4_cv.ops.quantize.operand import unpack_columns, unpack_rows
-from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, Fold
+from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, Fold, Operand
 from te_nvfp4_cv.recipe.fields import Role
 
 GEMMS = {"fprop", "dgrad", "wgrad"}
@@ -214,6 +214,7 @@ class Exchange:
         self.x_shape, self.y_shape, self.y_torch_shape = _flat(link.x, rank), _flat(link.y, rank), link.y
         self.input_plan = part if link.gathers(Role.INPUT) else plan
         self.gradient_plan = part if link.gathers(Role.GRAD_OUTPUT) else plan
+        self.fprop_plan = self.dgrad_plan = self.wgrad_plan = plan
         self.adds_bias = link.column or link.rank == 0
 
     def _gathered(
@@ -246,6 +247,10 @@ class Exchange:
         """Begin to gather a columnwise face; x's stays packed, which wgrad unpacks."""
         how = self.plan.compute_dtype, self.plan.backend
         return self._gathered(role, face, gather_columns, lambda whole: unpack_columns(whole, *how))
+
+    def with_columns(self, role: Role, operand: Tensor, made: Operand, needed: bool) -> Operand:
+        """Return `made`: both faces are made at once."""
+        return made
 
     def weight_amax(self, w: Tensor) -> Tensor:
         """Return fp32 [1]: the amax of all parts of the weight."""

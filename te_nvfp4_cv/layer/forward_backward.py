@@ -178,7 +178,10 @@ def forward(
             how = plan if ranks is None else ranks.input_plan
             x_q = operands.quantize_input(x_last, how, need_dw, options.scales, options.watch)
         # Begun here and waited for below, so that the weight is quantized while the bytes travel.
-        rows = None if ranks is None or x_q is None else ranks.gather_rows(Role.INPUT, x_q.row)
+        rows = None
+        if ranks is not None and x_q is not None:
+            rows = ranks.gather_rows(Role.INPUT, x_q.row)
+            x_q = ranks.with_columns(Role.INPUT, x_last, x_q, need_dw)
         if not wants_codes:
             codes = None
         elif codes is None and measured is not None:
@@ -197,7 +200,8 @@ def forward(
         if in_nvfp4:
             assert x_q is not None and codes is not None
             row = x_q.row if rows is None else rows()
-            y = gemms.fprop(row, x_q.row_amax, codes, bias, plan, dtype, unpacked)
+            here = plan if ranks is None else ranks.fprop_plan
+            y = gemms.fprop(row, x_q.row_amax, codes, bias, here, dtype, unpacked)
         else:
             assert w is not None
             y = gemms.plain_fprop(x_last, w, bias, g)
@@ -241,6 +245,7 @@ def backward(
             options.scales.backward_ran()
         if ranks is not None and dy_q is not None:  # both gathers start before the first product waits for one
             dy_rows = ranks.gather_rows(Role.GRAD_OUTPUT, dy_q.row) if need_dx else None
+            dy_q = ranks.with_columns(Role.GRAD_OUTPUT, dy_last, dy_q, need_dw)
             dy_columns = ranks.gather_columns(Role.GRAD_OUTPUT, dy_q.col) if need_dw else None
         codes = saved.weight_codes(plan) if need_dx and "dgrad" in plan.gemms else None
         weight, x_face = None, saved.x_face() if need_dw and "wgrad" in plan.gemms else None
@@ -251,7 +256,8 @@ def backward(
             if codes is not None:
                 assert dy_q is not None
                 row = dy_q.row if dy_rows is None else dy_rows()
-                dx = gemms.dgrad(row, dy_q.row_amax, codes, plan, like.x_dtype, weight)
+                here = plan if ranks is None else ranks.dgrad_plan
+                dx = gemms.dgrad(row, dy_q.row_amax, codes, here, like.x_dtype, weight)
             else:
                 dx = gemms.plain_dgrad(dy_last, saved.real_weight(plan), plan, like.x_dtype)
             dx = dx if ranks is None else ranks.sum_input_gradient(dx)
@@ -262,7 +268,8 @@ def backward(
                 assert dy_q is not None
                 col = dy_q.col if dy_columns is None else dy_columns()
                 x_face = x_face if x_columns is None else x_columns()
-                dw = gemms.wgrad(col, dy_q.col_amax, x_face, saved.x_amax, plan, like.w_dtype)
+                here = plan if ranks is None else ranks.wgrad_plan
+                dw = gemms.wgrad(col, dy_q.col_amax, x_face, saved.x_amax, here, like.w_dtype)
             else:
                 dw = gemms.plain_wgrad(dy_last, saved.real_input(plan, dy.dtype), plan).to(like.w_dtype)
             if options.watch is not None:

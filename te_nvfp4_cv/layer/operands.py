@@ -113,7 +113,16 @@ def dequantized_weight(w: Tensor, plan: Plan) -> Tensor:
 
 def real_input(face: Face, amax: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """Return x [B, *image, C] in real units from its packed rowwise face, in TransformerEngine's order of sums."""
-    values = dequantize(face.data, face.scale.view(torch.float8_e4m3fn), amax.flatten(), plan.input.e4m3_max)
-    groups = plan.geometry.groups
-    channels = plan.geometry.x_shape[-1] // groups  # the rest of each group's last block is padding
-    return values.to(dtype).unflatten(-1, (groups, -1))[..., :channels].flatten(-2)
+    g = plan.geometry
+    return real_rows(face, amax, plan.input.e4m3_max, (g.groups, g.x_shape[-1] // g.groups)).to(dtype)
+
+
+def real_rows(face: Face, amax: Tensor, e4m3_max: int, channels: tuple[int, int]) -> Tensor:
+    """Return x or dy [B, *image, channels] in real units, fp32, from its packed rowwise face.
+
+    Args:
+        channels: groups, and channels of a group.
+    """
+    values = dequantize(face.data, face.scale.view(torch.float8_e4m3fn), amax.flatten(), e4m3_max)
+    # The rest of each group's last block is padding.
+    return values.unflatten(-1, (channels[0], -1))[..., : channels[1]].flatten(-2)

@@ -55,7 +55,7 @@ class Producer(Protocol):
 
 
 class Ranks(Protocol):
-    """Exchanges one call's operands and results between the ranks of a tensor-parallel layer.
+    """Exchanges one call's operands and results between ranks that share out a layer's channels, or an image's rows.
 
     Where something is whole on this rank already, the method gives its argument back. Gathers start at the call and
     are waited for when the returned function is called, so that a rank quantizes while bytes travel.
@@ -66,6 +66,9 @@ class Ranks(Protocol):
     y_torch_shape: tuple[int, ...]
     input_plan: Plan  # how this rank's parts of x and of dy are quantized
     gradient_plan: Plan
+    fprop_plan: Plan  # what this rank multiplies
+    dgrad_plan: Plan
+    wgrad_plan: Plan
     adds_bias: bool  # one rank adds the bias of a summed result
 
     def gather_rows(self, role: Role, face: Face) -> Callable[[], Face]:
@@ -74,8 +77,11 @@ class Ranks(Protocol):
     def gather_columns(self, role: Role, face: Face) -> Callable[[], Face]:
         """Gather a columnwise face: packed for x, which backward unpacks, else in the form that is multiplied."""
 
-    def weight_amax(self, w: Tensor) -> Tensor:
-        """Return fp32 [1]: the amax of the whole weight."""
+    def with_columns(self, role: Role, operand: Tensor, made: Operand, needed: bool) -> Operand:
+        """Return what x or dy was quantized to, with a columnwise face that had to wait for the rowwise one."""
+
+    def weight_amax(self, w: Tensor) -> Tensor | None:
+        """Return fp32 [1], the amax of the whole weight; None if w is the whole weight."""
 
     def seed(self, seed: Tensor) -> Tensor:
         """Return the seed for this rank's part of dy: ranks with different parts must not round alike."""

@@ -38,7 +38,7 @@ def fold_images(x: Tensor, fold: Fold) -> Tensor:
 
     Without image axes, zero rows are added at the end.
     """
-    if fold.strips == 1:
+    if fold.strips == 1 and (x.dim() == 2 or fold.rows == x.shape[1]):
         if fold.images == x.shape[0]:
             return x  # F.pad would copy it
         return F.pad(x, (0, 0) * (x.dim() - 1) + (0, fold.images - x.shape[0]))
@@ -84,7 +84,7 @@ def quantize_operand(
         shape = tuple(x_rows.shape[:-1])
         parts = (faces.row_data, faces.row_scale.view(torch.uint8))
         # The matrix has its rows in the order (image axes, batch); a face has the batch first.
-        row = Face(*(part.reshape(*shape, -1).movedim(-2, 0).contiguous() for part in parts))
+        row = Face(*(part.reshape(*shape, part.shape[-1]).movedim(-2, 0).contiguous() for part in parts))
         row_amax = faces.row_amax.reshape(shape).movedim(-1, 0).contiguous() if spec.row_scaled else faces.row_amax
         if amax is not None:
             saturated = saturated + saturated_blocks(pad_groups(x, spec.groups), row_amax, spec.e4m3_max)

@@ -1,0 +1,153 @@
+"""Sums, means and losses over the image: computed on pieces, added over the ranks. The result is whole on every rank."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_nvfp4_cv.distributed.spatial import shared
+from te_nvfp4_cv.distributed.spatial.tensor import (
+    SpatialTensor,
+    aligned,
+    common,
+    global_shape,
+    handles,
+    piece_of,
+    place,
+    refusal,
+    spatial,
+)
+
+
+def _dims(x: SpatialTensor, dim: Any) -> list[int]:
+    if dim is None:
+        return list(range(x.dim()))
+    return [d % x.dim() for d in (dim if isinstance(dim, (list, tuple)) else (dim,))]
+
+
+def _after(x: SpatialTensor, y: Tensor, dims: list[int], keepdim: bool) -> SpatialTensor:
+    """Place the result of a reduction along other dimensions than the cut one."""
+    cut = x.placed.dim
+    return place(y, x.placed.with_dim(cut if keepdim else cut - sum(d < cut for d in dims)))
+
+
+@handles("sum", "mean", "nansum")
+def _sum(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    x, name = args[0], function.__name__
+    if name == "nansum":
+        raise refusal(name, args)
+    dim = kwargs.pop("dim", args[1] if len(args) > 1 and not isinstance(args[1], torch.dtype) else None)
+    keepdim = kwargs.pop("keepdim", args[2] if len(args) > 2 else False)
+    dims = _dims(x, dim)
+    if x.placed.dim not in dims:
+        return _after(x, getattr(torch, name)(piece_of(x), dims, keepdim, **kwargs), dims, keepdim)
+    y = shared.total(piece_of(x).sum(dims, keepdim, **kwargs), x.placed.group)
+    return y if name == "sum" else y / math.prod(global_shape(x)[d] for d in dims)
+
+
+@handles("amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "logsumexp", "norm", "vector_norm", "var", "std", "prod", "topk", "sort", "argsort", "median")
+def _others(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Reduce along other dimensions than the cut one; over all of the image, only what ranks can add."""
+    x, name = args[0], function.__name__
+    if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
+        return HANDLED_MAXIMUM(torch.maximum if name == "max" else torch.minimum, args, kwargs)
+    at = {"logsumexp": 1, "norm": 2, "vector_norm": 2, "topk": 2, "sort": 1, "argsort": 1}.get(name, 1)
+    dim = kwargs.get("dim", args[at] if len(args) > at else None)
+    if name in ("topk", "sort", "argsort") and dim is None:
+        dim = -1
+    if dim is None or x.placed.dim in _dims(x, dim):
+        if dim is None and name in ("amax", "amin", "max", "min", "all", "any"):
+            return _extreme(piece_of(x), name, x.placed.group)
+        raise refusal(f"{name} over the rows", args)
+    keepdim = kwargs.get("keepdim", False) or name in ("topk", "sort", "argsort")
+    y = function(piece_of(x), *args[1:], **kwargs)
+    if isinstance(y, Tensor):
+        return _after(x, y, _dims(x, dim), keepdim)
+    return type(y)([_after(x, part, _dims(x, dim), keepdim) for part in y])
+
+
+def _extreme(piece: Tensor, name: str, group: Any) -> Tensor:
+    """Return the largest or smallest value of all ranks; no gradient passes."""
+    if piece.requires_grad and torch.is_grad_enabled():
+        piece = piece.detach()
+    least = name in ("amin", "min", "all")
+    wide = piece.to(torch.float64 if not piece.is_floating_point() else piece.dtype)
+    value = wide.new_full((1,), math.inf if least else -math.inf)
+    if piece.numel():
+        value = (wide.amin() if least else wide.amax()).reshape(1)
+    dist.all_reduce(value, op=dist.ReduceOp.MIN if least else dist.ReduceOp.MAX, group=group)
+    return value[0].to(torch.bool if name in ("all", "any") else piece.dtype)
+
+
+def HANDLED_MAXIMUM(function: Any, args: Any, kwargs: Any) -> Tensor:  # noqa: N802
+    from te_nvfp4_cv.distributed.spatial.tensor import pointwise
+
+    return pointwise(function, args, kwargs)
+
+
+@handles("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "__array__", "__format__")
+def _values(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    raise refusal(function.__name__, args)
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+@handles("cross_entropy", "nll_loss", "cross_entropy_loss")
+def _cross_entropy(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    if named.pop("size_average", None) is not None or named.pop("reduce", None) is not None:
+        raise refusal(f"{function.__name__} with size_average or reduce", args)
+    x, target = named.pop("input"), named.pop("target")
+    reduction, weight = named.pop("reduction", "mean"), named.get("weight")
+    loss = getattr(F, function.__name__.removesuffix("_loss") if "cross" in function.__name__ else "nll_loss")
+    if not isinstance(x, SpatialTensor) or x.placed.dim < 2:
+        raise refusal(f"{function.__name__} of scores that are not cut along an image axis", args)
+    by_class = target.dim() < x.dim()  # class numbers, not probabilities
+    labels = x.placed.with_dim(x.placed.dim - by_class)
+    if not isinstance(target, SpatialTensor):
+        target = place(aligned(target, labels, target.dim() - labels.dim, function.__name__), labels)
+    piece, target = piece_of(x), piece_of(target)
+    if reduction == "none":
+        return place(loss(piece, target, reduction="none", **named), x.placed.with_dim(x.placed.dim - 1))
+    value = loss(piece, target, reduction="sum", **named) if piece.numel() else piece.sum() * 0
+    value = shared.total(value, x.placed.group)
+    if reduction == "sum":
+        return value
+    if not by_class:
+        return value / (global_shape(x).numel() // x.shape[1])
+    kept = target != named.get("ignore_index", -100)
+    counts = kept if weight is None else weight.detach()[target.clamp(0, x.shape[1] - 1)] * kept
+    total = counts.sum(dtype=torch.float64)
+    dist.all_reduce(total, group=x.placed.group)
+    return value / total.to(value.dtype)
+
+
+@handles("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "soft_margin_loss", "poisson_nll_loss")
+def _elementwise_loss(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    name = function.__name__
+    reduction = kwargs.pop("reduction", "mean")
+    if any(isinstance(a, str) for a in args) or reduction == "batchmean":
+        raise refusal(f"{name} with this reduction", args)
+    given = spatial((*args, *kwargs.values()))
+    layout, from_last = common(given, name)
+
+    def here(value: Any) -> Any:
+        if isinstance(value, SpatialTensor):
+            return piece_of(value)
+        return aligned(value, layout, from_last, name) if isinstance(value, Tensor) else value
+
+    values = [here(a) for a in args]
+    named = {key: here(value) for key, value in kwargs.items()}
+    if reduction == "none":
+        y = function(*values, reduction="none", **named)
+        return place(y, layout.with_dim(y.dim() - from_last))
+    value = function(*values, reduction="sum", **named)
+    value = shared.total(value, layout.group)
+    return value if reduction == "sum" else value / global_shape(given[0]).numel()
