@@ -7,7 +7,7 @@
     loss.backward()                                                   # gradients are whole on every rank
 """
 
-from te_nvfp4_cv.distributed.spatial import layers, norms, reductions, resample, shapes, windows  # noqa: F401
+from te_nvfp4_cv.distributed.spatial import layers, noise, norms, reductions, resample, shapes, windows  # noqa: F401
 from te_nvfp4_cv.distributed.spatial.api import from_piece, parallelize, shard, to_dtensor, whole
 from te_nvfp4_cv.distributed.spatial.tensor import SpatialTensor
 

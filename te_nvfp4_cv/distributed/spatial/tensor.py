@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from te_nvfp4_cv.backend.torch_private import without_subclasses
 from te_nvfp4_cv.distributed.spatial import shared
@@ -218,6 +217,16 @@ def _local_shape(x: Tensor) -> torch.Size:
         return Tensor.size(x)
 
 
+@handles("view_as")
+def _view_as(_: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
+    """Place a view; torch asks for one where an autograd Function (FSDP2 has one) returns its input."""
+    x, other = args
+    if global_shape(x) != other.shape:
+        raise refusal("view_as", args)
+    piece = piece_of(x)
+    return place(piece.view_as(piece), x.placed)
+
+
 @handles("size")
 def _size(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     shape = global_shape(args[0])
@@ -292,11 +301,16 @@ def pointwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     y = function(*with_piece, **{key: here(value) for key, value in kwargs.items()})
     in_place = name.endswith("_") and (not name.startswith("__") or name.startswith("__i")) or kwargs.get("inplace") is True
     if in_place and isinstance(args[0], SpatialTensor) and name not in ("__invert__",):
-        return args[0]  # its memory has been written
+        return written(args[0])
     return place(y, layout.with_dim(y.dim() - from_last)) if isinstance(y, Tensor) else y
 
 
-_IN_PLACE_RELUS = {"relu_"}
+def written(x: SpatialTensor) -> SpatialTensor:
+    """Return a tensor whose memory was written to through another one."""
+    with without_subclasses():
+        # Asked for, because torch then looks up the history anew; register_hook on a stale one crashes (torch 2.13).
+        _ = x.grad_fn
+    return x
 
 
 @handles("relu", "relu_")
@@ -308,7 +322,7 @@ def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     base = base_of(x)
     # Written on the tensor itself and not on a view of it, so that the mask of one bit serves backward (layer/relu.py).
     torch.relu_(piece_of(x) if base is None else base)
-    return x
+    return written(x)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -338,11 +352,3 @@ def refusal(name: str, args: Any, why: str = "") -> Exception:
         needs="convolutions, pooling, norms, resampling, functions of every value by itself, and sums over the image",
         fix="x = nv.spatial_parallel.whole(x) before that layer: every rank then computes it on the whole tensor",
     )
-
-
-# FSDP2 and DDP find tensors in arguments by pytrees: they see the piece, and put it back.
-_pytree.register_pytree_node(
-    SpatialTensor,
-    lambda x: ([piece_of(x)], x.placed),
-    lambda leaves, layout: place(next(iter(leaves)), layout) if isinstance(next(iter(leaves)), Tensor) else leaves[0],
-)
