@@ -6,7 +6,6 @@ import copy
 import itertools
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,10 +56,16 @@ def compare(
 
 
 def on_ranks_convolutions(ranks: Ranks) -> None:
-    for height, (kernel, stride, dilation) in itertools.product((7, 16), ((1, 1, 1), (3, 1, 1), (3, 2, 1), (7, 2, 1), (3, 1, 4), (2, 3, 2))):
+    for height, (kernel, stride, dilation) in itertools.product(
+        (7, 16), ((1, 1, 1), (3, 1, 1), (3, 2, 1), (7, 2, 1), (3, 1, 4), (2, 3, 2))
+    ):
         pad = dilation * (kernel // 2)
         compare(ranks, nn.Conv2d(3, 4, kernel, stride, pad, dilation), values((2, 3, height, 5), seed=1))
-        compare(ranks, nn.ConvTranspose2d(3, 4, kernel, stride, pad, min(stride - 1, 1), dilation=dilation), values((2, 3, height, 9), seed=1))
+        compare(
+            ranks,
+            nn.ConvTranspose2d(3, 4, kernel, stride, pad, min(stride - 1, 1), dilation=dilation),
+            values((2, 3, height, 9), seed=1),
+        )
     compare(ranks, nn.Conv3d(2, 4, 3, padding=1), values((1, 2, 6, 4, 4), seed=1))
     compare(ranks, nn.Conv1d(2, 4, 3, padding="same", dilation=2), values((1, 2, 11), seed=1))
     compare(ranks, nn.Conv2d(2, 4, 2, padding="same"), values((1, 2, 7, 6), seed=1))
@@ -68,17 +73,23 @@ def on_ranks_convolutions(ranks: Ranks) -> None:
         compare(ranks, nn.Conv2d(2, 4, 3, padding=1, padding_mode=mode), values((1, 2, 9, 6), seed=1))
     # Pieces smaller than the halo, and ranks without rows.
     for height in (1, 3, 5):
-        compare(ranks, nn.Sequential(nn.Conv2d(2, 4, 7, padding=3), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)), values((1, 2, height, 8), seed=1))
+        compare(
+            ranks,
+            nn.Sequential(nn.Conv2d(2, 4, 7, padding=3), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)),
+            values((1, 2, height, 8), seed=1),
+        )
 
 
 def on_ranks_pooling_and_resampling(ranks: Ranks) -> None:
     modules = [
-        nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1),
+        nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(2),
+        nn.AvgPool2d(3, 2, 1),
         nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(2, ceil_mode=True), nn.Upsample(scale_factor=2),
         nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(2, divisor_override=3),
         nn.Upsample(scale_factor=2, mode="bilinear"), nn.Upsample(size=(13, 3), mode="bilinear", align_corners=True),
         nn.Upsample(size=(3, 5)), nn.Upsample(size=(20, 4), mode="nearest-exact"), nn.ZeroPad2d((1, 0, 2, 3)),
-        nn.Upsample(scale_factor=1.5, mode="bilinear"), nn.PixelShuffle(2), nn.ReflectionPad2d(2), nn.Softmax2d(), nn.AdaptiveAvgPool2d((None, 2)),
+        nn.Upsample(scale_factor=1.5, mode="bilinear"), nn.PixelShuffle(2), nn.ReflectionPad2d(2), nn.Softmax2d(),
+        nn.AdaptiveAvgPool2d((None, 2)),
     ]  # fmt: skip
     for height in (6, 9):
         for module in modules:
@@ -92,7 +103,12 @@ def on_ranks_pooling_and_resampling(ranks: Ranks) -> None:
 def on_ranks_norms(ranks: Ranks) -> None:
     for height in (3, 8):
         x = values((3, 8, height, 5), seed=1) + 2
-        for norm in (nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True), nn.BatchNorm2d(8, affine=False)):
+        for norm in (
+            nn.BatchNorm2d(8),
+            nn.GroupNorm(2, 8),
+            nn.InstanceNorm2d(8, affine=True),
+            nn.BatchNorm2d(8, affine=False),
+        ):
             for parameter in norm.parameters():
                 nn.init.normal_(parameter)
             compare(ranks, norm, x)
@@ -131,7 +147,10 @@ def on_ranks_what_models_write(ranks: Ranks) -> None:
 
 def on_ranks_losses(ranks: Ranks) -> None:
     mesh = mesh_of(ranks)
-    scores, labels = values((2, 5, 7, 6), seed=1), torch.randint(0, 5, (2, 7, 6), generator=torch.Generator().manual_seed(1))
+    scores, labels = (
+        values((2, 5, 7, 6), seed=1),
+        torch.randint(0, 5, (2, 7, 6), generator=torch.Generator().manual_seed(1)),
+    )
     labels[:, :3, 2] = 255
     weight = torch.rand(5, generator=torch.Generator().manual_seed(2))
     target = values((2, 5, 7, 6), seed=3)
@@ -208,23 +227,42 @@ def compare_nvfp4(ranks: Ranks, layer: nn.Module, x: Tensor, backend: str, wgrad
             for one_face, my_face in zip(whole.row, mine.row, strict=True):
                 assert torch.equal(one_face[:, here], my_face), role
     names = ["y", "dx", *dict(layer.named_parameters())]
-    pairs = zip((results[0], leaf.grad, *(p.grad for p in one.parameters())), (results[1], other.grad, *(p.grad for p in cut.parameters())), strict=True)
+    pairs = zip(
+        (results[0], leaf.grad, *(p.grad for p in one.parameters())),
+        (results[1], other.grad, *(p.grad for p in cut.parameters())),
+        strict=True,
+    )
     for name, (a, b) in zip(names, pairs, strict=True):
         error = relative_error(b, a)
         assert error <= (wgrad if name == "weight" else 1e-5), f"{name}: {error}, {layer}, {tuple(x.shape)}, {backend}"
 
 
 def on_ranks_nvfp4_layers(ranks: Ranks) -> None:
-    for backend in ("reference", "vendor", "integer"):
+    # On four ranks, nine rows leave one without any.
+    for backend in ("reference", "vendor", "integer") if ranks.world == 2 else ("reference", "integer"):
         for batch, height in ((16, 9), (2, 16)):
             # A batch of 16 fills the blocks of wgrad; a smaller one is cut into strips, on each rank its own.
             bound = 1e-5 if batch == 16 else 0.2
-            for kernel, stride, dilation in ((3, 1, 1), (3, 2, 1), (1, 1, 1), (1, 2, 1), (7, 2, 1), (3, 1, 2), (2, 3, 1)):
+            for kernel, stride, dilation in (
+                (3, 1, 1),
+                (3, 2, 1),
+                (1, 1, 1),
+                (1, 2, 1),
+                (7, 2, 1),
+                (3, 1, 2),
+                (2, 3, 1),
+            ):
                 pad = dilation * (kernel // 2)
                 x = values((batch, 16, height, 6), seed=1)
                 compare_nvfp4(ranks, nn.Conv2d(16, 32, kernel, stride, pad, dilation), x, backend, bound)
                 more = min(stride - 1, 1)
-                compare_nvfp4(ranks, nn.ConvTranspose2d(16, 32, kernel, stride, min(pad, 1), more, dilation=dilation), x, backend, bound)
+                compare_nvfp4(
+                    ranks,
+                    nn.ConvTranspose2d(16, 32, kernel, stride, min(pad, 1), more, dilation=dilation),
+                    x,
+                    backend,
+                    bound,
+                )
     compare_nvfp4(ranks, nn.Conv3d(16, 32, 3, padding=1), values((2, 16, 8, 4, 4), seed=1), "reference", 0.2)
     compare_nvfp4(ranks, nn.Conv2d(32, 32, 3, padding=1, groups=2), values((16, 32, 8, 4), seed=1), "reference", 1e-5)
     compare_nvfp4(ranks, nn.Conv2d(16, 16, 2, padding="same"), values((16, 16, 9, 4), seed=1), "reference", 1e-5)

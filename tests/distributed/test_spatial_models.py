@@ -27,9 +27,13 @@ class Net(nn.Module):
         super().__init__()
         c, self.recompute = channels, recompute
         self.first = nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.GroupNorm(4, c), nn.ReLU(inplace=True))
-        self.down = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(c, 2 * c, 3, padding=1), nn.BatchNorm2d(2 * c), nn.ReLU(inplace=True))
+        self.down = nn.Sequential(
+            nn.MaxPool2d(2), nn.Conv2d(c, 2 * c, 3, padding=1), nn.BatchNorm2d(2 * c), nn.ReLU(inplace=True)
+        )
         self.up = nn.ConvTranspose2d(2 * c, c, 2, 2)
-        self.last = nn.Sequential(nn.Conv2d(2 * c, c, 3, padding=1), nn.GroupNorm(4, c), nn.ReLU(inplace=True), nn.Conv2d(c, 5, 1))
+        self.last = nn.Sequential(
+            nn.Conv2d(2 * c, c, 3, padding=1), nn.GroupNorm(4, c), nn.ReLU(inplace=True), nn.Conv2d(c, 5, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)

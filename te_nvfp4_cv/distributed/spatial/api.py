@@ -41,7 +41,9 @@ def shard(x: Tensor, mesh: Any, dim: int = 2) -> SpatialTensor:
     if isinstance(x, SpatialTensor):
         return x
     if not isinstance(x, Tensor):
-        raise type_error("spatial_parallel.shard: this is no tensor.", got=f"{x!r:.80}", needs="a tensor", fix="shard(x, mesh)")
+        raise type_error(
+            "spatial_parallel.shard: this is no tensor.", got=f"{x!r:.80}", needs="a tensor", fix="shard(x, mesh)"
+        )
     dim = _checked_dim(x, dim)
     if isinstance(x, DTensor):
         if list(x.placements) != [Shard(dim)] or x.device_mesh != mesh:
@@ -80,7 +82,10 @@ def from_piece(x: Tensor, mesh: Any, rows: int, dim: int = 2) -> SpatialTensor:
     if wrong or any(told[:2] + told[3:] != every[0][:2] + every[0][3:] for told in every):
         raise value_error(
             "spatial_parallel.from_piece: the ranks' rows are not one image.",
-            got="; ".join(f"rank {r}: {told[2]} of {told[1]} rows, other sizes {told[3 : told[0] + 2]}" for r, told in enumerate(every)),
+            got="; ".join(
+                f"rank {r}: {told[2]} of {told[1]} rows, other sizes {told[3 : told[0] + 2]}"
+                for r, told in enumerate(every)
+            ),
             needs=f"the same sizes, and {[layout.of(r).size for r in range(layout.ranks)]} of {rows} rows",
             fix="read rows i * ceil(rows / ranks) to (i + 1) * ceil(rows / ranks) on rank i",
         )
@@ -141,7 +146,12 @@ def parallelize(model: nn.Module, mesh: Any, *, dim: int = 2, outputs: str = "ro
     """
     _check_mesh(mesh)
     if outputs not in ("rows", "whole"):
-        raise value_error("spatial_parallel.parallelize: unknown outputs.", got=repr(outputs), needs="'rows' or 'whole'", fix="outputs='rows'")
+        raise value_error(
+            "spatial_parallel.parallelize: unknown outputs.",
+            got=repr(outputs),
+            needs="'rows' or 'whole'",
+            fix="outputs='rows'",
+        )
     for name, module in model.named_modules():
         NAMES[module] = name
 

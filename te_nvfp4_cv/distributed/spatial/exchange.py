@@ -2,7 +2,7 @@
 
     fprop   x's rowwise face: the rows under this rank's outputs
     dgrad   dy's rowwise face: the rows of y that read this rank's inputs; the rest of what is computed is cut off
-    wgrad   the columnwise face of the side with the halo (x; dy of a transposed convolution), against own rows of the other
+    wgrad   the columnwise face of the side with the halo (x; dy of a transposed convolution), and own rows of the other
 
 Each rank quantizes its own rows with the amaxes of all ranks, so the codes that fprop and dgrad multiply are those of
 the unsharded layer. Columnwise blocks are 16 images at one pixel. A batch that does not fill them is cut into strips of
@@ -57,8 +57,8 @@ class Cut:
         """Return a rank's rows of the b side."""
         return piece(self.geometry.b_size[0], self.ranks, rank)
 
-    # A rank that has nothing to multiply multiplies one row beyond the image, of zeros, which is cut off again: so every
-    # rank takes the same steps.
+    # A rank that has nothing to multiply multiplies one row beyond the image, of zeros, which is cut off again: so
+    # every rank takes the same steps.
 
     def b_made(self, rank: int) -> Span:
         """Return the rows of b that a rank multiplies: its own, or one beyond the image."""
@@ -148,9 +148,15 @@ class PiecePlan(Plan):
         """The specs of dy; a late columnwise face is made from rowwise codes, so these are made too."""
         spec = functools.partial(self._operand_spec, self.grad_output, self.folds[1])
         if self.late == Role.GRAD_OUTPUT:
-            return {(dx, dw): spec(PACKED if dx or dw else NONE, NONE, False) for dx in (False, True) for dw in (False, True)}
+            return {
+                (dx, dw): spec(PACKED if dx or dw else NONE, NONE, False)
+                for dx in (False, True)
+                for dw in (False, True)
+            }
         return {
-            (dx, dw): spec(PACKED if dx else NONE, PACKED if dw else NONE, False) for dx in (False, True) for dw in (False, True)
+            (dx, dw): spec(PACKED if dx else NONE, PACKED if dw else NONE, False)
+            for dx in (False, True)
+            for dw in (False, True)
         }
 
 
@@ -167,7 +173,12 @@ def _plans(plan: Plan, ranks: int, rank: int) -> tuple[Plan, Plan, Plan, PiecePl
         fold_b = to_b.geometry.folds[1]
     here = (fold_b, fold_a) if transposed else (fold_a, fold_b)
     late = (Role.GRAD_OUTPUT if transposed else Role.INPUT) if cut.folds else None
-    own = replace(plan, geometry=replace(plan.geometry, a_size=(a.size, *plan.geometry.a_size[1:]), b_size=(b.size, *plan.geometry.b_size[1:])))
+    own = replace(
+        plan,
+        geometry=replace(
+            plan.geometry, a_size=(a.size, *plan.geometry.a_size[1:]), b_size=(b.size, *plan.geometry.b_size[1:])
+        ),
+    )
     values: dict[str, Any] = {field.name: getattr(own, field.name) for field in fields(plan)}
     quantizes = PiecePlan(**values, here=here, late=late)
     return (to_a, to_b, to_b, quantizes) if transposed else (to_b, to_a, to_b, quantizes)
@@ -186,7 +197,9 @@ class Exchange:
         self.cut = cut_of(plan.geometry, layout.ranks)
         rank = layout.rank
         self.fprop_plan, self.dgrad_plan, self.wgrad_plan, own = _plans(plan, layout.ranks, rank)
-        self.input_plan = self.gradient_plan = self.own = own
+        self.own = own
+        self.input_plan: Plan = own
+        self.gradient_plan: Plan = own
         self.x_shape, self.y_shape = own.geometry.x_shape, own.geometry.y_shape
         self.y_torch_shape = self.y_shape
         self.adds_bias = True

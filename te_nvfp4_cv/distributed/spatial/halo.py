@@ -40,7 +40,9 @@ class Pending:
                 ops.append(dist.P2POp(dist.isend, self._sent[-1], peer, group))
             take = layout.of(other).within(self._wanted.within(inside))
             if take.size:
-                size = sum(t.numel() // max(1, t.shape[axis]) * t.element_size() for t, axis in self._shapes()) * take.size
+                size = (
+                    sum(t.numel() // max(1, t.shape[axis]) * t.element_size() for t, axis in self._shapes()) * take.size
+                )
                 self._received[other] = parts[0][0].new_empty(size, dtype=torch.uint8)
                 ops.append(dist.P2POp(dist.irecv, self._received[other], peer, group))
         for told in amax.on_received:

@@ -44,7 +44,9 @@ def _layer(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
     like = call.x.placed and piece_of(call.x).detach().new_empty(()).expand(global_shape(call.x))
     recipe, reason = function_mode.decide(call.op, like, call.w, call.args.groups)
     current = state.state()
-    return _run(call.op, call.x, call.w, call.bias, call.args, (recipe, "" if current is None else current.backend, reason))
+    return _run(
+        call.op, call.x, call.w, call.bias, call.args, (recipe, "" if current is None else current.backend, reason)
+    )
 
 
 @handles("execute_explicit")
@@ -121,13 +123,13 @@ def _alone(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, args: Conv
             return place(execute.execute(op, piece, w_used, bias, args, recipe, backend, _group(layout)), layout)
     told = observe.Call(op, w, piece, None, None, reason)
 
-    def plain() -> Tensor:
+    def plain() -> Any:
         if op == "linear":
             return F.linear(piece, w_used, bias)
         more = (args.stride, args.padding)
         if "transpose" in op:
-            return getattr(F, op)(piece, w_used, bias, *more, args.output_padding, args.groups, args.dilation)  # type: ignore[no-any-return]
-        return getattr(F, op)(piece, w_used, bias, *more, args.dilation, args.groups)  # type: ignore[no-any-return]
+            return getattr(F, op)(piece, w_used, bias, *more, args.output_padding, args.groups, args.dilation)
+        return getattr(F, op)(piece, w_used, bias, *more, args.dilation, args.groups)
 
     with without_function_modes():
         return place(observe.reported(told, plain), layout)
@@ -136,7 +138,9 @@ def _alone(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, args: Conv
 # ---- layers with a halo ---------------------------------------------------------------------------------------------
 
 
-def _with_halo(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, args: ConvArgs, choice: Choice) -> SpatialTensor:
+def _with_halo(
+    op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, args: ConvArgs, choice: Choice
+) -> SpatialTensor:
     recipe, backend, reason = choice
     plan = None if recipe is None else _plan(op, x, w, bias, args, recipe, backend)
     if plan is not None:
@@ -147,12 +151,15 @@ def _with_halo(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, args: 
     if plan is None or reason:
         told = observe.Call(op, w, piece_of(x), None, None, reason)
         with without_function_modes():
-            return observe.reported(told, lambda: convolution(op, piece_of(x), w, bias, args, x.placed))  # type: ignore[return-value]
+            found: Any = observe.reported(told, lambda: convolution(op, piece_of(x), w, bias, args, x.placed))
+            return found  # type: ignore[no-any-return]
     with without_function_modes():
         return _quantized(op, x, w, bias, plan)
 
 
-def _plan(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, args: ConvArgs, recipe: NVFP4BlockScaling, backend: str) -> Plan:
+def _plan(
+    op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, args: ConvArgs, recipe: NVFP4BlockScaling, backend: str
+) -> Plan:
     """Return the plan of the whole call."""
     device, piece = x.device, piece_of(x)
     autocast = torch.is_autocast_enabled(device.type)

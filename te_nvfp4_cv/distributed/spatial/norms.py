@@ -68,10 +68,19 @@ class _Normalize(torch.autograd.Function):
         dx = dy.to(mean.dtype) * a.view(view)
         dx = dx.addcmul_(x.to(mean.dtype), c.view(view)).add_(const.view(view))
         like = w.dtype if w is not None else x.dtype
-        return dx.to(x.dtype), None if dw is None else dw.to(like), None if db is None else db.to(like), None, None, None
+        return (
+            dx.to(x.dtype),
+            None if dw is None else dw.to(like),
+            None if db is None else db.to(like),
+            None,
+            None,
+            None,
+        )
 
 
-def _per_channel(rstd: Tensor, mean: Tensor, w: Tensor | None, b: Tensor | None, channels: int) -> tuple[Tensor, Tensor]:
+def _per_channel(
+    rstd: Tensor, mean: Tensor, w: Tensor | None, b: Tensor | None, channels: int
+) -> tuple[Tensor, Tensor]:
     """Return scale and shift [B or 1, C] of a norm."""
     each = channels // rstd.shape[1]
     scale, mean = rstd.repeat_interleave(each, 1), mean.repeat_interleave(each, 1)
@@ -94,7 +103,7 @@ def _batch_norm(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     if x.dim() < 3 or x.placed.dim < 2:
         raise refusal("batch_norm of an image whose channels or images are cut", args)
     y, mean, var, count = _Normalize.apply(piece_of(x), w, b, None, named.get("eps", 1e-5), x.placed.group)
-    if running[0] is not None:
+    if running[0] is not None and running[1] is not None:
         momentum = named.get("momentum", 0.1)
         with torch.no_grad():
             running[0].lerp_(mean.flatten().to(running[0].dtype), momentum)

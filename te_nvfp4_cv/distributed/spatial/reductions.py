@@ -1,4 +1,4 @@
-"""Sums, means and losses over the image: computed on pieces, added over the ranks. The result is whole on every rank."""
+"""Sums, means and losses over the image: computed on pieces, added over the ranks; results are whole on every rank."""
 
 from __future__ import annotations
 
@@ -50,7 +50,26 @@ def _sum(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     return y if name == "sum" else y / math.prod(global_shape(x)[d] for d in dims)
 
 
-@handles("amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "logsumexp", "norm", "vector_norm", "var", "std", "prod", "topk", "sort", "argsort", "median")
+@handles(
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "all",
+    "any",
+    "logsumexp",
+    "norm",
+    "vector_norm",
+    "var",
+    "std",
+    "prod",
+    "topk",
+    "sort",
+    "argsort",
+    "median",
+)
 def _others(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Reduce along other dimensions than the cut one; over all of the image, only what ranks can add."""
     x, name = args[0], function.__name__
@@ -129,7 +148,17 @@ def _cross_entropy(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     return value / total.to(value.dtype)
 
 
-@handles("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "soft_margin_loss", "poisson_nll_loss")
+@handles(
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+    "soft_margin_loss",
+    "poisson_nll_loss",
+)
 def _elementwise_loss(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     name = function.__name__
     reduction = kwargs.pop("reduction", "mean")

@@ -46,7 +46,9 @@ def _pick(read: Tensor, dim: int, rows: Rows, have: Span) -> Tensor:
 
 @handles("interpolate", "upsample", "upsample_nearest", "upsample_bilinear")
 def _interpolate(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
-    names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
+    names: tuple[str, ...] = (
+        "input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias",
+    )  # fmt: skip
     if function.__name__ == "upsample":
         names = names[:5]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -70,7 +72,9 @@ def _interpolate(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTen
     if rank > 1 and (list(piece.shape[3:]) != size[1:]):
         smooth = {} if mode.startswith("nearest") else {"align_corners": corners}
         # With size given torch takes the ratio of sizes as scale, with a factor the factor itself.
-        how: dict[str, Any] = {"size": [piece.shape[2], *size[1:]]} if factors[0] is None else {"scale_factor": [1.0, *factors[1:]]}
+        how: dict[str, Any] = (
+            {"size": [piece.shape[2], *size[1:]]} if factors[0] is None else {"scale_factor": [1.0, *factors[1:]]}
+        )
         if piece.shape[2]:
             piece = F.interpolate(piece, mode=mode, **how, **smooth)
         else:
@@ -187,7 +191,8 @@ def _getitem(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         keys.append(Ellipsis)
     at = next(i for i, k in enumerate(keys) if k is Ellipsis)
     keys[at : at + 1] = [slice(None)] * (x.dim() - named)
-    dim, crop, out_dim, here = 0, slice(None), 0, []
+    dim, crop, out_dim = 0, slice(None), 0
+    here: list[Any] = []
     for k in keys:
         if k is None:
             here.append(k)

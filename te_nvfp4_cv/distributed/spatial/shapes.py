@@ -34,7 +34,8 @@ def _cat(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     if dim == layout.dim:
         raise refusal("cat along the rows", tensors)
     pieces = [
-        piece_of(t) if isinstance(t, SpatialTensor) else aligned(t, layout, from_last, function.__name__) for t in tensors
+        piece_of(t) if isinstance(t, SpatialTensor) else aligned(t, layout, from_last, function.__name__)
+        for t in tensors
     ]
     return place(torch.cat(pieces, dim), layout)
 
@@ -154,13 +155,19 @@ def _expand(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 def _flip(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     x = args[0]
     dims = kwargs.get("dims", args[2] if function.__name__ == "roll" and len(args) > 2 else args[1:])
-    flat = [d for entry in ((dims,) if isinstance(dims, int) else dims) for d in (entry if isinstance(entry, (list, tuple)) else (entry,))]
+    flat = [
+        d
+        for entry in ((dims,) if isinstance(dims, int) else dims)
+        for d in (entry if isinstance(entry, (list, tuple)) else (entry,))
+    ]
     if not flat or x.placed.dim in [d % x.dim() for d in flat]:
         raise refusal(f"{function.__name__} of the rows", args)
     return place(function(piece_of(x), *args[1:], **kwargs), x.placed)
 
 
-@handles("softmax", "log_softmax", "cumsum", "normalize", "glu", "softmin", "layer_norm", "rms_norm", "local_response_norm")
+@handles(
+    "softmax", "log_softmax", "cumsum", "normalize", "glu", "softmin", "layer_norm", "rms_norm", "local_response_norm"
+)
 def _along_a_dimension(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     """Compute what works along one dimension, which is not the cut one."""
     x, name = args[0], function.__name__
@@ -177,6 +184,8 @@ def _along_a_dimension(function: Any, args: Any, kwargs: dict[str, Any]) -> Tens
         raise refusal(f"{name} along the rows", args)
     from te_nvfp4_cv.distributed.spatial import shared
 
-    whole = [shared.use(a, x.placed.group) if type(a) is not SpatialTensor and isinstance(a, Tensor) else a for a in args[1:]]
+    whole = [
+        shared.use(a, x.placed.group) if type(a) is not SpatialTensor and isinstance(a, Tensor) else a for a in args[1:]
+    ]
     named = {k: shared.use(v, x.placed.group) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     return place(function(piece_of(x), *whole, **named), x.placed)

@@ -35,19 +35,19 @@ NAMES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  
 
 # Written for every element by itself. An in-place method has a _ at its end, an operator's dunders stand in the table.
 _POINTWISE = """
-abs absolute acos acosh addcdiv addcmul asin asinh atan atanh atan2 bernoulli bfloat16 bitwise_and bitwise_not bitwise_or
-ceil celu clamp clamp_max clamp_min clip clone contiguous copysign cos cosh cpu cuda detach div divide double dropout elu
-empty_like eq erf erfc exp exp2 expm1 fill float float_power floor fmod frac full_like gelu ge greater greater_equal gt
-half hardshrink hardsigmoid hardswish hardtanh heaviside isfinite isinf isnan le leaky_relu lerp less less_equal log log10
-log1p log2 logaddexp logical_and logical_not logical_or logical_xor logit logsigmoid long lt masked_fill maximum minimum
-mish mul multiply nan_to_num ne neg negative ones_like positive pow prelu rand_like randn_like reciprocal relu relu6
-remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinh softplus softshrink softsign sqrt square
-sub subtract tan tanh tanhshrink threshold to true_divide trunc type type_as where zero zeros_like add int bool
-
+abs absolute acos acosh addcdiv addcmul asin asinh atan atanh atan2 bernoulli bfloat16 bitwise_and bitwise_not
+bitwise_or ceil celu clamp clamp_max clamp_min clip clone contiguous copysign cos cosh cpu cuda detach div divide
+double dropout elu empty_like eq erf erfc exp exp2 expm1 fill float float_power floor fmod frac full_like gelu ge
+greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside isfinite isinf isnan le leaky_relu
+lerp less less_equal log log10 log1p log2 logaddexp logical_and logical_not logical_or logical_xor logit logsigmoid
+long lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative ones_like positive pow prelu
+rand_like randn_like reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinh
+softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold to true_divide trunc type
+type_as where zero zeros_like add int bool
 """
 _DUNDERS = """
-add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv div rdiv idiv pow rpow ipow neg pos abs invert and or
-xor iand ior mod floordiv eq ne lt le gt ge
+add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv div rdiv idiv pow rpow ipow neg pos abs invert
+and or xor iand ior mod floordiv eq ne lt le gt ge
 """
 POINTWISE = {
     *_POINTWISE.split(),
@@ -76,12 +76,13 @@ _PLAIN = {
     "is_set_to",
     "_is_view",
 }
-_PLAIN_PROPERTIES = {
-    "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "ndim", "is_cuda", "is_cpu", "is_meta", "is_sparse",
-    "is_nested", "is_quantized", "is_mkldnn", "output_nr", "_version", "_base", "_grad_fn", "names", "itemsize", "is_mps",
-    "is_xla", "is_sparse_csr", "is_xpu", "is_ipu", "is_mtia", "is_maia", "is_vulkan", "retains_grad", "_backward_hooks",
-    "_post_accumulate_grad_hooks", "imag", "real", "name", "is_shared",
-}  # fmt: skip
+_PLAIN_PROPERTIES = set(
+    """
+dtype device layout requires_grad grad_fn is_leaf ndim is_cuda is_cpu is_meta is_sparse is_nested is_quantized
+is_mkldnn output_nr _version _base _grad_fn names itemsize is_mps is_xla is_sparse_csr is_xpu is_ipu is_mtia is_maia
+is_vulkan retains_grad _backward_hooks _post_accumulate_grad_hooks imag real name is_shared
+""".split()
+)
 
 
 class SpatialTensor(Tensor):
@@ -111,7 +112,7 @@ class SpatialTensor(Tensor):
                 return function(*args, **kwargs)
         raise refusal(name or str(function), args)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Return the whole shape and this rank's rows."""
         layout = self.placed
         mine = layout.mine
@@ -162,7 +163,12 @@ def base_of(x: SpatialTensor) -> Tensor | None:
     """Return the tensor of which x is a view of the same shape, if there is one: what may be written to in place."""
     with without_subclasses():
         base = x._base
-        same = base is not None and type(base) is Tensor and base.shape == torch.Tensor.size(x) and base.stride() == x.stride()
+        same = (
+            base is not None
+            and type(base) is Tensor
+            and base.shape == torch.Tensor.size(x)
+            and base.stride() == x.stride()
+        )
         return base if same else None
 
 
@@ -299,7 +305,9 @@ def pointwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
     with_piece = [here(value) for value in args]
     y = function(*with_piece, **{key: here(value) for key, value in kwargs.items()})
-    in_place = name.endswith("_") and (not name.startswith("__") or name.startswith("__i")) or kwargs.get("inplace") is True
+    in_place = (
+        name.endswith("_") and (not name.startswith("__") or name.startswith("__i")) or kwargs.get("inplace") is True
+    )
     if in_place and isinstance(args[0], SpatialTensor) and name not in ("__invert__",):
         return written(args[0])
     return place(y, layout.with_dim(y.dim() - from_last)) if isinstance(y, Tensor) else y

@@ -47,7 +47,10 @@ def convolution(op: str, x: Tensor, w: Tensor, bias: Tensor | None, args: ConvAr
         layout: of x; the first image axis is cut.
     """
     rank = w.dim() - 2
-    stride, padding, dilation = (int_tuple(v, rank, op, n) for v, n in zip((args.stride, args.padding, args.dilation), ("stride", "padding", "dilation"), strict=True))
+    stride, padding, dilation = (
+        int_tuple(v, rank, op, n)
+        for v, n in zip((args.stride, args.padding, args.dilation), ("stride", "padding", "dilation"), strict=True)
+    )
     extra = int_tuple(args.output_padding, rank, op, "output_padding")
     w, bias = shared.use(w, layout.group), None if bias is None else shared.use(bias, layout.group)
     if torch.is_autocast_enabled(x.device.type):
@@ -104,10 +107,10 @@ def _pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: in
 
 
 @handles("max_pool1d", "max_pool2d", "max_pool3d", "_max_pool1d", "_max_pool2d", "_max_pool3d")
-def _max_pool(
-    function: Any, args: Any, kwargs: dict[str, Any]
-) -> SpatialTensor:
-    named = _named(("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"), args, kwargs)
+def _max_pool(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
+    named = _named(
+        ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"), args, kwargs
+    )
     x = named["input"]
     rank = int(function.__name__[-2])
     if named.get("return_indices"):
@@ -122,7 +125,10 @@ def _max_pool(
     pool = getattr(F, f"max_pool{rank}d")
     # Cut to whole windows and filled with -inf above, so there is no padding and nothing to round up along the rows.
     if not out.mine.size:
-        others = [_pooled_size(n, k, s, p, d, ceil_mode) for n, k, s, p, d in zip(read.shape[3:], kernel[1:], stride[1:], padding[1:], dilation[1:], strict=True)]
+        others = [
+            _pooled_size(n, k, s, p, d, ceil_mode)
+            for n, k, s, p, d in zip(read.shape[3:], kernel[1:], stride[1:], padding[1:], dilation[1:], strict=True)
+        ]
         return place(nothing(torch.nan_to_num(read), (*read.shape[:2], 0, *others)), out)
     return place(pool(read, kernel, stride, (0, *padding[1:]), dilation, ceil_mode), out)
 
@@ -141,10 +147,14 @@ def _avg_pool(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor
     out, piece = layout.with_rows(rows), piece_of(x)
     if any(padding) or ceil_mode:
         # Windows that reach beyond the image divide by fewer values: sums of the values, by sums of ones.
-        return _divided(piece, layout, w, out, (kernel, stride, padding), (rank, ceil_mode, include, named.get("divisor_override")))
+        return _divided(
+            piece, layout, w, out, (kernel, stride, padding), (rank, ceil_mode, include, named.get("divisor_override"))
+        )
     read = rows_read(layout, w, rows)(piece)
     if not out.mine.size:
-        others = [_pooled_size(n, k, s, 0, 1, False) for n, k, s in zip(read.shape[3:], kernel[1:], stride[1:], strict=True)]
+        others = [
+            _pooled_size(n, k, s, 0, 1, False) for n, k, s in zip(read.shape[3:], kernel[1:], stride[1:], strict=True)
+        ]
         return place(nothing(read, (*read.shape[:2], 0, *others)), out)
     more = {} if rank == 1 or named.get("divisor_override") is None else {"divisor_override": named["divisor_override"]}
     return place(getattr(F, f"avg_pool{rank}d")(read, kernel, stride, 0, **more), out)
@@ -153,8 +163,14 @@ def _avg_pool(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor
 def _divided(piece: Tensor, layout: Layout, w: Window, out: Layout, sizes: Any, how: Any) -> SpatialTensor:
     (kernel, stride, padding), (rank, ceil_mode, include, divisor) = sizes, how
     image = piece.shape[3:]
-    others = [_pooled_size(n, k, s, p, 1, ceil_mode) for n, k, s, p in zip(image, kernel[1:], stride[1:], padding[1:], strict=True)]
-    ends = [max(n + p, (o - 1) * s - p + k) for n, k, s, p, o in zip(image, kernel[1:], stride[1:], padding[1:], others, strict=True)]
+    others = [
+        _pooled_size(n, k, s, p, 1, ceil_mode)
+        for n, k, s, p in zip(image, kernel[1:], stride[1:], padding[1:], strict=True)
+    ]
+    ends = [
+        max(n + p, (o - 1) * s - p + k)
+        for n, k, s, p, o in zip(image, kernel[1:], stride[1:], padding[1:], others, strict=True)
+    ]
     pads = [v for n, p, end in reversed(list(zip(image, padding[1:], ends, strict=True))) for v in (p, end - n)]
 
     def read(t: Tensor) -> Tensor:
@@ -180,7 +196,14 @@ def _divided(piece: Tensor, layout: Layout, w: Window, out: Layout, sizes: Any, 
     return place(sums / (pool(mask, kernel, stride) * taps), out)
 
 
-@handles("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+@handles(
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+)
 def _adaptive(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     named = _named(("input", "output_size", "return_indices"), args, kwargs)
     x, name = named["input"], function.__name__
@@ -224,4 +247,9 @@ def _sizes(named: dict[str, Any], rank: int) -> list[tuple[int, ...]]:
     kernel = int_tuple(named["kernel_size"], rank, "pooling", "kernel_size")
     stride = named.get("stride")
     stride = kernel if stride is None or stride == [] else int_tuple(stride, rank, "pooling", "stride")
-    return [kernel, stride, int_tuple(named.get("padding", 0), rank, "pooling", "padding"), int_tuple(named.get("dilation", 1), rank, "pooling", "dilation")]
+    return [
+        kernel,
+        stride,
+        int_tuple(named.get("padding", 0), rank, "pooling", "padding"),
+        int_tuple(named.get("dilation", 1), rank, "pooling", "dilation"),
+    ]
