@@ -70,7 +70,7 @@ def test_names():
 
 
 def test_dir_lists_the_public_names_and_no_internals(monkeypatch):
-    lazy = {"export", "sensitivity", "telemetry", "tensor_parallel", "te_plugin"}
+    lazy = {"export", "sensitivity", "spatial_parallel", "telemetry", "tensor_parallel", "te_plugin"}
     has_lightning = any(importlib.util.find_spec(name) for name in ("lightning", "pytorch_lightning"))
     expected = {*nv.__all__, "__version__", *lazy, *(["lightning"] if has_lightning else [])}
     assert dir(nv) == sorted(expected)
@@ -81,7 +81,7 @@ def test_dir_lists_the_public_names_and_no_internals(monkeypatch):
 def test_what_needs_more_than_torchs_core_is_imported_when_asked_for():
     code = """
 import sys, te_nvfp4_cv as nv
-for name in ("tensor_parallel", "te_plugin", "sensitivity", "telemetry"):
+for name in ("spatial_parallel", "tensor_parallel", "te_plugin", "sensitivity", "telemetry"):
     assert "te_nvfp4_cv." + name not in sys.modules, name
 print(nv.tensor_parallel.ColwiseParallel.__name__, nv.te_plugin.recipe.__name__, nv.sensitivity.scan.__name__)
 print(nv.telemetry.attach.__name__)
