@@ -232,7 +232,7 @@ def test_rows_are_joined_by_four_and_by_eight(width, kernel_device):
 @pytest.mark.parametrize(
     ("name", "operation"),
     [("add.rn", torch.add), ("sub.rn", torch.sub), ("mul.rn", torch.mul), ("add.rz", add_towards_zero)],
-    ids=str,
+    ids=["add.rn", "sub.rn", "mul.rn", "add.rz"],  # not the functions': pytest-xdist wants equal names in all processes
 )
 def test_pairs_are_computed_as_two_values(name, operation):
     v = floats()
