@@ -268,4 +268,4 @@ def on_ranks_nvfp4_layers(ranks: Ranks) -> None:
     compare_nvfp4(ranks, nn.Conv2d(16, 16, 2, padding="same"), values((16, 16, 9, 4), seed=1), "reference", 1e-5)
 
 
-test_on_ranks = ranks_test(globals())
+test_on_ranks = ranks_test(globals(), four=("convolutions", "norms", "nvfp4_layers"))
