@@ -100,7 +100,7 @@ for name, last, activation, group_channels, residual in (
             },
             _elementwise(last, activation, group_channels, RESIDUAL=residual),
             expect=WIDE,
-            instructions_per_element=(BLOCK, (40 if last else 70) + ERF * (activation == 5)),
+            instructions_per_element=(BLOCK, (44 if last else 70) + ERF * (activation == 5)),
         )
     )
 for grouped in (False, True):

@@ -40,7 +40,8 @@ def case(
     """A case whose BLOCK comes from the table; every entry of `values` is a constexpr."""
     values = dict(values)
     width, key = more.pop("width", "BLOCK"), more.pop("key", ())
-    packed = 1 in (values.get("ROW"), values.get("COL"), values.get("FORM"))
+    forms = [values.get(name) for name in ("ROW", "COL", "FORM")]  # of the amax kernel, ROW is a yes or no
+    packed = any(form in (1, 3) and form is not True for form in forms)
     fixed, by_pairs = more.pop("expect"), values.get("RHT") and values.get("ROW", 2) != 2
     pairs = [r"add\.rn\.f32x2", "FADD2"] if by_pairs else []
     divisible = [n for n, kind in signature.items() if n not in PLAIN and (kind[0] == "*" or kind in ("i32", "i64"))]
