@@ -228,9 +228,10 @@ def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
         lambda self, axis: interpreter.TensorHandle(np.array([program[axis]], np.int32), interpreter.tl.int32),
     )
     flags = dict(
-        ROW=2, COL=1, RHT=True, STOCHASTIC=False, OBSERVE=False, FOLDED=False, MASKED=True, CHANNELS=0, BLOCKS=1
+        ROW=2, COL=1, RHT=True, STOCHASTIC=False, OBSERVE=0, FOLDED=False, MASKED=True, CHANNELS=0, BLOCKS=1
     )
-    arguments = (x, x, amax, amax, row, scale, col, scale, amax, images, 1, run, per_row, 0)
+    watch = (amax,) * 4  # work and what is observed: not read
+    arguments = (x, x, amax, amax, row, scale, col, scale, *watch, images, 1, run, per_row, 0)
     operand_kernels.quantize_kernel[(1,)](*arguments, **flags, E4M3_MAX=448, BLOCK=block)
     fold = Fold(1, 0, 1, 0, 16)
     spec = OperandSpec(1, fold, DEQUANTIZED, PACKED, True)
