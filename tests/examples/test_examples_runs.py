@@ -175,7 +175,7 @@ def test_tensorboard_shows_each_step_once_after_a_crash(shapes: Path, tmp_path: 
     events.Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert steps["train/loss"] == [1, 2, 3, 4, 5, 6] and steps["val/miou"] == steps["val/loss"] == [3, 6]
-    assert steps["head/weight/std"] == [0, 1, 2, 3, 4, 5]
+    assert steps["weight/head/std"] == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_can_be_drawn_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -188,7 +188,8 @@ def test_step_benchmark(bench, monkeypatch, no_cuda_calls, tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     assert module.main([*STEP, "--no-graphs", "--no-triton", "--out", str(out)]) == 0, capsys.readouterr().out
     rows = {row["variant"]: row for row in lines(out) if "ms" in row}
-    assert list(rows) == ["bf16", "bf16 fused", "vendor current", "vendor delayed", "vendor delayed fused"]
+    vendor = [f"vendor {name}" for name in ("current", "current_pow2", "delayed", "delayed fused")]
+    assert list(rows) == ["bf16", "bf16 fused", *vendor]
     assert all(row["ms"] > 0 and row["peak_ratio"] > 0 for row in rows.values()) and rows["bf16"]["ratio"] == 1
     text = capsys.readouterr().out
     assert re.search(r"unet +vendor delayed fused +[\d.]+ ms  / bf16 [\d.]+", text) and "cosine" in text
@@ -216,7 +217,7 @@ def test_a_variant_that_cannot_run_leaves_the_others_their_times(bench, monkeypa
 
 def test_variants_have_distinct_names(bench):
     names = [variant.name for variant in bench("gpu_step").variants(True, True)]
-    assert len(set(names)) == len(names) == 11 and names[0] == "bf16" and "triton delayed graph" in names
+    assert len(set(names)) == len(names) == 13 and names[0] == "bf16" and "triton delayed graph" in names
 
 
 def test_relative_error_of_large_tensors(bench):
