@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -384,7 +385,9 @@ def test_torchrun_starts_a_killed_job_again_in_its_folder(shapes: Path, tmp_path
     call = ["--max-restarts", "1", str(script), "killed", *arguments, "--steps", "6", "--save-every", "1"]
     done = torchrun(call, 2)
     assert done.returncode == 0 and "exitcode: -9" in done.stdout, done.stdout
-    assert "the job was started again; it goes on in" in done.stdout and "resumed at step 4" in done.stdout
+    assert "the job was started again; it goes on in" in done.stdout
+    # The other rank is killed in step 5: whether the checkpoint of step 4 is whole by then, is a race.
+    assert re.search(r"resumed at step [34]\b", done.stdout), done.stdout
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out", "out_2"]
     assert load_checkpoint(tmp_path / "out_2" / "bf16" / "last.pt")["position"]["step"] == 6
 
