@@ -17,7 +17,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.errors import runtime_error
+from te_nvfp4_cv.errors import describe, runtime_error, value_error
 from te_nvfp4_cv.layer import custom_op, forward_backward, gemms
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, planned, refuse_jit_trace
 from te_nvfp4_cv.layer.options import CallOptions
@@ -96,6 +96,14 @@ def run(
     x, autocast, call = _input(op, x, Sizes(tuple(weight.shape), ""), bias, args)
     low = lowered(call)
     x = low.input(x)
+    # torch.export may not know the sizes yet.
+    if not torch.compiler.is_compiling() and low.geometry.rank and x.shape[0] and 0 in x.shape[2:]:
+        raise value_error(
+            f"nvfp4 {op}: images without pixels.",
+            got=f"x {describe(x)}",
+            needs="at least one pixel, or a batch without images, as in torch",
+            fix="check the layer before this one",
+        )
     backend = dispatch.resolve(backend, x.device, by_layer=True)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     channels_last = layouts.is_channels_last(x) or weight.channels_last
