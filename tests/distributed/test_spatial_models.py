@@ -173,6 +173,9 @@ def on_ranks_refusals(ranks: Ranks) -> None:
     with pytest.raises(ValueError, match="the ranks' rows are not one image"):
         SP.from_piece(x[:, :, : rows + (ranks.rank == 0)], mesh, 8)
     assert torch.equal(SP.whole(SP.from_piece(SP.shard(x, mesh).piece, mesh, 8)), x)
+    shift = nv.NVFP4BlockScaling(activation_shift="mean")
+    with nv.nvfp4_autocast(shift), pytest.raises(ValueError, match="takes no activation_shift"):
+        nn.Conv2d(16, 16, 3)(SP.shard(values((2, 16, 8, 6), seed=1), mesh))
     with pytest.raises(TypeError, match="this is no mesh"):
         SP.shard(x, ranks.group)
     with pytest.raises(ValueError, match="no such dimension"):

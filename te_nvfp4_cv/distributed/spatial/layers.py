@@ -60,6 +60,14 @@ Choice = tuple[NVFP4BlockScaling | None, str, str]  # the recipe or None, the ba
 
 
 def _run(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, args: ConvArgs, choice: Choice) -> SpatialTensor:
+    recipe = choice[0]
+    if recipe is not None and recipe.activation_shift != "none":
+        raise value_error(
+            f"nvfp4 {op}: an image that is cut into rows takes no activation_shift.",
+            got=f"activation_shift={recipe.activation_shift!r}",
+            needs="activation_shift='none': a rank has not all pixels of a channel",
+            fix="leave the field out of the recipe",
+        )
     if op == "linear":
         if x.placed.dim == x.dim() - 1:
             raise refusal("linear along the rows", (x,))
@@ -176,6 +184,8 @@ def _problem(plan: Plan, layout: Layout) -> str:
         return "the recipe has GEMMs in high precision"
     if 0 in plan.geometry.x_shape or 0 in plan.geometry.y_shape:
         return "there is nothing to multiply"
+    if plan.row_scaled:
+        return "its activations have a scale for each row"
     if plan.delayed:
         return "tensor_scale='delayed' is not supported here; use 'current'"
     return ""

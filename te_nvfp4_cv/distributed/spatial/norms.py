@@ -14,7 +14,7 @@ from te_nvfp4_cv.distributed.spatial.tensor import handles, piece_of, place, ref
 
 
 class _Normalize(torch.autograd.Function):
-    """x [B, C, *image] -> (x - mean) / sqrt(var + eps) * w + b; mean and var over all ranks, per image or all images.
+    """Compute (x - mean) / sqrt(var + eps) * w + b of x [B, C, *image], with mean and var over all ranks.
 
     Saves x as it came, and two numbers per group of channels (and image).
     """
@@ -86,10 +86,6 @@ def _per_channel(
     scale, mean = rstd.repeat_interleave(each, 1), mean.repeat_interleave(each, 1)
     scale = scale if w is None else scale * w.to(scale.dtype)
     return scale, -mean * scale if b is None else b.to(scale.dtype) - mean * scale
-
-
-def _argument(args: Any, kwargs: dict[str, Any], at: int, name: str, default: Any = None) -> Any:
-    return kwargs.get(name, args[at] if len(args) > at else default)
 
 
 @handles("batch_norm")

@@ -14,9 +14,9 @@ from te_nvfp4_cv.distributed.spatial import shared
 from te_nvfp4_cv.distributed.spatial.tensor import (
     SpatialTensor,
     aligned,
-    common,
     global_shape,
     handles,
+    on_pieces,
     piece_of,
     place,
     refusal,
@@ -165,15 +165,7 @@ def _elementwise_loss(function: Any, args: Any, kwargs: dict[str, Any]) -> Tenso
     if any(isinstance(a, str) for a in args) or reduction == "batchmean":
         raise refusal(f"{name} with this reduction", args)
     given = spatial((*args, *kwargs.values()))
-    layout, from_last = common(given, name)
-
-    def here(value: Any) -> Any:
-        if isinstance(value, SpatialTensor):
-            return piece_of(value)
-        return aligned(value, layout, from_last, name) if isinstance(value, Tensor) else value
-
-    values = [here(a) for a in args]
-    named = {key: here(value) for key, value in kwargs.items()}
+    values, named, layout, from_last = on_pieces(name, args, kwargs)
     if reduction == "none":
         y = function(*values, reduction="none", **named)
         return place(y, layout.with_dim(y.dim() - from_last))

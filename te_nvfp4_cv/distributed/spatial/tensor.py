@@ -80,7 +80,7 @@ _PLAIN_PROPERTIES = set(
     """
 dtype device layout requires_grad grad_fn is_leaf ndim is_cuda is_cpu is_meta is_sparse is_nested is_quantized
 is_mkldnn output_nr _version _base _grad_fn names itemsize is_mps is_xla is_sparse_csr is_xpu is_ipu is_mtia is_maia
-is_vulkan retains_grad _backward_hooks _post_accumulate_grad_hooks imag real name is_shared
+is_vulkan retains_grad _backward_hooks _post_accumulate_grad_hooks name is_shared
 """.split()
 )
 
@@ -292,19 +292,23 @@ def aligned(t: Tensor, layout: Layout, from_last: int, name: str) -> Tensor:
     return shared.own_rows(t, layout.with_dim(dim))
 
 
-def pointwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Compute a function of every value by itself on the piece."""
-    name = function.__name__
-    given = spatial((*args, *kwargs.values()))
-    layout, from_last = common(given, name)
+def on_pieces(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Layout, int]:
+    """Return the arguments of a function of every value by itself as this rank has them, and what `common` returns."""
+    layout, from_last = common(spatial((*args, *kwargs.values())), name)
 
     def here(value: Any) -> Any:
         if isinstance(value, SpatialTensor):
             return piece_of(value)
         return aligned(value, layout, from_last, name) if isinstance(value, Tensor) else value
 
-    with_piece = [here(value) for value in args]
-    y = function(*with_piece, **{key: here(value) for key, value in kwargs.items()})
+    return [here(value) for value in args], {key: here(value) for key, value in kwargs.items()}, layout, from_last
+
+
+def pointwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute a function of every value by itself on the piece."""
+    name = function.__name__
+    pieces, named, layout, from_last = on_pieces(name, args, kwargs)
+    y = function(*pieces, **named)
     in_place = (
         name.endswith("_") and (not name.startswith("__") or name.startswith("__i")) or kwargs.get("inplace") is True
     )

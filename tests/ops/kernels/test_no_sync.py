@@ -123,7 +123,7 @@ def test_no_step_waits_for_the_gpu(launches, backend, name, batch, fused):
     launches.clear()
     with NoWaiting() as mode:
         step(net, x, RECIPES[name], backend)
-    assert len(launches) >= 40 and "quantize_kernel" in launches
+    assert len(launches) >= 49 and "quantize_kernel" in launches
     custom = {op for op in mode.seen if op.startswith("te_nvfp4_cv::")}
     assert {"te_nvfp4_cv::quantize_operand", "te_nvfp4_cv::conv_wgrad", "te_nvfp4_cv::quantize_weight"} <= custom
 
