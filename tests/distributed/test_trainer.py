@@ -71,7 +71,7 @@ step, fault = Trainer._step, sys.argv.pop(1)
 def faulty(self, images, masks, watch):
     if self.ranks.rank == 1 and self.position.step == 4 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         if fault == "killed":
-            os.write(2, b"rank 1 is killed\n")  # only the first rank prints
+            os.write(2, b"rank 1 is killed ")  # only the first rank prints
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "raises":
             raise ValueError("rank 1 has had enough")
