@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from typing import Any
 
@@ -53,11 +54,13 @@ def _tell_of_module(script: torch.jit.ScriptModule) -> None:
     _known.add(model)
     path = next((name for name, module in model.named_modules() if module is script and name), "")
     what = f"{path!r} of {type(model).__name__}" if path else f"the model, {script.original_name},"
-    warn_once(
-        f"script {id(model)}",
+    # Not by warn_once: a text that names this model by its id could be another's, whose place in memory it took.
+    warnings.warn(
         f"nvfp4: {what} is a ScriptModule: its layers run in high precision, as no context sees the calls inside. "
         "Use the module that it was made from, with torch.compile if need be. nv.coverage(model, inputs) lists every "
         f'layer; set_precision(model, {{"{path}": None}}) says that it is meant',
+        UserWarning,
+        stacklevel=4,
     )
 
 

@@ -74,6 +74,14 @@ def test_a_script_module_says_once_that_it_runs_in_high_precision(make):
     assert "ScriptModule" in nv.coverage(script, x).rows[0].reason
 
 
+def test_a_script_module_at_the_place_of_another_in_memory_says_so_too(monkeypatch):
+    from te_nvfp4_cv.context import torchscript
+
+    monkeypatch.setattr(torchscript, "id", lambda _: 0, raising=False)  # as if each took the place of the one before
+    for _ in range(2):
+        assert len(told(torch.jit.script(Net()), image())[1]) == 1
+
+
 def test_a_script_module_inside_of_a_model():
     model = nn.Sequential(nn.Conv2d(16, 16, 1), torch.jit.script(Net()), torch.jit.script(nn.Linear(16, 16)))
     _, (text,) = told(model, image())
