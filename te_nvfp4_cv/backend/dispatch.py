@@ -107,6 +107,13 @@ def resolve(backend: str, device: torch.device, by_layer: bool = False) -> str:
     return backend
 
 
+def was_named(backend: str) -> bool:
+    """Return True if what `resolve` returned was asked for by name, and "auto" would not give it here."""
+    if backend == "triton" and torch.cuda.is_available():
+        return resolve("auto", torch.device("cuda")) != backend
+    return backend in ("integer", "triton")
+
+
 integer_check: Callable[[], bool] | None = None  # compares the integer kernels with the reference; ops/conv sets it
 
 

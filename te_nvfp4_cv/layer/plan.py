@@ -20,6 +20,7 @@ from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.backend.torch_private import cpu_has_tiles
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import alpha_factor
+from te_nvfp4_cv.ops.block_scales import FORMATS, backend_of
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, PACKED, RECORDS, Fold, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, RoleSettings
@@ -102,7 +103,8 @@ class Plan:
     @answer
     def operand_form(self) -> int:
         """The form in which this backend multiplies what lives for one call."""
-        return {"vendor": DEQUANTIZED, "integer": RECORDS}.get(self.backend, PACKED)
+        forms = dict.fromkeys(FORMATS, DEQUANTIZED) | {"vendor": DEQUANTIZED, "integer": RECORDS}
+        return forms.get(self.backend, PACKED)
 
     @answer
     def input_specs(self) -> tuple[OperandSpec, OperandSpec]:
@@ -222,6 +224,8 @@ def weight_plan(shape: torch.Size, groups: int, transposed: bool, recipe: NVFP4B
         groups=groups,
         transposed=transposed,
     )
+    if recipe.block_format != "nvfp4":
+        backend = backend_of(recipe.block_format, backend)
     # The last two decide nothing about a weight's codes.
     return Plan(geometry, recipe, backend, torch.float32, False)
 
@@ -234,8 +238,18 @@ def plan_for(
     Args:
         backend: as dispatch.resolve gave it for a layer. BY_LAYER becomes "integer" or "vendor" here.
     Raises:
-        ValueError: the integer backend was asked for by name, and the call has row-scaled activations.
+        ValueError: the integer backend was asked for by name, and the call has row-scaled activations; or that or the
+            triton backend was, and the recipe's blocks are not NVFP4's.
     """
+    if recipe.block_format != "nvfp4":
+        if dispatch.was_named(backend):
+            raise value_error(
+                f"nvfp4: backend {backend!r} has NVFP4's blocks only.",
+                got=f"recipe.block_format={recipe.block_format!r}",
+                needs="plain torch, which quantizes other formats on any device",
+                fix="backend='auto'",
+            )
+        return Plan(geometry, recipe, backend_of(recipe.block_format, backend), compute_dtype, channels_last)
     by_layer = backend == dispatch.BY_LAYER
     plan = Plan(geometry, recipe, "integer" if by_layer else backend, compute_dtype, channels_last)
     if by_layer and (plan.row_scaled or prefers_vendor(geometry, compute_dtype)):

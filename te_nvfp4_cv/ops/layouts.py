@@ -111,36 +111,40 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Te
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def operand_faces(x: Tensor, spec: OperandSpec, dtype: torch.dtype, make: Make = _new) -> tuple[Face, Face]:
+def operand_faces(
+    x: Tensor, spec: OperandSpec, dtype: torch.dtype, make: Make = _new, block: int = BLOCK
+) -> tuple[Face, Face]:
     """Return (rowwise, columnwise) faces for x [B, *image, C]; a face that the spec does not ask for is empty.
 
     Args:
         make: allocates dequantized values, which live for one call only.
+        block: how many values share a scale.
     """
     channels, f = x.shape[-1], spec.fold
-    blocks = spec.groups * -(-(channels // spec.groups) // BLOCK)
+    blocks, scales = (spec.groups * -(-(channels // spec.groups) // size) for size in (BLOCK, block))
     folded = (f.rows, *x.shape[2:-1], channels) if x.dim() > 2 else (channels,)
-    groups16 = (f.images // BLOCK, *folded)
-    row = _face(x, spec.row, (*x.shape[:-1], blocks * 8), (*x.shape[:-1], blocks), tuple(x.shape), dtype, make)
-    col = _face(x, spec.col, (*groups16, 8), groups16, (f.images, *folded), dtype, make)
+    row = _face(x, spec.row, (*x.shape[:-1], blocks * 8), (*x.shape[:-1], scales), tuple(x.shape), dtype, make)
+    columns, column_scales = (f.images // BLOCK, *folded), (-(-f.images // block), *folded)
+    col = _face(x, spec.col, (*columns, 8), column_scales, (f.images, *folded), dtype, make)
     # Records of columns lie as wgrad adds them up: pixel, block of images, channel.
-    columns = (*folded[:-1], f.images // BLOCK, channels * RECORD)
+    records = (*folded[:-1], f.images // BLOCK, channels * RECORD)
     row = _records(x, (*x.shape[:-1], blocks * RECORD), make) if spec.row == RECORDS else row
-    return row, _records(x, columns, make) if spec.col == RECORDS else col
+    return row, _records(x, records, make) if spec.col == RECORDS else col
 
 
 def _records(like: Tensor, shape: tuple[int, ...], make: Make) -> Face:
     return Face(make(shape, torch.uint8, like.device), like.new_empty(0, dtype=torch.uint8))
 
 
-def weight_faces(w: Tensor, spec: WeightSpec, dtype: torch.dtype) -> tuple[Face, Face]:
-    """Return (rowwise, columnwise) faces for w [axis 0, axis 1, *kernel]."""
+def weight_faces(w: Tensor, spec: WeightSpec, dtype: torch.dtype, block: int = BLOCK) -> tuple[Face, Face]:
+    """Return (rowwise, columnwise) faces for w [axis 0, axis 1, *kernel]; `block` values share a scale."""
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = -(-c // BLOCK), -(-(n // spec.groups) // BLOCK)
-    row_scale = (spec.groups, ob, taps, kb) if spec.two_d else (n, taps, kb)
+    scales_k, scales_o = -(-c // block), -(-(n // spec.groups) // block)
+    row_scale = (spec.groups, scales_o, taps, scales_k) if spec.two_d else (n, taps, scales_k)
     columns = (spec.groups, ob, taps, c)
     row = _face(w, spec.row, (n, taps, kb * 8), row_scale, (n, taps, c), dtype, _new)
-    return row, _face(w, spec.col, (*columns, 8), columns, (n, taps, c), dtype, _new)
+    return row, _face(w, spec.col, (*columns, 8), (spec.groups, scales_o, taps, c), (n, taps, c), dtype, _new)
 
 
 def _face(

@@ -154,6 +154,9 @@ class NVFP4BlockScaling:
         activation_shift: If "mean", the mean of each input channel is subtracted before x is quantized, and its product
             with the weight is added in fp32, exactly, borders included. For layers whose inputs have means that are
             large beside their deviations; each batch has means of its own, in evaluation too.
+        block_format: If "nvfp4", blocks of 16 have E4M3 scales under a tensor scale. Three others are there to compare
+            with, in plain torch: "mxfp4" (32, powers of two), "nvfp4_ue5m3" (16, UE5M3) and "fp4_e4m3_only" (16, E4M3),
+            all without a tensor scale. So not with another tensor_scale than "current", row_scaled_activation or 4over6.
     Raises:
         ValueError: A value is outside its list, fields contradict each other, or a version removed the field.
 
@@ -185,6 +188,7 @@ class NVFP4BlockScaling:
     precision: tuple[tuple[str, NVFP4BlockScaling | None], ...] = ()
     name: str = dataclasses.field(default="", compare=False)
     activation_shift: str = os.getenv("TE_NVFP4_CV_ACTIVATION_SHIFT", "none")
+    block_format: str = "nvfp4"
 
     def __post_init__(self) -> None:
         for field in ("fp4_format", "fp8_format"):  # TransformerEngine's Format enum is taken by its member's name
@@ -215,7 +219,7 @@ class NVFP4BlockScaling:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles hold every field that their version had. A frozen dataclass takes no setattr, so the dictionary is
         # filled, as pickle would.
-        missing = {field: PLAIN[field] for field in ("kernels", "activation_shift")}
+        missing = {field: PLAIN[field] for field in ("kernels", "activation_shift", "block_format")}
         self.__dict__.update(missing | without_removed(state))
 
     @property
@@ -286,7 +290,7 @@ class NVFP4BlockScaling:
 
         Raises:
             ValueError: Activations have 4over6 or row scaling together with RHT, or both at once while wgrad runs in
-                NVFP4; or delayed scales, or powers of two, meet row scaling.
+                NVFP4; or delayed scales, or powers of two, meet row scaling; or a block format has no such scales.
         """
         activations = self.nvfp4_4over6 in ("activations", "all")
         if activations and not self.disable_rht:
@@ -321,6 +325,7 @@ class NVFP4BlockScaling:
                 needs=f"one scale per tensor: {why}",
                 fix="set tensor_scale='current', or row_scaled_activation=False",
             )
+        self._validate_block_format()
         if self.fp8_dpa or self.fp8_mha:
             warn_once("recipe fp8 attention", "recipe: fp8_dpa and fp8_mha do nothing here, attention stays as it is")
         # The table's recipes take the place of this one in some layers, so they must be usable, too.
@@ -349,6 +354,20 @@ class NVFP4BlockScaling:
             table = ", ".join(f"{field} = {toml_text(value)}" for field, value in inner.items())
             lines.append(f"{toml_text(pattern)} = " + ('"high"' if recipe is None else f"{{{table}}}"))
         return "\n".join(lines).strip() + "\n"
+
+
+    def _validate_block_format(self) -> None:
+        # What each of these fields changes is NVFP4's tensor scale, or how its block scales are chosen.
+        only = ("tensor_scale", "row_scaled_activation", "nvfp4_4over6")
+        wrong = {field: getattr(self, field) for field in only if getattr(self, field) != PLAIN[field]}
+        if self.block_format != "nvfp4" and wrong:
+            raise value_error(
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: a field of NVFP4 does not go with another block format.",
+                got=f"block_format={self.block_format!r}, " + ", ".join(f"{name}={v!r}" for name, v in wrong.items()),
+                needs="blocks without a tensor scale, one rule for their scales: "
+                + ", ".join(f"{name}={PLAIN[name]!r}" for name in wrong),
+                fix=f"leave out {', '.join(wrong)}, or block_format",
+            )
 
 
 @functools.lru_cache(maxsize=256)

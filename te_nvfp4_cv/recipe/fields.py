@@ -46,6 +46,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "thin_layers": ("high_precision", "pad"),
     "kernels": ("all", "parameters"),
     "activation_shift": ("none", "mean"),
+    "block_format": ("nvfp4", "mxfp4", "nvfp4_ue5m3", "fp4_e4m3_only"),
 }
 """Fields with a closed list of values. The first value is the default, but see PLAIN."""
 

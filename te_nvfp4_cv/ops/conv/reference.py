@@ -39,8 +39,12 @@ def multiply(a: Parts, b: Parts) -> Tensor:
     """
     if len(a) == 1:
         return a[0] @ b[0].t()
-    fp8 = torch.float8_e4m3fn
-    return gemm.multiply(a[0], a[1].contiguous().view(fp8), b[0], b[1].contiguous().view(fp8))
+    return gemm.multiply(a[0], _scales(a[1]), b[0], _scales(b[1]))
+
+
+def _scales(part: Tensor) -> Tensor:
+    """Return scales as numbers: bytes are E4M3, and what other formats bring are values."""
+    return part.contiguous().view(torch.float8_e4m3fn) if part.dtype == torch.uint8 else part
 
 
 def data_product(operand: Parts, kernel: Parts, geometry: ConvGeometry, to_b: bool) -> Tensor:

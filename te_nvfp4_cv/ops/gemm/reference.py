@@ -20,7 +20,7 @@ def multiply(a_data: Tensor, a_scale: Tensor, b_data: Tensor, b_scale: Tensor) -
 
     Args:
         a_data: packed uint8 [I, L/2].
-        a_scale: float8_e4m3fn [I, L/16].
+        a_scale: float8_e4m3fn [I, L/16], or fp32, as b_scale.
         b_data: packed uint8 [J, L/2].
         b_scale: float8_e4m3fn [J, L/16].
     """

@@ -16,7 +16,7 @@ Each is a function over records (ops/records.py) and a custom operator on plain 
     weight, rowwise, 1x16     [axis 0, T, Kb * 8]           [axis 0, T, Kb]
     weight, columnwise        [G, Ob, T, axis 1, 8]         [G, Ob, T, axis 1]             [axis 0, T, axis 1]
 
-Kb and Ob count blocks of 16 of one group's channels. A shorter last block is padded with zeros, which only its packed
+Kb and Ob count blocks of 16 of one group's channels; block_formats.py says what a block of 32 changes. A shorter last block is padded with zeros, which only its packed
 codes store. With 16x16 scaling both faces of a weight are the same numbers, so only the rowwise one is written.
 
 Stochastic rounding by plain torch and by the CPU's kernels uses Philox counter i for the block with row-major index i
@@ -45,8 +45,10 @@ from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE, block_of
 from te_nvfp4_cv.ops.quantize import cpu, reference
 from te_nvfp4_cv.ops.quantize.amax import collect
+from te_nvfp4_cv.ops.quantize.block_formats import Quantizer
 from te_nvfp4_cv.ops.records import (
     Alpha,
     Collector,
@@ -67,7 +69,13 @@ def _implementation(backend: str, device: torch.device) -> Any:
         from te_nvfp4_cv.ops.quantize.triton import launch
 
         return launch
-    return reference if backend == "reference" else cpu
+    return _PLAIN.get(backend, cpu)
+
+
+# Plain torch, on any device: NVFP4's specification, and each other format, which is a backend of its own.
+_PLAIN: dict[str, Any] = {"reference": reference}
+for _name, _format in FORMATS.items():
+    _PLAIN[_name] = _PLAIN[_name + REFERENCE] = Quantizer(_format)
 
 
 # ---- activations and gradients --------------------------------------------------------------------------------------
@@ -130,7 +138,7 @@ def separate(made: Operand) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 @quantize_operand_op.register_fake
 def _(x, spec, dtype, seed, amax, backend):  # type: ignore[no-untyped-def]
     spec = OperandSpec.from_ints(spec)
-    row, col = layouts.operand_faces(x, spec, dtype)
+    row, col = layouts.operand_faces(x, spec, dtype, block=block_of(backend))
     row_amax = x.new_empty(x.shape[:-1] if spec.row_scaled and spec.row else (1,), dtype=torch.float32)
     col_amax = x.new_empty((x.shape[-1],) if spec.row_scaled and spec.col else (1,), dtype=torch.float32)
     observed = x.new_empty(0 if amax is None else 3, dtype=torch.float32)
@@ -182,7 +190,7 @@ def unpack_columns_op(data: Tensor, scale: Tensor, dtype: torch.dtype, backend: 
 
 @unpack_columns_op.register_fake
 def _(data, scale, dtype, backend):  # type: ignore[no-untyped-def]
-    return scale.new_empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype=dtype)
+    return data.new_empty((data.shape[0] * BLOCK, *data.shape[1:-1]), dtype=dtype)
 
 
 def unpack_rows(face: Face, channels: int, groups: int, dtype: torch.dtype, backend: str) -> Tensor:
@@ -266,7 +274,7 @@ def quantize_weight_op(
 
 @quantize_weight_op.register_fake
 def _(w, spec, dtype, backend, amax=None):  # type: ignore[no-untyped-def]
-    row, col = layouts.weight_faces(w, WeightSpec.from_ints(spec), dtype)
+    row, col = layouts.weight_faces(w, WeightSpec.from_ints(spec), dtype, block_of(backend))
     return WeightCodes(row, col, w.new_empty(1, dtype=torch.float32)).flat()
 
 

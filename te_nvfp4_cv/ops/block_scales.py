@@ -1,0 +1,148 @@
+"""The block formats beside NVFP4, as data: how many values share a scale, and how the scale's byte is made and read.
+
+    format          block   scale of a block          byte                                     code
+    mxfp4           32      2^(floor(log2 amax) - 2)  E8M0: 2^(byte - 127), 255 is NaN         e2m1(x / s)
+    nvfp4_ue5m3     16      amax / 6                  UE5M3: 2^-17 .. 114688, no sign, no NaN  e2m1(x / s)
+    fp4_e4m3_only   16      amax * f32(1/6)           E4M3: 2^-9 .. 448, no NaN                e2m1(x * f32(1 / s))
+
+None has a tensor scale, so each covers only the range of its scales: a block whose scale rounds to 0 (amax up to
+6 * 2^-18 and 6 * 2^-10) decodes to zeros, and one above the largest scale saturates. fp4_e4m3_only is NVFP4 with a
+tensor scale of 1, bit for bit. An operand's amax is therefore TENSOR_AMAX, which stands for the tensor scale 1, or the
+operand's own where that is not finite, so that it reaches every result as in NVFP4.
+
+mxfp4 is the rule of OCP Microscaling 1.0, section 6.3, with ties to even: torchao's MXTensor with scaling_mode FLOOR,
+microxcaling with shared_exp_method "max" and round "even" (its default round, "nearest", takes ties away from zero).
+A block of amax 7 has the scale 1, so its largest values are clipped to 6, as that rule wants. UE5M3 has 5 exponent bits
+with a bias of 15, 3 bits of mantissa, subnormals, and rounds to nearest, ties to even; bytes are those of LLVM's
+Float8E5M3FNU. A NaN in a block gives the largest scale there, as in NVFP4; mxfp4's gives 255.
+Source: OCP Microscaling Formats (MX) 1.0; arXiv 2509.17791 (UE5M3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv import formats
+from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
+
+TENSOR_AMAX = E2M1_MAX * E4M3_MAX  # of a tensor scale of 1
+REFERENCE = " reference"  # at the end of a backend's name
+
+
+class BlockFormat(NamedTuple):
+    """One format.
+
+    Attributes:
+        block: how many values share a scale, 16 or 32.
+        encode: amaxes of blocks, fp32, to scale bytes, uint8.
+        decode: scale bytes to what a code of 1.0 stands for, fp32.
+        divide: fp32 values and the scale bytes of their blocks, broadcast, to what is rounded to E2M1.
+    """
+
+    block: int
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    divide: Callable[[Tensor, Tensor], Tensor]
+
+
+# ---- E8M0 -----------------------------------------------------------------------------------------------------------
+
+
+def encode_e8m0(amax_b: Tensor) -> Tensor:
+    """Return the byte of 2^(floor(log2 amax) - 2): 6 is the largest E2M1 value, and 4 its largest power of two.
+
+    Numerics: from the bits; amaxes below 2^-124 give 0, which is 2^-127; inf gives 253, NaN 255.
+    """
+    bits = amax_b.view(torch.int32)
+    byte = ((bits >> 23) - 2).clamp(min=0)
+    return torch.where(amax_b.isnan(), 255, byte).to(torch.uint8)
+
+
+def decode_e8m0(byte: Tensor) -> Tensor:
+    """Return 2^(byte - 127), fp32; 255 gives NaN."""
+    bits = byte.to(torch.int32)
+    # 2^-127 is subnormal in fp32: its bits are those of half the smallest normal number.
+    value = torch.where(bits == 0, 0x400000, bits << 23).to(torch.int32).view(torch.float32)
+    return torch.where(bits == 255, torch.nan, value)
+
+
+def _by_e8m0(v: Tensor, byte: Tensor) -> Tensor:
+    return torch.div(v, decode_e8m0(byte))  # exact, but for subnormal results
+
+
+# ---- UE5M3 ----------------------------------------------------------------------------------------------------------
+
+
+def encode_ue5m3(v: Tensor) -> Tensor:
+    """Round fp32 values >= 0 to UE5M3 bytes: nearest, ties to even, with subnormals, saturating; NaN gives 254."""
+    bits = v.view(torch.int32)
+    # A carry out of the mantissa is the next exponent. The byte's exponent has a bias of 15, that of fp32 one of 127.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 8 * (127 - 15)
+    # 8 is the smallest normal number, 2^-14. torch rounds ties to even.
+    subnormal = torch.round(v * 2.0**17).clamp(max=8).nan_to_num(8.0).to(torch.int32)
+    return torch.where(v < 2.0**-14, subnormal, normal.clamp(max=254)).to(torch.uint8)
+
+
+def decode_ue5m3(byte: Tensor) -> Tensor:
+    """Return the fp32 values of UE5M3 bytes 0 .. 254."""
+    code = byte.to(torch.int32)
+    normal = ((code + 8 * (127 - 15)) << 20).view(torch.float32)
+    return torch.where(code < 8, code.to(torch.float32) * 2.0**-17, normal)
+
+
+def _ue5m3_of_block(amax_b: Tensor) -> Tensor:
+    return encode_ue5m3(torch.div(amax_b, torch.full_like(amax_b, E2M1_MAX)))
+
+
+def _by_ue5m3(v: Tensor, byte: Tensor) -> Tensor:
+    scale = decode_ue5m3(byte)
+    return torch.div(v, torch.where(byte == 0, torch.inf, scale))  # zeros under a scale of 0, where 0 / 0 would be NaN
+
+
+# ---- E4M3 -----------------------------------------------------------------------------------------------------------
+
+
+def _e4m3_of_block(amax_b: Tensor) -> Tensor:
+    return formats.block_scale(amax_b, torch.ones_like(amax_b)).view(torch.uint8)
+
+
+def _decode_e4m3(byte: Tensor) -> Tensor:
+    return byte.view(torch.float8_e4m3fn).to(torch.float32)
+
+
+def _by_e4m3(v: Tensor, byte: Tensor) -> Tensor:
+    scale = byte.view(torch.float8_e4m3fn)
+    return v * formats.encode_multiplier(scale, torch.ones((), dtype=torch.float32, device=v.device))
+
+
+# ---- the formats ----------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "mxfp4": BlockFormat(32, encode_e8m0, decode_e8m0, _by_e8m0),
+    "nvfp4_ue5m3": BlockFormat(16, _ue5m3_of_block, decode_ue5m3, _by_ue5m3),
+    "fp4_e4m3_only": BlockFormat(16, _e4m3_of_block, _decode_e4m3, _by_e4m3),
+}
+"""By the name that recipe.block_format has. Its values without NVFP4, whose numbers formats.py has."""
+
+
+def backend_of(block_format: str, backend: str) -> str:
+    """Return the name of the backend that runs a format, given the one that NVFP4 would run on."""
+    return block_format + REFERENCE if backend == "reference" else block_format
+
+
+def block_of(backend: str) -> int:
+    """Return how many values share a scale on a backend."""
+    found = FORMATS.get(backend.removesuffix(REFERENCE))
+    return BLOCK if found is None else found.block
+
+
+def tensor_amax(*amaxes: Tensor) -> Tensor:
+    """Return what stands for the tensor scale 1, fp32 [1], or an amax that is not finite."""
+    used = torch.full_like(amaxes[0], TENSOR_AMAX)
+    for amax in amaxes:
+        used = torch.where(amax.isfinite(), used, amax)
+    return used

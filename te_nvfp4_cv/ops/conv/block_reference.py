@@ -1,0 +1,55 @@
+"""The specification of a convolution in one of the formats of block_scales.py: reference.py's, block by block.
+
+A block of 32 counts as two of 16 with one scale, and scales come as fp32 values in place of E4M3 bytes. So the products
+of a block are exact in fp32 here too, and sums over blocks round in the order of the pieces of 16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.ops.conv import reference
+from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.quantize.block_formats import Quantizer
+from te_nvfp4_cv.ops.records import Face
+
+
+class Products:
+    """Multiplies packed faces of one format; methods as the functions of reference.py."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.values_of_pieces = quantizer.values_of_pieces
+
+    def fprop(
+        self, x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
+    ) -> Tensor:
+        """Run the operator conv_fprop."""
+        return reference.fprop(self._rows(x, geometry), self._kernel(w, geometry), alpha, bias, geometry, dtype)
+
+    def dgrad(self, dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+        """Run the operator conv_dgrad."""
+        return reference.dgrad(self._rows(dy, geometry), self._kernel(w, geometry), alpha, geometry, dtype)
+
+    def wgrad(self, dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+        """Run the operator conv_wgrad."""
+        return reference.wgrad(self._columns(dy), self._columns(x), alpha, geometry, dtype)
+
+    def _rows(self, x: Face, geometry: ConvGeometry) -> Face:
+        pieces = x.data.shape[-1] // 8 // geometry.groups
+        scale = self.values_of_pieces(x.scale.unflatten(-1, (geometry.groups, -1)), -1, pieces)
+        return Face(x.data, scale.flatten(-2))
+
+    def _columns(self, x: Face) -> Face:
+        return Face(x.data, self.values_of_pieces(x.scale, 0, x.data.shape[0]))
+
+    def _kernel(self, w: Face, geometry: ConvGeometry) -> Face:
+        data, scale = w
+        if data.dim() == 5:  # columnwise: [G, Ob, T, axis 1, 8]
+            return Face(data, self.values_of_pieces(scale, 1, data.shape[1]))
+        scale = self.values_of_pieces(scale, -1, data.shape[-1] // 8)
+        if scale.dim() == 4:  # a tile each: [G, Ob, T, Kb]
+            rows = -(-(geometry.channels_b // geometry.groups) // BLOCK)
+            scale = scale.repeat_interleave(-(-rows // scale.shape[1]), dim=1)[:, :rows]
+        return Face(data, scale)
