@@ -346,7 +346,9 @@ def kernel_columns(kernel: Tensor, groups: int) -> Tensor:
     return padded.unflatten(1, (-1, BLOCK)).movedim(2, -1)
 
 
-def transpose_kernel(data: Tensor, scale: Tensor, channels: int, groups: int) -> tuple[Tensor, Tensor]:
+def transpose_kernel(
+    data: Tensor, scale: Tensor, channels: int, groups: int, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
     """Transpose the rowwise face of a 16x16-scaled kernel to its columnwise face: nibbles and tile scales alike.
 
     Args:
@@ -354,9 +356,10 @@ def transpose_kernel(data: Tensor, scale: Tensor, channels: int, groups: int) ->
         scale: [G, Ob, T, Cb].
         channels: the size of axis 1.
         groups: the convolution's groups.
+        block: how many channels share a scale.
     Returns:
         data [G, Ob, T, channels, 8] and scale [G, Ob, T, channels].
     """
     codes = unpack_nibbles(data)[..., :channels]
-    tiles = scale.repeat_interleave(BLOCK, dim=3)[..., :channels]
+    tiles = scale.repeat_interleave(block, dim=3)[..., :channels]
     return pack_nibbles(kernel_columns(codes, groups)).contiguous(), tiles.contiguous()

@@ -112,6 +112,8 @@ def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None
     s = recipe.settings("weight")
     if not s.two_d or s.four_over_six is not None:
         return "1x16 or 4over6 scales"
+    if recipe.block_format != "nvfp4":
+        return f"blocks of {recipe.block_format}"
     if not {"fprop", "dgrad"} <= set(recipe.nvfp4_gemms):
         return "a GEMM on the weight in high precision"
     return None

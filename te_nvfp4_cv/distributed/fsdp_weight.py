@@ -224,7 +224,8 @@ class GatheredWeight(torch.Tensor):
             RuntimeError: the layer runs with another recipe than the weight was gathered for.
         """
         s, problem = plan.weight, None
-        if not s.two_d or s.four_over_six is not None or s.pow2 != self.form.pow2:
+        other = plan.recipe.block_format != "nvfp4"
+        if other or not s.two_d or s.four_over_six is not None or s.pow2 != self.form.pow2:
             problem = f"recipe {plan.recipe!r}"
         elif plan.geometry.groups != self.form.groups:
             problem = f"groups={plan.geometry.groups}"
@@ -235,7 +236,7 @@ class GatheredWeight(torch.Tensor):
             raise runtime_error(
                 f"nvfp4: the weight {self.form.name!r} was gathered in 4 bits for another recipe.",
                 got=problem,
-                needs=f"16x16 scales without 4over6, tensor_scale {scales}, fprop and dgrad in NVFP4, "
+                needs=f"NVFP4, 16x16 scales without 4over6, tensor_scale {scales}, fprop and dgrad in NVFP4, "
                 f"groups={self.form.groups}",
                 fix="give nv.fsdp.quantize_gathers the recipe with which the model trains",
             )

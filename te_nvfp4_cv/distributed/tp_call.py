@@ -32,6 +32,7 @@ from te_nvfp4_cv.nn.walk import for_output_size, padded
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_channels_last
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.fields import check_nvfp4
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +277,8 @@ class _Call:
                 got=f"activation_shift={recipe.activation_shift!r}", needs="activation_shift='none'",
                 fix="leave the field out of the recipe of tensor-parallel layers",
             )
+        needs, fix = "NVFP4, whose codes ranks exchange", "leave block_format out of the recipe of tensor-parallel layers"
+        check_nvfp4(f"tensor_parallel {self.op}", recipe.block_format, needs, fix)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
         chosen = dispatch.resolve(backend, x.device, by_layer=True)

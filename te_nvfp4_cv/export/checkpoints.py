@@ -48,10 +48,12 @@ from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.walk import like_weight, op_of
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.fields import check_nvfp4
 from te_nvfp4_cv.recipe.files import parse_recipe
 from te_nvfp4_cv.version import __version__
 
 SHARD_BYTES = 5 * 10**9  # the size at which Hugging Face's tools cut files, too
+FILES, LEAVE = "NVFP4, whose scales the file's readers expect", "leave block_format out of the recipe"  # in errors
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     Raises:
         TypeError: `model` is no module, or `recipe` is no recipe.
         ValueError: A pattern of the recipe's table matches nothing, a weight is not finite, the state_dict holds
-            something other than tensors, or a recipe has activation_shift.
+            something other than tensors, or a recipe has activation_shift or another block format than NVFP4.
         RuntimeError: The model is sharded, or a file cannot be written.
 
     Example:
@@ -192,7 +194,9 @@ def _entry(
     Args:
         trained: what owns the layer's delayed scales, as quantize_layer takes it.
     """
+    check_nvfp4(f"nv.export.save: the layer {name!r}", recipe.block_format, FILES, LEAVE)
     if isinstance(module, InferenceLayer):
+        check_nvfp4(f"nv.export.save: the layer {name!r}", module.recipe.block_format, FILES, LEAVE)
         # Saved again from its codes: to dequantize and quantize once more could change bits.
         codes, shape = module.codes, tuple(module.weight_shape)
         op, channels_last = module.op, module.channels_last
@@ -307,6 +311,8 @@ def load(
     assert manifest is not None
     layers = check_fit(opened, manifest, model)
     recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
+    for recipe in recipes:
+        check_nvfp4(opened.source, recipe.block_format, FILES, "a file that nv.export.save has written")
     # Last of the checks: the model changes only after everything that can be refused has been.
     codes = {name: codes_of(opened, name, entry, recipes) for name, entry in manifest.layers.items()}
     norms = {norm: FoldedNorm(modules[name], modules[norm]) for norm, name in manifest.folded.items()}

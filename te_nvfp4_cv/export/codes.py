@@ -13,6 +13,7 @@ from te_nvfp4_cv.export.computed import is_computed, weight_of
 from te_nvfp4_cv.layer import delayed_scaling, operands
 from te_nvfp4_cv.layer.plan import weight_plan
 from te_nvfp4_cv.nn import learned
+from te_nvfp4_cv.ops.block_scales import block_of
 from te_nvfp4_cv.ops.records import Face
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
@@ -23,7 +24,7 @@ class Codes:
 
     Attributes:
         data: uint8 codes, two to a byte; matrix.py gives the two layouts.
-        scale: uint8, the bytes of the E4M3 block scales.
+        scale: uint8, the bytes of the block scales, E4M3 in NVFP4.
         amax: fp32 [1] of the weight.
         input_amax: fp32 [1] of the activations, if delayed scaling found one in training; else None.
         shift: if x is shifted before it is quantized: fp32 [channels of x] to subtract, and fp32 [channels of y] to add
@@ -57,7 +58,7 @@ def quantize_layer(
     face = codes.face(plan.weight_faces[0])
     if transposed and plan.weight_faces[0] == "row":
         # In training one copy serves fprop and dgrad, with its blocks along dgrad's axis. Here only fprop reads it.
-        face = Face(*formats.transpose_kernel(*face, w.shape[1], groups))
+        face = Face(*formats.transpose_kernel(*face, w.shape[1], groups, block_of(plan.backend)))
     return Codes(*face, codes.amax, input_amax)
 
 

@@ -42,13 +42,14 @@ from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.records import Face, WeightCodes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.fields import check_nvfp4
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
 
 WEIGHTS = ("packed", "cached")
 ACTIVATIONS = ("nvfp4", "high")
 FORWARD = (  # the fields of a recipe that inference depends on
     *("nvfp4_4over6", "nvfp4_4over6_err_mode", "nvfp4_4over6_e4m3_use_256", "row_scaled_activation", "tensor_scale"),
-    *("thin_layers", "disable_2d_quantization"),
+    *("thin_layers", "disable_2d_quantization", "block_format"),
 )
 
 
@@ -173,7 +174,13 @@ class InferenceLayer(nn.Module):
 
     @property
     def nvfp4_weight(self) -> NVFP4Tensor:
-        """Return the matrix [output channels, taps * channels] that the GEMM contracts over its last axis."""
+        """Return the matrix [output channels, taps * channels] that the GEMM contracts over its last axis.
+
+        Raises:
+            ValueError: The layer has another block format than NVFP4.
+        """
+        needs = "NVFP4, which the class stands for"
+        check_nvfp4("InferenceLayer.nvfp4_weight", self.recipe.block_format, needs, "layer.weight, which is dequantized")
         data, scale = matrix.to_matrix(self.weight_data, self.weight_scale, self.plan)
         return NVFP4Tensor(
             shape=(data.shape[0], data.shape[1] * 2),
@@ -235,7 +242,13 @@ class InferenceLayer(nn.Module):
         if self._wants_bytes():
             return operands.weight_panels(self._weight_codes(), self.plan)
         # Codes times block scales, still without the tensor scale: the GEMM applies that to its result, as in training.
-        return operands.weight_values(self._weight_codes(), self.plan).to(self.dtype)
+        return operands.weight_values(self._weight_codes(), self.plan).to(self._values_dtype)
+
+    @property
+    def _values_dtype(self) -> torch.dtype:
+        # fp16 holds NVFP4's values, which the tensor scale keeps in range; other formats have none.
+        wide = self.dtype == torch.float16 and self.recipe.block_format != "nvfp4"
+        return torch.float32 if wide else self.dtype
 
     def _is_bytes(self) -> bool:
         return self.unpacked is not None and self.unpacked.dtype == torch.uint8
@@ -267,7 +280,8 @@ class InferenceLayer(nn.Module):
             # Bytes do not show what fn makes of floating-point tensors, so it is asked.
             self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
             # The bytes are a CPU's, and another dtype may run on another backend. There is nothing to expand on "meta".
-            if self.quantize_x and self.weight_data.device.type != "meta" and self._is_bytes() != self._wants_bytes():
+            other = self._is_bytes() != self._wants_bytes() or self._values_dtype != self.dtype
+            if self.quantize_x and self.weight_data.device.type != "meta" and other:
                 self.set_mode()
         return self
 

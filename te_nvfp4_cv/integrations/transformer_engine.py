@@ -47,6 +47,7 @@ from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.fields import check_nvfp4
 from te_nvfp4_cv.tensor.gemm import LAYOUTS as FACES_OF_LAYOUT
 from te_nvfp4_cv.tensor.gemm import gemm
 from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
@@ -177,6 +178,8 @@ class QuantizerFactory:
 
     def _operand(self, chosen: NVFP4BlockScaling, tensor: str) -> Any:
         te = _te()
+        needs, fix = "NVFP4, which TransformerEngine's GEMMs multiply", "leave block_format out"
+        check_nvfp4("te_plugin", chosen.block_format, needs, fix)
         settings = chosen.settings(tensor)
         operand = NVFP4Quantizer(
             with_rht=settings.rht, with_2d_quantization=settings.two_d,

@@ -8,6 +8,7 @@ from torch import Tensor
 from te_nvfp4_cv.formats import E2M1_MAX, dequantize
 from te_nvfp4_cv.layer.options import ALONE, CallOptions, Scales, Watch
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX
 from te_nvfp4_cv.ops.conv import integer
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import operand, rounding_seeds
@@ -114,6 +115,9 @@ def dequantized_weight(w: Tensor, plan: Plan) -> Tensor:
 def real_input(face: Face, amax: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """Return x [B, *image, C] in real units from its packed rowwise face, in TransformerEngine's order of sums."""
     g = plan.geometry
+    if plan.recipe.block_format != "nvfp4":
+        values = operand.unpack_rows(face, g.x_shape[-1], g.groups, torch.float32, plan.backend)
+        return (values * (amax * (1.0 / TENSOR_AMAX))).to(dtype)
     return real_rows(face, amax, plan.input.e4m3_max, (g.groups, g.x_shape[-1] // g.groups)).to(dtype)
 
 

@@ -124,6 +124,17 @@ def check_choice(field: str, value: object) -> None:
     raise bad_value("recipe", field, value, one_of(allowed), fix)
 
 
+def check_nvfp4(caller: str, block_format: str, needs: str, fix: str) -> None:
+    """Refuse what only NVFP4's blocks have a form for.
+
+    Raises:
+        ValueError: The block format is another one.
+    """
+    if block_format != "nvfp4":
+        title = f"{caller}: no form for this block format."
+        raise value_error(title, got=f"a recipe with block_format={block_format!r}", needs=needs, fix=fix)
+
+
 def check_gemms(gemms: object) -> tuple[str, ...]:
     """Return the named GEMMs in the order fprop, dgrad, wgrad.
 

@@ -8,6 +8,7 @@ sample; the amax and the number of values that are not finite are those of the w
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX
+from te_nvfp4_cv.ops.quantize.block_formats import QUANTIZERS, Quantizer
 from te_nvfp4_cv.ops.quantize.operand import measure_operand, quantize_operand
 from te_nvfp4_cv.ops.quantize.reference import fold_images, pad_groups
 from te_nvfp4_cv.ops.records import NONE, PACKED, Face, Operand, WeightCodes
@@ -31,7 +34,8 @@ class Blocks:
     Attributes:
         raw: [N, 16] fp32, what was rounded.
         codes: [N, 16] uint8.
-        scale: [N] E4M3 bytes.
+        scale: [N] scale bytes, E4M3 in NVFP4.
+        scale_values: [N] fp32, what they stand for.
         values: [N, 16] fp32, codes times scales.
         limit: [N], 6 scales in real units: values beyond are clipped.
         valid: [N, 16], False for the zeros that pad channels or images; None if there are none.
@@ -41,6 +45,7 @@ class Blocks:
     raw: Tensor
     codes: Tensor
     scale: Tensor
+    scale_values: Tensor
     values: Tensor
     limit: Tensor
     valid: Tensor | None
@@ -82,7 +87,7 @@ def of_operand(
     s = plan.recipe.settings(role)
     is_x = role == Role.INPUT
     fold, row_scaled = plan.folds[0 if is_x else 1], is_x and plan.row_scaled
-    row, col = made.row, made.col
+    row, col, quantizer = made.row, made.col, QUANTIZERS.get(plan.backend)
     both_faces = plan.input_specs[True] if is_x else plan.gradient_specs[True, True]
     forms = [PACKED if face.data.numel() and not face.scale.numel() else NONE for face in (row, col)]
     if any(forms):
@@ -94,6 +99,10 @@ def of_operand(
         spec = both_faces._replace(row=forms[0], col=forms[1])
         again = quantize_operand(operand, spec, plan.compute_dtype, seed, amax, plan.backend)
         row, col = again.row if forms[0] else row, again.col if forms[1] else col
+    if quantizer is not None:  # one scale for each 16 values, as NVFP4 has them
+        row = Face(row.data, quantizer.of_rows(row, plan.geometry.groups)) if row.data.numel() else row
+        col = Face(col.data, quantizer.of_columns(col)) if col.data.numel() else col
+    sampled = functools.partial(_sampled, e4m3_max=s.e4m3_max, most=most, quantizer=quantizer)
     found = {}
     amax_whole, broken = whole(operand)
     if row.data.numel():
@@ -104,7 +113,7 @@ def of_operand(
             ones = torch.ones(1, operand.shape[-1], dtype=torch.bool, device=raw.device)
             valid = _padded(ones, plan.geometry.groups).view(per_pixel, BLOCK)
         amax = made.row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_scaled else made.row_amax
-        found["row"] = _sampled(raw, row, amax, s.e4m3_max, most, valid, False, (amax_whole, broken))
+        found["row"] = sampled(raw, row, amax, valid=valid, rht=False, extent=(amax_whole, broken))
     if col.data.numel():
         raw = fold_images(operand, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)  # [N16, *folded, C, 16]
         amax = made.col_amax
@@ -116,9 +125,10 @@ def of_operand(
             real = real.expand(raw.shape).reshape(-1, BLOCK) != 0
         if s.rht:  # the largest of the rotated values, which were not stored: quantization has measured it
             amax_whole = made.observed[1] if made.observed.numel() else made.col_amax.amax()
-            if s.pow2 and not made.observed.numel():  # but raised it to a power of two
+            # But raised it to a power of two, or has no tensor scale.
+            if (s.pow2 or quantizer is not None) and not made.observed.numel():
                 amax_whole = measure_operand(operand, both_faces, plan.backend)[1]
-        found["col"] = _sampled(raw, col, amax, s.e4m3_max, most, real, s.rht, (amax_whole, broken))
+        found["col"] = sampled(raw, col, amax, valid=real, rht=s.rht, extent=(amax_whole, broken))
     return found
 
 
@@ -131,7 +141,7 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
         plan: the layer's plan.
         most: the number of elements of each face to look at.
     """
-    s = plan.weight
+    s, quantizer = plan.weight, QUANTIZERS.get(plan.backend)
     taken = dict(zip(("fprop", "dgrad"), plan.weight_faces, strict=True))
     if taken["fprop"] == taken["dgrad"]:  # 16x16 blocks: one face serves both
         del taken["dgrad"]
@@ -149,11 +159,14 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
             ones = torch.ones_like(kernel, dtype=torch.bool)
             valid = _row_kernel(ones) if face == "row" else formats.kernel_columns(ones, plan.geometry.groups)
             valid = valid.reshape(-1, BLOCK)
+        rows = kernel.shape[0] // plan.geometry.groups
+        if quantizer is not None:
+            scale = quantizer.of_kernel(Face(data, scale), rows)
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
-            rows = kernel.shape[0] // plan.geometry.groups
             # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
-        found[gemm] = _sampled(raw, Face(data, scale), codes.amax, s.e4m3_max, most, valid, False, extent)
+        made = Face(data, scale)
+        found[gemm] = _sampled(raw, made, codes.amax, s.e4m3_max, most, quantizer, valid=valid, rht=False, extent=extent)
     return found
 
 
@@ -169,13 +182,14 @@ def step_of(blocks: int, most: int) -> int:
 
 
 def _sampled(
-    raw: Tensor, face: Face, amax: Tensor, e4m3_max: int, most: int, valid: Tensor | None, rht: bool,
-    extent: tuple[Tensor, Tensor],
+    raw: Tensor, face: Face, amax: Tensor, e4m3_max: int, most: int, quantizer: Quantizer | None, *,
+    valid: Tensor | None, rht: bool, extent: tuple[Tensor, Tensor],
 ) -> Blocks:
     """Take every step_of-th block of one face.
 
     Args:
         amax: [1], or one for each block.
+        quantizer: of another block format than NVFP4.
         valid: as in Blocks, given for every block or for the blocks of one pixel.
         rht: the transform is applied to `raw`.
         extent: Blocks.whole.
@@ -190,11 +204,17 @@ def _sampled(
         index = torch.arange(len(raw), device=raw.device) * step
         valid = valid[index % len(valid)]
     amax = amax.flatten() if amax.numel() == 1 else amax.flatten()[::step]
-    factor = formats.block_units(scale.contiguous().view(torch.float8_e4m3fn), amax, e4m3_max)
+    scale = scale.contiguous()
+    if quantizer is None:
+        scale_values = scale.view(torch.float8_e4m3fn).float()
+        factor = formats.block_units(scale.view(torch.float8_e4m3fn), amax, e4m3_max)
+    else:
+        scale_values = quantizer.format.decode(scale)
+        factor = scale_values * (amax * (1.0 / TENSOR_AMAX))
     codes = formats.unpack_nibbles(data)
     table = formats.decode_e2m1(torch.arange(16, device=codes.device))
     values = table.index_select(0, codes.flatten().int()).view(codes.shape) * factor.unsqueeze(-1)
-    return Blocks(raw.float(), codes, scale, values, 6 * factor, valid, extent)
+    return Blocks(raw.float(), codes, scale, scale_values, values, 6 * factor, valid, extent)
 
 
 def _padded(x: Tensor, groups: int) -> Tensor:

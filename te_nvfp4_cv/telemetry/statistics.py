@@ -107,7 +107,7 @@ def operand(blocks: Blocks) -> dict[str, Any]:
         "raw": before.stats(True),
         "codes": _codes(_count(codes, 16)),
         "dequantized": after.stats(False),
-        "scales": _scales(blocks.scale),
+        "scales": _scales(blocks.scale, blocks.scale_values),
         **_compare(before, after),
         "underflow": (nonzero & (codes & 7 == 0)).count_nonzero() / nonzero.count_nonzero().clamp(min=1),
         # 1e-6, because a value of exactly 6 scales may differ from this limit by a rounding of fp32.
@@ -143,14 +143,16 @@ def _compare(before: _Sample, after: _Sample) -> dict[str, Tensor]:
     }
 
 
-def _scales(scale: Tensor) -> dict[str, Tensor]:
-    values = scale.view(torch.float8_e4m3fn).double()
+def _scales(scale: Tensor, values: Tensor) -> dict[str, Tensor]:
+    # E4M3's exponents as its bytes have them, 0 for subnormals. Scales of other formats beyond count at the ends.
+    exponent = (values.view(torch.int32) >> 23).sub_(127 - 7).clamp_(0, 15).to(torch.uint8)
+    values = values.double()
     return {
         "mean": values.mean(),
         "min": values.amin(),
         "max": values.amax(),
         "zeros": (scale == 0).double().mean(),
-        "histogram": _count(scale >> 3 & 15, 16),  # the exponents: a scale has no sign bit
+        "histogram": _count(exponent, 16),
     }
 
 

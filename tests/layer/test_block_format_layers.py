@@ -23,11 +23,10 @@ def test_each_layer_multiplies_block_by_block_what_the_reference_multiplies(laye
     for backend in ("auto", "reference"):
         torch.manual_seed(2)
         results[backend] = step(layer, *tensors(layer), recipe=RECIPES[name], backend=backend)
-    op, arguments = LAYERS[layer][0], LAYERS[layer][3]
     plain = step(layer, *tensors(layer), namespace=nn.functional)
     for ours, reference, expected in zip(results["auto"], results["reference"], plain, strict=True):
         assert ours.shape == expected.shape and ours.dtype == expected.dtype
-        assert torch.allclose(ours, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max())), (op, arguments)
+        assert torch.allclose(ours, reference, rtol=1e-5, atol=1e-5 * float(reference.detach().abs().max()))
         # A block of 32 has no more than 8 / 6 of clipping; stochastic rounding of dy is the larger part.
         assert (ours - expected).norm() < 0.5 * expected.norm()
 
@@ -35,20 +34,11 @@ def test_each_layer_multiplies_block_by_block_what_the_reference_multiplies(laye
 @pytest.mark.parametrize("name", FORMATS)
 def test_backward_needs_what_was_saved_alone_and_that_is_4_bits_and_a_byte_for_each_block(name):
     x, w = values((32, 64, 4, 4)).requires_grad_(), values((64, 64, 3, 3)).requires_grad_()
-    kept = []
-    y = None
-
-    def run() -> torch.Tensor:
-        nonlocal y
-        y = nv.functional.conv2d(x, w, padding=1, recipe=RECIPES[name])
-        return y
-
-    kept = saved_by(run)
+    kept = saved_by(lambda: nv.functional.conv2d(x, w, padding=1, recipe=RECIPES[name]))
     block = FORMATS[name].block
     bits = {16: 4.5, 32: 4.25}[block]
     tiles = w.numel() // block**2  # a weight's scales are those of tiles
     assert sum(t.numel() * t.element_size() for t in kept) == x.numel() * bits / 8 + w.numel() / 2 + tiles + 8
-    assert y is not None and y.requires_grad
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -89,10 +79,9 @@ def test_a_module_a_context_and_a_compiled_graph_compute_what_the_function_does(
         assert torch.equal(run(x), expected)
     converted = nv.convert_model(nn.Sequential(conv), recipe)
     assert torch.equal(converted(x), expected)
-    # bf16 holds code * scale exactly: the same sums of the same products
     with torch.autocast("cpu", torch.bfloat16):
         half = run(x)
-    assert half.dtype == torch.bfloat16 and (half - expected).norm() < 0.02 * expected.norm() + 0.1 * expected.norm()
+    assert half.dtype == torch.bfloat16 and (half - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -114,7 +103,7 @@ def test_other_fields_go_with_a_format(name, fields):
         ours, reference = (step(layer, *tensors(layer), recipe=recipe, backend=b) for b in ("auto", "reference"))
         plain = step(layer, *tensors(layer), namespace=nn.functional)
         for a, b, c in zip(ours, reference, plain, strict=True):
-            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()))
             assert (a - c).norm() < 0.4 * c.norm()
 
 

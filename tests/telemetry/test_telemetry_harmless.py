@@ -189,7 +189,7 @@ def test_a_sampled_operand_is_read_few_times() -> None:
     decoded = formats.decode_e2m1(codes) * limit.unsqueeze(-1) / 6
     scale = torch.full((512,), 56, dtype=torch.uint8)
     with Passes(raw.numel()) as passes:
-        operand(Blocks(raw, codes, scale, decoded, limit, None, whole(raw)))
+        operand(Blocks(raw, codes, scale, limit / 6, decoded, limit, None, whole(raw)))
     assert not {"where", "isfinite", "log2", "histc", "nan_to_num"} & set(passes.names), passes.names
     assert len(passes.names) <= 60, passes.names
 

@@ -186,6 +186,8 @@ def _problem(plan: Plan, layout: Layout) -> str:
         return "there is nothing to multiply"
     if plan.row_scaled:
         return "its activations have a scale for each row"
+    if plan.recipe.block_format != "nvfp4":
+        return f"block_format={plan.recipe.block_format!r} is not supported here; use 'nvfp4'"
     if plan.delayed:
         return "tensor_scale='delayed' is not supported here; use 'current'"
     return ""

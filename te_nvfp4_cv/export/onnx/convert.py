@@ -30,6 +30,7 @@ from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.arguments import TorchOptions, read_call
 from te_nvfp4_cv.export.onnx.tracing import DOMAIN, export, unwrapped
 from te_nvfp4_cv.nn.walk import LAYERS
+from te_nvfp4_cv.recipe.fields import check_nvfp4
 
 FORMS = ("qdq", "matmul", "portable")
 
@@ -86,9 +87,9 @@ def to_onnx(
         A summary: files and layers.
     Raises:
         TypeError: `model` is no module, or the example is no tensor.
-        ValueError: The model has no inference layer, `form` is unknown, an argument of torch.onnx.export has no meaning
-            here, the example does not fit the model or has no batch axis, ONNX has no form for an operator, or the
-            model branches on values or works for one batch size only.
+        ValueError: The model has no inference layer, or one in another block format than NVFP4; `form` is unknown, an
+            argument of torch.onnx.export has no meaning here, the example does not fit the model or has no batch axis,
+            ONNX has no form for an operator, or the model branches on values or works for one batch size only.
         RuntimeError: A package is missing, or the file cannot be written.
 
     Example:
@@ -163,6 +164,8 @@ def _check_layers(found: dict[str, InferenceLayer]) -> None:
             fix="nv.export.save(model, path); nv.export.load(path, fresh_model)",
         )
     for name, layer in found.items():
+        needs, fix = "NVFP4, whose blocks the nodes compute", "quantize with block_format='nvfp4'"
+        check_nvfp4(f"nv.export.to_onnx: the layer {name!r}", layer.recipe.block_format, needs, fix)
         if layer.quantize_x and layer.recipe.settings("input").four_over_six is not None:
             raise value_error(
                 f"nv.export.to_onnx: the activations of {name!r} have no form in ONNX.",

@@ -37,6 +37,7 @@ from te_nvfp4_cv.export.ranks import gathered
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.plan import weight_plan
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.fields import check_nvfp4
 from te_nvfp4_cv.report.budget import check_share
 
 SCALES = ("static", "dynamic")
@@ -69,9 +70,10 @@ def quantize(
         recipe: decides which layers run in NVFP4 (its [precision] table; a sensitivity scan suggests one) and how
             activations are quantized. If None, the default recipe is used. Entries of nv.set_precision take
             precedence.
-        method: how weights are rounded: "nearest", "4over6", "search" or "gptq" (rounding.py).
+        method: how weights are rounded: "nearest", "4over6", "search" or "gptq" (rounding.py). Layers of another block
+            format than NVFP4 take "nearest" only.
         scales: "static" gives activations the amax of the calibration images, and larger values saturate; "dynamic"
-            quantizes each tensor with its own amax.
+            quantizes each tensor with its own amax. Other block formats than NVFP4 have no amax.
         activations: "nvfp4" or "high", as InferenceLayer.set_mode takes it.
         weights: "packed" or "cached", as InferenceLayer.set_mode takes it.
         fold_bn: first multiply batch norms into the layers before them.
@@ -136,6 +138,10 @@ def quantize(
     layers = found_layers.quantized
     # Layers in NVFP4 already keep their codes.
     layers = {name: pair for name, pair in layers.items() if not isinstance(pair[0], InferenceLayer)}
+    for name, (_, own) in layers.items():
+        if method != "nearest":
+            needs, fix = "NVFP4, whose scales these methods choose among", "method='nearest'"
+            check_nvfp4(f"nv.export.quantize(method={method!r}): the layer {name!r}", own.block_format, needs, fix)
     watched = {name: module for name, (module, _) in layers.items()}
     images = Images(loader, batches, device)
     # One pass over the unquantized model for all layers: quantization below then changes no statistics.
@@ -172,8 +178,9 @@ def _twins(
     for seen in statistics:
         codes = _codes(module, recipe, method, seen)
         calibrated = seen is not None and bool(seen.amax > 0)  # zeros alone say nothing of other images
-        # Row-scaled activations have one scale per pixel, for which there is no static one.
-        if seen is not None and calibrated and scales == "static" and not recipe.row_scaled_activation:
+        # Row-scaled activations have one scale per pixel, and other block formats no tensor scale.
+        tensor_scale = not recipe.row_scaled_activation and recipe.block_format == "nvfp4"
+        if seen is not None and calibrated and scales == "static" and tensor_scale:
             codes = replace(codes, input_amax=seen.amax)
         if found is not None and seen is not found:
             codes = replace(codes, shift=shift_of(module, found.center))

@@ -9,18 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.ops.block_scales import FORMATS
 from te_nvfp4_cv.ops.conv import reference
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.quantize.block_formats import Quantizer
+from te_nvfp4_cv.ops.quantize.block_formats import QUANTIZERS
 from te_nvfp4_cv.ops.records import Face
 
 
 class Products:
     """Multiplies packed faces of one format; methods as the functions of reference.py."""
 
-    def __init__(self, quantizer: Quantizer) -> None:
-        self.values_of_pieces = quantizer.values_of_pieces
+    def __init__(self, block_format: str) -> None:
+        self._quantizer, self._decode = QUANTIZERS[block_format], FORMATS[block_format].decode
 
     def fprop(
         self, x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
@@ -37,19 +37,10 @@ class Products:
         return reference.wgrad(self._columns(dy), self._columns(x), alpha, geometry, dtype)
 
     def _rows(self, x: Face, geometry: ConvGeometry) -> Face:
-        pieces = x.data.shape[-1] // 8 // geometry.groups
-        scale = self.values_of_pieces(x.scale.unflatten(-1, (geometry.groups, -1)), -1, pieces)
-        return Face(x.data, scale.flatten(-2))
+        return Face(x.data, self._decode(self._quantizer.of_rows(x, geometry.groups)))
 
     def _columns(self, x: Face) -> Face:
-        return Face(x.data, self.values_of_pieces(x.scale, 0, x.data.shape[0]))
+        return Face(x.data, self._decode(self._quantizer.of_columns(x)))
 
     def _kernel(self, w: Face, geometry: ConvGeometry) -> Face:
-        data, scale = w
-        if data.dim() == 5:  # columnwise: [G, Ob, T, axis 1, 8]
-            return Face(data, self.values_of_pieces(scale, 1, data.shape[1]))
-        scale = self.values_of_pieces(scale, -1, data.shape[-1] // 8)
-        if scale.dim() == 4:  # a tile each: [G, Ob, T, Kb]
-            rows = -(-(geometry.channels_b // geometry.groups) // BLOCK)
-            scale = scale.repeat_interleave(-(-rows // scale.shape[1]), dim=1)[:, :rows]
-        return Face(data, scale)
+        return Face(w.data, self._decode(self._quantizer.of_kernel(w, geometry.channels_b // geometry.groups)))

@@ -7,7 +7,8 @@
 Each is a function over records and a custom operator on plain tensors behind it, which tracing sees. Operands come in
 the form that the backend multiplies: `vendor` takes code * scale (and empty scales), `integer` byte records of
 activations and gradients (and empty scales) and packed codes of the rest, `reference` and `triton` packed codes and
-E4M3 bytes; the formats beside NVFP4 take `vendor`'s form, or packed codes for their reference. Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1].
+E4M3 bytes. Other formats than NVFP4 are backends of their own: their operands come in vendor's form, or packed for
+their reference. Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1].
 
 alpha holds both tensor scales and is applied in fp32; where it is not finite, so is the result. If alpha is None, the
 operands carry the scales (vendor, powers of two in w): then there is no pass over the result, and the library adds the
@@ -27,7 +28,6 @@ from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE
 from te_nvfp4_cv.ops.conv import integer, reference, vendor
 from te_nvfp4_cv.ops.conv.block_reference import Products
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.quantize.block_formats import Quantizer
 from te_nvfp4_cv.ops.records import Alpha, Face, tensor_of
 
 
@@ -43,7 +43,7 @@ def _implementation(backend: str) -> Any:
 _MODULES: dict[str, Any] = {"reference": reference, "integer": integer, "vendor": vendor}
 # Code times scale is what a vendor's convolution multiplies, in whatever format.
 _MODULES |= dict.fromkeys(FORMATS, vendor)
-_MODULES |= {name + REFERENCE: Products(Quantizer(made)) for name, made in FORMATS.items()}
+_MODULES |= {name + REFERENCE: Products(name) for name in FORMATS}
 
 
 def _faces(operands: list[Tensor]) -> tuple[Face, Face]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.block_scales import BlockFormat, tensor_amax
+from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE, BlockFormat, tensor_amax
 from te_nvfp4_cv.ops.quantize.reference import columnwise_values, measure_operand, pad_groups
 from te_nvfp4_cv.ops.quantize.reference_matrix import COLUMNWISE, ROWWISE
 from te_nvfp4_cv.ops.records import (
@@ -87,14 +87,14 @@ class Quantizer:
 
     def unpack_columns(self, data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Unpack as operand.unpack_columns does."""
-        values = _decoded(data, self.values_of_pieces(scale, 0, data.shape[0]))  # [N16, *rest, 16]
+        values = _decoded(data, self.format.decode(self.of_columns(Face(data, scale))))  # [N16, *rest, 16]
         return values.to(dtype).movedim(-1, 1).flatten(0, 1).contiguous()
 
     def unpack_rows(self, data: Tensor, scale: Tensor, channels: int, groups: int, dtype: torch.dtype) -> Tensor:
         """Unpack as operand.unpack_rows does."""
-        data, scale = data.unflatten(-1, (groups, -1, 8)), scale.unflatten(-1, (groups, -1))
-        values = _decoded(data, self.values_of_pieces(scale, -1, data.shape[-2])).to(dtype)  # [..., G, Kb, 16]
-        return values.flatten(-2)[..., : channels // groups].flatten(-2).contiguous()
+        pieces = self.format.decode(self.of_rows(Face(data, scale), groups))
+        values = _decoded(data.unflatten(-1, (-1, 8)), pieces).to(dtype).flatten(-2)  # [..., G * Kb * 16]
+        return values.unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2).contiguous()
 
     # ---- weights
 
@@ -138,28 +138,44 @@ class Quantizer:
         """Unpack as operand.unpack_weight does."""
         n, channels, groups, columnwise = layout
         one_or_factor = 1.0 if factor is None else factor
+        pieces = self.format.decode(self.of_kernel(Face(data, scale), n // groups))
         if columnwise:
-            values = _decoded(data, self.values_of_pieces(scale, 1, data.shape[1]))  # [G, Ob, T, axis 1, 16]
-            values = (values * one_or_factor).to(dtype).movedim(-1, 2).flatten(1, 2)[:, : n // groups]
+            values = (_decoded(data, pieces) * one_or_factor).to(dtype)  # [G, Ob, T, axis 1, 16]
+            values = values.movedim(-1, 2).flatten(1, 2)[:, : n // groups]
             return values.reshape(n, *values.shape[2:]).contiguous()
-        data = data.unflatten(-1, (-1, 8))  # [axis 0, T, Kb, 8]
-        scale = self.values_of_pieces(scale, -1, data.shape[-2])
-        if scale.dim() == 4:  # one scale a tile
-            scale = self._of_pieces(scale, 1, -(-(n // groups) // BLOCK))
-            scale = scale.repeat_interleave(BLOCK, dim=1)[:, : n // groups].flatten(0, 1)
-        values = _decoded(data, scale) * one_or_factor
+        if pieces.dim() == 4:  # one scale a tile
+            pieces = pieces.repeat_interleave(BLOCK, dim=1)[:, : n // groups].flatten(0, 1)
+        values = _decoded(data.unflatten(-1, (-1, 8)), pieces) * one_or_factor
         return values.to(dtype).flatten(-2)[..., :channels].contiguous()
 
-    # ---- from pieces to blocks, and back
+    # ---- one scale byte for each piece of 16, as NVFP4's faces have them
 
-    def values_of_pieces(self, scale: Tensor, axis: int, count: int) -> Tensor:
-        """Return the values of scale bytes, fp32, repeated along `axis` for the `count` pieces of 16 of its blocks."""
-        return self._of_pieces(self.format.decode(scale.contiguous()), axis, count)
+    def of_rows(self, x: Face, groups: int) -> Tensor:
+        """Return the scales of a rowwise operand's pieces, [..., G * Kb]."""
+        scale = x.scale.unflatten(-1, (groups, -1))
+        return self._of_pieces(scale, -1, x.data.shape[-1] // 8 // groups).flatten(-2)
+
+    def of_columns(self, x: Face) -> Tensor:
+        """Return the scales of a columnwise operand's pieces, [N16, *folded image, C]."""
+        return self._of_pieces(x.scale, 0, x.data.shape[0])
+
+    def of_kernel(self, w: Face, rows: int) -> Tensor:
+        """Return the scales of the pieces of a weight's face, of 16x16 tiles where it has tiles.
+
+        Args:
+            rows: of axis 0 in a group.
+        """
+        if w.data.dim() == 5:  # columnwise: [G, Ob, T, axis 1, 8]
+            return self._of_pieces(w.scale, 1, w.data.shape[1])
+        scale = self._of_pieces(w.scale, -1, w.data.shape[-1] // 8)
+        return self._of_pieces(scale, 1, -(-rows // BLOCK)) if scale.dim() == 4 else scale
+
+    # ---- from pieces to blocks, and back
 
     def _of_pieces(self, scale: Tensor, axis: int, count: int) -> Tensor:
         if self.pieces == 1:
             return scale
-        return scale.repeat_interleave(self.pieces, dim=axis).narrow(axis, 0, count)
+        return scale.repeat_interleave(self.pieces, dim=axis).narrow(axis, 0, count).contiguous()
 
     def _of_blocks(self, amax: Tensor, axes: tuple[int, ...]) -> Tensor:
         """Return the largest of the pieces of each block; `axes` are those along which blocks run."""
@@ -179,3 +195,7 @@ def _decoded(data: Tensor, scale: Tensor) -> Tensor:
 
 def _amax(x: Tensor) -> Tensor:
     return x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
+
+
+QUANTIZERS = {name + ending: Quantizer(made) for name, made in FORMATS.items() for ending in ("", REFERENCE)}
+"""By the name of the backend."""

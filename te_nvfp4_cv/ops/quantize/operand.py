@@ -16,8 +16,9 @@ Each is a function over records (ops/records.py) and a custom operator on plain 
     weight, rowwise, 1x16     [axis 0, T, Kb * 8]           [axis 0, T, Kb]
     weight, columnwise        [G, Ob, T, axis 1, 8]         [G, Ob, T, axis 1]             [axis 0, T, axis 1]
 
-Kb and Ob count blocks of 16 of one group's channels; block_formats.py says what a block of 32 changes. A shorter last block is padded with zeros, which only its packed
+Kb and Ob count blocks of 16 of one group's channels. A shorter last block is padded with zeros, which only its packed
 codes store. With 16x16 scaling both faces of a weight are the same numbers, so only the rowwise one is written.
+Other formats than NVFP4 have other scale bytes, and fewer where their blocks have 32 values (block_formats.py).
 
 Stochastic rounding by plain torch and by the CPU's kernels uses Philox counter i for the block with row-major index i
 in the TE-ordered scale matrix (rows of M in the order image axes, then batch). The Triton kernels draw other numbers
@@ -45,10 +46,10 @@ from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE, block_of
+from te_nvfp4_cv.ops.block_scales import block_of
 from te_nvfp4_cv.ops.quantize import cpu, reference
 from te_nvfp4_cv.ops.quantize.amax import collect
-from te_nvfp4_cv.ops.quantize.block_formats import Quantizer
+from te_nvfp4_cv.ops.quantize.block_formats import QUANTIZERS
 from te_nvfp4_cv.ops.records import (
     Alpha,
     Collector,
@@ -73,9 +74,7 @@ def _implementation(backend: str, device: torch.device) -> Any:
 
 
 # Plain torch, on any device: NVFP4's specification, and each other format, which is a backend of its own.
-_PLAIN: dict[str, Any] = {"reference": reference}
-for _name, _format in FORMATS.items():
-    _PLAIN[_name] = _PLAIN[_name + REFERENCE] = Quantizer(_format)
+_PLAIN: dict[str, Any] = {"reference": reference, **QUANTIZERS}
 
 
 # ---- activations and gradients --------------------------------------------------------------------------------------
