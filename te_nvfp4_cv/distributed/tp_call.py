@@ -277,7 +277,7 @@ class _Call:
                 got=f"activation_shift={recipe.activation_shift!r}", needs="activation_shift='none'",
                 fix="leave the field out of the recipe of tensor-parallel layers",
             )
-        needs, fix = "NVFP4, whose codes ranks exchange", "leave block_format out of the recipe of tensor-parallel layers"
+        needs, fix = "NVFP4, whose codes ranks exchange", "leave block_format out of these layers' recipe"
         check_nvfp4(f"tensor_parallel {self.op}", recipe.block_format, needs, fix)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)

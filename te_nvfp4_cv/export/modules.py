@@ -179,8 +179,8 @@ class InferenceLayer(nn.Module):
         Raises:
             ValueError: The layer has another block format than NVFP4.
         """
-        needs = "NVFP4, which the class stands for"
-        check_nvfp4("InferenceLayer.nvfp4_weight", self.recipe.block_format, needs, "layer.weight, which is dequantized")
+        needs, fix = "NVFP4, which the class stands for", "layer.weight, which is dequantized"
+        check_nvfp4("InferenceLayer.nvfp4_weight", self.recipe.block_format, needs, fix)
         data, scale = matrix.to_matrix(self.weight_data, self.weight_scale, self.plan)
         return NVFP4Tensor(
             shape=(data.shape[0], data.shape[1] * 2),

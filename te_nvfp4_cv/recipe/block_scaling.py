@@ -156,7 +156,7 @@ class NVFP4BlockScaling:
             large beside their deviations; each batch has means of its own, in evaluation too.
         block_format: If "nvfp4", blocks of 16 have E4M3 scales under a tensor scale. Three others are there to compare
             with, in plain torch: "mxfp4" (32, powers of two), "nvfp4_ue5m3" (16, UE5M3) and "fp4_e4m3_only" (16, E4M3),
-            all without a tensor scale. So not with another tensor_scale than "current", row_scaled_activation or 4over6.
+            none with a tensor scale: not with another tensor_scale than "current", row_scaled_activation or 4over6.
     Raises:
         ValueError: A value is outside its list, fields contradict each other, or a version removed the field.
 

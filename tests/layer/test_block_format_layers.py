@@ -1,4 +1,4 @@
-"""Layers whose recipe has another block format than NVFP4: all types, forward and backward, compiled, evaluated, refused."""
+"""Layers whose recipe has another block format than NVFP4: all types, both passes, compiled, evaluated, refused."""
 
 from __future__ import annotations
 

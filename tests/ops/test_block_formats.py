@@ -30,8 +30,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "mxfp4_torchao.json"
 E2M1 = [Fraction(v) for v in oracle.E2M1]
 # 5 bits of exponent with a bias of 15, 3 of mantissa; 255 is not a number, and never written.
 UE5M3 = [
-    Fraction(byte & 7, 8) * Fraction(2) ** -14 if byte < 8 else (1 + Fraction(byte & 7, 8)) * Fraction(2) ** ((byte >> 3) - 15)
-    for byte in range(255)
+    (Fraction(byte & 7, 8) + (byte > 7)) * Fraction(2) ** (max(byte >> 3, 1) - 15) for byte in range(255)
 ]
 
 
@@ -74,7 +73,7 @@ def exact(block: list[float], name: str) -> tuple[int, list[int]]:
 
 
 def samples() -> torch.Tensor:
-    """[rows, 64]: scales over the whole range, ties of values and of scales, one ulp beside them, zeros of both signs."""
+    """[rows, 64]: scales of the whole range, ties of values and of scales, one ulp beside them, zeros of both signs."""
     generator = torch.Generator().manual_seed(3)
     exponents = torch.tensor([0, -5, 9, -20, -24, -60, -126, 20, 60, 110, 127])
     wide = torch.randn(len(exponents), 64, generator=generator) * torch.exp2(exponents.float() - 1)[:, None]
@@ -107,7 +106,8 @@ def test_bytes_of_ue5m3_and_e8m0_are_read_as_they_are_written():
     middle = (read[1:].double() + read[:-1].double()) / 2
     expected = [nearest(UE5M3, Fraction(v)) for v in middle.tolist()]
     assert block_scales.encode_ue5m3(middle.float()).tolist() == expected
-    assert block_scales.encode_ue5m3(torch.tensor([torch.nan, torch.inf, 2e5, 2.0**-18, 0.0])).tolist() == [254] * 3 + [0] * 2
+    ends = torch.tensor([torch.nan, torch.inf, 2e5, 2.0**-18, 0.0])
+    assert block_scales.encode_ue5m3(ends).tolist() == [254, 254, 254, 0, 0]
     powers = block_scales.decode_e8m0(torch.arange(256).byte())
     assert powers[:255].tolist() == [2.0 ** (n - 127) for n in range(255)] and powers[255].isnan()
     amax = torch.tensor([torch.nan, torch.inf, 7.0, 2.0**-126, 0.0])
@@ -134,11 +134,15 @@ def test_mxfp4_is_that_of_the_torchao_installed(dtype):
     assert torch.equal(codes[:, 0::2] | codes[:, 1::2] << 4, theirs.qdata.view(torch.uint8))
 
 
+def shared_exponents(blocks: np.ndarray) -> np.ndarray:
+    largest = np.abs(blocks).max(1, keepdims=True)
+    return np.maximum(np.floor(np.log2(np.where(largest == 0, 2.0**-126, largest))) - 2, -127)
+
+
 def microxcaling(x: np.ndarray, ties: str) -> np.ndarray:
     """Its values of blocks of 32 in float64: shared exponent "max", elements fp4_e2m1, round "even" or "nearest"."""
     blocks = x.astype(np.float64).reshape(-1, 32)
-    largest = np.abs(blocks).max(1, keepdims=True)
-    shared = np.maximum(np.floor(np.log2(np.where(largest == 0, 2.0**-126, largest))) - 2, -127)
+    shared = shared_exponents(blocks)
     v = blocks / 2.0**shared
     step = 2.0 ** np.maximum(np.floor(np.log2(np.abs(v) + (v == 0))), 0) / 2
     whole = np.round(np.abs(v) / step) if ties == "even" else np.floor(np.abs(v) / step + 0.5)
@@ -153,7 +157,7 @@ def test_mxfp4_is_microxcalings_with_ties_to_even():
     assert np.array_equal(ours, microxcaling(as_numpy, "even"))
     away = microxcaling(as_numpy, "nearest")
     blocks = np.abs(as_numpy.reshape(-1, 32))
-    scaled = blocks / 2.0 ** np.maximum(np.floor(np.log2(np.where(blocks.max(1, keepdims=True) == 0, 1, blocks.max(1, keepdims=True)))) - 2, -127)
+    scaled = blocks / 2.0 ** shared_exponents(blocks)
     downward = np.isin(scaled, (0.25, 1.25, 2.5, 5.0)).reshape(x.shape)  # ties whose even neighbour is the smaller one
     assert downward.any() and np.array_equal(ours != away, downward)
 
@@ -182,7 +186,8 @@ def test_every_face_holds_the_same_numbers_in_both_forms_and_has_the_shapes_that
     x, w, fold = values((40, 5, 80)), values((72, 40, 3)), Fold(1, 0, 5, 0, 48)
     packed = OperandSpec(2, fold, PACKED, PACKED)
     made = operand.quantize_operand(x, packed, torch.float32, None, None, name)
-    plain = operand.quantize_operand(x, packed._replace(row=DEQUANTIZED, col=DEQUANTIZED), torch.float32, None, None, name)
+    as_values = packed._replace(row=DEQUANTIZED, col=DEQUANTIZED)
+    plain = operand.quantize_operand(x, as_values, torch.float32, None, None, name)
     rows = operand.unpack_rows(made.row, 80, 2, torch.float32, name)
     columns = operand.unpack_columns(made.col, torch.float32, name)
     assert torch.equal(rows, plain.row.data) and torch.equal(columns, plain.col.data)
@@ -217,9 +222,8 @@ def test_stochastic_rounding_is_right_on_average(name):
     x = torch.full((64, 32), 0.7)
     x[:, ::16] = 6.0  # scale 1, or in UE5M3 and E4M3 exactly 1 too
     spec = OperandSpec(1, Fold(1, 0, 1, 0, 64), row=DEQUANTIZED, stochastic=True)
-    drawn = [
-        operand.quantize_operand(x, spec, torch.float32, torch.tensor([n]), None, name).row.data[:, 1::2] for n in range(16)
-    ]
+    made = [operand.quantize_operand(x, spec, torch.float32, torch.tensor([n]), None, name) for n in range(16)]
+    drawn = [one.row.data[:, 1::2] for one in made]
     mean = torch.stack(drawn).double().mean()
     # 0.7 lies between 0.5 and 1: one draw deviates by 0.245, and 2^-8 of a step is the bits' granularity
     assert abs(mean - 0.7) < 4 * 0.245 / math.sqrt(16 * 64 * 16) + 2.0**-9

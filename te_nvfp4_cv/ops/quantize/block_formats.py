@@ -64,7 +64,8 @@ class Quantizer:
             # [C, *folded image, N16, 16]: the order of random numbers
             values = values.movedim(0, -3).movedim(-2, 0)
             data, scale = self._rounded(values, seed, COLUMNWISE)
-            col = Face(data.movedim(0, -2).movedim(-3, 0).contiguous(), scale.movedim(0, -1).movedim(-2, 0).contiguous())
+            data, scale = data.movedim(0, -2).movedim(-3, 0), scale.movedim(0, -1).movedim(-2, 0)
+            col = Face(data.contiguous(), scale.contiguous())
         if spec.row == DEQUANTIZED:
             row = Face(self.unpack_rows(*row, x.shape[-1], spec.groups, dtype), torch.empty_like(empty))
         if spec.col == DEQUANTIZED:
@@ -127,9 +128,11 @@ class Quantizer:
             scaled = self.format.divide(values, self._of_pieces(scale, 1, ob).unsqueeze(-1))
             col = Face(formats.pack_nibbles(formats.encode_e2m1(scaled)).contiguous(), scale.contiguous())
         if spec.row == DEQUANTIZED:
-            row = Face(self.unpack_weight(*row, WeightLayout(n, c, groups, False), None, dtype), torch.empty_like(empty))
+            values = self.unpack_weight(*row, WeightLayout(n, c, groups, False), None, dtype)
+            row = Face(values, torch.empty_like(empty))
         if spec.col == DEQUANTIZED:
-            col = Face(self.unpack_weight(*col, WeightLayout(n, c, groups, True), None, dtype), torch.empty_like(empty))
+            values = self.unpack_weight(*col, WeightLayout(n, c, groups, True), None, dtype)
+            col = Face(values, torch.empty_like(empty))
         return WeightCodes(row, col, tensor_amax(_amax(w), *(() if amax is None else (amax,))))
 
     def unpack_weight(
