@@ -165,8 +165,8 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
-        made, more = Face(data, scale), {"valid": valid, "rht": False, "extent": extent}
-        found[gemm] = _sampled(raw, made, codes.amax, s.e4m3_max, most, quantizer, **more)
+        made, amax = Face(data, scale), codes.amax
+        found[gemm] = _sampled(raw, made, amax, s.e4m3_max, most, quantizer, valid=valid, rht=False, extent=extent)
     return found
 
 

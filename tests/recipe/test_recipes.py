@@ -147,6 +147,16 @@ def test_precision_names_recipes_by_name_and_by_relative_path(tmp_path):
     assert (first.name, second.name) == ("no_rht", "mine") and third == first
 
 
+def test_a_file_of_an_earlier_version_has_nvfp4s_blocks_and_one_of_a_later_version_is_refused(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[recipe]\ndisable_rht = true\n")
+    assert load_recipe(path) == NVFP4BlockScaling(disable_rht=True, block_format="nvfp4")
+    for line, said in (('block_format = "nvfp5"', "block_format='nvfp5'"), ("block_size = 32", "block_size")):
+        path.write_text(f"[recipe]\n{line}\n")
+        with pytest.raises(ValueError, match=said):
+            load_recipe(path)
+
+
 def test_load_recipe_without_an_install(tmp_path):
     """A checkout on sys.path is enough."""
     code = "from te_nvfp4_cv.recipe.files import load_recipe; print(load_recipe('unet'))"
@@ -210,7 +220,7 @@ GONE = [("wgrad_block", "batch", "pixel"), ("activation_rounding", "nearest", "s
 def test_removed_fields_are_gone_and_the_others_keep_their_order():
     names = [field.name for field in dataclasses.fields(NVFP4BlockScaling)]
     first = ["tensor_scale", "thin_layers", "kernels", "high_precision_gemms", "precision", "name"]
-    assert names[12:] == [*first, "activation_shift"]
+    assert names[12:] == [*first, "activation_shift", "block_format"]
     assert names == list(inspect.signature(NVFP4BlockScaling).parameters)
     assert set(REMOVED) == {field for field, _, _ in GONE} and not set(REMOVED) & set(PLAIN)
     assert not any(hasattr(NVFP4BlockScaling(), field) for field in REMOVED)
