@@ -25,6 +25,7 @@ from te_nvfp4_cv.nn.modules import (
     NVFP4ConvTranspose1d,
     NVFP4ConvTranspose2d,
     NVFP4ConvTranspose3d,
+    NVFP4GroupedLinear,
     NVFP4Linear,
 )
 from te_nvfp4_cv.nn.precision import clear_precision, set_precision
@@ -94,6 +95,7 @@ __all__ = [
     "NVFP4ConvTranspose1d",
     "NVFP4ConvTranspose2d",
     "NVFP4ConvTranspose3d",
+    "NVFP4GroupedLinear",
     "NVFP4Linear",
     "NVFP4Quantizer",
     "NVFP4Tensor",

@@ -3,6 +3,7 @@
     conv2d(x, w, bias, stride, padding, dilation, groups, recipe=..., backend="auto")       also conv1d, conv3d
     conv_transpose2d(x, w, bias, stride, padding, output_padding, groups, dilation, ...)    also 1d, 3d
     linear(x, w, bias, ...)
+    grouped_linear(x, w, offsets, bias, ...)   experts: each has the rows of x up to its offset, and a weight of its own
     im2col(t, kernel_size, ...)   the NVFP4Tensor of the im2col matrix, from packed codes:
                                   quantize(im2col(x)) == im2col(quantize(x))
 
@@ -16,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from te_nvfp4_cv.layer import grouped
 from te_nvfp4_cv.layer.execute import execute_explicit
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.tensor.im2col import im2col
@@ -27,6 +29,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "grouped_linear",
     "im2col",
     "linear",
 ]
@@ -205,3 +208,34 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, recipe: Any = No
         torch.Size([2, 7, 96])
     """
     return execute_explicit("linear", x, w, bias, ConvArgs(), recipe, backend)
+
+
+def grouped_linear(
+    x: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    recipe: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multiply each expert's rows of x by that expert's weight, with all three GEMMs in NVFP4 (mixture of experts).
+
+    Args:
+        x: [T, C], sorted by expert.
+        w: [E, O, C].
+        offsets: int32 or int64 [E], on x's device: where each expert's rows end. An expert may have none. Rows after
+            the last offset belong to nobody: y and dx are zero there.
+        bias: [E, O] or None.
+    Returns:
+        [T, O] in x's dtype (torch.autocast's where it is on).
+    Raises:
+        ValueError: shapes, dtypes or channels that NVFP4 cannot take; on a CPU, offsets that fall or exceed T.
+        RuntimeError: a backend that cannot run here.
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> x, w = torch.randn(40, 32), torch.randn(3, 64, 32)
+        >>> nv.functional.grouped_linear(x, w, torch.tensor([7, 7, 40])).shape  # the second expert has no rows
+        torch.Size([40, 64])
+    """
+    return grouped.execute_explicit(x, w, offsets, bias, recipe, backend)

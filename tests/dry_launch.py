@@ -105,6 +105,12 @@ def launch_steps() -> None:
             with torch.autocast("cpu", torch.bfloat16), nv.nvfp4_autocast(recipe, backend=backend):
                 y = net(x)
             y.backward(torch.ones_like(y))
+    offsets = torch.tensor([0, 37, 50])
+    for experts, channels in ((3, 64), (1, 16)):
+        x, w = torch.ones(50, channels, requires_grad=True), torch.ones(experts, 48, channels, requires_grad=True)
+        bias = torch.ones(experts, 48, requires_grad=True)
+        y = nv.functional.grouped_linear(x, w, offsets[-experts:], bias, backend="triton")
+        y.backward(torch.ones_like(y))
 
 
 BOUNDS = {  # of a ResNet-50 step: backend, tensor scale, fused -> launches, specializations, torch's operators

@@ -238,6 +238,40 @@ def test_swizzle_offsets(rows, cols, dtype):
     assert torch.equal(layouts.unswizzle_scales(swizzled).view(torch.uint8), padded.view(torch.uint8))
 
 
+def offset_in(rows: int, cols: int, r: int, c: int) -> int:
+    """Where cuBLAS reads the scale of row r and column c of one matrix with padded [rows, cols] scales."""
+    assert r < rows and c < cols and rows % 128 == cols % 4 == 0
+    return ((r // 128 * (cols // 4) + c // 4) * 32 + r % 32) * 16 + (r % 128) // 32 * 4 + c % 4
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_scales_of_experts_are_swizzled_group_by_group(axis):
+    """As single matrices, one behind the other in memory; a group without scales takes no memory."""
+    scale = torch.randint(1, 0x7F, (140, 21) if axis else (300, 9), dtype=torch.uint8)
+    ends = torch.tensor([3, 3, 12, 21] if axis else [1, 129, 129, 300])
+    function = layouts.swizzle_column_groups if axis else layouts.swizzle_row_groups
+    swizzled, starts = function(scale.view(torch.float8_e4m3fn), ends)
+    assert swizzled.dtype == torch.float8_e4m3fn
+    memory, seen, begin, first = swizzled.view(torch.uint8).flatten(), 0, 0, 0
+    for end, start in zip(ends.tolist(), starts.tolist(), strict=True):
+        part = scale[:, begin:end] if axis else scale[begin:end]
+        rows, cols = -(-part.shape[0] // 128) * 128, -(-part.shape[1] // 4) * 4
+        assert start * (rows if axis else cols) == first
+        for r in range(0, part.shape[0], 7):
+            for c in range(part.shape[1]):
+                assert memory[first + offset_in(rows, cols, r, c)] == part[r, c]
+        begin, first, seen = end, first + rows * cols, seen + int(part.int().sum())
+    assert memory.numel() == first and int(memory.int().sum()) == seen == int(scale.int().sum())
+
+
+def test_scales_of_a_stack_of_weights_are_swizzled_one_by_one():
+    scale = torch.randint(0, 0x7F, (3, 130, 5), dtype=torch.uint8)
+    swizzled = layouts.swizzle_stack(scale)
+    assert swizzled.shape == (3, 256, 8) and swizzled.is_contiguous()
+    for part, made in zip(scale, swizzled, strict=True):
+        assert torch.equal(layouts.unswizzle_scales(made)[:130, :5], part)
+
+
 @pytest.mark.parametrize("spatial", [(), (3,), (2, 5), (2, 3, 4)])
 def test_ntile_round_trip(spatial):
     batch, channels = 32, 5

@@ -26,6 +26,7 @@ NAMES = {
     "NVFP4ConvTranspose1d",
     "NVFP4ConvTranspose2d",
     "NVFP4ConvTranspose3d",
+    "NVFP4GroupedLinear",
     "NVFP4Linear",
     "NVFP4Quantizer",
     "NVFP4Tensor",

@@ -30,6 +30,7 @@ classes_override = torch._C._is_torch_function_enabled  # () -> False where a te
 without_function_modes = torch._C.DisableTorchFunction  # a context manager: no function mode sees the calls inside
 without_subclasses = torch._C.DisableTorchFunctionSubclass  # the same for the overrides of tensor subclasses
 without_modes = torch.utils._python_dispatch._disable_current_modes  # for dispatch modes: tensors are real inside
+grouped_products = (torch._grouped_mm, torch.ops.aten._grouped_mm)  # rows of tokens times a kernel for each expert
 wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself
 
 

@@ -1,6 +1,7 @@
 """The torch function mode: torch calls made inside a context reach it, and it decides how each of them runs.
 
     conv1d/2d/3d, conv_transpose1d/2d/3d, linear    in NVFP4 where eligible; else as in torch, and observers hear why
+    grouped_mm                                      as linear: rows of tokens times a kernel for each expert
     relu, relu_                                     saves one bit per element for backward
     multi_head_attention_forward                    its body runs under the mode, so its projections are calls of linear
 
@@ -28,11 +29,12 @@ from te_nvfp4_cv.backend.torch_private import (
     no_graphs_inside,
     only_inlined,
 )
-from te_nvfp4_cv.context import entries, islands, tracing
+from te_nvfp4_cv.context import entries, grouped, islands, tracing
 from te_nvfp4_cv.context.bodies import without_override_check
 from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shortfall
+from te_nvfp4_cv.layer import grouped as grouped_layer
 from te_nvfp4_cv.layer.check import transformed
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.relu import MaskedReLU
@@ -51,7 +53,7 @@ _DIRECT = {torch.convolution, torch.ops.aten.convolution.default}  # below the l
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 ATTENTION = without_override_check(F.multi_head_attention_forward)
 _UNFLATTEN = Tensor.unflatten  # written in Python: Dynamo does not find such a method in a set, nor trace it in a mode
-_OTHERS = {*_RELUS, F.multi_head_attention_forward, *_DIRECT, *constants.TAKING} - {_UNFLATTEN}
+_OTHERS = {*_RELUS, F.multi_head_attention_forward, *_DIRECT, *grouped.FUNCTIONS, *constants.TAKING} - {_UNFLATTEN}
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
 
@@ -105,6 +107,11 @@ class Mode(TorchFunctionMode):
                 return ATTENTION(*args, **kwargs)
         if function in _DIRECT:
             return _direct(function, args, kwargs)
+        if function in grouped.FUNCTIONS:
+            if not local.states and self._home is not None:
+                with self._at_home():
+                    return _grouped(function, args, kwargs)
+            return _grouped(function, args, kwargs)
         return constants.take(function, args, kwargs)
 
     def _at_home(self) -> AbstractContextManager[Any]:
@@ -216,6 +223,32 @@ def _direct(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return y
 
 
+@no_graphs_inside
+def _grouped(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one grouped product in NVFP4, or as torch would."""
+    x, w, offsets, reason = grouped.read(args, kwargs)
+    recipe = None
+    if not reason:
+        recipe, reason = decide(grouped_layer.OP, x, w, 1)
+    traced = torch.compiler.is_compiling()
+    if traced and islands.in_traced_island():
+        recipe, reason = None, islands.REASON
+    if recipe is None:
+        deferred.settle(x)
+        if traced:
+            return grouped.plain(function, args, kwargs)
+        told = observe.Call("grouped_mm", w, x, None, None, reason)
+        y = observe.reported(told, function, *args, **kwargs)
+        if isinstance(w, Tensor) and w.dim() == 3 and w.shape[0]:
+            shortfall.missed(observe.Call("grouped_mm", w[0], x, None, None, reason), y, 1)
+        return y
+    current = local.states[-1]
+    y = grouped_layer.execute(x, w, offsets, None, recipe, current.backend, current.group).to(x.dtype)
+    if not traced:
+        shortfall.ran(w[0], y)
+    return y
+
+
 def _in_a_graph() -> bool:
     """Return True if AOTAutograd, on which most backends of torch.compile build, is running a graph that it has made.
 
@@ -248,7 +281,10 @@ def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | No
         return None, "inside a torch.func transform or forward-mode differentiation"
     if x.device.type not in ("cpu", "cuda") and current.backend != "reference":
         return None, f"no fast backend for {x.device.type}"
-    reason = check.ineligible(op, x, w, groups, recipe)
+    if op == grouped_layer.OP:
+        reason = grouped_layer.why_not(x, w, recipe)
+    else:
+        reason = check.ineligible(op, x, w, groups, recipe)
     if reason is None and not torch.is_autocast_enabled(x.device.type) and x.dtype != w.dtype:
         reason = "input and weight differ in dtype"  # torch's own error follows
     if reason is None:
@@ -267,6 +303,8 @@ def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | No
 
 def _rank_problem(op: str, x: Tensor, w: Tensor) -> str | None:
     """Return a reason for shapes that torch refuses: torch's own error is the best one."""
+    if op == grouped_layer.OP:
+        return None if w.shape[0] and x.shape[1] == w.shape[2] else "shapes that torch refuses"
     if op == "linear":
         fits = w.dim() == 2 and x.dim() >= 1 and x.shape[-1] == w.shape[1]
         return None if fits else "linear with a weight that is no matrix"

@@ -6,6 +6,7 @@ torch call, and a mode is off in its own handler: the layers in the body would b
 an operator there is nothing to decide, only about the calls in its body. So Dynamo is made to trace it at once, with
 the mode on.
 
+What Dynamo does not hand to a mode: torch's grouped product, whose name is private. It is made to.
 What only Dynamo hands to a mode: operators on numpy arrays, which it then calls as methods of Tensor that arrays lack,
 and torch's C functions that it replaces by Python (in nn.Module.to), which it cannot look up in a dict.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.backend.torch_private import constant_in_graphs
+from te_nvfp4_cv.backend.torch_private import constant_in_graphs, grouped_products
 
 
 @functools.lru_cache(maxsize=1)
@@ -78,6 +79,7 @@ def repair_dynamo(mode: type, stacks: object) -> None:
     """
     trace_bodies_under(mode, stacks)
     from torch._dynamo.variables import functions, tensor, torch_function
+    from torch._dynamo.variables import torch as variables
 
     dispatches: Any = getattr(torch_function, "can_dispatch_torch_function", None)
     array: Any = getattr(tensor, "NumpyNdarrayVariable", None)
@@ -89,6 +91,9 @@ def repair_dynamo(mode: type, stacks: object) -> None:
 
         # The operators' classes look the function up at each call.
         torch_function.can_dispatch_torch_function = can_dispatch  # type: ignore[assignment]
+    overridable: Any = getattr(variables, "get_overridable_functions", None)
+    if overridable is not None:  # torch's public name for it, which Dynamo inlines, calls this one
+        overridable().add(grouped_products[0])
     polyfilled: Any = getattr(functions, "PolyfilledFunctionVariable", None)
     if hasattr(polyfilled, "hash_impl") and "hash_impl" not in vars(polyfilled):  # new in torch 2.13
         polyfilled.hash_impl = lambda self, tx: (hash(self.fn), False)

@@ -255,6 +255,8 @@ def _cached_plan(call: CallShape, recipe: NVFP4BlockScaling, name: str, *where: 
 
 
 def _lower(call: CallShape) -> Lowered:
+    if call.op == "grouped_linear":
+        return _lower_grouped(call)
     rank = len(call.w.shape) - 2
     _check_shapes(call, rank)
     x, padding = call.x.shape, call.args.padding
@@ -271,6 +273,28 @@ def _lower(call: CallShape) -> Lowered:
 
 
 _cached_lower = functools.lru_cache(maxsize=CACHED)(_lower)
+
+
+def _lower_grouped(call: CallShape) -> Lowered:
+    x, w = call.x.shape, call.w.shape
+    if len(x) != 2 or len(w) != 3 or not w[0] or x[1] != w[2]:
+        raise value_error(
+            "nvfp4 grouped_linear: shapes do not match.",
+            got=f"x {describe(call.x)}, weight {describe(call.w)}",
+            needs="x [tokens, C] and weight [E, O, C]",
+            fix="x.flatten(0, -2) for other leading axes; weight.transpose(1, 2) of one that is stored [E, C, O]",
+        )
+    experts, outputs, channels = w
+    if call.bias is not None and call.bias.shape != (experts, outputs):
+        raise value_error(
+            "nvfp4 grouped_linear: bias does not match.",
+            got=f"bias {describe(call.bias)}",
+            needs=f"({experts}, {outputs})",
+            fix="one bias per expert and output channel",
+        )
+    none: tuple[int, ...] = ()
+    sizes = (none, none, none, none, none, none, none)
+    return Lowered(ConvGeometry(x[0], experts * channels, experts * outputs, *sizes, experts, False, True), False, ())
 
 
 def _check_shapes(call: CallShape, rank: int) -> None:

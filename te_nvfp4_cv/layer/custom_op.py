@@ -25,6 +25,7 @@ from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan, plan_for
 from te_nvfp4_cv.layer.subclasses import without_class
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
 
@@ -91,7 +92,7 @@ def plan_of(sizes: Any, text: str) -> Plan:
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::layer", mutates_args=())
 def layer(
-    x: Tensor, w: Tensor, bias: Tensor | None, sizes: list[int], spec: str
+    x: Tensor, w: Tensor, bias: Tensor | None, sizes: list[int], spec: str, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer's forward.
 
@@ -99,24 +100,33 @@ def layer(
         x: as torch.nn.functional takes it, in the dtype of autocast where that is on; w, bias: likewise.
         sizes: ConvGeometry.to_ints().
         spec: LayerSpec.to_text().
+        offsets: of a grouped linear layer, as for grouped.execute.
     Returns:
         y, and the tensors of Saved, empty where there is nothing to save and where it is an operand itself.
     """
     plan, s = plan_of(sizes, spec), spec_of(spec)
     # Codes made before are looked up when the node runs, not when it is traced: each step may have new ones.
-    options = CallOptions(codes=weight_codes.codes_of(w, plan), scales=_scales(plan, s, s.need_dx or s.need_dw))
+    experts, scales = _experts(offsets, x, plan), _scales(plan, s, s.need_dx or s.need_dw)
+    if scales is not None:
+        scales.experts = experts
+    options = CallOptions(codes=weight_codes.codes_of(w, plan), scales=scales, experts=experts)
     x = without_class(x)
     need_dx, need_dw = s.need_dx and not s.again, s.need_dw and not s.again
     y, saved = forward_backward.forward(x, w, bias, plan, need_dx, need_dw, options)
     return y, *_outputs(saved, plan, x)  # type: ignore[return-value]
 
 
-def _quantized_again(saved: Saved, plan: Plan, spec: LayerSpec, scales: Any) -> Saved:
+def _experts(offsets: Tensor | None, like: Tensor, plan: Plan) -> Experts | None:
+    return None if offsets is None else Experts(offsets, like.shape[0], plan.expert_scales)
+
+
+def _quantized_again(saved: Saved, plan: Plan, spec: LayerSpec, options: CallOptions) -> Saved:
     """Return what forward would have saved, from x and w: nothing of theirs is random."""
     x, w, x_q, codes = saved.x, saved.w, None, None
     if spec.need_dw:
         assert x is not None
-        x_q = operands.quantize_input(layouts.image_last(x, plan.geometry.x_shape), plan, True, scales)
+        x_last = layouts.image_last(x, plan.geometry.x_shape)
+        x_q = operands.quantize_input(x_last, plan, True, options.scales, None, options.experts)
     if spec.need_dx and plan.saves_w != "itself":
         assert w is not None
         codes = weight_codes.codes_of(w, plan) or operands.quantize_weight(w, plan, True)
@@ -141,7 +151,7 @@ def _scales(plan: Plan, spec: LayerSpec, training: bool) -> shared_amax.CallScal
 
 
 @layer.register_fake
-def _(x, w, bias, sizes, spec):  # type: ignore[no-untyped-def]
+def _(x, w, bias, sizes, spec, offsets=None):  # type: ignore[no-untyped-def]
     s = spec_of(spec)
     if s.again:
         g = ConvGeometry.from_ints(sizes)
@@ -150,7 +160,8 @@ def _(x, w, bias, sizes, spec):  # type: ignore[no-untyped-def]
     plan = plan_of(sizes, spec)
     x_last = layouts.image_last(x, plan.geometry.x_shape)
     # The real steps, on fake tensors: the fakes of the inner operators know the shapes, which are so stated once.
-    x_q = operands.quantize_input(x_last, plan, s.need_dw)
+    experts = None if offsets is None else Experts.of_sizes(offsets, x.shape[0], plan.expert_scales)
+    x_q = operands.quantize_input(x_last, plan, s.need_dw, experts=experts)
     saves_codes = s.need_dx and plan.saves_w != "itself"
     w_q = operands.quantize_weight(w, plan, True) if saves_codes else None
     saved = saved_of(x, x_q, w, w_q, plan, s.need_dx, s.need_dw)
@@ -162,26 +173,34 @@ def _(x, w, bias, sizes, spec):  # type: ignore[no-untyped-def]
 # The tag: a call draws a seed for stochastic rounding, so torch.compile must neither merge calls nor repeat one.
 @torch.library.custom_op("te_nvfp4_cv::layer_backward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def layer_backward(
-    dy: Tensor, saved: list[Tensor], sizes: list[int], like_sizes: list[int], spec: str
+    dy: Tensor,
+    saved: list[Tensor],
+    sizes: list[int],
+    like_sizes: list[int],
+    spec: str,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dw, db) of one layer, empty where not needed.
 
     Args:
         saved: the tensors of Saved, with the operands themselves where they are saved.
         like_sizes: number of axes of x, then the shapes of x and w.
-        sizes: as for `layer`; spec: as for `layer`, with `like` filled in.
+        sizes: as for `layer`; spec: as for `layer`, with `like` filled in; offsets: as for `layer`.
     """
     plan, s = plan_of(sizes, spec), spec_of(spec)
     needs, scales = (s.need_dx, s.need_dw, s.need_db), _scales(plan, s, True)
-    options, parts = CallOptions(scales=scales), Saved(*saved)
+    experts, parts = _experts(offsets, dy, plan), Saved(*saved)
+    if scales is not None:
+        scales.experts = experts
+    options = CallOptions(scales=scales, experts=experts)
     if s.again:
-        parts = _quantized_again(parts, plan, s, scales)
+        parts = _quantized_again(parts, plan, s, options)
     grads = forward_backward.backward(dy, parts, plan, _like(like_sizes, s.like), needs, options)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 
 @layer_backward.register_fake
-def _(dy, saved, sizes, like_sizes, spec):  # type: ignore[no-untyped-def]
+def _(dy, saved, sizes, like_sizes, spec, offsets=None):  # type: ignore[no-untyped-def]
     s = spec_of(spec)
     g = ConvGeometry.from_ints(sizes if s.again else [int(n) for n in sizes])
     like = _like(like_sizes, s.like)
@@ -191,7 +210,8 @@ def _(dy, saved, sizes, like_sizes, spec):  # type: ignore[no-untyped-def]
     if s.need_dw:
         dw = layouts.kernel_as(dy.new_empty(g.weight_shape, dtype=like.w_dtype), g, like.w_shape, like.w_channels_last)
     if s.need_db:
-        db = dy.new_empty(dy.shape[-1] if g.rank == 0 else dy.shape[1], dtype=like.bias_dtype)
+        channels = dy.shape[-1] if g.rank == 0 else dy.shape[1]
+        db = dy.new_empty((g.groups, channels) if g.routed else channels, dtype=like.bias_dtype)
     return dx, dw, db
 
 
@@ -216,14 +236,14 @@ def _like(sizes: Any, text: str) -> Like:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, bias, sizes, text = inputs
+    x, w, bias, sizes, text, offsets = inputs
     spec, saved = spec_of(text), Saved(*output[1:])
     # Put back what the operator could not return because it is one of its arguments.
     if spec.need_dw and (spec.again or plan_of(sizes, text).saves_x == "itself"):
         saved = saved._replace(x=x)
     if spec.need_dx and (spec.again or plan_of(sizes, text).saves_w == "itself"):
         saved = saved._replace(w=w)
-    ctx.save_for_backward(*saved)
+    ctx.save_for_backward(*saved, offsets)
     like = Like.of(x, w, bias)
     ctx.sizes, ctx.spec, ctx.like_sizes = sizes, spec._replace(like=_like_text(like)), [x.dim(), *x.shape, *w.shape]
     # Codes have no gradient. Without the next two lines autograd would make zeros for each of them.
@@ -233,18 +253,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
-        return (None,) * 5
+        return (None,) * 6
     # Forward saves nothing for db, so this is asked only here.
     spec = ctx.spec._replace(need_db=ctx.needs_input_grad[2])
-    grads = layer_backward(dy, list(ctx.saved_tensors), ctx.sizes, ctx.like_sizes, spec.to_text())
+    *saved, offsets = ctx.saved_tensors
+    grads = layer_backward(dy, saved, ctx.sizes, ctx.like_sizes, spec.to_text(), offsets)
     needs = (spec.need_dx, spec.need_dw, spec.need_db)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
 layer.register_autograd(_backward, setup_context=_setup_context)
 
 
-def apply(x: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry, spec: LayerSpec, group: Any) -> Tensor:
+def apply(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    spec: LayerSpec,
+    group: Any,
+    offsets: Tensor | None = None,
+) -> Tensor:
     """Return y of one call that torch.compile traces; `spec` without needs and group, which are filled in here."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import, and only graphs need it
 
@@ -253,4 +282,4 @@ def apply(x: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry, spe
     name = "" if group is None else group.group_name
     again = not all(has_static_value(size) for size in x.shape)
     spec = spec._replace(need_dx=grad and x.requires_grad, need_dw=grad and w.requires_grad, group=name, again=again)
-    return layer(x, w, bias, geometry.to_ints(), spec.to_text())[0]
+    return layer(x, w, bias, geometry.to_ints(), spec.to_text(), offsets)[0]

@@ -55,7 +55,8 @@ def find(w: Tensor, plan: Plan) -> tuple[WeightCodes | None, Tensor | None]:
     if not _is_dense(w) or native.load() is None:
         return None, None
     spec, g = plan.weight_specs[False], plan.geometry
-    key = (w.data_ptr(), w._version, w.shape, w.stride(), w.dtype, spec, g.groups, g.transposed, plan.backend)
+    layout = (w.data_ptr(), w._version, w.shape, w.stride(), w.dtype)
+    key = (*layout, spec, g.groups, g.transposed, plan.backend, plan.expert_scales)
     entry = _entries.get(id(w))
     if entry is None or entry.weight() is not w or entry.key != key:
         _remember(w, _Entry(_reference(w), key))

@@ -28,6 +28,8 @@ from te_nvfp4_cv.layer.check import many_gradients
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.conv import grouped
+from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.records import Face, Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
@@ -66,11 +68,12 @@ class Saved(NamedTuple):
         assert self.w is not None
         return self.w
 
-    def real_input(self, plan: Plan, dtype: torch.dtype) -> Tensor:
+    def real_input(self, plan: Plan, dtype: torch.dtype, experts: Experts | None = None) -> Tensor:
         """Return x [B, *image, C] in real units: itself, or its rowwise codes dequantized, in `dtype`."""
         if plan.saves_x != "itself":
             assert self.x_amax is not None
-            return operands.real_input(self.x_face(), self.x_amax, plan, dtype)
+            amax = self.x_amax if experts is None or not experts.own_scales else experts.for_rows(self.x_amax)
+            return operands.real_input(self.x_face(), amax, plan, dtype)
         assert self.x is not None
         return layouts.image_last(self.x, plan.geometry.x_shape)
 
@@ -176,7 +179,7 @@ def forward(
         else:
             x_last = layouts.image_last(x, g.x_shape if ranks is None else ranks.x_shape)
             how = plan if ranks is None else ranks.input_plan
-            x_q = operands.quantize_input(x_last, how, need_dw, options.scales, options.watch)
+            x_q = operands.quantize_input(x_last, how, need_dw, options.scales, options.watch, options.experts)
         # Begun here and waited for below, so that the weight is quantized while the bytes travel.
         rows = None
         if ranks is not None and x_q is not None:
@@ -201,10 +204,10 @@ def forward(
             assert x_q is not None and codes is not None
             row = x_q.row if rows is None else rows()
             here = plan if ranks is None else ranks.fprop_plan
-            y = gemms.fprop(row, x_q.row_amax, codes, bias, here, dtype, unpacked)
+            y = gemms.fprop(row, x_q.row_amax, codes, bias, here, dtype, unpacked, options.experts)
         else:
             assert w is not None
-            y = gemms.plain_fprop(x_last, w, bias, g)
+            y = gemms.plain_fprop(x_last, w, bias, g, options.experts)
         saved = saved_of(x, x_q, w, codes, plan, need_dx, need_dw)
         if ranks is None:
             return layouts.image_first(y, g.y_shape, x.shape, plan.channels_last), saved
@@ -228,7 +231,7 @@ def backward(
         (dx, dw, db), None where not wanted.
     """
     need_dx, need_dw, need_db = needs
-    g, ranks = plan.geometry, options.ranks
+    g, ranks, experts = plan.geometry, options.ranks, options.experts
     dx = dw = db = None
     # With create_graph=True grad mode is on here; QuantizedConv.backward deals with that by itself.
     # A backward pass inside of a context runs under its function mode, which is for the calls of others.
@@ -257,9 +260,9 @@ def backward(
                 assert dy_q is not None
                 row = dy_q.row if dy_rows is None else dy_rows()
                 here = plan if ranks is None else ranks.dgrad_plan
-                dx = gemms.dgrad(row, dy_q.row_amax, codes, here, like.x_dtype, weight)
+                dx = gemms.dgrad(row, dy_q.row_amax, codes, here, like.x_dtype, weight, experts)
             else:
-                dx = gemms.plain_dgrad(dy_last, saved.real_weight(plan), plan, like.x_dtype)
+                dx = gemms.plain_dgrad(dy_last, saved.real_weight(plan), plan, like.x_dtype, experts)
             dx = dx if ranks is None else ranks.sum_input_gradient(dx)
             shape = g.x_shape if ranks is None else ranks.x_shape
             dx = layouts.image_first(dx, shape, like.x_shape, like.x_channels_last)
@@ -269,15 +272,19 @@ def backward(
                 col = dy_q.col if dy_columns is None else dy_columns()
                 x_face = x_face if x_columns is None else x_columns()
                 here = plan if ranks is None else ranks.wgrad_plan
-                dw = gemms.wgrad(col, dy_q.col_amax, x_face, saved.x_amax, here, like.w_dtype)
+                dw = gemms.wgrad(col, dy_q.col_amax, x_face, saved.x_amax, here, like.w_dtype, experts)
             else:
-                dw = gemms.plain_wgrad(dy_last, saved.real_input(plan, dy.dtype), plan).to(like.w_dtype)
+                real = saved.real_input(plan, dy.dtype, experts)
+                dw = gemms.plain_wgrad(dy_last, real, plan, experts).to(like.w_dtype)
             if options.watch is not None:
                 options.watch.weight_gradient(dy_last, dw, plan)
             dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)
         if need_db:
             # [B, *image, O] -> [O] from dy before quantization, in fp32: a sum needs no GEMM, and so no codes.
-            total = dy_last.flatten(0, -2).sum(0, dtype=torch.float32)
+            if experts is None:
+                total = dy_last.flatten(0, -2).sum(0, dtype=torch.float32)
+            else:
+                total = grouped.row_sums(dy_last, experts, plan.backend)
             db = (total if ranks is None else ranks.whole_bias_gradient(total)).to(like.bias_dtype)
     return dx, dw, db
 

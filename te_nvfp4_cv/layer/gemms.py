@@ -7,8 +7,10 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend.dispatch import kernels_serve, runs_directly
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.conv import grouped
 from te_nvfp4_cv.ops.conv.operators import conv_dgrad, conv_fprop, conv_wgrad
 from te_nvfp4_cv.ops.conv.vendor import aten, convolution, convolution_backward
+from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.ops.quantize import operand
@@ -23,6 +25,7 @@ def fprop(
     plan: Plan,
     dtype: torch.dtype,
     unpacked: Tensor | Face | None = None,
+    experts: Experts | None = None,
 ) -> Tensor:
     """Return y [B, *image, O] in `dtype`.
 
@@ -32,10 +35,11 @@ def fprop(
         unpacked: the weight as it is stored between calls: code * scale [axis 0, taps, axis 1], or the integer
             backend's panels (uint8). A form that the plan's backend does not multiply is left alone. Or a face of
             operands.quantize_measured_weight, which is multiplied as it is.
+        experts: of a grouped linear layer, here and below.
     """
     g = plan.geometry
     if plan.operand_form == DEQUANTIZED and x.scale.numel():  # packed, because backward will dequantize it
-        values = operand.unpack_rows(x, g.x_shape[-1], g.groups, plan.compute_dtype, plan.backend)
+        values = operand.unpack_rows(x, g.x_shape[-1], g.row_groups, plan.compute_dtype, plan.backend)
         x = Face(values, x.scale.new_empty(0))
     if plan.row_scaled:
         # Each output row of these 1x1 convolutions reads one row of x: [B, *image of x] -> [B, *image of y, 1].
@@ -56,6 +60,8 @@ def fprop(
     else:
         name = plan.weight_faces[0]
         weight = _weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
+    if experts is not None:
+        return grouped.fprop(x, weight, alpha, bias, experts, g, dtype, plan.backend)
     return conv_fprop(x, weight, alpha, bias, g, dtype, plan.backend)
 
 
@@ -81,7 +87,13 @@ def unpack_for_backward(
 
 
 def dgrad(
-    dy: Face, dy_amax: Tensor, codes: WeightCodes, plan: Plan, dtype: torch.dtype, weight: Face | None = None
+    dy: Face,
+    dy_amax: Tensor,
+    codes: WeightCodes,
+    plan: Plan,
+    dtype: torch.dtype,
+    weight: Face | None = None,
+    experts: Experts | None = None,
 ) -> Tensor:
     """Return dx [B, *image, C] in `dtype` from dy's rowwise face, its amax [1], and the weight's codes.
 
@@ -93,10 +105,20 @@ def dgrad(
     if weight is None:
         name = plan.saves_w
         weight = _weight_operand(codes.row if name == "row" else codes.col, name, plan, factor)
+    if experts is not None:
+        return grouped.dgrad(dy, weight, alpha, experts, plan.geometry, dtype, plan.backend)
     return conv_dgrad(dy, weight, alpha, plan.geometry, dtype, plan.backend)
 
 
-def wgrad(dy: Face, dy_amax: Tensor, x: Face, x_amax: Tensor | None, plan: Plan, dtype: torch.dtype) -> Tensor:
+def wgrad(
+    dy: Face,
+    dy_amax: Tensor,
+    x: Face,
+    x_amax: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype,
+    experts: Experts | None = None,
+) -> Tensor:
     """Return dw [axis 0, taps, axis 1] in `dtype` from the columnwise faces and amaxes of dy and x.
 
     Args:
@@ -110,6 +132,8 @@ def wgrad(dy: Face, dy_amax: Tensor, x: Face, x_amax: Tensor | None, plan: Plan,
         factor, alpha = (alpha, None) if isinstance(alpha, Alpha) and plan.input_carries_scales else (None, alpha)
         if x.scale.numel():
             x = Face(operand.unpack_columns(x, plan.compute_dtype, plan.backend, factor), x.scale.new_empty(0))
+    if experts is not None:
+        return grouped.wgrad(dy, x, alpha, experts, plan.geometry, dtype, plan.backend)
     return conv_wgrad(dy, x, alpha, plan.geometry, dtype, plan.backend)
 
 
@@ -142,9 +166,17 @@ def _non_finite(amax: Tensor) -> Tensor:
 # ---- in high precision ----------------------------------------------------------------------------------------------
 
 
-def plain_fprop(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+def plain_fprop(
+    x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry, experts: Experts | None = None
+) -> Tensor:
     """Return y [B, *image, O] of x [B, *image, C] and w in torch's layout, in x's dtype."""
     w, bias = w.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if experts is not None:
+        y = x.new_zeros(g.y_shape)
+        for rows in experts.rows:
+            own = None if bias is None else bias[rows.expert]
+            y[rows.here] = aten.linear(x[rows.here], w[rows.expert], own)
+        return y
     if g.rank == 0:
         return aten.linear(x, w, bias)
     # Inside of the layer channels come last, in torch's operators second: the views turn one into the other.
@@ -152,13 +184,25 @@ def plain_fprop(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> T
     return y.movedim(1, -1).contiguous().to(x.dtype)
 
 
-def plain_dgrad(dy: Tensor, w: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+def plain_dgrad(
+    dy: Tensor, w: Tensor, plan: Plan, dtype: torch.dtype, experts: Experts | None = None
+) -> Tensor:
     """Return dx [B, *image, C] of dy and a weight in torch's layout, multiplied in `dtype`."""
+    if experts is not None:
+        w, dx = w.to(dtype), dy.new_zeros(plan.geometry.x_shape, dtype=dtype)
+        for rows in experts.rows:
+            dx[rows.here] = dy[rows.here].to(dtype) @ w[rows.expert]
+        return dx
     return _plain_backward(dy, None, w.to(dtype), plan.geometry)[0]
 
 
-def plain_wgrad(dy: Tensor, x: Tensor, plan: Plan) -> Tensor:
+def plain_wgrad(dy: Tensor, x: Tensor, plan: Plan, experts: Experts | None = None) -> Tensor:
     """Return dw [axis 0, taps, axis 1] of dy and x [B, *image, channels] as they are."""
+    if experts is not None:
+        dw = dy.new_zeros(experts.number, dy.shape[-1], x.shape[-1])
+        for rows in experts.rows:
+            dw[rows.expert] = dy[rows.here].t() @ x[rows.here]
+        return dw.view(plan.geometry.weight_shape)
     return _plain_backward(dy, x, None, plan.geometry)[1]
 
 

@@ -10,20 +10,27 @@ from te_nvfp4_cv.layer.options import ALONE, CallOptions, Scales, Watch
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX
 from te_nvfp4_cv.ops.conv import integer
+from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.quantize import amax as amaxes
-from te_nvfp4_cv.ops.quantize import operand, rounding_seeds
+from te_nvfp4_cv.ops.quantize import grouped, operand, rounding_seeds
 from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, Alpha, Face, Move, Operand, OperandSpec, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
 
 def quantize_input(
-    x: Tensor, plan: Plan, need_dw: bool, scales: Scales | None = None, watch: Watch | None = None
+    x: Tensor,
+    plan: Plan,
+    need_dw: bool,
+    scales: Scales | None = None,
+    watch: Watch | None = None,
+    experts: Experts | None = None,
 ) -> Operand | None:
     """Quantize x: a rowwise face for fprop, and a packed columnwise one for wgrad.
 
     Returns None if neither GEMM runs in NVFP4.
     """
-    return _quantize(Role.INPUT, x, plan.input_specs[need_dw], plan, CallOptions(scales=scales, watch=watch))
+    options = CallOptions(scales=scales, watch=watch, experts=experts)
+    return _quantize(Role.INPUT, x, plan.input_specs[need_dw], plan, options)
 
 
 def quantize_gradient(
@@ -44,7 +51,11 @@ def _quantize(role: Role, x: Tensor, spec: OperandSpec, plan: Plan, options: Cal
         amax = scales.amax(role, x)
     # Without an amax from them the operand's own is used, and there is nothing to remember.
     collector = None if scales is None or amax is None else scales.collector(role)
-    made = operand.quantize_operand(x, spec, plan.compute_dtype, seed, amax, plan.backend, collector)
+    if options.experts is None:
+        made = operand.quantize_operand(x, spec, plan.compute_dtype, seed, amax, plan.backend, collector)
+    else:
+        how = (plan.compute_dtype, seed, amax, plan.backend, collector)
+        made = grouped.quantize_operand(x, options.experts, spec, *how)
     if options.watch is not None:
         options.watch.quantized(role, x, made, seed, plan)
     return made
@@ -57,12 +68,20 @@ def quantize_weight(w: Tensor, plan: Plan, for_dgrad: bool, amax: Tensor | None 
         for_dgrad: make dgrad's face, too.
         amax: fp32 [1], of a weight that w is a part of; if None, w's amax is used.
     """
-    return operand.quantize_weight(w.detach(), plan.weight_specs[for_dgrad], plan.compute_dtype, plan.backend, amax)
+    spec, w = plan.weight_specs[for_dgrad], w.detach()
+    if plan.expert_scales:
+        return grouped.quantize_weights(w, spec, plan.compute_dtype, plan.backend)
+    return operand.quantize_weight(_matrix(w, plan), spec, plan.compute_dtype, plan.backend, amax)
+
+
+def _matrix(w: Tensor, plan: Plan) -> Tensor:
+    """Return a weight as its operators take it: those of all experts [E, O, C] as that of E groups, [E * O, C]."""
+    return w.reshape(-1, w.shape[-1]) if plan.geometry.routed else w
 
 
 def measure_weight(w: Tensor, plan: Plan, move: Move | None) -> Tensor | None:
     """Measure w's amax, and move delayed scales in the same launch; where no kernels serve, move and return None."""
-    if operand.serves_directly(w, plan.backend):
+    if operand.serves_directly(w, plan.backend) and not plan.expert_scales:
         return operand.measure_weight(w.detach(), plan.weight_specs[0], plan.backend, move)
     if move is not None:
         amaxes.move(*move, clear=True)
@@ -74,11 +93,12 @@ def quantize_measured_weight(
 ) -> tuple[WeightCodes, Face | None]:
     """Quantize w with the amax of measure_weight; with x's amax also unpack it for fprop, if one launch does both."""
     spec, dtype = plan.measured_weight_specs[for_dgrad], plan.compute_dtype
+    w = _matrix(w.detach(), plan)
     if x_amax is None or plan.operand_form != DEQUANTIZED or not spec.two_d:
-        return operand.quantize_weight(w.detach(), spec, dtype, plan.backend, amax), None
+        return operand.quantize_weight(w, spec, dtype, plan.backend, amax), None
     number = plan.alpha_factors["fprop"]
     factor = Alpha(x_amax, amax, number) if plan.weight_carries_scales["fprop"] else None
-    codes, values = operand.quantize_weight_for(w.detach(), spec, dtype, plan.backend, amax, factor)
+    codes, values = operand.quantize_weight_for(w, spec, dtype, plan.backend, amax, factor)
     return codes, Face(values, values.new_empty(0))
 
 
@@ -101,8 +121,14 @@ def weight_panels(codes: WeightCodes, plan: Plan) -> Tensor:
 
 def real_weight(codes: WeightCodes, plan: Plan) -> Tensor:
     """Return w [axis 0, axis 1, *kernel] in real units, fp32: code * scale, which is exact, times the tensor scale."""
-    w = weight_values(codes, plan, codes.amax * (1.0 / (E2M1_MAX * plan.weight.e4m3_max)))
     n, _, channels = plan.geometry.weight_shape
+    scale = codes.amax * (1.0 / (E2M1_MAX * plan.weight.e4m3_max))
+    if plan.expert_scales:
+        w = weight_values(codes, plan) * scale.repeat_interleave(n // scale.numel()).view(-1, 1, 1)
+    else:
+        w = weight_values(codes, plan, scale)
+    if plan.geometry.routed:
+        return w.view(plan.geometry.groups, -1, channels)
     # [axis 0, taps, axis 1] -> [axis 0, axis 1, *kernel]
     return w.view(n, *plan.geometry.kernel, channels).movedim(-1, 1)
 
@@ -118,7 +144,7 @@ def real_input(face: Face, amax: Tensor, plan: Plan, dtype: torch.dtype) -> Tens
     if plan.recipe.block_format != "nvfp4":
         values = operand.unpack_rows(face, g.x_shape[-1], g.groups, torch.float32, plan.backend)
         return (values * (amax * (1.0 / TENSOR_AMAX))).to(dtype)
-    return real_rows(face, amax, plan.input.e4m3_max, (g.groups, g.x_shape[-1] // g.groups)).to(dtype)
+    return real_rows(face, amax, plan.input.e4m3_max, (g.row_groups, g.x_shape[-1] // g.row_groups)).to(dtype)
 
 
 def real_rows(face: Face, amax: Tensor, e4m3_max: int, channels: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.records import Collector, Face, Move, Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
@@ -106,6 +107,7 @@ class CallOptions(NamedTuple):
         producer: makes the operand of an x that was not written; if None, x is there.
         watch: is shown every operand.
         ranks: exchanges operands and results; None on a single device.
+        experts: which rows go to which expert; None but for grouped linear layers.
     """
 
     codes: WeightCodes | None = None
@@ -114,6 +116,7 @@ class CallOptions(NamedTuple):
     producer: Producer | None = None
     watch: Watch | None = None
     ranks: Ranks | None = None
+    experts: Experts | None = None
 
 
 ALONE = CallOptions()

@@ -75,6 +75,11 @@ class Plan:
         return self.recipe.tensor_scale == "delayed"
 
     @answer
+    def expert_scales(self) -> bool:
+        """True if each expert's rows and weight have a tensor scale of their own: grouped linear layers only."""
+        return self.geometry.routed and self.recipe.grouped_scale == "expert"
+
+    @answer
     def row_scaled(self) -> bool:
         """True if x has one scale per row: linear layers and 1x1 convolutions, where an output row reads one row."""
         return self.input.row_scaled and row_scaling_applies(self.geometry)
@@ -133,7 +138,7 @@ class Plan:
     def _operand_spec(self, s: RoleSettings, fold: Fold, row: int, col: int, row_scaled: bool) -> OperandSpec:
         more = (s.rht, s.stochastic_rounding, s.four_over_six, s.e4m3_max, row_scaled)
         # Delayed scales come as powers of two.
-        return OperandSpec(self.geometry.groups, fold, row, col, *more, pow2=s.pow2 and not self.delayed)
+        return OperandSpec(self.geometry.row_groups, fold, row, col, *more, pow2=s.pow2 and not self.delayed)
 
     @answer
     def weight_specs(self) -> tuple[WeightSpec, WeightSpec]:
@@ -175,7 +180,7 @@ class Plan:
         It must be a power of two to stay exact. And every output must read some operand: else a NaN in the weight
         could not reach it.
         """
-        wanted = self.weight.pow2 and self.operand_form == DEQUANTIZED
+        wanted = self.weight.pow2 and self.operand_form == DEQUANTIZED and not self.expert_scales
         to_b = {"fprop": not self.geometry.transposed, "dgrad": self.geometry.transposed}
         return {gemm: wanted and self.geometry.reads_everywhere(side) for gemm, side in to_b.items()}
 
@@ -275,4 +280,4 @@ def prefers_vendor(geometry: ConvGeometry, compute_dtype: torch.dtype) -> bool:
 
 def row_scaling_applies(g: ConvGeometry) -> bool:
     """Return True if every output row reads one input row."""
-    return not g.transposed and g.taps == 1 and g.groups == 1 and not any(g.padding)
+    return not g.transposed and g.taps == 1 and g.groups == 1 and not any(g.padding) and not g.routed

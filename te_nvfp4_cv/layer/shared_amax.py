@@ -31,7 +31,9 @@ from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.quantize import amax as amaxes
+from te_nvfp4_cv.ops.quantize import grouped
 from te_nvfp4_cv.ops.quantize.operand import measure_operand
 from te_nvfp4_cv.ops.records import Collector, Move, OperandSpec
 from te_nvfp4_cv.recipe.fields import Role
@@ -199,6 +201,7 @@ class CallScales:
 
     def __init__(self, plan: Plan, group: Any, training: bool, name: str = "") -> None:
         self.plan, self.group, self.training, self.name = plan, group, training, name
+        self.experts: Experts | None = None  # of a grouped linear layer
 
     def knows(self, role: Role) -> bool:
         """Return True if `amax` answers without reading the operand."""
@@ -210,6 +213,8 @@ class CallScales:
             return self._reduced(torch.zeros(2, device=operand.device), role.value)
         # One group: how channels are grouped does not change an amax.
         spec = OperandSpec(1, self.plan.folds[ROWS[role]], rht=self.plan.recipe.settings(role).rht)
+        if self.experts is not None:
+            return self._reduced(grouped.measure_operand(operand, self.experts, spec, self.plan.backend), role.value)
         return self._reduced(measure_operand(operand, spec, self.plan.backend), role.value)
 
     def collector(self, role: Role) -> Collector | None:

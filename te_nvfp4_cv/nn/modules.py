@@ -3,7 +3,8 @@
 They quantize without a context, and nvfp4_autocast(enabled=False) turns them off; base.py says which recipe a call
 uses. Parameters, their names and the state_dict are the plain module's.
 Refused, when the layer is called: what NVFP4 cannot do (thin layers, depthwise convolutions, fp64). A plain module
-under nvfp4_autocast runs such a layer in high precision instead.
+under nvfp4_autocast runs such a layer in high precision instead. NVFP4GroupedLinear has no module of torch beside it:
+torch has the function only, torch.nn.functional.grouped_mm.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from te_nvfp4_cv.context import state
+from te_nvfp4_cv.layer import grouped
 from te_nvfp4_cv.layer.execute import execute_explicit
 from te_nvfp4_cv.nn.base import NVFP4_CLASSES as NVFP4_CLASSES  # whole only after this file is imported
 from te_nvfp4_cv.nn.base import NVFP4Module, as_node
@@ -198,3 +200,89 @@ class NVFP4Linear(NVFP4Module, nn.Linear, plain=nn.Linear):
             return super().forward(input)
         group = state.reduction_group()
         return execute_explicit("linear", input, self.weight, self.bias, ConvArgs(), recipe, backend, group)
+
+
+class _Experts(nn.Module):
+    """Hold the weights of E linear layers, with nn.Linear's initialization of each."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **made))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features, **made)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize each expert as nn.Linear does."""
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}"
+
+
+class NVFP4GroupedLinear(NVFP4Module, _Experts):
+    """Multiply each expert's rows by that expert's weight in NVFP4: the linear layers of a mixture of experts.
+
+    Args:
+        num_experts: E.
+        in_features: C.
+        out_features: O.
+        bias: Learn a bias [E, O].
+        device: Of the parameters.
+        dtype: Of the parameters.
+        recipe: See NVFP4Module.
+        backend: See NVFP4Module.
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> layer = nv.NVFP4GroupedLinear(4, 64, 32)
+        >>> expert = torch.randint(4, (100,)).sort().values  # tokens come sorted by expert
+        >>> layer(torch.randn(100, 64), torch.bincount(expert, minlength=4).cumsum(0)).shape
+        torch.Size([100, 32])
+    """
+
+    op = grouped.OP
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            num_experts, in_features, out_features, bias, device, dtype, recipe=recipe, backend=backend
+        )
+
+    def forward(self, input: Tensor, offsets: Tensor) -> Tensor:
+        """Compute the layer in NVFP4, or in high precision where the context says so.
+
+        Args:
+            input: [T, C], sorted by expert.
+            offsets: int32 or int64 [E]: where each expert's rows end.
+        """
+        if isinstance(input, Proxy):
+            return as_node(self, input, offsets)  # type: ignore[return-value]
+        recipe, backend = self.chosen()
+        if recipe is None:
+            return grouped.plain(input, self.weight, offsets, self.bias)
+        group = state.reduction_group()
+        return grouped.execute_explicit(input, self.weight, offsets, self.bias, recipe, backend, group)

@@ -6,7 +6,9 @@ input: image `a_size`, channels of weight axis 1) and a `b` side (its output: im
     convolution             x = a, y = b     fprop a -> b, dgrad b -> a
     transposed convolution  x = b, y = a     fprop b -> a, dgrad a -> b
 
-Operands are channels-last arrays [B, *image, C]; a linear layer has no image axes. Nothing here touches tensor values.
+Operands are channels-last arrays [B, *image, C]; a linear layer has no image axes. A grouped linear layer (mixture of
+experts) is a linear layer of E groups, of which each row of x goes to one: its weight is that of a grouped convolution,
+[E * O, C], while its rows have the C channels of one group. Nothing here touches tensor values.
 Letters: B batch, C in-channels, O out-channels, T taps.
 """
 
@@ -25,6 +27,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK, round_up
+from te_nvfp4_cv.ops.experts import blocks_of
 from te_nvfp4_cv.ops.records import Fold
 
 
@@ -50,7 +53,8 @@ class ConvGeometry:
     """The shapes of one call, all checked.
 
     `kernel`, `stride`, `padding`, `dilation` and `output_padding` have one entry per image axis. `channels_a` and
-    `channels_b` are totals over groups. Derived sizes are computed once per object.
+    `channels_b` are totals over groups. `routed`: a grouped linear layer, whose groups are experts. Derived sizes are
+    computed once per object.
     """
 
     batch: int
@@ -65,6 +69,7 @@ class ConvGeometry:
     output_padding: tuple[int, ...]
     groups: int
     transposed: bool
+    routed: bool = False
 
     @answer
     def rank(self) -> int:
@@ -77,14 +82,24 @@ class ConvGeometry:
         return math.prod(self.kernel)
 
     @answer
+    def routes(self) -> int:
+        """The number of experts among which rows are shared out; 1 for every other layer."""
+        return self.groups if self.routed else 1
+
+    @answer
+    def row_groups(self) -> int:
+        """The number of groups into which the channels of one row of x or dy fall."""
+        return self.groups // self.routes
+
+    @answer
     def a_shape(self) -> tuple[int, ...]:
         """The a side's shape, [B, *image, channels]."""
-        return (self.batch, *self.a_size, self.channels_a)
+        return (self.batch, *self.a_size, self.channels_a // self.routes)
 
     @answer
     def b_shape(self) -> tuple[int, ...]:
         """The b side's shape, [B, *image, channels]."""
-        return (self.batch, *self.b_size, self.channels_b)
+        return (self.batch, *self.b_size, self.channels_b // self.routes)
 
     @answer
     def x_shape(self) -> tuple[int, ...]:
@@ -115,7 +130,8 @@ class ConvGeometry:
     @property
     def macs(self) -> int:
         """Multiply-adds of one GEMM."""
-        return self.batch * math.prod(self.b_size) * self.channels_b * (self.channels_a // self.groups) * self.taps
+        outputs = self.batch * math.prod(self.b_size) * (self.channels_b // self.routes)
+        return outputs * (self.channels_a // self.groups) * self.taps
 
     @answer
     def folds(self) -> tuple[Fold, Fold]:
@@ -127,6 +143,8 @@ class ConvGeometry:
         # because padding it with zero images would multiply zeros.
         strips = fold_factor(self.batch, b_rows, self.stride[0], self.kernel[0], self.dilation[0]) if self.rank else 1
         images = round_up(self.batch * strips, BLOCK)
+        if self.routed:  # as many as it takes however the rows fall on the experts: each expert's are padded to 16
+            images = blocks_of(self.batch, self.groups) * BLOCK
         if strips == 1:
             return Fold(1, 0, a_rows, 0, images), Fold(1, 0, b_rows, 0, images)
         strip = -(-b_rows // strips)
@@ -177,7 +195,8 @@ class ConvGeometry:
         """Encode the geometry as a flat list for a custom operator."""
         lists = (self.a_size, self.b_size, self.kernel, self.stride, self.padding, self.dilation, self.output_padding)
         # The rank is in front, since it says how long the lists are.
-        head = [self.batch, self.channels_a, self.channels_b, self.groups, int(self.transposed), len(self.kernel)]
+        kind = int(self.transposed) + 2 * self.routed
+        head = [self.batch, self.channels_a, self.channels_b, self.groups, kind, len(self.kernel)]
         return head + [n for values in lists for n in values]
 
     @staticmethod
@@ -191,9 +210,16 @@ class ConvGeometry:
 
 @functools.lru_cache(maxsize=4096)
 def _geometry(ints: tuple[int, ...]) -> ConvGeometry:
-    batch, channels_a, channels_b, groups, transposed, rank = ints[:6]
+    batch, channels_a, channels_b, groups, kind, rank = ints[:6]
     lists: Any = [ints[6 + rank * k : 6 + rank * (k + 1)] for k in range(7)]
-    return ConvGeometry(batch, channels_a, channels_b, *lists, groups, bool(transposed))  # type: ignore[call-arg]
+    flags = (bool(kind & 1), bool(kind & 2))
+    return ConvGeometry(batch, channels_a, channels_b, *lists, groups, *flags)  # type: ignore[call-arg]
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_geometry(rows: int, channels: int, outputs: int) -> ConvGeometry:
+    """Return the geometry of a linear layer: that of one expert's rows in a grouped one."""
+    return ConvGeometry(rows, channels, outputs, (), (), (), (), (), (), (), 1, False)
 
 
 def halo_rows(strip: int, stride: int, kernel: int, dilation: int) -> int:

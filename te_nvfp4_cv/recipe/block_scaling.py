@@ -157,6 +157,8 @@ class NVFP4BlockScaling:
         block_format: If "nvfp4", blocks of 16 have E4M3 scales under a tensor scale. Three others are there to compare
             with, in plain torch: "mxfp4" (32, powers of two), "nvfp4_ue5m3" (16, UE5M3) and "fp4_e4m3_only" (16, E4M3),
             none with a tensor scale: not with another tensor_scale than "current", row_scaled_activation or 4over6.
+        grouped_scale: Of a grouped linear layer (mixture of experts): if "operand", x, w and dy have one tensor scale
+            each; if "expert", each expert's part of them has its own. The last only with scales of one call.
     Raises:
         ValueError: A value is outside its list, fields contradict each other, or a version removed the field.
 
@@ -189,6 +191,7 @@ class NVFP4BlockScaling:
     name: str = dataclasses.field(default="", compare=False)
     activation_shift: str = os.getenv("TE_NVFP4_CV_ACTIVATION_SHIFT", "none")
     block_format: str = "nvfp4"
+    grouped_scale: str = os.getenv("TE_NVFP4_CV_GROUPED_SCALE", "operand")
 
     def __post_init__(self) -> None:
         for field in ("fp4_format", "fp8_format"):  # TransformerEngine's Format enum is taken by its member's name
@@ -219,7 +222,7 @@ class NVFP4BlockScaling:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles hold every field that their version had. A frozen dataclass takes no setattr, so the dictionary is
         # filled, as pickle would.
-        missing = {field: PLAIN[field] for field in ("kernels", "activation_shift", "block_format")}
+        missing = {field: PLAIN[field] for field in ("kernels", "activation_shift", "block_format", "grouped_scale")}
         self.__dict__.update(missing | without_removed(state))
 
     @property
@@ -290,7 +293,8 @@ class NVFP4BlockScaling:
 
         Raises:
             ValueError: Activations have 4over6 or row scaling together with RHT, or both at once while wgrad runs in
-                NVFP4; or delayed scales, or powers of two, meet row scaling; or a block format has no such scales.
+                NVFP4; or delayed scales, or powers of two, meet row scaling; or a block format has
+                no such scales; or delayed scales meet those of experts.
         """
         activations = self.nvfp4_4over6 in ("activations", "all")
         if activations and not self.disable_rht:
@@ -326,6 +330,13 @@ class NVFP4BlockScaling:
                 fix="set tensor_scale='current', or row_scaled_activation=False",
             )
         self._validate_block_format()
+        if self.tensor_scale == "delayed" and self.grouped_scale == "expert":
+            raise value_error(
+                f"recipe {self.name or 'NVFP4BlockScaling'!r}: delayed scales do not go with scales of experts.",
+                got="tensor_scale='delayed', grouped_scale='expert'",
+                needs="one scale per tensor: the rows that an expert has in one step are not those of the next",
+                fix="set tensor_scale='current' or 'current_pow2', or grouped_scale='operand'",
+            )
         if self.fp8_dpa or self.fp8_mha:
             warn_once("recipe fp8 attention", "recipe: fp8_dpa and fp8_mha do nothing here, attention stays as it is")
         # The table's recipes take the place of this one in some layers, so they must be usable, too.

@@ -47,6 +47,7 @@ ALLOWED: dict[str, tuple[object, ...]] = {
     "kernels": ("all", "parameters"),
     "activation_shift": ("none", "mean"),
     "block_format": ("nvfp4", "mxfp4", "nvfp4_ue5m3", "fp4_e4m3_only"),
+    "grouped_scale": ("operand", "expert"),
 }
 """Fields with a closed list of values. The first value is the default, but see PLAIN."""
 
@@ -78,6 +79,7 @@ ENVIRONMENT = {
     "backward_override": "NVTE_BACKWARD_OVERRIDE",
     "kernels": "TE_NVFP4_CV_KERNELS",
     "activation_shift": "TE_NVFP4_CV_ACTIVATION_SHIFT",
+    "grouped_scale": "TE_NVFP4_CV_GROUPED_SCALE",
 }
 PLAIN: dict[str, Any] = {field: values[0] for field, values in ALLOWED.items()}
 # Two fields without a list of values, and one whose default is not the first of its list.

@@ -33,7 +33,7 @@ def _shapes(sizes: Sequence[int]) -> tuple[ConvGeometry, list[int], list[int], l
     """Return a geometry, and the shapes of x, w and y as torch's functions take them."""
     g = ConvGeometry.from_ints([int(n) for n in sizes])
     x, y = ([shape[0], shape[-1], *shape[1:-1]] for shape in (g.x_shape, g.y_shape))
-    return g, x, [g.channels_b, g.channels_a // g.groups, *g.kernel], y
+    return g, x, [g.channels_b // g.routes, g.channels_a // g.groups, *g.kernel], y
 
 
 def _forward(sizes: Sequence[int]) -> int:

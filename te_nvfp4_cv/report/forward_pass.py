@@ -38,7 +38,8 @@ def gemm_flops(op: str, x: Tensor, kernel: Sequence[int], y: Tensor) -> int:
     """
     # Every element of a convolution's output, or of a transposed one's input, meets one window of the weight.
     source = x if "transpose" in op else y
-    return 2 * source.numel() * math.prod(kernel[1:])
+    grouped = op.startswith("grouped") and len(kernel) == 3  # [E, O, C]: a row meets one expert's kernel
+    return 2 * source.numel() * math.prod(kernel[2:] if grouped else kernel[1:])
 
 
 def _ignore(module: nn.Module, args: Any) -> None:

@@ -290,7 +290,8 @@ def _elements(geometry: ConvGeometry, recipe: NVFP4BlockScaling) -> tuple[int, i
     for size, channels, fold in zip((g.a_size, g.b_size), (g.channels_a, g.channels_b), g.folds, strict=True):
         pixels = g.batch * math.prod(size)
         stored = fold.images * fold.rows * math.prod(size[1:]) if folded else pixels
-        wide = -(-channels // g.groups // BLOCK) * BLOCK * g.groups
+        channels = channels // g.routes
+        wide = -(-channels // g.row_groups // BLOCK) * BLOCK * g.row_groups
         real += pixels * channels
         padded += max(pixels, stored) * wide  # a stride may skip more pixels than padding adds
     return real, padded

@@ -1,7 +1,8 @@
 """The layouts of TransformerEngine's tensors and of the FP4 tensor cores, beside those of the operators.
 
     te_to_ntile, ntile_to_te    columnwise codes of an image tensor: TransformerEngine's rows against tiles of 16 images
-    pad_scales, swizzle_scales  block scales in the order in which cuBLAS reads them
+    pad_scales, swizzle_scales  block scales in the order in which cuBLAS reads them; swizzle_row_groups and others: the
+                                scales of experts, for grouped products
 """
 
 from __future__ import annotations
@@ -59,3 +60,50 @@ def unswizzle_scales(swizzled: Tensor) -> Tensor:
     rows, cols = swizzled.shape
     tiles = swizzled.view(torch.uint8).reshape(rows // 128, cols // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(rows, cols).view(swizzled.dtype)
+
+
+# ---- scales of grouped products (experts) ----------------------------------------------------------------------------
+
+
+def swizzle_row_groups(scale: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad and swizzle the scales of each group of rows by themselves: x and dy in fprop and dgrad of experts.
+
+    Args:
+        scale: [R, C], uint8 or float8_e4m3fn.
+        ends: [E], where each group's rows end.
+    Returns:
+        The groups below each other [sum of rows padded to 128, C padded to 4], and where each begins, int64 [E].
+    Source: the layout of torchao's torch_to_blocked_2d_M_groups.
+    """
+    groups = [swizzle_scales(pad_scales(part)) for part in _groups(scale, ends, 0)]
+    return torch.cat(groups), _starts([part.shape[0] for part in groups], scale)
+
+
+def swizzle_column_groups(scale: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad and swizzle the scales of each group of columns by themselves: dy and x in wgrad of experts.
+
+    Args:
+        scale: [R, C].
+        ends: [E], where each group's columns of scales end.
+    Returns:
+        The groups [R padded to 128, sum of columns padded to 4], and the first column of each, int64 [E]. Each is one
+        piece of memory, behind those before it: from byte (padded rows) * (its first column) on.
+    Source: the layout of torchao's torch_to_blocked_2d_K_groups.
+    """
+    groups = [swizzle_scales(pad_scales(part)) for part in _groups(scale, ends, 1)]
+    memory = torch.cat([part.flatten() for part in groups])
+    return memory.view(round_up(scale.shape[0], 128), -1), _starts([part.shape[1] for part in groups], scale)
+
+
+def swizzle_stack(scale: Tensor) -> Tensor:
+    """Pad and swizzle each expert's scales of a weight, [E, R, C] -> [E, R padded to 128, C padded to 4]."""
+    return torch.stack([swizzle_scales(pad_scales(part)) for part in scale])
+
+
+def _groups(scale: Tensor, ends: Tensor, axis: int) -> list[Tensor]:
+    places = [0, *ends.tolist()]
+    return [scale.narrow(axis, begin, end - begin) for begin, end in zip(places, places[1:], strict=False)]
+
+
+def _starts(sizes: list[int], like: Tensor) -> Tensor:
+    return torch.tensor([0, *sizes[:-1]], dtype=torch.int64, device=like.device).cumsum(0)

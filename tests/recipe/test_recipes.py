@@ -220,7 +220,7 @@ GONE = [("wgrad_block", "batch", "pixel"), ("activation_rounding", "nearest", "s
 def test_removed_fields_are_gone_and_the_others_keep_their_order():
     names = [field.name for field in dataclasses.fields(NVFP4BlockScaling)]
     first = ["tensor_scale", "thin_layers", "kernels", "high_precision_gemms", "precision", "name"]
-    assert names[12:] == [*first, "activation_shift", "block_format"]
+    assert names[12:] == [*first, "activation_shift", "block_format", "grouped_scale"]
     assert names == list(inspect.signature(NVFP4BlockScaling).parameters)
     assert set(REMOVED) == {field for field, _, _ in GONE} and not set(REMOVED) & set(PLAIN)
     assert not any(hasattr(NVFP4BlockScaling(), field) for field in REMOVED)

@@ -36,8 +36,9 @@ def fprop(
 
 
 def dgrad(dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """Multiply as operators.conv_dgrad does. dy comes as records with an empty scale, or as packed codes."""
-    return _data(_records(dy), panels(w, geometry, geometry.transposed), alpha, None, geometry, dtype, False)
+    """Multiply as operators.conv_dgrad does. dy and w come as fprop takes x and w."""
+    made = panels(w, geometry, geometry.transposed) if w.scale.numel() else w.data
+    return _data(_records(dy), made, alpha, None, geometry, dtype, False)
 
 
 def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:

@@ -102,15 +102,20 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
 
 
 def quantize_operand(
-    x: Tensor, spec: OperandSpec, dtype: torch.dtype, seed: Tensor | None, amax: Tensor | None
+    x: Tensor,
+    spec: OperandSpec,
+    dtype: torch.dtype,
+    seed: Tensor | None,
+    amax: Tensor | None,
+    into: tuple[Face, Face] | None = None,
 ) -> Operand:
-    """Quantize as operand.quantize_operand does."""
+    """Quantize as operand.quantize_operand does. The compiled kernels write both faces `into` memory that is given."""
     library = native.load() if x.device.type == "cpu" else None
     if library is None or spec.row_scaled or not x.numel():
         return reference.quantize_operand(x, spec, dtype, seed, amax)
     row_form, col_form, rht = spec.row, spec.col, spec.rht
     q, x, starts = _operand(x, spec.groups, spec.fold, rht, col_form != NONE)
-    row, col = layouts.operand_faces(x, spec, dtype, scratch.empty)
+    row, col = into or layouts.operand_faces(x, spec, dtype, scratch.empty)
     q.seed, q.stochastic = 0 if seed is None else int(seed), spec.stochastic
     q.out_bf16, q.error, q.e4m3_max = dtype == torch.bfloat16, ERRORS[spec.four_over_six], spec.e4m3_max
     used = torch.empty(2, dtype=torch.float32, device=x.device)

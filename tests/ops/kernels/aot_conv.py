@@ -11,8 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from te_nvfp4_cv.backend import tuning
+from te_nvfp4_cv.ops.conv.triton import (
+    grouped_kernels,
+    launch,  # noqa: F401  (fills the tables)
+)
 from te_nvfp4_cv.ops.conv.triton import kernels as conv_kernels
-from te_nvfp4_cv.ops.conv.triton import launch  # noqa: F401  (fills the tables)
 from te_nvfp4_cv.ops.gemm.triton import kernels as gemm_kernels
 
 NATIVE = (100, 120)
@@ -27,6 +30,20 @@ POINTERS = {
     "packed_product": dict(p_a="*u8", p_a_scale="*u8", p_b="*u8", p_b_scale="*u8", p_out="*fp32"),
     "prepare_kernel": dict(p_data="*u8", p_scale="*u8", p_out="*fp16", p_out_scale="*u8"),
     "sum_parts": dict(p_parts="*fp32", p_alpha="*fp32", p_out="*bf16"),
+    "grouped_product": dict(
+        p_x="*u8",
+        p_x_scale="*u8",
+        p_w="*fp16",
+        p_w_scale="*u8",
+        p_alpha="*fp32",
+        p_bias="*bf16",
+        p_offsets="*i64",
+        p_y="*bf16",
+    ),
+    "grouped_weight": dict(
+        p_b="*u8", p_b_scale="*u8", p_a="*u8", p_a_scale="*u8", p_alpha="*fp32", p_offsets="*i64", p_dw="*bf16"
+    ),
+    "grouped_sums": dict(p_dy="*bf16", p_offsets="*i64", p_out="*fp32"),
 }
 MULTIPLES = {  # sizes that are multiples of 16 in layers with 16 n channels (units: with 256 n)
     "data_product": ["channels"],
@@ -34,6 +51,9 @@ MULTIPLES = {  # sizes that are multiples of 16 in layers with 16 n channels (un
     "packed_product": ["columns"],
     "prepare_kernel": [],
     "sum_parts": ["total"],
+    "grouped_product": ["channels"],
+    "grouped_weight": ["each_b", "each_a"],
+    "grouped_sums": ["channels"],
 }
 
 
@@ -97,7 +117,7 @@ CASES = [
     *(_data(f"3x3.{label}", width) for label, width in LAYERS.items()),
     _data("1x1.256", WIDTHS["256"], (1, 1)),
     _data("7x7.64.wide", WIDTHS["64"], (7, 7), WIDE=True, ALPHA=2, BIAS=False),
-    *(_products("conv_weight", conv_kernels.weight_product, f"3x3.{label}", width) for label, width in LAYERS.items()),
+    *(_products("conv_weight", conv_kernels.weight_product, f"3x3.{w}", WIDTHS[w]) for w in ("16", "256")),
     *(
         _products(
             "gemm", gemm_kernels.packed_product, label, WIDTHS[label], UNIT=min(WIDTHS[label][1] // 16, 16), WIDE=False
@@ -115,6 +135,18 @@ CASES = [
         for face in range(4)
     ),
     _case("sum_parts", conv_kernels.sum_parts, lambda arch: dict(ALPHA=1, BLOCK=1024), "", WIDTHS["64"]),
+    _products(
+        "conv_data",
+        grouped_kernels.grouped_product,
+        "grouped.64",
+        WIDTHS["64"],
+        UNIT=4,
+        WIDE=False,
+        ALPHA=1,
+        BIAS=True,
+    ),
+    _products("conv_weight", grouped_kernels.grouped_weight, "grouped.64", WIDTHS["64"], ALPHA=2),
+    _case("grouped_sums", grouped_kernels.grouped_sums, lambda arch: dict(ROWS=32, BLOCK=64), "", WIDTHS["64"]),
 ]
 # Triton compiles an argument of 1 as a constexpr where the kernel does not forbid it: layers of one channel or block.
 ONES = {

@@ -52,6 +52,9 @@ LAUNCHED = {
         "produce_kernel",
         "apply_kernel",
         "scale_bias_kernel",
+        "grouped_product",
+        "grouped_weight",
+        "grouped_sums",
     },
 }
 

@@ -57,30 +57,36 @@ def quantize_operand(
     seed: Tensor | None,
     amax: Tensor | None,
     collector: Collector | None = None,
+    source_rows: Tensor | None = None,
 ) -> Operand:
-    """Quantize as operand.quantize_operand does. The two amaxes are views of one tensor."""
+    """Quantize as operand.quantize_operand does. The two amaxes are views of one tensor.
+
+    Args:
+        source_rows: of a matrix whose rows are laid out for experts in the columnwise face (Experts.source_rows).
+    """
     if not x.numel():
         return _nothing(x, spec, dtype, amax)
     if spec.row_scaled:
         return reference.quantize_operand(x, spec, dtype, seed, amax)
     x = x.contiguous()
     watch = None if amax is None else parts.Watch.of(x, not spec.rht, collector)
-    if watch is not None and spec.row == NONE and not spec.rht and (spec.fold.strips > 1 or spec.col == NONE):
+    folded = spec.fold.strips > 1 or source_rows is not None
+    if watch is not None and spec.row == NONE and not spec.rht and (folded or spec.col == NONE):
         parts.amax_flat(x, watch.work, None)  # folded columns need not have seen all of x
     if amax is None:
         # Nothing is rotated where no columnwise face is made: x's amax is one plain pass.
-        used = _measured(x, spec, spec.rht and spec.col != NONE, spec.pow2)
+        used = _measured(x, spec, spec.rht and spec.col != NONE, spec.pow2, source_rows)
     else:
         used = power_of_two_amax(amax, spec.e4m3_max) if spec.pow2 else amax.contiguous()
     row, col = layouts.operand_faces(x, spec, dtype)
-    job = _Job(x, spec, (row, col), used, seed, watch)
+    job = _Job(x, spec, (row, col), used, seed, watch, source_rows)
     if job.error:
         if spec.row != NONE:
             job.row_blocks(spec.col == NONE)
         if spec.col != NONE:
             job.col_blocks()
     # One launch reads x for both faces. Folded columns go through other rows than the rowwise face: two launches.
-    elif spec.fold.strips == 1:
+    elif not folded:
         job.tiles(spec.row, spec.col, True)
     else:
         if spec.row != NONE:
@@ -93,22 +99,25 @@ def quantize_operand(
 
 
 @on_its_device
-def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
-    """Return the amaxes as operand.measure_operand does."""
+def measure_operand(x: Tensor, spec: OperandSpec, source_rows: Tensor | None = None) -> Tensor:
+    """Return the amaxes as operand.measure_operand does; source_rows as for quantize_operand."""
     if not x.numel():
         return x.new_zeros(2, dtype=torch.float32)
-    return _measured(x.contiguous(), spec, spec.rht, False)
+    return _measured(x.contiguous(), spec, spec.rht, False, source_rows)
 
 
-def _measured(x: Tensor, spec: OperandSpec, rht: bool, pow2: bool) -> Tensor:
+def _measured(x: Tensor, spec: OperandSpec, rht: bool, pow2: bool, by_expert: Tensor | None = None) -> Tensor:
     """Return the amaxes of a contiguous x, fp32 [2], raised to those of powers of two if `pow2`."""
+    if by_expert is not None and not rht:  # the rows of experts alone: rotating costs little beside reading them
+        return _measured(x, spec, True, pow2, by_expert)[:1].repeat(2)
     work, amax = zeros(x), x.new_empty(2, dtype=torch.float32)
-    images, rows, run, source_rows = parts.lines(x, spec.fold)
+    images, rows, run, source_rows = parts.lines(x, spec.fold, by_expert)
     if not rht:
         parts.amax_flat(x, work, amax, (pow2, spec.e4m3_max))
         return amax
     # Folding may leave rows of x out, so that x's own amax needs a pass of its own.
-    if source_rows is not None:
+    apart = source_rows is not None and by_expert is None
+    if apart:
         parts.amax_flat(x, work, None)
     table = x if source_rows is None else source_rows
 
@@ -127,9 +136,9 @@ def _measured(x: Tensor, spec: OperandSpec, rht: bool, pow2: bool) -> Tensor:
             rows,
             run,
             tiles,
-            ROW=source_rows is None,
+            ROW=not apart,
             FOLDED=source_rows is not None,
-            MASKED=bool(images % BLOCK or run % block),
+            MASKED=bool(images % BLOCK or run % block or by_expert is not None),
             POW2=pow2,
             E4M3_MAX=spec.e4m3_max if pow2 else E4M3_MAX,
             BLOCK=block,
@@ -288,7 +297,9 @@ class _Job:
         amax: Tensor,
         seed: Tensor | None,
         watch: parts.Watch | None,
+        source_rows: Tensor | None = None,
     ) -> None:
+        self.source_rows = source_rows
         self.x, self.spec, self.amax, self.watch = x, spec, amax, watch
         self.row, self.col = faces
         self.seed = amax if seed is None else seed  # kernels that do not draw still want a pointer
@@ -300,7 +311,7 @@ class _Job:
         x, blocks = self.x, parts.ceil_div(self.channels, BLOCK)
         # Only columns are folded: the rowwise face alone goes through x as it is.
         fold = self.spec.fold if col != NONE else Fold(1, 0, 1, 0, round_up(x.shape[0], BLOCK))
-        images, rows, run, source_rows = parts.lines(x, fold)
+        images, rows, run, source_rows = parts.lines(x, fold, self.source_rows if col != NONE else None)
         folded = source_rows is not None
         # Blocks must not cross groups: where a group is no multiple of 16, lanes count through its padded channels.
         ragged = row != NONE and self.channels % BLOCK != 0
@@ -356,7 +367,7 @@ class _Job:
 
     def col_blocks(self) -> None:
         """Write the columnwise face by one lane per block."""
-        images, rows, run, source_rows = parts.lines(self.x, self.spec.fold)
+        images, rows, run, source_rows = parts.lines(self.x, self.spec.fold, self.source_rows)
         sizes, strides = (images, self.spec.fold.images, rows, run), (rows * run, run, 1)
         ob = self.spec.fold.images // BLOCK
         self._blocks(self.col, parts.Blocks(ob * rows * run, sizes, strides, True, ob, 1), True, source_rows)

@@ -170,11 +170,13 @@ def quantize_blocks(
     )
 
 
-def lines(x: Tensor, fold: Fold) -> tuple[int, int, int, Tensor | None]:
+def lines(x: Tensor, fold: Fold, given: Tensor | None = None) -> tuple[int, int, int, Tensor | None]:
     """Describe the columnwise operand as rows of `run` values: images, rows an image, run, and the table of rows.
 
-    Where nothing is folded an image is one row, and there is no table.
+    Where nothing is folded an image is one row, and there is no table, unless it is given.
     """
+    if given is not None:
+        return x.shape[0], 1, x.shape[1], given
     if fold.strips == 1:
         return x.shape[0], 1, x.numel() // x.shape[0], None
     run = math.prod(x.shape[2:])
