@@ -1,4 +1,4 @@
-# The commands: make demo, test, test-fast, stress, lint, docs, wheel, zoo, clean. PYTHON names an interpreter of 3.11 or newer.
+# The commands: make demo, test, test-fast, stress, lint, docs, tables, wheel, zoo, clean. PYTHON names an interpreter of 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 ZOO := build/zoo
@@ -14,7 +14,7 @@ PYTEST = NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1)
 # For daily work: no training runs, ranks, exports, other frameworks or kernels in the interpreter.
 FAST := $(wildcard tests/test_*.py) $(addprefix tests/,backend context fusion layer nn ops recipe report tensor)
 
-.PHONY: demo test test-fast stress lint docs wheel zoo clean
+.PHONY: demo test test-fast stress lint docs tables wheel zoo clean
 
 # Full precision and NVFP4 one after the other on a generated set of shapes: pictures, curves and a table in runs/demo.
 demo: $(VENV)/.train
@@ -33,6 +33,10 @@ stress: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo "docs: build/docs/index.html"
+
+# The tables of README.md and docs/RESULTS.md, from the raw rows in docs/accuracy and docs/results.
+tables: $(VENV)/.dev
+	$(BIN)/python examples/tables.py
 
 # With the CPU kernels compiled for all x86-64 processors, for users who have no compiler: dist/te_nvfp4_cv-*.whl.
 wheel: $(VENV)/bin/python

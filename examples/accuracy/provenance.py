@@ -25,10 +25,13 @@ ROOT = Path(nv.__file__).resolve().parents[1]  # of the package that is imported
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of the package's checkout, with "+" if tracked files were changed, or "unknown" without git."""
+    """Return the commit of the package's checkout, or "unknown" without git; with "+" if tracked files were changed.
+
+    Rows of results that a run of before has added to the checkout (docs/) do not count.
+    """
     try:
         run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-        changed = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        changed = run(["git", "status", "--porcelain", "--untracked-files=no", ":!docs"]).stdout.strip()
         return run(["git", "rev-parse", "HEAD"]).stdout.strip()[:12] + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -60,6 +60,7 @@ def variants(preset: Any, blocks: Sequence[str]) -> dict[str, Variant]:
         "first and last block in high precision": {"precision": (*preset.precision, *high)},
         "high-precision dgrad": {"high_precision_gemms": ("dgrad",)},
         "high-precision wgrad": {"high_precision_gemms": ("wgrad",)},
+        "mean shift": {"activation_shift": "mean"},
         "delayed scales": {"tensor_scale": "delayed"},
         "power-of-two scales": {"tensor_scale": "current_pow2"},
         "thin layers in NVFP4": {"thin_layers": "pad"},

@@ -1,6 +1,6 @@
 """Time a training step, or with --eval a forward pass, on a CPU: NVFP4 beside fp32 and bf16 autocast.
 
-    python examples/benchmarks/cpu_step.py [--case big small resnet50] [--eval] [--rounds 9] [--threads 1]
+    python examples/benchmarks/cpu_step.py [--case big small resnet50] [--eval] [--rounds 9] [--threads 1] [--keep]
 
     case                    images                                  variant    layers run in
     big                     UNet, scale 1.0, 64x64, batch 16        fp32       fp32
@@ -17,6 +17,7 @@ run alone on `integer` and on `vendor`, from the same input, output gradient and
 rounding of sums. Then scores, loss and gradients of each variant must be finite, and its loss near fp32's. The cosine
 of all gradients with fp32's is printed, not checked: deep networks with random weights amplify rounding, bf16's too.
 
+--keep appends the medians to docs/results/measured.jsonl, from which examples/tables.py makes the tables.
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1` in the environment avoids page faults, for every variant.
 """
 
@@ -37,6 +38,7 @@ sys.path[:0] = [str(_HERE.parents[2]), str(_HERE.parents[1])]
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from _torchvision import ensure_torchvision  # noqa: E402
+from benchmarks import measured  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 ensure_torchvision()
@@ -223,6 +225,7 @@ def main() -> int:
     parser.add_argument("--eval", action="store_true", help="time a forward pass of the network in evaluation mode")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    measured.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {processor()}, kernels for {kernels_of(CPU)}, {options.threads} threads")
@@ -252,6 +255,8 @@ def main() -> int:
         for variant, value in median.items():
             row = "".join(f"   / {peer} {value / median[peer]:.2f}" for peer in ("fp32", "bf16") if peer in median)
             print(f"{name:18} {variant:8} {value * 1e3:8.1f} ms{row}", flush=True)
+        in_ms = {variant: round(value * 1e3, 1) for variant, value in median.items()}
+        measured.keep(options.keep, "evaluation" if options.eval else "training", name, in_ms)
     return 0
 
 

@@ -34,6 +34,7 @@ sys.path[:0] = [str(_HERE.parents[2]), str(_HERE.parents[1])]
 
 import torch  # noqa: E402
 from _torchvision import ensure_torchvision  # noqa: E402
+from benchmarks import measured  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
 from te_nvfp4_cv.cli.bench import DTYPES, Bench, build_form, forms_of, measure  # noqa: E402
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> Bench | None:
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    measured.add_option(parser)
     parser.add_argument("--no-peak", action="store_true", help="do not measure peak memory on a CPU")
     parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
     parser.add_argument("--peak-of", nargs=2, metavar=("FORM", "FOLDER"), help=argparse.SUPPRESS)
@@ -141,6 +143,9 @@ def _measure_case(
     for form, by_batch in peaks.items():
         if by_batch:
             print(f"peak of {form:>12}: " + ", ".join(f"batch {b}: {n / 1e6:.0f} MB" for b, n in by_batch.items()))
+    for batch in batches:
+        by_form = {form.name: round(form.ms_per_image[batch], 3) for form in found.forms}
+        measured.keep(options.keep, "inference", f"{case}, batch {batch}", by_form)
     if options.json is not None:
         row: dict[str, Any] = {"case": case, "image": image, **found.to_dict(), "peak_bytes": peaks}
         with options.json.open("a", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
 """Compare the bytes that autograd saves for backward in NVFP4 and in bf16, on unmodified models.
 
-    python examples/benchmarks/memory.py [--models resnet50 densenet121] [--batch 16] [--size 64]
+    python examples/benchmarks/memory.py [--models resnet50 densenet121] [--batch 16] [--size 64] [--keep]
 
 Both run under torch.autocast(bfloat16) in training mode. The benchmark counts every storage that autograd holds after
 the forward pass once, except parameters, buffers and the input. It does not rely on nv.coverage. The first row is one
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from _torchvision import ensure_torchvision  # noqa: E402
+from benchmarks import measured  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
 
@@ -105,6 +106,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=64, help="image height and width")
     parser.add_argument("--recipe", default="default", help="recipe name or path")
+    measured.add_option(parser)
     options = parser.parse_args(arguments)
     recipe = nv.load_recipe(options.recipe)
     ratios = {}
@@ -117,6 +119,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         bound = f"{BOUNDS[name]:.2f}" if name in BOUNDS else ""
         sizes = f"{plain / 2**20:>12.2f}{ours / 2**20:>12.2f}{ours / plain:>8.3f}"
         print(f"{name:<24}{sizes}{growth:>14.3f}{bound:>8}", flush=True)
+        halves = {"bf16, half the size": plain_half, "nvfp4, half the size": ours_half}
+        measured.keep(options.keep, "memory", name, {"bf16": plain, "nvfp4": ours} | halves)
     return ratios
 
 

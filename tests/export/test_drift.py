@@ -127,7 +127,7 @@ def test_a_budget_that_is_no_share_is_refused() -> None:
 
 
 def test_the_observed_error_of_activations_is_halved_where_channels_hardly_vary() -> None:
-    """One input of three that were tried: with more deviation it fell to 0.63 and 0.56 only; see docs/RESULTS.md."""
+    """One input of three that were tried: with more deviation it fell to 0.63 and 0.56 (docs/results/deployment.md)."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.AvgPool2d(2)).eval()
     level = 3 + 3 * torch.rand(16, 1, 1)
@@ -245,7 +245,7 @@ def test_pitches_of_a_trained_network_stay_within_50_cents() -> None:
     with torch.no_grad():
         expected = net(x)
         distance = 20 * (found(x).argmax(1) - expected.argmax(1)).abs()  # bins of 20 cents
-    # 0.988 of this set, where 0.99 was asked for; 0.990 of four such sets (docs/RESULTS.md).
+    # 0.988 of this set, where 0.99 was asked for; 0.990 of four such sets (docs/results/deployment.md).
     assert float((distance <= 50).float().mean()) >= 0.985
     sure = expected.amax(1) > 0.5
     assert float((distance[sure] <= 50).float().mean()) >= 0.99 and float(sure.float().mean()) > 0.8
