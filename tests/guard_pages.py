@@ -79,7 +79,7 @@ def guarded(side: str) -> Iterator[None]:
     originals = torch.empty, torch.Tensor.new_empty, scratch.empty
     _side = side
     torch.empty, torch.Tensor.new_empty = _empty, _new_empty  # type: ignore[assignment]
-    scratch.empty = lambda shape, dtype, device: _new(shape, dtype)
+    scratch.empty = _new
     try:
         yield
     finally:

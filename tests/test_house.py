@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from te_nvfp4_cv.backend import native
 from tests import house
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,6 +190,19 @@ def test_the_convolution_runs_quantized():
     for calls, word in ((forward, "forward"), (backward, "backward")):
         assert any(name == f"QuantizedConv.{word}" for _, name in calls), f"no quantized {word} among {sorted(calls)}"
     assert any("quantize" in file for file, _ in forward)
+    found = house.call_figures(forward, backward)
+    assert max(found["package calls, forward"], found["package calls, backward"]) <= 120, found
+    # With a compiler the integer kernels run; plain torch in their place enters more files.
+    assert found["files entered, forward"] <= 14 or not native.available(torch.device("cpu")), sorted(forward)
+
+
+def test_the_package_keeps_its_figures():
+    """What CONTRIBUTING.md asks for; `python -m tests.house` lists the places."""
+    found = house.figures(ROOT / house.PACKAGE)
+    assert found["longest import chain"] <= 16, found["lists"]["chain"][0]
+    assert found["functions with more than 8 parameters"] <= 24 and not found["of these private"]
+    assert found["comments per 100 lines of code"] >= 7
+    assert found["private openings and phrases, %"] <= 5
 
 
 def test_the_table(tmp_path, capsys):

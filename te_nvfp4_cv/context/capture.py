@@ -26,7 +26,7 @@ class Captured:
     """What was active when it was made. Enter it with `with`, or let it wrap a function; any number of times."""
 
     def __init__(self) -> None:
-        self._states, self._overrides, self._observers = local.states, local.overrides, observe.observers()
+        self._states, self._overrides, self._observers = local.states, local.overrides, observe.local.observers
         self._autocast = [_autocast_now(device) for device in _AUTOCAST_DEVICES]
         # Modes above the context's own, which would take their calls; Dynamo does not trace the question.
         self._above = [] if torch.compiler.is_compiling() else [m for m in function_modes() if _recomputes(m)]

@@ -17,24 +17,12 @@ from typing import Any, TypeVar
 import torch
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.backend.torch_private import constant_in_graphs
 from te_nvfp4_cv.context import resumable
 from te_nvfp4_cv.context.capture import capture
-from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
-from te_nvfp4_cv.context.state import (
-    State,
-    active_recipe,
-    drop_stale,
-    local,
-    outside,
-    pop_state,
-    push_state,
-    warn_unapplied,
-)
+from te_nvfp4_cv.context.function_mode import enter, entered, leave
+from te_nvfp4_cv.context.state import State, active_recipe, outside, warn_unapplied
 from te_nvfp4_cv.context.torch_patches import patch_torch
-from te_nvfp4_cv.context.tracing import repair_dynamo
 from te_nvfp4_cv.errors import type_error
-from te_nvfp4_cv.layer import shared_amax, shortfall
 from te_nvfp4_cv.layer.check import checked_recipe
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -102,11 +90,11 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
             patch_torch(capture)
             if self._state.recipe.precision:
                 warn_unapplied(self._state)
-        _push(self._state)
+        enter(self._state)
         return self
 
     def __exit__(self, *error: object) -> None:
-        _pop()
+        leave()
 
     def __call__(self, function: Function) -> Function:
         """Return `function`, made to run under this context; generators and coroutines each time that they go on."""
@@ -122,11 +110,8 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
 def heard() -> Iterator[None]:
     """Let observers hear of the calls inside, which run as they would outside of this context."""
     patch_torch(capture)
-    _push(outside())
-    try:
+    with entered(outside()):
         yield
-    finally:
-        _pop()
 
 
 def _check_group(group: Any) -> None:
@@ -137,38 +122,3 @@ def _check_group(group: Any) -> None:
             needs="a torch.distributed process group of which this process is a member, or None",
             fix="torch.distributed.group.WORLD after init_process_group, or leave it out",
         )
-
-
-@constant_in_graphs
-def _prepare_trace() -> bool:
-    """Do what the entry of a context has done before a trace, for a first context that is entered in traced code."""
-    repair_dynamo(Mode, local)
-    return True
-
-
-def _push(new: State) -> None:
-    if torch.compiler.is_compiling():
-        _prepare_trace()
-    elif not local.states:
-        if local.overrides:
-            drop_stale()
-        shortfall.start()
-    push_state(new)
-    # One mode per thread is enough: it reads the innermost state.
-    mode = None if mode_is_on() else Mode()
-    local.modes = [*local.modes, mode]
-    if mode is not None:
-        mode.__enter__()
-
-
-def _pop() -> None:
-    pop_state()
-    mode, local.modes = local.modes[-1], local.modes[:-1]
-    if mode is not None:
-        mode.__exit__(None, None, None)
-    if torch.compiler.is_compiling() or local.states:
-        return
-    if shortfall.local.calls:
-        shortfall.judge()
-    if shared_amax.later.waits:
-        shared_amax.later.look()

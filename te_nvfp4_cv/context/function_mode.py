@@ -5,15 +5,17 @@
     relu, relu_                                     saves one bit per element for backward
     multi_head_attention_forward                    its body runs under the mode, so its projections are calls of linear
 
-A TorchFunctionMode sees the calls of unmodified modules. Inside its handler it is off.
+A TorchFunctionMode sees the calls of unmodified modules. Inside its handler it is off. `enter` and `leave` put it on
+and take it off, together with what is active in this thread (state.py).
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +32,21 @@ from te_nvfp4_cv.backend.torch_private import (
     only_inlined,
 )
 from te_nvfp4_cv.context import entries, grouped, islands, tracing
-from te_nvfp4_cv.context.bodies import without_override_check
-from te_nvfp4_cv.context.state import active_recipe, local, state
+from te_nvfp4_cv.context.bodies import ATTENTION
+from te_nvfp4_cv.context.state import State, active_recipe, drop_stale, local, pop_state, push_state, state
 from te_nvfp4_cv.errors import warn_once
-from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shortfall
+from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shared_amax, shortfall
 from te_nvfp4_cv.layer import grouped as grouped_layer
 from te_nvfp4_cv.layer.check import transformed
+from te_nvfp4_cv.layer.execute import ATEN, LAYERS, by_name, read
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.relu import MaskedReLU
 from te_nvfp4_cv.layer.subclasses import PLAIN, by_their_class, overridden
-from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-_OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
-_ATEN = {op: getattr(torch.ops.aten, op) for op in _OPS}
-# Exported programs (torch.export, make_fx) call overloads of ATen's operators. The operators themselves stay free for
-# layers that a graph of torch.compile runs in high precision.
-_EXPORTED = {getattr(aten, name): op for op, aten in _ATEN.items() for name in aten.overloads() if name != "out"}
-_LAYERS = {getattr(F, op): op for op in _OPS} | _EXPORTED
 _DIRECT = {torch.convolution, torch.ops.aten.convolution.default}  # below the layers: nothing tells what they compute
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
-ATTENTION = without_override_check(F.multi_head_attention_forward)
 _UNFLATTEN = Tensor.unflatten  # written in Python: Dynamo does not find such a method in a set, nor trace it in a mode
 _OTHERS = {*_RELUS, F.multi_head_attention_forward, *_DIRECT, *grouped.FUNCTIONS, *constants.TAKING} - {_UNFLATTEN}
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
@@ -67,7 +62,7 @@ class Mode(TorchFunctionMode):
         # Autograd takes a mode along into the threads that run a GPU's backward pass, but not what is active here.
         traced = torch.compiler.is_compiling()
         self._home = None if traced else local.__dict__
-        self._observers = None if traced else observe.observers()
+        self._observers = None if traced else observe.local.observers
 
     # Between two graphs torch calls it in eager mode: that makes no third graph, and neither do its helpers below.
     @only_inlined
@@ -75,7 +70,7 @@ class Mode(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # noqa: A002
         kwargs = kwargs or {}
-        op = _LAYERS.get(function)
+        op = LAYERS.get(function)
         ours = op is not None or function in _RELUS or function is F.multi_head_attention_forward
         if types and ours and overridden(types):
             with self:  # the class calls the function again, for tensors that then override nothing
@@ -143,41 +138,67 @@ def mode_is_on() -> bool:
     return any(isinstance(mode, Mode) for mode in function_modes())
 
 
-_CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+# ---- enter and leave ------------------------------------------------------------------------------------------------
+
+
+@constant_in_graphs
+def _prepare_trace() -> bool:
+    """Do what the entry of a context has done before a trace, for a first context that is entered in traced code."""
+    tracing.repair_dynamo(Mode, local)
+    return True
+
+
+def enter(new: State) -> None:
+    """Make `new` the innermost context of this thread, and let torch calls reach a Mode."""
+    if torch.compiler.is_compiling():
+        _prepare_trace()
+    elif not local.states:
+        if local.overrides:
+            drop_stale()
+        shortfall.local.macs = 0
+        if shortfall.local.calls:
+            shortfall.forget()
+    push_state(new)
+    # One mode per thread is enough: it reads the innermost state.
+    mode = None if mode_is_on() else Mode()
+    local.modes = [*local.modes, mode]
+    if mode is not None:
+        mode.__enter__()
+
+
+def leave() -> None:
+    """Undo the last `enter`."""
+    pop_state()
+    mode, local.modes = local.modes[-1], local.modes[:-1]
+    if mode is not None:
+        mode.__exit__(None, None, None)
+    if torch.compiler.is_compiling() or local.states:
+        return
+    if shortfall.local.calls:
+        shortfall.judge()
+    if shared_amax.later.waits:
+        shared_amax.later.look()
+
+
+@contextmanager
+def entered(new: State) -> Iterator[None]:
+    """Run the body inside of `new`. For this package's own use: nvfp4_autocast also checks, warns and patches torch."""
+    enter(new)
+    try:
+        yield
+    finally:
+        leave()
+
+
+# ---- the calls ------------------------------------------------------------------------------------------------------
+
 _LISTS = ("stride", "padding", "output_padding", "dilation")  # a number stands for all axes; ATen wants a list
-_DEFAULTS = {"input": None, "weight": None, "bias": None, **ConvArgs()._asdict()}
-
-
-class LayerCall(NamedTuple):
-    """A call of one of torch's layer functions, with its arguments by name."""
-
-    op: str
-    x: Any
-    w: Any
-    bias: Any
-    args: ConvArgs
-
-
-def layer_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
-    """Read the arguments of a call of torch; None if it calls no convolution and no linear layer."""
-    return _read(_LAYERS[function], args, kwargs) if function in _LAYERS else None
-
-
-def _read(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-    call = {**_DEFAULTS, **dict(zip(_names(op), args, strict=False)), **kwargs}
-    sizes = ConvArgs(call["stride"], call["padding"], call["dilation"], call["groups"], call["output_padding"])
-    return LayerCall(op, call["input"], call["weight"], call["bias"], sizes)
-
-
-def _names(op: str) -> tuple[str, ...]:
-    return _TRANSPOSED_NAMES if "transpose" in op else _CONV_NAMES  # those of linear are the first three
 
 
 @no_graphs_inside
 def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one call in NVFP4, or as torch would."""
-    _, x, w, bias, sizes = _read(op, args, kwargs)
+    _, x, w, bias, sizes = read(op, args, kwargs)
     recipe, reason = decide(op, x, w, sizes.groups)
     traced = torch.compiler.is_compiling()
     if traced and islands.in_traced_island():
@@ -186,8 +207,8 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         deferred.settle(x)
         # In a graph of torch.compile, ATen's operator: torch's own function would come back to this mode when it runs.
         if traced:
-            given = {**dict(zip(_names(op), args, strict=False)), **kwargs}
-            plain = _ATEN[op]
+            given = by_name(op, args, kwargs)
+            plain = ATEN[op]
             kwargs = {key: [value] if key in _LISTS and type(value) is int else value for key, value in given.items()}
             return plain(**kwargs)  # nobody observes a graph
         told = observe.Call(op, w, x, None, None, reason)
@@ -197,7 +218,7 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     current = local.states[-1]
     y = execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
     if not traced:
-        shortfall.ran(w, x if "transpose" in op else y)
+        shortfall.local.macs += (x if "transpose" in op else y).numel() * w.numel() // w.shape[0]
     return y
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from te_nvfp4_cv.context.function_mode import ATTENTION, LayerCall, layer_call
+from te_nvfp4_cv.context.bodies import ATTENTION
+from te_nvfp4_cv.layer.execute import LayerCall, layer_call
 
 
 class LayerCalls(TorchFunctionMode):

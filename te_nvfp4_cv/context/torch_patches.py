@@ -22,12 +22,13 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.context import islands, torchscript, tracing
-from te_nvfp4_cv.context.function_mode import LayerCall, Mode, mode_is_on
+from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.layer_calls import LayerCalls
 from te_nvfp4_cv.context.state import local, state
 from te_nvfp4_cv.errors import runtime_error, warn_once
 from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.delayed_scaling import first_pass
+from te_nvfp4_cv.layer.execute import LayerCall
 
 Capture = Callable[[], Callable[[Callable[..., Any]], Callable[..., Any]]]
 

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.context.context_manager import nvfp4_autocast
-from te_nvfp4_cv.context.function_mode import LayerCall, decide
+from te_nvfp4_cv.context.function_mode import decide, entered
 from te_nvfp4_cv.context.layer_calls import LayerCalls
+from te_nvfp4_cv.context.state import State
 from te_nvfp4_cv.export.manifest import join
 from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.constants import running_modules
+from te_nvfp4_cv.layer.execute import LayerCall
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.nn.base import OPS, NVFP4Module
 from te_nvfp4_cv.nn.walk import LAYERS
@@ -159,7 +160,7 @@ def _calls(module: Any, recipe: NVFP4BlockScaling, seed: int) -> list[tuple[Laye
         stack.enter_context(replaced(shortfall.local, quiet=True))
         # In this order: autocast that is off inside of the context would be an island of high precision.
         stack.enter_context(torch.autocast(like.device.type, enabled=False))
-        stack.enter_context(nvfp4_autocast(recipe))
+        stack.enter_context(entered(State(True, recipe, "auto", relu_mask=False)))
         stack.enter_context(catch)
         type(module).forward(module, *inputs)
     return catch.calls

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.backend.torch_private import without_subclasses
-from te_nvfp4_cv.context.function_mode import ATTENTION, layer_call
+from te_nvfp4_cv.context.bodies import ATTENTION
 from te_nvfp4_cv.errors import warn_once
+from te_nvfp4_cv.layer.execute import layer_call
 
 _PARTS = {Tensor.chunk, Tensor.split, torch.chunk, torch.split}
 

@@ -1,13 +1,14 @@
 """Runs one call of a convolution or linear layer in NVFP4, however it came: a context, nv.functional, a module.
 
-`execute` casts as torch.autocast would, has the call checked and planned, asks who else takes part in it, and applies
-forward_backward.QuantizedConv (under torch.compile: custom_op.py). `execute_explicit` raises where a context would
-fall back to high precision. Observers (coverage, telemetry) are told of every call here.
+`read` gives the arguments of torch's function their names, as a LayerCall. `execute` casts as torch.autocast would, has
+the call checked and planned, asks who else takes part in it, and applies forward_backward.QuantizedConv (under
+torch.compile: custom_op.py). `execute_explicit` raises where a context would fall back to high precision. Observers
+(coverage, telemetry) are told of every call here.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,48 @@ from te_nvfp4_cv.layer.subclasses import PLAIN, without_class
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.layouts import is_channels_last
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+# ---- torch's functions ----------------------------------------------------------------------------------------------
+
+_OPS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+ATEN = {op: getattr(torch.ops.aten, op) for op in _OPS}
+# Exported programs (torch.export, make_fx) call overloads of ATen's operators. The operators themselves stay free for
+# layers that a graph of torch.compile runs in high precision.
+_EXPORTED = {getattr(aten, name): op for op, aten in ATEN.items() for name in aten.overloads() if name != "out"}
+LAYERS = {getattr(F, op): op for op in _OPS} | _EXPORTED
+_CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # of linear the first three
+_TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_DEFAULTS = {"input": None, "weight": None, "bias": None, **ConvArgs()._asdict()}
+
+
+class LayerCall(NamedTuple):
+    """A call of one of torch's layer functions, with its arguments by name."""
+
+    op: str
+    x: Any
+    w: Any
+    bias: Any
+    args: ConvArgs
+
+
+def layer_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
+    """Read the arguments of a call of torch; None if it calls no convolution and no linear layer."""
+    return read(LAYERS[function], args, kwargs) if function in LAYERS else None
+
+
+def read(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+    """Read the arguments of a call of the layer function `op`."""
+    call = {**_DEFAULTS, **by_name(op, args, kwargs)}
+    sizes = ConvArgs(call["stride"], call["padding"], call["dilation"], call["groups"], call["output_padding"])
+    return LayerCall(op, call["input"], call["weight"], call["bias"], sizes)
+
+
+def by_name(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a call of a layer function gives, by name."""
+    return {**dict(zip(_TRANSPOSED_NAMES if "transpose" in op else _CONV_NAMES, args, strict=False)), **kwargs}
+
+
+# ---- the call -------------------------------------------------------------------------------------------------------
 
 
 def execute_explicit(

@@ -295,6 +295,9 @@ def backward(
 class QuantizedConv(torch.autograd.Function):
     """Run x, w, bias -> y for one Plan, with whoever else takes part in the call."""
 
+    # Torch's own method, before context/torch_patches.py changes it: that is for Functions whose forward runs layers.
+    apply = classmethod(torch.autograd.Function.apply.__func__)  # type: ignore[assignment,attr-defined]
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, options: CallOptions

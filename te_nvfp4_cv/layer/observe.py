@@ -55,7 +55,7 @@ def observe(observer: Observer) -> Iterator[None]:
 
     It may return a Seen. Of several observers the innermost is told first, the next one only of what that lets pass
     (None): two models that are watched side by side. Other threads' calls are not told, but for those that activation
-    checkpointing repeats for this thread (see observers).
+    checkpointing repeats for this thread (see told_to).
     """
     # The list itself: `told_to` may have put another thread's in its place by the time this context ends.
     entered = local.observers
@@ -66,17 +66,12 @@ def observe(observer: Observer) -> Iterator[None]:
         entered.remove(observer)
 
 
-def observers() -> list[Observer]:
-    """Return the list of this thread's observers: the list itself, which grows and shrinks as contexts are entered.
-
-    Activation checkpointing takes it along: on CUDA, autograd repeats a forward pass in a thread of its own, and those
-    calls belong to whoever watches the thread that made them first.
-    """
-    return local.observers
-
-
 def told_to(entered: list[Observer]) -> AbstractContextManager[None]:
-    """Tell calls under the context to the observers of another thread (its `observers()`) instead of this one's."""
+    """Tell calls under the context to the observers of another thread (its local.observers) instead of this one's.
+
+    On CUDA autograd repeats a checkpointed forward pass in a thread of its own, and those calls belong to whoever
+    watches the thread that made them first. It is the list itself, which grows and shrinks as contexts are entered.
+    """
     return replaced(local, observers=entered)
 
 

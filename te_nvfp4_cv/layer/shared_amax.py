@@ -157,16 +157,13 @@ class Later:
         self.texts: list[str] = []
         self.seen: list[Tensor] = []
         self.sent: list[tuple[Any, Tensor, list[str]]] = []  # event, numbers on the host when it has come, texts
-
-    @property
-    def waits(self) -> bool:
-        """True if there is something to look at."""
-        return bool(self.seen or self.sent)
+        self.waits = False  # there is something to look at
 
     def add(self, seen: Tensor, text: str) -> None:
         """Remember the numbers of one call."""
         self.seen.append(seen)
         self.texts.append(text)
+        self.waits = True
 
     def look(self) -> None:
         """Send what has been added to the host, and check what has arrived.
@@ -188,6 +185,7 @@ class Later:
             _, host, texts = self.sent.pop(0)
             for row, text in zip(host.tolist(), texts, strict=True):
                 _check(row, text)
+        self.waits = bool(self.sent)
 
 
 later = Later()

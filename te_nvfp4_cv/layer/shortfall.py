@@ -35,7 +35,7 @@ class _Local(threading.local):
     """What this thread has counted since it entered its outermost context."""
 
     def __init__(self) -> None:
-        self.macs = 0  # in NVFP4
+        self.macs = 0  # multiply-adds in NVFP4; function_mode.py adds them up
         self.missed: dict[str, int] = {}  # by reason
         self.calls = 0  # that were missed
         self.model: weakref.ref[nn.Module] | None = None  # the outermost module in the first of them
@@ -45,16 +45,9 @@ class _Local(threading.local):
 local = _Local()
 
 
-def start() -> None:
-    """Start to count: a thread enters its outermost context."""
-    local.macs = 0
-    if local.calls:
-        local.missed, local.calls, local.model = {}, 0, None
-
-
-def ran(w: Tensor, y: Tensor) -> None:
-    """Count a call in NVFP4; of a transposed convolution `y` is its input."""
-    local.macs += y.numel() * w.numel() // w.shape[0]
+def forget() -> None:
+    """Forget the calls that were missed: a thread enters its outermost context, and counts from 0."""
+    local.missed, local.calls, local.model = {}, 0, None
 
 
 def missed(call: observe.Call, y: Tensor, groups: int) -> None:

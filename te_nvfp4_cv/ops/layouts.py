@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend import scratch
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, RECORD, RECORDS, Face, OperandSpec, WeightSpec
@@ -109,6 +110,13 @@ def in_memory_order(x: Tensor) -> Tensor:
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def for_one_call(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialized tensor that nobody needs after the call, in reused memory where that is faster."""
+    if device.type != "cpu" or math.prod(shape) * dtype.itemsize < scratch.SMALL:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return scratch.empty(shape, dtype)
 
 
 def operand_faces(

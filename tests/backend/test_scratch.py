@@ -9,6 +9,7 @@ import torch
 
 from te_nvfp4_cv.backend import scratch
 from te_nvfp4_cv.ops.geometry import Fold
+from te_nvfp4_cv.ops.layouts import for_one_call
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.records import DEQUANTIZED, OperandSpec
 from tests.helpers import same_codes, values
@@ -23,20 +24,20 @@ def own_buffers(monkeypatch):
 
 def test_a_buffer_is_used_again_only_when_no_tensor_refers_to_it():
     shape = (scratch.SMALL // 4 + 3,)
-    first = scratch.empty(shape, torch.float32, CPU)
+    first = for_one_call(shape, torch.float32, CPU)
     address, view = first.data_ptr(), first[5:]
     assert first.shape == shape and first.is_contiguous() and address % scratch.ALIGN == 0
-    second = scratch.empty(shape, torch.float32, CPU)
+    second = for_one_call(shape, torch.float32, CPU)
     assert second.data_ptr() != address
     del first
-    assert scratch.empty(shape, torch.bfloat16, CPU).data_ptr() not in (address, second.data_ptr())  # a view lives on
+    assert for_one_call(shape, torch.bfloat16, CPU).data_ptr() not in (address, second.data_ptr())  # a view lives on
     del view
-    assert scratch.empty(shape, torch.float32, CPU).data_ptr() == address
+    assert for_one_call(shape, torch.float32, CPU).data_ptr() == address
 
 
 def test_small_tensors_have_memory_of_their_own_and_few_buffers_are_kept():
-    assert scratch.empty((7,), torch.float32, CPU).untyped_storage().nbytes() == 28 and not scratch._buffers
-    held = [scratch.empty((scratch.SMALL + i,), torch.uint8, CPU).fill_(i) for i in range(scratch.KEEP + 3)]
+    assert for_one_call((7,), torch.float32, CPU).untyped_storage().nbytes() == 28 and not scratch._buffers
+    held = [for_one_call((scratch.SMALL + i,), torch.uint8, CPU).fill_(i) for i in range(scratch.KEEP + 3)]
     assert len(scratch._buffers) == scratch.KEEP
     assert all(bool((tensor == i).all()) for i, tensor in enumerate(held))
 
@@ -51,7 +52,7 @@ def test_large_operands_equal_the_reference_in_used_buffers_and_from_threads():
 
     def work() -> None:
         for _ in range(5):
-            scratch.empty(tuple(x.shape), torch.float32, CPU).fill_(float("nan"))
+            for_one_call(tuple(x.shape), torch.float32, CPU).fill_(float("nan"))
             same.append(same_codes(expected, operand.quantize_operand(*args, "vendor")))
 
     threads = [threading.Thread(target=work) for _ in range(3)]

@@ -51,7 +51,7 @@ class Trial:
 
     def __init__(self, subject: Subject, recipe: NVFP4BlockScaling, backend: str = "auto") -> None:
         self.subject, self.recipe, self.backend = subject, recipe, backend
-        self.trained: Any = None  # trained.py: the model after a step, and its files
+        self.trained: Any = None  # files.py: the model after a step, and its file
         self._folder = tempfile.TemporaryDirectory()
 
     @property

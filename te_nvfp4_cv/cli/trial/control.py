@@ -20,8 +20,9 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
-from te_nvfp4_cv.context.function_mode import LayerCall, decide
+from te_nvfp4_cv.context.function_mode import decide
 from te_nvfp4_cv.context.layer_calls import LayerCalls
+from te_nvfp4_cv.layer.execute import LayerCall
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 

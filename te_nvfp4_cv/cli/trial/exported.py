@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.cli.trial.cells import Cell, Finding, NotHere, Trial, plainly
 from te_nvfp4_cv.cli.trial.subject import floats, relative, seeded
-from te_nvfp4_cv.cli.trial.trained import trained
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.onnx import runtime
 from te_nvfp4_cv.export.onnx.convert import to_onnx
@@ -34,13 +33,13 @@ EQUAL = 1e-4  # of fp32 sums in another order
 BETWEEN = 1e-3  # of what lies between layers: norms and softmax make rounding errors larger
 
 
-def onnx(trial: Trial) -> Cell:
+def onnx(trial: Trial, loaded: nn.Module) -> Cell:
     """Export the loaded model to ONNX and run it in onnxruntime: each layer, and what is between, has its values."""
     args, kwargs = trial.subject.evaluation_call()
     inputs = [*args, *kwargs.values()]
     if not inputs or not all(isinstance(x, Tensor) for x in inputs):
         raise NotHere("inputs that are no tensors")
-    model = positional(trained(trial).loaded, len(args), tuple(kwargs))
+    model = positional(loaded, len(args), tuple(kwargs))
     seeded()
     with torch.no_grad():
         expected = [y.float() for y in model(*inputs)]

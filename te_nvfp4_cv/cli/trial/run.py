@@ -14,6 +14,11 @@ from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.report.text import aligned
 
+
+def _onnx(trial: Trial) -> Cell:
+    return exported.onnx(trial, files.trained(trial).loaded)
+
+
 # By the name of their column, in the order in which they run: the first ones give the others what they compare with.
 CHECKS: dict[str, Check] = {
     "step": training.runs,
@@ -24,7 +29,7 @@ CHECKS: dict[str, Check] = {
     "both": programs.compiled_checkpointed,
     "save": files.saved,
     "lists": files.listed,
-    "onnx": exported.onnx,
+    "onnx": _onnx,
     "fuse": programs.fused,
     "ema": programs.averaged,
     "channels_last": programs.channels_last,

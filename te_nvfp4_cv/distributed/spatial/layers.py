@@ -36,7 +36,7 @@ _OPS = tuple(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))
 
 @handles("linear", *_OPS)
 def _layer(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
-    call = function_mode.layer_call(function, args, kwargs)
+    call = execute.layer_call(function, args, kwargs)
     if call is None:
         raise refusal(str(function), args)
     if not isinstance(call.x, SpatialTensor):

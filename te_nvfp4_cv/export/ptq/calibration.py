@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend.torch_private import tree_map_only
-from te_nvfp4_cv.context.function_mode import LayerCall
 from te_nvfp4_cv.context.layer_calls import LayerCalls
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
 from te_nvfp4_cv.layer.constants import running_modules
+from te_nvfp4_cv.layer.execute import LayerCall
 from te_nvfp4_cv.layer.subclasses import without_class
 from te_nvfp4_cv.nn.walk import op_of, padded
 from te_nvfp4_cv.ops import layouts

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.report.text import aligned, number, plain
 
 BOUND_DB = 3.0  # warned of below: the error has half of the signal's power
@@ -131,6 +132,15 @@ class Drift:
             UserWarning,
             stacklevel=3,
         )
+
+
+def tensors_of(outputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a model's outputs, those in dataclasses (which pytree does not open), too."""
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_of([getattr(leaf, f.name) for f in fields(leaf)])
 
 
 def compare(found: Iterable[Tensor], expected: Iterable[Tensor]) -> tuple[float, float, int]:

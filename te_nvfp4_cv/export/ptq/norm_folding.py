@@ -14,10 +14,9 @@ and the pairs that change them stay unfolded.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,11 +24,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
 
-from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.export.folding import NORMS, FoldedNorm, tail_of_batch_norm
+from te_nvfp4_cv.export.ptq.drift import tensors_of
 from te_nvfp4_cv.fusion.children import child_of, hooks
-from te_nvfp4_cv.fusion.fuse import unfuse
 from te_nvfp4_cv.fusion.trace import Untraceable, trace
 from te_nvfp4_cv.nn.base import OPS
 
@@ -38,11 +36,11 @@ def fold(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
     """Fold the batch norms of a model in eval mode, in place, except pairs that would change its outputs.
 
     Args:
+        model: not fused by nv.fuse: of a fused forward no graph can be made.
         run: runs the model over real input, without gradients, and returns its outputs.
     Returns:
         The name of the layer of each folded norm, by the norm's name.
     """
-    unfuse(model)  # of a fused forward no graph can be made
     pairs = find(model)
     if not pairs:
         return {}
@@ -118,15 +116,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
     a, b = a[finite].double(), b[finite].double()
     # Of the whole tensor, since single values near 0 have no relative error to speak of.
     return bool((a - b).norm() <= noise * b.norm())
-
-
-def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a model's outputs, those in dataclasses (which pytree does not open), too."""
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from tensors_of([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
 
 
 def find(model: nn.Module) -> dict[str, str]:

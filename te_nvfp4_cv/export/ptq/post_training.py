@@ -29,11 +29,21 @@ from te_nvfp4_cv.export.fit import sort_layers, warn_of_lost
 from te_nvfp4_cv.export.inner import install
 from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, check_choice
 from te_nvfp4_cv.export.ptq import rounding
-from te_nvfp4_cv.export.ptq.beside import drift_of, leave_high, run_beside
 from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, collect, input_of
 from te_nvfp4_cv.export.ptq.norm_folding import fold
-from te_nvfp4_cv.export.ptq.twins import Watched, exchange, shift_of, shifted_statistics, twin_of, wants_shift
+from te_nvfp4_cv.export.ptq.twins import (
+    Watched,
+    drift_of,
+    exchange,
+    leave_high,
+    run_beside,
+    shift_of,
+    shifted_statistics,
+    twin_of,
+    wants_shift,
+)
 from te_nvfp4_cv.export.ranks import gathered
+from te_nvfp4_cv.fusion.fuse import unfuse
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.plan import weight_plan
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -129,6 +139,7 @@ def quantize(
     for module, _ in found_layers.quantized.values():
         settle(module)  # a kernel that torch computes becomes the Parameter that folding and rounding read
     if fold_bn:
+        unfuse(net)
         for batch in itertools.islice(loader, 1):
             with torch.no_grad():
                 # One batch is enough to see whether folding changes the outputs.

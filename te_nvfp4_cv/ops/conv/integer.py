@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.backend import dispatch, native, scratch
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.conv import reference
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.records import RECORD, Face
@@ -76,7 +77,7 @@ def panels(face: Face, g: ConvGeometry, to_b: bool) -> Tensor:
     w, scale = face.data.contiguous(), face.scale.contiguous()
     axis0, axis1 = g.channels_b // g.groups, g.channels_a // g.groups
     outs, ins = (-(-n // BLOCK) for n in ((axis0, axis1) if to_b else (axis1, axis0)))
-    made = scratch.empty((g.groups, outs, g.taps, ins, PANEL), torch.uint8, w.device)
+    made = layouts.for_one_call((g.groups, outs, g.taps, ins, PANEL), torch.uint8, w.device)
     q = native.Kernel(codes=w.data_ptr(), scale=scale.data_ptr(), panels=made.data_ptr())
     q.groups, q.T, q.axis0, q.axis1 = g.groups, g.taps, axis0, axis1
     q.from_axis1, q.tiles, q.columnwise = to_b, scale.dim() == 4 and w.dim() == 3, w.dim() == 5
@@ -93,7 +94,7 @@ def _records(face: Face) -> Tensor:
 def expand_records(codes: Tensor, scale: Tensor) -> Tensor:
     """Return packed codes [..., blocks * 8] with scales [..., blocks] as records [..., blocks * RECORD]."""
     codes, scale = codes.contiguous(), scale.contiguous()
-    records = scratch.empty((*codes.shape[:-1], scale.shape[-1] * RECORD), torch.uint8, codes.device)
+    records = layouts.for_one_call((*codes.shape[:-1], scale.shape[-1] * RECORD), torch.uint8, codes.device)
     pointers = codes.data_ptr(), scale.data_ptr(), records.data_ptr()
     _library().nvfp4_expand_records(*pointers, scale.numel(), torch.get_num_threads())
     return records

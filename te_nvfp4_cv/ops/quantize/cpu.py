@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.backend import dispatch, native, scratch
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, power_of_two_amax, round_up
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.quantize import reference, reference_matrix
@@ -115,7 +115,7 @@ def quantize_operand(
         return reference.quantize_operand(x, spec, dtype, seed, amax)
     row_form, col_form, rht = spec.row, spec.col, spec.rht
     q, x, starts = _operand(x, spec.groups, spec.fold, rht, col_form != NONE)
-    row, col = into or layouts.operand_faces(x, spec, dtype, scratch.empty)
+    row, col = into or layouts.operand_faces(x, spec, dtype, layouts.for_one_call)
     q.seed, q.stochastic = 0 if seed is None else int(seed), spec.stochastic
     q.out_bf16, q.error, q.e4m3_max = dtype == torch.bfloat16, ERRORS[spec.four_over_six], spec.e4m3_max
     used = torch.empty(2, dtype=torch.float32, device=x.device)
@@ -249,7 +249,7 @@ def unpack_columns(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     library = native.load() if data.device.type == "cpu" else None
     if library is None or not data.numel():
         return reference.unpack_columns(data, scale, dtype)
-    out = scratch.empty((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype, scale.device)
+    out = layouts.for_one_call((scale.shape[0] * BLOCK, *scale.shape[1:]), dtype, scale.device)
     pointers, how = _pointers(data, scale, out), (dtype == torch.bfloat16, torch.get_num_threads())
     library.nvfp4_unpack_columns(*pointers, scale.shape[0], math.prod(scale.shape[1:]), *how)
     return out
@@ -274,7 +274,7 @@ def unpack_weight(
     library = native.load() if data.device.type == "cpu" else None
     if library is None or not data.numel() or layout.columnwise:
         return reference.unpack_weight(data, scale, layout, factor, dtype)
-    out = scratch.empty((layout.n, data.shape[1], layout.channels), dtype, data.device)
+    out = layouts.for_one_call((layout.n, data.shape[1], layout.channels), dtype, data.device)
     by_row = scale.dim() == 3  # scales of 1x16 lie as those of the tiles of groups of one row each
     q = _weight(out.transpose(1, 2), layout.n if by_row else layout.groups, False, dtype, E4M3_MAX)
     q.dq, q.codes, q.scale = out.data_ptr(), data.data_ptr(), scale.data_ptr()
