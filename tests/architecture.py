@@ -33,7 +33,7 @@ ROOMS = {  # an optional package: patterns of the files that may import it; * al
     "onnxscript": "export/*.py",
     "onnxruntime": "export/*.py",
     "ml_dtypes": "export/*.py",
-    "transformer_engine": "integrations/transformer_engine.py",
+    "transformer_engine": "integrations/transformer_engine_faces.py",
     "lightning": "integrations/lightning.py",
     "pytorch_lightning": "integrations/lightning.py",
     "accelerate": "",

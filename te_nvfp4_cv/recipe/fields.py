@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import difflib
 import enum
+import functools
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from te_nvfp4_cv.errors import value_error
+
+Recipe = TypeVar("Recipe")
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 HIGH = (None, "high")
@@ -179,3 +182,19 @@ def toml_text(value: object) -> str:
     # A TOML string on one line takes no control characters, and only some of them have short names.
     special = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
     return '"' + "".join(special.get(c, c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}") for c in text) + '"'
+
+
+def knows_removed_fields(cls: type[Recipe]) -> type[Recipe]:
+    """Let the constructor take keywords that earlier versions had, as far as they still mean something.
+
+    dataclass writes the constructor, and a keyword that it does not know is a TypeError without a reason. This way
+    every path that builds a recipe from saved fields gives the reason, `**fields` and dataclasses.replace included.
+    """
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **fields: Any) -> None:
+        init(self, *args, **without_removed(fields))
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls

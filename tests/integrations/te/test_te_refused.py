@@ -14,7 +14,7 @@ import torch
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import te_plugin
-from te_nvfp4_cv.integrations import transformer_engine
+from te_nvfp4_cv.integrations import transformer_engine, transformer_engine_faces
 from tests.integrations.te.process import with_te
 
 
@@ -24,7 +24,7 @@ def refused(error: type[Exception], *words: str) -> Any:
 
 
 def test_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    transformer_engine._te.cache_clear()
+    transformer_engine_faces.te_classes.cache_clear()
     transformer_engine._recipe.cache_clear()
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", None)
     with refused(RuntimeError, "cannot be imported", "got: ", "needs: +transformer-engine 2.20", "fix: +pip install"):
