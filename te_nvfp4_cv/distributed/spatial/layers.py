@@ -41,12 +41,10 @@ def _layer(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
         raise refusal(str(function), args)
     if not isinstance(call.x, SpatialTensor):
         raise refusal(f"{call.op} with a weight that is cut", args)
-    like = call.x.placed and piece_of(call.x).detach().new_empty(()).expand(global_shape(call.x))
-    recipe, reason = function_mode.decide(call.op, like, call.w, call.args.groups)
+    recipe, reason = function_mode.decide(call.op, _like(call.x), call.w, call.args.groups)
     current = state.state()
-    return _run(
-        call.op, call.x, call.w, call.bias, call.args, (recipe, "" if current is None else current.backend, reason)
-    )
+    backend = "" if current is None else current.backend
+    return _run(call.op, call.x, call.w, call.bias, call.args, (recipe, backend, reason))
 
 
 @handles("execute_explicit")

@@ -8,16 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from te_nvfp4_cv.distributed.spatial.tensor import handles, piece_of, place, refusal
+from te_nvfp4_cv.distributed.spatial.tensor import handles, named, piece_of, place, refusal
 
 
 @handles("dropout1d", "dropout2d", "dropout3d", "feature_dropout")
 def _channels(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    named = {**dict(zip(("input", "p", "training", "inplace"), args, strict=False)), **kwargs}
-    x, p = named["input"], float(named.get("p", 0.5))
+    given = named("input p training inplace", args, kwargs)
+    x, p = given["input"], float(given.get("p", 0.5))
     if x.placed.dim < 2:
         raise refusal(f"{function.__name__} of an image whose channels are cut", args)
-    if not named.get("training", True) or p == 0:
+    if not given.get("training", True) or p == 0:
         return x  # type: ignore[no-any-return]
     piece, layout = piece_of(x), x.placed
     keep = torch.rand(piece.shape[:2], device=piece.device).ge_(p).to(piece.dtype)

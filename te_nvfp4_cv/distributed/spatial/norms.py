@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.distributed.spatial import shared
-from te_nvfp4_cv.distributed.spatial.tensor import handles, piece_of, place, refusal
+from te_nvfp4_cv.distributed.spatial.tensor import handles, named, piece_of, place, refusal
 
 
 class _Normalize(torch.autograd.Function):
@@ -90,17 +90,16 @@ def _per_channel(
 
 @handles("batch_norm")
 def _batch_norm(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
-    x, running = named["input"], (named.get("running_mean"), named.get("running_var"))
-    w, b = _whole(x, named)
-    if not named.get("training", False):
-        return place(F.batch_norm(piece_of(x), *running, w, b, False, 0.0, named.get("eps", 1e-5)), x.placed)
+    given = named("input running_mean running_var weight bias training momentum eps", args, kwargs)
+    x, running = given["input"], (given.get("running_mean"), given.get("running_var"))
+    w, b = _whole(x, given)
+    if not given.get("training", False):
+        return place(F.batch_norm(piece_of(x), *running, w, b, False, 0.0, given.get("eps", 1e-5)), x.placed)
     if x.dim() < 3 or x.placed.dim < 2:
         raise refusal("batch_norm of an image whose channels or images are cut", args)
-    y, mean, var, count = _Normalize.apply(piece_of(x), w, b, None, named.get("eps", 1e-5), x.placed.group)
+    y, mean, var, count = _Normalize.apply(piece_of(x), w, b, None, given.get("eps", 1e-5), x.placed.group)
     if running[0] is not None and running[1] is not None:
-        momentum = named.get("momentum", 0.1)
+        momentum = given.get("momentum", 0.1)
         with torch.no_grad():
             running[0].lerp_(mean.flatten().to(running[0].dtype), momentum)
             unbiased = var.flatten() * (count / (count - 1).clamp(min=1))
@@ -110,32 +109,32 @@ def _batch_norm(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 @handles("group_norm")
 def _group_norm(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    named = {**dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False)), **kwargs}
-    x = named["input"]
+    given = named("input num_groups weight bias eps", args, kwargs)
+    x = given["input"]
     if x.placed.dim < 2:
         raise refusal("group_norm of an image whose channels or images are cut", args)
-    w, b = _whole(x, named)
-    y, *_ = _Normalize.apply(piece_of(x), w, b, named["num_groups"], named.get("eps", 1e-5), x.placed.group)
+    w, b = _whole(x, given)
+    y, *_ = _Normalize.apply(piece_of(x), w, b, given["num_groups"], given.get("eps", 1e-5), x.placed.group)
     return place(y, x.placed)
 
 
 @handles("instance_norm")
 def _instance_norm(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
-    x = named["input"]
+    given = named("input running_mean running_var weight bias use_input_stats momentum eps", args, kwargs)
+    x = given["input"]
     if x.placed.dim < 2:
         raise refusal("instance_norm of an image whose channels or images are cut", args)
-    w, b = _whole(x, named)
-    if not named.get("use_input_stats", True):
-        running = named["running_mean"], named["running_var"]
-        return place(F.batch_norm(piece_of(x), *running, w, b, False, 0.0, named.get("eps", 1e-5)), x.placed)
-    if named.get("running_mean") is not None:
+    w, b = _whole(x, given)
+    if not given.get("use_input_stats", True):
+        running = given["running_mean"], given["running_var"]
+        return place(F.batch_norm(piece_of(x), *running, w, b, False, 0.0, given.get("eps", 1e-5)), x.placed)
+    if given.get("running_mean") is not None:
         raise refusal("instance_norm with running statistics", args)
-    y, *_ = _Normalize.apply(piece_of(x), w, b, x.shape[1], named.get("eps", 1e-5), x.placed.group)
+    y, *_ = _Normalize.apply(piece_of(x), w, b, x.shape[1], given.get("eps", 1e-5), x.placed.group)
     return place(y, x.placed)
 
 
-def _whole(x: Any, named: dict[str, Any]) -> list[Tensor | None]:
-    values = (named.get("weight"), named.get("bias"))
+def _whole(x: Any, given: dict[str, Any]) -> list[Tensor | None]:
+    """Return the norm's weight and bias, for work on pieces."""
+    values = (given.get("weight"), given.get("bias"))
     return [None if v is None else shared.use(v, x.placed.group) for v in values]

@@ -14,11 +14,14 @@ from te_nvfp4_cv.distributed.spatial import shared
 from te_nvfp4_cv.distributed.spatial.tensor import (
     SpatialTensor,
     aligned,
+    argument,
     global_shape,
     handles,
+    named,
     on_pieces,
     piece_of,
     place,
+    pointwise,
     refusal,
     spatial,
 )
@@ -74,9 +77,8 @@ def _others(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Reduce along other dimensions than the cut one; over all of the image, only what ranks can add."""
     x, name = args[0], function.__name__
     if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
-        return HANDLED_MAXIMUM(torch.maximum if name == "max" else torch.minimum, args, kwargs)
-    at = {"logsumexp": 1, "norm": 2, "vector_norm": 2, "topk": 2, "sort": 1, "argsort": 1}.get(name, 1)
-    dim = kwargs.get("dim", args[at] if len(args) > at else None)
+        return pointwise(torch.maximum if name == "max" else torch.minimum, args, kwargs)
+    dim = argument(args, kwargs, 2 if name in ("norm", "vector_norm", "topk") else 1, "dim")
     if name in ("topk", "sort", "argsort") and dim is None:
         dim = -1
     if dim is None or x.placed.dim in _dims(x, dim):
@@ -103,12 +105,6 @@ def _extreme(piece: Tensor, name: str, group: Any) -> Tensor:
     return value[0].to(torch.bool if name in ("all", "any") else piece.dtype)
 
 
-def HANDLED_MAXIMUM(function: Any, args: Any, kwargs: Any) -> Tensor:  # noqa: N802
-    from te_nvfp4_cv.distributed.spatial.tensor import pointwise
-
-    return pointwise(function, args, kwargs)
-
-
 @handles("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "__array__", "__format__")
 def _values(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     raise refusal(function.__name__, args)
@@ -119,12 +115,12 @@ def _values(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 @handles("cross_entropy", "nll_loss", "cross_entropy_loss")
 def _cross_entropy(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
-    if named.pop("size_average", None) is not None or named.pop("reduce", None) is not None:
+    names = "input target weight size_average ignore_index reduce reduction label_smoothing"
+    given = named(names, args, kwargs)
+    if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
         raise refusal(f"{function.__name__} with size_average or reduce", args)
-    x, target = named.pop("input"), named.pop("target")
-    reduction, weight = named.pop("reduction", "mean"), named.get("weight")
+    x, target = given.pop("input"), given.pop("target")
+    reduction, weight = given.pop("reduction", "mean"), given.get("weight")
     loss = getattr(F, function.__name__.removesuffix("_loss") if "cross" in function.__name__ else "nll_loss")
     if not isinstance(x, SpatialTensor) or x.placed.dim < 2:
         raise refusal(f"{function.__name__} of scores that are not cut along an image axis", args)
@@ -134,14 +130,14 @@ def _cross_entropy(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         target = place(aligned(target, labels, target.dim() - labels.dim, function.__name__), labels)
     piece, target = piece_of(x), piece_of(target)
     if reduction == "none":
-        return place(loss(piece, target, reduction="none", **named), x.placed.with_dim(x.placed.dim - 1))
-    value = loss(piece, target, reduction="sum", **named) if piece.numel() else piece.sum() * 0
+        return place(loss(piece, target, reduction="none", **given), x.placed.with_dim(x.placed.dim - 1))
+    value = loss(piece, target, reduction="sum", **given) if piece.numel() else piece.sum() * 0
     value = shared.total(value, x.placed.group)
     if reduction == "sum":
         return value
     if not by_class:
         return value / (global_shape(x).numel() // x.shape[1])
-    kept = target != named.get("ignore_index", -100)
+    kept = target != given.get("ignore_index", -100)
     counts = kept if weight is None else weight.detach()[target.clamp(0, x.shape[1] - 1)] * kept
     total = counts.sum(dtype=torch.float64)
     dist.all_reduce(total, group=x.placed.group)
@@ -165,10 +161,10 @@ def _elementwise_loss(function: Any, args: Any, kwargs: dict[str, Any]) -> Tenso
     if any(isinstance(a, str) for a in args) or reduction == "batchmean":
         raise refusal(f"{name} with this reduction", args)
     given = spatial((*args, *kwargs.values()))
-    values, named, layout, from_last = on_pieces(name, args, kwargs)
+    values, keywords, layout, from_last = on_pieces(name, args, kwargs)
     if reduction == "none":
-        y = function(*values, reduction="none", **named)
+        y = function(*values, reduction="none", **keywords)
         return place(y, layout.with_dim(y.dim() - from_last))
-    value = function(*values, reduction="sum", **named)
+    value = function(*values, reduction="sum", **keywords)
     value = shared.total(value, layout.group)
     return value if reduction == "sum" else value / global_shape(given[0]).numel()

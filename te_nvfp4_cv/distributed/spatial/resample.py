@@ -11,7 +11,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.distributed.spatial.halo import fetch
 from te_nvfp4_cv.distributed.spatial.rows import Layout, Span
-from te_nvfp4_cv.distributed.spatial.tensor import SpatialTensor, handles, piece_of, place, refusal
+from te_nvfp4_cv.distributed.spatial.tensor import SpatialTensor, argument, handles, named, piece_of, place, refusal
 from te_nvfp4_cv.distributed.spatial.windows import nothing
 
 Rows = list[int]
@@ -46,62 +46,66 @@ def _pick(read: Tensor, dim: int, rows: Rows, have: Span) -> Tensor:
 
 @handles("interpolate", "upsample", "upsample_nearest", "upsample_bilinear")
 def _interpolate(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
-    names: tuple[str, ...] = (
-        "input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias",
-    )  # fmt: skip
-    if function.__name__ == "upsample":
-        names = names[:5]
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
-    default = "bilinear" if function.__name__ == "upsample_bilinear" else "nearest"
-    x, mode, corners = named["input"], named.get("mode", default), bool(named.get("align_corners"))
-    corners = corners or function.__name__ == "upsample_bilinear"
-    if x.placed.dim != 2 or named.get("antialias") or mode in ("bicubic", "area"):
-        raise refusal(f"interpolate(mode={mode!r}, antialias={bool(named.get('antialias'))})", args)
-    piece, layout, rank = piece_of(x), x.placed, x.dim() - 2
-    image = (layout.rows, *piece.shape[3:])
-    size, factor = named.get("size"), named.get("scale_factor")
-    factors: list[float | None] = [None] * rank
-    if size is None:
-        factors = list(factor) if isinstance(factor, (list, tuple)) else [factor] * rank
-        size = [int(n * f) for n, f in zip(image, factors, strict=True)]  # type: ignore[operator]
-        if named.get("recompute_scale_factor"):
-            factors = [None] * rank
-    size = [size] * rank if isinstance(size, int) else list(size)
-    rows, out = size[0], layout.with_rows(size[0])
-    # The other axes first, on this rank's rows; along the rows this is the identity.
-    if rank > 1 and (list(piece.shape[3:]) != size[1:]):
-        smooth = {} if mode.startswith("nearest") else {"align_corners": corners}
-        # With size given torch takes the ratio of sizes as scale, with a factor the factor itself.
-        how: dict[str, Any] = (
-            {"size": [piece.shape[2], *size[1:]]} if factors[0] is None else {"scale_factor": [1.0, *factors[1:]]}
-        )
-        if piece.shape[2]:
-            piece = F.interpolate(piece, mode=mode, **how, **smooth)
-        else:
-            piece = nothing(piece, (*piece.shape[:2], 0, *size[1:]))
-    scale = 1 / factors[0] if factors[0] is not None else layout.rows / rows
-    if rows == layout.rows and mode != "nearest-exact":
-        return place(piece, out)
+    name = function.__name__
+    names = "input size scale_factor mode align_corners recompute_scale_factor antialias"
+    given = named("input size scale_factor mode align_corners" if name == "upsample" else names, args, kwargs)
+    x, mode = given["input"], given.get("mode", "bilinear" if name == "upsample_bilinear" else "nearest")
+    corners = bool(given.get("align_corners")) or name == "upsample_bilinear"
+    if x.placed.dim != 2 or given.get("antialias") or mode in ("bicubic", "area"):
+        raise refusal(f"interpolate(mode={mode!r}, antialias={bool(given.get('antialias'))})", args)
+    size, factors = _new_size((x.placed.rows, *x.shape[3:]), given)
+    piece, layout = _other_axes(piece_of(x), size, factors, mode, corners), x.placed
+    scale = layout.rows / size[0] if factors is None else 1 / factors[0]
+    if size[0] == layout.rows and mode != "nearest-exact":
+        return place(piece, layout)
     if mode.startswith("nearest"):
-        shift = 0.5 if mode == "nearest-exact" else 0.0
-        source = _nearest(rows, layout.rows, scale, shift)
-        read, have = take(piece, layout, rows, lambda row: [source[row]])
-        wanted = source[out.mine.start : out.mine.end]
-        return place(_pick(read, 2, wanted, have) if wanted else nothing(read, _empty(read)), out)
-    low, weight = _linear(rows, layout.rows, scale, corners)
+        return _of_rows(piece, layout, _nearest(size[0], layout.rows, scale, 0.5 if mode == "nearest-exact" else 0.0))
+    return _between_rows(piece, layout, *_linear(size[0], layout.rows, scale, corners))
+
+
+def _new_size(image: tuple[int, ...], given: dict[str, Any]) -> tuple[list[int], list[float] | None]:
+    """Return the output's size, and the factors by which torch scales; None where it takes the ratio of the sizes."""
+    size, factor, rank = given.get("size"), given.get("scale_factor"), len(image)
+    if size is not None:
+        return [size] * rank if isinstance(size, int) else list(size), None
+    factors = list(factor) if isinstance(factor, (list, tuple)) else [factor] * rank
+    made = [int(n * f) for n, f in zip(image, factors, strict=True)]  # type: ignore[operator]
+    return made, None if given.get("recompute_scale_factor") else factors  # type: ignore[return-value]
+
+
+def _other_axes(piece: Tensor, size: list[int], factors: list[float] | None, mode: str, corners: bool) -> Tensor:
+    """Interpolate along all image axes but the cut one, which torch does row by row."""
+    if list(piece.shape[3:]) == size[1:]:
+        return piece
+    if not piece.shape[2]:
+        return nothing(piece, (*piece.shape[:2], 0, *size[1:]))
+    how: dict[str, Any] = {"size": [piece.shape[2], *size[1:]]}
+    if factors is not None:
+        how = {"scale_factor": [1.0, *factors[1:]]}
+    if not mode.startswith("nearest"):
+        how["align_corners"] = corners
+    return F.interpolate(piece, mode=mode, **how)
+
+
+def _of_rows(piece: Tensor, layout: Layout, source: Rows) -> SpatialTensor:
+    """Return the image whose row i is row source[i] of this one."""
+    out = layout.with_rows(len(source))
+    read, have = take(piece, layout, len(source), lambda row: [source[row]])
+    return place(_pick(read, layout.dim, source[out.mine.start : out.mine.end], have), out)
+
+
+def _between_rows(piece: Tensor, layout: Layout, low: Rows, weight: list[float]) -> SpatialTensor:
+    """Return the image whose row i lies between rows low[i] and low[i] + 1 of this one: weight[i] of the way."""
+    out = layout.with_rows(len(low))
     high = [min(n + 1, layout.rows - 1) for n in low]
-    read, have = take(piece, layout, rows, lambda row: [low[row], high[row]])
+    read, have = take(piece, layout, len(low), lambda row: [low[row], high[row]])
     mine = slice(out.mine.start, out.mine.end)
     if not out.mine.size:
-        return place(nothing(read, _empty(read)), out)
+        return place(nothing(read, (*read.shape[:2], 0, *read.shape[3:])), out)
     t = torch.tensor(weight[mine], dtype=torch.promote_types(read.dtype, torch.float32), device=read.device)
     t = t.view(-1, *(1,) * (read.dim() - 3))
     upper, lower = _pick(read, 2, low[mine], have), _pick(read, 2, high[mine], have)
     return place((upper * (1 - t) + lower * t).to(read.dtype), out)
-
-
-def _empty(read: Tensor) -> tuple[int, ...]:
-    return (*read.shape[:2], 0, *read.shape[3:])
 
 
 def _nearest(rows: int, source: int, scale: float, shift: float) -> Rows:
@@ -126,39 +130,36 @@ def _linear(rows: int, source: int, scale: float, corners: bool) -> tuple[Rows, 
 
 @handles("pad")
 def _pad(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
-    named = {**dict(zip(("input", "pad", "mode", "value"), args, strict=False)), **kwargs}
-    x, pad, mode = named["input"], list(named["pad"]), named.get("mode", "constant")
-    value = named.get("value")
+    given = named("input pad mode value", args, kwargs)
+    x, pad, mode, value = given["input"], list(given["pad"]), given.get("mode", "constant"), given.get("value")
     layout, piece = x.placed, piece_of(x)
     at = 2 * (x.dim() - 1 - layout.dim)  # where the cut dimension's two numbers are
     before, after = (pad[at], pad[at + 1]) if at + 1 < len(pad) else (0, 0)
     others = [0 if at <= i < at + 2 else n for i, n in enumerate(pad)]
-    if any(others):
-        if mode == "constant":
-            piece = F.pad(piece, others, mode, value)
-        else:  # torch pads the image axes only, and no axis without rows
-            inner = others[:at]
-            if any(others[at + 2 :]):
-                raise refusal(f"pad(mode={mode!r}) of other axes than the image's", args)
-            lead = piece.shape[: layout.dim + 1]
-            if 0 in lead:
-                more = [low + high for low, high in zip(inner[::2], inner[1::2], strict=True)][::-1]
-                more = [0] * (piece.dim() - len(lead) - len(more)) + more
-                piece = nothing(piece, (*lead, *(n + m for n, m in zip(piece.shape[len(lead) :], more, strict=True))))
-            else:
-                flat = piece.flatten(0, layout.dim)
-                padded = F.pad(flat[None] if len(inner) == 2 else flat, inner, mode)
-                piece = (padded[0] if len(inner) == 2 else padded).unflatten(0, lead)
+    if any(others) and mode == "constant":
+        piece = F.pad(piece, others, mode, value)
+    elif any(others):
+        if any(others[at + 2 :]):
+            raise refusal(f"pad(mode={mode!r}) of other axes than the image's", args)
+        piece = _pad_inner(piece, layout.dim, others[:at], mode)
     if not before and not after:
         return place(piece, layout)
-    rows = layout.rows + before + after
-    out, dim = layout.with_rows(rows), layout.dim
-    if mode == "constant":
-        return place(fetch(piece, layout, lambda r: _shifted(out.of(r), before), 0.0 if value is None else value), out)
-    source = _padded_rows(layout.rows, before, after, mode)
-    read, have = take(piece, layout, rows, lambda row: [source[row]])
-    wanted = source[out.mine.start : out.mine.end]
-    return place(_pick(read, dim, wanted, have), out)
+    if mode != "constant":
+        return _of_rows(piece, layout, _padded_rows(layout.rows, before, after, mode))
+    out = layout.with_rows(layout.rows + before + after)
+    return place(fetch(piece, layout, lambda r: _shifted(out.of(r), before), 0.0 if value is None else value), out)
+
+
+def _pad_inner(piece: Tensor, dim: int, pad: list[int], mode: str) -> Tensor:
+    """Pad the axes behind the cut one with values of the image. Torch pads image axes only, and none without rows."""
+    lead = piece.shape[: dim + 1]
+    if 0 in lead:
+        more = [low + high for low, high in zip(pad[::2], pad[1::2], strict=True)][::-1]
+        more = [0] * (piece.dim() - len(lead) - len(more)) + more
+        return nothing(piece, (*lead, *(n + m for n, m in zip(piece.shape[len(lead) :], more, strict=True))))
+    flat = piece.flatten(0, dim)
+    padded = F.pad(flat[None] if len(pad) == 2 else flat, pad, mode)
+    return (padded[0] if len(pad) == 2 else padded).unflatten(0, lead)
 
 
 def _shifted(span: Span, by: int) -> Span:
@@ -181,16 +182,14 @@ def _padded_rows(rows: int, before: int, after: int, mode: str) -> Rows:
 def _getitem(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     x, key = args
     layout, piece = x.placed, piece_of(x)
-    if isinstance(key, Tensor) or isinstance(key, list):
-        raise refusal("an index of tensors", args)
     keys = list(key) if isinstance(key, tuple) else [key]
     if any(isinstance(k, (Tensor, list)) for k in keys):
         raise refusal("an index of tensors", args)
-    named = sum(k is not None and k is not Ellipsis for k in keys)
+    indexed = sum(k is not None and k is not Ellipsis for k in keys)
     if Ellipsis not in keys:
         keys.append(Ellipsis)
     at = next(i for i, k in enumerate(keys) if k is Ellipsis)
-    keys[at : at + 1] = [slice(None)] * (x.dim() - named)
+    keys[at : at + 1] = [slice(None)] * (x.dim() - indexed)
     dim, crop, out_dim = 0, slice(None), 0
     here: list[Any] = []
     for k in keys:
@@ -213,12 +212,10 @@ def _getitem(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if (start, stop, step) == (0, layout.rows, 1):
         return place(y, layout)
     chosen = list(range(start, stop, step))
+    if step != 1:
+        return _of_rows(y, layout, chosen)
     out = layout.with_rows(len(chosen))
-    if step == 1:
-        return place(fetch(y, layout, lambda r: _shifted(out.of(r), -start)), out)
-    read, have = take(y, layout, len(chosen), lambda row: [chosen[row]])
-    wanted = chosen[out.mine.start : out.mine.end]
-    return place(_pick(read, out_dim, wanted, have), out)
+    return place(fetch(y, layout, lambda r: _shifted(out.of(r), -start)), out)
 
 
 @handles("narrow")
@@ -239,7 +236,7 @@ def _select(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 @handles("pixel_shuffle")
 def _pixel_shuffle(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
-    x, factor = args[0], kwargs.get("upscale_factor", args[1] if len(args) > 1 else 1)
+    x, factor = args[0], argument(args, kwargs, 1, "upscale_factor", 1)
     rows = x.placed.rows * factor
     out = x.placed.with_rows(rows)
     read, have = take(piece_of(x), x.placed, rows, lambda row: [row // factor])
@@ -249,7 +246,7 @@ def _pixel_shuffle(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialT
 
 @handles("pixel_unshuffle")
 def _pixel_unshuffle(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
-    x, factor = args[0], kwargs.get("downscale_factor", args[1] if len(args) > 1 else 1)
+    x, factor = args[0], argument(args, kwargs, 1, "downscale_factor", 1)
     rows = x.placed.rows // factor
     out = x.placed.with_rows(rows)
     if x.placed.rows % factor:

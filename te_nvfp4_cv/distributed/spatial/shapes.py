@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.distributed.spatial import shared
 from te_nvfp4_cv.distributed.spatial.tensor import (
     SpatialTensor,
     aligned,
+    argument,
     common,
     global_shape,
     handles,
@@ -21,16 +23,12 @@ from te_nvfp4_cv.distributed.spatial.tensor import (
 )
 
 
-def _argument(args: Any, kwargs: dict[str, Any], at: int, name: str, default: Any = None) -> Any:
-    return kwargs.get(name, args[at] if len(args) > at else default)
-
-
 @handles("cat", "concat", "concatenate")
 def _cat(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     tensors = list(args[0] if args else kwargs["tensors"])
     x = spatial(tensors)[0]
     layout, from_last = common(spatial(tensors), function.__name__)
-    dim = _argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)) % x.dim()
+    dim = argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)) % x.dim()
     if dim == layout.dim:
         raise refusal("cat along the rows", tensors)
     pieces = [
@@ -44,7 +42,7 @@ def _cat(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 def _stack(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     tensors = list(args[0])
     layout, _ = common(spatial(tensors), "stack")
-    dim = _argument(args, kwargs, 1, "dim", 0) % (tensors[0].dim() + 1)
+    dim = argument(args, kwargs, 1, "dim", 0) % (tensors[0].dim() + 1)
     if len(spatial(tensors)) != len(tensors):
         raise refusal("stack with a whole tensor", tensors)
     y = torch.stack([piece_of(t) for t in tensors], dim)
@@ -55,7 +53,7 @@ def _stack(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 def _split(function: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     x, name = args[0], function.__name__
     at = 1 if name == "unbind" else 2
-    dim = _argument(args, kwargs, at, "dim", 0) % x.dim()
+    dim = argument(args, kwargs, at, "dim", 0) % x.dim()
     if dim == x.placed.dim:
         raise refusal(f"{name} along the rows", args)
     layout = x.placed
@@ -76,13 +74,13 @@ def _permute(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 @handles("unsqueeze")
 def _unsqueeze(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     x = args[0]
-    dim = _argument(args, kwargs, 1, "dim") % (x.dim() + 1)
+    dim = argument(args, kwargs, 1, "dim") % (x.dim() + 1)
     return place(piece_of(x).unsqueeze(dim), x.placed.with_dim(x.placed.dim + (dim <= x.placed.dim)))
 
 
 @handles("squeeze")
 def _squeeze(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    x, dim = args[0], _argument(args, kwargs, 1, "dim")
+    x, dim = args[0], argument(args, kwargs, 1, "dim")
     shape, cut = global_shape(x), x.placed.dim
     wanted = range(x.dim()) if dim is None else [d % x.dim() for d in (dim if isinstance(dim, tuple) else (dim,))]
     gone = [d for d in wanted if shape[d] == 1 and d != cut]
@@ -117,8 +115,8 @@ def _view(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 @handles("flatten")
 def _flatten(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     x = args[0]
-    first = _argument(args, kwargs, 1, "start_dim", 0) % x.dim()
-    last = _argument(args, kwargs, 2, "end_dim", -1) % x.dim()
+    first = argument(args, kwargs, 1, "start_dim", 0) % x.dim()
+    last = argument(args, kwargs, 2, "end_dim", -1) % x.dim()
     cut = x.placed.dim
     if first <= cut <= last and first != last:
         raise refusal("flatten", args)
@@ -128,7 +126,7 @@ def _flatten(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 @handles("unflatten")
 def _unflatten(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    x, dim, sizes = args[0], _argument(args, kwargs, 1, "dim") % args[0].dim(), _argument(args, kwargs, 2, "sizes")
+    x, dim, sizes = args[0], argument(args, kwargs, 1, "dim") % args[0].dim(), argument(args, kwargs, 2, "sizes")
     if dim == x.placed.dim:
         raise refusal("unflatten of the rows", args)
     y = piece_of(x).unflatten(dim, sizes)
@@ -172,18 +170,16 @@ def _along_a_dimension(function: Any, args: Any, kwargs: dict[str, Any]) -> Tens
     """Compute what works along one dimension, which is not the cut one."""
     x, name = args[0], function.__name__
     if name in ("layer_norm", "rms_norm"):
-        dims = list(range(x.dim() - len(_argument(args, kwargs, 1, "normalized_shape")), x.dim()))
+        dims = list(range(x.dim() - len(argument(args, kwargs, 1, "normalized_shape")), x.dim()))
     elif name == "local_response_norm":
         dims = [1]
     else:
         default = {"normalize": 1, "glu": -1}.get(name)
-        dims = [_argument(args, kwargs, 2 if name == "normalize" else 1, "dim", default)]
+        dims = [argument(args, kwargs, 2 if name == "normalize" else 1, "dim", default)]
         if dims[0] is None:
             raise refusal(f"{name} without a dimension", args)
     if x.placed.dim in [d % x.dim() for d in dims]:
         raise refusal(f"{name} along the rows", args)
-    from te_nvfp4_cv.distributed.spatial import shared
-
     whole = [
         shared.use(a, x.placed.group) if type(a) is not SpatialTensor and isinstance(a, Tensor) else a for a in args[1:]
     ]

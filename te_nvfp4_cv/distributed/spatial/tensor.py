@@ -193,6 +193,16 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
+def named(names: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name; `names` are those that may be given by position, in order."""
+    return {**dict(zip(names.split(), args, strict=False)), **kwargs}
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], at: int, name: str, default: Any = None) -> Any:
+    """Return the argument that a call gives by name or at a position."""
+    return kwargs.get(name, args[at] if len(args) > at else default)
+
+
 # ---- shape and other attributes -------------------------------------------------------------------------------------
 
 
@@ -236,7 +246,7 @@ def _view_as(_: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
 @handles("size")
 def _size(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     shape = global_shape(args[0])
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    dim = argument(args, kwargs, 1, "dim")
     return shape if dim is None else shape[dim]
 
 
@@ -307,8 +317,8 @@ def on_pieces(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], 
 def pointwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute a function of every value by itself on the piece."""
     name = function.__name__
-    pieces, named, layout, from_last = on_pieces(name, args, kwargs)
-    y = function(*pieces, **named)
+    pieces, keywords, layout, from_last = on_pieces(name, args, kwargs)
+    y = function(*pieces, **keywords)
     in_place = (
         name.endswith("_") and (not name.startswith("__") or name.startswith("__i")) or kwargs.get("inplace") is True
     )
@@ -328,7 +338,7 @@ def written(x: SpatialTensor) -> SpatialTensor:
 @handles("relu", "relu_")
 def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
-    inplace = function.__name__ == "relu_" or kwargs.get("inplace", args[1] if len(args) > 1 else False)
+    inplace = function.__name__ == "relu_" or argument(args, kwargs, 1, "inplace", False)
     if not inplace:
         return place(torch.relu(piece_of(x)), x.placed)
     base = base_of(x)

@@ -13,7 +13,7 @@ from torch import Tensor
 from te_nvfp4_cv.distributed.spatial import shared
 from te_nvfp4_cv.distributed.spatial.halo import fetch
 from te_nvfp4_cv.distributed.spatial.rows import Layout, Span, Window
-from te_nvfp4_cv.distributed.spatial.tensor import SpatialTensor, handles, piece_of, place, refusal
+from te_nvfp4_cv.distributed.spatial.tensor import SpatialTensor, handles, named, piece_of, place, refusal
 from te_nvfp4_cv.ops.geometry import ConvArgs, int_tuple, output_size, transposed_output_size
 
 
@@ -108,16 +108,14 @@ def _pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: in
 
 @handles("max_pool1d", "max_pool2d", "max_pool3d", "_max_pool1d", "_max_pool2d", "_max_pool3d")
 def _max_pool(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
-    named = _named(
-        ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"), args, kwargs
-    )
-    x = named["input"]
+    given = named("input kernel_size stride padding dilation ceil_mode return_indices", args, kwargs)
+    x = given["input"]
     rank = int(function.__name__[-2])
-    if named.get("return_indices"):
+    if given.get("return_indices"):
         raise refusal("max pooling with return_indices", args)
     _check_rows(x, rank, args)
-    kernel, stride, padding, dilation = _sizes(named, rank)
-    ceil_mode = bool(named.get("ceil_mode"))
+    kernel, stride, padding, dilation = _sizes(given, rank)
+    ceil_mode = bool(given.get("ceil_mode"))
     layout, w = x.placed, Window(kernel[0], stride[0], padding[0], dilation[0])
     rows = _pooled_size(layout.rows, *w, ceil_mode)
     out = layout.with_rows(rows)
@@ -135,28 +133,25 @@ def _max_pool(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor
 
 @handles("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def _avg_pool(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
-    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-    named = _named(names, args, kwargs)
-    x = named["input"]
+    given = named("input kernel_size stride padding ceil_mode count_include_pad divisor_override", args, kwargs)
+    x, divisor = given["input"], given.get("divisor_override")
     rank = int(function.__name__[-2])
     _check_rows(x, rank, args)
-    kernel, stride, padding, _ = _sizes(named, rank)
-    ceil_mode, include = bool(named.get("ceil_mode")), named.get("count_include_pad", True)
+    kernel, stride, padding, _ = _sizes(given, rank)
+    ceil_mode, include = bool(given.get("ceil_mode")), given.get("count_include_pad", True)
     layout, w = x.placed, Window(kernel[0], stride[0], padding[0], 1)
     rows = _pooled_size(layout.rows, *w, ceil_mode)
     out, piece = layout.with_rows(rows), piece_of(x)
     if any(padding) or ceil_mode:
         # Windows that reach beyond the image divide by fewer values: sums of the values, by sums of ones.
-        return _divided(
-            piece, layout, w, out, (kernel, stride, padding), (rank, ceil_mode, include, named.get("divisor_override"))
-        )
+        return _divided(piece, layout, w, out, (kernel, stride, padding), (rank, ceil_mode, include, divisor))
     read = rows_read(layout, w, rows)(piece)
     if not out.mine.size:
         others = [
             _pooled_size(n, k, s, 0, 1, False) for n, k, s in zip(read.shape[3:], kernel[1:], stride[1:], strict=True)
         ]
         return place(nothing(read, (*read.shape[:2], 0, *others)), out)
-    more = {} if rank == 1 or named.get("divisor_override") is None else {"divisor_override": named["divisor_override"]}
+    more = {} if rank == 1 or divisor is None else {"divisor_override": divisor}
     return place(getattr(F, f"avg_pool{rank}d")(read, kernel, stride, 0, **more), out)
 
 
@@ -205,14 +200,14 @@ def _divided(piece: Tensor, layout: Layout, w: Window, out: Layout, sizes: Any, 
     "adaptive_max_pool3d",
 )
 def _adaptive(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    named = _named(("input", "output_size", "return_indices"), args, kwargs)
-    x, name = named["input"], function.__name__
+    given = named("input output_size return_indices", args, kwargs)
+    x, name = given["input"], function.__name__
     rank = int(name[-2])
-    size = named["output_size"]
+    size = given["output_size"]
     size = [size] * rank if isinstance(size, int) or size is None else list(size)
     _check_rows(x, rank, args)
     layout, piece = x.placed, piece_of(x)
-    if named.get("return_indices"):
+    if given.get("return_indices"):
         raise refusal(f"{name} with return_indices", args)
     pool = getattr(F, name)
     others = [n if s is None else s for n, s in zip(piece.shape[3:], size[1:], strict=True)]
@@ -234,22 +229,19 @@ def _adaptive(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     return place(y, layout)
 
 
-def _named(names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
 def _check_rows(x: SpatialTensor, rank: int, args: Any) -> None:
     if x.dim() != rank + 2 or x.placed.dim != 2:
         raise refusal("pooling of an image that is not cut along its first image axis", args)
 
 
-def _sizes(named: dict[str, Any], rank: int) -> list[tuple[int, ...]]:
-    kernel = int_tuple(named["kernel_size"], rank, "pooling", "kernel_size")
-    stride = named.get("stride")
+def _sizes(given: dict[str, Any], rank: int) -> list[tuple[int, ...]]:
+    """Return kernel, stride, padding and dilation of a pooling."""
+    kernel = int_tuple(given["kernel_size"], rank, "pooling", "kernel_size")
+    stride = given.get("stride")
     stride = kernel if stride is None or stride == [] else int_tuple(stride, rank, "pooling", "stride")
     return [
         kernel,
         stride,
-        int_tuple(named.get("padding", 0), rank, "pooling", "padding"),
-        int_tuple(named.get("dilation", 1), rank, "pooling", "dilation"),
+        int_tuple(given.get("padding", 0), rank, "pooling", "padding"),
+        int_tuple(given.get("dilation", 1), rank, "pooling", "dilation"),
     ]
