@@ -16,21 +16,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.distributed.collectives import PendingParts, gather_parts
+from te_nvfp4_cv.distributed.part_plan import PartPlan
 from te_nvfp4_cv.formats import BLOCK, round_up
 from te_nvfp4_cv.layer.delayed_scaling import CallScales
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize.amax import reduce_amax
 from te_nvfp4_cv.ops.quantize.operand import unpack_columns, unpack_rows
-from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, Fold, Operand
+from te_nvfp4_cv.ops.records import DEQUANTIZED, Face, Fold, Operand
 from te_nvfp4_cv.recipe.fields import Role
 
 GEMMS = {"fprop", "dgrad", "wgrad"}
@@ -73,33 +73,13 @@ class Link:
         return self.gathers(role) or self.column != (role == Role.INPUT)
 
 
-@dataclass(frozen=True)
-class PartPlan(Plan):
-    """The plan by which a rank quantizes what it holds of x and dy; a part of what is gathered is packed.
-
-    `here` are the folds of these parts.
-    """
-
-    here: tuple[Fold, Fold]
-
-    @answer
-    def folds(self) -> tuple[Fold, Fold]:
-        """The folds of this rank's x and dy."""
-        return self.here
-
-    @answer
-    def operand_form(self) -> int:
-        """PACKED: codes travel."""
-        return PACKED
-
-
 def part_plan(plan: Plan, link: Link) -> PartPlan:
     """Return the plan by which a rank quantizes its part of the exchanged operand."""
     x, dy = plan.folds
     if link.axis is not None:
         fold = _fold_here(plan.geometry.rank, link.exchanged, link.axis, x if link.column else dy)
         x, dy = (fold, dy) if link.column else (x, fold)
-    return PartPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)}, here=(x, dy))
+    return PartPlan.of(plan, (x, dy))
 
 
 def _fold_here(rank: int, shape: Array, axis: int, fold: Fold) -> Fold:

@@ -122,7 +122,7 @@ class Plan:
             row = PACKED  # backward dequantizes what fprop multiplied
         # This face is saved until backward, so it is in 4 bits whatever the backend multiplies.
         col = PACKED if need_dw and "wgrad" in self.gemms else NONE
-        return self._operand_spec(self.input, self.folds[0], row, col, self.row_scaled)
+        return self.operand_spec(self.input, self.folds[0], row, col, self.row_scaled)
 
     @answer
     def gradient_specs(self) -> dict[tuple[bool, bool], OperandSpec]:
@@ -132,10 +132,11 @@ class Plan:
             for need_dw in (False, True):
                 row = self.operand_form if need_dx and "dgrad" in self.gemms else NONE
                 col = self.operand_form if need_dw and "wgrad" in self.gemms else NONE
-                specs[need_dx, need_dw] = self._operand_spec(self.grad_output, self.folds[1], row, col, False)
+                specs[need_dx, need_dw] = self.operand_spec(self.grad_output, self.folds[1], row, col)
         return specs
 
-    def _operand_spec(self, s: RoleSettings, fold: Fold, row: int, col: int, row_scaled: bool) -> OperandSpec:
+    def operand_spec(self, s: RoleSettings, fold: Fold, row: int, col: int, row_scaled: bool = False) -> OperandSpec:
+        """Return the spec of x or dy with settings `s`, its faces in the forms `row` and `col`."""
         more = (s.rht, s.stochastic_rounding, s.four_over_six, s.e4m3_max, row_scaled)
         # Delayed scales come as powers of two.
         return OperandSpec(self.geometry.row_groups, fold, row, col, *more, pow2=s.pow2 and not self.delayed)

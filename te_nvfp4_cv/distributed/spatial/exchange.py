@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend.answers import answer
+from te_nvfp4_cv.distributed.part_plan import PartPlan
 from te_nvfp4_cv.distributed.spatial.halo import Pending, fetch_parts
 from te_nvfp4_cv.distributed.spatial.rows import Layout, Span, Window, piece
 from te_nvfp4_cv.distributed.spatial.windows import cropped
@@ -117,25 +117,13 @@ def cut_of(geometry: ConvGeometry, ranks: int) -> Cut:
 
 
 @dataclass(frozen=True)
-class PiecePlan(Plan):
-    """The plan by which a rank quantizes its rows: packed, because codes travel.
+class PiecePlan(PartPlan):
+    """The plan by which a rank quantizes its rows.
 
-    `here` are the folds of its rows of x and dy; `late` is the role whose columnwise face is made when its halo has
-    arrived, or None.
+    `late` is the role whose columnwise face is made when its halo has arrived, or None.
     """
 
-    here: tuple[Fold, Fold]
     late: Role | None
-
-    @answer
-    def folds(self) -> tuple[Fold, Fold]:
-        """The folds of this rank's x and dy."""
-        return self.here
-
-    @answer
-    def operand_form(self) -> int:
-        """PACKED."""
-        return PACKED
 
     @answer
     def input_specs(self) -> tuple[OperandSpec, OperandSpec]:
@@ -146,18 +134,13 @@ class PiecePlan(Plan):
     @answer
     def gradient_specs(self) -> dict[tuple[bool, bool], OperandSpec]:
         """The specs of dy; a late columnwise face is made from rowwise codes, so these are made too."""
-        spec = functools.partial(self._operand_spec, self.grad_output, self.folds[1])
-        if self.late == Role.GRAD_OUTPUT:
-            return {
-                (dx, dw): spec(PACKED if dx or dw else NONE, NONE, False)
-                for dx in (False, True)
-                for dw in (False, True)
-            }
-        return {
-            (dx, dw): spec(PACKED if dx else NONE, PACKED if dw else NONE, False)
-            for dx in (False, True)
-            for dw in (False, True)
-        }
+        late = self.late == Role.GRAD_OUTPUT
+
+        def spec(dx: bool, dw: bool) -> OperandSpec:
+            row, col = dx or (late and dw), dw and not late
+            return self.operand_spec(self.grad_output, self.here[1], PACKED if row else NONE, PACKED if col else NONE)
+
+        return {(dx, dw): spec(dx, dw) for dx in (False, True) for dw in (False, True)}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -179,8 +162,7 @@ def _plans(plan: Plan, ranks: int, rank: int) -> tuple[Plan, Plan, Plan, PiecePl
             plan.geometry, a_size=(a.size, *plan.geometry.a_size[1:]), b_size=(b.size, *plan.geometry.b_size[1:])
         ),
     )
-    values: dict[str, Any] = {field.name: getattr(own, field.name) for field in fields(plan)}
-    quantizes = PiecePlan(**values, here=here, late=late)
+    quantizes = PiecePlan.of(own, here, late=late)
     return (to_a, to_b, to_b, quantizes) if transposed else (to_b, to_a, to_b, quantizes)
 
 
@@ -287,7 +269,7 @@ class Exchange:
             pieces += [decoded(before + low.size, after)] if after else []
         slab = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0].contiguous()
         fold = plan.folds[0 if role == Role.INPUT else 1]
-        spec = plan._operand_spec(settings, fold, NONE, PACKED, False)
+        spec = plan.operand_spec(settings, fold, NONE, PACKED)
         seed = self.seed(rounding_seeds.draw_seed(slab)) if spec.stochastic else None
         amax = measure_operand(slab, spec._replace(groups=1), plan.backend)
         reduce_amax(amax, layout.group)
