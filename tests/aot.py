@@ -148,19 +148,52 @@ def cases(only: str = "") -> list[dict[str, Any]]:
     return [case for case in found if only in f"{case['group']}.{case['name']}"]
 
 
-def tested(case: dict[str, Any]) -> set[int]:
-    """The GPUs for which `make test` compiles a case: of each choice of instructions one. `make stress`: for all.
+# One case of each kernel is compiled on Hopper and on both Blackwells (a product on Ampere, too): what differs there is
+# the choice of instructions, and how many there are.
+REPRESENTATIVES = {
+    "quantize.activation_packed",
+    "quantize.gradient_packed",
+    "quantize.amax",
+    "quantize.unpack_columns",
+    "norm.statistics_last",
+    "norm.backward_sums_relu_last",
+    "norm.apply_batch_add_relu",
+    "norm.backward_apply_batch_add_relu",
+    "norm.produce_batch_add_relu",
+    "norm.produced_amax_batch_add_relu",
+    "pointwise.relu_mask",
+    "conv.conv_data.3x3.256",
+    "conv.conv_data.3x3.256.fp4",
+    "conv.conv_weight.3x3.256",
+    "conv.gemm.1024",
+}
+# Another case shows the same choice of the kernel: rows without columns, masks, group norms with channels first.
+ONLY_STRESS = {
+    "quantize.activation_rows_delayed",
+    "quantize.masked",
+    "quantize.folded_stochastic",
+    "quantize.unaligned_stochastic",
+    "norm.backward_sums_silu_first",
+    "norm.apply_group_silu_first",
+    "norm.backward_apply_group_silu_first",
+    "norm.produced_amax_batch_hardswish",
+}
 
-    Products have a path of their own for each GPU, and below Hopper one in common. The other kernels have one for all
-    GPUs, so what changes is the compiler's work: how many instructions it makes is compared on Hopper and on both
-    Blackwells, whether it spills in variants without a budget on one of each.
+
+def tested(case: dict[str, Any]) -> set[int]:
+    """The GPUs for which `make test` compiles a case; `make stress` compiles each for all of its GPUs.
+
+    A case that is not a kernel's representative is compiled for one GPU: norms where registers are short (120), others
+    where codes are converted by an instruction (100), products for the first of their GPUs from Hopper on.
     """
-    archs = set(case.get("archs", ARCHS))
+    name, archs = f"{case['group']}.{case['name']}", set(case.get("archs", ARCHS))
+    if name in ONLY_STRESS:
+        return set()
+    if name in REPRESENTATIVES:
+        return archs & ({80, 90, 100, 120} if case["group"] == "conv" else {90, 100, 120})
     if case["group"] == "conv":
-        return archs - {86, 89} if 86 in archs else archs - {80}
-    if case["group"] == "norm":  # the largest is near the limit of registers on a GPU of 120 only
-        return {90, 120}
-    return archs & ({90, 100, 120} if "instructions_per_element" in case else {100})
+        return {min(archs & {90, 100, 120})}
+    return {120} if case["group"] in ("norm", "pointwise") else {100}
 
 
 def run_case(case: dict[str, Any], arch: int, keep: Path | None = None) -> dict[str, Any]:
