@@ -19,9 +19,13 @@ KINDS = ("normal", "wide", "subnormal", "huge", "zeros", "negative zeros", "nan"
 
 
 def seeds(few: Iterable[Any], many: Iterable[Any]) -> list[Any]:
-    """Return parameters, seeds or others: tests of `few` run in `make test`, the rest of `many` in `make stress`."""
+    """Return parameters, seeds or others: tests of `few` run in `make test`, the rest of `many` in `make stress`.
+
+    A tuple is the values of several arguments.
+    """
     few = list(few)
-    return [*few, *(pytest.param(seed, marks=pytest.mark.stress) for seed in many if seed not in few)]
+    rest = (seed if isinstance(seed, tuple) else (seed,) for seed in many if seed not in few)
+    return [*few, *(pytest.param(*seed, marks=pytest.mark.stress) for seed in rest)]
 
 
 def run_script(path: Path, *arguments: object) -> int:

@@ -4,12 +4,15 @@ Found wrong in triton 3.6 to 3.9: fp32 to bf16 truncates; fp32 to E4M3 loses the
 saturate; an E4M3 NaN reads as 480; tl.dot multiplies the bit patterns of bf16; tl.dot_scaled fails (3.6) or reads E4M3
 scales as E8M0 (3.8, 3.9); ~ on unsigned integers overflows; range() over a runtime size fails with NumPy 2.4; the & of
 a block's mask and a scalar's is no mask (3.9).
+It also spends a third of its time on checks of integer overflow that nobody reads without its debug option, and on a
+table of dtypes that it makes anew at every question.
 install() patches private names of the interpreter, once, after triton is imported and before the first launch.
 tests/ops/kernels/test_interpreter.py checks each repair.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +117,21 @@ def install() -> None:
 
         return masked
 
+    dtypes: dict[Any, Any] = {}
+    dtype_before = interpreter._get_np_dtype
+
+    def np_dtype(kind: Any) -> Any:
+        element = kind.element_ty if isinstance(kind, tl.block_type) else kind
+        if isinstance(element, tl.pointer_type):  # has no hash
+            return np.dtype(np.uint64)
+        if element not in dtypes:
+            dtypes[element] = dtype_before(element)
+        return dtypes[element]
+
+    if not interpreter.interpreter_builder.options.debug:
+        options = interpreter.interpreter_builder.options
+        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    interpreter._get_np_dtype = np_dtype
     builder.create_masked_load = with_bool_mask(builder.create_masked_load, 1)
     builder.create_masked_store = with_bool_mask(builder.create_masked_store, 2)
     interpreter._convert_float = convert

@@ -183,9 +183,9 @@ class Later:
             self.seen, self.texts = [], []
         while self.sent and self.sent[0][0].query():
             _, host, texts = self.sent.pop(0)
+            self.waits = bool(self.sent)
             for row, text in zip(host.tolist(), texts, strict=True):
                 _check(row, text)
-        self.waits = bool(self.sent)
 
 
 later = Later()

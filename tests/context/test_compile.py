@@ -52,8 +52,9 @@ def unet() -> tuple[nn.Module, Tensor, Tensor, str]:
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(lambda: resnet(18), id="resnet18"),
-        pytest.param(lambda: resnet(50), id="resnet50", marks=pytest.mark.stress),  # more of the same layers
+        # Convolutions, norms and sums of the U-Net again, without its transposed convolutions.
+        pytest.param(lambda: resnet(18), id="resnet18", marks=pytest.mark.stress),
+        pytest.param(lambda: resnet(50), id="resnet50", marks=pytest.mark.stress),
         pytest.param(unet, id="unet"),
     ],
 )

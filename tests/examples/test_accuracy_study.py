@@ -19,6 +19,7 @@ import torch
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import native
 from tests.examples.unet_coco_data import EXAMPLES, write_cifar, write_masks
+from tests.helpers import seeds
 
 from accuracy import deploy, fit, study  # noqa: E402  isort: skip
 from accuracy.claims import claimed  # noqa: E402  isort: skip
@@ -273,7 +274,7 @@ def test_a_claim_ends_with_its_process(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", seeds([2], [1, 2]))
 def test_sigterm_stops_all_workers_after_a_step(workers, tmp_path):
     if len(os.sched_getaffinity(0)) < workers:
         pytest.skip(f"needs {workers} cores")

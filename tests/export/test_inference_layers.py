@@ -20,7 +20,7 @@ from te_nvfp4_cv.export.codes import quantize_layer
 from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.layer import plan
 from te_nvfp4_cv.ops.conv import integer
-from tests.helpers import relative_error, same_bits, values
+from tests.helpers import relative_error, same_bits, seeds, values
 
 RECIPE = nv.NVFP4BlockScaling()
 RECIPES = {
@@ -512,7 +512,7 @@ def test_a_bias_on_another_device_is_named(activations: str) -> None:
 
 @compiled_kernels
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["packed", "cached"])
+@pytest.mark.parametrize("weights", seeds(["packed"], ["cached"]))  # each is a compilation of 20 seconds
 def test_aot_inductor_packages_an_integer_model(weights: str, tmp_path: Path) -> None:
     """In a process of its own: inductor imports setuptools, which wants to be there before any distutils."""
     script = textwrap.dedent(f"""

@@ -18,7 +18,7 @@ from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.convert import to_onnx
 from te_nvfp4_cv.export.verify import __main__ as verify
 from tests import runtimes
-from tests.helpers import same_bits, values
+from tests.helpers import same_bits, seeds, values
 from tests.networks import Net
 
 onnx = pytest.importorskip("onnx", reason="the extra [export]")
@@ -59,8 +59,17 @@ def difference(a: np.ndarray, b: Tensor) -> float:
     return float(np.linalg.norm(a - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
-@pytest.mark.parametrize("case", LAYERS, ids=str)
+# Every layer in the form that onnxruntime runs; in the others one of each kind of node.
+IN_EACH_FORM = ("groups, stride, no bias", "transposed", "1-D, circular", "linear", "1x1")
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    seeds(
+        [(case, "portable") for case in LAYERS] + [(case, form) for case in IN_EACH_FORM for form in ("qdq", "matmul")],
+        [(case, form) for case in LAYERS for form in ("qdq", "matmul")],
+    ),
+)
 def test_each_layer(case: str, form: str, tmp_path: Path) -> None:
     if form != "portable" and case == "transposed, groups":
         pytest.skip("onnx.reference has no right ConvTranspose with groups; onnxruntime runs the portable form of it")
@@ -235,8 +244,7 @@ def test_a_layer_that_is_not_called_is_not_claimed(tmp_path: Path) -> None:
     assert verify.main([str(made.files[0])]) == 0
 
 
-@pytest.mark.parametrize("external", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "external"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_a_half_precision_model_is_exported_in_fp32(dtype: torch.dtype, external: bool, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).bfloat16()
     become(model[1], quantize_layer(model[1], RECIPE), RECIPE).set_mode(activations="high")

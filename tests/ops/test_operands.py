@@ -309,6 +309,7 @@ def test_a_compiler_that_fails_is_said_once(tmp_path):
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
+@pytest.mark.stress  # make test compares the kernels for AVX2 with the reference in test_integer_memory.py
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flag is x86's")
 @pytest.mark.skipif(native.load() is None, reason="no compiler here")
 def test_kernels_without_avx512_give_the_same_bits(tmp_path):

@@ -100,11 +100,11 @@ def test_curves(drawn):
 
 
 def test_many_layers_make_a_larger_picture_and_runs_never_overwrite_each_other(tmp_path):
-    many = write_run(tmp_path / "many.jsonl", layers=23, steps=2)
-    first, second = (render_heatmaps(many, tmp_path) for _ in range(2))
+    few = write_run(tmp_path / "few.jsonl", steps=1, name="few")
+    first, second = (render_heatmaps(few, tmp_path) for _ in range(2))
     assert not set(first) & set(second)
-    assert {path.relative_to(tmp_path).parts[1] for path in second} == {"UNet-nvfp4_2"}
-    render_heatmaps(write_run(tmp_path / "few.jsonl", layers=5, steps=2, name="few"), tmp_path)
+    assert {path.relative_to(tmp_path).parts[1] for path in second} == {"UNet-few_2"}
+    render_heatmaps(write_run(tmp_path / "many.jsonl", layers=23, steps=1), tmp_path)
     heights = [
         Image.open(tmp_path / "heatmaps" / name / "gradients" / "std.png").height for name in ("UNet-nvfp4", "UNet-few")
     ]
@@ -112,9 +112,8 @@ def test_many_layers_make_a_larger_picture_and_runs_never_overwrite_each_other(t
     assert len(list((tmp_path / "heatmaps").glob("plotly*.js"))) == 1
 
 
-@pytest.mark.parametrize("name", ["../../evil", "<b>\x00a/b"])
-def test_names_are_made_fit_for_the_file_system_and_the_page(name, tmp_path):
-    run = write_run(tmp_path / "run.jsonl", steps=1, name=name)
+def test_names_are_made_fit_for_the_file_system_and_the_page(tmp_path):
+    run = write_run(tmp_path / "run.jsonl", steps=1, name="../../evil <b>\x00a/b")
     written = render_heatmaps(run, tmp_path / "out")
     assert all(path.resolve().is_relative_to((tmp_path / "out").resolve()) for path in written)
     assert "<b>" not in write_report([run], tmp_path / "report.html").read_text().replace("<body>", "")
@@ -203,9 +202,10 @@ def test_the_commands(tmp_path, capsys):
     assert cli.main(["heatmaps", run, "--out", str(tmp_path / "plots")]) == 0
     assert "UNet-nvfp4" in capsys.readouterr().out
     report = ["report", run, run, "--out", str(tmp_path / "r.html")]
-    assert cli.main(report) == 0 and cli.main([*report, "--force"]) == 0
-    capsys.readouterr()
+    (tmp_path / "r.html").write_text("mine")
     assert cli.main(report) == 2 and "is there already" in capsys.readouterr().err
+    assert cli.main([*report, "--force"]) == 0 and "<html" in (tmp_path / "r.html").read_text()
+    capsys.readouterr()
     assert cli.main(["heatmaps", str(tmp_path / "absent.jsonl")]) == 2
     assert "cannot be read" in capsys.readouterr().err
 

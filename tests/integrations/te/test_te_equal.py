@@ -197,13 +197,13 @@ def test_backend_is_handed_on(backend: str) -> None:
     """To the quantizers of the three operands and to the three GEMMs."""
     from unittest import mock
 
-    from te_nvfp4_cv.integrations import transformer_engine
+    from te_nvfp4_cv.integrations import transformer_engine_faces
     from te_nvfp4_cv.ops.quantize import matrix
     from tests.integrations.te import composed
 
     x, w, dy, _ = composed.operands((32, 64), 96)
     with (
-        mock.patch.object(transformer_engine, "gemm", wraps=transformer_engine.gemm) as gemm,
+        mock.patch.object(transformer_engine_faces, "gemm", wraps=transformer_engine_faces.gemm) as gemm,
         mock.patch.object(matrix, "quantize", wraps=matrix.quantize) as quantized,
     ):
         composed.step(composed.linear(w), x, dy, recipe(backend))
