@@ -70,7 +70,7 @@ def quantize_weight(w: Tensor, plan: Plan, for_dgrad: bool, amax: Tensor | None 
     """
     spec, w = plan.weight_specs[for_dgrad], w.detach()
     if plan.expert_scales:
-        return grouped.quantize_weights(w, spec, plan.compute_dtype, plan.backend)
+        return operand.quantize_experts(w, spec, plan.compute_dtype, plan.backend)
     return operand.quantize_weight(_matrix(w, plan), spec, plan.compute_dtype, plan.backend, amax)
 
 

@@ -2,7 +2,6 @@
 
     quantize_operand   x or dy [T, C]: a rowwise face of all rows, a columnwise one whose blocks end with each expert
     measure_operand    the two amaxes that it would use
-    quantize_weights   w [E, O, C] with a tensor scale for each expert
 
 Rows are quantized where they lie: an expert's are a part of x, and the faces of all experts are parts of one face.
 Experts have one amax together, that of all their rows, or with experts.own_scales each its own, and amaxes are then
@@ -18,22 +17,13 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.backend import dispatch, scratch
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.experts import Experts, Rows
-from te_nvfp4_cv.ops.quantize import cpu, operand, reference
+from te_nvfp4_cv.ops.quantize import cpu, reference
 from te_nvfp4_cv.ops.quantize.amax import collect
-from te_nvfp4_cv.ops.records import (
-    DEQUANTIZED,
-    Collector,
-    Face,
-    Fold,
-    Operand,
-    OperandSpec,
-    WeightCodes,
-    WeightSpec,
-)
+from te_nvfp4_cv.ops.records import DEQUANTIZED, Collector, Face, Fold, Operand, OperandSpec
 
 
 def _kernels(backend: str, device: torch.device) -> Any:
@@ -72,7 +62,7 @@ def quantize_operand(
     own = None
     if amax is None and not experts.own_scales:
         own = amax = measure_operand(x, experts, spec, backend)
-    row, col = layouts.operand_faces(x, spec, dtype, scratch.empty)
+    row, col = layouts.operand_faces(x, spec, dtype, layouts.for_one_call)
     size = experts.number if experts.own_scales else 1
     used = torch.zeros(2, size, dtype=torch.float32, device=x.device)
     if amax is not None:
@@ -111,13 +101,6 @@ def measure_operand(x: Tensor, experts: Experts, spec: OperandSpec, backend: str
     module = reference if backend == "reference" else cpu
     found = [module.measure_operand(x[rows.here], _alone(spec, rows)) for rows in experts.rows]
     return torch.stack(found).amax(0) if found else torch.zeros(2, dtype=torch.float32, device=x.device)
-
-
-def quantize_weights(w: Tensor, spec: WeightSpec, dtype: torch.dtype, backend: str) -> WeightCodes:
-    """Quantize w [E, O, C], each expert with its own amax: amax is [E], the faces are those of [E * O, C]."""
-    alone = spec._replace(groups=1)
-    made = [operand.quantize_weight(part, alone, dtype, backend).flat() for part in w.unbind(0)]
-    return WeightCodes.from_flat(tuple(map(torch.cat, zip(*made, strict=True))))
 
 
 def _alone(spec: OperandSpec, rows: Rows) -> OperandSpec:

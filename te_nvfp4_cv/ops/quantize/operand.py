@@ -233,6 +233,13 @@ def quantize_weight(
     return WeightCodes.from_flat(quantize_weight_op(w, spec.to_ints(), dtype, backend, amax))
 
 
+def quantize_experts(w: Tensor, spec: WeightSpec, dtype: torch.dtype, backend: str) -> WeightCodes:
+    """Quantize w [E, O, C], each expert with its own amax: amax is [E], the faces are those of [E * O, C]."""
+    alone = spec._replace(groups=1)
+    made = [quantize_weight(part, alone, dtype, backend).flat() for part in w.unbind(0)]
+    return WeightCodes.from_flat(tuple(map(torch.cat, zip(*made, strict=True))))
+
+
 def serves_directly(x: Tensor, backend: str) -> bool:
     """Return True if Triton kernels quantize and unpack such tensors, without torch's dispatcher between."""
     kernels = backend == "triton" or (backend == "vendor" and dispatch.kernels_serve(x.device))
