@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def of_operand(
     if quantizer is not None:  # one scale for each 16 values, as NVFP4 has them
         row = Face(row.data, quantizer.of_rows(row, plan.geometry.groups)) if row.data.numel() else row
         col = Face(col.data, quantizer.of_columns(col)) if col.data.numel() else col
-    sampled = functools.partial(_sampled, e4m3_max=s.e4m3_max, most=most, quantizer=quantizer)
+    sampled = functools.partial(_sampled, how=_Sampling(s.e4m3_max, most, quantizer))
     found = {}
     amax_whole, broken = whole(operand)
     if row.data.numel():
@@ -166,7 +167,8 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
             # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
         made, amax = Face(data, scale), codes.amax
-        found[gemm] = _sampled(raw, made, amax, s.e4m3_max, most, quantizer, valid=valid, rht=False, extent=extent)
+        how = _Sampling(s.e4m3_max, most, quantizer)
+        found[gemm] = _sampled(raw, made, amax, how=how, valid=valid, rht=False, extent=extent)
     return found
 
 
@@ -181,21 +183,28 @@ def step_of(blocks: int, most: int) -> int:
     return step
 
 
+class _Sampling(NamedTuple):
+    """How blocks are read: the largest scale, the number of elements, the quantizer of another block format."""
+
+    e4m3_max: int
+    most: int
+    quantizer: Quantizer | None
+
+
 def _sampled(
-    raw: Tensor, face: Face, amax: Tensor, e4m3_max: int, most: int, quantizer: Quantizer | None, *,
-    valid: Tensor | None, rht: bool, extent: tuple[Tensor, Tensor],
+    raw: Tensor, face: Face, amax: Tensor, *,
+    how: _Sampling, valid: Tensor | None, rht: bool, extent: tuple[Tensor, Tensor],
 ) -> Blocks:
     """Take every step_of-th block of one face.
 
     Args:
         amax: [1], or one for each block.
-        quantizer: of another block format than NVFP4.
         valid: as in Blocks, given for every block or for the blocks of one pixel.
         rht: the transform is applied to `raw`.
         extent: Blocks.whole.
     """
     raw, data, scale = raw.reshape(-1, BLOCK), face.data.reshape(-1, BLOCK // 2), face.scale.reshape(-1)
-    step = step_of(len(raw), most)
+    step = step_of(len(raw), how.most)
     # A copy, because every figure reads these blocks, and they lie far apart in the operand.
     raw, data, scale = raw[::step].contiguous(), data[::step], scale[::step]
     if rht:  # of the sample only: the transform acts within a block
@@ -205,11 +214,11 @@ def _sampled(
         valid = valid[index % len(valid)]
     amax = amax.flatten() if amax.numel() == 1 else amax.flatten()[::step]
     scale = scale.contiguous()
-    if quantizer is None:
+    if how.quantizer is None:
         scale_values = scale.view(torch.float8_e4m3fn).float()
-        factor = formats.block_units(scale.view(torch.float8_e4m3fn), amax, e4m3_max)
+        factor = formats.block_units(scale.view(torch.float8_e4m3fn), amax, how.e4m3_max)
     else:
-        scale_values = quantizer.format.decode(scale)
+        scale_values = how.quantizer.format.decode(scale)
         factor = scale_values * (amax * (1.0 / TENSOR_AMAX))
     codes = formats.unpack_nibbles(data)
     table = formats.decode_e2m1(torch.arange(16, device=codes.device))
