@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.distributed.fsdp_weight import Form, ShardedWeight
 from te_nvfp4_cv.errors import check_module, runtime_error, warn_once
-from te_nvfp4_cv.layer import check
+from te_nvfp4_cv.layer import check, grouped
+from te_nvfp4_cv.nn.modules import NVFP4GroupedLinear
 from te_nvfp4_cv.nn.precision import matches
 from te_nvfp4_cv.nn.walk import LAYERS, op_of, with_recipes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -41,7 +42,7 @@ def quantize_gathers(
 
     Args:
         model: torch's convolution and linear layers in it, and NVFP4 modules, are marked where their weight runs in
-            NVFP4 with 16x16 scales.
+            NVFP4 with 16x16 scales. FSDP2 then shards an NVFP4GroupedLinear by experts.
         recipe: the one with which the model trains. Its [precision] table is followed, and so are set_precision's
             entries and the recipe that an NVFP4 module was built with.
         filter_fn: filter_fn(module, name) -> False leaves a layer's weight as FSDP2 gathers it.
@@ -72,7 +73,8 @@ def quantize_gathers(
     marked: list[str] = []
     replaced: dict[int, nn.Parameter] = {}
     for name, module, entry in with_recipes(model, resolved, table):
-        weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
+        layer = isinstance(module, (*LAYERS, NVFP4GroupedLinear))
+        weight = module._parameters.get("weight") if layer else None
         if weight is None or (filter_fn is not None and not filter_fn(module, name)):
             continue
         full_name = f"{name}.weight".lstrip(".")  # the model itself may be the layer, with no name
@@ -95,7 +97,9 @@ def _marked(weight: nn.Parameter, name: str, module: nn.Module, recipe: NVFP4Blo
     """Return the parameter whose weight FSDP2 will ask how it is gathered."""
     # Delayed scales are found by the identity of their owner: it has the whole weight's shape, and no memory.
     owner = torch.empty((), dtype=weight.dtype).expand(weight.shape)
-    form = Form(name, getattr(module, "groups", 1), recipe.settings("weight").pow2, owner)  # type: ignore[arg-type]
+    routed = isinstance(module, NVFP4GroupedLinear)
+    groups: Any = module.num_experts if routed else getattr(module, "groups", 1)
+    form = Form(name, groups, recipe.settings("weight").pow2, owner, routed)
     return nn.Parameter(ShardedWeight(weight.data.contiguous(), form), weight.requires_grad)
 
 
@@ -106,7 +110,11 @@ def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None
     groups = getattr(module, "groups", 1)
     # A meta weight gets its values later, and will be asked for its codes only then.
     like = torch.empty((), dtype=weight.dtype).expand(weight.shape) if weight.is_meta else weight
-    reason = check.ineligible(op_of(module), like, like, groups, recipe)
+    if isinstance(module, NVFP4GroupedLinear):
+        reason = grouped.why_not(like, like, recipe)
+        reason = "a tensor scale for each expert" if recipe.grouped_scale == "expert" else reason
+    else:
+        reason = check.ineligible(op_of(module), like, like, groups, recipe)
     if reason is not None:
         return reason
     s = recipe.settings("weight")

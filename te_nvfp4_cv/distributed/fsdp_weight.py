@@ -51,13 +51,14 @@ class Form:
     """Says how a weight is quantized for its gather, and by what name errors call it.
 
     `owner` is a tensor of the whole shape without its memory. It stands for the weight where state is kept by identity
-    (delayed scales).
+    (delayed scales). `routed`: the weight [E, O, C] of experts, which are its groups; FSDP2 shards whole experts.
     """
 
     name: str
     groups: int
     pow2: bool
     owner: Tensor
+    routed: bool = False
 
 
 class ShardedWeight(torch.Tensor):
@@ -131,13 +132,15 @@ class ShardedWeight(torch.Tensor):
             group, n, ranks = mesh.get_group(), outer_size[0], mesh.size()
             if n % ranks:
                 return (self._padded(-(-n // ranks), mp_policy.param_dtype, ranks),), (None, None, tuple(outer_size))
-            first = mesh.get_local_rank() * (n // ranks)
+            first, rows = mesh.get_local_rank() * (n // ranks), self.plain
+            if self.form.routed:  # as the weight of a grouped convolution, [E * O, C]
+                first, n, rows = first * rows.shape[1], n * rows.shape[1], rows.flatten(0, 1)
             # A 16x16 tile may lie in two shards, so ranks share the amaxes of tiles; the largest is the weight's.
-            tiles = amaxes.reduce_amax(weight_shards.tile_amaxes(self.plain, first, n, self.form.groups), group)
+            tiles = amaxes.reduce_amax(weight_shards.tile_amaxes(rows, first, n, self.form.groups), group)
             amax = tiles.amax().reshape(1)
             amax = formats.power_of_two_amax(amax) if self.form.pow2 else amax
             scales = weight_shards.tile_scales(tiles, amax)
-            codes = weight_shards.quantize_rows(self.plain, first, n, self.form.groups, scales, amax)
+            codes = weight_shards.quantize_rows(rows, first, n, self.form.groups, scales, amax)
             # After the all-reduce every rank has the same scales, so only codes need to travel.
             return (codes,), (scales, amax, tuple(outer_size))
 
@@ -227,6 +230,8 @@ class GatheredWeight(torch.Tensor):
         other = plan.recipe.block_format != "nvfp4"
         if other or not s.two_d or s.four_over_six is not None or s.pow2 != self.form.pow2:
             problem = f"recipe {plan.recipe!r}"
+        elif plan.expert_scales:
+            problem = f"recipe {plan.recipe!r}: a tensor scale for each expert"
         elif plan.geometry.groups != self.form.groups:
             problem = f"groups={plan.geometry.groups}"
         elif not {"fprop", "dgrad"} <= set(plan.gemms):
@@ -245,10 +250,14 @@ class GatheredWeight(torch.Tensor):
     def dequantized(self) -> Tensor:
         """Return the values, of the logical shape, in the nominal dtype."""
         n, channels, *kernel = self.shape
+        if self.form.routed:
+            n, channels, kernel = n * channels, kernel[0], []
         layout = WeightLayout(n, channels, self.form.groups, columnwise=False)
         # The reference runs on each device; this path is for readers outside of NVFP4 layers, where speed matters less.
         w = unpack_weight(Face(self._codes, self._scales), layout, None, torch.float32, "reference")
         w = w * (self._amax * (1.0 / (formats.E2M1_MAX * formats.E4M3_MAX)))
+        if self.form.routed:
+            return w.view(self.shape).to(self.dtype)
         return w.view(n, *kernel, channels).movedim(-1, 1).to(self.dtype).contiguous()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -55,7 +55,7 @@ def why_not(x: Tensor, w: Tensor, recipe: NVFP4BlockScaling) -> str | None:
     if isinstance(w, Tensor) and w.dim() == 3:
         if recipe.thin_layers == "pad" and min(w.shape[1:]) < MINIMUM:
             return f"thin layer: fewer than {MINIMUM} channels, which experts do not pad"
-        w = w[0] if w.shape[0] else w.new_empty(w.shape[1:])
+        w = torch.empty((), dtype=w.dtype, device=w.device).expand(w.shape[1:])  # one expert's, without its values
     return ineligible(OP, x, w, 1, recipe)
 
 
