@@ -6,8 +6,8 @@
 Each round runs one training step of each layer in turn, so that a slow moment of the machine affects both. The rows are
 shared out unevenly. Weights are quantized once before (nv.frozen_weights), in both layers: a grouped layer has as many
 weights to quantize as experts, which is not what is compared. The script prints medians over the rounds of this
-process's CPU time and of the elapsed time, and the ratio of the medians. Before that, the output of the grouped layer is
-compared with the same rows multiplied in plain torch.
+process's CPU time and of the elapsed time, and the ratio of the medians. Before that, the output of the grouped layer
+is compared with the same rows multiplied in plain torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -39,8 +39,8 @@ def routing(rows: int, experts: int) -> Tensor:
     return ends
 
 
-def layers(options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
-    """Return by name one training step of each layer."""
+def layers(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Callable[[], Tensor]]]:
+    """Return both layers, and by name one training step of each."""
     torch.manual_seed(0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     made = dict(bias=True, dtype=dtype, backend=options.backend)
@@ -70,10 +70,7 @@ def layers(options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
         y.backward(dy)
         return y
 
-    frozen = (nv.frozen_weights(linear), nv.frozen_weights(grouped))
-    for context in frozen:
-        context.__enter__()
-    return {"linear": one, "grouped": many}
+    return nn.ModuleList([linear, grouped]), {"linear": one, "grouped": many}
 
 
 def measure(steps: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, dict[str, float]]:
@@ -107,7 +104,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = measure(layers(options), options.rounds)
+    model, steps = layers(options)
+    with nv.frozen_weights(model):
+        found = measure(steps, options.rounds)
     ratio = {key: found["grouped"][key] / found["linear"][key] for key in found["linear"]}
     if options.json:
         print(json.dumps({**found, "ratio": ratio}))

@@ -44,7 +44,8 @@ def fprop(
     for rows in experts.rows:
         g = linear_geometry(rows.end - rows.start, channels, outputs)
         own = None if bias is None else bias[rows.expert]
-        y[rows.here] = module.fprop(_rows(x, rows.here), parts(rows.expert), one(rows.expert), own, g, dtype)
+        operands = (_rows(x, rows.here), parts(rows.expert), one(rows.expert), own)
+        _into(y[rows.here], module, module.fprop, *operands, g, dtype)
     y[experts.end :] = 0
     return y
 
@@ -66,7 +67,8 @@ def dgrad(
     channels, outputs = geometry.x_shape[-1], geometry.y_shape[-1]
     for rows in experts.rows:
         g = linear_geometry(rows.end - rows.start, channels, outputs)
-        dx[rows.here] = module.dgrad(_rows(dy, rows.here), parts(rows.expert), one(rows.expert), g, dtype)
+        operands = (_rows(dy, rows.here), parts(rows.expert), one(rows.expert))
+        _into(dx[rows.here], module, module.dgrad, *operands, g, dtype)
     dx[experts.end :] = 0
     return dx
 
@@ -84,14 +86,17 @@ def wgrad(
     if backend == "triton":
         return _triton().wgrad(dy, x, tensor_of(alpha), experts, geometry, dtype)
     module, one = _module(backend), _alphas(alpha)
-    dw = torch.zeros(geometry.weight_shape, dtype=dtype, device=dy.data.device)
+    # Of every expert with rows all is written: zeros would cost as much as writing dw.
+    all_have_rows = len(experts.rows) == experts.number
+    make = torch.empty if all_have_rows else torch.zeros
+    dw = make(geometry.weight_shape, dtype=dtype, device=dy.data.device)
     by_expert = dw.view(experts.number, -1, *dw.shape[1:])
     channels, outputs = geometry.x_shape[-1], geometry.y_shape[-1]
     blocks = geometry.folds[0].images // BLOCK
     for rows in experts.rows:
         g = linear_geometry(rows.end - rows.start, channels, outputs)
         sides = (_rows(face, slice(rows.block, rows.last), blocks) for face in (dy, x))
-        by_expert[rows.expert] = module.wgrad(*sides, one(rows.expert), g, dtype)
+        _into(by_expert[rows.expert], module, module.wgrad, *sides, one(rows.expert), g, dtype)
     return dw
 
 
@@ -104,6 +109,14 @@ def row_sums(dy: Tensor, experts: Experts, backend: str) -> Tensor:
     for rows in experts.rows:
         total[rows.expert] = dy[rows.here].sum(0, dtype=torch.float32)
     return total
+
+
+def _into(target: Tensor, module: Any, product: Callable[..., Tensor], *arguments: Any) -> None:
+    """Write an expert's product where it belongs: at once, if the backend writes results into given memory."""
+    more = {} if module is reference else {"out": target}
+    made = product(*arguments, **more)
+    if made.data_ptr() != target.data_ptr():
+        target.copy_(made)
 
 
 def _module(backend: str) -> Any:

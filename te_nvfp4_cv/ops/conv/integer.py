@@ -26,23 +26,39 @@ _KINDS = (torch.float32, torch.bfloat16)
 
 
 def fprop(
-    x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
+    x: Face,
+    w: Face,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply as operators.conv_fprop does.
+    """Multiply as operators.conv_fprop does; the result is in `out` if that is given, and in fp32 or bf16.
 
     x comes as records with an empty scale, or as packed codes; w as packed codes, or as panels with an empty scale.
     """
     made = panels(w, geometry, not geometry.transposed) if w.scale.numel() else w.data
-    return _data(_records(x), made, alpha, bias, geometry, dtype, True)
+    return _data(_records(x), made, alpha, bias, geometry, True, _result(out, geometry.y_shape, dtype)).to(dtype)
 
 
-def dgrad(dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """Multiply as operators.conv_dgrad does. dy and w come as fprop takes x and w."""
+def dgrad(
+    dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Multiply as operators.conv_dgrad does. dy and w come as fprop takes x and w; out: as there."""
     made = panels(w, geometry, geometry.transposed) if w.scale.numel() else w.data
-    return _data(_records(dy), made, alpha, None, geometry, dtype, False)
+    return _data(_records(dy), made, alpha, None, geometry, False, _result(out, geometry.x_shape, dtype)).to(dtype)
 
 
-def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+def _result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the memory that the kernels write into: `out`, if they write its dtype."""
+    kind = dtype if dtype in _KINDS else torch.float32
+    return out if out is not None and kind == dtype else torch.empty(shape, dtype=kind, device="cpu")
+
+
+def wgrad(
+    dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """Multiply as operators.conv_wgrad does.
 
     x comes as packed columnwise codes, dy as columnwise records with an empty scale, or as packed codes, too.
@@ -50,9 +66,7 @@ def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype
     if dy.scale.numel():  # [N16, *image, C, 8] -> [*image, N16, C * 8], as records lie
         dy = Face(dy.data.movedim(0, -3).flatten(-2), dy.scale.movedim(0, -2))
     records, codes, scale = _records(dy), x.data.contiguous(), x.scale.contiguous()
-    folded = geometry.folded
-    kind = dtype if dtype in _KINDS else torch.float32
-    dw = records.new_empty(geometry.weight_shape, dtype=kind)
+    folded, dw = geometry.folded, _result(out, geometry.weight_shape, dtype)
     of_b, of_a = geometry.channels_b // geometry.groups, geometry.channels_a // geometry.groups
     alpha = _one(alpha)
     q = native.WeightGradient(records=records.data_ptr(), codes=codes.data_ptr(), scale=scale.data_ptr())
@@ -61,7 +75,7 @@ def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype
     q.record_channels, q.panel_channels = (of_a, of_b) if geometry.transposed else (of_b, of_a)
     q.a, q.b = _three(folded.a_size, 1), _three(folded.b_size, 1)
     _walk(q, folded)
-    q.records_on_b, q.out_bf16 = not geometry.transposed, kind == torch.bfloat16
+    q.records_on_b, q.out_bf16 = not geometry.transposed, dw.dtype == torch.bfloat16
     q.threads = torch.get_num_threads()
     _library().nvfp4_weight_product(ctypes.byref(q))
     return dw.to(dtype)
@@ -106,13 +120,11 @@ def _data(
     alpha: Tensor | None,
     bias: Tensor | None,
     g: ConvGeometry,
-    dtype: torch.dtype,
     forward: bool,
+    out: Tensor,
 ) -> Tensor:
-    """Run fprop (`forward`) or dgrad on records and panels; the result is [B, *image, channels]."""
+    """Run fprop (`forward`) or dgrad on records and panels; the result is `out`, [B, *image, channels]."""
     to_b = forward != g.transposed
-    kind = dtype if dtype in _KINDS else torch.float32
-    out = records.new_empty(g.y_shape if forward else g.x_shape, dtype=kind)
     inputs, outputs = (g.channels_a, g.channels_b) if to_b else (g.channels_b, g.channels_a)
     alpha = _one(alpha)
     q = native.Data(x=records.data_ptr(), panels=made.data_ptr(), alpha=alpha.data_ptr(), y=out.data_ptr())
@@ -124,9 +136,9 @@ def _data(
     sizes = (g.a_size, g.b_size) if to_b else (g.b_size, g.a_size)
     q.in_size, q.out_size = (_three(size, 1) for size in sizes)
     _walk(q, g)
-    q.to_b, q.out_bf16, q.threads = to_b, kind == torch.bfloat16, torch.get_num_threads()
+    q.to_b, q.out_bf16, q.threads = to_b, out.dtype == torch.bfloat16, torch.get_num_threads()
     _library().nvfp4_data_product(ctypes.byref(q))
-    return out.to(dtype)
+    return out
 
 
 def matches_reference() -> bool:

@@ -20,15 +20,24 @@ aten = torch.ops.aten
 
 
 def fprop(
-    x: Face, w: Face, alpha: Tensor | Alpha | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
+    x: Face,
+    w: Face,
+    alpha: Tensor | Alpha | None,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply as operators.conv_fprop does; the scales are empty."""
+    """Multiply as operators.conv_fprop does; the scales are empty. A linear layer's result may be in `out`."""
     # With alpha the bias comes after it, in fp32; without, the library adds it in the pass that it makes anyway.
     inner, outer = (bias, None) if alpha is None else (None, bias)
     if geometry.rank == 0:
         # A linear layer's weight has one tap: [O, 1, C] -> [O, C].
         rows, matrix = x.data, w.data[:, 0]
-        y = F.linear(rows, matrix, inner.to(rows.dtype)) if inner is not None else _product(rows, matrix.t(), alpha)
+        if inner is not None:
+            y = F.linear(rows, matrix, inner.to(rows.dtype))
+        else:
+            y = _product(rows, matrix.t(), alpha, out)
     else:
         g = geometry.at_least_2d
         y = convolution(_channels_first(x.data, g.x_shape), _kernel(w.data, g), inner, g)
@@ -36,20 +45,34 @@ def fprop(
     return _finish(y, alpha, outer, dtype)
 
 
-def dgrad(dy: Face, w: Face, alpha: Tensor | Alpha | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """Multiply as operators.conv_dgrad does; the scales are empty."""
+def dgrad(
+    dy: Face,
+    w: Face,
+    alpha: Tensor | Alpha | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiply as operators.conv_dgrad does; the scales are empty. out: as for fprop."""
     if geometry.rank == 0:
-        return _finish(_product(dy.data, w.data[:, 0], alpha), alpha, None, dtype)
+        return _finish(_product(dy.data, w.data[:, 0], alpha, out), alpha, None, dtype)
     g = geometry.at_least_2d
     dy_first, x_like = _channels_first(dy.data, g.y_shape), _empty_image(dy.data, g.x_shape)
     dx, _, _ = convolution_backward(dy_first, x_like, _kernel(w.data, g), g, [True, False, False])
     return _finish(_channels_last(dx, geometry.x_shape), alpha, None, dtype)
 
 
-def wgrad(dy: Face, x: Face, alpha: Tensor | Alpha | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """Multiply as operators.conv_wgrad does; the scales are empty."""
+def wgrad(
+    dy: Face,
+    x: Face,
+    alpha: Tensor | Alpha | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiply as operators.conv_wgrad does; the scales are empty. out: as for fprop."""
     if geometry.rank == 0:
-        dw = _product(dy.data.t(), x.data, alpha).unsqueeze(1)
+        dw = _product(dy.data.t(), x.data, alpha, None if out is None else out[:, 0]).unsqueeze(1)
     else:
         # Columnwise operands are folded, and dy and x have the images of the folded geometry.
         g = geometry.folded.at_least_2d
@@ -63,11 +86,14 @@ def wgrad(dy: Face, x: Face, alpha: Tensor | Alpha | None, geometry: ConvGeometr
     return _finish(dw, alpha, None, dtype)
 
 
-def _product(a: Tensor, b: Tensor, alpha: Tensor | Alpha | None) -> Tensor:
-    """Return a @ b; in fp32 where alpha follows on CUDA, since cuBLAS may add parts of a bf16 result in bf16."""
+def _product(a: Tensor, b: Tensor, alpha: Tensor | Alpha | None, out: Tensor | None = None) -> Tensor:
+    """Return a @ b, in `out` if that has their dtype.
+
+    On CUDA in fp32 where alpha follows, since cuBLAS may add parts of a bf16 result in bf16.
+    """
     if a.device.type == "cuda" and a.dtype == torch.bfloat16 and alpha is not None and a.numel() and b.numel():
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    return a @ b if out is None or out.dtype != a.dtype else torch.mm(a, b, out=out)
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:

@@ -108,8 +108,13 @@ def quantize_operand(
     seed: Tensor | None,
     amax: Tensor | None,
     into: tuple[Face, Face] | None = None,
+    observe: bool = True,
 ) -> Operand:
-    """Quantize as operand.quantize_operand does. The compiled kernels write both faces `into` memory that is given."""
+    """Quantize as operand.quantize_operand does. The compiled kernels write both faces `into` memory that is given.
+
+    Args:
+        observe: if False, `amax` is one that holds what the kernels would observe, and they do not look.
+    """
     library = native.load() if x.device.type == "cpu" else None
     if library is None or spec.row_scaled or not x.numel():
         return reference.quantize_operand(x, spec, dtype, seed, amax)
@@ -120,7 +125,8 @@ def quantize_operand(
     q.out_bf16, q.error, q.e4m3_max = dtype == torch.bfloat16, ERRORS[spec.four_over_six], spec.e4m3_max
     used = torch.empty(2, dtype=torch.float32, device=x.device)
     q.amax = used.data_ptr()
-    observed = torch.empty(0 if amax is None else 3, dtype=torch.float32, device=x.device)
+    observe = observe and amax is not None
+    observed = torch.empty(3 if observe else 0, dtype=torch.float32, device=x.device)
     if amax is None:
         # For the amaxes, "row" is x as it is and "col" the rotated columns; without RHT both are x's.
         q.want_row, q.want_col = row_form != NONE or not rht, col_form != NONE and rht
@@ -129,7 +135,8 @@ def quantize_operand(
             used[1] = used[0]
     else:
         used.copy_(amax)
-        q.observed = observed.data_ptr()
+        if observe:
+            q.observed = observed.data_ptr()
     if spec.pow2:  # in place: the kernel has its address
         used.copy_(power_of_two_amax(used, spec.e4m3_max))
     q.want_row, q.want_col = row_form != NONE, col_form != NONE
@@ -148,7 +155,7 @@ def quantize_operand(
     library.nvfp4_quantize(ctypes.byref(q))
     # Held until here, because the kernel read the table of rows by its address.
     del starts
-    if amax is not None:
+    if observe:
         if not rht:  # folded columns may leave rows of x out
             observed[:2] = observed[0] if row_form != NONE else measure_operand(x, spec)
         used = reference.unless_non_finite(used, observed[:2])

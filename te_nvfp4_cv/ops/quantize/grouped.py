@@ -70,7 +70,8 @@ def quantize_operand(
     for rows in experts.rows:
         mine = Face(*(part[rows.here] for part in row)), _columns(col, rows, spec)
         how, key = _alone(spec, rows), None if seed is None else seed + rows.expert
-        made = module.quantize_operand(x[rows.here], how, dtype, key, amax, *((mine,) if module is cpu else ()))
+        more = (mine, own is None) if module is cpu else ()
+        made = module.quantize_operand(x[rows.here], how, dtype, key, amax, *more)
         for target, part in zip((*mine[0], *mine[1]), (*made.row, *made.col), strict=True):
             if part.numel() and part.data_ptr() != target.data_ptr():
                 target.copy_(part)
