@@ -116,6 +116,7 @@ def stand_in(arch: int, compiles: bool, say: Any = None) -> Any:
 
     Returns the ops.triton.ahead.Launches that follow. Products are not computed, and have the right shapes.
     """
+    from te_nvfp4_cv.ops.conv.triton import grouped
     from te_nvfp4_cv.ops.conv.triton import launch as conv
     from te_nvfp4_cv.ops.gemm.triton import launch as gemm
     from te_nvfp4_cv.ops.triton import ahead
@@ -123,13 +124,17 @@ def stand_in(arch: int, compiles: bool, say: Any = None) -> Any:
     launches = ahead.Launches(arch, compiles, say)
     native = divmod(arch, 10) in dispatch.FP4_CAPABILITIES
     gpu = gemm.Gpu(gemm.arch_of(divmod(arch, 10), native), native, PROCESSORS)
-    conv.gpu_of = gemm.gpu_of = lambda device: gpu
+    conv.gpu_of = grouped.gpu_of = gemm.gpu_of = lambda device: gpu
     tuning.arch_of = lambda device: arch
     dispatch.KERNELS_ON_CPU = True
     dispatch.interpreted = lambda: True  # lets the backend "triton" serve tensors on a CPU
     vendor.convolution, vendor.convolution_backward = _convolution, _convolution_backward
-    vendor._product = lambda a, b, alpha: a.new_empty(a.shape[0], b.shape[1])
+    vendor._product = _product
     return launches
+
+
+def _product(a: Tensor, b: Tensor, alpha: Any, out: Tensor | None = None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
 
 
 def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:

@@ -128,7 +128,7 @@ def _all_to_all(x: Tensor, sizes: list[int], received: list[int], group: Any) ->
     if dist.get_backend(group) == "gloo":
         mine, theirs = list(x.split(sizes)), list(out.split(received))
         theirs[rank].copy_(mine[rank])
-        work = []
+        work: list[Any] = []
         for other, (sent, came) in enumerate(zip(mine, theirs, strict=True)):
             peer = dist.get_global_rank(group, other)
             if other != rank and sent.numel():
