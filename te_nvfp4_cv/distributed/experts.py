@@ -46,6 +46,16 @@ def dispatch(x: Tensor, sizes: list[int] | Tensor, group: Any = None, recipe: An
     Raises:
         RuntimeError: torch.distributed is not initialized.
         ValueError: sizes that do not fit; a recipe that quantizes x otherwise (4over6, other block formats).
+
+    Example:
+        >>> import torch, te_nvfp4_cv as nv
+        >>> store = torch.distributed.HashStore()
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> rows, received = nv.distributed.dispatch(torch.randn(40, 64), [40])
+        >>> y = nv.functional.grouped_linear(rows, torch.randn(2, 32, 64), torch.tensor([15, 40]))
+        >>> nv.distributed.combine(y, received).shape
+        torch.Size([40, 32])
+        >>> torch.distributed.destroy_process_group()
     """
     group, ranks = check_group(group, "dispatch")
     chosen = checked_recipe(recipe)
@@ -74,6 +84,10 @@ def combine(y: Tensor, sizes: list[int] | Tensor, group: Any = None) -> Tensor:
     Raises:
         RuntimeError: torch.distributed is not initialized.
         ValueError: sizes that do not fit.
+
+    Example:
+        >>> import te_nvfp4_cv as nv
+        >>> y = nv.distributed.combine(rows, received)  # doctest: +SKIP
     """
     group, ranks = check_group(group, "combine")
     given, received = _agreed(sizes, y, ranks, group)
