@@ -76,7 +76,7 @@ def conv2d(
         w: [O, C / groups, R, S]; quantized as it is stored.
         padding: an int, one per axis, "same" or "valid".
         recipe: NVFP4BlockScaling, TransformerEngine's, or None for the default.
-        backend: "auto", "reference", "integer", "vendor" or "triton".
+        backend: "auto", "reference", "integer", "vendor", "triton" or "cudnn".
     Returns:
         [B, O, P, Q] in x's dtype (torch.autocast's where it is on).
     Raises:

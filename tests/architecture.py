@@ -23,6 +23,7 @@ PACKAGE = "te_nvfp4_cv"
 MOST_FILES, MOST_FOLDERS, FILES_WITHOUT_README, MOST_TO_READ = 12, 16, 5, 8
 ROOMS = {  # an optional package: patterns of the files that may import it; * also matches folders
     "triton": "ops/triton/*.py ops/*/triton/*.py",
+    "cudnn": "ops/conv/cudnn.py",
     "wandb": "telemetry/*.py",
     "matplotlib": "telemetry/*.py",
     "plotly": "telemetry/*.py",

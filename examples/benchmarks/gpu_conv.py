@@ -2,7 +2,8 @@
 
     python examples/benchmarks/gpu_conv.py [--layers "r50 256->256 k3 @14"] [--out results.jsonl]
 
-cuDNN runs in bf16 and Triton on packed operands. x and w are channels_last, and cuDNN picks its algorithm by measuring
+cuDNN runs in bf16 and Triton on packed operands, and so do NVIDIA's libraries where the backend "cudnn" can run: its
+1x1 layers are torch.nn.functional.scaled_mm. x and w are channels_last, and cuDNN picks its algorithm by measuring
 (cudnn.benchmark). The vendor path is what a training step does apart from the norm and the activation: quantize x and
 w, unpack w, fprop, quantize dy, unpack w and x, dgrad, wgrad. The tensor scale is "delayed" (no amax pass; the scales
 of fprop and dgrad are multiplied into w). Before any time is printed, each layer's y, dx and dw of both backends are
@@ -17,6 +18,7 @@ import torch
 from gpu import LAYERS, Layer, Results, Timer, copy_bandwidth, gemm_rate, need_cuda, parser, relative_error
 from torch import Tensor
 
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.ops.conv import operators
 from te_nvfp4_cv.ops.geometry import ConvGeometry, Fold
 from te_nvfp4_cv.ops.quantize import operand
@@ -63,11 +65,11 @@ class Path:
     def __init__(self, layer: Layer, backend: str, x: Tensor, w: Tensor, dy: Tensor) -> None:
         self.backend, self.x, self.w, self.dy, self.layer = backend, x, w, dy, layer
         self.geometry = geometry(layer)
-        self.form = PACKED if backend == "triton" else DEQUANTIZED
+        self.form = DEQUANTIZED if backend == "vendor" else PACKED
         self.amax = torch.full((2,), SCALE, device=x.device)
         self.seed = torch.full((1,), 3, dtype=torch.int64, device=x.device)
         self.alpha = torch.ones(1, device=x.device)
-        self.epilogue = self.alpha if backend == "triton" else None  # the vendor path has the scales in the weight
+        self.epilogue = None if backend == "vendor" else self.alpha  # the vendor path has the scales in the weight
         self.x_q, self.dy_q, self.w_q = self.quantize_x(), self.quantize_dy(), self.quantize_w()
         self.w_face, self.col = self.unpack_w(), self.unpack_x()
 
@@ -157,14 +159,26 @@ def wrong(layer: Layer, path: Path, vendor: Path) -> str:
     return ""
 
 
+def runs(backend: str, device: torch.device) -> bool:
+    """Return True if a backend can run here: "cudnn" needs a B200 and two packages; the others say what they miss."""
+    if backend != "cudnn":
+        return True
+    try:
+        return device.type == "cuda" and dispatch.resolve(backend, device) == backend
+    except RuntimeError:
+        return False
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print a table per layer; return 1 if a result is wrong."""
     options_of = parser((__doc__ or "").splitlines()[0])
     names = [layer.name for layer in LAYERS]
     options_of.add_argument("--layers", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
-    options_of.add_argument("--backends", nargs="+", default=["vendor", "triton"], choices=["vendor", "triton"])
+    kinds = ["vendor", "triton", "cudnn"]
+    options_of.add_argument("--backends", nargs="+", choices=kinds, help="default: all that can run here")
     options = options_of.parse_args(arguments)
     device, results = need_cuda(), Results(options.out, "conv")
+    backends = options.backends or [kind for kind in kinds if runs(kind, device)]
     results.machine(device)
     torch.backends.cudnn.benchmark = True
     timer, status = Timer(device, options.rounds), 0
@@ -182,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
             base[name] = timer.ms(run)
             _print(results, layer, "cudnn bf16", name, base[name], gemm)
         vendor = Path(layer, "vendor", x, w, dy)
-        for backend in options.backends:
+        for backend in backends:
             path = vendor if backend == "vendor" else Path(layer, backend, x, w, dy)
             problem = wrong(layer, path, vendor)
             if problem:

@@ -8,6 +8,7 @@ One function decides. An explicit choice that cannot run raises an error; nothin
                 CUDA from sm_80: Triton quantization kernels + cuDNN / cuBLAS
     triton      CUDA from sm_80: Triton quantization kernels + implicit GEMM over packed operands; on Blackwell
                 (sm_100, sm_103, sm_120) by its FP4 tensor cores. On a CPU only under Triton's interpreter, for tests
+    cudnn       CUDA, sm_100: the operands of triton, multiplied by cudnn-frontend and cuBLAS where they take a layer
     auto        CPU: integer or vendor, layer by layer, once the integer kernels have passed their check on this machine
                 CUDA: vendor; triton on a Blackwell GPU where `te-nvfp4-cv selftest` has passed
 
@@ -29,9 +30,10 @@ from torch.nn import Parameter
 from te_nvfp4_cv.backend import cache, native, torch_private
 from te_nvfp4_cv.errors import runtime_error, value_error, warn_once
 
-BACKENDS = ("auto", "reference", "integer", "vendor", "triton")
+BACKENDS = ("auto", "reference", "integer", "vendor", "triton", "cudnn")
 BY_LAYER = "integer or vendor"  # what "auto" means on a CPU until a layer's shapes decide
 MINIMUM_CAPABILITY = (8, 0)
+CUDNN_CAPABILITY = (10, 0)  # which cudnn-frontend's NVFP4 convolution asks for
 FP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0))  # what triton 3.6 to 3.9 compile block-scaled FP4 products for
 _PLAIN = (Tensor, Parameter)  # exactly these: a subclass may give an operator another meaning
 KERNELS_ON_CPU = False  # tests set it, under the interpreter: vendor on a CPU then takes its path on CUDA
@@ -54,7 +56,7 @@ def check_backend(backend: str) -> str:
 
 
 def resolve(backend: str, device: torch.device, by_layer: bool = False) -> str:
-    """Return the backend that runs on tensors of `device`: "reference", "integer", "vendor" or "triton".
+    """Return the backend that runs on tensors of `device`: "reference", "integer", "vendor", "triton" or "cudnn".
 
     Args:
         by_layer: the caller plans a layer, whose shapes decide between the CPU's two backends: "auto" may then give
@@ -67,8 +69,8 @@ def resolve(backend: str, device: torch.device, by_layer: bool = False) -> str:
     if backend == "reference":
         return backend
     if device.type == "cpu":
-        if backend == "triton":
-            _check_interpreter(device)
+        if backend in ("triton", "cudnn"):
+            _check_interpreter(device, backend)
         if backend == "integer" and not has_compiled_kernels():
             raise runtime_error(
                 "nvfp4: backend 'integer' cannot run here.",
@@ -104,6 +106,13 @@ def resolve(backend: str, device: torch.device, by_layer: bool = False) -> str:
             needs="triton 3.6 to 3.9",
             fix="pip install 'te_nvfp4_cv[triton]', or backend='reference'",
         )
+    if backend == "cudnn" and (capability != CUDNN_CAPABILITY or missing_for_cudnn()):
+        raise runtime_error(
+            "nvfp4: backend 'cudnn' cannot run here.",
+            got="compute capability {}.{}, ".format(*capability) + f"packages missing: {missing_for_cudnn() or 'none'}",
+            needs="compute capability 10.0 (B200), nvidia-cudnn-frontend >= 1.32 and nvidia-cutlass-dsl >= 4.8",
+            fix="pip install nvidia-cudnn-frontend nvidia-cutlass-dsl, or backend='triton'",
+        )
     return backend
 
 
@@ -111,7 +120,13 @@ def was_named(backend: str) -> bool:
     """Return True if what `resolve` returned was asked for by name, and "auto" would not give it here."""
     if backend == "triton" and torch.cuda.is_available():
         return resolve("auto", torch.device("cuda")) != backend
-    return backend in ("integer", "triton")
+    return backend in ("integer", "triton", "cudnn")
+
+
+def missing_for_cudnn() -> str:
+    """Return the packages that the backend "cudnn" needs and that are not installed; "" if all of them are there."""
+    packages = {"cudnn": "nvidia-cudnn-frontend", "cutlass": "nvidia-cutlass-dsl"}
+    return ", ".join(name for module, name in packages.items() if importlib.util.find_spec(module) is None)
 
 
 integer_check: Callable[[], bool] | None = None  # compares the integer kernels with the reference; ops/conv sets it
@@ -167,10 +182,10 @@ def _integer_check_alone() -> bool:
 _integer_passes: bool | None = None  # one look at the disk per process
 
 
-def _check_interpreter(device: torch.device) -> None:
+def _check_interpreter(device: torch.device, backend: str) -> None:
     if not has_triton() or not interpreted():
         raise runtime_error(
-            "nvfp4: backend 'triton' cannot run here.",
+            f"nvfp4: backend {backend!r} cannot run here.",
             got=f"tensors on {device}",
             needs="a CUDA GPU of compute capability 8.0 or newer, and Triton "
             "(on a CPU: TRITON_INTERPRET=1 before triton is imported, for tests)",
@@ -193,6 +208,11 @@ def interpreted() -> bool:
 def kernels_serve(device: torch.device) -> bool:
     """Return True if the vendor backend quantizes tensors of `device` with the Triton kernels."""
     return device.type == "cuda" or (KERNELS_ON_CPU and device.type == "cpu")
+
+
+def kernels_quantize(backend: str, device: torch.device) -> bool:
+    """Return True if a backend, resolved already, quantizes tensors of `device` with the Triton kernels."""
+    return backend in ("triton", "cudnn") or (backend == "vendor" and kernels_serve(device))
 
 
 def kernels_run(device: torch.device) -> bool:

@@ -35,7 +35,7 @@ def explain(device: torch.device) -> dict[str, str]:
         why = "CUDA: quantization by Triton kernels, convolutions by cuDNN on exact dequantized operands"
     else:
         why = "CUDA: FP4 tensor cores by Triton kernels; the self-test has passed on this GPU"
-    return {"backend": chosen, "why": why, "triton": _about_triton(device)}
+    return {"backend": chosen, "why": why, "triton": _about_triton(device), "cudnn": _about_cudnn(device)}
 
 
 def _about_cpu(chosen: str) -> str:
@@ -74,3 +74,12 @@ def _about_triton(device: torch.device) -> str:
     if cache.selftest_passed(device):
         return "the default here"
     return "can run on the FP4 tensor cores; becomes the default when `te-nvfp4-cv selftest` has passed"
+
+
+def _about_cudnn(device: torch.device) -> str:
+    if torch.cuda.get_device_capability(device) != dispatch.CUDNN_CAPABILITY:
+        return "needs compute capability 10.0"
+    missing = dispatch.missing_for_cudnn()
+    if missing:
+        return f"needs {missing}: pip install 'te_nvfp4_cv[cudnn]'"
+    return "can run; `te-nvfp4-cv selftest --backend cudnn` checks it"

@@ -39,7 +39,7 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
         recipe: An NVFP4BlockScaling, TransformerEngine's object of that name, the name or path of a recipe, or None for
             the default recipe.
         enabled: If False, everything inside runs in high precision, explicit NVFP4 modules too.
-        backend: "auto", "reference", "integer", "vendor" or "triton". One that cannot run raises an error.
+        backend: "auto", "reference", "integer", "vendor", "triton" or "cudnn". One that cannot run raises an error.
         amax_reduction_group: A torch.distributed process group whose ranks quantize training operands with one tensor
             scale, that of the largest amax of all ranks. They must run the same layers in the same order, with empty
             batches too; ranks that meet in different layers get an error that names both. The amaxes travel over a
@@ -77,7 +77,7 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
         resolved = checked_recipe(recipe)
         dispatch.check_backend(backend)
         # The choices that may be impossible: say so here, not at the first layer.
-        if backend == "triton":
+        if backend in ("triton", "cudnn"):
             dispatch.resolve(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         elif backend == "integer":
             dispatch.resolve(backend, torch.device("cpu"))

@@ -64,7 +64,7 @@ class NVFP4Precision(_Base):
             the default recipe.
         dtype: The dtype of torch.autocast: "bf16", "fp16" (with a GradScaler), or "fp32" (no autocast).
         device: The device of torch.autocast. If None, the Trainer's.
-        backend: "auto", "reference", "integer", "vendor" or "triton", as for nvfp4_autocast.
+        backend: "auto", "reference", "integer", "vendor", "triton" or "cudnn", as for nvfp4_autocast.
         share_amax: Let all ranks quantize with one tensor scale, that of the largest amax.
         root: The attribute of the LightningModule whose modules the recipe's [precision] table names. The default ""
             is the LightningModule itself.

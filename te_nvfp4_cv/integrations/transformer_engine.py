@@ -56,7 +56,7 @@ def recipe(r: object = None, *, backend: str = "auto") -> Any:
 
     Args:
         r: An NVFP4BlockScaling recipe, this package's or TransformerEngine's, or None for the default recipe.
-        backend: "auto", "reference", "vendor" or "triton".
+        backend: "auto", "reference", "vendor", "triton" or "cudnn".
     Raises:
         ValueError: TransformerEngine's layers cannot follow the recipe: it has delayed scales, or several values of
             backward_override.

@@ -98,7 +98,7 @@ class Producer:
         """Return True if `quantize` gives what this call needs."""
         s = plan.input
         return (
-            (plan.backend == "triton" or (plan.backend == "vendor" and dispatch.kernels_serve(self.z.device)))
+            dispatch.kernels_quantize(plan.backend, self.z.device)
             and plan.folds[0].strips == 1
             and self.z.shape[1] // plan.geometry.groups % 16 == 0
             and s.four_over_six is None

@@ -37,7 +37,7 @@ class NVFP4Module(nn.Module):
 
     Args:
         recipe: The layer's recipe. If None, the layer follows the context, or the default recipe outside of all.
-        backend: The layer's backend outside of a context: "auto", "reference", "integer", "vendor" or "triton".
+        backend: The layer's backend outside of a context: "auto", "reference", "integer", "vendor", "triton", "cudnn".
         *args: The parameters of torch's layer.
         **kwargs: The parameters of torch's layer.
     Raises:

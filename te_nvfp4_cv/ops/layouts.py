@@ -18,7 +18,9 @@ from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, RECORD, RECORDS, Face, OperandSpec, WeightSpec
 
-Make = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+Shape = tuple[int, ...]
+Shapes = tuple[Shape, Shape, Shape, Shape]
+Make = Callable[[Shape, torch.dtype, torch.device], Tensor]
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}  # by the image's rank
 
@@ -128,20 +130,26 @@ def operand_faces(
         make: allocates dequantized values, which live for one call only.
         block: how many values share a scale.
     """
-    channels, f = x.shape[-1], spec.fold
+    try:
+        shapes = _cached_operand_shapes(x.shape, spec, block)
+    except TypeError:  # a traced size has no hash
+        shapes = _operand_shapes(x.shape, spec, block)
+    return _face(x, spec.row, *shapes[0], dtype, make), _face(x, spec.col, *shapes[1], dtype, make)
+
+
+def _operand_shapes(x: tuple[int, ...], spec: OperandSpec, block: int) -> tuple[Shapes, Shapes]:
+    """Return for either face the shapes of its packed data, of its scale, of its values and of its records."""
+    channels, f = x[-1], spec.fold
     blocks, scales = (spec.groups * -(-(channels // spec.groups) // size) for size in (BLOCK, block))
-    folded = (f.rows, *x.shape[2:-1], channels) if x.dim() > 2 else (channels,)
-    row = _face(x, spec.row, (*x.shape[:-1], blocks * 8), (*x.shape[:-1], scales), tuple(x.shape), dtype, make)
-    columns, column_scales = (f.images // BLOCK, *folded), (-(-f.images // block), *folded)
-    col = _face(x, spec.col, (*columns, 8), column_scales, (f.images, *folded), dtype, make)
+    folded = (f.rows, *x[2:-1], channels) if len(x) > 2 else (channels,)
+    row = ((*x[:-1], blocks * 8), (*x[:-1], scales), tuple(x), (*x[:-1], blocks * RECORD))
+    columns, column_scales = (f.images // BLOCK, *folded, 8), (-(-f.images // block), *folded)
     # Records of columns lie as wgrad adds them up: pixel, block of images, channel.
     records = (*folded[:-1], f.images // BLOCK, channels * RECORD)
-    row = _records(x, (*x.shape[:-1], blocks * RECORD), make) if spec.row == RECORDS else row
-    return row, _records(x, records, make) if spec.col == RECORDS else col
+    return row, (columns, column_scales, (f.images, *folded), records)
 
 
-def _records(like: Tensor, shape: tuple[int, ...], make: Make) -> Face:
-    return Face(make(shape, torch.uint8, like.device), like.new_empty(0, dtype=torch.uint8))
+_cached_operand_shapes = functools.lru_cache(maxsize=4096)(_operand_shapes)
 
 
 def weight_faces(w: Tensor, spec: WeightSpec, dtype: torch.dtype, block: int = BLOCK) -> tuple[Face, Face]:
@@ -150,9 +158,9 @@ def weight_faces(w: Tensor, spec: WeightSpec, dtype: torch.dtype, block: int = B
     kb, ob = -(-c // BLOCK), -(-(n // spec.groups) // BLOCK)
     scales_k, scales_o = -(-c // block), -(-(n // spec.groups) // block)
     row_scale = (spec.groups, scales_o, taps, scales_k) if spec.two_d else (n, taps, scales_k)
-    columns = (spec.groups, ob, taps, c)
-    row = _face(w, spec.row, (n, taps, kb * 8), row_scale, (n, taps, c), dtype, _new)
-    return row, _face(w, spec.col, (*columns, 8), (spec.groups, scales_o, taps, c), (n, taps, c), dtype, _new)
+    columns, values = (spec.groups, ob, taps, c), (n, taps, c)  # weights have no records
+    row = _face(w, spec.row, (n, taps, kb * 8), row_scale, values, values, dtype, _new)
+    return row, _face(w, spec.col, (*columns, 8), (spec.groups, scales_o, taps, c), values, values, dtype, _new)
 
 
 def _face(
@@ -161,11 +169,14 @@ def _face(
     data: tuple[int, ...],
     scale: tuple[int, ...],
     values: tuple[int, ...],
+    records: tuple[int, ...],
     dtype: torch.dtype,
     make: Make,
 ) -> Face:
-    """Return one face in its form; `values` is its shape once it is dequantized."""
+    """Return one face in its form, of which the shapes are given; one that is not asked for is empty."""
     if form == PACKED:
         return Face(like.new_empty(data, dtype=torch.uint8), like.new_empty(scale, dtype=torch.uint8))
     empty = like.new_empty(0, dtype=torch.uint8)
+    if form == RECORDS:
+        return Face(make(records, torch.uint8, like.device), empty)
     return Face(make(values, dtype, like.device) if form == DEQUANTIZED else torch.empty_like(empty), empty)

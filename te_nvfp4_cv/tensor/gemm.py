@@ -40,7 +40,7 @@ def gemm(
         bias: added in fp32 before the cast, one value per column of the result.
         accumulate: add the result to `out` in fp32 before the cast.
         out: written in place and returned; its dtype is then the result's.
-        backend: "auto", "reference", "vendor" or "triton". The integer backend multiplies layers only.
+        backend: "auto", "reference", "vendor", "triton" or "cudnn". The integer backend multiplies layers only.
     Returns:
         Tensor of out_dtype; "TN" and "NN" keep a's leading dimensions.
     Raises:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.formats import BLOCK, round_up
+from te_nvfp4_cv.ops.gemm.cublas import pad_scales as pad_scales
+from te_nvfp4_cv.ops.gemm.cublas import swizzle_scales as swizzle_scales
 
 
 def te_to_ntile(data: Tensor, scale: Tensor, spatial: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
@@ -38,21 +40,6 @@ def ntile_to_te(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     te_data = data.permute(*order, rank + 2).reshape(channels, rows * (BLOCK // 2))
     te_scale = scale.view(torch.uint8).permute(*order).reshape(channels, rows)
     return te_data, te_scale.view(scale.dtype)
-
-
-def pad_scales(scale: Tensor) -> Tensor:
-    """Pad the block scales [R, C], uint8 or float8_e4m3fn, with zeros to multiples of 128 rows and 4 columns."""
-    rows, cols = scale.shape
-    padded = torch.zeros(round_up(rows, 128), round_up(cols, 4), dtype=torch.uint8, device=scale.device)
-    padded[:rows, :cols] = scale.view(torch.uint8)
-    return padded.view(scale.dtype)
-
-
-def swizzle_scales(padded: Tensor) -> Tensor:
-    """Return padded scales [R, C] in the FP4 tensor cores' order, same shape: 128x4 tiles, each 32 x 4 x 4 bytes."""
-    rows, cols = padded.shape
-    tiles = padded.view(torch.uint8).reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(rows, cols).view(padded.dtype)
 
 
 def unswizzle_scales(swizzled: Tensor) -> Tensor:

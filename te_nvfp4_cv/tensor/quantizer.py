@@ -40,7 +40,7 @@ class NVFP4Quantizer:
         nvfp4_use_4over6: choose block scales by error, nvfp4_4over6_err_mode "MAE" or "MSE".
         nvfp4_e4m3_max: 448, or 256 with 4over6 (448 without it, whatever is given).
         with_random_sign_mask: the fixed signs of the RHT.
-        backend: "auto", "reference", "integer", "vendor" or "triton".
+        backend: "auto", "reference", "integer", "vendor", "triton" or "cudnn".
     Raises:
         ValueError: options that exclude each other.
 

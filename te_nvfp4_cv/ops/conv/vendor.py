@@ -42,7 +42,7 @@ def fprop(
         g = geometry.at_least_2d
         y = convolution(_channels_first(x.data, g.x_shape), _kernel(w.data, g), inner, g)
         y = _channels_last(y, geometry.y_shape)
-    return _finish(y, alpha, outer, dtype)
+    return finish(y, alpha, outer, dtype)
 
 
 def dgrad(
@@ -55,11 +55,11 @@ def dgrad(
 ) -> Tensor:
     """Multiply as operators.conv_dgrad does; the scales are empty. out: as for fprop."""
     if geometry.rank == 0:
-        return _finish(_product(dy.data, w.data[:, 0], alpha, out), alpha, None, dtype)
+        return finish(_product(dy.data, w.data[:, 0], alpha, out), alpha, None, dtype)
     g = geometry.at_least_2d
     dy_first, x_like = _channels_first(dy.data, g.y_shape), _empty_image(dy.data, g.x_shape)
     dx, _, _ = convolution_backward(dy_first, x_like, _kernel(w.data, g), g, [True, False, False])
-    return _finish(_channels_last(dx, geometry.x_shape), alpha, None, dtype)
+    return finish(_channels_last(dx, geometry.x_shape), alpha, None, dtype)
 
 
 def wgrad(
@@ -83,7 +83,7 @@ def wgrad(
         dw = _channels_last(dw, geometry.weight_shape)
     if isinstance(alpha, Tensor) and alpha.numel() != 1:  # one factor per channel of x
         alpha = alpha.view(-1, 1, 1) if geometry.transposed else alpha
-    return _finish(dw, alpha, None, dtype)
+    return finish(dw, alpha, None, dtype)
 
 
 def _product(a: Tensor, b: Tensor, alpha: Tensor | Alpha | None, out: Tensor | None = None) -> Tensor:
@@ -143,7 +143,7 @@ def _empty_image(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape).movedim(-1, 1)
 
 
-def _finish(y: Tensor, alpha: Tensor | Alpha | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def finish(y: Tensor, alpha: Tensor | Alpha | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return round(y * alpha + bias) in `dtype`, with one rounding; y is contiguous and may be overwritten."""
     if alpha is None:
         return y.to(dtype)

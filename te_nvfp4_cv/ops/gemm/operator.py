@@ -9,8 +9,8 @@
 
 A row-scaled operand is multiplied with amax 1, and its rows' amax is applied after: f32(row * column) where the other
 operand has one amax, else rows, then columns. A non-finite amax of either operand makes the whole result non-finite.
-The inner product is that of reference.py, vendor.py or triton/launch.py. Nothing is checked here: tensor/gemm.py
-refuses what does not fit.
+The inner product is that of reference.py, vendor.py, cublas.py or triton/launch.py. Nothing is checked here:
+tensor/gemm.py refuses what does not fit.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend.registration import without_autocast
-from te_nvfp4_cv.ops.gemm import reference, vendor
+from te_nvfp4_cv.ops.gemm import cublas, reference, vendor
 
 
-def _implementation(backend: str) -> Any:
-    """Return the module whose `multiply` serves a backend; the Triton one is imported when it is first used."""
-    if backend == "triton":
+def _implementation(backend: str, a: Tensor, b: Tensor) -> Any:
+    """Return the module whose `multiply` serves packed a and b; the Triton one is imported when it is first used."""
+    if backend == "cudnn" and cublas.takes(a.shape[-1] * 2, b.shape[0]):
+        return cublas
+    if backend in ("triton", "cudnn"):
         from te_nvfp4_cv.ops.gemm.triton import launch
 
         return launch
@@ -57,7 +59,7 @@ def gemm(
     (a_data, a_scale, a_amax), (b_data, b_scale, b_amax) = a, b
     a_e4m3_max, a_row_scaled, b_e4m3_max, b_row_scaled = scaling
     with torch.autocast(a_data.device.type, enabled=False):
-        total = _implementation(backend).multiply(a_data, a_scale, b_data, b_scale)
+        total = _implementation(backend, a_data, b_data).multiply(a_data, a_scale, b_data, b_scale)
     if a_row_scaled or b_row_scaled:
         one = torch.ones_like(a_amax[:1])
         total = total * formats.alpha(one, one, a_e4m3_max, b_e4m3_max)

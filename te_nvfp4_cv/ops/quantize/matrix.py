@@ -47,8 +47,8 @@ def quantize(
         amax_rowwise: fp32. If None, it is computed; pass it when ranks must agree.
         amax_columnwise: fp32, after RHT. If None, it is computed, or copied from amax_rowwise without RHT.
         seed: int64 Philox key, needed for stochastic rounding.
-        backend: "reference", "integer" or "vendor" (the same kernels on a CPU), or "triton". It is resolved already:
-            "auto" is not a backend.
+        backend: "reference", "integer" or "vendor" (the same kernels on a CPU), "triton" or "cudnn". It is resolved
+            already: "auto" is not a backend.
         **spec: fields of MatrixSpec, for example rowwise=True, columnwise=True, rht=True.
     Returns:
         Faces(row_data, row_scale, row_amax, col_data, col_scale, col_amax).
@@ -143,13 +143,13 @@ def _implementation(backend: str) -> Callable[..., Faces]:
     """Return the quantize_2d of a backend; cpu.py is imported when it is first used, since it starts a compiler."""
     if backend == "reference":
         return reference_matrix.quantize_2d
-    if backend in ("integer", "vendor", "triton"):
+    if backend in ("integer", "vendor", "triton", "cudnn"):
         from te_nvfp4_cv.ops.quantize import cpu
 
-        return functools.partial(cpu.quantize_2d, kernels=True) if backend == "triton" else cpu.quantize_2d
+        return functools.partial(cpu.quantize_2d, kernels=True) if backend in ("triton", "cudnn") else cpu.quantize_2d
     raise errors.value_error(
         "nvfp4 quantize: unknown backend.",
         got=f"backend={backend!r}",
-        needs="'reference', 'integer', 'vendor' or 'triton'",
+        needs="'reference', 'integer', 'vendor', 'triton' or 'cudnn'",
         fix="let nvfp4_autocast or NVFP4Quantizer choose with backend='auto'",
     )

@@ -66,7 +66,7 @@ from te_nvfp4_cv.ops.records import (
 
 def _implementation(backend: str, device: torch.device) -> Any:
     """Return the module that quantizes tensors of `device` for a backend. The Triton one is imported at first use."""
-    if backend == "triton" or (backend == "vendor" and dispatch.kernels_serve(device)):
+    if dispatch.kernels_quantize(backend, device):
         from te_nvfp4_cv.ops.quantize.triton import launch
 
         return launch
@@ -242,8 +242,7 @@ def quantize_experts(w: Tensor, spec: WeightSpec, dtype: torch.dtype, backend: s
 
 def serves_directly(x: Tensor, backend: str) -> bool:
     """Return True if Triton kernels quantize and unpack such tensors, without torch's dispatcher between."""
-    kernels = backend == "triton" or (backend == "vendor" and dispatch.kernels_serve(x.device))
-    return kernels and x.numel() > 0 and runs_directly(x)
+    return dispatch.kernels_quantize(backend, x.device) and x.numel() > 0 and runs_directly(x)
 
 
 def measure_weight(w: Tensor, spec: WeightSpec, backend: str, move: Move | None) -> Tensor:

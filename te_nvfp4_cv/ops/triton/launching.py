@@ -5,17 +5,24 @@ training step asks the same again and again. So the compiled kernel is kept here
 on, finer than Triton does: the device, each tensor's dtype and whether its address is a multiple of 16, each number,
 each constant and option. Known kernels are launched by their own `kernel[grid]`, with addresses in place of tensors;
 everything else takes Triton's way: first launches, the interpreter, and launches that nothing may come from (ahead.py).
+
+    start       any launch
+    Bound       one that repeats with other tensors: grid, numbers and constants are put together once
+    Repeated    the same of a kernel whose tile may be searched for
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+
+from te_nvfp4_cv.backend import tuning
 
 MOST = 8192  # kept; networks have a few hundred, but sizes that vary from call to call would go on
 KEEPS = True  # ahead.py turns it off: what it compiles is not launched
@@ -50,8 +57,8 @@ class Compilations:
 _compilations = Compilations()
 
 
-def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run `kernel[grid](*arguments, **constants)`.
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> tuple[Any, list[Any]] | None:
+    """Run `kernel[grid](*arguments, **constants)`. Returns what to launch again, a compiled kernel and its constants.
 
     Args:
         grid: one to three numbers.
@@ -60,7 +67,7 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any)
     """
     if not KEEPS or type(kernel) is not JITFunction:
         kernel[grid](*arguments, **constants)
-        return
+        return None
     # In comprehensions, because this runs before each kernel. A kernel's own hash would be computed from its source.
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     kinds = [a if a is v else (a.dtype, v % 16 == 0) for a, v in zip(arguments, values, strict=True)]
@@ -72,8 +79,74 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any)
         _compilations.add(time.perf_counter() - began)
         if len(_known) >= MOST:
             _known.clear()
+        if made is None:
+            return None
+        # The kernel itself too: its id is in the key.
+        _known[key] = found = made, [constants[name] for name in kernel.arg_names if name in constants], kernel
+    else:
+        found[0][(*grid, 1, 1)[:3]](*values, *found[1])
+    return found[:2]
+
+
+class Bound:
+    """A launch of which everything but the tensors is decided. Their dtypes must be the same at each call.
+
+    Args:
+        kernel, grid, constants: as `start` takes them.
+        numbers: the arguments after the tensors that are no constants.
+        views: place and dtype of tensors that the kernel reads as another dtype.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: Sequence[int | float],
+        constants: dict[str, Any],
+        views: Sequence[tuple[int, torch.dtype]] = (),
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.constants, self.views = kernel, grid, numbers, constants, views
+        self.whole_grid = (*grid, 1, 1)[:3]
+        self.known: dict[tuple[int, ...], tuple[Any, list[Any]]] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch it with these tensors."""
+        addresses = [t.data_ptr() for t in tensors]
+        # What Triton asks of a tensor, its dtype aside: multiples of 16 are loaded in wider pieces.
+        key = (tensors[0].get_device(), *[address & 15 for address in addresses])
+        found = self.known.get(key)
+        if found is not None and KEEPS:
+            found[0][self.whole_grid](*addresses, *self.numbers, *found[1])
+            return
+        typed = list(tensors)
+        for place, dtype in self.views:
+            typed[place] = typed[place].view(dtype)
+        made = start(self.kernel, self.grid, *typed, *self.numbers, **self.constants)
         if made is not None:
-            _known[key] = made, [constants[name] for name in kernel.arg_names if name in constants], kernel
-        return
-    compiled, named, _ = found
-    compiled[(*grid, 1, 1)[:3]](*values, *named)
+            self.known[key] = made
+
+
+class Repeated:
+    """Launches of one kernel by calls that are alike: with the tile of the table, or with one that a search found.
+
+    Args:
+        name: of the kernel in the tables of backend/tuning.py.
+        device: where it runs.
+        key: as tuning.config takes it.
+        bind: makes the launch for a tile.
+    """
+
+    def __init__(
+        self, name: str, device: torch.device, key: tuple[int, ...], bind: Callable[[tuning.Config], Bound]
+    ) -> None:
+        self.name, self.key, self.bind, self.arch = name, key, bind, tuning.arch_of(device)
+        self.usual = bind(tuning.static(name, self.arch, key))
+
+    def __call__(self, tensors: Callable[[], Sequence[Tensor]]) -> None:
+        """Launch it. A search asks for the tensors again at each of its launches."""
+        if self.arch and tuning.autotune_enabled():
+            self.bind(tuning.config(self.name, self.arch, self.key, lambda config: self.bind(config)(*tensors())))(
+                *tensors()
+            )
+        else:
+            self.usual(*tensors())

@@ -127,18 +127,34 @@ for grouped in (False, True):
             dict(AFFINE=True, BATCH_STATS=True, **merge),
         )
     )
+
+
+def at_most_168_registers(compiled: Any) -> str | None:
+    """Three blocks of 128 threads then share a multiprocessor."""
+    return None if compiled.registers <= 168 else f"{compiled.registers} registers"
+
+
 MADE = _pointers("z residual weight bias mean rstd")
+PRODUCED_SIZES = {"images": "i32", "run": "i32", "per_row": "i32", "channels": "i32"}
 PRODUCED = 512  # values of each of 16 images: 64 elements a thread, 64-bit accesses
 for name, activation, groups, residual, row in (
     ("batch_add_relu", 1, 0, True, 2),
     ("batch_relu_packed", 1, 0, False, 1),
+    ("batch_add_relu_masked", 1, 0, True, 2),
     ("group_silu", 2, 32, False, 2),
     ("batch_hardswish", 3, 0, False, 2),
 ):
     shared = dict(
-        CHANNELS=256, GROUPS=groups, AFFINE=True, RESIDUAL=residual, ACTIVATION=activation, SLOPE=0.0, BLOCK=PRODUCED
+        GROUPS=groups,
+        GROUP_CHANNELS=256 // groups if groups else 0,
+        AFFINE=True,
+        RESIDUAL=residual,
+        ACTIVATION=activation,
+        SLOPE=0.0,
+        MASKED="masked" in name,
+        BLOCK=PRODUCED,
     )
-    more: dict[str, Any] = dict(expect=[r"ld\.global\.v2\.b32"])
+    more: dict[str, Any] = dict(expect=[r"ld\.global\.v2\.b32", at_most_168_registers])
     pointers = _pointers(
         "mask amax row_data row_scale col_data col_scale work seen collected saturated_blocks",
         mask="*u8",
@@ -152,20 +168,21 @@ for name, activation, groups, residual, row in (
     produce = _case(
         f"produce_{name}",
         "produce_kernel",
-        {**MADE, **pointers, "images": "i32", "run": "i32", "per_row": "i32"},
+        {**MADE, **pointers, **PRODUCED_SIZES},
         dict(KEEP=activation == 1, ROW=row, COL=1, RHT=True, OBSERVE=26, E4M3_MAX=448, **shared),
-        instructions_per_element=(16 * PRODUCED, 90),
+        instructions_per_element=(16 * PRODUCED, lambda arch, row=row: 68 if row == 1 else 90),
         **more,
     )
     measure = _case(
         f"produced_amax_{name}",
         "produced_amax_kernel",
-        {**MADE, "work": "*i32", "amax": "*fp32", "images": "i32", "run": "i32", "per_row": "i32", "tiles": "i32"},
+        {**MADE, "work": "*i32", "amax": "*fp32", **PRODUCED_SIZES, "tiles": "i32"},
         dict(RHT=True, POW2=False, E4M3_MAX=448, **shared),
         instructions_per_element=(16 * PRODUCED, 45),
         **more,
     )
-    for case in (produce, measure) if row == 2 else (produce,):
+    for case in (produce, measure) if row == 2 and "masked" not in name else (produce,):
         case["fn"] = ("te_nvfp4_cv.ops.norm.triton.quantize_kernels", case["fn"][1])
-        case["options"] = dict(num_warps=4, enable_fp_fusion=False)
+        divisible = [name for name in case["signature"] if case["signature"][name][0] == "*"]
+        case["options"] = dict(num_warps=4, enable_fp_fusion=False, divisible=[*divisible, "images", "run", "channels"])
         CASES.append(case)

@@ -20,7 +20,8 @@ EXACT = [*NO_FP8, r"!(add|sub|mul|fma|div)[.\w]*\.ftz\.f32", r"!fma\.rn\.bf16", 
 WIDE_LOADS = [r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global[.\w:]*\.v2\.b32"]
 WIDE_STORES = [r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64|st\.global[.\w:]*\.v2\.b32"]
 CONVERTING = (100, 120)  # with an instruction for E2M1; 100 also computes pairs of fp32 values
-PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks", "words", "w_programs")  # not specialized
+# Not specialized.
+PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks", "words", "w_programs", "per_row")
 INTEGERS = ("images", "rows", "run", "per_row", "word2")
 FACTOR = dict(factor="*fp32", other="*fp32", number="fp32")
 WATCH = dict(work="*i32", seen="*fp32", collected="*fp32", saturated="*fp64")

@@ -101,7 +101,7 @@ def prepare(w: Tensor, scale: Tensor, g: ConvGeometry, to_b: bool, step: int, gp
     return out, out_scale
 
 
-def _data(
+def data(
     x: Face,
     w: Face,
     alpha: Tensor | None,
@@ -165,13 +165,13 @@ def fprop(
     x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
 ) -> Tensor:
     """Run the operator conv_fprop. Without alpha the operands carry the tensor scales."""
-    return _data(x, w, alpha, bias, geometry, not geometry.transposed, dtype)
+    return data(x, w, alpha, bias, geometry, not geometry.transposed, dtype)
 
 
 @on_its_device
 def dgrad(dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Run the operator conv_dgrad."""
-    return _data(dy, w, alpha, None, geometry, geometry.transposed, dtype)
+    return data(dy, w, alpha, None, geometry, geometry.transposed, dtype)
 
 
 # ---- wgrad ----------------------------------------------------------------------------------------------------------

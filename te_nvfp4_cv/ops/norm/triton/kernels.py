@@ -45,7 +45,7 @@ def tile_address(
     return base, at, rows < inner, cols < channels - first_channel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_image", "items"])
 def statistics_kernel(
     z,
     partial,
@@ -260,7 +260,7 @@ def apply_kernel(
     tl.store(y + base + at, activated(u, ACTIVATION, SLOPE).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_image", "items"])
 def backward_sums_kernel(
     dy,
     z,

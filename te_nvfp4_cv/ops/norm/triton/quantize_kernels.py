@@ -19,7 +19,7 @@ import triton.language as tl
 from te_nvfp4_cv.ops.norm.triton.activations import activated
 from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_amaxes, finish_observed
 from te_nvfp4_cv.ops.triton import numerics as nx
-from te_nvfp4_cv.ops.triton import packing
+from te_nvfp4_cv.ops.triton import packing, ptx
 
 
 @triton.jit
@@ -29,25 +29,36 @@ def produced_tile(
     first,
     images,
     run,
-    CHANNELS: tl.constexpr,
+    channels,
     GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
     AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     KEEP: tl.constexpr,
+    MASKED: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Return the 16 fp32 vectors of activations, image line * 16 + i, values first + lane; 0 where there are none.
 
     tensors: z, residual, weight, bias, mean, rstd and the mask, which is written if KEEP.
-    GROUPS: the groups of group normalization (mean, rstd [images, GROUPS]); 0 is batch normalization ([CHANNELS]).
+    GROUPS: the groups of group normalization (mean, rstd [images, GROUPS]), of GROUP_CHANNELS channels each, constants
+    because each value's channel is divided by them; both are 0 with batch normalization ([channels]).
+    MASKED: some values or images are not there. PAIRS: as in ptx.widen.
     """
     z, residual, weight, bias, mean, rstd, mask = tensors
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
     # `first` has 64 bits: it is reduced as a scalar before the lanes are added.
-    channel = ((first % CHANNELS).to(tl.int32) + lane) % CHANNELS
+    if GROUPS:
+        known: tl.constexpr = GROUPS * GROUP_CHANNELS
+        channel = ((first % known).to(tl.int32) + lane) % known
+    else:  # channels are a multiple of 16, so the lanes of a block need one division
+        per_pixel = channels // 16
+        block = ((first // 16) % per_pixel).to(tl.int32) + tl.arange(0, BLOCK // 16)
+        channel = tl.reshape((block % per_pixel)[:, None] * 16 + tl.arange(0, 16)[None, :], (BLOCK,))
     scale = tl.full((BLOCK,), 1.0, tl.float32)
     shift = tl.zeros((BLOCK,), tl.float32)
     if AFFINE:
@@ -62,30 +73,43 @@ def produced_tile(
         image = line.to(tl.int64) * 16 + i
         there = inside & (image < images)
         origin = image * run + first
-        value = tl.load(z + origin + lane, mask=there, other=0.0)
+        if MASKED:
+            value = tl.load(z + origin + lane, mask=there, other=0.0)
+        else:
+            value = tl.load(z + origin + lane)
         if GROUPS:
             # An image past the end reads the statistics of the last one; its values become zeros below.
-            group = tl.minimum(image, images - 1) * GROUPS + channel // (CHANNELS // GROUPS)
+            group = tl.minimum(image, images - 1) * GROUPS + channel // GROUP_CHANNELS
             centre = tl.load(mean + group)
             factor = tl.load(rstd + group) * scale
-        u = tl.fma(value.to(tl.float32) - centre, factor, shift)
+        u = tl.fma(ptx.widen(value, PAIRS) - centre, factor, shift)
         if RESIDUAL:
-            u += tl.load(residual + origin + lane, mask=there, other=0.0).to(tl.float32)
+            if MASKED:
+                u += ptx.widen(tl.load(residual + origin + lane, mask=there, other=0.0), PAIRS)
+            else:
+                u += ptx.widen(tl.load(residual + origin + lane), PAIRS)
         if KEEP:
-            bits = tl.reshape(tl.where(~(u <= 0.0) & there, 1, 0), (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
+            passes = ~(u <= 0.0)
+            if MASKED:
+                passes = passes & there
+            bits = tl.reshape(tl.where(passes, 1, 0), (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
             byte = tl.arange(0, BLOCK // 8)
-            filled = (byte * 8 < run - first) & (image < images)
-            tl.store(mask + origin // 8 + byte, tl.sum(bits, 1).to(tl.uint8), mask=filled)
+            place = mask + origin // 8 + byte
+            if MASKED:
+                filled = (byte * 8 < run - first) & (image < images)
+                tl.store(place, tl.sum(bits, 1).to(tl.uint8), mask=filled)
+            else:
+                tl.store(place, tl.sum(bits, 1).to(tl.uint8))
         y = activated(u, ACTIVATION, SLOPE)
-        # Rounded to z's dtype, as if the activation had been stored and read again. Zeros where there is no value,
-        # because the activation of a padding zero is not 0.
-        y = nx.round_bf16(y, False) if value.dtype == tl.bfloat16 else y.to(value.dtype).to(tl.float32)
-        y = tl.where(there, y, 0.0)
+        # Rounded to z's dtype, as if the activation had been stored and read again.
+        y = nx.round_bf16(y, PAIRS) if value.dtype == tl.bfloat16 else y.to(value.dtype).to(tl.float32)
+        if MASKED:  # because the activation of a padding zero is not 0
+            y = tl.where(there, y, 0.0)
         tile = tile + (y,)
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_row", "tiles"])
 def produced_amax_kernel(
     z,
     residual,
@@ -99,12 +123,14 @@ def produced_amax_kernel(
     run,
     per_row,
     tiles,
-    CHANNELS: tl.constexpr,
+    channels,
     GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
     AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
+    MASKED: tl.constexpr,
     RHT: tl.constexpr,
     POW2: tl.constexpr,
     E4M3_MAX: tl.constexpr,
@@ -119,7 +145,22 @@ def produced_amax_kernel(
         first = (item % per_row).to(tl.int64) * BLOCK
         line = item // per_row
         tile = produced_tile(
-            tensors, line, first, images, run, CHANNELS, GROUPS, AFFINE, RESIDUAL, ACTIVATION, SLOPE, False, BLOCK
+            tensors,
+            line,
+            first,
+            images,
+            run,
+            channels,
+            GROUPS,
+            GROUP_CHANNELS,
+            AFFINE,
+            RESIDUAL,
+            ACTIVATION,
+            SLOPE,
+            False,
+            MASKED,
+            False,
+            BLOCK,
         )
         row_top = nx.max_nan(row_top, nx.max16(tile, False))
         if RHT:
@@ -134,7 +175,7 @@ def produced_amax_kernel(
     finish_amaxes(work, amax, 2, not RHT, POW2, E4M3_MAX)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_row"])
 def produce_kernel(
     z,
     residual,
@@ -155,13 +196,15 @@ def produce_kernel(
     images,
     run,
     per_row,
-    CHANNELS: tl.constexpr,
+    channels,
     GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
     AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     KEEP: tl.constexpr,
+    MASKED: tl.constexpr,
     ROW: tl.constexpr,
     COL: tl.constexpr,
     RHT: tl.constexpr,
@@ -181,31 +224,53 @@ def produce_kernel(
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
     tensors = (z, residual, weight, bias, mean, rstd, mask)
+    pairs: tl.constexpr = ROW != 2  # codes leave more registers than values do
     tile = produced_tile(
-        tensors, line, first, images, run, CHANNELS, GROUPS, AFFINE, RESIDUAL, ACTIVATION, SLOPE, KEEP, BLOCK
+        tensors,
+        line,
+        first,
+        images,
+        run,
+        channels,
+        GROUPS,
+        GROUP_CHANNELS,
+        AFFINE,
+        RESIDUAL,
+        ACTIVATION,
+        SLOPE,
+        KEEP,
+        MASKED,
+        pairs,
+        BLOCK,
     )
     row_top = tl.zeros((BLOCK // 16,), tl.float32)
     saturated = tl.zeros((BLOCK // 16,), tl.int32)
     if ROW != 0:
         mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
+        limit = (run - first).to(tl.int32)
         for i in tl.static_range(16):
             image = line.to(tl.int64) * 16 + i
             v = tl.reshape(tile[i], (BLOCK // 16, 16))
-            amax_b = nx.max_of_rows(v, False)
+            amax_b = nx.max_of_rows(v, pairs)
             byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
             if OBSERVE:
                 row_top = nx.max_nan(row_top, amax_b)
                 saturated += tl.where(amax_b * mult > 448.0, 1, 0)
-            y = nx.scaled(v, enc[:, None], False)
+            y = nx.scaled(v, enc[:, None], pairs)
             q, word = nx.e2m1_nearest(y)
             origin = image * run + first
             if ROW == 2:
                 value = tl.reshape(nx.signed(q, y) * s_b[:, None], (BLOCK,)).to(row_data.dtype.element_ty)
-                tl.store(row_data + origin + lane, value, mask=inside & (image < images))
+                if MASKED:
+                    tl.store(row_data + origin + lane, value, mask=inside & (image < images))
+                else:
+                    tl.store(row_data + origin + lane, value)
             else:
                 codes = packing.join_rows(word, y, BLOCK, 4)
-                packing.store_rows(row_data, codes, origin >> 4, run - first, image < images, BLOCK, True)
-                packing.store_scale(row_scale, byte, origin >> 4, run - first, image < images, BLOCK, True)
+                # Counted in blocks; within a tile 32 bits are enough.
+                at = (line.to(tl.int64) * 16 * run + first >> 4) + i * (run // 16)
+                packing.store_rows(row_data, codes, at, limit, image < images, BLOCK, MASKED)
+                packing.store_scale(row_scale, byte, at, limit, image < images, BLOCK, MASKED)
     if OBSERVE:
         total = tl.sum(saturated, 0)
         tl.atomic_max(work + pid % SLOTS, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
@@ -214,8 +279,8 @@ def produce_kernel(
         # A rotated face has an amax, and so a tensor scale, of its own.
         mult, s_dec = nx.tensor_factors(tl.load(amax + 1), E4M3_MAX)
         if RHT:
-            tile = nx.rotate16(tile, z.dtype.element_ty == tl.bfloat16, False)
-        amax_b = nx.max16(tile, False)
+            tile = nx.rotate16(tile, z.dtype.element_ty == tl.bfloat16, pairs)
+        amax_b = nx.max16(tile, pairs)
         byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
         if OBSERVE:
             tl.atomic_max(work + SLOTS + pid % SLOTS, tl.max(nx.magnitude_bits(amax_b), 0), sem="relaxed")
@@ -223,13 +288,18 @@ def produce_kernel(
         words = ()
         ys = ()
         for i in tl.static_range(16):
-            y = nx.scaled(tile[i], enc, False)
+            y = nx.scaled(tile[i], enc, pairs)
             q, word = nx.e2m1_nearest(y)
             words = words + (word,)
             ys = ys + (y,)
         column = line.to(tl.int64) * run + first
-        tl.store(col_data + column + lane, packing.join_words(words, ys), mask=inside)
-        tl.store(col_scale + column + lane, byte.to(tl.uint8), mask=inside)
+        both = packing.join_words(words, ys)
+        if MASKED:
+            tl.store(col_data + column + lane, both, mask=inside)
+            tl.store(col_scale + column + lane, byte.to(tl.uint8), mask=inside)
+        else:
+            tl.store(col_data + column + lane, both)
+            tl.store(col_scale + column + lane, byte.to(tl.uint8))
     if OBSERVE:
         # Few tiles saturate, so that few programs wait for this atomic.
         if total > 0:

@@ -49,8 +49,9 @@ def norm_quantize(
     lines = operand.fold.images // BLOCK
     made = (z, z if residual is None else ordered(residual, z), *pointers(norm))
     shared: dict[str, Any] = dict(
-        CHANNELS=channels,
         GROUPS=s.groups,
+        GROUP_CHANNELS=channels // s.groups if s.groups else 0,
+        MASKED=bool(batch % BLOCK or run % block),
         AFFINE=len(norm) == 4,
         RESIDUAL=residual is not None,
         **activation_of(s),
@@ -64,12 +65,12 @@ def norm_quantize(
         start(
             kernels.produced_amax_kernel,
             (min(tiles, PROGRAMS),),
-            *made, zeros(z), used, batch, run, per_row, tiles, RHT=operand.rht and operand.col != NONE,
+            *made, zeros(z), used, batch, run, per_row, tiles, channels, RHT=operand.rht and operand.col != NONE,
             POW2=operand.pow2, E4M3_MAX=operand.e4m3_max if operand.pow2 else E4M3_MAX, **shared,
         )  # fmt: skip
     else:
         used = power_of_two_amax(amax, operand.e4m3_max) if operand.pow2 else amax.contiguous()
-    watched, observe = ((used,) * 4, 0) if watch is None else watch.arguments(True)
+    watched, observe = ((used,) * 4, 0) if watch is None else (watch.tensors(), watch.flags_of(True))
     row, col = operand_faces(z.movedim(1, -1), operand, dtype)
     start(
         kernels.produce_kernel,
@@ -87,6 +88,7 @@ def norm_quantize(
         batch,
         run,
         per_row,
+        channels,
         KEEP=mask.numel() > 0,
         ROW=operand.row,
         COL=operand.col,

@@ -16,7 +16,9 @@ use and kept. Addresses are int64.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +46,7 @@ from te_nvfp4_cv.ops.records import (
     WeightLayout,
     WeightSpec,
 )
-from te_nvfp4_cv.ops.triton.elementwise import parts_of
-from te_nvfp4_cv.ops.triton.launching import start
+from te_nvfp4_cv.ops.triton.launching import Bound, Repeated
 from te_nvfp4_cv.ops.triton.workspace import zeros
 
 
@@ -111,42 +112,49 @@ def _measured(x: Tensor, spec: OperandSpec, rht: bool, pow2: bool, by_expert: Te
     if by_expert is not None and not rht:  # the rows of experts alone: rotating costs little beside reading them
         return _measured(x, spec, True, pow2, by_expert)[:1].repeat(2)
     work, amax = zeros(x), x.new_empty(2, dtype=torch.float32)
-    images, rows, run, source_rows = parts.lines(x, spec.fold, by_expert)
     if not rht:
         parts.amax_flat(x, work, amax, (pow2, spec.e4m3_max))
         return amax
+    raised = spec.e4m3_max if pow2 else 0
+    launch, table = _amaxes_of(x.shape, x.dtype, x.device, spec.fold, raised, by_expert is not None)
     # Folding may leave rows of x out, so that x's own amax needs a pass of its own.
-    apart = source_rows is not None and by_expert is None
-    if apart:
+    if table is not None:
         parts.amax_flat(x, work, None)
-    table = x if source_rows is None else source_rows
+    read = by_expert if table is None else table
+    launch(lambda: (x, x if read is None else read, work, amax))
+    return amax
 
-    def launch(config: tuning.Config) -> None:
+
+@functools.lru_cache(maxsize=4096)
+def _amaxes_of(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, fold: Fold, raised: int, experts: bool
+) -> tuple[Repeated, Tensor | None]:
+    """Return the launch of amax_kernel for operands that are alike, and its table of rows.
+
+    Args:
+        dtype: of x; a launch serves one.
+        raised: the largest block scale, if amaxes are raised to those of powers of two, else 0.
+        experts: a table of rows is given at each launch.
+    """
+    images, rows, run, table = parts.lines(shape, fold, device, experts)
+
+    def bind(config: tuning.Config) -> Bound:
         block = parts.block_width(run, config["BLOCK"])
-        tiles = parts.ceil_div(run, block) * rows * (spec.fold.images // BLOCK)
-        # Programs loop over tiles, so that there are few atomic maxima at the end.
-        start(
-            operand_kernels.amax_kernel,
-            (min(tiles, parts.PROGRAMS),),
-            x,
-            table,
-            work,
-            amax,
-            images,
-            rows,
-            run,
-            tiles,
-            ROW=not apart,
-            FOLDED=source_rows is not None,
-            MASKED=bool(images % BLOCK or run % block or by_expert is not None),
-            POW2=pow2,
-            E4M3_MAX=spec.e4m3_max if pow2 else E4M3_MAX,
+        tiles = parts.ceil_div(run, block) * rows * (fold.images // BLOCK)
+        constants = dict(
+            ROW=table is None,
+            FOLDED=experts or table is not None,
+            MASKED=experts or bool(images % BLOCK or run % block),
+            POW2=raised > 0,
+            E4M3_MAX=raised or E4M3_MAX,
             BLOCK=block,
             **parts.options_of(config),
         )
+        # Programs loop over tiles, so that there are few atomic maxima at the end.
+        grid = (min(tiles, parts.PROGRAMS),)
+        return Bound(operand_kernels.amax_kernel, grid, (images, rows, run, tiles), constants)
 
-    parts.run_kernel("quantize_amax", x, (tuning.bucket(run),), launch)
-    return amax
+    return Repeated("quantize_amax", device, (tuning.bucket(run),), bind), table
 
 
 @on_its_device
@@ -193,37 +201,14 @@ def _quantize_weight(
     kb, ob = parts.ceil_div(c, BLOCK), parts.ceil_div(n // groups, BLOCK)
     row, col = layouts.weight_faces(w, spec, dtype)
     w = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a copy where one stride does not reach all taps
-    stride_o, stride_c, stride_t = w.stride()
-    # Both memory orders of a weight are served: tiles are taken in the order in which they lie.
+    strides = stride_o, stride_t, stride_c = w.stride(0), w.stride(2), w.stride(1)
     if spec.two_d and spec.row != NONE:
-        config = parts.config_of("quantize_tiles", w)
-        per_block = min(config["BLOCK"], parts.power_of_two(taps * kb))
-        start(
-            block_kernels.quantize_tiles_kernel,
-            (parts.ceil_div(taps * kb, per_block), groups * ob),
-            w,
-            amax,
-            parts.words_of(row.data) if spec.row == PACKED else row.scale,
-            row.scale,
-            row.data if values is None else values,
-            *parts_of(amax if factor is None else factor),
-            taps * kb,
-            taps,
-            c,
-            stride_o,
-            stride_t,
-            stride_c,
-            n // groups,
-            ob,
-            kb,
-            TAPS_FIRST=stride_t < stride_c,
-            FORM=spec.row if values is None else PACKED + DEQUANTIZED,
-            FACTOR=0 if factor is None else 2,
-            ERROR=error,
-            E4M3_MAX=spec.e4m3_max,
-            TILES=per_block,
-            **parts.options_of(config),
-        )
+        number = 1.0 if factor is None else factor.number
+        kinds = (w.dtype, dtype, spec, values is not None, factor is not None)
+        a, b = (amax, amax) if factor is None else factor[:2]
+        packed = row.data if spec.row == PACKED else row.scale
+        written = row.data if values is None else values
+        _weight_tiles_of(w.shape, strides, w.device, number, kinds)(w, amax, packed, row.scale, written, a, b)
     elif spec.row != NONE:
         sizes, strides = (n, n, taps, c), (stride_o, stride_t, stride_c)
         blocks = parts.Blocks(n * taps * kb, sizes, strides, False, 1, kb)
@@ -233,6 +218,40 @@ def _quantize_weight(
         blocks = parts.Blocks(groups * ob * taps * c, sizes, strides, True, ob, 1)
         parts.quantize_blocks(w, amax, col, spec.col, blocks, error, spec.e4m3_max)
     return WeightCodes(row, col, amax)
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_tiles_of(
+    shape: torch.Size, strides: tuple[int, int, int], device: torch.device, number: float, kinds: tuple[Any, ...]
+) -> Bound:
+    """Return the launch of quantize_tiles_kernel for weights [n, c, taps] that are alike.
+
+    Args:
+        strides: of rows, taps and channels.
+        number: of the factor.
+        kinds: dtypes of the weight and of its values, the spec, and if values are written beside codes, by a factor.
+    """
+    (n, c, taps), (_, _, spec, unpacks, has_factor) = shape, kinds
+    kb, ob = parts.ceil_div(c, BLOCK), parts.ceil_div(n // spec.groups, BLOCK)
+    config = tuning.config("quantize_tiles", tuning.arch_of(device))
+    per_block = min(config["BLOCK"], parts.power_of_two(taps * kb))
+    constants = dict(
+        # Both memory orders of a weight are served: tiles are taken in the order in which they lie.
+        TAPS_FIRST=strides[1] < strides[2],
+        FORM=PACKED + DEQUANTIZED if unpacks else spec.row,
+        FACTOR=2 if has_factor else 0,
+        ERROR=ERRORS[spec.four_over_six],
+        E4M3_MAX=spec.e4m3_max,
+        TILES=per_block,
+        **parts.options_of(config),
+    )
+    return Bound(
+        block_kernels.quantize_tiles_kernel,
+        (parts.ceil_div(taps * kb, per_block), spec.groups * ob),
+        (number, taps * kb, taps, c, *strides, n // spec.groups, ob, kb),
+        constants,
+        [(2, torch.int64)] * (spec.row == PACKED),
+    )
 
 
 @on_its_device
@@ -304,70 +323,34 @@ class _Job:
         self.row, self.col = faces
         self.seed = amax if seed is None else seed  # kernels that do not draw still want a pointer
         self.error = ERRORS[spec.four_over_six]
-        self.channels = x.shape[-1] // spec.groups
 
     def tiles(self, row: int, col: int, last: bool) -> None:
         """Write both faces of an operand that is not folded, or one face of any operand; `last`: no launch follows."""
-        x, blocks = self.x, parts.ceil_div(self.channels, BLOCK)
-        # Only columns are folded: the rowwise face alone goes through x as it is.
-        fold = self.spec.fold if col != NONE else Fold(1, 0, 1, 0, round_up(x.shape[0], BLOCK))
-        images, rows, run, source_rows = parts.lines(x, fold, self.source_rows if col != NONE else None)
-        folded = source_rows is not None
-        # Blocks must not cross groups: where a group is no multiple of 16, lanes count through its padded channels.
-        ragged = row != NONE and self.channels % BLOCK != 0
-        padded = run // self.channels * blocks * BLOCK if ragged else run
-        (row_data, row_scale), (col_data, col_scale) = self.row, self.col
-        table = x if source_rows is None else source_rows
+        x, watch, experts = self.x, self.watch, self.source_rows if col != NONE else None
+        observe = 0 if watch is None else watch.flags_of(last)
+        launch, table = _tiles_of(x.shape, x.dtype, x.device, self.spec, (row, col), observe, experts is not None)
+        table = table if experts is None else experts
+        faces = (*self.row, *self.col)
 
-        def launch(config: tuning.Config) -> None:
-            block = parts.block_width(padded, config["BLOCK"])
-            per_row = parts.ceil_div(padded, block)
-            watched, observe = ((self.amax,) * 4, 0) if self.watch is None else self.watch.arguments(last)
-            start(
-                operand_kernels.quantize_kernel,
-                (per_row * rows * fold.images // BLOCK,),
-                x,
-                table,
-                self.amax,
-                self.seed,
-                # Eight codes of a row are stored as one int32, sixteen of a column as one int64.
-                row_data.view(torch.int32) if row == PACKED else row_data,
-                row_scale,
-                parts.words_of(col_data) if col == PACKED else col_data,
-                col_scale,
-                *watched,
-                images,
-                rows,
-                run,
-                per_row,
-                int(folded),
-                ROW=row,
-                COL=col,
-                RHT=self.spec.rht,
-                STOCHASTIC=self.spec.stochastic,
-                OBSERVE=observe,
-                FOLDED=folded,
-                MASKED=ragged or folded or bool(images % BLOCK or padded % block),
-                CHANNELS=self.channels if ragged else 0,
-                BLOCKS=blocks if ragged else 1,
-                E4M3_MAX=self.spec.e4m3_max,
-                BLOCK=block,
-                **parts.options_of(config),
-            )
+        def tensors() -> tuple[Tensor, ...]:
+            watched = (self.amax,) * 4 if watch is None else watch.tensors()
+            return (x, x if table is None else table, self.amax, self.seed, *faces, *watched)
 
-        key = (int(self.spec.stochastic), int(x.dtype != torch.bfloat16), int(ragged), row, col, tuning.bucket(run))
-        parts.run_kernel("quantize", x, key, launch)
+        launch(tensors)
 
     def row_blocks(self, last: bool) -> None:
         """Write the rowwise face by one lane per block."""
-        x, kb, groups = self.x, parts.ceil_div(self.channels, BLOCK), self.spec.groups
-        lines = x.numel() // x.shape[-1]
-        sizes, strides = (lines, lines, groups, self.channels), (x.shape[-1], self.channels, 1)
+        x, groups = self.x, self.spec.groups
+        channels = x.shape[-1] // groups
+        kb, lines = parts.ceil_div(channels, BLOCK), x.numel() // x.shape[-1]
+        sizes, strides = (lines, lines, groups, channels), (x.shape[-1], channels, 1)
         self._blocks(self.row, parts.Blocks(lines * groups * kb, sizes, strides, False, 1, kb), last)
 
     def col_blocks(self) -> None:
         """Write the columnwise face by one lane per block."""
-        images, rows, run, source_rows = parts.lines(self.x, self.spec.fold, self.source_rows)
+        experts = self.source_rows
+        images, rows, run, source_rows = parts.lines(self.x.shape, self.spec.fold, self.x.device, experts is not None)
+        source_rows = source_rows if experts is None else experts
         sizes, strides = (images, self.spec.fold.images, rows, run), (rows * run, run, 1)
         ob = self.spec.fold.images // BLOCK
         self._blocks(self.col, parts.Blocks(ob * rows * run, sizes, strides, True, ob, 1), True, source_rows)
@@ -387,6 +370,60 @@ class _Job:
         form = spec.col if blocks.columns else spec.row
         # From the face's amax on: the kernel reads the first element of what it is given.
         parts.quantize_blocks(self.x, self.amax[side:], face, form, blocks, self.error, spec.e4m3_max, more)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles_of(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    spec: OperandSpec,
+    forms: tuple[int, int],
+    observe: int,
+    experts: bool,
+) -> tuple[Repeated, Tensor | None]:
+    """Return the launch of quantize_kernel for operands that are alike, and its table of rows.
+
+    Args:
+        forms: of the rowwise and of the columnwise face.
+        experts: a table of rows is given at each launch.
+    """
+    row, col = forms
+    channels = shape[-1] // spec.groups
+    blocks = parts.ceil_div(channels, BLOCK)
+    # Only columns are folded: the rowwise face alone goes through x as it is.
+    fold = spec.fold if col != NONE else Fold(1, 0, 1, 0, round_up(shape[0], BLOCK))
+    images, rows, run, table = parts.lines(shape, fold, device, experts)
+    folded = experts or table is not None
+    # Blocks must not cross groups: where a group is no multiple of 16, lanes count through its padded channels.
+    ragged = row != NONE and channels % BLOCK != 0
+    padded = run // channels * blocks * BLOCK if ragged else run
+    # Eight codes of a row are stored as one int32, sixteen of a column as one int64: places 4 and 6 of the arguments.
+    views = [(4, torch.int32)] * (row == PACKED) + [(6, torch.int64)] * (col == PACKED)
+
+    def bind(config: tuning.Config) -> Bound:
+        block = parts.block_width(padded, config["BLOCK"])
+        per_row = parts.ceil_div(padded, block)
+        constants = dict(
+            ROW=row,
+            COL=col,
+            RHT=spec.rht,
+            STOCHASTIC=spec.stochastic,
+            OBSERVE=observe,
+            FOLDED=folded,
+            MASKED=ragged or folded or bool(images % BLOCK or padded % block),
+            CHANNELS=channels if ragged else 0,
+            BLOCKS=blocks if ragged else 1,
+            E4M3_MAX=spec.e4m3_max,
+            BLOCK=block,
+            **parts.options_of(config),
+        )
+        grid = (per_row * rows * fold.images // BLOCK,)
+        numbers = (images, rows, run, per_row, int(folded))
+        return Bound(operand_kernels.quantize_kernel, grid, numbers, constants, views)
+
+    key = (int(spec.stochastic), int(dtype != torch.bfloat16), int(ragged), row, col, tuning.bucket(run))
+    return Repeated("quantize", device, key, bind), table
 
 
 def _nothing(x: Tensor, spec: OperandSpec, dtype: torch.dtype, amax: Tensor | None) -> Operand:

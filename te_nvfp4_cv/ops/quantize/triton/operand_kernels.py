@@ -90,7 +90,7 @@ def amax_flat_kernel(
         finish_amaxes(work, amax, FACES, True, POW2, E4M3_MAX)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def amax_kernel(
     x,
     source_rows,
@@ -215,7 +215,8 @@ def finish_observed(work, given, seen, collected, saturated, OBSERVE: tl.constex
 # ---- both faces of an operand ---------------------------------------------------------------------------------------
 
 
-@triton.jit
+# per_row only divides the program's number: no kernel of its own for a multiple of 16, or for 1.
+@triton.jit(do_not_specialize=["per_row"])
 def quantize_kernel(
     x,
     source_rows,

@@ -15,7 +15,7 @@ from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
 from te_nvfp4_cv.ops.quantize.triton import amax_kernels, block_kernels, operand_kernels, unpack_kernels
 from te_nvfp4_cv.ops.records import PACKED, Alpha, Collector, Face, Fold, Move, Operand
 from te_nvfp4_cv.ops.triton.elementwise import parts_of
-from te_nvfp4_cv.ops.triton.launching import start
+from te_nvfp4_cv.ops.triton.launching import Bound, Repeated, start
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 from te_nvfp4_cv.ops.triton.workspace import zeros
 
@@ -122,14 +122,18 @@ class Watch(NamedTuple):
 
     def operand(self, row: Face, col: Face) -> Operand:
         """Return the record of an operand: the amaxes are NaN where what was observed is not finite."""
-        return Operand(row, self.seen[3:4], col, self.seen[4:], self.seen[:3])
+        observed, row_amax, col_amax = self.seen.split_with_sizes((3, 1, 1))
+        return Operand(row, row_amax, col, col_amax, observed)
 
-    def arguments(self, last: bool) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
-        """Return a kernel's four tensors and OBSERVE; `last`: no other launch of the operand observes after it."""
-        tensors = self[:4]
+    def flags_of(self, last: bool) -> int:
+        """Return OBSERVE of a kernel; `last`: no other launch of the operand observes after it."""
+        return self.flags if last else 1
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return a kernel's four tensors."""
         if tuning.searching():  # a search launches many times, and its launches must not add up
-            tensors = self.work.clone(), self.seen, self.collected.clone(), self.saturated.clone()
-        return tensors, self.flags if last else 1
+            return self.work.clone(), self.seen, self.collected.clone(), self.saturated.clone()
+        return self[:4]
 
 
 def quantize_blocks(
@@ -137,7 +141,9 @@ def quantize_blocks(
 ) -> None:
     """Write one face by quantize_blocks_kernel, one lane per block; `error` is the number of 4over6's error mode."""
     config = config_of("quantize_blocks", x)
-    watched, observe = ((amax,) * 4, 0) if more.watch is None else more.watch.arguments(more.last)
+    watched, observe = (amax,) * 4, 0
+    if more.watch is not None:
+        watched, observe = more.watch.tensors(), more.watch.flags_of(more.last)
     start(
         block_kernels.quantize_blocks_kernel,
         (ceil_div(blocks.total, config["BLOCK"]),),
@@ -170,17 +176,18 @@ def quantize_blocks(
     )
 
 
-def lines(x: Tensor, fold: Fold, given: Tensor | None = None) -> tuple[int, int, int, Tensor | None]:
+def lines(
+    shape: torch.Size, fold: Fold, device: torch.device, experts: bool = False
+) -> tuple[int, int, int, Tensor | None]:
     """Describe the columnwise operand as rows of `run` values: images, rows an image, run, and the table of rows.
 
-    Where nothing is folded an image is one row, and there is no table, unless it is given.
+    Where nothing is folded an image is one row, and there is no table; experts give one at each launch.
     """
-    if given is not None:
-        return x.shape[0], 1, x.shape[1], given
+    if experts:
+        return shape[0], 1, shape[1], None
     if fold.strips == 1:
-        return x.shape[0], 1, x.numel() // x.shape[0], None
-    run = math.prod(x.shape[2:])
-    return x.shape[0], fold.rows, run, _source_rows(fold, x.shape[0], x.shape[1], x.device)
+        return shape[0], 1, math.prod(shape[1:]), None
+    return shape[0], fold.rows, math.prod(shape[2:]), _source_rows(fold, shape[0], shape[1], device)
 
 
 @functools.cache  # never dropped: a captured CUDA graph keeps the address
@@ -203,20 +210,33 @@ def amax_flat(
         raised: (True, E): the amax is raised to one whose tensor scale is a power of two.
         move: also move the amaxes of delayed scales, of x and dy.
     """
-    used, seen, rule = (work, work, -1) if move is None else (*move[:2], amax_kernels.rule_of(*move[2:]))
+    used, seen = (work, work) if move is None else move[:2]
+    rule = () if move is None else move[2:]
+    faces = 0 if amax is None else amax.numel()
+    launch = _amax_flat_of(x.numel(), x.dtype, x.device, faces, raised[1] if raised[0] else 0, rule)
+    launch(lambda: (x, work, work if amax is None else amax, used, seen))
 
-    def launch(config: tuning.Config) -> None:
-        block = min(config["BLOCK"], max(power_of_two(x.numel()), 128))  # 128 lanes are four warps
-        grid = (min(ceil_div(x.numel(), block), PROGRAMS),)
-        start(
-            operand_kernels.amax_flat_kernel,
-            grid,
-            x, work, work if amax is None else amax, used, seen, x.numel(), FACES=0 if amax is None else amax.numel(),
-            POW2=raised[0], E4M3_MAX=raised[1] if raised[0] else E4M3_MAX, RULE=-1 if tuning.searching() else rule,
-            BLOCK=block, **options_of(config),
-        )  # fmt: skip
 
-    run_kernel("amax_flat", x, (tuning.bucket(x.numel()),), launch)
+@functools.lru_cache(maxsize=4096)
+def _amax_flat_of(
+    n: int, dtype: torch.dtype, device: torch.device, faces: int, raised: int, rule: tuple[tuple[int, ...], ...]
+) -> Repeated:
+    """Return the launch of amax_flat_kernel for n values of a dtype; raised: as in launch._amaxes_of."""
+
+    def bind(config: tuning.Config) -> Bound:
+        block = min(config["BLOCK"], max(power_of_two(n), 128))  # 128 lanes are four warps
+        moves = rule and not tuning.searching()
+        constants = dict(
+            FACES=faces,
+            POW2=raised > 0,
+            E4M3_MAX=raised or E4M3_MAX,
+            RULE=amax_kernels.rule_of(*rule) if moves else -1,
+            BLOCK=block,
+            **options_of(config),
+        )
+        return Bound(operand_kernels.amax_flat_kernel, (min(ceil_div(n, block), PROGRAMS),), (n,), constants)
+
+    return Repeated("amax_flat", device, (tuning.bucket(n),), bind)
 
 
 # ---- unpacking ------------------------------------------------------------------------------------------------------
@@ -255,42 +275,53 @@ def unpack_both(
     w: Face, w_out: Tensor, w_factor: Alpha | None, group_rows: int, x: Face, x_out: Tensor, x_factor: Alpha | None
 ) -> None:
     """Launch unpack_both_kernel, for the tiles of a weight [n, taps, width] and for the columns of an operand."""
-    w_block = config_of("unpack_rows", w_out)["BLOCK"]
-    words, run, bands = w.data.numel() // 4, math.prod(x.scale.shape[1:]), x.scale.shape[0]
-    width, w_programs = w_out.shape[2], ceil_div(words, w_block)
+    w_parts = parts_of(w.scale if w_factor is None else w_factor)
+    x_parts = parts_of(x.scale if x_factor is None else x_factor)
+    factors = (0 if w_factor is None else 2, w_parts.number, 0 if x_factor is None else 2, x_parts.number)
+    launch = _unpack_both_of(w_out.shape, group_rows, x.scale.shape, x_out.dtype, x_out.device, factors)
+    faces = tuple(t if t.is_contiguous() else t.contiguous() for t in (*w, *x))
+    launch(lambda: (*faces, w_out, x_out, *w_parts[:2], *x_parts[:2]))
 
-    def launch(config: tuning.Config) -> None:
+
+@functools.lru_cache(maxsize=4096)
+def _unpack_both_of(
+    weight: torch.Size,
+    group_rows: int,
+    scale: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    factors: tuple[int, float, int, float],
+) -> Repeated:
+    """Return the launch of unpack_both_kernel for a weight [n, taps, width] and columns with such scales.
+
+    Args:
+        dtype: of the values; a launch serves one.
+        factors: FACTOR and the number of the weight's factor and of the columns'.
+    """
+    (n, taps, width), (bands, *sizes) = weight, scale
+    row_blocks, run = ceil_div(width, BLOCK), math.prod(sizes)
+    words = n * taps * row_blocks * 2
+    arch = tuning.arch_of(device)
+    w_block = tuning.static("unpack_rows", arch)["BLOCK"]
+    w_programs = ceil_div(words, w_block)
+
+    def bind(config: tuning.Config) -> Bound:
         block = block_width(run, config["BLOCK"])
         per_band = ceil_div(run, block)
-        start(
-            unpack_kernels.unpack_both_kernel,
-            (w_programs + per_band * bands,),
-            w.data.contiguous().view(torch.int32),
-            w.scale.contiguous().view(torch.uint8),
-            w_out,
-            *parts_of(w.scale if w_factor is None else w_factor),
-            words,
-            width,
-            w_out.shape[1],
-            group_rows,
-            ceil_div(width, BLOCK),
-            words_of(x.data),
-            x.scale.view(torch.uint8),
-            x_out,
-            *parts_of(x.scale if x_factor is None else x_factor),
-            run,
-            bands * BLOCK,
-            per_band,
-            w_programs,
-            FACTOR=0 if x_factor is None else 2,
-            W_FACTOR=0 if w_factor is None else 2,
+        constants = dict(
+            FACTOR=factors[2],
+            W_FACTOR=factors[0],
             MASKED=bool(run % block),
             BLOCK=block,
             W_BLOCK=w_block,
             **options_of(config),
         )
+        numbers = (factors[1], words, width, taps, group_rows, row_blocks, factors[3], run, bands * BLOCK, per_band)
+        grid = (w_programs + per_band * bands,)
+        views = ((0, torch.int32), (1, torch.uint8), (2, torch.int64), (3, torch.uint8))
+        return Bound(unpack_kernels.unpack_both_kernel, grid, (*numbers, w_programs), constants, views)
 
-    run_kernel("unpack_columns", x_out, (tuning.bucket(run),), launch)
+    return Repeated("unpack_columns", device, (tuning.bucket(run),), bind)
 
 
 def unpack_rows(
