@@ -148,6 +148,12 @@ def make_parser() -> ArgumentParser:
     add("--instances", type=PositiveInt, default=16, metavar="N", help="--task instance: the most objects found")
     add("--backbone", choices=BACKBONES, default="resnet18", help="--task detection: the body")
     add(
+        "--backbone-weights",
+        metavar="NAME",
+        help="--task detection: pretrained weights of the body: imagenet (torchvision's), a URL, or a file. If null, "
+        "fresh ones",
+    )
+    add(
         "--init-from",
         type=Path,
         metavar="FILE",

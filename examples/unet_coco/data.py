@@ -23,6 +23,7 @@ from te_nvfp4_cv.errors import value_error
 
 from .augmentation import colour, geometry
 from .coco import load_coco
+from .losses import IGNORE
 from .masks import load_masks
 from .mvtec import load_mvtec
 from .order import mix_seed
@@ -68,7 +69,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.raw, self.size, self.train, self.seed = raw, size, train, seed
         wanted = augment if train else ()
-        steps: list[Any] = geometry(wanted, size) + colour(wanted)
+        steps: list[Any] = geometry(wanted, size, IGNORE) + colour(wanted)
         steps += [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)]
         self.transform = v2.Compose(steps)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .detector import Detector
 from .object_task import ObjectTask
 from .objects import Target, to_learn
+from .pretrained import load_body
 from .ranks import whole_batch
 from .task import Context
 
@@ -26,11 +27,17 @@ class Detection(ObjectTask):
 
     def architecture(self) -> dict[str, Any]:
         s = self.settings
-        return {"task": "detection", "backbone": s.backbone, "scale": s.scale, "classes": list(self.class_names)}
+        of = {"task": "detection", "backbone": s.backbone, "scale": s.scale, "classes": list(self.class_names)}
+        return of | ({"norms": "frozen"} if s.backbone_weights else {})
 
     def model(self) -> Detector:
         s = self.settings
-        return Detector(len(self.class_names), s.image_size, s.backbone, s.scale)
+        return Detector(len(self.class_names), s.image_size, s.backbone, s.scale, bool(s.backbone_weights))
+
+    def load_pretrained(self, model: nn.Module) -> None:
+        s = self.settings
+        if s.backbone_weights:
+            load_body(model.get_submodule("backbone.body"), s.backbone, s.backbone_weights)
 
     def inputs(self, targets: list[Target]) -> tuple[list[Target]]:
         return (to_learn(targets),)

@@ -1,11 +1,12 @@
-"""Build torchvision's RetinaNet on a ResNet, for images of one size and without pretrained weights.
+"""Build torchvision's RetinaNet on a ResNet, for images of one size.
 
     pyramid and heads: round(256 * scale) channels;   GroupNorm in the ResNet, the pyramid and the heads
     levels: strides 8 .. 128, as in torchvision, for images of 256 pixels and more; 4 .. 64 for smaller ones
     anchors of a level: 4 * stride * (1, 2^(1/3), 2^(2/3)), each in three aspect ratios
 
 Losses and boxes are computed in fp32 for every dtype of autocast. GroupNorm has no running statistics, so a batch that
-is divided among ranks gives the same result as in one process. Recipes may use these names: backbone.body,
+is divided among ranks gives the same result as in one process. A body for pretrained weights has the batch norms that
+they were trained with, frozen. Recipes may use these names: backbone.body,
 backbone.fpn, head.classification_head.cls_logits, head.regression_head.bbox_reg. A scale that leaves no channel is
 refused.
 """
@@ -20,6 +21,7 @@ from torchvision.models import resnet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from te_nvfp4_cv.errors import value_error
@@ -39,9 +41,17 @@ class Detector(RetinaNet):
         num_classes: Number of classes, including background, which has number 0.
         backbone: "resnet18" and so on.
         scale: Factor on the 256 channels of pyramid and heads.
+        pretrained: Whether the body is to take pretrained weights (pretrained.py).
     """
 
-    def __init__(self, num_classes: int, size: tuple[int, int], backbone: str = "resnet18", scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        size: tuple[int, int],
+        backbone: str = "resnet18",
+        scale: float = 1.0,
+        pretrained: bool = False,
+    ) -> None:
         channels = round(256 * scale)
         if channels < 1:
             raise value_error(
@@ -50,7 +60,7 @@ class Detector(RetinaNet):
                 needs="at least one channel in the feature pyramid",
                 fix="--scale 0.25 gives 64",
             )
-        body = getattr(resnet, backbone)(weights=None, norm_layer=_norm)
+        body = getattr(resnet, backbone)(weights=None, norm_layer=FrozenBatchNorm2d if pretrained else _norm)
         # On a small image, the coarse levels of the usual pyramid would have only one or two pixels.
         large = min(size) >= 256
         stages = (2, 3, 4) if large else (1, 2, 3, 4)

@@ -80,8 +80,10 @@ class Trainer(Resumable):
         np.random.seed(settings.seed % 2**32)
         torch.manual_seed(settings.seed)
         self.model = self._new_model()
-        if settings.init_from is not None and not (settings.resume and self._has_checkpoint()):
-            load_initial(self.model, settings.init_from, settings.init_skip, precision.recipe is None)
+        if not (settings.resume and self._has_checkpoint()):
+            self.task.load_pretrained(self.model)
+            if settings.init_from is not None:
+                load_initial(self.model, settings.init_from, settings.init_skip, precision.recipe is None)
         self.wrapped = wrap(self.model, precision, ranks, device, settings.deterministic)
         self._whole: tuple[int, nn.Module] | None = None
         self.optimizer = torch.optim.AdamW(

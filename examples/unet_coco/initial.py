@@ -28,6 +28,7 @@ from .checkpoint import FORMAT
 from .shards import read_weights_of
 
 FORMS = "last.pt of this trainer, a state_dict (.pt) or a .safetensors file"
+FIX = "give the options the weights were trained with (--scale, --classes, ...), or --init-skip 'head.*'"
 SHOWN = 20
 
 
@@ -42,10 +43,11 @@ def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = (), high_pr
             shape or not finite; or if a pattern names no tensor.
         RuntimeError: If the file is a .safetensors file and the package safetensors is not installed.
     """
-    found = _plain_names(read_weights(path).items(), path)
+    what = f"--init-from: {path}"
+    found = plain_names(read_weights(path).items(), what)
     # Earlier versions saved the fractions of --learn-scales without an axis.
     found = {name: t.reshape(1) if _is_fraction(name) and not t.dim() else t for name, t in found.items()}
-    wanted = _plain_names(model.state_dict(keep_vars=True).items(), path)
+    wanted = plain_names(model.state_dict(keep_vars=True).items(), what)
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in (*wanted, *found)):
             raise value_error(
@@ -62,8 +64,20 @@ def load_initial(model: nn.Module, path: Path, skip: Sequence[str] = (), high_pr
         found = {name: t for name, t in found.items() if name in wanted or not _is_fraction(name)}
     # fractions that --learn-scales added start at 1 if the file has none
     wanted = {name: t for name, t in wanted.items() if name in found or not _is_fraction(name)}
+    copy_all(wanted, found, what, FIX)
+
+
+def copy_all(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str, fix: str) -> None:
+    """Copy every tensor of `found` into that of the same name, if the names are the same and all of them fit.
+
+    Args:
+        what: The option and its value, for the error.
+        fix: What to do if the tensors do not fit, for the error.
+    Raises:
+        ValueError: If tensors are missing, unexpected, of another shape or not finite; nothing was copied then.
+    """
     # All tensors are checked before the first is copied, so that an error leaves the model unchanged.
-    _check(path, found, wanted)
+    _check(what, found, wanted, fix)
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
@@ -73,11 +87,11 @@ def _is_fraction(name: str) -> bool:
     return name.rpartition(".")[2] in NAMES.values()
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file, by their names, onto the CPU."""
+def read_weights(path: Path, option: str = "--init-from") -> dict[str, Tensor]:
+    """Read the tensors of a file, by their names, onto the CPU; errors name the option that the file was given to."""
     if not path.is_file():
         raise value_error(
-            f"--init-from: {path} is missing.",
+            f"{option}: {path} is missing.",
             got="a folder" if path.is_dir() else "no such file",
             needs=FORMS,
             fix="check the path",
@@ -86,14 +100,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     except ModuleNotFoundError as error:
         raise runtime_error(
-            f"--init-from: {path} needs the package safetensors.",
+            f"{option}: {path} needs the package safetensors.",
             got="it is not installed",
             needs="pip install safetensors",
             fix="install it, or save the weights by torch.save(model.state_dict(), ...)",
         ) from error
     except Exception as error:  # a damaged file can fail anywhere in the reader, with any class of error
         raise value_error(
-            f"--init-from: {path} cannot be read.",
+            f"{option}: {path} cannot be read.",
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'an empty message'}",
             needs=f"a complete file: {FORMS}; code is not loaded from it",
             fix="download or write it again: torch.save(model.state_dict(), ...)",
@@ -101,7 +115,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if isinstance(state, dict) and "format" in state and "model" in state:
         if state["format"] != FORMAT:
             raise value_error(
-                f"--init-from: {path} is not a checkpoint of this version.",
+                f"{option}: {path} is not a checkpoint of this version.",
                 got=f"format {state['format']}",
                 needs=f"format {FORMAT}",
                 fix="save only its model: torch.save(torch.load(FILE)['model'], ...)",
@@ -113,7 +127,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     foreign = _foreign(state)
     if foreign:
         raise value_error(
-            f"--init-from: {path} contains no weights.",
+            f"{option}: {path} contains no weights.",
             got=foreign,
             needs=f"{FORMS}, with names and tensors only",
             fix="save only the weights: torch.save(model.state_dict(), ...)",
@@ -139,7 +153,7 @@ def _foreign(state: Any) -> str:
     return _listed(others) if others else "" if state else "an empty table"
 
 
-def _plain_names(tensors: Iterable[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
+def plain_names(tensors: Iterable[tuple[str, Tensor]], what: str) -> dict[str, Tensor]:
     """Return the tensors by their names without the prefixes of DDP and torch.compile.
 
     Raises:
@@ -152,7 +166,7 @@ def _plain_names(tensors: Iterable[tuple[str, Tensor]], path: Path) -> dict[str,
             short = short.removeprefix("module.")
         if short in plain:
             raise value_error(
-                f"--init-from: {path} contains a tensor twice.",
+                f"{what} contains a tensor twice.",
                 got=f"{name} and another {short}",
                 needs="each name once, not counting module. and _orig_mod.",
                 fix="save the weights of one model",
@@ -161,7 +175,7 @@ def _plain_names(tensors: Iterable[tuple[str, Tensor]], path: Path) -> dict[str,
     return plain
 
 
-def _check(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def _check(what: str, found: dict[str, Tensor], wanted: dict[str, Tensor], fix: str) -> None:
     both = [name for name in wanted if name in found]
     fitting = [name for name in both if found[name].is_floating_point() == wanted[name].is_floating_point()]
     problems = {
@@ -179,10 +193,10 @@ def _check(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> N
     }
     if any(problems.values()):
         raise value_error(
-            f"--init-from: {path} does not fit the model; nothing was loaded.",
-            got="; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names),
+            f"{what} does not fit the model; nothing was loaded.",
+            got="; ".join(f"{why}: {', '.join(names)}" for why, names in problems.items() if names),
             needs="each tensor of the model once, with its shape and finite values, and no other",
-            fix="give the options the weights were trained with (--scale, --classes, ...), or --init-skip 'head.*'",
+            fix=fix,
         )
 
 

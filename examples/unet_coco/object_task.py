@@ -72,11 +72,11 @@ class ObjectTask(Task):
         return {"loss": float(total) / count, **precision.compute()}
 
     def draw_truth(self, images: Tensor, targets: list[Target]) -> list[np.ndarray]:
-        return draw_objects(images, targets, len(self.class_names))
+        return draw_objects(images, targets, self.class_names)
 
     @torch.no_grad()
     def draw_predicted(self, model: nn.Module, images: Tensor, targets: Any, context: Context) -> list[np.ndarray]:
         was_training = model.training
         _, predictions = self.score(model, images, targets, context)
         model.train(was_training)
-        return draw_objects(images, predictions, len(self.class_names))
+        return draw_objects(images, predictions, self.class_names)

@@ -108,8 +108,9 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         # The flip depends on (seed, epoch, index) only, and torch's generator stays where it is.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
-            if "crop" in self.augment:
-                pixels, target = self._cropped(pixels, target)
+            moved = tuple(name for name in ("scale", "crop") if name in self.augment)
+            if moved:
+                pixels, target = self._moved(moved, pixels, target)
             if "flip" in self.augment and torch.rand(1) < 0.5:
                 pixels, target = pixels.flip(-1), self._flipped(target)
             for change in colour(self.augment):
@@ -139,18 +140,18 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
             small = F.adaptive_max_pool2d(mask, self.size)
         return small[0, 0] > 0
 
-    def _cropped(self, pixels: Tensor, target: Target) -> tuple[Tensor, Target]:
-        """Take a part of the image, at its size; objects of which less than a pixel is left are gone."""
+    def _moved(self, names: tuple[str, ...], pixels: Tensor, target: Target) -> tuple[Tensor, Target]:
+        """Scale and crop the image; objects of which less than a pixel is left are gone."""
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=self.size)  # type: ignore[call-overload]
         both = tv_tensors.Image(pixels), boxes
         masks = (tv_tensors.Mask(target["masks"].to(torch.uint8)),) if self.masks else ()
-        image, moved, *masks_left = geometry(("crop",), self.size)[0](*both, *masks)
-        cropped = {**target, "boxes": moved.as_subclass(Tensor)}
-        left = (cropped["boxes"][:, 2:] - cropped["boxes"][:, :2] >= 1).all(dim=1)
+        image, moved, *masks_left = v2.Compose(geometry(names, self.size, 0))(*both, *masks)
+        changed = {**target, "boxes": moved.as_subclass(Tensor)}
+        left = (changed["boxes"][:, 2:] - changed["boxes"][:, :2] >= 1).all(dim=1)
         if masks_left:
-            cropped["masks"] = masks_left[0].as_subclass(Tensor) > 0
-            left &= cropped["masks"].flatten(1).any(dim=1)
-        return image.as_subclass(Tensor), {key: value[left] for key, value in cropped.items()}
+            changed["masks"] = masks_left[0].as_subclass(Tensor) > 0
+            left &= changed["masks"].flatten(1).any(dim=1)
+        return image.as_subclass(Tensor), {key: value[left] for key, value in changed.items()}
 
     def _flipped(self, target: Target) -> Target:
         x0, y0, x1, y1 = target["boxes"].unbind(1)

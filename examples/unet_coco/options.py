@@ -48,6 +48,7 @@ class Settings:
     dropout: float
     instances: int
     backbone: str
+    backbone_weights: str | None
     batch_size: int
     lr: float
     weight_decay: float
@@ -146,6 +147,13 @@ def _check(settings: Settings) -> None:
             got=f"--task {settings.task}, whose loss is not Dice + cross-entropy over pixels",
             needs="--task semantic",
             fix=f"leave out {' and '.join(named)}",
+        )
+    if settings.backbone_weights and settings.task != "detection":
+        raise value_error(
+            "--backbone-weights has no backbone to go to.",
+            got=f"--task {settings.task}, whose UNet has none",
+            needs="--task detection",
+            fix="leave it out; --init-from FILE takes weights of a whole UNet",
         )
     if settings.init_skip and settings.init_from is None:
         raise value_error(

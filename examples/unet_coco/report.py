@@ -11,20 +11,21 @@ replaced completely or not at all. Without matplotlib there are no curves, and a
 from __future__ import annotations
 
 import colorsys
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from te_nvfp4_cv.files import write_atomically
 
-from .tracking import tell_once
+from .tracking import Rows, tell_once
 
-Rows = Mapping[str, Mapping[str, float | int]]
 History = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
 BEFORE = (("train_loss", "train loss", "{:.4f}", 1.0), ("val_loss", "val loss", "{:.4f}", 1.0))
 AFTER = (
@@ -133,25 +134,44 @@ def hatching(height: int, width: int) -> np.ndarray:
     return np.where(stripes[..., None], 255, 150).astype(np.uint8).repeat(3, 2)
 
 
-def write_pictures(path: Path, columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str]) -> None:
-    """Write a sheet with one row per image, from columns of pictures [H, W, 3] uint8 of one size.
+def enlargement(height: int) -> int:
+    """Return how many times larger than the model's images the sheet shows them."""
+    return max(1, round(160 / height))
+
+
+@functools.cache
+def font() -> Any:
+    """Return the font of the texts in pictures."""
+    return ImageFont.load_default(12)
+
+
+def write_pictures(
+    path: Path, columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], ignored: bool = False
+) -> None:
+    """Write a sheet with one row per image, from columns of pictures [H, W, 3] uint8.
 
     Below them a legend shows the colours of the classes.
+
+    Args:
+        columns: The pictures by the titles of their columns; those of the first have the size of the model's images.
+        ignored: Whether the legend shows what the hatching means.
     """
     photos = next(iter(columns.values()))
-    factor = max(1, round(160 / photos[0].shape[0]))
+    factor = enlargement(photos[0].shape[0])
     count, h, w = len(photos), photos[0].shape[0] * factor, photos[0].shape[1] * factor
     wide, below = len(columns) * (w + 6) + 6, 20 + count * (h + 6)
-    places, bottom = _places(classes, wide)
+    names = [*classes, *(["ignored"] if ignored else [])]
+    places, bottom = _places(names, wide)
     sheet = Image.new("RGB", (wide, below + bottom), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     colours = palette(len(classes))
-    for number, (name, (x, y)) in enumerate(zip(classes, places, strict=True)):
-        pen.rectangle((x, below + y, x + 11, below + y + 11), fill=tuple(colours[number].tolist()))
-        pen.text((x + 16, below + y), name, fill=(0, 0, 0))
+    for number, (name, (x, y)) in enumerate(zip(names, places, strict=True)):
+        square = hatching(12, 12) if number == len(classes) else np.broadcast_to(colours[number], (12, 12, 3))
+        sheet.paste(Image.fromarray(np.ascontiguousarray(square)), (x, below + y))
+        pen.text((x + 17, below + y + 6), name, (0, 0, 0), font(), "lm")
     for i, (title, tiles) in enumerate(columns.items()):
         x = 6 + i * (w + 6)
-        pen.text((x, 4), title, fill=(0, 0, 0))
+        pen.text((x, 10), title, (0, 0, 0), font(), "lm")
         for j, tile in enumerate(tiles):
             sheet.paste(Image.fromarray(tile).resize((w, h), Image.Resampling.NEAREST), (x, 20 + j * (h + 6)))
     buffer = io.BytesIO()
@@ -163,7 +183,7 @@ def _places(names: Sequence[str], wide: int) -> tuple[list[tuple[int, int]], int
     """Return where each entry of the legend begins, line after line, and the height of the legend."""
     places, x, y = [], 6, 4
     for name in names:
-        length = 26 + round(ImageDraw.ImageDraw(Image.new("L", (1, 1))).textlength(name))
+        length = 30 + round(font().getlength(name))
         if x > 6 and x + length > wide:
             x, y = 6, y + 18
         places.append((x, y))

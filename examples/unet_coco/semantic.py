@@ -30,6 +30,7 @@ class Semantic(Task):
 
     titles = {"dice": "Dice", "miou": "mIoU"}
     main = "miou"
+    ignores = True
 
     def __init__(self, settings: Settings, data: SegmentationData) -> None:
         super().__init__(settings, data)

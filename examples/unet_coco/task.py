@@ -34,12 +34,14 @@ class Task(ABC):
     Attributes:
         titles: Names of the scores in tables, by their keys in summary.json.
         main: Key of the score that the curves show and that is measured with the weights in fp32 too.
+        ignores: Whether pixels may be ignored; pictures show them hatched.
         class_weights: Weights of the classes in the loss, fp32 [classes], or None.
         collate: Makes a batch from a list of items. If None, items are stacked.
     """
 
     titles: Mapping[str, str]
     main: str
+    ignores = False
     class_weights: Tensor | None = None
     collate: Callable[[list[Any]], Any] | None = None
 
@@ -53,6 +55,10 @@ class Task(ABC):
     @abstractmethod
     def model(self) -> nn.Module:
         """Build a new model with weights from torch's generator."""
+
+    def load_pretrained(self, model: nn.Module) -> None:
+        """Give a new model the trained weights that the task's options name; most tasks have none."""
+        return
 
     @abstractmethod
     def dataset(self, raw: RawSplit, train: bool) -> Dataset[tuple[Tensor, Any]]:

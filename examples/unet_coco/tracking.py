@@ -23,7 +23,10 @@ from .command_line import SAMPLES
 from .options import Settings
 from .precision import Precision
 
+PROJECT = "te_nvfp4_cv_unet_coco"  # in W&B
 LONG = 5  # seconds without a line, after which a user wonders
+
+Rows = Mapping[str, Mapping[str, float | int]]  # what summary.json holds
 
 _told: set[str] = set()
 
@@ -130,7 +133,7 @@ def start_telemetry(
             config = {key: str(value) for key, value in vars(settings).items()}
             config |= {"precision": name, "backend": backend}  # what --backend came to
             about_it = {"group": group, "name": name, "config": config}
-            sinks.append(telemetry.WandB(project="te_nvfp4_cv_unet_coco", folder=settings.out, **about_it))
+            sinks.append(telemetry.WandB(project=PROJECT, folder=settings.out, **about_it))
         if settings.tensorboard:
             again = (goes_on[1] if goes_on else 0) if settings.resume else None
             sinks.append(telemetry.TensorBoard(settings.out / "tensorboard" / name, purge_step=again))
@@ -142,9 +145,12 @@ def start_telemetry(
     return watch, path
 
 
-def show_telemetry(out: Path, files: Sequence[Path]) -> list[Path]:
+def show_telemetry(out: Path, files: Sequence[Path], wandb: bool, rows: Rows) -> list[Path]:
     """Draw what telemetry sampled: OUT/plots with one folder per precision, and OUT/report.html with all side by side.
 
+    Args:
+        wandb: Whether to send the report and the results to W&B, as a run `comparison` beside those of the precisions.
+        rows: The content of summary.json.
     Returns:
         The paths that were written, of the report and of the folder of plots; none if no step was sampled.
     """
@@ -169,6 +175,20 @@ def show_telemetry(out: Path, files: Sequence[Path]) -> list[Path]:
     sampled = [run for run in runs if run.steps]
     if sampled:
         print("drawing what telemetry recorded: a report, and heatmaps of each precision ...", flush=True)
-        draw("report", lambda: telemetry.write_report(runs, out / "report.html", force=True))
+        sinks = [telemetry.WandB(project=PROJECT, folder=out, group=out.name, name="comparison")] if wandb else []
+        draw("report", lambda: telemetry.write_report(runs, out / "report.html", force=True, sinks=sinks))
+        for sink in sinks:
+            _send_results(sink, out, rows)
         draw("heatmaps", heatmaps)
     return drawn
+
+
+def _send_results(sink: telemetry.Sink, out: Path, rows: Rows) -> None:
+    """Send what is known when all precisions have trained, and end the sink."""
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    results = [[name, *(row.get(key) for key in keys)] for name, row in rows.items()]
+    sink.table("results", ["precision", *keys], results, 0)
+    for name in ("curves", "predictions"):
+        if (out / f"{name}.png").is_file():
+            sink.image(name, out / f"{name}.png", 0)
+    sink.close({f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()})

@@ -211,7 +211,7 @@ def compare(
     print(f"table: {out / 'table.md'}, {out / 'table.csv'}, {out / 'summary.json'}")
     pictures = [out / name for name in ("predictions.png", "curves.png") if (out / name).is_file()]
     if ranks.rank == 0:
-        pictures += show_telemetry(out, files)
+        pictures += show_telemetry(out, files, settings.wandb and len(rows) > 1, rows)
     print(f"pictures: {', '.join(map(str, pictures))}   checkpoints: {out}/<precision>/last.pt and best.pt")
     if any((out / "wandb").glob("offline-run-*")):
         print(f"W&B: offline runs are in {out / 'wandb'}; to upload them: wandb sync {out}/wandb/offline-run-*")
@@ -256,7 +256,8 @@ def _write_sheet(
             break
     predictions[trainer.precision.name] = predicted[:count]
     if trainer.ranks.rank == 0:
-        write_pictures(path, {"image": photos[:count], "truth": truth[:count], **predictions}, task.class_names)
+        columns = {"image": photos[:count], "truth": truth[:count], **predictions}
+        write_pictures(path, columns, task.class_names, task.ignores)
     return list(zip(photos[:count], truth[:count], predicted[:count], strict=True))
 
 

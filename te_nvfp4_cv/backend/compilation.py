@@ -7,6 +7,7 @@ it builds a wheel.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -66,6 +67,27 @@ def digest(*more: str) -> str:
     return hashlib.sha256("\0".join([*texts, *more]).encode()).hexdigest()[:20]
 
 
+def _build(cxx: str, flags: list[str], link: list[str], target: str) -> str:
+    """Compile the sources, all at the same time, and link them. Returns the compiler's complaint, or "" of none."""
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [f"{folder}/{source.stem}.o" for source in SOURCES]
+        steps = [[*flags, "-c", str(source), "-o", name] for source, name in zip(SOURCES, objects, strict=True)]
+        with contextlib.ExitStack() as stack:
+            running = []
+            for step in steps:
+                command = [*shlex.split(cxx), *step]
+                running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+                stack.enter_context(running[-1])
+                stack.callback(running[-1].kill)  # after a fault, or Ctrl-C, nobody waits for the others
+            for process in running:
+                said = process.communicate()[1]
+                if process.returncode != 0:
+                    return said or f"status {process.returncode}"
+        command = [*shlex.split(cxx), *link, "-shared", *objects, "-o", target]
+        run = subprocess.run(command, capture_output=True, text=True)
+        return (run.stderr or f"status {run.returncode}") if run.returncode != 0 else ""
+
+
 def compile_here(cxx: str, attempts: list[list[str]], target: Path) -> None:
     """Compile a shared object; `attempts` are sets of flags, of which the first one that works is used.
 
@@ -79,12 +101,10 @@ def compile_here(cxx: str, attempts: list[list[str]], target: Path) -> None:
     error = ""
     try:
         for flags in attempts:
-            command = [*shlex.split(cxx), *FLAGS, *flags, "-shared", *map(str, SOURCES), "-o", temporary]
-            run = subprocess.run(command, capture_output=True, text=True)
-            if run.returncode == 0:
+            error = _build(cxx, [*FLAGS, *flags], flags, temporary)
+            if not error:
                 os.replace(temporary, target)
                 return
-            error = run.stderr
     finally:
         Path(temporary).unlink(missing_ok=True)
     raise OSError(f"{cxx} could not build the CPU kernels: {error.strip()[-800:]}")
@@ -107,13 +127,8 @@ def compile_for_wheel(cxx: str, machine: str, folder: Path) -> Path:
     target = folder / wheel_object(machine).name
     # The sized operator delete would ask for a newer libstdc++. A static one would ask for a newer glibc, the build's.
     flags = [*FLAGS, "-fno-sized-deallocation", *MACHINES[machine]]
-    with tempfile.TemporaryDirectory() as objects:
-        names = {source: f"{objects}/{source.stem}.o" for source in SOURCES}
-        steps = [[*flags, "-fopenmp", "-c", str(source), "-o", name] for source, name in names.items()]
-        # Linked without -fopenmp, so that the file names no OpenMP runtime: native.py says why.
-        steps.append(["-shared", "-s", *names.values(), "-o", str(target)])
-        for step in steps:
-            run = subprocess.run([*shlex.split(cxx), *step], capture_output=True, text=True)
-            if run.returncode != 0:
-                raise OSError(f"{cxx} could not build the CPU kernels for {machine}: {run.stderr.strip()[-800:]}")
+    # Linked without -fopenmp, so that the file names no OpenMP runtime: native.py says why.
+    error = _build(cxx, [*flags, "-fopenmp"], ["-s"], str(target))
+    if error:
+        raise OSError(f"{cxx} could not build the CPU kernels for {machine}: {error.strip()[-800:]}")
     return target

@@ -20,6 +20,7 @@ import platform
 import re
 import shlex
 import subprocess
+import threading
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from te_nvfp4_cv.backend.compilation import MACHINES, WHEEL_MACHINES, compiler, 
 from te_nvfp4_cv.errors import value_error, warn_once
 from te_nvfp4_cv.files import cache_folder
 
+_building = threading.Lock()
 _log = logging.getLogger("te_nvfp4_cv")
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _AXES = _I64 * 3
@@ -153,7 +155,9 @@ def _build(cxx: str) -> Path:
     # In a home folder shared by several machines each processor needs its build.
     flags = str([compilation.FLAGS, _attempts()])
     target = cache_folder() / f"native_{compilation.digest(cxx, version, compilation.features(), flags)}.so"
-    if not target.exists():
+    with _building:  # a second thread waits, and finds what the first has built
+        if target.exists():
+            return target
         # A warning, not an info: without logging set up Python shows only these, and a pause of seconds needs a reason.
         _log.warning("te_nvfp4_cv: compiling the CPU kernels (once per machine, some seconds) ...")
         compilation.compile_here(cxx, _attempts(), target)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +26,9 @@ from te_nvfp4_cv.files import write_atomically
 from te_nvfp4_cv.telemetry import drawing
 from te_nvfp4_cv.telemetry.drawing import Panel
 from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, KINDS, SCALES, STATISTICS, as_run, table, usage
-from te_nvfp4_cv.telemetry.records import Run, numbered
+from te_nvfp4_cv.telemetry.records import FORMAT, VERSION, Run, numbered
 from te_nvfp4_cv.telemetry.settings import THRESHOLD
+from te_nvfp4_cv.telemetry.sinks import Sink
 from te_nvfp4_cv.telemetry.templates import fill
 
 MOST_BYTES = 10_000_000
@@ -38,12 +40,16 @@ FIGURES = {
     "underflow": ("underflow, %", 100, 2),
     "saturation": ("saturation, %", 100, 3),
 }
+SHARED = ("model", "recipe", "backend")  # what a sink is told of all runs together
 LOWEST = 3  # SQNRs per run and operand that the table marks
 MOST_ALARMS = 500
 
 
 def write_report(
-    paths: Sequence[Run | str | os.PathLike[str]], out: str | os.PathLike[str], force: bool = False
+    paths: Sequence[Run | str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    force: bool = False,
+    sinks: Sequence[Sink] = (),
 ) -> Path:
     """Write a report that shows several runs side by side, as one HTML file.
 
@@ -51,6 +57,8 @@ def write_report(
         paths: telemetry files, or what telemetry.read returned for them; the first is shown first.
         out: the HTML file to write.
         force: replace a file that is there.
+        sinks: where the page goes, too, and each of its figures as one picture with the runs beside each other, in
+            the same colours: WandB or TensorBoard. They begin here and stay open for what you add; close them.
     Returns:
         The path of the HTML file.
     Raises:
@@ -82,11 +90,38 @@ def write_report(
     runs = [as_run(path) for path in paths]
     # How large a picture becomes is known only when it has been drawn, so the whole report is drawn again if needed.
     for resolution, palette in QUALITIES:
-        text = _Report(runs, resolution, palette).text()
+        report = _Report(runs, resolution, palette)
+        text = report.text()
         if len(text) < MOST_BYTES:
             break
     write_atomically(out, text.encode(), fix="free some space, or choose another path")
+    for sink in sinks:
+        _send(report, out, sink)
     return out
+
+
+def _send(report: _Report, page: Path, sink: Sink) -> None:
+    """Begin the sink as a run that compares others, and send it what the page shows."""
+    from PIL import Image
+
+    runs = [run for _, run in report.runs]
+    about = {key: ", ".join(filter(None, _union([getattr(run, key)] for run in runs))) for key in SHARED}
+    started = max(run.started for run in runs)
+    sink.start({
+        "kind": "run", "format": FORMAT, "version": VERSION, "name": "comparison", "group": runs[0].group, **about,
+        "every": 0, "started": started, "layers": [],
+    })  # fmt: skip
+    last = max((step for run in runs for step in (*run.steps, *run.scalars)), default=0)
+    sink.page("report", page, last)
+    with tempfile.TemporaryDirectory() as folder:
+        for section, groups in report.pictures.items():
+            for group in groups:
+                pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for _, data in group.images]
+                sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+                for place, picture in enumerate(pictures):
+                    sheet.paste(picture, (sum(p.width for p in pictures[:place]), 0))
+                sheet.save(Path(folder, "figure.png"))
+                sink.image(f"{section}/{group.title}", Path(folder, "figure.png"), last)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -145,14 +180,15 @@ class _Report:
         self.resolution, self.palette = resolution, palette
         self.runs = list(zip(_labels(runs), runs, strict=True))
         self.layers = _union(run.layers for run in runs)
-
-    def text(self) -> str:
-        pictures = {
+        drawn = {
             "Signal to noise": self.noise(),
             "Weight codes": self.codes(),
             "Gradient to noise": self.gradients(),
             "Heatmaps": self.heatmaps(),
         }
+        self.pictures = {name: [group for group in groups if group.images] for name, groups in drawn.items()}
+
+    def text(self) -> str:
         labels = [label for label, _ in self.runs]
         alarms = [(label, alarm) for label, run in self.runs for alarm in run.alarms]
         return fill(
@@ -166,7 +202,7 @@ class _Report:
             tables=[_table(label, run, step) for label, run in self.runs if (step := last_step(run)) is not None],
             figures=[text for text, _, _ in FIGURES.values()],
             lowest=LOWEST,
-            pictures={name: [group for group in groups if group.images] for name, groups in pictures.items()},
+            pictures=self.pictures,
         )
 
     def scalars(self) -> Group:

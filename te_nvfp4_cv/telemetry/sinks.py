@@ -54,6 +54,10 @@ class Sink(Protocol):
         """Take a table, whose cells may be pictures [H, W, 3] uint8."""
         return
 
+    def page(self, name: str, path: Path, step: int) -> None:
+        """Take a page of HTML."""
+        return
+
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Finish; nothing comes afterwards."""
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from unet_coco.average import Average
 from unet_coco.checkpoint import load_checkpoint
 from unet_coco.data import SegmentationDataset, load_data
 from unet_coco.initial import read_weights
+from unet_coco.losses import IGNORE
 from unet_coco.objects import ObjectDataset
 from unet_coco.options import parse_options
 from unet_coco.shapes import ShapesSettings, ensure_shapes
 from unet_coco.train import main
 
+from te_nvfp4_cv import telemetry
 from tests.examples.test_examples import same
 from tests.examples.unet_coco_data import SMALL
 
-ALL = ("flip", "crop", "colour")
+ALL = ("flip", "scale", "crop", "colour")
 
 
 def drawn(folder: Path) -> Path:
@@ -49,6 +52,22 @@ def test_a_resume_is_exact_with_an_average_and_every_augmentation_and_the_best_i
     assert rows["nvfp4"]["miou"] == scores[-1]
 
 
+def test_the_best_copied_over_the_last_is_where_a_resume_goes_on(tmp_path: Path) -> None:
+    """The run then ends in the bits in which it ended before, telemetry included, whatever came after the best."""
+    options = ["--data", str(drawn(tmp_path)), *SMALL, "--precisions", "nvfp4", "--compute", "fp32", "--epochs", "3"]
+    options += ["--lr", "0.03", "--pictures", "0", "--telemetry-every", "1", "--out", str(tmp_path / "run")]
+    main(options)
+    folder = tmp_path / "run" / "nvfp4"
+    whole, best = load_checkpoint(folder / "last.pt"), load_checkpoint(folder / "best.pt")
+    sampled = telemetry.read(folder / "telemetry.jsonl")
+    assert best["position"]["step"] < whole["position"]["step"] == 6, "or this test proves nothing"
+    shutil.copyfile(folder / "best.pt", folder / "last.pt")
+    main([*options, "--resume"])
+    same(load_checkpoint(folder / "last.pt"), whole)
+    again = telemetry.read(folder / "telemetry.jsonl")
+    assert again.steps == sampled.steps and again.scalars == sampled.scalars
+
+
 def test_an_average_is_what_its_formula_says_and_gives_the_weights_back() -> None:
     model = torch.nn.Linear(3, 2)
     average, expected = Average(model, 0.75), None
@@ -69,7 +88,7 @@ def test_masks_and_boxes_follow_the_image(tmp_path: Path) -> None:
     """A pixel is of an object exactly where it was: here an image is its own mask, and a box is that of its mask."""
     raw = load_data(drawn(tmp_path), "coco", None).train
     items: list[Any] = []
-    for names in (("flip",), ("crop",), ALL):
+    for names in (("flip",), ("scale",), ("crop",), ALL):
         sets = [ObjectDataset(raw, (32, 32), True, 0, True, names) for _ in range(2)]
         for index in range(len(raw)):
             (image, target), (again, _) = (made[1, index] for made in sets)
@@ -83,6 +102,8 @@ def test_masks_and_boxes_follow_the_image(tmp_path: Path) -> None:
     plain = ObjectDataset(raw, (32, 32), True, 0, True, ("flip",))
     assert all(torch.equal(plain[1, index][0], items[index]) for index in range(len(raw)))
     cropped = [SegmentationDataset(raw, (32, 32), True, 0, names)[1, 0] for names in ((), ("crop",))]
+    edges = torch.cat([SegmentationDataset(raw, (32, 32), True, 0, ("scale",))[1, i][1][0] for i in range(len(raw))])
+    assert 0.2 < (edges == IGNORE).float().mean() < 0.9, "nothing is learnt of the canvas around a smaller image"
     assert not torch.equal(cropped[0][0], cropped[1][0]) and cropped[1][1].shape == (32, 32)
     assert set(cropped[1][1].unique().tolist()) <= {*range(5), 255}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ImageDraw
 from torch import Tensor
 from unet_coco import parallel
 from unet_coco.average_precision import AveragePrecision
@@ -30,6 +31,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 TINY = ["--task", "detection", *SMALL]
+NAMES = ("background", "circle", "a long name of a class")
 KEYS = {"train_loss", "val_loss", "ap", "ap50", "ap_hp", "step_ms", "saved_bytes", "nvfp4_flops_share"}
 
 
@@ -129,9 +131,24 @@ def test_a_scale_without_channels_is_refused() -> None:
 def test_pictures_show_boxes_of_likely_objects() -> None:
     images = torch.zeros(1, 3, 16, 16)
     found = boxes([[2, 2, 8, 8], [9, 9, 15, 15]], [1, 2], scores=[0.9, 0.1])
-    [plain], [drawn] = draw_objects(images, [boxes([], [])], 3), draw_objects(images, [found], 3)
+    [plain], [drawn] = draw_objects(images, [boxes([], [])], NAMES), draw_objects(images, [found], NAMES)
+    assert plain.shape == (160, 160, 3), "as large as on the sheet, so that texts are sharp"
     changed = (plain != drawn).any(axis=2)
-    assert changed[2, 2:8].all() and changed[7, 2:8].all() and changed.sum() == 4 * 6 - 4
+    assert changed[20:22, 20:80].all() and changed[78:80, 20:80].all() and not changed[:, 82:].any()
+    assert changed[40:78, 22:78].sum() == 0, "only the border, and a text at its top"
+
+
+def test_true_boxes_bear_names_and_predicted_ones_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[tuple[float, float], str]] = []
+    write = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda pen, at, text, *more: (said.append((at, text)), write(pen, at, text, *more))
+    )
+    true = boxes([[2, 2, 8, 8], [12, 9, 16, 15]], [1, 2])
+    draw_objects(torch.zeros(1, 3, 16, 16), [true], NAMES)
+    draw_objects(torch.zeros(1, 3, 16, 16), [{**true, "scores": torch.tensor([0.9, 0.456])}], NAMES)
+    assert [text for _, text in said] == ["circle", "a long name of a class", "0.46", "0.90"]
+    assert said[1][0][0] < 120, "a long name stays in the picture"
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 TINY = ["--task", "instance", *SMALL]
+NAMES = ("background", "circle", "square")
 KEYS = {"train_loss", "val_loss", "ap", "ap50", "ap_hp", "step_ms", "saved_bytes", "nvfp4_flops_share"}
 
 
@@ -172,8 +173,8 @@ def test_pictures_show_masks_with_a_border() -> None:
     masks = torch.zeros(1, 16, 16, dtype=torch.bool)
     masks[0, 3:9, 4:9] = True
     images = torch.zeros(1, 3, 16, 16)
-    [plain] = draw_objects(images, [{"masks": masks[:0], "labels": torch.zeros(0, dtype=torch.int64)}], 3)
-    [picture] = draw_objects(images, [{"masks": masks, "labels": torch.tensor([1])}], 3)
+    [plain] = draw_objects(images, [{"masks": masks[:0], "labels": torch.zeros(0, dtype=torch.int64)}], NAMES)
+    [picture] = draw_objects(images, [{"masks": masks, "labels": torch.tensor([1])}], NAMES)
     assert ((plain != picture).any(axis=2) == masks[0].numpy()).all()
     assert len({tuple(pixel) for pixel in picture[masks[0].numpy()].tolist()}) == 2
 

@@ -45,6 +45,7 @@ def fake_wandb(monkeypatch, runs: dict[str, Any]) -> list[str]:
     module = SimpleNamespace(
         init=init, Settings=lambda **o: o, Histogram=lambda np_histogram: np_histogram,
         Image=lambda path, caption="": (path, caption), Table=lambda columns, data: (columns, data),
+        Html=lambda path, inject: Path(path).read_text(),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", module)
     return modes
