@@ -69,13 +69,21 @@ def test_no_page_with_python_is_forgotten():
 
 
 def test_training_and_watching(capsys, tmp_path, monkeypatch):
-    pytest.importorskip("torchvision")
+    for package in ("torchvision", "matplotlib", "jinja2"):
+        pytest.importorskip(package)
+    from PIL import Image
+
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     run_python("TRAINING", names)
     assert names["loss"].isfinite() and "fc" in capsys.readouterr().out  # the printed coverage lists the classifier
     assert nv.extra_state(names["model"]) == names["last"]["nvfp4"]
+    (tmp_path / "runs").mkdir()
+    with nv.telemetry.attach(names["model"], sinks=[nv.telemetry.JSONL("runs/bf16.jsonl")], name="bf16") as other:
+        other.scalars(0, {"train/loss": 1.0})
+    monkeypatch.setattr("te_nvfp4_cv.telemetry.drawing.image", lambda *_: Image.new("RGB", (8, 8)))  # it takes seconds
     run_python("WATCH", names)
+    assert "data:image/png" in Path("beside.html").read_text()
     run = nv.telemetry.read("runs/mine.jsonl")
     assert list(run.steps) == [0] and run.steps[0]["fc"]["precision"] == "high" and names["loss"].isfinite()
 

@@ -37,7 +37,8 @@ def _draw(photo: np.ndarray, found: dict[str, Any], names: Sequence[str]) -> np.
     order = [i for i in np.argsort(scores, kind="stable") if scores[i] >= SHOWN]
     if "masks" not in found:
         texts = [f"{scores[i]:.2f}" if "scores" in found else names[found["labels"][i]] for i in order]
-        return _draw_boxes(photo, [(found["boxes"][i], tuple(colours[found["labels"][i]].tolist())) for i in order], texts)
+        pairs = [(found["boxes"][i], tuple(colours[found["labels"][i]].tolist())) for i in order]
+        return _draw_boxes(photo, pairs, texts)
     drawn = photo.copy()
     for i in order:
         mask, colour = found["masks"][i], colours[found["labels"][i]]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +52,14 @@ class Blocks:
     whole: tuple[Tensor, Tensor]
 
 
-def whole(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the amax of all finite values of v, and how many are not finite: a sample would miss an outlier."""
+def whole(v: Tensor, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the amax of all finite values of v, and how many are not finite: a sample would miss an outlier.
+
+    Args:
+        amax: that of all values, if it is known: on a CPU, if it is finite, nothing is read again.
+    """
+    if amax is not None and v.device.type == "cpu" and math.isfinite(amax):
+        return amax, torch.zeros((), dtype=torch.long)
     return finite(v if v.dtype in (torch.bfloat16, torch.float16, torch.float32) else v.double())[1:]
 
 
@@ -103,33 +108,35 @@ def of_operand(
     if quantizer is not None:  # one scale for each 16 values, as NVFP4 has them
         row = Face(row.data, quantizer.of_rows(row, plan.geometry.groups)) if row.data.numel() else row
         col = Face(col.data, quantizer.of_columns(col)) if col.data.numel() else col
-    sampled = functools.partial(_sampled, how=_Sampling(s.e4m3_max, most, quantizer))
+    sampled = functools.partial(_sampled, e4m3_max=s.e4m3_max, quantizer=quantizer)
     found = {}
-    amax_whole, broken = whole(operand)
+    amax_whole, broken = whole(operand, _measured(made, s.pow2 or quantizer is not None))
     if row.data.numel():
         raw = _padded(operand, plan.geometry.groups)
         per_pixel = raw.shape[-1] // BLOCK
+        index = _chosen(raw.numel() // BLOCK, most, raw.device)
         valid = None
         if raw.shape[-1] != operand.shape[-1]:
             ones = torch.ones(1, operand.shape[-1], dtype=torch.bool, device=raw.device)
-            valid = _padded(ones, plan.geometry.groups).view(per_pixel, BLOCK)
+            valid = _padded(ones, plan.geometry.groups).view(per_pixel, BLOCK)[index % per_pixel]
         amax = made.row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_scaled else made.row_amax
-        found["row"] = sampled(raw, row, amax, valid=valid, rht=False, extent=(amax_whole, broken))
+        some = raw.reshape(-1, BLOCK)[index]
+        found["row"] = sampled(some, *_taken(row, amax, index), valid=valid, rht=False, extent=(amax_whole, broken))
     if col.data.numel():
-        raw = fold_images(operand, fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)  # [N16, *folded, C, 16]
+        index = _chosen(col.scale.numel(), most, operand.device)
+        some = _columns(fold_images(operand, fold), index)
         amax = made.col_amax
         amax = amax.repeat(col.scale.numel() // amax.numel()) if row_scaled else amax
         # The rotation mixes the 16 images of a block, so zero images that fill it up cannot be left out afterwards.
         real = None
         if not s.rht:
-            real = fold_images(torch.ones_like(operand[..., :1]), fold).unflatten(0, (-1, BLOCK)).movedim(1, -1)
-            real = real.expand(raw.shape).reshape(-1, BLOCK) != 0
+            real = _columns(fold_images(torch.ones_like(operand[..., :1]), fold), index // operand.shape[-1]) != 0
         if s.rht:  # the largest of the rotated values, which were not stored: quantization has measured it
             amax_whole = made.observed[1] if made.observed.numel() else made.col_amax.amax()
             # But raised it to a power of two, or has no tensor scale.
             if (s.pow2 or quantizer is not None) and not made.observed.numel():
                 amax_whole = measure_operand(operand, both_faces, plan.backend)[1]
-        found["col"] = sampled(raw, col, amax, valid=real, rht=s.rht, extent=(amax_whole, broken))
+        found["col"] = sampled(some, *_taken(col, amax, index), valid=real, rht=s.rht, extent=(amax_whole, broken))
     return found
 
 
@@ -155,20 +162,20 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
         if not data.numel():
             continue
         raw = _row_kernel(kernel) if face == "row" else formats.kernel_columns(kernel, plan.geometry.groups)
+        index = _chosen(raw.numel() // BLOCK, most, raw.device)
         valid = None
         if raw.numel() != kernel.numel():
             ones = torch.ones_like(kernel, dtype=torch.bool)
             valid = _row_kernel(ones) if face == "row" else formats.kernel_columns(ones, plan.geometry.groups)
-            valid = valid.reshape(-1, BLOCK)
+            valid = valid.reshape(-1, BLOCK)[index]
         rows = kernel.shape[0] // plan.geometry.groups
         if quantizer is not None:
             scale = quantizer.of_kernel(Face(data, scale), rows)
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
-        made, amax = Face(data, scale), codes.amax
-        how = _Sampling(s.e4m3_max, most, quantizer)
-        found[gemm] = _sampled(raw, made, amax, how=how, valid=valid, rht=False, extent=extent)
+        some, made = raw.reshape(-1, BLOCK)[index], _taken(Face(data, scale), codes.amax, index)
+        found[gemm] = _sampled(some, *made, s.e4m3_max, quantizer, valid=valid, rht=False, extent=extent)
     return found
 
 
@@ -183,47 +190,59 @@ def step_of(blocks: int, most: int) -> int:
     return step
 
 
-class _Sampling(NamedTuple):
-    """How blocks are read: the largest scale, the number of elements, the quantizer of another block format."""
+def _chosen(blocks: int, most: int, device: torch.device) -> Tensor:
+    """Return the numbers of the blocks to look at: every step_of-th."""
+    return torch.arange(0, blocks, step_of(blocks, most), device=device)
 
-    e4m3_max: int
-    most: int
-    quantizer: Quantizer | None
+
+def _columns(folded: Tensor, index: Tensor) -> Tensor:
+    """Return blocks [n, 16] of [N16 * 16, *image, C], each of 16 images at one place; the places come first.
+
+    Only the chosen ones are copied: a whole operand in this order would cost more than all that is computed of it.
+    """
+    images = folded.unflatten(0, (-1, BLOCK)).flatten(2)
+    return images[index // images.shape[-1], :, index % images.shape[-1]]
+
+
+def _taken(face: Face, amax: Tensor, index: Tensor) -> tuple[Face, Tensor]:
+    """Return codes, scales and the amax, [1] or one for each block, of the chosen blocks."""
+    chosen = Face(face.data.reshape(-1, BLOCK // 2)[index], face.scale.reshape(-1)[index])
+    return chosen, amax.flatten() if amax.numel() == 1 else amax.flatten()[index]
 
 
 def _sampled(
-    raw: Tensor, face: Face, amax: Tensor, *,
-    how: _Sampling, valid: Tensor | None, rht: bool, extent: tuple[Tensor, Tensor],
+    raw: Tensor, face: Face, amax: Tensor, e4m3_max: int, quantizer: Quantizer | None, *,
+    valid: Tensor | None, rht: bool, extent: tuple[Tensor, Tensor],
 ) -> Blocks:
-    """Take every step_of-th block of one face.
+    """Put the chosen blocks [n, 16] of an operand, as they were before the transform, beside their codes and scales.
 
     Args:
         amax: [1], or one for each block.
-        valid: as in Blocks, given for every block or for the blocks of one pixel.
+        quantizer: of another block format than NVFP4.
+        valid: as in Blocks.
         rht: the transform is applied to `raw`.
         extent: Blocks.whole.
     """
-    raw, data, scale = raw.reshape(-1, BLOCK), face.data.reshape(-1, BLOCK // 2), face.scale.reshape(-1)
-    step = step_of(len(raw), how.most)
-    # A copy, because every figure reads these blocks, and they lie far apart in the operand.
-    raw, data, scale = raw[::step].contiguous(), data[::step], scale[::step]
+    data, scale = face
     if rht:  # of the sample only: the transform acts within a block
         raw = formats.rht16(raw)
-    if valid is not None:
-        index = torch.arange(len(raw), device=raw.device) * step
-        valid = valid[index % len(valid)]
-    amax = amax.flatten() if amax.numel() == 1 else amax.flatten()[::step]
-    scale = scale.contiguous()
-    if how.quantizer is None:
+    if quantizer is None:
         scale_values = scale.view(torch.float8_e4m3fn).float()
-        factor = formats.block_units(scale.view(torch.float8_e4m3fn), amax, how.e4m3_max)
+        factor = formats.block_units(scale.view(torch.float8_e4m3fn), amax, e4m3_max)
     else:
-        scale_values = how.quantizer.format.decode(scale)
+        scale_values = quantizer.format.decode(scale)
         factor = scale_values * (amax * (1.0 / TENSOR_AMAX))
     codes = formats.unpack_nibbles(data)
     table = formats.decode_e2m1(torch.arange(16, device=codes.device))
     values = table.index_select(0, codes.flatten().int()).view(codes.shape) * factor.unsqueeze(-1)
     return Blocks(raw.float(), codes, scale, scale_values, values, 6 * factor, valid, extent)
+
+
+def _measured(made: Operand, raised: bool) -> Tensor | None:
+    """Return the amax of the whole operand, if its quantization has measured it and not `raised` it, nor had none."""
+    if made.observed.numel():  # another amax was given, and this one was observed
+        return made.observed[0]
+    return made.row_amax.amax() if made.row_amax.numel() and not raised else None
 
 
 def _padded(x: Tensor, groups: int) -> Tensor:

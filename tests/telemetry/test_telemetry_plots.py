@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from te_nvfp4_cv import cli
-from te_nvfp4_cv.telemetry import JSONL, drawing, read, render_heatmaps, write_report
+from te_nvfp4_cv.telemetry import JSONL, Sink, drawing, read, render_heatmaps, write_report
 from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, CODES, PLOTLY_MARKERS, SCALES
 from tests.telemetry.synthetic_runs import NAMES, header, write_run
 
@@ -160,13 +160,33 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+class Shown(Sink):
+    """A sink that remembers pictures and pages."""
+
+    def __init__(self) -> None:
+        self.headers, self.pages, self.sizes, self.open = [], {}, {}, True
+
+    def start(self, header):
+        self.headers.append(header)
+
+    def page(self, name, path, step):
+        self.pages[name, step] = path.read_text()
+
+    def image(self, name, path, step):
+        self.sizes[name] = Image.open(path).size
+
+    def close(self, summary=None):
+        self.open = False
+
+
 def test_the_report_puts_runs_side_by_side(tmp_path):
+    sink = Shown()
     paths = [
         write_run(tmp_path / "bf16.jsonl", name="bf16", high=True),
         write_run(tmp_path / "nvfp4.jsonl", name="nvfp4", steps=4),
         write_run(tmp_path / "other.jsonl", name="other", layers=23, steps=3),
     ]
-    text = write_report(paths, tmp_path / "report.html").read_text()
+    text = write_report(paths, tmp_path / "report.html", sinks=[sink]).read_text()
     page = Page(text)
     words = " ".join(page.words)
     assert page.pictures > 12 and all(source.startswith(("data:", "#")) for source in page.sources)
@@ -174,6 +194,14 @@ def test_the_report_puts_runs_side_by_side(tmp_path):
     assert "norm / noise = 1.5" in words and len(text) < 10_000_000
     sqnr = read(paths[1]).steps[300]["head"]["tensors"]["weight"]["sqnr_db"]
     assert f"{sqnr:.1f}" in words
+    # A sink gets the page, and each figure as one picture: two runs of three quantize, all have weights.
+    assert [h["name"] for h in sink.headers] == ["comparison"] and sink.headers[0]["model"] == "UNet" and sink.open
+    assert list(sink.pages) == [("report", max(read(paths[0]).steps))] and text in sink.pages.values()
+    two, three = (sink.sizes[f"Heatmaps/Weights {what}: mean"] for what in ("dequantized", "before quantization"))
+    assert two[0] * 3 == three[0] * 2 and min(two) > 300
+    assert {name.split("/")[0] for name in sink.sizes} == {
+        "Signal to noise", "Weight codes", "Gradient to noise", "Heatmaps"
+    }  # fmt: skip
 
 
 def test_a_report_of_a_run_that_was_cut_off_says_so(tmp_path):
