@@ -7,8 +7,9 @@
     gradients.png      beside it: the standard deviation of each layer's weight gradients
     signal.png         beside it: each layer's signal to quantization noise
 
-The run needs its telemetry (PRECISION/telemetry.jsonl), summary.json and predictions.png. The heatmap shows each
-layer's weights at the sampled steps: in NVFP4 as its layers multiply them, decoded from their 4-bit codes.
+The run needs its telemetry (PRECISION/telemetry.jsonl), summary.json and predictions.png. The heatmap shows by how much
+the standard deviation of each layer's weights has grown since the first sampled step: in NVFP4 of the weights as its
+layers multiply them, decoded from their 4-bit codes.
 """
 
 from __future__ import annotations
@@ -29,10 +30,24 @@ from te_nvfp4_cv.telemetry.heatmaps import table  # noqa: E402
 from te_nvfp4_cv.telemetry.records import Run  # noqa: E402
 
 
-def weights(run: Run, layers: Sequence[str]) -> np.ndarray:
-    """Return the standard deviation of each layer's weights [layers, steps], as its products use them."""
+def growth(run: Run, layers: Sequence[str]) -> np.ndarray:
+    """Return by how many percent the standard deviation of each layer's weights has grown [layers, steps].
+
+    The weights are those that its products use.
+    """
     raw, decoded = (table(run, layers, "tensors", "weight", stage, "std") for stage in ("raw", "dequantized"))
-    return np.where(np.isfinite(decoded), decoded, raw)  # layers in high precision have no codes
+    used = np.where(np.isfinite(decoded), decoded, raw)  # layers in high precision have no codes
+    return 100 * (used / used[:, :1] - 1)
+
+
+def tiles(sheet: np.ndarray) -> np.ndarray:
+    """Cut the titles at the top of predictions.png off, and the last line of text at its bottom."""
+    white = (sheet[..., :3] == 1).all(axis=(1, 2))
+    end = len(sheet)
+    for wanted in (True, False, True):  # the margin, the text, the gap above it
+        while end > 20 and white[end - 1] == wanted:
+            end -= 1
+    return sheet[20:end]
 
 
 def draw(folder: Path, out: Path) -> None:
@@ -44,7 +59,6 @@ def draw(folder: Path, out: Path) -> None:
     import matplotlib.image
 
     matplotlib.use("Agg")
-    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     summary, sheet = folder / "summary.json", folder / "predictions.png"
@@ -53,27 +67,27 @@ def draw(folder: Path, out: Path) -> None:
     scores = json.loads(summary.read_text(encoding="utf-8"))
     runs = {name: read(folder / name / "telemetry.jsonl") for name in scores}
     layers = next(iter(runs.values())).layers
-    values = {name: weights(run, layers) for name, run in runs.items()}
-    found = np.concatenate([some[np.isfinite(some) & (some > 0)] for some in values.values()])
-    if not found.size:
+    if not all(run.steps for run in runs.values()):
         raise ValueError(f"{folder}: no weights in its telemetry: train with --telemetry-every 5")
-    norm = LogNorm(*np.percentile(found, (1, 99)))
+    values = {name: growth(run, layers) for name, run in runs.items()}
+    found = np.concatenate([some[np.isfinite(some)] for some in values.values()])
+    low, high = np.percentile(found, (1, 99))
 
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
     maps = left.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axes, (name, run) in zip(maps, runs.items(), strict=True):
-        picture = axes.imshow(values[name], aspect="auto", interpolation="nearest", norm=norm, cmap="viridis")
+        picture = axes.imshow(values[name], aspect="auto", interpolation="nearest", vmin=low, vmax=high, cmap="viridis")
         steps = list(run.steps)
         ticks = range(0, len(steps), max(1, len(steps) // 4))
         axes.set_xticks(ticks, [steps[tick] for tick in ticks])
         axes.set(title=name, xlabel="step")
     maps[0].set_yticks(range(len(layers)), layers, fontsize=8)
-    left.colorbar(picture, ax=maps, shrink=0.8)
-    left.suptitle("Weights of each layer: standard deviation")
+    left.colorbar(picture, ax=maps, shrink=0.8, format="{x:+.0f} %")
+    left.suptitle("Weights: growth of each layer's standard deviation")
 
     axes = right.subplots()
-    shown = matplotlib.image.imread(sheet)[20:]  # without the small titles of its columns
+    shown = tiles(matplotlib.image.imread(sheet))
     axes.imshow(shown, interpolation="nearest")
     axes.set_axis_off()
     columns = ("image", "truth", *scores)
@@ -81,7 +95,7 @@ def draw(folder: Path, out: Path) -> None:
         axes.text((column + 0.5) * shown.shape[1] / len(columns), -4, title, ha="center", va="bottom", fontsize=12)
     right.suptitle("Predictions: " + ", ".join(f"{name} {row['miou']:.3f} mIoU" for name, row in scores.items()))
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
+    figure.savefig(out, dpi=110)
     watched(list(runs.values())[-1], out.parent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import time
 import warnings
@@ -118,13 +119,59 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
 # ---- Weights & Biases -----------------------------------------------------------------------------------------------
 
 
+def logged_offline(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """What a file of W&B's holds: the type of each thing that was logged, and the files of each artifact.
+
+    It is a log of LevelDB: blocks of 32 KiB, in them pieces with checksum, length and kind (1: whole, 4: the last
+    one), and in those protobuf records.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, joined = path.read_bytes(), 7, b""
+    types: dict[str, str] = {}
+    files: dict[str, list[str]] = {}
+    while at + 7 <= len(content):
+        room = (1 << 15) - at % (1 << 15)
+        if room < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        joined += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind not in (1, 4):
+            continue
+        record = wandb_internal_pb2.Record.FromString(joined)
+        joined = b""
+        for item in record.history.item:
+            name, *rest = item.nested_key or [item.key]
+            types.setdefault(name, "number")
+            if rest == ["_type"]:
+                types[name] = json.loads(item.value_json)
+        if record.HasField("artifact"):
+            name = record.artifact.name.split("-", 2)[2]
+            files[name] = [entry.path for entry in record.artifact.manifest.contents]
+    return types, files
+
+
 def test_wandb_writes_a_run_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs the extra [telemetry]")
+    """The file of a real run holds what a dashboard shows: charts, histograms, pictures, tables with pictures, a page.
+
+    Nothing is uploaded: there is no server here.
+    """
+    for package in ("wandb", "matplotlib"):
+        pytest.importorskip(package, reason="needs the extra [telemetry]")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        feed(WandB("project", group="group", name="nvfp4", folder=tmp_path, config={"lr": 0.1}))
+        sink = WandB("project", group="group", name="nvfp4", folder=tmp_path, config={"lr": 0.1})
+        (tmp_path / "page.html").write_text("<html><body>both</body></html>")
+        with monkeypatch.context() as patch:
+            patch.setattr(sink, "close", lambda summary: None)
+            feed(sink)
+        sink.page("report", tmp_path / "page.html", 10)
+        sink.table("predictions", ["image", "score"], [[np.zeros((8, 8, 3), np.uint8), 0.5]], 10)
+        sink.close({"miou": 0.5})
     assert not [w for w in seen if "W&B" in str(w.message)]
     deadline = time.monotonic() + 60  # a process of W&B's writes the file, also after finish() has returned
     while time.monotonic() < deadline:
@@ -133,6 +180,15 @@ def test_wandb_writes_a_run_offline(tmp_path, monkeypatch):
             break
         time.sleep(0.2)
     assert len(files) == 1 and files[0].stat().st_size > 1000
+    types, artifacts = logged_offline(files[0])
+    expected = {
+        "weight/conv/sqnr_db": "number", "train/loss": "number", "input/conv/values": "histogram",
+        "report": "html-file",
+        "layers/weight/std": "image-file", "heatmap/input/conv": "image-file", "curves/input/sqnr": "image-file",
+        "operands": "table-file", "predictions": "table-file",
+    }  # fmt: skip
+    assert {name: types.get(name) for name in expected} == expected
+    assert len(artifacts["predictions"]) == 2 and any(name.endswith(".png") for name in artifacts["predictions"])
 
 
 def test_one_run_on_one_step_axis(tmp_path, monkeypatch):
