@@ -63,8 +63,11 @@ $(VENV)/bin/python:
 	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); needed: Python 3.11 or newer; say make $(or $(MAKECMDGOALS),test) PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# pip leaves one core idle, so the CPU kernels are compiled meanwhile. Python compiles what is imported, and --no-compile
+# leaves it the rest of the packages, most of which is never imported.
 $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet $(PIN) -e ".[train,telemetry]"
+	$(PYTHON) te_nvfp4_cv/backend/compilation.py & \
+	$(PIP) install --quiet --no-compile $(PIN) -e ".[train]"; code=$$?; wait; exit $$code
 	touch $@
 
 $(ZOO)/.made: pyproject.toml constraints.txt examples/zoo/requirements.txt | $(VENV)/bin/python
@@ -77,4 +80,5 @@ $(ZOO)/.made: pyproject.toml constraints.txt examples/zoo/requirements.txt | $(V
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet $(PIN) -e ".[train,dev,adapters,telemetry,export,docs]"
 	$(PIP) install --quiet $(PIN) --no-deps transformer-engine==2.20.2
+	@test ! -f $(VENV)/.train || $(BIN)/python -m compileall -q -j $(or $(JOBS),1) $(VENV)/lib >/dev/null || true
 	touch $@

@@ -1,12 +1,10 @@
-"""Write files so that they are whole or absent, whatever happens meanwhile; and find the folder for cached ones."""
+"""Write files so that they are whole or absent, whatever happens meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import glob
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -97,20 +95,3 @@ def _write_all(file: BinaryIO, content: bytes | memoryview, chunk: int = 1 << 24
     """Write in chunks of 16 MiB."""
     for start in range(0, len(content), chunk):
         file.write(content[start : start + chunk])
-
-
-@functools.lru_cache(maxsize=1)
-def cache_folder() -> Path:
-    """Return the folder for compiled kernels and JSON files: TE_NVFP4_CV_CACHE, or te_nvfp4_cv in the user's cache.
-
-    If that folder cannot be written, the answer is a temporary one, which this process keeps to its end.
-    """
-    override, shared = os.environ.get("TE_NVFP4_CV_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        base = Path(override) if override else (Path(shared) if shared else Path.home() / ".cache") / "te_nvfp4_cv"
-        base.mkdir(parents=True, exist_ok=True)
-        if os.access(base, os.W_OK):
-            return base
-    except (OSError, RuntimeError):  # no rights, or no home
-        pass
-    return Path(tempfile.mkdtemp(prefix="te_nvfp4_cv_"))

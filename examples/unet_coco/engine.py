@@ -180,14 +180,16 @@ class Trainer(Resumable):
         at.step, at.batch = at.step + 1, at.batch + 1
         last = at.step == self.total_steps
         ends, saves = last or at.batch == len(self.order), bool(save_every and at.step % save_every == 0)
-        if at.step % every == 0 or ends or saves:
+        first = self.steps_here == 1  # of which a line is printed at once: it tells that all works
+        if at.step % every == 0 or ends or saves or first:
             self._drain()
         figures: dict[str, float] = {}
         if at.step % every == 0 or last:
             figures = {"loss": sum(at.losses[-every:]) / len(at.losses[-every:]), "lr": self._lr(at.step - 1)}
             at.curve.append({"step": at.step, **figures})
             watch.scalars(at.step, {f"train/{key}": value for key, value in figures.items()})
-        progress.step(at.step, self.order.batch_size, figures)
+        shown = figures or ({"loss": at.losses[-1], "lr": self._lr(at.step - 1)} if first else {})
+        progress.step(at.step, self.order.batch_size, shown)
         if saves and not ends:  # at the end of an epoch and of the run a checkpoint is written anyway
             self._save()
 

@@ -85,8 +85,8 @@ class Bundles:
         self.folder, self.settings, self.precision = folder, settings, precision
         self.watch = SpikeWatch(factor=settings.spike_factor) if settings.bundles else None
         self.written = 0
-        kept = ("task", "scale", "activation", "dropout", "instances", "backbone", "dice_weight", "ce_weight")
-        kept += ("backbone_weights",) if settings.backbone_weights else ()  # which have norms of their own
+        kept = ["task", "scale", "activation", "dropout", "instances", "backbone", "dice_weight", "ce_weight"]
+        kept += ["backbone_weights"] if settings.backbone_weights else []  # their body has other norms
         learns = settings.learn_scales if precision.recipe is not None else "none"
         self.arguments = {
             "options": {key: getattr(settings, key) for key in kept} | {"learn_scales": learns},

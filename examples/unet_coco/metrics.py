@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
 
 from .losses import IGNORE, dice_ce
 
@@ -53,6 +51,10 @@ def evaluate(
     Args:
         loss: Computes the mean of a batch from (logits, masks).
     """
+    # Imported when the first epoch is validated: it takes seconds, for which the first step need not wait.
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
+
     metrics = MetricCollection(
         {
             "miou": MulticlassJaccardIndex(num_classes, ignore_index=IGNORE, validate_args=False),

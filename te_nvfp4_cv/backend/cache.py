@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.files import cache_folder, write_atomically
+from te_nvfp4_cv.backend.compilation import cache_folder
+from te_nvfp4_cv.files import write_atomically
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _selftests: dict[torch.device, bool] = {}  # one look at the disk per process and device: every dispatch asks

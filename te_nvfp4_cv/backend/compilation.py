@@ -2,12 +2,15 @@
 
 native.cpp quantizes, integer.cpp multiplies, numbers.h is what both share. No torch headers and no Python.h are needed:
 a C++17 compiler is enough. Nothing of torch or of this package is imported, because setup.py runs this file alone when
-it builds a wheel.
+it builds a wheel, and `make demo` while pip installs torch:
+
+    python te_nvfp4_cv/backend/compilation.py    compile the kernels for this processor into the cache, if they lack
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -67,6 +70,39 @@ def digest(*more: str) -> str:
     return hashlib.sha256("\0".join([*texts, *more]).encode()).hexdigest()[:20]
 
 
+@functools.lru_cache(maxsize=1)
+def cache_folder() -> Path:
+    """Return the folder for compiled kernels and JSON files: TE_NVFP4_CV_CACHE, or te_nvfp4_cv in the user's cache.
+
+    If that folder cannot be written, the answer is a temporary one, which this process keeps to its end.
+    """
+    override, shared = os.environ.get("TE_NVFP4_CV_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = Path(override) if override else (Path(shared) if shared else Path.home() / ".cache") / "te_nvfp4_cv"
+        base.mkdir(parents=True, exist_ok=True)
+        if os.access(base, os.W_OK):
+            return base
+    except (OSError, RuntimeError):  # no rights, or no home
+        pass
+    return Path(tempfile.mkdtemp(prefix="te_nvfp4_cv_"))
+
+
+def attempts(machine: str) -> list[list[str]]:
+    """Return sets of flags, the best first: a compiler without OpenMP or -march=native still builds working kernels."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    tuning = MACHINES[machine] if x86 or machine != "native" else ["-mcpu=native"]
+    # libgomp.so.1 becomes a dependency, which the one that torch has loaded under this name fulfils.
+    return [[*tuning, "-fopenmp"], tuning, []]
+
+
+def cached(cxx: str, machine: str) -> Path:
+    """Return where the kernels for a machine are kept once this compiler has compiled them."""
+    command = [*shlex.split(cxx), "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    # In a home folder shared by several machines each processor needs its build.
+    return cache_folder() / f"native_{digest(cxx, version, features(), str([FLAGS, attempts(machine)]))}.so"
+
+
 def _build(cxx: str, flags: list[str], link: list[str], target: str) -> str:
     """Compile the sources, all at the same time, and link them. Returns the compiler's complaint, or "" of none."""
     with tempfile.TemporaryDirectory() as folder:
@@ -88,8 +124,8 @@ def _build(cxx: str, flags: list[str], link: list[str], target: str) -> str:
         return (run.stderr or f"status {run.returncode}") if run.returncode != 0 else ""
 
 
-def compile_here(cxx: str, attempts: list[list[str]], target: Path) -> None:
-    """Compile a shared object; `attempts` are sets of flags, of which the first one that works is used.
+def compile_here(cxx: str, machine: str, target: Path) -> None:
+    """Compile a shared object by the first set of flags that works.
 
     The file is complete when it gets its name, so that other processes never load half of one.
 
@@ -100,7 +136,7 @@ def compile_here(cxx: str, attempts: list[list[str]], target: Path) -> None:
     os.close(handle)
     error = ""
     try:
-        for flags in attempts:
+        for flags in attempts(machine):
             error = _build(cxx, [*FLAGS, *flags], flags, temporary)
             if not error:
                 os.replace(temporary, target)
@@ -132,3 +168,18 @@ def compile_for_wheel(cxx: str, machine: str, folder: Path) -> Path:
     if error:
         raise OSError(f"{cxx} could not build the CPU kernels for {machine}: {error.strip()[-800:]}")
     return target
+
+
+def main() -> None:
+    """Compile the kernels for this processor into the cache; what prevents it is told at the first use."""
+    cxx, machine = compiler(), os.environ.get("TE_NVFP4_CV_MACHINE", "native")
+    if cxx is None or machine not in MACHINES:
+        return
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        target = cached(cxx, machine)
+        if not target.exists():
+            compile_here(cxx, machine, target)
+
+
+if __name__ == "__main__":
+    main()

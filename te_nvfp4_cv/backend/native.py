@@ -16,9 +16,7 @@ import ctypes
 import functools
 import logging
 import os
-import platform
 import re
-import shlex
 import subprocess
 import threading
 from pathlib import Path
@@ -28,7 +26,6 @@ import torch
 from te_nvfp4_cv.backend import compilation
 from te_nvfp4_cv.backend.compilation import MACHINES, WHEEL_MACHINES, compiler, wheel_object
 from te_nvfp4_cv.errors import value_error, warn_once
-from te_nvfp4_cv.files import cache_folder
 
 _building = threading.Lock()
 _log = logging.getLogger("te_nvfp4_cv")
@@ -141,26 +138,14 @@ def _share_openmp() -> None:
 # ---- the kernels that are compiled here -----------------------------------------------------------------------------
 
 
-def _attempts() -> list[list[str]]:
-    """Return sets of flags, the best first: a compiler without OpenMP or -march=native still builds working kernels."""
-    name, x86 = _machine(), platform.machine().lower() in ("x86_64", "amd64")
-    tuning = MACHINES[name] if x86 or name != "native" else ["-mcpu=native"]
-    # libgomp.so.1 becomes a dependency, which the one that torch has loaded under this name fulfils.
-    return [[*tuning, "-fopenmp"], tuning, []]
-
-
 def _build(cxx: str) -> Path:
-    command = [*shlex.split(cxx), "--version"]
-    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    # In a home folder shared by several machines each processor needs its build.
-    flags = str([compilation.FLAGS, _attempts()])
-    target = cache_folder() / f"native_{compilation.digest(cxx, version, compilation.features(), flags)}.so"
+    target = compilation.cached(cxx, _machine())
     with _building:  # a second thread waits, and finds what the first has built
         if target.exists():
             return target
         # A warning, not an info: without logging set up Python shows only these, and a pause of seconds needs a reason.
         _log.warning("te_nvfp4_cv: compiling the CPU kernels (once per machine, some seconds) ...")
-        compilation.compile_here(cxx, _attempts(), target)
+        compilation.compile_here(cxx, _machine(), target)
     return target
 
 

@@ -58,7 +58,7 @@ def test_the_best_copied_over_the_last_is_where_a_resume_goes_on(
     """The run then ends in the bits in which it ended before, telemetry included, whatever came after the best."""
     monkeypatch.setattr("unet_coco.train.show_telemetry", lambda *_: [])  # drawing takes longer than the runs
     options = ["--data", str(drawn(tmp_path)), *SMALL, "--precisions", "nvfp4", "--compute", "fp32", "--epochs", "3"]
-    options += ["--lr", "0.03", "--pictures", "0", "--telemetry-every", "1", "--out", str(tmp_path / "run")]
+    options += ["--lr", "0.03", "--pictures", "0", "--telemetry-every", "2", "--out", str(tmp_path / "run")]
     main(options)
     folder = tmp_path / "run" / "nvfp4"
     whole, best = load_checkpoint(folder / "last.pt"), load_checkpoint(folder / "best.pt")

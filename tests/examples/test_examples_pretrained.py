@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import save_file
 from unet_coco.checkpoint import load_checkpoint
 from unet_coco.detector import Detector
+from unet_coco.levers import Bundles
 from unet_coco.options import parse_options
+from unet_coco.precision import parse_precisions
 from unet_coco.pretrained import load_body
 from unet_coco.rebuild import build
 from unet_coco.train import main
 
-from te_nvfp4_cv.sensitivity import load_bundle
 from tests.examples.test_examples import same
 from tests.examples.unet_coco_data import SMALL, draw_shapes
 
@@ -77,12 +78,13 @@ def test_a_body_computes_what_torchvisions_network_computes(weights: State, tmp_
         assert torch.allclose(list(ours.train()(images).values())[-1], seen[0], rtol=1e-4, atol=1e-4)
 
 
-def test_training_resuming_and_bundles(weights: State, tmp_path: Path) -> None:
-    """Batch norms stay, weights learn, and neither a resume nor `diagnose` needs the file again."""
+@pytest.mark.slow
+def test_training_and_resuming(weights: State, tmp_path: Path) -> None:
+    """Batch norms stay, weights learn, and a resume does not need the file again."""
     file = tmp_path / "w.pt"
     torch.save(weights, file)
     common = ["--data", str(draw_shapes(tmp_path)), "--task", "detection", *SMALL, "--precisions", "nvfp4"]
-    common += ["--pictures", "0", "--epochs", "2", "--backbone-weights", str(file), "--spike-factor", "1.0001"]
+    common += ["--pictures", "0", "--epochs", "1", "--backbone-weights", str(file), "--no-bundles"]
     main([*common, "--out", str(tmp_path / "whole")])
     main([*common, "--out", str(tmp_path / "half"), "--steps", "2"])
     file.unlink()
@@ -97,10 +99,14 @@ def test_training_resuming_and_bundles(weights: State, tmp_path: Path) -> None:
     without = [word for word in common if word not in ("--backbone-weights", str(file))]
     with pytest.raises(ValueError, match=r"belongs to another run \(differing: architecture\)"):
         main([*without, "--out", str(tmp_path / "half"), "--resume"])
-    for path in (tmp_path / "whole" / "nvfp4").glob("bundle_*.pt"):
-        bundle = load_bundle(path)
-        model, _ = build(bundle.arguments)
-        model.load_state_dict(bundle.state)
+
+
+def test_a_bad_steps_bundle_builds_the_same_model_without_the_file(tmp_path: Path) -> None:
+    settings = parse_options(["--task", "detection", "--scale", "0.0625", "--backbone-weights", "absent.pt"])
+    precision = parse_precisions(["fp32"], "detection")[0]
+    model, _ = build(Bundles(tmp_path, settings, precision, ["background", "a", "b"], None).arguments)
+    expected = Detector(3, (96, 96), scale=0.0625, pretrained=True)
+    assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in expected.state_dict().items()}
 
 
 def test_what_cannot_be_used_is_refused(weights: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

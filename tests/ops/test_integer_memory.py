@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from te_nvfp4_cv.backend import compilation, native
-from te_nvfp4_cv.files import cache_folder
+from te_nvfp4_cv.backend.compilation import cache_folder
 from tests.guard_pages import SIDES
 from tests.helpers import seeds
 
