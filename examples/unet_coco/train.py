@@ -26,8 +26,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
-    print("loading torch and torchvision ...", file=sys.stderr, flush=True)  # some seconds, the first time many
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0" and not {"-h", "--help", "--version"} & {*sys.argv}:
+    print("loading torch and torchvision ...", flush=True)  # some seconds, the first time many
 
 _HERE = Path(__file__).resolve()
 if str(_HERE.parents[1]) not in sys.path:

@@ -197,7 +197,8 @@ def test_the_report_puts_runs_side_by_side(tmp_path):
     # A sink gets the page, and each figure as one picture: two runs of three quantize, all have weights.
     assert [h["name"] for h in sink.headers] == ["comparison"] and sink.headers[0]["model"] == "UNet" and sink.open
     assert list(sink.pages) == [("report", max(read(paths[0]).steps))] and text in sink.pages.values()
-    two, three = (sink.sizes[f"Heatmaps/Weights {what}: mean"] for what in ("dequantized", "before quantization"))
+    titles = ("Dequantized weights", "Weights before quantization")
+    two, three = (sink.sizes[f"Heatmaps/{title}: mean"] for title in titles)
     assert two[0] * 3 == three[0] * 2 and min(two) > 300
     assert {name.split("/")[0] for name in sink.sizes} == {
         "Signal to noise", "Weight codes", "Gradient to noise", "Heatmaps"
