@@ -145,6 +145,18 @@ def on_ranks_what_models_write(ranks: Ranks) -> None:
         compare(ranks, Block(), values((2, 4, height, 5), seed=1))
 
 
+def on_ranks_extremes(ranks: Ranks) -> None:
+    for row in (None, 0, 7):  # NaN on no rank, on the first, on the last
+        x = values((1, 3, 8, 2), seed=1)
+        if row is not None:
+            x[0, 1, row, 1] = torch.nan
+        cut = SP.shard(x, mesh_of(ranks))
+        for extreme in (torch.amax, torch.amin, torch.max, torch.min):
+            torch.testing.assert_close(extreme(cut), extreme(x), equal_nan=True)
+        for whole, sharded in ((x > 0, cut > 0), (x < 99, cut < 99), (x > 99, cut > 99)):
+            assert bool(sharded.any() == whole.any()) and bool(sharded.all() == whole.all())
+
+
 def on_ranks_losses(ranks: Ranks) -> None:
     mesh = mesh_of(ranks)
     scores, labels = (

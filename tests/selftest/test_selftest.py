@@ -24,6 +24,7 @@ from te_nvfp4_cv.ops.records import Operand
 from te_nvfp4_cv.selftest import products, quantization, setting, training
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting
 from tests.backend import fake_gpu
+from tests.helpers import seeds
 
 CPU = torch.device("cpu")
 HERE = Setting(CPU, "vendor", small=True)
@@ -351,9 +352,11 @@ def test_checks_in_processes_of_their_own(monkeypatch):
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 
 KERNEL_CHECKS = (*selftest.QUANTIZATION, *selftest.PRODUCTS, training.norms)
+# Training in the interpreter takes 20 seconds; here it is checked on the CPU's kernels (test_the_command_on_a_cpu).
+SHORT_CHECKS = [check for check in KERNEL_CHECKS if check.__name__ != "training"]
 
 
-@pytest.mark.parametrize("check", KERNEL_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", seeds(SHORT_CHECKS, KERNEL_CHECKS), ids=lambda check: check.__name__)
 def test_the_kernels_pass(check, kernel_device):
     """On a GPU in full size, elsewhere in the interpreter on tiny shapes."""
     assert check(Setting(kernel_device, "triton", small=kernel_device.type == "cpu"))

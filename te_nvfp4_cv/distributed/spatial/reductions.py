@@ -93,16 +93,17 @@ def _others(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _extreme(piece: Tensor, name: str, group: Any) -> Tensor:
-    """Return the largest or smallest value of all ranks; no gradient passes."""
-    if piece.requires_grad and torch.is_grad_enabled():
-        piece = piece.detach()
-    least = name in ("amin", "min", "all")
-    wide = piece.to(torch.float64 if not piece.is_floating_point() else piece.dtype)
-    value = wide.new_full((1,), math.inf if least else -math.inf)
+    """Return the largest or smallest value of all ranks, or NaN where a rank has one; no gradient passes."""
+    least, sign = name in ("amin", "min", "all"), -1 if name in ("amin", "min", "all") else 1
+    piece = piece.detach() if name not in ("all", "any") else piece.detach().bool()
+    wide = piece.to(piece.dtype if piece.is_floating_point() else torch.float64)
+    value = wide.new_full((1,), -sign * math.inf)
     if piece.numel():
         value = (wide.amin() if least else wide.amax()).reshape(1)
-    dist.all_reduce(value, op=dist.ReduceOp.MIN if least else dist.ReduceOp.MAX, group=group)
-    return value[0].to(torch.bool if name in ("all", "any") else piece.dtype)
+    # Comparing NaN with a number, gloo keeps either one. So whether a rank has NaN travels beside the value.
+    message = torch.cat([torch.where(value.isnan(), -sign * math.inf, value), sign * value.isnan().to(value.dtype)])
+    dist.all_reduce(message, op=dist.ReduceOp.MIN if least else dist.ReduceOp.MAX, group=group)
+    return torch.where(message[1] != 0, math.nan, message[0]).to(piece.dtype)
 
 
 @handles("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "__array__", "__format__")
