@@ -25,22 +25,26 @@ from torch import Tensor
 from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE
-from te_nvfp4_cv.ops.conv import cudnn, integer, reference, vendor
+from te_nvfp4_cv.ops.conv import integer, reference, vendor
 from te_nvfp4_cv.ops.conv.block_reference import Products
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.records import Alpha, Face, tensor_of
 
 
 def _implementation(backend: str) -> Any:
-    """Return the module that serves a backend. The Triton one is imported when it is first used."""
+    """Return the module that serves a backend. Those of GPUs alone are imported when they are first used."""
     if backend == "triton":
         from te_nvfp4_cv.ops.conv.triton import launch
 
         return launch
+    if backend == "cudnn":
+        from te_nvfp4_cv.ops.conv import cudnn
+
+        return cudnn
     return _MODULES[backend]
 
 
-_MODULES: dict[str, Any] = {"reference": reference, "integer": integer, "vendor": vendor, "cudnn": cudnn}
+_MODULES: dict[str, Any] = {"reference": reference, "integer": integer, "vendor": vendor}
 # Code times scale is what a vendor's convolution multiplies, in whatever format.
 _MODULES |= dict.fromkeys(FORMATS, vendor)
 _MODULES |= {name + REFERENCE: Products(name) for name in FORMATS}
