@@ -123,7 +123,7 @@ for grouped in (False, True):
         _case(
             f"finish_backward_{'group' if grouped else 'batch'}",
             "finish_backward",
-            {**_pointers("partial weight rstd sums slope offset"), **integers, "count": "fp32"},
+            {**_pointers("partial weight rstd dbias dweight slope offset"), **integers, "count": "fp32"},
             dict(AFFINE=True, BATCH_STATS=True, **merge),
         )
     )

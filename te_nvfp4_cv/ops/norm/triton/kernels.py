@@ -338,7 +338,8 @@ def finish_backward(
     partial,
     weight,
     rstd,
-    sums,
+    dbias,
+    dweight,
     slope,
     offset,
     splits,
@@ -353,7 +354,7 @@ def finish_backward(
 ):
     """Merge the splits into dbias and dweight, and into what dz subtracts.
 
-    sums: fp32 [2, slices, channels], dbias and dweight of each slice. slope, offset: fp32 [slices, groups], 0 without
+    dbias, dweight: fp32 [slices, channels], of each slice. slope, offset: fp32 [slices, groups], 0 without
     batch statistics. count: elements that share a mean. The programs are those of finish_statistics.
     """
     s = tl.program_id(1).to(tl.int64)
@@ -370,8 +371,8 @@ def finish_backward(
     sum_g = tl.sum(tl.load(at, mask=there, other=0.0), 0)
     # The partial sums hold g (z - mean); times rstd they are those of g xhat.
     sum_gx = tl.sum(tl.load(at + channels, mask=there, other=0.0), 0) * scale
-    tl.store(sums + s * channels + channel, sum_g, mask=inside)
-    tl.store(sums + (tl.num_programs(1) + s) * channels + channel, sum_gx, mask=inside)
+    tl.store(dbias + s * channels + channel, sum_g, mask=inside)
+    tl.store(dweight + s * channels + channel, sum_gx, mask=inside)
     if AFFINE:
         w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
         # From here on for dz, which subtracts means of weight * g; dbias and dweight are without the weight.

@@ -161,7 +161,9 @@ def norm_backward(
         **arguments,
         **shared,
     )
-    sums = torch.empty((2, shape.slices, shape.channels), dtype=torch.float32, device=z.device)
+    # Two tensors, because an operator's results must not share memory; without an axis of slices where there is one.
+    sizes = (shape.slices, shape.channels)[shape.slices == 1 :]
+    dbias, dweight = (torch.empty(sizes, dtype=torch.float32, device=z.device) for _ in range(2))
     slope, offset = torch.empty_like(mean), torch.empty_like(mean)  # dz is linear in z, with these per group
     finish, merge = shape.finish(grid[0])
     start(
@@ -170,7 +172,8 @@ def norm_backward(
         partial,
         pointed[0],
         rstd,
-        sums,
+        dbias,
+        dweight,
         slope,
         offset,
         count=float(shape.slice_size * shape.group_channels // shape.channels),
@@ -180,7 +183,7 @@ def norm_backward(
     )
     dz = torch.empty_like(z)
     dresidual = torch.empty_like(dy) if s.need_dresidual else dy.new_empty(0)
-    programs, sizes = shape.elementwise
+    programs, elementwise = shape.elementwise
     start(
         kernels.backward_apply_kernel,
         programs,
@@ -193,13 +196,14 @@ def norm_backward(
         dz,
         dresidual if s.need_dresidual else dz,
         RESIDUAL=s.need_dresidual,
-        **sizes,
+        **elementwise,
         **shared,
     )
     if len(norm) == 2:
         return dz, dresidual, mean.new_empty(0), mean.new_empty(0)
-    dbias, dweight = sums.sum(1).unbind(0)
-    return dz, dresidual, dweight.clone(), dbias.clone()  # an operator's results must not share memory
+    if shape.slices > 1:
+        dweight, dbias = dweight.sum(0), dbias.sum(0)
+    return dz, dresidual, dweight, dbias
 
 
 @on_its_device
