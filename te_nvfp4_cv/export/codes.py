@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.export.computed import is_computed, weight_of
-from te_nvfp4_cv.layer import delayed_scaling, operands
+from te_nvfp4_cv.layer import delayed_scaling, grouped, operands
 from te_nvfp4_cv.layer.plan import weight_plan
 from te_nvfp4_cv.nn import learned
+from te_nvfp4_cv.nn.walk import op_of
 from te_nvfp4_cv.ops.block_scales import block_of
 from te_nvfp4_cv.ops.records import Face
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -49,7 +50,8 @@ def quantize_layer(
     transposed, groups = is_transposed(module), getattr(module, "groups", 1)
     computed = is_computed(module)
     w: Any = weight_of(module) if computed else module.weight
-    plan = weight_plan(w.shape, groups, transposed, recipe, dispatch.resolve("auto", w.device))
+    backend, routed = dispatch.resolve("auto", w.device), op_of(module) == grouped.OP
+    plan = weight_plan(w.shape, groups, transposed, recipe, backend, routed)
     # Learned multipliers and clipping become part of the codes.
     as_quantized = w if computed else learned.as_quantized(module, plan)
     codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False)

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import runtime_error, value_error
+from te_nvfp4_cv.export import experts
 from te_nvfp4_cv.export.artifact import Artifact
 from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.export.inner import PREFIX, Inner, Kernel, NotPacked, find, has_own_forward, layer_of
 from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, damaged, join
-from te_nvfp4_cv.layer import check
+from te_nvfp4_cv.layer import check, grouped
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.base import OPS, NVFP4Module
+from te_nvfp4_cv.nn.modules import NVFP4GroupedLinear
 from te_nvfp4_cv.nn.precision import matches
 from te_nvfp4_cv.nn.walk import LAYERS, like_weight, named_modules, op_of, torch_class, with_recipes
 from te_nvfp4_cv.ops.geometry import ConvArgs
@@ -127,6 +129,14 @@ def sort_layers(model: nn.Module, recipe: NVFP4BlockScaling) -> Sorted:
             found.quantized[name] = (module, module.recipe)  # type: ignore[assignment]
         elif isinstance(module, LAYERS) and torch_class(module) is not None:
             reason = _why_high(module, own)
+            if reason is None:
+                assert own is not None
+                found.quantized[name] = (module, own)
+            else:
+                found.high[name] = reason
+        elif type(module) is NVFP4GroupedLinear:
+            reason = _why_not(own) or experts.why_high(module.weight, own)  # type: ignore[arg-type]
+            _refuse_shards(module.weight)
             if reason is None:
                 assert own is not None
                 found.quantized[name] = (module, own)
@@ -367,8 +377,10 @@ def _check_buffers(model: nn.Module) -> None:
 def _differences(name: str, module: nn.Module, entry: LayerEntry) -> list[str]:
     """List how a layer of the model differs from the one that the file describes."""
     kind = next((op for plain, op in OPS.items() if isinstance(module, plain)), None)
+    if type(module) is NVFP4GroupedLinear:
+        kind = grouped.OP
     groups = getattr(module, "groups", 1)
-    if kind and torch_class(module) is None:
+    if kind and kind != grouped.OP and torch_class(module) is None:
         return [f"{name}: {type(module).__qualname__}, a subclass of torch's layer, in the file {entry.op}"]
     if kind != entry.op or groups != entry.groups:
         return [f"{name}: {type(module).__name__} (groups={groups}), in the file {entry.op} (groups={entry.groups})"]

@@ -23,7 +23,9 @@ VERSION = 2
 READABLE = (1, 2)  # version 1 has no `kinds`
 SHIFTS = ("input_shift", "output_shift")
 PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale", *SHIFTS)  # of one quantized layer
-OPS = re.compile(r"linear|conv(_transpose)?[123]d")  # the only operators that a manifest may name
+OPS = re.compile(r"(grouped_)?linear|conv(_transpose)?[123]d")  # the only operators that a manifest may name
+
+AXES = {"linear": 2, "grouped_linear": 3}  # of their weights; convolutions have two more than their images
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class LayerEntry:
 
     def plan(self, recipe: NVFP4BlockScaling) -> Plan:
         """Return the weight's part of the layer's plan under a recipe."""
-        return weight_plan(torch.Size(self.shape), self.groups, self.transposed, recipe, "reference")
+        routed = self.op == "grouped_linear"
+        return weight_plan(torch.Size(self.shape), self.groups, self.transposed, recipe, "reference", routed)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
         OPS.fullmatch(entry.op)
         # type() and not isinstance: True is an int to Python, and JSON may hold one.
         and all(type(n) is int and 0 < n < 2**31 for n in sizes)
-        and len(entry.shape) == (2 if entry.op == "linear" else 2 + int(entry.op[-2]))  # "conv2d"[-2] is "2"
+        and len(entry.shape) == AXES.get(entry.op, 2 + int(entry.op[-2]) if "conv" in entry.op else 0)  # "conv2d"
         and math.prod(sizes) < 2**48
         and entry.shape[0] % entry.groups == 0
         and entry.e4m3_max in (256, 448)

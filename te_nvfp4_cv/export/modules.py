@@ -1,6 +1,6 @@
 """Provide layers whose weight stays in NVFP4, for models that are used and not trained any more.
 
-    InferenceConv1d .. 3d, InferenceConvTranspose1d .. 3d, InferenceLinear
+    InferenceConv1d .. 3d, InferenceConvTranspose1d .. 3d, InferenceLinear; experts.py: InferenceGroupedLinear
 
 They are torch's layers without the Parameter `weight`. Codes and scales are buffers of integers, which model.half() and
 model.to(dtype) do not convert; `weight` is computed from them when it is read. Two choices are made per layer, at any
@@ -33,7 +33,7 @@ from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed
 from te_nvfp4_cv.export.computed import settle
 from te_nvfp4_cv.export.packed_weight import PackedWeight
-from te_nvfp4_cv.layer import inference, operands
+from te_nvfp4_cv.layer import grouped, inference, operands
 from te_nvfp4_cv.layer.plan import Plan, plan_for, weight_plan
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.base import OPS
@@ -162,7 +162,7 @@ class InferenceLayer(nn.Module):
     def plan(self) -> Plan:
         """Return the weight's part of the layer's plan."""
         groups, backend = getattr(self, "groups", 1), dispatch.resolve(self.backend, self.weight_data.device)
-        return weight_plan(self.weight_shape, groups, is_transposed(self), self.recipe, backend)
+        return weight_plan(self.weight_shape, groups, is_transposed(self), self.recipe, backend, self.op == grouped.OP)
 
     @property
     def weight(self) -> Tensor:
@@ -307,11 +307,14 @@ class InferenceLayer(nn.Module):
         if not self.quantize_x:
             w = self._real_weight() if self.unpacked is None else self.unpacked
             return inference.plain(self.op, x, w, bias, args, self.channels_last)
+        return inference.run(self.op, x, self.stored(), bias, args, self.recipe, self.backend)
+
+    def stored(self) -> inference.StoredWeight:
+        """Return the weight as a call takes it."""
         face = Face(self.weight_data, self.weight_scale)
-        stored = inference.StoredWeight(
+        return inference.StoredWeight(
             face, self.weight_amax, self.unpacked, self.weight_shape, self.channels_last, self.input_amax
         )
-        return inference.run(self.op, x, stored, bias, args, self.recipe, self.backend)
 
     def shifted(self, x: Tensor, args: ConvArgs, shift: Tensor) -> tuple[Tensor, ConvArgs]:
         """Subtract the shift from x, which is padded with zeros first: the padding is shifted, too."""

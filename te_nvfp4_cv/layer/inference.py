@@ -23,6 +23,7 @@ from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, planned, refuse_j
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.records import Face, WeightCodes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -83,8 +84,9 @@ def run(
     args: ConvArgs,
     recipe: NVFP4BlockScaling,
     backend: str,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """Run one layer with x quantized; `op` as nv.functional names it.
+    """Run one layer with x quantized; `op` as nv.functional names it; `offsets` of a grouped linear layer.
 
     Returns:
         y in x's dtype (torch.autocast's where it is on).
@@ -109,11 +111,12 @@ def run(
     channels_last = layouts.is_channels_last(x) or weight.channels_last
     if dispatch.runs_directly(x) and not (torch.is_grad_enabled() and _has_gradient(x, bias)):
         # The same without torch's dispatcher, which costs as much as a small layer.
-        y = _run(x, weight, bias, planned(call, recipe, backend, dtype, channels_last))
+        y = _run(x, weight, bias, planned(call, recipe, backend, dtype, channels_last), offsets)
     else:
         spec = custom_op.LayerSpec(recipe.key, backend, dtype, channels_last)
         codes = [*weight.face, weight.amax]
-        y = layer(x, codes, weight.unpacked, bias, weight.input_amax, low.geometry.to_ints(), spec.to_text())
+        more = (weight.unpacked, bias, weight.input_amax, low.geometry.to_ints(), spec.to_text(), offsets)
+        y = layer(x, codes, *more)
     return y.squeeze(0) if low.unbatched else y
 
 
@@ -148,7 +151,9 @@ def _has_gradient(x: Tensor, bias: Tensor | None) -> bool:
     return x.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def _run(x: Tensor, weight: StoredWeight, bias: Tensor | None, plan: Plan) -> Tensor:
+def _run(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, plan: Plan, offsets: Tensor | None = None
+) -> Tensor:
     # An empty batch has no amax. Asked here and not by the caller, because torch.export may leave the batch open.
     if not plan.geometry.batch:
         return layouts.like_image_first(x, plan.geometry.y_shape, x.shape, plan.channels_last)
@@ -156,6 +161,7 @@ def _run(x: Tensor, weight: StoredWeight, bias: Tensor | None, plan: Plan) -> Te
         codes=WeightCodes.of_face(plan.weight_faces[0], weight.face, weight.amax),
         unpacked=weight.unpacked,
         scales=None if weight.input_amax is None else _Fixed(weight.input_amax),
+        experts=None if offsets is None else Experts(offsets, x.shape[0]),
     )
     y, _ = forward_backward.forward(x, None, bias, plan, False, False, options)
     return y
@@ -171,6 +177,7 @@ def layer(
     input_amax: Tensor | None,
     sizes: list[int],
     spec: str,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Return y of one layer.
 
@@ -179,11 +186,12 @@ def layer(
         unpacked: as in StoredWeight; input_amax: likewise.
         sizes: ConvGeometry.to_ints().
         spec: custom_op.LayerSpec.to_text().
+        offsets: of a grouped linear layer.
     """
     data, scale, amax = codes
     # Its shape and memory format have gone into the plan.
     weight = StoredWeight(Face(data, scale), amax, unpacked, (), False, input_amax)
-    return _run(x, weight, bias, custom_op.plan_of(sizes, spec))
+    return _run(x, weight, bias, custom_op.plan_of(sizes, spec), offsets)
 
 
 def _no_gradient(ctx: Any, *_: Any) -> Any:
@@ -200,6 +208,6 @@ layer.register_autograd(_no_gradient)
 
 
 @layer.register_fake
-def _(x, codes, unpacked, bias, input_amax, sizes, spec):  # type: ignore[no-untyped-def]
+def _(x, codes, unpacked, bias, input_amax, sizes, spec, offsets=None):  # type: ignore[no-untyped-def]
     channels_last = custom_op.spec_of(spec).channels_last
     return layouts.like_image_first(x, ConvGeometry.from_ints(sizes).y_shape, x.shape, channels_last)

@@ -208,12 +208,21 @@ class Plan:
         return self.weight_faces[0] if self.dequantized_backward else "itself"
 
 
-def weight_plan(shape: torch.Size, groups: int, transposed: bool, recipe: NVFP4BlockScaling, backend: str) -> Plan:
+def weight_plan(
+    shape: torch.Size,
+    groups: int,
+    transposed: bool,
+    recipe: NVFP4BlockScaling,
+    backend: str,
+    routed: bool = False,
+) -> Plan:
     """Return a plan of which only the weight's part is used, for images of one pixel.
 
     Args:
-        shape: the weight's, [axis 0, axis 1, *kernel].
+        shape: the weight's, [axis 0, axis 1, *kernel]; [E, O, C] if `routed`: of a grouped linear layer.
     """
+    if routed:
+        shape = torch.Size((shape[0] * shape[1], shape[2]))
     rank = len(shape) - 2
     ones, zeros = (1,) * rank, (0,) * rank
     geometry = ConvGeometry(
@@ -229,6 +238,7 @@ def weight_plan(shape: torch.Size, groups: int, transposed: bool, recipe: NVFP4B
         output_padding=zeros,
         groups=groups,
         transposed=transposed,
+        routed=routed,
     )
     if recipe.block_format != "nvfp4":
         backend = backend_of(recipe.block_format, backend)

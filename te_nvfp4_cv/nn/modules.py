@@ -202,7 +202,7 @@ class NVFP4Linear(NVFP4Module, nn.Linear, plain=nn.Linear):
         return execute_explicit("linear", input, self.weight, self.bias, ConvArgs(), recipe, backend, group)
 
 
-class _Experts(nn.Module):
+class Experts(nn.Module):
     """Hold the weights of E linear layers, with nn.Linear's initialization of each."""
 
     def __init__(
@@ -221,6 +221,11 @@ class _Experts(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts, out_features, **made)) if bias else None
         self.reset_parameters()
 
+    @property
+    def groups(self) -> int:
+        """The number of experts, under the name that says how a weight's codes are laid out."""
+        return self.num_experts
+
     def reset_parameters(self) -> None:
         """Initialize each expert as nn.Linear does."""
         bound = self.in_features**-0.5
@@ -234,7 +239,7 @@ class _Experts(nn.Module):
         return f"{sizes}, bias={self.bias is not None}"
 
 
-class NVFP4GroupedLinear(NVFP4Module, _Experts):
+class NVFP4GroupedLinear(NVFP4Module, Experts):
     """Multiply each expert's rows by that expert's weight in NVFP4: the linear layers of a mixture of experts.
 
     Args:

@@ -30,7 +30,8 @@ Entry = NVFP4BlockScaling | None  # None: high precision
 
 def op_of(module: nn.Module) -> str:
     """Return the name of a layer's operator in nv.functional, such as "conv2d"."""
-    return next(op for kind, op in OPS.items() if isinstance(module, kind))
+    found = next((op for kind, op in OPS.items() if isinstance(module, kind)), None)
+    return module.op if found is None else found  # type: ignore[return-value]
 
 
 def own_weight(module: nn.Module) -> Tensor | None:

@@ -27,7 +27,7 @@ from te_nvfp4_cv.export.computed import settle
 from te_nvfp4_cv.export.copies import copy_of
 from te_nvfp4_cv.export.fit import sort_layers, warn_of_lost
 from te_nvfp4_cv.export.inner import install
-from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, check_choice
+from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, become, check_choice
 from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, collect, input_of
 from te_nvfp4_cv.export.ptq.norm_folding import fold
@@ -46,6 +46,7 @@ from te_nvfp4_cv.export.ranks import gathered
 from te_nvfp4_cv.fusion.fuse import unfuse
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.plan import weight_plan
+from te_nvfp4_cv.nn.modules import Experts
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import check_nvfp4
 from te_nvfp4_cv.report.budget import check_share
@@ -149,6 +150,7 @@ def quantize(
     layers = found_layers.quantized
     # Layers in NVFP4 already keep their codes.
     layers = {name: pair for name, pair in layers.items() if not isinstance(pair[0], InferenceLayer)}
+    of_experts = {name: layers.pop(name) for name, pair in list(layers.items()) if isinstance(pair[0], Experts)}
     for name, (_, own) in layers.items():
         if method != "nearest":
             needs, fix = "NVFP4, whose scales these methods choose among", "method='nearest'"
@@ -170,6 +172,8 @@ def quantize(
     for name, watch in twins.items():
         if name not in high:
             exchange(watch.layer, watch.twin)
+    for module, own in of_experts.values():  # to nearest, with the amax of each call
+        become(module, quantize_layer(module, own), own).set_mode(weights, activations)
     if reestimate_bn:
         _reestimate(net, images)
     net = net.eval().requires_grad_(False)

@@ -1,0 +1,40 @@
+"""Grouped linear layers (mixture of experts) whose weight [E, O, C] stays in NVFP4: those of other layers, E groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from te_nvfp4_cv.export.modules import CLASSES, InferenceLayer
+from te_nvfp4_cv.layer import grouped, inference
+from te_nvfp4_cv.nn.modules import Experts
+from te_nvfp4_cv.ops.experts import checked_offsets
+from te_nvfp4_cv.ops.geometry import ConvArgs
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+
+class InferenceGroupedLinear(InferenceLayer, Experts):
+    """nv.NVFP4GroupedLinear whose weight stays in NVFP4."""
+
+    op = grouped.OP
+    plain = Experts
+
+    def forward(self, input: Tensor, offsets: Tensor) -> Tensor:
+        """Run the layer, with the arguments of NVFP4GroupedLinear."""
+        offsets = checked_offsets(offsets, input, self.num_experts)
+        bias: Any = self.bias
+        if self.quantize_x:
+            return inference.run(self.op, input, self.stored(), bias, ConvArgs(), self.recipe, self.backend, offsets)
+        w = self._real_weight() if self.unpacked is None else self.unpacked
+        return grouped.plain(input, w.to(input.dtype), offsets, None if bias is None else bias.to(input.dtype))
+
+
+CLASSES[Experts] = InferenceGroupedLinear
+
+
+def why_high(w: Tensor, recipe: NVFP4BlockScaling) -> str | None:
+    """Return why a file holds the weight of experts in high precision, or None if it holds its codes."""
+    if recipe.grouped_scale == "expert":
+        return "grouped_scale='expert': a file has one tensor scale for a weight"
+    return grouped.why_not(w, w, recipe)
