@@ -14,7 +14,7 @@ from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
-class InferenceGroupedLinear(InferenceLayer, Experts):
+class InferenceGroupedLinear(InferenceLayer, Experts):  # type: ignore[misc]  # weight: computed from codes
     """nv.NVFP4GroupedLinear whose weight stays in NVFP4."""
 
     op = grouped.OP

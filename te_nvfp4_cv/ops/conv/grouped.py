@@ -24,6 +24,8 @@ from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.geometry import ConvGeometry, linear_geometry
 from te_nvfp4_cv.ops.records import Alpha, Face, tensor_of
 
+KERNELS = ("triton", "cudnn")  # the second multiplies what it takes by other libraries, which know no experts
+
 
 def fprop(
     x: Face,
@@ -36,7 +38,7 @@ def fprop(
     backend: str,
 ) -> Tensor:
     """Return y [T, O] in `dtype`; bias is [E, O] or None."""
-    if backend == "triton":
+    if backend in KERNELS:
         return _triton().fprop(x, w, tensor_of(alpha), bias, experts, geometry, dtype)
     module, parts, one = _module(backend), _weights(w, geometry, backend, True), _alphas(alpha)
     y = torch.empty(geometry.y_shape, dtype=dtype, device=x.data.device)
@@ -60,7 +62,7 @@ def dgrad(
     backend: str,
 ) -> Tensor:
     """Return dx [T, C] in `dtype`."""
-    if backend == "triton":
+    if backend in KERNELS:
         return _triton().dgrad(dy, w, tensor_of(alpha), experts, geometry, dtype)
     module, parts, one = _module(backend), _weights(w, geometry, backend, False), _alphas(alpha)
     dx = torch.empty(geometry.x_shape, dtype=dtype, device=dy.data.device)
@@ -83,7 +85,7 @@ def wgrad(
     backend: str,
 ) -> Tensor:
     """Return dw [E * O, 1, C] in `dtype`, from the columnwise faces of all experts."""
-    if backend == "triton":
+    if backend in KERNELS:
         return _triton().wgrad(dy, x, tensor_of(alpha), experts, geometry, dtype)
     module, one = _module(backend), _alphas(alpha)
     # Of every expert with rows all is written: zeros would cost as much as writing dw.
@@ -102,7 +104,7 @@ def wgrad(
 
 def row_sums(dy: Tensor, experts: Experts, backend: str) -> Tensor:
     """Return db, fp32 [E, O]: the sum of each expert's rows of dy [T, O] before quantization."""
-    if backend == "triton":
+    if backend in KERNELS:
         found: Tensor = _triton().row_sums(dy, experts)
         return found
     total = torch.zeros(experts.number, dy.shape[-1], dtype=torch.float32, device=dy.device)

@@ -28,7 +28,7 @@ from te_nvfp4_cv.ops.records import DEQUANTIZED, Collector, Face, Fold, Operand,
 
 def _kernels(backend: str, device: torch.device) -> Any:
     """Return the module that launches Triton kernels, or None where another one serves the backend."""
-    if backend == "triton" or (backend == "vendor" and dispatch.kernels_serve(device)):
+    if dispatch.kernels_quantize(backend, device):
         from te_nvfp4_cv.ops.quantize.triton import launch
 
         return launch
