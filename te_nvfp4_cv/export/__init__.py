@@ -9,6 +9,7 @@
 The extra [export] is needed: pip install 'te_nvfp4_cv[export]'.
 """
 
+from te_nvfp4_cv.export import experts as experts  # renamed to itself: imported for the class that it adds to a table
 from te_nvfp4_cv.export.checkpoints import Saved, load, save
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.onnx.convert import to_onnx

@@ -11,7 +11,6 @@ from te_nvfp4_cv.layer import grouped, inference
 from te_nvfp4_cv.nn.modules import Experts
 from te_nvfp4_cv.ops.experts import checked_offsets
 from te_nvfp4_cv.ops.geometry import ConvArgs
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
 class InferenceGroupedLinear(InferenceLayer, Experts):  # type: ignore[misc]  # weight: computed from codes
@@ -30,11 +29,4 @@ class InferenceGroupedLinear(InferenceLayer, Experts):  # type: ignore[misc]  # 
         return grouped.plain(input, w.to(input.dtype), offsets, None if bias is None else bias.to(input.dtype))
 
 
-CLASSES[Experts] = InferenceGroupedLinear
-
-
-def why_high(w: Tensor, recipe: NVFP4BlockScaling) -> str | None:
-    """Return why a file holds the weight of experts in high precision, or None if it holds its codes."""
-    if recipe.grouped_scale == "expert":
-        return "grouped_scale='expert': a file has one tensor scale for a weight"
-    return grouped.why_not(w, w, recipe)
+CLASSES[Experts] = InferenceGroupedLinear  # nv.export imports this file first of all

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import runtime_error, value_error
-from te_nvfp4_cv.export import experts
 from te_nvfp4_cv.export.artifact import Artifact
 from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
@@ -135,8 +134,10 @@ def sort_layers(model: nn.Module, recipe: NVFP4BlockScaling) -> Sorted:
             else:
                 found.high[name] = reason
         elif type(module) is NVFP4GroupedLinear:
-            reason = _why_not(own) or experts.why_high(module.weight, own)  # type: ignore[arg-type]
             _refuse_shards(module.weight)
+            reason = _why_not(own) or grouped.why_not(module.weight, module.weight, own)  # type: ignore[arg-type]
+            if reason is None and own is not None and own.grouped_scale == "expert":
+                reason = "grouped_scale='expert': a file has one tensor scale for a weight"
             if reason is None:
                 assert own is not None
                 found.quantized[name] = (module, own)
