@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.context import resumable
+from te_nvfp4_cv.backend.torch_private import no_graphs_inside
+from te_nvfp4_cv.context import entries, resumable
 from te_nvfp4_cv.context.capture import capture
 from te_nvfp4_cv.context.function_mode import enter, entered, leave
 from te_nvfp4_cv.context.state import State, active_recipe, outside, warn_unapplied
@@ -85,14 +86,19 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
             _check_group(amax_reduction_group)
         self._state = State(enabled, resolved, backend, relu_mask, amax_reduction_group)
 
+    # After a graph break torch calls these two in eager mode, and would make graphs of what they change.
+    @no_graphs_inside
     def __enter__(self) -> nvfp4_autocast:
         if not torch.compiler.is_compiling():  # a trace cannot patch torch, nor warn
             patch_torch(capture)
+            if entries.unmarked:
+                entries.mark()
             if self._state.recipe.precision:
                 warn_unapplied(self._state)
         enter(self._state)
         return self
 
+    @no_graphs_inside
     def __exit__(self, *error: object) -> None:
         leave()
 

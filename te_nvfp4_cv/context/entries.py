@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.backend.swapping import gives_up
 from te_nvfp4_cv.backend.torch_private import constant_in_graphs
+from te_nvfp4_cv.context import tracing
 from te_nvfp4_cv.context.state import Override, local
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
@@ -37,6 +38,10 @@ class Entry(Protocol):
         """Return the module whose entry it is, if that lives."""
 
 
+# On Parameters of modules with an entry. Blocks of one class share what torch.compile has traced, so graphs must differ
+# where entries do: torch.compile makes a guard of it.
+MARK = "_te_nvfp4_cv_entry"
+unmarked: list[weakref.ref[Entry]] = []
 used = False  # a first entry was made: until then, calls ask nothing
 _lock = threading.Lock()
 _entries: dict[int, weakref.ref[Entry]] = {}
@@ -51,6 +56,9 @@ def register(entry: Entry) -> None:
     """Let an entry rule the Parameters of its module, until `forget`, or until the entry is freed."""
     global used
     number = id(entry)
+    tracing.guard_hooks()
+    unmarked.append(weakref.ref(entry))
+    mark()
     with _lock:
         _entries[number] = weakref.ref(entry, functools.partial(_drop, number))
         _found.clear()
@@ -61,7 +69,27 @@ def register(entry: Entry) -> None:
 
 def forget(entry: Entry) -> None:
     """End what `register` began."""
+    for parameter in _parameters_of(entry) or ():
+        parameter.__dict__.pop(MARK, None)
     _drop(id(entry))
+
+
+def mark() -> None:
+    """Mark the Parameters of modules with new entries. Modules that are being copied or unpickled have none yet."""
+    for reference in list(unmarked):
+        entry = reference()
+        parameters = [] if entry is None else _parameters_of(entry)
+        if parameters is not None:
+            unmarked.remove(reference)
+            for parameter in parameters:
+                assert entry is not None
+                setattr(parameter, MARK, repr(entry.recipe))
+
+
+def _parameters_of(entry: Entry) -> list[Tensor] | None:
+    module = entry.module()
+    found = {} if module is None else module.__dict__.get("_parameters")
+    return None if found is None else [p for p in found.values() if p is not None]
 
 
 def _drop(number: int, *_: object, entries: Any = _entries, found: Any = _found) -> None:
@@ -84,6 +112,7 @@ def ruling(w: object) -> Override | None:
     if not isinstance(parameter, nn.Parameter):
         return top
     if torch.compiler.is_compiling():
+        getattr(parameter, MARK, None)
         number = _number_of(parameter, None if top is None else top[0])
         return top if number is None else _recipes[number]
     found = of_parameter(parameter)

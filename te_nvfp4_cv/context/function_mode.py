@@ -11,7 +11,6 @@ and take it off, together with what is active in this thread (state.py).
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -31,8 +30,9 @@ from te_nvfp4_cv.backend.torch_private import (
     no_graphs_inside,
     only_inlined,
 )
-from te_nvfp4_cv.context import entries, grouped, islands, tracing
+from te_nvfp4_cv.context import direct_calls, entries, grouped, islands, tracing
 from te_nvfp4_cv.context.bodies import ATTENTION
+from te_nvfp4_cv.context.direct_calls import DIRECT
 from te_nvfp4_cv.context.state import State, active_recipe, drop_stale, local, pop_state, push_state, state
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shared_amax, shortfall
@@ -45,10 +45,11 @@ from te_nvfp4_cv.layer.subclasses import PLAIN, by_their_class, overridden
 from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-_DIRECT = {torch.convolution, torch.ops.aten.convolution.default}  # below the layers: nothing tells what they compute
+_PACKETS = {aten: op for op, aten in ATEN.items()}
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _UNFLATTEN = Tensor.unflatten  # written in Python: Dynamo does not find such a method in a set, nor trace it in a mode
-_OTHERS = {*_RELUS, F.multi_head_attention_forward, *_DIRECT, *grouped.FUNCTIONS, *constants.TAKING} - {_UNFLATTEN}
+_OURS = {*_RELUS, F.multi_head_attention_forward}
+_OTHERS = {*_OURS, *DIRECT, *_PACKETS, *grouped.FUNCTIONS, *constants.TAKING} - {_UNFLATTEN}
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
 
@@ -71,11 +72,16 @@ class Mode(TorchFunctionMode):
     ) -> Any:  # noqa: A002
         kwargs = kwargs or {}
         op = LAYERS.get(function)
-        ours = op is not None or function in _RELUS or function is F.multi_head_attention_forward
-        if types and ours and overridden(types):
-            with self:  # the class calls the function again, for tensors that then override nothing
+        # Plain tensors and Parameters have no types, so nearly every call asks no further.
+        if types and (op is not None or function in _OURS) and overridden(types):
+            noted = self if op is None or torch.compiler.is_compiling() else _Noting(self)
+            with noted:  # the class calls the function again, for tensors that then override nothing
                 y = by_their_class(function, types, args, kwargs)
-            return function(*args, **kwargs) if y is NotImplemented else y  # torch's own error
+            if y is NotImplemented:
+                return function(*args, **kwargs)  # torch's own error
+            if op is not None and isinstance(noted, _Noting) and not noted.came_back:
+                _run_by_a_class(op, types, args, kwargs, y)
+            return y
         if op is not None:
             # A weight that FSDP2 has gathered in 4 bits fits no graph, and Dynamo would try every function below.
             w = args[1] if len(args) > 1 else kwargs.get("weight")
@@ -100,8 +106,11 @@ class Mode(TorchFunctionMode):
         if function is F.multi_head_attention_forward:
             with self:  # its projections are calls of F.linear: run its body under the mode
                 return ATTENTION(*args, **kwargs)
-        if function in _DIRECT:
-            return _direct(function, args, kwargs)
+        if function in DIRECT:
+            return direct_calls.run(function, args, kwargs)
+        if function in _PACKETS:
+            left = _called_by_a_graph()
+            return function(*args, **kwargs) if left else _layer(_PACKETS[function], function, args, kwargs)
         if function in grouped.FUNCTIONS:
             if not local.states and self._home is not None:
                 with self._at_home():
@@ -116,6 +125,34 @@ class Mode(TorchFunctionMode):
         stack.enter_context(replaced(local, **{name: self._home[name] for name in ("states", "marks", "overrides")}))
         stack.enter_context(observe.told_to(self._observers))
         return stack
+
+
+class _Noting(Mode):
+    """Takes a Mode's place while a class is asked to run a layer of its tensors, and notes if the layer comes back."""
+
+    def __init__(self, mode: Mode) -> None:
+        super().__init__()
+        self._home, self._observers = mode._home, mode._observers
+        self.came_back = False
+
+    @only_inlined
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: A002
+        self.came_back = self.came_back or function in LAYERS
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def _run_by_a_class(op: str, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+    """Say that a class has run a layer of its tensors itself, where no mode saw it."""
+    if active_recipe() is None:
+        return
+    _, x, w, _, sizes = read(op, args, kwargs)
+    kind = next(kind for kind in types if kind not in PLAIN)
+    told = observe.Call(op, w, x, None, None, f"{kind.__name__} runs its layers itself")
+    observe.reported(told, lambda: y)
+    if not isinstance(w, kind):  # quantized by another library, say: that is what its user wants
+        shortfall.missed(told, y, sizes.groups)
 
 
 @constant_in_graphs
@@ -228,22 +265,6 @@ def _gathered_in_4_bits(op: str, function: Any, args: tuple[Any, ...], kwargs: d
     return _layer(op, function, args, kwargs)
 
 
-_DIRECT_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
-_RUNTIME = os.path.join("_aot_autograd", "runtime_wrappers.py")
-
-
-@no_graphs_inside
-def _direct(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a call of torch.convolution in high precision, and count it as missed."""
-    y = function(*args, **kwargs)
-    if not torch.compiler.is_compiling() and active_recipe() is not None and not _in_a_graph():
-        given = {**dict(zip(_DIRECT_NAMES, args, strict=False)), **kwargs}
-        op = "conv_transpose" if given["transposed"] else "conv"
-        told = observe.Call(op, given["weight"], given["input"], None, None, "torch.convolution called directly")
-        shortfall.missed(told, y, given["groups"])
-    return y
-
-
 @no_graphs_inside
 def _grouped(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one grouped product in NVFP4, or as torch would."""
@@ -270,15 +291,13 @@ def _grouped(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return y
 
 
-def _in_a_graph() -> bool:
-    """Return True if AOTAutograd, on which most backends of torch.compile build, is running a graph that it has made.
-
-    What runs there in high precision was decided when the graph was traced.
-    """
+@constant_in_graphs
+def _called_by_a_graph() -> bool:
+    """Return True if a graph of torch.fx makes the call: _layer has put it there for high precision."""
     frame: Any = sys._getframe(1)
-    while frame is not None and not frame.f_code.co_filename.endswith(_RUNTIME):
+    while frame.f_code.co_filename == __file__:
         frame = frame.f_back
-    return frame is not None
+    return bool(frame.f_code.co_filename.startswith("<eval_with_key>"))
 
 
 def decide(op: str, x: Any, w: Any, groups: Any) -> tuple[NVFP4BlockScaling | None, str]:

@@ -120,7 +120,7 @@ def pop_state() -> None:
 
 
 def _changes() -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # asked around every module with an entry, and quicker than is_compiling
         forget_traced_regions()
 
 

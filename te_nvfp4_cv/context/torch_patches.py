@@ -2,10 +2,11 @@
 
     torch.utils.checkpoint          recomputes during backward: under what was active in the first forward
     torch.amp.custom_fwd, _bwd      the forward remembers what is active, the backward runs under it
-    other autograd Functions        a warning, if backward repeats outside what forward ran in NVFP4
+    other autograd Functions        a warning, if backward repeats outside what forward ran in NVFP4, or writes it out
     backward(), autograd.grad       inside a context: the forward passes that run inside of them are seen
     torch.autocast(enabled=False)   keeps plain layers in high precision: islands.py
     nn.DataParallel                 runs its replicas in threads that no context reaches: an error
+    nn.TransformerEncoderLayer      no whole layer as one operator in evaluation, which torch.compile would choose
     torch.jit.script                makes models whose calls no context sees: torchscript.py
     torch.compile                   traces what the mode sees in eager mode, and nothing else: tracing.py
 
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 
 from te_nvfp4_cv.context import islands, torchscript, tracing
+from te_nvfp4_cv.context.direct_calls import GRADIENTS
 from te_nvfp4_cv.context.function_mode import Mode, mode_is_on
 from te_nvfp4_cv.context.layer_calls import LayerCalls
-from te_nvfp4_cv.context.state import local, state
+from te_nvfp4_cv.context.state import active_recipe, local, state
 from te_nvfp4_cv.errors import runtime_error, warn_once
 from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.delayed_scaling import first_pass
@@ -44,6 +46,7 @@ def patch_torch(capture: Capture) -> None:
     _patch_custom_functions(capture)
     _patch_backward()
     _patch_data_parallel()
+    _patch_attention()
     islands.patch_autocast()
     torchscript.patch_script()
     tracing.repair_dynamo_later(Mode, local)
@@ -154,6 +157,16 @@ class _Outside(LayerCalls):
             )
         return function(*args, **kwargs)
 
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
+        if function in GRADIENTS and not local.states:
+            warn_once(
+                f"written out {self._name}",
+                f"nvfp4: the backward of the autograd Function {self._name} computes gradients in high precision of "
+                "layers that its forward ran in NVFP4: it calls torch.nn.grad or aten.convolution_backward, which no "
+                "context takes. Let autograd differentiate the layer, or repeat it in backward (nv.capture)",
+            )
+        return super().__torch_function__(function, types, args, kwargs)
+
 
 def _patch_backward() -> None:
     # A call of Tensor.backward or autograd.grad is handed to the mode, which is off in its own handler. Both end here.
@@ -185,3 +198,14 @@ def _patch_data_parallel() -> None:
         return parallel(self, *args, **kwargs)
 
     torch.nn.DataParallel.forward = refuse  # type: ignore[method-assign]
+
+
+def _patch_attention() -> None:
+    # In eager mode torch asks whether a mode is on; while torch.compile traces, that question is answered "no".
+    enabled = torch.backends.mha.get_fastpath_enabled
+
+    @functools.wraps(enabled)
+    def get_fastpath_enabled() -> bool:
+        return enabled() and active_recipe() is None
+
+    torch.backends.mha.get_fastpath_enabled = get_fastpath_enabled

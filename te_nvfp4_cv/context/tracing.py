@@ -78,6 +78,8 @@ def repair_dynamo(mode: type, stacks: object) -> None:
     traces a function again and must find what it found before, so not later.
     """
     trace_bodies_under(mode, stacks)
+    if _guarded:
+        guard_hooks()
     from torch._dynamo.variables import functions, tensor, torch_function
     from torch._dynamo.variables import torch as variables
 
@@ -97,6 +99,20 @@ def repair_dynamo(mode: type, stacks: object) -> None:
     polyfilled: Any = getattr(functions, "PolyfilledFunctionVariable", None)
     if hasattr(polyfilled, "hash_impl") and "hash_impl" not in vars(polyfilled):  # new in torch 2.13
         polyfilled.hash_impl = lambda self, tx: (hash(self.fn), False)
+
+
+_guarded = False  # entries have been made, which are hooks of modules
+
+
+def guard_hooks() -> None:
+    """Let graphs depend on the hooks of the modules in them, from the first entry of set_precision on.
+
+    By default torch.compile uses for one block what it has traced for another one of its class, whatever their hooks.
+    """
+    global _guarded
+    _guarded = True
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def repair_dynamo_later(mode: type, stacks: object) -> None:

@@ -1,4 +1,4 @@
-"""Find a module's children by their path, and say which of them do nothing and which are watched by hooks."""
+"""Find a module's children by their path, and say what they are: norms, idle, watched by hooks, changed by nv.fuse."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from te_nvfp4_cv.backend.torch_private import BatchOrInstanceNorm
+
+FAMILY = (BatchOrInstanceNorm, nn.GroupNorm)  # a report of nv.fuse lists these, fused or not
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 OURS = __name__.split(".")[0]
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -22,11 +26,15 @@ def hooks(module: nn.Module) -> list[Any]:
 
     These only push to and pop from stacks, and never look at tensors.
     """
+    return [hook for hook in all_hooks(module) if (getattr(hook, "__module__", "") or "").split(".")[0] != OURS]
+
+
+def all_hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks around the module's forward and backward."""
     everybody = vars(nn.modules.module)  # torch.nn.modules.module.register_module_forward_hook, ...
     names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     tables = [getattr(module, f"_{name}") for name in names] + [everybody[f"_global_{name}"] for name in names]
-    found = [hook for table in tables for hook in table.values()]
-    return [hook for hook in found if (getattr(hook, "__module__", "") or "").split(".")[0] != OURS]
+    return [hook for table in tables for hook in table.values()]
 
 
 def child_of(module: nn.Module, target: str) -> nn.Module | None:
@@ -37,3 +45,16 @@ def child_of(module: nn.Module, target: str) -> nn.Module | None:
             return None
         module = child
     return module
+
+
+def named_children(module: nn.Module) -> tuple[Any, ...]:
+    """Return the names of the module's children, also inside ModuleList and ModuleDict, and which of them are None."""
+    return tuple(
+        (name, child if child is None else named_children(child) if isinstance(child, CONTAINERS) else ())
+        for name, child in module._modules.items()
+    )
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class, or the one that it had before nv.fuse gave it a forward of its own."""
+    return getattr(type(module), "nvfp4_original", type(module))

@@ -3,8 +3,9 @@
     BatchNorm or GroupNorm -> ReLU, SiLU, Hardswish, ReLU6, GELU or LeakyReLU
     BatchNorm or GroupNorm -> add -> ReLU
 
-The forward of every module that calls norms is traced by torch.fx, without looking into its children. If a norm's
-result goes to the activation alone, the two calls become one. Parameters, buffers, the state_dict, names, hooks and
+The forward of every module that calls norms is traced by torch.fx, with its children's calls as they are, but for
+children that end with a norm whose sum or activation their caller runs (inlining.py). If a norm's result goes to the
+activation alone, the two calls become one. Parameters, buffers, the state_dict, names, hooks and
 module objects stay. Only classes change: norms get those of modules.py, and a module whose forward was rewritten gets
 a subclass of its own class. If only convolutions or linear layers read the result, the operator is told which ones;
 under nvfp4_autocast it then writes their quantized operand instead of the activation (layer/deferred.py; GPUs only).
@@ -33,14 +34,14 @@ from typing import Any, Literal, overload
 from torch import Tensor, fx, nn
 
 from te_nvfp4_cv.errors import check_module, warn_once
-from te_nvfp4_cv.fusion.children import child_of
+from te_nvfp4_cv.fusion.children import FAMILY, child_of, named_children
+from te_nvfp4_cv.fusion.inlining import Inlined
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activation_of
-from te_nvfp4_cv.fusion.patterns import FAMILY, Row, kind_of, rewrite, shown_name
+from te_nvfp4_cv.fusion.patterns import Row, kind_of, rewrite, shown_name
 from te_nvfp4_cv.fusion.subclasses import NormThenChildren, tail_of, torchs_class
 from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
 from te_nvfp4_cv.layer.names import plain_name
 
-CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _serial = count()
 
 
@@ -236,15 +237,16 @@ def _fuse_one(module: nn.Module) -> _Outcome:
         traced = trace(module)
     except Untraceable as error:
         return _Outcome({}, str(error))
-    rows, changed = rewrite(module, traced.training)
+    rows, changed, inlined = rewrite(module, traced.training)
     if traced.evaluation is not traced.training:  # a norm that only one of the two graphs fuses is fused there
-        more, also = rewrite(module, traced.evaluation)
+        more, also, others = rewrite(module, traced.evaluation)
         rows |= {name: row for name, row in more.items() if row.fused}
+        inlined |= others
         changed |= also
     outcome = _by_module(module, rows)
     if changed:
         try:
-            _remake(module, (FusedForward,), _rewritten(module, traced, tuple(rows.items())))
+            _remake(module, (FusedForward,), _rewritten(module, traced, rows, tuple(inlined.values())))
         except TypeError as error:
             return _Outcome({}, str(error))
         for norm, row in outcome.items():
@@ -257,12 +259,14 @@ def _by_module(module: nn.Module, rows: dict[str, Row]) -> dict[nn.Module, Row]:
     return {norm: row for name, row in rows.items() if (norm := child_of(module, name)) is not None}
 
 
-def _rewritten(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row], ...]) -> dict[str, Any]:
+def _rewritten(
+    module: nn.Module, traced: Traced, rows: dict[str, Row], inlined: tuple[Inlined, ...]
+) -> dict[str, Any]:
     """Return the attributes of a class whose forward runs the graphs."""
     base = type(module)
     training = _compiled(traced.training, base)
     evaluation = training if traced.evaluation is traced.training else _compiled(traced.evaluation, base)
-    children = _children(module)
+    children = named_children(module)
     names, guards = traced.arguments, traced.guards
     original = base.forward
 
@@ -275,23 +279,16 @@ def _rewritten(module: nn.Module, traced: Traced, rows: tuple[tuple[str, Row], .
             return original(self, *args, **kwargs)
         if (
             len(given) != len(names)
-            or _children(self) != children
+            or named_children(self) != children
             or not traced.holds(self)
+            or not all(child.holds(self) for child in inlined)
             or any(value is None for value in given)  # the trace had a tensor there
             or any(isinstance(given[index], Tensor) for index in guards)
         ):
             return original(self, *args, **kwargs)
         return (training if self.training else evaluation)(self, *given)
 
-    return {"forward": forward, "nvfp4_rows": rows}
-
-
-def _children(module: nn.Module) -> tuple[Any, ...]:
-    """Return the names of the module's children, also inside ModuleList and ModuleDict, and which of them are None."""
-    return tuple(
-        (name, child if child is None else _children(child) if isinstance(child, CONTAINERS) else ())
-        for name, child in module._modules.items()
-    )
+    return {"forward": forward, "nvfp4_rows": tuple(rows.items())}
 
 
 def _compiled(graph: fx.Graph, base: type) -> Any:

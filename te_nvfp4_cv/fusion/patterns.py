@@ -4,6 +4,8 @@
     norm -> add -> relu             norm_act(norm, activation, z, residual, into)
     ... -> convolutions alone       norm_act_into(norm, activation, layers, z, ...): see layer/deferred.py
 
+A norm at the end of a child's forward is found, too: inlining.py brings the child's calls here before.
+
 The modules are arguments of the call. So a module that takes the place of one of them later runs, too, and it runs
 unfused if it is not a known one or has hooks. A pattern stays as it is if its intermediate result has another reader,
 if it is added in place to a tensor that others may read, or if something is written in between.
@@ -13,16 +15,16 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from te_nvfp4_cv.backend.torch_private import BatchOrInstanceNorm
 from te_nvfp4_cv.context.function_mode import mode_is_on
 from te_nvfp4_cv.context.state import state
-from te_nvfp4_cv.fusion.children import OURS, child_of, hooks
+from te_nvfp4_cv.fusion.children import FAMILY, OURS, child_of, hooks
+from te_nvfp4_cv.fusion.inlining import Inlined, inline
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate, activation_of, name_of_gelu
 from te_nvfp4_cv.fusion.subclasses import NormThenChildren
 from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS, Untraceable, trace
@@ -32,7 +34,6 @@ from te_nvfp4_cv.nn.base import is_plain_layer
 from te_nvfp4_cv.nn.modules import NVFP4_CLASSES
 from te_nvfp4_cv.nn.walk import LAYERS
 
-FAMILY = (BatchOrInstanceNorm, nn.GroupNorm)  # a report lists these, fused or not
 FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_), "relu"),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
@@ -130,11 +131,17 @@ def _quantizes(layer: nn.Module) -> bool:
     )
 
 
-def rewrite(module: nn.Module, graph: fx.Graph) -> tuple[dict[str, Row], bool]:
-    """Fuse every pattern of the graph.
+class Rewritten(NamedTuple):
+    """What `rewrite` did: a row for each norm that the graph calls, by its path, and the children it calls no more."""
 
-    Returns a row for each norm that the graph calls, by its path, and whether the graph has changed.
-    """
+    rows: dict[str, Row]
+    changed: bool
+    inlined: dict[str, Inlined]
+
+
+def rewrite(module: nn.Module, graph: fx.Graph) -> Rewritten:
+    """Fuse every pattern of the graph."""
+    inlined = inline(module, graph, lambda node: not isinstance(_what_follows(module, node), str))
     rows: dict[str, Row] = {}
     fused_calls: list[fx.Node] = []
     calls = [
@@ -172,7 +179,7 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> tuple[dict[str, Row], bool]:
                 graph.erase_node(old)
         rows[node.target] = Row("", kind, f"add + {name}" if add is not None else name, "")
     named = [_name_layers(module, graph, node) for node in fused_calls]
-    return rows, any(named) or any(row.fused for row in rows.values())
+    return Rewritten(rows, any(named) or any(row.fused for row in rows.values()), inlined)
 
 
 def _name_layers(module: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
@@ -216,6 +223,19 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
         return "it has hooks"
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         return "it is called with other arguments than one tensor"
+    found = _what_follows(module, node)
+    if isinstance(found, str):
+        return found
+    user, add, _ = found
+    if add is not None and _called_between(module, graph, node, user, norm):
+        return "it is called again before its activation"
+    if add is not None and _written_between(module, graph, node, user, add):
+        return "something is written in place between it and its activation"
+    return found
+
+
+def _what_follows(module: nn.Module, node: fx.Node) -> _Match | str:
+    """Return what _match does, for the result of any call; what lies between is not looked at."""
     user = _only_user(node)
     if user is None:
         return _why_several(node, "its result") if node.users else "its result is not used"
@@ -230,6 +250,8 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
         user = _only_user(add)
         if user is None:
             return _why_several(add, "the sum with the residual")
+    if user.target is norm_act:
+        return "its result is added to that of another norm, which is fused with the sum"
     name = _activation(module, user)
     if name is None:
         return f"{_shown(module, user)} follows it"
@@ -240,10 +262,6 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
         assert hooked is not None
         if hooks(hooked):
             return "the activation that follows it has hooks"
-    if add is not None and _called_between(module, graph, node, user, norm):
-        return "it is called again before its activation"
-    if add is not None and _written_between(module, graph, node, user, add):
-        return "something is written in place between it and its activation"
     return user, add, residual
 
 

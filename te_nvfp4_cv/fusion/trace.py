@@ -36,7 +36,7 @@ from torch import fx, nn
 
 from te_nvfp4_cv.backend.torch_private import saved_tensors_hooks_are_on
 from te_nvfp4_cv.context import state
-from te_nvfp4_cv.fusion.children import OURS, child_of, is_identity
+from te_nvfp4_cv.fusion.children import OURS, child_of, is_identity, own_class
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
@@ -184,12 +184,12 @@ def _telling_modes() -> Iterator[None]:
 
 
 def trace(module: nn.Module) -> Traced:
-    """Trace the forward of a module in training and in evaluation.
+    """Trace the forward of a module in training and in evaluation; the original one, if nv.fuse has rewritten it.
 
     Raises:
         Untraceable: No graph can replace the forward; the message says why.
     """
-    cls = type(module)
+    cls = own_class(module)
     if "forward" in module.__dict__ or cls.__call__ is not nn.Module.__call__:
         raise Untraceable("its forward or __call__ is replaced")
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
@@ -318,7 +318,8 @@ def _shadow(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tu
     Args:
         read: Collects the names of the attributes that the forward asks for.
     """
-    original = type(module).forward
+    base = own_class(module)
+    original = base.forward
     space: dict[str, Any] = {"original": original, "checked": _check_result}
     names = "".join(f", {name}" for name in arguments)
     exec(f"def forward(self{names}): return checked(original(self{names}))", space)
@@ -328,9 +329,9 @@ def _shadow(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tu
         return object.__getattribute__(self, name)
 
     changed = {"forward": space["forward"], "__getattribute__": noted}
-    if hasattr(type(module), "_check_input_dim"):  # a norm's, which branches on the shape
+    if hasattr(base, "_check_input_dim"):  # a norm's, which branches on the shape
         changed["_check_input_dim"] = lambda self, x: None
-    cls = type(type(module).__name__, (type(module),), changed)
+    cls = type(base.__name__, (base,), changed)
     shadow: nn.Module = object.__new__(cls)
     before: dict[str, Any] = {}
     for into in (shadow.__dict__, before):

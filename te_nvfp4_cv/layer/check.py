@@ -133,8 +133,14 @@ def refuse_jit_trace(what: str, fix: str = TRACE) -> None:
 def transformed() -> bool:
     """Return True if torch.func (grad, vmap, jvp) or forward-mode AD is at work: our Functions do not know these."""
     if torch.compiler.is_compiling():
-        return False
+        return torch.compiler.is_dynamo_compiling() and _transform_is_traced()
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+# Dynamo enters the transform itself while it traces the code inside, and makes a guard of the stack.
+@constant_in_graphs
+def _transform_is_traced() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_thin(w: Tensor, groups: int) -> bool:

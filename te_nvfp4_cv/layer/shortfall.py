@@ -56,13 +56,18 @@ def missed(call: observe.Call, y: Tensor, groups: int) -> None:
     if local.quiet or reason.startswith(USERS) or "recipe." in reason:
         return
     fit = isinstance(x, Tensor) and isinstance(w, Tensor) and isinstance(y, Tensor) and w.dim() >= 2
-    if not fit or check.is_thin(w, groups):
+    if fit and not check.is_thin(w, groups):
+        add(reason, (x if "transpose" in call.op else y).numel() * w.numel() // max(w.shape[0], 1))
+
+
+def add(reason: str, macs: int) -> None:
+    """Count multiply-adds in high precision for a reason that is not the user's choice, of a shape that is fit."""
+    if local.quiet:
         return
     if not local.calls:
         running = list(running_modules())
         local.model = weakref.ref(running[-1]) if running else None
-    work = (x if "transpose" in call.op else y).numel() * w.numel() // max(w.shape[0], 1)
-    local.missed[reason] = local.missed.get(reason, 0) + work
+    local.missed[reason] = local.missed.get(reason, 0) + macs
     local.calls += 1
     if local.calls % OFTEN == 0:
         judge()

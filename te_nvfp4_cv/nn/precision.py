@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from te_nvfp4_cv.backend.torch_private import no_graphs_inside
 from te_nvfp4_cv.context import entries
 from te_nvfp4_cv.context.state import mark_applied, pop_override, push_override
 from te_nvfp4_cv.errors import check_module, type_error, value_error
@@ -55,6 +56,7 @@ class _Enter(Hook):
     def __init__(self, recipe: NVFP4BlockScaling | None, inherited: bool = False) -> None:
         self.recipe, self.inherited = recipe, inherited
 
+    @no_graphs_inside
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self._module is None:
             self.bind(module)
@@ -95,6 +97,7 @@ class _Leave(Hook):
     def __init__(self, inherited: bool = False) -> None:
         self.inherited = inherited
 
+    @no_graphs_inside
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         pop_override(module)
 

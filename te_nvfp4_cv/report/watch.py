@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
+from te_nvfp4_cv.context.direct_calls import DIRECT, direct_call
 from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.layer import delayed_scaling, observe, shortfall
 from te_nvfp4_cv.layer.inside import replaced
@@ -143,8 +144,12 @@ class _Watch:
         """Note the start of a convolution or linear call, and ask for its result."""
         return observe.Seen(self.counted(call))
 
-    def counted(self, call: observe.Call) -> Callable[[Tensor], None]:
-        """Add a call to its layer's row, and return the function to call with its result."""
+    def counted(self, call: observe.Call, macs: Callable[[Any], int] | None = None) -> Callable[[Any], None]:
+        """Add a call to its layer's row, and return the function to call with its result.
+
+        Args:
+            macs: counts the multiply-adds of a call that is no layer of ours, by its result.
+        """
         recipe, geometry = call.recipe, call.geometry
         name = self._name(call.weight)
         note = ""
@@ -158,9 +163,9 @@ class _Watch:
             row.real, row.padded = row.real + real, row.padded + padded
         self.current = row
 
-        def finished(y: Tensor) -> None:
+        def finished(y: Any) -> None:
             self.current = None
-            gemm = gemm_flops(call.op, call.x, call.weight.shape, y)
+            gemm = gemm_flops(call.op, call.x, call.weight.shape, y) if macs is None else 2 * macs(y)
             row.layer.flops += 3 * gemm
             row.layer.nvfp4_flops += len(recipe.nvfp4_gemms) * gemm if recipe is not None else 0
 
@@ -256,7 +261,7 @@ class _Watch:
 
 
 class _Unseen(TorchFunctionMode):
-    """Tell a watch of the convolutions that nvfp4_autocast leaves alone."""
+    """Tell a watch of the products with weights that nvfp4_autocast leaves alone."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
@@ -266,14 +271,15 @@ class _Unseen(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         if "deform_conv2d" in name:
-            reason = "deformable convolution"
-        elif function in (torch.convolution, torch._convolution, torch.ops.aten.convolution.default):
-            reason = f"torch.{name.removesuffix('.default')} called directly"
+            w = args[1] if len(args) > 1 else kwargs["weight"]
+            told = observe.Call(name.split(".")[0], w, w, None, None, "deformable convolution")
+            macs = None
+        elif self.watch.current is None and function in DIRECT and (call := direct_call(function, args, kwargs)):
+            told = observe.Call(call.name, call.weight, call.weight, None, None, call.reason)
+            macs = call.macs
         else:
             return function(*args, **kwargs)
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        # FLOPs are counted from the result of any but a transposed convolution, so the weight may stand in for x.
-        finished = self.watch.counted(observe.Call(name.split(".")[0], weight, weight, None, None, reason))
+        finished = self.watch.counted(told, macs)
         y = function(*args, **kwargs)
         finished(y)
         return y

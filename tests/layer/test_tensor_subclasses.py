@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -182,3 +183,25 @@ def test_nested_tensors_run_as_torch_does(layout):
     assert calls == [False, False] and all(map(torch.equal, found, expected))
     x = torch.nested.nested_tensor(parts, layout=layout)
     assert "dense" in nv.coverage(layer, x).rows[0].reason
+
+
+class Alone(Tensor):
+    """What old code does: no function mode sees what the class calls."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunction():
+            return func(*args, **(kwargs or {}))
+
+
+def test_a_class_that_runs_layers_itself_is_listed_and_missed():
+    conv, x = nn.Conv2d(16, 16, 3), torch.randn(2, 16, 6, 6)
+    with pytest.warns(UserWarning, match="100% because Alone runs its layers itself"), nv.nvfp4_autocast():
+        y = conv(x.as_subclass(Alone))
+    assert torch.equal(y, conv(x))
+    (row,) = nv.coverage(conv, x.as_subclass(Alone)).rows
+    assert not row.nvfp4 and row.reason == "Alone runs its layers itself" and row.calls == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with nv.nvfp4_autocast():
+            F.conv2d(x, conv.weight.detach().as_subclass(Alone))  # a weight in a format of its own, say

@@ -1,0 +1,159 @@
+"""Know the calls of torch that multiply by weights beside the layers that NVFP4 takes, so that none of them is silent.
+
+    torch.convolution                   below the layers: what programs are decomposed to
+    torch.matmul, addmm, einsum, ...    products with a Parameter or a view of one; those of attention have none
+    conv_tbc, bilinear, lstm, ...       layers that NVFP4 does not know
+    convolution_backward                gradients that an autograd Function writes out, as torch.nn.grad does
+
+They run in high precision. nv.coverage lists them, and a context counts them among what it has missed (shortfall.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from te_nvfp4_cv.backend.torch_private import no_graphs_inside
+from te_nvfp4_cv.context.state import active_recipe
+from te_nvfp4_cv.layer import shortfall
+from te_nvfp4_cv.layer.check import MINIMUM
+
+
+class DirectCall(NamedTuple):
+    """One of these calls."""
+
+    name: str  # torch's name of the function
+    weight: Tensor
+    channels: int  # the smaller number of channels of a group, on either side
+    macs: Callable[[Any], int]  # multiply-adds, of the result
+
+    @property
+    def reason(self) -> str:
+        """Say why the call is in high precision."""
+        return f"torch.{self.name} called directly"
+
+
+def direct_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
+    """Return what a call of a function in DIRECT multiplies, or None if no weight is among its tensors."""
+    name = getattr(function, "__name__", "").strip("_").removesuffix(".default")
+    return DIRECT[function](name, args, kwargs)
+
+
+@no_graphs_inside
+def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return function(*args, **kwargs) of a function in DIRECT, and count the call as missed."""
+    y = function(*args, **kwargs)
+    if torch.compiler.is_compiling() or active_recipe() is None:
+        return y
+    call = direct_call(function, args, kwargs)
+    if call is not None and call.channels >= MINIMUM and not _in_a_graph():
+        shortfall.add(call.reason, call.macs(y))
+    return y
+
+
+_RUNTIME = os.path.join("_aot_autograd", "runtime_wrappers.py")
+
+
+def _in_a_graph() -> bool:
+    """Return True if AOTAutograd, on which most backends of torch.compile build, is running a graph that it has made.
+
+    What runs there in high precision was decided when the graph was traced.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.endswith(_RUNTIME):
+        frame = frame.f_back
+    return frame is not None
+
+
+# ---- what each kind multiplies --------------------------------------------------------------------------------------
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        yield from (t for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, Tensor))
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    parameter = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+    return parameter and tensor.dim() > 1
+
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+
+
+def _convolution(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall:
+    given = {**dict(zip(_CONVOLUTION, args, strict=False)), **kwargs}
+    x, w, transposed = given["input"], given["weight"], given["transposed"]
+    each = w[0].numel()  # of an output's elements, or of an input's of a transposed convolution
+    channels = min(w.shape[0] // given["groups"], w.shape[1])
+    return DirectCall(name, w, channels, lambda y: (x if transposed else y).numel() * each)
+
+
+def _backward(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall:
+    dy, x, w = list(_tensors(args, kwargs))[:3]
+    groups = kwargs.get("groups", args[9] if len(args) > 9 else 1)
+    transposed = kwargs.get("transposed", args[7] if len(args) > 7 else False)
+    each = (x if transposed else dy).numel() * w[0].numel()
+    channels = min(w.shape[0] // groups, w.shape[1])
+    return DirectCall(name, w, channels, lambda y: each * sum(g is not None for g in y[:2]))  # the third is no product
+
+
+def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
+    # What addmm adds stands before the two.
+    operands = list(_tensors(args, kwargs))[-2:]
+    weights = [t for t in operands if _is_weight(t)]
+    if len(operands) < 2 or not weights:
+        return None
+    return DirectCall(name, weights[-1], min(weights[-1].shape[-2:]), lambda y: y.numel() * operands[0].shape[-1])
+
+
+def _sum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
+    operands = list(_tensors(args, kwargs))
+    weights = [t for t in operands if _is_weight(t)]
+    if len(operands) < 2 or not weights:
+        return None
+    x = max((t for t in operands if t is not weights[-1]), key=Tensor.numel)
+    w = weights[-1]
+    # Every axis is in two of x, w and y, unless one is in all three.
+    return DirectCall(name, w, min(w.shape), lambda y: round((x.numel() * w.numel() * y.numel()) ** 0.5))
+
+
+def _other_layer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
+    """Read conv_tbc, whose weight is [taps, in, out], and bilinear, whose weight is [out, in, in]."""
+    weights = [t for t in _tensors(args, kwargs) if _is_weight(t) and t.dim() == 3]
+    if not weights:
+        return None
+    w = weights[-1]
+    out = w.shape[2] if name == "conv_tbc" else w.shape[0]
+    return DirectCall(name, w, min(w.shape[1:]), lambda y: y.numel() * (w.numel() // max(out, 1)))
+
+
+def _recurrent(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
+    tensors = list(_tensors(args, kwargs))
+    weights = [t for t in tensors if _is_weight(t)]
+    if not weights:
+        return None
+    rows = tensors[0].numel() // max(tensors[0].shape[-1], 1)
+    macs = rows * sum(w.numel() for w in weights)
+    return DirectCall(name, weights[0], min(weights[0].shape), lambda y: macs)
+
+
+_aten = torch.ops.aten
+GRADIENTS = frozenset((_aten.convolution_backward, _aten.convolution_backward.default))
+_CONVOLUTIONS = (torch.convolution, torch._convolution, _aten.convolution, _aten.convolution.default)
+_PRODUCTS = ("matmul", "__matmul__", "mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm")
+_CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+_Reader = Callable[[str, tuple[Any, ...], dict[str, Any]], DirectCall | None]
+DIRECT: dict[Any, _Reader] = {
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(GRADIENTS, _backward),
+    **{getattr(owner, name): _product for name in _PRODUCTS for owner in (torch, Tensor) if hasattr(owner, name)},
+    **dict.fromkeys((torch.einsum, torch.tensordot), _sum),
+    **dict.fromkeys((torch.conv_tbc, torch.bilinear), _other_layer),
+    **{getattr(torch, name): _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", *_CELLS)},
+}

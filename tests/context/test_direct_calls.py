@@ -1,0 +1,153 @@
+"""Products with weights that are no layers of NVFP4: coverage lists them, and a context that misses them warns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.layer import shortfall
+from tests.helpers import same_bits, values
+from tests.networks import NO_SR
+
+MACS = 6 * 5 * 32 * 48  # of a product of [6, 5, 32] and [32, 48]
+
+
+class Product(nn.Module):
+    """Something that multiplies by its weight [48, 32]."""
+
+    def __init__(self, call: Callable[[Tensor, Any], Any]) -> None:
+        super().__init__()
+        self.weight, self.bias, self.call = nn.Parameter(values((48, 32))), nn.Parameter(values((48,))), call
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(x, self)
+
+
+CALLS: dict[str, Callable[[Tensor, Any], Any]] = {
+    "matmul": lambda x, m: x @ m.weight.T,
+    "matmul, weight first": lambda x, m: m.weight @ x.flatten(0, 1).T,
+    "matmul, method": lambda x, m: x.matmul(m.weight.mT),
+    "mm": lambda x, m: x.flatten(0, 1).mm(m.weight.t()),
+    "addmm": lambda x, m: torch.addmm(m.bias, x.flatten(0, 1), m.weight.t()),
+    "bmm": lambda x, m: torch.bmm(x, m.weight.T.expand(6, -1, -1)),
+    "einsum": lambda x, m: torch.einsum("bti,oi->bto", x, m.weight),
+    "tensordot": lambda x, m: torch.tensordot(x, m.weight, dims=([2], [1])),
+    "conv_tbc": lambda x, m: torch.conv_tbc(x, m.weight.T[None].expand(1, -1, -1), m.bias),
+    "convolution": lambda x, m: torch.convolution(x.mT, m.weight[..., None], None, (1,), (0,), (1,), False, (0,), 1),
+    "convolution of aten": lambda x, m: torch.ops.aten.convolution(
+        x.mT, m.weight[..., None], None, [1], [0], [1], False, [0], 1
+    ),
+}
+
+
+def told(call: Callable[[], Any]) -> str:
+    """Return our warnings of a call under the context."""
+    shortfall._warned_reasons.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with nv.nvfp4_autocast():
+            call()
+    return "\n".join(str(w.message) for w in caught if str(w.message).startswith("nvfp4"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_products_with_a_parameter_are_listed_and_missed(name: str) -> None:
+    model, x, kind = Product(CALLS[name]), values((6, 5, 32)), name.split(",")[0].split(" ")[0]
+    results: list[Tensor] = []
+    assert f"100% because torch.{kind} called directly" in told(lambda: results.append(model(x)))
+    assert shortfall.local.missed == {f"torch.{kind} called directly": MACS}
+    assert torch.equal(results[0], model(x))
+    report = nv.coverage(model, x)
+    (row,) = report.rows
+    assert (row.name, row.nvfp4, row.flops) == ("Product", False, 6 * MACS), row
+    assert row.reason == f"torch.{kind} called directly" and not report.nvfp4_flops_share
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_layers_are_missed_and_have_one_row(make: Callable[..., nn.Module]) -> None:
+    layer, cell = make(32, 16), "Cell" in make.__name__
+    x = values((6, 32) if cell else (5, 6, 32))
+    assert "called directly" in told(lambda: layer(x))
+    (row,) = nv.coverage(layer, x).rows
+    assert row.reason == "recurrent layer"
+
+
+def test_products_of_activations_and_thin_ones_are_no_ones_loss() -> None:
+    x, thin = values((4, 16, 32)), nn.Parameter(values((32, 3)))
+
+    def call() -> None:
+        attention = torch.softmax(x @ x.mT, -1) @ x
+        torch.einsum("bij,bkj->bik", attention, x), attention @ thin, torch.outer(x[0, 0], thin[:, 0])
+
+    assert not told(call)
+    assert not nv.coverage(Product(lambda y, m: y @ y.mT), x).rows
+
+
+def test_what_is_left_on_purpose_is_not_missed() -> None:
+    model, x = nn.Sequential(Product(CALLS["matmul"])), values((6, 5, 32))
+    nv.set_precision(model, {"*": None})
+    assert not told(lambda: model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not told(lambda: torch.autocast("cpu", enabled=False)(Product(CALLS["matmul"]))(x))
+
+
+def test_bilinear() -> None:
+    layer, x = nn.Bilinear(16, 32, 48), values((6, 16))
+    assert "torch.bilinear called directly" in told(lambda: layer(x, values((6, 32))))
+    (row,) = nv.coverage(layer, x, values((6, 32))).rows
+    assert row.flops == 6 * 6 * 48 * 16 * 32
+
+
+class WrittenOut(torch.autograd.Function):
+    """A convolution whose gradients are written out, as those that share memory or delay dw do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return F.conv2d(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        return torch.nn.grad.conv2d_input(x.shape, w, dy), torch.nn.grad.conv2d_weight(x, w.shape, dy)
+
+
+def test_gradients_that_a_function_writes_out() -> None:
+    w, x = nn.Parameter(values((16, 16, 3, 3))), values((2, 16, 6, 6)).requires_grad_()
+    text = told(lambda: WrittenOut.apply(x, w).sum().backward())
+    assert "only 33% of the work" in text and "67% because torch.convolution_backward called directly" in text
+    with nv.nvfp4_autocast():
+        y = WrittenOut.apply(x, w)
+    with pytest.warns(UserWarning, match="WrittenOut computes gradients in high precision of layers"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "op, shape", [("conv2d", (16, 16, 3, 3)), ("linear", (16, 16)), ("conv_transpose1d", (16, 16, 2))]
+)
+def test_layers_by_their_name_in_aten(op: str, shape: tuple[int, ...]) -> None:
+    w, x = nn.Parameter(values(shape)), values((4, 16, *(8,) * (len(shape) - 2)))
+    with nv.nvfp4_autocast(NO_SR):
+        assert same_bits(getattr(torch.ops.aten, op)(x, w), getattr(F, op)(x, w))
+        assert not same_bits(getattr(F, op)(x, w), getattr(torch.ops.aten, op).default(x, w.double().float() * 0))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_layers_by_their_name_in_aten_compiled(backend: str) -> None:
+    """What a graph was told to leave in high precision stays so, though it calls the layer by that name."""
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), values((4, 16))
+    nv.set_precision(model, {"0": None})
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.ops.aten.linear(model(x), model[1].weight)
+
+    with nv.nvfp4_autocast(NO_SR), torch.no_grad():
+        assert same_bits(torch.compile(forward, backend=backend, fullgraph=True)(x), forward(x))
