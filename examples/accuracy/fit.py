@@ -58,7 +58,10 @@ class Setting:
 
     def precision(self, variant: Variant) -> Precision:
         """Return the precision in which this variant trains."""
-        return Precision(variant.name, COMPUTE[self.compute], variant.recipe, backend=self.backend)
+        # Other block formats than NVFP4 have no kernels of their own, and oneDNN or cuDNN multiplies.
+        other = variant.recipe is not None and variant.recipe.block_format != "nvfp4"
+        backend = "vendor" if other else self.backend
+        return Precision(variant.name, COMPUTE[self.compute], variant.recipe, backend=backend)
 
 
 class Average:
@@ -174,7 +177,12 @@ class Run:
         with self.precision.context(self.setting.device, nvfp4=epoch < self.epochs_in_nvfp4):
             loss = self.task.loss(self.model(x), y)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scale = self.variant.loss_scale
+        (loss * scale).backward()
+        if scale != 1:
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad /= scale
         self.optimizer.step()
         self.average.update()
         self._pending.append(loss.detach())

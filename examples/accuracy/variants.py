@@ -4,6 +4,9 @@
     preset       the preset for the family of networks (recipes/): the default recipe, the classifier in high precision
     others       the preset with one thing changed
 
+Formats without a tensor scale have no code for the gradients of a mean over pixels, which are below 1e-5. There the
+loss is multiplied by a power of two and the gradients are divided by it, which rounds nothing.
+
 A schedule that ends in high precision is the lever of LUQ (ICLR 2023).
 """
 
@@ -24,12 +27,14 @@ class Variant:
         recipe: The recipe. If None, training runs in high precision.
         last: Share of the epochs, at the end, that run in high precision.
         learn: The kind for nv.learn_scales, or "" for none.
+        loss_scale: What the loss is multiplied by in backward, a power of two.
     """
 
     name: str
     recipe: Any
     last: float = 0.0
     learn: str = ""
+    loss_scale: float = 1.0
 
     def epochs_in_nvfp4(self, total: int) -> int:
         """Return the number of epochs, at the start, that run in `recipe`.
@@ -75,4 +80,13 @@ def variants(preset: Any, blocks: Sequence[str]) -> dict[str, Variant]:
         Variant("learned block-scale multiplier", preset, learn="scale"),
     ]
     found += [Variant(name, replace(preset, name="", **change)) for name, change in changes.items()]
+    found += [
+        Variant(name, replace(preset, name="", block_format=block_format), loss_scale=loss_scale)
+        for name, block_format, loss_scale in (
+            ("MXFP4", "mxfp4", 1.0),
+            ("UE5M3 scales, no tensor scale", "nvfp4_ue5m3", 1.0),
+            ("UE5M3 scales, no tensor scale, loss times 2^20", "nvfp4_ue5m3", 2.0**20),
+            ("E4M3 scales, no tensor scale, loss times 2^20", "fp4_e4m3_only", 2.0**20),
+        )
+    ]
     return {variant.name: variant for variant in found}
