@@ -12,10 +12,8 @@ The ratio of large images approaches it. Ratios do not depend on the device.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,35 +28,10 @@ from _torchvision import ensure_torchvision  # noqa: E402
 from benchmarks import measured  # noqa: E402
 
 import te_nvfp4_cv as nv  # noqa: E402
+from te_nvfp4_cv.report.memory import saved_bytes  # noqa: E402
 
 BOUNDS = {"conv input": 0.30, "resnet50": 0.80, "deeplabv3_resnet50": 0.80, "densenet121": 0.80}
 MODELS = ("resnet50", "deeplabv3_resnet50", "densenet121")
-
-
-class _Kept:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()
-
-
-def saved_bytes(model: nn.Module, x: Tensor, recipe: nv.NVFP4BlockScaling | None) -> int:
-    """Count the bytes that autograd saves in model(x) under bf16 autocast, in NVFP4 if there is a recipe."""
-    kept: list[weakref.ref[_Kept]] = []
-
-    def pack(tensor: Tensor) -> _Kept:
-        held = _Kept(tensor)
-        # A weak reference, so that tensors which autograd drops again in the forward pass do not count.
-        kept.append(weakref.ref(held))
-        return held
-
-    context: Any = contextlib.nullcontext() if recipe is None else nv.nvfp4_autocast(recipe)
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor)
-    with hooks, torch.autocast(x.device.type, torch.bfloat16), context:
-        output = model(x)
-    tensors = [held.tensor for held in (reference() for reference in kept) if held is not None]
-    excluded = {t.untyped_storage()._cdata for t in (x, *model.parameters(), *model.buffers())}
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    del output
-    return sum(size for key, size in storages.items() if key not in excluded)
 
 
 def build(name: str) -> nn.Module:
@@ -94,9 +67,9 @@ def measure(name: str, batch: int = 16, size: int = 64, recipe: nv.NVFP4BlockSca
     if name == "conv input":
         # Already bf16, so that autocast makes no copy of it.
         x = x.bfloat16()
-    plain = saved_bytes(model, x, None)
+    plain = saved_bytes(model, (x,), None)
     gc.collect()
-    return plain, saved_bytes(model, x, recipe or nv.NVFP4BlockScaling())
+    return plain, saved_bytes(model, (x,), recipe or nv.NVFP4BlockScaling())
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

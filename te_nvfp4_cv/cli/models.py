@@ -26,6 +26,7 @@ def _coverage(options: argparse.Namespace) -> int:
 
 
 def _project_options(parser: argparse.ArgumentParser) -> None:
+    from te_nvfp4_cv.report.memory import OPTIMIZERS
     from te_nvfp4_cv.report.projection import EFFICIENCY, GPUS
 
     model_options(parser)
@@ -33,20 +34,29 @@ def _project_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images a step (default: 32)")
     text = f"share of peak and bandwidth that kernels reach (default: {EFFICIENCY})"
     parser.add_argument("--efficiency", type=float, default=EFFICIENCY, metavar="F", help=text)
+    text = "also what a training step keeps in memory with this optimizer; runs the model on 16 images"
+    parser.add_argument("--memory", choices=OPTIMIZERS, metavar="OPTIMIZER", help=f"{text} ({', '.join(OPTIMIZERS)})")
 
 
 def _project(options: argparse.Namespace) -> int:
+    from te_nvfp4_cv.report.memory import estimate_memory
     from te_nvfp4_cv.report.projection import project
 
+    model, recipe = model_of(options), recipe_of(options)
     report = project(
-        model_of(options),
+        model,
         example(options, 1),  # one image is enough: sizes are multiplied by --batch
         gpu=options.gpu,
         batch=options.batch,
-        recipe=recipe_of(options),
+        recipe=recipe,
         efficiency=options.efficiency,
     )
-    show(report.to_dict(), str(report), options.json)
+    told, text = report.to_dict(), str(report)
+    if options.memory is not None:
+        image, chosen = example(options, 1), {"batch": options.batch, "recipe": recipe, "optimizer": options.memory}
+        memory = estimate_memory(model, image, **chosen)
+        told["memory"], text = memory.to_dict(), f"{text}\n{memory}"
+    show(told, text, options.json)
     return 0
 
 

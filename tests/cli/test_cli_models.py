@@ -67,6 +67,12 @@ def test_project(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     found = told(capsys)
     assert found["estimate"] and len(found["assumptions"]) == 3 and len(found["layers"]) == 5
     assert cli.main(["project", *model, "--batch", "0"]) == 2
+    capsys.readouterr()
+    assert cli.main(["project", *model, "--batch", "32", "--memory", "adamw8bit", "--json"]) == 0
+    memory = told(capsys)["memory"]
+    assert memory["total_nvfp4"] - memory["saved_nvfp4"] == memory["total_bf16"] - memory["saved_bf16"]
+    assert 0 < memory["saved_nvfp4"] < memory["saved_bf16"] and memory["optimizer"] == "adamw8bit"
+    assert cli.main(["project", *model, "--batch", "0"]) == 2
     assert "batch >= 1" in capsys.readouterr().err
 
 

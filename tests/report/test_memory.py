@@ -1,0 +1,46 @@
+"""The memory of a training step: its parts are those that a step of this network has."""
+
+import pytest
+import torch
+from torch import nn
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.report.memory import OPTIMIZERS, estimate_memory, saved_bytes, state_bytes
+from tests.helpers import values
+from tests.low_bit_optimizers import SHARES, build, eagerly
+from tests.low_bit_optimizers import state_bytes as bytes_of_states
+
+
+def network() -> nn.Module:
+    layers = [nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.SiLU(), nn.Conv2d(64, 64, 3), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(64 * 36, 32))
+
+
+def test_what_is_saved_grows_as_estimated():
+    net, recipe = network(), nv.NVFP4BlockScaling()
+    found = estimate_memory(net, values((1, 32, 8, 8)), batch=48, recipe=recipe, optimizer="sgd")
+    x = values((48, 32, 8, 8))
+    net.train()
+    assert found.saved_bf16 == saved_bytes(net, (x,), None)
+    measured = saved_bytes(net, (x,), recipe)
+    assert abs(found.saved_nvfp4 - measured) < 0.01 * measured and measured < 0.7 * found.saved_bf16
+    parameters = sum(p.numel() for p in net.parameters())
+    assert found.parameters == 4 * parameters and found.states == 4 * parameters
+    assert found.buffers == 64 * 8 + 8  # running statistics, and an int64 count
+    assert found.total(0) == 12 * parameters + found.buffers
+    with pytest.raises(ValueError, match="optimizer='lion'"):
+        estimate_memory(net, x[:1], optimizer="lion")
+
+
+@pytest.mark.parametrize("name", ["AdamW", *SHARES])
+def test_states_are_counted_as_the_optimizer_keeps_them(name):
+    net = network()
+    made = torch.optim.AdamW if name == "AdamW" else build(name)
+    if made is None:
+        pytest.skip(f"{name} is not installed, or has no kernels for a CPU")
+    optimizer = made(net.parameters())
+    net(values((2, 32, 8, 8))).sum().backward()
+    with eagerly():
+        optimizer.step()
+    key = name.removeprefix("bitsandbytes ").lower()
+    assert key in OPTIMIZERS and state_bytes(net, key) == bytes_of_states(optimizer)
