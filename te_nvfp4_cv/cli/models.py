@@ -53,8 +53,8 @@ def _project(options: argparse.Namespace) -> int:
     )
     told, text = report.to_dict(), str(report)
     if options.memory is not None:
-        image, chosen = example(options, 1), {"batch": options.batch, "recipe": recipe, "optimizer": options.memory}
-        memory = estimate_memory(model, image, **chosen)
+        image, name = example(options, 1), options.memory
+        memory = estimate_memory(model, image, batch=options.batch, recipe=recipe, optimizer=name)
         told["memory"], text = memory.to_dict(), f"{text}\n{memory}"
     show(told, text, options.json)
     return 0
