@@ -158,8 +158,9 @@ def estimate_memory(
 
     def observer(call: observe.Call) -> observe.Seen:
         nonlocal codes
-        if call.recipe is not None and not call.reason:
-            codes += call.weight.numel() * (0.5 + 1 / 256)  # saved for dgrad, whatever the batch
+        # Saved for dgrad, whatever the batch; a layer that reads the images needs none.
+        if call.recipe is not None and not call.reason and call.x.requires_grad:
+            codes += call.weight.numel() * (0.5 + 1 / 256)
         return observe.Seen()
 
     with untouched(model), torch.enable_grad(), delayed_scaling.reading_only():
