@@ -7,8 +7,10 @@ values.
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 import warnings
+from pathlib import Path
 
 from torch import nn
 
@@ -114,3 +116,27 @@ def check_trainable(caller: str, model: nn.Module) -> None:
             needs="parameters with values",
             fix="run one forward pass first",
         )
+
+
+def check_choice(caller: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Check that an argument is one of some words.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if value not in allowed:
+        raise value_error(
+            f"{caller}: unknown {name}.",
+            got=repr(value), needs=" or ".join(map(repr, allowed)), fix=f"{name}={allowed[0]!r}"
+        )
+
+
+def check_path(caller: str, path: str | os.PathLike[str], example: str) -> Path:
+    """Return a path to write to, which must name a file.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if not Path(path).name:
+        raise value_error(f"{caller}: the path names no file.", got=repr(str(path)), needs="a file", fix=example)
+    return Path(path)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend import devices, dispatch
-from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.errors import check_choice, value_error
 from te_nvfp4_cv.export.checkpoints import load, save
-from te_nvfp4_cv.export.modules import InferenceLayer, check_choice
+from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.report.text import aligned

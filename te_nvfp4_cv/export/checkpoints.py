@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.errors import check_module, describe, value_error
+from te_nvfp4_cv.errors import check_module, check_path, describe, value_error
 from te_nvfp4_cv.export import artifact, foreign, matrix
 from te_nvfp4_cv.export.artifact import Artifact
 from te_nvfp4_cv.export.codes import Codes, quantize_layer
@@ -39,7 +39,7 @@ from te_nvfp4_cv.export.fit import (
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.inner import around, install, share_bias
 from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, join
-from te_nvfp4_cv.export.modules import InferenceLayer, become, check_path
+from te_nvfp4_cv.export.modules import InferenceLayer, become
 from te_nvfp4_cv.export.ranks import gathered, written_once
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.names import plain_name

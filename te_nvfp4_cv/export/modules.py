@@ -19,8 +19,6 @@ activations, an error is raised; with "high" the gradient passes on to x.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.errors import check_choice
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed
 from te_nvfp4_cv.export.computed import settle
@@ -51,30 +49,6 @@ FORWARD = (  # the fields of a recipe that inference depends on
     *("nvfp4_4over6", "nvfp4_4over6_err_mode", "nvfp4_4over6_e4m3_use_256", "row_scaled_activation", "tensor_scale"),
     *("thin_layers", "disable_2d_quantization", "block_format"),
 )
-
-
-def check_choice(caller: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Check that an argument is one of some words.
-
-    Raises:
-        ValueError: It is none of them.
-    """
-    if value not in allowed:
-        raise value_error(
-            f"{caller}: unknown {name}.",
-            got=repr(value), needs=" or ".join(map(repr, allowed)), fix=f"{name}={allowed[0]!r}"
-        )
-
-
-def check_path(caller: str, path: str | os.PathLike[str], example: str) -> Path:
-    """Return a path to write to, which must name a file.
-
-    Raises:
-        ValueError: It names none.
-    """
-    if not Path(path).name:
-        raise value_error(f"{caller}: the path names no file.", got=repr(str(path)), needs="a file", fix=example)
-    return Path(path)
 
 
 def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) -> NVFP4BlockScaling:

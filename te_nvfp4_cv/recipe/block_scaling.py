@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from te_nvfp4_cv.errors import type_error, value_error, warn_once
+from te_nvfp4_cv.recipe import combinations
 from te_nvfp4_cv.recipe.fields import (
     ALLOWED,
     GEMMS,
@@ -223,47 +224,7 @@ class NVFP4BlockScaling:
                 NVFP4; or delayed scales, or powers of two, meet row scaling; or a block format has
                 no such scales; or delayed scales meet those of experts.
         """
-        activations = self.nvfp4_4over6 in ("activations", "all")
-        if activations and not self.disable_rht:
-            raise value_error(
-                f"recipe {self.name or 'NVFP4BlockScaling'!r}: 4over6 of activations does not go with RHT.",
-                got=f"nvfp4_4over6={self.nvfp4_4over6!r}, disable_rht=False",
-                needs="nvfp4_4over6 'none' or 'weights', or disable_rht=True",
-                fix="add disable_rht=True to the recipe, or use nvfp4_4over6='weights'",
-            )
-        if self.row_scaled_activation and not self.disable_rht:
-            raise value_error(
-                f"recipe {self.name or 'NVFP4BlockScaling'!r}: row-scaled activations do not go with RHT.",
-                got="row_scaled_activation=True, disable_rht=False",
-                needs="row_scaled_activation=False, or disable_rht=True",
-                fix="add disable_rht=True to the recipe",
-            )
-        if self.row_scaled_activation and activations and "wgrad" in self.nvfp4_gemms:
-            raise value_error(
-                f"recipe {self.name or 'NVFP4BlockScaling'!r}: wgrad cannot use row-scaled 4over6 activations.",
-                got=f"row_scaled_activation=True, nvfp4_4over6={self.nvfp4_4over6!r}, wgrad in NVFP4",
-                needs="one of: row_scaled_activation=False, nvfp4_4over6 'none' or 'weights', wgrad in high precision",
-                fix="set backward_override='high_precision', or drop one of the two",
-            )
-        if self.tensor_scale != "current" and self.row_scaled_activation:
-            what, why = {
-                "delayed": ("delayed scales", "the rows of one step are not those of the next"),
-                "current_pow2": ("powers of two", "it is multiplied into the weight"),
-            }[self.tensor_scale]
-            raise value_error(
-                f"recipe {self.name or 'NVFP4BlockScaling'!r}: {what} do not go with row-scaled activations.",
-                got=f"tensor_scale={self.tensor_scale!r}, row_scaled_activation=True",
-                needs=f"one scale per tensor: {why}",
-                fix="set tensor_scale='current', or row_scaled_activation=False",
-            )
-        self._validate_block_format()
-        if self.tensor_scale == "delayed" and self.grouped_scale == "expert":
-            raise value_error(
-                f"recipe {self.name or 'NVFP4BlockScaling'!r}: delayed scales do not go with scales of experts.",
-                got="tensor_scale='delayed', grouped_scale='expert'",
-                needs="one scale per tensor: the rows that an expert has in one step are not those of the next",
-                fix="set tensor_scale='current' or 'current_pow2', or grouped_scale='operand'",
-            )
+        combinations.check(self)
         if self.fp8_dpa or self.fp8_mha:
             warn_once("recipe fp8 attention", "recipe: fp8_dpa and fp8_mha do nothing here, attention stays as it is")
         # The table's recipes take the place of this one in some layers, so they must be usable, too.
@@ -292,20 +253,6 @@ class NVFP4BlockScaling:
             table = ", ".join(f"{field} = {toml_text(value)}" for field, value in inner.items())
             lines.append(f"{toml_text(pattern)} = " + ('"high"' if recipe is None else f"{{{table}}}"))
         return "\n".join(lines).strip() + "\n"
-
-
-    def _validate_block_format(self) -> None:
-        # What each of these fields changes is NVFP4's tensor scale, or how its block scales are chosen.
-        only = ("tensor_scale", "row_scaled_activation", "nvfp4_4over6")
-        wrong = {field: getattr(self, field) for field in only if getattr(self, field) != PLAIN[field]}
-        if self.block_format != "nvfp4" and wrong:
-            raise value_error(
-                f"recipe {self.name or 'NVFP4BlockScaling'!r}: a field of NVFP4 does not go with another block format.",
-                got=f"block_format={self.block_format!r}, " + ", ".join(f"{name}={v!r}" for name, v in wrong.items()),
-                needs="blocks without a tensor scale, one rule for their scales: "
-                + ", ".join(f"{name}={PLAIN[name]!r}" for name in wrong),
-                fix=f"leave out {', '.join(wrong)}, or block_format",
-            )
 
 
 @functools.lru_cache(maxsize=256)

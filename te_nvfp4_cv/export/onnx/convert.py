@@ -20,12 +20,12 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from te_nvfp4_cv.errors import check_module, need_package, value_error
+from te_nvfp4_cv.errors import check_choice, check_module, check_path, need_package, value_error
 from te_nvfp4_cv.export.copies import copy_of
 from te_nvfp4_cv.export.fit import shown
 from te_nvfp4_cv.export.inner import Inner
 from te_nvfp4_cv.export.manifest import join
-from te_nvfp4_cv.export.modules import InferenceLayer, check_choice, check_path
+from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.arguments import TorchOptions, read_call
 from te_nvfp4_cv.export.onnx.tracing import DOMAIN, export, unwrapped

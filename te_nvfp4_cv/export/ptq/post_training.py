@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
-from te_nvfp4_cv.errors import check_module, describe, type_error, value_error
+from te_nvfp4_cv.errors import check_choice, check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed, quantize_layer
 from te_nvfp4_cv.export.computed import settle
 from te_nvfp4_cv.export.copies import copy_of
 from te_nvfp4_cv.export.fit import sort_layers, warn_of_lost
 from te_nvfp4_cv.export.inner import install
-from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, become, check_choice
+from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, become
 from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, collect, input_of
 from te_nvfp4_cv.export.ptq.norm_folding import fold
