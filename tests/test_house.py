@@ -187,8 +187,7 @@ def test_calls_in_a_package_are_counted_and_others_are_not(tmp_path):
     assert house.count_calls(outside, tmp_path / "pac") == {}
 
 
-def test_the_convolution_runs_quantized(monkeypatch):
-    monkeypatch.setattr("te_nvfp4_cv.context.entries.used", False)  # as in a process that has made no entry
+def test_the_convolution_runs_quantized():
     forward, backward = house.convolution_calls()
     for calls, word in ((forward, "forward"), (backward, "backward")):
         assert any(name == f"QuantizedConv.{word}" for _, name in calls), f"no quantized {word} among {sorted(calls)}"
