@@ -23,7 +23,7 @@
 # selftest.json, results.jsonl and kernels.tar.xz; rest writes gpu_rest.log, results.jsonl, ncu.csv and kernels.tar.xz.
 # Kernels compile at their first use, one after the other: nearly all the time of a short run. So quick and rest begin
 # with those of KERNELS=FILE (default runs/kernels.tar.xz, if it is there), and leave theirs in kernels.tar.xz for the
-# next machine. A machine without a GPU makes such a file by `te-nvfp4-cv warm MODEL --save FILE`.
+# next machine. A machine without a GPU makes such a file by examples/benchmarks/gpu_kernels.py.
 # PYTHON names an interpreter with torch and triton (default python3). Nothing is installed; the package is used from
 # this checkout. Exit status: 0 if all passed, 1 if something failed, 2 for a wrong command line or a machine without a
 # GPU.

@@ -226,6 +226,17 @@ def test_relative_error_of_large_tensors(bench):
     assert error(x * 1.25, x) == pytest.approx(0.25) and error(x, torch.zeros(3, 5)) != error(x, torch.zeros(3, 5))
 
 
+def test_the_kernels_of_the_suite_are_found_without_a_gpu():
+    """In a process of its own, which does not interpret: one part of the script, counted and not compiled."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(FOLDER / "gpu_kernels.py"), "--parts", "graphs"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert len(re.findall(r"^graphs \w+ \w+: \d+ more kernels", result.stdout, re.MULTILINE)) == 8
+    found = re.search(r"^(\d+) kernels, (\d+) launches", result.stdout, re.MULTILINE)
+    assert found is not None and 30 < int(found[1]) < int(found[2])
+
+
 # ---- gpu_suite.sh ---------------------------------------------------------------------------------------------------
 
 FAKE = """#!/bin/bash

@@ -22,7 +22,7 @@ import json, torch
 from te_nvfp4_cv.ops.triton import ahead, elementwise, launching
 from triton.runtime import driver, jit
 
-compiled, launched = [], []
+compiled, launched, relu = [], [], elementwise.relu_mask_kernel
 
 class Kernel:
     def __init__(self, key):
@@ -70,9 +70,14 @@ for name, arguments in {
         key == chosen, grid == (3, 1, 1), pointers == [t.data_ptr() for t in every[:3]],
         list(values[3:]) == [every[3], write, 4096], len(looks) - before, len(compiled),
     ]
+bound, pairs = launching.Bound(relu, (3,), (4096,), dict(WRITE=True, BLOCK=4096), ((2, torch.uint8),)), []
+for given in (x, odd, x, odd):
+    before = len(looks)
+    bound(given, given, mask.view(torch.int32))  # the kernel reads bytes
+    pairs.append([launched[-1], launched[go(given) and -1], len(looks) - before])
 launching.MOST = 1
 go(x, 4128)
-print(json.dumps([found, len(launching._known)]))
+print(json.dumps([found, len(launching._known), pairs]))
 """
 
 
@@ -97,7 +102,7 @@ def test_known_kernels_are_those_that_triton_chooses():
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    found, kept = json.loads(result.stdout)
+    found, kept, pairs = json.loads(result.stdout)
     for name, (same, grid, pointers, numbers, *_) in found.items():
         assert same and grid and pointers and numbers, name
     looks = {name: row[4] for name, row in found.items()}
@@ -105,3 +110,6 @@ def test_known_kernels_are_those_that_triton_chooses():
     # A multiple of 16 shares its kernel; another number, 1, an address, a dtype, a constant, 64 bits each have one.
     assert [row[5] for row in found.values()] == [1, 1, 1, 2, 3, 4, 5, 6, 7, 7]
     assert kept == 1
+    # A launch that is put together once chooses by the addresses, too, and Triton looks at nothing.
+    assert all(by_bound == by_start and not looked for by_bound, by_start, looked in pairs)
+    assert pairs[0][0] == pairs[2][0] != pairs[1][0] == pairs[3][0]

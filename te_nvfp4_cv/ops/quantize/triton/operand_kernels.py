@@ -82,7 +82,8 @@ def amax_flat_kernel(
     top = tl.zeros((BLOCK,), tl.int32)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
-        value = tl.load(x + start + lane, mask=lane < n - start, other=0.0).to(tl.float32)
+        left = tl.minimum(n - start, BLOCK).to(tl.int32)  # 64 bits would be compared in each lane
+        value = tl.load(x + start + lane, mask=lane < left, other=0.0).to(tl.float32)
         # The bits of magnitudes are ordered as the values are, NaN above inf, so an integer maximum finds both.
         top = tl.maximum(top, nx.magnitude_bits(value))
     tl.atomic_max(work, tl.max(top, 0), sem="relaxed")
