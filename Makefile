@@ -46,7 +46,8 @@ wheel: $(VENV)/bin/python
 # Models and training loops of other libraries, in an environment of their own, with the same torch; the models go on
 # where they stopped.
 zoo: $(ZOO)/.made
-	OMP_NUM_THREADS=1 $(ZOO)/bin/python -m pytest -q tests/examples/test_frameworks.py tests/integrations/test_adapters_transformers.py
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -m pytest -q tests/examples/test_frameworks.py tests/integrations/test_adapters_transformers.py \
+	  tests/distributed/test_spatial_monai.py
 	$(ZOO)/bin/python examples/zoo/run.py
 	$(ZOO)/bin/python examples/zoo/page.py
 

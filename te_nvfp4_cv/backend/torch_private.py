@@ -51,6 +51,13 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def not_traced(reason: str) -> Exception:
+    """Return what breaks the graph if it is raised where torch.compile asks a tensor for a stand-in to trace with."""
+    from torch._subclasses import UnsupportedFakeTensorException  # slow to load
+
+    return UnsupportedFakeTensorException(reason)  # type: ignore[no-untyped-call]
+
+
 def held_by_a_module(tensor: torch.Tensor) -> bool:
     """Return True, while torch.compile traces, if a module holds the tensor: a Parameter, a buffer, an attribute."""
     # Dynamo writes this on what it reads from modules, because their memory stays where it is.

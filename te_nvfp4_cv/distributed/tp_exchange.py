@@ -30,7 +30,7 @@ from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.quantize.amax import reduce_amax
 from te_nvfp4_cv.ops.quantize.operand import unpack_columns, unpack_rows
-from te_nvfp4_cv.ops.records import DEQUANTIZED, Face, Fold, Operand
+from te_nvfp4_cv.ops.records import DEQUANTIZED, Face, Fold, Operand, OperandSpec
 from te_nvfp4_cv.recipe.fields import Role
 
 GEMMS = {"fprop", "dgrad", "wgrad"}
@@ -196,6 +196,10 @@ class Exchange:
         self.gradient_plan = part if link.gathers(Role.GRAD_OUTPUT) else plan
         self.fprop_plan = self.dgrad_plan = self.wgrad_plan = plan
         self.adds_bias = link.column or link.rank == 0
+        self.wgrad_first = False
+
+    def begin(self, role: Role, operand: Tensor, spec: OperandSpec, amax: Tensor | None) -> None:
+        """Do nothing: what is exchanged are whole parts."""
 
     def _gathered(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.nn.hooks import HookOfRanks, detach
 
 
 def copy_of(caller: str, model: nn.Module) -> nn.Module:
@@ -24,13 +25,16 @@ def copy_of(caller: str, model: nn.Module) -> nn.Module:
     """
     try:
         with _WithoutHistory():
-            return copy.deepcopy(model)
+            copied = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise value_error(
             f"{caller}: the model cannot be copied.", got=f"{type(error).__name__}: {error}",
             needs="a model that copy.deepcopy takes",
             fix="remove what the message names from the model, or give its class a __deepcopy__",
         ) from error
+    for module in copied.modules():  # nv.spatial_parallel.parallelize: the copy is called with whole images
+        detach(module, HookOfRanks)
+    return copied
 
 
 class _WithoutHistory(TorchFunctionMode):

@@ -47,7 +47,7 @@ def written_once(group: Any, write: Callable[[], T]) -> T:
     dist.broadcast_object_list(told, group=group, group_src=0)
     if told[1]:
         raise runtime_error(
-            "nv.export.save: the first rank could not write the file.",
+            "nv.export: the first rank could not write the file.",
             got=told[1],
             needs="a file that the first rank can write",
             fix="see its error",

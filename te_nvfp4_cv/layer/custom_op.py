@@ -126,7 +126,7 @@ def _quantized_again(saved: Saved, plan: Plan, spec: LayerSpec, options: CallOpt
     if spec.need_dw:
         assert x is not None
         x_last = layouts.image_last(x, plan.geometry.x_shape)
-        x_q = operands.quantize_input(x_last, plan, True, options.scales, None, options.experts)
+        x_q = operands.quantize_input(x_last, plan, True, options)
     if spec.need_dx and plan.saves_w != "itself":
         assert w is not None
         codes = weight_codes.codes_of(w, plan) or operands.quantize_weight(w, plan, True)
@@ -161,7 +161,7 @@ def _(x, w, bias, sizes, spec, offsets=None):  # type: ignore[no-untyped-def]
     x_last = layouts.image_last(x, plan.geometry.x_shape)
     # The real steps, on fake tensors: the fakes of the inner operators know the shapes, which are so stated once.
     experts = None if offsets is None else Experts.of_sizes(offsets, x.shape[0], plan.expert_scales)
-    x_q = operands.quantize_input(x_last, plan, s.need_dw, experts=experts)
+    x_q = operands.quantize_input(x_last, plan, s.need_dw, CallOptions(experts=experts))
     saves_codes = s.need_dx and plan.saves_w != "itself"
     w_q = operands.quantize_weight(w, plan, True) if saves_codes else None
     saved = saved_of(x, x_q, w, w_q, plan, s.need_dx, s.need_dw)

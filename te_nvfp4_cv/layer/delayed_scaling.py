@@ -62,10 +62,12 @@ def _set_aside(w: Tensor) -> Callable[[], None] | None:
 
 
 class _Local(threading.local):
-    """Say, per thread, if states may change, and if a checkpoint's forward without gradients is a training one."""
+    """Say, per thread, if states may change, if a checkpoint's forward without gradients is a training one, and if
+    ranks hold parts of one image."""
 
     reading = False
     first_pass = False
+    together = False
 
 
 _local = _Local()
@@ -141,7 +143,7 @@ class DelayedCallScales(CallScales):
     """Gives the amaxes of one call with delayed scales, from the state of its weight."""
 
     def __init__(self, shared: CallScales, again: bool, state: DelayedScales | None) -> None:
-        super().__init__(shared.plan, shared.group, shared.training, shared.name)
+        super().__init__(shared.plan, shared.group, shared.training, shared.name, shared.together)
         self.again, self.scales = again, state
         self.moves = False  # a backward pass has run since the scales moved, and this call moves them
 
@@ -242,11 +244,13 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
     """
     if not plan.delayed and group is None:
         return None
-    refuse(plan.recipe, group)
+    if not _local.together:  # there plan.row_scaled has been asked for each layer
+        refuse(plan.recipe, group)
     again = in_backward()  # a checkpoint recomputes
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     training = (training or (_local.first_pass and not again)) and not _local.reading
-    shared = CallScales(plan, group, training, name_of(w) if group is not None and training else "")
+    shares = group is not None and (training or _local.together)
+    shared = CallScales(plan, group, training, name_of(w) if shares else "", _local.together)
     if not plan.delayed:
         return shared
     settings = plan.input
@@ -276,6 +280,11 @@ def reading_only() -> AbstractContextManager[None]:
 def first_pass(training: bool) -> AbstractContextManager[None]:
     """Say that a backward pass will recompute the calls inside with gradients (`training`), which run without now."""
     return replaced(_local, first_pass=training)
+
+
+def of_one_image() -> AbstractContextManager[None]:
+    """Say that the ranks of the group hold parts of one image in the calls inside: they share amaxes always."""
+    return replaced(_local, together=True)
 
 
 # ---- for nv.extra_state, nv.saturated_blocks and nv.export ----------------------------------------------------------

@@ -18,6 +18,30 @@ from te_nvfp4_cv.ops.records import NONE
 from te_nvfp4_cv.recipe.fields import Role
 
 
+def without_values(w: Tensor) -> Tensor:
+    """Return a weight whose values nobody will read: for one that FSDP2 has gathered as codes, zeros in its place.
+
+    Gradients, which are zeros as well, reach w.
+    """
+    if not hasattr(type(w), "codes_for"):
+        return w
+    return _Zeros.apply(w) if torch.is_grad_enabled() and w.requires_grad else _zeros(w)  # type: ignore[no-any-return]
+
+
+def _zeros(w: Tensor) -> Tensor:
+    return torch.zeros((), dtype=w.dtype, device=w.device).expand(w.shape)
+
+
+class _Zeros(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return _zeros(w)
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> Tensor:  # type: ignore[override]
+        return dw
+
+
 @left_alone  # torch.compile knows that a size is 0, and traces another graph then: this one may have a break
 def take_part(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -> Tensor:
     """Return y, computed in high precision from an empty x or to an empty y, and share amaxes of 0.

@@ -202,7 +202,8 @@ def _execute(
     x = low.input(x)
     if low.empty:  # nothing to quantize: torch's own result, and its gradients
         deferred.settle(unwritten)
-        y = _plain(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), low.geometry)
+        values = w if type(w) in PLAIN else empty_batch.without_values(w)
+        y = _plain(x, values.to(x.dtype), None if bias is None else bias.to(x.dtype), low.geometry)
         if group is not None:
             y = empty_batch.take_part(y, x, w, bias, planned(call, recipe, "reference", x.dtype, False), group)
         return y.squeeze(0) if low.unbatched else y

@@ -179,7 +179,7 @@ def forward(
         else:
             x_last = layouts.image_last(x, g.x_shape if ranks is None else ranks.x_shape)
             how = plan if ranks is None else ranks.input_plan
-            x_q = operands.quantize_input(x_last, how, need_dw, options.scales, options.watch, options.experts)
+            x_q = operands.quantize_input(x_last, how, need_dw, options)
         # Begun here and waited for below, so that the weight is quantized while the bytes travel.
         rows = None
         if ranks is not None and x_q is not None:
@@ -255,7 +255,8 @@ def backward(
         if codes is not None and x_face is not None and ranks is None:
             assert dy_q is not None
             weight, x_face = gemms.unpack_for_backward(dy_q, codes, x_face, saved.x_amax, plan)
-        if need_dx:
+
+        def input_gradient() -> Tensor:
             if codes is not None:
                 assert dy_q is not None
                 row = dy_q.row if dy_rows is None else dy_rows()
@@ -265,7 +266,10 @@ def backward(
                 dx = gemms.plain_dgrad(dy_last, saved.real_weight(plan), plan, like.x_dtype, experts)
             dx = dx if ranks is None else ranks.sum_input_gradient(dx)
             shape = g.x_shape if ranks is None else ranks.x_shape
-            dx = layouts.image_first(dx, shape, like.x_shape, like.x_channels_last)
+            return layouts.image_first(dx, shape, like.x_shape, like.x_channels_last)
+
+        if need_dx and (ranks is None or not ranks.wgrad_first):
+            dx = input_gradient()
         if need_dw:
             if x_face is not None:
                 assert dy_q is not None
@@ -279,6 +283,8 @@ def backward(
             if options.watch is not None:
                 options.watch.weight_gradient(dy_last, dw, plan)
             dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)
+        if need_dx and dx is None:
+            dx = input_gradient()
         if need_db:
             # [B, *image, O] -> [O] from dy before quantization, in fp32: a sum needs no GEMM, and so no codes.
             if experts is None:

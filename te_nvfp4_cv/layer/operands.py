@@ -6,30 +6,21 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.formats import E2M1_MAX, dequantize
-from te_nvfp4_cv.layer.options import ALONE, CallOptions, Scales, Watch
+from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX
 from te_nvfp4_cv.ops.conv import integer
-from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import grouped, operand, rounding_seeds
 from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, Alpha, Face, Move, Operand, OperandSpec, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
 
-def quantize_input(
-    x: Tensor,
-    plan: Plan,
-    need_dw: bool,
-    scales: Scales | None = None,
-    watch: Watch | None = None,
-    experts: Experts | None = None,
-) -> Operand | None:
+def quantize_input(x: Tensor, plan: Plan, need_dw: bool, options: CallOptions = ALONE) -> Operand | None:
     """Quantize x: a rowwise face for fprop, and a packed columnwise one for wgrad.
 
     Returns None if neither GEMM runs in NVFP4.
     """
-    options = CallOptions(scales=scales, watch=watch, experts=experts)
     return _quantize(Role.INPUT, x, plan.input_specs[need_dw], plan, options)
 
 
@@ -51,6 +42,8 @@ def _quantize(role: Role, x: Tensor, spec: OperandSpec, plan: Plan, options: Cal
         amax = scales.amax(role, x)
     # Without an amax from them the operand's own is used, and there is nothing to remember.
     collector = None if scales is None or amax is None else scales.collector(role)
+    if options.ranks is not None:
+        options.ranks.begin(role, x, spec, amax)
     if options.experts is None:
         made = operand.quantize_operand(x, spec, plan.compute_dtype, seed, amax, plan.backend, collector)
     else:

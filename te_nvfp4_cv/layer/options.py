@@ -13,7 +13,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.experts import Experts
-from te_nvfp4_cv.ops.records import Collector, Face, Move, Operand, WeightCodes
+from te_nvfp4_cv.ops.records import Collector, Face, Move, Operand, OperandSpec, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
 
 
@@ -71,6 +71,10 @@ class Ranks(Protocol):
     dgrad_plan: Plan
     wgrad_plan: Plan
     adds_bias: bool  # one rank adds the bias of a summed result
+    wgrad_first: bool  # before dgrad: dy's rows are on their way meanwhile
+
+    def begin(self, role: Role, operand: Tensor, spec: OperandSpec, amax: Tensor | None) -> None:
+        """Take note that x or dy is about to be quantized with these amaxes: what others need may be sent first."""
 
     def gather_rows(self, role: Role, face: Face) -> Callable[[], Face]:
         """Gather a rowwise face, in the form that the backend multiplies."""

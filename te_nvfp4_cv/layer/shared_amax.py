@@ -195,10 +195,15 @@ later = Later()
 
 
 class CallScales:
-    """Gives the amaxes of one call, the largest over the ranks. `training`: a backward pass comes or is running."""
+    """Gives the amaxes of one call, the largest over the ranks.
 
-    def __init__(self, plan: Plan, group: Any, training: bool, name: str = "") -> None:
-        self.plan, self.group, self.training, self.name = plan, group, training, name
+    Args:
+        training: a backward pass comes or is running.
+        together: the ranks hold parts of one image, and so are here together in evaluation, too.
+    """
+
+    def __init__(self, plan: Plan, group: Any, training: bool, name: str = "", together: bool = False) -> None:
+        self.plan, self.group, self.training, self.name, self.together = plan, group, training, name, together
         self.experts: Experts | None = None  # of a grouped linear layer
 
     def knows(self, role: Role) -> bool:
@@ -233,8 +238,8 @@ class CallScales:
         return None
 
     def _reduced(self, amax: Tensor, what: str) -> Tensor:
-        """Take the maximum over the ranks. Evaluation asks nobody: a rank may run it alone."""
-        if self.group is not None and self.training:
+        """Take the maximum over the ranks. Evaluation asks nobody: a rank may run it alone, if it has whole images."""
+        if self.group is not None and (self.training or self.together):
             g = self.plan.geometry
             operand = f"{what} of a layer with a weight {g.weight_shape}, groups={g.groups}"
             reduce(amax, self.group, self.name, operand)

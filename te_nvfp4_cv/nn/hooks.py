@@ -38,6 +38,13 @@ class Hook:
         RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_id + 1)
 
 
+class HookOfRanks(Hook):
+    """A forward hook that cuts tensors for ranks, or puts them together. Copies for export go without it."""
+
+    def __deepcopy__(self, memo: Any) -> HookOfRanks:
+        return self  # it holds a mesh, of which there are no copies
+
+
 def attach(module: nn.Module, enter: Hook, leave: Hook, first: bool = False) -> None:
     """Register `enter` before the module's forward and `leave` after it, also if the forward raises.
 
@@ -53,4 +60,5 @@ def detach(module: nn.Module, *kinds: type[Hook]) -> None:
     for table in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in table.items() if isinstance(hook, kinds)]:
             del table[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)  # RemovableHandle.remove would do so, but is not pickled

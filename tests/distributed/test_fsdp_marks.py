@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.distributed.fsdp_weight import ShardedWeight
 from tests.distributed.launch import Ranks, ranks_test, two_ranks
-from tests.helpers import same_bits, values
+from tests.helpers import relative_error, same_bits, values
 
 NO_SR = nv.NVFP4BlockScaling(disable_stochastic_rounding=True)
 
@@ -70,6 +71,25 @@ def on_ranks_a_model_without_values_keeps_its_marks(ranks: Ranks) -> None:
     model = sharded(model, ranks)
     model.to_empty(device=ranks.device)
     assert is_marked(model[0].weight) and isinstance(model[0].weight, DTensor)
+
+
+@two_ranks
+def on_ranks_an_empty_batch_reads_no_weight(ranks: Ranks) -> None:
+    from te_nvfp4_cv.errors import _warned
+
+    model, alone = sharded(net().to(ranks.device), ranks), net().to(ranks.device)
+    _warned.clear()
+    x = values((4, 32, 6, 6), seed=1).to(ranks.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "nvfp4")
+        for _ in range(2):
+            with nv.nvfp4_autocast(NO_SR):
+                loss = model(x[: 4 * ranks.rank]).square().sum()
+            loss.backward()
+    with nv.nvfp4_autocast(NO_SR):
+        (2 * alone(x).square().sum()).backward()
+    for found, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert relative_error(found.grad.full_tensor(), expected.grad / 2) <= 1e-5  # FSDP2 takes the mean of the ranks
 
 
 def on_ranks_shards_that_are_no_rows_are_refused_by_name(ranks: Ranks) -> None:

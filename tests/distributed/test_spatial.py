@@ -211,15 +211,28 @@ def codes_of(run: Any) -> list[tuple[str, Any]]:
     return seen
 
 
-def compare_nvfp4(ranks: Ranks, layer: nn.Module, x: Tensor, backend: str, wgrad: float) -> None:
+def compare_nvfp4(
+    ranks: Ranks, layer: nn.Module, x: Tensor, backend: str, wgrad: float, recipe: Any = PLAIN, steps: int = 1
+) -> None:
     """Compare an NVFP4 layer on rows with the same on the whole image; wgrad: error that dw may have."""
-    mesh, one, cut = mesh_of(ranks), copy.deepcopy(layer), layer
+    models = copy.deepcopy(layer), copy.deepcopy(layer)
+    for step in range(steps):  # more than one for scales with a state
+        for model in models:
+            model.zero_grad()
+        _compare_step(ranks, models, x * (1 + step), backend, wgrad, recipe)
+
+
+def _compare_step(
+    ranks: Ranks, models: tuple[nn.Module, nn.Module], x: Tensor, backend: str, wgrad: float, recipe: Any
+) -> None:
+    mesh, (one, cut) = mesh_of(ranks), models
+    layer = cut
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     loss = values
     found: dict[str, list[tuple[str, Any]]] = {}
 
     def run(model: nn.Module, given: Tensor) -> Tensor:
-        with nv.nvfp4_autocast(PLAIN, backend=backend):
+        with nv.nvfp4_autocast(recipe, backend=backend):
             y = model(given)
         y = SP.whole(y) if isinstance(y, SP.SpatialTensor) else y
         (y * loss(tuple(y.shape), seed=7)).sum().backward()

@@ -105,6 +105,59 @@ def on_ranks_memory(ranks: Ranks) -> None:
     assert used[1] / used[0] <= {2: 0.55, 4: 0.32}[ranks.world], used
 
 
+def peak_bytes(run: Any) -> int:
+    """Return the most bytes that tensors made in run() take at one time, as torch's allocator counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    most = now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def on_ranks_peak_memory_of_a_step(ranks: Ranks) -> None:
+    net, x, used = Net(), values((1, 3, 192, 64), seed=1), []
+    for image in (x, SP.shard(x, mesh_of(ranks))):
+
+        def step(image: Any = image) -> None:
+            with nv.nvfp4_autocast(PLAIN):
+                loss = net(image).square().mean()
+            loss.backward()
+
+        step()  # buffers that stay, and gradients
+        net.zero_grad(set_to_none=False)
+        used.append(peak_bytes(step))
+    assert used[1] / used[0] <= {2: 0.55, 4: 0.32}[ranks.world], used
+
+
+@two_ranks
+def on_ranks_networks_of_others(ranks: Ranks) -> None:
+    from torchvision import models
+    from unet_coco.unet import UNet
+
+    mesh, x = mesh_of(ranks), values((1, 3, 64, 48), seed=1)
+    nets = {
+        "unet": UNet(3, 0.25),
+        "resnet50": models.resnet50(weights=None, num_classes=10),
+        "deeplab": models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5),
+    }
+    for name, net in nets.items():
+        net.eval()
+        results = []
+        for cut in (False, True):
+            net = SP.parallelize(net, mesh, outputs="whole") if cut else net
+            with torch.no_grad():
+                high = net(x)
+                with nv.nvfp4_autocast(PLAIN):
+                    low = net(x)
+            results.append([y["out"] if name == "deeplab" else y for y in (high, low)])
+        errors = [relative_error(found, expected) for found, expected in zip(results[1], results[0], strict=True)]
+        print(name, errors)
+        assert errors[0] <= 1e-5 and errors[1] <= 0.05, (name, errors)
+
+
 def on_ranks_bytes_on_the_wire(ranks: Ranks) -> None:
     layer, mesh = nn.Conv2d(64, 64, 3, padding=1), mesh_of(ranks)
     leaf = values((16, 64, 8 * ranks.world, 64), seed=1).requires_grad_()
@@ -245,4 +298,5 @@ def on_ranks_random_networks(ranks: Ranks) -> None:
     assert run_random(ranks, range(5)) >= 3
 
 
-test_on_ranks = ranks_test(globals(), four=("memory", "beside_other_parallelism", "random_networks"))
+FOUR = ("memory", "peak_memory_of_a_step", "beside_other_parallelism", "random_networks")
+test_on_ranks = ranks_test(globals(), four=FOUR)

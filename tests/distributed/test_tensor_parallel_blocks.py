@@ -205,6 +205,11 @@ def on_ranks_export_and_statistics_gather(ranks: Ranks) -> None:
     assert len(saved.quantized) == 2 and isinstance(many.body[0].weight, DTensor)
     quantized, alone = nv.export.quantize(many, [x], PLAIN), nv.export.quantize(block, [x], PLAIN)
     assert same_bits(quantized(x), alone(x))
+    onnx = [
+        nv.export.to_onnx(nn.Sequential(alone, last), x, ranks.folder / f"{name}.onnx", form="portable")
+        for name, last in (("many", many), (f"one{ranks.rank}", block))
+    ]
+    assert onnx[0].quantized == onnx[1].quantized and onnx[0].files[0].read_bytes() == onnx[1].files[0].read_bytes()
     with pytest.raises(RuntimeError):
         nv.export.save(many, ranks.folder / "many.safetensors" / "no_folder", PLAIN)
     expected = nv.sensitivity.kurtosis(block).to_dict()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.export.folding import FoldedNorm
-from te_nvfp4_cv.export.ptq.norm_folding import fold
+from te_nvfp4_cv.export.ptq.norm_folding import Folded, fold
 from tests.helpers import same_bits, values
 
 
@@ -61,7 +61,7 @@ def test_all_norms_are_folded_and_their_activations_stay() -> None:
     folded = copy.deepcopy(net)
     with torch.no_grad():
         expected = net(x)
-        assert fold(folded, functools.partial(folded, x)) == ALL
+        assert {pair.norm_name: pair.layer_name for pair in fold(folded, functools.partial(folded, x))} == ALL
         torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5)
     assert isinstance(folded.bn1, FoldedNorm) and folded.bn1.act is not net.bn1.act
     assert [name for name, _ in folded.named_modules()] == [name for name, _ in net.named_modules()]
@@ -77,7 +77,7 @@ def test_norms_that_do_something_else_stay() -> None:
     net, x = trained(scale=0.5), values((4, 16, 8, 8), seed=9)
     with torch.no_grad():
         expected = net(x)
-        assert "bn1" not in fold(net, functools.partial(net, x))
+        assert "bn1" not in [pair.norm_name for pair in fold(net, functools.partial(net, x))]
         torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -94,3 +94,38 @@ def test_quantized_saved_and_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot take the place of this NormAct"):
         nv.export.load(tmp_path / "net.safetensors", other)
     assert all(same_bits(before[name], value) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "with an activation", "without parameters"])
+def test_a_pair_is_folded_only_where_the_outputs_gain(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm that makes one row 3 million times as large as the others takes their scales away when it is folded."""
+
+    def make() -> Any:
+        norm: nn.Module = nn.BatchNorm2d(32, affine=kind != "without parameters")
+        act: nn.Module = nn.ReLU()
+        if kind == "with an activation":
+            norm, act = NormAct(32, act), nn.Identity()
+        return nn.Sequential(nn.Conv2d(16, 32, 3), norm, act, nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), nn.ReLU())
+
+    torch.manual_seed(0)
+    net, x = make(), values((8, 16, 8, 8), seed=1)
+    nv.sensitivity.update_bn(net, [x])
+    net.eval()
+    with torch.no_grad():
+        net[1].eps = 1e-18
+        net[1].running_var[7] *= 1e-13
+        net[3].weight[:, 7] *= 3e-7
+        expected = net(x)
+        found = nv.export.quantize(net, [x], activations="high")
+        with monkeypatch.context() as patch:
+            patch.setattr(Folded, "uneven", False)
+            folded = nv.export.quantize(net, [x], activations="high")
+        errors = [float((model(x) - expected).norm() / expected.norm()) for model in (found, folded)]
+    assert errors[0] < 0.25 and errors[0] < 0.5 * errors[1], errors
+    assert [row.how for row in sorted(found.nvfp4_drift.layers, key=lambda row: row.name)] == ["unfolded", "nvfp4"]
+    assert isinstance(found[4], FoldedNorm) and type(found[1]) is type(net[1])
+    nv.export.save(found, tmp_path / "net")
+    loaded = nv.export.load(tmp_path / "net", make(), activations="high")
+    assert same_bits(loaded(x), found(x))

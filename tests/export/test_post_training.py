@@ -73,7 +73,7 @@ def error(model: nn.Module, original: nn.Module) -> float:
 
 def run_fold(model: nn.Module, x: Tensor) -> dict[str, str]:
     with torch.no_grad():
-        return fold(model, functools.partial(model, x))
+        return {pair.norm_name: pair.layer_name for pair in fold(model, functools.partial(model, x))}
 
 
 # ---- folding --------------------------------------------------------------------------------------------------------

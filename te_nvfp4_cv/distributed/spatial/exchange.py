@@ -9,6 +9,10 @@ the unsharded layer. Columnwise blocks are 16 images at one pixel. A batch that 
 rows (ops/geometry.py), on each rank its own rows: another grouping of the same sum than the unsharded layer's. The
 strips' halos are then the rowwise codes that fprop or dgrad fetched, decoded and quantized again, and nothing more
 travels. The layer's sequence is layer/forward_backward.py's.
+
+What travels while a rank computes: the rows of x that others need are quantized first and sent, and the rank goes on
+with all its rows and the weight; x's columns are sent before dy is quantized; dy's rows are on their way during wgrad.
+(dy is rounded with random bits, which its rows alone would not draw alike: they are sent when all of it is quantized.)
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from te_nvfp4_cv.formats import BLOCK, round_up
 from te_nvfp4_cv.layer import operands
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.layouts import operand_faces
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.ops.quantize.amax import reduce_amax
 from te_nvfp4_cv.ops.quantize.operand import measure_operand, quantize_operand, unpack_columns, unpack_rows
@@ -166,9 +171,13 @@ def _plans(plan: Plan, ranks: int, rank: int) -> tuple[Plan, Plan, Plan, PiecePl
     return (to_a, to_b, to_b, quantizes) if transposed else (to_b, to_a, to_b, quantizes)
 
 
-def _arrived(pending: Pending) -> Face:
-    """Return a face as kernels read it; rows that are all of this rank are a view so far."""
-    return Face(*(t.contiguous() for t in pending.wait()))
+def _arrived(pending: Pending, own: Face) -> Face:
+    """Return a face with the rows of others as kernels read it; rows that are all of this rank are a view so far."""
+    return Face(*(t.contiguous() for t in pending.wait(parts=_parts(own))))
+
+
+def _parts(face: Face) -> list[tuple[Tensor, int]]:
+    return [(face.data, 1), (face.scale, 1)]
 
 
 class Exchange:
@@ -185,6 +194,7 @@ class Exchange:
         self.x_shape, self.y_shape = own.geometry.x_shape, own.geometry.y_shape
         self.y_torch_shape = self.y_shape
         self.adds_bias = True
+        self.wgrad_first = True
         self._rows_begun: dict[Role, Pending] = {}
 
     # ---- which rows
@@ -201,12 +211,29 @@ class Exchange:
 
     # ---- operands
 
+    def begin(self, role: Role, operand: Tensor, spec: OperandSpec, amax: Tensor | None) -> None:
+        """Send what others need of x or dy, quantized alone, before all of it is quantized."""
+        layout, needs = self._rows(self._side(role))
+        mine = layout.mine
+        given = sum(mine.within(needs(rank)).size for rank in range(layout.ranks) if rank != layout.rank)
+        # Of a thin piece most rows would be quantized twice.
+        if spec.row != PACKED or spec.stochastic or amax is None or 2 * given > mine.size:
+            return
+        rowwise = spec._replace(col=NONE)
+
+        def give(rows: Span) -> list[Tensor]:
+            part = operand.narrow(1, rows.start - mine.start, rows.size).contiguous()
+            return [*quantize_operand(part, rowwise, self.own.compute_dtype, None, amax, self.own.backend).row]
+
+        like, _ = operand_faces(operand.narrow(1, 0, 0), rowwise, self.own.compute_dtype)
+        self._rows_begun[role] = fetch_parts(_parts(like), layout, needs, give)
+
     def gather_rows(self, role: Role, face: Face) -> Callable[[], Face]:
         """Begin to fetch the rows of a rowwise face that this rank's product reads."""
         pending = self._begun(role, face)
 
         def arrived() -> Face:
-            whole = _arrived(pending)
+            whole = _arrived(pending, face)
             self._rows_begun.pop(role, None)  # it holds the face's memory
             if role == Role.INPUT or self.own_form != DEQUANTIZED:
                 return whole
@@ -218,7 +245,7 @@ class Exchange:
     def _begun(self, role: Role, face: Face) -> Pending:
         if role not in self._rows_begun:
             layout, needs = self._rows(self._side(role))
-            self._rows_begun[role] = fetch_parts([(face.data, 1), (face.scale, 1)], layout, needs)
+            self._rows_begun[role] = fetch_parts(_parts(face), layout, needs)
         return self._rows_begun[role]
 
     @property
@@ -236,8 +263,8 @@ class Exchange:
 
         if self.own.late is not None or self._side(role) == "b":
             return lambda: in_form(face)
-        pending = fetch_parts([(face.data, 1), (face.scale, 1)], *self._rows("a"))
-        return lambda: in_form(_arrived(pending))
+        pending = fetch_parts(_parts(face), *self._rows("a"))
+        return lambda: in_form(_arrived(pending, face))
 
     def with_columns(self, role: Role, operand: Tensor, made: Operand, needed: bool) -> Operand:
         """Return the operand with its columnwise face, if that waits for the halo.
@@ -250,7 +277,7 @@ class Exchange:
             return made
         layout, needs = self._rows("a")
         # By all ranks: rows of the halo come as the codes that the rank multiplies, or would multiply, in its product.
-        coded = _arrived(self._begun(role, made.row))
+        coded = _arrived(self._begun(role, made.row), made.row)
         mine, wanted = layout.mine, needs(layout.rank)
         low = mine.within(wanted)
         before, after = low.start - wanted.start, wanted.end - low.end
@@ -269,7 +296,8 @@ class Exchange:
             pieces += [decoded(before + low.size, after)] if after else []
         slab = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0].contiguous()
         fold = plan.folds[0 if role == Role.INPUT else 1]
-        spec = plan.operand_spec(settings, fold, NONE, PACKED)
+        # Delayed scales are those of whole rows; these columns have a current one, a power of two as well.
+        spec = plan.operand_spec(settings, fold, NONE, PACKED)._replace(pow2=settings.pow2)
         seed = self.seed(rounding_seeds.draw_seed(slab)) if spec.stochastic else None
         amax = measure_operand(slab, spec._replace(groups=1), plan.backend)
         reduce_amax(amax, layout.group)

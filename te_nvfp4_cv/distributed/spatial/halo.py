@@ -7,7 +7,7 @@ not sent. Several tensors (codes and scales) travel in one message.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,21 @@ from te_nvfp4_cv.distributed.spatial.rows import Layout, Needs, Span
 from te_nvfp4_cv.ops.quantize import amax
 
 Part = tuple[Tensor, int]  # this rank's piece of a tensor, and the axis along which it is cut
+Give = Callable[[Span], list[Tensor]]  # some of this rank's rows -> these rows of each part
 
 
 class Pending:
-    """Rows that are on their way; wait() puts them together."""
+    """Rows that are on their way; wait() puts them together.
 
-    def __init__(self, parts: Sequence[Part], layout: Layout, needs: Needs) -> None:
+    Args:
+        parts: this rank's pieces. Where `give` is given, tensors without rows; the pieces come with wait(parts=...).
+        give: makes the rows that others need, before the pieces are there.
+    """
+
+    def __init__(self, parts: Sequence[Part], layout: Layout, needs: Needs, give: Give | None = None) -> None:
         self._parts, self._layout, self._wanted = parts, layout, needs(layout.rank)
         inside = Span(0, layout.rows)
+        give = self._cut if give is None else give
         me, group = layout.rank, layout.group
         self._received: dict[int, Tensor] = {}
         self._sent: list[Tensor] = []
@@ -34,9 +41,9 @@ class Pending:
             if other == me:
                 continue
             peer = dist.get_global_rank(group, other)
-            give = layout.mine.within(needs(other).within(inside))
-            if give.size:
-                self._sent.append(self._message(give))
+            wanted = layout.mine.within(needs(other).within(inside))
+            if wanted.size:
+                self._sent.append(_message(give(wanted)))
                 ops.append(dist.P2POp(dist.isend, self._sent[-1], peer, group))
             take = layout.of(other).within(self._wanted.within(inside))
             if take.size:
@@ -53,13 +60,13 @@ class Pending:
         # A rank without rows must know how large a row is, too.
         return [(t if t.shape[axis] else _one_row(t, axis), axis) for t, axis in self._parts]
 
-    def _message(self, rows: Span) -> Tensor:
+    def _cut(self, rows: Span) -> list[Tensor]:
         start = self._layout.mine.start
-        cut = [t.narrow(axis, rows.start - start, rows.size).contiguous() for t, axis in self._parts]
-        return torch.cat([t.reshape(-1).view(torch.uint8) for t in cut])
+        return [t.narrow(axis, rows.start - start, rows.size) for t, axis in self._parts]
 
-    def wait(self, fill: float = 0.0) -> list[Tensor]:
+    def wait(self, fill: float = 0.0, parts: Sequence[Part] | None = None) -> list[Tensor]:
         """Return each tensor with the rows that this rank needs; `fill` stands where they lie beyond the image."""
+        self._parts = self._parts if parts is None else parts
         for work in self._works:
             work.wait()
         self._works = []  # gloo waits for ever where it is asked twice
@@ -98,6 +105,10 @@ class Pending:
         if len(pieces) == 1:
             return pieces[0]
         return torch.cat(pieces, dim=axis) if pieces else t.new_empty(shape(0))
+
+
+def _message(rows: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.contiguous().reshape(-1).view(torch.uint8) for t in rows])
 
 
 def _one_row(t: Tensor, axis: int) -> Tensor:
@@ -167,6 +178,6 @@ def fetch(x: Tensor, layout: Layout, needs: Needs, fill: float = 0.0) -> Tensor:
     return fetched
 
 
-def fetch_parts(parts: Sequence[Part], layout: Layout, needs: Needs) -> Pending:
-    """Begin to fetch rows of several tensors in one message each; not differentiable."""
-    return Pending(parts, layout, needs)
+def fetch_parts(parts: Sequence[Part], layout: Layout, needs: Needs, give: Give | None = None) -> Pending:
+    """Begin to fetch rows of several tensors in one message each; not differentiable. Arguments as for Pending."""
+    return Pending(parts, layout, needs, give)

@@ -22,11 +22,12 @@ from te_nvfp4_cv.distributed.spatial.rows import Layout
 from te_nvfp4_cv.distributed.spatial.tensor import SpatialTensor, global_shape, handles, piece_of, place, refusal
 from te_nvfp4_cv.distributed.spatial.windows import convolution
 from te_nvfp4_cv.errors import value_error, warn_once
-from te_nvfp4_cv.layer import check, delayed_scaling, execute, observe, shared_amax
+from te_nvfp4_cv.layer import check, delayed_scaling, execute, observe, weight_codes, weight_transforms
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan, plan_for
+from te_nvfp4_cv.layer.subclasses import PLAIN
 from te_nvfp4_cv.ops.geometry import ConvArgs, int_tuple
 from te_nvfp4_cv.ops.layouts import is_channels_last
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -122,10 +123,18 @@ def _group(layout: Layout) -> Any:
 
 def _alone(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, args: ConvArgs, choice: Choice) -> SpatialTensor:
     recipe, backend, reason = choice
-    piece, layout = piece_of(x), x.placed
+    if recipe is not None and recipe.row_scaled_activation:
+        row_scaled = _plan(op, x, w, bias, args, recipe, backend).row_scaled
+        recipe, reason = (None, _told(op, _ROW_SCALED)) if row_scaled else (recipe, "")
+    piece, layout, own = piece_of(x), x.placed, w
+    if recipe is not None and weight_transforms.local.running:  # asked for by w's identity
+        w = weight_transforms.apply(w, None, _plan(op, x, w, bias, args, recipe, backend))
     w_used, bias = shared.use(w, layout.group), None if bias is None else shared.use(bias, layout.group)
     if recipe is not None:
-        with without_function_modes():  # the context must not take over the calls inside
+        if w_used is not own and type(own) in PLAIN:
+            w_used.state_owner = own  # type: ignore[attr-defined]  # of delayed scales, as in the plain model
+        # The context must not take over the calls inside.
+        with without_function_modes(), delayed_scaling.of_one_image():
             return place(execute.execute(op, piece, w_used, bias, args, recipe, backend, _group(layout)), layout)
     told = observe.Call(op, w, piece, None, None, reason)
 
@@ -150,10 +159,7 @@ def _with_halo(
     recipe, backend, reason = choice
     plan = None if recipe is None else _plan(op, x, w, bias, args, recipe, backend)
     if plan is not None:
-        reason = _problem(plan, x.placed)
-        if reason:
-            text = f"nvfp4 {op}: a layer of an image that is cut into rows stays in high precision: {reason}"
-            warn_once(f"spatial {op} {reason}", text)
+        reason = _told(op, _problem(plan))
     if plan is None or reason:
         told = observe.Call(op, w, piece_of(x), None, None, reason)
         with without_function_modes():
@@ -176,19 +182,26 @@ def _plan(
     return plan_for(lowered(call).geometry, recipe, chosen, compute, is_channels_last(piece) or is_channels_last(w))
 
 
-def _problem(plan: Plan, layout: Layout) -> str:
+_ROW_SCALED = "its activations have a scale for each row"
+
+
+def _told(op: str, reason: str) -> str:
+    """Return the reason, and warn of it if there is one."""
+    if reason:
+        text = f"nvfp4 {op}: a layer of an image that is cut into rows stays in high precision: {reason}"
+        warn_once(f"spatial {op} {reason}", text)
+    return reason
+
+
+def _problem(plan: Plan) -> str:
     """Return why the halos of this call cannot be codes, or ""."""
     if set(plan.gemms) != {"fprop", "dgrad", "wgrad"} or plan.recipe.backward_override is not None:
         return "the recipe has GEMMs in high precision"
     if 0 in plan.geometry.x_shape or 0 in plan.geometry.y_shape:
         return "there is nothing to multiply"
-    if plan.row_scaled:
-        return "its activations have a scale for each row"
     if plan.recipe.block_format != "nvfp4":
         return f"block_format={plan.recipe.block_format!r} is not supported here; use 'nvfp4'"
-    if plan.delayed:
-        return "tensor_scale='delayed' is not supported here; use 'current'"
-    return ""
+    return _ROW_SCALED if plan.row_scaled else ""
 
 
 def _quantized(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, plan: Plan) -> SpatialTensor:
@@ -198,14 +211,16 @@ def _quantized(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, plan: 
     g = plan.geometry
     exchange = Exchange(plan, layout)
     training = torch.is_grad_enabled()
-    scales = shared_amax.CallScales(exchange.own, _group(layout), True, shared_amax.name_of(w))
-    delayed_scaling.refuse(plan.recipe, layout.group)
+    codes = weight_codes.codes_of(w, plan) if weight_codes.frozen or type(w) not in PLAIN else None
+    with delayed_scaling.of_one_image():
+        scales = delayed_scaling.of_call(piece, w, bias, exchange.own, _group(layout))
     told = observe.Call(op, w, piece, g, plan.recipe, "")
-    w_used = shared.use(w, layout.group) if training else w.detach()
+    w_used = weight_transforms.apply(w, codes, plan) if weight_transforms.local.running else w
+    w_used = shared.use(w_used, layout.group) if training else w_used.detach()
     bias = None if bias is None else shared.use(bias, layout.group) if training else bias.detach()
     # Rows that nothing writes but the bias are added after the product's rows were cut out.
     later = bias if g.transposed and exchange.cut.grows else None
-    options = CallOptions(scales=scales, ranks=exchange)
+    options = CallOptions(codes=codes, scales=scales, ranks=exchange)
     inputs = (piece if training else piece.detach(), w_used, None if later is not None else bias)
     y = observe.reported(told, QuantizedConv.apply, *inputs, plan, options)
     if later is not None:

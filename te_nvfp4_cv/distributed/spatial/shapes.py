@@ -124,6 +124,14 @@ def _flatten(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     return place(y, x.placed.with_dim(cut - (last - first if last < cut else 0)))
 
 
+@handles("one_hot")
+def _one_hot(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    x, classes = args[0], _argument(args, kwargs, 1, "num_classes", -1)
+    if classes < 0:
+        raise refusal("one_hot without num_classes", args)
+    return place(function(piece_of(x), classes), x.placed)
+
+
 @handles("unflatten")
 def _unflatten(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     x, dim, sizes = args[0], argument(args, kwargs, 1, "dim") % args[0].dim(), argument(args, kwargs, 2, "sizes")

@@ -17,21 +17,20 @@ it were the whole.
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend.torch_private import without_subclasses
+from te_nvfp4_cv.backend.torch_private import left_alone, not_traced, without_subclasses
+from te_nvfp4_cv.context.tracing import is_tracing
 from te_nvfp4_cv.distributed.spatial import shared
 from te_nvfp4_cv.distributed.spatial.rows import Layout
 from te_nvfp4_cv.errors import type_error, value_error
 
 Handler = Callable[..., Any]
 HANDLERS: dict[str, Handler] = {}  # name of a function or method -> (function, args, kwargs) -> its result
-NAMES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # of a model's modules, for errors
 
 # Written for every element by itself. An in-place method has a _ at its end, an operator's dunders stand in the table.
 _POINTWISE = """
@@ -94,6 +93,7 @@ class SpatialTensor(Tensor):
     placed: Layout
 
     @classmethod
+    @left_alone  # nothing in here is for a graph
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
@@ -243,6 +243,14 @@ def _view_as(_: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
     return place(piece.view_as(piece), x.placed)
 
 
+@handles("is_conj")
+def _is_conj(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Answer for the piece. It is the first question of torch.compile, which breaks its graph at the exception."""
+    if is_tracing():
+        raise not_traced("an image that is cut into rows (nv.spatial_parallel) runs eagerly")
+    return piece_of(args[0]).is_conj()
+
+
 @handles("size")
 def _size(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     shape = global_shape(args[0])
@@ -351,16 +359,18 @@ def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def running_layer() -> str:
-    """Return the innermost module whose forward is running, as errors name it."""
+    """Return the innermost module whose forward is running, by its name in the outermost one, as errors name it."""
+    running: list[nn.Module] = []
     frame: Any = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self") if frame.f_code.co_name != "__torch_function__" else None
         if isinstance(module, nn.Module):
-            name = NAMES.get(module)
-            kind = type(module).__name__
-            return f"{name} ({kind})" if name else kind
+            running.append(module)
         frame = frame.f_back
-    return ""
+    if not running:
+        return ""
+    name, kind = next((n for n, m in running[-1].named_modules() if m is running[0]), ""), type(running[0]).__name__
+    return f"{name} ({kind})" if name else kind
 
 
 def refusal(name: str, args: Any, why: str = "") -> Exception:

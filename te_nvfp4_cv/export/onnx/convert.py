@@ -29,6 +29,7 @@ from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.arguments import TorchOptions, read_call
 from te_nvfp4_cv.export.onnx.tracing import DOMAIN, export, unwrapped
+from te_nvfp4_cv.export.ranks import gathered, written_once
 from te_nvfp4_cv.nn.walk import LAYERS
 from te_nvfp4_cv.recipe.fields import check_nvfp4
 
@@ -66,6 +67,7 @@ def to_onnx(
 ) -> OnnxFile:
     """Write an inference model as an ONNX file.
 
+    A model that nv.tensor_parallel has shared out is gathered: call this on every rank; the first one writes.
     Arguments that torch.onnx.export has as well mean the same; others of it are refused, with what does the same.
 
     Args:
@@ -115,6 +117,7 @@ def to_onnx(
     # After need_packages: nodes.py imports onnx at its top.
     from te_nvfp4_cv.export.onnx.nodes import as_matmul
 
+    model, group = gathered(model)
     # A copy: stand-ins replace its layers. float() leaves the codes alone, which are integers.
     traced = unwrapped(copy_of("nv.export.to_onnx", model)).eval().float().requires_grad_(False)
     call = read_call(traced, args, dynamic_batch, given)
@@ -131,7 +134,8 @@ def to_onnx(
     file.remove_stack_traces(proto)  # before the checksums: they cover all that is in the file
     file.seal(proto, quantized)
     target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
-    return OnnxFile(file.write(proto, target, external_data), quantized, high)
+    files = written_once(group, lambda: file.write(proto, target, external_data))
+    return OnnxFile(files, quantized, high)
 
 
 def _others(model: nn.Module, found: Mapping[str, nn.Module]) -> Iterator[str]:

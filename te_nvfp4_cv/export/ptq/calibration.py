@@ -154,7 +154,8 @@ def watching(watches: Collection[Watcher]) -> Iterator[None]:
     with ExitStack() as stack, torch.no_grad():
         for watch in watches:
             stack.callback(watch.layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
-        stack.enter_context(_Read({id(watch.layer._parameters["weight"]): watch for watch in watches}))
+        # Of several watches of one layer the first.
+        stack.enter_context(_Read({id(w.layer._parameters["weight"]): w for w in reversed([*watches])}))
         yield
 
 

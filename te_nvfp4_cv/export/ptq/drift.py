@@ -68,7 +68,8 @@ class LayerDrift:
         name: as in model.named_modules().
         sqnr_db: of the layer in NVFP4, on the input that it has in high precision.
         flops: its share of the FLOPs of the layers that can run in NVFP4.
-        how: "nvfp4"; "shifted", if the mean of x is subtracted before it is quantized; "high", if auto_high has left
+        how: "nvfp4"; "shifted", if the mean of x is subtracted before it is quantized; "unfolded", if the batch norm
+            behind the layer is not folded into it, because the outputs are better so; "high", if auto_high has left
             the layer in high precision.
     """
 

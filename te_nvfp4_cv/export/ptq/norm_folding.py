@@ -17,10 +17,10 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
 
@@ -31,19 +31,49 @@ from te_nvfp4_cv.fusion.children import child_of, hooks
 from te_nvfp4_cv.fusion.trace import Untraceable, trace
 from te_nvfp4_cv.nn.base import OPS
 
+UNEVEN = 16.0  # times the median: the largest factor of a norm that makes rows of very different size
 
-def fold(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
+
+class Folded(NamedTuple):
+    """A batch norm that was folded, the layer's name, and the parameters that the layer had before."""
+
+    norm_name: str
+    layer_name: str
+    norm: Any
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def undo(self, model: nn.Module) -> None:
+        """Give the layer its parameters again, and the norm its place."""
+        layer: Any = model.get_submodule(self.layer_name)
+        layer.weight, layer.bias = self.weight, self.bias
+        model.set_submodule(self.norm_name, self.norm)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Return what the norm makes of the layer's result, without children that it may call afterwards."""
+        n = self.norm
+        return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0.0, n.eps)
+
+    @property
+    def uneven(self) -> bool:
+        """True if the norm multiplies some channel by much more than most others."""
+        factors = (self.norm.running_var + self.norm.eps).rsqrt()
+        factors = (factors if self.norm.weight is None else factors * self.norm.weight.detach()).abs()
+        return bool(factors.amax() > UNEVEN * factors.median())
+
+
+def fold(model: nn.Module, run: Callable[[], Any]) -> list[Folded]:
     """Fold the batch norms of a model in eval mode, in place, except pairs that would change its outputs.
 
     Args:
         model: not fused by nv.fuse: of a fused forward no graph can be made.
         run: runs the model over real input, without gradients, and returns its outputs.
     Returns:
-        The name of the layer of each folded norm, by the norm's name.
+        The pairs that are folded.
     """
     pairs = find(model)
     if not pairs:
-        return {}
+        return []
     expected = [t.clone() for t in tensors_of(run())]  # a model may return a buffer that it writes anew each time
     if not _same(run(), expected):
         warn_once(
@@ -51,10 +81,8 @@ def fold(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
             "nv.export.quantize: batch norms are not folded: the model gives other outputs each time in eval mode, or "
             "nothing that can be compared (no tensors, or empty ones, on the first images).",
         )
-        return {}
-    harmless = _harmless(model, list(pairs.items()), run, expected)
-    _put_folded(model, harmless)
-    return dict(harmless)
+        return []
+    return _put_folded(model, _harmless(model, list(pairs.items()), run, expected))
 
 
 def _harmless(
@@ -62,11 +90,14 @@ def _harmless(
 ) -> list[tuple[str, str]]:
     """Return the pairs that leave the outputs as they are; a set of pairs that does not is halved and tried again."""
     # Undone in any case: `fold` puts the harmless pairs in at once, at the end.
-    with _put_folded(model, pairs):
-        try:
-            same = _same(run(), expected)
-        except Exception:  # code that reads the norm itself: FoldedNorm has none of its attributes
-            same = False
+    folded = _put_folded(model, pairs)
+    try:
+        same = _same(run(), expected)
+    except Exception:  # code that reads the norm itself: FoldedNorm has none of its attributes
+        same = False
+    finally:
+        for pair in reversed(folded):
+            pair.undo(model)
     if same:
         return pairs
     half = len(pairs) // 2
@@ -75,18 +106,16 @@ def _harmless(
     return [pair for part in (pairs[:half], pairs[half:]) for pair in _harmless(model, part, run, expected)]
 
 
-def _put_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> ExitStack:
-    """Fold these pairs, in place. Returns a context manager that undoes it at its end."""
-    undo = ExitStack()
+def _put_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> list[Folded]:
+    """Fold these pairs, in place."""
+    folded = []
     for norm_name, layer_name in pairs:
         layer: Any = model.get_submodule(layer_name)
         norm: Any = model.get_submodule(norm_name)
-        undo.callback(model.set_submodule, norm_name, norm)
-        undo.callback(setattr, layer, "weight", layer.weight)
-        undo.callback(setattr, layer, "bias", layer.bias)
+        folded.append(Folded(norm_name, layer_name, norm, layer.weight, layer.bias))
         layer.weight, layer.bias = _fused(layer, norm)
         model.set_submodule(norm_name, FoldedNorm(layer, norm))
-    return undo
+    return folded
 
 
 def _same(ours: Any, expected: list[Tensor]) -> bool:

@@ -30,11 +30,12 @@ from te_nvfp4_cv.export.inner import install
 from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, become
 from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, collect, input_of
-from te_nvfp4_cv.export.ptq.norm_folding import fold
+from te_nvfp4_cv.export.ptq.norm_folding import Folded, fold
 from te_nvfp4_cv.export.ptq.twins import (
     Watched,
+    before_folding,
+    choose_foldings,
     drift_of,
-    exchange,
     leave_high,
     run_beside,
     shift_of,
@@ -87,7 +88,8 @@ def quantize(
             quantizes each tensor with its own amax. Other block formats than NVFP4 have no amax.
         activations: "nvfp4" or "high", as InferenceLayer.set_mode takes it.
         weights: "packed" or "cached", as InferenceLayer.set_mode takes it.
-        fold_bn: first multiply batch norms into the layers before them.
+        fold_bn: first multiply batch norms into the layers before them. Where a norm multiplies some channel by much
+            more than the others, the pair is measured folded and not, and the better way is taken.
         bias_correction: subtract the mean error of each output channel from the layer's bias, if it has one.
         shift: subtract the mean of each input channel before x is quantized, in layers where that is measured to
             help: y = W (x - m) + W m, exactly.
@@ -139,12 +141,14 @@ def quantize(
     warn_of_lost(found_layers)
     for module, _ in found_layers.quantized.values():
         settle(module)  # a kernel that torch computes becomes the Parameter that folding and rounding read
+    folded: dict[str, Folded] = {}
     if fold_bn:
         unfuse(net)
         for batch in itertools.islice(loader, 1):
             with torch.no_grad():
                 # One batch is enough to see whether folding changes the outputs.
-                fold(net, functools.partial(net, input_of(batch, device)))
+                pairs = fold(net, functools.partial(net, input_of(batch, device)))
+                folded = {pair.layer_name: pair for pair in pairs if pair.uneven}
     inner = found_layers.inner
     install(inner.values())
     layers = found_layers.quantized
@@ -160,18 +164,24 @@ def quantize(
     # One pass over the unquantized model for all layers: quantization below then changes no statistics.
     found = collect(net, watched, images, method == "gptq")
     twins: dict[str, Watched] = {}
+    unfolded: dict[str, Watched] = {}
     for name, (module, own) in layers.items():
-        made = _twins(module, _for_weights(own, method), method, found.get(name), scales, shift and name not in inner)
-        for twin in made:
-            twin.set_mode(weights, activations)
-        twins[name] = Watched(module, made, name in inner)
-    expected = run_beside(net, twins, images)
-    for watch in twins.values():
+        how = _for_weights(own, method), method, found.get(name), scales, shift and name not in inner
+        twins[name] = Watched(module, _twins(module, *how), name in inner)
+        if name in folded:
+            before = _twins(before_folding(module, folded[name]), *how)
+            unfolded[name] = Watched(module, before, False, folded[name])
+    both = [*twins.values(), *unfolded.values()]
+    for twin in (twin for watch in both for twin in watch.twins):
+        twin.set_mode(weights, activations)
+    expected = run_beside(net, both, images)
+    for watch in both:
         watch.correct(bias_correction)
+    choose_foldings(net, twins, unfolded, images)
     high = leave_high(net, twins, images, budget)
     for name, watch in twins.items():
         if name not in high:
-            exchange(watch.layer, watch.twin)
+            watch.put(net)
     for module, own in of_experts.values():  # to nearest, with the amax of each call
         become(module, quantize_layer(module, own), own).set_mode(weights, activations)
     if reestimate_bn:

@@ -6,6 +6,8 @@ precision; each layer's input also goes through its twins. Their errors give
     the correction of the bias    the mean error of each output channel, that of the activations' codes included
     the shift                     y = W (x - m) + W m, m: the mean of each channel of x. A twin with a shift is taken
                                   if it has less error. Tried where the means are large: sum m^2 > 4 sum of variances
+    the folding of a norm         the layer before folding, with the norm behind it, is a second Watched; which of the
+                                  two is taken, the model's outputs decide. Tried where the norm's factors are uneven
     the layers that cost most     left in high precision, if the caller allows a share of the FLOPs for it
     the report                    SQNR of each layer and of the model's outputs (drift.py)
 
@@ -31,6 +33,7 @@ from te_nvfp4_cv.export.codes import Codes, is_transposed
 from te_nvfp4_cv.export.modules import InferenceLayer, become, zero_pads
 from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, by_channel, watching
 from te_nvfp4_cv.export.ptq.drift import Drift, Errors, LayerDrift, compare, tensors_of
+from te_nvfp4_cv.export.ptq.norm_folding import Folded
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.nn.precision import set_precision
 from te_nvfp4_cv.nn.walk import op_of
@@ -45,12 +48,25 @@ OBSERVED = 4  # batches of the calibration: means of errors need fewer images th
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 
-def twin_of(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling) -> InferenceLayer:
-    """Return an inference layer like `module`, which stays as it is; they share tensors, but for the bias."""
+def copied(module: nn.Module) -> Any:
+    """Return a module like `module`, which stays as it is; they share tensors."""
     twin: Any = copy.copy(module)
     for name, value in vars(module).items():
         if isinstance(value, dict):  # parameters, buffers, children, hooks: copy.copy shares these
             twin.__dict__[name] = value.copy()
+    return twin
+
+
+def before_folding(module: nn.Module, pair: Folded) -> nn.Module:
+    """Return the layer as it was before the norm was folded into it."""
+    layer = copied(module)
+    layer.weight, layer.bias = pair.weight, pair.bias
+    return layer  # type: ignore[no-any-return]
+
+
+def twin_of(module: nn.Module, codes: Codes, recipe: NVFP4BlockScaling) -> InferenceLayer:
+    """Return an inference layer like `module`, which stays as it is; they share tensors, but for the bias."""
+    twin = copied(module)
     if (bias := twin._parameters.get("bias")) is not None:
         twin._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return become(twin, codes, recipe)
@@ -74,13 +90,15 @@ class Watched:
         twin: the twin that is taken.
         flops: of all calls in high precision.
         inner: the layer lies inside of a module with a forward of its own, which adds the bias.
+        pair: the norm that runs behind the twins, because they are those of the layer before it was folded; or None.
     """
 
-    def __init__(self, layer: nn.Module, twins: list[InferenceLayer], inner: bool) -> None:
-        self.layer, self.inner, self.flops = layer, inner, 0
+    def __init__(self, layer: nn.Module, twins: list[InferenceLayer], inner: bool, pair: Folded | None = None) -> None:
+        self.layer, self.inner, self.pair, self.flops = layer, inner, pair, 0
         self.twins, self.seen = twins, [(Errors(), Errors()) for _ in twins]
         self.measuring = self.shifted = False
         self.correction: Tensor | None = None
+        self._folded: Any = None  # what stands in the norm's place while the layer is not the twin
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
@@ -89,7 +107,8 @@ class Watched:
         y = type(module).forward(module, *args, **kwargs)  # not module(...), whose hook this is
         self.flops += gemm_flops(op_of(module), x, module.weight.shape, y)
         for twin, errors in zip(self.twins, self.seen, strict=True):
-            error = twin(*args, **kwargs) - y
+            found = twin(*args, **kwargs)
+            error = (found if self.pair is None else self.pair.normed(found)) - y
             errors[self.measuring].add(by_channel(module, error), by_channel(module, y))
 
     @property
@@ -118,10 +137,24 @@ class Watched:
         self.shifted = self.twin.shift is not None
         if self.inner:  # it has the bias of the module around it, which adds it in torch; ONNX files read the layer's
             self.twin._parameters["bias"] = self.layer._parameters["bias"]
-        bias: Any = self.twin.bias
+        # Behind the norm: there the error was measured.
+        bias: Any = self.twin.bias if self.pair is None else self.pair.norm.bias
         if wanted and bias is not None and self.ran:
             self.correction = self.seen[0][0].mean
             bias.data -= self.correction.to(bias)
+
+    def put(self, net: nn.Module) -> None:
+        """Let the layer and its twin change places in the model, or back again."""
+        exchange(self.layer, self.twin)
+        if self.pair is not None:
+            now = net.get_submodule(self.pair.norm_name)
+            self._folded = self._folded or now
+            net.set_submodule(self.pair.norm_name, self._folded if now is self.pair.norm else self.pair.norm)
+
+    @property
+    def how(self) -> str:
+        """Return how the layer runs, as the report says it."""
+        return "unfolded" if self.pair is not None else "shifted" if self.shifted else "nvfp4"
 
     def sqnr_db(self) -> float:
         """Return the layer's SQNR, on the images that were held back if there are any."""
@@ -171,15 +204,15 @@ def shift_of(module: Any, center: Tensor) -> tuple[Tensor, Tensor]:
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
-def run_beside(net: nn.Module, twins: Mapping[str, Watched], images: Images) -> list[list[Tensor]]:
+def run_beside(net: nn.Module, watches: Collection[Watched], images: Images) -> list[list[Tensor]]:
     """Show every layer's input to its twins. Returns the model's outputs, for each batch that the report is about."""
     expected: list[list[Tensor]] = []
-    with watching(twins.values()):
+    with watching(watches):
         for batch in itertools.islice(images, OBSERVED):
             outputs = net(batch)
             if not images.held:
                 expected.append(_kept(outputs))
-        for watch in twins.values():
+        for watch in watches:
             watch.measuring = True
         expected += [_kept(net(batch)) for batch in images.held]
     return expected
@@ -187,6 +220,28 @@ def run_beside(net: nn.Module, twins: Mapping[str, Watched], images: Images) -> 
 
 def _kept(outputs: object) -> list[Tensor]:
     return [t.detach().clone() for t in tensors_of(outputs)]  # a model may return a buffer that it writes anew
+
+
+def _alone(net: nn.Module, watch: Watched, batch: Any, expected: list[Tensor]) -> float:
+    """Return the SQNR of the model's outputs, in dB, with one layer in NVFP4."""
+    with ExitStack() as stack:
+        watch.put(net)
+        stack.callback(watch.put, net)
+        return compare(tensors_of(net(batch)), expected)[0]
+
+
+@torch.no_grad()
+def choose_foldings(net: nn.Module, twins: dict[str, Watched], unfolded: Mapping[str, Watched], images: Images) -> None:
+    """Take the twins of the layer before its norm was folded, where the model's outputs are better with them alone."""
+    tried = [name for name, watch in unfolded.items() if watch.ran]
+    if not tried:
+        return
+    batch = next(iter(images))
+    expected = _kept(net(batch))
+    for name in tried:
+        with_norm, folded = (_alone(net, watch, batch, expected) for watch in (unfolded[name], twins[name]))
+        if with_norm > folded + GAIN_DB:
+            twins[name] = unfolded[name]
 
 
 @torch.no_grad()
@@ -202,15 +257,9 @@ def leave_high(net: nn.Module, twins: Mapping[str, Watched], images: Images, bud
     costs = [twins[name].flops for name in names]
     batch = next(iter(images))
     expected = _kept(net(batch))
-    scores = []
-    for name in names:
-        with ExitStack() as stack:
-            pair = twins[name].layer, twins[name].twin
-            exchange(*pair)
-            stack.callback(exchange, *pair)
-            sqnr = compare(tensors_of(net(batch)), expected)[0]
-        # Noise beside the signal: 0 without any; NaN, an output that cannot be compared, says nothing of the layer.
-        scores.append(0.0 if math.isnan(sqnr) else 10 ** (-sqnr / 10))
+    # Noise beside the signal: 0 without any; NaN, an output that cannot be compared, says nothing of the layer.
+    found = [_alone(net, twins[name], batch, expected) for name in names]
+    scores = [0.0 if math.isnan(sqnr) else 10 ** (-sqnr / 10) for sqnr in found]
     total = sum(watch.flops for watch in twins.values())
     chosen = {names[index] for index in worst_within(scores, costs, budget * total)}
     if chosen:  # nv.export.save would quantize them otherwise
@@ -227,7 +276,7 @@ def drift_of(
     rows = [
         LayerDrift(
             name, watch.sqnr_db(), watch.flops / total,
-            "high" if name in high else "shifted" if watch.shifted else "nvfp4",
+            "high" if name in high else watch.how,
         )
         for name, watch in twins.items()
         if watch.ran
