@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,8 +58,8 @@ class Saved:
         return sum(self.seen.values())
 
 
-def main() -> None:
-    """Train, and print a line per step on the first rank."""
+def main(arguments: Sequence[str] | None = None) -> tuple[list[float], int]:
+    """Train, print a line per step on the first rank, and return the losses and the bytes that this rank saves."""
     parser = argparse.ArgumentParser(description="Train a UNet on images that are cut into rows.")
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--width", type=int, default=128)
@@ -66,9 +67,11 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.25, help="of the UNet's widths")
     parser.add_argument("--recipe", default="unet", help="name of a recipe, or none")
     parser.add_argument("--limit-mb", type=float, help="most that a rank may save for backward")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if gpu else "gloo")
+    own_group = not dist.is_initialized()
+    if own_group:
+        dist.init_process_group("nccl" if gpu else "gloo")
     mesh = dist.init_device_mesh("cuda" if gpu else "cpu", (dist.get_world_size(),))
     device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count()) if gpu else torch.device("cpu")
     torch.manual_seed(0)  # the same parameters on every rank
@@ -77,6 +80,7 @@ def main() -> None:
     limit = None if options.limit_mb is None else int(options.limit_mb * 2**20)
     each = -(-options.height // mesh.size())  # as torch.distributed.tensor.Shard cuts
     start, end = (min(options.height, (mesh.get_local_rank() + more) * each) for more in (0, 1))
+    losses, saved = [], Saved(limit)
     for step in range(options.steps):
         images, labels = (
             nv.spatial_parallel.from_piece(part.to(device), mesh, options.height, dim)
@@ -91,13 +95,16 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        losses.append(float(loss.detach()))
         if dist.get_rank() == 0:
             print(
-                f"step {step}: loss {float(loss.detach()):.4f}, {saved.bytes / 2**20:.1f} MiB saved on this rank",
+                f"step {step}: loss {losses[-1]:.4f}, {saved.bytes / 2**20:.1f} MiB saved on this rank",
                 flush=True,
             )
     dist.barrier()
-    dist.destroy_process_group()
+    if own_group:
+        dist.destroy_process_group()
+    return losses, saved.bytes
 
 
 if __name__ == "__main__":

@@ -30,12 +30,13 @@ PYTHON = {"TRAINING": (), "WATCH": ("TRAINING",), "HOWTO": ()}  # a page with Py
 NOT_RUN = {
     "TRY": "a sketch of a function that the user writes; tests/cli/test_try.py runs such a function",
     "FRAMEWORKS": "a line of a script; tests/integrations/test_adapters_transformers.py",
+    "SPATIAL": "on ranks; tests/distributed/test_spatial_calls.py",
 }
 ELSEWHERE = {  # a command that is not run here: why, or where
     "pip install .": "tests/test_packaging.py installs the wheel; here it would change the environment",
     "make ": "the targets are shown to exist below; tests/examples trains as make demo does",
     "bash examples/benchmarks/gpu_suite.sh": "tests/examples/test_gpu_suite.py",
-    "torchrun ": "tests/distributed/test_trainer.py",
+    "torchrun ": "tests/distributed/test_trainer.py, test_spatial_calls.py",
     "docker ": "no docker here: tests/examples/test_frameworks.py lints the Dockerfile",
     "te-nvfp4-cv selftest": "tests/selftest",
     "python=$PWD/.venv/bin/python": "needs a git checkout with its environment and two runs of all cases: by hand",

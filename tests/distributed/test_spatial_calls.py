@@ -17,7 +17,7 @@ import te_nvfp4_cv as nv
 from te_nvfp4_cv.distributed.spatial import exchange, halo
 from te_nvfp4_cv.layer import gemms, observe
 from te_nvfp4_cv.ops.quantize import operand
-from tests.distributed.launch import Ranks, ranks_test, two_ranks
+from tests.distributed.launch import ROOT, Ranks, ranks_test, two_ranks
 from tests.distributed.test_spatial import PLAIN, SP, compare_nvfp4, mesh_of
 from tests.distributed.test_spatial_models import Net
 from tests.helpers import relative_error, same_bits, values
@@ -153,6 +153,28 @@ def on_ranks_exports_are_the_plain_models(ranks: Ranks) -> None:
     quantized, expected = (nv.export.quantize(model, [x]) for model in (net, plain))
     assert same_bits(quantized(x), expected(x))
     assert type(net(x)) is Tensor and len(net._forward_pre_hooks) == 1  # the caller's model still cuts
+
+
+@two_ranks
+def on_ranks_the_page_and_the_example(ranks: Ranks) -> None:
+    import spatial_unet
+
+    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "SPATIAL.md").read_text(encoding="utf-8"), re.DOTALL)
+    model = spatial_unet.UNet(3, 0.125)
+    names = {"torch": torch, "nv": nv, "F": F, "model": model, "images": values((1, 3, 32, 32), seed=1)}
+    names |= {"labels": torch.ones(1, 32, 32).long(), "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+    exec(text.replace('"cuda", (4,)', f'"{ranks.device.type}", ({ranks.world},)'), names)
+    assert names["scores"].shape == (1, 3, 32, 32) and names["loss"].isfinite()
+    size = ["--height", "96", "--width", "32", "--scale", "0.125", "--steps", "4"]
+    losses, saved = spatial_unet.main(size)
+    assert losses[-1] < losses[0]
+    # More than a rank of two saves, and less than one rank alone would have to.
+    limit = saved * 1.2 / 2**20
+    assert spatial_unet.main([*size, "--limit-mb", f"{limit:.3f}"])[0] == losses
+    alone, (image, labels) = spatial_unet.Saved(int(limit * 2**20)), spatial_unet.rows_of(0, 0, 96, 96, 32)
+    with pytest.raises(MemoryError, match="take more ranks"), nv.nvfp4_autocast("unet"):
+        with torch.autograd.graph.saved_tensors_hooks(alone.pack, lambda tensor: tensor):
+            F.cross_entropy(spatial_unet.UNet(3, 0.125)(image), labels)
 
 
 @two_ranks
