@@ -47,7 +47,8 @@ def compare(
     largest = max((float(g.abs().max()) for g in results[0][2:]), default=0.0)
     for name, one, other in zip(["y", "dx", *dict(module.named_parameters())], *results, strict=True):
         # A bias before a norm has no gradient but rounding.
-        least = 1e-3 * largest if name in dict(module.named_parameters()) else 0.0
+        least = max(1e-3, tolerance) * largest if name in dict(module.named_parameters()) else 0.0
+        one, other = one.detach(), other.detach()
         error = float((other - one).abs().max() / max(one.abs().max(), least, 1e-30)) if one.numel() else 0.0
         assert error <= tolerance, f"{name}: {error} in {module} of {tuple(x.shape)}"
 
