@@ -126,7 +126,7 @@ def _flatten(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 @handles("one_hot")
 def _one_hot(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    x, classes = args[0], _argument(args, kwargs, 1, "num_classes", -1)
+    x, classes = args[0], argument(args, kwargs, 1, "num_classes", -1)
     if classes < 0:
         raise refusal("one_hot without num_classes", args)
     return place(function(piece_of(x), classes), x.placed)
