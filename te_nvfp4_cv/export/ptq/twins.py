@@ -23,7 +23,7 @@ import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,15 @@ from te_nvfp4_cv.export.codes import Codes, is_transposed
 from te_nvfp4_cv.export.modules import InferenceLayer, become, zero_pads
 from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, by_channel, watching
 from te_nvfp4_cv.export.ptq.drift import Drift, Errors, LayerDrift, compare, tensors_of
-from te_nvfp4_cv.export.ptq.norm_folding import Folded
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.nn.precision import set_precision
 from te_nvfp4_cv.nn.walk import op_of
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.report.budget import worst_within
 from te_nvfp4_cv.report.forward_pass import gemm_flops
+
+if TYPE_CHECKING:
+    from te_nvfp4_cv.export.ptq.norm_folding import Folded
 
 LARGE_MEAN = 4.0  # times the variance. Behind a ReLU the square of the mean is about 1.8 times the variance
 GAIN_DB = 1.0  # a shift must gain as much
