@@ -162,20 +162,21 @@ def test_mxfp4_is_microxcalings_with_ties_to_even():
     assert downward.any() and np.array_equal(ours != away, downward)
 
 
+@pytest.mark.parametrize("backend", ["fp4_e4m3_only", "fp4_e4m3_only reference"])  # compiled kernels, plain torch
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_e4m3_only_is_nvfp4_with_a_tensor_scale_of_1(kind, stochastic):
+def test_e4m3_only_is_nvfp4_with_a_tensor_scale_of_1(kind, stochastic, backend):
     x, fold = values((5, 6, 3, 40), kind), Fold(2, 3, 4, 1, 16)
     spec = OperandSpec(2, fold, PACKED, PACKED, rht=True, stochastic=stochastic)
     seed = torch.tensor([5]) if stochastic else None
-    ours = operand.quantize_operand(x, spec, torch.float32, seed, None, "fp4_e4m3_only")
+    ours = operand.quantize_operand(x, spec, torch.float32, seed, None, backend)
     nvfp4 = reference.quantize_operand(x, spec, torch.float32, seed, torch.full((2,), 2688.0))
     same = [torch.equal(a, b) for a, b in zip((*ours.row, *ours.col), (*nvfp4.row, *nvfp4.col), strict=True)]
     assert all(same)
     w, one = values((40, 24, 3), kind), torch.full((1,), 2688.0)
     for two_d in (True, False):
         how = WeightSpec(2, PACKED, PACKED if not two_d else 0, two_d)
-        mine = operand.quantize_weight(w, how, torch.float32, "fp4_e4m3_only")
+        mine = operand.quantize_weight(w, how, torch.float32, backend)
         theirs = reference.quantize_weight(w, how, torch.float32, one)
         assert all(map(torch.equal, (*mine.row, *mine.col), (*theirs.row, *theirs.col)))
 

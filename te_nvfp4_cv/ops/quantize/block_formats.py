@@ -1,4 +1,5 @@
-"""Quantize the operands of a convolution to the formats of block_scales.py: plain torch, on any device.
+"""Quantize the operands of a convolution to the formats of block_scales.py: plain torch, on any device; fp4_e4m3_only,
+which is NVFP4 with a tensor scale of 1, by NVFP4's compiled kernels on a CPU.
 
 A Quantizer has the functions of a backend's module. Forms and layouts are those of operand.py, but for a block of 32:
 
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE, BlockFormat, tensor_amax
+from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE, TENSOR_AMAX, BlockFormat, tensor_amax
+from te_nvfp4_cv.ops.quantize import cpu
 from te_nvfp4_cv.ops.quantize.reference import columnwise_values, measure_operand, pad_groups
 from te_nvfp4_cv.ops.quantize.reference_matrix import COLUMNWISE, ROWWISE
 from te_nvfp4_cv.ops.records import (
@@ -200,5 +202,34 @@ def _amax(x: Tensor) -> Tensor:
     return x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
 
 
+class _TensorScaleOne(Quantizer):
+    """Quantizes to NVFP4 with a tensor scale of 1, by the compiled kernels where there are some."""
+
+    measure_operand = staticmethod(cpu.measure_operand)
+    unpack_columns = staticmethod(cpu.unpack_columns)  # type: ignore[assignment]
+    unpack_rows = staticmethod(cpu.unpack_rows)  # type: ignore[assignment]
+    unpack_weight = staticmethod(cpu.unpack_weight)  # type: ignore[assignment]
+
+    def quantize_operand(
+        self, x: Tensor, spec: OperandSpec, dtype: torch.dtype, seed: Tensor | None, amax: Tensor | None
+    ) -> Operand:
+        """Quantize as Quantizer does."""
+        one = torch.full((2,), TENSOR_AMAX, dtype=torch.float32, device=x.device)
+        made = cpu.quantize_operand(x, spec, dtype, seed, one)  # NaN stands for an amax that is not finite
+        if amax is None:
+            return made._replace(observed=made.observed[:0])
+        row_amax, col_amax = tensor_amax(made.row_amax, amax[:1]), tensor_amax(made.col_amax, amax[1:])
+        return made._replace(row_amax=row_amax, col_amax=col_amax)
+
+    def quantize_weight(
+        self, w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor | None = None
+    ) -> WeightCodes:
+        """Quantize as Quantizer does."""
+        used = tensor_amax(_amax(w), *(() if amax is None else (amax,)))
+        one = torch.full((1,), TENSOR_AMAX, dtype=torch.float32, device=w.device)
+        return cpu.quantize_weight(w, spec, dtype, one)._replace(amax=used)
+
+
 QUANTIZERS = {name + ending: Quantizer(made) for name, made in FORMATS.items() for ending in ("", REFERENCE)}
 """By the name of the backend."""
+QUANTIZERS["fp4_e4m3_only"] = _TensorScaleOne(FORMATS["fp4_e4m3_only"])
