@@ -88,7 +88,8 @@ def test_telemetry_and_coverage_read_a_layer_right(name):
     net, x = nn.Sequential(nn.Conv2d(48, 40, 3, padding=1)), values((32, 48, 4, 4))
     recipe = nv.NVFP4BlockScaling(block_format=name, disable_rht=True, disable_stochastic_rounding=True)
     report = nv.coverage(net, x, recipe=recipe)
-    assert report.rows[0].nvfp4 and report.rows[0].note == f"blocks of {name}, in plain torch"
+    where = "as on the vendor backend" if name == "fp4_e4m3_only" else "in plain torch"
+    assert report.rows[0].nvfp4 and report.rows[0].note == f"blocks of {name}, quantized {where}"
     w = net[0].weight
     call = CallShape.of("conv2d", x, Sizes.of(w), None, ConvArgs(1, 1))
     plan = planned(call, recipe, "vendor", torch.float32, False)
