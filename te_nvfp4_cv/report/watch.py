@@ -157,7 +157,8 @@ class _Watch:
             note = self._about_row_scales(call.x.device, geometry)
         if recipe is not None and recipe.block_format != "nvfp4":
             kernels = recipe.block_format == "fp4_e4m3_only" and call.x.device.type == "cpu"
-            note = f"blocks of {recipe.block_format}, quantized {'as on the vendor backend' if kernels else 'in plain torch'}"
+            where = "as on the vendor backend" if kernels else "in plain torch"
+            note = f"blocks of {recipe.block_format}, quantized {where}"
         row = self._row(Layer(name, call.op, tuple(call.weight.shape), recipe is not None, call.reason, note))
         if geometry is not None and recipe is not None:
             real, padded = _elements(geometry, recipe)
