@@ -65,6 +65,13 @@ def test_what_a_file_cannot_hold_is_listed_and_another_model_refused(tmp_path: P
         nv.export.load(saved.files[0], Net()).up(values((30, 48)), torch.tensor([9, 3, 30]))
 
 
+def test_onnx_refuses_experts(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra [export]")
+    model = nv.export.quantize(Net(), [values((30, 48))])
+    with pytest.raises(ValueError, match="the experts of 'up' have no form in ONNX"):
+        nv.export.to_onnx(model, values((30, 48)), tmp_path / "net.onnx")
+
+
 def test_post_training_quantization_takes_experts_along() -> None:
     net, x = Net(), values((30, 48))
     with nv.nvfp4_autocast(enabled=False):

@@ -30,6 +30,7 @@ from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.arguments import TorchOptions, read_call
 from te_nvfp4_cv.export.onnx.tracing import DOMAIN, export, unwrapped
 from te_nvfp4_cv.export.ranks import gathered, written_once
+from te_nvfp4_cv.layer import grouped
 from te_nvfp4_cv.nn.walk import LAYERS
 from te_nvfp4_cv.recipe.fields import check_nvfp4
 
@@ -168,6 +169,13 @@ def _check_layers(found: dict[str, InferenceLayer]) -> None:
             fix="nv.export.save(model, path); nv.export.load(path, fresh_model)",
         )
     for name, layer in found.items():
+        if layer.op == grouped.OP:
+            raise value_error(
+                f"nv.export.to_onnx: the experts of {name!r} have no form in ONNX.",
+                got="a grouped linear layer, whose rows are cut by offsets that are known at run time",
+                needs="convolutions and linear layers",
+                fix="nv.export.save, whose files hold experts",
+            )
         needs, fix = "NVFP4, whose blocks the nodes compute", "quantize with block_format='nvfp4'"
         check_nvfp4(f"nv.export.to_onnx: the layer {name!r}", layer.recipe.block_format, needs, fix)
         if layer.quantize_x and layer.recipe.settings("input").four_over_six is not None:
