@@ -1,6 +1,6 @@
 """Draw the pictures of the README and of docs/WATCH.md from a run of the example trainer.
 
-    python examples/unet_coco/train.py --compute auto --telemetry-every 5 --out runs/demo
+    make demo
     python examples/pictures.py runs/demo --out docs/demo.png
 
     demo.png           a heatmap of the weights beside predictions; the name is that of --out
@@ -68,7 +68,7 @@ def draw(folder: Path, out: Path) -> None:
     runs = {name: read(folder / name / "telemetry.jsonl") for name in scores}
     layers = next(iter(runs.values())).layers
     if not all(run.steps for run in runs.values()):
-        raise ValueError(f"{folder}: no weights in its telemetry: train with --telemetry-every 5")
+        raise ValueError(f"{folder}: no weights in its telemetry: train without --telemetry-every 0")
     values = {name: growth(run, layers) for name, run in runs.items()}
     found = np.concatenate([some[np.isfinite(some)] for some in values.values()])
     low, high = np.percentile(found, (1, 99))
