@@ -179,6 +179,12 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
     return found
 
 
+@functools.cache
+def code_values(device: torch.device) -> Tensor:
+    """Return the values of the 16 codes, fp32; kept, because a sampled step asks for them at each operand."""
+    return formats.decode_e2m1(torch.arange(16, device=device))
+
+
 def step_of(blocks: int, most: int) -> int:
     """Return the distance of the blocks to look at: coprime to their number, so that every channel and tap has a turn.
 
@@ -233,8 +239,7 @@ def _sampled(
         scale_values = quantizer.format.decode(scale)
         factor = scale_values * (amax * (1.0 / TENSOR_AMAX))
     codes = formats.unpack_nibbles(data)
-    table = formats.decode_e2m1(torch.arange(16, device=codes.device))
-    values = table.index_select(0, codes.flatten().int()).view(codes.shape) * factor.unsqueeze(-1)
+    values = code_values(codes.device).index_select(0, codes.flatten().int()).view(codes.shape) * factor.unsqueeze(-1)
     return Blocks(raw.float(), codes, scale, scale_values, values, 6 * factor, valid, extent)
 
 

@@ -36,8 +36,10 @@ FORMAT, VERSION = "te_nvfp4_cv.telemetry", 1
 
 def dumps(record: Any) -> str:
     """Return a record as one line of strict JSON, with null for numbers that are not finite."""
-    # allow_nan=False: Python would write NaN, which is no JSON, if `plain` missed one.
-    return json.dumps(plain(record), separators=(",", ":"), allow_nan=False)
+    try:
+        return json.dumps(record, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # Python would write NaN, which is no JSON; few records have one and need the copy
+        return json.dumps(plain(record), separators=(",", ":"), allow_nan=False)
 
 
 def cannot_write(place: str | os.PathLike[str], error: OSError) -> ValueError:

@@ -156,7 +156,8 @@ class Sample:
         if isinstance(weight, Tensor) and "raw" not in entry["tensors"].get("weight", {}):
             entry["tensors"].setdefault("weight", {})["raw"] = self.plain(weight)
         if grad is not None and not grad.is_sparse:
-            entry["tensors"]["weight_gradient"] = {"raw": self.plain(grad / grad_scale)}
+            scaled = grad if isinstance(grad_scale, float) and grad_scale == 1 else grad / grad_scale
+            entry["tensors"]["weight_gradient"] = {"raw": self.plain(scaled)}
 
 
 class _Layer:

@@ -14,15 +14,14 @@ shows. Numbers stay tensors until `fetch`, which moves them to the CPU in one co
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.backend.torch_private import tree_leaves, tree_map_only
-from te_nvfp4_cv.telemetry.blocks import Blocks, finite
+from te_nvfp4_cv.telemetry.blocks import Blocks, code_values, finite
 
 BINS = 64
 LOG2_FIRST = -48  # the first bin of log2_histogram; the last one is 15
@@ -117,7 +116,7 @@ def operand(blocks: Blocks) -> dict[str, Any]:
 
 def _codes(usage: Tensor) -> dict[str, Any]:
     """Compute the statistics of codes from how often each of the 16 occurs."""
-    values, times = formats.decode_e2m1(torch.arange(16, device=usage.device)).double(), usage.double()
+    values, times = code_values(usage.device).double(), usage.double()
     count = times.sum()
     mean = (times * values).sum() / count
     squares = (values - mean).square()
@@ -210,8 +209,8 @@ def _signless_zeros(data: Tensor) -> Tensor:
 
 
 def fetch(record: Any) -> Any:
-    """Return the record with numbers, or lists of numbers, in place of tensors, after one copy from each device."""
-    found = [leaf for leaf in tree_leaves(record) if isinstance(leaf, Tensor)]
+    """Return nested dicts with numbers, or lists of numbers, in place of tensors, after one copy from each device."""
+    found = list(_tensors(record))
     values: dict[int, Any] = {}
     for device in {tensor.device for tensor in found}:
         here = [tensor for tensor in found if tensor.device == device]
@@ -219,14 +218,25 @@ def fetch(record: Any) -> Any:
         # that torch makes all of them float64.
         first = torch.empty(0, dtype=torch.float64, device=device)
         flat = torch.cat([first, *(tensor.detach().reshape(-1) for tensor in here)]).tolist()
+        # Counts were made floats to travel with the rest; beyond 2^53 a float is no exact count any more.
+        flat = [int(value) if value.is_integer() and abs(value) < 2**53 else value for value in flat]
         end = 0
         for tensor in here:
             begin, end = end, end + tensor.numel()
-            numbers = [_number(value) for value in flat[begin:end]]
-            values[id(tensor)] = numbers[0] if tensor.dim() == 0 else numbers
-    return tree_map_only(Tensor, lambda tensor: values[id(tensor)], record)
+            values[id(tensor)] = flat[begin] if tensor.dim() == 0 else flat[begin:end]
+    return _filled(record, values)
 
 
-def _number(value: float) -> float | int:
-    # Counts were made floats to travel with the rest; beyond 2^53 a float is no exact count any more.
-    return int(value) if math.isfinite(value) and value == int(value) and abs(value) < 2**53 else value
+# Not torch's pytree, which takes 0.1 s for a record of thousands of tensors.
+def _tensors(record: Any) -> Iterator[Tensor]:
+    if isinstance(record, dict):
+        for item in record.values():
+            yield from _tensors(item)
+    elif isinstance(record, Tensor):
+        yield record
+
+
+def _filled(record: Any, values: dict[int, Any]) -> Any:
+    if isinstance(record, dict):
+        return {key: _filled(item, values) for key, item in record.items()}
+    return values[id(record)] if isinstance(record, Tensor) else record
