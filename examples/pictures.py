@@ -47,7 +47,7 @@ def tiles(sheet: np.ndarray) -> np.ndarray:
     for wanted in (True, False, True):  # the margin, the text, the gap above it
         while end > 20 and white[end - 1] == wanted:
             end -= 1
-    return sheet[20:end]
+    return sheet[20:end] if end > 20 else sheet[20:]  # a sheet without a legend
 
 
 def draw(folder: Path, out: Path) -> None:
