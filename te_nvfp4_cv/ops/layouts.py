@@ -140,7 +140,8 @@ def operand_faces(
 def _operand_shapes(x: tuple[int, ...], spec: OperandSpec, block: int) -> tuple[Shapes, Shapes]:
     """Return for either face the shapes of its packed data, of its scale, of its values and of its records."""
     channels, f = x[-1], spec.fold
-    blocks, scales = (spec.groups * -(-(channels // spec.groups) // size) for size in (BLOCK, block))
+    of_group = channels // spec.groups
+    blocks, scales = spec.groups * -(-of_group // BLOCK), spec.groups * -(-of_group // block)
     folded = (f.rows, *x[2:-1], channels) if len(x) > 2 else (channels,)
     row = ((*x[:-1], blocks * 8), (*x[:-1], scales), tuple(x), (*x[:-1], blocks * RECORD))
     columns, column_scales = (f.images // BLOCK, *folded, 8), (-(-f.images // block), *folded)
