@@ -28,6 +28,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
+from te_nvfp4_cv.ops.records import Face
 
 TENSOR_AMAX = E2M1_MAX * E4M3_MAX  # of a tensor scale of 1
 REFERENCE = " reference"  # at the end of a backend's name
@@ -47,6 +48,39 @@ class BlockFormat(NamedTuple):
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     divide: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces of 16 values share a scale."""
+        return self.block // BLOCK
+
+    # ---- one scale byte for each piece of 16, as NVFP4's faces have them
+
+    def of_rows(self, x: Face, groups: int) -> Tensor:
+        """Return the scales of a rowwise operand's pieces, [..., G * Kb]."""
+        scale = x.scale.unflatten(-1, (groups, -1))
+        return self.of_pieces(scale, -1, x.data.shape[-1] // 8 // groups).flatten(-2)
+
+    def of_columns(self, x: Face) -> Tensor:
+        """Return the scales of a columnwise operand's pieces, [N16, *folded image, C]."""
+        return self.of_pieces(x.scale, 0, x.data.shape[0])
+
+    def of_kernel(self, w: Face, rows: int) -> Tensor:
+        """Return the scales of the pieces of a weight's face, of 16x16 tiles where it has tiles.
+
+        Args:
+            rows: of axis 0 in a group.
+        """
+        if w.data.dim() == 5:  # columnwise: [G, Ob, T, axis 1, 8]
+            return self.of_pieces(w.scale, 1, w.data.shape[1])
+        scale = self.of_pieces(w.scale, -1, w.data.shape[-1] // 8)
+        return self.of_pieces(scale, 1, -(-rows // BLOCK)) if scale.dim() == 4 else scale
+
+    def of_pieces(self, scale: Tensor, axis: int, count: int) -> Tensor:
+        """Return the scales of `count` pieces along an axis that has those of blocks."""
+        if self.pieces == 1:
+            return scale
+        return scale.repeat_interleave(self.pieces, dim=axis).narrow(axis, 0, count).contiguous()
 
 
 # ---- E8M0 -----------------------------------------------------------------------------------------------------------

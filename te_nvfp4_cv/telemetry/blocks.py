@@ -106,8 +106,8 @@ def of_operand(
         again = quantize_operand(operand, spec, plan.compute_dtype, seed, amax, plan.backend)
         row, col = again.row if forms[0] else row, again.col if forms[1] else col
     if quantizer is not None:  # one scale for each 16 values, as NVFP4 has them
-        row = Face(row.data, quantizer.of_rows(row, plan.geometry.groups)) if row.data.numel() else row
-        col = Face(col.data, quantizer.of_columns(col)) if col.data.numel() else col
+        row = Face(row.data, quantizer.format.of_rows(row, plan.geometry.groups)) if row.data.numel() else row
+        col = Face(col.data, quantizer.format.of_columns(col)) if col.data.numel() else col
     sampled = functools.partial(_sampled, e4m3_max=s.e4m3_max, quantizer=quantizer)
     found = {}
     amax_whole, broken = whole(operand, _measured(made, s.pow2 or quantizer is not None))
@@ -170,7 +170,7 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
             valid = valid.reshape(-1, BLOCK)[index]
         rows = kernel.shape[0] // plan.geometry.groups
         if quantizer is not None:
-            scale = quantizer.of_kernel(Face(data, scale), rows)
+            scale = quantizer.format.of_kernel(Face(data, scale), rows)
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)

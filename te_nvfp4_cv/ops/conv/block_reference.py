@@ -12,7 +12,6 @@ from torch import Tensor
 from te_nvfp4_cv.ops.block_scales import FORMATS
 from te_nvfp4_cv.ops.conv import reference
 from te_nvfp4_cv.ops.geometry import ConvGeometry
-from te_nvfp4_cv.ops.quantize.block_formats import QUANTIZERS
 from te_nvfp4_cv.ops.records import Face
 
 
@@ -20,7 +19,7 @@ class Products:
     """Multiplies packed faces of one format; methods as the functions of reference.py."""
 
     def __init__(self, block_format: str) -> None:
-        self._quantizer, self._decode = QUANTIZERS[block_format], FORMATS[block_format].decode
+        self._format = FORMATS[block_format]
 
     def fprop(
         self, x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
@@ -37,10 +36,10 @@ class Products:
         return reference.wgrad(self._columns(dy), self._columns(x), alpha, geometry, dtype)
 
     def _rows(self, x: Face, geometry: ConvGeometry) -> Face:
-        return Face(x.data, self._decode(self._quantizer.of_rows(x, geometry.groups)))
+        return Face(x.data, self._format.decode(self._format.of_rows(x, geometry.groups)))
 
     def _columns(self, x: Face) -> Face:
-        return Face(x.data, self._decode(self._quantizer.of_columns(x)))
+        return Face(x.data, self._format.decode(self._format.of_columns(x)))
 
     def _kernel(self, w: Face, geometry: ConvGeometry) -> Face:
-        return Face(w.data, self._decode(self._quantizer.of_kernel(w, geometry.channels_b // geometry.groups)))
+        return Face(w.data, self._format.decode(self._format.of_kernel(w, geometry.channels_b // geometry.groups)))

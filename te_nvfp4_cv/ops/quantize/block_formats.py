@@ -1,5 +1,4 @@
-"""Quantize the operands of a convolution to the formats of block_scales.py: plain torch, on any device; fp4_e4m3_only,
-which is NVFP4 with a tensor scale of 1, by NVFP4's compiled kernels on a CPU.
+"""Quantize the operands of a convolution to the formats of block_scales.py: plain torch, on any device.
 
 A Quantizer has the functions of a backend's module. Forms and layouts are those of operand.py, but for a block of 32:
 
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE, TENSOR_AMAX, BlockFormat, tensor_amax
-from te_nvfp4_cv.ops.quantize import cpu
-from te_nvfp4_cv.ops.quantize.reference import columnwise_values, measure_operand, pad_groups
+from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE, BlockFormat, tensor_amax
+from te_nvfp4_cv.ops.quantize.reference import amax_of, columnwise_values, measure_operand, pad_groups
 from te_nvfp4_cv.ops.quantize.reference_matrix import COLUMNWISE, ROWWISE
 from te_nvfp4_cv.ops.records import (
     DEQUANTIZED,
@@ -41,7 +39,7 @@ class Quantizer:
     """Quantizes to one format; methods as the functions of operand.py."""
 
     def __init__(self, block_format: BlockFormat) -> None:
-        self.format, self.pieces = block_format, block_format.block // BLOCK
+        self.format = block_format
 
     measure_operand = staticmethod(measure_operand)
 
@@ -53,7 +51,7 @@ class Quantizer:
         """Quantize as operand.quantize_operand does. Of a given `amax` only matters whether it is finite."""
         empty = x.new_empty(0, dtype=torch.uint8)
         row = col = Face(empty, torch.empty_like(empty))
-        own = seen = _amax(x)
+        own = seen = amax_of(x)
         if spec.row != NONE:
             pieces = pad_groups(x, spec.groups).unflatten(-1, (spec.groups, -1, BLOCK))  # [B, *image, G, Kb, 16]
             # [*image, B, G, Kb, 16]: the order of random numbers
@@ -62,7 +60,7 @@ class Quantizer:
             row = Face(*(part.movedim(-2, 0).contiguous() for part in (data, scale)))
         if spec.col != NONE:
             values = columnwise_values(x, spec)  # [N16, *folded image, C, 16]
-            seen = _amax(values)
+            seen = amax_of(values)
             # [C, *folded image, N16, 16]: the order of random numbers
             values = values.movedim(0, -3).movedim(-2, 0)
             data, scale = self._rounded(values, seed, COLUMNWISE)
@@ -81,7 +79,7 @@ class Quantizer:
         """Return packed codes [..., pieces, 8] and scales [..., blocks] of values [..., pieces, 16]."""
         values = values.float()
         scale = self.format.encode(self._of_blocks(values.abs().amax(-1), (-1,)))
-        scaled = self.format.divide(values, self._of_pieces(scale, -1, values.shape[-2]).unsqueeze(-1))
+        scaled = self.format.divide(values, self.format.of_pieces(scale, -1, values.shape[-2]).unsqueeze(-1))
         if seed is None:
             return formats.pack_nibbles(formats.encode_e2m1(scaled)), scale
         index = torch.arange(values.numel() // BLOCK, dtype=torch.int64, device=values.device)
@@ -90,12 +88,12 @@ class Quantizer:
 
     def unpack_columns(self, data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Unpack as operand.unpack_columns does."""
-        values = _decoded(data, self.format.decode(self.of_columns(Face(data, scale))))  # [N16, *rest, 16]
+        values = _decoded(data, self.format.decode(self.format.of_columns(Face(data, scale))))  # [N16, *rest, 16]
         return values.to(dtype).movedim(-1, 1).flatten(0, 1).contiguous()
 
     def unpack_rows(self, data: Tensor, scale: Tensor, channels: int, groups: int, dtype: torch.dtype) -> Tensor:
         """Unpack as operand.unpack_rows does."""
-        pieces = self.format.decode(self.of_rows(Face(data, scale), groups))
+        pieces = self.format.decode(self.format.of_rows(Face(data, scale), groups))
         values = _decoded(data.unflatten(-1, (-1, 8)), pieces).to(dtype).flatten(-2)  # [..., G * Kb * 16]
         return values.unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2).contiguous()
 
@@ -117,17 +115,18 @@ class Quantizer:
             if spec.two_d:
                 tiles = largest.unflatten(1, (ob, BLOCK)).amax(2)
                 scale = self.format.encode(self._of_blocks(tiles, (1, 3)))  # [G, tiles, T, tiles]
-                of_rows = self._of_pieces(self._of_pieces(scale, 1, ob), 3, kb).repeat_interleave(BLOCK, dim=1)
+                of_tiles = self.format.of_pieces(self.format.of_pieces(scale, 1, ob), 3, kb)
+                of_rows = of_tiles.repeat_interleave(BLOCK, dim=1)
             else:
                 scale = self.format.encode(self._of_blocks(largest, (3,)))
-                of_rows = self._of_pieces(scale, 3, kb)
+                of_rows = self.format.of_pieces(scale, 3, kb)
                 scale = scale[:, :each].flatten(0, 1)
             codes = formats.encode_e2m1(self.format.divide(values, of_rows.unsqueeze(-1)))[:, :each]
             row = Face(formats.pack_nibbles(codes).flatten(-2).flatten(0, 1).contiguous(), scale.contiguous())
         if spec.col != NONE:
             values = kernel[..., :c].unflatten(1, (ob, BLOCK)).movedim(2, -1)  # [G, Ob, T, axis 1, 16]
             scale = self.format.encode(self._of_blocks(values.abs().amax(-1), (1,)))
-            scaled = self.format.divide(values, self._of_pieces(scale, 1, ob).unsqueeze(-1))
+            scaled = self.format.divide(values, self.format.of_pieces(scale, 1, ob).unsqueeze(-1))
             col = Face(formats.pack_nibbles(formats.encode_e2m1(scaled)).contiguous(), scale.contiguous())
         if spec.row == DEQUANTIZED:
             values = self.unpack_weight(*row, WeightLayout(n, c, groups, False), None, dtype)
@@ -135,7 +134,7 @@ class Quantizer:
         if spec.col == DEQUANTIZED:
             values = self.unpack_weight(*col, WeightLayout(n, c, groups, True), None, dtype)
             col = Face(values, torch.empty_like(empty))
-        return WeightCodes(row, col, tensor_amax(_amax(w), *(() if amax is None else (amax,))))
+        return WeightCodes(row, col, tensor_amax(amax_of(w), *(() if amax is None else (amax,))))
 
     def unpack_weight(
         self, data: Tensor, scale: Tensor, layout: WeightLayout, factor: Tensor | None, dtype: torch.dtype
@@ -143,7 +142,7 @@ class Quantizer:
         """Unpack as operand.unpack_weight does."""
         n, channels, groups, columnwise = layout
         one_or_factor = 1.0 if factor is None else factor
-        pieces = self.format.decode(self.of_kernel(Face(data, scale), n // groups))
+        pieces = self.format.decode(self.format.of_kernel(Face(data, scale), n // groups))
         if columnwise:
             values = (_decoded(data, pieces) * one_or_factor).to(dtype)  # [G, Ob, T, axis 1, 16]
             values = values.movedim(-1, 2).flatten(1, 2)[:, : n // groups]
@@ -153,43 +152,16 @@ class Quantizer:
         values = _decoded(data.unflatten(-1, (-1, 8)), pieces) * one_or_factor
         return values.to(dtype).flatten(-2)[..., :channels].contiguous()
 
-    # ---- one scale byte for each piece of 16, as NVFP4's faces have them
-
-    def of_rows(self, x: Face, groups: int) -> Tensor:
-        """Return the scales of a rowwise operand's pieces, [..., G * Kb]."""
-        scale = x.scale.unflatten(-1, (groups, -1))
-        return self._of_pieces(scale, -1, x.data.shape[-1] // 8 // groups).flatten(-2)
-
-    def of_columns(self, x: Face) -> Tensor:
-        """Return the scales of a columnwise operand's pieces, [N16, *folded image, C]."""
-        return self._of_pieces(x.scale, 0, x.data.shape[0])
-
-    def of_kernel(self, w: Face, rows: int) -> Tensor:
-        """Return the scales of the pieces of a weight's face, of 16x16 tiles where it has tiles.
-
-        Args:
-            rows: of axis 0 in a group.
-        """
-        if w.data.dim() == 5:  # columnwise: [G, Ob, T, axis 1, 8]
-            return self._of_pieces(w.scale, 1, w.data.shape[1])
-        scale = self._of_pieces(w.scale, -1, w.data.shape[-1] // 8)
-        return self._of_pieces(scale, 1, -(-rows // BLOCK)) if scale.dim() == 4 else scale
-
-    # ---- from pieces to blocks, and back
-
-    def _of_pieces(self, scale: Tensor, axis: int, count: int) -> Tensor:
-        if self.pieces == 1:
-            return scale
-        return scale.repeat_interleave(self.pieces, dim=axis).narrow(axis, 0, count).contiguous()
+    # ---- from pieces to blocks
 
     def _of_blocks(self, amax: Tensor, axes: tuple[int, ...]) -> Tensor:
         """Return the largest of the pieces of each block; `axes` are those along which blocks run."""
-        if self.pieces == 1:
+        if self.format.pieces == 1:
             return amax
         for axis in axes:
             last = amax.movedim(axis, -1)
-            last = F.pad(last, (0, -last.shape[-1] % self.pieces))
-            amax = last.unflatten(-1, (-1, self.pieces)).amax(-1).movedim(-1, axis)
+            last = F.pad(last, (0, -last.shape[-1] % self.format.pieces))
+            amax = last.unflatten(-1, (-1, self.format.pieces)).amax(-1).movedim(-1, axis)
         return amax
 
 
@@ -198,38 +170,5 @@ def _decoded(data: Tensor, scale: Tensor) -> Tensor:
     return formats.decode_e2m1(formats.unpack_nibbles(data)) * scale.unsqueeze(-1)
 
 
-def _amax(x: Tensor) -> Tensor:
-    return x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
-
-
-class _TensorScaleOne(Quantizer):
-    """Quantizes to NVFP4 with a tensor scale of 1, by the compiled kernels where there are some."""
-
-    measure_operand = staticmethod(cpu.measure_operand)
-    unpack_columns = staticmethod(cpu.unpack_columns)  # type: ignore[assignment]
-    unpack_rows = staticmethod(cpu.unpack_rows)  # type: ignore[assignment]
-    unpack_weight = staticmethod(cpu.unpack_weight)  # type: ignore[assignment]
-
-    def quantize_operand(
-        self, x: Tensor, spec: OperandSpec, dtype: torch.dtype, seed: Tensor | None, amax: Tensor | None
-    ) -> Operand:
-        """Quantize as Quantizer does."""
-        one = torch.full((2,), TENSOR_AMAX, dtype=torch.float32, device=x.device)
-        made = cpu.quantize_operand(x, spec, dtype, seed, one)  # NaN stands for an amax that is not finite
-        if amax is None:
-            return made._replace(observed=made.observed[:0])
-        row_amax, col_amax = tensor_amax(made.row_amax, amax[:1]), tensor_amax(made.col_amax, amax[1:])
-        return made._replace(row_amax=row_amax, col_amax=col_amax)
-
-    def quantize_weight(
-        self, w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor | None = None
-    ) -> WeightCodes:
-        """Quantize as Quantizer does."""
-        used = tensor_amax(_amax(w), *(() if amax is None else (amax,)))
-        one = torch.full((1,), TENSOR_AMAX, dtype=torch.float32, device=w.device)
-        return cpu.quantize_weight(w, spec, dtype, one)._replace(amax=used)
-
-
 QUANTIZERS = {name + ending: Quantizer(made) for name, made in FORMATS.items() for ending in ("", REFERENCE)}
 """By the name of the backend."""
-QUANTIZERS["fp4_e4m3_only"] = _TensorScaleOne(FORMATS["fp4_e4m3_only"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, power_of_two_amax, round_up
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX, tensor_amax
 from te_nvfp4_cv.ops.quantize import reference, reference_matrix
 from te_nvfp4_cv.ops.records import (
     DEQUANTIZED,
@@ -302,3 +303,31 @@ def _weight(w_OCT: Tensor, groups: int, in_bf16: bool, dtype: torch.dtype, e4m3_
     q.stride_o, q.stride_c, q.stride_t = w_OCT.stride()
     q.in_bf16, q.out_bf16, q.threads = in_bf16, dtype == torch.bfloat16, torch.get_num_threads()
     return q
+
+
+class ScaleOne:
+    """Quantizes to fp4_e4m3_only, which is NVFP4 with a tensor scale of 1; functions as those of this file."""
+
+    measure_operand = staticmethod(measure_operand)
+    unpack_columns = staticmethod(unpack_columns)
+    unpack_rows = staticmethod(unpack_rows)
+    unpack_weight = staticmethod(unpack_weight)
+
+    @staticmethod
+    def quantize_operand(
+        x: Tensor, spec: OperandSpec, dtype: torch.dtype, seed: Tensor | None, amax: Tensor | None
+    ) -> Operand:
+        """Quantize as operand.quantize_operand does. Of a given `amax` only matters whether it is finite."""
+        one = torch.full((2,), TENSOR_AMAX, dtype=torch.float32, device=x.device)
+        made = quantize_operand(x, spec, dtype, seed, one)  # NaN stands for an amax that is not finite
+        if amax is None:
+            return made._replace(observed=made.observed[:0])
+        row_amax, col_amax = tensor_amax(made.row_amax, amax[:1]), tensor_amax(made.col_amax, amax[1:])
+        return made._replace(row_amax=row_amax, col_amax=col_amax)
+
+    @staticmethod
+    def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tensor | None = None) -> WeightCodes:
+        """Quantize as operand.quantize_weight does. Of a given `amax` only matters whether it is finite."""
+        used = tensor_amax(reference.amax_of(w), *(() if amax is None else (amax,)))
+        one = torch.full((1,), TENSOR_AMAX, dtype=torch.float32, device=w.device)
+        return quantize_weight(w, spec, dtype, one)._replace(amax=used)

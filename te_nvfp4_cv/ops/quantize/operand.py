@@ -73,8 +73,9 @@ def _implementation(backend: str, device: torch.device) -> Any:
     return _PLAIN.get(backend, cpu)
 
 
-# Plain torch, on any device: NVFP4's specification, and each other format, which is a backend of its own.
-_PLAIN: dict[str, Any] = {"reference": reference, **QUANTIZERS}
+# Plain torch, on any device: NVFP4's specification, and each other format, which is a backend of its own. One
+# of them has compiled kernels, too.
+_PLAIN: dict[str, Any] = {"reference": reference, **QUANTIZERS, "fp4_e4m3_only": cpu.ScaleOne}
 
 
 # ---- activations and gradients --------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def quantize_operand(
     row = col = Face(empty, torch.empty_like(empty))
     common: dict[str, Any] = dict(four_over_six=spec.four_over_six, e4m3_max=spec.e4m3_max, row_scaled=spec.row_scaled)
     common |= dict(stochastic_rounding=spec.stochastic, seed=seed)
-    own = _amax(x)
+    own = amax_of(x)
     # What is observed counts as 0 for a face that is not made, but without RHT both faces see x itself.
     seen_row = own if spec.row != NONE or not spec.rht else torch.zeros_like(own)
     seen_col, saturated = torch.zeros_like(own) if spec.rht else own, torch.zeros_like(own)
@@ -111,7 +111,7 @@ def quantize_operand(
         col_amax = faces.col_amax
         if amax is not None:
             rotated = columnwise_values(x, spec)
-            seen_col = _amax(rotated) if spec.rht else seen_col
+            seen_col = amax_of(rotated) if spec.rht else seen_col
             saturated = saturated + saturated_blocks(rotated, col_amax, spec.e4m3_max)
     # Made from the codes, so that both forms of a face are the same numbers.
     if spec.row == DEQUANTIZED:
@@ -127,8 +127,8 @@ def quantize_operand(
 
 def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
     """Return the amaxes as operand.measure_operand does."""
-    own = _amax(x)
-    return torch.cat((own, _amax(columnwise_values(x, spec)) if spec.rht else own))
+    own = amax_of(x)
+    return torch.cat((own, amax_of(columnwise_values(x, spec)) if spec.rht else own))
 
 
 def columnwise_values(x: Tensor, spec: OperandSpec) -> Tensor:
@@ -148,7 +148,7 @@ def unless_non_finite(amax: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen.isfinite(), amax, torch.nan)
 
 
-def _amax(x: Tensor) -> Tensor:
+def amax_of(x: Tensor) -> Tensor:
     """Return the largest magnitude, fp32 [1]; 0 for a tensor without elements."""
     return x.abs().amax().float().reshape(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
 
@@ -161,7 +161,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
     w_GOTC = w.reshape(groups, n // groups, c, taps).transpose(2, 3)
     # Padded group by group to whole tiles, so that no block has rows of two groups.
     w_GOTC = F.pad(w_GOTC, (0, kb * BLOCK - c, 0, 0, 0, ob * BLOCK - n // groups))
-    amax = _amax(w) if amax is None else amax.clone()
+    amax = amax_of(w) if amax is None else amax.clone()
     amax = formats.power_of_two_amax(amax, spec.e4m3_max) if spec.pow2 else amax
     faces = reference_matrix.quantize_2d(
         w_GOTC.reshape(groups * ob * BLOCK, taps * kb * BLOCK),
