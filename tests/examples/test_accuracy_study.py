@@ -109,6 +109,21 @@ def test_a_run_that_is_stopped_and_killed_goes_on_with_the_same_bits(build, name
     assert name in ("baseline", "preset") or expected != whole(task, replace(variant, recipe=None, learn="", last=0.0))
 
 
+def test_a_loss_times_a_power_of_two_trains_the_same_and_other_formats_run_in_a_plan_for_the_integer_backend(tmp_path):
+    task, known = classify(tmp_path), variants(nv.load_recipe("resnet"), ())
+
+    def steps(variant: Any) -> fit.Run:
+        run = fit.Run(task, variant, 0, fit.Setting(CPU, backend="integer"))
+        for keys in list(run.order)[:2]:
+            run._one_step(keys, 0)
+        return run
+
+    plain, scaled = steps(known["baseline"]), steps(replace(known["baseline"], loss_scale=2.0**20))
+    assert all(map(torch.equal, plain.model.parameters(), scaled.model.parameters()))
+    run = steps(known["UE5M3 scales, no tensor scale, loss times 2^20"])
+    assert run.precision.backend == "vendor" and all(p.grad.any() for p in run.model.parameters())
+
+
 @pytest.mark.parametrize("name", ["preset", "delayed scales"])
 def test_a_checkpoint_holds_everything(name, tmp_path):
     task, path = classify(tmp_path), tmp_path / "run.pt"
