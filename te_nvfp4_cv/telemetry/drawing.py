@@ -263,9 +263,7 @@ def curves(
         axes.update_datalim([(panel.columns[0], end)])
     if log:
         _log_axis(axes)
-    _style(axes, label)
-    if len(panel.columns) == 1:  # around a single point matplotlib would make up fractions of steps
-        axes.set_xticks(panel.columns)
+    _style(axes, label, panel.columns)
     shown = [row for row in (*named, -1) if row in handles]
     others = int(there.any(axis=1).sum()) - len(named)
     order = "highest" if highest else "lowest"
@@ -295,12 +293,12 @@ def overlay(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[flo
         width = 1.2 + 1.4 * (len(series) - 1 - number) / max(1, len(series) - 1)  # of equal curves none hides another
         style: dict[str, Any] = {"color": COLOURS[which], "ls": dashes, "lw": width}
         handles += axes.plot(steps, values, **style, **_marked(len(steps), MARKERS[which], 2.4 + width))
-    _style(axes, "")
+    _style(axes, "", [step for steps, _ in series.values() for step in steps])
     _legend(figure, handles, [short(run) for run in series])
     return figure
 
 
-def _style(axes: Any, label: str) -> None:
+def _style(axes: Any, label: str, steps: Sequence[Any]) -> None:
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -309,6 +307,8 @@ def _style(axes: Any, label: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    if len(set(steps)) == 1:  # around a single point matplotlib would make up fractions of steps
+        axes.set_xticks(steps[:1])
 
 
 def _marked(points: int, marker: str, size: float) -> dict[str, Any]:

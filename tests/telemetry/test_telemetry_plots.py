@@ -99,6 +99,15 @@ def test_curves(drawn):
         assert "head" in (folder / "weights" / f"{name}.html").read_text()
 
 
+def test_a_single_step_has_no_fractions():
+    """A run of fewer steps than lie between two lines of its log has one point."""
+    for figure in (
+        drawing.overlay("train/loss", {"bf16": ([10], [2.1]), "nvfp4": ([10], [2.2])}),
+        drawing.curves(drawing.Panel("SQNR", [10], np.array([[19.0], [20.0]])), ["a", "b"], "dB"),
+    ):
+        assert figure.axes[0].get_xticks().tolist() == [10]
+
+
 def test_many_layers_make_a_larger_picture_and_runs_never_overwrite_each_other(tmp_path):
     few = write_run(tmp_path / "few.jsonl", steps=1, name="few")
     first, second = (render_heatmaps(few, tmp_path) for _ in range(2))
