@@ -212,6 +212,27 @@ def test_a_shared_layer_is_written_once(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) and names.count("0.weight") == 1
 
 
+class Sizes(nn.Module):
+    """Reads settings of its layers, as transformers' Whisper does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(16, 32, 3, stride=2, padding=1), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        assert y.shape[2] * self.conv.stride[0] == x.shape[2] and y.shape[1] == self.head.in_features
+        return self.head(y.mean(2)) / self.conv.out_channels
+
+
+def test_a_forward_that_reads_settings_of_its_layers(tmp_path: Path) -> None:
+    model, x = Sizes(), values((4, 16, 8))
+    for layer in (model.conv, model.head):
+        become(layer, quantize_layer(layer, RECIPE), RECIPE)
+    made = to_onnx(model, x, tmp_path / "m.onnx", "portable")
+    assert difference(run(made.files[0], x, "portable"), model(x)) < 1e-3
+
+
 @pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
 def test_a_model_that_is_one_layer(form: str, tmp_path: Path) -> None:
     for layer, shape in ((nn.Conv2d(16, 16, 1), (2, 16, 3, 3)), (nn.Linear(32, 16), (4, 32))):

@@ -51,6 +51,15 @@ class Stub(nn.Module):
         self.shown = [zeros if self.nvfp4_computed else PackedWeight.of(zeros, self)]
         self.rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what a forward reads of the layer: its stride, its number of channels."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "layer" not in self.__dict__:
+                raise
+            return getattr(self.layer[0], name)
+
     @property
     def weight(self) -> Tensor:
         """Return a tensor that stands for the layer where others read its weight and multiply by it."""
