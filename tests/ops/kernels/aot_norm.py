@@ -9,6 +9,7 @@ BLOCK, ROWS, COLS = 2048, 64, 64
 ERF = 25  # instructions of GELU's error function, which has two branches
 WIDE = [r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"]  # 128 bits a thread and access
 SIZES = dict(inner="i32", channels="i32")
+PLAIN = ("per_image", "items", "splits", "per_row", "tiles")  # not specialized
 INTEGERS = dict(slice_size="i64", per_image="i32", items="i32", inner="i32", channels="i32")
 
 
@@ -21,9 +22,9 @@ def _pointers(names: str, **kinds: str) -> dict[str, str]:
 
 def _case(name: str, kernel: str, signature: dict[str, str], constexprs: dict[str, Any], **more: Any) -> dict[str, Any]:
     known = {**signature, **{key: "constexpr" for key in constexprs}}
-    return dict(
-        name=name, fn=(MODULE, kernel), signature=known, constexprs=constexprs, options=dict(num_warps=4), **more
-    )
+    divisible = [name for name, kind in known.items() if name not in PLAIN and (kind[0] == "*" or kind[0] == "i")]
+    options = dict(num_warps=4, divisible=divisible)
+    return dict(name=name, fn=(MODULE, kernel), signature=known, constexprs=constexprs, options=options, **more)
 
 
 def _reduction(last: bool, **more: Any) -> dict[str, Any]:
@@ -183,6 +184,5 @@ for name, activation, groups, residual, row in (
     )
     for case in (produce, measure) if row == 2 and "masked" not in name else (produce,):
         case["fn"] = ("te_nvfp4_cv.ops.norm.triton.quantize_kernels", case["fn"][1])
-        divisible = [name for name in case["signature"] if case["signature"][name][0] == "*"]
-        case["options"] = dict(num_warps=4, enable_fp_fusion=False, divisible=[*divisible, "images", "run", "channels"])
+        case["options"] = case["options"] | dict(enable_fp_fusion=False)
         CASES.append(case)
