@@ -253,10 +253,11 @@ class InferenceLayer(nn.Module):
             self.unpacked = fn(self.unpacked)
             # Bytes do not show what fn makes of floating-point tensors, so it is asked.
             self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
-            # The bytes are a CPU's, and another dtype may run on another backend. There is nothing to expand on "meta".
-            other = self._is_bytes() != self._wants_bytes() or self._values_dtype != self.dtype
-            if self.quantize_x and self.weight_data.device.type != "meta" and other:
-                self.set_mode()
+            # The bytes are a CPU's, and another dtype may run on another backend. There is nothing to expand on "meta",
+            # where no backend runs that could be asked.
+            if self.quantize_x and self.weight_data.device.type != "meta":
+                if self._is_bytes() != self._wants_bytes() or self._values_dtype != self.dtype:
+                    self.set_mode()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
