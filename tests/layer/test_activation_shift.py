@@ -97,12 +97,15 @@ def test_dw_of_a_dilated_conv1d_with_a_large_input_mean() -> None:
     torch.manual_seed(0)
     layer = nn.Conv1d(32, 32, 3, dilation=4, bias=False)
     x = 2 + 0.2 * values((8, 32, 64))
-    truth, plain, shifted = (
-        step(layer, x, recipe, centered=True)["weight"].flatten() for recipe in (None, PLAIN, SHIFTED)
-    )
+
+    def nearness(x: Tensor, recipe: Any) -> float:
+        found, truth = (step(layer, x, r, centered=True)["weight"].flatten() for r in (recipe, None))
+        return float(torch.cosine_similarity(found, truth, 0))
+
     # What the mean contributes to dw sums to zero in truth; with rounded operands it does not.
-    assert float(torch.cosine_similarity(plain, truth, 0)) < 0.6
-    assert float(torch.cosine_similarity(shifted, truth, 0)) > 0.985
+    assert nearness(x, PLAIN) < 0.6
+    # As near as with an input that has no mean: all that the mean does is undone, and NVFP4's rounding is left.
+    assert nearness(x, SHIFTED) > max(0.985, nearness(x - 2, PLAIN) - 5e-4)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

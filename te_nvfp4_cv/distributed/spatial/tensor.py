@@ -91,6 +91,7 @@ class SpatialTensor(Tensor):
     """
 
     placed: Layout
+    reports_its_layers = True  # to observers, in NVFP4 or not: layers.py
 
     @classmethod
     @left_alone  # nothing in here is for a graph
