@@ -89,8 +89,9 @@ def on_ranks_blocks_with_norms_are_the_unsharded_ones(ranks: Ranks) -> None:
         for recipe in (None, PLAIN):
             x, dy = (values(shape, seed=s).to(ranks.device) for s in (1, 2))
             results = [run(model, x, dy, recipe) for model in (one, many)]
-            # A norm of fewer channels may add in another order, and a code beside a rounding tie be the next one.
-            tolerance = 1e-4 if recipe is None else 1e-2
+            # Where a norm's sums cross ranks it adds in another order, and a code beside a rounding tie may be the next.
+            crosses = name in ("wide", "crossed", "mlp")
+            tolerance = 1e-2 if recipe is not None and crosses else 1e-4
             for expected, found in zip(results[0][:2], results[1][:2], strict=True):
                 assert relative_error(found, expected) <= tolerance, (name, recipe, relative_error(found, expected))
             for key, expected in results[0][2].items():
