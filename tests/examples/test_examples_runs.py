@@ -179,18 +179,29 @@ def test_tensorboard_shows_each_step_once_after_a_crash(shapes: Path, tmp_path: 
 
 
 def test_what_can_be_drawn_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Heatmaps need plotly, the report does not."""
+    """Heatmaps need plotly, the report does not; W&B gets it in a run beside those of the precisions."""
     pytest.importorskip("matplotlib")
+    from tests.telemetry.fake_wandb import FakeRun, fake_wandb
     from tests.telemetry.synthetic_runs import write_run
+
+    beside = FakeRun()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    fake_wandb(monkeypatch, {"offline": beside})
+    Image.new("RGB", (8, 8)).save(tmp_path / "predictions.png")
+    rows = {"bf16": {"miou": 0.5}, "nvfp4": {"miou": 0.4}}
 
     monkeypatch.setattr(tracking, "_told", set())
     monkeypatch.setitem(sys.modules, "plotly", None)
     run = write_run(tmp_path / "telemetry.jsonl")
-    assert tracking.show_telemetry(tmp_path, [run]) == [tmp_path / "report.html"]
+    assert tracking.show_telemetry(tmp_path, [run], True, rows) == [tmp_path / "report.html"]
+    logged = {name: value for values in beside.logged for name, value in values.items()}
+    assert logged["results"] == (["precision", "miou"], [["bf16", 0.5], ["nvfp4", 0.4]])
+    assert {"report", "predictions", "Heatmaps/Weight gradients: mean"} <= {*logged} and beside.finished
+    assert beside.summary == {"bf16/miou": 0.5, "nvfp4/miou": 0.4}
     printed = capsys.readouterr().out
     assert "telemetry: no heatmaps: " in printed and "plotly" in printed and "no report" not in printed
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert tracking.show_telemetry(tmp_path, [run]) == []
+    assert tracking.show_telemetry(tmp_path, [run], False, {}) == []
     assert "telemetry: no report: " in capsys.readouterr().out
 
 
