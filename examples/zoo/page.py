@@ -26,9 +26,9 @@ IN_FIGURES = ("share", "gradient", "fuse", "lists", "onnx")  # checks whose cell
 HEAD = """# The zoo
 
 What NVFP4 makes of {count} models of other libraries, each with tiny settings and random weights. `make zoo` writes
-this page from `docs/zoo/rows.jsonl`. {ran} of the {count} have run, each at the commit in the last column (a plus sign: with
-changes). [TRY.md](TRY.md) says what each check does, and how to run them on a model of your own. The table of models
-is in `examples/zoo/`.
+this page from `docs/zoo/rows.jsonl`. {ran} of the {count} have run, each at the commit in the last column (a plus sign:
+with changes). [TRY.md](TRY.md) says what each check does, and how to run them on a model of your own. The table of
+models is in `examples/zoo/`.
 
 - **NO**: the check found something, which stands below the table. `-`: plain torch cannot do this with the model
   either, or it does not apply.
