@@ -1,10 +1,11 @@
-"""Write the tables of README.md and docs/RESULTS.md from raw rows, so that no figure in them is typed.
+"""Write the tables of README.md and of the results' pages from raw rows, so that no figure in them is typed.
 
     python examples/tables.py              or: make tables
     python examples/tables.py --check      change nothing; exit status 1 if a page has other tables than the rows give
 
     docs/accuracy/study.jsonl              runs of the accuracy study (examples/accuracy/study.py)
     docs/accuracy/*_small_cpu.jsonl        runs of the smaller study before it, for tasks that the study has not yet
+    docs/accuracy/why.jsonl                networks that were examined (examples/accuracy/why.py)
     docs/results/measured.jsonl            what benchmarks measured with --keep; the last row of a case counts
 
 A page says where a table goes: between the lines <!-- table: NAME --> and <!-- end of the table -->.
@@ -30,7 +31,7 @@ from accuracy.rows import read_rows  # noqa: E402
 from accuracy.table import kinds, shown, summary  # noqa: E402
 
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "RESULTS.md")
+PAGES = (ROOT / "README.md", DOCS / "RESULTS.md", DOCS / "results" / "why.md")
 TASKS = {
     "cifar-resnet20": "ResNet-20 on CIFAR-10",
     "shapes-unet": "UNet on drawn shapes (mIoU)",
@@ -181,11 +182,20 @@ def readme_table() -> Lines:
     return table(["", "full precision", "NVFP4"], lines)
 
 
+def why_tables() -> Lines:
+    """Return the tables of each network that was examined."""
+    from accuracy.why import table as one  # needs torchvision
+
+    rows = (DOCS / "accuracy" / "why.jsonl").read_text(encoding="utf-8").splitlines()
+    return "\n".join(one(json.loads(row)) for row in rows).splitlines()
+
+
 TABLES: dict[str, Callable[[], Lines]] = {
     "readme": readme_table,
     "accuracy": accuracy_table,
     "memory": memory_table,
     "speed": speed_table,
+    "why": why_tables,
 }
 
 
