@@ -188,7 +188,7 @@ def test_a_high_precision_gemm_of_an_explicit_module_is_not_handed_over(gemm):
 
 @pytest.mark.parametrize(
     ("keywords", "error"),
-    [({"recipe": True}, TypeError), ({"recipe": "no such"}, FileNotFoundError), ({"backend": "cudnn"}, ValueError)],
+    [({"recipe": True}, TypeError), ({"recipe": "no such"}, FileNotFoundError), ({"backend": "cutlass"}, ValueError)],
 )
 def test_bad_keywords(keywords, error):
     with pytest.raises(error, match=r"(?s)got:.*needs:.*fix:"):
