@@ -43,7 +43,7 @@ def models() -> dict[str, tuple[Any, int, int]]:
     return {
         "resnet18": (vision.resnet18, 17, 20),
         "resnet50": (vision.resnet50, 49, 53),
-        "densenet121": (vision.densenet121, 120, 121),
+        "densenet121": (vision.densenet121, 121, 121),
         "vgg11_bn": (vision.vgg11_bn, 8, 8),
         "fcn_resnet50": (lambda: vision.segmentation.fcn_resnet50(weights=None, weights_backbone=None), 50, 54),
     }
