@@ -19,6 +19,7 @@ LAUNCHERS = {  # what operators call: each launches kernels, itself or through o
         *("unpack_columns", "unpack_rows", "unpack_weight"),
     ),
     "conv/triton/launch.py": ("fprop", "dgrad", "wgrad"),
+    "conv/triton/grouped.py": ("fprop", "dgrad", "wgrad", "row_sums"),
     "gemm/triton/launch.py": ("multiply",),
     "norm/triton/launch.py": ("norm_forward", "norm_backward", "statistics", "apply"),
     "norm/triton/quantize_launch.py": ("norm_quantize",),

@@ -100,7 +100,7 @@ def test_bytes_kept_for_backward(name):
 def test_coverage_counts_what_the_benchmark_counts():
     memory = benchmark()
     model, x = groupnorm_net(), torch.randn(16, 3, 16, 16)
-    expected = memory.saved_bytes(model, x, nv.NVFP4BlockScaling())
+    expected = memory.saved_bytes(model, (x,), nv.NVFP4BlockScaling())
     with torch.autocast("cpu", torch.bfloat16):
         assert nv.coverage(model, x).saved_bytes == expected
 

@@ -39,6 +39,12 @@ def _shape(layer: Any, x: Tensor, args: ConvArgs) -> Any:
     return getattr(F, layer.op)(x, w, None, args.stride, args.padding, *rest).shape
 
 
+SETTINGS = (  # of torch's layers, which a forward may read
+    *("stride", "padding", "dilation", "groups", "kernel_size", "padding_mode", "output_padding"),
+    *("in_channels", "out_channels", "in_features", "out_features"),
+)
+
+
 class Stub(nn.Module):
     """Stand-in for the layer with that index, which is exported as a node of the domain DOMAIN."""
 
@@ -56,7 +62,8 @@ class Stub(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "layer" not in self.__dict__:
+            # Nothing else: what a layer computes from its weight would become part of the graph.
+            if name not in SETTINGS or "layer" not in self.__dict__:
                 raise
             return getattr(self.layer[0], name)
 
