@@ -206,6 +206,7 @@ def _patch_attention() -> None:
 
     @functools.wraps(enabled)
     def get_fastpath_enabled() -> bool:
-        return enabled() and active_recipe() is None
+        # The setting itself, as Dynamo does not trace torch's function where it first sees this one in its place.
+        return torch.backends.mha._is_fastpath_enabled and active_recipe() is None
 
     torch.backends.mha.get_fastpath_enabled = get_fastpath_enabled

@@ -6,6 +6,8 @@ Each gave other numbers than eager mode, or an error: graphs and frames were use
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,16 @@ from te_nvfp4_cv.context.entries import MARK
 from te_nvfp4_cv.context.state import local
 from tests.helpers import same_bits, values
 from tests.networks import NO_SR
+
+ATTENTION = """
+import torch
+import te_nvfp4_cv as nv
+
+layer, x = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval(), torch.randn(2, 8, 32)
+with nv.nvfp4_autocast():  # before Dynamo looks at torch's functions for the first time
+    layer(x, x, x)
+torch.compile(lambda x: layer(x, x, x)[0], backend="eager", fullgraph=True)(x)
+"""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo", "ignore:nvfp4. only"),
@@ -156,3 +168,8 @@ def test_an_encoder_layer_is_no_operator_of_its_own_in_evaluation() -> None:
             assert same_bits(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
         assert not same_bits(expected, plain)
         assert same_bits(torch.compile(layer, backend="eager")(x), plain)
+
+
+def test_attention_compiles_in_one_graph_after_a_context_in_a_new_process() -> None:
+    done = subprocess.run([sys.executable, "-c", ATTENTION], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-1000:]
