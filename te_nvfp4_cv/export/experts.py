@@ -14,7 +14,7 @@ from te_nvfp4_cv.ops.geometry import ConvArgs
 
 
 class InferenceGroupedLinear(InferenceLayer, Experts):  # type: ignore[misc]  # weight: computed from codes
-    """nv.NVFP4GroupedLinear whose weight stays in NVFP4."""
+    """Hold the weights of nv.NVFP4GroupedLinear in NVFP4, and run it."""
 
     op = grouped.OP
     plain = Experts

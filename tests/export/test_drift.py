@@ -237,5 +237,6 @@ def test_pitches_of_a_trained_network_stay_within_50_cents(monkeypatch) -> None:
         expected = net(x)
         distance = 20 * (found(x).argmax(1) - expected.argmax(1)).abs()  # bins of 20 cents
     assert float((distance <= 50).float().mean()) >= 0.99
+    assert float((distance[:256] <= 50).float().mean()) >= 0.985  # 0.988: the first set alone misses 0.99
     sure = expected.amax(1) > 0.5
     assert float((distance[sure] <= 50).float().mean()) >= 0.99 and float(sure.float().mean()) > 0.8
