@@ -3,14 +3,17 @@
     python examples/zoo/run.py                       all models that have no row of this commit yet
     python examples/zoo/run.py 'timm/.*vit.*'        those whose names match
     python examples/zoo/run.py --missing             those that have no row of any commit
+    python examples/zoo/run.py --checks step save    these checks alone; the compiled ones take most of the time
 
-A row belongs to a model and a commit, so a run that was stopped goes on where it stopped. A model that crashes or does
-not end gives a row with what it had found until then. page.py makes docs/ZOO.md of the rows.
+A row belongs to a model and a commit, so a run that was stopped goes on where it stopped; a row of a few checks does
+not stand for all of them. A model that crashes or does not end gives a row with what it had found until then. page.py
+makes docs/ZOO.md of the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -48,10 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help=f"for a model (default: {LIMIT})")
     parser.add_argument("--missing", action="store_true", help="leave out models that have a row of any commit")
     parser.add_argument("--again", action="store_true", help="run models that have a row of this commit, too")
+    parser.add_argument("--checks", nargs="+", metavar="CHECK", help="run these checks alone (default: all)")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)  # what the processes are started with
     options = parser.parse_args(arguments)
     if options.one is not None:
-        return one(options.one, options.out)
+        return one(options.one, options.out, options.checks)
+    from te_nvfp4_cv.cli.trial.run import CHECKS
     from zoo.models import MODELS, in_turn
 
     names = [n for n in MODELS if not options.patterns or any(re.fullmatch(p, n) for p in options.patterns)]
@@ -60,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     commit = current_commit()
     rows = read_rows(options.out)
+    asked = set(options.checks or CHECKS)
+    rows = [row for row in rows if asked <= set(row.get("asked", CHECKS))]
     done = {row["model"] for row in rows if options.missing or (row["commit"] == commit and not options.again)}
     todo = [name for name in in_turn(names) if name not in done]
     print(f"{len(todo)} models to do at {commit}, {len(names) - len(todo)} done before", flush=True)
@@ -67,12 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out.is_file():  # a line that was cut off must not stand before the next one
         whole, end, _ = options.out.read_text(encoding="utf-8").rpartition("\n")
         options.out.write_text(whole + end, encoding="utf-8")
+    told = {"asked": options.checks} if options.checks else {}
+    command = functools.partial(_command, checks=options.checks or ())
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
         # Written by this thread alone, as each model ends.
-        for ended in as_completed([pool.submit(guarded, name, options.limit) for name in todo]):
+        for ended in as_completed([pool.submit(guarded, name, options.limit, command) for name in todo]):
             if (row := ended.result()) is None:
                 continue
-            row = {"model": row.pop("name"), "commit": commit} | row
+            row = {"model": row.pop("name"), "commit": commit} | told | row
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(summary(row), flush=True)
@@ -117,8 +126,8 @@ def guarded(name: str, limit: float, command: Callable[[str, Path], list[str]] |
     return row
 
 
-def _command(name: str, path: Path) -> list[str]:
-    return [sys.executable, str(_HERE), "--one", name, "--out", str(path)]
+def _command(name: str, path: Path, checks: Sequence[str] = ()) -> list[str]:
+    return [sys.executable, str(_HERE), "--one", name, "--out", str(path), *(("--checks", *checks) if checks else ())]
 
 
 # ---- one model, in a process of its own -----------------------------------------------------------------------------
@@ -126,8 +135,12 @@ def _command(name: str, path: Path) -> list[str]:
 NOT_INSTALLED = 3
 
 
-def one(name: str, path: Path) -> int:
-    """Try one model and write its row after every check, with the name of the check that runs next."""
+def one(name: str, path: Path, checks: Sequence[str] | None = None) -> int:
+    """Try one model and write its row after every check, with the name of the check that runs next.
+
+    Args:
+        checks: the checks to run; if None, all.
+    """
     import logging
     import warnings
 
@@ -156,7 +169,7 @@ def one(name: str, path: Path) -> int:
 
     torch.set_num_threads(1)
     try:
-        write(try_model(MODELS[name], watch=write), None)
+        write(try_model(MODELS[name], checks=checks, watch=write), None)
     except Exception as error:  # plain torch cannot run it: the entry of the table is wrong
         path.write_text(json.dumps({"name": name, "versions": versions, "error": in_words(error, 400)}))
     return 0

@@ -250,6 +250,21 @@ def test_save_finds_what_no_file_holds() -> None:
     assert ok is False and told.startswith("loaded differs by ") and told.endswith("2 layers saved in NVFP4, 1 not")
 
 
+class Many(nn.Module):
+    """A model that a loader cannot call: it takes arguments by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        return self.body(x * scale)
+
+
+def test_lists_asks_quantize_whatever_a_model_is_called_with() -> None:
+    assert found("lists", Subject("many", Many, (normal((3, 32)),), {"scale": 2.0})) == (True, "2 layers")
+
+
 def test_lists_finds_layers_that_one_of_them_lacks(monkeypatch: Any) -> None:
     def high(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         nv.set_precision(model, {"body.0": None})
@@ -257,6 +272,8 @@ def test_lists_finds_layers_that_one_of_them_lacks(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(files, "quantize", high)
     assert found("lists", subject()) == (False, "1 layers not in NVFP4 by quantize: body.0")
+    many = Subject("many", Many, (normal((3, 32)),), {"scale": 2.0})
+    assert found("lists", many) == (False, "1 layers not in NVFP4 by quantize: body.0")
     with pytest.raises(Exception, match="1 layers in NVFP4 by save alone: b"):
         files._agree("save", {"a"}, {"a", "b", "c"}, {"a", "b"})
 

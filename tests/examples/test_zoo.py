@@ -124,9 +124,11 @@ def test_one_process_writes_the_row_of_its_model(tmp_path: Path, monkeypatch: An
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[str] = []
+    checks: list[list[str]] = []
 
-    def fake(name: str, limit: float) -> dict[str, Any] | None:
+    def fake(name: str, limit: float, command: Any) -> dict[str, Any] | None:
         asked.append(name)
+        checks.append(command("a", tmp_path)[6:])
         return {"name": name, "cells": {"step": {"ok": True, "text": "ok"}}, "seconds": 1.0}
 
     monkeypatch.setattr(run, "guarded", fake)
@@ -142,6 +144,14 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: Any, capsys
     assert run.main(["kornia/.*", "--missing", *words]) == 0 and len(asked) == 6
     assert run.main(["kornia/.*", *words]) == 0 and len(asked) == 10
     assert run.main(["kornia/.*", "--again", *words]) == 0 and len(asked) == 14
+    assert set(map(tuple, checks)) == {()}
+    # A row of a few checks stands for those alone.
+    few = ["kornia/.*", "--checks", "step", "save", *words]
+    monkeypatch.setattr(run, "current_commit", lambda: "three")
+    assert run.main(few) == 0 and len(asked) == 18 and checks[-1] == ["--checks", "step", "save"]
+    assert run.main(few) == 0 and len(asked) == 18
+    assert run.main(["kornia/.*", "--checks", "lists", *words]) == 0 and len(asked) == 22
+    assert run.main(["kornia/.*", *words]) == 0 and len(asked) == 26
     assert run.main(["nothing", *words]) == 2 and "no model of that name" in capsys.readouterr().err
 
 
@@ -177,6 +187,13 @@ def test_the_page_shows_the_newest_row_of_each_model() -> None:
     assert "| save | 0 | 1 | 0 |" in text and "| onnx | 0 | 0 | 1 |" in text
     assert f"{len(MODELS) - 2} of {len(MODELS)} models have no row" in text and "kornia/Unet" in text
     assert "- kornia/DexiNed: TypeError: no" in text and "kornia 0.9, torch 2.13.0." in text
+
+
+def test_a_row_of_a_few_checks_does_not_hide_one_of_all() -> None:
+    whole = row("kornia/HardNet", "one", step=(True, "ok"), save=(True, "equal bits"))
+    few, later = ({"asked": ["step"]} | row("kornia/HardNet", commit, step=(True, "ok")) for commit in ("two", "three"))
+    assert page.newest([few, later])["kornia/HardNet"] is later
+    assert page.newest([few, whole, later])["kornia/HardNet"] is whole
 
 
 def test_the_page_in_the_documentation_is_that_of_the_rows() -> None:

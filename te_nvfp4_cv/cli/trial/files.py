@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import types
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +83,26 @@ def listed(trial: Trial) -> Cell:
     files = set(model.saved.quantized)
     # Layers that no evaluation reaches are saved as well, and a tied layer has one name.
     _agree("save", inside, files, ran)
-    if len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
-        quantized = quantize(model.model, [args[0]], trial.recipe, method="nearest", bias_correction=False)
-        found = set(save(quantized, trial.folder / "quantized", trial.recipe).quantized)
-        _agree("quantize", files, found, files | found)
-        return Cell(True, f"{len(inside)} layers")
-    return Cell(True, f"{len(inside)} layers, quantize not asked")
+    called, batch = _of_one_input(model.model, args, kwargs)
+    quantized = quantize(called, [[batch]], trial.recipe, method="nearest", bias_correction=False)
+    found = set(save(quantized, trial.folder / "quantized", trial.recipe).quantized)
+    _agree("quantize", files, found, files | found)
+    return Cell(True, f"{len(inside)} layers")
+
+
+def _of_one_input(model: nn.Module, args: Any, kwargs: Any) -> tuple[nn.Module, Any]:
+    """Return a model to be called with one object, and that object: a loader gives a model its first argument alone."""
+    if len(args) == 1 and not kwargs:
+        return model, args[0]
+    called = copy.copy(model)
+    # On the instance, not in a module around the model: the names of its layers stay.
+    called.forward = types.MethodType(_call, called)  # type: ignore[method-assign]
+    return called, (args, kwargs)
+
+
+def _call(model: nn.Module, call: tuple[Any, Any]) -> Any:
+    args, kwargs = call
+    return type(model).forward(model, *args, **kwargs)
 
 
 def _agree(what: str, expected: set[str], found: set[str], among: set[str]) -> None:
