@@ -163,6 +163,18 @@ def test_stack_traces_are_removed_from_subgraphs_and_functions() -> None:
     assert [[prop.key for prop in node.metadata_props] for node in nodes] == [["namespace"]] * 3
 
 
+def test_zeros_before_a_pooling_stay_zeros(tmp_path: Path) -> None:
+    """As in the stem of timm's BiT; onnxruntime would make them the pooling's own padding, which never wins."""
+    conv = nn.Conv2d(16, 16, 1, bias=False)
+    model = nn.Sequential(conv, nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2))
+    become(conv, quantize_layer(conv, RECIPE), RECIPE)
+    x = values((2, 16, 6, 6))
+    expected = model(x)
+    assert (expected[:, :, 0] == 0).any() and not (expected[:, :, 0] < 0).any() and (expected < 0).any()
+    made = to_onnx(model, x, tmp_path / "m.onnx", "portable")
+    assert difference(run(made.files[0], x, "portable"), expected) < 1e-5
+
+
 @pytest.mark.parametrize("form", ["qdq", "matmul", "portable"])
 def test_a_network_with_any_batch(form: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

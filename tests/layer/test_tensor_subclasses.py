@@ -83,6 +83,8 @@ def test_layers_left_alone_and_layers_in_nvfp4_give_the_class_that_torch_gives(k
     plain, _ = told(lambda: layer(x))
     assert type(y) is expected and len(found) == 1
     assert torch.equal(y.as_subclass(Tensor), plain)
+    F.relu_(y)  # no view, which autograd would not let be written to
+    assert torch.equal(y.as_subclass(Tensor), plain.relu())
 
 
 def test_metadata_passes_through_a_network_and_gradients_are_those_of_plain_tensors():

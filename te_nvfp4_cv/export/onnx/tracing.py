@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -152,7 +153,25 @@ def export(traced: nn.Module, found: Mapping[str, InferenceLayer], call: Call) -
     assert exported is not None
     proto = exported.model_proto  # made anew at each look
     name_axes(proto, call.axes)
+    _keep_pads(proto.graph)
     return proto
+
+
+def _keep_pads(graph: Any) -> None:
+    """Name the axes of each Pad that a MaxPool reads, in place, which changes no value.
+
+    onnxruntime (1.31) moves zeros that stand before a pooling into the pooling's own padding, which is -inf: other
+    values wherever a window holds negative numbers alone. It leaves a Pad that names its axes. timm's BiT has one.
+    """
+    from onnx import numpy_helper
+
+    pooled = {node.input[0] for node in graph.node if node.op_type == "MaxPool"}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.input)}
+    for node in graph.node:
+        if node.op_type == "Pad" and node.output[0] in pooled and not any(node.input[3:]):
+            axes = numpy.arange(ranks[node.output[0]])
+            node.input[:] = [*node.input, *[""] * (3 - len(node.input)), f"{node.output[0]}.axes"][:4]
+            graph.initializer.append(numpy_helper.from_array(axes, node.input[3]))
 
 
 def _trace(traced: nn.Module, call: Call) -> Any:
