@@ -27,8 +27,8 @@ HEAD = """# The zoo
 
 What NVFP4 makes of {count} models of other libraries, each with tiny settings and random weights. `make zoo` writes
 this page from `docs/zoo/rows.jsonl`. {ran} of the {count} have run, each at the commit in the last column (a plus sign:
-with changes). [TRY.md](TRY.md) says what each check does, and how to run them on a model of your own. The table of
-models is in `examples/zoo/`.
+with changes), where checks that ran again later are named with theirs. [TRY.md](TRY.md) says what each check does, and
+how to run them on a model of your own. The table of models is in `examples/zoo/`.
 
 - **NO**: the check found something, which stands below the table. `-`: plain torch cannot do this with the model
   either, or it does not apply. Empty: not run.
@@ -39,12 +39,31 @@ models is in `examples/zoo/`.
 
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the last row of each model that the table still has. A row of all checks goes before one of a few."""
+    """Return the last row of each model that the table still has, with the cells of later rows of a few checks.
+
+    Returns:
+        By model: the row, whose `commit` also names the commits of the checks that ran later.
+    """
     found: dict[str, Mapping[str, Any]] = {}
+    later: dict[str, dict[str, str]] = {}
     for row in rows:
-        if row["model"] in MODELS and ("asked" not in row or "asked" in found.get(row["model"], row)):
-            found[row["model"]] = row
-    return found
+        name = row["model"]
+        if name not in MODELS:
+            continue
+        before = found.get(name, {})
+        if "asked" in row and "cells" in before and "cells" in row:
+            later[name] |= {check: row["commit"] for check in row["cells"]}
+            found[name] = {**before, "cells": before["cells"] | row["cells"]}
+        else:
+            found[name], later[name] = row, {}
+    return {name: {**row, "commit": _commits(row["commit"], later[name])} for name, row in found.items()}
+
+
+def _commits(first: str, later: Mapping[str, str]) -> str:
+    parts = [first]
+    for commit in dict.fromkeys(commit for commit in later.values() if commit != first):
+        parts += [f"{', '.join(_title(check) for check in CHECKS if later.get(check) == commit)}: {commit}"]
+    return "; ".join(parts)
 
 
 def page(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -189,11 +189,15 @@ def test_the_page_shows_the_newest_row_of_each_model() -> None:
     assert "- kornia/DexiNed: TypeError: no" in text and "kornia 0.9, torch 2.13.0." in text
 
 
-def test_a_row_of_a_few_checks_does_not_hide_one_of_all() -> None:
-    whole = row("kornia/HardNet", "one", step=(True, "ok"), save=(True, "equal bits"))
-    few, later = ({"asked": ["step"]} | row("kornia/HardNet", commit, step=(True, "ok")) for commit in ("two", "three"))
-    assert page.newest([few, later])["kornia/HardNet"] is later
-    assert page.newest([few, whole, later])["kornia/HardNet"] is whole
+def test_a_row_of_a_few_checks_takes_their_place_in_that_of_all() -> None:
+    whole = row("kornia/HardNet", "one", step=(True, "ok"), save=(False, "old"), lists=(False, "old"))
+    few, more = ({"asked": ["save"]} | row("kornia/HardNet", c, save=(True, c)) for c in ("two", "three"))
+    merged = page.newest([few, whole, more])["kornia/HardNet"]
+    assert merged["commit"] == "one; save: three" and merged["cells"]["lists"]["text"] == "old"
+    assert [cell["ok"] for cell in merged["cells"].values()] == [True, True, False]
+    assert page.newest([few, more])["kornia/HardNet"]["commit"] == "two; save: three"
+    assert page.newest([few, whole])["kornia/HardNet"]["cells"] == whole["cells"]
+    assert page.newest([few, whole | {"error": "no"}])["kornia/HardNet"]["commit"] == "one"
 
 
 def test_the_page_in_the_documentation_is_that_of_the_rows() -> None:
