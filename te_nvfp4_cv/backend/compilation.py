@@ -1,8 +1,8 @@
 """Compile the CPU kernels from the C++ files here: with which compiler, with which flags, for which processor.
 
-native.cpp quantizes, integer.cpp multiplies, numbers.h is what both share. No torch headers and no Python.h are needed:
-a C++17 compiler is enough. Nothing of torch or of this package is imported, because setup.py runs this file alone when
-it builds a wheel, and `make demo` while pip installs torch:
+native.cpp and block_formats.cpp quantize, integer.cpp multiplies, the headers are what they share. No torch headers and
+no Python.h are needed: a C++17 compiler is enough. Nothing of torch or of this package is imported, because setup.py
+runs this file alone when it builds a wheel, and `make demo` while pip installs torch:
 
     python te_nvfp4_cv/backend/compilation.py    compile the kernels for this processor into the cache, if they lack
 """
@@ -21,8 +21,8 @@ import tempfile
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-SOURCES = [_FOLDER / "native.cpp", _FOLDER / "integer.cpp"]
-_HEADER = _FOLDER / "numbers.h"
+SOURCES = [_FOLDER / "native.cpp", _FOLDER / "integer.cpp", _FOLDER / "block_formats.cpp"]
+_HEADERS = [_FOLDER / "numbers.h", _FOLDER / "quantize.h"]
 # No contraction to fused multiply-adds, which would round once where the reference rounds twice. The others of -f
 # allow vector code without changing a value; -ffast-math would change some.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
@@ -66,7 +66,7 @@ def features() -> str:
 
 def digest(*more: str) -> str:
     """Return 20 hex digits of the sources and of the given texts."""
-    texts = [path.read_text() for path in (*SOURCES, _HEADER)]
+    texts = [path.read_text() for path in (*SOURCES, *_HEADERS)]
     return hashlib.sha256("\0".join([*texts, *more]).encode()).hexdigest()[:20]
 
 

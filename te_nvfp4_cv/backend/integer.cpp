@@ -192,23 +192,41 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
 // ------------------------------------------------------------------------------------------------ layouts
 constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};      // of a code: 2 * value
 
-// The scales / 2 of a panel's columns: scale[j * step], 0 from `columns` on.
-inline void half_scales(const uint8_t* scale, int64_t step, int columns, float* out) {
-    if (step == 0 && columns == 16) { std::fill(out, out + 16, e4m3_value(*scale) * 0.5f); return; }
-    uint8_t bytes[16] = {0};
-    if (step == 1 && columns == 16) std::memcpy(bytes, scale, 16);
-    else for (int j = 0; j < columns; ++j) bytes[j] = scale[j * step];
-    for (int j = 0; j < 16; ++j) {
-        const uint32_t normal = (uint32_t(bytes[j]) << 20) + (119u << 23);
-        const float small = float(int32_t(bytes[j])) * 0.0009765625f;         // below 8: subnormal in E4M3
-        out[j] = bytes[j] < 8 ? small : as_float(normal);
+// What the bytes of scales are. of_columns gives the scales / 2 of a finished panel's columns: scale[j * step], 0 from `columns` on.
+struct E4M3 {
+    float half(uint8_t byte, const uint8_t*) const { return e4m3_value(byte) * 0.5f; }
+    void of_columns(const uint8_t* scale, int64_t step, int columns, const uint8_t*, float* out) const {
+        if (step == 0 && columns == 16) { std::fill(out, out + 16, e4m3_value(*scale) * 0.5f); return; }
+        uint8_t bytes[16] = {0};
+        if (step == 1 && columns == 16) std::memcpy(bytes, scale, 16);
+        else for (int j = 0; j < columns; ++j) bytes[j] = scale[j * step];
+        for (int j = 0; j < 16; ++j) {
+            const uint32_t normal = (uint32_t(bytes[j]) << 20) + (119u << 23);
+            const float small = float(int32_t(bytes[j])) * 0.0009765625f;     // below 8: subnormal in E4M3
+            out[j] = bytes[j] < 8 ? small : as_float(normal);
+        }
     }
-}
+};
+
+// The bytes of another block format: a table of what they stand for, / 2.
+struct Table {
+    const float* halves;
+    float half(uint8_t byte, const uint8_t* codes) const { return unless_of_zeros(halves[byte], codes); }
+    void of_columns(const uint8_t* scale, int64_t step, int columns, const uint8_t* panel, float* out) const {
+        for (int j = 0; j < 16; ++j) {
+            int32_t any = 0;                                       // as unless_of_zeros, on what the panel holds already
+            for (int k = 0; k < 256; k += 64) any |= quad(panel + k + 4 * j);
+            const float half = j < columns ? halves[scale[j * step]] : 0.0f;
+            out[j] = as_bits(half) - 1u < 0x7fffffu && !any ? 0.0f : half;
+        }
+    }
+};
 
 // Start values and scales of a panel whose quads are written.
-inline void finish_panel(uint8_t* out, const uint8_t* scale, int64_t scale_step, int columns) {
+template <class S>
+inline void finish_panel(uint8_t* out, const uint8_t* scale, int64_t scale_step, int columns, S bytes) {
     float half[16];
-    half_scales(scale, scale_step, columns, half);
+    bytes.of_columns(scale, scale_step, columns, out, half);
 #if defined(__AVX2__)
     for (int h = 0; h < 64; h += 32) {
         __m256i sum = _mm256_setzero_si256();
@@ -238,7 +256,8 @@ inline void twice(const uint8_t* codes, int8_t* out) { for (int k = 0; k < 16; +
 #endif
 
 // One panel from the codes of its columns: column j is a packed block at codes + j * step. Columns from `columns` on are zeros.
-inline void panel_of_columns(const uint8_t* codes, int64_t step, const uint8_t* scale, int64_t scale_step, int columns, uint8_t* out) {
+template <class S>
+inline void panel_of_columns(const uint8_t* codes, int64_t step, const uint8_t* scale, int64_t scale_step, int columns, uint8_t* out, S bytes) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     if (step == CODES && columns == 16) {                          // columns side by side: 4 of them a register, then two steps of transposing
         const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(TWICE)));
@@ -252,7 +271,7 @@ inline void panel_of_columns(const uint8_t* codes, int64_t step, const uint8_t* 
         const __m512i c = _mm512_permutex2var_epi32(v[0], high, v[1]), d = _mm512_permutex2var_epi32(v[2], high, v[3]);
         _mm512_storeu_si512(out, _mm512_shuffle_i64x2(a, b, 0x44)); _mm512_storeu_si512(out + 64, _mm512_shuffle_i64x2(a, b, 0xee));
         _mm512_storeu_si512(out + 128, _mm512_shuffle_i64x2(c, d, 0x44)); _mm512_storeu_si512(out + 192, _mm512_shuffle_i64x2(c, d, 0xee));
-        finish_panel(out, scale, scale_step, columns);
+        finish_panel(out, scale, scale_step, columns, bytes);
         return;
     }
 #endif
@@ -272,11 +291,12 @@ inline void panel_of_columns(const uint8_t* codes, int64_t step, const uint8_t* 
         for (int k = 0; k < 4; ++k) std::memcpy(out + 64 * k + 4 * j, v + 4 * k, 4);
     }
 #endif
-    finish_panel(out, scale, scale_step, columns);
+    finish_panel(out, scale, scale_step, columns, bytes);
 }
 
 // One panel from the codes of its rows: packed block k, at codes + k * step, holds element k of the 16 columns.
-inline void panel_of_rows(const uint8_t* codes, int64_t step, int rows, const uint8_t* scale, int64_t scale_step, int columns, uint8_t* out) {
+template <class S>
+inline void panel_of_rows(const uint8_t* codes, int64_t step, int rows, const uint8_t* scale, int64_t scale_step, int columns, uint8_t* out, S bytes) {
     for (int k = 0; k < 16; k += 4) {
 #if defined(__AVX2__)
         __m128i v[4];
@@ -291,7 +311,7 @@ inline void panel_of_rows(const uint8_t* codes, int64_t step, int rows, const ui
         for (int j = 0; j < 16; ++j) for (int i = 0; i < 4; ++i) out[16 * k + 4 * j + i] = uint8_t(v[i][j]);
 #endif
     }
-    finish_panel(out, scale, scale_step, columns);
+    finish_panel(out, scale, scale_step, columns, bytes);
 }
 
 // ------------------------------------------------------------------------------------------------ fprop and dgrad
@@ -301,7 +321,8 @@ struct Kernel {             // see native.py: the same fields in the same order
     int32_t from_axis1, tiles, columnwise, threads;                // contract axis 1, or axis 0; scales of 16x16 tiles; which face the codes are
 };
 
-void expand_weight(const Kernel& w) {
+template <class S>
+void expand_weight(const Kernel& w, S bytes) {
     const int64_t B0 = (w.axis0 + 15) / 16, B1 = (w.axis1 + 15) / 16, outs = w.from_axis1 ? B0 : B1, ins = w.from_axis1 ? B1 : B0;
     #pragma omp parallel for num_threads(w.threads) schedule(static)
     for (int64_t item = 0; item < w.groups * outs * w.T; ++item) {
@@ -312,14 +333,14 @@ void expand_weight(const Kernel& w) {
             const int n0 = int(std::min<int64_t>(16, w.axis0 - 16 * b0)), n1 = int(std::min<int64_t>(16, w.axis1 - 16 * b1));
             if (w.columnwise) {                                    // [G, Ob, T, axis 1, 8]: a column of the panel each
                 const int64_t at = ((g * B0 + b0) * w.T + t) * w.axis1 + 16 * b1;
-                panel_of_columns(w.codes + at * CODES, CODES, w.scale + at, 1, n1, panel);
+                panel_of_columns(w.codes + at * CODES, CODES, w.scale + at, 1, n1, panel, bytes);
                 continue;
             }
             const int64_t row = g * w.axis0 + 16 * b0, step = w.T * B1;           // [axis 0, T, B1, 8]
             const uint8_t* codes = w.codes + ((row * w.T + t) * B1 + b1) * CODES;
             const uint8_t* scale = w.tiles ? w.scale + ((g * B0 + b0) * w.T + t) * B1 + b1 : w.scale + (row * w.T + t) * B1 + b1;
-            if (w.from_axis1) panel_of_columns(codes, step * CODES, scale, w.tiles ? 0 : step, n0, panel);
-            else panel_of_rows(codes, step * CODES, n0, scale, 0, n1, panel);
+            if (w.from_axis1) panel_of_columns(codes, step * CODES, scale, w.tiles ? 0 : step, n0, panel, bytes);
+            else panel_of_rows(codes, step * CODES, n0, scale, 0, n1, panel, bytes);
         }
     }
 }
@@ -547,11 +568,12 @@ struct WeightGradient {     // see native.py: the same fields in the same order
 struct Steps { int64_t total, image_blocks, limit; };
 
 // Panels of x for a few rows of pixels at a time. A slab holds those of one position of the first axis, in slot `slab % slots`.
+template <class S>
 struct Slabs {
-    const WeightGradient& w; Steps all; int64_t steps, blocks, slots;         // steps of a slab; panels of a step
+    const WeightGradient& w; S bytes; Steps all; int64_t steps, blocks, slots;         // steps of a slab; panels of a step
     std::vector<uint8_t> memory; int64_t start;
 
-    Slabs(const WeightGradient& q, Steps a, int64_t slab_steps, int64_t kept) : w(q), all(a), steps(slab_steps), slots(kept) {
+    Slabs(const WeightGradient& q, S b, Steps a, int64_t slab_steps, int64_t kept) : w(q), bytes(b), all(a), steps(slab_steps), slots(kept) {
         blocks = w.groups * ((w.panel_channels + 15) / 16);
         memory.resize(size_t(blocks * block_bytes() + 64));
         start = (reinterpret_cast<int64_t>(memory.data()) + 63) & ~int64_t(63);
@@ -566,13 +588,14 @@ struct Slabs {
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t c = block % of_group * 16, at = from + block / of_group * w.panel_channels + c;
             const int columns = int(std::min<int64_t>(16, w.panel_channels - c));
-            panel_of_columns(w.codes + at * CODES, CODES, w.scale + at, 1, columns, reinterpret_cast<uint8_t*>(to + block * block_bytes()));
+            panel_of_columns(w.codes + at * CODES, CODES, w.scale + at, 1, columns, reinterpret_cast<uint8_t*>(to + block * block_bytes()), bytes);
         }
     }
 };
 
 // The segments of one tap over rows [row0, row1) of b's first axis.
-void tap_segments(const WeightGradient& w, const Slabs& slabs, int64_t row0, int64_t row1, const int64_t* tap, std::vector<Segment>& out) {
+template <class S>
+void tap_segments(const WeightGradient& w, const Slabs<S>& slabs, int64_t row0, int64_t row1, const int64_t* tap, std::vector<Segment>& out) {
     const int64_t s = w.stride[2], shift = tap[2] * w.dilation[2] - w.padding[2];
     const int64_t first = shift < 0 ? (s - 1 - shift) / s : 0, last = w.a[2] <= shift ? 0 : std::min(w.b[2], (w.a[2] - 1 - shift) / s + 1);
     const int64_t record_bytes = w.groups * w.record_channels * RECORD;
@@ -613,8 +636,8 @@ inline int thread_count() {
 #endif
 }
 
-template <class T>
-void weight_product(WeightGradient w) {
+template <class T, class S>
+void weight_product(WeightGradient w, S bytes) {
     const int64_t taps = w.taps[0] * w.taps[1] * w.taps[2], panel_pixels = w.records_on_b ? w.a[0] * w.a[1] * w.a[2] : w.b[0] * w.b[1] * w.b[2];
     Steps steps{panel_pixels * w.n16, w.n16, INT64_MAX};
     if (taps == 1 && w.stride[0] * w.stride[1] * w.stride[2] == 1 && !w.padding[0] && !w.padding[1] && !w.padding[2]) {
@@ -624,7 +647,7 @@ void weight_product(WeightGradient w) {
     // A band of rows is long enough to keep the accumulators busy, and its panels short enough for the cache.
     const int64_t band = std::max<int64_t>(1, 64 / std::max<int64_t>(1, w.b[1] * w.b[2] * w.n16)), reach = (w.taps[0] - 1) * w.dilation[0];
     const int64_t slab_steps = (w.records_on_b ? w.a[1] * w.a[2] : w.b[1] * w.b[2]) * w.n16;
-    const Slabs slabs(w, steps, slab_steps, w.records_on_b ? (band - 1) * w.stride[0] + reach + 1 : band);
+    const Slabs<S> slabs(w, bytes, steps, slab_steps, w.records_on_b ? (band - 1) * w.stride[0] + reach + 1 : band);
     const int64_t tiles = (w.record_channels + ROWS - 1) / ROWS, items = slabs.blocks * taps * tiles, of_group = slabs.blocks / w.groups;
     const bool far = (w.records_on_b ? 1 : w.stride[2]) != 1 && w.n16 == 1, near = w.records_on_b && w.stride[2] != 1 && w.n16 == 1;
     const int64_t a_step = w.groups * w.record_channels * RECORD * (far ? w.stride[2] : 1), b_step = PANEL * (near ? w.stride[2] : 1);
@@ -680,12 +703,13 @@ void weight_product(WeightGradient w) {
 }
 
 // Records from packed rowwise codes [segments, blocks, 8] and scales [segments, blocks].
-void expand_records(const uint8_t* codes, const uint8_t* scale, uint8_t* records, int64_t blocks, int threads) {
+template <class S>
+void expand_records(const uint8_t* codes, const uint8_t* scale, uint8_t* records, int64_t blocks, int threads, S bytes) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < blocks; ++i) {
         uint8_t* out = records + i * RECORD;
         for (int k = 0; k < 16; ++k) out[k] = uint8_t(TWICE[codes[i * CODES + k / 2] >> (k % 2 * 4) & 15] + 12);
-        const float half = e4m3_value(scale[i]) * 0.5f;
+        const float half = bytes.half(scale[i], codes + i * CODES);
         std::memcpy(out + 16, &half, 4);
     }
 }
@@ -696,14 +720,26 @@ extern "C" {
 
 const char* nvfp4_machine() { return MACHINE; }
 
-void nvfp4_expand_weight(const Kernel* w) { expand_weight(*w); }
+void nvfp4_expand_weight(const Kernel* w) { expand_weight(*w, E4M3()); }
 
 void nvfp4_expand_records(const uint8_t* codes, const uint8_t* scale, uint8_t* records, int64_t blocks, int32_t threads) {
-    expand_records(codes, scale, records, blocks, threads);
+    expand_records(codes, scale, records, blocks, threads, E4M3());
 }
 
 void nvfp4_data_product(const Data* d) { if (d->out_bf16) data_product<bf16>(*d); else data_product<float>(*d); }
 
-void nvfp4_weight_product(const WeightGradient* w) { if (w->out_bf16) weight_product<bf16>(*w); else weight_product<float>(*w); }
+void nvfp4_weight_product(const WeightGradient* w) { if (w->out_bf16) weight_product<bf16>(*w, E4M3()); else weight_product<float>(*w, E4M3()); }
+
+// The same for scale bytes of another block format, by a table of 256 scales / 2. Records and panels have no bytes: nvfp4_data_product serves.
+
+void format_expand_weight(const Kernel* w, const float* halves) { expand_weight(*w, Table{halves}); }
+
+void format_expand_records(const uint8_t* codes, const uint8_t* scale, uint8_t* records, int64_t blocks, int32_t threads, const float* halves) {
+    expand_records(codes, scale, records, blocks, threads, Table{halves});
+}
+
+void format_weight_product(const WeightGradient* w, const float* halves) {
+    if (w->out_bf16) weight_product<bf16>(*w, Table{halves}); else weight_product<float>(*w, Table{halves});
+}
 
 }  // extern "C"

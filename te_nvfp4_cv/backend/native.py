@@ -191,6 +191,12 @@ def load() -> ctypes.CDLL | None:
     library.nvfp4_unpack_columns.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
     library.nvfp4_unpack_rows.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32]
     library.nvfp4_expand_records.argtypes = [_P, _P, _P, _I64, _I32]
+    for name in "quantize quantize_weight unpack_weight expand_weight weight_product".split():
+        function = getattr(library, f"format_{name}")
+        function.argtypes, function.restype = [_P, _I32 if name.startswith("quantize") else _P], None
+    library.format_unpack_columns.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32, _P]
+    library.format_unpack_rows.argtypes = [_P, _P, _P, _I64, _I64, _I32, _I32, _P]
+    library.format_expand_records.argtypes = [_P, _P, _P, _I64, _I32, _P]
     library.nvfp4_machine.restype = ctypes.c_char_p
     library.nvfp4_scale_bias.argtypes = [_P, _P, _I64, _I64, _F32, _P, _I32, _I32, _I32]
     library.nvfp4_positive_mask.argtypes = [_P, _P, _I64, _I32, _I32]

@@ -52,6 +52,11 @@ inline float e2m1_value(uint32_t code) {                           // with the s
     uint32_t small = m == 1u ? 0x3f000000u : 0u;
     return as_float((m < 2u ? small : big) | ((code & 8u) << 28));
 }
+// A scale, or 0 in place of a subnormal one of a block of 16 codes that are all 0: products with it would be slow, and are 0 anyway.
+inline float unless_of_zeros(float scale, const uint8_t* codes) {
+    uint64_t all; std::memcpy(&all, codes, 8);
+    return as_bits(scale) - 1u < 0x7fffffu && !(all & 0x7777777777777777u) ? 0.0f : scale;
+}
 inline void store_round(float* p, float v) { *p = v; }
 inline void store_round(bf16* p, float v) {
     uint32_t u = as_bits(v);

@@ -234,7 +234,7 @@ class InferenceLayer(nn.Module):
         if backend == dispatch.BY_LAYER:
             compute_dtype = dispatch.compute_dtype(self.dtype, device, autocast=False)
             backend = plan_for(plan.geometry, self.recipe, backend, compute_dtype, self.channels_last).backend
-        return backend == "integer"
+        return backend.endswith("integer")  # of whatever block format
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # model.to(memory_format=...) would change the strides of codes with 4 or 5 axes; flat ones have one layout.

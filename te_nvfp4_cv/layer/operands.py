@@ -8,7 +8,7 @@ from torch import Tensor
 from te_nvfp4_cv.formats import E2M1_MAX, dequantize
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX
+from te_nvfp4_cv.ops.block_scales import INTEGER, TENSOR_AMAX
 from te_nvfp4_cv.ops.conv import integer
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import grouped, operand, rounding_seeds
@@ -107,7 +107,8 @@ def weight_values(codes: WeightCodes, plan: Plan, factor: Tensor | None = None) 
 def weight_panels(codes: WeightCodes, plan: Plan) -> Tensor:
     """Return fprop's face as the integer kernels read it, uint8 in one axis: 0.375 of the weight's bytes in fp32."""
     geometry = plan.geometry
-    panels = integer.panels(codes.face(plan.weight_faces[0]), geometry, to_b=not geometry.transposed)
+    kernels = integer.PRODUCTS.get(plan.recipe.block_format + INTEGER, integer)
+    panels = kernels.panels(codes.face(plan.weight_faces[0]), geometry, to_b=not geometry.transposed)
     # Copied, because they come in memory that the next call uses again. One axis has one memory format only.
     return panels.flatten().clone()
 

@@ -108,8 +108,9 @@ class Plan:
     @answer
     def operand_form(self) -> int:
         """The form in which this backend multiplies what lives for one call."""
-        forms = dict.fromkeys(FORMATS, DEQUANTIZED) | {"vendor": DEQUANTIZED, "integer": RECORDS}
-        return forms.get(self.backend, PACKED)
+        if self.backend.endswith("integer"):  # of whatever format
+            return RECORDS
+        return DEQUANTIZED if self.backend in ("vendor", *FORMATS) else PACKED
 
     @answer
     def input_specs(self) -> tuple[OperandSpec, OperandSpec]:
@@ -254,19 +255,21 @@ def plan_for(
     Args:
         backend: as dispatch.resolve gave it for a layer. BY_LAYER becomes "integer" or "vendor" here.
     Raises:
-        ValueError: the integer backend was asked for by name, and the call has row-scaled activations; or that or the
-            triton backend was, and the recipe's blocks are not NVFP4's.
+        ValueError: the integer backend was asked for by name, and the call has row-scaled activations; or a backend of
+            GPUs was, and the recipe's blocks are not NVFP4's.
     """
+    by_layer = backend == dispatch.BY_LAYER
     if recipe.block_format != "nvfp4":
-        if dispatch.was_named(backend):
+        if backend != "integer" and dispatch.was_named(backend):
             raise value_error(
                 f"nvfp4: backend {backend!r} has NVFP4's blocks only.",
                 got=f"recipe.block_format={recipe.block_format!r}",
-                needs="plain torch, which quantizes other formats on any device",
+                needs="a backend of CPUs, or plain torch, which quantizes other formats on any device",
                 fix="backend='auto'",
             )
+        if by_layer:
+            backend = "vendor" if prefers_vendor(geometry, compute_dtype) else "integer"
         return Plan(geometry, recipe, backend_of(recipe.block_format, backend), compute_dtype, channels_last)
-    by_layer = backend == dispatch.BY_LAYER
     plan = Plan(geometry, recipe, "integer" if by_layer else backend, compute_dtype, channels_last)
     if by_layer and (plan.row_scaled or prefers_vendor(geometry, compute_dtype)):
         return replace(plan, backend="vendor")

@@ -20,8 +20,10 @@ Source: OCP Microscaling Formats (MX) 1.0; arXiv 2509.17791 (UE5M3).
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, E4M3_MAX
 from te_nvfp4_cv.ops.records import Face
 
 TENSOR_AMAX = E2M1_MAX * E4M3_MAX  # of a tensor scale of 1
-REFERENCE = " reference"  # at the end of a backend's name
+REFERENCE, INTEGER = " reference", " integer"  # at the end of a backend's name
 
 
 class BlockFormat(NamedTuple):
@@ -113,12 +115,13 @@ def _by_e8m0(v: Tensor, byte: Tensor) -> Tensor:
 
 def encode_ue5m3(v: Tensor) -> Tensor:
     """Round fp32 values >= 0 to UE5M3 bytes: nearest, ties to even, with subnormals, saturating; NaN gives 254."""
+    v = torch.where(v < 114688, v, 114688.0)  # NaN, to which a reduction of torch may give a sign
     bits = v.view(torch.int32)
     # A carry out of the mantissa is the next exponent. The byte's exponent has a bias of 15, that of fp32 one of 127.
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 8 * (127 - 15)
     # 8 is the smallest normal number, 2^-14. torch rounds ties to even.
-    subnormal = torch.round(v * 2.0**17).clamp(max=8).nan_to_num(8.0).to(torch.int32)
-    return torch.where(v < 2.0**-14, subnormal, normal.clamp(max=254)).to(torch.uint8)
+    subnormal = torch.round(v * 2.0**17).clamp(max=8).to(torch.int32)
+    return torch.where(v < 2.0**-14, subnormal, normal).to(torch.uint8)
 
 
 def decode_ue5m3(byte: Tensor) -> Tensor:
@@ -165,13 +168,25 @@ FORMATS = {
 
 def backend_of(block_format: str, backend: str) -> str:
     """Return the name of the backend that runs a format, given the one that NVFP4 would run on."""
-    return block_format + REFERENCE if backend == "reference" else block_format
+    return block_format + {"reference": REFERENCE, "integer": INTEGER}.get(backend, "")
+
+
+def format_of(backend: str) -> BlockFormat | None:
+    """Return the format that a backend runs, None for NVFP4."""
+    return FORMATS.get(backend.partition(" ")[0])
 
 
 def block_of(backend: str) -> int:
     """Return how many values share a scale on a backend."""
-    found = FORMATS.get(backend.removesuffix(REFERENCE))
+    found = format_of(backend)
     return BLOCK if found is None else found.block
+
+
+@functools.cache
+def scale_table(block_format: str, half: bool = False) -> Any:
+    """Return what the 256 scale bytes of a format stand for, or half of it, as a C array for compiled kernels."""
+    values = FORMATS[block_format].decode(torch.arange(256, device="cpu").to(torch.uint8)).tolist()
+    return (ctypes.c_float * 256)(*(value / 2 if half else value for value in values))
 
 
 def tensor_amax(*amaxes: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.formats import BLOCK
+from te_nvfp4_cv.ops.geometry import blocks_of
 
 
 class Rows(NamedTuple):
@@ -109,11 +110,6 @@ class Experts:
         expert = expert.clamp(max=self.number - 1)
         row = place - (last - blocks)[expert] * BLOCK + starts[expert]
         return torch.where(inside & (row < ends[expert]), row, -1)
-
-
-def blocks_of(tokens: int, experts: int) -> int:
-    """Return how many blocks of 16 rows a columnwise face has room for, however the tokens fall on the experts."""
-    return (tokens + (BLOCK - 1) * experts) // BLOCK
 
 
 def checked_offsets(offsets: object, x: Tensor, experts: int) -> Tensor:

@@ -27,7 +27,6 @@ from torch import Tensor
 from te_nvfp4_cv.backend.answers import answer
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.formats import BLOCK, round_up
-from te_nvfp4_cv.ops.experts import blocks_of
 from te_nvfp4_cv.ops.records import Fold
 
 
@@ -328,3 +327,8 @@ def int_tuple(value: Any, rank: int, op: str, name: str) -> tuple[int, ...]:
             fix=f"check {name}",
         )
     return values
+
+
+def blocks_of(tokens: int, experts: int) -> int:
+    """Return how many blocks of 16 rows a columnwise face has room for, however the tokens fall on the experts."""
+    return (tokens + (BLOCK - 1) * experts) // BLOCK

@@ -83,7 +83,7 @@ class NVFP4BlockScaling:
             with the weight is added in fp32, exactly, borders included. For layers whose inputs have means that are
             large beside their deviations; each batch has means of its own, in evaluation too.
         block_format: If "nvfp4", blocks of 16 have E4M3 scales under a tensor scale. Three others are there to compare
-            with, in plain torch: "mxfp4" (32, powers of two), "nvfp4_ue5m3" (16, UE5M3) and "fp4_e4m3_only" (16, E4M3),
+            with: "mxfp4" (32, powers of two), "nvfp4_ue5m3" (16, UE5M3) and "fp4_e4m3_only" (16, E4M3),
             none with a tensor scale: not with another tensor_scale than "current", row_scaled_activation or 4over6.
         grouped_scale: Of a grouped linear layer (mixture of experts): if "operand", x, w and dy have one tensor scale
             each; if "expert", each expert's part of them has its own. The last only with scales of one call.

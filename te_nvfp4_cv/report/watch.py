@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.context.direct_calls import DIRECT, direct_call
@@ -156,8 +156,7 @@ class _Watch:
         if recipe is not None and geometry is not None and recipe.settings("input").row_scaled:
             note = self._about_row_scales(call.x.device, geometry)
         if recipe is not None and recipe.block_format != "nvfp4":
-            kernels = recipe.block_format == "fp4_e4m3_only" and call.x.device.type == "cpu"
-            where = "as on the vendor backend" if kernels else "in plain torch"
+            where = "by compiled kernels" if native.available(call.x.device) else "in plain torch"
             note = f"blocks of {recipe.block_format}, quantized {where}"
         row = self._row(Layer(name, call.op, tuple(call.weight.shape), recipe is not None, call.reason, note))
         if geometry is not None and recipe is not None:

@@ -19,8 +19,7 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan
-from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX
-from te_nvfp4_cv.ops.quantize.block_formats import QUANTIZERS, Quantizer
+from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX, BlockFormat, format_of
 from te_nvfp4_cv.ops.quantize.operand import measure_operand, quantize_operand
 from te_nvfp4_cv.ops.quantize.reference import fold_images, pad_groups
 from te_nvfp4_cv.ops.records import NONE, PACKED, Face, Operand, WeightCodes
@@ -93,7 +92,7 @@ def of_operand(
     s = plan.recipe.settings(role)
     is_x = role == Role.INPUT
     fold, row_scaled = plan.folds[0 if is_x else 1], is_x and plan.row_scaled
-    row, col, quantizer = made.row, made.col, QUANTIZERS.get(plan.backend)
+    row, col, other = made.row, made.col, format_of(plan.backend)
     both_faces = plan.input_specs[True] if is_x else plan.gradient_specs[True, True]
     forms = [PACKED if face.data.numel() and not face.scale.numel() else NONE for face in (row, col)]
     if any(forms):
@@ -105,12 +104,12 @@ def of_operand(
         spec = both_faces._replace(row=forms[0], col=forms[1])
         again = quantize_operand(operand, spec, plan.compute_dtype, seed, amax, plan.backend)
         row, col = again.row if forms[0] else row, again.col if forms[1] else col
-    if quantizer is not None:  # one scale for each 16 values, as NVFP4 has them
-        row = Face(row.data, quantizer.format.of_rows(row, plan.geometry.groups)) if row.data.numel() else row
-        col = Face(col.data, quantizer.format.of_columns(col)) if col.data.numel() else col
-    sampled = functools.partial(_sampled, e4m3_max=s.e4m3_max, quantizer=quantizer)
+    if other is not None:  # one scale for each 16 values, as NVFP4 has them
+        row = Face(row.data, other.of_rows(row, plan.geometry.groups)) if row.data.numel() else row
+        col = Face(col.data, other.of_columns(col)) if col.data.numel() else col
+    sampled = functools.partial(_sampled, e4m3_max=s.e4m3_max, other=other)
     found = {}
-    amax_whole, broken = whole(operand, _measured(made, s.pow2 or quantizer is not None))
+    amax_whole, broken = whole(operand, _measured(made, s.pow2 or other is not None))
     if row.data.numel():
         raw = _padded(operand, plan.geometry.groups)
         per_pixel = raw.shape[-1] // BLOCK
@@ -134,7 +133,7 @@ def of_operand(
         if s.rht:  # the largest of the rotated values, which were not stored: quantization has measured it
             amax_whole = made.observed[1] if made.observed.numel() else made.col_amax.amax()
             # But raised it to a power of two, or has no tensor scale.
-            if (s.pow2 or quantizer is not None) and not made.observed.numel():
+            if (s.pow2 or other is not None) and not made.observed.numel():
                 amax_whole = measure_operand(operand, both_faces, plan.backend)[1]
         found["col"] = sampled(some, *_taken(col, amax, index), valid=real, rht=s.rht, extent=(amax_whole, broken))
     return found
@@ -149,7 +148,7 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
         plan: the layer's plan.
         most: the number of elements of each face to look at.
     """
-    s, quantizer = plan.weight, QUANTIZERS.get(plan.backend)
+    s, other = plan.weight, format_of(plan.backend)
     taken = dict(zip(("fprop", "dgrad"), plan.weight_faces, strict=True))
     if taken["fprop"] == taken["dgrad"]:  # 16x16 blocks: one face serves both
         del taken["dgrad"]
@@ -169,13 +168,13 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
             valid = _row_kernel(ones) if face == "row" else formats.kernel_columns(ones, plan.geometry.groups)
             valid = valid.reshape(-1, BLOCK)[index]
         rows = kernel.shape[0] // plan.geometry.groups
-        if quantizer is not None:
-            scale = quantizer.format.of_kernel(Face(data, scale), rows)
+        if other is not None:
+            scale = other.of_kernel(Face(data, scale), rows)
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
         some, made = raw.reshape(-1, BLOCK)[index], _taken(Face(data, scale), codes.amax, index)
-        found[gemm] = _sampled(some, *made, s.e4m3_max, quantizer, valid=valid, rht=False, extent=extent)
+        found[gemm] = _sampled(some, *made, s.e4m3_max, other, valid=valid, rht=False, extent=extent)
     return found
 
 
@@ -217,14 +216,14 @@ def _taken(face: Face, amax: Tensor, index: Tensor) -> tuple[Face, Tensor]:
 
 
 def _sampled(
-    raw: Tensor, face: Face, amax: Tensor, e4m3_max: int, quantizer: Quantizer | None, *,
+    raw: Tensor, face: Face, amax: Tensor, e4m3_max: int, other: BlockFormat | None, *,
     valid: Tensor | None, rht: bool, extent: tuple[Tensor, Tensor],
 ) -> Blocks:
     """Put the chosen blocks [n, 16] of an operand, as they were before the transform, beside their codes and scales.
 
     Args:
         amax: [1], or one for each block.
-        quantizer: of another block format than NVFP4.
+        other: the block format, if it is not NVFP4.
         valid: as in Blocks.
         rht: the transform is applied to `raw`.
         extent: Blocks.whole.
@@ -232,11 +231,11 @@ def _sampled(
     data, scale = face
     if rht:  # of the sample only: the transform acts within a block
         raw = formats.rht16(raw)
-    if quantizer is None:
+    if other is None:
         scale_values = scale.view(torch.float8_e4m3fn).float()
         factor = formats.block_units(scale.view(torch.float8_e4m3fn), amax, e4m3_max)
     else:
-        scale_values = quantizer.format.decode(scale)
+        scale_values = other.decode(scale)
         factor = scale_values * (amax * (1.0 / TENSOR_AMAX))
     codes = formats.unpack_nibbles(data)
     values = code_values(codes.device).index_select(0, codes.flatten().int()).view(codes.shape) * factor.unsqueeze(-1)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.ops.block_scales import FORMATS
 from tests.helpers import values
 from tests.layers import LAYERS, saved_by, step, tensors
@@ -20,11 +20,13 @@ RECIPES = {name: nv.NVFP4BlockScaling(block_format=name) for name in FORMATS}
 def test_each_layer_multiplies_block_by_block_what_the_reference_multiplies(layer, name):
     """With stochastic rounding: both draw the same numbers. And all results are near torch's."""
     results = {}
-    for backend in ("auto", "reference"):
+    for backend in ("integer", "vendor", "reference") if native.load() else ("vendor", "reference"):
         torch.manual_seed(2)
         results[backend] = step(layer, *tensors(layer), recipe=RECIPES[name], backend=backend)
     plain = step(layer, *tensors(layer), namespace=nn.functional)
-    for ours, reference, expected in zip(results["auto"], results["reference"], plain, strict=True):
+    integers = results.get("integer", results["reference"])
+    for ours, same, reference, expected in zip(results["vendor"], integers, results["reference"], plain, strict=True):
+        assert torch.equal(same, reference)  # in bits
         assert ours.shape == expected.shape and ours.dtype == expected.dtype
         assert torch.allclose(ours, reference, rtol=1e-5, atol=1e-5 * float(reference.detach().abs().max()))
         # A block of 32 has no more than 8 / 6 of clipping; stochastic rounding of dy is the larger part.
@@ -128,7 +130,7 @@ def test_fields_that_a_format_cannot_have_are_refused(fields):
 
 def test_backends_of_nvfp4_alone_are_refused_by_name(monkeypatch):
     x, w = values((16, 32)), values((32, 32))
-    for backend in ("integer", "triton"):
+    for backend in ("triton", "cudnn"):
         monkeypatch.setattr(dispatch, "resolve", lambda asked, *args, **kwargs: asked)
         with pytest.raises(ValueError, match=f"backend '{backend}' has NVFP4's blocks only"):
             nv.functional.linear(x, w, recipe=RECIPES["mxfp4"], backend=backend)

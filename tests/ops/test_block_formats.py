@@ -17,14 +17,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.formats import unpack_nibbles
 from te_nvfp4_cv.ops import block_scales
 from te_nvfp4_cv.ops.block_scales import FORMATS
+from te_nvfp4_cv.ops.conv import integer
+from te_nvfp4_cv.ops.conv.block_reference import Products
 from te_nvfp4_cv.ops.quantize import operand, reference
-from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Fold, OperandSpec, WeightLayout, WeightSpec
+from te_nvfp4_cv.ops.records import DEQUANTIZED, PACKED, Face, Fold, OperandSpec, WeightLayout, WeightSpec
 from te_nvfp4_cv.recipe.fields import ALLOWED
 from tests import oracle
-from tests.helpers import KINDS, values
+from tests.helpers import KINDS, make_geometry, same_bits, values
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "mxfp4_torchao.json"
 E2M1 = [Fraction(v) for v in oracle.E2M1]
@@ -39,6 +42,10 @@ def rows_of(x: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     spec = OperandSpec(1, Fold(1, 0, 1, 0, 16), row=PACKED)
     made = operand.quantize_operand(x, spec, torch.float32, None, None, backend)
     return unpack_nibbles(made.row.data), made.row.scale
+
+
+def products_of(name: str) -> tuple[integer.FormatProducts, Products]:
+    return integer.PRODUCTS[name + " integer"], Products(name)
 
 
 def nearest(table: list[Fraction], value: Fraction) -> int:
@@ -106,8 +113,8 @@ def test_bytes_of_ue5m3_and_e8m0_are_read_as_they_are_written():
     middle = (read[1:].double() + read[:-1].double()) / 2
     expected = [nearest(UE5M3, Fraction(v)) for v in middle.tolist()]
     assert block_scales.encode_ue5m3(middle.float()).tolist() == expected
-    ends = torch.tensor([torch.nan, torch.inf, 2e5, 2.0**-18, 0.0])
-    assert block_scales.encode_ue5m3(ends).tolist() == [254, 254, 254, 0, 0]
+    ends = torch.tensor([torch.nan, -torch.nan, torch.inf, 2e5, 2.0**-18, 0.0])
+    assert block_scales.encode_ue5m3(ends).tolist() == [254, 254, 254, 254, 0, 0]
     powers = block_scales.decode_e8m0(torch.arange(256).byte())
     assert powers[:255].tolist() == [2.0 ** (n - 127) for n in range(255)] and powers[255].isnan()
     amax = torch.tensor([torch.nan, torch.inf, 7.0, 2.0**-126, 0.0])
@@ -179,6 +186,71 @@ def test_e4m3_only_is_nvfp4_with_a_tensor_scale_of_1(kind, stochastic, backend):
         mine = operand.quantize_weight(w, how, torch.float32, backend)
         theirs = reference.quantize_weight(w, how, torch.float32, one)
         assert all(map(torch.equal, (*mine.row, *mine.col), (*theirs.row, *theirs.col)))
+
+
+@pytest.mark.skipif(native.load() is None, reason="no compiled kernels")
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4_ue5m3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_kernels_have_the_bits_of_plain_torch(kind, name, poison):
+    """Groups of 40 channels have 3 pieces, so that a pair of them often lies across the kernels' runs of 16."""
+    for dtype, stochastic in ((torch.float32, True), (torch.bfloat16, False)):
+        x, seed = values((3, 7, 5, 80), kind, dtype), torch.tensor([7]) if stochastic else None
+        spec = OperandSpec(2, Fold(3, 1, 3, 2, 48), PACKED, PACKED, rht=stochastic, stochastic=stochastic)
+        theirs, ours = (operand.quantize_operand(x, spec, dtype, seed, None, name + end) for end in (" reference", ""))
+        assert all(map(same_bits, ours.flat()[:6], theirs.flat()[:6]))
+        spread = spec._replace(row=DEQUANTIZED, col=DEQUANTIZED)
+        in_values = operand.quantize_operand(x, spread, dtype, seed, None, name)
+        for end in (" reference", ""):
+            assert same_bits(operand.unpack_rows(theirs.row, 80, 2, dtype, name + end), in_values.row.data)
+            assert same_bits(operand.unpack_columns(theirs.col, dtype, name + end), in_values.col.data)
+        w = values((80, 56, 3), kind, dtype)
+        for two_d, groups in ((True, 2), (False, 1)):
+            how, layout = WeightSpec(groups, PACKED, 0 if two_d else PACKED, two_d), WeightLayout(80, 56, groups, False)
+            mine, made = (operand.quantize_weight(w, how, dtype, name + end) for end in ("", " reference"))
+            assert all(map(same_bits, mine.flat(), made.flat()))
+            read = [operand.unpack_weight(made.row, layout, None, dtype, name + end) for end in ("", " reference")]
+            assert same_bits(*read)
+
+
+@pytest.mark.skipif(native.load() is None, reason="no compiled kernels")
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_on_integers_have_the_references_bits_whatever_the_scales(name):
+    """Packed operands with bytes that no amax gives: scales of 2^-127 on zeros and on other codes, NaN. Two scales of
+    E8M0 that multiply to less than 2^-147 are not among them.
+    """
+    generator, format_ = torch.Generator().manual_seed(1), FORMATS[name]
+    low, high = {"mxfp4": (107, 170), "nvfp4_ue5m3": (0, 255), "fp4_e4m3_only": (0, 127)}[name]
+
+    def face(data: tuple[int, ...], scale: tuple[int, ...]) -> Face:
+        codes = torch.randint(0, 256, data, dtype=torch.uint8, generator=generator)
+        codes[torch.rand(data[:1], generator=generator) < 0.3] = 0x80  # zeros of both signs
+        bytes_ = torch.randint(low, high, scale, dtype=torch.uint8, generator=generator)
+        return Face(codes, bytes_)
+
+    def scales(n: int) -> int:
+        return -(-n // format_.block)
+
+    for transposed in (False, True):
+        g = make_geometry(2, (40, 80), (5, 6), 3, stride=2, padding=1, transposed=transposed)
+        x, dy = (
+            face((*shape[:-1], -(-shape[-1] // 16) * 8), (*shape[:-1], scales(shape[-1])))
+            for shape in (g.x_shape, g.y_shape)
+        )
+        for operand_ in (x, dy):
+            operand_.scale[torch.rand(operand_.scale.shape, generator=generator) < 0.3] = 0
+        if name == "mxfp4":
+            x.scale[0, 0, 0, 0] = 255
+        w = face((g.channels_b, 9, -(-g.channels_a // 16) * 8), (1, scales(g.channels_b), 9, scales(g.channels_a)))
+        for product, operands in (("fprop", (x, w, None, None)), ("dgrad", (dy, w, None))):
+            ours, theirs = (getattr(made, product)(*operands, g, torch.float32) for made in products_of(name))
+            assert same_bits(ours, theirs), product
+        columns = [
+            face((s.batch // 16, *shape[1:], 8), (scales(s.batch), *shape[1:]))
+            for s, shape in ((g.folded, g.folded.y_shape), (g.folded, g.folded.x_shape))
+        ]
+        columns[1].scale[torch.rand(columns[1].scale.shape, generator=generator) < 0.3] = 0
+        ours, theirs = (made.wgrad(*columns, None, g, torch.float32) for made in products_of(name))
+        assert same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.block_scales import FORMATS, INTEGER, scale_table
 from te_nvfp4_cv.ops.conv import reference
 from te_nvfp4_cv.ops.geometry import ConvGeometry
 from te_nvfp4_cv.ops.records import RECORD, Face
@@ -66,10 +68,23 @@ def wgrad(
     if dy.scale.numel():  # [N16, *image, C, 8] -> [*image, N16, C * 8], as records lie
         dy = Face(dy.data.movedim(0, -3).flatten(-2), dy.scale.movedim(0, -2))
     records, codes, scale = _records(dy), x.data.contiguous(), x.scale.contiguous()
+    return _weight_product(records, Face(codes, scale), alpha, geometry, dtype, out, _library().nvfp4_weight_product)
+
+
+def _weight_product(
+    records: Tensor,
+    x: Face,
+    alpha: Tensor | None,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    out: Tensor | None,
+    kernel: Callable[[Any], None],
+) -> Tensor:
+    """Multiply records by packed codes with one scale byte for each piece of 16 values, both contiguous."""
     folded, dw = geometry.folded, _result(out, geometry.weight_shape, dtype)
     of_b, of_a = geometry.channels_b // geometry.groups, geometry.channels_a // geometry.groups
     alpha = _one(alpha)
-    q = native.WeightGradient(records=records.data_ptr(), codes=codes.data_ptr(), scale=scale.data_ptr())
+    q = native.WeightGradient(records=records.data_ptr(), codes=x.data.data_ptr(), scale=x.scale.data_ptr())
     q.alpha, q.dw = alpha.data_ptr(), dw.data_ptr()
     q.n16, q.groups = folded.batch // BLOCK, geometry.groups
     q.record_channels, q.panel_channels = (of_a, of_b) if geometry.transposed else (of_b, of_a)
@@ -77,16 +92,17 @@ def wgrad(
     _walk(q, folded)
     q.records_on_b, q.out_bf16 = not geometry.transposed, dw.dtype == torch.bfloat16
     q.threads = torch.get_num_threads()
-    _library().nvfp4_weight_product(ctypes.byref(q))
+    kernel(ctypes.byref(q))
     return dw.to(dtype)
 
 
-def panels(face: Face, g: ConvGeometry, to_b: bool) -> Tensor:
+def panels(face: Face, g: ConvGeometry, to_b: bool, kernel: Callable[[Any], None] | None = None) -> Tensor:
     """Return a weight's packed face as panels, uint8 [G, blocks of outputs, T, blocks of inputs, PANEL].
 
     Args:
         face: packed codes: the rowwise face [axis 0, T, Kb * 8] or the columnwise one [G, Ob, T, axis 1, 8].
         to_b: contract axis 1, for outputs on the b side; else axis 0.
+        kernel: reads the bytes of scales; NVFP4's by default.
     """
     w, scale = face.data.contiguous(), face.scale.contiguous()
     axis0, axis1 = g.channels_b // g.groups, g.channels_a // g.groups
@@ -96,7 +112,7 @@ def panels(face: Face, g: ConvGeometry, to_b: bool) -> Tensor:
     q.groups, q.T, q.axis0, q.axis1 = g.groups, g.taps, axis0, axis1
     q.from_axis1, q.tiles, q.columnwise = to_b, scale.dim() == 4 and w.dim() == 3, w.dim() == 5
     q.threads = torch.get_num_threads()
-    _library().nvfp4_expand_weight(ctypes.byref(q))
+    (kernel or _library().nvfp4_expand_weight)(ctypes.byref(q))
     return made
 
 
@@ -105,12 +121,12 @@ def _records(face: Face) -> Tensor:
     return expand_records(*face) if face.scale.numel() else face.data
 
 
-def expand_records(codes: Tensor, scale: Tensor) -> Tensor:
+def expand_records(codes: Tensor, scale: Tensor, kernel: Callable[..., None] | None = None) -> Tensor:
     """Return packed codes [..., blocks * 8] with scales [..., blocks] as records [..., blocks * RECORD]."""
     codes, scale = codes.contiguous(), scale.contiguous()
     records = layouts.for_one_call((*codes.shape[:-1], scale.shape[-1] * RECORD), torch.uint8, codes.device)
     pointers = codes.data_ptr(), scale.data_ptr(), records.data_ptr()
-    _library().nvfp4_expand_records(*pointers, scale.numel(), torch.get_num_threads())
+    (kernel or _library().nvfp4_expand_records)(*pointers, scale.numel(), torch.get_num_threads())
     return records
 
 
@@ -139,6 +155,58 @@ def _data(
     q.to_b, q.out_bf16, q.threads = to_b, out.dtype == torch.bfloat16, torch.get_num_threads()
     _library().nvfp4_data_product(ctypes.byref(q))
     return out
+
+
+class FormatProducts:
+    """Multiplies operands of another block format; methods as the functions of this file.
+
+    Records and panels hold scales as numbers, so that the loops are NVFP4's. Only bytes are read by another table.
+    Results are the reference's in bits, unless two scales multiply to less than 2^-147, which only E8M0's can.
+    """
+
+    def __init__(self, block_format: str) -> None:
+        self._name, self._format = block_format, FORMATS[block_format]
+
+    def _kernel(self, name: str) -> Callable[..., None]:
+        """Return a kernel of the library with its last argument, the table of scales."""
+        kernel, table = getattr(_library(), name), scale_table(self._name, half=True)
+        return lambda *arguments: kernel(*arguments, table)
+
+    def fprop(
+        self, x: Face, w: Face, alpha: Tensor | None, bias: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype
+    ) -> Tensor:
+        """Multiply as operators.conv_fprop does."""
+        return fprop(*self._rows(x, w, geometry, not geometry.transposed), alpha, bias, geometry, dtype)
+
+    def dgrad(self, dy: Face, w: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+        """Multiply as operators.conv_dgrad does."""
+        return dgrad(*self._rows(dy, w, geometry, geometry.transposed), alpha, geometry, dtype)
+
+    def wgrad(self, dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+        """Multiply as operators.conv_wgrad does."""
+        if dy.scale.numel():
+            codes, scale = dy.data.movedim(0, -3).flatten(-2), self._format.of_columns(dy).movedim(0, -2)
+            dy = Face(expand_records(codes, scale, self._kernel("format_expand_records")), scale.new_empty(0))
+        packed = Face(x.data.contiguous(), self._format.of_columns(x).contiguous())
+        return _weight_product(dy.data, packed, alpha, geometry, dtype, None, self._kernel("format_weight_product"))
+
+    def panels(self, face: Face, g: ConvGeometry, to_b: bool) -> Tensor:
+        """Return a weight's packed face as panels."""
+        pieces = Face(face.data, self._format.of_kernel(face, g.channels_b // g.groups))
+        return panels(pieces, g, to_b, self._kernel("format_expand_weight"))
+
+    def _rows(self, x: Face, w: Face, g: ConvGeometry, to_b: bool) -> tuple[Face, Face]:
+        """Return an operand as records and a weight as panels, which they may be already."""
+        empty = x.scale.new_empty(0)
+        if x.scale.numel():
+            groups = g.row_groups
+            records = expand_records(x.data, self._format.of_rows(x, groups), self._kernel("format_expand_records"))
+            x = Face(records, empty)
+        return x, Face(self.panels(w, g, to_b), empty) if w.scale.numel() else w
+
+
+PRODUCTS = {name + INTEGER: FormatProducts(name) for name in FORMATS}
+"""By the name of the backend."""
 
 
 def matches_reference() -> bool:

@@ -7,8 +7,8 @@
 Each is a function over records and a custom operator on plain tensors behind it, which tracing sees. Operands come in
 the form that the backend multiplies: `vendor` takes code * scale (and empty scales), `integer` byte records of
 activations and gradients (and empty scales) and packed codes of the rest, `reference` and `triton` packed codes and
-E4M3 bytes. Other formats than NVFP4 are backends of their own: their operands come in vendor's form, or packed for
-their reference. Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1].
+E4M3 bytes. Other formats than NVFP4 are backends of their own: their operands come in vendor's or integer's form, or
+packed for their reference. Arrays are channels-last: x [B, *image, C], w [axis 0, taps, axis 1].
 
 alpha holds both tensor scales and is applied in fp32; where it is not finite, so is the result. If alpha is None, the
 operands carry the scales (vendor, powers of two in w): then there is no pass over the result, and the library adds the
@@ -46,7 +46,7 @@ def _implementation(backend: str) -> Any:
 
 _MODULES: dict[str, Any] = {"reference": reference, "integer": integer, "vendor": vendor}
 # Code times scale is what a vendor's convolution multiplies, in whatever format.
-_MODULES |= dict.fromkeys(FORMATS, vendor)
+_MODULES |= dict.fromkeys(FORMATS, vendor) | integer.PRODUCTS
 _MODULES |= {name + REFERENCE: Products(name) for name in FORMATS}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.block_scales import FORMATS, REFERENCE, BlockFormat, tensor_amax
+from te_nvfp4_cv.ops.block_scales import BlockFormat, tensor_amax
 from te_nvfp4_cv.ops.quantize.reference import amax_of, columnwise_values, measure_operand, pad_groups
 from te_nvfp4_cv.ops.quantize.reference_matrix import COLUMNWISE, ROWWISE
 from te_nvfp4_cv.ops.records import (
@@ -169,6 +169,3 @@ def _decoded(data: Tensor, scale: Tensor) -> Tensor:
     """Return code * scale [..., 16], fp32, of packed pieces [..., 8] and the scale of each, fp32 [...]."""
     return formats.decode_e2m1(formats.unpack_nibbles(data)) * scale.unsqueeze(-1)
 
-
-QUANTIZERS = {name + ending: Quantizer(made) for name, made in FORMATS.items() for ending in ("", REFERENCE)}
-"""By the name of the backend."""

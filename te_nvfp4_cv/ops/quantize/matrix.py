@@ -140,13 +140,13 @@ def _(x_MK, spec, amax_rowwise, amax_columnwise, seed, backend):  # type: ignore
 
 
 def _implementation(backend: str) -> Callable[..., Faces]:
-    """Return the quantize_2d of a backend; cpu.py is imported when it is first used, since it starts a compiler."""
+    """Return the quantize_2d of a backend. The kernels' is imported at first use, since it starts a compiler."""
     if backend == "reference":
         return reference_matrix.quantize_2d
     if backend in ("integer", "vendor", "triton", "cudnn"):
-        from te_nvfp4_cv.ops.quantize import cpu
+        from te_nvfp4_cv.ops.quantize.cpu_matrix import quantize_2d
 
-        return functools.partial(cpu.quantize_2d, kernels=True) if backend in ("triton", "cudnn") else cpu.quantize_2d
+        return functools.partial(quantize_2d, kernels=True) if backend in ("triton", "cudnn") else quantize_2d
     raise errors.value_error(
         "nvfp4 quantize: unknown backend.",
         got=f"backend={backend!r}",

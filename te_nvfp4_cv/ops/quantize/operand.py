@@ -46,10 +46,11 @@ from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.ops.block_scales import block_of
+from te_nvfp4_cv.ops.block_scales import FORMATS, INTEGER, REFERENCE, block_of
 from te_nvfp4_cv.ops.quantize import cpu, reference
 from te_nvfp4_cv.ops.quantize.amax import collect
-from te_nvfp4_cv.ops.quantize.block_formats import QUANTIZERS
+from te_nvfp4_cv.ops.quantize.block_cpu import CompiledQuantizer
+from te_nvfp4_cv.ops.quantize.block_formats import Quantizer
 from te_nvfp4_cv.ops.records import (
     Alpha,
     Collector,
@@ -73,9 +74,11 @@ def _implementation(backend: str, device: torch.device) -> Any:
     return _PLAIN.get(backend, cpu)
 
 
-# Plain torch, on any device: NVFP4's specification, and each other format, which is a backend of its own. One
-# of them has compiled kernels, too.
-_PLAIN: dict[str, Any] = {"reference": reference, **QUANTIZERS, "fp4_e4m3_only": cpu.ScaleOne}
+# NVFP4's specification, and the other formats, each of which is a few backends of its own.
+_PLAIN: dict[str, Any] = {"reference": reference}
+for _name, _format in FORMATS.items():
+    _fast = cpu.ScaleOne if _name == "fp4_e4m3_only" else CompiledQuantizer(_name)
+    _PLAIN |= {_name: _fast, _name + INTEGER: _fast, _name + REFERENCE: Quantizer(_format)}
 
 
 # ---- activations and gradients --------------------------------------------------------------------------------------
