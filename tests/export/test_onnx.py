@@ -170,7 +170,7 @@ def test_zeros_before_a_pooling_stay_zeros(tmp_path: Path) -> None:
     become(conv, quantize_layer(conv, RECIPE), RECIPE)
     x = values((2, 16, 6, 6))
     expected = model(x)
-    assert (expected[:, :, 0] == 0).any() and not (expected[:, :, 0] < 0).any() and (expected < 0).any()
+    assert (expected[:, :, 0] == 0).any()  # where all numbers of a window are negative
     made = to_onnx(model, x, tmp_path / "m.onnx", "portable")
     assert difference(run(made.files[0], x, "portable"), expected) < 1e-5
 
