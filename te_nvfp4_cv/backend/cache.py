@@ -26,6 +26,7 @@ from te_nvfp4_cv.files import write_atomically
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _selftests: dict[torch.device, bool] = {}  # one look at the disk per process and device: every dispatch asks
+changes = 0  # how often an answer of selftest_passed may have become another one
 
 
 # ---- the identity ---------------------------------------------------------------------------------------------------
@@ -147,15 +148,19 @@ def remember_selftest(device: torch.device, passed: bool) -> None:
     """
     if device.type != "cuda":
         raise ValueError(f"self-tests are remembered for GPUs only, got {device}")
+    global changes
     device = _with_index(device)
     _selftests[device] = passed
+    changes += 1
     write("selftest", device, {"passed": passed})
 
 
 def forget() -> None:
     """Look for the folder and for passed self-tests again at the next question."""
+    global changes
     cache_folder.cache_clear()
     _selftests.clear()
+    changes += 1
 
 
 def _with_index(device: torch.device) -> torch.device:

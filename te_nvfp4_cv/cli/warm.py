@@ -30,6 +30,7 @@ from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import need_package, value_error
 from te_nvfp4_cv.ops.conv import vendor
 from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.layouts import CHANNELS_LAST
 
 NEEDED = (".cubin", ".json")  # of an entry; the other files are the compiler's intermediate code
 MANIFEST = "versions.json"
@@ -138,16 +139,24 @@ def _product(a: Tensor, b: Tensor, alpha: Any, out: Tensor | None = None) -> Ten
 
 
 def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
-    return x.new_empty(g.y_shape).movedim(-1, 1)
+    return _image(x, g.y_shape)
 
 
 def _convolution_backward(
     dy: Tensor, x: Tensor, w: Tensor, g: ConvGeometry, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     empty = dy.new_empty(0)  # what the mask leaves out is not read
-    dx = dy.new_empty(g.x_shape).movedim(-1, 1) if mask[0] else empty
-    dw = dy.new_empty(g.channels_b, *g.kernel, g.channels_a // g.groups).movedim(-1, 1) if mask[1] else empty
+    dx = _image(dy, g.x_shape) if mask[0] else empty
+    dw = _image(dy, (g.channels_b, *g.kernel, g.channels_a // g.groups)) if mask[1] else empty
     return dx, dw, empty
+
+
+def _image(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return what a convolution returns: [B, C, *image], in memory [B, *image, C], and no view."""
+    first = (shape[0], shape[-1], *shape[1:-1])
+    return torch.empty(
+        first, dtype=like.dtype, device=like.device, memory_format=CHANNELS_LAST[len(shape) - 2]
+    )
 
 
 def train(model: nn.Module, images: Tensor, context: AbstractContextManager[Any]) -> None:

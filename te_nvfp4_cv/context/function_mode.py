@@ -50,6 +50,7 @@ _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _UNFLATTEN = Tensor.unflatten  # written in Python: Dynamo does not find such a method in a set, nor trace it in a mode
 _OURS = {*_RELUS, F.multi_head_attention_forward}
 _OTHERS = {*_OURS, *DIRECT, *_PACKETS, *grouped.FUNCTIONS, *constants.TAKING} - {_UNFLATTEN}
+_BY_MODULES = {getattr(F, op) for op in ATEN}  # not what exported programs call, with lists
 _INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
 
@@ -235,9 +236,16 @@ _LISTS = ("stride", "padding", "output_padding", "dilation")  # a number stands 
 @no_graphs_inside
 def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one call in NVFP4, or as torch would."""
+    traced = torch.compiler.is_compiling()
+    if not traced and not kwargs and local.states:
+        known = execute.known_call(function, args)
+        if known is not None and _decides_the_same(known, args[1]):
+            again = execute.repeat(known, *args[:3])
+            if again is not None:
+                shortfall.local.macs += known.macs
+                return again
     _, x, w, bias, sizes = read(op, args, kwargs)
     recipe, reason = decide(op, x, w, sizes.groups)
-    traced = torch.compiler.is_compiling()
     if traced and islands.in_traced_island():
         recipe, reason = None, islands.REASON
     if recipe is None:
@@ -254,9 +262,27 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return y
     current = local.states[-1]
     y = execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
-    if not traced:
+    if traced:
+        return y
+    if kwargs or current.group is not None or function not in _BY_MODULES:
         shortfall.local.macs += (x if "transpose" in op else y).numel() * w.numel() // w.shape[0]
+    else:
+        shortfall.local.macs += execute.remember(function, args, recipe, current.backend, y)
     return y
+
+
+def _decides_the_same(known: execute.Known, w: Tensor) -> bool:
+    """Return True if what `decide` asks of this thread has the answers that it had for a call that is known."""
+    current = local.states[-1]
+    rule = entries.ruling(w) if entries.used else local.overrides[-1] if local.overrides else None
+    recipe = current.recipe if rule is None else rule[1]
+    if not current.enabled or recipe is None or current.backend != known.backend or current.group is not None:
+        return False
+    if recipe is not known.recipe:
+        if recipe != known.recipe or recipe.name != known.recipe.name:  # names take no part in the comparison
+            return False
+        known.recipe = recipe
+    return not transformed()
 
 
 @left_alone  # type: ignore[untyped-decorator]  # with fullgraph=True, Dynamo's error has this name

@@ -4,10 +4,16 @@
 the call checked and planned, asks who else takes part in it, and applies forward_backward.QuantizedConv (under
 torch.compile: custom_op.py). `execute_explicit` raises where a context would fall back to high precision. Observers
 (coverage, telemetry) are told of every call here.
+
+A layer of a model is called again and again with tensors that differ in nothing but values. So a call that went well is
+remembered by its weight (`remember`); `known_call` finds it by a few comparisons, and `repeat` runs it without the
+questions whose answers those comparisons settle.
 """
 
 from __future__ import annotations
 
+import operator
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.backend.torch_private import without_function_modes
+from te_nvfp4_cv.backend import cache, dispatch
+from te_nvfp4_cv.backend.swapping import gives_up
+from te_nvfp4_cv.backend.torch_private import saved_tensors_hooks_are_on, without_function_modes
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import (
     activation_shift,
@@ -26,10 +33,12 @@ from te_nvfp4_cv.layer import (
     empty_batch,
     evaluation_cache,
     observe,
+    prepared,
     weight_codes,
     weight_transforms,
 )
 from te_nvfp4_cv.layer.check import (
+    CACHED,
     MINIMUM,
     CallShape,
     Sizes,
@@ -40,10 +49,11 @@ from te_nvfp4_cv.layer.check import (
     refuse_jit_trace,
 )
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
-from te_nvfp4_cv.layer.options import CallOptions
+from te_nvfp4_cv.layer.options import ALONE, CallOptions
+from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.layer.subclasses import PLAIN, without_class
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
-from te_nvfp4_cv.ops.layouts import is_channels_last
+from te_nvfp4_cv.ops.layouts import is_channels_last, is_dense
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 # ---- torch's functions ----------------------------------------------------------------------------------------------
@@ -250,3 +260,122 @@ def _plain(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor
     if g.rank == 0:
         return F.linear(x, w, bias)
     return torch.convolution(x, w, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
+
+
+# ---- calls that are alike -------------------------------------------------------------------------------------------
+
+
+class Known:
+    """A call that ran in NVFP4. What may change between two calls and is no value of a tensor is in `look`."""
+
+    def __init__(
+        self, function: Any, args: tuple[Any, ...], recipe: NVFP4BlockScaling, backend: str, chosen: str, plan: Plan
+    ) -> None:
+        self.function, self.args, self.recipe, self.backend, self.chosen = function, args[3:], recipe, backend, chosen
+        self.plan, self.look = plan, _look(*args[:3])
+        self.dtype: torch.dtype = self.look[-1]
+        self.macs = 0
+        self.prepared: prepared.PreparedLayer | None = None
+        self.asked = False  # for that, at the first call that might use one
+
+
+# By a weight's id: the weight, and its calls by the shape of x.
+_known: dict[int, tuple[weakref.ref[Tensor], dict[torch.Size, Known]]] = {}
+
+
+@gives_up
+def _forget(w: Tensor) -> None:
+    _known.pop(id(w), None)
+
+
+def _look(x: Any, w: Any, bias: Any) -> tuple[Any, ...]:
+    device = x.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
+    more = None if bias is None else (bias.dtype, bias.shape, bias.device)
+    return x.dtype, x.stride(), device, w.dtype, w.shape, w.stride(), w.device, more, cache.changes, autocast, dtype
+
+
+def known_call(function: Any, args: tuple[Any, ...]) -> Known | None:
+    """Return what is known of a call of torch with these arguments, none by name; None where it must be looked at."""
+    if len(args) < 3:
+        return None
+    x, w = args[0], args[1]
+    held = _known.get(id(w))
+    if held is None or held[0]() is not w or type(x) not in PLAIN or x.is_nested or x.layout is not torch.strided:
+        return None
+    known = held[1].get(x.shape)
+    if known is None or known.function is not function or len(args) != len(known.args) + 3:
+        return None
+    # Modules hand over the same objects at each call, and what is remembered cannot change.
+    same = all(map(operator.is_, args[3:], known.args)) and known.look == _look(x, w, args[2])
+    return known if same else None
+
+
+def remember(function: Any, args: tuple[Any, ...], recipe: NVFP4BlockScaling, backend: str, y: Tensor) -> int:
+    """Remember a call that has given y, unless there is something special about it. Returns its multiply-adds."""
+    op, x, w, bias, sizes = read(LAYERS[function], args, {})
+    macs: int = (x if "transpose" in op else y).numel() * w.numel() // w.shape[0]
+    plain = type(w) is torch.nn.Parameter and type(x) in PLAIN and (bias is None or type(bias) in PLAIN)
+    if not plain or len(args) < 3 or not is_dense(x) or recipe.activation_shift != "none":
+        return macs
+    look = _look(x, w, bias)
+    call = CallShape.of(op, x, Sizes.of(w), bias, sizes)
+    call = call._replace(x=Sizes(tuple(x.shape), look[-1]))
+    if isinstance(call.types, list):  # arguments that may change
+        return macs
+    low = lowered(call)
+    if low.unbatched or low.pad or low.empty:
+        return macs
+    chosen = dispatch.resolve(backend, x.device, by_layer=True)
+    compute_dtype = dispatch.compute_dtype(look[-1], x.device, look[-2])
+    plan = planned(call, recipe, chosen, compute_dtype, is_channels_last(x) or is_channels_last(w))
+    known = Known(function, args, recipe, backend, chosen, plan)
+    known.macs = macs
+    held, number = _known.get(id(w)), id(w)
+    if held is None or held[0]() is not w:
+        held = (weakref.ref(w, lambda _, known=_known: known.pop(number, None)), {})  # type: ignore[misc]
+        _known[number] = held
+    if len(held[1]) >= CACHED:  # sizes that never come back
+        held[1].clear()
+    held[1][x.shape] = known
+    return macs
+
+
+def repeat(known: Known, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Run a call as `known` says; None if somebody takes part in it, or if "auto" means another backend now."""
+    kind = known.look[2].type
+    if (
+        observe.local.observers
+        or weight_codes.frozen
+        or weight_transforms.local.running
+        or not torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or getattr(x, deferred.ATTRIBUTE, None) is not None
+        # On a GPU the answer changes with cache.changes only, and is not cheap.
+        or (kind != "cuda" and dispatch.resolve(known.backend, x.device, by_layer=True) != known.chosen)
+    ):
+        return None
+    plan, scales, ready = known.plan, None, None
+    if x.dtype is not known.dtype:
+        x = x.to(known.dtype)
+    if plan.delayed:
+        scales = delayed_scaling.of_call(x, w, bias, plan, None)
+    if (known.prepared or not known.asked) and x.requires_grad and w.requires_grad and _alone(x):
+        if not known.asked:
+            known.asked = True
+            known.prepared = prepared.PreparedLayer(plan, x, w, bias) if prepared.fits(plan, x, w) else None
+        if scales is None or prepared.measured(scales):
+            ready = known.prepared
+    options = ALONE if scales is None and ready is None else CallOptions(scales=scales, prepared=ready)
+    y: Tensor = QuantizedConv.apply(x, w, bias, plan, options)
+    return y
+
+
+def _alone(x: Tensor) -> bool:
+    """Return True if nobody sees the launches or the saved tensors of a call, which runs on the current device."""
+    device = x.device
+    # Hooks: the two forward passes of a checkpoint must save alike, and the second one may find other scales.
+    if not dispatch.kernels_serve(device) or not dispatch.runs_directly(x) or saved_tensors_hooks_are_on():
+        return False
+    return device.type != "cuda" or device.index == torch.cuda.current_device()

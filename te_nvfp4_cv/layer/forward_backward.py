@@ -308,6 +308,15 @@ class QuantizedConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, options: CallOptions
     ) -> Tensor:
+        prepared = options.prepared
+        if prepared is not None:
+            with _without_autocast(x.device.type):
+                y, together = prepared.forward(x, w, bias, options.scales)
+            ctx.save_for_backward(together)
+            if prepared.like is None:
+                prepared.like = Like.of(x, w, bias)
+            ctx.plan, ctx.options, ctx.like = plan, options, prepared.like
+            return y
         need_dx, need_dw = ctx.needs_input_grad[:2]
         y, saved = forward(x, w, bias, plan, need_dx, need_dw, options)
         ctx.save_for_backward(*saved)
@@ -320,9 +329,15 @@ class QuantizedConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if is_batched(dy):
             raise many_gradients()
-        saved, needs = Saved(*ctx.saved_tensors), ctx.needs_input_grad[:3]
+        needs, options, tensors = ctx.needs_input_grad[:3], ctx.options, ctx.saved_tensors
         grads: tuple[Tensor | None, ...]
-        grads = backward(dy, saved, ctx.plan, ctx.like, needs, ctx.options)
+        if options.prepared is not None:
+            if needs[0] and needs[1] and not torch.is_grad_enabled():
+                with without_function_modes(), _without_autocast(dy.device.type):
+                    grads = options.prepared.backward(dy, *tensors, options.scales, needs[2])
+                return (*grads, None, None)
+            tensors = options.prepared.parts(*tensors)
+        grads = backward(dy, Saved(*tensors), ctx.plan, ctx.like, needs, options)
         # With create_graph=True: dx depends on w, dw on x, all on dy, and they must not look like constants.
         if torch.is_grad_enabled():
             # w, bias and perhaps x: the nodes that accumulate into leaves know their tensor.

@@ -7,7 +7,7 @@ this file (delayed_scaling.py, deferred.py); the layer knows them by these proto
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -101,6 +101,21 @@ class Ranks(Protocol):
         """Return db of all of dy from that of this rank's part."""
 
 
+class Prepared(Protocol):
+    """Runs both passes of a plain call by launches that were looked up before (prepared.py)."""
+
+    like: Any  # forward_backward.Like of the call's tensors
+
+    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None) -> tuple[Tensor, Tensor]:
+        """Return y, and what backward needs in one tensor."""
+
+    def backward(self, dy: Tensor, saved: Tensor, scales: Scales | None, need_db: bool) -> tuple[Tensor | None, ...]:
+        """Return dx, dw and db."""
+
+    def parts(self, saved: Tensor) -> tuple[Tensor, ...]:
+        """Return the fields of forward_backward.Saved."""
+
+
 class CallOptions(NamedTuple):
     """The others that take part in one call.
 
@@ -112,6 +127,7 @@ class CallOptions(NamedTuple):
         watch: is shown every operand.
         ranks: exchanges operands and results; None on a single device.
         experts: which rows go to which expert; None but for grouped linear layers.
+        prepared: runs both passes; then there are none of the others but scales.
     """
 
     codes: WeightCodes | None = None
@@ -121,6 +137,7 @@ class CallOptions(NamedTuple):
     watch: Watch | None = None
     ranks: Ranks | None = None
     experts: Experts | None = None
+    prepared: Prepared | None = None
 
 
 ALONE = CallOptions()

@@ -7,6 +7,8 @@ mask. Offsets are int64: tensors may exceed 2^31 elements. Launch functions allo
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.records import Alpha
-from te_nvfp4_cv.ops.triton.launching import start
+from te_nvfp4_cv.ops.triton.launching import Bound, start
 
 BLOCK = 4096
 
@@ -60,7 +62,7 @@ def product_of(a, b, number, PARTS: tl.constexpr):
 
 @triton.jit
 def scale_bias_kernel(
-    y, out, alpha, other, number, bias, n, channels, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+    y, out, alpha, other, bias, number, n, channels, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Write out = round(y * alpha + bias[i % channels]), computed in fp32; alpha is that of product_of."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -108,13 +110,24 @@ def scale_bias(y: Tensor, alpha: Tensor | Alpha, bias: Tensor | None, dtype: tor
     """
     out = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
     if y.numel():
-        grid = (triton.cdiv(y.numel(), BLOCK),)
         has_bias, parts = bias is not None, parts_of(alpha)
-        start(
-            scale_bias_kernel,
-            grid,
-            # A pointer must be there for a bias that is not read, too.
-            y, out, *parts, bias if has_bias else parts[0], y.numel(), y.shape[-1],
-            PARTS=1 + isinstance(alpha, Alpha), HAS_BIAS=has_bias, BLOCK=BLOCK,
-        )
+        # A pointer must be there for a bias that is not read, too.
+        third = bias if bias is not None else parts.a
+        kinds = (y.dtype, dtype, third.dtype)
+        launch = scale_bias_of(y.numel(), y.shape[-1], kinds, 1 + isinstance(alpha, Alpha), parts.number, has_bias)
+        launch(y, out, parts.a, parts.b, third)
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def scale_bias_of(
+    n: int, channels: int, kinds: tuple[torch.dtype, ...], parts: int, number: float, has_bias: bool
+) -> Bound:
+    """Return the launch of scale_bias_kernel for n values.
+
+    Args:
+        kinds: dtypes of y, of the result and of the bias; a launch serves one.
+        parts: of the factor, one or two; `number` belongs to the latter.
+    """
+    constants = dict(PARTS=parts, HAS_BIAS=has_bias, BLOCK=BLOCK)
+    return Bound(scale_bias_kernel, (triton.cdiv(n, BLOCK),), (number, n, channels), constants)

@@ -111,19 +111,50 @@ class Bound:
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch it with these tensors."""
-        addresses = [t.data_ptr() for t in tensors]
+        if not self._again(tensors[0].get_device(), [t.data_ptr() for t in tensors]):
+            self._first(list(tensors))
+
+    def at(
+        self, device: int, addresses: Sequence[int], dtypes: Sequence[torch.dtype], owners: Sequence[Tensor]
+    ) -> None:
+        """Launch it with what lies at these addresses, without a tensor for each.
+
+        Args:
+            device: its number, as Tensor.get_device gives it.
+            addresses: 0 for what the kernel does not read.
+            dtypes: of what lies there.
+            owners: tensors in whose memory the addresses are. A first launch makes views of these.
+        """
+        if not self._again(device, addresses):
+            self._first([_view(*place, owners) for place in zip(addresses, dtypes, strict=True)])
+
+    def _again(self, device: int, addresses: Sequence[int]) -> bool:
         # What Triton asks of a tensor, its dtype aside: multiples of 16 are loaded in wider pieces.
-        key = (tensors[0].get_device(), *[address & 15 for address in addresses])
-        found = self.known.get(key)
-        if found is not None and KEEPS:
-            found[0][self.whole_grid](*addresses, *self.numbers, *found[1])
-            return
-        typed = list(tensors)
+        found = self.known.get((device, *[address & 15 for address in addresses]))
+        if found is None or not KEEPS:
+            return False
+        found[0][self.whole_grid](*addresses, *self.numbers, *found[1])
+        return True
+
+    def _first(self, tensors: list[Tensor]) -> None:
+        key = (tensors[0].get_device(), *[t.data_ptr() & 15 for t in tensors])
         for place, dtype in self.views:
-            typed[place] = typed[place].view(dtype)
-        made = start(self.kernel, self.grid, *typed, *self.numbers, **self.constants)
+            tensors[place] = tensors[place].view(dtype)
+        made = start(self.kernel, self.grid, *tensors, *self.numbers, **self.constants)
         if made is not None:
             self.known[key] = made
+
+
+def _view(address: int, dtype: torch.dtype, owners: Sequence[Tensor]) -> Tensor:
+    """Return what lies at an address, in one axis, up to the end of its owner's memory."""
+    for owner in owners:
+        storage = owner.untyped_storage()
+        begin = address - storage.data_ptr()
+        if address and 0 <= begin < storage.nbytes():
+            count = (storage.nbytes() - begin) // 8 * 8
+            whole = owner.new_empty(0, dtype=torch.uint8).set_(storage, begin, (count,), (1,))
+            return whole.view(dtype)
+    return owners[0].new_empty(0, dtype=dtype)
 
 
 class Repeated:

@@ -116,7 +116,7 @@ def _measured(x: Tensor, spec: OperandSpec, rht: bool, pow2: bool, by_expert: Te
         parts.amax_flat(x, work, amax, (pow2, spec.e4m3_max))
         return amax
     raised = spec.e4m3_max if pow2 else 0
-    launch, table = _amaxes_of(x.shape, x.dtype, x.device, spec.fold, raised, by_expert is not None)
+    launch, table = amaxes_of(x.shape, x.dtype, x.device, spec.fold, raised, by_expert is not None)
     # Folding may leave rows of x out, so that x's own amax needs a pass of its own.
     if table is not None:
         parts.amax_flat(x, work, None)
@@ -126,7 +126,7 @@ def _measured(x: Tensor, spec: OperandSpec, rht: bool, pow2: bool, by_expert: Te
 
 
 @functools.lru_cache(maxsize=4096)
-def _amaxes_of(
+def amaxes_of(
     shape: torch.Size, dtype: torch.dtype, device: torch.device, fold: Fold, raised: int, experts: bool
 ) -> tuple[Repeated, Tensor | None]:
     """Return the launch of amax_kernel for operands that are alike, and its table of rows.
@@ -208,7 +208,7 @@ def _quantize_weight(
         a, b = (amax, amax) if factor is None else factor[:2]
         packed = row.data if spec.row == PACKED else row.scale
         written = row.data if values is None else values
-        _weight_tiles_of(w.shape, strides, w.device, number, kinds)(w, amax, packed, row.scale, written, a, b)
+        weight_tiles_of(w.shape, strides, w.device, number, kinds)(w, amax, packed, row.scale, written, a, b)
     elif spec.row != NONE:
         sizes, strides = (n, n, taps, c), (stride_o, stride_t, stride_c)
         blocks = parts.Blocks(n * taps * kb, sizes, strides, False, 1, kb)
@@ -221,7 +221,7 @@ def _quantize_weight(
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_tiles_of(
+def weight_tiles_of(
     shape: torch.Size, strides: tuple[int, int, int], device: torch.device, number: float, kinds: tuple[Any, ...]
 ) -> Bound:
     """Return the launch of quantize_tiles_kernel for weights [n, c, taps] that are alike.
@@ -328,7 +328,7 @@ class _Job:
         """Write both faces of an operand that is not folded, or one face of any operand; `last`: no launch follows."""
         x, watch, experts = self.x, self.watch, self.source_rows if col != NONE else None
         observe = 0 if watch is None else watch.flags_of(last)
-        launch, table = _tiles_of(x.shape, x.dtype, x.device, self.spec, (row, col), observe, experts is not None)
+        launch, table = tiles_of(x.shape, x.dtype, x.device, self.spec, (row, col), observe, experts is not None)
         table = table if experts is None else experts
         faces = (*self.row, *self.col)
 
@@ -373,7 +373,7 @@ class _Job:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tiles_of(
+def tiles_of(
     shape: torch.Size,
     dtype: torch.dtype,
     device: torch.device,

@@ -213,15 +213,15 @@ def amax_flat(
     used, seen = (work, work) if move is None else move[:2]
     rule = () if move is None else move[2:]
     faces = 0 if amax is None else amax.numel()
-    launch = _amax_flat_of(x.numel(), x.dtype, x.device, faces, raised[1] if raised[0] else 0, rule)
+    launch = amax_flat_of(x.numel(), x.dtype, x.device, faces, raised[1] if raised[0] else 0, rule)
     launch(lambda: (x, work, work if amax is None else amax, used, seen))
 
 
 @functools.lru_cache(maxsize=4096)
-def _amax_flat_of(
+def amax_flat_of(
     n: int, dtype: torch.dtype, device: torch.device, faces: int, raised: int, rule: tuple[tuple[int, ...], ...]
 ) -> Repeated:
-    """Return the launch of amax_flat_kernel for n values of a dtype; raised: as in launch._amaxes_of."""
+    """Return the launch of amax_flat_kernel for n values of a dtype; raised: as in launch.amaxes_of."""
 
     def bind(config: tuning.Config) -> Bound:
         block = min(config["BLOCK"], max(power_of_two(n), 128))  # 128 lanes are four warps
@@ -278,13 +278,13 @@ def unpack_both(
     w_parts = parts_of(w.scale if w_factor is None else w_factor)
     x_parts = parts_of(x.scale if x_factor is None else x_factor)
     factors = (0 if w_factor is None else 2, w_parts.number, 0 if x_factor is None else 2, x_parts.number)
-    launch = _unpack_both_of(w_out.shape, group_rows, x.scale.shape, x_out.dtype, x_out.device, factors)
+    launch = unpack_both_of(w_out.shape, group_rows, x.scale.shape, x_out.dtype, x_out.device, factors)
     faces = tuple(t if t.is_contiguous() else t.contiguous() for t in (*w, *x))
     launch(lambda: (*faces, w_out, x_out, *w_parts[:2], *x_parts[:2]))
 
 
 @functools.lru_cache(maxsize=4096)
-def _unpack_both_of(
+def unpack_both_of(
     weight: torch.Size,
     group_rows: int,
     scale: torch.Size,

@@ -1,0 +1,148 @@
+"""Run a layer's training step by launches that were looked up at an earlier call that was alike.
+
+forward_backward.py has the sequence, for every backend and whoever takes part. On a GPU a small layer in eager mode
+takes as long as Python needs to find its kernels and to make its tensors, so the plain case has this short form of the
+same steps: the backend "vendor" on Triton's kernels, x and w both with gradients, nothing folded, alone. The bits are
+the same (tests/ops/kernels/test_prepared.py). What is not plain takes the long way, one pass or both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_nvfp4_cv.backend import dispatch, tuning
+from te_nvfp4_cv.layer.delayed_scaling import DelayedCallScales
+from te_nvfp4_cv.layer.options import Scales
+from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.conv import vendor
+from te_nvfp4_cv.ops.quantize import rounding_seeds
+from te_nvfp4_cv.ops.records import DEQUANTIZED
+
+Look = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+def fits(plan: Plan, x: Tensor, w: Tensor) -> bool:
+    """Return True if calls with this plan and such tensors have the short form, apart from who takes part."""
+    g = plan.geometry
+    return (
+        plan.backend == "vendor"
+        and plan.operand_form == DEQUANTIZED
+        and dispatch.kernels_serve(x.device)
+        and not (tuning.arch_of(x.device) and tuning.autotune_enabled())
+        and len(plan.gemms) == 3
+        and not plan.dequantized_backward
+        and not plan.row_scaled
+        and not g.routed
+        and g.rank in layouts.CHANNELS_LAST
+        and g.batch % 16 == 0
+        and plan.folds[0].strips == plan.folds[1].strips == 1
+        and plan.weight.two_d
+        and plan.input.four_over_six is None
+        and plan.grad_output.four_over_six is None
+        and plan.compute_dtype == x.dtype
+        and layouts.is_dense(w)
+    )
+
+
+def measured(scales: Scales) -> bool:
+    """Return True if the state of delayed scales is there, and this is no checkpoint's second pass."""
+    state = scales.scales if isinstance(scales, DelayedCallScales) and not scales.again else None
+    return state is not None and all(state.measured)
+
+
+class PreparedLayer:
+    """One layer's training step on tensors of these shapes, strides and dtypes."""
+
+    def __init__(self, plan: Plan, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
+        from te_nvfp4_cv.ops.quantize.triton.step import Parts, Step
+
+        g = plan.geometry
+        n, taps, channels = g.weight_shape
+        flat = w.detach().flatten(2)
+        carried = {gemm for gemm, yes in plan.weight_carries_scales.items() if yes}
+        carried |= {"wgrad"} if plan.input_carries_scales else set()
+        settings = (plan.input, plan.grad_output)
+        rule = (tuple(s.e4m3_max for s in settings), tuple(s.margin for s in settings)) if plan.delayed else None
+        parts = Parts(
+            torch.Size(g.x_shape), torch.Size(g.y_shape), x.dtype,
+            torch.Size((n, channels, taps)), (flat.stride(0), flat.stride(2), flat.stride(1)), w.dtype,
+            (plan.input_specs[True], plan.gradient_specs[True, True]), plan.weight_specs[True],
+            plan.alpha_factors, frozenset(carried), rule,
+        )  # fmt: skip
+        self.step, self.plan, self.carried = Step(parts, x.device), plan, carried
+        self.dtype, self.device, self.w_dtype = x.dtype, x.device, w.dtype
+        self.format = layouts.CHANNELS_LAST[g.rank]
+        self.x, self.y = _first(g.x_shape), _first(g.y_shape)
+        self.w = _first((n, *g.kernel, channels))
+        self.x_last, self.w_last = layouts.is_channels_last(x), layouts.weight_is_channels_last(w)
+        self.bias_dtype = None if bias is None else bias.dtype
+        self.seeded = plan.gradient_specs[True, True].stochastic
+        self.like: Any = None  # forward_backward.Like of these tensors, for gradients that take the long way
+
+    def _empty(self, look: Look) -> Tensor:
+        return torch.empty_strided(*look, dtype=self.dtype, device=self.device)
+
+    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None) -> tuple[Tensor, Tensor]:
+        """Return y, and what backward needs in one tensor."""
+        state, moves = None, False
+        if isinstance(scales, DelayedCallScales):
+            state, moves, scales.moves = scales.scales, scales.moves, False
+        values = self._empty(self.x), self._empty(self.w)
+        x = x.contiguous(memory_format=self.format)
+        carried = "fprop" in self.carried
+        saved = self.step.forward(x, w, values, state, moves)
+        y = vendor.convolution(*values, bias if carried else None, self.plan.geometry)
+        if not carried:
+            y = self.step.scale("fprop", _placed(y, self.y, self.format), self.dtype, (saved, None), bias)
+        return self._result(y, self.y, self.plan.channels_last), saved
+
+    def backward(self, dy: Tensor, saved: Tensor, scales: Scales | None, need_db: bool) -> tuple[Tensor | None, ...]:
+        """Return dx, dw and db."""
+        state = scales.scales if isinstance(scales, DelayedCallScales) else None
+        g, step = self.plan.geometry, self.step
+        dy = dy.contiguous(memory_format=self.format)
+        seed = rounding_seeds.draw_seed(dy) if self.seeded else None
+        faces, values = (self._empty(self.y), self._empty(self.y)), (self._empty(self.w), self._empty(self.x))
+        mine = step.backward(dy, saved, faces, values, seed, state)
+        if scales is not None:
+            scales.backward_ran()
+        w_values, x_values = values
+        dx = vendor.convolution_backward(faces[0], x_values, w_values, g, [True, False, False])[0]
+        if "dgrad" not in self.carried:
+            dx = step.scale("dgrad", _placed(dx, self.x, self.format), self.dtype, (saved, mine), None)
+        dw = vendor.convolution_backward(faces[1], x_values, w_values, g, [False, True, False])[1]
+        if "wgrad" not in self.carried:
+            dw = step.scale("wgrad", _placed(dw, self.w, self.format), self.w_dtype, (saved, mine), None)
+        dw = self._result(dw.to(self.w_dtype), self.w, self.w_last)
+        db = None
+        if need_db:
+            db = dy.movedim(1, -1).flatten(0, -2).sum(0, dtype=torch.float32).to(self.bias_dtype)
+        return self._result(dx, self.x, self.x_last), dw, db
+
+    def parts(self, saved: Tensor) -> tuple[Tensor, ...]:
+        """Return x's columnwise face and its amax, w's codes and their amax, as the long way saves them."""
+        columns, x_amax, codes, w_amax = self.step.faces(saved)
+        return *columns, x_amax, *codes, w_amax
+
+    def _result(self, y: Tensor, look: Look, channels_last: bool) -> Tensor:
+        """Return y as layouts.image_first does."""
+        y = _placed(y, look, self.format)
+        y = y if channels_last else y.contiguous()
+        return layouts.not_a_view(y) if y._is_view() else y
+
+
+def _first(shape: tuple[int, ...]) -> Look:
+    """Return shape and strides of [B, *image, C] in memory, seen with its channels second."""
+    y = torch.empty(shape, device="meta").movedim(-1, 1)
+    return tuple(y.shape), y.stride()
+
+
+def _placed(y: Tensor, look: Look, memory_format: torch.memory_format) -> Tensor:
+    """Return y with its channels innermost in memory, and these strides also along axes of one element."""
+    if y.stride() == look[1]:
+        return y
+    return y.contiguous(memory_format=memory_format).as_strided(*look)
