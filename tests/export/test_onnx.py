@@ -556,9 +556,12 @@ def test_openvino_gives_the_codes_and_outputs_of_onnxruntime(case: str, tmp_path
     assert found.codes and found.output <= runtimes.BOUND
 
 
-def test_openvino_gives_the_outputs_of_a_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["small", "mobilenet_v2"])
+def test_openvino_gives_the_outputs_of_a_network(name: str, tmp_path: Path) -> None:
+    """And differs by no more than on plain layers of the same values: 53 layers amplify the last bits of fp32 sums."""
     pytest.importorskip("openvino", reason=OPENVINO)
-    assert runtimes.network(*runtimes.quantized("small"), tmp_path) <= runtimes.BOUND
+    found, peer = runtimes.network(name, runtimes.quantized(name)[0], tmp_path)
+    assert found <= runtimes.BOUND and found <= max(runtimes.PEER * peer, runtimes.EXACT)
 
 
 def test_the_comparison_of_runtimes_finds_other_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
