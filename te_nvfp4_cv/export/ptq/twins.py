@@ -3,7 +3,8 @@
 A twin is a copy of a layer that shares its tensors and is then turned into an InferenceLayer. The model runs in high
 precision; each layer's input also goes through its twins. Their errors give
 
-    the correction of the bias    the mean error of each output channel, that of the activations' codes included
+    the correction of the bias    the mean error of each output channel, that of the activations' codes included;
+                                  matching.py then adds what errors of earlier layers do
     the shift                     y = W (x - m) + W m, m: the mean of each channel of x. A twin with a shift is taken
                                   if it has less error. Tried where the means are large: sum m^2 > 4 sum of variances
     the folding of a norm         the layer before folding, with the norm behind it, is a second Watched; which of the
@@ -139,11 +140,15 @@ class Watched:
         self.shifted = self.twin.shift is not None
         if self.inner:  # it has the bias of the module around it, which adds it in torch; ONNX files read the layer's
             self.twin._parameters["bias"] = self.layer._parameters["bias"]
-        # Behind the norm: there the error was measured.
-        bias: Any = self.twin.bias if self.pair is None else self.pair.norm.bias
-        if wanted and bias is not None and self.ran:
+        if wanted and self.bias is not None and self.ran:
             self.correction = self.seen[0][0].mean
-            bias.data -= self.correction.to(bias)
+            self.bias.data -= self.correction.to(self.bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the bias of the twin, or that of the norm behind it: there the error is measured."""
+        bias: Any = self.twin.bias if self.pair is None else self.pair.norm.bias
+        return bias
 
     def put(self, net: nn.Module) -> None:
         """Let the layer and its twin change places in the model, or back again."""
@@ -213,14 +218,15 @@ def run_beside(net: nn.Module, watches: Collection[Watched], images: Images) -> 
         for batch in itertools.islice(images, OBSERVED):
             outputs = net(batch)
             if not images.held:
-                expected.append(_kept(outputs))
+                expected.append(kept(outputs))
         for watch in watches:
             watch.measuring = True
-        expected += [_kept(net(batch)) for batch in images.held]
+        expected += [kept(net(batch)) for batch in images.held]
     return expected
 
 
-def _kept(outputs: object) -> list[Tensor]:
+def kept(outputs: object) -> list[Tensor]:
+    """Return copies of the tensors in a model's outputs."""
     return [t.detach().clone() for t in tensors_of(outputs)]  # a model may return a buffer that it writes anew
 
 
@@ -239,7 +245,7 @@ def choose_foldings(net: nn.Module, twins: dict[str, Watched], unfolded: Mapping
     if not tried:
         return
     batch = next(iter(images))
-    expected = _kept(net(batch))
+    expected = kept(net(batch))
     for name in tried:
         with_norm, folded = (_alone(net, watch, batch, expected) for watch in (unfolded[name], twins[name]))
         if with_norm > folded + GAIN_DB:
@@ -258,7 +264,7 @@ def leave_high(net: nn.Module, twins: Mapping[str, Watched], images: Images, bud
         return set()
     costs = [twins[name].flops for name in names]
     batch = next(iter(images))
-    expected = _kept(net(batch))
+    expected = kept(net(batch))
     # Noise beside the signal: 0 without any; NaN, an output that cannot be compared, says nothing of the layer.
     found = [_alone(net, twins[name], batch, expected) for name in names]
     scores = [0.0 if math.isnan(sqnr) else 10 ** (-sqnr / 10) for sqnr in found]
@@ -286,7 +292,7 @@ def drift_of(
     rows.sort(key=lambda row: math.inf if math.isnan(row.sqnr_db) else row.sqnr_db)
     batches = images.held or itertools.islice(images, OBSERVED)
     # Batch by batch side by side: all tensors of the first place are compared, then those of the second.
-    found = [_kept(net(batch)) for batch in batches]
+    found = [kept(net(batch)) for batch in batches]
     joined = (
         [torch.cat(place) if all(t.dim() for t in place) and len({t.shape[1:] for t in place}) == 1 else place[0]
          for place in zip(*outputs, strict=False)]
