@@ -144,6 +144,11 @@ def tensors_of(outputs: Any) -> Iterator[Tensor]:
             yield from tensors_of([getattr(leaf, f.name) for f in fields(leaf)])
 
 
+def kept(outputs: object) -> list[Tensor]:
+    """Return copies of the tensors in a model's outputs."""
+    return [t.detach().clone() for t in tensors_of(outputs)]  # a model may return a buffer that it writes anew
+
+
 def compare(found: Iterable[Tensor], expected: Iterable[Tensor]) -> tuple[float, float, int]:
     """Return SQNR in dB, mean cosine and the number of images of outputs, NaN if nothing can be compared."""
     signal = noise = 0.0

@@ -14,15 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
 from te_nvfp4_cv.export.ptq.calibration import by_channel
-from te_nvfp4_cv.export.ptq.drift import compare, tensors_of
-from te_nvfp4_cv.export.ptq.twins import Watched, kept
+from te_nvfp4_cv.export.ptq.drift import compare, kept, tensors_of
+
+if TYPE_CHECKING:
+    from te_nvfp4_cv.export.ptq.twins import Watched
 
 HIGH, CORRECTED, PLAIN = "high precision", "with corrected biases", "with biases as they were"
 

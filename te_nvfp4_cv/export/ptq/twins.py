@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.export.codes import Codes, is_transposed
 from te_nvfp4_cv.export.modules import InferenceLayer, become, zero_pads
 from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, by_channel, watching
-from te_nvfp4_cv.export.ptq.drift import Drift, Errors, LayerDrift, compare, tensors_of
+from te_nvfp4_cv.export.ptq.drift import Drift, Errors, LayerDrift, compare, kept, tensors_of
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.nn.precision import set_precision
 from te_nvfp4_cv.nn.walk import op_of
@@ -223,11 +223,6 @@ def run_beside(net: nn.Module, watches: Collection[Watched], images: Images) -> 
             watch.measuring = True
         expected += [kept(net(batch)) for batch in images.held]
     return expected
-
-
-def kept(outputs: object) -> list[Tensor]:
-    """Return copies of the tensors in a model's outputs."""
-    return [t.detach().clone() for t in tensors_of(outputs)]  # a model may return a buffer that it writes anew
 
 
 def _alone(net: nn.Module, watch: Watched, batch: Any, expected: list[Tensor]) -> float:
