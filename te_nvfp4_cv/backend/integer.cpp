@@ -636,6 +636,20 @@ inline int thread_count() {
 #endif
 }
 
+// Where the sums of one item belong: a tile of dy's channels, a tap, a block of x's channels. Counted up, since dividing costs as much as a short sum.
+struct Item {
+    const WeightGradient& w; int64_t tiles, taps, of_group;
+    int64_t tile, tap, block, group = 0, channel = 0; int columns = 0;        // of x: the group, the first channel in it, and how many
+
+    Item(const WeightGradient& q, int64_t number, int64_t tiles_, int64_t taps_, int64_t of_group_) : w(q), tiles(tiles_), taps(taps_), of_group(of_group_) {
+        tile = number % tiles; tap = number / tiles % taps; block = number / tiles / taps;
+        find_block();
+    }
+    void find_block() { group = block / of_group; channel = block % of_group * 16; columns = int(std::min<int64_t>(16, w.panel_channels - channel)); }
+    void next() { if (++tile == tiles) { tile = 0; if (++tap == taps) { tap = 0; ++block; find_block(); } } }
+    int64_t first_record() const { return std::max<int64_t>(0, std::min(tile * ROWS, w.record_channels - ROWS)); }
+};
+
 template <class T, class S>
 void weight_product(WeightGradient w, S bytes) {
     const int64_t taps = w.taps[0] * w.taps[1] * w.taps[2], panel_pixels = w.records_on_b ? w.a[0] * w.a[1] * w.a[2] : w.b[0] * w.b[1] * w.b[2];
@@ -654,16 +668,16 @@ void weight_product(WeightGradient w, S bytes) {
     const bool once = band >= w.b[0];                              // one band: sums go straight to dw
     std::vector<float> totals(once ? 0 : size_t(items * ROWS * 16), 0.0f);     // [panel block, tap, tile of dy's channels, ROWS, 16]
     const float alpha = *w.alpha;
-    const auto first_channel = [&](int64_t tile) { return std::max<int64_t>(0, std::min(tile * ROWS, w.record_channels - ROWS)); };
-    const auto store = [&](int64_t item, const float* total) {
-        const int64_t tile = item % tiles, t = item / tiles % taps, block = item / tiles / taps, g = block / of_group, c0 = block % of_group * 16;
-        const int columns = int(std::min<int64_t>(16, w.panel_channels - c0));
-        for (int64_t r = 0, o = first_channel(tile); r < ROWS && o < w.record_channels; ++r, ++o)
-            for (int j = 0; j < columns; ++j) {
-                const int64_t at = w.records_on_b ? ((g * w.record_channels + o) * taps + t) * w.panel_channels + c0 + j
-                                                  : ((g * w.panel_channels + c0 + j) * taps + t) * w.record_channels + o;
-                store_round(static_cast<T*>(w.dw) + at, total[r * 16 + j] * alpha);
-            }
+    const auto row_of = [&](const Item& i, int64_t o) { return static_cast<T*>(w.dw) + ((i.group * w.record_channels + o) * taps + i.tap) * w.panel_channels + i.channel; };
+    const auto store = [&](const Item& i, const float* total) {
+        for (int64_t r = 0, o = i.first_record(); r < ROWS && o < w.record_channels; ++r, ++o) {
+            float v[16];
+            for (int j = 0; j < 16; ++j) v[j] = total[r * 16 + j] * alpha;
+            T* const row = row_of(i, o);
+            if (!w.records_on_b) for (int j = 0; j < i.columns; ++j) store_round(static_cast<T*>(w.dw) + ((i.group * w.panel_channels + i.channel + j) * taps + i.tap) * w.record_channels + o, v[j]);
+            else if (i.columns == 16) store_outputs(row, v);
+            else for (int j = 0; j < i.columns; ++j) store_round(row + j, v[j]);
+        }
     };
     #pragma omp parallel num_threads(w.threads)
     {
@@ -681,24 +695,24 @@ void weight_product(WeightGradient w, S bytes) {
             for (int64_t step = from * slab_steps; step < to_step; ++step) slabs.expand(step);
             expanded = std::max(expanded, to);
             int64_t made = -1;                                     // the tap whose segments are at hand
-            for (int64_t item = begin; item < end; ++item) {
-                const int64_t tile = item % tiles, t = item / tiles % taps, block = item / tiles / taps;
-                if (t != made) {
-                    const int64_t tap[3] = {t / w.taps[2] / w.taps[1], t / w.taps[2] % w.taps[1], t % w.taps[2]};
+            Item i(w, begin, tiles, taps, of_group);
+            for (int64_t item = begin; item < end; ++item, i.next()) {
+                if (i.tap != made) {
+                    const int64_t tap[3] = {i.tap / w.taps[2] / w.taps[1], i.tap / w.taps[2] % w.taps[1], i.tap % w.taps[2]};
                     tap_segments(w, slabs, row, next, tap, segments);
-                    made = t;
+                    made = i.tap;
                 }
-                const int64_t record = block / of_group * w.record_channels + first_channel(tile);
-                const Walk walk{a_step, b_step, record * RECORD, block * slabs.block_bytes()};
+                const Walk walk{a_step, b_step, (i.group * w.record_channels + i.first_record()) * RECORD, i.block * slabs.block_bytes()};
                 if (once) {
                     float total[ROWS * 16];
+                    if (w.records_on_b) for (int64_t o = i.first_record(), r = 0; r < std::min<int64_t>(ROWS, w.record_channels); ++r) __builtin_prefetch(row_of(i, o + r), 1);     // or the stores wait for memory
                     multiply<true>(segments.data(), int64_t(segments.size()), walk, total);
-                    store(item, total);
+                    store(i, total);
                 } else multiply<false>(segments.data(), int64_t(segments.size()), walk, totals.data() + item * ROWS * 16);
             }
             #pragma omp barrier
         }
-        if (!once) for (int64_t item = begin; item < end; ++item) store(item, totals.data() + item * ROWS * 16);
+        if (!once) { Item i(w, begin, tiles, taps, of_group); for (int64_t item = begin; item < end; ++item, i.next()) store(i, totals.data() + item * ROWS * 16); }
     }
 }
 

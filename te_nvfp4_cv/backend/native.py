@@ -48,6 +48,7 @@ class Operand(ctypes.Structure):
         *_fields(_I64, "seed"),
         *_fields(_I32, "rht stochastic in_bf16 out_bf16 threads want_row want_col error"),
         *_fields(_F32, "e4m3_max"),
+        *_fields(_I32, "each_once"),
     ]
 
 

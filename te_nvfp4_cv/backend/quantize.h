@@ -388,6 +388,10 @@ struct Operand {            // see native.py: the same fields in the same order
     float* amax;                                  // [2]: rowwise, columnwise: written by amax, read by quantize
     float* observed;                              // [3], or nullptr: amaxes that quantize met in each face, saturated blocks
     int64_t seed; int32_t rht, stochastic, in_bf16, out_bf16, threads, want_row, want_col, error; float e4m3_max;   // error: 0 none, 1 MAE, 2 MSE: 4over6
+    int32_t each_once;                            // row_start has every row of x once, beside rows of zeros
+
+    // Whether both faces are made in one pass: then every row of x is a row of the columns.
+    bool together() const { return want_row && want_col && (row_start == nullptr || each_once); }
 };
 
 // What one thread met while it quantized: amaxes as bits, and blocks whose scale exceeded 448 before rounding.
@@ -628,7 +632,7 @@ template <class T, bool RHT>
 void amax_operand(const Operand& q) {
     const int64_t run = q.Wp * q.C, N16 = q.fold_images / 16, items = N16 * q.fold_L, elements = q.images * q.L * run;
     uint32_t row_max = 0, col_max = 0;
-    const bool together = q.want_row && q.want_col && q.row_start == nullptr;     // every row of x is a row of the columns
+    const bool together = q.together();
     if (q.want_row && !together) {
         const int64_t piece = 1 << 14, pieces = (elements + piece - 1) / piece;
         #pragma omp parallel for num_threads(q.threads) schedule(static) reduction(max : row_max)
@@ -660,7 +664,7 @@ void quantize_operand(const Operand& q, const F& row_scale, const F& col_scale) 
     const int64_t N16 = q.fold_images / 16;
     const T* x = static_cast<const T*>(q.x);
     const Keys keys = keys_of(uint64_t(q.seed));
-    const bool together = q.want_row && q.want_col && q.row_start == nullptr;     // the 16 rows are still in the cache
+    const bool together = q.together();                            // the 16 rows are still in the cache
     Seen total;
     #pragma omp parallel num_threads(q.threads)
     {
@@ -674,7 +678,7 @@ void quantize_operand(const Operand& q, const F& row_scale, const F& col_scale) 
                 row_pointers<T>(q, g16, row, rows);
                 if (F::PAIRS && col_scale.pairs && (g16 ^ 1) < N16) row_pointers<T>(q, g16 ^ 1, row, partner = others);
                 col_run<T, D, RHT, SR>(q, rows, partner, g16, row, col_scale, keys, seen);
-                if (together) for (int i = 0; i < 16; ++i) if (rows[i]) row_run<T, D, SR>(q, rows[i], g16 * 16 + i, row, row_scale, keys, seen);
+                if (together) for (int i = 0; i < 16; ++i) if (rows[i]) row_run<T, D, SR>(q, rows[i], q.row_start ? (rows[i] - x) / (q.Wp * q.C) : g16 * 16 + i, row, row_scale, keys, seen);
             }
         }
         if (q.want_row && !together) {

@@ -97,6 +97,11 @@ class Experts:
         return self.rows[-1].end if self.rows else 0
 
     @answer
+    def used_rows(self) -> Tensor:
+        """The part of source_rows that has blocks of experts: int64 [16 blocks]."""
+        return self.source_rows[: self.rows[-1].last * BLOCK]
+
+    @answer
     def source_rows(self) -> Tensor:
         """The row of x that each row of a columnwise face is, -1 for zeros: int64 [16 blocks], on x's device."""
         ends = self.offsets.long().cummax(0).values.clamp(0, self.tokens)

@@ -89,6 +89,8 @@ def on_ranks_bad_sizes_raise_everywhere(ranks: Ranks) -> None:
     with pytest.raises(ValueError, match="without 4over6"):
         recipe = nv.NVFP4BlockScaling(nvfp4_4over6="all", disable_rht=True)
         nv.distributed.dispatch(x, sizes, ranks.group, recipe)
+    with pytest.raises(ValueError, match="block_format='mxfp4'"):
+        nv.distributed.dispatch(x, sizes, ranks.group, nv.NVFP4BlockScaling(block_format="mxfp4"))
     x[1, 1] = torch.nan if ranks.rank == 0 else 0.0
     rows, _ = nv.distributed.dispatch(x, sizes, ranks.group)
     assert bool(rows.isnan().all())

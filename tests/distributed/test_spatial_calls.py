@@ -99,9 +99,16 @@ def on_ranks_evaluation_shares_amaxes(ranks: Ranks) -> None:
 
 
 @two_ranks
-def on_ranks_row_scaled_layers_stay_in_high_precision(ranks: Ranks) -> None:
+def on_ranks_row_scaled_layers_and_other_formats_stay_in_high_precision(ranks: Ranks) -> None:
     mesh, x = mesh_of(ranks), values((2, 16, 8, 6), seed=1)
     rows = dataclasses.replace(PLAIN, row_scaled_activation=True, disable_rht=True)
+    other = nv.NVFP4BlockScaling(block_format="mxfp4")
+    for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.Linear(6, 16)):
+        reasons: list[str] = []
+        with nv.nvfp4_autocast(other), observe.observe(lambda call, told=reasons: told.append(call.reason)):
+            found = SP.whole(layer(SP.shard(x, mesh)))
+        assert all(reasons) and (layer.weight.dim() == 2 or "block_format='mxfp4'" in reasons[0]), reasons
+        assert relative_error(found, layer(x)) <= 1e-6
     for layer in (nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1, 2)):
         told: list[str] = []
         with nv.nvfp4_autocast(rows), observe.observe(lambda call, told=told: told.append(call.reason)):

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.distributed import collectives
 from te_nvfp4_cv.layer import observe
+from te_nvfp4_cv.ops.block_scales import FORMATS
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from tests.distributed.launch import Ranks, ranks_test, two_ranks
 from tests.distributed.sharing import COLUMNS, PLAIN, ROWS, check, mesh, part, quiet, recorded, run
@@ -339,6 +340,10 @@ def on_ranks_what_is_refused(ranks: Ranks) -> None:
     row_scaled = nv.NVFP4BlockScaling(row_scaled_activation=True, disable_rht=True)
     with pytest.raises(ValueError, match="cannot be shared"), nv.nvfp4_autocast(row_scaled):
         layer.to(ranks.device)(x)
+    for name in FORMATS:
+        refused = pytest.raises(ValueError, match=f"tensor_parallel linear: no form[\\s\\S]*block_format='{name}'")
+        with refused, nv.nvfp4_autocast(nv.NVFP4BlockScaling(block_format=name)):
+            layer(x)
     delayed = nv.NVFP4BlockScaling(tensor_scale="delayed")
     with pytest.raises(ValueError, match="one group"), nv.nvfp4_autocast(delayed, amax_reduction_group=ranks.group):
         layer(x)

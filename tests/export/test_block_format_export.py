@@ -8,6 +8,7 @@ from torch import nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import native
+from te_nvfp4_cv.export import checkpoints
 from te_nvfp4_cv.export.codes import quantize_layer
 from te_nvfp4_cv.layer import operands
 from te_nvfp4_cv.layer.check import CallShape, Sizes, planned
@@ -71,6 +72,16 @@ def test_what_has_no_form_for_other_blocks_says_so(tmp_path):
         _ = made[2].nvfp4_weight
     assert not list(tmp_path.iterdir())
     assert nv.fsdp.quantize_gathers(network(), recipe) == []  # gathered in high precision
+
+
+def test_a_file_whose_recipe_has_other_blocks_is_not_loaded(tmp_path, monkeypatch):
+    """nv.export.save writes none, but a file may come from elsewhere."""
+    saved = nv.export.save(network(), tmp_path / "net")
+    monkeypatch.setattr(checkpoints, "parse_recipe", lambda *_: nv.NVFP4BlockScaling(block_format="nvfp4_ue5m3"))
+    model = network()
+    with pytest.raises(ValueError, match=r"net.*no form for this block format(.|\n)*block_format='nvfp4_ue5m3'"):
+        nv.export.load(saved.files[0], model)
+    assert type(model[2]) is nn.Conv2d
 
 
 @pytest.mark.parametrize("name", FORMATS)

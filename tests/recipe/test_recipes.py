@@ -151,7 +151,9 @@ def test_a_file_of_an_earlier_version_has_nvfp4s_blocks_and_one_of_a_later_versi
     path = tmp_path / "mine.toml"
     path.write_text("[recipe]\ndisable_rht = true\n")
     assert load_recipe(path) == NVFP4BlockScaling(disable_rht=True, block_format="nvfp4")
-    for line, said in (('block_format = "nvfp5"', "block_format='nvfp5'"), ("block_size = 32", "block_size")):
+    lines = {'block_format = "nvfp5"': "block_format='nvfp5'", "block_size = 32": "block_size"}
+    lines['block_format = "mxfp4"\nrht_size = 32'] = "rht_size"  # the transform is that of 16 images in every format
+    for line, said in lines.items():
         path.write_text(f"[recipe]\n{line}\n")
         with pytest.raises(ValueError, match=said):
             load_recipe(path)

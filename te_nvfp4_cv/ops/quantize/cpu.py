@@ -45,17 +45,22 @@ def quantize_operand(
     amax: Tensor | None,
     into: tuple[Face, Face] | None = None,
     observe: bool = True,
+    rows: Tensor | None = None,
 ) -> Operand:
     """Quantize as operand.quantize_operand does. The compiled kernels write both faces `into` memory that is given.
 
     Args:
         observe: if False, `amax` is one that holds what the kernels would observe, and they do not look.
+        rows: int64 [spec.fold.images], for x [T, C] and compiled kernels: the row of x that each row of the columnwise
+            face is, -1 for zeros. It has all rows.
     """
     library = native.load() if x.device.type == "cpu" else None
     if library is None or spec.row_scaled or not x.numel():
         return reference.quantize_operand(x, spec, dtype, seed, amax)
     row_form, col_form, rht = spec.row, spec.col, spec.rht
     q, x, starts = operand_view(x, spec.groups, spec.fold, rht, col_form != NONE)
+    if rows is not None:
+        starts = _take_rows(q, rows)
     row, col = into or layouts.operand_faces(x, spec, dtype, layouts.for_one_call)
     q.seed, q.stochastic = 0 if seed is None else int(seed), spec.stochastic
     q.out_bf16, q.error, q.e4m3_max = dtype == torch.bfloat16, ERRORS[spec.four_over_six], spec.e4m3_max
@@ -88,12 +93,14 @@ def quantize_operand(
     return Operand(row, used[:1].clone(), col, used[1:].clone(), observed)
 
 
-def measure_operand(x: Tensor, spec: OperandSpec) -> Tensor:
-    """Return the amaxes as operand.measure_operand does."""
+def measure_operand(x: Tensor, spec: OperandSpec, rows: Tensor | None = None) -> Tensor:
+    """Return the amaxes as operand.measure_operand does; `rows` as for quantize_operand."""
     library = native.load() if x.device.type == "cpu" else None
     if library is None or not x.numel():
         return reference.measure_operand(x, spec)
     q, x, starts = operand_view(x, 1, spec.fold, spec.rht, spec.rht)
+    if rows is not None:
+        starts = _take_rows(q, rows)
     amax = torch.empty(2, dtype=torch.float32, device=x.device)
     q.amax, q.want_row, q.want_col = amax.data_ptr(), True, spec.rht
     library.nvfp4_amax(ctypes.byref(q))
@@ -129,6 +136,13 @@ def _row_starts(fold: Fold, batch: int, rows: int, run: int) -> Tensor:
     with torch.inference_mode(False):
         source = fold.source_rows(batch, rows)
         return torch.where(source >= 0, source * run, -1).contiguous()
+
+
+def _take_rows(q: native.Operand, rows: Tensor) -> Tensor:
+    """Have the kernels read rows of a matrix in another order; return what the caller must hold on to."""
+    starts = torch.where(rows >= 0, rows * q.C, -1)
+    q.row_start, q.each_once = starts.data_ptr(), True
+    return starts
 
 
 def write_to(q: native.Operand, spec: OperandSpec, row: Face, col: Face) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
-from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.experts import Experts, Rows
@@ -59,6 +59,14 @@ def quantize_operand(
         found: Operand = kernels.quantize_operand(x, spec, dtype, seed, amax, collector, experts.source_rows)
         return found
     module = kernels or (reference if backend == "reference" else cpu)
+    if module is cpu and not experts.own_scales and seed is None and _at_once(x, experts):
+        order = experts.used_rows
+        faces = layouts.operand_faces(x, spec, dtype, layouts.for_one_call)
+        one = spec._replace(fold=Fold(1, 0, 1, 0, order.shape[0]))
+        whole = cpu.quantize_operand(x, one, dtype, None, amax, faces, rows=order)
+        if collector is not None:
+            collect(collector, whole.observed)
+        return whole._replace(observed=x.new_empty(0, dtype=torch.float32))
     own = None
     if amax is None and not experts.own_scales:
         own = amax = measure_operand(x, experts, spec, backend)
@@ -100,8 +108,16 @@ def measure_operand(x: Tensor, experts: Experts, spec: OperandSpec, backend: str
         measured: Tensor = kernels.measure_operand(x, spec, experts.source_rows)
         return measured
     module = reference if backend == "reference" else cpu
+    if module is cpu and _at_once(x, experts):
+        order = experts.used_rows
+        return cpu.measure_operand(x, spec._replace(fold=Fold(1, 0, 1, 0, order.shape[0])), order)
     found = [module.measure_operand(x[rows.here], _alone(spec, rows)) for rows in experts.rows]
     return torch.stack(found).amax(0) if found else torch.zeros(2, dtype=torch.float32, device=x.device)
+
+
+def _at_once(x: Tensor, experts: Experts) -> bool:
+    """Return True if the compiled kernels can take all experts' rows in one call: each row of x is some expert's."""
+    return native.available(x.device) and x.shape[0] > 0 and experts.end == x.shape[0]
 
 
 def _alone(spec: OperandSpec, rows: Rows) -> OperandSpec:

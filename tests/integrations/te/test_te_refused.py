@@ -88,6 +88,16 @@ def test_unknown_backend() -> None:
 
 
 @with_te
+def test_another_block_format() -> None:
+    """In the layer's forward, as the recipe is asked for a quantizer there."""
+    import transformer_engine.pytorch as te
+
+    recipe = te_plugin.recipe(nv.NVFP4BlockScaling(block_format="mxfp4"))
+    with te.autocast(recipe=recipe), refused(ValueError, "te_plugin: no form", "block_format='mxfp4'", "fix: "):
+        te.Linear(64, 64, device="cpu")(torch.zeros(16, 64))
+
+
+@with_te
 def test_backend_that_cannot_run() -> None:
     """An explicit backend raises where it cannot run, in the layer's forward."""
     import transformer_engine.pytorch as te
