@@ -37,7 +37,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend.swapping import gives_up
-from te_nvfp4_cv.backend.torch_private import in_backward
+from te_nvfp4_cv.backend.torch_private import in_backward, is_traced
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.inside import replaced
@@ -217,7 +217,7 @@ def refuse(recipe: NVFP4BlockScaling, group: Any) -> None:
 
     Raises:
         ValueError: scales of rows that ranks should share.
-        RuntimeError: delayed scales while torch.compile traces the call.
+        RuntimeError: delayed scales while torch.compile or make_fx traces the call.
     """
     if group is not None and recipe.row_scaled_activation:
         raise value_error(
@@ -226,12 +226,12 @@ def refuse(recipe: NVFP4BlockScaling, group: Any) -> None:
             needs="one scale per tensor: row_scaled_activation=False",
             fix="leave amax_reduction_group out, or change the recipe",
         )
-    if recipe.tensor_scale == "delayed" and torch.compiler.is_compiling():
+    if recipe.tensor_scale == "delayed" and is_traced():
         raise runtime_error(
             "nvfp4: delayed tensor scales do not work under torch.compile yet.",
-            got="a recipe with tensor_scale='delayed', traced by torch.compile",
+            got="a recipe with tensor_scale='delayed', in a call that torch.compile, torch.export or make_fx traces",
             needs="tensor_scale='current' there: the state of delayed scales is kept outside of the graph",
-            fix="dataclasses.replace(recipe, tensor_scale='current'), or leave torch.compile out",
+            fix="dataclasses.replace(recipe, tensor_scale='current'), or do not trace",
         )
 
 

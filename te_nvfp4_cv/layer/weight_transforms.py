@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from te_nvfp4_cv.backend.torch_private import is_traced
 from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer import operands
 from te_nvfp4_cv.layer.plan import Plan
@@ -80,7 +81,7 @@ def refuse(w: Tensor, codes: object) -> tuple[str, Tensor] | None:
     # By identity: a module may call functions with other weights while it runs.
     if not running or running[-1][0]._parameters.get("weight") is not w:
         return None
-    compiling = torch.compiler.is_compiling()
+    compiling = is_traced()
     if codes is not None or compiling:
         raise runtime_error(
             "nvfp4: a learned weight scale does not work here.",

@@ -171,6 +171,35 @@ def test_programs_below_the_layers_say_so(make):
     assert {row.reason for row in nv.coverage(program, x).rows} == {"torch.convolution called directly"}
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["the first calls", "calls that ran before"])
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_make_fx_traces_a_training_step(mode, known):
+    net, x = Net(), image()
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        loss = net(x).square().mean()
+        return loss, *torch.autograd.grad(loss, list(net.parameters()))
+
+    if known:
+        told(net, x)
+    with nv.nvfp4_autocast():
+        graph = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    called = [str(node.target) for node in graph.graph.nodes]
+    assert called.count("te_nvfp4_cv.layer.default") == called.count("te_nvfp4_cv.layer_backward.default") == 3
+    torch.manual_seed(0)
+    found = graph(x)
+    torch.manual_seed(0)
+    with nv.nvfp4_autocast():
+        wanted = step(x)
+    assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_make_fx_refuses_what_lives_outside_of_a_graph():
+    recipe = nv.NVFP4BlockScaling(tensor_scale="delayed")
+    with pytest.raises(RuntimeError, match="make_fx traces"), nv.nvfp4_autocast(recipe):
+        make_fx(Net())(image())
+
+
 # ---- functorch, torch.ao ----
 
 
