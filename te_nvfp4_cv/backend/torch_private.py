@@ -49,9 +49,7 @@ def is_batched(tensor: torch.Tensor) -> bool:
 
 def is_traced() -> bool:
     """Return True while torch.compile, torch.export or make_fx writes down the calls that it sees."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_PROXIES) is not None
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXIES) is not None
 
 
 def in_backward() -> bool:
