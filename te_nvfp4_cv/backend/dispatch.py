@@ -36,6 +36,7 @@ MINIMUM_CAPABILITY = (8, 0)
 CUDNN_CAPABILITY = (10, 0)  # which cudnn-frontend's NVFP4 convolution asks for
 FP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0))  # what triton 3.6 to 3.9 compile block-scaled FP4 products for
 _PLAIN = (Tensor, Parameter)  # exactly these: a subclass may give an operator another meaning
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY  # make_fx's dispatch mode
 KERNELS_ON_CPU = False  # tests set it, under the interpreter: vendor on a CPU then takes its path on CUDA
 
 
@@ -233,6 +234,11 @@ def runs_directly(x: Tensor) -> bool:
     if torch.compiler.is_compiling():  # asked first: torch.compile cannot trace the question after it
         return False
     return type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()
+
+
+def is_traced() -> bool:
+    """Return True while torch.compile, torch.export or make_fx writes down the calls that it sees."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXIES) is not None
 
 
 def native_fp4(device: torch.device) -> bool:

@@ -31,7 +31,6 @@ without_function_modes = torch._C.DisableTorchFunction  # a context manager: no 
 without_subclasses = torch._C.DisableTorchFunctionSubclass  # the same for the overrides of tensor subclasses
 without_modes = torch.utils._python_dispatch._disable_current_modes  # for dispatch modes: tensors are real inside
 grouped_products = (torch._grouped_mm, torch.ops.aten._grouped_mm)  # rows of tokens times a kernel for each expert
-_PROXIES = torch._C._TorchDispatchModeKey.PROXY  # make_fx's dispatch mode
 wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself
 
 
@@ -45,11 +44,6 @@ def is_batched(tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # Dynamo cannot trace the question
         return False
     return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
-
-
-def is_traced() -> bool:
-    """Return True while torch.compile, torch.export or make_fx writes down the calls that it sees."""
-    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXIES) is not None
 
 
 def in_backward() -> bool:

@@ -36,8 +36,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.backend.dispatch import is_traced
 from te_nvfp4_cv.backend.swapping import gives_up
-from te_nvfp4_cv.backend.torch_private import in_backward, is_traced
+from te_nvfp4_cv.backend.torch_private import in_backward
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.inside import replaced

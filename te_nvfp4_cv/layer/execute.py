@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from te_nvfp4_cv.backend import cache, dispatch
 from te_nvfp4_cv.backend.swapping import gives_up
-from te_nvfp4_cv.backend.torch_private import is_traced, saved_tensors_hooks_are_on, without_function_modes
+from te_nvfp4_cv.backend.torch_private import saved_tensors_hooks_are_on, without_function_modes
 from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.layer import (
     activation_shift,
@@ -221,7 +221,7 @@ def _execute(
     chosen = dispatch.resolve(backend, x.device, by_layer=True)
     compute_dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     channels_last = is_channels_last(x) or is_channels_last(w)
-    if is_traced():  # no producers and no observers inside of a graph
+    if dispatch.is_traced():  # no producers and no observers inside of a graph
         delayed_scaling.refuse(recipe, group)
         weight_transforms.refuse(w, None)
         spec = custom_op.LayerSpec(recipe.key, chosen, compute_dtype, channels_last)
@@ -351,7 +351,7 @@ def repeat(known: Known, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | 
         or weight_transforms.local.running
         or not torch.is_grad_enabled()
         or torch.jit.is_tracing()
-        or is_traced()
+        or dispatch.is_traced()
         or getattr(x, deferred.ATTRIBUTE, None) is not None
         # On a GPU the answer changes with cache.changes only, and is not cheap.
         or (kind != "cuda" and dispatch.resolve(known.backend, x.device, by_layer=True) != known.chosen)

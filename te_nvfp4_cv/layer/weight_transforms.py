@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_nvfp4_cv.backend.torch_private import is_traced
+from te_nvfp4_cv.backend.dispatch import is_traced
 from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer import operands
 from te_nvfp4_cv.layer.plan import Plan
