@@ -31,7 +31,6 @@ from te_nvfp4_cv.layer import (
     deferred,
     delayed_scaling,
     empty_batch,
-    evaluation_cache,
     observe,
     prepared,
     weight_codes,
@@ -51,6 +50,7 @@ from te_nvfp4_cv.layer.check import (
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.run import cast, run
 from te_nvfp4_cv.layer.subclasses import PLAIN, without_class
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.layouts import is_channels_last, is_dense
@@ -190,23 +190,15 @@ def _execute(
 ) -> Tensor:
     refuse_jit_trace(f"a layer in NVFP4 ({op})")
     # `unwritten` stays what the caller holds; x is cast, padded and unsqueezed below, and `settle` needs the former.
-    device, unwritten = x.device.type, x
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    producer = getattr(x, deferred.ATTRIBUTE, None)
-    # A cast or a padding would read values that are not there yet.
-    if producer is not None and not deferred.claimable(x, w.dim() - 2, args.padding, dtype):
-        deferred.settle(x)
-        producer = None
-    if autocast:
-        x = x.to(dtype)
-    elif x.dtype != w.dtype:
-        raise value_error(
-            f"nvfp4 {op}: input and weight differ in dtype.",
-            got=f"x {describe(x)}, weight {describe(w)}",
-            needs="one dtype outside of torch.autocast",
-            fix="model.to(x.dtype), x.to(w.dtype), or run under torch.autocast",
-        )
+    unwritten, producer = x, getattr(x, deferred.ATTRIBUTE, None)
+    if producer is not None:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        # A cast or a padding would read values that are not there yet.
+        if not deferred.claimable(x, w.dim() - 2, args.padding, dtype):
+            deferred.settle(x)
+            producer = None
+    x, autocast = cast(op, x, w)
     call = CallShape.of(op, x, Sizes.of(w), bias, args)
     low = lowered(call)
     x = low.input(x)
@@ -230,29 +222,7 @@ def _execute(
     if type(x) not in PLAIN:
         x = without_class(x)
     plan = planned(call, recipe, chosen, compute_dtype, channels_last)
-    codes = scales = None
-    # Nearly every weight is a plain Parameter that nothing has frozen: these two questions cost less than a call.
-    if weight_codes.frozen or type(w) not in PLAIN:
-        codes = weight_codes.codes_of(w, plan)
-    if plan.delayed or group is not None:
-        scales = delayed_scaling.of_call(x, w, bias, plan, group)
-    if producer is not None and not producer.serves(plan, torch.is_grad_enabled() and w.requires_grad, scales):
-        deferred.settle(x)
-        producer = None
-    # Before w is transformed: observers know a layer by its weight's identity.
-    told = observe.Call(op, w, x, low.geometry, recipe, "") if observe.local.observers else None
-    transformed, unpacked = bool(weight_transforms.local.running), None
-    if transformed:
-        w = weight_transforms.apply(w, codes, plan)
-    if not torch.is_grad_enabled():  # a Function's needs_input_grad does not know: nothing is saved for nobody
-        if codes is None and told is None and not transformed:
-            codes, unpacked = evaluation_cache.find(w, plan)
-        x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
-    options = CallOptions(codes=codes, unpacked=unpacked, scales=scales, producer=producer)
-    if told is None:
-        y = QuantizedConv.apply(x, w, bias, plan, options)
-    else:
-        y = observe.watched(told, lambda watch: QuantizedConv.apply(x, w, bias, plan, options._replace(watch=watch)))
+    y = run(op, x, w, bias, plan, group, producer)
     return y.squeeze(0) if low.unbatched else y
 
 

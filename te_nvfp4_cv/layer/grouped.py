@@ -17,15 +17,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import describe, value_error
-from te_nvfp4_cv.layer import (
-    custom_op,
-    deferred,
-    delayed_scaling,
-    empty_batch,
-    evaluation_cache,
-    observe,
-    weight_codes,
-)
+from te_nvfp4_cv.layer import custom_op, deferred, delayed_scaling, empty_batch
 from te_nvfp4_cv.layer.check import (
     MINIMUM,
     CallShape,
@@ -36,8 +28,7 @@ from te_nvfp4_cv.layer.check import (
     planned,
     refuse_jit_trace,
 )
-from te_nvfp4_cv.layer.forward_backward import QuantizedConv
-from te_nvfp4_cv.layer.options import CallOptions
+from te_nvfp4_cv.layer.run import cast, run
 from te_nvfp4_cv.layer.subclasses import PLAIN, without_class
 from te_nvfp4_cv.ops.experts import Experts, checked_offsets
 from te_nvfp4_cv.ops.geometry import ConvArgs
@@ -97,17 +88,7 @@ def execute(
     """
     refuse_jit_trace(f"a layer in NVFP4 ({OP})")
     deferred.settle(x)
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        x = x.to(torch.get_autocast_dtype(device))
-    elif x.dtype != w.dtype:
-        raise value_error(
-            f"nvfp4 {OP}: input and weight differ in dtype.",
-            got=f"x {describe(x)}, weight {describe(w)}",
-            needs="one dtype outside of torch.autocast",
-            fix="model.to(x.dtype), x.to(w.dtype), or run under torch.autocast",
-        )
+    x, autocast = cast(OP, x, w)
     call = CallShape.of(OP, x, Sizes.of(w), bias, ConvArgs())
     low = lowered(call)
     offsets = checked_offsets(offsets, x, w.shape[0])
@@ -136,23 +117,7 @@ def execute(
         x = without_class(x)
     experts = Experts(offsets.detach(), x.shape[0], own_scales)
     plan = planned(call, recipe, chosen, compute_dtype, False)
-    codes = scales = unpacked = None
-    if weight_codes.frozen or type(w) not in PLAIN:
-        codes = weight_codes.codes_of(w, plan)
-    if plan.delayed or group is not None:
-        scales = delayed_scaling.of_call(x, w, bias, plan, group)
-        if scales is not None:
-            scales.experts = experts
-    told = observe.Call(OP, w, x, low.geometry, recipe, "") if observe.local.observers else None
-    if not torch.is_grad_enabled():
-        if codes is None and told is None:
-            codes, unpacked = evaluation_cache.find(w, plan)
-        x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
-    options = CallOptions(codes=codes, unpacked=unpacked, scales=scales, experts=experts)
-    if told is None:
-        return QuantizedConv.apply(x, w, bias, plan, options)  # type: ignore[no-any-return]
-    # An observer is told of the call, but not shown its operands: their columnwise faces are laid out by expert.
-    return observe.watched(told, lambda watch: QuantizedConv.apply(x, w, bias, plan, options))
+    return run(OP, x, w, bias, plan, group, experts=experts)
 
 
 def plain(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
