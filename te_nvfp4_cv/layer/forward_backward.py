@@ -281,7 +281,7 @@ def backward(
                 real = saved.real_input(plan, dy.dtype, experts)
                 dw = gemms.plain_wgrad(dy_last, real, plan, experts).to(like.w_dtype)
             if options.watch is not None:
-                options.watch.weight_gradient(dy_last, dw, plan)
+                options.watch.weight_gradient(dy_last, dw, plan, experts)
             dw = layouts.kernel_as(dw, g, like.w_shape, like.w_channels_last)
         if need_dx and dx is None:
             dx = input_gradient()

@@ -50,7 +50,7 @@ def _quantize(role: Role, x: Tensor, spec: OperandSpec, plan: Plan, options: Cal
         how = (plan.compute_dtype, seed, amax, plan.backend, collector)
         made = grouped.quantize_operand(x, options.experts, spec, *how)
     if options.watch is not None:
-        options.watch.quantized(role, x, made, seed, plan)
+        options.watch.quantized(role, x, made, seed, plan, options.experts)
     return made
 
 

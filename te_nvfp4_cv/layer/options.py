@@ -40,11 +40,17 @@ class Watch(Protocol):
     """Looks on while one call is quantized (telemetry). It must not change what it sees."""
 
     def quantized(
-        self, role: Role, operand: Tensor, made: Operand | WeightCodes, seed: Tensor | None, plan: Plan
+        self,
+        role: Role,
+        operand: Tensor,
+        made: Operand | WeightCodes,
+        seed: Tensor | None,
+        plan: Plan,
+        experts: Experts | None = None,
     ) -> None:
         """See that `operand` has become `made`; `seed` rounded it, if it was rounded stochastically."""
 
-    def weight_gradient(self, dy: Tensor, dw: Tensor, plan: Plan) -> None:
+    def weight_gradient(self, dy: Tensor, dw: Tensor, plan: Plan, experts: Experts | None) -> None:
         """See that dy [B, *image, O] has led to dw [axis 0, taps, axis 1]."""
 
 

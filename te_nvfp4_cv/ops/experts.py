@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.backend.answers import answer
@@ -90,6 +91,10 @@ class Experts:
         for rows in self.rows:
             found[rows.here] = values[rows.expert]
         return found
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Return [16 blocks, C]: the rows of x [T, C] as columnwise faces have them, with zeros between experts."""
+        return F.pad(x, (0, 0, 0, 1))[self.used_rows]  # -1 is the last row
 
     @property
     def end(self) -> int:

@@ -20,6 +20,8 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX, BlockFormat, format_of
+from te_nvfp4_cv.ops.experts import Experts
+from te_nvfp4_cv.ops.quantize import grouped
 from te_nvfp4_cv.ops.quantize.operand import measure_operand, quantize_operand
 from te_nvfp4_cv.ops.quantize.reference import fold_images, pad_groups
 from te_nvfp4_cv.ops.records import NONE, PACKED, Face, Operand, WeightCodes
@@ -77,7 +79,13 @@ def finite(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def of_operand(
-    role: Role, operand: Tensor, made: Operand, seed: Tensor | None, plan: Plan, most: int
+    role: Role,
+    operand: Tensor,
+    made: Operand,
+    seed: Tensor | None,
+    plan: Plan,
+    most: int,
+    experts: Experts | None = None,
 ) -> dict[str, Blocks]:
     """Return the blocks of x or dy as "row" and "col", each if the layer made that face.
 
@@ -88,9 +96,12 @@ def of_operand(
         seed: the seed that it was rounded with, if stochastically.
         plan: the layer's plan.
         most: the number of elements of each face to look at.
+        experts: of a grouped linear layer. Rows that are nobody's, which have no codes, are not looked at.
     """
     s = plan.recipe.settings(role)
-    is_x = role == Role.INPUT
+    is_x, groups = role == Role.INPUT, plan.geometry.row_groups
+    if experts is not None and not experts.rows:
+        return {}
     fold, row_scaled = plan.folds[0 if is_x else 1], is_x and plan.row_scaled
     row, col, other = made.row, made.col, format_of(plan.backend)
     both_faces = plan.input_specs[True] if is_x else plan.gradient_specs[True, True]
@@ -99,42 +110,60 @@ def of_operand(
         # With delayed scaling the amax was given, and is not that of the operand: it is given again. A current one
         # need not be, because it is measured again.
         amax = None
-        if made.observed.numel():
+        if made.observed.numel() or (experts is not None and plan.delayed):  # which tell nobody what they observed
             amax = torch.cat((made.row_amax.flatten()[:1], made.col_amax.flatten()[:1]))
         spec = both_faces._replace(row=forms[0], col=forms[1])
-        again = quantize_operand(operand, spec, plan.compute_dtype, seed, amax, plan.backend)
+        how = (spec, plan.compute_dtype, seed, amax, plan.backend)
+        again = quantize_operand(operand, *how) if experts is None else grouped.quantize_operand(operand, experts, *how)
         row, col = again.row if forms[0] else row, again.col if forms[1] else col
     if other is not None:  # one scale for each 16 values, as NVFP4 has them
-        row = Face(row.data, other.of_rows(row, plan.geometry.groups)) if row.data.numel() else row
+        row = Face(row.data, other.of_rows(row, groups)) if row.data.numel() else row
         col = Face(col.data, other.of_columns(col)) if col.data.numel() else col
     sampled = functools.partial(_sampled, e4m3_max=s.e4m3_max, other=other)
     found = {}
+    row_amax, col_amax, filled = made.row_amax, made.col_amax, None
+    if experts is None:
+        columns = fold_images(operand, fold)
+    else:
+        columns, filled = experts.laid_out(operand), experts.used_rows.unsqueeze(-1) >= 0
+        operand, row = operand[: experts.end], Face(*(part[: experts.end] for part in row))
+        col = Face(*(part[: len(columns) // BLOCK] for part in col))
+        if row_amax.numel() > 1:  # one for each expert
+            row_amax = experts.for_rows(row_amax)[: experts.end]
+            of_blocks = [col_amax[rows.expert].expand(rows.last - rows.block) for rows in experts.rows]
+            col_amax = torch.cat(of_blocks).repeat_interleave(operand.shape[-1])
     amax_whole, broken = whole(operand, _measured(made, s.pow2 or other is not None))
     if row.data.numel():
-        raw = _padded(operand, plan.geometry.groups)
+        raw = _padded(operand, groups)
         per_pixel = raw.shape[-1] // BLOCK
         index = _chosen(raw.numel() // BLOCK, most, raw.device)
         valid = None
         if raw.shape[-1] != operand.shape[-1]:
             ones = torch.ones(1, operand.shape[-1], dtype=torch.bool, device=raw.device)
-            valid = _padded(ones, plan.geometry.groups).view(per_pixel, BLOCK)[index % per_pixel]
-        amax = made.row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_scaled else made.row_amax
+            valid = _padded(ones, groups).view(per_pixel, BLOCK)[index % per_pixel]
+        amax = row_amax.reshape(-1, 1).expand(-1, per_pixel).reshape(-1) if row_amax.numel() > 1 else row_amax
         some = raw.reshape(-1, BLOCK)[index]
         found["row"] = sampled(some, *_taken(row, amax, index), valid=valid, rht=False, extent=(amax_whole, broken))
     if col.data.numel():
         index = _chosen(col.scale.numel(), most, operand.device)
-        some = _columns(fold_images(operand, fold), index)
-        amax = made.col_amax
-        amax = amax.repeat(col.scale.numel() // amax.numel()) if row_scaled else amax
+        some = _columns(columns, index)
+        amax = col_amax.repeat(col.scale.numel() // col_amax.numel()) if row_scaled else col_amax
         # The rotation mixes the 16 images of a block, so zero images that fill it up cannot be left out afterwards.
         real = None
         if not s.rht:
-            real = _columns(fold_images(torch.ones_like(operand[..., :1]), fold), index // operand.shape[-1]) != 0
+            if filled is None:
+                filled = fold_images(torch.ones_like(operand[..., :1]), fold)
+            real = _columns(filled, index // operand.shape[-1]) != 0
         if s.rht:  # the largest of the rotated values, which were not stored: quantization has measured it
             amax_whole = made.observed[1] if made.observed.numel() else made.col_amax.amax()
             # But raised it to a power of two, or has no tensor scale.
             if (s.pow2 or other is not None) and not made.observed.numel():
-                amax_whole = measure_operand(operand, both_faces, plan.backend)[1]
+                measured = (both_faces, plan.backend)
+                amax_whole = (
+                    measure_operand(operand, *measured)
+                    if experts is None
+                    else grouped.measure_operand(operand, experts, *measured)
+                )[1]
         found["col"] = sampled(some, *_taken(col, amax, index), valid=real, rht=s.rht, extent=(amax_whole, broken))
     return found
 
@@ -152,7 +181,8 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
     taken = dict(zip(("fprop", "dgrad"), plan.weight_faces, strict=True))
     if taken["fprop"] == taken["dgrad"]:  # 16x16 blocks: one face serves both
         del taken["dgrad"]
-    kernel = w.detach().flatten(2) if w.dim() > 2 else w.detach().unsqueeze(-1)
+    matrix = w.detach().flatten(0, 1) if plan.geometry.routed else w.detach()  # experts' weights as their codes lie
+    kernel = matrix.flatten(2) if matrix.dim() > 2 else matrix.unsqueeze(-1)
     kernel = kernel.transpose(1, 2)  # [axis 0, taps, axis 1]
     found = {}
     extent = whole(w.detach())
@@ -173,7 +203,10 @@ def of_weight(w: Tensor, codes: WeightCodes, plan: Plan, most: int) -> dict[str,
         if face == "row" and scale.dim() == 4:  # 16x16 tiles: [groups, tiles of axis 0, taps, tiles of axis 1]
             # One scale serves 16 rows; after this each block of 16 has its own, as with 1x16.
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :rows].flatten(0, 1)
-        some, made = raw.reshape(-1, BLOCK)[index], _taken(Face(data, scale), codes.amax, index)
+        amax = codes.amax
+        if amax.numel() > 1:  # one for each expert
+            amax = amax.repeat_interleave(data.numel() * 2 // BLOCK // amax.numel())
+        some, made = raw.reshape(-1, BLOCK)[index], _taken(Face(data, scale), amax, index)
         found[gemm] = _sampled(some, *made, s.e4m3_max, other, valid=valid, rht=False, extent=extent)
     return found
 

@@ -21,6 +21,7 @@ from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.walk import named_layers, named_modules, op_of, own_weight
+from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.ops.records import Operand, WeightCodes
 from te_nvfp4_cv.recipe.fields import Role
@@ -195,7 +196,13 @@ class _Watch:
 
     @torch.no_grad()
     def quantized(
-        self, role: Role, operand: Tensor, made: Operand | WeightCodes, seed: Tensor | None, plan: Plan
+        self,
+        role: Role,
+        operand: Tensor,
+        made: Operand | WeightCodes,
+        seed: Tensor | None,
+        plan: Plan,
+        experts: Experts | None = None,
     ) -> None:
         layer, most = self.layer, self.layer.sample.settings.max_elements
         if isinstance(made, WeightCodes):
@@ -208,7 +215,7 @@ class _Watch:
                 layer.x = operand, operand._version  # an in-place ReLU may change x before its backward comes
             if not self.first and "input_column" in layer.tensors:
                 return
-        found = blocks.of_operand(role, operand, made, seed, plan, most)
+        found = blocks.of_operand(role, operand, made, seed, plan, most, experts)
         for face, name in (("row", role.value), ("col", f"{role.value}_column")):
             if face in found and name not in layer.tensors:
                 layer.tensors[name] = statistics.operand(found[face])
@@ -239,11 +246,11 @@ class _Watch:
         before[:] = [packed, *before[:1]]
 
     @torch.no_grad()
-    def weight_gradient(self, dy: Tensor, dw: Tensor, plan: Plan) -> None:
+    def weight_gradient(self, dy: Tensor, dw: Tensor, plan: Plan, experts: Experts | None) -> None:
         held, self.layer.x = self.layer.x, None
         if held is None or held[0]._version != held[1]:
             return
-        exact = gemms.plain_wgrad(dy, held[0], plan).double()
+        exact = gemms.plain_wgrad(dy, held[0], plan, experts).double()
         noise = (dw.double() - exact).norm()
         self.layer.more["gradient"] = {"norm": exact.norm(), "noise": noise}
 

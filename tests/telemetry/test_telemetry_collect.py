@@ -223,8 +223,8 @@ def test_packing_again_gives_the_codes_of_the_dequantized_faces():
     checked = []
     original = blocks.of_operand
 
-    def compare(role, operand, made, seed, plan, most):
-        found = original(role, operand, made, seed, plan, 1 << 30)
+    def compare(role, operand, made, seed, plan, most, experts):
+        found = original(role, operand, made, seed, plan, 1 << 30, experts)
         data, scale = made.row
         if not scale.numel() and data.numel():  # the layer multiplied dequantized rows: codes times block scales
             b, s = found["row"], plan.recipe.settings(role)
