@@ -101,7 +101,8 @@ def launch_steps() -> None:
         net, x = everything(batch)
         net = nv.fuse(net) if fused else net
         recipe = nv.NVFP4BlockScaling(tensor_scale=tensor_scale)
-        for _ in range(2):
+        # In the third of vendor's steps with delayed scales these move as an earlier one has foreseen.
+        for _ in range(3 if (backend, tensor_scale) == ("vendor", "delayed") else 2):
             with torch.autocast("cpu", torch.bfloat16), nv.nvfp4_autocast(recipe, backend=backend):
                 y = net(x)
             y.backward(torch.ones_like(y))
@@ -114,9 +115,9 @@ def launch_steps() -> None:
 
 
 BOUNDS = {  # of a ResNet-50 step: backend, tensor scale, fused -> launches, specializations, torch's operators
-    "delayed": ("vendor", "delayed", False, (367, 19, 436)),
+    "delayed": ("vendor", "delayed", False, (315, 22, 436)),
     "current": ("vendor", "current", False, (628, 15, 379)),
-    "fused": ("vendor", "delayed", True, (531, 26, 175)),
+    "fused": ("vendor", "delayed", True, (511, 29, 175)),
 }
 FREE = frozenset(  # torch's operators that compute nothing on a GPU, or call one that is counted itself
     """_reshape_alias alias as_strided as_strided_ batch_norm _batch_norm_impl_index chunk clone contiguous conv2d
@@ -128,7 +129,7 @@ FREE = frozenset(  # torch's operators that compute nothing on a GPU, or call on
 
 
 def count(launches: Any, name: str) -> int:
-    """Count the second of two training steps of a ResNet-50. Small images change no number of launches."""
+    """Count the third of three training steps of a ResNet-50: calls are prepared in the second."""
     import te_nvfp4_cv as nv
     from te_nvfp4_cv.cli.torchvision_ops import ensure_torchvision
     from te_nvfp4_cv.cli.warm import train
@@ -143,7 +144,8 @@ def count(launches: Any, name: str) -> int:
     recipe = nv.NVFP4BlockScaling(tensor_scale=tensor_scale)
     images = torch.randn(16, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
     model = model.to(memory_format=torch.channels_last)
-    train(model, images, nv.nvfp4_autocast(recipe, backend=backend))
+    for _ in range(2):
+        train(model, images, nv.nvfp4_autocast(recipe, backend=backend))
     launches.counts.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         train(model, images, nv.nvfp4_autocast(recipe, backend=backend))

@@ -87,6 +87,8 @@ class DelayedScales:
         for role in (0, 1):
             self.used[role].fill_(formats.E2M1_MAX * self.e4m3_max[role])
         self.collected = torch.zeros(2, 2, dtype=torch.float32, device=device)
+        # What `used` will be after the next move, if `foreseen`: prepared.py's backward passes write it.
+        self.next, self.foreseen = torch.zeros(2, 2, dtype=torch.float32, device=device), False
         # fp64 counts on where fp32 would stop, at 2^24 blocks.
         self.saturated = torch.zeros(2, dtype=torch.float64, device=device)
         # Python flags: asking a tensor on a GPU would wait for the GPU at each call.
@@ -96,7 +98,7 @@ class DelayedScales:
 
     def to(self, device: torch.device) -> None:
         """Follow a weight that was moved."""
-        for name in ("used", "collected", "saturated"):
+        for name in ("used", "collected", "saturated", "next"):
             setattr(self, name, getattr(self, name).to(device))
 
     def state(self) -> dict[str, Any]:
@@ -178,7 +180,7 @@ class DelayedCallScales(CallScales):
     def backward_ran(self) -> None:
         """Let the next training forward move the scales."""
         if self.scales is not None and self.training:
-            self.scales.stale = True
+            self.scales.stale, self.scales.foreseen = True, False
 
     def start(self) -> None:
         """Start a training forward: have the scales move if a backward pass has run since they moved."""

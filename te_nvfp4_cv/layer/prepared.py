@@ -108,8 +108,8 @@ class PreparedLayer:
         seed = rounding_seeds.draw_seed(dy) if self.seeded else None
         faces, values = (self._empty(self.y), self._empty(self.y)), (self._empty(self.w), self._empty(self.x))
         mine = step.backward(dy, saved, faces, values, seed, state)
-        if scales is not None:
-            scales.backward_ran()
+        if state is not None:
+            state.stale = state.foreseen = True
         w_values, x_values = values
         dx = vendor.convolution_backward(faces[0], x_values, w_values, g, [True, False, False])[0]
         if "dgrad" not in self.carried:

@@ -21,7 +21,7 @@ WIDE_LOADS = [r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global
 WIDE_STORES = [r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64|st\.global[.\w:]*\.v2\.b32"]
 CONVERTING = (100, 120)  # with an instruction for E2M1; 100 also computes pairs of fp32 values
 # Not specialized.
-PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks", "words", "w_programs", "per_row")
+PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks", "words", "w_programs", "per_row", "x_programs")
 INTEGERS = ("images", "rows", "run", "per_row", "word2")
 FACTOR = dict(factor="*fp32", other="*fp32", number="fp32")
 WATCH = dict(work="*i32", seen="*fp32", collected="*fp32", saturated="*fp64")
@@ -138,6 +138,12 @@ UNPACK_ROWS = dict(data="*i32", scale="*u8", out="*bf16", **FACTOR, words="i32",
 UNPACK_ROWS |= dict(taps="i32", group_rows="i32", row_blocks="i32")
 UNPACK_BOTH = {f"w_{name}": kind for name, kind in UNPACK_ROWS.items() if kind[0] == "*" or name == "number"}
 UNPACK_BOTH |= dict(words="i32", width="i32", taps="i32", group_rows="i32", row_blocks="i32", w_programs="i32")
+MOVES = dict(used="*fp32", seen="*fp32", next="*fp32")
+JOINT = dict(x="*bf16", amax="*fp32", row_data="*bf16", row_scale="*u8", col_data="*i64", col_scale="*u8", **WATCH)
+JOINT |= dict(w="*fp32", w_amax="*fp32", used="*fp32", next="*fp32", images="i32", run="i32", per_row="i32")
+JOINT |= dict(x_programs="i32", n="i64")
+JOINTLY = dict(ROW=2, COL=1, RHT=True, OBSERVE=WATCHED, MASKED=False, CHANNELS=0, BLOCKS=1, E4M3_MAX=448, rows=1)
+JOINTLY |= dict(POW2=True, W_E4M3_MAX=448, MOVES=True, W_BLOCK=4096)
 
 CASES = [
     quantize("activation_delayed", budget=lambda arch: 28 if arch == 100 else 44),
@@ -226,8 +232,8 @@ CASES = [
         "unpack_kernels",
         "unpack_both_kernel",
         "unpack_columns",
-        {name: kind for name, kind in (UNPACK_COLUMNS | UNPACK_BOTH).items() if name != "group_blocks"},
-        dict(FACTOR=2, W_FACTOR=2, MASKED=False, W_BLOCK=512),
+        {name: kind for name, kind in (UNPACK_COLUMNS | UNPACK_BOTH | MOVES).items() if name != "group_blocks"},
+        dict(FACTOR=2, W_FACTOR=2, MASKED=False, W_BLOCK=512, RULE=76),
         expect=EXACT + WIDE_LOADS + WIDE_STORES,
     ),
     case(
@@ -247,6 +253,16 @@ CASES = [
         UNPACK_ROWS,
         dict(FACTOR=2, TILED=True),
         expect=EXACT,
+    ),
+    case(
+        "activation_and_weight",
+        "joint_kernels",
+        "quantize_and_measure_kernel",
+        "quantize",
+        JOINT,
+        JOINTLY,
+        key=(0, 0, 0),
+        expect=EXACT + WIDE_LOADS + WIDE_STORES,
     ),
     tiles("weight"),
     tiles("weight_packed", FORM=1, TAPS_FIRST=False),

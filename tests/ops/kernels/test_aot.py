@@ -50,6 +50,7 @@ LAUNCHED = {
         "weight_product",
         "produce_kernel",
         "apply_kernel",
+        "quantize_and_measure_kernel",
         "scale_bias_kernel",
         "grouped_product",
         "grouped_weight",

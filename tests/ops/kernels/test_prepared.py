@@ -63,7 +63,9 @@ def steps(layer, recipe, device, dtype, number=2, run=None):
 
 def assert_same(found, expected):
     for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype and a.stride() == b.stride()
+        assert a.dtype == b.dtype and a.shape == b.shape
+        longer = [axis for axis in range(a.dim()) if a.shape[axis] > 1]
+        assert all(a.stride(axis) == b.stride(axis) for axis in longer)
         assert torch.equal(a, b)
 
 
@@ -85,16 +87,21 @@ def test_a_prepared_step_equals_the_one_before(kernel_device, passes, layer, rec
     assert_same(second, first)
 
 
+def twice(module, x):
+    return module(x / 4) + module(x)  # of two calls in a step the first one moves the scales
+
+
 @pytest.mark.parametrize(
-    ("layer", "dtype"), [("transposed", torch.bfloat16), ("one pixel", torch.float32)], ids=str
+    ("layer", "dtype", "run"), [("transposed", torch.bfloat16, None), ("one pixel", torch.float32, twice)], ids=str
 )
-def test_scales_of_an_earlier_step_move_as_without(kernel_device, monkeypatch, passes, layer, dtype):
-    args = (layer, RECIPES["delayed"], kernel_device, dtype, 3)
+def test_scales_of_an_earlier_step_move_as_without(kernel_device, monkeypatch, passes, layer, dtype, run):
+    args = (layer, RECIPES["delayed"], kernel_device, dtype, 3, run)
     found, state = steps(*args)
-    assert passes == ["forward", "backward"] * 2
+    assert passes.count("forward") == passes.count("backward") >= 2
+    calls = len(passes)
     monkeypatch.setattr(prepared, "fits", lambda *_: False)
     expected, other = steps(*args)
-    assert len(passes) == 4
+    assert len(passes) == calls
     assert_same(sum(found, []), sum(expected, []))
     leaves = [torch.utils._pytree.tree_leaves(one) for one in (state, other)]
     assert [str(leaf) for leaf in leaves[0]] == [str(leaf) for leaf in leaves[1]]

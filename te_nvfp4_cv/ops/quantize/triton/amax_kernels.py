@@ -17,12 +17,28 @@ def move_row(used, seen, row, RULE: tl.constexpr, CLEAR: tl.constexpr):
     """Take the new amaxes of one row of used, seen, fp32 [rows, 2]. RULE: see rule_of."""
     o_face = row * 2 + tl.arange(0, 2)
     value = tl.load(seen + o_face)
+    amaxes, there = moved(value, row, RULE)
+    tl.store(used + o_face, amaxes, mask=there)
+    if CLEAR:
+        tl.store(seen + o_face, tl.zeros((2,), tl.float32))
+
+
+@triton.jit
+def moved(value, row, RULE: tl.constexpr):
+    """Return the amaxes that follow from those seen, and where they do: elsewhere they stay."""
     first = nx.power_of_two_amax(value, 256 if RULE & 1 else 448, RULE >> 2 & 7)
     last = nx.power_of_two_amax(value, 256 if RULE & 2 else 448, RULE >> 5 & 7)
     bits = nx.bits_of(value)
-    tl.store(used + o_face, tl.where(row == 0, first, last), mask=(bits > 0) & (bits < nx.INF_BITS))
-    if CLEAR:
-        tl.store(seen + o_face, tl.zeros((2,), tl.float32))
+    return tl.where(row == 0, first, last), (bits > 0) & (bits < nx.INF_BITS)
+
+
+@triton.jit
+def foresee(used, seen, next, RULE: tl.constexpr):
+    """Write into `next` what `used` will be after the next move, fp32 [2, 2]; neither of the others changes."""
+    for row in tl.static_range(2):
+        face = row * 2 + tl.arange(0, 2)
+        amaxes, there = moved(tl.load(seen + face), row, RULE)
+        tl.store(next + face, tl.where(there, amaxes, tl.load(used + face)))
 
 
 @triton.jit

@@ -57,6 +57,22 @@ def finish_amaxes(work, amax, FACES: tl.constexpr, SAME: tl.constexpr, POW2: tl.
 
 
 @triton.jit
+def flat_maximum(x, pid, programs, n, BLOCK: tl.constexpr):
+    """Return the bits of max |x| over the part of n values that is for program `pid` of `programs`. NaN wins."""
+    lane = tl.arange(0, BLOCK)
+    # As many neighbours as a thread loads at once: it keeps their maximum alone.
+    width: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    top = tl.zeros((BLOCK // width,), tl.int32)
+    step = programs.to(tl.int64) * BLOCK
+    for start in range(pid.to(tl.int64) * BLOCK, n, step):
+        left = tl.minimum(n - start, BLOCK).to(tl.int32)  # 64 bits would be compared in each lane
+        value = tl.load(x + start + lane, mask=lane < left, other=0.0).to(tl.float32)
+        # The bits of magnitudes are ordered as the values are, NaN above inf, so an integer maximum finds both.
+        top = tl.maximum(top, tl.max(tl.reshape(nx.magnitude_bits(value), (BLOCK // width, width)), 1))
+    return tl.max(top, 0)
+
+
+@triton.jit
 def amax_flat_kernel(
     x,
     work,
@@ -78,17 +94,8 @@ def amax_flat_kernel(
         if tl.program_id(0) == 0:
             for row in tl.static_range(2):
                 move_row(used, seen, row, RULE, True)
-    lane = tl.arange(0, BLOCK)
-    # As many neighbours as a thread loads at once: it keeps their maximum alone.
-    width: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
-    top = tl.zeros((BLOCK // width,), tl.int32)
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
-    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
-        left = tl.minimum(n - start, BLOCK).to(tl.int32)  # 64 bits would be compared in each lane
-        value = tl.load(x + start + lane, mask=lane < left, other=0.0).to(tl.float32)
-        # The bits of magnitudes are ordered as the values are, NaN above inf, so an integer maximum finds both.
-        top = tl.maximum(top, tl.max(tl.reshape(nx.magnitude_bits(value), (BLOCK // width, width)), 1))
-    tl.atomic_max(work, tl.max(top, 0), sem="relaxed")
+    top = flat_maximum(x, tl.program_id(0), tl.num_programs(0), n, BLOCK)
+    tl.atomic_max(work, top, sem="relaxed")
     if FACES != 0:
         finish_amaxes(work, amax, FACES, True, POW2, E4M3_MAX)
 

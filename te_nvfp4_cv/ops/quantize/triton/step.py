@@ -1,12 +1,13 @@
 """The quantization launches of one layer's training step, looked up once for all calls that are alike.
 
-    forward    w's amax (delayed scales move in the same launch), x's own amaxes, both faces of x, w as codes and values
+    forward    w's amax, x's own amaxes, both faces of x, w as codes and values
     backward   dy's own amaxes, both faces of dy, w and x unpacked
     scale      the pass over a result that takes alpha, where no operand carries it
 
 These are launch.py's kernels with launch.py's grids and constants. What is left for a call are addresses: a small layer
 in eager mode takes as long as Python needs to make its tensors, so the packed operands that backward needs lie in one
-tensor, `saved`, and nobody makes views of it.
+tensor, `saved`, and nobody makes views of it. With delayed scales w is measured and x quantized in one launch: for this
+the backward pass has left what the scales will be after they move.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.formats import E4M3_MAX
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.ops.quantize.triton import launch, operand_kernels, tiles
+from te_nvfp4_cv.ops.quantize.triton import joint_kernels, launch, operand_kernels, tiles
 from te_nvfp4_cv.ops.records import Face, OperandSpec, WeightSpec
 from te_nvfp4_cv.ops.triton.elementwise import scale_bias_of
 from te_nvfp4_cv.ops.triton.launching import Bound
@@ -31,11 +33,13 @@ F32, U8, I32, I64 = torch.float32, torch.uint8, torch.int32, torch.int64
 
 
 class State(Protocol):
-    """The delayed scales of one weight, fp32 [2 roles, 2 faces] twice and float64 [2]: layer/delayed_scaling.py."""
+    """The delayed scales of one weight: layer/delayed_scaling.py. `next` is right if `foreseen`."""
 
     used: Tensor
     collected: Tensor
     saturated: Tensor
+    next: Tensor
+    foreseen: bool
 
 
 class Parts(NamedTuple):
@@ -83,19 +87,20 @@ class Step:
         # Where an operand's rowwise and columnwise amax are: of given ones those that finish_observed has marked.
         self.row, self.col = (4 * 3, 4 * 4) if self.delayed else (0, 4)
         n, raised = math.prod(p.w), p.weight.e4m3_max if p.weight.pow2 else 0
-        self.measure, self.measure_and_move = (
-            tiles.amax_flat_of(n, p.w_dtype, device, 1, raised, rule).usual for rule in ((), p.rule or ())
-        )
+        self.measure = tiles.amax_flat_of(n, p.w_dtype, device, 1, raised, p.rule or ()).usual
         shapes = (p.x, p.y)
         self.amaxes = () if self.delayed else tuple(map(self._amaxes_of, shapes, p.specs))
         self.tiles = tuple(map(self._tiles_of, shapes, p.specs))
+        # By whether the scales move.
+        self.joint = [self._joint(n, raised, moves) for moves in (False, True)] if self.delayed else []
         numbers = {gemm: (gemm in p.carried, p.numbers[gemm] if gemm in p.carried else 1.0) for gemm in p.numbers}
         carried, number = numbers["fprop"]
         kinds = (p.w_dtype, p.dtype, p.weight._replace(pow2=False), True, carried)
         self.weight = launch.weight_tiles_of(p.w, p.strides, device, number, kinds)
         factors = (2 * numbers["dgrad"][0], numbers["dgrad"][1], 2 * numbers["wgrad"][0], numbers["wgrad"][1])
         values, rows = torch.Size((p.w[0], p.w[2], p.w[1])), p.w[0] // p.weight.groups
-        self.unpack = tiles.unpack_both_of(values, rows, columns.scale.shape, p.dtype, device, factors).usual
+        how = (p.dtype, device, factors, p.rule or ())
+        self.unpack = tiles.unpack_both_of(values, rows, columns.scale.shape, *how).usual
 
     def _amaxes_of(self, shape: torch.Size, spec: OperandSpec) -> Bound:
         raised = spec.e4m3_max if spec.pow2 else 0
@@ -108,6 +113,20 @@ class Step:
         observe = k.FINISH.value + (not spec.rht) * k.SAME.value + k.COLLECT.value + k.COUNT.value
         how = (spec, (spec.row, spec.col), observe * self.delayed, False)
         return launch.tiles_of(shape, self.parts.dtype, self.device, *how)[0].usual
+
+    def _joint(self, n: int, raised: int, moves: bool) -> Bound:
+        """Return the launch of quantize_and_measure_kernel: quantize_kernel's, and more programs for w's n values."""
+        p, alone = self.parts, self.tiles[0]
+        images, rows, run, per_row, _ = alone.numbers
+        names = ("ROW", "COL", "RHT", "OBSERVE", "MASKED", "CHANNELS", "BLOCKS", "E4M3_MAX", "BLOCK")
+        constants = {name: value for name, value in alone.constants.items() if name in names or name.islower()}
+        block, programs = self.measure.constants["BLOCK"], self.measure.grid[0]
+        constants |= dict(POW2=raised > 0, W_E4M3_MAX=raised or E4M3_MAX, MOVES=moves, W_BLOCK=block)
+        numbers = (images, rows, run, per_row, alone.grid[0], n)
+        kernel = joint_kernels.quantize_and_measure_kernel
+        # Places of codes, without the three tensors that quantize_kernel has before them and this one has not.
+        views = [(place - 2, dtype) for place, dtype in alone.views]
+        return Bound(kernel, (alone.grid[0] + programs,), numbers, constants, views)
 
     # ---- the two passes
 
@@ -127,15 +146,21 @@ class Step:
         col_data, col_scale, w_data, w_scale = [begin + place for place, _ in self.places]
         amaxes = begin + self.numbers
         w_amax = amaxes + 4 * W_AMAX
-        if state is not None and moves:
-            at: tuple[int, ...] = (at_w, at_work, w_amax, state.used.data_ptr(), state.collected.data_ptr())
-            owners = (w, work, saved, state.used, state.collected)
-            self.measure_and_move.at(device, at, (p.w_dtype, I32, F32, F32, F32), owners)
-        else:
-            at = (at_w, at_work, w_amax, at_work, at_work)
-            self.measure.at(device, at, (p.w_dtype, I32, F32, I32, I32), (w, work, saved))
+        at: tuple[int, ...]
         faces = (values[0].data_ptr(), 0, col_data, col_scale)
-        self._quantize(0, (x, work, saved, values[0]), faces, amaxes, None, state)
+        if state is None or (moves and not state.foreseen):
+            used, seen = (work, work) if state is None else (state.used, state.collected)
+            at, kind = (at_w, at_work, w_amax, used.data_ptr(), seen.data_ptr()), used.dtype
+            self.measure.at(device, at, (p.w_dtype, I32, F32, kind, kind), (w, work, saved, used, seen))
+            self._quantize(0, (x, work, saved, values[0]), faces, amaxes, None, state)
+        else:
+            used, seen, after = state.used, state.collected, state.next
+            now, at_x = (after if moves else used).data_ptr(), x.data_ptr()
+            watched = (at_work, amaxes, seen.data_ptr(), state.saturated.data_ptr())
+            at = (at_x, now, *faces, *watched, at_w, w_amax, used.data_ptr(), after.data_ptr())
+            kinds = (p.dtype, F32, p.dtype, U8, U8, U8, I32, F32, F32, torch.float64, p.w_dtype, F32, F32, F32)
+            owners = (x, values[0], saved, work, w, used, seen, after, state.saturated)
+            self.joint[moves].at(device, at, kinds, owners)
         a = amaxes + self.row if "fprop" in p.carried else w_amax
         at = (at_w, w_amax, w_data, w_scale, values[1].data_ptr(), a, w_amax)
         self.weight.at(device, at, (p.w_dtype, F32, U8, U8, p.dtype, F32, F32), (w, saved, values[1]))
@@ -150,7 +175,7 @@ class Step:
         seed: Tensor | None,
         state: State | None,
     ) -> Tensor:
-        """Quantize dy, and unpack w and x. Returns dy's amaxes.
+        """Quantize dy, unpack w and x, and foresee the scales. Returns dy's amaxes.
 
         Args:
             dy: contiguous as [B, *image, O].
@@ -171,8 +196,10 @@ class Step:
         w_parts = (amaxes + self.row, of_w) if "dgrad" in p.carried else (w_scale, w_scale)
         x_parts = (amaxes + self.col, of_x) if "wgrad" in p.carried else (col_scale, col_scale)
         kinds = [F32 if gemm in p.carried else U8 for gemm in ("dgrad", "dgrad", "wgrad", "wgrad")]
+        scales = (values[0],) * 3 if state is None else (state.used, state.collected, state.next)
         at = (w_data, w_scale, col_data, col_scale, values[0].data_ptr(), values[1].data_ptr(), *w_parts, *x_parts)
-        self.unpack.at(device, at, (U8, U8, U8, U8, p.dtype, p.dtype, *kinds), (saved, mine, *values))
+        kinds = [U8, U8, U8, U8, p.dtype, p.dtype, *kinds, *[t.dtype for t in scales]]
+        self.unpack.at(device, (*at, *[t.data_ptr() for t in scales]), kinds, (saved, mine, *values, *scales))
         return mine
 
     def _quantize(

@@ -278,9 +278,9 @@ def unpack_both(
     w_parts = parts_of(w.scale if w_factor is None else w_factor)
     x_parts = parts_of(x.scale if x_factor is None else x_factor)
     factors = (0 if w_factor is None else 2, w_parts.number, 0 if x_factor is None else 2, x_parts.number)
-    launch = unpack_both_of(w_out.shape, group_rows, x.scale.shape, x_out.dtype, x_out.device, factors)
+    launch = unpack_both_of(w_out.shape, group_rows, x.scale.shape, x_out.dtype, x_out.device, factors, ())
     faces = tuple(t if t.is_contiguous() else t.contiguous() for t in (*w, *x))
-    launch(lambda: (*faces, w_out, x_out, *w_parts[:2], *x_parts[:2]))
+    launch(lambda: (*faces, w_out, x_out, *w_parts[:2], *x_parts[:2], *[w_out] * 3))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -291,12 +291,14 @@ def unpack_both_of(
     dtype: torch.dtype,
     device: torch.device,
     factors: tuple[int, float, int, float],
+    rule: tuple[tuple[int, ...], ...],
 ) -> Repeated:
     """Return the launch of unpack_both_kernel for a weight [n, taps, width] and columns with such scales.
 
     Args:
         dtype: of the values; a launch serves one.
         factors: FACTOR and the number of the weight's factor and of the columns'.
+        rule: e4m3_max and margin of delayed scales that are foreseen, or nothing.
     """
     (n, taps, width), (bands, *sizes) = weight, scale
     row_blocks, run = ceil_div(width, BLOCK), math.prod(sizes)
@@ -314,6 +316,7 @@ def unpack_both_of(
             MASKED=bool(run % block),
             BLOCK=block,
             W_BLOCK=w_block,
+            RULE=amax_kernels.rule_of(*rule) if rule else -1,
             **options_of(config),
         )
         numbers = (factors[1], words, width, taps, group_rows, row_blocks, factors[3], run, bands * BLOCK, per_band)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from te_nvfp4_cv.ops.quantize.triton.amax_kernels import foresee
 from te_nvfp4_cv.ops.triton import numerics as nx
 from te_nvfp4_cv.ops.triton.elementwise import product_of
 
@@ -161,6 +162,9 @@ def unpack_both_kernel(
     w_other,
     factor,
     other,
+    used,
+    seen,
+    next,
     w_number,
     words,
     width,
@@ -177,9 +181,16 @@ def unpack_both_kernel(
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
     W_BLOCK: tl.constexpr,
+    RULE: tl.constexpr,
 ):
-    """Run unpack_rows of a weight's tiles in the first w_programs, and unpack_columns of one group in the others."""
+    """Run unpack_rows of a weight's tiles in the first w_programs, and unpack_columns of one group in the others.
+
+    RULE, used, seen, next: what the layer's delayed scales will be (amax_kernels.foresee), unless -1.
+    """
     pid = tl.program_id(0)
+    if RULE >= 0:
+        if pid == 0:
+            foresee(used, seen, next, RULE)
     if pid < w_programs:
         # Not `parts` too: Triton joins a name that both branches set, and the types of pointers may differ.
         w_parts = (w_factor, w_other, w_number)
