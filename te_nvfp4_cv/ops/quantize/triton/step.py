@@ -116,7 +116,7 @@ class Step:
 
     def _joint(self, n: int, raised: int, moves: bool) -> Bound:
         """Return the launch of quantize_and_measure_kernel: quantize_kernel's, and more programs for w's n values."""
-        p, alone = self.parts, self.tiles[0]
+        alone = self.tiles[0]
         images, rows, run, per_row, _ = alone.numbers
         names = ("ROW", "COL", "RHT", "OBSERVE", "MASKED", "CHANNELS", "BLOCKS", "E4M3_MAX", "BLOCK")
         constants = {name: value for name, value in alone.constants.items() if name in names or name.islower()}
