@@ -34,4 +34,16 @@ def _no_override(*_: Any) -> bool:
     return False
 
 
+def note_parts(module: Any, args: tuple[Any, ...]) -> None:
+    """Remember on an nn.MultiheadAttention in which parts a call multiplies its fused weight, for nv.export.
+
+    Args:
+        args: query, key and value, and what follows.
+    """
+    query, key, value = args[:3]
+    how = "qkv" if key is not value else "" if query is key else "kv"  # as torch's attention decides
+    if getattr(module, "nvfp4_parts", "") != how:
+        module.nvfp4_parts = how
+
+
 ATTENTION = without_override_check(F.multi_head_attention_forward)  # its projections are calls of linear

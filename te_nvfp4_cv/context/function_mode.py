@@ -31,7 +31,7 @@ from te_nvfp4_cv.backend.torch_private import (
     only_inlined,
 )
 from te_nvfp4_cv.context import direct_calls, entries, grouped, islands, tracing
-from te_nvfp4_cv.context.bodies import ATTENTION
+from te_nvfp4_cv.context.bodies import ATTENTION, note_parts
 from te_nvfp4_cv.context.direct_calls import DIRECT
 from te_nvfp4_cv.context.state import State, active_recipe, drop_stale, local, pop_state, push_state, state
 from te_nvfp4_cv.errors import warn_once
@@ -105,6 +105,10 @@ class Mode(TorchFunctionMode):
         if function in _RELUS:
             return _relu(function, args, kwargs)
         if function is F.multi_head_attention_forward:
+            if not torch.compiler.is_compiling():
+                module = next(constants.running_modules(), None)
+                if isinstance(module, torch.nn.MultiheadAttention):
+                    note_parts(module, args)
             with self:  # its projections are calls of F.linear: run its body under the mode
                 return ATTENTION(*args, **kwargs)
         if function in DIRECT:

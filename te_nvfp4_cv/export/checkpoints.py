@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, check_path, describe, value_error
-from te_nvfp4_cv.export import artifact, foreign, matrix
+from te_nvfp4_cv.export import artifact, attention, foreign, matrix
 from te_nvfp4_cv.export.artifact import Artifact
 from te_nvfp4_cv.export.codes import Codes, quantize_layer
 from te_nvfp4_cv.export.computed import keys_of
@@ -125,6 +125,24 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     # For its errors only: two tensors of one name would overwrite each other in the file.
     plain_names("nv.export.save", model)
     resolved = checked_recipe(recipe)
+    with attention.separated(model, resolved):
+        tensors, manifest, sizes = _packed(model, resolved)
+    # Other tools read this part of the metadata; load reads the manifest.
+    config = {
+        "quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": sorted(manifest.high),
+        "producer": {"name": "te_nvfp4_cv", "version": __version__},
+    }
+    if not target.name.endswith((artifact.SUFFIX, artifact.INDEX)):
+        target = target.with_name(target.name + artifact.SUFFIX)
+    files = written_once(group, lambda: artifact.write(target, tensors, manifest, config, shard_bytes))
+    size = sum(file.stat().st_size for file in files)
+    modules = plain_modules(model)
+    names = dict.fromkeys(attention.fused_name(modules, shown(name)) for name in manifest.layers)
+    return Saved(tuple(files), tuple(names), manifest.high, *sizes, size)
+
+
+def _packed(model: nn.Module, resolved: NVFP4BlockScaling) -> tuple[dict[str, Tensor], Manifest, tuple[int, int]]:
+    """Return the tensors of a model's file, its manifest, and the bytes of the layers in NVFP4, packed and in fp32."""
     found = sort_layers(model, resolved)
     quantized, high = found.quantized, found.high
     warn_of_lost(found)
@@ -146,16 +164,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     manifest = Manifest(
         __version__, resolved.to_toml(), tuple(recipes), entries, high, folded_norms(model), inner=inner
     )
-    # Other tools read this part of the metadata; load reads the manifest.
-    config = {
-        "quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": sorted(high),
-        "producer": {"name": "te_nvfp4_cv", "version": __version__},
-    }
-    if not target.name.endswith((artifact.SUFFIX, artifact.INDEX)):
-        target = target.with_name(target.name + artifact.SUFFIX)
-    files = written_once(group, lambda: artifact.write(target, tensors, manifest, config, shard_bytes))
-    size = sum(file.stat().st_size for file in files)
-    return Saved(tuple(files), tuple(map(shown, quantized)), high, packed, plain, size)
+    return tensors, manifest, (packed, plain)
 
 
 def _plain_tensors(model: nn.Module, found: Sorted) -> dict[str, Tensor]:
@@ -309,13 +318,14 @@ def load(
         opened = foreign.adopt(opened, modules)
     manifest = opened.manifest
     assert manifest is not None
-    layers = check_fit(opened, manifest, model)
-    recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
-    for recipe in recipes:
-        check_nvfp4(opened.source, recipe.block_format, FILES, "a file that nv.export.save has written")
-    # Last of the checks: the model changes only after everything that can be refused has been.
-    codes = {name: codes_of(opened, name, entry, recipes) for name, entry in manifest.layers.items()}
-    norms = {norm: FoldedNorm(modules[name], modules[norm]) for norm, name in manifest.folded.items()}
+    with attention.separated_like(manifest.inner, modules):  # an error puts it back
+        layers = check_fit(opened, manifest, model)
+        recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
+        for recipe in recipes:
+            check_nvfp4(opened.source, recipe.block_format, FILES, "a file that nv.export.save has written")
+        # Last of the checks: the model changes only after everything that can be refused has been.
+        codes = {name: codes_of(opened, name, entry, recipes) for name, entry in manifest.layers.items()}
+        norms = {norm: FoldedNorm(modules[name], modules[norm]) for norm, name in manifest.folded.items()}
     meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     device = next((t.device for t in model.parameters() if not t.is_meta), torch.device("cpu"))
     kernels = {name: kernel_of(manifest.layers[name], name, mark, modules) for name, mark in manifest.inner.items()}

@@ -54,7 +54,11 @@ def quantize_layer(
     plan = weight_plan(w.shape, groups, transposed, recipe, backend, routed)
     # Learned multipliers and clipping become part of the codes.
     as_quantized = w if computed else learned.as_quantized(module, plan)
-    codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False)
+    # A part of what training multiplies has that product's amax.
+    amax = None
+    if isinstance(trained, Tensor) and trained.numel() > w.numel():
+        amax = trained.detach().abs().amax().float().reshape(1)
+    codes = operands.quantize_weight(as_quantized, plan, for_dgrad=False, amax=amax)
     owner = trained if trained is not None else module if computed else w
     input_amax = delayed_scaling.trained_amax(w, recipe, owner) if plan.delayed else None
     face = codes.face(plan.weight_faces[0])

@@ -62,7 +62,10 @@ class Kernel(NamedTuple):
     def trained(self) -> Tensor | nn.Module:
         """What owns the kernel's delayed scales: the Parameter, or the module that computes the kernel."""
         parameter = self.module._parameters[self.key]
-        return self.owner if self.computed or parameter is None else parameter
+        if self.computed or parameter is None:
+            return self.owner
+        read: Tensor = getattr(parameter, "nvfp4_read", parameter)  # export/attention.py
+        return read
 
 
 class NotPacked(NamedTuple):

@@ -257,6 +257,25 @@ def test_a_model_that_is_one_layer(form: str, tmp_path: Path) -> None:
         assert [(row.name, row.precision) for row in report.rows] == [("", "nvfp4")]
 
 
+class Hidden(nn.Module):
+    """Returns what its head reads, too, as transformers' detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = inference_linear()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = x.relu()
+        return hidden, self.head(hidden)
+
+
+def test_an_output_may_be_a_layers_input(tmp_path: Path) -> None:
+    model, x = Hidden(), values((2, 16))
+    made = to_onnx(model, x, tmp_path / "m.onnx", "portable", output_names=("hidden", "y"))
+    found = ort.InferenceSession(str(made.files[0])).run(["y"], {"input": x.numpy()})
+    assert difference(found[0], model(x)[1]) < 1e-5
+
+
 class Auxiliary(nn.Module):
     """A head that training alone calls, as GoogLeNet's."""
 

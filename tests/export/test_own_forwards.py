@@ -312,6 +312,80 @@ def test_attention_over_another_sequence_says_what_it_loses(tmp_path: Path) -> N
     assert relative_error(y, model(x, memory, memory)[0].detach()) < 0.3
 
 
+class Crossed(nn.Module):
+    """Attention whose query comes from elsewhere: `same` is whether keys are the values."""
+
+    def __init__(self, same: bool, **kwargs: Any) -> None:
+        super().__init__()
+        self.attention, self.same = nn.MultiheadAttention(32, 4, batch_first=True, **kwargs), same
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = x.flip(1) * 2
+        y: Tensor = self.attention(x, memory, memory if self.same else memory + x)[0]
+        return y
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x, x.flip(1) * 2)
+        return y
+
+
+CROSSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "keys are values": (lambda: Crossed(True), "attention"),
+    "three inputs": (lambda: Crossed(False), "attention"),
+    "no bias": (lambda: Crossed(True, bias=False), "attention"),
+    "a decoder layer": (Decoder, "layer.multihead_attn"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [*((name, "current") for name in CROSSED), ("keys are values", "delayed")]
+)
+def test_attention_over_another_sequence_is_the_trained_forward(tmp_path: Path, name: str, scale: str) -> None:
+    make, place = CROSSED[name]
+    torch.manual_seed(0)
+    model, x, recipe = make(), tokens(), nv.NVFP4BlockScaling(tensor_scale=scale)
+    for _ in range(2):
+        with nv.nvfp4_autocast(recipe):
+            model(x).square().mean().backward()
+    state = {key: value.clone() for key, value in model.eval().state_dict().items()}
+    expected = forward(model, x, recipe)
+    saved = nv.export.save(model, tmp_path / "a", recipe)
+    assert list(model.state_dict()) == list(state) and same_bits(forward(model, x, recipe), expected)
+    assert f"{place}.in_proj_weight" in saved.quantized and set(saved.quantized) == covered(model, x)
+    loaded = nv.export.load(saved.files[0], make())
+    assert same_bits(loaded(x), expected)
+    again = nv.export.save(loaded, tmp_path / "b", recipe)
+    assert set(again.quantized) == set(saved.quantized)
+    assert same_bits(nv.export.load(again.files[0], make())(x), expected)
+    if scale == "delayed":
+        return
+    if name == "keys are values":
+        with torch.no_grad():
+            assert same_bits(torch.compile(loaded, backend="aot_eager", fullgraph=True)(x), expected)
+    plain = make().eval()  # never called before: the images show how
+    quantized = nv.export.quantize(plain, [x], recipe, method="nearest")
+    assert relative_error(quantized(x), plain(x).detach()) < 0.3
+    assert {f"{place}.packed_q_proj_weight"} <= {n for n, m in quantized.named_modules()}
+    assert set(nv.export.save(quantized, tmp_path / "c", recipe).quantized) == set(saved.quantized)
+
+
+def test_a_file_that_does_not_fit_leaves_attention_as_it_was(tmp_path: Path) -> None:
+    model, x = Crossed(True), tokens()
+    forward(model, x)
+    saved = nv.export.save(model, tmp_path / "a")
+    other = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4), "more": nn.Linear(32, 32)})
+    keys = list(other.state_dict())
+    with pytest.raises(ValueError, match="not in the file: more"):
+        nv.export.load(saved.files[0], other)
+    assert list(other.state_dict()) == keys and other.attention(x, x, x)[0].shape == x.shape  # type: ignore[operator]
+
+
 def test_a_kernel_as_the_user_reads_it(tmp_path: Path) -> None:
     model = Same(16, 32, 3).eval()
     loaded = nv.export.load(nv.export.save(model, tmp_path / "a").files[0], Same(16, 32, 3))

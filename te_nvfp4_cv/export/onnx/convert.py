@@ -28,7 +28,7 @@ from te_nvfp4_cv.export.manifest import join
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.onnx import file
 from te_nvfp4_cv.export.onnx.arguments import TorchOptions, read_call
-from te_nvfp4_cv.export.onnx.tracing import DOMAIN, export, unwrapped
+from te_nvfp4_cv.export.onnx.tracing import DOMAIN, export, ranks_of, unwrapped
 from te_nvfp4_cv.export.ranks import gathered, written_once
 from te_nvfp4_cv.layer import grouped
 from te_nvfp4_cv.nn.walk import LAYERS
@@ -232,7 +232,7 @@ def _rank(graph: Any, name: str, layer: Any) -> int:
     # A linear layer takes any number of axes, so only the graph knows it.
     if not isinstance(layer, nn.Linear):
         return len(layer.kernel_size) + 2
-    for value in (*graph.value_info, *graph.input):
-        if value.name == name:
-            return len(value.type.tensor_type.shape.dim)
-    raise RuntimeError(f"nv.export.to_onnx: the exporter gave no shape for {name}")
+    ranks = ranks_of(graph)
+    if name not in ranks:
+        raise RuntimeError(f"nv.export.to_onnx: the exporter gave no shape for {name}")
+    return ranks[name]

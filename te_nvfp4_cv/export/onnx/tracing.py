@@ -157,6 +157,12 @@ def export(traced: nn.Module, found: Mapping[str, InferenceLayer], call: Call) -
     return proto
 
 
+def ranks_of(graph: Any) -> dict[str, int]:
+    """Return how many axes the values of a graph have, by name."""
+    values = (*graph.value_info, *graph.input, *graph.output)
+    return {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+
+
 def _keep_pads(graph: Any) -> None:
     """Name the axes of each Pad that a MaxPool reads, in place, which changes no value.
 
@@ -166,7 +172,7 @@ def _keep_pads(graph: Any) -> None:
     from onnx import numpy_helper
 
     pooled = {node.input[0] for node in graph.node if node.op_type == "MaxPool"}
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.input)}
+    ranks = ranks_of(graph)
     for node in graph.node:
         if node.op_type == "Pad" and node.output[0] in pooled and not any(node.input[3:]):
             axes = numpy.arange(ranks[node.output[0]])

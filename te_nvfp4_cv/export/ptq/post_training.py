@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from te_nvfp4_cv.errors import check_choice, check_module, describe, type_error, value_error
-from te_nvfp4_cv.export import matrix
+from te_nvfp4_cv.export import attention, matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed, quantize_layer
 from te_nvfp4_cv.export.computed import settle
 from te_nvfp4_cv.export.copies import copy_of
@@ -138,6 +138,8 @@ def quantize(
             needs="a list or a DataLoader: calibration reads it several times", fix="list(loader)",
         )
     net = copy_of("nv.export.quantize", gathered(model)[0]).eval()
+    attention.note_calls(net, lambda: [net(input_of(batch, device)) for batch in itertools.islice(loader, 1)])
+    attention.separate(net, resolved)
     found_layers = sort_layers(net, resolved)
     warn_of_lost(found_layers)
     for module, _ in found_layers.quantized.values():
