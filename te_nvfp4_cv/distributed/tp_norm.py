@@ -6,8 +6,9 @@
     depthwise convolution         each rank has the kernels of its channels; in high precision, as everywhere
     PReLU with many slopes        each rank has the slopes of its channels
 
-Where sums cross ranks, the mean comes first and then the mean square of what is left, both in fp32, by one all-reduce
-each, of one number a group or pixel. So statistics are exact, and backward sums what it needs in the same way.
+Where sums cross ranks, those of x and of x^2 are added in fp64, by one all-reduce of two numbers a group or pixel, and
+so are backward's. Results are those of a norm in fp64, rounded once, whatever the number of ranks. torch's fp32 norm,
+whose sums are rounded, differs from them in last bits: beside a rounding tie that makes another code.
 
 Parameters, and buffers with one entry a channel, become DTensors. In forward, the module has this rank's parts in their
 place: the code that runs is the module's.
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
 from te_nvfp4_cv.backend.torch_private import BatchOrInstanceNorm, left_alone, without_function_modes
@@ -154,58 +156,104 @@ def _as_local(module: Any) -> Iterator[None]:
 # ---- sums that cross ranks ------------------------------------------------------------------------------------------
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over the ranks; each rank's result depends on the parts of all, so backward sums, too."""
+class _Together(NamedTuple):
+    """Says what is normalized together: all channels of a pixel, or those of a group and their pixels.
+
+    Attributes:
+        group: the process group.
+        axis: of the channels.
+        count: how many values are normalized together, on all ranks.
+        of_channel: int64 [C here], the group of each channel; None if all channels of a pixel go together.
+        groups: how many groups there are, on all ranks.
+    """
+
+    group: Any
+    axis: int
+    count: int
+    of_channel: Tensor | None = None
+    groups: int = 0
+
+    def totals(self, *values: Tensor) -> list[Tensor]:
+        """Return the sums over what goes together, of each of these fp64 tensors, with axes to broadcast by."""
+        parts = torch.stack([self._sums(tensor) for tensor in values])
+        dist.all_reduce(parts, group=self.group)
+        if self.of_channel is None:
+            return list(parts)
+        axes_behind = (1,) * (values[0].dim() - 2)
+        return [part.index_select(1, self.of_channel).unflatten(1, (-1, *axes_behind)) for part in parts]
+
+    def _sums(self, values: Tensor) -> Tensor:
+        if self.of_channel is None:
+            return values.sum(self.axis, keepdim=True)
+        sums = values.flatten(2).sum(2)
+        return sums.new_zeros(len(values), self.groups).index_add(1, self.of_channel, sums)
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalize what goes together over the ranks, times weight [C here], plus bias [C here]; in fp64, rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = part.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        together: _Together,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        wide = x.double()
+        first, second = together.totals(wide, wide.square())
+        mean = first / together.count
+        scale = ((second / together.count - mean.square()).clamp(min=0) + eps).rsqrt()
+        ctx.save_for_backward(x, mean, scale, weight)
+        ctx.together, ctx.bias_dtype = together, None if bias is None else bias.dtype
+        y = (wide - mean).mul_(scale)
+        if weight is not None:
+            y *= _along(weight, y, together.axis)
+        if bias is not None:
+            y += _along(bias, y, together.axis)
+        return y.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, scale, weight = ctx.saved_tensors
+        together, dx, dw, db = ctx.together, None, None, None
+        wide, normal = dy.double(), (x.double() - mean).mul_(scale)
+        others = [axis for axis in range(x.dim()) if axis != together.axis]
+        if ctx.needs_input_grad[0]:
+            g = wide if weight is None else wide * _along(weight, wide, together.axis)
+            first, second = together.totals(g, g * normal)
+            dx = ((g - (first + normal * second) / together.count) * scale).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (wide * normal).sum(others).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = wide.sum(others).to(ctx.bias_dtype)
+        return dx, dw, db, None, None, None
 
 
-def _affine(y: Tensor, module: Any, axis: int) -> Tensor:
-    """Multiply by the weight and add the bias of this rank's channels."""
-    shape = [-1 if i == axis else 1 for i in range(y.dim())]
-    if module.weight is not None:
-        y = y * module.weight.to_local().to(y.dtype).view(shape)
-    if module.bias is not None:
-        y = y + module.bias.to_local().to(y.dtype).view(shape)
-    return y
+def _along(vector: Tensor, x: Tensor, axis: int) -> Tensor:
+    return vector.double().view([-1 if i == axis else 1 for i in range(x.dim())])
 
 
 def _layer_norm(module: Any, x: Tensor, axis: int) -> Tensor:
-    group, count = module.sharing.group, channels_of(module)
-    out = F.layer_norm(x.new_zeros(1, 1), (1,)).dtype  # autocast decides
-    x = x if x.dtype == torch.float64 else x.float()
-    centred = x - _Sum.apply(x.sum(axis, keepdim=True), group) / count
-    variance = _Sum.apply(centred.square().sum(axis, keepdim=True), group) / count
-    return _affine(centred * (variance + module.eps).rsqrt(), module, axis).to(out)
+    dtype = F.layer_norm(x.new_zeros(1, 1), (1,)).dtype  # autocast decides
+    together = _Together(module.sharing.group, axis, channels_of(module))
+    return _Normalize.apply(x, *_own(module), together, module.eps, dtype)  # type: ignore[no-any-return]
 
 
 def _group_norm(module: Any, x: Tensor) -> Tensor:
     """Normalize groups that lie on several ranks."""
-    group, here = module.sharing.group, x.shape[1]
-    out = F.group_norm(x.new_zeros(1, 1, 2), 1).dtype
-    x = x if x.dtype == torch.float64 else x.float()
+    here, size = x.shape[1], module.num_channels // module.num_groups
+    dtype = F.group_norm(x.new_zeros(1, 1, 2), 1).dtype
     first = module.sharing.mesh.get_local_rank() * here
-    size = module.num_channels // module.num_groups
     of_channel = torch.arange(first, first + here, device=x.device) // size
     count = size * x[0, 0].numel() if x.numel() else 1
+    together = _Together(module.sharing.group, 1, count, of_channel, module.num_groups)
+    return _Normalize.apply(x, *_own(module), together, module.eps, dtype)  # type: ignore[no-any-return]
 
-    def mean(values: Tensor) -> Tensor:
-        """Return the mean of each group, [B, C here, 1, ...]."""
-        sums = values.flatten(2).sum(2)
-        parts = sums.new_zeros(len(values), module.num_groups).index_add(1, of_channel, sums)
-        means: Tensor = _Sum.apply(parts, group) / count
-        return means.index_select(1, of_channel).view(*sums.shape, *[1] * (values.dim() - 2))
 
-    centred = x - mean(x)
-    return _affine(centred * (mean(centred.square()) + module.eps).rsqrt(), module, 1).to(out)
+def _own(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias of this rank's channels."""
+    return tuple(None if p is None else p.to_local() for p in (module.weight, module.bias))  # type: ignore[return-value]

@@ -5,8 +5,11 @@ Models that are shared out in other ways: uneven parts, torch's own plans, expor
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections import Counter
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,7 +92,7 @@ def on_ranks_blocks_with_norms_are_the_unsharded_ones(ranks: Ranks) -> None:
         for recipe in (None, PLAIN):
             x, dy = (values(shape, seed=s).to(ranks.device) for s in (1, 2))
             results = [run(model, x, dy, recipe) for model in (one, many)]
-            # Sums that cross ranks are added in another order, and a code beside a rounding tie may be the next one.
+            # Sums that cross ranks are exact, those of torch's norm are not, and a code beside a tie may be the next one.
             crosses = name in ("wide", "crossed", "mlp")
             tolerance = 1e-2 if recipe is not None and crosses else 1e-4
             for expected, found in zip(results[0][:2], results[1][:2], strict=True):
@@ -107,6 +110,50 @@ def on_ranks_blocks_with_norms_are_the_unsharded_ones(ranks: Ranks) -> None:
         with torch.no_grad(), nv.nvfp4_autocast(PLAIN):
             assert relative_error(many(x), one(x)) <= 1e-2, name
         many.load_state_dict(many.state_dict())
+
+
+@contextlib.contextmanager
+def in_fp64(model: nn.Module) -> Iterator[None]:
+    """Let the norms of a model, which is not shared out, compute in fp64."""
+    norms = [m for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))]
+
+    def call(norm: nn.Module, x: Tensor) -> Tensor:
+        wide = {name: p.double() for name, p in norm.named_parameters()}
+        del norm.forward
+        try:
+            return torch.func.functional_call(norm, wide, x.double()).to(x.dtype)
+        finally:
+            norm.forward = functools.partial(call, norm)
+
+    for norm in norms:
+        norm.forward = functools.partial(call, norm)
+    yield
+    for norm in norms:
+        del norm.forward
+
+
+def on_ranks_norms_whose_sums_cross_ranks_are_those_in_fp64(ranks: Ranks) -> None:
+    """So codes are the same on any number of ranks, and a whole block is as near as a pair of layers is."""
+    for name in ("wide", "crossed", "mlp"):
+        block, _ = blocks(ranks.world)[name]
+        block = block.to(ranks.device)
+        many = parallelize_module(copy.deepcopy(block), mesh(ranks), nv.tensor_parallel.plan(block, mesh(ranks)))
+        shape = (16, 16 * ranks.world) if name == "mlp" else (16, 16 * ranks.world, 4, 4)
+        for seed in range(3):
+            x, dy = (values(shape, seed=s).to(ranks.device) for s in (seed, 10 + seed))
+            with in_fp64(block):
+                expected = run(block, x, dy, PLAIN)
+            found = run(many, x, dy, PLAIN)
+            for one, other in zip(expected[:2], found[:2], strict=True):
+                assert relative_error(other, one) <= 1e-6, (name, seed)
+            for key, one in expected[2].items():
+                other = found[2][key]
+                other = other.full_tensor() if isinstance(other, DTensor) else other
+                # Equal codes give equal gradients of weights, but where two norms stand in a row.
+                good = same_bits(other, one) if name != "wide" else relative_error(other, one) <= 1e-6
+                assert good, (name, seed, key)
+            block.zero_grad()
+            many.zero_grad()
 
 
 def on_ranks_norms_keep_dtensors_autocast_and_observers(ranks: Ranks) -> None:
