@@ -26,7 +26,6 @@ from te_nvfp4_cv.backend.torch_private import (
     OperatorBase,
     constant_in_graphs,
     function_modes,
-    left_alone,
     no_graphs_inside,
     only_inlined,
 )
@@ -84,13 +83,10 @@ class Mode(TorchFunctionMode):
                 _run_by_a_class(op, types, args, kwargs, y)
             return y
         if op is not None:
-            # A weight that FSDP2 has gathered in 4 bits fits no graph, and Dynamo would try every function below.
-            w = args[1] if len(args) > 1 else kwargs.get("weight")
-            layer = _gathered_in_4_bits if type(w) not in PLAIN and hasattr(type(w), "codes_for") else _layer
             if not local.states and self._home is not None:
                 with self._at_home():
-                    return layer(op, function, args, kwargs)
-            return layer(op, function, args, kwargs)
+                    return _layer(op, function, args, kwargs)
+            return _layer(op, function, args, kwargs)
         if function in _OTHERS:
             return self._other(function, args, kwargs)
         if function is _UNFLATTEN:
@@ -287,12 +283,6 @@ def _decides_the_same(known: execute.Known, w: Tensor) -> bool:
             return False
         known.recipe = recipe
     return not transformed()
-
-
-@left_alone  # type: ignore[untyped-decorator]  # with fullgraph=True, Dynamo's error has this name
-def _gathered_in_4_bits(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a layer whose weight FSDP2 has gathered in 4 bits, outside of graphs."""
-    return _layer(op, function, args, kwargs)
 
 
 @no_graphs_inside

@@ -24,6 +24,7 @@ from torch import Tensor
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend.torch_private import tree_leaves, tree_map_only, wrapper_subclass
 from te_nvfp4_cv.errors import runtime_error, warn_once
+from te_nvfp4_cv.layer import custom_op
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import weight_shards
@@ -59,6 +60,11 @@ class Form:
     pow2: bool
     owner: Tensor
     routed: bool = False
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Return what the codes mean."""
+        return self.groups, self.pow2, self.routed
 
 
 class ShardedWeight(torch.Tensor):
@@ -208,10 +214,27 @@ class GatheredWeight(torch.Tensor):
         self._codes, self._scales, self._amax, self.form = codes, scales, amax, form
         return self
 
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return ["_codes", "_scales", "_amax"], (tuple(self.shape), self.dtype, self.form)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], how: tuple[Any, ...], size: Any, stride: Any) -> GatheredWeight:
+        return GatheredWeight(inner["_codes"], inner["_scales"], inner["_amax"], *how)
+
+    @classmethod
+    def __metadata_guard__(cls, one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+        """Return True if a graph that was made for one weight serves another: torch.compile asks for it."""
+        return one[:2] == other[:2] and one[2].settings == other[2].settings
+
     @property
     def state_owner(self) -> Tensor:
         """The tensor that stands for the whole weight where state is kept by identity."""
         return self.form.owner
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Return codes, scales and amax."""
+        return [self._codes, self._scales, self._amax]
 
     def refill(self, codes: Tensor, scales: Tensor, amax: Tensor) -> None:
         """Take the codes of another gather; FSDP2 has written them where this weight's codes lie."""
@@ -273,6 +296,10 @@ class GatheredWeight(torch.Tensor):
             # A view is an inference tensor only if what it views is one; a wrapper would be one by being made there.
             with torch.inference_mode(first.is_inference()):
                 return cls(first._codes, first._scales, first._amax, tuple(first.shape), first.dtype, first.form)
+        if func is torch.ops.te_nvfp4_cv.layer.default:  # a graph of torch.compile
+            return custom_op.layer_of_gathered(*args, **kwargs)
+        if func is torch.ops.te_nvfp4_cv.layer_backward.default:
+            return custom_op.backward_of_gathered(*args, **kwargs)
         if func in FACTORIES and isinstance(first, cls):
             like = torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape)
             # Expanded from one element, `like` has strides of 0, which a result must not take over.

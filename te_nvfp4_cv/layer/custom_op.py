@@ -27,6 +27,7 @@ from te_nvfp4_cv.layer.subclasses import without_class
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.records import Face, WeightCodes
 from te_nvfp4_cv.recipe.block_scaling import recipe_of_key
 
 
@@ -106,14 +107,66 @@ def layer(
     """
     plan, s = plan_of(sizes, spec), spec_of(spec)
     # Codes made before are looked up when the node runs, not when it is traced: each step may have new ones.
-    experts, scales = _experts(offsets, x, plan), _scales(plan, s, s.need_dx or s.need_dw)
-    if scales is not None:
-        scales.experts = experts
-    options = CallOptions(codes=weight_codes.codes_of(w, plan), scales=scales, experts=experts)
+    options = _options(plan, s, x, offsets)._replace(codes=weight_codes.codes_of(w, plan))
     x = without_class(x)
     need_dx, need_dw = s.need_dx and not s.again, s.need_dw and not s.again
     y, saved = forward_backward.forward(x, w, bias, plan, need_dx, need_dw, options)
     return y, *_outputs(saved, plan, x)  # type: ignore[return-value]
+
+
+def layer_of_gathered(
+    x: Tensor, w: Any, bias: Tensor | None, sizes: list[int], spec: str, offsets: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Run `layer` with a weight that FSDP2 has gathered in 4 bits: in the graph, its codes take its place."""
+    s = spec_of(spec)
+    y, *saved = layer_of_codes(x, w.parts, bias, sizes, spec, offsets)
+    if not s.again:
+        codes, plan = w.codes_for(plan_of(sizes, spec)), plan_of(sizes, spec)
+        # What an operator is given it may not return.
+        if s.need_dx and plan.saves_w != "itself":
+            saved[3:] = saved_of(x, None, None, codes, plan, True, False)[3:]
+    return y, *saved
+
+
+def backward_of_gathered(dy: Tensor, saved: list[Any], *rest: Any) -> tuple[Tensor, ...]:
+    """Run `layer_backward` where such a weight itself was saved."""
+    w = saved[3]
+    found: tuple[Tensor, ...] = layer_backward(dy, [*saved[:3], *w.parts], *rest)
+    return found
+
+
+@without_autocast
+@torch.library.custom_op("te_nvfp4_cv::layer_of_codes", mutates_args=())
+def layer_of_codes(
+    x: Tensor, codes: list[Tensor], bias: Tensor | None, sizes: list[int], spec: str, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run one layer's forward as `layer` does.
+
+    Args:
+        codes: of the weight: rowwise codes, their scales, the amax.
+    """
+    plan, s = plan_of(sizes, spec), spec_of(spec)
+    options = _options(plan, s, x, offsets)._replace(codes=_codes(*codes))
+    need_dw = s.need_dw and not s.again
+    y, saved = forward_backward.forward(without_class(x), None, bias, plan, False, need_dw, options)
+    return y, *_outputs(saved, plan, x)  # type: ignore[return-value]
+
+
+@layer_of_codes.register_fake
+def _(x, codes, bias, sizes, spec, offsets=None):  # type: ignore[no-untyped-def]
+    return _fake(x, None, sizes, spec_of(spec)._replace(need_dx=False).to_text(), offsets)
+
+
+def _codes(data: Tensor, scale: Tensor, amax: Tensor) -> WeightCodes:
+    return WeightCodes.of_face("row", Face(data, scale), amax)
+
+
+def _options(plan: Plan, spec: LayerSpec, like: Tensor, offsets: Tensor | None) -> CallOptions:
+    """Return who else takes part in a forward call."""
+    experts, scales = _experts(offsets, like, plan), _scales(plan, spec, spec.need_dx or spec.need_dw)
+    if scales is not None:
+        scales.experts = experts
+    return CallOptions(scales=scales, experts=experts)
 
 
 def _experts(offsets: Tensor | None, like: Tensor, plan: Plan) -> Experts | None:
@@ -129,7 +182,11 @@ def _quantized_again(saved: Saved, plan: Plan, spec: LayerSpec, options: CallOpt
         x_q = operands.quantize_input(x_last, plan, True, options)
     if spec.need_dx and plan.saves_w != "itself":
         assert w is not None
-        codes = weight_codes.codes_of(w, plan) or operands.quantize_weight(w, plan, True)
+        assert saved.w_scale is not None and saved.w_amax is not None
+        if saved.w_scale.numel():  # w are the codes that FSDP2 has gathered
+            codes = _codes(w, saved.w_scale, saved.w_amax)
+        else:
+            codes = weight_codes.codes_of(w, plan) or operands.quantize_weight(w, plan, True)
     return saved_of(x, x_q, w, codes, plan, spec.need_dx, spec.need_dw)  # type: ignore[arg-type]
 
 
@@ -152,6 +209,11 @@ def _scales(plan: Plan, spec: LayerSpec, training: bool) -> shared_amax.CallScal
 
 @layer.register_fake
 def _(x, w, bias, sizes, spec, offsets=None):  # type: ignore[no-untyped-def]
+    return _fake(x, w, sizes, spec, offsets)
+
+
+def _fake(x: Tensor, w: Any, sizes: list[int], spec: str, offsets: Tensor | None) -> tuple[Tensor, ...]:
+    """Return what `layer` would, on fake tensors."""
     s = spec_of(spec)
     if s.again:
         g = ConvGeometry.from_ints(sizes)

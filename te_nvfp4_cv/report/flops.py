@@ -1,7 +1,7 @@
 """Tell torch.utils.flop_counter.FlopCounterMode the FLOPs of this package's operators: those of plain torch.
 
     in eager mode                                     conv_fprop, conv_dgrad, conv_wgrad, gemm
-    in graphs of torch.compile and exported models    layer, layer_backward, inference_layer
+    in graphs of torch.compile and exported models    layer, layer_of_codes, layer_backward, inference_layer
 
 torch's own formulas compute them, from the shapes that torch's layer would have. GEMMs that a recipe leaves in high
 precision are torch's operators in eager mode and count as such; inside of `layer` and `layer_backward` they count with
@@ -93,6 +93,7 @@ def register() -> None:
         ops.conv_wgrad: _wgrad,
         ops.gemm: _gemm,
         ops.layer: _layer,
+        ops.layer_of_codes: _layer,
         ops.layer_backward: _layer_backward,
         ops.inference_layer: _inference,
     }

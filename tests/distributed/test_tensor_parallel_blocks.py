@@ -92,7 +92,7 @@ def on_ranks_blocks_with_norms_are_the_unsharded_ones(ranks: Ranks) -> None:
         for recipe in (None, PLAIN):
             x, dy = (values(shape, seed=s).to(ranks.device) for s in (1, 2))
             results = [run(model, x, dy, recipe) for model in (one, many)]
-            # Sums that cross ranks are exact, those of torch's norm are not, and a code beside a tie may be the next one.
+            # Sums that cross ranks are exact, those of torch's norm are not: beside a tie that is another code.
             crosses = name in ("wide", "crossed", "mlp")
             tolerance = 1e-2 if recipe is not None and crosses else 1e-4
             for expected, found in zip(results[0][:2], results[1][:2], strict=True):

@@ -71,6 +71,12 @@ def inference_arguments() -> tuple[Any, ...]:
     return x, [*codes.row, codes.amax], None, bias, None, sizes, spec
 
 
+def codes_arguments() -> tuple[Any, ...]:
+    x, _, bias, sizes, spec = layer_arguments(need=False)
+    codes = operands()[2]
+    return x, [*codes.row, codes.amax], bias, sizes, spec
+
+
 def backward_arguments(recipe: nv.NVFP4BlockScaling = NO_SR) -> tuple[Any, ...]:
     x, w, bias, sizes, _ = layer_arguments(recipe, False)
     plan = Plan(CONV, recipe, "vendor", torch.float32, False)
@@ -102,6 +108,7 @@ def conv_arguments(gemm: str) -> tuple[Any, ...]:
 
 EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "layer": layer_arguments,
+    "layer_of_codes": codes_arguments,
     "layer_backward": backward_arguments,
     "inference_layer": inference_arguments,
     "quantize_operand": lambda: (X, SPECS[0].to_ints(), torch.float32, None, None, "vendor"),
