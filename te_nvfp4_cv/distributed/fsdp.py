@@ -9,8 +9,8 @@ Parameters stay in high precision in the shards, the optimizer and the state_dic
 (DTensors of them) under plain names. So checkpoints move between FSDP2, DDP, one process, and any number of ranks. A
 weight that was gathered in 4 bits has 4 bits for every reader: layers outside of an NVFP4 context see dequantized
 values, and a warning says so once. To evaluate in high precision, load the full state_dict into a plain model.
-In a graph of torch.compile the codes of such weights are inputs, with fullgraph=True too. FSDP2 gathers in high precision
-as before: weights with 1x16 or 4over6 scales, weights with a GEMM in high precision, and uneven shards. A marked weight
+In a graph of torch.compile their codes are inputs, with fullgraph=True too. FSDP2 gathers in high precision as before:
+weights with 1x16 or 4over6 scales, weights with a GEMM in high precision, and uneven shards. A marked weight
 may be on torch's meta device, and stays marked when load_state_dict(assign=True) replaces it. Placements other than
 Shard(0), and an integer as reshard_after_forward, raise at the first gather, on every rank.
 """

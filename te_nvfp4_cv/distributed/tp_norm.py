@@ -162,14 +162,14 @@ class _Together(NamedTuple):
     Attributes:
         group: the process group.
         axis: of the channels.
-        count: how many values are normalized together, on all ranks.
+        size: how many values are normalized together, on all ranks.
         of_channel: int64 [C here], the group of each channel; None if all channels of a pixel go together.
         groups: how many groups there are, on all ranks.
     """
 
     group: Any
     axis: int
-    count: int
+    size: int
     of_channel: Tensor | None = None
     groups: int = 0
 
@@ -204,8 +204,8 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         wide = x.double()
         first, second = together.totals(wide, wide.square())
-        mean = first / together.count
-        scale = ((second / together.count - mean.square()).clamp(min=0) + eps).rsqrt()
+        mean = first / together.size
+        scale = ((second / together.size - mean.square()).clamp(min=0) + eps).rsqrt()
         ctx.save_for_backward(x, mean, scale, weight)
         ctx.together, ctx.bias_dtype = together, None if bias is None else bias.dtype
         y = (wide - mean).mul_(scale)
@@ -225,7 +225,7 @@ class _Normalize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g = wide if weight is None else wide * _along(weight, wide, together.axis)
             first, second = together.totals(g, g * normal)
-            dx = ((g - (first + normal * second) / together.count) * scale).to(x.dtype)
+            dx = ((g - (first + normal * second) / together.size) * scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dw = (wide * normal).sum(others).to(weight.dtype)
         if ctx.needs_input_grad[2]:
@@ -249,8 +249,8 @@ def _group_norm(module: Any, x: Tensor) -> Tensor:
     dtype = F.group_norm(x.new_zeros(1, 1, 2), 1).dtype
     first = module.sharing.mesh.get_local_rank() * here
     of_channel = torch.arange(first, first + here, device=x.device) // size
-    count = size * x[0, 0].numel() if x.numel() else 1
-    together = _Together(module.sharing.group, 1, count, of_channel, module.num_groups)
+    together_size = size * x[0, 0].numel() if x.numel() else 1
+    together = _Together(module.sharing.group, 1, together_size, of_channel, module.num_groups)
     return _Normalize.apply(x, *_own(module), together, module.eps, dtype)  # type: ignore[no-any-return]
 
 
