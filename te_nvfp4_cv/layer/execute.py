@@ -349,4 +349,7 @@ def _alone(x: Tensor) -> bool:
     # Hooks: the two forward passes of a checkpoint must save alike, and the second one may find other scales.
     if not dispatch.kernels_serve(device) or not dispatch.runs_directly(x) or saved_tensors_hooks_are_on():
         return False
-    return device.type != "cuda" or device.index == torch.cuda.current_device()
+    if device.type != "cuda":
+        return True
+    # A graph must not be the first to launch a kernel, and the short form's begin at a layer's second and third step.
+    return device.index == torch.cuda.current_device() and not torch.cuda.is_current_stream_capturing()
