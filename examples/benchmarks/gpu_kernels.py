@@ -96,10 +96,10 @@ def graphs() -> Iterator[Job]:
 
 
 def train(model: torch.nn.Module, images: torch.Tensor, variant: gpu_step.Variant) -> None:
-    """Run two training steps, of which the second moves delayed scales."""
+    """Run three training steps: the second moves delayed scales, the third by what the second has foreseen."""
     step = gpu_step.Step(variant, model, images, images)
     assert variant.recipe is not None
-    for _ in range(2):
+    for _ in range(3):
         warm.train(step.model, images, nv.nvfp4_autocast(variant.recipe, backend=variant.backend))
 
 

@@ -117,7 +117,7 @@ stage_rest() {
     metrics+=,sm__inst_issued.avg.pct_of_peak_sustained_active,sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active
     if command -v ncu > /dev/null; then
         step 38 "ncu" ncu --clock-control none --csv --log-file "$OUT/ncu.csv" --metrics "$metrics" --launch-count 12 \
-            --kernel-name "regex:^(quantize|produce)_kernel$" \
+            --kernel-name "regex:^(quantize|quantize_and_measure|produce)_kernel$" \
             "$PYTHON" examples/benchmarks/gpu_step.py --models unet "${small[@]}"
     else
         echo "no ncu here: bandwidth, issue and ALU use were not measured"
