@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -34,13 +34,14 @@ def _no_override(*_: Any) -> bool:
     return False
 
 
-def note_parts(module: Any, args: tuple[Any, ...]) -> None:
+def note_parts(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Remember on an nn.MultiheadAttention in which parts a call multiplies its fused weight, for nv.export.
 
     Args:
-        args: query, key and value, and what follows.
+        args, kwargs: query, key and value, by position or by name, and what follows.
     """
-    query, key, value = args[:3]
+    given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+    query, key, value = (given.get(name) for name in ("query", "key", "value"))
     how = "qkv" if key is not value else "" if query is key else "kv"  # as torch's attention decides
     if getattr(module, "nvfp4_parts", "") != how:
         module.nvfp4_parts = how

@@ -104,7 +104,7 @@ class Mode(TorchFunctionMode):
             if not torch.compiler.is_compiling():
                 module = next(constants.running_modules(), None)
                 if isinstance(module, torch.nn.MultiheadAttention):
-                    note_parts(module, args)
+                    note_parts(module, args, kwargs)
             with self:  # its projections are calls of F.linear: run its body under the mode
                 return ATTENTION(*args, **kwargs)
         if function in DIRECT:

@@ -46,9 +46,8 @@ def fused_name(modules: Mapping[str, nn.Module], name: str) -> str:
 
 def note_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     """Run a model that has attentions, and note how they are called, as the context does."""
-    hooks = [
-        module.register_forward_pre_hook(_note, with_kwargs=True) for module in model.modules() if _is_fused(module)
-    ]
+    fused = [module for module in model.modules() if _is_fused(module)]
+    hooks = [module.register_forward_pre_hook(note_parts, with_kwargs=True) for module in fused]
     try:
         if hooks:  # else the images need not be read
             with torch.no_grad():
@@ -56,10 +55,6 @@ def note_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    note_parts(module, (*args, *(kwargs[key] for key in ("query", "key", "value") if key in kwargs)))
 
 
 def separate(model: nn.Module, recipe: NVFP4BlockScaling) -> list[Any]:

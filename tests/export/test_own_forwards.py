@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv.context.bodies import note_parts
 from te_nvfp4_cv.export.fit import shown
 from tests.helpers import relative_error, same_bits, seeds, values
 
@@ -321,8 +322,9 @@ class Crossed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         memory = x.flip(1) * 2
-        y: Tensor = self.attention(x, memory, memory if self.same else memory + x)[0]
-        return y
+        if self.same:
+            return self.attention(x, memory, value=memory)[0]  # type: ignore[no-any-return]
+        return self.attention(x, memory, memory + x)[0]  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -373,6 +375,17 @@ def test_attention_over_another_sequence_is_the_trained_forward(tmp_path: Path, 
     assert relative_error(quantized(x), plain(x).detach()) < 0.3
     assert {f"{place}.packed_q_proj_weight"} <= {n for n, m in quantized.named_modules()}
     assert set(nv.export.save(quantized, tmp_path / "c", recipe).quantized) == set(saved.quantized)
+
+
+def test_how_attention_is_called_is_noted_by_position_and_by_name() -> None:
+    model, x, memory = nn.MultiheadAttention(32, 4), tokens(), tokens()
+    cases = [
+        ((x, memory, memory), {}, "kv"), ((x, memory), {"value": x}, "qkv"),
+        ((), {"query": x, "key": memory, "value": memory}, "kv"), ((x, x, x), {}, ""),
+    ]
+    for args, kwargs, how in cases:
+        note_parts(model, args, kwargs)
+        assert model.nvfp4_parts == how
 
 
 def test_a_file_that_does_not_fit_leaves_attention_as_it_was(tmp_path: Path) -> None:
