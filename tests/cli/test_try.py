@@ -377,6 +377,18 @@ def test_channels_last_finds_a_layout_that_changes_values() -> None:
     assert found("channels_last", subject(build=lambda: nn.Linear(16, 16), channels=16))[0] is None
 
 
+class LaidOut(Net):
+    """Has another gradient in channels_last, with and without NVFP4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.body[0].weight.is_contiguous() else -x)  # type: ignore[operator]
+
+
+def test_what_plain_torch_gets_wrong_in_channels_last_is_no_finding() -> None:
+    ok, told = found("channels_last", subject(build=LaidOut))
+    assert ok is None and told.startswith("torch: its own gradient is ")
+
+
 def test_a_step_in_high_precision_is_found_everywhere() -> None:
     tried = Trial(subject(), nv.NVFP4BlockScaling())
     with pytest.raises(Exception, match="all layers in high precision"):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from te_nvfp4_cv.cli.trial.cells import Cell, Finding, NotHere, Trial, counted, in_words, plainly
+from te_nvfp4_cv.cli.trial.cells import SLACK, Cell, Finding, NotHere, Trial, counted, in_words, plainly
 from te_nvfp4_cv.cli.trial.subject import descend, evaluate, same, seeded
 from te_nvfp4_cv.fusion.fuse import fuse
 from te_nvfp4_cv.nn.walk import LAYERS
@@ -173,8 +173,20 @@ def channels_last(trial: Trial) -> Cell:
     wanted = [CHANNELS_LAST[rank] for rank in sorted(ranks) if rank in CHANNELS_LAST]
     if not wanted:
         raise NotHere("no images")
-    model = trial.copy()
-    # A model of 2-D and 3-D convolutions gets both: each format touches tensors of its own rank.
-    for layout in wanted:
-        plainly(lambda layout=layout: model.to(memory_format=layout), "torch")  # type: ignore[misc,call-overload]
-    return Cell(True, trial.compared(trial.step(model, trial.context())))
+
+    def laid_out() -> nn.Module:
+        model = trial.copy()
+        # A model of 2-D and 3-D convolutions gets both: each format touches tensors of its own rank.
+        for layout in wanted:
+            plainly(lambda layout=layout: model.to(memory_format=layout), "torch")  # type: ignore[misc,call-overload]
+        return model
+
+    found = trial.step(laid_out(), trial.context())
+    try:
+        return Cell(True, trial.compared(found))
+    except Finding:
+        # On CPUs torch's transposed 3-D depthwise convolution leaves a part of dw unwritten in this format.
+        error = trial.step(laid_out()).error(trial.high)
+        if not error <= SLACK:
+            raise NotHere(f"torch: its own gradient is {error:.2g} off") from None
+        raise
