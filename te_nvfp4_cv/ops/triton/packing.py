@@ -1,7 +1,7 @@
 """Join E2M1 codes to words inside kernels, and store what joins along a row.
 
     join_words, join_rows      sixteen codes to one int64; eight or four of a row to an int32 or int16
-    store_rows, store_scale    the codes of a row's values, and the bytes of its scales
+    store_rows                 the codes of a row's values
 
 A word of numerics.e2m1_nearest and e2m1_stochastic holds the code, or is the value that the GPU still converts.
 """
@@ -71,19 +71,25 @@ def join_codes(words, ys, FIRST: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def horner(words, ys, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Pack codes as join_codes does: magnitudes by Horner's rule, signs from ys' top nibbles."""
-    codes = words[FIRST + WIDTH - 1]
+    codes = four(words, FIRST)
+    if WIDTH == 8:
+        codes = (four(words, FIRST + 4) << 16) | (codes & 0xFFFF)
     signs = bits_of(ys[FIRST + WIDTH - 1]).to(tl.uint32, bitcast=True) >> 28
     for k in tl.static_range(WIDTH - 2, -1, -1):
-        word = words[FIRST + k]
-        if k < 3:
-            word = word & 0x7FFFFF  # what lies above would not be shifted out
-        codes = (codes << 4) + word
         signs = (signs << 4) | (bits_of(ys[FIRST + k]).to(tl.uint32, bitcast=True) >> 28)
-    bias: tl.constexpr = ((CODE_BIAS * 0x11111111) & 0xFFFFFFFF) - (1 << 32)
-    codes = (codes - bias) | (signs & 0x88888888).to(tl.int32, bitcast=True)
+    codes = codes | (signs & 0x88888888).to(tl.int32, bitcast=True)
     if WIDTH == 4:
-        codes = codes.to(tl.int16)  # the higher nibbles belong to no code
+        codes = codes.to(tl.int16)
     return codes
+
+
+@triton.jit
+def four(words, FIRST: tl.constexpr):
+    """Return the magnitudes of the codes FIRST to FIRST + 3 in the low 16 bits; what lies above belongs to no code."""
+    codes = words[FIRST + 3]
+    for k in tl.static_range(2, -1, -1):
+        codes = (codes << 4) + words[FIRST + k]
+    return codes - CODE_BIAS * 0x1111
 
 
 @triton.jit
@@ -99,13 +105,3 @@ def store_rows(data, codes, origin, limit, there, BLOCK: tl.constexpr, MASKED: t
         tl.store(place, codes, mask=(lane * width < limit) & there)
     else:
         tl.store(place, codes)
-
-
-@triton.jit
-def store_scale(scale, byte, origin, limit, there, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Store the scale bytes, int32, of a row's blocks `origin` on: as store_rows."""
-    block = tl.arange(0, BLOCK // 16)
-    if MASKED:
-        tl.store(scale + origin + block, byte.to(tl.uint8), mask=(block * 16 < limit) & there)
-    else:
-        tl.store(scale + origin + block, byte.to(tl.uint8))

@@ -23,6 +23,7 @@ import triton.language as tl
 from te_nvfp4_cv.ops.quantize.triton.amax_kernels import move_row
 from te_nvfp4_cv.ops.triton import numerics as nx
 from te_nvfp4_cv.ops.triton import packing, ptx
+from te_nvfp4_cv.ops.triton.rows import row_scales, store_scales
 from te_nvfp4_cv.ops.triton.workspace import is_last, take, take_all
 
 SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their atomic maxima over
@@ -300,7 +301,9 @@ def quantize_kernel(
         index = column + offset + ((nx.bits_of(tile[0]) & 1) >> 1)
         random = nx.philox7(index, tl.load(seed), word2)
 
-    row_top = tl.zeros((BLOCK // 16,), tl.float32)
+    # Images whose scales are computed at once: as few as give each thread one, where registers are short.
+    at_once: tl.constexpr = 2 if BLOCK >= 1024 else 8
+    row_top = tl.zeros((at_once, BLOCK // 16), tl.float32)
     row_mult = 0.0
     # Of the tile's first image, in blocks, which packed rows are made of.
     blocks = (group.to(tl.int64) * 16 * padded_run + first) >> 4
@@ -308,20 +311,23 @@ def quantize_kernel(
         row_mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
         # Within a tile 32 bits are enough.
         limit = left.to(tl.int32) if MASKED else BLOCK
+        step = (tl.zeros((), tl.int64) + (padded_run >> 4)).to(tl.int32)
         for i in tl.static_range(16):
+            if i % at_once == 0:
+                top, byte, s_bs, encs = row_scales(tile, i, at_once, row_mult, s_dec, pairs, BLOCK)
+                if OBSERVE:
+                    row_top = nx.max_nan(row_top, top)
+                if ROW == 1:
+                    store_scales(row_scale, byte, blocks + i * (padded_run >> 4), step, limit, images - group * 16 - i, BLOCK, MASKED)
             v = tl.reshape(tile[i], (BLOCK // 16, 16))
-            amax_b = nx.max_of_rows(v, pairs)
-            byte, s_b, enc = nx.block_scale(amax_b, row_mult, s_dec)
-            if OBSERVE:
-                row_top = nx.max_nan(row_top, amax_b)
-            y = nx.scaled(v, enc[:, None], pairs)
+            y = nx.scaled(v, encs[i % at_once][:, None], pairs)
             if STOCHASTIC:
                 q, word = nx.e2m1_stochastic(y, tl.reshape(nx.random_byte(random, i, pairs), (BLOCK // 16, 16)), pairs)
             else:
                 q, word = nx.e2m1_nearest(y)
             image = group.to(tl.int64) * 16 + i
             if ROW == 2:
-                value = tl.reshape(nx.signed(q, y) * s_b[:, None], (BLOCK,)).to(row_data.dtype.element_ty)
+                value = tl.reshape(nx.signed(q, y) * s_bs[i % at_once][:, None], (BLOCK,)).to(row_data.dtype.element_ty)
                 place = row_data + (image * run + first_value) + offset
                 if MASKED:
                     tl.store(place, value, mask=inside & (image < images))
@@ -332,7 +338,6 @@ def quantize_kernel(
                 codes = packing.join_rows(word, y, BLOCK, 8 if BLOCK >= 1024 else 4)
                 at = blocks + i * (padded_run >> 4)
                 packing.store_rows(row_data, codes, at, limit, image < images, BLOCK, MASKED)
-                packing.store_scale(row_scale, byte, at, limit, image < images, BLOCK, MASKED)
     col_top = tl.zeros((BLOCK,), tl.float32)
     col_mult = 0.0
     if COL != 0:
@@ -343,16 +348,14 @@ def quantize_kernel(
         col_top = nx.max16(tile, pairs)
     if OBSERVE:  # before the columns are rounded: what it needs is not kept any longer
         slot = work + pid % SLOTS
-        if ROW != 0 and COL != 0:
-            # Brought to the columns' shape, one reduction across the lanes serves both maxima.
-            spread = tl.reshape(tl.broadcast_to(row_top[:, None], (BLOCK // 16, 16)), (BLOCK,))
-            row_bits, col_bits = nx.max_of_both(nx.magnitude_bits(spread), nx.magnitude_bits(col_top))
-        elif ROW != 0:
-            row_bits = tl.max(nx.magnitude_bits(row_top), 0)
-            col_bits = row_bits
-        else:
+        if ROW != 0:
+            row_bits = tl.max(nx.magnitude_bits(tl.reshape(row_top, (at_once * (BLOCK // 16),))), 0)
+        if COL != 0:
             col_bits = tl.max(nx.magnitude_bits(col_top), 0)
+        if ROW == 0:
             row_bits = col_bits
+        if COL == 0:
+            col_bits = row_bits
         clipped = False
         if ROW != 0:
             tl.atomic_max(slot, row_bits, sem="relaxed")
