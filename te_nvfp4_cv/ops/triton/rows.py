@@ -1,11 +1,12 @@
 """The scales of a tile's rowwise blocks inside kernels, each computed by one thread.
 
     row_scales      the blocks' amaxes, and from them bytes, s_b and enc_b
-    store_scales    the bytes of a tile's 16 images
+    store_scales    the bytes of those images
 
 A tile's vectors lie as they were loaded: two or four threads hold the values of a rowwise block, and would compute its
-scale each. Between the maxima and the scales `apart` lets the compiler choose how 16 images' blocks lie, so that every
-thread has its own, and neighbours store bytes side by side; what comes out goes back in one exchange.
+scale each. Between the maxima and the scales `apart` lets the compiler choose how several images' blocks lie, so that
+every thread has its own, and neighbours store bytes side by side; what comes out goes back in one exchange. More images
+at once take fewer exchanges and more registers.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
@@ -15,12 +16,11 @@ import triton
 import triton.language as tl
 
 from te_nvfp4_cv.ops.triton import numerics as nx
-from te_nvfp4_cv.ops.triton.ptx import INTERPRETED
 
 
 @triton.jit
 def row_scales(tile, FIRST: tl.constexpr, COUNT: tl.constexpr, mult, s_dec, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return what belongs to the rowwise blocks of COUNT images of a tile, from FIRST on.
+    """Return what belongs to the rowwise blocks of COUNT (2 or 8) images of a tile, from FIRST on.
 
     mult, s_dec: as for numerics.block_scale. PAIRS: see ptx.magnitude. Returns amaxes and bytes, [COUNT, BLOCK / 16],
     and of s_b and of enc_b a tuple of vectors [BLOCK / 16].
@@ -35,49 +35,38 @@ def row_scales(tile, FIRST: tl.constexpr, COUNT: tl.constexpr, mult, s_dec, PAIR
 
 @triton.jit
 def stack(v, COUNT: tl.constexpr):
-    """Return [COUNT, n] of a tuple of vectors."""
+    """Return [COUNT, n] of a tuple of 2 or 8 vectors."""
     n: tl.constexpr = v[0].shape[0]
     if COUNT == 2:
         s = tl.join(v[0], v[1])
-    elif COUNT == 4:
-        s = tl.join(tl.join(v[0], v[2]), tl.join(v[1], v[3]))
-    elif COUNT == 8:
-        s = tl.join(
-            tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6])), tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
-        )
     else:
-        s = nx.stack16(v)
+        even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
+        odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
+        s = tl.join(even, odd)
     return tl.trans(tl.reshape(s, (n, COUNT)))
 
 
 @triton.jit
-def apart(v):
-    """Return v [m, n]. The compiler hands a layout on from load to store, but not through a gather."""
-    if INTERPRETED:
-        return v
-    else:
-        # Along an axis of 1 there is nothing to gather, and no other lane to ask.
-        zeros = tl.zeros((1, v.shape[0], v.shape[1]), tl.int32)
-        return tl.reshape(tl.gather(v[None, :, :], zeros, 0), (v.shape[0], v.shape[1]))
-
-
-@triton.jit
 def unstack(v, COUNT: tl.constexpr):
-    """Return the rows of v [COUNT, n]."""
+    """Return the 2 or 8 rows of v [COUNT, n]."""
     n: tl.constexpr = v.shape[1]
     t = tl.trans(v)
     rows = ()
     for i in tl.static_range(COUNT):
         if COUNT == 2:
             part = tl.split(t)[i]
-        elif COUNT == 4:
-            part = tl.split(tl.split(tl.reshape(t, (n, 2, 2)))[i & 1])[i >> 1]
-        elif COUNT == 8:
-            part = tl.split(tl.split(tl.split(tl.reshape(t, (n, 2, 2, 2)))[i & 1])[(i >> 1) & 1])[i >> 2]
         else:
-            part = tl.split(tl.split(tl.split(tl.split(tl.reshape(t, (n, 2, 2, 2, 2)))[i & 1])[(i >> 1) & 1])[(i >> 2) & 1])[i >> 3]
+            part = tl.split(tl.split(tl.split(tl.reshape(t, (n, 2, 2, 2)))[i & 1])[(i >> 1) & 1])[i >> 2]
         rows = rows + (part,)
     return rows
+
+
+@triton.jit
+def apart(v):
+    """Return v [m, n]. The compiler hands a layout on from load to store, but not through a gather."""
+    # Along an axis of 1 there is nothing to gather, and no other lane to ask.
+    zeros = tl.zeros((1, v.shape[0], v.shape[1]), tl.int32)
+    return tl.reshape(tl.gather(v[None, :, :], zeros, 0), (v.shape[0], v.shape[1]))
 
 
 @triton.jit

@@ -1,10 +1,10 @@
-"""Ahead-of-time cases of ops/norm/triton/kernels.py and quantize_kernels.py: see tests/aot.py."""
+"""Ahead-of-time cases of ops/norm/triton/*kernels.py: see tests/aot.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-MODULE = "te_nvfp4_cv.ops.norm.triton.kernels"
+FOLDER = "te_nvfp4_cv.ops.norm.triton"
 BLOCK, ROWS, COLS = 2048, 64, 64
 ERF = 25  # instructions of GELU's error function, which has two branches
 WIDE = [r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"]  # 128 bits a thread and access
@@ -24,7 +24,9 @@ def _case(name: str, kernel: str, signature: dict[str, str], constexprs: dict[st
     known = {**signature, **{key: "constexpr" for key in constexprs}}
     divisible = [name for name, kind in known.items() if name not in PLAIN and (kind[0] == "*" or kind[0] == "i")]
     options = dict(num_warps=4, divisible=divisible)
-    return dict(name=name, fn=(MODULE, kernel), signature=known, constexprs=constexprs, options=options, **more)
+    file = "apply_kernels" if "apply" in kernel else "kernels"
+    fn = f"{FOLDER}.{file}", kernel
+    return dict(name=name, fn=fn, signature=known, constexprs=constexprs, options=options, **more)
 
 
 def _reduction(last: bool, **more: Any) -> dict[str, Any]:

@@ -191,7 +191,7 @@ CASES = [
     ),
     case(
         "amax_flat",
-        "operand_kernels",
+        "amax_kernels",
         "amax_flat_kernel",
         "amax_flat",
         dict(x="*bf16", work="*i32", amax="*fp32", used="*fp32", seen="*fp32", n="i64"),
@@ -201,7 +201,7 @@ CASES = [
     ),
     case(
         "amax_flat_moves_delayed_scales",
-        "operand_kernels",
+        "amax_kernels",
         "amax_flat_kernel",
         "amax_flat",
         dict(x="*fp32", work="*i32", amax="*fp32", used="*fp32", seen="*fp32", n="i64"),

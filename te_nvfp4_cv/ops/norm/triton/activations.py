@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from te_nvfp4_cv.ops.triton.ptx import INTERPRETED
+
 # The activations: their places in spec.ACTIVATIONS, from 1 on.
 RELU: tl.constexpr = tl.constexpr(1)
 SILU: tl.constexpr = tl.constexpr(2)
@@ -25,7 +27,10 @@ def gelu_gate(u):
 def activated(u, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """Return the activation of u; ReLU's, too, lets a NaN through, as torch's does."""
     if ACTIVATION == RELU:
-        y = tl.where(u <= 0.0, 0.0, u)
+        if INTERPRETED:  # NumPy's maximum may be -0
+            y = tl.where(u <= 0.0, 0.0, u)
+        else:
+            y = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == SILU:
         y = u * tl.sigmoid(u)
     elif ACTIVATION == HARDSWISH:

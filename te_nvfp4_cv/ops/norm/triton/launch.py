@@ -20,7 +20,7 @@ from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.layouts import lies_channels_last
 from te_nvfp4_cv.ops.norm import reference
 from te_nvfp4_cv.ops.norm.spec import ACTIVATIONS, NormSpec, Pair, affine_of, norm_of, split
-from te_nvfp4_cv.ops.norm.triton import kernels
+from te_nvfp4_cv.ops.norm.triton import apply_kernels, kernels
 from te_nvfp4_cv.ops.triton.launching import start
 from te_nvfp4_cv.ops.triton.numerics import OPTIONS
 
@@ -118,7 +118,7 @@ def apply(z: Tensor, residual: Tensor | None, norm: Sequence[Tensor], y: Tensor,
     """Write the activation into y, and ReLU's mask unless it is empty."""
     grid, arguments = shape_of(z, s.groups).elementwise
     start(
-        kernels.apply_kernel,
+        apply_kernels.apply_kernel,
         grid,
         z,
         z if residual is None else ordered(residual, z),
@@ -185,7 +185,7 @@ def norm_backward(
     dresidual = torch.empty_like(dy) if s.need_dresidual else dy.new_empty(0)
     programs, elementwise = shape.elementwise
     start(
-        kernels.backward_apply_kernel,
+        apply_kernels.backward_apply_kernel,
         programs,
         dy,
         z,

@@ -3,8 +3,8 @@
     produced_amax_kernel       one read of z: the amaxes of the activation and of its RHT columns
     produce_kernel             one read of z: both faces of the activation as an operand, and ReLU's mask
 
-The activation is the one that kernels.apply_kernel would store, rounded to z's dtype. Codes and scales are those of
-ops/quantize for it, bit for bit. One program holds 16 images times BLOCK values, as in
+The activation is the one that apply_kernels.apply_kernel would store, rounded to z's dtype. Codes and scales are those
+of ops/quantize for it, bit for bit. One program holds 16 images times BLOCK values, as in
 ops/quantize/triton/operand_kernels.py, whose layouts these are. Only the common case is served: channels last, no
 folding, groups of a multiple of 16 channels, nearest rounding. quantize_launch.py launches these kernels.
 """
@@ -16,10 +16,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.norm.triton.activations import activated
-from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_amaxes, finish_observed
+from te_nvfp4_cv.ops.norm.triton.activations import RELU, RELU6, activated
+from te_nvfp4_cv.ops.quantize.triton.amax_kernels import finish_amaxes
+from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_observed
 from te_nvfp4_cv.ops.triton import numerics as nx
 from te_nvfp4_cv.ops.triton import packing, ptx
+from te_nvfp4_cv.ops.triton.rows import row_scales, store_scales
 
 
 @triton.jit
@@ -59,6 +61,8 @@ def produced_tile(
         per_pixel = channels // 16
         block = ((first // 16) % per_pixel).to(tl.int32) + tl.arange(0, BLOCK // 16)
         channel = tl.reshape((block % per_pixel)[:, None] * 16 + tl.arange(0, 16)[None, :], (BLOCK,))
+        # Sixteen in order, which the compiler cannot see: a thread loads its channels' parameters at once.
+        channel = tl.max_contiguous(tl.multiple_of(channel, 16), 16)
     scale = tl.full((BLOCK,), 1.0, tl.float32)
     shift = tl.zeros((BLOCK,), tl.float32)
     if AFFINE:
@@ -68,15 +72,20 @@ def produced_tile(
         # Batch normalization: the statistics are the channel's, and serve all 16 images.
         centre = tl.load(mean + channel)
         factor = tl.load(rstd + channel) * scale
+    # One addition an image; only the first address has two 64-bit parts.
+    step = tl.zeros((), tl.int64) + run
+    from_z = z + (line.to(tl.int64) * 16 * run + first) + lane
+    from_residual = residual + (line.to(tl.int64) * 16 * run + first) + lane
     tile = ()
+    kept = tl.zeros((BLOCK // 4,), tl.uint32)
+    half = kept
     for i in tl.static_range(16):
         image = line.to(tl.int64) * 16 + i
         there = inside & (image < images)
-        origin = image * run + first
         if MASKED:
-            value = tl.load(z + origin + lane, mask=there, other=0.0)
+            value = tl.load(from_z + i * step, mask=there, other=0.0)
         else:
-            value = tl.load(z + origin + lane)
+            value = tl.load(from_z + i * step)
         if GROUPS:
             # An image past the end reads the statistics of the last one; its values become zeros below.
             group = tl.minimum(image, images - 1) * GROUPS + channel // GROUP_CHANNELS
@@ -85,28 +94,60 @@ def produced_tile(
         u = tl.fma(ptx.widen(value, PAIRS) - centre, factor, shift)
         if RESIDUAL:
             if MASKED:
-                u += ptx.widen(tl.load(residual + origin + lane, mask=there, other=0.0), PAIRS)
+                u += ptx.widen(tl.load(from_residual + i * step, mask=there, other=0.0), PAIRS)
             else:
-                u += ptx.widen(tl.load(residual + origin + lane), PAIRS)
-        if KEEP:
-            passes = ~(u <= 0.0)
-            if MASKED:
-                passes = passes & there
-            bits = tl.reshape(tl.where(passes, 1, 0), (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
-            byte = tl.arange(0, BLOCK // 8)
-            place = mask + origin // 8 + byte
-            if MASKED:
-                filled = (byte * 8 < run - first) & (image < images)
-                tl.store(place, tl.sum(bits, 1).to(tl.uint8), mask=filled)
-            else:
-                tl.store(place, tl.sum(bits, 1).to(tl.uint8))
+                u += ptx.widen(tl.load(from_residual + i * step), PAIRS)
         y = activated(u, ACTIVATION, SLOPE)
-        # Rounded to z's dtype, as if the activation had been stored and read again.
-        y = nx.round_bf16(y, PAIRS) if value.dtype == tl.bfloat16 else y.to(value.dtype).to(tl.float32)
         if MASKED:  # because the activation of a padding zero is not 0
             y = tl.where(there, y, 0.0)
+        if KEEP:
+            if i == 8:
+                half = kept
+            kept = collect(kept, y, BLOCK)
+        # Rounded to z's dtype, as if the activation had been stored and read again.
+        y = nx.round_bf16(y, PAIRS) if value.dtype == tl.bfloat16 else y.to(value.dtype).to(tl.float32)
         tile = tile + (y,)
+    if KEEP:
+        store_mask(mask, half, kept, line, first, images, run, MASKED, BLOCK)
     return tile
+
+
+@triton.jit
+def collect(kept, y, BLOCK: tl.constexpr):
+    """Shift four bits of an image into each word [BLOCK / 4]: whether y, which is not below 0, is positive or NaN."""
+    y0, y1, y2, y3 = packing.neighbours(y, BLOCK, 4)
+    for v in tl.static_range(4):
+        value = (y3, y2, y1, y0)[v]
+        if ptx.INTERPRETED:  # where a NaN may have a sign
+            bit = tl.where(value != 0.0, 1, 0).to(tl.uint32)
+        else:
+            above = tl.add(nx.bits_of(value), 0x7FFFFFFF, sanitize_overflow=False)  # its sign: value is not 0
+            bit = above.to(tl.uint32, bitcast=True) >> 31
+        kept = (kept << 1) | bit
+    return kept
+
+
+@triton.jit
+def store_mask(mask, low, high, line, first, images, run, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a byte for each eight values of 16 images from collect's words of eight images, the first one highest.
+
+    A byte's two nibbles are in two words. One exchange brings them together, and each thread has eight images' bytes.
+    """
+    words = tl.permute(tl.reshape(tl.join(low, high), (BLOCK // 8, 2, 2)), (2, 0, 1))
+    left, right = tl.split(words)  # [2, BLOCK / 8]: of eight images, the values 0 to 3 and 4 to 7
+    odd = (left & 0x0F0F0F0F) | ((right & 0x0F0F0F0F) << 4)
+    even = ((left >> 4) & 0x0F0F0F0F) | (right & 0xF0F0F0F0)
+    byte = tl.arange(0, BLOCK // 8)[None, :]
+    image = tl.arange(0, 2)[:, None] * 8
+    step = run // 8
+    place = mask + (line.to(tl.int64) * 16 * run + first) // 8 + (image * step + byte)
+    for i in tl.static_range(8):
+        value = ((odd if i % 2 == 1 else even) >> (7 - i) // 2 * 8).to(tl.uint8)
+        if MASKED:
+            there = (byte * 8 < run - first) & (line * 16 + image + i < images)
+            tl.store(place + i * step, value, mask=there)
+        else:
+            tl.store(place + i * step, value)
 
 
 @triton.jit(do_not_specialize=["per_row", "tiles"])
@@ -243,37 +284,43 @@ def produce_kernel(
         pairs,
         BLOCK,
     )
-    row_top = tl.zeros((BLOCK // 16,), tl.float32)
-    saturated = tl.zeros((BLOCK // 16,), tl.int32)
+    signed: tl.constexpr = ACTIVATION != RELU and ACTIVATION != RELU6
+    at_once: tl.constexpr = 8  # images whose scales are computed at once
+    row_top = tl.zeros((at_once, BLOCK // 16), tl.float32)
+    saturated = tl.zeros((at_once, BLOCK // 16), tl.int32)
     if ROW != 0:
         mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
         limit = (run - first).to(tl.int32)
+        # Counted in blocks; within a tile 32 bits are enough.
+        blocks = line.to(tl.int64) * 16 * run + first >> 4
+        step = tl.zeros((), tl.int64) + run // 16
         for i in tl.static_range(16):
             image = line.to(tl.int64) * 16 + i
-            v = tl.reshape(tile[i], (BLOCK // 16, 16))
-            amax_b = nx.max_of_rows(v, pairs)
-            byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
-            if OBSERVE:
-                row_top = nx.max_nan(row_top, amax_b)
-                saturated += tl.where(amax_b * mult > 448.0, 1, 0)
-            y = nx.scaled(v, enc[:, None], pairs)
+            if i % at_once == 0:
+                top, byte, s_bs, encs = row_scales(tile, i, at_once, mult, s_dec, pairs, BLOCK)
+                if OBSERVE:
+                    row_top = nx.max_nan(row_top, top)
+                    saturated += tl.where(top * mult > 448.0, 1, 0)
+                if ROW == 1:
+                    left = images - line * 16 - i
+                    store_scales(row_scale, byte, blocks + i * step, step, limit, left, BLOCK, MASKED)
+            y = nx.scaled(tl.reshape(tile[i], (BLOCK // 16, 16)), encs[i % at_once][:, None], pairs)
             q, word = nx.e2m1_nearest(y)
-            origin = image * run + first
             if ROW == 2:
-                value = tl.reshape(nx.signed(q, y) * s_b[:, None], (BLOCK,)).to(row_data.dtype.element_ty)
+                value = tl.reshape(nx.signed(q, y) * s_bs[i % at_once][:, None], (BLOCK,))
+                value = value.to(row_data.dtype.element_ty)
+                place = row_data + (image * run + first) + lane
                 if MASKED:
-                    tl.store(row_data + origin + lane, value, mask=inside & (image < images))
+                    tl.store(place, value, mask=inside & (image < images))
                 else:
-                    tl.store(row_data + origin + lane, value)
+                    tl.store(place, value)
             else:
-                codes = packing.join_rows(word, y, BLOCK, 4)
-                # Counted in blocks; within a tile 32 bits are enough.
-                at = (line.to(tl.int64) * 16 * run + first >> 4) + i * (run // 16)
-                packing.store_rows(row_data, codes, at, limit, image < images, BLOCK, MASKED)
-                packing.store_scale(row_scale, byte, at, limit, image < images, BLOCK, MASKED)
+                codes = packing.join_rows(word, y, BLOCK, 4, signed)
+                packing.store_rows(row_data, codes, blocks, i * step, limit, image < images, BLOCK, MASKED)
     if OBSERVE:
-        total = tl.sum(saturated, 0)
-        tl.atomic_max(work + pid % SLOTS, tl.max(nx.magnitude_bits(row_top), 0), sem="relaxed")
+        total = tl.sum(tl.reshape(saturated, (at_once * (BLOCK // 16),)), 0)
+        row_bits = tl.max(nx.magnitude_bits(tl.reshape(row_top, (at_once * (BLOCK // 16),))), 0)
+        tl.atomic_max(work + pid % SLOTS, row_bits, sem="relaxed")
 
     if COL != 0:
         # A rotated face has an amax, and so a tensor scale, of its own.

@@ -1,6 +1,10 @@
-"""A Triton kernel for the amaxes of delayed tensor scales; amax.py says what it computes. A program has two lanes."""
+"""Triton kernels for amaxes: of a tensor in memory order, and those of delayed tensor scales, moved on (see amax.py).
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+    amax_flat_kernel    the amax of a weight, or of x where nothing is rotated
+    move_kernel         delayed scales after a step; a program has two lanes
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
 from __future__ import annotations
 
 import triton
@@ -10,6 +14,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.ops.triton import numerics as nx
 from te_nvfp4_cv.ops.triton.launching import start
+from te_nvfp4_cv.ops.triton.workspace import is_last, take
 
 
 @triton.jit
@@ -39,6 +44,70 @@ def foresee(used, seen, next, RULE: tl.constexpr):
         face = row * 2 + tl.arange(0, 2)
         amaxes, there = moved(tl.load(seen + face), row, RULE)
         tl.store(next + face, tl.where(there, amaxes, tl.load(used + face)))
+
+
+@triton.jit
+def finish_amaxes(work, amax, FACES: tl.constexpr, SAME: tl.constexpr, POW2: tl.constexpr, E4M3_MAX: tl.constexpr):
+    """Let the launch's last program write amax fp32 [FACES] and leave zeros in `work`, int32: bits of two, a counter.
+
+    SAME: the second is the first. POW2: raised to those whose tensor scale is a power of two.
+    """
+    if is_last(work + 2):
+        take(work + 2)
+        value = nx.float_of(take(work))
+        if POW2:
+            value = nx.power_of_two_amax(value, E4M3_MAX)
+        tl.store(amax, value)
+        if FACES == 2:
+            if not SAME:
+                value = nx.float_of(take(work + 1))
+                if POW2:
+                    value = nx.power_of_two_amax(value, E4M3_MAX)
+            tl.store(amax + 1, value)
+
+
+@triton.jit
+def flat_maximum(x, pid, programs, n, BLOCK: tl.constexpr):
+    """Return the bits of max |x| over the part of n values that is for program `pid` of `programs`. NaN wins."""
+    lane = tl.arange(0, BLOCK)
+    # As many neighbours as a thread loads at once: it keeps their maximum alone.
+    width: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    top = tl.zeros((BLOCK // width,), tl.int32)
+    step = programs.to(tl.int64) * BLOCK
+    for origin in range(pid.to(tl.int64) * BLOCK, n, step):
+        left = tl.minimum(n - origin, BLOCK).to(tl.int32)  # 64 bits would be compared in each lane
+        value = tl.load(x + origin + lane, mask=lane < left, other=0.0).to(tl.float32)
+        # The bits of magnitudes are ordered as the values are, NaN above inf, so an integer maximum finds both.
+        top = tl.maximum(top, tl.max(tl.reshape(nx.magnitude_bits(value), (BLOCK // width, width)), 1))
+    return tl.max(top, 0)
+
+
+@triton.jit
+def amax_flat_kernel(
+    x,
+    work,
+    amax,
+    used,
+    seen,
+    n,
+    FACES: tl.constexpr,
+    POW2: tl.constexpr,
+    E4M3_MAX: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Raise work[0], int32, to the bits of max |x| over n values. NaN wins.
+
+    FACES, POW2: see finish_amaxes; FACES 0: nothing more. RULE, used, seen: move two rows of delayed scales, unless -1.
+    """
+    if RULE >= 0:
+        if tl.program_id(0) == 0:
+            for row in tl.static_range(2):
+                move_row(used, seen, row, RULE, True)
+    top = flat_maximum(x, tl.program_id(0), tl.num_programs(0), n, BLOCK)
+    tl.atomic_max(work, top, sem="relaxed")
+    if FACES != 0:
+        finish_amaxes(work, amax, FACES, True, POW2, E4M3_MAX)
 
 
 @triton.jit

@@ -11,12 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.quantize.triton.operand_kernels import (
-    SLOTS,
-    finish_observed,
-    flat_maximum,
-    quantize_kernel,
-)
+from te_nvfp4_cv.ops.quantize.triton.amax_kernels import flat_maximum
+from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_observed, quantize_kernel
 from te_nvfp4_cv.ops.triton import numerics as nx
 from te_nvfp4_cv.ops.triton.workspace import take
 

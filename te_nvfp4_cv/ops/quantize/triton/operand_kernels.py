@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.quantize.triton.amax_kernels import move_row
+from te_nvfp4_cv.ops.quantize.triton.amax_kernels import finish_amaxes
 from te_nvfp4_cv.ops.triton import numerics as nx
 from te_nvfp4_cv.ops.triton import packing, ptx
 from te_nvfp4_cv.ops.triton.rows import row_scales, store_scales
@@ -35,70 +35,6 @@ COUNT: tl.constexpr = tl.constexpr(16)
 
 
 # ---- amax -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def finish_amaxes(work, amax, FACES: tl.constexpr, SAME: tl.constexpr, POW2: tl.constexpr, E4M3_MAX: tl.constexpr):
-    """Let the launch's last program write amax fp32 [FACES] and leave zeros in `work`, int32: bits of two, a counter.
-
-    SAME: the second is the first. POW2: raised to those whose tensor scale is a power of two.
-    """
-    if is_last(work + 2):
-        take(work + 2)
-        value = nx.float_of(take(work))
-        if POW2:
-            value = nx.power_of_two_amax(value, E4M3_MAX)
-        tl.store(amax, value)
-        if FACES == 2:
-            if not SAME:
-                value = nx.float_of(take(work + 1))
-                if POW2:
-                    value = nx.power_of_two_amax(value, E4M3_MAX)
-            tl.store(amax + 1, value)
-
-
-@triton.jit
-def flat_maximum(x, pid, programs, n, BLOCK: tl.constexpr):
-    """Return the bits of max |x| over the part of n values that is for program `pid` of `programs`. NaN wins."""
-    lane = tl.arange(0, BLOCK)
-    # As many neighbours as a thread loads at once: it keeps their maximum alone.
-    width: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
-    top = tl.zeros((BLOCK // width,), tl.int32)
-    step = programs.to(tl.int64) * BLOCK
-    for start in range(pid.to(tl.int64) * BLOCK, n, step):
-        left = tl.minimum(n - start, BLOCK).to(tl.int32)  # 64 bits would be compared in each lane
-        value = tl.load(x + start + lane, mask=lane < left, other=0.0).to(tl.float32)
-        # The bits of magnitudes are ordered as the values are, NaN above inf, so an integer maximum finds both.
-        top = tl.maximum(top, tl.max(tl.reshape(nx.magnitude_bits(value), (BLOCK // width, width)), 1))
-    return tl.max(top, 0)
-
-
-@triton.jit
-def amax_flat_kernel(
-    x,
-    work,
-    amax,
-    used,
-    seen,
-    n,
-    FACES: tl.constexpr,
-    POW2: tl.constexpr,
-    E4M3_MAX: tl.constexpr,
-    RULE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Raise work[0], int32, to the bits of max |x| over n values. NaN wins.
-
-    FACES, POW2: see finish_amaxes; FACES 0: nothing more. RULE, used, seen: move two rows of delayed scales, unless -1.
-    """
-    if RULE >= 0:
-        if tl.program_id(0) == 0:
-            for row in tl.static_range(2):
-                move_row(used, seen, row, RULE, True)
-    top = flat_maximum(x, tl.program_id(0), tl.num_programs(0), n, BLOCK)
-    tl.atomic_max(work, top, sem="relaxed")
-    if FACES != 0:
-        finish_amaxes(work, amax, FACES, True, POW2, E4M3_MAX)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -300,7 +236,6 @@ def quantize_kernel(
         # the last term is zero: it gives the counters the layout of x, so that no random word changes threads
         index = column + offset + ((nx.bits_of(tile[0]) & 1) >> 1)
         random = nx.philox7(index, tl.load(seed), word2)
-
     # Images whose scales are computed at once: as few as give each thread one, where registers are short.
     at_once: tl.constexpr = 2 if BLOCK >= 1024 else 8
     row_top = tl.zeros((at_once, BLOCK // 16), tl.float32)
@@ -311,23 +246,26 @@ def quantize_kernel(
         row_mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
         # Within a tile 32 bits are enough.
         limit = left.to(tl.int32) if MASKED else BLOCK
-        step = (tl.zeros((), tl.int64) + (padded_run >> 4)).to(tl.int32)
         for i in tl.static_range(16):
             if i % at_once == 0:
                 top, byte, s_bs, encs = row_scales(tile, i, at_once, row_mult, s_dec, pairs, BLOCK)
                 if OBSERVE:
                     row_top = nx.max_nan(row_top, top)
                 if ROW == 1:
-                    store_scales(row_scale, byte, blocks + i * (padded_run >> 4), step, limit, images - group * 16 - i, BLOCK, MASKED)
+                    step = (tl.zeros((), tl.int64) + (padded_run >> 4)).to(tl.int32)
+                    there = images - group * 16 - i
+                    store_scales(row_scale, byte, blocks + i * (padded_run >> 4), step, limit, there, BLOCK, MASKED)
             v = tl.reshape(tile[i], (BLOCK // 16, 16))
             y = nx.scaled(v, encs[i % at_once][:, None], pairs)
             if STOCHASTIC:
-                q, word = nx.e2m1_stochastic(y, tl.reshape(nx.random_byte(random, i, pairs), (BLOCK // 16, 16)), pairs)
+                part = tl.reshape(nx.random_byte(random, i, pairs), (BLOCK // 16, 16))
+                q, word = nx.e2m1_stochastic(y, part, pairs)
             else:
                 q, word = nx.e2m1_nearest(y)
             image = group.to(tl.int64) * 16 + i
             if ROW == 2:
-                value = tl.reshape(nx.signed(q, y) * s_bs[i % at_once][:, None], (BLOCK,)).to(row_data.dtype.element_ty)
+                value = tl.reshape(nx.signed(q, y) * s_bs[i % at_once][:, None], (BLOCK,))
+                value = value.to(row_data.dtype.element_ty)
                 place = row_data + (image * run + first_value) + offset
                 if MASKED:
                     tl.store(place, value, mask=inside & (image < images))
@@ -336,8 +274,8 @@ def quantize_kernel(
             else:
                 # What a thread of the table's tiles holds side by side.
                 codes = packing.join_rows(word, y, BLOCK, 8 if BLOCK >= 1024 else 4)
-                at = blocks + i * (padded_run >> 4)
-                packing.store_rows(row_data, codes, at, limit, image < images, BLOCK, MASKED)
+                at = i * (padded_run >> 4)
+                packing.store_rows(row_data, codes, blocks, at, limit, image < images, BLOCK, MASKED)
     col_top = tl.zeros((BLOCK,), tl.float32)
     col_mult = 0.0
     if COL != 0:

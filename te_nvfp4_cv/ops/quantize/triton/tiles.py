@@ -234,7 +234,7 @@ def amax_flat_of(
             BLOCK=block,
             **options_of(config),
         )
-        return Bound(operand_kernels.amax_flat_kernel, (min(ceil_div(n, block), PROGRAMS),), (n,), constants)
+        return Bound(amax_kernels.amax_flat_kernel, (min(ceil_div(n, block), PROGRAMS),), (n,), constants)
 
     return Repeated("amax_flat", device, (tuning.bucket(n),), bind)
 
