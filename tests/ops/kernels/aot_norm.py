@@ -89,7 +89,7 @@ for name, last, activation, group_channels, residual in (
             {**_pointers("z residual weight bias mean rstd y mask", mask="*u8"), "slice_size": "i64", **SIZES},
             _elementwise(last, activation, group_channels, RESIDUAL=residual, KEEP=activation == 1),
             expect=WIDE,
-            instructions_per_element=(BLOCK, (34 if last else 60) + ERF * (activation == 5)),
+            instructions_per_element=(BLOCK, (30 if last else 60) + ERF * (activation == 5)),
         )
     )
     CASES.append(
@@ -103,7 +103,7 @@ for name, last, activation, group_channels, residual in (
             },
             _elementwise(last, activation, group_channels, RESIDUAL=residual),
             expect=WIDE,
-            instructions_per_element=(BLOCK, (44 if last else 70) + ERF * (activation == 5)),
+            instructions_per_element=(BLOCK, (40 if last else 70) + ERF * (activation == 5)),
         )
     )
 for grouped in (False, True):
@@ -173,7 +173,7 @@ for name, activation, groups, residual, row in (
         "produce_kernel",
         {**MADE, **pointers, **PRODUCED_SIZES},
         dict(KEEP=activation == 1, ROW=row, COL=1, RHT=True, OBSERVE=26, E4M3_MAX=448, **shared),
-        instructions_per_element=(16 * PRODUCED, lambda arch, row=row: 68 if row == 1 else 90),
+        instructions_per_element=(16 * PRODUCED, lambda arch, row=row: {90: 50, 100: 34, 120: 38}.get(arch, 60) if row == 1 else 90),
         **more,
     )
     measure = _case(

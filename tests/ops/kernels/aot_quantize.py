@@ -148,7 +148,7 @@ JOINTLY |= dict(POW2=True, W_E4M3_MAX=448, MOVES=True, W_BLOCK=4096)
 CASES = [
     quantize("activation_delayed", budget=lambda arch: 28 if arch == 100 else 44),
     quantize("activation_current", OBSERVE=0, budget=lambda arch: 26 if arch == 100 else 42),
-    quantize("activation_packed", ROW=1, OBSERVE=0, budget=lambda arch: {90: 36, 100: 17}.get(arch, 46)),
+    quantize("activation_packed", ROW=1, OBSERVE=0, budget=lambda arch: {90: 34, 100: 15, 120: 20}.get(arch, 46)),
     quantize("activation_rows", COL=0, OBSERVE=0),
     quantize("activation_rows_delayed", COL=0),
     quantize("gradient_rows_delayed", COL=0, STOCHASTIC=True),
@@ -160,7 +160,7 @@ CASES = [
         ROW=1,
         COL=1,
         OBSERVE=0,
-        budget=lambda arch: {90: 51, 100: 41}.get(arch, 58),
+        budget=lambda arch: {90: 44, 100: 36, 120: 44}.get(arch, 58),
     ),
     quantize("masked", MASKED=True),
     quantize("masked_stochastic", MASKED=True, STOCHASTIC=True, COL=2),
