@@ -139,6 +139,7 @@ def at_most_168_registers(compiled: Any) -> str | None:
 
 MADE = _pointers("z residual weight bias mean rstd")
 PRODUCED_SIZES = {"images": "i32", "run": "i32", "per_row": "i32", "channels": "i32"}
+PACKED = {80: 60, 86: 60, 89: 60, 90: 50, 100: 34, 120: 38}  # instructions an element, of an activation as codes
 PRODUCED = 512  # values of each of 16 images: 64 elements a thread, 64-bit accesses
 for name, activation, groups, residual, row in (
     ("batch_add_relu", 1, 0, True, 2),
@@ -173,7 +174,7 @@ for name, activation, groups, residual, row in (
         "produce_kernel",
         {**MADE, **pointers, **PRODUCED_SIZES},
         dict(KEEP=activation == 1, ROW=row, COL=1, RHT=True, OBSERVE=26, E4M3_MAX=448, **shared),
-        instructions_per_element=(16 * PRODUCED, lambda arch, row=row: {90: 50, 100: 34, 120: 38}.get(arch, 60) if row == 1 else 90),
+        instructions_per_element=(16 * PRODUCED, PACKED.get if row == 1 else 90),
         **more,
     )
     measure = _case(
