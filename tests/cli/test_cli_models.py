@@ -138,6 +138,9 @@ def test_quantize_verify_export(
     command = ["quantize", *model, *SCALED, "--images", str(images), "--count", "4", "--batch", "2", "--out", str(out)]
     assert cli.main([*command, "--json"]) == 0
     assert told(capsys)["quantized"] == ["body.1", "body.4", "up", "head"]
+    without = ["quantize", model[0], *SIZE, *command[command.index(SCALED[0]) : -1], str(tmp_path / "random")]
+    assert cli.main([*without, "--method", "nearest"]) == 0
+    assert "no --checkpoint: the weights are those that" in capsys.readouterr().err
     assert cli.main(["verify", str(out)]) == 0
     assert "Every claim holds" in capsys.readouterr().out
     loaded = nv.export.load(out, Net())
