@@ -58,10 +58,7 @@ class Setting:
 
     def precision(self, variant: Variant) -> Precision:
         """Return the precision in which this variant trains."""
-        # Other block formats than NVFP4 have no kernels of their own, and oneDNN or cuDNN multiplies.
-        other = variant.recipe is not None and variant.recipe.block_format != "nvfp4"
-        backend = "vendor" if other else self.backend
-        return Precision(variant.name, COMPUTE[self.compute], variant.recipe, backend=backend)
+        return Precision(variant.name, COMPUTE[self.compute], variant.recipe, backend=self.backend)
 
 
 class Average:
