@@ -53,6 +53,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if item.get_closest_marker("stress")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if not item.get_closest_marker("stress")]
+    named_by_address = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if named_by_address:  # processes that run tests side by side would not find the same names
+        raise pytest.UsageError("a test's name has an object's address in it; give it ids: " + named_by_address[0])
     if torch.cuda.is_available():  # what the interpreter runs elsewhere runs on the GPU here
         for item in items:
             if "kernel_device" in getattr(item, "fixturenames", ()):

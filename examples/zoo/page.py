@@ -51,7 +51,9 @@ def newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
         if name not in MODELS:
             continue
         before = found.get(name, {})
-        if "asked" in row and "cells" in before and "cells" in row:
+        if "asked" in row and "cells" in before:
+            if "cells" not in row:  # it ended before its first check
+                continue
             later[name] |= {check: row["commit"] for check in row["cells"]}
             found[name] = {**before, "cells": before["cells"] | row["cells"]}
         else:
@@ -73,7 +75,7 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
     parts += ["## Findings\n", _findings(ran)]
     absent = [name for name in MODELS if name not in rows]
     if absent:
-        parts += [f"## Not run\n\n{len(absent)} of {len(MODELS)} models have no row: {'; '.join(absent)}.\n"]
+        parts += [f"## Not run\n\nOf {len(MODELS)} models, {len(absent)} without a row: {'; '.join(absent)}.\n"]
     broken = [f"- {name}: {row['error']}" for name, row in rows.items() if row.get("error")]
     if broken:
         parts += ["## Not run by plain torch\n", "\n".join(broken) + "\n"]

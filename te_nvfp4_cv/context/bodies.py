@@ -42,6 +42,8 @@ def note_parts(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
     query, key, value = (given.get(name) for name in ("query", "key", "value"))
+    if key is None or value is None:  # a subclass with other arguments
+        return
     how = "qkv" if key is not value else "" if query is key else "kv"  # as torch's attention decides
     if getattr(module, "nvfp4_parts", "") != how:
         module.nvfp4_parts = how

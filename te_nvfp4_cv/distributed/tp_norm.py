@@ -185,7 +185,7 @@ class _Together(NamedTuple):
     def _sums(self, values: Tensor) -> Tensor:
         if self.of_channel is None:
             return values.sum(self.axis, keepdim=True)
-        sums = values.flatten(2).sum(2)
+        sums = values.flatten(2).sum(2) if values.dim() > 2 else values
         return sums.new_zeros(len(values), self.groups).index_add(1, self.of_channel, sums)
 
 

@@ -115,7 +115,9 @@ def separated(model: nn.Module, recipe: NVFP4BlockScaling) -> Iterator[None]:
 
 
 def _is_fused(module: Any) -> bool:
-    return isinstance(module, nn.MultiheadAttention) and module._parameters.get(FUSED) is not None
+    # A subclass with a forward of its own may read the fused weight itself.
+    plain = isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    return plain and module._parameters.get(FUSED) is not None
 
 
 def _separate(module: Any, how: str) -> None:

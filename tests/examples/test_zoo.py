@@ -185,7 +185,7 @@ def test_the_page_shows_the_newest_row_of_each_model() -> None:
     assert "| kornia/HardNet | ok | 92% |" in text and "| two |" in text and "stale" not in text and "gone" not in text
     assert "| kornia/HardNet | save | a\\|b |" in text
     assert "| save | 0 | 1 | 0 |" in text and "| onnx | 0 | 0 | 1 |" in text
-    assert f"{len(MODELS) - 2} of {len(MODELS)} models have no row" in text and "kornia/Unet" in text
+    assert f"Of {len(MODELS)} models, {len(MODELS) - 2} without a row" in text and "kornia/Unet" in text
     assert "- kornia/DexiNed: TypeError: no" in text and "kornia 0.9, torch 2.13.0." in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -186,7 +187,22 @@ def channels_last(trial: Trial) -> Cell:
         return Cell(True, trial.compared(found))
     except Finding:
         # On CPUs torch's transposed 3-D depthwise convolution leaves a part of dw unwritten in this format.
-        error = trial.step(laid_out()).error(trial.high)
+        with _nan_in_new_memory():
+            error = trial.step(laid_out()).error(trial.high)
         if not error <= SLACK:
             raise NotHere(f"torch: its own gradient is {error:.2g} off") from None
         raise
+
+
+@contextlib.contextmanager
+def _nan_in_new_memory() -> Iterator[None]:
+    """Let torch fill new tensors with NaN, so that what an operator leaves unwritten shows at each run."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled

@@ -134,7 +134,7 @@ class Watched:
         return bool(self.seen[0][0].count)
 
     def correct(self, wanted: bool) -> None:
-        """Subtract the mean error from the bias, if there is one; leave the twin that is taken alone."""
+        """Subtract the mean error from the twin's own bias, if there is one; leave the twin that is taken alone."""
         index = self.best
         self.twins, self.seen = [self.twins[index]], [self.seen[index]]
         self.shifted = self.twin.shift is not None
@@ -142,7 +142,8 @@ class Watched:
             self.twin._parameters["bias"] = self.layer._parameters["bias"]
         if wanted and self.bias is not None and self.ran:
             self.correction = self.seen[0][0].mean
-            self.bias.data -= self.correction.to(self.bias)
+            if not self.inner:  # whose bias the network in high precision has, too: matching.py moves it
+                self.bias.data -= self.correction.to(self.bias)
 
     @property
     def bias(self) -> Tensor | None:

@@ -92,7 +92,9 @@ def twice(module, x):
 
 
 @pytest.mark.parametrize(
-    ("layer", "dtype", "run"), [("transposed", torch.bfloat16, None), ("one pixel", torch.float32, twice)], ids=str
+    ("layer", "dtype", "run"),
+    [("transposed", torch.bfloat16, None), ("one pixel", torch.float32, twice)],
+    ids=["transposed", "one pixel, two calls"],
 )
 def test_scales_of_an_earlier_step_move_as_without(kernel_device, monkeypatch, passes, layer, dtype, run):
     args = (layer, RECIPES["delayed"], kernel_device, dtype, 3, run)
