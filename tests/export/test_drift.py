@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.export.modules import InferenceLayer
+from te_nvfp4_cv.export.ptq import matching
 from tests.export import drifting
 from tests.helpers import same_bits, values
 
@@ -257,3 +258,50 @@ def test_pitches_of_a_trained_network_stay_within_50_cents(monkeypatch) -> None:
         distance = 20 * (found(x).argmax(1) - expected.argmax(1)).abs()  # bins of 20 cents
     assert all(float((part <= 50).float().mean()) >= 0.99 for part in distance.split(256))
     assert found.nvfp4_drift.sqnr_db > 25
+
+
+# ---- what high precision is, while others are matched to it ----------------------------------------------------------
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(32, 2, batch_first=True), nn.Linear(32, 16)
+        nn.init.normal_(self.attention.out_proj.bias)
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attention(x, x, x)[0].relu())
+
+
+def test_the_model_in_high_precision_is_the_given_one_in_each_batch(monkeypatch) -> None:
+    """Attention's bias is in both networks: it was corrected in the one to which others were matched, too."""
+    net, batches = Attends().eval(), [2 + values((4, 8, 32), seed=seed) for seed in range(3)]
+    seen = []
+    compare = matching.compare
+    monkeypatch.setattr(matching, "compare", lambda y, expected: (seen.append(expected[0]), compare(y, expected))[1])
+    found = quantize(net, batches)
+    with torch.no_grad():
+        wanted = [net(batch) for batch in batches for _ in range(2)]
+    assert len(seen) == 6 and all(map(torch.equal, seen, wanted))
+    plain = quantize(net, batches, bias_correction=False)
+    assert torch.equal(plain.attention.out_proj.bias, net.attention.out_proj.bias)
+    assert error(found, net, torch.cat(batches)) <= error(plain, net, torch.cat(batches))
+
+
+def test_outputs_that_cannot_be_compared_say_nothing_of_biases(monkeypatch) -> None:
+    net, batches = nn.Sequential(nn.Conv2d(16, 16, 1)).eval(), [2 + values((2, 16, 4, 4), seed=seed) for seed in (0, 1)]
+    sqnrs = iter([math.nan, 0.0, 0.0, 10.0])  # with corrected biases and without, for each batch
+    monkeypatch.setattr(matching, "compare", lambda *_: (next(sqnrs), 0.0, 2))
+    found = quantize(net, batches)
+    assert next(sqnrs, None) is None and torch.equal(found[0].bias, net[0].bias)
+
+
+def test_a_channel_that_is_zero_on_the_images_does_not_take_a_norms_scale_with_it() -> None:
+    norm = nn.BatchNorm2d(2).eval()
+    norm.running_var.fill_(0.5)
+    match = matching._Norm(norm)
+    for phase, x in ((matching.HIGH, torch.zeros(1, 2, 8, 8)), (matching.PLAIN, values((1, 2, 8, 8)))):
+        match.begin(phase)
+        match(norm, (x,), {})
+    torch.testing.assert_close(norm.running_var, torch.full((2,), 2.0), rtol=1e-4, atol=1e-4)

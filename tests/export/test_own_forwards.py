@@ -327,6 +327,21 @@ class Crossed(nn.Module):
         return self.attention(x, memory, memory + x)[0]  # type: ignore[no-any-return]
 
 
+class Reads(nn.MultiheadAttention):
+    """Attention with a forward of its own, which reads the fused weight itself."""
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, self.in_proj_weight[:32]) * F.linear(memory, self.in_proj_weight[32:64])
+
+
+def test_attention_with_a_forward_of_its_own_keeps_its_weight() -> None:
+    net, x = nn.Module(), tokens()
+    net.attention = Reads(32, 4)
+    net.forward = lambda x: net.attention(x, x * 2)  # type: ignore[method-assign,assignment]
+    found = nv.export.quantize(net.eval(), [x])
+    assert found.attention.in_proj_weight is not None and not hasattr(net.attention, "nvfp4_parts")
+
+
 class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
