@@ -236,10 +236,12 @@ _LISTS = ("stride", "padding", "output_padding", "dilation")  # a number stands 
 @no_graphs_inside
 def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one call in NVFP4, or as torch would."""
-    traced = torch.compiler.is_compiling()
+    traced, known = torch.compiler.is_compiling(), None
     if not traced and not kwargs and local.states:
         known = execute.known_call(function, args)
-        if known is not None and _decides_the_same(known, args[1]):
+        if known is not None and not _decides_the_same(known, args[1]):
+            known = None
+        if known is not None:
             again = execute.repeat(known, *args[:3])
             if again is not None:
                 shortfall.local.macs += known.macs
@@ -264,7 +266,9 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     y = execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
     if traced:
         return y
-    if kwargs or current.group is not None or function not in _BY_MODULES:
+    if known is not None and execute.holds(known):
+        shortfall.local.macs += known.macs
+    elif kwargs or current.group is not None or function not in _BY_MODULES:
         shortfall.local.macs += (x if "transpose" in op else y).numel() * w.numel() // w.shape[0]
     else:
         shortfall.local.macs += execute.remember(function, args, recipe, current.backend, y)

@@ -95,6 +95,7 @@ class DelayedScales:
         self.measured = [False, False]
         self.stale = False  # a backward pass has run since `used` moved
         self.captured = False  # the last training forward was captured in a CUDA graph
+        self.in_graphs = False  # any was: its replays move the values, and Python sees nothing of it
 
     def to(self, device: torch.device) -> None:
         """Follow a weight that was moved."""
@@ -195,7 +196,7 @@ class DelayedCallScales(CallScales):
                 needs="warm-up steps, forward and backward, before the capture",
                 fix="run a few steps on a side stream first, as torch.cuda.graph's documentation shows",
             )
-        scales.captured = capturing
+        scales.captured, scales.in_graphs = capturing, scales.in_graphs or capturing
         if not scales.stale:
             return
         scales.stale = False

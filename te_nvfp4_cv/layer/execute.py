@@ -6,8 +6,8 @@ torch.compile: custom_op.py). `execute_explicit` raises where a context would fa
 (coverage, telemetry) are told of every call here.
 
 A layer of a model is called again and again with tensors that differ in nothing but values. So a call that went well is
-remembered by its weight (`remember`); `known_call` finds it by a few comparisons, and `repeat` runs it without the
-questions whose answers those comparisons settle.
+remembered by its weight (`remember`); `known_call` finds it by a few comparisons, and `repeat` asks only what they do
+not settle: whether somebody watches, traces or takes part.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from te_nvfp4_cv.layer import (
     weight_transforms,
 )
 from te_nvfp4_cv.layer.check import (
-    CACHED,
     MINIMUM,
     CallShape,
     Sizes,
@@ -249,6 +248,7 @@ class Known:
         self.asked = False  # for that, at the first call that might use one
 
 
+SIZES = 16  # of x, that are remembered of one weight
 # By a weight's id: the weight, and its calls by the shape of x.
 _known: dict[int, tuple[weakref.ref[Tensor], dict[torch.Size, Known]]] = {}
 
@@ -276,6 +276,8 @@ def known_call(function: Any, args: tuple[Any, ...]) -> Known | None:
         return None
     known = held[1].get(x.shape)
     if known is None or known.function is not function or len(args) != len(known.args) + 3:
+        return None
+    if x.device != known.look[2]:  # of which autocast may know nothing
         return None
     # Modules hand over the same objects at each call, and what is remembered cannot change.
     same = all(map(operator.is_, args[3:], known.args)) and known.look == _look(x, w, args[2])
@@ -306,15 +308,21 @@ def remember(function: Any, args: tuple[Any, ...], recipe: NVFP4BlockScaling, ba
     if held is None or held[0]() is not w:
         held = (weakref.ref(w, lambda _, known=_known: known.pop(number, None)), {})  # type: ignore[misc]
         _known[number] = held
-    if len(held[1]) >= CACHED:  # sizes that never come back
+    if len(held[1]) >= SIZES:  # some of which never come back
         held[1].clear()
     held[1][x.shape] = known
     return macs
 
 
+def holds(known: Known) -> bool:
+    """Return True if "auto" means the backend that it meant."""
+    device = known.look[2]
+    # On a GPU the answer changes with cache.changes only, and is not cheap.
+    return device.type == "cuda" or dispatch.resolve(known.backend, device, by_layer=True) == known.chosen
+
+
 def repeat(known: Known, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | None:
     """Run a call as `known` says; None if somebody takes part in it, or if "auto" means another backend now."""
-    kind = known.look[2].type
     if (
         observe.local.observers
         or weight_codes.frozen
@@ -323,8 +331,7 @@ def repeat(known: Known, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | 
         or torch.jit.is_tracing()
         or dispatch.is_traced()
         or getattr(x, deferred.ATTRIBUTE, None) is not None
-        # On a GPU the answer changes with cache.changes only, and is not cheap.
-        or (kind != "cuda" and dispatch.resolve(known.backend, x.device, by_layer=True) != known.chosen)
+        or not holds(known)
     ):
         return None
     plan, scales, ready = known.plan, None, None

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.torch_private import is_batched, without_function_modes
 from te_nvfp4_cv.errors import message
 from te_nvfp4_cv.layer import gemms, operands
@@ -332,7 +333,7 @@ class QuantizedConv(torch.autograd.Function):
         needs, options, tensors = ctx.needs_input_grad[:3], ctx.options, ctx.saved_tensors
         grads: tuple[Tensor | None, ...]
         if options.prepared is not None:
-            if needs[0] and needs[1] and not torch.is_grad_enabled():
+            if needs[0] and needs[1] and not torch.is_grad_enabled() and dispatch.runs_directly(dy):
                 with without_function_modes(), _without_autocast(dy.device.type):
                     grads = options.prepared.backward(dy, *tensors, options.scales, needs[2])
                 return (*grads, None, None)

@@ -49,9 +49,12 @@ def fits(plan: Plan, x: Tensor, w: Tensor) -> bool:
 
 
 def measured(scales: Scales) -> bool:
-    """Return True if the state of delayed scales is there, and this is no checkpoint's second pass."""
-    state = scales.scales if isinstance(scales, DelayedCallScales) and not scales.again else None
-    return state is not None and all(state.measured)
+    """Return True if a training step may foresee how its delayed scales move.
+
+    Not in a checkpoint's second pass, in a call that only reads them, or once a CUDA graph moves them.
+    """
+    state = scales.scales if isinstance(scales, DelayedCallScales) and scales.training and not scales.again else None
+    return state is not None and all(state.measured) and not state.in_graphs
 
 
 class PreparedLayer:

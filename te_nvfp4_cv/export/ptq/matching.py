@@ -181,8 +181,8 @@ def put_matched(net: nn.Module, taken: Collection[Watched], images: Iterable[Any
                     noise[phase] += 10 ** (-sqnr / 10)
         best = min(noise, key=noise.__getitem__)  # the first of equal ones: outputs that cannot be compared
         _begin(matched, best)
-        for of_bias in (*of_biases, *inner) if best == PLAIN else ():
-            of_bias.watch.correction = None
+        for watch in watches if best == PLAIN else ():
+            watch.correction = None
 
 
 def _fresh(batch: Any) -> Any:

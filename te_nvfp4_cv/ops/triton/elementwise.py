@@ -112,7 +112,7 @@ def scale_bias(y: Tensor, alpha: Tensor | Alpha, bias: Tensor | None, dtype: tor
     if y.numel():
         has_bias, parts = bias is not None, parts_of(alpha)
         # A pointer must be there for a bias that is not read, too.
-        third = bias if bias is not None else parts.a
+        third = bias.contiguous() if bias is not None else parts.a
         kinds = (y.dtype, dtype, third.dtype)
         launch = scale_bias_of(y.numel(), y.shape[-1], kinds, 1 + isinstance(alpha, Alpha), parts.number, has_bias)
         launch(y, out, parts.a, parts.b, third)

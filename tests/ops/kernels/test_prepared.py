@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.layer import prepared
+from te_nvfp4_cv.layer import delayed_scaling, prepared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -138,6 +139,16 @@ def test_second_derivatives_are_refused_and_a_graph_may_be_kept(kernel_device, p
         dx.sum().backward()
 
 
+def in_bf16(module, function):
+    """Call a function while the module's weight, the same Parameter, is in bf16."""
+    values = module.weight.data
+    module.weight.data = values.bfloat16()
+    try:
+        return function()
+    finally:
+        module.weight.data = values
+
+
 def test_a_call_is_looked_at_again_when_it_differs(kernel_device, passes):
     """What a call is remembered by: each change takes the long way once, and gives what that gives."""
     conv = nn.Conv2d(16, 16, 1, bias=False).to(kernel_device, memory_format=LAST)
@@ -156,7 +167,7 @@ def test_a_call_is_looked_at_again_when_it_differs(kernel_device, passes):
         "no gradient of x": lambda: run(x.detach()),
         "no gradients": lambda: torch.no_grad()(run)(x),
         "other strides": lambda: run(x.contiguous()),
-        "another dtype": lambda: run(x.bfloat16(), conv=lambda x: nn.functional.conv2d(x, conv.weight.bfloat16())),
+        "another dtype": lambda: in_bf16(conv, lambda: run(x.detach().bfloat16().requires_grad_())),
         "off": lambda: run(x, enabled=False),
         "another recipe": lambda: run(x, recipe=RECIPES["current_pow2"]),
     }
@@ -173,3 +184,61 @@ def test_a_call_is_looked_at_again_when_it_differs(kernel_device, passes):
     with torch.no_grad():
         conv.weight.mul_(2)
     assert torch.equal(run(x), expected * 4) and passes
+
+
+def test_scales_stay_as_they_are_where_they_are_only_read(kernel_device, passes):
+    """Sensitivity runs passes with gradients inside of reading_only: they moved a model's scales."""
+    conv, x = nn.Conv2d(16, 16, 1).to(kernel_device), torch.randn(16, 16, 2, 2, device=kernel_device).requires_grad_()
+
+    def step(x):
+        with nv.nvfp4_autocast(RECIPES["delayed"], backend="vendor"):
+            conv(x).sum().backward()
+
+    for _ in range(3):
+        step(x)
+    assert passes.count("forward") >= 1
+    before, calls = nv.extra_state(conv)["scales"], len(passes)
+    with delayed_scaling.reading_only():
+        step((x * 4).detach().requires_grad_())
+    assert str(nv.extra_state(conv)["scales"]) == str(before) and len(passes) == calls
+
+
+def test_evaluation_between_two_steps_costs_no_prepared_layer(kernel_device, passes, monkeypatch):
+    conv, x = nn.Conv2d(16, 16, 1).to(kernel_device), torch.randn(16, 16, 2, 2, device=kernel_device).requires_grad_()
+    made = []
+    monkeypatch.setattr(prepared, "fits", lambda *given, fits=prepared.fits: (made.append(1), fits(*given))[1])
+    for _ in range(3):
+        with nv.nvfp4_autocast(RECIPES["plain"], backend="vendor"):
+            conv(x)
+            with torch.no_grad():
+                conv(x)
+    assert len(made) == 1 and passes == ["forward"] * 2
+
+
+def test_a_bias_that_is_not_contiguous(kernel_device, passes):
+    weight = nn.Parameter(torch.randn(16, 16, 1, 1, device=kernel_device))
+    x, table = (torch.randn(shape, device=kernel_device) for shape in ((16, 16, 2, 2), (16, 2)))
+    x.requires_grad_()
+    for bias in (table[:, 0], table[:1, 0].expand(16)):
+        passes.clear()
+        with nv.nvfp4_autocast(RECIPES["current"], backend="vendor"):
+            expected = nn.functional.conv2d(x, weight, bias.contiguous())
+            given = [nn.functional.conv2d(x, weight, bias) for _ in range(2)]
+        assert passes and all(torch.equal(y, expected) for y in given)
+
+
+def test_a_dispatch_mode_around_backward_sees_the_operators(kernel_device, passes):
+    conv, x = nn.Conv2d(16, 16, 1).to(kernel_device), torch.randn(16, 16, 2, 2, device=kernel_device).requires_grad_()
+    with nv.nvfp4_autocast(RECIPES["plain"], backend="vendor"):
+        conv(x)
+        y = conv(x)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        y.sum().backward()
+    assert passes == ["forward"] and any("te_nvfp4_cv" in name for name in seen)

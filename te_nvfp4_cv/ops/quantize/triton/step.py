@@ -124,7 +124,7 @@ class Step:
         constants |= dict(POW2=raised > 0, W_E4M3_MAX=raised or E4M3_MAX, MOVES=moves, W_BLOCK=block)
         numbers = (images, rows, run, per_row, alone.grid[0], n)
         kernel = joint_kernels.quantize_and_measure_kernel
-        # Places of codes, without the three tensors that quantize_kernel has before them and this one has not.
+        # Places of codes, without the two tensors that quantize_kernel has before them and this one has not.
         views = [(place - 2, dtype) for place, dtype in alone.views]
         return Bound(kernel, (alone.grid[0] + programs,), numbers, constants, views)
 
@@ -248,6 +248,7 @@ class Step:
             a, b = mine.data_ptr() + self.row, kept + 4 * W_AMAX
         else:
             a, b = mine.data_ptr() + self.col, kept + self.col
+        bias = None if bias is None else bias.contiguous()
         third, number = F32 if bias is None else bias.dtype, self.parts.numbers[gemm]
         at = (y.data_ptr(), out.data_ptr(), a, b, a if bias is None else bias.data_ptr())
         run = scale_bias_of(y.numel(), y.shape[1], (y.dtype, dtype, third), 2, number, bias is not None)

@@ -1,0 +1,104 @@
+"""A layer's call that is remembered gives what the call would give that is looked at for the first time."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import te_nvfp4_cv as nv
+from te_nvfp4_cv.layer import execute
+from tests.helpers import values
+
+Here = contextlib.AbstractContextManager[Any]
+
+
+def entry(conv: nn.Module) -> Here:
+    @contextlib.contextmanager
+    def inside():
+        nv.set_precision(conv, {"0": None})
+        yield
+        nv.clear_precision(conv)
+
+    return inside()
+
+
+CHANGES: dict[str, Any] = {
+    "nothing": lambda net: contextlib.nullcontext(),
+    "autocast": lambda net: torch.autocast("cpu", torch.bfloat16),
+    "autocast to another dtype": lambda net: torch.autocast("cpu", torch.float16),
+    "an entry": entry,
+    "off": lambda net: nv.nvfp4_autocast(enabled=False),
+    "another recipe": lambda net: nv.nvfp4_autocast(nv.NVFP4BlockScaling(disable_2d_quantization=True)),
+    "another backend": lambda net: nv.nvfp4_autocast(backend="reference"),
+    "frozen weights": lambda net: nv.frozen_weights(net),
+    "no gradients": lambda net: torch.no_grad(),
+    "inference mode": lambda net: torch.inference_mode(),
+    "dispatch mode": lambda net: FlopCounterMode(display=False),
+}
+TRANSFORMS: dict[str, Any] = {
+    "vmap": lambda net, x: torch.func.vmap(lambda row: net(row[None])[0])(x),
+    "grad": lambda net, x: torch.func.grad(lambda v: net(v).sum())(x),
+    "jvp": lambda net, x: torch.func.jvp(net, (x,), (x,))[1],
+}
+
+
+def step(net: nn.Module, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(3)
+    y = net(x)
+    if not y.requires_grad:
+        return [y]
+    return [y, *torch.autograd.grad(y.float().square().sum(), list(net.parameters()))]
+
+
+def run(function: Any, known: bool) -> list[Tensor]:
+    """Run it on a network whose calls are remembered, or not."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 16, 16)), values((4, 16, 4, 4))
+    with nv.nvfp4_autocast():
+        for _ in range(2):
+            step(net, x)
+        assert id(net[0].weight) in execute._known
+        if not known:
+            execute._known.clear()
+        return function(net, x)
+
+
+@pytest.mark.filterwarnings("ignore:nvfp4. only")
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_between_two_calls_acts(name: str) -> None:
+    def changed(net: nn.Module, x: Tensor) -> list[Tensor]:
+        with CHANGES[name](net):
+            return step(net, x)
+
+    found, expected = run(changed, known=True), run(changed, known=False)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    plain = run(step, known=True)
+    if name not in ("nothing", "no gradients", "inference mode", "dispatch mode", "another backend", "frozen weights"):
+        assert not torch.equal(found[0].float(), plain[0])
+
+
+@pytest.mark.filterwarnings("ignore:nvfp4. only")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_act(name: str) -> None:
+    found, expected = (run(lambda net, x: [TRANSFORMS[name](net, x)], known) for known in (True, False))
+    assert torch.equal(found[0], expected[0])
+
+
+def test_sizes_that_never_come_back_are_forgotten() -> None:
+    conv = nn.Conv2d(16, 16, 1)
+    with nv.nvfp4_autocast():
+        for size in range(1, 3 * execute.SIZES):
+            conv(values((1, 16, 1, size)))
+    assert len(execute._known[id(conv.weight)][1]) <= execute.SIZES
+
+
+def test_an_input_on_another_device_is_looked_at() -> None:
+    conv, x = nn.Conv2d(16, 16, 1), values((2, 16, 3, 3))
+    with nv.nvfp4_autocast():
+        conv(x)
+        assert conv(x.to("meta")).is_meta  # as in plain torch
