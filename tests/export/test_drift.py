@@ -44,7 +44,7 @@ def test_a_network_that_is_destroyed_is_warned_of_and_the_layer_named() -> None:
     with pytest.warns(UserWarning, match=r"outputs change much: SQNR .* worst layers: expand\.0 \(-"):
         found = quantize(net, batches)
     drift = found.nvfp4_drift
-    assert drift.layers[0].name == "expand.0" and drift.sqnr_db < 3 and not drift.held_back
+    assert drift.layers[0].name == "expand.0" and not drift.held_back and drift.sqnr_db == pytest.approx(2.1, abs=0.5)
     assert drift.images == 64 and abs(drift.cosine - cosine(found, net)) < 0.02
     assert sum(row.flops for row in drift.layers) == pytest.approx(1.0)
     assert "expand.0" in str(drift) and drift.to_dict()["layers"][0]["how"] == "shifted"
