@@ -168,4 +168,3 @@ class Quantizer:
 def _decoded(data: Tensor, scale: Tensor) -> Tensor:
     """Return code * scale [..., 16], fp32, of packed pieces [..., 8] and the scale of each, fp32 [...]."""
     return formats.decode_e2m1(formats.unpack_nibbles(data)) * scale.unsqueeze(-1)
-
