@@ -182,7 +182,7 @@ def block_of(backend: str) -> int:
     return BLOCK if found is None else found.block
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)  # of few formats
 def scale_table(block_format: str, half: bool = False) -> Any:
     """Return what the 256 scale bytes of a format stand for, or half of it, as a C array for compiled kernels."""
     values = FORMATS[block_format].decode(torch.arange(256, device="cpu").to(torch.uint8)).tolist()

@@ -97,8 +97,8 @@ def quantize(
         auto_high: leave the layers in high precision whose quantization changes the outputs most, up to this share of
             the FLOPs. They are measured, each layer alone on the first images. Layers inside of modules with a
             forward of their own (attention) are not tried.
-        reestimate_bn: move the statistics of the remaining batch norms by what quantization moves their inputs; of a norm
-            that was measured to be better unfolded, only the bias moves.
+        reestimate_bn: move the statistics of the remaining batch norms by what quantization moves their inputs; of a
+            norm that was measured to be better unfolded, only the bias moves.
         batches: how many batches of the loader are read each time; None for all.
         device: where batches are moved to. If None, they stay where they are.
     Returns:

@@ -217,7 +217,7 @@ def test_blackwells_conversion_packs_what_stochastic_rounding_gives(kernel_devic
 def _join(p_y, p_out, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     y = tl.reshape(tl.load(p_y + tl.arange(0, BLOCK)), (BLOCK // 16, 16))
     q, word = numerics.e2m1_nearest(y)
-    packing.store_rows(p_out, packing.join_rows(word, y, BLOCK, WIDTH), 0, BLOCK, True, BLOCK, False)
+    packing.store_rows(p_out, packing.join_rows(word, y, BLOCK, WIDTH), 0, 0, BLOCK, True, BLOCK, False)
 
 
 @pytest.mark.parametrize("width", [4, 8])
