@@ -14,6 +14,7 @@ from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.ops.conv.triton import (
     grouped_kernels,
     launch,  # noqa: F401  (fills the tables)
+    weight_rows,
 )
 from te_nvfp4_cv.ops.conv.triton import kernels as conv_kernels
 from te_nvfp4_cv.ops.gemm.triton import kernels as gemm_kernels
@@ -127,7 +128,7 @@ CASES = [
     *(
         _case(
             f"prepare.face{face}",
-            conv_kernels.prepare_kernel,
+            weight_rows.prepare_kernel,
             lambda arch, face=face: dict(FACE=face, HALF=True, QUADS=arch == 90, QB=4, BLOCK=128),
             "",
             WIDTHS["64"],

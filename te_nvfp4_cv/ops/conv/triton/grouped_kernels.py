@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.triton.decode import blocks_to_half, multiply_packed
+from te_nvfp4_cv.ops.conv.triton.weight_rows import add_chunk
+from te_nvfp4_cv.ops.triton.decode import multiply_packed
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def _place(p_offsets, experts, tokens, tile, SIZE: tl.constexpr):
 def grouped_product(
     p_x,  # uint8 [tokens, blocks * 8]
     p_x_scale,  # uint8 [tokens, blocks]
-    p_w,  # as kernels.prepare_kernel writes it, rows [experts * channels]
+    p_w,  # as weight_rows.prepare_kernel writes it, rows [experts * channels]
     p_w_scale,
     p_alpha,  # fp32 [1] or [experts]; unused without ALPHA
     p_bias,  # [experts, channels] or unused
@@ -92,28 +93,10 @@ def grouped_product(
     acc = tl.zeros((BM, BN), tl.float32)
     steps = tl.where(owned & (first < last), chunks, 0)
     for chunk in range(0, steps):
-        m_x = m_m[:, None]
-        m_xs = m_m[:, None]
-        if not FULL:
-            rest = units * UNIT - chunk * QB
-            m_x = m_x & (o_k[None, :] < rest * 8)
-            m_xs = m_xs & (o_q[None, :] < rest)
-        x = tl.load(p_x + chunk * HB + o_x, mask=m_x, other=0)
-        xs = tl.load(p_x_scale + chunk * QB + o_xs, mask=m_xs, other=0)
-        w_chunk = i_row * chunks + chunk
-        if NATIVE:
-            w = tl.load(p_w + w_chunk[:, None] * HB + o_k[None, :])
-            ws = tl.load(p_w_scale + w_chunk[:, None] * QB + o_q[None, :])
-            xs = xs.to(tl.float8e4nv, bitcast=True)
-            ws = ws.to(tl.float8e4nv, bitcast=True)
-            acc = tl.dot_scaled(x, xs, "e2m1", tl.trans(w), ws, "e2m1", acc)
-        else:
-            p_low = p_w + w_chunk[:, None] * BK + o_k[None, :]
-            w_low = tl.load(p_low)
-            w_high = tl.load(p_low + HB)
-            low, high = blocks_to_half(x, xs, BM, QB, QUADS, PTX)
-            acc = tl.dot(low, tl.trans(w_low), acc)
-            acc = tl.dot(high, tl.trans(w_high), acc)
+        rest = units * UNIT - chunk * QB
+        x = p_x + chunk * HB, o_x
+        xs = p_x_scale + chunk * QB, o_xs
+        acc = add_chunk(acc, x, xs, m_m, rest, (p_w, p_w_scale), i_row * chunks + chunk, BK, FULL, NATIVE, QUADS, PTX)
     if not NATIVE:
         acc = acc * 128.0  # the 2^-7 of ops/triton/decode.py
     if ALPHA == 1:

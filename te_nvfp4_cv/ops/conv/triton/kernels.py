@@ -1,6 +1,5 @@
 """Implicit GEMM kernels of quantized convolutions. They gather rows from packed operands and write no im2col matrix.
 
-    prepare_kernel   a packed face of a kernel -> rows of one output channel, contraction contiguous, blocks padded
     data_product     fprop and dgrad: y[(image, pixel), n] = sum over (tap, block of 16 channels)
     weight_product   wgrad: dw[n, tap, c] = sum over (image group, pixel, 16 images), one tap and one part of the
                      contraction per program; sum_parts adds the parts in their order
@@ -16,78 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from te_nvfp4_cv.ops.triton.decode import blocks_to_half, codes_to_half, multiply_packed, quad_place, scale_to_half
-
-ROWS, TILES, COLUMNS, TRANSPOSE = 0, 1, 2, 3  # FACE of prepare_kernel; see there
-
-
-@triton.jit
-def prepare_kernel(
-    p_data,  # uint8, a packed face of ops/quantize/operand.py
-    p_scale,  # uint8, its E4M3 bytes
-    p_out,  # HALF: fp16 [N, taps, blocks_out / QB, 2, QB * 8], low nibbles first; else uint8 [N, taps, blocks_out * 8]
-    p_out_scale,  # uint8 [N, taps, blocks_out]; not written for HALF
-    total,  # N * taps * blocks_out
-    taps,
-    blocks,  # of the contraction, per tap and group
-    blocks_out,  # the same padded with zero blocks
-    each,  # output channels (rows N) per group
-    each_in,  # contracted channels per group
-    FACE: tl.constexpr,
-    HALF: tl.constexpr,
-    QUADS: tl.constexpr,  # HALF: in the order of decode.quad_place
-    QB: tl.constexpr,  # blocks of 16 a step of data_product; divides blocks_out
-    BLOCK: tl.constexpr,  # blocks of 16 a program
-):
-    """Write one face of a kernel as rows [N, taps, blocks], where N counts the output channels of the product.
-
-    FACE says what is read: ROWS [N, taps, blocks * 8] with a scale per block; TILES the same with a scale per 16 rows
-    [G, ceil(each / 16), taps, blocks]; COLUMNS [G, blocks, taps, each, 8]; TRANSPOSE: the TILES face of the transposed
-    product, whose rows are contracted here: [G * each_in, taps, ceil(each / 16) * 8], scales [G, blocks, taps, ...].
-    """
-    o_item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    i_block = o_item % blocks_out
-    i_tap = o_item // blocks_out % taps
-    i_row = o_item // blocks_out // taps
-    group, within = i_row // each, i_row % each
-    m_item = (o_item < total) & (i_block < blocks)
-    o_byte = tl.arange(0, 8)
-    if FACE == 3:
-        cross = (each + 15) // 16  # blocks of the rows' own channels, along which the codes lie in memory
-        source = group * each_in + i_block * 16
-        inside = i_block[:, None] * 16 + 2 * o_byte[None, :]
-        o_code = ((source[:, None] + 2 * o_byte[None, :]) * taps + i_tap[:, None]) * (cross * 8) + within[:, None] // 2
-        first = tl.load(p_data + o_code, mask=m_item[:, None] & (inside < each_in), other=0)
-        second = tl.load(p_data + o_code + taps * cross * 8, mask=m_item[:, None] & (inside + 1 < each_in), other=0)
-        odd = within[:, None] % 2 == 1
-        low = tl.where(odd, first >> 4, first & 15)
-        high = tl.where(odd, second & 0xF0, (second & 15) << 4)
-        data = (low | high).to(tl.uint8)
-        o_scale = ((group * blocks + i_block) * taps + i_tap) * cross + within // 16
-    elif FACE == 2:
-        o_scale = ((group * blocks + i_block) * taps + i_tap) * each + within
-        data = tl.load(p_data + o_scale[:, None] * 8 + o_byte[None, :], mask=m_item[:, None], other=0)
-    else:
-        o_block = (i_row * taps + i_tap) * blocks + i_block
-        data = tl.load(p_data + o_block[:, None] * 8 + o_byte[None, :], mask=m_item[:, None], other=0)
-        if FACE == 1:
-            o_scale = ((group * ((each + 15) // 16) + within // 16) * taps + i_tap) * blocks + i_block
-        else:
-            o_scale = o_block
-    scale = tl.load(p_scale + o_scale, mask=m_item, other=0)
-    m_out = o_item < total
-    if HALF:
-        low_half, high_half = codes_to_half(data)
-        factor = scale_to_half(scale)[:, None]
-        o_place = (o_item % QB * 8)[:, None] + o_byte[None, :]
-        if QUADS:
-            o_place = quad_place(o_place)
-        target = p_out + (o_item // QB * (QB * 16))[:, None] + o_place
-        tl.store(target, low_half * factor * 128.0, mask=m_out[:, None])
-        tl.store(target + QB * 8, high_half * factor * 128.0, mask=m_out[:, None])
-    else:
-        tl.store(p_out + o_item[:, None] * 8 + o_byte[None, :], data, mask=m_out[:, None])
-        tl.store(p_out_scale + o_item, scale, mask=m_out)
+from te_nvfp4_cv.ops.conv.triton.weight_rows import add_chunk
+from te_nvfp4_cv.ops.triton.decode import multiply_packed
 
 
 @triton.jit
@@ -113,7 +42,7 @@ _DATA_SIZES = (
 def data_product(
     p_x,  # uint8 [B, *image, G * blocks * 8]
     p_x_scale,  # uint8 [B, *image, G * blocks]
-    p_w,  # as prepare_kernel writes it
+    p_w,  # as weight_rows.prepare_kernel writes it
     p_w_scale,
     p_alpha,  # fp32 [1] or [B, *output]; unused without HAS_ALPHA
     p_bias,  # [G * channels] or unused
@@ -223,28 +152,11 @@ def data_product(
             m_row = m_m & _inside(at_d, first_d, step_d, tap // (CH * CW), size_d)
             m_row = m_row & _inside(at_h, first_h, step_h, tap // CW % CH, size_h)
             m_row = m_row & _inside(at_w, first_w, step_w, tap % CW, size_w)
-        m_x = m_row[:, None]
-        m_xs = m_row[:, None]
-        if not FULL:
-            rest = units * UNIT - chunk * QB
-            m_x = m_x & (o_k[None, :] < rest * 8)
-            m_xs = m_xs & (o_q[None, :] < rest)
-        x = tl.load(x_group + (x_pixel * (UNIT * 8) + chunk * HB) + o_x, mask=m_x, other=0)
-        xs = tl.load(xs_group + (x_pixel * UNIT + chunk * QB) + o_xs, mask=m_xs, other=0)
+        rest = units * UNIT - chunk * QB
+        x = x_group + (x_pixel * (UNIT * 8) + chunk * HB), o_x
+        xs = xs_group + (x_pixel * UNIT + chunk * QB), o_xs
         w_chunk = i_row * (w_taps * chunks) + (w_tap * chunks + chunk)
-        if NATIVE:
-            w = tl.load(p_w + w_chunk[:, None] * HB + o_k[None, :])
-            ws = tl.load(p_w_scale + w_chunk[:, None] * QB + o_q[None, :])
-            xs = xs.to(tl.float8e4nv, bitcast=True)
-            ws = ws.to(tl.float8e4nv, bitcast=True)
-            acc = tl.dot_scaled(x, xs, "e2m1", tl.trans(w), ws, "e2m1", acc)
-        else:
-            p_low = p_w + w_chunk[:, None] * BK + o_k[None, :]
-            w_low = tl.load(p_low)
-            w_high = tl.load(p_low + HB)
-            low, high = blocks_to_half(x, xs, BM, QB, QUADS, PTX)
-            acc = tl.dot(low, tl.trans(w_low), acc)
-            acc = tl.dot(high, tl.trans(w_high), acc)
+        acc = add_chunk(acc, x, xs, m_row, rest, (p_w, p_w_scale), w_chunk, BK, FULL, NATIVE, QUADS, PTX)
     if not NATIVE:
         acc = acc * 128.0  # the 2^-7 of ops/triton/decode.py
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.ops.conv.triton import kernels
+from te_nvfp4_cv.ops.conv.triton import kernels, weight_rows
 from te_nvfp4_cv.ops.conv.triton.walks import data_classes, weight_arguments
 from te_nvfp4_cv.ops.gemm.triton.launch import (
     NATIVE_TILES,
@@ -65,9 +65,9 @@ def prepare(w: Tensor, scale: Tensor, g: ConvGeometry, to_b: bool, step: int, gp
     each_b, each_a = g.channels_b // g.groups, g.channels_a // g.groups
     each, each_in = (each_b, each_a) if to_b else (each_a, each_b)
     if to_b:
-        face = kernels.TILES if scale.dim() == 4 else kernels.ROWS
+        face = weight_rows.TILES if scale.dim() == 4 else weight_rows.ROWS
     else:
-        face = kernels.COLUMNS if w.dim() == 5 else kernels.TRANSPOSE
+        face = weight_rows.COLUMNS if w.dim() == 5 else weight_rows.TRANSPOSE
     blocks = -(-each_in // BLOCK)
     padded = -(-blocks // step) * step
     rows = each * g.groups
@@ -80,7 +80,7 @@ def prepare(w: Tensor, scale: Tensor, g: ConvGeometry, to_b: bool, step: int, gp
         out_scale = scale.new_empty(0)
     total = rows * g.taps * padded
     block = 4096 if w.device.type == "cpu" else 128  # the interpreter wants few programs
-    kernels.prepare_kernel[(triton.cdiv(total, block),)](
+    weight_rows.prepare_kernel[(triton.cdiv(total, block),)](
         w.contiguous(),
         scale.contiguous(),
         out,

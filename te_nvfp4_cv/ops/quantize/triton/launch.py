@@ -16,29 +16,24 @@ use and kept. Addresses are int64.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.backend.devices import on_its_device
-from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, power_of_two_amax, round_up
+from te_nvfp4_cv.formats import BLOCK, power_of_two_amax
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.quantize import reference
-from te_nvfp4_cv.ops.quantize.triton import block_kernels, operand_kernels
 from te_nvfp4_cv.ops.quantize.triton import tiles as parts
+from te_nvfp4_cv.ops.quantize.triton.grids import amaxes_of, tiles_of, weight_tiles_of
 from te_nvfp4_cv.ops.records import (
-    DEQUANTIZED,
     ERRORS,
     NONE,
     PACKED,
     Alpha,
     Collector,
     Face,
-    Fold,
     Move,
     Operand,
     OperandSpec,
@@ -46,7 +41,6 @@ from te_nvfp4_cv.ops.records import (
     WeightLayout,
     WeightSpec,
 )
-from te_nvfp4_cv.ops.triton.launching import Bound, Repeated
 from te_nvfp4_cv.ops.triton.workspace import zeros
 
 
@@ -125,38 +119,6 @@ def _measured(x: Tensor, spec: OperandSpec, rht: bool, pow2: bool, by_expert: Te
     return amax
 
 
-@functools.lru_cache(maxsize=4096)
-def amaxes_of(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device, fold: Fold, raised: int, experts: bool
-) -> tuple[Repeated, Tensor | None]:
-    """Return the launch of amax_kernel for operands that are alike, and its table of rows.
-
-    Args:
-        dtype: of x; a launch serves one.
-        raised: the largest block scale, if amaxes are raised to those of powers of two, else 0.
-        experts: a table of rows is given at each launch.
-    """
-    images, rows, run, table = parts.lines(shape, fold, device, experts)
-
-    def bind(config: tuning.Config) -> Bound:
-        block = parts.block_width(run, config["BLOCK"])
-        tiles = parts.ceil_div(run, block) * rows * (fold.images // BLOCK)
-        constants = dict(
-            ROW=table is None,
-            FOLDED=experts or table is not None,
-            MASKED=experts or bool(images % BLOCK or run % block),
-            POW2=raised > 0,
-            E4M3_MAX=raised or E4M3_MAX,
-            BLOCK=block,
-            **parts.options_of(config),
-        )
-        # Programs loop over tiles, so that there are few atomic maxima at the end.
-        grid = (min(tiles, parts.PROGRAMS),)
-        return Bound(operand_kernels.amax_kernel, grid, (images, rows, run, tiles), constants)
-
-    return Repeated("quantize_amax", device, (tuning.bucket(run),), bind), table
-
-
 @on_its_device
 def measure_weight(w: Tensor, spec: WeightSpec, move: Move | None = None) -> Tensor:
     """Return the amax that quantize_weight uses, fp32 [1], raised with spec.pow2; in one launch with `move`."""
@@ -218,40 +180,6 @@ def _quantize_weight(
         blocks = parts.Blocks(groups * ob * taps * c, sizes, strides, True, ob, 1)
         parts.quantize_blocks(w, amax, col, spec.col, blocks, error, spec.e4m3_max)
     return WeightCodes(row, col, amax)
-
-
-@functools.lru_cache(maxsize=4096)
-def weight_tiles_of(
-    shape: torch.Size, strides: tuple[int, int, int], device: torch.device, number: float, kinds: tuple[Any, ...]
-) -> Bound:
-    """Return the launch of quantize_tiles_kernel for weights [n, c, taps] that are alike.
-
-    Args:
-        strides: of rows, taps and channels.
-        number: of the factor.
-        kinds: dtypes of the weight and of its values, the spec, and if values are written beside codes, by a factor.
-    """
-    (n, c, taps), (_, _, spec, unpacks, has_factor) = shape, kinds
-    kb, ob = parts.ceil_div(c, BLOCK), parts.ceil_div(n // spec.groups, BLOCK)
-    config = tuning.config("quantize_tiles", tuning.arch_of(device))
-    per_block = min(config["BLOCK"], parts.power_of_two(taps * kb))
-    constants = dict(
-        # Both memory orders of a weight are served: tiles are taken in the order in which they lie.
-        TAPS_FIRST=strides[1] < strides[2],
-        FORM=PACKED + DEQUANTIZED if unpacks else spec.row,
-        FACTOR=2 if has_factor else 0,
-        ERROR=ERRORS[spec.four_over_six],
-        E4M3_MAX=spec.e4m3_max,
-        TILES=per_block,
-        **parts.options_of(config),
-    )
-    return Bound(
-        block_kernels.quantize_tiles_kernel,
-        (parts.ceil_div(taps * kb, per_block), spec.groups * ob),
-        (number, taps * kb, taps, c, *strides, n // spec.groups, ob, kb),
-        constants,
-        [(2, torch.int64)] * (spec.row == PACKED),
-    )
 
 
 @on_its_device
@@ -370,60 +298,6 @@ class _Job:
         form = spec.col if blocks.columns else spec.row
         # From the face's amax on: the kernel reads the first element of what it is given.
         parts.quantize_blocks(self.x, self.amax[side:], face, form, blocks, self.error, spec.e4m3_max, more)
-
-
-@functools.lru_cache(maxsize=4096)
-def tiles_of(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    spec: OperandSpec,
-    forms: tuple[int, int],
-    observe: int,
-    experts: bool,
-) -> tuple[Repeated, Tensor | None]:
-    """Return the launch of quantize_kernel for operands that are alike, and its table of rows.
-
-    Args:
-        forms: of the rowwise and of the columnwise face.
-        experts: a table of rows is given at each launch.
-    """
-    row, col = forms
-    channels = shape[-1] // spec.groups
-    blocks = parts.ceil_div(channels, BLOCK)
-    # Only columns are folded: the rowwise face alone goes through x as it is.
-    fold = spec.fold if col != NONE else Fold(1, 0, 1, 0, round_up(shape[0], BLOCK))
-    images, rows, run, table = parts.lines(shape, fold, device, experts)
-    folded = experts or table is not None
-    # Blocks must not cross groups: where a group is no multiple of 16, lanes count through its padded channels.
-    ragged = row != NONE and channels % BLOCK != 0
-    padded = run // channels * blocks * BLOCK if ragged else run
-    # Eight codes of a row are stored as one int32, sixteen of a column as one int64: places 4 and 6 of the arguments.
-    views = [(4, torch.int32)] * (row == PACKED) + [(6, torch.int64)] * (col == PACKED)
-
-    def bind(config: tuning.Config) -> Bound:
-        block = parts.block_width(padded, config["BLOCK"])
-        per_row = parts.ceil_div(padded, block)
-        constants = dict(
-            ROW=row,
-            COL=col,
-            RHT=spec.rht,
-            STOCHASTIC=spec.stochastic,
-            OBSERVE=observe,
-            FOLDED=folded,
-            MASKED=ragged or folded or bool(images % BLOCK or padded % block),
-            CHANNELS=channels if ragged else 0,
-            BLOCKS=blocks if ragged else 1,
-            E4M3_MAX=spec.e4m3_max,
-            BLOCK=block,
-            **parts.options_of(config),
-        )
-        grid = (per_row * rows * fold.images // BLOCK,)
-        numbers = (images, rows, run, per_row, int(folded))
-        return Bound(operand_kernels.quantize_kernel, grid, numbers, constants, views)
-
-    key = (int(spec.stochastic), int(dtype != torch.bfloat16), int(ragged), row, col, tuning.bucket(run))
-    return Repeated("quantize", device, key, bind), table
 
 
 def _nothing(x: Tensor, spec: OperandSpec, dtype: torch.dtype, amax: Tensor | None) -> Operand:

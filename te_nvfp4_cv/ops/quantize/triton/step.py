@@ -4,10 +4,10 @@
     backward   dy's own amaxes, both faces of dy, w and x unpacked
     scale      the pass over a result that takes alpha, where no operand carries it
 
-These are launch.py's kernels with launch.py's grids and constants. What is left for a call are addresses: a small layer
-in eager mode takes as long as Python needs to make its tensors, so the packed operands that backward needs lie in one
-tensor, `saved`, and nobody makes views of it. With delayed scales w is measured and x quantized in one launch: for this
-the backward pass has left what the scales will be after they move.
+These are launch.py's kernels, with the grids and constants of grids.py. What is left for a call are addresses: a small
+layer in eager mode takes as long as Python needs to make its tensors, so the packed operands that backward needs lie in
+one tensor, `saved`, and nobody makes views of it. With delayed scales w is measured and x quantized in one launch: for
+this the backward pass has left what the scales will be after they move.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.formats import E4M3_MAX
 from te_nvfp4_cv.ops import layouts
-from te_nvfp4_cv.ops.quantize.triton import joint_kernels, launch, operand_kernels, tiles
+from te_nvfp4_cv.ops.quantize.triton import grids, joint_kernels, operand_kernels, tiles
 from te_nvfp4_cv.ops.records import Face, OperandSpec, WeightSpec
 from te_nvfp4_cv.ops.triton.elementwise import scale_bias_of
 from te_nvfp4_cv.ops.triton.launching import Bound
@@ -96,7 +96,7 @@ class Step:
         numbers = {gemm: (gemm in p.carried, p.numbers[gemm] if gemm in p.carried else 1.0) for gemm in p.numbers}
         carried, number = numbers["fprop"]
         kinds = (p.w_dtype, p.dtype, p.weight._replace(pow2=False), True, carried)
-        self.weight = launch.weight_tiles_of(p.w, p.strides, device, number, kinds)
+        self.weight = grids.weight_tiles_of(p.w, p.strides, device, number, kinds)
         factors = (2 * numbers["dgrad"][0], numbers["dgrad"][1], 2 * numbers["wgrad"][0], numbers["wgrad"][1])
         values, rows = torch.Size((p.w[0], p.w[2], p.w[1])), p.w[0] // p.weight.groups
         how = (p.dtype, device, factors, p.rule or ())
@@ -105,14 +105,14 @@ class Step:
     def _amaxes_of(self, shape: torch.Size, spec: OperandSpec) -> Bound:
         raised = spec.e4m3_max if spec.pow2 else 0
         if spec.rht:
-            return launch.amaxes_of(shape, self.parts.dtype, self.device, spec.fold, raised, False)[0].usual
+            return grids.amaxes_of(shape, self.parts.dtype, self.device, spec.fold, raised, False)[0].usual
         return tiles.amax_flat_of(math.prod(shape), self.parts.dtype, self.device, 2, raised, ()).usual
 
     def _tiles_of(self, shape: torch.Size, spec: OperandSpec) -> Bound:
         k = operand_kernels
         observe = k.FINISH.value + (not spec.rht) * k.SAME.value + k.COLLECT.value + k.COUNT.value
         how = (spec, (spec.row, spec.col), observe * self.delayed, False)
-        return launch.tiles_of(shape, self.parts.dtype, self.device, *how)[0].usual
+        return grids.tiles_of(shape, self.parts.dtype, self.device, *how)[0].usual
 
     def _joint(self, n: int, raised: int, moves: bool) -> Bound:
         """Return the launch of quantize_and_measure_kernel: quantize_kernel's, and more programs for w's n values."""

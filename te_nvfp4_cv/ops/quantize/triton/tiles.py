@@ -221,7 +221,7 @@ def amax_flat(
 def amax_flat_of(
     n: int, dtype: torch.dtype, device: torch.device, faces: int, raised: int, rule: tuple[tuple[int, ...], ...]
 ) -> Repeated:
-    """Return the launch of amax_flat_kernel for n values of a dtype; raised: as in launch.amaxes_of."""
+    """Return the launch of amax_flat_kernel for n values of a dtype; raised: as in grids.amaxes_of."""
 
     def bind(config: tuning.Config) -> Bound:
         block = min(config["BLOCK"], max(power_of_two(n), 128))  # 128 lanes are four warps
