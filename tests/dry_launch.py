@@ -22,6 +22,8 @@ without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import time
 from collections import Counter
@@ -190,13 +192,22 @@ class Silent:
         return self.run
 
 
-# Python calls of one layer more, forward and backward, at most; and of the same without prepared.py.
-CALLS = {"delayed": (295, 760), "current": (320, 820)}
+# By layer and tensor scale: Python calls of one layer more, forward and backward, at most; the first is prepared.
+CALLS = {
+    ("3x3", "delayed"): 295,
+    ("3x3", "current"): 320,
+    ("linear", "delayed"): 337,
+    ("linear", "current"): 347,
+    ("NVFP4Conv2d", "delayed"): 320,
+    ("NVFP4Conv2d", "current"): 345,
+    ("3x3, the long way", "delayed"): 760,
+    ("3x3, the long way", "current"): 820,
+}
 CHAIN = 9  # layers; what the ninth costs less than the first is the context's and autograd's, once a step
 
 
 def host(run: Any) -> int:
-    """Count the calls, and measure the CPU time, of a 3x3 convolution of 64 channels. The products are not computed."""
+    """Count the calls, and measure the CPU time, of layers of 64 channels. The products are not computed."""
     from triton.runtime import jit
 
     import te_nvfp4_cv as nv
@@ -208,46 +219,53 @@ def host(run: Any) -> int:
 
     jit.JITFunction.run, jit.JITFunction._do_compile, launching.KEEPS = run, compile_nothing, True
     torch.set_num_threads(1)
-    x = torch.randn(16, 64, 4, 4).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
-    dy, wrong, fits = torch.ones_like(x), 0, prepared.fits
+    images = torch.randn(16, 64, 4, 4).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+    tokens = torch.randn(2, 13, 64, dtype=torch.bfloat16, requires_grad=True)  # which fill no whole blocks
+    wrong, fits = 0, prepared.fits
 
-    def step(net: torch.nn.Module, context: Any) -> None:
+    def step(net: torch.nn.Module, x: torch.Tensor, context: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16), context:
             y = net(x)
-        torch.autograd.backward(y, dy)
+        torch.autograd.backward(y, torch.ones_like(y))
         net.zero_grad(set_to_none=True)
         x.grad = None
 
-    def net_of(layers: int) -> torch.nn.Module:
-        convs = [torch.nn.Conv2d(64, 64, 3, padding=1, bias=False) for _ in range(layers)]
+    def net_of(layers: int, layer: str, recipe: Any) -> torch.nn.Module:
+        if layer == "linear":
+            return torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(layers)])
+        make = torch.nn.Conv2d
+        if layer == "NVFP4Conv2d":
+            make = functools.partial(nv.NVFP4Conv2d, recipe=recipe, backend="vendor")
+        convs = [make(64, 64, 3, padding=1, bias=False) for _ in range(layers)]
         return torch.nn.Sequential(*convs).to(memory_format=torch.channels_last)
 
-    def calls_of(net: torch.nn.Module, context: Any) -> int:
+    def calls_of(*how: Any) -> int:
         calls = Counter[str]()
         sys.setprofile(lambda frame, event, _: calls.update([event]) if "call" in event else None)
-        step(net, context)
+        step(*how)
         sys.setprofile(None)
         return calls["call"] + calls["c_call"]
 
-    for name, bounds in CALLS.items():
-        for way, bound in zip(("prepared", "the long way"), bounds, strict=True):
-            prepared.fits = fits if way == "prepared" else lambda *_: False
-            context = nv.nvfp4_autocast(nv.NVFP4BlockScaling(tensor_scale=name), backend="vendor")
-            nets = {layers: net_of(layers) for layers in (1, CHAIN)}
-            times: dict[int, list[float]] = {1: [], CHAIN: []}
-            for _ in range(30):  # interleaved, since the load of the machine changes
-                for layers, net in nets.items():
-                    start = time.process_time()
-                    step(net, context)
-                    times[layers].append((time.process_time() - start) * 1e6)
-            one, more = (sorted(taken)[len(taken) // 4] for taken in times.values())
-            first, all_of_them = (calls_of(net, context) for net in nets.values())
-            found = (all_of_them - first) // (CHAIN - 1)
-            wrong += found > bound
-            print(
-                f"{name}, {way}: {found} calls a layer, at most {bound}; {(more - one) / (CHAIN - 1):.0f} microseconds "
-                f"of CPU time, and {one:.0f} of a step of one layer with its contexts and autograd's start"
-            )
+    for (layer, tensor_scale), bound in CALLS.items():
+        prepared.fits = (lambda *_: False) if "long" in layer else fits
+        recipe = nv.NVFP4BlockScaling(tensor_scale=tensor_scale)
+        context = contextlib.nullcontext() if "NVFP4" in layer else nv.nvfp4_autocast(recipe, backend="vendor")
+        x = tokens if layer == "linear" else images
+        nets = {layers: net_of(layers, layer, recipe) for layers in (1, CHAIN)}
+        times: dict[int, list[float]] = {1: [], CHAIN: []}
+        for _ in range(30):  # interleaved, since the load of the machine changes
+            for layers, net in nets.items():
+                start = time.process_time()
+                step(net, x, context)
+                times[layers].append((time.process_time() - start) * 1e6)
+        one, more = (sorted(taken)[len(taken) // 4] for taken in times.values())
+        first, all_of_them = (calls_of(net, x, context) for net in nets.values())
+        found = (all_of_them - first) // (CHAIN - 1)
+        wrong += found > bound
+        print(
+            f"{layer}, {tensor_scale}: {found} calls a layer, at most {bound}; {(more - one) / (CHAIN - 1):.0f} "
+            f"microseconds of CPU time, and {one:.0f} of a step of one layer with its contexts and autograd's start"
+        )
     prepared.fits = fits
     return int(wrong > 0)
 

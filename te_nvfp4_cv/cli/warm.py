@@ -130,11 +130,15 @@ def stand_in(arch: int, compiles: bool, say: Any = None) -> Any:
     dispatch.KERNELS_ON_CPU = True
     dispatch.interpreted = lambda: True  # lets the backend "triton" serve tensors on a CPU
     vendor.convolution, vendor.convolution_backward = _convolution, _convolution_backward
-    vendor._product = _product
+    vendor.linear, vendor.product = _linear, _product
     return launches
 
 
-def _product(a: Tensor, b: Tensor, alpha: Any, out: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None, scaled: bool, out: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _product(a: Tensor, b: Tensor, scaled: bool, out: Tensor | None = None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 

@@ -246,7 +246,8 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
             if again is not None:
                 shortfall.local.macs += known.macs
                 return again
-    _, x, w, bias, sizes = read(op, args, kwargs)
+    call = read(op, args, kwargs)
+    _, x, w, bias, sizes = call
     recipe, reason = decide(op, x, w, sizes.groups)
     if traced and islands.in_traced_island():
         recipe, reason = None, islands.REASON
@@ -271,7 +272,7 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     elif kwargs or current.group is not None or function not in _BY_MODULES:
         shortfall.local.macs += (x if "transpose" in op else y).numel() * w.numel() // w.shape[0]
     else:
-        shortfall.local.macs += execute.remember(function, args, recipe, current.backend, y)
+        shortfall.local.macs += execute.remember(function, args, call, recipe, current.backend, y)
     return y
 
 
@@ -280,13 +281,9 @@ def _decides_the_same(known: execute.Known, w: Tensor) -> bool:
     current = local.states[-1]
     rule = entries.ruling(w) if entries.used else local.overrides[-1] if local.overrides else None
     recipe = current.recipe if rule is None else rule[1]
-    if not current.enabled or recipe is None or current.backend != known.backend or current.group is not None:
+    if not current.enabled or recipe is None or current.group is not None:
         return False
-    if recipe is not known.recipe:
-        if recipe != known.recipe or recipe.name != known.recipe.name:  # names take no part in the comparison
-            return False
-        known.recipe = recipe
-    return not transformed()
+    return execute.asks_alike(known, recipe, current.backend) and not transformed()
 
 
 @no_graphs_inside

@@ -6,8 +6,8 @@ torch.compile: custom_op.py). `execute_explicit` raises where a context would fa
 (coverage, telemetry) are told of every call here.
 
 A layer of a model is called again and again with tensors that differ in nothing but values. So a call that went well is
-remembered by its weight (`remember`); `known_call` finds it by a few comparisons, and `repeat` asks only what they do
-not settle: whether somebody watches, traces or takes part.
+remembered by its weight (`remember`); `known_call` finds it by a few comparisons, `asks_alike` compares what was chosen
+for it, and `repeat` asks only what they do not settle: whether somebody watches, traces or takes part.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from te_nvfp4_cv.layer.check import (
     lowered,
     planned,
     refuse_jit_trace,
+    transformed,
 )
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
@@ -110,18 +111,30 @@ def execute_explicit(
         given = (op, x, w, bias, args, recipe, backend, group)
         found: Tensor = handle_torch_function(execute_explicit, (x, w), *given)
         return found
-    recipe = checked_recipe(recipe)
-    reason = ineligible(op, x, w, args.groups, recipe)
-    if reason is not None:
-        raise value_error(
-            f"nvfp4 {op}: this call cannot run in NVFP4: {reason}.",
-            got=f"x {describe(x)}, weight {describe(w)}, groups={args.groups}",
-            needs=f"bf16, fp16 or fp32 on one device; at least {MINIMUM} channels per group on both sides "
-            "(or thin_layers='pad' with groups=1)",
-            fix=f"leave this call in high precision: torch.nn.functional.{op}",
-        )
     with without_function_modes():  # inside a context, the torch calls below are not to be taken over again
-        return execute(op, x, w, bias, args, recipe, backend, group)
+        recipe = checked_recipe(recipe)
+        # As in a context (context/function_mode.py), where torch's function stands for the operator's name.
+        given = (x, w, bias, *args)
+        remembers = group is None and not torch.compiler.is_compiling() and not transformed()
+        known = known_call(op, given) if remembers else None
+        if known is not None:
+            known = known if asks_alike(known, recipe, backend) else None
+            again = None if known is None else repeat(known, x, w, bias)
+            if again is not None:
+                return again
+        reason = ineligible(op, x, w, args.groups, recipe)
+        if reason is not None:
+            raise value_error(
+                f"nvfp4 {op}: this call cannot run in NVFP4: {reason}.",
+                got=f"x {describe(x)}, weight {describe(w)}, groups={args.groups}",
+                needs=f"bf16, fp16 or fp32 on one device; at least {MINIMUM} channels per group on both sides "
+                "(or thin_layers='pad' with groups=1)",
+                fix=f"leave this call in high precision: torch.nn.functional.{op}",
+            )
+        y = execute(op, x, w, bias, args, recipe, backend, group)
+        if remembers and (known is None or not holds(known)):
+            remember(op, given, LayerCall(op, x, w, bias, args), recipe, backend, y)
+        return y
 
 
 def execute(
@@ -284,9 +297,27 @@ def known_call(function: Any, args: tuple[Any, ...]) -> Known | None:
     return known if same else None
 
 
-def remember(function: Any, args: tuple[Any, ...], recipe: NVFP4BlockScaling, backend: str, y: Tensor) -> int:
-    """Remember a call that has given y, unless there is something special about it. Returns its multiply-adds."""
-    op, x, w, bias, sizes = read(LAYERS[function], args, {})
+def asks_alike(known: Known, recipe: NVFP4BlockScaling, backend: str) -> bool:
+    """Return True if a call with this recipe and backend may be repeated as the known one."""
+    if backend != known.backend:
+        return False
+    if recipe is not known.recipe:
+        if recipe != known.recipe or recipe.name != known.recipe.name:  # names take no part in the comparison
+            return False
+        known.recipe = recipe
+    return True
+
+
+def remember(
+    function: Any, args: tuple[Any, ...], read: LayerCall, recipe: NVFP4BlockScaling, backend: str, y: Tensor
+) -> int:
+    """Remember a call that has given y, unless there is something special about it. Returns its multiply-adds.
+
+    Args:
+        function, args: by which known_call finds it.
+        read: the same call with its arguments by name.
+    """
+    op, x, w, bias, sizes = read
     macs: int = (x if "transpose" in op else y).numel() * w.numel() // w.shape[0]
     plain = type(w) is torch.nn.Parameter and type(x) in PLAIN and (bias is None or type(bias) in PLAIN)
     if not plain or len(args) < 3 or not is_dense(x) or recipe.activation_shift != "none":

@@ -37,8 +37,7 @@ def fits(plan: Plan, x: Tensor, w: Tensor) -> bool:
         and not plan.dequantized_backward
         and not plan.row_scaled
         and not g.routed
-        and g.rank in layouts.CHANNELS_LAST
-        and g.batch % 16 == 0
+        and g.rank in (0, *layouts.CHANNELS_LAST)
         and plan.folds[0].strips == plan.folds[1].strips == 1
         and plan.weight.two_d
         and plan.input.four_over_six is None
@@ -63,9 +62,9 @@ class PreparedLayer:
     def __init__(self, plan: Plan, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
         from te_nvfp4_cv.ops.quantize.triton.step import Parts, Step
 
-        g = plan.geometry
+        g, folded = plan.geometry, plan.geometry.folded
         n, taps, channels = g.weight_shape
-        flat = w.detach().flatten(2)
+        flat = w.detach().flatten(2) if g.rank else w.detach().unsqueeze(-1)
         carried = {gemm for gemm, yes in plan.weight_carries_scales.items() if yes}
         carried |= {"wgrad"} if plan.input_carries_scales else set()
         settings = (plan.input, plan.grad_output)
@@ -76,11 +75,16 @@ class PreparedLayer:
             (plan.input_specs[True], plan.gradient_specs[True, True]), plan.weight_specs[True],
             plan.alpha_factors, frozenset(carried), rule,
         )  # fmt: skip
-        self.step, self.plan, self.carried = Step(parts, x.device), plan, carried
+        self.step, self.plan, self.carried, self.folded = Step(parts, x.device), plan, carried, folded
         self.dtype, self.device, self.w_dtype = x.dtype, x.device, w.dtype
-        self.format = layouts.CHANNELS_LAST[g.rank]
+        self.format = layouts.CHANNELS_LAST.get(g.rank)  # None: rows of a matrix
         self.x, self.y = _first(g.x_shape), _first(g.y_shape)
         self.w = _first((n, *g.kernel, channels))
+        # Columns consist of whole blocks of 16 images, or rows.
+        self.x_columns, self.y_columns = _first(folded.x_shape), _first(folded.y_shape)
+        # As torch has them: a linear layer's rows have any number of axes.
+        self.x_shape: tuple[int, ...] = x.shape
+        self.y_shape: tuple[int, ...] = self.y[0] if g.rank else (*x.shape[:-1], n)
         self.x_last, self.w_last = layouts.is_channels_last(x), layouts.weight_is_channels_last(w)
         self.bias_dtype = None if bias is None else bias.dtype
         self.seeded = plan.gradient_specs[True, True].stochastic
@@ -89,63 +93,81 @@ class PreparedLayer:
     def _empty(self, look: Look) -> Tensor:
         return torch.empty_strided(*look, dtype=self.dtype, device=self.device)
 
+    def _last(self, x: Tensor, look: Look) -> Tensor:
+        """Return x, y or a gradient of them with its channels innermost in memory and without gaps."""
+        if self.format is None:
+            return x.reshape(look[0]).contiguous()
+        return x.contiguous(memory_format=self.format)
+
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None) -> tuple[Tensor, Tensor]:
         """Return y, and what backward needs in one tensor."""
         state, moves = None, False
         if isinstance(scales, DelayedCallScales):
             state, moves, scales.moves = scales.scales, scales.moves, False
         values = self._empty(self.x), self._empty(self.w)
-        x = x.contiguous(memory_format=self.format)
+        saved = self.step.forward(self._last(x, self.x), w, values, state, moves)
         carried = "fprop" in self.carried
-        saved = self.step.forward(x, w, values, state, moves)
-        y = vendor.convolution(*values, bias if carried else None, self.plan.geometry)
+        inner = bias if carried else None
+        if self.format is None:
+            y = vendor.linear(*values, inner, not carried)
+        else:
+            y = vendor.convolution(*values, inner, self.plan.geometry)
         if not carried:
-            y = self.step.scale("fprop", _placed(y, self.y, self.format), self.dtype, (saved, None), bias)
-        return self._result(y, self.y, self.plan.channels_last), saved
+            y = self.step.scale("fprop", self._placed(y, self.y), self.dtype, (saved, None), bias)
+        return self._result(y, self.y, self.y_shape, self.plan.channels_last), saved
 
     def backward(self, dy: Tensor, saved: Tensor, scales: Scales | None, need_db: bool) -> tuple[Tensor | None, ...]:
         """Return dx, dw and db."""
         state = scales.scales if isinstance(scales, DelayedCallScales) else None
-        g, step = self.plan.geometry, self.step
-        dy = dy.contiguous(memory_format=self.format)
+        step, carried, empty, rows = self.step, self.carried, self._empty, self.format is None
+        dy = self._last(dy, self.y)
         seed = rounding_seeds.draw_seed(dy) if self.seeded else None
-        faces, values = (self._empty(self.y), self._empty(self.y)), (self._empty(self.w), self._empty(self.x))
+        faces, values = (empty(self.y), empty(self.y_columns)), (empty(self.w), empty(self.x_columns))
         mine = step.backward(dy, saved, faces, values, seed, state)
         if state is not None:
             state.stale = state.foreseen = True
         w_values, x_values = values
-        dx = vendor.convolution_backward(faces[0], x_values, w_values, g, [True, False, False])[0]
-        if "dgrad" not in self.carried:
-            dx = step.scale("dgrad", _placed(dx, self.x, self.format), self.dtype, (saved, mine), None)
-        dw = vendor.convolution_backward(faces[1], x_values, w_values, g, [False, True, False])[1]
-        if "wgrad" not in self.carried:
-            dw = step.scale("wgrad", _placed(dw, self.w, self.format), self.w_dtype, (saved, mine), None)
-        dw = self._result(dw.to(self.w_dtype), self.w, self.w_last)
+        if rows:
+            dx = vendor.product(faces[0], w_values, "dgrad" not in carried)
+        else:  # which reads no value of x, but its shape
+            x_like = x_values if self.x == self.x_columns else x_values[: self.x[0][0]]
+            dx = vendor.convolution_backward(faces[0], x_like, w_values, self.plan.geometry, [True, False, False])[0]
+        if "dgrad" not in carried:
+            dx = step.scale("dgrad", self._placed(dx, self.x), self.dtype, (saved, mine), None)
+        if rows:
+            dw = vendor.product(faces[1].t(), x_values, "wgrad" not in carried)
+        else:
+            dw = vendor.convolution_backward(faces[1], x_values, w_values, self.folded, [False, True, False])[1]
+        if "wgrad" not in carried:
+            dw = step.scale("wgrad", self._placed(dw, self.w), self.w_dtype, (saved, mine), None)
+        dw = self._result(dw.to(self.w_dtype), self.w, self.w[0], self.w_last)
         db = None
         if need_db:
             db = dy.movedim(1, -1).flatten(0, -2).sum(0, dtype=torch.float32).to(self.bias_dtype)
-        return self._result(dx, self.x, self.x_last), dw, db
+        return self._result(dx, self.x, self.x_shape, self.x_last), dw, db
 
     def parts(self, saved: Tensor) -> tuple[Tensor, ...]:
         """Return x's columnwise face and its amax, w's codes and their amax, as the long way saves them."""
         columns, x_amax, codes, w_amax = self.step.faces(saved)
         return *columns, x_amax, *codes, w_amax
 
-    def _result(self, y: Tensor, look: Look, channels_last: bool) -> Tensor:
+    def _placed(self, y: Tensor, look: Look) -> Tensor:
+        """Return y with its channels innermost in memory, and these strides also along axes of one element."""
+        if y.stride() == look[1]:
+            return y
+        return self._last(y, look).as_strided(*look)
+
+    def _result(self, y: Tensor, look: Look, shape: tuple[int, ...], channels_last: bool) -> Tensor:
         """Return y as layouts.image_first does."""
-        y = _placed(y, look, self.format)
-        y = y if channels_last else y.contiguous()
+        y = y if y.stride() == look[1] else self._placed(y, look)
+        if self.format is None:
+            y = y if y.shape == shape else y.view(shape)
+        elif not channels_last:
+            y = y.contiguous()
         return layouts.not_a_view(y) if y._is_view() else y
 
 
 def _first(shape: tuple[int, ...]) -> Look:
-    """Return shape and strides of [B, *image, C] in memory, seen with its channels second."""
+    """Return shape and strides of [B, *image, C] in memory, seen with its channels second; [B, C] stays."""
     y = torch.empty(shape, device="meta").movedim(-1, 1)
     return tuple(y.shape), y.stride()
-
-
-def _placed(y: Tensor, look: Look, memory_format: torch.memory_format) -> Tensor:
-    """Return y with its channels innermost in memory, and these strides also along axes of one element."""
-    if y.stride() == look[1]:
-        return y
-    return y.contiguous(memory_format=memory_format).as_strided(*look)

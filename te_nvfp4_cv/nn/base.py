@@ -18,7 +18,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import entries, state
 from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer.check import checked_recipe, refuse_jit_trace
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, default_recipe
 
 OPS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -74,7 +74,7 @@ class NVFP4Module(nn.Module):
     def _chosen(self) -> tuple[NVFP4BlockScaling | None, str]:
         current = state.entered_state()
         if current is None or current.passive:
-            return self.recipe or NVFP4BlockScaling(), self.backend
+            return self.recipe or default_recipe(), self.backend
         if not current.enabled:
             return None, current.backend
         # Not self.weight: reading that may compute it.

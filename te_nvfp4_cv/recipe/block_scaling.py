@@ -333,7 +333,17 @@ def as_recipe(recipe: object) -> NVFP4BlockScaling:
         return recipe
     if isinstance(recipe, (str, os.PathLike)):
         return _loaders[0](recipe)
-    return NVFP4BlockScaling() if recipe is None else from_te(recipe)
+    return default_recipe() if recipe is None else from_te(recipe)
+
+
+def default_recipe() -> NVFP4BlockScaling:
+    """Return the recipe of a call that names none."""
+    if not _default:  # not made at import: environment variables may name what the recipe refuses
+        _default.append(NVFP4BlockScaling())
+    return _default[0]
+
+
+_default: list[NVFP4BlockScaling] = []  # made once: checking all fields takes longer than a small layer
 
 
 def _not_a_recipe(recipe: object) -> TypeError:

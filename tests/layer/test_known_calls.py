@@ -55,10 +55,12 @@ def step(net: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.float().square().sum(), list(net.parameters()))]
 
 
-def run(function: Any, known: bool) -> list[Tensor]:
-    """Run it on a network whose calls are remembered, or not."""
+def run(function: Any, known: bool, classes: Any = nn) -> list[Tensor]:
+    """Run it on a network whose calls are remembered, or not; classes: nn, or nv for layers that ask by name."""
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 16, 16)), values((4, 16, 4, 4))
+    named = "NVFP4" if classes is nv else ""
+    conv, linear = getattr(classes, f"{named}Conv2d"), getattr(classes, f"{named}Linear")
+    net, x = nn.Sequential(conv(16, 32, 3, padding=1), nn.Flatten(), linear(32 * 16, 16)), values((4, 16, 4, 4))
     with nv.nvfp4_autocast():
         for _ in range(2):
             step(net, x)
@@ -69,15 +71,16 @@ def run(function: Any, known: bool) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:nvfp4. only")
+@pytest.mark.parametrize("classes", [nn, nv], ids=["torch's", "ours"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_changes_between_two_calls_acts(name: str) -> None:
+def test_what_changes_between_two_calls_acts(name: str, classes: Any) -> None:
     def changed(net: nn.Module, x: Tensor) -> list[Tensor]:
         with CHANGES[name](net):
             return step(net, x)
 
-    found, expected = run(changed, known=True), run(changed, known=False)
+    found, expected = run(changed, True, classes), run(changed, False, classes)
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    plain = run(step, known=True)
+    plain = run(step, True, classes)
     if name not in ("nothing", "no gradients", "inference mode", "dispatch mode", "another backend", "frozen weights"):
         assert not torch.equal(found[0].float(), plain[0])
 
@@ -87,6 +90,35 @@ def test_what_changes_between_two_calls_acts(name: str) -> None:
 def test_transforms_act(name: str) -> None:
     found, expected = (run(lambda net, x: [TRANSFORMS[name](net, x)], known) for known in (True, False))
     assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.filterwarnings("ignore:nvfp4. only")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_layers_that_ask_by_name_refuse_transforms(name: str) -> None:
+    for known in (True, False):
+        with pytest.raises(RuntimeError):
+            run(lambda net, x: [TRANSFORMS[name](net, x)], known, nv)
+
+
+def test_functions_repeat_what_they_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module's recipe may be replaced between two calls, and a function is given another one."""
+    x, w = values((4, 16, 4, 4)), nn.Parameter(values((16, 16, 3, 3)))
+    recipes = [None, nv.NVFP4BlockScaling(disable_2d_quantization=True), None]
+
+    def runs(**more: Any) -> list[Tensor]:
+        return [nv.functional.conv2d(x, w, None, 1, 1, recipe=recipe, **more) for recipe in recipes]
+
+    looked_at = runs()
+    repeated: list[int] = []
+    repeat = execute.repeat
+    monkeypatch.setattr(execute, "repeat", lambda *given: (repeated.append(1), repeat(*given))[1])
+    assert all(torch.equal(a, b) for a, b in zip(runs(), looked_at, strict=True))
+    assert len(repeated) == 1  # of the recipe that the last call had
+    assert torch.equal(nv.functional.conv2d(x, w, None, 2, 1), looked_at[0][..., ::2, ::2])  # not the same arguments
+    assert len(repeated) == 1
+    for bad in ({"backend": "none"}, {"padding": -1}):
+        with pytest.raises(ValueError):
+            nv.functional.conv2d(x, w, **bad)
 
 
 def test_sizes_that_never_come_back_are_forgotten() -> None:

@@ -33,11 +33,7 @@ def fprop(
     inner, outer = (bias, None) if alpha is None else (None, bias)
     if geometry.rank == 0:
         # A linear layer's weight has one tap: [O, 1, C] -> [O, C].
-        rows, matrix = x.data, w.data[:, 0]
-        if inner is not None:
-            y = F.linear(rows, matrix, inner.to(rows.dtype))
-        else:
-            y = _product(rows, matrix.t(), alpha, out)
+        y = linear(x.data, w.data[:, 0], inner, alpha is not None, out)
     else:
         g = geometry.at_least_2d
         y = convolution(_channels_first(x.data, g.x_shape), _kernel(w.data, g), inner, g)
@@ -55,7 +51,7 @@ def dgrad(
 ) -> Tensor:
     """Multiply as operators.conv_dgrad does; the scales are empty. out: as for fprop."""
     if geometry.rank == 0:
-        return finish(_product(dy.data, w.data[:, 0], alpha, out), alpha, None, dtype)
+        return finish(product(dy.data, w.data[:, 0], alpha is not None, out), alpha, None, dtype)
     g = geometry.at_least_2d
     dy_first, x_like = _channels_first(dy.data, g.y_shape), _empty_image(dy.data, g.x_shape)
     dx, _, _ = convolution_backward(dy_first, x_like, _kernel(w.data, g), g, [True, False, False])
@@ -72,7 +68,8 @@ def wgrad(
 ) -> Tensor:
     """Multiply as operators.conv_wgrad does; the scales are empty. out: as for fprop."""
     if geometry.rank == 0:
-        dw = _product(dy.data.t(), x.data, alpha, None if out is None else out[:, 0]).unsqueeze(1)
+        out = None if out is None else out[:, 0]
+        dw = product(dy.data.t(), x.data, alpha is not None, out).unsqueeze(1)
     else:
         # Columnwise operands are folded, and dy and x have the images of the folded geometry.
         g = geometry.folded.at_least_2d
@@ -86,12 +83,17 @@ def wgrad(
     return finish(dw, alpha, None, dtype)
 
 
-def _product(a: Tensor, b: Tensor, alpha: Tensor | Alpha | None, out: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, scaled: bool, out: Tensor | None = None) -> Tensor:
+    """Return x @ w.t(), with the bias added by the library; scaled, out: as for `product`."""
+    return product(x, w.t(), scaled, out) if bias is None else F.linear(x, w, bias.to(x.dtype))
+
+
+def product(a: Tensor, b: Tensor, scaled: bool, out: Tensor | None = None) -> Tensor:
     """Return a @ b, in `out` if that has their dtype.
 
-    On CUDA in fp32 where alpha follows, since cuBLAS may add parts of a bf16 result in bf16.
+    On CUDA in fp32 where tensor scales follow, since cuBLAS may add parts of a bf16 result in bf16.
     """
-    if a.device.type == "cuda" and a.dtype == torch.bfloat16 and alpha is not None and a.numel() and b.numel():
+    if a.device.type == "cuda" and a.dtype == torch.bfloat16 and scaled and a.numel() and b.numel():
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b if out is None or out.dtype != a.dtype else torch.mm(a, b, out=out)
 

@@ -24,6 +24,9 @@ LAYERS = {
     "1x1, images first": (lambda: nn.Conv2d(16, 16, 1), (16, 16, 2, 2), FIRST),
     "one pixel": (lambda: nn.Conv2d(24, 16, 1), (16, 24, 1, 1), LAST),
     "transposed": (lambda: nn.ConvTranspose2d(16, 32, 2, stride=2), (16, 16, 2, 2), LAST),
+    "linear": (lambda: nn.Linear(16, 24), (3, 2, 16), FIRST),
+    "linear, whole blocks": (lambda: nn.Linear(32, 16, bias=False), (16, 32), FIRST),
+    "a batch that fills no block": (lambda: nn.Conv2d(16, 16, 2), (3, 16, 2, 2), LAST),
     "3-d": (lambda: nn.Conv3d(16, 16, (1, 2, 2)), (16, 16, 1, 2, 3), FIRST),
 }
 
@@ -79,6 +82,9 @@ def assert_same(found, expected):
         ("3-d", "current_pow2", torch.bfloat16),
         ("stride, groups, bias", "current", torch.float32),
         ("1x1, images first", "current", torch.bfloat16),
+        ("linear", "current", torch.bfloat16),
+        ("linear, whole blocks", "plain", torch.float32),
+        ("a batch that fills no block", "plain", torch.float32),
     ],
     ids=str,
 )
@@ -94,8 +100,8 @@ def twice(module, x):
 
 @pytest.mark.parametrize(
     ("layer", "dtype", "run"),
-    [("transposed", torch.bfloat16, None), ("one pixel", torch.float32, twice)],
-    ids=["transposed", "one pixel, two calls"],
+    [("transposed", torch.bfloat16, None), ("one pixel", torch.float32, twice), ("linear", torch.bfloat16, None)],
+    ids=["transposed", "one pixel, two calls", "linear"],
 )
 def test_scales_of_an_earlier_step_move_as_without(kernel_device, monkeypatch, passes, layer, dtype, run):
     args = (layer, RECIPES["delayed"], kernel_device, dtype, 3, run)
@@ -108,6 +114,22 @@ def test_scales_of_an_earlier_step_move_as_without(kernel_device, monkeypatch, p
     assert_same(sum(found, []), sum(expected, []))
     leaves = [torch.utils._pytree.tree_leaves(one) for one in (state, other)]
     assert [str(leaf) for leaf in leaves[0]] == [str(leaf) for leaf in leaves[1]]
+
+
+def by_name(module, x):
+    return nv.functional.conv2d(x, module.weight, module.bias, recipe=RECIPES["plain"], backend="vendor")
+
+
+def as_ours(module, x):
+    nv.convert_model(module)
+    return module(x)
+
+
+@pytest.mark.parametrize("run", [as_ours, by_name])
+def test_layers_that_ask_by_name_are_prepared(kernel_device, passes, run):
+    (first, second), _ = steps("one pixel", RECIPES["plain"], kernel_device, torch.float32, run=run)
+    assert passes == ["forward", "backward"]
+    assert_same(second, first)
 
 
 def checkpointed(module, x):

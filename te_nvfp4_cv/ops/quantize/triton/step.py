@@ -46,7 +46,7 @@ class Parts(NamedTuple):
     """All that decides the launches.
 
     Attributes:
-        x, y: shapes [B, *image, channels]; B is a multiple of 16, and nothing is folded.
+        x, y: shapes [B, *image, channels], of a linear layer [rows, channels]; nothing is folded.
         dtype: of x, y, dy and of dequantized values.
         w: the weight's shape [axis 0, axis 1, taps]; it is dense.
         strides: of its rows, taps and channels.
