@@ -114,9 +114,9 @@ def execute_explicit(
     with without_function_modes():  # inside a context, the torch calls below are not to be taken over again
         recipe = checked_recipe(recipe)
         # As in a context (context/function_mode.py), where torch's function stands for the operator's name.
-        given = (x, w, bias, *args)
+        values = (x, w, bias, *args)
         remembers = group is None and not torch.compiler.is_compiling() and not transformed()
-        known = known_call(op, given) if remembers else None
+        known = known_call(op, values) if remembers else None
         if known is not None:
             known = known if asks_alike(known, recipe, backend) else None
             again = None if known is None else repeat(known, x, w, bias)
@@ -133,7 +133,7 @@ def execute_explicit(
             )
         y = execute(op, x, w, bias, args, recipe, backend, group)
         if remembers and (known is None or not holds(known)):
-            remember(op, given, LayerCall(op, x, w, bias, args), recipe, backend, y)
+            remember(op, values, LayerCall(op, x, w, bias, args), recipe, backend, y)
         return y
 
 
