@@ -2,6 +2,7 @@
 
     torch.convolution                   below the layers: what programs are decomposed to
     torch.matmul, addmm, einsum, ...    products with a Parameter or a view of one; those of attention have none
+    torch.ops.aten.addmm, ...           the same by these names, as exported and decomposed programs call them
     conv_tbc, bilinear, lstm, ...       layers that NVFP4 does not know
     convolution_backward                gradients that an autograd Function writes out, as torch.nn.grad does
 
@@ -40,7 +41,7 @@ class DirectCall(NamedTuple):
 
 def direct_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
     """Return what a call of a function in DIRECT multiplies, or None if no weight is among its tensors."""
-    name = getattr(function, "__name__", "").strip("_").removesuffix(".default")
+    name = getattr(function, "__name__", "").partition(".")[0].strip("_")  # without the overload's name
     return DIRECT[function](name, args, kwargs)
 
 
@@ -74,7 +75,8 @@ def _in_a_graph() -> bool:
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
+    named = [value for name, value in kwargs.items() if name != "out"]  # a result is no operand
+    for value in (*args, *named):
         yield from (t for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, Tensor))
 
 
@@ -144,16 +146,31 @@ def _recurrent(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dire
 
 
 _aten = torch.ops.aten
-GRADIENTS = frozenset((_aten.convolution_backward, _aten.convolution_backward.default))
-_CONVOLUTIONS = (torch.convolution, torch._convolution, _aten.convolution, _aten.convolution.default)
-_PRODUCTS = ("matmul", "__matmul__", "mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm")
-_CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 _Reader = Callable[[str, tuple[Any, ...], dict[str, Any]], DirectCall | None]
+
+
+def _of_aten(*names: str) -> tuple[Any, ...]:
+    """Return ATen's operators of these names, and their overloads that return a result."""
+    found: list[Any] = []
+    for name in names:
+        packet = getattr(_aten, name)
+        found += [packet, *(getattr(packet, kind) for kind in packet.overloads() if not kind.endswith("out"))]
+    return tuple(found)
+
+
+GRADIENTS = frozenset(_of_aten("convolution_backward"))
+_CONVOLUTIONS = (torch.convolution, torch._convolution, *_of_aten("convolution"))
+_PRODUCTS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "inner")
+_METHODS = (*_PRODUCTS, "__matmul__", "addmm_", "baddbmm_", "addbmm_", "addmv_")
+_SUMS = (torch.einsum, torch.tensordot, torch.chain_matmul, torch.linalg.multi_dot)
+_CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", *_CELLS)
 DIRECT: dict[Any, _Reader] = {
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
     **dict.fromkeys(GRADIENTS, _backward),
-    **{getattr(owner, name): _product for name in _PRODUCTS for owner in (torch, Tensor) if hasattr(owner, name)},
-    **dict.fromkeys((torch.einsum, torch.tensordot), _sum),
-    **dict.fromkeys((torch.conv_tbc, torch.bilinear), _other_layer),
-    **{getattr(torch, name): _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", *_CELLS)},
+    **{getattr(owner, name): _product for name in _METHODS for owner in (torch, Tensor) if hasattr(owner, name)},
+    **dict.fromkeys((torch.linalg.matmul, *_of_aten(*_PRODUCTS, "linalg_matmul")), _product),
+    **dict.fromkeys((*_SUMS, *_of_aten("einsum", "tensordot", "chain_matmul", "linalg_multi_dot")), _sum),
+    **dict.fromkeys((torch.conv_tbc, torch.bilinear, *_of_aten("conv_tbc", "bilinear")), _other_layer),
+    **dict.fromkeys((*(getattr(torch, name) for name in _RECURRENT), *_of_aten(*_RECURRENT)), _recurrent),
 }

@@ -137,16 +137,16 @@ def _number_of(parameter: Tensor, owner: object) -> int | None:
 
 
 def _search(parameter: Tensor) -> Override | None:
-    found: list[Override] = []
+    found: list[NVFP4BlockScaling | None] = []
     for reference in list(_entries.values()):
         entry = reference()
         module = None if entry is None else entry.module()
         if entry is None or module is None:
             continue
         if any(p is parameter and name not in entry.shared for name, p in module._parameters.items()):
-            found.append((module, entry.recipe))
-    # One recipe, or the modules that share the weight disagree.
-    answer = found[0] if found and all(recipe == found[0][1] for _, recipe in found) else None
+            found.append(entry.recipe)
+    # One recipe, or the modules that share the weight disagree. Without the module, which this must not keep alive.
+    answer: Override | None = (None, found[0]) if found and all(recipe == found[0] for recipe in found) else None
     number = id(parameter)
     _found[number] = (weakref.ref(parameter, lambda _, found=_found: found.pop(number, None)), answer)  # type: ignore
     return answer

@@ -249,6 +249,8 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     call = read(op, args, kwargs)
     _, x, w, bias, sizes = call
     recipe, reason = decide(op, x, w, sizes.groups)
+    if kwargs and kwargs.get("out") is not None:
+        recipe, reason = None, "the result goes to a tensor of the caller (out=)"
     if traced and islands.in_traced_island():
         recipe, reason = None, islands.REASON
     if recipe is None:

@@ -39,6 +39,11 @@ CALLS: dict[str, Callable[[Tensor, Any], Any]] = {
     "bmm": lambda x, m: torch.bmm(x, m.weight.T.expand(6, -1, -1)),
     "einsum": lambda x, m: torch.einsum("bti,oi->bto", x, m.weight),
     "tensordot": lambda x, m: torch.tensordot(x, m.weight, dims=([2], [1])),
+    "inner": lambda x, m: torch.inner(x, m.weight),
+    "linalg_matmul": lambda x, m: torch.linalg.matmul(x, m.weight.T),
+    "linalg_multi_dot": lambda x, m: torch.linalg.multi_dot([x.flatten(0, 1), m.weight.T]),
+    "matmul of aten": lambda x, m: torch.ops.aten.matmul(x, m.weight.T),
+    "addmm of aten": lambda x, m: torch.ops.aten.addmm.default(m.bias, x.flatten(0, 1), m.weight.t()),
     "conv_tbc": lambda x, m: torch.conv_tbc(x, m.weight.T[None].expand(1, -1, -1), m.bias),
     "convolution": lambda x, m: torch.convolution(x.mT, m.weight[..., None], None, (1,), (0,), (1,), False, (0,), 1),
     "convolution of aten": lambda x, m: torch.ops.aten.convolution(
@@ -68,6 +73,20 @@ def test_products_with_a_parameter_are_listed_and_missed(name: str) -> None:
     (row,) = report.rows
     assert (row.name, row.nvfp4, row.flops) == ("Product", False, 6 * MACS), row
     assert row.reason == f"torch.{kind} called directly" and not report.nvfp4_flops_share
+
+
+def test_a_product_with_a_place_for_its_result() -> None:
+    w, x = nn.Parameter(values((48, 32))), values((32, 30))
+    with torch.no_grad():
+        assert "torch.mm called directly" in told(lambda: torch.mm(w, x, out=torch.empty(48, 30)))
+    assert shortfall.local.missed == {"torch.mm called directly": MACS}
+
+
+def test_products_of_decomposed_programs() -> None:
+    x = values((4, 32))
+    program = torch.export.export(nn.Linear(32, 48), (x,)).run_decompositions().module()
+    assert "100% because torch.addmm called directly" in told(lambda: program(x))
+    assert [row.op for row in nv.coverage(program, x).rows] == ["addmm"]
 
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])

@@ -13,6 +13,7 @@ from te_nvfp4_cv.ops.geometry import padding_only
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.records import PACKED, WeightSpec
 from tests.helpers import same_bits
+from tests.networks import seen
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -114,6 +115,13 @@ def test_expanded_kernels_are_measured_by_their_own_values():
     )
     assert all(same_bits(a, b) for a, b in zip(vendor.flat(), reference.flat(), strict=True))
     assert vendor.amax.item() == w.abs().max().item()
+
+
+def test_a_place_for_the_result_is_written_to():
+    w, x, place = nn.Parameter(torch.randn(16, 16)), torch.randn(4, 16), torch.full((4, 16), 7.0)
+    with nv.nvfp4_autocast(), torch.no_grad():
+        told = seen(lambda: F.linear(x, w, out=place))
+    assert torch.equal(place, x @ w.T) and "out=" in told[0].reason
 
 
 def test_numpy_integers_meta_tensors_and_empty_outputs():

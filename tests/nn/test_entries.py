@@ -235,10 +235,11 @@ def test_new_parameters_are_found(h):
     assert ran(model, call) == {"body.0": "high"}
 
 
-def test_entries_hold_no_model(h):
+@pytest.mark.parametrize("name", ["body", "body.0"])  # the second one's only entry rules the weight that is asked for
+def test_entries_hold_no_model(h, name):
     before = len(entries._entries), len(entries._found)
     model = Linears()
-    nv.set_precision(model, {"body": None})
+    nv.set_precision(model, {name: None})
     ran(model, functools.partial(model.body[0].forward, h))
     ran(model, functools.partial(model.head.forward, h))
     died = weakref.ref(model.body[0].weight)
