@@ -266,9 +266,13 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         shortfall.missed(told, y, sizes.groups)
         return y
     current = local.states[-1]
-    y = execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
     if traced:
-        return y
+        return execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
+    try:
+        y = execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
+    except ValueError:  # of ours; what torch refuses, too, gets its error, whose type programs may wait for
+        function(*args, **kwargs)
+        raise
     if known is not None and execute.holds(known):
         shortfall.local.macs += known.macs
     elif kwargs or current.group is not None or function not in _BY_MODULES:

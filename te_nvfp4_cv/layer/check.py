@@ -133,29 +133,20 @@ def refuse_jit_trace(what: str, fix: str = TRACE) -> None:
 def transformed() -> bool:
     """Return True if torch.func (grad, vmap, jvp) or forward-mode AD is at work: our Functions do not know these."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_dynamo_compiling() and _transform_is_traced()
+        return torch.compiler.is_dynamo_compiling() and torch_func_is_on()
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 # Dynamo enters the transform itself while it traces the code inside, and makes a guard of the stack.
 @constant_in_graphs
-def _transform_is_traced() -> bool:
+def torch_func_is_on() -> bool:
+    """Return True inside of a transform of torch.func; forward mode may be on without one."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_thin(w: Tensor, groups: int) -> bool:
     """Return True if a weight's shape is not for NVFP4: too few channels in a group."""
     return not groups or min(w.shape[0] // groups, w.shape[1]) < MINIMUM
-
-
-def many_gradients() -> RuntimeError:
-    """Return the error for the gradients of torch.vmap, which are many in one tensor."""
-    return runtime_error(
-        "nvfp4: many backward passes in one (torch.vmap) do not work through an NVFP4 layer.",
-        got="autograd.grad(is_grads_batched=True), jacobian(vectorize=True), or torch.vmap of a backward pass",
-        needs="one gradient of the output at a time: it is quantized with one scale",
-        fix="is_grads_batched=False or vectorize=False, or run that forward pass under nvfp4_autocast(enabled=False)",
-    )
 
 
 # ---- its geometry and plan ------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.layer.run import cast, run
 from te_nvfp4_cv.layer.subclasses import PLAIN, without_class
+from te_nvfp4_cv.layer.transforms import PLAIN_MODEL, refuse_transforms
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
 from te_nvfp4_cv.ops.layouts import is_channels_last, is_dense
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -106,6 +107,7 @@ def execute_explicit(
 
     Raises:
         ValueError: a call that NVFP4 cannot take, where a context would leave it in high precision.
+        RuntimeError: a transform of torch.func is at work.
     """
     if (type(x) not in PLAIN or type(w) not in PLAIN) and has_torch_function((x, w)):
         given = (op, x, w, bias, args, recipe, backend, group)
@@ -131,6 +133,7 @@ def execute_explicit(
                 "(or thin_layers='pad' with groups=1)",
                 fix=f"leave this call in high precision: torch.nn.functional.{op}",
             )
+        refuse_transforms(f"a layer that asks for NVFP4 ({op})", PLAIN_MODEL, x, w)
         y = execute(op, x, w, bias, args, recipe, backend, group)
         if remembers and (known is None or not holds(known)):
             remember(op, values, LayerCall(op, x, w, bias, args), recipe, backend, y)

@@ -25,9 +25,9 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.torch_private import is_batched, without_function_modes
 from te_nvfp4_cv.errors import message
 from te_nvfp4_cv.layer import gemms, operands
-from te_nvfp4_cv.layer.check import many_gradients
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.transforms import many_gradients
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.conv import grouped
 from te_nvfp4_cv.ops.experts import Experts

@@ -30,6 +30,7 @@ from te_nvfp4_cv.layer.check import (
 )
 from te_nvfp4_cv.layer.run import cast, run
 from te_nvfp4_cv.layer.subclasses import PLAIN, without_class
+from te_nvfp4_cv.layer.transforms import PLAIN_MODEL, refuse_transforms
 from te_nvfp4_cv.ops.experts import Experts, checked_offsets
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -57,6 +58,7 @@ def execute_explicit(
 
     Raises:
         ValueError: a call that NVFP4 cannot take.
+        RuntimeError: a transform of torch.func is at work.
     """
     recipe = checked_recipe(recipe)
     reason = why_not(x, w, recipe)
@@ -67,6 +69,7 @@ def execute_explicit(
             needs=f"bf16, fp16 or fp32 on one device, and at least {MINIMUM} channels on both sides",
             fix="leave this call in high precision: torch.nn.functional.grouped_mm",
         )
+    refuse_transforms(f"a layer that asks for NVFP4 ({OP})", PLAIN_MODEL, x, w)
     with without_function_modes():
         return execute(x, w, offsets, bias, recipe, backend, group)
 

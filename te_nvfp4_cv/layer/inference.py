@@ -17,11 +17,13 @@ from torch import Tensor
 
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
+from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import describe, runtime_error, value_error
 from te_nvfp4_cv.layer import custom_op, forward_backward, gemms
-from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, planned, refuse_jit_trace
+from te_nvfp4_cv.layer.check import DTYPES, CallShape, Sizes, lowered, planned, refuse_jit_trace
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.layer.transforms import refuse_transforms
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry
@@ -29,6 +31,7 @@ from te_nvfp4_cv.ops.records import Face, WeightCodes
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import Role
 
+HIGH = "nv.export.load(..., activations='high'), layer.set_mode(activations='high')"
 TRACE = "torch.compile or torch.export in its place; nv.export.to_onnx(..., form='portable') where there is no Python"
 
 
@@ -91,11 +94,19 @@ def run(
     Returns:
         y in x's dtype (torch.autocast's where it is on).
     Raises:
-        ValueError: x does not fit.
-        RuntimeError: torch.jit.trace is at work.
+        ValueError: x does not fit, or has a dtype that is not quantized.
+        RuntimeError: torch.jit.trace or a transform of torch.func is at work.
     """
     # The weight exists as codes only: its shape is known, and no dtype is.
     x, autocast, call = _input(op, x, Sizes(tuple(weight.shape), ""), bias, args)
+    if x.dtype not in DTYPES:
+        raise value_error(
+            f"nvfp4 {op}: a layer whose weight is stored in NVFP4 does not take this dtype.",
+            got=f"x {describe(x)}",
+            needs="bf16, fp16 or fp32",
+            fix=f'x.float(), or for fp64 {HIGH}',
+        )
+    refuse_transforms(f"an inference layer with quantized activations ({op})", HIGH, x)
     low = lowered(call)
     x = low.input(x)
     # torch.export may not know the sizes yet.
@@ -132,7 +143,8 @@ def plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, ch
     x = low.input(x)
     emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast) if emulated else x.dtype
-    y = gemms.plain_layer(x, w, bias, low.geometry, dtype, layouts.is_channels_last(x) or channels_last)
+    with without_function_modes():  # a context would count the call as one that it has missed
+        y = gemms.plain_layer(x, w, bias, low.geometry, dtype, layouts.is_channels_last(x) or channels_last)
     return y.squeeze(0) if low.unbatched else y
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend.torch_private import is_batched
-from te_nvfp4_cv.layer.check import many_gradients
+from te_nvfp4_cv.layer.transforms import many_gradients
 from te_nvfp4_cv.ops.relu import apply_mask, masked_relu, relu_in_place
 
 

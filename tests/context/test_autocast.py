@@ -90,8 +90,12 @@ def test_torchs_own_errors_stay():
         for bad in (values((2, 16)), values((2, 16, 6, 6)).bfloat16(), values((2, 16, 6, 6)).long()):
             with pytest.raises(RuntimeError):
                 module(bad)
-        with pytest.raises((RuntimeError, ValueError)):
+        with pytest.raises(RuntimeError, match="to have 16 channels"):
             module(values((2, 15, 6, 6)))
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+            module(values((2, 16, 2, 6)))
+        with pytest.raises(RuntimeError, match="output padding must be smaller"):
+            F.conv_transpose2d(values((2, 16, 6, 6)), module.weight, output_padding=1)
         with pytest.raises((RuntimeError, TypeError)):
             F.conv2d(values((2, 16, 6, 6)), None)  # type: ignore[arg-type]
 

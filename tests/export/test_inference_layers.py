@@ -337,6 +337,21 @@ def test_static_scales_make_codes_independent_of_the_batch() -> None:
     assert same_bits(static(quiet), dynamic(quiet))
 
 
+def test_what_cannot_be_quantized_is_refused() -> None:
+    layer, x = made(nn.Linear(16, 32), RECIPE), values((4, 16))
+    for dtype in (torch.float64, torch.int32, torch.uint8, torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match=r"does not take this dtype[\s\S]*fix:"):
+            layer(x.to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(layer(x.int()), layer(x.int().bfloat16()))
+    for transform in (torch.vmap(layer), torch.func.grad(lambda v: layer(v).sum())):
+        with pytest.raises(RuntimeError, match=r"do not take an inference layer[\s\S]*fix:"):
+            transform(x)
+    layer.set_mode(activations="high")
+    assert layer.double()(x.double()).dtype == torch.float64
+    assert torch.allclose(torch.vmap(layer.float())(x), layer(x))
+
+
 @pytest.mark.parametrize("activations", ["high", "nvfp4"])
 def test_no_images(activations: str) -> None:
     for plain, shape, expected in (

@@ -99,6 +99,13 @@ def test_what_is_meant_or_small_is_not_warned_of():
     assert not told(nn.ReLU())
 
 
+def test_meta_tensors_and_packed_weights_beside_high_activations_are_meant():
+    assert not told(conv().to("meta"), x=torch.empty(2, 16, 6, 6, device="meta"))
+    packed = nv.export.quantize(nn.Sequential(conv()), [values((2, 16, 6, 6))])
+    packed[0].set_mode(activations="high")
+    assert not told(packed)
+
+
 def test_coverage_says_it_itself():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

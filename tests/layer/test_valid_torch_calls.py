@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.ops.geometry import padding_only
@@ -144,6 +145,17 @@ def test_torch_func_and_forward_mode_run_as_in_torch():
         quantized = layer(x)
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
     assert not torch.equal(quantized, layer(x))
+
+
+def test_layers_that_ask_for_nvfp4_refuse_transforms():
+    x, sizes = torch.randn(4, 16), torch.tensor([1, 4])
+    layers = (nv.NVFP4Linear(16, 16), lambda v: nv.functional.grouped_linear(v, torch.ones(2, 16, 16), sizes))
+    for layer in layers:
+        for transformed in (torch.func.vmap(layer), lambda v, f=layer: torch.func.jvp(f, (v,), (v,))):
+            with pytest.raises(RuntimeError, match=r"do not take a layer that asks for NVFP4[\s\S]*fix:"):
+                transformed(x)
+    with forward_ad.dual_level():
+        assert layers[0](x).shape == (4, 16)  # nothing in it has a tangent
 
 
 def test_in_place_relu_of_a_leafs_view_is_refused_before_it_writes():
