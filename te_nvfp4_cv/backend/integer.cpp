@@ -17,6 +17,7 @@
 // by 16 input channels, a panel per tap). wgrad multiplies records of dy (one per pixel, 16 images and channel) by panels of x.
 #include "numbers.h"
 #include <algorithm>
+#include <memory>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -571,12 +572,12 @@ struct Steps { int64_t total, image_blocks, limit; };
 template <class S>
 struct Slabs {
     const WeightGradient& w; S bytes; Steps all; int64_t steps, blocks, slots;         // steps of a slab; panels of a step
-    std::vector<uint8_t> memory; int64_t start;
+    std::unique_ptr<uint8_t[]> memory; int64_t start;              // not a vector, which would fill it with zeros: expand writes all that is read
 
     Slabs(const WeightGradient& q, S b, Steps a, int64_t slab_steps, int64_t kept) : w(q), bytes(b), all(a), steps(slab_steps), slots(kept) {
         blocks = w.groups * ((w.panel_channels + 15) / 16);
-        memory.resize(size_t(blocks * block_bytes() + 64));
-        start = (reinterpret_cast<int64_t>(memory.data()) + 63) & ~int64_t(63);
+        memory.reset(new uint8_t[size_t(blocks * block_bytes() + 64)]);
+        start = (reinterpret_cast<int64_t>(memory.get()) + 63) & ~int64_t(63);
     }
     int64_t block_bytes() const { return slots * steps * PANEL; }
     int64_t address(int64_t step) const { return start + (step / steps % slots * steps + step % steps) * PANEL; }      // of block 0

@@ -40,7 +40,9 @@ def fprop(
     """Return y [T, O] in `dtype`; bias is [E, O] or None."""
     if backend in KERNELS:
         return _triton().fprop(x, w, tensor_of(alpha), bias, experts, geometry, dtype)
-    module, parts, one = _module(backend), _weights(w, geometry, backend, True), _alphas(alpha)
+    if backend == "integer":
+        return integer.data_of_experts(x, w, tensor_of(alpha), bias, experts, geometry, True, dtype)
+    module, parts, one = _module(backend), _weights(w, geometry), _alphas(alpha)
     y = torch.empty(geometry.y_shape, dtype=dtype, device=x.data.device)
     channels, outputs = geometry.x_shape[-1], geometry.y_shape[-1]
     for rows in experts.rows:
@@ -64,7 +66,9 @@ def dgrad(
     """Return dx [T, C] in `dtype`."""
     if backend in KERNELS:
         return _triton().dgrad(dy, w, tensor_of(alpha), experts, geometry, dtype)
-    module, parts, one = _module(backend), _weights(w, geometry, backend, False), _alphas(alpha)
+    if backend == "integer":
+        return integer.data_of_experts(dy, w, tensor_of(alpha), None, experts, geometry, False, dtype)
+    module, parts, one = _module(backend), _weights(w, geometry), _alphas(alpha)
     dx = torch.empty(geometry.x_shape, dtype=dtype, device=dy.data.device)
     channels, outputs = geometry.x_shape[-1], geometry.y_shape[-1]
     for rows in experts.rows:
@@ -87,6 +91,8 @@ def wgrad(
     """Return dw [E * O, 1, C] in `dtype`, from the columnwise faces of all experts."""
     if backend in KERNELS:
         return _triton().wgrad(dy, x, tensor_of(alpha), experts, geometry, dtype)
+    if backend == "integer":
+        return integer.wgrad_of_experts(dy, x, tensor_of(alpha), experts, geometry, dtype)
     module, one = _module(backend), _alphas(alpha)
     # Of every expert with rows all is written: zeros would cost as much as writing dw.
     all_have_rows = len(experts.rows) == experts.number
@@ -109,7 +115,7 @@ def row_sums(dy: Tensor, experts: Experts, backend: str) -> Tensor:
         return found
     total = torch.zeros(experts.number, dy.shape[-1], dtype=torch.float32, device=dy.device)
     for rows in experts.rows:
-        total[rows.expert] = dy[rows.here].sum(0, dtype=torch.float32)
+        torch.sum(dy[rows.here], 0, dtype=torch.float32, out=total[rows.expert])
     return total
 
 
@@ -122,7 +128,7 @@ def _into(target: Tensor, module: Any, product: Callable[..., Tensor], *argument
 
 
 def _module(backend: str) -> Any:
-    return {"reference": reference, "integer": integer, "vendor": vendor}[backend]
+    return {"reference": reference, "vendor": vendor}[backend]
 
 
 def _triton() -> Any:
@@ -137,14 +143,11 @@ def _rows(face: Face, here: slice, blocks: int = 0) -> Face:
     return Face(face.data[here.start * each : here.stop * each], face.scale[here] if face.scale.numel() else face.scale)
 
 
-def _weights(w: Face, g: ConvGeometry, backend: str, to_b: bool) -> Callable[[int], Face]:
+def _weights(w: Face, g: ConvGeometry) -> Callable[[int], Face]:
     """Return what gives one expert's part of a weight [E * O, C], in the form that the backend multiplies."""
-    data, scale = w
-    if backend == "integer" and scale.numel():
-        data, scale = integer.panels(w, g, to_b), scale.new_empty(0)  # of all experts in one pass
-    parts = data.reshape(g.groups, -1) if backend == "integer" else data.unflatten(0, (g.groups, -1))
-    scales = scale.unflatten(0, (g.groups, -1)) if scale.numel() else None
-    return lambda expert: Face(parts[expert], scale if scales is None else scales[expert])
+    parts = w.data.unflatten(0, (g.groups, -1))
+    scales = w.scale.unflatten(0, (g.groups, -1)) if w.scale.numel() else None
+    return lambda expert: Face(parts[expert], w.scale if scales is None else scales[expert])
 
 
 def _alphas(alpha: Tensor | Alpha | None) -> Callable[[int], Tensor | None]:

@@ -20,7 +20,8 @@ from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.block_scales import FORMATS, INTEGER, scale_table
 from te_nvfp4_cv.ops.conv import reference
-from te_nvfp4_cv.ops.geometry import ConvGeometry
+from te_nvfp4_cv.ops.experts import Experts
+from te_nvfp4_cv.ops.geometry import ConvGeometry, linear_geometry
 from te_nvfp4_cv.ops.records import RECORD, Face
 
 PANEL = 384  # bytes: see integer.cpp
@@ -65,10 +66,16 @@ def wgrad(
 
     x comes as packed columnwise codes, dy as columnwise records with an empty scale, or as packed codes, too.
     """
+    packed = Face(x.data.contiguous(), x.scale.contiguous())
+    kernel = _library().nvfp4_weight_product
+    return _weight_product(_column_records(dy), packed, alpha, geometry, dtype, out, kernel)
+
+
+def _column_records(dy: Face) -> Tensor:
+    """Return a columnwise gradient as records, which it may be already."""
     if dy.scale.numel():  # [N16, *image, C, 8] -> [*image, N16, C * 8], as records lie
         dy = Face(dy.data.movedim(0, -3).flatten(-2), dy.scale.movedim(0, -2))
-    records, codes, scale = _records(dy), x.data.contiguous(), x.scale.contiguous()
-    return _weight_product(records, Face(codes, scale), alpha, geometry, dtype, out, _library().nvfp4_weight_product)
+    return _records(dy)
 
 
 def _weight_product(
@@ -81,9 +88,17 @@ def _weight_product(
     kernel: Callable[[Any], None],
 ) -> Tensor:
     """Multiply records by packed codes with one scale byte for each piece of 16 values, both contiguous."""
-    folded, dw = geometry.folded, _result(out, geometry.weight_shape, dtype)
+    dw, alpha = _result(out, geometry.weight_shape, dtype), _one(alpha)
+    kernel(ctypes.byref(_weight_call(records, x, alpha, geometry, dw)))
+    return dw.to(dtype)
+
+
+def _weight_call(
+    records: Tensor, x: Face, alpha: Tensor, geometry: ConvGeometry, dw: Tensor
+) -> native.WeightGradient:
+    """Return the kernels' view of one wgrad; the caller must hold on to the tensors, as it has their addresses only."""
+    folded = geometry.folded
     of_b, of_a = geometry.channels_b // geometry.groups, geometry.channels_a // geometry.groups
-    alpha = _one(alpha)
     q = native.WeightGradient(records=records.data_ptr(), codes=x.data.data_ptr(), scale=x.scale.data_ptr())
     q.alpha, q.dw = alpha.data_ptr(), dw.data_ptr()
     q.n16, q.groups = folded.batch // BLOCK, geometry.groups
@@ -92,8 +107,7 @@ def _weight_product(
     _walk(q, folded)
     q.records_on_b, q.out_bf16 = not geometry.transposed, dw.dtype == torch.bfloat16
     q.threads = torch.get_num_threads()
-    kernel(ctypes.byref(q))
-    return dw.to(dtype)
+    return q
 
 
 def panels(face: Face, g: ConvGeometry, to_b: bool, kernel: Callable[[Any], None] | None = None) -> Tensor:
@@ -140,21 +154,88 @@ def _data(
     out: Tensor,
 ) -> Tensor:
     """Run fprop (`forward`) or dgrad on records and panels; the result is `out`, [B, *image, channels]."""
+    alpha, bias = _one(alpha), _bias(bias)
+    q = _data_call(records, made, g, forward, out)
+    q.alpha, q.bias = alpha.data_ptr(), None if bias is None else bias.data_ptr()
+    _library().nvfp4_data_product(ctypes.byref(q))
+    return out
+
+
+def _data_call(records: Tensor, made: Tensor, g: ConvGeometry, forward: bool, out: Tensor) -> native.Data:
+    """Return the kernels' view of one fprop or dgrad without alpha and bias; to hold on to as for _weight_call."""
     to_b = forward != g.transposed
     inputs, outputs = (g.channels_a, g.channels_b) if to_b else (g.channels_b, g.channels_a)
-    alpha = _one(alpha)
-    q = native.Data(x=records.data_ptr(), panels=made.data_ptr(), alpha=alpha.data_ptr(), y=out.data_ptr())
-    if bias is not None:
-        bias = bias.detach().float().contiguous()
-        q.bias = bias.data_ptr()
+    q = native.Data(x=records.data_ptr(), panels=made.data_ptr(), y=out.data_ptr())
     q.batch, q.groups, q.out_channels = g.batch, g.groups, outputs // g.groups
     q.in_blocks = -(-(inputs // g.groups) // BLOCK)
     sizes = (g.a_size, g.b_size) if to_b else (g.b_size, g.a_size)
     q.in_size, q.out_size = (_three(size, 1) for size in sizes)
     _walk(q, g)
     q.to_b, q.out_bf16, q.threads = to_b, out.dtype == torch.bfloat16, torch.get_num_threads()
-    _library().nvfp4_data_product(ctypes.byref(q))
-    return out
+    return q
+
+
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().float().contiguous()
+
+
+# ---- experts: what the functions above do, without asking torch for each expert's part of every tensor ---------------
+
+
+def data_of_experts(
+    x: Face,
+    w: Face,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    experts: Experts,
+    geometry: ConvGeometry,
+    forward: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply as fprop (`forward`) or dgrad of grouped.py do; x is dy there."""
+    made, records = panels(w, geometry, forward) if w.scale.numel() else w.data, _records(x)
+    out = _result(None, geometry.y_shape if forward else geometry.x_shape, dtype)
+    alpha, bias = _one_each(alpha), _bias(bias)
+    of_one = linear_geometry(experts.tokens, geometry.x_shape[-1], geometry.y_shape[-1])
+    q, product = _data_call(records, made, of_one, forward, out), _library().nvfp4_data_product
+    for rows in experts.rows:
+        q.batch = rows.end - rows.start
+        q.x, q.y = _at(records, rows.start, experts.tokens), _at(out, rows.start, experts.tokens)
+        q.panels, q.alpha = _at(made, rows.expert, experts.number), _at(alpha, rows.expert, experts.number)
+        q.bias = None if bias is None else _at(bias, rows.expert, experts.number)
+        product(ctypes.byref(q))
+    out[experts.end :] = 0
+    return out.to(dtype)
+
+
+def wgrad_of_experts(
+    dy: Face, x: Face, alpha: Tensor | None, experts: Experts, geometry: ConvGeometry, dtype: torch.dtype
+) -> Tensor:
+    """Multiply as wgrad of grouped.py does."""
+    codes, scale = x.data.contiguous(), x.scale.contiguous()
+    records, alpha = _column_records(dy), _one_each(alpha)
+    # Of every expert with rows all is written: zeros would cost as much as writing dw.
+    make = torch.empty if len(experts.rows) == experts.number else torch.zeros
+    dw = make(geometry.weight_shape, dtype=dtype if dtype in _KINDS else torch.float32, device="cpu")
+    of_one = linear_geometry(experts.tokens, geometry.x_shape[-1], geometry.y_shape[-1])
+    q, product = _weight_call(records, Face(codes, scale), alpha, of_one, dw), _library().nvfp4_weight_product
+    blocks = scale.shape[0]
+    for rows in experts.rows:
+        q.n16, q.records = rows.last - rows.block, _at(records, rows.block, blocks)
+        q.codes, q.scale = _at(codes, rows.block, blocks), _at(scale, rows.block, blocks)
+        q.dw, q.alpha = _at(dw, rows.expert, experts.number), _at(alpha, rows.expert, experts.number)
+        product(ctypes.byref(q))
+    return dw.to(dtype)
+
+
+def _at(parts: Tensor, index: int, count: int) -> int:
+    """Return the address of one of `count` equal parts of a contiguous tensor; of one number, which all share, its."""
+    one = parts.numel() // count * parts.element_size()
+    return parts.data_ptr() + index * one
+
+
+def _one_each(alpha: Tensor | None) -> Tensor:
+    return torch.ones(1, dtype=torch.float32, device="cpu") if alpha is None else alpha.contiguous()
 
 
 class FormatProducts:

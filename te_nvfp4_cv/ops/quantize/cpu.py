@@ -18,6 +18,7 @@ from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.formats import BLOCK, power_of_two_amax, round_up
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.block_scales import TENSOR_AMAX, tensor_amax
+from te_nvfp4_cv.ops.experts import Experts, Rows
 from te_nvfp4_cv.ops.quantize import reference
 from te_nvfp4_cv.ops.records import (
     DEQUANTIZED,
@@ -45,22 +46,22 @@ def quantize_operand(
     amax: Tensor | None,
     into: tuple[Face, Face] | None = None,
     observe: bool = True,
-    rows: Tensor | None = None,
+    experts: Experts | None = None,
 ) -> Operand:
     """Quantize as operand.quantize_operand does. The compiled kernels write both faces `into` memory that is given.
 
     Args:
         observe: if False, `amax` is one that holds what the kernels would observe, and they do not look.
-        rows: int64 [spec.fold.images], for x [T, C] and compiled kernels: the row of x that each row of the columnwise
-            face is, -1 for zeros. It has all rows.
+        experts: for x [T, C] and compiled kernels: those whose rows x has, each row that of one; the columnwise face
+            has their blocks, spec.fold as many images. Rounds stochastically with the seed plus the expert.
     """
     library = native.load() if x.device.type == "cpu" else None
     if library is None or spec.row_scaled or not x.numel():
         return reference.quantize_operand(x, spec, dtype, seed, amax)
     row_form, col_form, rht = spec.row, spec.col, spec.rht
     q, x, starts = operand_view(x, spec.groups, spec.fold, rht, col_form != NONE)
-    if rows is not None:
-        starts = _take_rows(q, rows)
+    if experts is not None:
+        starts = _take_rows(q, experts)
     row, col = into or layouts.operand_faces(x, spec, dtype, layouts.for_one_call)
     q.seed, q.stochastic = 0 if seed is None else int(seed), spec.stochastic
     q.out_bf16, q.error, q.e4m3_max = dtype == torch.bfloat16, ERRORS[spec.four_over_six], spec.e4m3_max
@@ -82,7 +83,10 @@ def quantize_operand(
         used.copy_(power_of_two_amax(used, spec.e4m3_max))
     q.want_row, q.want_col = row_form != NONE, col_form != NONE
     write_to(q, spec, row, col)
-    library.nvfp4_quantize(ctypes.byref(q))
+    if experts is None or seed is None:
+        library.nvfp4_quantize(ctypes.byref(q))
+    else:
+        _quantize_each(q, x, experts, spec, (row, col), observed, library.nvfp4_quantize)
     # Held until here, because the kernel read the table of rows by its address.
     del starts
     if observe:
@@ -93,14 +97,54 @@ def quantize_operand(
     return Operand(row, used[:1].clone(), col, used[1:].clone(), observed)
 
 
-def measure_operand(x: Tensor, spec: OperandSpec, rows: Tensor | None = None) -> Tensor:
-    """Return the amaxes as operand.measure_operand does; `rows` as for quantize_operand."""
+def _quantize_each(
+    q: native.Operand,
+    x: Tensor,
+    experts: Experts,
+    spec: OperandSpec,
+    faces: tuple[Face, Face],
+    observed: Tensor,
+    kernel: Kernel,
+) -> None:
+    """Quantize each expert's rows of x as an operand of their own, whose seed is the call's plus the expert.
+
+    Args:
+        q: the view of all rows, which has what experts share; overwritten.
+        observed: written, if it is not empty: fp32 [3], of all rows.
+    """
+    seed, row_bytes = q.seed, x.shape[-1] * x.element_size()
+    seen = observed.new_zeros(len(experts.rows), observed.numel())
+    q.row_start = None  # an expert's rows lie in their order
+    for rows, own in zip(experts.rows, seen, strict=True):
+        q.x, q.images = x.data_ptr() + rows.start * row_bytes, rows.end - rows.start
+        q.seed, q.fold_images = seed + rows.expert, (rows.last - rows.block) * BLOCK
+        if observed.numel():
+            q.observed = own.data_ptr()
+        write_to(q, spec, *part_of(faces, rows, spec))
+        kernel(ctypes.byref(q))
+    if observed.numel():
+        observed[:2], observed[2] = seen[:, :2].amax(0), seen[:, 2].sum()
+
+
+def part_of(faces: tuple[Face, Face], rows: Rows, spec: OperandSpec) -> tuple[Face, Face]:
+    """Return an expert's part of the rowwise and the columnwise face of all experts, in any form."""
+    each = BLOCK if spec.col == DEQUANTIZED else 1
+    blocks = slice(rows.block * each, rows.last * each)
+    row, col = faces
+    return (
+        Face(row.data[rows.here], row.scale[rows.here]),
+        Face(col.data[blocks], col.scale[rows.block : rows.last]),
+    )
+
+
+def measure_operand(x: Tensor, spec: OperandSpec, experts: Experts | None = None) -> Tensor:
+    """Return the amaxes as operand.measure_operand does; `experts` as for quantize_operand."""
     library = native.load() if x.device.type == "cpu" else None
     if library is None or not x.numel():
         return reference.measure_operand(x, spec)
     q, x, starts = operand_view(x, 1, spec.fold, spec.rht, spec.rht)
-    if rows is not None:
-        starts = _take_rows(q, rows)
+    if experts is not None:
+        starts = _take_rows(q, experts)
     amax = torch.empty(2, dtype=torch.float32, device=x.device)
     q.amax, q.want_row, q.want_col = amax.data_ptr(), True, spec.rht
     library.nvfp4_amax(ctypes.byref(q))
@@ -138,8 +182,9 @@ def _row_starts(fold: Fold, batch: int, rows: int, run: int) -> Tensor:
         return torch.where(source >= 0, source * run, -1).contiguous()
 
 
-def _take_rows(q: native.Operand, rows: Tensor) -> Tensor:
-    """Have the kernels read rows of a matrix in another order; return what the caller must hold on to."""
+def _take_rows(q: native.Operand, experts: Experts) -> Tensor:
+    """Have the kernels read the rows of a matrix as experts have them; return what the caller must hold on to."""
+    rows = experts.used_rows
     starts = torch.where(rows >= 0, rows * q.C, -1)
     q.row_start, q.each_once = starts.data_ptr(), True
     return starts

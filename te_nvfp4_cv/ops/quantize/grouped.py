@@ -23,7 +23,7 @@ from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.experts import Experts, Rows
 from te_nvfp4_cv.ops.quantize import cpu, reference
 from te_nvfp4_cv.ops.quantize.amax import collect
-from te_nvfp4_cv.ops.records import DEQUANTIZED, Collector, Face, Fold, Operand, OperandSpec
+from te_nvfp4_cv.ops.records import Collector, Fold, Operand, OperandSpec
 
 
 def _kernels(backend: str, device: torch.device) -> Any:
@@ -59,11 +59,9 @@ def quantize_operand(
         found: Operand = kernels.quantize_operand(x, spec, dtype, seed, amax, collector, experts.source_rows)
         return found
     module = kernels or (reference if backend == "reference" else cpu)
-    if module is cpu and not experts.own_scales and seed is None and _at_once(x, experts):
-        order = experts.used_rows
+    if module is cpu and not experts.own_scales and _at_once(x, experts):
         faces = layouts.operand_faces(x, spec, dtype, layouts.for_one_call)
-        one = spec._replace(fold=Fold(1, 0, 1, 0, order.shape[0]))
-        whole = cpu.quantize_operand(x, one, dtype, None, amax, faces, rows=order)
+        whole = cpu.quantize_operand(x, _together(spec, experts), dtype, seed, amax, faces, experts=experts)
         if collector is not None:
             collect(collector, whole.observed)
         return whole._replace(observed=x.new_empty(0, dtype=torch.float32))
@@ -76,7 +74,7 @@ def quantize_operand(
     if amax is not None:
         used += (formats.power_of_two_amax(amax, spec.e4m3_max) if spec.pow2 else amax).unsqueeze(1)
     for rows in experts.rows:
-        mine = Face(*(part[rows.here] for part in row)), _columns(col, rows, spec)
+        mine = cpu.part_of((row, col), rows, spec)
         how, key = _alone(spec, rows), None if seed is None else seed + rows.expert
         more = (mine, own is None) if module is cpu else ()
         made = module.quantize_operand(x[rows.here], how, dtype, key, amax, *more)
@@ -109,8 +107,7 @@ def measure_operand(x: Tensor, experts: Experts, spec: OperandSpec, backend: str
         return measured
     module = reference if backend == "reference" else cpu
     if module is cpu and _at_once(x, experts):
-        order = experts.used_rows
-        return cpu.measure_operand(x, spec._replace(fold=Fold(1, 0, 1, 0, order.shape[0])), order)
+        return cpu.measure_operand(x, _together(spec, experts), experts)
     found = [module.measure_operand(x[rows.here], _alone(spec, rows)) for rows in experts.rows]
     return torch.stack(found).amax(0) if found else torch.zeros(2, dtype=torch.float32, device=x.device)
 
@@ -120,12 +117,11 @@ def _at_once(x: Tensor, experts: Experts) -> bool:
     return native.available(x.device) and x.shape[0] > 0 and experts.end == x.shape[0]
 
 
+def _together(spec: OperandSpec, experts: Experts) -> OperandSpec:
+    """Return how the rows of all experts are quantized in one call."""
+    return spec._replace(fold=Fold(1, 0, 1, 0, experts.used_rows.shape[0]))
+
+
 def _alone(spec: OperandSpec, rows: Rows) -> OperandSpec:
     """Return how one expert's rows are quantized: by themselves, padded to whole blocks."""
     return spec._replace(fold=Fold(1, 0, 1, 0, (rows.last - rows.block) * BLOCK))
-
-
-def _columns(face: Face, rows: Rows, spec: OperandSpec) -> Face:
-    """Return an expert's part of a columnwise face, in any form."""
-    each = BLOCK if spec.col == DEQUANTIZED else 1
-    return Face(face.data[rows.block * each : rows.last * each], face.scale[rows.block : rows.last])
