@@ -119,6 +119,13 @@ def panels(face: Face, g: ConvGeometry, to_b: bool, kernel: Callable[[Any], None
         kernel: reads the bytes of scales; NVFP4's by default.
     """
     w, scale = face.data.contiguous(), face.scale.contiguous()
+    made, q = _panels_call(w, scale, g, to_b)
+    (kernel or _library().nvfp4_expand_weight)(ctypes.byref(q))
+    return made
+
+
+def _panels_call(w: Tensor, scale: Tensor, g: ConvGeometry, to_b: bool) -> tuple[Tensor, native.Kernel]:
+    """Return memory for the panels of a contiguous face, and the kernels' view, which has the addresses only."""
     axis0, axis1 = g.channels_b // g.groups, g.channels_a // g.groups
     outs, ins = (-(-n // BLOCK) for n in ((axis0, axis1) if to_b else (axis1, axis0)))
     made = layouts.for_one_call((g.groups, outs, g.taps, ins, PANEL), torch.uint8, w.device)
@@ -126,8 +133,7 @@ def panels(face: Face, g: ConvGeometry, to_b: bool, kernel: Callable[[Any], None
     q.groups, q.T, q.axis0, q.axis1 = g.groups, g.taps, axis0, axis1
     q.from_axis1, q.tiles, q.columnwise = to_b, scale.dim() == 4 and w.dim() == 3, w.dim() == 5
     q.threads = torch.get_num_threads()
-    (kernel or _library().nvfp4_expand_weight)(ctypes.byref(q))
-    return made
+    return made, q
 
 
 def _records(face: Face) -> Tensor:
@@ -193,17 +199,24 @@ def data_of_experts(
     dtype: torch.dtype,
 ) -> Tensor:
     """Multiply as fprop (`forward`) or dgrad of grouped.py do; x is dy there."""
-    made, records = panels(w, geometry, forward) if w.scale.numel() else w.data, _records(x)
-    out = _result(None, geometry.y_shape if forward else geometry.x_shape, dtype)
-    alpha, bias = _one_each(alpha), _bias(bias)
     of_one = linear_geometry(experts.tokens, geometry.x_shape[-1], geometry.y_shape[-1])
-    q, product = _data_call(records, made, of_one, forward, out), _library().nvfp4_data_product
+    codes, scale, made, expand = w.data.contiguous(), w.scale.contiguous(), w.data, None
+    if scale.numel():
+        made, expand = _panels_call(codes, scale, of_one, forward)
+    out = _result(None, geometry.y_shape if forward else geometry.x_shape, dtype)
+    records, alpha, bias = _records(x), _one_each(alpha), _bias(bias)
+    q, library = _data_call(records, made, of_one, forward, out), _library()
     for rows in experts.rows:
+        if expand is None:
+            q.panels = _at(made, rows.expert, experts.number)
+        else:  # one expert's panels at a time: they are read while the cache has them
+            expand.codes, expand.scale = (_at(part, rows.expert, experts.number) for part in (codes, scale))
+            library.nvfp4_expand_weight(ctypes.byref(expand))
         q.batch = rows.end - rows.start
         q.x, q.y = _at(records, rows.start, experts.tokens), _at(out, rows.start, experts.tokens)
-        q.panels, q.alpha = _at(made, rows.expert, experts.number), _at(alpha, rows.expert, experts.number)
+        q.alpha = _at(alpha, rows.expert, experts.number)
         q.bias = None if bias is None else _at(bias, rows.expert, experts.number)
-        product(ctypes.byref(q))
+        library.nvfp4_data_product(ctypes.byref(q))
     out[experts.end :] = 0
     return out.to(dtype)
 
@@ -229,9 +242,8 @@ def wgrad_of_experts(
 
 
 def _at(parts: Tensor, index: int, count: int) -> int:
-    """Return the address of one of `count` equal parts of a contiguous tensor; of one number, which all share, its."""
-    one = parts.numel() // count * parts.element_size()
-    return parts.data_ptr() + index * one
+    """Return the address of one of `count` equal parts of a contiguous tensor, or that of a number for all of them."""
+    return parts.data_ptr() + parts.numel() // count * parts.element_size() * index
 
 
 def _one_each(alpha: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -184,10 +185,12 @@ def _row_starts(fold: Fold, batch: int, rows: int, run: int) -> Tensor:
 
 def _take_rows(q: native.Operand, experts: Experts) -> Tensor:
     """Have the kernels read the rows of a matrix as experts have them; return what the caller must hold on to."""
-    rows = experts.used_rows
-    starts = torch.where(rows >= 0, rows * q.C, -1)
-    q.row_start, q.each_once = starts.data_ptr(), True
-    return starts
+    starts = np.full(experts.rows[-1].last * BLOCK, -1)  # numpy takes a tenth of torch's time for each expert
+    for rows in experts.rows:
+        first = rows.block * BLOCK
+        starts[first : first + rows.end - rows.start] = np.arange(rows.start * q.C, rows.end * q.C, q.C)
+    q.row_start, q.each_once = starts.ctypes.data, True
+    return torch.from_numpy(starts)
 
 
 def write_to(q: native.Operand, spec: OperandSpec, row: Face, col: Face) -> None:

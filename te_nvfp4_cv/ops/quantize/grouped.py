@@ -119,7 +119,7 @@ def _at_once(x: Tensor, experts: Experts) -> bool:
 
 def _together(spec: OperandSpec, experts: Experts) -> OperandSpec:
     """Return how the rows of all experts are quantized in one call."""
-    return spec._replace(fold=Fold(1, 0, 1, 0, experts.used_rows.shape[0]))
+    return spec._replace(fold=Fold(1, 0, 1, 0, experts.rows[-1].last * BLOCK))
 
 
 def _alone(spec: OperandSpec, rows: Rows) -> OperandSpec:
