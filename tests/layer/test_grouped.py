@@ -13,9 +13,10 @@ from te_nvfp4_cv.layer import forward_backward, operands
 from te_nvfp4_cv.layer.forward_backward import Like
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import plan_for
+from te_nvfp4_cv.ops.conv import integer
 from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.geometry import linear_geometry
-from te_nvfp4_cv.ops.quantize import grouped, rounding_seeds
+from te_nvfp4_cv.ops.quantize import cpu, grouped, rounding_seeds
 from te_nvfp4_cv.recipe.fields import Role
 from tests.helpers import relative_error, same_bits, values
 
@@ -427,3 +428,25 @@ def test_measured_amaxes_see_every_expert() -> None:
     spec = plan_for(linear_geometry(75, 40, 48), nv.NVFP4BlockScaling(), "vendor", torch.float32, False).input_specs[1]
     found = [grouped.measure_operand(x, experts, spec, backend) for backend in ("reference", "vendor")]
     assert same_bits(*found) and found[0][0] == x.abs().max()
+
+
+def test_integer_kernels_take_all_experts_in_one_call_and_hold_panels_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What made small experts slow: Python for each of them, and panels of all, which leave the cache."""
+    panels: list[int] = []
+    quantized: list[int] = []
+    make, quantize = integer.layouts.for_one_call, cpu.quantize_operand
+
+    def made(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if shape[-1] == integer.PANEL:
+            panels.append(shape[0] * shape[1] * shape[3])
+        return make(shape, dtype, device)
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        quantized.append(x.shape[0])
+        return quantize(x, *args, **kwargs)
+
+    monkeypatch.setattr(integer.layouts, "for_one_call", made)
+    monkeypatch.setattr(cpu, "quantize_operand", counted)
+    step(nv.NVFP4BlockScaling(), "integer", *call())
+    assert panels == [3 * 3, 3 * 3]  # 48 x 40 values in tiles of 16 x 16: one expert's, for fprop and dgrad
+    assert quantized == [75, 75]  # x, and dy, which is rounded stochastically
