@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from te_nvfp4_cv import errors
+from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.ops.quantize import amax
 
 Part = tuple[Tensor, int]  # a tensor, and the axis along which the ranks' tensors are concatenated
@@ -119,9 +120,10 @@ class PendingParts:
     def wait(self) -> list[Tensor]:
         """Return each tensor, concatenated over the ranks along its axis, in the order in which they were given."""
         if self._sent is not None:
-            _, received, work = self._sent
+            message, received, work = self._sent
             if work is not None:
                 work.wait()
+            devices.used_here((message, received))  # it may be waited for on another stream than the one that sent
             # By rank: where shards differ in size, a part begins at different places of the messages.
             starts = [0] * received.shape[0]
             for shapes, axis, dtype in zip(self._shapes, self._axes, self._dtypes, strict=True):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.backend.torch_private import tree_leaves, tree_map_only, wrapper_subclass
 from te_nvfp4_cv.errors import runtime_error, warn_once
 from te_nvfp4_cv.layer import custom_op
@@ -185,11 +186,8 @@ class ShardedWeight(torch.Tensor):
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Return the whole weight in the nominal dtype that FSDP2 wants, or fill `out`, the same object, again."""
         (codes,), (scales, amax, shape) = outputs, metadata
-        if scales is not None and scales.is_cuda:
-            # Made on FSDP2's copy-in stream and read on this one, until dgrad: without a word to the allocator, the
-            # next prefetch may get their memory while a kernel that reads it is still queued here.
-            for made in (scales, amax):
-                made.record_stream(torch.cuda.current_stream(made.device))
+        if scales is not None:  # made on FSDP2's copy-in stream, where the next prefetch may get their memory
+            devices.used_here((scales, amax))
         if scales is None:
             return (codes[: shape[0]], ()) if out is None else None  # the values: FSDP2 has written them where they lie
         if out is not None:

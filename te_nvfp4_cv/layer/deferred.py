@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.backend import dispatch, torch_private
+from te_nvfp4_cv.backend import devices, dispatch, torch_private
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.options import Scales
 from te_nvfp4_cv.layer.plan import Plan
@@ -94,11 +94,15 @@ class Producer:
     # By (spec, dtype). Empty with given scales: these may differ between two layers that read one activation.
     made: dict[tuple[Any, ...], Operand] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.stream = devices.stream_of(self.z)  # on which the activation would be written if it were not deferred
+
     def serves(self, plan: Plan, need_dw: bool, scales: Scales | None) -> bool:
         """Return True if `quantize` gives what this call needs."""
         s = plan.input
         return (
-            dispatch.kernels_quantize(plan.backend, self.z.device)
+            self.stream == devices.stream_of(self.z)
+            and dispatch.kernels_quantize(plan.backend, self.z.device)
             and plan.folds[0].strips == 1
             and self.z.shape[1] // plan.geometry.groups % 16 == 0
             and s.four_over_six is None
@@ -124,7 +128,13 @@ class Producer:
         return made
 
     def write(self, y: Tensor) -> None:
-        """Write the activation into y."""
+        """Write the activation into y, on the stream where others expect it to have been written."""
+        now = devices.stream_of(self.z)
+        if now != self.stream:
+            with torch.cuda.stream(self.stream):
+                self.write(y)
+            now.wait_stream(self.stream)
+            return
         # The storage grows in place, so every alias of y has the values; .data, because y may be saved for backward
         # already, and autograd would take a counted write for a modification of it.
         storage = y.untyped_storage()

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_nvfp4_cv import formats
+from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.backend.dispatch import is_traced
 from te_nvfp4_cv.backend.swapping import gives_up
 from te_nvfp4_cv.backend.torch_private import in_backward
@@ -91,6 +92,7 @@ class DelayedScales:
         self.next, self.foreseen = torch.zeros(2, 2, dtype=torch.float32, device=device), False
         # fp64 counts on where fp32 would stop, at 2^24 blocks.
         self.saturated = torch.zeros(2, dtype=torch.float64, device=device)
+        self.stream = devices.stream_of(self.used)  # of the last call
         # Python flags: asking a tensor on a GPU would wait for the GPU at each call.
         self.measured = [False, False]
         self.stale = False  # a backward pass has run since `used` moved
@@ -101,6 +103,11 @@ class DelayedScales:
         """Follow a weight that was moved."""
         for name in ("used", "collected", "saturated", "next"):
             setattr(self, name, getattr(self, name).to(device))
+        self.stream = devices.stream_of(self.used)
+
+    def follow(self) -> None:
+        """Let a call on another stream than the last one wait for what that has moved and collected."""
+        self.stream = devices.follow(self.stream, (self.used, self.collected, self.saturated, self.next))
 
     def state(self) -> dict[str, Any]:
         """Return the values, copied to the CPU."""
@@ -183,19 +190,11 @@ class DelayedCallScales(CallScales):
         if self.scales is not None and self.training:
             self.scales.stale, self.scales.foreseen = True, False
 
-    def start(self) -> None:
+    def start(self, capturing: bool) -> None:
         """Start a training forward: have the scales move if a backward pass has run since they moved."""
         scales = self.scales
         if scales is None:
             return
-        capturing = scales.used.is_cuda and torch.cuda.is_current_stream_capturing()
-        if capturing and not scales.stale and not scales.captured:
-            raise runtime_error(
-                "nvfp4: a CUDA graph captured now would never move the delayed tensor scales.",
-                got="a training forward under capture, and no backward pass of this layer since its scales moved",
-                needs="warm-up steps, forward and backward, before the capture",
-                fix="run a few steps on a side stream first, as torch.cuda.graph's documentation shows",
-            )
         scales.captured, scales.in_graphs = capturing, scales.in_graphs or capturing
         if not scales.stale:
             return
@@ -239,6 +238,23 @@ def refuse(recipe: NVFP4BlockScaling, group: Any) -> None:
         )
 
 
+def _capturing(x: Tensor, scales: DelayedScales | None) -> bool:
+    """Return True if a training forward with these scales is being captured in a CUDA graph.
+
+    Raises:
+        RuntimeError: the graph would not move them.
+    """
+    capturing = devices.capturing(x)
+    if capturing and (scales is None or not (scales.stale or scales.captured)):
+        raise runtime_error(
+            "nvfp4: a CUDA graph captured now would never move the delayed tensor scales.",
+            got="a training forward under capture, and no backward pass of this layer since its scales moved",
+            needs="warm-up steps, forward and backward, before the capture",
+            fix="run a few steps on a side stream first, as torch.cuda.graph's documentation shows",
+        )
+    return capturing
+
+
 def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -> CallScales | None:
     """Return the scales of one call, moved on if it starts a training step; None where each tensor's own amax rules.
 
@@ -260,19 +276,24 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
     settings = plan.input
     place, view = _place(w)
     key: Key = (view, settings.e4m3_max, settings.rht)
+    starts, capturing = training and not again, False
     with _lock:
         known: dict[Key, DelayedScales] = _states.get(place, {})
         scales = known.get(key)
+        if starts:  # before a state is made, in memory that only the graph may write
+            capturing = _capturing(x, scales)
         # Not for a recomputed forward: the forward that it repeats had no state, and both must give the same codes.
-        if scales is None and training and not again:
+        if scales is None and starts:
             with torch.no_grad():
                 scales = DelayedScales(settings.e4m3_max, x.device)
             _states.setdefault(place, known)[key] = scales
         elif scales is not None and scales.used.device != x.device:
             scales.to(x.device)
+    if scales is not None and scales.stream is not None:
+        scales.follow()
     call = DelayedCallScales(shared, again, scales)
-    if training and not again:
-        call.start()
+    if starts:
+        call.start(capturing)
     return call
 
 
@@ -312,81 +333,22 @@ def trained_amax(w: Tensor, recipe: NVFP4BlockScaling, trained: Owner) -> Tensor
     return scales.used[0, :1].clone() if scales is not None and scales.measured[0] else None
 
 
+def states_of(w: Owner) -> Mapping[Key, DelayedScales]:
+    """Return the scales of a weight, or of the kernels that a module computes, by what they belong to."""
+    return _states.get(w, {})
+
+
+def replace_states(weights: Iterable[Owner], made: Mapping[Owner, dict[Key, DelayedScales]]) -> None:
+    """Give weights other scales; one that is not in `made` starts fresh."""
+    with _lock:
+        for w in weights:
+            _states.pop(w, None)
+        for w, states in made.items():
+            _states[w] = states
+
+
 def saturated(w: Owner) -> tuple[int, int]:
     """Return how many blocks were clipped in x and in dy for this weight since its state began."""
-    states = _states.get(w, {})
+    states = states_of(w)
     total = [sum(int(s.saturated[role]) for s in states.values()) for role in (0, 1)]
     return total[0], total[1]
-
-
-def save(weights: Mapping[str, Owner]) -> dict[str, Any]:
-    """Return the states of named weights as a dict that torch.load(weights_only=True) reads."""
-    out: dict[str, Any] = {}
-    for name, w in weights.items():
-        entries = [
-            {"view": None if view is None else [*view], "e4m3_max": e4m3_max, "rht": rht, **scales.state()}
-            for (view, e4m3_max, rht), scales in _states.get(w, {}).items()
-        ]
-        if entries:
-            out[name] = {"shape": _shape(w), "entries": entries}
-    return out
-
-
-def load(weights: Mapping[str, Owner], saved: Mapping[str, Any]) -> None:
-    """Replace the states of named weights by saved ones; a weight without a saved one starts fresh.
-
-    Raises:
-        ValueError: a state of a weight that is not there or has another shape, or a damaged one. Nothing is changed.
-    """
-    # All of it is built before anything is replaced, so that an error leaves the present states as they are.
-    made: dict[str, dict[Key, DelayedScales]] = {}
-    for name, entry in saved.items():
-        if name not in weights:
-            raise value_error(
-                "extra_state: a saved scale belongs to a parameter that this model lacks.",
-                got=f"{name!r}, for a model of {len(weights)} parameters",
-                needs="the model that the state was saved from (wrappers do not matter)",
-                fix="load it into that model, or leave load= out: scales then start by measuring",
-            )
-        try:
-            shape, entries = tuple(entry["shape"]), list(entry["entries"])
-            device = _device(weights[name])
-            made[name] = {_key(e): DelayedScales.from_state(e["e4m3_max"], e, device) for e in entries}
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise value_error(
-                f"extra_state: the saved scales of {name!r} are damaged.",
-                got=f"{type(error).__name__}: {error}",
-                needs="what nv.extra_state(model) gave",
-                fix="use another checkpoint, or leave load= out: scales then start by measuring",
-            ) from None
-        if shape != _shape(weights[name]):
-            raise value_error(
-                f"extra_state: the parameter {name!r} has another shape than when its scales were saved.",
-                got=f"{_shape(weights[name])}",
-                needs=f"{shape}",
-                fix="load it into the model that it was saved from",
-            )
-    with _lock:
-        for w in weights.values():
-            _states.pop(w, None)
-        for name, states in made.items():
-            _states[weights[name]] = states
-
-
-def _shape(place: Owner) -> tuple[int, ...]:
-    return tuple(place.shape) if isinstance(place, Tensor) else ()
-
-
-def _device(place: Owner) -> torch.device:
-    if isinstance(place, Tensor):
-        return place.device
-    return next((p.device for p in place.parameters()), torch.device("cpu"))
-
-
-def _key(entry: Mapping[str, Any]) -> Key:
-    view, sizes = entry["view"], ((2, 2), (2, 2), (2,))
-    for name, size in zip(("used", "collected", "saturated"), sizes, strict=True):
-        if tuple(entry[name].shape) != size:
-            raise ValueError(f"{name} has the shape {tuple(entry[name].shape)}, not {size}")
-    place = None if view is None else (int(view[0]), tuple(view[1]), tuple(view[2]))
-    return (place, int(entry["e4m3_max"]), bool(entry["rht"]))

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.names import plain_name
@@ -155,13 +156,13 @@ class Later:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self.seen: list[Tensor] = []
+        self.seen: list[tuple[Tensor, Any]] = []  # and the streams that make them
         self.sent: list[tuple[Any, Tensor, list[str]]] = []  # event, numbers on the host when it has come, texts
         self.waits = False  # there is something to look at
 
     def add(self, seen: Tensor, text: str) -> None:
         """Remember the numbers of one call."""
-        self.seen.append(seen)
+        self.seen.append((seen, devices.stream_of(seen)))
         self.texts.append(text)
         self.waits = True
 
@@ -171,9 +172,13 @@ class Later:
         Raises:
             RuntimeError: the ranks were at different layers.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return  # which must hold none of this
         if self.seen:
-            device = self.seen[0].device
-            numbers = torch.stack([seen.to(device) for seen in self.seen])
+            device = self.seen[0][0].device
+            for seen, stream in self.seen:
+                devices.follow(stream, [seen])
+            numbers = torch.stack([seen.to(device) for seen, _ in self.seen])
             # Pinned memory: only into that a copy does not wait.
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=device.type == "cuda")
             host.copy_(numbers, non_blocking=True)

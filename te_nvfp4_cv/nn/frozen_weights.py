@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.errors import check_module, runtime_error
 from te_nvfp4_cv.layer import operands, weight_codes
 from te_nvfp4_cv.layer.plan import Plan
@@ -32,7 +33,7 @@ class _FrozenWeight:
         self.name, self.weight, self.users = name, weight, 0
         self.digest: bytes | None = None  # until the first use, before which a change does no harm
         self.version: int | None = None
-        self.sets: dict[tuple[Any, ...], WeightCodes] = {}
+        self.sets: dict[tuple[Any, ...], tuple[WeightCodes, Any]] = {}  # and the stream that has made them
 
     def codes(self, w: Tensor, plan: Plan) -> WeightCodes:
         """Return the weight's codes for a plan; the first use makes them."""
@@ -44,8 +45,11 @@ class _FrozenWeight:
                 self.digest, self.version = _digest(w), _version(self.weight)
             # The first use may be an evaluation, and later ones save the codes for a backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                self.sets[key] = operands.quantize_weight(w, plan, for_dgrad=True)
-        return self.sets[key]
+                self.sets[key] = operands.quantize_weight(w, plan, for_dgrad=True), devices.stream_of(w)
+        codes, stream = self.sets[key]
+        if stream is not None:
+            devices.follow(stream, codes.flat())
+        return codes
 
     def check_version(self) -> None:
         """Raise an error if torch has counted a change."""

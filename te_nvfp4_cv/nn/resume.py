@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import check_module, value_error
 from te_nvfp4_cv.layer import delayed_scaling
+from te_nvfp4_cv.layer.delayed_scaling import DelayedScales, Key, Owner
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 
@@ -49,7 +51,7 @@ def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict
         before = rounding_seeds.state()
         rounding_seeds.set_state({"seed": saved["sr_seed"], "drawn": saved["sr_drawn"]})
         try:
-            delayed_scaling.load(_named_weights(model), saved.get("scales", {}))
+            _load_scales(_named_weights(model), saved.get("scales", {}))
         except ValueError:  # all or nothing: the stream was set a line above
             rounding_seeds.set_state(before)
             raise
@@ -59,7 +61,7 @@ def extra_state(model: nn.Module, load: Mapping[str, Any] | None = None) -> dict
         "version": _STATE_VERSIONS[-1],
         "sr_seed": now["seed"],
         "sr_drawn": now["drawn"],
-        "scales": delayed_scaling.save(_named_weights(model)),
+        "scales": _scales_of(_named_weights(model)),
     }
 
 
@@ -122,3 +124,75 @@ def saturated_blocks(model: nn.Module) -> dict[str, dict[str, int]]:
             path, _, last = name.rpartition(".")
             out[path if last == "weight" or (last == COMPUTED and path not in out) else name] = counts
     return out
+
+
+# ---- delayed scales by the names of their weights -------------------------------------------------------------------
+
+
+def _scales_of(weights: Mapping[str, Owner]) -> dict[str, Any]:
+    """Return the states of named weights as a dict that torch.load(weights_only=True) reads."""
+    out: dict[str, Any] = {}
+    for name, w in weights.items():
+        entries = [
+            {"view": None if view is None else [*view], "e4m3_max": e4m3_max, "rht": rht, **scales.state()}
+            for (view, e4m3_max, rht), scales in delayed_scaling.states_of(w).items()
+        ]
+        if entries:
+            out[name] = {"shape": _shape(w), "entries": entries}
+    return out
+
+
+def _load_scales(weights: Mapping[str, Owner], saved: Mapping[str, Any]) -> None:
+    """Replace the states of named weights by saved ones; a weight without a saved one starts fresh.
+
+    Raises:
+        ValueError: a state of a weight that is not there or has another shape, or a damaged one. Nothing is changed.
+    """
+    # All of it is built before anything is replaced, so that an error leaves the present states as they are.
+    made: dict[str, dict[Key, DelayedScales]] = {}
+    for name, entry in saved.items():
+        if name not in weights:
+            raise value_error(
+                "extra_state: a saved scale belongs to a parameter that this model lacks.",
+                got=f"{name!r}, for a model of {len(weights)} parameters",
+                needs="the model that the state was saved from (wrappers do not matter)",
+                fix="load it into that model, or leave load= out: scales then start by measuring",
+            )
+        try:
+            shape, entries = tuple(entry["shape"]), list(entry["entries"])
+            device = _device(weights[name])
+            made[name] = {_key(e): DelayedScales.from_state(e["e4m3_max"], e, device) for e in entries}
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise value_error(
+                f"extra_state: the saved scales of {name!r} are damaged.",
+                got=f"{type(error).__name__}: {error}",
+                needs="what nv.extra_state(model) gave",
+                fix="use another checkpoint, or leave load= out: scales then start by measuring",
+            ) from None
+        if shape != _shape(weights[name]):
+            raise value_error(
+                f"extra_state: the parameter {name!r} has another shape than when its scales were saved.",
+                got=f"{_shape(weights[name])}",
+                needs=f"{shape}",
+                fix="load it into the model that it was saved from",
+            )
+    delayed_scaling.replace_states(weights.values(), {weights[name]: states for name, states in made.items()})
+
+
+def _shape(place: Owner) -> tuple[int, ...]:
+    return tuple(place.shape) if isinstance(place, Tensor) else ()
+
+
+def _device(place: Owner) -> torch.device:
+    if isinstance(place, Tensor):
+        return place.device
+    return next((p.device for p in place.parameters()), torch.device("cpu"))
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    view, sizes = entry["view"], ((2, 2), (2, 2), (2,))
+    for name, size in zip(("used", "collected", "saturated"), sizes, strict=True):
+        if tuple(entry[name].shape) != size:
+            raise ValueError(f"{name} has the shape {tuple(entry[name].shape)}, not {size}")
+    place = None if view is None else (int(view[0]), tuple(view[1]), tuple(view[2]))
+    return (place, int(entry["e4m3_max"]), bool(entry["rht"]))

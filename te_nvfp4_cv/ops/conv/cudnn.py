@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import threading
 from typing import Any
 
 import torch
@@ -202,6 +203,7 @@ class Convolution:
         self.operands, self.device = Operands(g, to_b), device
         self.handle = cudnn.create_handle()
         self.graph, self.tensors = graph_of(cudnn, self.operands, self.handle)
+        self.lock = threading.Lock()  # the stream is the handle's: another thread may set its own before this one runs
         before = os.environ.get(ENGINES)
         os.environ[ENGINES] = "1"  # read while it builds; other graphs of this process are none of our business
         try:
@@ -225,8 +227,9 @@ class Convolution:
         import cudnn
 
         bound = self.operands.bound(x, rows, scales)
-        cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(self.device).cuda_stream)
-        self.graph.execute(dict(zip(self.tensors, bound, strict=True)), handle=self.handle)
+        with self.lock:
+            cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(self.device).cuda_stream)
+            self.graph.execute(dict(zip(self.tensors, bound, strict=True)), handle=self.handle)
         return bound[-1].movedim(1, -1)
 
 
