@@ -85,6 +85,15 @@ def max_of_rows(v, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def max_of_columns(v):
+    """Return the maxima of values >= 0 along axis 0, fp32; NaN wins."""
+    if INTERPRETED:
+        return float_of(tl.max(bits_of(v), 0))
+    else:
+        return tl.reduce(v, 0, max_nan)
+
+
+@triton.jit
 def larger_pair(a0, a1, b0, b1):
     """Combine two series at once by their maxima, for tl.reduce."""
     return tl.maximum(a0, b0), tl.maximum(a1, b1)
@@ -132,16 +141,41 @@ def decode_e4m3(byte):
 
 @triton.jit
 def encode_scale(amax, E4M3_MAX: tl.constexpr):
-    """Return S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
-    s_enc = tl.minimum(tl.div_rn(6.0 * E4M3_MAX, amax), FLT_MAX)
+    """Return S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN.
+
+    As in encode_multiplier, without a division's instructions for what is subnormal or huge: amax's mantissa divides
+    6 E as the compiler would, and its exponent is taken from the quotient's. Unsigned, what overflows is above FLT_MAX.
+    """
+    if INTERPRETED:
+        s_enc = tl.minimum(tl.div_rn(6.0 * E4M3_MAX, amax), FLT_MAX)
+    else:
+        bits = bits_of(amax)
+        m = float_of((bits & 0x7FFFFF) | 0x3F800000)
+        r = reciprocal(m)
+        r = tl.fma(r, tl.fma(m * -1.0, r, 1.0), r)
+        q = r * (6.0 * E4M3_MAX)
+        q = tl.fma(tl.fma(m * -1.0, q, 6.0 * E4M3_MAX), r, q)
+        q = tl.fma(tl.fma(m * -1.0, q, 6.0 * E4M3_MAX), r, q)
+        quotient = bits_of(q).to(tl.uint32, bitcast=True) - ((bits & INF_BITS) - 0x3F800000).to(tl.uint32, bitcast=True)
+        s_enc = tl.minimum(quotient, 0x7F7FFFFF).to(tl.float32, bitcast=True)
     return tl.where((amax > 0.0) & (amax <= FLT_MAX), s_enc, 1.0)
+
+
+@triton.jit
+def reciprocal(v):
+    """Return about 1 / v, fp32; what is subnormal counts as 0."""
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def tensor_factors(amax, E4M3_MAX: tl.constexpr):
     """Return S_enc / 6 and 1 / S_enc of a tensor, which block_scale and encode_multiplier take."""
     s_enc = encode_scale(amax, E4M3_MAX)
-    return s_enc * ONE_SIXTH, tl.div_rn(1.0, s_enc)
+    if INTERPRETED:
+        s_dec = tl.div_rn(1.0, s_enc)
+    else:  # shorter than a division
+        s_dec = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [s_enc], dtype=tl.float32, is_pure=True, pack=1)
+    return s_enc * ONE_SIXTH, s_dec
 
 
 @triton.jit
@@ -157,9 +191,7 @@ def encode_multiplier(s_b, s_dec):
     else:
         up = tl.where(s_dec < 7.888609052210118e-31, 16777216.0, 1.0)  # below 2^-100: by 2^24
         raised = product * up
-        near = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [raised], dtype=tl.float32, is_pure=True, pack=1
-        )
+        near = reciprocal(raised)
         enc = tl.fma(near, tl.fma(raised * -1.0, near, 1.0), near) * up  # of 0: NaN, which loses against FLT_MAX
     return tl.minimum(enc, FLT_MAX)
 

@@ -4,9 +4,9 @@
     store_scales    the bytes of those images
 
 A tile's vectors lie as they were loaded: two or four threads hold the values of a rowwise block, and would compute its
-scale each. Between the maxima and the scales `apart` lets the compiler choose how several images' blocks lie, so that
-every thread has its own, and neighbours store bytes side by side; what comes out goes back in one exchange. More images
-at once take fewer exchanges and more registers.
+scale each. Between the maxima of threads and those of blocks `apart` lets the compiler choose how blocks of several
+images lie, so that every thread has its own, and neighbours store bytes side by side; what comes out goes back in one
+exchange. More images at once take fewer exchanges and more registers.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment"
@@ -25,25 +25,29 @@ def row_scales(tile, FIRST: tl.constexpr, COUNT: tl.constexpr, mult, s_dec, PAIR
     mult, s_dec: as for numerics.block_scale. PAIRS: see ptx.magnitude. Returns amaxes and bytes, [COUNT, BLOCK / 16],
     and of s_b and of enc_b a tuple of vectors [BLOCK / 16].
     """
+    held: tl.constexpr = 8 if BLOCK >= 1024 else 4  # values that a thread of the table's tiles holds side by side
+    threads: tl.constexpr = 16 // held  # of a block
+    n: tl.constexpr = BLOCK // 16
     tops = ()
     for i in tl.static_range(COUNT):
-        tops = tops + (nx.max_of_rows(tl.reshape(tile[FIRST + i], (BLOCK // 16, 16)), PAIRS),)
-    amax_b = apart(stack(tops, COUNT))
+        tops = tops + (nx.max_of_rows(tl.reshape(tile[FIRST + i], (BLOCK // held, held)), PAIRS),)
+    s = tl.permute(tl.reshape(stack(tops, COUNT), (n, threads, COUNT)), (1, 2, 0))
+    s = apart(tl.reshape(s, (threads, COUNT * n)))
+    amax_b = tl.reshape(nx.max_of_columns(s), (COUNT, n))
     byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
     return amax_b, byte, unstack(s_b, COUNT), unstack(enc, COUNT)
 
 
 @triton.jit
 def stack(v, COUNT: tl.constexpr):
-    """Return [COUNT, n] of a tuple of 2 or 8 vectors."""
-    n: tl.constexpr = v[0].shape[0]
+    """Return [n, COUNT], flat, of a tuple of 2 or 8 vectors."""
     if COUNT == 2:
         s = tl.join(v[0], v[1])
     else:
         even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
         odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
         s = tl.join(even, odd)
-    return tl.trans(tl.reshape(s, (n, COUNT)))
+    return s
 
 
 @triton.jit

@@ -146,13 +146,13 @@ JOINTLY = dict(ROW=2, COL=1, RHT=True, OBSERVE=WATCHED, MASKED=False, CHANNELS=0
 JOINTLY |= dict(POW2=True, W_E4M3_MAX=448, MOVES=True, W_BLOCK=4096)
 
 CASES = [
-    quantize("activation_delayed", budget=lambda arch: 28 if arch == 100 else 44),
+    quantize("activation_delayed", budget=lambda arch: {90: 36, 100: 25.5}.get(arch, 44)),
     quantize("activation_current", OBSERVE=0, budget=lambda arch: 26 if arch == 100 else 42),
     quantize("activation_packed", ROW=1, OBSERVE=0, budget=lambda arch: {90: 34, 100: 15, 120: 20}.get(arch, 46)),
     quantize("activation_rows", COL=0, OBSERVE=0),
     quantize("activation_rows_delayed", COL=0),
     quantize("gradient_rows_delayed", COL=0, STOCHASTIC=True),
-    quantize("gradient_delayed", STOCHASTIC=True, COL=2, budget=58),
+    quantize("gradient_delayed", STOCHASTIC=True, COL=2, budget=lambda arch: {90: 44, 100: 42}.get(arch, 58)),
     quantize("gradient_current", STOCHASTIC=True, COL=2, OBSERVE=0, budget=55),
     quantize(
         "gradient_packed",

@@ -1,7 +1,8 @@
 """The kernels' inline PTX, instruction by instruction: what no interpreter runs, with the PTX ISA's meaning.
 
 decode       packed codes and scale bytes to fp16 products
-numerics     E2M1 by the conversion of Blackwell, pairs of fp32 operations, bf16 pairs; codes joined by four and eight
+numerics     E2M1 by the conversion of Blackwell, pairs of fp32 operations, bf16 pairs; codes joined by four and eight;
+             the tensor scale's division
 """
 
 from __future__ import annotations
@@ -255,3 +256,26 @@ def test_bf16_pairs_are_widened_and_rounded():
     assert same_bits(torch.stack([number(registers["$0"]), number(registers["$1"])], 1), narrow.float())
     registers = run_ptx(ptx.ROUND_PAIR.value, {"$2": bits_of(v[:, 0]), "$3": bits_of(v[:, 1])})
     assert same_bits(torch.stack([number(registers["$0"]), number(registers["$1"])], 1), narrow.float())
+
+
+@pytest.mark.parametrize("e4m3_max", [448, 256])
+@pytest.mark.parametrize("off", [-2, 0, 2], ids="off by {}".format)  # ulps of rcp.approx, which promises 1
+def test_the_tensor_scale_is_a_division(e4m3_max, off):
+    """numerics.encode_scale's steps on a GPU: each exponent, subnormal too, and mantissas from end to end."""
+    mantissas = torch.cat([torch.arange(0, 1 << 23, 4999), (1 << 23) - 1 - torch.arange(64)])
+    bits = (torch.arange(255)[:, None] << 23 | mantissas).flatten()
+    bits = bits[bits > 0]
+    amax, six_e = number(bits), torch.tensor(6.0 * e4m3_max)
+    m = number(bits & 0x7FFFFF | 0x3F800000)
+    near = number(bits_of(1 / m) + off)
+
+    def fma(a, b, c):
+        return (a.double() * b.double() + c.double()).float()
+
+    r = fma(near, fma(-m, near, torch.tensor(1.0)), near)
+    q = r * six_e
+    for _ in range(2):
+        q = fma(fma(-m, q, six_e), r, q)
+    quotient = (bits_of(q) - ((bits & numerics.INF_BITS.value) - 0x3F800000)) & MASK
+    found = number(quotient.clamp(max=0x7F7FFFFF))
+    assert same_bits(found, formats.encode_scale(amax, e4m3_max))

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from te_nvfp4_cv.ops.norm.triton.activations import RELU, RELU6, activated
 from te_nvfp4_cv.ops.quantize.triton.amax_kernels import finish_amaxes
-from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, finish_observed
+from te_nvfp4_cv.ops.quantize.triton.operand_kernels import SLOTS, count_saturated, finish_observed, observe_face
 from te_nvfp4_cv.ops.triton import numerics as nx
 from te_nvfp4_cv.ops.triton import packing, ptx
 from te_nvfp4_cv.ops.triton.rows import row_scales, store_scales
@@ -53,14 +53,16 @@ def produced_tile(
     z, residual, weight, bias, mean, rstd, mask = tensors
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
-    # `first` has 64 bits: it is reduced as a scalar before the lanes are added.
     if GROUPS:
         known: tl.constexpr = GROUPS * GROUP_CHANNELS
+        # `first` has 64 bits: it is reduced as a scalar before the lanes are added.
         channel = ((first % known).to(tl.int32) + lane) % known
     else:  # channels are a multiple of 16, so the lanes of a block need one division
-        per_pixel = channels // 16
-        block = ((first // 16) % per_pixel).to(tl.int32) + tl.arange(0, BLOCK // 16)
-        channel = tl.reshape((block % per_pixel)[:, None] * 16 + tl.arange(0, 16)[None, :], (BLOCK,))
+        # An image has less than 2^32 blocks: without a sign, in 32 bits, the division is a short one.
+        per_pixel = (tl.zeros((), tl.int32) + channels // 16).to(tl.uint32)
+        block = (first >> 4).to(tl.uint32) + tl.arange(0, BLOCK // 16).to(tl.uint32)
+        block = (block % per_pixel).to(tl.int32)
+        channel = tl.reshape(block[:, None] * 16 + tl.arange(0, 16)[None, :], (BLOCK,))
         # Sixteen in order, which the compiler cannot see: a thread loads its channels' parameters at once.
         channel = tl.max_contiguous(tl.multiple_of(channel, 16), 16)
     scale = tl.full((BLOCK,), 1.0, tl.float32)
@@ -259,9 +261,9 @@ def produce_kernel(
     col_data: int64 [groups of 16 images, run]; col_scale: uint8 likewise. OBSERVE, and from work to saturated_blocks:
     see finish_observed.
     """
-    pid = tl.program_id(0)
-    line = pid // per_row
-    first = (pid % per_row).to(tl.int64) * BLOCK
+    pid = tl.program_id(0).to(tl.uint32)  # a division is shorter without a sign
+    line = (pid // per_row.to(tl.uint32)).to(tl.int32)
+    first = (pid % per_row.to(tl.uint32)).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < run - first
     tensors = (z, residual, weight, bias, mean, rstd, mask)
@@ -318,9 +320,7 @@ def produce_kernel(
                 codes = packing.join_rows(word, y, BLOCK, 4, signed)
                 packing.store_rows(row_data, codes, blocks, i * step, limit, image < images, BLOCK, MASKED)
     if OBSERVE:
-        total = tl.sum(tl.reshape(saturated, (at_once * (BLOCK // 16),)), 0)
-        row_bits = tl.max(nx.magnitude_bits(tl.reshape(row_top, (at_once * (BLOCK // 16),))), 0)
-        tl.atomic_max(work + pid % SLOTS, row_bits, sem="relaxed")
+        total = observe_face(work, row_top, saturated, True)
 
     if COL != 0:
         # A rotated face has an amax, and so a tensor scale, of its own.
@@ -330,8 +330,8 @@ def produce_kernel(
         amax_b = nx.max16(tile, pairs)
         byte, s_b, enc = nx.block_scale(amax_b, mult, s_dec)
         if OBSERVE:
-            tl.atomic_max(work + SLOTS + pid % SLOTS, tl.max(nx.magnitude_bits(amax_b), 0), sem="relaxed")
-            total += tl.sum(tl.where(inside & (amax_b * mult > 448.0), 1, 0), 0)
+            clipped = tl.where(inside & (amax_b * mult > 448.0), 1, 0)
+            total += observe_face(work + SLOTS, amax_b, clipped, False)
         words = ()
         ys = ()
         for i in tl.static_range(16):
@@ -348,7 +348,5 @@ def produce_kernel(
             tl.store(col_data + column + lane, both)
             tl.store(col_scale + column + lane, byte.to(tl.uint8))
     if OBSERVE:
-        # Few tiles saturate, so that few programs wait for this atomic.
-        if total > 0:
-            tl.atomic_add(work + 2 * SLOTS + pid % SLOTS, total, sem="relaxed")
+        count_saturated(work + 2 * SLOTS, total)
         finish_observed(work, amax, seen, collected, saturated_blocks, OBSERVE)

@@ -26,7 +26,7 @@ from te_nvfp4_cv.ops.triton import packing, ptx
 from te_nvfp4_cv.ops.triton.rows import row_scales, store_scales
 from te_nvfp4_cv.ops.triton.workspace import is_last, take, take_all
 
-SLOTS: tl.constexpr = tl.constexpr(64)  # addresses that programs spread their atomic maxima over
+SLOTS: tl.constexpr = tl.constexpr(32)  # addresses that warps spread their atomic maxima over; one warp reads them
 # The sums of these say what a launch observes; see finish_observed.
 FINISH: tl.constexpr = tl.constexpr(2)
 SAME: tl.constexpr = tl.constexpr(4)
@@ -126,6 +126,34 @@ def load_tile(
 
 
 @triton.jit
+def observe_face(slots, top, count, IN_TURNS: tl.constexpr):
+    """Raise one of SLOTS numbers by each warp's largest `top`, and return each warp's sum of `count`, int32 [4].
+
+    Nothing crosses warps where four hold the values. IN_TURNS: lanes have taken them in turns, as those of row_scales;
+    otherwise a thread's values are neighbours.
+    """
+    slot = slots + (tl.program_id(0) * 4 + tl.arange(0, 4)) % SLOTS
+    tops = tl.max(by_warp(nx.magnitude_bits(top), IN_TURNS), 0)
+    tl.atomic_max(slot, tl.max(tops, 1), sem="relaxed")
+    return tl.sum(tl.sum(by_warp(count, IN_TURNS), 0), 1)
+
+
+@triton.jit
+def by_warp(v, IN_TURNS: tl.constexpr):
+    """Return v as [values of a thread or 1, 4, rest]: the middle axis is the warp that holds a value, of four."""
+    n: tl.constexpr = v.numel
+    parts: tl.constexpr = n // 128 if IN_TURNS and n > 128 else 1
+    return tl.reshape(v, (parts, 4, n // parts // 4))
+
+
+@triton.jit
+def count_saturated(slots, count):
+    """Add each warp's count, int32 [4], to one of SLOTS numbers. Few are above 0, so that few wait for this atomic."""
+    slot = slots + (tl.program_id(0) * 4 + tl.arange(0, 4)) % SLOTS
+    tl.atomic_add(slot, count, mask=count > 0, sem="relaxed")
+
+
+@triton.jit
 def finish_observed(work, given, seen, collected, saturated, OBSERVE: tl.constexpr):
     """Let the last program reduce what all have seen, write the amaxes to decode with, and collect (amax.collect).
 
@@ -136,6 +164,7 @@ def finish_observed(work, given, seen, collected, saturated, OBSERVE: tl.constex
     COLLECT, COUNT; without FINISH another launch goes on.
     """
     if FINISH & OBSERVE:
+        tl.debug_barrier()  # this program's other warps have come here, too
         if is_last(work + 3 * SLOTS):
             take(work + 3 * SLOTS)
             lane = tl.arange(0, SLOTS)
@@ -204,8 +233,8 @@ def quantize_kernel(
     CHANNELS: of a group where they are no multiple of 16 (BLOCKS blocks then), else 0. ROW needs rows == 1.
     """
     pid = tl.program_id(0)
-    tile_index = (pid % per_row).to(tl.int64)
-    line = pid // per_row
+    tile_index = (pid.to(tl.uint32) % per_row.to(tl.uint32)).to(tl.int64)  # a division is shorter without a sign
+    line = (pid.to(tl.uint32) // per_row.to(tl.uint32)).to(tl.int32)
     group = line // rows
     row = line % rows
     lane = tl.arange(0, BLOCK)
@@ -228,7 +257,8 @@ def quantize_kernel(
         first_value = first
         inside = lane < left
     shape = (images, rows, run)
-    pairs: tl.constexpr = ROW != 2  # codes leave more registers than values do
+    # Codes leave more registers than values do, and so do tiles of random bytes, unless pairs must be neighbours.
+    pairs: tl.constexpr = ROW != 2 or (STOCHASTIC and not ptx.packs_fp32())
     tile = load_tile(x, source_rows, shape, group, row, first_value, offset, inside, FOLDED, MASKED, pairs)
     column = (group.to(tl.int64) * rows + row) * run + first_value
     random = tile
@@ -239,6 +269,7 @@ def quantize_kernel(
     # Images whose scales are computed at once: as few as give each thread one, where registers are short.
     at_once: tl.constexpr = 2 if BLOCK >= 1024 else 8
     row_top = tl.zeros((at_once, BLOCK // 16), tl.float32)
+    saturated_rows = tl.zeros((at_once, BLOCK // 16), tl.int32)
     row_mult = 0.0
     # Of the tile's first image, in blocks, which packed rows are made of.
     blocks = (group.to(tl.int64) * 16 * padded_run + first) >> 4
@@ -251,6 +282,7 @@ def quantize_kernel(
                 top, byte, s_bs, encs = row_scales(tile, i, at_once, row_mult, s_dec, pairs, BLOCK)
                 if OBSERVE:
                     row_top = nx.max_nan(row_top, top)
+                    saturated_rows += tl.where(top * row_mult > 448.0, 1, 0)
                 if ROW == 1:
                     step = (tl.zeros((), tl.int64) + (padded_run >> 4)).to(tl.int32)
                     there = images - group * 16 - i
@@ -285,29 +317,13 @@ def quantize_kernel(
             tile = nx.rotate16(tile, x.dtype.element_ty == tl.bfloat16, pairs)
         col_top = nx.max16(tile, pairs)
     if OBSERVE:  # before the columns are rounded: what it needs is not kept any longer
-        slot = work + pid % SLOTS
+        total = tl.zeros((4,), tl.int32)
         if ROW != 0:
-            row_bits = tl.max(nx.magnitude_bits(tl.reshape(row_top, (at_once * (BLOCK // 16),))), 0)
+            total += observe_face(work, row_top, saturated_rows, True)
         if COL != 0:
-            col_bits = tl.max(nx.magnitude_bits(col_top), 0)
-        if ROW == 0:
-            row_bits = col_bits
-        if COL == 0:
-            col_bits = row_bits
-        clipped = False
-        if ROW != 0:
-            tl.atomic_max(slot, row_bits, sem="relaxed")
-            clipped = nx.float_of(row_bits) * row_mult > 448.0
-        if COL != 0:
-            tl.atomic_max(slot + SLOTS, col_bits, sem="relaxed")
-            clipped = clipped | (nx.float_of(col_bits) * col_mult > 448.0)
-        if clipped | (row_bits > nx.INF_BITS) | (col_bits > nx.INF_BITS):  # rare; a NaN hides the other blocks
-            total = tl.zeros((), tl.int32)
-            if ROW != 0:
-                total += saturated_rows(x, group, images, run, first_value, offset, inside, row_mult, BLOCK)
-            if COL != 0:
-                total += tl.sum(tl.where(inside & (col_top * col_mult > 448.0), 1, 0), 0)
-            tl.atomic_add(slot + 2 * SLOTS, total, sem="relaxed")
+            clipped = tl.where(inside & (col_top * col_mult > 448.0), 1, 0)
+            total += observe_face(work + SLOTS, col_top, clipped, False)
+        count_saturated(work + 2 * SLOTS, total)
     if COL != 0:
         byte, s_b, enc = nx.block_scale(col_top, col_mult, s_dec)
         words = ()
@@ -339,15 +355,3 @@ def quantize_kernel(
                 tl.store(col_scale + column + offset, byte.to(tl.uint8))
     if OBSERVE:
         finish_observed(work, amax, seen, collected, saturated, OBSERVE)
-
-
-@triton.jit
-def saturated_rows(x, group, images, run, first_value, offset, inside, mult, BLOCK: tl.constexpr):
-    """Count a tile's rowwise blocks whose scale exceeds 448. It reads x again, which saves every tile 16 counters."""
-    count = tl.zeros((), tl.int32)
-    first = group.to(tl.int64) * 16
-    for image in range(first, tl.minimum(first + 16, images)):
-        value = tl.load(x + (image * run + first_value) + offset, mask=inside, other=0.0)
-        amax_b = nx.max_of_rows(tl.reshape(value.to(tl.float32), (BLOCK // 16, 16)), False)
-        count += tl.sum(tl.where(amax_b * mult > 448.0, 1, 0), 0)
-    return count
