@@ -194,7 +194,7 @@ void multiply(const Segment* s, int64_t segments, const Walk& w, float* total) {
 constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};      // of a code: 2 * value
 
 // What the bytes of scales are. of_columns gives the scales / 2 of a finished panel's columns: scale[j * step], 0 from `columns` on.
-struct E4M3 {
+struct HalvesOfE4M3 {
     float half(uint8_t byte, const uint8_t*) const { return e4m3_value(byte) * 0.5f; }
     void of_columns(const uint8_t* scale, int64_t step, int columns, const uint8_t*, float* out) const {
         if (step == 0 && columns == 16) { std::fill(out, out + 16, e4m3_value(*scale) * 0.5f); return; }
@@ -210,7 +210,7 @@ struct E4M3 {
 };
 
 // The bytes of another block format: a table of what they stand for, / 2.
-struct Table {
+struct HalvesOfTable {
     const float* halves;
     float half(uint8_t byte, const uint8_t* codes) const { return unless_of_zeros(halves[byte], codes); }
     void of_columns(const uint8_t* scale, int64_t step, int columns, const uint8_t* panel, float* out) const {
@@ -735,26 +735,26 @@ extern "C" {
 
 const char* nvfp4_machine() { return MACHINE; }
 
-void nvfp4_expand_weight(const Kernel* w) { expand_weight(*w, E4M3()); }
+void nvfp4_expand_weight(const Kernel* w) { expand_weight(*w, HalvesOfE4M3()); }
 
 void nvfp4_expand_records(const uint8_t* codes, const uint8_t* scale, uint8_t* records, int64_t blocks, int32_t threads) {
-    expand_records(codes, scale, records, blocks, threads, E4M3());
+    expand_records(codes, scale, records, blocks, threads, HalvesOfE4M3());
 }
 
 void nvfp4_data_product(const Data* d) { if (d->out_bf16) data_product<bf16>(*d); else data_product<float>(*d); }
 
-void nvfp4_weight_product(const WeightGradient* w) { if (w->out_bf16) weight_product<bf16>(*w, E4M3()); else weight_product<float>(*w, E4M3()); }
+void nvfp4_weight_product(const WeightGradient* w) { if (w->out_bf16) weight_product<bf16>(*w, HalvesOfE4M3()); else weight_product<float>(*w, HalvesOfE4M3()); }
 
 // The same for scale bytes of another block format, by a table of 256 scales / 2. Records and panels have no bytes: nvfp4_data_product serves.
 
-void format_expand_weight(const Kernel* w, const float* halves) { expand_weight(*w, Table{halves}); }
+void format_expand_weight(const Kernel* w, const float* halves) { expand_weight(*w, HalvesOfTable{halves}); }
 
 void format_expand_records(const uint8_t* codes, const uint8_t* scale, uint8_t* records, int64_t blocks, int32_t threads, const float* halves) {
-    expand_records(codes, scale, records, blocks, threads, Table{halves});
+    expand_records(codes, scale, records, blocks, threads, HalvesOfTable{halves});
 }
 
 void format_weight_product(const WeightGradient* w, const float* halves) {
-    if (w->out_bf16) weight_product<bf16>(*w, Table{halves}); else weight_product<float>(*w, Table{halves});
+    if (w->out_bf16) weight_product<bf16>(*w, HalvesOfTable{halves}); else weight_product<float>(*w, HalvesOfTable{halves});
 }
 
 }  // extern "C"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from te_nvfp4_cv.cli.libraries import library_of
-from te_nvfp4_cv.cli.loading import example, model_of, model_options, new_file, recipe_of
+from te_nvfp4_cv.cli.loading import example, model_of, model_options, new_file, note_weights, recipe_of
 from te_nvfp4_cv.cli.pictures import check_pictures, picture_options, read_pictures
 from te_nvfp4_cv.cli.shape import Command, show
 from te_nvfp4_cv.errors import value_error
@@ -45,9 +43,7 @@ def _quantize(options: argparse.Namespace) -> int:
     # Before the model runs: a name that is taken should not be found out after minutes of work.
     out = new_file(options.out, ".safetensors", options.force, options.checkpoint)
     model = model_of(options, False)
-    if options.checkpoint is None and library_of(options.model) is None:
-        # A file of random weights looks like any other.
-        print(f"note: no --checkpoint: the weights are those that {options.model} returns", file=sys.stderr)
+    note_weights(options)
     batches = read_pictures(options, model)
     scales = "dynamic" if options.dynamic else "static"
     recipe = recipe_of(options)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def function_of(name: str, option: str, pretrained: bool = True) -> Any:
 
     ensure_torchvision()
     return builder.given(name, option)
+
+
+def note_weights(options: argparse.Namespace) -> None:
+    """Say where the weights come from, if no checkpoint gives them: what random ones give looks like any result."""
+    if options.checkpoint is None and library_of(options.model) is None:
+        print(f"note: no --checkpoint: the weights are those that {options.model} returns", file=sys.stderr)
 
 
 def recipe_of(options: argparse.Namespace) -> NVFP4BlockScaling:

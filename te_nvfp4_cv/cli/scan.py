@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.cli.loading import function_of, model_of, model_options, new_file, parts_of, recipe_of
+from te_nvfp4_cv.cli.loading import function_of, model_of, model_options, new_file, note_weights, parts_of, recipe_of
 from te_nvfp4_cv.cli.pictures import check_pictures, picture_options, read_pictures
 from te_nvfp4_cv.cli.shape import show
 from te_nvfp4_cv.cli.weights import load_weights
@@ -50,6 +50,7 @@ def run_scan(options: argparse.Namespace) -> int:
     out, page = (None if path is None else new_file(path, suffix, options.force, options.checkpoint)
                  for path, suffix in ((options.out, ".toml"), (options.html, ".html")))
     model, batches, loss = _pictured(options) if options.images is not None else _returned(options)
+    note_weights(options)
     found = scan(model, loss, batches, recipe_of(options), options.mode)
     show(found.to_dict(), str(found), options.json)
     if out is not None:

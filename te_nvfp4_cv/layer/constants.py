@@ -78,10 +78,10 @@ def is_constant(w: Tensor) -> bool:
     if torch.compiler.is_dynamo_compiling():
         return _constant_in_graph(w)
     origin = _origin(w)
-    memory = None if origin is None else _memory(origin)
+    memory = None if origin is None else memory_of(origin)
     if memory is None:
         return False
-    return any(_memory(held) == memory for module in running_modules() for held in _constants_of(module))
+    return any(memory_of(held) == memory for module in running_modules() for held in _constants_of(module))
 
 
 def _origin(tensor: Tensor) -> Tensor | None:
@@ -121,7 +121,8 @@ def _constants_of(module: nn.Module) -> Iterator[Tensor]:
                 yield value
 
 
-def _memory(tensor: Tensor) -> int | None:
+def memory_of(tensor: Tensor) -> int | None:
+    """Return the identity of the memory that a tensor lives in, or None if it has none of its own."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse and wrapper tensors have none of their own

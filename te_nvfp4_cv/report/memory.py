@@ -21,6 +21,7 @@ from te_nvfp4_cv.backend.torch_private import tree_map_only
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.layer import delayed_scaling, observe
+from te_nvfp4_cv.layer.constants import memory_of
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.report.forward_pass import untouched
 from te_nvfp4_cv.report.text import aligned
@@ -111,8 +112,8 @@ def saved_bytes(model: nn.Module, inputs: Any, recipe: NVFP4BlockScaling | None)
             stack.enter_context(nvfp4_autocast(recipe))
         output = model(*inputs)
     tensors = [held.tensor for held in (reference() for reference in kept) if held is not None]
-    known = {t.untyped_storage()._cdata for t in (*leaves, *model.parameters(), *model.buffers())}
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    known = {None, *map(memory_of, (*leaves, *model.parameters(), *model.buffers()))}
+    storages = {memory_of(t): t.untyped_storage().nbytes() for t in tensors if memory_of(t) is not None}
     del output
     return sum(size for key, size in storages.items() if key not in known)
 

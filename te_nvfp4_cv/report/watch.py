@@ -28,6 +28,7 @@ from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.context.direct_calls import DIRECT, direct_call
 from te_nvfp4_cv.errors import check_module, check_trainable
 from te_nvfp4_cv.layer import delayed_scaling, observe, shortfall
+from te_nvfp4_cv.layer.constants import memory_of
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.layer.plan import row_scaling_applies
 from te_nvfp4_cv.nn.walk import LAYERS, named_modules
@@ -223,10 +224,10 @@ class _Watch:
         """Return the report. The output must still be alive: what autograd saved and still holds is counted."""
         report = Coverage(recipe=repr(recipe))
         known = (*self.model.parameters(), *self.model.buffers(), *tree_leaves(inputs))
-        seen = {_storage(leaf) for leaf in known if isinstance(leaf, Tensor)}
+        seen = {memory_of(leaf) for leaf in known if isinstance(leaf, Tensor)}
         for reference, row in self.saved:
             saved = reference()
-            storage = None if saved is None else _storage(saved.tensor)
+            storage = None if saved is None else memory_of(saved.tensor)
             if saved is None or storage is None or storage in seen:
                 continue
             seen.add(storage)
@@ -302,11 +303,3 @@ def _elements(geometry: ConvGeometry, recipe: NVFP4BlockScaling) -> tuple[int, i
         real += pixels * channels
         padded += max(pixels, stored) * wide  # a stride may skip more pixels than padding adds
     return real, padded
-
-
-def _storage(tensor: Tensor) -> int | None:
-    """Return the identity of the memory that a tensor lives in."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and wrapper tensors have none of their own
-        return None

@@ -148,6 +148,8 @@ def _rows(
 def _plan(backends: Sequence[str], device: torch.device) -> list[tuple[Check, str]]:
     """List each check with its backend: quantization once, because backends share its kernels, the rest for each."""
     plan = [(check, backends[-1]) for check in QUANTIZATION]
+    if device.type == "cpu" and "triton" not in backends:
+        plan += [(products.block_formats, name) for name in backends]
     for name in backends:
         # The integer backend multiplies layers only: nv.gemm refuses it.
         plan += [(check, name) for check in PRODUCTS if name != "integer" or check is not products.matrix_products]

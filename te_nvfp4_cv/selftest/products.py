@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv import functional
+from te_nvfp4_cv.ops.block_scales import FORMATS
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.selftest.setting import CheckFailed, Options, Setting, bound_for, close, normal, same_fields
 from te_nvfp4_cv.tensor.gemm import gemm
@@ -75,6 +76,17 @@ def linear_layers(setting: Setting) -> str:
     if not setting.small and setting.backend != "integer":  # which refuses row scales
         row_scaled = {"disable_rht": True, "row_scaled_activation": True}
         calls.append(("linear", (64, 96), (64, 96), {}, BF16, row_scaled))
+    return _compare(setting, calls)
+
+
+def block_formats(setting: Setting) -> str:
+    """Compare layers with the blocks of MXFP4 and of the other formats than NVFP4, whose kernels are a CPU's only."""
+    calls: list[Any] = []
+    for name in FORMATS:
+        fields = {"block_format": name}
+        # 72 channels are 4.5 blocks of 16: an odd number of pairs, and a tail.
+        calls.append(("conv2d", (5, 72, 6, 5), (48, 72, 3, 3), {"padding": 1, "stride": 2}, FP32, fields))
+        calls.append(("linear", (40, 72), (56, 72), {}, BF16, {**fields, "disable_2d_quantization": True}))
     return _compare(setting, calls)
 
 

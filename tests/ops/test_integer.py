@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.backend import native
+from te_nvfp4_cv.ops.block_scales import FORMATS, scale_table
 from te_nvfp4_cv.ops.conv import integer
 from te_nvfp4_cv.ops.records import NONE, PACKED, RECORDS, Face, OperandSpec
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -178,6 +179,23 @@ def test_the_check_of_first_use_finds_a_wrong_product(monkeypatch):
         return dw
 
     monkeypatch.setattr(integer, "wgrad", off_by_a_bit)
+    assert not integer.matches_reference()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kernel", ["format_expand_records", "format_expand_weight", "format_weight_product"])
+def test_the_check_of_first_use_finds_a_wrong_scale_of_another_format(name, kernel, monkeypatch):
+    """A table whose largest scale is read wrongly, by one kernel of one format."""
+    products, original = integer.PRODUCTS[name + " integer"], integer.FormatProducts._kernel
+
+    def wrong(self, asked):  # type: ignore[no-untyped-def]
+        if self is not products or asked != kernel:
+            return original(self, asked)
+        table = type(scale_table(name, half=True)).from_buffer_copy(scale_table(name, half=True))
+        table[115] *= 2
+        return lambda *arguments: getattr(native.load(), asked)(*arguments, table)
+
+    monkeypatch.setattr(integer.FormatProducts, "_kernel", wrong)
     assert not integer.matches_reference()
 
 

@@ -71,10 +71,10 @@ def inference_arguments() -> tuple[Any, ...]:
     return x, [*codes.row, codes.amax], None, bias, None, sizes, spec
 
 
-def codes_arguments() -> tuple[Any, ...]:
-    x, _, bias, sizes, spec = layer_arguments(need=False)
+def codes_arguments(need: bool = False) -> tuple[Any, ...]:
+    x, _, bias, sizes, _ = layer_arguments(need=False)
     codes = operands()[2]
-    return x, [*codes.row, codes.amax], bias, sizes, spec
+    return x, [*codes.row, codes.amax], bias, sizes, layer_spec(need=need).to_text()
 
 
 def backward_arguments(recipe: nv.NVFP4BlockScaling = NO_SR) -> tuple[Any, ...]:
@@ -158,6 +158,14 @@ def test_opcheck(name):
     utilities = TESTS.get(name)
     options = {} if utilities is None else {"test_utils": utilities}
     torch.library.opcheck(getattr(ops, name).default, EXAMPLES[name](), **options)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_opcheck_of_codes_where_backward_will_need_x():
+    """The graph's own backward asks for gradients: torch sees an operator that only returns more tensors."""
+    arguments = codes_arguments(need=True)
+    assert ops.layer_of_codes(*arguments)[1].numel() and not ops.layer_of_codes(*codes_arguments())[1].numel()
+    torch.library.opcheck(ops.layer_of_codes.default, arguments)
 
 
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"draw_seed"}))

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from te_nvfp4_cv import cli, selftest
 from te_nvfp4_cv.backend import cache, native
+from te_nvfp4_cv.ops.block_scales import FORMATS
 from te_nvfp4_cv.ops.conv import integer as conv_integer
 from te_nvfp4_cv.ops.conv import vendor as conv_vendor
-from te_nvfp4_cv.ops.quantize import cpu, reference_matrix
+from te_nvfp4_cv.ops.quantize import cpu, operand, reference_matrix
 from te_nvfp4_cv.ops.records import Operand
 from te_nvfp4_cv.selftest import products, quantization, setting, training
 from te_nvfp4_cv.selftest.setting import CheckFailed, Setting
@@ -43,7 +44,7 @@ def test_the_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert report["backends"] == ["vendor", "integer"] if native.load() is not None else ["vendor"]
     assert report["torch"] == torch.__version__ and all(row["detail"] for row in report["checks"])
     names = [row["check"] for row in report["checks"]]
-    for name in ("activations", "delayed", "stochastic rounding", "convolutions", "linear layers", "training"):
+    for name in ("activations", "delayed", "stochastic rounding", "block formats", "convolutions", "training"):
         assert name in names
     for private in (platform.node(), str(tmp_path), "/home/", "/tmp/"):
         assert private not in path.read_text()
@@ -107,6 +108,23 @@ def test_a_wrong_quantization_kernel_is_found(monkeypatch, change, check, words)
     monkeypatch.setattr(cpu, "quantize_operand", broken(change))
     with pytest.raises(CheckFailed, match=words):
         check(HERE)
+
+
+@pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_wrong_kernel_of_another_block_format_is_found(monkeypatch, name):
+    """One code of dy: a fault in whatever quantizes it."""
+    fast = operand._PLAIN[name + " integer"]
+    original = fast.quantize_operand
+
+    def quantize_operand(*args: Any) -> Operand:
+        made: Operand = original(*args)
+        flip_last_code(made)
+        return made
+
+    monkeypatch.setattr(fast, "quantize_operand", quantize_operand)
+    with pytest.raises(CheckFailed, match=f"block_format.*{name}.*dw differs"):
+        products.block_formats(Setting(CPU, "integer"))
 
 
 def bytes_like(x: Tensor, seed: int, *, kind: str) -> Tensor:

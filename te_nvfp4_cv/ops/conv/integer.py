@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.ops.block_scales import FORMATS, INTEGER, scale_table
 from te_nvfp4_cv.ops.conv import reference
+from te_nvfp4_cv.ops.conv.block_reference import Products
 from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.geometry import ConvGeometry, linear_geometry
 from te_nvfp4_cv.ops.records import RECORD, Face
@@ -302,42 +304,54 @@ PRODUCTS = {name + INTEGER: FormatProducts(name) for name in FORMATS}
 """By the name of the backend."""
 
 
+_SCALE_BYTES = {"mxfp4": (110, 140), "nvfp4_ue5m3": (0, 255), "fp4_e4m3_only": (0, 0x7F)}  # from, and up to
+
+
 def matches_reference() -> bool:
     """Compare the kernels with the reference on a few small layers; True if every bit is equal.
 
-    Each has other tails, strides and groups: what a compiler could get wrong on this machine shows in one of them.
+    Each has other tails, strides and groups: what a compiler could get wrong on this machine shows in one of them. The
+    kernels of another block format differ where they read scales only, so one layer each is enough.
     """
     generator = torch.Generator().manual_seed(0)
     strided = ConvGeometry(3, 40, 48, (9, 12), (5, 6), (3, 3), (2, 2), (1, 1), (1, 1), (0, 0), 1, False)
     grouped = ConvGeometry(16, 32, 64, (5, 7), (5, 7), (3, 3), (1, 1), (2, 2), (2, 2), (0, 0), 2, True)
     linear = ConvGeometry(50, 96, 33, (), (), (), (), (), (), (), 1, False)
-    return all(_matches(g, generator) for g in (strided, grouped, linear))
+    both = sys.modules[__name__], reference
+    return all(_matches(*both, g, generator) for g in (strided, grouped, linear)) and all(
+        _matches(PRODUCTS[name + INTEGER], Products(name), strided, generator, name) for name in FORMATS
+    )
 
 
-def _matches(g: ConvGeometry, generator: torch.Generator) -> bool:
-    def codes(*shape: int, flat: bool = False) -> Face:
-        """Return random packed codes [*shape, 8], the last two axes flat or not, and scale bytes [*shape]."""
+def _matches(ours: Any, truth: Any, g: ConvGeometry, generator: torch.Generator, block_format: str = "") -> bool:
+    pieces = FORMATS[block_format].pieces if block_format else 1
+    first, end = _SCALE_BYTES.get(block_format, (0, 0x7F))  # all of the E4M3 grid
+
+    def codes(*shape: int, flat: bool = False, along: int = -1) -> Face:
+        """Return random packed codes [*shape, 8], the last two axes flat or not, with scale bytes of their blocks."""
+        sizes = list(shape)
+        sizes[along] = -(-sizes[along] // pieces)
         data = torch.randint(0, 256, (*shape, 8), dtype=torch.uint8, generator=generator)
-        scale = torch.randint(0, 0x7F, shape, dtype=torch.uint8, generator=generator)  # all of the E4M3 grid
+        scale = torch.randint(first, end, sizes, dtype=torch.uint8, generator=generator)
         return Face(data.flatten(-2) if flat else data, scale)
 
     of_a, of_b, alpha = g.channels_a // g.groups, g.channels_b // g.groups, torch.full((1,), 0.37, dtype=torch.float32)
     k_a, k_b = -(-of_a // BLOCK), -(-of_b // BLOCK)
     k_x, k_y = (k_b, k_a) if g.transposed else (k_a, k_b)
     x, dy = codes(*g.x_shape[:-1], g.groups * k_x, flat=True), codes(*g.y_shape[:-1], g.groups * k_y, flat=True)
-    row, col = codes(g.channels_b, g.taps, k_a, flat=True), codes(g.groups, k_b, g.taps, of_a)
+    row, col = codes(g.channels_b, g.taps, k_a, flat=True), codes(g.groups, k_b, g.taps, of_a, along=1)
     for_fprop, for_dgrad = (col, row) if g.transposed else (row, col)
-    columns = [codes(g.folded.batch // BLOCK, *shape[1:]) for shape in (g.folded.y_shape, g.folded.x_shape)]
+    shapes = g.folded.y_shape, g.folded.x_shape
+    columns = [codes(g.folded.batch // BLOCK, *shape[1:], along=0) for shape in shapes]
     calls: tuple[tuple[str, tuple[Any, ...]], ...] = (
         ("fprop", (x, for_fprop, alpha, None)),
         ("dgrad", (dy, for_dgrad, alpha)),
         ("wgrad", (*columns, alpha)),
     )
-    for name, arguments in calls:
-        ours = globals()[name](*arguments, g, torch.float32)
-        if not torch.equal(ours, getattr(reference, name)(*arguments, g, torch.float32)):
-            return False
-    return True
+    return all(
+        torch.equal(*(getattr(side, name)(*arguments, g, torch.float32) for side in (ours, truth)))
+        for name, arguments in calls
+    )
 
 
 dispatch.integer_check = matches_reference
