@@ -29,28 +29,24 @@ from te_nvfp4_cv.backend.torch_private import (
     no_graphs_inside,
     only_inlined,
 )
-from te_nvfp4_cv.context import direct_calls, entries, grouped, islands, tracing
+from te_nvfp4_cv.context import direct_calls, entries, grouped, islands, relu, tracing
 from te_nvfp4_cv.context.bodies import ATTENTION, note_parts
 from te_nvfp4_cv.context.direct_calls import DIRECT
-from te_nvfp4_cv.context.state import State, active_recipe, drop_stale, local, pop_state, push_state, state
+from te_nvfp4_cv.context.state import State, active_recipe, drop_stale, local, pop_state, push_state
 from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shared_amax, shortfall
 from te_nvfp4_cv.layer import grouped as grouped_layer
 from te_nvfp4_cv.layer.check import transformed
 from te_nvfp4_cv.layer.execute import ATEN, LAYERS, by_name, read
 from te_nvfp4_cv.layer.inside import replaced
-from te_nvfp4_cv.layer.relu import MaskedReLU
 from te_nvfp4_cv.layer.subclasses import PLAIN, by_their_class, overridden
-from te_nvfp4_cv.ops.layouts import is_dense
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 _PACKETS = {aten: op for op, aten in ATEN.items()}
-_RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _UNFLATTEN = Tensor.unflatten  # written in Python: Dynamo does not find such a method in a set, nor trace it in a mode
-_OURS = {*_RELUS, F.multi_head_attention_forward}
+_OURS = {*relu.FUNCTIONS, F.multi_head_attention_forward}
 _OTHERS = {*_OURS, *DIRECT, *_PACKETS, *grouped.FUNCTIONS, *constants.TAKING} - {_UNFLATTEN}
 _BY_MODULES = {getattr(F, op) for op in ATEN}  # not what exported programs call, with lists
-_INPLACE_RELUS = {torch.relu_, Tensor.relu_}
 
 
 class Mode(TorchFunctionMode):
@@ -98,8 +94,8 @@ class Mode(TorchFunctionMode):
 
     @only_inlined
     def _other(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function in _RELUS:
-            return _relu(function, args, kwargs)
+        if function in relu.FUNCTIONS:
+            return relu.run(function, args, kwargs)
         if function is F.multi_head_attention_forward:
             if not torch.compiler.is_compiling():
                 module = next(constants.running_modules(), None)
@@ -379,33 +375,3 @@ def _rank_problem(op: str, x: Tensor, w: Tensor) -> str | None:
     if w.dim() != rank + 2 or x.dim() not in (rank + 1, rank + 2):
         return "shapes that torch refuses"
     return None
-
-
-@no_graphs_inside
-def _relu(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = args[0] if args else kwargs.get("input")
-    inplace = function in _INPLACE_RELUS or bool(args[1] if len(args) > 1 else kwargs.get("inplace", False))
-    current = state()
-    if (
-        current is None
-        or not current.enabled
-        or not current.relu_mask
-        or active_recipe() is None
-        or type(x) is not Tensor
-        or not x.requires_grad
-        or not torch.is_grad_enabled()
-        or not x.is_floating_point()
-        or x.is_nested
-        or not x.numel()
-        or not is_dense(x)
-        or (inplace and _torch_may_refuse(x))
-        or transformed()
-        or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
-    ):
-        return function(*args, **kwargs)
-    return MaskedReLU.apply(x, inplace)
-
-
-def _torch_may_refuse(x: Tensor) -> bool:
-    """Return True if writing to x in place may be refused: torch's relu_ asks before it writes, a Function after."""
-    return x.is_leaf or (not torch.compiler.is_compiling() and x._is_view())

@@ -266,3 +266,8 @@ def _artifact(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], 
     except (ValueError, RecursionError) as error:
         raise damaged(str(path), f"its quantization_config: {error}") from error
     return Artifact(str(path), tensors, manifest, config if isinstance(config, dict) else {}, files)
+
+
+def damaged_layer(opened: Artifact, name: str, why: str) -> ValueError:
+    """Return the error for a layer whose tensors are not what the manifest says."""
+    return damaged(opened.source, f"layer {name!r}: {why}")

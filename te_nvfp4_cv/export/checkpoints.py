@@ -18,17 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.errors import check_module, check_path, describe, value_error
-from te_nvfp4_cv.export import artifact, attention, foreign, matrix
-from te_nvfp4_cv.export.artifact import Artifact
-from te_nvfp4_cv.export.codes import Codes, quantize_layer
+from te_nvfp4_cv.errors import check_module, check_path, value_error
+from te_nvfp4_cv.export import artifact, attention, foreign
 from te_nvfp4_cv.export.computed import keys_of
 from te_nvfp4_cv.export.fit import (
     Sorted,
     bias_mark,
-    call_of,
     check_fit,
-    damaged_layer,
     kernel_of,
     plain_modules,
     plain_names,
@@ -38,22 +34,20 @@ from te_nvfp4_cv.export.fit import (
 )
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.inner import around, install, share_bias
-from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, join
-from te_nvfp4_cv.export.modules import InferenceLayer, become
+from te_nvfp4_cv.export.layer_tensors import FILES, codes_of, entry_of, tensors_of
+from te_nvfp4_cv.export.manifest import PARTS, LayerEntry, Manifest, join
+from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.export.ranks import gathered, written_once
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.names import plain_name
-from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn import learned
-from te_nvfp4_cv.nn.walk import like_weight, op_of
-from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.nn.walk import like_weight
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.fields import check_nvfp4
 from te_nvfp4_cv.recipe.files import parse_recipe
 from te_nvfp4_cv.version import __version__
 
 SHARD_BYTES = 5 * 10**9  # the size at which Hugging Face's tools cut files, too
-FILES, LEAVE = "NVFP4, whose scales the file's readers expect", "leave block_format out of the recipe"  # in errors
 
 
 @dataclass(frozen=True)
@@ -153,8 +147,8 @@ def _packed(model: nn.Module, resolved: NVFP4BlockScaling) -> tuple[dict[str, Te
     # Most layers share a recipe: the file holds each recipe once, and the entries hold its index.
     for name, (module, own) in quantized.items():
         kernel = found.inner.get(name)
-        codes, entry = _entry(name, module, own, recipes, None if kernel is None else kernel.trained)
-        made = _layer_tensors(name, codes, entry, own)
+        codes, entry = entry_of(name, module, own, recipes, None if kernel is None else kernel.trained)
+        made = tensors_of(name, codes, entry, own)
         packed += sum(t.numel() * t.element_size() for t in made.values())
         plain += 4 * torch.Size(entry.shape).numel()  # fp32
         tensors |= made
@@ -193,75 +187,6 @@ def _plain_tensors(model: nn.Module, found: Sorted) -> dict[str, Tensor]:
         # clone: tied parameters share memory, which safetensors refuses to write.
         tensors[plain_name(name)] = value.detach().clone(memory_format=torch.contiguous_format)
     return tensors
-
-
-def _entry(
-    name: str, module: Any, recipe: NVFP4BlockScaling, recipes: dict[str, int], trained: Tensor | nn.Module | None
-) -> tuple[Codes, LayerEntry]:
-    """Return a layer's codes and its entry in the manifest; a recipe that is new gets a number in `recipes`.
-
-    Args:
-        trained: what owns the layer's delayed scales, as quantize_layer takes it.
-    """
-    check_nvfp4(f"nv.export.save: the layer {name!r}", recipe.block_format, FILES, LEAVE)
-    if isinstance(module, InferenceLayer):
-        check_nvfp4(f"nv.export.save: the layer {name!r}", module.recipe.block_format, FILES, LEAVE)
-        # Saved again from its codes: to dequantize and quantize once more could change bits.
-        codes, shape = module.codes, tuple(module.weight_shape)
-        op, channels_last = module.op, module.channels_last
-    else:
-        if recipe.activation_shift != "none":  # W m needs the weight in high precision, and m is the batch's
-            raise value_error(
-                f"nv.export.save: the layer {name!r} shifts its input by the mean of each batch.",
-                got=f"activation_shift={recipe.activation_shift!r} in its recipe",
-                needs="a shift that is part of the file",
-                fix="nv.export.quantize(model, images), which finds such shifts",
-            )
-        w = like_weight(module)
-        codes, shape = quantize_layer(module, recipe, trained), tuple(w.shape)
-        op, channels_last = op_of(module), layouts.is_channels_last(w)
-    amax = float(codes.amax)  # an fp32 number survives the way through a Python float and JSON bit for bit
-    if not torch.isfinite(codes.amax).all():
-        raise value_error(
-            f"nv.export.save: the weight of {name!r} is not finite.",
-            got=f"amax {amax}",
-            needs="finite weights",
-            fix="load a checkpoint from before the training diverged (te-nvfp4-cv diagnose finds the step)",
-        )
-    return codes, LayerEntry(
-        op=op,
-        shape=shape,
-        groups=getattr(module, "groups", 1),
-        amax=amax,
-        e4m3_max=recipe.settings("weight").e4m3_max,
-        recipe=recipes.setdefault(recipe.to_toml(), len(recipes)),
-        # A transposed convolution's scales have 4 axes, too, but quantize_layer has spread its tiles already.
-        tiles=codes.scale.dim() == 4 and "transpose" not in op,
-        channels_last=channels_last,
-        k_order=matrix.K_ORDER,
-        input_amax=None if codes.input_amax is None else float(codes.input_amax),
-        call=call_of(module),
-        shifted=codes.shift is not None,
-    )
-
-
-def _layer_tensors(name: str, codes: Codes, entry: LayerEntry, recipe: NVFP4BlockScaling) -> dict[str, Tensor]:
-    """Return the tensors that the file holds of one quantized layer, by name."""
-    # A plan needs a recipe only to know the scales' form, which codes have already: the entry alone decides it.
-    form = NVFP4BlockScaling(disable_2d_quantization=not entry.tiles)
-    data, scale = matrix.to_matrix(codes.data, codes.scale, entry.plan(form))
-    found = {
-        "weight": data,
-        # The same bytes under their true dtype: other readers decode the scales by it.
-        "weight_scale": scale.view(torch.float8_e4m3fn),
-        "weight_scale_2": (codes.amax.float() * (1.0 / (6.0 * entry.e4m3_max))).reshape(()),
-    }
-    if codes.input_amax is not None:
-        factor = 1.0 / (6.0 * recipe.settings("input").e4m3_max)
-        found["input_scale"] = (codes.input_amax.float() * factor).reshape(())
-    if codes.shift is not None:
-        found |= zip(SHIFTS, codes.shift, strict=True)
-    return {join(name, key): value for key, value in found.items()}
 
 
 # ---- load -----------------------------------------------------------------------------------------------------------
@@ -364,45 +289,3 @@ def load(
         # After all tensors are in place: cached weights are computed here, on the layer's final device.
         module.set_mode(weights, mode, dtype)  # type: ignore[operator]
     return model.eval().requires_grad_(False)
-
-
-def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4BlockScaling]) -> Codes:
-    """Return the codes of one layer of a file, in the layout of its kernels.
-
-    Args:
-        recipes: the manifest's recipes of single layers, parsed.
-    Raises:
-        ValueError: The layer's tensors are not what the manifest says.
-    """
-    data, scale = opened.tensors[join(name, "weight")], opened.tensors[join(name, "weight_scale")]
-    plan = entry.plan(NVFP4BlockScaling(disable_2d_quantization=not entry.tiles))
-    rows, taps, blocks = matrix.sizes(plan)
-    if entry.k_order != matrix.K_ORDER:
-        raise damaged_layer(opened, name, f"its matrix is in the order {entry.k_order!r}, not {matrix.K_ORDER!r}")
-    if data.dtype != torch.uint8 or tuple(data.shape) != (rows, taps * blocks * 8):
-        raise damaged_layer(opened, name, f"weight is {data.dtype} {tuple(data.shape)}")
-    if scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (rows, taps * blocks):
-        raise damaged_layer(opened, name, f"weight_scale is {scale.dtype} {tuple(scale.shape)}")
-    bits = scale.view(torch.uint8)  # few operators take E4M3; its NaNs are the bytes 0x7F and 0xFF
-    if bool(((bits & 0x7F) == 0x7F).any()):
-        raise damaged_layer(opened, name, "weight_scale holds NaN")
-    if entry.tiles and (entry.transposed or not matrix.has_tiles(bits, plan)):
-        raise damaged_layer(opened, name, "weight_scale differs within a 16x16 tile")
-    packed, scales = matrix.from_matrix(data, bits, plan)
-    if entry.e4m3_max != recipes[entry.recipe].settings("weight").e4m3_max:
-        raise damaged_layer(opened, name, f"its scales reach {entry.e4m3_max}, not those of its recipe")
-    shift = _shift_of(opened, name, entry, plan) if entry.shifted else None
-    amax = torch.tensor([entry.amax], dtype=torch.float32)
-    static = None if entry.input_amax is None else torch.tensor([entry.input_amax], dtype=torch.float32)
-    # clone: the tensors are mapped from the file, which may be replaced while the model lives.
-    return Codes(packed.clone(), scales.clone(), amax, static, shift)
-
-
-def _shift_of(opened: Artifact, name: str, entry: LayerEntry, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Return what a shifted layer subtracts from x and adds to y."""
-    down, up = (opened.tensors[join(name, key)] for key in SHIFTS)
-    sizes = {"input_shift": (down, entry.groups * matrix.channels(plan)), "output_shift": (up, entry.shape[0])}
-    for key, (t, size) in sizes.items():
-        if t.dtype != torch.float32 or tuple(t.shape) != (size,) or not bool(torch.isfinite(t).all()):
-            raise damaged_layer(opened, name, f"{key} is {describe(t)}, or not finite")
-    return down.clone(), up.clone()

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import runtime_error, value_error
-from te_nvfp4_cv.export.artifact import Artifact
+from te_nvfp4_cv.export.artifact import Artifact, damaged_layer
 from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.export.inner import PREFIX, Inner, Kernel, NotPacked, find, has_own_forward, layer_of
-from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, damaged, join
+from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, call_of, damaged, join
 from te_nvfp4_cv.layer import check, grouped
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.base import OPS, NVFP4Module
@@ -27,9 +27,6 @@ from te_nvfp4_cv.nn.precision import matches
 from te_nvfp4_cv.nn.walk import LAYERS, like_weight, named_modules, op_of, torch_class, with_recipes
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-
-CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")
-
 
 # ---- a model's layers -----------------------------------------------------------------------------------------------
 
@@ -56,31 +53,6 @@ def plain_names(where: str, model: nn.Module) -> dict[str, str]:
                 fix="call the attribute something else than `module`",
             )
     return names
-
-
-def call_of(module: nn.Module) -> dict[str, Any]:
-    """Return how a layer is called (stride, padding, ...), for the manifest; an empty dict for a linear layer.
-
-    "same" and "valid" become numbers where they can, so that a model that says the same in numbers fits the file.
-    """
-    found: dict[str, Any] = {}
-    for name in CALL:
-        value: Any = getattr(module, name, None)
-        if isinstance(value, (int, tuple, list)):
-            values = (value,) if isinstance(value, int) else tuple(value)
-            # Some models set stride=2 after construction, where torch itself stores (2, 2): both must compare equal.
-            rank = len(module.kernel_size) if len(values) == 1 else 1  # type: ignore[arg-type]
-            found[name] = [int(n) for n in values * rank]
-        elif value is not None:
-            found[name] = value
-    if found.get("padding") == "valid":
-        found["padding"] = [0] * len(found["dilation"])
-    elif found.get("padding") == "same":
-        kernel: Any = module.kernel_size
-        totals = [d * (k - 1) for d, k in zip(found["dilation"], kernel, strict=True)]
-        # An odd total puts one more zero at the end than at the start, which no number per axis can say.
-        found["padding"] = "same" if any(total % 2 for total in totals) else [total // 2 for total in totals]
-    return found
 
 
 class Sorted(NamedTuple):
@@ -269,11 +241,6 @@ def _refuse_shards(w: Any) -> None:
 
 
 # ---- a file's layers ------------------------------------------------------------------------------------------------
-
-
-def damaged_layer(opened: Artifact, name: str, why: str) -> ValueError:
-    """Return the error for a layer whose tensors are not what the manifest says."""
-    return damaged(opened.source, f"layer {name!r}: {why}")
 
 
 def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[str, nn.Module]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
@@ -24,7 +25,7 @@ READABLE = (1, 2)  # version 1 has no `kinds`
 SHIFTS = ("input_shift", "output_shift")
 PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale", *SHIFTS)  # of one quantized layer
 OPS = re.compile(r"(grouped_)?linear|conv(_transpose)?[123]d")  # the only operators that a manifest may name
-
+CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")  # of a module
 AXES = {"linear": 2, "grouped_linear": 3}  # of their weights; convolutions have two more than their images
 
 
@@ -177,6 +178,31 @@ def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
 def join(name: str, part: str) -> str:
     """Return the name of a layer's tensor; the layer has the name "" if it is the whole model."""
     return f"{name}.{part}" if name else part
+
+
+def call_of(module: nn.Module) -> dict[str, Any]:
+    """Return how a layer is called (stride, padding, ...), for the manifest; an empty dict for a linear layer.
+
+    "same" and "valid" become numbers where they can, so that a model that says the same in numbers fits the file.
+    """
+    found: dict[str, Any] = {}
+    for name in CALL:
+        value: Any = getattr(module, name, None)
+        if isinstance(value, (int, tuple, list)):
+            values = (value,) if isinstance(value, int) else tuple(value)
+            # Some models set stride=2 after construction, where torch itself stores (2, 2): both must compare equal.
+            rank = len(module.kernel_size) if len(values) == 1 else 1  # type: ignore[arg-type]
+            found[name] = [int(n) for n in values * rank]
+        elif value is not None:
+            found[name] = value
+    if found.get("padding") == "valid":
+        found["padding"] = [0] * len(found["dilation"])
+    elif found.get("padding") == "same":
+        kernel: Any = module.kernel_size
+        totals = [d * (k - 1) for d, k in zip(found["dilation"], kernel, strict=True)]
+        # An odd total puts one more zero at the end than at the start, which no number per axis can say.
+        found["padding"] = "same" if any(total % 2 for total in totals) else [total // 2 for total in totals]
+    return found
 
 
 def damaged(source: str, why: str) -> ValueError:
