@@ -21,7 +21,7 @@ from te_nvfp4_cv.backend.torch_private import no_graphs_inside
 from te_nvfp4_cv.context import entries, resumable
 from te_nvfp4_cv.context.capture import capture
 from te_nvfp4_cv.context.function_mode import enter, entered, leave
-from te_nvfp4_cv.context.state import State, active_recipe, outside, warn_unapplied
+from te_nvfp4_cv.context.state import State, active_recipe, outside, state, warn_unapplied
 from te_nvfp4_cv.context.torch_patches import patch_torch
 from te_nvfp4_cv.errors import type_error
 from te_nvfp4_cv.layer.check import checked_recipe
@@ -103,7 +103,18 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
         leave()
 
     def __call__(self, function: Function) -> Function:
-        """Return `function`, made to run under this context; generators and coroutines each time that they go on."""
+        """Return `function`, made to run under this context; generators and coroutines each time that they go on.
+
+        Raises:
+            TypeError: It is a class, whose methods run after its call.
+        """
+        if isinstance(function, type):
+            raise type_error(
+                "nvfp4_autocast decorates functions, and this is a class.",
+                got=function.__name__,
+                needs="a function or method: an object's forward would run outside of the context",
+                fix="decorate its forward, or a function that calls the model",
+            )
         made: Any = resumable.decorated(self, function) or super().__call__(function)
         return made  # type: ignore[no-any-return]
 
@@ -116,6 +127,16 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
 def heard() -> Iterator[None]:
     """Let observers hear of the calls inside, which run as they would outside of this context."""
     patch_torch(capture)
+    with entered(outside()):
+        yield
+
+
+@contextmanager
+def outside_of_contexts() -> Iterator[None]:
+    """Run the body, or as a decorator the function, as outside of all contexts of this thread."""
+    if state() is None:  # a mode, though it does nothing, takes torch's fast paths away
+        yield
+        return
     with entered(outside()):
         yield
 

@@ -33,8 +33,8 @@ def update_bn(
     Args:
         model: the model whose batch norms are updated.
         loader: gives tensors, or tuples and lists whose first element is the model's input.
-        contexts: entered around the pass, such as nvfp4_autocast(recipe) or torch.autocast(...); without any the pass
-            runs in high precision.
+        contexts: entered around the pass, such as nvfp4_autocast(recipe) or torch.autocast(...); contexts that the
+            caller has entered act, too. Without any the pass runs in high precision.
         device: where batches are moved to; if None, they stay where they are.
     Returns:
         The number of batches used; 0 for a model without batch norm, whose loader is not read.

@@ -212,6 +212,8 @@ def test_decorator():
         expected = module(x)
     assert same_bits(forward(x).detach(), expected.detach()) and same_bits(forward(x, 3).detach(), expected.detach())
     assert forward.__name__ == "forward" and forward.__doc__ == "Its docstring." and nv_context.state() is None
+    with pytest.raises(TypeError, match=r"this is a class[\s\S]*fix:"):
+        nvfp4_autocast(NO_SR)(nn.Linear)
 
 
 def test_threads_have_contexts_of_their_own():

@@ -194,6 +194,14 @@ def test_a_network_with_any_batch(form: str, tmp_path: Path) -> None:
     assert {row.name: row.precision for row in report.rows}["stem"] == "fp32"
 
 
+def test_a_context_around_it_does_not_act(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), values((4, 16))
+    become(model[0], quantize_layer(model[0], RECIPE), RECIPE)
+    with nv.nvfp4_autocast():
+        made = to_onnx(model, x, tmp_path / "net.onnx", form="portable")
+    assert list(made.high) == ["1"] and difference(run(made.files[0], x, "portable"), model(x)) < 1e-5
+
+
 def test_a_fixed_batch_and_external_data(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(64, 64, 3))
     become(model[0], quantize_layer(model[0], RECIPE), RECIPE)

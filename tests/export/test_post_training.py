@@ -459,6 +459,16 @@ def test_inputs_by_name_and_without_images(net: Small) -> None:
     assert quantized.conv.input_amax is not None and same_bits(quantized.norm.running_mean, torch.zeros(16))
 
 
+def test_contexts_around_it_do_not_act() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), values((32, 16))
+    expected = nv.export.quantize(model, [x], nv.NVFP4BlockScaling())
+    with nv.nvfp4_autocast("no_rht"):
+        inside = nv.export.quantize(model, [x], nv.NVFP4BlockScaling())
+    found, wanted = inside.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys() and all(same_bits(found[name], wanted[name]) for name in wanted)
+
+
 def test_results_that_training_left_in_the_model_are_no_obstacle() -> None:
     """MONAI's DynUNet keeps the outputs of its heads, torch's older weight_norm the kernel that it computes."""
 

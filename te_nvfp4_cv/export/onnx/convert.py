@@ -20,6 +20,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from te_nvfp4_cv.context.context_manager import outside_of_contexts
 from te_nvfp4_cv.errors import check_choice, check_module, check_path, need_package, value_error
 from te_nvfp4_cv.export.copies import copy_of
 from te_nvfp4_cv.export.fit import shown
@@ -56,6 +57,7 @@ class OnnxFile:
         return "\n".join(lines + [f"  {name}: high precision: {reason}" for name, reason in self.high.items()])
 
 
+@outside_of_contexts()  # plain layers of the model are in high precision in the file
 def to_onnx(
     model: nn.Module,
     args: Any = None,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from te_nvfp4_cv.context.context_manager import outside_of_contexts
 from te_nvfp4_cv.errors import check_choice, check_module, describe, type_error, value_error
 from te_nvfp4_cv.export import attention, matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed, quantize_layer
@@ -54,6 +55,7 @@ from te_nvfp4_cv.report.budget import check_share
 SCALES = ("static", "dynamic")
 
 
+@outside_of_contexts()  # what it compares with is in high precision
 def quantize(
     model: nn.Module,
     loader: Iterable[Any],
