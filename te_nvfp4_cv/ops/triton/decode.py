@@ -43,6 +43,21 @@ UNPACK = tl.constexpr(
     }"""
 )
 
+# Four words of four bytes to the words of their first, second, third and fourth bytes.
+TRANSPOSE = tl.constexpr(
+    """{
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $4, $5, 0x5140;
+    prmt.b32 b, $6, $7, 0x5140;
+    prmt.b32 c, $4, $5, 0x7362;
+    prmt.b32 d, $6, $7, 0x7362;
+    prmt.b32 $0, a, b, 0x5410;
+    prmt.b32 $1, a, b, 0x7632;
+    prmt.b32 $2, c, d, 0x5410;
+    prmt.b32 $3, c, d, 0x7632;
+    }"""
+)
+
 
 @triton.jit
 def scale_to_half(scale):
@@ -102,6 +117,50 @@ def multiply_packed(
         acc = tl.dot(a_low, tl.trans(b_low), acc)
         acc = tl.dot(a_high, tl.trans(b_high), acc)
     return acc
+
+
+@triton.jit
+def scales_by_words(p_scale, o_block, m_block, rows, ROWS: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr):
+    """Return E4M3 bytes [ROWS, BLOCKS] of a columnwise operand, whose rows are neighbours in memory; 0 where none are.
+
+    FP4 tensor cores want a row's blocks side by side: each thread turns squares of 4 x 4 bytes, instead of fetching
+    bytes one by one. p_scale: of row 0, at a multiple of 4 bytes; o_block, m_block: where a block's rows begin, in
+    words, and if it is there [BLOCKS]; rows: those that are there, a multiple of 4. PTX: as for blocks_to_half.
+    """
+    o_row = tl.arange(0, ROWS // 4)
+    there = m_block[:, None] & (o_row < rows // 4)[None, :]
+    p_words = p_scale.to(tl.pointer_type(tl.uint32), bitcast=True) + (o_block[:, None] + o_row[None, :])
+    words = tl.load(p_words, mask=there, other=0)
+    words = tl.permute(tl.reshape(words, (BLOCKS // 4, 4, ROWS // 4)), (0, 2, 1))
+    even, odd = tl.split(tl.reshape(words, (BLOCKS // 4, ROWS // 4, 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    if PTX:
+        r0, r1, r2, r3 = tl.inline_asm_elementwise(
+            TRANSPOSE,
+            "=&r,=&r,=&r,=&r,r,r,r,r",
+            [w0, w1, w2, w3],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        r0 = _byte_of_each(w0, w1, w2, w3, 0)
+        r1 = _byte_of_each(w0, w1, w2, w3, 1)
+        r2 = _byte_of_each(w0, w1, w2, w3, 2)
+        r3 = _byte_of_each(w0, w1, w2, w3, 3)
+    by_row = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (BLOCKS // 4, ROWS // 4, 4))
+    by_row = tl.reshape(tl.permute(by_row, (1, 2, 0)), (ROWS, BLOCKS // 4))
+    even = tl.join(by_row.to(tl.uint8), (by_row >> 16).to(tl.uint8))
+    odd = tl.join((by_row >> 8).to(tl.uint8), (by_row >> 24).to(tl.uint8))
+    return tl.reshape(tl.join(even, odd), (ROWS, BLOCKS))
+
+
+@triton.jit
+def _byte_of_each(w0, w1, w2, w3, BYTE: tl.constexpr):
+    """Return the word of byte BYTE of four words."""
+    low = ((w0 >> (8 * BYTE)) & 255) | (((w1 >> (8 * BYTE)) & 255) << 8)
+    return low | (((w2 >> (8 * BYTE)) & 255) << 16) | (((w3 >> (8 * BYTE)) & 255) << 24)
 
 
 @triton.jit

@@ -76,6 +76,12 @@ def expected(arch: int) -> list[str]:
     return [*(mma or [r"mma\.sync\S*m16n8k16\S*f32\.f16\.f16\.f32"]), "!e4m3", "!e2m1", "!mxf4"]
 
 
+def by_words(compiled: Any) -> str | None:
+    """The scales of columnwise operands: none is fetched by itself (one byte is something else)."""
+    found = compiled.count(r"LDS\.U8")
+    return None if found <= 1 else f"{found} loads of single bytes"
+
+
 def _case(name: str, kernel: Any, constexprs: Callable[[int], dict[str, Any]], table: str, width: tuple[int, int]):  # type: ignore[no-untyped-def]
     names, known = kernel.arg_names, constexprs(90)
     pointers = POINTERS[kernel.__name__]
@@ -93,7 +99,7 @@ def _case(name: str, kernel: Any, constexprs: Callable[[int], dict[str, Any]], t
         constexprs=constexprs,
         archs=ARCHS if "256" in name else (80, 90, 100, 120),
         options=options,
-        expect=expected if table else [],
+        expect=(lambda arch: expected(arch) + [by_words] * ("WORDS" in known and arch == 100)) if table else [],
     )
 
 
@@ -102,7 +108,8 @@ def _products(table: str, kernel: Any, label: str, width: tuple[int, int], **mor
         chosen = tile(table, arch, width)
         sizes = {name: chosen[name] for name in ("BM", "BN", "BK")}
         full = {"FULL": width[1] % chosen["BK"] == 0} if "FULL" in kernel.arg_names else {}
-        return {**sizes, **full, "NATIVE": arch in NATIVE, "QUADS": arch == 90, "PTX": True, **more}
+        words = {"WORDS": arch in NATIVE} if "WORDS" in kernel.arg_names else {}
+        return {**sizes, **full, **words, "NATIVE": arch in NATIVE, "QUADS": arch == 90, "PTX": True, **more}
 
     return _case(f"{table}.{label}", kernel, constexprs, table, width)
 
@@ -161,6 +168,7 @@ ONES = {
 
 def _of_ones(case: dict[str, Any]) -> dict[str, Any]:
     ones = dict.fromkeys(ONES[case["fn"][1]], 1)
+    words = "WORDS" in case["signature"]
 
     def options(arch: int) -> dict[str, Any]:
         plain = case["options"](arch)
@@ -170,7 +178,7 @@ def _of_ones(case: dict[str, Any]) -> dict[str, Any]:
         **case,
         "name": case["name"] + ".ones",
         "signature": {**case["signature"], **dict.fromkeys(ones, "constexpr")},
-        "constexprs": lambda arch: {**case["constexprs"](arch), **ones},
+        "constexprs": lambda arch: {**case["constexprs"](arch), **ones, **({"WORDS": False} if words else {})},
         "options": options,
         "archs": (90, 100) if case["expect"] else (90,),
     }

@@ -238,6 +238,21 @@ def test_parts_of_wgrad_add_up(kernel_device, way, monkeypatch, poison):
         assert relative_error(got.cpu(), truth) <= tolerance(kernel_device)
 
 
+@pytest.mark.parametrize("channels", [(20, 36), (20, 18)], ids=str)
+def test_scales_by_words_change_nothing(channels, kernel_device, monkeypatch):
+    """Columnwise scales for FP4 tensor cores, by words of four channels where they are that many, else by bytes."""
+    multiply_as(monkeypatch, kernel_device, "fp4", (launch,))
+    g = make_geometry(16, channels, (2, 18), (1, 3), (1, 2), (0, 1))
+    q = packed(g, kernel_device)
+    chosen, taken = launch.takes_words, []
+    monkeypatch.setattr(launch, "takes_words", lambda *how: taken.append(chosen(*how)) or taken[-1])
+    by_words = run("wgrad", q, g, None)
+    assert taken == [channels[1] % 4 == 0]
+    monkeypatch.setattr(launch, "takes_words", lambda *how: False)
+    assert same_bits(by_words, run("wgrad", q, g, None))
+    assert relative_error(by_words.cpu(), exact("wgrad", q, g)) <= tolerance(kernel_device)
+
+
 def test_parts_are_bounded():
     gpu = launch.Gpu(90, False, 132)
     assert launch.parts_of(gpu, 1, 10**6, 1000) == 264

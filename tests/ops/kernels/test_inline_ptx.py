@@ -1,6 +1,6 @@
 """The kernels' inline PTX, instruction by instruction: what no interpreter runs, with the PTX ISA's meaning.
 
-decode       packed codes and scale bytes to fp16 products
+decode       packed codes and scale bytes to fp16 products; squares of scale bytes transposed
 numerics     E2M1 by the conversion of Blackwell, pairs of fp32 operations, bf16 pairs; codes joined by four and eight;
              the tensor scale's division
 """
@@ -163,6 +163,14 @@ def test_packed_codes_are_decoded_exactly():
             got = bits.to(torch.uint16).view(torch.float16).float() * 128
             assert same_bits(got, formats.decode_e2m1(nibble) * scale)
     assert len(re.findall(";", text)) == 21  # 20 instructions for eight products and one declaration
+
+
+def test_words_of_scales_are_transposed():
+    bytes_of = torch.randint(0, 256, (4, 4, 1000))  # [word, byte, case]
+    words = [sum(word[k] << (8 * k) for k in range(4)) for word in bytes_of]
+    registers = run_ptx(decode.TRANSPOSE.value, {f"${4 + i}": word for i, word in enumerate(words)})
+    for k in range(4):
+        assert torch.equal(registers[f"${k}"], sum(bytes_of[i, k] << (8 * i) for i in range(4)))
 
 
 # ---- numerics -------------------------------------------------------------------------------------------------------

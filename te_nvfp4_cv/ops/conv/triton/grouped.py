@@ -14,7 +14,7 @@ from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.backend.devices import on_its_device
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.ops.conv.triton import grouped_kernels
-from te_nvfp4_cv.ops.conv.triton.launch import prepare
+from te_nvfp4_cv.ops.conv.triton.launch import prepare, takes_words
 from te_nvfp4_cv.ops.experts import Experts
 from te_nvfp4_cv.ops.gemm.triton.launch import WIDE_FROM, gpu_of, key_of, unit_of
 from te_nvfp4_cv.ops.geometry import ConvGeometry
@@ -117,6 +117,7 @@ def wgrad(
             each_b=each_b,
             each_a=each_a,
             ALPHA=0 if alpha is None else 1 if alpha.numel() == 1 else 2,
+            WORDS=takes_words(gpu, each_b, each_a, operands[1], operands[3]),
             **gpu.how,
             **tile,
         )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from te_nvfp4_cv.ops.conv.triton.weight_rows import add_chunk
-from te_nvfp4_cv.ops.triton.decode import multiply_packed
+from te_nvfp4_cv.ops.triton.decode import multiply_packed, scales_by_words
 
 
 @triton.jit
@@ -127,6 +127,7 @@ def grouped_weight(
     BN: tl.constexpr,
     BK: tl.constexpr,
     ALPHA: tl.constexpr,  # 0 none, 1 one, 2 per expert
+    WORDS: tl.constexpr,  # each_a, each_b and the addresses of scales are multiples of 4; for NATIVE
     NATIVE: tl.constexpr,
     QUADS: tl.constexpr,
     PTX: tl.constexpr,
@@ -156,12 +157,18 @@ def grouped_weight(
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(0, tl.cdiv(blocks, QB)):
         block = (first + step * QB).to(tl.int64)
-        m_q = (o_q < blocks - step * QB)[None, :]
+        m_q = o_q < blocks - step * QB
         m_k = (q_k < blocks - step * QB)[None, :]
         b = tl.load(p_b + block * each_b * 8 + o_b, mask=m_b[:, None] & m_k, other=0)
-        bs = tl.load(p_b_scale + block * each_b + o_bs, mask=m_b[:, None] & m_q, other=0)
         a = tl.load(p_a + block * each_a * 8 + o_a, mask=m_a[:, None] & m_k, other=0)
-        sa = tl.load(p_a_scale + block * each_a + o_as, mask=m_a[:, None] & m_q, other=0)
+        if WORDS:
+            p_bs = p_b_scale + block * each_b + i_m * BM
+            p_as = p_a_scale + block * each_a + i_n * BN
+            bs = scales_by_words(p_bs, o_q * (each_b // 4), m_q, each_b - i_m * BM, BM, QB, PTX)
+            sa = scales_by_words(p_as, o_q * (each_a // 4), m_q, each_a - i_n * BN, BN, QB, PTX)
+        else:
+            bs = tl.load(p_b_scale + block * each_b + o_bs, mask=m_b[:, None] & m_q[None, :], other=0)
+            sa = tl.load(p_a_scale + block * each_a + o_as, mask=m_a[:, None] & m_q[None, :], other=0)
         acc = multiply_packed(acc, b, bs, a, sa, QB, NATIVE, QUADS, PTX)
     if not NATIVE:
         acc = acc * 16384.0  # 2^-7 of either operand

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from te_nvfp4_cv.ops.conv.triton.weight_rows import add_chunk
-from te_nvfp4_cv.ops.triton.decode import multiply_packed
+from te_nvfp4_cv.ops.triton.decode import multiply_packed, scales_by_words
 
 
 @triton.jit
@@ -213,6 +213,7 @@ def weight_product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    WORDS: tl.constexpr,  # each_a, each_b and the addresses of scales are multiples of 4; for NATIVE
     NATIVE: tl.constexpr,
     QUADS: tl.constexpr,
     PTX: tl.constexpr,
@@ -265,9 +266,15 @@ def weight_product(
         m_aq = ok_line & m_bq & (at_w + o_q * stride_w >= 0) & (at_w + o_q * stride_w < a_w)
         m_ak = ok_line & m_bk & (at_w + q_k * stride_w >= 0) & (at_w + q_k * stride_w < a_w)
         b = tl.load(p_b + b_first * 8 + o_b, mask=m_b[:, None] & m_bk[None, :], other=0)
-        bs = tl.load(p_b_scale + b_first + o_bs, mask=m_b[:, None] & m_bq[None, :], other=0)
         a = tl.load(p_a + a_first * 8 + o_a, mask=m_a[:, None] & m_ak[None, :], other=0)
-        sa = tl.load(p_a_scale + a_first + o_as, mask=m_a[:, None] & m_aq[None, :], other=0)
+        if WORDS:
+            p_bs = p_b_scale + b_first + (group * each_b + i_m * BM)
+            p_as = p_a_scale + a_first + (group * each_a + i_n * BN)
+            bs = scales_by_words(p_bs, o_q * (channels_b // 4), m_bq, each_b - i_m * BM, BM, QB, PTX)
+            sa = scales_by_words(p_as, o_q * (stride_w * (channels_a // 4)), m_aq, each_a - i_n * BN, BN, QB, PTX)
+        else:
+            bs = tl.load(p_b_scale + b_first + o_bs, mask=m_b[:, None] & m_bq[None, :], other=0)
+            sa = tl.load(p_a_scale + a_first + o_as, mask=m_a[:, None] & m_aq[None, :], other=0)
         acc = multiply_packed(acc, b, bs, a, sa, QB, NATIVE, QUADS, PTX)
         # The next place: counters that carry, since divisions cost more than the loads
         chunk = chunk + 1

@@ -186,6 +186,11 @@ def parts_of(gpu: Gpu, tiles: int, steps: int, size: int) -> int:
     return max(1, min(wanted, 65535))  # where the second axis of a grid ends
 
 
+def takes_words(gpu: Gpu, each_b: int, each_a: int, *scales: Tensor) -> bool:
+    """Tell if a kernel may load columnwise scales by words of four channels."""
+    return gpu.native and each_b % 4 == 0 == each_a % 4 and all(scale.data_ptr() % 4 == 0 for scale in scales)
+
+
 @on_its_device
 def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """Run the operator conv_wgrad."""
@@ -219,6 +224,7 @@ def wgrad(dy: Face, x: Face, alpha: Tensor | None, geometry: ConvGeometry, dtype
             channels_a=g.channels_a,
             each_b=each_b,
             each_a=each_a,
+            WORDS=takes_words(gpu, each_b, each_a, b_scale, a_scale),
             **gpu.how,
             **tile,
         )
