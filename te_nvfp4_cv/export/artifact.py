@@ -54,6 +54,12 @@ def kind_of(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def holds(tensor: Tensor) -> bool:
+    """Return True if a safetensors file can hold a tensor of this dtype and layout."""
+    dense = tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
+    return dense and tensor.dtype not in (torch.complex32, torch.complex128)
+
+
 # ---- write ----------------------------------------------------------------------------------------------------------
 
 

@@ -102,7 +102,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     Raises:
         TypeError: `model` is no module, or `recipe` is no recipe.
         ValueError: A pattern of the recipe's table matches nothing, a weight is not finite, the state_dict holds
-            something other than tensors, or a recipe has activation_shift or another block format than NVFP4.
+            something that no safetensors file does, or a recipe has activation_shift or another block format than
+            NVFP4.
         RuntimeError: The model is sharded, or a file cannot be written.
 
     Example:
@@ -179,10 +180,14 @@ def _plain_tensors(model: nn.Module, found: Sorted) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         if name in skipped:
             continue
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not artifact.holds(value):
+            tensor = isinstance(value, Tensor)
+            kind = f"{value.dtype}, {value.layout}, {value.device}" if tensor else type(value).__name__
             raise value_error(
-                "nv.export.save: the state_dict holds something other than tensors.",
-                got=f"{name!r}: {type(value).__name__}", needs="tensors", fix="keep it as a buffer"
+                "nv.export.save: the state_dict holds something that no safetensors file does.",
+                got=f"{name!r}: {kind}",
+                needs="dense tensors with values, of torch's common dtypes",
+                fix="keep it as such a tensor, or out of the state_dict: register_buffer(..., persistent=False)",
             )
         # clone: tied parameters share memory, which safetensors refuses to write.
         tensors[plain_name(name)] = value.detach().clone(memory_format=torch.contiguous_format)

@@ -275,6 +275,24 @@ def test_names_that_only_a_wrappers_part_tells_apart_are_refused(tmp_path: Path)
         nv.export.save(Scaled(), tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(2, dtype=torch.complex128),
+        torch.eye(2).to_sparse(),
+        torch.empty(2, device="meta"),
+    ],
+    ids=["complex128", "sparse", "meta"],
+)
+def test_tensors_that_safetensors_does_not_hold_are_named(value: Tensor, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    model.register_buffer("odd", value)
+    with pytest.raises(ValueError, match=r"no safetensors file does[\s\S]*'odd'[\s\S]*fix:"):
+        nv.export.save(model, tmp_path / "net")
+    model.odd = torch.zeros(2, dtype=torch.complex64)
+    nv.export.save(model, tmp_path / "net")
+
+
 def test_buffers_that_no_file_holds_are_named(tmp_path: Path) -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
