@@ -5,6 +5,7 @@ Only tensors and texts are handled here, no models. What is in a file:
     per quantized layer   NAME.weight          uint8 [N, K / 2]   E2M1 codes, the even column in the low nibble
                           NAME.weight_scale    e4m3  [N, K / 16]
                           NAME.weight_scale_2  fp32  []           amax / (6 E); value = code * both scales
+                          (of other block formats: SCALES in manifest.py; weight_scale_2 is 1)
                           NAME.input_scale     fp32  []           of a static activation scale, where there is one
                           NAME.input_shift     fp32  [C]          subtracted from x, if the layer is shifted
                           NAME.output_shift    fp32  [O]          added to y then

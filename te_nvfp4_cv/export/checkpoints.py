@@ -34,7 +34,7 @@ from te_nvfp4_cv.export.fit import (
 )
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.inner import around, install, share_bias
-from te_nvfp4_cv.export.layer_tensors import FILES, codes_of, entry_of, tensors_of
+from te_nvfp4_cv.export.layer_tensors import codes_of, entry_of, tensors_of
 from te_nvfp4_cv.export.manifest import PARTS, LayerEntry, Manifest, join
 from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.export.ranks import gathered, written_once
@@ -42,8 +42,8 @@ from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.walk import like_weight
+from te_nvfp4_cv.ops.block_scales import block_of
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-from te_nvfp4_cv.recipe.fields import check_nvfp4
 from te_nvfp4_cv.recipe.files import parse_recipe
 from te_nvfp4_cv.version import __version__
 
@@ -79,7 +79,7 @@ class Saved:
 
     def __str__(self) -> str:
         ratio = f"{self.weight_bytes / self.plain_bytes:.4f} of fp32" if self.plain_bytes else "nothing to pack"
-        lines = [f"{self.files[0]}: {self.total_bytes / 1e6:.2f} MB; {len(self.quantized)} layers in NVFP4 ({ratio})"]
+        lines = [f"{self.files[0]}: {self.total_bytes / 1e6:.2f} MB; {len(self.quantized)} layers in 4 bits ({ratio})"]
         return "\n".join(lines + [f"  {name}: high precision: {reason}" for name, reason in self.high.items()])
 
 
@@ -102,8 +102,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     Raises:
         TypeError: `model` is no module, or `recipe` is no recipe.
         ValueError: A pattern of the recipe's table matches nothing, a weight is not finite, the state_dict holds
-            something that no safetensors file does, or a recipe has activation_shift or another block format than
-            NVFP4.
+            something that no safetensors file does, or a recipe has activation_shift.
         RuntimeError: The model is sharded, or a file cannot be written.
 
     Example:
@@ -122,9 +121,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     resolved = checked_recipe(recipe)
     with attention.separated(model, resolved):
         tensors, manifest, sizes = _packed(model, resolved)
+    formats = sorted({entry.block_format for entry in manifest.layers.values()}) or ["nvfp4"]
     # Other tools read this part of the metadata; load reads the manifest.
     config = {
-        "quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": sorted(manifest.high),
+        "quant_method": "modelopt", "quant_algo": "+".join(formats).upper(), "group_size": block_of(formats[0]),
+        "ignore": sorted(manifest.high),
         "producer": {"name": "te_nvfp4_cv", "version": __version__},
     }
     if not target.name.endswith((artifact.SUFFIX, artifact.INDEX)):
@@ -251,8 +252,6 @@ def load(
     with attention.separated_like(manifest.inner, modules):  # an error puts it back
         layers = check_fit(opened, manifest, model)
         recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
-        for recipe in recipes:
-            check_nvfp4(opened.source, recipe.block_format, FILES, "a file that nv.export.save has written")
         # Last of the checks: the model changes only after everything that can be refused has been.
         codes = {name: codes_of(opened, name, entry, recipes) for name, entry in manifest.layers.items()}
         norms = {norm: FoldedNorm(modules[name], modules[norm]) for norm, name in manifest.folded.items()}

@@ -18,15 +18,12 @@ from te_nvfp4_cv.errors import describe, value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.artifact import Artifact, damaged_layer
 from te_nvfp4_cv.export.codes import Codes, quantize_layer
-from te_nvfp4_cv.export.manifest import SHIFTS, LayerEntry, call_of, join
+from te_nvfp4_cv.export.manifest import SCALES, SHIFTS, LayerEntry, call_of, join
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.walk import like_weight, op_of
 from te_nvfp4_cv.ops import layouts
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-from te_nvfp4_cv.recipe.fields import check_nvfp4
-
-FILES, LEAVE = "NVFP4, whose scales the file's readers expect", "leave block_format out of the recipe"  # in errors
 
 
 def entry_of(
@@ -37,9 +34,7 @@ def entry_of(
     Args:
         trained: what owns the layer's delayed scales, as quantize_layer takes it.
     """
-    check_nvfp4(f"nv.export.save: the layer {name!r}", recipe.block_format, FILES, LEAVE)
     if isinstance(module, InferenceLayer):
-        check_nvfp4(f"nv.export.save: the layer {name!r}", module.recipe.block_format, FILES, LEAVE)
         # Saved again from its codes: to dequantize and quantize once more could change bits.
         codes, shape = module.codes, tuple(module.weight_shape)
         op, channels_last = module.op, module.channels_last
@@ -76,18 +71,17 @@ def entry_of(
         input_amax=None if codes.input_amax is None else float(codes.input_amax),
         call=call_of(module),
         shifted=codes.shift is not None,
+        block_format=recipe.block_format,
     )
 
 
 def tensors_of(name: str, codes: Codes, entry: LayerEntry, recipe: NVFP4BlockScaling) -> dict[str, Tensor]:
     """Return the tensors that the file holds of one quantized layer, by name."""
-    # A plan needs a recipe only to know the scales' form, which codes have already: the entry alone decides it.
-    form = NVFP4BlockScaling(disable_2d_quantization=not entry.tiles)
-    data, scale = matrix.to_matrix(codes.data, codes.scale, entry.plan(form))
+    data, scale = matrix.to_matrix(codes.data, codes.scale, entry.plan())
     found = {
         "weight": data,
         # The same bytes under their true dtype: other readers decode the scales by it.
-        "weight_scale": scale.view(torch.float8_e4m3fn),
+        "weight_scale": scale.view(SCALES[entry.block_format][0]),
         "weight_scale_2": (codes.amax.float() * (1.0 / (6.0 * entry.e4m3_max))).reshape(()),
     }
     if codes.input_amax is not None:
@@ -107,20 +101,22 @@ def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4
         ValueError: The layer's tensors are not what the manifest says.
     """
     data, scale = opened.tensors[join(name, "weight")], opened.tensors[join(name, "weight_scale")]
-    plan = entry.plan(NVFP4BlockScaling(disable_2d_quantization=not entry.tiles))
+    plan, (kind, no_numbers) = entry.plan(), SCALES[entry.block_format]
     rows, taps, blocks = matrix.sizes(plan)
     if entry.k_order != matrix.K_ORDER:
         raise damaged_layer(opened, name, f"its matrix is in the order {entry.k_order!r}, not {matrix.K_ORDER!r}")
     if data.dtype != torch.uint8 or tuple(data.shape) != (rows, taps * blocks * 8):
         raise damaged_layer(opened, name, f"weight is {data.dtype} {tuple(data.shape)}")
-    if scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (rows, taps * blocks):
+    if scale.dtype != kind or tuple(scale.shape) != (rows, matrix.scales_of(plan)):
         raise damaged_layer(opened, name, f"weight_scale is {scale.dtype} {tuple(scale.shape)}")
-    bits = scale.view(torch.uint8)  # few operators take E4M3; its NaNs are the bytes 0x7F and 0xFF
-    if bool(((bits & 0x7F) == 0x7F).any()):
+    bits = scale.view(torch.uint8)  # few operators take E4M3
+    if any(bool((bits == byte).any()) for byte in no_numbers):
         raise damaged_layer(opened, name, "weight_scale holds NaN")
     if entry.tiles and (entry.transposed or not matrix.has_tiles(bits, plan)):
-        raise damaged_layer(opened, name, "weight_scale differs within a 16x16 tile")
+        raise damaged_layer(opened, name, "weight_scale differs within a tile")
     packed, scales = matrix.from_matrix(data, bits, plan)
+    if entry.block_format != recipes[entry.recipe].block_format:
+        raise damaged_layer(opened, name, f"its blocks are {entry.block_format}'s, not those of its recipe")
     if entry.e4m3_max != recipes[entry.recipe].settings("weight").e4m3_max:
         raise damaged_layer(opened, name, f"its scales reach {entry.e4m3_max}, not those of its recipe")
     shift = _shift_of(opened, name, entry, plan) if entry.shifted else None

@@ -25,6 +25,13 @@ READABLE = (1, 2)  # version 1 has no `kinds`
 SHIFTS = ("input_shift", "output_shift")
 PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale", *SHIFTS)  # of one quantized layer
 OPS = re.compile(r"(grouped_)?linear|conv(_transpose)?[123]d")  # the only operators that a manifest may name
+SCALES: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    "nvfp4": (torch.float8_e4m3fn, (0x7F, 0xFF)),
+    "fp4_e4m3_only": (torch.float8_e4m3fn, (0x7F, 0xFF)),
+    "mxfp4": (torch.uint8, (0xFF,)),  # E8M0; torch has a dtype for it, which older readers of safetensors lack
+    "nvfp4_ue5m3": (torch.uint8, (0xFF,)),
+}
+"""By block format: the dtype under which a file holds scales, and the bytes that stand for no number."""
 CALL = ("stride", "padding", "dilation", "output_padding", "padding_mode")  # of a module
 AXES = {"linear": 2, "grouped_linear": 3}  # of their weights; convolutions have two more than their images
 
@@ -43,6 +50,7 @@ class LayerEntry:
         input_amax: the exact amax of a static activation scale, or None.
         call: stride, padding and the like, under the names that the module gives them.
         shifted: x is shifted before it is quantized; the file has the tensors SHIFTS of this layer.
+        block_format: as NVFP4BlockScaling names it. Formats without a tensor scale have one of 1 in the file.
     """
 
     op: str
@@ -57,16 +65,18 @@ class LayerEntry:
     input_amax: float | None = None
     call: dict[str, Any] = field(default_factory=dict)
     shifted: bool = False
+    block_format: str = "nvfp4"
 
     @property
     def transposed(self) -> bool:
         """Tell whether the layer is a transposed convolution."""
         return "transpose" in self.op
 
-    def plan(self, recipe: NVFP4BlockScaling) -> Plan:
-        """Return the weight's part of the layer's plan under a recipe."""
+    def plan(self) -> Plan:
+        """Return the weight's part of the layer's plan, as far as the file's tensors decide it."""
+        form = NVFP4BlockScaling(disable_2d_quantization=not self.tiles, block_format=self.block_format)
         routed = self.op == "grouped_linear"
-        return weight_plan(torch.Size(self.shape), self.groups, self.transposed, recipe, "reference", routed)
+        return weight_plan(torch.Size(self.shape), self.groups, self.transposed, form, "reference", routed)
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ class Manifest:
         for entry in fields["layers"].values():
             if not entry["shifted"]:
                 del entry["shifted"]
+            if entry["block_format"] == "nvfp4":
+                del entry["block_format"]
         text = json.dumps(fields, sort_keys=True)  # stored as one string, so that the digest is that of its bytes
         return json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
 
@@ -163,6 +175,8 @@ def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
         and math.prod(sizes) < 2**48
         and entry.shape[0] % entry.groups == 0
         and entry.e4m3_max in (256, 448)
+        and type(entry.block_format) is str
+        and entry.block_format in SCALES
         and type(entry.recipe) is int
         and 0 <= entry.recipe < recipes
         and type(entry.tiles) is type(entry.channels_last) is type(entry.shifted) is bool

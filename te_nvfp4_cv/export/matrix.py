@@ -4,7 +4,8 @@ Exported files store the matrix: other readers of NVFP4 linear layers find the l
 scales here are uint8.
 
     matrix     data [N, T * Kb * 8], scale [N, T * Kb]: a row per output channel, groups one after the other;
-               taps outermost, the channels of one group innermost, padded with zeros to Kb blocks of 16
+               taps outermost, the channels of one group innermost, padded with zeros to Kb blocks of 16. Where a
+               block format has blocks of 32, a tap has half as many scales, rounded up
     codes      as fprop takes them (ops/quantize/operand.py):
                convolution, linear      data [N, T, Kb * 8]        scale [N, T, Kb], or [G, Ob, T, Kb]: one a tile
                transposed convolution   data [G, Ob, T, C, 8]      scale [G, Ob, T, C];   N = G * C, Kb = Ob
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.block_scales import block_of
 
 K_ORDER = "taps, channels padded to 16"
 
@@ -32,6 +34,11 @@ def sizes(plan: Plan) -> tuple[int, int, int]:
     """Return the sizes of a weight's matrix: rows N, taps T, and blocks Kb of one tap."""
     g = plan.geometry
     return g.channels_a if g.transposed else g.channels_b, g.taps, -(-channels(plan) // BLOCK)
+
+
+def scales_of(plan: Plan) -> int:
+    """Return how many scales a row of the matrix has: those of its taps, one after the other."""
+    return plan.geometry.taps * -(-channels(plan) // block_of(plan.backend))
 
 
 def of_weight(w: Tensor, plan: Plan) -> Tensor:
@@ -51,8 +58,8 @@ def to_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     elif scale.dim() == 4:
         groups = plan.geometry.groups
         # Readers of the matrix expect a scale for each row. The last tile of a group may be cut.
-        scale = scale.repeat_interleave(BLOCK, dim=1)[:, : rows // groups]
-    return data.reshape(rows, taps * blocks * 8).contiguous(), scale.reshape(rows, taps * blocks).contiguous()
+        scale = scale.repeat_interleave(block_of(plan.backend), dim=1)[:, : rows // groups]
+    return data.reshape(rows, taps * blocks * 8).contiguous(), scale.reshape(rows, scales_of(plan)).contiguous()
 
 
 def from_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -61,17 +68,17 @@ def from_matrix(data: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor
     groups = plan.geometry.groups
     if plan.geometry.transposed:
         data = data.reshape(groups, rows // groups, taps, blocks, 8).permute(0, 3, 2, 1, 4)
-        scale = scale.reshape(groups, rows // groups, taps, blocks).permute(0, 3, 2, 1)
+        scale = scale.reshape(groups, rows // groups, taps, -1).permute(0, 3, 2, 1)
     else:
-        data, scale = data.reshape(rows, taps, blocks * 8), scale.reshape(rows, taps, blocks)
+        data, scale = data.reshape(rows, taps, blocks * 8), scale.reshape(rows, taps, -1)
         if plan.recipe.settings("weight").two_d:
-            scale = scale.reshape(groups, rows // groups, taps, blocks)[:, ::BLOCK]  # one row stands for its tile
+            # One row stands for its tile.
+            scale = scale.reshape(groups, rows // groups, taps, -1)[:, :: block_of(plan.backend)]
     return data.contiguous(), scale.contiguous()
 
 
 def has_tiles(scale: Tensor, plan: Plan) -> bool:
-    """Tell whether all 16 rows of each tile of a group have the same scales."""
-    rows, taps, blocks = sizes(plan)
-    of_rows = scale.reshape(plan.geometry.groups, -1, taps, blocks)
-    tiles = of_rows[:, ::BLOCK].repeat_interleave(BLOCK, dim=1)[:, : of_rows.shape[1]]
+    """Tell whether all rows of each tile of a group, 16 or 32, have the same scales."""
+    of_rows, block = scale.reshape(plan.geometry.groups, -1, scales_of(plan)), block_of(plan.backend)
+    tiles = of_rows[:, ::block].repeat_interleave(block, dim=1)[:, : of_rows.shape[1]]
     return bool((of_rows == tiles).all())

@@ -1,7 +1,7 @@
 """Inspect a safetensors file: what each convolution and linear layer really is, and what is wrong with it.
 
     Row.claimed    what the file says of the layer: its manifest, its quantization_config, or the names of its tensors
-    Row.precision  what its weight's bytes are: "nvfp4", "fp8", "int8", "bf16", "fp16", "fp32", ...
+    Row.precision  what its weight's bytes are: "nvfp4", "mxfp4", "fp8", "int8", "bf16", "fp16", "fp32", ...
     Row.problems   every reason why the claim does not hold
 
 A layer is NVFP4 if its codes are packed two to a byte, each 16 values along the contracted index share one E4M3 scale,
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.artifact import Artifact, kind_of, read
-from te_nvfp4_cv.export.manifest import LayerEntry, join
+from te_nvfp4_cv.export.manifest import SCALES, LayerEntry, join
 from te_nvfp4_cv.export.verify import torchao_names
 from te_nvfp4_cv.export.verify.inspection_config import Config, is_embedding, read_config
 from te_nvfp4_cv.export.verify.report import Report, Row
 from te_nvfp4_cv.formats import BLOCK
-from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.ops.block_scales import FORMATS, block_of
 
 DTYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
@@ -112,7 +112,8 @@ def _row(opened: Artifact, name: str, config: Config) -> Row:
     # Of the true weight where the manifest knows it: the matrix includes padding, and bits per value should show that.
     count = torch.Size(shape if entry is None else entry.shape).numel()
     size = sum(t.numel() * t.element_size() for t in parts.values())
-    row = Row(name, kind, "nvfp4", "nvfp4", shape, count, size)
+    block_format = "nvfp4" if entry is None else entry.block_format
+    row = Row(name, kind, block_format, block_format, shape, count, size)
     block = 32 if "w4a8_nvfp4" in said else BLOCK  # ModelOpt's W4A8_NVFP4_FP8
     row.problems = ["its weight is missing"] if codes is None else list(_problems(parts, codes, entry, block))
     if block != BLOCK:
@@ -120,8 +121,9 @@ def _row(opened: Artifact, name: str, config: Config) -> Row:
     row.problems += _bad_input_scales(opened.tensors, name)
     row.axis = _axis(entry, codes)
     scale = parts.get("weight_scale")
-    if scale is not None and scale.dtype == E4M3 and scale.numel():
-        values = scale.float().abs()
+    if scale is not None and scale.dtype == SCALES[block_format][0] and scale.numel():
+        values = scale.float() if scale.dtype == E4M3 else FORMATS[block_format].decode(scale)
+        values = values.abs()
         # NaN is reported as a problem of the row; the range is that of the other scales.
         row.scales = (float(values.nan_to_num(0).min()), float(values.nan_to_num(0).max()))
     if row.problems:
@@ -168,6 +170,7 @@ def _problems(
     parts: Mapping[str, Tensor], codes: Tensor, entry: LayerEntry | None, block: int = BLOCK
 ) -> Iterator[str]:
     """Yield the reasons why a layer that claims to be NVFP4, or FP4 in blocks of another size, is not."""
+    kind, no_numbers = SCALES["nvfp4" if entry is None else entry.block_format]
     scale, tensor_scale = parts.get("weight_scale"), next((parts[key] for key in GLOBAL if key in parts), None)
     if codes.dtype != torch.uint8:
         yield f"its codes are {_dtype(codes)}, not packed uint8"
@@ -180,16 +183,19 @@ def _problems(
     if scale is None:
         yield "it has no block scales"
     else:
-        if scale.dtype != E4M3:
-            yield f"its block scales are {_dtype(scale)}, not E4M3"
-        if codes.dim() == 2 and tuple(scale.shape) != (codes.shape[0], 2 * codes.shape[1] // block):
+        if scale.dtype != kind:
+            yield f"its block scales are {_dtype(scale)}, not {'E4M3' if kind == E4M3 else 'uint8'}"
+        # A tap of a convolution may end within a block, so that the matrix of a manifest's layer has more scales.
+        scales = 2 * codes.shape[-1] // block if entry is None else matrix.scales_of(entry.plan())
+        block = block if entry is None else block_of(entry.block_format)
+        if codes.dim() == 2 and tuple(scale.shape) != (codes.shape[0], scales):
             per = codes.numel() * 2 / max(scale.numel(), 1)  # 32 for MXFP4, for example
             yield f"{per:g} values share a block scale along the last axis, not {block}"
-        if scale.dtype == E4M3:
-            # By their bits: E4M3 has one NaN per sign and no infinity.
-            nan = int(((scale.contiguous().view(torch.uint8) & 0x7F) == 0x7F).sum())
-            if nan:
+        if scale.dtype == kind:
+            bits = scale.contiguous().view(torch.uint8)
+            if nan := sum(int((bits == byte).sum()) for byte in no_numbers):
                 yield f"{nan} of its block scales are NaN"
+        if scale.dtype == E4M3:
             negative = int((scale.float() < 0).sum())
             if negative:
                 yield f"{negative} of its block scales are negative"
@@ -219,7 +225,7 @@ def _nonzero(codes: Tensor) -> bool:
 
 
 def _against_entry(codes: Tensor, entry: LayerEntry) -> Iterator[str]:
-    rows, taps, blocks = matrix.sizes(entry.plan(NVFP4BlockScaling()))
+    rows, taps, blocks = matrix.sizes(entry.plan())
     if entry.k_order != matrix.K_ORDER:
         yield f"the order of its contracted index is {entry.k_order!r}, not {matrix.K_ORDER!r}"
     elif tuple(codes.shape) != (rows, taps * blocks * 8):
