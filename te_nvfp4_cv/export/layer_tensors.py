@@ -23,6 +23,7 @@ from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.nn.walk import like_weight, op_of
 from te_nvfp4_cv.ops import layouts
+from te_nvfp4_cv.ops.block_scales import block_of
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 
@@ -113,7 +114,8 @@ def codes_of(opened: Artifact, name: str, entry: LayerEntry, recipes: list[NVFP4
     if any(bool((bits == byte).any()) for byte in no_numbers):
         raise damaged_layer(opened, name, "weight_scale holds NaN")
     if entry.tiles and (entry.transposed or not matrix.has_tiles(bits, plan)):
-        raise damaged_layer(opened, name, "weight_scale differs within a tile")
+        block = block_of(entry.block_format)
+        raise damaged_layer(opened, name, f"weight_scale differs within a {block}x{block} tile")
     packed, scales = matrix.from_matrix(data, bits, plan)
     if entry.block_format != recipes[entry.recipe].block_format:
         raise damaged_layer(opened, name, f"its blocks are {entry.block_format}'s, not those of its recipe")

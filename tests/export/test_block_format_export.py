@@ -167,7 +167,7 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, monkeypatch):
         (scale.view(torch.float8_e4m3fn), "weight_scale is torch.float8_e4m3fn"),
         (scale[:, :-1], "weight_scale is torch.uint8"),
         (scale | 0xFF, "weight_scale holds NaN"),
-        (torch.cat((scale[:1] + 1, scale[1:])), "differs within a tile"),
+        (torch.cat((scale[:1] + 1, scale[1:])), "differs within a 32x32 tile"),
     ):
         bad = replace(opened, tensors={**opened.tensors, "2.weight_scale": wrong})
         monkeypatch.setattr(artifact, "read", lambda path, bad=bad: bad)
