@@ -186,8 +186,9 @@ def _problems(
         if scale.dtype != kind:
             yield f"its block scales are {_dtype(scale)}, not {'E4M3' if kind == E4M3 else 'uint8'}"
         # A tap of a convolution may end within a block, so that the matrix of a manifest's layer has more scales.
-        scales = 2 * codes.shape[-1] // block if entry is None else matrix.scales_of(entry.plan())
-        block = block if entry is None else block_of(entry.block_format)
+        scales = None if codes.dim() != 2 else 2 * codes.shape[1] // block
+        if entry is not None:
+            scales, block = matrix.scales_of(entry.plan()), block_of(entry.block_format)
         if codes.dim() == 2 and tuple(scale.shape) != (codes.shape[0], scales):
             per = codes.numel() * 2 / max(scale.numel(), 1)  # 32 for MXFP4, for example
             yield f"{per:g} values share a block scale along the last axis, not {block}"
