@@ -247,6 +247,8 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     recipe, reason = decide(op, x, w, sizes.groups)
     if kwargs and kwargs.get("out") is not None:
         recipe, reason = None, "the result goes to a tensor of the caller (out=)"
+    elif op == "linear" and recipe is not None and isinstance(bias, Tensor) and bias.shape != w.shape[:1]:
+        recipe, reason = None, "the bias is not one number per output channel"  # torch adds what can be broadcast
     if traced and islands.in_traced_island():
         recipe, reason = None, islands.REASON
     if recipe is None:

@@ -125,6 +125,15 @@ def test_a_place_for_the_result_is_written_to():
     assert torch.equal(place, x @ w.T) and "out=" in told[0].reason
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 16), (4, 16)], ids=str)
+def test_a_bias_of_linear_may_be_broadcast(shape):
+    w, x, bias = nn.Parameter(torch.randn(16, 16)), torch.randn(4, 16), torch.randn(shape)
+    results = []
+    with nv.nvfp4_autocast():
+        told = seen(lambda: results.append(F.linear(x, w, bias)))
+    assert torch.equal(results[0], F.linear(x, w, bias)) and "the bias is not" in told[0].reason
+
+
 def test_numpy_integers_meta_tensors_and_empty_outputs():
     with nv.nvfp4_autocast():
         y = nn.Conv2d(16, 16, 3, stride=numpy.int64(2), padding=numpy.int64(1))(torch.randn(2, 16, 8, 8))
