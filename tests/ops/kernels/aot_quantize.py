@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
+
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.ops.quantize.triton import tiles as launch_tiles
 
@@ -25,6 +27,7 @@ PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks", "words", "
 INTEGERS = ("images", "rows", "run", "per_row", "word2")
 FACTOR = dict(factor="*fp32", other="*fp32", number="fp32")
 WATCH = dict(work="*i32", seen="*fp32", collected="*fp32", saturated="*fp64")
+DY = 47 if triton.__version__.startswith("3.6.") else 44  # instructions an element of a gradient as bf16, on sm_90
 WATCHED = 26  # finish, collect and count, with rotated columns
 
 
@@ -152,7 +155,7 @@ CASES = [
     quantize("activation_rows", COL=0, OBSERVE=0),
     quantize("activation_rows_delayed", COL=0),
     quantize("gradient_rows_delayed", COL=0, STOCHASTIC=True),
-    quantize("gradient_delayed", STOCHASTIC=True, COL=2, budget=lambda arch: {90: 44, 100: 42}.get(arch, 58)),
+    quantize("gradient_delayed", STOCHASTIC=True, COL=2, budget=lambda arch: {90: DY, 100: 42}.get(arch, 58)),
     quantize("gradient_current", STOCHASTIC=True, COL=2, OBSERVE=0, budget=55),
     quantize(
         "gradient_packed",
