@@ -16,7 +16,7 @@ from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.export import artifact, checkpoints
 from te_nvfp4_cv.export.codes import quantize_layer
 from te_nvfp4_cv.export.manifest import Manifest
-from te_nvfp4_cv.export.verify import verify
+from te_nvfp4_cv.export.verify import inspection, verify
 from te_nvfp4_cv.layer import operands
 from te_nvfp4_cv.layer.check import CallShape, Sizes, planned
 from te_nvfp4_cv.layer.plan import weight_plan
@@ -163,16 +163,18 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, monkeypatch):
     saved = nv.export.save(network(), tmp_path / "net", nv.NVFP4BlockScaling(block_format="mxfp4"))
     model, opened = network(), artifact.read(saved.files[0])
     scale = opened.tensors["2.weight_scale"]
-    for wrong, text in (
-        (scale.view(torch.float8_e4m3fn), "weight_scale is torch.float8_e4m3fn"),
-        (scale[:, :-1], "weight_scale is torch.uint8"),
-        (scale | 0xFF, "weight_scale holds NaN"),
-        (torch.cat((scale[:1] + 1, scale[1:])), "differs within a 32x32 tile"),
+    for wrong, text, found in (
+        (scale.view(torch.float8_e4m3fn), "weight_scale is torch.float8_e4m3fn", "block scales are fp8, not uint8"),
+        (scale[:, :-1], "weight_scale is torch.uint8", "share a block scale along the last axis, not 32"),
+        (scale | 0xFF, "weight_scale holds NaN", "of its block scales are NaN"),
+        (torch.cat((scale[:1] + 1, scale[1:])), "differs within a 32x32 tile", "wrong checksum"),
     ):
         bad = replace(opened, tensors={**opened.tensors, "2.weight_scale": wrong})
-        monkeypatch.setattr(artifact, "read", lambda path, bad=bad: bad)
+        for module in (artifact, inspection):
+            monkeypatch.setattr(module, "read", lambda path, bad=bad: bad)
         with pytest.raises(ValueError, match=text):
             nv.export.load(saved.files[0], model, verify=False)
+        assert found in str(verify(saved.files[0]))
     assert type(model[2]) is nn.Conv2d
     monkeypatch.undo()
     monkeypatch.setattr(checkpoints, "parse_recipe", lambda *_: nv.NVFP4BlockScaling(block_format="nvfp4_ue5m3"))

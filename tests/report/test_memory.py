@@ -32,6 +32,13 @@ def test_what_is_saved_grows_as_estimated():
         estimate_memory(net, x[:1], optimizer="lion")
 
 
+def test_a_buffer_without_memory_of_its_own_is_no_obstacle():
+    net = nn.Sequential(nn.Conv2d(16, 16, 3))
+    net.register_buffer("sparse", torch.eye(3).to_sparse())
+    x = torch.randn(2, 16, 4, 4)
+    assert saved_bytes(net, (x,), None) == saved_bytes(net[0], (x,), None) > 0
+
+
 @pytest.mark.parametrize("name", ["AdamW", *SHARES])
 def test_states_are_counted_as_the_optimizer_keeps_them(name):
     net = network()
