@@ -180,6 +180,13 @@ class ConvGeometry:
         more |= {name: (0,) * (rank - self.rank) + getattr(self, name) for name in zeros}
         return replace(self, **more)
 
+    @answer
+    def walk(self) -> dict[str, tuple[int, int, int]]:
+        """Sizes, taps, stride, dilation and padding in three axes, as the CPU kernels take them."""
+        ones = {"a": self.a_size, "b": self.b_size, "taps": self.kernel, "stride": self.stride}
+        ones["dilation"] = self.dilation
+        return {name: three(sizes, 1) for name, sizes in ones.items()} | {"padding": three(self.padding, 0)}
+
     def reads_everywhere(self, to_b: bool) -> bool:
         """Return True if every pixel of the b side reads a pixel of the a side; the reverse without `to_b`."""
         # Axis by axis, because the pixels that are read are all combinations of those along each axis.
@@ -219,6 +226,12 @@ def _geometry(ints: tuple[int, ...]) -> ConvGeometry:
 def linear_geometry(rows: int, channels: int, outputs: int) -> ConvGeometry:
     """Return the geometry of a linear layer: that of one expert's rows in a grouped one."""
     return ConvGeometry(rows, channels, outputs, (), (), (), (), (), (), (), 1, False)
+
+
+def three(sizes: tuple[int, ...], fill: int) -> tuple[int, int, int]:
+    """Return one entry per image axis as three. A first axis alone stays first, because wgrad works along it."""
+    a, *rest = sizes or (fill,)
+    return (a, *(fill,) * (2 - len(rest)), *rest) if rest else (fill, fill, a)  # type: ignore[return-value]
 
 
 def halo_rows(strip: int, stride: int, kernel: int, dilation: int) -> int:

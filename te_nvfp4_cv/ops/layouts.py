@@ -33,9 +33,12 @@ def image_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def image_first(y: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
     """Undo image_last for a result, and give it the strides that torch would give it."""
     if len(shape) == 2:  # a linear layer: only the leading axes were flattened
-        return not_a_view(y.reshape(*x_shape[:-1], shape[-1]))
-    y = y.view(shape).movedim(-1, 1)
-    return not_a_view(y if channels_last else y.contiguous())  # of one pixel, contiguous() is the view itself
+        y = y if len(x_shape) == 2 else y.reshape(*x_shape[:-1], shape[-1])
+    else:
+        y = y.view(shape).movedim(-1, 1)
+        y = y if channels_last else y.contiguous()
+    # A copy is a tensor of its own; of one pixel, contiguous() is the view itself.
+    return not_a_view(y) if torch.compiler.is_compiling() or y._is_view() else y
 
 
 def like_image_first(like: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -103,6 +106,8 @@ def kernel_as(dw: Tensor, g: ConvGeometry, shape: tuple[int, ...], channels_last
 
 def in_memory_order(x: Tensor) -> Tensor:
     """Return x's values as one dense piece of memory, in any order: a copy only where x has gaps or overlaps."""
+    if x.is_contiguous():
+        return x
     order = sorted(range(x.dim()), key=lambda axis: -x.stride()[axis])
     return x.permute(order).contiguous()
 

@@ -105,8 +105,8 @@ def _weight_call(
     q.alpha, q.dw = alpha.data_ptr(), dw.data_ptr()
     q.n16, q.groups = folded.batch // BLOCK, geometry.groups
     q.record_channels, q.panel_channels = (of_a, of_b) if geometry.transposed else (of_b, of_a)
-    q.a, q.b = _three(folded.a_size, 1), _three(folded.b_size, 1)
-    _walk(q, folded)
+    walk = _walk(q, folded)
+    q.a, q.b = walk["a"], walk["b"]
     q.records_on_b, q.out_bf16 = not geometry.transposed, dw.dtype == torch.bfloat16
     q.threads = torch.get_num_threads()
     return q
@@ -176,9 +176,8 @@ def _data_call(records: Tensor, made: Tensor, g: ConvGeometry, forward: bool, ou
     q = native.Data(x=records.data_ptr(), panels=made.data_ptr(), y=out.data_ptr())
     q.batch, q.groups, q.out_channels = g.batch, g.groups, outputs // g.groups
     q.in_blocks = -(-(inputs // g.groups) // BLOCK)
-    sizes = (g.a_size, g.b_size) if to_b else (g.b_size, g.a_size)
-    q.in_size, q.out_size = (_three(size, 1) for size in sizes)
-    _walk(q, g)
+    walk = _walk(q, g)
+    q.in_size, q.out_size = (walk["a"], walk["b"]) if to_b else (walk["b"], walk["a"])
     q.to_b, q.out_bf16, q.threads = to_b, out.dtype == torch.bfloat16, torch.get_num_threads()
     return q
 
@@ -357,15 +356,10 @@ def _matches(ours: Any, truth: Any, g: ConvGeometry, generator: torch.Generator,
 dispatch.integer_check = matches_reference
 
 
-def _walk(q: native.Data | native.WeightGradient, g: ConvGeometry) -> None:
-    q.taps, q.stride, q.dilation = _three(g.kernel, 1), _three(g.stride, 1), _three(g.dilation, 1)
-    q.padding = _three(g.padding, 0)
-
-
-def _three(sizes: tuple[int, ...], fill: int) -> tuple[int, int, int]:
-    """Return one entry per image axis as three. A first axis alone stays first, because wgrad works along it."""
-    a, *rest = sizes or (fill,)
-    return (a, *(fill,) * (2 - len(rest)), *rest) if rest else (fill, fill, a)  # type: ignore[return-value]
+def _walk(q: native.Data | native.WeightGradient, g: ConvGeometry) -> dict[str, tuple[int, int, int]]:
+    walk = g.walk
+    q.taps, q.stride, q.dilation, q.padding = walk["taps"], walk["stride"], walk["dilation"], walk["padding"]
+    return walk
 
 
 def _one(alpha: Tensor | None) -> Tensor:

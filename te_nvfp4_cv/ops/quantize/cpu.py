@@ -94,8 +94,8 @@ def quantize_operand(
         if not rht:  # folded columns may leave rows of x out
             observed[:2] = observed[0] if row_form != NONE else measure_operand(x, spec)
         used = reference.unless_non_finite(used, observed[:2])
-    # Clones, so that an amax that backward saves does not keep the other one's memory.
-    return Operand(row, used[:1].clone(), col, used[1:].clone(), observed)
+    row_amax, col_amax = used.split(1)  # views, as of the kernels of GPUs; see operand.separate
+    return Operand(row, row_amax, col, col_amax, observed)
 
 
 def _quantize_each(
@@ -221,7 +221,8 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
     if amax is None:  # of one long row: the order of values does not change a maximum
         row_of_all = layouts.in_memory_order(w).reshape(1, -1)
         amax = measure_operand(row_of_all, OperandSpec(1, Fold(1, 0, 1, 0, BLOCK)))[:1]
-    amax = amax.contiguous()
+    else:
+        amax = amax.clone(memory_format=torch.contiguous_format)  # an operator returns none of its arguments
     amax = power_of_two_amax(amax, spec.e4m3_max) if spec.pow2 else amax
     row, col = layouts.weight_faces(w, spec, dtype)
     q, held = weight_view(w, spec.groups, dtype, spec.e4m3_max)
@@ -232,7 +233,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
         q.dq = row.data.data_ptr()
     library.nvfp4_quantize_weight(ctypes.byref(q))
     del held
-    return WeightCodes(row, col, amax.clone())
+    return WeightCodes(row, col, amax)
 
 
 def weight_view(w: Tensor, groups: int, dtype: torch.dtype, e4m3_max: int) -> tuple[native.Weight, Tensor]:

@@ -66,9 +66,9 @@ def quantize_2d(x_MK: Tensor, *, kernels: bool = False, **settings: Any) -> refe
     (row_data, row_scale), row_amax, (col_data, col_scale), col_amax, _ = run(
         x_MK.contiguous(), spec, torch.float32, seed, amax
     )
-    if amax is not None:
-        # Exactly what was given, while an operand's amax becomes NaN where the observed one is not finite.
-        row_amax, col_amax = amax[:1].clone(), amax[1:].clone()
+    if amax is not None:  # exactly what was given; an operand's becomes NaN where the observed one is not finite
+        row_amax, col_amax = amax[:1], amax[1:]
+    row_amax, col_amax = row_amax.clone(), col_amax.clone()  # of one tensor, and each face is written in place
     fp8, nothing = torch.float8_e4m3fn, row_amax.new_empty(0)
     if columnwise:  # [M16, K, 8] -> [K, Mp / 2]
         col_data = col_data.transpose(0, 1).reshape(K, images // 2).contiguous()
