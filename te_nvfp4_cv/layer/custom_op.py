@@ -195,8 +195,9 @@ def _outputs(saved: Saved, plan: Plan, like: Tensor) -> list[Tensor]:
     x = None if plan.saves_x == "itself" else saved.x
     w = None if plan.saves_w == "itself" else saved.w
     parts = saved._replace(x=x, w=w)
-    # An operator's results are tensors: an empty one stands for None.
-    return [like.new_empty(0, dtype=torch.uint8) if part is None else part for part in parts]
+    # An operator's results are tensors, an empty one for None, each with memory of its own: amaxes come as views.
+    made = [like.new_empty(0, dtype=torch.uint8) if part is None else part for part in parts]
+    return [part.clone() if part.storage_offset() else part for part in made]
 
 
 def _scales(plan: Plan, spec: LayerSpec, training: bool) -> shared_amax.CallScales | None:
