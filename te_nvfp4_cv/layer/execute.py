@@ -133,7 +133,7 @@ def execute_explicit(
                 "(or thin_layers='pad' with groups=1)",
                 fix=f"leave this call in high precision: torch.nn.functional.{op}",
             )
-        refuse_transforms(f"a layer that asks for NVFP4 ({op})", PLAIN_MODEL, x, w)
+        refuse_transforms(f"a layer that asks for NVFP4 ({op})", PLAIN_MODEL, x, w, bias)
         y = execute(op, x, w, bias, args, recipe, backend, group)
         if remembers and (known is None or not holds(known)):
             remember(op, values, LayerCall(op, x, w, bias, args), recipe, backend, y)

@@ -69,7 +69,7 @@ def execute_explicit(
             needs=f"bf16, fp16 or fp32 on one device, and at least {MINIMUM} channels on both sides",
             fix="leave this call in high precision: torch.nn.functional.grouped_mm",
         )
-    refuse_transforms(f"a layer that asks for NVFP4 ({OP})", PLAIN_MODEL, x, w)
+    refuse_transforms(f"a layer that asks for NVFP4 ({OP})", PLAIN_MODEL, x, w, bias)
     with without_function_modes():
         return execute(x, w, offsets, bias, recipe, backend, group)
 

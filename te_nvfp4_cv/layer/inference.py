@@ -20,7 +20,15 @@ from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import describe, runtime_error, value_error
 from te_nvfp4_cv.layer import custom_op, forward_backward, gemms
-from te_nvfp4_cv.layer.check import DTYPES, CallShape, Sizes, lowered, planned, refuse_jit_trace
+from te_nvfp4_cv.layer.check import (
+    DTYPES,
+    CallShape,
+    Sizes,
+    lowered,
+    planned,
+    refuse_jit_trace,
+    torch_func_is_on,
+)
 from te_nvfp4_cv.layer.options import CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.layer.transforms import refuse_transforms
@@ -106,7 +114,7 @@ def run(
             needs="bf16, fp16 or fp32",
             fix=f'x.float(), or for fp64 {HIGH}',
         )
-    refuse_transforms(f"an inference layer with quantized activations ({op})", HIGH, x)
+    refuse_transforms(f"an inference layer with quantized activations ({op})", HIGH, x, bias)
     low = lowered(call)
     x = low.input(x)
     # torch.export may not know the sizes yet.
@@ -144,7 +152,9 @@ def plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, ch
     emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast) if emulated else x.dtype
     with without_function_modes():  # a context would count the call as one that it has missed
-        y = gemms.plain_layer(x, w, bias, low.geometry, dtype, layouts.is_channels_last(x) or channels_last)
+        # torch.vmap does not know memory formats.
+        last = (layouts.is_channels_last(x) or channels_last) and not torch_func_is_on()
+        y = gemms.plain_layer(x, w, bias, low.geometry, dtype, last)
     return y.squeeze(0) if low.unbatched else y
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.formats import E2M1_MAX, dequantize
+from te_nvfp4_cv.layer.check import torch_func_is_on
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops.block_scales import INTEGER, TENSOR_AMAX
@@ -101,7 +102,10 @@ def weight_values(codes: WeightCodes, plan: Plan, factor: Tensor | None = None) 
     Without a factor the values are exact, in bf16 too.
     """
     name = plan.weight_faces[0]
-    return operand.unpack_weight(codes.face(name), plan.weight_layouts[name], factor, torch.float32, plan.backend)
+    face, layout = codes.face(name), plan.weight_layouts[name]
+    if torch_func_is_on():  # whatever is made in there has no address; an operator's implementation gets what is inside
+        return operand.unpack_weight_op(*face, [*map(int, layout)], factor, torch.float32, plan.backend)
+    return operand.unpack_weight(face, layout, factor, torch.float32, plan.backend)
 
 
 def weight_panels(codes: WeightCodes, plan: Plan) -> Tensor:

@@ -15,7 +15,7 @@ from te_nvfp4_cv.layer.check import torch_func_is_on, transformed
 PLAIN_MODEL = "plain torch layers, which a context leaves in high precision there, or nvfp4_autocast(enabled=False)"
 
 
-def refuse_transforms(what: str, fix: str, *operands: Tensor) -> None:
+def refuse_transforms(what: str, fix: str, *operands: Tensor | None) -> None:
     """Refuse a call inside of a transform of torch.func, or with an operand that carries a tangent.
 
     Raises:
@@ -24,7 +24,7 @@ def refuse_transforms(what: str, fix: str, *operands: Tensor) -> None:
     if not transformed():
         return
     # Forward mode may be on for something else: operands without a tangent are a plain call.
-    if not torch_func_is_on() and all(forward_ad.unpack_dual(operand).tangent is None for operand in operands):
+    if not torch_func_is_on() and all(t is None or forward_ad.unpack_dual(t).tangent is None for t in operands):
         return
     raise runtime_error(
         f"nvfp4: torch.vmap, transforms of torch.func and forward-mode differentiation do not take {what}.",

@@ -279,6 +279,30 @@ def test_activations_in_high_precision(case: str) -> None:
     assert same_bits(inference(x), packed)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize("recipe", ["default", "row scaled"])
+@pytest.mark.parametrize("case", ["conv2d, odd channels", "linear"], ids=str)
+def test_transforms_take_activations_in_high_precision(case: str, recipe: str) -> None:
+    """The error of quantized activations sends its readers there."""
+    build, shape = LAYERS[case]
+    inference = made(build().to(memory_format=torch.channels_last), RECIPES[recipe])
+    inference.set_mode(activations="high")
+    plain = build()
+    plain.load_state_dict({"weight": inference.weight, "bias": inference.bias})
+    x = values(shape)
+    transforms = {
+        "grad": lambda f: torch.func.grad(lambda v: f(v).square().sum())(x),
+        "jvp": lambda f: torch.func.jvp(f, (x,), (x + 1,))[1],
+        "jacrev": lambda f: torch.func.jacrev(lambda v: f(v).sum((0, -1)))(x),
+        "vmap": lambda f: torch.func.vmap(f)(torch.stack((x, x + 1))),
+        "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(lambda v: f(v).square().sum()))(x[None]),
+    }
+    for weights in ("packed", "cached"):
+        inference.set_mode(weights)
+        for name, transform in transforms.items():
+            assert relative_error(transform(inference), transform(plain)) < 1e-5, (name, weights)
+
+
 def test_a_cast_of_the_model_leaves_codes_and_scales() -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(16, 32, 3)

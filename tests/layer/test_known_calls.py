@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import te_nvfp4_cv as nv
@@ -92,12 +93,35 @@ def test_transforms_act(name: str) -> None:
     assert torch.equal(found[0], expected[0])
 
 
+def in_forward_mode(net: nn.Module, x: Tensor) -> None:
+    with forward_ad.dual_level():
+        net(forward_ad.make_dual(x, x))
+
+
+BY_NAME: dict[str, Any] = {
+    "grad": TRANSFORMS["grad"],
+    "jvp": TRANSFORMS["jvp"],
+    # Of many batches, so that each call inside has the shape of one that is known.
+    "vmap": lambda net, x: torch.func.vmap(net)(x[None]),
+    "forward mode": in_forward_mode,
+}
+
+
 @pytest.mark.filterwarnings("ignore:nvfp4. only")
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_layers_that_ask_by_name_refuse_transforms(name: str) -> None:
-    for known in (True, False):
-        with pytest.raises(RuntimeError):
-            run(lambda net, x: [TRANSFORMS[name](net, x)], known, nv)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_layers_that_ask_by_name_refuse_transforms(name: str, known: bool) -> None:
+    shapes: list[torch.Size] = []
+
+    def refused(net: nn.Module, x: Tensor) -> list[Tensor]:
+        net[0].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+        with pytest.raises(RuntimeError, match="do not take a layer that asks for NVFP4"):
+            BY_NAME[name](net, x)
+        assert (shapes[0] in execute._known[id(net[0].weight)][1]) if known else not execute._known
+        return []
+
+    run(refused, known, nv)
+    assert len(shapes) == 1
 
 
 def test_functions_repeat_what_they_know(monkeypatch: pytest.MonkeyPatch) -> None:

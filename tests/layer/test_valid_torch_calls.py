@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.ops.geometry import padding_only
+from te_nvfp4_cv.ops.geometry import ConvArgs, padding_only
 from te_nvfp4_cv.ops.quantize import operand
 from te_nvfp4_cv.ops.records import PACKED, WeightSpec
 from tests.helpers import same_bits
@@ -165,6 +165,25 @@ def test_layers_that_ask_for_nvfp4_refuse_transforms():
                 transformed(x)
     with forward_ad.dual_level():
         assert layers[0](x).shape == (4, 16)  # nothing in it has a tangent
+
+
+@pytest.mark.filterwarnings("ignore:nvfp4. too few:UserWarning")
+def test_a_bias_with_a_tangent_is_refused():
+    """Without gradients autograd does not see it, and the tangent was lost without a word."""
+    x, w = torch.randn(4, 16), torch.ones(16, 16)
+    stored = nv.export.quantize(nn.Sequential(nn.Linear(16, 16)), [x])[0]
+    calls = {
+        "linear": lambda bias: nv.functional.linear(x, w, bias),
+        "conv2d": lambda bias: nv.functional.conv2d(x[..., None, None], w[..., None, None], bias),
+        "grouped_linear": lambda bias: nv.functional.grouped_linear(x, w[None], torch.tensor([4]), bias[None]),
+        "inference": lambda bias: stored.multiply(x, bias, ConvArgs()),
+    }
+    for name, call in calls.items():
+        with torch.no_grad(), forward_ad.dual_level():
+            bias = torch.zeros(16)
+            assert call(bias).shape[:2] == (4, 16), name
+            with pytest.raises(RuntimeError, match="forward-mode differentiation do not take"):
+                call(forward_ad.make_dual(bias, torch.ones(16)))
 
 
 def test_in_place_relu_of_a_leafs_view_is_refused_before_it_writes():

@@ -151,7 +151,8 @@ def _view(address: int, dtype: torch.dtype, owners: Sequence[Tensor]) -> Tensor:
         storage = owner.untyped_storage()
         begin = address - storage.data_ptr()
         if address and 0 <= begin < storage.nbytes():
-            count = (storage.nbytes() - begin) // 8 * 8
+            size = dtype.itemsize
+            count = (storage.nbytes() - begin) // size * size  # an empty view would have no address
             whole = owner.new_empty(0, dtype=torch.uint8).set_(storage, begin, (count,), (1,))
             return whole.view(dtype)
     return owners[0].new_empty(0, dtype=dtype)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[3]
@@ -94,6 +95,19 @@ def test_the_first_compilations_are_told(monkeypatch, caplog):
     assert [text.split(" (")[0] for text in told] == [
         f"te_nvfp4_cv: compiling GPU kernels, {n} so far in {s} s" for n, s in ((1, 2), (5, 20))
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+def test_a_view_of_the_last_bytes_has_an_address(dtype):
+    """An empty one has none, and the kernel would read at 0."""
+    from te_nvfp4_cv.ops.triton import launching
+
+    before, size = torch.zeros(3), dtype.itemsize
+    for whole in (size, size + 1, 3 * size, 16 + size):  # bytes of the owner; the view begins at its last element
+        owner, begin = torch.zeros(whole, dtype=torch.uint8), (whole // size - 1) * size
+        view = launching._view(owner.data_ptr() + begin, dtype, (before, owner))
+        assert view.data_ptr() == owner.data_ptr() + begin and view.dtype == dtype and view.numel() == 1
+    assert not launching._view(0, dtype, (owner,)).numel()  # what the kernel does not read
 
 
 def test_known_kernels_are_those_that_triton_chooses():
