@@ -28,10 +28,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from accuracy.pairs import FIXED, PLANNED  # noqa: E402
 from accuracy.plan import read_plan  # noqa: E402
 from accuracy.rows import read_rows  # noqa: E402
-from accuracy.table import kinds, shown, summary  # noqa: E402
+from accuracy.table import kinds, markdown, shown, summary  # noqa: E402
 
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "RESULTS.md", DOCS / "results" / "why.md")
+PAGES = (ROOT / "README.md", DOCS / "RESULTS.md", *(DOCS / "results" / f"{page}.md" for page in ("accuracy", "why")))
 TASKS = {
     "cifar-resnet20": "ResNet-20 on CIFAR-10",
     "shapes-unet": "UNet on drawn shapes (mIoU)",
@@ -49,6 +49,13 @@ CASES = {
     "resnet50_1": "ResNet-50, 224x224",
     "deeplabv3_resnet50": "DeepLabV3 on ResNet-50",
     "densenet121": "DenseNet-121",
+}
+FORMATS = {
+    "preset": "NVFP4",
+    "MXFP4": "MXFP4",
+    "UE5M3 scales, no tensor scale": "UE5M3 scales, no tensor scale",
+    "UE5M3 scales, no tensor scale, loss times 2^20": "the same, the loss times 2^20",
+    "E4M3 scales, no tensor scale, loss times 2^20": "E4M3 scales, no tensor scale, the loss times 2^20",
 }
 KERNELS = {"avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512_vnni": "AVX-512"}
 WORK = {"training": "training step", "evaluation": "evaluation", "inference": "exported network"}
@@ -70,7 +77,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> Lines:
 
 
 def accuracies() -> list[dict[str, Any]]:
-    """Return what is known of the default preset: one summary a task, of the study where it has two pairs or more."""
+    """Return what is known of the default preset: one summary a task, of the study where it has three pairs or more."""
     study = [DOCS / "accuracy" / "study.jsonl"]
     small = sorted((DOCS / "accuracy").glob("*_small_cpu.jsonl"))
     found: dict[str, dict[str, Any]] = {}
@@ -83,7 +90,7 @@ def accuracies() -> list[dict[str, Any]]:
             mine = summary(rows, replace(kind, variant="preset"), plan)
             base = summary(rows, kind, None)
             score = mine["decides"]
-            if mine["pairs"] > 1 and score in base:
+            if mine["pairs"] > 2 and score in base:
                 mine |= {"task": kind.task, "steps": "study" if plan else "small", "base": base[score]}
                 mine |= {"gap": mine["gaps"][score], "level": PLANNED if is_planned else FIXED}
                 found[kind.task] = mine
@@ -101,6 +108,25 @@ def accuracy_table() -> Lines:
         cells = [TASKS[s["task"]] + size, pairs, f"{s['base']:.1f}", shown(*s["gap"][:2]), f"{s['loss_ratio']:.3f}"]
         lines.append([*cells, share])
     return table(head, lines)
+
+
+def study_tables() -> Lines:
+    """Return all that the study's rows give, a table a task."""
+    plan = read_plan(DOCS / "accuracy" / "plan.toml", "cpu")
+    return markdown(read_rows([DOCS / "accuracy" / "study.jsonl"]), {"cpu": plan}).strip().splitlines()
+
+
+def formats_table() -> Lines:
+    """Return the table of FP4 formats: the UNet on drawn shapes, trained in each."""
+    rows = read_rows([DOCS / "accuracy" / "study.jsonl"])
+    kind = read_plan(DOCS / "accuracy" / "plan.toml", "cpu").arm("shapes-unet", "baseline")
+    lines = []
+    for variant, name in FORMATS.items():
+        s = summary(rows, replace(kind, variant=variant), None)
+        to_nvfp4 = shown(*s["against_preset"][:2]) if s.get("against_preset") else ""
+        loss = f"{s['loss_ratio']:.3f} ± {s['loss_half']:.3f}"
+        lines.append([name, str(s["pairs"]), shown(*s["gaps"][s["decides"]][:2]), to_nvfp4, loss])
+    return table(["format", "pairs", "to fp32, points of mIoU", "to NVFP4", "training loss, ratio to fp32"], lines)
 
 
 def memory_table() -> Lines:
@@ -193,6 +219,8 @@ def why_tables() -> Lines:
 TABLES: dict[str, Callable[[], Lines]] = {
     "readme": readme_table,
     "accuracy": accuracy_table,
+    "study": study_tables,
+    "formats": formats_table,
     "memory": memory_table,
     "speed": speed_table,
     "why": why_tables,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_nvfp4_cv.formats import E2M1_MAX, dequantize
+from te_nvfp4_cv.errors import warn_once
+from te_nvfp4_cv.formats import BLOCK, E2M1_MAX, dequantize
 from te_nvfp4_cv.layer.check import torch_func_is_on
 from te_nvfp4_cv.layer.options import ALONE, CallOptions
 from te_nvfp4_cv.layer.plan import Plan
@@ -13,7 +14,19 @@ from te_nvfp4_cv.ops.block_scales import INTEGER, TENSOR_AMAX
 from te_nvfp4_cv.ops.conv import integer
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import grouped, operand, rounding_seeds
-from te_nvfp4_cv.ops.records import DEQUANTIZED, NONE, Alpha, Face, Move, Operand, OperandSpec, WeightCodes
+from te_nvfp4_cv.ops.records import (
+    DEQUANTIZED,
+    NONE,
+    PACKED,
+    RECORD,
+    RECORDS,
+    Alpha,
+    Face,
+    Move,
+    Operand,
+    OperandSpec,
+    WeightCodes,
+)
 from te_nvfp4_cv.recipe.fields import Role
 
 
@@ -29,7 +42,26 @@ def quantize_gradient(
     dy: Tensor, plan: Plan, need_dx: bool, need_dw: bool, options: CallOptions = ALONE
 ) -> Operand | None:
     """Quantize dy: a rowwise face for dgrad, a columnwise one for wgrad, or None if neither GEMM runs in NVFP4."""
-    return _quantize(Role.GRAD_OUTPUT, dy, plan.gradient_specs[need_dx, need_dw], plan, options)
+    spec = plan.gradient_specs[need_dx, need_dw]
+    made = _quantize(Role.GRAD_OUTPUT, dy, spec, plan, options)
+    if made is not None and plan.recipe.block_format != "nvfp4":
+        form, face = (spec.row, made.row) if spec.row != NONE else (spec.col, made.col)
+        _warn_if_lost(dy, form, face, plan.recipe.block_format)
+    return made
+
+
+def _warn_if_lost(dy: Tensor, form: int, face: Face, block_format: str) -> None:
+    """Warn once where a format without a tensor scale makes zeros of a whole gradient; not on a GPU, which would wait."""
+    kept = face.scale if form == PACKED else face.data
+    kept = kept.unflatten(-1, (-1, RECORD))[..., BLOCK:] if form == RECORDS else kept  # the scales behind the codes
+    if dy.device.type != "cpu" or kept.any() or not dy.any():
+        return
+    warn_once(
+        f"lost gradients {block_format}",
+        f"block_format={block_format!r}: a gradient whose largest value is {dy.abs().max().item():.1e} became zeros, "
+        "since this format has no tensor scale. Multiply the loss by a power of two, such as 2**20, and divide the "
+        "gradients by it before the optimizer's step (docs/RECIPES.md, Other FP4 formats).",
+    )
 
 
 def _quantize(role: Role, x: Tensor, spec: OperandSpec, plan: Plan, options: CallOptions) -> Operand | None:

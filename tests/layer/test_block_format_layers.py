@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend import dispatch, native
 from te_nvfp4_cv.ops.block_scales import FORMATS
 from tests.helpers import values
@@ -54,6 +57,27 @@ def test_values_that_are_not_finite_reach_every_result(name):
             y.backward(values(y.shape))
             assert not y.isfinite().any()
             assert not operands[1 - which].grad.isfinite().any()  # the gradient that reads the bad operand
+
+
+@pytest.mark.parametrize("backend", ["auto", "vendor", "reference"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_gradient_below_the_smallest_scale_is_warned_of(name, backend, monkeypatch):
+    """It would become zeros without a word, and training would fail. mxfp4's scales reach far enough."""
+
+    def gradient_of(scale: float) -> torch.Tensor:
+        x, w = values((2, 32, 4, 4)).requires_grad_(), values((32, 32, 3, 3)).requires_grad_()
+        y = nv.functional.conv2d(x, w, padding=1, recipe=RECIPES[name], backend=backend)
+        y.backward(torch.full_like(y, scale))
+        return x.grad
+
+    monkeypatch.setattr(errors, "_warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lost = [not gradient_of(scale).any() for scale in (0.0, 1.0, 1e-6, 1e-7)]
+    assert lost == ([True, False, False, False] if name == "mxfp4" else [True, False, True, True])
+    said = [str(one.message) for one in caught if "tensor scale" in str(one.message)]
+    assert len(said) == (name != "mxfp4")
+    assert not said or (name in said[0] and "1.0e-06" in said[0] and "2**20" in said[0])
 
 
 @pytest.mark.parametrize("name", FORMATS)
