@@ -51,7 +51,7 @@ def quantize_gradient(
 
 
 def _warn_if_lost(dy: Tensor, form: int, face: Face, block_format: str) -> None:
-    """Warn once where a format without a tensor scale makes zeros of a whole gradient; not on a GPU, which would wait."""
+    """Warn once where a format without a tensor scale turns a gradient into zeros; not on a GPU, which would wait."""
     kept = face.scale if form == PACKED else face.data
     kept = kept.unflatten(-1, (-1, RECORD))[..., BLOCK:] if form == RECORDS else kept  # the scales behind the codes
     if dy.device.type != "cpu" or kept.any() or not dy.any():
