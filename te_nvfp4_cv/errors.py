@@ -33,6 +33,15 @@ def value_error(title: str, *, got: str, needs: str, fix: str) -> ValueError:
     return ValueError(message(title, got=got, needs=needs, fix=fix))
 
 
+class ShapeError(ValueError):
+    """Says that a layer's tensors or arguments do not fit each other: what torch's own layer refuses, too."""
+
+
+def shape_error(title: str, *, got: str, needs: str, fix: str) -> ShapeError:
+    """Make a ShapeError to raise."""
+    return ShapeError(message(title, got=got, needs=needs, fix=fix))
+
+
 def type_error(title: str, *, got: str, needs: str, fix: str) -> TypeError:
     """Make a TypeError to raise: an argument is of the wrong class."""
     return TypeError(message(title, got=got, needs=needs, fix=fix))

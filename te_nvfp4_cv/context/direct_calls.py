@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.backend.torch_private import no_graphs_inside
 from te_nvfp4_cv.context.state import active_recipe
+from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.check import MINIMUM
 
@@ -31,7 +32,15 @@ class DirectCall(NamedTuple):
     name: str  # torch's name of the function
     weight: Tensor
     channels: int  # the smaller number of channels of a group, on either side
-    macs: Callable[[Any], int]  # multiply-adds, of the result
+    count: Callable[[Any], int]  # multiply-adds, of the result
+
+    def macs(self, y: Any) -> int:
+        """Return the multiply-adds of the call, whose result is y; 0 if they cannot be counted."""
+        try:
+            return self.count(y)
+        except Exception as error:
+            _uncounted(self.name, error)
+            return 0
 
     @property
     def reason(self) -> str:
@@ -40,9 +49,25 @@ class DirectCall(NamedTuple):
 
 
 def direct_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
-    """Return what a call of a function in DIRECT multiplies, or None if no weight is among its tensors."""
+    """Return what a call of a function in DIRECT multiplies, or None if no weight is among its tensors.
+
+    It only counts: arguments that it does not understand are torch's to judge.
+    """
     name = getattr(function, "__name__", "").partition(".")[0].strip("_")  # without the overload's name
-    return DIRECT[function](name, args, kwargs)
+    try:
+        return DIRECT[function](name, args, kwargs)
+    except Exception as error:
+        _uncounted(name, error)
+        return None
+
+
+def _uncounted(name: str, error: Exception) -> None:
+    """Say that a call is in no report."""
+    warn_once(
+        f"uncounted {name}",
+        f"nvfp4: a direct call of torch.{name} could not be counted ({type(error).__name__}: {error}). It runs as in "
+        "torch; nv.coverage and the warning about high precision leave it out",
+    )
 
 
 @no_graphs_inside
@@ -52,7 +77,7 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling() or active_recipe() is None:
         return y
     call = direct_call(function, args, kwargs)
-    if call is not None and call.channels >= MINIMUM and not _in_a_graph():
+    if call is not None and call.channels >= MINIMUM and not call.weight.is_meta and not _in_a_graph():
         shortfall.add(call.reason, call.macs(y))
     return y
 
@@ -91,7 +116,7 @@ _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "tra
 def _convolution(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall:
     given = {**dict(zip(_CONVOLUTION, args, strict=False)), **kwargs}
     x, w, transposed = given["input"], given["weight"], given["transposed"]
-    each = w[0].numel()  # of an output's elements, or of an input's of a transposed convolution
+    each = w.shape[1:].numel()  # of an output's elements, or of an input's of a transposed convolution
     channels = min(w.shape[0] // given["groups"], w.shape[1])
     return DirectCall(name, w, channels, lambda y: (x if transposed else y).numel() * each)
 
@@ -100,27 +125,32 @@ def _backward(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Direc
     dy, x, w = list(_tensors(args, kwargs))[:3]
     groups = kwargs.get("groups", args[9] if len(args) > 9 else 1)
     transposed = kwargs.get("transposed", args[7] if len(args) > 7 else False)
-    each = (x if transposed else dy).numel() * w[0].numel()
+    each = (x if transposed else dy).numel() * w.shape[1:].numel()
     channels = min(w.shape[0] // groups, w.shape[1])
     return DirectCall(name, w, channels, lambda y: each * sum(g is not None for g in y[:2]))  # the third is no product
+
+
+def _weight_and_others(operands: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the last weight and the other operands, among which the same tensor may be once more."""
+    at = [i for i, t in enumerate(operands) if _is_weight(t)]
+    return (operands[at[-1]], operands[: at[-1]] + operands[at[-1] + 1 :]) if at else (None, operands)
 
 
 def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
     # What addmm adds stands before the two.
     operands = list(_tensors(args, kwargs))[-2:]
-    weights = [t for t in operands if _is_weight(t)]
-    if len(operands) < 2 or not weights:
+    w, others = _weight_and_others(operands)
+    if w is None or not others or others[0].dim() == 0:  # inner: a number times a weight is no product
         return None
-    return DirectCall(name, weights[-1], min(weights[-1].shape[-2:]), lambda y: y.numel() * operands[0].shape[-1])
+    summed = w.shape[-1] if name == "inner" or w is operands[0] else w.shape[-2]
+    return DirectCall(name, w, min(w.shape[-2:]), lambda y: y.numel() * summed)
 
 
 def _sum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
-    operands = list(_tensors(args, kwargs))
-    weights = [t for t in operands if _is_weight(t)]
-    if len(operands) < 2 or not weights:
+    w, others = _weight_and_others(list(_tensors(args, kwargs)))
+    if w is None or not others:
         return None
-    x = max((t for t in operands if t is not weights[-1]), key=Tensor.numel)
-    w = weights[-1]
+    x = max(others, key=Tensor.numel)
     # Every axis is in two of x, w and y, unless one is in all three.
     return DirectCall(name, w, min(w.shape), lambda y: round((x.numel() * w.numel() * y.numel()) ** 0.5))
 

@@ -33,7 +33,7 @@ from te_nvfp4_cv.context import direct_calls, entries, grouped, islands, relu, t
 from te_nvfp4_cv.context.bodies import ATTENTION, note_parts
 from te_nvfp4_cv.context.direct_calls import DIRECT
 from te_nvfp4_cv.context.state import State, active_recipe, drop_stale, local, pop_state, push_state
-from te_nvfp4_cv.errors import warn_once
+from te_nvfp4_cv.errors import ShapeError, warn_once
 from te_nvfp4_cv.layer import check, constants, deferred, execute, observe, shared_amax, shortfall
 from te_nvfp4_cv.layer import grouped as grouped_layer
 from te_nvfp4_cv.layer.check import transformed
@@ -240,7 +240,6 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         if known is not None:
             again = execute.repeat(known, *args[:3])
             if again is not None:
-                shortfall.local.macs += known.macs
                 return again
     call = read(op, args, kwargs)
     _, x, w, bias, sizes = call
@@ -268,15 +267,12 @@ def _layer(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
     try:
         y = execute.execute(op, x, w, bias, sizes, recipe, current.backend, current.group)
-    except ValueError:  # of ours; what torch refuses, too, gets its error, whose type programs may wait for
+    except ShapeError:  # what torch refuses, too, gets its error, whose type programs may wait for
         function(*args, **kwargs)
         raise
-    if known is not None and execute.holds(known):
-        shortfall.local.macs += known.macs
-    elif kwargs or current.group is not None or function not in _BY_MODULES:
-        shortfall.local.macs += (x if "transpose" in op else y).numel() * w.numel() // w.shape[0]
-    else:
-        shortfall.local.macs += execute.remember(function, args, call, recipe, current.backend, y)
+    stale = known is None or not execute.holds(known)
+    if stale and not kwargs and current.group is None and function in _BY_MODULES:
+        execute.remember(function, args, call, recipe, current.backend)
     return y
 
 
@@ -310,10 +306,7 @@ def _grouped(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             shortfall.missed(observe.Call("grouped_mm", w[0], x, None, None, reason), y, 1)
         return y
     current = local.states[-1]
-    y = grouped_layer.execute(x, w, offsets, None, recipe, current.backend, current.group).to(x.dtype)
-    if not traced:
-        shortfall.local.macs += y.numel() * w.shape[-1]  # a row of y is one expert's
-    return y
+    return grouped_layer.execute(x, w, offsets, None, recipe, current.backend, current.group).to(x.dtype)
 
 
 @constant_in_graphs

@@ -22,7 +22,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.context import function_mode, state
 from te_nvfp4_cv.distributed.tp_exchange import GEMMS, Array, Exchange, Link, SharedScales, broken_blocks, part_plan
 from te_nvfp4_cv.errors import describe, value_error, warn_once
-from te_nvfp4_cv.layer import check, delayed_scaling, observe, shared_amax
+from te_nvfp4_cv.layer import check, delayed_scaling, observe, shared_amax, shortfall
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered, named_padding
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
@@ -337,6 +337,7 @@ class _Call:
         if not torch.is_grad_enabled():
             x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
         options = CallOptions(scales=scales, ranks=Exchange(plan, link))
+        shortfall.local.macs += plan.geometry.macs
         return observe.reported(told, QuantizedConv.apply, x, w, bias, plan, options)
 
     def _scales(self, x: Tensor, bias: Tensor | None, plan: Plan, link: Link, group: Any) -> SharedScales:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_nvfp4_cv.backend.torch_private import constant_in_graphs
-from te_nvfp4_cv.errors import describe, runtime_error, value_error
+from te_nvfp4_cv.errors import describe, runtime_error, shape_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.plan import Plan, plan_for
 from te_nvfp4_cv.ops.geometry import ConvArgs, ConvGeometry, int_tuple, output_size, transposed_output_size
@@ -179,10 +179,10 @@ class CallShape(NamedTuple):
         """Describe a call.
 
         Raises:
-            ValueError: bias is on another device than x.
+            ShapeError: bias is on another device than x.
         """
         if bias is not None and bias.device != x.device:
-            raise value_error(
+            raise shape_error(
                 f"nvfp4 {op}: bias is on another device.",
                 got=f"x on {x.device}, bias on {bias.device}",
                 needs="one device",
@@ -225,7 +225,7 @@ def lowered(call: CallShape) -> Lowered:
     """Return the geometry of a call.
 
     Raises:
-        ValueError: shapes or arguments that do not fit.
+        ShapeError: shapes or arguments that do not fit.
     """
     if torch.compiler.is_compiling():
         return _lower(call)
@@ -275,7 +275,7 @@ _cached_lower = functools.lru_cache(maxsize=CACHED)(_lower)
 def _lower_grouped(call: CallShape) -> Lowered:
     x, w = call.x.shape, call.w.shape
     if len(x) != 2 or len(w) != 3 or not w[0] or x[1] != w[2]:
-        raise value_error(
+        raise shape_error(
             "nvfp4 grouped_linear: shapes do not match.",
             got=f"x {describe(call.x)}, weight {describe(call.w)}",
             needs="x [tokens, C] and weight [E, O, C]",
@@ -283,7 +283,7 @@ def _lower_grouped(call: CallShape) -> Lowered:
         )
     experts, outputs, channels = w
     if call.bias is not None and call.bias.shape != (experts, outputs):
-        raise value_error(
+        raise shape_error(
             "nvfp4 grouped_linear: bias does not match.",
             got=f"bias {describe(call.bias)}",
             needs=f"({experts}, {outputs})",
@@ -300,7 +300,7 @@ def _check_shapes(call: CallShape, rank: int) -> None:
     expected = 0 if op == "linear" else int(op[-2])
     if rank != expected or (rank and len(x) not in (rank + 1, rank + 2)) or len(x) < 1:
         images = f"x [B, C, {expected} image axes] and weight [., ., {expected} kernel axes]"
-        raise value_error(
+        raise shape_error(
             f"nvfp4 {op}: wrong rank.",
             got=got,
             needs="x [..., C] and weight [O, C]" if op == "linear" else images,
@@ -312,7 +312,7 @@ def _check_shapes(call: CallShape, rank: int) -> None:
     channels = x[-1] if rank == 0 else x[len(x) - rank - 1]
     wanted = w[0] if transposed else w[1] * groups
     if channels != wanted or groups < 1 or w[0] % groups:
-        raise value_error(
+        raise shape_error(
             f"nvfp4 {op}: channels do not match.",
             got=f"{got}, groups={groups}: input has {channels} channels",
             needs=f"{wanted} input channels, and groups that divide the weight's first axis",
@@ -320,7 +320,7 @@ def _check_shapes(call: CallShape, rank: int) -> None:
         )
     out = w[1] * groups if transposed else w[0]
     if call.bias is not None and call.bias.shape != (out,):
-        raise value_error(
+        raise shape_error(
             f"nvfp4 {op}: bias does not match.",
             got=f"bias {describe(call.bias)}",
             needs=f"({out},)",
@@ -350,14 +350,14 @@ def _geometry(call: CallShape, rank: int, x: tuple[int, ...], padding: Any) -> C
             out = tuple(output_size(*row) for row in rows)
         # An empty image gives an empty output, as in torch. A kernel that does not fit into an image is an error.
         if min(out) < 0 or (min(out) == 0 and min(size) > 0 and not transposed):
-            raise value_error(
+            raise shape_error(
                 f"nvfp4 {op}: the output would be empty.",
                 got=f"x {describe(call.x)}, kernel {kernel}, padding {pads}, dilation {dilation}",
                 needs="an image at least as large as the dilated kernel, padding included",
                 fix="pad the input or use a smaller kernel",
             )
         if any(more >= max(s, d) for more, s, d in zip(extra, stride, dilation, strict=True) if more):
-            raise value_error(
+            raise shape_error(
                 f"nvfp4 {op}: bad output_padding.",
                 got=str(extra),
                 needs="less than stride or dilation",
@@ -377,7 +377,7 @@ def named_padding(call: CallShape, rank: int) -> tuple[tuple[int, ...], tuple[in
     if padding == "valid":
         return (), (0,) * rank
     if padding != "same" or any(s != 1 for s in int_tuple(stride, rank, op, "stride")):
-        raise value_error(
+        raise shape_error(
             f"nvfp4 {op}: bad padding.",
             got=f"padding={padding!r}, stride={stride}",
             needs='"valid", or "same" with stride 1',

@@ -33,6 +33,7 @@ from te_nvfp4_cv.layer import (
     empty_batch,
     observe,
     prepared,
+    shortfall,
     weight_codes,
     weight_transforms,
 )
@@ -136,7 +137,7 @@ def execute_explicit(
         refuse_transforms(f"a layer that asks for NVFP4 ({op})", PLAIN_MODEL, x, w, bias)
         y = execute(op, x, w, bias, args, recipe, backend, group)
         if remembers and (known is None or not holds(known)):
-            remember(op, values, LayerCall(op, x, w, bias, args), recipe, backend, y)
+            remember(op, values, LayerCall(op, x, w, bias, args), recipe, backend)
         return y
 
 
@@ -224,6 +225,8 @@ def _execute(
         if group is not None:
             y = empty_batch.take_part(y, x, w, bias, planned(call, recipe, "reference", x.dtype, False), group)
         return y.squeeze(0) if low.unbatched else y
+    if not torch.compiler.is_compiling():
+        shortfall.local.macs += low.geometry.macs
     # Asked at each call: what "auto" means changes when a self-test passes, and autocast with the context.
     chosen = dispatch.resolve(backend, x.device, by_layer=True)
     compute_dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
@@ -259,7 +262,6 @@ class Known:
         self.function, self.args, self.recipe, self.backend, self.chosen = function, args[3:], recipe, backend, chosen
         self.plan, self.look = plan, _look(*args[:3])
         self.dtype: torch.dtype = self.look[-1]
-        self.macs = 0
         self.prepared: prepared.PreparedLayer | None = None
         self.asked = False  # for that, at the first call that might use one
 
@@ -312,32 +314,30 @@ def asks_alike(known: Known, recipe: NVFP4BlockScaling, backend: str) -> bool:
 
 
 def remember(
-    function: Any, args: tuple[Any, ...], read: LayerCall, recipe: NVFP4BlockScaling, backend: str, y: Tensor
-) -> int:
-    """Remember a call that has given y, unless there is something special about it. Returns its multiply-adds.
+    function: Any, args: tuple[Any, ...], read: LayerCall, recipe: NVFP4BlockScaling, backend: str
+) -> None:
+    """Remember a call that went well, unless there is something special about it.
 
     Args:
         function, args: by which known_call finds it.
         read: the same call with its arguments by name.
     """
     op, x, w, bias, sizes = read
-    macs: int = (x if "transpose" in op else y).numel() * w.numel() // w.shape[0]
     plain = type(w) is torch.nn.Parameter and type(x) in PLAIN and (bias is None or type(bias) in PLAIN)
     if not plain or len(args) < 3 or not is_dense(x) or recipe.activation_shift != "none":
-        return macs
+        return
     look = _look(x, w, bias)
     call = CallShape.of(op, x, Sizes.of(w), bias, sizes)
     call = call._replace(x=Sizes(tuple(x.shape), look[-1]))
     if isinstance(call.types, list):  # arguments that may change
-        return macs
+        return
     low = lowered(call)
     if low.unbatched or low.pad or low.empty:
-        return macs
+        return
     chosen = dispatch.resolve(backend, x.device, by_layer=True)
     compute_dtype = dispatch.compute_dtype(look[-1], x.device, look[-2])
     plan = planned(call, recipe, chosen, compute_dtype, is_channels_last(x) or is_channels_last(w))
     known = Known(function, args, recipe, backend, chosen, plan)
-    known.macs = macs
     held, number = _known.get(id(w)), id(w)
     if held is None or held[0]() is not w:
         held = (weakref.ref(w, lambda _, known=_known: known.pop(number, None)), {})  # type: ignore[misc]
@@ -345,7 +345,6 @@ def remember(
     if len(held[1]) >= SIZES:  # some of which never come back
         held[1].clear()
     held[1][x.shape] = known
-    return macs
 
 
 def holds(known: Known) -> bool:
@@ -380,6 +379,7 @@ def repeat(known: Known, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | 
         if scales is None or prepared.measured(scales):
             ready = known.prepared
     options = ALONE if scales is None and ready is None else CallOptions(scales=scales, prepared=ready)
+    shortfall.local.macs += plan.geometry.macs
     y: Tensor = QuantizedConv.apply(x, w, bias, plan, options)
     return y
 

@@ -17,7 +17,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.dispatch import runs_directly
 from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import describe, value_error
-from te_nvfp4_cv.layer import custom_op, deferred, delayed_scaling, empty_batch
+from te_nvfp4_cv.layer import custom_op, deferred, delayed_scaling, empty_batch, shortfall
 from te_nvfp4_cv.layer.check import (
     MINIMUM,
     CallShape,
@@ -109,6 +109,8 @@ def execute(
         if group is None:
             return y
         return empty_batch.take_part(y, x, w, bias, planned(call, recipe, "reference", x.dtype, False), group)
+    if not torch.compiler.is_compiling():
+        shortfall.local.macs += low.geometry.macs
     chosen = dispatch.resolve(backend, x.device, by_layer=True)
     compute_dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     # In graphs, and for tensors without values (fake ones), the layer is one operator, whose shapes are known.

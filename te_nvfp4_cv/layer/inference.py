@@ -19,7 +19,7 @@ from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.errors import describe, runtime_error, value_error
-from te_nvfp4_cv.layer import custom_op, forward_backward, gemms
+from te_nvfp4_cv.layer import custom_op, forward_backward, gemms, shortfall
 from te_nvfp4_cv.layer.check import (
     DTYPES,
     CallShape,
@@ -125,6 +125,8 @@ def run(
             needs="at least one pixel, or a batch without images, as in torch",
             fix="check the layer before this one",
         )
+    if not torch.compiler.is_compiling():
+        shortfall.local.macs += low.geometry.macs
     backend = dispatch.resolve(backend, x.device, by_layer=True)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     channels_last = layouts.is_channels_last(x) or weight.channels_last

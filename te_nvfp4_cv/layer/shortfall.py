@@ -24,6 +24,7 @@ USERS = (
     "set_precision",
     "the weight is stored in NVFP4",
     "no fast backend for meta",  # where nothing is computed
+    "meta tensors hold no values",
 )
 HALF = 0.5
 OFTEN = 512  # high-precision calls after which a context that stays open is looked at
@@ -36,7 +37,7 @@ class _Local(threading.local):
     """What this thread has counted since it entered its outermost context."""
 
     def __init__(self) -> None:
-        self.macs = 0  # multiply-adds in NVFP4; function_mode.py adds them up
+        self.macs = 0  # multiply-adds in NVFP4; whoever runs a layer adds its own
         self.missed: dict[str, int] = {}  # by reason
         self.calls = 0  # that were missed
         self.model: weakref.ref[nn.Module] | None = None  # the outermost module in the first of them

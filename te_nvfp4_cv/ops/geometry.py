@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from te_nvfp4_cv.backend.answers import answer
-from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.errors import shape_error
 from te_nvfp4_cv.formats import BLOCK, round_up
 from te_nvfp4_cv.ops.records import Fold
 
@@ -126,7 +126,7 @@ class ConvGeometry:
         """True if some tap, or some output row of an axis, reads nothing but padding."""
         return any(padding_only(*row) for row in self.axes)
 
-    @property
+    @answer
     def macs(self) -> int:
         """Multiply-adds of one GEMM."""
         outputs = self.batch * math.prod(self.b_size) * (self.channels_b // self.routes)
@@ -327,13 +327,13 @@ def int_tuple(value: Any, rank: int, op: str, name: str) -> tuple[int, ...]:
     """Return an int or a sequence of ints as one int per axis.
 
     Raises:
-        ValueError: anything else, or a value below 1; paddings may be 0.
+        ShapeError: anything else, or a value below 1; paddings may be 0.
     """
     least = 0 if "padding" in name else 1
     values = tuple(map(_as_int, value)) if isinstance(value, Sequence) else (_as_int(value),)
     values = values * rank if len(values) == 1 else values
     if len(values) != rank or any(not isinstance(v, (int, torch.SymInt)) or v < least for v in values):
-        raise value_error(
+        raise shape_error(
             f"nvfp4 {op}: bad {name}.",
             got=repr(value),
             needs=f"an int >= {least}, or {rank} of them",

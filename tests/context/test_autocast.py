@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.context import function_mode
 from te_nvfp4_cv.context import state as nv_context
 from te_nvfp4_cv.context.context_manager import active_recipe, nvfp4_autocast
+from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.recipe.files import load_recipe
 from tests.helpers import relative_error, same_bits, values
@@ -98,6 +100,25 @@ def test_torchs_own_errors_stay():
             F.conv_transpose2d(values((2, 16, 6, 6)), module.weight, output_padding=1)
         with pytest.raises((RuntimeError, TypeError)):
             F.conv2d(values((2, 16, 6, 6)), None)  # type: ignore[arg-type]
+
+
+def test_a_users_own_valueerror_does_not_run_the_layer_again():
+    """Only what torch refuses, too, is run by torch once more, for its error."""
+    calls: list[Any] = []
+
+    def refuses(given: Any) -> Any:
+        calls.append(given)
+        raise ValueError("mine")
+
+    module, x = nn.Conv2d(16, 16, 3), values((2, 16, 6, 6))
+    for _ in range(2):  # looked at, and with a call that is known
+        with nvfp4_autocast():
+            with pytest.raises(ValueError, match="mine"), torch.autograd.graph.saved_tensors_hooks(refuses, refuses):
+                module(x)
+            module(x)
+    with nvfp4_autocast(), observe.observe(refuses), pytest.raises(ValueError, match="mine"):
+        module(x)
+    assert len(calls) == 3
 
 
 def test_projections_of_attention_run_in_nvfp4():

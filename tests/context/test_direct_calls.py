@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv import errors
+from te_nvfp4_cv.context.direct_calls import DIRECT, DirectCall
 from te_nvfp4_cv.layer import shortfall
 from tests.helpers import same_bits, values
 from tests.networks import NO_SR
@@ -73,6 +75,65 @@ def test_products_with_a_parameter_are_listed_and_missed(name: str) -> None:
     (row,) = report.rows
     assert (row.name, row.nvfp4, row.flops) == ("Product", False, 6 * MACS), row
     assert row.reason == f"torch.{kind} called directly" and not report.nvfp4_flops_share
+
+
+PENALTIES: dict[str, Callable[[Any], Any]] = {
+    "einsum": lambda w: torch.einsum("ij,kj->ik", w, w),
+    "einsum of three": lambda w: torch.einsum("ij,jk,kl->il", w, w, w),
+    "einsum by elements": lambda w: torch.einsum("ij,ij->ij", w, w),
+    "einsum of aten": lambda w: torch.ops.aten.einsum("ij,kj->ik", [w, w]),
+    "tensordot": lambda w: torch.tensordot(w, w, dims=([1], [1])),
+    "tensordot of aten": lambda w: torch.ops.aten.tensordot.default(w, w, [1], [1]),
+    "linalg_multi_dot": lambda w: torch.linalg.multi_dot([w, w]),
+    "chain_matmul": lambda w: torch.chain_matmul(w, w),
+    "matmul": lambda w: w @ w,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated")
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_weight_that_is_multiplied_by_itself(name: str) -> None:
+    """The penalty that keeps a weight orthogonal, for one."""
+    model = Product(lambda _, m: PENALTIES[name](m.weight))
+    model.weight = nn.Parameter(values((32, 32)))
+    results: list[Tensor] = []
+    kind = name.split(" ")[0]
+    assert f"100% because torch.{kind} called directly" in told(lambda: results.append(model(values((1,)))))
+    assert torch.equal(results[0], model(values((1,)))) and shortfall.local.missed.popitem()[1] == 32**3
+    (row,) = nv.coverage(model, values((1,))).rows
+    assert row.reason == f"torch.{kind} called directly"
+
+
+def test_a_number_times_a_weight_is_no_product() -> None:
+    w, two = nn.Parameter(values((48, 32))), torch.tensor(2.0)
+    for call in (lambda: torch.inner(two, w), lambda: torch.inner(w, two)):
+        assert not told(call)
+        assert not nv.coverage(Product(lambda _, m: torch.inner(two, m.weight)), two).rows
+
+
+def test_what_cannot_be_counted_runs_as_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader of arguments that fails says so in a warning; the program goes on."""
+
+    def fails(*_: Any) -> Any:
+        raise IndexError("an operand of a new kind")
+
+    model, x = Product(CALLS["mm"]), values((6, 5, 32))
+    for reader in (fails, lambda name, args, kwargs: DirectCall(name, model.weight, 32, fails)):
+        monkeypatch.setitem(DIRECT, Tensor.mm, reader)
+        errors._warned.discard("uncounted mm")
+        results: list[Tensor] = []
+        text = told(lambda: results.append(model(x)))  # noqa: B023
+        assert "torch.mm could not be counted (IndexError: an operand of a new kind)" in text
+        assert torch.equal(results[0], model(x))
+        nv.coverage(model, x)
+
+
+def test_torchs_own_error_comes_of_what_torch_refuses() -> None:
+    arguments = (None, (1,), (0,), (1,), False, (0,), 0)
+    model = Product(lambda x, m: torch.convolution(x.mT, m.weight[..., None], *arguments))
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="groups"):
+        warnings.simplefilter("ignore")
+        nv.coverage(model, values((6, 5, 32)))
 
 
 def test_a_product_with_a_place_for_its_result() -> None:

@@ -99,8 +99,67 @@ def test_what_is_meant_or_small_is_not_warned_of():
     assert not told(nn.ReLU())
 
 
-def test_meta_tensors_and_packed_weights_beside_high_activations_are_meant():
-    assert not told(conv().to("meta"), x=torch.empty(2, 16, 6, 6, device="meta"))
+class Ends(nn.Module):
+    """A layer, and a small product of its result that no layer makes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.w = layer, nn.Parameter(values((16, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y.flatten(1)[:, :16] @ self.w
+
+
+def explicit(x: Tensor) -> Tensor:
+    return nv.functional.linear(x, WEIGHT)
+
+
+WEIGHT = nn.Parameter(values((64, 64)))
+GROUPED = nv.NVFP4GroupedLinear(2, 64, 64)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nv.NVFP4Linear(64, 64),
+        lambda: nv.NVFP4Linear(64, 64, recipe="current_pow2"),
+        lambda: Called(explicit),
+        lambda: Called(lambda x: nv.functional.linear(x, WEIGHT * 1.0)),  # of which nothing is remembered
+        lambda: Called(lambda x: GROUPED(x, torch.tensor([5, 32], dtype=torch.int32))),
+        lambda: nv.export.quantize(nn.Sequential(nn.Linear(64, 64)), [values((32, 64))]),
+        lambda: nn.Linear(64, 64),
+    ],
+    ids=["module", "module's recipe", "functional", "computed weight", "experts", "packed", "plain"],
+)
+def test_layers_that_ask_for_nvfp4_by_name_count(make, grad):
+    """The first call is looked at, and those after it may be repeated."""
+    model = Ends(make())
+    with torch.set_grad_enabled(grad):
+        assert not told(model, x=values((32, 64)))
+        for _ in range(2):
+            with nv.nvfp4_autocast():
+                model(values((32, 64)))
+                assert shortfall.local.macs == 32 * 64 * 64
+
+
+class Called(nn.Module):
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_on_the_meta_device_nothing_is_computed(backend):
+    model = Ends(nn.Conv2d(16, 16, 3, padding=1)).to("meta")
+    assert not told(model, x=torch.empty(2, 16, 6, 6, device="meta"), backend=backend)
+
+
+def test_packed_weights_beside_high_activations_are_meant():
     packed = nv.export.quantize(nn.Sequential(conv()), [values((2, 16, 6, 6))])
     packed[0].set_mode(activations="high")
     assert not told(packed)

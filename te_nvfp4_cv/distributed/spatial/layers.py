@@ -22,7 +22,7 @@ from te_nvfp4_cv.distributed.spatial.rows import Layout
 from te_nvfp4_cv.distributed.spatial.tensor import SpatialTensor, global_shape, handles, piece_of, place, refusal
 from te_nvfp4_cv.distributed.spatial.windows import convolution
 from te_nvfp4_cv.errors import value_error, warn_once
-from te_nvfp4_cv.layer import check, delayed_scaling, execute, observe, weight_codes, weight_transforms
+from te_nvfp4_cv.layer import check, delayed_scaling, execute, observe, shortfall, weight_codes, weight_transforms
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
 from te_nvfp4_cv.layer.forward_backward import QuantizedConv
 from te_nvfp4_cv.layer.options import CallOptions
@@ -221,6 +221,7 @@ def _quantized(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, plan: 
     # Rows that nothing writes but the bias are added after the product's rows were cut out.
     later = bias if g.transposed and exchange.cut.grows else None
     options = CallOptions(codes=codes, scales=scales, ranks=exchange)
+    shortfall.local.macs += g.macs
     inputs = (piece if training else piece.detach(), w_used, None if later is not None else bias)
     y = observe.reported(told, QuantizedConv.apply, *inputs, plan, options)
     if later is not None:
