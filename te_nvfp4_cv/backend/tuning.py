@@ -138,7 +138,7 @@ def bucket(size: int) -> int:
 
 
 def autotune_enabled() -> bool:
-    """Return True if TE_NVFP4_CV_AUTOTUNE asks for the search."""
+    """Return True if TE_NVFP4_CV_AUTOTUNE asks for the search. Layers that layer/prepared.py takes ask once."""
     return os.environ.get("TE_NVFP4_CV_AUTOTUNE", "0").lower() in ("1", "true", "on", "yes")
 
 

@@ -101,16 +101,18 @@ class DelayedScales:
 
     def to(self, device: torch.device) -> None:
         """Follow a weight that was moved."""
+        self.follow()
         for name in ("used", "collected", "saturated", "next"):
             setattr(self, name, getattr(self, name).to(device))
         self.stream = devices.stream_of(self.used)
 
     def follow(self) -> None:
-        """Let a call on another stream than the last one wait for what that has moved and collected."""
+        """Let a call or a reader on another stream than the last one wait for what that has moved and collected."""
         self.stream = devices.follow(self.stream, (self.used, self.collected, self.saturated, self.next))
 
     def state(self) -> dict[str, Any]:
         """Return the values, copied to the CPU."""
+        self.follow()
         tensors = {name: getattr(self, name).detach().cpu().clone() for name in ("used", "collected", "saturated")}
         return {**tensors, "measured": list(self.measured), "stale": self.stale}
 
@@ -329,8 +331,10 @@ def trained_amax(w: Tensor, recipe: NVFP4BlockScaling, trained: Owner) -> Tensor
     settings = recipe.settings("input")
     place, view = _place(trained) if isinstance(trained, Tensor) else (trained, (-1, tuple(w.shape), ()))
     scales = _states.get(place, {}).get((view, settings.e4m3_max, settings.rht))
-    # A clone, because `used` is written in place at each step.
-    return scales.used[0, :1].clone() if scales is not None and scales.measured[0] else None
+    if scales is None or not scales.measured[0]:
+        return None
+    scales.follow()
+    return scales.used[0, :1].clone()  # `used` is written in place at each step
 
 
 def states_of(w: Owner) -> Mapping[Key, DelayedScales]:
@@ -349,6 +353,8 @@ def replace_states(weights: Iterable[Owner], made: Mapping[Owner, dict[Key, Dela
 
 def saturated(w: Owner) -> tuple[int, int]:
     """Return how many blocks were clipped in x and in dy for this weight since its state began."""
-    states = states_of(w)
-    total = [sum(int(s.saturated[role]) for s in states.values()) for role in (0, 1)]
+    states = states_of(w).values()
+    for scales in states:
+        scales.follow()
+    total = [sum(int(s.saturated[role]) for s in states) for role in (0, 1)]
     return total[0], total[1]

@@ -297,9 +297,16 @@ def known_call(function: Any, args: tuple[Any, ...]) -> Known | None:
         return None
     if x.device != known.look[2]:  # of which autocast may know nothing
         return None
-    # Modules hand over the same objects at each call, and what is remembered cannot change.
-    same = all(map(operator.is_, args[3:], known.args)) and known.look == _look(x, w, args[2])
-    return known if same else None
+    # Modules hand over the same objects at each call, functions may compute them; what is remembered cannot change.
+    same = all(map(operator.is_, args[3:], known.args)) or all(map(_equal, args[3:], known.args))
+    return known if same and known.look == _look(x, w, args[2]) else None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return True if two arguments cannot be told apart: 1, 1.0 and True can, and lists may change."""
+    if type(a) is tuple is type(b):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or (type(a) is type(b) and type(a) in (int, str) and a == b)
 
 
 def asks_alike(known: Known, recipe: NVFP4BlockScaling, backend: str) -> bool:

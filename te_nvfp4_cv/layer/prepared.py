@@ -114,6 +114,8 @@ class PreparedLayer:
             y = vendor.convolution(*values, inner, self.plan.geometry)
         if not carried:
             y = self.step.scale("fprop", self._placed(y, self.y), self.dtype, (saved, None), bias)
+        elif y.dtype is not self.dtype:  # on a CPU, where vendor._safe casts
+            y = y.to(self.dtype)
         return self._result(y, self.y, self.y_shape, self.plan.channels_last), saved
 
     def backward(self, dy: Tensor, saved: Tensor, scales: Scales | None, need_db: bool) -> tuple[Tensor | None, ...]:
@@ -134,6 +136,8 @@ class PreparedLayer:
             dx = vendor.convolution_backward(faces[0], x_like, w_values, self.plan.geometry, [True, False, False])[0]
         if "dgrad" not in carried:
             dx = step.scale("dgrad", self._placed(dx, self.x), self.dtype, (saved, mine), None)
+        elif dx.dtype is not self.dtype:
+            dx = dx.to(self.dtype)
         if rows:
             dw = vendor.product(faces[1].t(), x_values, "wgrad" not in carried)
         else:

@@ -75,6 +75,25 @@ def test_delayed_scales(streams):
     assert streams.followed == [(before, streams.now, 4)]
 
 
+def test_readers_of_delayed_scales(streams):
+    conv, x, before = nn.Conv2d(16, 16, 1), values((1, 16, 2, 2)), streams.now
+    with nv.nvfp4_autocast(DELAYED):
+        conv(x).sum().backward()
+    (state,) = delayed_scaling.states_of(conv.weight).values()
+    readers = {
+        "extra_state": lambda: nv.extra_state(conv),
+        "saturated": lambda: delayed_scaling.saturated(conv.weight),
+        "trained_amax": lambda: delayed_scaling.trained_amax(conv.weight, DELAYED, conv.weight),
+        "to": lambda: state.to(x.device),
+    }
+    for name, read in readers.items():
+        streams.followed.clear()
+        streams.now = Stream()
+        read()
+        assert streams.followed == [(before, streams.now, 4)] and state.stream is streams.now, name
+        before = streams.now
+
+
 def test_a_capture_before_any_step_leaves_no_state(monkeypatch):
     """Its memory would be the graph's, and its zeros only written by a replay."""
     conv, x = nn.Conv2d(16, 16, 1), values((1, 16, 2, 2))

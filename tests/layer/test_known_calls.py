@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -143,6 +144,22 @@ def test_functions_repeat_what_they_know(monkeypatch: pytest.MonkeyPatch) -> Non
     for bad in ({"backend": "none"}, {"padding": -1}):
         with pytest.raises(ValueError):
             nv.functional.conv2d(x, w, **bad)
+
+
+def test_arguments_are_compared_by_value() -> None:
+    """Functions compute the same padding anew at each call; what torch would read otherwise is another call."""
+    x, w = values((2, 16, 4, 4)), nn.Parameter(values((16, 16, 3, 3)))
+    one, large = int("1"), int("1000")  # ints that are made anew from 257 on
+    with nv.nvfp4_autocast():
+        F.conv2d(x, w, None, 1, (one, one))
+    (known,) = execute._known[id(w)][1].values()
+    function = known.function
+    for padding in ((one, one), tuple([1, 1])):
+        assert execute.known_call(function, (x, w, None, 1, padding)) is known
+    for other in ((1, 2), (True, True), (1.0, 1.0), (1,), [1, 1], 1, "same"):
+        assert execute.known_call(function, (x, w, None, 1, other)) is None, other
+    assert execute._equal(large, int("1000")) and execute._equal("sa" + "me"[:one + 1], "same")
+    assert not execute._equal(1, True) and not execute._equal(1, 1.0) and not execute._equal([1], [1])
 
 
 def test_sizes_that_never_come_back_are_forgotten() -> None:

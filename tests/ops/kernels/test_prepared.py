@@ -27,6 +27,7 @@ LAYERS = {
     "linear": (lambda: nn.Linear(16, 24), (3, 2, 16), FIRST),
     "linear, whole blocks": (lambda: nn.Linear(32, 16, bias=False), (16, 32), FIRST),
     "a batch that fills no block": (lambda: nn.Conv2d(16, 16, 2), (3, 16, 2, 2), LAST),
+    "taps in the padding": (lambda: nn.Conv2d(16, 16, 3, padding=1), (3, 16, 1, 1), LAST),
     "3-d": (lambda: nn.Conv3d(16, 16, (1, 2, 2)), (16, 16, 1, 2, 3), FIRST),
 }
 
@@ -80,6 +81,7 @@ def assert_same(found, expected):
         ("3x3", "current", torch.bfloat16),
         ("3x3", "plain", torch.float32),
         ("3-d", "current_pow2", torch.bfloat16),
+        ("taps in the padding", "current_pow2", torch.bfloat16),
         ("stride, groups, bias", "current", torch.float32),
         ("1x1, images first", "current", torch.bfloat16),
         ("linear", "current", torch.bfloat16),
