@@ -182,6 +182,28 @@ def test_the_check_of_first_use_finds_a_wrong_product(monkeypatch):
     assert not integer.matches_reference()
 
 
+@pytest.mark.parametrize("fault", ["no tiles", "axis 0 of rows"])
+@pytest.mark.parametrize("name", ["nvfp4", *FORMATS])
+def test_the_check_of_first_use_finds_a_weight_whose_tiles_are_read_wrongly(name, fault, monkeypatch):
+    """The face that the default recipe has, for each block format: one byte of scale for 16x16 codes, or 32x32."""
+    original, checked = integer._panels_call, []
+
+    def wrong(w, scale, g, to_b):  # type: ignore[no-untyped-def]
+        made, q = original(w, scale, g, to_b)
+        checked.append(q.tiles)
+        if fault == "no tiles":
+            q.tiles = False
+        elif q.tiles and not q.from_axis1:
+            q.axis0 -= 1
+        return made, q
+
+    monkeypatch.setattr(integer, "FORMATS", {name: FORMATS[name]} if name in FORMATS else {})
+    assert integer.matches_reference()
+    monkeypatch.setattr(integer, "_panels_call", wrong)
+    assert not integer.matches_reference()
+    assert True in checked
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kernel", ["format_expand_records", "format_expand_weight", "format_weight_product"])
 def test_the_check_of_first_use_finds_a_wrong_scale_of_another_format(name, kernel, monkeypatch):
