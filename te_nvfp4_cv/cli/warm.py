@@ -135,11 +135,13 @@ def stand_in(arch: int, compiles: bool, say: Any = None) -> Any:
 
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None, scaled: bool, out: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], w.shape[0])
+    return _product(x, w.t(), scaled and bias is None)
 
 
 def _product(a: Tensor, b: Tensor, scaled: bool, out: Tensor | None = None) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
+    # In fp32 where vendor.product is that on CUDA: the kernel of the scales that follow is one for this dtype.
+    dtype = torch.float32 if scaled and a.dtype == torch.bfloat16 else a.dtype
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
 def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:

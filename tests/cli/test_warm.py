@@ -11,9 +11,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.cli import warm
+from te_nvfp4_cv.ops.conv import vendor
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +111,20 @@ def test_kernels_are_named_for_another_python(tmp_path, monkeypatch):
     assert found.returncode == 0, found.stderr
     assert cache.triton_key() == found.stdout.strip() != before
     assert warm.versions("3.99")["python"] == "3.99"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_have_the_dtype_that_they_have_on_a_gpu(dtype):
+    """It decides which kernel of tensor scales follows. torch's fake tensors answer for CUDA without one."""
+    with FakeTensorMode():
+        x, w, bias = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((32, 16), (8, 16), (8,)))
+        for scaled in (True, False):
+            for ours, theirs in (
+                (warm._product(x, w.t(), scaled), vendor.product(x, w.t(), scaled)),
+                (warm._linear(x, w, None, scaled), vendor.linear(x, w, None, scaled)),
+                (warm._linear(x, w, bias, scaled), vendor.linear(x, w, bias, scaled)),
+            ):
+                assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
 
 
 @pytest.mark.parametrize("change", [{"change": "triton/language/core.py"}, {"tag": "py3"}], ids=str)

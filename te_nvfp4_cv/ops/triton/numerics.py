@@ -27,6 +27,7 @@ from te_nvfp4_cv.ops.triton.ptx import (
     converts_e2m1,
     magnitude,
     negated,
+    quotient,
     round_bf16,
 )
 
@@ -141,23 +142,8 @@ def decode_e4m3(byte):
 
 @triton.jit
 def encode_scale(amax, E4M3_MAX: tl.constexpr):
-    """Return S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN.
-
-    As in encode_multiplier, without a division's instructions for what is subnormal or huge: amax's mantissa divides
-    6 E as the compiler would, and its exponent is taken from the quotient's. Unsigned, what overflows is above FLT_MAX.
-    """
-    if INTERPRETED:
-        s_enc = tl.minimum(tl.div_rn(6.0 * E4M3_MAX, amax), FLT_MAX)
-    else:
-        bits = bits_of(amax)
-        m = float_of((bits & 0x7FFFFF) | 0x3F800000)
-        r = reciprocal(m)
-        r = tl.fma(r, tl.fma(m * -1.0, r, 1.0), r)
-        q = r * (6.0 * E4M3_MAX)
-        q = tl.fma(tl.fma(m * -1.0, q, 6.0 * E4M3_MAX), r, q)
-        q = tl.fma(tl.fma(m * -1.0, q, 6.0 * E4M3_MAX), r, q)
-        quotient = bits_of(q).to(tl.uint32, bitcast=True) - ((bits & INF_BITS) - 0x3F800000).to(tl.uint32, bitcast=True)
-        s_enc = tl.minimum(quotient, 0x7F7FFFFF).to(tl.float32, bitcast=True)
+    """Return S_enc = min(6 E / amax, FLT_MAX), fp32; 1 where amax is 0, inf or NaN."""
+    s_enc = quotient(6.0 * E4M3_MAX, amax)
     return tl.where((amax > 0.0) & (amax <= FLT_MAX), s_enc, 1.0)
 
 
@@ -227,7 +213,8 @@ def power_of_two_amax(amax, E4M3_MAX: tl.constexpr, MARGIN: tl.constexpr = 0):
     mantissa: tl.constexpr = 0x280000 if E4M3_MAX == 448 else 0x400000  # 6 E is 1.3125 * 2^11 or 1.5 * 2^10
     exponent: tl.constexpr = 138 if E4M3_MAX == 448 else 137
     bits = bits_of(amax)
-    field = ((bits + (0x7FFFFF - mantissa)) >> 23) + MARGIN  # a larger mantissa carries
+    raised = tl.add(bits, 0x7FFFFF - mantissa, sanitize_overflow=False)  # a larger mantissa carries, and a NaN too far
+    field = (raised >> 23) + MARGIN
     field = tl.minimum(tl.maximum(field, exponent - 100), exponent + 116)
     return tl.where((bits > 0) & (bits < INF_BITS), float_of((field << 23) | mantissa), amax)
 

@@ -92,8 +92,8 @@ def four(words, FIRST: tl.constexpr):
     """Return the magnitudes of the codes FIRST to FIRST + 3 in the low 16 bits; what lies above belongs to no code."""
     codes = words[FIRST + 3]
     for k in tl.static_range(2, -1, -1):
-        codes = (codes << 4) + words[FIRST + k]
-    return codes - CODE_BIAS * 0x1111
+        codes = tl.add(codes << 4, words[FIRST + k], sanitize_overflow=False)
+    return tl.sub(codes, CODE_BIAS * 0x1111, sanitize_overflow=False)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
     arithmetic, magnitude, negated    fp32 by pairs, where the GPU has such instructions (sm_100)
     widen, round_bf16                 pairs of bf16
     convert                           values to E2M1 codes, where the GPU has the instruction (Blackwell)
+    quotient                          a constant divided by an amax, saturated
 
 What a text computes is tested instruction by instruction in tests/ops/kernels/test_inline_ptx.py.
 """
@@ -38,6 +39,29 @@ ROUND_PAIR: tl.constexpr = tl.constexpr(
     mov.b32 $0, a;
     and.b32 a, b, 0xFFFF0000;
     mov.b32 $1, a;
+    }"""
+)
+# $2 / $1, both positive. $1's mantissa divides $2 as the compiler would; its exponent is then taken from the quotient's.
+# Without a sign, what overflows, and what a subnormal $1 gives, is above FLT_MAX.
+QUOTIENT: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 m, n, r, t, q, e;
+    and.b32 m, $1, 0x7FFFFF;
+    or.b32 m, m, 0x3F800000;
+    rcp.approx.ftz.f32 r, m;
+    neg.f32 n, m;
+    fma.rn.f32 t, n, r, 0f3F800000;
+    fma.rn.f32 r, r, t, r;
+    mul.rn.f32 q, r, $2;
+    fma.rn.f32 t, n, q, $2;
+    fma.rn.f32 q, t, r, q;
+    fma.rn.f32 t, n, q, $2;
+    fma.rn.f32 q, t, r, q;
+    and.b32 e, $1, 0x7F800000;
+    sub.s32 e, e, 0x3F800000;
+    sub.s32 q, q, e;
+    min.u32 q, q, 0x7F7FFFFF;
+    mov.b32 $0, q;
     }"""
 )
 # Values to codes, the first one lowest; the instruction puts its second operand into the low nibble.
@@ -174,3 +198,15 @@ def convert(values, FIRST: tl.constexpr, WIDTH: tl.constexpr):
         )
     else:
         return tl.inline_asm_elementwise(CONVERT4, "=h,f,f,f,f", chosen, dtype=tl.int16, is_pure=True, pack=1)
+
+
+@triton.jit
+def quotient(number, v):
+    """Return min(number / v, FLT_MAX), rounded once, without a division's instructions for what is subnormal or huge.
+
+    number: fp32, a normal number far from both ends, as 6 E is. Where v is 0, inf or NaN the result has no meaning.
+    """
+    if INTERPRETED:
+        return tl.minimum(tl.div_rn(number, v), 3.4028234663852886e38)
+    else:
+        return tl.inline_asm_elementwise(QUOTIENT, "=f,f,f", [v, number], dtype=tl.float32, is_pure=True, pack=1)

@@ -30,8 +30,14 @@ MASK = 0xFFFFFFFF
 # ---- a machine ------------------------------------------------------------------------------------------------------
 
 
-def run_ptx(text: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The registers after straight-line PTX, given as int64 tensors of their bits; the few instructions used."""
+def run_ptx(
+    text: str, inputs: dict[str, torch.Tensor], more: dict[str, Callable[..., torch.Tensor]] | None = None
+) -> dict[str, torch.Tensor]:
+    """The registers after straight-line PTX, given as int64 tensors of their bits; the few instructions used.
+
+    more: instructions that the PTX ISA does not define to the bit.
+    """
+    instructions = {**INSTRUCTIONS, **(more or {})}
     registers = dict(inputs)
     for line in text.strip().removeprefix("{").removesuffix("}").split(";"):
         if not line.strip() or line.strip().startswith(".reg"):
@@ -43,8 +49,8 @@ def run_ptx(text: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         if name.startswith("mov.b"):
             wide = sum(part << (index * int(name[5:]) // len(values[0])) for index, part in enumerate(values[0]))
         else:
-            assert name in INSTRUCTIONS, f"unknown instruction {name}"
-            wide = INSTRUCTIONS[name](*(value for (value,) in values))
+            assert name in instructions, f"unknown instruction {name}"
+            wide = instructions[name](*(value for (value,) in values))
         targets = target.strip("{} ").split(",")
         for index, register in enumerate(targets):
             width = 64 if target[0] != "{" else int(name[5:]) // len(targets)
@@ -55,7 +61,8 @@ def run_ptx(text: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def parts_of(operand: str, registers: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     names = [name.strip() for name in operand.strip("{} ").split(",")]
-    return [registers[name] if name in registers else torch.tensor(int(name, 0)) for name in names]
+    literals = {name: int(name[2:], 16) if name.startswith("0f") else int(name, 0) for name in names if name[0].isdigit()}
+    return [torch.tensor(literals[name]) if name in literals else registers[name] for name in names]
 
 
 def halves(value: torch.Tensor) -> torch.Tensor:
@@ -120,12 +127,22 @@ def add_towards_zero(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(near.double().abs() > exact.abs(), number(bits_of(near) - 1), near)
 
 
+def fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    return bits_of((number(a).double() * number(b).double() + number(c).double()).float())
+
+
 INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "prmt.b32": permute,
     "shr.b32": lambda a, n: a >> int(n),
     "shl.b32": lambda a, n: (a << int(n)) & MASK,
     "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
     "lop3.b32": lookup3,
+    "sub.s32": lambda a, b: (a - b) & MASK,
+    "min.u32": lambda a, b: torch.minimum(a & MASK, b),
+    "neg.f32": lambda a: a ^ 0x80000000,
+    "mul.rn.f32": lambda a, b: bits_of(number(a) * number(b)),
+    "fma.rn.f32": fused,
     "mul.rn.f16x2": multiply_halves,
     "cvt.rn.satfinite.e2m1x2.f32": e2m1_pair,
     "cvt.rn.bf16x2.f32": bf16_pair,
@@ -269,21 +286,12 @@ def test_bf16_pairs_are_widened_and_rounded():
 @pytest.mark.parametrize("e4m3_max", [448, 256])
 @pytest.mark.parametrize("off", [-2, 0, 2], ids="off by {}".format)  # ulps of rcp.approx, which promises 1
 def test_the_tensor_scale_is_a_division(e4m3_max, off):
-    """numerics.encode_scale's steps on a GPU: each exponent, subnormal too, and mantissas from end to end."""
+    """Each exponent, subnormal too, and mantissas from end to end."""
     mantissas = torch.cat([torch.arange(0, 1 << 23, 4999), (1 << 23) - 1 - torch.arange(64)])
     bits = (torch.arange(255)[:, None] << 23 | mantissas).flatten()
     bits = bits[bits > 0]
     amax, six_e = number(bits), torch.tensor(6.0 * e4m3_max)
-    m = number(bits & 0x7FFFFF | 0x3F800000)
-    near = number(bits_of(1 / m) + off)
-
-    def fma(a, b, c):
-        return (a.double() * b.double() + c.double()).float()
-
-    r = fma(near, fma(-m, near, torch.tensor(1.0)), near)
-    q = r * six_e
-    for _ in range(2):
-        q = fma(fma(-m, q, six_e), r, q)
-    quotient = (bits_of(q) - ((bits & numerics.INF_BITS.value) - 0x3F800000)) & MASK
-    found = number(quotient.clamp(max=0x7F7FFFFF))
+    near = {"rcp.approx.ftz.f32": lambda v: bits_of(1 / number(v)) + off}
+    registers = run_ptx(ptx.QUOTIENT.value, {"$1": bits, "$2": bits_of(six_e)}, near)
+    found = number(registers["$0"])
     assert same_bits(found, formats.encode_scale(amax, e4m3_max))

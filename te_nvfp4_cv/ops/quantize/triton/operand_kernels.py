@@ -26,7 +26,7 @@ from te_nvfp4_cv.ops.triton import packing, ptx
 from te_nvfp4_cv.ops.triton.rows import row_scales, store_scales
 from te_nvfp4_cv.ops.triton.workspace import is_last, take, take_all
 
-SLOTS: tl.constexpr = tl.constexpr(32)  # addresses that warps spread their atomic maxima over; one warp reads them
+SLOTS: tl.constexpr = tl.constexpr(32)  # addresses that programs spread their atomics over; one warp reads them
 # The sums of these say what a launch observes; see finish_observed.
 FINISH: tl.constexpr = tl.constexpr(2)
 SAME: tl.constexpr = tl.constexpr(4)
@@ -129,8 +129,9 @@ def load_tile(
 def observe_face(slots, top, count, IN_TURNS: tl.constexpr):
     """Raise one of SLOTS numbers by each warp's largest `top`, and return each warp's sum of `count`, int32 [4].
 
-    Nothing crosses warps where four hold the values. IN_TURNS: lanes have taken them in turns, as those of row_scales;
-    otherwise a thread's values are neighbours.
+    Four warps reduce what they hold, without each other's values. Their four results then cross shared memory once, and
+    four lanes of one warp send them by one instruction. IN_TURNS: lanes have taken the values in turns, as those of
+    row_scales; otherwise a thread's values are neighbours.
     """
     slot = slots + (tl.program_id(0) * 4 + tl.arange(0, 4)) % SLOTS
     tops = tl.max(by_warp(nx.magnitude_bits(top), IN_TURNS), 0)
@@ -148,7 +149,7 @@ def by_warp(v, IN_TURNS: tl.constexpr):
 
 @triton.jit
 def count_saturated(slots, count):
-    """Add each warp's count, int32 [4], to one of SLOTS numbers. Few are above 0, so that few wait for this atomic."""
+    """Add each warp's count, int32 [4], to one of SLOTS numbers; sent as in observe_face. Few are above 0, and wait."""
     slot = slots + (tl.program_id(0) * 4 + tl.arange(0, 4)) % SLOTS
     tl.atomic_add(slot, count, mask=count > 0, sem="relaxed")
 
