@@ -41,7 +41,7 @@ ROUND_PAIR: tl.constexpr = tl.constexpr(
     mov.b32 $1, a;
     }"""
 )
-# $2 / $1, both positive. $1's mantissa divides $2 as the compiler would; its exponent is then taken from the quotient's.
+# $2 / $1, both positive. $1's mantissa divides $2 as the compiler would; its exponent is then taken from the result's.
 # Without a sign, what overflows, and what a subnormal $1 gives, is above FLT_MAX.
 QUOTIENT: tl.constexpr = tl.constexpr(
     """{

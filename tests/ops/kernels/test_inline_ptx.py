@@ -61,8 +61,12 @@ def run_ptx(
 
 def parts_of(operand: str, registers: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     names = [name.strip() for name in operand.strip("{} ").split(",")]
-    literals = {name: int(name[2:], 16) if name.startswith("0f") else int(name, 0) for name in names if name[0].isdigit()}
-    return [torch.tensor(literals[name]) if name in literals else registers[name] for name in names]
+    return [registers[name] if name in registers else torch.tensor(literal(name)) for name in names]
+
+
+def literal(text: str) -> int:
+    """Of an integer, or the bits of an fp32 number (0f3F800000)."""
+    return int(text[2:], 16) if text.startswith("0f") else int(text, 0)
 
 
 def halves(value: torch.Tensor) -> torch.Tensor:
