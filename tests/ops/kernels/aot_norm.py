@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.aot import at_most
+
 FOLDER = "te_nvfp4_cv.ops.norm.triton"
 BLOCK, ROWS, COLS = 2048, 64, 64
 ERF = 25  # instructions of GELU's error function, which has two branches
@@ -132,11 +134,6 @@ for grouped in (False, True):
     )
 
 
-def at_most_168_registers(compiled: Any) -> str | None:
-    """Three blocks of 128 threads then share a multiprocessor."""
-    return None if compiled.registers <= 168 else f"{compiled.registers} registers"
-
-
 MADE = _pointers("z residual weight bias mean rstd")
 PRODUCED_SIZES = {"images": "i32", "run": "i32", "per_row": "i32", "channels": "i32"}
 PACKED = {80: 60, 86: 60, 89: 60, 90: 45, 100: 29, 120: 38}  # instructions an element, of an activation as codes
@@ -158,7 +155,8 @@ for name, activation, groups, residual, row in (
         MASKED="masked" in name,
         BLOCK=PRODUCED,
     )
-    more: dict[str, Any] = dict(expect=[r"ld\.global\.v2\.b32", at_most_168_registers])
+    # With at most 168 registers three blocks of 128 threads share a multiprocessor.
+    more: dict[str, Any] = dict(expect=[r"ld\.global\.v2\.b32", at_most(168)])
     pointers = _pointers(
         "mask amax row_data row_scale col_data col_scale work seen collected saturated_blocks",
         mask="*u8",

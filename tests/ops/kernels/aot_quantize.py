@@ -14,6 +14,7 @@ import triton
 
 from te_nvfp4_cv.backend import tuning
 from te_nvfp4_cv.ops.quantize.triton import tiles as launch_tiles
+from tests.aot import at_most
 
 VARIANTS = (80, 90, 100, 120)  # of the cases without a budget; the others compile for all six
 FOLDER = "te_nvfp4_cv.ops.quantize.triton"
@@ -27,7 +28,8 @@ PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks", "words", "
 INTEGERS = ("images", "rows", "run", "per_row", "word2")
 FACTOR = dict(factor="*fp32", other="*fp32", number="fp32")
 WATCH = dict(work="*i32", seen="*fp32", collected="*fp32", saturated="*fp64")
-DY = 47 if triton.__version__.startswith("3.6.") else 44  # instructions an element of a gradient as bf16, on sm_90
+# Instructions an element of a gradient as bf16, on sm_90, and registers.
+DY, DY_REGISTERS = (47, 187) if triton.__version__.startswith("3.6.") else (44, 168)
 WATCHED = 26  # finish, collect and count, with rotated columns
 
 
@@ -46,6 +48,7 @@ def case(
     width, key = more.pop("width", "BLOCK"), more.pop("key", ())
     forms = [values.get(name) for name in ("ROW", "COL", "FORM")]  # of the amax kernel, ROW is a yes or no
     packed = any(form in (1, 3) and form is not True for form in forms)
+    registers = more.pop("registers", {})  # at most, by architecture
     fixed, by_pairs = more.pop("expect"), values.get("RHT") and values.get("ROW", 2) != 2
     pairs = [r"add\.rn\.f32x2", "FADD2"] if by_pairs else []
     divisible = [n for n, kind in signature.items() if n not in PLAIN and (kind[0] == "*" or kind in ("i32", "i64"))]
@@ -54,7 +57,12 @@ def case(
         fn=(f"{FOLDER}.{file}", kernel),
         signature=signature | {value: "constexpr" for value in values} | {width: "constexpr"},
         constexprs=lambda arch: {**values, width: tuning.static(table, arch, key)["BLOCK"]},
-        expect=lambda arch: fixed + expected(packed, arch) + (pairs if arch == 100 else []),
+        expect=lambda arch: (
+            fixed
+            + expected(packed, arch)
+            + (pairs if arch == 100 else [])
+            + ([at_most(registers[arch])] if arch in registers else [])
+        ),
         options=lambda arch: launch_tiles.options_of(tuning.static(table, arch, key)) | dict(divisible=divisible),
         **({} if "instructions_per_element" in more else {"archs": VARIANTS}),
         **more,
@@ -64,6 +72,7 @@ def case(
 def quantize(name: str, **changes: Any) -> dict[str, Any]:
     """A case of quantize_kernel: both faces of whole tiles unless changed."""
     budget, x = changes.pop("budget", None), changes.pop("x", "bf16")
+    registers = changes.pop("registers", {})
     values: dict[str, Any] = dict(
         ROW=2,
         COL=1,
@@ -85,7 +94,7 @@ def quantize(name: str, **changes: Any) -> dict[str, Any]:
     if values["rows"] != 1:
         del values["rows"]
     plain = not values["CHANNELS"]
-    more: dict[str, Any] = dict(expect=EXACT + (WIDE_LOADS if plain else []))
+    more: dict[str, Any] = dict(expect=EXACT + (WIDE_LOADS if plain else []), registers=registers)
     if plain and (values["ROW"] == 2 or values["COL"]):
         more["expect"] += WIDE_STORES
     if budget:
@@ -155,8 +164,16 @@ CASES = [
     quantize("activation_rows", COL=0, OBSERVE=0),
     quantize("activation_rows_delayed", COL=0),
     quantize("gradient_rows_delayed", COL=0, STOCHASTIC=True),
-    quantize("gradient_delayed", STOCHASTIC=True, COL=2, budget=lambda arch: {90: DY, 100: 42}.get(arch, 58)),
-    quantize("gradient_current", STOCHASTIC=True, COL=2, OBSERVE=0, budget=55),
+    quantize(
+        "gradient_delayed",
+        STOCHASTIC=True,
+        COL=2,
+        budget=lambda arch: {90: DY, 100: 42}.get(arch, 58),
+        registers={90: DY_REGISTERS},
+    ),
+    quantize(
+        "gradient_current", STOCHASTIC=True, COL=2, OBSERVE=0, budget=lambda arch: {90: 42, 100: 39}.get(arch, 48)
+    ),
     quantize(
         "gradient_packed",
         STOCHASTIC=True,
