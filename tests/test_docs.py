@@ -30,6 +30,7 @@ PYTHON = {"TRAINING": (), "WATCH": ("TRAINING",), "HOWTO": ()}  # a page with Py
 NOT_RUN = {
     "TRY": "a sketch of a function that the user writes; tests/cli/test_try.py runs such a function",
     "FRAMEWORKS": "a line of a script; tests/integrations/test_adapters_transformers.py",
+    "RECIPES": "a step of a training loop; tests/layer/test_block_format_layers.py has what it prevents",
     "SPATIAL": "on ranks; tests/distributed/test_spatial_calls.py",
 }
 ELSEWHERE = {  # a command that is not run here: why, or where

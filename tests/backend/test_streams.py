@@ -1,5 +1,5 @@
 """What is kept between calls is read on another CUDA stream only after the stream that wrote it; with streams that run
-nothing. tests/gpu/test_streams.py has real ones.
+nothing. tests/gpu/test_gpu_streams.py has real ones.
 """
 
 from __future__ import annotations
