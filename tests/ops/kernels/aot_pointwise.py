@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import triton
-
 MODULE = "te_nvfp4_cv.ops.triton.elementwise"
 BLOCK = 4096
 WIDE = [r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"]  # 128 bits a thread and access
@@ -16,7 +14,7 @@ CASES = [
         constexprs=dict(WRITE=True, BLOCK=BLOCK),
         options=dict(num_warps=4),
         expect=WIDE,
-        instructions_per_element=(BLOCK, 10.25 if triton.__version__.startswith("3.9.") else 10),
+        instructions_per_element=(BLOCK, 10),
     ),
     dict(
         name="apply_mask",
