@@ -337,7 +337,7 @@ class _Call:
         if not torch.is_grad_enabled():
             x, w, bias = x.detach(), w.detach(), None if bias is None else bias.detach()
         options = CallOptions(scales=scales, ranks=Exchange(plan, link))
-        shortfall.local.macs += plan.geometry.macs
+        shortfall.ran(plan.geometry)
         return observe.reported(told, QuantizedConv.apply, x, w, bias, plan, options)
 
     def _scales(self, x: Tensor, bias: Tensor | None, plan: Plan, link: Link, group: Any) -> SharedScales:

@@ -88,8 +88,10 @@ def ineligible(op: str, x: Tensor, w: Tensor, groups: int, recipe: NVFP4BlockSca
     # These are errors, and _check_shapes or torch words them better than a reason for high precision could.
     if w.dim() < 2 or groups < 1 or w.shape[0] % groups:
         return None
-    ask = _thin if torch.compiler.is_compiling() else _cached_thin  # Dynamo warns where it traces a cached function
-    return ask(op, w.shape[0] // groups, w.shape[1], groups, recipe)
+    sizes = w.shape[0] // groups, w.shape[1]
+    # A traced size has no hash, and Dynamo warns where it traces a cached function.
+    traced = torch.compiler.is_compiling() or not all(isinstance(size, int) for size in sizes)
+    return (_thin if traced else _cached_thin)(op, *sizes, groups, recipe)
 
 
 def _thin(op: str, first: int, second: int, groups: int, recipe: NVFP4BlockScaling) -> str | None:

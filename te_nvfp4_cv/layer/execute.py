@@ -225,8 +225,7 @@ def _execute(
         if group is not None:
             y = empty_batch.take_part(y, x, w, bias, planned(call, recipe, "reference", x.dtype, False), group)
         return y.squeeze(0) if low.unbatched else y
-    if not torch.compiler.is_compiling():
-        shortfall.local.macs += low.geometry.macs
+    shortfall.ran(low.geometry)
     # Asked at each call: what "auto" means changes when a self-test passes, and autocast with the context.
     chosen = dispatch.resolve(backend, x.device, by_layer=True)
     compute_dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
@@ -386,7 +385,7 @@ def repeat(known: Known, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | 
         if scales is None or prepared.measured(scales):
             ready = known.prepared
     options = ALONE if scales is None and ready is None else CallOptions(scales=scales, prepared=ready)
-    shortfall.local.macs += plan.geometry.macs
+    shortfall.ran(plan.geometry)
     y: Tensor = QuantizedConv.apply(x, w, bias, plan, options)
     return y
 

@@ -109,8 +109,7 @@ def execute(
         if group is None:
             return y
         return empty_batch.take_part(y, x, w, bias, planned(call, recipe, "reference", x.dtype, False), group)
-    if not torch.compiler.is_compiling():
-        shortfall.local.macs += low.geometry.macs
+    shortfall.ran(low.geometry)
     chosen = dispatch.resolve(backend, x.device, by_layer=True)
     compute_dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     # In graphs, and for tensors without values (fake ones), the layer is one operator, whose shapes are known.

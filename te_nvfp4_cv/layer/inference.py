@@ -125,12 +125,11 @@ def run(
             needs="at least one pixel, or a batch without images, as in torch",
             fix="check the layer before this one",
         )
-    if not torch.compiler.is_compiling():
-        shortfall.local.macs += low.geometry.macs
     backend = dispatch.resolve(backend, x.device, by_layer=True)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     channels_last = layouts.is_channels_last(x) or weight.channels_last
     if dispatch.runs_directly(x) and not (torch.is_grad_enabled() and _has_gradient(x, bias)):
+        shortfall.ran(low.geometry)
         # The same without torch's dispatcher, which costs as much as a small layer.
         y = _run(x, weight, bias, planned(call, recipe, backend, dtype, channels_last), offsets)
     else:
@@ -212,10 +211,12 @@ def layer(
         spec: custom_op.LayerSpec.to_text().
         offsets: of a grouped linear layer.
     """
+    plan = custom_op.plan_of(sizes, spec)
+    shortfall.ran(plan.geometry)
     data, scale, amax = codes
     # Its shape and memory format have gone into the plan.
     weight = StoredWeight(Face(data, scale), amax, unpacked, (), False, input_amax)
-    return _run(x, weight, bias, custom_op.plan_of(sizes, spec), offsets)
+    return _run(x, weight, bias, plan, offsets)
 
 
 def _no_gradient(ctx: Any, *_: Any) -> Any:

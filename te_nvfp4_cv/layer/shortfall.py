@@ -2,8 +2,8 @@
 
 Counted are multiply-adds of layers of eligible shape while the outermost context is open: those in NVFP4, and those
 that a reason keeps in high precision which is not the user's choice (fp64, torch.func, a constant kernel, a device
-without a backend). Thin layers, depthwise convolutions, what set_precision or the recipe names, and calls inside a
-graph of torch.compile do not count. nv.coverage lists everything.
+without a backend). Thin layers, depthwise convolutions, what set_precision or the recipe names, and calls that
+a graph of torch.compile runs in high precision do not count. nv.coverage lists everything.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import threading
 import warnings
 import weakref
 
+import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.layer import check, observe
 from te_nvfp4_cv.layer.constants import running_modules
+from te_nvfp4_cv.ops.geometry import ConvGeometry
 
 # Beginnings of reasons that the user has chosen.
 USERS = (
@@ -52,6 +54,15 @@ def forget() -> None:
     local.missed, local.calls, local.model = {}, 0, None
 
 
+def ran(geometry: ConvGeometry) -> None:
+    """Count a layer that runs in NVFP4. Sizes that a trace leaves open are no numbers, and are not counted."""
+    if torch.compiler.is_compiling():  # the operator counts, when the graph runs it
+        return
+    macs = geometry.macs
+    if isinstance(macs, int):
+        local.macs += macs
+
+
 def missed(call: observe.Call, y: Tensor, groups: int) -> None:
     """Count a call that is in high precision for call.reason, if that is not the user's choice and the shape is fit."""
     x, w, reason = call.x, call.weight, call.reason
@@ -64,7 +75,7 @@ def missed(call: observe.Call, y: Tensor, groups: int) -> None:
 
 def add(reason: str, macs: int) -> None:
     """Count multiply-adds in high precision for a reason that is not the user's choice, of a shape that is fit."""
-    if local.quiet:
+    if local.quiet or not isinstance(macs, int):  # as in `ran`
         return
     if not local.calls:
         running = list(running_modules())

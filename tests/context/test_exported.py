@@ -16,6 +16,7 @@ from torch.package import PackageExporter, PackageImporter
 
 import te_nvfp4_cv as nv
 from tests.helpers import same_bits, values
+from tests.networks import NO_SR
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -193,6 +194,20 @@ def test_make_fx_traces_a_training_step(mode, known):
     with nv.nvfp4_autocast():
         wanted = step(x)
     assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_takes_parameters_as_arguments(mode):
+    net, x = Net(), image()
+    parameters = dict(net.named_parameters())
+
+    def step(parameters: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+        with nv.nvfp4_autocast(NO_SR):
+            loss = torch.func.functional_call(net, parameters, (x,)).square().mean()
+        return torch.autograd.grad(loss, list(parameters.values()))
+
+    found = make_fx(step, tracing_mode=mode)(parameters, x)(parameters, x)
+    assert all(same_bits(a, b) for a, b in zip(found, step(parameters, x), strict=True))
 
 
 def test_make_fx_refuses_what_lives_outside_of_a_graph():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.layer import shortfall
@@ -157,6 +158,35 @@ class Called(nn.Module):
 def test_on_the_meta_device_nothing_is_computed(backend):
     model = Ends(nn.Conv2d(16, 16, 3, padding=1)).to("meta")
     assert not told(model, x=torch.empty(2, 16, 6, 6, device="meta"), backend=backend)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+def test_layers_in_a_graph_count(packed, fresh_dynamo):
+    """The rest of the model runs beside the graph: that all of the work were in high precision would be false."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    net = nv.export.quantize(net, [values((32, 64))]) if packed else net
+    model = Ends(torch.compile(net, backend="aot_eager"))
+    with torch.set_grad_enabled(not packed):
+        assert not told(model, x=values((32, 64)))
+        with nv.nvfp4_autocast():
+            model(values((32, 64)))
+            assert shortfall.local.macs == 2 * 32 * 64 * 64
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_traced_calls_count_once_and_sizes_that_stay_open_do_not(mode):
+    """Numbers with an open size cannot be shown, and a sum with one takes torch a millisecond."""
+    direct, by_name = Ends(nn.Identity()), Called(explicit)
+    make_fx(by_name, tracing_mode=mode, _allow_non_fake_inputs=True)(values((32, 64)))
+    assert type(shortfall.local.macs) is int
+    with warnings.catch_warnings(), nv.nvfp4_autocast():
+        warnings.simplefilter("ignore")
+        make_fx(by_name, tracing_mode=mode, _allow_non_fake_inputs=True)(values((32, 64)))
+        assert shortfall.local.macs == (0 if mode == "symbolic" else 32 * 64 * 64)
+    with warnings.catch_warnings(), nv.nvfp4_autocast():
+        warnings.simplefilter("ignore")
+        make_fx(direct, tracing_mode=mode, _allow_non_fake_inputs=True)(values((32, 64)))
+        assert shortfall.local.missed == ({} if mode == "symbolic" else {"torch.matmul called directly": 32 * 16 * 16})
 
 
 def test_packed_weights_beside_high_activations_are_meant():

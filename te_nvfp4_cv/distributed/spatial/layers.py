@@ -221,7 +221,7 @@ def _quantized(op: str, x: SpatialTensor, w: Tensor, bias: Tensor | None, plan: 
     # Rows that nothing writes but the bias are added after the product's rows were cut out.
     later = bias if g.transposed and exchange.cut.grows else None
     options = CallOptions(codes=codes, scales=scales, ranks=exchange)
-    shortfall.local.macs += g.macs
+    shortfall.ran(g)
     inputs = (piece if training else piece.detach(), w_used, None if later is not None else bias)
     y = observe.reported(told, QuantizedConv.apply, *inputs, plan, options)
     if later is not None:
