@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import errors
@@ -78,6 +79,15 @@ def test_a_gradient_below_the_smallest_scale_is_warned_of(name, backend, monkeyp
     said = [str(one.message) for one in caught if "tensor scale" in str(one.message)]
     assert len(said) == (name != "mxfp4")
     assert not said or (name in said[0] and "1.0e-06" in said[0] and "2**20" in said[0])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_fake_tensors_train(name):
+    """They hold no gradient that could be looked at."""
+    with FakeTensorMode():
+        layer, x = nv.NVFP4Conv2d(32, 32, 3, recipe=RECIPES[name]), torch.empty(2, 32, 4, 4, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.shape == x.shape and layer.weight.grad.shape == layer.weight.shape
 
 
 @pytest.mark.parametrize("name", FORMATS)
