@@ -493,6 +493,22 @@ def test_shards_with_the_amax_of_the_whole_have_its_codes(two_d, kind):
             assert same_codes(operand.quantize_weight(w, spec, torch.float32, backend, amax), whole)
 
 
+def negated(shape, device="cpu"):
+    """A weight whose memory holds its values with the other sign, as complex layers compute theirs."""
+    w = torch.complex(values(shape, "normal", seed=1), values(shape, "normal", seed=2)).to(device).conj().imag
+    assert w.is_neg()
+    return w
+
+
+@pytest.mark.parametrize("backend", ["reference", "vendor", "mxfp4", "nvfp4_ue5m3", "fp4_e4m3_only"])
+@pytest.mark.parametrize("two_d", [True, False])
+def test_weights_whose_sign_is_a_bit_of_the_tensor(two_d, backend):
+    w, spec = negated((32, 48, 3)), WeightSpec(1, PACKED, NONE if two_d else PACKED, two_d)
+    found = operand.quantize_weight(w, spec, torch.float32, backend)
+    expected = operand.quantize_weight(w.clone(), spec, torch.float32, backend)
+    assert all(map(same_bits, found.flat(), expected.flat()))
+
+
 @pytest.mark.parametrize("backend", ["reference", "vendor"])
 def test_quantize_weight_with_a_given_amax_passes_opcheck(backend):
     w = values((32, 24, 3, 3))

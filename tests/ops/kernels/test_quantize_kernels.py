@@ -34,7 +34,7 @@ from te_nvfp4_cv.ops.records import (
 )
 from te_nvfp4_cv.ops.triton import workspace
 from tests.helpers import KINDS, make_geometry, same_bits, same_codes, seeds, values
-from tests.ops.test_operands import DTYPES, assert_no_nan_scale, random_case, strided
+from tests.ops.test_operands import DTYPES, assert_no_nan_scale, negated, random_case, strided
 
 pytestmark = [
     pytest.mark.usefixtures("poison", "one_thread"),
@@ -426,6 +426,13 @@ def on(device: torch.device, w: torch.Tensor) -> torch.Tensor:
         return w
     size = 1 + sum((s - 1) * t for s, t in zip(w.shape, w.stride(), strict=True))
     return w.as_strided((size,), (1,)).to(device).as_strided(w.shape, w.stride())
+
+
+@pytest.mark.parametrize("two_d", [True, False])
+def test_weights_whose_sign_is_a_bit_of_the_tensor(launch, kernel_device, two_d):
+    w, spec = negated((32, 24, 3), kernel_device), WeightSpec(1, PACKED, NONE if two_d else PACKED, two_d)
+    expected = reference_operands.quantize_weight(w.cpu(), spec, torch.float32)
+    assert same_codes(expected, cpu(launch.quantize_weight(w, spec, torch.float32)))
 
 
 @pytest.mark.parametrize("two_d", [True, False])
