@@ -11,6 +11,7 @@ They run in high precision. nv.coverage lists them, and a context counts them am
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -137,22 +138,90 @@ def _weight_and_others(operands: list[Tensor]) -> tuple[Tensor | None, list[Tens
 
 
 def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
-    # What addmm adds stands before the two.
-    operands = list(_tensors(args, kwargs))[-2:]
+    # What addmm adds stands before the two. Of names the order is the caller's; sorted, they are in that of torch.
+    named = dict(sorted(kwargs.items(), key=lambda pair: (pair[0] not in ("input", "self"), pair[0])))
+    operands = list(_tensors(args, named))[-2:]
     w, others = _weight_and_others(operands)
     if w is None or not others or others[0].dim() == 0:  # inner: a number times a weight is no product
         return None
     summed = w.shape[-1] if name == "inner" or w is operands[0] else w.shape[-2]
+    summed *= w.shape[0] if name == "addbmm" else 1
     return DirectCall(name, w, min(w.shape[-2:]), lambda y: y.numel() * summed)
 
 
 def _sum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
-    w, others = _weight_and_others(list(_tensors(args, kwargs)))
-    if w is None or not others:
+    operands = list(_tensors(args, kwargs))
+    if not any(map(_is_weight, operands)):
         return None
-    x = max(others, key=Tensor.numel)
-    # Every axis is in two of x, w and y, unless one is in all three.
-    return DirectCall(name, w, min(w.shape), lambda y: round((x.numel() * w.numel() * y.numel()) ** 0.5))
+    if name == "einsum":
+        axes, result = _axes_of_einsum(args, operands)
+    elif name == "tensordot":
+        operands = operands[:2]  # its dims may be a tensor, too
+        axes, result = _axes_of_tensordot(operands, *args[2:], **kwargs)
+    else:  # a chain: each matrix shares an axis with the one before; the outer two may be vectors
+        axes = [[at, at + 1] for at in range(len(operands))]
+        axes[0], axes[-1] = axes[0][-operands[0].dim() :], axes[-1][: operands[-1].dim()]
+        result = [0, len(operands)]
+    sizes: dict[Any, int] = {}
+    for own, t in zip(axes, operands, strict=True):
+        sizes |= {axis: max(size, sizes.get(axis, 1)) for axis, size in zip(own, t.shape, strict=True)}
+    macs, done = 0, set(axes[0])
+    for at, own in enumerate(axes[1:], 2):  # from left to right; multi_dot may find less
+        macs, done = macs + math.prod(sizes[axis] for axis in done.union(own)), done.union(own)
+        done &= set(result).union(*axes[at:])
+    for at in reversed(range(len(axes))):
+        others, channels = axes[:at] + axes[at + 1 :], 0
+        for other in others:
+            summed = [axis for axis in axes[at] if axis in other and axis not in result]
+            kept = [axis for axis in axes[at] if axis not in other and any(axis in own for own in (result, *others))]
+            if summed and kept:  # else it is no product of matrices: elements are scaled, or summed up
+                channels = max(channels, min(math.prod(sizes[axis] for axis in side) for side in (summed, kept)))
+        if channels and _is_weight(operands[at]):
+            return DirectCall(name, operands[at], channels, lambda y: macs)
+    return None
+
+
+_Axes = tuple[list[list[Any]], list[Any]]  # names of each operand's axes, and of the result's
+
+
+def _axes_of_einsum(args: tuple[Any, ...], operands: list[Tensor]) -> _Axes:
+    """Name the axes of torch.einsum, whose equation is a text or lists of numbers beside the operands."""
+    axes: list[list[Any]]
+    result: list[Any] | None
+    if isinstance(args[0], str):
+        left, arrow, right = args[0].replace(" ", "").replace("...", "\0").partition("->")
+        axes, result = [list(own) for own in left.split(",")], list(right) if arrow else None
+        rest: Any = "\0"
+    else:
+        axes = [list(own) for own in args if not isinstance(own, Tensor)]
+        result = axes.pop() if len(axes) > len(operands) else None
+        rest = Ellipsis
+    more: dict[Any, None] = {}  # what "..." stands for, counted from its last axis
+    for own, t in zip(axes, operands, strict=True):
+        if rest in own:
+            named = [(rest, t.dim() - len(own) - at) for at in range(t.dim() - len(own) + 1)]
+            own[own.index(rest) : own.index(rest) + 1] = named
+            more |= dict.fromkeys(named)
+    if result is None:
+        every = [axis for own in axes for axis in own]
+        return axes, [*more, *(axis for axis in every if every.count(axis) == 1 and axis not in more)]
+    return axes, [*(axis for axis in result if axis != rest), *(more if rest in result else ())]
+
+
+def _axes_of_tensordot(
+    operands: list[Tensor], dims_self: Any = 2, dims_other: Any = None, dims: Any = None, **_: Any
+) -> _Axes:
+    """Name the axes of torch.tensordot, where one number means the last axes of a and the first of b."""
+    (a, b), dims = operands, dims_self if dims is None else dims
+    if isinstance(dims, Tensor):
+        dims = dims.tolist()
+    if isinstance(dims, int):
+        dims = [range(a.dim() - dims, a.dim()), range(dims)]
+    of_a, of_b = dims if dims_other is None else (dims, dims_other)
+    axes = list(range(a.dim())), list(range(a.dim(), a.dim() + b.dim()))
+    for one, other in zip(of_a, of_b, strict=True):
+        axes[1][other] = axes[0][one]
+    return list(axes), sorted(set(axes[0]) ^ set(axes[1]))
 
 
 def _other_layer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:

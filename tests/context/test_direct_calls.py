@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import errors
@@ -80,7 +81,6 @@ def test_products_with_a_parameter_are_listed_and_missed(name: str) -> None:
 PENALTIES: dict[str, Callable[[Any], Any]] = {
     "einsum": lambda w: torch.einsum("ij,kj->ik", w, w),
     "einsum of three": lambda w: torch.einsum("ij,jk,kl->il", w, w, w),
-    "einsum by elements": lambda w: torch.einsum("ij,ij->ij", w, w),
     "einsum of aten": lambda w: torch.ops.aten.einsum("ij,kj->ik", [w, w]),
     "tensordot": lambda w: torch.tensordot(w, w, dims=([1], [1])),
     "tensordot of aten": lambda w: torch.ops.aten.tensordot.default(w, w, [1], [1]),
@@ -99,9 +99,54 @@ def test_a_weight_that_is_multiplied_by_itself(name: str) -> None:
     results: list[Tensor] = []
     kind = name.split(" ")[0]
     assert f"100% because torch.{kind} called directly" in told(lambda: results.append(model(values((1,)))))
-    assert torch.equal(results[0], model(values((1,)))) and shortfall.local.missed.popitem()[1] == 32**3
+    products = 2 if name == "einsum of three" else 1
+    assert torch.equal(results[0], model(values((1,)))) and shortfall.local.missed.popitem()[1] == products * 32**3
     (row,) = nv.coverage(model, values((1,))).rows
     assert row.reason == f"torch.{kind} called directly"
+
+
+X, BATCHES = values((6, 32, 48)), values((4, 6, 48))
+HEADS, EXPERTS, SQUARE = (nn.Parameter(values(shape)) for shape in ((48, 4, 8), (4, 48, 32), (48, 48)))
+PRODUCTS: dict[str, Callable[[], Any]] = {
+    "einsum, heads": lambda: torch.einsum("bsd,dhk->bshk", X, HEADS),
+    "einsum, heads to channels": lambda: torch.einsum("bshk,chk->bsc", values((6, 32, 4, 8)), HEADS),
+    "einsum, experts": lambda: torch.einsum("ebi,eio->ebo", BATCHES, EXPERTS),
+    "einsum, rest": lambda: torch.einsum("...d,dc", X, SQUARE),
+    "einsum, rest of batches": lambda: torch.einsum("...bi,...io->...bo", BATCHES, EXPERTS),
+    "einsum, numbers": lambda: torch.einsum(X, [..., 1], SQUARE, [1, 0], [..., 0]),
+    "einsum, weight between": lambda: torch.einsum("bqi,ij,bkj->bqk", X, SQUARE, X),
+    "einsum of aten": lambda: torch.ops.aten.einsum("bi,io->bo", [X[0], SQUARE]),
+    "tensordot, heads": lambda: torch.tensordot(X, HEADS, 1),
+    "tensordot, axes": lambda: torch.tensordot(X, HEADS, ([-1], [0])),
+    "tensordot, tensor": lambda: torch.tensordot(X, HEADS, torch.tensor([[2], [0]])),
+    "tensordot of aten": lambda: torch.ops.aten.tensordot(X, HEADS, dims_self=[2], dims_other=[0]),
+    "linalg_multi_dot": lambda: torch.linalg.multi_dot([X[0], SQUARE, SQUARE]),
+    "linalg_multi_dot, vectors": lambda: torch.linalg.multi_dot([X[0, 0], SQUARE, X[0, 1]]),
+    "mm, names": lambda: torch.mm(mat2=SQUARE[:, :20], input=X[0]),
+    "baddbmm, names": lambda: torch.baddbmm(batch1=BATCHES, batch2=EXPERTS, input=values((4, 6, 32))),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_multiply_adds_are_those_of_torch(name: str) -> None:
+    """Few heads or experts do not make a product thin: what counts is over how much is summed, and what remains."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        PRODUCTS[name]()
+    kind = name.split(",")[0].split(" ")[0]
+    assert f"100% because torch.{kind} called directly" in told(PRODUCTS[name])
+    assert shortfall.local.missed == {f"torch.{kind} called directly": counter.get_total_flops() // 2}
+
+
+def test_sums_of_batches() -> None:
+    assert "torch.addbmm called directly" in told(lambda: torch.addbmm(values((6, 32)), BATCHES, EXPERTS))
+    assert shortfall.local.missed == {"torch.addbmm called directly": 4 * 6 * 48 * 32}  # torch counts none
+
+
+@pytest.mark.parametrize("equation", ["ij,ij->ij", "ij,ij->", "ij,ij->i", "ij,j->ij", "ij,ik->ijk"])
+def test_what_sums_over_no_axis_of_two_is_no_product(equation: str) -> None:
+    other = values((48,)) if ",j" in equation else SQUARE
+    assert not told(lambda: torch.einsum(equation, SQUARE, other))
+    assert not nv.coverage(Product(lambda x, m: torch.einsum(equation, SQUARE, x)), other).rows
 
 
 def test_a_number_times_a_weight_is_no_product() -> None:
