@@ -385,7 +385,7 @@ def repeat(known: Known, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | 
         if scales is None or prepared.measured(scales):
             ready = known.prepared
     options = ALONE if scales is None and ready is None else CallOptions(scales=scales, prepared=ready)
-    shortfall.ran(plan.geometry)
+    shortfall.local.macs += plan.geometry.macs
     y: Tensor = QuantizedConv.apply(x, w, bias, plan, options)
     return y
 
