@@ -189,7 +189,7 @@ def enter(new: State) -> None:
     elif not local.states:
         if local.overrides:
             drop_stale()
-        shortfall.local.macs = 0
+        shortfall.local.macs = shortfall.local.in_graphs = 0
         if shortfall.local.calls:
             shortfall.forget()
     push_state(new)

@@ -106,7 +106,7 @@ def layer(
         y, and the tensors of Saved, empty where there is nothing to save and where it is an operand itself.
     """
     plan, s = plan_of(sizes, spec), spec_of(spec)
-    shortfall.ran(plan.geometry)
+    shortfall.ran_as_operator(plan.geometry)
     # Codes made before are looked up when the node runs, not when it is traced: each step may have new ones.
     options = _options(plan, s, x, offsets)._replace(codes=weight_codes.codes_of(w, plan))
     x = without_class(x)
@@ -147,7 +147,7 @@ def layer_of_codes(
         codes: of the weight: rowwise codes, their scales, the amax.
     """
     plan, s = plan_of(sizes, spec), spec_of(spec)
-    shortfall.ran(plan.geometry)
+    shortfall.ran_as_operator(plan.geometry)
     options = _options(plan, s, x, offsets)._replace(codes=_codes(*codes))
     need_dw = s.need_dw and not s.again
     y, saved = forward_backward.forward(without_class(x), None, bias, plan, False, need_dw, options)
@@ -347,10 +347,6 @@ def apply(
     name = "" if group is None else group.group_name
     again = not all(has_static_value(size) for size in x.shape)
     spec = spec._replace(need_dx=grad and x.requires_grad, need_dw=grad and w.requires_grad, group=name, again=again)
-    arguments = (x, w, bias, geometry.to_ints(), spec.to_text(), offsets)
-    if torch.compiler.is_compiling():
-        return layer(*arguments)[0]
-    counted = shortfall.local.macs  # by the caller, whether the operator runs or is only traced
-    y = layer(*arguments)[0]
-    shortfall.local.macs = counted
+    found = shortfall.call_counted(layer, x, w, bias, geometry.to_ints(), spec.to_text(), offsets)
+    y: Tensor = found[0]
     return y

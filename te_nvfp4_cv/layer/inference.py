@@ -125,18 +125,18 @@ def run(
             needs="at least one pixel, or a batch without images, as in torch",
             fix="check the layer before this one",
         )
+    shortfall.ran(low.geometry)
     backend = dispatch.resolve(backend, x.device, by_layer=True)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast)
     channels_last = layouts.is_channels_last(x) or weight.channels_last
     if dispatch.runs_directly(x) and not (torch.is_grad_enabled() and _has_gradient(x, bias)):
-        shortfall.ran(low.geometry)
         # The same without torch's dispatcher, which costs as much as a small layer.
         y = _run(x, weight, bias, planned(call, recipe, backend, dtype, channels_last), offsets)
     else:
         spec = custom_op.LayerSpec(recipe.key, backend, dtype, channels_last)
         codes = [*weight.face, weight.amax]
         more = (weight.unpacked, bias, weight.input_amax, low.geometry.to_ints(), spec.to_text(), offsets)
-        y = layer(x, codes, *more)
+        y = shortfall.call_counted(layer, x, codes, *more)
     return y.squeeze(0) if low.unbatched else y
 
 
@@ -212,7 +212,7 @@ def layer(
         offsets: of a grouped linear layer.
     """
     plan = custom_op.plan_of(sizes, spec)
-    shortfall.ran(plan.geometry)
+    shortfall.ran_as_operator(plan.geometry)
     data, scale, amax = codes
     # Its shape and memory format have gone into the plan.
     weight = StoredWeight(Face(data, scale), amax, unpacked, (), False, input_amax)

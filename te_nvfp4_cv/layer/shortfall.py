@@ -11,6 +11,8 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,8 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.macs = 0  # multiply-adds in NVFP4; whoever runs a layer adds its own
+        # By operators that graphs call; context/torch_patches.py asks whether a Function's own Python runs layers.
+        self.in_graphs = 0
         self.missed: dict[str, int] = {}  # by reason
         self.calls = 0  # that were missed
         self.model: weakref.ref[nn.Module] | None = None  # the outermost module in the first of them
@@ -61,6 +65,21 @@ def ran(geometry: ConvGeometry) -> None:
     macs = geometry.macs
     if isinstance(macs, int):
         local.macs += macs
+
+
+def ran_as_operator(geometry: ConvGeometry) -> None:
+    """Count a layer that a graph runs."""
+    local.in_graphs += geometry.macs
+
+
+def call_counted(operator: Callable[..., Any], *args: Any) -> Any:
+    """Call the operator of a layer that the caller has counted, whether it runs or is only traced."""
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    before = local.in_graphs
+    y = operator(*args)
+    local.in_graphs = before
+    return y
 
 
 def missed(call: observe.Call, y: Tensor, groups: int) -> None:
@@ -88,10 +107,11 @@ def add(reason: str, macs: int) -> None:
 
 def judge() -> None:
     """Warn if less than half of what was counted ran in NVFP4. Each model is warned of once."""
-    total = local.macs + sum(local.missed.values())
+    macs = local.macs + local.in_graphs
+    total = macs + sum(local.missed.values())
     model = None if local.model is None else local.model()
     reasons = sorted(local.missed.items(), key=lambda pair: -pair[1])
-    if not total or local.macs >= HALF * total:
+    if not total or macs >= HALF * total:
         return
     with _lock:
         if model is None:
@@ -106,7 +126,7 @@ def judge() -> None:
     name = "these calls" if model is None else type(model).__name__
     parts = "; ".join(f"{work / total:.0%} because {reason}" for reason, work in reasons)
     warnings.warn(
-        f"nvfp4: only {local.macs / total:.0%} of the work of {name} runs in NVFP4, of layers of eligible shape. "
+        f"nvfp4: only {macs / total:.0%} of the work of {name} runs in NVFP4, of layers of eligible shape. "
         f"High precision: {parts}. nv.coverage(model, inputs) lists every layer; "
         'set_precision(model, {"name": None}) says that it is meant',
         UserWarning,

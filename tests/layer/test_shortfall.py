@@ -170,7 +170,17 @@ def test_layers_in_a_graph_count(packed, fresh_dynamo):
         assert not told(model, x=values((32, 64)))
         with nv.nvfp4_autocast():
             model(values((32, 64)))
-            assert shortfall.local.macs == 2 * 32 * 64 * 64
+            assert (shortfall.local.macs, shortfall.local.in_graphs) == (0, 2 * 32 * 64 * 64)
+
+
+def test_a_graph_is_no_function_that_runs_layers(fresh_dynamo):
+    """Its backward pass was traced with its forward pass, and has nothing to repeat outside of the context."""
+    net = torch.compile(nn.Sequential(conv(), nn.Conv2d(16, 8, 3)), backend="aot_eager")  # the second is thin
+    with nv.nvfp4_autocast():
+        y = net(values((2, 16, 6, 6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
@@ -182,7 +192,7 @@ def test_traced_calls_count_once_and_sizes_that_stay_open_do_not(mode):
     with warnings.catch_warnings(), nv.nvfp4_autocast():
         warnings.simplefilter("ignore")
         make_fx(by_name, tracing_mode=mode, _allow_non_fake_inputs=True)(values((32, 64)))
-        assert shortfall.local.macs == (0 if mode == "symbolic" else 32 * 64 * 64)
+        assert shortfall.local.macs == (0 if mode == "symbolic" else 32 * 64 * 64) and not shortfall.local.in_graphs
     with warnings.catch_warnings(), nv.nvfp4_autocast():
         warnings.simplefilter("ignore")
         make_fx(direct, tracing_mode=mode, _allow_non_fake_inputs=True)(values((32, 64)))
