@@ -52,7 +52,7 @@ def find(w: Tensor, plan: Plan) -> tuple[WeightCodes | None, Tensor | None]:
     # Without kernels there is no digest. An inference tensor has no _version.
     if type(w) is not Parameter or w.device.type != "cpu" or w.is_inference() or "fprop" not in plan.gemms:
         return None, None
-    if not _is_dense(w) or native.load() is None:
+    if not layouts.is_dense(w) or native.load() is None:  # the digest is that of consecutive bytes
         return None, None
     spec, g = plan.weight_specs[False], plan.geometry
     layout = (w.data_ptr(), w._version, w.shape, w.stride(), w.dtype)
@@ -78,11 +78,6 @@ def _expand(w: Tensor, plan: Plan) -> tuple[WeightCodes, Tensor | None]:
             return codes, None
         empty = codes.row.data.new_empty(0)
         return WeightCodes(Face(empty, empty), Face(empty, empty), codes.amax), operands.weight_panels(codes, plan)
-
-
-def _is_dense(w: Tensor) -> bool:
-    """Tell whether the weight's bytes are all bytes from its first to its last."""
-    return w.is_contiguous() or layouts.weight_is_channels_last(w)
 
 
 def _reference(w: Tensor) -> weakref.ref[Tensor]:
