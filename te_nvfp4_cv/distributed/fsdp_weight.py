@@ -27,6 +27,7 @@ from te_nvfp4_cv.backend.torch_private import tree_leaves, tree_map_only, wrappe
 from te_nvfp4_cv.errors import runtime_error, warn_once
 from te_nvfp4_cv.layer import custom_op
 from te_nvfp4_cv.layer.plan import Plan
+from te_nvfp4_cv.ops.layouts import contiguous
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import weight_shards
 from te_nvfp4_cv.ops.quantize.operand import unpack_weight
@@ -279,7 +280,7 @@ class GatheredWeight(torch.Tensor):
         w = w * (self._amax * (1.0 / (formats.E2M1_MAX * formats.E4M3_MAX)))
         if self.form.routed:
             return w.view(self.shape).to(self.dtype)
-        return w.view(n, *kernel, channels).movedim(-1, 1).to(self.dtype).contiguous()
+        return contiguous(w.view(n, *kernel, channels).movedim(-1, 1).to(self.dtype))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GatheredWeight({self.form.name!r}, {tuple(self.shape)}, {self.dtype})"

@@ -120,7 +120,7 @@ class Like(NamedTuple):
             layouts.is_channels_last(x),
             tuple(w.shape),
             w.dtype,
-            layouts.weight_is_channels_last(w),
+            layouts.is_channels_last(w),
             None if bias is None else bias.dtype,
         )
 

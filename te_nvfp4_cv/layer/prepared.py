@@ -85,7 +85,7 @@ class PreparedLayer:
         # As torch has them: a linear layer's rows have any number of axes.
         self.x_shape: tuple[int, ...] = x.shape
         self.y_shape: tuple[int, ...] = self.y[0] if g.rank else (*x.shape[:-1], n)
-        self.x_last, self.w_last = layouts.is_channels_last(x), layouts.weight_is_channels_last(w)
+        self.x_last, self.w_last = layouts.is_channels_last(x), layouts.is_channels_last(w)
         self.bias_dtype = None if bias is None else bias.dtype
         self.seeded = plan.gradient_specs[True, True].stochastic
         self.like: Any = None  # forward_backward.Like of these tensors, for gradients that take the long way
@@ -167,7 +167,7 @@ class PreparedLayer:
         if self.format is None:
             y = y if y.shape == shape else y.view(shape)
         elif not channels_last:
-            y = y.contiguous()
+            y = layouts.contiguous(y)
         return layouts.not_a_view(y) if y._is_view() else y
 
 

@@ -36,9 +36,19 @@ def image_first(y: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], cha
         y = y if len(x_shape) == 2 else y.reshape(*x_shape[:-1], shape[-1])
     else:
         y = y.view(shape).movedim(-1, 1)
-        y = y if channels_last else y.contiguous()
+        y = y if channels_last else contiguous(y)
     # A copy is a tensor of its own; of one pixel, contiguous() is the view itself.
     return not_a_view(y) if torch.compiler.is_compiling() or y._is_view() else y
+
+
+def contiguous(y: Tensor) -> Tensor:
+    """Return y contiguous, with the strides of a new tensor along axes of one element, too.
+
+    One pixel or one tap is contiguous with its channels first and last. torch tells the two apart by strides that no
+    element needs: from them later layers choose their memory format, and DistributedDataParallel compares them.
+    """
+    made = y.contiguous()
+    return made.view(-1).view(made.shape) if made is y else made
 
 
 def like_image_first(like: Tensor, shape: tuple[int, ...], x_shape: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -91,17 +101,12 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or lies_channels_last(x)
 
 
-def weight_is_channels_last(w: Tensor) -> bool:
-    """Tell if a parameter is stored channels_last, so that its gradient should be."""
-    return is_channels_last(w) and not w.is_contiguous()  # memory that is both counts as contiguous
-
-
 def kernel_as(dw: Tensor, g: ConvGeometry, shape: tuple[int, ...], channels_last: bool) -> Tensor:
     """Return dw [axis 0, taps, axis 1] as the parameter's [axis 0, axis 1, *kernel], in its memory format."""
     if g.rank == 0:
         return dw.reshape(shape)
     dw = dw.view(dw.shape[0], *g.kernel, dw.shape[2]).movedim(-1, 1)
-    return dw if channels_last else dw.contiguous()
+    return dw if channels_last else contiguous(dw)
 
 
 def in_memory_order(x: Tensor) -> Tensor:

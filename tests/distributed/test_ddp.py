@@ -6,6 +6,7 @@ contexts work through DDP and torch.compile together.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -117,6 +118,17 @@ def on_ranks_shared_amaxes_in_a_compiled_step(ranks: Ranks) -> None:
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(*grads, strict=True))
     assert any(not same_bits(p.grad, g) for p, g in zip(alone.parameters(), grads[0], strict=True))
     torch._dynamo.reset()
+
+
+@two_ranks
+def on_ranks_gradients_of_one_tap_lie_as_the_buckets_do(ranks: Ranks) -> None:
+    """DDP warns where the strides of a gradient are not its parameter's, along axes of one element too."""
+    model = distributed(nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 16, 1)).to(ranks.device), ranks)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for step in range(2):
+            loss_of(model, ranks, ranks.rank, step).backward()
+    assert not [str(warning.message) for warning in found if "strides" in str(warning.message)]
 
 
 def on_ranks_frozen_weights_and_accumulation(ranks: Ranks) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from te_nvfp4_cv import functional as NF
 from te_nvfp4_cv.backend.dispatch import bf16_is_native
@@ -16,11 +15,6 @@ from tests.layers import BACKENDS, LAYERS, NO_SR, step, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 layers = pytest.mark.parametrize("layer", LAYERS)
-
-
-def strides(t: Tensor) -> list[int]:
-    """Strides of the axes longer than 1: the others mean nothing."""
-    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
 
 
 @layers
@@ -39,11 +33,11 @@ def test_results_look_like_torchs_and_are_near(layer, dtype, channels_last):
     tolerance = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
     for name, e, v, r in zip(("y", "dx", "dw", "db"), expected, vendor, reference, strict=True):
         assert v.dtype == r.dtype == e.dtype and v.shape == r.shape == e.shape, name
-        assert strides(v) == strides(r), name
+        assert v.stride() == r.stride(), name
         # torch's 3-D path on a CPU drops channels_last in dtypes that the CPU has no arithmetic for
         slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not bf16_is_native(x.device))
         if name == "y" and not (slow and x.dim() == 5):
-            assert strides(v) == strides(e)
+            assert v.stride() == e.stride()
         assert relative_error(v, r) <= tolerance, name
         assert relative_error(v, e) <= (0.3 if name != "db" else 5e-3), name
     if layer != "linear vector":
@@ -59,10 +53,36 @@ def test_weights_stored_channels_last_get_such_gradients(layer):
     plain = step(layer, x, w, bias, recipe=NO_SR)
     w_last = w.detach().to(memory_format=memory_format).requires_grad_()
     last = step(layer, x, w_last, bias, recipe=NO_SR)
-    assert strides(last[0]) == strides(step(layer, x, w_last, bias, F)[0])
-    assert strides(last[2]) == strides(w_last)
+    assert last[0].stride() == step(layer, x, w_last, bias, F)[0].stride()
+    assert last[2].stride() == w_last.stride()
     for a, b in zip(plain, last, strict=True):
         assert relative_error(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "op, x_shape, w_shape",
+    [
+        ("conv1d", (16, 16, 1), (16, 16, 1)),
+        ("conv2d", (16, 16, 4, 4), (16, 16, 1, 1)),
+        ("conv2d", (16, 16, 1, 1), (16, 16, 1, 1)),
+        ("conv2d", (16, 16, 3, 3), (16, 16, 3, 3)),
+        ("conv_transpose2d", (16, 16, 1, 1), (16, 16, 1, 1)),
+        ("conv3d", (16, 16, 1, 1, 1), (16, 16, 1, 1, 1)),
+    ],
+)
+def test_axes_of_one_element_have_the_strides_that_torch_gives(op, x_shape, w_shape, backend):
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for memory_format in (torch.contiguous_format, formats.get(len(x_shape))):
+        if memory_format is None:
+            continue
+        x, w = (values(s).to(memory_format=memory_format).requires_grad_() for s in (x_shape, w_shape))
+        expected = getattr(F, op)(x, w)
+        y = getattr(NF, op)(x, w, backend=backend)
+        dx, dw = torch.autograd.grad(y, (x, w), torch.ones_like(expected))
+        # Later layers choose their memory format by y's, and DistributedDataParallel compares dw's with the weight's.
+        assert y.stride() == expected.stride()
+        assert dx.stride() == x.stride() and dw.stride() == w.stride()
 
 
 @pytest.mark.parametrize("layer", ["conv1d", "conv2d", "conv2d same odd", "conv3d", "conv_transpose2d"])
