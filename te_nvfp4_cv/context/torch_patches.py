@@ -5,7 +5,7 @@
     other autograd Functions        a warning, if backward repeats outside what forward ran in NVFP4, or writes it out
     backward(), autograd.grad       inside a context: the forward passes that run inside of them are seen
     torch.autocast(enabled=False)   keeps plain layers in high precision: islands.py
-    nn.DataParallel                 runs its replicas in threads that no context reaches: an error
+    nn.DataParallel                 runs replicas, if several, in threads that no context reaches: an error
     nn.TransformerEncoderLayer      no whole layer as one operator in evaluation, which torch.compile would choose
     torch.jit.script                makes models whose calls no context sees: torchscript.py
     torch.compile                   traces what the mode sees in eager mode, and nothing else: tracing.py
@@ -183,21 +183,24 @@ def _patch_backward() -> None:
 
 
 def _patch_data_parallel() -> None:
-    parallel = torch.nn.DataParallel.forward
+    # nn.DataParallel and nn.parallel.data_parallel both end here, with several devices: with one, or on a CPU, they run
+    # the module itself in this thread.
+    names = torch.nn.parallel.data_parallel.__globals__
+    parallel = names["parallel_apply"]
 
     @functools.wraps(parallel)
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def refuse(modules: Any, *args: Any, **kwargs: Any) -> Any:
         current = state()
-        if current is not None and current.enabled:
+        if current is not None and current.enabled and len(modules) > 1:
             raise runtime_error(
-                "nvfp4_autocast: nn.DataParallel is not supported.",
-                got="nn.DataParallel inside the context: its replicas run in threads of their own",
+                "nvfp4_autocast: nn.DataParallel is not supported on several devices.",
+                got=f"{len(modules)} replicas inside the context, which run in threads of their own",
                 needs="one process per GPU",
                 fix="torch.nn.parallel.DistributedDataParallel (DDP), started by torchrun",
             )
-        return parallel(self, *args, **kwargs)
+        return parallel(modules, *args, **kwargs)
 
-    torch.nn.DataParallel.forward = refuse  # type: ignore[method-assign]
+    names["parallel_apply"] = refuse
 
 
 def _patch_attention() -> None:

@@ -146,13 +146,23 @@ def test_views_of_parameters_count_as_parameters():
     assert [call.reason for call in told] == ["", "", ""]
 
 
-def test_data_parallel_raises_and_names_ddp():
-    model = nn.DataParallel(nn.Linear(16, 16))
-    with nvfp4_autocast(), pytest.raises(RuntimeError, match="DDP"):
-        model(values((2, 16)))
-    with nvfp4_autocast(enabled=False):
-        model(values((2, 16)))
-    model(values((2, 16)))
+def test_replicas_of_data_parallel_raise_and_name_ddp():
+    model, x = nn.DataParallel(nn.Linear(16, 16)), values((2, 16))
+    replicas = ([model.module] * 2, [(x,), (x,)], [{}, {}])
+    with nvfp4_autocast():
+        with pytest.raises(RuntimeError, match="DDP"):
+            model.parallel_apply(*replicas)
+        with pytest.raises(RuntimeError, match="DDP"):  # nn.parallel.data_parallel, a function, calls it by this name
+            nn.parallel.data_parallel.__globals__["parallel_apply"](*replicas)
+
+
+def test_data_parallel_without_a_second_device_runs_the_module():
+    net, x = net_and_input()
+    wrapped = nn.DataParallel(net, device_ids=[0] if torch.cuda.is_available() else None)
+    with nvfp4_autocast():
+        direct, told = (seen(lambda run=run: run(x)) for run in (net, wrapped))
+    assert "" in [call.reason for call in direct]
+    assert [call.reason for call in told] == [call.reason for call in direct]
 
 
 def test_hooks_and_parametrizations_still_work():
