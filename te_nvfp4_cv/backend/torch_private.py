@@ -31,6 +31,7 @@ without_function_modes = torch._C.DisableTorchFunction  # a context manager: no 
 without_subclasses = torch._C.DisableTorchFunctionSubclass  # the same for the overrides of tensor subclasses
 without_modes = torch.utils._python_dispatch._disable_current_modes  # for dispatch modes: tensors are real inside
 grouped_products = (torch._grouped_mm, torch.ops.aten._grouped_mm)  # rows of tokens times a kernel for each expert
+versions_put_back = torch.autograd._unsafe_preserve_version_counter  # of tensors that get their values back inside
 wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself
 
 

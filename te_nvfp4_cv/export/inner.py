@@ -34,6 +34,7 @@ from te_nvfp4_cv.nn.base import OPS, NVFP4Module
 from te_nvfp4_cv.nn.walk import LAYERS
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.report.forward_pass import unwritten
 
 PREFIX = "packed_"  # before the name of a Parameter: the name of the layer in its place
 KINDS = {op: kind for kind, op in OPS.items()}
@@ -108,20 +109,17 @@ def find(module: nn.Module, recipe: NVFP4BlockScaling) -> list[Kernel] | NotPack
     """
     children = list(module.modules())
     flags = [child.training for child in children]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         for child in children:
             child.training = False
-        first, second = _calls(module, recipe, 0), _calls(module, recipe, 1)
+        with unwritten(module):
+            first, second = _calls(module, recipe, 0), _calls(module, recipe, 1)
     except Exception as error:  # a forward of somebody's may raise anything on an input that it did not expect
         text = f"its forward does not run on an input of its own: {type(error).__name__}: {error}"
         return NotPacked(text.split("\n")[0], True)
     finally:
         for child, flag in zip(children, flags, strict=True):
             child.training = flag
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
     if not first:
         return NotPacked("its forward calls no torch.nn.functional convolution or linear", False)
     found: list[Kernel] = []

@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.torch_private import versions_put_back
 from te_nvfp4_cv.context import state
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
@@ -83,6 +84,25 @@ def _version(buffer: Tensor) -> int | None:
 
 
 @contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Put the values of the model's buffers back when the body ends, and their versions.
+
+    A training step may be waiting for its backward pass: autograd would refuse a graph that saved a buffer, as that of
+    a batch norm has, though its values are those that were saved.
+    """
+    buffers = [(b, _version(b), b.detach().clone()) for b in model.buffers()]
+    with versions_put_back(tuple(b for b, version, _ in buffers if version is not None)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, version, value in buffers:
+                    # torch compares no tensors on the meta device, and there are no values to put back.
+                    if not buffer.is_meta and (_version(buffer) != version or not torch.equal(buffer, value)):
+                        buffer.copy_(value)
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put random states, buffers and training flags back when the body ends, with an exception too.
 
@@ -91,12 +111,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, numpy_state, stream = random.getstate(), numpy.random.get_state(), rounding_seeds.state()
-    buffers = [(b, _version(b), b.detach().clone()) for b in model.buffers()]
     plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # their attributes are in C++
     # The dict too: a module may have put another tensor in a buffer's place.
     before = [(m, m.training, dict(m._buffers)) for m in plain]
+    eager = torch.compiler.set_stance("force_eager")
     try:
-        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), torch.inference_mode(False):
+        with unwritten(model), torch.random.fork_rng(devices), eager, torch.inference_mode(False):
             yield
     finally:
         random.setstate(python)
@@ -105,8 +125,3 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, training, own in before:
             module.training = training
             module._buffers.update(own)
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                # Writing equal values would raise the version, and autograd would refuse a graph that saved the buffer.
-                if _version(buffer) != version or not torch.equal(buffer, value):
-                    buffer.copy_(value)

@@ -142,8 +142,29 @@ def test_nothing_is_changed(image, training):
     assert [m.training for m in model.modules()] == modes
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     assert all(b is buffers[name][0] for name, b in model.named_buffers())
-    if not training:
-        assert all(b._version == buffers[name][1] for name, b in model.named_buffers())
+    assert all(b._version == buffers[name][1] for name, b in model.named_buffers())
+
+
+def test_a_step_that_waits_for_its_backward_pass_may_be_looked_at(image):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    gradients = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        model[1].reset_running_stats()
+        with nv.nvfp4_autocast():
+            loss = model(image).square().mean()
+            if looks:
+                nv.coverage(model, image)
+        gradients.append(torch.autograd.grad(loss, model.parameters()))
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_on_the_meta_device_has_a_report(training):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)).train(training)
+        report = nv.coverage(model, torch.empty(16, 16, 8, 8))
+    assert [(row.nvfp4, row.reason) for row in report.rows] == [(False, "no fast backend for meta")]
 
 
 def test_an_error_in_forward_leaves_no_trace(image):
