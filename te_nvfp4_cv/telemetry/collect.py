@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ class Telemetry:
         # Ranks train the same weights, and a file has one writer: only the first rank records.
         self.model, self.settings, self.sinks = model, settings, sinks if _rank() == 0 else ()
         self.memory = Memory()
+        self._not_entered = 0  # calls of `step` without `with`
         self.alarmed: set[str] = set()  # the conditions that hold now, and so need no second alarm
         header = {
             "kind": "run",
@@ -165,8 +166,7 @@ class Telemetry:
         """Return whether that step is sampled on this rank."""
         return bool(self.sinks) and self.every > 0 and (step % self.every == 0 or step == self.settings.last)
 
-    @contextmanager
-    def step(self, step: int, grad_scale: float | Tensor = 1.0) -> Iterator[None]:
+    def step(self, step: int, grad_scale: float | Tensor = 1.0) -> AbstractContextManager[None]:
         """Watch the forward and backward passes inside, if this step is sampled.
 
         Args:
@@ -174,6 +174,12 @@ class Telemetry:
             grad_scale: what the loss was multiplied by, scaler.get_scale() with a GradScaler. Figures of weight
                 gradients are divided by it; those of grad_output are recorded as they arrive, scaled.
         """
+        self._not_entered += 1
+        return self._step(step, grad_scale)
+
+    @contextmanager
+    def _step(self, step: int, grad_scale: float | Tensor) -> Iterator[None]:
+        self._not_entered -= 1
         if not self.due(step):
             yield
             return
@@ -234,6 +240,12 @@ class Telemetry:
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
         """Finish the sinks, once. Nothing is recorded afterwards."""
+        if self._not_entered:
+            warn_once(
+                "telemetry step",
+                f"nvfp4 telemetry: step() was called {self._not_entered} times without `with`, and recorded nothing. "
+                "Write `with watch.step(step):` around the forward and backward pass",
+            )
         sinks, self.sinks = self.sinks, ()
         for sink in sinks:
             sink.close(None if summary is None else dict(summary))
