@@ -143,7 +143,8 @@ def _alpha(a: Tensor, b: Tensor, plan: Plan, gemm: str) -> Tensor | Alpha:
     # Two launches less, where the kernels that use it take its parts.
     if plan.backend == "vendor" and not plan.row_scaled and kernels_serve(a.device) and runs_directly(a):
         return Alpha(a, b, number)
-    return torch.mul(a, b).mul_(number)
+    # Not in place: a selective checkpoint may keep the first product, and refuses what was written to since.
+    return torch.mul(a, b) * number
 
 
 def _weight_operand(face: Face, name: str, plan: Plan, factor: Tensor | Alpha | None = None) -> Face:
