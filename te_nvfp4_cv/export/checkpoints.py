@@ -133,7 +133,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Any = None, sha
     files = written_once(group, lambda: artifact.write(target, tensors, manifest, config, shard_bytes))
     size = sum(file.stat().st_size for file in files)
     modules = plain_modules(model)
-    names = dict.fromkeys(attention.fused_name(modules, shown(name)) for name in manifest.layers)
+    names = dict.fromkeys(attention.fused_name(modules, shown(name, manifest.inner)) for name in manifest.layers)
     return Saved(tuple(files), tuple(names), manifest.high, *sizes, size)
 
 

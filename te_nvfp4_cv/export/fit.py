@@ -7,7 +7,7 @@ model. Names are compared without the parts that wrappers add (DistributedDataPa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +71,13 @@ class Sorted(NamedTuple):
     lost: dict[str, int]
 
 
-def shown(name: str) -> str:
-    """Return a layer's name as nv.coverage shows it: a layer inside of a module has the name of its Parameter."""
-    return shown_parameter(parameter_name(name)) if name.rpartition(".")[2].startswith(PREFIX) else name
+def shown(name: str, inside: Container[str]) -> str:
+    """Return a layer's name as nv.coverage shows it: a layer inside of a module has the name of its Parameter.
+
+    Args:
+        inside: the names of such layers. A name alone does not tell: a user's own layer may be called packed_conv.
+    """
+    return shown_parameter(parameter_name(name)) if name in inside else name
 
 
 def shown_parameter(name: str) -> str:

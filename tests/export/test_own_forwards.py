@@ -20,6 +20,8 @@ from torch.nn.utils import parametrizations, prune
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.context.bodies import note_parts
 from te_nvfp4_cv.export.fit import shown
+from te_nvfp4_cv.export.inner import around
+from te_nvfp4_cv.export.verify import __main__ as verify
 from tests.helpers import relative_error, same_bits, seeds, values
 
 pytest.importorskip("safetensors")
@@ -34,6 +36,13 @@ class Same(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class This(nn.Conv2d):
+    """Calls its first argument something else than `self`."""
+
+    def forward(this, x: Tensor) -> Tensor:  # noqa: N805
+        return F.conv2d(x, this.weight, this.bias)
 
 
 class Standardized(nn.Conv2d):
@@ -103,6 +112,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "a subclass": (lambda: nn.Sequential(Same(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 1)), image),
     "a subclass as the model": (lambda: Same(16, 32, 3), image),
     "a subclass without a bias": (lambda: nn.Sequential(Same(16, 32, 3, bias=False, stride=2)), image),
+    "a first argument of another name": (lambda: nn.Sequential(This(16, 32, 3)), image),
     "a transposed subclass": (lambda: nn.Sequential(Up(16, 32, 2, stride=2)), image),
     "weight standardization": (lambda: nn.Sequential(Standardized(16, 32, 3, padding=1, groups=1)), image),
     "equalized learning rate": (lambda: nn.Sequential(Scaled(32, 48)), tokens),
@@ -155,7 +165,9 @@ def covered(model: nn.Module, x: Tensor) -> set[str]:
 
 
 def packed(model: nn.Module) -> set[str]:
-    return {shown(name) for name, module in model.named_modules() if isinstance(module, nv.export.InferenceLayer)}
+    inside = {name for name, _ in around(model)}
+    layers = (name for name, module in model.named_modules() if isinstance(module, nv.export.InferenceLayer))
+    return {shown(name, inside) for name in layers}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -209,6 +221,7 @@ def test_the_lists_agree(tmp_path: Path, name: str) -> None:
     made = nv.export.to_onnx(quantized, x, tmp_path / "a.onnx", form="portable", dynamic_batch=dynamic)
     assert set(made.quantized) == set(saved.quantized) == covered(model, x)
     assert set(made.high) == set(saved.high)
+    assert verify.main([str(made.files[0])]) == 0
     session = onnxruntime.InferenceSession(str(made.files[0]), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert relative_error(torch.from_numpy(found), expected) < 1e-4
@@ -250,6 +263,35 @@ def test_delayed_scales_of_kernels_inside(tmp_path: Path) -> None:
         assert layers and all(layer.input_amax is not None for layer in layers)
         with torch.no_grad():
             assert same_bits(loaded(x), forward(model, x, recipe))
+
+
+class Packed(nn.Module):
+    """Its layers have names like those that this library gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed_weight = nn.Conv2d(16, 32, 3)
+        self.packed_conv = Same(32, 32, 3)
+        self.conv = nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(self.packed_conv(self.packed_weight(x)))
+        return y
+
+
+def test_the_verifier_finds_the_layers_of_an_onnx_file(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra [export]")
+    torch.manual_seed(0)
+    model, x = Packed().eval(), image()
+    quantized = nv.export.quantize(model, [x])
+    made = nv.export.to_onnx(quantized, x, tmp_path / "a", form="portable")
+    saved = nv.export.save(model, tmp_path / "a")
+    names = {"packed_weight", "packed_conv", "conv"}
+    assert set(made.quantized) == set(saved.quantized) == covered(model, x) == names
+    assert verify.main([str(made.files[0])]) == 0
+    made = nv.export.to_onnx(quantized, x, tmp_path / "b", form="matmul")
+    assert made.quantized == ("conv",) and set(made.high) == names - {"conv"}
+    assert verify.main([str(made.files[0])]) == 0
 
 
 class OfInput(nn.Conv2d):

@@ -24,7 +24,7 @@ from te_nvfp4_cv.context.context_manager import outside_of_contexts
 from te_nvfp4_cv.errors import check_choice, check_module, check_path, need_package, value_error
 from te_nvfp4_cv.export.copies import copy_of
 from te_nvfp4_cv.export.fit import shown
-from te_nvfp4_cv.export.inner import Inner
+from te_nvfp4_cv.export.inner import Inner, around
 from te_nvfp4_cv.export.manifest import join
 from te_nvfp4_cv.export.modules import InferenceLayer
 from te_nvfp4_cv.export.onnx import file
@@ -128,17 +128,22 @@ def to_onnx(
     found = {name: module for name, module in traced.named_modules() if isinstance(module, InferenceLayer)}
     _check_layers(found)
     high = dict.fromkeys(_others(traced, found), "the model holds it in high precision")
+    inside = {name for name, _ in around(traced)}
+    names = {name: shown(name, inside) for name in found}
+    left_out: dict[str, str] = {}
     if form == "matmul":
-        high |= {shown(name): "no matrix product of pixels" for name, layer in found.items() if not as_matmul(layer)}
+        reason = "the form 'matmul' holds linear layers, and 1x1 convolutions without groups and padding"
+        left_out = {name: reason for name, layer in found.items() if not as_matmul(layer)}
     proto = export(traced, found, call)
     called = _expand(proto, found, form)
-    high |= {shown(name): "not in the file: eval mode does not call it" for name in found if name not in called}
-    quantized = tuple(shown(name) for name in found if shown(name) not in high)
+    left_out |= {name: "not in the file: eval mode does not call it" for name in found if name not in called}
+    quantized = [name for name in found if name not in left_out]
     file.remove_stack_traces(proto)  # before the checksums: they cover all that is in the file
-    file.seal(proto, quantized)
+    file.seal(proto, quantized)  # by the names that their nodes have, which the verifier looks for
     target = target if target.suffix == ".onnx" else target.with_name(target.name + ".onnx")
     files = written_once(group, lambda: file.write(proto, target, external_data))
-    return OnnxFile(files, quantized, high)
+    high |= {names[name]: reason for name, reason in left_out.items()}
+    return OnnxFile(files, tuple(names[name] for name in quantized), high)
 
 
 def _others(model: nn.Module, found: Mapping[str, nn.Module]) -> Iterator[str]:
