@@ -92,7 +92,9 @@ def _export(options: argparse.Namespace) -> int:
         batch = True if options.max_batch is None else options.max_batch
         _show(to_onnx(model, example(options, 2), out, form=options.form, dynamic_batch=batch), options.json)
     else:
-        _show(save(model_of(options), out, recipe_of(options)), options.json)
+        model = model_of(options)
+        note_weights(options)
+        _show(save(model, out, recipe_of(options)), options.json)
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from te_nvfp4_cv.cli.weights import load_weights
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.export.ptq.drift import compare
 from te_nvfp4_cv.export.ptq.norm_folding import tensors_of
+from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+from te_nvfp4_cv.sensitivity.scan_report import Scan
 
 
 def scan_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +35,7 @@ def scan_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(input=None)
     text = "quantize each layer alone (one), all but that one, or both (default: one)"
     parser.add_argument("--mode", choices=MODES, default="one", help=text)
-    text = "share of the FLOPs that --out leaves in high precision (default: 0.1)"
+    text = "share of the FLOPs that --out leaves in high precision at most (default: 0.1)"
     parser.add_argument("--budget", type=float, default=0.1, metavar="SHARE", help=text)
     parser.add_argument("--out", type=Path, metavar="RECIPE.toml", help="write a recipe that spares the worst layers")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a page with pictures")
@@ -54,10 +57,21 @@ def run_scan(options: argparse.Namespace) -> int:
     found = scan(model, loss, batches, recipe_of(options), options.mode)
     show(found.to_dict(), str(found), options.json)
     if out is not None:
-        found.save(out, budget=options.budget, overwrite=options.force)
+        recipe = found.save(out, budget=options.budget, overwrite=options.force)
+        print(f"recipe: {out}: {_left_high(found, recipe, options.budget)}", file=sys.stderr)
     if page is not None:
         write_atomically(page, found.to_html(options.model, options.budget).encode())
     return 0
+
+
+def _left_high(found: Scan, recipe: NVFP4BlockScaling, budget: float) -> str:
+    """Say what the recipe leaves in high precision: in a small network every layer may be larger than the budget."""
+    names = [name or "(the model)" for name, own in recipe.precision if own is None]
+    if names:
+        return f"high precision for {', '.join(names)}"
+    own = sum(row.flops for row in found.rows)
+    smallest = min(row.flops for row in found.rows) / own if own else 0.0
+    return f"no layer in high precision: --budget {budget:g} of the FLOPs, and the smallest layer takes {smallest:.2g}"
 
 
 def _pictured(options: argparse.Namespace) -> tuple[nn.Module, list[Any], Any]:

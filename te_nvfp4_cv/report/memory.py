@@ -44,7 +44,8 @@ class Memory:
     Attributes:
         batch: images in the step.
         optimizer: a key of OPTIMIZERS.
-        parameters: as the model holds them; gradients take as much.
+        parameters: as the model holds them.
+        gradients: of the parameters that train, in their dtypes.
         buffers: as the model holds them.
         states: of the optimizer.
         saved_bf16: what autograd saves for backward in bf16.
@@ -54,6 +55,7 @@ class Memory:
     batch: int
     optimizer: str
     parameters: int
+    gradients: int
     buffers: int
     states: int
     saved_bf16: int
@@ -61,7 +63,7 @@ class Memory:
 
     def total(self, saved: int) -> int:
         """Add up all parts, with one of the two numbers of saved bytes."""
-        return 2 * self.parameters + self.buffers + self.states + saved
+        return self.parameters + self.gradients + self.buffers + self.states + saved
 
     def to_dict(self) -> dict[str, Any]:
         """Return the parts and both sums as plain data."""
@@ -71,7 +73,7 @@ class Memory:
     def __str__(self) -> str:
         rows = [("part", "bf16, MB", "nvfp4, MB")]
         both = {
-            "parameters": self.parameters, "buffers": self.buffers, "gradients": self.parameters,
+            "parameters": self.parameters, "buffers": self.buffers, "gradients": self.gradients,
             f"optimizer states ({self.optimizer})": self.states,
         }  # fmt: skip
         parts = [(name, size, size) for name, size in both.items()]
@@ -171,7 +173,8 @@ def estimate_memory(
             sixteen = saved_bytes(model, images(16), resolved)
     per_image = (four - two) / 2
     saved_nvfp4 = codes + (sixteen - codes) * batch / 16
-    held = (model.parameters(), model.buffers())
-    parameters, buffers = (sum(t.numel() * t.element_size() for t in tensors) for tensors in held)
+    held = (model.parameters(), (p for p in model.parameters() if p.requires_grad), model.buffers())
+    parameters, gradients, buffers = (sum(t.numel() * t.element_size() for t in tensors) for tensors in held)
     saved_bf16 = round(two + (batch - 2) * per_image)
-    return Memory(batch, optimizer, parameters, buffers, state_bytes(model, optimizer), saved_bf16, round(saved_nvfp4))
+    states = state_bytes(model, optimizer)
+    return Memory(batch, optimizer, parameters, gradients, buffers, states, saved_bf16, round(saved_nvfp4))

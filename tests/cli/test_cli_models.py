@@ -160,7 +160,10 @@ def test_export_of_a_trained_network(model: list[str], tmp_path: Path, capsys: p
     (tmp_path / "mine.toml").write_text('[precision]\n"head" = "high"\n')
     command = ["export", *model, "--recipe", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "e.safetensors")]
     assert cli.main(command) == 0
-    assert "head: high precision" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "head: high precision" in said.out and "no --checkpoint" not in said.err
+    assert cli.main(["export", model[0], "--out", str(tmp_path / "random")]) == 0
+    assert "no --checkpoint: the weights are those that" in capsys.readouterr().err
     assert type(nv.export.load(tmp_path / "e.safetensors", Net()).head) is torch.nn.Linear
 
 

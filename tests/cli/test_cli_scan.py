@@ -70,6 +70,11 @@ def test_pictures_without_labels(file: str, images: str, tmp_path: Path, capsys:
     assert "#D55E00" in text and "<script" not in text
     assert cli.main([*command, "--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
+    assert cli.main([*command, "--out", str(out), "--force", "--budget", "0.9"]) == 0
+    assert f"recipe: {out}: high precision for " in capsys.readouterr().err
+    assert cli.main([*command, "--out", str(out), "--force", "--budget", "1e-6"]) == 0  # every layer is larger
+    assert "no layer in high precision: --budget 1e-06 of the FLOPs" in capsys.readouterr().err
+    assert not nv.load_recipe(out).precision
 
 
 def test_inputs_and_a_loss_of_the_model(file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,15 @@ def test_what_is_saved_grows_as_estimated():
         estimate_memory(net, x[:1], optimizer="lion")
 
 
+def test_a_frozen_parameter_has_no_gradient():
+    net = network()
+    net[0].requires_grad_(False)
+    found = estimate_memory(net, values((1, 32, 8, 8)), optimizer="sgd")
+    training = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert found.gradients == found.states == 4 * training
+    assert found.total(0) == found.parameters + found.buffers + 8 * training
+
+
 def test_a_buffer_without_memory_of_its_own_is_no_obstacle():
     net = nn.Sequential(nn.Conv2d(16, 16, 3))
     net.register_buffer("sparse", torch.eye(3).to_sparse())
