@@ -2,7 +2,7 @@
 
     {"kind": "run", "format": FORMAT, "version": 1, "name", "group", "model", "recipe" (TOML), "backend", "every",
      "started", "layers": [{"name", "op", "shape"}]}               the first line; written again at each resume
-    {"kind": "step", "step": 100, "layers": {name: {"op", "precision": "nvfp4" | "high", "reason", "tensors",
+    {"kind": "step", "step": 100, "layers": {name: {"op", "precision": "nvfp4" | "high" | "unseen", "reason", "tensors",
      ["flip_rate", "oscillation", "gradient": {"norm", "noise", "ratio", "alarm"}]}}}
     {"kind": "scalars", "step": 100, "values": {"train/loss": 0.91}}
     {"kind": "alarm", "step": 100, "layer": "up.3.conv.0", "text": "..."}

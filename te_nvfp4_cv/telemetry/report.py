@@ -323,16 +323,26 @@ def _layers(run: Run) -> About:
     step = last_step(run)
     if step is None:
         return About(f"{len(run.layers)}, none sampled in NVFP4")
-    high = {name: held.get("reason", "") for name, held in run.steps[step].items() if held.get("precision") != "nvfp4"}
-    text = f"{len(run.steps[step])}, {len(run.steps[step]) - len(high)} in NVFP4 at step {step}"
-    lines = [f"{name}: {reason or 'no reason recorded'}" for name, reason in high.items()]
-    return About(text, "in high precision", "\n".join(lines))
+    others = {name: held for name, held in run.steps[step].items() if held.get("precision") != "nvfp4"}
+    text = f"{len(run.steps[step])}, {len(run.steps[step]) - len(others)} in NVFP4 at step {step}"
+    lines = [f"{name}: {held.get('reason') or 'no reason recorded'}" for name, held in others.items()]
+    unseen = any(held.get("precision") == "unseen" for held in others.values())
+    return About(text, "in high precision, or not seen" if unseen else "in high precision", "\n".join(lines))
+
+
+def _recipe(run: Run) -> About:
+    """Say which recipe a run had, as far as whoever attached telemetry gave it."""
+    if run.recipe.strip():
+        return About("", "show", run.recipe)
+    if run.recipe:  # as TOML, a recipe is the fields in which it differs from the default one
+        return About("the default")
+    return About("none: high precision" if last_step(run) is None else "not recorded")
 
 
 ABOUT: dict[str, Callable[[Run], About]] = {
     "model": lambda run: About(run.model),
     "group": lambda run: About(run.group or "–"),
-    "recipe": lambda run: About("", "show", run.recipe) if run.recipe else About("none: high precision"),
+    "recipe": _recipe,
     "backend": lambda run: About(run.backend or "–"),
     "layers": _layers,
     "sampled steps": _steps,
@@ -350,7 +360,7 @@ def _table(label: str, run: Run, step: int) -> Table:
     marked = set(_lowest(held))
     rows = {}
     for layer, values in held.items():
-        text = "–" if values.get("precision") == "nvfp4" else "high precision"
+        text = {"nvfp4": "–", "unseen": "not seen"}.get(values.get("precision", ""), "high precision")
         rows[layer] = [
             Cell(_figures(_operand(values, operand)), (layer, operand) in marked, text) for operand in operands
         ]

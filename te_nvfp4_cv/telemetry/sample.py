@@ -148,7 +148,7 @@ class Sample:
     def _unseen(self, name: str, module: nn.Module) -> dict[str, Any]:
         compiled = any(not prefix or name == prefix or name.startswith(f"{prefix}.") for prefix in self.compiled)
         reason = "inside a compiled graph" if compiled else "not called in this step"
-        return {"op": op_of(module), "precision": "high", "reason": reason, "tensors": {}}
+        return {"op": op_of(module), "precision": "unseen", "reason": reason, "tensors": {}}
 
     def _weight(self, entry: dict[str, Any], weight: Any, grad_scale: float | Tensor) -> None:
         # Torch warns of the gradient of a computed weight, which it does not keep.

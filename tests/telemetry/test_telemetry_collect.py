@@ -193,7 +193,8 @@ def test_only_samples_are_recorded_and_nothing_is_registered_in_between():
             assert observe.observed() == (step % 3 == 0)
         assert not observe.observed()
     assert [record["step"] for record in sink.steps] == [0, 3, 6]
-    assert sink.steps[0]["layers"]["fc"]["reason"] == "not called in this step"
+    fc = sink.steps[0]["layers"]["fc"]
+    assert (fc["precision"], fc["reason"]) == ("unseen", "not called in this step")
 
 
 def test_codes_under_stochastic_rounding_are_those_that_were_multiplied():
@@ -350,6 +351,7 @@ def test_a_compiled_model_still_shows_weights_and_gradients():
         compiled(values((16, 3, 6, 6), "normal", torch.float32, 0)).square().sum().backward()
     layer = sink.steps[0]["layers"]["up"]
     assert layer["reason"] == "inside a compiled graph" and set(layer["tensors"]) == {"weight", "weight_gradient"}
+    assert layer["precision"] == "unseen"  # in the graph it may well run in NVFP4
 
 
 def test_a_watch_is_a_context_manager_that_closes_once():

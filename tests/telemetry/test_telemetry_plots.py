@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
 from te_nvfp4_cv.telemetry import JSONL, Sink, drawing, read, render_heatmaps, write_report
 from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, CODES, PLOTLY_MARKERS, SCALES
+from te_nvfp4_cv.telemetry.report import ABOUT
 from tests.telemetry.synthetic_runs import NAMES, header, write_run
 
 for package in ("matplotlib", "plotly"):
@@ -212,6 +215,18 @@ def test_the_report_puts_runs_side_by_side(tmp_path):
     assert {name.split("/")[0] for name in sink.sizes} == {
         "Signal to noise", "Weight codes", "Gradient to noise", "Heatmaps"
     }  # fmt: skip
+
+
+def test_what_a_report_says_of_recipe_and_layers(tmp_path):
+    run = read(write_run(tmp_path / "run.jsonl", steps=2))
+    plain = read(write_run(tmp_path / "plain.jsonl", steps=2, high=True))
+    assert ABOUT["recipe"](run).more == run.recipe and ABOUT["recipe"](plain).text == "none: high precision"
+    default, forgotten = (dataclasses.replace(run, recipe=text) for text in (nv.NVFP4BlockScaling().to_toml(), ""))
+    assert ABOUT["recipe"](default).text == "the default" and ABOUT["recipe"](forgotten).text == "not recorded"
+    assert ABOUT["layers"](run).summary == "in high precision"
+    run.steps[max(run.steps)]["head"] |= {"precision": "unseen", "reason": "inside a compiled graph"}
+    about = ABOUT["layers"](run)
+    assert about.summary == "in high precision, or not seen" and "head: inside a compiled graph" in about.more
 
 
 def test_a_report_of_a_run_that_was_cut_off_says_so(tmp_path):
