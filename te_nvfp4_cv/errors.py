@@ -10,8 +10,10 @@ import importlib
 import os
 import threading
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 _warned: set[str] = set()
@@ -124,6 +126,19 @@ def check_trainable(caller: str, model: nn.Module) -> None:
             got=", ".join(lazy[:4]),
             needs="parameters with values",
             fix="run one forward pass first",
+        )
+
+
+def check_batches(caller: str, batches: object) -> None:
+    """Refuse something that gives no batches. A tensor would give its images one by one, without their batch axis.
+
+    Raises:
+        TypeError: `batches` is a tensor, or cannot be iterated over.
+    """
+    if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
+        raise type_error(
+            f"{caller}: no batches.", got=describe(batches), needs="an iterable of batches: a list or a DataLoader",
+            fix="[images]; list(images) if the first axis counts batches",
         )
 
 

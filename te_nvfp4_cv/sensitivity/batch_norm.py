@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
-from te_nvfp4_cv.errors import check_module, value_error
+from te_nvfp4_cv.errors import check_batches, check_module, value_error
 
 
 def update_bn(
@@ -39,7 +39,7 @@ def update_bn(
     Returns:
         The number of batches used; 0 for a model without batch norm, whose loader is not read.
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `loader` is a tensor or no iterable.
         ValueError: the loader has no batches. The model is then as it was.
 
     Example:
@@ -49,6 +49,7 @@ def update_bn(
         2
     """
     check_module("update_bn", model, "update_bn(model, loader): torch's own takes the loader first")
+    check_batches("update_bn", loader)
     norms = [module for module in model.modules() if isinstance(module, AnyBatchNorm)]
     if not norms:
         return 0

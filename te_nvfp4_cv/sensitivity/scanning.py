@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.errors import check_module, check_trainable, value_error
+from te_nvfp4_cv.errors import check_batches, check_module, check_trainable, value_error
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.report.forward_pass import recipe_in_force
 from te_nvfp4_cv.sensitivity.layers import Entries, Unit, named, units_of
@@ -64,7 +64,8 @@ def scan(
     Returns:
         A Scan: print it, or call `suggest(...)`, `recipe(...)`, `save(path, ...)`, `to_dataframe()`.
     Raises:
-        TypeError: `model` is not a module, the loss is not a tensor, or a batch for a criterion is not a pair.
+        TypeError: `model` is not a module, `batches` is a tensor or no iterable, the loss is not a tensor, or a batch
+            for a criterion is not a pair.
         ValueError: no layer runs in NVFP4, there are no batches, or the loss is not a scalar or not finite in high
             precision.
 
@@ -81,6 +82,7 @@ def scan(
     check_trainable("scan", model)
     if mode not in MODES:
         raise value_error("scan: unknown mode.", got=repr(mode), needs=f"one of {', '.join(MODES)}", fix="mode='both'")
+    check_batches("scan", batches)
     dispatch.check_backend(backend)
     # Each configuration sets the precision of every layer; a table would overrule that.
     resolved = checked_recipe(dataclasses.replace(recipe_in_force(recipe), precision=()))

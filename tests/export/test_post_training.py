@@ -492,8 +492,11 @@ def test_results_that_training_left_in_the_model_are_no_obstacle() -> None:
 
 
 def test_bad_input_is_refused(net: Small) -> None:
-    with pytest.raises(TypeError, match="no loader"):
+    with pytest.raises(TypeError, match="no batches"):
         nv.export.quantize(net, 5)
+    # Its images, one by one and without their batch axis, are valid inputs of many networks.
+    with pytest.raises(TypeError, match=r"no batches[\s\S]*\[images\]"):
+        nv.export.quantize(net, BATCHES[0])
     with pytest.raises(ValueError, match=r"cannot be copied[\s\S]*lock"):
         locked = nn.Conv2d(16, 16, 1)
         locked.lock = threading.Lock()  # type: ignore[assignment]

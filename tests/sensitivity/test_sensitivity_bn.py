@@ -113,6 +113,8 @@ def test_an_error_puts_everything_back(kind):
 def test_arguments_in_torchs_order_are_refused():
     with pytest.raises(TypeError, match="torch's own takes the loader first"):
         update_bn(loader(), model())
+    with pytest.raises(TypeError, match=r"no batches[\s\S]*\[images\]"):
+        update_bn(model(), torch.ones(2, 3, 4, 4))
 
 
 def test_a_switch_to_high_precision_in_the_middle_of_training():

@@ -324,6 +324,8 @@ def test_refused():
     net, x = net_and_input()
     with pytest.raises(ValueError, match="no batches"):
         scan(net, square, [])
+    with pytest.raises(TypeError, match=r"no batches[\s\S]*\[images\]"):
+        scan(net, square, x)  # its images, one by one
     with pytest.raises(ValueError, match="no layer runs in NVFP4"):
         scan(nn.Conv2d(3, 8, 3), square, [x])
     with pytest.raises(ValueError, match="not a scalar"):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from te_nvfp4_cv.context.context_manager import outside_of_contexts
-from te_nvfp4_cv.errors import check_choice, check_module, describe, type_error, value_error
+from te_nvfp4_cv.errors import check_batches, check_choice, check_module, value_error
 from te_nvfp4_cv.export import attention, matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed, quantize_layer
 from te_nvfp4_cv.export.computed import settle
@@ -130,10 +130,7 @@ def quantize(
         check_choice("nv.export.quantize", name, value, allowed)
     resolved = checked_recipe(recipe)
     budget = 0.0 if auto_high is None else check_share("nv.export.quantize", "auto_high", auto_high)
-    if not isinstance(loader, Iterable):
-        raise type_error(
-            "nv.export.quantize: no loader.", got=describe(loader), needs="an iterable of batches", fix="[images]"
-        )
+    check_batches("nv.export.quantize", loader)
     # An iterator would be empty for the second pass, and calibration silently without images.
     if isinstance(loader, Iterator):
         raise value_error(
