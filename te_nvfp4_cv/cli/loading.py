@@ -92,7 +92,8 @@ def model_of(options: argparse.Namespace, table: bool = True) -> nn.Module:
 
     model = function_of(options.model, "MODEL", options.checkpoint is None)()
     if not isinstance(model, nn.Module):
-        raise type_error("MODEL: no model.", got=describe(model), needs="a function that returns one", fix="return it")
+        fix = "return the model alone; only try, and scan without --images, take (model, inputs, loss)"
+        raise type_error("MODEL: no model.", got=describe(model), needs="a function that returns one", fix=fix)
     if options.checkpoint is not None:
         load_weights(model, options.checkpoint, options.key)
     # After the weights: a table may name modules, but it adds nothing to the state_dict.

@@ -69,9 +69,12 @@ def _left_high(found: Scan, recipe: NVFP4BlockScaling, budget: float) -> str:
     names = [name or "(the model)" for name, own in recipe.precision if own is None]
     if names:
         return f"high precision for {', '.join(names)}"
-    own = sum(row.flops for row in found.rows)
-    smallest = min(row.flops for row in found.rows) / own if own else 0.0
-    return f"no layer in high precision: --budget {budget:g} of the FLOPs, and the smallest layer takes {smallest:.2g}"
+    suffer = [row.flops for row in found.rows if found.score(row) > 0]
+    if not suffer:
+        return "no layer in high precision, because none has a score above 0"
+    share = min(suffer) / sum(row.flops for row in found.rows)
+    smallest = f"of those that suffer the smallest takes {share:.2g} of the FLOPs"
+    return f"no layer in high precision: {smallest}, --budget {budget:g}"
 
 
 def _pictured(options: argparse.Namespace) -> tuple[nn.Module, list[Any], Any]:

@@ -175,7 +175,7 @@ def test_bad_input(model: list[str], images: Path, tmp_path: Path, capsys: pytes
 
     file = model[0].rpartition(":")[0]
     refused(["coverage", f"{file}:nothing", *SIZE], "no function")
-    refused(["coverage", f"{file}:number", *SIZE], "no model")
+    refused(["coverage", f"{file}:number", *SIZE], "only try, and scan without --images")
     refused(["coverage", "nowhere.py:build", *SIZE], "no such file")
     refused(["coverage", "no colon", *SIZE], "bad MODEL")
     refused(["coverage", model[0], "--checkpoint", str(tmp_path / "none.pt")], "cannot be read")
