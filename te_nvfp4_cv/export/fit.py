@@ -152,7 +152,7 @@ def warn_of_lost(found: Sorted) -> None:
         f"nv.export: {lost / total:.0%} of the weights that train in NVFP4 stay in high precision: "
         + "; ".join(f"{name} ({found.high[name]})" for name in found.lost),
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,  # the line that called nv.export.save or quantize
     )
 
 

@@ -41,8 +41,9 @@ def error(found: nn.Module, net: nn.Module, x: Tensor) -> float:
 
 def test_a_network_that_is_destroyed_is_warned_of_and_the_layer_named() -> None:
     net, batches = embedding()
-    with pytest.warns(UserWarning, match=r"outputs change much: SQNR .* worst layers: expand\.0 \(-"):
+    with pytest.warns(UserWarning, match=r"outputs change much: SQNR .* worst layers: expand\.0 \(-") as told:
         found = quantize(net, batches)
+    assert told[0].filename == __file__
     drift = found.nvfp4_drift
     assert drift.layers[0].name == "expand.0" and not drift.held_back and drift.sqnr_db == pytest.approx(2.1, abs=0.5)
     assert drift.images == 64 and abs(drift.cosine - cosine(found, net)) < 0.02

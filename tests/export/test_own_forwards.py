@@ -313,6 +313,10 @@ def test_what_cannot_be_packed_is_listed_and_warned_of(tmp_path: Path, make: Any
     with pytest.warns(UserWarning, match=r"50% of the weights that train in NVFP4 stay .*: 0 \(") as told:
         saved = nv.export.save(model, tmp_path / "a")
     assert reason in saved.high["0"] and reason in str(told[0].message) and saved.quantized == ("1",)
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="50%") as told:
+        nv.export.quantize(model, [values((2, 32, 4, 4) if make is OfInput else (2, 32))])
+    assert told[0].filename == __file__
 
 
 class Loose(nn.Module):

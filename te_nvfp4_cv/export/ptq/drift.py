@@ -131,7 +131,7 @@ class Drift:
             f"{self.images} images. The worst layers: {worst}. Leave the worst ones in high precision "
             "(auto_high=0.1, --auto-high 0.1), or quantize weights only (activations='high')",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the line that called nv.export.quantize, outside of its decorator
         )
 
 
