@@ -23,6 +23,7 @@ from te_nvfp4_cv.export import artifact, attention, foreign
 from te_nvfp4_cv.export.computed import keys_of
 from te_nvfp4_cv.export.fit import (
     Sorted,
+    averaging_counts,
     bias_mark,
     check_fit,
     kernel_of,
@@ -169,7 +170,7 @@ def _plain_tensors(model: nn.Module, found: Sorted) -> dict[str, Tensor]:
     quantized = {id(module) for module, _ in found.quantized.values()}
     inner = {(id(kernel.module), kernel.key) for kernel in found.inner.values()}
     inside = {id(layer) for _, layer in around(model)}
-    skipped = set()
+    skipped = averaging_counts(model)
     for name, module in model.named_modules(remove_duplicate=False):
         skipped |= {join(name, key) for key in module._parameters if (id(module), key) in inner}
         if id(module) in quantized:

@@ -1,7 +1,7 @@
 """Compare a model with a file: which layers go into it in NVFP4, and whether the model is the one that was saved.
 
 `sort_layers` serves nv.export.save and nv.export.quantize, `check_fit` serves nv.export.load. Nothing here changes a
-model. Names are compared without the parts that wrappers add (DistributedDataParallel, torch.compile).
+model. Names are compared without what wrappers add (DistributedDataParallel, torch.compile, AveragedModel).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.export.artifact import Artifact, damaged_layer
@@ -53,6 +54,12 @@ def plain_names(where: str, model: nn.Module) -> dict[str, str]:
                 fix="call the attribute something else than `module`",
             )
     return names
+
+
+def averaging_counts(model: nn.Module) -> set[str]:
+    """Return the names in the state_dict of what AveragedModel counts: like other wrappers it is not in a file."""
+    wrappers = (name for name, module in model.named_modules() if isinstance(module, AveragedModel))
+    return {join(name, "n_averaged") for name in wrappers}
 
 
 class Sorted(NamedTuple):
@@ -260,6 +267,7 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
     modules = plain_modules(model)
     # Shapes only: nothing of the model is read or moved before the comparison is over.
     state = {plain_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    counts = {plain_name(name) for name in averaging_counts(model)}
     expected: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in opened.tensors.items()}
     for name, entry in manifest.layers.items():
         for key in PARTS:
@@ -285,7 +293,8 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
         aliases |= {join(name, key) for key in module._parameters if (id(module), key) in inner}
     norms = tuple(f"{name}." for name in manifest.folded)
     biases = {f"{name}.bias" for name in manifest.folded.values()}  # the norm's shift: the model's layer may have none
-    missing = [name for name in state if name not in expected and name not in aliases and not name.startswith(norms)]
+    known = expected.keys() | aliases | counts
+    missing = [name for name in state if name not in known and not name.startswith(norms)]
     unexpected = [name for name in expected if name not in state and name not in biases]
     unexpected += [name for name in manifest.folded if name not in modules]
     unlike = [

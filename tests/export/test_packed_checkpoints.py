@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import files
@@ -229,6 +230,18 @@ def test_norms_that_are_folded_load_into_a_wrapped_model(tmp_path: Path) -> None
     for model in (build(), nn.DataParallel(build())):
         loaded = nv.export.load(tmp_path / "a", model)
         assert same_bits(loaded(x), quantized(x))
+
+
+def test_averaged_weights_load_into_the_network_and_the_other_way_round(tmp_path: Path) -> None:
+    net = trained()
+    averaged = AveragedModel(net).eval()
+    averaged.update_parameters(net)
+    expected, x = outputs(net), values((2, 3, 8, 8), seed=5)
+    for name, model in (("plain", net), ("averaged", averaged), ("quantized", nv.export.quantize(averaged, [x]))):
+        file = nv.export.save(model, tmp_path / name, RECIPE).files[0]
+        for fresh in (Net(), AveragedModel(Net())):
+            with torch.no_grad():
+                assert same_bits(nv.export.load(file, fresh)(x), model(x) if name == "quantized" else expected)
 
 
 def test_a_quantized_network_is_saved_as_part_of_another(tmp_path: Path) -> None:
