@@ -201,10 +201,11 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         path: the file, the index of several files, or either without its ending.
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A file is damaged, or a shard is missing.
+        ValueError: A file is damaged or of another kind, or a shard is missing.
         RuntimeError: A file cannot be read.
     """
     found = _find(Path(path))
+    _refuse_other_kinds(found)
     if not found.name.endswith(INDEX):
         tensors, metadata = _read_file(found)
         return _artifact(found, tensors, metadata, (found,))
@@ -232,6 +233,29 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         differing = sorted(tensors.keys() ^ weight_map.keys())
         raise damaged(str(found), f"index and shards differ in {', '.join(differing[:4])}")
     return _artifact(found, tensors, metadata, tuple(files))
+
+
+def is_of_torch(path: Path) -> bool:
+    """Tell whether torch.save wrote a file, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:  # whoever reads the file next says why it cannot be read
+        return False
+    # A zip archive, or a bare pickle. Safetensors begins with a length, which may have these bytes, and then "{".
+    return start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{"
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Refuse whole files of other kinds, which would be called damaged otherwise."""
+    if path.suffix == ".onnx":
+        kind, fix = "an ONNX file", "load the .safetensors file that it was made from"
+    elif is_of_torch(path):
+        kind, fix = "a checkpoint of torch.save", "model.load_state_dict(torch.load(path)); nv.export.save(model, name)"
+    else:
+        return
+    title = f"nv.export: {path} is {kind}, not a packed file."
+    raise value_error(title, got=path.name, needs=f"a file {SUFFIX} of nv.export.save", fix=fix)
 
 
 def _find(path: Path) -> Path:

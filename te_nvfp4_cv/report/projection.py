@@ -105,7 +105,7 @@ class Projection:
         }
 
     def __str__(self) -> str:
-        head = ("layer", "precision", "GFLOP", "train bf16, ms", "nvfp4", "infer bf16, ms", "nvfp4", "bound by")
+        head = ("layer", "precision", "GFLOP a GEMM", "train bf16, ms", "nvfp4", "infer bf16, ms", "nvfp4", "bound by")
         cells: list[tuple[str, ...]] = [head]
         for row in self.layers:
             times = (f"{getattr(row, name) * 1e3:.4f}" for name in TIMES)

@@ -421,6 +421,12 @@ def test_a_plain_checkpoint_is_refused(tmp_path: Path) -> None:
     safetensors.save_file(Net().state_dict(), tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match="holds no NVFP4 layer"):
         nv.export.load(tmp_path / "plain", Net())
+    torch.save(Net().state_dict(), tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match=r"plain.pt is a checkpoint of torch.save[\s\S]*load_state_dict"):
+        nv.export.load(tmp_path / "plain.pt", Net())
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    with pytest.raises(ValueError, match=r"net.onnx is an ONNX file[\s\S]*made from"):
+        nv.export.load(tmp_path / "net.onnx", Net())
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.export.artifact import is_of_torch
 from te_nvfp4_cv.export.verify.inspection import inspect_safetensors
 from te_nvfp4_cv.export.verify.report import Report
 
@@ -33,12 +34,8 @@ def verify(path: str | Path) -> Report:
         from te_nvfp4_cv.export.verify.inspection_onnx import inspect_onnx
 
         return inspect_onnx(Path(path))
-    if Path(path).is_file():
-        with Path(path).open("rb") as file:
-            start = file.read(9)
-        # A zip archive, or a bare pickle. Safetensors begins with a length, which may have these bytes, and then "{".
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
-            raise _of_torch(Path(path))
+    if Path(path).is_file() and is_of_torch(Path(path)):
+        raise _of_torch(Path(path))
     return inspect_safetensors(Path(path))
 
 
