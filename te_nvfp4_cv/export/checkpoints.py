@@ -217,8 +217,9 @@ def load(
         model: the model as its constructor gives it, on any device. On "meta", the tensors that are not quantized
             are taken from the file as they are.
         weights: "packed" or "cached", as InferenceLayer.set_mode takes it.
-        activations: "nvfp4" or "high", as InferenceLayer.set_mode takes it. If None, what the file is meant for: "high"
-            for layers of another tool's file whose config quantizes weights only, which a note says; else "nvfp4".
+        activations: "nvfp4" or "high", as InferenceLayer.set_mode takes it. If None, what the file is meant for: each
+            layer runs as it did in the model that was saved. In another tool's file those layers are "high" whose
+            config quantizes weights only, which a note says.
         dtype: the dtype of cached weights; fp32 if None.
         backend: where the layers run ("auto", "reference", ...), as nv.nvfp4_autocast takes it.
         verify: compare all checksums first, which reads all bytes.
@@ -243,13 +244,14 @@ def load(
     if verify:
         opened.check()
     modules = plain_modules(model)
-    weight_only: set[str] = set()
+    high: set[str] = set()  # layers whose activations the file leaves in high precision
     if opened.manifest is None:
         if activations is None:
-            weight_only = foreign.weight_only(opened)
+            high = foreign.weight_only(opened)
         opened = foreign.adopt(opened, modules)
     manifest = opened.manifest
     assert manifest is not None
+    high |= {name for name, entry in manifest.layers.items() if entry.activations == "high"}
     with attention.separated_like(manifest.inner, modules):  # an error puts it back
         layers = check_fit(opened, manifest, model)
         recipes = [parse_recipe(text, opened.source) for text in manifest.recipes]
@@ -290,7 +292,7 @@ def load(
     for kernel in kernels.values():  # the model may have other Parameters now
         share_bias(kernel)
     for name, module in layers.items():
-        mode = activations or ("high" if name in weight_only else "nvfp4")
+        mode = activations or ("high" if name in high else "nvfp4")
         # After all tensors are in place: cached weights are computed here, on the layer's final device.
         module.set_mode(weights, mode, dtype)  # type: ignore[operator]
     return model.eval().requires_grad_(False)

@@ -39,6 +39,7 @@ def entry_of(
         # Saved again from its codes: to dequantize and quantize once more could change bits.
         codes, shape = module.codes, tuple(module.weight_shape)
         op, channels_last = module.op, module.channels_last
+        activations = "nvfp4" if module.quantize_x else "high"
     else:
         if recipe.activation_shift != "none":  # W m needs the weight in high precision, and m is the batch's
             raise value_error(
@@ -49,7 +50,7 @@ def entry_of(
             )
         w = like_weight(module)
         codes, shape = quantize_layer(module, recipe, trained), tuple(w.shape)
-        op, channels_last = op_of(module), layouts.is_channels_last(w)
+        op, channels_last, activations = op_of(module), layouts.is_channels_last(w), "nvfp4"
     amax = float(codes.amax)  # an fp32 number survives the way through a Python float and JSON bit for bit
     if not torch.isfinite(codes.amax).all():
         raise value_error(
@@ -73,6 +74,7 @@ def entry_of(
         call=call_of(module),
         shifted=codes.shift is not None,
         block_format=recipe.block_format,
+        activations=activations,
     )
 
 

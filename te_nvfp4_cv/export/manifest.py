@@ -51,6 +51,7 @@ class LayerEntry:
         call: stride, padding and the like, under the names that the module gives them.
         shifted: x is shifted before it is quantized; the file has the tensors SHIFTS of this layer.
         block_format: as NVFP4BlockScaling names it. Formats without a tensor scale have one of 1 in the file.
+        activations: "nvfp4" or "high", as the layer ran when it was saved.
     """
 
     op: str
@@ -66,6 +67,7 @@ class LayerEntry:
     call: dict[str, Any] = field(default_factory=dict)
     shifted: bool = False
     block_format: str = "nvfp4"
+    activations: str = "nvfp4"
 
     @property
     def transposed(self) -> bool:
@@ -117,8 +119,9 @@ class Manifest:
         for entry in fields["layers"].values():
             if not entry["shifted"]:
                 del entry["shifted"]
-            if entry["block_format"] == "nvfp4":
-                del entry["block_format"]
+            for key in ("block_format", "activations"):
+                if entry[key] == "nvfp4":
+                    del entry[key]
         text = json.dumps(fields, sort_keys=True)  # stored as one string, so that the digest is that of its bytes
         return json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
 
@@ -177,6 +180,7 @@ def _check_entry(name: str, entry: LayerEntry, recipes: int) -> None:
         and entry.e4m3_max in (256, 448)
         and type(entry.block_format) is str
         and entry.block_format in SCALES
+        and entry.activations in ("nvfp4", "high")
         and type(entry.recipe) is int
         and 0 <= entry.recipe < recipes
         and type(entry.tiles) is type(entry.channels_last) is type(entry.shifted) is bool

@@ -105,6 +105,22 @@ def test_an_inference_model_is_saved_again(tmp_path: Path) -> None:
     assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
+def test_a_file_of_quantized_weights_alone_loads_as_such(tmp_path: Path) -> None:
+    """A layer's activations are part of what was measured before the model was saved."""
+    x = values((2, 3, 8, 8), seed=5)
+    model: Any = nv.export.quantize(trained(), [x], activations="high")
+    model.up.set_mode(activations="nvfp4")
+    file = nv.export.save(model, tmp_path / "net").files[0]
+    loaded: Any = nv.export.load(file, Net())
+    assert same_bits(loaded(x), model(x))
+    assert loaded.up.quantize_x and not loaded.head.quantize_x
+    for activations in ("nvfp4", "high"):
+        loaded = nv.export.load(file, Net(), activations=activations)
+        assert loaded.up.quantize_x == loaded.head.quantize_x == (activations == "nvfp4")
+    again = nv.export.save(nv.export.load(file, Net()), tmp_path / "again").files[0]
+    assert same_bits(nv.export.load(again, Net())(x), model(x))
+
+
 def test_the_state_dict_of_an_inference_model_is_weights_only(tmp_path: Path) -> None:
     nv.export.save(trained(), tmp_path / "a", RECIPE)
     nv.export.save(Net(), tmp_path / "b", RECIPE)
