@@ -31,6 +31,7 @@ from te_nvfp4_cv.export.fit import (
     plain_names,
     shown,
     sort_layers,
+    stay_high,
     warn_of_lost,
 )
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
@@ -295,4 +296,5 @@ def load(
         mode = activations or ("high" if name in high else "nvfp4")
         # After all tensors are in place: cached weights are computed here, on the layer's final device.
         module.set_mode(weights, mode, dtype)  # type: ignore[operator]
+    stay_high(model, manifest.high)
     return model.eval().requires_grad_(False)

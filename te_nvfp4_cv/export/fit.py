@@ -6,6 +6,7 @@ model. Names are compared without what wrappers add (DistributedDataParallel, to
 
 from __future__ import annotations
 
+import glob
 import warnings
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
@@ -24,10 +25,12 @@ from te_nvfp4_cv.layer import check, grouped
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.base import OPS, NVFP4Module
 from te_nvfp4_cv.nn.modules import NVFP4GroupedLinear
-from te_nvfp4_cv.nn.precision import matches
+from te_nvfp4_cv.nn.precision import matches, set_precision
 from te_nvfp4_cv.nn.walk import LAYERS, like_weight, named_modules, op_of, torch_class, with_recipes
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
+
+BY_RECIPE = ("the precision table says so", "the recipe runs fprop in high precision")  # reasons
 
 # ---- a model's layers -----------------------------------------------------------------------------------------------
 
@@ -217,8 +220,24 @@ def _sort_inner(
 
 def _why_not(recipe: NVFP4BlockScaling | None) -> str | None:
     if recipe is None:
-        return "the precision table says so"
-    return None if "fprop" in recipe.nvfp4_gemms else "the recipe runs fprop in high precision"
+        return BY_RECIPE[0]
+    return None if "fprop" in recipe.nvfp4_gemms else BY_RECIPE[1]
+
+
+def stay_high(model: nn.Module, high: Mapping[str, str]) -> None:
+    """Give the layers that a recipe has left in high precision an entry of set_precision that says so.
+
+    Without it nv.export.save would quantize them, if it is not given that recipe again.
+
+    Args:
+        high: the layers in high precision, with the reason, as sort_layers lists them.
+    """
+    modules = plain_modules(model)
+    names = (name for name, reason in high.items() if reason in BY_RECIPE)
+    # Attention's Parameters are listed by their own names.
+    places = {name if name in modules else name.rpartition(".")[0] for name in names} & modules.keys()
+    if places:
+        set_precision(model, {glob.escape(name): None for name in places})
 
 
 def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:

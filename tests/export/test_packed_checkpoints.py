@@ -105,6 +105,29 @@ def test_an_inference_model_is_saved_again(tmp_path: Path) -> None:
     assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
+def test_what_a_recipe_left_in_high_precision_stays_so_without_it(tmp_path: Path) -> None:
+    class Attending(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(16, 32), nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
+
+    table = nv.NVFP4BlockScaling(precision={"0": None, "1.self_attn": None})
+    fprop = nv.NVFP4BlockScaling(high_precision_gemms=("fprop",))
+    cases: list[tuple[Any, Any, Any]] = [
+        (Net, RECIPE, (2, 3, 8, 8)), (Attending, table, (2, 4, 16)), (Net, fprop, (2, 3, 8, 8)),
+    ]
+    for make, recipe, shape in cases:
+        torch.manual_seed(0)
+        model, x = make().eval(), values(shape, seed=5)
+        quantized = nv.export.quantize(model, [x], recipe)
+        with torch.no_grad():
+            expected = quantized(x)
+        first = nv.export.save(quantized, tmp_path / "first")  # without the recipe
+        second = nv.export.save(nv.export.load(first.files[0], make()), tmp_path / "second")
+        assert first.quantized == second.quantized and (recipe is fprop) == (not first.quantized)
+        for saved in (first, second):
+            assert same_bits(nv.export.load(saved.files[0], make())(x), expected)
+
+
 def test_a_file_of_quantized_weights_alone_loads_as_such(tmp_path: Path) -> None:
     """A layer's activations are part of what was measured before the model was saved."""
     x = values((2, 3, 8, 8), seed=5)

@@ -24,7 +24,7 @@ from te_nvfp4_cv.export import attention, matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed, quantize_layer
 from te_nvfp4_cv.export.computed import settle
 from te_nvfp4_cv.export.copies import copy_of
-from te_nvfp4_cv.export.fit import sort_layers, warn_of_lost
+from te_nvfp4_cv.export.fit import sort_layers, stay_high, warn_of_lost
 from te_nvfp4_cv.export.inner import install
 from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, become
 from te_nvfp4_cv.export.ptq import rounding
@@ -186,6 +186,7 @@ def quantize(
     put_matched(net, taken, images, bias_correction, reestimate_bn)
     for module, own in of_experts.values():  # to nearest, with the amax of each call
         become(module, quantize_layer(module, own), own).set_mode(weights, activations)
+    stay_high(net, found_layers.high)
     net = net.eval().requires_grad_(False)
     net.nvfp4_drift = drift = drift_of(net, twins, images, expected, high)  # type: ignore[assignment]
     drift.warn()
