@@ -142,6 +142,12 @@ def check_batches(caller: str, batches: object) -> None:
         )
 
 
+def no_script(module: object, needs: str, fix: str) -> RuntimeError:
+    """Make an error to raise from __prepare_scriptable__, which torch.jit.script calls."""
+    what = f"nvfp4: torch.jit.script does not take an object of {type(module).__name__}."
+    return runtime_error(what, got="torch.jit.script of the model", needs=needs, fix=fix)
+
+
 def check_choice(caller: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Check that an argument is one of some words.
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.errors import check_choice
+from te_nvfp4_cv.errors import check_choice, no_script
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed
 from te_nvfp4_cv.export.computed import settle
@@ -269,6 +269,9 @@ class InferenceLayer(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.set_mode()  # cached weights are those of the old codes
+
+    def __prepare_scriptable__(self) -> None:
+        raise no_script(self, "Python at each call", "torch.export, or nv.export.to_onnx(form='portable')")
 
     def _run(self, x: Tensor, args: ConvArgs) -> Tensor:
         bias: Any = self.bias

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.context import state
+from te_nvfp4_cv.errors import no_script
 from te_nvfp4_cv.fusion.norm_act import batch_norm_act, check_activation, group_norm_act
 from te_nvfp4_cv.layer.check import transformed
 from te_nvfp4_cv.ops.norm import reference
@@ -48,6 +49,9 @@ class NormActModule(nn.Module):
             u = super().forward(z)  # type: ignore[misc]
             return activate(u if residual is None else u + residual, activation)
         return self.fused(z, residual, activation)
+
+    def __prepare_scriptable__(self) -> None:
+        raise no_script(self, "torch's own norm", "torch.compile or torch.export; or script the model before nv.fuse")
 
     def fused(self, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """Call the fused operator."""

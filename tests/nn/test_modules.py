@@ -373,6 +373,15 @@ def test_fx_takes_converted_layers_as_leaves():
         assert torch.equal(traced(x), model(x))
 
 
+def test_torchscript_is_refused_by_what_takes_the_place_of_layers():
+    x = torch.randn(2, 16, 6, 6)
+    served = nv.export.quantize(nn.Sequential(nn.Conv2d(16, 16, 3)), [x])
+    fused = nv.fuse(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()))
+    for model, name in ((served, "InferenceConv2d"), (fused, "BatchNormAct2d")):
+        with pytest.raises(RuntimeError, match=rf"torch\.jit\.script does not take an object of {name}"):
+            torch.jit.script(model)
+
+
 def test_torchscript_is_refused_by_name():
     model = nv.convert_model(nn.Sequential(nn.Conv2d(16, 16, 3)))
     x = torch.randn(2, 16, 6, 6)
