@@ -1,6 +1,6 @@
 """Compare a model with a file: which layers go into it in NVFP4, and whether the model is the one that was saved.
 
-`sort_layers` serves nv.export.save and nv.export.quantize, `check_fit` serves nv.export.load. Nothing here changes a
+`sort_layers` serves nv.export.save and nv.export.quantize, `check_fit` nv.export.load. Only `stay_high` changes the
 model. Names are compared without what wrappers add (DistributedDataParallel, torch.compile, AveragedModel).
 """
 
