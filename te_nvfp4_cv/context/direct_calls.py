@@ -137,10 +137,14 @@ def _weight_and_others(operands: list[Tensor]) -> tuple[Tensor | None, list[Tens
     return (operands[at[-1]], operands[: at[-1]] + operands[at[-1] + 1 :]) if at else (None, operands)
 
 
+def _factors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors of a product in the order of torch. Of names the order is the caller's; sorted, it is that."""
+    names = sorted(kwargs, key=lambda name: (name not in ("input", "self"), name))
+    return list(_tensors(args, {name: kwargs[name] for name in names}))
+
+
 def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
-    # What addmm adds stands before the two. Of names the order is the caller's; sorted, they are in that of torch.
-    named = dict(sorted(kwargs.items(), key=lambda pair: (pair[0] not in ("input", "self"), pair[0])))
-    operands = list(_tensors(args, named))[-2:]
+    operands = _factors(args, kwargs)[-2:]  # what addmm adds stands before the two
     w, others = _weight_and_others(operands)
     if w is None or not others or others[0].dim() == 0:  # inner: a number times a weight is no product
         return None
@@ -150,11 +154,11 @@ def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Direct
 
 
 def _sum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall | None:
-    operands = list(_tensors(args, kwargs))
+    operands = _factors(args, kwargs)
     if not any(map(_is_weight, operands)):
         return None
     if name == "einsum":
-        axes, result = _axes_of_einsum(args, operands)
+        axes, result = _axes_of_einsum(args or (kwargs["equation"],), operands)
     elif name == "tensordot":
         operands = operands[:2]  # its dims may be a tensor, too
         axes, result = _axes_of_tensordot(operands, *args[2:], **kwargs)
@@ -164,7 +168,11 @@ def _sum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall
         result = [0, len(operands)]
     sizes: dict[Any, int] = {}
     for own, t in zip(axes, operands, strict=True):
-        sizes |= {axis: max(size, sizes.get(axis, 1)) for axis, size in zip(own, t.shape, strict=True)}
+        sizes |= {axis: sizes.get(axis, 1) if size == 1 else size for axis, size in zip(own, t.shape, strict=True)}
+    for own, t in zip(axes, operands, strict=True):  # of size 1, an operand is repeated along an axis of the others
+        own[:] = [axis for axis, size in zip(own, t.shape, strict=True) if size == sizes[axis]]
+    # torch sums an operand over axes that nothing else has before it multiplies.
+    axes = [[axis for axis in own if axis in result or sum(axis in other for other in axes) > 1] for own in axes]
     macs, done = 0, set(axes[0])
     for at, own in enumerate(axes[1:], 2):  # from left to right; multi_dot may find less
         macs, done = macs + math.prod(sizes[axis] for axis in done.union(own)), done.union(own)
@@ -173,7 +181,7 @@ def _sum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall
         others, channels = axes[:at] + axes[at + 1 :], 0
         for other in others:
             summed = [axis for axis in axes[at] if axis in other and axis not in result]
-            kept = [axis for axis in axes[at] if axis not in other and any(axis in own for own in (result, *others))]
+            kept = [axis for axis in axes[at] if axis not in other]
             if summed and kept:  # else it is no product of matrices: elements are scaled, or summed up
                 channels = max(channels, min(math.prod(sizes[axis] for axis in side) for side in (summed, kept)))
         if channels and _is_weight(operands[at]):

@@ -115,11 +115,18 @@ PRODUCTS: dict[str, Callable[[], Any]] = {
     "einsum, rest of batches": lambda: torch.einsum("...bi,...io->...bo", BATCHES, EXPERTS),
     "einsum, numbers": lambda: torch.einsum(X, [..., 1], SQUARE, [1, 0], [..., 0]),
     "einsum, weight between": lambda: torch.einsum("bqi,ij,bkj->bqk", X, SQUARE, X),
+    "einsum, an axis of one operand": lambda: torch.einsum("bsd,dhk->hk", X, HEADS),
+    "einsum, rest of one operand": lambda: torch.einsum("...d,dc->c", X, SQUARE),
+    "einsum, repeated": lambda: torch.einsum("bii,io->bo", values((4, 48, 48)), SQUARE),
+    "einsum, one repeated": lambda: torch.einsum("ebi,eio->ebo", BATCHES[:1], EXPERTS),
+    "einsum, spaces": lambda: torch.einsum(" b I , I o -> b o", X[0], SQUARE),
     "einsum of aten": lambda: torch.ops.aten.einsum("bi,io->bo", [X[0], SQUARE]),
+    "einsum of aten, names": lambda: torch.ops.aten.einsum(equation="bi,io->bo", tensors=[X[0], SQUARE]),
     "tensordot, heads": lambda: torch.tensordot(X, HEADS, 1),
     "tensordot, axes": lambda: torch.tensordot(X, HEADS, ([-1], [0])),
     "tensordot, tensor": lambda: torch.tensordot(X, HEADS, torch.tensor([[2], [0]])),
     "tensordot of aten": lambda: torch.ops.aten.tensordot(X, HEADS, dims_self=[2], dims_other=[0]),
+    "tensordot of aten, names": lambda: torch.ops.aten.tensordot(other=HEADS, self=X, dims_self=[2], dims_other=[0]),
     "linalg_multi_dot": lambda: torch.linalg.multi_dot([X[0], SQUARE, SQUARE]),
     "linalg_multi_dot, vectors": lambda: torch.linalg.multi_dot([X[0, 0], SQUARE, X[0, 1]]),
     "mm, names": lambda: torch.mm(mat2=SQUARE[:, :20], input=X[0]),
@@ -147,6 +154,12 @@ def test_what_sums_over_no_axis_of_two_is_no_product(equation: str) -> None:
     other = values((48,)) if ",j" in equation else SQUARE
     assert not told(lambda: torch.einsum(equation, SQUARE, other))
     assert not nv.coverage(Product(lambda x, m: torch.einsum(equation, SQUARE, x)), other).rows
+
+
+def test_what_has_no_elements_or_one_is_no_work() -> None:
+    """torch repeats an operand of one element along an axis of the other, which it then sums up: no product."""
+    for x, w in ((X[0, :0], SQUARE), (X[0], nn.Parameter(values((1, 48)))), (X[0, :, :1], SQUARE)):
+        assert not told(lambda x=x, w=w: torch.einsum("bi,io->bo", x, w))
 
 
 def test_a_number_times_a_weight_is_no_product() -> None:
