@@ -63,9 +63,8 @@ def not_a_view(y: Tensor) -> Tensor:
     """Return a tensor on y's memory that is not a view: autograd refuses in-place operations on a view that a Function
     returns.
     """
-    if torch.compiler.is_compiling():  # set_ cannot be traced; clone keeps the strides
-        return y.clone()
-    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+    # detach() shares the version of y: a checkpoint that holds y notices what is written to its memory.
+    return y.clone() if torch.compiler.is_compiling() else y.detach()
 
 
 def is_channels_last(x: Tensor) -> bool:

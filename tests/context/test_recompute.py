@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd  # before the first context: names that were imported work as well
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.context import function_mode
@@ -340,21 +338,3 @@ def of_one_step(module: nn.Module) -> list[Tensor]:
         loss = module(x).square().mean()
     loss.backward()
     return [loss.detach(), *gradients(module, x)]
-
-
-@pytest.mark.parametrize("recipe", ["default", "current_pow2", "mxfp4"])
-@pytest.mark.parametrize("kept", ["conv", "quantize", ""])
-def test_a_selective_checkpoint_may_keep_any_operator(recipe, kept):
-    def keep(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if kept in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = functools.partial(create_selective_checkpoint_contexts, keep)
-    results, block = [], net()
-    for run in (block, functools.partial(checkpoint, block, use_reentrant=False, context_fn=contexts)):
-        x = values((16, 32, 8, 8)).requires_grad_()
-        torch.manual_seed(0)
-        with nv.nvfp4_autocast(recipe):
-            loss = run(x).square().mean()
-        loss.backward()
-        results.append([loss.detach(), x.grad])
-    assert all_same(*results)
