@@ -135,11 +135,18 @@ def check_batches(caller: str, batches: object) -> None:
     Raises:
         TypeError: `batches` is a tensor, or cannot be iterated over.
     """
-    if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
-        raise type_error(
-            f"{caller}: no batches.", got=describe(batches), needs="an iterable of batches: a list or a DataLoader",
-            fix="[images]; list(images) if the first axis counts batches",
-        )
+    # Python also iterates over what has indices alone, as sequences of batches of one's own often do.
+    iterable = isinstance(batches, Iterable) or hasattr(type(batches), "__getitem__")
+    if isinstance(batches, torch.Tensor):
+        fix = "[images]; list(images) if the first axis counts batches"
+    elif isinstance(batches, torch.utils.data.Dataset) and not isinstance(batches, Iterable):
+        fix = "DataLoader(dataset, batch_size=16); batch_size=None if its items are batches"  # samples, mostly
+    elif not iterable:
+        fix = "[images]"
+    else:
+        return
+    needs = "an iterable of batches: a list or a DataLoader"
+    raise type_error(f"{caller}: no batches.", got=describe(batches), needs=needs, fix=fix)
 
 
 def no_script(module: object, needs: str, fix: str) -> RuntimeError:

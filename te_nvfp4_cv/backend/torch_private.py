@@ -9,6 +9,7 @@ functions around them: torch.compile recognizes some of them by identity, and so
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -57,6 +58,12 @@ def not_traced(reason: str) -> Exception:
     from torch._subclasses import UnsupportedFakeTensorException  # slow to load
 
     return UnsupportedFakeTensorException(reason)  # type: ignore[no-untyped-call]
+
+
+def without_values(tensor: torch.Tensor) -> bool:
+    """Return True for a tensor on the meta device, and for a fake one, which only says that it is on another."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")  # slow to load; without it, there are none
+    return tensor.is_meta or (fake is not None and isinstance(tensor, fake.FakeTensor))
 
 
 def held_by_a_module(tensor: torch.Tensor) -> bool:

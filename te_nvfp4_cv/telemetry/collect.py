@@ -117,7 +117,7 @@ class Telemetry:
         # Ranks train the same weights, and a file has one writer: only the first rank records.
         self.model, self.settings, self.sinks = model, settings, sinks if _rank() == 0 else ()
         self.memory = Memory()
-        self._not_entered = 0  # calls of `step` without `with`
+        self._not_entered: set[object] = set()  # calls of `step` without `with`
         self.alarmed: set[str] = set()  # the conditions that hold now, and so need no second alarm
         header = {
             "kind": "run",
@@ -174,12 +174,13 @@ class Telemetry:
             grad_scale: what the loss was multiplied by, scaler.get_scale() with a GradScaler. Figures of weight
                 gradients are divided by it; those of grad_output are recorded as they arrive, scaled.
         """
-        self._not_entered += 1
-        return self._step(step, grad_scale)
+        call = object()
+        self._not_entered.add(call)
+        return self._step(step, grad_scale, call)
 
     @contextmanager
-    def _step(self, step: int, grad_scale: float | Tensor) -> Iterator[None]:
-        self._not_entered -= 1
+    def _step(self, step: int, grad_scale: float | Tensor, call: object) -> Iterator[None]:
+        self._not_entered.discard(call)  # of a decorator, the body begins at each call of the function
         if not self.due(step):
             yield
             return
@@ -243,8 +244,8 @@ class Telemetry:
         if self._not_entered:
             warn_once(
                 "telemetry step",
-                f"nvfp4 telemetry: step() was called {self._not_entered} times without `with`, and recorded nothing. "
-                "Write `with watch.step(step):` around the forward and backward pass",
+                f"nvfp4 telemetry: step() was called {len(self._not_entered)} times without `with`, and recorded "
+                "nothing. Write `with watch.step(step):` around the forward and backward pass",
             )
         sinks, self.sinks = self.sinks, ()
         for sink in sinks:

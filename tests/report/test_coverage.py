@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import te_nvfp4_cv as nv
@@ -165,6 +166,14 @@ def test_a_model_on_the_meta_device_has_a_report(training):
         model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)).train(training)
         report = nv.coverage(model, torch.empty(16, 16, 8, 8))
     assert [(row.nvfp4, row.reason) for row in report.rows] == [(False, "no fast backend for meta")]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_of_fake_tensors_has_a_report(training):
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)).train(training)
+        report = nv.coverage(model, torch.empty(16, 16, 8, 8))
+    assert [(row.nvfp4, row.reason) for row in report.rows] == [(True, "")]
 
 
 def test_an_error_in_forward_leaves_no_trace(image):

@@ -117,6 +117,24 @@ def test_arguments_in_torchs_order_are_refused():
         update_bn(model(), torch.ones(2, 3, 4, 4))
 
 
+class Numbered:
+    """A sequence that has indices and no __iter__, over which Python iterates all the same."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __getitem__(self, at):
+        return self.items[at]
+
+
+def test_batches_with_indices_alone_are_taken_and_samples_are_not():
+    net = model()
+    assert update_bn(net, Numbered(loader())) == 3
+    samples = torch.utils.data.TensorDataset(torch.ones(4, 16, 6, 6))
+    with pytest.raises(TypeError, match=r"no batches[\s\S]*DataLoader\(dataset"):
+        update_bn(net, samples)
+
+
 def test_a_switch_to_high_precision_in_the_middle_of_training():
     """The last epoch in high precision, then statistics of that precision: evaluation is that of a plain model."""
     net, batches, recipe = model(), loader(4), nv.NVFP4BlockScaling()

@@ -23,3 +23,25 @@ def test_a_step_that_is_called_and_not_entered_is_warned_of(monkeypatch: pytest.
         watch.step(step)
     with pytest.warns(UserWarning, match=r"step\(\) was called 2 times without `with`"):
         watch.close()
+
+
+def test_a_step_may_decorate_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+    model, x = torch.nn.Linear(16, 16), torch.randn(16, 16)
+    watch = nv.telemetry.attach(model)
+
+    @watch.step(0)
+    def train() -> None:
+        model(x).sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train()
+        train()
+        watch.close()
+    watch = nv.telemetry.attach(model)
+    with watch.step(0):
+        train()  # of the other watch
+    watch.step(1)
+    with pytest.warns(UserWarning, match="called 1 times without"):
+        watch.close()
