@@ -283,6 +283,8 @@ def load(
     names = plain_names("nv.export.load", model)
     # The mapped tensors are cloned where the model takes them over: the file may be replaced later.
     state = {names[name]: t.clone() if meta else t for name, t in opened.tensors.items() if name not in packed}
+    if meta:  # what no file holds needs a value, too
+        state = {name: torch.zeros((), dtype=torch.long, device=device) for name in averaging_counts(model)} | state
     # With the versions of the model's modules, as torch saves them beside the tensors: some classes ask for theirs.
     versioned = model.state_dict()
     versioned.clear()

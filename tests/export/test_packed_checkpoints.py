@@ -281,6 +281,10 @@ def test_averaged_weights_load_into_the_network_and_the_other_way_round(tmp_path
         for fresh in (Net(), AveragedModel(Net())):
             with torch.no_grad():
                 assert same_bits(nv.export.load(file, fresh)(x), model(x) if name == "quantized" else expected)
+        with torch.device("meta"):
+            fresh = AveragedModel(Net())
+        loaded = nv.export.load(file, fresh)
+        assert not any(t.is_meta for t in loaded.state_dict().values()) and not loaded.n_averaged
 
 
 def test_a_quantized_network_is_saved_as_part_of_another(tmp_path: Path) -> None:
