@@ -108,11 +108,20 @@ def layer(
     plan, s = plan_of(sizes, spec), spec_of(spec)
     shortfall.ran_as_operator(plan.geometry)
     # Codes made before are looked up when the node runs, not when it is traced: each step may have new ones.
-    options = _options(plan, s, x, offsets)._replace(codes=weight_codes.codes_of(w, plan))
+    made_before = weight_codes.codes_of(w, plan)
+    options = _options(plan, s, x, offsets)._replace(codes=made_before)
     x = without_class(x)
     need_dx, need_dw = s.need_dx and not s.again, s.need_dw and not s.again
     y, saved = forward_backward.forward(x, w, bias, plan, need_dx, need_dw, options)
+    if made_before is not None and need_dx and plan.saves_w != "itself":
+        # Copied, because inductor writes other values into an operator's results once the graph has read them (where a
+        # checkpoint runs forward again in backward), and these codes are for the next micro-batch too.
+        saved = saved._replace(w=_copy(saved.w), w_scale=_copy(saved.w_scale), w_amax=_copy(saved.w_amax))
     return y, *_outputs(saved, plan, x)  # type: ignore[return-value]
+
+
+def _copy(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.clone()
 
 
 def layer_of_gathered(

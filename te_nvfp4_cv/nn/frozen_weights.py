@@ -38,6 +38,9 @@ class _FrozenWeight:
     def codes(self, w: Tensor, plan: Plan) -> WeightCodes:
         """Return the weight's codes for a plan; the first use makes them."""
         self.check_version()
+        # A graph that is captured here may be replayed after the next optimizer step, so it quantizes by itself.
+        if devices.capturing(w):
+            return operands.quantize_weight(w, plan, for_dgrad=True)
         # All that the codes depend on beside the weight. Two calls of a shared weight may differ in it.
         key = (plan.weight_specs[True], plan.weight_faces, plan.compute_dtype, plan.backend)
         if key not in self.sets:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.layer import weight_codes
+from te_nvfp4_cv.backend import devices
+from te_nvfp4_cv.layer import operands, weight_codes
 
 
 def gradients(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -48,6 +49,22 @@ def test_a_report_takes_buffers_that_were_made_in_inference_mode():
     with torch.inference_mode():
         model.register_buffer("steps", torch.zeros(1))
     assert nv.coverage(model, torch.randn(4, 32, 8, 8)).rows[0].nvfp4
+
+
+def test_a_graph_that_is_captured_quantizes_by_itself(monkeypatch):
+    # No code runs at a replay, which may come after the next optimizer step.
+    layer, x, made = nn.Conv2d(32, 32, 3), torch.randn(4, 32, 8, 8, requires_grad=True), []
+    expected, quantize_weight = gradients(layer, x), operands.quantize_weight
+
+    def counted(*arguments, **named):
+        made.append(quantize_weight(*arguments, **named))
+        return made[-1]
+
+    monkeypatch.setattr(operands, "quantize_weight", counted)
+    with nv.frozen_weights(layer):
+        for captured, number in ((True, 1), (False, 2), (False, 2), (True, 3)):
+            monkeypatch.setattr(devices, "capturing", lambda _, now=captured: now)
+            assert all(map(torch.equal, gradients(layer, x), expected)) and len(made) == number
 
 
 def test_weights_that_are_made_at_the_first_use():

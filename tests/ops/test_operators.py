@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import te_nvfp4_cv as nv
-from te_nvfp4_cv.layer import custom_op, forward_backward, inference
+from te_nvfp4_cv.layer import custom_op, forward_backward, inference, weight_codes
 from te_nvfp4_cv.layer.custom_op import LayerSpec
 from te_nvfp4_cv.layer.forward_backward import Like
 from te_nvfp4_cv.layer.plan import Plan
@@ -230,3 +230,27 @@ def test_saved_bytes_are_packed_codes():
     folded = math.prod((CONV.folds[0].images, CONV.folds[0].rows, 4, 16))
     assert sum(part.numel() * part.element_size() for part in saved[:3]) == folded * 9 // 16 + 4
     assert sum(part.numel() * part.element_size() for part in saved[3:]) == w.numel() // 2 + w.numel() // 256 + 4
+
+
+def memory_of(results: Any) -> set[int]:
+    parts = [results] if isinstance(results, Tensor) else results or ()
+    return {part.untyped_storage().data_ptr() for part in parts if part.numel()}
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - KERNELS_ONLY))
+def test_results_are_memory_of_one_call(name):
+    # torch.compile's inductor writes into an operator's results as soon as the graph has read them.
+    arguments, op = EXAMPLES[name](), getattr(ops, name)
+    first, second = op(*arguments), op(*arguments)
+    assert memory_of(first).isdisjoint(memory_of(second))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.key or "default")
+def test_frozen_codes_are_not_given_away(recipe):
+    x, w, *rest = layer_arguments(recipe)
+    holder = torch.nn.ParameterList([w.detach()])
+    with nv.frozen_weights(holder):
+        first, second = (custom_op.layer(x, holder[0], *rest) for _ in range(2))
+        (codes, _), = weight_codes.frozen[id(holder[0])].sets.values()
+        assert memory_of(first).isdisjoint(memory_of(second) | memory_of(codes.flat()))
+    assert all(map(torch.equal, first, custom_op.layer(x, w, *rest)))
