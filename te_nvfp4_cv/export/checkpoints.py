@@ -32,11 +32,11 @@ from te_nvfp4_cv.export.fit import (
     shown,
     sort_layers,
     stay_high,
-    warn_of_lost,
 )
 from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.inner import around, install, share_bias
 from te_nvfp4_cv.export.layer_tensors import codes_of, entry_of, tensors_of
+from te_nvfp4_cv.export.left_high import warn_of_high
 from te_nvfp4_cv.export.manifest import PARTS, LayerEntry, Manifest, join
 from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.export.ranks import gathered, written_once
@@ -143,7 +143,7 @@ def _packed(model: nn.Module, resolved: NVFP4BlockScaling) -> tuple[dict[str, Te
     """Return the tensors of a model's file, its manifest, and the bytes of the layers in NVFP4, packed and in fp32."""
     found = sort_layers(model, resolved)
     quantized, high = found.quantized, found.high
-    warn_of_lost(found)
+    warn_of_high("nv.export.save", found)
     tensors = _plain_tensors(model, found)
     entries: dict[str, LayerEntry] = {}
     recipes: dict[str, int] = {}

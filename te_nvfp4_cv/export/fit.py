@@ -7,7 +7,6 @@ model. Names are compared without what wrappers add (DistributedDataParallel, to
 from __future__ import annotations
 
 import glob
-import warnings
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
@@ -150,20 +149,6 @@ def _list_loose(found: Sorted, name: str, module: nn.Module) -> None:
         # A matrix may be a table of embeddings or queries. With more axes it is a kernel, most likely.
         if parameter.dim() > 2:
             found.lost[where] = parameter.numel()
-
-
-def warn_of_lost(found: Sorted) -> None:
-    """Warn of kernels that train in NVFP4 and go into a file in high precision."""
-    if not found.lost:
-        return
-    lost = sum(found.lost.values())
-    total = lost + sum(like_weight(module).numel() for module, _ in found.quantized.values())
-    warnings.warn(
-        f"nv.export: {lost / total:.0%} of the weights that train in NVFP4 stay in high precision: "
-        + "; ".join(f"{name} ({found.high[name]})" for name in found.lost),
-        UserWarning,
-        stacklevel=4,  # the line that called nv.export.save or quantize
-    )
 
 
 def bias_mark(bias: str, computed: bool) -> str:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +458,59 @@ def test_inputs_by_name_and_without_images(net: Small) -> None:
 
     quantized = nv.export.quantize(OfDicts(), [{"image": values((2, 16, 4, 4)) + 1}], device="cpu")
     assert quantized.conv.input_amax is not None and same_bits(quantized.norm.running_mean, torch.zeros(16))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor, more: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + more
+
+
+class Around(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.model(*inputs)
+
+
+@pytest.mark.parametrize("fold_bn", [True, False])
+def test_batches_that_the_model_does_not_take(fold_bn: bool) -> None:
+    x, model = values((2, 16, 4, 4)), nn.Sequential(nn.Conv2d(16, 16, 1), nn.MultiheadAttention(16, 1))
+    for wrong, batch, got in (
+        (model[:1], {"image": x, "label": 1}, "dict with the keys 'image', 'label': "),
+        (nn.TransformerEncoderLayer(16, 1), {"image": x}, "dict with the keys 'image': "),
+        (Two(), (x, x), r"\(2, 16, 4, 4\) float32: TypeError: .*argument: 'more'"),
+        (Two(), [(x, x)], "tuple: TypeError: .*argument: 'more'"),
+    ):
+        with pytest.raises(TypeError, match=rf"what the loader gives[\s\S]*{got}[\s\S]*one argument[\s\S]*fix:"):
+            nv.export.quantize(wrong, [batch], fold_bn=fold_bn)
+    with pytest.raises(ValueError, match="needs: 16 input channels"):  # what fits and is wrong has its own error
+        nv.export.quantize(model[:1], [x[:, :8]], fold_bn=fold_bn)
+    quantized = nv.export.quantize(Around(Two()), [((x, x), 0)], fold_bn=fold_bn).model
+    assert isinstance(quantized, Two) and isinstance(quantized.conv, InferenceLayer)
+
+
+def test_a_model_without_any_layer_in_nvfp4_is_warned_of(tmp_path: Path) -> None:
+    wide, x = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU()).double(), values((2, 16, 4, 4))
+    text = r"no layer is in NVFP4, everything stays as it is: 0 \(.*float64\).*model.float\(\)"
+    with pytest.warns(UserWarning, match="nv.export.quantize: " + text) as warned:
+        nv.export.quantize(wide, [x.double()])
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match="nv.export.save: " + text) as warned:
+        nv.export.save(wide, tmp_path / "wide")
+    assert warned[0].filename == __file__
+    many = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+    with pytest.warns(UserWarning, match="3 .thin layer: .* and 2 more$"):
+        nv.export.save(many, tmp_path / "many")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of what was asked for
+        nv.export.save(nn.Linear(16, 16), tmp_path / "high", nv.NVFP4BlockScaling(precision={"": None}))
+        nv.export.save(nn.ReLU(), tmp_path / "none")
 
 
 def test_contexts_around_it_do_not_act() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.backend.torch_private import tree_map_only
 from te_nvfp4_cv.context.layer_calls import LayerCalls
-from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.errors import describe, type_error, value_error
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.layer.check import CallShape, Sizes, lowered
 from te_nvfp4_cv.layer.constants import running_modules
@@ -190,6 +190,29 @@ def input_of(batch: Any, device: str | torch.device | None) -> Any:
     return x if device is None else tree_map_only(Tensor, lambda t: t.to(device), x)
 
 
+def call(model: nn.Module, x: Any) -> Any:
+    """Run the model on an input of the loader.
+
+    Raises:
+        TypeError: The model does not take it: it has several inputs, for example, or the loader gives dicts.
+    """
+    # Of a tensor, a model's own code may do anything wrong, and only a TypeError says that the call does not fit.
+    kinds = TypeError if isinstance(x, Tensor) else (TypeError, AttributeError, LookupError)
+    try:
+        return model(x)
+    except kinds as error:
+        if "\n  got:" in str(error):  # one of ours, which says more
+            raise
+        keys = f" with the keys {', '.join(map(repr, x))}" if isinstance(x, Mapping) else ""
+        raise type_error(
+            "nv.export.quantize: the model does not take what the loader gives.",
+            got=f"{describe(x)}{keys}: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            needs="a model that takes one argument: the batch, or its first element if it is a tuple or list",
+            fix="a loader of such batches; for a model of several inputs a module around it, whose forward(self, "
+            "inputs) returns self.model(*inputs), a loader of pairs (inputs, labels), and the result's .model",
+        ) from error
+
+
 def collect(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -212,7 +235,7 @@ def collect(
     seen = 0
     with watching(watches.values()):
         for x in inputs:
-            model(x)
+            call(model, x)
             seen += 1
     if not seen:
         raise value_error(

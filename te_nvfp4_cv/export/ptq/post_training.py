@@ -24,11 +24,12 @@ from te_nvfp4_cv.export import attention, matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed, quantize_layer
 from te_nvfp4_cv.export.computed import settle
 from te_nvfp4_cv.export.copies import copy_of
-from te_nvfp4_cv.export.fit import sort_layers, stay_high, warn_of_lost
+from te_nvfp4_cv.export.fit import sort_layers, stay_high
 from te_nvfp4_cv.export.inner import install
+from te_nvfp4_cv.export.left_high import warn_of_high
 from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, InferenceLayer, become
 from te_nvfp4_cv.export.ptq import rounding
-from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, collect, input_of
+from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, call, collect, input_of
 from te_nvfp4_cv.export.ptq.matching import put_matched
 from te_nvfp4_cv.export.ptq.norm_folding import Folded, fold
 from te_nvfp4_cv.export.ptq.twins import (
@@ -79,7 +80,7 @@ def quantize(
         model: the network, which is not changed: a copy is returned. One that nv.tensor_parallel has shared out is
             gathered; call this on every rank then.
         loader: calibration images: tensors, or tuples and lists whose first element is the model's input. It is read
-            several times.
+            several times. The model is called with one argument; it may be a dict, if the model takes one.
         recipe: decides which layers run in NVFP4 (its [precision] table; a sensitivity scan suggests one) and how
             activations are quantized. If None, the default recipe is used. Entries of nv.set_precision take
             precedence.
@@ -108,7 +109,7 @@ def quantize(
         attribute `nvfp4_drift` is a nv.export.Drift: what quantization changes, in each layer and in the outputs. A
         warning says so if the outputs change much.
     Raises:
-        TypeError: An argument is of another kind.
+        TypeError: An argument is of another kind, or the model does not take what the loader gives.
         ValueError: An argument has another value, the loader has no batches or can be read only once, or the input of
             a layer is not finite.
 
@@ -138,10 +139,10 @@ def quantize(
             needs="a list or a DataLoader: calibration reads it several times", fix="list(loader)",
         )
     net = copy_of("nv.export.quantize", gathered(model)[0]).eval()
-    attention.note_calls(net, lambda: [net(input_of(batch, device)) for batch in itertools.islice(loader, 1)])
+    attention.note_calls(net, lambda: [call(net, input_of(batch, device)) for batch in itertools.islice(loader, 1)])
     attention.separate(net, resolved)
     found_layers = sort_layers(net, resolved)
-    warn_of_lost(found_layers)
+    warn_of_high("nv.export.quantize", found_layers)
     for module, _ in found_layers.quantized.values():
         settle(module)  # a kernel that torch computes becomes the Parameter that folding and rounding read
     folded: dict[str, Folded] = {}
@@ -150,7 +151,7 @@ def quantize(
         for batch in itertools.islice(loader, 1):
             with torch.no_grad():
                 # One batch is enough to see whether folding changes the outputs.
-                pairs = fold(net, functools.partial(net, input_of(batch, device)))
+                pairs = fold(net, functools.partial(call, net, input_of(batch, device)))
                 folded = {pair.layer_name: pair for pair in pairs if pair.uneven}
     inner = found_layers.inner
     install(inner.values())
