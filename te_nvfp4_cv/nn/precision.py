@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -109,7 +110,8 @@ def set_precision(model: nn.Module, table: Any) -> None:
     whatever path a layer is called: through the model, torch.fx, another method than forward, its weight alone. Where
     modules with different entries share a Parameter, the entry of the module that is called rules, and in a call of
     the Parameter alone none does. A further call replaces the entries of the modules that it matches. A model that
-    torch.compile has compiled already does not notice, so call it before.
+    torch.compile has compiled already does not notice, so call it before. Layers of nv.export.quantize and load keep
+    the precision that they have; a warning names them.
 
     Args:
         table: Maps patterns to None or "high" for high precision, or to a recipe or its name. A recipe in place of a
@@ -137,8 +139,25 @@ def set_precision(model: nn.Module, table: Any) -> None:
             _give(module, recipe)
     if found:
         _spread(model)
+        _warn_of_served(model, found)
     if not isinstance(table, Mapping):
         mark_applied(as_recipe(table))
+
+
+def _warn_of_served(model: nn.Module, found: Mapping[nn.Module, Any]) -> None:
+    """Warn of layers below modules with an entry whose weight is in NVFP4 already: they run without a context."""
+    # Asked by an attribute of the class, as in errors.check_trainable.
+    served = {layer for module in found for layer in module.modules() if hasattr(type(layer), "nvfp4_weight")}
+    if served:
+        names = [plain_name(name) or "the model" for name, module in model.named_modules() if module in served]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        warnings.warn(
+            "set_precision: an entry does nothing in layers of nv.export.quantize and load: "
+            f"{', '.join(names[:4])}{more}. Quantize the original model with a recipe whose [precision] table leaves "
+            "layers out, or set layer.set_mode(activations='high'), which multiplies by their dequantized weight",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def clear_precision(model: nn.Module) -> None:

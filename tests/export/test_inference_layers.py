@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -456,6 +457,24 @@ def test_unknown_modes_are_refused() -> None:
         inference.set_mode(weights="unpacked")
     with pytest.raises(ValueError, match="unknown activations"):
         inference.set_mode(activations="bf16")
+
+
+def test_an_entry_of_set_precision_is_said_to_do_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1)))
+    x = values((2, 16, 4, 4))
+    served = export.quantize(model, [x])
+    expected = served(x)
+    with pytest.warns(UserWarning, match=r"does nothing in layers .*: 0, 1\.0\. .*activations='high'") as warned:
+        nv.set_precision(served, {"*": None})
+    assert warned[0].filename == __file__
+    with nv.nvfp4_autocast():
+        assert same_bits(served(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nv.set_precision(served, {"1.1": None})
+        nv.set_precision(model, {"*": None})
+        nv.set_precision(served, nv.NVFP4BlockScaling())  # without a table there is nothing to do
+        export.quantize(model, [x])
 
 
 def test_learned_scales_are_in_the_codes() -> None:
