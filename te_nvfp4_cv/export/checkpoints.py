@@ -37,7 +37,7 @@ from te_nvfp4_cv.export.folding import FoldedNorm, folded_norms
 from te_nvfp4_cv.export.inner import around, install, share_bias
 from te_nvfp4_cv.export.layer_tensors import codes_of, entry_of, tensors_of
 from te_nvfp4_cv.export.left_high import warn_of_high
-from te_nvfp4_cv.export.manifest import PARTS, LayerEntry, Manifest, join
+from te_nvfp4_cv.export.manifest import PARTS, LayerEntry, Manifest, join, settings_of
 from te_nvfp4_cv.export.modules import become
 from te_nvfp4_cv.export.ranks import gathered, written_once
 from te_nvfp4_cv.layer.check import checked_recipe
@@ -159,8 +159,12 @@ def _packed(model: nn.Module, resolved: NVFP4BlockScaling) -> tuple[dict[str, Te
         entries[name] = entry
     inner = {plain_name(name): bias_mark(layer.nvfp4_bias, layer.nvfp4_computed) for name, layer in around(model)}
     inner |= {name: bias_mark(kernel.bias, kernel.computed) for name, kernel in found.inner.items()}
+    packed_already = {id(module) for module, _ in quantized.values()}
+    others = {name: module for name, module in plain_modules(model).items() if id(module) not in packed_already}
+    settings = {name: own for name, module in others.items() if (own := settings_of(module))}
     manifest = Manifest(
-        __version__, resolved.to_toml(), tuple(recipes), entries, high, folded_norms(model), inner=inner
+        __version__, resolved.to_toml(), tuple(recipes), entries, high, folded_norms(model), inner=inner,
+        settings=settings,
     )
     return tensors, manifest, (packed, plain)
 

@@ -19,7 +19,7 @@ from te_nvfp4_cv.export.artifact import Artifact, damaged_layer
 from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.export.inner import PREFIX, Inner, Kernel, NotPacked, find, has_own_forward, layer_of
-from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, call_of, damaged, join
+from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, call_of, damaged, join, settings_of
 from te_nvfp4_cv.layer import check, grouped
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.base import OPS, NVFP4Module
@@ -306,6 +306,10 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
         for text in _differences(name, modules[name], entry)
     ]
     unlike += [
+        text for name, own in manifest.settings.items() if name in modules
+        for text in _other_settings(name, settings_of(modules[name]), own)
+    ]
+    unlike += [
         f"{name}: {type(modules[place]).__name__}, in the file a layer with a forward of its own"
         for name in manifest.inner
         if (place := name.rpartition(".")[0]) in modules and not multiplies_itself(modules[place])
@@ -369,12 +373,16 @@ def _differences(name: str, module: nn.Module, entry: LayerEntry) -> list[str]:
         return [f"{name}: {type(module).__qualname__}, a subclass of torch's layer, in the file {entry.op}"]
     if kind != entry.op or groups != entry.groups:
         return [f"{name}: {type(module).__name__} (groups={groups}), in the file {entry.op} (groups={entry.groups})"]
-    own = call_of(module)
+    return _other_settings(name, call_of(module), entry.call)
+
+
+def _other_settings(name: str, own: Mapping[str, Any], in_file: Mapping[str, Any]) -> list[str]:
+    """List settings of a module that differ from those in the file."""
     return [
-        f"{name}: {key} {own[key]}, in the file {entry.call[key]}"
+        f"{name}: {key} {own[key]}, in the file {in_file[key]}"
         # Only what both name: another tool's file says nothing of padding_mode, for example.
-        for key in sorted(entry.call.keys() & own.keys())
-        if entry.call[key] != own[key]
+        for key in sorted(in_file.keys() & own.keys())
+        if in_file[key] != own[key]
     ]
 
 

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
+from te_nvfp4_cv.nn.walk import torch_class
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
 VERSION = 2
@@ -97,6 +100,7 @@ class Manifest:
             is not found out there.
         inner: names of the layers that lie inside of modules with a forward of their own (inner.py), each with the name
             of its bias there; a name with "=" before it is that of a kernel which the forward computes.
+        settings: what the tensors of other convolutions and norms do not show, as `settings_of` gives it, by name.
     """
 
     library: str
@@ -108,14 +112,16 @@ class Manifest:
     sha256: dict[str, str] = field(default_factory=dict)
     inner: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     version: int = VERSION
 
     def to_json(self) -> str:
         """Return the manifest as JSON, together with a digest of that JSON."""
         fields = asdict(self)
         # A file without such layers stays one that earlier versions read.
-        if not self.inner:
-            del fields["inner"]
+        for key in ("inner", "settings"):
+            if not fields[key]:
+                del fields[key]
         for entry in fields["layers"].values():
             if not entry["shifted"]:
                 del entry["shifted"]
@@ -159,6 +165,8 @@ class Manifest:
             for texts in (manifest.folded, manifest.high, manifest.sha256, manifest.inner, manifest.kinds):
                 if type(texts) is not dict or not all(type(t) is str for pair in texts.items() for t in pair):
                     raise ValueError(f"not names and texts: {texts}")
+            if type(manifest.settings) is not dict or not all(type(own) is dict for own in manifest.settings.values()):
+                raise ValueError(f"no settings of modules: {manifest.settings}")
             if not all(type(t) is str for t in (manifest.library, manifest.recipe, *manifest.recipes)):
                 raise ValueError("a recipe is not a text")
         except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -221,6 +229,19 @@ def call_of(module: nn.Module) -> dict[str, Any]:
         # An odd total puts one more zero at the end than at the start, which no number per axis can say.
         found["padding"] = "same" if any(total % 2 for total in totals) else [total // 2 for total in totals]
     return found
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """Return what decides a module's outputs beside its tensors: of a convolution its call, of a norm eps and groups.
+
+    Of every other module the dict is empty.
+    """
+    if isinstance(module, _ConvNd) and torch_class(module) is not None:  # a subclass may use the names otherwise
+        return {**call_of(module), "groups": module.groups}
+    if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
+        found = {name: getattr(module, name, None) for name in ("eps", "num_groups")}
+        return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+    return {}
 
 
 def damaged(source: str, why: str) -> ValueError:

@@ -247,6 +247,8 @@ def test_forged_manifests(whole: bytes, tmp_path: Path) -> None:
     refused(lambda f, t: f["layers"][first].update(input_amax=False), "described as")
     refused(lambda f, t: f["layers"][first].update(e4m3_max=256), "its scales reach 256")
     refused(lambda f, t: f["layers"][first].update(call={"stride": [3, 3]}), "stride [1, 1], in the file [3, 3]")
+    refused(lambda f, t: f.update(settings=[]), "no settings of modules")
+    refused(lambda f, t: f.update(settings={"0": 3}), "no settings of modules")
     refused(lambda f, t: f.update(version=3), "version 3")
     refused(lambda f, t: f["layers"][first].update(groups=2, shape=[32, 8, 3, 3]), "of another shape or kind")
     nan = torch.full((32, 9), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)

@@ -258,6 +258,48 @@ def test_layers_of_another_kind_are_told(tmp_path: Path) -> None:
     nv.export.load(tmp_path / "a", nn.Sequential(same))
 
 
+def settled(**changed: Any) -> nn.Module:
+    conv = {"stride": 1, "padding": 1, "dilation": 1, "padding_mode": "zeros"}
+    conv |= {key: value for key, value in changed.items() if key in conv}
+    eps, groups, momentum = changed.get("eps", 1e-5), changed.get("groups", 4), changed.get("momentum", 0.1)
+    up = nn.ConvTranspose2d(8, 8, 3, output_padding=changed.get("output_padding", 0), stride=2)
+    norms = nn.BatchNorm2d(8, eps, momentum), nn.GroupNorm(groups, 8, changed.get("group_eps", 1e-5)), nn.LayerNorm(8)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, **conv), *norms, up, nn.Conv2d(32, 32, 1, groups=2)).eval()
+
+
+def test_settings_that_no_tensor_shows_are_compared(tmp_path: Path) -> None:
+    (file,) = nv.export.save(settled(), tmp_path / "net").files
+    nv.export.load(file, settled(momentum=0.5))  # decides nothing in evaluation
+    for changed, told in (
+        ({"eps": 1e-3}, "1: eps 0.001, in the file 1e-05"),
+        ({"group_eps": 1e-3}, "2: eps 0.001, in the file 1e-05"),
+        ({"groups": 2}, "2: num_groups 2, in the file 4"),
+        ({"stride": 2, "dilation": 2}, r"0: dilation \[2, 2\], in the file .*0: stride \[2, 2\], in the file \[1, 1\]"),
+        ({"padding": "valid"}, r"0: padding \[0, 0\], in the file \[1, 1\]"),
+        ({"padding_mode": "reflect"}, "0: padding_mode reflect, in the file zeros"),
+        ({"output_padding": 1}, r"4: output_padding \[1, 1\], in the file \[0, 0\]"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            nv.export.load(file, settled(**changed))
+    (file,) = nv.export.save(nn.Conv2d(8, 8, 1), tmp_path / "thin").files
+    with pytest.raises(ValueError, match="groups 2, in the file 1"):
+        nv.export.load(file, nn.Conv2d(16, 8, 1, groups=2))
+
+
+def test_a_file_without_settings_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "settings_of", lambda module: {})
+    (file,) = nv.export.save(settled(), tmp_path / "net").files
+    monkeypatch.undo()
+    assert b"settings" not in file.read_bytes()
+    nv.export.load(file, settled(eps=1e-3))
+
+
+def test_folded_norms_have_no_settings(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)).eval()
+    (file,) = nv.export.save(nv.export.quantize(net, [values((2, 16, 4, 4))]), tmp_path / "net").files
+    nv.export.load(file, nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16, 1e-3)))
+
+
 def test_norms_that_are_folded_load_into_a_wrapped_model(tmp_path: Path) -> None:
     def build() -> nn.Sequential:
         torch.manual_seed(0)
