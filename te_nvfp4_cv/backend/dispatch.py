@@ -56,6 +56,20 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+def check_possible(backend: str) -> None:
+    """Refuse a backend that can run on no device of this machine: before the first layer, which may be far away.
+
+    Raises:
+        ValueError: The name is unknown.
+        RuntimeError: The backend cannot run here.
+    """
+    check_backend(backend)
+    if backend in ("triton", "cudnn"):
+        resolve(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    elif backend == "integer":
+        resolve(backend, torch.device("cpu"))
+
+
 def resolve(backend: str, device: torch.device, by_layer: bool = False) -> str:
     """Return the backend that runs on tensors of `device`: "reference", "integer", "vendor", "triton" or "cudnn".
 

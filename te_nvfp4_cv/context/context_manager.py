@@ -76,12 +76,7 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
                     f"nvfp4_autocast: bad {name}.", got=repr(value), needs="True or False", fix=f"{name}=True"
                 )
         resolved = checked_recipe(recipe)
-        dispatch.check_backend(backend)
-        # The choices that may be impossible: say so here, not at the first layer.
-        if backend in ("triton", "cudnn"):
-            dispatch.resolve(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        elif backend == "integer":
-            dispatch.resolve(backend, torch.device("cpu"))
+        dispatch.check_possible(backend)
         if amax_reduction_group is not None:
             _check_group(amax_reduction_group)
         self._state = State(enabled, resolved, backend, relu_mask, amax_reduction_group)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.errors import check_module, check_path, value_error
+from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.errors import check_choice, check_module, check_path, value_error
 from te_nvfp4_cv.export import artifact, attention, foreign
 from te_nvfp4_cv.export.computed import keys_of
 from te_nvfp4_cv.export.fit import (
@@ -38,7 +39,7 @@ from te_nvfp4_cv.export.inner import around, install, share_bias
 from te_nvfp4_cv.export.layer_tensors import codes_of, entry_of, tensors_of
 from te_nvfp4_cv.export.left_high import warn_of_high
 from te_nvfp4_cv.export.manifest import PARTS, LayerEntry, Manifest, join, settings_of
-from te_nvfp4_cv.export.modules import become
+from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, become
 from te_nvfp4_cv.export.ranks import gathered, written_once
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.names import plain_name
@@ -159,9 +160,9 @@ def _packed(model: nn.Module, resolved: NVFP4BlockScaling) -> tuple[dict[str, Te
         entries[name] = entry
     inner = {plain_name(name): bias_mark(layer.nvfp4_bias, layer.nvfp4_computed) for name, layer in around(model)}
     inner |= {name: bias_mark(kernel.bias, kernel.computed) for name, kernel in found.inner.items()}
-    packed_already = {id(module) for module, _ in quantized.values()}
-    others = {name: module for name, module in plain_modules(model).items() if id(module) not in packed_already}
-    settings = {name: own for name, module in others.items() if (own := settings_of(module))}
+    in_nvfp4 = {id(module) for module, _ in quantized.values()}
+    others = {name: settings_of(m) for name, m in plain_modules(model).items() if id(m) not in in_nvfp4}
+    settings = {name: known for name, known in others.items() if known}
     manifest = Manifest(
         __version__, resolved.to_toml(), tuple(recipes), entries, high, folded_norms(model), inner=inner,
         settings=settings,
@@ -233,8 +234,9 @@ def load(
     Raises:
         TypeError: `model` is no module.
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, of another version or of an unknown tool, or the model does not fit it.
-            Nothing is changed then.
+        ValueError: The file is damaged, of another version or of an unknown tool, the model does not fit it, or an
+            argument is another word. Nothing is changed then.
+        RuntimeError: `backend` cannot run here. Nothing is changed then.
 
     Example:
         >>> import tempfile, torch, te_nvfp4_cv as nv
@@ -245,6 +247,11 @@ def load(
         'InferenceConv2d'
     """
     check_module("nv.export.load", model, "nv.export.load(path, model)")
+    # All choices before the file is read and the model changes.
+    dispatch.check_possible(backend)
+    check_choice("nv.export.load", "weights", weights, WEIGHTS)
+    if activations is not None:
+        check_choice("nv.export.load", "activations", activations, ACTIVATIONS)
     opened = artifact.read(path)
     if verify:
         opened.check()

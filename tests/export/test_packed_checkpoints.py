@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import files
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.export import artifact, checkpoints, manifest
 from te_nvfp4_cv.export.folding import FoldedNorm
 from te_nvfp4_cv.recipe.files import parse_recipe
@@ -284,6 +285,24 @@ def test_settings_that_no_tensor_shows_are_compared(tmp_path: Path) -> None:
     (file,) = nv.export.save(nn.Conv2d(8, 8, 1), tmp_path / "thin").files
     with pytest.raises(ValueError, match="groups 2, in the file 1"):
         nv.export.load(file, nn.Conv2d(16, 8, 1, groups=2))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cudnn", "nonsense"])
+def test_a_backend_that_cannot_run_here_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    (file,) = nv.export.save(nn.Conv2d(16, 16, 3), tmp_path / "net").files
+    fresh = nn.Conv2d(16, 16, 3)
+    kind, told = (ValueError, "unknown backend") if backend == "nonsense" else (RuntimeError, "cannot run here")
+    with pytest.raises(kind, match=told):
+        nv.export.load(file, fresh, backend=backend)
+    with pytest.raises(ValueError, match=r"nv\.export\.load: unknown weights"):
+        nv.export.load(file, fresh, weights="unpacked")
+    with pytest.raises(ValueError, match=r"nv\.export\.load: unknown activations"):
+        nv.export.load(file, fresh, activations="bf16")
+    assert type(fresh) is nn.Conv2d
 
 
 def test_a_file_without_settings_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
