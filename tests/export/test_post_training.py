@@ -460,6 +460,18 @@ def test_inputs_by_name_and_without_images(net: Small) -> None:
     assert quantized.conv.input_amax is not None and same_bits(quantized.norm.running_mean, torch.zeros(16))
 
 
+@pytest.mark.parametrize("scales", ["static", "dynamic"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_bad_image_reaches_its_batch(scales: str, bad: float) -> None:
+    """As docs/DEPLOY.md warns those who put the images of several users together."""
+    x = values((3, 16, 4, 4))
+    quantized = nv.export.quantize(nn.Sequential(nn.Conv2d(16, 16, 1)), [x], scales=scales)
+    x[1, 0, 0, 0] = bad
+    assert not torch.isfinite(quantized(x)).any()
+    quantized[0].set_mode(activations="high")
+    assert torch.isfinite(quantized(x)).flatten(1).all(1).tolist() == [True, False, True]
+
+
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
