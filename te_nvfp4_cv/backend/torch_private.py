@@ -9,6 +9,8 @@ functions around them: torch.compile recognizes some of them by identity, and so
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -51,6 +53,28 @@ def is_batched(tensor: torch.Tensor) -> bool:
 def in_backward() -> bool:
     """Return True while autograd runs a backward pass in this thread, so that a forward is a checkpoint's recompute."""
     return torch._C._current_graph_task_id() != -1
+
+
+def unseen_by_checkpoints(function: Answer) -> Answer:
+    """Decorate a function that keeps state: a selective checkpoint neither keeps its results nor counts its operators.
+
+    The checkpoint gives the n-th call of an operator, when it runs the forward again, what the n-th call gave in the
+    first one. State is made and moved in the first one only, so later calls would get the results of other ones.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        modes = torch.utils._python_dispatch
+        if modes._get_current_dispatch_mode() is None:
+            return function(*args, **kwargs)
+        from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+        with contextlib.ExitStack() as stack:
+            while isinstance(modes._get_current_dispatch_mode(), (_CachedTorchDispatchMode, _CachingTorchDispatchMode)):
+                stack.enter_context(modes._pop_mode_temporarily())
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def not_traced(reason: str) -> Exception:

@@ -144,7 +144,7 @@ def _packed(model: nn.Module, resolved: NVFP4BlockScaling) -> tuple[dict[str, Te
     """Return the tensors of a model's file, its manifest, and the bytes of the layers in NVFP4, packed and in fp32."""
     found = sort_layers(model, resolved)
     quantized, high = found.quantized, found.high
-    warn_of_high("nv.export.save", found)
+    warn_of_high("nv.export.save", found.quantized, found.high, found.lost)
     tensors = _plain_tensors(model, found)
     entries: dict[str, LayerEntry] = {}
     recipes: dict[str, int] = {}

@@ -19,6 +19,7 @@ from te_nvfp4_cv.export.artifact import Artifact, damaged_layer
 from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.export.inner import PREFIX, Inner, Kernel, NotPacked, find, has_own_forward, layer_of
+from te_nvfp4_cv.export.left_high import BY_RECIPE
 from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, call_of, damaged, join, settings_of
 from te_nvfp4_cv.layer import check, grouped
 from te_nvfp4_cv.layer.names import plain_name
@@ -28,8 +29,6 @@ from te_nvfp4_cv.nn.precision import matches, set_precision
 from te_nvfp4_cv.nn.walk import LAYERS, like_weight, named_modules, op_of, torch_class, with_recipes
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
-
-BY_RECIPE = ("the precision table says so", "the recipe runs fprop in high precision")  # reasons
 
 # ---- a model's layers -----------------------------------------------------------------------------------------------
 

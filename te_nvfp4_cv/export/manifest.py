@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
+from te_nvfp4_cv.backend.torch_private import BatchOrInstanceNorm
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.layer.plan import Plan, weight_plan
 from te_nvfp4_cv.nn.walk import torch_class
@@ -236,9 +235,9 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
 
     Of every other module the dict is empty.
     """
-    if isinstance(module, _ConvNd) and torch_class(module) is not None:  # a subclass may use the names otherwise
+    if torch_class(module) not in (None, nn.Linear):  # a convolution; a subclass of one may use the names otherwise
         return {**call_of(module), "groups": module.groups}
-    if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(module, (BatchOrInstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
         found = {name: getattr(module, name, None) for name in ("eps", "num_groups")}
         return {name: value for name, value in found.items() if isinstance(value, (int, float))}
     return {}

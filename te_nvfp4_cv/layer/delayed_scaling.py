@@ -39,7 +39,7 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.backend.dispatch import is_traced
 from te_nvfp4_cv.backend.swapping import gives_up
-from te_nvfp4_cv.backend.torch_private import in_backward
+from te_nvfp4_cv.backend.torch_private import in_backward, unseen_by_checkpoints
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.inside import replaced
@@ -164,6 +164,7 @@ class DelayedCallScales(CallScales):
         """Return True if the state has been measured."""
         return self.scales is not None and self.scales.measured[ROWS[role]]
 
+    @unseen_by_checkpoints
     def amax(self, role: Role, operand: Tensor) -> Tensor:
         """Return fp32 [2]: the state's amaxes, measured where there are none yet."""
         scales, i = self.scales, ROWS[role]
@@ -179,6 +180,7 @@ class DelayedCallScales(CallScales):
         scales.measured[i] = True
         return scales.used[i]
 
+    @unseen_by_checkpoints
     def collector(self, role: Role) -> Collector | None:
         """Return the part of the state that the next step's scales come from."""
         if self.scales is None or not self.training:
@@ -264,8 +266,12 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
         ValueError: as `refuse`.
         RuntimeError: as `refuse`, or a CUDA graph's capture before any training step.
     """
-    if not plan.delayed and group is None:
-        return None
+    return None if not plan.delayed and group is None else _of_call(x, w, bias, plan, group)
+
+
+@unseen_by_checkpoints
+def _of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -> CallScales:
+    """Return the scales of a call that has any."""
     if not _local.together:  # there plan.row_scaled has been asked for each layer
         refuse(plan.recipe, group)
     again = in_backward()  # a checkpoint recomputes

@@ -84,3 +84,23 @@ def test_a_selective_checkpoint_notices_what_is_written_to_an_output_that_it_kee
         y = keeping(("conv", "mm"), Residual())(OF_VIEWS[name][1]())
     with pytest.raises(RuntimeError, match="has been mutated"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("kept", ["", "aten", "select", "quantize", "nothing"])
+def test_a_selective_checkpoint_sees_nothing_of_delayed_scales(kept: str) -> None:
+    """State is made and moved in the first forward alone: kept results would be given to other calls in the second."""
+    results, states = [], []
+    for selective in (False, True):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+        run: Any = keeping((kept,), block) if selective else block
+        for step in range(3):
+            x = (values((16, 32, 8, 8), seed=step) * 2**step).requires_grad_()
+            torch.manual_seed(step)
+            with nv.nvfp4_autocast("delayed"):
+                loss = run(x).square().mean()
+            grads = torch.autograd.grad(loss, (x, *block.parameters()))
+            results.append([loss.detach(), *grads])
+        states.append(nv.extra_state(block))
+    assert all(same_bits(a, b) for pair in zip(results[:3], results[3:], strict=True) for a, b in zip(*pair, strict=True))
+    assert str(states[0]) == str(states[1])

@@ -142,7 +142,7 @@ def quantize(
     attention.note_calls(net, lambda: [call(net, input_of(batch, device)) for batch in itertools.islice(loader, 1)])
     attention.separate(net, resolved)
     found_layers = sort_layers(net, resolved)
-    warn_of_high("nv.export.quantize", found_layers)
+    warn_of_high("nv.export.quantize", found_layers.quantized, found_layers.high, found_layers.lost)
     for module, _ in found_layers.quantized.values():
         settle(module)  # a kernel that torch computes becomes the Parameter that folding and rounding read
     folded: dict[str, Folded] = {}

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch
+from te_nvfp4_cv.backend.torch_private import unseen_by_checkpoints
 from te_nvfp4_cv.ops.records import Collector
 
 on_received: list[Callable[[int], None]] = []  # called with the bytes that arrive from other ranks; see wire_bytes
 
 
+@unseen_by_checkpoints
 def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[int, ...], clear: bool) -> None:
     """Take new amaxes from those seen.
 
@@ -44,6 +46,7 @@ def move(used: Tensor, seen: Tensor, e4m3_max: tuple[int, ...], margin: tuple[in
         seen.zero_()
 
 
+@unseen_by_checkpoints
 def collect(collector: Collector, observed: Tensor) -> None:
     """Remember what one call of quantize_operand observed, fp32 [3]. On a GPU the call's last kernel does so."""
     collected, saturated, count = collector
