@@ -101,7 +101,8 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
         """Return `function`, made to run under this context; generators and coroutines each time that they go on.
 
         Raises:
-            TypeError: It is a class, whose methods run after its call.
+            TypeError: It is a class, whose methods run after its call; a module, of which a function with copies of its
+                attributes would be left; or nothing that can be called.
         """
         if isinstance(function, type):
             raise type_error(
@@ -109,6 +110,14 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
                 got=function.__name__,
                 needs="a function or method: an object's forward would run outside of the context",
                 fix="decorate its forward, or a function that calls the model",
+            )
+        if isinstance(function, torch.nn.Module) or not callable(function):
+            raise type_error(
+                "nvfp4_autocast decorates functions, and this is none.",
+                got=f"an object of {type(function).__name__}",
+                needs="a function or method: the result would be no module, and train() and eval() would not reach it",
+                fix="call the model inside `with nvfp4_autocast(...):`, or decorate the function of a training step or "
+                "the forward of the model's class",
             )
         made: Any = resumable.decorated(self, function) or super().__call__(function)
         return made  # type: ignore[no-any-return]

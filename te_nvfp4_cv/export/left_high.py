@@ -22,9 +22,8 @@ def warn_of_high(where: str, quantized: Mapping[str, Any], high: Mapping[str, st
     weights = sum(lost.values())
     if weights:
         total = weights + sum(like_weight(module).numel() for module, _ in quantized.values())
-        text = f"nv.export: {weights / total:.0%} of the weights that train in NVFP4 stay in high precision: " + "; ".join(
-            f"{name} ({high[name]})" for name in lost
-        )
+        text = f"nv.export: {weights / total:.0%} of the weights that train in NVFP4 stay in high precision: "
+        text += "; ".join(f"{name} ({high[name]})" for name in lost)
     elif not quantized and any(reason not in BY_RECIPE for reason in high.values()):
         names = [f"{name or 'the model'} ({reason})" for name, reason in high.items()]
         more = f" and {len(names) - MOST} more" if len(names) > MOST else ""

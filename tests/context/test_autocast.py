@@ -245,6 +245,10 @@ def test_decorator():
     assert forward.__name__ == "forward" and forward.__doc__ == "Its docstring." and nv_context.state() is None
     with pytest.raises(TypeError, match=r"this is a class[\s\S]*fix:"):
         nvfp4_autocast(NO_SR)(nn.Linear)
+    # A function around a module would keep its `training` of today as an attribute.
+    for wrong, name in ((nn.Linear(16, 16), "Linear"), (values((1,)), "Tensor"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"this is none[\s\S]*an object of {name}\n[\s\S]*fix:   call the model"):
+            nvfp4_autocast(NO_SR)(wrong)
 
 
 def test_threads_have_contexts_of_their_own():
