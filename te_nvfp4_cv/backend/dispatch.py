@@ -247,7 +247,7 @@ def runs_directly(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():  # asked first: torch.compile cannot trace the question after it
         return False
-    return type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()
+    return type(x) in _PLAIN and not torch_private.dispatch_modes()
 
 
 def is_traced() -> bool:

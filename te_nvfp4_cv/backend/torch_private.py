@@ -34,6 +34,8 @@ without_function_modes = torch._C.DisableTorchFunction  # a context manager: no 
 without_subclasses = torch._C.DisableTorchFunctionSubclass  # the same for the overrides of tensor subclasses
 without_modes = torch.utils._python_dispatch._disable_current_modes  # for dispatch modes: tensors are real inside
 grouped_products = (torch._grouped_mm, torch.ops.aten._grouped_mm)  # rows of tokens times a kernel for each expert
+dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
+graph_task = torch._C._current_graph_task_id  # of the backward pass that runs in this thread; -1 if none does
 versions_put_back = torch.autograd._unsafe_preserve_version_counter  # of tensors that get their values back inside
 wrapper_subclass = torch.Tensor._make_wrapper_subclass  # makes a tensor of a subclass, which has no memory itself
 
@@ -52,7 +54,17 @@ def is_batched(tensor: torch.Tensor) -> bool:
 
 def in_backward() -> bool:
     """Return True while autograd runs a backward pass in this thread, so that a forward is a checkpoint's recompute."""
-    return torch._C._current_graph_task_id() != -1
+    return graph_task() != -1
+
+
+def under_checkpoint() -> bool:
+    """Return True if the innermost dispatch mode is that of a selective checkpoint."""
+    if not dispatch_modes():
+        return False
+    from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+    mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+    return isinstance(mode, (_CachedTorchDispatchMode, _CachingTorchDispatchMode))
 
 
 def unseen_by_checkpoints(function: Answer) -> Answer:
@@ -64,14 +76,11 @@ def unseen_by_checkpoints(function: Answer) -> Answer:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        modes = torch.utils._python_dispatch
-        if modes._get_current_dispatch_mode() is None:
+        if not dispatch_modes():
             return function(*args, **kwargs)
-        from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
-
         with contextlib.ExitStack() as stack:
-            while isinstance(modes._get_current_dispatch_mode(), (_CachedTorchDispatchMode, _CachingTorchDispatchMode)):
-                stack.enter_context(modes._pop_mode_temporarily())
+            while under_checkpoint():
+                stack.enter_context(torch.utils._python_dispatch._pop_mode_temporarily())
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]

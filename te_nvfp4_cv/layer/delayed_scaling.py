@@ -39,7 +39,7 @@ from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import devices
 from te_nvfp4_cv.backend.dispatch import is_traced
 from te_nvfp4_cv.backend.swapping import gives_up
-from te_nvfp4_cv.backend.torch_private import in_backward, unseen_by_checkpoints
+from te_nvfp4_cv.backend.torch_private import dispatch_modes, graph_task, under_checkpoint, unseen_by_checkpoints
 from te_nvfp4_cv.errors import runtime_error, value_error
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.inside import replaced
@@ -266,15 +266,13 @@ def of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -
         ValueError: as `refuse`.
         RuntimeError: as `refuse`, or a CUDA graph's capture before any training step.
     """
-    return None if not plan.delayed and group is None else _of_call(x, w, bias, plan, group)
-
-
-@unseen_by_checkpoints
-def _of_call(x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, group: Any) -> CallScales:
-    """Return the scales of a call that has any."""
+    if not plan.delayed and group is None:
+        return None
+    if dispatch_modes() and under_checkpoint():
+        return unseen_by_checkpoints(of_call)(x, w, bias, plan, group)
     if not _local.together:  # there plan.row_scaled has been asked for each layer
         refuse(plan.recipe, group)
-    again = in_backward()  # a checkpoint recomputes
+    again = graph_task() != -1  # a checkpoint recomputes
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     training = (training or (_local.first_pass and not again)) and not _local.reading
     shares = group is not None and (training or _local.together)

@@ -238,7 +238,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec, dtype: torch.dtype, amax: Tenso
 
 def weight_view(w: Tensor, groups: int, dtype: torch.dtype, e4m3_max: int) -> tuple[native.Weight, Tensor]:
     """Return the kernels' view of a weight [axis 0, axis 1, *kernel] in fp32 or bf16, and what to hold."""
-    w = w.resolve_neg()  # a view such as conj().imag holds the values with the other sign
+    w = w.resolve_neg() if w.is_neg() else w  # a view such as conj().imag holds the values with the other sign
     w_OCT = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a view where the kernel's axes lie next to each other
     n, channels, taps = w_OCT.shape
     q = native.Weight(w=w_OCT.data_ptr(), groups=groups, Og=n // groups, Cg=channels, T=taps, e4m3_max=float(e4m3_max))

@@ -162,7 +162,7 @@ def _quantize_weight(
     n, c, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
     kb, ob = parts.ceil_div(c, BLOCK), parts.ceil_div(n // groups, BLOCK)
     row, col = layouts.weight_faces(w, spec, dtype)
-    w = w.resolve_neg()  # as in cpu.weight_view
+    w = w.resolve_neg() if w.is_neg() else w  # as in cpu.weight_view
     w = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)  # a copy where one stride does not reach all taps
     strides = stride_o, stride_t, stride_c = w.stride(0), w.stride(2), w.stride(1)
     if spec.two_d and spec.row != NONE:
