@@ -2,7 +2,7 @@
 
     python examples/accuracy/plots.py [FILE ..] --out docs/accuracy
 
-    forest.svg          the gap of each variant with its 95 % interval, one panel per kind of run
+    forest.svg          the gap of each variant with its 95 % interval, one panel per kind of run, all to one scale
     curves_KIND.svg     training loss of the baseline and the preset: the mean over seeds, and each seed thinly
 """
 
@@ -28,6 +28,7 @@ from accuracy.table import kinds, summary  # noqa: E402
 from te_nvfp4_cv.errors import need_package  # noqa: E402
 
 COLOURS = {"baseline": "tab:gray", "preset": "tab:green"}
+FAILED = 20.0  # points: a larger loss is written and not drawn, because it would flatten all other gaps
 
 
 def forest(rows: Rows, plan_file: Path, path: Path) -> None:
@@ -41,12 +42,16 @@ def forest(rows: Rows, plan_file: Path, path: Path) -> None:
         if found:
             panels.append((kind, found))
     heights = [len(found) + 1 for _, found in panels]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.32 * sum(heights) + 1), squeeze=False,
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.32 * sum(heights) + 1), squeeze=False, sharex=True,
                                 gridspec_kw={"height_ratios": heights})  # fmt: skip
     for (kind, found), ax in zip(panels, axes[:, 0], strict=True):
         for place, s in enumerate(found):
             mean, half, _ = s["gaps"].get(s["decides"]) or next(iter(s["gaps"].values()))
-            ax.errorbar([mean], [place], xerr=[[half or 0.0]] * 2, fmt="o", color="tab:green", capsize=3)
+            if mean < -FAILED:
+                text = f"\u2190 {mean:.0f} \u00b1 {half or 0.0:.0f}"
+                ax.text(0.01, place, text, transform=ax.get_yaxis_transform(), va="center")
+            else:
+                ax.errorbar([mean], [place], xerr=[[half or 0.0]] * 2, fmt="o", color="tab:green", capsize=3)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set_yticks(range(len(found)), [f"{s['variant']} ({s['pairs']})" for s in found])
         ax.set_ylim(len(found) - 0.5, -0.5)

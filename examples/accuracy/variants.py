@@ -62,6 +62,11 @@ def variants(preset: Any, blocks: Sequence[str]) -> dict[str, Variant]:
     high = tuple((block, None) for block in blocks)
     changes: dict[str, dict[str, Any]] = {
         "4over6 weights": {"nvfp4_4over6": "weights"},
+        "4over6, 1x16 weights, no RHT": {
+            "nvfp4_4over6": "all",
+            "disable_2d_quantization": True,
+            "disable_rht": True,  # 4over6 of activations does not go with it
+        },
         "first and last block in high precision": {"precision": (*preset.precision, *high)},
         "high-precision dgrad": {"high_precision_gemms": ("dgrad",)},
         "high-precision wgrad": {"high_precision_gemms": ("wgrad",)},

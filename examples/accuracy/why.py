@@ -57,6 +57,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "all, minus SR": {"disable_stochastic_rounding": True},
     "all, minus 2D": {"disable_2d_quantization": True},
     "all, 4over6 weights": {"nvfp4_4over6": "weights"},
+    "all, 4over6, minus 2D and RHT": {
+        "nvfp4_4over6": "all",
+        "disable_2d_quantization": True,
+        "disable_rht": True,
+    },
 }
 
 

@@ -234,3 +234,14 @@ def test_pictures_are_drawn(tmp_path):
     assert set(made) == {"forest.svg", "curves_shapes-unet_cpu_fp32_12.svg"}
     plots.main([str(file), "--out", str(tmp_path / "again")])
     assert all((tmp_path / "again" / name).read_text() == content for name, content in made.items())
+
+
+def test_a_variant_that_fails_is_written_and_does_not_flatten_the_other_gaps(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "rows.jsonl"
+    failed = table_of(*(run_row("minus RHT", s, 5.0 + s) for s in range(4)))
+    for row in (some_rows() | failed).values():
+        append_row(file, row)
+    plots.main([str(file), "--out", str(tmp_path)])
+    drawn = (tmp_path / "forest.svg").read_text()
+    assert "\u2190 -46 \u00b1 0" in drawn and "\u221240" not in drawn  # no tick of the axis there
