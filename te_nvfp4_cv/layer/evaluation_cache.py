@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from te_nvfp4_cv.backend import native
 from te_nvfp4_cv.backend.swapping import gives_up
+from te_nvfp4_cv.backend.torch_private import dispatch_modes
 from te_nvfp4_cv.layer import operands
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.ops import layouts
@@ -49,6 +50,9 @@ def find(w: Tensor, plan: Plan) -> tuple[WeightCodes | None, Tensor | None]:
 
     Call it only where no gradient is wanted: the codes hold nothing for backward, and beside panels only the amax.
     """
+    # A selective checkpoint counts operators, and wants the same ones when it runs the forward again.
+    if dispatch_modes():
+        return None, None
     # Without kernels there is no digest. An inference tensor has no _version.
     if type(w) is not Parameter or w.device.type != "cpu" or w.is_inference() or "fprop" not in plan.gemms:
         return None, None

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend import devices
+from te_nvfp4_cv.backend.torch_private import unseen_by_checkpoints
 from te_nvfp4_cv.errors import runtime_error
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.names import plain_name
@@ -215,6 +216,7 @@ class CallScales:
         """Return True if `amax` answers without reading the operand."""
         return False
 
+    @unseen_by_checkpoints  # the ranks' numbers are written in place, which a checkpoint that keeps them refuses
     def amax(self, role: Role, operand: Tensor) -> Tensor:
         """Return fp32 [2] for quantize_operand: the largest amaxes over the ranks."""
         if operand.numel() == 0:  # an empty batch has a part in what the ranks share

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend import devices
+from te_nvfp4_cv.backend.torch_private import unseen_by_checkpoints
 from te_nvfp4_cv.errors import check_module, runtime_error
 from te_nvfp4_cv.layer import operands, weight_codes
 from te_nvfp4_cv.layer.plan import Plan
@@ -35,6 +36,7 @@ class _FrozenWeight:
         self.version: int | None = None
         self.sets: dict[tuple[Any, ...], tuple[WeightCodes, Any]] = {}  # and the stream that has made them
 
+    @unseen_by_checkpoints
     def codes(self, w: Tensor, plan: Plan) -> WeightCodes:
         """Return the weight's codes for a plan; the first use makes them."""
         self.check_version()

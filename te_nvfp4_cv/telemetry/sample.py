@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend.torch_private import in_backward
+from te_nvfp4_cv.backend.torch_private import in_backward, unseen_by_checkpoints
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import gemms, observe
 from te_nvfp4_cv.layer.constants import running_modules
@@ -78,6 +78,7 @@ class Sample:
             layer.tensors["input"] = {"raw": self.plain(call.x)}
         return observe.Seen(finished=layer.finished)
 
+    @unseen_by_checkpoints
     def plain(self, v: Tensor) -> dict[str, Any]:
         """Compute the statistics of a tensor in high precision."""
         v = v.detach()
@@ -194,6 +195,7 @@ class _Watch:
     def __init__(self, layer: _Layer, first: bool) -> None:
         self.layer, self.first = layer, first
 
+    @unseen_by_checkpoints  # most figures are taken in the first forward alone
     @torch.no_grad()
     def quantized(
         self,
