@@ -93,7 +93,7 @@ def not_traced(reason: str) -> Exception:
     return UnsupportedFakeTensorException(reason)  # type: ignore[no-untyped-call]
 
 
-def without_values(tensor: torch.Tensor) -> bool:
+def has_no_values(tensor: torch.Tensor) -> bool:
     """Return True for a tensor on the meta device, and for a fake one, which only says that it is on another."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")  # slow to load; without it, there are none
     return tensor.is_meta or (fake is not None and isinstance(tensor, fake.FakeTensor))

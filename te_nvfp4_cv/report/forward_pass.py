@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend.torch_private import versions_put_back, without_values
+from te_nvfp4_cv.backend.torch_private import has_no_values, versions_put_back
 from te_nvfp4_cv.context import state
 from te_nvfp4_cv.ops.quantize import rounding_seeds
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
@@ -98,7 +98,7 @@ def unwritten(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, version, value in buffers:
                     # There are no values to compare and put back on the meta device, and in fake tensors.
-                    if not without_values(buffer) and (_version(buffer) != version or not torch.equal(buffer, value)):
+                    if not has_no_values(buffer) and (_version(buffer) != version or not torch.equal(buffer, value)):
                         buffer.copy_(value)
 
 
