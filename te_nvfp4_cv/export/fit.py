@@ -6,7 +6,6 @@ model. Names are compared without what wrappers add (DistributedDataParallel, to
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from te_nvfp4_cv.layer import check, grouped
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.nn.base import OPS, NVFP4Module
 from te_nvfp4_cv.nn.modules import NVFP4GroupedLinear
-from te_nvfp4_cv.nn.precision import matches, set_precision
+from te_nvfp4_cv.nn.precision import give_entries, matches
 from te_nvfp4_cv.nn.walk import LAYERS, like_weight, named_modules, op_of, torch_class, with_recipes
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
@@ -220,8 +219,7 @@ def stay_high(model: nn.Module, high: Mapping[str, str]) -> None:
     names = (name for name, reason in high.items() if reason in BY_RECIPE)
     # Attention's Parameters are listed by their own names.
     places = {name if name in modules else name.rpartition(".")[0] for name in names} & modules.keys()
-    if places:
-        set_precision(model, {glob.escape(name): None for name in places})
+    give_entries(model, {modules[name]: None for name in places})
 
 
 def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:

@@ -132,6 +132,14 @@ def set_precision(model: nn.Module, table: Any) -> None:
     """
     check_module("set_precision", model, "set_precision(model, ...)")
     found = matches(model, _pairs(table))
+    give_entries(model, found)
+    _warn_of_served(model, found)
+    if not isinstance(table, Mapping):
+        mark_applied(as_recipe(table))
+
+
+def give_entries(model: nn.Module, found: Mapping[nn.Module, NVFP4BlockScaling | None]) -> None:
+    """Give modules of the model their entries, as set_precision does for those that its patterns match."""
     for module, recipe in found.items():
         if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; that it is in high precision is meant
             entries.meant.add(module)
@@ -139,9 +147,6 @@ def set_precision(model: nn.Module, table: Any) -> None:
             _give(module, recipe)
     if found:
         _spread(model)
-        _warn_of_served(model, found)
-    if not isinstance(table, Mapping):
-        mark_applied(as_recipe(table))
 
 
 def _warn_of_served(model: nn.Module, found: Mapping[nn.Module, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -106,15 +107,26 @@ def test_an_inference_model_is_saved_again(tmp_path: Path) -> None:
     assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
+@pytest.mark.filterwarnings("error:set_precision")  # which the user has not called
 def test_what_a_recipe_left_in_high_precision_stays_so_without_it(tmp_path: Path) -> None:
     class Attending(nn.Sequential):
         def __init__(self) -> None:
             super().__init__(nn.Linear(16, 32), nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
 
+    class Around(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(16, 32)
+            self.inside = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inside(F.linear(x, self.weight, self.bias))
+            return y
+
     table = nv.NVFP4BlockScaling(precision={"0": None, "1.self_attn": None})
     fprop = nv.NVFP4BlockScaling(high_precision_gemms=("fprop",))
     cases: list[tuple[Any, Any, Any]] = [
         (Net, RECIPE, (2, 3, 8, 8)), (Attending, table, (2, 4, 16)), (Net, fprop, (2, 3, 8, 8)),
+        (Around, nv.NVFP4BlockScaling(precision={"": None, "inside": nv.NVFP4BlockScaling()}), (2, 16)),
     ]
     for make, recipe, shape in cases:
         torch.manual_seed(0)
