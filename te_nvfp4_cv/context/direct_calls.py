@@ -175,8 +175,9 @@ def _sum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DirectCall
     axes = [[axis for axis in own if axis in result or sum(axis in other for other in axes) > 1] for own in axes]
     macs, done = 0, set(axes[0])
     for at, own in enumerate(axes[1:], 2):  # from left to right; multi_dot may find less
-        macs, done = macs + math.prod(sizes[axis] for axis in done.union(own)), done.union(own)
-        done &= set(result).union(*axes[at:])
+        both = done.union(own)
+        done = both & set(result).union(*axes[at:])
+        macs += math.prod(sizes[axis] for axis in both) if done != both else 0  # else elements are scaled
     for at in reversed(range(len(axes))):
         others, channels = axes[:at] + axes[at + 1 :], 0
         for other in others:

@@ -115,6 +115,7 @@ PRODUCTS: dict[str, Callable[[], Any]] = {
     "einsum, rest of batches": lambda: torch.einsum("...bi,...io->...bo", BATCHES, EXPERTS),
     "einsum, numbers": lambda: torch.einsum(X, [..., 1], SQUARE, [1, 0], [..., 0]),
     "einsum, weight between": lambda: torch.einsum("bqi,ij,bkj->bqk", X, SQUARE, X),
+    "einsum, scaled": lambda: torch.einsum("bi,io,b->bo", X[0], SQUARE, values((32,))),
     "einsum, an axis of one operand": lambda: torch.einsum("bsd,dhk->hk", X, HEADS),
     "einsum, rest of one operand": lambda: torch.einsum("...d,dc->c", X, SQUARE),
     "einsum, repeated": lambda: torch.einsum("bii,io->bo", values((4, 48, 48)), SQUARE),
