@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.errors import check_choice, check_module, check_path, value_error
+from te_nvfp4_cv.errors import check_module, check_path, value_error
 from te_nvfp4_cv.export import artifact, attention, foreign
 from te_nvfp4_cv.export.computed import keys_of
 from te_nvfp4_cv.export.fit import (
@@ -39,7 +39,7 @@ from te_nvfp4_cv.export.inner import around, install, share_bias
 from te_nvfp4_cv.export.layer_tensors import codes_of, entry_of, tensors_of
 from te_nvfp4_cv.export.left_high import warn_of_high
 from te_nvfp4_cv.export.manifest import PARTS, LayerEntry, Manifest, join, settings_of
-from te_nvfp4_cv.export.modules import ACTIVATIONS, WEIGHTS, become
+from te_nvfp4_cv.export.modules import become, check_modes
 from te_nvfp4_cv.export.ranks import gathered, written_once
 from te_nvfp4_cv.layer.check import checked_recipe
 from te_nvfp4_cv.layer.names import plain_name
@@ -234,8 +234,8 @@ def load(
     Raises:
         TypeError: `model` is no module.
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, of another version or of an unknown tool, the model does not fit it, or an
-            argument is another word. Nothing is changed then.
+        ValueError: The file is damaged, of another version or of an unknown tool, the model does not fit it, or
+            `weights`, `activations`, `dtype` or `backend` has another value. Nothing is changed then.
         RuntimeError: `backend` cannot run here. Nothing is changed then.
 
     Example:
@@ -249,9 +249,7 @@ def load(
     check_module("nv.export.load", model, "nv.export.load(path, model)")
     # All choices before the file is read and the model changes.
     dispatch.check_possible(backend)
-    check_choice("nv.export.load", "weights", weights, WEIGHTS)
-    if activations is not None:
-        check_choice("nv.export.load", "activations", activations, ACTIVATIONS)
+    check_modes("nv.export.load", weights, activations, dtype)
     opened = artifact.read(path)
     if verify:
         opened.check()

@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_nvfp4_cv.backend import dispatch
-from te_nvfp4_cv.errors import check_choice, no_script
+from te_nvfp4_cv.errors import check_choice, no_script, value_error
 from te_nvfp4_cv.export import matrix
 from te_nvfp4_cv.export.codes import Codes, is_transposed
 from te_nvfp4_cv.export.computed import settle
 from te_nvfp4_cv.export.packed_weight import PackedWeight
 from te_nvfp4_cv.layer import grouped, inference, operands
+from te_nvfp4_cv.layer.check import DTYPES
 from te_nvfp4_cv.layer.plan import Plan, plan_for, weight_plan
 from te_nvfp4_cv.nn import learned
 from te_nvfp4_cv.nn.base import OPS
@@ -49,6 +50,16 @@ FORWARD = (  # the fields of a recipe that inference depends on
     *("nvfp4_4over6", "nvfp4_4over6_err_mode", "nvfp4_4over6_e4m3_use_256", "row_scaled_activation", "tensor_scale"),
     *("thin_layers", "disable_2d_quantization", "block_format"),
 )
+
+
+def check_modes(where: str, weights: str | None, activations: str | None, dtype: torch.dtype | None) -> None:
+    """Check the arguments of InferenceLayer.set_mode for the function that the user has called."""
+    for name, value, allowed in (("weights", weights, WEIGHTS), ("activations", activations, ACTIVATIONS)):
+        if value is not None:
+            check_choice(where, name, value, allowed)
+    if dtype not in (None, torch.float64, *DTYPES):
+        needs = "that of activations: torch.bfloat16, float16, float32 or float64"
+        raise value_error(f"{where}: bad dtype.", got=repr(dtype), needs=needs, fix="dtype=torch.bfloat16")
 
 
 def forward_recipe(recipe: NVFP4BlockScaling, transposed: bool, static: bool) -> NVFP4BlockScaling:
@@ -191,12 +202,9 @@ class InferenceLayer(nn.Module):
             dtype: the dtype of the model's activations, which decides the form of cached weights. If None, that of the
                 weights that are cached now is used, or fp32.
         Raises:
-            ValueError: `weights` or `activations` is another word.
+            ValueError: `weights` or `activations` is another word, or `dtype` is not that of activations.
         """
-        if weights is not None:
-            check_choice("nv.export", "weights", weights, WEIGHTS)
-        if activations is not None:
-            check_choice("nv.export", "activations", activations, ACTIVATIONS)
+        check_modes("nv.export", weights, activations, dtype)
         # Another mode of activations multiplies another form of the weight, so the cache is rebuilt in any case.
         cached = self.unpacked is not None if weights is None else weights == "cached"
         before = torch.float32 if self.unpacked is None else self.dtype

@@ -18,7 +18,7 @@ from torch import Tensor
 from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.backend.registration import without_autocast
 from te_nvfp4_cv.backend.torch_private import without_function_modes
-from te_nvfp4_cv.errors import describe, runtime_error, value_error
+from te_nvfp4_cv.errors import describe, runtime_error, type_error, value_error
 from te_nvfp4_cv.layer import custom_op, forward_backward, gemms, shortfall
 from te_nvfp4_cv.layer.check import (
     DTYPES,
@@ -163,6 +163,9 @@ def _input(
     op: str, x: Tensor, w: Sizes, bias: Tensor | None, args: ConvArgs
 ) -> tuple[Tensor, bool, CallShape]:
     """Return x in torch.autocast's dtype where that is on, if it is on, and the call's shapes."""
+    if not isinstance(x, Tensor):
+        needs, fix = "a tensor, as torch's layers", "torch.from_numpy(x) of an array"
+        raise type_error(f"nvfp4 {op}: the input is no tensor.", got=type(x).__name__, needs=needs, fix=fix)
     refuse_jit_trace(f"an inference layer ({op})", TRACE)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)

@@ -457,6 +457,17 @@ def test_unknown_modes_are_refused() -> None:
         inference.set_mode(weights="unpacked")
     with pytest.raises(ValueError, match="unknown activations"):
         inference.set_mode(activations="bf16")
+    with pytest.raises(ValueError, match="bad dtype"):
+        inference.set_mode(weights="cached", dtype=torch.int8)
+
+
+@pytest.mark.parametrize("activations", ["nvfp4", "high"])
+def test_an_input_that_is_no_tensor_is_refused(activations: str) -> None:
+    for layer, x in ((nn.Conv2d(16, 16, 1), values((2, 16, 4, 4))), (nn.Linear(16, 16), values((2, 16)))):
+        inference = made(layer, RECIPE)
+        inference.set_mode(activations=activations)
+        with pytest.raises(TypeError, match=r"the input is no tensor[\s\S]*ndarray[\s\S]*from_numpy"):
+            inference(x.numpy())
 
 
 def test_an_entry_of_set_precision_is_said_to_do_nothing() -> None:

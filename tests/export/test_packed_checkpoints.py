@@ -314,6 +314,9 @@ def test_a_backend_that_cannot_run_here_is_refused_at_once(
         nv.export.load(file, fresh, weights="unpacked")
     with pytest.raises(ValueError, match=r"nv\.export\.load: unknown activations"):
         nv.export.load(file, fresh, activations="bf16")
+    for dtype in (torch.int8, torch.float8_e4m3fn, "bf16"):  # the first two would be other weights
+        with pytest.raises(ValueError, match=r"nv\.export\.load: bad dtype"):
+            nv.export.load(file, fresh, weights="cached", dtype=dtype)  # type: ignore[arg-type]
     assert type(fresh) is nn.Conv2d
 
 

@@ -498,6 +498,7 @@ def test_batches_that_the_model_does_not_take(fold_bn: bool) -> None:
         (nn.TransformerEncoderLayer(16, 1), {"image": x}, "dict with the keys 'image': "),
         (Two(), (x, x), r"\(2, 16, 4, 4\) float32: TypeError: .*argument: 'more'"),
         (Two(), [(x, x)], "tuple: TypeError: .*argument: 'more'"),
+        (model[:1], x.numpy(), r"TypeError: conv2d\(\) received an invalid"),
     ):
         with pytest.raises(TypeError, match=rf"what the loader gives[\s\S]*{got}[\s\S]*one argument[\s\S]*fix:"):
             nv.export.quantize(wrong, [batch], fold_bn=fold_bn)

@@ -74,7 +74,10 @@ class _Watch:
         self.found: Statistics | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = without_class(args[0] if args else kwargs["input"]).detach()
+        given = args[0] if args else kwargs.get("input")
+        if not isinstance(given, Tensor):  # torch's own error says more
+            return
+        x = without_class(given).detach()
         if not x.numel():  # a detector's head, for example, on an image without objects
             return
         rows = im2col_rows(module, x, self.generator).float()
