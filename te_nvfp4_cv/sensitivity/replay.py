@@ -53,7 +53,7 @@ def diagnose(
         ValueError: the bundle, the builder or its model does not fit.
         TypeError: the builder returns something else than a model and a loss function.
         FileNotFoundError: there is no such bundle.
-        RuntimeError: there is no such device.
+        RuntimeError: there is no such device, or `backend` cannot run here.
 
     Example:
         >>> import torch, te_nvfp4_cv as nv
@@ -68,7 +68,7 @@ def diagnose(
     """
     path = "BUNDLE" if isinstance(bundle, Bundle) else os.fspath(bundle)
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    dispatch.check_backend(backend)
+    dispatch.check_possible(backend)
     # Before the builder, whose code may take minutes, anything that can be refused without it.
     where = devices.usable(device, "diagnose")
     build = builders.recorded(loaded.builder["name"], path) if build is None else build

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
+from te_nvfp4_cv.backend import dispatch
 from te_nvfp4_cv.layer import gemms
 from te_nvfp4_cv.layer.plan import Plan
 from te_nvfp4_cv.sensitivity import Bundle, builder, bundle, diagnose, load_bundle, save_bundle
@@ -372,7 +373,7 @@ def test_a_gradient_that_the_rotation_overflows_is_wgrads():
 # ---- builders and the command ---------------------------------------------------------------------------------------
 
 
-def test_bad_builders_and_models():
+def test_bad_builders_and_models(monkeypatch):
     loaded = Bundle(**a_step())
     with pytest.raises(ValueError, match="the builder failed"):
         diagnose(loaded, lambda arguments: arguments["missing"])
@@ -389,6 +390,10 @@ def test_bad_builders_and_models():
         diagnose(loaded, build, device="toaster")
     with pytest.raises(ValueError, match="unknown backend"):
         diagnose(loaded, build, backend="fast")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match="cannot run here"):  # before the builder, whose code may take minutes
+        diagnose(loaded, lambda arguments: pytest.fail("was built"), backend="triton")
 
 
 @pytest.mark.parametrize("name", ["mine.rebuild:build", "os:system", "unet_coco.rebuild.x:y", "unet_coco...os:system"])
