@@ -178,7 +178,7 @@ def _plain_tensors(model: nn.Module, found: Sorted) -> dict[str, Tensor]:
     inside = {id(layer) for _, layer in around(model)}
     skipped = averaging_counts(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        skipped |= {join(name, key) for key in module._parameters if (id(module), key) in inner}
+        skipped |= {join(name, key) for owner, key in inner if owner == id(module)}
         if id(module) in quantized:
             keys = {"weight", "weight_data", "weight_scale", "weight_bits", "input_bits", "shift_bits", "lift_bits"}
             keys |= {*learned.NAMES.values()}

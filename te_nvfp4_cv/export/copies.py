@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -24,7 +25,7 @@ def copy_of(caller: str, model: nn.Module) -> nn.Module:
         ValueError: the model holds something that cannot be copied.
     """
     try:
-        with _WithoutHistory():
+        with _WithoutHistory(), torch.no_grad():  # a ScriptModule's copies of Parameters would have a history
             copied = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise value_error(

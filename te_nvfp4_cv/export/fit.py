@@ -291,7 +291,7 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
             for key in keys_of(module):
                 del state[join(name, key)]
                 state[join(name, "weight")] = tuple(like_weight(module).shape)
-        aliases |= {join(name, key) for key in module._parameters if (id(module), key) in inner}
+        aliases |= {join(name, key) for owner, key in inner if owner == id(module)}
     norms = tuple(f"{name}." for name in manifest.folded)
     biases = {f"{name}.bias" for name in manifest.folded.values()}  # the norm's shift: the model's layer may have none
     known = expected.keys() | aliases | counts

@@ -62,7 +62,7 @@ def entry_of(
     return codes, LayerEntry(
         op=op,
         shape=shape,
-        groups=getattr(module, "groups", 1),
+        groups=int(getattr(module, "groups", 1)),  # a width that NumPy has computed is no number in JSON
         amax=amax,
         e4m3_max=recipe.settings("weight").e4m3_max,
         recipe=recipes.setdefault(recipe.to_toml(), len(recipes)),

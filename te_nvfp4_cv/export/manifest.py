@@ -236,7 +236,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     Of every other module the dict is empty.
     """
     if torch_class(module) not in (None, nn.Linear):  # a convolution; a subclass of one may use the names otherwise
-        return {**call_of(module), "groups": module.groups}
+        return {**call_of(module), "groups": int(module.groups)}  # type: ignore[arg-type]
     if isinstance(module, (BatchOrInstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
         found = {name: getattr(module, name, None) for name in ("eps", "num_groups")}
         return {name: value for name, value in found.items() if isinstance(value, (int, float))}

@@ -105,7 +105,7 @@ def name_of(w: Tensor) -> str:
             for name, inside in running[-1].named_modules():
                 _paths.setdefault(inside, plain_name(name))
                 _number(_paths[inside])  # which stands for a kernel that is computed there
-                for own in inside._parameters:
+                for own, _ in inside._parameters.items():  # over a ScriptModule's own dict one cannot iterate
                     _number(".".join(filter(None, (plain_name(name), own))))
             path = _paths.get(module)
         if path is not None:

@@ -17,6 +17,14 @@ def group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_shared_amaxes_of_a_model_with_a_script_module(group):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.jit.script(torch.nn.BatchNorm1d(5)))
+    with nv.nvfp4_autocast(amax_reduction_group=group):
+        model(X).sum().backward()
+    assert model[0].weight.grad is not None
+
+
 def test_without_torch_distributed():
     with pytest.raises(RuntimeError, match="(?s)no process group.*fix:   torch.distributed.init_process_group"):
         nv.distributed.all_gather(X, quantizer=nv.NVFP4Quantizer())

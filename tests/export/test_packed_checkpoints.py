@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -318,6 +319,27 @@ def test_a_backend_that_cannot_run_here_is_refused_at_once(
         with pytest.raises(ValueError, match=r"nv\.export\.load: bad dtype"):
             nv.export.load(file, fresh, weights="cached", dtype=dtype)  # type: ignore[arg-type]
     assert type(fresh) is nn.Conv2d
+
+
+@pytest.mark.parametrize("channels", [8, 32])
+def test_groups_that_numpy_has_computed(tmp_path: Path, channels: int) -> None:
+    """JSON takes no numbers of NumPy; 8 channels stay in high precision."""
+    net = nn.Conv2d(channels, channels, 1, groups=numpy.int64(2))  # type: ignore[arg-type]
+    (file,) = nv.export.save(net, tmp_path / "net").files
+    nv.export.load(file, nn.Conv2d(channels, channels, 1, groups=2))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_a_script_module_inside(tmp_path: Path) -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(16, 16, 1), torch.jit.script(nn.BatchNorm2d(16)), nn.ReLU()).eval()
+
+    net, x = build(), values((2, 16, 4, 4))
+    for model in (net, nv.export.quantize(net, [x])):
+        (file,) = nv.export.save(model, tmp_path / "net").files
+        loaded = nv.export.load(file, build())
+        with nv.nvfp4_autocast():
+            assert same_bits(loaded(x), model(x))
 
 
 def test_a_file_without_settings_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
