@@ -60,6 +60,8 @@ def variants(preset: Any, blocks: Sequence[str]) -> dict[str, Variant]:
         blocks: Names of the modules that are the network's first and last block.
     """
     high = tuple((block, None) for block in blocks)
+    without_fprop = replace(preset, name="", precision=(), high_precision_gemms=("fprop",))
+    high_fprop = tuple((block, without_fprop) for block in blocks)
     changes: dict[str, dict[str, Any]] = {
         "4over6 weights": {"nvfp4_4over6": "weights"},
         "4over6, 1x16 weights, no RHT": {
@@ -68,6 +70,8 @@ def variants(preset: Any, blocks: Sequence[str]) -> dict[str, Variant]:
             "disable_rht": True,  # 4over6 of activations does not go with it
         },
         "first and last block in high precision": {"precision": (*preset.precision, *high)},
+        "high-precision fprop of the first and last block": {"precision": (*preset.precision, *high_fprop)},
+        "high-precision fprop": {"high_precision_gemms": ("fprop",)},
         "high-precision dgrad": {"high_precision_gemms": ("dgrad",)},
         "high-precision wgrad": {"high_precision_gemms": ("wgrad",)},
         "mean shift": {"activation_shift": "mean"},

@@ -117,10 +117,10 @@ def test_levers_are_tried_where_there_is_a_gap_and_not_before_the_pairs_are_comp
     order = finished(plan, {}, gap=-1.0, noise=0.2)
     preset = [arm for arm in order if arm.variant == "preset" and arm.task == "shapes-unet" and arm.epochs == 12]
     levers = [arm for arm in order if arm.variant == "4over6 weights" and arm.task == "shapes-unet"]
-    assert len(preset) == 6 and len(levers) == 8
-    assert order.index(preset[-1]) < order.index(levers[0])
+    assert len(preset) == len(levers) == 8  # the target takes six, and the levers' other seeds are compared with it too
+    assert order.index(preset[5]) < order.index(levers[0]) < order.index(preset[6]) < order.index(levers[6])
     assert len(order) == len(set(order))
-    assert len([arm for arm in order if arm.variant == "thin layers in NVFP4"]) == 8 + 4 + 4
+    assert len([arm for arm in order if arm.variant == "thin layers in NVFP4"]) == 8 + 4
     without = finished(plan, {}, gap=0.0, noise=0.2)
     unscaled = ", no tensor scale, loss times 2^20"
     formats = {"MXFP4", "UE5M3 scales, no tensor scale", f"UE5M3 scales{unscaled}", f"E4M3 scales{unscaled}"}

@@ -122,3 +122,15 @@ def test_first_and_last_block_exist(name):
     high = {row.name for row in report.rows if not row.nvfp4}
     assert all(any(name.startswith(f"{block}.") for name in high) for block in BLOCKS[name])
     assert any(row.nvfp4 for row in report.rows)
+
+
+def test_the_fprop_of_two_blocks_is_a_third_of_what_they_compute():
+    net, found = UNet(5, 0.25), variants_of("shapes-unet")
+    share = {}
+    blocks = "first and last block"
+    for name in ("preset", f"{blocks} in high precision", f"high-precision fprop of the {blocks}"):
+        nv.set_precision(net, found[name].recipe)
+        share[name] = nv.coverage(net, torch.randn(2, 3, 32, 32), recipe=found[name].recipe).nvfp4_flops_share
+    preset, high, fprop = share.values()
+    assert preset > 0.95 and preset - high > 0.1
+    assert preset - fprop == pytest.approx((preset - high) / 3, rel=0.02)
