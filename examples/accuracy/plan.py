@@ -20,7 +20,12 @@ TO_THE_TARGET = "to the target"
 
 @dataclass(frozen=True)
 class Stage:
-    """Hold one stage of the plan, as the file explains it."""
+    """Hold one stage of the plan, as the file explains it.
+
+    Attributes:
+        pairs: A number, or TO_THE_TARGET; then the stage has one variant.
+        first_seed: The seed of the first pair.
+    """
 
     title: str
     tasks: tuple[str, ...]
@@ -28,6 +33,7 @@ class Stage:
     pairs: int | str
     epochs: int | None = None
     only_after_gap: bool = False
+    first_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,10 @@ class Plan:
         seen = set(rows)
         for stage in self.stages:
             pairs = {task: self._pairs(stage, task, rows) for task in stage.tasks}
-            for seed in range(max(pairs.values())):
+            for pair in range(max(pairs.values())):
                 for task in stage.tasks:
-                    for variant in ("baseline", *stage.variants) if seed < pairs[task] else ():
-                        arm = self.arm(task, variant, seed, stage.epochs)
+                    for variant in ("baseline", *stage.variants) if pair < pairs[task] else ():
+                        arm = self.arm(task, variant, stage.first_seed + pair, stage.epochs)
                         if arm not in seen:
                             seen.add(arm)
                             yield arm
@@ -73,9 +79,9 @@ class Plan:
             for stage in self.stages
         )  # fmt: skip
 
-    def pairs_to_target(self, task: str, rows: Rows) -> int:
-        """Return how many pairs of the preset are wanted, as far as those that are done tell."""
-        pairs = pairs_of(rows, self.arm(task, "preset"))
+    def pairs_to_target(self, task: str, rows: Rows, variant: str = "preset") -> int:
+        """Return how many pairs of the variant are wanted, as far as those that are done tell."""
+        pairs = pairs_of(rows, self.arm(task, variant))
         differences = pairs.differences(pairs.chosen_score(self.first_pairs))
         most = int(self.tasks[task]["most"])
         wanted = pairs_planned(differences, self.first_pairs, self.tasks[task]["target"], most)
@@ -90,7 +96,10 @@ class Plan:
     def _pairs(self, stage: Stage, task: str, rows: Rows) -> int:
         if stage.only_after_gap and not self.shows_gap(task, rows):
             return 0
-        return self.pairs_to_target(task, rows) if stage.pairs == TO_THE_TARGET else int(stage.pairs)
+        if stage.pairs != TO_THE_TARGET:
+            return int(stage.pairs)
+        (variant,) = stage.variants
+        return self.pairs_to_target(task, rows, variant)
 
 
 def read_plan(path: Path, size: str) -> Plan:
@@ -106,6 +115,13 @@ def read_plan(path: Path, size: str) -> Plan:
     stages = tuple(_stage(stage, path) for stage in given.pop("stages"))
     plan = Plan(size=size, stages=stages, **given)
     for stage in stages:
+        if stage.pairs == TO_THE_TARGET and len(stage.variants) != 1:
+            raise value_error(
+                f"{path}: a stage has one target and several variants.",
+                got=f"{stage.title}: {', '.join(stage.variants)}",
+                needs="one variant, whose pairs are added until its half interval is at the target",
+                fix="give each of them a stage",
+            )
         for task in stage.tasks:
             if stage.pairs == TO_THE_TARGET or stage.only_after_gap:
                 _known(path, "task of [tasks]", task, plan.tasks)

@@ -82,7 +82,7 @@ def summary(rows: Rows, arm: Arm, plan: Plan | None) -> dict[str, Any]:
         same = pairs_of(rows, arm, "preset")
         found["against_preset"] = _gap(same, found["decides"], FIXED) if same.differences(found["decides"]) else None
     if plan and to_target:
-        found["to_go"] = max(0, plan.pairs_to_target(arm.task, rows) - len(pairs.rows) - pairs.diverged)
+        found["to_go"] = max(0, plan.pairs_to_target(arm.task, rows, arm.variant) - len(pairs.rows) - pairs.diverged)
     return found
 
 

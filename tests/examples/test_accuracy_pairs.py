@@ -130,6 +130,25 @@ def test_levers_are_tried_where_there_is_a_gap_and_not_before_the_pairs_are_comp
     assert max(arm.seed for arm in noisy if arm.task == "cifar-resnet20") == 15  # the largest number of pairs
 
 
+def test_a_variant_other_than_the_preset_is_confirmed_to_the_target_on_seeds_of_its_own():
+    plan = read_plan(PLAN, "cpu")
+    stage = replace(plan.stages[0], tasks=("shapes-unet",), variants=("minus SR",), first_seed=100)
+    plan = replace(plan, stages=(plan.stages[0], stage), budget_hours=1e9)
+    order, rows = [], {}
+    while arm := next(plan.wanted(rows), None):
+        order.append(arm)
+        noise = {"preset": 0.0, "minus SR": 0.2}.get(arm.variant, 0.0) * (-1) ** arm.seed
+        rows[arm] = {**run_row(arm.variant, arm.seed, 90.0 + noise), **arm.to_row()}
+    confirmed = [arm for arm in order if arm.task == "shapes-unet" and arm.seed >= 100]
+    assert [(arm.variant, arm.seed) for arm in confirmed] == [
+        (variant, 100 + pair) for pair in range(6) for variant in ("baseline", "minus SR")
+    ]  # sd 0.23 takes six pairs, and the preset, whose pairs do not differ, takes four
+    assert {arm.seed for arm in order if arm.variant == "preset"} == set(range(4))
+    assert table.summary(rows, confirmed[-1], plan)["to_go"] == 0
+    del rows[confirmed[-1]]
+    assert table.summary(rows, confirmed[1], plan)["to_go"] == 1
+
+
 def test_no_run_starts_when_the_budget_is_spent():
     plan = replace(read_plan(PLAN, "cpu"), budget_hours=0.1)
     rows = table_of(*(run_row("baseline", s, 1.0) for s in range(5)))
@@ -143,6 +162,7 @@ def test_no_run_starts_when_the_budget_is_spent():
         ({"variants": '["minus everything"]'}, "unknown variant[\\s\\S]*minus everything"),
         ({"tasks": '["cifar-vgg"]'}, "unknown task[\\s\\S]*cifar-vgg"),
         ({"epoch": "48"}, "unknown field of a stage[\\s\\S]*epoch"),
+        ({"pairs": '"to the target"', "variants": '["preset", "minus SR"]'}, "one target and several variants"),
         ({"pairs": '"to the target"'}, "unknown task of \\[tasks\\][\\s\\S]*shapes-unet"),
         ({"variants": '["last 15 % of epochs in high precision"]', "epochs": "2"}, "2 epochs are too few"),
     ],
