@@ -21,6 +21,7 @@ so that `noise_bytes` of memory are enough.
 
 What is not seen:
 - If a layer runs several times in a step, only its first call is recorded.
+- Of sparse and nested tensors, of complex numbers, and inside of torch.func's transforms nothing is recorded.
 - Inside a graph of torch.compile only weights and weight gradients are recorded. Where part of a model is compiled,
   other layers in high precision outside of nvfp4_autocast are not seen either.
 - Of a weight that is computed (parametrizations), the gradient is not recorded: torch does not keep it.
@@ -30,6 +31,7 @@ What is not seen:
 from __future__ import annotations
 
 import datetime
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -176,7 +178,8 @@ class Telemetry:
         """
         call = object()
         self._not_entered.add(call)
-        return self._step(step, grad_scale, call)
+        # operator.index: of NumPy and torch an integer is none that JSON can hold.
+        return self._step(operator.index(step), grad_scale, call)
 
     @contextmanager
     def _step(self, step: int, grad_scale: float | Tensor, call: object) -> Iterator[None]:
@@ -214,11 +217,11 @@ class Telemetry:
         noisy = gradient.get("alarm", False)
         broken = [tensor for tensor, held in layer["tensors"].items() if held.get("raw", {}).get("nonfinite", 0)]
         # Said when a condition starts, not at every sample: a layer may stay below the threshold for a whole run.
-        conditions = {
-            f"{name} noise": noisy
-            and f"gradient norm is {gradient['ratio']:.2f} of the quantization noise, below {THRESHOLD:.2f}",
-            f"{name} non-finite": broken and f"values that are not finite: {', '.join(broken)}",
-        }
+        conditions = {f"{name} non-finite": broken and f"values that are not finite: {', '.join(broken)}"}
+        if gradient:  # a sample in which other layers had their turn says nothing of this one's noise
+            conditions[f"{name} noise"] = (
+                noisy and f"gradient norm is {gradient['ratio']:.2f} of the quantization noise, below {THRESHOLD:.2f}"
+            )
         for key, text in conditions.items():
             if text and key not in self.alarmed:
                 yield {"kind": "alarm", "step": step, "layer": name, "text": text}
@@ -227,17 +230,17 @@ class Telemetry:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record figures of the run itself, such as its loss, on the same step axis: anything that float() takes."""
         for sink in self.sinks:
-            sink.scalars(step, {name: float(value) for name, value in values.items()})
+            sink.scalars(operator.index(step), {name: float(value) for name, value in values.items()})
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Show a picture in each sink that can."""
         for sink in self.sinks:
-            sink.image(name, path, step)
+            sink.image(name, path, operator.index(step))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Show a table in each sink that can; its cells are numbers, texts, or pictures [H, W, 3] uint8."""
         for sink in self.sinks:
-            sink.table(name, columns, rows, step)
+            sink.table(name, columns, rows, operator.index(step))
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
         """Finish the sinks, once. Nothing is recorded afterwards."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend.torch_private import in_backward, unseen_by_checkpoints
+from te_nvfp4_cv.backend.torch_private import has_no_values, in_backward, is_batched, unseen_by_checkpoints
 from te_nvfp4_cv.distributed.fsdp_weight import GatheredWeight
 from te_nvfp4_cv.layer import gemms, observe
+from te_nvfp4_cv.layer.check import torch_func_is_on
 from te_nvfp4_cv.layer.constants import running_modules
 from te_nvfp4_cv.layer.names import plain_name
 from te_nvfp4_cv.layer.plan import Plan
@@ -48,8 +50,12 @@ class Sample:
     def __init__(self, model: nn.Module, settings: Settings, memory: Memory) -> None:
         self.model, self.settings, self.memory = model, settings, memory
         self.layers = list(layers_of(model))
-        owned = ((name, own_weight(module)) for name, module in self.layers)
-        self.names = {id(w): name for name, w in owned if w is not None}
+        self.names: dict[int, str] = {}  # by the weight's id; of layers that share a weight, the first one's
+        self.tied: dict[int, set[str]] = {}  # the names of the others
+        for name, module in self.layers:
+            w = own_weight(module)
+            if w is not None and self.names.setdefault(id(w), name) != name:
+                self.tied.setdefault(id(w), set()).add(name)
         self.modules = {module: plain_name(name) or type(module).__name__ for name, module in named_modules(model)}
         self.found: dict[str, _Layer] = {}
         self.compiled = [plain_name(name) for name, module in model.named_modules() if _is_compiled(module)]
@@ -62,21 +68,25 @@ class Sample:
         name = self._name(call.weight)
         if name is None:
             return None
-        # A forward inside of backward is activation checkpointing's repetition. Only its backward will run, so the
-        # layer must be watched again although this is not its first call.
-        recomputed = in_backward()
+        repeated = in_backward()  # a forward inside of backward is activation checkpointing's repetition
         layer = self.found.get(name)
         first = layer is None
         if layer is None:
             layer = self.found[name] = _Layer(self, name, call)
-        elif not recomputed:
-            return None  # the step's first call is the one that is recorded
+        elif not layer.takes(repeated):
+            return None
         if call.recipe is not None:
             return observe.Seen(watch=_Watch(layer, first))
         # In high precision nothing is quantized that could be watched: the raw input is all that there is.
-        if "input" not in layer.tensors and isinstance(call.x, Tensor):
-            layer.tensors["input"] = {"raw": self.plain(call.x)}
-        return observe.Seen(finished=layer.finished)
+        if first:
+            self.add(layer.tensors, "input", call.x)
+        return observe.Seen(finished=partial(layer.finished, first))
+
+    def add(self, tensors: dict[str, dict[str, Any]], name: str, v: Any) -> None:
+        """Record the statistics of a tensor in high precision, if it has values that can be read."""
+        v = _local(v)
+        if isinstance(v, Tensor) and _readable(v):
+            tensors.setdefault(name, {})["raw"] = self.plain(v)
 
     @unseen_by_checkpoints
     def plain(self, v: Tensor) -> dict[str, Any]:
@@ -108,7 +118,9 @@ class Sample:
             if candidate is None:
                 continue
             if id(candidate) in self.names:
-                return self.names[id(candidate)]
+                tied = self.tied.get(id(candidate))
+                running = None if tied is None else self._running()
+                return running if tied is not None and running in tied else self.names[id(candidate)]
             # Not a `weight` of a layer: look among all parameters once, and remember what was found.
             for prefix, module in self.model.named_modules():  # FSDP2 swaps parameters while a module runs
                 for key, parameter in module._parameters.items():
@@ -154,12 +166,12 @@ class Sample:
     def _weight(self, entry: dict[str, Any], weight: Any, grad_scale: float | Tensor) -> None:
         # Torch warns of the gradient of a computed weight, which it does not keep.
         leaf = isinstance(weight, Tensor) and weight.is_leaf
-        weight, grad = _local(weight), _local(weight.grad if leaf else None)
-        if isinstance(weight, Tensor) and "raw" not in entry["tensors"].get("weight", {}):
-            entry["tensors"].setdefault("weight", {})["raw"] = self.plain(weight)
-        if grad is not None and not grad.is_sparse:
+        grad = _local(weight.grad if leaf else None)
+        if "raw" not in entry["tensors"].get("weight", {}):
+            self.add(entry["tensors"], "weight", weight)
+        if grad is not None:
             scaled = grad if isinstance(grad_scale, float) and grad_scale == 1 else grad / grad_scale
-            entry["tensors"]["weight_gradient"] = {"raw": self.plain(scaled)}
+            self.add(entry["tensors"], "weight_gradient", scaled)
 
 
 class _Layer:
@@ -170,30 +182,46 @@ class _Layer:
         self.precision, self.reason = ("high", call.reason) if call.recipe is None else ("nvfp4", "")
         self.tensors: dict[str, dict[str, Any]] = {}
         self.more: dict[str, Any] = {}
-        self.x: tuple[Tensor, int] | None = None  # held for the gradient noise, with its version
+        # Without a graph the first call has no backward pass of its own, as in a checkpoint that is reentrant.
+        self.graph = torch.is_grad_enabled()
+        self.repeated = self.over = False
+
+    def takes(self, repeated: bool) -> bool:
+        """Return whether a further call belongs to the record, which is that of the step's first call.
+
+        It does if activation checkpointing repeats a forward that had no graph, because then the backward pass is that
+        of the repetition. Of several calls the first one's backward comes last, and is the one that stays. A call that
+        is no repetition after one that is begins another batch, of which nothing is recorded.
+        """
+        self.over |= self.repeated and not repeated
+        self.repeated |= repeated
+        return repeated and not self.over and not self.graph
 
     def entry(self) -> dict[str, Any]:
         """Return the layer's entry in the record."""
         return {"op": self.op, "precision": self.precision, "reason": self.reason, "tensors": self.tensors, **self.more}
 
-    def finished(self, y: Tensor) -> None:
+    def finished(self, first: bool, y: Tensor) -> None:
         """Take the result of a call in high precision: its gradient is recorded when it arrives."""
-        if y.requires_grad and "grad_output" not in self.tensors:
-            y.register_hook(self._arrived)
+        if y.requires_grad and _readable(y):  # torch calls no hook on nested tensors without an error
+            y.register_hook(partial(self._arrived, first))
 
-    def _arrived(self, dy: Tensor) -> None:
-        self.tensors.setdefault("grad_output", {"raw": self.sample.plain(dy)})
+    def _arrived(self, first: bool, dy: Tensor) -> None:
+        if not first or "grad_output" not in self.tensors:
+            self.sample.add(self.tensors, "grad_output", dy)
 
 
 class _Watch:
     """Look on while the layer's operands are quantized (plan.Watch).
 
-    `first` is False for a forward that activation checkpointing repeats: its operands were recorded before, but its
-    backward is the layer's only one.
+    `first` is False for a forward that activation checkpointing repeats (_Layer.takes): its rows and weight were
+    recorded before; what it adds is recorded when its backward comes.
     """
 
     def __init__(self, layer: _Layer, first: bool) -> None:
-        self.layer, self.first = layer, first
+        self.layer, self.first, self.graph = layer, first, torch.is_grad_enabled()
+        self.x: tuple[Tensor, int] | None = None  # held for the gradient noise, with its version
+        self.made: dict[str, dict[str, Any]] = {}  # of a repetition, what its backward will record
 
     @unseen_by_checkpoints  # most figures are taken in the first forward alone
     @torch.no_grad()
@@ -212,15 +240,16 @@ class _Watch:
                 self._weight(operand, made, plan)
             return
         if role == Role.INPUT:
-            trains = layer.weight.requires_grad and "wgrad" in plan.gemms
+            trains = layer.weight.requires_grad and "wgrad" in plan.gemms and self.graph
             if trains and layer.sample.may_hold(operand):
-                layer.x = operand, operand._version  # an in-place ReLU may change x before its backward comes
-            if not self.first and "input_column" in layer.tensors:
-                return
+                self.x = operand, operand._version  # an in-place ReLU may change x before its backward comes
         found = blocks.of_operand(role, operand, made, seed, plan, most, experts)
         for face, name in (("row", role.value), ("col", f"{role.value}_column")):
-            if face in found and name not in layer.tensors:
-                layer.tensors[name] = statistics.operand(found[face])
+            # The first forward has recorded its rows.
+            if face in found and name not in self.made and (self.first or name != Role.INPUT.value):
+                self.made[name] = statistics.operand(found[face])
+        if self.first or role == Role.GRAD_OUTPUT:
+            layer.tensors |= self.made
 
     def _weight(self, w: Tensor, codes: WeightCodes, plan: Plan) -> None:
         layer, sample = self.layer, self.layer.sample
@@ -249,8 +278,10 @@ class _Watch:
 
     @torch.no_grad()
     def weight_gradient(self, dy: Tensor, dw: Tensor, plan: Plan, experts: Experts | None) -> None:
-        held, self.layer.x = self.layer.x, None
+        held, self.x = self.x, None
         if held is None or held[0]._version != held[1]:
+            if not self.first:
+                self.layer.more.pop("gradient", None)  # that of a later call
             return
         exact = gemms.plain_wgrad(dy, held[0], plan, experts).double()
         noise = (dw.double() - exact).norm()
@@ -278,6 +309,16 @@ def _judge(layer: dict[str, Any]) -> None:
     norm, noise = gradient["norm"], gradient["noise"]
     gradient["ratio"] = norm / noise if noise else None  # no noise: the weight gradient ran in high precision
     gradient["alarm"] = gradient["ratio"] is not None and gradient["ratio"] < THRESHOLD
+
+
+def _readable(v: Tensor) -> bool:
+    """Return whether v is a plain array of real numbers, and so has statistics.
+
+    Layers in high precision may get anything that torch takes: sparse and nested tensors, complex numbers, tensors of
+    which a transform such as torch.vmap shows one row only.
+    """
+    strided = v.layout == torch.strided and not v.is_nested and not v.is_quantized
+    return strided and not v.is_complex() and not has_no_values(v) and not is_batched(v) and not torch_func_is_on()
 
 
 def _local(tensor: Any) -> Any:
