@@ -122,7 +122,8 @@ def render(
     Returns:
         The files that were written, without plotly's script.
     Raises:
-        ValueError: a file that is no telemetry file, a run without sampled steps, or a folder that cannot be written.
+        ValueError: a file that is no telemetry file, a run without sampled steps or without weights, or a folder that
+            cannot be written.
         RuntimeError: matplotlib or plotly is not installed.
 
     Example:
@@ -148,6 +149,13 @@ def render(
             pictures.curve(name)
     except OSError as error:
         raise cannot_write(out, error) from error
+    if not pictures.written:
+        with contextlib.suppress(OSError):  # with `force` it may hold pictures
+            folder.rmdir()
+        raise value_error(
+            f"telemetry: {run.path} has nothing to draw.", got=f"{len(run.steps)} sampled steps without weights",
+            needs="a model with convolutions or linear layers", fix="attach telemetry to the model that trains",
+        )
     return pictures.written
 
 
@@ -248,8 +256,8 @@ class _Pictures:
         content |= {"layers": run.layers, **axes, "values": values.tolist()}
         # Through dumps first, which writes null for NaN.
         held = json.dumps(json.loads(dumps(content)), indent=1)
-        # JSON's indentation puts each number on a line; a layer's numbers belong on one.
-        held = re.sub(r"\[\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", held)
+        # JSON's indentation puts each number on a line; a layer's numbers belong on one. No text holds a line's end.
+        held = re.sub(r"\[\n\s+((?:[-\w.+]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", held)
         path.with_suffix(".json").write_text(held + "\n", encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ training: it continues, offline if possible, with one warning.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,17 @@ class WandB(Log):
 
         self._try(log)
 
+    def _show(self, name: str, step: int, make: Callable[[], Any]) -> None:
+        """Log an object of W&B's; if W&B refuses to make it, say so, and go on with all else."""
+        if self._target is None:
+            return
+        try:
+            made = make()
+        except Exception as error:  # no such file, cells of several types in one column, ...
+            warn_once(f"wandb {name}", f"W&B does not get {name!r}: {error}")
+            return
+        self._log(step, {name: made}, [name])
+
     def start(self, header: dict[str, Any]) -> None:
         self._begin()
         shown = {key: header[key] for key in ("model", "recipe", "backend", "every", "started")}
@@ -225,17 +236,17 @@ class WandB(Log):
         self._log(record["step"], {name: 1}, [name])
 
     def image(self, name: str, path: Path, step: int) -> None:
-        if self._target is not None:
-            self._log(step, {name: self._wandb.Image(str(path))}, [name])
+        self._show(name, step, lambda: self._wandb.Image(str(path)))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        if self._target is not None:
+        def make() -> Any:
             data = [[self._wandb.Image(v) if isinstance(v, np.ndarray) else v for v in row] for row in rows]
-            self._log(step, {name: self._wandb.Table(columns=list(columns), data=data)}, [name])
+            return self._wandb.Table(columns=list(columns), data=data)
+
+        self._show(name, step, make)
 
     def page(self, name: str, path: Path, step: int) -> None:
-        if self._target is not None:
-            self._log(step, {name: self._wandb.Html(str(path), inject=False)}, [name])
+        self._show(name, step, lambda: self._wandb.Html(str(path), inject=False))
 
     def _pictures(self) -> None:
         """Log what is shown of the whole run: pictures, and a table of the last step."""

@@ -30,6 +30,12 @@ class FakeRun:
         self.finished = True
 
 
+def _image(path: Any, caption: str = "") -> Any:
+    if isinstance(path, str):
+        open(path, "rb").close()  # wandb reads it at once, too
+    return path, caption
+
+
 def fake_wandb(monkeypatch, runs: dict[str, Any]) -> list[str]:
     """wandb whose init gives runs[mode], or raises it; returns the modes asked for."""
     modes: list[str] = []
@@ -44,7 +50,7 @@ def fake_wandb(monkeypatch, runs: dict[str, Any]) -> list[str]:
 
     module = SimpleNamespace(
         init=init, Settings=lambda **o: o, Histogram=lambda np_histogram: np_histogram,
-        Image=lambda path, caption="": (path, caption), Table=lambda columns, data: (columns, data),
+        Image=_image, Table=lambda columns, data: (columns, data),
         Html=lambda path, inject: Path(path).read_text(),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", module)

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import cli
-from te_nvfp4_cv.telemetry import JSONL, Sink, drawing, read, render_heatmaps, write_report
+from te_nvfp4_cv.telemetry import JSONL, Sink, attach, drawing, read, render_heatmaps, write_report
 from te_nvfp4_cv.telemetry.heatmaps import CODE_NAMES, CODES, PLOTLY_MARKERS, SCALES
 from te_nvfp4_cv.telemetry.report import ABOUT
 from tests.telemetry.synthetic_runs import NAMES, header, write_run
@@ -125,8 +126,10 @@ def test_many_layers_make_a_larger_picture_and_runs_never_overwrite_each_other(t
 
 
 def test_names_are_made_fit_for_the_file_system_and_the_page(tmp_path):
-    run = write_run(tmp_path / "run.jsonl", steps=1, name="../../evil <b>\x00a/b")
+    name = "../../evil <b>\x00a/b [ 1,  2 ]"
+    run = write_run(tmp_path / "run.jsonl", steps=1, name=name)
     written = render_heatmaps(run, tmp_path / "out")
+    assert {json.loads(path.read_text())["run"] for path in written if path.suffix == ".json"} == {name}
     assert all(path.resolve().is_relative_to((tmp_path / "out").resolve()) for path in written)
     assert "<b>" not in write_report([run], tmp_path / "report.html").read_text().replace("<body>", "")
 
@@ -139,6 +142,15 @@ def test_one_layer_one_step_and_no_values(tmp_path):
     written = {path.relative_to(place).as_posix() for path in render_heatmaps(run, tmp_path)}
     assert "weights/prequantize/std.png" in written
     assert not any("quantized" in name for name in written), "a picture of nothing is not drawn"
+
+
+def test_a_run_of_a_model_without_layers_is_refused(tmp_path, capsys):
+    file = tmp_path / "none.jsonl"
+    with attach(nn.ReLU(), every=1, sinks=[JSONL(file)]) as watch, watch.step(0):
+        pass
+    assert cli.main(["heatmaps", str(file), "--out", str(tmp_path)]) == 2
+    assert "has nothing to draw" in capsys.readouterr().err
+    assert [path.suffix for path in (tmp_path / "heatmaps").iterdir()] == [".js"]
 
 
 def test_a_run_without_samples_is_refused(tmp_path):

@@ -283,6 +283,20 @@ def test_whatever_breaks_is_told_once_and_the_run_goes_on(breaks, tmp_path, monk
     assert len(seen) == 1 and "W&B" in str(seen[0].message)
 
 
+def test_what_wandb_does_not_take_is_told_and_all_else_is_logged(tmp_path, monkeypatch):
+    run = FakeRun()
+    fake_wandb(monkeypatch, {"offline": run})
+    sink = WandB(project="p", mode="offline")
+    sink.start(header("nvfp4", ["conv"]))
+    with pytest.warns(UserWarning, match="W&B does not get 'lost'.*missing.png"):
+        sink.image("lost", tmp_path / "missing.png", 0)
+    monkeypatch.setattr(sys.modules["wandb"], "Table", None)  # as of cells of two types, which W&B refuses
+    with pytest.warns(UserWarning, match="W&B does not get 'mixed'"):
+        sink.table("mixed", ["a"], [[1], ["text"]], 0)
+    sink.scalars(1, {"train/loss": 0.5})
+    assert run.logged[-1]["train/loss"] == 0.5
+
+
 def test_without_wandb_it_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.warns(UserWarning, match="wandb is not installed"):
