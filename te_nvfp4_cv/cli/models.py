@@ -34,7 +34,7 @@ def _project_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images a step (default: 32)")
     text = f"share of peak and bandwidth that kernels reach (default: {EFFICIENCY})"
     parser.add_argument("--efficiency", type=float, default=EFFICIENCY, metavar="F", help=text)
-    text = "also what a training step keeps in memory with this optimizer; runs the model on 16 images"
+    text = "also what a training step keeps in memory with this optimizer; runs the model on 32 images"
     parser.add_argument("--memory", choices=OPTIMIZERS, metavar="OPTIMIZER", help=f"{text} ({', '.join(OPTIMIZERS)})")
 
 

@@ -1,7 +1,7 @@
 """Estimate what a training step keeps in memory: weights, gradients, optimizer states, and what autograd saves.
 
-    saved for backward    measured on the model: under torch.autocast in bf16 with 2 and 4 images, and in NVFP4 with 16,
-                          whose blocks are then full; the part that grows with the batch is scaled to it
+    saved for backward    measured on the model: under torch.autocast in bf16 with 2 and 4 images, and in NVFP4 with 16
+                          and 32, whose blocks are full; the part that grows with the batch is scaled to it
     optimizer states      counted: bytes a parameter by the optimizer's rule
 
 Temporary tensors, the largest of which lives for one layer, and the allocator's gaps come on top.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from te_nvfp4_cv.backend.torch_private import tree_map_only
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
-from te_nvfp4_cv.layer import delayed_scaling, observe
+from te_nvfp4_cv.layer import delayed_scaling
 from te_nvfp4_cv.layer.constants import memory_of
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling, as_recipe
 from te_nvfp4_cv.report.forward_pass import untouched
@@ -134,7 +134,7 @@ def state_bytes(model: nn.Module, optimizer: str) -> int:
 def estimate_memory(
     model: nn.Module, *inputs: Any, batch: int = 32, recipe: Any = None, optimizer: str = "adamw"
 ) -> Memory:
-    """Estimate the memory of a training step. The model is left unchanged; it runs forward three times here.
+    """Estimate the memory of a training step. The model is left unchanged; it runs forward four times here.
 
     Args:
         inputs: arguments of the model, tensors with one image each.
@@ -154,27 +154,20 @@ def estimate_memory(
             needs=f"one of {', '.join(OPTIMIZERS)}; batch >= 1",
             fix="--optimizer adamw --batch 32",
         )
-    resolved, codes = as_recipe(recipe), 0.0
+    resolved = as_recipe(recipe)
 
     def images(count: int) -> Any:
         return tree_map_only(Tensor, lambda x: x.repeat_interleave(count, 0), inputs)
 
-    def observer(call: observe.Call) -> observe.Seen:
-        nonlocal codes
-        # Saved for dgrad, whatever the batch; a layer that reads the images needs none.
-        if call.recipe is not None and not call.reason and call.x.requires_grad:
-            codes += call.weight.numel() * (0.5 + 1 / 256)
-        return observe.Seen()
+    # Two sizes tell what grows with the batch from what does not, such as weights in 4 bits or cast to bf16.
+    def grown(few: int, recipe: NVFP4BlockScaling | None) -> int:
+        less, more = (saved_bytes(model, images(count), recipe) for count in (few, 2 * few))
+        return round(less + (batch - few) * (more - less) / few)
 
     with untouched(model), torch.enable_grad(), delayed_scaling.reading_only():
         model.train()  # `untouched` puts the flags back
-        two, four = (saved_bytes(model, images(count), None) for count in (2, 4))
-        with observe.observe(observer):
-            sixteen = saved_bytes(model, images(16), resolved)
-    per_image = (four - two) / 2
-    saved_nvfp4 = codes + (sixteen - codes) * batch / 16
+        saved_bf16, saved_nvfp4 = grown(2, None), grown(16, resolved)
     held = (model.parameters(), (p for p in model.parameters() if p.requires_grad), model.buffers())
     parameters, gradients, buffers = (sum(t.numel() * t.element_size() for t in tensors) for tensors in held)
-    saved_bf16 = round(two + (batch - 2) * per_image)
     states = state_bytes(model, optimizer)
-    return Memory(batch, optimizer, parameters, gradients, buffers, states, saved_bf16, round(saved_nvfp4))
+    return Memory(batch, optimizer, parameters, gradients, buffers, states, saved_bf16, saved_nvfp4)

@@ -32,6 +32,17 @@ def test_what_is_saved_grows_as_estimated():
         estimate_memory(net, x[:1], optimizer="lion")
 
 
+def test_what_does_not_grow_with_the_batch_counts_once():
+    """A cast weight of a layer in high precision is saved for backward, too."""
+    net, x = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 64)), values((96, 128))
+    nv.set_precision(net, {"1": None})
+    found = estimate_memory(net, x[:1], batch=96)
+    assert found.saved_nvfp4 == saved_bytes(net, (x,), nv.NVFP4BlockScaling())
+    nv.set_precision(net, {"*": None})
+    found = estimate_memory(net, x[:1], batch=96)
+    assert found.saved_nvfp4 == found.saved_bf16 == saved_bytes(net, (x,), None)
+
+
 def test_a_frozen_parameter_has_no_gradient():
     net = network()
     net[0].requires_grad_(False)
