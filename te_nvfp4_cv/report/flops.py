@@ -10,6 +10,7 @@ the rest.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -103,21 +104,31 @@ def register() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers the formulas when the counter is imported: to import it here would take most of a second."""
+    """Registers the formulas when the counter is imported: to import it here would take most of a second.
+
+    It stays until then, because a module may be looked for without being imported (importlib.util.find_spec).
+    """
+
+    asks = False  # while it asks the other finders
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != COUNTER:
+        if fullname != COUNTER or self.asks:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.asks = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asks = False
         loader = None if spec is None else spec.loader
         if loader is not None:
             execute = loader.exec_module
 
             def then_register(module: types.ModuleType) -> None:
                 execute(module)
+                with contextlib.suppress(ValueError):  # two imports that failed may have asked for it
+                    sys.meta_path.remove(self)
                 register()
 
             loader.exec_module = then_register  # type: ignore[method-assign]

@@ -43,28 +43,29 @@ def gemm_flops(op: str, x: Tensor, kernel: Sequence[int], y: Tensor) -> int:
     return 2 * source.numel() * math.prod(kernel[2:] if grouped else kernel[1:])
 
 
-def _ignore(module: nn.Module, args: Any) -> None:
+def _ignore(module: nn.Module, *arguments: Any) -> None:
     """Do nothing when a module starts or ends."""
 
 
 @contextmanager
 def running(
     modules: Iterable[nn.Module],
-    enter: Callable[[nn.Module, Any], None] = _ignore,
+    enter: Callable[[nn.Module, Any, Any], None] = _ignore,
     leave: Callable[[nn.Module, Any], None] = _ignore,
 ) -> Iterator[list[nn.Module]]:
     """Keep a list of the modules that are running, the innermost last, and call `enter` and `leave` around each.
 
     Args:
         modules: those to put hooks on; ScriptModules take no such hooks.
-        enter: called as enter(module, positional arguments) when a module starts, after it was put on the list.
-        leave: called likewise when it ends, with an exception too.
+        enter: called as enter(module, positional arguments, keyword arguments) when a module starts, after it was put
+            on the list.
+        leave: called as leave(module, positional arguments) when it ends, with an exception too.
     """
     stack: list[nn.Module] = []
 
-    def starts(module: nn.Module, args: Any) -> None:
+    def starts(module: nn.Module, args: Any, kwargs: Any) -> None:
         stack.append(module)
-        enter(module, args)
+        enter(module, args, kwargs)
 
     def ends(module: nn.Module, args: Any, output: Any) -> None:
         # A module whose pre-hooks raised ends without having started, and one above this one may never have ended.
@@ -74,7 +75,7 @@ def running(
 
     with ExitStack() as hooks:
         for module in modules:
-            hooks.callback(module.register_forward_pre_hook(starts).remove)
+            hooks.callback(module.register_forward_pre_hook(starts, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(ends, always_call=True).remove)
         yield stack
 

@@ -22,9 +22,10 @@ from torch import nn
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.errors import check_module, check_trainable, value_error
 from te_nvfp4_cv.layer import delayed_scaling, observe
+from te_nvfp4_cv.nn.walk import named_modules
 from te_nvfp4_cv.ops.geometry import BLOCK
 from te_nvfp4_cv.recipe.block_scaling import as_recipe
-from te_nvfp4_cv.report.forward_pass import gemm_flops, untouched
+from te_nvfp4_cv.report.forward_pass import gemm_flops, running, untouched
 from te_nvfp4_cv.report.text import aligned
 
 PACKED = 0.5 + 1 / BLOCK  # bytes of an NVFP4 value
@@ -54,9 +55,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate of one layer, all its calls together: times in seconds, and what limits its NVFP4 training GEMMs.
+    """The estimate of one layer, all its calls in one precision together.
 
-    `bound` is "compute", "memory", or "both" if GEMMs differ; "" for a layer in high precision.
+    Times are in seconds. `bound` is what limits the NVFP4 GEMMs of training:
+    "compute", "memory", or "both" if GEMMs differ; "" for a layer in high precision.
     """
 
     name: str
@@ -151,19 +153,26 @@ def project(
             fix="project(model, image, gpu='b200', batch=32)",
         )
     resolved = as_recipe(recipe)
-    # By the weight: the call does not say which module made it.
+    # By the weight; of one that is computed, by the module that is running.
     names = {id(p): "" if name == "weight" else name.removesuffix(".weight") for name, p in model.named_parameters()}
-    found: dict[str, list[Estimate]] = {}
+    modules = {m: name for name, m in named_modules(model) if not isinstance(m, torch.jit.ScriptModule)}
+    found: dict[tuple[str, bool], list[Estimate]] = {}
 
     def observer(call: observe.Call) -> observe.Seen:
+        own = (names[id(w)] for w in (call.weight, call.weight._base) if id(w) in names)  # of a part of one, the whole
+        name = next(own, modules.get(stack[-1], "") if stack else "(no parameter)")
+
         def finished(y: torch.Tensor) -> None:
-            name = names.get(id(call.weight), "(no parameter)")
             images = batch / _batch(inputs)  # how many times as many as the call has
-            found.setdefault(name, []).append(_estimate(name, call, y, images, GPUS[gpu], efficiency))
+            row = _estimate(name, call, y, images, GPUS[gpu], efficiency)
+            found.setdefault((name, row.nvfp4), []).append(row)
 
         return observe.Seen(finished=finished)
 
-    with untouched(model), delayed_scaling.reading_only(), nvfp4_autocast(resolved), observe.observe(observer):
+    with (
+        untouched(model), delayed_scaling.reading_only(), running(modules) as stack,
+        nvfp4_autocast(resolved), observe.observe(observer),
+    ):  # fmt: skip
         model.eval()  # `untouched` puts the flags back
         with torch.no_grad():
             model(*inputs)
@@ -175,7 +184,7 @@ def _batch(inputs: tuple[Any, ...]) -> int:
 
 
 def _sum(rows: list[Estimate]) -> Estimate:
-    # The calls of one layer: name, op and precision are those of the first.
+    # The calls of one layer in one precision: name and op are those of the first.
     return replace(rows[0], **{name: sum(getattr(row, name) for row in rows) for name in ("flops", *TIMES)})
 
 

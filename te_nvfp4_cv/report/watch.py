@@ -123,12 +123,12 @@ class _Watch:
         self.current: _Row | None = None  # the layer whose call is running: what autograd saves now is because of it
         self.saved: list[tuple[weakref.ref[_Saved], _Row | None]] = []
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module starts."""
         self.entered.add(module)
         # A recurrent layer calls no function that the context could see, so its module is counted instead.
         if isinstance(module, RECURRENT):
-            self.current = self._recurrent(module, args)
+            self.current = self._recurrent(module, args[0] if args else kwargs.get("input"))
 
     def leave(self, module: nn.Module, args: Any) -> None:
         """Note that a module has ended."""
@@ -181,10 +181,10 @@ class _Watch:
         elsewhere = device.type == "cpu" and self.backend == "auto" and dispatch.integer_passes()
         return "row scales: on the vendor backend" if elsewhere else ""
 
-    def _recurrent(self, module: nn.Module, args: Any) -> _Row:
+    def _recurrent(self, module: nn.Module, x: Any) -> _Row:
         weights = [w for w in module.parameters(recurse=False) if w.dim() == 2]
         # A PackedSequence holds its rows in .data; a tensor's .data is the tensor itself.
-        x = getattr(args[0], "data", args[0]) if args else None
+        x = getattr(x, "data", x)
         steps = x.numel() // int(module.input_size) if isinstance(x, Tensor) else 0  # type: ignore[arg-type]
         self.reached.add(module)
         row = self._row(

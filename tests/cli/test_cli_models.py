@@ -76,6 +76,16 @@ def test_project(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "batch >= 1" in capsys.readouterr().err
 
 
+def test_layers_with_computed_weights_have_rows_of_their_own() -> None:
+    norm = torch.nn.utils.parametrizations.weight_norm
+    layers = [norm(torch.nn.Linear(64, 64)), norm(torch.nn.Linear(64, 8)), torch.nn.Linear(8, 64)]
+    found = project(torch.nn.Sequential(*layers), torch.randn(1, 64)).layers
+    assert [(row.name, row.nvfp4) for row in found] == [("0", True), ("1", False), ("2", False)]
+    attention = torch.nn.MultiheadAttention(64, 2, batch_first=True)
+    names = [row.name for row in project(attention, *[torch.randn(1, 4, 64)] * 3).layers]
+    assert names == ["in_proj_weight", "out_proj"]
+
+
 def test_the_estimate_by_hand() -> None:
     """One 1x1 convolution, so large that products rule: FLOPs over the rate; and the passes, bytes over bandwidth."""
     layer = torch.nn.Conv2d(1024, 1024, 1, bias=False)

@@ -114,11 +114,30 @@ def test_inference_layers_and_matrix_products(tmp_path):
     assert counter.get_total_flops() == 2 * 32 * 48 * 64
 
 
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(32, 16)
+
+    def forward(self, x):
+        return self.lstm(hx=None, input=x)[0]
+
+
+def test_a_recurrent_layer_that_gets_its_input_by_name_has_flops():
+    (row,) = nv.coverage(ByName(), values((5, 16, 32))).rows
+    assert row.name == "lstm" and row.flops == 6 * 80 * (32 * 64 + 16 * 64)
+
+
 def test_the_counter_is_not_imported_for_it():
-    """It imports Triton, which takes most of a second. Whichever comes first, the formulas are there."""
+    """It imports Triton, which takes most of a second. Whichever comes first, the formulas are there.
+
+    Also if somebody has only asked before whether there is a counter.
+    """
     code = (
-        "import sys, te_nvfp4_cv, torch; assert 'torch.utils.flop_counter' not in sys.modules; "
-        "from torch.utils.flop_counter import flop_registry; assert torch.ops.te_nvfp4_cv.layer in flop_registry"
+        "import importlib.util, sys, te_nvfp4_cv, torch; assert 'torch.utils.flop_counter' not in sys.modules; "
+        "before = len(sys.meta_path); assert importlib.util.find_spec('torch.utils.flop_counter') is not None; "
+        "from torch.utils.flop_counter import flop_registry; assert torch.ops.te_nvfp4_cv.layer in flop_registry; "
+        "assert len(sys.meta_path) == before - 1"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
