@@ -27,7 +27,7 @@ from te_nvfp4_cv.layer import delayed_scaling
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.report.forward_pass import untouched
 from te_nvfp4_cv.sensitivity.layers import Entries, high_outside, ruled
-from te_nvfp4_cv.sensitivity.trace import Trace
+from te_nvfp4_cv.sensitivity.trace import Trace, is_finite
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -75,13 +75,12 @@ class Measured:
     @property
     def gradient_norm(self) -> float:
         """Return the norm over all parameters; NaN or inf if a gradient has one."""
-        # fp64: squares of fp32 gradients can overflow or vanish.
-        return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients or () if g is not None))
+        return math.sqrt(sum(float(_real(g).square().sum()) for g in self.gradients or () if g is not None))
 
     @property
     def finite(self) -> bool:
         """Return whether the loss and all gradients are finite."""
-        return math.isfinite(self.loss) and all(bool(g.isfinite().all()) for g in self.gradients or () if g is not None)
+        return math.isfinite(self.loss) and all(map(is_finite, self.gradients or ()))
 
 
 @dataclass(frozen=True)
@@ -161,6 +160,13 @@ def _scalar(value: object) -> Tensor:
     return value.reshape(())
 
 
+def _real(gradient: Tensor) -> Tensor:
+    """Return a gradient as fp64 numbers: a sparse one densely, a complex one with its real and imaginary parts."""
+    dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+    parts = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+    return parts.double()  # squares of fp32 gradients can overflow or vanish
+
+
 def compare(found: Measured, high: Measured) -> tuple[float, float]:
     """Return the relative error and the cosine of the whole gradient; NaN if high precision's is zero."""
     assert found.gradients is not None and high.gradients is not None
@@ -169,8 +175,9 @@ def compare(found: Measured, high: Measured) -> tuple[float, float]:
         if truth is None and g is None:
             continue
         # A parameter that took no part in the loss has a gradient of 0.
-        g = torch.zeros_like(truth) if g is None else g.double()  # type: ignore[arg-type]
-        truth = torch.zeros_like(g) if truth is None else truth.double()
+        here, there = (None if gradient is None else _real(gradient) for gradient in (g, truth))
+        g = torch.zeros_like(there) if here is None else here  # type: ignore[arg-type]
+        truth = torch.zeros_like(g) if there is None else there
         error += float((g - truth).square().sum())
         square += float(truth.square().sum())
         own += float(g.square().sum())

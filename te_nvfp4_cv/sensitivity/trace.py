@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend.torch_private import tree_leaves
+from te_nvfp4_cv.backend.torch_private import is_batched, tree_leaves
 from te_nvfp4_cv.layer import deferred
+from te_nvfp4_cv.layer.check import torch_func_is_on
 from te_nvfp4_cv.sensitivity.layers import named
 
 
@@ -66,28 +68,36 @@ class Trace:
 
     def _look(self, name: str, what: str, value: Any, masks: bool = False) -> None:
         # After the first finding nothing more is read, which would wait for the GPU.
-        if self.forward is None and not all(_finite(leaf, masks) for leaf in tree_leaves(value)):
+        if self.forward is None and not all(is_finite(leaf, masks) for leaf in tree_leaves(value)):
             self.forward = Finding(name, what)
 
     def _ends(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._look(name, "output", output)
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
+            if isinstance(leaf, Tensor) and leaf.requires_grad and not torch_func_is_on():
                 # On the tensor, not the module: full backward hooks of modules refuse in-place changes of outputs.
                 leaf.register_hook(partial(self._gradient, name, "gradient of the output"))
 
     def _gradient(self, name: str, what: str, gradient: Tensor) -> None:
-        if self.backward is None and not _finite(gradient):
+        if self.backward is None and not is_finite(gradient):
             self.backward = Finding(name, what)
 
 
-def _finite(value: Any, masks: bool = False) -> bool:
+def is_finite(value: Any, masks: bool = False) -> bool:
     """Return whether a value is finite, or nothing that could be otherwise.
 
     `masks` allows -inf, which attention masks, inputs or buffers, hold on purpose.
     """
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return True
+    if is_batched(value) or torch_func_is_on():  # torch.vmap, for one, lets nobody ask for values
         return True
     deferred.settle(value)  # an activation that only quantized layers read may not be written yet
     v = value.detach()  # or autograd would record the comparisons
+    if v.is_nested:
+        v = torch.cat([part.flatten() for part in v.unbind()])
+    elif v.layout != torch.strided:
+        v = v._values() if v.layout == torch.sparse_coo else v.values()
+    if v.is_complex():
+        v = torch.view_as_real(v.resolve_conj())
     return bool((v.isfinite() | v.isneginf()).all() if masks else v.isfinite().all())

@@ -8,7 +8,7 @@
                scale was rounded down, by more if a block is too large for its scale
 
 Blocks never cross a group; channels are padded to 16 as in a thin layer. Weights with NaN or infinity are named, but
-have no figures. Recurrent layers, which never run in NVFP4, are left out.
+have no figures. Recurrent layers, and complex and sparse weights, which never run in NVFP4, are left out.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
             continue
         for key in keys:
             w = getattr(module, key)
-            if w is None or id(w) in seen:
+            if w is None or id(w) in seen or w.is_complex() or w.layout != torch.strided:
                 continue
             # A parametrized weight is computed at every access: it is freed, and another may get the same id.
             if isinstance(w, nn.Parameter):

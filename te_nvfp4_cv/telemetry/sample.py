@@ -203,7 +203,7 @@ class _Layer:
 
     def finished(self, first: bool, y: Tensor) -> None:
         """Take the result of a call in high precision: its gradient is recorded when it arrives."""
-        if y.requires_grad and _readable(y):  # torch calls no hook on nested tensors without an error
+        if y.requires_grad and _readable(y):  # else its gradient would not be, either
             y.register_hook(partial(self._arrived, first))
 
     def _arrived(self, first: bool, dy: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import te_nvfp4_cv as nv
 from te_nvfp4_cv import sensitivity
 from te_nvfp4_cv.sensitivity import builder
+from te_nvfp4_cv.sensitivity.measure import Measured, compare
 from te_nvfp4_cv.sensitivity.scan_report import _gain
 from tests.helpers import same_bits, values
 
@@ -138,3 +139,66 @@ def test_a_mask_of_minus_infinity_is_no_fault(tmp_path: Path) -> None:
     )
     found = sensitivity.diagnose(tmp_path / "b.pt", masked_step)
     assert found.finite and found.high.first is None and "mask" not in str(found)
+
+
+# ---- tensors that are no plain arrays of real numbers ---------------------------------------------------------------
+
+
+class Behind(nn.Module):
+    """A linear layer behind something else, which `kind` names."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        dtype = torch.complex64 if kind == "complex" else torch.float32
+        self.kind, self.first, self.last = kind, nn.Linear(32, 32, dtype=dtype), nn.Linear(32, 32)
+        self.table = nn.Embedding(16, 32, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "table":
+            return self.last(self.table(torch.arange(16)) + x)
+        if self.kind == "sparse":
+            return self.last(self.first(x.relu().to_sparse()))
+        if self.kind == "vmap":
+            return self.last(torch.vmap(self.first)(x))
+        return self.last(self.first(x.to(torch.complex64)).imag)
+
+
+def step_of(kind: str, broken: bool = False) -> sensitivity.Diagnosis:
+    model, recipe = Behind(kind), NO_SR.to_toml()
+    if broken:
+        model.first.weight.data[0, 0] = complex(0, math.nan)
+    builder = {"name": "rebuild:build", "arguments": {}}
+    bundle = sensitivity.Bundle(model.state_dict(), values((16, 32)), {"torch": 0}, recipe, builder, 1, "a test")
+    return sensitivity.diagnose(bundle, lambda _: (Behind(kind), lambda m, x: m(x).square().mean()))
+
+
+@pytest.mark.parametrize("kind", ["table", "sparse", "vmap", "complex"])
+def test_a_step_with_other_tensors_is_diagnosed(kind: str) -> None:
+    found = step_of(kind)
+    model = Behind(kind)
+    model(values((16, 32))).square().mean().backward()
+    gradients = [p.grad.to_dense() for p in model.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(float((g.real.double() ** 2 + (g.imag.double() if g.is_complex() else 0) ** 2).sum())
+                         for g in gradients))  # fmt: skip
+    assert found.finite and found.worst_layer == "last" and 0 < found.nvfp4.gradient_error < 0.5
+    assert found.high.gradient_norm == pytest.approx(norm, rel=1e-6)
+
+
+def test_an_imaginary_part_that_is_not_finite_is_found() -> None:
+    assert str(step_of("complex", broken=True).high.first) == "parameter weight of first"
+
+
+def test_sparse_and_complex_gradients_are_compared_whole() -> None:
+    found = sensitivity.scan(Behind("table"), lambda m, x: m(x).square().mean(), [values((16, 32))], gradients=True)
+    assert [row.name for row in found.rows] == ["last"] and found.everything.gradient_error > 0
+    real, both = torch.tensor([1 + 0j, 0]), torch.tensor([1 + 1j, 0])
+    error, cosine = compare(Measured(0.0, [both]), Measured(0.0, [real]))
+    assert error == pytest.approx(1.0) and cosine == pytest.approx(1 / math.sqrt(2))
+
+
+def test_weights_that_never_run_in_nvfp4_have_no_figures() -> None:
+    assert [row.name for row in sensitivity.kurtosis(Behind("complex")).rows] == ["last"]
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse(), requires_grad=False)
+    assert [row.name for row in sensitivity.kurtosis(model).rows] == ["1"]
