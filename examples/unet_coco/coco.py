@@ -25,6 +25,7 @@ from PIL import Image
 from te_nvfp4_cv.errors import value_error
 
 from .losses import IGNORE
+from .segmentation import to_rle
 from .split import (
     Objects,
     RawSplit,
@@ -55,7 +56,7 @@ def load_coco(root: Path, classes: Sequence[str] | None) -> SegmentationData:
     for split, ids in names.items():
         check_classes(wanted, list(ids), f"{files[split].name} has the categories", bool(classes))
     splits = {
-        split: _coco_split(split, coco, {names[split][name]: number for number, name in enumerate(wanted, start=1)})
+        split: _coco_split(split, files[split], coco, {names[split][name]: number for number, name in enumerate(wanted, start=1)})
         for split, coco in opened.items()
     }
     return SegmentationData(splits["train"], splits["val"], splits.get("test"), ["background", *wanted])
@@ -121,25 +122,29 @@ def _open_coco(file: Path, folder: Path) -> Any:
     return opened
 
 
-def _mask(coco: Any, annotation: Any, size: tuple[int, ...]) -> np.ndarray:
-    """Draw the mask [H, W] uint8 of an annotation."""
+def _rle(file: Path, annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """Return the segmentation of an annotation as a compressed RLE; `file` is where it comes from."""
     try:
-        mask: np.ndarray = coco.annToMask(annotation)
+        return to_rle(annotation["segmentation"], size)
     except Exception as error:  # pycocotools raises errors of any class and does not name the annotation
-        why = f"{type(error).__name__}: {error}"
-    else:
-        if mask.shape == size:
-            return mask
-        why = f"a mask of {mask.shape[0]} x {mask.shape[1]} for an image of {size[0]} x {size[1]}"
-    raise value_error(
-        f"data: the segmentation of annotation {annotation.get('id')!r} cannot be read.",
-        got=why,
-        needs="polygons of six or more numbers, or an RLE of the image's size",
-        fix="correct or remove the annotation",
-    )
+        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise value_error(
+            f"data: {file}: the segmentation of annotation {annotation.get('id')!r} cannot be read.",
+            got=f"{why} (image_id {annotation.get('image_id')!r})",
+            needs="polygons of six or more numbers, or an RLE of the image's size",
+            fix="correct or remove the annotation",
+        ) from error
 
 
-def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
+def _mask(file: Path, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Draw the mask [H, W] uint8 of an annotation."""
+    from pycocotools import mask as coco_mask
+
+    mask: np.ndarray = coco_mask.decode(_rle(file, annotation, size))
+    return mask
+
+
+def _coco_split(split: str, file: Path, opened: Any, number_of: dict[int, int]) -> RawSplit:
     """Make the split that paints its masks when read; `number_of` maps category ids to class numbers."""
     coco = opened.coco
     entries = [coco.imgs[key] for key in opened.ids]
@@ -154,19 +159,20 @@ def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
         for annotation in found:
             number = IGNORE if annotation.get("iscrowd", 0) else number_of[annotation["category_id"]]
             if annotation.get("segmentation"):
-                mask[_mask(coco, annotation, mask.shape).astype(bool)] = number
+                mask[_mask(file, annotation, mask.shape).astype(bool)] = number
         return open_image(paths[index]), mask
 
     def objects(index: int) -> Objects:
         entry = entries[index]
+        size = entry["height"], entry["width"]
         found = [a for a in coco.imgToAnns.get(entry["id"], []) if a["category_id"] in number_of]
         things = [
             Thing(
                 number_of[a["category_id"]],
-                _box(coco, a),
+                _box(file, a, size),
                 bool(a.get("iscrowd", 0)),
                 # the mask is drawn when it is needed
-                partial(_mask, coco, a, (entry["height"], entry["width"])) if a.get("segmentation") else None,
+                partial(_mask, file, a, size) if a.get("segmentation") else None,
             )
             for a in found
         ]
@@ -175,20 +181,20 @@ def _coco_split(split: str, opened: Any, number_of: dict[int, int]) -> RawSplit:
     return RawSplit(split, [str(path) for path in paths], read, objects)
 
 
-def _box(coco: Any, annotation: dict[str, Any]) -> tuple[float, float, float, float]:
+def _box(file: Path, annotation: dict[str, Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return x0, y0, x1, y1 of an annotation, from its bbox or, without one, from its mask."""
     box = annotation.get("bbox")
-    if box is None and annotation.get("segmentation"):
+    if not box and annotation.get("segmentation"):
         from pycocotools import mask as coco_mask
 
-        box = coco_mask.toBbox(coco.annToRLE(annotation)).tolist()
+        box = coco_mask.toBbox(_rle(file, annotation, size)).tolist()
     try:
         x, y, w, h = (float(value) for value in box)  # type: ignore[union-attr]
         if not all(map(math.isfinite, (x, y, w, h))):
             raise ValueError("a number that is not finite")
     except (TypeError, ValueError) as error:
         raise value_error(
-            f"data: annotation {annotation['id']} has no box.",
+            f"data: {file}: annotation {annotation['id']} has no box.",
             got=f"bbox {box!r}: {error}",
             needs="x, y, width and height in pixels, or a segmentation",
             fix="correct the annotation, or remove it",
