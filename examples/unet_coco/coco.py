@@ -5,8 +5,9 @@
 
 Pixels are used as stored in the file, which is what COCO's annotations count: an EXIF orientation is not applied. Where
 instances overlap, the smaller one lies on top. An image without annotations is all background; crowds of categories
-that were not chosen are background too. The reader refuses a root with missing files, annotations for images that are
-not listed or not on disk, unknown class names and, when objects are needed, annotations with neither box nor mask.
+that were not chosen are background too. The reader refuses a root with missing files, entries that do not fit together
+(coco_check.py), segmentations that cannot be drawn (segmentation.py), unknown class names and, when objects are needed,
+annotations with neither box nor mask.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from PIL import Image
 
 from te_nvfp4_cv.errors import value_error
 
+from .coco_check import check_entries, check_known, check_on_disk
 from .losses import IGNORE
 from .segmentation import to_rle
 from .split import (
+    BACKGROUND,
     Objects,
     RawSplit,
     SegmentationData,
@@ -36,7 +39,6 @@ from .split import (
     missing,
     no_pycocotools,
     open_image,
-    some,
 )
 
 
@@ -48,18 +50,17 @@ def load_coco(root: Path, classes: Sequence[str] | None) -> SegmentationData:
         if split != "test" or file.is_file()
     }
     names = {split: {c["name"]: c["id"] for c in coco.coco.dataset["categories"]} for split, coco in opened.items()}
-    wanted = (
-        list(classes)
-        if classes
-        else [c["name"] for c in sorted(opened["train"].coco.dataset["categories"], key=lambda c: c["id"])]
-    )
+    wanted = list(classes) if classes else sorted(names["train"], key=names["train"].__getitem__)
     for split, ids in names.items():
         check_classes(wanted, list(ids), f"{files[split].name} has the categories", bool(classes))
+        if not classes:
+            check_known(files[split], opened[split].coco.dataset, wanted)
+    numbers = {name: number for number, name in enumerate(wanted, start=1)}
     splits = {
-        split: _coco_split(split, files[split], coco, {names[split][name]: number for number, name in enumerate(wanted, start=1)})
+        split: _coco_split(split, files[split], coco, {names[split][name]: numbers[name] for name in wanted})
         for split, coco in opened.items()
     }
-    return SegmentationData(splits["train"], splits["val"], splits.get("test"), ["background", *wanted])
+    return SegmentationData(splits["train"], splits["val"], splits.get("test"), [BACKGROUND, *wanted])
 
 
 def _open_coco(file: Path, folder: Path) -> Any:
@@ -73,52 +74,15 @@ def _open_coco(file: Path, folder: Path) -> Any:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             opened = CocoDetection(str(folder), str(file))
-        dataset = opened.coco.dataset
-        absent = {"images", "annotations", "categories"} - set(dataset)
+        absent = {"images", "annotations", "categories"} - set(opened.coco.dataset)
     except ModuleNotFoundError as error:
         raise no_pycocotools(error) from error
     except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
         raise broken(file, f"{type(error).__name__}: {error}") from error
     if absent:
         raise broken(file, f"no {', '.join(sorted(absent))}")
-    known = {image["id"] for image in dataset["images"]}
-    unsized = [image.get("file_name", image["id"]) for image in dataset["images"] if not _has_size(image)]
-    if unsized:
-        raise broken(file, f"images without height and width: {some(unsized)}")
-    names = [category["name"] for category in dataset["categories"]]
-    if len(set(names)) < len(names):
-        raise broken(file, f"two categories of one name: {some(n for n in set(names) if names.count(n) > 1)}")
-    strange = {a["category_id"] for a in dataset["annotations"]} - {c["id"] for c in dataset["categories"]}
-    if strange:
-        raise value_error(
-            f"data: {file} has annotations of categories that it does not list.",
-            got=f"{len(strange)} unknown category_id: {some(sorted(strange, key=str))}",
-            needs="an entry in `categories` for every category_id",
-            fix="add the categories (ids may be counted from 0 in one and from 1 in the other)",
-        )
-    orphans = sorted({a["image_id"] for a in dataset["annotations"]} - known)
-    if orphans:
-        raise value_error(
-            f"data: {file} has annotations for images that it does not list.",
-            got=f"{len(orphans)} unknown image_id: {some(orphans)}",
-            needs="an entry in `images` for every image_id",
-            fix="add the images, or remove their annotations",
-        )
-    on_disk = {path.name for path in folder.iterdir()}
-    gone = [
-        i["file_name"]
-        for i in dataset["images"]
-        if i["file_name"] not in on_disk and not (folder / i["file_name"]).is_file()
-    ]
-    if gone:
-        raise value_error(
-            f"data: {folder} lacks images that {file.name} lists.",
-            got=f"{len(gone)} of {len(known)} missing: {some(gone)}",
-            needs="every image of the annotations on disk",
-            fix="download the missing files, or remove their entries from the annotations",
-        )
-    if not known:
-        raise broken(file, "an empty list of images")
+    check_entries(file, opened.coco.dataset)
+    check_on_disk(file, opened.coco.dataset, folder)
     return opened
 
 
@@ -144,6 +108,16 @@ def _mask(file: Path, annotation: dict[str, Any], size: tuple[int, int]) -> np.n
     return mask
 
 
+def _area(file: Path, annotation: dict[str, Any], size: tuple[int, int]) -> float:
+    """Return the area of an annotation; where it is missing or no size at all, the number of pixels of the mask."""
+    area = annotation.get("area")
+    if isinstance(area, (int, float)) and 0 < area < math.inf:
+        return area
+    from pycocotools import mask as coco_mask
+
+    return float(coco_mask.area(_rle(file, annotation, size)))
+
+
 def _coco_split(split: str, file: Path, opened: Any, number_of: dict[int, int]) -> RawSplit:
     """Make the split that paints its masks when read; `number_of` maps category ids to class numbers."""
     coco = opened.coco
@@ -154,12 +128,12 @@ def _coco_split(split: str, file: Path, opened: Any, number_of: dict[int, int]) 
         entry = entries[index]
         mask = np.zeros((entry["height"], entry["width"]), np.uint8)
         found = [a for a in coco.imgToAnns.get(entry["id"], []) if a["category_id"] in number_of]
+        drawn = [a for a in found if a.get("segmentation")]
         # large objects are drawn first, so that smaller ones stay visible
-        found.sort(key=lambda a: (a.get("iscrowd", 0), -(a.get("area") or 0)))
-        for annotation in found:
-            number = IGNORE if annotation.get("iscrowd", 0) else number_of[annotation["category_id"]]
-            if annotation.get("segmentation"):
-                mask[_mask(file, annotation, mask.shape).astype(bool)] = number
+        drawn.sort(key=lambda a: (bool(a.get("iscrowd")), -_area(file, a, mask.shape)))
+        for annotation in drawn:
+            number = IGNORE if annotation.get("iscrowd") else number_of[annotation["category_id"]]
+            mask[_mask(file, annotation, mask.shape).astype(bool)] = number
         return open_image(paths[index]), mask
 
     def objects(index: int) -> Objects:
@@ -170,7 +144,7 @@ def _coco_split(split: str, file: Path, opened: Any, number_of: dict[int, int]) 
             Thing(
                 number_of[a["category_id"]],
                 _box(file, a, size),
-                bool(a.get("iscrowd", 0)),
+                bool(a.get("iscrowd")),
                 # the mask is drawn when it is needed
                 partial(_mask, file, a, size) if a.get("segmentation") else None,
             )
@@ -178,15 +152,19 @@ def _coco_split(split: str, file: Path, opened: Any, number_of: dict[int, int]) 
         ]
         return Objects(entry["height"], entry["width"], things)
 
-    return RawSplit(split, [str(path) for path in paths], read, objects)
+    chosen = [a for a in coco.dataset["annotations"] if a["category_id"] in number_of]
+    undrawn = sum(not a.get("segmentation") for a in chosen), len(chosen)
+    return RawSplit(split, [str(path) for path in paths], read, objects, undrawn)
 
 
 def _box(file: Path, annotation: dict[str, Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return x0, y0, x1, y1 of an annotation, from its bbox or, without one, from its mask."""
-    box = annotation.get("bbox")
-    if not box and annotation.get("segmentation"):
+    box, segmentation = annotation.get("bbox"), annotation.get("segmentation")
+    if not box and segmentation:
         from pycocotools import mask as coco_mask
 
+        # An RLE of another size has a box; the image is refused later, when its size is known, too.
+        size = tuple(segmentation.get("size", size)) if isinstance(segmentation, dict) else size
         box = coco_mask.toBbox(_rle(file, annotation, size)).tolist()
     try:
         x, y, w, h = (float(value) for value in box)  # type: ignore[union-attr]
@@ -200,7 +178,3 @@ def _box(file: Path, annotation: dict[str, Any], size: tuple[int, int]) -> tuple
             fix="correct the annotation, or remove it",
         ) from error
     return x, y, x + w, y + h
-
-
-def _has_size(image: Any) -> bool:
-    return all(isinstance(image.get(key), int) and image[key] > 0 for key in ("height", "width"))

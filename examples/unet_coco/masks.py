@@ -20,7 +20,17 @@ from PIL import Image
 from te_nvfp4_cv.errors import value_error
 
 from .losses import IGNORE
-from .split import RawSplit, SegmentationData, broken, check_classes, check_upright, missing, open_image, some
+from .split import (
+    BACKGROUND,
+    RawSplit,
+    SegmentationData,
+    broken,
+    check_classes,
+    check_upright,
+    missing,
+    open_image,
+    some,
+)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -43,7 +53,7 @@ def load_masks(root: Path, classes: Sequence[str] | None) -> SegmentationData:
     table[len(names) : IGNORE] = 254  # marks an id without a class
     splits = {split: _mask_split(split, pairs, table, len(names)) for split, pairs in found.items()}
     return SegmentationData(
-        splits["train"], splits["val"], splits.get("test"), ["background", *classes] if classes else names
+        splits["train"], splits["val"], splits.get("test"), [BACKGROUND, *classes] if classes else names
     )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from .masks import IMAGE_SUFFIXES
-from .split import RawSplit, SegmentationData, check_classes, check_upright, missing, open_image
+from .split import BACKGROUND, RawSplit, SegmentationData, check_classes, check_upright, missing, open_image
 
 GOOD, DEFECT = "good", "defect"
 Entry = tuple[Path, Path | None, str]  # image, mask, type of defect
@@ -50,7 +50,7 @@ def load_mvtec(root: Path, classes: Sequence[str] | None, val_share: float) -> S
         if not any(number_of.get(kind) for _, _, kind in part):
             raise missing(root, f"images with a defect of {', '.join(wanted)} for {name} (--layout mvtec, --val-share)")
     return SegmentationData(
-        _split("train", train, number_of), _split("val", val, number_of), None, ["background", *wanted]
+        _split("train", train, number_of), _split("val", val, number_of), None, [BACKGROUND, *wanted]
     )
 
 

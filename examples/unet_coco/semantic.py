@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.errors import value_error
+
 from .class_weights import median_frequency
 from .data import SegmentationDataset
 from .losses import IGNORE, dice_ce
@@ -22,6 +24,7 @@ from .options import Settings
 from .report import hatching, palette
 from .split import RawSplit, SegmentationData
 from .task import Batches, Context, Task
+from .tracking import tell_once
 from .unet import UNet
 
 
@@ -34,6 +37,9 @@ class Semantic(Task):
 
     def __init__(self, settings: Settings, data: SegmentationData) -> None:
         super().__init__(settings, data)
+        for raw in (data.train, data.val, data.test):
+            if raw is not None:
+                _check_drawn(raw)
         median = settings.class_weights == "median"
         self.class_weights = median_frequency(data.train, len(data.class_names)) if median else None
 
@@ -76,3 +82,23 @@ class Semantic(Task):
             predicted = model(images).argmax(dim=1)
         model.train(was_training)
         return self.draw_truth(images, torch.where(targets == IGNORE, IGNORE, predicted))
+
+
+def _check_drawn(raw: RawSplit) -> None:
+    """Refuse a split of which no annotation has a mask, and tell of some that have none: their pixels are background.
+
+    Raises:
+        ValueError: If no annotation has a mask.
+    """
+    without, annotated = raw.undrawn
+    if annotated and without == annotated:
+        raise value_error(
+            f"data: no annotation of {raw.name} has a mask.",
+            got=f"{annotated} annotations of the chosen classes without a segmentation",
+            needs="polygons or an RLE for each object; all pixels would be background",
+            fix="add the masks, or --task detection, which learns boxes",
+        )
+    if without:
+        tell_once(
+            f"{raw.name}: {without} of {annotated} annotations have no segmentation: their pixels count as background"
+        )

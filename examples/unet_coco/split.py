@@ -15,6 +15,8 @@ from PIL import Image
 
 from te_nvfp4_cv.errors import value_error
 
+BACKGROUND = "background"  # the name of class 0 wherever the classes are chosen
+
 
 @dataclass(frozen=True)
 class SegmentationData:
@@ -34,12 +36,14 @@ class RawSplit:
         names: The files of the images.
         read: `read(i)` returns an RGB PIL image and a [H, W] uint8 array of class ids.
         objects: `objects(i)` returns the annotated objects of image i. If None, the layout has no objects.
+        undrawn: Of how many annotations no mask can be drawn, out of how many; `read` leaves them out.
     """
 
     name: str
     names: list[str] = field(repr=False)
     read: Callable[[int], tuple[Image.Image, np.ndarray]] = field(repr=False)
     objects: Callable[[int], Objects] | None = field(default=None, repr=False)
+    undrawn: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -142,6 +146,14 @@ def check_classes(wanted: list[str], known: list[str], where: str, given: bool =
             needs=f"names from this list ({where}): {', '.join(known)}",
             fix="--classes " + ",".join(known[:2]),
         )
+    if BACKGROUND in wanted:
+        others = [name for name in wanted if name != BACKGROUND]
+        raise value_error(
+            f"data: a class is named {BACKGROUND}.",
+            got=", ".join(wanted[:5]) + (", ..." if len(wanted) > 5 else ""),
+            needs=f"names of what to learn: class 0, {BACKGROUND}, is there anyway",
+            fix=f"--classes {','.join(others)}" if others else "rename the class",
+        )
     if len(wanted) > 253:
         raise value_error(
             "data: too many classes.",
@@ -171,7 +183,5 @@ def missing(path: Path, what: str) -> ValueError:
     )
 
 
-def broken(path: Path, what: str) -> ValueError:
-    return value_error(
-        f"data: {path} cannot be read.", got=what, needs="a complete file in its format", fix="fetch or write it again"
-    )
+def broken(path: Path, what: str, fix: str = "fetch or write it again") -> ValueError:
+    return value_error(f"data: {path} cannot be read.", got=what, needs="a complete file in its format", fix=fix)

@@ -10,8 +10,11 @@ import pytest
 
 from tests.examples.unet_coco_data import edit, write_coco  # (puts examples/ on the path)
 
+from unet_coco import tracking  # noqa: E402  isort: skip
 from unet_coco.data import load_data  # noqa: E402  isort: skip
+from unet_coco.options import parse_options  # noqa: E402  isort: skip
 from unet_coco.segmentation import to_rle  # noqa: E402  isort: skip
+from unet_coco.semantic import Semantic  # noqa: E402  isort: skip
 
 
 def first_mask(root: Path, classes: list[str] | None = None) -> np.ndarray:
@@ -78,3 +81,81 @@ def test_every_form_of_a_mask_is_the_same_mask() -> None:
         for form in (packed["counts"], packed["counts"].decode(), counts):
             rle = to_rle({"size": [height, width], "counts": form}, (height, width))
             assert (coco_mask.decode(rle) == mask).all()
+
+
+# ---- entries --------------------------------------------------------------------------------------------------------
+
+
+def entries(key: str, place: int, **fields: Any) -> Any:
+    return lambda i: i[key][place].update(fields)
+
+
+REFUSED = {
+    "images of one id": (entries("images", 1, id=1), "two images of one id: 1"),
+    "categories of one id": (
+        lambda i: (i["categories"][1].update(id=7), [a.update(category_id=7) for a in i["annotations"]]),
+        "two categories of one id: 7",
+    ),
+    "no file_name": (lambda i: i["images"][0].pop("file_name"), "images without a file_name: 1"),
+    "no name": (lambda i: i["categories"][0].pop("name"), "categories without a name in text: 7"),
+    "a number as name": (entries("categories", 0, name=5), "categories without a name in text: 7"),
+    "no categories": (lambda i: i.update(categories=[], annotations=[]), "empty list of categories"),
+    "half a pixel": (entries("images", 0, height=8.5), "height and width, as whole numbers"),
+    "iscrowd in text": (entries("annotations", 1, iscrowd="0"), "iscrowd that is neither 0 nor 1: 2"),
+    "image ids of two kinds": (
+        lambda i: (i["annotations"][0].update(image_id=None), i["annotations"][1].update(image_id="x")),
+        "2 unknown image_id: 'x', None",
+    ),
+    "a category id in text": (entries("annotations", 0, category_id="7"), "unknown category_id: '7'"),
+    "class 0 again": (
+        lambda i: i["categories"].append({"id": 0, "name": "background"}),
+        r"a class is named background[\s\S]*--classes box,dot",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_entries_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
+    root = write_coco(tmp_path)
+    change, told = REFUSED[case]
+    edit(root, "train", change)
+    with pytest.raises(ValueError, match=told):
+        load_data(root, "coco", None)
+
+
+def test_a_category_that_only_validation_knows_is_refused_unless_classes_are_named(tmp_path: Path) -> None:
+    root = write_coco(tmp_path)
+    edit(root, "val", lambda i: i["categories"].append({"id": 9, "name": "bird"}))
+    assert load_data(root, "coco", None).class_names == ["background", "box", "dot"], "nothing is annotated with it"
+    edit(root, "val", entries("annotations", 0, category_id=9))
+    with pytest.raises(ValueError, match=r"instances_val2017.json has annotations of categories[\s\S]*1 of 'bird'"):
+        load_data(root, "coco", None)
+    assert set(np.unique(load_data(root, "coco", ["box", "dot"]).val.read(0)[1])) == {0, 1, 255}
+
+
+@pytest.mark.parametrize("area", [None, 0, -1, float("nan"), "4"])
+def test_of_overlapping_objects_the_smaller_lies_on_top_without_areas_too(tmp_path: Path, area: Any) -> None:
+    expected = first_mask(write_coco(tmp_path / "a"))
+    root = write_coco(tmp_path / "b")
+    edit(root, "train", lambda i: [a.update(area=area) for a in i["annotations"]])
+    assert (first_mask(root) == expected).all() and (expected == 2).sum() == 4
+
+
+def test_iscrowd_may_be_null(tmp_path: Path) -> None:
+    root = write_coco(tmp_path)
+    edit(root, "train", lambda i: [a.update(iscrowd=a["iscrowd"] or None) for a in i["annotations"]])
+    assert (first_mask(root) == first_mask(write_coco(tmp_path / "as written"))).all()
+
+
+def test_annotations_without_masks_are_told_and_a_split_of_them_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "_told", set())
+    root, settings = update(write_coco(tmp_path), segmentation=[]), parse_options([])
+    Semantic(settings, load_data(root, "coco", None))
+    assert "train: 1 of 3 annotations have no segmentation" in capsys.readouterr().out
+    Semantic(settings, load_data(root, "coco", ["box"]))
+    assert not capsys.readouterr().out
+    edit(root, "val", lambda i: [a.update(segmentation=None) for a in i["annotations"]])
+    with pytest.raises(ValueError, match=r"no annotation of val has a mask[\s\S]*3 annotations[\s\S]*--task detection"):
+        Semantic(settings, load_data(root, "coco", None))
