@@ -4,8 +4,8 @@
     ROOT/meta.json: {"classes": [names] or {id: name}}; without it the labels are scanned for ids
 
 With --classes, the named classes become 1, 2, ... and every other class becomes 0. The reader refuses images without
-labels and labels without images, labels that contain colours, ids without a class, two classes with the same name, and
-files that EXIF says to turn.
+labels and labels without images, labels that contain colours, ids without a class, two classes with the same name, training
+labels of one class only, and files that EXIF says to turn.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .split import (
     some,
 )
 
+ROOMY = "number the classes from 0 to 253, in meta.json and in the labels"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
@@ -51,6 +52,7 @@ def load_masks(root: Path, classes: Sequence[str] | None) -> SegmentationData:
         for number, name in enumerate(classes, start=1):
             table[names.index(name)] = number
     table[len(names) : IGNORE] = 254  # marks an id without a class
+    _check_told_apart([label for _, label in found["train"]], table)
     splits = {split: _mask_split(split, pairs, table, len(names)) for split, pairs in found.items()}
     return SegmentationData(
         splits["train"], splits["val"], splits.get("test"), [BACKGROUND, *classes] if classes else names
@@ -105,6 +107,8 @@ def _mask_names(root: Path, labels: list[Path]) -> list[str]:
             seen.update(np.unique(_read_ids(label)).tolist())
         by_id = {key: f"class_{key}" for key in seen - {IGNORE}}
     by_id.pop(IGNORE, None)
+    if any(not 0 <= key < IGNORE for key in by_id):
+        raise broken(meta, f"class ids that no pixel can have: {some(k for k in by_id if not 0 <= k < IGNORE)}", ROOMY)
     names = [by_id.get(key, f"class_{key}") for key in range(max(by_id, default=-1) + 1)]
     if len(set(names)) < len(names):
         raise broken(meta, f"two classes of one name: {some(sorted({n for n in names if names.count(n) > 1}))}")
@@ -116,6 +120,27 @@ def _mask_names(root: Path, labels: list[Path]) -> list[str]:
             fix="check labels/*.png: masks of 0 and 255 must become 0 and 1",
         )
     return names
+
+
+def _check_told_apart(labels: list[Path], table: np.ndarray) -> None:
+    """Refuse training labels that all hold one and the same class; the first two classes that are found end the look.
+
+    Masks of 0 and 255 beside a meta.json are such labels: 255 is not a class, its pixels are ignored.
+    """
+    classes: set[int] = set()
+    ids: set[int] = set()
+    for label in labels:
+        found = np.unique(_read_ids(label))
+        ids.update(found.tolist())
+        classes.update(set(table[found].tolist()) - {IGNORE})
+        if len(classes) > 1:
+            return
+    raise value_error(
+        f"data: the training labels in {labels[0].parent} hold no two classes.",
+        got=f"{len(labels)} labels with the ids {some(sorted(ids))}",
+        needs=f"pixels of at least two classes; {IGNORE} is not a class, its pixels are ignored",
+        fix="check the labels and --classes: masks of 0 and 255 must become 0 and 1",
+    )
 
 
 def _mask_split(split: str, pairs: list[tuple[Path, Path]], table: np.ndarray, known: int) -> RawSplit:

@@ -85,18 +85,20 @@ class Semantic(Task):
 
 
 def _check_drawn(raw: RawSplit) -> None:
-    """Refuse a split of which no annotation has a mask, and tell of some that have none: their pixels are background.
+    """Refuse a split without masks, and tell of annotations that have none: their pixels are background.
 
     Raises:
         ValueError: If no annotation has a mask.
     """
+    if raw.undrawn is None:
+        return
     without, annotated = raw.undrawn
-    if annotated and without == annotated:
+    if without == annotated:
         raise value_error(
-            f"data: no annotation of {raw.name} has a mask.",
-            got=f"{annotated} annotations of the chosen classes without a segmentation",
+            f"data: {raw.name} has no masks.",
+            got=f"{annotated} annotations of the chosen classes, none of which has a segmentation",
             needs="polygons or an RLE for each object; all pixels would be background",
-            fix="add the masks, or --task detection, which learns boxes",
+            fix="add the masks, or --task detection, which learns boxes" if annotated else "check --classes",
         )
     if without:
         tell_once(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from te_nvfp4_cv.errors import value_error
+from te_nvfp4_cv.errors import value_error, warn_once
 
 BACKGROUND = "background"  # the name of class 0 wherever the classes are chosen
 
@@ -36,14 +36,15 @@ class RawSplit:
         names: The files of the images.
         read: `read(i)` returns an RGB PIL image and a [H, W] uint8 array of class ids.
         objects: `objects(i)` returns the annotated objects of image i. If None, the layout has no objects.
-        undrawn: Of how many annotations no mask can be drawn, out of how many; `read` leaves them out.
+        undrawn: Of how many annotations no mask can be drawn, out of how many; `read` leaves them out. If None, the
+            layout has no annotations.
     """
 
     name: str
     names: list[str] = field(repr=False)
     read: Callable[[int], tuple[Image.Image, np.ndarray]] = field(repr=False)
     objects: Callable[[int], Objects] | None = field(default=None, repr=False)
-    undrawn: tuple[int, int] = (0, 0)
+    undrawn: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -123,6 +124,12 @@ def open_image(path: Path, convert: bool = True) -> Image.Image:
         grey = np.asarray(found)
         if grey.min() < 0 or grey.max() > 65535:
             raise broken(path, f"mode {found.mode} with values beyond 16 bits")
+        if grey.max() < 4096:
+            warn_once(
+                "dark 16-bit images",
+                f"{path} has grey values up to {grey.max()} in {found.mode}. Of 16 bits the upper byte is used, so "
+                "this image is almost black. Scale such images to 0 .. 65535, or write them in 8 bits.",
+            )
         found = Image.fromarray((grey.astype(np.uint16) >> 8).astype(np.uint8))
     elif found.mode == "F":
         raise broken(path, "floating-point pixels, whose range is unknown")

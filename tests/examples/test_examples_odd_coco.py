@@ -157,5 +157,8 @@ def test_annotations_without_masks_are_told_and_a_split_of_them_is_refused(
     Semantic(settings, load_data(root, "coco", ["box"]))
     assert not capsys.readouterr().out
     edit(root, "val", lambda i: [a.update(segmentation=None) for a in i["annotations"]])
-    with pytest.raises(ValueError, match=r"no annotation of val has a mask[\s\S]*3 annotations[\s\S]*--task detection"):
+    with pytest.raises(ValueError, match=r"val has no masks[\s\S]*3 annotations[\s\S]*--task detection"):
+        Semantic(settings, load_data(root, "coco", None))
+    edit(root, "val", lambda i: i.update(annotations=[]))
+    with pytest.raises(ValueError, match=r"val has no masks[\s\S]*0 annotations[\s\S]*--classes"):
         Semantic(settings, load_data(root, "coco", None))

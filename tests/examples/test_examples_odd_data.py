@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from te_nvfp4_cv import errors
 from tests.examples.unet_coco_data import write_coco, write_masks  # (puts examples/ on the path)
 
 from unet_coco.data import load_data  # noqa: E402  isort: skip
@@ -112,6 +114,39 @@ def test_masks_of_0_and_255_are_explained(tmp_path: Path) -> None:
         Image.fromarray(np.where(np.asarray(Image.open(label)) == 1, 255, 0).astype(np.uint8)).save(label)
     with pytest.raises(ValueError, match="255 is not a class[\\s\\S]*must become 0 and 1"):
         load_data(root, "masks", None)
+
+
+def test_training_labels_of_one_class_are_refused_with_names_too(tmp_path: Path) -> None:
+    """Masks of 0 and 255 beside a meta.json: every pixel of the object was ignored, and the rest scored."""
+    root = write_masks(tmp_path)
+    (root / "meta.json").write_text(json.dumps({"classes": ["sky", "cell", "tree"]}))
+    assert load_data(root, "masks", ["cell"]).class_names == ["background", "cell"]
+    for label in root.rglob("labels/*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(label)) == 1, 255, 0).astype(np.uint8)).save(label)
+    for classes in (None, ["cell"]):
+        with pytest.raises(ValueError, match=r"train/labels hold no two classes[\s\S]*5 labels[\s\S]*become 0 and 1"):
+            load_data(root, "masks", classes)
+
+
+@pytest.mark.parametrize("number", ["-1", "300", "1000000000000"])
+def test_class_numbers_that_no_pixel_can_have(tmp_path: Path, number: str) -> None:
+    root = write_masks(tmp_path)
+    (root / "meta.json").write_text(json.dumps({"classes": {"0": "a", "1": "b", "2": "c", number: "d", "255": "void"}}))
+    with pytest.raises(ValueError, match=rf"meta.json cannot be read[\s\S]*no pixel can have: {number}"):
+        load_data(root, "masks", None)
+
+
+def test_grey_of_twelve_bits_is_warned_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+    for name, most in (("a.png", 4095), ("b.png", 4095), ("bright.png", 65535)):
+        Image.fromarray(np.linspace(0, most, 64, dtype=np.uint16).reshape(8, 8)).save(tmp_path / name)
+    with pytest.warns(UserWarning, match=r"a.png has grey values up to 4095[\s\S]*almost black") as told:
+        open_image(tmp_path / "a.png"), open_image(tmp_path / "b.png")
+    assert len(told) == 1
+    monkeypatch.setattr(errors, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_image(tmp_path / "bright.png")
 
 
 def test_no_epoch_in_nvfp4_is_refused() -> None:
