@@ -4,8 +4,8 @@
     ROOT/meta.json: {"classes": [names] or {id: name}}; without it the labels are scanned for ids
 
 With --classes, the named classes become 1, 2, ... and every other class becomes 0. The reader refuses images without
-labels and labels without images, labels that contain colours, ids without a class, two classes with the same name, training
-labels of one class only, and files that EXIF says to turn.
+labels and labels without images, labels that contain colours, ids without a class, two classes with the same name,
+training labels of one class only, and files that EXIF says to turn.
 """
 
 from __future__ import annotations
