@@ -70,6 +70,8 @@ def check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "its default"
     text = " | ".join(line for line in str(value).splitlines() if line.strip())
     return text if len(text) <= 300 else text[:297] + "..."
 

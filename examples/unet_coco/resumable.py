@@ -85,10 +85,11 @@ class Resumable:
             state["shards"] = shards
         if self.average is not None:
             state["ema"] = self.average.values
-        self.ranks.first(lambda: save_checkpoint(self.checkpoint_path, state))
-        self.ranks.first(lambda: keep_shards(self.folder, shards))
+        # First the best one: a process that is killed between the two comes here again, from the last.pt before.
         if not shards and self._is_best():  # shards belong to one step: those of a best one would be kept beside
             self.ranks.first(lambda: save_checkpoint(self.folder / "best.pt", state))
+        self.ranks.first(lambda: save_checkpoint(self.checkpoint_path, state))
+        self.ranks.first(lambda: keep_shards(self.folder, shards))
 
     def _is_best(self) -> bool:
         """Return whether the validation at this step has the highest main score until now."""

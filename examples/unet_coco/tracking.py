@@ -86,8 +86,9 @@ class Progress:
             yield
         finally:
             self._took = time.monotonic() - begun
-            self._begun = self._begun[0] + self._took, self._begun[1]  # the time that is left is that of steps
-            self._before = time.monotonic(), self._before[1]
+            # the time that is left and the images per second are those of steps
+            self._begun = self._begun[0] + self._took, self._begun[1]
+            self._before = self._before[0] + self._took, self._before[1]
             if self._bar is not None:
                 self._bar.set_description(self.name)
 

@@ -100,7 +100,6 @@ def _run(
     if ranks.rank == 0:
         for folder in (out, *(out / precision.name for precision in precisions)):
             remove_drafts(folder, "", began)
-        write_atomically(out / "config.yaml", as_yaml(settings).encode())
     many = f", {settings.parallel} on {ranks.world} ranks" if ranks.parallel else ""
     print(
         f"{len(data.train)} training and {len(data.val)} validation images, {len(data.class_names)} classes, "
@@ -180,6 +179,8 @@ def compare(
                 f"{precision.name}: "
                 + (f"resumed at step {trainer.position.step}" if found else "no checkpoint, starting fresh")
             )
+        if ranks.rank == 0:  # not before: a resume that is refused leaves the file of the run
+            write_atomically(out / "config.yaml", as_yaml(settings).encode())
         backend = in_words(trainer.precision, device)
         if backend:
             print(f"{precision.name}: NVFP4 layers run on {backend}")

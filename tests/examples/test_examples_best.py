@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
+from unet_coco import resumable
 from unet_coco.average import Average
 from unet_coco.checkpoint import load_checkpoint
 from unet_coco.data import SegmentationDataset, load_data
@@ -121,3 +122,22 @@ def test_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match="--ema is out of range"):
         parse_options(["--ema", "1"])
     assert parse_options(["--augment"]).augment == () and parse_options([]).augment == ("flip",)
+
+
+def test_a_kill_between_two_checkpoints_does_not_lose_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best epoch ends in two files. If the process dies after the first one, the resume writes both."""
+    options = ["--data", str(drawn(tmp_path)), *SMALL, "--precisions", "fp32", "--epochs", "1", "--pictures", "0"]
+    options += ["--out", str(tmp_path / "run")]
+    save = resumable.save_checkpoint
+
+    def killed(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        raise KeyboardInterrupt("killed")
+
+    monkeypatch.setattr(resumable, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(options)
+    monkeypatch.setattr(resumable, "save_checkpoint", save)
+    main([*options, "--resume"])
+    last, best = (load_checkpoint(tmp_path / "run" / "fp32" / name) for name in ("last.pt", "best.pt"))
+    assert best["position"]["epochs"] == last["position"]["epochs"] and len(best["position"]["epochs"]) == 1

@@ -16,7 +16,7 @@ from unet_coco.shapes import ShapesSettings, ensure_shapes
 from unet_coco.train import main
 
 from tests.examples.test_examples import same
-from tests.examples.unet_coco_data import SMALL
+from tests.examples.unet_coco_data import SMALL, draw_shapes
 
 
 def given(folder: Path, text: str, *more: str) -> list[str]:
@@ -108,3 +108,14 @@ def test_a_runs_own_file_repeats_it(tmp_path: Path) -> None:
     main(["--data", str(data), "--out", str(tmp_path / "a"), *SMALL, "--precisions", "fp32", "--steps", "2"])
     main(["--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")])
     same(*(load_checkpoint(tmp_path / run / "fp32" / "last.pt")["model"] for run in "ab"))
+
+
+def test_a_resume_that_is_refused_leaves_the_file_of_the_run(tmp_path: Path) -> None:
+    call = [*SMALL, "--data", str(draw_shapes(tmp_path)), "--out", str(tmp_path / "run"), "--precisions", "fp32"]
+    main([*call, "--steps", "1", "--pictures", "0"])
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match=r"differing: augment\)[\s\S]*augment = its default[\s\S]*augment = \[\]"):
+        main([*call, "--steps", "1", "--augment", "--resume"])
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    main([*call, "--steps", "2", "--pictures", "0", "--resume"])
+    assert b"steps: 2" in (tmp_path / "run" / "config.yaml").read_bytes()

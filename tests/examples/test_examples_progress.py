@@ -1,0 +1,29 @@
+"""The lines that a run of examples/unet_coco prints, against a clock that the test turns."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.examples import unet_coco_data  # noqa: F401  (puts examples/ on the path)
+
+from unet_coco import tracking  # noqa: E402  isort: skip
+
+
+def test_images_per_second_and_the_time_left_are_those_of_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four images take a second; a validation between two lines takes 30, after three steps without a line."""
+    now = 100.0
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now)
+    progress = tracking.Progress("fp32", 20, 0)
+    for step in range(1, 16):
+        now += 1
+        progress.step(step, 4, {"loss": 1.0, "lr": 1e-3} if step in (1, 5, 10, 15) else {})
+        if step in (4, 8):
+            with progress.phase("validating"):
+                now += 30
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
+    assert [float(re.search(r"([\d.]+) images/s", line)[1]) for line in lines] == [4, 4, 4, 4]  # type: ignore[index]
+    assert [line.split()[-2] for line in lines] == ["0:00:19", "0:00:15", "0:00:10", "0:00:05"]
