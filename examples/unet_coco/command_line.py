@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from jsonargparse.typing import (
     NonNegativeFloat,
@@ -38,6 +39,9 @@ Scale = restricted_number_type("Scale", float, [(">", 0), ("<=", 64)])
 Rate = restricted_number_type("Rate", float, [(">", 0), ("<=", 1000)])
 Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)])
 Weight = restricted_number_type("Weight", float, [(">=", 0), ("<", math.inf)])
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # torch's generators take no more
+LISTS = {"image_size": "[96, 128]", "augment": "[flip]"}
+NAMES, TEXTS = ("classes", "init_skip", "precisions"), ("data", "recipe", "device", "backbone_weights")
 Factor = restricted_number_type("Factor", float, [(">", 1), ("<", math.inf)])
 
 
@@ -49,21 +53,71 @@ def read_values(arguments: Sequence[str]) -> dict[str, Any]:
         SystemExit: If the command line is no command line of the trainer, and for --help and --version.
     """
     parser = make_parser()
+    words = _config_first(arguments)
+    for path in words[1 : 2 * words.count("--config") : 2]:
+        _check_lists(Path(path))
     try:
-        values = vars(parser.parse_args(_config_first(arguments)))
+        values = vars(parser.parse_args(words))
     except (ArgumentError, TypeError) as error:
-        refusal = _refusal(parser, " ".join(str(error).split()))
+        text = " ".join(str(error).split())
+        refusal = _refusal(parser, text)
         if refusal is None:
-            print(f"{parser.prog}: error: {error} (--help shows all options)", file=sys.stderr)
+            print(f"{parser.prog}: error: {error} ({_perhaps(parser, text)}--help shows all options)", file=sys.stderr)
             raise SystemExit(2) from error
         raise refusal from error
     del values["config"]
-    for key, usual in vars(parser.get_defaults()).items():
-        if isinstance(usual, bool) and not isinstance(values[key], bool):
-            got = f"{key}: {values[key]}"
-            raise value_error("--config: neither true nor false.", got=got, needs="true or false", fix="correct it")
+    _check_kinds(values, vars(parser.get_defaults()))
     # The bounded types are subclasses of int and float, which neither a checkpoint nor YAML should have to know.
     return {key: _unbounded(value) for key, value in values.items()}
+
+
+def _check_lists(path: Path) -> None:
+    """Refuse single values where options are lists, before jsonargparse fails at them without naming them."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # jsonargparse says what is wrong with the file
+        return
+    for key, example in LISTS.items() if isinstance(values, dict) else ():
+        for name in (key, key.replace("_", "-")):
+            if name in values and not isinstance(values[name], list):
+                raise value_error(
+                    f"--config: {name} is no list.",
+                    got=f"{name}: {values[name]}",
+                    needs=f"a list, such as {key}: {example}",
+                    fix="put it in brackets, or leave it out",
+                )
+
+
+def _check_kinds(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Refuse values of a file that are of another kind than the option; on the command line they cannot be."""
+    for key, value in values.items():
+        usual = defaults[key]
+        if isinstance(usual, bool) and not isinstance(value, bool):
+            got = f"{key}: {value}"
+            raise value_error("--config: neither true nor false.", got=got, needs="true or false", fix="correct it")
+        if value is None and usual is not None:
+            raise value_error(
+                f"--config: {key} has no value.",
+                got=f"{key}: null",
+                needs=f"a value; without the line it is {usual}",
+                fix="write a value, or leave the line out",
+            )
+        kinds = (str, list) if key in NAMES else (str,) if key in TEXTS else (object,)
+        if value is not None and not isinstance(value, kinds):
+            raise value_error(
+                f"--config: {key} is no text{' and no list' if key in NAMES else ''}.",
+                got=f"{key}: {value}",
+                needs=f'{key}: "{value}" for a name that looks like a number' if key in NAMES else "one text",
+                fix="correct it",
+            )
+
+
+def _perhaps(parser: ArgumentParser, text: str) -> str:
+    """Return a hint for an option that does not exist, or nothing."""
+    known = [word for action in parser._actions for word in action.option_strings]
+    wrong = re.findall(r"unrecognized arguments:.*?(--[\w-]+)", text)
+    near = difflib.get_close_matches(wrong[0], known, 1) if wrong else []
+    return f"perhaps {near[0]}; " if near else ""
 
 
 def _unbounded(value: Any) -> Any:
@@ -198,7 +252,7 @@ def make_parser() -> ArgumentParser:
         metavar="NAME",
         help=f"change training images at random: {', '.join(AUGMENTATIONS)}; no name: not at all",
     )
-    add("--seed", type=NonNegativeInt, default=0, metavar="N", help="of weights, data order and dropout")
+    add("--seed", type=Seed, default=0, metavar="N", help="of weights, data order and dropout")
 
     add = parser.add_argument_group("device and ranks").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -270,17 +324,21 @@ def make_parser() -> ArgumentParser:
 
 def _config_first(arguments: Sequence[str]) -> list[str]:
     """Move --config to the front: later values win, and the command line wins wherever --config stands in it."""
-    words, found = list(arguments), list[str]()
-    while "--config" in words:
-        at = words.index("--config")
-        found += words[at : at + 2]
-        del words[at : at + 2]
-    return found + words
+    words, files, others = iter(arguments), list[str](), list[str]()
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (len(name) > 4 and "--config".startswith(name)):  # --con is the shortest form that is not ambiguous
+            others.append(word)
+        elif equals:
+            files += ["--config", value]
+        else:
+            files += ["--config", *([value] if (value := next(words, "")) else [])]
+    return files + others
 
 
 def _refusal(parser: ArgumentParser, text: str) -> ValueError | None:
     """Return our error for what jsonargparse says of a value or of the file; None: the command line is malformed."""
-    if found := re.match(r'Parser key "(\w+)": (.*)', text):
+    if found := re.match(r'Parser key "(\w+)"(?: element \d+)?: (.*)', text):
         key, why = found.groups()
         if key == "config":
             return value_error("--config cannot be read.", got=why, needs="a YAML file", fix="correct the path")
@@ -296,7 +354,7 @@ def _refusal(parser: ArgumentParser, text: str) -> ValueError | None:
         return value_error(
             f"--config: unknown option {found[1]!r}.", got=found[1], needs=", ".join(known), fix=f"perhaps {near!r}"
         )
-    if text.startswith("Problems parsing config") or "object is not" in text:
+    if text.startswith(("Problems parsing config", "Unexpected config", "Spaces not allowed")):
         return value_error(
             "--config cannot be read.",
             got=text,

@@ -10,6 +10,7 @@ epoch (or --schedule-steps); `--steps` only says where to stop. So a run that is
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Settings:
         SystemExit: If the command line is no command line of the trainer, and for --help and --version.
     """
     values = read_values(sys.argv[1:] if arguments is None else arguments)
+    for key in ("data", "out", "init_from", "recipe", "backbone_weights"):  # a shell expands ~, a file has none
+        if values[key] is not None:
+            values[key] = type(values[key])(os.path.expanduser(values[key]))
     values["classes"] = _names(values["classes"]) or None
     values["init_skip"] = _names(values["init_skip"])
     if values["compute"] == "auto":

@@ -49,7 +49,20 @@ REFUSED = [
     ("task: poses", r"--task is no value[\s\S]*poses[\s\S]*detection"),
     ("resume: perhaps", r"neither true nor false[\s\S]*resume: perhaps"),
     ("image_size: [64]", "--image-size is too small"),
-    ("image_size: 64", "--config cannot be read"),
+    ("image_size: 64", r"image_size is no list[\s\S]*image_size: 64[\s\S]*\[96, 128\]"),
+    ("image-size: 64 64", "image-size is no list"),
+    ("image_size: [a, b]", r"--image-size is no value that it can have[\s\S]*value: a"),
+    ("augment: flip", r"augment is no list[\s\S]*augment: \[flip\]"),
+    ("augment: null", "augment is no list"),
+    ("pictures: null", r"pictures has no value[\s\S]*without the line it is 4"),
+    ("device: null", "device has no value"),
+    ("lr: 0.1\nepochs:", "epochs has no value"),
+    ("data: [1]", r"data is no text[\s\S]*one text"),
+    ("classes: 5", r'classes is no text and no list[\s\S]*classes: "5"'),
+    ("precisions: 5", "precisions is no text and no list"),
+    ("seed: 99999999999999999999", "--seed is out of range"),
+    ("- epochs", r"--config cannot be read[\s\S]*lines such as epochs: 20"),
+    ("just a text", "--config cannot be read"),
     ("epochs: [1", "--config cannot be read"),
     ("out: !!python/object/apply:os.getcwd []", r"--config cannot be read[\s\S]*constructor"),
 ]
@@ -59,6 +72,30 @@ REFUSED = [
 def test_what_the_file_may_not_say(text: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told):
         parse_options(given(tmp_path, text))
+
+
+@pytest.mark.parametrize("config", [["--config", "FILE"], ["--config=FILE"], ["--conf", "FILE"], ["--conf=FILE"]])
+def test_the_command_line_wins_in_every_spelling(config: list[str], tmp_path: Path) -> None:
+    given(tmp_path, "epochs: 3\nlr: 0.5\n")
+    words = [word.replace("FILE", str(tmp_path / "given.yaml")) for word in config]
+    for call in ([*words, "--epochs", "9"], ["--epochs", "9", *words]):
+        settings = parse_options(call)
+        assert (settings.epochs, settings.lr) == (9, 0.5)
+
+
+def test_a_home_folder_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = parse_options(given(tmp_path, "out: ~/runs/a\ndata: ~/coco\ninit_from: ~/last.pt\n"))
+    assert (settings.out, settings.init_from) == (tmp_path / "runs" / "a", tmp_path / "last.pt")
+    assert settings.data == str(tmp_path / "coco")
+
+
+def test_an_option_that_does_not_exist_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong, near in (("--epochss", "--epochs"), ("--imagesize", "--image-size"), ("--zzz", "")):
+        with pytest.raises(SystemExit):
+            parse_options([wrong, "1"])
+        told = capsys.readouterr().err
+        assert f"unrecognized arguments: {wrong} 1" in told and (f"perhaps {near}; " in told) == bool(near)
 
 
 def test_no_file() -> None:
