@@ -10,6 +10,7 @@ guessed.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from te_nvfp4_cv.cli.shape import progress
 from te_nvfp4_cv.errors import need_package, value_error
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+MOST_PIXELS = 2**27  # of a scaled picture, of which "crop" keeps the middle
 MODES = ("stretch", "crop", "pad")
 
 
@@ -90,11 +92,15 @@ def preparation_of(options: argparse.Namespace, model: nn.Module) -> Preparation
                 got="one of them", needs="both", fix="give the other, too",
             )
         found = Preparation(tuple(options.mean or (0.0,)), tuple(options.std or (1.0,)), tuple(options.range or (0, 1)))
-    if {len(found.mean), len(found.std)} - {1, 3} or min(found.std) <= 0 or found.range[0] >= found.range[1]:
+    numbers = (*found.mean, *found.std, *found.range)
+    if (
+        {len(found.mean), len(found.std)} - {1, 3} or not all(map(math.isfinite, numbers))
+        or min(found.std) <= 0 or found.range[0] >= found.range[1]
+    ):
         raise value_error(
             "quantize: --mean, --std or --range is out of range.",
             got=f"{found.mean}, {found.std}, {found.range}",
-            needs="one number or three; deviations above 0; LOW below HIGH", fix="--mean 0.5 --std 0.5",
+            needs="one finite number or three; deviations above 0; LOW below HIGH", fix="--mean 0.5 --std 0.5",
         )
     mode = options.resize_mode or found.mode
     return replace(found, mode=mode, kept=found.kept if mode == found.mode else 1.0)
@@ -152,6 +158,11 @@ def check_pictures(command: str, options: argparse.Namespace) -> None:
     """
     # Picture files have three channels.
     wrong_input = options.input is not None and (len(options.input) != 3 or options.input[0] != 3)
+    if options.size is not None and min(options.size) < 1:
+        raise value_error(
+            f"{command}: --size is out of range.", got=" ".join(map(str, options.size)), needs="sizes of at least 1",
+            fix="--size 224 224",
+        )
     if wrong_input or options.count < 1 or options.batch < 1:
         raise value_error(
             f"{command}: --input, --count or --batch is out of range.",
@@ -188,7 +199,7 @@ class Pictures:
         if not found:
             raise value_error(
                 f"--images {folder}: no pictures.",
-                got="an empty folder" if folder.is_dir() else "no such folder",
+                got="no picture in it" if folder.is_dir() else "a file" if folder.exists() else "no such folder",
                 needs=f"files {', '.join(sorted(PICTURES))}",
                 fix="a folder of images like those that the model was trained on",
             )
@@ -258,7 +269,10 @@ def _resized(image: Any, size: tuple[int, int], prepared: Preparation) -> np.nda
 
     depth = 255.0
     if image.mode.startswith("I"):  # 16 bits of grey, for which PIL's conversion to RGB gives white
-        image, depth = Image.fromarray(np.asarray(image, dtype=np.float32)), 65535.0
+        grey = np.asarray(image, dtype=np.float32)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"mode {image.mode} with values beyond 16 bits, whose white is not known")
+        image, depth = Image.fromarray(grey), 65535.0
     elif image.mode == "F":
         raise ValueError("pixels are floating-point numbers, whose white is not known")
     else:
@@ -269,7 +283,10 @@ def _resized(image: Any, size: tuple[int, int], prepared: Preparation) -> np.nda
         ratios = width / wide, height / high
         # The picture is scaled as a whole, so that its middle fills the size, or that it lies inside of it.
         ratio = max(ratios) / prepared.kept if prepared.mode == "crop" else min(ratios)
-        image = image.resize((max(1, round(wide * ratio)), max(1, round(high * ratio))), Image.Resampling.BICUBIC)
+        scaled = max(1, round(wide * ratio)), max(1, round(high * ratio))
+        if scaled[0] * scaled[1] > MOST_PIXELS:
+            raise ValueError(f"{wide} x {high} pixels are too narrow for --resize-mode crop, which would cut most away")
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))  # beyond its edges PIL crops black
     else:

@@ -186,8 +186,11 @@ def _check_keys(path: Path, where: str, table: dict[str, Any], allowed: tuple[st
             continue
         close = difflib.get_close_matches(key, allowed, 1)
         fix = f"did you mean {close[0]!r}?" if close else f"remove {key!r}"
+        field = difflib.get_close_matches(key, FIELDS, 1)
         if where == "top level" and key in FIELDS:  # the most common mistake: the line [recipe] is missing
             fix = f"put {key!r} below a line [recipe]"
+        elif where == "top level" and not close and field:
+            fix = f"did you mean {field[0]!r}? It belongs below a line [recipe]"
         title = f"recipe file '{path}': unknown key {key!r} ({where})."
         raise value_error(title, got=f"{key} = {table[key]!r}", needs="one of: " + ", ".join(allowed), fix=fix)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from te_nvfp4_cv.cli.pictures import Pictures, Preparation, picture_options, preparation_of
+from te_nvfp4_cv.cli.pictures import Pictures, Preparation, check_pictures, picture_options, preparation_of
 from te_nvfp4_cv.cli.weights import load_weights
 from tests.helpers import same_bits
 
@@ -69,6 +69,48 @@ def test_files_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path) -> No
     (tmp_path / "a.png").unlink()
     with pytest.raises(ValueError, match="no file could be read"):
         list(Pictures(tmp_path, (4, 4), 2, 9, PLAIN))
+
+
+def test_grey_beyond_sixteen_bits_is_not_clipped_to_white(tmp_path: Path) -> None:
+    save(tmp_path / "a.tif", np.full((4, 4), 70000, dtype=np.int32))
+    with pytest.raises(ValueError, match=r"a.tif cannot be read[\s\S]*beyond 16 bits"):
+        list(Pictures(tmp_path, (4, 4), 2, 9, PLAIN, strict=True))
+
+
+def test_a_narrow_picture_does_not_take_all_memory(tmp_path: Path) -> None:
+    """Its middle, 224 pixels wide, would be cut from one of 224 x 4480000."""
+    save(tmp_path / "a.png", np.zeros((20000, 1, 3), dtype=np.uint8))
+    crop = Preparation((0.0,), (1.0,), mode="crop")
+    with pytest.raises(ValueError, match=r"a.png cannot be read[\s\S]*1 x 20000 pixels are too narrow"):
+        list(Pictures(tmp_path, (224, 224), 2, 9, crop, strict=True))
+    for mode in ("stretch", "pad"):
+        assert only(tmp_path, (224, 224), Preparation((0.0,), (1.0,), mode=mode)).shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--size", "0", "8"], "--size is out of range"),
+        (["--size", "-8", "8"], "--size is out of range"),
+        (["--mean", "nan", "--std", "1"], "--mean, --std or --range is out of range"),
+        (["--mean", "0", "--std", "inf"], "one finite number or three"),
+        (["--range", "0", "inf"], "one finite number or three"),
+    ],
+)
+def test_numbers_that_no_picture_can_have(more: list[str], told: str) -> None:
+    parser = argparse.ArgumentParser()
+    picture_options(parser)
+    options = parser.parse_args(["--images", "folder", *more])
+    options.input, options.model = None, "m.py:net"
+    with pytest.raises(ValueError, match=told):
+        check_pictures("quantize", options)
+        preparation_of(options, nn.Identity())
+
+
+def test_a_picture_in_place_of_a_folder(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.png", np.zeros((4, 4, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"no pictures[\s\S]*a file"):
+        Pictures(file, (4, 4), 2, 9, PLAIN)
 
 
 def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
