@@ -57,11 +57,11 @@ def _draw_boxes(photo: np.ndarray, boxes: list[tuple[np.ndarray, tuple[int, ...]
     for (x0, y0, x1, y1), (_, colour) in zip(corners, boxes, strict=True):
         pen.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=2)
     for (x0, y0, _, _), (_, colour), text in zip(corners, boxes, texts, strict=True):
-        left, top, right, bottom = pen.textbbox((0, 0), text, font())
+        left, top, right, bottom = pen.textbbox((0, 0), text, font(text))
         across, down = right - left + 4, bottom - top + 4
         x, y = max(0, min(x0, wide - across)), max(0, min(y0, high - down))  # inside the picture, if it fits
         pen.rectangle((x, y, x + across, y + down), fill=colour)
-        pen.text((x + 2 - left, y + 2 - top), text, (0, 0, 0), font())
+        pen.text((x + 2 - left, y + 2 - top), text, (0, 0, 0), font(text))
     return np.asarray(picture)
 
 

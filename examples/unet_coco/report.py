@@ -139,9 +139,20 @@ def enlargement(height: int) -> int:
     return max(1, round(160 / height))
 
 
+def font(text: str = "") -> Any:
+    """Return the font of a text in pictures: Pillow's own, which has few letters beyond ASCII, or matplotlib's."""
+    return _font(text.isascii())
+
+
 @functools.cache
-def font() -> Any:
-    """Return the font of the texts in pictures."""
+def _font(plain: bool) -> Any:
+    if not plain:
+        try:
+            import matplotlib
+
+            return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
+        except (ImportError, OSError):  # an incomplete matplotlib, or a Pillow without FreeType
+            pass
     return ImageFont.load_default(12)
 
 
@@ -168,10 +179,10 @@ def write_pictures(
     for number, (name, (x, y)) in enumerate(zip(names, places, strict=True)):
         square = hatching(12, 12) if number == len(classes) else np.broadcast_to(colours[number], (12, 12, 3))
         sheet.paste(Image.fromarray(np.ascontiguousarray(square)), (x, below + y))
-        pen.text((x + 17, below + y + 6), name, (0, 0, 0), font(), "lm")
+        pen.text((x + 17, below + y + 6), name, (0, 0, 0), font(name), "lm")
     for i, (title, tiles) in enumerate(columns.items()):
         x = 6 + i * (w + 6)
-        pen.text((x, 10), title, (0, 0, 0), font(), "lm")
+        pen.text((x, 10), title, (0, 0, 0), font(title), "lm")
         for j, tile in enumerate(tiles):
             sheet.paste(Image.fromarray(tile).resize((w, h), Image.Resampling.NEAREST), (x, 20 + j * (h + 6)))
     buffer = io.BytesIO()
@@ -183,7 +194,7 @@ def _places(names: Sequence[str], wide: int) -> tuple[list[tuple[int, int]], int
     """Return where each entry of the legend begins, line after line, and the height of the legend."""
     places, x, y = [], 6, 4
     for name in names:
-        length = 30 + round(font().getlength(name))
+        length = 30 + round(font(name).getlength(name))
         if x > 6 and x + length > wide:
             x, y = 6, y + 18
         places.append((x, y))

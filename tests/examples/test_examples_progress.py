@@ -1,4 +1,4 @@
-"""The lines that a run of examples/unet_coco prints, against a clock that the test turns."""
+"""What a run of examples/unet_coco shows: its lines, against a clock that the test turns, and the texts in pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.examples import unet_coco_data  # noqa: F401  (puts examples/ on the path)
 
-from unet_coco import tracking  # noqa: E402  isort: skip
+from unet_coco import report, tracking  # noqa: E402  isort: skip
 
 
 def test_images_per_second_and_the_time_left_are_those_of_steps(
@@ -27,3 +27,15 @@ def test_images_per_second_and_the_time_left_are_those_of_steps(
     lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
     assert [float(re.search(r"([\d.]+) images/s", line)[1]) for line in lines] == [4, 4, 4, 4]  # type: ignore[index]
     assert [line.split()[-2] for line in lines] == ["0:00:19", "0:00:15", "0:00:10", "0:00:05"]
+
+
+def test_class_names_are_readable_in_most_alphabets() -> None:
+    """Pillow's own font draws the same box for each letter that it lacks, such as the sharp s."""
+    pytest.importorskip("matplotlib")
+
+    def drawn(letter: str) -> bytes:
+        return bytes(report.font(f"Stra{letter}e").getmask(letter))
+
+    letters = "ßäčøłжщλΩ"
+    assert len({drawn(letter) for letter in letters}) == len(letters) and drawn("\uffff") not in map(drawn, letters)
+    assert report.font("street") is report.font() is not report.font("Straße")
