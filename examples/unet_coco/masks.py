@@ -22,18 +22,19 @@ from te_nvfp4_cv.errors import value_error
 from .losses import IGNORE
 from .split import (
     BACKGROUND,
+    IMAGE_SUFFIXES,
     RawSplit,
     SegmentationData,
     broken,
     check_classes,
     check_upright,
+    files_in,
     missing,
     open_image,
     some,
 )
 
 ROOMY = "number the classes from 0 to 253, in meta.json and in the labels"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def load_masks(root: Path, classes: Sequence[str] | None) -> SegmentationData:
@@ -65,16 +66,7 @@ def _mask_files(folder: Path) -> list[tuple[Path, Path]]:
     for kind, suffixes in (("images", IMAGE_SUFFIXES), ("labels", {".png"})):
         if not (folder / kind).is_dir():
             raise missing(folder / kind, f"a folder of {kind} (--layout masks)")
-        paths = [path for path in sorted((folder / kind).iterdir()) if path.suffix.lower() in suffixes]
-        files[kind] = {path.stem: path for path in paths}
-        if len(files[kind]) < len(paths):
-            twice = sorted({path.stem for path in paths if path != files[kind][path.stem]})
-            raise value_error(
-                f"data: {folder / kind} has several files with the same stem.",
-                got=some(twice),
-                needs="one image and one label per stem",
-                fix="remove or rename the other files",
-            )
+        files[kind] = {path.stem: path for path in files_in(folder / kind, suffixes)}
     for kind, other in (("images", "labels"), ("labels", "images")):
         alone = sorted(set(files[kind]) - set(files[other]))
         if alone:

@@ -23,8 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .masks import IMAGE_SUFFIXES
-from .split import BACKGROUND, RawSplit, SegmentationData, check_classes, check_upright, missing, open_image
+from .split import BACKGROUND, RawSplit, SegmentationData, check_classes, check_upright, files_in, missing, open_image
 
 GOOD, DEFECT = "good", "defect"
 Entry = tuple[Path, Path | None, str]  # image, mask, type of defect
@@ -71,7 +70,7 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = files_in(folder)
     if not found:
         raise missing(folder / "*.png", "at least one image")
     return found

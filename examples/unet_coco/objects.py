@@ -4,8 +4,8 @@
     mask: nearest pixel; if a thin mask would lose every pixel that way, each pixel of the small image that it touches
 
 Crowds are left out in training and marked when a split is scored. Objects with a side of less than a pixel after
-resizing (zero width, tiny) are left out; a message gives their number once. A split with no object left is refused, and
-so are images whose size differs from that of their annotations.
+resizing (zero width, tiny) are left out; a message gives their number once, another one that of boxes beyond their
+image. A split with no object left is refused, and so are images whose size differs from that of their annotations.
 """
 
 from __future__ import annotations
@@ -50,18 +50,24 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         self.raw, self.size, self.train, self.seed, self.masks = raw, size, train, seed, masks
         self.augment = augment if train else ()
         self.kept: list[list[int]] = []  # for each image the indices of its usable objects
-        total, counts = 0, []
+        total, beyond, counts = 0, 0, []
         for index in range(len(raw)):
             objects = self._objects(index)
             usable = [place for place, thing in enumerate(objects.things) if self._usable(objects, thing)]
             counts.append(sum(not objects.things[place].crowd for place in usable))
             total += sum(not thing.crowd for thing in objects.things)
+            beyond += sum(_is_beyond(objects, thing) for thing in objects.things)
             # Crowds stay in evaluation, where predictions inside them must not count.
             self.kept.append([place for place in usable if not (train and objects.things[place].crowd)])
         left, self.most, at = sum(counts), max(counts), f"at {size[0]}x{size[1]}"
         if left < total:
             why = "a side below one pixel" + (" or no mask" if masks else "")
             tell_once(f"{raw.name}: {total - left} of {total} objects have {why} {at} and are left out")
+        if beyond:
+            tell_once(
+                f"{raw.name}: {beyond} boxes reach more than a pixel beyond their image and are cut at its borders; "
+                "bbox is x, y, width, height"
+            )
         if not left:
             raise value_error(
                 f"data: {raw.name} has no objects.",
@@ -159,6 +165,12 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
         if self.masks:
             flipped["masks"] = target["masks"].flip(-1)
         return flipped
+
+
+def _is_beyond(objects: Objects, thing: Thing) -> bool:
+    """Return whether the box leaves the image by more than a pixel, as boxes of two corners do."""
+    x0, y0, x1, y1 = thing.box
+    return min(x0, y0) < -1 or x1 > objects.width + 1 or y1 > objects.height + 1
 
 
 def collate_objects(items: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:

@@ -5,6 +5,7 @@ Every error names the file or folder that it is about.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,8 @@ from PIL import Image
 
 from te_nvfp4_cv.errors import value_error, warn_once
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+PICTURES = IMAGE_SUFFIXES | {".gif", ".jp2", ".jfif", ".ppm", ".pgm", ".tga", ".heic", ".avif"}
 BACKGROUND = "background"  # the name of class 0 wherever the classes are chosen
 
 
@@ -102,6 +105,34 @@ def check_upright(paths: Iterable[Path]) -> None:
                 needs="pixels stored upright, so that image and labels fit without a doubt",
                 fix="write it upright (PIL.ImageOps.exif_transpose), or remove the tag if the labels fit these pixels",
             )
+
+
+def files_in(folder: Path, suffixes: set[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Return the files of a folder that have one of the suffixes, sorted.
+
+    Raises:
+        ValueError: If several have the same stem, by which images and labels find each other, or if there are pictures
+            of another kind, which would be left out.
+    """
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    chosen = [path for path in paths if path.suffix.lower() in suffixes]
+    others = [path.name for path in paths if path.suffix.lower() in PICTURES - suffixes]
+    if others:
+        raise value_error(
+            f"data: {folder} has pictures of another kind.",
+            got=f"{len(others)}: {some(others)}",
+            needs=", ".join(sorted(suffixes)),
+            fix="convert the files, or move them out of the folder",
+        )
+    stems = Counter(path.stem for path in chosen)
+    if len(stems) < len(chosen):
+        raise value_error(
+            f"data: {folder} has several files with the same stem.",
+            got=some(stem for stem, count in stems.items() if count > 1),
+            needs="one image and one label per stem",
+            fix="remove or rename the other files",
+        )
+    return chosen
 
 
 def open_image(path: Path, convert: bool = True) -> Image.Image:

@@ -125,7 +125,7 @@ def start_telemetry(
         steps: The number of steps of the run; the last one is sampled, too.
         goes_on: The checkpoint's (file, step), to continue from there. If None, a new file is started.
     """
-    group, name = settings.out.name, precision.name
+    group, name = settings.out.resolve().name, precision.name
     sinks: list[telemetry.Sink] = []
     path = folder / goes_on[0] if goes_on else telemetry.fresh_path(folder / "telemetry.jsonl")
     if rank == 0:
@@ -176,7 +176,8 @@ def show_telemetry(out: Path, files: Sequence[Path], wandb: bool, rows: Rows) ->
     sampled = [run for run in runs if run.steps]
     if sampled:
         print("drawing what telemetry recorded: a report, and heatmaps of each precision ...", flush=True)
-        sinks = [telemetry.WandB(project=PROJECT, folder=out, group=out.name, name="comparison")] if wandb else []
+        group = out.resolve().name
+        sinks = [telemetry.WandB(project=PROJECT, folder=out, group=group, name="comparison")] if wandb else []
         draw("report", lambda: telemetry.write_report(runs, out / "report.html", force=True, sinks=sinks))
         for sink in sinks:
             _send_results(sink, out, rows)

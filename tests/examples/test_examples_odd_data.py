@@ -108,6 +108,17 @@ def test_two_files_of_one_stem_are_told(tmp_path: Path) -> None:
         load_data(root, "masks", None)
 
 
+def test_a_pair_of_another_kind_is_not_left_out(tmp_path: Path) -> None:
+    root = write_masks(tmp_path)
+    for kind in ("images", "labels"):
+        Image.new("L", (32, 24)).save(root / "train" / kind / "9.bmp")
+    with pytest.raises(ValueError, match=r"train/labels has pictures of another kind[\s\S]*1: 9.bmp"):
+        load_data(root, "masks", None)
+    (root / "train" / "labels" / "9.bmp").unlink()
+    Image.new("L", (32, 24)).save(root / "train" / "labels" / "9.png")
+    assert len(load_data(root, "masks", None).train) == 6
+
+
 def test_masks_of_0_and_255_are_explained(tmp_path: Path) -> None:
     root = write_masks(tmp_path)
     for label in root.rglob("labels/*.png"):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.examples import unet_coco_data  # noqa: F401  (puts examples/ on the path)
 
 from unet_coco import report, tracking  # noqa: E402  isort: skip
+from unet_coco.options import parse_options  # noqa: E402  isort: skip
+from unet_coco.precision import Precision  # noqa: E402  isort: skip
 
 
 def test_images_per_second_and_the_time_left_are_those_of_steps(
@@ -39,3 +44,13 @@ def test_class_names_are_readable_in_most_alphabets() -> None:
     letters = "ßäčøłжщλΩ"
     assert len({drawn(letter) for letter in letters}) == len(letters) and drawn("\uffff") not in map(drawn, letters)
     assert report.font("street") is report.font() is not report.font("Straße")
+
+
+def test_the_group_of_a_run_in_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(tracking.telemetry, "attach", lambda model, **about: told.update(about))
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path / "runs")
+    settings = parse_options(["--out", ".", "--no-wandb"])
+    tracking.start_telemetry(torch.nn.Identity(), settings, Precision("fp32", None), "", Path("."), 1, 2)
+    assert told["group"] == "runs"

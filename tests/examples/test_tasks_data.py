@@ -105,6 +105,17 @@ def test_boxes_that_nothing_can_show_are_left_out_and_told_once(
     assert capsys.readouterr().out.count(told) == 1
 
 
+def test_boxes_of_two_corners_are_told(coco_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bbox is x, y, width, height; two corners reach beyond the image and would be cut without a word."""
+    edit(coco_root, "val", lambda i: i["annotations"][1].update(bbox=[2, 1, 7, 7]))
+    objects_of(coco_root)
+    assert not capsys.readouterr().out, "a pixel beyond is rounding"
+    edit(coco_root, "val", lambda i: i["annotations"][1].update(bbox=[3, 1, 7, 7]))
+    for _ in range(2):
+        assert objects_of(coco_root)[0][1]["boxes"][1].tolist() == [6, 2, 16, 16]
+    assert capsys.readouterr().out.count("val: 1 boxes reach more than a pixel beyond their image") == 1
+
+
 def test_an_object_that_resizing_makes_too_small(coco_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The dot has 2x2 of 8x8 pixels: half a pixel at 2x2."""
     assert objects_of(coco_root, size=2)[0][1]["labels"].tolist() == [1]  # and the crowd, a column, is too thin too
@@ -258,3 +269,17 @@ def test_mvtec_trains(tmp_path: Path) -> None:
         main([*options, "--val-share", "1"])
     with pytest.raises(ValueError, match="--layout mvtec needs data"):
         main(["--layout", "mvtec", "--precisions", "fp32", "--out", str(tmp_path / "out")])
+
+
+def test_pictures_that_would_be_left_out_are_refused(tmp_path: Path) -> None:
+    root = write_mvtec(tmp_path)
+    Image.new("L", (8, 8)).save(root / "train" / "good" / "x.GIF")
+    with pytest.raises(ValueError, match=r"good has pictures of another kind[\s\S]*1: x.GIF[\s\S]*\.png"):
+        load_data(root, "mvtec", None)
+    (root / "train" / "good" / "x.GIF").rename(root / "train" / "good" / "._x.GIF")  # what macOS leaves
+    before = len(load_data(root, "mvtec", None).train)
+    Image.new("L", (8, 8)).save(root / "train" / "good" / "y.TIF")
+    assert len(load_data(root, "mvtec", None).train) == before + 1
+    Image.new("L", (8, 8)).save(root / "test" / "bent" / "000.bmp")
+    with pytest.raises(ValueError, match=r"bent has several files with the same stem[\s\S]*000"):
+        load_data(root, "mvtec", None)
