@@ -77,7 +77,7 @@ def _open_coco(file: Path, folder: Path) -> Any:
         absent = {"images", "annotations", "categories"} - set(opened.coco.dataset)
     except ModuleNotFoundError as error:
         raise no_pycocotools(error) from error
-    except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
         raise broken(file, f"{type(error).__name__}: {error}") from error
     if absent:
         raise broken(file, f"no {', '.join(sorted(absent))}")

@@ -27,7 +27,7 @@ from .losses import IGNORE
 from .masks import load_masks
 from .mvtec import load_mvtec
 from .order import mix_seed
-from .split import RawSplit, SegmentationData, missing
+from .split import RawSplit, SegmentationData, missing, other_size
 
 LAYOUTS = ("coco", "masks", "mvtec")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -80,12 +80,8 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, mask = self.raw.read(index)
         if (image.height, image.width) != mask.shape:
-            raise value_error(
-                f"data: {self.raw.names[index]}: image and labels differ in size.",
-                got=f"image {image.height} x {image.width}, labels {mask.shape[0]} x {mask.shape[1]}",
-                needs="one label per pixel",
-                fix="remove the image from the split, or write its labels again",
-            )
+            needs, fix = "one label per pixel", "remove the image from the split, or write its labels again"
+            raise other_size(self.raw.names[index], "labels", (image.height, image.width), mask.shape, needs, fix)
         pair = tv_tensors.Image(v2.functional.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
         # The flip depends on (seed, epoch, index) only, and torch's generator stays where it is.
         with torch.random.fork_rng(devices=[]):

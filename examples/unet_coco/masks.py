@@ -89,7 +89,7 @@ def _mask_names(root: Path, labels: list[Path]) -> list[str]:
             named = json.loads(meta.read_text())["classes"]
             pairs = named.items() if isinstance(named, dict) else enumerate(named)
             by_id = {int(key): str(name) for key, name in pairs}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise broken(
                 meta, f"{type(error).__name__}: {error}; `classes` must be a list of names, or a table id -> name"
             ) from error

@@ -25,7 +25,7 @@ from te_nvfp4_cv.errors import value_error
 from .augmentation import colour, geometry
 from .data import MEAN, STD
 from .order import mix_seed
-from .split import Objects, RawSplit, Thing, open_image
+from .split import Objects, RawSplit, Thing, open_image, other_size
 from .tracking import tell_once
 
 Target = dict[str, Tensor]  # boxes [n, 4], labels [n], crowd [n] and, if needed, masks [n, H, W] bool
@@ -101,13 +101,11 @@ class ObjectDataset(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, objects = open_image(Path(self.raw.names[index])), self._objects(index)
-        if (image.height, image.width) != (objects.height, objects.width):
-            raise value_error(
-                f"data: {self.raw.names[index]}: image and annotations differ in size.",
-                got=f"image {image.height} x {image.width}, annotations {objects.height} x {objects.width}",
-                needs="the height and width that `images` lists",
-                fix="remove the image from the split, or correct its entry",
-            )
+        size, told = (image.height, image.width), (objects.height, objects.width)
+        if size != told:
+            needs = "the height and width that `images` lists"
+            fix = "remove the image from the split, or correct its entry"
+            raise other_size(self.raw.names[index], "annotations", size, told, needs, fix)
         things = [objects.things[place] for place in self.kept[index]]
         pixels = v2.functional.resize(v2.functional.pil_to_tensor(image), list(self.size), antialias=True)
         target = self._target(objects, things)

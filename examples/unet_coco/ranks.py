@@ -33,6 +33,7 @@ from .options import Settings, choose_device
 from .stopping import Stopped
 
 T = TypeVar("T")
+REFUSALS = (ValueError, RuntimeError, OSError)  # these carry an explanation, and need no traceback
 IN_A_WORKER = re.compile(r"Caught (\w+) in .*?\.\nOriginal Traceback .*\n\1: (.*)", re.DOTALL)
 
 
@@ -61,7 +62,7 @@ class Ranks:
         if self.rank == 0:
             try:
                 told[0] = function()
-            except (ValueError, RuntimeError) as error:
+            except REFUSALS as error:
                 # Tell the other ranks before raising, or they would wait for this one until the timeout.
                 told[1], told[2] = type(error).__name__, str(error)
                 dist.broadcast_object_list(told)
@@ -164,7 +165,7 @@ def run(main: Callable[[], Any]) -> None:
     if "RANK" not in os.environ:
         try:
             main()
-        except (ValueError, RuntimeError) as refusal:
+        except REFUSALS as refusal:
             sys.exit(f"error: {message(refusal)}")
         except KeyboardInterrupt as stop:
             print(_stopped(stop), file=sys.stderr, flush=True)
@@ -178,7 +179,7 @@ def run(main: Callable[[], Any]) -> None:
             print(_stopped(stop), file=sys.stderr, flush=True)
         os._exit(_status(stop))
     except Exception as error:
-        if isinstance(error, (ValueError, RuntimeError)):
+        if isinstance(error, REFUSALS):
             text = message(error)
             print(f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}", file=sys.stderr)
         else:

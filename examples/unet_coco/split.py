@@ -146,9 +146,16 @@ def open_image(path: Path, convert: bool = True) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            found = image.copy()
+            found, turned = image.copy(), image.getexif().get(0x0112, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for damaged files
         raise broken(path, f"{type(error).__name__}: {error}") from error
+    if turned in range(2, 9):  # with --layout coco only; the other layouts refuse it (check_upright)
+        warn_once(
+            "pictures to turn",
+            f"{path} says to be turned before it is shown (EXIF orientation {turned}). Its pixels are used as they are "
+            "stored, which is what COCO's annotations count. If yours were made on the turned picture, write such "
+            "files upright (PIL.ImageOps.exif_transpose).",
+        )
     if not convert:
         return found
     if found.mode.startswith("I"):
@@ -216,9 +223,16 @@ def no_pycocotools(error: ModuleNotFoundError) -> ValueError:
 
 
 def missing(path: Path, what: str) -> ValueError:
-    return value_error(
-        f"data: {path} is missing.", got="no such file or folder", needs=what, fix="check --data and --layout"
-    )
+    got = "a file" if path.is_file() else "a folder" if path.is_dir() else "no such file or folder"
+    return value_error(f"data: {path} is missing.", got=got, needs=what, fix="check --data and --layout")
+
+
+def other_size(name: str, what: str, image: tuple[int, int], told: tuple[int, int], needs: str, fix: str) -> ValueError:
+    """Make the error for an image whose height and width are not those that its labels or annotations have."""
+    if image == told[::-1]:
+        fix = f"{fix}; the sides are exchanged: if the file says to be turned (EXIF), write it upright"
+    got = f"image {image[0]} x {image[1]}, {what} {told[0]} x {told[1]}"
+    return value_error(f"data: {name}: image and {what} differ in size.", got=got, needs=needs, fix=fix)
 
 
 def broken(path: Path, what: str, fix: str = "fetch or write it again") -> ValueError:

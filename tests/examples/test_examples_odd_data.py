@@ -15,9 +15,11 @@ from PIL import Image
 from te_nvfp4_cv import errors
 from tests.examples.unet_coco_data import write_coco, write_masks  # (puts examples/ on the path)
 
-from unet_coco.data import load_data  # noqa: E402  isort: skip
+from unet_coco.data import SegmentationDataset, load_data  # noqa: E402  isort: skip
 from unet_coco.folder import run_folder  # noqa: E402  isort: skip
+from unet_coco.objects import ObjectDataset  # noqa: E402  isort: skip
 from unet_coco.options import parse_options  # noqa: E402  isort: skip
+from unet_coco.ranks import run  # noqa: E402  isort: skip
 from unet_coco.shapes import ensure_shapes  # noqa: E402  isort: skip
 from unet_coco.split import open_image  # noqa: E402  isort: skip
 
@@ -202,15 +204,47 @@ def test_files_that_exif_turns_are_refused_beside_defects(tmp_path: Path) -> Non
         load_data(tmp_path, "mvtec", None)
 
 
-def test_coco_annotations_refer_to_the_pixels_that_are_stored(tmp_path: Path) -> None:
+def test_coco_annotations_refer_to_the_pixels_that_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_coco(tmp_path)
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[:4] = 200
     file = root / "train2017" / "1.jpg"
     Image.fromarray(pixels).save(file)
     turn(file, 3)
-    image, mask = load_data(root, "coco", None).train.read(0)
+    monkeypatch.setattr(errors, "_warned", set())
+    with pytest.warns(UserWarning, match=r"1\.jpg says to be turned[\s\S]*orientation 3[\s\S]*exif_transpose"):
+        image, mask = load_data(root, "coco", None).train.read(0)
     assert np.asarray(image)[0].min() > 150 and mask[3, 3]
+
+
+@pytest.mark.parametrize("task", ["semantic", "detection"])
+def test_exchanged_sides_are_explained(tmp_path: Path, task: str) -> None:
+    root = changed(write_coco(tmp_path), lambda c: c.update(annotations=c["annotations"][:2]))
+    for height, width, explained in ((8, 5, True), (5, 9, False)):
+        Image.new("RGB", (8, 5)).save(root / "train2017" / "1.jpg")
+        changed(root, lambda c, h=height, w=width: c["images"][0].update(height=h, width=w))
+        split = load_data(root, "coco", None).train
+        made = SegmentationDataset(split, (8, 8), False) if task == "semantic" else None
+        with pytest.raises(ValueError, match="1.jpg: image and (labels|annotations) differ in size") as refused:
+            (made or ObjectDataset(split, (8, 8), False, 0, False))[0]
+        assert ("sides are exchanged" in str(refused.value)) == explained
+
+
+def test_a_file_in_place_of_the_folder_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "instances.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"instances.json is missing[\s\S]*got: +a file[\s\S]*folder of --data"):
+        load_data(tmp_path / "instances.json", "coco", None)
+
+
+def test_what_the_system_refuses_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise PermissionError(13, "Permission denied", "/data/train2017")
+
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="error: .*Permission denied: '/data/train2017'"):
+        run(fails)
 
 
 def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
