@@ -53,6 +53,10 @@ class Resumable:
     def checkpoint_path(self) -> Path:
         return self.folder / "last.pt"
 
+    @property
+    def best_path(self) -> Path:
+        return self.folder / "best.pt"
+
     def _has_checkpoint(self) -> bool:
         return self.ranks.first(self.checkpoint_path.is_file)
 
@@ -85,17 +89,22 @@ class Resumable:
             state["shards"] = shards
         if self.average is not None:
             state["ema"] = self.average.values
-        # First the best one: a process that is killed between the two comes here again, from the last.pt before.
-        if not shards and self._is_best():  # shards belong to one step: those of a best one would be kept beside
-            self.ranks.first(lambda: save_checkpoint(self.folder / "best.pt", state))
         self.ranks.first(lambda: save_checkpoint(self.checkpoint_path, state))
         self.ranks.first(lambda: keep_shards(self.folder, shards))
+        if not shards and self._is_best():  # shards belong to one step: those of a best one would be kept beside
+            self.ranks.first(lambda: save_checkpoint(self.best_path, state))
 
     def _is_best(self) -> bool:
         """Return whether the validation at this step has the highest main score until now."""
         rows = self.position.epochs
         scores = [row[self.task.main] for row in rows]
         return bool(rows) and rows[-1]["step"] == self.position.step and max(scores[:-1], default=-1.0) < scores[-1]
+
+    def _complete_best(self, state: dict[str, Any]) -> None:
+        """Write the best.pt that a process did not come to, because it was killed after it had written last.pt."""
+        best = self.best_path
+        if not best.is_file() or best.stat().st_mtime < self.checkpoint_path.stat().st_mtime:
+            save_checkpoint(best, state)
 
     def resume(self) -> bool:
         """Continue from the folder's checkpoint; return False if there is none."""
@@ -123,6 +132,8 @@ class Resumable:
             self.average.load(state["ema"])
         self.scaler.load_state_dict(state["scaler"])
         self.position = at
+        if "shards" not in state and self._is_best():
+            self.ranks.first(lambda: self._complete_best(state))
         of_ranks = state.get("ranks", [])
         own = of_ranks[self.ranks.rank] if len(of_ranks) == self.ranks.world else state  # else rank 0's
         set_rng_state(own["rng"], self.device)

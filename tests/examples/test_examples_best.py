@@ -125,7 +125,7 @@ def test_what_does_not_go_together() -> None:
 
 
 def test_a_kill_between_two_checkpoints_does_not_lose_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best epoch ends in two files. If the process dies after the first one, the resume writes both."""
+    """The best epoch ends in two files. If the process dies after the first one, the resume writes the other."""
     options = ["--data", str(drawn(tmp_path)), *SMALL, "--precisions", "fp32", "--epochs", "1", "--pictures", "0"]
     options += ["--out", str(tmp_path / "run")]
     save = resumable.save_checkpoint
