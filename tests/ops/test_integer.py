@@ -75,6 +75,7 @@ LARGE = {
     "many channels": make_geometry(3, (210, 150), (4, 5), 3, 1, 1),
     "a stride beyond the kernel": make_geometry(2, (32, 16), (13, 14), 2, 3),
     "taps that read only padding": make_geometry(5, (16, 16), (2, 3), 5, 1, 4, 2),
+    "a 1x1 layer with output padding": make_geometry(2, (16, 20), (6, 5), 1, 1, 0, 2, 1, transposed=True),
     "a long signal": make_geometry(1, (32, 48), (700,), 3, 2, 1),
 }
 
