@@ -128,7 +128,9 @@ class Measure:
             stack.enter_context(ruled(entries))
             # Left before the backward pass, as in training; the entries stay, for checkpointed modules that run again.
             with nvfp4_autocast(self.recipe, backend=self.backend), nullcontext() if outside else high_outside():
-                value = _scalar(self.loss(self.model, batch))
+                # A copy, because a model may write to its input, and the next evaluation is of the same batch.
+                copied = torch_private.tree_map_only(Tensor, Tensor.clone, batch)
+                value = _scalar(self.loss(self.model, copied))
             return Measured(float(value.detach()), self._gradients(value) if self.gradients else None)
 
     def _gradients(self, value: Tensor) -> list[Tensor | None]:

@@ -558,6 +558,51 @@ def test_results_that_training_left_in_the_model_are_no_obstacle() -> None:
     assert model.heads[0].grad_fn is not None and quantized.heads[0].grad_fn is None
 
 
+class Normalizing(nn.Module):
+    """Normalizes its images in place, as many a model's forward does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.conv(x.sub_(0.5).div_(0.25))).relu())
+
+
+@pytest.mark.parametrize("batches", [1, 9], ids=["few", "one held back"])
+def test_a_model_that_writes_to_its_input_is_calibrated_on_the_images(batches: int) -> None:
+    loader = [values((2, 16, 6, 6), seed=seed) for seed in range(batches)]
+    before = [x.clone() for x in loader]
+    quantized: Any = nv.export.quantize(Normalizing().eval(), loader, auto_high=0.01)
+    assert all(same_bits(*pair) for pair in zip(loader, before, strict=True))
+    read = max(float(((x - 0.5) / 0.25).abs().max()) for x in before[: 8 if batches > 8 else None])
+    assert float(quantized.conv.input_amax) == pytest.approx(read)
+    assert quantized.nvfp4_drift.sqnr_db > 5
+
+
+def test_layers_that_share_a_weight_have_scales_of_their_own() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(1000 * x)
+
+    x = values((16, 32))
+    quantized: Any = nv.export.quantize(Tied(), [x], shift=False)
+    amax = float(x.abs().max())
+    assert float(quantized.first.input_amax) == pytest.approx(amax)
+    assert float(quantized.second.input_amax) == pytest.approx(1000 * amax)
+
+
+def test_linear_layers_of_one_row() -> None:
+    net, x = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)), values((32,))
+    quantized = nv.export.quantize(net, [x], bias_correction=False, reestimate_bn=False)
+    assert relative_error(quantized(x), net(x)) < 0.2
+
+
 def test_bad_input_is_refused(net: Small) -> None:
     with pytest.raises(TypeError, match="no batches"):
         nv.export.quantize(net, 5)

@@ -45,6 +45,18 @@ def test_the_layer_that_breaks_is_suggested(mode: str) -> None:
     assert found.suggest(count=1) == {"layers.2": None}
 
 
+def test_a_model_that_writes_to_its_input_gets_the_same_batch_each_time() -> None:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x.sub_(1)).square().mean()
+
+    model, batch = nn.Linear(32, 32), values((16, 32))
+    before = batch.clone()
+    found = sensitivity.scan(model, loss, [batch])
+    with torch.no_grad():
+        assert found.loss == pytest.approx(float(loss(model, before.clone())))
+    assert same_bits(batch, before)
+
+
 def test_gains_where_numbers_are_missing() -> None:
     assert _gain(3.0, 1.0) == 2.0 and _gain(math.inf, 1.0) == math.inf
     assert _gain(math.inf, math.inf) == 0.0 == _gain(math.nan, math.nan) and _gain(math.nan, 1.0) == math.inf

@@ -111,15 +111,21 @@ class _Read(LayerCalls):
     def called(self, call: LayerCall, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the call as it is."""
         watch = self.watches.get(id(call.w))
-        if watch is not None and next(running_modules(), None) is not watch.layer:
+        # A layer that multiplies its own weight has a hook for that, and may share the weight with the watch's layer.
+        if watch is not None and _weight_of(next(running_modules(), None)) is not call.w:
             watch(watch.layer, (call.x,), {})
         return function(*args, **kwargs)
+
+
+def _weight_of(module: nn.Module | None) -> Tensor | None:
+    return None if module is None else module._parameters.get("weight")
 
 
 def by_channel(layer: nn.Module, x: Tensor) -> Tensor:
     """Return a layer's input or output with its channels last: [values of a channel, channels]."""
     rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)  # type: ignore[arg-type]
-    return x.movedim(-1 - rank, -1).flatten(0, -2)
+    last = x.movedim(-1 - rank, -1)
+    return last.unsqueeze(0) if last.dim() == 1 else last.flatten(0, -2)
 
 
 def im2col_rows(layer: Any, x: Tensor, generator: torch.Generator, most: int = ROWS) -> Tensor:
@@ -194,7 +200,7 @@ def input_of(batch: Any, device: str | torch.device | None) -> Any:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """Run the model on an input of the loader.
+    """Run the model on an input of the loader, which the model may write to: it gets a copy.
 
     Raises:
         TypeError: The model does not take it: it has several inputs, for example, or the loader gives dicts.
@@ -202,7 +208,7 @@ def call(model: nn.Module, x: Any) -> Any:
     # Of a tensor, a model's own code may do anything wrong, and only a TypeError says that the call does not fit.
     kinds = TypeError if isinstance(x, Tensor) else (TypeError, AttributeError, LookupError)
     try:
-        return model(x)
+        return model(tree_map_only(Tensor, Tensor.clone, x))
     except kinds as error:
         if "\n  got:" in str(error):  # one of ours, which says more
             raise

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend.torch_private import AnyBatchNorm, tree_map_only
-from te_nvfp4_cv.export.ptq.calibration import by_channel
+from te_nvfp4_cv.backend.torch_private import AnyBatchNorm
+from te_nvfp4_cv.export.ptq.calibration import by_channel, call
 from te_nvfp4_cv.export.ptq.drift import compare, kept, tensors_of
 
 if TYPE_CHECKING:
@@ -170,12 +170,12 @@ def put_matched(net: nn.Module, taken: Collection[Watched], images: Iterable[Any
         for batch in images:
             exchange()
             _begin(matched, HIGH)
-            expected = kept(net(_fresh(batch)))
+            expected = kept(call(net, batch))
             exchange()
             found = {}
             for phase in noise:
                 _begin(matched, phase)
-                found[phase] = compare(tensors_of(net(_fresh(batch))), expected)[0]
+                found[phase] = compare(tensors_of(call(net, batch)), expected)[0]
             if not any(map(math.isnan, found.values())):  # else one of them cannot be compared
                 for phase, sqnr in found.items():
                     noise[phase] += 10 ** (-sqnr / 10)
@@ -183,11 +183,6 @@ def put_matched(net: nn.Module, taken: Collection[Watched], images: Iterable[Any
         _begin(matched, best)
         for watch in watches if best == PLAIN else ():
             watch.correction = None
-
-
-def _fresh(batch: Any) -> Any:
-    """Return a batch that the model may write to."""
-    return tree_map_only(Tensor, Tensor.clone, batch)
 
 
 def _begin(matched: Iterable[_Norm | _Bias | _InnerBias], phase: str) -> None:

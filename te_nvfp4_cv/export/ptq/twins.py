@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.export.codes import Codes, is_transposed
 from te_nvfp4_cv.export.modules import InferenceLayer, become, zero_pads
-from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, by_channel, watching
+from te_nvfp4_cv.export.ptq.calibration import Images, Statistics, by_channel, call, watching
 from te_nvfp4_cv.export.ptq.drift import Drift, Errors, LayerDrift, compare, kept, tensors_of
 from te_nvfp4_cv.formats import BLOCK
 from te_nvfp4_cv.nn.precision import set_precision
@@ -217,12 +217,12 @@ def run_beside(net: nn.Module, watches: Collection[Watched], images: Images) -> 
     expected: list[list[Tensor]] = []
     with watching(watches):
         for batch in itertools.islice(images, OBSERVED):
-            outputs = net(batch)
+            outputs = call(net, batch)
             if not images.held:
                 expected.append(kept(outputs))
         for watch in watches:
             watch.measuring = True
-        expected += [kept(net(batch)) for batch in images.held]
+        expected += [kept(call(net, batch)) for batch in images.held]
     return expected
 
 
@@ -231,7 +231,7 @@ def _alone(net: nn.Module, watch: Watched, batch: Any, expected: list[Tensor]) -
     with ExitStack() as stack:
         watch.put(net)
         stack.callback(watch.put, net)
-        return compare(tensors_of(net(batch)), expected)[0]
+        return compare(tensors_of(call(net, batch)), expected)[0]
 
 
 @torch.no_grad()
@@ -241,7 +241,7 @@ def choose_foldings(net: nn.Module, twins: dict[str, Watched], unfolded: Mapping
     if not tried:
         return
     batch = next(iter(images))
-    expected = kept(net(batch))
+    expected = kept(call(net, batch))
     for name in tried:
         with_norm, folded = (_alone(net, watch, batch, expected) for watch in (unfolded[name], twins[name]))
         if with_norm > folded + GAIN_DB:
@@ -260,7 +260,7 @@ def leave_high(net: nn.Module, twins: Mapping[str, Watched], images: Images, bud
         return set()
     costs = [twins[name].flops for name in names]
     batch = next(iter(images))
-    expected = kept(net(batch))
+    expected = kept(call(net, batch))
     # Noise beside the signal: 0 without any; NaN, an output that cannot be compared, says nothing of the layer.
     found = [_alone(net, twins[name], batch, expected) for name in names]
     scores = [0.0 if math.isnan(sqnr) else 10 ** (-sqnr / 10) for sqnr in found]
@@ -288,7 +288,7 @@ def drift_of(
     rows.sort(key=lambda row: math.inf if math.isnan(row.sqnr_db) else row.sqnr_db)
     batches = images.held or itertools.islice(images, OBSERVED)
     # Batch by batch side by side: all tensors of the first place are compared, then those of the second.
-    found = [kept(net(batch)) for batch in batches]
+    found = [kept(call(net, batch)) for batch in batches]
     joined = (
         [torch.cat(place) if all(t.dim() for t in place) and len({t.shape[1:] for t in place}) == 1 else place[0]
          for place in zip(*outputs, strict=False)]
